@@ -1,0 +1,1 @@
+"""Measuring artefacts on devices."""

@@ -1,0 +1,1 @@
+"""From a checkpoint to a file that stock runtimes run, verified."""

@@ -1,0 +1,119 @@
+"""`--target gguf`: write, quantise, verify, describe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from ..runtime.errors import ArtefactError
+from ..runtime.manifest import Manifest, describe_files
+from ..runtime.quantities import format_bytes
+from .checkpoint import Checkpoint
+from .gguf_probe import probe
+from .gguf_quantize import (
+    ROW_MULTIPLE,
+    fallbacks,
+    file_type,
+    quantize_gguf,
+    require_llama_cpp,
+    tensor_bytes,
+    tensor_type,
+)
+from .gguf_writer import plan_layout, write_gguf
+from .request import ExportRequest
+from .verification import (
+    Agreement,
+    check_exact,
+    check_quantized,
+    compare_logits,
+    sample_text,
+    sample_tokens,
+    torch_logits,
+)
+
+MODEL_FILE = "model.gguf"
+
+
+def export_gguf(checkpoint: Checkpoint, request: ExportRequest, folder: Path) -> None:
+    """Write FOLDER/model.gguf and its manifest; raises before anything is left behind."""
+    require_llama_cpp()
+    options = request.options
+    name = options.quantize
+    file_type(name)
+    output_type = tensor_type("--output-type", options.output_type)
+    embedding_type = tensor_type("--embedding-type", options.embedding_type)
+    row_multiple = ROW_MULTIPLE.get(name, 32) if options.pad == "auto" else 1
+    plan = plan_layout(checkpoint, row_multiple)
+    for note in plan.notes:
+        request.say(note)
+    exact = folder / "exact.gguf"
+    target = folder / MODEL_FILE
+    write_gguf(checkpoint, plan, exact)
+    if name == "f32":
+        exact.rename(target)
+        exact = target
+    else:
+        quantize_gguf(exact, target, name, output_type, embedding_type)
+        for sentence in fallbacks(target, name):
+            request.say(sentence)
+    bits = 8 * tensor_bytes(target) / checkpoint.architecture.num_parameters
+    verification = _verify(checkpoint, request, exact, target, bits) if request.verify else {}
+    if exact != target:
+        exact.unlink()
+    manifest = Manifest(
+        engine="llama.cpp",
+        model_file=MODEL_FILE,
+        files=describe_files(folder, [MODEL_FILE]),
+        quantization=name,
+        bits_per_weight=round(bits, 3),
+        architecture=checkpoint.architecture.to_dict(),
+        context_length=checkpoint.context_length,
+        source=checkpoint.name,
+        verification=verification,
+        training=checkpoint.json_file("training.json"),
+        notes=tuple(request.notes),
+    )
+    manifest.write(folder)
+    request.say(
+        f"llama.cpp architecture {plan.name}, {name}: {format_bytes(manifest.total_bytes)}, {bits:.2f} bits per weight"
+    )
+
+
+def _verify(
+    checkpoint: Checkpoint, request: ExportRequest, exact: Path, target: Path, bits: float
+) -> dict[str, dict[str, object]]:
+    """F32 file against torch, tokenizer against tokenizer.json, quantised file against the F32 one."""
+    tokens = sample_tokens(checkpoint)
+    texts = [sample_text(), *sample_text().splitlines()]
+    reference = torch_logits(checkpoint.folder, tokens)
+    first = probe(exact, tokens, texts)
+    _check_token_ids(checkpoint, texts, first.token_ids)
+    agreement = compare_logits(reference, first.logits, tokens)
+    check_exact(agreement, reference, "gguf")
+    request.say(
+        f"verified f32 file against torch: max |logit difference| {agreement.max_logit_difference:.1e}, "
+        f"same argmax {agreement.argmax_agreement:.1%}, {agreement.tokens} tokens"
+    )
+    results: dict[str, Agreement] = {"exact": agreement}
+    if target != exact:
+        quantized = compare_logits(first.logits, probe(target, tokens, []).logits, tokens)
+        check_quantized(quantized, bits, request.options.max_kl, "gguf")
+        request.say(
+            f"{request.options.quantize} against f32: mean KL {quantized.mean_kl:.4f}, same argmax "
+            f"{quantized.argmax_agreement:.1%}, perplexity x{quantized.perplexity_ratio:.3f}"
+        )
+        results["quantized"] = quantized
+    return {stage: result.to_dict() for stage, result in results.items()}
+
+
+def _check_token_ids(checkpoint: Checkpoint, texts: list[str], token_ids: list[list[int]]) -> None:
+    tokenizer = Tokenizer.from_file(str(checkpoint.folder / "tokenizer.json"))
+    for text, ids in zip(texts, token_ids, strict=True):
+        expected = tokenizer.encode(text, add_special_tokens=False).ids
+        if ids != expected:
+            place = next((i for i, (a, b) in enumerate(zip(ids, expected, strict=False)) if a != b), len(expected))
+            raise ArtefactError(
+                f"gguf: llama.cpp tokenises the sample differently from tokenizer.json (token {place} of "
+                f"{text[:40]!r}); this tokenizer has no equivalent in llama.cpp"
+            )

@@ -1,0 +1,127 @@
+"""Quantising a GGUF with llama.cpp's own quantiser, and saying what each tensor became."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from ..runtime.errors import ArtefactError, MissingExtraError, UsageError
+
+FILE_TYPES = {
+    "f32": 0,
+    "f16": 1,
+    "bf16": 32,
+    "q8_0": 7,
+    "q6_k": 18,
+    "q5_k_m": 17,
+    "q5_k_s": 16,
+    "q5_1": 9,
+    "q5_0": 8,
+    "q4_k_m": 15,
+    "q4_k_s": 14,
+    "q4_1": 3,
+    "q4_0": 2,
+    "iq4_nl": 25,
+    "iq4_xs": 30,
+    "q3_k_m": 12,
+    "q2_k": 10,
+}
+"""llama_ftype of each `--quantize` value."""
+
+ROW_MULTIPLE = {"f32": 1, "f16": 1, "bf16": 1}
+"""What rows must divide by; 32 for every quantised type. K-quants want 256 and fall back to 32-blocks, which is smaller
+than padding 576 to 768 would be."""
+
+
+def file_type(name: str) -> int:
+    if name not in FILE_TYPES:
+        raise UsageError(f"--quantize {name}: unknown for gguf; known: {', '.join(FILE_TYPES)}")
+    return FILE_TYPES[name]
+
+
+def tensor_type(flag: str, name: str) -> int | None:
+    """ggml type of a `--output-type` or `--embedding-type` value; None where unset."""
+    import gguf
+
+    if not name:
+        return None
+    try:
+        return int(gguf.GGMLQuantizationType[name.upper()])
+    except KeyError as error:
+        known = ", ".join(item.name.lower() for item in gguf.GGMLQuantizationType)
+        raise UsageError(f"{flag} {name}: unknown tensor type; known: {known}") from error
+
+
+def quantize_gguf(source: Path, target: Path, name: str, output_type: int | None, embedding_type: int | None) -> None:
+    """Quantise in a child process (ggml aborts on some errors); ArtefactError where llama.cpp refuses."""
+    request = {
+        "source": str(source),
+        "target": str(target),
+        "ftype": file_type(name),
+        "output_tensor_type": output_type,
+        "token_embedding_type": embedding_type,
+    }
+    command = [sys.executable, "-m", __spec__.name, json.dumps(request)]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    if done.returncode != 0:
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        raise ArtefactError(f"llama.cpp cannot quantise to {name}: {lines[-1] if lines else done.returncode}")
+
+
+def tensor_types(path: Path) -> dict[str, str]:
+    """{tensor name: type} of a GGUF file."""
+    import gguf
+
+    return {tensor.name: tensor.tensor_type.name.lower() for tensor in gguf.GGUFReader(path).tensors}
+
+
+def tensor_bytes(path: Path) -> int:
+    """Bytes of all tensors, without the header and the vocabulary."""
+    import gguf
+
+    return sum(int(tensor.n_bytes) for tensor in gguf.GGUFReader(path).tensors)
+
+
+def fallbacks(path: Path, name: str) -> list[str]:
+    """One sentence per group of matrices that became 16- or 32-bit although a smaller type was asked for."""
+    if ROW_MULTIPLE.get(name, 32) == 1:
+        return []
+    large = [tensor for tensor, kind in tensor_types(path).items() if kind in ("f16", "bf16", "f32")]
+    matrices = [tensor for tensor in large if not tensor.endswith(("norm.weight", ".bias", "rope_freqs.weight"))]
+    groups = Counter(tensor.split(".")[-2] for tensor in matrices)
+    return [
+        f"{count} {kind} tensors stay at 16 bits: their rows are no multiple of 32 (--pad auto avoids that)"
+        for kind, count in groups.items()
+    ]
+
+
+def _main(argument: str) -> None:
+    import llama_cpp
+
+    request: dict[str, Any] = json.loads(argument)
+    parameters = llama_cpp.llama_model_quantize_default_params()
+    parameters.ftype = request["ftype"]
+    for name in ("output_tensor_type", "token_embedding_type"):
+        if request[name] is not None:
+            setattr(parameters, name, request[name])
+    status = llama_cpp.llama_model_quantize(
+        request["source"].encode(), request["target"].encode(), ctypes.pointer(parameters)
+    )
+    sys.exit(1 if status else 0)
+
+
+def require_llama_cpp() -> None:
+    """MissingExtraError where llama-cpp-python is not installed."""
+    from importlib.util import find_spec
+
+    if find_spec("llama_cpp") is None:
+        raise MissingExtraError("llama-cpp-python", "gguf")
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1])

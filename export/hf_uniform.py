@@ -1,0 +1,86 @@
+"""`--target hf-uniform`: a plain, zero-padded Llama (Mistral, Qwen) of the same function, for servers that know no
+irregular shapes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..runtime.errors import ArtefactError
+from ..train.architecture import Architecture
+from ..train.tensors import tensor_names
+from .checkpoint import Checkpoint
+from .padding import missing_tensor, pad_tensor, padded_eps, uniform_architecture
+from .request import ExportRequest
+from .verification import MAX_LOGIT_DIFFERENCE, sample_tokens, torch_logits
+
+CLASS_NAMES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+
+COPIED_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+
+
+def export_hf_uniform(checkpoint: Checkpoint, request: ExportRequest, folder: Path) -> None:
+    """Write the padded model into `folder` and compare its logits with the checkpoint's (within 1e-4)."""
+    from safetensors.numpy import save_file
+
+    before = checkpoint.architecture
+    after = uniform_architecture(before)
+    existing = set(tensor_names(before))
+    tensors = {
+        name: np.ascontiguousarray(
+            pad_tensor(name, checkpoint.tensor(name), before, after)
+            if name in existing
+            else missing_tensor(name, after)
+        )
+        for name in tensor_names(after)
+    }
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = uniform_config(checkpoint, after)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    for name in (*COPIED_FILES, "generation_config.json"):
+        if (checkpoint.folder / name).is_file():
+            shutil.copy(checkpoint.folder / name, folder / name)
+    layer = after.layers[0]
+    request.say(
+        f"padded to {layer.num_attention_heads} query heads, {layer.num_key_value_heads} key/value heads, "
+        f"FFN {layer.intermediate_size}, hidden {after.hidden_size} in every layer: "
+        f"{before.num_parameters:,} -> {after.num_parameters:,} parameters"
+    )
+    if request.verify:
+        _verify(checkpoint, request, folder)
+
+
+def uniform_config(checkpoint: Checkpoint, after: Architecture) -> dict[str, Any]:
+    """config.json of the stock class that holds `after`."""
+    dropped = ("per_layer_config", "auto_map", "model_type", "architectures", "dtype", "qk_norm_eps")
+    config = {name: value for name, value in checkpoint.config.items() if name not in dropped}
+    layer = after.layers[0]
+    return {
+        "architectures": [CLASS_NAMES[after.family]],
+        "model_type": after.family,
+        "dtype": "float32",
+        **config,
+        "hidden_size": after.hidden_size,
+        "head_dim": after.head_dim,
+        "num_attention_heads": layer.num_attention_heads,
+        "num_key_value_heads": layer.num_key_value_heads,
+        "intermediate_size": layer.intermediate_size,
+        "rms_norm_eps": padded_eps(checkpoint.rms_norm_eps, checkpoint.architecture, after),
+    }
+
+
+def _verify(checkpoint: Checkpoint, request: ExportRequest, folder: Path) -> None:
+    tokens = sample_tokens(checkpoint)
+    difference = float(np.abs(torch_logits(checkpoint.folder, tokens) - torch_logits(folder, tokens)).max())
+    request.say(f"verified: logits differ by at most {difference:.1e} over {len(tokens)} tokens")
+    if difference > MAX_LOGIT_DIFFERENCE:
+        raise ArtefactError(f"hf-uniform: logits differ by {difference:.1e}, more than {MAX_LOGIT_DIFFERENCE:.0e}")

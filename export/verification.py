@@ -1,0 +1,117 @@
+"""Comparing an exported model with torch eager: what is compared, and the limits.
+
+S sample tokens, V vocabulary; logits are fp32 [S, V].
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..runtime.errors import ArtefactError, MissingExtraError
+from .checkpoint import Checkpoint
+
+MAX_LOGIT_DIFFERENCE = 1e-4
+"""Largest |logit difference| of a zero-padded model in torch itself."""
+
+MAX_EXACT_DIFFERENCE = 1e-3
+"""Largest |logit difference| of an fp32 file in another engine; their sums run in another order."""
+
+MAX_KL_BY_BITS = ((12.0, 0.02), (7.0, 0.3), (4.9, 0.7), (3.5, 1.5), (0.0, 4.0))
+"""(at least this many bits per weight, largest mean KL from the exact file in nats per token)."""
+
+SAMPLE_TOKENS = 256
+
+
+@cache
+def sample_text() -> str:
+    """Prose in several languages and code, shipped with the package."""
+    return resources.files("efficientllm.export").joinpath("sample.txt").read_text(encoding="utf-8")
+
+
+def sample_tokens(checkpoint: Checkpoint, limit: int = SAMPLE_TOKENS) -> list[int]:
+    """Token ids of the sample text under the checkpoint's tokenizer, at most `limit`."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(checkpoint.folder / "tokenizer.json"))
+    ids = tokenizer.encode(sample_text(), add_special_tokens=False).ids
+    return ids[: min(limit, checkpoint.context_length)]
+
+
+def torch_logits(folder: Path, tokens: list[int]) -> np.ndarray:
+    """Logits [S, V] of the Hugging Face model in `folder`, fp32, eager."""
+    try:
+        import torch
+
+        from ..train.models import load_for_inference
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(error.name or "torch", "export") from error
+    model = load_for_inference(folder)
+    with torch.inference_mode():
+        return model(torch.tensor([tokens])).logits[0].float().numpy()
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How two sets of logits over the same tokens agree."""
+
+    tokens: int
+    max_logit_difference: float
+    argmax_agreement: float
+    """Share of positions whose most likely token is the same."""
+    mean_kl: float
+    """Mean KL(reference || file) in nats per token."""
+    perplexity_ratio: float
+    """Perplexity of the file over that of the reference, on the sample."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def compare_logits(reference: np.ndarray, logits: np.ndarray, tokens: list[int]) -> Agreement:
+    """Compare logits [S, V] of the same `tokens`."""
+    p, q = log_softmax(reference), log_softmax(logits)
+    following = np.asarray(tokens[1:])
+    rows = np.arange(len(following))
+    loss_change = float((p[rows, following] - q[rows, following]).mean())
+    return Agreement(
+        tokens=len(tokens),
+        max_logit_difference=float(np.abs(reference - logits).max()),
+        argmax_agreement=float((reference.argmax(-1) == logits.argmax(-1)).mean()),
+        mean_kl=max(0.0, float((np.exp(p) * (p - q)).sum(-1).mean())),
+        perplexity_ratio=math.exp(min(loss_change, 700.0)),
+    )
+
+
+def check_exact(agreement: Agreement, reference: np.ndarray, target: str) -> None:
+    """ArtefactError where an fp32 file is not the checkpoint's function.
+
+    The limit grows with the logits' size: fp32 rounding is relative.
+    """
+    limit = MAX_EXACT_DIFFERENCE * max(1.0, float(np.abs(reference).max()) / 32)
+    if not agreement.max_logit_difference <= limit:
+        raise ArtefactError(
+            f"{target}: the fp32 file's logits differ from torch's by {agreement.max_logit_difference:.2e} (limit "
+            f"{limit:.0e}); nothing was written. Please report this model; --no-verify exports it all the same"
+        )
+
+
+def check_quantized(agreement: Agreement, bits_per_weight: float, max_kl: float | None, target: str) -> None:
+    """ArtefactError where quantisation moved the model further than its bits explain."""
+    limit = max_kl if max_kl is not None else next(kl for bits, kl in MAX_KL_BY_BITS if bits_per_weight >= bits)
+    if not agreement.mean_kl <= limit:
+        raise ArtefactError(
+            f"{target}: quantisation costs a mean KL of {agreement.mean_kl:.3f} nats per token, more than {limit}; "
+            "nothing was written. Choose a larger type, raise --max-kl, or export with --no-verify"
+        )

@@ -1,0 +1,1 @@
+"""Running exported models: engines, sampling, chat. Imports no torch."""

@@ -1,0 +1,53 @@
+"""Rendering a tokenizer's chat template, sandboxed: templates come with models and are not to be trusted."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from .errors import ArtefactError, UsageError
+
+Message = Mapping[str, str]
+"""{"role": "system" | "user" | "assistant", "content": text}"""
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+@lru_cache(maxsize=16)
+def _compile(template: str) -> jinja2.Template:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda pattern: datetime.datetime.now().strftime(pattern)
+    return environment.from_string(template)
+
+
+def render_chat(template: str | None, messages: Sequence[Message], bos_token: str = "", eos_token: str = "") -> str:
+    """The prompt for the next answer to `messages`, as transformers' apply_chat_template would build it.
+
+    ArtefactError where the model has no template, UsageError where the template refuses the messages.
+    """
+    if template is None:
+        raise ArtefactError("the model has no chat template; use plain completion")
+    values: dict[str, Any] = {
+        "messages": [dict(message) for message in messages],
+        "add_generation_prompt": True,
+        "bos_token": bos_token,
+        "eos_token": eos_token,
+    }
+    try:
+        return _compile(template).render(**values)
+    except jinja2.TemplateSyntaxError as error:
+        raise ArtefactError(f"the model's chat template is malformed: {error}") from error
+    except jinja2.TemplateError as error:
+        raise UsageError(f"the model's chat template refuses these messages: {error}") from error

@@ -1,0 +1,106 @@
+"""One interface over the inference engines, and how an artefact finds its engine."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from .errors import ArtefactError
+from .manifest import MANIFEST_NAME, Manifest
+
+ENTRY_POINT_GROUP = "efficientllm.engines"
+
+ENGINES = {"llama.cpp": "efficientllm.runtime.llama_cpp_engine:LlamaCppEngine"}
+"""Engine name -> "module:class"; plug-ins join through entry points."""
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How an artefact is loaded."""
+
+    threads: int = 0
+    """CPU threads; 0: all cores."""
+    context: int = 0
+    """Context window in tokens; 0: the model's own, at most 4096."""
+    memory_map: bool = True
+    """Map the weights instead of reading them into memory."""
+
+
+class Engine(Protocol):
+    """A loaded model that evaluates tokens one sequence at a time. V is the vocabulary size."""
+
+    context_length: int
+    """Tokens that fit, prompt and answer together."""
+    vocab_size: int
+    end_ids: frozenset[int]
+    """Tokens that end an answer."""
+    chat_template: str | None
+    """Jinja template of the tokenizer, where it has one."""
+    bos_token: str
+    eos_token: str
+    adds_bos: bool
+    """Whether plain text is preceded by the BOS token."""
+    load_ms: float
+
+    def __init__(self, path: Path, options: EngineOptions) -> None:
+        """Load `path`; ArtefactError where it is not a model of this engine."""
+        ...
+
+    def tokenize(self, text: str, special: bool) -> list[int]:
+        """Token ids; `special` turns text such as <|im_end|> into its control token."""
+        ...
+
+    def token_bytes(self, token: int) -> bytes:
+        """UTF-8 bytes (possibly part of a character) of a token; b"" for control tokens."""
+        ...
+
+    def prefill(self, tokens: Sequence[int]) -> np.ndarray:
+        """Make `tokens` the evaluated sequence and return the last one's logits, fp32 [V].
+
+        What the cache already holds of them is reused; ContextOverflowError where they do not fit.
+        """
+        ...
+
+    def decode(self, token: int) -> np.ndarray:
+        """Append one token and return its logits, fp32 [V]."""
+        ...
+
+    def close(self) -> None:
+        """Free the model."""
+        ...
+
+
+def locate(path: Path) -> tuple[str, Path]:
+    """(engine name, model file) of an artefact folder with a manifest or of a bare .gguf file."""
+    if path.is_dir():
+        manifest = Manifest.read(path)
+        manifest.check_files(path)
+        return manifest.engine, path / manifest.model_file
+    if not path.exists():
+        raise ArtefactError(f"{path} does not exist; give a folder written by efficientllm-export, or a .gguf file")
+    if path.suffix == ".gguf":
+        return "llama.cpp", path
+    if path.name == MANIFEST_NAME:
+        return locate(path.parent)
+    raise ArtefactError(f"{path} is no artefact: give a folder written by efficientllm-export, or a .gguf file")
+
+
+def load(path: str | Path, options: EngineOptions | None = None) -> Engine:
+    """Load an artefact in the engine its manifest names (or that its file type implies).
+
+    Raises ArtefactError for a missing, truncated or foreign artefact, MissingExtraError for a missing engine package.
+    """
+    name, file = locate(Path(path))
+    plugins = importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)
+    known = ENGINES | {plugin.name: plugin.value for plugin in plugins}
+    if name not in known:
+        raise ArtefactError(f"{path} needs engine {name!r}; known: {', '.join(known)}")
+    module, _, attribute = known[name].partition(":")
+    engine_class: type[Engine] = getattr(importlib.import_module(module), attribute)
+    return engine_class(file, options or EngineOptions())

@@ -1,0 +1,48 @@
+"""The one exception tree of efficientllm."""
+
+from __future__ import annotations
+
+
+class EfficientLLMError(Exception):
+    """Base of every error a user can cause; commands print it as one line and exit with code 2.
+
+    EfficientLLMError
+    ├── UsageError            a flag, path or value that cannot be used as given
+    │   └── MissingExtraError an optional dependency is not installed
+    ├── ModelError            a source model or checkpoint that is unsupported or damaged
+    ├── DataError             a corpus that is missing, empty, too short or malformed
+    ├── ArtefactError         an exported file that is missing, foreign, truncated or fails verification
+    ├── ContextOverflowError  a prompt that does not fit the context window
+    └── TrainingDivergedError the loss stayed non-finite
+    """
+
+
+class UsageError(EfficientLLMError):
+    """A flag, path or value that cannot be used as given."""
+
+
+class MissingExtraError(UsageError):
+    """An optional dependency is not installed."""
+
+    def __init__(self, module: str, extra: str) -> None:
+        super().__init__(f"{module} is not installed; run: pip install 'efficientllm[{extra}]'")
+
+
+class ModelError(EfficientLLMError):
+    """A source model or checkpoint that is unsupported or damaged."""
+
+
+class DataError(EfficientLLMError):
+    """A corpus that is missing, empty, too short or malformed."""
+
+
+class ArtefactError(EfficientLLMError):
+    """An exported file that is missing, foreign, truncated or fails verification."""
+
+
+class ContextOverflowError(EfficientLLMError):
+    """A prompt that does not fit the context window."""
+
+
+class TrainingDivergedError(EfficientLLMError):
+    """The loss or the gradients stayed non-finite."""

@@ -1,0 +1,79 @@
+"""Files that are whole or absent: write beside, sync, rename."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .errors import UsageError
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json_atomically(path: Path, value: Any) -> None:
+    """Objects are indented, lists stay on one line: widths per layer are read side by side."""
+    write_text_atomically(path, _to_json(value) + "\n")
+
+
+def _to_json(value: Any, depth: int = 0) -> str:
+    if not isinstance(value, dict) or not value:
+        return json.dumps(value, ensure_ascii=False)
+    indent = "  " * (depth + 1)
+    items = [f"{indent}{json.dumps(str(key))}: {_to_json(item, depth + 1)}" for key, item in value.items()]
+    return "{\n" + ",\n".join(items) + "\n" + "  " * depth + "}"
+
+
+@contextlib.contextmanager
+def folder_written_atomically(path: Path) -> Iterator[Path]:
+    """Yield a temporary sibling folder that takes the place of `path` only if the block succeeds."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        _sync_tree(temporary)
+        if path.exists():
+            shutil.rmtree(path)
+        temporary.rename(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _sync_tree(folder: Path) -> None:
+    for entry in [folder, *folder.rglob("*")]:
+        descriptor = os.open(entry, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def require_empty(path: Path, overwrite: bool, remedy: str) -> None:
+    """UsageError unless `path` is absent or an empty folder, or `overwrite` is set."""
+    if path.is_file():
+        raise UsageError(f"--output {path} is a file; name a folder")
+    if path.is_dir() and any(path.iterdir()) and not overwrite:
+        raise UsageError(f"--output {path} is not empty; {remedy}")
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,27 @@
+"""Memory of this process as the kernel counts it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+
+def memory_bytes() -> dict[str, int]:
+    """peak_rss_bytes, rss_bytes and their split rss_anon_bytes (allocations) and rss_file_bytes (mapped files).
+
+    Linux only; elsewhere just the peak, from getrusage.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        names = {
+            "VmHWM": "peak_rss_bytes",
+            "VmRSS": "rss_bytes",
+            "RssAnon": "rss_anon_bytes",
+            "RssFile": "rss_file_bytes",
+        }
+        lines = (line.partition(":") for line in status.read_text().splitlines())
+        return {names[key]: int(value.split()[0]) * 1024 for key, _, value in lines if key in names}
+    import resource  # absent on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"peak_rss_bytes": peak if sys.platform == "darwin" else peak * 1024}

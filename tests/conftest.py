@@ -1,0 +1,77 @@
+"""A tiny tokenizer, corpus and checkpoints, shared by all tests."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import tiny_architecture, tiny_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from efficientllm.export.verification import sample_text
+from efficientllm.train.architecture import Architecture, LayerShape
+from efficientllm.train.models import save_checkpoint
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE with SmolLM's pre-tokenizer, 400 tokens."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator([sample_text()], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        unk_token="<|endoftext|>",
+        pad_token="<|im_end|>",
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+@pytest.fixture
+def save_tiny(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Callable[..., Path]:
+    """save_tiny(architecture, **settings) -> folder of a saved tiny model."""
+
+    def save(architecture: Architecture, **settings: Any) -> Path:
+        folder = tmp_path / "checkpoint"
+        save_checkpoint(tiny_model(architecture, **settings), tokenizer, folder)
+        return folder
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A .jsonl of 200 short documents."""
+    path = tmp_path_factory.mktemp("corpus") / "text.jsonl"
+    lines = [line for line in sample_text().splitlines() if line.strip()]
+    rows = [{"text": f"Document {index}. {lines[index % len(lines)]}"} for index in range(200)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def source_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A plain tiny Llama to prune: 3 layers, 4 heads over 2 key/value heads, FFN 128."""
+    folder = tmp_path_factory.mktemp("source")
+    save_checkpoint(tiny_model(tiny_architecture(layers=(LayerShape(4, 2, 128),) * 3)), tokenizer, folder)
+    return folder

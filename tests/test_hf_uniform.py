@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import UNEQUAL, tiny_architecture
+from transformers import AutoModelForCausalLM
+
+from efficientllm.export import cli
+from efficientllm.export.hf_uniform import CLASS_NAMES
+from efficientllm.runtime.command import run_command
+from efficientllm.train.architecture import FAMILIES, LayerShape
+from efficientllm.train.models import load_for_inference
+
+TOKENS = torch.randint(3, 400, (2, 30), generator=torch.Generator().manual_seed(2))
+
+SHAPES = {
+    "unequal": UNEQUAL,
+    "unequal ratios": (LayerShape(6, 2, 75), LayerShape(3, 3, 40), LayerShape(5, 1, 64)),
+    "gaps": (LayerShape(0, 0, 64), LayerShape(4, 2, 0), LayerShape(0, 0, 0), LayerShape(2, 1, 96)),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("hidden_size", [64, 53])
+def test_plain_model_gives_the_same_logits(
+    family: str, shape: str, hidden_size: int, save_tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    checkpoint = save_tiny(tiny_architecture(family, SHAPES[shape], hidden_size=hidden_size))
+    output = tmp_path / "uniform"
+    assert run_command(cli.body, [str(checkpoint), "--target", "hf-uniform", "--output", str(output)]) == 0
+    plain = AutoModelForCausalLM.from_pretrained(output)
+    assert type(plain).__name__ == CLASS_NAMES[family]
+    assert type(plain).__module__.startswith("transformers.")
+    assert not list(output.glob("*.py"))
+    assert "per_layer_config" not in json.loads((output / "config.json").read_text())
+    with torch.inference_mode():
+        difference = (plain.eval()(TOKENS).logits - load_for_inference(checkpoint)(TOKENS).logits).abs().max()
+    assert difference < 1e-4

@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import UNEQUAL, tiny_architecture, tiny_model
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+from efficientllm.train.architecture import FAMILIES, LayerShape
+from efficientllm.train.models import load_source, to_irregular
+
+GAPS = (LayerShape(0, 0, 64), LayerShape(2, 1, 0), LayerShape(4, 2, 96))
+TOKENS = torch.randint(0, 400, (2, 11), generator=torch.Generator().manual_seed(1))
+
+LOAD_ELSEWHERE = """
+import sys
+
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "efficientllm":
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Block())
+import torch
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
+assert "efficientllm" not in sys.modules
+with torch.inference_mode():
+    torch.save(model(torch.load(sys.argv[2])).logits, sys.argv[3])
+"""
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("layers", [UNEQUAL, GAPS], ids=["unequal", "gaps"])
+def test_caches_and_attention_implementations_agree(family: str, layers: tuple[LayerShape, ...]) -> None:
+    model = tiny_model(tiny_architecture(family, layers))
+    settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(TOKENS)}
+    plain = model.generate(TOKENS, use_cache=False, **settings)
+    assert torch.equal(plain, model.generate(TOKENS, **settings))
+    assert torch.equal(plain, model.generate(TOKENS, cache_implementation="static", **settings))
+    with torch.inference_mode():
+        sdpa = model(TOKENS).logits
+        model.set_attn_implementation("eager")
+        eager = model(TOKENS, output_attentions=True)
+    assert any(weights is not None for weights in eager.attentions)  # eager really ran
+    torch.testing.assert_close(sdpa, eager.logits, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_checkpoint_loads_without_efficientllm(family: str, tmp_path: Path, save_tiny: Callable[..., Path]) -> None:
+    folder = save_tiny(tiny_architecture(family, GAPS))
+    torch.save(TOKENS, tmp_path / "tokens.pt")
+    command = [sys.executable, "-c", LOAD_ELSEWHERE, str(folder), str(tmp_path / "tokens.pt"), str(tmp_path / "out.pt")]
+    subprocess.run(command, check=True, env={"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path), "PATH": ""})
+    here = AutoModelForCausalLM.from_pretrained(folder)
+    assert type(here).__module__ == "efficientllm.train.modeling_efficientllm"
+    with torch.inference_mode():
+        assert torch.equal(torch.load(tmp_path / "out.pt"), here(TOKENS).logits)
+
+
+def test_modeling_file_imports_only_torch_and_transformers() -> None:
+    from efficientllm.train import modeling_efficientllm
+
+    text = Path(modeling_efficientllm.__file__).read_text()
+    imports = [line.split()[1].split(".")[0] for line in text.splitlines() if line.startswith(("import ", "from "))]
+    assert set(imports) == {"torch", "transformers", "typing"}
+
+
+def test_uniform_model_is_saved_as_plain_llama(save_tiny: Callable[..., Path]) -> None:
+    folder = save_tiny(tiny_architecture(layers=(LayerShape(4, 2, 96),) * 2))
+    config = json.loads((folder / "config.json").read_text())
+    assert config["model_type"] == "llama"
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert not (folder / "modeling_efficientllm.py").exists()
+    assert type(AutoModelForCausalLM.from_pretrained(folder)) is LlamaForCausalLM
+
+
+def test_uniform_model_that_stock_llama_refuses_keeps_its_own_type(save_tiny: Callable[..., Path]) -> None:
+    folder = save_tiny(tiny_architecture(layers=(LayerShape(3, 1, 96),) * 2))  # 64 is no multiple of 3
+    assert json.loads((folder / "config.json").read_text())["model_type"] == "efficientllm_llama"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_stock_source_becomes_the_same_function(family: str, save_tiny: Callable[..., Path]) -> None:
+    folder = save_tiny(tiny_architecture(family, (LayerShape(4, 2, 96),) * 2, head_dim=16))
+    stock = AutoModelForCausalLM.from_pretrained(folder).eval()
+    irregular, _ = load_source(str(folder))
+    assert stock.config.model_type == family
+    assert irregular.config.model_type == f"efficientllm_{family}"
+    assert to_irregular(irregular) is irregular
+    with torch.inference_mode():
+        assert torch.equal(stock(TOKENS).logits, irregular.eval()(TOKENS).logits)
+
+
+def test_llama3_rope_scaling_is_kept(save_tiny: Callable[..., Path]) -> None:
+    scaling = {
+        "rope_type": "llama3",
+        "rope_theta": 10000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
+    model = tiny_model(tiny_architecture(), rope_parameters=scaling)
+    reloaded = AutoModelForCausalLM.from_pretrained(save_tiny(tiny_architecture(), rope_parameters=scaling))
+    plain = tiny_model(tiny_architecture())
+    with torch.inference_mode():
+        logits = model(TOKENS).logits
+        assert torch.equal(logits, reloaded(TOKENS).logits)
+        assert not torch.allclose(logits, plain(TOKENS).logits)

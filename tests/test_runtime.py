@@ -1,0 +1,227 @@
+from __future__ import annotations
+
+import io
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny import tiny_architecture, tiny_model
+
+from efficientllm.export import cli as export_cli
+from efficientllm.runtime import chat
+from efficientllm.runtime.chat_template import render_chat
+from efficientllm.runtime.command import run_command
+from efficientllm.runtime.engine import Engine, EngineOptions, load
+from efficientllm.runtime.errors import ArtefactError, ContextOverflowError, UsageError
+from efficientllm.runtime.generation import Generation, chat_prompt
+from efficientllm.runtime.sampling import Sampler, SamplingOptions
+from efficientllm.runtime.text_stream import TextStream
+from efficientllm.train.models import save_checkpoint
+
+
+@pytest.fixture(scope="module")
+def artefact(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
+    folder = tmp_path_factory.mktemp("artefact")
+    save_checkpoint(tiny_model(tiny_architecture()), tokenizer, folder / "checkpoint")
+    arguments = [str(folder / "checkpoint"), "--target", "gguf", "--quantize", "f32", "--output", str(folder / "gguf")]
+    assert run_command(export_cli.body, arguments) == 0
+    return folder / "gguf"
+
+
+@pytest.fixture
+def engine(artefact: Path) -> Iterator[Engine]:
+    engine = load(artefact, EngineOptions(threads=1))
+    yield engine
+    engine.close()
+
+
+def test_prefix_reuse_gives_the_logits_of_a_fresh_prefill(engine: Engine) -> None:
+    tokens = list(range(5, 45))
+    engine.prefill([*tokens[:20], 300, 301, 302])
+    engine.decode(303)
+    reused = engine.prefill(tokens)
+    engine.prefill([399])
+    np.testing.assert_allclose(reused, engine.prefill(tokens), atol=2e-2)  # the cache is fp16
+
+
+def test_decode_continues_prefill(engine: Engine) -> None:
+    tokens = list(range(5, 30))
+    whole = engine.prefill(tokens)
+    engine.prefill([7])
+    engine.prefill(tokens[:-1])
+    np.testing.assert_allclose(engine.decode(tokens[-1]), whole, atol=2e-2)
+
+
+def test_tokens_equal_the_tokenizer_and_bytes_make_the_text(engine: Engine, tokenizer: Any) -> None:
+    text = "Größe 日本 🚀 <|im_end|> x = 12"
+    tokens = engine.tokenize(text, special=True)
+    assert tokens == tokenizer(text)["input_ids"]
+    assert b"".join(engine.token_bytes(token) for token in tokens).decode() == text.replace("<|im_end|>", "")
+
+
+def test_context_overflow_says_the_numbers(artefact: Path) -> None:
+    engine = load(artefact, EngineOptions(threads=1, context=64))
+    limit = engine.context_length
+    with pytest.raises(ContextOverflowError, match=f"{limit + 1} tokens, the context window {limit}"):
+        engine.prefill([5] * (limit + 1))
+    with pytest.raises(ContextOverflowError, match=f"the prompt has {limit} tokens and leaves no room"):
+        Generation(engine, [5] * limit, 4)
+    generation = Generation(engine, [5] * (limit - 3), 100)
+    list(generation)
+    assert generation.stats.completion_tokens <= 3
+    engine.close()
+
+
+def test_generation_is_measured(engine: Engine) -> None:
+    generation = Generation(engine, engine.tokenize("A small model", special=False), 8)
+    text = "".join(generation)
+    stats = generation.stats
+    assert stats.prompt_tokens > 0
+    assert stats.completion_tokens == 8 or stats.finish_reason == "stop"
+    assert stats.time_to_first_token_ms > 0
+    assert stats.decode_tokens_per_second > 0
+    assert (
+        text.encode()
+        == b"".join(engine.token_bytes(token) for token in generation.tokens[stats.prompt_tokens :])
+        .decode("utf-8", "replace")
+        .encode()
+    )
+
+
+def test_chat_prompt_equals_transformers(engine: Engine, tokenizer: Any) -> None:
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hello <|im_end|>"},
+        {"role": "assistant", "content": "Hi."},
+        {"role": "user", "content": "Why?"},
+    ]
+    expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    assert chat_prompt(engine, messages) == expected
+
+
+def test_templates_are_sandboxed() -> None:
+    with pytest.raises(UsageError, match="refuses"):
+        render_chat("{{ messages.__class__.__mro__ }}", [{"role": "user", "content": "x"}])
+    with pytest.raises(UsageError, match="roles must alternate"):
+        render_chat("{{ raise_exception('roles must alternate') }}", [])
+    with pytest.raises(ArtefactError, match="malformed"):
+        render_chat("{% for %}", [])
+    with pytest.raises(ArtefactError, match="no chat template"):
+        render_chat(None, [])
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_text_stream_never_shows_half_a_character_or_stop_string(seed: int) -> None:
+    source = random.Random(seed)
+    text = "".join(source.choice("abENDé日🚀 ") for _ in range(60)) + "END." + "tail END"
+    data, pieces = text.encode(), []
+    while data:
+        size = source.randint(1, 5)
+        pieces.append(data[:size])
+        data = data[size:]
+    stream = TextStream(["END.", "<|stop|>"])
+    shown = ""
+    for piece in pieces:
+        shown += stream.push(piece)
+        assert text.startswith(shown)
+        assert not shown.endswith(("E", "EN", "END")) or text[len(shown) : len(shown) + 1] not in ("N", "D", ".")
+    shown += stream.finish()
+    assert stream.stopped
+    assert shown == text[: text.index("END.")]
+
+
+def test_text_stream_gives_back_a_stop_string_that_was_not_one() -> None:
+    stream = TextStream(["STOP"])
+    assert stream.push(b"a ST") == "a "
+    assert stream.push(b"ART") == "START"
+    assert stream.push(b" ST") == " "
+    assert stream.finish() == "ST"
+    assert not stream.stopped
+
+
+def test_sampler_limits() -> None:
+    logits = np.log(np.array([0.5, 0.3, 0.15, 0.05], dtype=np.float32))
+
+    def drawn(**options: Any) -> set[int]:
+        sampler = Sampler(SamplingOptions(temperature=1.0, seed=0, **options))
+        return {sampler.sample(logits, []) for _ in range(400)}
+
+    assert drawn() == {0, 1, 2, 3}
+    assert drawn(top_k=2) == {0, 1}
+    assert drawn(top_p=0.75) == {0, 1}
+    assert drawn(top_p=0.01) == {0}
+    assert drawn(min_p=0.2) == {0, 1, 2}
+
+
+def test_sampler_frequencies_follow_the_temperature() -> None:
+    logits = np.log(np.array([0.8, 0.2], dtype=np.float32))
+    sampler = Sampler(SamplingOptions(temperature=2.0, seed=1))
+    share = np.mean([sampler.sample(logits, []) == 0 for _ in range(4000)])
+    assert share == pytest.approx(2 / 3, abs=0.03)  # sqrt(0.8) : sqrt(0.2)
+
+
+def test_sampler_is_repeatable_and_penalises() -> None:
+    logits = np.array([2.0, 1.9, -1.0], dtype=np.float32)
+    first, second = (Sampler(SamplingOptions(temperature=1.0, seed=5)) for _ in range(2))
+    assert [first.sample(logits, []) for _ in range(20)] == [second.sample(logits, []) for _ in range(20)]
+    assert Sampler(SamplingOptions()).sample(logits, [0]) == 0
+    assert Sampler(SamplingOptions(repetition_penalty=1.5)).sample(logits, [0]) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("temperature", float("nan")), ("temperature", -1.0), ("top_p", 0.0), ("min_p", 2.0)]
+)
+def test_sampling_options_are_checked(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=name.replace("_", "-")):
+        SamplingOptions(**{name: value})
+
+
+def test_chat_answers_once_and_from_a_pipe(
+    artefact: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = [str(artefact), "--max-tokens", "8", "--threads", "1", "--stats"]
+    assert run_command(chat.body, [*arguments, "Hello"]) == 0
+    asked = capsys.readouterr()
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n"))
+    assert run_command(chat.body, arguments) == 0
+    assert capsys.readouterr().out == asked.out
+    assert "time to first token" in asked.err
+
+
+def test_conversation_survives_a_question_that_is_too_long(artefact: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    engine = load(artefact, EngineOptions(threads=1, context=64))
+    conversation = chat.Conversation(engine, chat.ChatOptions(max_tokens=4), SamplingOptions())
+    with pytest.raises(ContextOverflowError):
+        conversation.ask("word " * 500)
+    assert conversation.messages == []
+    conversation.ask("Hi")
+    assert [message["role"] for message in conversation.messages] == ["user", "assistant"]
+    capsys.readouterr()
+    engine.close()
+
+
+def test_bad_artefacts_get_one_line(artefact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = (artefact / "model.gguf").read_bytes()
+    for name, content in {"foreign": b"not a model", "truncated": data[: len(data) // 2], "empty": b""}.items():
+        (tmp_path / f"{name}.gguf").write_bytes(content)
+        # a fresh process: what a user would see, llama.cpp's own log included
+        command = [sys.executable, "-m", "efficientllm.runtime.chat", str(tmp_path / f"{name}.gguf"), "Hi"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 2, done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+        assert f"{name}.gguf is" in done.stderr
+    copied = tmp_path / "copied"
+    copied.mkdir()
+    (copied / "manifest.json").write_text((artefact / "manifest.json").read_text())
+    (copied / "model.gguf").write_bytes(data[:-100])
+    assert run_command(chat.body, [str(copied), "Hi"]) == 2
+    assert "copy it again" in capsys.readouterr().err
+    assert run_command(chat.body, [str(tmp_path / "nowhere"), "Hi"]) == 2
+    assert "does not exist" in capsys.readouterr().err
+    assert run_command(chat.body, [str(tmp_path), "Hi"]) == 2
+    assert "holds no manifest.json" in capsys.readouterr().err

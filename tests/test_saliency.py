@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from tiny import tiny_architecture, tiny_model
+
+from efficientllm.runtime.errors import UsageError
+from efficientllm.train.saliency import CRITERIA, GROUP_KINDS, SaliencyTracker, criterion_named
+from efficientllm.train.selection import Removal, all_groups
+from efficientllm.train.surgery import zero_groups
+
+TOKENS = torch.randint(0, 400, (4, 12), generator=torch.Generator().manual_seed(5))
+
+
+def backward(model: torch.nn.Module, tokens: torch.Tensor) -> float:
+    loss = model(tokens, labels=tokens).loss
+    loss.backward()
+    return float(loss.detach())
+
+
+def track(name: str, microbatches: int = 1, **settings: float) -> SaliencyTracker:
+    architecture = tiny_architecture()
+    model = tiny_model(architecture)
+    tracker = SaliencyTracker(CRITERIA[name], GROUP_KINDS, architecture, decay=0.0)
+    for tokens in TOKENS.chunk(microbatches):
+        model.zero_grad()
+        backward(model, tokens)
+        tracker.accumulate(model.named_parameters())
+    tracker.finish_step()
+    return tracker
+
+
+def test_taylor1_of_an_ffn_channel_is_the_sum_over_its_three_vectors() -> None:
+    model = tiny_model(tiny_architecture())
+    backward(model, TOKENS)
+    mlp, channel = model.model.layers[1].mlp, 17
+    expected = (
+        (mlp.gate_proj.weight.grad * mlp.gate_proj.weight)[channel].sum()
+        + (mlp.up_proj.weight.grad * mlp.up_proj.weight)[channel].sum()
+        + (mlp.down_proj.weight.grad * mlp.down_proj.weight)[:, channel].sum()
+    ).abs()
+    torch.testing.assert_close(track("taylor1").scores["ffn"][1][channel], expected.detach())
+
+
+def test_taylor1_of_a_key_value_group_sums_its_channels() -> None:
+    model = tiny_model(tiny_architecture())
+    backward(model, TOKENS)
+    attention, group, head_dim, per_group = model.model.layers[0].self_attn, 1, 32, 2
+    expected = torch.zeros(())
+    for channel in range(head_dim):
+        total = torch.zeros(())
+        for projection in (attention.k_proj, attention.v_proj):
+            total += (projection.weight.grad * projection.weight)[group * head_dim + channel].sum()
+        for head in range(group * per_group, (group + 1) * per_group):
+            row = head * head_dim + channel
+            total += (attention.q_proj.weight.grad * attention.q_proj.weight)[row].sum()
+            total += (attention.o_proj.weight.grad * attention.o_proj.weight)[:, row].sum()
+        expected += total.abs()
+    torch.testing.assert_close(track("taylor1").scores["kv_group"][0][group], expected.detach())
+
+
+def test_taylor1_predicts_the_loss_change_of_a_small_step() -> None:
+    """Shrinking one stem channel by a small share changes the loss by that share of sum g w."""
+    model = tiny_model(tiny_architecture())
+    before = backward(model, TOKENS)
+    predicted = track("taylor1").scores["stem"][0][9]
+    shrunk, kept = copy.deepcopy(model), all_groups(tiny_architecture())
+    zeroed = copy.deepcopy(model)
+    kept["stem"] = [torch.tensor([i for i in range(64) if i != 9])]
+    zero_groups(zeroed, Removal(tiny_architecture(), tiny_architecture(), kept, ()))
+    step = 1e-2
+    with torch.no_grad():
+        for small, gone in zip(shrunk.parameters(), zeroed.parameters(), strict=True):
+            small.lerp_(gone, step)
+        change = abs(float(shrunk(TOKENS, labels=TOKENS).loss) - before)
+    assert change == pytest.approx(float(predicted) * step, rel=0.1)
+
+
+def test_taylor2_uses_each_microbatch_as_a_sample() -> None:
+    model = tiny_model(tiny_architecture())
+    first, second = torch.zeros(64), torch.zeros(64)
+    for tokens in TOKENS.chunk(2):
+        model.zero_grad()
+        backward(model, tokens)
+        for name in ("gate_proj", "up_proj"):
+            weight = getattr(model.model.layers[1].mlp, name).weight
+            first += (weight.grad * weight).sum(1).detach() / 2
+            second += (weight.grad * weight).square().sum(1).detach() / 2
+        weight = model.model.layers[1].mlp.down_proj.weight
+        first += (weight.grad * weight).sum(0).detach() / 2
+        second += (weight.grad * weight).square().sum(0).detach() / 2
+    torch.testing.assert_close(track("taylor2", 2).scores["ffn"][1], (first - second / 2).abs())
+
+
+def test_fisher_is_the_mean_square_of_taylor1_over_microbatches() -> None:
+    halves = []
+    for tokens in TOKENS.chunk(2):
+        model = tiny_model(tiny_architecture())
+        backward(model, tokens)
+        tracker = SaliencyTracker(CRITERIA["taylor1"], ("ffn",), tiny_architecture(), 0.0)
+        tracker.accumulate(model.named_parameters())
+        tracker.finish_step()
+        halves.append(tracker.scores["ffn"][2].square())
+    torch.testing.assert_close(track("fisher", 2).scores["ffn"][2], (halves[0] + halves[1]) / 2)
+
+
+def test_magnitude_needs_no_gradient() -> None:
+    model = tiny_model(tiny_architecture())
+    tracker = SaliencyTracker(CRITERIA["magnitude"], ("ffn",), tiny_architecture(), 0.0)
+    tracker.accumulate(model.named_parameters())
+    tracker.finish_step()
+    mlp = model.model.layers[0].mlp
+    rows = mlp.gate_proj.weight.square().sum(1) + mlp.up_proj.weight.square().sum(1)
+    torch.testing.assert_close(tracker.scores["ffn"][0], (rows + mlp.down_proj.weight.square().sum(0)).detach())
+
+
+def test_average_decays_per_step() -> None:
+    architecture = tiny_architecture()
+    model = tiny_model(architecture)
+    tracker = SaliencyTracker(CRITERIA["taylor1"], ("ffn",), architecture, decay=0.75)
+    seen = []
+    for tokens in TOKENS.chunk(2):
+        model.zero_grad()
+        backward(model, tokens)
+        single = SaliencyTracker(CRITERIA["taylor1"], ("ffn",), architecture, decay=0.0)
+        for each in (tracker, single):
+            each.accumulate(model.named_parameters())
+            each.finish_step()
+        seen.append(single.scores["ffn"][0])
+    torch.testing.assert_close(tracker.scores["ffn"][0], 0.75 * seen[0] + 0.25 * seen[1])
+
+
+def test_unknown_criterion_lists_the_known_ones() -> None:
+    with pytest.raises(
+        UsageError, match="--saliency best: unknown; known: taylor1, taylor2, fisher, magnitude, random"
+    ):
+        criterion_named("best")

@@ -1,0 +1,258 @@
+"""Runs of `efficientllm-train` on a tiny source: results, resuming, and what bad input gets."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from efficientllm.runtime.command import run_command
+from efficientllm.train import cli, trainer
+from efficientllm.train.architecture import Architecture
+from efficientllm.train.models import load_for_inference
+
+SETTINGS = [
+    "--sequence-length",
+    "32",
+    "--eval-tokens",
+    "256",
+    "--held-out-fraction",
+    "0.2",
+    "--tokens",
+    "2560",
+    "--batch-size",
+    "4",
+    "--threads",
+    "1",
+    "--dtype",
+    "float32",
+    "--learning-rate",
+    "1e-3",
+    "--width-multiple",
+    "2",
+    "--target-ratio",
+    "0.6",
+    "--prune",
+    "attention,ffn,stem",
+    "--checkpoint-every",
+    "5",
+]
+
+
+def command(source: Path, corpus: Path, output: Path, *more: str) -> list[str]:
+    return ["--source", str(source), "--data", str(corpus), "--output", str(output), *SETTINGS, *more]
+
+
+def run(arguments: Sequence[str]) -> int:
+    return run_command(cli.body, arguments)
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without wall times."""
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in record.items() if key != "seconds"} for record in records]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def straight(source_folder: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run of 20 steps."""
+    output = tmp_path_factory.mktemp("straight") / "run"
+    assert run(command(source_folder, corpus, output)) == 0
+    return output
+
+
+def test_run_reaches_the_target_and_leaves_a_loadable_model(straight: Path, source_folder: Path) -> None:
+    summary = json.loads((straight / "model" / "training.json").read_text())
+    source, final = Architecture.from_folder(source_folder), Architecture.from_folder(straight / "model")
+    assert final.num_parameters <= 0.6 * source.num_parameters
+    assert summary["parameters"] == final.num_parameters
+    assert set(summary["perplexity"]) == {"source", "after_pruning", "final"}
+    assert final.hidden_size % 2 == 0
+    assert all(layer.intermediate_size % 2 == 0 for layer in final.layers)
+    described = json.loads((straight / "architecture.json").read_text())
+    assert Architecture.from_dict(described["final"]) == final
+    assert [len(layer) for layer in described["survivors"]["ffn"]] == described["final"]["intermediate_size"]
+    logits = load_for_inference(straight / "model")(torch.tensor([[5, 6, 7]])).logits
+    assert torch.isfinite(logits).all()
+    assert not (straight / "checkpoints").exists()
+
+
+def test_parameters_fall_step_by_step_and_loss_falls(straight: Path) -> None:
+    records = [record for record in metrics(straight) if "loss" in record]
+    counts = [record["parameters"] for record in records]
+    assert len(records) == 20
+    assert counts == sorted(counts, reverse=True)
+    assert len(set(counts)) > 5
+    assert records[-1]["loss"] < records[0]["loss"]
+    assert len({unit[0] for record in records for unit in record["removed"]}) > 1  # several group types
+
+
+def test_killed_run_resumes_bit_identically(straight: Path, source_folder: Path, corpus: Path, tmp_path: Path) -> None:
+    """kill -9 after step 10 (mid-pruning: a checkpoint at 5, one at 10), then --resume."""
+    output = tmp_path / "run"
+    arguments = command(source_folder, corpus, output)
+    process = subprocess.Popen([sys.executable, "-c", SLOW_TRAINING, *arguments], env=os.environ)
+    deadline = time.monotonic() + 120
+    while not (output / "checkpoints" / "step-00000010").is_dir():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert run([*arguments, "--resume"]) == 0
+    assert metrics(output) == metrics(straight)
+    assert (output / "architecture.json").read_text() == (straight / "architecture.json").read_text()
+    ours, theirs = weights(output), weights(straight)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+SLOW_TRAINING = """
+import sys, time
+from efficientllm.train import cli, trainer
+step = trainer.Trainer._step
+def slow(self):
+    time.sleep(0.1)
+    return step(self)
+trainer.Trainer._step = slow
+cli.body(sys.argv[1:])
+"""
+
+
+def test_sigterm_saves_and_stops(straight: Path, source_folder: Path, corpus: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    arguments = command(source_folder, corpus, output, "--checkpoint-every", "0")
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW_TRAINING + "\nsys.exit(7)", *arguments], stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not (output / "metrics.jsonl").is_file() or len(metrics(output)) < 5:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate()
+    assert process.returncode == 7  # it returned, it was not killed
+    assert "stopped by SIGTERM" in errors
+    assert run([*arguments, "--resume"]) == 0
+    assert all(torch.equal(weights(output)[name], tensor) for name, tensor in weights(straight).items())
+
+
+def test_non_finite_steps_are_skipped_then_end_the_run(
+    source_folder: Path,
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    loss = trainer.next_token_loss
+    calls: list[int] = []
+
+    def broken(model: Any, windows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        calls.append(1)
+        value = loss(model, windows, dtype)
+        return value * float("nan") if len(calls) == 3 or len(calls) > 7 else value
+
+    monkeypatch.setattr(trainer, "next_token_loss", broken)
+    assert run(command(source_folder, corpus, tmp_path / "run")) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "for 10 steps in a row" in error
+    skipped = [record["step"] for record in metrics(tmp_path / "run") if record.get("skipped")]
+    assert skipped == [3, *range(8, 17)]
+    last = tmp_path / "run" / "checkpoints" / "step-00000005"
+    assert (last / "trainer.json").is_file()
+
+
+def test_uniform_result_is_a_plain_llama(source_folder: Path, corpus: Path, tmp_path: Path) -> None:
+    """Without a target nothing is pruned: plain continued pretraining."""
+    settings = ["--source", str(source_folder), "--data", str(corpus), "--output", str(tmp_path / "run")]
+    short = [
+        "--sequence-length",
+        "32",
+        "--eval-tokens",
+        "64",
+        "--held-out-fraction",
+        "0.2",
+        "--tokens",
+        "256",
+        "--threads",
+        "1",
+    ]
+    assert run([*settings, *short]) == 0
+    config = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
+    assert config["model_type"] == "llama"
+
+
+def test_print_config_round_trips(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--preset", "cpu-quickstart", "--tokens", "5k", "--print-config"]) == 0
+    text = capsys.readouterr().out
+    assert "tokens = 5000" in text
+    (tmp_path / "config.toml").write_text(text)
+    assert run(["--config", str(tmp_path / "config.toml"), "--print-config"]) == 0
+    assert capsys.readouterr().out == text
+
+
+BAD_INPUT = [
+    (["--source", "nowhere"], "--source nowhere: no such folder, and not a hub id"),
+    (["--source", "missing.gguf"], "--source missing.gguf: no such file"),
+    (["--data", "nowhere.jsonl"], "--data nowhere.jsonl: no such file or folder"),
+    (["--target-params", "900M"], "is larger than the source's"),
+    (["--target-params", "500"], "is too small: one group per layer already takes"),
+    (["--target-ratio", "1.5"], "--target-ratio 1.5: must be above 0 and at most 1"),
+    (["--tokens", "many"], "'many' is not a number like"),
+    (["--prune", "heads"], "--prune heads: choose from attention, ffn, stem"),
+    (["--saliency", "best"], "--saliency best: unknown; known: taylor1"),
+    (["--sequence-length", "9999"], "the source's context is 512 tokens"),
+    (["--device", "tpu9"], "--device tpu9"),
+    (["--nonsense"], "unrecognized arguments: --nonsense"),
+    (["--batch-size", "0"], "--batch-size 0: must be positive"),
+]
+
+
+@pytest.mark.parametrize(("more", "message"), BAD_INPUT, ids=[" ".join(more) for more, _ in BAD_INPUT])
+def test_bad_input_gets_one_line_and_writes_nothing(
+    more: list[str], message: str, source_folder: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = command(source_folder, corpus, tmp_path / "run")
+    if "--data" in more:  # repeatable: replace it
+        place = arguments.index("--data")
+        arguments[place : place + 2] = []
+    assert run([*arguments, *more]) == 2
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert len(errors) == 1
+    assert message in errors[0]
+    assert not (tmp_path / "run").exists()
+
+
+def test_output_in_use_is_kept(
+    straight: Path, source_folder: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (straight / "metrics.jsonl").read_text()
+    assert run(command(source_folder, corpus, straight)) == 2
+    assert "is not empty; give --overwrite to replace it or --resume" in capsys.readouterr().err
+    assert run(command(source_folder, corpus, straight, "--resume", "--seed", "9")) == 2
+    assert "--resume: --seed differ from the run" in capsys.readouterr().err
+    assert run(command(source_folder, corpus, straight, "--resume")) == 2
+    assert "is finished" in capsys.readouterr().err
+    assert (straight / "metrics.jsonl").read_text() == before
+
+
+def test_unsupported_family_names_the_supported_ones(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2", "n_embd": 8}')
+    assert run(command(tmp_path, corpus, tmp_path / "run")) == 2
+    assert "model type 'gpt2' is not supported; supported: llama, mistral, qwen2, qwen3" in capsys.readouterr().err

@@ -1,0 +1,62 @@
+"""Tiny random models with unequal layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from efficientllm.train.architecture import FAMILIES, Architecture, LayerShape
+from efficientllm.train.models import build
+
+UNEQUAL = (LayerShape(4, 2, 96), LayerShape(2, 2, 64), LayerShape(2, 1, 128))
+
+
+def tiny_architecture(
+    family: str = "llama",
+    layers: tuple[LayerShape, ...] = UNEQUAL,
+    hidden_size: int = 64,
+    tied: bool = True,
+    head_dim: int = 32,
+) -> Architecture:
+    traits = FAMILIES[family]
+    return Architecture(
+        family=family,
+        hidden_size=hidden_size,
+        head_dim=head_dim,
+        vocab_size=400,
+        tie_word_embeddings=tied,
+        qkv_bias=traits.qkv_bias,
+        qk_norm=traits.qk_norm,
+        layers=layers,
+    )
+
+
+def tiny_model(architecture: Architecture, seed: int = 0, **settings: Any) -> Any:
+    """A random irregular model; norms and biases are random too, so that nothing is tested at its neutral value."""
+    values = {
+        "vocab_size": architecture.vocab_size,
+        "hidden_size": architecture.hidden_size,
+        "head_dim": architecture.head_dim,
+        "num_hidden_layers": len(architecture.layers),
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+        "intermediate_size": 32,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": architecture.tie_word_embeddings,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        **settings,
+    }
+    torch.manual_seed(seed)
+    model: Any = build(AutoConfig.for_model(architecture.family, **values), architecture)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.uniform_(0.5, 1.5)
+            elif name.endswith(".bias"):
+                parameter.normal_(std=0.2)
+            else:
+                parameter.normal_(std=0.08)
+    return model.eval()

@@ -1,0 +1,1 @@
+"""Pruning-aware pretraining: from a larger pretrained model to a smaller, irregular one."""

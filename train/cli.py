@@ -1,0 +1,70 @@
+"""`efficientllm-train`: from a source model and a corpus to a smaller model."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..runtime import flags
+from ..runtime.command import run_command
+from ..runtime.errors import MissingExtraError, UsageError
+from .config import TrainConfig
+from .presets import PRESETS, preset
+
+
+def build_parser() -> flags.Parser:
+    parser = flags.Parser(
+        prog="efficientllm-train",
+        description="Prune a pretrained language model while it goes on pretraining (EfficientLLM, arXiv 2502.06663).",
+        epilog="Settings are taken from the preset, then from --config, then from flags.",
+    )
+    parser.add_argument("--preset", choices=list(PRESETS), help="named starting point")
+    parser.add_argument("--config", metavar="FILE", help="TOML file, as --print-config writes it")
+    parser.add_argument("--print-config", action="store_true", help="print the resulting configuration and leave")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    flags.add_flags(parser, TrainConfig)
+    return parser
+
+
+def configuration(arguments: dict[str, Any]) -> TrainConfig:
+    """Resolve preset, --config file and flags into one configuration."""
+    name, file = arguments.pop("preset", None), arguments.pop("config", None)
+    config = preset(name) if name else TrainConfig()
+    if file:
+        try:
+            sections = tomllib.loads(Path(file).read_text(encoding="utf-8"))
+        except tomllib.TOMLDecodeError as error:
+            raise UsageError(f"--config {file}: not valid TOML: {error}") from error
+        values = {name: value for section in sections.values() for name, value in section.items()}
+        config = flags.merge(config, values, f"--config {file}")
+    return flags.merge(config, arguments, "flags")
+
+
+def body(argv: Sequence[str]) -> int:
+    arguments = build_parser().parse(argv)
+    arguments.pop("debug")
+    print_only = arguments.pop("print_config")
+    config = configuration(arguments)
+    if print_only:
+        print(config.to_toml(), end="")
+        return 0
+    for module in ("torch", "transformers"):
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            raise MissingExtraError(module, "train") from error
+    from .run import run_training
+
+    model = run_training(config)
+    if model is None:
+        return 130
+    print(f"model: {model}")
+    return 0
+
+
+def main() -> None:
+    sys.exit(run_command(body))

