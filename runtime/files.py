@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,19 +41,30 @@ def _to_json(value: Any, depth: int = 0) -> str:
 
 
 @contextlib.contextmanager
-def folder_written_atomically(path: Path) -> Iterator[Path]:
-    """Yield a temporary sibling folder that takes the place of `path` only if the block succeeds."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+def folder_written_atomically(
+    path: Path, is_main: bool = True, barrier: Callable[[], None] = lambda: None
+) -> Iterator[Path]:
+    """Yield a temporary sibling folder that takes the place of `path` only if the block succeeds.
+
+    Where several processes write into it, only the main one makes and renames it; `barrier` waits for all.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    if is_main:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    barrier()
     try:
         yield temporary
-        _sync_tree(temporary)
-        if path.exists():
-            shutil.rmtree(path)
-        temporary.rename(path)
+        barrier()
+        if is_main:
+            _sync_tree(temporary)
+            if path.exists():
+                shutil.rmtree(path)
+            temporary.rename(path)
+        barrier()
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 

@@ -13,6 +13,7 @@ import functools
 import inspect
 import itertools
 import textwrap
+import tomllib
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -166,6 +167,14 @@ def _coerce(value: Any, annotation: Any, field: dataclasses.Field[Any]) -> Any:
     if isinstance(annotation, type) and not isinstance(value, annotation):
         raise UsageError(f"{name}: {value!r} is not {'an' if annotation is int else 'a'} {annotation.__name__}")
     return value
+
+
+def read_toml(text: str) -> dict[str, Any]:
+    """Flat {field: value} of a TOML configuration; section names only group."""
+    values: dict[str, Any] = {}
+    for name, section in tomllib.loads(text).items():
+        values |= section if isinstance(section, dict) else {name: section}
+    return values
 
 
 def flatten(config: Any) -> dict[str, dict[str, Any]]:

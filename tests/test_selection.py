@@ -8,7 +8,7 @@ from tiny import tiny_architecture
 from efficientllm.runtime.errors import UsageError
 from efficientllm.train.architecture import LayerShape
 from efficientllm.train.saliency import GROUP_KINDS
-from efficientllm.train.selection import SelectionRules, check_target, select_removal, smallest_architecture
+from efficientllm.train.selection import SelectionRules, check_floor, compose, select_removal, smallest_architecture
 
 LAYERS = (LayerShape(6, 2, 96), LayerShape(6, 2, 96), LayerShape(4, 4, 96))
 ARCHITECTURE = tiny_architecture(layers=LAYERS)
@@ -19,8 +19,7 @@ def test_takes_the_least_salient_channels_first() -> None:
     scores["ffn"][1][:] += 10
     scores["ffn"][1][[3, 50, 51, 90]] = 0.0
     removal = select_removal(ARCHITECTURE, {"ffn": scores["ffn"]}, SelectionRules(("ffn",), 4), 0, max_units=1)
-    assert removal.units[0].layer == 1
-    assert removal.units[0].indices == (3, 50, 51, 90)
+    assert removal.units[0].parts == ((1, (3, 50, 51, 90)),)
     assert removal.after.layers[1].intermediate_size == 92
 
 
@@ -33,7 +32,7 @@ def test_ranks_by_saliency_per_parameter_across_types() -> None:
     scores["kv_group"][0][1] = 8 * group / cheap * 0.99
     rules = SelectionRules(("kv_group", "ffn"), 8)
     first = select_removal(ARCHITECTURE, scores, rules, 0, max_units=1).units[0]
-    assert (first.kind, first.layer) == ("kv_group", 0)
+    assert (first.kind, first.parts) == ("kv_group", ((0, (1,)),))
     scores["kv_group"][0] *= 2
     assert select_removal(ARCHITECTURE, scores, rules, 0, max_units=1).units[0].kind == "ffn"
 
@@ -72,9 +71,49 @@ def test_stops_within_one_unit_of_the_target(target: int) -> None:
     assert removal.after.num_parameters <= target < removal.after.num_parameters + last
 
 
-def test_targets_out_of_reach_are_refused() -> None:
-    rules = SelectionRules(("ffn",), 32)
-    with pytest.raises(UsageError, match="is larger than the source's"):
-        check_target(ARCHITECTURE, rules, ARCHITECTURE.num_parameters + 1)
-    with pytest.raises(UsageError, match="too small: one group per layer already takes"):
-        check_target(ARCHITECTURE, rules, 1000)
+@pytest.mark.parametrize("seed", range(3))
+def test_uniform_layout_keeps_layers_equal(seed: int) -> None:
+    architecture = tiny_architecture(layers=(LayerShape(6, 2, 96),) * 3)
+    rules = SelectionRules(GROUP_KINDS, 8, uniform=True)
+    removal = select_removal(architecture, random_scores(architecture, seed), rules, 60_000)
+    assert removal.after.is_uniform
+    assert removal.after.num_parameters <= 60_000
+    different = removal.kept["ffn"][0].tolist() != removal.kept["ffn"][1].tolist()
+    assert different or len(removal.kept["ffn"][0]) == 96  # each layer loses its own least salient channels
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_an_explicit_architecture_is_reached_exactly(seed: int) -> None:
+    target = tiny_architecture(
+        layers=(LayerShape(4, 2, 77), LayerShape(3, 1, 96), LayerShape(2, 2, 13)), hidden_size=51
+    )
+    check_floor(ARCHITECTURE, target)
+    rules = SelectionRules(GROUP_KINDS, 1, floor=target)
+    removal = select_removal(ARCHITECTURE, random_scores(ARCHITECTURE, seed), rules, target.num_parameters)
+    assert removal.after == target
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ((LayerShape(6, 2, 96),) * 2, "has 2 layers, the source 3"),
+        ((LayerShape(6, 2, 96), LayerShape(6, 3, 96), LayerShape(4, 4, 96)), "layer 1 .* cannot be pruned"),
+        ((LayerShape(6, 2, 97), LayerShape(6, 2, 96), LayerShape(4, 4, 96)), "layer 0 .* cannot be pruned"),
+    ],
+)
+def test_an_architecture_out_of_reach_is_refused(layers: tuple[LayerShape, ...], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        check_floor(ARCHITECTURE, tiny_architecture(layers=layers))
+
+
+def test_two_removals_compose_to_one() -> None:
+    scores = random_scores(ARCHITECTURE)
+    rules = SelectionRules(GROUP_KINDS, 8)
+    whole = select_removal(ARCHITECTURE, scores, rules, 0, max_units=9)
+    first = select_removal(ARCHITECTURE, scores, rules, 0, max_units=4)
+    remaining = {kind: [v[k] for v, k in zip(scores[kind], first.kept[kind], strict=True)] for kind in scores}
+    second = select_removal(first.after, remaining, rules, 0, max_units=5)
+    composed = compose(first.kept, second.kept)
+    assert second.after == whole.after
+    for kind, layers in whole.kept.items():
+        assert all(torch.equal(a, b) for a, b in zip(layers, composed[kind], strict=True))

@@ -11,7 +11,7 @@ from efficientllm.train.architecture import FAMILIES, Architecture, LayerShape
 from efficientllm.train.models import architecture_of
 from efficientllm.train.saliency import GROUP_KINDS, Scores
 from efficientllm.train.selection import Removal, SelectionRules, select_removal
-from efficientllm.train.surgery import remove_groups, zero_groups
+from efficientllm.train.surgery import remove_groups, zero_gradients, zero_groups
 
 TOKENS = torch.randint(0, 400, (2, 9), generator=torch.Generator().manual_seed(3))
 LAYERS = (*UNEQUAL, LayerShape(6, 2, 64))
@@ -42,7 +42,7 @@ def some_removal(architecture: Architecture, kinds: tuple[str, ...], units: int 
 def train_step(model: Any, optimizer: torch.optim.Optimizer, masked: Removal | None = None) -> None:
     model(TOKENS, labels=TOKENS).loss.backward()
     if masked is not None:
-        zero_groups(model, masked)
+        zero_gradients(model, masked)
     optimizer.step()
     optimizer.zero_grad()
 

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 
 from ..runtime.errors import ModelError
 from ..runtime.files import folder_written_atomically
+from .distributed import Parallel
 
 _NAME = re.compile(r"step-(\d{8})")
 
@@ -53,34 +54,39 @@ def save_training_state(
     extra: dict[str, Any],
     tensors: dict[str, Any],
     keep: int,
+    parallel: Parallel,
 ) -> Path:
-    """Write checkpoint step-N atomically, then drop all but the newest `keep`.
+    """Write checkpoint step-N atomically, then drop all but the newest `keep`; every rank writes its own shards.
 
     `extra` holds JSON values (data position, surviving groups), `tensors` nested tensors (saliency).
     """
     target = folder / f"step-{progress.step:08d}"
-    with folder_written_atomically(target) as temporary:
+    with folder_written_atomically(target, parallel.is_main, parallel.barrier) as temporary:
         model_state, optimizer_state = get_state_dict(model, optimizer)
         with _single_process_is_meant():
             state = {"model": model_state, "optimizer": optimizer_state}
-            dcp.save(state, checkpoint_id=temporary / "state", no_dist=True)
-        torch.save({"tensors": tensors, "rng": _rng_state()}, temporary / "tensors.pt")
-        (temporary / "config.json").write_text(model.config.to_json_string(use_diff=False), encoding="utf-8")
-        values = {"progress": asdict(progress), **extra}
-        (temporary / "trainer.json").write_text(json.dumps(values), encoding="utf-8")
-    for stale in checkpoint_folders(folder)[:-keep]:
-        shutil.rmtree(stale)
+            dcp.save(state, checkpoint_id=temporary / "state", no_dist=parallel.world_size == 1)
+        if parallel.is_main:
+            torch.save({"tensors": tensors, "rng": _rng_state()}, temporary / "tensors.pt")
+            (temporary / "config.json").write_text(model.config.to_json_string(use_diff=False), encoding="utf-8")
+            values = {"progress": asdict(progress), **extra}
+            (temporary / "trainer.json").write_text(json.dumps(values), encoding="utf-8")
+    if parallel.is_main:
+        for stale in checkpoint_folders(folder)[:-keep]:
+            shutil.rmtree(stale)
     return target
 
 
-def load_training_state(folder: Path, model: Any, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Fill model and optimizer (already of the checkpoint's shape) and return the saliency tensors; set the RNGs."""
+def load_training_state(
+    folder: Path, model: Any, optimizer: torch.optim.Optimizer, parallel: Parallel
+) -> dict[str, Any]:
+    """Fill model and optimizer (already of the checkpoint's shape) and return the other tensors; set the RNGs."""
     model_state, optimizer_state = get_state_dict(model, optimizer)
     state = {"model": model_state, "optimizer": optimizer_state}
     with _single_process_is_meant():
-        dcp.load(state, checkpoint_id=folder / "state", no_dist=True)
+        dcp.load(state, checkpoint_id=folder / "state", no_dist=parallel.world_size == 1)
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-    small = torch.load(folder / "tensors.pt", weights_only=True)
+    small = torch.load(folder / "tensors.pt", weights_only=True, map_location=parallel.device)
     _set_rng_state(small["rng"])
     return small["tensors"]
 
@@ -110,6 +116,6 @@ def _rng_state() -> dict[str, Any]:
 
 
 def _set_rng_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["torch"])
+    torch.set_rng_state(state["torch"].cpu())
     if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+        torch.cuda.set_rng_state_all([each.cpu() for each in state["cuda"]])

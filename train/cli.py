@@ -36,10 +36,9 @@ def configuration(arguments: dict[str, Any]) -> TrainConfig:
     config = preset(name) if name else TrainConfig()
     if file:
         try:
-            sections = tomllib.loads(Path(file).read_text(encoding="utf-8"))
+            values = flags.read_toml(Path(file).read_text(encoding="utf-8"))
         except tomllib.TOMLDecodeError as error:
             raise UsageError(f"--config {file}: not valid TOML: {error}") from error
-        values = {name: value for section in sections.values() for name, value in section.items()}
         config = flags.merge(config, values, f"--config {file}")
     return flags.merge(config, arguments, "flags")
 
@@ -68,3 +67,7 @@ def body(argv: Sequence[str]) -> int:
 
 def main() -> None:
     sys.exit(run_command(body))
+
+
+if __name__ == "__main__":
+    main()

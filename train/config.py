@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from ..runtime import flags
-from ..runtime.quantities import parse_count
+from ..runtime.quantities import parse_bytes, parse_count
+from .file_size import BITS
 
 PRUNE_TYPES = ("attention", "ffn", "stem")
 
@@ -38,6 +39,8 @@ class SourceConfig:
     """Share of the documents, chosen by hash, that is never trained on and measures perplexity."""
     eval_tokens: int = _count(16_384)
     """Held-out tokens per evaluation."""
+    init: Literal["source", "random"] = "source"
+    """random: forget the source's weights and train its shape from scratch (the baseline)."""
     sequence_length: int = _count(512)
     """Tokens per training sequence."""
 
@@ -57,7 +60,15 @@ class PruneConfig:
     target_ratio: float | None = None
     """Share of the source's parameters to keep."""
     target_params: int | None = _count(None)
-    """Parameters to keep, as 100M; replaces --target-ratio."""
+    """Parameters to keep, as 100M."""
+    target_bytes: int | None = field(default=None, metadata={"parse": parse_bytes})
+    """Bytes of the exported GGUF, as 60MB, in the type of --quantize."""
+    quantize: str = "q8_0"
+    """Weight type that --target-bytes is measured in."""
+    target_architecture: str | None = None
+    """JSON file of an architecture (as a run's architecture.json) to prune towards, layer by layer."""
+    layout: Literal["per-layer", "uniform"] = "per-layer"
+    """per-layer: every layer its own widths; uniform: every layer loses its own least salient group at once."""
     saliency: str = "taylor1"
     """Criterion: taylor1, taylor2, magnitude, random, or one registered by a plug-in."""
     saliency_decay: float = 0.9
@@ -70,18 +81,40 @@ class PruneConfig:
     """Share of the tokens by which the target is reached; the rest trains the final architecture."""
     prune_every: int = 1
     """Optimizer steps per pruning event (the paper's N)."""
+    compact_every: int = 1
+    """Pruning events between physical removals; groups removed in between are only zeroed."""
+    weight_update: Literal["none", "obs"] = "none"
+    """obs: the remaining weights of a layer absorb the removed ones (second order)."""
+    obs_decay: float = 0.95
+    """Weight of the past in the running average of a layer's input Gram matrix, per forward pass."""
+    obs_damping: float = 0.01
+    """Damping of the Gram matrix, relative to the mean of its diagonal."""
+    obs_max_width: int = 0
+    """Leave layers with wider inputs without an update; 0: no limit."""
+    obs_rows: int = _count(512)
+    """Tokens per forward pass that enter the Gram matrices; 0: all."""
 
     def __post_init__(self) -> None:
         for kind in self.prune:
             allowed = kind in PRUNE_TYPES or self.prune == ("none",)
             _require(allowed, "prune", ",".join(self.prune), f"choose from {', '.join(PRUNE_TYPES)}, or none alone")
+        named = ("target_ratio", "target_params", "target_bytes", "target_architecture")
+        given = [flags.flag_name(name) for name in named if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} are both given; choose one")
+        _require(self.quantize in BITS, "quantize", self.quantize, f"--target-bytes knows {', '.join(BITS)}")
         if self.target_ratio is not None:
             _require(0 < self.target_ratio <= 1, "target_ratio", self.target_ratio, "must be above 0 and at most 1")
         _require(0 <= self.saliency_decay < 1, "saliency_decay", self.saliency_decay, "must be at least 0 and below 1")
         _require(self.width_multiple >= 1, "width_multiple", self.width_multiple, "must be positive")
         _require(0 <= self.prune_start <= 1, "prune_start", self.prune_start, "must be between 0 and 1")
         _require(self.prune_start <= self.prune_end <= 1, "prune_end", self.prune_end, "must be in [--prune-start, 1]")
-        _require(self.prune_every >= 1, "prune_every", self.prune_every, "must be at least 1")
+        for name in ("prune_every", "compact_every"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
+        _require(0 <= self.obs_decay < 1, "obs_decay", self.obs_decay, "must be at least 0 and below 1")
+        _require(self.obs_damping > 0, "obs_damping", self.obs_damping, "must be positive")
+        for name in ("obs_max_width", "obs_rows"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -118,6 +151,8 @@ class OptimizerConfig:
     """Decay of AdamW's second moment."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this global norm."""
+    distill: float = 0.0
+    """Weight of the KL divergence from the unpruned source's predictions, added to the loss; 0: off."""
 
     def __post_init__(self) -> None:
         for name in ("tokens", "batch_size", "gradient_accumulation"):
@@ -128,7 +163,8 @@ class OptimizerConfig:
             _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "must be between 0 and 1")
         for name in ("beta1", "beta2"):
             _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "must be at least 0 and below 1")
-        _require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "must not be negative")
+        for name in ("weight_decay", "distill"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
 
 
 @dataclass(frozen=True)
@@ -151,11 +187,24 @@ class RunConfig:
     """Precision of matrix products (weights and sums stay fp32); auto: bfloat16 where the hardware has it."""
     threads: int = 0
     """CPU threads; 0: all cores."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """Under torchrun: ddp keeps the whole model on every rank, fsdp shards it (FSDP2)."""
+    offload: bool = False
+    """With --parallel fsdp: weights, gradients and optimizer state stay in host memory, layers visit the GPU."""
+    compile: bool = False
+    """Compile the decoder with torch.compile; it is compiled again after every physical removal."""
+    activation_checkpointing: bool = False
+    """Recompute each layer in the backward pass instead of keeping its activations."""
+    tensorboard: bool = False
+    """Write TensorBoard events beside metrics.jsonl."""
+    wandb: bool = False
+    """Log to Weights & Biases, where it is installed and configured."""
     seed: int = 0
     """Seed of the data order and of random initialisation."""
 
     def __post_init__(self) -> None:
         _require(not (self.overwrite and self.resume), "resume", "", "cannot be combined with --overwrite")
+        _require(not self.offload or self.parallel == "fsdp", "offload", "", "works with --parallel fsdp only")
         _require(self.checkpoint_every >= 0, "checkpoint_every", self.checkpoint_every, "must not be negative")
         _require(self.keep >= 1, "keep", self.keep, "must be at least 1")
         _require(self.threads >= 0, "threads", self.threads, "must not be negative")
@@ -181,7 +230,9 @@ class TrainConfig:
         return "\n".join(lines)
 
 
-RESUMABLE_CHANGES = frozenset({"output", "overwrite", "resume", "checkpoint_every", "keep", "device", "threads"})
+RESUMABLE_CHANGES = frozenset(
+    {"output", "overwrite", "resume", "checkpoint_every", "keep", "device", "threads", "tensorboard", "wandb"}
+)
 """Settings a resumed run may change without changing its result."""
 
 

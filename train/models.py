@@ -176,12 +176,17 @@ def plain_config(config: Any, architecture: Architecture) -> Any | None:
     return None if architecture.layers[0].intermediate_size == 0 else plain
 
 
-def save_checkpoint(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write a Hugging Face folder: plain where stock transformers can hold it, with its own modeling file otherwise."""
+def save_checkpoint(
+    model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, state: dict[str, torch.Tensor] | None = None
+) -> None:
+    """Write a Hugging Face folder: plain where stock transformers can hold it, with its own modeling file otherwise.
+
+    `state` replaces the model's own state dict (whole tensors of a sharded model).
+    """
     folder.mkdir(parents=True, exist_ok=True)
     architecture = architecture_of(model.config)
     config = plain_config(model.config, architecture)
-    state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    state = {name: tensor.detach().contiguous() for name, tensor in (state or model.state_dict()).items()}
     if architecture.tie_word_embeddings:
         state.pop("lm_head.weight", None)
     if config is None:

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from ..runtime.errors import UsageError
 from .config import OptimizerConfig, PruneConfig, RunConfig, SourceConfig, TrainConfig
 
+SMOLLM_CORPUS = "HuggingFaceTB/smollm-corpus@fineweb-edu-dedup"
+
 
 def cpu_quickstart() -> TrainConfig:
     """SmolLM2-135M to 85 % on two CPU cores in about five minutes: a demonstration, not a good model."""
@@ -18,7 +20,45 @@ def cpu_quickstart() -> TrainConfig:
     )
 
 
-PRESETS: dict[str, Callable[[], TrainConfig]] = {"cpu-quickstart": cpu_quickstart}
+def gpu24_469m() -> TrainConfig:
+    """SmolLM-1.7B to 469M on one GPU of 24 GB and 32 GB of host memory, half a million tokens a step.
+
+    Weights, gradients and AdamW's moments take 16 bytes a parameter, 27 GB at the start; they stay in host memory and
+    layers visit the GPU (start it with `torchrun --nproc-per-node 1 -m efficientllm.train.cli`). Not yet run on such a
+    GPU. The paper's 469M model saw 50B tokens.
+    """
+    return TrainConfig(
+        source=SourceConfig(
+            source="HuggingFaceTB/SmolLM-1.7B", data=(SMOLLM_CORPUS,), sequence_length=2048, eval_tokens=262_144
+        ),
+        pruning=PruneConfig(prune=("attention", "ffn", "stem"), target_params=469_000_000, prune_end=0.25),
+        optimizer=OptimizerConfig(tokens=5_000_000_000, batch_size=2, gradient_accumulation=128, learning_rate=3e-4),
+        run=RunConfig(
+            parallel="fsdp", offload=True, activation_checkpointing=True, checkpoint_every=500, tensorboard=True
+        ),
+    )
+
+
+def node8_1b() -> TrainConfig:
+    """SmolLM-1.7B to 1.1B on one node of eight 80 GB GPUs, a million tokens a step, 50B tokens as in the paper.
+
+    Start it with `torchrun --nproc-per-node 8 -m efficientllm.train.cli`. Not yet run on such a node.
+    """
+    return TrainConfig(
+        source=SourceConfig(
+            source="HuggingFaceTB/SmolLM-1.7B", data=(SMOLLM_CORPUS,), sequence_length=2048, eval_tokens=262_144
+        ),
+        pruning=PruneConfig(prune=("attention", "ffn", "stem"), target_params=1_100_000_000, prune_end=0.2),
+        optimizer=OptimizerConfig(tokens=50_000_000_000, batch_size=8, gradient_accumulation=8, learning_rate=3e-4),
+        run=RunConfig(parallel="ddp", activation_checkpointing=True, checkpoint_every=1000, tensorboard=True),
+    )
+
+
+PRESETS: dict[str, Callable[[], TrainConfig]] = {
+    "cpu-quickstart": cpu_quickstart,
+    "gpu24-469m": gpu24_469m,
+    "node8-1b": node8_1b,
+}
 
 
 def preset(name: str) -> TrainConfig:

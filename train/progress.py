@@ -18,7 +18,9 @@ LINE_SECONDS = 15.0
 class ProgressDisplay:
     """Tokens, loss, parameters left, tokens per second and time to go."""
 
-    def __init__(self, total_tokens: int, start_tokens: int) -> None:
+    def __init__(self, total_tokens: int, start_tokens: int, silent: bool = False) -> None:
+        """`silent`: show nothing (all ranks but the main one)."""
+        self.silent = silent
         self.total = total_tokens
         self.start = start_tokens
         self.began = time.monotonic()
@@ -27,7 +29,7 @@ class ProgressDisplay:
         self.console = Console(stderr=True)
 
     def __enter__(self) -> ProgressDisplay:
-        if self.console.is_terminal:
+        if self.console.is_terminal and not self.silent:
             self.bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -62,6 +64,8 @@ class ProgressDisplay:
 
     def say(self, text: str) -> None:
         """One line, above the bar where there is one."""
+        if self.silent:
+            return
         if self.bar is not None:
             self.bar.console.print(text, highlight=False)
         else:

@@ -1,10 +1,8 @@
-"""A whole training run: check the request, load, train, and leave a model, its metrics and its architecture behind."""
+"""A whole training run: check the request, load, train, and leave a model and what is known about it behind."""
 
 from __future__ import annotations
 
-import json
 import shutil
-import tomllib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,20 +12,24 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from ..runtime import flags
 from ..runtime.errors import UsageError
-from ..runtime.files import folder_written_atomically, require_empty, write_json_atomically, write_text_atomically
-from ..runtime.quantities import format_count
+from ..runtime.files import require_empty, write_text_atomically
+from ..runtime.quantities import format_bytes, format_count
 from .architecture import Architecture
+from .budget import Budget, check_budget, make_budget
 from .checkpoint import checkpoint_folders
 from .config import TrainConfig, changed_settings
+from .distributed import Parallel
 from .documents import DataSpec
+from .file_size import tokenizer_bytes
 from .hardware import Hardware, choose_hardware
-from .models import architecture_of, build, load_source, save_checkpoint
+from .loss import TrainingLoss, make_teacher
+from .models import architecture_of, build, load_source
 from .packing import PackedStream, held_out_windows
-from .plots import plot_architecture
+from .pruner import selection_rules
+from .result import write_result
 from .saliency import criterion_named
-from .schedule import DroppingSchedule
-from .selection import SelectionRules, check_target
-from .trainer import Trainer, survivors_to_json
+from .selection import check_floor
+from .trainer import Trainer
 
 
 def run_training(config: TrainConfig) -> Path | None:
@@ -44,21 +46,49 @@ def run_training(config: TrainConfig) -> Path | None:
     )
     last = _resume_point(config, folder)
     hardware = choose_hardware(config.run.device, config.run.dtype, config.run.threads)
+    parallel = Parallel(config.run.parallel, hardware.device, config.run.offload)
+    try:
+        return _run(config, folder, last, hardware, parallel)
+    finally:
+        parallel.close()
+
+
+def _run(config: TrainConfig, folder: Path, last: Path | None, hardware: Hardware, parallel: Parallel) -> Path | None:
+    if parallel.mode == "fsdp" and config.pruning.compact_every > 1:
+        raise UsageError("--compact-every works with --parallel ddp only: fsdp removes physically at every event")
     torch.manual_seed(config.run.seed)
     source, tokenizer = load_source(config.source.source)
     architecture = architecture_of(source.config)
-    schedule = _dropping_schedule(config, architecture)
-    trainer = _make_trainer(config, source, tokenizer, schedule, hardware, folder, last)
-    if last is None:
-        _prepare_folder(config, folder)
-    print(f"source: {config.source.source}, {format_count(architecture.num_parameters)} parameters", flush=True)
-    print(f"device: {hardware.describe()}", flush=True)
-    if last is not None:
-        print(f"resuming from {last.name} at {format_count(trainer.progress.tokens)} tokens", flush=True)
+    budget = _budget(config, architecture, tokenizer)
+    trainer = _make_trainer(config, source, tokenizer, budget, hardware, parallel, folder, last)
+    if parallel.is_main:
+        if last is None:
+            _prepare_folder(config, folder)
+        _announce(config, architecture, budget, trainer, hardware, parallel, last)
+    parallel.barrier()
     if not trainer.train():
         return None
-    _write_result(trainer, architecture, folder)
+    write_result(trainer, architecture, folder)
     return folder / "model"
+
+
+def _announce(
+    config: TrainConfig,
+    architecture: Architecture,
+    budget: Budget | None,
+    trainer: Trainer,
+    hardware: Hardware,
+    parallel: Parallel,
+    last: Path | None,
+) -> None:
+    ranks = "" if parallel.mode == "none" else f", {parallel.world_size} ranks ({parallel.mode})"
+    print(f"source: {config.source.source}, {format_count(architecture.num_parameters)} parameters")
+    print(f"device: {hardware.describe()}{ranks}")
+    if budget is not None:
+        show = format_bytes if budget.unit == "bytes" else format_count
+        print(f"target: {show(budget.target)} {budget.unit if budget.unit != 'bytes' else ''}".rstrip())
+    if last is not None:
+        print(f"resuming from {last.name} at {format_count(trainer.progress.tokens)} tokens")
 
 
 def _resume_point(config: TrainConfig, folder: Path) -> Path | None:
@@ -68,11 +98,7 @@ def _resume_point(config: TrainConfig, folder: Path) -> Path | None:
     settings = folder / "config.toml"
     if not settings.is_file():
         raise UsageError(f"--resume: {folder} holds no run (no config.toml)")
-    before = flags.merge(
-        TrainConfig(),
-        {name: value for section in tomllib.loads(settings.read_text()).values() for name, value in section.items()},
-        str(settings),
-    )
+    before = flags.merge(TrainConfig(), flags.read_toml(settings.read_text(encoding="utf-8")), str(settings))
     changed = changed_settings(before, config)
     if changed:
         raise UsageError(f"--resume: {', '.join(changed)} differ from the run in {folder}; repeat its settings")
@@ -90,27 +116,35 @@ def _prepare_folder(config: TrainConfig, folder: Path) -> None:
     write_text_atomically(folder / "config.toml", kept.to_toml())
 
 
-def _dropping_schedule(config: TrainConfig, source: Architecture) -> DroppingSchedule | None:
-    settings = config.pruning
-    if settings.target_params is None and settings.target_ratio is None:
+def _budget(config: TrainConfig, source: Architecture, tokenizer: PreTrainedTokenizerBase) -> Budget | None:
+    """The budget, checked against the source before anything is written."""
+    backend: Any = tokenizer.backend_tokenizer
+    merges = [" ".join(merge) if not isinstance(merge, str) else merge for merge in _merges(backend)]
+    budget = make_budget(config.pruning, source, tokenizer_bytes(list(tokenizer.get_vocab()), merges))
+    if budget is None:
         return None
-    if settings.target_params is not None:
-        target = settings.target_params
-    else:
-        target = round((settings.target_ratio or 1.0) * source.num_parameters)
-    check_target(source, SelectionRules(settings.kinds, settings.width_multiple), target)
-    tokens = config.optimizer.tokens
-    return DroppingSchedule(
-        source.num_parameters, target, round(settings.prune_start * tokens), round(settings.prune_end * tokens)
-    )
+    rules = selection_rules(config.pruning)
+    if rules.floor is not None:
+        check_floor(source, rules.floor)
+    if rules.uniform and not source.is_uniform:
+        raise UsageError("--layout uniform needs a source whose layers are equal")
+    check_budget(budget, source, rules)
+    return budget
+
+
+def _merges(backend: Any) -> list[Any]:
+    import json
+
+    return json.loads(backend.to_str())["model"].get("merges", [])
 
 
 def _make_trainer(
     config: TrainConfig,
     source: Any,
     tokenizer: PreTrainedTokenizerBase,
-    schedule: DroppingSchedule | None,
+    budget: Budget | None,
     hardware: Hardware,
+    parallel: Parallel,
     folder: Path,
     last: Path | None,
 ) -> Trainer:
@@ -123,38 +157,19 @@ def _make_trainer(
     held_out = held_out_windows(specs, tokenizer, length, fraction, config.source.eval_tokens)
     stream = PackedStream(specs, tokenizer, length, fraction, config.run.seed)
     stream.check()
+    architecture = architecture_of(source.config)
+    teacher = None
+    if config.optimizer.distill:
+        teacher = make_teacher(source, hardware.dtype, parallel.device)
     model = source
     if last is not None:
         saved = AutoConfig.from_pretrained(last)
         model = build(saved, architecture_of(saved))
-        model.generation_config = source.generation_config
-    trainer = Trainer(config, model, tokenizer, stream, held_out, schedule, hardware, folder)
+    elif config.source.init == "random":
+        model = build(source.config, architecture)
+    model.generation_config = source.generation_config
+    loss = TrainingLoss(model.to(parallel.device), hardware.dtype, teacher, config.optimizer.distill)
+    trainer = Trainer(config, loss, tokenizer, stream, held_out, budget, parallel, folder, architecture)
     if last is not None:
         trainer.restore(last)
     return trainer
-
-
-def _write_result(trainer: Trainer, source: Architecture, folder: Path) -> None:
-    """Write the final model with what is known about it, then drop the checkpoints."""
-    architecture = trainer.architecture
-    summary = {
-        "source": trainer.config.source.source,
-        "data": list(trainer.config.source.data),
-        "tokens": trainer.progress.tokens,
-        "seconds": round(trainer.progress.seconds, 1),
-        "source_parameters": source.num_parameters,
-        "parameters": architecture.num_parameters,
-        "held_out_tokens": int(trainer.held_out.shape[0] * trainer.config.source.sequence_length),
-        "perplexity": trainer.progress.perplexity,
-    }
-    description = {
-        "source": source.to_dict(),
-        "final": architecture.to_dict(),
-        "survivors": survivors_to_json(trainer.survivors),
-    }
-    with folder_written_atomically(folder / "model") as temporary:
-        save_checkpoint(trainer.model, trainer.tokenizer, temporary)
-        (temporary / "training.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    write_json_atomically(folder / "architecture.json", description)
-    plot_architecture(source, architecture, folder / "architecture.png")
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)

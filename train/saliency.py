@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..runtime.errors import UsageError
 from .architecture import Architecture
+from .gather import full
 from .tensors import axes_of
 
 GROUP_KINDS = ("kv_group", "query_head", "ffn", "stem")
@@ -79,9 +80,19 @@ class SaliencyTracker:
     """Scores of every prunable group of a model, averaged over the training steps seen so far."""
 
     def __init__(
-        self, criterion: Criterion, kinds: Iterable[str], architecture: Architecture, decay: float, seed: int = 0
+        self,
+        criterion: Criterion,
+        kinds: Iterable[str],
+        architecture: Architecture,
+        decay: float,
+        seed: int = 0,
+        mean_over_ranks: Callable[[Iterable[Tensor]], None] = lambda tensors: None,
     ) -> None:
-        """`decay` is the weight of the past in the exponential average, per optimizer step."""
+        """`decay` is the weight of the past in the exponential average, per optimizer step.
+
+        `mean_over_ranks` averages tensors in place; it is called where the samples are a rank's own microbatches.
+        """
+        self.mean_over_ranks = mean_over_ranks
         self.criterion = criterion
         self.kinds = tuple(kinds)
         self.decay = decay
@@ -117,7 +128,7 @@ class SaliencyTracker:
             terms = self.criterion.elementwise(weight, weight if gradient is None else gradient.float())
             for dim in wanted:
                 owner = None if axes[dim] == "hidden" else layer
-                reduced = [term.sum(1 - dim) if term.dim() == 2 else term for term in terms]
+                reduced = [full(term.sum(1 - dim) if term.dim() == 2 else term) for term in terms]
                 held = sums.get((owner, axes[dim]))
                 sums[owner, axes[dim]] = (
                     reduced if held is None else [a + b for a, b in zip(held, reduced, strict=True)]
@@ -135,11 +146,14 @@ class SaliencyTracker:
                 kind: [torch.stack(vectors).mean(0) for vectors in zip(*(scores[kind] for scores in each), strict=True)]
                 for kind in self.kinds
             }
+            self.mean_over_ranks(vector for vectors in observed.values() for vector in vectors)
         else:
             mean = {
                 key: [torch.stack(terms).mean(0) for terms in zip(*(sums[key] for sums in self._samples), strict=True)]
                 for key in self._samples[0]
             }
+            if self.criterion.per_microbatch:
+                self.mean_over_ranks(term for terms in mean.values() for term in terms)
             observed = self._group_scores(mean)
         self._samples = []
         self._average(observed)

@@ -8,23 +8,24 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class DroppingSchedule:
-    """Continuous parameter dropping: parameters fall linearly in tokens (EfficientLLM, figure 2c)."""
+    """Continuous parameter dropping: the budget's measure (parameters, or bytes of the exported file) falls linearly in
+    tokens (EfficientLLM, figure 2c)."""
 
-    source_params: int
-    target_params: int
+    source: int
+    target: int
     start_tokens: int
     """Tokens seen before the first removal, so that saliency is an average."""
     end_tokens: int
     """Tokens by which the target is reached."""
 
-    def params_at(self, tokens: int) -> int:
-        """Largest parameter count allowed once `tokens` have been seen."""
+    def target_at(self, tokens: int) -> int:
+        """Largest size allowed once `tokens` have been seen."""
         if tokens >= self.end_tokens:
-            return self.target_params
+            return self.target
         if tokens < self.start_tokens:
-            return self.source_params
+            return self.source
         share = (tokens - self.start_tokens) / (self.end_tokens - self.start_tokens)
-        return round(self.source_params + share * (self.target_params - self.source_params))
+        return round(self.source + share * (self.target - self.source))
 
 
 def learning_rate_factor(tokens: int, total: int, warmup: int, decay_start: int, shape: str, floor: float) -> float:

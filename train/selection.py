@@ -1,18 +1,20 @@
 """Which groups go next: one global ranking over layers and group types, by saliency per parameter.
 
 A *unit* is what one removal takes away: `width_multiple` FFN or stem channels, one key/value group, or one query head
-of every key/value group of a layer. Its score is the sum of its groups' scores divided by the parameters it frees.
+of every key/value group of a layer; with the uniform layout, the least salient of these in every layer at once. Its
+score is the sum of its groups' scores divided by the parameters it frees.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..runtime.errors import UsageError
-from .architecture import Architecture
+from .architecture import Architecture, LayerShape
 from .saliency import Scores
 
 Kept = dict[str, list[Tensor]]
@@ -20,16 +22,17 @@ Kept = dict[str, list[Tensor]]
 
 HEAD_KINDS = ("kv_group", "query_head")
 
+Part = tuple[int | None, tuple[int, ...]]
+"""(layer, positions of the groups that go); the layer is None for stem channels."""
+
 
 @dataclass(frozen=True)
 class Unit:
-    """A candidate for removal; indices are positions in the current (already pruned) layer."""
+    """A candidate for removal; positions refer to the shape that the ranking began with."""
 
     kind: str
-    layer: int | None
-    """None for stem channels."""
-    indices: tuple[int, ...]
-    """Groups of this kind that go: channels, key/value heads or query heads."""
+    parts: tuple[Part, ...]
+    """One part, or one per layer in the uniform layout."""
     num_parameters: int
     """Parameters this frees."""
     score: float
@@ -43,8 +46,37 @@ class SelectionRules:
     kinds: tuple[str, ...]
     width_multiple: int = 32
     """FFN and hidden widths stay multiples of this many channels."""
+    uniform: bool = False
+    """Whether every layer loses a unit at once, so that equal layers stay equal."""
     floor: Architecture | None = None
     """Never go below these widths, layer by layer (an explicit target architecture)."""
+
+
+@dataclass(frozen=True)
+class Removal:
+    """What one pruning event takes away."""
+
+    before: Architecture
+    after: Architecture
+    kept: Kept
+    """Surviving groups as positions in `before`."""
+    units: tuple[Unit, ...]
+
+
+def all_groups(architecture: Architecture) -> Kept:
+    """The identity: every group of every kind."""
+    layers = architecture.layers
+    return {
+        "kv_group": [torch.arange(layer.num_key_value_heads) for layer in layers],
+        "query_head": [torch.arange(layer.num_attention_heads) for layer in layers],
+        "ffn": [torch.arange(layer.intermediate_size) for layer in layers],
+        "stem": [torch.arange(architecture.hidden_size)],
+    }
+
+
+def compose(first: Kept, then: Kept) -> Kept:
+    """Survivors of two removals in a row, as positions before the first."""
+    return {kind: [a[b] for a, b in zip(layers, then[kind], strict=True)] for kind, layers in first.items()}
 
 
 def smallest_architecture(architecture: Architecture, rules: SelectionRules) -> Architecture:
@@ -53,31 +85,40 @@ def smallest_architecture(architecture: Architecture, rules: SelectionRules) -> 
         return rules.floor
     layers = []
     for layer in architecture.layers:
-        heads, groups, width = layer.num_attention_heads, layer.num_key_value_heads, layer.intermediate_size
-        if heads and "kv_group" in rules.kinds:
-            heads, groups = heads // groups, 1
-        if heads and "query_head" in rules.kinds:
-            heads = groups
+        groups, per_group, width = layer.num_key_value_heads, layer.queries_per_group, layer.intermediate_size
+        if "kv_group" in rules.kinds:
+            groups = min(groups, 1)
+        if "query_head" in rules.kinds:
+            per_group = min(per_group, 1)
         if "ffn" in rules.kinds:
             width = min(width, rules.width_multiple)
-        layers.append(replace(layer, num_attention_heads=heads, num_key_value_heads=groups, intermediate_size=width))
+        layers.append(LayerShape(groups * per_group, groups, width))
     hidden = min(architecture.hidden_size, rules.width_multiple) if "stem" in rules.kinds else architecture.hidden_size
     return replace(architecture, hidden_size=hidden, layers=tuple(layers))
 
 
-def check_target(architecture: Architecture, rules: SelectionRules, target_params: int) -> None:
-    """UsageError where `target_params` is more than the model has or less than pruning may leave."""
-    if target_params > architecture.num_parameters:
+def check_floor(architecture: Architecture, floor: Architecture) -> None:
+    """UsageError unless `floor` can be reached from `architecture` by removing groups."""
+    if len(floor.layers) != len(architecture.layers):
         raise UsageError(
-            f"the target of {target_params:,} parameters is larger than the source's "
-            f"{architecture.num_parameters:,}; choose a smaller one"
+            f"--target-architecture has {len(floor.layers)} layers, the source {len(architecture.layers)}; "
+            "layers are not removed"
         )
-    least = smallest_architecture(architecture, rules).num_parameters
-    if target_params < least:
-        raise UsageError(
-            f"the target of {target_params:,} parameters is too small: one group per layer already takes {least:,} "
-            f"with --prune {','.join(rules.kinds)}; raise the target or prune more group types"
+    for name in ("family", "head_dim", "vocab_size", "tie_word_embeddings"):
+        if getattr(floor, name) != getattr(architecture, name):
+            raise UsageError(
+                f"--target-architecture has {name} {getattr(floor, name)}, the source {getattr(architecture, name)}"
+            )
+    if floor.hidden_size > architecture.hidden_size:
+        raise UsageError(f"--target-architecture has hidden size {floor.hidden_size}, more than the source's")
+    for index, (old, new) in enumerate(zip(architecture.layers, floor.layers, strict=True)):
+        grows = (
+            new.num_key_value_heads > old.num_key_value_heads
+            or new.queries_per_group > old.queries_per_group
+            or new.intermediate_size > old.intermediate_size
         )
+        if grows or (new.num_key_value_heads == 0) != (old.num_key_value_heads == 0):
+            raise UsageError(f"--target-architecture: layer {index} ({new}) cannot be pruned from the source's ({old})")
 
 
 class Ranking:
@@ -94,18 +135,23 @@ class Ranking:
 
     def pop(self) -> Unit | None:
         """Remove and return the unit of lowest score, or None when nothing more may go."""
-        candidates = [unit for key in self._keys() if (unit := self._candidate(*key)) is not None]
-        if not candidates:
-            return None
-        # Ties (all-zero scores) are broken by position, so every rank and every resumed run agrees.
-        best = min(candidates, key=lambda unit: (unit.score, unit.kind, -1 if unit.layer is None else unit.layer))
-        self._take(best)
+        best = self.peek()
+        if best is not None:
+            self._take(best)
         return best
+
+    def peek(self, kind: str | None = None) -> Unit | None:
+        """The unit that would go next, of any kind or of one."""
+        keys = [key for key in self._keys() if kind is None or key[0] == kind]
+        candidates = [unit for key in keys if (unit := self._candidate(*key)) is not None]
+        # Ties (all-zero scores) are broken by position, so every rank and every resumed run agrees.
+        return min(candidates, key=lambda unit: (unit.score, unit.kind, unit.parts[0][0] or 0), default=None)
 
     def _keys(self) -> list[tuple[str, int | None]]:
         keys: list[tuple[str, int | None]] = []
         for kind in self.rules.kinds:
-            keys += [(kind, None)] if kind == "stem" else [(kind, i) for i in range(len(self.architecture.layers))]
+            whole_model = kind == "stem" or self.rules.uniform
+            keys += [(kind, None)] if whole_model else [(kind, i) for i in range(len(self.architecture.layers))]
         return keys
 
     def _candidate(self, kind: str, layer: int | None) -> Unit | None:
@@ -115,70 +161,59 @@ class Ranking:
         return self._cache[key]
 
     def _build(self, kind: str, layer: int | None) -> Unit | None:
-        positions = self._lowest(kind, layer)
-        if positions is None:
-            return None
-        smaller = self._without(kind, layer, len(positions))
-        row = 0 if layer is None else layer
+        layers: list[int | None] = [layer]
+        if layer is None and kind != "stem":
+            layers = list(range(len(self.architecture.layers)))
+        smaller, total, parts = self.architecture, 0.0, []
+        for index in layers:
+            positions = self._lowest(kind, index)
+            if positions is None:
+                return None
+            row = index or 0
+            total += float(self._scores[kind][row][self.kept[kind][row][positions]].sum())
+            parts.append((index, tuple(self.kept[kind][row][positions].tolist())))
+            smaller = without(smaller, kind, index, len(positions))
         freed = self.architecture.num_parameters - smaller.num_parameters
-        score = float(self._scores[kind][row][self.kept[kind][row][positions]].sum()) / freed
-        indices = tuple(self.kept[kind][row][positions].tolist())
-        return Unit(kind, layer, indices, freed, score)
+        return Unit(kind, tuple(parts), freed, total / freed)
 
     def _lowest(self, kind: str, layer: int | None) -> Tensor | None:
-        """Positions among the living groups that the next unit of this kind takes, or None at the floor."""
-        row = 0 if layer is None else layer
-        alive = self.kept[kind][row]
-        values = self._scores[kind][row][alive]
+        """Places among the surviving groups that the next unit of this kind takes, or None at the floor."""
+        row = layer or 0
+        values = self._scores[kind][row][self.kept[kind][row]]
         if kind in ("ffn", "stem"):
             least = self.floor.hidden_size if layer is None else self.floor.layers[layer].intermediate_size
-            count = len(alive) % self.rules.width_multiple or self.rules.width_multiple
-            count = min(count, len(alive) - least)
+            count = len(values) % self.rules.width_multiple or self.rules.width_multiple
+            count = min(count, len(values) - least)
             return None if count <= 0 else values.argsort(stable=True)[:count].sort().values
         assert layer is not None
         shape, least_shape = self.architecture.layers[layer], self.floor.layers[layer]
         if kind == "kv_group":
-            smaller_heads = shape.num_attention_heads - shape.queries_per_group
-            if shape.num_key_value_heads <= max(1, least_shape.num_key_value_heads) or (
-                smaller_heads < least_shape.num_attention_heads
-            ):
-                return None
-            return values.argsort(stable=True)[:1]
-        groups = shape.num_key_value_heads
-        if groups == 0 or shape.num_attention_heads - groups < max(groups, least_shape.num_attention_heads):
+            may_go = shape.num_key_value_heads > max(1, least_shape.num_key_value_heads)
+            return values.argsort(stable=True)[:1] if may_go else None
+        if shape.queries_per_group <= max(1, least_shape.queries_per_group):
             return None
+        groups = shape.num_key_value_heads
         return values.view(groups, -1).argmin(dim=1) + torch.arange(groups) * shape.queries_per_group
 
-    def _without(self, kind: str, layer: int | None, count: int) -> Architecture:
-        if layer is None:
-            return replace(self.architecture, hidden_size=self.architecture.hidden_size - count)
-        shape = self.architecture.layers[layer]
-        if kind == "ffn":
-            return self.architecture.with_layer(layer, intermediate_size=shape.intermediate_size - count)
-        heads = shape.num_attention_heads - (shape.queries_per_group if kind == "kv_group" else count)
-        groups = shape.num_key_value_heads - (count if kind == "kv_group" else 0)
-        return self.architecture.with_layer(layer, num_attention_heads=heads, num_key_value_heads=groups)
-
     def _take(self, unit: Unit) -> None:
-        row = 0 if unit.layer is None else unit.layer
-        gone = torch.tensor(unit.indices)
-        if unit.kind in HEAD_KINDS:
-            self._take_heads(unit, row, gone)
-        else:
-            self.kept[unit.kind][row] = _without_values(self.kept[unit.kind][row], gone)
-        self.architecture = self._without(unit.kind, unit.layer, len(unit.indices))
-        if unit.layer is None:
+        for layer, positions in unit.parts:
+            row, gone = layer or 0, torch.tensor(positions)
+            if unit.kind in HEAD_KINDS:
+                self._take_heads(unit.kind, row, gone)
+            else:
+                self.kept[unit.kind][row] = _without_values(self.kept[unit.kind][row], gone)
+            self.architecture = without(self.architecture, unit.kind, layer, len(positions))
+        if unit.kind == "stem" or self.rules.uniform:
             self._cache.clear()
             return
-        stale = HEAD_KINDS if unit.kind in HEAD_KINDS else (unit.kind,)
-        for kind in stale:
-            self._cache.pop((kind, unit.layer), None)
+        for kind in HEAD_KINDS if unit.kind in HEAD_KINDS else (unit.kind,):
+            self._cache.pop((kind, unit.parts[0][0]), None)
         self._cache.pop(("stem", None), None)  # a stem channel's cost depends on every layer
 
-    def _take_heads(self, unit: Unit, row: int, gone: Tensor) -> None:
+    def _take_heads(self, kind: str, row: int, gone: Tensor) -> None:
         """Keep the query-head and key/value-group bookkeeping of one layer consistent."""
         groups, heads = self.kept["kv_group"][row], self.kept["query_head"][row]
-        if unit.kind == "query_head":
+        if kind == "query_head":
             self.kept["query_head"][row] = _without_values(heads, gone)
             return
         survives = ~torch.isin(groups, gone)
@@ -186,42 +221,37 @@ class Ranking:
         self.kept["kv_group"][row] = groups[survives]
 
 
+def without(architecture: Architecture, kind: str, layer: int | None, count: int) -> Architecture:
+    """The shape once `count` groups of a layer are gone."""
+    if layer is None:
+        return replace(architecture, hidden_size=architecture.hidden_size - count)
+    shape = architecture.layers[layer]
+    if kind == "ffn":
+        return architecture.with_layer(layer, intermediate_size=shape.intermediate_size - count)
+    heads = shape.num_attention_heads - (count * shape.queries_per_group if kind == "kv_group" else count)
+    groups = shape.num_key_value_heads - (count if kind == "kv_group" else 0)
+    return architecture.with_layer(layer, num_attention_heads=heads, num_key_value_heads=groups)
+
+
 def _without_values(values: Tensor, gone: Tensor) -> Tensor:
     return values[~torch.isin(values, gone)]
 
 
-def all_groups(architecture: Architecture) -> Kept:
-    """The identity: every group of every kind."""
-    layers = architecture.layers
-    return {
-        "kv_group": [torch.arange(layer.num_key_value_heads) for layer in layers],
-        "query_head": [torch.arange(layer.num_attention_heads) for layer in layers],
-        "ffn": [torch.arange(layer.intermediate_size) for layer in layers],
-        "stem": [torch.arange(architecture.hidden_size)],
-    }
-
-
-@dataclass(frozen=True)
-class Removal:
-    """What one pruning event takes away."""
-
-    before: Architecture
-    after: Architecture
-    kept: Kept
-    """Surviving groups as positions in `before`."""
-    units: tuple[Unit, ...]
-
-
 def select_removal(
-    architecture: Architecture, scores: Scores, rules: SelectionRules, target_params: int, max_units: int | None = None
+    architecture: Architecture,
+    scores: Scores,
+    rules: SelectionRules,
+    target: int,
+    measure: Callable[[Architecture], int] = lambda architecture: architecture.num_parameters,
+    max_units: int | None = None,
 ) -> Removal:
-    """Take the lowest-scored units, in order, until at most `target_params` parameters remain.
+    """Take the lowest-scored units, in order, until `measure` (parameters, or bytes) is at most `target`.
 
     Stops earlier after `max_units`, or when nothing more may go.
     """
     ranking = Ranking(architecture, scores, rules)
     units: list[Unit] = []
-    while ranking.architecture.num_parameters > target_params and (max_units is None or len(units) < max_units):
+    while measure(ranking.architecture) > target and (max_units is None or len(units) < max_units):
         unit = ranking.pop()
         if unit is None:
             break

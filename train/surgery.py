@@ -12,6 +12,7 @@ What is approximate in removing a stem channel is zeroing it, not the norm.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -86,14 +87,14 @@ def remove_groups(model: Any, removal: Removal, optimizer: torch.optim.Optimizer
             setattr(module, attribute, new)
         replaced[parameter] = new
         if optimizer is not None and parameter in optimizer.state:
-            optimizer.state[new] = _slice_state(name, optimizer.state.pop(parameter), removal, is_rescaled, scale)
+            optimizer.state[new] = slice_state(name, optimizer.state.pop(parameter), removal, is_rescaled, scale)
     if optimizer is not None:
         for group in optimizer.param_groups:
             group["params"] = [replaced.get(parameter, parameter) for parameter in group["params"]]
     _update_modules(model, removal)
 
 
-def _slice_state(name: str, state: dict[str, Any], removal: Removal, is_rescaled: bool, scale: float) -> dict[str, Any]:
+def slice_state(name: str, state: dict[str, Any], removal: Removal, is_rescaled: bool, scale: float) -> dict[str, Any]:
     """Adam moments of the surviving weights; of a gain that grew by c, gradients shrink by c, their squares by c^2."""
     new = {}
     for key, value in state.items():
@@ -119,11 +120,17 @@ def _update_modules(model: Any, removal: Removal) -> None:
             module.embedding_dim = module.weight.shape[1]
     for norm in _stem_norms(model):
         norm.variance_epsilon *= ratio
+    update_config(model.config, removal)
+
+
+def update_config(config: Any, removal: Removal) -> None:
+    """Widths and norm eps of the smaller model, in place."""
+    ratio = removal.before.hidden_size / removal.after.hidden_size
     if ratio != 1.0:
-        if after.qk_norm and model.config.qk_norm_eps is None:
-            model.config.qk_norm_eps = model.config.rms_norm_eps
-        model.config.rms_norm_eps *= ratio
-    apply_architecture(model.config, after)
+        if removal.after.qk_norm and config.qk_norm_eps is None:
+            config.qk_norm_eps = config.rms_norm_eps
+        config.rms_norm_eps *= ratio
+    apply_architecture(config, removal.after)
 
 
 def _stem_norms(model: Any) -> list[Any]:
@@ -139,17 +146,30 @@ def _stem_norms(model: Any) -> list[Any]:
 
 @torch.no_grad()
 def zero_groups(model: Any, removal: Removal, optimizer: torch.optim.Optimizer | None = None) -> None:
-    """Remove the same groups by zeroing every weight, gradient and optimizer moment that would go; shapes stay."""
+    """Remove the same groups by zeroing every weight and optimizer moment that would go; shapes stay."""
     for name, parameter in model.named_parameters():
-        layer, axes = axes_of(name)
-        for dim, axis in enumerate(axes):
-            survivors = kept_channels(removal.kept, removal.before, layer, axis)
-            if survivors is None:
-                continue
-            gone = torch.ones(parameter.shape[dim], dtype=torch.bool)
-            gone[survivors] = False
-            index = gone.nonzero().flatten().to(parameter.device)
+        for dim, index in _gone(name, parameter, removal):
             state = optimizer.state.get(parameter, {}) if optimizer is not None else {}
-            for tensor in (parameter.data, parameter.grad, *state.values()):
+            for tensor in (parameter.data, *state.values()):
                 if torch.is_tensor(tensor) and tensor.dim() > 0:
                     tensor.index_fill_(dim, index, 0.0)
+
+
+@torch.no_grad()
+def zero_gradients(model: Any, removal: Removal) -> None:
+    """Zero the gradients of zeroed groups, so that the next optimizer step leaves them at zero."""
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            for dim, index in _gone(name, parameter, removal):
+                parameter.grad.index_fill_(dim, index, 0.0)
+
+
+def _gone(name: str, parameter: Tensor, removal: Removal) -> Iterator[tuple[int, Tensor]]:
+    """(dimension, removed positions) of a parameter."""
+    layer, axes = axes_of(name)
+    for dim, axis in enumerate(axes):
+        survivors = kept_channels(removal.kept, removal.before, layer, axis)
+        if survivors is not None:
+            mask = torch.ones(parameter.shape[dim], dtype=torch.bool)
+            mask[survivors] = False
+            yield dim, mask.nonzero().flatten().to(parameter.device)

@@ -1,0 +1,85 @@
+"""Two-process runs on this machine (gloo) against one process on the same global batch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_train_cli import command, metrics, run, weights
+
+from efficientllm.train.architecture import Architecture
+
+
+def torchrun(arguments: list[str], processes: int = 2) -> subprocess.CompletedProcess[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    return subprocess.run(
+        [*launcher, "-m", "efficientllm.train.cli", *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+        timeout=300,
+    )
+
+
+@pytest.mark.parametrize(
+    ("mode", "saliency", "offload"),
+    [
+        ("ddp", "taylor1", ()),
+        ("ddp", "taylor2", ()),
+        ("ddp", "fisher", ()),
+        ("fsdp", "taylor1", ()),
+        ("fsdp", "taylor1", ("--offload",)),
+    ],
+)
+def test_two_processes_remove_the_same_groups_as_one(
+    mode: str, saliency: str, offload: tuple[str, ...], source_folder: Path, corpus: Path, tmp_path: Path
+) -> None:
+    """Global batch of 4: two ranks of 2, or one process that accumulates 2 microbatches of 2."""
+    shared = ["--batch-size", "2", "--saliency", saliency, "--checkpoint-every", "0"]
+    one = command(source_folder, corpus, tmp_path / "one", *shared, "--gradient-accumulation", "2")
+    assert run(one) == 0
+    two = command(source_folder, corpus, tmp_path / "two", *shared, "--parallel", mode, *offload)
+    done = torchrun(two)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"2 ranks ({mode})" in done.stdout
+    removed = [[record.get("removed") for record in metrics(tmp_path / name)] for name in ("one", "two")]
+    assert removed[0] == removed[1]
+    assert Architecture.from_folder(tmp_path / "one" / "model") == Architecture.from_folder(tmp_path / "two" / "model")
+    ours, theirs = weights(tmp_path / "two"), weights(tmp_path / "one")
+    for name, tensor in theirs.items():  # sums run in another order, and Adam amplifies rounding where gradients vanish
+        assert (ours[name] - tensor).abs().mean() < 1e-4, name
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_stopped_distributed_run_resumes_bit_identically(
+    mode: str, source_folder: Path, corpus: Path, tmp_path: Path
+) -> None:
+    """Steps 1 to 10 in one run and the rest in another, against all in one."""
+    shared = ["--batch-size", "2", "--parallel", mode, "--weight-update", "obs"]
+    straight = command(source_folder, corpus, tmp_path / "straight", *shared)
+    done = torchrun(straight)
+    assert done.returncode == 0, done.stderr[-3000:]
+    resumed = command(source_folder, corpus, tmp_path / "resumed", *shared)
+    stopping = subprocess.run(
+        [
+            *[sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"],
+            *["-m", "stop_at_ten", *resumed],
+        ],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)},
+        check=False,
+        timeout=300,
+    )
+    assert "checkpoint step-00000010 is written" in stopping.stderr, stopping.stderr[-3000:]
+    done = torchrun([*resumed, "--resume"])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert metrics(tmp_path / "resumed") == metrics(tmp_path / "straight")
+    ours, theirs = weights(tmp_path / "resumed"), weights(tmp_path / "straight")
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())

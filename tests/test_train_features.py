@@ -1,0 +1,245 @@
+"""What `efficientllm-train` can do beside the plain run of test_train_cli."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_train_cli import command, metrics, run, weights
+from tiny import tiny_architecture
+
+from efficientllm.export import cli as export_cli
+from efficientllm.runtime.command import run_command
+from efficientllm.train import checkpoint
+from efficientllm.train.architecture import FAMILIES, Architecture, LayerShape
+from efficientllm.train.presets import PRESETS
+
+
+def perplexities(folder: Path) -> dict[str, float]:
+    return json.loads((folder / "model" / "training.json").read_text())["perplexity"]
+
+
+def final(folder: Path) -> Architecture:
+    return Architecture.from_folder(folder / "model")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("tied", [True, False])
+def test_every_family_trains_and_shrinks(
+    family: str, tied: bool, save_tiny: Callable[..., Path], corpus: Path, tmp_path: Path
+) -> None:
+    source = save_tiny(tiny_architecture(family, (LayerShape(4, 2, 128),) * 2, tied=tied))
+    output = tmp_path / "run"
+    assert run(command(source, corpus, output, "--tokens", "1280", "--checkpoint-every", "0")) == 0
+    assert final(output).num_parameters <= 0.6 * Architecture.from_folder(source).num_parameters
+    assert final(output).family == family
+    arguments = [str(output), "--target", "gguf", "--quantize", "f32", "--output", str(tmp_path / "gguf")]
+    assert run_command(export_cli.body, arguments) == 0  # verified against torch
+
+
+@pytest.mark.parametrize("saliency", ["taylor2", "fisher", "magnitude", "random"])
+def test_every_criterion_reaches_the_target(saliency: str, source_folder: Path, corpus: Path, tmp_path: Path) -> None:
+    more = ["--saliency", saliency, "--gradient-accumulation", "2", "--batch-size", "2"]
+    assert run(command(source_folder, corpus, tmp_path / "run", *more)) == 0
+    assert final(tmp_path / "run").num_parameters <= 0.6 * Architecture.from_folder(source_folder).num_parameters
+
+
+def test_zeroed_in_between_gives_the_same_run_as_physical_removal(
+    source_folder: Path, corpus: Path, tmp_path: Path
+) -> None:
+    space = ["--prune", "attention,ffn"]
+    for name, every in (("each", "1"), ("fourth", "4")):
+        assert run(command(source_folder, corpus, tmp_path / name, *space, "--compact-every", every)) == 0
+    removed = [[record.get("removed") for record in metrics(tmp_path / name)] for name in ("each", "fourth")]
+    assert removed[0] == removed[1]
+    for name, tensor in weights(tmp_path / "each").items():
+        torch.testing.assert_close(weights(tmp_path / "fourth")[name], tensor, atol=1e-3, rtol=1e-2)
+
+
+def test_stopped_between_compactions_resumes_bit_identically(
+    source_folder: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from efficientllm.train.trainer import Trainer
+
+    more = ["--compact-every", "3", "--weight-update", "obs", "--checkpoint-every", "0"]
+    assert run(command(source_folder, corpus, tmp_path / "straight", *more)) == 0
+    step = Trainer._step
+    stopped = []
+
+    def stopping(self: Trainer) -> dict[str, Any]:
+        record = step(self)
+        if self.pruner is not None and self.pruner.pending is not None and not stopped:
+            stopped.append(self.progress.step)
+            self._stop_signal = 15
+        return record
+
+    monkeypatch.setattr(Trainer, "_step", stopping)
+    arguments = command(source_folder, corpus, tmp_path / "resumed", *more)
+    assert run(arguments) == 130
+    assert run([*arguments, "--resume"]) == 0
+    assert stopped
+    assert metrics(tmp_path / "resumed") == metrics(tmp_path / "straight")
+    for name, tensor in weights(tmp_path / "straight").items():
+        assert torch.equal(weights(tmp_path / "resumed")[name], tensor)
+
+
+def test_uniform_layout_gives_a_plain_llama(source_folder: Path, corpus: Path, tmp_path: Path) -> None:
+    assert run(command(source_folder, corpus, tmp_path / "run", "--layout", "uniform", "--prune", "ffn")) == 0
+    config = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
+    assert config["model_type"] == "llama"
+    assert config["intermediate_size"] < 128
+
+
+def without_target(arguments: list[str]) -> list[str]:
+    place = arguments.index("--target-ratio")
+    return arguments[:place] + arguments[place + 2 :]
+
+
+def test_explicit_architecture_is_reached(source_folder: Path, corpus: Path, tmp_path: Path) -> None:
+    target = tiny_architecture(
+        layers=(LayerShape(2, 2, 100), LayerShape(2, 1, 37), LayerShape(4, 2, 64)), hidden_size=60
+    )
+    (tmp_path / "target.json").write_text(json.dumps(target.to_dict()))
+    arguments = without_target(command(source_folder, corpus, tmp_path / "run"))
+    assert run([*arguments, "--target-architecture", str(tmp_path / "target.json")]) == 0
+    assert final(tmp_path / "run") == target
+
+
+@pytest.mark.parametrize("quantize", ["q4_0", "q8_0", "f16"])
+def test_target_bytes_are_those_of_the_exported_file(
+    quantize: str, source_folder: Path, corpus: Path, tmp_path: Path
+) -> None:
+    target = {"q4_0": 75_000, "q8_0": 115_000, "f16": 205_000}[quantize]
+    arguments = without_target(command(source_folder, corpus, tmp_path / "run", "--quantize", quantize))
+    arguments += ["--prune", "attention,ffn", "--width-multiple", "32"]
+    assert run([*arguments, "--target-bytes", str(target)]) == 0
+    output = str(tmp_path / "gguf")
+    export = [str(tmp_path / "run"), "--target", "gguf", "--quantize", quantize, "--output", output, "--no-verify"]
+    assert run_command(export_cli.body, export) == 0
+    size = (tmp_path / "gguf" / "model.gguf").stat().st_size
+    assert 0.75 * target < size < 1.05 * target  # units are coarse here, and so is the header's share
+
+
+def test_from_scratch_starts_at_chance(source_folder: Path, corpus: Path, tmp_path: Path) -> None:
+    arguments = without_target(command(source_folder, corpus, tmp_path / "run", "--init", "random"))
+    assert run(arguments) == 0
+    assert perplexities(tmp_path / "run")["source"] == pytest.approx(400, rel=0.2)  # the vocabulary's size
+    assert perplexities(tmp_path / "run")["final"] < 390
+
+
+def test_distillation_and_its_resume(source_folder: Path, corpus: Path, tmp_path: Path) -> None:
+    assert run(command(source_folder, corpus, tmp_path / "plain")) == 0
+    assert run(command(source_folder, corpus, tmp_path / "distilled", "--distill", "2.0")) == 0
+    assert metrics(tmp_path / "plain")[1]["loss"] == metrics(tmp_path / "distilled")[1]["loss"]  # cross-entropy only
+    assert metrics(tmp_path / "plain")[-1] != metrics(tmp_path / "distilled")[-1]
+
+
+def test_activation_checkpointing_changes_nothing(source_folder: Path, corpus: Path, tmp_path: Path) -> None:
+    for name, flag in (("plain", []), ("checkpointed", ["--activation-checkpointing"])):
+        assert run(command(source_folder, corpus, tmp_path / name, "--checkpoint-every", "0", *flag)) == 0
+    assert metrics(tmp_path / "plain") == metrics(tmp_path / "checkpointed")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_compiled_run_removes_the_same_groups(source_folder: Path, corpus: Path, tmp_path: Path) -> None:
+    more = ["--compact-every", "4", "--prune", "ffn", "--checkpoint-every", "0"]
+    assert run(command(source_folder, corpus, tmp_path / "eager", *more)) == 0
+    assert run(command(source_folder, corpus, tmp_path / "compiled", *more, "--compile")) == 0
+    assert final(tmp_path / "eager") == final(tmp_path / "compiled")
+    for name, tensor in weights(tmp_path / "eager").items():
+        torch.testing.assert_close(weights(tmp_path / "compiled")[name], tensor, atol=2e-3, rtol=1e-2)
+
+
+def test_run_leaves_its_description(source_folder: Path, corpus: Path, tmp_path: Path) -> None:
+    assert run(command(source_folder, corpus, tmp_path / "run", "--tensorboard")) == 0
+    for name in ("architecture.png", "training.png", "pruning.png", "model/architecture.png"):
+        assert (tmp_path / "run" / name).read_bytes().startswith(b"\x89PNG")
+    assert list((tmp_path / "run" / "tensorboard").iterdir())
+    card = (tmp_path / "run" / "model" / "README.md").read_text()
+    assert "--target-ratio 0.6" in card
+    assert f"| after pruning | {perplexities(tmp_path / 'run')['after_pruning']:.2f} |" in card
+    assert f"| 2 | {final(tmp_path / 'run').layers[2].num_attention_heads} |" in card
+
+
+def test_the_card_s_command_repeats_the_run(source_folder: Path, corpus: Path, tmp_path: Path) -> None:
+    import shlex
+
+    assert run(command(source_folder, corpus, tmp_path / "run")) == 0
+    card = (tmp_path / "run" / "model" / "README.md").read_text()
+    line = next(line for line in card.splitlines() if line.startswith("efficientllm-train"))
+    assert run([*shlex.split(line)[1:], "--output", str(tmp_path / "again")]) == 0
+    for name, tensor in weights(tmp_path / "run").items():
+        assert torch.equal(weights(tmp_path / "again")[name], tensor)
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint_loadable(
+    source_folder: Path,
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    save = checkpoint.dcp.save
+    calls: list[int] = []
+
+    def full_disk(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            (Path(kwargs["checkpoint_id"]) / "half").parent.mkdir(parents=True, exist_ok=True)
+            (Path(kwargs["checkpoint_id"]) / "half").write_bytes(b"x" * 1000)
+            raise OSError(28, "No space left on device")
+        return save(*args, **kwargs)
+
+    arguments = command(source_folder, corpus, tmp_path / "run")
+    assert run(command(source_folder, corpus, tmp_path / "straight")) == 0
+    monkeypatch.setattr(checkpoint.dcp, "save", full_disk)
+    assert run(arguments) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000005"]
+    monkeypatch.setattr(checkpoint.dcp, "save", save)
+    assert run([*arguments, "--resume"]) == 0
+    for name, tensor in weights(tmp_path / "straight").items():
+        assert torch.equal(weights(tmp_path / "run")[name], tensor)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_valid_configurations(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--preset", name, "--print-config"]) == 0
+    assert "[pruning]" in capsys.readouterr().out
+
+
+BAD_INPUT = [
+    (["--target-params", "100k"], "--target-ratio and --target-params are both given; choose one"),
+    (["--quantize", "q4_k_m"], "--quantize q4_k_m: --target-bytes knows f32, f16"),
+    (["--distill", "-1"], "--distill -1.0: must not be negative"),
+    (["--compact-every", "0"], "--compact-every 0: must be at least 1"),
+]
+
+
+@pytest.mark.parametrize(("more", "message"), BAD_INPUT, ids=[more[0] for more, _ in BAD_INPUT])
+def test_bad_input(
+    more: list[str], message: str, source_folder: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(command(source_folder, corpus, tmp_path / "run", *more)) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_architecture_files(
+    source_folder: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = without_target(command(source_folder, corpus, tmp_path / "run"))
+    path = tmp_path / "target.json"
+    for content, message in (
+        ("{", "not valid JSON"),
+        ("{}", "missing or malformed field"),
+        (json.dumps(tiny_architecture(layers=(LayerShape(4, 2, 300),) * 3).to_dict()), "cannot be pruned from"),
+    ):
+        path.write_text(content)
+        assert run([*arguments, "--target-architecture", str(path)]) == 2
+        assert message in capsys.readouterr().err

@@ -1,0 +1,173 @@
+"""What pruning costs a training step: `python -m efficientllm.train.benchmark`.
+
+Variants of one step take turns on the same model, so that drift of the machine hits all alike; medians and quartiles
+are reported, and each variant's ratio to the plain step. Removal and weight update are timed as single events.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from ..runtime.command import run_command
+from .config import TrainConfig
+from .documents import DataSpec
+from .hardware import choose_hardware
+from .loss import TrainingLoss
+from .models import architecture_of, load_source
+from .packing import PackedStream
+from .saliency import CRITERIA, SaliencyTracker
+from .selection import SelectionRules, select_removal
+from .surgery import remove_groups
+from .trainer import make_optimizer
+from .weight_update import InputGrams
+
+KINDS = ("kv_group", "query_head", "ffn", "stem")
+
+
+class StepBenchmark:
+    """One model, one optimizer, and the same kind of step with different extras."""
+
+    def __init__(self, source: str, data: str, batch_size: int, sequence_length: int) -> None:
+        hardware = choose_hardware("auto", "auto", 0)
+        print(f"{source}, batch {batch_size} x {sequence_length}; {hardware.describe()}")
+        self.device = hardware.device
+        self.model, tokenizer = load_source(source)
+        self.model.to(hardware.device).train()
+        self.architecture = architecture_of(self.model.config)  # type: ignore[attr-defined]
+        self.loss = TrainingLoss(self.model, hardware.dtype)
+        self.optimizer = make_optimizer(self.model, TrainConfig())
+        for group in self.optimizer.param_groups:
+            group["lr"] = 0.0  # the weights stay, so every variant does the same arithmetic
+        self.stream = PackedStream([DataSpec.parse(data)], tokenizer, sequence_length, 0.05, seed=0)
+        self.batch_size = batch_size
+        self.tokens = batch_size * sequence_length
+        self.grams: InputGrams | None = None
+
+    def tracker(self, criterion: str, kinds: tuple[str, ...]) -> SaliencyTracker:
+        return SaliencyTracker(CRITERIA[criterion], kinds, self.architecture, 0.9)
+
+    def step(self, tracker: SaliencyTracker | None = None) -> float:
+        """Seconds of one step."""
+        windows = torch.from_numpy(self.stream.next_windows(self.batch_size)).to(self.device)
+        self._wait()
+        began = time.perf_counter()
+        self.loss(windows)[0].backward()
+        if tracker is not None:
+            tracker.accumulate(self.model.named_parameters())
+            tracker.finish_step()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._wait()
+        return time.perf_counter() - began
+
+    def step_with_grams(self, axes: set[str]) -> float:
+        """Seconds of one step in which input Gram matrices are collected."""
+        if self.grams is None:
+            self.grams = InputGrams(self.model, axes, 0.95, 0.01, 0, 512)
+        else:
+            self.grams.attach(self.model)
+        seconds = self.step()
+        held = self.grams.grams
+        self.grams.detach()
+        self.grams.grams = held
+        return seconds
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def quartiles(values: Sequence[float]) -> str:
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return f"{median:.3f} s ({low:.3f}-{high:.3f})"
+
+
+def compare_steps(bench: StepBenchmark, rounds: int) -> None:
+    """Interleaved steps: plain, with each criterion, with the Gram matrices of the weight update."""
+    no_stem = KINDS[:3]
+    variants: dict[str, Callable[[], float]] = {
+        "plain": bench.step,
+        "taylor1": lambda: bench.step(trackers["taylor1"]),
+        "taylor1, with stem": lambda: bench.step(trackers["taylor1, with stem"]),
+        "taylor2": lambda: bench.step(trackers["taylor2"]),
+        "fisher": lambda: bench.step(trackers["fisher"]),
+        "obs Gram matrices": lambda: bench.step_with_grams({"query", "ffn"}),
+    }
+    trackers = {
+        "taylor1": bench.tracker("taylor1", no_stem),
+        "taylor1, with stem": bench.tracker("taylor1", KINDS),
+        "taylor2": bench.tracker("taylor2", no_stem),
+        "fisher": bench.tracker("fisher", no_stem),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for turn in range(rounds + 1):
+        for name, run in variants.items():
+            elapsed = run()
+            if turn:  # the first round warms up
+                seconds[name].append(elapsed)
+    plain = statistics.median(seconds["plain"])
+    print(f"\n| step | median (quartiles) of {rounds} | tokens/s | against plain |\n| --- | ---: | ---: | ---: |")
+    for name, values in seconds.items():
+        ratio = statistics.median(v / p for v, p in zip(values, seconds["plain"], strict=True))
+        speed = bench.tokens / statistics.median(values)
+        print(f"| {name} | {quartiles(values)} | {speed:.0f} | {ratio:.3f} |")
+    print(f"\nplain step {plain:.3f} s; Gram matrices hold {bench.grams.num_bytes / 1e6:.0f} MB" if bench.grams else "")
+
+
+def time_events(bench: StepBenchmark) -> None:
+    """One pruning event of about 1 % of the parameters: selection, weight update, physical removal."""
+    tracker = bench.tracker("taylor1", KINDS[:3])
+    bench.step(tracker)
+    target = round(0.99 * bench.architecture.num_parameters)
+    timings: dict[str, float] = {}
+
+    def timed(name: str, call: Callable[[], Any]) -> Any:
+        began = time.perf_counter()
+        result = call()
+        timings[name] = time.perf_counter() - began
+        return result
+
+    rules = SelectionRules(KINDS[:3], 32)
+    removal = timed("selection", lambda: select_removal(bench.architecture, tracker.scores, rules, target))
+    grams = bench.grams
+    assert grams is not None
+    timed("obs weight update", lambda: grams.update_weights(removal))
+    timed("physical removal", lambda: remove_groups(bench.model, removal, bench.optimizer))
+    layers = {part[0] for unit in removal.units for part in unit.parts}
+    print(f"\none event of {len(removal.units)} units in {len(layers)} layers (1 % of the parameters):")
+    for name, seconds in timings.items():
+        print(f"  {name}: {seconds:.3f} s")
+
+
+def time_tokenisation(bench: StepBenchmark) -> None:
+    began, count = time.perf_counter(), 0
+    while time.perf_counter() - began < 3.0:
+        count += bench.stream.next_windows(16).size
+    print(f"\ntokenising and packing: {count / (time.perf_counter() - began):,.0f} tokens/s")
+
+
+def body(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m efficientllm.train.benchmark", description=__doc__)
+    parser.add_argument("--source", default="demo")
+    parser.add_argument("--data", default="demo")
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--sequence-length", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=9)
+    arguments = parser.parse_args(argv)
+    bench = StepBenchmark(arguments.source, arguments.data, arguments.batch_size, arguments.sequence_length)
+    compare_steps(bench, arguments.rounds)
+    time_tokenisation(bench)
+    time_events(bench)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(body))

@@ -1,0 +1,22 @@
+"""Whole tensors from shards and back; a tensor that is not sharded passes through."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The whole tensor of a shard (a collective call); a plain tensor is returned as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def scatter(parameter: Any, value: Tensor) -> None:
+    """Fill a parameter, or this rank's shard of it, from the whole tensor."""
+    if isinstance(parameter, DTensor):
+        sharded: Any = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+        parameter.to_local().copy_(sharded.to_local())
+    else:
+        parameter.copy_(value)

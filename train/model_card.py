@@ -1,0 +1,97 @@
+"""The README.md of a trained model, in the form model hubs show. Imports no torch."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import fields
+from typing import Any
+
+from ..runtime import flags
+from ..runtime.quantities import format_count
+from .architecture import Architecture
+from .config import TrainConfig
+
+SOURCE_LICENCES = {"demo": "apache-2.0"}
+"""Licences that are known; for other sources the card says to look."""
+
+
+def command_line(config: TrainConfig) -> str:
+    """The `efficientllm-train` command of a configuration: every setting that is not a default."""
+    words = ["efficientllm-train"]
+    defaults = TrainConfig()
+    for section in fields(TrainConfig):
+        values, standard = getattr(config, section.name), getattr(defaults, section.name)
+        for item in fields(values):
+            value = getattr(values, item.name)
+            if value == getattr(standard, item.name) or item.name in ("overwrite", "resume"):
+                continue
+            name = flags.flag_name(item.name)
+            if isinstance(value, bool):
+                words.append(name if value else name.replace("--", "--no-", 1))
+            elif isinstance(value, tuple) and not item.metadata.get("comma_separated"):
+                words += [word for each in value for word in (name, str(each))]
+            else:
+                words += [name, ",".join(value) if isinstance(value, tuple) else str(value)]
+    return shlex.join(words)
+
+
+def model_card(config: TrainConfig, summary: dict[str, Any], source: Architecture, final: Architecture) -> str:
+    """Markdown with a YAML header: source, data, tokens, command, widths, perplexities."""
+    licence = SOURCE_LICENCES.get(config.source.source)
+    header = [
+        "---",
+        *([f"license: {licence}"] if licence else []),
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "tags: [efficientllm, pruned]",
+        *([f"base_model: {config.source.source}"] if config.source.source.count("/") == 1 else []),
+        "---",
+    ]
+    how = "trained from scratch in the shape of" if config.source.init == "random" else "pruned while training from"
+    perplexities = [f"| {stage.replace('_', ' ')} | {value:.2f} |" for stage, value in summary["perplexity"].items()]
+    widths = [
+        f"| {index} | {layer.num_attention_heads} | {layer.num_key_value_heads} | {layer.intermediate_size} |"
+        for index, layer in enumerate(final.layers)
+    ]
+    licence_line = (
+        f"The source's licence, {licence}, applies."
+        if licence
+        else "The source's licence applies: see the source model's own card."
+    )
+    return "\n".join(
+        [
+            *header,
+            "",
+            f"# {format_count(final.num_parameters)} parameters, {how} {config.source.source}",
+            "",
+            f"{source.num_parameters:,} parameters became {final.num_parameters:,} over {summary['tokens']:,} tokens "
+            f"of {', '.join(summary['data'])} ({summary['seconds']:.0f} s of training).",
+            "",
+            "![widths per layer](architecture.png)",
+            "",
+            "```bash",
+            command_line(config),
+            "```",
+            "",
+            f"| held-out perplexity ({summary['held_out_tokens']:,} tokens of the training corpora) | |",
+            "| --- | ---: |",
+            *perplexities,
+            "",
+            f"Hidden size {final.hidden_size} (source {source.hidden_size}), head_dim {final.head_dim}.",
+            "",
+            "| layer | query heads | key/value heads | FFN channels |",
+            "| ---: | ---: | ---: | ---: |",
+            *widths,
+            "",
+            "## Loading",
+            "",
+            "```python",
+            "from transformers import AutoModelForCausalLM",
+            "",
+            'model = AutoModelForCausalLM.from_pretrained("this folder", trust_remote_code=True)',
+            "```",
+            "",
+            f"## Licence\n\n{licence_line}",
+            "",
+        ]
+    )

@@ -1,0 +1,59 @@
+"""What a finished run leaves behind: model, training.json, architecture.json, model card, plots."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ..runtime.files import folder_written_atomically, write_json_atomically
+from .architecture import Architecture
+from .gather import full
+from .metrics import read_metrics
+from .model_card import model_card
+from .models import save_checkpoint
+from .plots import plot_architecture, plot_pruning, plot_training
+from .pruner import kept_to_json
+from .trainer import Trainer
+
+
+def write_result(trainer: Trainer, source: Architecture, folder: Path) -> None:
+    """Write everything (on the main rank), then drop the checkpoints."""
+    state = {name: full(tensor) for name, tensor in trainer.model.state_dict().items()}
+    if not trainer.parallel.is_main:
+        trainer.parallel.barrier()
+        return
+    final = trainer.architecture
+    summary = training_summary(trainer, source)
+    description: dict[str, Any] = {"source": source.to_dict(), "final": final.to_dict()}
+    if trainer.pruner is not None:
+        description["survivors"] = kept_to_json(trainer.pruner.survivors)
+    records = read_metrics(folder)
+    write_json_atomically(folder / "architecture.json", description)
+    plot_architecture(source, final, folder / "architecture.png")
+    plot_training(records, folder / "training.png")
+    if trainer.pruner is not None:
+        plot_pruning(records, source, folder / "pruning.png")
+    with folder_written_atomically(folder / "model") as temporary:
+        save_checkpoint(trainer.model, trainer.tokenizer, temporary, state)
+        (temporary / "training.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        shutil.copy(folder / "architecture.png", temporary / "architecture.png")
+        card = model_card(trainer.config, summary, source, final)
+        (temporary / "README.md").write_text(card, encoding="utf-8")
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    trainer.parallel.barrier()
+
+
+def training_summary(trainer: Trainer, source: Architecture) -> dict[str, Any]:
+    """Contents of training.json, which exporters copy into their manifests."""
+    return {
+        "source": trainer.config.source.source,
+        "data": list(trainer.config.source.data),
+        "tokens": trainer.progress.tokens,
+        "seconds": round(trainer.progress.seconds, 1),
+        "source_parameters": source.num_parameters,
+        "parameters": trainer.architecture.num_parameters,
+        "held_out_tokens": int(trainer.held_out.shape[0] * trainer.config.source.sequence_length),
+        "perplexity": trainer.progress.perplexity,
+    }
