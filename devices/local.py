@@ -73,6 +73,10 @@ class Result:
     decode_tokens_per_second: Figure
     peak_rss_bytes: int
     """Largest over the rounds, weights read into memory."""
+    rss_anon_bytes: int
+    """Allocations at the end, of the same process as peak_rss_bytes' largest; 0 where the system does not say."""
+    rss_file_bytes: int
+    """Mapped files at the end (libraries; weights too where they are mapped)."""
     baseline_rss_bytes: int
 
 
@@ -106,6 +110,7 @@ def _summarise(artefact: str, engine: str, file: Path, runs: list[dict[str, Any]
     def pooled(name: str) -> Figure:
         return Figure.of([value for run in runs for value in run[name]])
 
+    largest = max(runs, key=lambda run: run["peak_rss_bytes"])
     folder = Path(artefact)
     manifest = Manifest.read(folder) if folder.is_dir() else None
     return Result(
@@ -116,6 +121,8 @@ def _summarise(artefact: str, engine: str, file: Path, runs: list[dict[str, Any]
         load_ms=Figure.of([run["load_ms"] for run in runs]),
         prefill_tokens_per_second=pooled("prefill_tokens_per_second"),
         decode_tokens_per_second=pooled("decode_tokens_per_second"),
-        peak_rss_bytes=max(run["peak_rss_bytes"] for run in runs),
+        peak_rss_bytes=largest["peak_rss_bytes"],
+        rss_anon_bytes=largest["rss_anon_bytes"],
+        rss_file_bytes=largest["rss_file_bytes"],
         baseline_rss_bytes=max(run["baseline_rss_bytes"] for run in runs),
     )

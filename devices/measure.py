@@ -37,6 +37,7 @@ class Measurement:
     decode_tokens_per_second: list[float]
     peak_rss_bytes: int
     rss_anon_bytes: int
+    rss_file_bytes: int
     baseline_rss_bytes: int
     """Resident memory of Python and its libraries before the model was loaded."""
 
@@ -56,7 +57,13 @@ def measure(request: Request) -> Measurement:
     memory = memory_bytes()
     engine.close()
     return Measurement(
-        engine.load_ms, prefill, decode, memory["peak_rss_bytes"], memory.get("rss_anon_bytes", 0), baseline
+        load_ms=engine.load_ms,
+        prefill_tokens_per_second=prefill,
+        decode_tokens_per_second=decode,
+        peak_rss_bytes=memory["peak_rss_bytes"],
+        rss_anon_bytes=memory.get("rss_anon_bytes", 0),
+        rss_file_bytes=memory.get("rss_file_bytes", 0),
+        baseline_rss_bytes=baseline,
     )
 
 

@@ -41,7 +41,7 @@ def body(argv: Sequence[str]) -> int:
     folder = Path(output or f"{Path(name).name}-{target}{suffix}")
     require_empty(folder, overwrite, "give another --output, or --overwrite to replace it")
     with open_checkpoint(name) as checkpoint, folder_written_atomically(folder) as temporary:
-        exporter(checkpoint, ExportRequest(options), temporary)
+        exporter(checkpoint, ExportRequest(options, folder), temporary)
     print(f"artefact: {folder}")
     return 0
 

@@ -6,9 +6,12 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from ..runtime.chat_template import render_chat
 from ..runtime.errors import ArtefactError
 from ..runtime.manifest import Manifest, describe_files
 from ..runtime.quantities import format_bytes
+from ..train.tensors import tensor_shape
+from .calibration import column_importance, save_for_gguf
 from .checkpoint import Checkpoint
 from .gguf_probe import probe
 from .gguf_quantize import (
@@ -20,7 +23,7 @@ from .gguf_quantize import (
     tensor_bytes,
     tensor_type,
 )
-from .gguf_writer import plan_layout, write_gguf
+from .gguf_writer import GgufPlan, gguf_name, plan_layout, write_gguf
 from .request import ExportRequest
 from .verification import (
     Agreement,
@@ -54,7 +57,10 @@ def export_gguf(checkpoint: Checkpoint, request: ExportRequest, folder: Path) ->
         exact.rename(target)
         exact = target
     else:
-        quantize_gguf(exact, target, name, output_type, embedding_type)
+        importance = _importance(checkpoint, request, plan, folder) if options.calibrate else None
+        quantize_gguf(exact, target, name, output_type, embedding_type, importance)
+        if importance is not None:
+            importance.unlink()
         for sentence in fallbacks(target, name):
             request.say(sentence)
     bits = 8 * tensor_bytes(target) / checkpoint.architecture.num_parameters
@@ -78,6 +84,34 @@ def export_gguf(checkpoint: Checkpoint, request: ExportRequest, folder: Path) ->
     request.say(
         f"llama.cpp architecture {plan.name}, {name}: {format_bytes(manifest.total_bytes)}, {bits:.2f} bits per weight"
     )
+    for hint in run_hints(request.output, checkpoint.context_length):
+        request.print_line(f"run it with: {hint}")
+
+
+def _importance(checkpoint: Checkpoint, request: ExportRequest, plan: GgufPlan, folder: Path) -> Path:
+    """Collect the importance matrix and write it under llama.cpp's tensor names."""
+    path = folder / "importance.npz"
+    importance = column_importance(checkpoint, request.options.calibrate)
+    if plan.fuses_qkv:  # one tensor, one input
+        fused = (".k_proj.weight", ".v_proj.weight")
+        importance = {name: value for name, value in importance.items() if not name.endswith(fused)}
+
+    def rename(name: str) -> str:
+        return gguf_name(name).replace("attn_q.", "attn_qkv.") if plan.fuses_qkv else gguf_name(name)
+
+    save_for_gguf(importance, rename, lambda name: tensor_shape(plan.architecture, name)[1], path)
+    request.say(f"importance matrix from {request.options.calibrate} for {len(importance)} tensors")
+    return path
+
+
+def run_hints(folder: Path, context_length: int) -> list[str]:
+    """How other programs run the file: llama.cpp's server, Ollama."""
+    context = min(context_length, 4096)
+    modelfile = f"FROM ./{MODEL_FILE}\\nPARAMETER num_ctx {context}\\n"
+    return [
+        f"llama-server -m {folder / MODEL_FILE} -c {context} -fa on",
+        f"printf '{modelfile}' > {folder / 'Modelfile'} && ollama create {folder.name} -f {folder / 'Modelfile'}",
+    ]
 
 
 def _verify(
@@ -85,7 +119,7 @@ def _verify(
 ) -> dict[str, dict[str, object]]:
     """F32 file against torch, tokenizer against tokenizer.json, quantised file against the F32 one."""
     tokens = sample_tokens(checkpoint)
-    texts = [sample_text(), *sample_text().splitlines()]
+    texts = [sample_text(), *sample_text().splitlines(), *_rendered_chat(checkpoint)]
     reference = torch_logits(checkpoint.folder, tokens)
     first = probe(exact, tokens, texts)
     _check_token_ids(checkpoint, texts, first.token_ids)
@@ -105,6 +139,17 @@ def _verify(
         )
         results["quantized"] = quantized
     return {stage: result.to_dict() for stage, result in results.items()}
+
+
+def _rendered_chat(checkpoint: Checkpoint) -> list[str]:
+    """A chat under the checkpoint's template, with its control tokens; nothing where there is no template."""
+    if checkpoint.chat_template is None:
+        return []
+    messages = [{"role": "user", "content": sample_text()[:300]}, {"role": "assistant", "content": "Ça va 🙂"}]
+    special = checkpoint.json_file("tokenizer_config.json")
+    bos, eos = (special.get(f"{name}_token") or "" for name in ("bos", "eos"))
+    names = [token["content"] if isinstance(token, dict) else token for token in (bos, eos)]
+    return [render_chat(checkpoint.chat_template, [*messages, messages[0]], *names)]
 
 
 def _check_token_ids(checkpoint: Checkpoint, texts: list[str], token_ids: list[list[int]]) -> None:

@@ -57,9 +57,20 @@ def tensor_type(flag: str, name: str) -> int | None:
         raise UsageError(f"{flag} {name}: unknown tensor type; known: {known}") from error
 
 
-def quantize_gguf(source: Path, target: Path, name: str, output_type: int | None, embedding_type: int | None) -> None:
-    """Quantise in a child process (ggml aborts on some errors); ArtefactError where llama.cpp refuses."""
+def quantize_gguf(
+    source: Path,
+    target: Path,
+    name: str,
+    output_type: int | None,
+    embedding_type: int | None,
+    importance: Path | None = None,
+) -> None:
+    """Quantise in a child process (ggml aborts on some errors); ArtefactError where llama.cpp refuses.
+
+    `importance`: .npz of fp32 column weights by tensor name (llama.cpp's importance matrix).
+    """
     request = {
+        "importance": str(importance) if importance else None,
         "source": str(source),
         "target": str(target),
         "ftype": file_type(name),
@@ -109,10 +120,30 @@ def _main(argument: str) -> None:
     for name in ("output_tensor_type", "token_embedding_type"):
         if request[name] is not None:
             setattr(parameters, name, request[name])
+    if request["importance"]:
+        matrix, _keep_alive = _importance_matrix(Path(request["importance"]))
+        parameters.imatrix = matrix
     status = llama_cpp.llama_model_quantize(
         request["source"].encode(), request["target"].encode(), ctypes.pointer(parameters)
     )
     sys.exit(1 if status else 0)
+
+
+def _importance_matrix(path: Path) -> tuple[Any, list[Any]]:
+    """(null-terminated llama_model_imatrix_data array, what must outlive it)."""
+    import llama_cpp
+    import numpy as np
+
+    entries, arrays = [], []
+    with np.load(path) as archive:
+        for name in archive.files:
+            array = np.ascontiguousarray(archive[name], dtype=np.float32)
+            pointer = array.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+            entries.append(llama_cpp.llama_cpp.llama_model_imatrix_data(name.encode(), pointer, array.size))
+            arrays.append(array)
+    entry_type = llama_cpp.llama_cpp.llama_model_imatrix_data
+    matrix = (entry_type * (len(entries) + 1))(*entries)  # the last entry stays zero: the end
+    return ctypes.cast(matrix, ctypes.POINTER(entry_type)), [matrix, arrays]
 
 
 def require_llama_cpp() -> None:

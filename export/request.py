@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 
@@ -19,6 +20,8 @@ class ExportOptions:
     """gguf: type of the token embedding, where llama.cpp's own choice is not wanted."""
     pad: Literal["auto", "none"] = "auto"
     """auto: zero-pad widths (exactly) where the quantised format would otherwise fall back to a larger type."""
+    calibrate: str = ""
+    """gguf: text (as efficientllm-train's --data) whose activations weigh the columns that are quantised."""
     max_kl: float | None = None
     """Largest mean KL divergence (nats per token) of the quantised file from the exact one; default by bits."""
     verify: bool = True
@@ -30,6 +33,8 @@ class ExportRequest:
     """Options plus a channel for what the user should know."""
 
     options: ExportOptions
+    output: Path
+    """Where the artefact will be once it is whole."""
     print_line: Callable[[str], None] = print
     notes: list[str] = field(default_factory=list)
 

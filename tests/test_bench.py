@@ -39,6 +39,7 @@ def test_measures_artefacts_and_bare_files(
         assert result["prefill_tokens_per_second"]["n"] == 4
         assert result["decode_tokens_per_second"]["low"] <= result["decode_tokens_per_second"]["median"]
         assert result["peak_rss_bytes"] > result["baseline_rss_bytes"] > 10_000_000
+        assert result["peak_rss_bytes"] >= result["rss_anon_bytes"] > 0
     assert results[0]["file_bytes"] == bare.stat().st_size
     assert results[1]["manifest"] == {}
     assert run_command(cli.body, [str(output), *QUICK, "--markdown"]) == 0

@@ -11,15 +11,18 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..runtime.command import run_command
+from ..runtime.quantities import format_count
 from .config import TrainConfig
 from .documents import DataSpec
 from .hardware import choose_hardware
 from .loss import TrainingLoss
+from .metrics import read_metrics
 from .models import architecture_of, load_source
 from .packing import PackedStream
 from .saliency import CRITERIA, SaliencyTracker
@@ -154,6 +157,20 @@ def time_tokenisation(bench: StepBenchmark) -> None:
     print(f"\ntokenising and packing: {count / (time.perf_counter() - began):,.0f} tokens/s")
 
 
+def speed_through_run(folder: Path) -> None:
+    """Tokens per second of a finished run, in five bands of its steps."""
+    steps = [record for record in read_metrics(folder) if "loss" in record]
+    print(f"{folder}: tokens/s as the model shrinks\n")
+    print("| tokens seen | parameters | tokens/s (median) |\n| --- | ---: | ---: |")
+    tokens_per_step = steps[0]["tokens"]
+    size = -(-len(steps) // 5)
+    for start in range(0, len(steps), size):
+        band = steps[start : start + size]
+        speed = tokens_per_step / statistics.median(record["seconds"] for record in band)
+        middle = band[len(band) // 2]["parameters"]
+        print(f"| {band[0]['tokens']:,} to {band[-1]['tokens']:,} | {format_count(middle)} | {speed:.0f} |")
+
+
 def body(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m efficientllm.train.benchmark", description=__doc__)
     parser.add_argument("--source", default="demo")
@@ -161,7 +178,11 @@ def body(argv: Sequence[str]) -> int:
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--sequence-length", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--run", type=Path, help="report the speed through this finished run instead")
     arguments = parser.parse_args(argv)
+    if arguments.run is not None:
+        speed_through_run(arguments.run)
+        return 0
     bench = StepBenchmark(arguments.source, arguments.data, arguments.batch_size, arguments.sequence_length)
     compare_steps(bench, arguments.rounds)
     time_tokenisation(bench)

@@ -1,0 +1,90 @@
+"""Importance of each weight column from calibration text: the mean square of the input it multiplies.
+
+This is llama.cpp's importance matrix. Its Python bindings take one but cannot collect it, so it is collected from the
+checkpoint in torch, on the very inputs that llama.cpp would see.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..runtime.errors import DataError, MissingExtraError
+from .checkpoint import Checkpoint
+
+CALIBRATION_TOKENS = 16_384
+WINDOW = 512
+"""Tokens per forward pass."""
+
+OBSERVED = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
+SAME_INPUT = {"self_attn.q_proj": ("self_attn.k_proj", "self_attn.v_proj"), "mlp.gate_proj": ("mlp.up_proj",)}
+
+
+def column_importance(checkpoint: Checkpoint, text_path: str) -> dict[str, np.ndarray]:
+    """{parameter name: mean square of each input, fp32 [in]} for every matrix, from the first tokens of a corpus.
+
+    Raises DataError where the text has less than one window of tokens.
+    """
+    try:
+        import torch
+
+        from ..train.documents import DataSpec, open_documents
+        from ..train.models import load_for_inference
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(error.name or "torch", "train") from error
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(checkpoint.folder / "tokenizer.json"))
+    ids: list[int] = []
+    for text in open_documents(DataSpec.parse(text_path)):
+        ids += tokenizer.encode(text, add_special_tokens=False).ids
+        if len(ids) >= CALIBRATION_TOKENS:
+            break
+    window = min(WINDOW, checkpoint.context_length)
+    if len(ids) < window:
+        raise DataError(f"--calibrate {text_path}: {len(ids)} tokens are too few; give at least {window}")
+    model: Any = load_for_inference(checkpoint.folder)
+    sums: dict[str, np.ndarray] = {}
+    for name, module in model.named_modules():
+        if name.endswith(OBSERVED) or name == "lm_head":
+            module.register_forward_pre_hook(_observer(name, sums))
+    count = len(ids) // window
+    with torch.inference_mode():
+        for index in range(count):
+            model(torch.tensor([ids[index * window : (index + 1) * window]]), use_cache=False)
+    return {name: (total / (count * window)).astype(np.float32) for name, total in _spread(sums, checkpoint).items()}
+
+
+def _observer(name: str, sums: dict[str, np.ndarray]) -> Callable[[Any, tuple[Any, ...]], None]:
+    def observe(module: Any, arguments: tuple[Any, ...]) -> None:
+        squares = arguments[0].double().square().flatten(0, -2).sum(0).numpy()
+        sums[name] = sums.get(name, 0.0) + squares
+
+    return observe
+
+
+def _spread(sums: dict[str, np.ndarray], checkpoint: Checkpoint) -> dict[str, np.ndarray]:
+    """Parameter names, with what was observed once given to every matrix that reads it."""
+    result: dict[str, np.ndarray] = {}
+    for name, value in sums.items():
+        result[f"{name}.weight"] = value
+        for observed, others in SAME_INPUT.items():
+            if name.endswith(observed):
+                result |= {f"{name.removesuffix(observed)}{other}.weight": value for other in others}
+    if checkpoint.architecture.tie_word_embeddings:
+        result["model.embed_tokens.weight"] = result.pop("lm_head.weight")
+    return result
+
+
+def save_for_gguf(
+    importance: dict[str, np.ndarray], rename: Callable[[str], str], width: Callable[[str], int], path: Path
+) -> None:
+    """Write {GGUF tensor name: importance} as .npz; padded columns, which multiply zeros, get zero."""
+    arrays = {
+        rename(name): np.pad(value, (0, width(name) - len(value))).astype(np.float32)
+        for name, value in importance.items()
+    }
+    np.savez(path, **arrays)  # type: ignore[arg-type]
