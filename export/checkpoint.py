@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,7 +68,8 @@ class Checkpoint:
 
     @property
     def context_length(self) -> int:
-        return int(self.config["max_position_embeddings"])
+        """Tokens over which every runtime agrees: a sliding window (Mistral) is attended to in full, so it is the end."""
+        return min(int(self.config["max_position_embeddings"]), int(self.config.get("sliding_window") or sys.maxsize))
 
     @property
     def rope(self) -> dict[str, Any]:
