@@ -68,7 +68,7 @@ class Checkpoint:
 
     @property
     def context_length(self) -> int:
-        """Tokens over which every runtime agrees: a sliding window (Mistral) is attended to in full, so it is the end."""
+        """Tokens over which all runtimes agree: up to the sliding window (Mistral), which not all of them implement."""
         return min(int(self.config["max_position_embeddings"]), int(self.config.get("sliding_window") or sys.maxsize))
 
     @property

