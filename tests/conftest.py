@@ -12,7 +12,9 @@ from tiny import tiny_architecture, tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from efficientllm.export import cli
 from efficientllm.export.verification import sample_text
+from efficientllm.runtime.command import run_command
 from efficientllm.train.architecture import Architecture, LayerShape
 from efficientllm.train.models import save_checkpoint
 
@@ -75,3 +77,13 @@ def source_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTraine
     folder = tmp_path_factory.mktemp("source")
     save_checkpoint(tiny_model(tiny_architecture(layers=(LayerShape(4, 2, 128),) * 3)), tokenizer, folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def artefact(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A tiny unequal model, exported to an F32 GGUF."""
+    folder = tmp_path_factory.mktemp("artefact")
+    save_checkpoint(tiny_model(tiny_architecture()), tokenizer, folder / "checkpoint")
+    arguments = [str(folder / "checkpoint"), "--target", "gguf", "--quantize", "f32", "--output", str(folder / "gguf")]
+    assert run_command(cli.body, arguments) == 0
+    return folder / "gguf"

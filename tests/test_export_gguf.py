@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import UNEQUAL, tiny_architecture
+from tiny import LLAMA3_ROPE, UNEQUAL, tiny_architecture
 
 from efficientllm.export import cli, verification
 from efficientllm.export.gguf_probe import probe
@@ -30,15 +30,6 @@ SHAPES = {
     "no FFN": (LayerShape(4, 2, 64), LayerShape(4, 2, 0), LayerShape(2, 1, 0)),
     "an empty layer": (LayerShape(4, 2, 96), LayerShape(0, 0, 0), LayerShape(2, 1, 64)),
     "uniform": (LayerShape(4, 2, 96),) * 2,
-}
-
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
 }
 
 

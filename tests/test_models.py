@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import UNEQUAL, tiny_architecture, tiny_model
+from tiny import LLAMA3_ROPE, UNEQUAL, tiny_architecture, tiny_model
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from efficientllm.train.architecture import FAMILIES, LayerShape
@@ -27,8 +27,9 @@ class Block:
 
 sys.meta_path.insert(0, Block())
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+assert AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True).decode([5, 6])
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
 assert "efficientllm" not in sys.modules
 with torch.inference_mode():
@@ -99,16 +100,8 @@ def test_stock_source_becomes_the_same_function(family: str, save_tiny: Callable
 
 
 def test_llama3_rope_scaling_is_kept(save_tiny: Callable[..., Path]) -> None:
-    scaling = {
-        "rope_type": "llama3",
-        "rope_theta": 10000.0,
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 64,
-    }
-    model = tiny_model(tiny_architecture(), rope_parameters=scaling)
-    reloaded = AutoModelForCausalLM.from_pretrained(save_tiny(tiny_architecture(), rope_parameters=scaling))
+    model = tiny_model(tiny_architecture(), rope_parameters=LLAMA3_ROPE)
+    reloaded = AutoModelForCausalLM.from_pretrained(save_tiny(tiny_architecture(), rope_parameters=LLAMA3_ROPE))
     plain = tiny_model(tiny_architecture())
     with torch.inference_mode():
         logits = model(TOKENS).logits

@@ -10,9 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny import tiny_architecture, tiny_model
 
-from efficientllm.export import cli as export_cli
 from efficientllm.runtime import chat
 from efficientllm.runtime.chat_template import render_chat
 from efficientllm.runtime.command import run_command
@@ -21,16 +19,6 @@ from efficientllm.runtime.errors import ArtefactError, ContextOverflowError, Usa
 from efficientllm.runtime.generation import Generation, chat_prompt
 from efficientllm.runtime.sampling import Sampler, SamplingOptions
 from efficientllm.runtime.text_stream import TextStream
-from efficientllm.train.models import save_checkpoint
-
-
-@pytest.fixture(scope="module")
-def artefact(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
-    folder = tmp_path_factory.mktemp("artefact")
-    save_checkpoint(tiny_model(tiny_architecture()), tokenizer, folder / "checkpoint")
-    arguments = [str(folder / "checkpoint"), "--target", "gguf", "--quantize", "f32", "--output", str(folder / "gguf")]
-    assert run_command(export_cli.body, arguments) == 0
-    return folder / "gguf"
 
 
 @pytest.fixture

@@ -13,26 +13,14 @@ import httpx
 import openai
 import pytest
 import uvicorn
-from tiny import tiny_architecture, tiny_model
 
-from efficientllm.export import cli as export_cli
 from efficientllm.runtime.command import run_command
 from efficientllm.runtime.engine import EngineOptions, load
 from efficientllm.runtime.generation import Generation, chat_prompt
 from efficientllm.server import cli
 from efficientllm.server.app import create_app
-from efficientllm.train.models import save_checkpoint
 
 MESSAGES: Any = [{"role": "user", "content": "Hello"}]
-
-
-@pytest.fixture(scope="module")
-def artefact(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
-    folder = tmp_path_factory.mktemp("served")
-    save_checkpoint(tiny_model(tiny_architecture()), tokenizer, folder / "checkpoint")
-    arguments = [str(folder / "checkpoint"), "--target", "gguf", "--quantize", "f32", "--output", str(folder / "gguf")]
-    assert run_command(export_cli.body, arguments) == 0
-    return folder / "gguf"
 
 
 @pytest.fixture(scope="module")

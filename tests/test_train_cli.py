@@ -54,6 +54,12 @@ def command(source: Path, corpus: Path, output: Path, *more: str) -> list[str]:
     return ["--source", str(source), "--data", str(corpus), "--output", str(output), *SETTINGS, *more]
 
 
+def without(arguments: list[str], name: str) -> list[str]:
+    """Arguments less one flag and its value."""
+    place = arguments.index(name)
+    return arguments[:place] + arguments[place + 2 :]
+
+
 def run(arguments: Sequence[str]) -> int:
     return run_command(cli.body, arguments)
 
@@ -180,20 +186,8 @@ def test_non_finite_steps_are_skipped_then_end_the_run(
 
 def test_uniform_result_is_a_plain_llama(source_folder: Path, corpus: Path, tmp_path: Path) -> None:
     """Without a target nothing is pruned: plain continued pretraining."""
-    settings = ["--source", str(source_folder), "--data", str(corpus), "--output", str(tmp_path / "run")]
-    short = [
-        "--sequence-length",
-        "32",
-        "--eval-tokens",
-        "64",
-        "--held-out-fraction",
-        "0.2",
-        "--tokens",
-        "256",
-        "--threads",
-        "1",
-    ]
-    assert run([*settings, *short]) == 0
+    arguments = without(command(source_folder, corpus, tmp_path / "run"), "--target-ratio")
+    assert run(arguments) == 0
     config = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
     assert config["model_type"] == "llama"
 
@@ -229,10 +223,10 @@ def test_bad_input_gets_one_line_and_writes_nothing(
     more: list[str], message: str, source_folder: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = command(source_folder, corpus, tmp_path / "run")
-    for name in ("--data", "--target-ratio"):  # one is repeatable, the other excludes its like
-        if name in more or (name == "--target-ratio" and "--target-params" in more):
-            place = arguments.index(name)
-            arguments[place : place + 2] = []
+    if "--data" in more:  # repeatable: replace it
+        arguments = without(arguments, "--data")
+    if any(name.startswith("--target-") for name in more):  # excludes its like
+        arguments = without(arguments, "--target-ratio")
     assert run([*arguments, *more]) == 2
     errors = capsys.readouterr().err.strip().splitlines()
     assert len(errors) == 1

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_train_cli import command, metrics, run, weights
+from test_train_cli import command, metrics, run, weights, without
 from tiny import tiny_architecture
 
 from efficientllm.export import cli as export_cli
@@ -94,17 +94,12 @@ def test_uniform_layout_gives_a_plain_llama(source_folder: Path, corpus: Path, t
     assert config["intermediate_size"] < 128
 
 
-def without_target(arguments: list[str]) -> list[str]:
-    place = arguments.index("--target-ratio")
-    return arguments[:place] + arguments[place + 2 :]
-
-
 def test_explicit_architecture_is_reached(source_folder: Path, corpus: Path, tmp_path: Path) -> None:
     target = tiny_architecture(
         layers=(LayerShape(2, 2, 100), LayerShape(2, 1, 37), LayerShape(4, 2, 64)), hidden_size=60
     )
     (tmp_path / "target.json").write_text(json.dumps(target.to_dict()))
-    arguments = without_target(command(source_folder, corpus, tmp_path / "run"))
+    arguments = without(command(source_folder, corpus, tmp_path / "run"), "--target-ratio")
     assert run([*arguments, "--target-architecture", str(tmp_path / "target.json")]) == 0
     assert final(tmp_path / "run") == target
 
@@ -114,7 +109,7 @@ def test_target_bytes_are_those_of_the_exported_file(
     quantize: str, source_folder: Path, corpus: Path, tmp_path: Path
 ) -> None:
     target = {"q4_0": 75_000, "q8_0": 115_000, "f16": 205_000}[quantize]
-    arguments = without_target(command(source_folder, corpus, tmp_path / "run", "--quantize", quantize))
+    arguments = without(command(source_folder, corpus, tmp_path / "run", "--quantize", quantize), "--target-ratio")
     arguments += ["--prune", "attention,ffn", "--width-multiple", "32"]
     assert run([*arguments, "--target-bytes", str(target)]) == 0
     output = str(tmp_path / "gguf")
@@ -125,7 +120,7 @@ def test_target_bytes_are_those_of_the_exported_file(
 
 
 def test_from_scratch_starts_at_chance(source_folder: Path, corpus: Path, tmp_path: Path) -> None:
-    arguments = without_target(command(source_folder, corpus, tmp_path / "run", "--init", "random"))
+    arguments = without(command(source_folder, corpus, tmp_path / "run", "--init", "random"), "--target-ratio")
     assert run(arguments) == 0
     assert perplexities(tmp_path / "run")["source"] == pytest.approx(400, rel=0.2)  # the vocabulary's size
     assert perplexities(tmp_path / "run")["final"] < 390
@@ -233,7 +228,7 @@ def test_bad_input(
 def test_bad_architecture_files(
     source_folder: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = without_target(command(source_folder, corpus, tmp_path / "run"))
+    arguments = without(command(source_folder, corpus, tmp_path / "run"), "--target-ratio")
     path = tmp_path / "target.json"
     for content, message in (
         ("{", "not valid JSON"),

@@ -13,6 +13,17 @@ from efficientllm.train.models import build
 UNEQUAL = (LayerShape(4, 2, 96), LayerShape(2, 2, 64), LayerShape(2, 1, 128))
 
 
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+"""Llama 3's rope scaling, with a context short enough for tiny models to notice."""
+
+
 def tiny_architecture(
     family: str = "llama",
     layers: tuple[LayerShape, ...] = UNEQUAL,
