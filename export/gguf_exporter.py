@@ -16,7 +16,7 @@ from .checkpoint import Checkpoint
 from .gguf_probe import probe
 from .gguf_quantize import (
     ROW_MULTIPLE,
-    fallbacks,
+    describe_fallbacks,
     file_type,
     quantize_gguf,
     require_llama_cpp,
@@ -58,10 +58,10 @@ def export_gguf(checkpoint: Checkpoint, request: ExportRequest, folder: Path) ->
         exact = target
     else:
         importance = _importance(checkpoint, request, plan, folder) if options.calibrate else None
-        quantize_gguf(exact, target, name, output_type, embedding_type, importance)
+        fallbacks = quantize_gguf(exact, target, name, output_type, embedding_type, importance)
         if importance is not None:
             importance.unlink()
-        for sentence in fallbacks(target, name):
+        for sentence in describe_fallbacks(fallbacks):
             request.say(sentence)
     bits = 8 * tensor_bytes(target) / checkpoint.architecture.num_parameters
     verification = _verify(checkpoint, request, exact, target, bits) if request.verify else {}

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +66,10 @@ def quantize_gguf(
     output_type: int | None,
     embedding_type: int | None,
     importance: Path | None = None,
-) -> None:
+) -> list[Fallback]:
     """Quantise in a child process (ggml aborts on some errors); ArtefactError where llama.cpp refuses.
+
+    Returns the tensors that could not take their type.
 
     `importance`: .npz of fp32 column weights by tensor name (llama.cpp's importance matrix).
     """
@@ -82,13 +86,7 @@ def quantize_gguf(
     if done.returncode != 0:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         raise ArtefactError(f"llama.cpp cannot quantise to {name}: {lines[-1] if lines else done.returncode}")
-
-
-def tensor_types(path: Path) -> dict[str, str]:
-    """{tensor name: type} of a GGUF file."""
-    import gguf
-
-    return {tensor.name: tensor.tensor_type.name.lower() for tensor in gguf.GGUFReader(path).tensors}
+    return parse_fallbacks(done.stderr)
 
 
 def tensor_bytes(path: Path) -> int:
@@ -98,17 +96,52 @@ def tensor_bytes(path: Path) -> int:
     return sum(int(tensor.n_bytes) for tensor in gguf.GGUFReader(path).tensors)
 
 
-def fallbacks(path: Path, name: str) -> list[str]:
-    """One sentence per group of matrices that became 16- or 32-bit although a smaller type was asked for."""
-    if ROW_MULTIPLE.get(name, 32) == 1:
-        return []
-    large = [tensor for tensor, kind in tensor_types(path).items() if kind in ("f16", "bf16", "f32")]
-    matrices = [tensor for tensor in large if not tensor.endswith(("norm.weight", ".bias", "rope_freqs.weight"))]
-    groups = Counter(tensor.split(".")[-2] for tensor in matrices)
+@dataclass(frozen=True)
+class Fallback:
+    """A tensor that could not take the type asked for."""
+
+    tensor: str
+    row_length: int
+    wanted: str
+    multiple: int
+    """What rows of the wanted type must divide by."""
+    got: str
+
+
+_FALLBACK = re.compile(
+    r"(?P<tensor>[\w.]+)\s+- ncols\s+(?P<columns>\d+) not divisible by\s+(?P<multiple>\d+) "
+    r"\(required for type\s+(?P<wanted>\w+)\).*falling back to\s+(?P<got>\w+)"
+)
+"""A line of llama.cpp's quantiser, as of llama-cpp-python 0.3.36."""
+
+
+def parse_fallbacks(log: str) -> list[Fallback]:
+    """Fallbacks in the quantiser's log; llama.cpp reports a second step (to F16) as one line."""
     return [
-        f"{count} {kind} tensors stay at 16 bits: their rows are no multiple of 32 (--pad auto avoids that)"
-        for kind, count in groups.items()
+        Fallback(
+            match["tensor"],
+            int(match["columns"]),
+            match["wanted"].lower(),
+            int(match["multiple"]),
+            match["got"].lower(),
+        )
+        for match in _FALLBACK.finditer(log)
     ]
+
+
+def describe_fallbacks(fallbacks: list[Fallback]) -> list[str]:
+    """One sentence per (wanted, got) pair, with the tensors by kind."""
+    groups: dict[tuple[str, str, int], list[str]] = {}
+    for each in fallbacks:
+        groups.setdefault((each.wanted, each.got, each.multiple), []).append(each.tensor)
+    sentences = []
+    for (wanted, got, multiple), tensors in groups.items():
+        kinds = Counter(tensor.split(".")[-2] for tensor in tensors)
+        names = ", ".join(f"{kind} x{count}" if count > 1 else kind for kind, count in kinds.items())
+        hint = " (--pad auto avoids that)" if multiple == 32 else ""
+        reason = f"their rows are no multiple of {multiple}{hint}"
+        sentences.append(f"{len(tensors)} tensors became {got}, not {wanted}: {reason}: {names}")
+    return sentences
 
 
 def _main(argument: str) -> None:

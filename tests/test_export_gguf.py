@@ -98,7 +98,17 @@ def test_padding_is_exact_and_said(
     assert export(checkpoint, tmp_path / "padded", "--quantize", "q8_0") == 0
     assert "zero-padded (exact): hidden 75 -> 96, FFN width of 2 of 3 layers" in capsys.readouterr().out
     assert export(checkpoint, tmp_path / "plain", "--quantize", "q8_0", "--pad", "none") == 0
-    assert "tensors stay at 16 bits: their rows are no multiple of 32" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "tensors became f16, not q8_0: their rows are no multiple of 32 (--pad auto avoids that): " in printed
+    assert "attn_q x3" in printed
+
+
+def test_k_quants_say_what_fell_back(
+    save_tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert export(save_tiny(tiny_architecture()), tmp_path / "gguf", "--quantize", "q4_k_m") == 0
+    assert "tensors became q5_0, not q4_k: their rows are no multiple of 256: " in capsys.readouterr().out
+    assert any("became q5_0" in note for note in Manifest.read(tmp_path / "gguf").notes)
 
 
 def test_export_past_the_limit_is_refused_and_leaves_nothing(

