@@ -62,6 +62,14 @@ class Checkpoint:
             raise ModelError(f"{self.folder}: tensor {name} has shape {array.shape}, the config says {expected}")
         return array
 
+    def has_tensor(self, name: str) -> bool:
+        return name in self._location
+
+    @property
+    def qk_norm_eps(self) -> float:
+        """eps of Qwen3's per-head norms."""
+        return float(self.config.get("qk_norm_eps") or self.rms_norm_eps)
+
     @property
     def rms_norm_eps(self) -> float:
         return float(self.config["rms_norm_eps"])

@@ -37,7 +37,7 @@ def body(argv: Sequence[str]) -> int:
     output, overwrite = arguments.pop("output"), arguments.pop("overwrite")
     options = flags.merge(ExportOptions(), arguments, "flags")
     exporter = load_exporter(target)
-    suffix = "" if target.startswith("hf-") else f"-{options.quantize}"
+    suffix = f"-{options.quantize}" if options.quantize else ""
     folder = Path(output or f"{Path(name).name}-{target}{suffix}")
     require_empty(folder, overwrite, "give another --output, or --overwrite to replace it")
     with open_checkpoint(name) as checkpoint, folder_written_atomically(folder) as temporary:

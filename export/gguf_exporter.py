@@ -36,13 +36,14 @@ from .verification import (
 )
 
 MODEL_FILE = "model.gguf"
+DEFAULT = "f16"
 
 
 def export_gguf(checkpoint: Checkpoint, request: ExportRequest, folder: Path) -> None:
     """Write FOLDER/model.gguf and its manifest; raises before anything is left behind."""
     require_llama_cpp()
     options = request.options
-    name = options.quantize
+    name = options.quantize or DEFAULT
     file_type(name)
     output_type = tensor_type("--output-type", options.output_type)
     embedding_type = tensor_type("--embedding-type", options.embedding_type)
@@ -134,7 +135,7 @@ def _verify(
         quantized = compare_logits(first.logits, probe(target, tokens, []).logits, tokens)
         check_quantized(quantized, bits, request.options.max_kl, "gguf")
         request.say(
-            f"{request.options.quantize} against f32: mean KL {quantized.mean_kl:.4f}, same argmax "
+            f"{request.options.quantize or DEFAULT} against f32: mean KL {quantized.mean_kl:.4f}, same argmax "
             f"{quantized.argmax_agreement:.1%}, perplexity x{quantized.perplexity_ratio:.3f}"
         )
         results["quantized"] = quantized

@@ -20,6 +20,7 @@ from ..train.tensors import tensor_names
 from .checkpoint import Checkpoint
 from .gguf_tokenizer import GgufTokenizer, read_tokenizer
 from .padding import missing_tensor, pad_tensor, padded_eps, round_up, uniform_architecture
+from .rope import frequency_factors
 
 UNIFORM_ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 """llama.cpp architecture of a uniform model of each family."""
@@ -152,7 +153,7 @@ def write_gguf(checkpoint: Checkpoint, plan: GgufPlan, path: Path) -> None:
                 writer.add_tensor(f"{prefix}.attn_qkv.weight", np.concatenate(parts))
             continue
         writer.add_tensor(gguf_name(name), np.ascontiguousarray(array))
-    factors = rope_factors(checkpoint.rope, plan.architecture.head_dim)
+    factors = frequency_factors(checkpoint.rope, plan.architecture.head_dim)
     if factors is not None:
         writer.add_tensor("rope_freqs.weight", factors)
     writer.write_header_to_file()
@@ -200,26 +201,6 @@ def _add_fields(writer: Any, checkpoint: Checkpoint, plan: GgufPlan) -> None:
     writer.add_rope_dimension_count(architecture.head_dim)
     writer.add_rope_freq_base(float(checkpoint.rope["rope_theta"]))
     writer.add_layer_norm_rms_eps(padded_eps(checkpoint.rms_norm_eps, checkpoint.architecture, architecture))
-
-
-def rope_factors(rope: dict[str, Any], head_dim: int) -> np.ndarray | None:
-    """Llama 3's frequency factors [head_dim / 2] (transformers' `_compute_llama3_parameters`), None without scaling."""
-    kind = rope["rope_type"]
-    if kind == "default":
-        return None
-    if kind != "llama3":
-        raise ModelError(f"rope_type {kind!r} is not supported for gguf; default and llama3 are")
-    original = rope["original_max_position_embeddings"]
-    low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], rope["factor"]
-    frequencies = 1.0 / rope["rope_theta"] ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    wavelengths = 2 * np.pi / frequencies
-    smooth = (original / wavelengths - low) / (high - low)
-    scaled = np.where(
-        wavelengths < original / high,
-        1.0,
-        np.where(wavelengths > original / low, factor, 1.0 / ((1 - smooth) / factor + smooth)),
-    )
-    return scaled.astype(np.float32)
 
 
 def _add_tokenizer(writer: Any, tokenizer: GgufTokenizer) -> None:

@@ -12,8 +12,8 @@ from typing import Literal
 class ExportOptions:
     """export"""
 
-    quantize: str = "f16"
-    """Weight type of the exported file (gguf: f32, f16, bf16, q8_0, q4_k_m, q4_0, ...)."""
+    quantize: str = ""
+    """Weight type. gguf: f32, f16 (default), bf16, q8_0, q4_k_m, q4_0, ...; onnx: f32, int8 (default), mixed, int4."""
     output_type: str = ""
     """gguf: type of the LM head, where llama.cpp's own choice is not wanted."""
     embedding_type: str = ""

@@ -24,6 +24,7 @@ class Exporter(Protocol):
 
 EXPORTERS = {
     "gguf": "efficientllm.export.gguf_exporter:export_gguf",
+    "onnx": "efficientllm.export.onnx_exporter:export_onnx",
     "hf-uniform": "efficientllm.export.hf_uniform:export_hf_uniform",
 }
 

@@ -16,8 +16,14 @@ from .manifest import MANIFEST_NAME, Manifest
 
 ENTRY_POINT_GROUP = "efficientllm.engines"
 
-ENGINES = {"llama.cpp": "efficientllm.runtime.llama_cpp_engine:LlamaCppEngine"}
+ENGINES = {
+    "llama.cpp": "efficientllm.runtime.llama_cpp_engine:LlamaCppEngine",
+    "onnxruntime": "efficientllm.runtime.onnx_engine:OnnxEngine",
+}
 """Engine name -> "module:class"; plug-ins join through entry points."""
+
+DEFAULT_CONTEXT = 4096
+"""Largest context window allocated unless more is asked for."""
 
 
 @dataclass(frozen=True)

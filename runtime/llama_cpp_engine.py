@@ -11,11 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from .engine import EngineOptions
+from .engine import DEFAULT_CONTEXT, EngineOptions
 from .errors import ArtefactError, ContextOverflowError, MissingExtraError
-
-DEFAULT_CONTEXT = 4096
-"""Largest context window allocated unless more is asked for."""
 
 BATCH = 512
 """Tokens evaluated in one pass of a prefill."""

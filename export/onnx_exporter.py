@@ -1,0 +1,130 @@
+"""`--target onnx`: a folder that onnxruntime and onnxruntime-genai run, verified."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..runtime.engine import EngineOptions
+from ..runtime.errors import MissingExtraError
+from ..runtime.manifest import Manifest, describe_files
+from ..runtime.onnx_engine import OnnxEngine
+from ..runtime.quantities import format_bytes
+from .checkpoint import Checkpoint
+from .onnx_quantize import preset
+from .request import ExportRequest
+from .verification import check_exact, check_quantized, compare_logits, sample_tokens, torch_logits
+
+MODEL_FILE = "model.onnx"
+DATA_FILE = "model.onnx.data"
+COPIED_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+DEFAULT = "int8"
+PREFILL_TOKENS = 64
+"""Of the verification sample; the rest is decoded token by token."""
+
+
+def export_onnx(checkpoint: Checkpoint, request: ExportRequest, folder: Path) -> None:
+    """Write the model with external data, tokenizer files, genai_config.json and manifest."""
+    try:
+        import onnx_ir as ir
+        import onnxruntime  # noqa: F401  the quantiser and the verification need it
+
+        from .onnx_graph import GraphBuilder
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(error.name or "onnxruntime", "onnx") from error
+    name = request.options.quantize or DEFAULT
+    bits = preset(name)
+    ir.save(GraphBuilder(checkpoint, bits).build(), folder / MODEL_FILE, external_data=DATA_FILE)
+    names = [MODEL_FILE, DATA_FILE, "genai_config.json"]
+    for file in COPIED_FILES:
+        if (checkpoint.folder / file).is_file():
+            shutil.copy(checkpoint.folder / file, folder / file)
+            names.append(file)
+    (folder / "genai_config.json").write_text(json.dumps(genai_config(checkpoint), indent=2) + "\n", encoding="utf-8")
+    weight_bits = 8 * (folder / DATA_FILE).stat().st_size / checkpoint.architecture.num_parameters
+    verification = _verify(checkpoint, request, folder, name, weight_bits) if request.verify else {}
+    manifest = Manifest(
+        engine="onnxruntime",
+        model_file=MODEL_FILE,
+        files=describe_files(folder, names),
+        quantization=name,
+        bits_per_weight=round(weight_bits, 3),
+        architecture=checkpoint.architecture.to_dict(),
+        context_length=checkpoint.context_length,
+        source=checkpoint.name,
+        verification=verification,
+        training=checkpoint.json_file("training.json"),
+        notes=tuple(request.notes),
+    )
+    manifest.write(folder)
+    request.say(f"onnx, {name}: {format_bytes(manifest.total_bytes)}, {weight_bits:.2f} bits per weight")
+
+
+def genai_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """onnxruntime-genai's description; its runtime reads each layer's key/value heads from the graph itself."""
+    architecture = checkpoint.architecture
+    ends = checkpoint.end_of_generation_ids
+    heads = max(layer.num_attention_heads for layer in architecture.layers)
+    groups = max(layer.num_key_value_heads for layer in architecture.layers)
+    decoder = {
+        "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+        "filename": MODEL_FILE,
+        "head_size": architecture.head_dim,
+        "hidden_size": architecture.hidden_size,
+        "inputs": {
+            "input_ids": "input_ids",
+            "attention_mask": "attention_mask",
+            "past_key_names": "past_key_values.%d.key",
+            "past_value_names": "past_key_values.%d.value",
+        },
+        "outputs": {
+            "logits": "logits",
+            "present_key_names": "present.%d.key",
+            "present_value_names": "present.%d.value",
+        },
+        "num_attention_heads": heads,
+        "num_hidden_layers": len(architecture.layers),
+        "num_key_value_heads": groups,
+    }
+    bos = checkpoint.config.get("bos_token_id")
+    return {
+        "model": {
+            "type": "llama",
+            "vocab_size": architecture.vocab_size,
+            "context_length": checkpoint.context_length,
+            "bos_token_id": bos if bos is not None else 0,
+            "eos_token_id": ends or [0],
+            "pad_token_id": ends[0] if ends else 0,
+            "decoder": decoder,
+        },
+        "search": {"max_length": checkpoint.context_length, "do_sample": False, "past_present_share_buffer": True},
+    }
+
+
+def _verify(
+    checkpoint: Checkpoint, request: ExportRequest, folder: Path, name: str, bits: float
+) -> dict[str, dict[str, object]]:
+    """Prefill and teacher-forced decoding through our engine against torch."""
+    tokens = sample_tokens(checkpoint)
+    start = min(PREFILL_TOKENS, len(tokens) - 1)
+    reference = torch_logits(checkpoint.folder, tokens)[start - 1 :]
+    engine = OnnxEngine(folder / MODEL_FILE, EngineOptions(context=len(tokens) + 1))
+    rows = [engine.prefill(tokens[:start]), *(engine.decode(token) for token in tokens[start:])]
+    engine.close()
+    agreement = compare_logits(reference, np.stack(rows), tokens[start - 1 :])
+    if name == "f32":
+        check_exact(agreement, reference, "onnx")
+    else:
+        check_quantized(agreement, bits, request.options.max_kl, "onnx")
+    request.say(
+        f"verified {name} file against torch (prefill {start}, then {len(tokens) - start} decode steps): max |logit "
+        f"difference| {agreement.max_logit_difference:.1e}, same argmax {agreement.argmax_agreement:.1%}, mean KL "
+        f"{agreement.mean_kl:.4f}, perplexity x{agreement.perplexity_ratio:.3f}"
+    )
+    if agreement.mean_kl > 0.2:
+        request.say(f"warning: {name} costs this model a mean KL of {agreement.mean_kl:.2f}; int8 is the safe choice")
+    return {"exact" if name == "f32" else "quantized": agreement.to_dict()}

@@ -1,0 +1,43 @@
+"""Rotary embedding tables from a checkpoint's rope parameters. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ..runtime.errors import ModelError
+
+
+def frequency_factors(rope: dict[str, Any], head_dim: int) -> np.ndarray | None:
+    """What frequencies are divided by, fp32 [head_dim / 2]; None without scaling.
+
+    Llama 3's rule (transformers' `_compute_llama3_parameters`); ModelError for any other.
+    """
+    kind = rope["rope_type"]
+    if kind == "default":
+        return None
+    if kind != "llama3":
+        raise ModelError(f"rope_type {kind!r} is not supported for export; default and llama3 are")
+    original = rope["original_max_position_embeddings"]
+    low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], rope["factor"]
+    wavelengths = 2 * np.pi / _frequencies(rope, head_dim)
+    smooth = (original / wavelengths - low) / (high - low)
+    scaled = np.where(
+        wavelengths < original / high,
+        1.0,
+        np.where(wavelengths > original / low, factor, 1.0 / ((1 - smooth) / factor + smooth)),
+    )
+    return scaled.astype(np.float32)
+
+
+def _frequencies(rope: dict[str, Any], head_dim: int) -> np.ndarray:
+    return 1.0 / rope["rope_theta"] ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+
+
+def rope_tables(rope: dict[str, Any], head_dim: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """(cos, sin), fp32 [length, head_dim / 2]."""
+    factors = frequency_factors(rope, head_dim)
+    frequencies = _frequencies(rope, head_dim) / (1.0 if factors is None else factors)
+    angles = np.arange(length, dtype=np.float64)[:, None] * frequencies
+    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)

@@ -1,0 +1,120 @@
+"""The ONNX Runtime engine: decoders with a KV cache, as `efficientllm-export --target onnx` writes them.
+
+Past and present share one preallocated buffer per layer, so no cache is copied between tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .engine import DEFAULT_CONTEXT, EngineOptions
+from .errors import ArtefactError, ContextOverflowError, MissingExtraError
+from .hf_tokenizer import HfTokenizer
+
+
+class OnnxEngine:
+    """See runtime.engine.Engine."""
+
+    def __init__(self, path: Path, options: EngineOptions) -> None:
+        try:
+            import onnxruntime
+        except ModuleNotFoundError as error:
+            raise MissingExtraError("onnxruntime", "onnx") from error
+        began = time.perf_counter()
+        settings = onnxruntime.SessionOptions()
+        settings.intra_op_num_threads = options.threads or os.cpu_count() or 1
+        settings.log_severity_level = 3
+        try:
+            # Folding constants would copy a tied, quantised embedding: it is read in two shapes.
+            self._session = onnxruntime.InferenceSession(
+                str(path), settings, ["CPUExecutionProvider"], disabled_optimizers=["ConstantFolding"]
+            )
+        except Exception as error:  # onnxruntime's exceptions share no base
+            raise ArtefactError(f"{path}: onnxruntime cannot load it: {str(error).splitlines()[0]}") from error
+        self._past = [item for item in self._session.get_inputs() if item.name.startswith("past_key_values.")]
+        if {item.name for item in self._session.get_inputs()} - {item.name for item in self._past} != {
+            "input_ids",
+            "attention_mask",
+        }:
+            raise ArtefactError(f"{path} is not a decoder written by efficientllm-export --target onnx")
+        config = _genai_config(path.parent)
+        self.context_length = options.context or min(DEFAULT_CONTEXT, config.get("context_length", DEFAULT_CONTEXT))
+        self._binding = self._session.io_binding()
+        self._bind_cache(onnxruntime)
+        self.tokenizer = HfTokenizer(path.parent)
+        self.vocab_size = int(config.get("vocab_size", self.tokenizer.vocab_size))
+        ends = config.get("eos_token_id", [])
+        self.end_ids = frozenset(ends if isinstance(ends, list) else [ends])
+        self.chat_template = self.tokenizer.chat_template
+        self.bos_token, self.eos_token = self.tokenizer.bos_token, self.tokenizer.eos_token
+        self.adds_bos = self.tokenizer.adds_bos
+        self._tokens: list[int] = []
+        self.load_ms = (time.perf_counter() - began) * 1e3
+
+    def _bind_cache(self, onnxruntime: Any) -> None:
+        """One buffer [1, G_i, context, D] per layer and part, input and output at once."""
+        self.kv_cache_bytes = 0
+        self._buffers = []
+        for item in self._past:
+            _, groups, _, head_dim = item.shape
+            zeros = np.zeros((1, groups, self.context_length, head_dim), dtype=np.float32)
+            buffer = onnxruntime.OrtValue.ortvalue_from_numpy(zeros)
+            self._binding.bind_ortvalue_input(item.name, buffer)
+            self._binding.bind_ortvalue_output(item.name.replace("past_key_values", "present"), buffer)
+            self._buffers.append(buffer)
+            self.kv_cache_bytes += zeros.nbytes
+        self._binding.bind_output("logits", "cpu")
+
+    def tokenize(self, text: str, special: bool) -> list[int]:
+        return self.tokenizer.tokenize(text, special)
+
+    def token_bytes(self, token: int) -> bytes:
+        return self.tokenizer.token_bytes(token)
+
+    def prefill(self, tokens: Sequence[int]) -> np.ndarray:
+        if not tokens:
+            raise ValueError("prefill needs at least one token")
+        if len(tokens) > self.context_length:
+            raise ContextOverflowError(
+                f"the prompt has {len(tokens)} tokens, the context window {self.context_length}; "
+                "shorten the prompt or load with a larger --context"
+            )
+        common = 0
+        limit = min(len(self._tokens), len(tokens) - 1)  # the last token is always evaluated: its logits are asked for
+        while common < limit and self._tokens[common] == tokens[common]:
+            common += 1
+        self._tokens = list(tokens[:common])
+        return self._evaluate(list(tokens[common:]))
+
+    def decode(self, token: int) -> np.ndarray:
+        if len(self._tokens) >= self.context_length:
+            raise ContextOverflowError(
+                f"the context window of {self.context_length} tokens is full; load with a larger --context"
+            )
+        return self._evaluate([token])
+
+    def _evaluate(self, tokens: list[int]) -> np.ndarray:
+        total = len(self._tokens) + len(tokens)
+        self._binding.bind_cpu_input("input_ids", np.asarray([tokens], dtype=np.int64))
+        self._binding.bind_cpu_input("attention_mask", np.ones((1, total), dtype=np.int64))
+        self._session.run_with_iobinding(self._binding)
+        self._tokens += tokens
+        return self._binding.get_outputs()[-1].numpy()[0, -1].copy()  # the next run writes into the same memory
+
+    def close(self) -> None:
+        del self._binding, self._buffers, self._session
+
+
+def _genai_config(folder: Path) -> dict[str, Any]:
+    path = folder / "genai_config.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["model"] if path.is_file() else {}
+    except (ValueError, KeyError) as error:
+        raise ArtefactError(f"{path} is malformed: {error}") from error

@@ -1,0 +1,159 @@
+"""ONNX files of unequal tiny models in onnxruntime against torch, and in stock onnxruntime-genai."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_export_gguf import SHAPES, TOKENS
+from tiny import LLAMA3_ROPE, UNEQUAL, tiny_architecture
+
+from efficientllm.export import cli
+from efficientllm.runtime.command import run_command
+from efficientllm.runtime.engine import EngineOptions, load
+from efficientllm.runtime.errors import ContextOverflowError
+from efficientllm.runtime.generation import Generation, chat_prompt
+from efficientllm.runtime.manifest import Manifest
+from efficientllm.train.architecture import FAMILIES
+from efficientllm.train.models import load_for_inference
+
+
+def export(checkpoint: Path, output: Path, *more: str) -> int:
+    return run_command(cli.body, [str(checkpoint), "--target", "onnx", "--output", str(output), *more])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_f32_prefill_and_decode_equal_torch(
+    family: str, shape: str, save_tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    checkpoint = save_tiny(tiny_architecture(family, SHAPES[shape]))
+    assert export(checkpoint, tmp_path / "onnx", "--quantize", "f32") == 0
+    with torch.inference_mode():
+        expected = load_for_inference(checkpoint)(torch.tensor([TOKENS])).logits[0].numpy()
+    engine = load(tmp_path / "onnx", EngineOptions(threads=1, context=64))
+    rows = [engine.prefill(TOKENS[:16]), *(engine.decode(token) for token in TOKENS[16:])]
+    assert np.abs(np.stack(rows) - expected[15:]).max() < 1e-3
+    reused = engine.prefill([*TOKENS[:20], 7, 8, 9])  # shares 20 tokens with what the cache holds
+    fresh = load(tmp_path / "onnx", EngineOptions(threads=1, context=64))
+    np.testing.assert_allclose(reused, fresh.prefill([*TOKENS[:20], 7, 8, 9]), atol=1e-4)
+    engine.close()
+    fresh.close()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("quantize", ["int8", "mixed", "int4"])
+def test_quantised_models_stay_close(
+    family: str, quantize: str, save_tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Odd hidden size and FFN widths, so that blocks are padded; tied and untied heads."""
+    tied = family != "qwen2"
+    checkpoint = save_tiny(tiny_architecture(family, SHAPES["odd FFN widths"], hidden_size=76, tied=tied))
+    assert export(checkpoint, tmp_path / "onnx", "--quantize", quantize) == 0
+    agreement = Manifest.read(tmp_path / "onnx").verification["quantized"]
+    assert agreement["mean_kl"] < {"int8": 0.01, "mixed": 0.1, "int4": 0.5}[quantize]
+
+
+def test_tied_quantised_weights_are_stored_once(save_tiny: Callable[..., Path], tmp_path: Path) -> None:
+    for tied in (True, False):
+        checkpoint = save_tiny(tiny_architecture(tied=tied))
+        assert export(checkpoint, tmp_path / str(tied), "--quantize", "int8") == 0
+    sizes = [Manifest.read(tmp_path / str(tied)).files["model.onnx.data"]["bytes"] for tied in (True, False)]
+    assert sizes[1] - sizes[0] == pytest.approx(400 * 64 * (1 + 4 / 32), rel=0.05)
+
+
+def test_llama3_rope_scaling(save_tiny: Callable[..., Path], tmp_path: Path) -> None:
+    assert (
+        export(save_tiny(tiny_architecture(), rope_parameters=LLAMA3_ROPE), tmp_path / "onnx", "--quantize", "f32") == 0
+    )
+
+
+def test_both_engines_give_the_same_text(artefact: Path, tmp_path: Path) -> None:
+    assert export(artefact.parent / "checkpoint", tmp_path / "onnx", "--quantize", "f32") == 0
+    texts = []
+    for path in (artefact, tmp_path / "onnx"):
+        engine = load(path, EngineOptions(threads=1))
+        messages: Any = [{"role": "user", "content": "Größe 日本 🚀 12345"}]
+        texts.append("".join(Generation(engine, chat_prompt(engine, messages), 32)))
+        assert engine.bos_token == "<|im_start|>"
+        assert 2 in engine.end_ids
+        engine.close()
+    assert texts[0] == texts[1]
+
+
+def test_context_overflow_says_the_numbers(artefact: Path, tmp_path: Path) -> None:
+    assert export(artefact.parent / "checkpoint", tmp_path / "onnx", "--no-verify") == 0
+    engine = load(tmp_path / "onnx", EngineOptions(threads=1, context=32))
+    with pytest.raises(ContextOverflowError, match="33 tokens, the context window 32"):
+        engine.prefill([5] * 33)
+    engine.prefill([5] * 32)
+    with pytest.raises(ContextOverflowError, match="context window of 32 tokens is full"):
+        engine.decode(5)
+    engine.close()
+
+
+GENAI = """
+import json, sys
+import onnxruntime_genai as genai
+model = genai.Model(sys.argv[1])
+parameters = genai.GeneratorParams(model)
+tokens = json.loads(sys.argv[2])
+parameters.set_search_options(max_length=len(tokens) + 16, min_length=len(tokens) + 16, do_sample=False)
+generator = genai.Generator(model, parameters)
+generator.append_tokens(tokens)
+while not generator.is_done():
+    generator.generate_next_token()
+print(json.dumps([int(token) for token in generator.get_sequence(0)]))
+"""
+
+
+@pytest.mark.parametrize("shape", ["unequal", "no attention in the middle", "odd FFN widths"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_stock_genai_generates_the_same_tokens(
+    family: str, shape: str, save_tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
+    checkpoint = save_tiny(tiny_architecture(family, SHAPES[shape]), eos_token_id=399)
+    assert export(checkpoint, tmp_path / "onnx", "--quantize", "f32") == 0
+    expected = load_for_inference(checkpoint).generate(
+        torch.tensor([TOKENS]),
+        attention_mask=torch.ones(1, len(TOKENS), dtype=torch.long),
+        max_new_tokens=16,
+        min_new_tokens=16,
+        do_sample=False,
+        pad_token_id=0,
+    )
+    command = [sys.executable, "-c", GENAI, str(tmp_path / "onnx"), json.dumps(TOKENS)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout.splitlines()[-1]) == expected[0].tolist()
+
+
+def test_wrong_graphs_are_caught(
+    save_tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from efficientllm.export import onnx_graph
+
+    tables = onnx_graph.rope_tables
+    monkeypatch.setattr(onnx_graph, "rope_tables", lambda *args: tables(*args)[::-1])
+    assert export(save_tiny(tiny_architecture()), tmp_path / "onnx", "--quantize", "f32") == 2
+    assert "logits differ from torch's" in capsys.readouterr().err
+    assert not (tmp_path / "onnx").exists()
+
+
+def test_bad_input(save_tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert export(save_tiny(tiny_architecture(layers=UNEQUAL)), tmp_path / "onnx", "--quantize", "q8_0") == 2
+    assert "--quantize q8_0: unknown for onnx; known: f32, int8, mixed, int4" in capsys.readouterr().err
+    assert export(tmp_path / "checkpoint", tmp_path / "onnx", "--no-verify") == 0
+    (tmp_path / "onnx" / "model.onnx.data").write_bytes(b"short")
+    from efficientllm.runtime import chat
+
+    assert run_command(chat.body, [str(tmp_path / "onnx"), "Hi"]) == 2
+    assert "copy it again" in capsys.readouterr().err
