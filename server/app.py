@@ -7,7 +7,7 @@ import hmac
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -77,7 +77,7 @@ def create_app(engine: Engine, name: str, api_key: str = "", waiting: int = 8) -
         if request.stream:
             # the first piece is awaited here, so that a full queue is answered with its own status
             first = await anext(pieces, None)
-            return StreamingResponse(answer.events(first, pieces), media_type="text/event-stream")
+            return _EventStream(answer.events(first, pieces), pieces)
         text = "".join([piece async for piece in pieces])
         return JSONResponse(answer.whole(text))
 
@@ -93,6 +93,23 @@ def _generation(engine: Engine, request: ChatRequest) -> Generation:
         raise APIError(400, str(error), code="context_length_exceeded") from error
     except EfficientLLMError as error:
         raise APIError(400, str(error)) from error
+
+
+class _EventStream(StreamingResponse):
+    """Server-sent events that stop the computation as soon as the client is gone."""
+
+    def __init__(self, events: AsyncGenerator[str], pieces: AsyncGenerator[str]) -> None:
+        super().__init__(events, media_type="text/event-stream")
+        self.generators = (events, pieces)
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            # Starlette drops the generators where they stand; closing them frees the engine now, not when they are
+            # collected (and `events` may not even have begun).
+            for generator in self.generators:
+                await generator.aclose()
 
 
 class _Answer:
@@ -112,13 +129,12 @@ class _Answer:
         choice = {"index": 0, "message": message, "finish_reason": self.stats.finish_reason, "logprobs": None}
         return {**self.base, "object": "chat.completion", "choices": [choice], "usage": self.usage()}
 
-    async def events(self, first: str | None, pieces: AsyncIterator[str]) -> AsyncIterator[str]:
+    async def events(self, first: str | None, pieces: AsyncIterator[str]) -> AsyncGenerator[str]:
         yield self._event({"role": "assistant", "content": ""})
         if first is not None:
             yield self._event({"content": first})
-        async with contextlib.aclosing(pieces):  # type: ignore[type-var]
-            async for piece in pieces:
-                yield self._event({"content": piece})
+        async for piece in pieces:
+            yield self._event({"content": piece})
         yield self._event({}, self.stats.finish_reason)
         if self.request.stream_options is not None and self.request.stream_options.include_usage:
             chunk = {**self.base, "object": "chat.completion.chunk", "choices": [], "usage": self.usage()}

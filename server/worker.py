@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 
 from ..runtime.engine import Engine
@@ -21,7 +21,7 @@ class EngineWorker:
         self.in_flight = 0
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
 
-    async def stream(self, generation: Generation) -> AsyncIterator[str]:
+    async def stream(self, generation: Generation) -> AsyncGenerator[str]:
         """Pieces of the answer; leaving the iteration stops the computation within a token.
 
         Raises APIError 429 where the queue is full.
@@ -35,7 +35,7 @@ class EngineWorker:
         def compute() -> None:
             end: BaseException | None = None
             try:
-                for piece in generation:
+                for piece in () if abandoned.is_set() else generation:
                     if abandoned.is_set():
                         break
                     loop.call_soon_threadsafe(pieces.put_nowait, piece)
@@ -44,15 +44,18 @@ class EngineWorker:
             loop.call_soon_threadsafe(pieces.put_nowait, end)
 
         done = loop.run_in_executor(self._thread, compute)
+        done.add_done_callback(self._free_place)  # also where this coroutine is cancelled while it waits
         try:
             while isinstance(piece := await pieces.get(), str):
                 yield piece
             if piece is not None:
                 raise piece
+            await done
         finally:
             abandoned.set()
-            await asyncio.shield(done)
-            self.in_flight -= 1
+
+    def _free_place(self, done: asyncio.Future[None]) -> None:
+        self.in_flight -= 1
 
     def close(self) -> None:
         """Wait for the answer in progress, then free the engine."""
