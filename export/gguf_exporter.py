@@ -8,9 +8,8 @@ from tokenizers import Tokenizer
 
 from ..runtime.chat_template import render_chat
 from ..runtime.errors import ArtefactError
-from ..runtime.manifest import Manifest, describe_files
-from ..runtime.quantities import format_bytes
 from ..train.tensors import tensor_shape
+from .artefact import bits_per_weight, describe_artefact
 from .calibration import column_importance, save_for_gguf
 from .checkpoint import Checkpoint
 from .gguf_probe import probe
@@ -64,26 +63,21 @@ def export_gguf(checkpoint: Checkpoint, request: ExportRequest, folder: Path) ->
             importance.unlink()
         for sentence in describe_fallbacks(fallbacks):
             request.say(sentence)
-    bits = 8 * tensor_bytes(target) / checkpoint.architecture.num_parameters
+    weight_bytes = tensor_bytes(target)
+    bits = bits_per_weight(checkpoint, weight_bytes)
     verification = _verify(checkpoint, request, exact, target, bits) if request.verify else {}
     if exact != target:
         exact.unlink()
-    manifest = Manifest(
+    describe_artefact(
+        checkpoint,
+        request,
+        folder,
         engine="llama.cpp",
-        model_file=MODEL_FILE,
-        files=describe_files(folder, [MODEL_FILE]),
+        files=[MODEL_FILE],
         quantization=name,
-        bits_per_weight=round(bits, 3),
-        architecture=checkpoint.architecture.to_dict(),
-        context_length=checkpoint.context_length,
-        source=checkpoint.name,
+        weight_bytes=weight_bytes,
+        layout=f"llama.cpp architecture {plan.name}",
         verification=verification,
-        training=checkpoint.json_file("training.json"),
-        notes=tuple(request.notes),
-    )
-    manifest.write(folder)
-    request.say(
-        f"llama.cpp architecture {plan.name}, {name}: {format_bytes(manifest.total_bytes)}, {bits:.2f} bits per weight"
     )
     for hint in run_hints(request.output, checkpoint.context_length):
         request.print_line(f"run it with: {hint}")

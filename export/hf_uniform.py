@@ -13,6 +13,7 @@ import numpy as np
 from ..runtime.errors import ArtefactError
 from ..train.architecture import Architecture
 from ..train.tensors import tensor_names
+from .artefact import copy_tokenizer
 from .checkpoint import Checkpoint
 from .padding import missing_tensor, pad_tensor, padded_eps, uniform_architecture
 from .request import ExportRequest
@@ -24,8 +25,6 @@ CLASS_NAMES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
-
-COPIED_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
 def export_hf_uniform(checkpoint: Checkpoint, request: ExportRequest, folder: Path) -> None:
@@ -46,9 +45,9 @@ def export_hf_uniform(checkpoint: Checkpoint, request: ExportRequest, folder: Pa
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config = uniform_config(checkpoint, after)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    for name in (*COPIED_FILES, "generation_config.json"):
-        if (checkpoint.folder / name).is_file():
-            shutil.copy(checkpoint.folder / name, folder / name)
+    copy_tokenizer(checkpoint, folder)
+    if (checkpoint.folder / "generation_config.json").is_file():
+        shutil.copy(checkpoint.folder / "generation_config.json", folder)
     layer = after.layers[0]
     request.say(
         f"padded to {layer.num_attention_heads} query heads, {layer.num_key_value_heads} key/value heads, "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,8 @@ import numpy as np
 
 from ..runtime.engine import EngineOptions
 from ..runtime.errors import MissingExtraError
-from ..runtime.manifest import Manifest, describe_files
 from ..runtime.onnx_engine import OnnxEngine
-from ..runtime.quantities import format_bytes
+from .artefact import bits_per_weight, copy_tokenizer, describe_artefact
 from .checkpoint import Checkpoint
 from .onnx_quantize import preset
 from .request import ExportRequest
@@ -21,7 +19,6 @@ from .verification import check_exact, check_quantized, compare_logits, sample_t
 
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
-COPIED_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 DEFAULT = "int8"
 PREFILL_TOKENS = 64
 """Of the verification sample; the rest is decoded token by token."""
@@ -37,31 +34,23 @@ def export_onnx(checkpoint: Checkpoint, request: ExportRequest, folder: Path) ->
     except ModuleNotFoundError as error:
         raise MissingExtraError(error.name or "onnxruntime", "onnx") from error
     name = request.options.quantize or DEFAULT
-    bits = preset(name)
-    ir.save(GraphBuilder(checkpoint, bits).build(), folder / MODEL_FILE, external_data=DATA_FILE)
-    names = [MODEL_FILE, DATA_FILE, "genai_config.json"]
-    for file in COPIED_FILES:
-        if (checkpoint.folder / file).is_file():
-            shutil.copy(checkpoint.folder / file, folder / file)
-            names.append(file)
+    ir.save(GraphBuilder(checkpoint, preset(name)).build(), folder / MODEL_FILE, external_data=DATA_FILE)
     (folder / "genai_config.json").write_text(json.dumps(genai_config(checkpoint), indent=2) + "\n", encoding="utf-8")
-    weight_bits = 8 * (folder / DATA_FILE).stat().st_size / checkpoint.architecture.num_parameters
-    verification = _verify(checkpoint, request, folder, name, weight_bits) if request.verify else {}
-    manifest = Manifest(
+    names = [MODEL_FILE, DATA_FILE, "genai_config.json", *copy_tokenizer(checkpoint, folder)]
+    weight_bytes = (folder / DATA_FILE).stat().st_size
+    bits = bits_per_weight(checkpoint, weight_bytes)
+    verification = _verify(checkpoint, request, folder, name, bits) if request.verify else {}
+    describe_artefact(
+        checkpoint,
+        request,
+        folder,
         engine="onnxruntime",
-        model_file=MODEL_FILE,
-        files=describe_files(folder, names),
+        files=names,
         quantization=name,
-        bits_per_weight=round(weight_bits, 3),
-        architecture=checkpoint.architecture.to_dict(),
-        context_length=checkpoint.context_length,
-        source=checkpoint.name,
+        weight_bytes=weight_bytes,
+        layout="onnx",
         verification=verification,
-        training=checkpoint.json_file("training.json"),
-        notes=tuple(request.notes),
     )
-    manifest.write(folder)
-    request.say(f"onnx, {name}: {format_bytes(manifest.total_bytes)}, {weight_bits:.2f} bits per weight")
 
 
 def genai_config(checkpoint: Checkpoint) -> dict[str, Any]:

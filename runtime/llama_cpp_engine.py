@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from .engine import DEFAULT_CONTEXT, EngineOptions
-from .errors import ArtefactError, ContextOverflowError, MissingExtraError
+from .errors import ArtefactError, MissingExtraError
+from .prefix import check_room, reusable_prefix
 
 BATCH = 512
 """Tokens evaluated in one pass of a prefill."""
@@ -96,27 +97,14 @@ class LlamaCppEngine:
         return self._piece.raw[: max(size, 0)]
 
     def prefill(self, tokens: Sequence[int]) -> np.ndarray:
-        if not tokens:
-            raise ValueError("prefill needs at least one token")
-        if len(tokens) > self.context_length:
-            raise ContextOverflowError(
-                f"the prompt has {len(tokens)} tokens, the context window {self.context_length}; "
-                "shorten the prompt or load with a larger --context"
-            )
-        held = self._model.input_ids[: self._model.n_tokens]
-        common = 0
-        limit = min(len(held), len(tokens) - 1)  # the last token is always evaluated: its logits are asked for
-        while common < limit and held[common] == tokens[common]:
-            common += 1
+        held = self._model.input_ids[: self._model.n_tokens].tolist()
+        common = reusable_prefix(held, tokens, self.context_length)
         self._model.n_tokens = common
         self._model.eval(list(tokens[common:]))
         return self._last_logits()
 
     def decode(self, token: int) -> np.ndarray:
-        if self._model.n_tokens >= self.context_length:
-            raise ContextOverflowError(
-                f"the context window of {self.context_length} tokens is full; load with a larger --context"
-            )
+        check_room(self._model.n_tokens, self.context_length)
         self._model.eval([token])
         return self._last_logits()
 

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from .engine import DEFAULT_CONTEXT, EngineOptions
-from .errors import ArtefactError, ContextOverflowError, MissingExtraError
+from .errors import ArtefactError, MissingExtraError
 from .hf_tokenizer import HfTokenizer
+from .prefix import check_room, reusable_prefix
 
 
 class OnnxEngine:
@@ -79,25 +80,12 @@ class OnnxEngine:
         return self.tokenizer.token_bytes(token)
 
     def prefill(self, tokens: Sequence[int]) -> np.ndarray:
-        if not tokens:
-            raise ValueError("prefill needs at least one token")
-        if len(tokens) > self.context_length:
-            raise ContextOverflowError(
-                f"the prompt has {len(tokens)} tokens, the context window {self.context_length}; "
-                "shorten the prompt or load with a larger --context"
-            )
-        common = 0
-        limit = min(len(self._tokens), len(tokens) - 1)  # the last token is always evaluated: its logits are asked for
-        while common < limit and self._tokens[common] == tokens[common]:
-            common += 1
+        common = reusable_prefix(self._tokens, tokens, self.context_length)
         self._tokens = list(tokens[:common])
         return self._evaluate(list(tokens[common:]))
 
     def decode(self, token: int) -> np.ndarray:
-        if len(self._tokens) >= self.context_length:
-            raise ContextOverflowError(
-                f"the context window of {self.context_length} tokens is full; load with a larger --context"
-            )
+        check_room(len(self._tokens), self.context_length)
         return self._evaluate([token])
 
     def _evaluate(self, tokens: list[int]) -> np.ndarray:
