@@ -101,7 +101,6 @@ class Fallback:
     """A tensor that could not take the type asked for."""
 
     tensor: str
-    row_length: int
     wanted: str
     multiple: int
     """What rows of the wanted type must divide by."""
@@ -109,7 +108,7 @@ class Fallback:
 
 
 _FALLBACK = re.compile(
-    r"(?P<tensor>[\w.]+)\s+- ncols\s+(?P<columns>\d+) not divisible by\s+(?P<multiple>\d+) "
+    r"(?P<tensor>[\w.]+)\s+- ncols\s+\d+ not divisible by\s+(?P<multiple>\d+) "
     r"\(required for type\s+(?P<wanted>\w+)\).*falling back to\s+(?P<got>\w+)"
 )
 """A line of llama.cpp's quantiser, as of llama-cpp-python 0.3.36."""
@@ -120,7 +119,6 @@ def parse_fallbacks(log: str) -> list[Fallback]:
     return [
         Fallback(
             match["tensor"],
-            int(match["columns"]),
             match["wanted"].lower(),
             int(match["multiple"]),
             match["got"].lower(),

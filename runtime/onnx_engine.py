@@ -61,7 +61,6 @@ class OnnxEngine:
 
     def _bind_cache(self, onnxruntime: Any) -> None:
         """One buffer [1, G_i, context, D] per layer and part, input and output at once."""
-        self.kv_cache_bytes = 0
         self._buffers = []
         for item in self._past:
             _, groups, _, head_dim = item.shape
@@ -70,7 +69,6 @@ class OnnxEngine:
             self._binding.bind_ortvalue_input(item.name, buffer)
             self._binding.bind_ortvalue_output(item.name.replace("past_key_values", "present"), buffer)
             self._buffers.append(buffer)
-            self.kv_cache_bytes += zeros.nbytes
         self._binding.bind_output("logits", "cpu")
 
     def tokenize(self, text: str, special: bool) -> list[int]:

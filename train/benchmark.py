@@ -25,13 +25,13 @@ from .loss import TrainingLoss
 from .metrics import read_metrics
 from .models import architecture_of, load_source
 from .packing import PackedStream
-from .saliency import CRITERIA, SaliencyTracker
+from .saliency import CRITERIA, GROUP_KINDS, SaliencyTracker
 from .selection import SelectionRules, select_removal
 from .surgery import remove_groups
 from .trainer import make_optimizer
 from .weight_update import InputGrams
 
-KINDS = ("kv_group", "query_head", "ffn", "stem")
+WITHOUT_STEM = tuple(kind for kind in GROUP_KINDS if kind != "stem")
 
 
 class StepBenchmark:
@@ -95,7 +95,6 @@ def quartiles(values: Sequence[float]) -> str:
 
 def compare_steps(bench: StepBenchmark, rounds: int) -> None:
     """Interleaved steps: plain, with each criterion, with the Gram matrices of the weight update."""
-    no_stem = KINDS[:3]
     variants: dict[str, Callable[[], float]] = {
         "plain": bench.step,
         "taylor1": lambda: bench.step(trackers["taylor1"]),
@@ -105,10 +104,10 @@ def compare_steps(bench: StepBenchmark, rounds: int) -> None:
         "obs Gram matrices": lambda: bench.step_with_grams({"query", "ffn"}),
     }
     trackers = {
-        "taylor1": bench.tracker("taylor1", no_stem),
-        "taylor1, with stem": bench.tracker("taylor1", KINDS),
-        "taylor2": bench.tracker("taylor2", no_stem),
-        "fisher": bench.tracker("fisher", no_stem),
+        "taylor1": bench.tracker("taylor1", WITHOUT_STEM),
+        "taylor1, with stem": bench.tracker("taylor1", GROUP_KINDS),
+        "taylor2": bench.tracker("taylor2", WITHOUT_STEM),
+        "fisher": bench.tracker("fisher", WITHOUT_STEM),
     }
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for turn in range(rounds + 1):
@@ -127,7 +126,7 @@ def compare_steps(bench: StepBenchmark, rounds: int) -> None:
 
 def time_events(bench: StepBenchmark) -> None:
     """One pruning event of about 1 % of the parameters: selection, weight update, physical removal."""
-    tracker = bench.tracker("taylor1", KINDS[:3])
+    tracker = bench.tracker("taylor1", WITHOUT_STEM)
     bench.step(tracker)
     target = round(0.99 * bench.architecture.num_parameters)
     timings: dict[str, float] = {}
@@ -138,7 +137,7 @@ def time_events(bench: StepBenchmark) -> None:
         timings[name] = time.perf_counter() - began
         return result
 
-    rules = SelectionRules(KINDS[:3], 32)
+    rules = SelectionRules(WITHOUT_STEM, 32)
     removal = timed("selection", lambda: select_removal(bench.architecture, tracker.scores, rules, target))
     grams = bench.grams
     assert grams is not None

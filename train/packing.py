@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -96,15 +96,6 @@ class DocumentSource:
         self.state.block += 1
         self.state.offset = 0
         self._load_block()
-
-
-@dataclass
-class StreamState:
-    """Everything needed to continue the stream."""
-
-    sources: list[dict[str, int]]
-    leftover: list[int] = field(default_factory=list)
-    """Tokens read but not yet part of a window."""
 
 
 class PackedStream:

@@ -6,6 +6,7 @@ out of the tensors. The *logical* shape is what remains after the first, the *ph
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,8 +26,6 @@ from .weight_update import InputGrams
 
 def selection_rules(settings: PruneConfig) -> SelectionRules:
     """The rules that the settings ask for."""
-    from pathlib import Path
-
     floor = read_architecture(Path(settings.target_architecture)) if settings.target_architecture else None
     multiple = 1 if floor is not None else settings.width_multiple
     return SelectionRules(settings.kinds, multiple, settings.layout == "uniform", floor)

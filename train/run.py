@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -118,9 +119,8 @@ def _prepare_folder(config: TrainConfig, folder: Path) -> None:
 
 def _budget(config: TrainConfig, source: Architecture, tokenizer: PreTrainedTokenizerBase) -> Budget | None:
     """The budget, checked against the source before anything is written."""
-    backend: Any = tokenizer.backend_tokenizer
-    merges = [" ".join(merge) if not isinstance(merge, str) else merge for merge in _merges(backend)]
-    budget = make_budget(config.pruning, source, tokenizer_bytes(list(tokenizer.get_vocab()), merges))
+    vocabulary_bytes = _vocabulary_bytes(tokenizer) if config.pruning.target_bytes is not None else 0
+    budget = make_budget(config.pruning, source, vocabulary_bytes)
     if budget is None:
         return None
     rules = selection_rules(config.pruning)
@@ -132,10 +132,12 @@ def _budget(config: TrainConfig, source: Architecture, tokenizer: PreTrainedToke
     return budget
 
 
-def _merges(backend: Any) -> list[Any]:
-    import json
-
-    return json.loads(backend.to_str())["model"].get("merges", [])
+def _vocabulary_bytes(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Bytes of the tokenizer in an exported file."""
+    backend: Any = tokenizer.backend_tokenizer
+    merges = json.loads(backend.to_str())["model"].get("merges", [])
+    texts = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
+    return tokenizer_bytes(list(tokenizer.get_vocab()), texts)
 
 
 def _make_trainer(

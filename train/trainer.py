@@ -25,6 +25,7 @@ from .distributed import Parallel
 from .gather import full
 from .loss import TrainingLoss, perplexity
 from .metrics import MetricsWriter
+from .models import architecture_of
 from .packing import PackedStream
 from .progress import ProgressDisplay
 from .pruner import Pruner
@@ -79,8 +80,6 @@ class Trainer:
     @property
     def architecture(self) -> Architecture:
         """The shape without the groups that are removed, physically or not yet."""
-        from .models import architecture_of
-
         return self.pruner.architecture if self.pruner is not None else architecture_of(self.model.config)
 
     def _configure_model(self) -> None:
