@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -77,9 +77,25 @@ class Engine(Protocol):
         """Append one token and return its logits, fp32 [V]."""
         ...
 
+    def evaluate(self, tokens: Sequence[int], first: int) -> Iterator[np.ndarray]:
+        """Make `tokens` the evaluated sequence; yields the logits of positions first, first + 1, ... as fp32 [n, V]."""
+        ...
+
     def close(self) -> None:
         """Free the model."""
         ...
+
+
+class StepwiseEvaluation:
+    """`evaluate` for an engine whose programs return the last token's logits only: one decode per position."""
+
+    prefill: Callable[[Sequence[int]], np.ndarray]
+    decode: Callable[[int], np.ndarray]
+
+    def evaluate(self, tokens: Sequence[int], first: int) -> Iterator[np.ndarray]:
+        yield self.prefill(tokens[: first + 1])[None]
+        for token in tokens[first + 1 :]:
+            yield self.decode(token)[None]
 
 
 def locate(path: Path) -> tuple[str, Path]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from .prefix import check_room, reusable_prefix
 
 BATCH = 512
 """Tokens evaluated in one pass of a prefill."""
+EVALUATED = 64
+"""Tokens evaluated in one pass when every token's logits are wanted."""
 
 
 _LOG_CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
@@ -107,6 +109,22 @@ class LlamaCppEngine:
         check_room(self._model.n_tokens, self.context_length)
         self._model.eval([token])
         return self._last_logits()
+
+    def evaluate(self, tokens: Sequence[int], first: int) -> Iterator[np.ndarray]:
+        if first:
+            self.prefill(tokens[:first])
+        else:
+            self._model.n_tokens = 0
+        check_room(len(tokens) - 1, self.context_length)
+        self._model._ctx.kv_cache_seq_rm(-1, self._model.n_tokens, -1)
+        for start in range(first, len(tokens), EVALUATED):
+            chunk = list(tokens[start : start + EVALUATED])
+            self._model._batch.set_batch(batch=chunk, n_past=start, logits_all=True)
+            self._model._ctx.decode(self._model._batch)
+            self._model.input_ids[start : start + len(chunk)] = chunk
+            self._model.n_tokens = start + len(chunk)
+            pointer = self._model._ctx.get_logits()
+            yield np.ctypeslib.as_array(pointer, shape=(len(chunk), self.vocab_size)).astype(np.float32, copy=True)
 
     def _last_logits(self) -> np.ndarray:
         pointer = self._model._ctx.get_logits_ith(-1)

@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from .engine import DEFAULT_CONTEXT, EngineOptions
+from .engine import DEFAULT_CONTEXT, EngineOptions, StepwiseEvaluation
 from .errors import ArtefactError, MissingExtraError
 from .hf_tokenizer import HfTokenizer
 from .prefix import check_room, reusable_prefix
 
 
-class OnnxEngine:
+class OnnxEngine(StepwiseEvaluation):
     """See runtime.engine.Engine."""
 
     def __init__(self, path: Path, options: EngineOptions) -> None:

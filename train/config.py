@@ -153,6 +153,8 @@ class OptimizerConfig:
     """Gradients are clipped to this global norm."""
     distill: float = 0.0
     """Weight of the KL divergence from the unpruned source's predictions, added to the loss; 0: off."""
+    cross_entropy: float = 1.0
+    """Weight of the next-token cross-entropy; 0 leaves distillation alone."""
 
     def __post_init__(self) -> None:
         for name in ("tokens", "batch_size", "gradient_accumulation"):
@@ -163,8 +165,10 @@ class OptimizerConfig:
             _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "must be between 0 and 1")
         for name in ("beta1", "beta2"):
             _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "must be at least 0 and below 1")
-        for name in ("weight_decay", "distill"):
+        for name in ("weight_decay", "distill", "cross_entropy"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
+        alone = self.cross_entropy > 0 or self.distill > 0
+        _require(alone, "cross_entropy", self.cross_entropy, "give --distill something to train on")
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ CHUNK_TOKENS = 256
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """Mean of cross-entropy + distill * KL(teacher || student) over softmax(hidden @ weight.T), chunk by chunk.
+    """Mean of scale * cross-entropy + distill * KL(teacher || student) over softmax(hidden @ weight.T), by chunks.
 
     Gradients are formed in the forward pass: d cross-entropy / d logits = p - onehot, d KL / d logits = p - p_teacher.
     """
@@ -34,6 +34,7 @@ class _ChunkedLoss(torch.autograd.Function):
         teacher_hidden: Tensor | None,
         teacher_weight: Tensor | None,
         distill: float,
+        scale: float,
     ) -> tuple[Tensor, Tensor]:
         h, w = hidden.to(dtype), weight.to(dtype)
         needs_grad = hidden.requires_grad or weight.requires_grad
@@ -54,8 +55,10 @@ class _ChunkedLoss(torch.autograd.Function):
             if grad_h is not None and grad_w is not None:
                 delta = log_p.exp_()  # the probabilities p; becomes d loss / d logits
                 if teacher is not None:
-                    delta.mul_(1.0 + distill).sub_(teacher, alpha=distill)
-                delta.scatter_add_(1, targets[rows, None], delta.new_full((len(delta), 1), -1.0))
+                    delta.mul_(scale + distill).sub_(teacher, alpha=distill)
+                elif scale != 1.0:
+                    delta.mul_(scale)
+                delta.scatter_add_(1, targets[rows, None], delta.new_full((len(delta), 1), -scale))
                 delta = delta.div_(h.shape[0]).to(dtype)
                 grad_h[rows] = delta @ w
                 grad_w += delta.T @ h[rows]
@@ -63,12 +66,12 @@ class _ChunkedLoss(torch.autograd.Function):
             ctx.save_for_backward(grad_h.to(hidden.dtype), grad_w.to(weight.dtype))
         cross_entropy, divergence = cross_entropy / h.shape[0], divergence / h.shape[0]
         ctx.mark_non_differentiable(cross_entropy)
-        return cross_entropy + distill * divergence, cross_entropy
+        return scale * cross_entropy + distill * divergence, cross_entropy
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad_total, grad_weight * grad_total, None, None, None, None, None
+        return grad_hidden * grad_total, grad_weight * grad_total, None, None, None, None, None, None
 
 
 def cross_entropy(
@@ -78,30 +81,37 @@ def cross_entropy(
     dtype: torch.dtype,
     teacher: tuple[Tensor, Tensor] | None = None,
     distill: float = 0.0,
+    scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """(loss to minimise, its cross-entropy part), means over tokens in nats.
 
     hidden [N, H], LM-head weight [V, H], targets [N] int64; matrix products in `dtype`, sums in fp32. `teacher` is the
-    source's (hidden [N, Ht], weight [V, Ht]) in `dtype`; its KL divergence is added `distill` times.
+    source's (hidden [N, Ht], weight [V, Ht]) in `dtype`; its KL divergence is added `distill` times to
+    `scale` times the cross-entropy.
     """
     teacher_hidden, teacher_weight = teacher or (None, None)
-    return _ChunkedLoss.apply(hidden, weight, targets, dtype, teacher_hidden, teacher_weight, distill)  # type: ignore[return-value]
+    arguments = (hidden, weight, targets, dtype, teacher_hidden, teacher_weight, distill, scale)
+    return _ChunkedLoss.apply(*arguments)  # type: ignore[return-value]
 
 
 class TrainingLoss(nn.Module):
     """The model with its loss: what is called in a training step, and what DDP and FSDP wrap."""
 
-    def __init__(self, model: Any, dtype: torch.dtype, teacher: Any | None = None, distill: float = 0.0) -> None:
-        """`teacher` (for distillation) is kept out of the parameters and the state dict."""
+    def __init__(
+        self, model: Any, dtype: torch.dtype, teacher: Any | None = None, distill: float = 0.0, scale: float = 1.0
+    ) -> None:
+        """The loss is `scale` times the cross-entropy plus `distill` times the KL divergence from the `teacher`, which
+        is kept out of the parameters and the state dict."""
         super().__init__()
         self.model = model
         self.dtype = dtype
         self.distill = distill
+        self.scale = scale
         self._teacher = (teacher,)
 
     def around(self, model: Any) -> TrainingLoss:
         """The same loss of another model."""
-        return TrainingLoss(model, self.dtype, self._teacher[0], self.distill)
+        return TrainingLoss(model, self.dtype, self._teacher[0], self.distill, self.scale)
 
     def forward(self, windows: Tensor) -> tuple[Tensor, Tensor]:
         """(loss to minimise, cross-entropy) of windows [B, S + 1]."""
@@ -115,7 +125,7 @@ class TrainingLoss(nn.Module):
                 states = teacher.model(input_ids=inputs, use_cache=False).last_hidden_state
                 reference = (states.flatten(0, 1).to(self.dtype), teacher.lm_head.weight.to(self.dtype))
         weight = self.model.lm_head.weight
-        return cross_entropy(hidden.flatten(0, 1), weight, targets, self.dtype, reference, self.distill)
+        return cross_entropy(hidden.flatten(0, 1), weight, targets, self.dtype, reference, self.distill, self.scale)
 
 
 def make_teacher(source: Any, dtype: torch.dtype, device: torch.device) -> Any:

@@ -67,7 +67,7 @@ def load_source(source: str) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
     try:
         if not options:  # look at the family before gigabytes of weights are read
             architecture_of(AutoConfig.from_pretrained(folder))
-        with _quiet_loading():
+        with quiet_loading():
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
         tokenizer_options = {"gguf_file": options["gguf_file"]} if options else {}
         tokenizer = AutoTokenizer.from_pretrained(folder, **tokenizer_options)
@@ -82,7 +82,7 @@ def load_source(source: str) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
 
 
 @contextlib.contextmanager
-def _quiet_loading() -> Iterator[None]:
+def quiet_loading() -> Iterator[None]:
     """Keep transformers' progress bars and chatter off stderr; what matters is raised."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
@@ -223,6 +223,6 @@ def _config_json(config: Any) -> str:
 
 def load_for_inference(folder: Path) -> Any:
     """A Hugging Face folder of a supported family in fp32, in eval mode, with eager attention."""
-    with _quiet_loading():
+    with quiet_loading():
         model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, attn_implementation="eager")
     return model.eval()

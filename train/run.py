@@ -170,7 +170,9 @@ def _make_trainer(
     elif config.source.init == "random":
         model = build(source.config, architecture)
     model.generation_config = source.generation_config
-    loss = TrainingLoss(model.to(parallel.device), hardware.dtype, teacher, config.optimizer.distill)
+    loss = TrainingLoss(
+        model.to(parallel.device), hardware.dtype, teacher, config.optimizer.distill, config.optimizer.cross_entropy
+    )
     trainer = Trainer(config, loss, tokenizer, stream, held_out, budget, parallel, folder, architecture)
     if last is not None:
         trainer.restore(last)

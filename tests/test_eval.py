@@ -1,0 +1,271 @@
+"""Evaluation: agreement with lm-eval's own model, with torch, and between torch and the engines."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_architecture, tiny_model
+from transformers import PreTrainedTokenizerFast
+
+from efficientllm.export import cli as export_cli
+from efficientllm.export.verification import sample_text
+from efficientllm.runtime.command import run_command
+from efficientllm.train.evaluation import cli, perplexity
+from efficientllm.train.evaluation.evaluation import ComputeConfig, MeasureConfig, evaluate
+from efficientllm.train.evaluation.harness import run_task
+from efficientllm.train.evaluation.report import paired_difference
+from efficientllm.train.evaluation.request_cache import RequestCache
+from efficientllm.train.evaluation.scoring import EngineModel, Request
+from efficientllm.train.evaluation.tasks import TASKS, open_task
+from efficientllm.train.evaluation.torch_model import TorchModel
+from efficientllm.train.models import demo_source_path, load_source, save_checkpoint
+
+SHARED_DATA = Path(os.environ.get("EFFICIENTLLM_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rows of every task, of our own invention, in lm-eval's fields."""
+    folder = tmp_path_factory.mktemp("data")
+    words = ["water", "a stone bridge", "music", "the long way home", "seven", "light and air"]
+
+    def write(task: str, rows: list[dict[str, Any]]) -> None:
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / TASKS[task].rows).write_text(text, encoding="utf-8")
+
+    def pick(index: int, count: int) -> list[str]:
+        return [words[(index + step) % len(words)] for step in range(count)]
+
+    several = range(6)
+    for task in ("arc_easy", "arc_challenge"):
+        write(
+            task,
+            [
+                {
+                    "id": str(i),
+                    "question": f"What follows {i}\u2028?",  # a line separator inside a row is no new row
+                    "choices": {"text": pick(i, 4), "label": ["A", "B", "C", "D"]},
+                    "answerKey": "ABCD"[i % 4],
+                }
+                for i in several
+            ],
+        )
+    write("boolq", [{"passage": f"P {i}.", "question": f"is {i} even", "label": 1 - i % 2, "idx": i} for i in several])
+    write("hellaswag", [{"query": f"He took {words[i]}", "choices": pick(i, 4), "gold": i % 4} for i in several])
+    write(
+        "openbookqa",
+        [
+            {
+                "question_stem": f"The {i}th is",
+                "choices": {"text": pick(i, 4), "label": ["A", "B", "C", "D"]},
+                "answerKey": "B",
+            }
+            for i in several
+        ],
+    )
+    write("piqa", [{"goal": f"do {i}", "sol1": words[i], "sol2": words[i - 1], "label": i % 2} for i in several])
+    write(
+        "winogrande",
+        [{"sentence": f"{i}: _ was big.", "option1": words[i], "option2": "it", "answer": "1"} for i in several],
+    )
+    mmlu = [
+        {"question": f"Q{i}?", "subject": subject, "choices": pick(i, 4), "answer": i % 4}
+        for subject in ("anatomy", "virology")
+        for i in several
+    ]
+    write("mmlu", mmlu)
+    lines = [" \n" if not line else f" {line} \n" for line in sample_text().split("\n")]
+    (folder / perplexity.WIKITEXT_FILE).write_text("".join(lines), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    folder = tmp_path_factory.mktemp("eval") / "checkpoint"
+    save_checkpoint(tiny_model(tiny_architecture()), tokenizer, folder)
+    return folder
+
+
+def torch_model(folder: Path) -> TorchModel:
+    return TorchModel.load(folder, "cpu", "float32", 0, 2048)
+
+
+def score_by_lm_eval(folder: Path, task: str, data_dir: Path, limit: int) -> dict[str, float]:
+    """Means that lm-eval's own `hf` model gets."""
+    from lm_eval.evaluator import evaluate as evaluate_by_lm_eval
+    from lm_eval.models.huggingface import HFLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    theirs = HFLM(pretrained=model, tokenizer=AutoTokenizer.from_pretrained(folder), batch_size=4)
+    with open_task(task, data_dir) as tasks:
+        results: Any = evaluate_by_lm_eval(theirs, tasks, limit=limit or None, bootstrap_iters=2)
+    (scores,) = results["results"].values()
+    return {name.removesuffix(",none"): value for name, value in scores.items() if name.endswith(",none")}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("task", ["arc_easy", "boolq", "hellaswag", "openbookqa", "piqa", "winogrande"])
+def test_scores_equal_those_of_lm_evals_own_model(checkpoint: Path, data_dir: Path, task: str) -> None:
+    ours = run_task(task, torch_model(checkpoint), data_dir, 0, RequestCache())
+    theirs = score_by_lm_eval(checkpoint, task, data_dir, 0)
+    for metric in ours.values:
+        assert ours.mean(metric) == pytest.approx(theirs[metric])
+        assert ours.stderr(metric) == pytest.approx(theirs[f"{metric}_stderr"])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+def test_scores_of_the_real_source_equal_lm_evals(tmp_path: Path) -> None:
+    if not (SHARED_DATA / "eval").is_dir():
+        pytest.skip("no evaluation data; set EFFICIENTLLM_DATA to the folder that holds eval/")
+    save_checkpoint(*load_source(str(demo_source_path())), tmp_path / "source")
+    ours = run_task("arc_easy", torch_model(tmp_path / "source"), SHARED_DATA / "eval", 12, RequestCache())
+    theirs = score_by_lm_eval(tmp_path / "source", "arc_easy", SHARED_DATA / "eval", 12)
+    assert {name: ours.mean(name) for name in ours.values} == pytest.approx(
+        {name: theirs[name] for name in ours.values}
+    )
+
+
+def test_mmlu_is_the_average_over_the_documents_of_all_subjects(checkpoint: Path, data_dir: Path) -> None:
+    result = run_task("mmlu", torch_model(checkpoint), data_dir, 4, RequestCache())
+    assert len(result.documents) == 8
+    assert result.mean() == sum(result.values["acc"]) / 8
+
+
+def test_score_is_the_log_softmax_of_the_full_forward(checkpoint: Path) -> None:
+    model = torch_model(checkpoint)
+    ids = model.tokenize(sample_text()[:300])
+    requests = [Request(tuple(ids[:40]), 10), Request(tuple(ids[5:20]), 1), Request((*ids[:39], 7), 38)]
+    with torch.inference_mode():
+        for index, score in model.score(requests):
+            tokens, first = requests[index].tokens, requests[index].first
+            full = torch.log_softmax(model.model(torch.tensor([tokens])).logits[0], -1)
+            expected = full[range(first - 1, len(tokens) - 1), tokens[first:]]
+            torch.testing.assert_close(torch.from_numpy(score.log_probs).float(), expected, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("target", "quantize"), [("gguf", "f32"), ("onnx", "f32")])
+def test_an_fp32_artefact_scores_like_its_checkpoint(
+    checkpoint: Path, tmp_path: Path, target: str, quantize: str
+) -> None:
+    arguments = [str(checkpoint), "--target", target, "--quantize", quantize, "--output", str(tmp_path / "artefact")]
+    assert run_command(export_cli.body, arguments) == 0
+    path = tmp_path / "text.txt"
+    path.write_text(sample_text(), encoding="utf-8")
+    measures = MeasureConfig(tasks=("none",), text=(str(path),), text_tokens=600, window=128)
+    torch_value = evaluate(checkpoint, measures, ComputeConfig()).perplexity["text"]
+    engine_value = evaluate(tmp_path / "artefact", measures, ComputeConfig()).perplexity["text"]
+    # llama.cpp keeps its KV cache in fp16
+    assert engine_value.perplexity == pytest.approx(torch_value.perplexity, rel=1e-3)
+    assert engine_value.bits_per_byte == pytest.approx(torch_value.bits_per_byte, rel=1e-3)
+    assert engine_value.tokens == torch_value.tokens == 600
+
+
+def test_engine_scores_do_not_depend_on_what_was_evaluated_before(artefact: Path) -> None:
+    from efficientllm.runtime.engine import EngineOptions
+
+    model = EngineModel(artefact, EngineOptions())
+    ids = model.tokenize(sample_text()[:800])
+    requests = [Request(tuple(ids[:90]), 80), Request(tuple(ids[:90]), 1), Request(tuple(ids[:50] + ids[60:]), 50)]
+    together = dict(model.score(requests))
+    for index, request in enumerate(requests):
+        (alone,) = (score for _, score in EngineModel(artefact, EngineOptions()).score([request]))
+        assert together[index].log_probs == pytest.approx(alone.log_probs, abs=2e-3)
+
+
+def test_wikitext_is_read_as_the_hub_serves_it(tmp_path: Path) -> None:
+    path = tmp_path / "wiki.txt"
+    path.write_text(" \n = Title = \n \n Text . \n", encoding="utf-8")
+    assert perplexity.read_wikitext(path) == "\n\n = Title = \n\n\n\n\n Text . \n\n\n"
+
+
+def test_an_interrupted_evaluation_asks_only_what_is_not_known(
+    checkpoint: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "answers.jsonl"
+    first = run_task("piqa", torch_model(checkpoint), data_dir, 0, RequestCache(path))
+    lines = path.read_text(encoding="utf-8").splitlines()
+    path.write_text("\n".join(lines[:7]) + "\n" + lines[7][:20], encoding="utf-8")  # killed in the middle of a line
+    asked: list[int] = []
+    again = run_task(
+        "piqa", torch_model(checkpoint), data_dir, 0, RequestCache(path), lambda done, total: asked.append(done)
+    )
+    assert again == first
+    assert len(asked) == len(lines) - 7
+
+
+def test_command_compares_models_with_paired_differences(
+    checkpoint: Path, artefact: Path, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    arguments = [str(checkpoint), "--compare", str(artefact), "--data-dir", str(data_dir), "--output", str(output)]
+    assert run_command(cli.body, [*arguments, "--tasks", "piqa,arc_easy", "--text-tokens", "300"]) == 0
+    printed = capsys.readouterr()
+    assert "piqa (acc_norm)" in printed.out
+    assert "average of tasks" in printed.out
+    table = (output / "results.md").read_text(encoding="utf-8")
+    assert "paired difference from checkpoint" in table
+    data = json.loads((output / "results.json").read_text(encoding="utf-8"))
+    assert [len(e["tasks"]["piqa"]["samples"]["documents"]) for e in data["evaluations"]] == [6, 6]
+    assert data["evaluations"][0]["perplexity"]["wikitext2"]["tokens"] == 300
+
+
+def test_paired_difference_has_the_error_of_the_differences() -> None:
+    from efficientllm.train.evaluation.harness import TaskResult
+
+    one = TaskResult("acc", ["a", "b", "c", "d"], {"acc": [1.0, 0.0, 1.0, 0.0]})
+    other = TaskResult("acc", ["b", "a", "d", "c"], {"acc": [1.0, 1.0, 1.0, 1.0]})
+    difference, error, count = paired_difference(one, other)
+    assert (difference, count) == (0.5, 4)
+    assert error == pytest.approx(math.sqrt(1 / 3) / 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tasks", "piqa,arcade"], "arcade: unknown; known: arc_challenge"),
+        (["--data-dir", "nowhere"], "no such folder"),
+        (["--window", "1"], "--window 1: must be at least 2"),
+        (["--limit", "-1"], "--limit -1: must not be negative"),
+        (["--tasks", "none", "--text", "missing.txt"], "missing.txt"),
+        (["--tasks", "none", "--compare", "no-model"], "no-model: no such folder or file"),
+    ],
+)
+def test_bad_input_is_one_line(
+    checkpoint: Path, tmp_path: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command(cli.body, [str(checkpoint), "--output", str(tmp_path / "out"), *arguments]) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert "\n" not in error
+
+
+def test_missing_rows_name_the_task(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [str(checkpoint), "--output", str(tmp_path / "out"), "--data-dir", str(tmp_path), "--tasks", "boolq"]
+    assert run_command(cli.body, arguments) == 2
+    assert "drop boolq from --tasks" in capsys.readouterr().err
+
+
+def test_malformed_rows_are_refused(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], data_dir: Path
+) -> None:
+    (tmp_path / TASKS["boolq"].rows).write_text("{", encoding="utf-8")
+    arguments = [str(checkpoint), "--output", str(tmp_path / "out"), "--data-dir", str(tmp_path), "--tasks", "boolq"]
+    assert run_command(cli.body, [*arguments, "--text", str(data_dir / perplexity.WIKITEXT_FILE)]) == 2
+    assert "is not JSON lines" in capsys.readouterr().err
+
+
+SaveTiny = Callable[..., Path]
+
+
+def test_a_plain_hugging_face_folder_is_measured_too(source_folder: Path, corpus: Path) -> None:
+    measures = MeasureConfig(tasks=("none",), text=(f"docs={corpus}",), text_tokens=200)
+    assert evaluate(source_folder, measures, ComputeConfig()).perplexity["docs"].tokens == 200

@@ -1,0 +1,161 @@
+"""The whole study on a tiny model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from efficientllm.runtime.command import run_command
+from efficientllm.train.architecture import Architecture
+from efficientllm.train.study.__main__ import body
+from efficientllm.train.study.arms import ARMS
+from efficientllm.train.study.flops import training_flops
+from efficientllm.train.study.overlap import jaccard_of_removed
+from efficientllm.train.study.study import StudyConfig, jobs, target_parameters
+
+
+@pytest.fixture(scope="module")
+def arguments(source_folder: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("study")
+    return [
+        *("--source", str(source_folder), "--data", str(corpus), "--text", f"docs={corpus}", "--text-tokens", "256"),
+        *("--tokens", "640", "--sequence-length", "32", "--batch-size", "1", "--width-multiple", "16"),
+        *("--tasks", "none", "--keep", "0.8,0.6", "--seeds", "2", "--device", "cpu", "--eval-dtype", "float32"),
+        *("--output", str(folder / "runs"), "--report", str(folder / "results.md")),
+    ]
+
+
+@pytest.fixture(scope="module")
+def page(arguments: list[str]) -> Path:
+    assert run_command(body, arguments) == 0
+    return Path(arguments[-1])
+
+
+def results_of(page: Path) -> list[dict[str, Any]]:
+    return json.loads((page.with_suffix("") / "results.json").read_text(encoding="utf-8"))["results"]
+
+
+@pytest.mark.slow
+def test_every_arm_ends_at_the_same_size_after_the_same_tokens(page: Path, source_folder: Path) -> None:
+    source = Architecture.from_hf_config(json.loads((source_folder / "config.json").read_text(encoding="utf-8")))
+    results = results_of(page)
+    repeated = sum(arm.is_repeated for arm in ARMS.values())
+    assert len(results) == 2 + 2 * (len(ARMS) - 2) + 2 * repeated
+    for result in results:
+        if ARMS[result["arm"]].trains:
+            assert result["tokens"] == 640
+        if result["keep"] < 1:
+            target = target_parameters(source, result["keep"])
+            unit = 16 * 3 * source.hidden_size * (len(source.layers) if result["arm"] == "uniform" else 1)
+            assert target - unit <= result["parameters"] <= target
+
+
+@pytest.mark.slow
+def test_arms_differ_in_what_they_change(page: Path) -> None:
+    flops = {(r["arm"], r["keep"], r["seed"]): r["flops"] for r in results_of(page)}
+    assert flops["source", 1.0, 0] == 0
+    assert flops["scratch", 0.6, 0] < flops["one-shot-taylor", 0.6, 0] < flops["taylor1", 0.6, 0]
+    assert flops["taylor1", 0.6, 0] < flops["source-trained", 1.0, 0] < flops["distill", 0.8, 0]
+    values = [r["evaluation"]["perplexity"]["docs"]["perplexity"] for r in results_of(page)]
+    assert len(set(values)) == len(values)
+
+
+@pytest.mark.slow
+def test_page_names_commit_tokens_seeds_and_shows_its_figures(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for part in ("640 tokens an arm", "commit ", "-20% of the non-embedding", "-40% of the non-embedding", "pairs of"):
+        assert part in text
+    assert str(page.parent) not in text
+    assert {file.name for file in page.with_suffix("").iterdir()} == {
+        "results.json",
+        *(f"{kind}-{keep}.png" for kind in ("perplexity", "architecture") for keep in ("0.8", "0.6")),
+    }
+
+
+@pytest.mark.slow
+def test_a_second_call_repeats_only_what_is_missing(
+    page: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = Path(arguments[arguments.index("--output") + 1])
+    before = results_of(page)
+    (runs / "0.8" / "random-s0" / "result.json").unlink()
+    assert run_command(body, arguments) == 0
+    done = [line for line in capsys.readouterr().out.splitlines() if " done in " in line]
+    assert [line.split()[1] for line in done] == ["0.8/random-s0"]
+
+    def numbers(results: list[dict[str, Any]]) -> list[float]:
+        return [result["evaluation"]["perplexity"]["docs"]["perplexity"] for result in results]
+
+    assert numbers(results_of(page)) == pytest.approx(numbers(before))
+
+
+@pytest.mark.slow
+def test_a_folder_holds_one_study(page: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(body, [*arguments, "--tokens", "704"]) == 2
+    assert "holds a study with another --tokens" in capsys.readouterr().err
+
+
+def test_first_seed_of_everything_comes_first() -> None:
+    todo = jobs(StudyConfig(keep=("0.5", "0.8"), seeds=3))
+    seeds = [job.seed for job in todo]
+    assert seeds == sorted(seeds)
+    assert len({job.name for job in todo}) == len(todo)
+    assert sum(job.arm == "source" for job in todo) == 1
+
+
+def test_flops_follow_the_shrinking_model() -> None:
+    source = Architecture.from_dict(
+        {
+            "family": "llama",
+            "hidden_size": 8,
+            "head_dim": 4,
+            "vocab_size": 10,
+            "tie_word_embeddings": False,
+            "qkv_bias": False,
+            "qk_norm": False,
+            "num_attention_heads": [2],
+            "num_key_value_heads": [1],
+            "intermediate_size": [16],
+        }
+    )
+    records = [{"loss": 1.0, "tokens": 10, "parameters": 700}, {"loss": 1.0, "tokens": 30, "parameters": 580}]
+    table = 10 * 8
+    plain = 6 * (10 * (900 - table) + 20 * (700 - table))
+    assert training_flops(records, 900, source, with_teacher=False) == plain
+    assert training_flops(records, 900, source, with_teacher=True) == plain + 30 * 2 * (source.num_parameters - table)
+
+
+def test_overlap_counts_what_is_gone_from_both() -> None:
+    source = Architecture.from_dict(
+        {
+            "family": "llama",
+            "hidden_size": 2,
+            "head_dim": 4,
+            "vocab_size": 10,
+            "tie_word_embeddings": True,
+            "qkv_bias": False,
+            "qk_norm": False,
+            "num_attention_heads": [2],
+            "num_key_value_heads": [2],
+            "intermediate_size": [4],
+        }
+    )
+    one = {"ffn": [[0, 1]], "query_head": [[0, 1]], "kv_group": [[0, 1]], "stem": [[0, 1]]}
+    other = {"ffn": [[1, 3]], "query_head": [[0]], "kv_group": [[0]], "stem": [[0, 1]]}
+    assert jaccard_of_removed(one, other, source) == 1 / 4
+    assert jaccard_of_removed(one, one, source) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [("--arms", "ours", "--arms ours: unknown"), ("--keep", "1.5", "--keep 1.5"), ("--seeds", "0", "--seeds 0")],
+)
+def test_bad_settings_are_one_line(
+    flag: str, value: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command(body, ["--output", str(tmp_path / "runs"), flag, value]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()

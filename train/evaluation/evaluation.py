@@ -1,0 +1,183 @@
+"""One model through every measurement asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from ...runtime.engine import EngineOptions
+from ...runtime.errors import MissingExtraError, UsageError
+from ...runtime.quantities import parse_count
+from . import perplexity
+from .perplexity import WIKITEXT_FILE, Perplexity
+from .request_cache import RequestCache
+from .scoring import EngineModel, ScoredModel, fingerprint, is_checkpoint
+from .tasks import TASKS, check_names
+
+Report = Callable[[str, int, int], None]
+"""report(what is measured, done, total)."""
+
+
+def _show_nothing(what: str, done: int, total: int) -> None:
+    """A Report that shows nothing."""
+
+
+@dataclass(frozen=True)
+class MeasureConfig:
+    """what is measured"""
+
+    tasks: tuple[str, ...] = field(default=tuple(TASKS), metadata={"comma_separated": True})
+    """Zero-shot tasks, comma-separated, or none."""
+    data_dir: str = ""
+    """Folder with the tasks' rows as JSONL and WikiText-2 as wikitext2_raw_test.txt; empty: tasks come from the hub."""
+    limit: int = 0
+    """Documents per task (per subject of mmlu); 0: all."""
+    text: tuple[str, ...] = ()
+    """Text to measure perplexity on, [NAME=]PATH, repeatable: anything --data of efficientllm-train reads. Without
+    any: WikiText-2 where --data-dir has it, else the held-out part of 'demo'."""
+    text_tokens: int = field(default=0, metadata={"parse": parse_count})
+    """Tokens of each text to predict; 0: all."""
+    window: int = 512
+    """Context of a perplexity: tokens are predicted from the start of their window of this many."""
+
+    def __post_init__(self) -> None:
+        for name in ("limit", "text_tokens"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must not be negative")
+        if self.window < 2:
+            raise ValueError(f"--window {self.window}: must be at least 2")
+
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        return () if self.tasks == ("none",) else self.tasks
+
+
+@dataclass(frozen=True)
+class ComputeConfig:
+    """how it is computed"""
+
+    device: str = "auto"
+    """For Hugging Face folders: auto, cpu, cuda or cuda:N."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """For Hugging Face folders: precision of matrix products."""
+    batch_tokens: int = 2048
+    """For Hugging Face folders: tokens per forward pass, padding included."""
+    threads: int = 0
+    """CPU threads; 0: all cores."""
+    context: int = 0
+    """Context window of an artefact in tokens; 0: the model's own, at most 4096."""
+
+    def __post_init__(self) -> None:
+        if self.batch_tokens < 1:
+            raise ValueError(f"--batch-tokens {self.batch_tokens}: must be positive")
+        if self.threads < 0:
+            raise ValueError(f"--threads {self.threads}: must not be negative")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured of one model."""
+
+    model: str
+    fingerprint: str
+    """sha256 over its weights."""
+    perplexity: dict[str, Perplexity]
+    tasks: dict[str, Any]
+    """TaskResult of each task."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "fingerprint": self.fingerprint,
+            "perplexity": {name: value.to_dict() for name, value in self.perplexity.items()},
+            "tasks": {name: value.to_dict() for name, value in self.tasks.items()},
+        }
+
+    @classmethod
+    def from_dict(cls, value: dict[str, Any]) -> Evaluation:
+        from .harness import TaskResult
+
+        return cls(
+            value["model"],
+            value["fingerprint"],
+            {name: Perplexity(**entry) for name, entry in value["perplexity"].items()},
+            {name: TaskResult.from_dict(entry) for name, entry in value["tasks"].items()},
+        )
+
+
+def open_model(path: Path, compute: ComputeConfig) -> ScoredModel:
+    """A Hugging Face folder in torch, anything else in the engine its manifest names."""
+    if not is_checkpoint(path):
+        return EngineModel(path, EngineOptions(threads=compute.threads, context=compute.context))
+    try:
+        from .torch_model import TorchModel
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(error.name or "torch", "train") from error
+    return TorchModel.load(path, compute.device, compute.dtype, compute.threads, compute.batch_tokens)
+
+
+def check(config: MeasureConfig) -> None:
+    """UsageError or MissingExtraError for what would only fail after hours."""
+    check_names(config.task_names)
+    data_dir = Path(config.data_dir)
+    if config.data_dir and not data_dir.is_dir():
+        raise UsageError(f"--data-dir {data_dir}: no such folder")
+    if config.task_names:
+        try:
+            import lm_eval  # noqa: F401
+        except ModuleNotFoundError as error:
+            raise MissingExtraError("lm-eval", "eval") from error
+    for name in config.task_names:
+        rows = data_dir / TASKS[name].rows
+        if config.data_dir and not rows.is_file():
+            raise UsageError(f"--data-dir: {rows} is missing; drop {name} from --tasks")
+
+
+def evaluate(
+    path: Path,
+    measures: MeasureConfig,
+    compute: ComputeConfig,
+    cache_folder: Path | None = None,
+    report: Report = _show_nothing,
+) -> Evaluation:
+    """Measure the model at `path`; with a `cache_folder`, a second call goes on where the first was stopped."""
+    check(measures)
+    digest = fingerprint(path)
+    precision = compute.dtype if is_checkpoint(path) else "engine"
+    cache = RequestCache(cache_folder / f"{digest[:16]}-{precision}.jsonl" if cache_folder is not None else None)
+    model = open_model(path, compute)
+    perplexities: dict[str, Perplexity] = {}
+    for name, tokens in _texts(model, measures).items():
+        what = f"perplexity of {name}"
+        perplexities[name] = perplexity.measure(
+            model, tokens, measures.window, cache, lambda done, total, what=what: report(what, done, total)
+        )
+    tasks: dict[str, Any] = {}
+    data_dir = Path(measures.data_dir) if measures.data_dir else None
+    for name in measures.task_names:
+        from .harness import run_task
+
+        tasks[name] = run_task(
+            name, model, data_dir, measures.limit, cache, lambda done, total, name=name: report(name, done, total)
+        )
+    return Evaluation(str(path), digest, perplexities, tasks)
+
+
+def _texts(model: ScoredModel, config: MeasureConfig) -> dict[str, list[int]]:
+    """Token ids of each text by its name."""
+    texts: dict[str, list[int]] = {}
+    for spec in config.text:
+        name, separator, path = spec.partition("=")
+        path = path if separator else spec
+        texts[name if separator else Path(spec).name.split(".")[0]] = perplexity.corpus_tokens(
+            model, path, config.text_tokens
+        )
+    wikitext = Path(config.data_dir) / WIKITEXT_FILE
+    if config.data_dir and wikitext.is_file():
+        ids = model.tokenize(perplexity.read_wikitext(wikitext))
+        texts["wikitext2"] = ids[: config.text_tokens + 1] if config.text_tokens else ids
+    if not texts:
+        texts["demo"] = perplexity.corpus_tokens(model, "demo", config.text_tokens)
+    return texts

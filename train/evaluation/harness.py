@@ -1,0 +1,105 @@
+"""lm-evaluation-harness around a ScoredModel: the adapter, and one task run through it."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import math
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lm_eval.api.model import TemplateLM
+from lm_eval.evaluator import evaluate
+
+from .request_cache import Advance, RequestCache, no_progress
+from .scoring import Request, ScoredModel
+from .tasks import TASKS, open_task
+
+logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it greets, and warns of what does not concern the user
+
+
+class HarnessModel(TemplateLM):
+    """lm-eval's view of a ScoredModel."""
+
+    def __init__(self, model: ScoredModel, cache: RequestCache, advance: Advance) -> None:
+        super().__init__()
+        self.scored = model
+        self.cache = cache
+        self.advance = advance
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.scored.separator
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        return self.scored.tokenize(string)
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        return super().loglikelihood(requests, disable_tqdm=True)
+
+    def _loglikelihood_tokens(self, requests: list[Any], **kwargs: Any) -> list[tuple[float, bool]]:
+        wanted = [self._request(context, continuation) for _, context, continuation in requests]
+        return self.cache.answers(self.scored, wanted, self.advance)
+
+    def _request(self, context: list[int], continuation: list[int]) -> Request:
+        """The newest tokens that fit, as lm-eval's own models cut."""
+        tokens = (*context, *continuation)[-(self.scored.context_length + 1) :]
+        return Request(tokens, max(1, len(tokens) - len(continuation)))
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
+        raise NotImplementedError("perplexity is measured by efficientllm-eval itself")
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
+        raise NotImplementedError("the tasks of efficientllm-eval are multiple choice")
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """A task's score."""
+
+    metric: str
+    documents: list[str]
+    """Hash of each document, to pair results of several models."""
+    values: dict[str, list[float]]
+    """Score of every document under each of the task's metrics."""
+
+    def mean(self, metric: str = "") -> float:
+        return statistics.fmean(self.values[metric or self.metric])
+
+    def stderr(self, metric: str = "") -> float:
+        """Standard error of the mean over documents."""
+        values = self.values[metric or self.metric]
+        return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+    def to_dict(self) -> dict[str, Any]:
+        scores = {name: {"mean": self.mean(name), "stderr": self.stderr(name)} for name in self.values}
+        return {"metric": self.metric, "num_documents": len(self.documents), "scores": scores, "samples": vars(self)}
+
+    @classmethod
+    def from_dict(cls, value: dict[str, Any]) -> TaskResult:
+        return cls(**value["samples"])
+
+
+def run_task(
+    name: str,
+    model: ScoredModel,
+    data_dir: Path | None,
+    limit: int,
+    cache: RequestCache,
+    advance: Advance = no_progress,
+) -> TaskResult:
+    """Zero-shot score of a task; `limit` documents (of each of MMLU's subjects), 0: all."""
+    documents: list[str] = []
+    values: dict[str, list[float]] = {}
+    with contextlib.redirect_stderr(io.StringIO()), open_task(name, data_dir) as tasks:  # 57 progress bars for mmlu
+        lm = HarnessModel(model, cache, advance)
+        results: Any = evaluate(lm, tasks, limit=limit or None, bootstrap_iters=0, log_samples=True)
+    for task in results["samples"].values():
+        for sample in sorted(task, key=lambda sample: sample["doc_id"]):
+            documents.append(sample["doc_hash"][:16])
+            for metric in sample["metrics"]:
+                values.setdefault(metric, []).append(float(sample[metric]))
+    return TaskResult(TASKS[name].metric, documents, values)

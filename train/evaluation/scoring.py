@@ -1,0 +1,104 @@
+"""What evaluation asks of a model: token ids, and log-probabilities of tokens given those before them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from ...runtime.engine import Engine, EngineOptions, load, locate
+from ...runtime.errors import ModelError
+from ...runtime.files import sha256_of
+
+
+@dataclass(frozen=True)
+class Request:
+    """Score tokens[first:], each given all tokens before it; first is at least 1."""
+
+    tokens: tuple[int, ...]
+    first: int
+
+
+@dataclass(frozen=True)
+class Score:
+    """Log-probabilities (nats) of a request's scored tokens, fp64 [n], and whether each was the most likely one."""
+
+    log_probs: np.ndarray
+    is_greedy: np.ndarray
+
+
+class ScoredModel(Protocol):
+    """A model under evaluation."""
+
+    context_length: int
+    """Longest request that can be scored, in tokens."""
+    separator: int
+    """End-of-text token: stands between documents and in place of an empty context."""
+
+    def tokenize(self, text: str) -> list[int]:
+        """Ids as the model was trained to read text: with BOS where its tokenizer adds one."""
+        ...
+
+    def num_bytes(self, tokens: Sequence[int]) -> int:
+        """UTF-8 bytes of the tokens' text."""
+        ...
+
+    def score(self, requests: Sequence[Request]) -> Iterator[tuple[int, Score]]:
+        """Yield (index of the request, its score), in an order that suits the model."""
+        ...
+
+
+class EngineModel:
+    """An exported artefact, scored by the runtime's engine: what is measured is the file that ships."""
+
+    def __init__(self, path: Path, options: EngineOptions) -> None:
+        self.engine: Engine = load(path, options)
+        self.context_length = self.engine.context_length
+        ends = (self.engine.tokenize(text, True) for text in ("<|endoftext|>", self.engine.eos_token))
+        single = [ids[0] for ids in ends if len(ids) == 1]
+        self.separator = single[0] if single else min(self.engine.end_ids)
+        self._bos = self.engine.tokenize(self.engine.bos_token, True) if self.engine.adds_bos else []
+
+    def tokenize(self, text: str) -> list[int]:
+        return [*self._bos, *self.engine.tokenize(text, special=True)]
+
+    def num_bytes(self, tokens: Sequence[int]) -> int:
+        return sum(len(self.engine.token_bytes(token)) for token in tokens)
+
+    def score(self, requests: Sequence[Request]) -> Iterator[tuple[int, Score]]:
+        # in token order, so that neighbours share what the KV cache holds of their common prefix
+        for index in sorted(range(len(requests)), key=lambda index: requests[index].tokens):
+            yield index, self._score(requests[index])
+
+    def _score(self, request: Request) -> Score:
+        targets = np.asarray(request.tokens[request.first :])
+        log_probs, greedy, done = np.empty(len(targets)), np.empty(len(targets), dtype=bool), 0
+        for logits in self.engine.evaluate(request.tokens[:-1], request.first - 1):
+            rows = slice(done, done + len(logits))
+            wide = logits.astype(np.float64)
+            top = wide.max(axis=-1)
+            chosen = wide[np.arange(len(wide)), targets[rows]]
+            log_probs[rows] = chosen - top - np.log(np.exp(wide - top[:, None]).sum(axis=-1))
+            greedy[rows] = wide.argmax(axis=-1) == targets[rows]
+            done += len(logits)
+        return Score(log_probs, greedy)
+
+
+def fingerprint(path: Path) -> str:
+    """sha256 over the weight files of a model folder, or over an artefact's model file."""
+    if is_checkpoint(path):
+        files = sorted([*path.glob("*.safetensors"), *path.glob("*.bin")])
+        if not files:
+            raise ModelError(f"{path} has a config.json but no weights (*.safetensors)")
+    else:
+        files = [locate(path)[1]]
+    return hashlib.sha256("".join(sha256_of(file) for file in files).encode()).hexdigest()
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether `path` is a Hugging Face folder."""
+    return (path / "config.json").is_file()

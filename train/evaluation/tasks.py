@@ -1,0 +1,115 @@
+"""The paper's eight tasks, as lm-evaluation-harness defines them, read from local JSONL or from the hub."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from ...runtime.errors import DataError, MissingExtraError, UsageError
+
+
+@dataclass(frozen=True)
+class TaskFile:
+    """Where a task is defined in lm-eval, and where its rows are in a data folder."""
+
+    definition: str
+    rows: str
+    metric: str
+    """The one that tables show: acc_norm where choices differ in length, as is usual for the task."""
+
+
+TASKS = {
+    "arc_challenge": TaskFile("arc/arc_challenge.yaml", "arc_challenge_test.jsonl", "acc_norm"),
+    "arc_easy": TaskFile("arc/arc_easy.yaml", "arc_easy_test.jsonl", "acc"),
+    "boolq": TaskFile("super_glue/boolq/default.yaml", "boolq_validation.jsonl", "acc"),
+    "hellaswag": TaskFile("hellaswag/hellaswag.yaml", "hellaswag_validation.jsonl", "acc_norm"),
+    "openbookqa": TaskFile("openbookqa/openbookqa.yaml", "openbookqa_test.jsonl", "acc_norm"),
+    "piqa": TaskFile("piqa/piqa.yaml", "piqa_validation.jsonl", "acc_norm"),
+    "winogrande": TaskFile("winogrande/default.yaml", "winogrande_xl_validation.jsonl", "acc"),
+    "mmlu": TaskFile("mmlu/default", "mmlu_test.jsonl", "acc"),
+}
+"""Zero-shot tasks of EfficientLLM's tables."""
+
+
+def check_names(names: Sequence[str]) -> None:
+    unknown = [name for name in names if name not in TASKS]
+    if unknown:
+        raise UsageError(f"--tasks {unknown[0]}: unknown; known: {', '.join(TASKS)}, or none")
+
+
+@contextmanager
+def open_task(name: str, data_dir: Path | None) -> Iterator[dict[str, Any]]:
+    """The zero-shot lm-eval tasks of `name`, by name (57 for mmlu); DataError where rows are missing or malformed."""
+    try:
+        from lm_eval.tasks import TaskManager
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("lm-eval", "eval") from error
+    with tempfile.TemporaryDirectory(prefix="efficientllm-") as temporary:
+        folder = Path(temporary)
+        if data_dir is None:
+            manager, wanted = TaskManager(), [name]
+        else:
+            wanted = _write_definitions(name, data_dir, folder)
+            manager = TaskManager(include_path=str(folder), include_defaults=False)
+        loaded: Any = manager.load(wanted)
+        for task in loaded["tasks"].values():
+            task.set_config(key="num_fewshot", value=0)
+        yield loaded["tasks"]
+
+
+def _write_definitions(name: str, data_dir: Path, folder: Path) -> list[str]:
+    """Task files that include lm-eval's own and read our rows; returns the task names."""
+    task, source = TASKS[name], data_dir / TASKS[name].rows
+    rows = _read_rows(source)
+    root = Path(str(resources.files("lm_eval.tasks")))
+    if name != "mmlu":
+        # HellaSwag's rows may be raw, or what lm-eval's process_docs makes of them
+        changes = {"process_docs": None, "doc_to_target": "gold"} if "gold" in rows[0] else {}
+        _write_definition(folder, name, root / task.definition, rows, changes)
+        return [name]
+    by_subject: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        by_subject.setdefault(row["subject"], []).append(row)
+    for subject, part in by_subject.items():
+        definition = root / task.definition / f"mmlu_{subject}.yaml"
+        _write_definition(folder, f"mmlu_{subject}", definition, part, {"fewshot_split": None, "fewshot_config": None})
+    return [f"mmlu_{subject}" for subject in by_subject]
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except FileNotFoundError as error:
+        raise DataError(f"--data-dir: {path} is missing; leave --data-dir out to read tasks from the hub") from error
+    try:
+        rows = [json.loads(line) for line in lines if line.strip()]
+    except ValueError as error:
+        raise DataError(f"--data-dir: {path} is not JSON lines: {error}") from error
+    if not rows:
+        raise DataError(f"--data-dir: {path} is empty")
+    return rows
+
+
+def _write_definition(folder: Path, name: str, base: Path, rows: list[dict[str, Any]], changes: dict[str, Any]) -> None:
+    """JSON is YAML: lm-eval reads it, `include` and all."""
+    data = folder / f"{name}.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    definition = {
+        "include": str(base),
+        "task": name,
+        "dataset_path": "json",
+        "dataset_name": None,
+        "dataset_kwargs": {"data_files": {"test": str(data)}, "cache_dir": str(folder / "cache")},
+        "training_split": None,
+        "validation_split": None,
+        "test_split": "test",
+        "tag": None,
+        **changes,
+    }
+    (folder / f"{name}.yaml").write_text(json.dumps(definition, indent=1), encoding="utf-8")

@@ -1,0 +1,88 @@
+"""A Hugging Face folder under evaluation: ours or anybody's, in torch.
+
+Shapes: B requests, S tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ...runtime.errors import ModelError
+from ..hardware import choose_hardware
+from ..models import quiet_loading
+from ..packing import end_of_text_id
+from .scoring import Request, Score
+
+
+class TorchModel:
+    """See scoring.ScoredModel."""
+
+    def __init__(self, model: Any, tokenizer: Any, device: torch.device, autocast: bool, batch_tokens: int) -> None:
+        """`batch_tokens`: padded tokens per forward pass; `autocast`: matrix products in bfloat16."""
+        self.model = model.eval().to(device)
+        self.tokenizer = tokenizer
+        self.device = device
+        self.autocast = autocast
+        self.batch_tokens = batch_tokens
+        self.context_length = int(model.config.max_position_embeddings)
+        self.separator = end_of_text_id(tokenizer)
+
+    @classmethod
+    def load(cls, folder: Path, device: str, dtype: str, threads: int, batch_tokens: int) -> TorchModel:
+        """Load a folder in fp32; ModelError where transformers cannot."""
+        hardware = choose_hardware(device, dtype, threads)
+        try:
+            with quiet_loading():
+                model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32)
+                tokenizer = AutoTokenizer.from_pretrained(str(folder))
+        except (OSError, ValueError, KeyError) as error:
+            raise ModelError(f"{folder}: transformers cannot load it: {error}") from error
+        return cls(model, tokenizer, hardware.device, hardware.dtype == torch.bfloat16, batch_tokens)
+
+    def tokenize(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, verbose=False)
+
+    def num_bytes(self, tokens: Sequence[int]) -> int:
+        text = self.tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return len(text.encode("utf-8"))
+
+    def score(self, requests: Sequence[Request]) -> Iterator[tuple[int, Score]]:
+        # requests that differ in their last token only share one row: it is never an input
+        rows: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for index, request in enumerate(requests):
+            rows[request.tokens[:-1]].append(index)
+        ordered = sorted(rows, key=len, reverse=True)
+        while ordered:
+            size = max(1, self.batch_tokens // len(ordered[0]))
+            batch, ordered = ordered[:size], ordered[size:]
+            first = min(requests[index].first for inputs in batch for index in rows[inputs]) - 1
+            logits = self._logits(batch, first)
+            for row, inputs in enumerate(batch):
+                for index in rows[inputs]:
+                    request = requests[index]
+                    yield index, _score(logits[row, request.first - 1 - first : len(inputs) - first], request)
+
+    @torch.inference_mode()
+    def _logits(self, batch: list[tuple[int, ...]], first: int) -> torch.Tensor:
+        """Logits [B, S - first, V] of positions first and later; shorter rows are padded on the right, where a causal
+        model cannot see them."""
+        width = len(batch[0])
+        padded = [[*row, *[self.separator] * (width - len(row))] for row in batch]
+        inputs = torch.tensor(padded, device=self.device)
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast):
+            return self.model(input_ids=inputs, use_cache=False, logits_to_keep=width - first).logits
+
+
+@torch.inference_mode()
+def _score(logits: torch.Tensor, request: Request) -> Score:
+    """Score of logits [n, V], one row per scored token."""
+    targets = torch.tensor(request.tokens[request.first :], device=logits.device)
+    log_probs = torch.log_softmax(logits.float(), -1).gather(1, targets[:, None])[:, 0]
+    is_greedy = logits.argmax(-1) == targets
+    return Score(log_probs.double().cpu().numpy(), is_greedy.cpu().numpy())

@@ -1,0 +1,49 @@
+"""`python -m efficientllm.train.study`: run the study and write its page."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from ...runtime import flags
+from ...runtime.command import run_command
+from ...runtime.quantities import format_duration
+from .report import write_report
+from .study import Study, StudyConfig, jobs
+
+
+def build_parser() -> flags.Parser:
+    parser = flags.Parser(prog="python -m efficientllm.train.study", description=__doc__)
+    parser.add_argument("--report", metavar="FILE", help="Markdown page to write; its JSON and figures go beside it")
+    parser.add_argument("--report-only", action="store_true", help="write the page from what is finished, run nothing")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    flags.add_flags(parser, StudyConfig)
+    return parser
+
+
+def body(argv: Sequence[str]) -> int:
+    arguments = build_parser().parse(argv)
+    arguments.pop("debug")
+    report, report_only = arguments.pop("report", None), arguments.pop("report_only")
+    config = flags.merge(StudyConfig(), arguments, "flags")
+    study = Study(config)
+    todo = jobs(config)
+    for number, job in enumerate(todo, 1):
+        if report_only or study.result_path(job).is_file():
+            continue
+        began = time.monotonic()
+        print(f"[{number}/{len(todo)}] {job.name}", flush=True)
+        study.run(job)
+        print(f"[{number}/{len(todo)}] {job.name} done in {format_duration(time.monotonic() - began)}", flush=True)
+        if report:
+            write_report(study, Path(report))
+    if report:
+        write_report(study, Path(report))
+        print(f"report: {report}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(body))

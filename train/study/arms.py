@@ -1,0 +1,70 @@
+"""The arms of the study: what each changes about the common run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from ..config import TrainConfig
+
+ONE_SHOT_AT = 0.05
+"""Share of the tokens at which one-shot pruning happens: until then its saliency is averaged, as long as the
+pruning-aware arms average theirs before their first removal."""
+
+Change = Callable[[TrainConfig], TrainConfig]
+
+
+def _pruning(**changes: object) -> Change:
+    return lambda config: replace(config, pruning=replace(config.pruning, **changes))  # type: ignore[arg-type]
+
+
+def _optimizer(**changes: object) -> Change:
+    return lambda config: replace(config, optimizer=replace(config.optimizer, **changes))  # type: ignore[arg-type]
+
+
+_one_shot = _pruning(prune_start=ONE_SHOT_AT, prune_end=ONE_SHOT_AT)
+_unpruned = _pruning(prune=("none",), target_params=None)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One line of the table."""
+
+    title: str
+    changes: tuple[Change, ...]
+    """Applied in order to the common configuration."""
+    is_ours: bool = False
+    is_repeated: bool = False
+    """Whether it runs for every seed."""
+    same_for_all_ratios: bool = False
+    shape_of: str | None = None
+    """Arm whose final shape this one begins with, with random weights."""
+    trains: bool = True
+
+    def configure(self, common: TrainConfig) -> TrainConfig:
+        for change in self.changes:
+            common = change(common)
+        return common
+
+
+TAYLOR1 = "taylor1"
+
+ARMS: dict[str, Arm] = {
+    "source": Arm("source, untouched", (_unpruned,), same_for_all_ratios=True, trains=False),
+    "source-trained": Arm("source, same training", (_unpruned,), same_for_all_ratios=True),
+    TAYLOR1: Arm("pruning-aware, taylor1", (), is_ours=True, is_repeated=True),
+    "one-shot-taylor": Arm("one-shot taylor1, then training", (_one_shot,), is_repeated=True),
+    "distill": Arm("pruning-aware, taylor1, distillation", (_optimizer(distill=1.0),), is_ours=True, is_repeated=True),
+    "one-shot-distill": Arm(
+        "one-shot taylor1, then distillation alone",
+        (_one_shot, _optimizer(distill=1.0, cross_entropy=0.0)),
+        is_repeated=True,
+    ),
+    "taylor2": Arm("pruning-aware, taylor2", (_pruning(saliency="taylor2"),), is_ours=True),
+    "obs": Arm("pruning-aware, taylor1, OBS update", (_pruning(weight_update="obs"),), is_ours=True),
+    "one-shot-magnitude": Arm("one-shot magnitude, then training", (_one_shot, _pruning(saliency="magnitude"))),
+    "random": Arm("random groups, removed gradually", (_pruning(saliency="random"),)),
+    "uniform": Arm("pruning-aware, taylor1, uniform layout", (_pruning(layout="uniform"),)),
+    "scratch": Arm("same shape from scratch", (_unpruned,), shape_of=TAYLOR1),
+}
+"""In the order they run; every arm sees the same tokens in the same order."""

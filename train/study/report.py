@@ -1,0 +1,204 @@
+"""The study's page: tables, figures and the JSON they come from."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import platform
+import statistics
+import subprocess
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ...runtime.files import write_json_atomically, write_text_atomically
+from ...runtime.quantities import format_count
+from ..architecture import Architecture
+from ..evaluation.evaluation import Evaluation
+from ..hardware import choose_hardware
+from ..plots import plot_architecture
+from .arms import ARMS, TAYLOR1
+from .figure import plot_perplexities
+from .overlap import jaccard_of_removed
+from .study import Study
+
+Results = list[dict[str, Any]]
+
+
+def commit() -> str:
+    """The commit the code is at, with + where files differ from it; 'unknown' outside a repository."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def compact(result: dict[str, Any]) -> dict[str, Any]:
+    """A result without per-document scores: what the page's JSON holds."""
+    evaluation = result["evaluation"]
+    tasks = {name: {k: v for k, v in task.items() if k != "samples"} for name, task in evaluation["tasks"].items()}
+    return result | {"evaluation": {"perplexity": evaluation["perplexity"], "tasks": tasks}}
+
+
+def of_arm(results: Results, arm: str, keep: float) -> Results:
+    """Every seed of an arm at a ratio (or of an arm that is the same at all ratios)."""
+    wanted = 1.0 if ARMS[arm].same_for_all_ratios else keep
+    return [result for result in results if result["arm"] == arm and result["keep"] == wanted]
+
+
+def _over_seeds(values: Sequence[float], digits: int) -> str:
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def _task_cell(evaluations: Sequence[Evaluation], name: str) -> str:
+    """Mean over seeds; the error is that of one seed's documents, which seeds share."""
+    scores = [evaluation.tasks[name] for evaluation in evaluations]
+    error = statistics.fmean(score.stderr() for score in scores)
+    return f"{statistics.fmean(score.mean() for score in scores):.3f} ± {error:.3f}"
+
+
+def _overlap_with_ours(results: Results, arm: str, keep: float, source: Architecture) -> str:
+    own, ours = of_arm(results, arm, keep), of_arm(results, TAYLOR1, keep)
+    if not own or not ours or arm == TAYLOR1 or not own[0].get("survivors"):
+        return ""
+    return f"{jaccard_of_removed(own[0]['survivors'], ours[0]['survivors'], source):.2f}"
+
+
+def table(results: Results, keep: float, source: Architecture) -> str:
+    """One row per arm at a ratio."""
+    texts = list(results[0]["evaluation"]["perplexity"])
+    tasks = list(results[0]["evaluation"]["tasks"])
+    header = ["arm", "seeds", "parameters", *[f"{text} ppl" for text in texts]]
+    header += [*[f"{task}" for task in tasks], "train s", "TFLOP", "removed as ours"]
+    lines = [header, ["---", *["---:"] * (len(header) - 1)]]
+    for arm, description in ARMS.items():
+        found = of_arm(results, arm, keep)
+        if not found:
+            continue
+        evaluations = [Evaluation.from_dict(result["evaluation"]) for result in found]
+        title = f"**{description.title}**" if description.is_ours else description.title
+        perplexities = [_over_seeds([e.perplexity[text].perplexity for e in evaluations], 2) for text in texts]
+        lines.append(
+            [
+                title,
+                str(len(found)),
+                format_count(found[0]["parameters"]),
+                *perplexities,
+                *[_task_cell(evaluations, task) for task in tasks],
+                f"{statistics.fmean(result['seconds'] for result in found):.0f}",
+                f"{found[0]['flops'] / 1e12:.1f}",
+                _overlap_with_ours(results, arm, keep, source),
+            ]
+        )
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def verdict(results: Results, keep: float) -> str:
+    """Which arm has the lowest perplexity on the first text, and where ours stand."""
+    text = next(iter(results[0]["evaluation"]["perplexity"]))
+    means: dict[str, float] = {}
+    for arm, description in ARMS.items():
+        found = of_arm(results, arm, keep)
+        if found and description.trains and not description.same_for_all_ratios:
+            means[arm] = statistics.fmean(r["evaluation"]["perplexity"][text]["perplexity"] for r in found)
+    ours = [arm for arm in means if ARMS[arm].is_ours]
+    others = [arm for arm in means if not ARMS[arm].is_ours]
+    if not ours or not others:
+        return ""
+    best, rival = min(ours, key=lambda arm: means[arm]), min(others, key=lambda arm: means[arm])
+    is_first = means[best] <= means[rival]
+    relation = "the best of ours leads" if is_first else "**a baseline is ahead of ours**"
+    return (
+        f"On {text}, {relation}: {ARMS[best].title} {means[best]:.2f}, "
+        f"best baseline ({ARMS[rival].title}) {means[rival]:.2f}."
+    )
+
+
+def seeds_paragraph(results: Results, keep: float, source: Architecture) -> str:
+    """How much of what is removed two seeds of an arm agree on."""
+    lines = []
+    for arm in ARMS:
+        found = [result["survivors"] for result in of_arm(results, arm, keep) if result.get("survivors")]
+        pairs = [jaccard_of_removed(one, other, source) for one, other in itertools.combinations(found, 2)]
+        if pairs:
+            lines.append(f"- {ARMS[arm].title}: {_over_seeds(pairs, 2)} over {len(pairs)} pairs of seeds")
+    return "\n".join(lines)
+
+
+def markdown(study: Study, results: Results, folder_name: str) -> str:
+    """The whole page."""
+    config = study.config
+    hardware = choose_hardware(config.device, "auto", config.threads)
+    chips = platform.machine() if hardware.device.type == "cpu" else ""
+    data = ", ".join(Path(path).name for path in config.data)
+    measured = next(iter(results))["evaluation"]["perplexity"]
+    sizes = ", ".join(f"{name} {value['tokens']:,} tokens" for name, value in measured.items())
+    parts = [
+        "# The study",
+        "",
+        "Written by `python -m efficientllm.train.study`; the figures of every run are in "
+        f"[{folder_name}/results.json]({folder_name}/results.json).",
+        "",
+        f"- source: {config.source}, {format_count(study.source.num_parameters)} parameters; all arms start from it",
+        f"- {config.tokens:,} tokens an arm, the same in the same order: {data}; batch {config.batch_size} x "
+        f"{config.sequence_length}, peak learning rate {config.learning_rate:g}",
+        f"- perplexity on held-out text ({sizes}), tasks zero-shot on the first {config.limit or 'all'} documents; "
+        f"± is the standard error over documents, brackets are the range over seeds; matrix products in "
+        f"{config.eval_dtype}",
+        f"- commit {commit()}, {hardware.describe()} {chips}".rstrip(),
+        "- TFLOP: 6 per parameter and token, 2 more per parameter of the source for a teacher; 'removed as ours': "
+        f"Jaccard index of the removed FFN channels and heads with {ARMS[TAYLOR1].title}, seed 0",
+        "",
+    ]
+    for keep in map(float, config.keep):
+        if not of_arm(results, TAYLOR1, keep):
+            continue
+        parts += [f"## {keep - 1:+.0%} of the non-embedding parameters", "", table(results, keep, study.source), ""]
+        line = verdict(results, keep)
+        if line:
+            parts += [line, ""]
+        parts += [f"![Perplexity of every arm]({folder_name}/perplexity-{keep:g}.png)", ""]
+        parts += [f"![What remains]({folder_name}/architecture-{keep:g}.png)", ""]
+        agreement = seeds_paragraph(results, keep, study.source)
+        if agreement:
+            parts += ["Agreement of seeds (Jaccard index of what they removed):", "", agreement, ""]
+    return "\n".join(parts)
+
+
+def write_report(study: Study, path: Path) -> None:
+    """Write the page at `path`, and results.json and figures in a folder of its name beside it."""
+    results = study.results()
+    if not results:
+        return
+    folder = path.with_suffix("")
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {name: _public(value) for name, value in asdict(study.config).items() if name != "output"}
+    write_json_atomically(
+        folder / "results.json",
+        {
+            "schema_version": 1,
+            "commit": commit(),
+            "settings": settings,
+            "results": [compact(result) | {"survivors": None} for result in results],
+        },
+    )
+    for keep in map(float, study.config.keep):
+        ours = of_arm(results, TAYLOR1, keep)
+        if ours:
+            plot_perplexities(results, keep, folder / f"perplexity-{keep:g}.png")
+            final = Architecture.from_dict(ours[0]["architecture"])
+            plot_architecture(study.source, final, folder / f"architecture-{keep:g}.png")
+    write_text_atomically(path, markdown(study, results, folder.name))
+
+
+def _public(value: Any) -> Any:
+    """Settings without the folders of the machine they ran on."""
+    if isinstance(value, str) and "/" in value:
+        name, separator, rest = value.partition("=")
+        return f"{name}={Path(rest).name}" if separator else Path(value).name
+    if isinstance(value, list | tuple):
+        return [_public(item) for item in value]
+    return value if not isinstance(value, float) or math.isfinite(value) else None

@@ -1,0 +1,235 @@
+"""Running the study: every arm trained and measured, one after the other; finished ones are not repeated."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from ...runtime.errors import UsageError
+from ...runtime.files import write_json_atomically
+from ...runtime.quantities import parse_count
+from ..architecture import Architecture
+from ..config import OptimizerConfig, PruneConfig, RunConfig, SourceConfig, TrainConfig
+from ..evaluation.evaluation import ComputeConfig, Evaluation, MeasureConfig, check, evaluate
+from ..metrics import read_metrics
+from ..models import load_source, save_checkpoint
+from ..run import run_training
+from .arms import ARMS, Arm
+from .flops import training_flops
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """study"""
+
+    source: str = "demo"
+    """Model to start from, as --source of efficientllm-train."""
+    data: tuple[str, ...] = ("demo",)
+    """Text to train on, PATH[:WEIGHT], repeatable."""
+    tokens: int = field(default=30_720, metadata={"parse": parse_count})
+    """Tokens each arm sees."""
+    keep: tuple[str, ...] = field(default=("0.8", "0.5"), metadata={"comma_separated": True})
+    """Shares of the non-embedding parameters to keep, comma-separated."""
+    arms: tuple[str, ...] = field(default=tuple(ARMS), metadata={"comma_separated": True})
+    """Arms to run, comma-separated."""
+    seeds: int = 1
+    """Seeds of the arms that are repeated; the others run with the first."""
+    batch_size: int = 4
+    """Sequences per step."""
+    sequence_length: int = field(default=256, metadata={"parse": parse_count})
+    """Tokens per sequence."""
+    learning_rate: float = 2e-4
+    """Peak learning rate, the same for every arm."""
+    width_multiple: int = 32
+    """FFN widths stay multiples of this many channels."""
+    tasks: tuple[str, ...] = field(default=("piqa", "hellaswag", "arc_easy"), metadata={"comma_separated": True})
+    """Zero-shot tasks, comma-separated, or none."""
+    data_dir: str = ""
+    """Folder with the tasks' rows, as for efficientllm-eval."""
+    limit: int = 100
+    """Documents per task; 0: all."""
+    text: tuple[str, ...] = ()
+    """Held-out text, NAME=PATH, repeatable; 'demo' without any."""
+    text_tokens: int = field(default=8192, metadata={"parse": parse_count})
+    """Tokens of each text to predict; 0: all."""
+    output: str = "build/study"
+    """Folder of the runs; started again, the study goes on where it stopped."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    eval_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Precision of matrix products in measurements."""
+    threads: int = 0
+    """CPU threads; 0: all cores."""
+
+    def __post_init__(self) -> None:
+        for name in self.arms:
+            if name not in ARMS:
+                raise ValueError(f"--arms {name}: unknown; known: {', '.join(ARMS)}")
+        for text in self.keep:
+            if not 0 < float(text) < 1:
+                raise ValueError(f"--keep {text}: must be between 0 and 1")
+        if self.seeds < 1:
+            raise ValueError(f"--seeds {self.seeds}: must be at least 1")
+
+    @property
+    def measures(self) -> MeasureConfig:
+        return MeasureConfig(
+            tasks=self.tasks, data_dir=self.data_dir, limit=self.limit, text=self.text, text_tokens=self.text_tokens
+        )
+
+    @property
+    def compute(self) -> ComputeConfig:
+        return ComputeConfig(device=self.device, dtype=self.eval_dtype, threads=self.threads)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One arm at one ratio with one seed."""
+
+    arm: str
+    keep: float
+    """Share of the non-embedding parameters; 1.0 for an arm that prunes nothing."""
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm}-s{self.seed}" if self.keep == 1.0 else f"{self.keep:g}/{self.arm}-s{self.seed}"
+
+
+def jobs(config: StudyConfig) -> list[Job]:
+    """What to run, the first seed of everything first."""
+    found: list[Job] = []
+    for seed in range(config.seeds):
+        for index, keep in enumerate(map(float, config.keep)):
+            for name in config.arms:
+                arm = ARMS[name]
+                if (seed and not arm.is_repeated) or (index and arm.same_for_all_ratios):
+                    continue
+                found.append(Job(name, 1.0 if arm.same_for_all_ratios else keep, seed))
+    return found
+
+
+def target_parameters(source: Architecture, keep: float) -> int:
+    """Parameters of a model that keeps this share of the non-embedding ones."""
+    copies = 1 if source.tie_word_embeddings else 2
+    embedding = copies * source.vocab_size * source.hidden_size
+    return embedding + round(keep * (source.num_parameters - embedding))
+
+
+class Study:
+    """All jobs of a configuration and the folder they live in."""
+
+    def __init__(self, config: StudyConfig) -> None:
+        check(config.measures)
+        self.config = config
+        self.folder = Path(config.output)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._check_settings()
+        self.source_folder = self.folder / "source"
+        if not (self.source_folder / "config.json").is_file():
+            model, tokenizer = load_source(config.source)
+            save_checkpoint(model, tokenizer, self.source_folder)
+        raw = json.loads((self.source_folder / "config.json").read_text(encoding="utf-8"))
+        self.source = Architecture.from_hf_config(raw)
+
+    def _check_settings(self) -> None:
+        """UsageError where the folder holds another study."""
+        path = self.folder / "settings.json"
+        free = ("output", "device", "threads", "arms", "seeds", "keep")  # more of these only adds jobs
+        settings = {name: value for name, value in vars(self.config).items() if name not in free}
+        settings = json.loads(json.dumps(settings))
+        if path.is_file():
+            before = json.loads(path.read_text(encoding="utf-8"))
+            changed = sorted(name for name in settings if settings[name] != before.get(name))
+            if changed:
+                names = ", ".join(f"--{name.replace('_', '-')}" for name in changed)
+                raise UsageError(f"--output {self.folder} holds a study with another {names}; choose another folder")
+        write_json_atomically(path, settings)
+
+    def result_path(self, job: Job) -> Path:
+        return self.folder / job.name / "result.json"
+
+    def run(self, job: Job) -> None:
+        """Train and measure one job unless it is done."""
+        if self.result_path(job).is_file():
+            return
+        arm = ARMS[job.arm]
+        folder = self.folder / job.name
+        model = self.source_folder
+        if arm.trains:
+            trained = self._train(job, arm, folder)
+            if trained is None:
+                raise KeyboardInterrupt
+            model = trained
+        folder.mkdir(parents=True, exist_ok=True)
+        measured = evaluate(model, self.config.measures, self.config.compute, folder)
+        write_json_atomically(self.result_path(job), self._result(job, arm, folder, measured))
+        needed = any(other.shape_of == job.arm for other in ARMS.values()) and job.seed == 0
+        if arm.trains and not needed:  # 400 MB each
+            shutil.rmtree(folder / "model")
+
+    def _train(self, job: Job, arm: Arm, folder: Path) -> Path | None:
+        if (folder / "model").is_dir():
+            return folder / "model"
+        is_begun = (folder / "config.toml").is_file() and (folder / "checkpoints").is_dir()
+        return run_training(self.train_config(job, arm, folder, is_begun))
+
+    def train_config(self, job: Job, arm: Arm, folder: Path, resume: bool) -> TrainConfig:
+        """The arm's training run."""
+        settings = self.config
+        source = SourceConfig(
+            source=str(self.source_folder),
+            data=settings.data,
+            sequence_length=settings.sequence_length,
+            eval_tokens=settings.sequence_length * settings.batch_size,
+        )
+        if arm.shape_of is not None:
+            shape = self.folder / Job(arm.shape_of, job.keep, 0).name / "model"
+            if not shape.is_dir():
+                raise UsageError(f"--arms {job.arm} needs {arm.shape_of}: run that arm first")
+            source = replace(source, source=str(shape), init="random")
+        common = TrainConfig(
+            source=source,
+            pruning=PruneConfig(
+                target_params=target_parameters(self.source, job.keep), width_multiple=settings.width_multiple
+            ),
+            optimizer=OptimizerConfig(
+                tokens=settings.tokens, batch_size=settings.batch_size, learning_rate=settings.learning_rate
+            ),
+            run=RunConfig(
+                output=str(folder),
+                overwrite=not resume,
+                resume=resume,
+                device=settings.device,
+                threads=settings.threads,
+                seed=job.seed,
+            ),
+        )
+        return arm.configure(common)
+
+    def _result(self, job: Job, arm: Arm, folder: Path, measured: Evaluation) -> dict[str, Any]:
+        result: dict[str, Any] = {"arm": job.arm, "keep": job.keep, "seed": job.seed}
+        if arm.trains:
+            training = json.loads((folder / "model" / "training.json").read_text(encoding="utf-8"))
+            shape = json.loads((folder / "architecture.json").read_text(encoding="utf-8"))
+            with_teacher = self.train_config(job, arm, folder, False).optimizer.distill > 0
+            initial = training["parameters"] if arm.shape_of else self.source.num_parameters
+            result |= {
+                "parameters": training["parameters"],
+                "tokens": training["tokens"],
+                "seconds": training["seconds"],
+                "flops": training_flops(read_metrics(folder), initial, self.source, with_teacher),
+                "architecture": shape["final"],
+                "survivors": shape.get("survivors"),
+            }
+        else:
+            result |= {"parameters": self.source.num_parameters, "tokens": 0, "seconds": 0.0, "flops": 0.0}
+        return result | {"evaluation": measured.to_dict()}
+
+    def results(self) -> list[dict[str, Any]]:
+        """Every finished job of this configuration, in the order of the jobs."""
+        paths = [self.result_path(job) for job in jobs(self.config)]
+        return [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()]
