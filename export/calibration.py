@@ -1,7 +1,7 @@
-"""Importance of each weight column from calibration text: the mean square of the input it multiplies.
+"""What calibration text says about the inputs of each matrix, collected from the checkpoint in torch.
 
-This is llama.cpp's importance matrix. Its Python bindings take one but cannot collect it, so it is collected from the
-checkpoint in torch, on the very inputs that llama.cpp would see.
+`column_importance` is llama.cpp's importance matrix, the mean square of each input; llama.cpp's Python bindings take
+one but cannot collect it. `input_grams` are the second moments that error-compensated rounding needs.
 """
 
 from __future__ import annotations
@@ -28,6 +28,19 @@ def column_importance(checkpoint: Checkpoint, text_path: str) -> dict[str, np.nd
 
     Raises DataError where the text has less than one window of tokens.
     """
+    return _collect(checkpoint, text_path, lambda x: x.double().square().sum(0))
+
+
+def input_grams(checkpoint: Checkpoint, text_path: str) -> dict[str, np.ndarray]:
+    """{parameter name: X^T X / n of its inputs, fp32 [in, in]} for every matrix; those with one input share the array.
+
+    Raises DataError as `column_importance`.
+    """
+    return _collect(checkpoint, text_path, lambda x: x.T @ x)
+
+
+def _collect(checkpoint: Checkpoint, text_path: str, statistic: Callable[[Any], Any]) -> dict[str, np.ndarray]:
+    """Mean over tokens of `statistic`, a sum over the rows of inputs [n, in]."""
     try:
         import torch
 
@@ -47,29 +60,32 @@ def column_importance(checkpoint: Checkpoint, text_path: str) -> dict[str, np.nd
     if len(ids) < window:
         raise DataError(f"--calibrate {text_path}: {len(ids)} tokens are too few; give at least {window}")
     model: Any = load_for_inference(checkpoint.folder)
-    sums: dict[str, np.ndarray] = {}
+    sums: dict[str, Any] = {}
     for name, module in model.named_modules():
         if name.endswith(OBSERVED) or name == "lm_head":
-            module.register_forward_pre_hook(_observer(name, sums))
-    count = len(ids) // window
+            module.register_forward_pre_hook(_observer(name, sums, statistic))
+    count = min(len(ids), CALIBRATION_TOKENS) // window
     with torch.inference_mode():
         for index in range(count):
             model(torch.tensor([ids[index * window : (index + 1) * window]]), use_cache=False)
-    return {name: (total / (count * window)).astype(np.float32) for name, total in _spread(sums, checkpoint).items()}
+    means = {name: (total / (count * window)).float().numpy() for name, total in sums.items()}
+    return _spread(means, checkpoint)
 
 
-def _observer(name: str, sums: dict[str, np.ndarray]) -> Callable[[Any, tuple[Any, ...]], None]:
+def _observer(
+    name: str, sums: dict[str, Any], statistic: Callable[[Any], Any]
+) -> Callable[[Any, tuple[Any, ...]], None]:
     def observe(module: Any, arguments: tuple[Any, ...]) -> None:
-        squares = arguments[0].double().square().flatten(0, -2).sum(0).numpy()
-        sums[name] = sums.get(name, 0.0) + squares
+        value = statistic(arguments[0].flatten(0, -2))
+        sums[name] = value if name not in sums else sums[name].add_(value)
 
     return observe
 
 
-def _spread(sums: dict[str, np.ndarray], checkpoint: Checkpoint) -> dict[str, np.ndarray]:
+def _spread(means: dict[str, np.ndarray], checkpoint: Checkpoint) -> dict[str, np.ndarray]:
     """Parameter names, with what was observed once given to every matrix that reads it."""
     result: dict[str, np.ndarray] = {}
-    for name, value in sums.items():
+    for name, value in means.items():
         result[f"{name}.weight"] = value
         for observed, others in SAME_INPUT.items():
             if name.endswith(observed):

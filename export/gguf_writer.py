@@ -19,7 +19,7 @@ from ..train.architecture import Architecture, LayerShape
 from ..train.tensors import tensor_names
 from .checkpoint import Checkpoint
 from .gguf_tokenizer import GgufTokenizer, read_tokenizer
-from .padding import missing_tensor, pad_tensor, padded_eps, round_up, uniform_architecture
+from .padding import missing_tensor, pad_rows, pad_tensor, padded_eps, padding_notes, uniform_architecture
 from .rope import frequency_factors
 
 UNIFORM_ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
@@ -71,7 +71,7 @@ def plan_layout(checkpoint: Checkpoint, row_multiple: int) -> GgufPlan:
     if len(original.layers) > MAX_LAYERS:
         raise ModelError(f"gguf holds at most {MAX_LAYERS} layers; the model has {len(original.layers)}")
     padded = pad_rows(original, row_multiple)
-    notes = _padding_notes(original, padded)
+    notes = padding_notes(original, padded)
     has_gaps = any(not (layer.num_attention_heads and layer.intermediate_size) for layer in original.layers)
     name = UNIFORM_ARCHITECTURES[original.family]
     if padded.is_uniform and not has_gaps and (name != "qwen2" or _heads_fill_hidden(padded)):
@@ -89,25 +89,6 @@ def plan_layout(checkpoint: Checkpoint, row_multiple: int) -> GgufPlan:
 def _heads_fill_hidden(architecture: Architecture) -> bool:
     """Whether query heads times head_dim is the hidden size, which llama.cpp's qwen2 assumes."""
     return architecture.layers[0].num_attention_heads * architecture.head_dim == architecture.hidden_size
-
-
-def pad_rows(architecture: Architecture, multiple: int) -> Architecture:
-    """Widths rounded up to `multiple`; head widths are left alone."""
-    layers = tuple(
-        replace(layer, intermediate_size=round_up(layer.intermediate_size, multiple)) for layer in architecture.layers
-    )
-    return replace(architecture, hidden_size=round_up(architecture.hidden_size, multiple), layers=layers)
-
-
-def _padding_notes(before: Architecture, after: Architecture) -> tuple[str, ...]:
-    if before == after:
-        return ()
-    widths = sum(a != b for a, b in zip(before.layers, after.layers, strict=True))
-    hidden = f"hidden {before.hidden_size} -> {after.hidden_size}, " if before.hidden_size != after.hidden_size else ""
-    return (
-        f"zero-padded (exact): {hidden}FFN width of {widths} of {len(before.layers)} layers, "
-        f"{before.num_parameters:,} -> {after.num_parameters:,} parameters",
-    )
 
 
 def _fill_gaps(architecture: Architecture, attention_everywhere: bool) -> Architecture:

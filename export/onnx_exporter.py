@@ -12,6 +12,7 @@ from ..runtime.engine import EngineOptions
 from ..runtime.errors import MissingExtraError
 from ..runtime.onnx_engine import OnnxEngine
 from .artefact import bits_per_weight, copy_tokenizer, describe_artefact
+from .calibration import input_grams
 from .checkpoint import Checkpoint
 from .onnx_quantize import preset
 from .request import ExportRequest
@@ -34,7 +35,8 @@ def export_onnx(checkpoint: Checkpoint, request: ExportRequest, folder: Path) ->
     except ModuleNotFoundError as error:
         raise MissingExtraError(error.name or "onnxruntime", "onnx") from error
     name = request.options.quantize or DEFAULT
-    ir.save(GraphBuilder(checkpoint, preset(name)).build(), folder / MODEL_FILE, external_data=DATA_FILE)
+    grams = input_grams(checkpoint, request.options.calibrate) if request.options.calibrate else None
+    ir.save(GraphBuilder(checkpoint, preset(name), grams).build(), folder / MODEL_FILE, external_data=DATA_FILE)
     (folder / "genai_config.json").write_text(json.dumps(genai_config(checkpoint), indent=2) + "\n", encoding="utf-8")
     names = [MODEL_FILE, DATA_FILE, "genai_config.json", *copy_tokenizer(checkpoint, folder)]
     weight_bytes = (folder / DATA_FILE).stat().st_size

@@ -27,12 +27,16 @@ END = np.iinfo(np.int64).max
 
 
 class GraphBuilder:
-    """Builds one model; `bits` says how each matrix is stored (32: fp32)."""
+    """Builds one model; `bits` says how each matrix is stored (32: fp32).
 
-    def __init__(self, checkpoint: Checkpoint, bits: Bits) -> None:
+    `grams`: {parameter name: second moments of its inputs}, for error-compensated rounding of 4-bit matrices.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, bits: Bits, grams: dict[str, np.ndarray] | None = None) -> None:
         self.checkpoint = checkpoint
         self.architecture = checkpoint.architecture
         self.bits = bits
+        self.grams = grams or {}
         self.nodes: list[ir.Node] = []
         self.initializers: list[ir.Value] = []
         self.inputs: list[ir.Value] = []
@@ -198,7 +202,7 @@ class GraphBuilder:
         if bits == 32:
             return self._constant(name, self.checkpoint.tensor(name))
         array = self.checkpoint.tensor(name)
-        data, scales = quantize_matrix(array, bits, BLOCK)
+        data, scales = quantize_matrix(array, bits, BLOCK, self.grams.get(name) if bits == 4 else None)
         stored = [self._constant(f"{name}.q{bits}", data), self._constant(f"{name}.scales", scales)]
         return QuantizedMatrix(*stored, rows=array.shape[0], columns=array.shape[1], bits=bits, block=BLOCK)
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..runtime.errors import UsageError
+from .group_quantization import quantize_groups
 
 
 @dataclass(frozen=True)
@@ -54,18 +55,21 @@ class QuantizedMatrix:
         return -(-self.columns // self.block)
 
 
-def quantize_matrix(weight: np.ndarray, bits: int, block: int) -> tuple[np.ndarray, np.ndarray]:
-    """(uint8 [rows, blocks, block * bits / 8], fp32 scales [rows, blocks]) of fp32 [rows, columns], round to nearest.
+def quantize_matrix(
+    weight: np.ndarray, bits: int, block: int, gram: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """(uint8 [rows, blocks, block * bits / 8], fp32 scales [rows, blocks]) of fp32 [rows, columns].
 
-    Columns are padded to whole blocks with zeros. The work is onnxruntime's own.
+    Columns are padded to whole blocks with zeros. `gram`: see quantize_groups.
     """
-    from onnxruntime.capi import _pybind_state
-
     rows, columns = weight.shape
     blocks = -(-columns // block)
-    data = np.zeros((rows, blocks, block * bits // 8), dtype=np.uint8)
-    scales = np.zeros(rows * blocks, dtype=np.float32)
-    zero_points = np.zeros(rows * -(-blocks * bits // 8), dtype=np.uint8)
-    quantize = getattr(_pybind_state, f"quantize_matmul_{bits}bits")
-    quantize(data, np.ascontiguousarray(weight.T), scales, zero_points, block, rows, columns, True)
-    return data, scales.reshape(rows, blocks)
+    extra = blocks * block - columns
+    if extra:
+        weight = np.pad(weight, ((0, 0), (0, extra)))
+        gram = None if gram is None else np.pad(gram, (0, extra))
+    codes, scales = quantize_groups(weight, bits, block, gram)
+    data = (codes.astype(np.int16) + 2 ** (bits - 1)).astype(np.uint8)  # the zero point that the kernels imply
+    if bits == 4:  # two to a byte, the even column in the lower half
+        data = data[:, ::2] | (data[:, 1::2] << 4)
+    return data.reshape(rows, blocks, block * bits // 8), scales

@@ -20,6 +20,26 @@ def round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
+def pad_rows(architecture: Architecture, multiple: int) -> Architecture:
+    """Widths rounded up to `multiple`; head widths are left alone."""
+    layers = tuple(
+        replace(layer, intermediate_size=round_up(layer.intermediate_size, multiple)) for layer in architecture.layers
+    )
+    return replace(architecture, hidden_size=round_up(architecture.hidden_size, multiple), layers=layers)
+
+
+def padding_notes(before: Architecture, after: Architecture) -> tuple[str, ...]:
+    """What the user should know about padding; nothing where there is none."""
+    if before == after:
+        return ()
+    widths = sum(a != b for a, b in zip(before.layers, after.layers, strict=True))
+    hidden = f"hidden {before.hidden_size} -> {after.hidden_size}, " if before.hidden_size != after.hidden_size else ""
+    return (
+        f"zero-padded (exact): {hidden}FFN width of {widths} of {len(before.layers)} layers, "
+        f"{before.num_parameters:,} -> {after.num_parameters:,} parameters",
+    )
+
+
 def pad_tensor(name: str, array: np.ndarray, before: Architecture, after: Architecture) -> np.ndarray:
     """`array` of a model of shape `before` as the tensor of the same function in shape `after`."""
     layer, axes = axes_of(name)

@@ -7,21 +7,35 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from ..runtime.quantities import parse_count
+
 
 @dataclass(frozen=True)
 class ExportOptions:
     """export"""
 
     quantize: str = ""
-    """Weight type. gguf: f32, f16 (default), bf16, q8_0, q4_k_m, q4_0, ...; onnx: f32, int8 (default), mixed, int4."""
+    """Weight type. gguf: f32, f16 (default), bf16, q8_0, q4_k_m, q4_0, ...; onnx: f32, int8 (default), mixed, int4;
+    executorch: f32, f16, 8da4w (default), int8."""
     output_type: str = ""
-    """gguf: type of the LM head, where llama.cpp's own choice is not wanted."""
+    """Type of the LM head where the default is not wanted. gguf: as --quantize; executorch: int8, int4."""
     embedding_type: str = ""
-    """gguf: type of the token embedding, where llama.cpp's own choice is not wanted."""
+    """Type of the token embedding where the default is not wanted. gguf: as --quantize; executorch: int8, int4."""
+    group_size: int = 32
+    """executorch: weights per scale of 8da4w: 32, 64 or 128."""
+    recipe: str = "xnnpack"
+    """executorch: backend, one of xnnpack, portable, vulkan, coreml, openvino, qnn."""
+    custom_ops: bool = True
+    """executorch: use its LLM operators; off for a runtime without them (decoding is several times slower)."""
+    max_context: int = field(default=2048, metadata={"parse": parse_count})
+    """executorch: slots of the key/value caches, at most the model's context."""
+    allow_fp32: bool = False
+    """executorch: leave matrices in fp32 that 8da4w cannot hold."""
     pad: Literal["auto", "none"] = "auto"
     """auto: zero-pad widths (exactly) where the quantised format would otherwise fall back to a larger type."""
     calibrate: str = ""
-    """gguf: text (as efficientllm-train's --data) whose activations weigh the columns that are quantised."""
+    """Text (as efficientllm-train's --data) whose activations guide the rounding to few bits. gguf: as llama.cpp's
+    importance matrix; onnx and executorch: error-compensated rounding (GPTQ) of int4 matrices."""
     max_kl: float | None = None
     """Largest mean KL divergence (nats per token) of the quantised file from the exact one; default by bits."""
     verify: bool = True

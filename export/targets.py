@@ -25,6 +25,7 @@ class Exporter(Protocol):
 EXPORTERS = {
     "gguf": "efficientllm.export.gguf_exporter:export_gguf",
     "onnx": "efficientllm.export.onnx_exporter:export_onnx",
+    "executorch": "efficientllm.export.executorch_exporter:export_executorch",
     "hf-uniform": "efficientllm.export.hf_uniform:export_hf_uniform",
 }
 

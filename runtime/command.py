@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Sequence
 
 from .errors import EfficientLLMError
+
+NOISY_LOGGERS = ("torchao", "torch.utils._pytree")
+"""transformers imports torchao where it is installed, which then warns of CUDA libraries that a CPU build lacks."""
 
 
 def run_command(body: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> int:
@@ -15,6 +19,8 @@ def run_command(body: Callable[[Sequence[str]], int], argv: Sequence[str] | None
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
+    for name in () if debug else NOISY_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
         return body(arguments)

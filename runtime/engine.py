@@ -19,6 +19,7 @@ ENTRY_POINT_GROUP = "efficientllm.engines"
 ENGINES = {
     "llama.cpp": "efficientllm.runtime.llama_cpp_engine:LlamaCppEngine",
     "onnxruntime": "efficientllm.runtime.onnx_engine:OnnxEngine",
+    "executorch": "efficientllm.runtime.executorch_engine:ExecuTorchEngine",
 }
 """Engine name -> "module:class"; plug-ins join through entry points."""
 
@@ -98,19 +99,25 @@ class StepwiseEvaluation:
             yield self.decode(token)[None]
 
 
+FILE_ENGINES = {".gguf": "llama.cpp", ".pte": "executorch"}
+"""Suffix of a bare model file -> its engine."""
+
+
 def locate(path: Path) -> tuple[str, Path]:
-    """(engine name, model file) of an artefact folder with a manifest or of a bare .gguf file."""
+    """(engine name, model file) of an artefact folder with a manifest or of a bare .gguf or .pte file."""
     if path.is_dir():
         manifest = Manifest.read(path)
         manifest.check_files(path)
         return manifest.engine, path / manifest.model_file
     if not path.exists():
-        raise ArtefactError(f"{path} does not exist; give a folder written by efficientllm-export, or a .gguf file")
-    if path.suffix == ".gguf":
-        return "llama.cpp", path
+        raise ArtefactError(
+            f"{path} does not exist; give a folder written by efficientllm-export, or a .gguf or .pte file"
+        )
+    if path.suffix in FILE_ENGINES:
+        return FILE_ENGINES[path.suffix], path
     if path.name == MANIFEST_NAME:
         return locate(path.parent)
-    raise ArtefactError(f"{path} is no artefact: give a folder written by efficientllm-export, or a .gguf file")
+    raise ArtefactError(f"{path} is no artefact: give a folder written by efficientllm-export, or a .gguf or .pte file")
 
 
 def load(path: str | Path, options: EngineOptions | None = None) -> Engine:

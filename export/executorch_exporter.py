@@ -1,0 +1,145 @@
+"""`--target executorch`: a .pte that ExecuTorch's own LLM runner takes, verified."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..runtime.engine import EngineOptions
+from ..runtime.errors import UsageError
+from ..runtime.executorch_engine import ExecuTorchEngine
+from ..runtime.executorch_loader import import_executorch, quiet_executorch
+from .artefact import copy_tokenizer, describe_artefact
+from .calibration import input_grams
+from .checkpoint import Checkpoint
+from .padding import pad_rows, padding_notes
+from .recipes import Recipe, load_recipe
+from .request import ExportRequest
+from .verification import check_exact, check_quantized, compare_logits, sample_tokens, torch_logits
+
+MODEL_FILE = "model.pte"
+PREFILL_TOKENS = 64
+"""Of the verification sample; ten more, at least, are decoded token by token."""
+
+
+def export_executorch(checkpoint: Checkpoint, request: ExportRequest, folder: Path) -> None:
+    """Write the program, tokenizer files and manifest."""
+    import_executorch()
+    with quiet_executorch():
+        _export(checkpoint, request, folder)
+
+
+def _export(checkpoint: Checkpoint, request: ExportRequest, folder: Path) -> None:
+    from .executorch_lowering import lower
+    from .executorch_quantize import ALIGNMENT, quantize_decoder, weight_format
+    from .static_decoder import StaticDecoder
+
+    options = request.options
+    recipe = load_recipe(options.recipe)
+    name = options.quantize or recipe.formats[0]
+    weights = weight_format(replace(options, quantize=name))
+    if name not in recipe.formats:
+        raise UsageError(f"--recipe {recipe.name} takes --quantize {', '.join(recipe.formats)}, not {name}")
+    partitioners = recipe.partitioners()
+    context = min(options.max_context, checkpoint.context_length)
+    original = checkpoint.architecture
+    needs_padding = "int4" in (weights.linear, weights.head, weights.embedding) and options.pad == "auto"
+    architecture = pad_rows(original, ALIGNMENT) if needs_padding else original
+    for note in padding_notes(original, architecture):
+        request.say(note)
+    tokens = sample_tokens(checkpoint, min(256, context))
+    reference = torch_logits(checkpoint.folder, tokens) if request.verify else np.empty(0)
+
+    with _stage(request, "building"):
+        model: Any = StaticDecoder(
+            checkpoint,
+            architecture,
+            context,
+            custom_ops=options.custom_ops and recipe.custom_ops,
+            static_length=recipe.static_length,
+            dtype=weights.dtype,
+        )
+        grams = _grams(checkpoint, request) if weights.linear == "int4" else None
+        for note in quantize_decoder(model, weights, options, grams):
+            request.say(note)
+    constants = _constant_methods(checkpoint, context, recipe, options.custom_ops)
+    lowered = lower(model, partitioners, constants, lambda title: _stage(request, title))
+    request.say(f"{recipe.name}: {lowered.describe()}")
+    (folder / MODEL_FILE).write_bytes(lowered.buffer)
+    names = [MODEL_FILE, *copy_tokenizer(checkpoint, folder)]
+    weight_bytes = len(lowered.buffer)
+    verification: dict[str, Any] = {}
+    if request.verify and recipe.runs_here:
+        verification = _verify(request, folder, name, weights.linear_bits, tokens, reference)
+    elif request.verify:
+        request.say(f"not verified: a {recipe.name} program runs only on the device")
+    describe_artefact(
+        checkpoint,
+        request,
+        folder,
+        engine="executorch",
+        files=names,
+        quantization=name,
+        weight_bytes=weight_bytes,
+        layout=f"executorch, {recipe.name}, context {context}",
+        verification=verification,
+    )
+
+
+def _grams(checkpoint: Checkpoint, request: ExportRequest) -> dict[str, np.ndarray] | None:
+    """Second moments of every matrix's inputs under --calibrate, by StaticDecoder's module names."""
+    if not request.options.calibrate:
+        return None
+    grams = input_grams(checkpoint, request.options.calibrate)
+    return {name.removeprefix("model.").removesuffix(".weight"): gram for name, gram in grams.items()}
+
+
+@contextlib.contextmanager
+def _stage(request: ExportRequest, title: str) -> Iterator[None]:
+    began = time.perf_counter()
+    yield
+    request.print_line(f"{title}: {time.perf_counter() - began:.1f} s")
+
+
+def _constant_methods(checkpoint: Checkpoint, context: int, recipe: Recipe, custom_ops: bool) -> dict[str, Any]:
+    """What ExecuTorch's TextLLMRunner asks a program for."""
+    bos = checkpoint.config.get("bos_token_id")
+    return {
+        "get_max_seq_len": 1 if recipe.static_length else context,
+        "get_max_context_len": context,
+        "get_vocab_size": checkpoint.architecture.vocab_size,
+        "get_n_layers": len(checkpoint.architecture.layers),
+        "get_bos_id": bos if bos is not None else 0,
+        "get_eos_ids": checkpoint.end_of_generation_ids or [0],
+        "use_kv_cache": True,
+        "use_sdpa_with_kv_cache": custom_ops and recipe.custom_ops,
+        "enable_dynamic_shape": not recipe.static_length,
+    }
+
+
+def _verify(
+    request: ExportRequest, folder: Path, name: str, bits: float, tokens: list[int], reference: np.ndarray
+) -> dict[str, dict[str, object]]:
+    """Prefill and teacher-forced decoding of the written file through our engine against torch eager."""
+    start = min(PREFILL_TOKENS, len(tokens) - 1)
+    engine = ExecuTorchEngine(folder / MODEL_FILE, EngineOptions())
+    rows = [engine.prefill(tokens[:start]), *(engine.decode(token) for token in tokens[start:])]
+    engine.close()
+    expected = reference[start - 1 :]
+    agreement = compare_logits(expected, np.stack(rows), tokens[start - 1 :])
+    if name == "f32":
+        check_exact(agreement, expected, "executorch")
+    else:
+        check_quantized(agreement, bits, request.options.max_kl, "executorch")
+    request.say(
+        f"verified {name} program against torch (prefill {start}, then {len(tokens) - start} decode steps): max |logit "
+        f"difference| {agreement.max_logit_difference:.1e}, same argmax {agreement.argmax_agreement:.1%}, mean KL "
+        f"{agreement.mean_kl:.4f}, perplexity x{agreement.perplexity_ratio:.3f}"
+    )
+    return {"exact" if name == "f32" else "quantized": agreement.to_dict()}

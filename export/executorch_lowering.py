@@ -1,0 +1,70 @@
+"""torch.export, partitioning and serialising of a StaticDecoder."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
+from executorch.exir.passes import MemoryPlanningPass
+from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
+
+from .static_decoder import StaticDecoder
+
+Stage = Callable[[str], contextlib.AbstractContextManager[None]]
+
+
+@dataclass(frozen=True)
+class LoweredProgram:
+    """A serialised program and what is in it."""
+
+    buffer: bytes
+    delegates: int
+    operators: tuple[str, ...]
+    """Operators that run outside the delegates: a runtime must have registered them."""
+
+    def describe(self) -> str:
+        return f"{self.delegates} delegated parts; outside them {', '.join(self.operators)}"
+
+
+def lower(model: StaticDecoder, partitioners: list[Any], constants: dict[str, Any], stage: Stage) -> LoweredProgram:
+    """Export `model` with a dynamic number of tokens (or one), lower it and serialise it.
+
+    `stage(title)` is a context around each step.
+    """
+    with torch.no_grad():
+        with stage("tracing"):
+            exported = torch.export.export(model, _example(model), dynamic_shapes=_dynamic_shapes(model), strict=False)
+        with stage("partitioning and lowering"):
+            edge = to_edge_transform_and_lower(
+                exported,
+                partitioner=partitioners,
+                compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
+                constant_methods=constants,
+            )
+        with stage("serialising"):
+            program = edge.to_executorch(
+                ExecutorchBackendConfig(
+                    extract_delegate_segments=True,
+                    do_quant_fusion_and_const_prop=True,
+                    memory_planning_pass=MemoryPlanningPass(alloc_graph_input=False),
+                    sym_shape_eval_pass=ConstraintBasedSymShapeEvalPass(),
+                )
+            )
+            buffer = program.buffer
+    plan = program.executorch_program.execution_plan[0]
+    operators = sorted({f"{op.name}.{op.overload}" if op.overload else op.name for op in plan.operators})
+    return LoweredProgram(buffer, len(plan.delegates), tuple(operators))
+
+
+def _example(model: StaticDecoder) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.tensor([[2]] if model.static_length else [[2, 3, 4]]), torch.tensor([0])
+
+
+def _dynamic_shapes(model: StaticDecoder) -> Any:
+    if model.static_length:
+        return None
+    return ({1: torch.export.Dim("tokens", min=1, max=model.context - 1)}, {0: None})

@@ -1,0 +1,7 @@
+"""No backend: ExecuTorch's portable kernels, for any processor and for checking the others."""
+
+from __future__ import annotations
+
+from . import Recipe
+
+RECIPE = Recipe("portable", list, formats=("f32",))

@@ -1,0 +1,224 @@
+"""ExecuTorch programs of unequal tiny models against torch, and in ExecuTorch's own LLM runner."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_export_gguf import SHAPES, TOKENS
+from tiny import LLAMA3_ROPE, UNEQUAL, tiny_architecture
+from tokenizers import Tokenizer
+
+from efficientllm.export import cli
+from efficientllm.runtime.command import run_command
+from efficientllm.runtime.engine import EngineOptions, load
+from efficientllm.runtime.errors import ArtefactError, ContextOverflowError
+from efficientllm.runtime.generation import Generation, chat_prompt
+from efficientllm.runtime.manifest import Manifest
+from efficientllm.train.architecture import FAMILIES, LayerShape
+from efficientllm.train.models import load_for_inference
+
+pytest.importorskip("executorch", reason="executorch is not installed")
+
+
+def export(checkpoint: Path, output: Path, *more: str) -> int:
+    arguments = [str(checkpoint), "--target", "executorch", "--output", str(output), "--max-context", "64", *more]
+    return run_command(cli.body, arguments)
+
+
+def expected_logits(checkpoint: Path, tokens: list[int]) -> np.ndarray:
+    with torch.inference_mode():
+        return load_for_inference(checkpoint)(torch.tensor([tokens])).logits[0].numpy()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_f32_prefill_and_decode_equal_torch(
+    family: str, shape: str, save_tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    checkpoint = save_tiny(tiny_architecture(family, SHAPES[shape]))
+    assert export(checkpoint, tmp_path / "pte", "--quantize", "f32", "--no-verify") == 0
+    engine = load(tmp_path / "pte", EngineOptions(threads=1))
+    rows = [engine.prefill(TOKENS[:16]), *(engine.decode(token) for token in TOKENS[16:])]
+    assert np.abs(np.stack(rows) - expected_logits(checkpoint, TOKENS)[15:]).max() < 1e-3
+    changed = [*TOKENS[:20], 7, 8, 9]  # shares 20 tokens with what the cache holds
+    assert np.abs(engine.prefill(changed) - expected_logits(checkpoint, changed)[-1]).max() < 1e-3
+    engine.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantize", ["8da4w", "int8"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_quantised_programs_stay_close(
+    family: str, quantize: str, save_tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Odd hidden size and FFN widths, which int4 needs padded and int8 does not."""
+    tied = family != "qwen2"
+    checkpoint = save_tiny(tiny_architecture(family, SHAPES["odd FFN widths"], hidden_size=76, tied=tied))
+    assert export(checkpoint, tmp_path / "pte", "--quantize", quantize) == 0
+    agreement = Manifest.read(tmp_path / "pte").verification["quantized"]
+    assert agreement["mean_kl"] < {"int8": 0.02, "8da4w": 0.5}[quantize]
+    assert ("zero-padded (exact): hidden 76 -> 96" in capsys.readouterr().out) == (quantize == "8da4w")
+
+
+@pytest.mark.slow
+def test_other_formats(save_tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """fp16, a 4-bit embedding with larger groups, no LLM operators, no backend at all."""
+    checkpoint = save_tiny(tiny_architecture())
+    sizes = {}
+    for name, flags in {
+        "f32": ["--quantize", "f32", "--no-custom-ops"],
+        "portable": ["--recipe", "portable"],
+        "f16": ["--quantize", "f16"],
+        "8da4w": ["--quantize", "8da4w"],
+        "small": ["--quantize", "8da4w", "--embedding-type", "int4", "--output-type", "int4", "--group-size", "64"],
+    }.items():
+        assert export(checkpoint, tmp_path / name, *flags) == 0
+        sizes[name] = Manifest.read(tmp_path / name).files["model.pte"]["bytes"]
+    assert sizes["f32"] > sizes["f16"] > sizes["8da4w"] > sizes["small"]
+    notes = " ".join(Manifest.read(tmp_path / "f32").notes)
+    assert "llama::" not in notes
+    assert "0 delegated parts" in " ".join(Manifest.read(tmp_path / "portable").notes)
+
+
+@pytest.mark.slow
+def test_calibration_brings_int4_closer(save_tiny: Callable[..., Path], corpus: Path, tmp_path: Path) -> None:
+    checkpoint = save_tiny(tiny_architecture())
+    kl = []
+    for name, flags in {"plain": [], "calibrated": ["--calibrate", str(corpus)]}.items():
+        assert export(checkpoint, tmp_path / name, *flags) == 0
+        kl.append(Manifest.read(tmp_path / name).verification["quantized"]["mean_kl"])
+    assert kl[1] < kl[0]
+
+
+@pytest.mark.slow
+def test_llama3_rope_scaling_and_one_vocabulary(save_tiny: Callable[..., Path], tmp_path: Path) -> None:
+    checkpoint = save_tiny(tiny_architecture(), rope_parameters=LLAMA3_ROPE)
+    assert export(checkpoint, tmp_path / "pte", "--quantize", "f32") == 0
+
+
+RUNNER = """
+import json, sys
+from efficientllm.runtime.executorch_loader import import_executorch
+import_executorch()
+from executorch.extension.llm.runner import GenerationConfig, TextLLMRunner
+runner = TextLLMRunner(sys.argv[1] + "/model.pte", sys.argv[1] + "/tokenizer.json")
+pieces = []
+config = GenerationConfig(max_new_tokens=int(sys.argv[3]), temperature=0.0, echo=False)
+runner.generate(sys.argv[2], config, token_callback=pieces.append)
+print(json.dumps("".join(pieces)))
+"""
+
+
+def runner_text(folder: Path, prompt: str, tokens: int) -> str:
+    """What ExecuTorch's TextLLMRunner, the C++ runner of its phone apps, generates greedily."""
+    command = [sys.executable, "-c", RUNNER, str(folder), prompt, str(tokens)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def speak_ascii_only(checkpoint: Path) -> None:
+    """Zero the head of every other token: the runner's Python callback fails on a part of a character."""
+    tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
+    file = checkpoint / "model.safetensors"
+    tensors = load_file(file)
+    for token, text in enumerate(tokenizer.decode([token]) for token in range(tokenizer.get_vocab_size())):
+        if not (text.isascii() and text.isprintable() and text):
+            tensors["lm_head.weight"][token] = 0
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantize", ["f32", "8da4w"])
+def test_stock_runner_generates_our_text(quantize: str, save_tiny: Callable[..., Path], tmp_path: Path) -> None:
+    checkpoint = save_tiny(tiny_architecture(tied=False))
+    speak_ascii_only(checkpoint)
+    assert export(checkpoint, tmp_path / "pte", "--quantize", quantize) == 0
+    engine = load(tmp_path / "pte", EngineOptions(threads=1))
+    prompt = "The quick brown fox"
+    pieces, logits = [], engine.prefill(engine.tokenize(prompt, special=False))
+    for _ in range(8):
+        token = int(logits.argmax())
+        pieces.append(engine.token_bytes(token))
+        logits = engine.decode(token)
+    engine.close()
+    expected = b"".join(pieces).decode("ascii")
+    assert len(expected) >= 8
+    assert runner_text(tmp_path / "pte", prompt, 8) == expected
+
+
+@pytest.mark.slow
+def test_engine_keeps_to_its_context(save_tiny: Callable[..., Path], artefact: Path, tmp_path: Path) -> None:
+    checkpoint = artefact.parent / "checkpoint"
+    assert export(checkpoint, tmp_path / "pte", "--quantize", "f32", "--no-verify") == 0
+    engine = load(tmp_path / "pte" / "model.pte", EngineOptions(threads=1))  # a bare file works too
+    assert engine.context_length == 64
+    with pytest.raises(ContextOverflowError, match="65 tokens, the context window 64"):
+        engine.prefill([5] * 65)
+    engine.prefill([5] * 64)
+    with pytest.raises(ContextOverflowError, match="context window of 64 tokens is full"):
+        engine.decode(5)
+    messages: Any = [{"role": "user", "content": "Größe 日本 🚀"}]
+    texts = []
+    for other in (engine, load(artefact, EngineOptions(threads=1))):
+        texts.append("".join(Generation(other, chat_prompt(other, messages), 16)))
+        assert 2 in other.end_ids
+        other.close()
+    assert texts[0] == texts[1]
+    with pytest.raises(ArtefactError, match="holds 64 tokens, not 128; export it again with --max-context 128"):
+        load(tmp_path / "pte", EngineOptions(context=128))
+
+
+@pytest.mark.slow
+def test_vulkan_lowers_irregular_models(
+    save_tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert export(save_tiny(tiny_architecture()), tmp_path / "pte", "--recipe", "vulkan", "--quantize", "f32") == 0
+    out = capsys.readouterr().out
+    assert "vulkan: 1 delegated parts" in out
+    assert "not verified: a vulkan program runs only on the device" in out
+
+
+def test_bad_input(save_tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    odd_head = tiny_architecture(layers=(LayerShape(3, 1, 96),), head_dim=16)
+    checkpoint = save_tiny(odd_head)
+    for flags, message in {
+        ("--quantize", "q8_0"): "--quantize q8_0: unknown for executorch; known: f32, f16, 8da4w, int8",
+        ("--recipe", "tpu"): "--recipe tpu: unknown; known: xnnpack, portable, vulkan, coreml, openvino, qnn",
+        ("--recipe", "portable", "--quantize", "8da4w"): "--recipe portable takes --quantize f32, not 8da4w",
+        ("--recipe", "qnn"): "Qualcomm's AI Engine Direct SDK",
+        ("--group-size", "48"): "--group-size 48: XNNPACK takes 32, 64, 128",
+        ("--embedding-type", "q4_0"): "--embedding-type q4_0: executorch takes int8 or int4",
+        ("--quantize", "f32", "--output-type", "int4"): "goes with --quantize 8da4w or int8, not f32",
+        ("--pad", "auto"): "the first layers.0.self_attn.o_proj (48 inputs)",
+    }.items():
+        assert export(checkpoint, tmp_path / "pte", *flags) == 2, flags
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "pte").exists()
+
+
+@pytest.mark.slow
+def test_matrices_that_int4_cannot_hold_stay_in_fp32_only_when_allowed(
+    save_tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = save_tiny(tiny_architecture(layers=(*UNEQUAL[:1], LayerShape(3, 1, 96)), head_dim=16))
+    assert export(checkpoint, tmp_path / "pte", "--allow-fp32") == 0
+    assert "1 matrices stay in fp32" in capsys.readouterr().out
+
+
+def test_damaged_programs_are_refused(tmp_path: Path, artefact: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((artefact.parent / "checkpoint" / name).read_bytes())
+    (tmp_path / "model.pte").write_bytes(b"not a program" * 20)
+    with pytest.raises(ArtefactError, match=r"ExecuTorch cannot load it: .+"):
+        load(tmp_path / "model.pte")
