@@ -38,6 +38,7 @@ def export_executorch(checkpoint: Checkpoint, request: ExportRequest, folder: Pa
 def _export(checkpoint: Checkpoint, request: ExportRequest, folder: Path) -> None:
     from .executorch_lowering import lower
     from .executorch_quantize import ALIGNMENT, quantize_decoder, weight_format
+    from .exporter_config import ExecutorchDecoderConfig
     from .static_decoder import StaticDecoder
 
     options = request.options
@@ -69,7 +70,8 @@ def _export(checkpoint: Checkpoint, request: ExportRequest, folder: Path) -> Non
         for note in quantize_decoder(model, weights, options, grams):
             request.say(note)
     constants = _constant_methods(checkpoint, context, recipe, options.custom_ops)
-    lowered = lower(model, partitioners, constants, lambda title: _stage(request, title))
+    config = ExecutorchDecoderConfig(checkpoint.config)
+    lowered = lower(model, config, partitioners, constants, lambda title: _stage(request, title))
     request.say(f"{recipe.name}: {lowered.describe()}")
     (folder / MODEL_FILE).write_bytes(lowered.buffer)
     names = [MODEL_FILE, *copy_tokenizer(checkpoint, folder)]

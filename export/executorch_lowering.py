@@ -12,6 +12,7 @@ from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_
 from executorch.exir.passes import MemoryPlanningPass
 from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
 
+from .exporter_config import ExecutorchDecoderConfig
 from .static_decoder import StaticDecoder
 
 Stage = Callable[[str], contextlib.AbstractContextManager[None]]
@@ -30,14 +31,24 @@ class LoweredProgram:
         return f"{self.delegates} delegated parts; outside them {', '.join(self.operators)}"
 
 
-def lower(model: StaticDecoder, partitioners: list[Any], constants: dict[str, Any], stage: Stage) -> LoweredProgram:
-    """Export `model` with a dynamic number of tokens (or one), lower it and serialise it.
+def lower(
+    model: StaticDecoder,
+    config: ExecutorchDecoderConfig,
+    partitioners: list[Any],
+    constants: dict[str, Any],
+    stage: Stage,
+) -> LoweredProgram:
+    """Export `model` with the dynamic axes of `config` (or one token), lower it and serialise it.
 
     `stage(title)` is a context around each step.
     """
     with torch.no_grad():
         with stage("tracing"):
-            exported = torch.export.export(model, _example(model), dynamic_shapes=_dynamic_shapes(model), strict=False)
+            length = 1 if model.static_length else 3
+            inputs = config.generate_dummy_inputs(framework="pt", batch_size=1, sequence_length=length)
+            exported = torch.export.export(
+                model, (), kwargs=inputs, dynamic_shapes=_dynamic_shapes(model, config), strict=False
+            )
         with stage("partitioning and lowering"):
             edge = to_edge_transform_and_lower(
                 exported,
@@ -60,11 +71,11 @@ def lower(model: StaticDecoder, partitioners: list[Any], constants: dict[str, An
     return LoweredProgram(buffer, len(plan.delegates), tuple(operators))
 
 
-def _example(model: StaticDecoder) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.tensor([[2]] if model.static_length else [[2, 3, 4]]), torch.tensor([0])
-
-
-def _dynamic_shapes(model: StaticDecoder) -> Any:
+def _dynamic_shapes(model: StaticDecoder, config: ExecutorchDecoderConfig) -> Any:
     if model.static_length:
         return None
-    return ({1: torch.export.Dim("tokens", min=1, max=model.context - 1)}, {0: None})
+    bounds = {"min": 1, "max": model.context - 1}
+    return {
+        name: {axis: torch.export.Dim(title, **bounds) for axis, title in axes.items()} or None
+        for name, axes in config.inputs.items()
+    }

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..runtime.engine import EngineOptions
-from ..runtime.errors import MissingExtraError
+from ..runtime.errors import MissingExtraError, UsageError
 from ..runtime.onnx_engine import OnnxEngine
 from .artefact import bits_per_weight, copy_tokenizer, describe_artefact
 from .calibration import input_grams
@@ -34,14 +34,22 @@ def export_onnx(checkpoint: Checkpoint, request: ExportRequest, folder: Path) ->
         from .onnx_graph import GraphBuilder
     except ModuleNotFoundError as error:
         raise MissingExtraError(error.name or "onnxruntime", "onnx") from error
-    name = request.options.quantize or DEFAULT
-    grams = input_grams(checkpoint, request.options.calibrate) if request.options.calibrate else None
-    ir.save(GraphBuilder(checkpoint, preset(name), grams).build(), folder / MODEL_FILE, external_data=DATA_FILE)
-    (folder / "genai_config.json").write_text(json.dumps(genai_config(checkpoint), indent=2) + "\n", encoding="utf-8")
+    options = request.options
+    name = options.quantize or ("f32" if options.portable else DEFAULT)
+    bits = preset(name)
+    if options.portable:
+        if name != "f32":
+            raise UsageError(f"--portable takes --quantize f32, not {name}: standard operators hold no packed weights")
+        _write_portable(checkpoint, folder / MODEL_FILE)
+    else:
+        grams = input_grams(checkpoint, options.calibrate) if options.calibrate else None
+        ir.save(GraphBuilder(checkpoint, bits, grams).build(), folder / MODEL_FILE, external_data=DATA_FILE)
+    config = genai_config(checkpoint, shares_cache=not options.portable)
+    (folder / "genai_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     names = [MODEL_FILE, DATA_FILE, "genai_config.json", *copy_tokenizer(checkpoint, folder)]
     weight_bytes = (folder / DATA_FILE).stat().st_size
-    bits = bits_per_weight(checkpoint, weight_bytes)
-    verification = _verify(checkpoint, request, folder, name, bits) if request.verify else {}
+    stored = bits_per_weight(checkpoint, weight_bytes)
+    verification = _verify(checkpoint, request, folder, name, stored) if request.verify else {}
     describe_artefact(
         checkpoint,
         request,
@@ -50,13 +58,24 @@ def export_onnx(checkpoint: Checkpoint, request: ExportRequest, folder: Path) ->
         files=names,
         quantization=name,
         weight_bytes=weight_bytes,
-        layout="onnx",
+        layout="onnx, standard operators" if options.portable else "onnx",
         verification=verification,
     )
 
 
-def genai_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """onnxruntime-genai's description; its runtime reads each layer's key/value heads from the graph itself."""
+def _write_portable(checkpoint: Checkpoint, path: Path) -> None:
+    try:
+        from .onnx_portable import write_portable
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(error.name or "onnxscript", "onnx-portable") from error
+    write_portable(checkpoint, path)
+
+
+def genai_config(checkpoint: Checkpoint, shares_cache: bool) -> dict[str, Any]:
+    """onnxruntime-genai's description; its runtime reads each layer's key/value heads from the graph itself.
+
+    `shares_cache`: whether the attention operator can write into the past in place.
+    """
     architecture = checkpoint.architecture
     ends = checkpoint.end_of_generation_ids
     heads = max(layer.num_attention_heads for layer in architecture.layers)
@@ -92,7 +111,11 @@ def genai_config(checkpoint: Checkpoint) -> dict[str, Any]:
             "pad_token_id": ends[0] if ends else 0,
             "decoder": decoder,
         },
-        "search": {"max_length": checkpoint.context_length, "do_sample": False, "past_present_share_buffer": True},
+        "search": {
+            "max_length": checkpoint.context_length,
+            "do_sample": False,
+            "past_present_share_buffer": shares_cache,
+        },
     }
 
 

@@ -27,7 +27,7 @@ END = np.iinfo(np.int64).max
 
 
 class GraphBuilder:
-    """Builds one model; `bits` says how each matrix is stored (32: fp32).
+    """Builds one model; `bits` says how each matrix is stored.
 
     `grams`: {parameter name: second moments of its inputs}, for error-compensated rounding of 4-bit matrices.
     """
@@ -37,6 +37,9 @@ class GraphBuilder:
         self.architecture = checkpoint.architecture
         self.bits = bits
         self.grams = grams or {}
+        self.dtype = np.float16 if bits.head == 16 else np.float32
+        """Of activations, caches and matrices that are not quantised; logits are fp32."""
+        self.element = ir.DataType.FLOAT16 if bits.head == 16 else ir.DataType.FLOAT
         self.nodes: list[ir.Node] = []
         self.initializers: list[ir.Value] = []
         self.inputs: list[ir.Value] = []
@@ -48,7 +51,10 @@ class GraphBuilder:
         mask = self._input("attention_mask", ir.DataType.INT64, ["batch", "total"])
         self.last_position, self.total_length = self._lengths(mask)
         cos, sin = rope_tables(self.checkpoint.rope, self.architecture.head_dim, self.checkpoint.context_length)
-        self.cos, self.sin = self._constant("cos", cos), self._constant("sin", sin)
+        self.cos, self.sin = (
+            self._constant("cos", cos.astype(self.dtype)),
+            self._constant("sin", sin.astype(self.dtype)),
+        )
         tied = self.architecture.tie_word_embeddings
         head = self._matrix("model.embed_tokens.weight" if tied else "lm_head.weight", self.bits.head)
         residual: ir.Value = self._embed(input_ids, head if tied else None)
@@ -81,8 +87,8 @@ class GraphBuilder:
         self.inputs.append(value)
         return value
 
-    def _output(self, value: ir.Value, name: str, shape: list[int | str]) -> None:
-        value.name, value.type, value.shape = name, ir.TensorType(ir.DataType.FLOAT), ir.Shape(shape)
+    def _output(self, value: ir.Value, name: str, shape: list[int | str], dtype: ir.DataType) -> None:
+        value.name, value.type, value.shape = name, ir.TensorType(dtype), ir.Shape(shape)
         self.outputs.append(value)
 
     def _constant(self, name: str, array: np.ndarray) -> ir.Value:
@@ -91,6 +97,9 @@ class GraphBuilder:
         value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=shape, const_value=tensor)
         self.initializers.append(value)
         return value
+
+    def _weights(self, name: str) -> ir.Value:
+        return self._constant(name, self.checkpoint.tensor(name).astype(self.dtype))
 
     def _ints(self, *values: int) -> ir.Value:
         name = "ints_" + "_".join(map(str, values))
@@ -117,8 +126,8 @@ class GraphBuilder:
 
     def _embed(self, input_ids: ir.Value, tied: Any) -> ir.Value:
         name, bits = "model.embed_tokens.weight", self.bits.head
-        if bits == 32:
-            table = tied if tied is not None else self._constant(name, self.checkpoint.tensor(name))
+        if bits >= 16:
+            table = tied if tied is not None else self._weights(name)
             return self._node("Gather", [table, input_ids], axis=0)
         matrix: QuantizedMatrix = tied if tied is not None else self._matrix(name, bits)
         rows = matrix.blocks * BLOCK * bits // 8
@@ -139,7 +148,7 @@ class GraphBuilder:
 
     def _norm(self, name: str, residual: ir.Value, added: ir.Value | None) -> tuple[ir.Value, ir.Value]:
         """(normalised, residual stream): the pending addition is done by the same kernel."""
-        gain = self._constant(f"{name}.weight", self.checkpoint.tensor(f"{name}.weight"))
+        gain = self._weights(f"{name}.weight")
         eps = self.checkpoint.rms_norm_eps
         if added is None:
             return self._node("SimplifiedLayerNormalization", [residual, gain], axis=-1, epsilon=eps), residual
@@ -155,7 +164,7 @@ class GraphBuilder:
             query = self._head_norm(f"{prefix}.q_norm", query, layer.num_attention_heads)
             key = self._head_norm(f"{prefix}.k_norm", key, layer.num_key_value_heads)
         shape: list[int | str] = ["batch", layer.num_key_value_heads, "past", head_dim]
-        past = [self._input(f"past_key_values.{index}.{part}", ir.DataType.FLOAT, shape) for part in ("key", "value")]
+        past = [self._input(f"past_key_values.{index}.{part}", self.element, shape) for part in ("key", "value")]
         attended, present_key, present_value = self._node(
             "GroupQueryAttention",
             [query, key, value, *past, self.last_position, self.total_length, self.cos, self.sin],
@@ -168,14 +177,14 @@ class GraphBuilder:
             rotary_interleaved=0,
         )
         shape[2] = "total"
-        self._output(present_key, f"present.{index}.key", shape)
-        self._output(present_value, f"present.{index}.value", shape)
+        self._output(present_key, f"present.{index}.key", shape, self.element)
+        self._output(present_value, f"present.{index}.value", shape, self.element)
         return self._project(f"{prefix}.o_proj", attended, self.bits.attention)
 
     def _head_norm(self, name: str, x: ir.Value, heads: int) -> ir.Value:
         head_dim = self.architecture.head_dim
         split = self._node("Reshape", [x, self._ints(0, 0, heads, head_dim)])
-        gain = self._constant(f"{name}.weight", self.checkpoint.tensor(f"{name}.weight"))
+        gain = self._weights(f"{name}.weight")
         normed = self._node("SimplifiedLayerNormalization", [split, gain], axis=-1, epsilon=self.checkpoint.qk_norm_eps)
         return self._node("Reshape", [normed, self._ints(0, 0, heads * head_dim)])
 
@@ -187,20 +196,22 @@ class GraphBuilder:
 
     def _head(self, x: ir.Value, head: Any) -> None:
         last = self._node("Slice", [x, self._ints(-1), self._ints(END), self._ints(1)])
-        if self.bits.head == 32:  # Gemm reads the embedding as it is; MatMul would want a transposed copy
+        if self.bits.head >= 16:  # Gemm reads the embedding as it is; MatMul would want a transposed copy
             flat = self._node("Reshape", [last, self._ints(-1, self.architecture.hidden_size)])
             product = self._node("Gemm", [flat, head], transB=1)
             logits = self._node("Unsqueeze", [product, self._ints(1)])
         else:
             logits = self._multiply(last, head)
-        self._output(logits, "logits", ["batch", 1, self.architecture.vocab_size])
+        if self.element != ir.DataType.FLOAT:
+            logits = self._node("Cast", [logits], to=int(ir.DataType.FLOAT))
+        self._output(logits, "logits", ["batch", 1, self.architecture.vocab_size], ir.DataType.FLOAT)
 
     # -- matrices
 
     def _matrix(self, name: str, bits: int) -> Any:
-        """fp32 [rows, columns] as stored, or its quantised form."""
-        if bits == 32:
-            return self._constant(name, self.checkpoint.tensor(name))
+        """[rows, columns] as stored, or its quantised form."""
+        if bits >= 16:
+            return self._weights(name)
         array = self.checkpoint.tensor(name)
         data, scales = quantize_matrix(array, bits, BLOCK, self.grams.get(name) if bits == 4 else None)
         stored = [self._constant(f"{name}.q{bits}", data), self._constant(f"{name}.scales", scales)]
@@ -208,14 +219,14 @@ class GraphBuilder:
 
     def _project(self, name: str, x: ir.Value, bits: int) -> ir.Value:
         """x W^T (+ b) of a linear layer."""
-        if bits == 32:
-            weight = self._constant(f"{name}.weight", self.checkpoint.tensor(f"{name}.weight").T)
+        if bits >= 16:
+            weight = self._constant(f"{name}.weight", self.checkpoint.tensor(f"{name}.weight").T.astype(self.dtype))
             product = self._node("MatMul", [x, weight])
         else:
             product = self._multiply(x, self._matrix(f"{name}.weight", bits))
         if not self.checkpoint.has_tensor(f"{name}.bias"):
             return product
-        return self._node("Add", [product, self._constant(f"{name}.bias", self.checkpoint.tensor(f"{name}.bias"))])
+        return self._node("Add", [product, self._weights(f"{name}.bias")])
 
     def _multiply(self, x: ir.Value, matrix: QuantizedMatrix) -> ir.Value:
         return self._node(

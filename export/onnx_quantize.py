@@ -13,7 +13,7 @@ from .group_quantization import quantize_groups
 
 @dataclass(frozen=True)
 class Bits:
-    """Bits per weight of each part of the model; 32 is fp32."""
+    """Bits per weight of each part of the model; 32 is fp32, 16 fp16 (then activations and caches are, too)."""
 
     attention: int
     gate_up: int
@@ -24,6 +24,7 @@ class Bits:
 
 PRESETS = {
     "f32": Bits(32, 32, 32, 32),
+    "f16": Bits(16, 16, 16, 16),
     "int8": Bits(8, 8, 8, 8),
     "mixed": Bits(8, 4, 8, 8),
     "int4": Bits(4, 4, 4, 4),

@@ -15,14 +15,16 @@ class ExportOptions:
     """export"""
 
     quantize: str = ""
-    """Weight type. gguf: f32, f16 (default), bf16, q8_0, q4_k_m, q4_0, ...; onnx: f32, int8 (default), mixed, int4;
-    executorch: f32, f16, 8da4w (default), int8."""
+    """Weight type. gguf: f32, f16 (default), bf16, q8_0, q4_k_m, q4_0, ...; onnx: f32, f16, int8 (default), mixed,
+    int4; executorch: f32, f16, 8da4w (default), int8."""
     output_type: str = ""
     """Type of the LM head where the default is not wanted. gguf: as --quantize; executorch: int8, int4."""
     embedding_type: str = ""
     """Type of the token embedding where the default is not wanted. gguf: as --quantize; executorch: int8, int4."""
     group_size: int = 32
     """executorch: weights per scale of 8da4w: 32, 64 or 128."""
+    portable: bool = False
+    """onnx: standard operators (opset 23) instead of onnxruntime's fused ones; f32, slower in onnxruntime."""
     recipe: str = "xnnpack"
     """executorch: backend, one of xnnpack, portable, vulkan, coreml, openvino, qnn."""
     custom_ops: bool = True

@@ -1,6 +1,7 @@
 """The ONNX Runtime engine: decoders with a KV cache, as `efficientllm-export --target onnx` writes them.
 
-Past and present share one preallocated buffer per layer, so no cache is copied between tokens.
+Past and present share one preallocated buffer per layer, so no cache is copied between tokens; files whose operators
+cannot do that (`past_present_share_buffer` false in genai_config.json) get each step's present as the next one's past.
 """
 
 from __future__ import annotations
@@ -18,6 +19,58 @@ from .engine import DEFAULT_CONTEXT, EngineOptions, StepwiseEvaluation
 from .errors import ArtefactError, MissingExtraError
 from .hf_tokenizer import HfTokenizer
 from .prefix import check_room, reusable_prefix
+
+
+def _zeros(item: Any, length: int) -> Any:
+    """A cache [1, G, length, D] for a graph input."""
+    import onnxruntime
+
+    _, groups, _, head_dim = item.shape
+    dtype = np.float16 if "float16" in item.type else np.float32
+    return onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros((1, groups, length, head_dim), dtype=dtype))
+
+
+class SharedCache:
+    """One buffer [1, G_i, context, D] per layer and part, input and output at once."""
+
+    def __init__(self, items: list[Any], binding: Any, context: int) -> None:
+        self._buffers = [_zeros(item, context) for item in items]
+        for item, buffer in zip(items, self._buffers, strict=True):
+            binding.bind_ortvalue_input(item.name, buffer)
+            binding.bind_ortvalue_output(item.name.replace("past_key_values", "present"), buffer)
+
+    def truncate(self, length: int) -> None:
+        """Positions beyond `length` are overwritten: nothing to do."""
+
+    def advance(self, outputs: Any) -> None:
+        """The buffers hold the new positions already."""
+
+
+class GrowingCache:
+    """Every step's present becomes the next one's past."""
+
+    def __init__(self, items: list[Any], binding: Any) -> None:
+        self._items, self._binding = items, binding
+        self._past = [_zeros(item, 0) for item in items]
+        self._bind()
+
+    def _bind(self) -> None:
+        for item, past in zip(self._items, self._past, strict=True):
+            self._binding.bind_ortvalue_input(item.name, past)
+            self._binding.bind_output(item.name.replace("past_key_values", "present"), "cpu")
+
+    def truncate(self, length: int) -> None:
+        import onnxruntime
+
+        if self._past and length < self._past[0].shape()[2]:
+            kept = (np.ascontiguousarray(past.numpy()[:, :, :length]) for past in self._past)
+            self._past = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in kept]
+            self._bind()
+
+    def advance(self, outputs: Any) -> None:
+        """`outputs`: presents in the order they were bound, then others."""
+        self._past = list(outputs[: len(self._items)])
+        self._bind()
 
 
 class OnnxEngine(StepwiseEvaluation):
@@ -45,10 +98,16 @@ class OnnxEngine(StepwiseEvaluation):
             "attention_mask",
         }:
             raise ArtefactError(f"{path} is not a decoder written by efficientllm-export --target onnx")
-        config = _genai_config(path.parent)
+        genai = _genai_config(path.parent)
+        config = genai.get("model", {})
         self.context_length = options.context or min(DEFAULT_CONTEXT, config.get("context_length", DEFAULT_CONTEXT))
         self._binding = self._session.io_binding()
-        self._bind_cache(onnxruntime)
+        self._cache: SharedCache | GrowingCache
+        if genai.get("search", {}).get("past_present_share_buffer", True):
+            self._cache = SharedCache(self._past, self._binding, self.context_length)
+        else:
+            self._cache = GrowingCache(self._past, self._binding)
+        self._binding.bind_output("logits", "cpu")
         self.tokenizer = HfTokenizer(path.parent)
         self.vocab_size = int(config.get("vocab_size", self.tokenizer.vocab_size))
         ends = config.get("eos_token_id", [])
@@ -59,18 +118,6 @@ class OnnxEngine(StepwiseEvaluation):
         self._tokens: list[int] = []
         self.load_ms = (time.perf_counter() - began) * 1e3
 
-    def _bind_cache(self, onnxruntime: Any) -> None:
-        """One buffer [1, G_i, context, D] per layer and part, input and output at once."""
-        self._buffers = []
-        for item in self._past:
-            _, groups, _, head_dim = item.shape
-            zeros = np.zeros((1, groups, self.context_length, head_dim), dtype=np.float32)
-            buffer = onnxruntime.OrtValue.ortvalue_from_numpy(zeros)
-            self._binding.bind_ortvalue_input(item.name, buffer)
-            self._binding.bind_ortvalue_output(item.name.replace("past_key_values", "present"), buffer)
-            self._buffers.append(buffer)
-        self._binding.bind_output("logits", "cpu")
-
     def tokenize(self, text: str, special: bool) -> list[int]:
         return self.tokenizer.tokenize(text, special)
 
@@ -80,6 +127,7 @@ class OnnxEngine(StepwiseEvaluation):
     def prefill(self, tokens: Sequence[int]) -> np.ndarray:
         common = reusable_prefix(self._tokens, tokens, self.context_length)
         self._tokens = list(tokens[:common])
+        self._cache.truncate(common)
         return self._evaluate(list(tokens[common:]))
 
     def decode(self, token: int) -> np.ndarray:
@@ -92,15 +140,17 @@ class OnnxEngine(StepwiseEvaluation):
         self._binding.bind_cpu_input("attention_mask", np.ones((1, total), dtype=np.int64))
         self._session.run_with_iobinding(self._binding)
         self._tokens += tokens
-        return self._binding.get_outputs()[-1].numpy()[0, -1].copy()  # the next run writes into the same memory
+        outputs = self._binding.get_outputs()
+        self._cache.advance(outputs)
+        return outputs[-1].numpy()[0, -1].copy()  # the next run writes into the same memory
 
     def close(self) -> None:
-        del self._binding, self._buffers, self._session
+        del self._binding, self._cache, self._session
 
 
 def _genai_config(folder: Path) -> dict[str, Any]:
     path = folder / "genai_config.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))["model"] if path.is_file() else {}
-    except (ValueError, KeyError) as error:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
         raise ArtefactError(f"{path} is malformed: {error}") from error
