@@ -10,8 +10,12 @@ from collections.abc import Callable
 
 import numpy as np
 
-SHRINK_STEPS = np.linspace(1.0, 0.7, 7, dtype=np.float32)
+SHARES = np.linspace(1.0, 0.7, 7, dtype=np.float32)
 """Scales tried, as shares of the one that reaches the largest weight: clipping it makes all others finer."""
+
+SIGNED_SHARES = [*np.linspace(1.0, 0.82, 4, dtype=np.float32).tolist(), 1.06, 1.12]
+"""The same where scales may be negative, so that the largest weight can have the lowest code: there is one more code
+below zero than above."""
 
 SEARCHED_BITS = 4
 """Above, the largest weight's scale is taken: clipping gains nothing."""
@@ -22,6 +26,9 @@ DAMPING = 0.01
 SHRINKAGE = 0.5
 """Share of the off-diagonal moments dropped. They are noisy, and later layers see the inputs of a model that is already
 rounded: on SmolLM2-135M held-out KL is 0.17 with 0.3 to 0.7, 0.22 without, 0.36 without calibration (docs/log.md)."""
+
+SMALLEST = 1e-10
+"""Scale of a group of zeros."""
 
 Rounding = Callable[[np.ndarray], np.ndarray]
 
@@ -38,19 +45,26 @@ def keep_scale(scales: np.ndarray) -> np.ndarray:
 
 
 def search_scales(
-    groups: np.ndarray, bits: int, importance: np.ndarray | None = None, rounding: Rounding = keep_scale
+    groups: np.ndarray,
+    bits: int,
+    importance: np.ndarray | None = None,
+    rounding: Rounding = keep_scale,
+    signed: bool = False,
 ) -> np.ndarray:
     """Scales fp32 [..., 1] of `groups` [..., group] with the least squared rounding error.
 
     `importance` [..., group], broadcast, weighs the squares. `rounding` is applied to every candidate, so that what is
-    chosen is what the file format can hold.
+    chosen is what the file format can hold; `signed`: it can hold negative scales.
     """
-    high = 2 ** (bits - 1) - 1
-    largest = np.abs(groups).max(-1, keepdims=True)
-    best_scale = np.ones_like(largest)
-    best_error = np.full_like(largest, np.inf)
-    for share in SHRINK_STEPS if bits <= SEARCHED_BITS else SHRINK_STEPS[:1]:
-        scale = rounding(np.maximum(largest * (share / high), np.float32(1e-10)))
+    if signed:
+        place = np.abs(groups).argmax(-1)[..., None]
+        full, shares = np.take_along_axis(groups, place, -1) / -(2 ** (bits - 1)), SIGNED_SHARES
+    else:
+        full, shares = np.abs(groups).max(-1, keepdims=True) / (2 ** (bits - 1) - 1), list(SHARES)
+    full = np.where(np.abs(full) < SMALLEST, np.float32(SMALLEST), full)
+    best_scale, best_error = rounding(full), np.full_like(full, np.inf)
+    for share in shares if bits <= SEARCHED_BITS else []:
+        scale = rounding(full * np.float32(share))
         error = _round(groups, scale, bits) * scale - groups
         error = (error * error if importance is None else error * error * importance).sum(-1, keepdims=True)
         better = error < best_error
@@ -65,6 +79,7 @@ def quantize_groups(
     group: int,
     gram: np.ndarray | None = None,
     rounding: Rounding = keep_scale,
+    signed: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
     """(codes int8 [N, K], scales fp32 [N, G]) of fp32 [N, K]; K must be a multiple of `group`.
 
@@ -74,7 +89,7 @@ def quantize_groups(
     rows, columns = weight.shape
     groups = weight.reshape(rows, columns // group, group)
     importance = None if gram is None else np.maximum(np.diag(gram), 1e-12).reshape(columns // group, group)
-    scales = search_scales(groups, bits, importance, rounding)
+    scales = search_scales(groups, bits, importance, rounding, signed)
     if gram is None:
         codes = _round(groups, scales, bits).reshape(rows, columns)
     else:

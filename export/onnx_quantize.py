@@ -69,7 +69,7 @@ def quantize_matrix(
     if extra:
         weight = np.pad(weight, ((0, 0), (0, extra)))
         gram = None if gram is None else np.pad(gram, (0, extra))
-    codes, scales = quantize_groups(weight, bits, block, gram)
+    codes, scales = quantize_groups(weight, bits, block, gram, signed=True)
     data = (codes.astype(np.int16) + 2 ** (bits - 1)).astype(np.uint8)  # the zero point that the kernels imply
     if bits == 4:  # two to a byte, the even column in the lower half
         data = data[:, ::2] | (data[:, 1::2] << 4)

@@ -19,6 +19,7 @@ ENTRY_POINT_GROUP = "efficientllm.engines"
 ENGINES = {
     "llama.cpp": "efficientllm.runtime.llama_cpp_engine:LlamaCppEngine",
     "onnxruntime": "efficientllm.runtime.onnx_engine:OnnxEngine",
+    "onnxruntime-genai": "efficientllm.runtime.genai_engine:GenaiEngine",
     "executorch": "efficientllm.runtime.executorch_engine:ExecuTorchEngine",
 }
 """Engine name -> "module:class"; plug-ins join through entry points."""

@@ -1,0 +1,59 @@
+"""onnxruntime-genai's own model builder: `python -m efficientllm.export.peers.genai_builder CHECKPOINT FOLDER`.
+
+Writes an int4 (or fp32) CPU model and a manifest, so that `efficientllm-bench FOLDER` measures it in genai's runtime.
+The checkpoint must be uniform.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from ...runtime import flags
+from ...runtime.command import run_command
+from ...runtime.errors import ArtefactError, UsageError
+from ...runtime.files import require_empty
+from ..artefact import TOKENIZER_FILES, describe_artefact
+from ..checkpoint import open_checkpoint
+from ..request import ExportOptions, ExportRequest
+
+
+def body(argv: Sequence[str]) -> int:
+    parser = flags.Parser(prog="python -m efficientllm.export.peers.genai_builder", description=__doc__)
+    parser.add_argument("checkpoint", help="as for efficientllm-export; a uniform model")
+    parser.add_argument("folder", help="folder to write")
+    parser.add_argument("--quantize", default="int4", choices=("int4", "f32"), help="weight type [int4]")
+    arguments = parser.parse(argv)
+    folder, name = Path(arguments["folder"]), arguments["quantize"]
+    require_empty(folder, False, "give another folder")
+    with open_checkpoint(arguments["checkpoint"]) as checkpoint, tempfile.TemporaryDirectory() as cache:
+        if not checkpoint.architecture.is_uniform:
+            raise UsageError("genai's builder knows one head count and one FFN width: give a uniform model")
+        precision = {"int4": "int4", "f32": "fp32"}[name]
+        command = [
+            *(sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(checkpoint.folder)),
+            *("-o", str(folder), "-p", precision, "-e", "cpu", "-c", cache),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode or not (folder / "model.onnx").is_file():
+            raise ArtefactError(f"genai's builder failed: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
+        present = [file for file in TOKENIZER_FILES if (folder / file).is_file()]
+        describe_artefact(
+            checkpoint,
+            ExportRequest(ExportOptions(), folder),
+            folder,
+            engine="onnxruntime-genai",
+            files=["model.onnx", "model.onnx.data", "genai_config.json", *present],
+            quantization=name,
+            weight_bytes=(folder / "model.onnx.data").stat().st_size,
+            layout="onnxruntime-genai's builder",
+            verification={},
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(body))

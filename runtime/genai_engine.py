@@ -1,0 +1,80 @@
+"""The onnxruntime-genai engine: a folder of anybody's genai model in that package's own runtime.
+
+Folders of `efficientllm-export --target onnx` run here too; their manifest asks for onnxruntime, which is as fast and
+needs no further package. This engine is the other side of that comparison.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .engine import DEFAULT_CONTEXT, EngineOptions, StepwiseEvaluation
+from .errors import ArtefactError, MissingExtraError
+from .hf_tokenizer import HfTokenizer
+from .prefix import check_room, reusable_prefix
+
+
+class GenaiEngine(StepwiseEvaluation):
+    """See runtime.engine.Engine."""
+
+    def __init__(self, path: Path, options: EngineOptions) -> None:
+        try:
+            import onnxruntime_genai as genai
+        except ModuleNotFoundError as error:
+            raise MissingExtraError("onnxruntime-genai", "genai") from error
+        began = time.perf_counter()
+        folder = path.parent
+        described = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]
+        config = genai.Config(str(folder))
+        threads = options.threads or os.cpu_count() or 1
+        session = {"session_options": {"intra_op_num_threads": threads}}
+        config.overlay(json.dumps({"model": {"decoder": session}}))
+        try:
+            self._model = genai.Model(config)
+        except Exception as error:  # its exceptions share no base
+            raise ArtefactError(f"{folder}: onnxruntime-genai cannot load it: {str(error).splitlines()[0]}") from error
+        self.context_length = options.context or min(DEFAULT_CONTEXT, described["context_length"])
+        parameters = genai.GeneratorParams(self._model)
+        parameters.set_search_options(max_length=self.context_length, do_sample=False)
+        self._generator: Any = genai.Generator(self._model, parameters)
+        self.tokenizer = HfTokenizer(folder)
+        self.vocab_size = int(described["vocab_size"])
+        ends = described.get("eos_token_id", [])
+        self.end_ids = frozenset(ends if isinstance(ends, list) else [ends])
+        self.chat_template = self.tokenizer.chat_template
+        self.bos_token, self.eos_token = self.tokenizer.bos_token, self.tokenizer.eos_token
+        self.adds_bos = self.tokenizer.adds_bos
+        self._tokens: list[int] = []
+        self.load_ms = (time.perf_counter() - began) * 1e3
+
+    def tokenize(self, text: str, special: bool) -> list[int]:
+        return self.tokenizer.tokenize(text, special)
+
+    def token_bytes(self, token: int) -> bytes:
+        return self.tokenizer.token_bytes(token)
+
+    def prefill(self, tokens: Sequence[int]) -> np.ndarray:
+        common = reusable_prefix(self._tokens, tokens, self.context_length)
+        if common < len(self._tokens):
+            self._generator.rewind_to(common)
+        self._tokens = list(tokens[:common])
+        return self._evaluate(list(tokens[common:]))
+
+    def decode(self, token: int) -> np.ndarray:
+        check_room(len(self._tokens), self.context_length)
+        return self._evaluate([token])
+
+    def _evaluate(self, tokens: list[int]) -> np.ndarray:
+        self._generator.append_tokens(np.asarray(tokens, dtype=np.int32))
+        self._tokens += tokens
+        return self._generator.get_logits().reshape(-1, self.vocab_size)[-1].astype(np.float32)
+
+    def close(self) -> None:
+        del self._generator, self._model
