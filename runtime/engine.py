@@ -55,6 +55,8 @@ class Engine(Protocol):
     adds_bos: bool
     """Whether plain text is preceded by the BOS token."""
     load_ms: float
+    kv_cache_bytes: int
+    """Key/value caches at full context; 0 where the file does not tell."""
 
     def __init__(self, path: Path, options: EngineOptions) -> None:
         """Load `path`; ArtefactError where it is not a model of this engine."""

@@ -18,6 +18,7 @@ from .engine import EngineOptions, StepwiseEvaluation
 from .errors import ArtefactError
 from .executorch_loader import import_executorch
 from .hf_tokenizer import HfTokenizer
+from .manifest import manifest_cache_bytes
 from .native_log import captured_native_log
 from .prefix import check_room, reusable_prefix
 
@@ -60,6 +61,7 @@ class ExecuTorchEngine(StepwiseEvaluation):
         self.bos_token, self.eos_token = self.tokenizer.bos_token, self.tokenizer.eos_token
         self.adds_bos = self.tokenizer.adds_bos
         self._tokens: list[int] = []
+        self.kv_cache_bytes = manifest_cache_bytes(path.parent, slots)
         self.load_ms = (time.perf_counter() - began) * 1e3
 
     def _constants(self, name: str) -> list[Any]:

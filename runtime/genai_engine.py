@@ -18,6 +18,7 @@ import numpy as np
 from .engine import DEFAULT_CONTEXT, EngineOptions, StepwiseEvaluation
 from .errors import ArtefactError, MissingExtraError
 from .hf_tokenizer import HfTokenizer
+from .manifest import manifest_cache_bytes
 from .prefix import check_room, reusable_prefix
 
 
@@ -52,6 +53,7 @@ class GenaiEngine(StepwiseEvaluation):
         self.bos_token, self.eos_token = self.tokenizer.bos_token, self.tokenizer.eos_token
         self.adds_bos = self.tokenizer.adds_bos
         self._tokens: list[int] = []
+        self.kv_cache_bytes = manifest_cache_bytes(folder, self.context_length)
         self.load_ms = (time.perf_counter() - began) * 1e3
 
     def tokenize(self, text: str, special: bool) -> list[int]:

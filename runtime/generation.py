@@ -5,12 +5,31 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
 
 from .chat_template import Message, render_chat
 from .engine import Engine
 from .errors import ContextOverflowError
+from .json_constraint import JsonConstraint
 from .sampling import Sampler, SamplingOptions
 from .text_stream import TextStream
+
+Overflow = Literal["error", "slide"]
+
+SINK_TOKENS = 32
+"""Tokens at the start that a sliding window keeps: attention leans on the first ones (arXiv 2309.17453)."""
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A generated token and how likely the model found it, before sampling options."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+    """(token, log-probability) of the most likely ones, best first."""
 
 
 @dataclass
@@ -45,44 +64,96 @@ class Generation:
         max_tokens: int,
         sampling: SamplingOptions | None = None,
         stop: Sequence[str] = (),
+        *,
+        top_logprobs: int | None = None,
+        overflow: Overflow = "error",
+        constraint: JsonConstraint | None = None,
     ) -> None:
-        """`prompt` are token ids; at most `max_tokens` are generated, fewer where the context window ends."""
-        if len(prompt) >= engine.context_length:
+        """`prompt` are token ids; at most `max_tokens` are generated.
+
+        `top_logprobs`: record every token's log-probability and those of this many best ones (see `take_logprobs`).
+        `overflow`: what happens where the context window ends: "error" refuses a prompt that leaves no room and ends
+        the answer there, "slide" forgets the oldest tokens but the first few. `constraint`: only tokens it accepts.
+        """
+        if len(prompt) >= engine.context_length and overflow == "error":
             raise ContextOverflowError(
                 f"the prompt has {len(prompt)} tokens and leaves no room in the context window of "
                 f"{engine.context_length}; shorten it or load with a larger --context"
             )
         self.engine = engine
         self.tokens = list(prompt)
-        self.max_tokens = min(max_tokens, engine.context_length - len(prompt))
+        self.overflow = overflow
+        self.top_logprobs = top_logprobs
+        self.constraint = constraint
+        self._logprobs: list[TokenLogprob] = []
+        self.max_tokens = max_tokens if overflow == "slide" else min(max_tokens, engine.context_length - len(prompt))
         self.sampler = Sampler(sampling or SamplingOptions())
         self.text = TextStream(stop)
         self.stats = GenerationStats(prompt_tokens=len(prompt))
 
     def __iter__(self) -> Iterator[str]:
         began = time.perf_counter()
+        if len(self.tokens) >= self.engine.context_length:
+            self._slide()
         logits = self.engine.prefill(self.tokens)
         first = time.perf_counter()
         self.stats.time_to_first_token_ms = (first - began) * 1e3
         self.stats.finish_reason = "length"
         while self.stats.completion_tokens < self.max_tokens:
-            token = self.sampler.sample(logits, self.tokens)
-            if token in self.engine.end_ids:
+            token = self._choose(logits)
+            if token is None or token in self.engine.end_ids:
                 self.stats.finish_reason = "stop"
                 break
+            if self.top_logprobs is not None:
+                self._logprobs.append(token_logprob(logits, token, self.top_logprobs))
             self.tokens.append(token)
             self.stats.completion_tokens += 1
             if piece := self.text.push(self.engine.token_bytes(token)):
                 yield piece
-            if self.text.stopped:
+            if self.text.stopped or (self.constraint is not None and self.constraint.is_complete):
                 self.stats.finish_reason = "stop"
                 break
             if self.stats.completion_tokens < self.max_tokens:
                 began = time.perf_counter()
-                logits = self.engine.decode(token)
+                if len(self.tokens) > self.engine.context_length:
+                    self._slide()
+                    logits = self.engine.prefill(self.tokens)
+                else:
+                    logits = self.engine.decode(token)
                 self.stats.decode_seconds += time.perf_counter() - began
         if piece := self.text.finish():
             yield piece
+
+    def _choose(self, logits: np.ndarray) -> int | None:
+        """The next token; None where the constraint accepts no more."""
+        if self.constraint is None:
+            return self.sampler.sample(logits, self.tokens)
+        logits = logits.copy()
+        while np.isfinite(logits.max()):
+            token = self.sampler.sample(logits, self.tokens)
+            if token not in self.engine.end_ids and self.constraint.push(self.engine.token_bytes(token)):
+                return token
+            logits[token] = -np.inf
+        return None
+
+    def _slide(self) -> None:
+        """Forget the oldest half of the window, but for its first tokens."""
+        room = self.engine.context_length // 2
+        sink = min(SINK_TOKENS, room // 2)
+        self.tokens = self.tokens[:sink] + self.tokens[len(self.tokens) - (room - sink) :]
+
+    def take_logprobs(self) -> list[TokenLogprob]:
+        """Records of the tokens since the last call."""
+        taken, self._logprobs = self._logprobs, []
+        return taken
+
+
+def token_logprob(logits: np.ndarray, token: int, top: int) -> TokenLogprob:
+    """Log-probability of `token` under `logits` [V], and the `top` best ones."""
+    shifted = logits.astype(np.float64) - logits.max()
+    shifted -= np.log(np.exp(shifted).sum())
+    best = np.argsort(-shifted, kind="stable")[:top]
+    return TokenLogprob(token, float(shifted[token]), tuple((int(one), float(shifted[one])) for one in best))
 
 
 def chat_prompt(engine: Engine, messages: Sequence[Message]) -> list[int]:

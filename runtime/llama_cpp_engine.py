@@ -13,6 +13,7 @@ import numpy as np
 
 from .engine import DEFAULT_CONTEXT, EngineOptions
 from .errors import ArtefactError, MissingExtraError
+from .manifest import manifest_cache_bytes
 from .prefix import check_room, reusable_prefix
 
 BATCH = 512
@@ -57,7 +58,6 @@ class LlamaCppEngine:
         self.load_ms = (time.perf_counter() - began) * 1e3
         self._vocab: Any = llama_cpp.llama_model_get_vocab(self._model.model)
         self._token_to_piece = llama_cpp.llama_token_to_piece
-        self._piece = ctypes.create_string_buffer(256)
         is_end = llama_cpp.llama_vocab_is_eog
         self.vocab_size = self._model.n_vocab()
         self.end_ids = frozenset(token for token in range(self.vocab_size) if is_end(self._vocab, token))
@@ -65,6 +65,9 @@ class LlamaCppEngine:
         self.bos_token = self._text_of(self._model.token_bos())
         self.eos_token = self._text_of(self._model.token_eos())
         self.adds_bos = bool(llama_cpp.llama_vocab_get_add_bos(self._vocab))
+        slots = self._model.n_ctx()
+        # fp16; the metadata that the bindings show lacks the lists of irregular models
+        self.kv_cache_bytes = manifest_cache_bytes(path.parent, slots, 2) or _cache_bytes(self._model.metadata, slots)
 
     @staticmethod
     def _default_context(path: Path) -> int:
@@ -95,8 +98,9 @@ class LlamaCppEngine:
         return self._model.tokenize(text.encode("utf-8", "replace"), add_bos=False, special=special)
 
     def token_bytes(self, token: int) -> bytes:
-        size = self._token_to_piece(self._vocab, token, self._piece, len(self._piece), 0, False)
-        return self._piece.raw[: max(size, 0)]
+        piece = ctypes.create_string_buffer(256)  # of its own: servers call this from several threads
+        size = self._token_to_piece(self._vocab, token, piece, len(piece), 0, False)
+        return piece.raw[: max(size, 0)]
 
     def prefill(self, tokens: Sequence[int]) -> np.ndarray:
         held = self._model.input_ids[: self._model.n_tokens].tolist()
@@ -132,6 +136,18 @@ class LlamaCppEngine:
 
     def close(self) -> None:
         self._model.close()
+
+
+def _cache_bytes(metadata: dict[str, str], slots: int) -> int:
+    """fp16 keys and values of uniform layers; 0 where the metadata does not describe them."""
+    name = metadata.get("general.architecture", "")
+    try:
+        layers, heads = (int(metadata[f"{name}.{key}"]) for key in ("block_count", "attention.head_count"))
+        groups = int(metadata.get(f"{name}.attention.head_count_kv", heads))
+        width = int(metadata.get(f"{name}.attention.key_length", int(metadata[f"{name}.embedding_length"]) // heads))
+    except (KeyError, ValueError):
+        return 0
+    return 2 * 2 * slots * width * layers * groups
 
 
 def check_gguf(path: Path) -> None:

@@ -80,6 +80,19 @@ class Manifest:
                 raise ArtefactError(f"{path} has {size} bytes, not {entry['bytes']}; copy it again")
 
 
+def manifest_cache_bytes(folder: Path, slots: int, element_bytes: int = 0) -> int:
+    """Key/value caches of `slots` tokens of the artefact in `folder`; 0 where there is no manifest.
+
+    `element_bytes` 0: those of the artefact's activations.
+    """
+    if not (folder / MANIFEST_NAME).is_file():
+        return 0
+    manifest = Manifest.read(folder)
+    size = element_bytes or (2 if manifest.quantization == "f16" else 4)
+    heads = sum(manifest.architecture.get("num_key_value_heads", ()))
+    return 2 * size * slots * heads * manifest.architecture.get("head_dim", 0)
+
+
 def describe_files(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:
     """Sizes and hashes of an artefact's files, as Manifest.files."""
     return {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)} for name in names}

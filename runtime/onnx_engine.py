@@ -21,20 +21,23 @@ from .hf_tokenizer import HfTokenizer
 from .prefix import check_room, reusable_prefix
 
 
-def _zeros(item: Any, length: int) -> Any:
+def _zeros(item: Any, length: int) -> np.ndarray:
     """A cache [1, G, length, D] for a graph input."""
+    _, groups, _, head_dim = item.shape
+    return np.zeros((1, groups, length, head_dim), dtype=np.float16 if "float16" in item.type else np.float32)
+
+
+def _ort_value(array: np.ndarray) -> Any:
     import onnxruntime
 
-    _, groups, _, head_dim = item.shape
-    dtype = np.float16 if "float16" in item.type else np.float32
-    return onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros((1, groups, length, head_dim), dtype=dtype))
+    return onnxruntime.OrtValue.ortvalue_from_numpy(array)
 
 
 class SharedCache:
     """One buffer [1, G_i, context, D] per layer and part, input and output at once."""
 
     def __init__(self, items: list[Any], binding: Any, context: int) -> None:
-        self._buffers = [_zeros(item, context) for item in items]
+        self._buffers = [_ort_value(_zeros(item, context)) for item in items]
         for item, buffer in zip(items, self._buffers, strict=True):
             binding.bind_ortvalue_input(item.name, buffer)
             binding.bind_ortvalue_output(item.name.replace("past_key_values", "present"), buffer)
@@ -51,7 +54,7 @@ class GrowingCache:
 
     def __init__(self, items: list[Any], binding: Any) -> None:
         self._items, self._binding = items, binding
-        self._past = [_zeros(item, 0) for item in items]
+        self._past = [_ort_value(_zeros(item, 0)) for item in items]
         self._bind()
 
     def _bind(self) -> None:
@@ -60,11 +63,9 @@ class GrowingCache:
             self._binding.bind_output(item.name.replace("past_key_values", "present"), "cpu")
 
     def truncate(self, length: int) -> None:
-        import onnxruntime
-
         if self._past and length < self._past[0].shape()[2]:
             kept = (np.ascontiguousarray(past.numpy()[:, :, :length]) for past in self._past)
-            self._past = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in kept]
+            self._past = [_ort_value(array) for array in kept]
             self._bind()
 
     def advance(self, outputs: Any) -> None:
@@ -116,6 +117,7 @@ class OnnxEngine(StepwiseEvaluation):
         self.bos_token, self.eos_token = self.tokenizer.bos_token, self.tokenizer.eos_token
         self.adds_bos = self.tokenizer.adds_bos
         self._tokens: list[int] = []
+        self.kv_cache_bytes = sum(_zeros(item, self.context_length).nbytes for item in self._past)
         self.load_ms = (time.perf_counter() - began) * 1e3
 
     def tokenize(self, text: str, special: bool) -> list[int]:

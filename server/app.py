@@ -1,105 +1,219 @@
-"""The FastAPI application: /v1/chat/completions, /v1/models, /health."""
+"""The FastAPI application: OpenAI's endpoints, health, metrics and the chat page."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-import hmac
-import json
-import time
-import uuid
+import dataclasses
 from collections.abc import AsyncGenerator, AsyncIterator
+from dataclasses import dataclass
+from importlib import resources
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
 
 from ..runtime.engine import Engine
 from ..runtime.errors import ContextOverflowError, EfficientLLMError
-from ..runtime.generation import Generation, chat_prompt
+from ..runtime.generation import Generation, Overflow, chat_prompt
+from ..runtime.json_constraint import JsonConstraint
+from ..runtime.memory import memory_bytes
 from ..runtime.sampling import SamplingOptions
-from .schemas import APIError, ChatRequest
-from .worker import EngineWorker
+from .answers import Answer, ChatAnswer, TextAnswer
+from .guard import Guard
+from .metrics import AnswerClock, Metrics
+from .pool import ModelPool
+from .schemas import APIError, ChatRequest, CompletionRequest, TextRequest
 
-MAX_BODY_BYTES = 1_000_000
+PAGE_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
+)
+"""The page is one file: nothing is fetched from anywhere else."""
 
 
-def create_app(engine: Engine, name: str, api_key: str = "", waiting: int = 8) -> FastAPI:
-    """An application that serves `engine` as model `name`; it closes the engine when it shuts down."""
-    worker = EngineWorker(engine, waiting)
+@dataclass(frozen=True)
+class AppOptions:
+    """access"""
+
+    api_key: str = ""
+    """Key that clients must send; empty: none."""
+    cors_origin: tuple[str, ...] = ()
+    """Web page's origin that may call the endpoint from a browser, repeatable; none by default."""
+    max_body_bytes: int = 1_000_000
+    """Largest request."""
+    overflow: Overflow = "error"
+    """Where a chat outgrows the context window: error, or slide (forget the oldest tokens)."""
+
+
+def create_app(pool: ModelPool, options: AppOptions | None = None) -> FastAPI:
+    """An application that serves `pool`; it closes the pool when it shuts down."""
+    options = options or AppOptions()
+    metrics = Metrics(pool)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
-        worker.close()
+        await asyncio.to_thread(pool.close)
 
     app = FastAPI(title="efficientllm", lifespan=lifespan)
+    app.add_middleware(Guard, api_key=options.api_key, max_body_bytes=options.max_body_bytes)
+    if options.cors_origin:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=list(options.cors_origin), allow_methods=["*"], allow_headers=["*"]
+        )
+
+    def refuse(request: Request, error: APIError) -> JSONResponse:
+        metrics.requests.labels(request.url.path, str(error.status)).inc()
+        headers = {"Retry-After": "1"} if error.status in (429, 503) else None
+        return JSONResponse(error.body, error.status, headers)
 
     @app.exception_handler(APIError)
     async def answer_api_error(request: Request, error: APIError) -> JSONResponse:
-        headers = {"Retry-After": "1"} if error.status == 429 else None
-        return JSONResponse(error.body, error.status, headers)
+        return refuse(request, error)
 
     @app.exception_handler(RequestValidationError)
     async def answer_validation_error(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"] if part != "body")
-        return JSONResponse(APIError(400, f"{place}: {first['msg']}".lstrip(": ")).body, 400)
+        return refuse(request, APIError(400, f"{place}: {first['msg']}".lstrip(": ")))
 
-    @app.middleware("http")
-    async def guard(request: Request, call_next: Any) -> Any:
-        if request.url.path.startswith("/v1/"):
-            given = request.headers.get("authorization", "").removeprefix("Bearer ")
-            if api_key and not hmac.compare_digest(given.encode(), api_key.encode()):
-                return JSONResponse(APIError(401, "invalid API key", code="invalid_api_key").body, 401)
-            length = request.headers.get("content-length", "0" if request.method == "GET" else "")
-            if not length.isdigit() or int(length) > MAX_BODY_BYTES:
-                return JSONResponse(APIError(413, f"the body may have at most {MAX_BODY_BYTES} bytes").body, 413)
-        return await call_next(request)
+    @app.exception_handler(HTTPException)
+    async def answer_http_error(request: Request, error: HTTPException) -> JSONResponse:
+        body = APIError(error.status_code, str(error.detail)).body
+        return JSONResponse(body, error.status_code, error.headers)
+
+    @app.get("/", response_class=HTMLResponse, include_in_schema=False)
+    async def page() -> HTMLResponse:
+        text = resources.files("efficientllm.server").joinpath("page.html").read_text(encoding="utf-8")
+        return HTMLResponse(text, headers={"Content-Security-Policy": PAGE_POLICY})
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
-        return {"status": "ok", "in_flight": worker.in_flight}
+        loaded = {name: {"kv_cache_bytes": worker.engine.kv_cache_bytes} for name, worker in pool.loaded.items()}
+        return {"status": "ok", "in_flight": pool.in_flight, "loaded": loaded, **memory_bytes()}
+
+    @app.get("/metrics", response_class=Response)
+    async def prometheus() -> Response:
+        return Response(metrics.render(), media_type="text/plain; version=0.0.4")
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [{"id": name, "object": "model", "created": 0, "owned_by": "efficientllm"}]}
+        return {"object": "list", "data": [describe(name) for name in pool.artefacts]}
 
-    @app.post("/v1/chat/completions", response_model=None)
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        if name not in pool.artefacts:
+            raise APIError(404, f"model {name!r} does not exist", code="model_not_found")
+        return describe(name)
+
+    def describe(name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": 0, "owned_by": "efficientllm"}
+
+    responses: Any = {
+        status: {"description": text}
+        for status, text in {
+            400: "the request is wrong",
+            401: "the key is wrong",
+            404: "no such model",
+            408: "the answer took too long",
+            413: "the body is too large",
+            429: "the queue is full",
+            503: "the model does not fit",
+        }.items()
+    }
+
+    @app.post("/v1/chat/completions", response_model=None, responses=responses)
     async def chat_completions(request: ChatRequest) -> JSONResponse | StreamingResponse:
-        if request.model != name:
-            raise APIError(
-                404, f"model {request.model!r} does not exist; this server has {name!r}", code="model_not_found"
-            )
-        generation = _generation(engine, request)
-        answer = _Answer(request, generation)
-        pieces = worker.stream(generation)
+        return await answer(request, ChatAnswer, "/v1/chat/completions")
+
+    @app.post("/v1/completions", response_model=None, responses=responses)
+    async def completions(request: TextRequest) -> JSONResponse | StreamingResponse:
+        return await answer(request, TextAnswer, "/v1/completions")
+
+    async def answer(
+        request: CompletionRequest, answer_class: type[Answer], path: str
+    ) -> JSONResponse | StreamingResponse:
+        clock = AnswerClock(metrics, request.model)
+        worker = await pool.worker(request.model)
+        # tokenizing a long prompt takes a while too
+        generations = await asyncio.to_thread(_generations, worker.engine, request, options.overflow)
+        answered = answer_class(request, worker.engine, generations, clock)
+        pieces = answered.pieces(worker.stream(generations))
         if request.stream:
             # the first piece is awaited here, so that a full queue is answered with its own status
             first = await anext(pieces, None)
-            return _EventStream(answer.events(first, pieces), pieces)
-        text = "".join([piece async for piece in pieces])
-        return JSONResponse(answer.whole(text))
+            metrics.requests.labels(path, "200").inc()
+            return _EventStream(answered.events(first, pieces), pieces)
+        body = await answered.whole(pieces)
+        metrics.requests.labels(path, "200").inc()
+        return JSONResponse(body)
 
     return app
 
 
-def _generation(engine: Engine, request: ChatRequest) -> Generation:
-    sampling = SamplingOptions(temperature=request.temperature, top_p=request.top_p, seed=request.seed)
-    messages = [message.model_dump() for message in request.messages]
+def _generations(engine: Engine, request: CompletionRequest, overflow: Overflow) -> list[Generation]:
+    """One generation per choice; APIError 400 where the engine refuses the prompt."""
+    sampling = SamplingOptions(
+        temperature=request.temperature,
+        top_k=request.top_k,
+        top_p=request.top_p,
+        min_p=request.min_p,
+        repetition_penalty=request.repetition_penalty,
+        seed=request.seed,
+    )
     try:
-        return Generation(engine, chat_prompt(engine, messages), request.token_limit, sampling, request.stops)
+        return [
+            Generation(
+                engine,
+                prompt,
+                request.token_limit,
+                # every choice of a seeded request draws its own numbers
+                dataclasses.replace(sampling, seed=None if request.seed is None else (request.seed + index) % 2**63),
+                request.stops,
+                top_logprobs=request.top_count,
+                overflow=overflow,
+                constraint=JsonConstraint() if _wants_json(request) else None,
+            )
+            for prompt in _prompts(engine, request)
+            for index in range(request.n)
+        ]
     except ContextOverflowError as error:
         raise APIError(400, str(error), code="context_length_exceeded") from error
     except EfficientLLMError as error:
         raise APIError(400, str(error)) from error
 
 
+def _wants_json(request: CompletionRequest) -> bool:
+    return isinstance(request, ChatRequest) and request.response_format.type == "json_object"
+
+
+def _prompts(engine: Engine, request: CompletionRequest) -> list[list[int]]:
+    if isinstance(request, ChatRequest):
+        return [chat_prompt(engine, [message.flat() for message in request.messages])]
+    assert isinstance(request, TextRequest)
+    prompts = []
+    for prompt in request.prompts:
+        if isinstance(prompt, str):
+            tokens = engine.tokenize(prompt, special=False)
+            bos = engine.tokenize(engine.bos_token, special=True) if engine.adds_bos or not tokens else []
+            if not bos + tokens:
+                raise APIError(400, "prompt: is empty")
+            prompts.append(bos + tokens)
+        else:
+            if max(prompt) >= engine.vocab_size:
+                raise APIError(400, f"prompt: token {max(prompt)} is outside the vocabulary of {engine.vocab_size}")
+            prompts.append(prompt)
+    return prompts
+
+
 class _EventStream(StreamingResponse):
     """Server-sent events that stop the computation as soon as the client is gone."""
 
-    def __init__(self, events: AsyncGenerator[str], pieces: AsyncGenerator[str]) -> None:
-        super().__init__(events, media_type="text/event-stream")
+    def __init__(self, events: AsyncGenerator[str], pieces: AsyncGenerator[Any]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
         self.generators = (events, pieces)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -110,37 +224,3 @@ class _EventStream(StreamingResponse):
             # collected (and `events` may not even have begun).
             for generator in self.generators:
                 await generator.aclose()
-
-
-class _Answer:
-    """One completion in OpenAI's JSON, whole or as server-sent events."""
-
-    def __init__(self, request: ChatRequest, generation: Generation) -> None:
-        self.request = request
-        self.stats = generation.stats
-        self.base = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": request.model}
-
-    def usage(self) -> dict[str, int]:
-        prompt, completion = self.stats.prompt_tokens, self.stats.completion_tokens
-        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
-
-    def whole(self, text: str) -> dict[str, Any]:
-        message = {"role": "assistant", "content": text}
-        choice = {"index": 0, "message": message, "finish_reason": self.stats.finish_reason, "logprobs": None}
-        return {**self.base, "object": "chat.completion", "choices": [choice], "usage": self.usage()}
-
-    async def events(self, first: str | None, pieces: AsyncIterator[str]) -> AsyncGenerator[str]:
-        yield self._event({"role": "assistant", "content": ""})
-        if first is not None:
-            yield self._event({"content": first})
-        async for piece in pieces:
-            yield self._event({"content": piece})
-        yield self._event({}, self.stats.finish_reason)
-        if self.request.stream_options is not None and self.request.stream_options.include_usage:
-            chunk = {**self.base, "object": "chat.completion.chunk", "choices": [], "usage": self.usage()}
-            yield f"data: {json.dumps(chunk)}\n\n"
-        yield "data: [DONE]\n\n"
-
-    def _event(self, delta: dict[str, str], finish_reason: str | None = None) -> str:
-        choice = {"index": 0, "delta": delta, "finish_reason": finish_reason, "logprobs": None}
-        return f"data: {json.dumps({**self.base, 'object': 'chat.completion.chunk', 'choices': [choice]})}\n\n"

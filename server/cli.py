@@ -1,16 +1,17 @@
-"""`efficientllm-serve`: an artefact behind an OpenAI-style endpoint."""
+"""`efficientllm-serve`: artefacts behind an OpenAI-style endpoint and a chat page."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..runtime import flags
 from ..runtime.command import run_command
-from ..runtime.engine import EngineOptions, load
-from ..runtime.errors import MissingExtraError
+from ..runtime.engine import EngineOptions
+from ..runtime.errors import MissingExtraError, UsageError
+from ..runtime.quantities import parse_bytes
 
 
 @dataclass(frozen=True)
@@ -21,46 +22,80 @@ class ServeOptions:
     """Address to listen on; 0.0.0.0 lets other machines in."""
     port: int = 8000
     """Port to listen on."""
-    api_key: str = ""
-    """Key that clients must send; empty: none."""
+    model: tuple[str, ...] = ()
+    """A further model, NAME=PATH, repeatable; loaded when it is first asked for."""
+    max_memory: int = field(default=0, metadata={"parse": parse_bytes})
+    """Unload the least recently used models above this many bytes, such as 2GB; 0: keep all."""
     waiting: int = 8
-    """Requests that may wait behind the one being answered; more are refused with 429."""
+    """Requests per model that may wait behind the one being answered; more are refused with 429."""
+    timeout: float = 600.0
+    """Seconds a request may take, the wait included."""
+    grace: int = 10
+    """Seconds that answers in progress have at shutdown."""
 
     def __post_init__(self) -> None:
         if not 0 < self.port < 65536:
             raise ValueError(f"--port {self.port}: must be between 1 and 65535")
         if self.waiting < 0:
             raise ValueError(f"--waiting {self.waiting}: must not be negative")
+        if not self.timeout > 0:
+            raise ValueError(f"--timeout {self.timeout}: must be positive")
+        for text in self.model:
+            if not all(text.partition("=")):
+                raise ValueError(f"--model {text}: must be NAME=PATH")
 
 
-def build_parser() -> flags.Parser:
+def build_parser(sections: Sequence[type]) -> flags.Parser:
     parser = flags.Parser(
-        prog="efficientllm-serve", description="Serve an exported model to any OpenAI client (chat completions)."
+        prog="efficientllm-serve", description="Serve exported models to any OpenAI client, with a chat page at /."
     )
-    parser.add_argument("artefact", help="folder written by efficientllm-export, or a .gguf file")
+    parser.add_argument(
+        "artefact", nargs="?", help="folder written by efficientllm-export, or a .gguf or .pte file; see also --model"
+    )
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    for section in (ServeOptions, EngineOptions):
+    for section in sections:
         flags.add_flags(parser, section)
     return parser
 
 
+def named_artefacts(artefact: str | None, models: Sequence[str]) -> dict[str, str]:
+    """{name: path}, the first one being loaded at once; UsageError where there is none or a name comes twice."""
+    pairs = [(Path(artefact).resolve().name.removesuffix(".gguf").removesuffix(".pte"), artefact)] if artefact else []
+    pairs += [(name, path) for name, _, path in (text.partition("=") for text in models)]
+    if not pairs:
+        raise UsageError("give an artefact, or --model NAME=PATH")
+    if len(dict(pairs)) < len(pairs):
+        raise UsageError(f"two models have one name: {', '.join(name for name, _ in pairs)}; use --model NAME=PATH")
+    return dict(pairs)
+
+
 def body(argv: Sequence[str]) -> int:
-    arguments = build_parser().parse(argv)
-    arguments.pop("debug")
-    artefact = arguments.pop("artefact")
-    names = [name for name in ServeOptions.__dataclass_fields__ if name in arguments]
-    options = flags.merge(ServeOptions(), {name: arguments.pop(name) for name in names}, "flags")
-    engine_options = flags.merge(EngineOptions(), arguments, "flags")
     try:
         import uvicorn
 
-        from .app import create_app
+        from .app import AppOptions, create_app
+        from .pool import ModelPool
     except ModuleNotFoundError as error:
         raise MissingExtraError(error.name or "fastapi", "server") from error
-    name = Path(artefact).resolve().name.removesuffix(".gguf")
-    app = create_app(load(artefact, engine_options), name, options.api_key, options.waiting)
-    print(f"model {name!r} at http://{options.host}:{options.port}/v1 (documentation: /docs)", flush=True)
-    uvicorn.run(app, host=options.host, port=options.port, log_level="warning")
+    sections = (ServeOptions, AppOptions, EngineOptions)
+    arguments = build_parser(sections).parse(argv)
+    arguments.pop("debug")
+    artefact = arguments.pop("artefact")
+    options, app_options, engine_options = (
+        flags.merge(section(), {name: arguments.pop(name) for name in vars(section()) if name in arguments}, "flags")
+        for section in sections
+    )
+    artefacts = named_artefacts(artefact, options.model)
+    pool = ModelPool(artefacts, engine_options, options.waiting, options.timeout, options.max_memory)
+    names = ", ".join(artefacts)
+    print(f"{names} at http://{options.host}:{options.port}/v1 (chat: /, documentation: /docs)", flush=True)
+    uvicorn.run(
+        create_app(pool, app_options),
+        host=options.host,
+        port=options.port,
+        log_level="warning",
+        timeout_graceful_shutdown=options.grace,
+    )
     return 0
 
 

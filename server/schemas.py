@@ -4,42 +4,131 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import AfterValidator, BaseModel, Field, model_validator
 
 MAX_MESSAGES = 512
-MAX_CONTENT_CHARACTERS = 200_000
+MAX_CHARACTERS = 200_000
+MAX_STOPS = 16
+DEFAULT_TOKENS = 512
+
+
+def _encodable(text: str) -> str:
+    """Text that a tokenizer can take: no NUL, no half of a surrogate pair."""
+    if "\0" in text:
+        raise ValueError("text must not contain NUL")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError("text must not contain lone surrogates") from error
+    return text
+
+
+Text = Annotated[str, Field(max_length=MAX_CHARACTERS), AfterValidator(_encodable)]
+Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_length=MAX_CHARACTERS)]
+
+
+class TextPart(BaseModel):
+    type: Literal["text"]
+    text: Text
 
 
 class ChatMessage(BaseModel):
     role: Literal["system", "user", "assistant"]
-    content: Annotated[str, Field(max_length=MAX_CONTENT_CHARACTERS)]
+    content: Text | list[TextPart]
+
+    def flat(self) -> dict[str, str]:
+        """{"role", "content"} with the content as one string."""
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": self.role, "content": text}
 
 
 class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-class ChatRequest(BaseModel):
-    """POST /v1/chat/completions; unknown fields are ignored, as OpenAI-compatible servers do."""
+class ResponseFormat(BaseModel):
+    type: Literal["text", "json_object"] = "text"
 
-    model: str
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
+
+class CompletionRequest(BaseModel):
+    """What both endpoints take; unknown fields are ignored, as OpenAI-compatible servers do."""
+
+    model: Text
     max_tokens: Annotated[int | None, Field(ge=1, le=1_000_000)] = None
-    max_completion_tokens: Annotated[int | None, Field(ge=1, le=1_000_000)] = None
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 1.0
-    seed: int | None = None
-    stop: str | Annotated[list[str], Field(max_length=16)] | None = None
+    top_k: Annotated[int, Field(ge=0, le=1_000_000)] = 0
+    min_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.0
+    repetition_penalty: Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)] = 1.0
+    n: Annotated[int, Field(ge=1, le=8)] = 1
+    seed: Annotated[int | None, Field(ge=-(2**63), lt=2**63)] = None
+    stop: Text | Annotated[list[Text], Field(max_length=MAX_STOPS)] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
 
     @property
     def token_limit(self) -> int:
-        return self.max_completion_tokens or self.max_tokens or 512
+        return self.max_tokens or DEFAULT_TOKENS
 
     @property
     def stops(self) -> list[str]:
-        return [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
+        stops = [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
+        return [text for text in stops if text]
+
+    @property
+    def top_count(self) -> int | None:
+        """Log-probabilities wanted beside the chosen token's; None: none at all."""
+        raise NotImplementedError
+
+
+class ChatRequest(CompletionRequest):
+    """POST /v1/chat/completions"""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
+    max_completion_tokens: Annotated[int | None, Field(ge=1, le=1_000_000)] = None
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] = 0
+    response_format: ResponseFormat = ResponseFormat()
+
+    @model_validator(mode="after")
+    def _check_order(self) -> ChatRequest:
+        for index, message in enumerate(self.messages):
+            if message.role == "system" and index:
+                raise ValueError(f"messages.{index}.role: only the first message may be a system message")
+        if self.messages[-1].role != "user":
+            raise ValueError("messages: the last message must be the user's")
+        return self
+
+    @property
+    def token_limit(self) -> int:
+        return self.max_completion_tokens or self.max_tokens or DEFAULT_TOKENS
+
+    @property
+    def top_count(self) -> int | None:
+        return self.top_logprobs if self.logprobs else None
+
+
+class TextRequest(CompletionRequest):
+    """POST /v1/completions"""
+
+    prompt: Text | Annotated[list[Text], Field(min_length=1, max_length=16)] | Tokens
+    logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
+
+    @property
+    def token_limit(self) -> int:
+        return self.max_tokens or 16
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if isinstance(self.prompt[0], str):
+            return [text for text in self.prompt if isinstance(text, str)]
+        return [[token for token in self.prompt if isinstance(token, int)]]
+
+    @property
+    def top_count(self) -> int | None:
+        return self.logprobs
 
 
 class APIError(Exception):

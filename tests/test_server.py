@@ -18,14 +18,16 @@ from efficientllm.runtime.command import run_command
 from efficientllm.runtime.engine import EngineOptions, load
 from efficientllm.runtime.generation import Generation, chat_prompt
 from efficientllm.server import cli
-from efficientllm.server.app import create_app
+from efficientllm.server.app import AppOptions, create_app
+from efficientllm.server.pool import ModelPool
 
 MESSAGES: Any = [{"role": "user", "content": "Hello"}]
 
 
 @pytest.fixture(scope="module")
 def address(artefact: Path) -> Iterator[str]:
-    app = create_app(load(artefact, EngineOptions(threads=1)), "tiny", api_key="secret", waiting=3)
+    pool = ModelPool({"tiny": str(artefact)}, EngineOptions(threads=1), waiting=3)
+    app = create_app(pool, AppOptions(api_key="secret"))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

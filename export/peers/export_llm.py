@@ -100,11 +100,12 @@ def body(argv: Sequence[str]) -> int:
             *("backend.xnnpack.enabled=True", "backend.xnnpack.extended_ops=True"),
             *("quantization.qmode=8da4w", "quantization.group_size=32", "quantization.embedding_quantize='8,0'"),
             *(f"export.max_seq_length={context}", f"export.max_context_length={context}"),
-            *(f"export.output_dir={folder.absolute()}", "export.output_name=model.pte"),
+            f"export.output_name={folder.absolute() / 'model.pte'}",
         ]
         done = subprocess.run(command, cwd=temporary, capture_output=True, text=True, check=False)
         if done.returncode or not (folder / "model.pte").is_file():
-            raise ArtefactError(f"export_llm failed: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
+            (folder / "export_llm.log").write_text(done.stdout + done.stderr, encoding="utf-8")
+            raise ArtefactError(f"export_llm failed with exit code {done.returncode}; see {folder / 'export_llm.log'}")
         copy_tokenizer(checkpoint, folder)
     print(f"peer: {folder / 'model.pte'}")
     return 0

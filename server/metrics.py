@@ -1,0 +1,81 @@
+"""What Prometheus scrapes from /metrics."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from ..runtime.memory import memory_bytes
+from .pool import ModelPool
+
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+
+
+class Metrics:
+    """Counters of one server; they start at zero with it."""
+
+    def __init__(self, pool: ModelPool) -> None:
+        self.registry = registry = CollectorRegistry()
+        self.requests = Counter("efficientllm_requests", "Requests answered", ["endpoint", "status"], registry=registry)
+        self.prompt_tokens = Counter("efficientllm_prompt_tokens", "Prompt tokens", ["model"], registry=registry)
+        self.tokens = Counter("efficientllm_generated_tokens", "Generated tokens", ["model"], registry=registry)
+        self.first_token = Histogram(
+            "efficientllm_time_to_first_token_seconds",
+            "From the request to the first text, the queue included",
+            ["model"],
+            buckets=SECONDS,
+            registry=registry,
+        )
+        self.between_tokens = Histogram(
+            "efficientllm_inter_token_seconds",
+            "Between one piece of text and the next, per token",
+            ["model"],
+            buckets=SECONDS,
+            registry=registry,
+        )
+        self.speed = Gauge(
+            "efficientllm_tokens_per_second", "Decode speed of the last answer", ["model"], registry=registry
+        )
+        in_flight = Gauge("efficientllm_in_flight", "Requests being answered or waiting", registry=registry)
+        in_flight.set_function(lambda: pool.in_flight)
+        queued = Gauge("efficientllm_queue_length", "Requests waiting", registry=registry)
+        queued.set_function(lambda: sum(max(0, worker.in_flight - 1) for worker in pool.loaded.values()))
+        loaded = Gauge("efficientllm_models_loaded", "Models in memory", registry=registry)
+        loaded.set_function(lambda: len(pool.loaded))
+        resident = Gauge("efficientllm_resident_memory_bytes", "Resident memory of the server", registry=registry)
+        resident.set_function(lambda: memory_bytes().get("rss_bytes", 0))
+
+    def render(self) -> bytes:
+        """Prometheus' text format."""
+        return generate_latest(self.registry)
+
+
+@dataclass
+class AnswerClock:
+    """Times one answer into the metrics."""
+
+    metrics: Metrics
+    model: str
+    began: float = field(default_factory=time.perf_counter)
+    _last: float = 0.0
+    _tokens: int = 0
+    _first: float = 0.0
+
+    def piece(self, tokens: int) -> None:
+        """A piece of text has arrived; the choice has `tokens` so far."""
+        now = time.perf_counter()
+        if not self._first:
+            self._first = now
+            self.metrics.first_token.labels(self.model).observe(now - self.began)
+        elif tokens > self._tokens:
+            self.metrics.between_tokens.labels(self.model).observe((now - self._last) / (tokens - self._tokens))
+        self._last, self._tokens = now, tokens
+
+    def finished(self, prompt_tokens: int, tokens: int) -> None:
+        """The whole answer is there, or the client is gone."""
+        self.metrics.prompt_tokens.labels(self.model).inc(prompt_tokens)
+        self.metrics.tokens.labels(self.model).inc(tokens)
+        if tokens > 1 and self._last > self._first:
+            self.metrics.speed.labels(self.model).set((tokens - 1) / (self._last - self._first))

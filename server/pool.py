@@ -1,0 +1,90 @@
+"""Several models behind one server: loaded on use, the least recently used unloaded where memory is short."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from pathlib import Path
+
+from ..runtime.engine import EngineOptions, load, locate
+from ..runtime.errors import EfficientLLMError
+from ..runtime.manifest import Manifest
+from ..runtime.quantities import format_bytes
+from .schemas import APIError
+from .worker import EngineWorker
+
+
+class ModelPool:
+    """Models by name; at most `max_memory` bytes of them are loaded at once (0: no limit)."""
+
+    def __init__(
+        self,
+        artefacts: Mapping[str, str],
+        options: EngineOptions,
+        waiting: int = 8,
+        timeout: float = 600.0,
+        max_memory: int = 0,
+    ) -> None:
+        """Load the first of `artefacts` {name: path} and check the others' files.
+
+        ArtefactError where one is damaged.
+        """
+        self.artefacts = dict(artefacts)
+        self.options, self.waiting, self.timeout, self.max_memory = options, waiting, timeout, max_memory
+        self._bytes = {name: artefact_bytes(path) for name, path in self.artefacts.items()}
+        self._workers: dict[str, EngineWorker] = {}
+        self._loading = asyncio.Lock()
+        first = next(iter(self.artefacts))
+        self._workers[first] = self._load(first)
+
+    def _load(self, name: str) -> EngineWorker:
+        return EngineWorker(load(self.artefacts[name], self.options), self.waiting, self.timeout)
+
+    @property
+    def loaded(self) -> dict[str, EngineWorker]:
+        return dict(self._workers)
+
+    @property
+    def in_flight(self) -> int:
+        return sum(worker.in_flight for worker in self._workers.values())
+
+    async def worker(self, name: str) -> EngineWorker:
+        """The worker of a model, loaded now if need be.
+
+        APIError 404 for an unknown model, 503 where it does not fit beside models that are busy.
+        """
+        if name not in self.artefacts:
+            known = ", ".join(repr(known) for known in self.artefacts)
+            raise APIError(404, f"model {name!r} does not exist; this server has {known}", code="model_not_found")
+        async with self._loading:
+            if name not in self._workers:
+                await self._make_room(name)
+                try:
+                    self._workers[name] = await asyncio.to_thread(self._load, name)
+                except EfficientLLMError as error:
+                    raise APIError(503, f"model {name!r} cannot be loaded: {error}", "server_error") from error
+            return self._workers[name]
+
+    async def _make_room(self, name: str) -> None:
+        needed = self._bytes[name]
+        while self.max_memory and self._workers and self._used() + needed > self.max_memory:
+            idle = [(worker.last_used, key) for key, worker in self._workers.items() if not worker.in_flight]
+            if not idle:
+                message = f"model {name!r} needs {format_bytes(needed)} and all loaded models are busy; try again later"
+                raise APIError(503, message, "server_error", "model_overloaded")
+            worker = self._workers.pop(min(idle)[1])
+            await asyncio.to_thread(worker.close)
+
+    def _used(self) -> int:
+        return sum(self._bytes[name] + worker.engine.kv_cache_bytes for name, worker in self._workers.items())
+
+    def close(self) -> None:
+        for worker in self._workers.values():
+            worker.close()
+
+
+def artefact_bytes(path: str) -> int:
+    """Bytes of an artefact's files; ArtefactError where they are not whole."""
+    _, file = locate(Path(path))
+    folder = Path(path)
+    return Manifest.read(folder).total_bytes if (folder / "manifest.json").is_file() else file.stat().st_size
