@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -12,13 +11,13 @@ from typing import Any
 import httpx
 import openai
 import pytest
-import uvicorn
+from serving import serve
 
 from efficientllm.runtime.command import run_command
 from efficientllm.runtime.engine import EngineOptions, load
 from efficientllm.runtime.generation import Generation, chat_prompt
 from efficientllm.server import cli
-from efficientllm.server.app import AppOptions, create_app
+from efficientllm.server.app import AppOptions
 from efficientllm.server.pool import ModelPool
 
 MESSAGES: Any = [{"role": "user", "content": "Hello"}]
@@ -27,19 +26,8 @@ MESSAGES: Any = [{"role": "user", "content": "Hello"}]
 @pytest.fixture(scope="module")
 def address(artefact: Path) -> Iterator[str]:
     pool = ModelPool({"tiny": str(artefact)}, EngineOptions(threads=1), waiting=3)
-    app = create_app(pool, AppOptions(api_key="secret"))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error", ws="none"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{port}"
-    server.should_exit = True
-    thread.join(timeout=20)
-    assert not thread.is_alive()
+    with serve(pool, AppOptions(api_key="secret")) as address:
+        yield address
 
 
 @pytest.fixture

@@ -1,0 +1,32 @@
+"""A real server on a free port of this machine, for the tests."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+import uvicorn
+
+from efficientllm.server.app import AppOptions, create_app
+from efficientllm.server.pool import ModelPool
+
+
+@contextlib.contextmanager
+def serve(pool: ModelPool, options: AppOptions) -> Iterator[str]:
+    """Serve `pool`; yields the address and checks that the server ends."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    app = create_app(pool, options)
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error", ws="none"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{port}"
+    server.should_exit = True
+    thread.join(timeout=20)
+    assert not thread.is_alive()

@@ -1,0 +1,307 @@
+"""What OpenAI's clients ask for beyond a plain chat, several models, and load."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from serving import serve
+
+from efficientllm.runtime.command import run_command
+from efficientllm.runtime.engine import EngineOptions, load
+from efficientllm.runtime.errors import ArtefactError, UsageError
+from efficientllm.runtime.memory import memory_bytes
+from efficientllm.server import cli
+from efficientllm.server.app import AppOptions
+from efficientllm.server.pool import ModelPool, artefact_bytes
+
+MESSAGES: Any = [{"role": "user", "content": "Hello"}]
+
+
+@pytest.fixture(scope="module")
+def address(artefact: Path) -> Iterator[str]:
+    pool = ModelPool({"tiny": str(artefact)}, EngineOptions(threads=1), waiting=40)
+    with serve(pool, AppOptions(cors_origin=("http://page.example",))) as address:
+        yield address
+
+
+@pytest.fixture
+def client(address: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def post(address: str, path: str = "chat/completions", **body: Any) -> httpx.Response:
+    return httpx.post(f"{address}/v1/{path}", json={"model": "tiny", **body}, timeout=60)
+
+
+def test_text_completion_goes_on_with_the_prompt(client: openai.OpenAI, artefact: Path) -> None:
+    engine = load(artefact, EngineOptions(threads=1))
+    tokens = engine.tokenize("The quick brown fox", special=False)
+    answers = [
+        client.completions.create(model="tiny", prompt=prompt, max_tokens=8, temperature=0)
+        for prompt in ("The quick brown fox", tokens)
+    ]
+    texts = [answer.choices[0].text for answer in answers]
+    assert texts[0] == texts[1]
+    pieces, logits = [], engine.prefill(tokens)
+    for _ in range(8):
+        pieces.append(engine.token_bytes(int(logits.argmax())))
+        logits = engine.decode(int(logits.argmax()))
+    assert texts[0] == b"".join(pieces).decode("utf-8", errors="replace")
+    engine.close()
+    several = client.completions.create(model="tiny", prompt=["One", "Two"], n=2, max_tokens=4, seed=1)
+    assert [choice.index for choice in several.choices] == [0, 1, 2, 3]
+    stream = client.completions.create(model="tiny", prompt=tokens, max_tokens=8, temperature=0, stream=True)
+    assert "".join(chunk.choices[0].text for chunk in stream) == texts[0]
+
+
+def test_logprobs_belong_to_the_tokens(client: openai.OpenAI) -> None:
+    settings: Any = {"model": "tiny", "messages": MESSAGES, "max_tokens": 6, "temperature": 0}
+    choice = client.chat.completions.create(**settings, logprobs=True, top_logprobs=3).choices[0]
+    assert choice.logprobs is not None
+    records = choice.logprobs.content or []
+    assert len(records) == 6
+    assert b"".join(bytes(record.bytes or []) for record in records).decode(errors="replace") == choice.message.content
+    for record in records:
+        assert record.logprob == record.top_logprobs[0].logprob  # greedy
+        values = [top.logprob for top in record.top_logprobs]
+        assert values == sorted(values, reverse=True)
+        assert sum(map(math.exp, values)) <= 1
+    chunks = list(client.chat.completions.create(**settings, logprobs=True, stream=True))
+    streamed = [record for chunk in chunks for record in (chunk.choices[0].logprobs or Empty).content or []]
+    assert [record.logprob for record in streamed] == [record.logprob for record in records]
+    assert client.chat.completions.create(**settings).choices[0].logprobs is None
+    text = client.completions.create(model="tiny", prompt="Hi", max_tokens=3, logprobs=2).choices[0].logprobs
+    assert text is not None
+    assert len(text.tokens or []) == len(text.token_logprobs or []) == len(text.top_logprobs or []) == 3
+
+
+class Empty:
+    content: Any = None
+
+
+def test_choices_differ_and_repeat_with_the_seed(client: openai.OpenAI) -> None:
+    settings: Any = {"model": "tiny", "messages": MESSAGES, "max_tokens": 12, "n": 3, "seed": 11}
+    first, second = (client.chat.completions.create(**settings) for _ in range(2))
+    texts = [choice.message.content for choice in first.choices]
+    assert len(set(texts)) == 3
+    assert texts == [choice.message.content for choice in second.choices]
+    streamed = ["", "", ""]
+    for chunk in client.chat.completions.create(**settings, stream=True):
+        streamed[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
+    assert streamed == texts
+
+
+def test_json_mode_gives_json(client: openai.OpenAI) -> None:
+    for seed in range(4):
+        answer = client.chat.completions.create(
+            model="tiny", messages=MESSAGES, max_tokens=300, seed=seed, response_format={"type": "json_object"}
+        )
+        if answer.choices[0].finish_reason == "stop":
+            assert isinstance(json.loads(answer.choices[0].message.content or ""), dict)
+
+
+def test_metrics_count_what_happened(address: str) -> None:
+    def value(name: str) -> float:
+        lines = httpx.get(f"{address}/metrics").text.splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
+
+    before = value("efficientllm_generated_tokens_total"), value("efficientllm_time_to_first_token_seconds_count")
+    usage = post(address, messages=MESSAGES, max_tokens=20, seed=5).json()["usage"]
+    after = value("efficientllm_generated_tokens_total"), value("efficientllm_time_to_first_token_seconds_count")
+    assert after[0] - before[0] == usage["completion_tokens"]
+    assert after[1] - before[1] == 1
+    assert value("efficientllm_tokens_per_second") > 0
+    assert value("efficientllm_resident_memory_bytes") > 1e7
+    assert value("efficientllm_queue_length") == value("efficientllm_in_flight") == 0
+    post(address, messages=[])
+    assert value('efficientllm_requests_total{endpoint="/v1/chat/completions",status="400"}') >= 1
+
+
+BAD: dict[str, dict[str, Any]] = {
+    "NUL": {"messages": [{"role": "user", "content": "a\0b"}]},
+    "system later": {"messages": [*MESSAGES, {"role": "system", "content": "x"}, *MESSAGES]},
+    "no question": {"messages": [*MESSAGES, {"role": "assistant", "content": "x"}]},
+    "a billion tokens": {"messages": MESSAGES, "max_tokens": 10**9},
+    "no choices": {"messages": MESSAGES, "n": 0},
+    "seed": {"messages": MESSAGES, "seed": 2**70},
+    "image": {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_chats_are_refused(address: str, name: str) -> None:
+    answer = post(address, **BAD[name])
+    assert answer.status_code == 400
+    assert answer.json()["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        rb'{"model": "tiny", "messages": [{"role": "user", "content": "\ud800"}]}',
+        rb'{"model": "tiny", "messages": [{"role": "user", "content": "x"}], "temperature": NaN}',
+        b'{"model": "tiny", "prompt": [999999]}',
+        b'{"model": "tiny", "prompt": []}',
+        b'{"model": "\xff"}',
+        b"[" * 100_000,
+    ],
+)
+def test_bad_bytes_are_refused(address: str, body: bytes) -> None:
+    path = "completions" if b"prompt" in body else "chat/completions"
+    answer = httpx.post(f"{address}/v1/{path}", content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"]
+
+
+def test_large_bodies_are_refused_with_and_without_their_length(address: str) -> None:
+    url = f"{address}/v1/chat/completions"
+    assert httpx.post(url, content=b"x" * 10_000_000).status_code == 413
+    assert httpx.post(url, content=(b"x" * 100_000 for _ in range(30))).status_code == 413
+    assert httpx.get(f"{address}/health").status_code == 200
+
+
+def test_content_may_come_in_parts(address: str) -> None:
+    parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
+    answers = [
+        post(address, messages=[{"role": "user", "content": content}], temperature=0, max_tokens=5).json()
+        for content in (parts, "Hello")
+    ]
+    assert answers[0]["choices"] == answers[1]["choices"]
+
+
+def test_other_pages_may_call_only_where_allowed(address: str) -> None:
+    for origin, allowed in {"http://page.example": "http://page.example", "http://other.example": None}.items():
+        answer = httpx.get(f"{address}/v1/models", headers={"Origin": origin})
+        assert answer.headers.get("access-control-allow-origin") == allowed
+
+
+def test_unknown_paths_and_models_answer_in_openai_s_shape(address: str, client: openai.OpenAI) -> None:
+    assert httpx.get(f"{address}/v1/nothing").json()["error"]["message"] == "Not Found"
+    assert client.models.retrieve("tiny").id == "tiny"
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("../../etc/passwd")
+
+
+@pytest.mark.slow
+def test_thirty_two_clients_get_their_own_answers(address: str) -> None:
+    alone = {seed: post(address, messages=MESSAGES, max_tokens=24, seed=seed).json() for seed in range(32)}
+    answers: dict[int, Any] = {}
+
+    def ask(seed: int) -> None:
+        answers[seed] = post(address, messages=MESSAGES, max_tokens=24, seed=seed).json()
+
+    threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(32)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for seed in range(32):
+        assert answers[seed]["choices"] == alone[seed]["choices"]
+
+
+@pytest.mark.slow
+def test_memory_stays_flat(address: str) -> None:
+    """2,000 requests; the benchmark sends 10,000."""
+    with httpx.Client() as client:
+
+        def ask(count: int) -> None:
+            for index in range(count):
+                body = {"model": "tiny", "messages": MESSAGES, "max_tokens": 2, "seed": index}
+                assert client.post(f"{address}/v1/chat/completions", json=body).status_code == 200
+
+        ask(300)
+        before = memory_bytes()["rss_anon_bytes"]
+        ask(2000)
+        assert memory_bytes()["rss_anon_bytes"] - before < 20e6
+
+
+@pytest.mark.slow
+def test_schemathesis_finds_no_server_error(address: str) -> None:
+    pytest.importorskip("schemathesis", reason="schemathesis is not installed")
+    command = [
+        *(sys.executable, "-m", "schemathesis.cli", "run", f"{address}/openapi.json", "--max-examples", "30"),
+        *("--checks", "not_a_server_error,response_schema_conformance,status_code_conformance"),
+        *("--exclude-path", "/metrics", "--generation-deterministic", "--phases", "examples,coverage,fuzzing"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+
+
+def test_models_are_loaded_on_use_and_the_oldest_leaves(artefact: Path) -> None:
+    names = ("first", "second", "third")
+    room = 2 * (artefact_bytes(str(artefact)) + 1_000_000)
+    pool = ModelPool(dict.fromkeys(names, str(artefact)), EngineOptions(threads=1, context=64), max_memory=room)
+    with serve(pool, AppOptions()) as address:
+
+        def ask(name: str) -> int:
+            body = {"model": name, "messages": MESSAGES, "max_tokens": 2}
+            return httpx.post(f"{address}/v1/chat/completions", json=body).status_code
+
+        def loaded() -> list[str]:
+            return list(httpx.get(f"{address}/health").json()["loaded"])
+
+        assert loaded() == ["first"]
+        assert ask("second") == 200
+        assert loaded() == ["first", "second"]
+        assert ask("first") == 200  # now second is the oldest
+        assert ask("third") == 200
+        assert loaded() == ["first", "third"]
+        assert ask("second") == 200
+        assert loaded() == ["third", "second"]
+
+
+def test_an_answer_has_its_time(artefact: Path) -> None:
+    pool = ModelPool({"tiny": str(artefact)}, EngineOptions(threads=1, context=4096), timeout=0.05)
+    with serve(pool, AppOptions(overflow="slide")) as address:
+        answer = post(address, messages=MESSAGES, max_tokens=100_000)
+        assert answer.status_code == 408
+        assert "longer than 0.05 s" in answer.json()["error"]["message"]
+        with httpx.stream(
+            "POST",
+            f"{address}/v1/chat/completions",
+            json={"model": "tiny", "messages": MESSAGES, "max_tokens": 100_000, "stream": True},
+        ) as stream:
+            events = [line for line in stream.iter_lines() if line]
+        assert json.loads(events[-1].removeprefix("data: "))["error"]["code"] == "timeout"
+        deadline = time.monotonic() + 5
+        while httpx.get(f"{address}/health").json()["in_flight"]:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+
+def test_a_chat_may_outgrow_the_window_when_asked(artefact: Path) -> None:
+    pool = ModelPool({"tiny": str(artefact)}, EngineOptions(threads=1, context=64))
+    with serve(pool, AppOptions(overflow="slide")) as address:
+        answer = post(address, messages=MESSAGES, max_tokens=150, seed=0, temperature=1.0)
+        if answer.json()["choices"][0]["finish_reason"] == "length":
+            assert answer.json()["usage"]["completion_tokens"] == 150
+        long = [{"role": "user", "content": "word " * 200}]
+        assert post(address, messages=long, max_tokens=2).status_code == 200
+    pool = ModelPool({"tiny": str(artefact)}, EngineOptions(threads=1, context=64))
+    with serve(pool, AppOptions()) as address:
+        assert post(address, messages=long, max_tokens=2).json()["error"]["code"] == "context_length_exceeded"
+
+
+def test_bad_models_are_one_line(artefact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(b"no model")
+    with pytest.raises(ArtefactError, match="not a GGUF file"):
+        ModelPool({"broken": str(broken)}, EngineOptions())
+    assert run_command(cli.body, [str(artefact), "--model", "nothing"]) == 2
+    assert "--model nothing: must be NAME=PATH" in capsys.readouterr().err
+    assert run_command(cli.body, []) == 2
+    assert "give an artefact" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="two models have one name"):
+        cli.named_artefacts(str(artefact), [f"gguf={artefact}"])
