@@ -1,72 +1,111 @@
-"""`efficientllm-bench`: size, speed and memory of artefacts."""
+"""`efficientllm-bench`: size, speed, memory and energy of artefacts on this machine, a board or a phone."""
 
 from __future__ import annotations
 
-import os
-import platform
+import contextlib
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ..runtime import flags
 from ..runtime.command import run_command
 from ..runtime.errors import UsageError
-from ..runtime.files import write_json_atomically
-from .local import BenchOptions, Result, bench_local
-from .report import markdown, print_table
+from . import compare, report
+from .bench import bench
+from .device import Artefact, DeviceOptions, open_device
+from .latency_model import ProfileOptions, profile
+from .results import BenchOptions, Run
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """Everything that is not a path."""
+
+    device: DeviceOptions
+    measurement: BenchOptions
+    profile: ProfileOptions
 
 
 def build_parser() -> flags.Parser:
     parser = flags.Parser(
         prog="efficientllm-bench",
-        description="Measure artefacts on this machine: bytes, load time, prefill and decode speed, peak memory.",
+        description="Measure artefacts on this machine, a board or a phone: bytes, load time, time to first token, "
+        "prefill (pp) and decode (tg) speed as llama-bench names them, memory, temperature and energy.",
     )
     parser.add_argument(
-        "artefacts", nargs="+", metavar="ARTEFACT", help="folder of efficientllm-export, or a .gguf file"
+        "artefacts", nargs="*", metavar="ARTEFACT", help="folder of efficientllm-export, or a .gguf or .pte file"
     )
-    parser.add_argument("--json", metavar="FILE", help="write every figure as JSON")
-    parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
+    output = parser.add_argument_group("output")
+    output.add_argument("--json", metavar="FILE", help="write every figure as JSON; an interrupted run goes on from it")
+    output.add_argument("--html", metavar="FILE", help="write a self-contained page with plots")
+    output.add_argument("--markdown", action="store_true", help="print the table as Markdown")
+    output.add_argument(
+        "--compare", nargs=2, metavar=("OLD", "NEW"), help="compare two JSON files; changes beyond noise are flagged"
+    )
+    output.add_argument(
+        "--profile",
+        metavar="FILE",
+        help="fit the device's latency model, ms per layer by its widths, and write it as JSON",
+    )
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    flags.add_flags(parser, BenchOptions)
+    flags.add_flags(parser, Configuration)
     return parser
-
-
-def device_description() -> dict[str, Any]:
-    """What this machine is, as far as it tells."""
-    cpu = platform.processor()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
-        cpu = names[0] if names else cpu
-    return {"system": platform.system(), "machine": platform.machine(), "cpu": cpu, "cores": os.cpu_count()}
-
-
-def to_json(results: Sequence[Result], options: BenchOptions) -> dict[str, Any]:
-    return {
-        "schema_version": 1,
-        "device": device_description(),
-        "options": asdict(options),
-        "results": [asdict(result) for result in results],
-    }
 
 
 def body(argv: Sequence[str]) -> int:
     arguments = build_parser().parse(argv)
     arguments.pop("debug")
-    artefacts, json_path = arguments.pop("artefacts"), arguments.pop("json")
-    as_markdown = arguments.pop("markdown")
-    options = flags.merge(BenchOptions(), arguments, "flags")
-    if json_path and not Path(json_path).absolute().parent.is_dir():
-        raise UsageError(f"--json {json_path}: its folder does not exist")
-    results = bench_local(artefacts, options, lambda line: print(line, file=sys.stderr, flush=True))
+    paths, as_markdown = arguments.pop("artefacts"), arguments.pop("markdown")
+    json_path, html_path, profile_path = (_output(arguments, name) for name in ("json", "html", "profile"))
+    compared = arguments.pop("compare")
+    settings = flags.merge(Configuration(DeviceOptions(), BenchOptions(), ProfileOptions()), arguments, "flags")
+    if compared:
+        if paths or profile_path:
+            raise UsageError("--compare reads two result files; give no artefact and no --profile with it")
+        return _compare([Path(name) for name in compared], html_path, as_markdown)
+    if not paths and not profile_path:
+        raise UsageError("give at least one artefact (see efficientllm-bench --help)")
+    if html_path:
+        report.require_plots()
+    artefacts = [Artefact.open(Path(path)) for path in paths]
+    with contextlib.closing(open_device(settings.device, _say)) as device:
+        if artefacts:
+            run = bench(device, artefacts, settings.measurement, _say, json_path)
+            _show(run, html_path, as_markdown)
+        if profile_path:
+            print(profile(device, settings.measurement, settings.profile, profile_path, _say))
+    return 0
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _output(arguments: dict[str, str | None], name: str) -> Path | None:
+    value = arguments.pop(name)
+    if value and not Path(value).absolute().parent.is_dir():
+        raise UsageError(f"--{name} {value}: its folder does not exist")
+    return Path(value) if value else None
+
+
+def _show(run: Run, html_path: Path | None, as_markdown: bool) -> None:
     if as_markdown:
-        print(markdown(results, options), end="")
+        print(report.markdown(run), end="")
     else:
-        print_table(results, options)
-    if json_path:
-        write_json_atomically(Path(json_path), to_json(results, options))
+        report.print_table(run)
+    if html_path:
+        report.write_html(html_path, [run])
+
+
+def _compare(paths: Sequence[Path], html_path: Path | None, as_markdown: bool) -> int:
+    old, new = (Run.read(path) for path in paths)
+    changes = compare.changes(old, new)
+    print(compare.markdown(changes) if as_markdown else compare.text(changes), end="")
+    for line in compare.differences(old, new):
+        print(f"note: {line}")
+    if html_path:
+        report.write_html(html_path, [old, new])
     return 0
 
 

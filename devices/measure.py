@@ -1,7 +1,7 @@
 """Child process that measures one artefact in its engine: `python -m efficientllm.devices.measure REQUEST`.
 
-REQUEST is JSON (see `Request`); the result, JSON too, is the last line of standard output. A fresh process per artefact
-keeps peak memory and caches apart.
+REQUEST is JSON (see `Request`); the result, a `Measurement` as JSON, is the last line of standard output. A fresh
+process per artefact keeps peak memory and caches apart. A board runs this module in its own environment.
 """
 
 from __future__ import annotations
@@ -10,11 +10,14 @@ import json
 import sys
 import time
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
-from ..runtime.engine import Engine, EngineOptions, load
+from ..runtime.engine import Engine, EngineOptions, engine_version, load
 from ..runtime.memory import memory_bytes
+from .results import BenchOptions, Measurement
+from .sensors import LocalShell, both, clock_mhz, energy_meter, temperature_celsius
 
 
 @dataclass(frozen=True)
@@ -22,62 +25,122 @@ class Request:
     """What to measure."""
 
     artefact: str
-    prompt_tokens: int
-    decode_tokens: int
-    repetitions: int
-    threads: int
+    context: int
+    """Window to allocate; 0: what the tests need."""
+    options: dict[str, Any]
+    """Fields of BenchOptions."""
 
 
-@dataclass(frozen=True)
-class Measurement:
-    """Raw figures of one process; one list entry per repetition."""
+class Bench:
+    """The tests of one loaded engine, on random tokens: speed does not depend on what they mean."""
 
-    load_ms: float
-    prefill_tokens_per_second: list[float]
-    decode_tokens_per_second: list[float]
-    peak_rss_bytes: int
-    rss_anon_bytes: int
-    rss_file_bytes: int
-    baseline_rss_bytes: int
-    """Resident memory of Python and its libraries before the model was loaded."""
+    def __init__(self, engine: Engine, options: BenchOptions) -> None:
+        self._engine = engine
+        self._options = options
+        self._random = np.random.default_rng(0)
+        self._first_token = 0
+        self.speeds: dict[str, list[float]] = {}
+        self.first_token_ms: list[float] = []
+        self.joules_per_token: list[float] = []
+        self.skipped: dict[str, str] = {}
+
+    def repeat(self) -> None:
+        """One repetition of every test."""
+        shortest, longest = min(self._options.decode_tokens), max(self._options.decode_tokens)
+        for number, length in enumerate(self._options.prompt_tokens):
+            if self._fits(f"pp{length}", length):
+                seconds = self._prefill(length)
+                self._record(f"pp{length}", length / seconds)
+                if number == 0:
+                    self.first_token_ms.append(1000 * seconds)
+        decodes = [length for length in self._options.decode_tokens if self._fits(f"tg{length}", length + 1)]
+        if decodes:
+            self._prefill(1)
+            ends = self._decode(max(decodes), measure_energy=max(decodes) == longest)
+            for length in decodes:
+                self._record(f"tg{length}", length / ends[length - 1])
+        for depth in self._options.depths:
+            name = f"tg{shortest}@d{depth}"
+            if depth and self._fits(name, depth + shortest):
+                self._prefill(depth)
+                self._record(name, shortest / self._decode(shortest)[-1])
+
+    def forget(self) -> None:
+        """Drop what the repetition that warms up recorded."""
+        self.speeds, self.first_token_ms, self.joules_per_token = {}, [], []
+
+    def _fits(self, test: str, tokens: int) -> bool:
+        if tokens <= self._engine.context_length:
+            return True
+        self.skipped[test] = f"needs a context of {tokens} tokens, the artefact holds {self._engine.context_length}"
+        return False
+
+    def _record(self, test: str, speed: float) -> None:
+        self.speeds.setdefault(test, []).append(speed)
+
+    def _tokens(self, count: int) -> list[int]:
+        return self._random.integers(self._engine.vocab_size, size=count).tolist()
+
+    def _prefill(self, length: int) -> float:
+        """Seconds of a full prefill: another first token than the last time, so nothing cached is reused."""
+        self._first_token = (self._first_token + 1) % self._engine.vocab_size
+        tokens = [self._first_token, *self._tokens(length - 1)]
+        began = time.perf_counter()
+        self._engine.prefill(tokens)
+        return time.perf_counter() - began
+
+    def _decode(self, length: int, measure_energy: bool = False) -> list[float]:
+        """Seconds from the first token to the end of each."""
+        tokens, ends = self._tokens(length), []
+        if not measure_energy:
+            return self._timed(tokens)
+        with energy_meter(LocalShell(), time.perf_counter) as energy:
+            ends = self._timed(tokens)
+        if energy.joules is not None:
+            self.joules_per_token.append(energy.joules / length)
+        return ends
+
+    def _timed(self, tokens: list[int]) -> list[float]:
+        ends = []
+        began = time.perf_counter()
+        for token in tokens:
+            self._engine.decode(token)
+            ends.append(time.perf_counter() - began)
+        return ends
 
 
 def measure(request: Request) -> Measurement:
-    """Load, warm up, and time prefill and decode; weights are read, not mapped, so that RSS counts them once."""
-    baseline = memory_bytes().get("rss_bytes", 0)
-    context = request.prompt_tokens + request.decode_tokens + 1
-    engine = load(request.artefact, EngineOptions(threads=request.threads, context=context, memory_map=False))
-    random = np.random.default_rng(0)
-    prefill, decode = [], []
-    for repetition in range(request.repetitions + 1):
-        speeds = _run_once(engine, request, random)
-        if repetition:  # the first one warms up
-            prefill.append(speeds[0])
-            decode.append(speeds[1])
+    """Load, warm up, and time every test; weights are read, not mapped, so that RSS counts them once."""
+    options = BenchOptions.from_json(request.options)
+    shell, baseline = LocalShell(), memory_bytes().get("rss_bytes", 0)
+    context = request.context or options.context
+    engine = load(request.artefact, EngineOptions(threads=options.threads, context=context, memory_map=False))
+    bench = Bench(engine, options)
+    degrees_before = temperature_celsius(shell)
+    bench.repeat()
+    bench.forget()
+    clock_before = clock_mhz(shell)
+    for _ in range(options.repetitions):
+        bench.repeat()
+    clock_after, degrees_after = clock_mhz(shell), temperature_celsius(shell)
     memory = memory_bytes()
     engine.close()
     return Measurement(
+        speeds=bench.speeds,
+        engine_version=engine_version(request.artefact),
+        threads=options.threads,
         load_ms=engine.load_ms,
-        prefill_tokens_per_second=prefill,
-        decode_tokens_per_second=decode,
+        time_to_first_token_ms=bench.first_token_ms,
         peak_rss_bytes=memory["peak_rss_bytes"],
         rss_anon_bytes=memory.get("rss_anon_bytes", 0),
         rss_file_bytes=memory.get("rss_file_bytes", 0),
         baseline_rss_bytes=baseline,
+        kv_cache_bytes=engine.kv_cache_bytes,
+        temperature_celsius=both(degrees_before, degrees_after),
+        clock_mhz=both(clock_before, clock_after),
+        joules_per_token=bench.joules_per_token,
+        skipped=bench.skipped,
     )
-
-
-def _run_once(engine: Engine, request: Request, random: np.random.Generator) -> tuple[float, float]:
-    """(prefill, decode) tokens per second on random tokens; a new first token makes every prefill a full one."""
-    prompt = random.choice(engine.vocab_size, request.prompt_tokens, replace=False).tolist()
-    following = random.integers(engine.vocab_size, size=request.decode_tokens).tolist()
-    began = time.perf_counter()
-    engine.prefill(prompt)
-    middle = time.perf_counter()
-    for token in following:
-        engine.decode(token)
-    ended = time.perf_counter()
-    return request.prompt_tokens / (middle - began), request.decode_tokens / (ended - middle)
 
 
 def main(argument: str) -> None:

@@ -1,24 +1,40 @@
-"""Tables of benchmark results, for the terminal and for documents."""
+"""Benchmark results for people: tables for the terminal and for documents, and a page with plots."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import resources
 from pathlib import Path
 
+from jinja2 import Environment
 from rich.console import Console
 from rich.table import Table
 
+from ..runtime.errors import MissingExtraError
+from ..runtime.files import write_text_atomically
 from ..runtime.quantities import format_bytes, format_count
-from .local import BenchOptions, Figure, Result
+from .results import DeviceInfo, Figure, Result, Run
 
 
-def _figure(figure: Figure) -> str:
-    return f"{figure.median:.0f} ({figure.low:.0f}-{figure.high:.0f})"
+def _figure(figure: Figure | None) -> str:
+    if figure is None:
+        return "-"
+    digits = 0 if figure.median >= 20 else 1 if figure.median >= 2 else 2
+    return f"{figure.median:.{digits}f} ({figure.low:.{digits}f}-{figure.high:.{digits}f})"
 
 
 def _parameters(result: Result) -> str:
     architecture = result.manifest.get("architecture", {})
     return format_count(architecture["num_parameters"]) if architecture else "?"
+
+
+def device_line(device: DeviceInfo, threads: int) -> str:
+    """The device in one line; figures of an emulator are called that."""
+    known = f" ({device.known['soc']}, {device.known['cores']}, {device.known['ram']})" if device.known else ""
+    parts = [device.board + known, device.cpu, f"{device.cores} cores"]
+    parts += [format_bytes(device.ram_bytes) if device.ram_bytes else "", device.system, device.machine]
+    text = f"{device.name}: {', '.join(part for part in parts if part)}; {threads or 'all'} threads"
+    return f"EMULATED, no figure here is the device's. {text}" if device.emulated else text
 
 
 def perplexity_line(results: Sequence[Result]) -> str | None:
@@ -35,42 +51,88 @@ def perplexity_line(results: Sequence[Result]) -> str | None:
     return None
 
 
-def rows(results: Sequence[Result], options: BenchOptions) -> list[list[str]]:
-    """Header and one row per artefact; speeds as median (first-third quartile)."""
-    prefill, decode = f"prefill pp{options.prompt_tokens} t/s", f"decode tg{options.decode_tokens} t/s"
-    table = [["artefact", "parameters", "quant", "on disk", prefill, decode, "load ms", "peak RSS"]]
-    for result in results:
+def notes(run: Run) -> list[str]:
+    """What a reader of the table must know."""
+    lines = [device_line(run.device, run.options.threads)]
+    for result in run.results:
+        if result.throttled:
+            lines.append(f"{result.name}: THROTTLED, {result.throttled}; cool the device or use --max-temp")
+        if result.temperature_celsius:
+            lines.append(f"{result.name}: {result.temperature_celsius[0]:.1f} to {result.temperature_celsius[1]:.1f} C")
+        lines += [f"{result.name}: {test} left out: {reason}" for test, reason in result.skipped.items()]
+    line = perplexity_line(run.results)
+    return [*lines, line] if line else lines
+
+
+def tests_of(runs: Sequence[Run]) -> list[str]:
+    """Names of the tests, prefill first, in the order they were run."""
+    names = dict.fromkeys(test for run in runs for result in run.results for test in result.speeds)
+    return sorted(names, key=lambda name: name.startswith("tg"))
+
+
+def rows(run: Run) -> list[list[str]]:
+    """Header and one row per artefact; speeds in tokens per second as median (first-third quartile)."""
+    tests = tests_of([run])
+    energy = any(result.joules_per_token for result in run.results)
+    header = ["artefact", "parameters", "quant", "on disk", *(f"{test} t/s" for test in tests)]
+    table = [[*header, "first token ms", "load ms", "peak RSS", "KV cache", *(["J/token"] if energy else [])]]
+    for result in run.results:
         table.append(
             [
-                Path(result.artefact).name,
+                result.name,
                 _parameters(result),
                 result.manifest.get("quantization", "?"),
                 format_bytes(result.file_bytes),
-                _figure(result.prefill_tokens_per_second),
-                _figure(result.decode_tokens_per_second),
+                *(_figure(result.speeds.get(test)) for test in tests),
+                _figure(result.time_to_first_token_ms),
                 _figure(result.load_ms),
                 format_bytes(result.peak_rss_bytes),
+                format_bytes(result.kv_cache_bytes) if result.kv_cache_bytes else "?",
+                *([_figure(result.joules_per_token)] if energy else []),
             ]
         )
     return table
 
 
-def print_table(results: Sequence[Result], options: BenchOptions) -> None:
-    header, *body = rows(results, options)
+def print_table(run: Run) -> None:
+    """One line per figure and one column per artefact: there are more figures than artefacts, terminals are narrow."""
+    columns = list(zip(*rows(run), strict=True))
     table = Table(box=None, pad_edge=False)
-    for index, name in enumerate(header):
-        table.add_column(name, justify="left" if index == 0 else "right")
-    for row in body:
-        table.add_row(*row)
-    Console(width=max(Console().width, 120)).print(table)
-    line = perplexity_line(results)
-    if line:
+    for index, name in enumerate(columns[0]):
+        table.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
+    for column in columns[1:]:
+        table.add_row(*column)
+    Console(width=max(Console().width, 100)).print(table)
+    for line in notes(run):
         print(line)
 
 
-def markdown(results: Sequence[Result], options: BenchOptions) -> str:
-    header, *body = rows(results, options)
+def markdown(run: Run) -> str:
+    header, *body = rows(run)
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *body]
-    text = "\n".join("| " + " | ".join(row) + " |" for row in lines)
-    line = perplexity_line(results)
-    return f"{text}\n\n{line}\n" if line else f"{text}\n"
+    table = "\n".join("| " + " | ".join(row) + " |" for row in lines)
+    return f"{table}\n\n" + "\n".join(f"- {line}" for line in notes(run)) + "\n"
+
+
+def require_plots() -> None:
+    """MissingExtraError where the page's plots cannot be drawn."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError("matplotlib", "bench") from error
+
+
+def write_html(path: Path, runs: Sequence[Run]) -> None:
+    """A page of one file: no script, no font and no picture from anywhere else."""
+    require_plots()
+    from . import plots
+
+    template = resources.files("efficientllm.devices").joinpath("report.html").read_text(encoding="utf-8")
+    environment = Environment(autoescape=True)
+    sections = [{"device": run.device, "notes": notes(run), "rows": rows(run)} for run in runs]
+    figures = [
+        ("Decode speed against file size", plots.speed_against_size(runs)),
+        ("Latency of a token against the context before it", plots.latency_against_context(runs)),
+        ("Peak memory", plots.memory_bars(runs)),
+    ]
+    write_text_atomically(path, environment.from_string(template).render(sections=sections, figures=figures))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..runtime.errors import UsageError
-from .group_quantization import quantize_groups, round_to_bfloat16
+from .group_quantization import keep_scale, quantize_groups, round_to_bfloat16
 from .request import ExportOptions
 
 GROUP_SIZES = (32, 64, 128)
@@ -147,14 +147,14 @@ def _quantized(weight: Tensor, kind: str, group: int, gram: np.ndarray | None) -
 
     bits = 8 if kind == "int8" else 4
     # XNNPACK keeps group scales as bfloat16: rounding to what it will read keeps its product equal to ours
-    rounding = {"rounding": round_to_bfloat16} if kind == "int4" else {}
-    codes, scales = quantize_groups(weight.float().numpy(), bits, group, gram, **rounding)
+    rounding = round_to_bfloat16 if kind == "int4" else keep_scale
+    codes, scales = quantize_groups(weight.float().numpy(), bits, group, gram, rounding)
     data = torch.from_numpy(codes)
     return IntxUnpackedToInt8Tensor(
         data,
         torch.from_numpy(scales.copy()),
         torch.zeros(scales.shape, dtype=torch.int8),
-        torch.int8 if kind == "int8" else torch.int4,
+        torch.int8 if kind == "int8" else getattr(torch, "int4"),  # noqa: B009 (not in its stubs)
         (1, group),
         torch.float32,
         IntxUnpackedToInt8TensorActivationQuantization.INT8_ASYM_PER_TOKEN,

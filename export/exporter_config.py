@@ -75,9 +75,9 @@ class DummyPerLayerPastGenerator(DummyPastKeyValuesGenerator):
     def supports_input(self, input_name: str) -> bool:
         return input_name.startswith("past_key_values.")
 
-    def generate(
+    def generate(  # type: ignore[override]  # optimum's gives a list; this input is one tensor
         self, input_name: str, framework: str = "pt", int_dtype: str = "int64", float_dtype: str = "fp32"
-    ) -> torch.Tensor:
+    ) -> Any:
         heads = self.architecture.layers[int(input_name.split(".")[1])].num_key_value_heads
         shape = [self.batch_size, heads, self.past_length, self.architecture.head_dim]
         return self.random_float_tensor(shape, framework=framework, dtype=float_dtype)
@@ -137,7 +137,8 @@ def register() -> None:
     """Tell optimum's TasksManager about the irregular model types; idempotent."""
     for backend, config in (("onnx", OnnxDecoderConfig), ("executorch", ExecutorchDecoderConfig)):
         for family in FAMILIES:
-            TasksManager.create_register(backend, overwrite_existing=True)(f"efficientllm_{family}", *TASKS)(config)
+            register_type: Any = TasksManager.create_register(backend, overwrite_existing=True)
+            register_type(f"efficientllm_{family}", *TASKS)(config)
 
 
 register()

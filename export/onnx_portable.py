@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,6 @@ def write_portable(checkpoint: Checkpoint, path: Path) -> None:
         logger.setLevel(level)
 
 
-def _dim(title: str, dims: dict[str, object]) -> object:
+def _dim(title: str, dims: Mapping[str, object]) -> object:
     """The symbol of a dynamic axis; the mask's length is the sum of two, which torch finds itself."""
     return dims.get(title, torch.export.Dim.AUTO)

@@ -118,7 +118,7 @@ class StaticDecoder(Decoder):
             cos, sin = (table.index_select(0, input_pos) for table in (self.cos, self.sin))
             position = Position(cos, sin, 0, input_pos)
         else:
-            start = input_pos[0].item()
+            start: Any = input_pos[0].item()  # a SymInt while the program is traced
             torch._check_is_size(start)
             torch._check(start < self.context)
             torch._check(start + length <= self.context)

@@ -123,6 +123,24 @@ def locate(path: Path) -> tuple[str, Path]:
     raise ArtefactError(f"{path} is no artefact: give a folder written by efficientllm-export, or a .gguf or .pte file")
 
 
+PACKAGES = {
+    "llama.cpp": "llama-cpp-python",
+    "onnxruntime": "onnxruntime",
+    "onnxruntime-genai": "onnxruntime-genai",
+    "executorch": "executorch",
+}
+"""Engine name -> the distribution that brings it."""
+
+
+def engine_version(path: str | Path) -> str:
+    """ "PACKAGE VERSION" of the engine that runs the artefact, "" where it is a plug-in's or not installed."""
+    package = PACKAGES.get(locate(Path(path))[0])
+    try:
+        return f"{package} {importlib.metadata.version(package)}" if package else ""
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
 def load(path: str | Path, options: EngineOptions | None = None) -> Engine:
     """Load an artefact in the engine its manifest names (or that its file type implies).
 

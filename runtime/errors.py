@@ -12,6 +12,7 @@ class EfficientLLMError(Exception):
     ├── ModelError            a source model or checkpoint that is unsupported or damaged
     ├── DataError             a corpus that is missing, empty, too short or malformed
     ├── ArtefactError         an exported file that is missing, foreign, truncated or fails verification
+    ├── DeviceError           a device that cannot be reached, refuses, or lacks what a measurement needs
     ├── ContextOverflowError  a prompt that does not fit the context window
     └── TrainingDivergedError the loss stayed non-finite
     """
@@ -38,6 +39,10 @@ class DataError(EfficientLLMError):
 
 class ArtefactError(EfficientLLMError):
     """An exported file that is missing, foreign, truncated or fails verification."""
+
+
+class DeviceError(EfficientLLMError):
+    """A device that cannot be reached, refuses, or lacks what a measurement needs."""
 
 
 class ContextOverflowError(EfficientLLMError):

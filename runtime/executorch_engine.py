@@ -68,7 +68,8 @@ class ExecuTorchEngine(StepwiseEvaluation):
         """What a constant method returns; nothing where the program lacks it."""
         if name not in self._program.method_names:
             return []
-        return list(self._program.load_method(name).execute(()))
+        method: Any = self._program.load_method(name)
+        return list(method.execute(()))
 
     def _constant(self, name: str, default: Any) -> Any:
         values = self._constants(name)

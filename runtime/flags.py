@@ -83,8 +83,11 @@ def add_flags(parser: argparse.ArgumentParser, cls: type) -> None:
         if annotation is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif typing.get_origin(annotation) is tuple:
-            separated = field.metadata.get("comma_separated")
-            options |= {"type": _split_commas} if separated else {"action": "append"}
+            if parse is not None:
+                options["type"] = _named(parse)
+            else:
+                separated = field.metadata.get("comma_separated")
+                options |= {"type": _split_commas} if separated else {"action": "append"}
             options["metavar"] = field.name.upper()
         elif typing.get_origin(annotation) is typing.Literal:
             options |= {"choices": typing.get_args(annotation)}
@@ -95,6 +98,14 @@ def add_flags(parser: argparse.ArgumentParser, cls: type) -> None:
 
 def _split_commas(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def whole_numbers(text: str) -> tuple[int, ...]:
+    """The `parse` of a field that holds comma-separated whole numbers."""
+    try:
+        return tuple(int(part) for part in _split_commas(text))
+    except ValueError as error:
+        raise ValueError(f"{text!r} is no comma-separated list of whole numbers") from error
 
 
 def _named(parse: Any) -> Any:

@@ -6,6 +6,7 @@ needs no further package. This engine is the other side of that comparison.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import time
@@ -27,7 +28,7 @@ class GenaiEngine(StepwiseEvaluation):
 
     def __init__(self, path: Path, options: EngineOptions) -> None:
         try:
-            import onnxruntime_genai as genai
+            genai: Any = importlib.import_module("onnxruntime_genai")  # it has no stubs
         except ModuleNotFoundError as error:
             raise MissingExtraError("onnxruntime-genai", "genai") from error
         began = time.perf_counter()

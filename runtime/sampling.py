@@ -31,7 +31,7 @@ class SamplingOptions:
             ("top_k", self.top_k >= 0, "must not be negative"),
             ("top_p", 0 < self.top_p <= 1, "must be above 0 and at most 1"),
             ("min_p", 0 <= self.min_p <= 1, "must be between 0 and 1"),
-            ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "must be positive"),
+            ("repetition_penalty", 0.01 <= self.repetition_penalty <= 100, "must be between 0.01 and 100"),
         ):
             if not holds:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: {rule}")
@@ -54,8 +54,9 @@ class Sampler:
         order = np.argsort(-logits, kind="stable")
         if options.top_k:
             order = order[: options.top_k]
-        scaled = logits[order].astype(np.float64) / options.temperature
-        probabilities = np.exp(scaled - scaled[0])
+        chosen = logits[order].astype(np.float64)
+        with np.errstate(over="ignore"):  # a tiny temperature leaves the most likely token alone
+            probabilities = np.exp((chosen - chosen[0]) / options.temperature)
         probabilities /= probabilities.sum()
         keep = probabilities >= options.min_p * probabilities[0]
         # a token is kept while the mass before it is below top_p, so the most likely one always is

@@ -25,6 +25,7 @@ from ..runtime.sampling import SamplingOptions
 from .answers import Answer, ChatAnswer, TextAnswer
 from .guard import Guard
 from .metrics import AnswerClock, Metrics
+from .openapi import ERRORS, document
 from .pool import ModelPool
 from .schemas import APIError, ChatRequest, CompletionRequest, TextRequest
 
@@ -103,7 +104,7 @@ def create_app(pool: ModelPool, options: AppOptions | None = None) -> FastAPI:
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [describe(name) for name in pool.artefacts]}
 
-    @app.get("/v1/models/{name:path}")
+    @app.get("/v1/models/{name:path}", responses=ERRORS)
     async def model(name: str) -> dict[str, Any]:
         if name not in pool.artefacts:
             raise APIError(404, f"model {name!r} does not exist", code="model_not_found")
@@ -112,24 +113,11 @@ def create_app(pool: ModelPool, options: AppOptions | None = None) -> FastAPI:
     def describe(name: str) -> dict[str, Any]:
         return {"id": name, "object": "model", "created": 0, "owned_by": "efficientllm"}
 
-    responses: Any = {
-        status: {"description": text}
-        for status, text in {
-            400: "the request is wrong",
-            401: "the key is wrong",
-            404: "no such model",
-            408: "the answer took too long",
-            413: "the body is too large",
-            429: "the queue is full",
-            503: "the model does not fit",
-        }.items()
-    }
-
-    @app.post("/v1/chat/completions", response_model=None, responses=responses)
+    @app.post("/v1/chat/completions", response_model=None, responses=ERRORS)
     async def chat_completions(request: ChatRequest) -> JSONResponse | StreamingResponse:
         return await answer(request, ChatAnswer, "/v1/chat/completions")
 
-    @app.post("/v1/completions", response_model=None, responses=responses)
+    @app.post("/v1/completions", response_model=None, responses=ERRORS)
     async def completions(request: TextRequest) -> JSONResponse | StreamingResponse:
         return await answer(request, TextAnswer, "/v1/completions")
 
@@ -151,6 +139,7 @@ def create_app(pool: ModelPool, options: AppOptions | None = None) -> FastAPI:
         metrics.requests.labels(path, "200").inc()
         return JSONResponse(body)
 
+    document(app, pool.artefacts)
     return app
 
 

@@ -6,12 +6,15 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from ..runtime import flags
 from ..runtime.command import run_command
 from ..runtime.engine import EngineOptions
 from ..runtime.errors import MissingExtraError, UsageError
 from ..runtime.quantities import parse_bytes
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -81,10 +84,12 @@ def body(argv: Sequence[str]) -> int:
     arguments = build_parser(sections).parse(argv)
     arguments.pop("debug")
     artefact = arguments.pop("artefact")
-    options, app_options, engine_options = (
-        flags.merge(section(), {name: arguments.pop(name) for name in vars(section()) if name in arguments}, "flags")
-        for section in sections
-    )
+
+    def section(kind: type[T]) -> T:
+        values = {name: arguments.pop(name) for name in vars(kind()) if name in arguments}
+        return flags.merge(kind(), values, "flags")
+
+    options, app_options, engine_options = section(ServeOptions), section(AppOptions), section(EngineOptions)
     artefacts = named_artefacts(artefact, options.model)
     pool = ModelPool(artefacts, engine_options, options.waiting, options.timeout, options.max_memory)
     names = ", ".join(artefacts)

@@ -59,7 +59,7 @@ class CompletionRequest(BaseModel):
     top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 1.0
     top_k: Annotated[int, Field(ge=0, le=1_000_000)] = 0
     min_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.0
-    repetition_penalty: Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)] = 1.0
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100, allow_inf_nan=False)] = 1.0
     n: Annotated[int, Field(ge=1, le=8)] = 1
     seed: Annotated[int | None, Field(ge=-(2**63), lt=2**63)] = None
     stop: Text | Annotated[list[Text], Field(max_length=MAX_STOPS)] | None = None

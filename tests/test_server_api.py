@@ -80,7 +80,8 @@ def test_logprobs_belong_to_the_tokens(client: openai.OpenAI) -> None:
         assert sum(map(math.exp, values)) <= 1
     chunks = list(client.chat.completions.create(**settings, logprobs=True, stream=True))
     streamed = [record for chunk in chunks for record in (chunk.choices[0].logprobs or Empty).content or []]
-    assert [record.logprob for record in streamed] == [record.logprob for record in records]
+    # the second time the prompt is cached, so that its last token is evaluated alone
+    assert [record.logprob for record in streamed] == pytest.approx([record.logprob for record in records], abs=1e-4)
     assert client.chat.completions.create(**settings).choices[0].logprobs is None
     text = client.completions.create(model="tiny", prompt="Hi", max_tokens=3, logprobs=2).choices[0].logprobs
     assert text is not None
@@ -241,7 +242,7 @@ def test_schemathesis_finds_no_server_error(address: str) -> None:
 
 def test_models_are_loaded_on_use_and_the_oldest_leaves(artefact: Path) -> None:
     names = ("first", "second", "third")
-    room = 2 * (artefact_bytes(str(artefact)) + 1_000_000)
+    room = int(2.5 * artefact_bytes(str(artefact)))
     pool = ModelPool(dict.fromkeys(names, str(artefact)), EngineOptions(threads=1, context=64), max_memory=room)
     with serve(pool, AppOptions()) as address:
 
@@ -265,13 +266,13 @@ def test_models_are_loaded_on_use_and_the_oldest_leaves(artefact: Path) -> None:
 def test_an_answer_has_its_time(artefact: Path) -> None:
     pool = ModelPool({"tiny": str(artefact)}, EngineOptions(threads=1, context=4096), timeout=0.05)
     with serve(pool, AppOptions(overflow="slide")) as address:
-        answer = post(address, messages=MESSAGES, max_tokens=100_000)
+        answer = post(address, messages=MESSAGES, max_tokens=100_000, temperature=0)
         assert answer.status_code == 408
         assert "longer than 0.05 s" in answer.json()["error"]["message"]
         with httpx.stream(
             "POST",
             f"{address}/v1/chat/completions",
-            json={"model": "tiny", "messages": MESSAGES, "max_tokens": 100_000, "stream": True},
+            json={"model": "tiny", "messages": MESSAGES, "max_tokens": 100_000, "temperature": 0, "stream": True},
         ) as stream:
             events = [line for line in stream.iter_lines() if line]
         assert json.loads(events[-1].removeprefix("data: "))["error"]["code"] == "timeout"

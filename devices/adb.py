@@ -1,0 +1,248 @@
+"""Android phones, through the user's own adb: a runner binary and the artefact are pushed, run and timed there."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+from ..runtime.errors import DeviceError, UsageError
+from ..runtime.files import sha256_of
+from ..runtime.manifest import manifest_cache_bytes
+from .boards import look_up
+from .device import Artefact, DeviceOptions
+from .local import request_context
+from .remote import Answer, RemoteShell, require_room, run_program
+from .results import BenchOptions, DeviceInfo, Measurement
+from .runners import RUNNERS, Runner
+from .sensors import battery_celsius, battery_watts, both, clock_mhz, temperature_celsius
+
+FOLDER = "/data/local/tmp/efficientllm"
+"""The folder below which adb's shell may run programs."""
+DEFAULT_RUNNER = Path("build/android-runner/llama-bench")
+"""Where `make android-runner` leaves it."""
+ELF_MACHINES = {"arm64-v8a": 183, "x86_64": 62}
+"""Android's name of an instruction set -> e_machine of its ELF files."""
+STATES = {
+    "unauthorized": "unlock the phone and accept this computer's key",
+    "offline": "unplug the phone, or run: adb reconnect",
+    "no permissions": "add a udev rule for the phone (apt install android-sdk-platform-tools-common)",
+    "recovery": "restart the phone into Android",
+    "bootloader": "restart the phone into Android",
+}
+"""State that `adb devices` shows -> the way on."""
+
+WATCH = r"""
+cd {folder} || exit 1
+{command} > out.txt 2> err.txt &
+pid=$!
+peak=0
+while kill -0 $pid 2>/dev/null; do
+  now=$(sed -n 's/^VmHWM:[^0-9]*\([0-9]*\).*/\1/p' /proc/$pid/status 2>/dev/null)
+  [ -n "$now" ] && peak=$now
+  sleep 0.1
+done
+wait $pid
+echo code=$?
+echo peak_kb=$peak
+echo {mark}
+cat out.txt
+echo {mark}
+tail -n 3 err.txt
+rm -f out.txt err.txt
+"""
+MARK = "--efficientllm--"
+
+
+def find_serial(text: str, wanted: str) -> str:
+    """Serial of the one usable device in the output of `adb devices -l`; DeviceError says what is in the way."""
+    devices = {}
+    for line in text.splitlines():
+        match = re.match(r"(\S+)\s+(no permissions|[a-z]+)\b", line)
+        if match and not line.startswith(("List of devices", "*", "adb")):
+            devices[match[1]] = match[2]
+    if wanted and wanted not in devices:
+        raise DeviceError(f"adb knows no device {wanted}; it has: {', '.join(devices) or 'none'} (see: adb devices)")
+    if not devices:
+        raise DeviceError(
+            "adb sees no device: connect the phone, switch on USB debugging in its developer options (see: adb devices)"
+        )
+    if len(devices) > 1 and not wanted:
+        raise DeviceError(
+            f"adb sees several devices; name one: {', '.join(f'--device adb:{name}' for name in devices)}"
+        )
+    serial = wanted or next(iter(devices))
+    if devices[serial] != "device":
+        raise DeviceError(f"{serial} is {devices[serial]}: {STATES.get(devices[serial], 'see: adb devices')}")
+    return serial
+
+
+def elf_machine(path: Path) -> int:
+    """e_machine of an ELF file; UsageError where it is none."""
+    with path.open("rb") as stream:
+        header = stream.read(20)
+    if len(header) < 20 or header[:4] != b"\x7fELF":
+        raise UsageError(f"--runner {path}: is no Linux or Android program (ELF)")
+    return struct.unpack_from("<H", header, 18)[0]
+
+
+class AdbDevice:
+    """Measures with programs made for the phone: it has no Python."""
+
+    def __init__(self, options: DeviceOptions, say: Callable[[str], None]) -> None:
+        self._options, self._say = options, say
+        _, _, wanted = options.device.partition(":")
+        listing = run_program(["adb", "devices", "-l"], timeout=60)
+        if listing.code != 0:
+            raise DeviceError(f"adb devices: {listing.last_error}")
+        self._serial = find_serial(listing.output, wanted)
+        self._shell = RemoteShell(self._run)
+        self._runner_path = ""
+
+    def describe(self) -> DeviceInfo:
+        def prop(name: str) -> str:
+            return self._run(f"getprop {name}").output.strip()
+
+        board = f"{prop('ro.product.manufacturer')} {prop('ro.product.model')}".strip()
+        abi, machine = prop("ro.product.cpu.abi"), self._run("uname -m").output.strip()
+        virtual = "1" in (prop("ro.boot.qemu"), prop("ro.kernel.qemu"))
+        return DeviceInfo(
+            name=f"adb:{self._serial}",
+            system=f"Android {prop('ro.build.version.release')}",
+            machine=abi,
+            cpu=prop("ro.soc.model") or prop("ro.board.platform"),
+            cores=int(self._run("nproc").output.strip() or 1),
+            ram_bytes=self._memory("MemTotal"),
+            board=board,
+            known=look_up(board),
+            # a kernel of another instruction set means that the programs are translated
+            emulated=virtual or (abi == "arm64-v8a" and machine not in ("aarch64", "armv8l")),
+        )
+
+    def prepare(self, artefacts: list[Artefact], options: BenchOptions) -> None:
+        info = self.describe()
+        engines = {artefact.engine for artefact in artefacts}
+        if len(engines) > 1:
+            raise UsageError("a phone runs one runner at a time; measure .gguf and .pte artefacts in two calls")
+        runner, path = self._runner(engines.pop())
+        machine = elf_machine(path)
+        if ELF_MACHINES.get(info.machine) != machine:
+            raise DeviceError(
+                f"{path} is built for another processor (ELF machine {machine}) than {self._serial}, which is "
+                f"{info.machine}; see `make android-runner`"
+            )
+        disk = re.findall(r"^\S+\s+\d+\s+\d+\s+(\d+)", self._run("df -k /data/local/tmp").output, re.MULTILINE)
+        require_room(
+            artefacts, options, 1024 * int(disk[-1]) if disk else 0, self._memory("MemAvailable"), self._serial
+        )
+        self._runner_path = f"{FOLDER}/{runner.name}"
+        self._push(path, self._runner_path)
+        self._require(f"chmod 755 {self._runner_path}")
+        for artefact in artefacts:
+            for file in artefact.files:
+                self._push(file, f"{self._folder(artefact)}/{file.name}")
+
+    def temperature_celsius(self) -> float | None:
+        return battery_celsius(self._shell) or temperature_celsius(self._shell)
+
+    def measure(self, artefact: Artefact, options: BenchOptions) -> Measurement:
+        runner, _ = self._runner(artefact.engine)
+        degrees_before, watts, clock_before = (
+            self.temperature_celsius(),
+            battery_watts(self._shell),
+            clock_mhz(self._shell),
+        )
+        speeds: dict[str, list[float]] = {}
+        version, threads, peak = "", options.threads, 0
+        commands, skipped = runner.commands(artefact, options, request_context(artefact, options))
+        for arguments in commands:
+            output, peak_kb = self._watch(artefact, [self._runner_path, *arguments])
+            parsed = runner.parse(output)
+            for test, values in parsed.speeds.items():
+                speeds.setdefault(test, []).extend(values)
+            version, threads, peak = parsed.version or version, parsed.threads or threads, max(peak, 1024 * peak_kb)
+        watts = battery_watts(self._shell) if watts is not None else None
+        longest = speeds.get(f"tg{max(options.decode_tokens)}", [])
+        degrees_after, clock_after = self.temperature_celsius(), clock_mhz(self._shell)
+        return Measurement(
+            speeds=speeds,
+            engine_version=version,
+            threads=threads,
+            time_to_first_token_ms=[
+                1000 * options.prompt_tokens[0] / speed for speed in speeds.get(f"pp{options.prompt_tokens[0]}", [])
+            ],
+            peak_rss_bytes=peak,
+            kv_cache_bytes=manifest_cache_bytes(artefact.path, request_context(artefact, options), 2),
+            temperature_celsius=both(degrees_before, degrees_after),
+            clock_mhz=both(clock_before, clock_after),
+            joules_per_token=[watts / speed for speed in longest] if watts is not None else [],
+            skipped=skipped,
+        )
+
+    def close(self) -> None:
+        if self._options.clean_up and self._runner_path:
+            self._run(f"rm -rf {FOLDER}")
+
+    def _runner(self, engine: str) -> tuple[Runner, Path]:
+        if engine not in RUNNERS:
+            raise UsageError(f"a phone is measured with .gguf or .pte artefacts; {engine} has no runner")
+        runner = RUNNERS[engine]
+        path = Path(self._options.runner) if self._options.runner else DEFAULT_RUNNER
+        if not self._options.runner and engine != "llama.cpp":
+            raise UsageError(f"give the phone's program with --runner: {runner.origin}")
+        if not path.is_file():
+            raise UsageError(f"--runner {path} does not exist: {runner.origin}")
+        return runner, path
+
+    def _folder(self, artefact: Artefact) -> str:
+        return f"{FOLDER}/{artefact.sha256[:32]}"
+
+    def _watch(self, artefact: Artefact, command: list[str]) -> tuple[str, int]:
+        """(standard output, peak RSS in KiB) of a program in the artefact's folder."""
+        script = WATCH.format(folder=self._folder(artefact), command=shlex.join(command), mark=MARK)
+        answer = self._run(script)
+        head, _, rest = answer.output.partition(f"{MARK}\n")
+        output, _, errors = rest.partition(f"{MARK}\n")
+        facts = dict(re.findall(r"^(code|peak_kb)=(\d+)", head, re.MULTILINE))
+        if facts.get("code") != "0":
+            lines = errors.strip().splitlines() or [answer.last_error]
+            killed = "; the phone ran out of memory" if facts.get("code") == "137" else ""
+            raise DeviceError(f"{artefact.path} on {self._serial}: {lines[-1]}{killed}")
+        return output, int(facts["peak_kb"])
+
+    def _push(self, file: Path, target: str) -> None:
+        """Push under another name, compare hashes there, rename: a half-pushed file is never taken for whole."""
+        digest = sha256_of(file)
+        if self._sha256(target) == digest:
+            return
+        self._say(f"pushing {file.name}")
+        self._require(f"mkdir -p {shlex.quote(target.rpartition('/')[0])}")
+        answer = run_program(["adb", "-s", self._serial, "push", str(file), f"{target}.part"])
+        if answer.code != 0:
+            self._run(f"rm -f {shlex.quote(target)}.part")
+            raise DeviceError(f"adb push {file.name}: {answer.last_error}")
+        if self._sha256(f"{target}.part") != digest:
+            self._run(f"rm -f {shlex.quote(target)}.part")
+            raise DeviceError(f"{file.name} arrived damaged on {self._serial}; check the cable and run again")
+        self._require(f"mv {shlex.quote(target)}.part {shlex.quote(target)}")
+
+    def _sha256(self, path: str) -> str:
+        found = re.match(r"[0-9a-f]{64}", self._run(f"sha256sum {shlex.quote(path)} 2>/dev/null").output)
+        return found[0] if found else ""
+
+    def _memory(self, name: str) -> int:
+        found = re.search(rf"^{name}:\s+(\d+) kB", self._run("cat /proc/meminfo").output, re.MULTILINE)
+        return 1024 * int(found[1]) if found else 0
+
+    def _run(self, line: str) -> Answer:
+        answer = run_program(["adb", "-s", self._serial, "shell", line])
+        if answer.code != 0 and re.match(r"(adb: |error: )", answer.errors):  # adb's own complaint, not the command's
+            raise DeviceError(f"{self._serial} cannot be reached: {answer.last_error}")
+        return answer
+
+    def _require(self, line: str) -> None:
+        answer = self._run(line)
+        if answer.code != 0:
+            raise DeviceError(f"{self._serial}: {answer.last_error}")

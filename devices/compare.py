@@ -1,0 +1,120 @@
+"""Two runs side by side: what changed beyond noise."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..runtime.errors import UsageError
+from .results import Figure, Result, Run
+
+SMALLEST_CHANGE = 0.03
+"""Relative change below which quartiles that happen to part mean nothing."""
+MEMORY_CHANGE = 0.05
+"""Of figures that are measured once."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """One figure of one artefact in both runs."""
+
+    artefact: str
+    figure: str
+    old: float
+    new: float
+    beyond_noise: bool
+    """Whether the quartile ranges do not overlap and the medians differ by more than 3 %."""
+    better: bool
+
+    @property
+    def relative(self) -> float:
+        return self.new / self.old - 1 if self.old else 0.0
+
+    @property
+    def verdict(self) -> str:
+        return ("faster or smaller" if self.better else "SLOWER OR LARGER") if self.beyond_noise else "within noise"
+
+
+def changes(old: Run, new: Run) -> list[Change]:
+    """Every figure that both runs have, artefact by artefact (matched by name); UsageError where none matches."""
+    by_name = {result.name: result for result in old.results}
+    pairs = [(by_name[result.name], result) for result in new.results if result.name in by_name]
+    if not pairs:
+        names = ", ".join(result.name for result in new.results)
+        raise UsageError(f"the runs have no artefact in common: {', '.join(by_name)}; {names}")
+    return [change for before, after in pairs for change in _of_artefact(before, after)]
+
+
+def _of_artefact(old: Result, new: Result) -> list[Change]:
+    found = [
+        _of_figures(new.name, f"{test} t/s", old.speeds[test], figure, higher_is_better=True)
+        for test, figure in new.speeds.items()
+        if test in old.speeds
+    ]
+    for name in ("load_ms", "time_to_first_token_ms", "joules_per_token"):
+        before, after = getattr(old, name), getattr(new, name)
+        if before and after:
+            found.append(_of_figures(new.name, name, before, after, higher_is_better=False))
+    for name in ("file_bytes", "peak_rss_bytes"):
+        before, after = getattr(old, name), getattr(new, name)
+        if before and after:
+            differs = abs(after / before - 1) > MEMORY_CHANGE
+            found.append(Change(new.name, name, before, after, differs, after < before))
+    return found
+
+
+def _of_figures(artefact: str, name: str, old: Figure, new: Figure, higher_is_better: bool) -> Change:
+    apart = new.low > old.high or new.high < old.low
+    beyond = apart and abs(new.median / old.median - 1) > SMALLEST_CHANGE
+    return Change(artefact, name, old.median, new.median, beyond, (new.median > old.median) == higher_is_better)
+
+
+def differences(old: Run, new: Run) -> list[str]:
+    """What besides the artefacts differs between the runs, so that figures are not put down to the wrong cause."""
+    found = []
+    for name in ("name", "machine", "cpu", "cores", "system", "emulated"):
+        before, after = getattr(old.device, name), getattr(new.device, name)
+        if before != after:
+            found.append(f"device {name} differs: {before} and {after}")
+    if old.options.threads != new.options.threads:
+        found.append(f"threads differ: {old.options.threads or 'all'} and {new.options.threads or 'all'}")
+    engines = {result.name: result.engine_version for result in old.results}
+    for result in new.results:
+        before = engines.get(result.name, result.engine_version)
+        if before != result.engine_version:
+            found.append(f"{result.name}: engine differs: {before} and {result.engine_version}")
+    return found
+
+
+def _rows(found: Sequence[Change]) -> list[list[str]]:
+    header = ["artefact", "figure", "old", "new", "change", ""]
+    return [header] + [
+        [
+            change.artefact,
+            change.figure,
+            f"{change.old:,.4g}" if change.old < 1e4 else f"{change.old:,.0f}",
+            f"{change.new:,.4g}" if change.new < 1e4 else f"{change.new:,.0f}",
+            f"{100 * change.relative:+.1f} %",
+            change.verdict,
+        ]
+        for change in found
+    ]
+
+
+def markdown(found: Sequence[Change]) -> str:
+    header, *body = _rows(found)
+    lines = [header, ["---", "---", "---:", "---:", "---:", "---"], *body]
+    return "\n".join("| " + " | ".join(row) + " |" for row in lines) + "\n"
+
+
+def text(found: Sequence[Change]) -> str:
+    rows = _rows(found)
+    widths = [max(len(row[index]) for row in rows) for index in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        left = [
+            cell.ljust(width) if index < 2 else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join([*left[:-1], row[-1]]).rstrip())
+    return "\n".join(lines) + "\n"

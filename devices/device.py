@@ -1,0 +1,114 @@
+"""What a device does for the benchmark, and how --device names one."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from ..runtime.engine import locate
+from ..runtime.errors import UsageError
+from ..runtime.files import sha256_of
+from ..runtime.manifest import MANIFEST_NAME, Manifest
+from .results import BenchOptions, DeviceInfo, Measurement
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """A model to measure, as it lies on this machine."""
+
+    path: Path
+    """As the user gave it: a folder with a manifest, or a bare file."""
+    engine: str
+    files: tuple[Path, ...]
+    """Every file a device needs, the manifest among them."""
+    sha256: str
+    manifest: Manifest | None
+
+    @property
+    def file_bytes(self) -> int:
+        return self.manifest.total_bytes if self.manifest else self.files[0].stat().st_size
+
+    @property
+    def context_length(self) -> int:
+        """0 where it is not known."""
+        return self.manifest.context_length if self.manifest else 0
+
+    @classmethod
+    def open(cls, path: Path) -> Artefact:
+        """ArtefactError where `path` is none."""
+        engine, file = locate(path)
+        folder = path.parent if path.name == MANIFEST_NAME else path
+        if not folder.is_dir():
+            return cls(path, engine, (file,), sha256_of(file), None)
+        manifest = Manifest.read(folder)
+        names = sorted(manifest.files)
+        listing = "".join(f"{name} {manifest.files[name]['sha256']}\n" for name in names)
+        digest = hashlib.sha256(listing.encode()).hexdigest()
+        return cls(folder, engine, (*(folder / name for name in names), folder / MANIFEST_NAME), digest, manifest)
+
+
+class Device(Protocol):
+    """Where artefacts are measured. Every method raises DeviceError with one line that says what to do."""
+
+    def describe(self) -> DeviceInfo: ...
+
+    def prepare(self, artefacts: list[Artefact], options: BenchOptions) -> None:
+        """Check that the device can take the artefacts, and bring there what is missing."""
+        ...
+
+    def temperature_celsius(self) -> float | None: ...
+
+    def measure(self, artefact: Artefact, options: BenchOptions) -> Measurement:
+        """Run every test once more in a fresh process."""
+        ...
+
+    def close(self) -> None:
+        """Let go of connections; what was copied stays unless the user asked for clean-up."""
+        ...
+
+
+@dataclass(frozen=True)
+class DeviceOptions:
+    """device"""
+
+    device: str = "local"
+    """Where to measure: local, ssh://USER@HOST[:PORT], or adb[:SERIAL]."""
+    runner: str = ""
+    """Program an Android phone runs: llama-bench (see `make android-runner`) or ExecuTorch's llama_main."""
+    wheel: str = ""
+    """efficientllm wheel for a board; default: built from this source tree, else from the package index."""
+    board_python: str = "python3"
+    """Python, 3.11 or newer, that makes the board's environment."""
+    ssh: str = "ssh"
+    """OpenSSH client with its options, e.g. "ssh -F FILE -J JUMPHOST"."""
+    clean_up: bool = False
+    """Remove from the device what was copied there."""
+
+
+KINDS = {
+    "local": "efficientllm.devices.local:LocalDevice",
+    "ssh": "efficientllm.devices.ssh:SshDevice",
+    "adb": "efficientllm.devices.adb:AdbDevice",
+}
+"""What --device begins with -> "module:class"."""
+
+
+def open_device(options: DeviceOptions, say: Callable[[str], None]) -> Device:
+    """The device that --device names; UsageError where the name means nothing."""
+    kind, _, _ = options.device.partition(":")
+    if kind not in KINDS:
+        raise UsageError(f"--device {options.device!r}: give local, ssh://USER@HOST[:PORT] or adb[:SERIAL]")
+    module, _, attribute = KINDS[kind].partition(":")
+    return getattr(importlib.import_module(module), attribute)(options, say)
+
+
+def estimated_ram_bytes(artefact: Artefact, options: BenchOptions) -> int:
+    """Weights, caches of 16-bit elements at the measured context, and a process with its buffers (0.2 GB)."""
+    manifest = artefact.manifest
+    heads = sum(manifest.architecture.get("num_key_value_heads", ())) if manifest else 0
+    head_dim = manifest.architecture.get("head_dim", 0) if manifest else 0
+    return artefact.file_bytes + 2 * 2 * options.context * heads * head_dim + 200_000_000

@@ -1,0 +1,261 @@
+"""The one schema of benchmark results: what was asked for, on which device, and what came out."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..runtime.errors import UsageError
+from ..runtime.files import write_json_atomically
+from ..runtime.flags import whole_numbers
+
+SCHEMA_VERSION = 2
+
+
+def _with_tuples(values: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """JSON has lists only."""
+    return values | {name: tuple(values[name]) for name in names if values[name] is not None}
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """measurement"""
+
+    prompt_tokens: tuple[int, ...] = field(default=(128, 512), metadata={"parse": whole_numbers})
+    """Lengths of the timed prefills: pp128, pp512 as llama-bench names them."""
+    decode_tokens: tuple[int, ...] = field(default=(64, 128), metadata={"parse": whole_numbers})
+    """Tokens decoded one by one from an empty context: tg64, tg128."""
+    depths: tuple[int, ...] = field(default=(512,), metadata={"parse": whole_numbers})
+    """Contexts already filled when the shortest decode is timed again: tg64@d512; 0: none."""
+    repetitions: int = 3
+    """Timed repetitions per process, after one that warms up."""
+    rounds: int = 3
+    """Processes per artefact; artefacts take turns, so that drift of the machine hits all alike."""
+    threads: int = 0
+    """CPU threads; 0: all cores."""
+    max_temp: float = 0.0
+    """Degrees Celsius the device must have cooled to before each process; 0: do not wait."""
+    cool_down_minutes: float = 15.0
+    """Longest wait for that."""
+
+    def __post_init__(self) -> None:
+        for name in ("prompt_tokens", "decode_tokens", "repetitions", "rounds"):
+            value = getattr(self, name)
+            values = value if isinstance(value, tuple) else (value,)
+            if not values or min(values) < 1:
+                text = ",".join(str(item) for item in values)
+                raise ValueError(f"--{name.replace('_', '-')} {text}: must be positive")
+        if min(self.depths, default=0) < 0:
+            raise ValueError(f"--depths {','.join(map(str, self.depths))}: must not be negative")
+        for name in ("threads", "max_temp", "cool_down_minutes"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must not be negative")
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> BenchOptions:
+        return cls(**_with_tuples(values, ("prompt_tokens", "decode_tokens", "depths")))
+
+    @property
+    def context(self) -> int:
+        """Tokens of context that the longest test needs."""
+        decode = min(self.decode_tokens) + max(self.depths, default=0)
+        return max(*self.prompt_tokens, max(self.decode_tokens) + 1, decode) + 1
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One quantity over all repetitions."""
+
+    median: float
+    low: float
+    """First quartile."""
+    high: float
+    """Third quartile."""
+    n: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Figure:
+        if len(values) == 1:
+            return cls(values[0], values[0], values[0], 1)
+        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+        return cls(median, low, high, len(values))
+
+
+@dataclass(frozen=True)
+class DeviceInfo:
+    """The machine that ran the artefacts."""
+
+    name: str
+    """As it was given to --device."""
+    system: str
+    """Operating system and release."""
+    machine: str
+    """Instruction set: x86_64, aarch64, ..."""
+    cpu: str
+    cores: int
+    ram_bytes: int
+    """0 where the device does not tell."""
+    board: str = ""
+    """Model of the board or phone."""
+    known: dict[str, Any] = field(default_factory=dict)
+    """Entry of the table of known devices: SoC, cores, RAM."""
+    emulated: bool = False
+    """Whether the code ran under an emulator: then no figure says anything about the device."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one process measured; lists have one entry per repetition."""
+
+    speeds: dict[str, list[float]]
+    """Tokens per second by test: pp128, tg64, tg64@d512, ..."""
+    engine_version: str = ""
+    threads: int = 0
+    load_ms: float | None = None
+    time_to_first_token_ms: list[float] = field(default_factory=list)
+    """From the first test's prompt to its first token."""
+    peak_rss_bytes: int = 0
+    """Weights are read, not mapped, so that they are counted once."""
+    rss_anon_bytes: int = 0
+    """Allocations at the end; 0 where the system does not say."""
+    rss_file_bytes: int = 0
+    """Mapped files at the end (libraries)."""
+    baseline_rss_bytes: int = 0
+    """Resident memory of Python and its libraries before the model was loaded."""
+    kv_cache_bytes: int = 0
+    """Key/value caches at the context measured; 0 where the file does not tell."""
+    temperature_celsius: tuple[float, float] | None = None
+    """Before the first repetition and after the last."""
+    clock_mhz: tuple[float, float] | None = None
+    """Mean over the cores under load: after warming up and after the last repetition."""
+    joules_per_token: list[float] = field(default_factory=list)
+    """Of the whole package, system on chip or battery, over the longest decode."""
+    skipped: dict[str, str] = field(default_factory=dict)
+    """Tests that do not fit the artefact, with the reason."""
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Measurement:
+        return cls(**_with_tuples(values, ("temperature_celsius", "clock_mhz")))
+
+
+@dataclass(frozen=True)
+class Result:
+    """Figures of one artefact over all processes."""
+
+    artefact: str
+    sha256: str
+    """Of the model file, or of the list of files with their hashes where there are several."""
+    engine: str
+    engine_version: str
+    threads: int
+    file_bytes: int
+    manifest: dict[str, Any]
+    """Contents of the artefact's manifest; empty for a bare file."""
+    speeds: dict[str, Figure]
+    """Tokens per second by test."""
+    load_ms: Figure | None
+    time_to_first_token_ms: Figure | None
+    peak_rss_bytes: int
+    rss_anon_bytes: int
+    rss_file_bytes: int
+    baseline_rss_bytes: int
+    kv_cache_bytes: int
+    joules_per_token: Figure | None
+    temperature_celsius: tuple[float, float] | None
+    """Before the first process and after the last."""
+    throttled: str
+    """The drop of the clock that was seen, "" where there was none."""
+    skipped: dict[str, str]
+
+    @property
+    def name(self) -> str:
+        return Path(self.artefact).name
+
+
+THROTTLING_DROP = 0.15
+"""Share of the clock whose loss between warm-up and end is reported."""
+
+
+def summarise(
+    artefact: str, sha256: str, engine: str, file_bytes: int, manifest: dict[str, Any], runs: Sequence[Measurement]
+) -> Result:
+    """Pool the repetitions of all processes; memory is that of the process with the largest peak."""
+
+    def pooled(lists: Sequence[list[float]]) -> Figure | None:
+        values = [value for items in lists for value in items]
+        return Figure.of(values) if values else None
+
+    tests = list(dict.fromkeys(test for run in runs for test in run.speeds))
+    speeds = {test: pooled([run.speeds.get(test, []) for run in runs]) for test in tests}
+    largest = max(runs, key=lambda run: run.peak_rss_bytes)
+    temperatures = [run.temperature_celsius for run in runs if run.temperature_celsius]
+    drops = [
+        run.clock_mhz for run in runs if run.clock_mhz and run.clock_mhz[1] < (1 - THROTTLING_DROP) * run.clock_mhz[0]
+    ]
+    worst = min(drops, key=lambda pair: pair[1] / pair[0], default=None)
+    return Result(
+        artefact=artefact,
+        sha256=sha256,
+        engine=engine,
+        engine_version=runs[0].engine_version,
+        threads=runs[0].threads,
+        file_bytes=file_bytes,
+        manifest=manifest,
+        speeds={test: figure for test, figure in speeds.items() if figure},
+        load_ms=pooled([[run.load_ms] for run in runs if run.load_ms is not None]),
+        time_to_first_token_ms=pooled([run.time_to_first_token_ms for run in runs]),
+        peak_rss_bytes=largest.peak_rss_bytes,
+        rss_anon_bytes=largest.rss_anon_bytes,
+        rss_file_bytes=largest.rss_file_bytes,
+        baseline_rss_bytes=max(run.baseline_rss_bytes for run in runs),
+        kv_cache_bytes=largest.kv_cache_bytes,
+        joules_per_token=pooled([run.joules_per_token for run in runs]),
+        temperature_celsius=(temperatures[0][0], temperatures[-1][1]) if temperatures else None,
+        throttled=f"clock fell from {worst[0]:.0f} to {worst[1]:.0f} MHz" if worst else "",
+        skipped={name: reason for run in runs for name, reason in run.skipped.items()},
+    )
+
+
+@dataclass(frozen=True)
+class Run:
+    """One call of efficientllm-bench: the contents of its JSON file."""
+
+    device: DeviceInfo
+    options: BenchOptions
+    results: list[Result]
+    schema_version: int = SCHEMA_VERSION
+
+    def write(self, path: Path) -> None:
+        write_json_atomically(path, asdict(self))
+
+    @classmethod
+    def read(cls, path: Path) -> Run:
+        """Read what --json wrote; UsageError where the file is missing or something else."""
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise UsageError(f"{path} does not exist; give a file written by efficientllm-bench --json") from error
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{path} cannot be read as JSON: {error}") from error
+        if not isinstance(values, dict) or values.get("schema_version") != SCHEMA_VERSION:
+            raise UsageError(f"{path} is not a result of efficientllm-bench of schema {SCHEMA_VERSION}; measure again")
+        try:
+            return cls(
+                DeviceInfo(**values["device"]),
+                BenchOptions.from_json(values["options"]),
+                [_result(entry) for entry in values["results"]],
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise UsageError(f"{path} is damaged ({error}); measure again") from error
+
+
+def _result(values: dict[str, Any]) -> Result:
+    read: dict[str, Any] = _with_tuples(values, ("temperature_celsius",))
+    for name in ("load_ms", "time_to_first_token_ms", "joules_per_token"):
+        read[name] = Figure(**values[name]) if values[name] else None
+    read["speeds"] = {test: Figure(**entry) for test, entry in values["speeds"].items()}
+    return Result(**read)

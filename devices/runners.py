@@ -1,0 +1,116 @@
+"""Programs that measure a model on a phone: how they are called and how their output is read."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Protocol
+
+from ..runtime.errors import DeviceError
+from .device import Artefact
+from .results import BenchOptions
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """Figures of one call."""
+
+    speeds: dict[str, list[float]]
+    """Tokens per second by test, one entry per repetition."""
+    version: str = ""
+    threads: int = 0
+
+
+class Runner(Protocol):
+    name: str
+    origin: str
+    """Where the program comes from, as a hint."""
+
+    def commands(
+        self, artefact: Artefact, options: BenchOptions, context: int
+    ) -> tuple[list[list[str]], dict[str, str]]:
+        """Arguments of every call, and tests left out with the reason."""
+        ...
+
+    def parse(self, output: str) -> Parsed:
+        """DeviceError where the output is not the program's."""
+        ...
+
+
+class LlamaBench:
+    """llama.cpp's llama-bench."""
+
+    name = "llama-bench"
+    origin = "build it with `make android-runner`"
+
+    def commands(
+        self, artefact: Artefact, options: BenchOptions, context: int
+    ) -> tuple[list[list[str]], dict[str, str]]:
+        model = artefact.manifest.model_file if artefact.manifest else artefact.path.name
+        # weights are read, not mapped, as on other devices; llama-bench warms up by itself
+        common = ["-m", model, "-r", str(options.repetitions), "-o", "json", "-mmp", "0"]
+        common += ["-t", str(options.threads)] if options.threads else []
+        prompts, decodes = (",".join(map(str, values)) for values in (options.prompt_tokens, options.decode_tokens))
+        calls = [[*common, "-p", prompts, "-n", decodes]]
+        depths = [str(depth) for depth in options.depths if depth]
+        if depths:
+            calls.append([*common, "-p", "0", "-n", str(min(options.decode_tokens)), "-d", ",".join(depths)])
+        return calls, {}
+
+    def parse(self, output: str) -> Parsed:
+        try:
+            entries = json.loads(output)
+            speeds = {_test(entry): [float(value) for value in entry["samples_ts"]] for entry in entries}
+            return Parsed(speeds, f"llama.cpp {entries[0]['build_commit']}", int(entries[0]["n_threads"]))
+        except (ValueError, KeyError, IndexError, TypeError) as error:
+            raise DeviceError(f"llama-bench printed no result: {output[-200:].strip() or 'nothing'}") from error
+
+
+def _test(entry: dict[str, int]) -> str:
+    name = f"pp{entry['n_prompt']}" if entry["n_prompt"] else f"tg{entry['n_gen']}"
+    return f"{name}@d{entry['n_depth']}" if entry.get("n_depth") else name
+
+
+class LlamaMain:
+    """ExecuTorch's llama_main, which the user builds: it times one prompt and its answer."""
+
+    name = "llama_main"
+    origin = "build llama_main for Android from ExecuTorch's examples/models/llama"
+
+    def commands(
+        self, artefact: Artefact, options: BenchOptions, context: int
+    ) -> tuple[list[list[str]], dict[str, str]]:
+        if artefact.manifest is None:
+            raise DeviceError(f"{artefact.path}: llama_main needs the tokenizer too; give the artefact's folder")
+        common = ["--model_path", artefact.manifest.model_file, "--tokenizer_path", "tokenizer.json"]
+        common += ["--temperature", "0", "--warmup"]
+        common += ["--cpu_threads", str(options.threads)] if options.threads else []
+        calls, skipped = [], {}
+        answer = max(options.decode_tokens)
+        for prompt in options.prompt_tokens:
+            if prompt + answer > context:
+                skipped[f"pp{prompt}"] = f"needs a context of {prompt + answer} tokens, the artefact holds {context}"
+                continue
+            # " a" is one token of the usual tokenizers; the program counts what it really read and wrote
+            call = [*common, "--prompt", " a" * prompt, "--seq_len", str(prompt + answer)]
+            calls += [call] * options.repetitions
+        return calls, skipped
+
+    def parse(self, output: str) -> Parsed:
+        found = re.search(r"PyTorchObserver (\{.*\})", output)
+        if found is None:
+            raise DeviceError(f"llama_main printed no PyTorchObserver line: {output[-200:].strip() or 'nothing'}")
+        times = json.loads(found[1])
+        prompt, answer = times["prompt_tokens"], times["generated_tokens"]
+        prefill_ms = times["prompt_eval_end_ms"] - times["inference_start_ms"]
+        decode_ms = times["inference_end_ms"] - times["prompt_eval_end_ms"]
+        if min(prompt, answer, prefill_ms, decode_ms) <= 0:
+            raise DeviceError(f"llama_main measured nothing: {found[1]}")
+        return Parsed(
+            {f"pp{prompt}": [1000 * prompt / prefill_ms], f"tg{answer}@d{prompt}": [1000 * answer / decode_ms]}
+        )
+
+
+RUNNERS: dict[str, Runner] = {"llama.cpp": LlamaBench(), "executorch": LlamaMain()}
+"""Engine -> the program that stands for it on a phone."""

@@ -1,0 +1,156 @@
+"""Temperature, clock and energy, where a Linux or Android device tells them.
+
+Everything is read through `Shell`, so that the same code looks at this machine and, over adb, at a phone.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+SAMPLE_SECONDS = 0.5
+"""Between two readings of a power that has no counter."""
+
+
+class Shell(Protocol):
+    """How a device is looked at."""
+
+    def read(self, pattern: str) -> list[str]:
+        """Contents of the readable files that match an absolute glob pattern, sorted by name."""
+        ...
+
+    def run(self, command: Sequence[str]) -> str | None:
+        """Standard output, None where the command is missing or fails."""
+        ...
+
+
+class LocalShell:
+    """This machine; `root` stands in for / in tests."""
+
+    def __init__(self, root: Path = Path("/")) -> None:
+        self._root = root
+
+    def read(self, pattern: str) -> list[str]:
+        contents = []
+        for path in sorted(self._root.glob(pattern.lstrip("/"))):
+            try:
+                contents.append(path.read_text(encoding="utf-8", errors="replace").strip("\0\n "))
+            except OSError:  # RAPL counters are for root on many systems
+                continue
+        return contents
+
+    def run(self, command: Sequence[str]) -> str | None:
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout if done.returncode == 0 else None
+
+
+def _numbers(texts: Sequence[str]) -> list[float]:
+    return [float(text) for text in texts if re.fullmatch(r"-?\d+(\.\d+)?", text)]
+
+
+def both(before: float | None, after: float | None) -> tuple[float, float] | None:
+    """A reading before and after; None where either is missing."""
+    return None if before is None or after is None else (before, after)
+
+
+def temperature_celsius(shell: Shell) -> float | None:
+    """The hottest plausible thermal zone: sysfs counts millidegrees."""
+    degrees = [value / 1000 for value in _numbers(shell.read("/sys/class/thermal/thermal_zone*/temp"))]
+    plausible = [value for value in degrees if 0 < value < 150]
+    return max(plausible, default=None)
+
+
+def battery_celsius(shell: Shell) -> float | None:
+    """An Android battery's temperature, which is how warm the phone feels: tenths of a degree."""
+    values = _numbers(shell.read("/sys/class/power_supply/battery/temp"))
+    return values[0] / 10 if values else None
+
+
+def clock_mhz(shell: Shell) -> float | None:
+    """Mean clock of the cores now."""
+    kilohertz = _numbers(shell.read("/sys/devices/system/cpu/cpu[0-9]*/cpufreq/scaling_cur_freq"))
+    if kilohertz:
+        return sum(kilohertz) / len(kilohertz) / 1000
+    megahertz = _numbers(re.findall(r"^cpu MHz\s*:\s*([\d.]+)$", "\n".join(shell.read("/proc/cpuinfo")), re.MULTILINE))
+    return sum(megahertz) / len(megahertz) if megahertz else None
+
+
+def rapl_joules(shell: Shell) -> list[tuple[float, float]]:
+    """(counter, its range) of every processor package."""
+    counters = _numbers(shell.read("/sys/class/powercap/intel-rapl:[0-9]/energy_uj"))
+    ranges = _numbers(shell.read("/sys/class/powercap/intel-rapl:[0-9]/max_energy_range_uj"))
+    if len(counters) != len(ranges):
+        return []
+    return [(counter / 1e6, size / 1e6) for counter, size in zip(counters, ranges, strict=True)]
+
+
+def pmic_watts(text: str) -> float | None:
+    """Power of a Raspberry Pi 5 from `vcgencmd pmic_read_adc`: sum over the rails of current times voltage."""
+    rails: dict[str, dict[str, float]] = {}
+    for name, kind, value in re.findall(r"(\w+)_([AV])\s+(?:current|volt)\(\d+\)=([\d.]+)", text):
+        rails.setdefault(name, {})[kind] = float(value)
+    powers = [rail["A"] * rail["V"] for rail in rails.values() if len(rail) == 2]
+    return sum(powers) if powers else None
+
+
+def battery_watts(shell: Shell) -> float | None:
+    """Power drawn from an Android battery: microamperes times microvolts; None while it charges or hides them."""
+    status = shell.read("/sys/class/power_supply/battery/status")
+    current = _numbers(shell.read("/sys/class/power_supply/battery/current_now"))
+    voltage = _numbers(shell.read("/sys/class/power_supply/battery/voltage_now"))
+    if not current or not voltage or status != ["Discharging"]:
+        return None
+    return abs(current[0]) * voltage[0] / 1e12
+
+
+def power_watts(shell: Shell) -> float | None:
+    """Power now, from the sources that have no counter."""
+    text = shell.run(["vcgencmd", "pmic_read_adc"])
+    return (pmic_watts(text) if text else None) or battery_watts(shell)
+
+
+class Energy:
+    """Energy of a block: `joules` is None where the device has no meter."""
+
+    joules: float | None = None
+
+
+@contextmanager
+def energy_meter(shell: Shell, seconds: Callable[[], float]) -> Iterator[Energy]:
+    """Measure the block's energy with RAPL's counters, else by sampling the power; `seconds` is a monotonic clock."""
+    energy = Energy()
+    before = rapl_joules(shell)
+    if before:
+        yield energy
+        after = rapl_joules(shell)
+        # a counter that wrapped ends below where it began
+        energy.joules = sum((end - begin) % size for (begin, size), (end, _) in zip(before, after, strict=True))
+        return
+    first = power_watts(shell)
+    if first is None:
+        yield energy
+        return
+    watts, stop, began = [first], threading.Event(), seconds()
+
+    def sample() -> None:
+        while not stop.wait(SAMPLE_SECONDS):
+            value = power_watts(shell)
+            if value is not None:
+                watts.append(value)
+
+    thread = threading.Thread(target=sample, daemon=True)
+    thread.start()
+    try:
+        yield energy
+    finally:
+        stop.set()
+        thread.join()
+    energy.joules = sum(watts) / len(watts) * (seconds() - began)
