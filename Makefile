@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 OUT := build/quickstart
 QUESTION := What is the capital of France?
 
-.PHONY: install quickstart test lint clean
+.PHONY: install quickstart android-runner test lint clean
 
 install: $(VENV)/.installed
 
@@ -23,6 +23,10 @@ quickstart: install
 	$(BIN)/efficientllm-export $(OUT)/run --target gguf --quantize q8_0 --output $(OUT)/pruned --overwrite
 	$(BIN)/efficientllm-chat $(OUT)/pruned "$(QUESTION)"
 	$(BIN)/efficientllm-bench $(OUT)/source $(OUT)/pruned --json $(OUT)/bench.json
+
+# The program that efficientllm-bench --device adb pushes to a phone.
+android-runner: install
+	devices/build_android_runner.sh $(BIN)/python build/android-runner
 
 test: install
 	$(BIN)/python -m pytest

@@ -27,6 +27,7 @@ ELF_MACHINES = {"arm64-v8a": 183, "x86_64": 62}
 """Android's name of an instruction set -> e_machine of its ELF files."""
 STATES = {
     "unauthorized": "unlock the phone and accept this computer's key",
+    "authorizing": "unlock the phone and accept this computer's key",
     "offline": "unplug the phone, or run: adb reconnect",
     "no permissions": "add a udev rule for the phone (apt install android-sdk-platform-tools-common)",
     "recovery": "restart the phone into Android",

@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
+from ..runtime.command import run_command
 from ..runtime.engine import Engine, EngineOptions, engine_version, load
 from ..runtime.memory import memory_bytes
 from .results import BenchOptions, Measurement
@@ -143,9 +145,10 @@ def measure(request: Request) -> Measurement:
     )
 
 
-def main(argument: str) -> None:
-    print(json.dumps(asdict(measure(Request(**json.loads(argument))))))
+def body(argv: Sequence[str]) -> int:
+    print(json.dumps(asdict(measure(Request(**json.loads(argv[0]))))))
+    return 0
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    sys.exit(run_command(body))

@@ -83,7 +83,7 @@ def write_gguf(shape: Shape, weight_type: WeightType, path: Path) -> None:
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("default")
     writer.add_token_list([f"<{index}>" for index in range(VOCAB_SIZE)])
-    writer.add_token_merges([])
+    writer.add_token_merges(["< 0"])  # llama.cpp refuses to load none
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(0)
     stored = gguf.GGMLQuantizationType[weight_type.upper()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -114,10 +115,13 @@ class SshDevice:
         return parse_measurement(f"{self._host}: {artefact.path}", answer.code, answer.output, answer.errors)
 
     def close(self) -> None:
-        if self._options.clean_up and self._facts:
-            self._run(f"rm -rf {FOLDER}")
-        run_program([*self._ssh, "-O", "exit", self._host])
-        self._sockets.cleanup()
+        try:
+            if self._options.clean_up and self._facts:
+                self._run(f"rm -rf {FOLDER}")
+        finally:
+            with contextlib.suppress(DeviceError):  # without ssh there is no connection to end
+                run_program([*self._ssh, "-O", "exit", self._host])
+            self._sockets.cleanup()
 
     def _run(self, line: str, stdin: int = subprocess.DEVNULL) -> Answer:
         """Run a line of shell in the home folder; DeviceError where the board cannot be reached (any more)."""

@@ -1,18 +1,66 @@
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from tiny import tiny_architecture
 
-from efficientllm.devices import cli
-from efficientllm.devices.local import Figure
+from efficientllm.devices import cli, latency_model
+from efficientllm.devices import compare as comparison
+from efficientllm.devices.bench import bench, cool_down
+from efficientllm.devices.boards import look_up
+from efficientllm.devices.device import Artefact
+from efficientllm.devices.results import BenchOptions, DeviceInfo, Figure, Measurement, Run, summarise
+from efficientllm.devices.shapes import SHAPES, Shape, write_gguf
 from efficientllm.export import cli as export_cli
 from efficientllm.runtime.command import run_command
+from efficientllm.runtime.engine import EngineOptions, load
+from efficientllm.runtime.errors import DeviceError
 
-QUICK = ["--prompt-tokens", "16", "--decode-tokens", "4", "--repetitions", "2", "--rounds", "2", "--threads", "1"]
+TESTS = ["--prompt-tokens", "16,24", "--decode-tokens", "4,8", "--depths", "20"]
+QUICK = [*TESTS, "--repetitions", "2", "--rounds", "2", "--threads", "1"]
+NAMES = ["pp16", "pp24", "tg4", "tg8", "tg4@d20"]
+LAPTOP = DeviceInfo("local", "Linux 6", "x86_64", "a CPU", 2, 8_000_000_000)
+
+
+class FakeDevice:
+    """Gives measurements made up by the test, and drops out where it is told to."""
+
+    def __init__(self, *measurements: Measurement | None) -> None:
+        self.measurements, self.temperatures = list(measurements), [50.0, 40.0, 36.0]
+
+    def describe(self) -> DeviceInfo:
+        return LAPTOP
+
+    def prepare(self, artefacts: list[Artefact], options: BenchOptions) -> None:
+        pass
+
+    def temperature_celsius(self) -> float | None:
+        return self.temperatures.pop(0) if self.temperatures else None
+
+    def measure(self, artefact: Artefact, options: BenchOptions) -> Measurement:
+        measurement = self.measurements.pop(0)
+        if measurement is None:
+            raise DeviceError("gone")
+        return measurement
+
+    def close(self) -> None:
+        pass
+
+
+def speed(value: float, **more: Any) -> Measurement:
+    return Measurement({"tg4": [value, value + 1, value + 2]}, peak_rss_bytes=1000, **more)
+
+
+def run_of(*values: float, name: str = "model", device: DeviceInfo = LAPTOP, size: int = 100) -> Run:
+    result = summarise(name, "0" * 64, "llama.cpp", size, {}, [speed(value) for value in values])
+    return Run(device, BenchOptions(), [result])
 
 
 def test_measures_artefacts_and_bare_files(
@@ -28,22 +76,53 @@ def test_measures_artefacts_and_bare_files(
     (checkpoint / "training.json").write_text(json.dumps(training))
     arguments = [str(checkpoint), "--target", "gguf", "--quantize", "q8_0", "--output", str(output)]
     assert run_command(export_cli.body, arguments) == 0
-    bare = output / "model.gguf"
-    assert run_command(cli.body, [str(output), str(bare), *QUICK, "--json", str(tmp_path / "bench.json")]) == 0
+    bare, saved, page = output / "model.gguf", tmp_path / "bench.json", tmp_path / "bench.html"
+    assert run_command(cli.body, [str(output), str(bare), *QUICK, "--json", str(saved), "--html", str(page)]) == 0
     printed = capsys.readouterr()
     assert "held-out perplexity (64 tokens): source 10.00, after pruning 20.00, final 12.50" in printed.out
     rounds = [line for line in printed.err.splitlines() if line.startswith("round")]
     assert rounds == [f"round {turn}/2: {name}" for turn in (1, 2) for name in (output, bare)]  # they take turns
-    results = json.loads((tmp_path / "bench.json").read_text())["results"]
+    values = json.loads(saved.read_text())
+    assert values["device"]["cores"] > 0
+    assert values["device"]["ram_bytes"] > 1e9
+    results = values["results"]
     for result in results:
-        assert result["prefill_tokens_per_second"]["n"] == 4
-        assert result["decode_tokens_per_second"]["low"] <= result["decode_tokens_per_second"]["median"]
+        assert list(result["speeds"]) == NAMES
+        assert all(figure["n"] == 4 for figure in result["speeds"].values())
+        assert result["speeds"]["tg8"]["low"] <= result["speeds"]["tg8"]["median"]
+        assert result["time_to_first_token_ms"]["median"] == pytest.approx(
+            16000 / result["speeds"]["pp16"]["median"], rel=0.5
+        )
         assert result["peak_rss_bytes"] > result["baseline_rss_bytes"] > 10_000_000
         assert result["peak_rss_bytes"] >= result["rss_anon_bytes"] > 0
+        assert result["kv_cache_bytes"] > 0
+        assert re.match(r"llama-cpp-python \d", result["engine_version"])
     assert results[0]["file_bytes"] == bare.stat().st_size
+    assert results[0]["sha256"] != results[1]["sha256"]
     assert results[1]["manifest"] == {}
+    assert Run.read(saved).results[0].speeds["tg8"].n == 4
+    text = page.read_text()
+    assert text.count("<svg") == 3
+    for name in (*NAMES, "local", "Peak memory"):
+        assert name in text
+    assert not re.search(r"""(src|href)\s*=\s*["']https?:|@import|url\(["']?http""", text)  # self-contained
     assert run_command(cli.body, [str(output), *QUICK, "--markdown"]) == 0
-    assert capsys.readouterr().out.startswith("| artefact | parameters |")
+    assert capsys.readouterr().out.startswith(
+        "| artefact | parameters | quant | on disk | pp16 t/s | pp24 t/s | tg4 t/s"
+    )
+
+
+def test_tests_that_do_not_fit_are_left_out(artefact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = json.loads((artefact / "manifest.json").read_text())
+    short = tmp_path / "short"
+    short.mkdir()
+    for name in manifest["files"]:
+        (short / name).symlink_to(artefact / name)
+    (short / "manifest.json").write_text(json.dumps(manifest | {"context_length": 18}))
+    assert run_command(cli.body, [str(short), *QUICK, "--markdown"]) == 0
+    printed = capsys.readouterr().out
+    assert "pp16 t/s" in printed
+    assert "short: pp24 left out: needs a context of 24 tokens, the artefact holds 18" in printed
 
 
 def test_figures_are_quartiles() -> None:
@@ -51,11 +130,126 @@ def test_figures_are_quartiles() -> None:
     assert Figure.of([7.0]) == Figure(7.0, 7.0, 7.0, 1)
 
 
+def test_throttling_is_reported() -> None:
+    runs = [speed(10, clock_mhz=(2000.0, 1900.0), temperature_celsius=(40.0, 60.0))]
+    assert summarise("m", "", "", 1, {}, runs).throttled == ""
+    runs.append(speed(10, clock_mhz=(2000.0, 1600.0), temperature_celsius=(60.0, 80.0)))
+    result = summarise("m", "", "", 1, {}, runs)
+    assert result.throttled == "clock fell from 2000 to 1600 MHz"
+    assert result.temperature_celsius == (40.0, 80.0)
+
+
+def test_waits_for_a_cool_device() -> None:
+    said: list[str] = []
+    slept: list[float] = []
+    options = BenchOptions(max_temp=37.0, cool_down_minutes=1.0)
+    cool_down(FakeDevice(), options, said.append, slept.append)
+    assert slept == [5.0, 5.0]
+    assert said == ["waiting for the device to cool from 50.0 to 37 C"]
+    hot = FakeDevice()
+    hot.temperatures = [50.0] * 100
+    cool_down(hot, options, said.append, slept.append)
+    assert sum(slept[2:]) == 60.0
+    assert said[-1] == "still at 50.0 C after 1 minutes; measuring nevertheless"
+
+
+def test_an_interrupted_run_goes_on(artefact: Path, tmp_path: Path) -> None:
+    output, options = tmp_path / "bench.json", BenchOptions(rounds=3)
+    artefacts = [Artefact.open(artefact)]
+    with pytest.raises(DeviceError, match="gone"):
+        bench(FakeDevice(speed(1), speed(2), None), artefacts, options, lambda line: None, output)
+    assert not output.exists()
+    said: list[str] = []
+    run = bench(FakeDevice(speed(3)), artefacts, options, said.append, output)
+    assert [("before" in line) for line in said] == [True, True, False]
+    assert run.results[0].speeds["tg4"].n == 9
+    assert [path.name for path in tmp_path.iterdir()] == ["bench.json"]
+    other = dataclasses.replace(options, threads=1)  # another question: nothing of the journal counts
+    with pytest.raises(DeviceError):
+        bench(FakeDevice(speed(1), None), artefacts, options, lambda line: None, output)
+    bench(FakeDevice(speed(1), speed(2), speed(3)), artefacts, other, said.append, output)
+    assert "before" not in "".join(said[3:])
+
+
+def test_compare_flags_changes_beyond_noise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (same,) = (c for c in comparison.changes(run_of(10), run_of(10.5)) if c.figure == "tg4 t/s")
+    assert same.verdict == "within noise"
+    (slower,) = (c for c in comparison.changes(run_of(10), run_of(5)) if c.figure == "tg4 t/s")
+    assert (slower.verdict, slower.better) == ("SLOWER OR LARGER", False)
+    (smaller,) = (c for c in comparison.changes(run_of(10), run_of(10, size=50)) if c.figure == "file_bytes")
+    assert smaller.verdict == "faster or smaller"
+    old, new = tmp_path / "old.json", tmp_path / "new.json"
+    run_of(10).write(old)
+    run_of(20, device=dataclasses.replace(LAPTOP, cpu="another CPU")).write(new)
+    page = tmp_path / "both.html"
+    assert run_command(cli.body, ["--compare", str(old), str(new), "--html", str(page)]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"model\s+tg4 t/s\s+11\s+21\s+\+90.9 %\s+faster or smaller", printed)
+    assert "note: device cpu differs: a CPU and another CPU" in printed
+    assert "model (run 2)" in page.read_text()
+    run_of(1, name="other").write(new)
+    assert run_command(cli.body, ["--compare", str(old), str(new)]) == 2
+    assert "the runs have no artefact in common: model; other" in capsys.readouterr().err
+    new.write_text('{"schema_version": 1}')
+    assert run_command(cli.body, ["--compare", str(old), str(new)]) == 2
+    assert "is not a result of efficientllm-bench of schema 2; measure again" in capsys.readouterr().err
+
+
+def test_the_latency_model_finds_its_own_coefficients() -> None:
+    truth = np.array([0.4, 0.05, 0.9, 0.7])
+    measured = [latency_model.predict(truth, shape) for shape in SHAPES]
+    assert latency_model.fit(SHAPES, measured) == pytest.approx(truth)
+    # a device whose layers cost nothing beside their weights must not get a negative cost
+    noisy = [ms - 0.06 * shape.num_layers for ms, shape in zip(measured, SHAPES, strict=True)]
+    assert latency_model.fit(SHAPES, noisy).min() >= 0
+
+
+def test_shapes_are_models_that_the_engine_runs(tmp_path: Path) -> None:
+    shape = Shape(128, 3, 1, 96, 2)
+    write_gguf(shape, "q8_0", tmp_path / "shape.gguf")
+    engine = load(tmp_path / "shape.gguf", EngineOptions(threads=1, context=32))
+    assert np.isfinite(engine.prefill([1, 2, 3])).all()
+    engine.close()
+    weights = 2 * (shape.attention_weights + shape.ffn_weights) + 512 * 128
+    assert (tmp_path / "shape.gguf").stat().st_size == pytest.approx(weights * 8.5 / 8, rel=0.15)
+
+
+@pytest.mark.slow
+def test_profile_writes_a_model_of_this_machine(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = tuple(dataclasses.replace(shape, num_layers=shape.num_layers // 4) for shape in SHAPES)
+    monkeypatch.setattr(latency_model, "SHAPES", small)
+    output = tmp_path / "profile.json"
+    command = ["--profile", str(output), "--rounds", "1", "--repetitions", "1", "--threads", "1"]
+    assert run_command(cli.body, command) == 0
+    values = json.loads(output.read_text())
+    assert values["kind"] == "latency_model"
+    assert values["coefficients"]["ffn_ms_per_mweight"] > 0
+    assert len(values["shapes"]) == len(SHAPES)
+    assert all(shape["measured_ms"] > 0 for shape in values["shapes"])
+    assert "error on held-out shapes: median" in capsys.readouterr().out
+
+
+def test_known_boards() -> None:
+    assert look_up("Raspberry Pi 5 Model B Rev 1.0")["soc"] == "Broadcom BCM2712"
+    assert look_up("Raspberry Pi 500 Rev 1.0")["name"] == "Raspberry Pi 500"
+    assert look_up("Google Pixel 8 Pro")["ram"] == "12 GB"
+    assert look_up("KVM") == {}
+
+
 def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_command(cli.body, [str(tmp_path / "nowhere")]) == 2
-    assert "does not exist" in capsys.readouterr().err
-    (tmp_path / "bad.gguf").write_bytes(b"GGUF and then nothing")
-    assert run_command(cli.body, [str(tmp_path / "bad.gguf"), *QUICK]) == 2
-    assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
-    assert run_command(cli.body, [str(tmp_path / "bad.gguf"), "--rounds", "0"]) == 2
-    assert "--rounds 0: must be positive" in capsys.readouterr().err
+    def fails(*command: str) -> str:
+        assert run_command(cli.body, list(command)) == 2
+        return capsys.readouterr().err.splitlines()[-1]
+
+    assert "does not exist" in fails(str(tmp_path / "nowhere"))
+    bad = tmp_path / "bad.gguf"
+    bad.write_bytes(b"GGUF and then nothing")
+    assert fails(str(bad), *QUICK).startswith("error: ")
+    assert "--rounds 0: must be positive" in fails(str(bad), "--rounds", "0")
+    assert "'x' is no comma-separated list of whole numbers" in fails(str(bad), "--prompt-tokens", "x")
+    assert "--prompt-tokens 8,0: must be positive" in fails(str(bad), "--prompt-tokens", "8,0")
+    assert "give at least one artefact" in fails()
+    assert "its folder does not exist" in fails(str(bad), "--html", str(tmp_path / "no/where.html"))
+    assert "--compare reads two result files" in fails(str(bad), "--compare", "a", "b")

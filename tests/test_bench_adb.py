@@ -1,0 +1,175 @@
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import socket
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from adb_daemon import AdbDaemon
+
+from efficientllm.devices import cli
+from efficientllm.devices.adb import find_serial
+from efficientllm.devices.results import BenchOptions
+from efficientllm.devices.runners import LlamaBench, LlamaMain
+from efficientllm.runtime.command import run_command
+from efficientllm.runtime.errors import DeviceError
+
+RUNNER = Path(__file__).parents[1] / "build/android-runner/llama-bench"
+QUICK = ["--prompt-tokens", "16", "--decode-tokens", "4,8", "--depths", "16", "--repetitions", "2", "--rounds", "1"]
+pytestmark = pytest.mark.skipif(shutil.which("adb") is None, reason="adb is not installed (apt install adb)")
+
+
+@pytest.fixture(scope="module")
+def adb_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """An adb server of the tests' own, with its own keys."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    patch = pytest.MonkeyPatch()
+    patch.setenv("ANDROID_ADB_SERVER_PORT", str(port))
+    patch.setenv("ANDROID_USER_HOME", str(tmp_path_factory.mktemp("android")))
+    subprocess.run(["adb", "start-server"], check=True, capture_output=True)
+    yield
+    subprocess.run(["adb", "kill-server"], check=False, capture_output=True)
+    patch.undo()
+
+
+@pytest.fixture
+def connect(adb_server: None, tmp_path: Path) -> Iterator[Callable[..., tuple[AdbDaemon, str]]]:
+    """Start a phone and connect the adb server to it: (daemon, serial)."""
+    daemons = []
+
+    def start(**settings: object) -> tuple[AdbDaemon, str]:
+        daemon = AdbDaemon(tmp_path / f"phone{len(daemons)}", **settings)  # type: ignore[arg-type]
+        daemons.append(daemon)
+        serial = f"127.0.0.1:{daemon.port}"
+        subprocess.run(["adb", "connect", serial], check=True, capture_output=True)
+        return daemon, serial
+
+    yield start
+    for daemon in daemons:
+        subprocess.run(["adb", "disconnect", f"127.0.0.1:{daemon.port}"], check=False, capture_output=True)
+        daemon.close()
+
+
+@pytest.fixture
+def runner() -> Path:
+    if not RUNNER.is_file():
+        pytest.skip("the phone's runner is not built (make android-runner)")
+    if shutil.which("qemu-aarch64-static") is None:
+        pytest.skip("qemu-user-static is not installed (apt install qemu-user-static)")
+    return RUNNER
+
+
+@pytest.mark.slow
+def test_a_phone_runs_the_real_runner(
+    connect: Callable[..., tuple[AdbDaemon, str]],
+    artefact: Path,
+    runner: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    daemon, serial = connect()
+    command = [str(artefact), "--device", f"adb:{serial}", "--runner", str(runner), *QUICK, "--threads", "1"]
+    assert run_command(cli.body, [*command, "--json", str(tmp_path / "phone.json")]) == 0
+    printed = capsys.readouterr()
+    run = json.loads((tmp_path / "phone.json").read_text())
+    assert run["device"]["board"] == "Google Pixel 8"
+    assert run["device"]["known"]["soc"] == "Google Tensor G3"
+    assert run["device"]["machine"] == "arm64-v8a"
+    assert run["device"]["emulated"]
+    assert "EMULATED, no figure here is the device's." in printed.out
+    (result,) = run["results"]
+    assert set(result["speeds"]) == {"pp16", "tg4", "tg8", "tg4@d16"}
+    assert all(figure["n"] == 2 and figure["median"] > 0 for figure in result["speeds"].values())
+    assert result["engine_version"].startswith("llama.cpp ")
+    assert result["peak_rss_bytes"] > 1_000_000
+    assert result["kv_cache_bytes"] > 0
+    assert result["threads"] == 1
+    pushed = len(daemon.pushed)
+    assert not list(daemon.root.rglob("*.part"))
+    assert run_command(cli.body, [*command, "--clean-up"]) == 0  # nothing is pushed twice
+    assert len(daemon.pushed) == pushed
+    assert "pushing" not in capsys.readouterr().err
+    assert not (daemon.root / "efficientllm").exists()
+
+
+def test_a_damaged_push_leaves_nothing(
+    connect: Callable[..., tuple[AdbDaemon, str]], artefact: Path, runner: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    daemon, serial = connect()
+    daemon.corrupt_next = True
+    assert run_command(cli.body, [str(artefact), "--device", f"adb:{serial}", "--runner", str(runner), *QUICK]) == 2
+    assert "llama-bench arrived damaged" in capsys.readouterr().err.splitlines()[-1]
+    assert not [path for path in (daemon.root / "efficientllm").rglob("*") if path.is_file()]
+
+
+def test_bad_phones_are_one_line(
+    connect: Callable[..., tuple[AdbDaemon, str]],
+    artefact: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fails(device: str, *more: str) -> str:
+        assert run_command(cli.body, [str(artefact), "--device", device, *QUICK, *more]) == 2
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1
+        return lines[0]
+
+    assert "adb sees no device: connect the phone" in fails("adb")
+    _, locked = connect(authorised=False)
+    assert re.search(rf"{locked} is (unauthorized|authorizing): unlock the phone", fails(f"adb:{locked}"))
+    _, first = connect()
+    daemon, second = connect()
+    message = fails("adb")
+    assert all(f"--device adb:{serial}" in message for serial in (locked, first, second))
+    assert "adb knows no device other" in fails("adb:other")
+    assert "make android-runner" in fails(f"adb:{first}", "--runner", str(tmp_path / "missing"))
+    assert "is no Linux or Android program" in fails(f"adb:{first}", "--runner", __file__)
+    assert "is built for another processor" in fails(f"adb:{first}", "--runner", shutil.which("adb") or "")
+    _, watch = connect(**{"ro.product.cpu.abi": "armeabi-v7a"})
+    assert "armeabi-v7a" in fails(f"adb:{watch}", "--runner", shutil.which("adb") or "")
+    full = daemon.root / ".bin/df"
+    full.write_text(
+        "#!/bin/sh\necho 'Filesystem 1K-blocks Used Available Use% Mounted on'\necho 'x 9 9 3 100% /data'\n"
+    )
+    full.chmod(0o755)
+    elf = tmp_path / "elf"
+    elf.write_bytes(b"\x7fELF" + bytes(14) + (183).to_bytes(2, "little"))
+    assert "of free disk, the artefacts need" in fails(f"adb:{second}", "--runner", str(elf))
+    assert not (daemon.root / "efficientllm").exists()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "adb is not installed or not on the PATH" in fails("adb")
+
+
+def test_states_of_adb_devices() -> None:
+    head = "List of devices attached\n"
+    assert find_serial(head + "R5CT 	device usb:1-1 product:x model:y\n", "") == "R5CT"
+    for state, advice in (("offline", "adb reconnect"), ("no permissions (missing udev rules?)", "udev rule")):
+        with pytest.raises(DeviceError, match=advice):
+            find_serial(f"{head}R5CT	{state}; see [http://x]\n", "")
+    assert find_serial(f"{head}a	device\nb	offline\n", "a") == "a"
+
+
+def test_executorch_runner_figures() -> None:
+    line = (
+        'I 00:00:01 stats.h:108]\nPyTorchObserver {"prompt_tokens":128,"generated_tokens":63,"model_load_start_ms":0,'
+        '"model_load_end_ms":100,"inference_start_ms":100,"inference_end_ms":900,"prompt_eval_end_ms":228,'
+        '"first_token_ms":230,"aggregate_sampling_time_ms":3,"SCALING_FACTOR_UNITS_PER_SECOND":1000}'
+    )
+    assert LlamaMain().parse(line).speeds == {"pp128": [1000.0], "tg63@d128": [pytest.approx(93.75)]}
+    with pytest.raises(DeviceError, match="no PyTorchObserver"):
+        LlamaMain().parse("Segmentation fault")
+    with pytest.raises(DeviceError, match="llama-bench printed no result: oops"):
+        LlamaBench().parse("oops")
+    artefact = SimpleNamespace(manifest=SimpleNamespace(model_file="model.pte"), path=Path("a"))
+    calls, skipped = LlamaMain().commands(artefact, BenchOptions(repetitions=2), 512)  # type: ignore[arg-type]
+    assert len(calls) == 2
+    assert calls[0][-2:] == ["--seq_len", "256"]
+    assert skipped == {"pp512": "needs a context of 640 tokens, the artefact holds 512"}

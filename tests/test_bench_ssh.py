@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from board import SSHD, Board, DroppingProxy, board
+
+from efficientllm.devices import cli
+from efficientllm.devices.device import Artefact, DeviceOptions
+from efficientllm.devices.results import BenchOptions
+from efficientllm.devices.ssh import SshDevice
+from efficientllm.runtime.command import run_command
+from efficientllm.runtime.errors import DeviceError
+
+QUICK = ["--prompt-tokens", "16", "--decode-tokens", "4,8", "--depths", "16", "--repetitions", "2", "--rounds", "2"]
+pytestmark = pytest.mark.skipif(not Path(SSHD).is_file(), reason="sshd is not installed (apt install openssh-server)")
+
+
+@pytest.fixture
+def reached(tmp_path: Path) -> Iterator[Board]:
+    with board(tmp_path) as made:
+        yield made
+
+
+@pytest.mark.slow
+def test_a_board_gets_its_environment_and_measures(
+    reached: Board, artefact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "board.json"
+    command = [str(artefact), "--device", "ssh://board", "--ssh", reached.client, *QUICK, "--threads", "1"]
+    assert run_command(cli.body, [*command, "--json", str(output)]) == 0, capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert "copying model.gguf" in printed.err
+    assert "installing efficientllm[gguf] on board" in printed.err
+    run = json.loads(output.read_text())
+    assert run["device"]["name"] == "ssh://board"
+    assert run["device"]["machine"] == os.uname().machine
+    assert run["device"]["cores"] >= 1
+    assert run["device"]["ram_bytes"] > 0
+    (result,) = run["results"]
+    assert set(result["speeds"]) == {"pp16", "tg4", "tg8", "tg4@d16"}
+    assert all(figure["n"] == 4 and figure["median"] > 0 for figure in result["speeds"].values())
+    assert result["engine_version"].startswith("llama-cpp-python ")
+    assert result["sha256"] == Artefact.open(artefact).sha256
+    assert result["peak_rss_bytes"] > result["baseline_rss_bytes"] > 0
+    # the second time everything is there; afterwards nothing is
+    assert run_command(cli.body, [*command, "--clean-up"]) == 0
+    assert not [line for line in capsys.readouterr().err.splitlines() if line.startswith(("copying", "installing"))]
+    assert not reached.store.exists()
+
+
+def test_an_interrupted_copy_goes_on(reached: Board, tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    file.write_bytes(os.urandom(3_000_000))
+    said: list[str] = []
+    proxy = DroppingProxy(reached.port, limit=1_500_000)
+    reached.configure(proxy.port)
+    device = SshDevice(DeviceOptions(device="ssh://board", ssh=reached.client), said.append)
+    device.describe()
+    device._copy(Artefact(file, "llama.cpp", (file,), "0" * 64, None))
+    device.close()
+    proxy.close()
+    assert proxy.dropped == 1
+    first, second = (line for line in said if line.startswith("copying"))
+    assert first == "copying model.gguf"
+    held = int(second.removeprefix("copying model.gguf from byte ").removesuffix(" on").replace(",", ""))
+    assert 0 < held < 1_500_000
+    (copied,) = (path for path in reached.store.rglob("*") if path.is_file())
+    assert copied.name == "model.gguf"
+    assert copied.read_bytes() == file.read_bytes()
+
+
+def test_a_half_file_of_something_else_is_not_trusted(reached: Board, tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    file.write_bytes(os.urandom(100_000))
+    artefact = Artefact(file, "llama.cpp", (file,), "0" * 64, None)
+    folder = reached.store / "artefacts" / ("0" * 32)
+    folder.mkdir(parents=True)
+    (folder / "model.gguf").write_bytes(file.read_bytes()[:50_000])  # a truncated copy
+    (folder / "model.gguf.part").write_bytes(bytes(60_000))
+    device = SshDevice(DeviceOptions(device="ssh://board", ssh=reached.client), lambda line: None)
+    device.describe()
+    device._copy(artefact)
+    device.close()
+    assert [path.name for path in folder.iterdir()] == ["model.gguf"]
+    assert (folder / "model.gguf").read_bytes() == file.read_bytes()
+
+
+def test_bad_boards_are_one_line(
+    reached: Board, artefact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(device: str, *more: str) -> str:
+        command = [str(artefact), "--device", device, "--ssh", reached.client, *QUICK, *more]
+        assert run_command(cli.body, command) == 2
+        (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
+        return line
+
+    assert "give ssh://USER@HOST" in fails("ssh:board")
+    assert "give local, ssh://USER@HOST[:PORT] or adb[:SERIAL]" in fails("telnet://board")
+    assert "nowhere.invalid cannot be reached: " in fails("ssh://nowhere.invalid")
+    assert "board: no-python is missing" in fails("ssh://board", "--board-python", "no-python")
+    assert "--wheel nothing.whl: is no wheel file" in fails("ssh://board", "--wheel", "nothing.whl")
+    assert not list(reached.store.glob("env*"))
+    (reached.folder / "user.pub").write_text("")
+    assert "Permission denied" in fails("ssh://board")
+    assert "no-ssh is not installed or not on the PATH" in fails("ssh://board", "--ssh", "no-ssh")
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        ({"machine": "armv7l"}, "install a 64-bit operating system"),
+        ({"python": "3.9"}, "python3 is 3.9"),
+        ({"free_disk_kb": "585940"}, "of free disk"),
+        ({"free_ram_kb": "1000"}, "of memory, the device has"),
+    ],
+)
+def test_a_board_that_lacks_something_gets_nothing(
+    reached: Board, artefact: Path, facts: dict[str, str], message: str
+) -> None:
+    device = SshDevice(DeviceOptions(device="ssh://board", ssh=reached.client), lambda line: None)
+    device._facts = device._probe() | facts
+    with pytest.raises(DeviceError, match=message):
+        device.prepare([Artefact.open(artefact)], BenchOptions())
+    device.close()
+    assert not reached.store.exists()
