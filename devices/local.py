@@ -82,5 +82,6 @@ def parse_measurement(name: str, code: int, output: str, errors: str) -> Measure
         lines = [line for line in errors.splitlines() if line.strip()]
         if code == -9:
             raise ArtefactError(f"{name}: the process was killed, most likely for want of memory")
-        raise ArtefactError(f"{name}: {lines[-1].removeprefix('error: ') if lines else f'exit code {code}'}")
+        message = lines[-1].removeprefix("error: ") if lines else f"exit code {code}"
+        raise ArtefactError(message if name in message else f"{name}: {message}")
     return Measurement.from_json(json.loads(output.splitlines()[-1]))

@@ -49,7 +49,7 @@ class LlamaBench:
     ) -> tuple[list[list[str]], dict[str, str]]:
         model = artefact.manifest.model_file if artefact.manifest else artefact.path.name
         # weights are read, not mapped, as on other devices; llama-bench warms up by itself
-        common = ["-m", model, "-r", str(options.repetitions), "-o", "json", "-mmp", "0"]
+        common = ["-m", model, "-r", str(options.repetitions), "-o", "json", "-lm", "none"]
         common += ["-t", str(options.threads)] if options.threads else []
         prompts, decodes = (",".join(map(str, values)) for values in (options.prompt_tokens, options.decode_tokens))
         calls = [[*common, "-p", prompts, "-n", decodes]]

@@ -11,7 +11,7 @@ from . import flags
 from .command import run_command
 from .engine import Engine, EngineOptions, load
 from .errors import EfficientLLMError, UsageError
-from .generation import Generation, GenerationStats, chat_prompt
+from .generation import Generation, GenerationStats, Overflow, chat_prompt
 from .memory import memory_bytes
 from .quantities import format_bytes
 from .sampling import SamplingOptions
@@ -27,6 +27,8 @@ class ChatOptions:
     """System prompt; the template's own where empty."""
     stats: bool = False
     """Print the figures of each answer to stderr."""
+    overflow: Overflow = "error"
+    """Where the chat outgrows the context window: error, or slide (forget the oldest tokens)."""
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
@@ -38,7 +40,7 @@ def build_parser() -> flags.Parser:
         prog="efficientllm-chat",
         description="Chat with an exported model. With a prompt (or a pipe) it answers once; else it is interactive.",
     )
-    parser.add_argument("artefact", help="folder written by efficientllm-export, or a .gguf file")
+    parser.add_argument("artefact", help="folder written by efficientllm-export, or a .gguf or .pte file")
     parser.add_argument("prompt", nargs="?", help="a question to answer once")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     for section in (ChatOptions, SamplingOptions, EngineOptions):
@@ -64,7 +66,13 @@ class Conversation:
     def ask(self, text: str) -> None:
         """Stream the answer to stdout and remember it; a refused question leaves the conversation as it was."""
         messages = [*self.messages, {"role": "user", "content": text}]
-        generation = Generation(self.engine, chat_prompt(self.engine, messages), self.options.max_tokens, self.sampling)
+        generation = Generation(
+            self.engine,
+            chat_prompt(self.engine, messages),
+            self.options.max_tokens,
+            self.sampling,
+            overflow=self.options.overflow,
+        )
         pieces = []
         for piece in generation:
             pieces.append(piece)
@@ -83,7 +91,9 @@ class Conversation:
             f"load {self.engine.load_ms:.0f} ms, time to first token {stats.time_to_first_token_ms:.0f} ms "
             f"({stats.prompt_tokens} prompt tokens), decode {stats.decode_tokens_per_second:.1f} tokens/s "
             f"({stats.completion_tokens} tokens, {stats.finish_reason}), "
-            f"peak RSS {format_bytes(memory_bytes()['peak_rss_bytes'])}"
+            f"prefill {stats.prefill_tokens_per_second:.0f} tokens/s, "
+            f"peak RSS {format_bytes(memory_bytes()['peak_rss_bytes'])}, "
+            f"KV cache {format_bytes(self.engine.kv_cache_bytes)}"
         )
 
 

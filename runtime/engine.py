@@ -38,6 +38,8 @@ class EngineOptions:
     """Context window in tokens; 0: the model's own, at most 4096."""
     memory_map: bool = True
     """Map the weights instead of reading them into memory."""
+    warm_up: bool = False
+    """Evaluate one token after loading, so that the first answer does not wait for pages and buffers."""
 
 
 class Engine(Protocol):
@@ -153,4 +155,8 @@ def load(path: str | Path, options: EngineOptions | None = None) -> Engine:
         raise ArtefactError(f"{path} needs engine {name!r}; known: {', '.join(known)}")
     module, _, attribute = known[name].partition(":")
     engine_class: type[Engine] = getattr(importlib.import_module(module), attribute)
-    return engine_class(file, options or EngineOptions())
+    options = options or EngineOptions()
+    engine = engine_class(file, options)
+    if options.warm_up:
+        engine.prefill([0])
+    return engine

@@ -1,7 +1,8 @@
 """What the server costs: `python -m efficientllm.server.benchmark ARTEFACT`.
 
-The same prompts are answered by the engine in this process and by a server in a child process, in turn; then the
-server's memory is watched over many short requests.
+The same prompts are answered by the engine in this process and by a server in a child process, in turn; the
+second turn of a chat is timed with and without its cached beginning; then the server's memory is watched over many
+short requests.
 """
 
 from __future__ import annotations
@@ -118,6 +119,23 @@ def overhead(artefact: str, threads: int, rounds: int, tokens: int) -> None:
     print(f"lost of decode speed: {spread(shares, '%')}")
 
 
+def prefix_reuse(artefact: str, threads: int, rounds: int) -> None:
+    """Print the time to the first token of a chat's second turn, with the first one cached and without."""
+    engine = load(artefact, EngineOptions(threads=threads, context=1024, warm_up=True))
+    times: tuple[list[float], list[float]] = ([], [])
+    for number in range(rounds):
+        first = [{"role": "user", "content": f"{number}. " + "The lighthouse stands on a rock in the sea. " * 30}]
+        turns = [*first, {"role": "assistant", "content": "Yes."}, {"role": "user", "content": "Who keeps it?"}]
+        short, long = chat_prompt(engine, first), chat_prompt(engine, turns)
+        for index, before in enumerate((short, [number])):
+            engine.prefill(before)
+            began = time.perf_counter()
+            engine.prefill(long)
+            times[index].append(1000 * (time.perf_counter() - began))
+    engine.close()
+    print(f"second turn of {len(long)} tokens: cached {spread(times[0], 'ms')}, from scratch {spread(times[1], 'ms')}")
+
+
 def spread(values: list[float], unit: str) -> str:
     low, median, high = statistics.quantiles(values, n=4, method="inclusive")
     return f"{median:.1f} {unit} ({low:.1f} to {high:.1f}, n = {len(values)})"
@@ -144,6 +162,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=0, help="short requests of the memory run [0]")
     arguments = parser.parse_args()
     overhead(arguments.artefact, arguments.threads, arguments.rounds, arguments.tokens)
+    prefix_reuse(arguments.artefact, arguments.threads, arguments.rounds)
     if arguments.requests:
         memory(arguments.artefact, arguments.threads, arguments.requests)
 

@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny import tiny_architecture
+
+from efficientllm.export import cli
+from efficientllm.runtime.command import run_command
+from efficientllm.runtime.engine import EngineOptions, load
+from efficientllm.runtime.generation import Generation, chat_prompt
+from efficientllm.runtime.sampling import SamplingOptions
+
+CHATS = (
+    [{"role": "user", "content": "Hello there"}],
+    [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Once upon a time"},
+        {"role": "assistant", "content": "there was a king"},
+        {"role": "user", "content": "Go on."},
+    ],
+)
+
+
+@pytest.mark.slow
+def test_three_engines_give_the_same_text(save_tiny: Callable[..., Path], tmp_path: Path) -> None:
+    pytest.importorskip("executorch.runtime", reason="executorch is not installed")
+    checkpoint = save_tiny(tiny_architecture())
+    answers, logits = {}, {}
+    for target in ("gguf", "onnx", "executorch"):
+        output = tmp_path / target
+        command = [str(checkpoint), "--target", target, "--quantize", "f32", "--output", str(output)]
+        assert run_command(cli.body, command + (["--max-context", "128"] if target == "executorch" else [])) == 0
+        engine = load(output, EngineOptions(threads=1, context=128, warm_up=True))
+        prompts = [chat_prompt(engine, chat) for chat in CHATS]
+        answers[target] = ["".join(Generation(engine, prompt, 24, SamplingOptions())) for prompt in prompts]
+        logits[target] = engine.prefill(prompts[1])
+        engine.close()
+    assert answers["gguf"] == answers["onnx"] == answers["executorch"]
+    assert all(answers["gguf"])
+    np.testing.assert_allclose(logits["onnx"], logits["executorch"], atol=2e-4)  # fp32 sums in another order
+    np.testing.assert_allclose(logits["gguf"], logits["onnx"], atol=1e-2)  # llama.cpp caches keys and values in fp16
