@@ -46,7 +46,10 @@ def export_onnx(checkpoint: Checkpoint, request: ExportRequest, folder: Path) ->
         ir.save(GraphBuilder(checkpoint, bits, grams).build(), folder / MODEL_FILE, external_data=DATA_FILE)
     config = genai_config(checkpoint, shares_cache=not options.portable)
     (folder / "genai_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    names = [MODEL_FILE, DATA_FILE, "genai_config.json", *copy_tokenizer(checkpoint, folder)]
+    names = [MODEL_FILE, DATA_FILE, "genai_config.json", "generation_config.json", *copy_tokenizer(checkpoint, folder)]
+    (folder / "generation_config.json").write_text(
+        json.dumps(generation_config(checkpoint), indent=2) + "\n", encoding="utf-8"
+    )
     weight_bytes = (folder / DATA_FILE).stat().st_size
     stored = bits_per_weight(checkpoint, weight_bytes)
     verification = _verify(checkpoint, request, folder, name, stored) if request.verify else {}
@@ -117,6 +120,15 @@ def genai_config(checkpoint: Checkpoint, shares_cache: bool) -> dict[str, Any]:
             "past_present_share_buffer": shares_cache,
         },
     }
+
+
+def generation_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The checkpoint's own generation_config.json, else the special tokens that transformers would read from it."""
+    path = checkpoint.folder / "generation_config.json"
+    if path.is_file():
+        return json.loads(path.read_text(encoding="utf-8"))
+    values = {"bos_token_id": checkpoint.config.get("bos_token_id"), "eos_token_id": checkpoint.end_of_generation_ids}
+    return {name: value for name, value in values.items() if value not in (None, [])}
 
 
 def _verify(

@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from ..train.architecture import LayerShape
 from .checkpoint import Checkpoint
-from .onnx_quantize import Bits, QuantizedMatrix, quantize_matrix
+from .onnx_quantize import Bits, QuantizedMatrix, quantize_matrix, quantize_rows
 from .rope import rope_tables
 
 OPSET = {"": 21, "com.microsoft": 1}
@@ -126,6 +126,8 @@ class GraphBuilder:
 
     def _embed(self, input_ids: ir.Value, tied: Any) -> ir.Value:
         name, bits = "model.embed_tokens.weight", self.bits.head
+        if self.bits.dynamic:
+            return self._embed_rows(name, input_ids)
         if bits >= 16:
             table = tied if tied is not None else self._weights(name)
             return self._node("Gather", [table, input_ids], axis=0)
@@ -145,6 +147,13 @@ class GraphBuilder:
         if matrix.blocks * BLOCK == matrix.columns:
             return embedded
         return self._node("Slice", [embedded, self._ints(0), self._ints(matrix.columns), self._ints(2)])
+
+    def _embed_rows(self, name: str, input_ids: ir.Value) -> ir.Value:
+        """Rows of int8 with one scale each, in standard operators; the head has its own, transposed copy."""
+        codes, scales = quantize_rows(self.checkpoint.tensor(name))
+        rows = self._node("Gather", [self._constant(f"{name}.rows", codes), input_ids], axis=0)
+        scale = self._node("Gather", [self._constant(f"{name}.row_scales", scales[:, None]), input_ids], axis=0)
+        return self._node("Mul", [self._node("Cast", [rows], to=int(ir.DataType.FLOAT)), scale])
 
     def _norm(self, name: str, residual: ir.Value, added: ir.Value | None) -> tuple[ir.Value, ir.Value]:
         """(normalised, residual stream): the pending addition is done by the same kernel."""
@@ -200,6 +209,8 @@ class GraphBuilder:
             flat = self._node("Reshape", [last, self._ints(-1, self.architecture.hidden_size)])
             product = self._node("Gemm", [flat, head], transB=1)
             logits = self._node("Unsqueeze", [product, self._ints(1)])
+        elif self.bits.dynamic:
+            logits = self._multiply_dynamically(last, head)
         else:
             logits = self._multiply(last, head)
         if self.element != ir.DataType.FLOAT:
@@ -212,6 +223,8 @@ class GraphBuilder:
         """[rows, columns] as stored, or its quantised form."""
         if bits >= 16:
             return self._weights(name)
+        if self.bits.dynamic:
+            return name
         array = self.checkpoint.tensor(name)
         data, scales = quantize_matrix(array, bits, BLOCK, self.grams.get(name) if bits == 4 else None)
         stored = [self._constant(f"{name}.q{bits}", data), self._constant(f"{name}.scales", scales)]
@@ -222,6 +235,8 @@ class GraphBuilder:
         if bits >= 16:
             weight = self._constant(f"{name}.weight", self.checkpoint.tensor(f"{name}.weight").T.astype(self.dtype))
             product = self._node("MatMul", [x, weight])
+        elif self.bits.dynamic:
+            product = self._multiply_dynamically(x, f"{name}.weight")
         else:
             product = self._multiply(x, self._matrix(f"{name}.weight", bits))
         if not self.checkpoint.has_tensor(f"{name}.bias"):
@@ -239,3 +254,11 @@ class GraphBuilder:
             block_size=matrix.block,
             accuracy_level=ACCURACY_LEVEL,
         )
+
+    def _multiply_dynamically(self, x: ir.Value, name: str) -> ir.Value:
+        """x W^T in int8: onnxruntime fuses these nodes into one."""
+        codes, scales = quantize_rows(self.checkpoint.tensor(name))
+        quantized, scale, zero = self._node("DynamicQuantizeLinear", [x], count=3)
+        product = self._node("MatMulInteger", [quantized, self._constant(f"{name}.q8", codes.T), zero])
+        factor = self._node("Mul", [scale, self._constant(f"{name}.scales", scales)])
+        return self._node("Mul", [self._node("Cast", [product], to=int(ir.DataType.FLOAT)), factor])

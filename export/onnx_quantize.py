@@ -20,6 +20,8 @@ class Bits:
     down: int
     head: int
     """LM head and token embedding."""
+    dynamic: bool = False
+    """Whether 8-bit matrices have one scale per output and meet activations quantised on the fly (MatMulInteger)."""
 
 
 PRESETS = {
@@ -28,8 +30,11 @@ PRESETS = {
     "int8": Bits(8, 8, 8, 8),
     "mixed": Bits(8, 4, 8, 8),
     "int4": Bits(4, 4, 4, 4),
+    # onnxruntime-web unpacks MatMulNBits' weights anew for every token; the inputs of the down projection have outliers
+    # that one scale per tensor cannot hold
+    "web": Bits(8, 8, 32, 8, dynamic=True),
 }
-"""`--quantize` values of `--target onnx`; int8 is the safe choice."""
+"""`--quantize` values of `--target onnx`; int8 is the safe choice, web the one for browsers."""
 
 
 def preset(name: str) -> Bits:
@@ -54,6 +59,12 @@ class QuantizedMatrix:
     @property
     def blocks(self) -> int:
         return -(-self.columns // self.block)
+
+
+def quantize_rows(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(int8 [rows, columns], fp32 scales [rows]) of fp32 [rows, columns]: one scale per row."""
+    codes, scales = quantize_groups(weight, 8, weight.shape[1])
+    return codes, scales[:, 0]
 
 
 def quantize_matrix(

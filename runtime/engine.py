@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,9 +109,22 @@ FILE_ENGINES = {".gguf": "llama.cpp", ".pte": "executorch"}
 """Suffix of a bare model file -> its engine."""
 
 
+GENAI_CONFIG = "genai_config.json"
+"""Marks a folder of onnxruntime-genai's own builder."""
+
+
+def _genai_model(config: Path) -> str:
+    try:
+        return json.loads(config.read_text(encoding="utf-8"))["model"]["decoder"]["filename"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArtefactError(f"{config} names no decoder: {error!r}") from error
+
+
 def locate(path: Path) -> tuple[str, Path]:
-    """(engine name, model file) of an artefact folder with a manifest or of a bare .gguf or .pte file."""
+    """(engine name, model file) of a folder with a manifest or a genai_config.json, or of a bare .gguf or .pte file."""
     if path.is_dir():
+        if not (path / MANIFEST_NAME).exists() and (path / GENAI_CONFIG).is_file():
+            return "onnxruntime", path / _genai_model(path / GENAI_CONFIG)
         manifest = Manifest.read(path)
         manifest.check_files(path)
         return manifest.engine, path / manifest.model_file
