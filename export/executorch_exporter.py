@@ -71,7 +71,13 @@ def _export(checkpoint: Checkpoint, request: ExportRequest, folder: Path) -> Non
             request.say(note)
     constants = _constant_methods(checkpoint, context, recipe, options.custom_ops)
     config = ExecutorchDecoderConfig(checkpoint.config)
-    lowered = lower(model, config, partitioners, constants, lambda title: _stage(request, title))
+    try:
+        lowered = lower(model, config, partitioners, constants, lambda title: _stage(request, title))
+    except Exception as error:  # a backend's compiler raises what it likes
+        if recipe.runs_here:
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UsageError(f"--recipe {recipe.name} cannot lower this model: {reason} (--debug shows more)") from error
     request.say(f"{recipe.name}: {lowered.describe()}")
     (folder / MODEL_FILE).write_bytes(lowered.buffer)
     names = [MODEL_FILE, *copy_tokenizer(checkpoint, folder)]
@@ -80,7 +86,7 @@ def _export(checkpoint: Checkpoint, request: ExportRequest, folder: Path) -> Non
     if request.verify and recipe.runs_here:
         verification = _verify(request, folder, name, weights.linear_bits, tokens, reference)
     elif request.verify:
-        request.say(f"not verified: a {recipe.name} program runs only on the device")
+        request.say(f"not verified: programs of recipe {recipe.name} run only on its devices")
     describe_artefact(
         checkpoint,
         request,

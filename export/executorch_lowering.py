@@ -28,7 +28,7 @@ class LoweredProgram:
     """Operators that run outside the delegates: a runtime must have registered them."""
 
     def describe(self) -> str:
-        return f"{self.delegates} delegated parts; outside them {', '.join(self.operators)}"
+        return f"{self.delegates} delegated parts; outside them {', '.join(self.operators) or 'nothing'}"
 
 
 def lower(

@@ -16,7 +16,7 @@ class ExportOptions:
 
     quantize: str = ""
     """Weight type. gguf: f32, f16 (default), bf16, q8_0, q4_k_m, q4_0, ...; onnx: f32, f16, int8 (default), mixed,
-    int4; executorch: f32, f16, 8da4w (default), int8."""
+    int4, web; executorch: f32, f16, 8da4w (default), int8."""
     output_type: str = ""
     """Type of the LM head where the default is not wanted. gguf: as --quantize; executorch: int8, int4."""
     embedding_type: str = ""

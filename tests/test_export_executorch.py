@@ -180,13 +180,16 @@ def test_engine_keeps_to_its_context(save_tiny: Callable[..., Path], artefact: P
 
 
 @pytest.mark.slow
-def test_vulkan_lowers_irregular_models(
-    save_tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("recipe", ["vulkan", "coreml"])
+def test_other_backends_take_irregular_models_whole(
+    recipe: str, save_tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert export(save_tiny(tiny_architecture()), tmp_path / "pte", "--recipe", "vulkan", "--quantize", "f32") == 0
+    if recipe == "coreml":
+        pytest.importorskip("coremltools", reason="coremltools is not installed")
+    assert export(save_tiny(tiny_architecture()), tmp_path / "pte", "--recipe", recipe, "--quantize", "f32") == 0
     out = capsys.readouterr().out
-    assert "vulkan: 1 delegated parts" in out
-    assert "not verified: a vulkan program runs only on the device" in out
+    assert f"{recipe}: 1 delegated parts" in out
+    assert f"not verified: programs of recipe {recipe} run only on its devices" in out
 
 
 def test_bad_input(save_tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
