@@ -87,6 +87,7 @@ class DroppingProxy:
 
     def __init__(self, port: int, limit: int) -> None:
         self._target, self._limit, self.dropped = port, limit, 0
+        self._open: list[socket.socket] = []
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
         threading.Thread(target=self._accept, daemon=True).start()
@@ -98,6 +99,7 @@ class DroppingProxy:
             except OSError:
                 return
             far = socket.create_connection(("127.0.0.1", self._target))
+            self._open += [near, far]
             limit = 0 if self.dropped else self._limit
             threading.Thread(target=self._forward, args=(near, far, limit), daemon=True).start()
             threading.Thread(target=self._forward, args=(far, near, 0), daemon=True).start()
@@ -118,4 +120,5 @@ class DroppingProxy:
                 end.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        self._listener.close()
+        for opened in (self._listener, *self._open):
+            opened.close()

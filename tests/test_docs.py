@@ -13,9 +13,13 @@ from efficientllm.devices.cli import build_parser as bench_parser
 from efficientllm.export.cli import build_parser as export_parser
 from efficientllm.export.targets import load_exporter
 from efficientllm.runtime.chat import build_parser as chat_parser
+from efficientllm.runtime.engine import EngineOptions
+from efficientllm.server.app import AppOptions
+from efficientllm.server.cli import ServeOptions
 from efficientllm.server.cli import build_parser as serve_parser
 from efficientllm.train.cli import build_parser as train_parser
 from efficientllm.train.cli import configuration
+from efficientllm.train.evaluation.cli import build_parser as eval_parser
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -23,7 +27,8 @@ PARSERS = {
     "efficientllm-train": train_parser,
     "efficientllm-export": export_parser,
     "efficientllm-chat": chat_parser,
-    "efficientllm-serve": serve_parser,
+    "efficientllm-serve": lambda: serve_parser((ServeOptions, AppOptions, EngineOptions)),
+    "efficientllm-eval": eval_parser,
     "efficientllm-bench": bench_parser,
 }
 

