@@ -123,6 +123,7 @@ def prefix_reuse(artefact: str, threads: int, rounds: int) -> None:
     """Print the time to the first token of a chat's second turn, with the first one cached and without."""
     engine = load(artefact, EngineOptions(threads=threads, context=1024, warm_up=True))
     times: tuple[list[float], list[float]] = ([], [])
+    long: list[int] = []
     for number in range(rounds):
         first = [{"role": "user", "content": f"{number}. " + "The lighthouse stands on a rock in the sea. " * 30}]
         turns = [*first, {"role": "assistant", "content": "Yes."}, {"role": "user", "content": "Who keeps it?"}]
