@@ -33,7 +33,8 @@ def device_line(device: DeviceInfo, threads: int) -> str:
     known = f" ({device.known['soc']}, {device.known['cores']}, {device.known['ram']})" if device.known else ""
     parts = [device.board + known, device.cpu, f"{device.cores} cores"]
     parts += [format_bytes(device.ram_bytes) if device.ram_bytes else "", device.system, device.machine]
-    text = f"{device.name}: {', '.join(part for part in parts if part)}; {threads or 'all'} threads"
+    count = "all threads" if threads == 0 else "1 thread" if threads == 1 else f"{threads} threads"
+    text = f"{device.name}: {', '.join(part for part in parts if part)}; {count}"
     return f"EMULATED, no figure here is the device's. {text}" if device.emulated else text
 
 

@@ -168,7 +168,8 @@ class GraphBuilder:
 
     def _attention(self, index: int, layer: LayerShape, x: ir.Value) -> ir.Value:
         prefix, head_dim = f"model.layers.{index}.self_attn", self.architecture.head_dim
-        query, key, value = (self._project(f"{prefix}.{name}_proj", x, self.bits.attention) for name in "qkv")
+        projections = [f"{prefix}.{name}_proj" for name in "qkv"]
+        query, key, value = self._queries_keys_values(projections, x)
         if self.architecture.qk_norm:
             query = self._head_norm(f"{prefix}.q_norm", query, layer.num_attention_heads)
             key = self._head_norm(f"{prefix}.k_norm", key, layer.num_key_value_heads)
@@ -189,6 +190,20 @@ class GraphBuilder:
         self._output(present_key, f"present.{index}.key", shape, self.element)
         self._output(present_value, f"present.{index}.value", shape, self.element)
         return self._project(f"{prefix}.o_proj", attended, self.bits.attention)
+
+    def _queries_keys_values(self, names: list[str], x: ir.Value) -> list[Any]:
+        """The three products, or all of them in the first: GroupQueryAttention takes them packed.
+
+        One product quantises the activations once and wakes the threads once; the norms of qwen3 want them apart.
+        """
+        bits = self.bits.attention
+        if bits >= 16 or self.bits.dynamic or self.architecture.qk_norm:
+            return [self._project(name, x, bits) for name in names]
+        product = self._multiply(x, self._matrix([f"{name}.weight" for name in names], bits))
+        if self.checkpoint.has_tensor(f"{names[0]}.bias"):
+            biases = [self.checkpoint.tensor(f"{name}.bias").astype(self.dtype) for name in names]
+            product = self._node("Add", [product, self._constant(f"{names[0]}.kv.bias", np.concatenate(biases))])
+        return [product, None, None]
 
     def _head_norm(self, name: str, x: ir.Value, heads: int) -> ir.Value:
         head_dim = self.architecture.head_dim
@@ -219,16 +234,19 @@ class GraphBuilder:
 
     # -- matrices
 
-    def _matrix(self, name: str, bits: int) -> Any:
-        """[rows, columns] as stored, or its quantised form."""
+    def _matrix(self, name: str | list[str], bits: int) -> Any:
+        """[rows, columns] as stored, or its quantised form; several matrices below each other where there is a list."""
+        names = [name] if isinstance(name, str) else name
         if bits >= 16:
-            return self._weights(name)
+            return self._weights(names[0])
         if self.bits.dynamic:
-            return name
-        array = self.checkpoint.tensor(name)
-        data, scales = quantize_matrix(array, bits, BLOCK, self.grams.get(name) if bits == 4 else None)
-        stored = [self._constant(f"{name}.q{bits}", data), self._constant(f"{name}.scales", scales)]
-        return QuantizedMatrix(*stored, rows=array.shape[0], columns=array.shape[1], bits=bits, block=BLOCK)
+            return names[0]
+        arrays = [self.checkpoint.tensor(part) for part in names]
+        grams = [self.grams.get(part) if bits == 4 else None for part in names]
+        parts = [quantize_matrix(array, bits, BLOCK, gram) for array, gram in zip(arrays, grams, strict=True)]
+        data, scales = (np.concatenate(stacked) for stacked in zip(*parts, strict=True))
+        stored = [self._constant(f"{names[0]}.q{bits}", data), self._constant(f"{names[0]}.scales", scales)]
+        return QuantizedMatrix(*stored, rows=len(data), columns=arrays[0].shape[1], bits=bits, block=BLOCK)
 
     def _project(self, name: str, x: ir.Value, bits: int) -> ir.Value:
         """x W^T (+ b) of a linear layer."""
