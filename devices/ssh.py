@@ -102,8 +102,10 @@ class SshDevice:
         require_room(artefacts, options, max(free_disk - ENVIRONMENT_BYTES, 1), free_ram, self._host)
         for artefact in artefacts:
             self._copy(artefact)
-        for engine in dict.fromkeys(artefact.engine for artefact in artefacts):
-            self._environments[engine] = self._environment(engine)
+        with tempfile.TemporaryDirectory() as scratch:
+            requirement = runtime_requirement(self._options.wheel, Path(scratch), self._say)
+            for engine in dict.fromkeys(artefact.engine for artefact in artefacts):
+                self._environments[engine] = self._environment(engine, requirement)
 
     def temperature_celsius(self) -> float | None:
         return temperature_celsius(RemoteShell(self._run))
@@ -195,15 +197,11 @@ class SshDevice:
         if answer.code != 0:
             raise DeviceError(f"{self._host}: {answer.last_error}")
 
-    def _environment(self, engine: str) -> str:
+    def _environment(self, engine: str, requirement: Requirement) -> str:
         """Folder of the environment with this release and `engine`, made where it is not complete."""
         if engine not in EXTRAS:
             raise DeviceError(f"engine {engine!r} is a plug-in's; boards run {', '.join(EXTRAS)}")
-        with tempfile.TemporaryDirectory() as scratch:
-            requirement = runtime_requirement(self._options.wheel, Path(scratch), self._say)
-            return self._install(requirement, EXTRAS[engine])
-
-    def _install(self, requirement: Requirement, extra: str) -> str:
+        extra = EXTRAS[engine]
         folder = f"{FOLDER}/env-{extra}-{requirement.key}"
         if self._run(f"test -f {folder}/complete").code == 0:
             return folder

@@ -21,11 +21,9 @@ from .checkpoint import Checkpoint
 from .padding import pad_rows, padding_notes
 from .recipes import Recipe, load_recipe
 from .request import ExportRequest
-from .verification import check_exact, check_quantized, compare_logits, sample_tokens, torch_logits
+from .verification import sample_tokens, torch_logits, verify_stepwise
 
 MODEL_FILE = "model.pte"
-PREFILL_TOKENS = 64
-"""Of the verification sample; ten more, at least, are decoded token by token."""
 
 
 def export_executorch(checkpoint: Checkpoint, request: ExportRequest, folder: Path) -> None:
@@ -135,19 +133,6 @@ def _verify(
     request: ExportRequest, folder: Path, name: str, bits: float, tokens: list[int], reference: np.ndarray
 ) -> dict[str, dict[str, object]]:
     """Prefill and teacher-forced decoding of the written file through our engine against torch eager."""
-    start = min(PREFILL_TOKENS, len(tokens) - 1)
     engine = ExecuTorchEngine(folder / MODEL_FILE, EngineOptions())
-    rows = [engine.prefill(tokens[:start]), *(engine.decode(token) for token in tokens[start:])]
-    engine.close()
-    expected = reference[start - 1 :]
-    agreement = compare_logits(expected, np.stack(rows), tokens[start - 1 :])
-    if name == "f32":
-        check_exact(agreement, expected, "executorch")
-    else:
-        check_quantized(agreement, bits, request.options.max_kl, "executorch")
-    request.say(
-        f"verified {name} program against torch (prefill {start}, then {len(tokens) - start} decode steps): max |logit "
-        f"difference| {agreement.max_logit_difference:.1e}, same argmax {agreement.argmax_agreement:.1%}, mean KL "
-        f"{agreement.mean_kl:.4f}, perplexity x{agreement.perplexity_ratio:.3f}"
-    )
+    agreement = verify_stepwise(engine, tokens, reference, request, name, bits, "executorch", "program")
     return {"exact" if name == "f32" else "quantized": agreement.to_dict()}

@@ -6,8 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ..runtime.engine import EngineOptions
 from ..runtime.errors import MissingExtraError, UsageError
 from ..runtime.onnx_engine import OnnxEngine
@@ -16,13 +14,11 @@ from .calibration import input_grams
 from .checkpoint import Checkpoint
 from .onnx_quantize import preset
 from .request import ExportRequest
-from .verification import check_exact, check_quantized, compare_logits, sample_tokens, torch_logits
+from .verification import sample_tokens, torch_logits, verify_stepwise
 
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
 DEFAULT = "int8"
-PREFILL_TOKENS = 64
-"""Of the verification sample; the rest is decoded token by token."""
 
 
 def export_onnx(checkpoint: Checkpoint, request: ExportRequest, folder: Path) -> None:
@@ -137,21 +133,9 @@ def _verify(
 ) -> dict[str, dict[str, object]]:
     """Prefill and teacher-forced decoding through our engine against torch."""
     tokens = sample_tokens(checkpoint)
-    start = min(PREFILL_TOKENS, len(tokens) - 1)
-    reference = torch_logits(checkpoint.folder, tokens)[start - 1 :]
     engine = OnnxEngine(folder / MODEL_FILE, EngineOptions(context=len(tokens) + 1))
-    rows = [engine.prefill(tokens[:start]), *(engine.decode(token) for token in tokens[start:])]
-    engine.close()
-    agreement = compare_logits(reference, np.stack(rows), tokens[start - 1 :])
-    if name == "f32":
-        check_exact(agreement, reference, "onnx")
-    else:
-        check_quantized(agreement, bits, request.options.max_kl, "onnx")
-    request.say(
-        f"verified {name} file against torch (prefill {start}, then {len(tokens) - start} decode steps): max |logit "
-        f"difference| {agreement.max_logit_difference:.1e}, same argmax {agreement.argmax_agreement:.1%}, mean KL "
-        f"{agreement.mean_kl:.4f}, perplexity x{agreement.perplexity_ratio:.3f}"
-    )
+    reference = torch_logits(checkpoint.folder, tokens)
+    agreement = verify_stepwise(engine, tokens, reference, request, name, bits, "onnx", "file")
     if agreement.mean_kl > 0.2:
         request.say(f"warning: {name} costs this model a mean KL of {agreement.mean_kl:.2f}; int8 is the safe choice")
     return {"exact" if name == "f32" else "quantized": agreement.to_dict()}

@@ -14,8 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from ..runtime.engine import Engine
 from ..runtime.errors import ArtefactError, MissingExtraError
 from .checkpoint import Checkpoint
+from .request import ExportRequest
 
 MAX_LOGIT_DIFFERENCE = 1e-4
 """Largest |logit difference| of a zero-padded model in torch itself."""
@@ -115,3 +117,39 @@ def check_quantized(agreement: Agreement, bits_per_weight: float, max_kl: float 
             f"{target}: quantisation costs a mean KL of {agreement.mean_kl:.3f} nats per token, more than {limit}; "
             "nothing was written. Choose a larger type, raise --max-kl, or export with --no-verify"
         )
+
+
+PREFILL_TOKENS = 64
+"""Of the verification sample; the rest is decoded token by token."""
+
+
+def verify_stepwise(
+    engine: Engine,
+    tokens: list[int],
+    reference: np.ndarray,
+    request: ExportRequest,
+    name: str,
+    bits: float,
+    target: str,
+    kind: str,
+) -> Agreement:
+    """Compare the prefill and teacher-forced decoding of a written file with torch's logits of all positions [T, V].
+
+    Closes the engine; ArtefactError past the limits of type `name`, which stores `bits` per weight.
+    `kind`: what the target calls its file.
+    """
+    start = min(PREFILL_TOKENS, len(tokens) - 1)
+    rows = [engine.prefill(tokens[:start]), *(engine.decode(token) for token in tokens[start:])]
+    engine.close()
+    expected = reference[start - 1 :]
+    agreement = compare_logits(expected, np.stack(rows), tokens[start - 1 :])
+    if name == "f32":
+        check_exact(agreement, expected, target)
+    else:
+        check_quantized(agreement, bits, request.options.max_kl, target)
+    request.say(
+        f"verified {name} {kind} against torch (prefill {start}, then {len(tokens) - start} decode steps): max |logit "
+        f"difference| {agreement.max_logit_difference:.1e}, same argmax {agreement.argmax_agreement:.1%}, mean KL "
+        f"{agreement.mean_kl:.4f}, perplexity x{agreement.perplexity_ratio:.3f}"
+    )
+    return agreement

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -91,18 +91,6 @@ class Engine(Protocol):
     def close(self) -> None:
         """Free the model."""
         ...
-
-
-class StepwiseEvaluation:
-    """`evaluate` for an engine whose programs return the last token's logits only: one decode per position."""
-
-    prefill: Callable[[Sequence[int]], np.ndarray]
-    decode: Callable[[int], np.ndarray]
-
-    def evaluate(self, tokens: Sequence[int], first: int) -> Iterator[np.ndarray]:
-        yield self.prefill(tokens[: first + 1])[None]
-        for token in tokens[first + 1 :]:
-            yield self.decode(token)[None]
 
 
 FILE_ENGINES = {".gguf": "llama.cpp", ".pte": "executorch"}

@@ -8,22 +8,20 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .engine import EngineOptions, StepwiseEvaluation
+from .engine import EngineOptions
 from .errors import ArtefactError
 from .executorch_loader import import_executorch
-from .hf_tokenizer import HfTokenizer
 from .manifest import manifest_cache_bytes
 from .native_log import captured_native_log
-from .prefix import check_room, reusable_prefix
+from .stepwise_engine import StepwiseEngine
 
 
-class ExecuTorchEngine(StepwiseEvaluation):
+class ExecuTorchEngine(StepwiseEngine):
     """See runtime.engine.Engine."""
 
     def __init__(self, path: Path, options: EngineOptions) -> None:
@@ -54,13 +52,9 @@ class ExecuTorchEngine(StepwiseEvaluation):
                 f"{options.context}"
             )
         self.context_length = options.context or slots
-        self.tokenizer = HfTokenizer(path.parent)
+        super().__init__(path.parent)
         self.vocab_size = int(self._constant("get_vocab_size", self.tokenizer.vocab_size))
         self.end_ids = frozenset(int(token) for token in self._constants("get_eos_ids"))
-        self.chat_template = self.tokenizer.chat_template
-        self.bos_token, self.eos_token = self.tokenizer.bos_token, self.tokenizer.eos_token
-        self.adds_bos = self.tokenizer.adds_bos
-        self._tokens: list[int] = []
         self.kv_cache_bytes = manifest_cache_bytes(path.parent, slots)
         self.load_ms = (time.perf_counter() - began) * 1e3
 
@@ -75,26 +69,13 @@ class ExecuTorchEngine(StepwiseEvaluation):
         values = self._constants(name)
         return values[0] if values else default
 
-    def tokenize(self, text: str, special: bool) -> list[int]:
-        return self.tokenizer.tokenize(text, special)
-
-    def token_bytes(self, token: int) -> bytes:
-        return self.tokenizer.token_bytes(token)
-
-    def prefill(self, tokens: Sequence[int]) -> np.ndarray:
-        common = reusable_prefix(self._tokens, tokens, self.context_length)
-        self._tokens = list(tokens[:common])
-        rest = list(tokens[common:])
+    def _evaluate(self, tokens: list[int]) -> np.ndarray:
         logits = np.empty(0, np.float32)
-        for begin in range(0, len(rest), self._chunk):
-            logits = self._evaluate(rest[begin : begin + self._chunk])
+        for begin in range(0, len(tokens), self._chunk):
+            logits = self._execute(tokens[begin : begin + self._chunk])
         return logits
 
-    def decode(self, token: int) -> np.ndarray:
-        check_room(len(self._tokens), self.context_length)
-        return self._evaluate([token])
-
-    def _evaluate(self, tokens: list[int]) -> np.ndarray:
+    def _execute(self, tokens: list[int]) -> np.ndarray:
         tensor = self._torch.tensor
         position = tensor([len(self._tokens)], dtype=self._torch.int64)
         logits = self._forward.execute([tensor([tokens], dtype=self._torch.int64), position])[0]

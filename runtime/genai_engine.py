@@ -10,20 +10,18 @@ import importlib
 import json
 import os
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .engine import DEFAULT_CONTEXT, EngineOptions, StepwiseEvaluation
+from .engine import DEFAULT_CONTEXT, EngineOptions
 from .errors import ArtefactError, MissingExtraError
-from .hf_tokenizer import HfTokenizer
 from .manifest import manifest_cache_bytes
-from .prefix import check_room, reusable_prefix
+from .stepwise_engine import StepwiseEngine
 
 
-class GenaiEngine(StepwiseEvaluation):
+class GenaiEngine(StepwiseEngine):
     """See runtime.engine.Engine."""
 
     def __init__(self, path: Path, options: EngineOptions) -> None:
@@ -46,33 +44,16 @@ class GenaiEngine(StepwiseEvaluation):
         parameters = genai.GeneratorParams(self._model)
         parameters.set_search_options(max_length=self.context_length, do_sample=False)
         self._generator: Any = genai.Generator(self._model, parameters)
-        self.tokenizer = HfTokenizer(folder)
+        super().__init__(folder)
         self.vocab_size = int(described["vocab_size"])
         ends = described.get("eos_token_id", [])
         self.end_ids = frozenset(ends if isinstance(ends, list) else [ends])
-        self.chat_template = self.tokenizer.chat_template
-        self.bos_token, self.eos_token = self.tokenizer.bos_token, self.tokenizer.eos_token
-        self.adds_bos = self.tokenizer.adds_bos
-        self._tokens: list[int] = []
         self.kv_cache_bytes = manifest_cache_bytes(folder, self.context_length)
         self.load_ms = (time.perf_counter() - began) * 1e3
 
-    def tokenize(self, text: str, special: bool) -> list[int]:
-        return self.tokenizer.tokenize(text, special)
-
-    def token_bytes(self, token: int) -> bytes:
-        return self.tokenizer.token_bytes(token)
-
-    def prefill(self, tokens: Sequence[int]) -> np.ndarray:
-        common = reusable_prefix(self._tokens, tokens, self.context_length)
-        if common < len(self._tokens):
-            self._generator.rewind_to(common)
-        self._tokens = list(tokens[:common])
-        return self._evaluate(list(tokens[common:]))
-
-    def decode(self, token: int) -> np.ndarray:
-        check_room(len(self._tokens), self.context_length)
-        return self._evaluate([token])
+    def _truncate(self, length: int) -> None:
+        if length < len(self._tokens):
+            self._generator.rewind_to(length)
 
     def _evaluate(self, tokens: list[int]) -> np.ndarray:
         self._generator.append_tokens(np.asarray(tokens, dtype=np.int32))

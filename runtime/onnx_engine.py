@@ -9,16 +9,14 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .engine import DEFAULT_CONTEXT, EngineOptions, StepwiseEvaluation
+from .engine import DEFAULT_CONTEXT, EngineOptions
 from .errors import ArtefactError, MissingExtraError
-from .hf_tokenizer import HfTokenizer
-from .prefix import check_room, reusable_prefix
+from .stepwise_engine import StepwiseEngine
 
 
 def _zeros(item: Any, length: int) -> np.ndarray:
@@ -74,7 +72,7 @@ class GrowingCache:
         self._bind()
 
 
-class OnnxEngine(StepwiseEvaluation):
+class OnnxEngine(StepwiseEngine):
     """See runtime.engine.Engine."""
 
     def __init__(self, path: Path, options: EngineOptions) -> None:
@@ -109,32 +107,15 @@ class OnnxEngine(StepwiseEvaluation):
         else:
             self._cache = GrowingCache(self._past, self._binding)
         self._binding.bind_output("logits", "cpu")
-        self.tokenizer = HfTokenizer(path.parent)
+        super().__init__(path.parent)
         self.vocab_size = int(config.get("vocab_size", self.tokenizer.vocab_size))
         ends = config.get("eos_token_id", [])
         self.end_ids = frozenset(ends if isinstance(ends, list) else [ends])
-        self.chat_template = self.tokenizer.chat_template
-        self.bos_token, self.eos_token = self.tokenizer.bos_token, self.tokenizer.eos_token
-        self.adds_bos = self.tokenizer.adds_bos
-        self._tokens: list[int] = []
         self.kv_cache_bytes = sum(_zeros(item, self.context_length).nbytes for item in self._past)
         self.load_ms = (time.perf_counter() - began) * 1e3
 
-    def tokenize(self, text: str, special: bool) -> list[int]:
-        return self.tokenizer.tokenize(text, special)
-
-    def token_bytes(self, token: int) -> bytes:
-        return self.tokenizer.token_bytes(token)
-
-    def prefill(self, tokens: Sequence[int]) -> np.ndarray:
-        common = reusable_prefix(self._tokens, tokens, self.context_length)
-        self._tokens = list(tokens[:common])
-        self._cache.truncate(common)
-        return self._evaluate(list(tokens[common:]))
-
-    def decode(self, token: int) -> np.ndarray:
-        check_room(len(self._tokens), self.context_length)
-        return self._evaluate([token])
+    def _truncate(self, length: int) -> None:
+        self._cache.truncate(length)
 
     def _evaluate(self, tokens: list[int]) -> np.ndarray:
         total = len(self._tokens) + len(tokens)
