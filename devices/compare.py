@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..runtime.errors import UsageError
+from ..runtime.markdown import markdown_table
 from .results import Figure, Result, Run
 
 SMALLEST_CHANGE = 0.03
@@ -50,6 +51,11 @@ def _of_artefact(old: Result, new: Result) -> list[Change]:
         _of_figures(new.name, f"{test} t/s", old.speeds[test], figure, higher_is_better=True)
         for test, figure in new.speeds.items()
         if test in old.speeds
+    ]
+    found += [
+        _of_figures(new.name, f"{test} CPU ms/token", old.cpu_ms_per_token[test], figure, higher_is_better=False)
+        for test, figure in new.cpu_ms_per_token.items()
+        if test in old.cpu_ms_per_token
     ]
     for name in ("load_ms", "time_to_first_token_ms", "joules_per_token"):
         before, after = getattr(old, name), getattr(new, name)
@@ -102,9 +108,7 @@ def _rows(found: Sequence[Change]) -> list[list[str]]:
 
 
 def markdown(found: Sequence[Change]) -> str:
-    header, *body = _rows(found)
-    lines = [header, ["---", "---", "---:", "---:", "---:", "---"], *body]
-    return "\n".join("| " + " | ".join(row) + " |" for row in lines) + "\n"
+    return markdown_table(_rows(found), left=(0, 1, 5)) + "\n"
 
 
 def text(found: Sequence[Change]) -> str:

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -33,6 +33,22 @@ class Request:
     """Fields of BenchOptions."""
 
 
+class Span(NamedTuple):
+    """Seconds since a test began."""
+
+    wall: float
+    cpu: float
+    """Of all threads of this process: what other processes take does not count."""
+
+
+class Stopwatch:
+    def __init__(self) -> None:
+        self._wall, self._cpu = time.perf_counter(), time.process_time()
+
+    def read(self) -> Span:
+        return Span(time.perf_counter() - self._wall, time.process_time() - self._cpu)
+
+
 class Bench:
     """The tests of one loaded engine, on random tokens: speed does not depend on what they mean."""
 
@@ -42,6 +58,7 @@ class Bench:
         self._random = np.random.default_rng(0)
         self._first_token = 0
         self.speeds: dict[str, list[float]] = {}
+        self.cpu_ms_per_token: dict[str, list[float]] = {}
         self.first_token_ms: list[float] = []
         self.joules_per_token: list[float] = []
         self.skipped: dict[str, str] = {}
@@ -51,25 +68,25 @@ class Bench:
         shortest, longest = min(self._options.decode_tokens), max(self._options.decode_tokens)
         for number, length in enumerate(self._options.prompt_tokens):
             if self._fits(f"pp{length}", length):
-                seconds = self._prefill(length)
-                self._record(f"pp{length}", length / seconds)
+                span = self._prefill(length)
+                self._record(f"pp{length}", length, span)
                 if number == 0:
-                    self.first_token_ms.append(1000 * seconds)
+                    self.first_token_ms.append(1000 * span.wall)
         decodes = [length for length in self._options.decode_tokens if self._fits(f"tg{length}", length + 1)]
         if decodes:
             self._prefill(1)
             ends = self._decode(max(decodes), measure_energy=max(decodes) == longest)
             for length in decodes:
-                self._record(f"tg{length}", length / ends[length - 1])
+                self._record(f"tg{length}", length, ends[length - 1])
         for depth in self._options.depths:
             name = f"tg{shortest}@d{depth}"
             if depth and self._fits(name, depth + shortest):
                 self._prefill(depth)
-                self._record(name, shortest / self._decode(shortest)[-1])
+                self._record(name, shortest, self._decode(shortest)[-1])
 
     def forget(self) -> None:
         """Drop what the repetition that warms up recorded."""
-        self.speeds, self.first_token_ms, self.joules_per_token = {}, [], []
+        self.speeds, self.cpu_ms_per_token, self.first_token_ms, self.joules_per_token = {}, {}, [], []
 
     def _fits(self, test: str, tokens: int) -> bool:
         if tokens <= self._engine.context_length:
@@ -77,22 +94,23 @@ class Bench:
         self.skipped[test] = f"needs a context of {tokens} tokens, the artefact holds {self._engine.context_length}"
         return False
 
-    def _record(self, test: str, speed: float) -> None:
-        self.speeds.setdefault(test, []).append(speed)
+    def _record(self, test: str, tokens: int, span: Span) -> None:
+        self.speeds.setdefault(test, []).append(tokens / span.wall)
+        self.cpu_ms_per_token.setdefault(test, []).append(1000 * span.cpu / tokens)
 
     def _tokens(self, count: int) -> list[int]:
         return self._random.integers(self._engine.vocab_size, size=count).tolist()
 
-    def _prefill(self, length: int) -> float:
-        """Seconds of a full prefill: another first token than the last time, so nothing cached is reused."""
+    def _prefill(self, length: int) -> Span:
+        """A full prefill: another first token than the last time, so nothing cached is reused."""
         self._first_token = (self._first_token + 1) % self._engine.vocab_size
         tokens = [self._first_token, *self._tokens(length - 1)]
-        began = time.perf_counter()
+        watch = Stopwatch()
         self._engine.prefill(tokens)
-        return time.perf_counter() - began
+        return watch.read()
 
-    def _decode(self, length: int, measure_energy: bool = False) -> list[float]:
-        """Seconds from the first token to the end of each."""
+    def _decode(self, length: int, measure_energy: bool = False) -> list[Span]:
+        """From the first token to the end of each."""
         tokens, ends = self._tokens(length), []
         if not measure_energy:
             return self._timed(tokens)
@@ -102,12 +120,12 @@ class Bench:
             self.joules_per_token.append(energy.joules / length)
         return ends
 
-    def _timed(self, tokens: list[int]) -> list[float]:
+    def _timed(self, tokens: list[int]) -> list[Span]:
         ends = []
-        began = time.perf_counter()
+        watch = Stopwatch()
         for token in tokens:
             self._engine.decode(token)
-            ends.append(time.perf_counter() - began)
+            ends.append(watch.read())
         return ends
 
 
@@ -129,6 +147,7 @@ def measure(request: Request) -> Measurement:
     engine.close()
     return Measurement(
         speeds=bench.speeds,
+        cpu_ms_per_token=bench.cpu_ms_per_token,
         engine_version=engine_version(request.artefact),
         threads=options.threads,
         load_ms=engine.load_ms,

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from ..runtime.errors import MissingExtraError
 from ..runtime.files import write_text_atomically
+from ..runtime.markdown import markdown_table
 from ..runtime.quantities import format_bytes, format_count
 from .results import DeviceInfo, Figure, Result, Run
 
@@ -71,11 +72,21 @@ def tests_of(runs: Sequence[Run]) -> list[str]:
     return sorted(names, key=lambda name: name.startswith("tg"))
 
 
+def _main_tests(run: Run) -> list[str]:
+    """The first prefill and the shortest decode."""
+    return [f"pp{run.options.prompt_tokens[0]}", f"tg{min(run.options.decode_tokens)}"]
+
+
 def rows(run: Run) -> list[list[str]]:
-    """Header and one row per artefact; speeds in tokens per second as median (first-third quartile)."""
+    """Header and one row per artefact; speeds in tokens per second as median (first-third quartile).
+
+    CPU time is that of all threads per token, in milliseconds.
+    """
     tests = tests_of([run])
+    timed = [test for test in _main_tests(run) if any(test in result.cpu_ms_per_token for result in run.results)]
     energy = any(result.joules_per_token for result in run.results)
     header = ["artefact", "parameters", "quant", "on disk", *(f"{test} t/s" for test in tests)]
+    header += [f"{test} CPU ms" for test in timed]
     table = [[*header, "first token ms", "load ms", "peak RSS", "KV cache", *(["J/token"] if energy else [])]]
     for result in run.results:
         table.append(
@@ -85,6 +96,7 @@ def rows(run: Run) -> list[list[str]]:
                 result.manifest.get("quantization", "?"),
                 format_bytes(result.file_bytes),
                 *(_figure(result.speeds.get(test)) for test in tests),
+                *(_figure(result.cpu_ms_per_token.get(test)) for test in timed),
                 _figure(result.time_to_first_token_ms),
                 _figure(result.load_ms),
                 format_bytes(result.peak_rss_bytes),
@@ -109,10 +121,7 @@ def print_table(run: Run) -> None:
 
 
 def markdown(run: Run) -> str:
-    header, *body = rows(run)
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *body]
-    table = "\n".join("| " + " | ".join(row) + " |" for row in lines)
-    return f"{table}\n\n" + "\n".join(f"- {line}" for line in notes(run)) + "\n"
+    return f"{markdown_table(rows(run))}\n\n" + "\n".join(f"- {line}" for line in notes(run)) + "\n"
 
 
 def require_plots() -> None:

@@ -13,7 +13,7 @@ from ..runtime.errors import UsageError
 from ..runtime.files import write_json_atomically
 from ..runtime.flags import whole_numbers
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 def _with_tuples(values: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
@@ -113,6 +113,8 @@ class Measurement:
 
     speeds: dict[str, list[float]]
     """Tokens per second by test: pp128, tg64, tg64@d512, ..."""
+    cpu_ms_per_token: dict[str, list[float]] = field(default_factory=dict)
+    """CPU time of all threads by test; empty where the program on the device does not tell."""
     engine_version: str = ""
     threads: int = 0
     load_ms: float | None = None
@@ -157,6 +159,8 @@ class Result:
     """Contents of the artefact's manifest; empty for a bare file."""
     speeds: dict[str, Figure]
     """Tokens per second by test."""
+    cpu_ms_per_token: dict[str, Figure]
+    """CPU time of all threads by test, beside the wall time that `speeds` counts: other processes do not add to it."""
     load_ms: Figure | None
     time_to_first_token_ms: Figure | None
     peak_rss_bytes: int
@@ -189,8 +193,11 @@ def summarise(
         values = [value for items in lists for value in items]
         return Figure.of(values) if values else None
 
-    tests = list(dict.fromkeys(test for run in runs for test in run.speeds))
-    speeds = {test: pooled([run.speeds.get(test, []) for run in runs]) for test in tests}
+    def by_test(samples: Sequence[dict[str, list[float]]]) -> dict[str, Figure]:
+        tests = dict.fromkeys(test for sample in samples for test in sample)
+        figures = {test: pooled([sample.get(test, []) for sample in samples]) for test in tests}
+        return {test: figure for test, figure in figures.items() if figure}
+
     largest = max(runs, key=lambda run: run.peak_rss_bytes)
     temperatures = [run.temperature_celsius for run in runs if run.temperature_celsius]
     drops = [
@@ -205,7 +212,8 @@ def summarise(
         threads=runs[0].threads,
         file_bytes=file_bytes,
         manifest=manifest,
-        speeds={test: figure for test, figure in speeds.items() if figure},
+        speeds=by_test([run.speeds for run in runs]),
+        cpu_ms_per_token=by_test([run.cpu_ms_per_token for run in runs]),
         load_ms=pooled([[run.load_ms] for run in runs if run.load_ms is not None]),
         time_to_first_token_ms=pooled([run.time_to_first_token_ms for run in runs]),
         peak_rss_bytes=largest.peak_rss_bytes,
@@ -257,5 +265,6 @@ def _result(values: dict[str, Any]) -> Result:
     read: dict[str, Any] = _with_tuples(values, ("temperature_celsius",))
     for name in ("load_ms", "time_to_first_token_ms", "joules_per_token"):
         read[name] = Figure(**values[name]) if values[name] else None
-    read["speeds"] = {test: Figure(**entry) for test, entry in values["speeds"].items()}
+    for name in ("speeds", "cpu_ms_per_token"):
+        read[name] = {test: Figure(**entry) for test, entry in values[name].items()}
     return Result(**read)

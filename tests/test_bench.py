@@ -89,6 +89,8 @@ def test_measures_artefacts_and_bare_files(
     for result in results:
         assert list(result["speeds"]) == NAMES
         assert all(figure["n"] == 4 for figure in result["speeds"].values())
+        assert list(result["cpu_ms_per_token"]) == NAMES
+        assert all(figure["n"] == 4 and figure["median"] > 0 for figure in result["cpu_ms_per_token"].values())
         assert result["speeds"]["tg8"]["low"] <= result["speeds"]["tg8"]["median"]
         assert result["time_to_first_token_ms"]["median"] == pytest.approx(
             16000 / result["speeds"]["pp16"]["median"], rel=0.5
@@ -178,6 +180,10 @@ def test_compare_flags_changes_beyond_noise(tmp_path: Path, capsys: pytest.Captu
     assert (slower.verdict, slower.better) == ("SLOWER OR LARGER", False)
     (smaller,) = (c for c in comparison.changes(run_of(10), run_of(10, size=50)) if c.figure == "file_bytes")
     assert smaller.verdict == "faster or smaller"
+    before, after = (summarise("m", "", "", 1, {}, [speed(1, cpu_ms_per_token={"tg4": [ms]})]) for ms in (8.0, 4.0))
+    runs = (Run(LAPTOP, BenchOptions(), [result]) for result in (before, after))
+    (lighter,) = (c for c in comparison.changes(*runs) if c.figure == "tg4 CPU ms/token")
+    assert lighter.verdict == "faster or smaller"
     old, new = tmp_path / "old.json", tmp_path / "new.json"
     run_of(10).write(old)
     run_of(20, device=dataclasses.replace(LAPTOP, cpu="another CPU")).write(new)
@@ -192,7 +198,7 @@ def test_compare_flags_changes_beyond_noise(tmp_path: Path, capsys: pytest.Captu
     assert "the runs have no artefact in common: model; other" in capsys.readouterr().err
     new.write_text('{"schema_version": 1}')
     assert run_command(cli.body, ["--compare", str(old), str(new)]) == 2
-    assert "is not a result of efficientllm-bench of schema 2; measure again" in capsys.readouterr().err
+    assert "is not a result of efficientllm-bench of schema 3; measure again" in capsys.readouterr().err
 
 
 def test_the_latency_model_finds_its_own_coefficients() -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from ..runtime.command import run_command
+from ..runtime.markdown import markdown_table
 from ..runtime.quantities import format_count
 from .config import TrainConfig
 from .documents import DataSpec
@@ -116,11 +117,12 @@ def compare_steps(bench: StepBenchmark, rounds: int) -> None:
             if turn:  # the first round warms up
                 seconds[name].append(elapsed)
     plain = statistics.median(seconds["plain"])
-    print(f"\n| step | median (quartiles) of {rounds} | tokens/s | against plain |\n| --- | ---: | ---: | ---: |")
+    rows = [["step", f"median (quartiles) of {rounds}", "tokens/s", "against plain"]]
     for name, values in seconds.items():
         ratio = statistics.median(v / p for v, p in zip(values, seconds["plain"], strict=True))
         speed = bench.tokens / statistics.median(values)
-        print(f"| {name} | {quartiles(values)} | {speed:.0f} | {ratio:.3f} |")
+        rows.append([name, quartiles(values), f"{speed:.0f}", f"{ratio:.3f}"])
+    print(f"\n{markdown_table(rows)}")
     print(f"\nplain step {plain:.3f} s; Gram matrices hold {bench.grams.num_bytes / 1e6:.0f} MB" if bench.grams else "")
 
 
@@ -160,14 +162,15 @@ def speed_through_run(folder: Path) -> None:
     """Tokens per second of a finished run, in five bands of its steps."""
     steps = [record for record in read_metrics(folder) if "loss" in record]
     print(f"{folder}: tokens/s as the model shrinks\n")
-    print("| tokens seen | parameters | tokens/s (median) |\n| --- | ---: | ---: |")
+    rows = [["tokens seen", "parameters", "tokens/s (median)"]]
     tokens_per_step = steps[0]["tokens"]
     size = -(-len(steps) // 5)
     for start in range(0, len(steps), size):
         band = steps[start : start + size]
         speed = tokens_per_step / statistics.median(record["seconds"] for record in band)
         middle = band[len(band) // 2]["parameters"]
-        print(f"| {band[0]['tokens']:,} to {band[-1]['tokens']:,} | {format_count(middle)} | {speed:.0f} |")
+        rows.append([f"{band[0]['tokens']:,} to {band[-1]['tokens']:,}", format_count(middle), f"{speed:.0f}"])
+    print(markdown_table(rows))
 
 
 def body(argv: Sequence[str]) -> int:

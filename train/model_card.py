@@ -7,6 +7,7 @@ from dataclasses import fields
 from typing import Any
 
 from ..runtime import flags
+from ..runtime.markdown import markdown_table
 from ..runtime.quantities import format_count
 from .architecture import Architecture
 from .config import TrainConfig
@@ -48,11 +49,12 @@ def model_card(config: TrainConfig, summary: dict[str, Any], source: Architectur
         "---",
     ]
     how = "trained from scratch in the shape of" if config.source.init == "random" else "pruned while training from"
-    perplexities = [f"| {stage.replace('_', ' ')} | {value:.2f} |" for stage, value in summary["perplexity"].items()]
-    widths = [
-        f"| {index} | {layer.num_attention_heads} | {layer.num_key_value_heads} | {layer.intermediate_size} |"
-        for index, layer in enumerate(final.layers)
-    ]
+    perplexities = [[f"held-out perplexity ({summary['held_out_tokens']:,} tokens of the training corpora)", ""]]
+    perplexities += [[stage.replace("_", " "), f"{value:.2f}"] for stage, value in summary["perplexity"].items()]
+    widths = [["layer", "query heads", "key/value heads", "FFN channels"]]
+    for index, layer in enumerate(final.layers):
+        sizes = (index, layer.num_attention_heads, layer.num_key_value_heads, layer.intermediate_size)
+        widths.append([str(size) for size in sizes])
     licence_line = (
         f"The source's licence, {licence}, applies."
         if licence
@@ -73,15 +75,11 @@ def model_card(config: TrainConfig, summary: dict[str, Any], source: Architectur
             command_line(config),
             "```",
             "",
-            f"| held-out perplexity ({summary['held_out_tokens']:,} tokens of the training corpora) | |",
-            "| --- | ---: |",
-            *perplexities,
+            markdown_table(perplexities),
             "",
             f"Hidden size {final.hidden_size} (source {source.hidden_size}), head_dim {final.head_dim}.",
             "",
-            "| layer | query heads | key/value heads | FFN channels |",
-            "| ---: | ---: | ---: | ---: |",
-            *widths,
+            markdown_table(widths, left=()),
             "",
             "## Loading",
             "",

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ...runtime.markdown import markdown_table
 from .evaluation import Evaluation
 
 
@@ -55,10 +56,7 @@ def rows(evaluations: Sequence[Evaluation]) -> list[list[str]]:
 
 def markdown(evaluations: Sequence[Evaluation]) -> str:
     """The table with a line that says what ± and brackets are."""
-    header, *body = rows(evaluations)
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *body]
-    text = "\n".join("| " + " | ".join(row) + " |" for row in lines)
     note = "± is one standard error"
     if len(evaluations) > 1:
         note += f"; in brackets the paired difference from {_name(evaluations[0])}, document by document"
-    return f"{text}\n\n{note}.\n"
+    return f"{markdown_table(rows(evaluations))}\n\n{note}.\n"

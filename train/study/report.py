@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ...runtime.files import write_json_atomically, write_text_atomically
+from ...runtime.markdown import markdown_table
 from ...runtime.quantities import format_count
 from ..architecture import Architecture
 from ..evaluation.evaluation import Evaluation
@@ -73,7 +74,7 @@ def table(results: Results, keep: float, source: Architecture) -> str:
     tasks = list(results[0]["evaluation"]["tasks"])
     header = ["arm", "seeds", "parameters", *[f"{text} ppl" for text in texts]]
     header += [*[f"{task}" for task in tasks], "train s", "TFLOP", "removed as ours"]
-    lines = [header, ["---", *["---:"] * (len(header) - 1)]]
+    rows = [header]
     for arm, description in ARMS.items():
         found = of_arm(results, arm, keep)
         if not found:
@@ -81,7 +82,7 @@ def table(results: Results, keep: float, source: Architecture) -> str:
         evaluations = [Evaluation.from_dict(result["evaluation"]) for result in found]
         title = f"**{description.title}**" if description.is_ours else description.title
         perplexities = [_over_seeds([e.perplexity[text].perplexity for e in evaluations], 2) for text in texts]
-        lines.append(
+        rows.append(
             [
                 title,
                 str(len(found)),
@@ -93,7 +94,7 @@ def table(results: Results, keep: float, source: Architecture) -> str:
                 _overlap_with_ours(results, arm, keep, source),
             ]
         )
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown_table(rows)
 
 
 def verdict(results: Results, keep: float) -> str:
