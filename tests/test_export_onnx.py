@@ -1,10 +1,8 @@
-"""ONNX files of unequal tiny models in onnxruntime against torch, and in stock onnxruntime-genai."""
+"""ONNX files of unequal tiny models in onnxruntime against torch."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -154,43 +152,6 @@ def test_context_overflow_says_the_numbers(artefact: Path, tmp_path: Path) -> No
     with pytest.raises(ContextOverflowError, match="context window of 32 tokens is full"):
         engine.decode(5)
     engine.close()
-
-
-GENAI = """
-import json, sys
-import onnxruntime_genai as genai
-model = genai.Model(sys.argv[1])
-parameters = genai.GeneratorParams(model)
-tokens = json.loads(sys.argv[2])
-parameters.set_search_options(max_length=len(tokens) + 16, min_length=len(tokens) + 16, do_sample=False)
-generator = genai.Generator(model, parameters)
-generator.append_tokens(tokens)
-while not generator.is_done():
-    generator.generate_next_token()
-print(json.dumps([int(token) for token in generator.get_sequence(0)]))
-"""
-
-
-@pytest.mark.parametrize("shape", ["unequal", "no attention in the middle", "odd FFN widths"])
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
-def test_stock_genai_generates_the_same_tokens(
-    family: str, shape: str, save_tiny: Callable[..., Path], tmp_path: Path
-) -> None:
-    pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
-    checkpoint = save_tiny(tiny_architecture(family, SHAPES[shape]), eos_token_id=399)
-    assert export(checkpoint, tmp_path / "onnx", "--quantize", "f32") == 0
-    expected = load_for_inference(checkpoint).generate(
-        torch.tensor([TOKENS]),
-        attention_mask=torch.ones(1, len(TOKENS), dtype=torch.long),
-        max_new_tokens=16,
-        min_new_tokens=16,
-        do_sample=False,
-        pad_token_id=0,
-    )
-    command = [sys.executable, "-c", GENAI, str(tmp_path / "onnx"), json.dumps(TOKENS)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert json.loads(done.stdout.splitlines()[-1]) == expected[0].tolist()
 
 
 def test_wrong_graphs_are_caught(

@@ -1,0 +1,83 @@
+"""Stock onnxruntime-genai: our irregular folders in its runtime, its builder's folders in ours and in its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_export_gguf import SHAPES, TOKENS
+from test_export_onnx import export
+from tiny import tiny_architecture
+
+from efficientllm.export.peers import genai_builder
+from efficientllm.runtime.command import run_command
+from efficientllm.runtime.engine import EngineOptions, load
+from efficientllm.runtime.manifest import Manifest
+from efficientllm.train.architecture import LayerShape
+from efficientllm.train.models import load_for_inference
+
+pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
+
+
+GENAI = """
+import json, sys
+import onnxruntime_genai as genai
+model = genai.Model(sys.argv[1])
+parameters = genai.GeneratorParams(model)
+tokens = json.loads(sys.argv[2])
+parameters.set_search_options(max_length=len(tokens) + 16, min_length=len(tokens) + 16, do_sample=False)
+generator = genai.Generator(model, parameters)
+generator.append_tokens(tokens)
+while not generator.is_done():
+    generator.generate_next_token()
+print(json.dumps([int(token) for token in generator.get_sequence(0)]))
+"""
+
+
+@pytest.mark.parametrize("shape", ["unequal", "no attention in the middle", "odd FFN widths"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_stock_genai_generates_the_same_tokens(
+    family: str, shape: str, save_tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    checkpoint = save_tiny(tiny_architecture(family, SHAPES[shape]), eos_token_id=399)
+    assert export(checkpoint, tmp_path / "onnx", "--quantize", "f32") == 0
+    expected = load_for_inference(checkpoint).generate(
+        torch.tensor([TOKENS]),
+        attention_mask=torch.ones(1, len(TOKENS), dtype=torch.long),
+        max_new_tokens=16,
+        min_new_tokens=16,
+        do_sample=False,
+        pad_token_id=0,
+    )
+    command = [sys.executable, "-c", GENAI, str(tmp_path / "onnx"), json.dumps(TOKENS)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout.splitlines()[-1]) == expected[0].tolist()
+
+
+def test_folders_of_its_builder_run_in_both_engines(
+    save_tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With our manifest in its runtime; without, as anybody's folder, in our engine, which finds the cache sizes."""
+    checkpoint, folder = save_tiny(tiny_architecture(layers=(LayerShape(4, 2, 96),) * 2)), tmp_path / "peer"
+    assert run_command(genai_builder.body, [str(checkpoint), str(folder), "--quantize", "f32"]) == 0
+    with torch.inference_mode():
+        expected = load_for_inference(checkpoint)(torch.tensor([TOKENS])).logits[0].numpy()
+    assert Manifest.read(folder).engine == "onnxruntime-genai"
+    for _ in range(2):
+        engine = load(folder, EngineOptions(threads=1, context=64))
+        rows = [engine.prefill(TOKENS[:16]), *(engine.decode(token) for token in TOKENS[16:])]
+        assert np.abs(np.stack(rows) - expected[15:]).max() < 1e-3
+        engine.close()
+        (folder / "manifest.json").unlink(missing_ok=True)
+    assert run_command(genai_builder.body, [str(checkpoint), str(folder)]) == 2
+    assert "give another folder" in capsys.readouterr().err
+    irregular = save_tiny(tiny_architecture())
+    assert run_command(genai_builder.body, [str(irregular), str(tmp_path / "other")]) == 2
+    assert "give a uniform model" in capsys.readouterr().err
