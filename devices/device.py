@@ -21,7 +21,7 @@ class Artefact:
     """A model to measure, as it lies on this machine."""
 
     path: Path
-    """As the user gave it: a folder with a manifest, or a bare file."""
+    """As the user gave it: a folder, or a bare file."""
     engine: str
     files: tuple[Path, ...]
     """Every file a device needs, the manifest among them."""
@@ -30,7 +30,7 @@ class Artefact:
 
     @property
     def file_bytes(self) -> int:
-        return self.manifest.total_bytes if self.manifest else self.files[0].stat().st_size
+        return self.manifest.total_bytes if self.manifest else sum(file.stat().st_size for file in self.files)
 
     @property
     def context_length(self) -> int:
@@ -44,11 +44,15 @@ class Artefact:
         folder = path.parent if path.name == MANIFEST_NAME else path
         if not folder.is_dir():
             return cls(path, engine, (file,), sha256_of(file), None)
-        manifest = Manifest.read(folder)
-        names = sorted(manifest.files)
-        listing = "".join(f"{name} {manifest.files[name]['sha256']}\n" for name in names)
-        digest = hashlib.sha256(listing.encode()).hexdigest()
-        return cls(folder, engine, (*(folder / name for name in names), folder / MANIFEST_NAME), digest, manifest)
+        if (folder / MANIFEST_NAME).exists():
+            manifest = Manifest.read(folder)
+            hashes = {name: entry["sha256"] for name, entry in sorted(manifest.files.items())}
+            files = (*(folder / name for name in hashes), folder / MANIFEST_NAME)
+        else:  # of onnxruntime-genai's own builder
+            manifest, files = None, tuple(sorted(path for path in folder.iterdir() if path.is_file()))
+            hashes = {path.name: sha256_of(path) for path in files}
+        listing = "".join(f"{name} {digest}\n" for name, digest in hashes.items())
+        return cls(folder, engine, files, hashlib.sha256(listing.encode()).hexdigest(), manifest)
 
 
 class Device(Protocol):

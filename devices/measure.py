@@ -130,12 +130,17 @@ class Bench:
 
 
 def measure(request: Request) -> Measurement:
-    """Load, warm up, and time every test; weights are read, not mapped, so that RSS counts them once."""
+    """Load and time every test; weights are read, not mapped, so that RSS counts them once."""
     options = BenchOptions.from_json(request.options)
-    shell, baseline = LocalShell(), memory_bytes().get("rss_bytes", 0)
+    baseline = memory_bytes().get("rss_bytes", 0)
     context = request.context or options.context
     engine = load(request.artefact, EngineOptions(threads=options.threads, context=context, memory_map=False))
-    bench = Bench(engine, options)
+    return measure_engine(engine, options, engine_version(request.artefact), baseline)
+
+
+def measure_engine(engine: Engine, options: BenchOptions, version: str, baseline_rss_bytes: int) -> Measurement:
+    """Time every test of a loaded engine, after a repetition that warms up, and close it."""
+    shell, bench = LocalShell(), Bench(engine, options)
     degrees_before = temperature_celsius(shell)
     bench.repeat()
     bench.forget()
@@ -148,14 +153,14 @@ def measure(request: Request) -> Measurement:
     return Measurement(
         speeds=bench.speeds,
         cpu_ms_per_token=bench.cpu_ms_per_token,
-        engine_version=engine_version(request.artefact),
+        engine_version=version,
         threads=options.threads,
         load_ms=engine.load_ms,
         time_to_first_token_ms=bench.first_token_ms,
         peak_rss_bytes=memory["peak_rss_bytes"],
         rss_anon_bytes=memory.get("rss_anon_bytes", 0),
         rss_file_bytes=memory.get("rss_file_bytes", 0),
-        baseline_rss_bytes=baseline,
+        baseline_rss_bytes=baseline_rss_bytes,
         kv_cache_bytes=engine.kv_cache_bytes,
         temperature_celsius=both(degrees_before, degrees_after),
         clock_mhz=both(clock_before, clock_after),

@@ -151,12 +151,12 @@ class SshDevice:
 
     def _remote_path(self, artefact: Artefact) -> PurePosixPath:
         folder = PurePosixPath(FOLDER) / "artefacts" / artefact.sha256[:32]
-        return folder if artefact.manifest else folder / artefact.path.name
+        return folder if artefact.path.is_dir() else folder / artefact.path.name
 
     def _copy(self, artefact: Artefact) -> None:
         """Copy the files whose hash differs there. An interrupted file stays as NAME.part and is gone on with."""
-        base = artefact.path if artefact.manifest else artefact.path.parent
-        folder = self._remote_path(artefact) if artefact.manifest else self._remote_path(artefact).parent
+        base = artefact.path if artefact.path.is_dir() else artefact.path.parent
+        folder = self._remote_path(artefact) if artefact.path.is_dir() else self._remote_path(artefact).parent
         self._require(f"mkdir -p {folder}")
         for file in artefact.files:
             self._copy_file(file, folder / file.relative_to(base).as_posix())

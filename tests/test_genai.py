@@ -15,6 +15,7 @@ from test_export_gguf import SHAPES, TOKENS
 from test_export_onnx import export
 from tiny import tiny_architecture
 
+from efficientllm.devices.device import Artefact
 from efficientllm.export.peers import genai_builder
 from efficientllm.runtime.command import run_command
 from efficientllm.runtime.engine import EngineOptions, load
@@ -76,6 +77,9 @@ def test_folders_of_its_builder_run_in_both_engines(
         assert np.abs(np.stack(rows) - expected[15:]).max() < 1e-3
         engine.close()
         (folder / "manifest.json").unlink(missing_ok=True)
+    artefact = Artefact.open(folder)
+    assert (artefact.engine, artefact.manifest) == ("onnxruntime", None)
+    assert {file.name for file in artefact.files} >= {"model.onnx", "model.onnx.data", "tokenizer.json"}
     assert run_command(genai_builder.body, [str(checkpoint), str(folder)]) == 2
     assert "give another folder" in capsys.readouterr().err
     irregular = save_tiny(tiny_architecture())

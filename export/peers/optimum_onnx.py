@@ -1,0 +1,127 @@
+"""optimum-onnx beside our engine: `python -m efficientllm.export.peers.optimum_onnx CHECKPOINT ARTEFACT`.
+
+optimum-onnx pins an older transformers, so it has an environment of its own, where this package needs no extra:
+`pip install efficientllm 'optimum-onnx[onnxruntime]'`. CHECKPOINT is a uniform Hugging Face folder (`--target
+hf-uniform`), which optimum exports in fp32 with a cache; ARTEFACT is ours of the same model. Both run in that
+environment's onnxruntime.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...devices.device import Artefact, DeviceOptions
+from ...devices.local import LocalDevice, parse_measurement
+from ...devices.measure import measure_engine
+from ...devices.report import markdown
+from ...devices.results import BenchOptions, Measurement, Run, summarise
+from ...runtime import flags
+from ...runtime.command import run_command
+from ...runtime.errors import ArtefactError
+from ...runtime.memory import memory_bytes
+
+EXPORT = """
+import sys
+from optimum.onnxruntime import ORTModelForCausalLM
+ORTModelForCausalLM.from_pretrained(sys.argv[1], export=True).save_pretrained(sys.argv[2])
+"""
+
+
+class OptimumEngine:
+    """ORTModelForCausalLM as far as the benchmark asks: prefill, decode, close."""
+
+    def __init__(self, folder: str, options: BenchOptions) -> None:
+        import onnxruntime
+        from optimum.onnxruntime import ORTModelForCausalLM  # type: ignore[import-not-found]
+
+        began = time.perf_counter()
+        settings = onnxruntime.SessionOptions()
+        settings.intra_op_num_threads = options.threads
+        self._model: Any = ORTModelForCausalLM.from_pretrained(folder, session_options=settings)
+        self.context_length = options.context
+        self.vocab_size = int(self._model.config.vocab_size)
+        self.kv_cache_bytes = 0
+        self._past: Any = None
+        self._count = 0
+        self.load_ms = (time.perf_counter() - began) * 1e3
+
+    def _evaluate(self, tokens: Sequence[int]) -> np.ndarray:
+        import torch
+
+        self._count += len(tokens)
+        mask = torch.ones(1, self._count, dtype=torch.long)
+        out = self._model(torch.tensor([tokens]), attention_mask=mask, past_key_values=self._past, use_cache=True)
+        self._past = out.past_key_values
+        return out.logits[0, -1].numpy()
+
+    def prefill(self, tokens: Sequence[int]) -> np.ndarray:
+        self._past, self._count = None, 0
+        return self._evaluate(list(tokens))
+
+    def decode(self, token: int) -> np.ndarray:
+        return self._evaluate([token])
+
+    def close(self) -> None:
+        del self._model
+
+
+def measure_peer(folder: str, options: BenchOptions) -> Measurement:
+    """One process of optimum's side."""
+    command = [sys.executable, "-m", __spec__.name, folder, "", "--measure", json.dumps(asdict(options))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return parse_measurement(folder, done.returncode, done.stdout, done.stderr)
+
+
+def export_peer(checkpoint: str, folder: str) -> None:
+    """Let optimum export the checkpoint; prints what that took."""
+    began = time.perf_counter()
+    command = [sys.executable, "-c", EXPORT, checkpoint, folder]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ArtefactError(f"optimum-onnx failed: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    print(f"export: {time.perf_counter() - began:.0f} s, {used.ru_utime:.0f} s CPU, peak {used.ru_maxrss / 1e6:.2f} GB")
+
+
+def body(argv: Sequence[str]) -> int:
+    parser = flags.Parser(prog="python -m efficientllm.export.peers.optimum_onnx", description=__doc__)
+    parser.add_argument("checkpoint", help="uniform Hugging Face folder")
+    parser.add_argument("artefact", help="ours of the same model, --target onnx --quantize f32")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads [1]")
+    parser.add_argument("--rounds", type=int, default=3, help="processes per side, in turn [3]")
+    parser.add_argument("--measure", default="", help="(internal) measure an exported folder, options as JSON")
+    arguments = parser.parse(argv)
+    if arguments["measure"]:
+        options = BenchOptions.from_json(json.loads(arguments["measure"]))
+        baseline = memory_bytes().get("rss_bytes", 0)
+        engine: Any = OptimumEngine(arguments["checkpoint"], options)
+        print(json.dumps(asdict(measure_engine(engine, options, "optimum-onnx", baseline))))
+        return 0
+    options = BenchOptions((128,), (64,), (), 2, arguments["rounds"], arguments["threads"])
+    ours, device = Artefact.open(Path(arguments["artefact"])), LocalDevice(DeviceOptions(), print)
+    sides: dict[str, list[Measurement]] = {"optimum-onnx": [], ours.path.name: []}
+    with tempfile.TemporaryDirectory() as folder:
+        export_peer(arguments["checkpoint"], folder)
+        size = sum(path.stat().st_size for path in Path(folder).iterdir())
+        for _ in range(options.rounds):
+            sides["optimum-onnx"].append(measure_peer(folder, options))
+            sides[ours.path.name].append(device.measure(ours, options))
+    sizes = {"optimum-onnx": size, ours.path.name: ours.file_bytes}
+    results = [summarise(name, "", "onnxruntime", sizes[name], {}, runs) for name, runs in sides.items()]
+    print(markdown(Run(device.describe(), options, results)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(body))
