@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import shlex
 import struct
@@ -103,6 +104,10 @@ class AdbDevice:
         self._runner_path = ""
 
     def describe(self) -> DeviceInfo:
+        return self._info
+
+    @functools.cached_property
+    def _info(self) -> DeviceInfo:
         def prop(name: str) -> str:
             return self._run(f"getprop {name}").output.strip()
 
@@ -123,16 +128,15 @@ class AdbDevice:
         )
 
     def prepare(self, artefacts: list[Artefact], options: BenchOptions) -> None:
-        info = self.describe()
         engines = {artefact.engine for artefact in artefacts}
         if len(engines) > 1:
             raise UsageError("a phone runs one runner at a time; measure .gguf and .pte artefacts in two calls")
         runner, path = self._runner(engines.pop())
         machine = elf_machine(path)
-        if ELF_MACHINES.get(info.machine) != machine:
+        if ELF_MACHINES.get(self._info.machine) != machine:
             raise DeviceError(
                 f"{path} is built for another processor (ELF machine {machine}) than {self._serial}, which is "
-                f"{info.machine}; see `make android-runner`"
+                f"{self._info.machine}; see `make android-runner`"
             )
         disk = re.findall(r"^\S+\s+\d+\s+\d+\s+(\d+)", self._run("df -k /data/local/tmp").output, re.MULTILINE)
         require_room(

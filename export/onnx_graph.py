@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from ..train.architecture import LayerShape
 from .checkpoint import Checkpoint
-from .onnx_quantize import Bits, QuantizedMatrix, quantize_matrix, quantize_rows
+from .onnx_quantize import Bits, IntegerMatrix, QuantizedMatrix, quantize_matrix, quantize_rows
 from .rope import rope_tables
 
 OPSET = {"": 21, "com.microsoft": 1}
@@ -134,7 +134,7 @@ class GraphBuilder:
     def _embed(self, input_ids: ir.Value, tied: Any) -> ir.Value:
         name, bits = "model.embed_tokens.weight", self.bits.head
         if self.bits.dynamic:
-            return self._embed_rows(name, input_ids)
+            return self._embed_columns(tied if tied is not None else self._matrix(name, bits), input_ids)
         if bits >= 16:
             table = tied if tied is not None else self._weights(name)
             return self._node("Gather", [table, input_ids], axis=0)
@@ -155,12 +155,12 @@ class GraphBuilder:
             return embedded
         return self._node("Slice", [embedded, self._ints(0), self._ints(matrix.columns), self._ints(2)])
 
-    def _embed_rows(self, name: str, input_ids: ir.Value) -> ir.Value:
-        """Rows of int8 with one scale each, in standard operators; the head has its own, transposed copy."""
-        codes, scales = quantize_rows(self.checkpoint.tensor(name))
-        rows = self._node("Gather", [self._constant(f"{name}.rows", codes), input_ids], axis=0)
-        scale = self._node("Gather", [self._constant(f"{name}.row_scales", scales[:, None]), input_ids], axis=0)
-        return self._node("Mul", [self._node("Cast", [rows], to=int(ir.DataType.FLOAT)), scale])
+    def _embed_columns(self, matrix: IntegerMatrix, input_ids: ir.Value) -> ir.Value:
+        """Columns of the matrix as the head multiplies it, in standard operators."""
+        columns = self._node("Gather", [matrix.codes, input_ids], axis=1)
+        codes = self._node("Transpose", [columns], perm=[1, 2, 0])
+        scale = self._node("Unsqueeze", [self._node("Gather", [matrix.scales, input_ids], axis=0), self._ints(2)])
+        return self._node("Mul", [self._node("Cast", [codes], to=int(ir.DataType.FLOAT)), scale])
 
     def _norm(self, name: str, residual: ir.Value, added: ir.Value | None) -> tuple[ir.Value, ir.Value]:
         """(normalised, residual stream): the pending addition is done by the same kernel."""
@@ -236,8 +236,6 @@ class GraphBuilder:
             flat = self._node("Reshape", [last, self._ints(-1, self.architecture.hidden_size)])
             product = self._node("Gemm", [flat, head], transB=1)
             logits = self._node("Unsqueeze", [product, self._ints(1)])
-        elif self.bits.dynamic:
-            logits = self._multiply_dynamically(last, head)
         else:
             logits = self._multiply(last, head)
         if self.element != ir.DataType.FLOAT:
@@ -252,7 +250,9 @@ class GraphBuilder:
         if bits >= 16:
             return self._weights(names[0])
         if self.bits.dynamic:
-            return names[0]
+            codes, scales = quantize_rows(self.checkpoint.tensor(names[0]))
+            stored = [self._constant(f"{names[0]}.q8", codes.T), self._constant(f"{names[0]}.scales", scales)]
+            return IntegerMatrix(*stored)
         arrays = [self.checkpoint.tensor(part) for part in names]
         grams = [self.grams.get(part) if bits == 4 else None for part in names]
         parts = [quantize_matrix(array, bits, BLOCK, gram) for array, gram in zip(arrays, grams, strict=True)]
@@ -265,15 +265,15 @@ class GraphBuilder:
         if bits >= 16:
             weight = self._constant(f"{name}.weight", self.checkpoint.tensor(f"{name}.weight").T.astype(self.dtype))
             product = self._node("MatMul", [x, weight])
-        elif self.bits.dynamic:
-            product = self._multiply_dynamically(x, f"{name}.weight")
         else:
             product = self._multiply(x, self._matrix(f"{name}.weight", bits))
         if not self.checkpoint.has_tensor(f"{name}.bias"):
             return product
         return self._node("Add", [product, self._weights(f"{name}.bias")])
 
-    def _multiply(self, x: ir.Value, matrix: QuantizedMatrix) -> ir.Value:
+    def _multiply(self, x: ir.Value, matrix: QuantizedMatrix | IntegerMatrix) -> ir.Value:
+        if isinstance(matrix, IntegerMatrix):
+            return self._multiply_integers(x, matrix)
         return self._node(
             "MatMulNBits",
             [x, matrix.data, matrix.scales],
@@ -285,10 +285,9 @@ class GraphBuilder:
             accuracy_level=ACCURACY_LEVEL,
         )
 
-    def _multiply_dynamically(self, x: ir.Value, name: str) -> ir.Value:
+    def _multiply_integers(self, x: ir.Value, matrix: IntegerMatrix) -> ir.Value:
         """x W^T in int8: onnxruntime fuses these nodes into one."""
-        codes, scales = quantize_rows(self.checkpoint.tensor(name))
         quantized, scale, zero = self._node("DynamicQuantizeLinear", [x], count=3)
-        product = self._node("MatMulInteger", [quantized, self._constant(f"{name}.q8", codes.T), zero])
-        factor = self._node("Mul", [scale, self._constant(f"{name}.scales", scales)])
+        product = self._node("MatMulInteger", [quantized, matrix.codes, zero])
+        factor = self._node("Mul", [scale, matrix.scales])
         return self._node("Mul", [self._node("Cast", [product], to=int(ir.DataType.FLOAT)), factor])

@@ -61,6 +61,16 @@ class QuantizedMatrix:
         return -(-self.columns // self.block)
 
 
+@dataclass(frozen=True)
+class IntegerMatrix:
+    """A matrix [rows, columns] in the graph as MatMulInteger reads it."""
+
+    codes: Any
+    """int8 [columns, rows]"""
+    scales: Any
+    """fp32 [rows]"""
+
+
 def quantize_rows(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(int8 [rows, columns], fp32 scales [rows]) of fp32 [rows, columns]: one scale per row."""
     codes, scales = quantize_groups(weight, 8, weight.shape[1])
