@@ -39,7 +39,8 @@ class ExportOptions:
     """Text (as efficientllm-train's --data) whose activations guide the rounding to few bits. gguf: as llama.cpp's
     importance matrix; onnx and executorch: error-compensated rounding (GPTQ) of int4 matrices."""
     max_kl: float | None = None
-    """Largest mean KL divergence (nats per token) of the quantised file from the exact one; default by bits."""
+    """Largest mean KL divergence (nats per token) of the quantised file from the exact one; default by bits. The
+    perplexity of the sample may grow by a factor of its exponential."""
     verify: bool = True
     """Compare the file with torch and refuse it past the limits."""
 

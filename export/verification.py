@@ -110,12 +110,21 @@ def check_exact(agreement: Agreement, reference: np.ndarray, target: str) -> Non
 
 
 def check_quantized(agreement: Agreement, bits_per_weight: float, max_kl: float | None, target: str) -> None:
-    """ArtefactError where quantisation moved the model further than its bits explain."""
+    """ArtefactError where quantisation moved the model further than its bits explain.
+
+    On text that the model itself would write, a KL of k multiplies the perplexity by exp(k): that is its budget.
+    """
     limit = max_kl if max_kl is not None else next(kl for bits, kl in MAX_KL_BY_BITS if bits_per_weight >= bits)
     if not agreement.mean_kl <= limit:
         raise ArtefactError(
             f"{target}: quantisation costs a mean KL of {agreement.mean_kl:.3f} nats per token, more than {limit}; "
             "nothing was written. Choose a larger type, raise --max-kl, or export with --no-verify"
+        )
+    if not agreement.perplexity_ratio <= math.exp(limit):
+        raise ArtefactError(
+            f"{target}: quantisation multiplies the sample's perplexity by {agreement.perplexity_ratio:.3f}, more than "
+            f"{math.exp(limit):.3f} (exp of --max-kl); nothing was written. Choose a larger type, raise --max-kl, or "
+            "export with --no-verify"
         )
 
 

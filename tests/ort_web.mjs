@@ -1,10 +1,10 @@
 // Greedy tokens of an ONNX folder in onnxruntime-web's WebAssembly: node ort_web.mjs PACKAGE FOLDER PROMPT COUNT
 import { readFileSync } from "node:fs";
 import { createRequire } from "node:module";
-import { join } from "node:path";
+import { join, resolve } from "node:path";
 
 const [packageFolder, folder, prompt, count] = process.argv.slice(2);
-const ort = createRequire(join(packageFolder, "package.json"))("onnxruntime-web");
+const ort = createRequire(resolve(packageFolder, "package.json"))("onnxruntime-web");
 ort.env.wasm.numThreads = 1;
 const session = await ort.InferenceSession.create(readFileSync(join(folder, "model.onnx")), {
   executionProviders: ["wasm"],

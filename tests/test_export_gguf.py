@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from efficientllm.export import cli, verification
 from efficientllm.export.gguf_probe import probe
 from efficientllm.runtime.command import run_command
 from efficientllm.runtime.engine import EngineOptions, load
+from efficientllm.runtime.errors import ArtefactError
 from efficientllm.runtime.generation import Generation
 from efficientllm.runtime.manifest import Manifest
 from efficientllm.train.architecture import FAMILIES, LayerShape
@@ -121,6 +123,18 @@ def test_export_past_the_limit_is_refused_and_leaves_nothing(
     assert list((tmp_path / "out").iterdir()) == []
     assert export(checkpoint, tmp_path / "out" / "gguf", *limit, "--no-verify") == 0
     assert Manifest.read(tmp_path / "out" / "gguf").verification == {}
+
+
+def test_budgets_of_kl_and_perplexity() -> None:
+    fine = verification.Agreement(192, 1.0, 0.9, mean_kl=0.2, perplexity_ratio=1.2)
+    verification.check_quantized(fine, 8.5, None, "gguf")
+    for worse, message in (
+        ({"mean_kl": 0.31}, "a mean KL of 0.310"),
+        ({"perplexity_ratio": 1.36}, "perplexity by 1.36"),
+    ):
+        with pytest.raises(ArtefactError, match=message):
+            verification.check_quantized(dataclasses.replace(fine, **worse), 8.5, None, "gguf")
+    verification.check_quantized(dataclasses.replace(fine, perplexity_ratio=1.36), 8.5, 0.5, "gguf")
 
 
 def test_wrong_weights_are_caught(
