@@ -128,13 +128,11 @@ def test_export_past_the_limit_is_refused_and_leaves_nothing(
 def test_budgets_of_kl_and_perplexity() -> None:
     fine = verification.Agreement(192, 1.0, 0.9, mean_kl=0.2, perplexity_ratio=1.2)
     verification.check_quantized(fine, 8.5, None, "gguf")
-    for worse, message in (
-        ({"mean_kl": 0.31}, "a mean KL of 0.310"),
-        ({"perplexity_ratio": 1.36}, "perplexity by 1.36"),
-    ):
+    further, worse = dataclasses.replace(fine, mean_kl=0.31), dataclasses.replace(fine, perplexity_ratio=1.36)
+    for agreement, message in ((further, "a mean KL of 0.310"), (worse, "perplexity by 1.36")):
         with pytest.raises(ArtefactError, match=message):
-            verification.check_quantized(dataclasses.replace(fine, **worse), 8.5, None, "gguf")
-    verification.check_quantized(dataclasses.replace(fine, perplexity_ratio=1.36), 8.5, 0.5, "gguf")
+            verification.check_quantized(agreement, 8.5, None, "gguf")
+        verification.check_quantized(agreement, 8.5, 0.5, "gguf")
 
 
 def test_wrong_weights_are_caught(
