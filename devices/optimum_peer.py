@@ -1,4 +1,4 @@
-"""optimum-onnx beside our engine: `python -m efficientllm.export.peers.optimum_onnx CHECKPOINT ARTEFACT`.
+"""optimum-onnx beside our engine: `python -m efficientllm.devices.optimum_peer CHECKPOINT ARTEFACT`.
 
 optimum-onnx pins an older transformers, so it has an environment of its own, where this package needs no extra:
 `pip install efficientllm 'optimum-onnx[onnxruntime]'`. CHECKPOINT is a uniform Hugging Face folder (`--target
@@ -9,7 +9,6 @@ environment's onnxruntime.
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -21,15 +20,15 @@ from typing import Any
 
 import numpy as np
 
-from ...devices.device import Artefact, DeviceOptions
-from ...devices.local import LocalDevice, parse_measurement
-from ...devices.measure import measure_engine
-from ...devices.report import markdown
-from ...devices.results import BenchOptions, Measurement, Run, summarise
-from ...runtime import flags
-from ...runtime.command import run_command
-from ...runtime.errors import ArtefactError
-from ...runtime.memory import memory_bytes
+from ..runtime import flags
+from ..runtime.command import run_command
+from ..runtime.errors import ArtefactError
+from ..runtime.memory import memory_bytes
+from .device import Artefact, DeviceOptions
+from .local import LocalDevice, parse_measurement
+from .measure import measure_engine
+from .report import markdown
+from .results import BenchOptions, Measurement, Run, summarise
 
 EXPORT = """
 import sys
@@ -90,12 +89,14 @@ def export_peer(checkpoint: str, folder: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise ArtefactError(f"optimum-onnx failed: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
+    import resource  # absent on Windows
+
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     print(f"export: {time.perf_counter() - began:.0f} s, {used.ru_utime:.0f} s CPU, peak {used.ru_maxrss / 1e6:.2f} GB")
 
 
 def body(argv: Sequence[str]) -> int:
-    parser = flags.Parser(prog="python -m efficientllm.export.peers.optimum_onnx", description=__doc__)
+    parser = flags.Parser(prog="python -m efficientllm.devices.optimum_peer", description=__doc__)
     parser.add_argument("checkpoint", help="uniform Hugging Face folder")
     parser.add_argument("artefact", help="ours of the same model, --target onnx --quantize f32")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads [1]")
