@@ -9,11 +9,12 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 
+from ..runtime.artefact import Artefact
 from ..runtime.errors import DeviceError, UsageError
 from ..runtime.files import sha256_of
 from ..runtime.manifest import manifest_cache_bytes
 from .boards import look_up
-from .device import Artefact, DeviceOptions
+from .device import DeviceOptions
 from .local import request_context
 from .remote import Answer, RemoteShell, require_room, run_program
 from .results import BenchOptions, DeviceInfo, Measurement

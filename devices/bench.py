@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from .device import Artefact, Device
+from ..runtime.artefact import Artefact
+from .device import Device
 from .results import BenchOptions, DeviceInfo, Measurement, Run, summarise
 
 POLL_SECONDS = 5.0

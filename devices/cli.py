@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..runtime import flags
+from ..runtime.artefact import Artefact
 from ..runtime.command import run_command
 from ..runtime.errors import UsageError
 from . import compare, report
 from .bench import bench
-from .device import Artefact, DeviceOptions, open_device
+from .device import DeviceOptions, open_device
 from .latency_model import ProfileOptions, profile
 from .results import BenchOptions, Run
 

@@ -2,57 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
-from ..runtime.engine import locate
+from ..runtime.artefact import Artefact
 from ..runtime.errors import UsageError
-from ..runtime.files import sha256_of
-from ..runtime.manifest import MANIFEST_NAME, Manifest
 from .results import BenchOptions, DeviceInfo, Measurement
-
-
-@dataclass(frozen=True)
-class Artefact:
-    """A model to measure, as it lies on this machine."""
-
-    path: Path
-    """As the user gave it: a folder, or a bare file."""
-    engine: str
-    files: tuple[Path, ...]
-    """Every file a device needs, the manifest among them."""
-    sha256: str
-    manifest: Manifest | None
-
-    @property
-    def file_bytes(self) -> int:
-        return self.manifest.total_bytes if self.manifest else sum(file.stat().st_size for file in self.files)
-
-    @property
-    def context_length(self) -> int:
-        """0 where it is not known."""
-        return self.manifest.context_length if self.manifest else 0
-
-    @classmethod
-    def open(cls, path: Path) -> Artefact:
-        """ArtefactError where `path` is none."""
-        engine, file = locate(path)
-        folder = path.parent if path.name == MANIFEST_NAME else path
-        if not folder.is_dir():
-            return cls(path, engine, (file,), sha256_of(file), None)
-        if (folder / MANIFEST_NAME).exists():
-            manifest = Manifest.read(folder)
-            hashes = {name: entry["sha256"] for name, entry in sorted(manifest.files.items())}
-            files = (*(folder / name for name in hashes), folder / MANIFEST_NAME)
-        else:  # of onnxruntime-genai's own builder
-            manifest, files = None, tuple(sorted(path for path in folder.iterdir() if path.is_file()))
-            hashes = {path.name: sha256_of(path) for path in files}
-        listing = "".join(f"{name} {digest}\n" for name, digest in hashes.items())
-        return cls(folder, engine, files, hashlib.sha256(listing.encode()).hexdigest(), manifest)
 
 
 class Device(Protocol):

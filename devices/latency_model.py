@@ -20,10 +20,11 @@ from typing import Any
 
 import numpy as np
 
+from ..runtime.artefact import Artefact
 from ..runtime.errors import DeviceError
 from ..runtime.files import write_json_atomically
 from .bench import bench
-from .device import Artefact, Device
+from .device import Device
 from .results import BenchOptions
 from .shapes import HEAD_DIM, SHAPES, Shape, WeightType, write_gguf
 

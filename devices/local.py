@@ -11,10 +11,11 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+from ..runtime.artefact import Artefact
 from ..runtime.errors import ArtefactError
 from . import measure
 from .boards import look_up
-from .device import Artefact, DeviceOptions
+from .device import DeviceOptions
 from .results import BenchOptions, DeviceInfo, Measurement
 from .sensors import LocalShell, temperature_celsius
 

@@ -21,10 +21,11 @@ from typing import Any
 import numpy as np
 
 from ..runtime import flags
+from ..runtime.artefact import Artefact
 from ..runtime.command import run_command
 from ..runtime.errors import ArtefactError
 from ..runtime.memory import memory_bytes
-from .device import Artefact, DeviceOptions
+from .device import DeviceOptions
 from .local import LocalDevice, parse_measurement
 from .measure import measure_engine
 from .report import markdown

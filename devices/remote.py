@@ -7,9 +7,10 @@ import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from ..runtime.artefact import Artefact
 from ..runtime.errors import DeviceError
 from ..runtime.quantities import format_bytes
-from .device import Artefact, estimated_ram_bytes
+from .device import estimated_ram_bytes
 from .results import BenchOptions
 
 SEPARATOR = "--efficientllm--"

@@ -15,11 +15,12 @@ from dataclasses import asdict
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
+from ..runtime.artefact import Artefact
 from ..runtime.errors import DeviceError, UsageError
 from ..runtime.files import sha256_of
 from . import measure
 from .boards import look_up
-from .device import Artefact, DeviceOptions
+from .device import DeviceOptions
 from .local import parse_measurement, request_context
 from .remote import Answer, RemoteShell, require_room, run_program
 from .results import BenchOptions, DeviceInfo, Measurement

@@ -15,10 +15,10 @@ from efficientllm.devices import cli, latency_model
 from efficientllm.devices import compare as comparison
 from efficientllm.devices.bench import bench, cool_down
 from efficientllm.devices.boards import look_up
-from efficientllm.devices.device import Artefact
 from efficientllm.devices.results import BenchOptions, DeviceInfo, Figure, Measurement, Run, summarise
 from efficientllm.devices.shapes import SHAPES, Shape, write_gguf
 from efficientllm.export import cli as export_cli
+from efficientllm.runtime.artefact import Artefact
 from efficientllm.runtime.command import run_command
 from efficientllm.runtime.engine import EngineOptions, load
 from efficientllm.runtime.errors import DeviceError

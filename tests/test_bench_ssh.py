@@ -9,9 +9,10 @@ import pytest
 from board import SSHD, Board, DroppingProxy, board
 
 from efficientllm.devices import cli
-from efficientllm.devices.device import Artefact, DeviceOptions
+from efficientllm.devices.device import DeviceOptions
 from efficientllm.devices.results import BenchOptions
 from efficientllm.devices.ssh import SshDevice
+from efficientllm.runtime.artefact import Artefact
 from efficientllm.runtime.command import run_command
 from efficientllm.runtime.errors import DeviceError
 

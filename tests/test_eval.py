@@ -169,6 +169,23 @@ def test_an_fp32_artefact_scores_like_its_checkpoint(
     assert engine_value.tokens == torch_value.tokens == 600
 
 
+def test_models_that_differ_in_their_weights_alone_share_no_answers(checkpoint: Path, tmp_path: Path) -> None:
+    """The graph of an ONNX folder is the same for all weights of one shape: they lie beside it."""
+    folder = tmp_path / "onnx"
+    arguments = [str(checkpoint), "--target", "onnx", "--quantize", "int8", "--no-verify", "--output", str(folder)]
+    assert run_command(export_cli.body, arguments) == 0
+    path = tmp_path / "text.txt"
+    path.write_text(sample_text(), encoding="utf-8")
+    measures = MeasureConfig(tasks=("none",), text=(str(path),), text_tokens=100, window=64)
+    values = [evaluate(folder, measures, ComputeConfig(), tmp_path)]
+    data = bytearray((folder / "model.onnx.data").read_bytes())
+    data[len(data) // 2 :] = bytes(len(data) - len(data) // 2)
+    (folder / "model.onnx.data").write_bytes(data)
+    values.append(evaluate(folder, measures, ComputeConfig(), tmp_path))
+    assert values[0].fingerprint != values[1].fingerprint
+    assert values[0].perplexity["text"].perplexity != values[1].perplexity["text"].perplexity
+
+
 def test_engine_scores_do_not_depend_on_what_was_evaluated_before(artefact: Path) -> None:
     from efficientllm.runtime.engine import EngineOptions
 

@@ -15,8 +15,8 @@ from test_export_gguf import SHAPES, TOKENS
 from test_export_onnx import export
 from tiny import tiny_architecture
 
-from efficientllm.devices.device import Artefact
 from efficientllm.export.peers import genai_builder
+from efficientllm.runtime.artefact import Artefact
 from efficientllm.runtime.command import run_command
 from efficientllm.runtime.engine import EngineOptions, load
 from efficientllm.runtime.manifest import Manifest

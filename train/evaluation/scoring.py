@@ -10,7 +10,8 @@ from typing import Protocol
 
 import numpy as np
 
-from ...runtime.engine import Engine, EngineOptions, load, locate
+from ...runtime.artefact import Artefact
+from ...runtime.engine import Engine, EngineOptions, load
 from ...runtime.errors import ModelError
 from ...runtime.files import sha256_of
 
@@ -89,13 +90,13 @@ class EngineModel:
 
 
 def fingerprint(path: Path) -> str:
-    """sha256 over the weight files of a model folder, or over an artefact's model file."""
+    """sha256 over the weight files of a model folder, or over all files of an artefact as they are now."""
     if is_checkpoint(path):
         files = sorted([*path.glob("*.safetensors"), *path.glob("*.bin")])
         if not files:
             raise ModelError(f"{path} has a config.json but no weights (*.safetensors)")
     else:
-        files = [locate(path)[1]]
+        files = list(Artefact.open(path).files)
     return hashlib.sha256("".join(sha256_of(file) for file in files).encode()).hexdigest()
 
 
