@@ -134,7 +134,7 @@ def measure(request: Request) -> Measurement:
     options = BenchOptions.from_json(request.options)
     baseline = memory_bytes().get("rss_bytes", 0)
     context = request.context or options.context
-    engine = load(request.artefact, EngineOptions(threads=options.threads, context=context, memory_map=False))
+    engine = load(request.artefact, EngineOptions(options.threads, context, huge_pages=options.huge_pages))
     return measure_engine(engine, options, engine_version(request.artefact), baseline)
 
 

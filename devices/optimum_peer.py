@@ -110,7 +110,9 @@ def body(argv: Sequence[str]) -> int:
         engine: Any = OptimumEngine(arguments["checkpoint"], options)
         print(json.dumps(asdict(measure_engine(engine, options, "optimum-onnx", baseline))))
         return 0
-    options = BenchOptions((128,), (64,), (), 2, arguments["rounds"], arguments["threads"])
+    rounds, threads = arguments["rounds"], arguments["threads"]
+    # without huge pages, which optimum's side does not ask for
+    options = BenchOptions((128,), (64,), (), 2, rounds, threads, huge_pages=False)
     ours, device = Artefact.open(Path(arguments["artefact"])), LocalDevice(DeviceOptions(), print)
     sides: dict[str, list[Measurement]] = {"optimum-onnx": [], ours.path.name: []}
     with tempfile.TemporaryDirectory() as folder:

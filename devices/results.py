@@ -37,6 +37,8 @@ class BenchOptions:
     """Processes per artefact; artefacts take turns, so that drift of the machine hits all alike."""
     threads: int = 0
     """CPU threads; 0: all cores."""
+    huge_pages: bool = True
+    """Linux: move what was read into huge pages, as efficientllm-chat and -serve do."""
     max_temp: float = 0.0
     """Degrees Celsius the device must have cooled to before each process; 0: do not wait."""
     cool_down_minutes: float = 15.0
