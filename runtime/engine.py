@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import json
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,6 @@ from typing import Protocol
 
 import numpy as np
 
-from . import huge_pages
 from .errors import ArtefactError
 from .manifest import MANIFEST_NAME, Manifest
 
@@ -162,12 +160,7 @@ def load(path: str | Path, options: EngineOptions | None = None) -> Engine:
     module, _, attribute = known[name].partition(":")
     engine_class: type[Engine] = getattr(importlib.import_module(module), attribute)
     options = options or EngineOptions()
-    before = huge_pages.resident_ranges() if options.huge_pages else set()
     engine = engine_class(file, options)
     if options.warm_up:
         engine.prefill([0])
-    if options.huge_pages:
-        began = time.perf_counter()
-        huge_pages.collapse(huge_pages.resident_ranges() - before)
-        engine.load_ms += (time.perf_counter() - began) * 1e3
     return engine

@@ -16,6 +16,7 @@ import numpy as np
 from .engine import EngineOptions
 from .errors import ArtefactError
 from .executorch_loader import import_executorch
+from .huge_pages import huge_pages
 from .manifest import manifest_cache_bytes
 from .native_log import captured_native_log
 from .stepwise_engine import StepwiseEngine
@@ -32,7 +33,7 @@ class ExecuTorchEngine(StepwiseEngine):
 
         self._torch = torch
         began = time.perf_counter()
-        with captured_native_log() as log:
+        with huge_pages(options.huge_pages), captured_native_log() as log:
             portable_lib._unsafe_reset_threadpool(options.threads or os.cpu_count() or 1)
             try:
                 self._program = Runtime.get().load_program(path)

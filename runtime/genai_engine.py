@@ -17,6 +17,7 @@ import numpy as np
 
 from .engine import DEFAULT_CONTEXT, EngineOptions
 from .errors import ArtefactError, MissingExtraError
+from .huge_pages import huge_pages
 from .manifest import manifest_cache_bytes
 from .stepwise_engine import StepwiseEngine
 
@@ -37,7 +38,8 @@ class GenaiEngine(StepwiseEngine):
         session = {"session_options": {"intra_op_num_threads": threads}}
         config.overlay(json.dumps({"model": {"decoder": session}}))
         try:
-            self._model = genai.Model(config)
+            with huge_pages(options.huge_pages):
+                self._model = genai.Model(config)
         except Exception as error:  # its exceptions share no base
             raise ArtefactError(f"{folder}: onnxruntime-genai cannot load it: {str(error).splitlines()[0]}") from error
         self.context_length = options.context or min(DEFAULT_CONTEXT, described["context_length"])

@@ -6,6 +6,7 @@ their own libraries, so what loading a model added is found in /proc/self/maps.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import re
@@ -23,8 +24,26 @@ MADV_COLLAPSE = 25
 RESIDENT_SHARE = 0.75
 """Least share of a huge page that must be in memory already: the rest becomes resident with it."""
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Parameters of mallopt(3)."""
+
+LARGEST_TOGETHER = 32 * 2**20
+"""The largest threshold that glibc takes."""
+
 LONGEST_SECONDS = 2.0
 """Where memory is too fragmented, the kernel searches long for every huge page."""
+
+
+@contextlib.contextmanager
+def huge_pages(wanted: bool) -> Iterator[None]:
+    """Move what the block allocates, and does not free, into huge pages at its end."""
+    if not wanted or not _huge_page_bytes():
+        yield
+        return
+    _allocate_together()
+    before = resident_ranges()
+    yield
+    collapse(resident_ranges() - before)
 
 
 def resident_ranges() -> set[int]:
@@ -58,6 +77,17 @@ def collapse(addresses: set[int]) -> int:
             break
         covered += size * (libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), MADV_COLLAPSE) == 0)
     return covered
+
+
+def _allocate_together() -> None:
+    """Let glibc's malloc put a layer's matrices side by side instead of mapping each by itself; no other libc has it.
+
+    5 % of onnxruntime's decode speed, whose packed matrices are smaller than a huge page.
+    """
+    mallopt: Any = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, LARGEST_TOGETHER)
+        mallopt(M_TRIM_THRESHOLD, 2 * LARGEST_TOGETHER)
 
 
 def _huge_page_bytes() -> int:

@@ -13,6 +13,7 @@ import numpy as np
 
 from .engine import DEFAULT_CONTEXT, EngineOptions
 from .errors import ArtefactError, MissingExtraError
+from .huge_pages import huge_pages
 from .manifest import manifest_cache_bytes
 from .prefix import check_room, reusable_prefix
 
@@ -43,16 +44,17 @@ class LlamaCppEngine:
         began = time.perf_counter()
         self.context_length = options.context or self._default_context(path)
         try:
-            self._model = llama_cpp.Llama(
-                str(path),
-                n_ctx=self.context_length,
-                n_batch=BATCH,
-                n_threads=threads,
-                n_threads_batch=threads,
-                use_mmap=options.memory_map,
-                flash_attn=True,  # without it llama.cpp pads every layer's V cache to the widest layer's
-                verbose=False,
-            )
+            with huge_pages(options.huge_pages):
+                self._model = llama_cpp.Llama(
+                    str(path),
+                    n_ctx=self.context_length,
+                    n_batch=BATCH,
+                    n_threads=threads,
+                    n_threads_batch=threads,
+                    use_mmap=options.memory_map,
+                    flash_attn=True,  # without it llama.cpp pads every layer's V cache to the widest layer's
+                    verbose=False,
+                )
         except ValueError as error:
             raise ArtefactError(f"{path}: llama.cpp cannot load it: {error}") from error
         self.load_ms = (time.perf_counter() - began) * 1e3

@@ -16,6 +16,7 @@ import numpy as np
 
 from .engine import DEFAULT_CONTEXT, EngineOptions
 from .errors import ArtefactError, MissingExtraError
+from .huge_pages import huge_pages
 from .onnx_cache import GrowingCache, SharedCache, cache_inputs, ort_value
 from .stepwise_engine import StepwiseEngine
 
@@ -34,9 +35,10 @@ class OnnxEngine(StepwiseEngine):
         settings.log_severity_level = 3
         try:
             # Folding constants would copy a tied, quantised embedding: it is read in two shapes.
-            self._session = onnxruntime.InferenceSession(
-                str(path), settings, ["CPUExecutionProvider"], disabled_optimizers=["ConstantFolding"]
-            )
+            with huge_pages(options.huge_pages):
+                self._session = onnxruntime.InferenceSession(
+                    str(path), settings, ["CPUExecutionProvider"], disabled_optimizers=["ConstantFolding"]
+                )
         except Exception as error:  # onnxruntime's exceptions share no base
             raise ArtefactError(f"{path}: onnxruntime cannot load it: {str(error).splitlines()[0]}") from error
         genai = _genai_config(path.parent)
