@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 
 import matplotlib
+from cycler import cycler
 
 matplotlib.use("Agg")
 
@@ -17,6 +18,8 @@ from matplotlib.ticker import FuncFormatter
 from .results import Result, Run
 
 WIDTH_INCHES = 9.0
+STYLES = cycler(marker=["o", "s", "^", "D", "v"]) * cycler(color=matplotlib.color_sequences["tab10"])
+"""Of fifty artefacts before one repeats: all colours with one marker, then with the next."""
 
 
 def _labelled(runs: Sequence[Run]) -> list[tuple[str, Result]]:
@@ -41,6 +44,7 @@ def _axes(height: float) -> tuple[Canvas, Axes]:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#e5e5e5", linewidth=0.8)
     axes.set_axisbelow(True)
+    axes.set_prop_cycle(STYLES)
     return canvas, axes
 
 
@@ -59,7 +63,7 @@ def speed_against_size(runs: Sequence[Run]) -> str:
         tests.add(test)
         figure = result.speeds[test]
         spread = [[figure.median - figure.low], [figure.high - figure.median]]
-        axes.errorbar(result.file_bytes / 1e6, figure.median, yerr=spread, fmt="o", capsize=3, label=label)
+        axes.errorbar(result.file_bytes / 1e6, figure.median, yerr=spread, linestyle="none", capsize=3, label=label)
     if not tests:
         return ""
     axes.set_xlabel("file size, MB")
@@ -86,7 +90,7 @@ def latency_against_context(runs: Sequence[Run]) -> str:
             continue
         points.sort()
         x, y, low, high = zip(*points, strict=True)
-        (line,) = axes.plot(x, y, marker="o", label=label)
+        (line,) = axes.plot(x, y, label=label)
         axes.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
         drawn = True
     if not drawn:
