@@ -14,6 +14,7 @@ import numpy as np
 
 from .errors import ArtefactError
 from .manifest import MANIFEST_NAME, Manifest
+from .memory import give_back_freed_memory
 
 ENTRY_POINT_GROUP = "efficientllm.engines"
 
@@ -163,4 +164,5 @@ def load(path: str | Path, options: EngineOptions | None = None) -> Engine:
     engine = engine_class(file, options)
     if options.warm_up:
         engine.prefill([0])
+    give_back_freed_memory()
     return engine

@@ -18,6 +18,7 @@ from .errors import ArtefactError
 from .executorch_loader import import_executorch
 from .huge_pages import huge_pages
 from .manifest import manifest_cache_bytes
+from .memory import give_back_freed_memory
 from .native_log import captured_native_log
 from .stepwise_engine import StepwiseEngine
 
@@ -85,3 +86,4 @@ class ExecuTorchEngine(StepwiseEngine):
 
     def close(self) -> None:
         del self._forward, self._program
+        give_back_freed_memory()

@@ -19,6 +19,7 @@ from .engine import DEFAULT_CONTEXT, EngineOptions
 from .errors import ArtefactError, MissingExtraError
 from .huge_pages import huge_pages
 from .manifest import manifest_cache_bytes
+from .memory import give_back_freed_memory
 from .stepwise_engine import StepwiseEngine
 
 
@@ -64,3 +65,4 @@ class GenaiEngine(StepwiseEngine):
 
     def close(self) -> None:
         del self._generator, self._model
+        give_back_freed_memory()

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from .memory import give_back_freed_memory
+
 SIZE_FILE = Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size")
 """Bytes of a huge page, where the kernel has them."""
 
@@ -43,6 +45,7 @@ def huge_pages(wanted: bool) -> Iterator[None]:
     _allocate_together()
     before = resident_ranges()
     yield
+    give_back_freed_memory()
     collapse(resident_ranges() - before)
 
 

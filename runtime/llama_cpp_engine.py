@@ -15,6 +15,7 @@ from .engine import DEFAULT_CONTEXT, EngineOptions
 from .errors import ArtefactError, MissingExtraError
 from .huge_pages import huge_pages
 from .manifest import manifest_cache_bytes
+from .memory import give_back_freed_memory
 from .prefix import check_room, reusable_prefix
 
 BATCH = 512
@@ -138,6 +139,7 @@ class LlamaCppEngine:
 
     def close(self) -> None:
         self._model.close()
+        give_back_freed_memory()
 
 
 def _cache_bytes(metadata: dict[str, str], slots: int) -> int:

@@ -17,6 +17,7 @@ import numpy as np
 from .engine import DEFAULT_CONTEXT, EngineOptions
 from .errors import ArtefactError, MissingExtraError
 from .huge_pages import huge_pages
+from .memory import give_back_freed_memory
 from .onnx_cache import GrowingCache, SharedCache, cache_inputs, ort_value
 from .stepwise_engine import StepwiseEngine
 
@@ -87,6 +88,7 @@ class OnnxEngine(StepwiseEngine):
 
     def close(self) -> None:
         del self._binding, self._cache, self._session
+        give_back_freed_memory()
 
 
 def _genai_config(folder: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import platform
 import random
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from efficientllm.runtime.command import run_command
 from efficientllm.runtime.engine import Engine, EngineOptions, load
 from efficientllm.runtime.errors import ArtefactError, ContextOverflowError, UsageError
 from efficientllm.runtime.generation import Generation, chat_prompt
+from efficientllm.runtime.memory import give_back_freed_memory, memory_bytes
 from efficientllm.runtime.sampling import Sampler, SamplingOptions
 from efficientllm.runtime.text_stream import TextStream
 
@@ -35,6 +37,17 @@ def test_prefix_reuse_gives_the_logits_of_a_fresh_prefill(engine: Engine) -> Non
     reused = engine.prefill(tokens)
     engine.prefill([399])
     np.testing.assert_allclose(reused, engine.prefill(tokens), atol=2e-2)  # the cache is fp16
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc keeps freed memory")
+def test_freed_memory_goes_back_to_the_system() -> None:
+    blocks = [bytearray(60_000) for _ in range(2000)]  # below malloc's threshold for mappings of their own
+    kept = blocks[1::40]  # memory above them cannot simply be cut off
+    full = memory_bytes()["rss_anon_bytes"]
+    del blocks
+    give_back_freed_memory()
+    assert memory_bytes()["rss_anon_bytes"] < full - 100e6
+    assert len(kept) == 50
 
 
 def test_decode_continues_prefill(engine: Engine) -> None:
