@@ -43,6 +43,7 @@ def huge_pages(wanted: bool) -> Iterator[None]:
         yield
         return
     _allocate_together()
+    give_back_freed_memory()  # else the model could be laid into what is resident already
     before = resident_ranges()
     yield
     give_back_freed_memory()

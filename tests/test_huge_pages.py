@@ -46,13 +46,22 @@ def anonymous_huge_bytes() -> int:
     return 1024 * int(re.findall(r"AnonHugePages:\s+(\d+)", text)[0])
 
 
+def fresh_memory() -> np.ndarray:
+    """int64 [n] of new, untouched pages; malloc would reuse what other tests freed."""
+    memory = mmap.mmap(-1, MEGABYTES * 2**20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return np.frombuffer(memory, dtype=np.int64)
+
+
+def ranges_within(values: np.ndarray) -> set[int]:
+    start = values.ctypes.data
+    return {address for address in huge_pages.resident_ranges() if start <= address < start + values.nbytes}
+
+
 @needs_kernel
 def test_resident_memory_moves_into_huge_pages_and_keeps_its_contents() -> None:
-    before = huge_pages.resident_ranges()
-    values = np.arange(MEGABYTES * 2**20 // 8)
-    added = huge_pages.resident_ranges() - before
-    start = values.ctypes.data
-    own = {address for address in added if start <= address < start + values.nbytes}
+    values = fresh_memory()
+    values[:] = np.arange(len(values))
+    own = ranges_within(values)
     assert len(own) >= MEGABYTES * 2**20 // int(huge_pages.SIZE_FILE.read_text()) - 2
     assert huge_pages.collapse(own) >= 0.9 * values.nbytes
     assert anonymous_huge_bytes() >= 0.9 * values.nbytes
@@ -61,11 +70,16 @@ def test_resident_memory_moves_into_huge_pages_and_keeps_its_contents() -> None:
 
 @needs_kernel
 def test_untouched_memory_stays_out() -> None:
-    before = huge_pages.resident_ranges()
-    untouched = np.empty(MEGABYTES * 2**20, dtype=np.uint8)
-    start = untouched.ctypes.data
-    added = huge_pages.resident_ranges() - before
-    assert not {address for address in added if start <= address < start + untouched.nbytes}
+    assert not ranges_within(fresh_memory())
+
+
+@needs_kernel
+def test_what_a_block_allocates_is_moved() -> None:
+    before = anonymous_huge_bytes()
+    with huge_pages.huge_pages(wanted=True):
+        values = fresh_memory()
+        values[:] = 1
+    assert anonymous_huge_bytes() >= before + 0.9 * values.nbytes
 
 
 def test_only_memory_without_a_file_counts() -> None:
