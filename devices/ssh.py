@@ -112,7 +112,8 @@ class SshDevice:
         return temperature_celsius(RemoteShell(self._run))
 
     def measure(self, artefact: Artefact, options: BenchOptions) -> Measurement:
-        request = measure.Request(str(self._remote_path(artefact)), request_context(artefact, options), asdict(options))
+        path = self._remote_path(artefact, artefact.path)
+        request = measure.Request(str(path), request_context(artefact, options), asdict(options))
         python = f"{self._environments[artefact.engine]}/bin/python"
         answer = self._run(f"{python} -m {measure.__name__} {shlex.quote(json.dumps(asdict(request)))}")
         return parse_measurement(f"{self._host}: {artefact.path}", answer.code, answer.output, answer.errors)
@@ -150,17 +151,15 @@ class SshDevice:
                 raise DeviceError(f"{self._host} gave no usable answer: {answer.last_error}")
         return self._facts
 
-    def _remote_path(self, artefact: Artefact) -> PurePosixPath:
+    def _remote_path(self, artefact: Artefact, file: Path) -> PurePosixPath:
+        """Where a file of the artefact, or its folder, lies on the board."""
         folder = PurePosixPath(FOLDER) / "artefacts" / artefact.sha256[:32]
-        return folder if artefact.path.is_dir() else folder / artefact.path.name
+        return folder / file.relative_to(artefact.folder).as_posix()
 
     def _copy(self, artefact: Artefact) -> None:
         """Copy the files whose hash differs there. An interrupted file stays as NAME.part and is gone on with."""
-        base = artefact.path if artefact.path.is_dir() else artefact.path.parent
-        folder = self._remote_path(artefact) if artefact.path.is_dir() else self._remote_path(artefact).parent
-        self._require(f"mkdir -p {folder}")
         for file in artefact.files:
-            self._copy_file(file, folder / file.relative_to(base).as_posix())
+            self._copy_file(file, self._remote_path(artefact, file))
 
     def _copy_file(self, file: Path, target: PurePosixPath) -> None:
         digest, size, quoted = sha256_of(file), file.stat().st_size, shlex.quote(str(target))

@@ -25,6 +25,11 @@ class Artefact:
     manifest: Manifest | None
 
     @property
+    def folder(self) -> Path:
+        """What holds all its files."""
+        return self.path if self.path.is_dir() else self.path.parent
+
+    @property
     def file_bytes(self) -> int:
         return self.manifest.total_bytes if self.manifest else sum(file.stat().st_size for file in self.files)
 
