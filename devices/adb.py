@@ -9,10 +9,10 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 
-from ..runtime.artefact import Artefact
-from ..runtime.errors import DeviceError, UsageError
-from ..runtime.files import sha256_of
-from ..runtime.manifest import manifest_cache_bytes
+from ..runtime.base.errors import DeviceError, UsageError
+from ..runtime.base.files import sha256_of
+from ..runtime.engines.artefact import Artefact
+from ..runtime.engines.manifest import manifest_cache_bytes
 from .boards import look_up
 from .device import DeviceOptions
 from .local import request_context

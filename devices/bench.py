@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from ..runtime.artefact import Artefact
+from ..runtime.engines.artefact import Artefact
 from .device import Device
 from .results import BenchOptions, DeviceInfo, Measurement, Run, summarise
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from ..runtime import flags
-from ..runtime.artefact import Artefact
-from ..runtime.command import run_command
-from ..runtime.errors import UsageError
+from ..runtime.base import flags
+from ..runtime.base.command import run_command
+from ..runtime.base.errors import UsageError
+from ..runtime.engines.artefact import Artefact
 from . import compare, report
 from .bench import bench
 from .device import DeviceOptions, open_device
@@ -19,17 +18,11 @@ from .latency_model import ProfileOptions, profile
 from .results import BenchOptions, Run
 
 
-@dataclass(frozen=True)
-class Configuration:
-    """Everything that is not a path."""
-
-    device: DeviceOptions
-    measurement: BenchOptions
-    profile: ProfileOptions
-
-
 def build_parser() -> flags.Parser:
     parser = flags.Parser(
+        DeviceOptions,
+        BenchOptions,
+        ProfileOptions,
         prog="efficientllm-bench",
         description="Measure artefacts on this machine, a board or a phone: bytes, load time, time to first token, "
         "prefill (pp) and decode (tg) speed as llama-bench names them, memory, temperature and energy.",
@@ -49,18 +42,16 @@ def build_parser() -> flags.Parser:
         metavar="FILE",
         help="fit the device's latency model, ms per layer by its widths, and write it as JSON",
     )
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    flags.add_flags(parser, Configuration)
     return parser
 
 
 def body(argv: Sequence[str]) -> int:
     arguments = build_parser().parse(argv)
-    arguments.pop("debug")
     paths, as_markdown = arguments.pop("artefacts"), arguments.pop("markdown")
     json_path, html_path, profile_path = (_output(arguments, name) for name in ("json", "html", "profile"))
     compared = arguments.pop("compare")
-    settings = flags.merge(Configuration(DeviceOptions(), BenchOptions(), ProfileOptions()), arguments, "flags")
+    where, options = flags.take(arguments, DeviceOptions), flags.take(arguments, BenchOptions)
+    profile_options = flags.take(arguments, ProfileOptions)
     if compared:
         if paths or profile_path:
             raise UsageError("--compare reads two result files; give no artefact and no --profile with it")
@@ -70,12 +61,12 @@ def body(argv: Sequence[str]) -> int:
     if html_path:
         report.require_plots()
     artefacts = [Artefact.open(Path(path)) for path in paths]
-    with contextlib.closing(open_device(settings.device, _say)) as device:
+    with contextlib.closing(open_device(where, _say)) as device:
         if artefacts:
-            run = bench(device, artefacts, settings.measurement, _say, json_path)
+            run = bench(device, artefacts, options, _say, json_path)
             _show(run, html_path, as_markdown)
         if profile_path:
-            print(profile(device, settings.measurement, settings.profile, profile_path, _say))
+            print(profile(device, options, profile_options, profile_path, _say))
     return 0
 
 

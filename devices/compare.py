@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..runtime.errors import UsageError
-from ..runtime.markdown import markdown_table
-from .results import Figure, Result, Run
+from ..runtime.base.errors import UsageError
+from ..runtime.base.figure import Figure
+from ..runtime.base.markdown import markdown_table
+from .results import Result, Run
 
 SMALLEST_CHANGE = 0.03
 """Relative change below which quartiles that happen to part mean nothing."""

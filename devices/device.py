@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from ..runtime.artefact import Artefact
-from ..runtime.errors import UsageError
+from ..runtime.base.errors import UsageError
+from ..runtime.engines.artefact import Artefact
 from .results import BenchOptions, DeviceInfo, Measurement
 
 

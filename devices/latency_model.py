@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from ..runtime.artefact import Artefact
-from ..runtime.errors import DeviceError
-from ..runtime.files import write_json_atomically
+from ..runtime.base.errors import DeviceError
+from ..runtime.base.files import write_json_atomically
+from ..runtime.engines.artefact import Artefact
 from .bench import bench
 from .device import Device
 from .results import BenchOptions

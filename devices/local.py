@@ -11,8 +11,8 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from ..runtime.artefact import Artefact
-from ..runtime.errors import ArtefactError
+from ..runtime.base.errors import ArtefactError
+from ..runtime.engines.artefact import Artefact
 from . import measure
 from .boards import look_up
 from .device import DeviceOptions

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..runtime.command import run_command
-from ..runtime.engine import Engine, EngineOptions, engine_version, load
-from ..runtime.memory import memory_bytes
+from ..runtime.base.command import run_command
+from ..runtime.engines.engine import Engine, EngineOptions, engine_version, load
+from ..runtime.engines.memory import memory_bytes
 from .results import BenchOptions, Measurement
 from .sensors import LocalShell, both, clock_mhz, energy_meter, temperature_celsius
 

@@ -20,11 +20,11 @@ from typing import Any
 
 import numpy as np
 
-from ..runtime import flags
-from ..runtime.artefact import Artefact
-from ..runtime.command import run_command
-from ..runtime.errors import ArtefactError
-from ..runtime.memory import memory_bytes
+from ..runtime.base import flags
+from ..runtime.base.command import run_command
+from ..runtime.base.errors import ArtefactError
+from ..runtime.engines.artefact import Artefact
+from ..runtime.engines.memory import memory_bytes
 from .device import DeviceOptions
 from .local import LocalDevice, parse_measurement
 from .measure import measure_engine

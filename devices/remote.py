@@ -7,9 +7,9 @@ import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ..runtime.artefact import Artefact
-from ..runtime.errors import DeviceError
-from ..runtime.quantities import format_bytes
+from ..runtime.base.errors import DeviceError
+from ..runtime.base.quantities import format_bytes
+from ..runtime.engines.artefact import Artefact
 from .device import estimated_ram_bytes
 from .results import BenchOptions
 

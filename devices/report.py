@@ -10,11 +10,12 @@ from jinja2 import Environment
 from rich.console import Console
 from rich.table import Table
 
-from ..runtime.errors import MissingExtraError
-from ..runtime.files import write_text_atomically
-from ..runtime.markdown import markdown_table
-from ..runtime.quantities import format_bytes, format_count
-from .results import DeviceInfo, Figure, Result, Run
+from ..runtime.base.errors import MissingExtraError
+from ..runtime.base.figure import Figure
+from ..runtime.base.files import write_text_atomically
+from ..runtime.base.markdown import markdown_table
+from ..runtime.base.quantities import format_bytes, format_count
+from .results import DeviceInfo, Result, Run
 
 
 def _figure(figure: Figure | None) -> str:

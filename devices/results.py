@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..runtime.errors import UsageError
-from ..runtime.files import write_json_atomically
-from ..runtime.flags import whole_numbers
+from ..runtime.base import flags
+from ..runtime.base.errors import UsageError
+from ..runtime.base.figure import Figure
+from ..runtime.base.files import write_json_atomically
 
 SCHEMA_VERSION = 3
 
@@ -25,11 +25,11 @@ def _with_tuples(values: dict[str, Any], names: Sequence[str]) -> dict[str, Any]
 class BenchOptions:
     """measurement"""
 
-    prompt_tokens: tuple[int, ...] = field(default=(128, 512), metadata={"parse": whole_numbers})
+    prompt_tokens: tuple[int, ...] = flags.whole_numbers(128, 512)
     """Lengths of the timed prefills: pp128, pp512 as llama-bench names them."""
-    decode_tokens: tuple[int, ...] = field(default=(64, 128), metadata={"parse": whole_numbers})
+    decode_tokens: tuple[int, ...] = flags.whole_numbers(64, 128)
     """Tokens decoded one by one from an empty context: tg64, tg128."""
-    depths: tuple[int, ...] = field(default=(512,), metadata={"parse": whole_numbers})
+    depths: tuple[int, ...] = flags.whole_numbers(512)
     """Contexts already filled when the shortest decode is timed again: tg64@d512; 0: none."""
     repetitions: int = 3
     """Timed repetitions per process, after one that warms up."""
@@ -48,14 +48,10 @@ class BenchOptions:
         for name in ("prompt_tokens", "decode_tokens", "repetitions", "rounds"):
             value = getattr(self, name)
             values = value if isinstance(value, tuple) else (value,)
-            if not values or min(values) < 1:
-                text = ",".join(str(item) for item in values)
-                raise ValueError(f"--{name.replace('_', '-')} {text}: must be positive")
-        if min(self.depths, default=0) < 0:
-            raise ValueError(f"--depths {','.join(map(str, self.depths))}: must not be negative")
+            flags.require(self, name, min(values, default=0) >= 1, "must be positive")
+        flags.require(self, "depths", min(self.depths, default=0) >= 0, "must not be negative")
         for name in ("threads", "max_temp", "cool_down_minutes"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must not be negative")
+            flags.require(self, name, getattr(self, name) >= 0, "must not be negative")
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> BenchOptions:
@@ -66,25 +62,6 @@ class BenchOptions:
         """Tokens of context that the longest test needs."""
         decode = min(self.decode_tokens) + max(self.depths, default=0)
         return max(*self.prompt_tokens, max(self.decode_tokens) + 1, decode) + 1
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One quantity over all repetitions."""
-
-    median: float
-    low: float
-    """First quartile."""
-    high: float
-    """Third quartile."""
-    n: int
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Figure:
-        if len(values) == 1:
-            return cls(values[0], values[0], values[0], 1)
-        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-        return cls(median, low, high, len(values))
 
 
 @dataclass(frozen=True)

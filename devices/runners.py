@@ -7,8 +7,8 @@ import re
 from dataclasses import dataclass
 from typing import Protocol
 
-from ..runtime.artefact import Artefact
-from ..runtime.errors import DeviceError
+from ..runtime.base.errors import DeviceError
+from ..runtime.engines.artefact import Artefact
 from .results import BenchOptions
 
 

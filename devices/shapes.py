@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from ..runtime.errors import MissingExtraError
+from ..runtime.base.errors import MissingExtraError
 
 HEAD_DIM = 64
 VOCAB_SIZE = 512

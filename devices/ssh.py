@@ -15,9 +15,9 @@ from dataclasses import asdict
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
-from ..runtime.artefact import Artefact
-from ..runtime.errors import DeviceError, UsageError
-from ..runtime.files import sha256_of
+from ..runtime.base.errors import DeviceError, UsageError
+from ..runtime.base.files import sha256_of
+from ..runtime.engines.artefact import Artefact
 from . import measure
 from .boards import look_up
 from .device import DeviceOptions

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..runtime.errors import DeviceError, UsageError
-from ..runtime.files import sha256_of
+from ..runtime.base.errors import DeviceError, UsageError
+from ..runtime.base.files import sha256_of
 
 SOURCE = Path(__file__).parents[1]
 """The source tree, where this is an editable install."""

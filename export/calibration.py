@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ..runtime.errors import DataError, MissingExtraError
+from ..runtime.base.errors import DataError, MissingExtraError
 from .checkpoint import Checkpoint
 
 CALIBRATION_TOKENS = 16_384
@@ -44,8 +44,8 @@ def _collect(checkpoint: Checkpoint, text_path: str, statistic: Callable[[Any], 
     try:
         import torch
 
-        from ..train.documents import DataSpec, open_documents
-        from ..train.models import load_for_inference
+        from ..train.data.documents import DataSpec, open_documents
+        from ..train.model.source import load_for_inference
     except ModuleNotFoundError as error:
         raise MissingExtraError(error.name or "torch", "train") from error
     from tokenizers import Tokenizer

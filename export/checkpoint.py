@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from ..runtime.errors import MissingExtraError, ModelError, UsageError
-from ..train.architecture import Architecture
-from ..train.tensors import tensor_names, tensor_shape
+from ..runtime.base.errors import MissingExtraError, ModelError, UsageError
+from ..train.model.architecture import Architecture
+from ..train.model.tensors import tensor_names, tensor_shape
 
 
 class Checkpoint:
@@ -124,7 +124,8 @@ def open_checkpoint(name: str) -> Iterator[Checkpoint]:
         yield Checkpoint(path, name)
         return
     try:
-        from ..train.models import load_source, save_checkpoint
+        from ..train.model.irregular import save_checkpoint
+        from ..train.model.source import load_source
     except ModuleNotFoundError as error:
         raise MissingExtraError(error.name or "torch", "train") from error
     model, tokenizer = load_source(name)

@@ -6,9 +6,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..runtime import flags
-from ..runtime.command import run_command
-from ..runtime.files import folder_written_atomically, require_empty
+from ..runtime.base import flags
+from ..runtime.base.command import run_command
+from ..runtime.base.files import folder_written_atomically, require_empty
 from .checkpoint import open_checkpoint
 from .request import ExportOptions, ExportRequest
 from .targets import known_targets, load_exporter
@@ -16,6 +16,7 @@ from .targets import known_targets, load_exporter
 
 def build_parser() -> flags.Parser:
     parser = flags.Parser(
+        ExportOptions,
         prog="efficientllm-export",
         description="Write a checkpoint as a file that stock runtimes load, and verify it against torch.",
     )
@@ -25,17 +26,14 @@ def build_parser() -> flags.Parser:
     parser.add_argument("--target", required=True, metavar="TARGET", help=", ".join(known_targets()))
     parser.add_argument("--output", metavar="FOLDER", help="folder to write [CHECKPOINT-TARGET-QUANTIZE]")
     parser.add_argument("--overwrite", action="store_true", help="replace what is in --output")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    flags.add_flags(parser, ExportOptions)
     return parser
 
 
 def body(argv: Sequence[str]) -> int:
     arguments = build_parser().parse(argv)
-    arguments.pop("debug")
     name, target = arguments.pop("checkpoint"), arguments.pop("target")
     output, overwrite = arguments.pop("output"), arguments.pop("overwrite")
-    options = flags.merge(ExportOptions(), arguments, "flags")
+    options = flags.take(arguments, ExportOptions)
     exporter = load_exporter(target)
     suffix = f"-{options.quantize}" if options.quantize else ""
     folder = Path(output or f"{Path(name).name}-{target}{suffix}")

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..train.architecture import Architecture, LayerShape
-from ..train.tensors import tensor_names
+from ..train.model.architecture import Architecture, LayerShape
+from ..train.model.tensors import tensor_names
 from .checkpoint import Checkpoint
 from .padding import missing_tensor, pad_tensor, padded_eps
 from .rope import rope_tables

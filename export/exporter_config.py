@@ -17,7 +17,7 @@ from optimum.exporters.tasks import TasksManager
 from optimum.utils import NormalizedTextConfig
 from optimum.utils.input_generators import DummyInputGenerator, DummyPastKeyValuesGenerator
 
-from ..train.architecture import FAMILIES, Architecture
+from ..train.model.architecture import FAMILIES, Architecture
 
 TASKS = ("text-generation", "text-generation-with-past")
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from ..runtime.errors import ArtefactError
-from ..train.architecture import Architecture
-from ..train.tensors import tensor_names
-from .artefact import copy_tokenizer
+from ..runtime.base.errors import ArtefactError
+from ..train.model.architecture import Architecture
+from ..train.model.tensors import tensor_names
 from .checkpoint import Checkpoint
+from .manifest import copy_tokenizer
 from .padding import missing_tensor, pad_tensor, padded_eps, uniform_architecture
 from .request import ExportRequest
 from .verification import MAX_LOGIT_DIFFERENCE, sample_tokens, torch_logits

@@ -12,8 +12,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from ..train.architecture import Architecture, LayerShape
-from ..train.tensors import STEM_NORMS, axes_of, axis_size
+from ..train.model.architecture import Architecture, LayerShape
+from ..train.model.tensors import STEM_NORMS, axes_of, axis_size
 
 
 def round_up(value: int, multiple: int) -> int:

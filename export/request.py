@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from ..runtime.quantities import parse_count
+from ..runtime.base import flags
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class ExportOptions:
     """executorch: backend, one of xnnpack, portable, vulkan, coreml, openvino, qnn."""
     custom_ops: bool = True
     """executorch: use its LLM operators; off for a runtime without them (decoding is several times slower)."""
-    max_context: int = field(default=2048, metadata={"parse": parse_count})
+    max_context: int = flags.count(2048)
     """executorch: slots of the key/value caches, at most the model's context."""
     allow_fp32: bool = False
     """executorch: leave matrices in fp32 that 8da4w cannot hold."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ..runtime.errors import ModelError
+from ..runtime.base.errors import ModelError
 
 
 def frequency_factors(rope: dict[str, Any], head_dim: int) -> np.ndarray | None:

@@ -7,7 +7,7 @@ import importlib.metadata
 from pathlib import Path
 from typing import Protocol
 
-from ..runtime.errors import UsageError
+from ..runtime.base.errors import UsageError
 from .checkpoint import Checkpoint
 from .request import ExportRequest
 
@@ -23,9 +23,9 @@ class Exporter(Protocol):
 
 
 EXPORTERS = {
-    "gguf": "efficientllm.export.gguf_exporter:export_gguf",
-    "onnx": "efficientllm.export.onnx_exporter:export_onnx",
-    "executorch": "efficientllm.export.executorch_exporter:export_executorch",
+    "gguf": "efficientllm.export.gguf.exporter:export_gguf",
+    "onnx": "efficientllm.export.onnx.exporter:export_onnx",
+    "executorch": "efficientllm.export.executorch.exporter:export_executorch",
     "hf-uniform": "efficientllm.export.hf_uniform:export_hf_uniform",
 }
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from ..runtime.engine import Engine
-from ..runtime.errors import ArtefactError, MissingExtraError
+from ..runtime.base.errors import ArtefactError, MissingExtraError
+from ..runtime.engines.engine import Engine
 from .checkpoint import Checkpoint
 from .request import ExportRequest
 
@@ -51,7 +51,7 @@ def torch_logits(folder: Path, tokens: list[int]) -> np.ndarray:
     try:
         import torch
 
-        from ..train.models import load_for_inference
+        from ..train.model.source import load_for_inference
     except ModuleNotFoundError as error:
         raise MissingExtraError(error.name or "torch", "export") from error
     model = load_for_inference(folder)

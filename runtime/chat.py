@@ -7,13 +7,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from . import flags
-from .command import run_command
-from .engine import Engine, EngineOptions, load
-from .errors import EfficientLLMError, UsageError
+from .base import flags
+from .base.command import run_command
+from .base.errors import EfficientLLMError, UsageError
+from .base.quantities import format_bytes
+from .engines.engine import Engine, EngineOptions, load
+from .engines.memory import memory_bytes
 from .generation import Generation, GenerationStats, Overflow, chat_prompt
-from .memory import memory_bytes
-from .quantities import format_bytes
 from .sampling import SamplingOptions
 
 
@@ -31,20 +31,19 @@ class ChatOptions:
     """Where the chat outgrows the context window: error, or slide (forget the oldest tokens)."""
 
     def __post_init__(self) -> None:
-        if self.max_tokens < 1:
-            raise ValueError(f"--max-tokens {self.max_tokens}: must be positive")
+        flags.require(self, "max_tokens", self.max_tokens >= 1, "must be positive")
 
 
 def build_parser() -> flags.Parser:
     parser = flags.Parser(
+        ChatOptions,
+        SamplingOptions,
+        EngineOptions,
         prog="efficientllm-chat",
         description="Chat with an exported model. With a prompt (or a pipe) it answers once; else it is interactive.",
     )
     parser.add_argument("artefact", help="folder written by efficientllm-export, or a .gguf or .pte file")
     parser.add_argument("prompt", nargs="?", help="a question to answer once")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    for section in (ChatOptions, SamplingOptions, EngineOptions):
-        flags.add_flags(parser, section)
     return parser
 
 
@@ -122,13 +121,9 @@ def _interact(conversation: Conversation) -> None:
 
 def body(argv: Sequence[str]) -> int:
     arguments = build_parser().parse(argv)
-    arguments.pop("debug")
     artefact, prompt = arguments.pop("artefact"), arguments.pop("prompt")
-    sections = []
-    for section in (ChatOptions, SamplingOptions, EngineOptions):
-        names = [name for name in section.__dataclass_fields__ if name in arguments]
-        sections.append(flags.merge(section(), {name: arguments.pop(name) for name in names}, "flags"))
-    options, sampling, engine_options = sections
+    options, sampling = flags.take(arguments, ChatOptions), flags.take(arguments, SamplingOptions)
+    engine_options = flags.take(arguments, EngineOptions)
     if prompt is None and not sys.stdin.isatty():
         prompt = sys.stdin.read().strip()
         if not prompt:

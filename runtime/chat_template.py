@@ -11,7 +11,7 @@ from typing import Any
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from .errors import ArtefactError, UsageError
+from .base.errors import ArtefactError, UsageError
 
 Message = Mapping[str, str]
 """{"role": "system" | "user" | "assistant", "content": text}"""

@@ -9,11 +9,11 @@ from typing import Literal
 
 import numpy as np
 
+from .base.errors import ContextOverflowError
 from .chat_template import Message, render_chat
-from .engine import Engine
-from .errors import ContextOverflowError
+from .engines.engine import Engine
 from .json_constraint import JsonConstraint
-from .sampling import Sampler, SamplingOptions
+from .sampling import Sampler, SamplingOptions, log_softmax
 from .text_stream import TextStream
 
 Overflow = Literal["error", "slide"]
@@ -150,10 +150,9 @@ class Generation:
 
 def token_logprob(logits: np.ndarray, token: int, top: int) -> TokenLogprob:
     """Log-probability of `token` under `logits` [V], and the `top` best ones."""
-    shifted = logits.astype(np.float64) - logits.max()
-    shifted -= np.log(np.exp(shifted).sum())
-    best = np.argsort(-shifted, kind="stable")[:top]
-    return TokenLogprob(token, float(shifted[token]), tuple((int(one), float(shifted[one])) for one in best))
+    log_probs = log_softmax(logits)
+    best = np.argsort(-log_probs, kind="stable")[:top]
+    return TokenLogprob(token, float(log_probs[token]), tuple((int(one), float(log_probs[one])) for one in best))
 
 
 def chat_prompt(engine: Engine, messages: Sequence[Message]) -> list[int]:

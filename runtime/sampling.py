@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .base import flags
+
 
 @dataclass(frozen=True)
 class SamplingOptions:
@@ -33,8 +35,7 @@ class SamplingOptions:
             ("min_p", 0 <= self.min_p <= 1, "must be between 0 and 1"),
             ("repetition_penalty", 0.01 <= self.repetition_penalty <= 100, "must be between 0.01 and 100"),
         ):
-            if not holds:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: {rule}")
+            flags.require(self, name, holds, rule)
 
 
 class Sampler:
@@ -48,7 +49,7 @@ class Sampler:
         """Next token from fp32 logits [V], given the tokens before it."""
         options = self.options
         if options.repetition_penalty != 1.0 and context:
-            logits = penalise(logits, context, options.repetition_penalty)
+            logits = penalize(logits, context, options.repetition_penalty)
         if options.temperature == 0.0:
             return int(logits.argmax())
         order = np.argsort(-logits, kind="stable")
@@ -65,10 +66,16 @@ class Sampler:
         return int(self.random.choice(order[keep], p=probabilities))
 
 
-def penalise(logits: np.ndarray, context: Sequence[int], penalty: float) -> np.ndarray:
+def penalize(logits: np.ndarray, context: Sequence[int], penalty: float) -> np.ndarray:
     """Logits with tokens of `context` made less likely: positive ones divided, negative ones multiplied."""
     seen = np.unique(np.asarray(context))
-    penalised = logits.copy()
-    values = penalised[seen]
-    penalised[seen] = np.where(values > 0, values / penalty, values * penalty)
-    return penalised
+    penalized = logits.copy()
+    values = penalized[seen]
+    penalized[seen] = np.where(values > 0, values / penalty, values * penalty)
+    return penalized
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Log-probabilities (nats) along the last axis, fp64: differences of nearly equal models survive in it."""
+    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))

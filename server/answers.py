@@ -8,7 +8,7 @@ import uuid
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from typing import Any
 
-from ..runtime.engine import Engine
+from ..runtime.engines.engine import Engine
 from ..runtime.generation import Generation, TokenLogprob
 from .metrics import AnswerClock
 from .schemas import APIError, ChatRequest, CompletionRequest

@@ -16,11 +16,11 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from ..runtime.engine import Engine
-from ..runtime.errors import ContextOverflowError, EfficientLLMError
+from ..runtime.base.errors import ContextOverflowError, EfficientLLMError
+from ..runtime.engines.engine import Engine
+from ..runtime.engines.memory import memory_bytes
 from ..runtime.generation import Generation, Overflow, chat_prompt
 from ..runtime.json_constraint import JsonConstraint
-from ..runtime.memory import memory_bytes
 from ..runtime.sampling import SamplingOptions
 from .answers import Answer, ChatAnswer, TextAnswer
 from .guard import Guard

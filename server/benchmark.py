@@ -20,8 +20,8 @@ from dataclasses import dataclass
 
 import httpx
 
-from ..runtime.engine import Engine, EngineOptions, load
-from ..runtime.errors import ArtefactError
+from ..runtime.base.errors import ArtefactError
+from ..runtime.engines.engine import Engine, EngineOptions, load
 from ..runtime.generation import Generation, chat_prompt
 from ..runtime.sampling import SamplingOptions
 

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
-from ..runtime import flags
-from ..runtime.command import run_command
-from ..runtime.engine import EngineOptions
-from ..runtime.errors import MissingExtraError, UsageError
-from ..runtime.quantities import parse_bytes
-
-T = TypeVar("T")
+from ..runtime.base import flags
+from ..runtime.base.command import run_command
+from ..runtime.base.errors import UsageError
+from ..runtime.base.extras import extra
+from ..runtime.engines.engine import EngineOptions
 
 
 @dataclass(frozen=True)
@@ -27,7 +24,7 @@ class ServeOptions:
     """Port to listen on."""
     model: tuple[str, ...] = ()
     """A further model, NAME=PATH, repeatable; loaded when it is first asked for."""
-    max_memory: int = field(default=0, metadata={"parse": parse_bytes})
+    max_memory: int = flags.byte_count(0)
     """Unload the least recently used models above this many bytes, such as 2GB; 0: keep all."""
     waiting: int = 8
     """Requests per model that may wait behind the one being answered; more are refused with 429."""
@@ -37,27 +34,22 @@ class ServeOptions:
     """Seconds that answers in progress have at shutdown."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.port < 65536:
-            raise ValueError(f"--port {self.port}: must be between 1 and 65535")
-        if self.waiting < 0:
-            raise ValueError(f"--waiting {self.waiting}: must not be negative")
-        if not self.timeout > 0:
-            raise ValueError(f"--timeout {self.timeout}: must be positive")
+        flags.require(self, "port", 0 < self.port < 65536, "must be between 1 and 65535")
+        flags.require(self, "waiting", self.waiting >= 0, "must not be negative")
+        flags.require(self, "timeout", self.timeout > 0, "must be positive")
         for text in self.model:
-            if not all(text.partition("=")):
-                raise ValueError(f"--model {text}: must be NAME=PATH")
+            flags.require(self, "model", all(text.partition("=")), "must be NAME=PATH", value=text)
 
 
 def build_parser(sections: Sequence[type]) -> flags.Parser:
     parser = flags.Parser(
-        prog="efficientllm-serve", description="Serve exported models to any OpenAI client, with a chat page at /."
+        *sections,
+        prog="efficientllm-serve",
+        description="Serve exported models to any OpenAI client, with a chat page at /.",
     )
     parser.add_argument(
         "artefact", nargs="?", help="folder written by efficientllm-export, or a .gguf or .pte file; see also --model"
     )
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    for section in sections:
-        flags.add_flags(parser, section)
     return parser
 
 
@@ -73,23 +65,16 @@ def named_artefacts(artefact: str | None, models: Sequence[str]) -> dict[str, st
 
 
 def body(argv: Sequence[str]) -> int:
-    try:
+    with extra("server"):
         import uvicorn
 
         from .app import AppOptions, create_app
         from .pool import ModelPool
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(error.name or "fastapi", "server") from error
     sections = (ServeOptions, AppOptions, EngineOptions)
     arguments = build_parser(sections).parse(argv)
-    arguments.pop("debug")
     artefact = arguments.pop("artefact")
-
-    def section(kind: type[T]) -> T:
-        values = {name: arguments.pop(name) for name in vars(kind()) if name in arguments}
-        return flags.merge(kind(), values, "flags")
-
-    options, app_options, engine_options = section(ServeOptions), section(AppOptions), section(EngineOptions)
+    options, app_options = flags.take(arguments, ServeOptions), flags.take(arguments, AppOptions)
+    engine_options = flags.take(arguments, EngineOptions)
     artefacts = named_artefacts(artefact, options.model)
     pool = ModelPool(artefacts, engine_options, options.waiting, options.timeout, options.max_memory)
     names = ", ".join(artefacts)

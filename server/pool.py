@@ -6,10 +6,10 @@ import asyncio
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..runtime.engine import EngineOptions, load, locate
-from ..runtime.errors import EfficientLLMError
-from ..runtime.manifest import Manifest
-from ..runtime.quantities import format_bytes
+from ..runtime.base.errors import EfficientLLMError
+from ..runtime.base.quantities import format_bytes
+from ..runtime.engines.engine import EngineOptions, load, locate
+from ..runtime.engines.manifest import Manifest
 from .schemas import APIError
 from .worker import EngineWorker
 

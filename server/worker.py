@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from ..runtime.engine import Engine
+from ..runtime.engines.engine import Engine
 from ..runtime.generation import Generation, TokenLogprob
 from .schemas import APIError
 

@@ -14,9 +14,9 @@ from transformers import PreTrainedTokenizerFast
 
 from efficientllm.export import cli
 from efficientllm.export.verification import sample_text
-from efficientllm.runtime.command import run_command
-from efficientllm.train.architecture import Architecture, LayerShape
-from efficientllm.train.models import save_checkpoint
+from efficientllm.runtime.base.command import run_command
+from efficientllm.train.model.architecture import Architecture, LayerShape
+from efficientllm.train.model.irregular import save_checkpoint
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"

@@ -3,10 +3,10 @@ from __future__ import annotations
 import pytest
 from tiny import UNEQUAL, tiny_architecture, tiny_model
 
-from efficientllm.runtime.errors import ModelError
-from efficientllm.train.architecture import FAMILIES, Architecture, LayerShape
-from efficientllm.train.models import architecture_of
-from efficientllm.train.tensors import tensor_names, tensor_shape
+from efficientllm.runtime.base.errors import ModelError
+from efficientllm.train.model.architecture import FAMILIES, Architecture, LayerShape
+from efficientllm.train.model.irregular import architecture_of
+from efficientllm.train.model.tensors import tensor_names, tensor_shape
 
 GAPS = (LayerShape(0, 0, 64), LayerShape(2, 1, 0), LayerShape(4, 2, 96))
 

@@ -18,10 +18,10 @@ from efficientllm.devices.boards import look_up
 from efficientllm.devices.results import BenchOptions, DeviceInfo, Figure, Measurement, Run, summarise
 from efficientllm.devices.shapes import SHAPES, Shape, write_gguf
 from efficientllm.export import cli as export_cli
-from efficientllm.runtime.artefact import Artefact
-from efficientllm.runtime.command import run_command
-from efficientllm.runtime.engine import EngineOptions, load
-from efficientllm.runtime.errors import DeviceError
+from efficientllm.runtime.base.command import run_command
+from efficientllm.runtime.base.errors import DeviceError
+from efficientllm.runtime.engines.artefact import Artefact
+from efficientllm.runtime.engines.engine import EngineOptions, load
 
 TESTS = ["--prompt-tokens", "16,24", "--decode-tokens", "4,8", "--depths", "20"]
 QUICK = [*TESTS, "--repetitions", "2", "--rounds", "2", "--threads", "1"]

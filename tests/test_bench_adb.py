@@ -16,8 +16,8 @@ from efficientllm.devices import cli
 from efficientllm.devices.adb import find_serial
 from efficientllm.devices.results import BenchOptions
 from efficientllm.devices.runners import LlamaBench, LlamaMain
-from efficientllm.runtime.command import run_command
-from efficientllm.runtime.errors import DeviceError
+from efficientllm.runtime.base.command import run_command
+from efficientllm.runtime.base.errors import DeviceError
 
 RUNNER = Path(__file__).parents[1] / "build/android-runner/llama-bench"
 QUICK = ["--prompt-tokens", "16", "--decode-tokens", "4,8", "--depths", "16", "--repetitions", "2", "--rounds", "1"]

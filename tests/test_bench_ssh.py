@@ -12,9 +12,9 @@ from efficientllm.devices import cli
 from efficientllm.devices.device import DeviceOptions
 from efficientllm.devices.results import BenchOptions
 from efficientllm.devices.ssh import SshDevice
-from efficientllm.runtime.artefact import Artefact
-from efficientllm.runtime.command import run_command
-from efficientllm.runtime.errors import DeviceError
+from efficientllm.runtime.base.command import run_command
+from efficientllm.runtime.base.errors import DeviceError
+from efficientllm.runtime.engines.artefact import Artefact
 
 QUICK = ["--prompt-tokens", "16", "--decode-tokens", "4,8", "--depths", "16", "--repetitions", "2", "--rounds", "2"]
 pytestmark = pytest.mark.skipif(not Path(SSHD).is_file(), reason="sshd is not installed (apt install openssh-server)")

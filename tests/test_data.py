@@ -10,10 +10,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from efficientllm.runtime.errors import DataError, UsageError
-from efficientllm.train import packing
-from efficientllm.train.documents import DataSpec, is_held_out, open_documents
-from efficientllm.train.packing import PackedStream, held_out_windows
+from efficientllm.runtime.base.errors import DataError, UsageError
+from efficientllm.train.data import packing
+from efficientllm.train.data.documents import DataSpec, is_held_out, open_documents
+from efficientllm.train.data.packing import PackedStream, held_out_windows
 
 TEXTS = [f"text number {index}, with a few words" for index in range(30)]
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from test_train_cli import command, metrics, run, weights
 
-from efficientllm.train.architecture import Architecture
+from efficientllm.train.model.architecture import Architecture
 
 
 def torchrun(arguments: list[str], processes: int = 2) -> subprocess.CompletedProcess[str]:

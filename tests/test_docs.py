@@ -13,7 +13,7 @@ from efficientllm.devices.cli import build_parser as bench_parser
 from efficientllm.export.cli import build_parser as export_parser
 from efficientllm.export.targets import load_exporter
 from efficientllm.runtime.chat import build_parser as chat_parser
-from efficientllm.runtime.engine import EngineOptions
+from efficientllm.runtime.engines.engine import EngineOptions
 from efficientllm.server.app import AppOptions
 from efficientllm.server.cli import ServeOptions
 from efficientllm.server.cli import build_parser as serve_parser
@@ -47,7 +47,7 @@ def test_commands_are_understood(document: Path) -> None:
     for name, *arguments in commands(document):
         values = PARSERS[name]().parse(arguments)
         if name == "efficientllm-train":
-            values.pop("debug"), values.pop("print_config")
+            values.pop("print_config")
             configuration(values)
         if name == "efficientllm-export":
             load_exporter(values["target"])

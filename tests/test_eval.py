@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from efficientllm.export import cli as export_cli
 from efficientllm.export.verification import sample_text
-from efficientllm.runtime.command import run_command
+from efficientllm.runtime.base.command import run_command
 from efficientllm.train.evaluation import cli, perplexity
 from efficientllm.train.evaluation.evaluation import ComputeConfig, MeasureConfig, evaluate
 from efficientllm.train.evaluation.harness import run_task
@@ -25,7 +25,8 @@ from efficientllm.train.evaluation.request_cache import RequestCache
 from efficientllm.train.evaluation.scoring import EngineModel, Request
 from efficientllm.train.evaluation.tasks import TASKS, open_task
 from efficientllm.train.evaluation.torch_model import TorchModel
-from efficientllm.train.models import demo_source_path, load_source, save_checkpoint
+from efficientllm.train.model.irregular import save_checkpoint
+from efficientllm.train.model.source import demo_source_path, load_source
 
 SHARED_DATA = Path(os.environ.get("EFFICIENTLLM_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
@@ -187,7 +188,7 @@ def test_models_that_differ_in_their_weights_alone_share_no_answers(checkpoint: 
 
 
 def test_engine_scores_do_not_depend_on_what_was_evaluated_before(artefact: Path) -> None:
-    from efficientllm.runtime.engine import EngineOptions
+    from efficientllm.runtime.engines.engine import EngineOptions
 
     model = EngineModel(artefact, EngineOptions())
     ids = model.tokenize(sample_text()[:800])
@@ -236,7 +237,7 @@ def test_command_compares_models_with_paired_differences(
 
 
 def test_paired_difference_has_the_error_of_the_differences() -> None:
-    from efficientllm.train.evaluation.harness import TaskResult
+    from efficientllm.train.evaluation.results import TaskResult
 
     one = TaskResult("acc", ["a", "b", "c", "d"], {"acc": [1.0, 0.0, 1.0, 0.0]})
     other = TaskResult("acc", ["b", "a", "d", "c"], {"acc": [1.0, 1.0, 1.0, 1.0]})

@@ -18,13 +18,13 @@ from tiny import LLAMA3_ROPE, UNEQUAL, tiny_architecture
 from tokenizers import Tokenizer
 
 from efficientllm.export import cli
-from efficientllm.runtime.command import run_command
-from efficientllm.runtime.engine import EngineOptions, load
-from efficientllm.runtime.errors import ArtefactError, ContextOverflowError
+from efficientllm.runtime.base.command import run_command
+from efficientllm.runtime.base.errors import ArtefactError, ContextOverflowError
+from efficientllm.runtime.engines.engine import EngineOptions, load
+from efficientllm.runtime.engines.manifest import Manifest
 from efficientllm.runtime.generation import Generation, chat_prompt
-from efficientllm.runtime.manifest import Manifest
-from efficientllm.train.architecture import FAMILIES, LayerShape
-from efficientllm.train.models import load_for_inference
+from efficientllm.train.model.architecture import FAMILIES, LayerShape
+from efficientllm.train.model.source import load_for_inference
 
 pytest.importorskip("executorch", reason="executorch is not installed")
 
@@ -108,7 +108,7 @@ def test_llama3_rope_scaling_and_one_vocabulary(save_tiny: Callable[..., Path], 
 
 RUNNER = """
 import json, sys
-from efficientllm.runtime.executorch_loader import import_executorch
+from efficientllm.runtime.engines.executorch_loader import import_executorch
 import_executorch()
 from executorch.extension.llm.runner import GenerationConfig, TextLLMRunner
 runner = TextLLMRunner(sys.argv[1] + "/model.pte", sys.argv[1] + "/tokenizer.json")

@@ -13,14 +13,14 @@ import torch
 from tiny import LLAMA3_ROPE, UNEQUAL, tiny_architecture
 
 from efficientllm.export import cli, verification
-from efficientllm.export.gguf_probe import probe
-from efficientllm.runtime.command import run_command
-from efficientllm.runtime.engine import EngineOptions, load
-from efficientllm.runtime.errors import ArtefactError
+from efficientllm.export.gguf.probe import probe
+from efficientllm.runtime.base.command import run_command
+from efficientllm.runtime.base.errors import ArtefactError
+from efficientllm.runtime.engines.engine import EngineOptions, load
+from efficientllm.runtime.engines.manifest import Manifest
 from efficientllm.runtime.generation import Generation
-from efficientllm.runtime.manifest import Manifest
-from efficientllm.train.architecture import FAMILIES, LayerShape
-from efficientllm.train.models import load_for_inference
+from efficientllm.train.model.architecture import FAMILIES, LayerShape
+from efficientllm.train.model.source import load_for_inference
 
 TOKENS = torch.randint(3, 400, (40,), generator=torch.Generator().manual_seed(2)).tolist()
 
@@ -139,9 +139,9 @@ def test_wrong_weights_are_caught(
     save_tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The gate fails where q and k are not permuted for llama.cpp's rope."""
-    from efficientllm.export import gguf_writer
+    from efficientllm.export.gguf import writer
 
-    monkeypatch.setattr(gguf_writer, "permute_rope", lambda array, heads: array)
+    monkeypatch.setattr(writer, "permute_rope", lambda array, heads: array)
     assert export(save_tiny(tiny_architecture()), tmp_path / "gguf", "--quantize", "f32") == 2
     assert "logits differ from torch's" in capsys.readouterr().err
     assert not (tmp_path / "gguf").exists()
@@ -152,10 +152,10 @@ def test_what_llama_cpp_cannot_load_is_one_line_and_leaves_nothing(
 ) -> None:
     from dataclasses import replace
 
-    from efficientllm.export import gguf_exporter
+    from efficientllm.export.gguf import exporter
 
-    plan_layout = gguf_exporter.plan_layout
-    monkeypatch.setattr(gguf_exporter, "plan_layout", lambda *args: replace(plan_layout(*args), name="llama"))
+    plan_layout = exporter.plan_layout
+    monkeypatch.setattr(exporter, "plan_layout", lambda *args: replace(plan_layout(*args), name="llama"))
     assert export(save_tiny(tiny_architecture()), tmp_path / "gguf", "--quantize", "f32") == 2
     error = capsys.readouterr().err
     assert error.startswith("error: llama.cpp cannot run model.gguf: ")

@@ -15,13 +15,13 @@ from tiny import LLAMA3_ROPE, UNEQUAL, tiny_architecture
 
 from efficientllm.export import cli
 from efficientllm.export.exporter_config import OnnxDecoderConfig
-from efficientllm.runtime.command import run_command
-from efficientllm.runtime.engine import EngineOptions, load
-from efficientllm.runtime.errors import ContextOverflowError
+from efficientllm.runtime.base.command import run_command
+from efficientllm.runtime.base.errors import ContextOverflowError
+from efficientllm.runtime.engines.engine import EngineOptions, load
+from efficientllm.runtime.engines.manifest import Manifest
 from efficientllm.runtime.generation import Generation, chat_prompt
-from efficientllm.runtime.manifest import Manifest
-from efficientllm.train.architecture import FAMILIES
-from efficientllm.train.models import load_for_inference
+from efficientllm.train.model.architecture import FAMILIES
+from efficientllm.train.model.source import load_for_inference
 
 
 def export(checkpoint: Path, output: Path, *more: str) -> int:
@@ -157,10 +157,10 @@ def test_context_overflow_says_the_numbers(artefact: Path, tmp_path: Path) -> No
 def test_wrong_graphs_are_caught(
     save_tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from efficientllm.export import onnx_graph
+    from efficientllm.export.onnx import graph
 
-    tables = onnx_graph.rope_tables
-    monkeypatch.setattr(onnx_graph, "rope_tables", lambda *args: tables(*args)[::-1])
+    tables = graph.rope_tables
+    monkeypatch.setattr(graph, "rope_tables", lambda *args: tables(*args)[::-1])
     assert export(save_tiny(tiny_architecture()), tmp_path / "onnx", "--quantize", "f32") == 2
     assert "logits differ from torch's" in capsys.readouterr().err
     assert not (tmp_path / "onnx").exists()

@@ -16,12 +16,12 @@ from test_export_onnx import export
 from tiny import tiny_architecture
 
 from efficientllm.export.peers import genai_builder
-from efficientllm.runtime.artefact import Artefact
-from efficientllm.runtime.command import run_command
-from efficientllm.runtime.engine import EngineOptions, load
-from efficientllm.runtime.manifest import Manifest
-from efficientllm.train.architecture import LayerShape
-from efficientllm.train.models import load_for_inference
+from efficientllm.runtime.base.command import run_command
+from efficientllm.runtime.engines.artefact import Artefact
+from efficientllm.runtime.engines.engine import EngineOptions, load
+from efficientllm.runtime.engines.manifest import Manifest
+from efficientllm.train.model.architecture import LayerShape
+from efficientllm.train.model.source import load_for_inference
 
 pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
 

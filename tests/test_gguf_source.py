@@ -14,10 +14,10 @@ from test_export_gguf import export
 from tiny import tiny_architecture
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from efficientllm.export.gguf_probe import probe
+from efficientllm.export.gguf.probe import probe
 from efficientllm.export.verification import sample_text
-from efficientllm.train.architecture import LayerShape
-from efficientllm.train.models import demo_source_path, load_source
+from efficientllm.train.model.architecture import LayerShape
+from efficientllm.train.model.source import demo_source_path, load_source
 
 SHARED_TEXT = Path(__file__).parent.parent.parent / "shared" / "data" / "text" / "heldout" / "openstax_ccby.jsonl.gz"
 

@@ -13,7 +13,7 @@ from tiny import tiny_architecture
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from efficientllm.export.gguf_probe import probe
+from efficientllm.export.gguf.probe import probe
 from efficientllm.export.verification import sample_text
 
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
@@ -90,7 +90,7 @@ def test_a_tokenizer_that_differs_is_refused(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from efficientllm.export import gguf_tokenizer
+    from efficientllm.export.gguf import tokenizer as gguf_tokenizer
 
     checkpoint = save_tiny(tiny_architecture())
     PreTrainedTokenizerFast(tokenizer_object=BACKENDS["gpt-2"](), eos_token="!").save_pretrained(checkpoint)

@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM
 
 from efficientllm.export import cli
 from efficientllm.export.hf_uniform import CLASS_NAMES
-from efficientllm.runtime.command import run_command
-from efficientllm.train.architecture import FAMILIES, LayerShape
-from efficientllm.train.models import load_for_inference
+from efficientllm.runtime.base.command import run_command
+from efficientllm.train.model.architecture import FAMILIES, LayerShape
+from efficientllm.train.model.source import load_for_inference
 
 TOKENS = torch.randint(3, 400, (2, 30), generator=torch.Generator().manual_seed(2))
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from efficientllm.runtime import huge_pages
-from efficientllm.runtime.engine import EngineOptions, load
+from efficientllm.runtime.engines import huge_pages
+from efficientllm.runtime.engines.engine import EngineOptions, load
 
 MEGABYTES = 64
 MAPS = """\

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from efficientllm.runtime.engine import EngineOptions, load
+from efficientllm.runtime.engines.engine import EngineOptions, load
 from efficientllm.runtime.generation import Generation
 from efficientllm.runtime.json_constraint import JsonConstraint
 from efficientllm.runtime.sampling import SamplingOptions

@@ -7,8 +7,8 @@ import torch
 from tiny import tiny_architecture, tiny_model
 from torch.nn import functional as F
 
-from efficientllm.train import loss
-from efficientllm.train.loss import TrainingLoss, cross_entropy, make_teacher, perplexity
+from efficientllm.train.compute import loss
+from efficientllm.train.compute.loss import TrainingLoss, cross_entropy, make_teacher, perplexity
 
 
 @pytest.mark.parametrize("tokens", [5, 64, 150])

@@ -11,8 +11,9 @@ import torch
 from tiny import LLAMA3_ROPE, UNEQUAL, tiny_architecture, tiny_model
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from efficientllm.train.architecture import FAMILIES, LayerShape
-from efficientllm.train.models import load_source, to_irregular
+from efficientllm.train.model.architecture import FAMILIES, LayerShape
+from efficientllm.train.model.irregular import to_irregular
+from efficientllm.train.model.source import load_source
 
 GAPS = (LayerShape(0, 0, 64), LayerShape(2, 1, 0), LayerShape(4, 2, 96))
 TOKENS = torch.randint(0, 400, (2, 11), generator=torch.Generator().manual_seed(1))
@@ -60,13 +61,13 @@ def test_checkpoint_loads_without_efficientllm(family: str, tmp_path: Path, save
     command = [sys.executable, "-c", LOAD_ELSEWHERE, str(folder), str(tmp_path / "tokens.pt"), str(tmp_path / "out.pt")]
     subprocess.run(command, check=True, env={"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path), "PATH": ""})
     here = AutoModelForCausalLM.from_pretrained(folder)
-    assert type(here).__module__ == "efficientllm.train.modeling_efficientllm"
+    assert type(here).__module__ == "efficientllm.train.model.modeling_efficientllm"
     with torch.inference_mode():
         assert torch.equal(torch.load(tmp_path / "out.pt"), here(TOKENS).logits)
 
 
 def test_modeling_file_imports_only_torch_and_transformers() -> None:
-    from efficientllm.train import modeling_efficientllm
+    from efficientllm.train.model import modeling_efficientllm
 
     text = Path(modeling_efficientllm.__file__).read_text()
     imports = [line.split()[1].split(".")[0] for line in text.splitlines() if line.startswith(("import ", "from "))]

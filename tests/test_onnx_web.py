@@ -13,8 +13,8 @@ import pytest
 from tiny import tiny_architecture
 
 from efficientllm.export import cli
-from efficientllm.runtime.command import run_command
-from efficientllm.runtime.engine import EngineOptions, load
+from efficientllm.runtime.base.command import run_command
+from efficientllm.runtime.engines.engine import EngineOptions, load
 
 PACKAGE = Path(__file__).parents[1] / "build/node/node_modules/onnxruntime-web"
 SCRIPT = Path(__file__).with_name("ort_web.mjs")

@@ -123,8 +123,8 @@ def test_a_missing_extra_is_named(
 def test_the_missing_demo_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     import importlib.metadata
 
-    from efficientllm.runtime.errors import MissingExtraError
-    from efficientllm.train.models import demo_source_path
+    from efficientllm.runtime.base.errors import MissingExtraError
+    from efficientllm.train.model.source import demo_source_path
 
     def missing(name: str) -> None:
         raise importlib.metadata.PackageNotFoundError(name)

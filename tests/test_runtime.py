@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 
 from efficientllm.runtime import chat
+from efficientllm.runtime.base.command import run_command
+from efficientllm.runtime.base.errors import ArtefactError, ContextOverflowError, UsageError
 from efficientllm.runtime.chat_template import render_chat
-from efficientllm.runtime.command import run_command
-from efficientllm.runtime.engine import Engine, EngineOptions, load
-from efficientllm.runtime.errors import ArtefactError, ContextOverflowError, UsageError
+from efficientllm.runtime.engines.engine import Engine, EngineOptions, load
+from efficientllm.runtime.engines.memory import give_back_freed_memory, memory_bytes
 from efficientllm.runtime.generation import Generation, chat_prompt
-from efficientllm.runtime.memory import give_back_freed_memory, memory_bytes
 from efficientllm.runtime.sampling import Sampler, SamplingOptions
 from efficientllm.runtime.text_stream import TextStream
 
@@ -166,7 +166,7 @@ def test_sampler_frequencies_follow_the_temperature() -> None:
     assert share == pytest.approx(2 / 3, abs=0.03)  # sqrt(0.8) : sqrt(0.2)
 
 
-def test_sampler_is_repeatable_and_penalises() -> None:
+def test_sampler_is_repeatable_and_penalizes() -> None:
     logits = np.array([2.0, 1.9, -1.0], dtype=np.float32)
     first, second = (Sampler(SamplingOptions(temperature=1.0, seed=5)) for _ in range(2))
     assert [first.sample(logits, []) for _ in range(20)] == [second.sample(logits, []) for _ in range(20)]

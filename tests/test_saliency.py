@@ -6,10 +6,10 @@ import pytest
 import torch
 from tiny import tiny_architecture, tiny_model
 
-from efficientllm.runtime.errors import UsageError
-from efficientllm.train.saliency import CRITERIA, GROUP_KINDS, SaliencyTracker, criterion_named
-from efficientllm.train.selection import Removal, all_groups
-from efficientllm.train.surgery import zero_groups
+from efficientllm.runtime.base.errors import UsageError
+from efficientllm.train.pruning.saliency import CRITERIA, GROUP_KINDS, SaliencyTracker, criterion_named
+from efficientllm.train.pruning.selection import Removal, all_groups
+from efficientllm.train.pruning.surgery import zero_groups
 
 TOKENS = torch.randint(0, 400, (4, 12), generator=torch.Generator().manual_seed(5))
 

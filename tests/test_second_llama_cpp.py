@@ -13,7 +13,7 @@ import torch
 from test_export_gguf import SHAPES, TOKENS, export
 from tiny import tiny_architecture
 
-from efficientllm.train.models import load_for_inference
+from efficientllm.train.model.source import load_for_inference
 
 pytest.importorskip("llama_cpp_py_sync", reason="llama-cpp-py-sync is not installed")
 

@@ -5,10 +5,16 @@ import torch
 from test_surgery import random_scores
 from tiny import tiny_architecture
 
-from efficientllm.runtime.errors import UsageError
-from efficientllm.train.architecture import LayerShape
-from efficientllm.train.saliency import GROUP_KINDS
-from efficientllm.train.selection import SelectionRules, check_floor, compose, select_removal, smallest_architecture
+from efficientllm.runtime.base.errors import UsageError
+from efficientllm.train.model.architecture import LayerShape
+from efficientllm.train.pruning.saliency import GROUP_KINDS
+from efficientllm.train.pruning.selection import (
+    SelectionRules,
+    check_floor,
+    compose,
+    select_removal,
+    smallest_architecture,
+)
 
 LAYERS = (LayerShape(6, 2, 96), LayerShape(6, 2, 96), LayerShape(4, 4, 96))
 ARCHITECTURE = tiny_architecture(layers=LAYERS)

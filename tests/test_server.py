@@ -13,8 +13,8 @@ import openai
 import pytest
 from serving import serve
 
-from efficientllm.runtime.command import run_command
-from efficientllm.runtime.engine import EngineOptions, load
+from efficientllm.runtime.base.command import run_command
+from efficientllm.runtime.engines.engine import EngineOptions, load
 from efficientllm.runtime.generation import Generation, chat_prompt
 from efficientllm.server import cli
 from efficientllm.server.app import AppOptions

@@ -17,10 +17,10 @@ import openai
 import pytest
 from serving import serve
 
-from efficientllm.runtime.command import run_command
-from efficientllm.runtime.engine import EngineOptions, load
-from efficientllm.runtime.errors import ArtefactError, UsageError
-from efficientllm.runtime.memory import memory_bytes
+from efficientllm.runtime.base.command import run_command
+from efficientllm.runtime.base.errors import ArtefactError, UsageError
+from efficientllm.runtime.engines.engine import EngineOptions, load
+from efficientllm.runtime.engines.memory import memory_bytes
 from efficientllm.server import cli
 from efficientllm.server.app import AppOptions
 from efficientllm.server.pool import ModelPool, artefact_bytes

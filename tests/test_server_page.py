@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from serving import serve
 
-from efficientllm.runtime.engine import EngineOptions
+from efficientllm.runtime.engines.engine import EngineOptions
 from efficientllm.server.app import AppOptions
 from efficientllm.server.pool import ModelPool
 

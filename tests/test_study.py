@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from efficientllm.runtime.command import run_command
-from efficientllm.train.architecture import Architecture
+from efficientllm.runtime.base.command import run_command
+from efficientllm.train.model.architecture import Architecture
 from efficientllm.train.study.__main__ import body
 from efficientllm.train.study.arms import ARMS
 from efficientllm.train.study.flops import training_flops

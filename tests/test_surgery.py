@@ -7,11 +7,11 @@ import pytest
 import torch
 from tiny import UNEQUAL, tiny_architecture, tiny_model
 
-from efficientllm.train.architecture import FAMILIES, Architecture, LayerShape
-from efficientllm.train.models import architecture_of
-from efficientllm.train.saliency import GROUP_KINDS, Scores
-from efficientllm.train.selection import Removal, SelectionRules, select_removal
-from efficientllm.train.surgery import remove_groups, zero_gradients, zero_groups
+from efficientllm.train.model.architecture import FAMILIES, Architecture, LayerShape
+from efficientllm.train.model.irregular import architecture_of
+from efficientllm.train.pruning.saliency import GROUP_KINDS, Scores
+from efficientllm.train.pruning.selection import Removal, SelectionRules, select_removal
+from efficientllm.train.pruning.surgery import remove_groups, zero_gradients, zero_groups
 
 TOKENS = torch.randint(0, 400, (2, 9), generator=torch.Generator().manual_seed(3))
 LAYERS = (*UNEQUAL, LayerShape(6, 2, 64))
@@ -94,7 +94,8 @@ def test_optimizer_holds_exactly_the_new_parameters() -> None:
 
 
 def test_pruned_model_generates_and_saves(tmp_path: Any, tokenizer: Any) -> None:
-    from efficientllm.train.models import load_for_inference, save_checkpoint
+    from efficientllm.train.model.irregular import save_checkpoint
+    from efficientllm.train.model.source import load_for_inference
 
     model = tiny_model(tiny_architecture("qwen3", LAYERS))
     remove_groups(model, some_removal(architecture_of(model.config), GROUP_KINDS, units=9))

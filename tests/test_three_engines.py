@@ -8,8 +8,8 @@ import pytest
 from tiny import tiny_architecture
 
 from efficientllm.export import cli
-from efficientllm.runtime.command import run_command
-from efficientllm.runtime.engine import EngineOptions, load
+from efficientllm.runtime.base.command import run_command
+from efficientllm.runtime.engines.engine import EngineOptions, load
 from efficientllm.runtime.generation import Generation, chat_prompt
 from efficientllm.runtime.sampling import SamplingOptions
 

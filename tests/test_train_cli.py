@@ -16,11 +16,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from efficientllm.runtime.command import run_command
+from efficientllm.runtime.base.command import run_command
 from efficientllm.train import cli
-from efficientllm.train.architecture import Architecture
-from efficientllm.train.loss import TrainingLoss
-from efficientllm.train.models import load_for_inference
+from efficientllm.train.compute.loss import TrainingLoss
+from efficientllm.train.model.architecture import Architecture
+from efficientllm.train.model.source import load_for_inference
 
 SETTINGS = [
     "--sequence-length",

@@ -13,9 +13,9 @@ from test_train_cli import command, metrics, run, weights, without
 from tiny import tiny_architecture
 
 from efficientllm.export import cli as export_cli
-from efficientllm.runtime.command import run_command
-from efficientllm.train import checkpoint
-from efficientllm.train.architecture import FAMILIES, Architecture, LayerShape
+from efficientllm.runtime.base.command import run_command
+from efficientllm.train import training_state
+from efficientllm.train.model.architecture import FAMILIES, Architecture, LayerShape
 from efficientllm.train.presets import PRESETS
 
 
@@ -179,7 +179,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_loadable(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    save = checkpoint.dcp.save
+    save = training_state.dcp.save
     calls: list[int] = []
 
     def full_disk(*args: Any, **kwargs: Any) -> Any:
@@ -192,11 +192,11 @@ def test_a_full_disk_leaves_the_previous_checkpoint_loadable(
 
     arguments = command(source_folder, corpus, tmp_path / "run")
     assert run(command(source_folder, corpus, tmp_path / "straight")) == 0
-    monkeypatch.setattr(checkpoint.dcp, "save", full_disk)
+    monkeypatch.setattr(training_state.dcp, "save", full_disk)
     assert run(arguments) == 2
     assert "No space left on device" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000005"]
-    monkeypatch.setattr(checkpoint.dcp, "save", save)
+    monkeypatch.setattr(training_state.dcp, "save", save)
     assert run([*arguments, "--resume"]) == 0
     for name, tensor in weights(tmp_path / "straight").items():
         assert torch.equal(weights(tmp_path / "run")[name], tensor)

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from efficientllm.train.architecture import FAMILIES, Architecture, LayerShape
-from efficientllm.train.models import build
+from efficientllm.train.model.architecture import FAMILIES, Architecture, LayerShape
+from efficientllm.train.model.irregular import build
 
 UNEQUAL = (LayerShape(4, 2, 96), LayerShape(2, 2, 64), LayerShape(2, 1, 128))
 

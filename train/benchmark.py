@@ -16,21 +16,22 @@ from typing import Any
 
 import torch
 
-from ..runtime.command import run_command
-from ..runtime.markdown import markdown_table
-from ..runtime.quantities import format_count
+from ..runtime.base.command import run_command
+from ..runtime.base.markdown import markdown_table
+from ..runtime.base.quantities import format_count
+from .compute.hardware import choose_hardware
+from .compute.loss import TrainingLoss
 from .config import TrainConfig
-from .documents import DataSpec
-from .hardware import choose_hardware
-from .loss import TrainingLoss
+from .data.documents import DataSpec
+from .data.packing import PackedStream
 from .metrics import read_metrics
-from .models import architecture_of, load_source
-from .packing import PackedStream
-from .saliency import CRITERIA, GROUP_KINDS, SaliencyTracker
-from .selection import SelectionRules, select_removal
-from .surgery import remove_groups
+from .model.irregular import architecture_of
+from .model.source import load_source
+from .pruning.saliency import CRITERIA, GROUP_KINDS, SaliencyTracker
+from .pruning.selection import SelectionRules, select_removal
+from .pruning.surgery import remove_groups
+from .pruning.weight_update import InputGrams
 from .trainer import make_optimizer
-from .weight_update import InputGrams
 
 WITHOUT_STEM = tuple(kind for kind in GROUP_KINDS if kind != "stem")
 

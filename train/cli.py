@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..runtime import flags
-from ..runtime.command import run_command
-from ..runtime.errors import MissingExtraError, UsageError
+from ..runtime.base import flags
+from ..runtime.base.command import run_command
+from ..runtime.base.errors import UsageError
+from ..runtime.base.extras import extra
 from .config import TrainConfig
 from .presets import PRESETS, preset
 
 
 def build_parser() -> flags.Parser:
     parser = flags.Parser(
+        TrainConfig,
         prog="efficientllm-train",
         description="Prune a pretrained language model while it goes on pretraining (EfficientLLM, arXiv 2502.06663).",
         epilog="Settings are taken from the preset, then from --config, then from flags.",
@@ -25,8 +26,6 @@ def build_parser() -> flags.Parser:
     parser.add_argument("--preset", choices=list(PRESETS), help="named starting point")
     parser.add_argument("--config", metavar="FILE", help="TOML file, as --print-config writes it")
     parser.add_argument("--print-config", action="store_true", help="print the resulting configuration and leave")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    flags.add_flags(parser, TrainConfig)
     return parser
 
 
@@ -45,18 +44,13 @@ def configuration(arguments: dict[str, Any]) -> TrainConfig:
 
 def body(argv: Sequence[str]) -> int:
     arguments = build_parser().parse(argv)
-    arguments.pop("debug")
     print_only = arguments.pop("print_config")
     config = configuration(arguments)
     if print_only:
         print(config.to_toml(), end="")
         return 0
-    for module in ("torch", "transformers"):
-        try:
-            importlib.import_module(module)
-        except ModuleNotFoundError as error:
-            raise MissingExtraError(module, "train") from error
-    from .run import run_training
+    with extra("train"):
+        from .run import run_training
 
     model = run_training(config)
     if model is None:

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..runtime.errors import UsageError
-from .checkpoint import Progress
+from ..runtime.base.errors import UsageError
 from .config import RunConfig
+from .progress import Progress
 
 FILE_NAME = "metrics.jsonl"
 

@@ -6,11 +6,11 @@ import shlex
 from dataclasses import fields
 from typing import Any
 
-from ..runtime import flags
-from ..runtime.markdown import markdown_table
-from ..runtime.quantities import format_count
-from .architecture import Architecture
+from ..runtime.base import flags
+from ..runtime.base.markdown import markdown_table
+from ..runtime.base.quantities import format_count
 from .config import TrainConfig
+from .model.architecture import Architecture
 
 SOURCE_LICENCES = {"demo": "apache-2.0"}
 """Licences that are known; for other sources the card says to look."""

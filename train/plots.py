@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .architecture import Architecture
+from .model.architecture import Architecture
 
 SOURCE_COLOUR, KEPT_COLOUR, GROUP_COLOUR = "#d5dae3", "#2f6db3", "#e08a3c"
 

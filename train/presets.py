@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ..runtime.errors import UsageError
-from .config import OptimizerConfig, PruneConfig, RunConfig, SourceConfig, TrainConfig
+from ..runtime.base.errors import UsageError
+from .config import OptimizerConfig, RunConfig, SourceConfig, TrainConfig
+from .pruning.config import PruneConfig
 
 SMOLLM_CORPUS = "HuggingFaceTB/smollm-corpus@fineweb-edu-dedup"
 

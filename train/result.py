@@ -7,14 +7,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ..runtime.files import folder_written_atomically, write_json_atomically
-from .architecture import Architecture
-from .gather import full
+from ..runtime.base.files import folder_written_atomically, write_json_atomically
+from .compute.gather import full
 from .metrics import read_metrics
+from .model.architecture import Architecture
+from .model.irregular import save_checkpoint
 from .model_card import model_card
-from .models import save_checkpoint
 from .plots import plot_architecture, plot_pruning, plot_training
-from .pruner import kept_to_json
+from .pruning.pruner import kept_to_json
 from .trainer import Trainer
 
 

@@ -11,26 +11,27 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from ..runtime import flags
-from ..runtime.errors import UsageError
-from ..runtime.files import require_empty, write_text_atomically
-from ..runtime.quantities import format_bytes, format_count
-from .architecture import Architecture
-from .budget import Budget, check_budget, make_budget
-from .checkpoint import checkpoint_folders
+from ..runtime.base import flags
+from ..runtime.base.errors import UsageError
+from ..runtime.base.files import require_empty, write_text_atomically
+from ..runtime.base.quantities import format_bytes, format_count
+from .compute.distributed import Parallel
+from .compute.hardware import Hardware, choose_hardware
+from .compute.loss import TrainingLoss, make_teacher
 from .config import TrainConfig, changed_settings
-from .distributed import Parallel
-from .documents import DataSpec
-from .file_size import tokenizer_bytes
-from .hardware import Hardware, choose_hardware
-from .loss import TrainingLoss, make_teacher
-from .models import architecture_of, build, load_source
-from .packing import PackedStream, held_out_windows
-from .pruner import selection_rules
+from .data.documents import DataSpec
+from .data.packing import PackedStream, held_out_windows
+from .model.architecture import Architecture
+from .model.file_size import tokenizer_bytes
+from .model.irregular import architecture_of, build
+from .model.source import load_source
+from .pruning.budget import Budget, check_budget, make_budget
+from .pruning.pruner import selection_rules
+from .pruning.saliency import criterion_named
+from .pruning.selection import check_floor
 from .result import write_result
-from .saliency import criterion_named
-from .selection import check_floor
 from .trainer import Trainer
+from .training_state import checkpoint_folders
 
 
 def run_training(config: TrainConfig) -> Path | None:

@@ -15,20 +15,21 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from ..runtime.errors import TrainingDivergedError
-from . import checkpoint
-from .architecture import Architecture
-from .budget import Budget
-from .checkpoint import Progress
+from ..runtime.base.errors import TrainingDivergedError
+from ..runtime.base.progress import ProgressDisplay
+from ..runtime.base.quantities import format_count
+from . import training_state
+from .compute.distributed import Parallel
+from .compute.gather import full
+from .compute.loss import TrainingLoss, perplexity
 from .config import TrainConfig
-from .distributed import Parallel
-from .gather import full
-from .loss import TrainingLoss, perplexity
+from .data.packing import PackedStream
 from .metrics import MetricsWriter
-from .models import architecture_of
-from .packing import PackedStream
-from .progress import ProgressDisplay
-from .pruner import Pruner
+from .model.architecture import Architecture
+from .model.irregular import architecture_of
+from .progress import Progress
+from .pruning.budget import Budget
+from .pruning.pruner import Pruner
 from .schedule import DroppingSchedule, learning_rate_factor
 
 MAX_SKIPPED_IN_A_ROW = 10
@@ -94,22 +95,20 @@ class Trainer:
         """Run to the last token; False when a signal stopped it early (its checkpoint is written)."""
         restore = self._catch_signals()
         try:
-            with ProgressDisplay(
-                self.config.optimizer.tokens, self.progress.tokens, silent=not self.parallel.is_main
-            ) as display:
+            with ProgressDisplay(silent=not self.parallel.is_main) as display:
                 return self._loop(display)
         finally:
             restore()
             self.metrics.close()
 
     def _loop(self, display: ProgressDisplay) -> bool:
-        every = self.config.run.checkpoint_every
+        every, start, began = self.config.run.checkpoint_every, self.progress.tokens, time.monotonic()
         if "source" not in self.progress.perplexity:
             self._measure_perplexity("source", display)
         while self.progress.tokens < self.config.optimizer.tokens:
             record = self._step()
             self.metrics.write(record)
-            display.update(self.progress.tokens, record["loss"], record["parameters"])
+            self._show(display, record, time.monotonic() - began, start)
             if self.pruner is not None and self.pruner.is_done and "after_pruning" not in self.progress.perplexity:
                 self._measure_perplexity("after_pruning", display)
             if self.parallel.any(self._stop_signal is not None):
@@ -124,6 +123,15 @@ class Trainer:
             self._compact()
         self._measure_perplexity("final", display)
         return True
+
+    def _show(self, display: ProgressDisplay, record: dict[str, Any], seconds: float, start: int) -> None:
+        """Tokens, loss, parameters left and speed, `seconds` after this process began at `start` tokens."""
+        done, total = self.progress.tokens, self.config.optimizer.tokens
+        text = (
+            f"{format_count(done)}/{format_count(total)} tokens  loss {record['loss']:.3f}  "
+            f"{format_count(record['parameters'])} parameters  {(done - start) / seconds:.0f} tokens/s"
+        )
+        display.update("training", done, total, text)
 
     def _measure_perplexity(self, stage: str, display: ProgressDisplay) -> None:
         value = perplexity(self.callee, self.held_out, self.config.optimizer.batch_size, self.parallel.device)
@@ -261,7 +269,7 @@ class Trainer:
         if self.pruner is not None:
             extra["pruner"] = self.pruner.state_json()
             tensors = self.pruner.state_tensors()
-        return checkpoint.save_training_state(
+        return training_state.save_training_state(
             self.folder / "checkpoints",
             self.model,
             self.optimizer,
@@ -274,8 +282,8 @@ class Trainer:
 
     def restore(self, folder: Path) -> None:
         """Continue from a checkpoint; the model must already have its shape."""
-        self.progress, extra = checkpoint.read_trainer_json(folder)
-        tensors = checkpoint.load_training_state(folder, self.model, self.optimizer, self.parallel)
+        self.progress, extra = training_state.read_trainer_json(folder)
+        tensors = training_state.load_training_state(folder, self.model, self.optimizer, self.parallel)
         self.stream.load_state_dict(extra["stream"])
         if self.pruner is not None:
             self.pruner.load_state(extra["pruner"], tensors, self.model)

@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 
-from ...runtime import flags
-from ...runtime.command import run_command
-from ...runtime.errors import ArtefactError, UsageError
-from ...runtime.files import require_empty
-from ..artefact import copy_tokenizer
+from ...runtime.base import flags
+from ...runtime.base.command import run_command
+from ...runtime.base.errors import ArtefactError, UsageError
+from ...runtime.base.files import require_empty
 from ..checkpoint import Checkpoint, open_checkpoint
+from ..manifest import copy_tokenizer
 
 META_NAMES = {
     "self_attn.q_proj": "attention.wq",

@@ -12,12 +12,12 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from ...runtime import flags
-from ...runtime.command import run_command
-from ...runtime.errors import ArtefactError, UsageError
-from ...runtime.files import require_empty
-from ..artefact import TOKENIZER_FILES, describe_artefact
+from ...runtime.base import flags
+from ...runtime.base.command import run_command
+from ...runtime.base.errors import ArtefactError, UsageError
+from ...runtime.base.files import require_empty
 from ..checkpoint import open_checkpoint
+from ..manifest import TOKENIZER_FILES, describe_artefact
 from ..request import ExportOptions, ExportRequest
 
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ...runtime.engine import EngineOptions
-from ...runtime.errors import MissingExtraError, UsageError
-from ...runtime.quantities import parse_count
+from ...runtime.base import flags
+from ...runtime.base.errors import UsageError
+from ...runtime.base.extras import extra
+from ...runtime.engines.engine import EngineOptions
 from . import perplexity
 from .perplexity import WIKITEXT_FILE, Perplexity
 from .request_cache import RequestCache
+from .results import TaskResult
 from .scoring import EngineModel, ScoredModel, fingerprint, is_checkpoint
 from .tasks import TASKS, check_names
 
@@ -28,7 +30,7 @@ def _show_nothing(what: str, done: int, total: int) -> None:
 class MeasureConfig:
     """what is measured"""
 
-    tasks: tuple[str, ...] = field(default=tuple(TASKS), metadata={"comma_separated": True})
+    tasks: tuple[str, ...] = flags.comma_separated(*TASKS)
     """Zero-shot tasks, comma-separated, or none."""
     data_dir: str = ""
     """Folder with the tasks' rows as JSONL and WikiText-2 as wikitext2_raw_test.txt; empty: tasks come from the hub."""
@@ -37,17 +39,15 @@ class MeasureConfig:
     text: tuple[str, ...] = ()
     """Text to measure perplexity on, [NAME=]PATH, repeatable: anything --data of efficientllm-train reads. Without
     any: WikiText-2 where --data-dir has it, else the held-out part of 'demo'."""
-    text_tokens: int = field(default=0, metadata={"parse": parse_count})
+    text_tokens: int = flags.count(0)
     """Tokens of each text to predict; 0: all."""
     window: int = 512
     """Context of a perplexity: tokens are predicted from the start of their window of this many."""
 
     def __post_init__(self) -> None:
         for name in ("limit", "text_tokens"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must not be negative")
-        if self.window < 2:
-            raise ValueError(f"--window {self.window}: must be at least 2")
+            flags.require(self, name, getattr(self, name) >= 0, "must not be negative")
+        flags.require(self, "window", self.window >= 2, "must be at least 2")
 
     @property
     def task_names(self) -> tuple[str, ...]:
@@ -70,10 +70,8 @@ class ComputeConfig:
     """Context window of an artefact in tokens; 0: the model's own, at most 4096."""
 
     def __post_init__(self) -> None:
-        if self.batch_tokens < 1:
-            raise ValueError(f"--batch-tokens {self.batch_tokens}: must be positive")
-        if self.threads < 0:
-            raise ValueError(f"--threads {self.threads}: must not be negative")
+        flags.require(self, "batch_tokens", self.batch_tokens >= 1, "must be positive")
+        flags.require(self, "threads", self.threads >= 0, "must not be negative")
 
 
 @dataclass(frozen=True)
@@ -84,8 +82,7 @@ class Evaluation:
     fingerprint: str
     """sha256 over its weights."""
     perplexity: dict[str, Perplexity]
-    tasks: dict[str, Any]
-    """TaskResult of each task."""
+    tasks: dict[str, TaskResult]
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -97,8 +94,6 @@ class Evaluation:
 
     @classmethod
     def from_dict(cls, value: dict[str, Any]) -> Evaluation:
-        from .harness import TaskResult
-
         return cls(
             value["model"],
             value["fingerprint"],
@@ -111,10 +106,8 @@ def open_model(path: Path, compute: ComputeConfig) -> ScoredModel:
     """A Hugging Face folder in torch, anything else in the engine its manifest names."""
     if not is_checkpoint(path):
         return EngineModel(path, EngineOptions(threads=compute.threads, context=compute.context))
-    try:
+    with extra("train"):
         from .torch_model import TorchModel
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(error.name or "torch", "train") from error
     return TorchModel.load(path, compute.device, compute.dtype, compute.threads, compute.batch_tokens)
 
 
@@ -125,10 +118,8 @@ def check(config: MeasureConfig) -> None:
     if config.data_dir and not data_dir.is_dir():
         raise UsageError(f"--data-dir {data_dir}: no such folder")
     if config.task_names:
-        try:
+        with extra("eval", "lm-eval"):
             import lm_eval  # noqa: F401
-        except ModuleNotFoundError as error:
-            raise MissingExtraError("lm-eval", "eval") from error
     for name in config.task_names:
         rows = data_dir / TASKS[name].rows
         if config.data_dir and not rows.is_file():
@@ -154,7 +145,7 @@ def evaluate(
         perplexities[name] = perplexity.measure(
             model, tokens, measures.window, cache, lambda done, total, what=what: report(what, done, total)
         )
-    tasks: dict[str, Any] = {}
+    tasks: dict[str, TaskResult] = {}
     data_dir = Path(measures.data_dir) if measures.data_dir else None
     for name in measures.task_names:
         from .harness import run_task

@@ -5,9 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import math
-import statistics
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.evaluator import evaluate
 
 from .request_cache import Advance, RequestCache, no_progress
+from .results import TaskResult
 from .scoring import Request, ScoredModel
 from .tasks import TASKS, open_task
 
@@ -54,33 +52,6 @@ class HarnessModel(TemplateLM):
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
         raise NotImplementedError("the tasks of efficientllm-eval are multiple choice")
-
-
-@dataclass(frozen=True)
-class TaskResult:
-    """A task's score."""
-
-    metric: str
-    documents: list[str]
-    """Hash of each document, to pair results of several models."""
-    values: dict[str, list[float]]
-    """Score of every document under each of the task's metrics."""
-
-    def mean(self, metric: str = "") -> float:
-        return statistics.fmean(self.values[metric or self.metric])
-
-    def stderr(self, metric: str = "") -> float:
-        """Standard error of the mean over documents."""
-        values = self.values[metric or self.metric]
-        return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-
-    def to_dict(self) -> dict[str, Any]:
-        scores = {name: {"mean": self.mean(name), "stderr": self.stderr(name)} for name in self.values}
-        return {"metric": self.metric, "num_documents": len(self.documents), "scores": scores, "samples": vars(self)}
-
-    @classmethod
-    def from_dict(cls, value: dict[str, Any]) -> TaskResult:
-        return cls(**value["samples"])
 
 
 def run_task(

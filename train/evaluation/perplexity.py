@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ...runtime.errors import DataError
-from ..documents import DataSpec, is_held_out, open_documents
+from ...runtime.base.errors import DataError
+from ..data.documents import DataSpec, is_held_out, open_documents
 from .request_cache import Advance, RequestCache, no_progress
 from .scoring import Request, ScoredModel
 

@@ -6,10 +6,10 @@ import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from ...runtime.markdown import markdown_table
+from ...runtime.base.markdown import markdown_table
 from .evaluation import Evaluation
+from .results import TaskResult
 
 
 def _name(evaluation: Evaluation) -> str:
@@ -20,8 +20,8 @@ def _score(mean: float, stderr: float) -> str:
     return f"{mean:.3f} ± {stderr:.3f}" if math.isfinite(stderr) else f"{mean:.3f}"
 
 
-def paired_difference(first: Any, other: Any) -> tuple[float, float, int]:
-    """(mean, standard error, n) of other - first over the documents that both TaskResults hold."""
+def paired_difference(first: TaskResult, other: TaskResult) -> tuple[float, float, int]:
+    """(mean, standard error, n) of other - first over the documents that both hold."""
     before = dict(zip(first.documents, first.values[first.metric], strict=True))
     after = dict(zip(other.documents, other.values[other.metric], strict=True))
     differences = [after[document] - before[document] for document in after if document in before]

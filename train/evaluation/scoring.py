@@ -10,10 +10,11 @@ from typing import Protocol
 
 import numpy as np
 
-from ...runtime.artefact import Artefact
-from ...runtime.engine import Engine, EngineOptions, load
-from ...runtime.errors import ModelError
-from ...runtime.files import sha256_of
+from ...runtime.base.errors import ModelError
+from ...runtime.base.files import sha256_of
+from ...runtime.engines.artefact import Artefact
+from ...runtime.engines.engine import Engine, EngineOptions, load
+from ...runtime.sampling import log_softmax
 
 
 @dataclass(frozen=True)
@@ -80,11 +81,8 @@ class EngineModel:
         log_probs, greedy, done = np.empty(len(targets)), np.empty(len(targets), dtype=bool), 0
         for logits in self.engine.evaluate(request.tokens[:-1], request.first - 1):
             rows = slice(done, done + len(logits))
-            wide = logits.astype(np.float64)
-            top = wide.max(axis=-1)
-            chosen = wide[np.arange(len(wide)), targets[rows]]
-            log_probs[rows] = chosen - top - np.log(np.exp(wide - top[:, None]).sum(axis=-1))
-            greedy[rows] = wide.argmax(axis=-1) == targets[rows]
+            log_probs[rows] = log_softmax(logits)[np.arange(len(logits)), targets[rows]]
+            greedy[rows] = logits.argmax(axis=-1) == targets[rows]
             done += len(logits)
         return Score(log_probs, greedy)
 

@@ -11,7 +11,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ...runtime.errors import DataError, MissingExtraError, UsageError
+from ...runtime.base.errors import DataError, UsageError
+from ...runtime.base.extras import extra
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,8 @@ def check_names(names: Sequence[str]) -> None:
 @contextmanager
 def open_task(name: str, data_dir: Path | None) -> Iterator[dict[str, Any]]:
     """The zero-shot lm-eval tasks of `name`, by name (57 for mmlu); DataError where rows are missing or malformed."""
-    try:
+    with extra("eval", "lm-eval"):
         from lm_eval.tasks import TaskManager
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("lm-eval", "eval") from error
     with tempfile.TemporaryDirectory(prefix="efficientllm-") as temporary:
         folder = Path(temporary)
         if data_dir is None:

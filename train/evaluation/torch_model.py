@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ...runtime.errors import ModelError
-from ..hardware import choose_hardware
-from ..models import quiet_loading
-from ..packing import end_of_text_id
+from ...runtime.base.errors import ModelError
+from ..compute.hardware import choose_hardware
+from ..data.packing import end_of_text_id
+from ..model.source import quiet_loading
 from .scoring import Request, Score
 
 

@@ -7,27 +7,24 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from ...runtime import flags
-from ...runtime.command import run_command
-from ...runtime.quantities import format_duration
+from ...runtime.base import flags
+from ...runtime.base.command import run_command
+from ...runtime.base.quantities import format_duration
 from .report import write_report
 from .study import Study, StudyConfig, jobs
 
 
 def build_parser() -> flags.Parser:
-    parser = flags.Parser(prog="python -m efficientllm.train.study", description=__doc__)
+    parser = flags.Parser(StudyConfig, prog="python -m efficientllm.train.study", description=__doc__)
     parser.add_argument("--report", metavar="FILE", help="Markdown page to write; its JSON and figures go beside it")
     parser.add_argument("--report-only", action="store_true", help="write the page from what is finished, run nothing")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    flags.add_flags(parser, StudyConfig)
     return parser
 
 
 def body(argv: Sequence[str]) -> int:
     arguments = build_parser().parse(argv)
-    arguments.pop("debug")
     report, report_only = arguments.pop("report", None), arguments.pop("report_only")
-    config = flags.merge(StudyConfig(), arguments, "flags")
+    config = flags.take(arguments, StudyConfig)
     study = Study(config)
     todo = jobs(config)
     for number, job in enumerate(todo, 1):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ..architecture import Architecture
+from ..model.architecture import Architecture
 
 Survivors = Mapping[str, Sequence[Sequence[int]]]
 """{kind: [positions of the source that survive in layer 0, ...]}, as in a run's architecture.json."""

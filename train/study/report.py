@@ -12,12 +12,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ...runtime.files import write_json_atomically, write_text_atomically
-from ...runtime.markdown import markdown_table
-from ...runtime.quantities import format_count
-from ..architecture import Architecture
+from ...runtime.base.files import write_json_atomically, write_text_atomically
+from ...runtime.base.markdown import markdown_table
+from ...runtime.base.quantities import format_count
+from ..compute.hardware import choose_hardware
 from ..evaluation.evaluation import Evaluation
-from ..hardware import choose_hardware
+from ..model.architecture import Architecture
 from ..plots import plot_architecture
 from .arms import ARMS, TAYLOR1
 from .figure import plot_perplexities

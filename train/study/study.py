@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from ...runtime.errors import UsageError
-from ...runtime.files import write_json_atomically
-from ...runtime.quantities import parse_count
-from ..architecture import Architecture
-from ..config import OptimizerConfig, PruneConfig, RunConfig, SourceConfig, TrainConfig
+from ...runtime.base import flags
+from ...runtime.base.errors import UsageError
+from ...runtime.base.files import write_json_atomically
+from ..config import OptimizerConfig, RunConfig, SourceConfig, TrainConfig
 from ..evaluation.evaluation import ComputeConfig, Evaluation, MeasureConfig, check, evaluate
 from ..metrics import read_metrics
-from ..models import load_source, save_checkpoint
+from ..model.architecture import Architecture
+from ..model.irregular import save_checkpoint
+from ..model.source import load_source
+from ..pruning.config import PruneConfig
 from ..run import run_training
 from .arms import ARMS, Arm
 from .flops import training_flops
@@ -29,23 +31,23 @@ class StudyConfig:
     """Model to start from, as --source of efficientllm-train."""
     data: tuple[str, ...] = ("demo",)
     """Text to train on, PATH[:WEIGHT], repeatable."""
-    tokens: int = field(default=30_720, metadata={"parse": parse_count})
+    tokens: int = flags.count(30_720)
     """Tokens each arm sees."""
-    keep: tuple[str, ...] = field(default=("0.8", "0.5"), metadata={"comma_separated": True})
+    keep: tuple[str, ...] = flags.comma_separated("0.8", "0.5")
     """Shares of the non-embedding parameters to keep, comma-separated."""
-    arms: tuple[str, ...] = field(default=tuple(ARMS), metadata={"comma_separated": True})
+    arms: tuple[str, ...] = flags.comma_separated(*ARMS)
     """Arms to run, comma-separated."""
     seeds: int = 1
     """Seeds of the arms that are repeated; the others run with the first."""
     batch_size: int = 4
     """Sequences per step."""
-    sequence_length: int = field(default=256, metadata={"parse": parse_count})
+    sequence_length: int = flags.count(256)
     """Tokens per sequence."""
     learning_rate: float = 2e-4
     """Peak learning rate, the same for every arm."""
     width_multiple: int = 32
     """FFN widths stay multiples of this many channels."""
-    tasks: tuple[str, ...] = field(default=("piqa", "hellaswag", "arc_easy"), metadata={"comma_separated": True})
+    tasks: tuple[str, ...] = flags.comma_separated("piqa", "hellaswag", "arc_easy")
     """Zero-shot tasks, comma-separated, or none."""
     data_dir: str = ""
     """Folder with the tasks' rows, as for efficientllm-eval."""
@@ -53,7 +55,7 @@ class StudyConfig:
     """Documents per task; 0: all."""
     text: tuple[str, ...] = ()
     """Held-out text, NAME=PATH, repeatable; 'demo' without any."""
-    text_tokens: int = field(default=8192, metadata={"parse": parse_count})
+    text_tokens: int = flags.count(8192)
     """Tokens of each text to predict; 0: all."""
     output: str = "build/study"
     """Folder of the runs; started again, the study goes on where it stopped."""
@@ -66,13 +68,10 @@ class StudyConfig:
 
     def __post_init__(self) -> None:
         for name in self.arms:
-            if name not in ARMS:
-                raise ValueError(f"--arms {name}: unknown; known: {', '.join(ARMS)}")
+            flags.require(self, "arms", name in ARMS, f"unknown; known: {', '.join(ARMS)}", value=name)
         for text in self.keep:
-            if not 0 < float(text) < 1:
-                raise ValueError(f"--keep {text}: must be between 0 and 1")
-        if self.seeds < 1:
-            raise ValueError(f"--seeds {self.seeds}: must be at least 1")
+            flags.require(self, "keep", 0 < float(text) < 1, "must be between 0 and 1", value=text)
+        flags.require(self, "seeds", self.seeds >= 1, "must be at least 1")
 
     @property
     def measures(self) -> MeasureConfig:
@@ -145,7 +144,7 @@ class Study:
             before = json.loads(path.read_text(encoding="utf-8"))
             changed = sorted(name for name in settings if settings[name] != before.get(name))
             if changed:
-                names = ", ".join(f"--{name.replace('_', '-')}" for name in changed)
+                names = ", ".join(map(flags.flag_name, changed))
                 raise UsageError(f"--output {self.folder} holds a study with another {names}; choose another folder")
         write_json_atomically(path, settings)
 

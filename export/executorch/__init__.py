@@ -1,0 +1,1 @@
+"""`--target executorch`: programs for ExecuTorch's LLM runner."""

@@ -1,0 +1,170 @@
+"""Weight formats of `--target executorch` and how a StaticDecoder is brought into them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ...runtime.base.errors import UsageError
+from ..group_quantization import keep_scale, quantize_groups, round_to_bfloat16
+from ..request import ExportOptions
+
+GROUP_SIZES = (32, 64, 128)
+ALIGNMENT = 32
+"""What the inputs of an int4 matrix must be a multiple of: XNNPACK's smallest group."""
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """How each part of the model is stored: f32, f16, int8 (per output) or int4 (per group of inputs).
+
+    Products with int8 and int4 weights take activations that are rounded to int8 per token at run time.
+    """
+
+    linear: str
+    head: str
+    embedding: str
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of activations, caches and whatever is not quantised."""
+        return torch.float16 if self.linear == "f16" else torch.float32
+
+    @property
+    def linear_bits(self) -> float:
+        """Bits per weight of the layers' matrices, scales included."""
+        return {"f32": 32.0, "f16": 16.0, "int8": 8.0, "int4": 4.5}[self.linear]
+
+
+FORMATS = {
+    "f32": WeightFormat("f32", "f32", "f32"),
+    "f16": WeightFormat("f16", "f16", "f16"),
+    "8da4w": WeightFormat("int4", "int8", "int8"),
+    "int8": WeightFormat("int8", "int8", "int8"),
+}
+"""`--quantize` values of `--target executorch`."""
+
+DEFAULT = "8da4w"
+
+
+def weight_format(options: ExportOptions) -> WeightFormat:
+    """What the options ask for; UsageError where ExecuTorch has no such format."""
+    name = options.quantize or DEFAULT
+    if name not in FORMATS:
+        raise UsageError(f"--quantize {name}: unknown for executorch; known: {', '.join(FORMATS)}")
+    if options.group_size not in GROUP_SIZES:
+        raise UsageError(f"--group-size {options.group_size}: XNNPACK takes {', '.join(map(str, GROUP_SIZES))}")
+    chosen = FORMATS[name]
+    for flag, value in (("--output-type", options.output_type), ("--embedding-type", options.embedding_type)):
+        if value and value not in ("int8", "int4"):
+            raise UsageError(f"{flag} {value}: executorch takes int8 or int4")
+        if value and not chosen.linear.startswith("int"):
+            raise UsageError(f"{flag} {value} goes with --quantize 8da4w or int8, not {name}")
+    return WeightFormat(chosen.linear, options.output_type or chosen.head, options.embedding_type or chosen.embedding)
+
+
+class QuantizedEmbedding(nn.Module):
+    """A table of int8 rows with one scale each, or int4 rows with one scale per group."""
+
+    codes: Tensor
+    scales: Tensor
+
+    def __init__(self, codes: np.ndarray, scales: np.ndarray, bits: int) -> None:
+        """`codes` int8 [V, H], `scales` fp32 [V, groups]."""
+        super().__init__()
+        self.bits = bits
+        if bits == 4:  # two to a byte, the even column in the upper half
+            shifted = (codes + 8).astype(np.uint8)
+            codes = (shifted[:, ::2] << 4) | shifted[:, 1::2]
+        self.register_buffer("codes", torch.from_numpy(codes))
+        self.register_buffer("scales", torch.from_numpy(scales[:, 0] if scales.shape[1] == 1 else scales).clone())
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        operators = torch.ops.quantized_decomposed
+        if self.bits == 4:
+            return operators.embedding_4bit.dtype(self.codes, self.scales, None, -8, 7, tokens, dtype=self.scales.dtype)
+        return operators.embedding_byte.dtype(self.codes, self.scales, None, -128, 127, tokens, dtype=self.scales.dtype)
+
+
+def quantize_decoder(
+    model: Any, weights: WeightFormat, options: ExportOptions, grams: dict[str, np.ndarray] | None = None
+) -> list[str]:
+    """Replace the matrices of a StaticDecoder in place; returns what the user should know.
+
+    `grams`: {module name: X^T X of its inputs}, for error-compensated rounding to int4. UsageError for a matrix that
+    int4 cannot hold, unless --allow-fp32.
+    """
+    notes: list[str] = []
+    left, smaller = [], []
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, nn.Linear):
+            continue
+        kind = weights.head if name == "lm_head" else weights.linear
+        if kind not in ("int8", "int4"):
+            continue
+        group = module.in_features if kind == "int8" else group_for(module.in_features, options.group_size)
+        if group is None:
+            left.append(f"{name} ({module.in_features} inputs)")
+            continue
+        if kind == "int4" and group != options.group_size:
+            smaller.append(name)
+        gram = _padded(grams[name], module.in_features) if grams and kind == "int4" and name in grams else None
+        module.weight = nn.Parameter(_quantized(module.weight, kind, group, gram), requires_grad=False)
+    if left and not options.allow_fp32:
+        raise UsageError(
+            f"int4 needs inputs in multiples of {ALIGNMENT}; {len(left)} matrices have others, the first {left[0]}; "
+            "use --pad auto, --quantize int8, or --allow-fp32 to leave them in fp32"
+        )
+    if left:
+        notes.append(f"{len(left)} matrices stay in fp32: their inputs are no multiple of {ALIGNMENT}")
+    if smaller:
+        notes.append(f"{len(smaller)} matrices have smaller groups: {options.group_size} does not divide their inputs")
+    if weights.embedding in ("int8", "int4"):
+        model.embed_tokens = _quantized_embedding(model.embed_tokens.weight.numpy(), weights.embedding)
+    return notes
+
+
+def _padded(gram: np.ndarray, width: int) -> np.ndarray:
+    """Second moments of zero-padded inputs."""
+    return np.pad(gram, (0, width - len(gram)))
+
+
+def group_for(inputs: int, largest: int) -> int | None:
+    """The largest group up to `largest` that divides `inputs`."""
+    return next((size for size in reversed(GROUP_SIZES) if size <= largest and inputs % size == 0), None)
+
+
+def _quantized(weight: Tensor, kind: str, group: int, gram: np.ndarray | None) -> Tensor:
+    """torchao's tensor of dynamically quantised products, rounded by us."""
+    from torchao.quantization.quantize_.workflows.intx.intx_unpacked_to_int8_tensor import (
+        IntxUnpackedToInt8Tensor,
+        IntxUnpackedToInt8TensorActivationQuantization,
+    )
+
+    bits = 8 if kind == "int8" else 4
+    # XNNPACK keeps group scales as bfloat16: rounding to what it will read keeps its product equal to ours
+    rounding = round_to_bfloat16 if kind == "int4" else keep_scale
+    codes, scales = quantize_groups(weight.float().numpy(), bits, group, gram, rounding)
+    data = torch.from_numpy(codes)
+    return IntxUnpackedToInt8Tensor(
+        data,
+        torch.from_numpy(scales.copy()),
+        torch.zeros(scales.shape, dtype=torch.int8),
+        torch.int8 if kind == "int8" else getattr(torch, "int4"),  # noqa: B009 (not in its stubs)
+        (1, group),
+        torch.float32,
+        IntxUnpackedToInt8TensorActivationQuantization.INT8_ASYM_PER_TOKEN,
+    )
+
+
+def _quantized_embedding(table: np.ndarray, kind: str) -> QuantizedEmbedding:
+    width = table.shape[1]
+    if kind == "int8":
+        return QuantizedEmbedding(*quantize_groups(table, 8, width), bits=8)
+    if width % ALIGNMENT:
+        raise UsageError(f"--embedding-type int4 needs a hidden size in multiples of {ALIGNMENT}; use --pad auto")
+    return QuantizedEmbedding(*quantize_groups(table, 4, ALIGNMENT), bits=4)

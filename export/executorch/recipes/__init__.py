@@ -1,0 +1,36 @@
+"""ExecuTorch backends: one module each, with its RECIPE."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ....runtime.base.errors import UsageError
+
+NAMES = ("xnnpack", "portable", "vulkan", "coreml", "openvino", "qnn")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a program is lowered to one backend."""
+
+    name: str
+    partitioners: Callable[[], list[Any]]
+    """ExecuTorch partitioners; UsageError names what is not installed."""
+    formats: tuple[str, ...]
+    """`--quantize` values that the backend takes; the first is its default."""
+    custom_ops: bool = True
+    """Whether the program may hold ExecuTorch's own LLM operators."""
+    static_length: bool = False
+    """Whether the backend needs fixed shapes: one token per call, the prompt too."""
+    runs_here: bool = True
+    """Whether the Python runtime can execute the program, so that it can be verified."""
+
+
+def load_recipe(name: str) -> Recipe:
+    if name not in NAMES:
+        raise UsageError(f"--recipe {name}: unknown; known: {', '.join(NAMES)}")
+    recipe: Recipe = importlib.import_module(f"{__name__}.{name}").RECIPE
+    return recipe

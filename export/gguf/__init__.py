@@ -1,0 +1,1 @@
+"""`--target gguf`: files for llama.cpp."""

@@ -1,0 +1,189 @@
+"""Quantising a GGUF with llama.cpp's own quantiser, and saying what each tensor became."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import re
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...runtime.base.errors import ArtefactError, MissingExtraError, UsageError
+
+FILE_TYPES = {
+    "f32": 0,
+    "f16": 1,
+    "bf16": 32,
+    "q8_0": 7,
+    "q6_k": 18,
+    "q5_k_m": 17,
+    "q5_k_s": 16,
+    "q5_1": 9,
+    "q5_0": 8,
+    "q4_k_m": 15,
+    "q4_k_s": 14,
+    "q4_1": 3,
+    "q4_0": 2,
+    "iq4_nl": 25,
+    "iq4_xs": 30,
+    "q3_k_m": 12,
+    "q2_k": 10,
+}
+"""llama_ftype of each `--quantize` value."""
+
+ROW_MULTIPLE = {"f32": 1, "f16": 1, "bf16": 1}
+"""What rows must divide by; 32 for every quantised type. K-quants want 256 and fall back to 32-blocks, which is smaller
+than padding 576 to 768 would be."""
+
+
+def file_type(name: str) -> int:
+    if name not in FILE_TYPES:
+        raise UsageError(f"--quantize {name}: unknown for gguf; known: {', '.join(FILE_TYPES)}")
+    return FILE_TYPES[name]
+
+
+def tensor_type(flag: str, name: str) -> int | None:
+    """ggml type of a `--output-type` or `--embedding-type` value; None where unset."""
+    import gguf
+
+    if not name:
+        return None
+    try:
+        return int(gguf.GGMLQuantizationType[name.upper()])
+    except KeyError as error:
+        known = ", ".join(item.name.lower() for item in gguf.GGMLQuantizationType)
+        raise UsageError(f"{flag} {name}: unknown tensor type; known: {known}") from error
+
+
+def quantize_gguf(
+    source: Path,
+    target: Path,
+    name: str,
+    output_type: int | None,
+    embedding_type: int | None,
+    importance: Path | None = None,
+) -> list[Fallback]:
+    """Quantise in a child process (ggml aborts on some errors); ArtefactError where llama.cpp refuses.
+
+    Returns the tensors that could not take their type.
+
+    `importance`: .npz of fp32 column weights by tensor name (llama.cpp's importance matrix).
+    """
+    request = {
+        "importance": str(importance) if importance else None,
+        "source": str(source),
+        "target": str(target),
+        "ftype": file_type(name),
+        "output_tensor_type": output_type,
+        "token_embedding_type": embedding_type,
+    }
+    command = [sys.executable, "-m", __spec__.name, json.dumps(request)]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    if done.returncode != 0:
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        raise ArtefactError(f"llama.cpp cannot quantise to {name}: {lines[-1] if lines else done.returncode}")
+    return parse_fallbacks(done.stderr)
+
+
+def tensor_bytes(path: Path) -> int:
+    """Bytes of all tensors, without the header and the vocabulary."""
+    import gguf
+
+    return sum(int(tensor.n_bytes) for tensor in gguf.GGUFReader(path).tensors)
+
+
+@dataclass(frozen=True)
+class Fallback:
+    """A tensor that could not take the type asked for."""
+
+    tensor: str
+    wanted: str
+    multiple: int
+    """What rows of the wanted type must divide by."""
+    got: str
+
+
+_FALLBACK = re.compile(
+    r"(?P<tensor>[\w.]+)\s+- ncols\s+\d+ not divisible by\s+(?P<multiple>\d+) "
+    r"\(required for type\s+(?P<wanted>\w+)\).*falling back to\s+(?P<got>\w+)"
+)
+"""A line of llama.cpp's quantiser, as of llama-cpp-python 0.3.36."""
+
+
+def parse_fallbacks(log: str) -> list[Fallback]:
+    """Fallbacks in the quantiser's log; llama.cpp reports a second step (to F16) as one line."""
+    return [
+        Fallback(
+            match["tensor"],
+            match["wanted"].lower(),
+            int(match["multiple"]),
+            match["got"].lower(),
+        )
+        for match in _FALLBACK.finditer(log)
+    ]
+
+
+def describe_fallbacks(fallbacks: list[Fallback]) -> list[str]:
+    """One sentence per (wanted, got) pair, with the tensors by kind."""
+    groups: dict[tuple[str, str, int], list[str]] = {}
+    for each in fallbacks:
+        groups.setdefault((each.wanted, each.got, each.multiple), []).append(each.tensor)
+    sentences = []
+    for (wanted, got, multiple), tensors in groups.items():
+        kinds = Counter(tensor.split(".")[-2] for tensor in tensors)
+        names = ", ".join(f"{kind} x{count}" if count > 1 else kind for kind, count in kinds.items())
+        hint = " (--pad auto avoids that)" if multiple == 32 else ""
+        reason = f"their rows are no multiple of {multiple}{hint}"
+        sentences.append(f"{len(tensors)} tensors became {got}, not {wanted}: {reason}: {names}")
+    return sentences
+
+
+def _main(argument: str) -> None:
+    import llama_cpp
+
+    request: dict[str, Any] = json.loads(argument)
+    parameters = llama_cpp.llama_model_quantize_default_params()
+    parameters.ftype = request["ftype"]
+    for name in ("output_tensor_type", "token_embedding_type"):
+        if request[name] is not None:
+            setattr(parameters, name, request[name])
+    if request["importance"]:
+        matrix, _keep_alive = _importance_matrix(Path(request["importance"]))
+        parameters.imatrix = matrix
+    status = llama_cpp.llama_model_quantize(
+        request["source"].encode(), request["target"].encode(), ctypes.pointer(parameters)
+    )
+    sys.exit(1 if status else 0)
+
+
+def _importance_matrix(path: Path) -> tuple[Any, list[Any]]:
+    """(null-terminated llama_model_imatrix_data array, what must outlive it)."""
+    import llama_cpp
+    import numpy as np
+
+    entries, arrays = [], []
+    with np.load(path) as archive:
+        for name in archive.files:
+            array = np.ascontiguousarray(archive[name], dtype=np.float32)
+            pointer = array.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+            entries.append(llama_cpp.llama_cpp.llama_model_imatrix_data(name.encode(), pointer, array.size))
+            arrays.append(array)
+    entry_type = llama_cpp.llama_cpp.llama_model_imatrix_data
+    matrix = (entry_type * (len(entries) + 1))(*entries)  # the last entry stays zero: the end
+    return ctypes.cast(matrix, ctypes.POINTER(entry_type)), [matrix, arrays]
+
+
+def require_llama_cpp() -> None:
+    """MissingExtraError where llama-cpp-python is not installed."""
+    from importlib.util import find_spec
+
+    if find_spec("llama_cpp") is None:
+        raise MissingExtraError("llama-cpp-python", "gguf")
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1])

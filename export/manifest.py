@@ -1,0 +1,61 @@
+"""What every exporter that writes an artefact does at the end: describe it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ..runtime.base.quantities import format_bytes
+from ..runtime.engines.manifest import Manifest, describe_files
+from .checkpoint import Checkpoint
+from .request import ExportRequest
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+
+
+def copy_tokenizer(checkpoint: Checkpoint, folder: Path) -> list[str]:
+    """Copy the tokenizer's files and the chat template; returns the names of those that exist."""
+    names = [name for name in TOKENIZER_FILES if (checkpoint.folder / name).is_file()]
+    for name in names:
+        shutil.copy(checkpoint.folder / name, folder / name)
+    return names
+
+
+def describe_artefact(
+    checkpoint: Checkpoint,
+    request: ExportRequest,
+    folder: Path,
+    *,
+    engine: str,
+    files: list[str],
+    quantization: str,
+    weight_bytes: int,
+    layout: str,
+    verification: dict[str, Any],
+) -> None:
+    """Write the manifest of `files` (the model first) and say how large the artefact is.
+
+    `weight_bytes`: bytes of all tensors. `layout`: what the format calls this kind of model.
+    """
+    bits = bits_per_weight(checkpoint, weight_bytes)
+    manifest = Manifest(
+        engine=engine,
+        model_file=files[0],
+        files=describe_files(folder, files),
+        quantization=quantization,
+        bits_per_weight=round(bits, 3),
+        architecture=checkpoint.architecture.to_dict(),
+        context_length=checkpoint.context_length,
+        source=checkpoint.name,
+        verification=verification,
+        training=checkpoint.json_file("training.json"),
+        notes=tuple(request.notes),
+    )
+    manifest.write(folder)
+    size = format_bytes(manifest.total_bytes)
+    request.say(f"{layout}, {quantization}: {size}, {bits:.2f} bits per weight")
+
+
+def bits_per_weight(checkpoint: Checkpoint, weight_bytes: int) -> float:
+    return 8 * weight_bytes / checkpoint.architecture.num_parameters

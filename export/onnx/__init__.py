@@ -1,0 +1,1 @@
+"""`--target onnx`: folders for onnxruntime, onnxruntime-genai and onnxruntime-web."""

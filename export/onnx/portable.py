@@ -1,0 +1,58 @@
+"""`--target onnx --portable`: standard ONNX operators only, traced by torch.onnx.
+
+Runs wherever opset 23 does, without onnxruntime's own fused operators; slower there, and fp32 only. It shares no code
+with onnx_graph, which makes each the other's check.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+
+from ..checkpoint import Checkpoint
+from ..exporter_config import OnnxDecoderConfig
+from .portable_decoder import PortableDecoder
+
+OPSET = 23
+"""The first with Attention, RotaryEmbedding and RMSNormalization."""
+
+
+def write_portable(checkpoint: Checkpoint, path: Path) -> None:
+    """Write `path` and its external data, `path` + ".data"."""
+    model = PortableDecoder(checkpoint)
+    config = OnnxDecoderConfig(checkpoint.config)
+    inputs = config.generate_dummy_inputs(framework="pt")
+    dims = {title: torch.export.Dim(title, min=1) for title in ("batch", "sequence", "past")}
+    shapes = [{axis: _dim(title, dims) for axis, title in axes.items()} for axes in config.inputs.values()]
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program: Any = torch.onnx.export(
+                model,
+                tuple(inputs.values()),
+                input_names=list(config.inputs),
+                output_names=list(config.outputs),
+                dynamic_shapes=(shapes[0], shapes[1], tuple(shapes[2:])),
+                opset_version=OPSET,
+                dynamo=True,
+                verbose=False,
+            )
+            mask = program.model.graph.inputs[1]  # its length is a symbol that torch made up
+            mask.shape = ir.Shape(list(config.inputs[mask.name].values()))
+            program.save(str(path), external_data=True)
+    finally:
+        logger.setLevel(level)
+
+
+def _dim(title: str, dims: Mapping[str, object]) -> object:
+    """The symbol of a dynamic axis; the mask's length is the sum of two, which torch finds itself."""
+    return dims.get(title, torch.export.Dim.AUTO)

@@ -1,0 +1,83 @@
+"""A decoder whose caches are inputs and outputs, traced into standard ONNX operators (opset 23).
+
+`forward(input_ids [B, S], attention_mask [B, T], *past) -> (logits fp32 [B, 1, V], *present)`; past [B, G_i, P, D] and
+present [B, G_i, T, D], key and value of every layer with attention, T = P + S. Sequences of a batch are padded on the
+left. See decoder_modules for the other letters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ...train.model.architecture import LayerShape
+from ..checkpoint import Checkpoint
+from ..decoder_modules import Attention, Decoder
+
+
+@dataclass
+class Caches:
+    """What the layers of one call share."""
+
+    cos: Tensor
+    sin: Tensor
+    """[C, D / 2]"""
+    positions: Tensor
+    """int64 [B, S]"""
+    mask: Tensor
+    """bool [B, 1, S, T]: which tokens each new one sees."""
+    past: Iterator[Tensor]
+    present: list[Tensor] = field(default_factory=list)
+
+
+class PortableAttention(Attention):
+    """ONNX's own RotaryEmbedding and Attention."""
+
+    def forward(self, x: Tensor, context: Caches) -> Tensor:
+        query, key, value = (part.transpose(1, 2) for part in self.project(x))
+        query, key = (
+            torch.onnx.ops.rotary_embedding(part, context.cos, context.sin, context.positions) for part in (query, key)
+        )
+        attended, present_key, present_value, _ = torch.onnx.ops.attention(
+            query,
+            key,
+            value,
+            context.mask,
+            next(context.past),
+            next(context.past),
+            q_num_heads=self.heads,
+            kv_num_heads=self.groups,
+        )
+        context.present += [present_key, present_value]
+        return self.o_proj(attended.transpose(1, 2).reshape(*x.shape[:2], self.heads * self.head_dim))
+
+
+class PortableDecoder(Decoder):
+    """See the module's docstring."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        super().__init__(checkpoint, checkpoint.architecture)
+        cos, sin = self.rotary_tables(checkpoint, checkpoint.context_length)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    def attention(self, layer: LayerShape, qk_norm_eps: float) -> PortableAttention:
+        return PortableAttention(self.architecture, layer, qk_norm_eps)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
+        length, total = input_ids.shape[1], attention_mask.shape[1]
+        positions = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, total - length :]
+        steps = torch.arange(total)
+        is_before = steps[None, :] <= steps[total - length :, None]
+        mask = is_before[None, None] & attention_mask.bool()[:, None, None, :]
+        caches = Caches(self.cos, self.sin, positions, mask, iter(past))
+        x = self.embed_tokens(input_ids)
+        for layer in self.layers:
+            x = layer(x, caches)
+        return self.lm_head(self.norm(x[:, -1:])), *caches.present

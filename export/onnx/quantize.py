@@ -1,0 +1,97 @@
+"""Block-wise weight quantisation as onnxruntime's MatMulNBits stores it: symmetric, blocks of 32 inputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ...runtime.base.errors import UsageError
+from ..group_quantization import quantize_groups
+
+
+@dataclass(frozen=True)
+class Bits:
+    """Bits per weight of each part of the model; 32 is fp32, 16 fp16 (then activations and caches are, too)."""
+
+    attention: int
+    gate_up: int
+    down: int
+    head: int
+    """LM head and token embedding."""
+    dynamic: bool = False
+    """Whether 8-bit matrices have one scale per output and meet activations quantised on the fly (MatMulInteger)."""
+
+
+PRESETS = {
+    "f32": Bits(32, 32, 32, 32),
+    "f16": Bits(16, 16, 16, 16),
+    "int8": Bits(8, 8, 8, 8),
+    "mixed": Bits(8, 4, 8, 8),
+    "int4": Bits(4, 4, 4, 4),
+    # onnxruntime-web unpacks MatMulNBits' weights anew for every token; the inputs of the down projection have outliers
+    # that one scale per tensor cannot hold
+    "web": Bits(8, 8, 32, 8, dynamic=True),
+}
+"""`--quantize` values of `--target onnx`; int8 is the safe choice, web the one for browsers."""
+
+
+def preset(name: str) -> Bits:
+    if name not in PRESETS:
+        raise UsageError(f"--quantize {name}: unknown for onnx; known: {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+@dataclass(frozen=True)
+class QuantizedMatrix:
+    """A matrix [rows, columns] in the graph."""
+
+    data: Any
+    """uint8 [rows, blocks, block * bits / 8]"""
+    scales: Any
+    """fp32 [rows, blocks]"""
+    rows: int
+    columns: int
+    bits: int
+    block: int
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.columns // self.block)
+
+
+@dataclass(frozen=True)
+class IntegerMatrix:
+    """A matrix [rows, columns] in the graph as MatMulInteger reads it."""
+
+    codes: Any
+    """int8 [columns, rows]"""
+    scales: Any
+    """fp32 [rows]"""
+
+
+def quantize_rows(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(int8 [rows, columns], fp32 scales [rows]) of fp32 [rows, columns]: one scale per row."""
+    codes, scales = quantize_groups(weight, 8, weight.shape[1])
+    return codes, scales[:, 0]
+
+
+def quantize_matrix(
+    weight: np.ndarray, bits: int, block: int, gram: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """(uint8 [rows, blocks, block * bits / 8], fp32 scales [rows, blocks]) of fp32 [rows, columns].
+
+    Columns are padded to whole blocks with zeros. `gram`: see quantize_groups.
+    """
+    rows, columns = weight.shape
+    blocks = -(-columns // block)
+    extra = blocks * block - columns
+    if extra:
+        weight = np.pad(weight, ((0, 0), (0, extra)))
+        gram = None if gram is None else np.pad(gram, (0, extra))
+    codes, scales = quantize_groups(weight, bits, block, gram, signed=True)
+    data = (codes.astype(np.int16) + 2 ** (bits - 1)).astype(np.uint8)  # the zero point that the kernels imply
+    if bits == 4:  # two to a byte, the even column in the lower half
+        data = data[:, ::2] | (data[:, 1::2] << 4)
+    return data.reshape(rows, blocks, block * bits // 8), scales

@@ -1,0 +1,66 @@
+"""What every command shares: one clear line for bad input, exit code 2, a traceback only with --debug.
+
+The packages report through `logging.getLogger("efficientllm")`; a command shows what they say as plain lines.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Sequence
+
+from .errors import EfficientLLMError
+from .progress import PROGRESS_LOGGER
+
+LOGGER = "efficientllm"
+"""Logger of all our packages: what a command prints below its command line is said to it."""
+
+NOISY_LOGGERS = ("torchao", "torch.utils._pytree")
+"""transformers imports torchao where it is installed, which then warns of CUDA libraries that a CPU build lacks."""
+
+
+class _PlainLines(logging.Handler):
+    """Messages as they are, on the stream that is `stdout` or `stderr` at that moment."""
+
+    def __init__(self, stream: str) -> None:
+        super().__init__()
+        self._stream = stream
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=getattr(sys, self._stream), flush=True)
+
+
+def _show_messages() -> None:
+    """Reports on standard output, progress on standard error; once per process."""
+    for name, stream in ((LOGGER, "stdout"), (PROGRESS_LOGGER, "stderr")):
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+        if not logger.handlers:
+            logger.addHandler(_PlainLines(stream))
+
+
+def run_command(body: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> int:
+    """Run `body(argv)`; an EfficientLLMError or an OS error becomes one line on stderr and exit code 2.
+
+    `--debug`, accepted by every command, is taken out of argv and lets the traceback through.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    for name in () if debug else NOISY_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    _show_messages()
+    try:
+        return body(arguments)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 141
+    except (EfficientLLMError, OSError) as error:
+        if debug:
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2

@@ -1,0 +1,1 @@
+"""Artefacts and the engines that run them, behind one interface."""

@@ -1,0 +1,89 @@
+"""The ExecuTorch engine: programs with static caches, as `efficientllm-export --target executorch` writes them.
+
+A .pte of anybody's runs too, where it has the interface of ExecuTorch's own LLM runner: `forward(tokens int64 [1, S],
+input_pos int64 [1]) -> logits [1, V] or [1, S, V]`, its constant methods, and tokenizer.json beside it.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..base.errors import ArtefactError
+from .engine import EngineOptions
+from .executorch_loader import import_executorch
+from .huge_pages import huge_pages
+from .manifest import manifest_cache_bytes
+from .memory import give_back_freed_memory
+from .native_log import captured_native_log
+from .stepwise import StepwiseEngine
+
+
+class ExecuTorchEngine(StepwiseEngine):
+    """See runtime.engine.Engine."""
+
+    def __init__(self, path: Path, options: EngineOptions) -> None:
+        import_executorch()
+        import torch
+        from executorch.extension.pybindings import portable_lib
+        from executorch.runtime import Runtime
+
+        self._torch = torch
+        began = time.perf_counter()
+        with huge_pages(options.huge_pages), captured_native_log() as log:
+            portable_lib._unsafe_reset_threadpool(options.threads or os.cpu_count() or 1)
+            try:
+                self._program = Runtime.get().load_program(path)
+                self._forward: Any = self._program.load_method("forward")
+            except Exception as error:  # ExecuTorch's exceptions share no base
+                reason = (log().strip() or str(error)).splitlines()[-1]
+                raise ArtefactError(f"{path}: ExecuTorch cannot load it: {reason}") from error
+        if self._forward is None or self._forward.metadata.num_inputs() != 2:
+            raise ArtefactError(f"{path} is not a language model: its forward does not take (tokens, input_pos)")
+        longest = int(self._constant("get_max_seq_len", 128))
+        slots = int(self._constant("get_max_context_len", longest))
+        # ExecuTorch's exporters, ours too, bound the tokens of one call by one less
+        self._chunk = max(1, longest - 1) if self._constant("enable_dynamic_shape", False) else 1
+        if options.context > slots:
+            raise ArtefactError(
+                f"{path} holds {slots} tokens, not {options.context}; export it again with --max-context "
+                f"{options.context}"
+            )
+        self.context_length = options.context or slots
+        super().__init__(path.parent)
+        self.vocab_size = int(self._constant("get_vocab_size", self.tokenizer.vocab_size))
+        self.end_ids = frozenset(int(token) for token in self._constants("get_eos_ids"))
+        self.kv_cache_bytes = manifest_cache_bytes(path.parent, slots)
+        self.load_ms = (time.perf_counter() - began) * 1e3
+
+    def _constants(self, name: str) -> list[Any]:
+        """What a constant method returns; nothing where the program lacks it."""
+        if name not in self._program.method_names:
+            return []
+        method: Any = self._program.load_method(name)
+        return list(method.execute(()))
+
+    def _constant(self, name: str, default: Any) -> Any:
+        values = self._constants(name)
+        return values[0] if values else default
+
+    def _evaluate(self, tokens: list[int]) -> np.ndarray:
+        logits = np.empty(0, np.float32)
+        for begin in range(0, len(tokens), self._chunk):
+            logits = self._execute(tokens[begin : begin + self._chunk])
+        return logits
+
+    def _execute(self, tokens: list[int]) -> np.ndarray:
+        tensor = self._torch.tensor
+        position = tensor([len(self._tokens)], dtype=self._torch.int64)
+        logits = self._forward.execute([tensor([tokens], dtype=self._torch.int64), position])[0]
+        self._tokens += tokens
+        return logits.reshape(-1, logits.shape[-1])[-1].float().numpy().copy()  # the next call reuses the memory
+
+    def close(self) -> None:
+        del self._forward, self._program
+        give_back_freed_memory()

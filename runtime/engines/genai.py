@@ -1,0 +1,67 @@
+"""The onnxruntime-genai engine: a folder of anybody's genai model in that package's own runtime.
+
+Folders of `efficientllm-export --target onnx` run here too; their manifest asks for onnxruntime, which is as fast and
+needs no further package. This engine is the other side of that comparison.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..base.errors import ArtefactError
+from ..base.extras import extra
+from .engine import DEFAULT_CONTEXT, EngineOptions
+from .huge_pages import huge_pages
+from .manifest import manifest_cache_bytes
+from .memory import give_back_freed_memory
+from .stepwise import StepwiseEngine
+
+
+class GenaiEngine(StepwiseEngine):
+    """See runtime.engine.Engine."""
+
+    def __init__(self, path: Path, options: EngineOptions) -> None:
+        with extra("genai", "onnxruntime-genai"):
+            genai: Any = importlib.import_module("onnxruntime_genai")  # it has no stubs
+        began = time.perf_counter()
+        folder = path.parent
+        described = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]
+        config = genai.Config(str(folder))
+        threads = options.threads or os.cpu_count() or 1
+        session = {"session_options": {"intra_op_num_threads": threads}}
+        config.overlay(json.dumps({"model": {"decoder": session}}))
+        try:
+            with huge_pages(options.huge_pages):
+                self._model = genai.Model(config)
+        except Exception as error:  # its exceptions share no base
+            raise ArtefactError(f"{folder}: onnxruntime-genai cannot load it: {str(error).splitlines()[0]}") from error
+        self.context_length = options.context or min(DEFAULT_CONTEXT, described["context_length"])
+        parameters = genai.GeneratorParams(self._model)
+        parameters.set_search_options(max_length=self.context_length, do_sample=False)
+        self._generator: Any = genai.Generator(self._model, parameters)
+        super().__init__(folder)
+        self.vocab_size = int(described["vocab_size"])
+        ends = described.get("eos_token_id", [])
+        self.end_ids = frozenset(ends if isinstance(ends, list) else [ends])
+        self.kv_cache_bytes = manifest_cache_bytes(folder, self.context_length)
+        self.load_ms = (time.perf_counter() - began) * 1e3
+
+    def _truncate(self, length: int) -> None:
+        if length < len(self._tokens):
+            self._generator.rewind_to(length)
+
+    def _evaluate(self, tokens: list[int]) -> np.ndarray:
+        self._generator.append_tokens(np.asarray(tokens, dtype=np.int32))
+        self._tokens += tokens
+        return self._generator.get_logits().reshape(-1, self.vocab_size)[-1].astype(np.float32)
+
+    def close(self) -> None:
+        del self._generator, self._model
+        give_back_freed_memory()

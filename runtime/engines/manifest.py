@@ -1,0 +1,98 @@
+"""The manifest that stands beside every exported artefact: what it is, where it came from, how well it matches."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from ..base.errors import ArtefactError
+from ..base.files import sha256_of, write_json_atomically
+
+MANIFEST_NAME = "manifest.json"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Contents of manifest.json; the artefact's folder holds it and the files it names."""
+
+    engine: str
+    """Runtime engine that loads the artefact: llama.cpp, onnxruntime or executorch."""
+    model_file: str
+    """Main file, relative to the manifest's folder."""
+    files: dict[str, dict[str, Any]]
+    """{relative name: {"bytes": int, "sha256": str}} of every file of the artefact."""
+    quantization: str
+    """Weight type as the user named it: f32, q8_0, int4, ..."""
+    bits_per_weight: float
+    """Bits on disk of all tensors, divided by the model's parameters."""
+    architecture: dict[str, Any]
+    """Widths per layer (Architecture.to_dict) of the checkpoint."""
+    context_length: int
+    """Longest prompt and answer together, in tokens."""
+    source: str
+    """Checkpoint that was exported, as named by the user."""
+    verification: dict[str, Any] = field(default_factory=dict)
+    """Comparison with torch eager; empty with --no-verify."""
+    training: dict[str, Any] = field(default_factory=dict)
+    """The checkpoint's training.json: tokens and perplexities; empty for a model we did not train."""
+    notes: tuple[str, ...] = ()
+    """What the exporter changed or could not keep, as it was printed."""
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(entry["bytes"] for entry in self.files.values())
+
+    def write(self, folder: Path) -> None:
+        write_json_atomically(folder / MANIFEST_NAME, asdict(self))
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """Read FOLDER/manifest.json; ArtefactError where it is missing, foreign or newer than this release."""
+        path = folder / MANIFEST_NAME
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise ArtefactError(
+                f"{folder} holds no {MANIFEST_NAME}; give a folder written by efficientllm-export"
+            ) from error
+        except (OSError, ValueError) as error:
+            raise ArtefactError(f"{path} cannot be read: {error}") from error
+        if not isinstance(values, dict) or values.get("format_version") != FORMAT_VERSION:
+            raise ArtefactError(f"{path} is not a manifest of format {FORMAT_VERSION}; export the model again")
+        names = {item.name for item in fields(cls)}
+        try:
+            return cls(**{name: value for name, value in values.items() if name in names})
+        except TypeError as error:
+            raise ArtefactError(f"{path} is incomplete: {error}") from error
+
+    def check_files(self, folder: Path) -> None:
+        """ArtefactError where a file is missing or its size differs (a truncated copy); hashes are not read."""
+        for name, entry in self.files.items():
+            path = folder / name
+            if not path.is_file():
+                raise ArtefactError(f"{path} is missing; copy the whole folder or export again")
+            size = path.stat().st_size
+            if size != entry["bytes"]:
+                raise ArtefactError(f"{path} has {size} bytes, not {entry['bytes']}; copy it again")
+
+
+def manifest_cache_bytes(folder: Path, slots: int, element_bytes: int = 0) -> int:
+    """Key/value caches of `slots` tokens of the artefact in `folder`; 0 where there is no manifest.
+
+    `element_bytes` 0: those of the artefact's activations.
+    """
+    if not (folder / MANIFEST_NAME).is_file():
+        return 0
+    manifest = Manifest.read(folder)
+    size = element_bytes or (2 if manifest.quantization == "f16" else 4)
+    heads = sum(manifest.architecture.get("num_key_value_heads", ()))
+    return 2 * size * slots * heads * manifest.architecture.get("head_dim", 0)
+
+
+def describe_files(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:
+    """Sizes and hashes of an artefact's files, as Manifest.files."""
+    return {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)} for name in names}

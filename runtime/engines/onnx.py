@@ -1,0 +1,98 @@
+"""The ONNX Runtime engine: decoders with a KV cache, as `efficientllm-export --target onnx` writes them.
+
+Past and present share one preallocated buffer per layer, so no cache is copied between tokens; files whose operators
+cannot do that (`past_present_share_buffer` false in genai_config.json) get each step's present as the next one's past.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..base.errors import ArtefactError
+from ..base.extras import extra
+from .engine import DEFAULT_CONTEXT, EngineOptions
+from .huge_pages import huge_pages
+from .memory import give_back_freed_memory
+from .onnx_cache import GrowingCache, SharedCache, cache_inputs, ort_value
+from .stepwise import StepwiseEngine
+
+
+class OnnxEngine(StepwiseEngine):
+    """See runtime.engine.Engine."""
+
+    def __init__(self, path: Path, options: EngineOptions) -> None:
+        with extra("onnx"):
+            import onnxruntime
+        began = time.perf_counter()
+        settings = onnxruntime.SessionOptions()
+        settings.intra_op_num_threads = options.threads or os.cpu_count() or 1
+        settings.log_severity_level = 3
+        try:
+            # Folding constants would copy a tied, quantised embedding: it is read in two shapes.
+            with huge_pages(options.huge_pages):
+                self._session = onnxruntime.InferenceSession(
+                    str(path), settings, ["CPUExecutionProvider"], disabled_optimizers=["ConstantFolding"]
+                )
+        except Exception as error:  # onnxruntime's exceptions share no base
+            raise ArtefactError(f"{path}: onnxruntime cannot load it: {str(error).splitlines()[0]}") from error
+        genai = _genai_config(path.parent)
+        config = genai.get("model", {})
+        inputs = cache_inputs(self._session.get_inputs(), config.get("decoder", {}))
+        others = {item.name for item in self._session.get_inputs()} - {cache.name for cache in inputs}
+        logits = next((item for item in self._session.get_outputs() if item.name == "logits"), None)
+        if others != {"input_ids", "attention_mask"} or logits is None:
+            raise ArtefactError(f"{path} is not a decoder written by efficientllm-export --target onnx")
+        self.context_length = options.context or min(DEFAULT_CONTEXT, config.get("context_length", DEFAULT_CONTEXT))
+        self._binding = self._session.io_binding()
+        self._cache: SharedCache | GrowingCache
+        if genai.get("search", {}).get("past_present_share_buffer", True):
+            self._cache = SharedCache(inputs, self._binding, self.context_length)
+        else:
+            self._cache = GrowingCache(inputs, self._binding)
+        super().__init__(path.parent)
+        _, rows, self.vocab_size = logits.shape
+        self._last_row_only = rows == 1
+        self._logits = self._bind_logits(1)
+        ends = config.get("eos_token_id", [])
+        self.end_ids = frozenset(ends if isinstance(ends, list) else [ends])
+        self.kv_cache_bytes = sum(cache.zeros(self.context_length).nbytes for cache in inputs)
+        self.load_ms = (time.perf_counter() - began) * 1e3
+
+    def _truncate(self, length: int) -> None:
+        self._cache.truncate(length)
+
+    def _bind_logits(self, rows: int) -> np.ndarray:
+        """A buffer [1, rows, V]: asking the binding for its outputs would wrap every cache, 3 % of a small decode."""
+        buffer = np.empty((1, rows, self.vocab_size), dtype=np.float32)
+        self._binding.bind_ortvalue_output("logits", ort_value(buffer))
+        return buffer
+
+    def _evaluate(self, tokens: list[int]) -> np.ndarray:
+        rows = 1 if self._last_row_only else len(tokens)
+        if self._logits.shape[1] != rows:
+            self._logits = self._bind_logits(rows)
+        total = len(self._tokens) + len(tokens)
+        self._binding.bind_cpu_input("input_ids", np.asarray([tokens], dtype=np.int64))
+        self._binding.bind_cpu_input("attention_mask", np.ones((1, total), dtype=np.int64))
+        self._session.run_with_iobinding(self._binding)
+        self._tokens += tokens
+        self._cache.advance()
+        return self._logits[0, -1].copy()  # the next run writes into the same memory
+
+    def close(self) -> None:
+        del self._binding, self._cache, self._session
+        give_back_freed_memory()
+
+
+def _genai_config(folder: Path) -> dict[str, Any]:
+    path = folder / "genai_config.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise ArtefactError(f"{path} is malformed: {error}") from error

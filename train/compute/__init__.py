@@ -1,0 +1,1 @@
+"""What a step computes on and with: hardware, data parallelism, the loss."""

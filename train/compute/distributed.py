@@ -1,0 +1,92 @@
+"""Data parallelism under torchrun: DDP, and FSDP2 for models that do not fit; both survive physical removal.
+
+Every rank sees the same global sequence of windows and takes its own rows; gradients are averaged, so every rank
+computes the same saliency and removes the same groups.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from .loss import TrainingLoss
+
+
+class Parallel:
+    """Where this process stands among the others; alone where torchrun did not start it."""
+
+    def __init__(self, mode: str, device: torch.device, offload: bool = False) -> None:
+        """Joins the process group that torchrun's environment describes (gloo on CPUs, nccl on GPUs).
+
+        `offload` keeps FSDP's shards, gradients and optimizer state in host memory.
+        """
+        started_by_torchrun = "WORLD_SIZE" in os.environ
+        self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.mode = mode if started_by_torchrun else "none"
+        self.offload = offload
+        self.device = device
+        if device.type == "cuda" and device.index is None:
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            torch.cuda.set_device(self.device)
+        if started_by_torchrun and not dist.is_initialized():
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def my_rows(self, windows: Any) -> Any:
+        """This rank's share [B, ...] of the global batch [world_size * B, ...]."""
+        size = len(windows) // self.world_size
+        return windows[self.rank * size : (self.rank + 1) * size]
+
+    def wrap(self, loss: TrainingLoss) -> nn.Module:
+        """What to call in a training step: DDP around the loss, or FSDP2 on every decoder layer and the rest."""
+        if self.mode == "ddp":
+            return DistributedDataParallel(loss)
+        if self.mode == "fsdp":
+            options: dict[str, Any] = {}
+            if self.offload:
+                options["offload_policy"] = CPUOffloadPolicy(pin_memory=self.device.type == "cuda")
+            for layer in loss.model.model.layers:
+                fully_shard(layer, **options)
+            fully_shard(loss, **options)
+        return loss
+
+    def mean(self, value: float) -> float:
+        if self.world_size == 1:
+            return value
+        tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor)
+        return float(tensor) / self.world_size
+
+    def mean_tensors(self, tensors: Iterable[Tensor]) -> None:
+        """Average tensors over ranks, in place."""
+        if self.world_size > 1:
+            for tensor in tensors:
+                dist.all_reduce(tensor)
+                tensor /= self.world_size
+
+    def any(self, flag: bool) -> bool:
+        return self.mean(float(flag)) > 0
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+    @property
+    def storage_device(self) -> torch.device:
+        """Where parameters are kept between uses."""
+        return torch.device("cpu") if self.offload else self.device
+
+    def close(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()

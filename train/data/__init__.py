@@ -1,0 +1,1 @@
+"""From corpora to packed windows of tokens."""

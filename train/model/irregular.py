@@ -1,0 +1,137 @@
+"""Irregular models: from and to stock classes, built from a shape, and saved so that anybody can load them."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors.torch import save_file
+from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
+
+from . import modeling_efficientllm as modeling
+from .architecture import Architecture, LayerShape
+
+modeling.register()
+
+
+def architecture_of(config: Any) -> Architecture:
+    return Architecture.from_hf_config(config.to_dict())
+
+
+def _per_layer_overrides(architecture: Architecture) -> dict[int, dict[str, int]]:
+    return {
+        index: {
+            "num_attention_heads": layer.num_attention_heads,
+            "num_key_value_heads": layer.num_key_value_heads,
+            "intermediate_size": layer.intermediate_size,
+        }
+        for index, layer in enumerate(architecture.layers)
+    }
+
+
+def apply_architecture(config: Any, architecture: Architecture) -> None:
+    """Set an irregular config's widths in place; the global values become the widest layer's."""
+    config.per_layer_config = None
+    widest = LayerShape(
+        max(max(layer.num_attention_heads for layer in architecture.layers), 1),
+        max(max(layer.num_key_value_heads for layer in architecture.layers), 1),
+        max(max(layer.intermediate_size for layer in architecture.layers), 1),
+    )
+    config.hidden_size = architecture.hidden_size
+    config.head_dim = architecture.head_dim
+    config.num_attention_heads = widest.num_attention_heads
+    config.num_key_value_heads = widest.num_key_value_heads
+    config.intermediate_size = widest.intermediate_size
+    if not all(layer == widest for layer in architecture.layers):
+        config.per_layer_config = _per_layer_overrides(architecture)
+
+
+def irregular_config(config: Any, architecture: Architecture) -> Any:
+    """The efficientllm config of `architecture` that keeps everything else of `config` (of any supported family)."""
+    values = config.to_dict()
+    for name in ("model_type", "architectures", "per_layer_config", "auto_map", "quantization_config"):
+        values.pop(name, None)
+    values["head_dim"] = architecture.head_dim
+    new = modeling.CAUSAL_LM_CLASSES[architecture.family].config_class(**values)
+    apply_architecture(new, architecture)
+    new._attn_implementation = getattr(config, "_attn_implementation", None) or "sdpa"
+    return new
+
+
+def build(config: Any, architecture: Architecture) -> torch.nn.Module:
+    """A randomly initialised irregular model of `architecture`; other settings come from `config`."""
+    return modeling.CAUSAL_LM_CLASSES[architecture.family](irregular_config(config, architecture))
+
+
+def to_irregular(model: torch.nn.Module) -> torch.nn.Module:
+    """The same function as an irregular class (weights are shared, not copied)."""
+    config: Any = model.config
+    if config.model_type.startswith("efficientllm_"):
+        return model
+    with torch.device("meta"):
+        irregular = build(config, architecture_of(config))
+    irregular.load_state_dict(model.state_dict(), assign=True, strict=True)
+    irregular.model.rotary_emb = model.model.rotary_emb  # type: ignore[union-attr]
+    irregular.tie_weights()  # type: ignore[operator]
+    irregular.generation_config = copy.deepcopy(model.generation_config)  # type: ignore[union-attr]
+    return irregular
+
+
+def plain_config(config: Any, architecture: Architecture) -> Any | None:
+    """The stock family's config of a uniform architecture, or None where stock transformers refuses the widths."""
+    if not architecture.is_uniform or not architecture.layers[0].num_attention_heads:
+        return None
+    values = config.to_dict()
+    for name in ("model_type", "architectures", "per_layer_config", "auto_map"):
+        values.pop(name, None)
+    try:
+        plain = AutoConfig.for_model(architecture.family, **values)
+    except (StrictDataclassError, ValueError):
+        return None
+    return None if architecture.layers[0].intermediate_size == 0 else plain
+
+
+def save_checkpoint(
+    model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, state: dict[str, torch.Tensor] | None = None
+) -> None:
+    """Write a Hugging Face folder: plain where stock transformers can hold it, with its own modeling file otherwise.
+
+    `state` replaces the model's own state dict (whole tensors of a sharded model).
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    architecture = architecture_of(model.config)
+    config = plain_config(model.config, architecture)
+    state = {name: tensor.detach().contiguous() for name, tensor in (state or model.state_dict()).items()}
+    if architecture.tie_word_embeddings:
+        state.pop("lm_head.weight", None)
+    if config is None:
+        config = copy.deepcopy(model.config)
+        module = Path(modeling.__file__).stem
+        causal_lm = type(model)
+        config.architectures = [causal_lm.__name__]
+        config.auto_map = {
+            "AutoConfig": f"{module}.{causal_lm.config_class.__name__}",
+            "AutoModel": f"{module}.{causal_lm.base_class.__name__}",
+            "AutoModelForCausalLM": f"{module}.{causal_lm.__name__}",
+        }
+        shutil.copy(modeling.__file__, folder / f"{module}.py")
+    else:
+        config.architectures = [type(model).__name__.removeprefix("Efficient")]
+    config.dtype = next(iter(state.values())).dtype
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(_config_json(config), encoding="utf-8")
+    generation: GenerationConfig | None = getattr(model, "generation_config", None)
+    if generation is not None:
+        generation.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _config_json(config: Any) -> str:
+    values = json.loads(config.to_json_string(use_diff=False))
+    values.pop("_name_or_path", None)
+    return json.dumps(values, indent=2) + "\n"

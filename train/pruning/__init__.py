@@ -1,0 +1,1 @@
+"""Parameter groups: their saliency, which ones go, and taking them out of a model."""

@@ -1,0 +1,83 @@
+"""The `[pruning]` section of a training run: what may go, how much, when and by which criterion. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ...runtime.base import flags
+from ..model.file_size import BITS
+
+PRUNE_TYPES = ("attention", "ffn", "stem")
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """pruning"""
+
+    prune: tuple[str, ...] = flags.comma_separated("attention", "ffn")
+    """Pruning space, comma-separated: attention (heads and key/value groups), ffn, stem (hidden channels); 'none'."""
+    target_ratio: float | None = None
+    """Share of the source's parameters to keep."""
+    target_params: int | None = flags.count(None)
+    """Parameters to keep, as 100M."""
+    target_bytes: int | None = flags.byte_count(None)
+    """Bytes of the exported GGUF, as 60MB, in the type of --quantize."""
+    quantize: str = "q8_0"
+    """Weight type that --target-bytes is measured in."""
+    target_architecture: str | None = None
+    """JSON file of an architecture (as a run's architecture.json) to prune towards, layer by layer."""
+    layout: Literal["per-layer", "uniform"] = "per-layer"
+    """per-layer: every layer its own widths; uniform: every layer loses its own least salient group at once."""
+    saliency: str = "taylor1"
+    """Criterion: taylor1, taylor2, magnitude, random, or one registered by a plug-in."""
+    saliency_decay: float = 0.9
+    """Weight of the past in the saliency's exponential average, per optimizer step."""
+    width_multiple: int = 32
+    """FFN and hidden widths stay multiples of this many channels (quantised formats need 32)."""
+    prune_start: float = 0.05
+    """Share of the tokens seen before the first removal."""
+    prune_end: float = 0.5
+    """Share of the tokens by which the target is reached; the rest trains the final architecture."""
+    prune_every: int = 1
+    """Optimizer steps per pruning event (the paper's N)."""
+    compact_every: int = 1
+    """Pruning events between physical removals; groups removed in between are only zeroed."""
+    weight_update: Literal["none", "obs"] = "none"
+    """obs: the remaining weights of a layer absorb the removed ones (second order)."""
+    obs_decay: float = 0.95
+    """Weight of the past in the running average of a layer's input Gram matrix, per forward pass."""
+    obs_damping: float = 0.01
+    """Damping of the Gram matrix, relative to the mean of its diagonal."""
+    obs_max_width: int = 0
+    """Leave layers with wider inputs without an update; 0: no limit."""
+    obs_rows: int = flags.count(512)
+    """Tokens per forward pass that enter the Gram matrices; 0: all."""
+
+    def __post_init__(self) -> None:
+        for kind in self.prune:
+            allowed = kind in PRUNE_TYPES or self.prune == ("none",)
+            flags.require(self, "prune", allowed, f"choose from {', '.join(PRUNE_TYPES)}, or none alone")
+        named = ("target_ratio", "target_params", "target_bytes", "target_architecture")
+        given = [flags.flag_name(name) for name in named if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} are both given; choose one")
+        flags.require(self, "quantize", self.quantize in BITS, f"--target-bytes knows {', '.join(BITS)}")
+        if self.target_ratio is not None:
+            flags.require(self, "target_ratio", 0 < self.target_ratio <= 1, "must be above 0 and at most 1")
+        flags.require(self, "saliency_decay", 0 <= self.saliency_decay < 1, "must be at least 0 and below 1")
+        flags.require(self, "width_multiple", self.width_multiple >= 1, "must be positive")
+        flags.require(self, "prune_start", 0 <= self.prune_start <= 1, "must be between 0 and 1")
+        flags.require(self, "prune_end", self.prune_start <= self.prune_end <= 1, "must be in [--prune-start, 1]")
+        for name in ("prune_every", "compact_every"):
+            flags.require(self, name, getattr(self, name) >= 1, "must be at least 1")
+        flags.require(self, "obs_decay", 0 <= self.obs_decay < 1, "must be at least 0 and below 1")
+        flags.require(self, "obs_damping", self.obs_damping > 0, "must be positive")
+        for name in ("obs_max_width", "obs_rows"):
+            flags.require(self, name, getattr(self, name) >= 0, "must not be negative")
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Group kinds of the pruning space (see saliency.GROUP_KINDS)."""
+        by_type = {"attention": ("kv_group", "query_head"), "ffn": ("ffn",), "stem": ("stem",), "none": ()}
+        return tuple(kind for name in (*PRUNE_TYPES, "none") if name in self.prune for kind in by_type[name])

@@ -1,0 +1,191 @@
+"""Everything about removal in a run: saliency, selection, the weight update, zeroing, and physical removal.
+
+Groups are removed in two stages. `remove` zeroes them (and lets the weight update act); `compact` takes zeroed groups
+out of the tensors. The *logical* shape is what remains after the first, the *physical* shape that of the tensors.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..compute.distributed import Parallel
+from ..compute.loss import TrainingLoss
+from ..model.architecture import Architecture
+from ..model.irregular import architecture_of
+from .budget import Budget, read_architecture
+from .config import PruneConfig
+from .saliency import SaliencyTracker, Scores, criterion_named
+from .selection import Kept, Ranking, Removal, SelectionRules, all_groups, compose, select_removal
+from .sharded import rebuild_sharded
+from .surgery import remove_groups, zero_gradients, zero_groups
+from .weight_update import InputGrams
+
+
+def selection_rules(settings: PruneConfig) -> SelectionRules:
+    """The rules that the settings ask for."""
+    floor = read_architecture(Path(settings.target_architecture)) if settings.target_architecture else None
+    multiple = 1 if floor is not None else settings.width_multiple
+    return SelectionRules(settings.kinds, multiple, settings.layout == "uniform", floor)
+
+
+class Pruner:
+    """The removal side of one run."""
+
+    def __init__(
+        self,
+        settings: PruneConfig,
+        budget: Budget,
+        model: Any,
+        source: Architecture,
+        parallel: Parallel,
+        seed: int,
+    ) -> None:
+        self.settings = settings
+        self.budget = budget
+        self.model = model
+        self.parallel = parallel
+        self.rules = selection_rules(settings)
+        self.physical = architecture_of(model.config)
+        self.survivors: Kept = all_groups(source)
+        """Surviving groups as positions in the source model."""
+        self.pending: Removal | None = None
+        """Zeroed but not yet physically removed groups; `before` is the physical shape."""
+        self.events_since_compaction = 0
+        self.next_saliency: dict[str, float] = {}
+        """Saliency per parameter of the unit of each kind that would go next."""
+        self.tracker = SaliencyTracker(
+            criterion_named(settings.saliency),
+            self.rules.kinds,
+            self.physical,
+            settings.saliency_decay,
+            seed,
+            parallel.mean_tensors,
+        )
+        self.grams: InputGrams | None = None
+        if settings.weight_update == "obs":
+            by_type = {"attention": "query", "ffn": "ffn", "stem": "hidden"}
+            axes = {axis for name, axis in by_type.items() if name in settings.prune}
+            self.grams = InputGrams(
+                model, axes, settings.obs_decay, settings.obs_damping, settings.obs_max_width, settings.obs_rows
+            )
+        self.is_done = budget.is_met(self.architecture)
+
+    @property
+    def architecture(self) -> Architecture:
+        """The logical shape."""
+        return self.pending.after if self.pending is not None else self.physical
+
+    @property
+    def wants_microbatches(self) -> bool:
+        """Whether saliency needs each microbatch's own gradient."""
+        return not self.is_done and self.tracker.criterion.per_microbatch
+
+    def observe_gradients(self) -> None:
+        """Saliency of the gradients at hand; nothing once the target is reached."""
+        if not self.is_done:
+            self.tracker.accumulate(self.model.named_parameters())
+
+    def finish_step(self) -> None:
+        if not self.is_done:
+            self.tracker.finish_step()
+
+    def discard_step(self) -> None:
+        self.tracker.discard_step()
+
+    def mask_gradients(self) -> None:
+        """Keep zeroed groups at zero: drop their gradients."""
+        if self.pending is not None:
+            zero_gradients(self.model, self.pending)
+
+    def logical_scores(self) -> Scores:
+        """Scores of the groups that are still there."""
+        if self.pending is None:
+            return self.tracker.scores
+        return {
+            kind: [
+                vector[kept.to(vector.device)] for vector, kept in zip(vectors, self.pending.kept[kind], strict=True)
+            ]
+            for kind, vectors in self.tracker.scores.items()
+        }
+
+    def remove(self, target: int, optimizer: torch.optim.Optimizer) -> Removal | None:
+        """Zero the lowest-scored units until the budget's measure is at most `target`; None where nothing goes."""
+        if not self.tracker.num_observations or self.budget.measure(self.architecture) <= target:
+            return None
+        scores = self.logical_scores()
+        removal = select_removal(self.architecture, scores, self.rules, target, self.budget.measure)
+        if not removal.units:
+            return None
+        ranking = Ranking(self.architecture, scores, self.rules)
+        peeks = {kind: ranking.peek(kind) for kind in self.rules.kinds}
+        self.next_saliency = {kind: unit.score for kind, unit in peeks.items() if unit is not None}
+        kept = removal.kept if self.pending is None else compose(self.pending.kept, removal.kept)
+        self.survivors = compose(self.survivors, removal.kept)
+        self.pending = Removal(self.physical, removal.after, kept, removal.units)
+        if self.grams is not None:
+            self.parallel.mean_tensors(self.grams.grams.values())
+            self.grams.update_weights(self.pending)
+        if self.parallel.mode != "fsdp":  # there, the removal is physical at once
+            zero_groups(self.model, self.pending, optimizer)
+        self.events_since_compaction += 1
+        self.is_done = self.budget.is_met(removal.after)
+        return removal
+
+    def compact(self, loss: TrainingLoss, optimizer: torch.optim.Optimizer) -> tuple[TrainingLoss, nn.Module]:
+        """Physically remove what is pending; returns the loss and what to call in a step."""
+        removal = self.pending
+        assert removal is not None
+        if self.parallel.mode == "fsdp":
+            loss, callee = rebuild_sharded(loss, removal, optimizer, self.parallel)
+            self.model = loss.model
+        else:
+            remove_groups(self.model, removal, optimizer)
+            callee = self.parallel.wrap(loss)
+        self.tracker.keep(removal.after, removal.kept)
+        if self.grams is not None:
+            self.grams.keep(removal)
+            self.grams.attach(self.model)
+        self.physical, self.pending, self.events_since_compaction = removal.after, None, 0
+        if self.is_done and self.grams is not None:
+            self.grams.detach()
+            self.grams = None
+        return loss, callee
+
+    def state_json(self) -> dict[str, Any]:
+        return {
+            "survivors": kept_to_json(self.survivors),
+            "pending": kept_to_json(self.pending.kept) if self.pending is not None else None,
+            "logical": self.architecture.to_dict(),
+            "events_since_compaction": self.events_since_compaction,
+        }
+
+    def state_tensors(self) -> dict[str, Any]:
+        return {"tracker": self.tracker.state_dict(), "grams": self.grams.grams if self.grams is not None else {}}
+
+    def load_state(self, values: dict[str, Any], tensors: dict[str, Any], model: Any) -> None:
+        """Continue from a checkpoint whose (physical) model is loaded already."""
+        self.survivors = kept_from_json(values["survivors"])
+        self.events_since_compaction = values["events_since_compaction"]
+        logical = Architecture.from_dict(values["logical"])
+        if values["pending"] is not None:
+            self.pending = Removal(self.physical, logical, kept_from_json(values["pending"]), ())
+        self.is_done = self.budget.is_met(logical)
+        self.tracker.load_state_dict(tensors["tracker"])
+        if self.grams is not None:
+            self.grams.grams = tensors["grams"]
+            self.grams.attach(model)
+            if self.is_done and self.pending is None:
+                self.grams.detach()
+                self.grams = None
+
+
+def kept_to_json(kept: Kept) -> dict[str, list[list[int]]]:
+    return {kind: [layer.tolist() for layer in layers] for kind, layers in kept.items()}
+
+
+def kept_from_json(values: dict[str, list[list[int]]]) -> Kept:
+    return {kind: [torch.tensor(layer, dtype=torch.int64) for layer in layers] for kind, layers in values.items()}

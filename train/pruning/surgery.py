@@ -1,0 +1,175 @@
+"""Taking groups out of a model: physically (smaller tensors, weights and optimizer state alike) or by zeroing.
+
+A removed group's weights are all zero or all gone, so both give the same function. Zeroed weights stay zero as long as
+their gradients are zeroed too, since AdamW leaves a weight with zero gradient and moments alone. (Most of these
+gradients vanish by themselves, but not those of a query head's o_proj columns: its values belong to the whole group.)
+
+RMSNorm over the H' < H stem channels that remain sees a mean square larger by H/H' (the removed channels were zero but
+counted). Gains times sqrt(H/H') and eps times H/H' make the smaller norm equal to the larger one exactly:
+    g sqrt(H/H') x / sqrt(|x|^2/H' + eps H/H')  =  g x / sqrt(|x|^2/H + eps).
+What is approximate in removing a stem channel is zeroing it, not the norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..model.architecture import Architecture
+from ..model.irregular import apply_architecture
+from ..model.tensors import STEM_NORMS, axes_of
+from .selection import Kept, Removal
+
+
+def expand_heads(heads: Tensor, head_dim: int) -> Tensor:
+    """Head positions [n] -> channel positions [n * head_dim]."""
+    return (heads[:, None] * head_dim + torch.arange(head_dim)).flatten()
+
+
+def kept_channels(kept: Kept, architecture: Architecture, layer: int | None, axis: str) -> Tensor | None:
+    """Surviving positions along an axis of `architecture`, or None where nothing was removed."""
+    if axis == "hidden":
+        survivors, size = kept["stem"][0], architecture.hidden_size
+    elif axis in ("vocab", "head") or layer is None:
+        return None
+    else:
+        shape = architecture.layers[layer]
+        kind, size = {
+            "ffn": ("ffn", shape.intermediate_size),
+            "kv": ("kv_group", shape.num_key_value_heads),
+            "query": ("query_head", shape.num_attention_heads),
+        }[axis]
+        survivors = kept[kind][layer]
+    if len(survivors) == size:
+        return None
+    return expand_heads(survivors, architecture.head_dim) if axis in ("kv", "query") else survivors
+
+
+def slice_tensor(name: str, tensor: Tensor, removal: Removal) -> Tensor:
+    """The part of a parameter (or of optimizer state of its shape) that survives."""
+    layer, axes = axes_of(name)
+    for dim, axis in enumerate(axes):
+        survivors = kept_channels(removal.kept, removal.before, layer, axis)
+        if survivors is not None:
+            tensor = tensor.index_select(dim, survivors.to(tensor.device))
+    return tensor
+
+
+def norm_scale(removal: Removal) -> float:
+    """Factor of the stem norms' gains: sqrt(H/H')."""
+    return (removal.before.hidden_size / removal.after.hidden_size) ** 0.5
+
+
+def _parents(model: nn.Module, name: str) -> list[tuple[nn.Module, str]]:
+    """Every (module, attribute) that holds a parameter; a tied LM head shares the embedding's."""
+    path, _, attribute = name.rpartition(".")
+    parents = [(model.get_submodule(path), attribute)]
+    if name == "model.embed_tokens.weight" and model.lm_head.weight is model.model.embed_tokens.weight:  # type: ignore[union-attr]
+        parents.append((model.lm_head, attribute))  # type: ignore[arg-type]
+    return parents
+
+
+@torch.no_grad()
+def remove_groups(model: Any, removal: Removal, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Physically remove groups, in place: parameters, optimizer state, norms and config. Gradients are dropped."""
+    scale = norm_scale(removal)
+    replaced: dict[Tensor, nn.Parameter] = {}
+    for name, parameter in list(model.named_parameters()):
+        is_rescaled = scale != 1.0 and name.endswith(STEM_NORMS)
+        sliced = slice_tensor(name, parameter.detach(), removal)
+        if sliced.shape == parameter.shape and not is_rescaled:
+            continue
+        new = nn.Parameter(sliced.mul(scale) if is_rescaled else sliced, requires_grad=parameter.requires_grad)
+        for module, attribute in _parents(model, name):
+            setattr(module, attribute, new)
+        replaced[parameter] = new
+        if optimizer is not None and parameter in optimizer.state:
+            optimizer.state[new] = slice_state(name, optimizer.state.pop(parameter), removal, is_rescaled, scale)
+    if optimizer is not None:
+        for group in optimizer.param_groups:
+            group["params"] = [replaced.get(parameter, parameter) for parameter in group["params"]]
+    _update_modules(model, removal)
+
+
+def slice_state(name: str, state: dict[str, Any], removal: Removal, is_rescaled: bool, scale: float) -> dict[str, Any]:
+    """Adam moments of the surviving weights; of a gain that grew by c, gradients shrink by c, their squares by c^2."""
+    new = {}
+    for key, value in state.items():
+        if torch.is_tensor(value) and value.dim() > 0:
+            value = slice_tensor(name, value, removal)
+            if is_rescaled:
+                value = value / (scale if key == "exp_avg" else scale**2)
+        new[key] = value
+    return new
+
+
+def _update_modules(model: Any, removal: Removal) -> None:
+    """Make module attributes and the config agree with the new tensor shapes."""
+    after = removal.after
+    ratio = removal.before.hidden_size / after.hidden_size
+    for layer, shape in zip(model.model.layers, after.layers, strict=True):
+        if shape.num_attention_heads:
+            layer.self_attn.num_key_value_groups = shape.queries_per_group
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.out_features, module.in_features = module.weight.shape
+        elif isinstance(module, nn.Embedding):
+            module.embedding_dim = module.weight.shape[1]
+    for norm in _stem_norms(model):
+        norm.variance_epsilon *= ratio
+    update_config(model.config, removal)
+
+
+def update_config(config: Any, removal: Removal) -> None:
+    """Widths and norm eps of the smaller model, in place."""
+    ratio = removal.before.hidden_size / removal.after.hidden_size
+    if ratio != 1.0:
+        if removal.after.qk_norm and config.qk_norm_eps is None:
+            config.qk_norm_eps = config.rms_norm_eps
+        config.rms_norm_eps *= ratio
+    apply_architecture(config, removal.after)
+
+
+def _stem_norms(model: Any) -> list[Any]:
+    """RMSNorms over the hidden axis."""
+    norms = [
+        model.get_submodule(name.removesuffix(".weight"))
+        for name, _ in model.named_parameters()
+        if name.endswith(STEM_NORMS)
+    ]
+    assert all(hasattr(norm, "variance_epsilon") for norm in norms)
+    return norms
+
+
+@torch.no_grad()
+def zero_groups(model: Any, removal: Removal, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Remove the same groups by zeroing every weight and optimizer moment that would go; shapes stay."""
+    for name, parameter in model.named_parameters():
+        for dim, index in _gone(name, parameter, removal):
+            state = optimizer.state.get(parameter, {}) if optimizer is not None else {}
+            for tensor in (parameter.data, *state.values()):
+                if torch.is_tensor(tensor) and tensor.dim() > 0:
+                    tensor.index_fill_(dim, index, 0.0)
+
+
+@torch.no_grad()
+def zero_gradients(model: Any, removal: Removal) -> None:
+    """Zero the gradients of zeroed groups, so that the next optimizer step leaves them at zero."""
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            for dim, index in _gone(name, parameter, removal):
+                parameter.grad.index_fill_(dim, index, 0.0)
+
+
+def _gone(name: str, parameter: Tensor, removal: Removal) -> Iterator[tuple[int, Tensor]]:
+    """(dimension, removed positions) of a parameter."""
+    layer, axes = axes_of(name)
+    for dim, axis in enumerate(axes):
+        survivors = kept_channels(removal.kept, removal.before, layer, axis)
+        if survivors is not None:
+            mask = torch.ones(parameter.shape[dim], dtype=torch.bool)
+            mask[survivors] = False
+            yield dim, mask.nonzero().flatten().to(parameter.device)

@@ -1,0 +1,129 @@
+"""Second-order update of the weights that remain (`--weight-update obs`; the paper's EfficientLLM-B).
+
+For y = W x with inputs x split into removed P and kept Q, the least-squares compensation of the lost W_P x_P is
+    W_Q <- W_Q + W_P H_PQ (H_QQ + lambda I)^-1,    H = E[x x^T], lambda = damping * mean(diag H_QQ)
+(optimal brain surgeon for a linear layer; SparseGPT, arXiv 2301.00774). H is the Gram matrix of the layer's own inputs,
+a running average over the training steps: a local Hessian, decoupled from the global one that ranks the groups.
+
+Inputs: o_proj reads heads [Q*D], down_proj FFN channels [I], and q, k, v (gate, up) the normalised stem [H].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..compute.gather import full, scatter
+from .selection import Removal
+from .surgery import kept_channels
+
+READERS = {
+    "self_attn.o_proj": ("query", ("self_attn.o_proj",)),
+    "mlp.down_proj": ("ffn", ("mlp.down_proj",)),
+    "self_attn.q_proj": ("hidden", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+    "mlp.gate_proj": ("hidden", ("mlp.gate_proj", "mlp.up_proj")),
+}
+"""Module whose input is observed -> (axis of that input, modules that read the same input)."""
+
+
+class InputGrams:
+    """Running averages of H = E[x x^T], one per observed input, and the update that uses them."""
+
+    def __init__(self, model: Any, axes: set[str], decay: float, damping: float, max_width: int, rows: int) -> None:
+        """Observe inputs along `axes` that are at most `max_width` wide (0: any), `rows` tokens per step (0: all)."""
+        self.model = model
+        self.axes = axes
+        self.decay = decay
+        self.damping = damping
+        self.max_width = max_width
+        self.rows = rows
+        self.grams: dict[str, Tensor] = {}
+        """{module name: H, fp32 [in, in]}"""
+        self._handles: list[Any] = []
+        self.attach(model)
+
+    def attach(self, model: Any) -> None:
+        """Watch `model` (again, where it was rebuilt)."""
+        for handle in self._handles:
+            handle.remove()
+        self.model, self._handles = model, []
+        for name, module in model.named_modules():
+            suffix = name.split(".", 3)[-1]
+            if suffix in READERS and READERS[suffix][0] in self.axes and isinstance(module, nn.Linear):
+                self._handles.append(module.register_forward_pre_hook(self._observer(name)))
+
+    def detach(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self.grams = [], {}
+
+    def _observer(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        @torch.no_grad()
+        def observe(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            if not module.training or (self.max_width and arguments[0].shape[-1] > self.max_width):
+                return
+            x = arguments[0].detach().flatten(0, -2)
+            x = (x[:: max(1, len(x) // self.rows)] if self.rows else x).float()  # fp32: bf16 sums would cancel
+            with torch.autocast(x.device.type, enabled=False):
+                gram = x.T @ x / len(x)
+            held = self.grams.get(name)
+            if held is None or held.shape != gram.shape:
+                self.grams[name] = gram
+            else:
+                held.lerp_(gram, 1.0 - self.decay)
+
+        return observe
+
+    @torch.no_grad()
+    def update_weights(self, removal: Removal) -> None:
+        """Let the kept inputs of every affected layer absorb the removed ones; call before the removal itself."""
+        for name, gram in self.grams.items():
+            prefix, suffix = name.rsplit(".", 2)[0], ".".join(name.rsplit(".", 2)[1:])
+            axis, readers = READERS[suffix]
+            layer = int(name.split(".")[2])
+            kept = kept_channels(removal.kept, removal.before, layer, axis)
+            if kept is None or len(kept) == 0:
+                continue
+            matrix = compensation(gram, kept.to(gram.device), self.damping)
+            gone = removed_positions(kept, gram.shape[0]).to(gram.device)
+            for reader in readers:
+                parameter = self.model.get_submodule(f"{prefix}.{reader}").weight
+                weight = full(parameter.detach()).clone()
+                absorbed = weight[:, gone].to(matrix.dtype) @ matrix
+                weight[:, kept.to(weight.device)] += absorbed.to(weight.dtype)
+                scatter(parameter.data, weight)
+
+    def keep(self, removal: Removal) -> None:
+        """Drop the rows and columns of removed inputs, after the physical removal."""
+        for name, gram in self.grams.items():
+            axis = READERS[".".join(name.rsplit(".", 2)[1:])][0]
+            kept = kept_channels(removal.kept, removal.before, int(name.split(".")[2]), axis)
+            if kept is not None:
+                index = kept.to(gram.device)
+                self.grams[name] = gram[index][:, index].contiguous()
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the Gram matrices."""
+        return sum(gram.numel() * gram.element_size() for gram in self.grams.values())
+
+
+def removed_positions(kept: Tensor, size: int) -> Tensor:
+    mask = torch.ones(size, dtype=torch.bool)
+    mask[kept.cpu()] = False
+    return mask.nonzero().flatten()
+
+
+def compensation(gram: Tensor, kept: Tensor, damping: float) -> Tensor:
+    """H_PQ (H_QQ + lambda I)^-1, fp64 [P, Q], for kept inputs Q and all others P. `gram` is H [n, n]."""
+    gone = removed_positions(kept, gram.shape[0]).to(gram.device)
+    hessian = gram.double()  # fp64: H is often close to singular
+    h_qq = hessian[kept][:, kept]
+    scale = h_qq.diagonal().mean()
+    if scale <= 0:  # the inputs were never active: there is nothing to absorb
+        return torch.zeros(len(gone), len(kept), dtype=torch.float64, device=gram.device)
+    h_qq = h_qq + damping * scale * torch.eye(len(kept), dtype=torch.float64, device=gram.device)
+    return torch.linalg.solve(h_qq, hessian[kept][:, gone]).T

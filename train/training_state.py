@@ -1,0 +1,106 @@
+"""Checkpoints of a running training: whole or absent, a few kept, everything needed to continue bit-identically."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import shutil
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+from ..runtime.base.errors import ModelError
+from ..runtime.base.files import folder_written_atomically
+from .compute.distributed import Parallel
+from .progress import Progress
+
+_NAME = re.compile(r"step-(\d{8})")
+
+
+def checkpoint_folders(folder: Path) -> list[Path]:
+    """Complete checkpoints under a run's `checkpoints` folder, oldest first."""
+    if not folder.is_dir():
+        return []
+    return sorted(entry for entry in folder.iterdir() if _NAME.fullmatch(entry.name))
+
+
+def save_training_state(
+    folder: Path,
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    extra: dict[str, Any],
+    tensors: dict[str, Any],
+    keep: int,
+    parallel: Parallel,
+) -> Path:
+    """Write checkpoint step-N atomically, then drop all but the newest `keep`; every rank writes its own shards.
+
+    `extra` holds JSON values (data position, surviving groups), `tensors` nested tensors (saliency).
+    """
+    target = folder / f"step-{progress.step:08d}"
+    with folder_written_atomically(target, parallel.is_main, parallel.barrier) as temporary:
+        model_state, optimizer_state = get_state_dict(model, optimizer)
+        with _single_process_is_meant():
+            state = {"model": model_state, "optimizer": optimizer_state}
+            dcp.save(state, checkpoint_id=temporary / "state", no_dist=parallel.world_size == 1)
+        if parallel.is_main:
+            torch.save({"tensors": tensors, "rng": _rng_state()}, temporary / "tensors.pt")
+            (temporary / "config.json").write_text(model.config.to_json_string(use_diff=False), encoding="utf-8")
+            values = {"progress": asdict(progress), **extra}
+            (temporary / "trainer.json").write_text(json.dumps(values), encoding="utf-8")
+    if parallel.is_main:
+        for stale in checkpoint_folders(folder)[:-keep]:
+            shutil.rmtree(stale)
+    return target
+
+
+def load_training_state(
+    folder: Path, model: Any, optimizer: torch.optim.Optimizer, parallel: Parallel
+) -> dict[str, Any]:
+    """Fill model and optimizer (already of the checkpoint's shape) and return the other tensors; set the RNGs."""
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    state = {"model": model_state, "optimizer": optimizer_state}
+    with _single_process_is_meant():
+        dcp.load(state, checkpoint_id=folder / "state", no_dist=parallel.world_size == 1)
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    small = torch.load(folder / "tensors.pt", weights_only=True, map_location=parallel.device)
+    _set_rng_state(small["rng"])
+    return small["tensors"]
+
+
+@contextlib.contextmanager
+def _single_process_is_meant() -> Iterator[None]:
+    """Keep torch from warning that there is no process group; a single process needs none."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+def read_trainer_json(folder: Path) -> tuple[Progress, dict[str, Any]]:
+    """(progress, extra) of a checkpoint."""
+    try:
+        values = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
+        return Progress(**values.pop("progress")), values
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"checkpoint {folder} is damaged ({error}); delete it to resume from the one before"
+        ) from error
+
+
+def _rng_state() -> dict[str, Any]:
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"torch": torch.get_rng_state(), "cuda": cuda}
+
+
+def _set_rng_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"].cpu())
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([each.cpu() for each in state["cuda"]])
