@@ -11,7 +11,7 @@ from efficientllm.train.pruning.config import PruneConfig
 from efficientllm.train.pruning.groups import KIND_OF_AXIS, KINDS, counts
 from efficientllm.train.pruning.saliency import FOLDS
 
-LAYERS = (LayerShape(6, 2, 96), LayerShape(0, 0, 64), LayerShape(4, 4, 0))
+LAYERS = (LayerShape(6, 2, 96), LayerShape(0, 0, 64), LayerShape(8, 4, 0))
 
 
 def test_every_kind_has_a_score_and_an_axis_of_its_own() -> None:
@@ -46,7 +46,7 @@ def test_a_layer_without_a_block_has_none_of_its_groups() -> None:
     architecture = tiny_architecture(layers=LAYERS)
     assert {name: counts(name, architecture) for name in KINDS} == {
         "kv_group": [2, 0, 4],
-        "query_head": [6, 0, 4],
+        "query_head": [6, 0, 8],
         "ffn": [96, 64, 0],
         "stem": [64],
     }

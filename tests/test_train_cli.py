@@ -130,13 +130,14 @@ def test_killed_run_resumes_bit_identically(straight: Path, source_folder: Path,
 
 SLOW_TRAINING = """
 import sys, time
+from efficientllm.runtime.base.command import run_command
 from efficientllm.train import cli, trainer
 step = trainer.Trainer._step
 def slow(self):
     time.sleep(0.1)
     return step(self)
 trainer.Trainer._step = slow
-cli.body(sys.argv[1:])
+run_command(cli.body)
 """
 
 
