@@ -1,9 +1,9 @@
 """Measuring artefacts on devices.
 
-    from efficientllm.devices import benchmark
+from efficientllm.devices import benchmark
 
-    run = benchmark(["small-gguf"])
-    print(run.results[0].speeds["tg64"].median)
+run = benchmark(["small-gguf"])
+print(run.results[0].speeds["tg64"].median)
 """
 
 from typing import TYPE_CHECKING

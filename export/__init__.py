@@ -1,8 +1,8 @@
 """From a checkpoint to a file that stock runtimes run, verified.
 
-    from efficientllm.export import export
+from efficientllm.export import export
 
-    export("runs/small", "gguf", "small-gguf", quantize="q8_0")
+export("runs/small", "gguf", "small-gguf", quantize="q8_0")
 """
 
 from typing import TYPE_CHECKING

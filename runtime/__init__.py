@@ -1,9 +1,9 @@
 """Running exported models: engines, sampling, chat. Imports no torch.
 
-    from efficientllm.runtime import load
+from efficientllm.runtime import load
 
-    with load("small-gguf") as model:
-        print(model.chat("What is the capital of France?"))
+with load("small-gguf") as model:
+    print(model.chat("What is the capital of France?"))
 """
 
 from importlib.metadata import version

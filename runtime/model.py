@@ -63,7 +63,10 @@ class Model:
 
         model.complete("Paris is the capital of", max_tokens=8)
         """
-        return "".join(self._answer(text_prompt(self.engine, text), options))
+        prompt = text_prompt(self.engine, text)
+        if not prompt:
+            raise UsageError("the text is empty, and this model has no token to begin with")
+        return "".join(self._answer(prompt, options))
 
     def generate(self, tokens: Sequence[int], **options: Any) -> list[int]:
         """Token ids that follow `tokens`, without the one that ends the answer.

@@ -22,7 +22,7 @@ from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.base.errors import ArtefactError, ContextOverflowError
 from efficientllm.runtime.engines.engine import EngineOptions, load
 from efficientllm.runtime.engines.manifest import Manifest
-from efficientllm.runtime.generation import Generation, chat_prompt
+from efficientllm.runtime.generation import AnswerOptions, Generation, chat_prompt
 from efficientllm.train.model.architecture import FAMILIES, LayerShape
 from efficientllm.train.model.source import load_for_inference
 
@@ -171,7 +171,7 @@ def test_engine_keeps_to_its_context(save_tiny: Callable[..., Path], artefact: P
     messages: Any = [{"role": "user", "content": "Größe 日本 🚀"}]
     texts = []
     for other in (engine, load(artefact, EngineOptions(threads=1))):
-        texts.append("".join(Generation(other, chat_prompt(other, messages), 16)))
+        texts.append("".join(Generation(other, chat_prompt(other, messages), AnswerOptions(16))))
         assert 2 in other.end_ids
         other.close()
     assert texts[0] == texts[1]

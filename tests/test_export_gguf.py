@@ -18,7 +18,7 @@ from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.base.errors import ArtefactError
 from efficientllm.runtime.engines.engine import EngineOptions, load
 from efficientllm.runtime.engines.manifest import Manifest
-from efficientllm.runtime.generation import Generation
+from efficientllm.runtime.generation import AnswerOptions, Generation
 from efficientllm.train.model.architecture import FAMILIES, LayerShape
 from efficientllm.train.model.source import load_for_inference
 
@@ -87,7 +87,7 @@ def test_greedy_text_equals_torch(save_tiny: Callable[..., Path], tmp_path: Path
         torch.tensor([TOKENS]), max_new_tokens=24, do_sample=False, attention_mask=torch.ones(1, 40, dtype=torch.long)
     )[0].tolist()
     engine = load(tmp_path / "gguf", EngineOptions(threads=1))
-    generation = Generation(engine, TOKENS, 24)
+    generation = Generation(engine, TOKENS, AnswerOptions(24))
     list(generation)
     assert generation.tokens == expected
     engine.close()

@@ -19,7 +19,7 @@ from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.base.errors import ContextOverflowError
 from efficientllm.runtime.engines.engine import EngineOptions, load
 from efficientllm.runtime.engines.manifest import Manifest
-from efficientllm.runtime.generation import Generation, chat_prompt
+from efficientllm.runtime.generation import AnswerOptions, Generation, chat_prompt
 from efficientllm.train.model.architecture import FAMILIES
 from efficientllm.train.model.source import load_for_inference
 
@@ -136,7 +136,7 @@ def test_both_engines_give_the_same_text(artefact: Path, tmp_path: Path) -> None
     for path in (artefact, tmp_path / "onnx"):
         engine = load(path, EngineOptions(threads=1))
         messages: Any = [{"role": "user", "content": "Größe 日本 🚀 12345"}]
-        texts.append("".join(Generation(engine, chat_prompt(engine, messages), 32)))
+        texts.append("".join(Generation(engine, chat_prompt(engine, messages), AnswerOptions(32))))
         assert engine.bos_token == "<|im_start|>"
         assert 2 in engine.end_ids
         engine.close()

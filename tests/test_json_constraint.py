@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from efficientllm.runtime.engines.engine import EngineOptions, load
-from efficientllm.runtime.generation import Generation
+from efficientllm.runtime.generation import AnswerOptions, Generation
 from efficientllm.runtime.json_constraint import JsonConstraint
 from efficientllm.runtime.sampling import SamplingOptions
 
@@ -52,7 +52,7 @@ def test_a_random_model_writes_json(artefact: Path, seed: int) -> None:
     engine = load(artefact, EngineOptions(threads=1))
     sampling = SamplingOptions(temperature=1.5, seed=seed)
     constraint = JsonConstraint()
-    generation = Generation(engine, [1, 5, 9], 200, sampling, constraint=constraint)
+    generation = Generation(engine, [1, 5, 9], AnswerOptions(200, sampling), constraint)
     text = "".join(generation)
     if generation.stats.finish_reason == "stop":
         assert isinstance(json.loads(text), dict)

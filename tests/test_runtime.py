@@ -18,7 +18,7 @@ from efficientllm.runtime.base.errors import ArtefactError, ContextOverflowError
 from efficientllm.runtime.chat_template import render_chat
 from efficientllm.runtime.engines.engine import Engine, EngineOptions, load
 from efficientllm.runtime.engines.memory import give_back_freed_memory, memory_bytes
-from efficientllm.runtime.generation import Generation, chat_prompt
+from efficientllm.runtime.generation import AnswerOptions, Generation, chat_prompt
 from efficientllm.runtime.sampling import Sampler, SamplingOptions
 from efficientllm.runtime.text_stream import TextStream
 
@@ -71,15 +71,15 @@ def test_context_overflow_says_the_numbers(artefact: Path) -> None:
     with pytest.raises(ContextOverflowError, match=f"{limit + 1} tokens, the context window {limit}"):
         engine.prefill([5] * (limit + 1))
     with pytest.raises(ContextOverflowError, match=f"the prompt has {limit} tokens and leaves no room"):
-        Generation(engine, [5] * limit, 4)
-    generation = Generation(engine, [5] * (limit - 3), 100)
+        Generation(engine, [5] * limit)
+    generation = Generation(engine, [5] * (limit - 3), AnswerOptions(100))
     list(generation)
     assert generation.stats.completion_tokens <= 3
     engine.close()
 
 
 def test_generation_is_measured(engine: Engine) -> None:
-    generation = Generation(engine, engine.tokenize("A small model", special=False), 8)
+    generation = Generation(engine, engine.tokenize("A small model", special=False), AnswerOptions(8))
     text = "".join(generation)
     stats = generation.stats
     assert stats.prompt_tokens > 0

@@ -1,8 +1,8 @@
 """Pruning-aware pretraining: from a larger pretrained model to a smaller, irregular one.
 
-    from efficientllm.train import PruneConfig, RunConfig, TrainConfig, train
+from efficientllm.train import PruneConfig, RunConfig, TrainConfig, train
 
-    train(TrainConfig(pruning=PruneConfig(target_ratio=0.8), run=RunConfig(output="runs/small")))
+train(TrainConfig(pruning=PruneConfig(target_ratio=0.8), run=RunConfig(output="runs/small")))
 """
 
 from typing import TYPE_CHECKING
