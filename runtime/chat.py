@@ -11,7 +11,7 @@ from .base import flags
 from .base.command import run_command
 from .base.errors import EfficientLLMError, UsageError
 from .base.quantities import format_bytes
-from .engines.engine import Engine, EngineOptions, load
+from .engines.engine import Engine, EngineOptions, load_engine
 from .engines.memory import memory_bytes
 from .generation import Generation, GenerationStats, Overflow, chat_prompt
 from .sampling import SamplingOptions
@@ -128,7 +128,7 @@ def body(argv: Sequence[str]) -> int:
         prompt = sys.stdin.read().strip()
         if not prompt:
             raise UsageError("the prompt on standard input is empty")
-    engine = load(artefact, engine_options)
+    engine = load_engine(artefact, engine_options)
     try:
         conversation = Conversation(engine, options, sampling)
         if prompt is not None:
