@@ -9,7 +9,7 @@ from tiny import tiny_architecture
 
 from efficientllm.export import cli
 from efficientllm.runtime.base.command import run_command
-from efficientllm.runtime.engines.engine import EngineOptions, load
+from efficientllm.runtime.engines.engine import EngineOptions, load_engine
 from efficientllm.runtime.generation import AnswerOptions, Generation, chat_prompt
 
 CHATS = (
@@ -32,7 +32,7 @@ def test_three_engines_give_the_same_text(save_tiny: Callable[..., Path], tmp_pa
         output = tmp_path / target
         command = [str(checkpoint), "--target", target, "--quantize", "f32", "--output", str(output)]
         assert run_command(cli.body, command + (["--max-context", "128"] if target == "executorch" else [])) == 0
-        engine = load(output, EngineOptions(threads=1, context=128, warm_up=True))
+        engine = load_engine(output, EngineOptions(threads=1, context=128, warm_up=True))
         prompts = [chat_prompt(engine, chat) for chat in CHATS]
         answers[target] = ["".join(Generation(engine, prompt, AnswerOptions(24))) for prompt in prompts]
         logits[target] = engine.prefill(prompts[1])

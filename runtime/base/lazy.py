@@ -1,4 +1,4 @@
-"""Names of a package that are imported when they are first used, so that importing it costs nothing and needs no extra."""
+"""Names of a package that are imported on first use, so that importing it costs nothing and needs no extra."""
 
 from __future__ import annotations
 
