@@ -178,7 +178,7 @@ def chat_prompt(engine: Engine, messages: Sequence[Message]) -> list[int]:
 
 
 def text_prompt(engine: Engine, text: str) -> list[int]:
-    """Token ids of a text that is to go on, in which control tokens are plain text; [] where there is nothing at all."""
+    """Token ids of a text that is to go on; what looks like a control token is text. [] where there is nothing."""
     tokens = engine.tokenize(text, special=False)
     # a model that knows no BOS by habit still needs one token to begin with
     begins = engine.tokenize(engine.bos_token, special=True) if engine.adds_bos or not tokens else []

@@ -68,10 +68,12 @@ class Pruner:
             self.tracker.accumulate(self.model.named_parameters())
 
     def finish_step(self) -> None:
+        """Average the step's saliency in, before the weights change."""
         if not self.is_done:
             self.tracker.finish_step()
 
     def discard_step(self) -> None:
+        """Forget the saliency of a step whose gradients were not finite."""
         self.tracker.discard_step()
 
     def mask_gradients(self) -> None:
@@ -138,6 +140,7 @@ class Pruner:
             self.grams = None
 
     def state_json(self) -> dict[str, Any]:
+        """What `load_state` takes as `values`: positions of groups, as JSON."""
         return {
             "survivors": kept_to_json(self.survivors),
             "pending": kept_to_json(self.pending.kept) if self.pending is not None else None,
@@ -146,6 +149,7 @@ class Pruner:
         }
 
     def state_tensors(self) -> dict[str, Any]:
+        """What `load_state` takes as `tensors`: scores and Gram matrices, the same on every rank."""
         return {"tracker": self.tracker.state_dict(), "grams": self.grams.grams if self.grams is not None else {}}
 
     def load_state(self, values: dict[str, Any], tensors: dict[str, Any], model: Any) -> None:
