@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_train_cli import command, metrics, run, weights
+from training import command, metrics, run, weights
 
 from efficientllm.train.model.architecture import Architecture
 

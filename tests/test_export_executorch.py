@@ -12,13 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from exporting import SHAPES, TOKENS
+from exporting import export_executorch as export
 from safetensors.torch import load_file, save_file
-from test_export_gguf import SHAPES, TOKENS
 from tiny import LLAMA3_ROPE, UNEQUAL, tiny_architecture
 from tokenizers import Tokenizer
 
-from efficientllm.export import cli
-from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.base.errors import ArtefactError, ContextOverflowError
 from efficientllm.runtime.engines.engine import EngineOptions, load
 from efficientllm.runtime.engines.manifest import Manifest
@@ -27,11 +26,6 @@ from efficientllm.train.model.architecture import FAMILIES, LayerShape
 from efficientllm.train.model.source import load_for_inference
 
 pytest.importorskip("executorch", reason="executorch is not installed")
-
-
-def export(checkpoint: Path, output: Path, *more: str) -> int:
-    arguments = [str(checkpoint), "--target", "executorch", "--output", str(output), "--max-context", "64", *more]
-    return run_command(cli.body, arguments)
 
 
 def expected_logits(checkpoint: Path, tokens: list[int]) -> np.ndarray:

@@ -10,33 +10,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from exporting import SHAPES, TOKENS
+from exporting import export_gguf as export
 from tiny import LLAMA3_ROPE, UNEQUAL, tiny_architecture
 
-from efficientllm.export import cli, verification
+from efficientllm.export import verification
 from efficientllm.export.gguf.probe import probe
-from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.base.errors import ArtefactError
 from efficientllm.runtime.engines.engine import EngineOptions, load
 from efficientllm.runtime.engines.manifest import Manifest
 from efficientllm.runtime.generation import Generation
-from efficientllm.train.model.architecture import FAMILIES, LayerShape
+from efficientllm.train.model.architecture import FAMILIES
 from efficientllm.train.model.source import load_for_inference
-
-TOKENS = torch.randint(3, 400, (40,), generator=torch.Generator().manual_seed(2)).tolist()
-
-SHAPES = {
-    "unequal": UNEQUAL,
-    "odd FFN widths": (LayerShape(4, 2, 75), LayerShape(2, 1, 33), LayerShape(4, 4, 64)),
-    "no attention in the first layer": (LayerShape(0, 0, 64), LayerShape(4, 2, 96)),
-    "no attention in the middle": (LayerShape(4, 2, 96), LayerShape(0, 0, 64), LayerShape(2, 2, 64)),
-    "no FFN": (LayerShape(4, 2, 64), LayerShape(4, 2, 0), LayerShape(2, 1, 0)),
-    "an empty layer": (LayerShape(4, 2, 96), LayerShape(0, 0, 0), LayerShape(2, 1, 64)),
-    "uniform": (LayerShape(4, 2, 96),) * 2,
-}
-
-
-def export(checkpoint: Path, output: Path, *more: str) -> int:
-    return run_command(cli.body, [str(checkpoint), "--target", "gguf", "--output", str(output), *more])
 
 
 @pytest.mark.parametrize("family", FAMILIES)

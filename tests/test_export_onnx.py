@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_export_gguf import SHAPES, TOKENS
+from exporting import SHAPES, TOKENS
+from exporting import export_onnx as export
 from tiny import LLAMA3_ROPE, UNEQUAL, tiny_architecture
 
-from efficientllm.export import cli
 from efficientllm.export.exporter_config import OnnxDecoderConfig
 from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.base.errors import ContextOverflowError
@@ -22,10 +22,6 @@ from efficientllm.runtime.engines.manifest import Manifest
 from efficientllm.runtime.generation import Generation, chat_prompt
 from efficientllm.train.model.architecture import FAMILIES
 from efficientllm.train.model.source import load_for_inference
-
-
-def export(checkpoint: Path, output: Path, *more: str) -> int:
-    return run_command(cli.body, [str(checkpoint), "--target", "onnx", "--output", str(output), *more])
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_export_gguf import SHAPES, TOKENS
-from test_export_onnx import export
+from exporting import SHAPES, TOKENS
+from exporting import export_onnx as export
 from tiny import tiny_architecture
 
 from efficientllm.export.peers import genai_builder

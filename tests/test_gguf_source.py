@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_export_gguf import export
+from exporting import export_gguf as export
 from tiny import tiny_architecture
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

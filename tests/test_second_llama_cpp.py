@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_export_gguf import SHAPES, TOKENS, export
+from exporting import SHAPES, TOKENS
+from exporting import export_gguf as export
 from tiny import tiny_architecture
 
 from efficientllm.train.model.source import load_for_inference
