@@ -74,14 +74,15 @@ def test_killed_run_resumes_bit_identically(straight: Path, source_folder: Path,
 
 
 SLOW_TRAINING = """
-import sys, time
+import time
+from efficientllm.runtime.base.command import run_command
 from efficientllm.train import cli, trainer
 step = trainer.Trainer._step
 def slow(self):
     time.sleep(0.1)
     return step(self)
 trainer.Trainer._step = slow
-cli.body(sys.argv[1:])
+run_command(cli.body)
 """
 
 
@@ -89,7 +90,7 @@ def test_sigterm_saves_and_stops(straight: Path, source_folder: Path, corpus: Pa
     output = tmp_path / "run"
     arguments = command(source_folder, corpus, output, "--checkpoint-every", "0")
     process = subprocess.Popen(
-        [sys.executable, "-c", SLOW_TRAINING + "\nsys.exit(7)", *arguments], stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", SLOW_TRAINING + "\nraise SystemExit(7)", *arguments], stderr=subprocess.PIPE, text=True
     )
     deadline = time.monotonic() + 120
     while not (output / "metrics.jsonl").is_file() or len(metrics(output)) < 5:
