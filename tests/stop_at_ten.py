@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 
+from efficientllm.runtime.base.command import run_command
 from efficientllm.train import cli, trainer
 
 step = trainer.Trainer._step
@@ -18,4 +18,4 @@ def stopping_step(self: trainer.Trainer) -> object:
 
 
 trainer.Trainer._step = stopping_step  # type: ignore[method-assign, assignment]
-cli.body(sys.argv[1:])
+run_command(cli.body)

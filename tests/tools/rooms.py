@@ -67,6 +67,17 @@ def packages_and_sub_packages(root: Path) -> Graph:
     return graph(root, lambda module: "/".join(module[:2]) if root.joinpath(*module[:2]).is_dir() else module[0])
 
 
+def all_modules(root: Path) -> Graph:
+    """ "train/model/tensors" and its like; a package's own name stands for its `__init__`."""
+
+    def module_of(name: Module) -> str:
+        path = root.joinpath(*name)
+        inner = path.is_dir() or path.with_suffix(".py").is_file()
+        return "/".join(name if inner else name[:-1]).removesuffix("/__init__")
+
+    return graph(root, module_of)
+
+
 def floors(arrows: Graph) -> dict[str, int]:
     """{room: floor}, 0 for rooms that import none; graphlib.CycleError where rooms import each other."""
     floor: dict[str, int] = {}
