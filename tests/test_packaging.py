@@ -62,7 +62,7 @@ def test_every_shipped_folder_is_listed() -> None:
 def test_the_source_tree_is_found_through_the_links_of_an_editable_install() -> None:
     from efficientllm.devices.wheel import SOURCE
 
-    assert SOURCE == ROOT.resolve()
+    assert ROOT.resolve() == SOURCE
 
 
 def test_runtime_and_devices_import_without_torch() -> None:
