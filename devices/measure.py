@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..runtime.base.command import run_command
-from ..runtime.engines.engine import Engine, EngineOptions, engine_version, load
+from ..runtime.engines.engine import Engine, EngineOptions, engine_version, load_engine
 from ..runtime.engines.memory import memory_bytes
 from .results import BenchOptions, Measurement
 from .sensors import LocalShell, both, clock_mhz, energy_meter, temperature_celsius
@@ -134,7 +134,7 @@ def measure(request: Request) -> Measurement:
     options = BenchOptions.from_json(request.options)
     baseline = memory_bytes().get("rss_bytes", 0)
     context = request.context or options.context
-    engine = load(request.artefact, EngineOptions(options.threads, context, huge_pages=options.huge_pages))
+    engine = load_engine(request.artefact, EngineOptions(options.threads, context, huge_pages=options.huge_pages))
     return measure_engine(engine, options, engine_version(request.artefact), baseline)
 
 

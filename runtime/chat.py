@@ -11,9 +11,9 @@ from .base import flags
 from .base.command import run_command
 from .base.errors import EfficientLLMError, UsageError
 from .base.quantities import format_bytes
-from .engines.engine import Engine, EngineOptions, load
+from .engines.engine import Engine, EngineOptions, load_engine
 from .engines.memory import memory_bytes
-from .generation import Generation, GenerationStats, Overflow, chat_prompt
+from .generation import AnswerOptions, Generation, GenerationStats, Overflow, chat_prompt
 from .sampling import SamplingOptions
 
 
@@ -65,13 +65,8 @@ class Conversation:
     def ask(self, text: str) -> None:
         """Stream the answer to stdout and remember it; a refused question leaves the conversation as it was."""
         messages = [*self.messages, {"role": "user", "content": text}]
-        generation = Generation(
-            self.engine,
-            chat_prompt(self.engine, messages),
-            self.options.max_tokens,
-            self.sampling,
-            overflow=self.options.overflow,
-        )
+        options = AnswerOptions(self.options.max_tokens, self.sampling, overflow=self.options.overflow)
+        generation = Generation(self.engine, chat_prompt(self.engine, messages), options)
         pieces = []
         for piece in generation:
             pieces.append(piece)
@@ -128,7 +123,7 @@ def body(argv: Sequence[str]) -> int:
         prompt = sys.stdin.read().strip()
         if not prompt:
             raise UsageError("the prompt on standard input is empty")
-    engine = load(artefact, engine_options)
+    engine = load_engine(artefact, engine_options)
     try:
         conversation = Conversation(engine, options, sampling)
         if prompt is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -54,41 +54,53 @@ class GenerationStats:
         return (self.completion_tokens - 1) / self.decode_seconds if self.decode_seconds > 0 else 0.0
 
 
+@dataclass(frozen=True)
+class AnswerOptions:
+    """What an answer may be."""
+
+    max_tokens: int = 256
+    """Tokens generated at most."""
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    stop: Sequence[str] = ()
+    """Texts that end the answer and are not part of it."""
+    top_logprobs: int | None = None
+    """Record every token's log-probability and those of this many best ones (see `Generation.take_logprobs`)."""
+    overflow: Overflow = "error"
+    """Where the context window ends: "error" refuses a prompt that leaves no room and ends the answer there, "slide"
+    forgets the oldest tokens but the first few."""
+
+
 class Generation:
-    """One answer, streamed: iterate for pieces of text, then read `stats`."""
+    """One answer, streamed: iterate for pieces of text, then read `answer` and `stats`."""
 
     def __init__(
         self,
         engine: Engine,
         prompt: Sequence[int],
-        max_tokens: int,
-        sampling: SamplingOptions | None = None,
-        stop: Sequence[str] = (),
-        *,
-        top_logprobs: int | None = None,
-        overflow: Overflow = "error",
+        options: AnswerOptions | None = None,
         constraint: JsonConstraint | None = None,
     ) -> None:
-        """`prompt` are token ids; at most `max_tokens` are generated.
+        """`prompt` are token ids. `constraint`: only tokens it accepts.
 
-        `top_logprobs`: record every token's log-probability and those of this many best ones (see `take_logprobs`).
-        `overflow`: what happens where the context window ends: "error" refuses a prompt that leaves no room and ends
-        the answer there, "slide" forgets the oldest tokens but the first few. `constraint`: only tokens it accepts.
+        ContextOverflowError where the prompt does not fit, unless it may slide.
         """
-        if len(prompt) >= engine.context_length and overflow == "error":
+        options = options or AnswerOptions()
+        if len(prompt) >= engine.context_length and options.overflow == "error":
             raise ContextOverflowError(
                 f"the prompt has {len(prompt)} tokens and leaves no room in the context window of "
                 f"{engine.context_length}; shorten it or load with a larger --context"
             )
         self.engine = engine
         self.tokens = list(prompt)
-        self.overflow = overflow
-        self.top_logprobs = top_logprobs
+        """What the next token is computed from: the prompt and the answer, less what has slid out of the window."""
+        self.answer: list[int] = []
+        self.top_logprobs = options.top_logprobs
         self.constraint = constraint
         self._logprobs: list[TokenLogprob] = []
-        self.max_tokens = max_tokens if overflow == "slide" else min(max_tokens, engine.context_length - len(prompt))
-        self.sampler = Sampler(sampling or SamplingOptions())
-        self.text = TextStream(stop)
+        room = engine.context_length - len(prompt)
+        self.max_tokens = options.max_tokens if options.overflow == "slide" else min(options.max_tokens, room)
+        self.sampler = Sampler(options.sampling)
+        self.text = TextStream(options.stop)
         self.stats = GenerationStats(prompt_tokens=len(prompt))
 
     def __iter__(self) -> Iterator[str]:
@@ -107,6 +119,7 @@ class Generation:
             if self.top_logprobs is not None:
                 self._logprobs.append(token_logprob(logits, token, self.top_logprobs))
             self.tokens.append(token)
+            self.answer.append(token)
             self.stats.completion_tokens += 1
             if piece := self.text.push(self.engine.token_bytes(token)):
                 yield piece
@@ -162,3 +175,11 @@ def chat_prompt(engine: Engine, messages: Sequence[Message]) -> list[int]:
     if engine.adds_bos and not text.startswith(engine.bos_token):
         tokens = engine.tokenize(engine.bos_token, special=True) + tokens
     return tokens
+
+
+def text_prompt(engine: Engine, text: str) -> list[int]:
+    """Token ids of a text that is to go on; what looks like a control token is text. [] where there is nothing."""
+    tokens = engine.tokenize(text, special=False)
+    # a model that knows no BOS by habit still needs one token to begin with
+    begins = engine.tokenize(engine.bos_token, special=True) if engine.adds_bos or not tokens else []
+    return begins + tokens

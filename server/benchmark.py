@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import httpx
 
 from ..runtime.base.errors import ArtefactError
-from ..runtime.engines.engine import Engine, EngineOptions, load
+from ..runtime.engines.engine import Engine, EngineOptions, load_engine
 from ..runtime.generation import Generation, chat_prompt
 from ..runtime.sampling import SamplingOptions
 
@@ -98,7 +98,7 @@ def ask_server(client: httpx.Client, text: str, tokens: int) -> Timing:
 
 def overhead(artefact: str, threads: int, rounds: int, tokens: int) -> None:
     """Print both sides' medians and the median difference of the pairs."""
-    engine = load(artefact, EngineOptions(threads=threads, context=1024))
+    engine = load_engine(artefact, EngineOptions(threads=threads, context=1024))
     pairs = []
     with served(artefact, threads, 1024) as address, httpx.Client(base_url=address, timeout=600) as client:
         for number in range(rounds + 1):
@@ -121,7 +121,7 @@ def overhead(artefact: str, threads: int, rounds: int, tokens: int) -> None:
 
 def prefix_reuse(artefact: str, threads: int, rounds: int) -> None:
     """Print the time to the first token of a chat's second turn, with the first one cached and without."""
-    engine = load(artefact, EngineOptions(threads=threads, context=1024, warm_up=True))
+    engine = load_engine(artefact, EngineOptions(threads=threads, context=1024, warm_up=True))
     times: tuple[list[float], list[float]] = ([], [])
     long: list[int] = []
     for number in range(rounds):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..runtime.base.errors import EfficientLLMError
 from ..runtime.base.quantities import format_bytes
-from ..runtime.engines.engine import EngineOptions, load, locate
+from ..runtime.engines.engine import EngineOptions, load_engine, locate
 from ..runtime.engines.manifest import Manifest
 from .schemas import APIError
 from .worker import EngineWorker
@@ -38,7 +38,7 @@ class ModelPool:
         self._workers[first] = self._load(first)
 
     def _load(self, name: str) -> EngineWorker:
-        return EngineWorker(load(self.artefacts[name], self.options), self.waiting, self.timeout)
+        return EngineWorker(load_engine(self.artefacts[name], self.options), self.waiting, self.timeout)
 
     @property
     def loaded(self) -> dict[str, EngineWorker]:

@@ -21,7 +21,7 @@ from efficientllm.export import cli as export_cli
 from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.base.errors import DeviceError
 from efficientllm.runtime.engines.artefact import Artefact
-from efficientllm.runtime.engines.engine import EngineOptions, load
+from efficientllm.runtime.engines.engine import EngineOptions, load_engine
 
 TESTS = ["--prompt-tokens", "16,24", "--decode-tokens", "4,8", "--depths", "20"]
 QUICK = [*TESTS, "--repetitions", "2", "--rounds", "2", "--threads", "1"]
@@ -213,7 +213,7 @@ def test_the_latency_model_finds_its_own_coefficients() -> None:
 def test_shapes_are_models_that_the_engine_runs(tmp_path: Path) -> None:
     shape = Shape(128, 3, 1, 96, 2)
     write_gguf(shape, "q8_0", tmp_path / "shape.gguf")
-    engine = load(tmp_path / "shape.gguf", EngineOptions(threads=1, context=32))
+    engine = load_engine(tmp_path / "shape.gguf", EngineOptions(threads=1, context=32))
     assert np.isfinite(engine.prefill([1, 2, 3])).all()
     engine.close()
     weights = 2 * (shape.attention_weights + shape.ffn_weights) + 512 * 128

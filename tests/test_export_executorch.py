@@ -19,9 +19,9 @@ from tiny import LLAMA3_ROPE, UNEQUAL, tiny_architecture
 from tokenizers import Tokenizer
 
 from efficientllm.runtime.base.errors import ArtefactError, ContextOverflowError
-from efficientllm.runtime.engines.engine import EngineOptions, load
+from efficientllm.runtime.engines.engine import EngineOptions, load_engine
 from efficientllm.runtime.engines.manifest import Manifest
-from efficientllm.runtime.generation import Generation, chat_prompt
+from efficientllm.runtime.generation import AnswerOptions, Generation, chat_prompt
 from efficientllm.train.model.architecture import FAMILIES, LayerShape
 from efficientllm.train.model.source import load_for_inference
 
@@ -41,7 +41,7 @@ def test_f32_prefill_and_decode_equal_torch(
 ) -> None:
     checkpoint = save_tiny(tiny_architecture(family, SHAPES[shape]))
     assert export(checkpoint, tmp_path / "pte", "--quantize", "f32", "--no-verify") == 0
-    engine = load(tmp_path / "pte", EngineOptions(threads=1))
+    engine = load_engine(tmp_path / "pte", EngineOptions(threads=1))
     rows = [engine.prefill(TOKENS[:16]), *(engine.decode(token) for token in TOKENS[16:])]
     assert np.abs(np.stack(rows) - expected_logits(checkpoint, TOKENS)[15:]).max() < 1e-3
     changed = [*TOKENS[:20], 7, 8, 9]  # shares 20 tokens with what the cache holds
@@ -138,7 +138,7 @@ def test_stock_runner_generates_our_text(quantize: str, save_tiny: Callable[...,
     checkpoint = save_tiny(tiny_architecture(tied=False))
     speak_ascii_only(checkpoint)
     assert export(checkpoint, tmp_path / "pte", "--quantize", quantize) == 0
-    engine = load(tmp_path / "pte", EngineOptions(threads=1))
+    engine = load_engine(tmp_path / "pte", EngineOptions(threads=1))
     prompt = "The quick brown fox"
     pieces, logits = [], engine.prefill(engine.tokenize(prompt, special=False))
     for _ in range(8):
@@ -155,7 +155,7 @@ def test_stock_runner_generates_our_text(quantize: str, save_tiny: Callable[...,
 def test_engine_keeps_to_its_context(save_tiny: Callable[..., Path], artefact: Path, tmp_path: Path) -> None:
     checkpoint = artefact.parent / "checkpoint"
     assert export(checkpoint, tmp_path / "pte", "--quantize", "f32", "--no-verify") == 0
-    engine = load(tmp_path / "pte" / "model.pte", EngineOptions(threads=1))  # a bare file works too
+    engine = load_engine(tmp_path / "pte" / "model.pte", EngineOptions(threads=1))  # a bare file works too
     assert engine.context_length == 64
     with pytest.raises(ContextOverflowError, match="65 tokens, the context window 64"):
         engine.prefill([5] * 65)
@@ -164,13 +164,13 @@ def test_engine_keeps_to_its_context(save_tiny: Callable[..., Path], artefact: P
         engine.decode(5)
     messages: Any = [{"role": "user", "content": "Größe 日本 🚀"}]
     texts = []
-    for other in (engine, load(artefact, EngineOptions(threads=1))):
-        texts.append("".join(Generation(other, chat_prompt(other, messages), 16)))
+    for other in (engine, load_engine(artefact, EngineOptions(threads=1))):
+        texts.append("".join(Generation(other, chat_prompt(other, messages), AnswerOptions(16))))
         assert 2 in other.end_ids
         other.close()
     assert texts[0] == texts[1]
     with pytest.raises(ArtefactError, match="holds 64 tokens, not 128; export it again with --max-context 128"):
-        load(tmp_path / "pte", EngineOptions(context=128))
+        load_engine(tmp_path / "pte", EngineOptions(context=128))
 
 
 @pytest.mark.slow
@@ -218,4 +218,4 @@ def test_damaged_programs_are_refused(tmp_path: Path, artefact: Path) -> None:
         (tmp_path / name).write_bytes((artefact.parent / "checkpoint" / name).read_bytes())
     (tmp_path / "model.pte").write_bytes(b"not a program" * 20)
     with pytest.raises(ArtefactError, match=r"ExecuTorch cannot load it: .+"):
-        load(tmp_path / "model.pte")
+        load_engine(tmp_path / "model.pte")

@@ -17,9 +17,9 @@ from tiny import LLAMA3_ROPE, UNEQUAL, tiny_architecture
 from efficientllm.export import verification
 from efficientllm.export.gguf.probe import probe
 from efficientllm.runtime.base.errors import ArtefactError
-from efficientllm.runtime.engines.engine import EngineOptions, load
+from efficientllm.runtime.engines.engine import EngineOptions, load_engine
 from efficientllm.runtime.engines.manifest import Manifest
-from efficientllm.runtime.generation import Generation
+from efficientllm.runtime.generation import AnswerOptions, Generation
 from efficientllm.train.model.architecture import FAMILIES
 from efficientllm.train.model.source import load_for_inference
 
@@ -71,8 +71,8 @@ def test_greedy_text_equals_torch(save_tiny: Callable[..., Path], tmp_path: Path
     expected = model.generate(
         torch.tensor([TOKENS]), max_new_tokens=24, do_sample=False, attention_mask=torch.ones(1, 40, dtype=torch.long)
     )[0].tolist()
-    engine = load(tmp_path / "gguf", EngineOptions(threads=1))
-    generation = Generation(engine, TOKENS, 24)
+    engine = load_engine(tmp_path / "gguf", EngineOptions(threads=1))
+    generation = Generation(engine, TOKENS, AnswerOptions(24))
     list(generation)
     assert generation.tokens == expected
     engine.close()

@@ -17,9 +17,9 @@ from tiny import LLAMA3_ROPE, UNEQUAL, tiny_architecture
 from efficientllm.export.exporter_config import OnnxDecoderConfig
 from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.base.errors import ContextOverflowError
-from efficientllm.runtime.engines.engine import EngineOptions, load
+from efficientllm.runtime.engines.engine import EngineOptions, load_engine
 from efficientllm.runtime.engines.manifest import Manifest
-from efficientllm.runtime.generation import Generation, chat_prompt
+from efficientllm.runtime.generation import AnswerOptions, Generation, chat_prompt
 from efficientllm.train.model.architecture import FAMILIES
 from efficientllm.train.model.source import load_for_inference
 
@@ -33,11 +33,11 @@ def test_f32_prefill_and_decode_equal_torch(
     assert export(checkpoint, tmp_path / "onnx", "--quantize", "f32") == 0
     with torch.inference_mode():
         expected = load_for_inference(checkpoint)(torch.tensor([TOKENS])).logits[0].numpy()
-    engine = load(tmp_path / "onnx", EngineOptions(threads=1, context=64))
+    engine = load_engine(tmp_path / "onnx", EngineOptions(threads=1, context=64))
     rows = [engine.prefill(TOKENS[:16]), *(engine.decode(token) for token in TOKENS[16:])]
     assert np.abs(np.stack(rows) - expected[15:]).max() < 1e-3
     reused = engine.prefill([*TOKENS[:20], 7, 8, 9])  # shares 20 tokens with what the cache holds
-    fresh = load(tmp_path / "onnx", EngineOptions(threads=1, context=64))
+    fresh = load_engine(tmp_path / "onnx", EngineOptions(threads=1, context=64))
     np.testing.assert_allclose(reused, fresh.prefill([*TOKENS[:20], 7, 8, 9]), atol=1e-4)
     engine.close()
     fresh.close()
@@ -80,7 +80,7 @@ def test_portable_graph_equals_the_direct_one(
     rows = {}
     for name, flags in {"direct": ["--quantize", "f32"], "portable": ["--portable"]}.items():
         assert export(checkpoint, tmp_path / name, *flags) == 0
-        engine = load(tmp_path / name, EngineOptions(threads=1, context=64))
+        engine = load_engine(tmp_path / name, EngineOptions(threads=1, context=64))
         rows[name] = [engine.prefill(TOKENS[:16]), *(engine.decode(token) for token in TOKENS[16:])]
         rows[name].append(engine.prefill([*TOKENS[:20], 7, 8, 9]))  # shares 20 tokens with what the cache holds
         engine.close()
@@ -130,9 +130,9 @@ def test_both_engines_give_the_same_text(artefact: Path, tmp_path: Path) -> None
     assert export(artefact.parent / "checkpoint", tmp_path / "onnx", "--quantize", "f32") == 0
     texts = []
     for path in (artefact, tmp_path / "onnx"):
-        engine = load(path, EngineOptions(threads=1))
+        engine = load_engine(path, EngineOptions(threads=1))
         messages: Any = [{"role": "user", "content": "Größe 日本 🚀 12345"}]
-        texts.append("".join(Generation(engine, chat_prompt(engine, messages), 32)))
+        texts.append("".join(Generation(engine, chat_prompt(engine, messages), AnswerOptions(32))))
         assert engine.bos_token == "<|im_start|>"
         assert 2 in engine.end_ids
         engine.close()
@@ -141,7 +141,7 @@ def test_both_engines_give_the_same_text(artefact: Path, tmp_path: Path) -> None
 
 def test_context_overflow_says_the_numbers(artefact: Path, tmp_path: Path) -> None:
     assert export(artefact.parent / "checkpoint", tmp_path / "onnx", "--no-verify") == 0
-    engine = load(tmp_path / "onnx", EngineOptions(threads=1, context=32))
+    engine = load_engine(tmp_path / "onnx", EngineOptions(threads=1, context=32))
     with pytest.raises(ContextOverflowError, match="33 tokens, the context window 32"):
         engine.prefill([5] * 33)
     engine.prefill([5] * 32)

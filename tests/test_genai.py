@@ -18,7 +18,7 @@ from tiny import tiny_architecture
 from efficientllm.export.peers import genai_builder
 from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.engines.artefact import Artefact
-from efficientllm.runtime.engines.engine import EngineOptions, load
+from efficientllm.runtime.engines.engine import EngineOptions, load_engine
 from efficientllm.runtime.engines.manifest import Manifest
 from efficientllm.train.model.architecture import LayerShape
 from efficientllm.train.model.source import load_for_inference
@@ -72,7 +72,7 @@ def test_folders_of_its_builder_run_in_both_engines(
         expected = load_for_inference(checkpoint)(torch.tensor([TOKENS])).logits[0].numpy()
     assert Manifest.read(folder).engine == "onnxruntime-genai"
     for _ in range(2):
-        engine = load(folder, EngineOptions(threads=1, context=64))
+        engine = load_engine(folder, EngineOptions(threads=1, context=64))
         rows = [engine.prefill(TOKENS[:16]), *(engine.decode(token) for token in TOKENS[16:])]
         assert np.abs(np.stack(rows) - expected[15:]).max() < 1e-3
         engine.close()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from efficientllm.runtime.engines import huge_pages
-from efficientllm.runtime.engines.engine import EngineOptions, load
+from efficientllm.runtime.engines.engine import EngineOptions, load_engine
 
 MEGABYTES = 64
 MAPS = """\
@@ -99,6 +99,6 @@ def test_a_system_without_them_loads_all_the_same(
     monkeypatch.setattr(huge_pages, "SIZE_FILE", tmp_path / "absent")
     assert huge_pages.resident_ranges() == set()
     assert huge_pages.collapse(set()) == 0
-    engine = load(artefact, EngineOptions(threads=1, context=32))
+    engine = load_engine(artefact, EngineOptions(threads=1, context=32))
     assert np.isfinite(engine.prefill([1, 2])).all()
     engine.close()

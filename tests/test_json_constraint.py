@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from efficientllm.runtime.engines.engine import EngineOptions, load
-from efficientllm.runtime.generation import Generation
+from efficientllm.runtime.engines.engine import EngineOptions, load_engine
+from efficientllm.runtime.generation import AnswerOptions, Generation
 from efficientllm.runtime.json_constraint import JsonConstraint
 from efficientllm.runtime.sampling import SamplingOptions
 
@@ -49,10 +49,10 @@ def test_a_refusal_changes_nothing() -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_a_random_model_writes_json(artefact: Path, seed: int) -> None:
-    engine = load(artefact, EngineOptions(threads=1))
+    engine = load_engine(artefact, EngineOptions(threads=1))
     sampling = SamplingOptions(temperature=1.5, seed=seed)
     constraint = JsonConstraint()
-    generation = Generation(engine, [1, 5, 9], 200, sampling, constraint=constraint)
+    generation = Generation(engine, [1, 5, 9], AnswerOptions(200, sampling), constraint)
     text = "".join(generation)
     if generation.stats.finish_reason == "stop":
         assert isinstance(json.loads(text), dict)

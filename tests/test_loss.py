@@ -8,7 +8,7 @@ from tiny import tiny_architecture, tiny_model
 from torch.nn import functional as F
 
 from efficientllm.train.compute import loss
-from efficientllm.train.compute.loss import TrainingLoss, cross_entropy, make_teacher, perplexity
+from efficientllm.train.compute.loss import LossWeights, TrainingLoss, cross_entropy, make_teacher, perplexity
 
 
 @pytest.mark.parametrize("tokens", [5, 64, 150])
@@ -19,7 +19,9 @@ def test_chunked_loss_equals_torch(tokens: int, distill: float, monkeypatch: pyt
     hidden, weight = torch.randn(tokens, 24, requires_grad=True), torch.randn(90, 24, requires_grad=True)
     teacher = (torch.randn(tokens, 30), torch.randn(90, 30)) if distill else None
     targets = torch.randint(0, 90, (tokens,))
-    ours, our_cross_entropy = cross_entropy(hidden, weight, targets, torch.float32, teacher, distill)
+    ours, our_cross_entropy = cross_entropy(
+        hidden, weight, targets, torch.float32, LossWeights(distill=distill), teacher
+    )
     our_gradients = torch.autograd.grad(3 * ours, (hidden, weight))
     logits = hidden @ weight.T
     their_cross_entropy = F.cross_entropy(logits, targets)
@@ -48,10 +50,12 @@ def test_distilling_into_the_teacher_itself_changes_nothing() -> None:
     model = tiny_model(tiny_architecture())
     windows = torch.randint(0, 400, (3, 20))
     teacher = make_teacher(model, torch.float32, torch.device("cpu"))
-    total, entropy = TrainingLoss(model, torch.float32, teacher, 2.0)(windows)
+    total, entropy = TrainingLoss(model, torch.float32, LossWeights(distill=2.0), teacher)(windows)
     torch.testing.assert_close(total.detach(), entropy)
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
-    names = [name for name, _ in TrainingLoss(model, torch.float32, teacher, 2.0).named_parameters()]
+    names = [
+        name for name, _ in TrainingLoss(model, torch.float32, LossWeights(distill=2.0), teacher).named_parameters()
+    ]
     assert len(names) == len(list(model.named_parameters()))
 
 

@@ -14,7 +14,7 @@ from tiny import tiny_architecture
 
 from efficientllm.export import cli
 from efficientllm.runtime.base.command import run_command
-from efficientllm.runtime.engines.engine import EngineOptions, load
+from efficientllm.runtime.engines.engine import EngineOptions, load_engine
 
 PACKAGE = Path(__file__).parents[1] / "build/node/node_modules/onnxruntime-web"
 SCRIPT = Path(__file__).with_name("ort_web.mjs")
@@ -40,7 +40,7 @@ def test_web_gives_the_engines_tokens(quantize: str, save_tiny: Callable[..., Pa
     )
     assert web.returncode == 0, web.stderr
     tokens = json.loads(web.stdout)["tokens"]
-    engine = load(folder, EngineOptions(threads=1, context=64))
+    engine = load_engine(folder, EngineOptions(threads=1, context=64))
     held = list(PROMPT)
     for token in tokens:  # teacher-forced: kernels differ, so a near-tie may fall either way, a wrong graph may not
         logits = engine.prefill(held)

@@ -16,16 +16,16 @@ from efficientllm.runtime import chat
 from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.base.errors import ArtefactError, ContextOverflowError, UsageError
 from efficientllm.runtime.chat_template import render_chat
-from efficientllm.runtime.engines.engine import Engine, EngineOptions, load
+from efficientllm.runtime.engines.engine import Engine, EngineOptions, load_engine
 from efficientllm.runtime.engines.memory import give_back_freed_memory, memory_bytes
-from efficientllm.runtime.generation import Generation, chat_prompt
+from efficientllm.runtime.generation import AnswerOptions, Generation, chat_prompt
 from efficientllm.runtime.sampling import Sampler, SamplingOptions
 from efficientllm.runtime.text_stream import TextStream
 
 
 @pytest.fixture
 def engine(artefact: Path) -> Iterator[Engine]:
-    engine = load(artefact, EngineOptions(threads=1))
+    engine = load_engine(artefact, EngineOptions(threads=1))
     yield engine
     engine.close()
 
@@ -66,20 +66,20 @@ def test_tokens_equal_the_tokenizer_and_bytes_make_the_text(engine: Engine, toke
 
 
 def test_context_overflow_says_the_numbers(artefact: Path) -> None:
-    engine = load(artefact, EngineOptions(threads=1, context=64))
+    engine = load_engine(artefact, EngineOptions(threads=1, context=64))
     limit = engine.context_length
     with pytest.raises(ContextOverflowError, match=f"{limit + 1} tokens, the context window {limit}"):
         engine.prefill([5] * (limit + 1))
     with pytest.raises(ContextOverflowError, match=f"the prompt has {limit} tokens and leaves no room"):
-        Generation(engine, [5] * limit, 4)
-    generation = Generation(engine, [5] * (limit - 3), 100)
+        Generation(engine, [5] * limit)
+    generation = Generation(engine, [5] * (limit - 3), AnswerOptions(100))
     list(generation)
     assert generation.stats.completion_tokens <= 3
     engine.close()
 
 
 def test_generation_is_measured(engine: Engine) -> None:
-    generation = Generation(engine, engine.tokenize("A small model", special=False), 8)
+    generation = Generation(engine, engine.tokenize("A small model", special=False), AnswerOptions(8))
     text = "".join(generation)
     stats = generation.stats
     assert stats.prompt_tokens > 0
@@ -195,7 +195,7 @@ def test_chat_answers_once_and_from_a_pipe(
 
 
 def test_conversation_survives_a_question_that_is_too_long(artefact: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    engine = load(artefact, EngineOptions(threads=1, context=64))
+    engine = load_engine(artefact, EngineOptions(threads=1, context=64))
     conversation = chat.Conversation(engine, chat.ChatOptions(max_tokens=4), SamplingOptions())
     with pytest.raises(ContextOverflowError):
         conversation.ask("word " * 500)

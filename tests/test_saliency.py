@@ -7,9 +7,13 @@ import torch
 from tiny import tiny_architecture, tiny_model
 
 from efficientllm.runtime.base.errors import UsageError
-from efficientllm.train.pruning.saliency import CRITERIA, GROUP_KINDS, SaliencyTracker, criterion_named
+from efficientllm.train.pruning.criteria import CRITERIA, criterion_named
+from efficientllm.train.pruning.groups import KINDS
+from efficientllm.train.pruning.saliency import SaliencyTracker
 from efficientllm.train.pruning.selection import Removal, all_groups
 from efficientllm.train.pruning.surgery import zero_groups
+
+ALL_KINDS = tuple(KINDS)
 
 TOKENS = torch.randint(0, 400, (4, 12), generator=torch.Generator().manual_seed(5))
 
@@ -23,7 +27,7 @@ def backward(model: torch.nn.Module, tokens: torch.Tensor) -> float:
 def track(name: str, microbatches: int = 1, **settings: float) -> SaliencyTracker:
     architecture = tiny_architecture()
     model = tiny_model(architecture)
-    tracker = SaliencyTracker(CRITERIA[name], GROUP_KINDS, architecture, decay=0.0)
+    tracker = SaliencyTracker(CRITERIA[name], ALL_KINDS, architecture, decay=0.0)
     for tokens in TOKENS.chunk(microbatches):
         model.zero_grad()
         backward(model, tokens)

@@ -7,7 +7,7 @@ from tiny import tiny_architecture
 
 from efficientllm.runtime.base.errors import UsageError
 from efficientllm.train.model.architecture import LayerShape
-from efficientllm.train.pruning.saliency import GROUP_KINDS
+from efficientllm.train.pruning.groups import KINDS
 from efficientllm.train.pruning.selection import (
     SelectionRules,
     check_floor,
@@ -15,6 +15,8 @@ from efficientllm.train.pruning.selection import (
     select_removal,
     smallest_architecture,
 )
+
+ALL_KINDS = tuple(KINDS)
 
 LAYERS = (LayerShape(6, 2, 96), LayerShape(6, 2, 96), LayerShape(4, 4, 96))
 ARCHITECTURE = tiny_architecture(layers=LAYERS)
@@ -45,7 +47,7 @@ def test_ranks_by_saliency_per_parameter_across_types() -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_down_to_the_floor_and_no_further(seed: int) -> None:
-    rules = SelectionRules(GROUP_KINDS, 32)
+    rules = SelectionRules(ALL_KINDS, 32)
     removal = select_removal(ARCHITECTURE, random_scores(ARCHITECTURE, seed), rules, 0)
     assert removal.after == smallest_architecture(ARCHITECTURE, rules)
     assert removal.after.layers == (LayerShape(1, 1, 32),) * 3
@@ -80,7 +82,7 @@ def test_stops_within_one_unit_of_the_target(target: int) -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_uniform_layout_keeps_layers_equal(seed: int) -> None:
     architecture = tiny_architecture(layers=(LayerShape(6, 2, 96),) * 3)
-    rules = SelectionRules(GROUP_KINDS, 8, uniform=True)
+    rules = SelectionRules(ALL_KINDS, 8, uniform=True)
     removal = select_removal(architecture, random_scores(architecture, seed), rules, 60_000)
     assert removal.after.is_uniform
     assert removal.after.num_parameters <= 60_000
@@ -94,7 +96,7 @@ def test_an_explicit_architecture_is_reached_exactly(seed: int) -> None:
         layers=(LayerShape(4, 2, 77), LayerShape(3, 1, 96), LayerShape(2, 2, 13)), hidden_size=51
     )
     check_floor(ARCHITECTURE, target)
-    rules = SelectionRules(GROUP_KINDS, 1, floor=target)
+    rules = SelectionRules(ALL_KINDS, 1, floor=target)
     removal = select_removal(ARCHITECTURE, random_scores(ARCHITECTURE, seed), rules, target.num_parameters)
     assert removal.after == target
 
@@ -114,7 +116,7 @@ def test_an_architecture_out_of_reach_is_refused(layers: tuple[LayerShape, ...],
 
 def test_two_removals_compose_to_one() -> None:
     scores = random_scores(ARCHITECTURE)
-    rules = SelectionRules(GROUP_KINDS, 8)
+    rules = SelectionRules(ALL_KINDS, 8)
     whole = select_removal(ARCHITECTURE, scores, rules, 0, max_units=9)
     first = select_removal(ARCHITECTURE, scores, rules, 0, max_units=4)
     remaining = {kind: [v[k] for v, k in zip(scores[kind], first.kept[kind], strict=True)] for kind in scores}

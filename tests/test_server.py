@@ -14,8 +14,8 @@ import pytest
 from serving import serve
 
 from efficientllm.runtime.base.command import run_command
-from efficientllm.runtime.engines.engine import EngineOptions, load
-from efficientllm.runtime.generation import Generation, chat_prompt
+from efficientllm.runtime.engines.engine import EngineOptions, load_engine
+from efficientllm.runtime.generation import AnswerOptions, Generation, chat_prompt
 from efficientllm.server import cli
 from efficientllm.server.app import AppOptions
 from efficientllm.server.pool import ModelPool
@@ -38,8 +38,8 @@ def client(address: str) -> Iterator[openai.OpenAI]:
 
 def test_answer_is_the_engine_s(client: openai.OpenAI, artefact: Path) -> None:
     answer = client.chat.completions.create(model="tiny", messages=MESSAGES, max_tokens=12, temperature=0)
-    engine = load(artefact, EngineOptions(threads=1))
-    generation = Generation(engine, chat_prompt(engine, MESSAGES), 12)
+    engine = load_engine(artefact, EngineOptions(threads=1))
+    generation = Generation(engine, chat_prompt(engine, MESSAGES), AnswerOptions(12))
     assert answer.choices[0].message.content == "".join(generation)
     assert answer.choices[0].finish_reason == generation.stats.finish_reason
     assert answer.usage is not None

@@ -19,7 +19,7 @@ from serving import serve
 
 from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.base.errors import ArtefactError, UsageError
-from efficientllm.runtime.engines.engine import EngineOptions, load
+from efficientllm.runtime.engines.engine import EngineOptions, load_engine
 from efficientllm.runtime.engines.memory import memory_bytes
 from efficientllm.server import cli
 from efficientllm.server.app import AppOptions
@@ -46,7 +46,7 @@ def post(address: str, path: str = "chat/completions", **body: Any) -> httpx.Res
 
 
 def test_text_completion_goes_on_with_the_prompt(client: openai.OpenAI, artefact: Path) -> None:
-    engine = load(artefact, EngineOptions(threads=1))
+    engine = load_engine(artefact, EngineOptions(threads=1))
     tokens = engine.tokenize("The quick brown fox", special=False)
     answers = [
         client.completions.create(model="tiny", prompt=prompt, max_tokens=8, temperature=0)

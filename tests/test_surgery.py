@@ -10,9 +10,11 @@ from tiny import tiny_architecture, tiny_model
 
 from efficientllm.train.model.architecture import FAMILIES
 from efficientllm.train.model.irregular import architecture_of
-from efficientllm.train.pruning.saliency import GROUP_KINDS
+from efficientllm.train.pruning.groups import KINDS
 from efficientllm.train.pruning.selection import Removal
 from efficientllm.train.pruning.surgery import remove_groups, zero_gradients, zero_groups
+
+ALL_KINDS = tuple(KINDS)
 
 TOKENS = torch.randint(0, 400, (2, 9), generator=torch.Generator().manual_seed(3))
 
@@ -26,7 +28,7 @@ def train_step(model: Any, optimizer: torch.optim.Optimizer, masked: Removal | N
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("kinds", [*[(kind,) for kind in GROUP_KINDS], GROUP_KINDS], ids="+".join)
+@pytest.mark.parametrize("kinds", [*[(kind,) for kind in ALL_KINDS], ALL_KINDS], ids="+".join)
 def test_masked_and_physically_pruned_models_agree(family: str, kinds: tuple[str, ...]) -> None:
     """The same logits at once, and still the same after training both for some steps with the same optimizer state."""
     architecture = tiny_architecture(family, LAYERS)
@@ -63,7 +65,7 @@ def test_optimizer_holds_exactly_the_new_parameters() -> None:
     model = tiny_model(tiny_architecture())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     train_step(model, optimizer)
-    remove_groups(model, some_removal(architecture_of(model.config), GROUP_KINDS), optimizer)
+    remove_groups(model, some_removal(architecture_of(model.config), ALL_KINDS), optimizer)
     held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     assert {id(parameter) for parameter in held} == {id(parameter) for parameter in model.parameters()}
     assert set(optimizer.state) == set(held)
@@ -76,7 +78,7 @@ def test_pruned_model_generates_and_saves(tmp_path: Any, tokenizer: Any) -> None
     from efficientllm.train.model.source import load_for_inference
 
     model = tiny_model(tiny_architecture("qwen3", LAYERS))
-    remove_groups(model, some_removal(architecture_of(model.config), GROUP_KINDS, units=9))
+    remove_groups(model, some_removal(architecture_of(model.config), ALL_KINDS, units=9))
     save_checkpoint(model, tokenizer, tmp_path / "pruned")
     with torch.inference_mode():
         torch.testing.assert_close(load_for_inference(tmp_path / "pruned")(TOKENS).logits, model(TOKENS).logits)

@@ -9,9 +9,8 @@ from tiny import tiny_architecture
 
 from efficientllm.export import cli
 from efficientllm.runtime.base.command import run_command
-from efficientllm.runtime.engines.engine import EngineOptions, load
-from efficientllm.runtime.generation import Generation, chat_prompt
-from efficientllm.runtime.sampling import SamplingOptions
+from efficientllm.runtime.engines.engine import EngineOptions, load_engine
+from efficientllm.runtime.generation import AnswerOptions, Generation, chat_prompt
 
 CHATS = (
     [{"role": "user", "content": "Hello there"}],
@@ -33,9 +32,9 @@ def test_three_engines_give_the_same_text(save_tiny: Callable[..., Path], tmp_pa
         output = tmp_path / target
         command = [str(checkpoint), "--target", target, "--quantize", "f32", "--output", str(output)]
         assert run_command(cli.body, command + (["--max-context", "128"] if target == "executorch" else [])) == 0
-        engine = load(output, EngineOptions(threads=1, context=128, warm_up=True))
+        engine = load_engine(output, EngineOptions(threads=1, context=128, warm_up=True))
         prompts = [chat_prompt(engine, chat) for chat in CHATS]
-        answers[target] = ["".join(Generation(engine, prompt, 24, SamplingOptions())) for prompt in prompts]
+        answers[target] = ["".join(Generation(engine, prompt, AnswerOptions(24))) for prompt in prompts]
         logits[target] = engine.prefill(prompts[1])
         engine.close()
     assert answers["gguf"] == answers["onnx"] == answers["executorch"]

@@ -1,1 +1,29 @@
-"""Pruning-aware pretraining: from a larger pretrained model to a smaller, irregular one."""
+"""Pruning-aware pretraining: from a larger pretrained model to a smaller, irregular one.
+
+from efficientllm.train import PruneConfig, RunConfig, TrainConfig, train
+
+train(TrainConfig(pruning=PruneConfig(target_ratio=0.8), run=RunConfig(output="runs/small")))
+"""
+
+from typing import TYPE_CHECKING
+
+from ..runtime.base.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from .config import OptimizerConfig, RunConfig, SourceConfig, TrainConfig
+    from .pruning.config import PruneConfig
+    from .run import run_training as train
+
+__all__ = ["OptimizerConfig", "PruneConfig", "RunConfig", "SourceConfig", "TrainConfig", "train"]
+
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "OptimizerConfig": ".config:OptimizerConfig",
+        "PruneConfig": ".pruning.config:PruneConfig",
+        "RunConfig": ".config:RunConfig",
+        "SourceConfig": ".config:SourceConfig",
+        "TrainConfig": ".config:TrainConfig",
+        "train": ".run:run_training",
+    },
+)

@@ -6,17 +6,19 @@ are reported, and each variant's ratio to the plain step. Removal and weight upd
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..runtime.base import flags
 from ..runtime.base.command import run_command
+from ..runtime.base.figure import Figure
 from ..runtime.base.markdown import markdown_table
 from ..runtime.base.quantities import format_count
 from .compute.hardware import choose_hardware
@@ -27,38 +29,58 @@ from .data.packing import PackedStream
 from .metrics import read_metrics
 from .model.irregular import architecture_of
 from .model.source import load_source
-from .pruning.saliency import CRITERIA, GROUP_KINDS, SaliencyTracker
+from .pruning.groups import KINDS
+from .pruning.saliency import RunningScores, tracker_named
 from .pruning.selection import SelectionRules, select_removal
 from .pruning.surgery import remove_groups
 from .pruning.weight_update import InputGrams
 from .trainer import make_optimizer
 
-WITHOUT_STEM = tuple(kind for kind in GROUP_KINDS if kind != "stem")
+WITHOUT_STEM = tuple(name for name in KINDS if name != "stem")
+
+
+@dataclass(frozen=True)
+class BenchmarkOptions:
+    """benchmark"""
+
+    source: str = "demo"
+    """Model, as --source of efficientllm-train."""
+    data: str = "demo"
+    """Text, as --data of efficientllm-train."""
+    batch_size: int = 4
+    """Sequences per step."""
+    sequence_length: int = 256
+    """Tokens per sequence."""
+    rounds: int = 9
+    """Timed steps of each variant."""
+    run: str = ""
+    """Report the speed through this finished run instead."""
 
 
 class StepBenchmark:
     """One model, one optimizer, and the same kind of step with different extras."""
 
-    def __init__(self, source: str, data: str, batch_size: int, sequence_length: int) -> None:
+    def __init__(self, options: BenchmarkOptions) -> None:
         hardware = choose_hardware("auto", "auto", 0)
-        print(f"{source}, batch {batch_size} x {sequence_length}; {hardware.describe()}")
+        batch_size, sequence_length = options.batch_size, options.sequence_length
+        print(f"{options.source}, batch {batch_size} x {sequence_length}; {hardware.describe()}")
         self.device = hardware.device
-        self.model, tokenizer = load_source(source)
+        self.model, tokenizer = load_source(options.source)
         self.model.to(hardware.device).train()
         self.architecture = architecture_of(self.model.config)  # type: ignore[attr-defined]
         self.loss = TrainingLoss(self.model, hardware.dtype)
         self.optimizer = make_optimizer(self.model, TrainConfig())
         for group in self.optimizer.param_groups:
             group["lr"] = 0.0  # the weights stay, so every variant does the same arithmetic
-        self.stream = PackedStream([DataSpec.parse(data)], tokenizer, sequence_length, 0.05, seed=0)
+        self.stream = PackedStream([DataSpec.parse(options.data)], tokenizer, sequence_length, 0.05, seed=0)
         self.batch_size = batch_size
         self.tokens = batch_size * sequence_length
         self.grams: InputGrams | None = None
 
-    def tracker(self, criterion: str, kinds: tuple[str, ...]) -> SaliencyTracker:
-        return SaliencyTracker(CRITERIA[criterion], kinds, self.architecture, 0.9)
+    def tracker(self, criterion: str, kinds: tuple[str, ...]) -> RunningScores:
+        return tracker_named(criterion, kinds, self.architecture, 0.9)
 
-    def step(self, tracker: SaliencyTracker | None = None) -> float:
+    def step(self, tracker: RunningScores | None = None) -> float:
         """Seconds of one step."""
         windows = torch.from_numpy(self.stream.next_windows(self.batch_size)).to(self.device)
         self._wait()
@@ -80,19 +102,12 @@ class StepBenchmark:
         else:
             self.grams.attach(self.model)
         seconds = self.step()
-        held = self.grams.grams
         self.grams.detach()
-        self.grams.grams = held
         return seconds
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-
-
-def quartiles(values: Sequence[float]) -> str:
-    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-    return f"{median:.3f} s ({low:.3f}-{high:.3f})"
 
 
 def compare_steps(bench: StepBenchmark, rounds: int) -> None:
@@ -107,7 +122,7 @@ def compare_steps(bench: StepBenchmark, rounds: int) -> None:
     }
     trackers = {
         "taylor1": bench.tracker("taylor1", WITHOUT_STEM),
-        "taylor1, with stem": bench.tracker("taylor1", GROUP_KINDS),
+        "taylor1, with stem": bench.tracker("taylor1", tuple(KINDS)),
         "taylor2": bench.tracker("taylor2", WITHOUT_STEM),
         "fisher": bench.tracker("fisher", WITHOUT_STEM),
     }
@@ -122,7 +137,7 @@ def compare_steps(bench: StepBenchmark, rounds: int) -> None:
     for name, values in seconds.items():
         ratio = statistics.median(v / p for v, p in zip(values, seconds["plain"], strict=True))
         speed = bench.tokens / statistics.median(values)
-        rows.append([name, quartiles(values), f"{speed:.0f}", f"{ratio:.3f}"])
+        rows.append([name, Figure.of(values).describe(3, "s"), f"{speed:.0f}", f"{ratio:.3f}"])
     print(f"\n{markdown_table(rows)}")
     print(f"\nplain step {plain:.3f} s; Gram matrices hold {bench.grams.num_bytes / 1e6:.0f} MB" if bench.grams else "")
 
@@ -175,19 +190,13 @@ def speed_through_run(folder: Path) -> None:
 
 
 def body(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m efficientllm.train.benchmark", description=__doc__)
-    parser.add_argument("--source", default="demo")
-    parser.add_argument("--data", default="demo")
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--sequence-length", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--run", type=Path, help="report the speed through this finished run instead")
-    arguments = parser.parse_args(argv)
-    if arguments.run is not None:
-        speed_through_run(arguments.run)
+    parser = flags.Parser(BenchmarkOptions, prog="python -m efficientllm.train.benchmark", description=__doc__)
+    options = flags.take(parser.parse(argv), BenchmarkOptions)
+    if options.run:
+        speed_through_run(Path(options.run))
         return 0
-    bench = StepBenchmark(arguments.source, arguments.data, arguments.batch_size, arguments.sequence_length)
-    compare_steps(bench, arguments.rounds)
+    bench = StepBenchmark(options)
+    compare_steps(bench, options.rounds)
     time_tokenisation(bench)
     time_events(bench)
     return 0

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from pathlib import Path
 from typing import Any
 
 from ..runtime.base.files import folder_written_atomically, write_json_atomically
 from .compute.gather import full
 from .metrics import read_metrics
-from .model.architecture import Architecture
 from .model.irregular import save_checkpoint
 from .model_card import model_card
 from .plots import plot_architecture, plot_pruning, plot_training
@@ -18,14 +16,15 @@ from .pruning.pruner import kept_to_json
 from .trainer import Trainer
 
 
-def write_result(trainer: Trainer, source: Architecture, folder: Path) -> None:
+def write_result(trainer: Trainer) -> None:
     """Write everything (on the main rank), then drop the checkpoints."""
+    source, folder = trainer.plan.architecture, trainer.plan.folder
     state = {name: full(tensor) for name, tensor in trainer.model.state_dict().items()}
     if not trainer.parallel.is_main:
         trainer.parallel.barrier()
         return
     final = trainer.architecture
-    summary = training_summary(trainer, source)
+    summary = training_summary(trainer)
     description: dict[str, Any] = {"source": source.to_dict(), "final": final.to_dict()}
     if trainer.pruner is not None:
         description["survivors"] = kept_to_json(trainer.pruner.survivors)
@@ -36,7 +35,7 @@ def write_result(trainer: Trainer, source: Architecture, folder: Path) -> None:
     if trainer.pruner is not None:
         plot_pruning(records, source, folder / "pruning.png")
     with folder_written_atomically(folder / "model") as temporary:
-        save_checkpoint(trainer.model, trainer.tokenizer, temporary, state)
+        save_checkpoint(trainer.model, trainer.plan.tokenizer, temporary, state)
         (temporary / "training.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         shutil.copy(folder / "architecture.png", temporary / "architecture.png")
         card = model_card(trainer.config, summary, source, final)
@@ -45,14 +44,14 @@ def write_result(trainer: Trainer, source: Architecture, folder: Path) -> None:
     trainer.parallel.barrier()
 
 
-def training_summary(trainer: Trainer, source: Architecture) -> dict[str, Any]:
+def training_summary(trainer: Trainer) -> dict[str, Any]:
     """Contents of training.json, which exporters copy into their manifests."""
     return {
         "source": trainer.config.source.source,
         "data": list(trainer.config.source.data),
         "tokens": trainer.progress.tokens,
         "seconds": round(trainer.progress.seconds, 1),
-        "source_parameters": source.num_parameters,
+        "source_parameters": trainer.plan.architecture.num_parameters,
         "parameters": trainer.architecture.num_parameters,
         "held_out_tokens": int(trainer.held_out.shape[0] * trainer.config.source.sequence_length),
         "perplexity": trainer.progress.perplexity,

@@ -13,13 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from ..runtime.base.errors import TrainingDivergedError
 from ..runtime.base.progress import ProgressDisplay
 from ..runtime.base.quantities import format_count
 from . import training_state
-from .compute.distributed import Parallel
 from .compute.gather import full
 from .compute.loss import TrainingLoss, perplexity
 from .config import TrainConfig
@@ -27,8 +25,8 @@ from .data.packing import PackedStream
 from .metrics import MetricsWriter
 from .model.architecture import Architecture
 from .model.irregular import architecture_of
+from .plan import RunPlan
 from .progress import Progress
-from .pruning.budget import Budget
 from .pruning.pruner import Pruner
 from .schedule import DroppingSchedule, learning_rate_factor
 
@@ -39,39 +37,25 @@ MAX_SKIPPED_IN_A_ROW = 10
 class Trainer:
     """One run. The caller has loaded (or rebuilt) the model; `train` does the rest."""
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        loss: TrainingLoss,
-        tokenizer: PreTrainedTokenizerBase,
-        stream: PackedStream,
-        held_out: np.ndarray,
-        budget: Budget | None,
-        parallel: Parallel,
-        folder: Path,
-        source: Architecture,
-    ) -> None:
-        """`budget` is None for a run that only trains; `held_out` are windows [n, sequence_length + 1]."""
-        self.config = config
+    def __init__(self, plan: RunPlan, loss: TrainingLoss, stream: PackedStream, held_out: np.ndarray) -> None:
+        """`held_out` are windows [n, sequence_length + 1]."""
+        self.plan, self.config, self.parallel = plan, plan.config, plan.compute.parallel
         self.loss = loss.train()
-        self.tokenizer = tokenizer
         self.stream = stream
         self.held_out = held_out
-        self.parallel = parallel
-        self.folder = folder
         self.progress = Progress()
         self._configure_model()
-        self.callee = parallel.wrap(loss)
+        self.callee = self.parallel.wrap(loss)
         """What is called in a step: the loss itself, or DDP around it."""
-        self.optimizer = make_optimizer(self.model, config)
+        self.optimizer = make_optimizer(self.model, self.config)
         self.schedule: DroppingSchedule | None = None
         self.pruner: Pruner | None = None
-        if budget is not None:
-            tokens, settings = config.optimizer.tokens, config.pruning
+        if plan.pruning is not None:
+            tokens, settings, budget = self.config.optimizer.tokens, plan.pruning.settings, plan.pruning.budget
             start, end = round(settings.prune_start * tokens), round(settings.prune_end * tokens)
-            self.schedule = DroppingSchedule(budget.measure(source), budget.target, start, end)
-            self.pruner = Pruner(config.pruning, budget, self.model, source, parallel, config.run.seed)
-        self.metrics = MetricsWriter(folder, config.run, parallel.is_main)
+            self.schedule = DroppingSchedule(budget.measure(plan.architecture), budget.target, start, end)
+            self.pruner = Pruner(plan.pruning, self.model, self.parallel, self.config.run.seed)
+        self.metrics = MetricsWriter(plan.folder, self.config.run, self.parallel.is_main)
         self._stop_signal: int | None = None
 
     @property
@@ -172,36 +156,46 @@ class Trainer:
         return sequences * self.config.source.sequence_length
 
     def _accumulate_gradients(self) -> float:
-        """Leave the gradients of the mean loss over all microbatches and ranks in .grad; returns this rank's loss."""
+        """Leave the gradients of the mean loss over all microbatches and ranks in .grad; returns this rank's loss.
+
+        A saliency that is not linear in the gradient (taylor2, fisher) must see every microbatch of every rank alone.
+        Then .grad is emptied after each one and DDP averages nothing: the sums are kept aside and averaged at the end.
+        FSDP reduces gradients in its own backward pass, so there a sample is a microbatch of all ranks.
+        """
         steps = self.config.optimizer.gradient_accumulation
-        samples = self.pruner is not None and self.pruner.wants_microbatches
-        alone = samples and (steps > 1 or self.parallel.world_size > 1)
-        held: dict[Tensor, Tensor] = {}
+        needs_samples = self.pruner is not None and self.pruner.wants_microbatches
+        per_microbatch = needs_samples and (steps > 1 or self.parallel.world_size > 1)
+        accumulated: dict[Tensor, Tensor] = {}
         total = 0.0
         for microbatch in range(steps):
             rows = self.stream.next_windows(self.config.optimizer.batch_size * self.parallel.world_size)
             windows = torch.from_numpy(self.parallel.my_rows(rows)).to(self.parallel.device)
             is_last = microbatch == steps - 1
-            with self._without_sync(alone or not is_last):
+            with self._without_sync(per_microbatch or not is_last):
                 loss, cross_entropy = self.callee(windows)
-                (loss if alone else loss / steps).backward()
+                # samples keep the scale of one microbatch; the mean over steps is taken once, below
+                (loss if per_microbatch else loss / steps).backward()
             total += float(cross_entropy)
             if self.pruner is not None:
                 self.pruner.mask_gradients()
-            if alone:
-                assert self.pruner is not None
-                self.pruner.observe_gradients()
-                for parameter in self.model.parameters():
-                    gradient, parameter.grad = parameter.grad, None
-                    held[parameter] = gradient if parameter not in held else held[parameter].add_(gradient)
-        if alone:
-            for parameter, gradient in held.items():
+                if per_microbatch:
+                    self.pruner.observe_gradients()
+            if per_microbatch:
+                self._move_gradients(accumulated)
+        if per_microbatch:
+            for parameter, gradient in accumulated.items():
                 parameter.grad = gradient.div_(steps)
             if self.parallel.mode == "ddp":
-                self.parallel.mean_tensors(held.values())
+                self.parallel.mean_tensors(accumulated.values())
         elif self.pruner is not None:
             self.pruner.observe_gradients()
         return total / steps
+
+    def _move_gradients(self, accumulated: dict[Tensor, Tensor]) -> None:
+        """Add .grad of every parameter to `accumulated` and empty it."""
+        for parameter in self.model.parameters():
+            gradient, parameter.grad = parameter.grad, None
+            accumulated[parameter] = gradient if parameter not in accumulated else accumulated[parameter].add_(gradient)
 
     def _without_sync(self, condition: bool) -> contextlib.AbstractContextManager[None]:
         if condition and isinstance(self.callee, nn.parallel.DistributedDataParallel):
@@ -269,16 +263,9 @@ class Trainer:
         if self.pruner is not None:
             extra["pruner"] = self.pruner.state_json()
             tensors = self.pruner.state_tensors()
-        return training_state.save_training_state(
-            self.folder / "checkpoints",
-            self.model,
-            self.optimizer,
-            self.progress,
-            extra,
-            tensors,
-            self.config.run.keep,
-            self.parallel,
-        )
+        state = training_state.TrainingState(self.progress, extra, tensors)
+        folder, keep = self.plan.folder / "checkpoints", self.config.run.keep
+        return training_state.save_training_state(folder, self.model, self.optimizer, state, keep, self.parallel)
 
     def restore(self, folder: Path) -> None:
         """Continue from a checkpoint; the model must already have its shape."""

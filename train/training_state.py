@@ -8,7 +8,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,17 @@ from .progress import Progress
 _NAME = re.compile(r"step-(\d{8})")
 
 
+@dataclass(frozen=True)
+class TrainingState:
+    """What a checkpoint holds beside the model and the optimizer."""
+
+    progress: Progress
+    extra: dict[str, Any]
+    """JSON values: data position, surviving groups."""
+    tensors: dict[str, Any]
+    """Nested tensors: saliency, Gram matrices."""
+
+
 def checkpoint_folders(folder: Path) -> list[Path]:
     """Complete checkpoints under a run's `checkpoints` folder, oldest first."""
     if not folder.is_dir():
@@ -35,26 +46,21 @@ def save_training_state(
     folder: Path,
     model: Any,
     optimizer: torch.optim.Optimizer,
-    progress: Progress,
-    extra: dict[str, Any],
-    tensors: dict[str, Any],
+    state: TrainingState,
     keep: int,
     parallel: Parallel,
 ) -> Path:
-    """Write checkpoint step-N atomically, then drop all but the newest `keep`; every rank writes its own shards.
-
-    `extra` holds JSON values (data position, surviving groups), `tensors` nested tensors (saliency).
-    """
-    target = folder / f"step-{progress.step:08d}"
+    """Write checkpoint step-N atomically, then drop all but the newest `keep`; every rank writes its own shards."""
+    target = folder / f"step-{state.progress.step:08d}"
     with folder_written_atomically(target, parallel.is_main, parallel.barrier) as temporary:
         model_state, optimizer_state = get_state_dict(model, optimizer)
         with _single_process_is_meant():
-            state = {"model": model_state, "optimizer": optimizer_state}
-            dcp.save(state, checkpoint_id=temporary / "state", no_dist=parallel.world_size == 1)
+            sharded = {"model": model_state, "optimizer": optimizer_state}
+            dcp.save(sharded, checkpoint_id=temporary / "state", no_dist=parallel.world_size == 1)
         if parallel.is_main:
-            torch.save({"tensors": tensors, "rng": _rng_state()}, temporary / "tensors.pt")
+            torch.save({"tensors": state.tensors, "rng": _rng_state()}, temporary / "tensors.pt")
             (temporary / "config.json").write_text(model.config.to_json_string(use_diff=False), encoding="utf-8")
-            values = {"progress": asdict(progress), **extra}
+            values = {"progress": asdict(state.progress), **state.extra}
             (temporary / "trainer.json").write_text(json.dumps(values), encoding="utf-8")
     if parallel.is_main:
         for stale in checkpoint_folders(folder)[:-keep]:

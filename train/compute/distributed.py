@@ -62,6 +62,7 @@ class Parallel:
         return loss
 
     def mean(self, value: float) -> float:
+        """Over ranks; a collective call, as every method below but `close`."""
         if self.world_size == 1:
             return value
         tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
@@ -76,9 +77,11 @@ class Parallel:
                 tensor /= self.world_size
 
     def any(self, flag: bool) -> bool:
+        """Whether it is set on any rank."""
         return self.mean(float(flag)) > 0
 
     def barrier(self) -> None:
+        """Wait for all ranks."""
         if self.world_size > 1:
             dist.barrier()
 
@@ -88,5 +91,6 @@ class Parallel:
         return torch.device("cpu") if self.offload else self.device
 
     def close(self) -> None:
+        """Leave the process group, where there is one."""
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -67,6 +67,7 @@ class Architecture:
         return len(set(self.layers)) == 1
 
     def attention_parameters(self, layer: LayerShape) -> int:
+        """Projections, their biases and norms, and the norm before them; 0 without heads."""
         if layer.num_attention_heads == 0:
             return 0
         q, kv = layer.num_attention_heads * self.head_dim, layer.num_key_value_heads * self.head_dim
@@ -75,6 +76,7 @@ class Architecture:
         return self.hidden_size * (2 * q + 2 * kv) + biases + norms
 
     def ffn_parameters(self, layer: LayerShape) -> int:
+        """Gate, up and down, and the norm before them; 0 without channels."""
         return 0 if layer.intermediate_size == 0 else self.hidden_size * (3 * layer.intermediate_size + 1)
 
     @property
@@ -89,6 +91,7 @@ class Architecture:
         return self.embedding_parameters + layers + self.hidden_size
 
     def with_layer(self, index: int, **widths: int) -> Architecture:
+        """The shape with other `widths` (fields of LayerShape) in layer `index`."""
         layers = list(self.layers)
         layers[index] = replace(layers[index], **widths)
         return replace(self, layers=tuple(layers))
@@ -111,6 +114,7 @@ class Architecture:
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Architecture:
+        """The inverse of to_dict; ModelError where a field is missing or malformed."""
         try:
             layers = tuple(
                 LayerShape(heads, groups, width)

@@ -68,9 +68,11 @@ def quiet_loading() -> Iterator[None]:
     """Keep transformers' progress bars and chatter off stderr; what matters is raised."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
-    with contextlib.redirect_stderr(io.StringIO()):
-        yield
-    transformers_logging.set_verbosity(verbosity)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
 
 
 def _gguf_options(file_name: str) -> dict[str, Any]:

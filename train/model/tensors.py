@@ -90,5 +90,6 @@ def tensor_names(architecture: Architecture) -> list[str]:
 
 
 def tensor_shape(architecture: Architecture, name: str) -> tuple[int, ...]:
+    """Shape of a stored tensor; KeyError for a name outside the table."""
     layer, axes = axes_of(name)
     return tuple(axis_size(architecture, layer, axis) for axis in axes)

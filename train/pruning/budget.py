@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...runtime.base.errors import UsageError
-from ...runtime.base.quantities import format_bytes
+from ...runtime.base.quantities import format_bytes, format_count
 from ..model.architecture import Architecture
 from ..model.file_size import gguf_bytes
 from .config import PruneConfig
@@ -23,6 +23,12 @@ class Budget:
     unit: str
     """parameters or bytes"""
     measure: Callable[[Architecture], int]
+
+    def describe(self) -> str:
+        """The target as people read it."""
+        if self.unit == "bytes":
+            return format_bytes(self.target)
+        return f"{format_count(self.target)} {self.unit}"
 
     def is_met(self, architecture: Architecture) -> bool:
         return self.measure(architecture) <= self.target
@@ -39,14 +45,16 @@ def read_architecture(path: Path) -> Architecture:
     return Architecture.from_dict(value.get("final", value))
 
 
-def make_budget(settings: PruneConfig, source: Architecture, vocabulary_bytes: int) -> Budget | None:
+def make_budget(
+    settings: PruneConfig, source: Architecture, floor: Architecture | None, vocabulary_bytes: int
+) -> Budget | None:
     """The budget that the settings ask for; None where nothing is to be pruned.
 
-    `vocabulary_bytes`: bytes of the tokenizer in an exported file.
+    `floor`: the explicit target architecture, where there is one. `vocabulary_bytes`: bytes of the tokenizer in an
+    exported file.
     """
-    if settings.target_architecture is not None:
-        target = read_architecture(Path(settings.target_architecture))
-        return Budget(target.num_parameters, "parameters", _count)
+    if floor is not None:
+        return Budget(floor.num_parameters, "parameters", _count)
     if settings.target_bytes is not None:
         quantize = settings.quantize
         return Budget(

@@ -7,8 +7,7 @@ from typing import Literal
 
 from ...runtime.base import flags
 from ..model.file_size import BITS
-
-PRUNE_TYPES = ("attention", "ffn", "stem")
+from .groups import KINDS, PRUNE_TYPES
 
 
 @dataclass(frozen=True)
@@ -78,6 +77,5 @@ class PruneConfig:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """Group kinds of the pruning space (see saliency.GROUP_KINDS)."""
-        by_type = {"attention": ("kv_group", "query_head"), "ffn": ("ffn",), "stem": ("stem",), "none": ()}
-        return tuple(kind for name in (*PRUNE_TYPES, "none") if name in self.prune for kind in by_type[name])
+        """Names of the group kinds in the pruning space (see groups.KINDS)."""
+        return tuple(name for name, kind in KINDS.items() if kind.flag in self.prune)

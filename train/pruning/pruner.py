@@ -6,7 +6,6 @@ out of the tensors. The *logical* shape is what remains after the first, the *ph
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,63 +15,42 @@ from ..compute.distributed import Parallel
 from ..compute.loss import TrainingLoss
 from ..model.architecture import Architecture
 from ..model.irregular import architecture_of
-from .budget import Budget, read_architecture
-from .config import PruneConfig
-from .saliency import SaliencyTracker, Scores, criterion_named
-from .selection import Kept, Ranking, Removal, SelectionRules, all_groups, compose, select_removal
+from .groups import KINDS
+from .plan import PruningPlan
+from .saliency import Scores
+from .selection import Kept, Ranking, Removal, all_groups, compose, select_removal
 from .sharded import rebuild_sharded
 from .surgery import remove_groups, zero_gradients, zero_groups
 from .weight_update import InputGrams
 
 
-def selection_rules(settings: PruneConfig) -> SelectionRules:
-    """The rules that the settings ask for."""
-    floor = read_architecture(Path(settings.target_architecture)) if settings.target_architecture else None
-    multiple = 1 if floor is not None else settings.width_multiple
-    return SelectionRules(settings.kinds, multiple, settings.layout == "uniform", floor)
-
-
 class Pruner:
     """The removal side of one run."""
 
-    def __init__(
-        self,
-        settings: PruneConfig,
-        budget: Budget,
-        model: Any,
-        source: Architecture,
-        parallel: Parallel,
-        seed: int,
-    ) -> None:
-        self.settings = settings
-        self.budget = budget
+    def __init__(self, plan: PruningPlan, model: Any, parallel: Parallel, seed: int) -> None:
+        """`model` has the source's shape, or the one that a checkpoint left (then `load_state` follows)."""
+        self.plan = plan
+        self.settings, self.rules, self.budget = plan.settings, plan.rules, plan.budget
         self.model = model
         self.parallel = parallel
-        self.rules = selection_rules(settings)
         self.physical = architecture_of(model.config)
-        self.survivors: Kept = all_groups(source)
+        self.survivors: Kept = all_groups(plan.source)
         """Surviving groups as positions in the source model."""
         self.pending: Removal | None = None
         """Zeroed but not yet physically removed groups; `before` is the physical shape."""
         self.events_since_compaction = 0
         self.next_saliency: dict[str, float] = {}
         """Saliency per parameter of the unit of each kind that would go next."""
-        self.tracker = SaliencyTracker(
-            criterion_named(settings.saliency),
-            self.rules.kinds,
-            self.physical,
-            settings.saliency_decay,
-            seed,
-            parallel.mean_tensors,
+        self.tracker = plan.tracker(self.physical, seed, parallel.mean_tensors)
+        self.grams = self._make_grams() if plan.settings.weight_update == "obs" else None
+        self.is_done = plan.budget.is_met(self.architecture)
+
+    def _make_grams(self) -> InputGrams:
+        settings = self.settings
+        axes = {KINDS[name].axis for name in self.rules.kinds}
+        return InputGrams(
+            self.model, axes, settings.obs_decay, settings.obs_damping, settings.obs_max_width, settings.obs_rows
         )
-        self.grams: InputGrams | None = None
-        if settings.weight_update == "obs":
-            by_type = {"attention": "query", "ffn": "ffn", "stem": "hidden"}
-            axes = {axis for name, axis in by_type.items() if name in settings.prune}
-            self.grams = InputGrams(
-                model, axes, settings.obs_decay, settings.obs_damping, settings.obs_max_width, settings.obs_rows
-            )
-        self.is_done = budget.is_met(self.architecture)
 
     @property
     def architecture(self) -> Architecture:
@@ -82,7 +60,7 @@ class Pruner:
     @property
     def wants_microbatches(self) -> bool:
         """Whether saliency needs each microbatch's own gradient."""
-        return not self.is_done and self.tracker.criterion.per_microbatch
+        return not self.is_done and self.tracker.wants_microbatches
 
     def observe_gradients(self) -> None:
         """Saliency of the gradients at hand; nothing once the target is reached."""
@@ -90,10 +68,12 @@ class Pruner:
             self.tracker.accumulate(self.model.named_parameters())
 
     def finish_step(self) -> None:
+        """Average the step's saliency in, before the weights change."""
         if not self.is_done:
             self.tracker.finish_step()
 
     def discard_step(self) -> None:
+        """Forget the saliency of a step whose gradients were not finite."""
         self.tracker.discard_step()
 
     def mask_gradients(self) -> None:
@@ -150,12 +130,17 @@ class Pruner:
             self.grams.keep(removal)
             self.grams.attach(self.model)
         self.physical, self.pending, self.events_since_compaction = removal.after, None, 0
-        if self.is_done and self.grams is not None:
-            self.grams.detach()
-            self.grams = None
+        self._drop_grams_when_done()
         return loss, callee
 
+    def _drop_grams_when_done(self) -> None:
+        """Once nothing more goes, nothing needs to be absorbed."""
+        if self.grams is not None and self.is_done and self.pending is None:
+            self.grams.detach()
+            self.grams = None
+
     def state_json(self) -> dict[str, Any]:
+        """What `load_state` takes as `values`: positions of groups, as JSON."""
         return {
             "survivors": kept_to_json(self.survivors),
             "pending": kept_to_json(self.pending.kept) if self.pending is not None else None,
@@ -164,6 +149,7 @@ class Pruner:
         }
 
     def state_tensors(self) -> dict[str, Any]:
+        """What `load_state` takes as `tensors`: scores and Gram matrices, the same on every rank."""
         return {"tracker": self.tracker.state_dict(), "grams": self.grams.grams if self.grams is not None else {}}
 
     def load_state(self, values: dict[str, Any], tensors: dict[str, Any], model: Any) -> None:
@@ -178,9 +164,7 @@ class Pruner:
         if self.grams is not None:
             self.grams.grams = tensors["grams"]
             self.grams.attach(model)
-            if self.is_done and self.pending is None:
-                self.grams.detach()
-                self.grams = None
+            self._drop_grams_when_done()
 
 
 def kept_to_json(kept: Kept) -> dict[str, list[list[int]]]:

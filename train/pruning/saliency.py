@@ -1,87 +1,29 @@
 """Saliency of minimal parameter groups, from the weights and the gradients of the training steps themselves.
 
 Shapes: L layers, H hidden, G key/value heads, R query heads per key/value head, D head_dim, I FFN channels.
-A criterion gives each parameter one or more elementwise terms; terms are summed in fp32 over every parameter of a
-group; the sums become one score per group. Scores are averaged exponentially over optimizer steps.
+A criterion's elementwise terms are summed in fp32 over every parameter of a group; the sums become one score per group.
+Scores are averaged exponentially over optimizer steps.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...runtime.base.errors import UsageError
 from ..compute.gather import full
 from ..model.architecture import Architecture
 from ..model.tensors import axes_of
+from .criteria import RANDOM, Criterion, Terms, criterion_named
+from .groups import KINDS, counts
 
-GROUP_KINDS = ("kv_group", "query_head", "ffn", "stem")
-"""kv_group: one key/value head and its query heads. query_head: one query head (removed from every key/value head of a
-layer at once). ffn: one intermediate channel. stem: one hidden channel of the whole model."""
-
-Terms = tuple[Tensor, ...]
 Scores = dict[str, list[Tensor]]
-"""{kind: [score vector of layer 0, ...]}; 'stem' has one vector. Lengths: kv_group G, query_head G*R, ffn I, stem H."""
+"""{kind: [score vector of layer 0, ...]}, one vector where the kind is one of the whole model (see groups.KINDS)."""
 
 Sums = dict[tuple[int | str | None, str], list[Tensor]]
 """{(layer, axis): [sum of term 1 along that axis, ...]}; the hidden axis has one entry per piece of the stem."""
-
-
-@dataclass(frozen=True)
-class Criterion:
-    """One way to score groups."""
-
-    elementwise: Callable[[Tensor, Tensor], Terms]
-    """(weight, gradient) -> terms of the same shape, summed over a group's parameters."""
-    combine: Callable[..., Tensor]
-    """(sum of term 1, sum of term 2, ...) -> scores, elementwise over channels."""
-    uses_gradient: bool = True
-    per_microbatch: bool = False
-    """Whether the terms must see each microbatch's own gradient (samples of the empirical Fisher)."""
-    combine_each_sample: bool = False
-    """Whether `combine` is applied to every sample and its results averaged, not to the averaged sums."""
-
-
-CRITERIA: dict[str, Criterion] = {
-    # |sum g w|: first-order change of the loss (Molchanov et al. 2019, arXiv 1906.10771, eq. 8 before squaring).
-    "taylor1": Criterion(lambda w, g: (g * w,), lambda first: first.abs()),
-    # |sum (g w - F w^2 / 2)| with the empirical Fisher diagonal F = E_microbatch[g^2] (LLM-Pruner, arXiv 2305.11627).
-    "taylor2": Criterion(
-        lambda w, g: (g * w, (g * w).square()), lambda first, second: (first - 0.5 * second).abs(), per_microbatch=True
-    ),
-    # E_microbatch[(sum g w)^2]: the second-order change for removing the whole channel, with the empirical Fisher for
-    # the Hessian, cross terms within the channel included (Molchanov et al. 2019, eq. 8).
-    "fisher": Criterion(
-        lambda w, g: (g * w,), lambda first: first.square(), per_microbatch=True, combine_each_sample=True
-    ),
-    # sum w^2.
-    "magnitude": Criterion(lambda w, g: (w.square(),), lambda squares: squares, uses_gradient=False),
-    # Uniform noise, drawn anew on every observation: the baseline that knows nothing.
-    "random": Criterion(lambda w, g: (), lambda: torch.empty(0), uses_gradient=False),
-}
-
-
-def register_criterion(name: str, criterion: Criterion) -> None:
-    """Make `criterion` available as `--saliency name`."""
-    CRITERIA[name] = criterion
-
-
-ENTRY_POINT_GROUP = "efficientllm.criteria"
-"""Installed packages add criteria here: name = "module:criterion"."""
-
-
-def criterion_named(name: str) -> Criterion:
-    """A criterion of the registry or of an installed plug-in; UsageError lists the known ones."""
-    for plugin in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP, name=name):
-        register_criterion(name, plugin.load())
-    if name not in CRITERIA:
-        raise UsageError(f"--saliency {name}: unknown; known: {', '.join(CRITERIA)}")
-    return CRITERIA[name]
 
 
 def _stem_piece(layer: int | None, name: str) -> str:
@@ -92,8 +34,8 @@ def _stem_piece(layer: int | None, name: str) -> str:
 
 
 def _add(sums: Sums, key: tuple[int | str | None, str], terms: list[Tensor]) -> None:
-    held = sums.get(key)
-    sums[key] = terms if held is None else [a + b for a, b in zip(held, terms, strict=True)]
+    before = sums.get(key)
+    sums[key] = terms if before is None else [a + b for a, b in zip(before, terms, strict=True)]
 
 
 def _add_blocks(sums: Sums, name: str, terms: Terms, rows: int) -> None:
@@ -103,8 +45,78 @@ def _add_blocks(sums: Sums, name: str, terms: Terms, rows: int) -> None:
         _add(sums, (f"{name} {index}", "hidden"), list(block))
 
 
-class SaliencyTracker:
-    """Scores of every prunable group of a model, averaged over the training steps seen so far."""
+class RunningScores:
+    """Scores of every prunable group, averaged exponentially over the optimizer steps seen so far."""
+
+    wants_microbatches = False
+    """Whether `accumulate` must see each microbatch's own gradient."""
+
+    def __init__(self, kinds: Iterable[str], architecture: Architecture, decay: float) -> None:
+        """`decay` is the weight of the past, per optimizer step."""
+        self.kinds = tuple(kinds)
+        self.architecture = architecture
+        self.decay = decay
+        self.num_observations = 0
+        self.scores: Scores = {}
+
+    def accumulate(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
+        """Look at the gradients at hand; call after backward and before gradients are clipped or cleared."""
+
+    def finish_step(self) -> None:
+        """Turn what one optimizer step showed into scores and average them in."""
+        raise NotImplementedError
+
+    def discard_step(self) -> None:
+        """Forget a step whose gradients were not finite."""
+
+    def _average(self, observed: Scores) -> None:
+        self.num_observations += 1
+        if not self.scores:
+            self.scores = observed
+            return
+        for name, vectors in observed.items():
+            for average, new in zip(self.scores[name], vectors, strict=True):
+                average.lerp_(new, 1.0 - self.decay)
+
+    def keep(self, architecture: Architecture, kept: dict[str, list[Tensor]]) -> None:
+        """Drop the scores of removed groups; `kept[kind][layer]` are the surviving positions."""
+        self.architecture = architecture
+        for name, vectors in self.scores.items():
+            self.scores[name] = [
+                vector[survivors.to(vector.device)] for vector, survivors in zip(vectors, kept[name], strict=True)
+            ]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"scores": self.scores, "num_observations": self.num_observations}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.scores = state["scores"]
+        self.num_observations = state["num_observations"]
+
+
+class RandomScores(RunningScores):
+    """Uniform noise, drawn anew at every step: the baseline that knows nothing (`--saliency random`)."""
+
+    def __init__(self, kinds: Iterable[str], architecture: Architecture, decay: float, seed: int) -> None:
+        super().__init__(kinds, architecture, decay)
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def finish_step(self) -> None:
+        def draw(length: int) -> Tensor:
+            return torch.rand(length, generator=self.generator)
+
+        self._average({name: [draw(length) for length in counts(name, self.architecture)] for name in self.kinds})
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.generator.set_state(state["generator"])
+
+
+class SaliencyTracker(RunningScores):
+    """Scores by a criterion."""
 
     def __init__(
         self,
@@ -112,38 +124,24 @@ class SaliencyTracker:
         kinds: Iterable[str],
         architecture: Architecture,
         decay: float,
-        seed: int = 0,
         mean_over_ranks: Callable[[Iterable[Tensor]], None] = lambda tensors: None,
     ) -> None:
-        """`decay` is the weight of the past in the exponential average, per optimizer step.
-
-        `mean_over_ranks` averages tensors in place; it is called where the samples are a rank's own microbatches.
-        """
+        """`mean_over_ranks` averages tensors in place; it is called where the samples are a rank's own microbatches."""
+        super().__init__(kinds, architecture, decay)
         self.mean_over_ranks = mean_over_ranks
         self.criterion = criterion
-        self.kinds = tuple(kinds)
-        self.decay = decay
-        self.architecture = architecture
-        self.num_observations = 0
-        self.scores: Scores = {}
-        self.generator = torch.Generator().manual_seed(seed)
+        self.wants_microbatches = criterion.per_microbatch
         self._samples: list[Sums] = []
         """Sums of this step's samples so far: one, or one per microbatch."""
 
     @property
     def axes(self) -> frozenset[str]:
         """Axes whose sums the kinds need."""
-        needs = {"kv_group": ("kv", "query"), "query_head": ("query",), "ffn": ("ffn",), "stem": ("hidden",)}
-        return frozenset(axis for kind in self.kinds for axis in needs[kind])
+        return frozenset(axis for name in self.kinds for axis in KINDS[name].scored_axes)
 
     @torch.no_grad()
     def accumulate(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
-        """Add the gradients at hand: once per step, or once per microbatch where the criterion asks for samples.
-
-        Call after backward and before gradients are clipped or cleared.
-        """
-        if self.criterion is CRITERIA["random"]:
-            return
+        """Add the gradients at hand: once per step, or once per microbatch where the criterion asks for samples."""
         sums: Sums = {}
         for name, parameter in named_parameters:
             layer, axes = axes_of(name)
@@ -163,14 +161,13 @@ class SaliencyTracker:
 
     @torch.no_grad()
     def finish_step(self) -> None:
-        """Turn the samples of one optimizer step into scores and average them in."""
-        if self.criterion is CRITERIA["random"]:
-            observed = self._random_scores()
-        elif self.criterion.combine_each_sample:
+        # Means over samples and over ranks commute with sums, not with `combine`: a criterion that is not linear in
+        # its samples (fisher) combines each one first, all others combine the mean once.
+        if self.criterion.combine_each_sample:
             each = [self._group_scores(sums) for sums in self._samples]
             observed = {
-                kind: [torch.stack(vectors).mean(0) for vectors in zip(*(scores[kind] for scores in each), strict=True)]
-                for kind in self.kinds
+                name: [torch.stack(vectors).mean(0) for vectors in zip(*(scores[name] for scores in each), strict=True)]
+                for name in self.kinds
             }
             self.mean_over_ranks(vector for vectors in observed.values() for vector in vectors)
         else:
@@ -178,77 +175,76 @@ class SaliencyTracker:
                 key: [torch.stack(terms).mean(0) for terms in zip(*(sums[key] for sums in self._samples), strict=True)]
                 for key in self._samples[0]
             }
-            if self.criterion.per_microbatch:
+            if self.criterion.per_microbatch:  # otherwise the gradients are averaged over ranks already
                 self.mean_over_ranks(term for terms in mean.values() for term in terms)
             observed = self._group_scores(mean)
         self._samples = []
         self._average(observed)
 
     def discard_step(self) -> None:
-        """Forget the sums of a step whose gradients were not finite."""
         self._samples = []
 
     def _group_scores(self, sums: Sums) -> Scores:
-        """Fold axis sums into one score per group of each kind."""
-        head_dim = self.architecture.head_dim
-        scores: Scores = {kind: [] for kind in self.kinds}
-        for kind in self.kinds:
-            if kind == "stem":
-                pieces = [self.criterion.combine(*terms) for (_, axis), terms in sums.items() if axis == "hidden"]
-                scores[kind].append(torch.stack(pieces).sum(0))
-                continue
-            for index, shape in enumerate(self.architecture.layers):
-                if (shape.intermediate_size if kind == "ffn" else shape.num_attention_heads) == 0:
-                    scores[kind].append(torch.zeros(0))
-                    continue
-                if kind == "ffn":
-                    scores[kind].append(self.criterion.combine(*sums[index, "ffn"]))
-                    continue
-                groups = shape.num_key_value_heads if kind == "kv_group" else shape.num_attention_heads
-                channels = [term.view(groups, -1, head_dim).sum(1) for term in sums[index, "query"]]
-                if kind == "kv_group":
-                    keys_values = [term.view(groups, head_dim) for term in sums[index, "kv"]]
-                    channels = [q + kv for q, kv in zip(channels, keys_values, strict=True)]
-                scores[kind].append(self.criterion.combine(*channels).sum(1))  # [groups, D] -> [groups]
+        """Fold axis sums into one score per group of each kind, no score [0] where a layer has no such group."""
+        scores: Scores = {}
+        for name in self.kinds:
+            fold = FOLDS[name]
+            scores[name] = [
+                fold(self.criterion, sums, self.architecture, layer) if count else torch.zeros(0)
+                for layer, count in enumerate(counts(name, self.architecture))
+            ]
         return scores
 
-    def _random_scores(self) -> Scores:
-        def draw(length: int) -> Tensor:
-            return torch.rand(length, generator=self.generator)
 
-        lengths = {
-            "kv_group": [layer.num_key_value_heads for layer in self.architecture.layers],
-            "query_head": [layer.num_attention_heads for layer in self.architecture.layers],
-            "ffn": [layer.intermediate_size for layer in self.architecture.layers],
-            "stem": [self.architecture.hidden_size],
-        }
-        return {kind: [draw(length) for length in lengths[kind]] for kind in self.kinds}
+Fold = Callable[[Criterion, Sums, Architecture, int], Tensor]
+"""(criterion, axis sums, shape, layer) -> scores of a layer's groups.
 
-    def _average(self, observed: Scores) -> None:
-        self.num_observations += 1
-        if not self.scores:
-            self.scores = observed
-            return
-        for kind, vectors in observed.items():
-            for held, new in zip(self.scores[kind], vectors, strict=True):
-                held.lerp_(new, 1.0 - self.decay)
+Scores are formed in pieces of about an FFN channel's size and added up: in one signed sum over a large group, unrelated
+parts cancel and large groups look cheap (docs/log.md)."""
 
-    def keep(self, architecture: Architecture, kept: dict[str, list[Tensor]]) -> None:
-        """Drop the scores of removed groups; `kept[kind][layer]` are the surviving positions."""
-        self.architecture = architecture
-        for kind, vectors in self.scores.items():
-            self.scores[kind] = [
-                vector[survivors.to(vector.device)] for vector, survivors in zip(vectors, kept[kind], strict=True)
-            ]
 
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "scores": self.scores,
-            "num_observations": self.num_observations,
-            "generator": self.generator.get_state(),
-        }
+def _fold_key_value_groups(criterion: Criterion, sums: Sums, architecture: Architecture, layer: int) -> Tensor:
+    """[G]: a piece is one of the head's D channels, of key and value and of all R query heads together."""
+    groups, head_dim = architecture.layers[layer].num_key_value_heads, architecture.head_dim
+    queries = [term.view(groups, -1, head_dim).sum(1) for term in sums[layer, "query"]]  # [G, R, D] -> [G, D]
+    keys_values = [term.view(groups, head_dim) for term in sums[layer, "kv"]]
+    return criterion.combine(*(q + kv for q, kv in zip(queries, keys_values, strict=True))).sum(1)
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.scores = state["scores"]
-        self.num_observations = state["num_observations"]
-        self.generator.set_state(state["generator"])
+
+def _fold_query_heads(criterion: Criterion, sums: Sums, architecture: Architecture, layer: int) -> Tensor:
+    """[G * R]: a piece is one of the head's D channels."""
+    heads, head_dim = architecture.layers[layer].num_attention_heads, architecture.head_dim
+    return criterion.combine(*(term.view(heads, -1, head_dim).sum(1) for term in sums[layer, "query"])).sum(1)
+
+
+def _fold_ffn_channels(criterion: Criterion, sums: Sums, architecture: Architecture, layer: int) -> Tensor:
+    """[I]: a channel is one piece."""
+    return criterion.combine(*sums[layer, "ffn"])
+
+
+def _fold_stem_channels(criterion: Criterion, sums: Sums, architecture: Architecture, layer: int) -> Tensor:
+    """[H]: a piece is what `_stem_piece` and `_add_blocks` name."""
+    return torch.stack([criterion.combine(*terms) for (_, axis), terms in sums.items() if axis == "hidden"]).sum(0)
+
+
+FOLDS: dict[str, Fold] = {
+    "kv_group": _fold_key_value_groups,
+    "query_head": _fold_query_heads,
+    "ffn": _fold_ffn_channels,
+    "stem": _fold_stem_channels,
+}
+"""How each kind of groups.KINDS gets its scores."""
+
+
+def tracker_named(
+    name: str,
+    kinds: Iterable[str],
+    architecture: Architecture,
+    decay: float,
+    seed: int = 0,
+    mean_over_ranks: Callable[[Iterable[Tensor]], None] = lambda tensors: None,
+) -> RunningScores:
+    """The tracker of `--saliency name`; UsageError where there is none."""
+    if name == RANDOM:
+        return RandomScores(kinds, architecture, decay, seed)
+    return SaliencyTracker(criterion_named(name), kinds, architecture, decay, mean_over_ranks)

@@ -8,22 +8,21 @@ score is the sum of its groups' scores divided by the parameters it frees.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ...runtime.base.errors import UsageError
-from ..model.architecture import Architecture, LayerShape
+from ..model.architecture import Architecture
+from .groups import KINDS, counts
 from .saliency import Scores
 
 Kept = dict[str, list[Tensor]]
 """{kind: [sorted positions that survive in layer 0, ...]}; 'stem' has one entry."""
 
-HEAD_KINDS = ("kv_group", "query_head")
-
 Part = tuple[int | None, tuple[int, ...]]
-"""(layer, positions of the groups that go); the layer is None for stem channels."""
+"""(layer, positions of the groups that go); the layer is None for groups of the whole model."""
 
 
 @dataclass(frozen=True)
@@ -65,13 +64,7 @@ class Removal:
 
 def all_groups(architecture: Architecture) -> Kept:
     """The identity: every group of every kind."""
-    layers = architecture.layers
-    return {
-        "kv_group": [torch.arange(layer.num_key_value_heads) for layer in layers],
-        "query_head": [torch.arange(layer.num_attention_heads) for layer in layers],
-        "ffn": [torch.arange(layer.intermediate_size) for layer in layers],
-        "stem": [torch.arange(architecture.hidden_size)],
-    }
+    return {name: [torch.arange(count) for count in counts(name, architecture)] for name in KINDS}
 
 
 def compose(first: Kept, then: Kept) -> Kept:
@@ -80,21 +73,15 @@ def compose(first: Kept, then: Kept) -> Kept:
 
 
 def smallest_architecture(architecture: Architecture, rules: SelectionRules) -> Architecture:
-    """The least that pruning may leave: one key/value group with one query head, one multiple of channels."""
+    """The least that pruning may leave: one step of every kind in every layer that has any."""
     if rules.floor is not None:
         return rules.floor
-    layers = []
-    for layer in architecture.layers:
-        groups, per_group, width = layer.num_key_value_heads, layer.queries_per_group, layer.intermediate_size
-        if "kv_group" in rules.kinds:
-            groups = min(groups, 1)
-        if "query_head" in rules.kinds:
-            per_group = min(per_group, 1)
-        if "ffn" in rules.kinds:
-            width = min(width, rules.width_multiple)
-        layers.append(LayerShape(groups * per_group, groups, width))
-    hidden = min(architecture.hidden_size, rules.width_multiple) if "stem" in rules.kinds else architecture.hidden_size
-    return replace(architecture, hidden_size=hidden, layers=tuple(layers))
+    for name in rules.kinds:
+        kind = KINDS[name]
+        for layer, count in enumerate(counts(name, architecture)):
+            least = kind.step(architecture, layer, rules.width_multiple)
+            architecture = kind.shrink(architecture, layer, max(0, count - least))
+    return architecture
 
 
 def check_floor(architecture: Architecture, floor: Architecture) -> None:
@@ -148,93 +135,80 @@ class Ranking:
         return min(candidates, key=lambda unit: (unit.score, unit.kind, unit.parts[0][0] or 0), default=None)
 
     def _keys(self) -> list[tuple[str, int | None]]:
+        """(kind, layer) of every candidate; the layer is None where all of them, or the whole model, lose at once."""
+        layers = range(len(self.architecture.layers))
         keys: list[tuple[str, int | None]] = []
-        for kind in self.rules.kinds:
-            whole_model = kind == "stem" or self.rules.uniform
-            keys += [(kind, None)] if whole_model else [(kind, i) for i in range(len(self.architecture.layers))]
+        for name in self.rules.kinds:
+            at_once = KINDS[name].is_whole_model or self.rules.uniform
+            keys += [(name, None)] if at_once else [(name, layer) for layer in layers]
         return keys
 
-    def _candidate(self, kind: str, layer: int | None) -> Unit | None:
-        key = (kind, layer)
+    def _candidate(self, name: str, layer: int | None) -> Unit | None:
+        key = (name, layer)
         if key not in self._cache:
-            self._cache[key] = self._build(kind, layer)
+            self._cache[key] = self._build(name, layer)
         return self._cache[key]
 
-    def _build(self, kind: str, layer: int | None) -> Unit | None:
-        layers: list[int | None] = [layer]
-        if layer is None and kind != "stem":
+    def _build(self, name: str, layer: int | None) -> Unit | None:
+        kind, layers = KINDS[name], [layer]
+        if layer is None and not kind.is_whole_model:
             layers = list(range(len(self.architecture.layers)))
         smaller, total, parts = self.architecture, 0.0, []
         for index in layers:
-            positions = self._lowest(kind, index)
-            if positions is None:
-                return None
             row = index or 0
-            total += float(self._scores[kind][row][self.kept[kind][row][positions]].sum())
-            parts.append((index, tuple(self.kept[kind][row][positions].tolist())))
-            smaller = without(smaller, kind, index, len(positions))
+            places = self._lowest(name, row)
+            if places is None:
+                return None
+            positions = self.kept[name][row][places]
+            total += float(self._scores[name][row][positions].sum())
+            parts.append((index, tuple(positions.tolist())))
+            smaller = kind.shrink(smaller, row, len(positions))
         freed = self.architecture.num_parameters - smaller.num_parameters
-        return Unit(kind, tuple(parts), freed, total / freed)
+        return Unit(name, tuple(parts), freed, total / freed)
 
-    def _lowest(self, kind: str, layer: int | None) -> Tensor | None:
-        """Places among the surviving groups that the next unit of this kind takes, or None at the floor."""
-        row = layer or 0
-        values = self._scores[kind][row][self.kept[kind][row]]
-        if kind in ("ffn", "stem"):
-            least = self.floor.hidden_size if layer is None else self.floor.layers[layer].intermediate_size
-            count = len(values) % self.rules.width_multiple or self.rules.width_multiple
-            count = min(count, len(values) - least)
-            return None if count <= 0 else values.argsort(stable=True)[:count].sort().values
-        assert layer is not None
-        shape, least_shape = self.architecture.layers[layer], self.floor.layers[layer]
-        if kind == "kv_group":
-            may_go = shape.num_key_value_heads > max(1, least_shape.num_key_value_heads)
-            return values.argsort(stable=True)[:1] if may_go else None
-        if shape.queries_per_group <= max(1, least_shape.queries_per_group):
+    def _lowest(self, name: str, layer: int) -> Tensor | None:
+        """Places among the surviving groups of a layer that the next unit takes, or None at the floor."""
+        kind, shape = KINDS[name], self.architecture
+        count = kind.count(shape, layer)
+        if not count:
             return None
-        groups = shape.num_key_value_heads
-        return values.view(groups, -1).argmin(dim=1) + torch.arange(groups) * shape.queries_per_group
+        step = kind.step(shape, layer, self.rules.width_multiple)
+        # the first unit of a width that is no multiple takes what is above the next one
+        size = min(count % step or step, count - kind.least(shape, layer, self.floor))
+        if size <= 0:
+            return None
+        values = self._scores[name][layer][self.kept[name][layer]]
+        if name == "query_head":  # one of every key/value group, [G * R] -> [G], so that groups stay equal
+            per_group = values.view(step, -1)
+            return per_group.argmin(dim=1) + torch.arange(step) * per_group.shape[1]
+        return values.argsort(stable=True)[:size].sort().values
 
     def _take(self, unit: Unit) -> None:
+        kind = KINDS[unit.kind]
         for layer, positions in unit.parts:
-            row, gone = layer or 0, torch.tensor(positions)
-            if unit.kind in HEAD_KINDS:
-                self._take_heads(unit.kind, row, gone)
-            else:
-                self.kept[unit.kind][row] = _without_values(self.kept[unit.kind][row], gone)
-            self.architecture = without(self.architecture, unit.kind, layer, len(positions))
-        if unit.kind == "stem" or self.rules.uniform:
+            row, removed = layer or 0, torch.tensor(positions)
+            if unit.kind == "kv_group":
+                self._take_query_heads(row, removed)
+            self.kept[unit.kind][row] = _without_values(self.kept[unit.kind][row], removed)
+            self.architecture = kind.shrink(self.architecture, row, len(positions))
+        if kind.is_whole_model or self.rules.uniform:
             self._cache.clear()
             return
-        for kind in HEAD_KINDS if unit.kind in HEAD_KINDS else (unit.kind,):
-            self._cache.pop((kind, unit.parts[0][0]), None)
-        self._cache.pop(("stem", None), None)  # a stem channel's cost depends on every layer
+        for name, other in KINDS.items():
+            if other.flag == kind.flag:  # they share tensors, so what one takes changes the other's cost
+                self._cache.pop((name, unit.parts[0][0]), None)
+            elif other.is_whole_model:  # a stem channel's cost depends on every layer
+                self._cache.pop((name, None), None)
 
-    def _take_heads(self, kind: str, row: int, gone: Tensor) -> None:
-        """Keep the query-head and key/value-group bookkeeping of one layer consistent."""
-        groups, heads = self.kept["kv_group"][row], self.kept["query_head"][row]
-        if kind == "query_head":
-            self.kept["query_head"][row] = _without_values(heads, gone)
-            return
-        survives = ~torch.isin(groups, gone)
-        self.kept["query_head"][row] = heads.view(len(groups), -1)[survives].flatten()
-        self.kept["kv_group"][row] = groups[survives]
+    def _take_query_heads(self, layer: int, removed: Tensor) -> None:
+        """Query heads go with their key/value group. They lie group by group, [G, R], before and after."""
+        groups, heads = self.kept["kv_group"][layer], self.kept["query_head"][layer]
+        survives = ~torch.isin(groups, removed)
+        self.kept["query_head"][layer] = heads.view(len(groups), -1)[survives].flatten()
 
 
-def without(architecture: Architecture, kind: str, layer: int | None, count: int) -> Architecture:
-    """The shape once `count` groups of a layer are gone."""
-    if layer is None:
-        return replace(architecture, hidden_size=architecture.hidden_size - count)
-    shape = architecture.layers[layer]
-    if kind == "ffn":
-        return architecture.with_layer(layer, intermediate_size=shape.intermediate_size - count)
-    heads = shape.num_attention_heads - (count * shape.queries_per_group if kind == "kv_group" else count)
-    groups = shape.num_key_value_heads - (count if kind == "kv_group" else 0)
-    return architecture.with_layer(layer, num_attention_heads=heads, num_key_value_heads=groups)
-
-
-def _without_values(values: Tensor, gone: Tensor) -> Tensor:
-    return values[~torch.isin(values, gone)]
+def _without_values(values: Tensor, removed: Tensor) -> Tensor:
+    return values[~torch.isin(values, removed)]
 
 
 def select_removal(

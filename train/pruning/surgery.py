@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..model.architecture import Architecture
 from ..model.irregular import apply_architecture
 from ..model.tensors import STEM_NORMS, axes_of
+from .groups import KIND_OF_AXIS, KINDS
 from .selection import Kept, Removal
 
 
@@ -31,21 +32,14 @@ def expand_heads(heads: Tensor, head_dim: int) -> Tensor:
 
 def kept_channels(kept: Kept, architecture: Architecture, layer: int | None, axis: str) -> Tensor | None:
     """Surviving positions along an axis of `architecture`, or None where nothing was removed."""
-    if axis == "hidden":
-        survivors, size = kept["stem"][0], architecture.hidden_size
-    elif axis in ("vocab", "head") or layer is None:
+    if axis not in KIND_OF_AXIS:
         return None
-    else:
-        shape = architecture.layers[layer]
-        kind, size = {
-            "ffn": ("ffn", shape.intermediate_size),
-            "kv": ("kv_group", shape.num_key_value_heads),
-            "query": ("query_head", shape.num_attention_heads),
-        }[axis]
-        survivors = kept[kind][layer]
-    if len(survivors) == size:
+    name = KIND_OF_AXIS[axis]
+    kind, row = KINDS[name], layer if layer is not None and not KINDS[name].is_whole_model else 0
+    survivors = kept[name][row]
+    if len(survivors) == kind.count(architecture, row):
         return None
-    return expand_heads(survivors, architecture.head_dim) if axis in ("kv", "query") else survivors
+    return expand_heads(survivors, architecture.head_dim) if kind.is_head else survivors
 
 
 def slice_tensor(name: str, tensor: Tensor, removal: Removal) -> Tensor:

@@ -47,18 +47,18 @@ class InputGrams:
 
     def attach(self, model: Any) -> None:
         """Watch `model` (again, where it was rebuilt)."""
-        for handle in self._handles:
-            handle.remove()
-        self.model, self._handles = model, []
+        self.detach()
+        self.model = model
         for name, module in model.named_modules():
             suffix = name.split(".", 3)[-1]
             if suffix in READERS and READERS[suffix][0] in self.axes and isinstance(module, nn.Linear):
                 self._handles.append(module.register_forward_pre_hook(self._observer(name)))
 
     def detach(self) -> None:
+        """Watch no model; what was seen is kept."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self.grams = [], {}
+        self._handles = []
 
     def _observer(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         @torch.no_grad()
@@ -69,11 +69,11 @@ class InputGrams:
             x = (x[:: max(1, len(x) // self.rows)] if self.rows else x).float()  # fp32: bf16 sums would cancel
             with torch.autocast(x.device.type, enabled=False):
                 gram = x.T @ x / len(x)
-            held = self.grams.get(name)
-            if held is None or held.shape != gram.shape:
+            average = self.grams.get(name)
+            if average is None or average.shape != gram.shape:
                 self.grams[name] = gram
             else:
-                held.lerp_(gram, 1.0 - self.decay)
+                average.lerp_(gram, 1.0 - self.decay)
 
         return observe
 

@@ -3,34 +3,33 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from ..plots import GROUP_COLOUR, KEPT_COLOUR, SOURCE_COLOUR
+from ..plots import GROUP_COLOR, KEPT_COLOR, SOURCE_COLOR
 from .arms import ARMS
+from .result import StudyResult
 
 
-def plot_perplexities(results: list[dict[str, Any]], keep: float, path: Path) -> None:
+def plot_perplexities(results: Sequence[StudyResult], keep: float, path: Path) -> None:
     """Log-scaled bars per arm on each text: ours blue, baselines grey; a line spans the seeds."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    texts = list(results[0]["evaluation"]["perplexity"])
+    texts = list(results[0].evaluation.perplexity)
     arms = []
     for name, arm in ARMS.items():
-        found = [r for r in results if r["arm"] == name and r["keep"] == (1.0 if arm.same_for_all_ratios else keep)]
+        found = [r for r in results if r.arm == name and r.keep == (1.0 if arm.same_for_all_ratios else keep)]
         if found:
             arms.append((arm, found))
     arms.reverse()
     figure = Figure(figsize=(3.6 * len(texts) + 2.4, 0.34 * len(arms) + 1.1), layout="constrained")
-    FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(texts), sharey=True, squeeze=False)[0]
     for axes, text in zip(panels, texts, strict=True):
         for place, (arm, found) in enumerate(arms):
-            values = [result["evaluation"]["perplexity"][text]["perplexity"] for result in found]
-            colour = KEPT_COLOUR if arm.is_ours else GROUP_COLOUR if arm.same_for_all_ratios else SOURCE_COLOUR
+            values = [result.perplexity(text) for result in found]
+            color = KEPT_COLOR if arm.is_ours else GROUP_COLOR if arm.same_for_all_ratios else SOURCE_COLOR
             mean = statistics.fmean(values)
-            axes.barh(place, mean, color=colour, height=0.7)
+            axes.barh(place, mean, color=color, height=0.7)
             axes.plot([min(values), max(values)], [place, place], color="#1b2430", linewidth=1.5)
             axes.annotate(f"{mean:.1f}", (mean, place), xytext=(3, 0), textcoords="offset points", va="center", size=8)
         axes.set_xscale("log")

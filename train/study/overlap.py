@@ -5,23 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from ..model.architecture import Architecture
+from ..pruning.groups import KINDS, counts
 
 Survivors = Mapping[str, Sequence[Sequence[int]]]
 """{kind: [positions of the source that survive in layer 0, ...]}, as in a run's architecture.json."""
 
 
 def removed(survivors: Survivors, source: Architecture) -> set[tuple[str, int, int]]:
-    """(kind, layer, position) of every FFN channel, query head and stem channel that is gone."""
-    widths = {
-        "ffn": [layer.intermediate_size for layer in source.layers],
-        "query_head": [layer.num_attention_heads for layer in source.layers],
-        "stem": [source.hidden_size],
+    """(kind, layer, position) of every group that is gone; key/value groups are counted by their query heads."""
+    return {
+        (name, layer, position)
+        for name in KINDS
+        if name != "kv_group"
+        for layer, (size, kept) in enumerate(zip(counts(name, source), survivors[name], strict=True))
+        for position in set(range(size)).difference(kept)
     }
-    gone: set[tuple[str, int, int]] = set()
-    for kind, sizes in widths.items():
-        for layer, (size, kept) in enumerate(zip(sizes, survivors[kind], strict=True)):
-            gone |= {(kind, layer, position) for position in set(range(size)).difference(kept)}
-    return gone
 
 
 def jaccard_of_removed(one: Survivors, other: Survivors, source: Architecture) -> float:

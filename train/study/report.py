@@ -22,9 +22,10 @@ from ..plots import plot_architecture
 from .arms import ARMS, TAYLOR1
 from .figure import plot_perplexities
 from .overlap import jaccard_of_removed
+from .result import StudyResult
 from .study import Study
 
-Results = list[dict[str, Any]]
+Results = list[StudyResult]
 
 
 def commit() -> str:
@@ -36,17 +37,10 @@ def commit() -> str:
         return "unknown"
 
 
-def compact(result: dict[str, Any]) -> dict[str, Any]:
-    """A result without per-document scores: what the page's JSON holds."""
-    evaluation = result["evaluation"]
-    tasks = {name: {k: v for k, v in task.items() if k != "samples"} for name, task in evaluation["tasks"].items()}
-    return result | {"evaluation": {"perplexity": evaluation["perplexity"], "tasks": tasks}}
-
-
 def of_arm(results: Results, arm: str, keep: float) -> Results:
     """Every seed of an arm at a ratio (or of an arm that is the same at all ratios)."""
     wanted = 1.0 if ARMS[arm].same_for_all_ratios else keep
-    return [result for result in results if result["arm"] == arm and result["keep"] == wanted]
+    return [result for result in results if result.arm == arm and result.keep == wanted]
 
 
 def _over_seeds(values: Sequence[float], digits: int) -> str:
@@ -63,15 +57,14 @@ def _task_cell(evaluations: Sequence[Evaluation], name: str) -> str:
 
 def _overlap_with_ours(results: Results, arm: str, keep: float, source: Architecture) -> str:
     own, ours = of_arm(results, arm, keep), of_arm(results, TAYLOR1, keep)
-    if not own or not ours or arm == TAYLOR1 or not own[0].get("survivors"):
+    if not own or not ours or arm == TAYLOR1 or own[0].survivors is None or ours[0].survivors is None:
         return ""
-    return f"{jaccard_of_removed(own[0]['survivors'], ours[0]['survivors'], source):.2f}"
+    return f"{jaccard_of_removed(own[0].survivors, ours[0].survivors, source):.2f}"
 
 
 def table(results: Results, keep: float, source: Architecture) -> str:
     """One row per arm at a ratio."""
-    texts = list(results[0]["evaluation"]["perplexity"])
-    tasks = list(results[0]["evaluation"]["tasks"])
+    texts, tasks = list(results[0].evaluation.perplexity), list(results[0].evaluation.tasks)
     header = ["arm", "seeds", "parameters", *[f"{text} ppl" for text in texts]]
     header += [*[f"{task}" for task in tasks], "train s", "TFLOP", "removed as ours"]
     rows = [header]
@@ -79,18 +72,18 @@ def table(results: Results, keep: float, source: Architecture) -> str:
         found = of_arm(results, arm, keep)
         if not found:
             continue
-        evaluations = [Evaluation.from_dict(result["evaluation"]) for result in found]
+        evaluations = [result.evaluation for result in found]
         title = f"**{description.title}**" if description.is_ours else description.title
-        perplexities = [_over_seeds([e.perplexity[text].perplexity for e in evaluations], 2) for text in texts]
+        perplexities = [_over_seeds([result.perplexity(text) for result in found], 2) for text in texts]
         rows.append(
             [
                 title,
                 str(len(found)),
-                format_count(found[0]["parameters"]),
+                format_count(found[0].parameters),
                 *perplexities,
                 *[_task_cell(evaluations, task) for task in tasks],
-                f"{statistics.fmean(result['seconds'] for result in found):.0f}",
-                f"{found[0]['flops'] / 1e12:.1f}",
+                f"{statistics.fmean(result.seconds for result in found):.0f}",
+                f"{found[0].flops / 1e12:.1f}",
                 _overlap_with_ours(results, arm, keep, source),
             ]
         )
@@ -99,12 +92,12 @@ def table(results: Results, keep: float, source: Architecture) -> str:
 
 def verdict(results: Results, keep: float) -> str:
     """Which arm has the lowest perplexity on the first text, and where ours stand."""
-    text = next(iter(results[0]["evaluation"]["perplexity"]))
+    text = next(iter(results[0].evaluation.perplexity))
     means: dict[str, float] = {}
     for arm, description in ARMS.items():
         found = of_arm(results, arm, keep)
         if found and description.trains and not description.same_for_all_ratios:
-            means[arm] = statistics.fmean(r["evaluation"]["perplexity"][text]["perplexity"] for r in found)
+            means[arm] = statistics.fmean(result.perplexity(text) for result in found)
     ours = [arm for arm in means if ARMS[arm].is_ours]
     others = [arm for arm in means if not ARMS[arm].is_ours]
     if not ours or not others:
@@ -122,7 +115,7 @@ def seeds_paragraph(results: Results, keep: float, source: Architecture) -> str:
     """How much of what is removed two seeds of an arm agree on."""
     lines = []
     for arm in ARMS:
-        found = [result["survivors"] for result in of_arm(results, arm, keep) if result.get("survivors")]
+        found = [result.survivors for result in of_arm(results, arm, keep) if result.survivors is not None]
         pairs = [jaccard_of_removed(one, other, source) for one, other in itertools.combinations(found, 2)]
         if pairs:
             lines.append(f"- {ARMS[arm].title}: {_over_seeds(pairs, 2)} over {len(pairs)} pairs of seeds")
@@ -135,8 +128,8 @@ def markdown(study: Study, results: Results, folder_name: str) -> str:
     hardware = choose_hardware(config.device, "auto", config.threads)
     chips = platform.machine() if hardware.device.type == "cpu" else ""
     data = ", ".join(Path(path).name for path in config.data)
-    measured = next(iter(results))["evaluation"]["perplexity"]
-    sizes = ", ".join(f"{name} {value['tokens']:,} tokens" for name, value in measured.items())
+    measured = results[0].evaluation.perplexity
+    sizes = ", ".join(f"{name} {value.tokens:,} tokens" for name, value in measured.items())
     parts = [
         "# The study",
         "",
@@ -183,15 +176,14 @@ def write_report(study: Study, path: Path) -> None:
             "schema_version": 1,
             "commit": commit(),
             "settings": settings,
-            "results": [compact(result) | {"survivors": None} for result in results],
+            "results": [result.summary() for result in results],
         },
     )
     for keep in map(float, study.config.keep):
         ours = of_arm(results, TAYLOR1, keep)
-        if ours:
+        if ours and ours[0].architecture is not None:
             plot_perplexities(results, keep, folder / f"perplexity-{keep:g}.png")
-            final = Architecture.from_dict(ours[0]["architecture"])
-            plot_architecture(study.source, final, folder / f"architecture-{keep:g}.png")
+            plot_architecture(study.source, ours[0].architecture, folder / f"architecture-{keep:g}.png")
     write_text_atomically(path, markdown(study, results, folder.name))
 
 

@@ -6,7 +6,7 @@ import json
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from ...runtime.base import flags
 from ...runtime.base.errors import UsageError
@@ -21,6 +21,7 @@ from ..pruning.config import PruneConfig
 from ..run import run_training
 from .arms import ARMS, Arm
 from .flops import training_flops
+from .result import StudyResult
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,7 @@ class Study:
             model = trained
         folder.mkdir(parents=True, exist_ok=True)
         measured = evaluate(model, self.config.measures, self.config.compute, folder)
-        write_json_atomically(self.result_path(job), self._result(job, arm, folder, measured))
+        write_json_atomically(self.result_path(job), self._result(job, arm, folder, measured).to_dict())
         needed = any(other.shape_of == job.arm for other in ARMS.values()) and job.seed == 0
         if arm.trains and not needed:  # 400 MB each
             shutil.rmtree(folder / "model")
@@ -209,26 +210,27 @@ class Study:
         )
         return arm.configure(common)
 
-    def _result(self, job: Job, arm: Arm, folder: Path, measured: Evaluation) -> dict[str, Any]:
-        result: dict[str, Any] = {"arm": job.arm, "keep": job.keep, "seed": job.seed}
-        if arm.trains:
-            training = json.loads((folder / "model" / "training.json").read_text(encoding="utf-8"))
-            shape = json.loads((folder / "architecture.json").read_text(encoding="utf-8"))
-            with_teacher = self.train_config(job, arm, folder, False).optimizer.distill > 0
-            initial = training["parameters"] if arm.shape_of else self.source.num_parameters
-            result |= {
-                "parameters": training["parameters"],
-                "tokens": training["tokens"],
-                "seconds": training["seconds"],
-                "flops": training_flops(read_metrics(folder), initial, self.source, with_teacher),
-                "architecture": shape["final"],
-                "survivors": shape.get("survivors"),
-            }
-        else:
-            result |= {"parameters": self.source.num_parameters, "tokens": 0, "seconds": 0.0, "flops": 0.0}
-        return result | {"evaluation": measured.to_dict()}
+    def _result(self, job: Job, arm: Arm, folder: Path, measured: Evaluation) -> StudyResult:
+        if not arm.trains:
+            return StudyResult(job.arm, job.keep, job.seed, self.source.num_parameters, measured)
+        training = json.loads((folder / "model" / "training.json").read_text(encoding="utf-8"))
+        shape = json.loads((folder / "architecture.json").read_text(encoding="utf-8"))
+        with_teacher = self.train_config(job, arm, folder, False).optimizer.distill > 0
+        initial = training["parameters"] if arm.shape_of else self.source.num_parameters
+        return StudyResult(
+            job.arm,
+            job.keep,
+            job.seed,
+            training["parameters"],
+            measured,
+            tokens=training["tokens"],
+            seconds=training["seconds"],
+            flops=training_flops(read_metrics(folder), initial, self.source, with_teacher),
+            architecture=Architecture.from_dict(shape["final"]),
+            survivors=shape.get("survivors"),
+        )
 
-    def results(self) -> list[dict[str, Any]]:
+    def results(self) -> list[StudyResult]:
         """Every finished job of this configuration, in the order of the jobs."""
         paths = [self.result_path(job) for job in jobs(self.config)]
-        return [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()]
+        return [StudyResult.read(path) for path in paths if path.is_file()]

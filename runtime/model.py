@@ -1,0 +1,121 @@
+"""A loaded artefact for programs: text in, text out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from .base.errors import UsageError
+from .chat_template import Message
+from .engines.engine import Engine, EngineOptions, load_engine
+from .generation import AnswerOptions, Generation, GenerationStats, chat_prompt, text_prompt
+from .sampling import SamplingOptions
+
+Question = str | Sequence[Message]
+"""What the user says, or the whole conversation up to it."""
+
+
+class Model:
+    """A model that answers. Close it, or use it in a `with` block.
+
+    The methods take the same options: `max_tokens` [256]; `stop`, strings that end the answer and are not part of it;
+    `overflow` ("error", or "slide": forget the oldest tokens where the context window ends); and the fields of
+    SamplingOptions: `temperature` [0: always the most likely token], `top_k`, `top_p`, `min_p`, `repetition_penalty`,
+    `seed`. A UsageError names an option that does not exist.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        """Usually made by `load`; `engine` is closed with the model."""
+        self.engine = engine
+        self.stats: GenerationStats | None = None
+        """Figures of the last answer: tokens, times, why it ended."""
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the engine's memory."""
+        self.engine.close()
+
+    def chat(self, question: Question, **options: Any) -> str:
+        """The answer under the model's own chat template; ArtefactError where it has none.
+
+        model.chat("What is the capital of France?", temperature=0.7, seed=1)
+        """
+        return "".join(self.stream(question, **options))
+
+    def stream(self, question: Question, **options: Any) -> Iterator[str]:
+        """`chat`, piece by piece as it is computed.
+
+        for piece in model.stream([{"role": "user", "content": "Hi"}], stop=["\\n"]):
+            print(piece, end="", flush=True)
+        """
+        messages = [{"role": "user", "content": question}] if isinstance(question, str) else question
+        return self._answer(chat_prompt(self.engine, messages), options)
+
+    def complete(self, text: str, **options: Any) -> str:
+        """How `text` goes on, without a chat template.
+
+        model.complete("Paris is the capital of", max_tokens=8)
+        """
+        prompt = text_prompt(self.engine, text)
+        if not prompt:
+            raise UsageError("the text is empty, and this model has no token to begin with")
+        return "".join(self._answer(prompt, options))
+
+    def generate(self, tokens: Sequence[int], **options: Any) -> list[int]:
+        """Token ids that follow `tokens`, without the one that ends the answer.
+
+        model.generate(model.tokenize("Paris is"), max_tokens=8)
+        """
+        generation = Generation(self.engine, tokens, _answer_options(options))
+        for _ in generation:
+            pass
+        self.stats = generation.stats
+        return generation.answer
+
+    def tokenize(self, text: str, *, special: bool = False) -> list[int]:
+        """Token ids of `text`; `special` turns text such as <|im_end|> into its control token."""
+        return self.engine.tokenize(text, special)
+
+    def detokenize(self, tokens: Sequence[int]) -> str:
+        """The text of `tokens`, control tokens left out."""
+        return b"".join(map(self.engine.token_bytes, tokens)).decode("utf-8", errors="replace")
+
+    def _answer(self, prompt: Sequence[int], options: dict[str, Any]) -> Iterator[str]:
+        generation = Generation(self.engine, prompt, _answer_options(options))  # refuses a bad prompt here and now
+        self.stats = generation.stats
+        return iter(generation)
+
+
+def _answer_options(given: dict[str, Any]) -> AnswerOptions:
+    """AnswerOptions of keyword arguments that may also be SamplingOptions' fields."""
+    sampling = {field.name for field in fields(SamplingOptions)}
+    answer = {field.name for field in fields(AnswerOptions)} - {"sampling", "top_logprobs"}
+    unknown = given.keys() - sampling - answer
+    if unknown:
+        raise UsageError(f"unknown option {min(unknown)!r}; known: {', '.join(sorted(sampling | answer))}")
+    try:
+        chosen = SamplingOptions(**{name: value for name, value in given.items() if name in sampling})
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    return AnswerOptions(sampling=chosen, **{name: value for name, value in given.items() if name in answer})
+
+
+def load(path: str | Path, options: EngineOptions | None = None) -> Model:
+    """Load what efficientllm-export wrote (or a bare .gguf or .pte file) in the engine that runs it.
+
+    Raises ArtefactError for a missing, damaged or foreign artefact, MissingExtraError for a missing engine package.
+
+        from efficientllm.runtime import EngineOptions, load
+
+        with load("small-gguf", EngineOptions(threads=2, context=1024)) as model:
+            print(model.chat("What is the capital of France?", max_tokens=64, temperature=0.7, seed=1))
+            print(model.stats.decode_tokens_per_second)
+    """
+    return Model(load_engine(path, options))

@@ -1,0 +1,108 @@
+"""A training run resolved: everything that follows from its configuration, settled once before training."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from ..runtime.base import flags
+from ..runtime.base.errors import UsageError
+from ..runtime.base.files import require_empty
+from .compute.distributed import Parallel
+from .compute.hardware import Hardware, choose_hardware
+from .config import TrainConfig, changed_settings
+from .data.documents import DataSpec
+from .model.architecture import Architecture
+from .model.file_size import tokenizer_bytes
+from .model.irregular import architecture_of
+from .model.source import load_source
+from .pruning.criteria import check_saliency
+from .pruning.plan import PruningPlan, make_pruning_plan
+from .training_state import checkpoint_folders
+
+
+@dataclass(frozen=True)
+class Compute:
+    """What the run computes on, and where this process stands among the others."""
+
+    hardware: Hardware
+    parallel: Parallel
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What Trainer, Pruner and the announcement go by. It does not hold the source's weights: they are trained."""
+
+    config: TrainConfig
+    folder: Path
+    """Of the run."""
+    resume_from: Path | None
+    """The checkpoint to continue from; None for a new run."""
+    compute: Compute
+    architecture: Architecture
+    """Of the source."""
+    tokenizer: PreTrainedTokenizerBase
+    data: tuple[DataSpec, ...]
+    pruning: PruningPlan | None
+    """None for a run that only trains."""
+
+
+def check_request(config: TrainConfig) -> Path | None:
+    """Refuse what can be refused before anything is loaded; returns the checkpoint to continue from, if any."""
+    if not config.run.output:
+        raise UsageError("--output is missing; name a folder for the run")
+    check_saliency(config.pruning.saliency)
+    replaceable = config.run.overwrite or config.run.resume
+    folder = Path(config.run.output)
+    require_empty(folder, replaceable, "give --overwrite to replace it or --resume to continue it")
+    return _resume_point(config, folder) if config.run.resume else None
+
+
+def _resume_point(config: TrainConfig, folder: Path) -> Path | None:
+    """The newest checkpoint; None where the run was killed before its first one: then it starts anew."""
+    settings = folder / "config.toml"
+    if not settings.is_file():
+        raise UsageError(f"--resume: {folder} holds no run (no config.toml)")
+    before = flags.merge(TrainConfig(), flags.read_toml(settings.read_text(encoding="utf-8")), str(settings))
+    changed = changed_settings(before, config)
+    if changed:
+        raise UsageError(f"--resume: {', '.join(changed)} differ from the run in {folder}; repeat its settings")
+    if (folder / "model").is_dir():
+        raise UsageError(f"--resume: the run in {folder} is finished; its model is {folder / 'model'}")
+    folders = checkpoint_folders(folder / "checkpoints")
+    return folders[-1] if folders else None
+
+
+def choose_compute(config: TrainConfig) -> Compute:
+    """Hardware and process group; `compute.parallel.close()` leaves the group again."""
+    hardware = choose_hardware(config.run.device, config.run.dtype, config.run.threads)
+    return Compute(hardware, Parallel(config.run.parallel, hardware.device, config.run.offload))
+
+
+def make_plan(config: TrainConfig, resume_from: Path | None, compute: Compute) -> tuple[RunPlan, Any]:
+    """(the plan, the loaded source model); UsageError or ModelError for what cannot be trained as asked."""
+    if compute.parallel.mode == "fsdp" and config.pruning.compact_every > 1:
+        raise UsageError("--compact-every works with --parallel ddp only: fsdp removes physically at every event")
+    source: Any
+    source, tokenizer = load_source(config.source.source)
+    length, longest = config.source.sequence_length, source.config.max_position_embeddings
+    architecture = architecture_of(source.config)
+    vocabulary_bytes = _vocabulary_bytes(tokenizer) if config.pruning.target_bytes is not None else 0
+    pruning = make_pruning_plan(config.pruning, architecture, vocabulary_bytes)
+    if length > longest:
+        raise UsageError(f"--sequence-length {length}: the source's context is {longest} tokens")
+    data = tuple(DataSpec.parse(text) for text in config.source.data)
+    folder = Path(config.run.output)
+    return RunPlan(config, folder, resume_from, compute, architecture, tokenizer, data, pruning), source
+
+
+def _vocabulary_bytes(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Bytes of the tokenizer in an exported file."""
+    backend: Any = tokenizer.backend_tokenizer
+    merges = json.loads(backend.to_str())["model"].get("merges", [])
+    texts = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
+    return tokenizer_bytes(list(tokenizer.get_vocab()), texts)

@@ -1,0 +1,77 @@
+"""Criteria of saliency: how a weight and its gradient become one score per group. A registry that plug-ins join.
+
+A criterion gives each parameter one or more elementwise terms; terms are summed in fp32 over a group's parameters (see
+saliency.py); the sums become its score.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ...runtime.base.errors import UsageError
+
+Terms = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """One way to score groups."""
+
+    elementwise: Callable[[Tensor, Tensor], Terms]
+    """(weight, gradient) -> terms of the same shape, summed over a group's parameters."""
+    combine: Callable[..., Tensor]
+    """(sum of term 1, sum of term 2, ...) -> scores, elementwise over channels."""
+    uses_gradient: bool = True
+    per_microbatch: bool = False
+    """Whether the terms must see each microbatch's own gradient (samples of the empirical Fisher)."""
+    combine_each_sample: bool = False
+    """Whether `combine` is applied to every sample and its results averaged, not to the averaged sums."""
+
+
+CRITERIA: dict[str, Criterion] = {
+    # |sum g w|: first-order change of the loss (Molchanov et al. 2019, arXiv 1906.10771, eq. 8 before squaring).
+    "taylor1": Criterion(lambda w, g: (g * w,), lambda first: first.abs()),
+    # |sum (g w - F w^2 / 2)| with the empirical Fisher diagonal F = E_microbatch[g^2] (LLM-Pruner, arXiv 2305.11627).
+    "taylor2": Criterion(
+        lambda w, g: (g * w, (g * w).square()), lambda first, second: (first - 0.5 * second).abs(), per_microbatch=True
+    ),
+    # E_microbatch[(sum g w)^2]: the second-order change for removing the whole channel, with the empirical Fisher for
+    # the Hessian, cross terms within the channel included (Molchanov et al. 2019, eq. 8).
+    "fisher": Criterion(
+        lambda w, g: (g * w,), lambda first: first.square(), per_microbatch=True, combine_each_sample=True
+    ),
+    # sum w^2.
+    "magnitude": Criterion(lambda w, g: (w.square(),), lambda squares: squares, uses_gradient=False),
+}
+
+
+def register_criterion(name: str, criterion: Criterion) -> None:
+    """Make `criterion` available as `--saliency name`."""
+    CRITERIA[name] = criterion
+
+
+ENTRY_POINT_GROUP = "efficientllm.criteria"
+"""Installed packages add criteria here: name = "module:criterion"."""
+
+
+RANDOM = "random"
+"""The `--saliency` that is no criterion: see saliency.RandomScores."""
+
+
+def criterion_named(name: str) -> Criterion:
+    """A criterion of the registry or of an installed plug-in; UsageError lists what --saliency takes."""
+    for plugin in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP, name=name):
+        register_criterion(name, plugin.load())
+    if name not in CRITERIA:
+        raise UsageError(f"--saliency {name}: unknown; known: {', '.join([*CRITERIA, RANDOM])}")
+    return CRITERIA[name]
+
+
+def check_saliency(name: str) -> None:
+    """UsageError unless `--saliency name` is known."""
+    if name != RANDOM:
+        criterion_named(name)

@@ -1,0 +1,131 @@
+"""The kinds of minimal parameter groups: the one table that configuration, ranking, surgery and plots read.
+
+A group is the least that can be taken out of a model and leave a model: positions along one axis of model/tensors.py.
+A further kind costs one entry here, its score in saliency.py and, where other groups go with it, a line in
+selection.py. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from ..model.architecture import Architecture
+
+
+@dataclass(frozen=True)
+class GroupKind:
+    """One kind of group. Where it is one of the whole model, the layer is ignored (callers give 0)."""
+
+    flag: str
+    """Value of --prune that lets it go; kinds of one flag live in the same tensors."""
+    axis: str
+    """Axis of model/tensors.py whose positions its survivors are."""
+    scored_axes: tuple[str, ...]
+    """Axes whose sums of elementwise saliency make its score."""
+    count: Callable[[Architecture, int], int]
+    """(shape, layer) -> groups there are."""
+    shrink: Callable[[Architecture, int, int], Architecture]
+    """(shape, layer, n) -> the shape once n groups are gone."""
+    step: Callable[[Architecture, int, int], int]
+    """(shape, layer, width multiple) -> what the number of groups stays a multiple of: so many go at once."""
+    least: Callable[[Architecture, int, Architecture], int]
+    """(shape, layer, floor) -> groups that must stay, so that the shape does not fall below the floor."""
+    title: str
+    color: str
+    is_whole_model: bool = False
+    is_head: bool = False
+    """Whether a group is head_dim channels of its axis, not one."""
+
+
+def _key_value_groups(shape: Architecture, layer: int) -> int:
+    return shape.layers[layer].num_key_value_heads
+
+
+def _query_heads(shape: Architecture, layer: int) -> int:
+    return shape.layers[layer].num_attention_heads
+
+
+def _ffn_channels(shape: Architecture, layer: int) -> int:
+    return shape.layers[layer].intermediate_size
+
+
+def _stem_channels(shape: Architecture, layer: int) -> int:
+    return shape.hidden_size
+
+
+def _without_key_value_groups(shape: Architecture, layer: int, count: int) -> Architecture:
+    """Their query heads go with them."""
+    old = shape.layers[layer]
+    groups = old.num_key_value_heads - count
+    heads = groups * old.queries_per_group
+    return shape.with_layer(layer, num_key_value_heads=groups, num_attention_heads=heads)
+
+
+KINDS: dict[str, GroupKind] = {
+    # one key/value head and its query heads
+    "kv_group": GroupKind(
+        flag="attention",
+        axis="kv",
+        scored_axes=("kv", "query"),
+        count=_key_value_groups,
+        shrink=_without_key_value_groups,
+        step=lambda shape, layer, multiple: 1,
+        least=lambda shape, layer, floor: _key_value_groups(floor, layer),
+        title="key/value groups",
+        color="#e08a3c",
+        is_head=True,
+    ),
+    # one query head; all key/value groups of a layer lose one at once, since attention kernels want equal groups
+    "query_head": GroupKind(
+        flag="attention",
+        axis="query",
+        scored_axes=("query",),
+        count=_query_heads,
+        shrink=lambda shape, layer, n: shape.with_layer(layer, num_attention_heads=_query_heads(shape, layer) - n),
+        step=lambda shape, layer, multiple: _key_value_groups(shape, layer),
+        least=lambda shape, layer, floor: _key_value_groups(shape, layer) * floor.layers[layer].queries_per_group,
+        title="query heads",
+        color="#b5495b",
+        is_head=True,
+    ),
+    # one intermediate channel
+    "ffn": GroupKind(
+        flag="ffn",
+        axis="ffn",
+        scored_axes=("ffn",),
+        count=_ffn_channels,
+        shrink=lambda shape, layer, n: shape.with_layer(layer, intermediate_size=_ffn_channels(shape, layer) - n),
+        step=lambda shape, layer, multiple: multiple,
+        least=lambda shape, layer, floor: _ffn_channels(floor, layer),
+        title="FFN channels",
+        color="#2f6db3",
+    ),
+    # one hidden channel of the whole model
+    "stem": GroupKind(
+        flag="stem",
+        axis="hidden",
+        scored_axes=("hidden",),
+        count=_stem_channels,
+        shrink=lambda shape, layer, n: replace(shape, hidden_size=shape.hidden_size - n),
+        step=lambda shape, layer, multiple: multiple,
+        least=lambda shape, layer, floor: floor.hidden_size,
+        title="stem channels",
+        color="#4f9d69",
+        is_whole_model=True,
+    ),
+}
+"""By the name that scores, logs and architecture.json use; in the order in which ties are offered."""
+
+PRUNE_TYPES = tuple(dict.fromkeys(kind.flag for kind in KINDS.values()))
+"""Values of --prune."""
+
+KIND_OF_AXIS = {kind.axis: name for name, kind in KINDS.items()}
+"""Axis -> name of the kind whose survivors are its positions."""
+
+
+def counts(name: str, architecture: Architecture) -> list[int]:
+    """Groups of a kind in every layer; one number where it is one of the whole model."""
+    kind = KINDS[name]
+    layers = range(1 if kind.is_whole_model else len(architecture.layers))
+    return [kind.count(architecture, layer) for layer in layers]

@@ -1,0 +1,56 @@
+"""What a run prunes, and towards what: settled once, before training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from ...runtime.base.errors import UsageError
+from ..model.architecture import Architecture
+from .budget import Budget, check_budget, make_budget, read_architecture
+from .config import PruneConfig
+from .saliency import RunningScores, tracker_named
+from .selection import SelectionRules, check_floor
+
+
+@dataclass(frozen=True)
+class PruningPlan:
+    """The settings with everything that follows from them and the source."""
+
+    settings: PruneConfig
+    source: Architecture
+    rules: SelectionRules
+    budget: Budget
+
+    def tracker(
+        self, architecture: Architecture, seed: int, mean_over_ranks: Callable[[Iterable[Tensor]], None]
+    ) -> RunningScores:
+        """Saliency of the groups of a model of this shape, none seen yet; see saliency.tracker_named."""
+        settings = self.settings
+        return tracker_named(
+            settings.saliency, self.rules.kinds, architecture, settings.saliency_decay, seed, mean_over_ranks
+        )
+
+
+def make_pruning_plan(settings: PruneConfig, source: Architecture, vocabulary_bytes: int) -> PruningPlan | None:
+    """The plan for a source of this shape; None where nothing is to be pruned.
+
+    `vocabulary_bytes`: bytes of the tokenizer in an exported file. UsageError where the target is out of reach.
+    """
+    path = settings.target_architecture
+    floor = read_architecture(Path(path)) if path is not None else None
+    budget = make_budget(settings, source, floor, vocabulary_bytes)
+    if budget is None:
+        return None
+    uniform = settings.layout == "uniform"
+    # an explicit shape is reached channel by channel, whatever its widths are multiples of
+    rules = SelectionRules(settings.kinds, settings.width_multiple if floor is None else 1, uniform, floor)
+    if floor is not None:
+        check_floor(source, floor)
+    if uniform and not source.is_uniform:
+        raise UsageError("--layout uniform needs a source whose layers are equal")
+    check_budget(budget, source, rules)
+    return PruningPlan(settings, source, rules, budget)

@@ -1,0 +1,57 @@
+"""What one job of the study found, on disk as result.json."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..evaluation.evaluation import Evaluation
+from ..model.architecture import Architecture
+from .overlap import Survivors
+
+
+@dataclass(frozen=True)
+class StudyResult:
+    """One arm at one ratio with one seed."""
+
+    arm: str
+    keep: float
+    """Share of the non-embedding parameters; 1.0 for an arm that prunes nothing."""
+    seed: int
+    parameters: int
+    evaluation: Evaluation
+    tokens: int = 0
+    """Trained on; 0 for the untouched source, as the next two."""
+    seconds: float = 0.0
+    flops: float = 0.0
+    architecture: Architecture | None = None
+    """Final shape of a trained arm."""
+    survivors: Survivors | None = None
+    """Groups of the source that remain, of an arm that prunes."""
+
+    def perplexity(self, text: str) -> float:
+        """On one of the study's texts."""
+        return self.evaluation.perplexity[text].perplexity
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values, per-document scores included."""
+        shape = self.architecture.to_dict() if self.architecture is not None else None
+        return vars(self) | {"evaluation": self.evaluation.to_dict(), "architecture": shape}
+
+    def summary(self) -> dict[str, Any]:
+        """`to_dict` without scores of documents and without survivors: what the page's JSON holds."""
+        values = self.to_dict() | {"survivors": None}
+        evaluation = values["evaluation"]
+        tasks = {name: {k: v for k, v in task.items() if k != "samples"} for name, task in evaluation["tasks"].items()}
+        return values | {"evaluation": {"perplexity": evaluation["perplexity"], "tasks": tasks}}
+
+    @classmethod
+    def read(cls, path: Path) -> StudyResult:
+        """Read what `to_dict` gave."""
+        values = json.loads(path.read_text(encoding="utf-8"))
+        shape = values.get("architecture")
+        values["architecture"] = Architecture.from_dict(shape) if shape is not None else None
+        values["evaluation"] = Evaluation.from_dict(values["evaluation"])
+        return cls(**values)
