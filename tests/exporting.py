@@ -1,4 +1,4 @@
-"""Exporting tiny checkpoints through the command: shapes, tokens and one function per target."""
+"""Shapes, tokens and the one command that every test of an exporter starts with."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from efficientllm.export import cli
 from efficientllm.runtime.base.command import run_command
 from efficientllm.train.model.architecture import LayerShape
 
-TOKENS: list[int] = torch.randint(3, 400, (40,), generator=torch.Generator().manual_seed(2)).tolist()
+TOKENS = torch.randint(3, 400, (40,), generator=torch.Generator().manual_seed(2)).tolist()
 
 SHAPES = {
     "unequal": UNEQUAL,
@@ -24,18 +24,6 @@ SHAPES = {
 }
 
 
-def export(target: str, checkpoint: Path, output: Path, *more: str) -> int:
+def export(checkpoint: Path, target: str, output: Path, *more: str) -> int:
     """Exit code of `efficientllm-export`."""
     return run_command(cli.body, [str(checkpoint), "--target", target, "--output", str(output), *more])
-
-
-def export_gguf(checkpoint: Path, output: Path, *more: str) -> int:
-    return export("gguf", checkpoint, output, *more)
-
-
-def export_onnx(checkpoint: Path, output: Path, *more: str) -> int:
-    return export("onnx", checkpoint, output, *more)
-
-
-def export_executorch(checkpoint: Path, output: Path, *more: str) -> int:
-    return export("executorch", checkpoint, output, "--max-context", "64", *more)

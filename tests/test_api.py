@@ -67,7 +67,7 @@ def test_completion_text_is_that_of_the_generated_tokens(model: Model) -> None:
 
 
 def test_wrong_options_are_one_line(model: Model) -> None:
-    with pytest.raises(EfficientLLMError, match="unknown option 'temprature'; known: .*temperature"):
+    with pytest.raises(EfficientLLMError, match=r"unknown option 'temprature'; known: .*temperature"):
         model.chat("Hello", temprature=1.0)
     with pytest.raises(EfficientLLMError, match="--top-p 2: must be above 0 and at most 1"):
         model.chat("Hello", top_p=2)
