@@ -4,17 +4,34 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT := build/quickstart
 QUESTION := What is the capital of France?
+# More for pytest, as: make test PYTEST_OPTIONS="-k gguf"
+PYTEST_OPTIONS ?=
+PYTEST := $(BIN)/python -m pytest -n auto --dist loadgroup $(PYTEST_OPTIONS)
+# Per cent of the lines that the tests which are not slow run.
+COVERAGE_FLOOR := 70
 
-.PHONY: install quickstart android-runner test lint clean
+.PHONY: install quickstart android-runner test test-fast coverage lint types measure rooms clean FORCE
 
 install: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml
+$(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed; run: make PYTHON=python3.11 ...")'
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "installing into $(VENV); llama-cpp-python is compiled, which takes some minutes"
-	@$(BIN)/python -m pip install --quiet --upgrade pip
-	@PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
+
+# The editable installation is a tree of links in build/, which tools can follow: made again where a module comes or goes.
+build/modules.txt: FORCE
+	@mkdir -p build
+	@find train export runtime server devices -name '*.py' | LC_ALL=C sort > $@.new
+	@if cmp -s $@.new $@; then rm $@.new; else mv $@.new $@; fi
+
+$(VENV)/.installed: pyproject.toml build/modules.txt | $(BIN)/python
+	@echo "installing into $(VENV); llama-cpp-python is compiled the first time, which takes some minutes"
+	@PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --group dev --editable '.[all,genai]' --config-settings editable_mode=strict
+	@touch $@
+
+$(VENV)/.lint: pyproject.toml | $(BIN)/python
+	@$(BIN)/python -m pip install --quiet --group lint
 	@touch $@
 
 quickstart: install
@@ -29,12 +46,30 @@ android-runner: install
 	devices/build_android_runner.sh $(BIN)/python build/android-runner
 
 test: install
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
-lint: install
+test-fast: install
+	$(PYTEST) -m "not slow and not gpu"
+
+coverage: install
+	$(PYTEST) -m "not slow and not gpu" --cov --cov-report=term:skip-covered --cov-fail-under=$(COVERAGE_FLOOR)
+
+# Installs ruff and codespell, nothing else.
+lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
+
+types: install
 	$(BIN)/pyright
+
+# Lengths, annotations and comments of the code, as a table.
+measure: $(BIN)/python
+	@$(BIN)/python tests/tools/measure_code.py
+
+# The import graph in docs/architecture.md and its picture.
+rooms: $(BIN)/python
+	@$(BIN)/python tests/tools/rooms.py
 
 clean:
 	rm -rf build $(VENV)

@@ -15,7 +15,7 @@ from pathlib import Path
 from ..runtime.base.errors import DeviceError, UsageError
 from ..runtime.base.files import sha256_of
 
-SOURCE = Path(__file__).parents[1]
+SOURCE = Path(__file__).resolve().parents[1]
 """The source tree, where this is an editable install."""
 REPRODUCIBLE_DATE = "946684800"
 """SOURCE_DATE_EPOCH of built wheels, so that the same source gives the same hash."""

@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tokenizers import Tokenizer
 
-from ..runtime.base.errors import DataError, MissingExtraError
+from ..runtime.base.errors import DataError
+from ..runtime.base.extras import extra
+from ..train.model.tensors import SAME_INPUT
 from .checkpoint import Checkpoint
 
 CALIBRATION_TOKENS = 16_384
 WINDOW = 512
 """Tokens per forward pass."""
-
-OBSERVED = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
-SAME_INPUT = {"self_attn.q_proj": ("self_attn.k_proj", "self_attn.v_proj"), "mlp.gate_proj": ("mlp.up_proj",)}
 
 
 def column_importance(checkpoint: Checkpoint, text_path: str) -> dict[str, np.ndarray]:
@@ -41,35 +41,38 @@ def input_grams(checkpoint: Checkpoint, text_path: str) -> dict[str, np.ndarray]
 
 def _collect(checkpoint: Checkpoint, text_path: str, statistic: Callable[[Any], Any]) -> dict[str, np.ndarray]:
     """Mean over tokens of `statistic`, a sum over the rows of inputs [n, in]."""
-    try:
+    with extra("train"):
         import torch
 
-        from ..train.data.documents import DataSpec, open_documents
         from ..train.model.source import load_for_inference
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(error.name or "torch", "train") from error
-    from tokenizers import Tokenizer
+    window = min(WINDOW, checkpoint.context_length)
+    ids = _calibration_tokens(checkpoint, text_path, window)
+    model: Any = load_for_inference(checkpoint.folder)
+    sums: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        if name.endswith(tuple(SAME_INPUT)) or name == "lm_head":
+            module.register_forward_pre_hook(_observer(name, sums, statistic))
+    count = len(ids) // window
+    with torch.inference_mode():
+        for index in range(count):
+            model(torch.tensor([ids[index * window : (index + 1) * window]]), use_cache=False)
+    means = {name: (total / (count * window)).float().numpy() for name, total in sums.items()}
+    return _spread(means, checkpoint)
 
+
+def _calibration_tokens(checkpoint: Checkpoint, text_path: str, window: int) -> list[int]:
+    """The first CALIBRATION_TOKENS ids of a corpus; DataError where there are fewer than `window`."""
+    with extra("train"):
+        from ..train.data.documents import DataSpec, open_documents
     tokenizer = Tokenizer.from_file(str(checkpoint.folder / "tokenizer.json"))
     ids: list[int] = []
     for text in open_documents(DataSpec.parse(text_path)):
         ids += tokenizer.encode(text, add_special_tokens=False).ids
         if len(ids) >= CALIBRATION_TOKENS:
             break
-    window = min(WINDOW, checkpoint.context_length)
     if len(ids) < window:
         raise DataError(f"--calibrate {text_path}: {len(ids)} tokens are too few; give at least {window}")
-    model: Any = load_for_inference(checkpoint.folder)
-    sums: dict[str, Any] = {}
-    for name, module in model.named_modules():
-        if name.endswith(OBSERVED) or name == "lm_head":
-            module.register_forward_pre_hook(_observer(name, sums, statistic))
-    count = min(len(ids), CALIBRATION_TOKENS) // window
-    with torch.inference_mode():
-        for index in range(count):
-            model(torch.tensor([ids[index * window : (index + 1) * window]]), use_cache=False)
-    means = {name: (total / (count * window)).float().numpy() for name, total in sums.items()}
-    return _spread(means, checkpoint)
+    return ids[:CALIBRATION_TOKENS]
 
 
 def _observer(
@@ -86,10 +89,9 @@ def _spread(means: dict[str, np.ndarray], checkpoint: Checkpoint) -> dict[str, n
     """Parameter names, with what was observed once given to every matrix that reads it."""
     result: dict[str, np.ndarray] = {}
     for name, value in means.items():
-        result[f"{name}.weight"] = value
-        for observed, others in SAME_INPUT.items():
-            if name.endswith(observed):
-                result |= {f"{name.removesuffix(observed)}{other}.weight": value for other in others}
+        observed = next((matrix for matrix in SAME_INPUT if name.endswith(matrix)), "")
+        readers = SAME_INPUT[observed] if observed else ("",)  # the head's input is its own
+        result |= {f"{name.removesuffix(observed)}{reader}.weight": value for reader in readers}
     if checkpoint.architecture.tie_word_embeddings:
         result["model.embed_tokens.weight"] = result.pop("lm_head.weight")
     return result

@@ -12,7 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from ..runtime.base.errors import MissingExtraError, ModelError, UsageError
+from ..runtime.base.errors import ModelError, UsageError
+from ..runtime.base.extras import extra
+from ..runtime.engines.hf_tokenizer import read_chat_template
 from ..train.model.architecture import Architecture
 from ..train.model.tensors import tensor_names, tensor_shape
 
@@ -94,11 +96,7 @@ class Checkpoint:
 
     @property
     def chat_template(self) -> str | None:
-        path = self.folder / "chat_template.jinja"
-        if path.is_file():
-            return path.read_text(encoding="utf-8")
-        template = self.json_file("tokenizer_config.json").get("chat_template")
-        return template if isinstance(template, str) else None
+        return read_chat_template(self.folder)
 
     @property
     def end_of_generation_ids(self) -> list[int]:
@@ -123,11 +121,9 @@ def open_checkpoint(name: str) -> Iterator[Checkpoint]:
             raise UsageError(f"{name}: the folder has no config.json; give a run or a Hugging Face model folder")
         yield Checkpoint(path, name)
         return
-    try:
+    with extra("train"):
         from ..train.model.irregular import save_checkpoint
         from ..train.model.source import load_source
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(error.name or "torch", "train") from error
     model, tokenizer = load_source(name)
     with tempfile.TemporaryDirectory(prefix="efficientllm-") as folder:
         save_checkpoint(model, tokenizer, Path(folder))

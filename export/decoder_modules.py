@@ -6,6 +6,7 @@ names without their "model." prefix.
 
 from __future__ import annotations
 
+import abc
 from typing import Any
 
 import torch
@@ -13,9 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..train.model.architecture import Architecture, LayerShape
-from ..train.model.tensors import tensor_names
 from .checkpoint import Checkpoint
-from .padding import missing_tensor, pad_tensor, padded_eps
+from .padding import padded_eps, padded_tensors
 from .rope import rope_tables
 
 
@@ -30,9 +30,8 @@ class RmsNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if torch.onnx.is_in_onnx_export():
             return functional.rms_norm(x, self.weight.shape, self.weight, self.eps)  # one operator there
-        return (
-            x * torch.rsqrt((x * x).mean(-1, keepdim=True) + self.eps) * self.weight
-        )  # delegates better than its parts
+        # ExecuTorch: this formula delegates better than the parts that it would take rms_norm into
+        return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + self.eps) * self.weight
 
 
 class Attention(nn.Module):
@@ -88,17 +87,16 @@ class Layer(nn.Module):
         return x
 
 
-class Decoder(nn.Module):
+class Decoder(nn.Module, abc.ABC):
     """Embedding, layers, head and weights; a subclass provides `attention` and `forward`."""
 
     def __init__(self, checkpoint: Checkpoint, architecture: Architecture, dtype: torch.dtype = torch.float32) -> None:
         """`architecture`: the checkpoint's or a zero-padded one; `dtype`: of weights and activations."""
         super().__init__()
         self.architecture = architecture
-        original = checkpoint.architecture
-        eps = padded_eps(checkpoint.rms_norm_eps, original, architecture)
+        eps = padded_eps(checkpoint.rms_norm_eps, checkpoint.architecture, architecture)
         hidden = architecture.hidden_size
-        with torch.device("meta"):
+        with torch.device("meta"):  # shapes only: the weights are assigned below, and never exist twice
             self.embed_tokens = nn.Embedding(architecture.vocab_size, hidden)
             self.layers = nn.ModuleList()
             for shape in architecture.layers:
@@ -107,11 +105,7 @@ class Decoder(nn.Module):
             self.norm = RmsNorm(hidden, eps)
             self.lm_head = nn.Linear(hidden, architecture.vocab_size, bias=False)
         state: dict[str, Any] = {}
-        for name in tensor_names(architecture):
-            if checkpoint.has_tensor(name):
-                array = pad_tensor(name, checkpoint.tensor(name), original, architecture)
-            else:
-                array = missing_tensor(name, architecture)
+        for name, array in padded_tensors(checkpoint, architecture):
             state[name.removeprefix("model.")] = torch.from_numpy(array).to(dtype)
         if architecture.tie_word_embeddings:
             state["lm_head.weight"] = state["embed_tokens.weight"]
@@ -120,9 +114,9 @@ class Decoder(nn.Module):
             self.lm_head.weight = self.embed_tokens.weight
         self.eval().requires_grad_(False)
 
+    @abc.abstractmethod
     def attention(self, layer: LayerShape, qk_norm_eps: float) -> Attention:
         """A layer's attention, called while the default device is "meta"."""
-        raise NotImplementedError
 
     def rotary_tables(self, checkpoint: Checkpoint, length: int) -> tuple[Tensor, Tensor]:
         """(cos, sin), fp32 [length, D / 2]."""

@@ -1,7 +1,8 @@
 """Rounding matrices to few bits with one symmetric scale per group of inputs. Imports no torch.
 
 What onnxruntime's MatMulNBits and XNNPACK's blockwise kernels store: weight[n, k] = codes[n, k] * scales[n, k // group]
-with codes from -2^(bits-1) to 2^(bits-1) - 1. N outputs, K inputs, G = K / group.
+with codes from -2^(bits-1) to 2^(bits-1) - 1. N outputs, K inputs, G = K / group. Our own, so that
+one rounding serves both targets and needs no graph that runs.
 """
 
 from __future__ import annotations
@@ -57,8 +58,8 @@ def search_scales(
     chosen is what the file format can hold; `signed`: it can hold negative scales.
     """
     if signed:
-        place = np.abs(groups).argmax(-1)[..., None]
-        full, shares = np.take_along_axis(groups, place, -1) / -(2 ** (bits - 1)), SIGNED_SHARES
+        largest = np.abs(groups).argmax(-1)[..., None]
+        full, shares = np.take_along_axis(groups, largest, -1) / -(2 ** (bits - 1)), SIGNED_SHARES
     else:
         full, shares = np.abs(groups).max(-1, keepdims=True) / (2 ** (bits - 1) - 1), list(SHARES)
     full = np.where(np.abs(full) < SMALLEST, np.float32(SMALLEST), full)

@@ -12,12 +12,14 @@ import numpy as np
 
 from ..runtime.base.errors import ArtefactError
 from ..train.model.architecture import Architecture
-from ..train.model.tensors import tensor_names
 from .checkpoint import Checkpoint
-from .manifest import copy_tokenizer
-from .padding import missing_tensor, pad_tensor, padded_eps, uniform_architecture
-from .request import ExportRequest
-from .verification import MAX_LOGIT_DIFFERENCE, sample_tokens, torch_logits
+from .manifest import copy_tokenizer, write_manifest
+from .padding import padded_eps, padded_tensors, uniform_architecture
+from .request import ExportRequest, VerifyOptions
+from .targets import Exporter
+from .verification import MAX_LOGIT_DIFFERENCE, compare_logits, torch_logits, torch_sample
+
+MODEL_FILE = "model.safetensors"
 
 CLASS_NAMES = {
     "llama": "LlamaForCausalLM",
@@ -27,35 +29,41 @@ CLASS_NAMES = {
 }
 
 
-def export_hf_uniform(checkpoint: Checkpoint, request: ExportRequest, folder: Path) -> None:
+def export_hf_uniform(checkpoint: Checkpoint, request: ExportRequest[VerifyOptions], folder: Path) -> None:
     """Write the padded model into `folder` and compare its logits with the checkpoint's (within 1e-4)."""
     from safetensors.numpy import save_file
 
     before = checkpoint.architecture
     after = uniform_architecture(before)
-    existing = set(tensor_names(before))
-    tensors = {
-        name: np.ascontiguousarray(
-            pad_tensor(name, checkpoint.tensor(name), before, after)
-            if name in existing
-            else missing_tensor(name, after)
-        )
-        for name in tensor_names(after)
-    }
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    tensors = {name: np.ascontiguousarray(array) for name, array in padded_tensors(checkpoint, after)}
+    save_file(tensors, folder / MODEL_FILE, metadata={"format": "pt"})
     config = uniform_config(checkpoint, after)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    copy_tokenizer(checkpoint, folder)
+    files = [MODEL_FILE, "config.json", *copy_tokenizer(checkpoint, folder)]
     if (checkpoint.folder / "generation_config.json").is_file():
         shutil.copy(checkpoint.folder / "generation_config.json", folder)
+        files.append("generation_config.json")
     layer = after.layers[0]
     request.say(
         f"padded to {layer.num_attention_heads} query heads, {layer.num_key_value_heads} key/value heads, "
         f"FFN {layer.intermediate_size}, hidden {after.hidden_size} in every layer: "
         f"{before.num_parameters:,} -> {after.num_parameters:,} parameters"
     )
-    if request.verify:
-        _verify(checkpoint, request, folder)
+    verification = _verify(checkpoint, request, folder) if request.options.verify else {}
+    write_manifest(
+        checkpoint,
+        request,
+        folder,
+        engine="transformers",  # no engine of ours: chat, server and bench say so
+        files=files,
+        quantization="f32",
+        weight_bytes=sum(array.nbytes for array in tensors.values()),
+        layout=f"transformers {CLASS_NAMES[after.family]}",
+        verification=verification,
+    )
+
+
+EXPORTER = Exporter(VerifyOptions, export_hf_uniform)
 
 
 def uniform_config(checkpoint: Checkpoint, after: Architecture) -> dict[str, Any]:
@@ -77,9 +85,14 @@ def uniform_config(checkpoint: Checkpoint, after: Architecture) -> dict[str, Any
     }
 
 
-def _verify(checkpoint: Checkpoint, request: ExportRequest, folder: Path) -> None:
-    tokens = sample_tokens(checkpoint)
-    difference = float(np.abs(torch_logits(checkpoint.folder, tokens) - torch_logits(folder, tokens)).max())
-    request.say(f"verified: logits differ by at most {difference:.1e} over {len(tokens)} tokens")
+def _verify(
+    checkpoint: Checkpoint, request: ExportRequest[VerifyOptions], folder: Path
+) -> dict[str, dict[str, object]]:
+    """The padded model against the checkpoint, both in torch."""
+    sample = torch_sample(checkpoint)
+    agreement = compare_logits(sample.logits, torch_logits(folder, sample.tokens), sample.tokens)
+    difference = agreement.max_logit_difference
+    request.say(f"verified: logits differ by at most {difference:.1e} over {agreement.tokens} tokens")
     if difference > MAX_LOGIT_DIFFERENCE:
         raise ArtefactError(f"hf-uniform: logits differ by {difference:.1e}, more than {MAX_LOGIT_DIFFERENCE:.0e}")
+    return {"exact": agreement.to_dict()}

@@ -22,9 +22,9 @@ def copy_tokenizer(checkpoint: Checkpoint, folder: Path) -> list[str]:
     return names
 
 
-def describe_artefact(
+def write_manifest(
     checkpoint: Checkpoint,
-    request: ExportRequest,
+    request: ExportRequest[Any],
     folder: Path,
     *,
     engine: str,
@@ -58,4 +58,5 @@ def describe_artefact(
 
 
 def bits_per_weight(checkpoint: Checkpoint, weight_bytes: int) -> float:
+    """Bits of all tensors over the checkpoint's parameters, so that padding counts as overhead."""
     return 8 * weight_bytes / checkpoint.architecture.num_parameters

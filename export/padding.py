@@ -8,12 +8,14 @@ gains times sqrt(H/Hp) and eps times H/Hp give the same output:
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
 
 from ..train.model.architecture import Architecture, LayerShape
-from ..train.model.tensors import STEM_NORMS, axes_of, axis_size
+from ..train.model.tensors import STEM_NORMS, axes_of, axis_size, tensor_names, tensor_shape
+from .checkpoint import Checkpoint
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -51,7 +53,19 @@ def pad_tensor(name: str, array: np.ndarray, before: Architecture, after: Archit
     return array
 
 
+def padded_tensors(checkpoint: Checkpoint, after: Architecture) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, fp32 array) of every tensor of the checkpoint's function in shape `after`, in file order."""
+    before = checkpoint.architecture
+    existing = set(tensor_names(before))
+    for name in tensor_names(after):
+        if name in existing:
+            yield name, pad_tensor(name, checkpoint.tensor(name), before, after)
+        else:
+            yield name, missing_tensor(name, after)
+
+
 def padded_eps(eps: float, before: Architecture, after: Architecture) -> float:
+    """eps of the norms in shape `after`: it shrinks with the mean square, which zero channels dilute."""
     return eps * before.hidden_size / after.hidden_size
 
 
@@ -80,8 +94,7 @@ def _pad_axis(
 
 def missing_tensor(name: str, after: Architecture) -> np.ndarray:
     """A tensor that only the padded model has (attention or FFN of a layer without): zeros, ones for norm gains."""
-    layer, axes = axes_of(name)
-    shape = tuple(axis_size(after, layer, axis) for axis in axes)
+    shape = tensor_shape(after, name)
     return np.ones(shape, np.float32) if name.endswith("norm.weight") else np.zeros(shape, np.float32)
 
 

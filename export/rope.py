@@ -1,4 +1,4 @@
-"""Rotary embedding tables from a checkpoint's rope parameters. Imports no torch."""
+"""Rotary embedding: tables from a checkpoint's rope parameters, and its two orders of rows. Imports no torch."""
 
 from __future__ import annotations
 
@@ -41,3 +41,13 @@ def rope_tables(rope: dict[str, Any], head_dim: int, length: int) -> tuple[np.nd
     frequencies = _frequencies(rope, head_dim) / (1.0 if factors is None else factors)
     angles = np.arange(length, dtype=np.float64)[:, None] * frequencies
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+
+
+def permute_rope(array: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of q or k, [heads * D, ...], from half-split to interleaved rotary order.
+
+    Hugging Face rotates channel i with i + D/2, Meta's code and llama.cpp's NORM rope rotate 2i with 2i + 1. Scores
+    stay the same as long as q and k are permuted alike; v and o are not rotated and keep their order.
+    """
+    halves = array.reshape(heads, 2, array.shape[0] // heads // 2, *array.shape[1:])  # [heads, half, D / 2, ...]
+    return halves.swapaxes(1, 2).reshape(array.shape)

@@ -1,32 +1,41 @@
-"""The export targets: a table of names to "module:function", ours and those of installed plug-ins."""
+"""The export targets: a table of names to "module:exporter", ours and those of installed plug-ins."""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.metadata
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Generic, NoReturn, TypeVar
 
+from ..runtime.base import flags
 from ..runtime.base.errors import UsageError
 from .checkpoint import Checkpoint
 from .request import ExportRequest
 
 ENTRY_POINT_GROUP = "efficientllm.exporters"
 
+OptionsT = TypeVar("OptionsT")
 
-class Exporter(Protocol):
-    """Writes a checkpoint as an artefact into an empty folder."""
 
-    def __call__(self, checkpoint: Checkpoint, request: ExportRequest, folder: Path) -> None:
-        """Raise an EfficientLLMError where the export fails or does not verify; the folder is then discarded."""
-        ...
+@dataclass(frozen=True)
+class Exporter(Generic[OptionsT]):
+    """One target: the options it reads and what writes its artefact."""
+
+    options: type[OptionsT]
+    """Frozen dataclass with a default for every field; its fields are the target's flags, and there are no others."""
+    write: Callable[[Checkpoint, ExportRequest[OptionsT], Path], None]
+    """Writes a checkpoint as an artefact into an empty folder. Raises an EfficientLLMError where the export fails or
+    does not verify; the folder is then discarded."""
 
 
 EXPORTERS = {
-    "gguf": "efficientllm.export.gguf.exporter:export_gguf",
-    "onnx": "efficientllm.export.onnx.exporter:export_onnx",
-    "executorch": "efficientllm.export.executorch.exporter:export_executorch",
-    "hf-uniform": "efficientllm.export.hf_uniform:export_hf_uniform",
+    "gguf": "efficientllm.export.gguf.exporter:EXPORTER",
+    "onnx": "efficientllm.export.onnx.exporter:EXPORTER",
+    "executorch": "efficientllm.export.executorch.exporter:EXPORTER",
+    "hf-uniform": "efficientllm.export.hf_uniform:EXPORTER",
 }
 
 
@@ -35,11 +44,25 @@ def known_targets() -> dict[str, str]:
     return EXPORTERS | {plugin.name: plugin.value for plugin in plugins}
 
 
-def load_exporter(target: str) -> Exporter:
+def load_exporter(target: str) -> Exporter[Any]:
     """The exporter of `target`; UsageError lists the known ones."""
     targets = known_targets()
     if target not in targets:
         raise UsageError(f"--target {target}: unknown; known: {', '.join(targets)}")
-    module, _, function = targets[target].partition(":")
-    exporter: Exporter = getattr(importlib.import_module(module), function)
+    module, _, name = targets[target].partition(":")
+    exporter: Exporter[Any] = getattr(importlib.import_module(module), name)
     return exporter
+
+
+def option_names(target: str) -> set[str]:
+    return {field.name for field in dataclasses.fields(load_exporter(target).options)}
+
+
+def refuse_option(target: str, name: str) -> NoReturn:
+    """UsageError for option `name`, which `target` does not read; says which targets do."""
+    readers = [other for other in known_targets() if name in option_names(other)]
+    hint = f"{', '.join(readers)} {'do' if len(readers) > 1 else 'does'}" if readers else "no target does"
+    raise UsageError(
+        f"{flags.flag_name(name)}: --target {target} does not read it, {hint} "
+        f"(see efficientllm-export --target {target} --help)"
+    )

@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tokenizers import Tokenizer
 
-from ..runtime.base.errors import ArtefactError, MissingExtraError
+from ..runtime.base.errors import ArtefactError
+from ..runtime.base.extras import extra
 from ..runtime.engines.engine import Engine
+from ..runtime.sampling import log_softmax
 from .checkpoint import Checkpoint
-from .request import ExportRequest
+from .request import ExportRequest, RoundingOptions
 
 MAX_LOGIT_DIFFERENCE = 1e-4
 """Largest |logit difference| of a zero-padded model in torch itself."""
@@ -39,29 +42,35 @@ def sample_text() -> str:
 
 def sample_tokens(checkpoint: Checkpoint, limit: int = SAMPLE_TOKENS) -> list[int]:
     """Token ids of the sample text under the checkpoint's tokenizer, at most `limit`."""
-    from tokenizers import Tokenizer
-
     tokenizer = Tokenizer.from_file(str(checkpoint.folder / "tokenizer.json"))
     ids = tokenizer.encode(sample_text(), add_special_tokens=False).ids
     return ids[: min(limit, checkpoint.context_length)]
 
 
+@dataclass(frozen=True)
+class Sample:
+    """Tokens of the sample text and what torch makes of them: the reference of a verification."""
+
+    tokens: list[int]
+    logits: np.ndarray
+    """fp32 [S, V]"""
+
+
+def torch_sample(checkpoint: Checkpoint, limit: int = SAMPLE_TOKENS) -> Sample:
+    """At most `limit` tokens with the checkpoint's logits in torch."""
+    tokens = sample_tokens(checkpoint, limit)
+    return Sample(tokens, torch_logits(checkpoint.folder, tokens))
+
+
 def torch_logits(folder: Path, tokens: list[int]) -> np.ndarray:
     """Logits [S, V] of the Hugging Face model in `folder`, fp32, eager."""
-    try:
+    with extra("export"):
         import torch
 
         from ..train.model.source import load_for_inference
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(error.name or "torch", "export") from error
     model = load_for_inference(folder)
     with torch.inference_mode():
         return model(torch.tensor([tokens])).logits[0].float().numpy()
-
-
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
 @dataclass(frozen=True)
@@ -132,33 +141,41 @@ PREFILL_TOKENS = 64
 """Of the verification sample; the rest is decoded token by token."""
 
 
-def verify_stepwise(
-    engine: Engine,
-    tokens: list[int],
-    reference: np.ndarray,
-    request: ExportRequest,
-    name: str,
-    bits: float,
-    target: str,
-    kind: str,
-) -> Agreement:
-    """Compare the prefill and teacher-forced decoding of a written file with torch's logits of all positions [T, V].
+@dataclass(frozen=True)
+class Written:
+    """A written file in the messages and limits of its verification."""
 
-    Closes the engine; ArtefactError past the limits of type `name`, which stores `bits` per weight.
-    `kind`: what the target calls its file.
+    target: str
+    kind: str
+    """What the target calls its file."""
+    quantize: str
+    """Its weight type: f32 must be exact."""
+    bits: float
+    """Bits per weight that explain its distance from the exact model."""
+
+
+def verify_stepwise(
+    engine: Engine, sample: Sample, written: Written, request: ExportRequest[RoundingOptions]
+) -> Agreement:
+    """Compare the prefill and teacher-forced decoding of a written file with torch's logits of all positions.
+
+    Closes the engine; ArtefactError past the limits.
     """
+    tokens = sample.tokens
     start = min(PREFILL_TOKENS, len(tokens) - 1)
+    # logits of the prompt's last token, then one row for every token fed: torch's rows from start - 1 on
     rows = [engine.prefill(tokens[:start]), *(engine.decode(token) for token in tokens[start:])]
     engine.close()
-    expected = reference[start - 1 :]
+    expected = sample.logits[start - 1 :]
     agreement = compare_logits(expected, np.stack(rows), tokens[start - 1 :])
-    if name == "f32":
-        check_exact(agreement, expected, target)
+    if written.quantize == "f32":
+        check_exact(agreement, expected, written.target)
     else:
-        check_quantized(agreement, bits, request.options.max_kl, target)
+        check_quantized(agreement, written.bits, request.options.max_kl, written.target)
     request.say(
-        f"verified {name} {kind} against torch (prefill {start}, then {len(tokens) - start} decode steps): max |logit "
-        f"difference| {agreement.max_logit_difference:.1e}, same argmax {agreement.argmax_agreement:.1%}, mean KL "
-        f"{agreement.mean_kl:.4f}, perplexity x{agreement.perplexity_ratio:.3f}"
+        f"verified {written.quantize} {written.kind} against torch (prefill {start}, then {len(tokens) - start} decode "
+        f"steps): max |logit difference| {agreement.max_logit_difference:.1e}, same argmax "
+        f"{agreement.argmax_agreement:.1%}, mean KL {agreement.mean_kl:.4f}, "
+        f"perplexity x{agreement.perplexity_ratio:.3f}"
     )
     return agreement

@@ -21,7 +21,10 @@ from efficientllm.runtime.base.errors import DeviceError
 
 RUNNER = Path(__file__).parents[1] / "build/android-runner/llama-bench"
 QUICK = ["--prompt-tokens", "16", "--decode-tokens", "4,8", "--depths", "16", "--repetitions", "2", "--rounds", "1"]
-pytestmark = pytest.mark.skipif(shutil.which("adb") is None, reason="adb is not installed (apt install adb)")
+pytestmark = [
+    pytest.mark.skipif(shutil.which("adb") is None, reason="adb is not installed (apt install adb)"),
+    pytest.mark.xdist_group("phones"),
+]
 
 
 @pytest.fixture(scope="module")

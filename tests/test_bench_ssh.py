@@ -17,7 +17,10 @@ from efficientllm.runtime.base.errors import DeviceError
 from efficientllm.runtime.engines.artefact import Artefact
 
 QUICK = ["--prompt-tokens", "16", "--decode-tokens", "4,8", "--depths", "16", "--repetitions", "2", "--rounds", "2"]
-pytestmark = pytest.mark.skipif(not Path(SSHD).is_file(), reason="sshd is not installed (apt install openssh-server)")
+pytestmark = [
+    pytest.mark.skipif(not Path(SSHD).is_file(), reason="sshd is not installed (apt install openssh-server)"),
+    pytest.mark.xdist_group("board"),
+]
 
 
 @pytest.fixture

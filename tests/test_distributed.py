@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_train_cli import command, metrics, run, weights
+from training import command, metrics, run, weights
 
 from efficientllm.train.model.architecture import Architecture
 
@@ -73,7 +73,7 @@ def test_stopped_distributed_run_resumes_bit_identically(
         ],
         capture_output=True,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
         check=False,
         timeout=300,
     )

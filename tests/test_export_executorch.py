@@ -9,16 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import exporting
 import numpy as np
 import pytest
 import torch
+from exporting import SHAPES, TOKENS
 from safetensors.torch import load_file, save_file
-from test_export_gguf import SHAPES, TOKENS
 from tiny import LLAMA3_ROPE, UNEQUAL, tiny_architecture
 from tokenizers import Tokenizer
 
-from efficientllm.export import cli
-from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.base.errors import ArtefactError, ContextOverflowError
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
 from efficientllm.runtime.engines.manifest import Manifest
@@ -30,8 +29,7 @@ pytest.importorskip("executorch", reason="executorch is not installed")
 
 
 def export(checkpoint: Path, output: Path, *more: str) -> int:
-    arguments = [str(checkpoint), "--target", "executorch", "--output", str(output), "--max-context", "64", *more]
-    return run_command(cli.body, arguments)
+    return exporting.export(checkpoint, "executorch", output, "--max-context", "64", *more)
 
 
 def expected_logits(checkpoint: Path, tokens: list[int]) -> np.ndarray:
@@ -197,9 +195,9 @@ def test_bad_input(save_tiny: Callable[..., Path], tmp_path: Path, capsys: pytes
     checkpoint = save_tiny(odd_head)
     for flags, message in {
         ("--quantize", "q8_0"): "--quantize q8_0: unknown for executorch; known: f32, f16, 8da4w, int8",
-        ("--recipe", "tpu"): "--recipe tpu: unknown; known: xnnpack, portable, vulkan, coreml, openvino, qnn",
+        ("--recipe", "tpu"): "--recipe tpu: unknown; known: xnnpack, portable, vulkan, coreml, openvino",
         ("--recipe", "portable", "--quantize", "8da4w"): "--recipe portable takes --quantize f32, not 8da4w",
-        ("--recipe", "qnn"): "Qualcomm's AI Engine Direct SDK",
+        ("--recipe", "qnn"): "--recipe qnn: unknown",
         ("--group-size", "48"): "--group-size 48: XNNPACK takes 32, 64, 128",
         ("--embedding-type", "q4_0"): "--embedding-type q4_0: executorch takes int8 or int4",
         ("--quantize", "f32", "--output-type", "int4"): "goes with --quantize 8da4w or int8, not f32",
@@ -225,3 +223,13 @@ def test_damaged_programs_are_refused(tmp_path: Path, artefact: Path) -> None:
     (tmp_path / "model.pte").write_bytes(b"not a program" * 20)
     with pytest.raises(ArtefactError, match=r"ExecuTorch cannot load it: .+"):
         load_engine(tmp_path / "model.pte")
+
+
+def test_missing_packages_of_the_extra_are_named(
+    save_tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for module in ("executorch.program", "exporter_config"):
+        monkeypatch.delitem(sys.modules, f"efficientllm.export.{module}", raising=False)
+    monkeypatch.setitem(sys.modules, "optimum.exporters.base", None)
+    assert export(save_tiny(tiny_architecture()), tmp_path / "pte") == 2
+    assert capsys.readouterr().err.endswith("is not installed; run: pip install 'efficientllm[executorch]'\n")

@@ -10,40 +10,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from exporting import SHAPES, TOKENS, export
 from tiny import LLAMA3_ROPE, UNEQUAL, tiny_architecture
 
-from efficientllm.export import cli, verification
+from efficientllm.export import verification
 from efficientllm.export.gguf.probe import probe
-from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.base.errors import ArtefactError
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
 from efficientllm.runtime.engines.manifest import Manifest
 from efficientllm.runtime.generation import AnswerOptions, Generation
-from efficientllm.train.model.architecture import FAMILIES, LayerShape
+from efficientllm.train.model.architecture import FAMILIES
 from efficientllm.train.model.source import load_for_inference
-
-TOKENS = torch.randint(3, 400, (40,), generator=torch.Generator().manual_seed(2)).tolist()
-
-SHAPES = {
-    "unequal": UNEQUAL,
-    "odd FFN widths": (LayerShape(4, 2, 75), LayerShape(2, 1, 33), LayerShape(4, 4, 64)),
-    "no attention in the first layer": (LayerShape(0, 0, 64), LayerShape(4, 2, 96)),
-    "no attention in the middle": (LayerShape(4, 2, 96), LayerShape(0, 0, 64), LayerShape(2, 2, 64)),
-    "no FFN": (LayerShape(4, 2, 64), LayerShape(4, 2, 0), LayerShape(2, 1, 0)),
-    "an empty layer": (LayerShape(4, 2, 96), LayerShape(0, 0, 0), LayerShape(2, 1, 64)),
-    "uniform": (LayerShape(4, 2, 96),) * 2,
-}
-
-
-def export(checkpoint: Path, output: Path, *more: str) -> int:
-    return run_command(cli.body, [str(checkpoint), "--target", "gguf", "--output", str(output), *more])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_f32_logits_equal_torch(family: str, shape: str, save_tiny: Callable[..., Path], tmp_path: Path) -> None:
     checkpoint = save_tiny(tiny_architecture(family, SHAPES[shape]))
-    assert export(checkpoint, tmp_path / "gguf", "--quantize", "f32") == 0
+    assert export(checkpoint, "gguf", tmp_path / "gguf", "--quantize", "f32") == 0
     with torch.inference_mode():
         ours = load_for_inference(checkpoint)(torch.tensor([TOKENS])).logits[0].numpy()
     theirs = probe(tmp_path / "gguf" / "model.gguf", TOKENS, []).logits
@@ -57,7 +41,7 @@ def test_untied_heads_and_odd_hidden_sizes(
     family: str, hidden_size: int, save_tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
     checkpoint = save_tiny(tiny_architecture(family, UNEQUAL, hidden_size=hidden_size, tied=False))
-    assert export(checkpoint, tmp_path / "gguf", "--quantize", "q8_0") == 0
+    assert export(checkpoint, "gguf", tmp_path / "gguf", "--quantize", "q8_0") == 0
     manifest = Manifest.read(tmp_path / "gguf")
     assert manifest.verification["exact"]["max_logit_difference"] < 1e-3
     assert manifest.verification["quantized"]["mean_kl"] < 0.05
@@ -65,13 +49,13 @@ def test_untied_heads_and_odd_hidden_sizes(
 
 def test_llama3_rope_scaling(save_tiny: Callable[..., Path], tmp_path: Path) -> None:
     checkpoint = save_tiny(tiny_architecture(), rope_parameters=LLAMA3_ROPE)
-    assert export(checkpoint, tmp_path / "gguf", "--quantize", "f32") == 0
+    assert export(checkpoint, "gguf", tmp_path / "gguf", "--quantize", "f32") == 0
 
 
 @pytest.mark.parametrize("quantize", ["f16", "bf16", "q8_0", "q5_k_m", "q4_k_m", "q4_0", "iq4_nl"])
 def test_quantised_files_are_measured(quantize: str, save_tiny: Callable[..., Path], tmp_path: Path) -> None:
     checkpoint = save_tiny(tiny_architecture())
-    assert export(checkpoint, tmp_path / "gguf", "--quantize", quantize) == 0
+    assert export(checkpoint, "gguf", tmp_path / "gguf", "--quantize", quantize) == 0
     manifest = Manifest.read(tmp_path / "gguf")
     assert manifest.quantization == quantize
     assert manifest.bits_per_weight == pytest.approx(8 * manifest.total_bytes / 124_000, rel=0.8)
@@ -81,7 +65,7 @@ def test_quantised_files_are_measured(quantize: str, save_tiny: Callable[..., Pa
 
 def test_greedy_text_equals_torch(save_tiny: Callable[..., Path], tmp_path: Path) -> None:
     checkpoint = save_tiny(tiny_architecture())
-    assert export(checkpoint, tmp_path / "gguf", "--quantize", "f32") == 0
+    assert export(checkpoint, "gguf", tmp_path / "gguf", "--quantize", "f32") == 0
     model = load_for_inference(checkpoint)
     expected = model.generate(
         torch.tensor([TOKENS]), max_new_tokens=24, do_sample=False, attention_mask=torch.ones(1, 40, dtype=torch.long)
@@ -97,9 +81,9 @@ def test_padding_is_exact_and_said(
     save_tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoint = save_tiny(tiny_architecture(layers=SHAPES["odd FFN widths"], hidden_size=75))
-    assert export(checkpoint, tmp_path / "padded", "--quantize", "q8_0") == 0
+    assert export(checkpoint, "gguf", tmp_path / "padded", "--quantize", "q8_0") == 0
     assert "zero-padded (exact): hidden 75 -> 96, FFN width of 2 of 3 layers" in capsys.readouterr().out
-    assert export(checkpoint, tmp_path / "plain", "--quantize", "q8_0", "--pad", "none") == 0
+    assert export(checkpoint, "gguf", tmp_path / "plain", "--quantize", "q8_0", "--pad", "none") == 0
     printed = capsys.readouterr().out
     assert "tensors became f16, not q8_0: their rows are no multiple of 32 (--pad auto avoids that): " in printed
     assert "attn_q x3" in printed
@@ -108,7 +92,7 @@ def test_padding_is_exact_and_said(
 def test_k_quants_say_what_fell_back(
     save_tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert export(save_tiny(tiny_architecture()), tmp_path / "gguf", "--quantize", "q4_k_m") == 0
+    assert export(save_tiny(tiny_architecture()), "gguf", tmp_path / "gguf", "--quantize", "q4_k_m") == 0
     assert "tensors became q5_0, not q4_k: their rows are no multiple of 256: " in capsys.readouterr().out
     assert any("became q5_0" in note for note in Manifest.read(tmp_path / "gguf").notes)
 
@@ -118,10 +102,10 @@ def test_export_past_the_limit_is_refused_and_leaves_nothing(
 ) -> None:
     checkpoint = save_tiny(tiny_architecture())
     limit = ["--quantize", "q4_0", "--max-kl", "1e-6"]
-    assert export(checkpoint, tmp_path / "out" / "gguf", *limit) == 2
+    assert export(checkpoint, "gguf", tmp_path / "out" / "gguf", *limit) == 2
     assert "quantisation costs a mean KL of" in capsys.readouterr().err
     assert list((tmp_path / "out").iterdir()) == []
-    assert export(checkpoint, tmp_path / "out" / "gguf", *limit, "--no-verify") == 0
+    assert export(checkpoint, "gguf", tmp_path / "out" / "gguf", *limit, "--no-verify") == 0
     assert Manifest.read(tmp_path / "out" / "gguf").verification == {}
 
 
@@ -142,7 +126,7 @@ def test_wrong_weights_are_caught(
     from efficientllm.export.gguf import writer
 
     monkeypatch.setattr(writer, "permute_rope", lambda array, heads: array)
-    assert export(save_tiny(tiny_architecture()), tmp_path / "gguf", "--quantize", "f32") == 2
+    assert export(save_tiny(tiny_architecture()), "gguf", tmp_path / "gguf", "--quantize", "f32") == 2
     assert "logits differ from torch's" in capsys.readouterr().err
     assert not (tmp_path / "gguf").exists()
 
@@ -156,7 +140,7 @@ def test_what_llama_cpp_cannot_load_is_one_line_and_leaves_nothing(
 
     plan_layout = exporter.plan_layout
     monkeypatch.setattr(exporter, "plan_layout", lambda *args: replace(plan_layout(*args), name="llama"))
-    assert export(save_tiny(tiny_architecture()), tmp_path / "gguf", "--quantize", "f32") == 2
+    assert export(save_tiny(tiny_architecture()), "gguf", tmp_path / "gguf", "--quantize", "f32") == 2
     error = capsys.readouterr().err
     assert error.startswith("error: llama.cpp cannot run model.gguf: ")
     assert len(error.splitlines()) == 1
@@ -169,7 +153,7 @@ def test_unknown_pre_tokenizer_is_refused(save_tiny: Callable[..., Path], tmp_pa
     data = json.loads(path.read_text())
     data["pre_tokenizer"] = {"type": "Whitespace"}
     path.write_text(json.dumps(data))
-    assert export(checkpoint, tmp_path / "gguf") == 2
+    assert export(checkpoint, "gguf", tmp_path / "gguf") == 2
 
 
 BAD_INPUT = [
@@ -183,7 +167,7 @@ BAD_INPUT = [
 def test_bad_input(
     more: list[str], message: str, save_tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert export(save_tiny(tiny_architecture()), tmp_path / "gguf", *more) == 2
+    assert export(save_tiny(tiny_architecture()), "gguf", tmp_path / "gguf", *more) == 2
     assert message in capsys.readouterr().err
 
 
@@ -193,12 +177,12 @@ def test_damaged_checkpoints(
     checkpoint = save_tiny(tiny_architecture())
     weights = checkpoint / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
-    assert export(checkpoint, tmp_path / "gguf") == 2
+    assert export(checkpoint, "gguf", tmp_path / "gguf") == 2
     assert "is damaged" in capsys.readouterr().err
     weights.unlink()
-    assert export(checkpoint, tmp_path / "gguf") == 2
+    assert export(checkpoint, "gguf", tmp_path / "gguf") == 2
     assert "has no .safetensors file" in capsys.readouterr().err
-    assert export(tmp_path / "nothing", tmp_path / "gguf") == 2
+    assert export(tmp_path / "nothing", "gguf", tmp_path / "gguf") == 2
     assert "no such folder" in capsys.readouterr().err
 
 

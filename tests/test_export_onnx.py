@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_export_gguf import SHAPES, TOKENS
+from exporting import SHAPES, TOKENS, export
 from tiny import LLAMA3_ROPE, UNEQUAL, tiny_architecture
 
-from efficientllm.export import cli
 from efficientllm.export.exporter_config import OnnxDecoderConfig
 from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.base.errors import ContextOverflowError
@@ -24,17 +23,13 @@ from efficientllm.train.model.architecture import FAMILIES
 from efficientllm.train.model.source import load_for_inference
 
 
-def export(checkpoint: Path, output: Path, *more: str) -> int:
-    return run_command(cli.body, [str(checkpoint), "--target", "onnx", "--output", str(output), *more])
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_f32_prefill_and_decode_equal_torch(
     family: str, shape: str, save_tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
     checkpoint = save_tiny(tiny_architecture(family, SHAPES[shape]))
-    assert export(checkpoint, tmp_path / "onnx", "--quantize", "f32") == 0
+    assert export(checkpoint, "onnx", tmp_path / "onnx", "--quantize", "f32") == 0
     with torch.inference_mode():
         expected = load_for_inference(checkpoint)(torch.tensor([TOKENS])).logits[0].numpy()
     engine = load_engine(tmp_path / "onnx", EngineOptions(threads=1, context=64))
@@ -55,7 +50,7 @@ def test_quantised_models_stay_close(
     """Odd hidden size and FFN widths, so that blocks are padded; tied and untied heads."""
     tied = family != "qwen2"
     checkpoint = save_tiny(tiny_architecture(family, SHAPES["odd FFN widths"], hidden_size=76, tied=tied))
-    assert export(checkpoint, tmp_path / "onnx", "--quantize", quantize) == 0
+    assert export(checkpoint, "onnx", tmp_path / "onnx", "--quantize", quantize) == 0
     agreement = Manifest.read(tmp_path / "onnx").verification["quantized"]
     assert agreement["mean_kl"] < {"f16": 1e-4, "int8": 0.01, "mixed": 0.1, "int4": 0.5, "web": 0.05}[quantize]
 
@@ -65,7 +60,7 @@ def test_calibration_brings_int4_closer(save_tiny: Callable[..., Path], corpus: 
     checkpoint = save_tiny(tiny_architecture("qwen2", SHAPES["odd FFN widths"], hidden_size=76, tied=False))
     kl = []
     for name, flags in {"plain": [], "calibrated": ["--calibrate", str(corpus)]}.items():
-        assert export(checkpoint, tmp_path / name, "--quantize", "int4", *flags) == 0
+        assert export(checkpoint, "onnx", tmp_path / name, "--quantize", "int4", *flags) == 0
         kl.append(Manifest.read(tmp_path / name).verification["quantized"]["mean_kl"])
     assert kl[1] < kl[0]
 
@@ -83,7 +78,7 @@ def test_portable_graph_equals_the_direct_one(
     checkpoint = save_tiny(tiny_architecture(family, SHAPES[shape]))
     rows = {}
     for name, flags in {"direct": ["--quantize", "f32"], "portable": ["--portable"]}.items():
-        assert export(checkpoint, tmp_path / name, *flags) == 0
+        assert export(checkpoint, "onnx", tmp_path / name, *flags) == 0
         engine = load_engine(tmp_path / name, EngineOptions(threads=1, context=64))
         rows[name] = [engine.prefill(TOKENS[:16]), *(engine.decode(token) for token in TOKENS[16:])]
         rows[name].append(engine.prefill([*TOKENS[:20], 7, 8, 9]))  # shares 20 tokens with what the cache holds
@@ -119,19 +114,18 @@ def test_optimum_knows_irregular_models(save_tiny: Callable[..., Path]) -> None:
 def test_tied_quantised_weights_are_stored_once(save_tiny: Callable[..., Path], tmp_path: Path) -> None:
     for tied in (True, False):
         checkpoint = save_tiny(tiny_architecture(tied=tied))
-        assert export(checkpoint, tmp_path / str(tied), "--quantize", "int8") == 0
+        assert export(checkpoint, "onnx", tmp_path / str(tied), "--quantize", "int8") == 0
     sizes = [Manifest.read(tmp_path / str(tied)).files["model.onnx.data"]["bytes"] for tied in (True, False)]
     assert sizes[1] - sizes[0] == pytest.approx(400 * 64 * (1 + 4 / 32), rel=0.05)
 
 
 def test_llama3_rope_scaling(save_tiny: Callable[..., Path], tmp_path: Path) -> None:
-    assert (
-        export(save_tiny(tiny_architecture(), rope_parameters=LLAMA3_ROPE), tmp_path / "onnx", "--quantize", "f32") == 0
-    )
+    checkpoint = save_tiny(tiny_architecture(), rope_parameters=LLAMA3_ROPE)
+    assert export(checkpoint, "onnx", tmp_path / "onnx", "--quantize", "f32") == 0
 
 
 def test_both_engines_give_the_same_text(artefact: Path, tmp_path: Path) -> None:
-    assert export(artefact.parent / "checkpoint", tmp_path / "onnx", "--quantize", "f32") == 0
+    assert export(artefact.parent / "checkpoint", "onnx", tmp_path / "onnx", "--quantize", "f32") == 0
     texts = []
     for path in (artefact, tmp_path / "onnx"):
         engine = load_engine(path, EngineOptions(threads=1))
@@ -144,7 +138,7 @@ def test_both_engines_give_the_same_text(artefact: Path, tmp_path: Path) -> None
 
 
 def test_context_overflow_says_the_numbers(artefact: Path, tmp_path: Path) -> None:
-    assert export(artefact.parent / "checkpoint", tmp_path / "onnx", "--no-verify") == 0
+    assert export(artefact.parent / "checkpoint", "onnx", tmp_path / "onnx", "--no-verify") == 0
     engine = load_engine(tmp_path / "onnx", EngineOptions(threads=1, context=32))
     with pytest.raises(ContextOverflowError, match="33 tokens, the context window 32"):
         engine.prefill([5] * 33)
@@ -161,17 +155,17 @@ def test_wrong_graphs_are_caught(
 
     tables = graph.rope_tables
     monkeypatch.setattr(graph, "rope_tables", lambda *args: tables(*args)[::-1])
-    assert export(save_tiny(tiny_architecture()), tmp_path / "onnx", "--quantize", "f32") == 2
+    assert export(save_tiny(tiny_architecture()), "onnx", tmp_path / "onnx", "--quantize", "f32") == 2
     assert "logits differ from torch's" in capsys.readouterr().err
     assert not (tmp_path / "onnx").exists()
 
 
 def test_bad_input(save_tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert export(save_tiny(tiny_architecture(layers=UNEQUAL)), tmp_path / "onnx", "--quantize", "q8_0") == 2
+    assert export(save_tiny(tiny_architecture(layers=UNEQUAL)), "onnx", tmp_path / "onnx", "--quantize", "q8_0") == 2
     assert "--quantize q8_0: unknown for onnx; known: f32, f16, int8, mixed, int4, web" in capsys.readouterr().err
-    assert export(tmp_path / "checkpoint", tmp_path / "onnx", "--portable", "--quantize", "int8") == 2
+    assert export(tmp_path / "checkpoint", "onnx", tmp_path / "onnx", "--portable", "--quantize", "int8") == 2
     assert "--portable takes --quantize f32, not int8" in capsys.readouterr().err
-    assert export(tmp_path / "checkpoint", tmp_path / "onnx", "--no-verify") == 0
+    assert export(tmp_path / "checkpoint", "onnx", tmp_path / "onnx", "--no-verify") == 0
     (tmp_path / "onnx" / "model.onnx.data").write_bytes(b"short")
     from efficientllm.runtime import chat
 

@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_export_gguf import SHAPES, TOKENS
-from test_export_onnx import export
+from exporting import SHAPES, TOKENS, export
 from tiny import tiny_architecture
 
 from efficientllm.export.peers import genai_builder
@@ -47,7 +46,7 @@ def test_stock_genai_generates_the_same_tokens(
     family: str, shape: str, save_tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
     checkpoint = save_tiny(tiny_architecture(family, SHAPES[shape]), eos_token_id=399)
-    assert export(checkpoint, tmp_path / "onnx", "--quantize", "f32") == 0
+    assert export(checkpoint, "onnx", tmp_path / "onnx", "--quantize", "f32") == 0
     expected = load_for_inference(checkpoint).generate(
         torch.tensor([TOKENS]),
         attention_mask=torch.ones(1, len(TOKENS), dtype=torch.long),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_export_gguf import export
+from exporting import export
 from tiny import tiny_architecture
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -24,7 +24,7 @@ SHARED_TEXT = Path(__file__).parent.parent.parent / "shared" / "data" / "text" /
 
 def test_our_own_plain_gguf_comes_back(save_tiny: Callable[..., Path], tmp_path: Path) -> None:
     checkpoint = save_tiny(tiny_architecture(layers=(LayerShape(4, 2, 96),) * 2, head_dim=16))
-    assert export(checkpoint, tmp_path / "gguf", "--quantize", "f32") == 0
+    assert export(checkpoint, "gguf", tmp_path / "gguf", "--quantize", "f32") == 0
     model, tokenizer = load_source(str(tmp_path / "gguf" / "model.gguf"))
     reference = AutoModelForCausalLM.from_pretrained(checkpoint)
     tokens = torch.tensor([[5, 6, 7, 8]])

@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_export_gguf import export
+from exporting import export
 from tiny import tiny_architecture
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from efficientllm.export.gguf.probe import probe
 from efficientllm.export.verification import sample_text
+from efficientllm.runtime.engines.hf_tokenizer import read_chat_template
+from efficientllm.train.model.pre_tokenizer import build_pre_tokenizer, pre_tokenizer_name
 
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 PUNCTUATION = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -77,7 +79,7 @@ def test_token_ids_equal_on_every_kind(pre: str, save_tiny: Callable[..., Path],
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=names[0], eos_token=names[1])
     checkpoint = save_tiny(tiny_architecture())
     tokenizer.save_pretrained(checkpoint)
-    assert export(checkpoint, tmp_path / "gguf", "--quantize", "f32") == 0
+    assert export(checkpoint, "gguf", tmp_path / "gguf", "--quantize", "f32") == 0
     path = tmp_path / "gguf" / "model.gguf"
     assert gguf.GGUFReader(path).fields["tokenizer.ggml.pre"].contents() == pre
     text = "Ça va? 12345 don't <|user|>🙂\n\n  x"
@@ -95,6 +97,21 @@ def test_a_tokenizer_that_differs_is_refused(
     checkpoint = save_tiny(tiny_architecture())
     PreTrainedTokenizerFast(tokenizer_object=BACKENDS["gpt-2"](), eos_token="!").save_pretrained(checkpoint)
     monkeypatch.setattr(gguf_tokenizer, "pre_tokenizer_name", lambda data: "smollm")  # which splits digits
-    assert export(checkpoint, tmp_path / "gguf") == 2
+    assert export(checkpoint, "gguf", tmp_path / "gguf") == 2
     assert "tokenises the sample differently" in capsys.readouterr().err
     assert not (tmp_path / "gguf").exists()
+
+
+@pytest.mark.parametrize("name", ["smollm", "llama-bpe", "qwen2"])
+def test_names_of_pre_tokenizers_lead_both_ways(name: str) -> None:
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = build_pre_tokenizer(name)
+    assert pre_tokenizer_name(json.loads(backend.to_str())) == name
+
+
+def test_a_list_of_chat_templates_is_none(tmp_path: Path) -> None:
+    settings = {"chat_template": [{"name": "default", "template": "{{ messages }}"}]}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert read_chat_template(tmp_path) is None
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    assert read_chat_template(tmp_path) == "{{ messages }}"

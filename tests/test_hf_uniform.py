@@ -1,3 +1,5 @@
+"""Zero-padded plain models against the irregular ones they come from."""
+
 from __future__ import annotations
 
 import json
@@ -6,12 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from exporting import export
 from tiny import UNEQUAL, tiny_architecture
 from transformers import AutoModelForCausalLM
 
-from efficientllm.export import cli
 from efficientllm.export.hf_uniform import CLASS_NAMES
-from efficientllm.runtime.base.command import run_command
 from efficientllm.train.model.architecture import FAMILIES, LayerShape
 from efficientllm.train.model.source import load_for_inference
 
@@ -32,7 +33,7 @@ def test_plain_model_gives_the_same_logits(
 ) -> None:
     checkpoint = save_tiny(tiny_architecture(family, SHAPES[shape], hidden_size=hidden_size))
     output = tmp_path / "uniform"
-    assert run_command(cli.body, [str(checkpoint), "--target", "hf-uniform", "--output", str(output)]) == 0
+    assert export(checkpoint, "hf-uniform", output) == 0
     plain = AutoModelForCausalLM.from_pretrained(output)
     assert type(plain).__name__ == CLASS_NAMES[family]
     assert type(plain).__module__.startswith("transformers.")

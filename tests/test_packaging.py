@@ -2,25 +2,41 @@
 
 from __future__ import annotations
 
-import ast
+import graphlib
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+import rooms
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-TOP_LEVEL = ("train", "export", "runtime", "server", "devices")
+RUNTIME = {"runtime", "runtime/base", "runtime/engines"}
+SOURCES = {"train/model", "train/data"}
+"""What export enters of train: reading models and text."""
 
 MAY_IMPORT = {
-    "train": {"train", "runtime"},
-    "export": {"export", "train", "runtime"},
-    "runtime": {"runtime"},
-    "server": {"server", "runtime"},
-    "devices": {"devices", "runtime"},
+    "runtime/base": set(),
+    "runtime/engines": {"runtime/base"},
+    "runtime": {"runtime/base", "runtime/engines"},
+    "train/model": {"runtime/base"},
+    "train/compute": {"runtime/base"},
+    "train/data": {"runtime/base", "train/model"},
+    "train/pruning": {"runtime/base", "train/model", "train/compute"},
+    "train": {"runtime/base", "train/model", "train/compute", "train/data", "train/pruning"},
+    "train/evaluation": RUNTIME | {"train/model", "train/compute", "train/data"},
+    "train/study": {"runtime/base", "train", "train/model", "train/compute", "train/pruning", "train/evaluation"},
+    "export": RUNTIME | SOURCES,
+    "export/gguf": RUNTIME | SOURCES | {"export"},
+    "export/onnx": RUNTIME | SOURCES | {"export"},
+    "export/executorch": RUNTIME | SOURCES | {"export"},
+    "export/peers": RUNTIME | SOURCES | {"export"},
+    "server": RUNTIME,
+    "devices": RUNTIME,
 }
+"""The arrows of docs/architecture.md; "train" stands for the modules that lie directly in it."""
 
 WITHOUT_TORCH = """
 import importlib, pkgutil, sys
@@ -38,14 +54,15 @@ for package in sys.argv[1:]:
 """
 
 
-def modules(folder: str) -> list[Path]:
-    return sorted((ROOT / folder).rglob("*.py"))
-
-
 def test_every_shipped_folder_is_listed() -> None:
-    folders = {path.parent.relative_to(ROOT) for folder in TOP_LEVEL for path in modules(folder)}
-    expected = {"efficientllm." + ".".join(folder.parts) for folder in folders}
+    expected = {".".join(["efficientllm", *module[:-1]]) for module, _ in rooms.modules(ROOT)}
     assert expected == set(PROJECT["tool"]["setuptools"]["packages"])
+
+
+def test_the_source_tree_is_found_through_the_links_of_an_editable_install() -> None:
+    from efficientllm.devices.wheel import SOURCE
+
+    assert ROOT.resolve() == SOURCE
 
 
 def test_runtime_and_devices_import_without_torch() -> None:
@@ -65,17 +82,27 @@ def test_help_works_without_torch(command: str) -> None:
     assert done.stdout.startswith(f"usage: {command}")
 
 
-@pytest.mark.parametrize("folder", TOP_LEVEL)
-def test_imports_point_one_way(folder: str) -> None:
-    for path in modules(folder):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if not isinstance(node, ast.ImportFrom) or not node.level:
-                continue
-            depth = len(path.relative_to(ROOT).parts) - node.level
-            package = [*path.relative_to(ROOT).parts[:depth], *(node.module or "").split(".")]
-            target = package[0] if package[0] else None
-            if target:
-                assert target in MAY_IMPORT[folder], f"{path} imports {target}"
+def test_imports_point_one_way() -> None:
+    arrows = rooms.packages_and_sub_packages(ROOT)
+    assert arrows.keys() == MAY_IMPORT.keys()
+    for room, imported in arrows.items():
+        assert imported <= MAY_IMPORT[room], f"{room} imports {sorted(imported - MAY_IMPORT[room])}"
+
+
+def test_no_module_leads_back_to_itself(tmp_path: Path) -> None:
+    assert len(rooms.floors(rooms.all_modules(ROOT))) > 100
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "one.py").write_text("from .two import name\n")
+    (tmp_path / "train" / "two.py").write_text("def function():\n    from . import one\n")
+    with pytest.raises(graphlib.CycleError):
+        rooms.floors(rooms.all_modules(tmp_path))
+
+
+def test_the_architecture_page_shows_the_code_as_it_is() -> None:
+    stale = "run: python tests/tools/rooms.py"
+    page = rooms.PAGE.read_text(encoding="utf-8")
+    assert rooms.with_table(page, ROOT) == page, stale
+    assert rooms.PICTURE.read_text(encoding="utf-8") == rooms.picture(ROOT), stale
 
 
 def test_version_and_changelog_agree() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_export_gguf import SHAPES, TOKENS, export
+from exporting import SHAPES, TOKENS, export
 from tiny import tiny_architecture
 
 from efficientllm.train.model.source import load_for_inference
@@ -41,7 +41,7 @@ def test_another_build_generates_the_same_tokens(
     family: str, shape: str, save_tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
     checkpoint = save_tiny(tiny_architecture(family, SHAPES[shape]))
-    assert export(checkpoint, tmp_path / "gguf", "--quantize", "f32") == 0
+    assert export(checkpoint, "gguf", tmp_path / "gguf", "--quantize", "f32") == 0
     model = load_for_inference(checkpoint)
     expected = model.generate(
         torch.tensor([TOKENS]),

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_surgery import random_scores
+from pruning import random_scores
 from tiny import tiny_architecture
 
 from efficientllm.runtime.base.errors import UsageError

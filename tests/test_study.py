@@ -16,6 +16,8 @@ from efficientllm.train.study.flops import training_flops
 from efficientllm.train.study.overlap import jaccard_of_removed
 from efficientllm.train.study.study import StudyConfig, jobs, target_parameters
 
+pytestmark = pytest.mark.xdist_group("study")  # one run of it for all
+
 
 @pytest.fixture(scope="module")
 def arguments(source_folder: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:

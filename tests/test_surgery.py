@@ -5,41 +5,18 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import UNEQUAL, tiny_architecture, tiny_model
+from pruning import LAYERS, some_removal
+from tiny import tiny_architecture, tiny_model
 
-from efficientllm.train.model.architecture import FAMILIES, Architecture, LayerShape
+from efficientllm.train.model.architecture import FAMILIES
 from efficientllm.train.model.irregular import architecture_of
 from efficientllm.train.pruning.groups import KINDS
-from efficientllm.train.pruning.saliency import Scores
-from efficientllm.train.pruning.selection import Removal, SelectionRules, select_removal
+from efficientllm.train.pruning.selection import Removal
 from efficientllm.train.pruning.surgery import remove_groups, zero_gradients, zero_groups
 
 ALL_KINDS = tuple(KINDS)
 
 TOKENS = torch.randint(0, 400, (2, 9), generator=torch.Generator().manual_seed(3))
-LAYERS = (*UNEQUAL, LayerShape(6, 2, 64))
-
-
-def random_scores(architecture: Architecture, seed: int = 0) -> Scores:
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(count: int) -> torch.Tensor:
-        return torch.rand(count, generator=generator)
-
-    return {
-        "kv_group": [draw(layer.num_key_value_heads) for layer in architecture.layers],
-        "query_head": [draw(layer.num_attention_heads) for layer in architecture.layers],
-        "ffn": [draw(layer.intermediate_size) for layer in architecture.layers],
-        "stem": [draw(architecture.hidden_size)],
-    }
-
-
-def some_removal(architecture: Architecture, kinds: tuple[str, ...], units: int = 7) -> Removal:
-    scores = random_scores(architecture)
-    rules = SelectionRules(kinds, width_multiple=8)
-    removal = select_removal(architecture, {kind: scores[kind] for kind in kinds}, rules, 0, max_units=units)
-    assert removal.units
-    return removal
 
 
 def train_step(model: Any, optimizer: torch.optim.Optimizer, masked: Removal | None = None) -> None:

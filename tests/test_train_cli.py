@@ -8,70 +8,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from training import command, metrics, run, weights, without
 
-from efficientllm.runtime.base.command import run_command
-from efficientllm.train import cli
 from efficientllm.train.compute.loss import TrainingLoss
 from efficientllm.train.model.architecture import Architecture
 from efficientllm.train.model.source import load_for_inference
-
-SETTINGS = [
-    "--sequence-length",
-    "32",
-    "--eval-tokens",
-    "256",
-    "--held-out-fraction",
-    "0.2",
-    "--tokens",
-    "2560",
-    "--batch-size",
-    "4",
-    "--threads",
-    "1",
-    "--dtype",
-    "float32",
-    "--learning-rate",
-    "1e-3",
-    "--width-multiple",
-    "2",
-    "--target-ratio",
-    "0.6",
-    "--prune",
-    "attention,ffn,stem",
-    "--checkpoint-every",
-    "5",
-]
-
-
-def command(source: Path, corpus: Path, output: Path, *more: str) -> list[str]:
-    return ["--source", str(source), "--data", str(corpus), "--output", str(output), *SETTINGS, *more]
-
-
-def without(arguments: list[str], name: str) -> list[str]:
-    """Arguments less one flag and its value."""
-    place = arguments.index(name)
-    return arguments[:place] + arguments[place + 2 :]
-
-
-def run(arguments: Sequence[str]) -> int:
-    return run_command(cli.body, arguments)
-
-
-def metrics(folder: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without wall times."""
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in record.items() if key != "seconds"} for record in records]
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model" / "model.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +74,7 @@ def test_killed_run_resumes_bit_identically(straight: Path, source_folder: Path,
 
 
 SLOW_TRAINING = """
-import sys, time
+import time
 from efficientllm.runtime.base.command import run_command
 from efficientllm.train import cli, trainer
 step = trainer.Trainer._step
@@ -145,7 +90,7 @@ def test_sigterm_saves_and_stops(straight: Path, source_folder: Path, corpus: Pa
     output = tmp_path / "run"
     arguments = command(source_folder, corpus, output, "--checkpoint-every", "0")
     process = subprocess.Popen(
-        [sys.executable, "-c", SLOW_TRAINING + "\nsys.exit(7)", *arguments], stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", SLOW_TRAINING + "\nraise SystemExit(7)", *arguments], stderr=subprocess.PIPE, text=True
     )
     deadline = time.monotonic() + 120
     while not (output / "metrics.jsonl").is_file() or len(metrics(output)) < 5:

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_train_cli import command, metrics, run, weights, without
 from tiny import tiny_architecture
+from training import command, metrics, run, weights, without
 
 from efficientllm.export import cli as export_cli
 from efficientllm.runtime.base.command import run_command

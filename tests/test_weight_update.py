@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from test_surgery import LAYERS, some_removal
+from pruning import LAYERS, some_removal
 from tiny import tiny_architecture, tiny_model
 
 from efficientllm.train.pruning.surgery import zero_groups

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from ...runtime.base.errors import UsageError
 from ..group_quantization import keep_scale, quantize_groups, round_to_bfloat16
-from ..request import ExportOptions
+from .exporter import GROUP_SIZES, ExecutorchOptions
 
-GROUP_SIZES = (32, 64, 128)
 ALIGNMENT = 32
 """What the inputs of an int4 matrix must be a multiple of: XNNPACK's smallest group."""
 
@@ -48,16 +47,11 @@ FORMATS = {
 }
 """`--quantize` values of `--target executorch`."""
 
-DEFAULT = "8da4w"
 
-
-def weight_format(options: ExportOptions) -> WeightFormat:
-    """What the options ask for; UsageError where ExecuTorch has no such format."""
-    name = options.quantize or DEFAULT
+def weight_format(name: str, options: ExecutorchOptions) -> WeightFormat:
+    """Format `name` with the types that the options ask for; UsageError where ExecuTorch has no such format."""
     if name not in FORMATS:
         raise UsageError(f"--quantize {name}: unknown for executorch; known: {', '.join(FORMATS)}")
-    if options.group_size not in GROUP_SIZES:
-        raise UsageError(f"--group-size {options.group_size}: XNNPACK takes {', '.join(map(str, GROUP_SIZES))}")
     chosen = FORMATS[name]
     for flag, value in (("--output-type", options.output_type), ("--embedding-type", options.embedding_type)):
         if value and value not in ("int8", "int4"):
@@ -91,46 +85,47 @@ class QuantizedEmbedding(nn.Module):
 
 
 def quantize_decoder(
-    model: Any, weights: WeightFormat, options: ExportOptions, grams: dict[str, np.ndarray] | None = None
+    model: Any, weights: WeightFormat, options: ExecutorchOptions, grams: dict[str, np.ndarray] | None = None
 ) -> list[str]:
     """Replace the matrices of a StaticDecoder in place; returns what the user should know.
 
     `grams`: {module name: X^T X of its inputs}, for error-compensated rounding to int4. UsageError for a matrix that
     int4 cannot hold, unless --allow-fp32.
     """
-    notes: list[str] = []
-    left, smaller = [], []
+    unfit: list[str] = []
+    smaller: list[str] = []
     for name, module in list(model.named_modules()):
-        if not isinstance(module, nn.Linear):
-            continue
         kind = weights.head if name == "lm_head" else weights.linear
-        if kind not in ("int8", "int4"):
+        if not isinstance(module, nn.Linear) or kind not in ("int8", "int4"):
             continue
         group = module.in_features if kind == "int8" else group_for(module.in_features, options.group_size)
         if group is None:
-            left.append(f"{name} ({module.in_features} inputs)")
+            unfit.append(f"{name} ({module.in_features} inputs)")
             continue
         if kind == "int4" and group != options.group_size:
             smaller.append(name)
-        gram = _padded(grams[name], module.in_features) if grams and kind == "int4" and name in grams else None
+        # of a tied weight only the head's reference is replaced: the embedding is still exact at its own turn below
+        gram = grams.get(name) if grams and kind == "int4" else None
         module.weight = nn.Parameter(_quantized(module.weight, kind, group, gram), requires_grad=False)
-    if left and not options.allow_fp32:
-        raise UsageError(
-            f"int4 needs inputs in multiples of {ALIGNMENT}; {len(left)} matrices have others, the first {left[0]}; "
-            "use --pad auto, --quantize int8, or --allow-fp32 to leave them in fp32"
-        )
-    if left:
-        notes.append(f"{len(left)} matrices stay in fp32: their inputs are no multiple of {ALIGNMENT}")
-    if smaller:
-        notes.append(f"{len(smaller)} matrices have smaller groups: {options.group_size} does not divide their inputs")
+    notes = _rounding_notes(unfit, smaller, options)
     if weights.embedding in ("int8", "int4"):
         model.embed_tokens = _quantized_embedding(model.embed_tokens.weight.numpy(), weights.embedding)
     return notes
 
 
-def _padded(gram: np.ndarray, width: int) -> np.ndarray:
-    """Second moments of zero-padded inputs."""
-    return np.pad(gram, (0, width - len(gram)))
+def _rounding_notes(unfit: list[str], smaller: list[str], options: ExecutorchOptions) -> list[str]:
+    """What to say of matrices that int4 cannot hold, and of those with smaller groups than asked for."""
+    notes = []
+    if unfit and not options.allow_fp32:
+        raise UsageError(
+            f"int4 needs inputs in multiples of {ALIGNMENT}; {len(unfit)} matrices have others, the first {unfit[0]}; "
+            "use --pad auto, --quantize int8, or --allow-fp32 to leave them in fp32"
+        )
+    if unfit:
+        notes.append(f"{len(unfit)} matrices stay in fp32: their inputs are no multiple of {ALIGNMENT}")
+    if smaller:
+        notes.append(f"{len(smaller)} matrices have smaller groups: {options.group_size} does not divide their inputs")
+    return notes
 
 
 def group_for(inputs: int, largest: int) -> int | None:
@@ -139,13 +134,17 @@ def group_for(inputs: int, largest: int) -> int | None:
 
 
 def _quantized(weight: Tensor, kind: str, group: int, gram: np.ndarray | None) -> Tensor:
-    """torchao's tensor of dynamically quantised products, rounded by us."""
+    """torchao's tensor of dynamically quantised products, rounded by us.
+
+    `gram` may be that of fewer inputs, where the others are zero padding.
+    """
     from torchao.quantization.quantize_.workflows.intx.intx_unpacked_to_int8_tensor import (
         IntxUnpackedToInt8Tensor,
         IntxUnpackedToInt8TensorActivationQuantization,
     )
 
     bits = 8 if kind == "int8" else 4
+    gram = None if gram is None else np.pad(gram, (0, weight.shape[1] - len(gram)))
     # XNNPACK keeps group scales as bfloat16: rounding to what it will read keeps its product equal to ours
     rounding = round_to_bfloat16 if kind == "int4" else keep_scale
     codes, scales = quantize_groups(weight.float().numpy(), bits, group, gram, rounding)

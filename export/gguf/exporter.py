@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
 from ...runtime.base.errors import ArtefactError
 from ...runtime.chat_template import render_chat
+from ...runtime.engines.hf_tokenizer import read_settings, special_token
 from ...train.model.tensors import tensor_shape
 from ..calibration import column_importance, save_for_gguf
 from ..checkpoint import Checkpoint
-from ..manifest import bits_per_weight, describe_artefact
-from ..request import ExportRequest
-from ..verification import (
-    Agreement,
-    check_exact,
-    check_quantized,
-    compare_logits,
-    sample_text,
-    sample_tokens,
-    torch_logits,
-)
+from ..manifest import bits_per_weight, write_manifest
+from ..request import ExportRequest, PaddingOptions, log
+from ..targets import Exporter
+from ..verification import Agreement, check_exact, check_quantized, compare_logits, sample_text, torch_sample
 from .probe import probe
 from .quantize import (
     ROW_MULTIPLE,
@@ -38,25 +33,37 @@ MODEL_FILE = "model.gguf"
 DEFAULT = "f16"
 
 
-def export_gguf(checkpoint: Checkpoint, request: ExportRequest, folder: Path) -> None:
+@dataclass(frozen=True)
+class GgufOptions(PaddingOptions):
+    """--target gguf"""
+
+    quantize: str = ""
+    """Weight type: f32, f16 (default), bf16, q8_0, q6_k, q5_k_m, q5_k_s, q5_1, q5_0, q4_k_m, q4_k_s, q4_1, q4_0,
+    iq4_nl, iq4_xs, q3_k_m, q2_k."""
+    output_type: str = ""
+    """Type of the LM head where the default is not wanted, as --quantize."""
+    embedding_type: str = ""
+    """Type of the token embedding where the default is not wanted, as --quantize."""
+
+    @property
+    def weight_type(self) -> str:
+        return self.quantize or DEFAULT
+
+
+def export_gguf(checkpoint: Checkpoint, request: ExportRequest[GgufOptions], folder: Path) -> None:
     """Write FOLDER/model.gguf and its manifest; raises before anything is left behind."""
     require_llama_cpp()
     options = request.options
-    name = options.quantize or DEFAULT
+    name = options.weight_type
     file_type(name)
     output_type = tensor_type("--output-type", options.output_type)
     embedding_type = tensor_type("--embedding-type", options.embedding_type)
-    row_multiple = ROW_MULTIPLE.get(name, 32) if options.pad == "auto" else 1
-    plan = plan_layout(checkpoint, row_multiple)
+    plan = plan_layout(checkpoint, ROW_MULTIPLE.get(name, 32) if options.pad == "auto" else 1)
     for note in plan.notes:
         request.say(note)
-    exact = folder / "exact.gguf"
-    target = folder / MODEL_FILE
+    target, exact = folder / MODEL_FILE, folder / (MODEL_FILE if name == "f32" else "exact.gguf")
     write_gguf(checkpoint, plan, exact)
-    if name == "f32":
-        exact.rename(target)
-        exact = target
-    else:
+    if exact != target:
         importance = _importance(checkpoint, request, plan, folder) if options.calibrate else None
         fallbacks = quantize_gguf(exact, target, name, output_type, embedding_type, importance)
         if importance is not None:
@@ -65,10 +72,10 @@ def export_gguf(checkpoint: Checkpoint, request: ExportRequest, folder: Path) ->
             request.say(sentence)
     weight_bytes = tensor_bytes(target)
     bits = bits_per_weight(checkpoint, weight_bytes)
-    verification = _verify(checkpoint, request, exact, target, bits) if request.verify else {}
+    verification = _verify(checkpoint, request, exact, target, bits) if options.verify else {}
     if exact != target:
         exact.unlink()
-    describe_artefact(
+    write_manifest(
         checkpoint,
         request,
         folder,
@@ -80,10 +87,13 @@ def export_gguf(checkpoint: Checkpoint, request: ExportRequest, folder: Path) ->
         verification=verification,
     )
     for hint in run_hints(request.output, checkpoint.context_length):
-        request.print_line(f"run it with: {hint}")
+        log.info("run it with: %s", hint)
 
 
-def _importance(checkpoint: Checkpoint, request: ExportRequest, plan: GgufPlan, folder: Path) -> Path:
+EXPORTER = Exporter(GgufOptions, export_gguf)
+
+
+def _importance(checkpoint: Checkpoint, request: ExportRequest[GgufOptions], plan: GgufPlan, folder: Path) -> Path:
     """Collect the importance matrix and write it under llama.cpp's tensor names."""
     path = folder / "importance.npz"
     importance = column_importance(checkpoint, request.options.calibrate)
@@ -110,12 +120,12 @@ def run_hints(folder: Path, context_length: int) -> list[str]:
 
 
 def _verify(
-    checkpoint: Checkpoint, request: ExportRequest, exact: Path, target: Path, bits: float
+    checkpoint: Checkpoint, request: ExportRequest[GgufOptions], exact: Path, target: Path, bits: float
 ) -> dict[str, dict[str, object]]:
     """F32 file against torch, tokenizer against tokenizer.json, quantised file against the F32 one."""
-    tokens = sample_tokens(checkpoint)
     texts = [sample_text(), *sample_text().splitlines(), *_rendered_chat(checkpoint)]
-    reference = torch_logits(checkpoint.folder, tokens)
+    sample = torch_sample(checkpoint)
+    tokens, reference = sample.tokens, sample.logits
     first = probe(exact, tokens, texts)
     _check_token_ids(checkpoint, texts, first.token_ids)
     agreement = compare_logits(reference, first.logits, tokens)
@@ -129,7 +139,7 @@ def _verify(
         quantized = compare_logits(first.logits, probe(target, tokens, []).logits, tokens)
         check_quantized(quantized, bits, request.options.max_kl, "gguf")
         request.say(
-            f"{request.options.quantize or DEFAULT} against f32: mean KL {quantized.mean_kl:.4f}, same argmax "
+            f"{request.options.weight_type} against f32: mean KL {quantized.mean_kl:.4f}, same argmax "
             f"{quantized.argmax_agreement:.1%}, perplexity x{quantized.perplexity_ratio:.3f}"
         )
         results["quantized"] = quantized
@@ -141,10 +151,9 @@ def _rendered_chat(checkpoint: Checkpoint) -> list[str]:
     if checkpoint.chat_template is None:
         return []
     messages = [{"role": "user", "content": sample_text()[:300]}, {"role": "assistant", "content": "Ça va 🙂"}]
-    special = checkpoint.json_file("tokenizer_config.json")
-    bos, eos = (special.get(f"{name}_token") or "" for name in ("bos", "eos"))
-    names = [token["content"] if isinstance(token, dict) else token for token in (bos, eos)]
-    return [render_chat(checkpoint.chat_template, [*messages, messages[0]], *names)]
+    settings = read_settings(checkpoint.folder)
+    bos, eos = (special_token(settings, name) for name in ("bos", "eos"))
+    return [render_chat(checkpoint.chat_template, [*messages, messages[0]], bos, eos)]
 
 
 def _check_token_ids(checkpoint: Checkpoint, texts: list[str], token_ids: list[list[int]]) -> None:
@@ -152,8 +161,8 @@ def _check_token_ids(checkpoint: Checkpoint, texts: list[str], token_ids: list[l
     for text, ids in zip(texts, token_ids, strict=True):
         expected = tokenizer.encode(text, add_special_tokens=False).ids
         if ids != expected:
-            place = next((i for i, (a, b) in enumerate(zip(ids, expected, strict=False)) if a != b), len(expected))
+            position = next((i for i, (a, b) in enumerate(zip(ids, expected, strict=False)) if a != b), len(expected))
             raise ArtefactError(
-                f"gguf: llama.cpp tokenises the sample differently from tokenizer.json (token {place} of "
+                f"gguf: llama.cpp tokenises the sample differently from tokenizer.json (token {position} of "
                 f"{text[:40]!r}); this tokenizer has no equivalent in llama.cpp"
             )

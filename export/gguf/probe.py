@@ -7,7 +7,6 @@ request says.
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -15,10 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ...runtime.base.child import run_python
 from ...runtime.base.errors import ArtefactError
-
-F32 = 0
-"""ggml type of the KV cache: exact, where the default F16 moves logits by up to 0.07."""
 
 
 @dataclass(frozen=True)
@@ -37,13 +34,10 @@ def probe(path: Path, tokens: list[int], texts: list[str]) -> Probe:
         folder = Path(name)
         request = {"path": str(path), "tokens": tokens, "texts": texts, "output": str(folder)}
         (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
-        command = [sys.executable, "-m", __spec__.name, str(folder / "request.json")]
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-        if done.returncode != 0:
-            lines = [line for line in done.stderr.splitlines() if line.strip()]
-            complaint = next((line for line in lines if "error" in line.lower() or "GGML_ASSERT" in line), "")
-            reason = complaint or (lines[-1] if lines else f"exit code {done.returncode}")
-            raise ArtefactError(f"llama.cpp cannot run {path.name}: {reason.strip()}")
+        done = run_python("-m", __spec__.name, str(folder / "request.json"))
+        if done.code:
+            complaints = (line for line in done.errors.splitlines() if "error" in line.lower() or "GGML_ASSERT" in line)
+            raise ArtefactError(f"llama.cpp cannot run {path.name}: {next(complaints, done.last_error).strip()}")
         token_ids = json.loads((folder / "token_ids.json").read_text(encoding="utf-8"))
         return Probe(np.load(folder / "logits.npy"), token_ids)
 
@@ -58,8 +52,8 @@ def _main(request_path: str) -> None:
         n_ctx=max(len(tokens), 32),
         n_batch=max(len(tokens), 32),
         logits_all=True,
-        type_k=F32,
-        type_v=F32,
+        type_k=llama_cpp.GGML_TYPE_F32,  # exact, where the default F16 moves logits by up to 0.07
+        type_v=llama_cpp.GGML_TYPE_F32,
         flash_attn=False,
         verbose=True,  # its log is where the reason of a failure stands
     )

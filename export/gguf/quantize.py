@@ -3,37 +3,24 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import json
 import re
-import subprocess
 import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...runtime.base.child import run_python
 from ...runtime.base.errors import ArtefactError, MissingExtraError, UsageError
+from ...runtime.base.extras import extra
 
-FILE_TYPES = {
-    "f32": 0,
-    "f16": 1,
-    "bf16": 32,
-    "q8_0": 7,
-    "q6_k": 18,
-    "q5_k_m": 17,
-    "q5_k_s": 16,
-    "q5_1": 9,
-    "q5_0": 8,
-    "q4_k_m": 15,
-    "q4_k_s": 14,
-    "q4_1": 3,
-    "q4_0": 2,
-    "iq4_nl": 25,
-    "iq4_xs": 30,
-    "q3_k_m": 12,
-    "q2_k": 10,
-}
-"""llama_ftype of each `--quantize` value."""
+FILE_TYPES = (
+    *("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_1", "q5_0", "q4_k_m", "q4_k_s", "q4_1", "q4_0"),
+    *("iq4_nl", "iq4_xs", "q3_k_m", "q2_k"),
+)
+"""`--quantize` values of `--target gguf`."""
 
 ROW_MULTIPLE = {"f32": 1, "f16": 1, "bf16": 1}
 """What rows must divide by; 32 for every quantised type. K-quants want 256 and fall back to 32-blocks, which is smaller
@@ -41,9 +28,12 @@ than padding 576 to 768 would be."""
 
 
 def file_type(name: str) -> int:
+    """llama.cpp's number (llama_ftype) of a `--quantize` value; UsageError lists the known ones."""
+    with extra("gguf"):
+        import gguf
     if name not in FILE_TYPES:
         raise UsageError(f"--quantize {name}: unknown for gguf; known: {', '.join(FILE_TYPES)}")
-    return FILE_TYPES[name]
+    return int(gguf.LlamaFileType["ALL_F32" if name == "f32" else f"MOSTLY_{name.upper()}"])
 
 
 def tensor_type(flag: str, name: str) -> int | None:
@@ -69,9 +59,8 @@ def quantize_gguf(
 ) -> list[Fallback]:
     """Quantise in a child process (ggml aborts on some errors); ArtefactError where llama.cpp refuses.
 
-    Returns the tensors that could not take their type.
-
-    `importance`: .npz of fp32 column weights by tensor name (llama.cpp's importance matrix).
+    Returns the tensors that could not take their type. `importance`: .npz of fp32 column weights by tensor name
+    (llama.cpp's importance matrix).
     """
     request = {
         "importance": str(importance) if importance else None,
@@ -81,12 +70,10 @@ def quantize_gguf(
         "output_tensor_type": output_type,
         "token_embedding_type": embedding_type,
     }
-    command = [sys.executable, "-m", __spec__.name, json.dumps(request)]
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-    if done.returncode != 0:
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
-        raise ArtefactError(f"llama.cpp cannot quantise to {name}: {lines[-1] if lines else done.returncode}")
-    return parse_fallbacks(done.stderr)
+    done = run_python("-m", __spec__.name, json.dumps(request))
+    if done.code:
+        raise ArtefactError(f"llama.cpp cannot quantise to {name}: {done.last_error}")
+    return parse_fallbacks(done.errors)
 
 
 def tensor_bytes(path: Path) -> int:
@@ -117,12 +104,7 @@ _FALLBACK = re.compile(
 def parse_fallbacks(log: str) -> list[Fallback]:
     """Fallbacks in the quantiser's log; llama.cpp reports a second step (to F16) as one line."""
     return [
-        Fallback(
-            match["tensor"],
-            match["wanted"].lower(),
-            int(match["multiple"]),
-            match["got"].lower(),
-        )
+        Fallback(match["tensor"], match["wanted"].lower(), int(match["multiple"]), match["got"].lower())
         for match in _FALLBACK.finditer(log)
     ]
 
@@ -178,10 +160,8 @@ def _importance_matrix(path: Path) -> tuple[Any, list[Any]]:
 
 
 def require_llama_cpp() -> None:
-    """MissingExtraError where llama-cpp-python is not installed."""
-    from importlib.util import find_spec
-
-    if find_spec("llama_cpp") is None:
+    """MissingExtraError where llama-cpp-python is not installed; it is not loaded here, see `quantize_gguf`."""
+    if importlib.util.find_spec("llama_cpp") is None:
         raise MissingExtraError("llama-cpp-python", "gguf")
 
 

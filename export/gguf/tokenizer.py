@@ -6,13 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...runtime.base.errors import ModelError
+from ...runtime.base.extras import extra
+from ...runtime.engines.hf_tokenizer import read_settings, special_token
+from ...train.model.pre_tokenizer import pre_tokenizer_name, steps_of
 from ..checkpoint import Checkpoint
-
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
-"""gguf.TokenType"""
-
-_LETTERS_1_TO_3_DIGITS = r"\p{N}{1,3}"
-_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 
 
 @dataclass(frozen=True)
@@ -25,6 +22,7 @@ class GgufTokenizer:
     """llama.cpp's name of the pre-tokenizer."""
     tokens: list[str]
     token_types: list[int]
+    """gguf.TokenType of each."""
     merges: list[str] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
     bos_id: int | None = None
@@ -67,35 +65,37 @@ def read_tokenizer(checkpoint: Checkpoint) -> GgufTokenizer:
 
 
 def _tokens(data: dict[str, Any], vocab_size: int) -> tuple[list[str], list[int]]:
+    """(texts, gguf.TokenType) by id, `vocab_size` each: a model may have more rows than its tokenizer has tokens."""
+    with extra("gguf"):
+        from gguf import TokenType
     tokens = [f"[PAD{index}]" for index in range(vocab_size)]
-    types = [UNUSED] * vocab_size
+    types: list[int] = [TokenType.UNUSED] * vocab_size
     for token, index in data["model"]["vocab"].items():
         if index < vocab_size:
-            tokens[index], types[index] = token, NORMAL
+            tokens[index], types[index] = token, TokenType.NORMAL
     if data["model"].get("byte_fallback"):
         for index, token in enumerate(tokens):
             if len(token) == 6 and token.startswith("<0x"):
-                types[index] = BYTE
+                types[index] = TokenType.BYTE
     for added in data.get("added_tokens", []):
         if added["id"] < vocab_size:
             tokens[added["id"]] = added["content"]
-            types[added["id"]] = CONTROL if added["special"] else USER_DEFINED
+            types[added["id"]] = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
     unknown = data["model"].get("unk_token")
     if unknown in tokens and data["model"].get("byte_fallback"):
-        types[tokens.index(unknown)] = UNKNOWN
+        types[tokens.index(unknown)] = TokenType.UNKNOWN
     return tokens, types
 
 
 def _special_ids(checkpoint: Checkpoint, tokens: list[str]) -> dict[str, int | None]:
-    config, tokenizer_config = checkpoint.config, checkpoint.json_file("tokenizer_config.json")
+    settings = read_settings(checkpoint.folder)
     index = {token: i for i, token in enumerate(tokens)}
     ids: dict[str, int | None] = {}
     for name in ("bos", "eos", "unk", "pad"):
-        token = tokenizer_config.get(f"{name}_token")
-        content = token.get("content") if isinstance(token, dict) else token
-        value = index.get(content) if content else None
+        token = special_token(settings, name)
+        value = index.get(token) if token else None
         if value is None and name in ("bos", "eos"):
-            configured = config.get(f"{name}_token_id")
+            configured = checkpoint.config.get(f"{name}_token_id")
             value = configured[0] if isinstance(configured, list) else configured
         ids[f"{name}_id"] = value
     return ids
@@ -114,33 +114,10 @@ def _adds_bos(data: dict[str, Any], tokens: list[str], bos_id: int | None) -> bo
 
 def _adds_space(data: dict[str, Any]) -> bool:
     """Whether a space is put before the text (SentencePiece's dummy prefix)."""
-    for step in _steps(data.get("normalizer"), "normalizers"):
+    for step in steps_of(data.get("normalizer"), "normalizers"):
         if step.get("type") == "Prepend":
             return True
     return any(
         step.get("type") == "Metaspace" and step.get("prepend_scheme") in ("first", "always")
-        for step in _steps(data.get("pre_tokenizer"), "pretokenizers")
+        for step in steps_of(data.get("pre_tokenizer"), "pretokenizers")
     )
-
-
-def _steps(value: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
-    if not value:
-        return []
-    return value[key] if value.get("type") == "Sequence" else [value]
-
-
-def pre_tokenizer_name(data: dict[str, Any]) -> str:
-    """llama.cpp's name for a byte-level BPE's pre-tokenizer; ModelError where it has none that we know."""
-    steps = _steps(data.get("pre_tokenizer"), "pretokenizers")
-    kinds = [step["type"] for step in steps]
-    patterns = [step["pattern"].get("Regex", "") for step in steps if step["type"] == "Split"]
-    if kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits"):
-        return "smollm"
-    if kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
-        return "gpt-2"
-    if kinds == ["Split", "ByteLevel"] and _CONTRACTIONS in patterns[0]:
-        if _LETTERS_1_TO_3_DIGITS in patterns[0]:
-            return "llama-bpe"
-        if r"\p{N}" in patterns[0]:
-            return "qwen2"
-    raise ModelError(f"pre-tokenizer {'+'.join(kinds) or 'none'} {patterns} has no known name in llama.cpp")

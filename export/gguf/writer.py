@@ -8,18 +8,21 @@ one zero head (it would not load).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ...runtime.base.errors import MissingExtraError, ModelError
+from ...runtime.base.errors import ModelError
+from ...runtime.base.extras import extra
 from ...train.model.architecture import Architecture, LayerShape
-from ...train.model.tensors import tensor_names
 from ..checkpoint import Checkpoint
-from ..padding import missing_tensor, pad_rows, pad_tensor, padded_eps, padding_notes, uniform_architecture
-from ..rope import frequency_factors
+from ..padding import pad_rows, padded_eps, padded_tensors, padding_notes, uniform_architecture
+from ..rope import frequency_factors, permute_rope
+from .quantize import file_type
 from .tokenizer import GgufTokenizer, read_tokenizer
 
 UNIFORM_ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
@@ -27,23 +30,6 @@ UNIFORM_ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2",
 
 MAX_LAYERS = 512
 """LLAMA_MAX_LAYERS"""
-
-TENSOR_NAMES = {
-    "model.embed_tokens.weight": "token_embd.weight",
-    "model.norm.weight": "output_norm.weight",
-    "lm_head.weight": "output.weight",
-    "input_layernorm.weight": "attn_norm.weight",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "post_attention_layernorm.weight": "ffn_norm.weight",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
 
 
 @dataclass(frozen=True)
@@ -101,39 +87,15 @@ def _fill_gaps(architecture: Architecture, attention_everywhere: bool) -> Archit
     return replace(architecture, layers=tuple(layers))
 
 
-def permute_rope(array: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of q or k ([heads * D, ...]) from half-split to interleaved rotary order."""
-    pairs = array.reshape(heads, 2, array.shape[0] // heads // 2, *array.shape[1:])
-    return pairs.swapaxes(1, 2).reshape(array.shape)
-
-
 def write_gguf(checkpoint: Checkpoint, plan: GgufPlan, path: Path) -> None:
     """Write every tensor in F32."""
-    try:
+    with extra("gguf"):
         import gguf
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("gguf", "gguf") from error
     writer = gguf.GGUFWriter(path, plan.name)
     _add_fields(writer, checkpoint, plan)
     _add_tokenizer(writer, read_tokenizer(checkpoint))
-    existing = set(tensor_names(checkpoint.architecture))
-    fused: dict[str, list[np.ndarray]] = {}
-    for name in tensor_names(plan.architecture):
-        array = (
-            pad_tensor(name, checkpoint.tensor(name), checkpoint.architecture, plan.architecture)
-            if name in existing
-            else missing_tensor(name, plan.architecture)
-        )
-        if plan.permutes_rope:
-            array = _permuted(name, array, plan.architecture)
-        if plan.fuses_qkv and name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
-            prefix = gguf_name(name).rpartition(".attn_")[0]
-            parts = fused.setdefault(prefix, [])
-            parts.append(array)
-            if len(parts) == 3:
-                writer.add_tensor(f"{prefix}.attn_qkv.weight", np.concatenate(parts))
-            continue
-        writer.add_tensor(gguf_name(name), np.ascontiguousarray(array))
+    for name, array in _tensors(checkpoint, plan):
+        writer.add_tensor(name, np.ascontiguousarray(array))
     factors = frequency_factors(checkpoint.rope, plan.architecture.head_dim)
     if factors is not None:
         writer.add_tensor("rope_freqs.weight", factors)
@@ -143,18 +105,37 @@ def write_gguf(checkpoint: Checkpoint, plan: GgufPlan, path: Path) -> None:
     writer.close()
 
 
+def _tensors(checkpoint: Checkpoint, plan: GgufPlan) -> Iterator[tuple[str, np.ndarray]]:
+    """(llama.cpp's name, fp32 array) of every tensor as the plan lays it out."""
+    waiting: list[np.ndarray] = []
+    for name, array in padded_tensors(checkpoint, plan.architecture):
+        if plan.permutes_rope:
+            array = _permuted(name, array, plan.architecture)
+        if plan.fuses_qkv and name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
+            # tensors come in file order: q, k and v of one layer after each other, as llama.cpp splits the rows
+            waiting.append(array)
+            if name.endswith("v_proj.weight"):
+                yield gguf_name(name).replace("attn_v.", "attn_qkv."), np.concatenate(waiting)
+                waiting = []
+        else:
+            yield gguf_name(name), array
+
+
+@cache
+def _name_map() -> Any:
+    """gguf's names of qwen3, the one architecture that has all our tensors; the others call them the same."""
+    import gguf
+
+    return gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, MAX_LAYERS)
+
+
 def gguf_name(name: str) -> str:
     """'model.layers.3.mlp.up_proj.weight' -> 'blk.3.ffn_up.weight'."""
-    if not name.startswith("model.layers."):
-        return TENSOR_NAMES[name]
-    _, _, index, rest = name.split(".", 3)
-    if rest in TENSOR_NAMES:
-        return f"blk.{index}.{TENSOR_NAMES[rest]}"
-    module, _, kind = rest.rpartition(".")
-    return f"blk.{index}.{TENSOR_NAMES[module]}.{kind}"
+    return _name_map().get_name(name, try_suffixes=(".weight", ".bias"))
 
 
 def _permuted(name: str, array: np.ndarray, architecture: Architecture) -> np.ndarray:
+    """`array` with the rows of q and k (and of their biases) permuted, head by head."""
     if ".q_proj." not in name and ".k_proj." not in name:
         return array
     layer = architecture.layers[int(name.split(".")[2])]
@@ -164,7 +145,7 @@ def _permuted(name: str, array: np.ndarray, architecture: Architecture) -> np.nd
 def _add_fields(writer: Any, checkpoint: Checkpoint, plan: GgufPlan) -> None:
     architecture, layers = plan.architecture, plan.architecture.layers
     writer.add_name(Path(checkpoint.name).name)
-    writer.add_file_type(0)
+    writer.add_file_type(file_type("f32"))
     writer.add_block_count(len(layers))
     writer.add_context_length(checkpoint.context_length)
     writer.add_embedding_length(architecture.hidden_size)

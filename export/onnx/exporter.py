@@ -3,59 +3,60 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...runtime.base.errors import MissingExtraError, UsageError
+from ...runtime.base.errors import UsageError
+from ...runtime.base.extras import extra
 from ...runtime.engines.engine import EngineOptions
 from ...runtime.engines.onnx import OnnxEngine
 from ..calibration import input_grams
 from ..checkpoint import Checkpoint
-from ..manifest import bits_per_weight, copy_tokenizer, describe_artefact
-from ..request import ExportRequest
-from ..verification import sample_tokens, torch_logits, verify_stepwise
-from .quantize import preset
+from ..manifest import bits_per_weight, copy_tokenizer, write_manifest
+from ..request import ExportRequest, RoundingOptions
+from ..targets import Exporter
+from ..verification import Written, torch_sample, verify_stepwise
+from .quantize import Bits, preset
 
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
 DEFAULT = "int8"
 
 
-def export_onnx(checkpoint: Checkpoint, request: ExportRequest, folder: Path) -> None:
-    """Write the model with external data, tokenizer files, genai_config.json and manifest."""
-    try:
-        import onnx_ir as ir
-        import onnxruntime  # noqa: F401  the quantiser and the verification need it
+@dataclass(frozen=True)
+class OnnxOptions(RoundingOptions):
+    """--target onnx"""
 
-        from .graph import GraphBuilder
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(error.name or "onnxruntime", "onnx") from error
+    quantize: str = ""
+    """Weight type: f32, f16, int8 (default), mixed, int4, web; with --portable f32, its default."""
+    portable: bool = False
+    """Standard operators (opset 23) instead of onnxruntime's fused ones; f32, slower in onnxruntime."""
+
+    @property
+    def weight_type(self) -> str:
+        return self.quantize or ("f32" if self.portable else DEFAULT)
+
+
+def export_onnx(checkpoint: Checkpoint, request: ExportRequest[OnnxOptions], folder: Path) -> None:
+    """Write the model with external data, tokenizer files, genai_config.json and manifest."""
     options = request.options
-    name = options.quantize or ("f32" if options.portable else DEFAULT)
+    name = options.weight_type
     bits = preset(name)
-    if options.portable:
-        if name != "f32":
-            raise UsageError(f"--portable takes --quantize f32, not {name}: standard operators hold no packed weights")
-        _write_portable(checkpoint, folder / MODEL_FILE)
-    else:
-        grams = input_grams(checkpoint, options.calibrate) if options.calibrate else None
-        ir.save(GraphBuilder(checkpoint, bits, grams).build(), folder / MODEL_FILE, external_data=DATA_FILE)
-    config = genai_config(checkpoint, shares_cache=not options.portable)
-    (folder / "genai_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    names = [MODEL_FILE, DATA_FILE, "genai_config.json", "generation_config.json", *copy_tokenizer(checkpoint, folder)]
-    (folder / "generation_config.json").write_text(
-        json.dumps(generation_config(checkpoint), indent=2) + "\n", encoding="utf-8"
-    )
+    _write_model(checkpoint, options, bits, folder)
+    _write_json(folder / "genai_config.json", genai_config(checkpoint, shares_cache=not options.portable))
+    _write_json(folder / "generation_config.json", generation_config(checkpoint))
     weight_bytes = (folder / DATA_FILE).stat().st_size
     # with int8 activations, the matrices that stay in fp32 do not make the rest any closer
     stored = min(bits_per_weight(checkpoint, weight_bytes), 8.0 if bits.dynamic else 32.0)
-    verification = _verify(checkpoint, request, folder, name, stored) if request.verify else {}
-    describe_artefact(
+    tokenizer_files = copy_tokenizer(checkpoint, folder)  # which our engine reads, too
+    verification = _verify(checkpoint, request, folder, stored) if options.verify else {}
+    write_manifest(
         checkpoint,
         request,
         folder,
         engine="onnxruntime",
-        files=names,
+        files=[MODEL_FILE, DATA_FILE, "genai_config.json", "generation_config.json", *tokenizer_files],
         quantization=name,
         weight_bytes=weight_bytes,
         layout="onnx, standard operators" if options.portable else "onnx",
@@ -63,12 +64,31 @@ def export_onnx(checkpoint: Checkpoint, request: ExportRequest, folder: Path) ->
     )
 
 
-def _write_portable(checkpoint: Checkpoint, path: Path) -> None:
-    try:
+EXPORTER = Exporter(OnnxOptions, export_onnx)
+
+
+def _write_model(checkpoint: Checkpoint, options: OnnxOptions, bits: Bits, folder: Path) -> None:
+    """The graph and its external data, by one of the two routes."""
+    with extra("onnx"):
+        import onnx_ir as ir
+        import onnxruntime  # noqa: F401  the quantiser and the verification need it
+
+        from .graph import GraphBuilder
+    if not options.portable:
+        grams = input_grams(checkpoint, options.calibrate) if options.calibrate else None
+        ir.save(GraphBuilder(checkpoint, bits, grams).build(), folder / MODEL_FILE, external_data=DATA_FILE)
+        return
+    if options.weight_type != "f32":
+        raise UsageError(
+            f"--portable takes --quantize f32, not {options.weight_type}: standard operators hold no packed weights"
+        )
+    with extra("onnx-portable"):
         from .portable import write_portable
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(error.name or "onnxscript", "onnx-portable") from error
-    write_portable(checkpoint, path)
+    write_portable(checkpoint, folder / MODEL_FILE)
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def genai_config(checkpoint: Checkpoint, shares_cache: bool) -> dict[str, Any]:
@@ -129,13 +149,13 @@ def generation_config(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _verify(
-    checkpoint: Checkpoint, request: ExportRequest, folder: Path, name: str, bits: float
+    checkpoint: Checkpoint, request: ExportRequest[OnnxOptions], folder: Path, bits: float
 ) -> dict[str, dict[str, object]]:
     """Prefill and teacher-forced decoding through our engine against torch."""
-    tokens = sample_tokens(checkpoint)
-    engine = OnnxEngine(folder / MODEL_FILE, EngineOptions(context=len(tokens) + 1))
-    reference = torch_logits(checkpoint.folder, tokens)
-    agreement = verify_stepwise(engine, tokens, reference, request, name, bits, "onnx", "file")
+    name = request.options.weight_type
+    sample = torch_sample(checkpoint)
+    engine = OnnxEngine(folder / MODEL_FILE, EngineOptions(context=len(sample.tokens) + 1))
+    agreement = verify_stepwise(engine, sample, Written("onnx", "file", name, bits), request)
     if agreement.mean_kl > 0.2:
         request.say(f"warning: {name} costs this model a mean KL of {agreement.mean_kl:.2f}; int8 is the safe choice")
     return {"exact" if name == "f32" else "quantized": agreement.to_dict()}

@@ -1,7 +1,7 @@
 """`--target onnx --portable`: standard ONNX operators only, traced by torch.onnx.
 
 Runs wherever opset 23 does, without onnxruntime's own fused operators; slower there, and fp32 only. It shares no code
-with onnx_graph, which makes each the other's check.
+with graph.py, which makes each the other's check.
 """
 
 from __future__ import annotations

@@ -8,7 +8,6 @@ interleaved rotary layout, so the weights are renamed and the rows of q and k pe
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -18,11 +17,13 @@ from typing import Any
 import torch
 
 from ...runtime.base import flags
+from ...runtime.base.child import run_python
 from ...runtime.base.command import run_command
 from ...runtime.base.errors import ArtefactError, UsageError
 from ...runtime.base.files import require_empty
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..manifest import copy_tokenizer
+from ..rope import permute_rope
 
 META_NAMES = {
     "self_attn.q_proj": "attention.wq",
@@ -68,11 +69,10 @@ def meta_state(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     }
     for index in range(len(architecture.layers)):
         for ours, theirs in META_NAMES.items():
-            weight = torch.from_numpy(checkpoint.tensor(f"model.layers.{index}.{ours}.weight"))
+            weight = checkpoint.tensor(f"model.layers.{index}.{ours}.weight")
             if ours.endswith(("q_proj", "k_proj")):
-                halves = weight.view(-1, 2, architecture.head_dim // 2, architecture.hidden_size)
-                weight = halves.transpose(1, 2).reshape(weight.shape).contiguous()
-            state[f"layers.{index}.{theirs}.weight"] = weight
+                weight = permute_rope(weight, len(weight) // architecture.head_dim)
+            state[f"layers.{index}.{theirs}.weight"] = torch.from_numpy(weight)
     return state
 
 
@@ -93,7 +93,7 @@ def body(argv: Sequence[str]) -> int:
         ends = checkpoint.end_of_generation_ids
         metadata = json.dumps({"get_bos_id": checkpoint.config.get("bos_token_id") or 0, "get_eos_ids": ends})
         command = [
-            *(sys.executable, "-m", "executorch.extension.llm.export.export_llm"),
+            *("-m", "executorch.extension.llm.export.export_llm"),
             *("base.model_class=smollm2", f"base.params={parameters}", f"base.checkpoint={state}"),
             f"base.metadata={json.dumps(metadata)}",
             *("model.use_kv_cache=True", "model.use_sdpa_with_kv_cache=True", "model.dtype_override=fp32"),
@@ -102,10 +102,10 @@ def body(argv: Sequence[str]) -> int:
             *(f"export.max_seq_length={context}", f"export.max_context_length={context}"),
             f"export.output_name={folder.absolute() / 'model.pte'}",
         ]
-        done = subprocess.run(command, cwd=temporary, capture_output=True, text=True, check=False)
-        if done.returncode or not (folder / "model.pte").is_file():
-            (folder / "export_llm.log").write_text(done.stdout + done.stderr, encoding="utf-8")
-            raise ArtefactError(f"export_llm failed with exit code {done.returncode}; see {folder / 'export_llm.log'}")
+        done = run_python(*command, cwd=temporary)
+        if done.code or not (folder / "model.pte").is_file():
+            (folder / "export_llm.log").write_text(done.output + done.errors, encoding="utf-8")
+            raise ArtefactError(f"export_llm failed with exit code {done.code}; see {folder / 'export_llm.log'}")
         copy_tokenizer(checkpoint, folder)
     print(f"peer: {folder / 'model.pte'}")
     return 0

@@ -6,19 +6,19 @@ The checkpoint must be uniform.
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from ...runtime.base import flags
+from ...runtime.base.child import run_python
 from ...runtime.base.command import run_command
 from ...runtime.base.errors import ArtefactError, UsageError
 from ...runtime.base.files import require_empty
 from ..checkpoint import open_checkpoint
-from ..manifest import TOKENIZER_FILES, describe_artefact
-from ..request import ExportOptions, ExportRequest
+from ..manifest import TOKENIZER_FILES, write_manifest
+from ..request import ExportRequest, VerifyOptions
 
 
 def body(argv: Sequence[str]) -> int:
@@ -34,16 +34,16 @@ def body(argv: Sequence[str]) -> int:
             raise UsageError("genai's builder knows one head count and one FFN width: give a uniform model")
         precision = {"int4": "int4", "f32": "fp32"}[name]
         command = [
-            *(sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(checkpoint.folder)),
+            *("-m", "onnxruntime_genai.models.builder", "-i", str(checkpoint.folder)),
             *("-o", str(folder), "-p", precision, "-e", "cpu", "-c", cache),
         ]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode or not (folder / "model.onnx").is_file():
-            raise ArtefactError(f"genai's builder failed: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
+        done = run_python(*command)
+        if done.code or not (folder / "model.onnx").is_file():
+            raise ArtefactError(f"genai's builder failed: {done.last_error}")
         present = [file for file in TOKENIZER_FILES if (folder / file).is_file()]
-        describe_artefact(
+        write_manifest(
             checkpoint,
-            ExportRequest(ExportOptions(), folder),
+            ExportRequest(VerifyOptions(), folder),
             folder,
             engine="onnxruntime-genai",
             files=["model.onnx", "model.onnx.data", "genai_config.json", *present],

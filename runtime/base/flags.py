@@ -86,13 +86,18 @@ def whole_numbers(*default: int) -> Any:
 
 @functools.cache
 def field_docs(cls: type) -> dict[str, str]:
-    """The string literal that follows each field in the source of `cls`; {} where there is no source to read."""
+    """The string literal that follows each field in the source of `cls` and its bases; {} where there is no source."""
     try:
         source = inspect.getsource(cls)
     except OSError:  # a frozen program
         return {}
     body = typing.cast(ast.ClassDef, ast.parse(textwrap.dedent(source)).body[0]).body
-    docs: dict[str, str] = {}
+    docs = {
+        name: text
+        for base in cls.__bases__
+        if dataclasses.is_dataclass(base)
+        for name, text in field_docs(base).items()
+    }
     for statement, following in itertools.pairwise(body):
         if (
             isinstance(statement, ast.AnnAssign)
@@ -179,7 +184,7 @@ def _named(parse: Any) -> Any:
 
 def _default_note(field: dataclasses.Field[Any]) -> str:
     default = field.default
-    if default is dataclasses.MISSING or default is None or default == ():
+    if default is dataclasses.MISSING or default in (None, "", ()):
         return ""
     if isinstance(default, tuple):
         default = ",".join(map(str, default))

@@ -32,13 +32,9 @@ class HfTokenizer:
         self._is_sentencepiece = bool(data["model"].get("byte_fallback"))
         self._special = {token["id"] for token in data.get("added_tokens", []) if token["special"]}
         self.vocab_size = self._tokenizer.get_vocab_size()
-        config = folder / "tokenizer_config.json"
-        settings = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-        self.bos_token, self.eos_token = (_content(settings.get(f"{name}_token")) for name in ("bos", "eos"))
-        template = folder / "chat_template.jinja"
-        self.chat_template: str | None = (
-            template.read_text(encoding="utf-8") if template.is_file() else settings.get("chat_template")
-        )
+        settings = read_settings(folder)
+        self.bos_token, self.eos_token = (special_token(settings, name) for name in ("bos", "eos"))
+        self.chat_template = read_chat_template(folder)
         bos = self._tokenizer.token_to_id(self.bos_token) if self.bos_token else None
         self.adds_bos = bos is not None and self._tokenizer.encode("x").ids[:1] == [bos]
 
@@ -61,5 +57,20 @@ class HfTokenizer:
         return text.replace("▁", " ").encode("utf-8")
 
 
-def _content(token: Any) -> str:
+def read_settings(folder: Path) -> dict[str, Any]:
+    """Contents of FOLDER/tokenizer_config.json; {} where there is none."""
+    path = folder / "tokenizer_config.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def special_token(settings: dict[str, Any], name: str) -> str:
+    """Text of the token called `name` (bos, eos, unk, pad) in tokenizer_config.json; "" where there is none."""
+    token = settings.get(f"{name}_token")
     return (token.get("content") if isinstance(token, dict) else token) or ""
+
+
+def read_chat_template(folder: Path) -> str | None:
+    """The folder's chat template, of its own file or of tokenizer_config.json; None also for a list of named ones."""
+    path = folder / "chat_template.jinja"
+    template = path.read_text(encoding="utf-8") if path.is_file() else read_settings(folder).get("chat_template")
+    return template if isinstance(template, str) else None

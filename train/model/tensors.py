@@ -41,6 +41,14 @@ LAYER_TENSORS: dict[str, tuple[str, ...]] = {
 STEM_NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight", "model.norm.weight")
 """Suffixes of the RMSNorm gains over the hidden axis."""
 
+SAME_INPUT = {
+    "self_attn.q_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "self_attn.o_proj": ("self_attn.o_proj",),
+    "mlp.gate_proj": ("mlp.gate_proj", "mlp.up_proj"),
+    "mlp.down_proj": ("mlp.down_proj",),
+}
+"""Matrix whose input is observed -> matrices of its layer that read that input, itself included."""
+
 _LAYER_NAME = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
 
@@ -50,6 +58,11 @@ def axes_of(name: str) -> tuple[int | None, tuple[str, ...]]:
     if match is None:
         return None, MODEL_TENSORS[name]
     return int(match.group(1)), LAYER_TENSORS[match.group(2)]
+
+
+def input_axis(matrix: str) -> str:
+    """Axis of the input of a layer's matrix, as "mlp.down_proj"."""
+    return LAYER_TENSORS[f"{matrix}.weight"][1]
 
 
 def axis_size(architecture: Architecture, layer: int | None, axis: str) -> int:

@@ -17,16 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from ..compute.gather import full, scatter
+from ..model.tensors import SAME_INPUT, input_axis
 from .selection import Removal
 from .surgery import kept_channels
-
-READERS = {
-    "self_attn.o_proj": ("query", ("self_attn.o_proj",)),
-    "mlp.down_proj": ("ffn", ("mlp.down_proj",)),
-    "self_attn.q_proj": ("hidden", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-    "mlp.gate_proj": ("hidden", ("mlp.gate_proj", "mlp.up_proj")),
-}
-"""Module whose input is observed -> (axis of that input, modules that read the same input)."""
 
 
 class InputGrams:
@@ -51,7 +44,7 @@ class InputGrams:
         self.model = model
         for name, module in model.named_modules():
             suffix = name.split(".", 3)[-1]
-            if suffix in READERS and READERS[suffix][0] in self.axes and isinstance(module, nn.Linear):
+            if suffix in SAME_INPUT and input_axis(suffix) in self.axes and isinstance(module, nn.Linear):
                 self._handles.append(module.register_forward_pre_hook(self._observer(name)))
 
     def detach(self) -> None:
@@ -82,14 +75,13 @@ class InputGrams:
         """Let the kept inputs of every affected layer absorb the removed ones; call before the removal itself."""
         for name, gram in self.grams.items():
             prefix, suffix = name.rsplit(".", 2)[0], ".".join(name.rsplit(".", 2)[1:])
-            axis, readers = READERS[suffix]
             layer = int(name.split(".")[2])
-            kept = kept_channels(removal.kept, removal.before, layer, axis)
+            kept = kept_channels(removal.kept, removal.before, layer, input_axis(suffix))
             if kept is None or len(kept) == 0:
                 continue
             matrix = compensation(gram, kept.to(gram.device), self.damping)
             gone = removed_positions(kept, gram.shape[0]).to(gram.device)
-            for reader in readers:
+            for reader in SAME_INPUT[suffix]:
                 parameter = self.model.get_submodule(f"{prefix}.{reader}").weight
                 weight = full(parameter.detach()).clone()
                 absorbed = weight[:, gone].to(matrix.dtype) @ matrix
@@ -99,7 +91,7 @@ class InputGrams:
     def keep(self, removal: Removal) -> None:
         """Drop the rows and columns of removed inputs, after the physical removal."""
         for name, gram in self.grams.items():
-            axis = READERS[".".join(name.rsplit(".", 2)[1:])][0]
+            axis = input_axis(".".join(name.rsplit(".", 2)[1:]))
             kept = kept_channels(removal.kept, removal.before, int(name.split(".")[2]), axis)
             if kept is not None:
                 index = kept.to(gram.device)

@@ -9,7 +9,7 @@ from typing import Any
 
 from ....runtime.base.errors import UsageError
 
-NAMES = ("xnnpack", "portable", "vulkan", "coreml", "openvino", "qnn")
+NAMES = ("xnnpack", "portable", "vulkan", "coreml", "openvino")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,163 @@
+"""From a checkpoint to an ExecuTorch program: shape and formats, the decoder, its lowering, verification."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...runtime.base.errors import UsageError
+from ...runtime.engines.engine import EngineOptions
+from ...runtime.engines.executorch import ExecuTorchEngine
+from ...train.model.architecture import Architecture
+from ..calibration import input_grams
+from ..checkpoint import Checkpoint
+from ..exporter_config import ExecutorchDecoderConfig
+from ..manifest import copy_tokenizer, write_manifest
+from ..padding import pad_rows, padding_notes
+from ..request import ExportRequest, log
+from ..verification import SAMPLE_TOKENS, Sample, Written, torch_sample, verify_stepwise
+from .exporter import ExecutorchOptions
+from .lowering import lower
+from .quantize import ALIGNMENT, WeightFormat, quantize_decoder, weight_format
+from .recipes import Recipe, load_recipe
+from .static_decoder import StaticDecoder
+
+MODEL_FILE = "model.pte"
+
+
+@dataclass(frozen=True)
+class ProgramPlan:
+    """What a checkpoint becomes; settled before any work."""
+
+    recipe: Recipe
+    partitioners: list[Any]
+    quantize: str
+    """Weight type, the recipe's own where none was asked for."""
+    weights: WeightFormat
+    context: int
+    """Slots of the caches."""
+    custom_ops: bool
+    """Whether the program holds ExecuTorch's LLM operators."""
+    architecture: Architecture
+    """Shape in the program, after padding."""
+
+
+def write_program(checkpoint: Checkpoint, request: ExportRequest[ExecutorchOptions], folder: Path) -> None:
+    """Write FOLDER/model.pte, tokenizer files and manifest."""
+    plan = _plan(checkpoint, request.options)
+    for note in padding_notes(checkpoint.architecture, plan.architecture):
+        request.say(note)
+    verifies = request.options.verify and plan.recipe.runs_here
+    sample = torch_sample(checkpoint, min(SAMPLE_TOKENS, plan.context)) if verifies else None
+    program = _build(checkpoint, request, plan)
+    (folder / MODEL_FILE).write_bytes(program)
+    files = [MODEL_FILE, *copy_tokenizer(checkpoint, folder)]  # our engine reads the tokenizer's, too
+    verification = _verify(request, folder, plan, sample) if sample else {}
+    if request.options.verify and not verifies:
+        request.say(f"not verified: programs of recipe {plan.recipe.name} run only on its devices")
+    write_manifest(
+        checkpoint,
+        request,
+        folder,
+        engine="executorch",
+        files=files,
+        quantization=plan.quantize,
+        weight_bytes=len(program),
+        layout=f"executorch, {plan.recipe.name}, context {plan.context}",
+        verification=verification,
+    )
+
+
+def _plan(checkpoint: Checkpoint, options: ExecutorchOptions) -> ProgramPlan:
+    """UsageError where the recipe does not take what was asked for, or its packages are not installed."""
+    recipe = load_recipe(options.recipe)
+    name = options.quantize or recipe.formats[0]
+    weights = weight_format(name, options)
+    if name not in recipe.formats:
+        raise UsageError(f"--recipe {recipe.name} takes --quantize {', '.join(recipe.formats)}, not {name}")
+    original = checkpoint.architecture
+    needs_padding = "int4" in (weights.linear, weights.head, weights.embedding) and options.pad == "auto"
+    return ProgramPlan(
+        recipe=recipe,
+        partitioners=recipe.partitioners(),
+        quantize=name,
+        weights=weights,
+        context=min(options.max_context, checkpoint.context_length),
+        custom_ops=options.custom_ops and recipe.custom_ops,
+        architecture=pad_rows(original, ALIGNMENT) if needs_padding else original,
+    )
+
+
+def _build(checkpoint: Checkpoint, request: ExportRequest[ExecutorchOptions], plan: ProgramPlan) -> bytes:
+    """The serialised program; says how long each step took and what the program holds."""
+    with _stage("building"):
+        model: Any = StaticDecoder(
+            checkpoint,
+            plan.architecture,
+            plan.context,
+            custom_ops=plan.custom_ops,
+            static_length=plan.recipe.static_length,
+            dtype=plan.weights.dtype,
+        )
+        grams = _grams(checkpoint, request.options.calibrate) if plan.weights.linear == "int4" else None
+        for note in quantize_decoder(model, plan.weights, request.options, grams):
+            request.say(note)
+    constants, config = _constant_methods(checkpoint, plan), ExecutorchDecoderConfig(checkpoint.config)
+    try:
+        lowered = lower(model, config, plan.partitioners, constants, _stage)
+    except Exception as error:  # a backend's compiler raises what it likes
+        if plan.recipe.runs_here:
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UsageError(
+            f"--recipe {plan.recipe.name} cannot lower this model: {reason} (--debug shows more)"
+        ) from error
+    request.say(f"{plan.recipe.name}: {lowered.describe()}")
+    return lowered.buffer
+
+
+def _grams(checkpoint: Checkpoint, text_path: str) -> dict[str, np.ndarray] | None:
+    """Second moments of every matrix's inputs on the calibration text, by StaticDecoder's module names."""
+    if not text_path:
+        return None
+    grams = input_grams(checkpoint, text_path)
+    return {name.removeprefix("model.").removesuffix(".weight"): gram for name, gram in grams.items()}
+
+
+def _constant_methods(checkpoint: Checkpoint, plan: ProgramPlan) -> dict[str, Any]:
+    """What ExecuTorch's TextLLMRunner asks a program for."""
+    bos = checkpoint.config.get("bos_token_id")
+    return {
+        "get_max_seq_len": 1 if plan.recipe.static_length else plan.context,
+        "get_max_context_len": plan.context,
+        "get_vocab_size": checkpoint.architecture.vocab_size,
+        "get_n_layers": len(checkpoint.architecture.layers),
+        "get_bos_id": bos if bos is not None else 0,
+        "get_eos_ids": checkpoint.end_of_generation_ids or [0],
+        "use_kv_cache": True,
+        "use_sdpa_with_kv_cache": plan.custom_ops,
+        "enable_dynamic_shape": not plan.recipe.static_length,
+    }
+
+
+@contextlib.contextmanager
+def _stage(title: str) -> Iterator[None]:
+    began = time.perf_counter()
+    yield
+    log.info("%s: %.1f s", title, time.perf_counter() - began)
+
+
+def _verify(
+    request: ExportRequest[ExecutorchOptions], folder: Path, plan: ProgramPlan, sample: Sample
+) -> dict[str, dict[str, object]]:
+    """Prefill and teacher-forced decoding of the written file through our engine against torch eager."""
+    engine = ExecuTorchEngine(folder / MODEL_FILE, EngineOptions())
+    written = Written("executorch", "program", plan.quantize, plan.weights.linear_bits)
+    agreement = verify_stepwise(engine, sample, written, request)
+    return {"exact" if plan.quantize == "f32" else "quantized": agreement.to_dict()}

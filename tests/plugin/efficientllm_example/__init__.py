@@ -1,0 +1,1 @@
+"""A criterion, an export target and an engine of somebody else's."""

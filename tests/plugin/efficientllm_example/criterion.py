@@ -1,0 +1,7 @@
+"""`--saliency fourth-power`: what a sum of squares says, with more weight on the few large weights of a group."""
+
+from __future__ import annotations
+
+from efficientllm.train.pruning.saliency import Criterion
+
+FOURTH_POWER = Criterion(lambda weight, gradient: (weight.square().square(),), lambda sums: sums, uses_gradient=False)

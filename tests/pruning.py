@@ -1,0 +1,34 @@
+"""Random scores of a tiny model's groups, and what they remove."""
+
+from __future__ import annotations
+
+import torch
+from tiny import UNEQUAL
+
+from efficientllm.train.model.architecture import Architecture, LayerShape
+from efficientllm.train.pruning.saliency import Scores
+from efficientllm.train.pruning.selection import Removal, SelectionRules, select_removal
+
+LAYERS = (*UNEQUAL, LayerShape(6, 2, 64))
+
+
+def random_scores(architecture: Architecture, seed: int = 0) -> Scores:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(count: int) -> torch.Tensor:
+        return torch.rand(count, generator=generator)
+
+    return {
+        "kv_group": [draw(layer.num_key_value_heads) for layer in architecture.layers],
+        "query_head": [draw(layer.num_attention_heads) for layer in architecture.layers],
+        "ffn": [draw(layer.intermediate_size) for layer in architecture.layers],
+        "stem": [draw(architecture.hidden_size)],
+    }
+
+
+def some_removal(architecture: Architecture, kinds: tuple[str, ...], units: int = 7) -> Removal:
+    scores = random_scores(architecture)
+    rules = SelectionRules(kinds, width_multiple=8)
+    removal = select_removal(architecture, {kind: scores[kind] for kind in kinds}, rules, 0, max_units=units)
+    assert removal.units
+    return removal

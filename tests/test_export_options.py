@@ -1,0 +1,147 @@
+"""Every target has its own options: what it does not read is refused, on the command line and in Python."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import exporting
+import pytest
+from tiny import tiny_architecture
+
+from efficientllm.devices import cli as bench_cli
+from efficientllm.export import cli
+from efficientllm.export.checkpoint import Checkpoint
+from efficientllm.export.gguf.quantize import FILE_TYPES
+from efficientllm.export.onnx.quantize import PRESETS
+from efficientllm.export.request import ExportRequest
+from efficientllm.export.run import export
+from efficientllm.export.targets import ENTRY_POINT_GROUP, EXPORTERS, Exporter, load_exporter
+from efficientllm.runtime.base.command import run_command
+from efficientllm.runtime.base.errors import UsageError
+from efficientllm.runtime.base.flags import field_docs
+from efficientllm.runtime.engines.manifest import Manifest
+
+FOREIGN = [
+    ("onnx", ["--recipe", "vulkan"], "--recipe: --target onnx does not read it, executorch does (see "),
+    ("onnx", ["--output-type=int8"], "--output-type: --target onnx does not read it, gguf, executorch do (see "),
+    ("gguf", ["--no-custom-ops"], "--custom-ops: --target gguf does not read it, executorch does (see "),
+    (
+        "hf-uniform",
+        ["--max-kl", "1"],
+        "--max-kl: --target hf-uniform does not read it, gguf, onnx, executorch do",
+    ),
+    ("gguf", ["--speed", "1"], "--speed: --target gguf does not read it, no target does (see efficientllm-export "),
+]
+
+
+@pytest.mark.parametrize(("target", "more", "message"), FOREIGN)
+def test_flags_of_other_targets_are_refused(
+    target: str, more: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert exporting.export(tmp_path, target, tmp_path / "out", *more) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) == 1
+
+
+def help_of(*arguments: str, capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit):
+        cli.body([*arguments, "--help"])
+    return capsys.readouterr().out
+
+
+def test_help_shows_the_flags_of_the_named_target(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--portable" in help_of("--target", "onnx", capsys=capsys)
+    assert "--recipe" not in help_of("--target", "onnx", capsys=capsys)
+    assert "--group-size" in help_of("--target=executorch", capsys=capsys)
+    common = help_of(capsys=capsys)
+    assert "gguf, onnx, executorch, hf-uniform" in common
+    assert "--verify" in common
+    assert "--quantize" not in common
+
+
+@pytest.mark.parametrize("target", EXPORTERS)
+def test_every_option_has_a_help_text(target: str) -> None:
+    options = load_exporter(target).options
+    assert field_docs(options).keys() == {field.name for field in dataclasses.fields(options)}
+
+
+@pytest.mark.parametrize(("target", "types"), [("gguf", FILE_TYPES), ("onnx", PRESETS)])
+def test_help_names_every_weight_type(target: str, types: Any) -> None:
+    text = field_docs(load_exporter(target).options)["quantize"]
+    assert all(f" {name}" in text for name in types)
+
+
+def test_python_exports_what_the_command_does(
+    save_tiny: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoint = save_tiny(tiny_architecture())
+    monitored = logging.getLogger("efficientllm")
+    monitored.propagate = True  # a command that ran in this process turned it off
+    with caplog.at_level(logging.INFO, "efficientllm"):
+        folder = export(checkpoint, "gguf", tmp_path / "gguf", quantize="q8_0", verify=False)
+    assert (folder, Manifest.read(folder).quantization) == (tmp_path / "gguf", "q8_0")
+    assert caplog.messages[-1] == f"artefact: {folder}"
+    with pytest.raises(UsageError, match="is not empty"):
+        export(checkpoint, "gguf", folder)
+    assert export(str(checkpoint), "gguf", str(folder), overwrite=True, verify=False) == folder
+    with pytest.raises(UsageError, match="--recipe: --target gguf does not read it, executorch does"):
+        export(checkpoint, "gguf", tmp_path / "other", recipe="xnnpack")
+    with pytest.raises(UsageError, match="--pad: 'some' is none of auto, none"):
+        export(checkpoint, "gguf", tmp_path / "other", pad="some")
+
+
+@dataclasses.dataclass(frozen=True)
+class ShapeOptions:
+    """--target shape"""
+
+    digits: int = 3
+    """Digits of the layer's number."""
+
+
+def write_shape(checkpoint: Checkpoint, request: ExportRequest[ShapeOptions], folder: Path) -> None:
+    rows = (f"{index:0{request.options.digits}} {layer}" for index, layer in enumerate(checkpoint.architecture.layers))
+    (folder / "shape.txt").write_text("\n".join(rows))
+
+
+SHAPE_EXPORTER = Exporter(ShapeOptions, write_shape)
+
+
+def test_plug_ins_bring_their_flags(
+    save_tiny: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    plugin = importlib.metadata.EntryPoint("shape", f"{__name__}:SHAPE_EXPORTER", ENTRY_POINT_GROUP)
+    installed = {ENTRY_POINT_GROUP: [plugin]}
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: installed.get(group, []))
+    checkpoint = save_tiny(tiny_architecture())
+    assert exporting.export(checkpoint, "shape", tmp_path / "shape", "--digits", "2") == 0
+    assert (tmp_path / "shape" / "shape.txt").read_text().startswith("00 LayerShape(")
+    assert exporting.export(checkpoint, "shape", tmp_path / "other", "--quantize", "f32") == 2
+    assert "--quantize: --target shape does not read it, gguf, onnx, executorch do" in capsys.readouterr().err
+    assert exporting.export(checkpoint, "onnx", tmp_path / "other", "--digits", "2") == 2
+    assert "--digits: --target onnx does not read it, shape does" in capsys.readouterr().err
+
+
+def test_a_plain_model_is_no_artefact_for_our_engines(
+    save_tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """But it has its manifest: what it is, where it came from, how well it matches."""
+    checkpoint, output = save_tiny(tiny_architecture()), tmp_path / "uniform"
+    assert exporting.export(checkpoint, "hf-uniform", output) == 0
+    manifest = Manifest.read(output)
+    manifest.check_files(output)
+    assert manifest.engine == "transformers"
+    assert manifest.verification["exact"]["max_logit_difference"] < 1e-4
+    capsys.readouterr()
+    assert run_command(bench_cli.body, [str(output)]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ")
+    assert "needs engine 'transformers'; known: llama.cpp" in error
