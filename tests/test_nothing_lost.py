@@ -1,0 +1,377 @@
+"""What a run and an export may destroy (nothing), and what is left where one fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from training import command, metrics, run, weights
+
+from efficientllm.export import cli as export_cli
+from efficientllm.runtime.base.command import run_command
+from efficientllm.runtime.base.errors import UsageError
+from efficientllm.runtime.base.output import check_output, locked_output
+from efficientllm.train import trainer
+from efficientllm.train.run_folder import damage, foreign_files
+
+ERRORS = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def straight(source_folder: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("straight") / "run"
+    assert run(command(source_folder, corpus, output)) == 0
+    return output
+
+
+@pytest.fixture(scope="module")
+def interrupted(source_folder: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was killed at its twelfth step: checkpoints of steps 5 and 10."""
+    output = tmp_path_factory.mktemp("interrupted") / "run"
+    step = trainer.Trainer._step
+
+    def killed(self: trainer.Trainer) -> dict[str, Any]:
+        if self.progress.step == 12:
+            raise KeyboardInterrupt
+        return step(self)
+
+    trainer.Trainer._step = killed  # type: ignore[method-assign]
+    try:
+        assert run(command(source_folder, corpus, output)) == 130
+    finally:
+        trainer.Trainer._step = step  # type: ignore[method-assign]
+    return output
+
+
+@pytest.fixture
+def copy(interrupted: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(interrupted, tmp_path / "run"))
+
+
+def one_line(capsys: ERRORS) -> str:
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1, error
+    return error[0]
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    ours, theirs = weights(one), weights(other)
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+# -- what --overwrite may delete
+
+
+def precious(folder: Path) -> Path:
+    (folder / "photos").mkdir(parents=True)
+    (folder / "photos" / "a.jpg").write_bytes(b"x")
+    return folder
+
+
+def test_a_run_deletes_no_folder_that_is_not_a_run(
+    source_folder: Path, corpus: Path, tmp_path: Path, capsys: ERRORS
+) -> None:
+    folder = precious(tmp_path / "precious")
+    assert run(command(source_folder, corpus, folder, "--overwrite")) == 2
+    assert "precious holds photos, not written by this command" in one_line(capsys)
+    assert (folder / "photos" / "a.jpg").is_file()
+
+
+def test_a_run_deletes_neither_its_corpus_nor_its_source(
+    source_folder: Path, corpus: Path, tmp_path: Path, capsys: ERRORS
+) -> None:
+    folder = tmp_path / "here"
+    shutil.copytree(source_folder, folder / "source")
+    shutil.copy(corpus, folder / "text.jsonl")
+    for source, text, output in (
+        (source_folder, folder / "text.jsonl", folder),
+        (folder / "source", corpus, folder / "source"),
+        (folder / "source", corpus, folder),
+    ):
+        assert run(command(source, text, output, "--overwrite")) == 2
+        assert "which is read; name another folder" in one_line(capsys)
+    assert (folder / "text.jsonl").is_file()
+    assert (folder / "source" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("output", [".", "..", "~", "/", "inner/..", "../cwd"])
+def test_the_current_folder_the_home_and_the_root_are_never_written(
+    output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = tmp_path / "cwd"
+    (here / "inner").mkdir(parents=True)
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    with pytest.raises(UsageError, match=r"is or holds the (current|home) folder"):
+        check_output(Path(output).expanduser(), True, lambda folder: [], [], "")
+
+
+def test_a_file_is_no_output_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UsageError, match="is a file; name a folder"):
+        check_output(tmp_path / "file", True, lambda folder: [], [], "")
+
+
+def test_an_input_behind_a_link_is_an_input(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "text.jsonl").write_text("{}")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with pytest.raises(UsageError, match="which is read"):
+        check_output(tmp_path / "link", True, lambda folder: [], [tmp_path / "real" / "text.jsonl"], "")
+
+
+def test_overwriting_a_run_deletes_the_run(straight: Path, source_folder: Path, corpus: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(straight, tmp_path / "run"))
+    assert foreign_files(folder) == []
+    (folder / "model" / "stale.safetensors").write_bytes(b"x")
+    assert run(command(source_folder, corpus, folder, "--overwrite")) == 0
+    assert not (folder / "model" / "stale.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "model/notes.docx", "checkpoints/mine", "metrics.jsonl.bak"])
+def test_what_somebody_added_to_a_run_stays(
+    name: str, straight: Path, source_folder: Path, corpus: Path, tmp_path: Path, capsys: ERRORS
+) -> None:
+    folder = Path(shutil.copytree(straight, tmp_path / "run"))
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text("mine")
+    assert run(command(source_folder, corpus, folder, "--overwrite")) == 2
+    assert f"holds {name}, not written by this command" in one_line(capsys)
+    assert (folder / name).read_text() == "mine"
+
+
+def export(checkpoint: Path, output: Path) -> int:
+    arguments = [str(checkpoint), "--target", "gguf", "--quantize", "f32", "--no-verify", "--output", str(output)]
+    return run_command(export_cli.body, [*arguments, "--overwrite"])
+
+
+def test_an_export_does_not_delete_what_it_exports(straight: Path, tmp_path: Path, capsys: ERRORS) -> None:
+    folder = Path(shutil.copytree(straight, tmp_path / "run"))
+    for output in (folder, folder / "model", tmp_path):
+        assert export(folder / "model", output) == 2
+        assert "which is read; name another folder" in one_line(capsys)
+    assert (folder / "model" / "model.safetensors").is_file()
+
+
+def test_an_export_replaces_artefacts_only(straight: Path, tmp_path: Path, capsys: ERRORS) -> None:
+    folder = precious(tmp_path / "precious")
+    assert export(straight, folder) == 2
+    assert "holds photos, not written by this command" in one_line(capsys)
+    assert export(straight, tmp_path / "gguf") == 0
+    (tmp_path / "gguf" / "Modelfile").write_text("FROM ./model.gguf")  # as the printed hint says
+    assert export(straight, tmp_path / "gguf") == 0
+    (tmp_path / "gguf" / "thesis.tex").write_text("mine")
+    assert export(straight, tmp_path / "gguf") == 2
+    assert (tmp_path / "gguf" / "thesis.tex").is_file()
+
+
+# -- two at once
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from efficientllm.runtime.base.output import locked_output
+with locked_output(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_two_runs_in_one_output_are_refused_and_a_killed_one_lets_go(
+    source_folder: Path, corpus: Path, tmp_path: Path, capsys: ERRORS
+) -> None:
+    folder = tmp_path / "run"
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(folder)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+    assert run(command(source_folder, corpus, folder)) == 2
+    assert f"is being written by process {holder.pid} on " in one_line(capsys)
+    assert export(source_folder, folder) == 2
+    assert f"process {holder.pid}" in one_line(capsys)
+    holder.kill()
+    holder.communicate()
+    with locked_output(folder):
+        pass
+    assert os.listdir(tmp_path) == []
+
+
+# -- damaged checkpoints
+
+
+def files_of(checkpoint: Path) -> list[str]:
+    return sorted(file.relative_to(checkpoint).as_posix() for file in checkpoint.rglob("*") if file.is_file())
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize("harm", [truncate, flip, Path.unlink], ids=["truncated", "flipped", "missing"])
+def test_every_damaged_file_of_a_checkpoint_is_found(harm: Callable[[Path], None], copy: Path) -> None:
+    checkpoint = copy / "checkpoints" / "step-00000010"
+    names = files_of(checkpoint)
+    assert {"config.json", "contents.json", "tensors.pt", "trainer.json", "state/.metadata"} <= set(names)
+    for name in names:
+        file = checkpoint / name
+        before = file.read_bytes()
+        harm(file)
+        assert damage(checkpoint), name
+        file.write_bytes(before)
+    assert damage(checkpoint) == ""
+
+
+def test_resume_falls_back_to_the_checkpoint_before(
+    copy: Path, straight: Path, source_folder: Path, corpus: Path, capsys: ERRORS
+) -> None:
+    state = next((copy / "checkpoints" / "step-00000010" / "state").glob("*.distcp"))
+    truncate(state)
+    step = trainer.Trainer._step
+    seen: list[list[str]] = []
+
+    def looking(self: trainer.Trainer) -> dict[str, Any]:
+        seen.append(sorted(os.listdir(copy / "checkpoints")))
+        return step(self)
+
+    trainer.Trainer._step = looking  # type: ignore[method-assign]
+    try:
+        assert run(command(source_folder, corpus, copy, "--resume")) == 0
+    finally:
+        trainer.Trainer._step = step  # type: ignore[method-assign]
+    output = capsys.readouterr().out
+    assert f"step-00000010 is damaged (state/{state.name} has " in output
+    assert "resuming from step-00000005" in output
+    assert seen[0] == ["damaged-step-00000010", "step-00000005"]
+    assert same_weights(copy, straight)
+    assert metrics(copy) == metrics(straight)
+
+
+def test_resume_without_any_sound_checkpoint_says_so(
+    copy: Path, source_folder: Path, corpus: Path, capsys: ERRORS
+) -> None:
+    for checkpoint in (copy / "checkpoints").iterdir():
+        (checkpoint / "tensors.pt").unlink()
+    assert run(command(source_folder, corpus, copy, "--resume")) == 2
+    assert "no checkpoint in" in (error := one_line(capsys))
+    assert "step-00000010: tensors.pt is missing" in error
+
+
+# -- steps that are skipped, and runs that diverge
+
+
+def test_nothing_is_removed_in_a_skipped_step(
+    source_folder: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accumulate = trainer.Trainer._accumulate_gradients
+    monkeypatch.setattr(
+        trainer.Trainer,
+        "_accumulate_gradients",
+        lambda self: float("nan") if 4 <= self.progress.step < 9 else accumulate(self),
+    )
+    assert run(command(source_folder, corpus, tmp_path / "run")) == 0
+    records = [record for record in metrics(tmp_path / "run") if "loss" in record]
+    assert [record["step"] for record in records if record.get("skipped")] == [5, 6, 7, 8, 9]
+    assert not any("removed" in record for record in records if record.get("skipped"))
+    assert records[-1]["parameters"] < records[0]["parameters"]
+
+
+def test_a_diverged_run_goes_on_with_a_lower_learning_rate(
+    source_folder: Path, corpus: Path, tmp_path: Path, capsys: ERRORS
+) -> None:
+    """The weights of step 5 give no finite loss any more, so the checkpoint that --resume needs is not of them."""
+    wild = command(source_folder, corpus, tmp_path / "run", "--max-grad-norm", "1e30", "--checkpoint-every", "1")
+    wild[wild.index("--learning-rate") + 1] = "1e18"
+    assert run([*wild, "--lr-warmup", "0.2"]) == 2
+    assert "--resume with a lower --learning-rate" in one_line_of(capsys)
+    tame = [*wild, "--lr-warmup", "0.2", "--resume", "--learning-rate", "1e-4", "--max-grad-norm", "1"]
+    assert run(tame) == 0
+    assert "--learning-rate is not what it was" in capsys.readouterr().out
+    assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path / "run").values())
+
+
+def one_line_of(capsys: ERRORS) -> str:
+    """The last line, below those of progress."""
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+# -- the disk and the text
+
+
+def test_a_disk_that_is_too_small_for_a_checkpoint_stops_no_run(
+    straight: Path,
+    source_folder: Path,
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: ERRORS,
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(trainer.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    assert run(command(source_folder, corpus, tmp_path / "run")) == 0
+    assert "no checkpoint of step 5: it takes " in (said := capsys.readouterr().err)
+    assert "the disk has 1.0 kB; the run goes on" in said
+    assert same_weights(tmp_path / "run", straight)
+
+
+def with_bad_line(corpus: Path, folder: Path) -> Path:
+    """A corpus whose last line is cut off; a run of a few steps comes to it."""
+    lines = corpus.read_text(encoding="utf-8").splitlines()
+    path = folder / "text.jsonl"
+    path.write_text("\n".join([*lines, '{"text": "cut o']) + "\n", encoding="utf-8")
+    return path
+
+
+def test_a_bad_line_late_in_the_text_loses_nothing_that_was_trained(
+    source_folder: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: ERRORS
+) -> None:
+    from efficientllm.train.data import packing
+
+    monkeypatch.setattr(packing, "SHUFFLE_BLOCK", 60)
+    path = with_bad_line(corpus, tmp_path)
+    arguments = command(source_folder, path, tmp_path / "run", "--checkpoint-every", "0")
+    arguments[arguments.index("--held-out-fraction") + 1] = "0.02"
+    arguments[arguments.index("--eval-tokens") + 1] = "32"
+    arguments[arguments.index("--tokens") + 1] = "19200"
+    assert run(arguments) == 2
+    error = one_line_of(capsys)
+    assert "line 201 is not a JSON object" in error
+    assert "--skip-bad-lines N leaves out up to N such lines" in error
+    assert "is written: mend the text and --resume" in error
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert json.loads((checkpoint / "trainer.json").read_text())["progress"]["step"] > 0
+    assert run([*arguments, "--resume", "--skip-bad-lines", "1"]) == 0
+    assert "left out: --data" in capsys.readouterr().out
+    assert run([*arguments, "--skip-bad-lines", "1", "--output", str(tmp_path / "whole")]) == 0
+    assert same_weights(tmp_path / "run", tmp_path / "whole")
+
+
+def test_text_that_is_no_utf_8_is_one_line(source_folder: Path, tmp_path: Path, capsys: ERRORS) -> None:
+    path = tmp_path / "latin.txt"
+    path.write_bytes("Caf\xe9 au lait. ".encode("latin-1") * 500)
+    assert run(command(source_folder, path, tmp_path / "run")) == 2
+    assert "not UTF-8" in one_line(capsys)
+
+
+def test_damaged_source_weights_are_one_line(source_folder: Path, corpus: Path, tmp_path: Path, capsys: ERRORS) -> None:
+    folder = Path(shutil.copytree(source_folder, tmp_path / "source"))
+    truncate(folder / "model.safetensors")
+    assert run(command(folder, corpus, tmp_path / "run")) == 2
+    assert "cannot be loaded" in one_line(capsys)
+    shutil.copy(source_folder / "model.safetensors", folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
+    assert run(command(folder, corpus, tmp_path / "run")) == 2
+    assert "cannot be loaded" in one_line(capsys)
