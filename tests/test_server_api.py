@@ -19,11 +19,12 @@ from serving import serve
 
 from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.base.errors import ArtefactError, UsageError
+from efficientllm.runtime.engines.artefact import Artefact
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
 from efficientllm.runtime.engines.memory import memory_bytes
 from efficientllm.server import cli
 from efficientllm.server.app import AppOptions
-from efficientllm.server.pool import ModelPool, artefact_bytes
+from efficientllm.server.pool import ModelPool
 
 MESSAGES: Any = [{"role": "user", "content": "Hello"}]
 
@@ -248,7 +249,7 @@ def test_schemathesis_finds_no_server_error(address: str, tmp_path: Path) -> Non
 
 def test_models_are_loaded_on_use_and_the_oldest_leaves(artefact: Path) -> None:
     names = ("first", "second", "third")
-    room = int(2.5 * artefact_bytes(str(artefact)))
+    room = int(2.5 * Artefact.open(artefact).file_bytes)
     pool = ModelPool(dict.fromkeys(names, str(artefact)), EngineOptions(threads=1, context=64), max_memory=room)
     with serve(pool, AppOptions()) as address:
 
