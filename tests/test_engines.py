@@ -37,7 +37,7 @@ def test_opening_an_artefact_reads_no_weights(artefact: Path, monkeypatch: pytes
 def test_an_opened_artefact_is_loaded_as_it_is(artefact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = Artefact.open(artefact)
     monkeypatch.setattr(Artefact, "open", lambda path: pytest.fail("it is open already"))
-    engine = load_engine(opened, EngineOptions(threads=1, context=32))
+    engine = load_engine(opened, EngineOptions(threads=1, context=256))  # llama.cpp rounds up to this
     assert engine.kv_cache_bytes == opened.cache_bytes(engine.context_length, 2) > 0
     engine.close()
 

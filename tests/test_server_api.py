@@ -22,7 +22,7 @@ from efficientllm.runtime.base.errors import ArtefactError, UsageError
 from efficientllm.runtime.engines.artefact import Artefact
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
 from efficientllm.runtime.engines.memory import memory_bytes
-from efficientllm.server import cli
+from efficientllm.server import cli, openapi
 from efficientllm.server.app import AppOptions
 from efficientllm.server.pool import ModelPool
 
@@ -199,6 +199,29 @@ def test_unknown_paths_and_models_answer_in_openai_s_shape(address: str, client:
     assert client.models.retrieve("tiny").id == "tiny"
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("../../etc/passwd")
+
+
+def test_answers_are_what_the_document_says(address: str) -> None:
+    """The models forbid further fields, so they describe the whole answer."""
+    for logprobs in (False, True):
+        chat = post(address, messages=MESSAGES, max_tokens=4, n=2, logprobs=logprobs)
+        openapi.ChatCompletion.model_validate(chat.json())
+    text = post(address, "completions", prompt="Hi", max_tokens=4, logprobs=2)
+    openapi.TextCompletion.model_validate(text.json())
+    openapi.ErrorAnswer.model_validate(post(address, messages=[]).json())
+    openapi.ModelList.model_validate(httpx.get(f"{address}/v1/models").json())
+    openapi.ModelCard.model_validate(httpx.get(f"{address}/v1/models/tiny").json())
+    openapi.Health.model_validate(httpx.get(f"{address}/health").json())
+    paths = httpx.get(f"{address}/openapi.json").json()["paths"]
+    for path, method, name in (
+        ("/v1/chat/completions", "post", "ChatCompletion"),
+        ("/v1/completions", "post", "TextCompletion"),
+        ("/v1/models", "get", "ModelList"),
+        ("/health", "get", "Health"),
+    ):
+        content = paths[path][method]["responses"]["200"]["content"]
+        assert content["application/json"]["schema"] == {"$ref": f"#/components/schemas/{name}"}
+        assert ("text/event-stream" in content) == (method == "post")
 
 
 @pytest.mark.slow
