@@ -108,7 +108,8 @@ class Endpoints:
     """The routes; what they send is written here and in `answers`, so FastAPI is given no response_model to apply."""
 
     def __init__(self, pool: ModelPool, metrics: Metrics, overflow: Overflow) -> None:
-        self._pool, self._metrics, self._overflow = pool, metrics, overflow
+        self._pool, self._metrics = pool, metrics
+        self._overflow: Overflow = overflow
         self.router = router = APIRouter()
         router.get("/", response_class=HTMLResponse, include_in_schema=False)(self.page)
         router.get("/health", response_model=None, responses={200: {"model": Health}})(self.health)
