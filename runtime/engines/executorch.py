@@ -22,8 +22,8 @@ from .memory import give_back_freed_memory
 from .native_log import captured_native_log
 from .stepwise import StepwiseEngine
 
-LOG_LINE = r"\[\w+\.\w+:\d+\]"
-"""How ExecuTorch's own messages begin: [method.cpp:1247]."""
+LOG_LINE = r"\[\w+\.\w+:\d+\]|(Error|Warning) in (XNNPACK|cpuinfo): "
+"""How messages of ExecuTorch, as [method.cpp:1247], and of the libraries in it begin."""
 
 
 class ExecuTorchEngine(StepwiseEngine):
