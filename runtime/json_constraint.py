@@ -32,8 +32,8 @@ class _State:
 class JsonConstraint:
     """Accepts text as long as it is the beginning of one JSON object."""
 
-    _state: _State = field(default_factory=_State)
-    _decoder: codecs.IncrementalDecoder = field(default_factory=codecs.getincrementaldecoder("utf-8"))
+    _state: _State = field(default_factory=_State, init=False)
+    _decoder: codecs.IncrementalDecoder = field(default_factory=codecs.getincrementaldecoder("utf-8"), init=False)
 
     @property
     def is_complete(self) -> bool:
@@ -50,7 +50,8 @@ class JsonConstraint:
             for character in self._decoder.decode(data):
                 state = _step(state, character)
             pending = self._decoder.getstate()[0]
-            if pending and (state.expects != "string" or not _begins_character(pending)):
+            # half a character is at home in a string only, and not after its backslash: nothing could follow it
+            if pending and (state.expects != "string" or state.pending or not _begins_character(pending)):
                 raise _RefusedError
         except (UnicodeDecodeError, _RefusedError):
             self._decoder.setstate(before)

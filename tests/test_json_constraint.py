@@ -47,6 +47,13 @@ def test_a_refusal_changes_nothing() -> None:
     assert constraint.is_complete
 
 
+def test_half_a_character_is_no_escape() -> None:
+    constraint = JsonConstraint()
+    assert constraint.push(b'{"\\')
+    assert not constraint.push("é".encode()[:1])
+    assert constraint.push(b"n")
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_a_random_model_writes_json(artefact: Path, seed: int) -> None:
     engine = load_engine(artefact, EngineOptions(threads=1))
