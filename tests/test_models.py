@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from efficientllm.train.model.architecture import FAMILIES, LayerShape
 from efficientllm.train.model.irregular import to_irregular
-from efficientllm.train.model.source import load_source
+from efficientllm.train.model.source import load_for_inference, load_source
 
 GAPS = (LayerShape(0, 0, 64), LayerShape(2, 1, 0), LayerShape(4, 2, 96))
 TOKENS = torch.randint(0, 400, (2, 11), generator=torch.Generator().manual_seed(1))
@@ -109,3 +109,13 @@ def test_llama3_rope_scaling_is_kept(save_tiny: Callable[..., Path]) -> None:
         logits = model(TOKENS).logits
         assert torch.equal(logits, reloaded(TOKENS).logits)
         assert not torch.allclose(logits, plain(TOKENS).logits)
+
+
+def test_a_failed_load_leaves_transformers_as_talkative_as_before(tmp_path: Path) -> None:
+    from transformers.utils import logging as transformers_logging
+
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    before = transformers_logging.get_verbosity()
+    with pytest.raises(ValueError, match="model_type"):
+        load_for_inference(tmp_path)
+    assert transformers_logging.get_verbosity() == before

@@ -42,10 +42,9 @@ class StudyResult:
 
     def summary(self) -> dict[str, Any]:
         """`to_dict` without scores of documents and without survivors: what the page's JSON holds."""
-        values = self.to_dict() | {"survivors": None}
-        evaluation = values["evaluation"]
+        evaluation = self.evaluation.to_dict()
         tasks = {name: {k: v for k, v in task.items() if k != "samples"} for name, task in evaluation["tasks"].items()}
-        return values | {"evaluation": {"perplexity": evaluation["perplexity"], "tasks": tasks}}
+        return self.to_dict() | {"survivors": None, "evaluation": evaluation | {"tasks": tasks}}
 
     @classmethod
     def read(cls, path: Path) -> StudyResult:
