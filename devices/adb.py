@@ -9,14 +9,14 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 
+from ..runtime.base.child import Finished
 from ..runtime.base.errors import DeviceError, UsageError
 from ..runtime.base.files import sha256_of
 from ..runtime.engines.artefact import Artefact
-from ..runtime.engines.manifest import manifest_cache_bytes
 from .boards import look_up
 from .device import DeviceOptions
 from .local import request_context
-from .remote import Answer, RemoteShell, require_room, run_program
+from .remote import MARK, RemoteShell, require_room, run_program
 from .results import BenchOptions, DeviceInfo, Measurement
 from .runners import RUNNERS, Runner
 from .sensors import battery_celsius, battery_watts, both, clock_mhz, temperature_celsius
@@ -56,7 +56,6 @@ echo {mark}
 tail -n 3 err.txt
 rm -f out.txt err.txt
 """
-MARK = "--efficientllm--"
 
 
 def find_serial(text: str, wanted: str) -> str:
@@ -180,7 +179,7 @@ class AdbDevice:
                 1000 * options.prompt_tokens[0] / speed for speed in speeds.get(f"pp{options.prompt_tokens[0]}", [])
             ],
             peak_rss_bytes=peak,
-            kv_cache_bytes=manifest_cache_bytes(artefact.path, request_context(artefact, options), 2),
+            kv_cache_bytes=artefact.cache_bytes(request_context(artefact, options), 2),
             temperature_celsius=both(degrees_before, degrees_after),
             clock_mhz=both(clock_before, clock_after),
             joules_per_token=[watts / speed for speed in longest] if watts is not None else [],
@@ -242,7 +241,7 @@ class AdbDevice:
         found = re.search(rf"^{name}:\s+(\d+) kB", self._run("cat /proc/meminfo").output, re.MULTILINE)
         return 1024 * int(found[1]) if found else 0
 
-    def _run(self, line: str) -> Answer:
+    def _run(self, line: str) -> Finished:
         answer = run_program(["adb", "-s", self._serial, "shell", line])
         if answer.code != 0 and re.match(r"(adb: |error: )", answer.errors):  # adb's own complaint, not the command's
             raise DeviceError(f"{self._serial} cannot be reached: {answer.last_error}")

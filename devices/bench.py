@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from ..runtime.base.progress import PROGRESS_LOGGER
 from ..runtime.engines.artefact import Artefact
-from .device import Device
-from .results import BenchOptions, DeviceInfo, Measurement, Run, summarise
+from .device import Device, DeviceOptions, open_device
+from .results import BenchOptions, DeviceInfo, Measurement, Run, summarize
 
 POLL_SECONDS = 5.0
 """Between two looks at the temperature of a device that is to cool down."""
@@ -37,6 +40,7 @@ class Journal:
             self._done[entry["sha256"], entry["round"]] = Measurement.from_json(entry["measurement"])
 
     def get(self, sha256: str, turn: int) -> Measurement | None:
+        """What an interrupted run measured of an artefact in round `turn`, counted from 0."""
         return self._done.get((sha256, turn))
 
     def add(self, sha256: str, turn: int, measurement: Measurement) -> None:
@@ -57,6 +61,31 @@ def journal_for(json_path: Path | None, device: DeviceInfo, options: BenchOption
     return Journal(path, key)
 
 
+def log_progress(line: str) -> None:
+    """Tell whoever waits for the run; a program that did not ask to see messages sees nothing."""
+    logging.getLogger(PROGRESS_LOGGER).info(line)
+
+
+def benchmark(
+    artefacts: Sequence[str | Path | Artefact],
+    options: BenchOptions | None = None,
+    device: str | DeviceOptions = "local",
+    json_path: Path | None = None,
+) -> Run:
+    """Measure artefacts side by side, as efficientllm-bench does.
+
+        run = benchmark(["source-gguf", "pruned-gguf"], BenchOptions(rounds=1), device="ssh://pi@raspberrypi")
+        print(run.results[0].speeds["tg64"].median, "tokens/s")
+
+    `device` is --device, or all options of the device; with `json_path` the run is written there, and goes on from
+    where an earlier one was cut short. Raises ArtefactError, DeviceError and UsageError.
+    """
+    opened = [path if isinstance(path, Artefact) else Artefact.open(path) for path in artefacts]
+    where = DeviceOptions(device=device) if isinstance(device, str) else device
+    with contextlib.closing(open_device(where, log_progress)) as target:
+        return bench(target, opened, options or BenchOptions(), log_progress, json_path)
+
+
 def bench(
     device: Device,
     artefacts: Sequence[Artefact],
@@ -64,7 +93,7 @@ def bench(
     say: Callable[[str], None],
     json_path: Path | None = None,
 ) -> Run:
-    """Measure every artefact `options.rounds` times, in turn."""
+    """Measure every artefact `options.rounds` times, in turn; `say` is told about every process."""
     info = device.describe()
     device.prepare(list(artefacts), options)
     journal = journal_for(json_path, info, options)
@@ -82,7 +111,7 @@ def bench(
                 say(f"{label} (measured before the interruption)")
             raw[index].append(done)
     results = [
-        summarise(
+        summarize(
             str(artefact.path),
             artefact.sha256,
             artefact.engine,

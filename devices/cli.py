@@ -10,9 +10,8 @@ from pathlib import Path
 from ..runtime.base import flags
 from ..runtime.base.command import run_command
 from ..runtime.base.errors import UsageError
-from ..runtime.engines.artefact import Artefact
 from . import compare, report
-from .bench import bench
+from .bench import benchmark, log_progress
 from .device import DeviceOptions, open_device
 from .latency_model import ProfileOptions, profile
 from .results import BenchOptions, Run
@@ -60,18 +59,12 @@ def body(argv: Sequence[str]) -> int:
         raise UsageError("give at least one artefact (see efficientllm-bench --help)")
     if html_path:
         report.require_plots()
-    artefacts = [Artefact.open(Path(path)) for path in paths]
-    with contextlib.closing(open_device(where, _say)) as device:
-        if artefacts:
-            run = bench(device, artefacts, options, _say, json_path)
-            _show(run, html_path, as_markdown)
-        if profile_path:
-            print(profile(device, options, profile_options, profile_path, _say))
+    if paths:
+        _show(benchmark(paths, options, where, json_path), html_path, as_markdown)
+    if profile_path:
+        with contextlib.closing(open_device(where, log_progress)) as device:
+            print(profile(device, options, profile_options, profile_path, log_progress))
     return 0
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def _output(arguments: dict[str, str | None], name: str) -> Path | None:
@@ -93,7 +86,10 @@ def _show(run: Run, html_path: Path | None, as_markdown: bool) -> None:
 def _compare(paths: Sequence[Path], html_path: Path | None, as_markdown: bool) -> int:
     old, new = (Run.read(path) for path in paths)
     changes = compare.changes(old, new)
-    print(compare.markdown(changes) if as_markdown else compare.text(changes), end="")
+    if as_markdown:
+        print(compare.markdown(changes), end="")
+    else:
+        compare.print_table(changes)
     for line in compare.differences(old, new):
         print(f"note: {line}")
     if html_path:

@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from ..runtime.base.errors import UsageError
 from ..runtime.base.figure import Figure
 from ..runtime.base.markdown import markdown_table
+from .report import print_rows
 from .results import Result, Run
 
 SMALLEST_CHANGE = 0.03
 """Relative change below which quartiles that happen to part mean nothing."""
 MEMORY_CHANGE = 0.05
 """Of figures that are measured once."""
+LEFT = (0, 1, 5)
+"""Columns of the table that hold text."""
 
 
 @dataclass(frozen=True)
@@ -109,17 +112,8 @@ def _rows(found: Sequence[Change]) -> list[list[str]]:
 
 
 def markdown(found: Sequence[Change]) -> str:
-    return markdown_table(_rows(found), left=(0, 1, 5)) + "\n"
+    return markdown_table(_rows(found), LEFT) + "\n"
 
 
-def text(found: Sequence[Change]) -> str:
-    rows = _rows(found)
-    widths = [max(len(row[index]) for row in rows) for index in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        left = [
-            cell.ljust(width) if index < 2 else cell.rjust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join([*left[:-1], row[-1]]).rstrip())
-    return "\n".join(lines) + "\n"
+def print_table(found: Sequence[Change]) -> None:
+    print_rows(_rows(found), LEFT)

@@ -15,16 +15,20 @@ from .results import BenchOptions, DeviceInfo, Measurement
 class Device(Protocol):
     """Where artefacts are measured. Every method raises DeviceError with one line that says what to do."""
 
-    def describe(self) -> DeviceInfo: ...
+    def describe(self) -> DeviceInfo:
+        """What it is, asked once: part of the key under which an interrupted run is found again."""
+        ...
 
     def prepare(self, artefacts: list[Artefact], options: BenchOptions) -> None:
         """Check that the device can take the artefacts, and bring there what is missing."""
         ...
 
-    def temperature_celsius(self) -> float | None: ...
+    def temperature_celsius(self) -> float | None:
+        """The hottest zone now, of a phone its battery; None where the device does not tell."""
+        ...
 
     def measure(self, artefact: Artefact, options: BenchOptions) -> Measurement:
-        """Run every test once more in a fresh process."""
+        """Every test, `options.repetitions` times after one that warms up, in a fresh process."""
         ...
 
     def close(self) -> None:
@@ -69,7 +73,4 @@ def open_device(options: DeviceOptions, say: Callable[[str], None]) -> Device:
 
 def estimated_ram_bytes(artefact: Artefact, options: BenchOptions) -> int:
     """Weights, caches of 16-bit elements at the measured context, and a process with its buffers (0.2 GB)."""
-    manifest = artefact.manifest
-    heads = sum(manifest.architecture.get("num_key_value_heads", ())) if manifest else 0
-    head_dim = manifest.architecture.get("head_dim", 0) if manifest else 0
-    return artefact.file_bytes + 2 * 2 * options.context * heads * head_dim + 200_000_000
+    return artefact.file_bytes + artefact.cache_bytes(options.context, 2) + 200_000_000

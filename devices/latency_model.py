@@ -54,10 +54,10 @@ def features(shape: Shape) -> list[float]:
 
 
 def fit(shapes: Sequence[Shape], measured_ms: Sequence[float]) -> np.ndarray:
-    """Coefficients >= 0 that minimise the squared relative error over the shapes that are not held out.
+    """COEFFICIENTS, none negative, for a small squared relative error over the shapes that are not held out.
 
-    Non-negative least squares by dropping the most negative coefficient until none is left: with four coefficients that
-    are positive in nature this is all that Lawson and Hanson's algorithm does.
+    Least squares again and again without the most negative coefficient, until none is negative. A coefficient that was
+    dropped does not come back, so that this may miss the minimum that non-negative least squares finds.
     """
     rows = [(features(shape), ms) for shape, ms in zip(shapes, measured_ms, strict=True) if not shape.held_out]
     matrix = np.array([[value / ms for value in row] for row, ms in rows])

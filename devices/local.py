@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import os
 import platform
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+from ..runtime.base.child import Finished, run_python
 from ..runtime.base.errors import ArtefactError
 from ..runtime.engines.artefact import Artefact
 from . import measure
@@ -64,9 +63,7 @@ class LocalDevice:
 
     def measure(self, artefact: Artefact, options: BenchOptions) -> Measurement:
         request = measure.Request(str(artefact.path), request_context(artefact, options), asdict(options))
-        command = [sys.executable, "-m", measure.__name__, json.dumps(asdict(request))]
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-        return parse_measurement(str(artefact.path), done.returncode, done.stdout, done.stderr)
+        return parse_measurement(str(artefact.path), run_python("-m", measure.__name__, json.dumps(asdict(request))))
 
     def close(self) -> None:
         pass
@@ -77,12 +74,11 @@ def request_context(artefact: Artefact, options: BenchOptions) -> int:
     return min(options.context, artefact.context_length or options.context)
 
 
-def parse_measurement(name: str, code: int, output: str, errors: str) -> Measurement:
-    """The measurement that the child printed; ArtefactError with its last line where it failed."""
-    if code != 0:
-        lines = [line for line in errors.splitlines() if line.strip()]
-        if code == -9:
-            raise ArtefactError(f"{name}: the process was killed, most likely for want of memory")
-        message = lines[-1].removeprefix("error: ") if lines else f"exit code {code}"
+def parse_measurement(name: str, child: Finished) -> Measurement:
+    """The measurement that `child` printed; ArtefactError with its last line where it failed."""
+    if child.code == -9:
+        raise ArtefactError(f"{name}: the process was killed, most likely for want of memory")
+    if child.code != 0:
+        message = child.last_error.removeprefix("error: ")
         raise ArtefactError(message if name in message else f"{name}: {message}")
-    return Measurement.from_json(json.loads(output.splitlines()[-1]))
+    return Measurement.from_json(json.loads(child.output.splitlines()[-1]))

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..runtime.base.command import run_command
+from ..runtime.engines.artefact import Artefact
 from ..runtime.engines.engine import Engine, EngineOptions, engine_version, load_engine
 from ..runtime.engines.memory import memory_bytes
 from .results import BenchOptions, Measurement
@@ -134,8 +135,9 @@ def measure(request: Request) -> Measurement:
     options = BenchOptions.from_json(request.options)
     baseline = memory_bytes().get("rss_bytes", 0)
     context = request.context or options.context
-    engine = load_engine(request.artefact, EngineOptions(options.threads, context, huge_pages=options.huge_pages))
-    return measure_engine(engine, options, engine_version(request.artefact), baseline)
+    artefact = Artefact.open(request.artefact)
+    engine = load_engine(artefact, EngineOptions(options.threads, context, huge_pages=options.huge_pages))
+    return measure_engine(engine, options, engine_version(artefact.engine), baseline)
 
 
 def measure_engine(engine: Engine, options: BenchOptions, version: str, baseline_rss_bytes: int) -> Measurement:
@@ -155,7 +157,7 @@ def measure_engine(engine: Engine, options: BenchOptions, version: str, baseline
         cpu_ms_per_token=bench.cpu_ms_per_token,
         engine_version=version,
         threads=options.threads,
-        load_ms=engine.load_ms,
+        load_ms=[engine.load_ms],
         time_to_first_token_ms=bench.first_token_ms,
         peak_rss_bytes=memory["peak_rss_bytes"],
         rss_anon_bytes=memory.get("rss_anon_bytes", 0),

@@ -9,7 +9,6 @@ environment's onnxruntime.
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -21,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from ..runtime.base import flags
+from ..runtime.base.child import run_python
 from ..runtime.base.command import run_command
 from ..runtime.base.errors import ArtefactError
 from ..runtime.engines.artefact import Artefact
@@ -29,13 +29,14 @@ from .device import DeviceOptions
 from .local import LocalDevice, parse_measurement
 from .measure import measure_engine
 from .report import markdown
-from .results import BenchOptions, Measurement, Run, summarise
+from .results import BenchOptions, Measurement, Run, summarize
 
 EXPORT = """
 import sys
 from optimum.onnxruntime import ORTModelForCausalLM
 ORTModelForCausalLM.from_pretrained(sys.argv[1], export=True).save_pretrained(sys.argv[2])
 """
+MEASURE = f"import sys; from {__spec__.name} import print_measurement; print_measurement(*sys.argv[1:])"
 
 
 class OptimumEngine:
@@ -76,20 +77,25 @@ class OptimumEngine:
         del self._model
 
 
+def print_measurement(folder: str, options_json: str) -> None:
+    """The child's part: measure an exported folder and print a Measurement as JSON."""
+    options = BenchOptions.from_json(json.loads(options_json))
+    baseline = memory_bytes().get("rss_bytes", 0)
+    engine: Any = OptimumEngine(folder, options)
+    print(json.dumps(asdict(measure_engine(engine, options, "optimum-onnx", baseline))))
+
+
 def measure_peer(folder: str, options: BenchOptions) -> Measurement:
     """One process of optimum's side."""
-    command = [sys.executable, "-m", __spec__.name, folder, "", "--measure", json.dumps(asdict(options))]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return parse_measurement(folder, done.returncode, done.stdout, done.stderr)
+    return parse_measurement(folder, run_python("-c", MEASURE, folder, json.dumps(asdict(options))))
 
 
 def export_peer(checkpoint: str, folder: str) -> None:
     """Let optimum export the checkpoint; prints what that took."""
     began = time.perf_counter()
-    command = [sys.executable, "-c", EXPORT, checkpoint, folder]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise ArtefactError(f"optimum-onnx failed: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
+    done = run_python("-c", EXPORT, checkpoint, folder)
+    if done.code:
+        raise ArtefactError(f"optimum-onnx failed: {done.last_error}")
     import resource  # absent on Windows
 
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -102,18 +108,11 @@ def body(argv: Sequence[str]) -> int:
     parser.add_argument("artefact", help="ours of the same model, --target onnx --quantize f32")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads [1]")
     parser.add_argument("--rounds", type=int, default=3, help="processes per side, in turn [3]")
-    parser.add_argument("--measure", default="", help="(internal) measure an exported folder, options as JSON")
     arguments = parser.parse(argv)
-    if arguments["measure"]:
-        options = BenchOptions.from_json(json.loads(arguments["measure"]))
-        baseline = memory_bytes().get("rss_bytes", 0)
-        engine: Any = OptimumEngine(arguments["checkpoint"], options)
-        print(json.dumps(asdict(measure_engine(engine, options, "optimum-onnx", baseline))))
-        return 0
     rounds, threads = arguments["rounds"], arguments["threads"]
     # without huge pages, which optimum's side does not ask for
     options = BenchOptions((128,), (64,), (), 2, rounds, threads, huge_pages=False)
-    ours, device = Artefact.open(Path(arguments["artefact"])), LocalDevice(DeviceOptions(), print)
+    ours, device = Artefact.open(arguments["artefact"]), LocalDevice(DeviceOptions(), print)
     sides: dict[str, list[Measurement]] = {"optimum-onnx": [], ours.path.name: []}
     with tempfile.TemporaryDirectory() as folder:
         export_peer(arguments["checkpoint"], folder)
@@ -122,7 +121,7 @@ def body(argv: Sequence[str]) -> int:
             sides["optimum-onnx"].append(measure_peer(folder, options))
             sides[ours.path.name].append(device.measure(ours, options))
     sizes = {"optimum-onnx": size, ours.path.name: ours.file_bytes}
-    results = [summarise(name, "", "onnxruntime", sizes[name], {}, runs) for name, runs in sides.items()]
+    results = [summarize(name, "", "onnxruntime", sizes[name], {}, runs) for name, runs in sides.items()]
     print(markdown(Run(device.describe(), options, results)))
     return 0
 

@@ -8,9 +8,6 @@ from collections.abc import Sequence
 
 import matplotlib
 from cycler import cycler
-
-matplotlib.use("Agg")
-
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import FuncFormatter
@@ -22,7 +19,7 @@ STYLES = cycler(marker=["o", "s", "^", "D", "v"]) * cycler(color=matplotlib.colo
 """Of fifty artefacts before one repeats: all colours with one marker, then with the next."""
 
 
-def _labelled(runs: Sequence[Run]) -> list[tuple[str, Result]]:
+def _labeled(runs: Sequence[Run]) -> list[tuple[str, Result]]:
     """Every result with a name that tells runs apart."""
     many = len(runs) > 1
     return [
@@ -56,7 +53,7 @@ def speed_against_size(runs: Sequence[Run]) -> str:
     """Scatter of the first decode test's median with its quartiles; "" where nothing was decoded."""
     canvas, axes = _axes(4.5)
     tests = set()
-    for label, result in _labelled(runs):
+    for label, result in _labeled(runs):
         test = _first_decode(result)
         if test is None:
             continue
@@ -78,7 +75,7 @@ def latency_against_context(runs: Sequence[Run]) -> str:
     """Milliseconds per decoded token at every depth that was measured; "" where there is one depth only."""
     canvas, axes = _axes(4.0)
     drawn = False
-    for label, result in _labelled(runs):
+    for label, result in _labeled(runs):
         points = []
         for test, figure in result.speeds.items():
             match = re.fullmatch(r"tg(\d+)(?:@d(\d+))?", test)
@@ -104,7 +101,7 @@ def latency_against_context(runs: Sequence[Run]) -> str:
 
 def memory_bars(runs: Sequence[Run]) -> str:
     """Peak RSS, with the part that Python and its libraries took before the model was loaded; "" without any."""
-    results = [(label, result) for label, result in _labelled(runs) if result.peak_rss_bytes]
+    results = [(label, result) for label, result in _labeled(runs) if result.peak_rss_bytes]
     if not results:
         return ""
     canvas, axes = _axes(0.6 + 0.4 * len(results))

@@ -5,65 +5,52 @@ from __future__ import annotations
 import shlex
 import subprocess
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
+from ..runtime.base.child import Finished, run
 from ..runtime.base.errors import DeviceError
 from ..runtime.base.quantities import format_bytes
 from ..runtime.engines.artefact import Artefact
 from .device import estimated_ram_bytes
 from .results import BenchOptions
 
-SEPARATOR = "--efficientllm--"
+MARK = "--efficientllm--"
+"""A line between the parts of what a device prints."""
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What a command left."""
-
-    code: int
-    output: str
-    errors: str
-
-    @property
-    def last_error(self) -> str:
-        lines = [line.strip() for line in (self.errors or self.output).splitlines() if line.strip()]
-        return lines[-1] if lines else f"exit code {self.code}"
-
-
-def run_program(command: Sequence[str], timeout: float | None = None, stdin: int = subprocess.DEVNULL) -> Answer:
-    """Run a program of this machine; DeviceError where it is missing or does not come back in time."""
+def run_program(command: Sequence[str], timeout: float | None = None, stdin: int = subprocess.DEVNULL) -> Finished:
+    """Run a program of this machine; DeviceError where it is missing or does not come back in `timeout` seconds."""
     try:
-        done = subprocess.run(
-            command, stdin=stdin, capture_output=True, text=True, errors="replace", check=False, timeout=timeout
-        )
+        return run(command, timeout=timeout, stdin=stdin)
     except FileNotFoundError as error:
         raise DeviceError(f"{command[0]} is not installed or not on the PATH") from error
     except subprocess.TimeoutExpired as error:
         raise DeviceError(f"{shlex.join(command[:3])} ... did not answer within {timeout:g} s") from error
-    return Answer(done.returncode, done.stdout, done.stderr)
 
 
 class RemoteShell:
     """`sensors.Shell` over `run`, which runs a line of shell on the device."""
 
-    def __init__(self, run: Callable[[str], Answer]) -> None:
+    def __init__(self, run: Callable[[str], Finished]) -> None:
         self._run = run
 
     def read(self, pattern: str) -> list[str]:
-        answer = self._run(f'for f in {pattern}; do cat "$f" 2>/dev/null && echo {SEPARATOR}; done')
-        return [text.strip("\0\n\r ") for text in answer.output.split(SEPARATOR)[:-1]]
+        answer = self._run(f'for f in {pattern}; do cat "$f" 2>/dev/null && echo {MARK}; done')
+        return [text.strip("\0\n\r ") for text in answer.output.split(MARK)[:-1]]
 
     def run(self, command: Sequence[str]) -> str | None:
         answer = self._run(shlex.join(command))
         return answer.output if answer.code == 0 else None
 
 
-def require_room(artefacts: list[Artefact], options: BenchOptions, free_disk: int, free_ram: int, place: str) -> None:
-    """DeviceError where the device's disk or memory cannot take the artefacts; 0: the device does not tell."""
+def require_room(artefacts: list[Artefact], options: BenchOptions, free_disk: int, free_ram: int, name: str) -> None:
+    """DeviceError where the disk or memory of the device `name` cannot take the artefacts.
+
+    Free disk and memory in bytes; 0: the device does not tell.
+    """
     needed = sum(artefact.file_bytes for artefact in artefacts)
     if free_disk and needed * 1.05 > free_disk:
         raise DeviceError(
-            f"{place} has {format_bytes(free_disk)} of free disk, the artefacts need {format_bytes(needed)}; "
+            f"{name} has {format_bytes(free_disk)} of free disk, the artefacts need {format_bytes(needed)}; "
             "free some, or run again with fewer artefacts and --clean-up"
         )
     for artefact in artefacts:

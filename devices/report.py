@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from jinja2 import Environment
 from rich.console import Console
 from rich.table import Table
 
-from ..runtime.base.errors import MissingExtraError
+from ..runtime.base.extras import extra
 from ..runtime.base.figure import Figure
 from ..runtime.base.files import write_text_atomically
 from ..runtime.base.markdown import markdown_table
@@ -108,15 +108,20 @@ def rows(run: Run) -> list[list[str]]:
     return table
 
 
+def print_rows(rows: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> None:
+    """A table for the terminal, header first, of at least 100 characters; columns not in `left` end right."""
+    header, *body = rows
+    table = Table(box=None, pad_edge=False)
+    for index, name in enumerate(header):
+        table.add_column(name, justify="left" if index in left else "right", overflow="fold")
+    for row in body:
+        table.add_row(*row)
+    Console(width=max(Console().width, 100), markup=False).print(table)
+
+
 def print_table(run: Run) -> None:
     """One line per figure and one column per artefact: there are more figures than artefacts, terminals are narrow."""
-    columns = list(zip(*rows(run), strict=True))
-    table = Table(box=None, pad_edge=False)
-    for index, name in enumerate(columns[0]):
-        table.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
-    for column in columns[1:]:
-        table.add_row(*column)
-    Console(width=max(Console().width, 100)).print(table)
+    print_rows(list(zip(*rows(run), strict=True)))
     for line in notes(run):
         print(line)
 
@@ -127,10 +132,8 @@ def markdown(run: Run) -> str:
 
 def require_plots() -> None:
     """MissingExtraError where the page's plots cannot be drawn."""
-    try:
+    with extra("bench"):
         import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise MissingExtraError("matplotlib", "bench") from error
 
 
 def write_html(path: Path, runs: Sequence[Run]) -> None:

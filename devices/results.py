@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from ..runtime.base import flags
 from ..runtime.base.errors import UsageError
@@ -86,19 +86,27 @@ class DeviceInfo:
     """Whether the code ran under an emulator: then no figure says anything about the device."""
 
 
-@dataclass(frozen=True)
-class Measurement:
-    """What one process measured; lists have one entry per repetition."""
+Sample = TypeVar("Sample")
 
-    speeds: dict[str, list[float]]
+
+@dataclass(frozen=True)
+class Readings(Generic[Sample]):
+    """What is read of one artefact; a Sample is what one process or several say of one figure."""
+
+    speeds: dict[str, Sample]
     """Tokens per second by test: pp128, tg64, tg64@d512, ..."""
-    cpu_ms_per_token: dict[str, list[float]] = field(default_factory=dict)
-    """CPU time of all threads by test; empty where the program on the device does not tell."""
+    cpu_ms_per_token: dict[str, Sample] = field(default_factory=dict)
+    """CPU time of all threads by test, beside the wall time that `speeds` counts: other processes do not add to it.
+
+    Empty where the program on the device does not tell.
+    """
+    load_ms: Sample | None = None
+    time_to_first_token_ms: Sample | None = None
+    """From the first test's prompt to its first token."""
+    joules_per_token: Sample | None = None
+    """Of the whole package, system on chip or battery, over the longest decode."""
     engine_version: str = ""
     threads: int = 0
-    load_ms: float | None = None
-    time_to_first_token_ms: list[float] = field(default_factory=list)
-    """From the first test's prompt to its first token."""
     peak_rss_bytes: int = 0
     """Weights are read, not mapped, so that they are counted once."""
     rss_anon_bytes: int = 0
@@ -111,48 +119,35 @@ class Measurement:
     """Key/value caches at the context measured; 0 where the file does not tell."""
     temperature_celsius: tuple[float, float] | None = None
     """Before the first repetition and after the last."""
-    clock_mhz: tuple[float, float] | None = None
-    """Mean over the cores under load: after warming up and after the last repetition."""
-    joules_per_token: list[float] = field(default_factory=list)
-    """Of the whole package, system on chip or battery, over the longest decode."""
     skipped: dict[str, str] = field(default_factory=dict)
     """Tests that do not fit the artefact, with the reason."""
+
+
+@dataclass(frozen=True)
+class Measurement(Readings[list[float]]):
+    """What one process measured; lists have one entry per repetition."""
+
+    clock_mhz: tuple[float, float] | None = None
+    """Mean over the cores under load: after warming up and after the last repetition."""
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Measurement:
         return cls(**_with_tuples(values, ("temperature_celsius", "clock_mhz")))
 
 
-@dataclass(frozen=True)
-class Result:
-    """Figures of one artefact over all processes."""
+@dataclass(frozen=True, kw_only=True)
+class Result(Readings[Figure]):
+    """Figures of one artefact over the repetitions of all processes."""
 
     artefact: str
     sha256: str
     """Of the model file, or of the list of files with their hashes where there are several."""
     engine: str
-    engine_version: str
-    threads: int
     file_bytes: int
     manifest: dict[str, Any]
     """Contents of the artefact's manifest; empty for a bare file."""
-    speeds: dict[str, Figure]
-    """Tokens per second by test."""
-    cpu_ms_per_token: dict[str, Figure]
-    """CPU time of all threads by test, beside the wall time that `speeds` counts: other processes do not add to it."""
-    load_ms: Figure | None
-    time_to_first_token_ms: Figure | None
-    peak_rss_bytes: int
-    rss_anon_bytes: int
-    rss_file_bytes: int
-    baseline_rss_bytes: int
-    kv_cache_bytes: int
-    joules_per_token: Figure | None
-    temperature_celsius: tuple[float, float] | None
-    """Before the first process and after the last."""
     throttled: str
     """The drop of the clock that was seen, "" where there was none."""
-    skipped: dict[str, str]
 
     @property
     def name(self) -> str:
@@ -163,48 +158,51 @@ THROTTLING_DROP = 0.15
 """Share of the clock whose loss between warm-up and end is reported."""
 
 
-def summarise(
+def summarize(
     artefact: str, sha256: str, engine: str, file_bytes: int, manifest: dict[str, Any], runs: Sequence[Measurement]
 ) -> Result:
     """Pool the repetitions of all processes; memory is that of the process with the largest peak."""
-
-    def pooled(lists: Sequence[list[float]]) -> Figure | None:
-        values = [value for items in lists for value in items]
-        return Figure.of(values) if values else None
-
-    def by_test(samples: Sequence[dict[str, list[float]]]) -> dict[str, Figure]:
-        tests = dict.fromkeys(test for sample in samples for test in sample)
-        figures = {test: pooled([sample.get(test, []) for sample in samples]) for test in tests}
-        return {test: figure for test, figure in figures.items() if figure}
-
     largest = max(runs, key=lambda run: run.peak_rss_bytes)
     temperatures = [run.temperature_celsius for run in runs if run.temperature_celsius]
-    drops = [
-        run.clock_mhz for run in runs if run.clock_mhz and run.clock_mhz[1] < (1 - THROTTLING_DROP) * run.clock_mhz[0]
-    ]
-    worst = min(drops, key=lambda pair: pair[1] / pair[0], default=None)
     return Result(
-        artefact=artefact,
-        sha256=sha256,
-        engine=engine,
+        speeds=_pool_by_test([run.speeds for run in runs]),
+        cpu_ms_per_token=_pool_by_test([run.cpu_ms_per_token for run in runs]),
+        load_ms=_pool([run.load_ms for run in runs]),
+        time_to_first_token_ms=_pool([run.time_to_first_token_ms for run in runs]),
+        joules_per_token=_pool([run.joules_per_token for run in runs]),
         engine_version=runs[0].engine_version,
         threads=runs[0].threads,
-        file_bytes=file_bytes,
-        manifest=manifest,
-        speeds=by_test([run.speeds for run in runs]),
-        cpu_ms_per_token=by_test([run.cpu_ms_per_token for run in runs]),
-        load_ms=pooled([[run.load_ms] for run in runs if run.load_ms is not None]),
-        time_to_first_token_ms=pooled([run.time_to_first_token_ms for run in runs]),
         peak_rss_bytes=largest.peak_rss_bytes,
         rss_anon_bytes=largest.rss_anon_bytes,
         rss_file_bytes=largest.rss_file_bytes,
         baseline_rss_bytes=max(run.baseline_rss_bytes for run in runs),
         kv_cache_bytes=largest.kv_cache_bytes,
-        joules_per_token=pooled([run.joules_per_token for run in runs]),
         temperature_celsius=(temperatures[0][0], temperatures[-1][1]) if temperatures else None,
-        throttled=f"clock fell from {worst[0]:.0f} to {worst[1]:.0f} MHz" if worst else "",
         skipped={name: reason for run in runs for name, reason in run.skipped.items()},
+        artefact=artefact,
+        sha256=sha256,
+        engine=engine,
+        file_bytes=file_bytes,
+        manifest=manifest,
+        throttled=_throttling([run.clock_mhz for run in runs if run.clock_mhz]),
     )
+
+
+def _pool(samples: Sequence[list[float] | None]) -> Figure | None:
+    values = [value for sample in samples for value in sample or ()]
+    return Figure.of(values) if values else None
+
+
+def _pool_by_test(samples: Sequence[dict[str, list[float]]]) -> dict[str, Figure]:
+    tests = dict.fromkeys(test for sample in samples for test in sample)
+    figures = {test: _pool([sample.get(test) for sample in samples]) for test in tests}
+    return {test: figure for test, figure in figures.items() if figure}
+
+
+def _throttling(clocks: Sequence[tuple[float, float]]) -> str:
+    """The largest drop among (MHz after warming up, MHz at the end), "" where all are small."""
+    first, last = min(clocks, key=lambda pair: pair[1] / pair[0], default=(0.0, 0.0))
+    return f"clock fell from {first:.0f} to {last:.0f} MHz" if last < (1 - THROTTLING_DROP) * first else ""
 
 
 @dataclass(frozen=True)

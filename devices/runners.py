@@ -23,14 +23,17 @@ class Parsed:
 
 
 class Runner(Protocol):
+    """A program for one engine. It runs in the folder that holds the artefact's files."""
+
     name: str
+    """File name on the phone."""
     origin: str
     """Where the program comes from, as a hint."""
 
     def commands(
         self, artefact: Artefact, options: BenchOptions, context: int
     ) -> tuple[list[list[str]], dict[str, str]]:
-        """Arguments of every call, and tests left out with the reason."""
+        """Arguments of every call, and {test left out: reason}; `context` is the window in tokens to stay within."""
         ...
 
     def parse(self, output: str) -> Parsed:
@@ -39,7 +42,10 @@ class Runner(Protocol):
 
 
 class LlamaBench:
-    """llama.cpp's llama-bench."""
+    """llama.cpp's llama-bench: one call for all prompts and decodes, one for the decodes at a depth.
+
+    Its caches are as long as each test needs, so the context is not passed on and no test is left out.
+    """
 
     name = "llama-bench"
     origin = "build it with `make android-runner`"
@@ -68,12 +74,16 @@ class LlamaBench:
 
 
 def _test(entry: dict[str, int]) -> str:
+    """pp128, tg64 or tg64@d512, from the lengths in llama-bench's JSON."""
     name = f"pp{entry['n_prompt']}" if entry["n_prompt"] else f"tg{entry['n_gen']}"
     return f"{name}@d{entry['n_depth']}" if entry.get("n_depth") else name
 
 
 class LlamaMain:
-    """ExecuTorch's llama_main, which the user builds: it times one prompt and its answer."""
+    """ExecuTorch's llama_main, which the user builds: it times one prompt and its answer, so a decode has a depth.
+
+    It tells no version and no thread count. Output: a line of JSON in milliseconds, extension/llm/runner/stats.h.
+    """
 
     name = "llama_main"
     origin = "build llama_main for Android from ExecuTorch's examples/models/llama"

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
+from ..runtime.base import child
+
 SAMPLE_SECONDS = 0.5
 """Between two readings of a power that has no counter."""
 
@@ -46,10 +48,10 @@ class LocalShell:
 
     def run(self, command: Sequence[str]) -> str | None:
         try:
-            done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, timeout=10)
+            done = child.run(command, timeout=10)
         except (OSError, subprocess.TimeoutExpired):
             return None
-        return done.stdout if done.returncode == 0 else None
+        return done.output if done.code == 0 else None
 
 
 def _numbers(texts: Sequence[str]) -> list[float]:

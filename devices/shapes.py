@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from ..runtime.base.errors import MissingExtraError
+from ..runtime.base.extras import extra
 
 HEAD_DIM = 64
 VOCAB_SIZE = 512
@@ -64,10 +64,8 @@ SHAPES = (
 
 def write_gguf(shape: Shape, weight_type: WeightType, path: Path) -> None:
     """Write a llama model with normal weights (standard deviation 0.02); MissingExtraError without gguf."""
-    try:
+    with extra("gguf"):
         import gguf
-    except ImportError as error:
-        raise MissingExtraError("gguf", "gguf") from error
     writer = gguf.GGUFWriter(str(path), "llama")
     writer.add_context_length(CONTEXT)
     writer.add_embedding_length(shape.hidden_size)

@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
+from ..runtime.base.child import Finished
 from ..runtime.base.errors import DeviceError, UsageError
 from ..runtime.base.files import sha256_of
 from ..runtime.engines.artefact import Artefact
@@ -22,7 +23,7 @@ from . import measure
 from .boards import look_up
 from .device import DeviceOptions
 from .local import parse_measurement, request_context
-from .remote import Answer, RemoteShell, require_room, run_program
+from .remote import RemoteShell, require_room, run_program
 from .results import BenchOptions, DeviceInfo, Measurement
 from .sensors import temperature_celsius
 from .wheel import Requirement, runtime_requirement
@@ -116,7 +117,7 @@ class SshDevice:
         request = measure.Request(str(path), request_context(artefact, options), asdict(options))
         python = f"{self._environments[artefact.engine]}/bin/python"
         answer = self._run(f"{python} -m {measure.__name__} {shlex.quote(json.dumps(asdict(request)))}")
-        return parse_measurement(f"{self._host}: {artefact.path}", answer.code, answer.output, answer.errors)
+        return parse_measurement(f"{self._host}: {artefact.path}", answer)
 
     def close(self) -> None:
         try:
@@ -127,7 +128,7 @@ class SshDevice:
                 run_program([*self._ssh, "-O", "exit", self._host])
             self._sockets.cleanup()
 
-    def _run(self, line: str, stdin: int = subprocess.DEVNULL) -> Answer:
+    def _run(self, line: str, stdin: int = subprocess.DEVNULL) -> Finished:
         """Run a line of shell in the home folder; DeviceError where the board cannot be reached (any more)."""
         command = [*self._ssh, self._host, "--", f"sh -c {shlex.quote(line)}"]
         answer = run_program(command, stdin=stdin)
@@ -168,14 +169,14 @@ class SshDevice:
         part = shlex.quote(f"{target}.part")
         self._require(f"mkdir -p {shlex.quote(str(target.parent))}")
         for attempt in range(ATTEMPTS):
-            held = int(self._run(f"wc -c < {part} 2>/dev/null || echo 0").output.split()[-1])
-            if held > size:
+            copied = int(self._run(f"wc -c < {part} 2>/dev/null || echo 0").output.split()[-1])
+            if copied > size:
                 self._require(f"rm -f {part}")
-                held = 0
-            self._say(f"copying {file.name}" + (f" from byte {held:,} on" if held else ""))
+                copied = 0
+            self._say(f"copying {file.name}" + (f" from byte {copied:,} on" if copied else ""))
             try:
                 with file.open("rb", buffering=0) as stream:
-                    os.lseek(stream.fileno(), held, os.SEEK_SET)
+                    os.lseek(stream.fileno(), copied, os.SEEK_SET)
                     self._run(f"cat >> {part}", stdin=stream.fileno())
             except DeviceError:
                 if attempt == ATTEMPTS - 1:

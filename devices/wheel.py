@@ -5,18 +5,18 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..runtime.base.child import run
 from ..runtime.base.errors import DeviceError, UsageError
 from ..runtime.base.files import sha256_of
 
 SOURCE = Path(__file__).resolve().parents[1]
-"""The source tree, where this is an editable install."""
+"""The source tree, where this is an editable install, which may link to it."""
 REPRODUCIBLE_DATE = "946684800"
 """SOURCE_DATE_EPOCH of built wheels, so that the same source gives the same hash."""
 
@@ -54,8 +54,8 @@ def build_wheel(source: Path, output: Path) -> Path:
         shutil.copytree(source, tree, ignore=shutil.ignore_patterns(".*", "build", "dist", "runs", "tests", "docs"))
         command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(output), str(tree)]
         environment = os.environ | {"SOURCE_DATE_EPOCH": REPRODUCIBLE_DATE}
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        done = run(command, env=environment)
     wheels = sorted(output.glob("*.whl"))
-    if done.returncode != 0 or not wheels:
-        raise DeviceError(f"the wheel could not be built: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
+    if done.code != 0 or not wheels:
+        raise DeviceError(f"the wheel could not be built: {done.last_error}")
     return wheels[0]

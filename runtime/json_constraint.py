@@ -32,8 +32,8 @@ class _State:
 class JsonConstraint:
     """Accepts text as long as it is the beginning of one JSON object."""
 
-    _state: _State = field(default_factory=_State)
-    _decoder: codecs.IncrementalDecoder = field(default_factory=codecs.getincrementaldecoder("utf-8"))
+    _state: _State = field(default_factory=_State, init=False)
+    _decoder: codecs.IncrementalDecoder = field(default_factory=codecs.getincrementaldecoder("utf-8"), init=False)
 
     @property
     def is_complete(self) -> bool:

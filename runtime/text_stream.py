@@ -14,7 +14,7 @@ class TextStream:
         self.stopped = False
         """Whether a stop string was met; its text and all after it are dropped."""
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._held = ""
+        self._unshown = ""
 
     def push(self, piece: bytes) -> str:
         """Text that is safe to show after this piece."""
@@ -23,29 +23,28 @@ class TextStream:
     def finish(self) -> str:
         """What was held back, once nothing more comes."""
         text = self._emit(self._decoder.decode(b"", final=True))
-        held, self._held = self._held, ""
-        return text + ("" if self.stopped else held)
+        unshown, self._unshown = self._unshown, ""
+        return text + ("" if self.stopped else unshown)
 
     def _emit(self, text: str) -> str:
         if self.stopped:
             return ""
-        self._held += text
-        found = [place for stop in self.stop if (place := self._held.find(stop)) >= 0]
+        self._unshown += text
+        found = [start for stop in self.stop if (start := self._unshown.find(stop)) >= 0]
         if found:
             self.stopped = True
-            text, self._held = self._held[: min(found)], ""
+            text, self._unshown = self._unshown[: min(found)], ""
             return text
-        keep = self._longest_partial_stop()
-        split = len(self._held) - keep
-        text, self._held = self._held[:split], self._held[split:]
+        split = len(self._unshown) - self._longest_partial_stop()
+        text, self._unshown = self._unshown[:split], self._unshown[split:]
         return text
 
     def _longest_partial_stop(self) -> int:
-        """Length of the longest suffix of the held text that begins a stop string."""
+        """Length of the longest suffix of the text not shown yet that begins a stop string."""
         longest = 0
         for stop in self.stop:
-            for length in range(min(len(stop) - 1, len(self._held)), longest, -1):
-                if self._held.endswith(stop[:length]):
+            for length in range(min(len(stop) - 1, len(self._unshown)), longest, -1):
+                if self._unshown.endswith(stop[:length]):
                     longest = length
                     break
         return longest

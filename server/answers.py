@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import json
 import time
 import uuid
@@ -15,7 +16,7 @@ from .schemas import APIError, ChatRequest, CompletionRequest
 from .worker import Piece
 
 
-class Answer:
+class Answer(abc.ABC):
     """One request's answer; `generations` are its choices."""
 
     kind: str
@@ -50,6 +51,7 @@ class Answer:
                 self.clock.finished(usage["prompt_tokens"], usage["completion_tokens"])
 
     async def whole(self, pieces: AsyncGenerator[Piece]) -> dict[str, Any]:
+        """The answer in one object: openapi.ChatCompletion or TextCompletion."""
         texts: list[list[str]] = [[] for _ in self.generations]
         logprobs: list[list[TokenLogprob]] = [[] for _ in self.generations]
         reasons: list[str | None] = [None] * len(self.generations)
@@ -90,18 +92,21 @@ class Answer:
     def _text_of(self, token: int) -> str:
         return self.engine.token_bytes(token).decode("utf-8", errors="replace")
 
+    @abc.abstractmethod
     def _content(self, text: str) -> dict[str, Any]:
-        raise NotImplementedError
+        """The part of a whole answer's choice that holds its text."""
 
+    @abc.abstractmethod
     def _delta(self, piece: Piece) -> dict[str, Any]:
-        raise NotImplementedError
+        """The part of an event's choice that holds its text."""
 
+    @abc.abstractmethod
     def _openings(self) -> Iterable[dict[str, Any]]:
         """Choices of the events before the first piece."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _logprobs(self, records: Sequence[TokenLogprob]) -> dict[str, Any] | None:
-        raise NotImplementedError
+        """Log-probabilities as the endpoint shows them; None where none were asked for."""
 
 
 class ChatAnswer(Answer):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
@@ -25,7 +25,16 @@ from ..runtime.sampling import SamplingOptions
 from .answers import Answer, ChatAnswer, TextAnswer
 from .guard import Guard
 from .metrics import AnswerClock, Metrics
-from .openapi import ERRORS, document
+from .openapi import (
+    ERRORS,
+    ChatCompletion,
+    Health,
+    ModelCard,
+    ModelList,
+    TextCompletion,
+    answer_or_events,
+    document,
+)
 from .pool import ModelPool
 from .schemas import APIError, ChatRequest, CompletionRequest, TextRequest
 
@@ -65,6 +74,14 @@ def create_app(pool: ModelPool, options: AppOptions | None = None) -> FastAPI:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(options.cors_origin), allow_methods=["*"], allow_headers=["*"]
         )
+    _add_error_handlers(app, metrics)
+    app.include_router(Endpoints(pool, metrics, options.overflow).router)
+    document(app, pool.artefacts)
+    return app
+
+
+def _add_error_handlers(app: FastAPI, metrics: Metrics) -> None:
+    """Answer every refusal in OpenAI's shape and count it."""
 
     def refuse(request: Request, error: APIError) -> JSONResponse:
         metrics.requests.labels(request.url.path, str(error.status)).inc()
@@ -78,69 +95,80 @@ def create_app(pool: ModelPool, options: AppOptions | None = None) -> FastAPI:
     @app.exception_handler(RequestValidationError)
     async def answer_validation_error(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"] if part != "body")
-        return refuse(request, APIError(400, f"{place}: {first['msg']}".lstrip(": ")))
+        field = ".".join(str(part) for part in first["loc"] if part != "body")
+        return refuse(request, APIError(400, f"{field}: {first['msg']}".lstrip(": ")))
 
     @app.exception_handler(HTTPException)
     async def answer_http_error(request: Request, error: HTTPException) -> JSONResponse:
         body = APIError(error.status_code, str(error.detail)).body
         return JSONResponse(body, error.status_code, error.headers)
 
-    @app.get("/", response_class=HTMLResponse, include_in_schema=False)
-    async def page() -> HTMLResponse:
+
+class Endpoints:
+    """The routes; what they send is written here and in `answers`, so FastAPI is given no response_model to apply."""
+
+    def __init__(self, pool: ModelPool, metrics: Metrics, overflow: Overflow) -> None:
+        self._pool, self._metrics, self._overflow = pool, metrics, overflow
+        self.router = router = APIRouter()
+        router.get("/", response_class=HTMLResponse, include_in_schema=False)(self.page)
+        router.get("/health", response_model=None, responses={200: {"model": Health}})(self.health)
+        router.get("/metrics", response_class=Response)(self.prometheus)
+        router.get("/v1/models", response_model=None, responses={200: {"model": ModelList}})(self.models)
+        one_model = {200: {"model": ModelCard}, **ERRORS}
+        router.get("/v1/models/{name:path}", response_model=None, responses=one_model)(self.model)
+        for path, endpoint, answer in (
+            ("/v1/chat/completions", self.chat_completions, ChatCompletion),
+            ("/v1/completions", self.completions, TextCompletion),
+        ):
+            router.post(path, response_model=None, responses=answer_or_events(answer))(endpoint)
+
+    async def page(self) -> HTMLResponse:
         text = resources.files("efficientllm.server").joinpath("page.html").read_text(encoding="utf-8")
         return HTMLResponse(text, headers={"Content-Security-Policy": PAGE_POLICY})
 
-    @app.get("/health")
-    async def health() -> dict[str, Any]:
-        loaded = {name: {"kv_cache_bytes": worker.engine.kv_cache_bytes} for name, worker in pool.loaded.items()}
-        return {"status": "ok", "in_flight": pool.in_flight, "loaded": loaded, **memory_bytes()}
+    async def health(self) -> dict[str, Any]:
+        workers = self._pool.loaded.items()
+        loaded = {name: {"kv_cache_bytes": worker.engine.kv_cache_bytes} for name, worker in workers}
+        return {"status": "ok", "in_flight": self._pool.in_flight, "loaded": loaded, **memory_bytes()}
 
-    @app.get("/metrics", response_class=Response)
-    async def prometheus() -> Response:
-        return Response(metrics.render(), media_type="text/plain; version=0.0.4")
+    async def prometheus(self) -> Response:
+        return Response(self._metrics.render(), media_type="text/plain; version=0.0.4")
 
-    @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [describe(name) for name in pool.artefacts]}
+    async def models(self) -> dict[str, Any]:
+        return {"object": "list", "data": [_model_card(name) for name in self._pool.artefacts]}
 
-    @app.get("/v1/models/{name:path}", responses=ERRORS)
-    async def model(name: str) -> dict[str, Any]:
-        if name not in pool.artefacts:
+    async def model(self, name: str) -> dict[str, Any]:
+        if name not in self._pool.artefacts:
             raise APIError(404, f"model {name!r} does not exist", code="model_not_found")
-        return describe(name)
+        return _model_card(name)
 
-    def describe(name: str) -> dict[str, Any]:
-        return {"id": name, "object": "model", "created": 0, "owned_by": "efficientllm"}
+    async def chat_completions(self, request: ChatRequest) -> JSONResponse | StreamingResponse:
+        return await self._answer(request, ChatAnswer, "/v1/chat/completions")
 
-    @app.post("/v1/chat/completions", response_model=None, responses=ERRORS)
-    async def chat_completions(request: ChatRequest) -> JSONResponse | StreamingResponse:
-        return await answer(request, ChatAnswer, "/v1/chat/completions")
+    async def completions(self, request: TextRequest) -> JSONResponse | StreamingResponse:
+        return await self._answer(request, TextAnswer, "/v1/completions")
 
-    @app.post("/v1/completions", response_model=None, responses=ERRORS)
-    async def completions(request: TextRequest) -> JSONResponse | StreamingResponse:
-        return await answer(request, TextAnswer, "/v1/completions")
-
-    async def answer(
-        request: CompletionRequest, answer_class: type[Answer], path: str
+    async def _answer(
+        self, request: CompletionRequest, answer_class: type[Answer], path: str
     ) -> JSONResponse | StreamingResponse:
-        clock = AnswerClock(metrics, request.model)
-        worker = await pool.worker(request.model)
+        clock = AnswerClock(self._metrics, request.model)
+        worker = await self._pool.worker(request.model)
         # tokenizing a long prompt takes a while too
-        generations = await asyncio.to_thread(_generations, worker.engine, request, options.overflow)
+        generations = await asyncio.to_thread(_generations, worker.engine, request, self._overflow)
         answered = answer_class(request, worker.engine, generations, clock)
         pieces = answered.pieces(worker.stream(generations))
         if request.stream:
             # the first piece is awaited here, so that a full queue is answered with its own status
             first = await anext(pieces, None)
-            metrics.requests.labels(path, "200").inc()
+            self._metrics.requests.labels(path, "200").inc()
             return _EventStream(answered.events(first, pieces), pieces)
         body = await answered.whole(pieces)
-        metrics.requests.labels(path, "200").inc()
+        self._metrics.requests.labels(path, "200").inc()
         return JSONResponse(body)
 
-    document(app, pool.artefacts)
-    return app
+
+def _model_card(name: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": 0, "owned_by": "efficientllm"}
 
 
 def _generations(engine: Engine, request: CompletionRequest, overflow: Overflow) -> list[Generation]:

@@ -7,26 +7,49 @@ short requests.
 
 from __future__ import annotations
 
-import argparse
 import json
 import socket
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import httpx
-
+from ..runtime.base import flags
+from ..runtime.base.command import run_command
 from ..runtime.base.errors import ArtefactError
+from ..runtime.base.extras import extra
+from ..runtime.base.figure import Figure
 from ..runtime.engines.engine import Engine, EngineOptions, load_engine
 from ..runtime.generation import Generation, chat_prompt
 from ..runtime.sampling import SamplingOptions
 
+if TYPE_CHECKING:
+    import httpx
+
+CONTEXT = 1024
 START_SECONDS = 120
 TEXT = "Tell a story about a lighthouse keeper, number {number}."
+
+
+@dataclass(frozen=True)
+class BenchmarkOptions:
+    """measurement"""
+
+    threads: int = 1
+    """CPU threads; 0: all cores."""
+    rounds: int = 20
+    """Pairs of answers, after one that warms up."""
+    tokens: int = 128
+    """Tokens per answer."""
+    requests: int = 0
+    """Short requests of the memory run; 0: none."""
+
+    def __post_init__(self) -> None:
+        flags.require(self, "rounds", self.rounds >= 1, "must be positive")
+        flags.require(self, "tokens", self.tokens >= 2, "must be at least 2, for a decode speed")
 
 
 @dataclass(frozen=True)
@@ -38,35 +61,31 @@ class Timing:
 
 
 @contextmanager
-def served(artefact: str, threads: int, context: int) -> Iterator[str]:
-    """Address of a server of `artefact` in a child process."""
+def served(artefact: str, threads: int) -> Iterator[httpx.Client]:
+    """A client of a server of `artefact` in a child process."""
+    with extra("bench"):
+        import httpx
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-c", "from efficientllm.server.cli import main; main()"]
-    command += [
-        "--model",
-        f"model={artefact}",
-        "--port",
-        str(port),
-        "--threads",
-        str(threads),
-        "--context",
-        str(context),
+    command = [
+        *(sys.executable, "-c", "from efficientllm.server.cli import main; main()", "--model", f"model={artefact}"),
+        *("--port", str(port), "--threads", str(threads), "--context", str(CONTEXT)),
     ]
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    address, deadline = f"http://127.0.0.1:{port}", time.monotonic() + START_SECONDS
+    deadline = time.monotonic() + START_SECONDS
     try:
-        while True:
-            if child.poll() is not None or time.monotonic() > deadline:
-                lines = child.stderr.read().splitlines() if child.stderr and child.poll() is not None else []
-                raise ArtefactError(lines[-1] if lines else "the server did not start")
-            try:
-                httpx.get(f"{address}/health").raise_for_status()
-                break
-            except httpx.TransportError:
-                time.sleep(0.1)
-        yield address
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=600) as client:
+            while True:
+                if child.poll() is not None or time.monotonic() > deadline:
+                    lines = child.stderr.read().splitlines() if child.stderr and child.poll() is not None else []
+                    raise ArtefactError(lines[-1].removeprefix("error: ") if lines else "the server did not start")
+                try:
+                    client.get("/health").raise_for_status()
+                    break
+                except httpx.TransportError:
+                    time.sleep(0.1)
+            yield client
     finally:
         child.terminate()
         child.wait()
@@ -98,30 +117,30 @@ def ask_server(client: httpx.Client, text: str, tokens: int) -> Timing:
 
 def overhead(artefact: str, threads: int, rounds: int, tokens: int) -> None:
     """Print both sides' medians and the median difference of the pairs."""
-    engine = load_engine(artefact, EngineOptions(threads=threads, context=1024))
     pairs = []
-    with served(artefact, threads, 1024) as address, httpx.Client(base_url=address, timeout=600) as client:
+    with served(artefact, threads) as client:
+        engine = load_engine(artefact, EngineOptions(threads=threads, context=CONTEXT))
         for number in range(rounds + 1):
             text = TEXT.format(number=number)
             sides = [lambda: ask_engine(engine, text, tokens), lambda: ask_server(client, text, tokens)]  # noqa: B023
             timings = [side() for side in (sides if number % 2 else sides[::-1])]
             if number:  # the first pair warms up
                 pairs.append(timings if number % 2 else timings[::-1])
-    engine.close()
+        engine.close()
     for index, name in enumerate(("engine", "server")):
         print(
             f"{name}: time to first token {spread([pair[index].first_token_ms for pair in pairs], 'ms')}, "
             f"decode {spread([pair[index].decode_tokens_per_second for pair in pairs], 'tokens/s')}"
         )
-    added = [alone.first_token_ms for alone, _ in pairs], [with_server.first_token_ms for _, with_server in pairs]
-    shares = [100 * (1 - b.decode_tokens_per_second / a.decode_tokens_per_second) for a, b in pairs]
-    print(f"added to the first token: {spread([b - a for a, b in zip(*added, strict=True)], 'ms')}")
-    print(f"lost of decode speed: {spread(shares, '%')}")
+    added_ms = [through.first_token_ms - direct.first_token_ms for direct, through in pairs]
+    lost = [100 * (1 - through.decode_tokens_per_second / direct.decode_tokens_per_second) for direct, through in pairs]
+    print(f"added to the first token: {spread(added_ms, 'ms')}")
+    print(f"lost of decode speed: {spread(lost, '%')}")
 
 
 def prefix_reuse(artefact: str, threads: int, rounds: int) -> None:
     """Print the time to the first token of a chat's second turn, with the first one cached and without."""
-    engine = load_engine(artefact, EngineOptions(threads=threads, context=1024, warm_up=True))
+    engine = load_engine(artefact, EngineOptions(threads=threads, context=CONTEXT, warm_up=True))
     times: tuple[list[float], list[float]] = ([], [])
     long: list[int] = []
     for number in range(rounds):
@@ -138,13 +157,14 @@ def prefix_reuse(artefact: str, threads: int, rounds: int) -> None:
 
 
 def spread(values: list[float], unit: str) -> str:
-    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-    return f"{median:.1f} {unit} ({low:.1f} to {high:.1f}, n = {len(values)})"
+    """'median unit (first to third quartile, n)'."""
+    figure = Figure.of(values)
+    return f"{figure.median:.1f} {unit} ({figure.low:.1f} to {figure.high:.1f}, n = {figure.n})"
 
 
 def memory(artefact: str, threads: int, requests: int) -> None:
     """Print the server's allocations along `requests` short requests."""
-    with served(artefact, threads, 1024) as address, httpx.Client(base_url=address, timeout=600) as client:
+    with served(artefact, threads) as client:
         for number in range(requests + 1):
             if number in (0, requests // 10) or (number and number % (requests // 5) == 0):
                 anonymous = client.get("/health").json()["rss_anon_bytes"]
@@ -154,18 +174,20 @@ def memory(artefact: str, threads: int, requests: int) -> None:
                 client.post("/v1/chat/completions", json=body).raise_for_status()
 
 
+def body(argv: Sequence[str]) -> int:
+    parser = flags.Parser(BenchmarkOptions, prog="python -m efficientllm.server.benchmark", description=__doc__)
+    parser.add_argument("artefact", help="folder written by efficientllm-export, or a .gguf or .pte file")
+    arguments = parser.parse(argv)
+    artefact, options = arguments.pop("artefact"), flags.take(arguments, BenchmarkOptions)
+    overhead(artefact, options.threads, options.rounds, options.tokens)
+    prefix_reuse(artefact, options.threads, options.rounds)
+    if options.requests:
+        memory(artefact, options.threads, options.requests)
+    return 0
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m efficientllm.server.benchmark", description=__doc__)
-    parser.add_argument("artefact")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=20, help="pairs of answers [20]")
-    parser.add_argument("--tokens", type=int, default=128, help="tokens per answer [128]")
-    parser.add_argument("--requests", type=int, default=0, help="short requests of the memory run [0]")
-    arguments = parser.parse_args()
-    overhead(arguments.artefact, arguments.threads, arguments.rounds, arguments.tokens)
-    prefix_reuse(arguments.artefact, arguments.threads, arguments.rounds)
-    if arguments.requests:
-        memory(arguments.artefact, arguments.threads, arguments.requests)
+    sys.exit(run_command(body))
 
 
 if __name__ == "__main__":

@@ -59,9 +59,9 @@ class AnswerClock:
     metrics: Metrics
     model: str
     began: float = field(default_factory=time.perf_counter)
-    _last: float = 0.0
-    _tokens: int = 0
-    _first: float = 0.0
+    _first: float = field(default=0.0, init=False)
+    _last: float = field(default=0.0, init=False)
+    _tokens: int = field(default=0, init=False)
 
     def piece(self, tokens: int) -> None:
         """A piece of text has arrived; the choice has `tokens` so far."""

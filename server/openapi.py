@@ -1,14 +1,133 @@
-"""The OpenAPI document: what FastAPI derives, with this server's models and errors."""
+"""The OpenAPI document: what FastAPI derives, with this server's models, answers and errors.
+
+The models below describe answers and do not make them: what is sent is built in `answers`, piece by piece.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import FastAPI
+from pydantic import BaseModel, ConfigDict
+
+FinishReason = Literal["stop", "length"]
+
+
+class _Answer(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class ErrorDetail(_Answer):
+    message: str
+    type: str
+    param: None
+    code: str | None
+
+
+class ErrorAnswer(_Answer):
+    error: ErrorDetail
+
+
+class Usage(_Answer):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class TokenChance(_Answer):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChosenToken(TokenChance):
+    top_logprobs: list[TokenChance]
+
+
+class ChatLogprobs(_Answer):
+    content: list[ChosenToken]
+    refusal: None
+
+
+class AssistantMessage(_Answer):
+    role: Literal["assistant"]
+    content: str
+    refusal: None
+
+
+class ChatChoice(_Answer):
+    message: AssistantMessage
+    index: int
+    finish_reason: FinishReason
+    logprobs: ChatLogprobs | None
+
+
+class TextLogprobs(_Answer):
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
+class TextChoice(_Answer):
+    text: str
+    index: int
+    finish_reason: FinishReason
+    logprobs: TextLogprobs | None
+
+
+class _Completion(_Answer):
+    id: str
+    created: int
+    model: str
+    usage: Usage
+
+
+class ChatCompletion(_Completion):
+    """Answer of POST /v1/chat/completions without `stream`."""
+
+    object: Literal["chat.completion"]
+    choices: list[ChatChoice]
+
+
+class TextCompletion(_Completion):
+    """Answer of POST /v1/completions without `stream`."""
+
+    object: Literal["text_completion"]
+    choices: list[TextChoice]
+
+
+class ModelCard(_Answer):
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+
+
+class ModelList(_Answer):
+    object: Literal["list"]
+    data: list[ModelCard]
+
+
+class LoadedModel(_Answer):
+    kv_cache_bytes: int
+
+
+class Health(_Answer):
+    """Bytes are of the whole server; the system may not tell all of them."""
+
+    status: Literal["ok"]
+    in_flight: int
+    loaded: dict[str, LoadedModel]
+    peak_rss_bytes: int
+    rss_bytes: int = 0
+    rss_anon_bytes: int = 0
+    rss_file_bytes: int = 0
+
 
 ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"description": text}
+    status: {"description": text, "model": ErrorAnswer}
     for status, text in {
         400: "the request is wrong",
         401: "the key is wrong",
@@ -20,6 +139,12 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     }.items()
 }
 """Statuses other than 200, each with OpenAI's error body."""
+
+
+def answer_or_events(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+    """Responses of an endpoint that answers with `model`, or with server-sent events where `stream` is set."""
+    events = {"text/event-stream": {"schema": {"type": "string"}}}
+    return {200: {"description": "the answer, whole or as events", "model": model, "content": events}, **ERRORS}
 
 
 def document(app: FastAPI, models: Iterable[str]) -> None:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from pathlib import Path
 
 from ..runtime.base.errors import EfficientLLMError
 from ..runtime.base.quantities import format_bytes
-from ..runtime.engines.engine import EngineOptions, load_engine, locate
-from ..runtime.engines.manifest import Manifest
+from ..runtime.engines.artefact import Artefact
+from ..runtime.engines.engine import EngineOptions, load_engine
 from .schemas import APIError
 from .worker import EngineWorker
 
@@ -29,9 +28,8 @@ class ModelPool:
 
         ArtefactError where one is damaged.
         """
-        self.artefacts = dict(artefacts)
+        self.artefacts = {name: Artefact.open(path) for name, path in artefacts.items()}
         self.options, self.waiting, self.timeout, self.max_memory = options, waiting, timeout, max_memory
-        self._bytes = {name: artefact_bytes(path) for name, path in self.artefacts.items()}
         self._workers: dict[str, EngineWorker] = {}
         self._loading = asyncio.Lock()
         first = next(iter(self.artefacts))
@@ -66,7 +64,7 @@ class ModelPool:
             return self._workers[name]
 
     async def _make_room(self, name: str) -> None:
-        needed = self._bytes[name]
+        needed = self.artefacts[name].file_bytes
         while self.max_memory and self._workers and self._used() + needed > self.max_memory:
             idle = [(worker.last_used, key) for key, worker in self._workers.items() if not worker.in_flight]
             if not idle:
@@ -76,15 +74,9 @@ class ModelPool:
             await asyncio.to_thread(worker.close)
 
     def _used(self) -> int:
-        return sum(self._bytes[name] + worker.engine.kv_cache_bytes for name, worker in self._workers.items())
+        loaded = self._workers.items()
+        return sum(self.artefacts[name].file_bytes + worker.engine.kv_cache_bytes for name, worker in loaded)
 
     def close(self) -> None:
         for worker in self._workers.values():
             worker.close()
-
-
-def artefact_bytes(path: str) -> int:
-    """Bytes of an artefact's files; ArtefactError where they are not whole."""
-    _, file = locate(Path(path))
-    folder = Path(path)
-    return Manifest.read(folder).total_bytes if (folder / "manifest.json").is_file() else file.stat().st_size

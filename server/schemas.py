@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, Field, model_validator
@@ -50,7 +51,7 @@ class ResponseFormat(BaseModel):
     type: Literal["text", "json_object"] = "text"
 
 
-class CompletionRequest(BaseModel):
+class CompletionRequest(BaseModel, abc.ABC):
     """What both endpoints take; unknown fields are ignored, as OpenAI-compatible servers do."""
 
     model: Text
@@ -68,17 +69,19 @@ class CompletionRequest(BaseModel):
 
     @property
     def token_limit(self) -> int:
+        """Tokens an answer may have."""
         return self.max_tokens or DEFAULT_TOKENS
 
     @property
     def stops(self) -> list[str]:
+        """Texts that end the answer, which they are no part of."""
         stops = [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
         return [text for text in stops if text]
 
     @property
+    @abc.abstractmethod
     def top_count(self) -> int | None:
         """Log-probabilities wanted beside the chosen token's; None: none at all."""
-        raise NotImplementedError
 
 
 class ChatRequest(CompletionRequest):
@@ -120,6 +123,7 @@ class TextRequest(CompletionRequest):
 
     @property
     def prompts(self) -> list[str | list[int]]:
+        """Texts or token ids; each has `n` choices of its own."""
         if isinstance(self.prompt, str):
             return [self.prompt]
         if isinstance(self.prompt[0], str):

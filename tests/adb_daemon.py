@@ -32,8 +32,8 @@ PROPERTIES = {
 class AdbDaemon:
     """Listens on a free port; `root` is the phone's /data/local/tmp."""
 
-    def __init__(self, root: Path, authorised: bool = True, **properties: str) -> None:
-        self.root, self.authorised = root, authorised
+    def __init__(self, root: Path, authorized: bool = True, **properties: str) -> None:
+        self.root, self.authorized = root, authorized
         self.pushed: list[str] = []
         self.corrupt_next = False
         """Whether to flip a byte of the next pushed file."""
@@ -94,7 +94,7 @@ class Transport:
             self.connection.close()
 
     def _handle(self, command: int, first: int, second: int, payload: bytes) -> None:
-        if command in (CNXN, AUTH) and not self.daemon.authorised:
+        if command in (CNXN, AUTH) and not self.daemon.authorized:
             self.send(AUTH, 1, 0, bytes(20))  # a token that no key is accepted for
         elif command == CNXN:
             self.send(CNXN, VERSION, MAX_PAYLOAD, BANNER)

@@ -1,3 +1,5 @@
+"""efficientllm-bench on this machine: figures, comparison, the latency model, interrupted runs."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -11,13 +13,14 @@ import numpy as np
 import pytest
 from tiny import tiny_architecture
 
-from efficientllm.devices import cli, latency_model
+from efficientllm.devices import cli, latency_model, wheel
 from efficientllm.devices import compare as comparison
 from efficientllm.devices.bench import bench, cool_down
 from efficientllm.devices.boards import look_up
-from efficientllm.devices.results import BenchOptions, DeviceInfo, Figure, Measurement, Run, summarise
+from efficientllm.devices.results import BenchOptions, DeviceInfo, Figure, Measurement, Run, summarize
 from efficientllm.devices.shapes import SHAPES, Shape, write_gguf
 from efficientllm.export import cli as export_cli
+from efficientllm.runtime.base.child import run_python
 from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.base.errors import DeviceError
 from efficientllm.runtime.engines.artefact import Artefact
@@ -59,7 +62,7 @@ def speed(value: float, **more: Any) -> Measurement:
 
 
 def run_of(*values: float, name: str = "model", device: DeviceInfo = LAPTOP, size: int = 100) -> Run:
-    result = summarise(name, "0" * 64, "llama.cpp", size, {}, [speed(value) for value in values])
+    result = summarize(name, "0" * 64, "llama.cpp", size, {}, [speed(value) for value in values])
     return Run(device, BenchOptions(), [result])
 
 
@@ -114,6 +117,25 @@ def test_measures_artefacts_and_bare_files(
     )
 
 
+def test_benchmark_is_quiet_in_python(artefact: Path) -> None:
+    options = BenchOptions((16,), (4,), (), repetitions=1, rounds=1, threads=1)
+    command = (
+        f"from efficientllm.devices import bench, results; bench.benchmark([{str(artefact)!r}], results.{options})"
+    )
+    done = run_python("-c", command)
+    assert (done.code, done.output, done.errors) == (0, "", "")
+
+
+def test_the_source_tree_is_found_through_links() -> None:
+    """Of an editable install in strict mode, where the package is a tree of links."""
+    assert (wheel.SOURCE / "pyproject.toml").is_file()
+
+
+def test_names_in_brackets_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    comparison.print_table(comparison.changes(run_of(10, name="model[b]"), run_of(20, name="model[b]")))
+    assert "model[b]" in capsys.readouterr().out
+
+
 def test_tests_that_do_not_fit_are_left_out(artefact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     manifest = json.loads((artefact / "manifest.json").read_text())
     short = tmp_path / "short"
@@ -134,9 +156,9 @@ def test_figures_are_quartiles() -> None:
 
 def test_throttling_is_reported() -> None:
     runs = [speed(10, clock_mhz=(2000.0, 1900.0), temperature_celsius=(40.0, 60.0))]
-    assert summarise("m", "", "", 1, {}, runs).throttled == ""
+    assert summarize("m", "", "", 1, {}, runs).throttled == ""
     runs.append(speed(10, clock_mhz=(2000.0, 1600.0), temperature_celsius=(60.0, 80.0)))
-    result = summarise("m", "", "", 1, {}, runs)
+    result = summarize("m", "", "", 1, {}, runs)
     assert result.throttled == "clock fell from 2000 to 1600 MHz"
     assert result.temperature_celsius == (40.0, 80.0)
 
@@ -180,7 +202,7 @@ def test_compare_flags_changes_beyond_noise(tmp_path: Path, capsys: pytest.Captu
     assert (slower.verdict, slower.better) == ("SLOWER OR LARGER", False)
     (smaller,) = (c for c in comparison.changes(run_of(10), run_of(10, size=50)) if c.figure == "file_bytes")
     assert smaller.verdict == "faster or smaller"
-    before, after = (summarise("m", "", "", 1, {}, [speed(1, cpu_ms_per_token={"tg4": [ms]})]) for ms in (8.0, 4.0))
+    before, after = (summarize("m", "", "", 1, {}, [speed(1, cpu_ms_per_token={"tg4": [ms]})]) for ms in (8.0, 4.0))
     runs = (Run(LAPTOP, BenchOptions(), [result]) for result in (before, after))
     (lighter,) = (c for c in comparison.changes(*runs) if c.figure == "tg4 CPU ms/token")
     assert lighter.verdict == "faster or smaller"

@@ -1,3 +1,5 @@
+"""efficientllm-bench on a phone: a real adb server and a daemon that stands for the phone."""
+
 from __future__ import annotations
 
 import json
@@ -126,7 +128,7 @@ def test_bad_phones_are_one_line(
         return lines[0]
 
     assert "adb sees no device: connect the phone" in fails("adb")
-    _, locked = connect(authorised=False)
+    _, locked = connect(authorized=False)
     assert re.search(rf"{locked} is (unauthorized|authorizing): unlock the phone", fails(f"adb:{locked}"))
     _, first = connect()
     daemon, second = connect()

@@ -1,3 +1,5 @@
+"""efficientllm-bench on a board: a real sshd of this machine, connections that drop, boards that lack something."""
+
 from __future__ import annotations
 
 import json
@@ -64,14 +66,14 @@ def test_an_interrupted_copy_goes_on(reached: Board, tmp_path: Path) -> None:
     reached.configure(proxy.port)
     device = SshDevice(DeviceOptions(device="ssh://board", ssh=reached.client), said.append)
     device.describe()
-    device._copy(Artefact(file, "llama.cpp", (file,), "0" * 64, None))
+    device._copy(Artefact.open(file))
     device.close()
     proxy.close()
     assert proxy.dropped == 1
     first, second = (line for line in said if line.startswith("copying"))
     assert first == "copying model.gguf"
-    held = int(second.removeprefix("copying model.gguf from byte ").removesuffix(" on").replace(",", ""))
-    assert 0 < held < 1_500_000
+    resumed_at = int(second.removeprefix("copying model.gguf from byte ").removesuffix(" on").replace(",", ""))
+    assert 0 < resumed_at < 1_500_000
     (copied,) = (path for path in reached.store.rglob("*") if path.is_file())
     assert copied.name == "model.gguf"
     assert copied.read_bytes() == file.read_bytes()
@@ -80,8 +82,8 @@ def test_an_interrupted_copy_goes_on(reached: Board, tmp_path: Path) -> None:
 def test_a_half_file_of_something_else_is_not_trusted(reached: Board, tmp_path: Path) -> None:
     file = tmp_path / "model.gguf"
     file.write_bytes(os.urandom(100_000))
-    artefact = Artefact(file, "llama.cpp", (file,), "0" * 64, None)
-    folder = reached.store / "artefacts" / ("0" * 32)
+    artefact = Artefact.open(file)
+    folder = reached.store / "artefacts" / artefact.sha256[:32]
     folder.mkdir(parents=True)
     (folder / "model.gguf").write_bytes(file.read_bytes()[:50_000])  # a truncated copy
     (folder / "model.gguf.part").write_bytes(bytes(60_000))

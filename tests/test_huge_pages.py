@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import re
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from efficientllm.runtime.base.child import run_python
 from efficientllm.runtime.engines import huge_pages
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
 
@@ -86,6 +88,33 @@ def test_what_a_block_allocates_is_moved() -> None:
         values = fresh_memory()
         values[:] = 1
     assert huge_bytes_within(values) >= 0.9 * values.nbytes
+
+
+MAPPED_BLOCKS = """
+import ctypes, sys
+from efficientllm.runtime.engines.huge_pages import huge_pages
+
+class MallInfo(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in "arena ordblks smblks hblks a b c d e f".split()]
+
+libc = ctypes.CDLL(None)
+libc.mallinfo2.restype, libc.malloc.restype = MallInfo, ctypes.c_void_p
+if sys.argv[1] == "own threshold":
+    libc.mallopt(-3, 131072)
+with huge_pages(wanted=True):
+    before = libc.mallinfo2().hblks
+    libc.malloc(ctypes.c_size_t(2**20))
+    print(libc.mallinfo2().hblks - before)
+"""
+
+
+@pytest.mark.skipif(not huge_pages._huge_page_bytes(), reason="needs transparent huge pages")
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc 2.33")
+@pytest.mark.parametrize(("threshold", "mapped"), [("glibc's", 0), ("own threshold", 1)])
+def test_malloc_lays_blocks_side_by_side_unless_the_program_decided_otherwise(threshold: str, mapped: int) -> None:
+    """In a process of its own: how many blocks of 1 MiB malloc maps by themselves."""
+    done = run_python("-c", MAPPED_BLOCKS, threshold)
+    assert done.output.strip() == str(mapped), done.errors
 
 
 def test_only_memory_without_a_file_counts() -> None:

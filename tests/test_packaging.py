@@ -115,6 +115,7 @@ MISSING = [
     ("efficientllm.export.cli", ["CHECKPOINT", "--target", "gguf", "--output", "x"], "llama_cpp", "gguf"),
     ("efficientllm.runtime.chat", ["MODEL.gguf", "Hi"], "llama_cpp", "gguf"),
     ("efficientllm.server.cli", ["MODEL.gguf"], "fastapi", "server"),
+    ("efficientllm.server.benchmark", ["MODEL.gguf"], "httpx", "bench"),
 ]
 
 WITHOUT_ONE = """

@@ -1,3 +1,5 @@
+"""Temperature, clock and energy, read from a made-up /sys and over a remote shell."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -5,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from efficientllm.devices import sensors
-from efficientllm.devices.remote import SEPARATOR, Answer, RemoteShell
+from efficientllm.devices.remote import MARK, RemoteShell
+from efficientllm.runtime.base.child import Finished
 
 PMIC = """\
        3V7_WL_SW_A current(0)=0.10000000A
@@ -71,9 +74,9 @@ def test_energy_from_sampled_power(tmp_path: Path) -> None:
 def test_a_remote_shell_reads_the_same() -> None:
     asked: list[str] = []
 
-    def run(line: str) -> Answer:
+    def run(line: str) -> Finished:
         asked.append(line)
-        return Answer(0, f"41500\n{SEPARATOR}\r\n62000\n{SEPARATOR}\n", "")
+        return Finished(0, f"41500\n{MARK}\r\n62000\n{MARK}\n", "")
 
     assert sensors.temperature_celsius(RemoteShell(run)) == 62.0
     assert "/sys/class/thermal/thermal_zone*/temp" in asked[0]

@@ -113,7 +113,7 @@ def test_bad_requests_get_openai_errors(address: str, change: dict[str, Any], st
     assert message in answer.json()["error"]["message"]
 
 
-def test_malformed_large_and_unauthorised_requests(address: str) -> None:
+def test_malformed_large_and_unauthorized_requests(address: str) -> None:
     url, headers = f"{address}/v1/chat/completions", {"Authorization": "Bearer secret"}
     assert httpx.post(url, content=b"{nonsense", headers=headers).status_code == 400
     assert httpx.post(url, content=b"x" * 2_000_000, headers=headers).status_code == 413

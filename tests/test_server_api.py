@@ -19,11 +19,12 @@ from serving import serve
 
 from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.base.errors import ArtefactError, UsageError
+from efficientllm.runtime.engines.artefact import Artefact
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
 from efficientllm.runtime.engines.memory import memory_bytes
-from efficientllm.server import cli
+from efficientllm.server import cli, openapi
 from efficientllm.server.app import AppOptions
-from efficientllm.server.pool import ModelPool, artefact_bytes
+from efficientllm.server.pool import ModelPool
 
 MESSAGES: Any = [{"role": "user", "content": "Hello"}]
 
@@ -200,6 +201,29 @@ def test_unknown_paths_and_models_answer_in_openai_s_shape(address: str, client:
         client.models.retrieve("../../etc/passwd")
 
 
+def test_answers_are_what_the_document_says(address: str) -> None:
+    """The models forbid further fields, so they describe the whole answer."""
+    for logprobs in (False, True):
+        chat = post(address, messages=MESSAGES, max_tokens=4, n=2, logprobs=logprobs)
+        openapi.ChatCompletion.model_validate(chat.json())
+    text = post(address, "completions", prompt="Hi", max_tokens=4, logprobs=2)
+    openapi.TextCompletion.model_validate(text.json())
+    openapi.ErrorAnswer.model_validate(post(address, messages=[]).json())
+    openapi.ModelList.model_validate(httpx.get(f"{address}/v1/models").json())
+    openapi.ModelCard.model_validate(httpx.get(f"{address}/v1/models/tiny").json())
+    openapi.Health.model_validate(httpx.get(f"{address}/health").json())
+    paths = httpx.get(f"{address}/openapi.json").json()["paths"]
+    for path, method, name in (
+        ("/v1/chat/completions", "post", "ChatCompletion"),
+        ("/v1/completions", "post", "TextCompletion"),
+        ("/v1/models", "get", "ModelList"),
+        ("/health", "get", "Health"),
+    ):
+        content = paths[path][method]["responses"]["200"]["content"]
+        assert content["application/json"]["schema"] == {"$ref": f"#/components/schemas/{name}"}
+        assert ("text/event-stream" in content) == (method == "post")
+
+
 @pytest.mark.slow
 def test_thirty_two_clients_get_their_own_answers(address: str) -> None:
     alone = {seed: post(address, messages=MESSAGES, max_tokens=24, seed=seed).json() for seed in range(32)}
@@ -248,7 +272,7 @@ def test_schemathesis_finds_no_server_error(address: str, tmp_path: Path) -> Non
 
 def test_models_are_loaded_on_use_and_the_oldest_leaves(artefact: Path) -> None:
     names = ("first", "second", "third")
-    room = int(2.5 * artefact_bytes(str(artefact)))
+    room = int(2.5 * Artefact.open(artefact).file_bytes)
     pool = ModelPool(dict.fromkeys(names, str(artefact)), EngineOptions(threads=1, context=64), max_memory=room)
     with serve(pool, AppOptions()) as address:
 

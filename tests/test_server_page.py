@@ -116,7 +116,7 @@ def test_the_second_model_can_be_picked(page: Any) -> None:
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(360, "dark"), (1100, "light")])
-def test_it_fits_phones_and_both_colour_schemes(browser: Any, address: str, width: int, scheme: str) -> None:
+def test_it_fits_phones_and_both_color_schemes(browser: Any, address: str, width: int, scheme: str) -> None:
     context = browser.new_context(viewport={"width": width, "height": 640}, color_scheme=scheme)
     page = context.new_page()
     page.goto(address)

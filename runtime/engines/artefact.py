@@ -1,14 +1,19 @@
-"""An exported model as it lies on this machine: its files and what identifies it."""
+"""An exported model as it lies on this machine: its engine, its files and what identifies it."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..base.errors import ArtefactError
 from ..base.files import sha256_of
-from .engine import locate
+from .genai_config import GENAI_CONFIG, GenaiConfig
 from .manifest import MANIFEST_NAME, Manifest
+
+FILE_ENGINES = {".gguf": "llama.cpp", ".pte": "executorch"}
+"""Suffix of a bare model file -> its engine."""
 
 
 @dataclass(frozen=True)
@@ -16,13 +21,56 @@ class Artefact:
     """A folder with a manifest or of onnxruntime-genai's own builder, or a bare file."""
 
     path: Path
-    """As the user gave it."""
+    """As the user gave it; the folder where that was its manifest."""
     engine: str
+    model_file: Path
+    """What the engine opens."""
     files: tuple[Path, ...]
     """Every file that running it needs, the manifest among them."""
-    sha256: str
-    """Of the bare file, or of the list of files with their hashes, which are the manifest's where there is one."""
     manifest: Manifest | None
+
+    @classmethod
+    def open(cls, path: str | Path) -> Artefact:
+        """ArtefactError where `path` is none or a file is missing or truncated; no weight is read."""
+        path = Path(path)
+        if path.name == MANIFEST_NAME and path.is_file():
+            path = path.parent
+        if path.is_dir():
+            has_manifest = (path / MANIFEST_NAME).exists() or not (path / GENAI_CONFIG).is_file()
+            return cls._open_folder(path) if has_manifest else cls._open_genai_folder(path)
+        remedy = "give a folder written by efficientllm-export, or a .gguf or .pte file"
+        if not path.exists():
+            raise ArtefactError(f"{path} does not exist; {remedy}")
+        if path.suffix not in FILE_ENGINES:
+            raise ArtefactError(f"{path} is no artefact: {remedy}")
+        return cls(path, FILE_ENGINES[path.suffix], path, (path,), None)
+
+    @classmethod
+    def _open_folder(cls, folder: Path) -> Artefact:
+        manifest = Manifest.read(folder)
+        manifest.check_files(folder)
+        files = (*(folder / name for name in sorted(manifest.files)), folder / MANIFEST_NAME)
+        return cls(folder, manifest.engine, folder / manifest.model_file, files, manifest)
+
+    @classmethod
+    def _open_genai_folder(cls, folder: Path) -> Artefact:
+        config = GenaiConfig.read(folder)
+        if not config.model_file:
+            raise ArtefactError(f"{folder / GENAI_CONFIG} names no decoder")
+        files = tuple(sorted(path for path in folder.iterdir() if path.is_file()))
+        return cls(folder, "onnxruntime", folder / config.model_file, files, None)
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """Of the bare file, or of the list of files with their hashes, which are the manifest's where there is one."""
+        if self.path == self.model_file:
+            return sha256_of(self.path)
+        if self.manifest is not None:
+            hashes = {name: entry["sha256"] for name, entry in sorted(self.manifest.files.items())}
+        else:
+            hashes = {file.name: sha256_of(file) for file in self.files}
+        listing = "".join(f"{name} {digest}\n" for name, digest in hashes.items())
+        return hashlib.sha256(listing.encode()).hexdigest()
 
     @property
     def folder(self) -> Path:
@@ -38,19 +86,6 @@ class Artefact:
         """0 where it is not known."""
         return self.manifest.context_length if self.manifest else 0
 
-    @classmethod
-    def open(cls, path: Path) -> Artefact:
-        """ArtefactError where `path` is none."""
-        engine, file = locate(path)
-        folder = path.parent if path.name == MANIFEST_NAME else path
-        if not folder.is_dir():
-            return cls(path, engine, (file,), sha256_of(file), None)
-        if (folder / MANIFEST_NAME).exists():
-            manifest = Manifest.read(folder)
-            hashes = {name: entry["sha256"] for name, entry in sorted(manifest.files.items())}
-            files = (*(folder / name for name in hashes), folder / MANIFEST_NAME)
-        else:  # of onnxruntime-genai's own builder
-            manifest, files = None, tuple(sorted(path for path in folder.iterdir() if path.is_file()))
-            hashes = {path.name: sha256_of(path) for path in files}
-        listing = "".join(f"{name} {digest}\n" for name, digest in hashes.items())
-        return cls(folder, engine, files, hashlib.sha256(listing.encode()).hexdigest(), manifest)
+    def cache_bytes(self, slots: int, element_bytes: int) -> int:
+        """Key/value caches of `slots` tokens; 0 where there is no manifest to say."""
+        return self.manifest.cache_bytes(slots, element_bytes) if self.manifest else 0

@@ -1,10 +1,9 @@
-"""One interface over the inference engines, and how an artefact finds its engine."""
+"""One interface over the inference engines, and how an artefact is loaded into its own."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from ..base.errors import ArtefactError
-from .manifest import MANIFEST_NAME, Manifest
+from .artefact import Artefact
 from .memory import give_back_freed_memory
 
 ENTRY_POINT_GROUP = "efficientllm.engines"
@@ -41,7 +40,8 @@ class EngineOptions:
     memory_map: bool = False
     """gguf: map the weights instead of reading them, for devices whose memory they hardly fit; they decode slower."""
     huge_pages: bool = True
-    """Linux: move what was read into huge pages, for faster decoding; loading takes up to a second longer."""
+    """Linux: move what was read into huge pages, for faster decoding; loading takes up to a second longer, and malloc
+    keeps blocks of up to 32 MB in its heap from then on."""
     warm_up: bool = False
     """Evaluate one token after loading, so that the first answer does not wait for pages and buffers."""
 
@@ -96,40 +96,6 @@ class Engine(Protocol):
         ...
 
 
-FILE_ENGINES = {".gguf": "llama.cpp", ".pte": "executorch"}
-"""Suffix of a bare model file -> its engine."""
-
-
-GENAI_CONFIG = "genai_config.json"
-"""Marks a folder of onnxruntime-genai's own builder."""
-
-
-def _genai_model(config: Path) -> str:
-    try:
-        return json.loads(config.read_text(encoding="utf-8"))["model"]["decoder"]["filename"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ArtefactError(f"{config} names no decoder: {error!r}") from error
-
-
-def locate(path: Path) -> tuple[str, Path]:
-    """(engine name, model file) of a folder with a manifest or a genai_config.json, or of a bare .gguf or .pte file."""
-    if path.is_dir():
-        if not (path / MANIFEST_NAME).exists() and (path / GENAI_CONFIG).is_file():
-            return "onnxruntime", path / _genai_model(path / GENAI_CONFIG)
-        manifest = Manifest.read(path)
-        manifest.check_files(path)
-        return manifest.engine, path / manifest.model_file
-    if not path.exists():
-        raise ArtefactError(
-            f"{path} does not exist; give a folder written by efficientllm-export, or a .gguf or .pte file"
-        )
-    if path.suffix in FILE_ENGINES:
-        return FILE_ENGINES[path.suffix], path
-    if path.name == MANIFEST_NAME:
-        return locate(path.parent)
-    raise ArtefactError(f"{path} is no artefact: give a folder written by efficientllm-export, or a .gguf or .pte file")
-
-
 PACKAGES = {
     "llama.cpp": "llama-cpp-python",
     "onnxruntime": "onnxruntime",
@@ -139,29 +105,31 @@ PACKAGES = {
 """Engine name -> the distribution that brings it."""
 
 
-def engine_version(path: str | Path) -> str:
-    """ "PACKAGE VERSION" of the engine that runs the artefact, "" where it is a plug-in's or not installed."""
-    package = PACKAGES.get(locate(Path(path))[0])
+def engine_version(name: str) -> str:
+    """ "PACKAGE VERSION" of the engine called `name`, "" where it is a plug-in's or not installed."""
+    package = PACKAGES.get(name)
     try:
         return f"{package} {importlib.metadata.version(package)}" if package else ""
     except importlib.metadata.PackageNotFoundError:
         return ""
 
 
-def load_engine(path: str | Path, options: EngineOptions | None = None) -> Engine:
-    """Load an artefact in the engine its manifest names (or that its file type implies).
+def load_engine(model: str | Path | Artefact, options: EngineOptions | None = None) -> Engine:
+    """Load an artefact, or what lies at a path, in the engine its manifest names (or that its file type implies).
 
     Raises ArtefactError for a missing, truncated or foreign artefact, MissingExtraError for a missing engine package.
+    On Linux it moves the weights into huge pages and lets malloc keep larger blocks in its heap from then on, in the
+    whole process (see `huge_pages`); EngineOptions(huge_pages=False) leaves both out.
     """
-    name, file = locate(Path(path))
+    artefact = model if isinstance(model, Artefact) else Artefact.open(model)
     plugins = importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)
     known = ENGINES | {plugin.name: plugin.value for plugin in plugins}
-    if name not in known:
-        raise ArtefactError(f"{path} needs engine {name!r}; known: {', '.join(known)}")
-    module, _, attribute = known[name].partition(":")
+    if artefact.engine not in known:
+        raise ArtefactError(f"{artefact.path} needs engine {artefact.engine!r}; known: {', '.join(known)}")
+    module, _, attribute = known[artefact.engine].partition(":")
     engine_class: type[Engine] = getattr(importlib.import_module(module), attribute)
     options = options or EngineOptions()
-    engine = engine_class(file, options)
+    engine = engine_class(artefact.model_file, options)
     if options.warm_up:
         engine.prefill([0])
     give_back_freed_memory()

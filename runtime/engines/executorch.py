@@ -22,9 +22,12 @@ from .memory import give_back_freed_memory
 from .native_log import captured_native_log
 from .stepwise import StepwiseEngine
 
+LOG_LINE = r"\[\w+\.\w+:\d+\]"
+"""How ExecuTorch's own messages begin: [method.cpp:1247]."""
+
 
 class ExecuTorchEngine(StepwiseEngine):
-    """See runtime.engine.Engine."""
+    """See runtime.engines.engine.Engine."""
 
     def __init__(self, path: Path, options: EngineOptions) -> None:
         import_executorch()
@@ -34,7 +37,7 @@ class ExecuTorchEngine(StepwiseEngine):
 
         self._torch = torch
         began = time.perf_counter()
-        with huge_pages(options.huge_pages), captured_native_log() as log:
+        with huge_pages(options.huge_pages), captured_native_log(LOG_LINE) as log:
             portable_lib._unsafe_reset_threadpool(options.threads or os.cpu_count() or 1)
             try:
                 self._program = Runtime.get().load_program(path)
@@ -70,6 +73,9 @@ class ExecuTorchEngine(StepwiseEngine):
     def _constant(self, name: str, default: Any) -> Any:
         values = self._constants(name)
         return values[0] if values else default
+
+    def _truncate(self, length: int) -> None:
+        """Positions beyond `length` are overwritten: nothing to do."""
 
     def _evaluate(self, tokens: list[int]) -> np.ndarray:
         logits = np.empty(0, np.float32)

@@ -18,6 +18,7 @@ import numpy as np
 from ..base.errors import ArtefactError
 from ..base.extras import extra
 from .engine import DEFAULT_CONTEXT, EngineOptions
+from .genai_config import GENAI_CONFIG, GenaiConfig
 from .huge_pages import huge_pages
 from .manifest import manifest_cache_bytes
 from .memory import give_back_freed_memory
@@ -25,31 +26,30 @@ from .stepwise import StepwiseEngine
 
 
 class GenaiEngine(StepwiseEngine):
-    """See runtime.engine.Engine."""
+    """See runtime.engines.engine.Engine."""
 
     def __init__(self, path: Path, options: EngineOptions) -> None:
         with extra("genai", "onnxruntime-genai"):
             genai: Any = importlib.import_module("onnxruntime_genai")  # it has no stubs
         began = time.perf_counter()
         folder = path.parent
-        described = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]
-        config = genai.Config(str(folder))
-        threads = options.threads or os.cpu_count() or 1
-        session = {"session_options": {"intra_op_num_threads": threads}}
-        config.overlay(json.dumps({"model": {"decoder": session}}))
+        config = GenaiConfig.read(folder)
+        if not config.vocab_size:
+            raise ArtefactError(f"{folder / GENAI_CONFIG} names no vocab_size")
+        session = {"session_options": {"intra_op_num_threads": options.threads or os.cpu_count() or 1}}
         try:
             with huge_pages(options.huge_pages):
-                self._model = genai.Model(config)
+                settings = genai.Config(str(folder))
+                settings.overlay(json.dumps({"model": {"decoder": session}}))
+                self._model = genai.Model(settings)
         except Exception as error:  # its exceptions share no base
             raise ArtefactError(f"{folder}: onnxruntime-genai cannot load it: {str(error).splitlines()[0]}") from error
-        self.context_length = options.context or min(DEFAULT_CONTEXT, described["context_length"])
+        self.context_length = options.context or min(DEFAULT_CONTEXT, config.context_length or DEFAULT_CONTEXT)
         parameters = genai.GeneratorParams(self._model)
         parameters.set_search_options(max_length=self.context_length, do_sample=False)
         self._generator: Any = genai.Generator(self._model, parameters)
         super().__init__(folder)
-        self.vocab_size = int(described["vocab_size"])
-        ends = described.get("eos_token_id", [])
-        self.end_ids = frozenset(ends if isinstance(ends, list) else [ends])
+        self.vocab_size, self.end_ids = config.vocab_size, config.end_ids
         self.kv_cache_bytes = manifest_cache_bytes(folder, self.context_length)
         self.load_ms = (time.perf_counter() - began) * 1e3
 

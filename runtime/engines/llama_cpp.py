@@ -15,7 +15,7 @@ from ..base.errors import ArtefactError
 from ..base.extras import extra
 from .engine import DEFAULT_CONTEXT, EngineOptions
 from .huge_pages import huge_pages
-from .manifest import manifest_cache_bytes
+from .manifest import cache_bytes, manifest_cache_bytes
 from .memory import give_back_freed_memory
 from .prefix import check_room, reusable_prefix
 
@@ -34,7 +34,7 @@ def _drop_log_line(level: int, text: bytes, data: object) -> None:
 
 
 class LlamaCppEngine:
-    """See runtime.engine.Engine."""
+    """See runtime.engines.engine.Engine."""
 
     def __init__(self, path: Path, options: EngineOptions) -> None:
         with extra("gguf", "llama-cpp-python"):
@@ -69,7 +69,9 @@ class LlamaCppEngine:
         self.adds_bos = bool(llama_cpp.llama_vocab_get_add_bos(self._vocab))
         slots = self._model.n_ctx()
         # fp16; the metadata that the bindings show lacks the lists of irregular models
-        self.kv_cache_bytes = manifest_cache_bytes(path.parent, slots, 2) or _cache_bytes(self._model.metadata, slots)
+        self.kv_cache_bytes = manifest_cache_bytes(path.parent, slots, 2) or _metadata_cache_bytes(
+            self._model.metadata, slots
+        )
 
     @staticmethod
     def _default_context(path: Path) -> int:
@@ -105,8 +107,8 @@ class LlamaCppEngine:
         return piece.raw[: max(size, 0)]
 
     def prefill(self, tokens: Sequence[int]) -> np.ndarray:
-        held = self._model.input_ids[: self._model.n_tokens].tolist()
-        common = reusable_prefix(held, tokens, self.context_length)
+        cached = self._model.input_ids[: self._model.n_tokens].tolist()
+        common = reusable_prefix(cached, tokens, self.context_length)
         self._model.n_tokens = common
         self._model.eval(list(tokens[common:]))
         return self._last_logits()
@@ -141,7 +143,7 @@ class LlamaCppEngine:
         give_back_freed_memory()
 
 
-def _cache_bytes(metadata: dict[str, str], slots: int) -> int:
+def _metadata_cache_bytes(metadata: dict[str, str], slots: int) -> int:
     """fp16 keys and values of uniform layers; 0 where the metadata does not describe them."""
     name = metadata.get("general.architecture", "")
     try:
@@ -150,7 +152,7 @@ def _cache_bytes(metadata: dict[str, str], slots: int) -> int:
         width = int(metadata.get(f"{name}.attention.key_length", int(metadata[f"{name}.embedding_length"]) // heads))
     except (KeyError, ValueError):
         return 0
-    return 2 * 2 * slots * width * layers * groups
+    return cache_bytes(slots, layers * groups, width, 2)
 
 
 def check_gguf(path: Path) -> None:

@@ -46,6 +46,11 @@ class Manifest:
     def total_bytes(self) -> int:
         return sum(entry["bytes"] for entry in self.files.values())
 
+    def cache_bytes(self, slots: int, element_bytes: int = 0) -> int:
+        """Key/value caches of `slots` tokens; `element_bytes` 0: those of the artefact's activations."""
+        heads, head_dim = self.architecture.get("num_key_value_heads", ()), self.architecture.get("head_dim", 0)
+        return cache_bytes(slots, sum(heads), head_dim, element_bytes or (2 if self.quantization == "f16" else 4))
+
     def write(self, folder: Path) -> None:
         write_json_atomically(folder / MANIFEST_NAME, asdict(self))
 
@@ -80,17 +85,14 @@ class Manifest:
                 raise ArtefactError(f"{path} has {size} bytes, not {entry['bytes']}; copy it again")
 
 
-def manifest_cache_bytes(folder: Path, slots: int, element_bytes: int = 0) -> int:
-    """Key/value caches of `slots` tokens of the artefact in `folder`; 0 where there is no manifest.
+def cache_bytes(slots: int, heads: int, head_dim: int, element_bytes: int) -> int:
+    """Keys and values of `slots` tokens; `heads` counts the key/value heads of all layers, which may differ."""
+    return 2 * element_bytes * slots * heads * head_dim
 
-    `element_bytes` 0: those of the artefact's activations.
-    """
-    if not (folder / MANIFEST_NAME).is_file():
-        return 0
-    manifest = Manifest.read(folder)
-    size = element_bytes or (2 if manifest.quantization == "f16" else 4)
-    heads = sum(manifest.architecture.get("num_key_value_heads", ()))
-    return 2 * size * slots * heads * manifest.architecture.get("head_dim", 0)
+
+def manifest_cache_bytes(folder: Path, slots: int, element_bytes: int = 0) -> int:
+    """`Manifest.cache_bytes` of the artefact in `folder`; 0 where there is no manifest."""
+    return Manifest.read(folder).cache_bytes(slots, element_bytes) if (folder / MANIFEST_NAME).is_file() else 0
 
 
 def describe_files(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:

@@ -4,29 +4,32 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 
 
 @contextlib.contextmanager
-def captured_native_log() -> Iterator[Callable[[], str]]:
-    """Catch stderr at the level of the operating system; yields a function that returns what has been written so far.
+def captured_native_log(own_line: str) -> Iterator[Callable[[], str]]:
+    """Catch the library's lines, which begin like the pattern `own_line`; yields a function that returns those so far.
 
-    Python's own messages of the block are caught as well; other threads' too, so keep the block short.
+    File descriptor 2 is the whole process's: what Python and other threads write to it meanwhile is shown when the
+    block ends, so keep it short.
     """
     sys.stderr.flush()
-    saved = os.dup(2)
+    terminal = os.dup(2)
     with tempfile.TemporaryFile() as log:
         os.dup2(log.fileno(), 2)
 
-        def read() -> str:
+        def lines(own: bool) -> bytes:
             log.seek(0)
-            return log.read().decode("utf-8", errors="replace")
+            return b"".join(line for line in log if bool(re.match(own_line.encode(), line)) is own)
 
         try:
-            yield read
+            yield lambda: lines(own=True).decode("utf-8", errors="replace")
         finally:
             sys.stderr.flush()
-            os.dup2(saved, 2)
-            os.close(saved)
+            os.dup2(terminal, 2)
+            os.close(terminal)
+            os.write(2, lines(own=False))

@@ -6,7 +6,6 @@ cannot do that (`past_present_share_buffer` false in genai_config.json) get each
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 from ..base.errors import ArtefactError
 from ..base.extras import extra
 from .engine import DEFAULT_CONTEXT, EngineOptions
+from .genai_config import GenaiConfig
 from .huge_pages import huge_pages
 from .memory import give_back_freed_memory
 from .onnx_cache import GrowingCache, SharedCache, cache_inputs, ort_value
@@ -24,43 +24,33 @@ from .stepwise import StepwiseEngine
 
 
 class OnnxEngine(StepwiseEngine):
-    """See runtime.engine.Engine."""
+    """See runtime.engines.engine.Engine."""
 
     def __init__(self, path: Path, options: EngineOptions) -> None:
         with extra("onnx"):
             import onnxruntime
         began = time.perf_counter()
-        settings = onnxruntime.SessionOptions()
-        settings.intra_op_num_threads = options.threads or os.cpu_count() or 1
-        settings.log_severity_level = 3
-        try:
-            # Folding constants would copy a tied, quantised embedding: it is read in two shapes.
-            with huge_pages(options.huge_pages):
-                self._session = onnxruntime.InferenceSession(
-                    str(path), settings, ["CPUExecutionProvider"], disabled_optimizers=["ConstantFolding"]
-                )
-        except Exception as error:  # onnxruntime's exceptions share no base
-            raise ArtefactError(f"{path}: onnxruntime cannot load it: {str(error).splitlines()[0]}") from error
-        genai = _genai_config(path.parent)
-        config = genai.get("model", {})
-        inputs = cache_inputs(self._session.get_inputs(), config.get("decoder", {}))
+        self._session = _open_session(onnxruntime, path, options)
+        config = GenaiConfig.read(path.parent)
+        inputs = cache_inputs(self._session.get_inputs(), config.decoder)
         others = {item.name for item in self._session.get_inputs()} - {cache.name for cache in inputs}
         logits = next((item for item in self._session.get_outputs() if item.name == "logits"), None)
         if others != {"input_ids", "attention_mask"} or logits is None:
             raise ArtefactError(f"{path} is not a decoder written by efficientllm-export --target onnx")
-        self.context_length = options.context or min(DEFAULT_CONTEXT, config.get("context_length", DEFAULT_CONTEXT))
+        self.context_length = options.context or min(DEFAULT_CONTEXT, config.context_length or DEFAULT_CONTEXT)
         self._binding = self._session.io_binding()
         self._cache: SharedCache | GrowingCache
-        if genai.get("search", {}).get("past_present_share_buffer", True):
+        if config.shares_cache:
             self._cache = SharedCache(inputs, self._binding, self.context_length)
         else:
             self._cache = GrowingCache(inputs, self._binding)
         super().__init__(path.parent)
+        # ours give the last token's logits only, [1, 1, V]; other exporters those of all tokens, [1, S, V]
         _, rows, self.vocab_size = logits.shape
         self._last_row_only = rows == 1
         self._logits = self._bind_logits(1)
-        ends = config.get("eos_token_id", [])
-        self.end_ids = frozenset(ends if isinstance(ends, list) else [ends])
+        self.end_ids = config.end_ids
+        # a cache's zeros cost no memory: nothing writes to them
         self.kv_cache_bytes = sum(cache.zeros(self.context_length).nbytes for cache in inputs)
         self.load_ms = (time.perf_counter() - began) * 1e3
 
@@ -90,9 +80,16 @@ class OnnxEngine(StepwiseEngine):
         give_back_freed_memory()
 
 
-def _genai_config(folder: Path) -> dict[str, Any]:
-    path = folder / "genai_config.json"
+def _open_session(onnxruntime: Any, path: Path, options: EngineOptions) -> Any:
+    """An onnxruntime.InferenceSession."""
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = options.threads or os.cpu_count() or 1
+    settings.log_severity_level = 3
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise ArtefactError(f"{path} is malformed: {error}") from error
+        # Folding constants would copy a tied, quantized embedding: it is read in two shapes.
+        with huge_pages(options.huge_pages):
+            return onnxruntime.InferenceSession(
+                str(path), settings, ["CPUExecutionProvider"], disabled_optimizers=["ConstantFolding"]
+            )
+    except Exception as error:  # onnxruntime's exceptions share no base
+        raise ArtefactError(f"{path}: onnxruntime cannot load it: {str(error).splitlines()[0]}") from error

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from ..base.errors import ContextOverflowError
 
 
-def reusable_prefix(held: Sequence[int], tokens: Sequence[int], context_length: int) -> int:
-    """How many of `tokens` the cache holds already, at most all but the last: its logits are asked for.
+def reusable_prefix(cached: Sequence[int], tokens: Sequence[int], context_length: int) -> int:
+    """How many of `tokens` are `cached` already, at most all but the last: its logits are asked for.
 
     Raises ContextOverflowError where the tokens do not fit the context window, ValueError where there are none.
     """
@@ -19,8 +19,8 @@ def reusable_prefix(held: Sequence[int], tokens: Sequence[int], context_length: 
             f"the prompt has {len(tokens)} tokens, the context window {context_length}; "
             "shorten the prompt or load with a larger --context"
         )
-    common, limit = 0, min(len(held), len(tokens) - 1)
-    while common < limit and held[common] == tokens[common]:
+    common, limit = 0, min(len(cached), len(tokens) - 1)
+    while common < limit and cached[common] == tokens[common]:
         common += 1
     return common
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from .hf_tokenizer import HfTokenizer
 from .prefix import check_room, reusable_prefix
 
 
-class StepwiseEngine:
+class StepwiseEngine(abc.ABC):
     """Tokenizer beside the model, prefix reuse, and `evaluate` as one decode per position.
 
     An engine evaluates tokens in `_evaluate`, which appends them to `_tokens`, and forgets in `_truncate`.
@@ -47,9 +48,10 @@ class StepwiseEngine:
         for token in tokens[first + 1 :]:
             yield self.decode(token)[None]
 
+    @abc.abstractmethod
     def _truncate(self, length: int) -> None:
-        """Forget what the caches hold beyond `length`; nothing to do where it is overwritten."""
+        """Forget what the caches hold beyond `length`."""
 
+    @abc.abstractmethod
     def _evaluate(self, tokens: list[int]) -> np.ndarray:
         """Append `tokens`, at least one, and return the last one's logits, fp32 [V]."""
-        raise NotImplementedError
