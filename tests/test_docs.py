@@ -63,35 +63,33 @@ def test_commands_are_understood(document: Path) -> None:
 
 
 PYTHON_BLOCKS = [
-    pytest.param(block, id=f"{document.name}-{index}")
+    pytest.param(block, id=f"{document.name}-{index}", marks=[pytest.mark.slow] if "benchmark(" in block else [])
     for document in DOCUMENTS
     for index, block in enumerate(blocks(document, "python"))
 ]
 
 
 @pytest.fixture(scope="module")
-def reader(
-    artefact: Path, source_folder: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[Path, str]]:
-    """A folder where the names of the documents' blocks are tiny models and texts, and the address of a server."""
-    folder = tmp_path_factory.mktemp("reader")
-    for name, target in {
-        "runs/small/model": artefact.parent / "checkpoint",
-        "small-gguf": artefact,
-        "other-gguf": artefact,
-        "HuggingFaceTB/SmolLM2-135M": source_folder,
-    }.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).symlink_to(target, target_is_directory=True)
-    (folder / "corpus.jsonl.gz").write_bytes(gzip.compress(corpus.read_bytes()))
+def address(artefact: Path) -> Iterator[str]:
     with serve(ModelPool({"small": str(artefact)}, EngineOptions(threads=1)), AppOptions(api_key="secret")) as address:
-        yield folder, address
+        yield address
 
 
 @pytest.mark.parametrize("block", PYTHON_BLOCKS)
-def test_python_blocks_run(block: str, reader: tuple[Path, str]) -> None:
-    folder, address = reader
-    done = run_python("-c", block.replace("http://127.0.0.1:8000", address), cwd=folder)
+def test_python_blocks_run(
+    block: str, address: str, artefact: Path, source_folder: Path, corpus: Path, tmp_path: Path
+) -> None:
+    """In a folder where the names of the documents are tiny models and texts, less what the block makes itself."""
+    links = {"HuggingFaceTB/SmolLM2-135M": source_folder}
+    if "export(" not in block:
+        links |= {"runs/small/model": artefact.parent / "checkpoint", "small-gguf": artefact}
+    for name, target in links.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).symlink_to(target, target_is_directory=True)
+    (tmp_path / "corpus.jsonl.gz").write_bytes(gzip.compress(corpus.read_bytes()))
+    for written, small in {"http://127.0.0.1:8000": address, "10_000_000": "2_000"}.items():
+        block = block.replace(written, small)
+    done = run_python("-c", block, cwd=tmp_path)
     assert done.code == 0, done.errors
 
 
