@@ -28,5 +28,8 @@ class BigramEngine(StepwiseEngine):
         self._tokens += tokens
         return self._table[tokens[-1]]
 
+    def _truncate(self, length: int) -> None:
+        """No cache depends on the tokens."""
+
     def close(self) -> None:
         del self._table
