@@ -6,12 +6,17 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from ..runtime.base.errors import ArtefactError
 from ..runtime.base.quantities import format_bytes
-from ..runtime.engines.manifest import Manifest, describe_files
+from ..runtime.engines.manifest import MANIFEST_NAME, Manifest, describe_files
 from .checkpoint import Checkpoint
 from .request import ExportRequest
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+
+
+OLLAMA_FILE = "Modelfile"
+"""What a printed hint tells people to write beside a GGUF."""
 
 
 def copy_tokenizer(checkpoint: Checkpoint, folder: Path) -> list[str]:
@@ -55,6 +60,15 @@ def write_manifest(
     manifest.write(folder)
     size = format_bytes(manifest.total_bytes)
     request.say(f"{layout}, {quantization}: {size}, {bits:.2f} bits per weight")
+
+
+def foreign_files(folder: Path) -> list[str]:
+    """What lies in an artefact's folder and no export has written: everything where its manifest cannot be read."""
+    try:
+        known = {MANIFEST_NAME, OLLAMA_FILE, *Manifest.read(folder).files}
+    except ArtefactError:
+        known = set()
+    return sorted(entry.name for entry in folder.iterdir() if entry.name not in known)
 
 
 def bits_per_weight(checkpoint: Checkpoint, weight_bytes: int) -> float:

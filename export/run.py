@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime.base import flags
-from ..runtime.base.files import folder_written_atomically, require_empty
+from ..runtime.base.files import folder_written_atomically
+from ..runtime.base.output import check_output, locked_output
 from .checkpoint import open_checkpoint
+from .manifest import foreign_files
 from .request import ExportRequest, log
 from .targets import load_exporter, option_names, refuse_option
 
@@ -28,8 +30,16 @@ def export(checkpoint: str | Path, target: str, output: str | Path, *, overwrite
             refuse_option(target, name)
     chosen = flags.merge(exporter.options(), options, f"--target {target}")
     folder = Path(output)
-    require_empty(folder, overwrite, "give another --output, or --overwrite to replace it")
-    with open_checkpoint(str(checkpoint)) as opened, folder_written_atomically(folder) as temporary:
-        exporter.write(opened, ExportRequest(chosen, folder), temporary)
+    inputs = [checkpoint, *filter(None, [getattr(chosen, "calibrate", "")])]
+
+    def check() -> None:
+        remedy = "give another --output, or --overwrite to replace it"
+        check_output(folder, overwrite, foreign_files, inputs, remedy)
+
+    check()
+    with locked_output(folder):
+        check()  # again: another export may have ended since
+        with open_checkpoint(str(checkpoint)) as opened, folder_written_atomically(folder) as temporary:
+            exporter.write(opened, ExportRequest(chosen, folder), temporary)
     log.info("artefact: %s", folder)
     return folder

@@ -23,7 +23,7 @@ from ..runtime.base.markdown import markdown_table
 from ..runtime.base.quantities import format_count
 from .compute.hardware import choose_hardware
 from .compute.loss import TrainingLoss
-from .config import TrainConfig
+from .compute.optimizer import make_optimizer
 from .data.documents import DataSpec
 from .data.packing import PackedStream
 from .metrics import read_metrics
@@ -34,7 +34,6 @@ from .pruning.saliency import RunningScores, tracker_named
 from .pruning.selection import SelectionRules, select_removal
 from .pruning.surgery import remove_groups
 from .pruning.weight_update import InputGrams
-from .trainer import make_optimizer
 
 WITHOUT_STEM = tuple(name for name in KINDS if name != "stem")
 
@@ -69,9 +68,8 @@ class StepBenchmark:
         self.model.to(hardware.device).train()
         self.architecture = architecture_of(self.model.config)  # type: ignore[attr-defined]
         self.loss = TrainingLoss(self.model, hardware.dtype)
-        self.optimizer = make_optimizer(self.model, TrainConfig())
-        for group in self.optimizer.param_groups:
-            group["lr"] = 0.0  # the weights stay, so every variant does the same arithmetic
+        self.optimizer = make_optimizer(self.model, 0.0, (0.9, 0.95), 0.01)
+        # at a learning rate of 0 the weights stay, so every variant does the same arithmetic
         self.stream = PackedStream([DataSpec.parse(options.data)], tokenizer, sequence_length, 0.05, seed=0)
         self.batch_size = batch_size
         self.tokens = batch_size * sequence_length

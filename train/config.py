@@ -19,6 +19,8 @@ class SourceConfig:
     data: tuple[str, ...] = ("demo",)
     """Text to train on, PATH[:WEIGHT], repeatable: .txt, .jsonl(.gz), .parquet, a folder of them, a hub dataset id
     (owner/name[@config]), or 'demo' (Wikipedia lead sections)."""
+    skip_bad_lines: int = 0
+    """Malformed lines of each corpus that may be left out; one more ends the run."""
     held_out_fraction: float = 0.05
     """Share of the documents, chosen by hash, that is never trained on and measures perplexity."""
     eval_tokens: int = flags.count(16_384)
@@ -30,6 +32,7 @@ class SourceConfig:
 
     def __post_init__(self) -> None:
         flags.require(self, "data", bool(self.data), "give at least one corpus")
+        flags.require(self, "skip_bad_lines", self.skip_bad_lines >= 0, "must not be negative")
         flags.require(self, "held_out_fraction", 0 < self.held_out_fraction < 1, "must be between 0 and 1")
         flags.require(self, "sequence_length", self.sequence_length >= 8, "must be at least 8")
         flags.require(self, "eval_tokens", self.eval_tokens >= 1, "must be positive")
@@ -147,9 +150,16 @@ class TrainConfig:
 
 
 RESUMABLE_CHANGES = frozenset(
-    {"output", "overwrite", "resume", "checkpoint_every", "keep", "device", "threads", "tensorboard", "wandb"}
+    {
+        *("output", "overwrite", "resume", "checkpoint_every", "keep", "device", "threads", "tensorboard", "wandb"),
+        "skip_bad_lines",
+    }
 )
 """Settings a resumed run may change without changing its result."""
+
+
+STEERING_CHANGES = frozenset({"--learning-rate", "--max-grad-norm"})
+"""Flags that a resumed run may change although its result changes with them: the way on of a run that diverged."""
 
 
 def changed_settings(before: TrainConfig, after: TrainConfig) -> list[str]:

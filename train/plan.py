@@ -11,10 +11,10 @@ from transformers import PreTrainedTokenizerBase
 
 from ..runtime.base import flags
 from ..runtime.base.errors import UsageError
-from ..runtime.base.files import require_empty
+from ..runtime.base.output import check_output
 from .compute.distributed import Parallel
 from .compute.hardware import Hardware, choose_hardware
-from .config import TrainConfig, changed_settings
+from .config import STEERING_CHANGES, TrainConfig, changed_settings
 from .data.documents import DataSpec
 from .model.architecture import Architecture
 from .model.file_size import tokenizer_bytes
@@ -22,7 +22,18 @@ from .model.irregular import architecture_of
 from .model.source import load_source
 from .pruning.criteria import check_saliency
 from .pruning.plan import PruningPlan, make_pruning_plan
-from .training_state import checkpoint_folders
+from .run_folder import foreign_files, newest_sound_checkpoint
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """Where an interrupted run goes on."""
+
+    checkpoint: Path
+    damaged: dict[Path, str]
+    """Newer checkpoints that cannot be used, with the reason."""
+    changed: tuple[str, ...]
+    """Flags that differ from the interrupted run's and may."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +51,8 @@ class RunPlan:
     config: TrainConfig
     folder: Path
     """Of the run."""
-    resume_from: Path | None
-    """The checkpoint to continue from; None for a new run."""
+    resume: ResumePoint | None
+    """None for a new run."""
     compute: Compute
     architecture: Architecture
     """Of the source."""
@@ -51,30 +62,44 @@ class RunPlan:
     """None for a run that only trains."""
 
 
-def check_request(config: TrainConfig) -> Path | None:
-    """Refuse what can be refused before anything is loaded; returns the checkpoint to continue from, if any."""
+def check_request(config: TrainConfig) -> None:
+    """Refuse what can be refused before anything is loaded."""
     if not config.run.output:
         raise UsageError("--output is missing; name a folder for the run")
     check_saliency(config.pruning.saliency)
     replaceable = config.run.overwrite or config.run.resume
+    inputs = [config.source.source, *(DataSpec.parse(text).path for text in config.source.data)]
+    inputs += [config.pruning.target_architecture] if config.pruning.target_architecture is not None else []
+    remedy = "give --overwrite to replace it or --resume to continue it"
+    # a resumed run leaves alone what is not a run's
+    foreign = foreign_files if config.run.overwrite else lambda folder: []
+    check_output(Path(config.run.output), replaceable, foreign, inputs, remedy)
+
+
+def find_resume_point(config: TrainConfig) -> ResumePoint | None:
+    """Where to go on under --resume; None for a new run, and where the run was killed before its first checkpoint."""
+    if not config.run.resume:
+        return None
     folder = Path(config.run.output)
-    require_empty(folder, replaceable, "give --overwrite to replace it or --resume to continue it")
-    return _resume_point(config, folder) if config.run.resume else None
-
-
-def _resume_point(config: TrainConfig, folder: Path) -> Path | None:
-    """The newest checkpoint; None where the run was killed before its first one: then it starts anew."""
     settings = folder / "config.toml"
     if not settings.is_file():
         raise UsageError(f"--resume: {folder} holds no run (no config.toml)")
     before = flags.merge(TrainConfig(), flags.read_toml(settings.read_text(encoding="utf-8")), str(settings))
     changed = changed_settings(before, config)
-    if changed:
-        raise UsageError(f"--resume: {', '.join(changed)} differ from the run in {folder}; repeat its settings")
+    fixed = [name for name in changed if name not in STEERING_CHANGES]
+    if fixed:
+        raise UsageError(f"--resume: {', '.join(fixed)} differ from the run in {folder}; repeat its settings")
     if (folder / "model").is_dir():
         raise UsageError(f"--resume: the run in {folder} is finished; its model is {folder / 'model'}")
-    folders = checkpoint_folders(folder / "checkpoints")
-    return folders[-1] if folders else None
+    checkpoint, damaged = newest_sound_checkpoint(folder / "checkpoints")
+    if checkpoint is not None:
+        return ResumePoint(checkpoint, damaged, tuple(changed))
+    if damaged:
+        newest, reason = next(iter(damaged.items()))
+        raise UsageError(
+            f"--resume: no checkpoint in {folder} can be used ({newest.name}: {reason}); --overwrite begins anew"
+        )
+    return None
 
 
 def choose_compute(config: TrainConfig) -> Compute:
@@ -83,7 +108,7 @@ def choose_compute(config: TrainConfig) -> Compute:
     return Compute(hardware, Parallel(config.run.parallel, hardware.device, config.run.offload))
 
 
-def make_plan(config: TrainConfig, resume_from: Path | None, compute: Compute) -> tuple[RunPlan, Any]:
+def make_plan(config: TrainConfig, resume: ResumePoint | None, compute: Compute) -> tuple[RunPlan, Any]:
     """(the plan, the loaded source model); UsageError or ModelError for what cannot be trained as asked."""
     if compute.parallel.mode == "fsdp" and config.pruning.compact_every > 1:
         raise UsageError("--compact-every works with --parallel ddp only: fsdp removes physically at every event")
@@ -95,9 +120,9 @@ def make_plan(config: TrainConfig, resume_from: Path | None, compute: Compute) -
     pruning = make_pruning_plan(config.pruning, architecture, vocabulary_bytes)
     if length > longest:
         raise UsageError(f"--sequence-length {length}: the source's context is {longest} tokens")
-    data = tuple(DataSpec.parse(text) for text in config.source.data)
+    data = tuple(DataSpec.parse(text, config.source.skip_bad_lines) for text in config.source.data)
     folder = Path(config.run.output)
-    return RunPlan(config, folder, resume_from, compute, architecture, tokenizer, data, pruning), source
+    return RunPlan(config, folder, resume, compute, architecture, tokenizer, data, pruning), source
 
 
 def _vocabulary_bytes(tokenizer: PreTrainedTokenizerBase) -> int:

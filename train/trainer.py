@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-import signal
+import shutil
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..runtime.base.errors import TrainingDivergedError
+from ..runtime.base.errors import DataError, TrainingDivergedError
 from ..runtime.base.progress import ProgressDisplay
-from ..runtime.base.quantities import format_count
+from ..runtime.base.quantities import format_bytes, format_count
 from . import training_state
 from .compute.gather import full
 from .compute.loss import TrainingLoss, perplexity
-from .config import TrainConfig
+from .compute.optimizer import make_optimizer
 from .data.packing import PackedStream
 from .metrics import MetricsWriter
 from .model.architecture import Architecture
@@ -29,6 +28,7 @@ from .plan import RunPlan
 from .progress import Progress
 from .pruning.pruner import Pruner
 from .schedule import DroppingSchedule, learning_rate_factor
+from .stop_signal import StopSignal
 
 MAX_SKIPPED_IN_A_ROW = 10
 """Steps with a non-finite loss or gradient before a run gives up."""
@@ -47,7 +47,9 @@ class Trainer:
         self._configure_model()
         self.callee = self.parallel.wrap(loss)
         """What is called in a step: the loss itself, or DDP around it."""
-        self.optimizer = make_optimizer(self.model, self.config)
+        optimizer = self.config.optimizer
+        betas = (optimizer.beta1, optimizer.beta2)
+        self.optimizer = make_optimizer(self.model, optimizer.learning_rate, betas, optimizer.weight_decay)
         self.schedule: DroppingSchedule | None = None
         self.pruner: Pruner | None = None
         if plan.pruning is not None:
@@ -56,7 +58,7 @@ class Trainer:
             self.schedule = DroppingSchedule(budget.measure(plan.architecture), budget.target, start, end)
             self.pruner = Pruner(plan.pruning, self.model, self.parallel, self.config.run.seed)
         self.metrics = MetricsWriter(plan.folder, self.config.run, self.parallel.is_main)
-        self._stop_signal: int | None = None
+        self.stop_signal = StopSignal()
 
     @property
     def model(self) -> Any:
@@ -77,12 +79,10 @@ class Trainer:
 
     def train(self) -> bool:
         """Run to the last token; False when a signal stopped it early (its checkpoint is written)."""
-        restore = self._catch_signals()
         try:
-            with ProgressDisplay(silent=not self.parallel.is_main) as display:
+            with self.stop_signal, ProgressDisplay(silent=not self.parallel.is_main) as display:
                 return self._loop(display)
         finally:
-            restore()
             self.metrics.close()
 
     def _loop(self, display: ProgressDisplay) -> bool:
@@ -90,23 +90,53 @@ class Trainer:
         if "source" not in self.progress.perplexity:
             self._measure_perplexity("source", display)
         while self.progress.tokens < self.config.optimizer.tokens:
-            record = self._step()
+            record = self._step_or_save()
             self.metrics.write(record)
             self._show(display, record, time.monotonic() - began, start)
             if self.pruner is not None and self.pruner.is_done and "after_pruning" not in self.progress.perplexity:
                 self._measure_perplexity("after_pruning", display)
-            if self.parallel.any(self._stop_signal is not None):
-                path = self.save()
-                name = signal.Signals(self._stop_signal or signal.SIGTERM).name
-                display.say(f"stopped by {name}; checkpoint {path.name} is written; continue with --resume")
+            if self.parallel.any(bool(self.stop_signal.name)):
+                outcome = f"checkpoint {self.save().name} is written" if self._is_sound() else "the weights went bad"
+                name = self.stop_signal.name or "a signal to another rank"
+                display.say(f"stopped by {name}; {outcome}; continue with --resume")
                 return False
-            is_due = every and self.progress.step % every == 0 and not self.progress.skipped_in_a_row
-            if is_due and self.progress.tokens < self.config.optimizer.tokens:
-                self.save()
+            is_due = every and self.progress.step % every == 0 and self.progress.tokens < self.config.optimizer.tokens
+            if is_due and self._is_sound():
+                self._save_if_there_is_room(display)
         if self.pruner is not None:
             self._compact()
         self._measure_perplexity("final", display)
         return True
+
+    def _step_or_save(self) -> dict[str, Any]:
+        """One step; where the text cannot be read on, what was trained so far is saved first."""
+        position = self.stream.state_dict()
+        try:
+            return self._step()
+        except DataError as error:
+            self.stream.load_state_dict(position)
+            self.optimizer.zero_grad(set_to_none=True)
+            name = self.save().name
+            raise DataError(f"{error}; checkpoint {name} is written: mend the text and --resume") from error
+
+    def _is_sound(self) -> bool:
+        """Whether the weights as they are now give a finite loss: a checkpoint of others would only fail again."""
+        if self.progress.skipped_in_a_row:
+            return False
+        rows = self.held_out[: self.config.optimizer.batch_size]
+        return math.isfinite(perplexity(self.callee, rows, len(rows), self.parallel.device))
+
+    def _save_if_there_is_room(self, display: ProgressDisplay) -> None:
+        """A checkpoint that the disk does not hold is left out; the one before stays and the run goes on."""
+        needed = training_state.state_bytes(self.model, self.optimizer)
+        free = shutil.disk_usage(self.plan.folder).free
+        if self.parallel.any(self.parallel.is_main and free < needed):
+            display.say(
+                f"no checkpoint of step {self.progress.step}: it takes {format_bytes(needed)}, the disk has "
+                f"{format_bytes(free)}; the run goes on"
+            )
+            return
+        self.save()
 
     def _show(self, display: ProgressDisplay, record: dict[str, Any], seconds: float, start: int) -> None:
         """Tokens, loss, parameters left and speed, `seconds` after this process began at `start` tokens."""
@@ -130,14 +160,15 @@ class Trainer:
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         grad_norm = full(torch.nn.utils.get_total_norm(gradients))
         record: dict[str, Any] = {"step": self.progress.step + 1, "loss": loss, "grad_norm": float(grad_norm)}
-        if math.isfinite(loss) and math.isfinite(record["grad_norm"]):
+        is_finite = math.isfinite(loss) and math.isfinite(record["grad_norm"])
+        if is_finite:
             self._update_weights(grad_norm)
         else:
             self._skip(record)
         self.optimizer.zero_grad(set_to_none=True)
         self.progress.step += 1
         self.progress.tokens += self.tokens_per_step
-        removed = self._prune()
+        removed = self._prune() if is_finite else {}
         elapsed = time.monotonic() - began
         self.progress.seconds += elapsed
         record |= {
@@ -229,7 +260,7 @@ class Trainer:
         if self.progress.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise TrainingDivergedError(
                 f"loss {record['loss']} with gradient norm {record['grad_norm']} for {MAX_SKIPPED_IN_A_ROW} steps in a "
-                f"row at step {record['step']}; the last checkpoint is intact: lower --learning-rate and --resume"
+                f"row at step {record['step']}; the last checkpoint is intact: --resume with a lower --learning-rate"
             )
 
     def _prune(self) -> dict[str, Any]:
@@ -275,28 +306,3 @@ class Trainer:
         if self.pruner is not None:
             self.pruner.load_state(extra["pruner"], tensors, self.model)
         self.metrics.truncate(self.progress)
-
-    def _catch_signals(self) -> Callable[[], None]:
-        """Let SIGINT and SIGTERM finish the step and write a checkpoint; returns a function that undoes this."""
-
-        def remember(number: int, frame: object) -> None:
-            if self._stop_signal is not None:
-                raise KeyboardInterrupt
-            self._stop_signal = number
-
-        previous = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
-
-        def restore() -> None:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-
-        return restore
-
-
-def make_optimizer(model: Any, config: TrainConfig) -> torch.optim.AdamW:
-    """Fused AdamW; weight decay on matrices only."""
-    settings = config.optimizer
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(settings.beta1, settings.beta2), fused=True)

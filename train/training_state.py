@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -16,12 +15,10 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from ..runtime.base.errors import ModelError
 from ..runtime.base.files import folder_written_atomically
 from .compute.distributed import Parallel
 from .progress import Progress
-
-_NAME = re.compile(r"step-(\d{8})")
+from .run_folder import checkpoint_folders, write_contents
 
 
 @dataclass(frozen=True)
@@ -33,13 +30,6 @@ class TrainingState:
     """JSON values: data position, surviving groups."""
     tensors: dict[str, Any]
     """Nested tensors: saliency, Gram matrices."""
-
-
-def checkpoint_folders(folder: Path) -> list[Path]:
-    """Complete checkpoints under a run's `checkpoints` folder, oldest first."""
-    if not folder.is_dir():
-        return []
-    return sorted(entry for entry in folder.iterdir() if _NAME.fullmatch(entry.name))
 
 
 def save_training_state(
@@ -62,10 +52,18 @@ def save_training_state(
             (temporary / "config.json").write_text(model.config.to_json_string(use_diff=False), encoding="utf-8")
             values = {"progress": asdict(state.progress), **state.extra}
             (temporary / "trainer.json").write_text(json.dumps(values), encoding="utf-8")
+            write_contents(temporary)  # dcp.save returned, so every rank's shards are there
     if parallel.is_main:
         for stale in checkpoint_folders(folder)[:-keep]:
             shutil.rmtree(stale)
     return target
+
+
+def state_bytes(model: Any, optimizer: torch.optim.Optimizer) -> int:
+    """About what a checkpoint takes on disk, over all ranks: weights, the tied head once more, and moments."""
+    stored = [*model.state_dict().values()]
+    moments = (value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value))
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*stored, *moments))
 
 
 def load_training_state(
@@ -91,14 +89,9 @@ def _single_process_is_meant() -> Iterator[None]:
 
 
 def read_trainer_json(folder: Path) -> tuple[Progress, dict[str, Any]]:
-    """(progress, extra) of a checkpoint."""
-    try:
-        values = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
-        return Progress(**values.pop("progress")), values
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(
-            f"checkpoint {folder} is damaged ({error}); delete it to resume from the one before"
-        ) from error
+    """(progress, extra) of a sound checkpoint (see run_folder.damage)."""
+    values = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
+    return Progress(**values.pop("progress")), values
 
 
 def _rng_state() -> dict[str, Any]:

@@ -20,9 +20,9 @@ from ...runtime.base import flags
 from ...runtime.base.child import run_python
 from ...runtime.base.command import run_command
 from ...runtime.base.errors import ArtefactError, UsageError
-from ...runtime.base.files import require_empty
+from ...runtime.base.output import check_output
 from ..checkpoint import Checkpoint, open_checkpoint
-from ..manifest import copy_tokenizer
+from ..manifest import copy_tokenizer, foreign_files
 from ..rope import permute_rope
 
 META_NAMES = {
@@ -83,7 +83,7 @@ def body(argv: Sequence[str]) -> int:
     parser.add_argument("--context", type=int, default=512, help="cache slots [512]")
     arguments = parser.parse(argv)
     folder = Path(arguments["folder"])
-    require_empty(folder, False, "give another folder")
+    check_output(folder, False, foreign_files, [arguments["checkpoint"]], "give another folder")
     folder.mkdir(parents=True, exist_ok=True)
     context = arguments["context"]
     with open_checkpoint(arguments["checkpoint"]) as checkpoint, tempfile.TemporaryDirectory() as temporary:

@@ -15,9 +15,9 @@ from ...runtime.base import flags
 from ...runtime.base.child import run_python
 from ...runtime.base.command import run_command
 from ...runtime.base.errors import ArtefactError, UsageError
-from ...runtime.base.files import require_empty
+from ...runtime.base.output import check_output
 from ..checkpoint import open_checkpoint
-from ..manifest import TOKENIZER_FILES, write_manifest
+from ..manifest import TOKENIZER_FILES, foreign_files, write_manifest
 from ..request import ExportRequest, VerifyOptions
 
 
@@ -28,7 +28,7 @@ def body(argv: Sequence[str]) -> int:
     parser.add_argument("--quantize", default="int4", choices=("int4", "f32"), help="weight type [int4]")
     arguments = parser.parse(argv)
     folder, name = Path(arguments["folder"]), arguments["quantize"]
-    require_empty(folder, False, "give another folder")
+    check_output(folder, False, foreign_files, [arguments["checkpoint"]], "give another folder")
     with open_checkpoint(arguments["checkpoint"]) as checkpoint, tempfile.TemporaryDirectory() as cache:
         if not checkpoint.architecture.is_uniform:
             raise UsageError("genai's builder knows one head count and one FFN width: give a uniform model")

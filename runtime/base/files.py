@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .errors import UsageError
-
 
 def write_text_atomically(path: Path, text: str) -> None:
     """Write UTF-8 beside `path`, fsync, rename: after a power cut there is the old file or the new one.
@@ -79,14 +77,6 @@ def _sync_tree(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def require_empty(path: Path, overwrite: bool, remedy: str) -> None:
-    """UsageError unless `path` is absent or an empty folder, or `overwrite` is set."""
-    if path.is_file():
-        raise UsageError(f"--output {path} is a file; name a folder")
-    if path.is_dir() and any(path.iterdir()) and not overwrite:
-        raise UsageError(f"--output {path} is not empty; {remedy}")
 
 
 def sha256_of(path: Path) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -53,7 +54,7 @@ def load_source(source: str) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
         tokenizer_options = {"gguf_file": options["gguf_file"]} if options else {}
         tokenizer = AutoTokenizer.from_pretrained(folder, **tokenizer_options)
-    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         raise ModelError(f"--source {source}: cannot be loaded: {_first_line(error)}") from error
     if path.suffix == ".gguf":  # the file's own name and storage type mean nothing in a converted model
         model.config._name_or_path = source

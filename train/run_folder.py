@@ -1,0 +1,111 @@
+"""The files of a run's folder. Imports no torch."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import re
+import shutil
+from pathlib import Path
+
+from ..runtime.base.files import sha256_of, write_json_atomically
+from ..runtime.engines.manifest import describe_files
+
+CHECKPOINT_NAME = re.compile(r"step-(\d{8})")
+DAMAGED_PREFIX = "damaged-"
+"""Before the name of a checkpoint that could not be read and is kept aside."""
+
+CONTENTS_NAME = "contents.json"
+"""Of a checkpoint: {file: {"bytes", "sha256"}} of all its other files."""
+
+RUN_FILES = ("config.toml", "metrics.jsonl", "architecture.json", "architecture.png", "training.png", "pruning.png")
+RUN_FOLDERS = ("checkpoints", "model", "tensorboard", "wandb")
+MODEL_FILES = (
+    *("config.json", "generation_config.json", "training.json", "README.md", "architecture.png"),
+    *("modeling_*.py", "*.safetensors", "model.safetensors.index.json", "chat_template.jinja"),
+    *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model"),
+)
+"""Patterns of what `save_checkpoint` and transformers' tokenizers write."""
+
+ATOMIC_NAME = re.compile(r"\..+\.tmp")
+"""What a write that was killed leaves."""
+
+
+def checkpoint_folders(folder: Path) -> list[Path]:
+    """Complete checkpoints under a run's `checkpoints` folder, oldest first."""
+    if not folder.is_dir():
+        return []
+    return sorted(entry for entry in folder.iterdir() if CHECKPOINT_NAME.fullmatch(entry.name))
+
+
+def write_contents(checkpoint: Path) -> None:
+    """Note size and hash of every file of a checkpoint, so that damage is found before anything is loaded."""
+    files = [file.relative_to(checkpoint).as_posix() for file in checkpoint.rglob("*") if file.is_file()]
+    write_json_atomically(checkpoint / CONTENTS_NAME, describe_files(checkpoint, sorted(files)))
+
+
+def damage(checkpoint: Path) -> str:
+    """What is wrong with a checkpoint's files; "" where they are as they were written."""
+    try:
+        contents = json.loads((checkpoint / CONTENTS_NAME).read_text(encoding="utf-8"))
+        for name, entry in contents.items():
+            size = (checkpoint / name).stat().st_size
+            if size != entry["bytes"]:
+                return f"{name} has {size:,} bytes, not {entry['bytes']:,}"
+            if sha256_of(checkpoint / name) != entry["sha256"]:
+                return f"{name} has changed since it was written"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).relative_to(checkpoint)} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{CONTENTS_NAME} cannot be read: {error}"
+    return ""
+
+
+def newest_sound_checkpoint(folder: Path) -> tuple[Path | None, dict[Path, str]]:
+    """(the newest checkpoint whose files are whole, newer ones with their damage)."""
+    damaged: dict[Path, str] = {}
+    for checkpoint in reversed(checkpoint_folders(folder)):
+        reason = damage(checkpoint)
+        if not reason:
+            return checkpoint, damaged
+        damaged[checkpoint] = reason
+    return None, damaged
+
+
+def foreign_files(folder: Path) -> list[str]:
+    """What lies in a run's folder and no run has written."""
+    others = [entry.name for entry in folder.iterdir() if not _is_ours(entry)]
+    for entry in _entries(folder / "model"):
+        if entry.is_dir() or not any(fnmatch.fnmatch(entry.name, pattern) for pattern in MODEL_FILES):
+            others.append(f"model/{entry.name}")
+    for entry in _entries(folder / "checkpoints"):
+        name = entry.name.removeprefix(DAMAGED_PREFIX)
+        if not (CHECKPOINT_NAME.fullmatch(name) or ATOMIC_NAME.fullmatch(name)):
+            others.append(f"checkpoints/{entry.name}")
+    return sorted(others)
+
+
+def _is_ours(entry: Path) -> bool:
+    """Whether an entry of a run's folder is one that runs write; links are somebody's."""
+    if entry.is_symlink():
+        return False
+    return entry.name in (RUN_FOLDERS if entry.is_dir() else RUN_FILES) or bool(ATOMIC_NAME.fullmatch(entry.name))
+
+
+def _entries(folder: Path) -> list[Path]:
+    return list(folder.iterdir()) if folder.is_dir() else []
+
+
+def empty_run_folder(folder: Path) -> None:
+    """Delete what runs write into their folder, and nothing else; make it where it is absent."""
+    for entry in _entries(folder):
+        if _is_ours(entry):
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def set_aside(checkpoint: Path) -> None:
+    """Rename a damaged checkpoint, so that no resumed run looks at it again."""
+    aside = checkpoint.with_name(f"{DAMAGED_PREFIX}{checkpoint.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    checkpoint.rename(aside)
