@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from tokenizers import Tokenizer
 
 from efficientllm.runtime.base.errors import ArtefactError, ContextOverflowError
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
+from efficientllm.runtime.engines.executorch_loader import quiet_executorch
 from efficientllm.runtime.engines.manifest import Manifest
 from efficientllm.runtime.generation import AnswerOptions, Generation, chat_prompt
 from efficientllm.train.model.architecture import FAMILIES, LayerShape
@@ -223,6 +225,16 @@ def test_damaged_programs_are_refused(tmp_path: Path, artefact: Path) -> None:
     (tmp_path / "model.pte").write_bytes(b"not a program" * 20)
     with pytest.raises(ArtefactError, match=r"ExecuTorch cannot load it: .+"):
         load_engine(tmp_path / "model.pte")
+
+
+def test_only_executorch_is_quieted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in a program whose own logging is set at the root, where our loggers have no level of their own."""
+    monkeypatch.setattr(logging.getLogger(), "level", logging.INFO)
+    monkeypatch.setattr(logging.getLogger("efficientllm"), "level", logging.NOTSET)
+    with quiet_executorch():
+        assert logging.getLogger("efficientllm.export").isEnabledFor(logging.INFO)
+        assert not logging.getLogger("torch").isEnabledFor(logging.WARNING)
+    assert logging.getLogger("efficientllm").level == logging.NOTSET
 
 
 def test_missing_packages_of_the_extra_are_named(

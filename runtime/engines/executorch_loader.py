@@ -8,6 +8,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 
+from ..base.command import LOGGER
 from ..base.extras import extra
 
 _IN_ORDER = (
@@ -28,14 +29,16 @@ def import_executorch() -> None:
 @contextlib.contextmanager
 def quiet_executorch() -> Iterator[None]:
     """Without the warnings and progress messages of ExecuTorch's Python code; errors are shown."""
-    loggers = [logging.getLogger(name) for name in (None, "executorch", "torch", "torchao")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+    ours = logging.getLogger(LOGGER)
+    wanted = {ours: ours.getEffectiveLevel()}  # else it would be the root's
+    wanted |= {logging.getLogger(name): logging.ERROR for name in (None, "executorch", "torch", "torchao")}
+    levels = {logger: logger.level for logger in wanted}
+    for logger, level in wanted.items():
+        logger.setLevel(level)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
+        for logger, level in levels.items():
             logger.setLevel(level)
