@@ -13,6 +13,8 @@ from training import command, metrics, run, weights
 
 from efficientllm.train.model.architecture import Architecture
 
+pytestmark = pytest.mark.slow
+
 
 def torchrun(arguments: list[str], processes: int = 2) -> subprocess.CompletedProcess[str]:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]

@@ -1,28 +1,33 @@
-"""README and docs: their commands parse, their links and pictures exist, and no machine of ours is named."""
+"""README and docs: commands parse, Python runs, links and pictures exist, and no machine of ours is named."""
 
 from __future__ import annotations
 
+import gzip
 import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from serving import serve
 
 from efficientllm.devices.cli import build_parser as bench_parser
 from efficientllm.export.cli import build_parser as export_parser
 from efficientllm.export.targets import load_exporter
+from efficientllm.runtime.base.child import run_python
 from efficientllm.runtime.chat import build_parser as chat_parser
 from efficientllm.runtime.engines.engine import EngineOptions
 from efficientllm.server.app import AppOptions
 from efficientllm.server.cli import ServeOptions
 from efficientllm.server.cli import build_parser as serve_parser
+from efficientllm.server.pool import ModelPool
 from efficientllm.train.cli import build_parser as train_parser
 from efficientllm.train.cli import configuration
 from efficientllm.train.evaluation.cli import build_parser as eval_parser
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PLUGIN = ROOT / "tests" / "plugin"
 PARSERS = {
     "efficientllm-train": train_parser,
     "efficientllm-export": export_parser,
@@ -33,9 +38,13 @@ PARSERS = {
 }
 
 
+def blocks(document: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", document.read_text(encoding="utf-8"), re.DOTALL)
+
+
 def commands(document: Path) -> Iterator[list[str]]:
     """Our own commands in code blocks, comments and continuation lines resolved."""
-    for block in re.findall(r"```bash\n(.*?)```", document.read_text(encoding="utf-8"), re.DOTALL):
+    for block in blocks(document, "bash"):
         for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
             if words and words[0] in PARSERS:
@@ -51,6 +60,45 @@ def test_commands_are_understood(document: Path) -> None:
             configuration(values)
         if name == "efficientllm-export":
             load_exporter(values["target"])
+
+
+PYTHON_BLOCKS = [
+    pytest.param(block, id=f"{document.name}-{index}", marks=[pytest.mark.slow] if "benchmark(" in block else [])
+    for document in DOCUMENTS
+    for index, block in enumerate(blocks(document, "python"))
+]
+
+
+@pytest.fixture(scope="module")
+def address(artefact: Path) -> Iterator[str]:
+    with serve(ModelPool({"small": str(artefact)}, EngineOptions(threads=1)), AppOptions(api_key="secret")) as address:
+        yield address
+
+
+@pytest.mark.parametrize("block", PYTHON_BLOCKS)
+def test_python_blocks_run(
+    block: str, address: str, artefact: Path, source_folder: Path, corpus: Path, tmp_path: Path
+) -> None:
+    """In a folder where the names of the documents are tiny models and texts, less what the block makes itself."""
+    links = {"HuggingFaceTB/SmolLM2-135M": source_folder}
+    if "export(" not in block:
+        links |= {"runs/small/model": artefact.parent / "checkpoint", "small-gguf": artefact}
+    for name, target in links.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).symlink_to(target, target_is_directory=True)
+    (tmp_path / "corpus.jsonl.gz").write_bytes(gzip.compress(corpus.read_bytes()))
+    for written, small in {"http://127.0.0.1:8000": address, "10_000_000": "2_000"}.items():
+        block = block.replace(written, small)
+    done = run_python("-c", block, cwd=tmp_path)
+    assert done.code == 0, done.errors
+
+
+def test_the_plug_in_of_the_architecture_page_is_the_one_that_is_tested() -> None:
+    sources = [*PLUGIN.glob("*.toml"), *PLUGIN.rglob("*.py")]
+    lines = {line for source in sources for line in source.read_text(encoding="utf-8").splitlines()}
+    page = ROOT / "docs" / "architecture.md"
+    for block in [*blocks(page, "toml"), *blocks(page, "python")]:
+        assert {line.removesuffix(" ...") for line in block.splitlines()} <= lines
 
 
 def test_readme_shows_every_command() -> None:

@@ -101,11 +101,12 @@ def torch_model(folder: Path) -> TorchModel:
 def score_by_lm_eval(folder: Path, task: str, data_dir: Path, limit: int) -> dict[str, float]:
     """Means that lm-eval's own `hf` model gets."""
     from lm_eval.evaluator import evaluate as evaluate_by_lm_eval
-    from lm_eval.models.huggingface import HFLM
+    from lm_eval.models import huggingface
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    theirs = HFLM(pretrained=model, tokenizer=AutoTokenizer.from_pretrained(folder), batch_size=4)
+    model_class: Any = huggingface.HFLM  # a decorator of theirs hides its parameters
+    theirs = model_class(pretrained=model, tokenizer=AutoTokenizer.from_pretrained(folder), batch_size=4)
     with open_task(task, data_dir) as tasks:
         results: Any = evaluate_by_lm_eval(theirs, tasks, limit=limit or None, bootstrap_iters=2)
     (scores,) = results["results"].values()

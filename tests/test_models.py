@@ -91,13 +91,13 @@ def test_uniform_model_that_stock_llama_refuses_keeps_its_own_type(save_tiny: Ca
 @pytest.mark.parametrize("family", FAMILIES)
 def test_stock_source_becomes_the_same_function(family: str, save_tiny: Callable[..., Path]) -> None:
     folder = save_tiny(tiny_architecture(family, (LayerShape(4, 2, 96),) * 2, head_dim=16))
-    stock = AutoModelForCausalLM.from_pretrained(folder).eval()
+    stock = AutoModelForCausalLM.from_pretrained(folder)
     irregular, _ = load_source(str(folder))
     assert stock.config.model_type == family
     assert irregular.config.model_type == f"efficientllm_{family}"
     assert to_irregular(irregular) is irregular
     with torch.inference_mode():
-        assert torch.equal(stock(TOKENS).logits, irregular.eval()(TOKENS).logits)
+        assert torch.equal(stock.eval()(TOKENS).logits, irregular.eval()(TOKENS).logits)
 
 
 def test_llama3_rope_scaling_is_kept(save_tiny: Callable[..., Path]) -> None:

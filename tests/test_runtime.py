@@ -178,8 +178,9 @@ def test_sampler_is_repeatable_and_penalizes() -> None:
     ("name", "value"), [("temperature", float("nan")), ("temperature", -1.0), ("top_p", 0.0), ("min_p", 2.0)]
 )
 def test_sampling_options_are_checked(name: str, value: float) -> None:
+    options: dict[str, Any] = {name: value}
     with pytest.raises(ValueError, match=name.replace("_", "-")):
-        SamplingOptions(**{name: value})
+        SamplingOptions(**options)
 
 
 def test_chat_answers_once_and_from_a_pipe(

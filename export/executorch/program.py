@@ -22,8 +22,8 @@ from ..manifest import copy_tokenizer, write_manifest
 from ..padding import pad_rows, padding_notes
 from ..request import ExportRequest, log
 from ..verification import SAMPLE_TOKENS, Sample, Written, torch_sample, verify_stepwise
-from .exporter import ExecutorchOptions
 from .lowering import lower
+from .options import ExecutorchOptions
 from .quantize import ALIGNMENT, WeightFormat, quantize_decoder, weight_format
 from .recipes import Recipe, load_recipe
 from .static_decoder import StaticDecoder

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...runtime.base.errors import UsageError
 from ..group_quantization import keep_scale, quantize_groups, round_to_bfloat16
-from .exporter import GROUP_SIZES, ExecutorchOptions
+from .options import GROUP_SIZES, ExecutorchOptions
 
 ALIGNMENT = 32
 """What the inputs of an int4 matrix must be a multiple of: XNNPACK's smallest group."""

@@ -125,7 +125,7 @@ def picture(root: Path) -> str:
 
 def with_table(page: str, root: Path) -> str:
     """The page's text with its table as it is now."""
-    return re.sub(r"(?s)(<!-- rooms -->\n).*?(\n<!-- /rooms -->)", rf"\g<1>{table(root)}\g<2>", page)
+    return re.sub(r"(?s)(<!-- rooms -->\n\n).*(\n\n<!-- /rooms -->)", rf"\g<1>{table(root)}\g<2>", page)
 
 
 def main() -> None:

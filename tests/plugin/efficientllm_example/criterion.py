@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from efficientllm.train.pruning.saliency import Criterion
+from efficientllm.train.pruning.criteria import Criterion
 
 FOURTH_POWER = Criterion(lambda weight, gradient: (weight.square().square(),), lambda sums: sums, uses_gradient=False)
