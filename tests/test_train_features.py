@@ -74,7 +74,7 @@ def test_stopped_between_compactions_resumes_bit_identically(
         record = step(self)
         if self.pruner is not None and self.pruner.pending is not None and not stopped:
             stopped.append(self.progress.step)
-            self._stop_signal = 15
+            self.stop_signal.name = "SIGTERM"
         return record
 
     monkeypatch.setattr(Trainer, "_step", stopping)
