@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 from collections.abc import AsyncGenerator, AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from typing import Any
 
@@ -19,7 +18,7 @@ from starlette.exceptions import HTTPException
 from ..runtime.base.errors import ContextOverflowError, EfficientLLMError
 from ..runtime.engines.engine import Engine
 from ..runtime.engines.memory import memory_bytes
-from ..runtime.generation import Generation, Overflow, chat_prompt
+from ..runtime.generation import AnswerOptions, Generation, Overflow, chat_prompt, text_prompt
 from ..runtime.json_constraint import JsonConstraint
 from ..runtime.sampling import SamplingOptions
 from .answers import Answer, ChatAnswer, TextAnswer
@@ -182,21 +181,15 @@ def _generations(engine: Engine, request: CompletionRequest, overflow: Overflow)
         repetition_penalty=request.repetition_penalty,
         seed=request.seed,
     )
+    options = AnswerOptions(request.token_limit, sampling, request.stops, request.top_count, overflow)
+    # every choice of a seeded request draws its own numbers
+    seeds = [None if request.seed is None else (request.seed + index) % 2**63 for index in range(request.n)]
+    choices = [replace(options, sampling=replace(sampling, seed=seed)) for seed in seeds]
     try:
         return [
-            Generation(
-                engine,
-                prompt,
-                request.token_limit,
-                # every choice of a seeded request draws its own numbers
-                dataclasses.replace(sampling, seed=None if request.seed is None else (request.seed + index) % 2**63),
-                request.stops,
-                top_logprobs=request.top_count,
-                overflow=overflow,
-                constraint=JsonConstraint() if _wants_json(request) else None,
-            )
+            Generation(engine, prompt, choice, JsonConstraint() if _wants_json(request) else None)
             for prompt in _prompts(engine, request)
-            for index in range(request.n)
+            for choice in choices
         ]
     except ContextOverflowError as error:
         raise APIError(400, str(error), code="context_length_exceeded") from error
@@ -215,11 +208,10 @@ def _prompts(engine: Engine, request: CompletionRequest) -> list[list[int]]:
     prompts = []
     for prompt in request.prompts:
         if isinstance(prompt, str):
-            tokens = engine.tokenize(prompt, special=False)
-            bos = engine.tokenize(engine.bos_token, special=True) if engine.adds_bos or not tokens else []
-            if not bos + tokens:
+            tokens = text_prompt(engine, prompt)
+            if not tokens:
                 raise APIError(400, "prompt: is empty")
-            prompts.append(bos + tokens)
+            prompts.append(tokens)
         else:
             if max(prompt) >= engine.vocab_size:
                 raise APIError(400, f"prompt: token {max(prompt)} is outside the vocabulary of {engine.vocab_size}")

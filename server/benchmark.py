@@ -23,8 +23,7 @@ from ..runtime.base.errors import ArtefactError
 from ..runtime.base.extras import extra
 from ..runtime.base.figure import Figure
 from ..runtime.engines.engine import Engine, EngineOptions, load_engine
-from ..runtime.generation import Generation, chat_prompt
-from ..runtime.sampling import SamplingOptions
+from ..runtime.generation import AnswerOptions, Generation, chat_prompt
 
 if TYPE_CHECKING:
     import httpx
@@ -98,7 +97,7 @@ def timing(began: float, arrivals: list[float]) -> Timing:
 def ask_engine(engine: Engine, text: str, tokens: int) -> Timing:
     began, arrivals = time.perf_counter(), []
     prompt = chat_prompt(engine, [{"role": "user", "content": text}])
-    for _ in Generation(engine, prompt, tokens, SamplingOptions(), []):
+    for _ in Generation(engine, prompt, AnswerOptions(tokens)):
         arrivals.append(time.perf_counter())
     return timing(began, arrivals)
 

@@ -116,6 +116,6 @@ def test_a_failed_load_leaves_transformers_as_talkative_as_before(tmp_path: Path
 
     (tmp_path / "config.json").write_text("{}", encoding="utf-8")
     before = transformers_logging.get_verbosity()
-    with pytest.raises(ValueError, match="model_type"):
+    with pytest.raises(ValueError, match="Unrecognized model"):
         load_for_inference(tmp_path)
     assert transformers_logging.get_verbosity() == before
