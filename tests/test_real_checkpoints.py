@@ -21,6 +21,7 @@ from efficientllm.train.model.irregular import save_checkpoint
 from efficientllm.train.model.source import load_for_inference
 
 STORED = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+THETA = {"rope_type": "default", "rope_theta": 100000.0}
 TOKENS = torch.randint(0, 400, (2, 24), generator=torch.Generator().manual_seed(3))
 
 
@@ -74,16 +75,8 @@ def test_every_stored_type_exports_to_executorch(stored: Path, tmp_path: Path) -
 
 def test_every_stored_type_trains(stored: Path, corpus: Path, tmp_path: Path) -> None:
     arguments = ["--source", str(stored), "--data", str(corpus), "--sequence-length", "32", "--tokens", "256"]
-    arguments += [
-        "--eval-tokens",
-        "64",
-        "--target-ratio",
-        "0.95",
-        "--dtype",
-        "float32",
-        "--output",
-        str(tmp_path / "run"),
-    ]
+    arguments += ["--eval-tokens", "64", "--target-ratio", "0.95", "--dtype", "float32"]
+    arguments += ["--output", str(tmp_path / "run")]
     assert run(arguments) == 0
 
 
@@ -91,9 +84,7 @@ def test_every_stored_type_trains(stored: Path, corpus: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("layers", [(LayerShape(4, 2, 96),) * 2, UNEQUAL], ids=["plain", "irregular"])
-@pytest.mark.parametrize(
-    "rope", [{"rope_type": "default", "rope_theta": 100000.0}, LLAMA3_ROPE], ids=["theta", "llama3"]
-)
+@pytest.mark.parametrize("rope", [THETA, LLAMA3_ROPE], ids=["theta", "llama3"])
 def test_settings_stand_in_their_old_and_their_new_home(
     layers: tuple[LayerShape, ...], rope: dict[str, Any], tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
