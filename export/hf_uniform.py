@@ -13,7 +13,7 @@ from ..runtime.base.errors import ArtefactError
 from ..train.model.architecture import Architecture
 from ..train.model.hf_files import mend_tokenizer_config, write_config
 from .checkpoint import Checkpoint
-from .manifest import copy_tokenizer, write_manifest
+from .manifest import Contents, copy_tokenizer, write_manifest
 from .padding import padded_eps, padded_tensors, uniform_architecture
 from .request import ExportRequest, VerifyOptions
 from .targets import Exporter
@@ -50,10 +50,7 @@ def export_hf_uniform(checkpoint: Checkpoint, request: ExportRequest[VerifyOptio
         f"{before.num_parameters:,} -> {after.num_parameters:,} parameters"
     )
     verification = _verify(checkpoint, request, folder) if request.options.verify else {}
-    write_manifest(
-        checkpoint,
-        request,
-        folder,
+    contents = Contents(
         engine="transformers",  # no engine of ours: chat, server and bench say so
         files=files,
         quantization="f32",
@@ -61,6 +58,7 @@ def export_hf_uniform(checkpoint: Checkpoint, request: ExportRequest[VerifyOptio
         layout=f"transformers {CLASS_NAMES[after.family]}",
         verification=verification,
     )
+    write_manifest(checkpoint, request, folder, contents)
 
 
 EXPORTER = Exporter(VerifyOptions, export_hf_uniform)

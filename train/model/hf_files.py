@@ -1,7 +1,7 @@
 """What the files of a Hugging Face folder must say so that older and other readers understand it. Imports no torch.
 
 transformers 5 moved settings and gave its tokenizer base class a new name; it still reads the old ones. Releases before
-it, mlx-lm and others read only the old ones, and take a default where they find none: a wrong rotary base goes unnoticed.
+it, mlx-lm and others read only the old ones and take a default where they find none: nobody notices a wrong base.
 """
 
 from __future__ import annotations
