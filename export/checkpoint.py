@@ -39,7 +39,9 @@ class Checkpoint:
             )
 
     def _index_tensors(self) -> dict[str, Path]:
-        from safetensors import SafetensorError, safe_open
+        with extra("export"):
+            import ml_dtypes  # noqa: F401  numpy knows bfloat16 where it is imported, and most models are stored so
+            from safetensors import SafetensorError, safe_open
 
         files = sorted(self.folder.glob("*.safetensors"))
         if not files:

@@ -3,7 +3,6 @@ irregular shapes."""
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,9 @@ import numpy as np
 
 from ..runtime.base.errors import ArtefactError
 from ..train.model.architecture import Architecture
+from ..train.model.hf_files import mend_tokenizer_config, write_config
 from .checkpoint import Checkpoint
-from .manifest import copy_tokenizer, write_manifest
+from .manifest import Contents, copy_tokenizer, write_manifest
 from .padding import padded_eps, padded_tensors, uniform_architecture
 from .request import ExportRequest, VerifyOptions
 from .targets import Exporter
@@ -37,9 +37,9 @@ def export_hf_uniform(checkpoint: Checkpoint, request: ExportRequest[VerifyOptio
     after = uniform_architecture(before)
     tensors = {name: np.ascontiguousarray(array) for name, array in padded_tensors(checkpoint, after)}
     save_file(tensors, folder / MODEL_FILE, metadata={"format": "pt"})
-    config = uniform_config(checkpoint, after)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_config(uniform_config(checkpoint, after), folder)
     files = [MODEL_FILE, "config.json", *copy_tokenizer(checkpoint, folder)]
+    mend_tokenizer_config(folder)
     if (checkpoint.folder / "generation_config.json").is_file():
         shutil.copy(checkpoint.folder / "generation_config.json", folder)
         files.append("generation_config.json")
@@ -50,10 +50,7 @@ def export_hf_uniform(checkpoint: Checkpoint, request: ExportRequest[VerifyOptio
         f"{before.num_parameters:,} -> {after.num_parameters:,} parameters"
     )
     verification = _verify(checkpoint, request, folder) if request.options.verify else {}
-    write_manifest(
-        checkpoint,
-        request,
-        folder,
+    contents = Contents(
         engine="transformers",  # no engine of ours: chat, server and bench say so
         files=files,
         quantization="f32",
@@ -61,6 +58,7 @@ def export_hf_uniform(checkpoint: Checkpoint, request: ExportRequest[VerifyOptio
         layout=f"transformers {CLASS_NAMES[after.family]}",
         verification=verification,
     )
+    write_manifest(checkpoint, request, folder, contents)
 
 
 EXPORTER = Exporter(VerifyOptions, export_hf_uniform)
@@ -68,7 +66,7 @@ EXPORTER = Exporter(VerifyOptions, export_hf_uniform)
 
 def uniform_config(checkpoint: Checkpoint, after: Architecture) -> dict[str, Any]:
     """config.json of the stock class that holds `after`."""
-    dropped = ("per_layer_config", "auto_map", "model_type", "architectures", "dtype", "qk_norm_eps")
+    dropped = ("per_layer_config", "auto_map", "model_type", "architectures", "dtype", "torch_dtype", "qk_norm_eps")
     config = {name: value for name, value in checkpoint.config.items() if name not in dropped}
     layer = after.layers[0]
     return {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,39 +28,41 @@ def copy_tokenizer(checkpoint: Checkpoint, folder: Path) -> list[str]:
     return names
 
 
-def write_manifest(
-    checkpoint: Checkpoint,
-    request: ExportRequest[Any],
-    folder: Path,
-    *,
-    engine: str,
-    files: list[str],
-    quantization: str,
-    weight_bytes: int,
-    layout: str,
-    verification: dict[str, Any],
-) -> None:
-    """Write the manifest of `files` (the model first) and say how large the artefact is.
+@dataclass(frozen=True)
+class Contents:
+    """What an exporter wrote."""
 
-    `weight_bytes`: bytes of all tensors. `layout`: what the format calls this kind of model.
-    """
-    bits = bits_per_weight(checkpoint, weight_bytes)
+    engine: str
+    """The runtime engine that loads it."""
+    files: list[str]
+    """The model first."""
+    quantization: str
+    weight_bytes: int
+    """Of all tensors."""
+    layout: str
+    """What the format calls this kind of model."""
+    verification: dict[str, Any]
+
+
+def write_manifest(checkpoint: Checkpoint, request: ExportRequest[Any], folder: Path, contents: Contents) -> None:
+    """Write the manifest of an artefact and say how large it is."""
+    bits = bits_per_weight(checkpoint, contents.weight_bytes)
     manifest = Manifest(
-        engine=engine,
-        model_file=files[0],
-        files=describe_files(folder, files),
-        quantization=quantization,
+        engine=contents.engine,
+        model_file=contents.files[0],
+        files=describe_files(folder, contents.files),
+        quantization=contents.quantization,
         bits_per_weight=round(bits, 3),
         architecture=checkpoint.architecture.to_dict(),
         context_length=checkpoint.context_length,
         source=checkpoint.name,
-        verification=verification,
+        verification=contents.verification,
         training=checkpoint.json_file("training.json"),
         notes=tuple(request.notes),
     )
     manifest.write(folder)
     size = format_bytes(manifest.total_bytes)
-    request.say(f"{layout}, {quantization}: {size}, {bits:.2f} bits per weight")
+    request.say(f"{contents.layout}, {contents.quantization}: {size}, {bits:.2f} bits per weight")
 
 
 def foreign_files(folder: Path) -> list[str]:

@@ -86,6 +86,7 @@ def test_portable_graph_equals_the_direct_one(
     assert np.abs(np.stack(rows["direct"]) - np.stack(rows["portable"])).max() < 1e-3
     graphs = {name: onnx.load(tmp_path / name / "model.onnx", load_external_data=False).graph for name in rows}
     assert {node.domain for node in graphs["portable"].node} == {""}
+    assert b"site-packages" not in (tmp_path / "portable" / "model.onnx").read_bytes()  # torch's notes of who called
     assert "com.microsoft" in {node.domain for node in graphs["direct"].node}
     # what optimum's exporter configuration declares is what both have
     config = OnnxDecoderConfig(json.loads((checkpoint / "config.json").read_text(encoding="utf-8")))

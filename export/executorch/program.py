@@ -18,7 +18,7 @@ from ...train.model.architecture import Architecture
 from ..calibration import input_grams
 from ..checkpoint import Checkpoint
 from ..exporter_config import ExecutorchDecoderConfig
-from ..manifest import copy_tokenizer, write_manifest
+from ..manifest import Contents, copy_tokenizer, write_manifest
 from ..padding import pad_rows, padding_notes
 from ..request import ExportRequest, log
 from ..verification import SAMPLE_TOKENS, Sample, Written, torch_sample, verify_stepwise
@@ -61,10 +61,7 @@ def write_program(checkpoint: Checkpoint, request: ExportRequest[ExecutorchOptio
     verification = _verify(request, folder, plan, sample) if sample else {}
     if request.options.verify and not verifies:
         request.say(f"not verified: programs of recipe {plan.recipe.name} run only on its devices")
-    write_manifest(
-        checkpoint,
-        request,
-        folder,
+    contents = Contents(
         engine="executorch",
         files=files,
         quantization=plan.quantize,
@@ -72,6 +69,7 @@ def write_program(checkpoint: Checkpoint, request: ExportRequest[ExecutorchOptio
         layout=f"executorch, {plan.recipe.name}, context {plan.context}",
         verification=verification,
     )
+    write_manifest(checkpoint, request, folder, contents)
 
 
 def _plan(checkpoint: Checkpoint, options: ExecutorchOptions) -> ProgramPlan:

@@ -13,7 +13,7 @@ from ...runtime.engines.hf_tokenizer import read_settings, special_token
 from ...train.model.tensors import tensor_shape
 from ..calibration import column_importance, save_for_gguf
 from ..checkpoint import Checkpoint
-from ..manifest import bits_per_weight, write_manifest
+from ..manifest import Contents, bits_per_weight, write_manifest
 from ..request import ExportRequest, PaddingOptions, log
 from ..targets import Exporter
 from ..verification import Agreement, check_exact, check_quantized, compare_logits, sample_text, torch_sample
@@ -75,10 +75,7 @@ def export_gguf(checkpoint: Checkpoint, request: ExportRequest[GgufOptions], fol
     verification = _verify(checkpoint, request, exact, target, bits) if options.verify else {}
     if exact != target:
         exact.unlink()
-    write_manifest(
-        checkpoint,
-        request,
-        folder,
+    contents = Contents(
         engine="llama.cpp",
         files=[MODEL_FILE],
         quantization=name,
@@ -86,6 +83,7 @@ def export_gguf(checkpoint: Checkpoint, request: ExportRequest[GgufOptions], fol
         layout=f"llama.cpp architecture {plan.name}",
         verification=verification,
     )
+    write_manifest(checkpoint, request, folder, contents)
     for hint in run_hints(request.output, checkpoint.context_length):
         log.info("run it with: %s", hint)
 

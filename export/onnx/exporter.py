@@ -13,7 +13,7 @@ from ...runtime.engines.engine import EngineOptions
 from ...runtime.engines.onnx import OnnxEngine
 from ..calibration import input_grams
 from ..checkpoint import Checkpoint
-from ..manifest import bits_per_weight, copy_tokenizer, write_manifest
+from ..manifest import Contents, bits_per_weight, copy_tokenizer, write_manifest
 from ..request import ExportRequest, RoundingOptions
 from ..targets import Exporter
 from ..verification import Written, torch_sample, verify_stepwise
@@ -51,10 +51,7 @@ def export_onnx(checkpoint: Checkpoint, request: ExportRequest[OnnxOptions], fol
     stored = min(bits_per_weight(checkpoint, weight_bytes), 8.0 if bits.dynamic else 32.0)
     tokenizer_files = copy_tokenizer(checkpoint, folder)  # which our engine reads, too
     verification = _verify(checkpoint, request, folder, stored) if options.verify else {}
-    write_manifest(
-        checkpoint,
-        request,
-        folder,
+    contents = Contents(
         engine="onnxruntime",
         files=[MODEL_FILE, DATA_FILE, "genai_config.json", "generation_config.json", *tokenizer_files],
         quantization=name,
@@ -62,6 +59,7 @@ def export_onnx(checkpoint: Checkpoint, request: ExportRequest[OnnxOptions], fol
         layout="onnx, standard operators" if options.portable else "onnx",
         verification=verification,
     )
+    write_manifest(checkpoint, request, folder, contents)
 
 
 EXPORTER = Exporter(OnnxOptions, export_onnx)

@@ -48,9 +48,16 @@ def write_portable(checkpoint: Checkpoint, path: Path) -> None:
             )
             mask = program.model.graph.inputs[1]  # its length is a symbol that torch made up
             mask.shape = ir.Shape(list(config.inputs[mask.name].values()))
+            _drop_metadata(program.model)
             program.save(str(path), external_data=True)
     finally:
         logger.setLevel(level)
+
+
+def _drop_metadata(model: ir.Model) -> None:
+    """Without the stack traces that torch notes at every node: they name folders of the machine that exports."""
+    for item in (model, model.graph, *model.graph, *(value for node in model.graph for value in node.outputs)):
+        item.metadata_props.clear()
 
 
 def _dim(title: str, dims: Mapping[str, object]) -> object:

@@ -17,7 +17,7 @@ from ...runtime.base.command import run_command
 from ...runtime.base.errors import ArtefactError, UsageError
 from ...runtime.base.output import check_output
 from ..checkpoint import open_checkpoint
-from ..manifest import TOKENIZER_FILES, foreign_files, write_manifest
+from ..manifest import TOKENIZER_FILES, Contents, foreign_files, write_manifest
 from ..request import ExportRequest, VerifyOptions
 
 
@@ -41,10 +41,7 @@ def body(argv: Sequence[str]) -> int:
         if done.code or not (folder / "model.onnx").is_file():
             raise ArtefactError(f"genai's builder failed: {done.last_error}")
         present = [file for file in TOKENIZER_FILES if (folder / file).is_file()]
-        write_manifest(
-            checkpoint,
-            ExportRequest(VerifyOptions(), folder),
-            folder,
+        contents = Contents(
             engine="onnxruntime-genai",
             files=["model.onnx", "model.onnx.data", "genai_config.json", *present],
             quantization=name,
@@ -52,6 +49,7 @@ def body(argv: Sequence[str]) -> int:
             layout="onnxruntime-genai's builder",
             verification={},
         )
+        write_manifest(checkpoint, ExportRequest(VerifyOptions(), folder), folder, contents)
     return 0
 
 

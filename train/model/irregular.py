@@ -15,6 +15,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
 from . import modeling_efficientllm as modeling
 from .architecture import Architecture, LayerShape
+from .hf_files import mend_tokenizer_config, write_config
 
 modeling.register()
 
@@ -124,14 +125,11 @@ def save_checkpoint(
         config.architectures = [type(model).__name__.removeprefix("Efficient")]
     config.dtype = next(iter(state.values())).dtype
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(_config_json(config), encoding="utf-8")
+    values = json.loads(config.to_json_string(use_diff=False))
+    values.pop("_name_or_path", None)
+    write_config(values, folder)
     generation: GenerationConfig | None = getattr(model, "generation_config", None)
     if generation is not None:
         generation.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-def _config_json(config: Any) -> str:
-    values = json.loads(config.to_json_string(use_diff=False))
-    values.pop("_name_or_path", None)
-    return json.dumps(values, indent=2) + "\n"
+    mend_tokenizer_config(folder)

@@ -24,18 +24,22 @@ _Base: Any = object  # the mixins stand before a transformers class, which type 
 
 
 class NoAttention(nn.Module):
-    """Attention of a layer that has no heads: adds nothing, but keeps the KV cache's length right."""
+    """Attention of a layer that has no heads: adds nothing, but keeps the KV cache's length right.
 
-    def __init__(self, head_dim: int, layer_idx: int):
+    transformers asks one layer's cache, usually the first one's, how many tokens there are, and takes a cache without
+    elements for an empty one: so each token leaves one zero, [B, 1, S, 1].
+    """
+
+    def __init__(self, layer_idx: int):
         super().__init__()
-        self.head_dim = head_dim
         self.layer_idx = layer_idx
 
-    def forward(self, hidden_states: torch.Tensor, cache: Any = None, **kwargs: Any) -> tuple[torch.Tensor, None]:
-        if cache is not None:
-            batch, length = hidden_states.shape[:2]
-            empty = hidden_states.new_empty(batch, 0, length, self.head_dim)  # [B, 0 heads, S, D]
-            cache.update(empty, empty, self.layer_idx)
+    def forward(
+        self, hidden_states: torch.Tensor, past_key_values: Any = None, **kwargs: Any
+    ) -> tuple[torch.Tensor, None]:
+        if past_key_values is not None:
+            mark = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
+            past_key_values.update(mark, mark, self.layer_idx)
         return torch.zeros_like(hidden_states), None
 
 
@@ -80,7 +84,7 @@ class IrregularModelMixin(_Base):
         layer: Any = self.decoder_layer_class(config, index)
         if heads == 0:
             config.num_attention_heads = config.num_key_value_heads = 0
-            layer.self_attn = NoAttention(config.head_dim, index)
+            layer.self_attn = NoAttention(index)
             layer.input_layernorm = nn.Identity()
         config.intermediate_size = width
         if heads and getattr(config, "qk_norm_eps", None) is not None:

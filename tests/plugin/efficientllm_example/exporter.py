@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from efficientllm.export.checkpoint import Checkpoint
-from efficientllm.export.manifest import copy_tokenizer, write_manifest
+from efficientllm.export.manifest import Contents, copy_tokenizer, write_manifest
 from efficientllm.export.request import ExportRequest
 from efficientllm.export.targets import Exporter
 
@@ -31,10 +31,7 @@ def export_bigram(checkpoint: Checkpoint, request: ExportRequest[BigramOptions],
     table = (embedding / scale * checkpoint.tensor("model.norm.weight")) @ head.T
     table = table.astype(np.float16 if request.options.half else np.float32)
     np.save(folder / FILE, table)
-    write_manifest(
-        checkpoint,
-        request,
-        folder,
+    contents = Contents(
         engine="bigram",
         files=[FILE, *copy_tokenizer(checkpoint, folder)],
         quantization="f16" if request.options.half else "f32",
@@ -42,6 +39,7 @@ def export_bigram(checkpoint: Checkpoint, request: ExportRequest[BigramOptions],
         layout="bigram table",
         verification={},
     )
+    write_manifest(checkpoint, request, folder, contents)
 
 
 EXPORTER = Exporter(BigramOptions, export_bigram)
