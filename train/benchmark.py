@@ -165,7 +165,7 @@ def time_events(bench: StepBenchmark) -> None:
         print(f"  {name}: {seconds:.3f} s")
 
 
-def time_tokenisation(bench: StepBenchmark) -> None:
+def time_tokenization(bench: StepBenchmark) -> None:
     began, count = time.perf_counter(), 0
     while time.perf_counter() - began < 3.0:
         count += bench.stream.next_windows(16).size
@@ -195,7 +195,7 @@ def body(argv: Sequence[str]) -> int:
         return 0
     bench = StepBenchmark(options)
     compare_steps(bench, options.rounds)
-    time_tokenisation(bench)
+    time_tokenization(bench)
     time_events(bench)
     return 0
 

@@ -82,8 +82,8 @@ class OptimizerConfig:
             flags.require(self, name, 0 <= getattr(self, name) < 1, "must be at least 0 and below 1")
         for name in ("weight_decay", "distill", "cross_entropy"):
             flags.require(self, name, getattr(self, name) >= 0, "must not be negative")
-        alone = self.cross_entropy > 0 or self.distill > 0
-        flags.require(self, "cross_entropy", alone, "give --distill something to train on")
+        has_loss = self.cross_entropy > 0 or self.distill > 0
+        flags.require(self, "cross_entropy", has_loss, "give --distill something to train on")
 
 
 @dataclass(frozen=True)

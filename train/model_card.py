@@ -12,7 +12,7 @@ from ..runtime.base.quantities import format_count
 from .config import TrainConfig
 from .model.architecture import Architecture
 
-SOURCE_LICENCES = {"demo": "apache-2.0"}
+SOURCE_LICENSES = {"demo": "apache-2.0"}
 """Licences that are known; for other sources the card says to look."""
 
 
@@ -38,10 +38,10 @@ def command_line(config: TrainConfig) -> str:
 
 def model_card(config: TrainConfig, summary: dict[str, Any], source: Architecture, final: Architecture) -> str:
     """Markdown with a YAML header: source, data, tokens, command, widths, perplexities."""
-    licence = SOURCE_LICENCES.get(config.source.source)
+    license_name = SOURCE_LICENSES.get(config.source.source)
     header = [
         "---",
-        *([f"license: {licence}"] if licence else []),
+        *([f"license: {license_name}"] if license_name else []),
         "library_name: transformers",
         "pipeline_tag: text-generation",
         "tags: [efficientllm, pruned]",
@@ -55,9 +55,9 @@ def model_card(config: TrainConfig, summary: dict[str, Any], source: Architectur
     for index, layer in enumerate(final.layers):
         sizes = (index, layer.num_attention_heads, layer.num_key_value_heads, layer.intermediate_size)
         widths.append([str(size) for size in sizes])
-    licence_line = (
-        f"The source's licence, {licence}, applies."
-        if licence
+    license_line = (
+        f"The source's licence, {license_name}, applies."
+        if license_name
         else "The source's licence applies: see the source model's own card."
     )
     return "\n".join(
@@ -90,7 +90,7 @@ def model_card(config: TrainConfig, summary: dict[str, Any], source: Architectur
             'tokenizer = AutoTokenizer.from_pretrained("this folder", trust_remote_code=True)',
             "```",
             "",
-            f"## Licence\n\n{licence_line}",
+            f"## Licence\n\n{license_line}",
             "",
         ]
     )

@@ -80,11 +80,11 @@ class InputGrams:
             if kept is None or len(kept) == 0:
                 continue
             matrix = compensation(gram, kept.to(gram.device), self.damping)
-            gone = removed_positions(kept, gram.shape[0]).to(gram.device)
+            removed = removed_positions(kept, gram.shape[0]).to(gram.device)
             for reader in SAME_INPUT[suffix]:
                 parameter = self.model.get_submodule(f"{prefix}.{reader}").weight
                 weight = full(parameter.detach()).clone()
-                absorbed = weight[:, gone].to(matrix.dtype) @ matrix
+                absorbed = weight[:, removed].to(matrix.dtype) @ matrix
                 weight[:, kept.to(weight.device)] += absorbed.to(weight.dtype)
                 scatter(parameter.data, weight)
 
@@ -111,11 +111,11 @@ def removed_positions(kept: Tensor, size: int) -> Tensor:
 
 def compensation(gram: Tensor, kept: Tensor, damping: float) -> Tensor:
     """H_PQ (H_QQ + lambda I)^-1, fp64 [P, Q], for kept inputs Q and all others P. `gram` is H [n, n]."""
-    gone = removed_positions(kept, gram.shape[0]).to(gram.device)
+    removed = removed_positions(kept, gram.shape[0]).to(gram.device)
     hessian = gram.double()  # fp64: H is often close to singular
     h_qq = hessian[kept][:, kept]
     scale = h_qq.diagonal().mean()
     if scale <= 0:  # the inputs were never active: there is nothing to absorb
-        return torch.zeros(len(gone), len(kept), dtype=torch.float64, device=gram.device)
+        return torch.zeros(len(removed), len(kept), dtype=torch.float64, device=gram.device)
     h_qq = h_qq + damping * scale * torch.eye(len(kept), dtype=torch.float64, device=gram.device)
-    return torch.linalg.solve(h_qq, hessian[kept][:, gone]).T
+    return torch.linalg.solve(h_qq, hessian[kept][:, removed]).T
