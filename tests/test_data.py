@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,9 @@ import pytest
 from efficientllm.runtime.base.errors import DataError, UsageError
 from efficientllm.train.data import packing
 from efficientllm.train.data.documents import DataSpec, is_held_out, open_documents
+from efficientllm.train.data.lanes import LANES
 from efficientllm.train.data.packing import PackedStream, held_out_windows
+from efficientllm.train.training_state import as_arrays, as_tensors
 
 TEXTS = [f"text number {index}, with a few words" for index in range(30)]
 
@@ -81,16 +85,20 @@ def stream(corpus: Path, tokenizer: Any, seed: int = 0, specs: list[DataSpec] | 
     return PackedStream(specs or [DataSpec(str(corpus))], tokenizer, 16, 0.2, seed)
 
 
-def test_windows_are_the_packed_documents(corpus: Path, tokenizer: Any) -> None:
-    windows = stream(corpus, tokenizer).next_windows(40)
-    assert windows.shape == (40, 17)
-    assert np.array_equal(windows[1:, 0], windows[:-1, -1])
-    flat = np.concatenate([windows[0], *[window[1:] for window in windows[1:]]])
-    texts = tokenizer.decode(flat).split("<|endoftext|>")
-    known = set(open_documents(DataSpec(str(corpus))))
+def test_windows_of_a_lane_are_its_documents_end_to_end(corpus: Path, tokenizer: Any) -> None:
+    packed = stream(corpus, tokenizer)
+    windows = packed.next_windows(40 * LANES)
+    assert windows.shape == (40 * LANES, 17)
+    known = {text for text in open_documents(DataSpec(str(corpus))) if not is_held_out(text, 0.2)}
+    count = len(packed.sources[0].lanes.buffers)
+    assert count == LANES
+    # a window begins with the token that another one ends with: follow one lane from its first window
+    rng_order = [packed.sources[0].lanes._order(visit) for visit in range(40)]
+    lane = [windows[visit * count + int(np.flatnonzero(rng_order[visit] == 5)[0])] for visit in range(40)]
+    assert all(one[-1] == other[0] for one, other in itertools.pairwise(lane))
+    texts = tokenizer.decode(np.concatenate([lane[0], *[window[1:] for window in lane[1:]]])).split("<|endoftext|>")
     assert len(texts) > 5
-    assert all(text in known for text in texts[:-1])
-    assert not any(is_held_out(text, 0.2) for text in texts[:-1])
+    assert all(text in known for text in texts[2:-1])  # the first one is begun in its middle
 
 
 def test_order_depends_on_the_seed_alone(corpus: Path, tokenizer: Any) -> None:
@@ -105,14 +113,16 @@ def test_resumes_exactly(taken: int, corpus: Path, tokenizer: Any, monkeypatch: 
     monkeypatch.setattr(packing, "SHUFFLE_BLOCK", 50)
     whole = stream(corpus, tokenizer)
     whole.next_windows(taken)
-    state = json.loads(json.dumps(whole.state_dict()))
+    state = as_arrays(as_tensors(whole.state()))
+    whole.next_windows(3)
+    whole.load_state(state)
     resumed = stream(corpus, tokenizer)
-    resumed.load_state_dict(state)
+    resumed.load_state(state)
     assert np.array_equal(resumed.next_windows(60), whole.next_windows(60))
 
 
 def test_epochs_are_shuffled_differently_and_complete(corpus: Path, tokenizer: Any) -> None:
-    source = stream(corpus, tokenizer).sources[0]
+    source = stream(corpus, tokenizer).sources[0].documents
     count = sum(not is_held_out(text, 0.2) for text in open_documents(source.spec))
     epochs = []
     for _ in range(2):
@@ -124,17 +134,67 @@ def test_epochs_are_shuffled_differently_and_complete(corpus: Path, tokenizer: A
     assert epochs[0] != epochs[1]
 
 
-def test_sources_are_mixed_by_tokens(corpus: Path, tokenizer: Any, tmp_path: Path) -> None:
-    specs = [DataSpec(str(corpus), 3.0), DataSpec(str(write(tmp_path / "b.jsonl")), 1.0)]
-    mixed = stream(corpus, tokenizer, specs=specs)
-    mixed.next_windows(3000)
-    first, second = (source.state.tokens for source in mixed.sources)
-    assert first / second == pytest.approx(3.0, rel=0.05)
+def test_every_stretch_of_windows_has_the_shares_of_its_sources(
+    corpus: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = (5.0, 3.0, 2.0)
+    paths = [corpus, *(write(tmp_path / name) for name in ("b.jsonl", "c.jsonl"))]
+    mixed = stream(corpus, tokenizer, specs=[DataSpec(str(path), w) for path, w in zip(paths, weights, strict=True)])
+    order = []
+    for _ in range(400):
+        source = mixed._next_source()
+        source.next_window()
+        order.append(mixed.sources.index(source))
+    for start in range(0, 400 - 64):
+        for index, weight in enumerate(weights):
+            assert abs(order[start : start + 64].count(index) - 64 * weight / 10) <= 2
+
+
+def long_documents(path: Path, count: int, words: int) -> Path:
+    rows = [{"text": " ".join(f"word{index}of{number}" for index in range(words))} for number in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_neighbouring_windows_come_from_as_many_documents_as_there_are_lanes(tokenizer: Any, tmp_path: Path) -> None:
+    """However long the documents are."""
+    path = long_documents(tmp_path / "long.jsonl", 200, 400)
+    packed = PackedStream([DataSpec(str(path))], tokenizer, 64, 0.05, 0)
+    for _ in range(3):
+        texts = [tokenizer.decode(window) for window in packed.next_windows(LANES)]
+        documents = [set(re.findall(r"of(\d+) ", text)) for text in texts]
+        assert len(set.union(*documents)) >= LANES
+    assert not all(re.match(r"word0of", text) for text in texts)
+
+
+def test_a_small_corpus_is_read_through_before_anything_comes_again(corpus: Path, tokenizer: Any) -> None:
+    packed = stream(corpus, tokenizer)
+    trained = [text for text in open_documents(DataSpec(str(corpus))) if not is_held_out(text, 0.2)]
+    total = sum(len(ids) + 1 for ids in packing.tokenize(tokenizer, trained))
+    packed.next_windows(total // 16 // 2)
+    assert packed.sources[0].documents.state.epoch == 0
+
+
+DATA = Path(__file__).parents[2] / "shared" / "data" / "text"
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="no shared/data beside the project")
+def test_the_first_thirty_thousand_tokens_of_real_corpora_are_stirred(tokenizer: Any) -> None:
+    """The setting of the study: three corpora, documents of up to tens of thousands of tokens."""
+    names = {"wikipedia_featured_good": 0.5, "openstax_ccby": 0.3, "web_c4": 0.2}
+    specs = [DataSpec(str(DATA / f"{name}.jsonl.gz"), weight) for name, weight in names.items()]
+    packed = PackedStream(specs, tokenizer, 256, 0.05, 0)
+    packed.next_windows(120)
+    shares = [source.documents.state.windows for source in packed.sources]
+    assert shares == [60, 36, 24]
+    begun = [len([each for each in source.lanes.buffers if len(each)]) for source in packed.sources]
+    assert sum(begun) >= 110
 
 
 def test_held_out_windows_share_nothing_with_training(corpus: Path, tokenizer: Any) -> None:
     windows = held_out_windows([DataSpec(str(corpus))], tokenizer, 16, 0.2, 160)
     assert windows.shape == (10, 17)
+    assert len({tuple(window) for window in windows}) == 10
     held = tokenizer.decode(windows.flatten())
     trained = [text for text in open_documents(DataSpec(str(corpus))) if not is_held_out(text, 0.2)]
     assert not any(text in held for text in trained)

@@ -110,11 +110,11 @@ class Trainer:
 
     def _step_or_save(self) -> dict[str, Any]:
         """One step; where the text cannot be read on, what was trained so far is saved first."""
-        position = self.stream.state_dict()
+        position = self.stream.state()
         try:
             return self._step()
         except DataError as error:
-            self.stream.load_state_dict(position)
+            self.stream.load_state(position)
             self.optimizer.zero_grad(set_to_none=True)
             name = self.save().name
             raise DataError(f"{error}; checkpoint {name} is written: mend the text and --resume") from error
@@ -289,11 +289,11 @@ class Trainer:
 
     def save(self) -> Path:
         """Write a checkpoint of the run."""
-        extra: dict[str, Any] = {"stream": self.stream.state_dict()}
-        tensors: dict[str, Any] = {}
+        extra: dict[str, Any] = {}
+        tensors: dict[str, Any] = {"stream": training_state.as_tensors(self.stream.state())}
         if self.pruner is not None:
             extra["pruner"] = self.pruner.state_json()
-            tensors = self.pruner.state_tensors()
+            tensors["pruner"] = self.pruner.state_tensors()
         state = training_state.TrainingState(self.progress, extra, tensors)
         folder, keep = self.plan.folder / "checkpoints", self.config.run.keep
         return training_state.save_training_state(folder, self.model, self.optimizer, state, keep, self.parallel)
@@ -302,7 +302,7 @@ class Trainer:
         """Continue from a checkpoint; the model must already have its shape."""
         self.progress, extra = training_state.read_trainer_json(folder)
         tensors = training_state.load_training_state(folder, self.model, self.optimizer, self.parallel)
-        self.stream.load_state_dict(extra["stream"])
+        self.stream.load_state(training_state.as_arrays(tensors["stream"]))
         if self.pruner is not None:
-            self.pruner.load_state(extra["pruner"], tensors, self.model)
+            self.pruner.load_state(extra["pruner"], tensors["pruner"], self.model)
         self.metrics.truncate(self.progress)

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -27,9 +28,9 @@ class TrainingState:
 
     progress: Progress
     extra: dict[str, Any]
-    """JSON values: data position, surviving groups."""
+    """JSON values: surviving groups."""
     tensors: dict[str, Any]
-    """Nested tensors: saliency, Gram matrices."""
+    """Nested tensors and numbers: data position, saliency, Gram matrices."""
 
 
 def save_training_state(
@@ -64,6 +65,24 @@ def state_bytes(model: Any, optimizer: torch.optim.Optimizer) -> int:
     stored = [*model.state_dict().values()]
     moments = (value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value))
     return sum(tensor.numel() * tensor.element_size() for tensor in (*stored, *moments))
+
+
+def as_tensors(value: Any) -> Any:
+    """Nested values with numpy arrays copied to tensors: of a view, torch would save all that it is a view of."""
+    if isinstance(value, np.ndarray):
+        return torch.tensor(value)
+    if isinstance(value, dict):
+        return {name: as_tensors(item) for name, item in value.items()}
+    return [as_tensors(item) for item in value] if isinstance(value, list) else value
+
+
+def as_arrays(value: Any) -> Any:
+    """The inverse of `as_tensors`."""
+    if torch.is_tensor(value):
+        return value.cpu().numpy()
+    if isinstance(value, dict):
+        return {name: as_arrays(item) for name, item in value.items()}
+    return [as_arrays(item) for item in value] if isinstance(value, list) else value
 
 
 def load_training_state(

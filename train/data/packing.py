@@ -1,8 +1,8 @@
-"""From documents to full token sequences: mixing, shuffling, tokenising, packing, and resuming exactly.
+"""From documents to full token sequences: shuffling, tokenising, packing, mixing, and resuming exactly.
 
-The stream is one global sequence of packed windows, a function of the seed alone. Documents are shuffled within blocks,
-sources are mixed by tokens (the one furthest behind its share is next), and every window has
-sequence_length + 1 tokens, so that consecutive windows overlap by one and every token is predicted once.
+The stream is one global sequence of packed windows, a function of the seed alone, whatever the number of ranks that
+share it. Documents are shuffled within blocks, windows come from many documents at once (see lanes.py), and sources are
+mixed window by window: the one furthest behind its share is next.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ...runtime.base.errors import DataError
 from .documents import DataSpec, is_held_out, open_documents
+from .lanes import LANES, Lanes
 
 SHUFFLE_BLOCK = 8192
 """Documents shuffled together; also what a resumed run reads again at most."""
@@ -47,8 +48,8 @@ class SourceState:
     """Blocks of this epoch that are used up."""
     offset: int = 0
     """Documents of the current block that are used up."""
-    tokens: int = 0
-    """Tokens taken so far, over all epochs."""
+    windows: int = 0
+    """Windows given so far, over all epochs."""
 
 
 class DocumentSource:
@@ -61,6 +62,17 @@ class DocumentSource:
         self.state = SourceState()
         self._blocks: Iterator[list[str]] | None = None
         self._current: list[str] = []
+        self._first_block_size = 0
+
+    def first_block_size(self) -> int:
+        """Documents in the first block: all, of a corpus that is no larger."""
+        if self._blocks is None:
+            self._open()
+        return self._first_block_size
+
+    def go_to(self, state: SourceState) -> None:
+        """Continue from another position."""
+        self.state, self._blocks = state, None
 
     def next_documents(self, count: int) -> list[str]:
         """Up to `count` documents, all from one block."""
@@ -90,6 +102,7 @@ class DocumentSource:
             return self._open()
         order = np.random.default_rng([*self.seed, self.state.epoch, self.state.block]).permutation(len(block))
         self._current = [block[i] for i in order]
+        self._first_block_size = self._first_block_size or len(block)
         return None
 
     def _next_block(self) -> None:
@@ -98,8 +111,50 @@ class DocumentSource:
         self._load_block()
 
 
+class TokenSource:
+    """Windows of one corpus."""
+
+    def __init__(self, documents: DocumentSource, tokenizer: PreTrainedTokenizerBase, window: int) -> None:
+        self.documents = documents
+        self.tokenizer = tokenizer
+        self.separator = end_of_text_id(tokenizer)
+        self._queue: list[np.ndarray] = []
+        """Documents that are tokenised and in no lane yet."""
+        self._window = window
+        self._lanes: Lanes | None = None
+
+    @property
+    def lanes(self) -> Lanes:
+        """Made on first use: their number depends on how many documents there are."""
+        if self._lanes is None:
+            # two documents a lane at least, so that a small corpus is read through before anything of it comes again
+            count = max(1, min(LANES, self.documents.first_block_size() // 2))
+            self._lanes = Lanes(self._next_document, count, self._window, self.documents.seed)
+        return self._lanes
+
+    def next_window(self) -> np.ndarray:
+        """int32 [window + 1]"""
+        self.documents.state.windows += 1
+        return self.lanes.next_window()
+
+    def _next_document(self) -> np.ndarray:
+        if not self._queue:
+            texts = self.documents.next_documents(TOKENIZE_BATCH)
+            self._queue = [np.asarray([*ids, self.separator], np.int32) for ids in tokenize(self.tokenizer, texts)]
+        return self._queue.pop(0)
+
+    def state(self) -> dict[str, Any]:
+        return {"documents": vars(self.documents.state).copy(), "queue": list(self._queue), "lanes": self.lanes.state()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.documents.go_to(SourceState(**state["documents"]))
+        self._queue = list(state["queue"])
+        self._lanes = Lanes(self._next_document, len(state["lanes"]["buffers"]), self._window, self.documents.seed)
+        self._lanes.load_state(state["lanes"])
+
+
 class PackedStream:
-    """The global sequence of packed windows [sequence_length + 1] of one or more corpora."""
+    """The global sequence of windows [sequence_length + 1] of one or more corpora."""
 
     def __init__(
         self,
@@ -109,15 +164,14 @@ class PackedStream:
         held_out_fraction: float,
         seed: int,
     ) -> None:
-        self.sources = [DocumentSource(spec, held_out_fraction, seed, index) for index, spec in enumerate(specs)]
+        documents = [DocumentSource(spec, held_out_fraction, seed, index) for index, spec in enumerate(specs)]
+        self.sources = [TokenSource(source, tokenizer, sequence_length) for source in documents]
         self.tokenizer = tokenizer
         self.sequence_length = sequence_length
-        self.separator = end_of_text_id(tokenizer)
-        self._buffer: list[int] = []
 
     def check(self) -> None:
         """DataError where a corpus has not even one sequence to train on; leaves the position unchanged."""
-        for source in self.sources:
+        for source in (source.documents for source in self.sources):
             tokens = 0
             for text in open_documents(source.spec):
                 if not is_held_out(text, source.held_out_fraction):
@@ -132,32 +186,26 @@ class PackedStream:
 
     def next_windows(self, count: int) -> np.ndarray:
         """The next `count` windows, int64 [count, sequence_length + 1]."""
-        needed = count * self.sequence_length + 1
-        while len(self._buffer) < needed:
-            self._fill()
-        tokens = np.asarray(self._buffer[:needed], dtype=np.int64)
-        del self._buffer[: needed - 1]
-        starts = np.arange(count)[:, None] * self.sequence_length
-        return tokens[starts + np.arange(self.sequence_length + 1)]
+        return np.stack([self._next_source().next_window() for _ in range(count)]).astype(np.int64)
 
-    def _fill(self) -> None:
-        source = min(self.sources, key=lambda source: source.state.tokens / source.spec.weight)
-        for ids in tokenize(self.tokenizer, source.next_documents(TOKENIZE_BATCH)):
-            self._buffer += [*ids, self.separator]
-            source.state.tokens += len(ids) + 1
+    def _next_source(self) -> TokenSource:
+        """The one furthest behind its share: after every window, each is within one of its share."""
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"sources": [vars(source.state).copy() for source in self.sources], "leftover": list(self._buffer)}
+        def progress(source: TokenSource) -> float:
+            return (source.documents.state.windows + 0.5) / source.documents.spec.weight
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if len(state["sources"]) != len(self.sources):
-            raise DataError(
-                f"the checkpoint was written with {len(state['sources'])} --data sources, not {len(self.sources)}"
-            )
-        for source, values in zip(self.sources, state["sources"], strict=True):
-            source.state = SourceState(**values)
-            source._blocks = None
-        self._buffer = list(state["leftover"])
+        return min(self.sources, key=progress)
+
+    def state(self) -> list[dict[str, Any]]:
+        """Where every source stands: JSON values and int32 arrays. Cheap enough to be taken at every step."""
+        return [source.state() for source in self.sources]
+
+    def load_state(self, state: list[dict[str, Any]]) -> None:
+        """Go on from a `state` of a stream of the same settings."""
+        if len(state) != len(self.sources):
+            raise DataError(f"the checkpoint was written with {len(state)} --data sources, not {len(self.sources)}")
+        for source, values in zip(self.sources, state, strict=True):
+            source.load_state(values)
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
@@ -174,26 +222,46 @@ def held_out_windows(
     held_out_fraction: float,
     max_tokens: int,
 ) -> np.ndarray:
-    """Packed held-out windows, int64 [n, sequence_length + 1], about max_tokens in all, the same for every seed.
+    """Held-out windows, int64 [n, sequence_length + 1], about max_tokens in all, the same for every seed.
 
-    Each corpus gives an equal share, in its own order.
+    Each corpus gives an equal share, from as many of its held-out documents as the share has windows: the first window
+    of each document comes before the second of any.
     """
-    separator = end_of_text_id(tokenizer)
     windows = []
     for spec in specs:
-        needed = max(1, max_tokens // len(specs) // sequence_length) * sequence_length + 1
-        ids: list[int] = []
-        for text in open_documents(spec):
-            if is_held_out(text, held_out_fraction):
-                ids += [*tokenize(tokenizer, [text])[0], separator]
-            if len(ids) >= needed:
-                break
-        count = (len(ids) - 1) // sequence_length
-        if count < 1:
+        wanted = max(1, max_tokens // len(specs) // sequence_length)
+        found = _spread_windows(_held_out_ids(spec, tokenizer, held_out_fraction), sequence_length, wanted)
+        if not found:
+            held_out = sum(map(len, _held_out_ids(spec, tokenizer, held_out_fraction)))
             raise DataError(
-                f"--data {spec.path}: its held-out part has {len(ids)} tokens, less than one sequence of "
+                f"--data {spec.path}: its held-out part has {held_out} tokens, less than one sequence of "
                 f"{sequence_length}; give more text, a larger --held-out-fraction or a smaller --sequence-length"
             )
-        starts = np.arange(min(count, needed // sequence_length))[:, None] * sequence_length
-        windows.append(np.asarray(ids, dtype=np.int64)[starts + np.arange(sequence_length + 1)])
-    return np.concatenate(windows)
+        windows += found
+    return np.stack(windows).astype(np.int64)
+
+
+def _held_out_ids(spec: DataSpec, tokenizer: PreTrainedTokenizerBase, held_out_fraction: float) -> Iterator[list[int]]:
+    separator = end_of_text_id(tokenizer)
+    for text in open_documents(spec):
+        if is_held_out(text, held_out_fraction):
+            yield [*tokenize(tokenizer, [text])[0], separator]
+
+
+def _spread_windows(documents: Iterator[list[int]], sequence_length: int, wanted: int) -> list[np.ndarray]:
+    """Up to `wanted` windows; short documents are packed together, long ones give one window before a second."""
+    packs: list[np.ndarray] = []
+    pack: list[int] = []
+    for ids in documents:
+        pack += ids
+        if len(pack) > sequence_length:
+            packs.append(np.asarray(pack))
+            pack = []
+        if len(packs) == wanted:
+            break
+    windows: list[np.ndarray] = []
+    start = 0
+    while len(windows) < wanted and any(len(each) > start + sequence_length for each in packs):
+        windows += [each[start : start + sequence_length + 1] for each in packs if len(each) > start + sequence_length]
+        start += sequence_length
+    return windows[:wanted]
