@@ -120,20 +120,18 @@ def test_whole_chunked_padded_and_stepwise_evaluation_agree(present: tuple[bool,
     with torch.inference_mode():
         whole = model(TOKENS).logits
         first = model(TOKENS[:, :9], use_cache=True)
-        second = model(TOKENS[:, 9:], past_key_values=first.past_key_values, use_cache=True)
+        second = model(TOKENS[:, 9:], cache=first.cache, use_cache=True)
         chunked = torch.cat([first.logits, second.logits], 1)
         cache, steps = None, []
         for position in range(TOKENS.shape[1]):
-            step = model(TOKENS[:, position : position + 1], past_key_values=cache, use_cache=True)
-            cache = step.past_key_values
+            step = model(TOKENS[:, position : position + 1], cache=cache, use_cache=True)
+            cache = step.cache
             steps.append(step.logits)
         padded = torch.cat([torch.zeros(2, 5, dtype=torch.int64), TOKENS], 1)
         mask = (torch.arange(padded.shape[1]) >= 5).long().expand(2, -1)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         begun = model(padded[:, :20], attention_mask=mask[:, :20], position_ids=positions[:, :20], use_cache=True)
-        ended = model(
-            padded[:, 20:], attention_mask=mask, position_ids=positions[:, 20:], past_key_values=begun.past_key_values
-        )
+        ended = model(padded[:, 20:], attention_mask=mask, position_ids=positions[:, 20:], cache=begun.cache)
         left_padded = torch.cat([begun.logits[:, 5:], ended.logits], 1)
     for other in (chunked, torch.cat(steps, 1), left_padded):
         torch.testing.assert_close(other, whole, atol=1e-4, rtol=1e-4)

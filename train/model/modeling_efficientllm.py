@@ -34,12 +34,11 @@ class NoAttention(nn.Module):
         super().__init__()
         self.layer_idx = layer_idx
 
-    def forward(
-        self, hidden_states: torch.Tensor, past_key_values: Any = None, **kwargs: Any
-    ) -> tuple[torch.Tensor, None]:
-        if past_key_values is not None:
+    def forward(self, hidden_states: torch.Tensor, cache: Any = None, **kwargs: Any) -> tuple[torch.Tensor, None]:
+        cache = cache if cache is not None else kwargs.get("past_key_values")  # its name before transformers 5.24
+        if cache is not None:
             mark = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
-            past_key_values.update(mark, mark, self.layer_idx)
+            cache.update(mark, mark, self.layer_idx)
         return torch.zeros_like(hidden_states), None
 
 
