@@ -45,6 +45,7 @@ class BenchOptions:
     """Longest wait for that."""
 
     def __post_init__(self) -> None:
+        flags.check_types(self)
         for name in ("prompt_tokens", "decode_tokens", "repetitions", "rounds"):
             value = getattr(self, name)
             values = value if isinstance(value, tuple) else (value,)

@@ -126,7 +126,7 @@ def open_checkpoint(name: str) -> Iterator[Checkpoint]:
     with extra("train"):
         from ..train.model.irregular import save_checkpoint
         from ..train.model.source import load_source
-    model, tokenizer = load_source(name)
+    model, tokenizer = load_source(name, name)
     with tempfile.TemporaryDirectory(prefix="efficientllm-") as folder:
         save_checkpoint(model, tokenizer, Path(folder))
         yield Checkpoint(Path(folder), name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import importlib.metadata
@@ -50,17 +51,30 @@ def load_exporter(target: str) -> Exporter[Any]:
     if target not in targets:
         raise UsageError(f"--target {target}: unknown; known: {', '.join(targets)}")
     module, _, name = targets[target].partition(":")
-    exporter: Exporter[Any] = getattr(importlib.import_module(module), name)
+    try:
+        exporter: Exporter[Any] = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        if target in EXPORTERS:
+            raise
+        raise UsageError(f"--target {target}: its plug-in, {targets[target]}, cannot be loaded: {error}") from error
     return exporter
 
 
 def option_names(target: str) -> set[str]:
+    """Names of the options that a target reads."""
     return {field.name for field in dataclasses.fields(load_exporter(target).options)}
+
+
+def _reads(target: str, name: str) -> bool:
+    """Whether a target reads option `name`; a plug-in that cannot be loaded reads nothing."""
+    with contextlib.suppress(UsageError):
+        return name in option_names(target)
+    return False
 
 
 def refuse_option(target: str, name: str) -> NoReturn:
     """UsageError for option `name`, which `target` does not read; says which targets do."""
-    readers = [other for other in known_targets() if name in option_names(other)]
+    readers = [other for other in known_targets() if _reads(other, name)]
     hint = f"{', '.join(readers)} {'do' if len(readers) > 1 else 'does'}" if readers else "no target does"
     raise UsageError(
         f"{flags.flag_name(name)}: --target {target} does not read it, {hint} "

@@ -9,6 +9,7 @@ from typing import Literal
 
 import numpy as np
 
+from .base import flags
 from .base.errors import ContextOverflowError
 from .chat_template import Message, render_chat
 from .engines.engine import Engine
@@ -68,6 +69,10 @@ class AnswerOptions:
     overflow: Overflow = "error"
     """Where the context window ends: "error" refuses a prompt that leaves no room and ends the answer there, "slide"
     forgets the oldest tokens but the first few."""
+
+    def __post_init__(self) -> None:
+        flags.check_types(self)
+        flags.require(self, "max_tokens", self.max_tokens >= 1, "must be positive")
 
 
 class Generation:

@@ -20,15 +20,15 @@ Question = str | Sequence[Message]
 class Model:
     """A model that answers. Close it, or use it in a `with` block.
 
-    The methods take the same options: `max_tokens` [256]; `stop`, strings that end the answer and are not part of it;
-    `overflow` ("error", or "slide": forget the oldest tokens where the context window ends); and the fields of
-    SamplingOptions: `temperature` [0: always the most likely token], `top_k`, `top_p`, `min_p`, `repetition_penalty`,
-    `seed`. A UsageError names an option that does not exist.
+    The methods take the same options: `max_tokens` [256]; `stop`, a string or several that end the answer and are not
+    part of it; `overflow` ("error", or "slide": forget the oldest tokens where the context window ends); and the fields
+    of SamplingOptions: `temperature` [0: always the most likely token], `top_k`, `top_p`, `min_p`,
+    `repetition_penalty`, `seed`. A UsageError names an option that does not exist.
     """
 
     def __init__(self, engine: Engine) -> None:
         """Usually made by `load`; `engine` is closed with the model."""
-        self.engine = engine
+        self._engine: Engine | None = engine
         self.stats: GenerationStats | None = None
         """Figures of the last answer: tokens, times, why it ended."""
 
@@ -38,9 +38,18 @@ class Model:
     def __exit__(self, *error: object) -> None:
         self.close()
 
+    @property
+    def engine(self) -> Engine:
+        """Token ids in, logits out; UsageError once the model is closed."""
+        if self._engine is None:
+            raise UsageError("the model is closed; load it again")
+        return self._engine
+
     def close(self) -> None:
-        """Free the engine's memory."""
-        self.engine.close()
+        """Free the engine's memory; a second time does nothing."""
+        if self._engine is not None:
+            self._engine.close()
+        self._engine = None
 
     def chat(self, question: Question, **options: Any) -> str:
         """The answer under the model's own chat template; ArtefactError where it has none.
@@ -73,6 +82,9 @@ class Model:
 
         model.generate(model.tokenize("Paris is"), max_tokens=8)
         """
+        self._check_tokens(tokens)
+        if not tokens:
+            raise UsageError("there are no tokens to go on from")
         generation = Generation(self.engine, tokens, _answer_options(options))
         for _ in generation:
             pass
@@ -85,12 +97,30 @@ class Model:
 
     def detokenize(self, tokens: Sequence[int]) -> str:
         """The text of `tokens`, control tokens left out."""
+        self._check_tokens(tokens)
         return b"".join(map(self.engine.token_bytes, tokens)).decode("utf-8", errors="replace")
+
+    def _check_tokens(self, tokens: Sequence[int]) -> None:
+        """Engines do not all survive an id that is none."""
+        size = self.engine.vocab_size
+        for token in tokens:
+            if not 0 <= token < size:
+                raise UsageError(f"token {token} is outside the vocabulary of {size}")
 
     def _answer(self, prompt: Sequence[int], options: dict[str, Any]) -> Iterator[str]:
         generation = Generation(self.engine, prompt, _answer_options(options))  # refuses a bad prompt here and now
         self.stats = generation.stats
-        return iter(generation)
+        return self._pieces(generation)
+
+    def _pieces(self, generation: Generation) -> Iterator[str]:
+        """The pieces of an answer, as long as the model is open."""
+        pieces = iter(generation)
+        while True:
+            _ = self.engine
+            piece = next(pieces, None)
+            if piece is None:
+                return
+            yield piece
 
 
 def _answer_options(given: dict[str, Any]) -> AnswerOptions:
@@ -100,10 +130,9 @@ def _answer_options(given: dict[str, Any]) -> AnswerOptions:
     unknown = given.keys() - sampling - answer
     if unknown:
         raise UsageError(f"unknown option {min(unknown)!r}; known: {', '.join(sorted(sampling | answer))}")
-    try:
-        chosen = SamplingOptions(**{name: value for name, value in given.items() if name in sampling})
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+    if isinstance(given.get("stop"), str):
+        given = given | {"stop": (given["stop"],)}
+    chosen = SamplingOptions(**{name: value for name, value in given.items() if name in sampling})
     return AnswerOptions(sampling=chosen, **{name: value for name, value in given.items() if name in answer})
 
 

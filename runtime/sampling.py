@@ -28,6 +28,7 @@ class SamplingOptions:
     """Makes sampling repeatable."""
 
     def __post_init__(self) -> None:
+        flags.check_types(self)
         for name, holds, rule in (
             ("temperature", 0 <= self.temperature < float("inf"), "must be a number of at least 0"),
             ("top_k", self.top_k >= 0, "must not be negative"),

@@ -7,6 +7,7 @@ import inspect
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -103,3 +104,51 @@ export({str(source_folder)!r}, "gguf", {str(tmp_path / "gguf")!r}, quantize="f32
 
 def test_sampling_options_are_those_of_the_command_line() -> None:
     assert SamplingOptions().temperature == 0.0
+
+
+def test_a_closed_model_says_so(artefact: Path) -> None:
+    model = load(artefact, EngineOptions(threads=1, context=64))
+    stream = model.stream("Hello", max_tokens=8)
+    next(stream)
+    model.close()
+    model.close()
+    for use in (lambda: list(stream), lambda: model.chat("Hello"), lambda: model.detokenize([5])):
+        with pytest.raises(EfficientLLMError, match="the model is closed"):
+            use()
+
+
+@pytest.mark.parametrize("tokens", [[400], [-1], [99999]])
+def test_tokens_outside_the_vocabulary_are_refused(model: Model, tokens: list[int]) -> None:
+    for use in (model.detokenize, model.generate):
+        with pytest.raises(EfficientLLMError, match="is outside the vocabulary of 400"):
+            use(tokens)
+    with pytest.raises(EfficientLLMError, match="no tokens to go on from"):
+        model.generate([])
+
+
+WRONG_OPTIONS: list[tuple[Any, dict[str, Any], str]] = [
+    (PruneConfig, {"layout": "unifrom"}, "--layout unifrom: is none of per-layer, uniform"),
+    (PruneConfig, {"target_ratio": "0.8"}, "--target-ratio '0.8': is no float"),
+    (PruneConfig, {"target_params": "100M"}, "--target-params '100M': is no int"),
+    (PruneConfig, {"target_ratio": 80.0}, "--target-ratio 80.0: must be above 0 and at most 1"),
+    (SourceConfig, {"data": "corpus.jsonl"}, "--data 'corpus.jsonl': is no tuple"),
+    (OptimizerConfig, {"tokens": "1B"}, "--tokens '1B': is no int"),
+    (RunConfig, {"dtype": "bf16"}, "--dtype bf16: is none of auto, bfloat16, float32"),
+    (EngineOptions, {"threads": "2"}, "--threads '2': is no int"),
+    (EngineOptions, {"context": -1}, "--context -1: must not be negative"),
+    (SamplingOptions, {"temperature": "hot"}, "--temperature 'hot': is no float"),
+    (BenchOptions, {"rounds": 0}, "--rounds 0: must be positive"),
+]
+
+
+@pytest.mark.parametrize(("options", "values", "message"), WRONG_OPTIONS, ids=lambda value: str(value)[:40])
+def test_options_made_in_python_are_checked(options: Any, values: dict[str, Any], message: str) -> None:
+    with pytest.raises(EfficientLLMError) as raised:
+        options(**values)
+    assert str(raised.value) == message
+
+
+def test_a_stop_may_be_one_string(model: Model) -> None:
+    whole = model.chat("Hello", max_tokens=24, temperature=1.5, seed=3)
+    stop = whole[2:5]
+    assert model.chat("Hello", max_tokens=24, temperature=1.5, seed=3, stop=stop) == whole.partition(stop)[0]

@@ -160,6 +160,7 @@ def test_neighbouring_windows_come_from_as_many_documents_as_there_are_lanes(tok
     """However long the documents are."""
     path = long_documents(tmp_path / "long.jsonl", 200, 400)
     packed = PackedStream([DataSpec(str(path))], tokenizer, 64, 0.05, 0)
+    texts: list[str] = []
     for _ in range(3):
         texts = [tokenizer.decode(window) for window in packed.next_windows(LANES)]
         documents = [set(re.findall(r"of(\d+) ", text)) for text in texts]

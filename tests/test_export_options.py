@@ -145,3 +145,16 @@ def test_a_plain_model_is_no_artefact_for_our_engines(
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ")
     assert "needs engine 'transformers'; known: llama.cpp" in error
+
+
+def test_a_broken_plug_in_harms_only_its_own_target(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from efficientllm.export import targets
+
+    known = targets.known_targets() | {"broken": "efficientllm.export.targets:NOTHING"}
+    monkeypatch.setattr(targets, "known_targets", lambda: known)
+    with pytest.raises(UsageError, match=r"--level: --target gguf does not read it, no target does"):
+        targets.refuse_option("gguf", "level")
+    with pytest.raises(UsageError, match=r"--target broken: its plug-in, .*, cannot be loaded: .*NOTHING"):
+        targets.load_exporter("broken")

@@ -375,3 +375,16 @@ def test_damaged_source_weights_are_one_line(source_folder: Path, corpus: Path, 
     (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
     assert run(command(folder, corpus, tmp_path / "run")) == 2
     assert "cannot be loaded" in one_line(capsys)
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "runs/smal", "../nowhere/model", "nowhere"])
+def test_a_mistyped_folder_is_no_hub_id(
+    name: str, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: ERRORS
+) -> None:
+    """Asking a hub for it would take half a minute where there is none."""
+    (tmp_path / "cwd" / "runs").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "cwd")
+    assert run(command(Path(name), corpus, tmp_path / "run")[2:] + ["--source", name]) == 2
+    assert one_line(capsys).startswith(f"error: --source {name}: no such folder, and not a hub id")
+    assert run_command(export_cli.body, [name, "--target", "gguf", "--output", str(tmp_path / "x")]) == 2
+    assert one_line(capsys).startswith(f"error: {name}: no such folder, and not a hub id")

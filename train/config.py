@@ -31,6 +31,7 @@ class SourceConfig:
     """Tokens per training sequence."""
 
     def __post_init__(self) -> None:
+        flags.check_types(self)
         flags.require(self, "data", bool(self.data), "give at least one corpus")
         flags.require(self, "skip_bad_lines", self.skip_bad_lines >= 0, "must not be negative")
         flags.require(self, "held_out_fraction", 0 < self.held_out_fraction < 1, "must be between 0 and 1")
@@ -72,6 +73,7 @@ class OptimizerConfig:
     """Weight of the next-token cross-entropy; 0 leaves distillation alone."""
 
     def __post_init__(self) -> None:
+        flags.check_types(self)
         for name in ("tokens", "batch_size", "gradient_accumulation"):
             flags.require(self, name, getattr(self, name) >= 1, "must be positive")
         for name in ("learning_rate", "max_grad_norm"):
@@ -122,6 +124,7 @@ class RunConfig:
     """Seed of the data order and of random initialisation."""
 
     def __post_init__(self) -> None:
+        flags.check_types(self)
         flags.require(self, "resume", not (self.overwrite and self.resume), "cannot be combined with --overwrite")
         flags.require(self, "offload", not self.offload or self.parallel == "fsdp", "works with --parallel fsdp only")
         flags.require(self, "checkpoint_every", self.checkpoint_every >= 0, "must not be negative")

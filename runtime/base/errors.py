@@ -8,6 +8,7 @@ class EfficientLLMError(Exception):
 
     EfficientLLMError
     ├── UsageError            a flag, path or value that cannot be used as given
+    │   ├── OptionError       an option's value that is of the wrong type or breaks its rule
     │   └── MissingExtraError an optional dependency is not installed
     ├── ModelError            a source model or checkpoint that is unsupported or damaged
     ├── DataError             a corpus that is missing, empty, too short or malformed
@@ -20,6 +21,10 @@ class EfficientLLMError(Exception):
 
 class UsageError(EfficientLLMError):
     """A flag, path or value that cannot be used as given."""
+
+
+class OptionError(UsageError, ValueError):
+    """An option's value that is of the wrong type or breaks its rule."""
 
 
 class MissingExtraError(UsageError):

@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any, NoReturn, TypeVar
 
-from .errors import UsageError
+from .errors import OptionError, UsageError
 from .quantities import parse_bytes, parse_count
 
 T = TypeVar("T")
@@ -54,14 +54,30 @@ def flag_name(field_name: str) -> str:
 
 
 def require(options: object, name: str, holds: bool, rule: str, value: object = None) -> None:
-    """ValueError unless `holds`: names the field as the flag the user typed, its value and the rule it breaks.
+    """OptionError unless `holds`: names the field as the flag the user typed, its value and the rule it breaks.
 
     `value` stands for a single bad item of a field that holds several.
     """
     if not holds:
         shown = getattr(options, name) if value is None else value
         shown = ",".join(map(str, shown)) if isinstance(shown, tuple) else "" if isinstance(shown, bool) else shown
-        raise ValueError(f"{flag_name(name)} {shown}".rstrip() + f": {rule}")
+        raise OptionError(f"{flag_name(name)} {shown}".rstrip() + f": {rule}")
+
+
+def check_types(options: object) -> None:
+    """OptionError where a field of a dataclass of options is not of its type: for those made in Python."""
+    hints = typing.get_type_hints(type(options))
+    for field in dataclasses.fields(options):  # type: ignore[arg-type]
+        value, annotation = getattr(options, field.name), _unwrap_optional(hints[field.name])
+        if value is None and annotation is not hints[field.name]:
+            continue
+        kind, choices = typing.get_origin(annotation) or annotation, typing.get_args(annotation)
+        if kind is typing.Literal:
+            require(options, field.name, value in choices, f"is none of {', '.join(map(str, choices))}")
+        elif kind in (tuple, bool, int, float, str):
+            accepted = {float: (int, float), tuple: (tuple, list)}.get(kind, kind)
+            holds = isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
+            require(options, field.name, holds, f"is no {kind.__name__}", value=repr(value))
 
 
 def count(default: int | None) -> Any:

@@ -11,6 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
+from ..base import flags
 from ..base.errors import ArtefactError
 from .artefact import Artefact
 from .memory import give_back_freed_memory
@@ -31,7 +32,7 @@ DEFAULT_CONTEXT = 4096
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """How an artefact is loaded."""
+    """loading"""
 
     threads: int = 0
     """CPU threads; 0: all cores."""
@@ -44,6 +45,11 @@ class EngineOptions:
     keeps blocks of up to 32 MB in its heap from then on."""
     warm_up: bool = False
     """Evaluate one token after loading, so that the first answer does not wait for pages and buffers."""
+
+    def __post_init__(self) -> None:
+        flags.check_types(self)
+        for name in ("threads", "context"):
+            flags.require(self, name, getattr(self, name) >= 0, "must not be negative")
 
 
 class Engine(Protocol):

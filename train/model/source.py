@@ -29,23 +29,23 @@ def demo_source_path() -> Path:
     return distribution_file(distribution, suffix)
 
 
-def load_source(source: str) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
+def load_source(source: str, called: str = "") -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
     """Load `source` (demo, a .gguf file, a folder or a hub id) as its irregular class in fp32, with its tokenizer.
 
-    Raises UsageError when nothing is found there and ModelError when the family is not supported.
+    `called`: what messages call it, `--source NAME` unless told otherwise. Raises UsageError when nothing is found
+    there and ModelError when the family is not supported.
     """
+    called = called or f"--source {source}"
     path = demo_source_path() if source == "demo" else Path(source)
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise UsageError(f"--source {source}: no such file")
+            raise UsageError(f"{called}: no such file")
         folder, options = str(path.parent), _gguf_options(path.name)
     else:
         if path.is_dir() and not (path / "config.json").is_file():
-            raise UsageError(f"--source {source}: the folder has no config.json; give a Hugging Face model folder")
-        if not path.is_dir() and source.count("/") != 1:
-            raise UsageError(
-                f"--source {source}: no such folder, and not a hub id (owner/name); 'demo' is the built-in source"
-            )
+            raise UsageError(f"{called}: the folder has no config.json; give a Hugging Face model folder")
+        if not path.is_dir() and not _may_be_hub_id(source):
+            raise UsageError(f"{called}: no such folder, and not a hub id (owner/name); 'demo' is the built-in source")
         folder, options = source, {}
     try:
         if not options:  # look at the family before gigabytes of weights are read
@@ -55,13 +55,19 @@ def load_source(source: str) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
         tokenizer_options = {"gguf_file": options["gguf_file"]} if options else {}
         tokenizer = AutoTokenizer.from_pretrained(folder, **tokenizer_options)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, StrictDataclassError) as error:
-        raise ModelError(f"--source {source}: cannot be loaded: {_first_line(error)}") from error
+        raise ModelError(f"{called}: cannot be loaded: {_first_line(error)}") from error
     if path.suffix == ".gguf":  # the file's own name and storage type mean nothing in a converted model
         model.config._name_or_path = source
         restore_pre_tokenizer(tokenizer, path)
         if tokenizer.model_max_length > 1e9:
             tokenizer.model_max_length = model.config.max_position_embeddings
     return to_irregular(model), tokenizer
+
+
+def _may_be_hub_id(source: str) -> bool:
+    """Whether it is owner/name, and not the mistyped path of something in a folder that is there."""
+    owner, _, name = source.partition("/")
+    return bool(name) and "/" not in name and owner not in (".", "..", "~", "") and not Path(owner).exists()
 
 
 @contextlib.contextmanager

@@ -29,7 +29,7 @@ class PruneConfig:
     layout: Literal["per-layer", "uniform"] = "per-layer"
     """per-layer: every layer its own widths; uniform: every layer loses its own least salient group at once."""
     saliency: str = "taylor1"
-    """Criterion: taylor1, taylor2, magnitude, random, or one registered by a plug-in."""
+    """Criterion: taylor1, taylor2, fisher, magnitude, random, or one registered by a plug-in."""
     saliency_decay: float = 0.9
     """Weight of the past in the saliency's exponential average, per optimizer step."""
     width_multiple: int = 32
@@ -54,6 +54,7 @@ class PruneConfig:
     """Tokens per forward pass that enter the Gram matrices; 0: all."""
 
     def __post_init__(self) -> None:
+        flags.check_types(self)
         for kind in self.prune:
             allowed = kind in PRUNE_TYPES or self.prune == ("none",)
             flags.require(self, "prune", allowed, f"choose from {', '.join(PRUNE_TYPES)}, or none alone")

@@ -1,7 +1,7 @@
 """Criteria of saliency: how a weight and its gradient become one score per group. A registry that plug-ins join.
 
-A criterion gives each parameter one or more elementwise terms; terms are summed in fp32 over a group's parameters (see
-saliency.py); the sums become its score.
+A criterion gives each parameter one or more elementwise terms; terms are summed in fp32 over the parameters of a piece
+of a group; the sums become the piece's score, and those of its pieces the group's (see saliency.py).
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ class Criterion:
     elementwise: Callable[[Tensor, Tensor], Terms]
     """(weight, gradient) -> terms of the same shape, summed over a group's parameters."""
     combine: Callable[..., Tensor]
-    """(sum of term 1, sum of term 2, ...) -> scores, elementwise over channels."""
+    """(sum of term 1, sum of term 2, ...) -> scores, elementwise. The sums are of a piece of a group (a head's channel,
+    a layer's part of a stem channel); a group's score is the sum of its pieces' (see saliency.FOLDS)."""
     uses_gradient: bool = True
     per_microbatch: bool = False
     """Whether the terms must see each microbatch's own gradient (samples of the empirical Fisher)."""
@@ -64,10 +65,18 @@ RANDOM = "random"
 
 def criterion_named(name: str) -> Criterion:
     """A criterion of the registry or of an installed plug-in; UsageError lists what --saliency takes."""
-    for plugin in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP, name=name):
-        register_criterion(name, plugin.load())
+    plugins = importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)
+    for plugin in plugins.select(name=name):
+        try:
+            criterion = plugin.load()
+        except (ImportError, AttributeError) as error:
+            raise UsageError(f"--saliency {name}: its plug-in, {plugin.value}, cannot be loaded: {error}") from error
+        if not isinstance(criterion, Criterion):
+            raise UsageError(f"--saliency {name}: its plug-in, {plugin.value}, is no Criterion")
+        register_criterion(name, criterion)
     if name not in CRITERIA:
-        raise UsageError(f"--saliency {name}: unknown; known: {', '.join([*CRITERIA, RANDOM])}")
+        known = dict.fromkeys([*CRITERIA, RANDOM, *(plugin.name for plugin in plugins)])
+        raise UsageError(f"--saliency {name}: unknown; known: {', '.join(known)}")
     return CRITERIA[name]
 
 

@@ -2,7 +2,7 @@
 
 A group is the least that can be taken out of a model and leave a model: positions along one axis of model/tensors.py.
 A further kind costs one entry here, its score in saliency.py and, where other groups go with it, a line in
-selection.py. Imports no torch.
+selection.py; a new axis, which is a new width of the model, costs more (docs/architecture.md). Imports no torch.
 """
 
 from __future__ import annotations
@@ -121,6 +121,7 @@ PRUNE_TYPES = tuple(dict.fromkeys(kind.flag for kind in KINDS.values()))
 """Values of --prune."""
 
 KIND_OF_AXIS = {kind.axis: name for name, kind in KINDS.items()}
+assert len(KIND_OF_AXIS) == len(KINDS), "two kinds share an axis"
 """Axis -> name of the kind whose survivors are its positions."""
 
 
