@@ -384,7 +384,7 @@ def test_a_mistyped_folder_is_no_hub_id(
     """Asking a hub for it would take half a minute where there is none."""
     (tmp_path / "cwd" / "runs").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "cwd")
-    assert run(command(Path(name), corpus, tmp_path / "run")[2:] + ["--source", name]) == 2
+    assert run([*command(Path(name), corpus, tmp_path / "run")[2:], "--source", name]) == 2
     assert one_line(capsys).startswith(f"error: --source {name}: no such folder, and not a hub id")
     assert run_command(export_cli.body, [name, "--target", "gguf", "--output", str(tmp_path / "x")]) == 2
     assert one_line(capsys).startswith(f"error: {name}: no such folder, and not a hub id")
