@@ -91,6 +91,6 @@ def _verify(
     agreement = compare_logits(sample.logits, torch_logits(folder, sample.tokens), sample.tokens)
     difference = agreement.max_logit_difference
     request.say(f"verified: logits differ by at most {difference:.1e} over {agreement.tokens} tokens")
-    if difference > MAX_LOGIT_DIFFERENCE:
+    if not difference <= MAX_LOGIT_DIFFERENCE:  # NaN is no agreement
         raise ArtefactError(f"hf-uniform: logits differ by {difference:.1e}, more than {MAX_LOGIT_DIFFERENCE:.0e}")
     return {"exact": agreement.to_dict()}

@@ -29,6 +29,8 @@ class Model:
     def __init__(self, engine: Engine) -> None:
         """Usually made by `load`; `engine` is closed with the model."""
         self._engine: Engine | None = engine
+        self._answering: Generation | None = None
+        """The one answer whose tokens the engine's cache holds."""
         self.stats: GenerationStats | None = None
         """Figures of the last answer: tokens, times, why it ended."""
 
@@ -86,6 +88,7 @@ class Model:
         if not tokens:
             raise UsageError("there are no tokens to go on from")
         generation = Generation(self.engine, tokens, _answer_options(options))
+        self._answering = generation
         for _ in generation:
             pass
         self.stats = generation.stats
@@ -109,14 +112,15 @@ class Model:
 
     def _answer(self, prompt: Sequence[int], options: dict[str, Any]) -> Iterator[str]:
         generation = Generation(self.engine, prompt, _answer_options(options))  # refuses a bad prompt here and now
-        self.stats = generation.stats
+        self.stats, self._answering = generation.stats, generation
         return self._pieces(generation)
 
     def _pieces(self, generation: Generation) -> Iterator[str]:
         """The pieces of an answer, as long as the model is open."""
         pieces = iter(generation)
         while True:
-            _ = self.engine
+            if self.engine and self._answering is not generation:
+                raise UsageError("another answer was begun on this model: read one to its end, or load the model twice")
             piece = next(pieces, None)
             if piece is None:
                 return

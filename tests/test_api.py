@@ -152,3 +152,11 @@ def test_a_stop_may_be_one_string(model: Model) -> None:
     whole = model.chat("Hello", max_tokens=24, temperature=1.5, seed=3)
     stop = whole[2:5]
     assert model.chat("Hello", max_tokens=24, temperature=1.5, seed=3, stop=stop) == whole.partition(stop)[0]
+
+
+def test_one_answer_at_a_time(model: Model) -> None:
+    first = model.stream("Hello", max_tokens=24, temperature=1.5, seed=3)
+    next(first)
+    assert model.complete("A small", max_tokens=2) is not None
+    with pytest.raises(EfficientLLMError, match="another answer was begun on this model"):
+        list(first)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from exporting import export
+from safetensors.torch import load_file, save_file
 from tiny import UNEQUAL, tiny_architecture
 from transformers import AutoModelForCausalLM
 
@@ -42,3 +43,16 @@ def test_plain_model_gives_the_same_logits(
     with torch.inference_mode():
         difference = (plain.eval()(TOKENS).logits - load_for_inference(checkpoint)(TOKENS).logits).abs().max()
     assert difference < 1e-4
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_do_not_verify(
+    value: float, save_tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = save_tiny(tiny_architecture())
+    tensors = load_file(checkpoint / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = value
+    save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    assert export(checkpoint, "hf-uniform", tmp_path / "uniform") == 2
+    assert "logits differ by nan" in capsys.readouterr().err
+    assert not (tmp_path / "uniform").exists()

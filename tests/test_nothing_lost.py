@@ -16,10 +16,12 @@ import torch
 from training import command, metrics, run, weights
 
 from efficientllm.export import cli as export_cli
+from efficientllm.runtime.base import flags
 from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.base.errors import UsageError
+from efficientllm.runtime.base.files import folder_written_atomically
 from efficientllm.runtime.base.output import check_output, locked_output
-from efficientllm.train import trainer
+from efficientllm.train import OptimizerConfig, RunConfig, TrainConfig, trainer
 from efficientllm.train.run_folder import damage, foreign_files
 
 ERRORS = pytest.CaptureFixture[str]
@@ -136,16 +138,67 @@ def test_overwriting_a_run_deletes_the_run(straight: Path, source_folder: Path, 
     assert not (folder / "model" / "stale.safetensors").exists()
 
 
-@pytest.mark.parametrize("name", ["notes.txt", "model/notes.docx", "checkpoints/mine", "metrics.jsonl.bak"])
+ADDED = ("notes.txt", "model/notes.docx", "checkpoints/mine", "metrics.jsonl.bak", "wandb/thesis.txt")
+
+
+@pytest.mark.parametrize("name", [*ADDED, "checkpoints/step-00000100/precious.bin", ".notes.tmp"])
 def test_what_somebody_added_to_a_run_stays(
     name: str, straight: Path, source_folder: Path, corpus: Path, tmp_path: Path, capsys: ERRORS
 ) -> None:
     folder = Path(shutil.copytree(straight, tmp_path / "run"))
-    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
     (folder / name).write_text("mine")
     assert run(command(source_folder, corpus, folder, "--overwrite")) == 2
-    assert f"holds {name}, not written by this command" in one_line(capsys)
+    assert f"holds {name.removesuffix('/precious.bin')}, not written by this command" in one_line(capsys)
     assert (folder / name).read_text() == "mine"
+
+
+def test_somebody_s_model_is_no_run_s(source_folder: Path, corpus: Path, tmp_path: Path, capsys: ERRORS) -> None:
+    """A folder with the names of a run's: config.toml and a Hugging Face model."""
+    shutil.copytree(source_folder, tmp_path / "mine" / "model")
+    (tmp_path / "mine" / "config.toml").write_text("")
+    assert run(command(source_folder, corpus, tmp_path / "mine", "--overwrite")) == 2
+    assert "holds model, not written by this command" in one_line(capsys)
+
+
+def test_finishing_a_run_deletes_its_checkpoints_only(copy: Path, source_folder: Path, corpus: Path) -> None:
+    (copy / "checkpoints" / "step-99999999").mkdir()
+    (copy / "checkpoints" / "step-99999999" / "mine").write_text("x")
+    truncate(copy / "checkpoints" / "step-00000010" / "tensors.pt")
+    assert run(command(source_folder, corpus, copy, "--resume")) == 0
+    assert sorted(os.listdir(copy / "checkpoints")) == ["damaged-step-00000010", "step-99999999"]
+
+
+def test_resume_begins_nothing_anew_over_somebody_s_files(
+    copy: Path, straight: Path, source_folder: Path, corpus: Path, tmp_path: Path, capsys: ERRORS
+) -> None:
+    for checkpoint in list((copy / "checkpoints").iterdir()):
+        checkpoint.rename(checkpoint.with_name(f"{checkpoint.name}.bak"))
+    assert run(command(source_folder, corpus, copy, "--resume")) == 2
+    assert "has no checkpoint yet and holds checkpoints/step-00000005.bak" in one_line(capsys)
+    finished = Path(shutil.copytree(straight, tmp_path / "finished"))
+    (finished / "model").rename(tmp_path / "elsewhere")
+    assert run(command(source_folder, corpus, finished, "--resume")) == 2
+    assert "is finished, its model was moved away" in one_line(capsys)
+
+
+def test_what_cannot_be_renamed_is_not_emptied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a mount point: replacing it fails, and what lies in it stays."""
+    folder = tmp_path / "mounted"
+    folder.mkdir()
+    (folder / "old").write_text("x")
+    rename = Path.rename
+
+    def busy(self: Path, target: Path) -> Path:
+        if self == folder:
+            raise OSError(16, "Device or resource busy", str(self))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", busy)
+    with pytest.raises(OSError, match="busy"), folder_written_atomically(folder) as temporary:
+        (temporary / "new").write_text("y")
+    assert os.listdir(folder) == ["old"]
+    assert os.listdir(tmp_path) == ["mounted"]
 
 
 def export(checkpoint: Path, output: Path) -> int:
@@ -305,6 +358,28 @@ def test_a_diverged_run_goes_on_with_a_lower_learning_rate(
 def one_line_of(capsys: ERRORS) -> str:
     """The last line, below those of progress."""
     return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_a_run_that_ends_in_nonsense_writes_no_model(
+    source_folder: Path, corpus: Path, tmp_path: Path, capsys: ERRORS
+) -> None:
+    """It ends before ten steps in a row are skipped."""
+    wild = command(source_folder, corpus, tmp_path / "run", "--max-grad-norm", "1e30", "--lr-warmup", "0")
+    wild[wild.index("--learning-rate") + 1] = "1e18"
+    wild[wild.index("--tokens") + 1] = "768"
+    assert run([*wild, "--checkpoint-every", "0"]) == 2
+    assert "no model is written: begin anew with a lower --learning-rate" in one_line_of(capsys)
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_a_damaged_config_and_odd_settings_are_one_line_or_read_back(
+    copy: Path, source_folder: Path, corpus: Path, capsys: ERRORS
+) -> None:
+    (copy / "config.toml").write_bytes(b"\xff\xfe")
+    assert run(command(source_folder, corpus, copy, "--resume")) == 2
+    assert "config.toml is damaged" in one_line(capsys)
+    config = TrainConfig(run=RunConfig(output="runs/😀"), optimizer=OptimizerConfig(max_grad_norm=float("inf")))
+    assert flags.merge(TrainConfig(), flags.read_toml(config.to_toml()), "") == config
 
 
 # -- the disk and the text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
@@ -129,7 +130,8 @@ class RunConfig:
         flags.require(self, "offload", not self.offload or self.parallel == "fsdp", "works with --parallel fsdp only")
         flags.require(self, "checkpoint_every", self.checkpoint_every >= 0, "must not be negative")
         flags.require(self, "keep", self.keep >= 1, "must be at least 1")
-        flags.require(self, "threads", self.threads >= 0, "must not be negative")
+        flags.require(self, "threads", 0 <= self.threads <= 1024, "must be between 0 and 1024")
+        flags.require(self, "seed", 0 <= self.seed < 2**63, "must be at least 0 and below 2^63")
 
 
 @dataclass(frozen=True)
@@ -146,10 +148,15 @@ class TrainConfig:
         lines: list[str] = []
         for section, values in flags.flatten(self).items():
             lines.append(f"[{section}]")
-            # JSON scalars and arrays of strings are valid TOML values
-            lines += [f"{name} = {json.dumps(value)}" for name, value in values.items() if value is not None]
+            lines += [f"{name} = {_toml(value)}" for name, value in values.items() if value is not None]
             lines.append("")
         return "\n".join(lines)
+
+
+def _toml(value: object) -> str:
+    """JSON scalars and arrays of strings are TOML values, but for infinity and characters written as surrogates."""
+    is_infinite = isinstance(value, float) and not math.isfinite(value)
+    return str(value) if is_infinite else json.dumps(value, ensure_ascii=False)
 
 
 RESUMABLE_CHANGES = frozenset(

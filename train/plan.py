@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from .model.source import load_source
 from .pruning.criteria import check_saliency
 from .pruning.plan import PruningPlan, make_pruning_plan
 from .run_folder import foreign_files, newest_sound_checkpoint
+
+log = logging.getLogger("efficientllm.train")
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,11 @@ def find_resume_point(config: TrainConfig) -> ResumePoint | None:
     settings = folder / "config.toml"
     if not settings.is_file():
         raise UsageError(f"--resume: {folder} holds no run (no config.toml)")
-    before = flags.merge(TrainConfig(), flags.read_toml(settings.read_text(encoding="utf-8")), str(settings))
+    try:
+        values = flags.read_toml(settings.read_text(encoding="utf-8"))
+    except ValueError as error:  # neither UTF-8 nor TOML
+        raise UsageError(f"--resume: {settings} is damaged: {error}") from error
+    before = flags.merge(TrainConfig(), values, str(settings))
     changed = changed_settings(before, config)
     fixed = [name for name in changed if name not in STEERING_CHANGES]
     if fixed:
@@ -99,6 +106,14 @@ def find_resume_point(config: TrainConfig) -> ResumePoint | None:
         raise UsageError(
             f"--resume: no checkpoint in {folder} can be used ({newest.name}: {reason}); --overwrite begins anew"
         )
+    if (folder / "architecture.json").is_file():
+        raise UsageError(
+            f"--resume: the run in {folder} is finished, its model was moved away; --overwrite begins anew"
+        )
+    others = foreign_files(folder)
+    if others:
+        raise UsageError(f"--resume: {folder} has no checkpoint yet and holds {others[0]}; --overwrite begins anew")
+    log.info("no checkpoint was written yet: the run begins anew")
     return None
 
 

@@ -13,6 +13,7 @@ from .model.irregular import save_checkpoint
 from .model_card import model_card
 from .plots import plot_architecture, plot_pruning, plot_training
 from .pruning.pruner import kept_to_json
+from .run_folder import drop_checkpoints
 from .trainer import Trainer
 
 
@@ -40,7 +41,7 @@ def write_result(trainer: Trainer) -> None:
         shutil.copy(folder / "architecture.png", temporary / "architecture.png")
         card = model_card(trainer.config, summary, source, final)
         (temporary / "README.md").write_text(card, encoding="utf-8")
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    drop_checkpoints(folder / "checkpoints")
     trainer.parallel.barrier()
 
 

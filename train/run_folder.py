@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -27,15 +29,21 @@ MODEL_FILES = (
 )
 """Patterns of what `save_checkpoint` and transformers' tokenizers write."""
 
-ATOMIC_NAME = re.compile(r"\..+\.tmp")
+UNFINISHED = re.compile(r"\.(model|step-\d{8})\.efficientllm-(new|old)|\.(config\.toml|architecture\.json)\.\d+\.tmp")
 """What a write that was killed leaves."""
+
+CHECKPOINT_ENTRIES = ("config.json", "tensors.pt", "trainer.json", "state")
+"""Of a checkpoint, beside its contents.json."""
+
+LOG_FILES = ("events.out.tfevents.*", "run-*", "offline-run-*", "latest-run", "debug*.log", "settings")
+"""Patterns of what TensorBoard and Weights & Biases write."""
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:
     """Complete checkpoints under a run's `checkpoints` folder, oldest first."""
     if not folder.is_dir():
         return []
-    return sorted(entry for entry in folder.iterdir() if CHECKPOINT_NAME.fullmatch(entry.name))
+    return sorted(e for e in folder.iterdir() if CHECKPOINT_NAME.fullmatch(e.name) and _is_checkpoint(e))
 
 
 def write_contents(checkpoint: Path) -> None:
@@ -48,6 +56,9 @@ def damage(checkpoint: Path) -> str:
     """What is wrong with a checkpoint's files; "" where they are as they were written."""
     try:
         contents = json.loads((checkpoint / CONTENTS_NAME).read_text(encoding="utf-8"))
+        missing = {name for name in CHECKPOINT_ENTRIES if name != "state"} - contents.keys()
+        if missing:
+            return f"{CONTENTS_NAME} does not list {min(missing)}"
         for name, entry in contents.items():
             size = (checkpoint / name).stat().st_size
             if size != entry["bytes"]:
@@ -55,8 +66,8 @@ def damage(checkpoint: Path) -> str:
             if sha256_of(checkpoint / name) != entry["sha256"]:
                 return f"{name} has changed since it was written"
     except FileNotFoundError as error:
-        return f"{Path(error.filename).relative_to(checkpoint)} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{os.path.relpath(error.filename, checkpoint)} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"{CONTENTS_NAME} cannot be read: {error}"
     return ""
 
@@ -80,16 +91,37 @@ def foreign_files(folder: Path) -> list[str]:
             others.append(f"model/{entry.name}")
     for entry in _entries(folder / "checkpoints"):
         name = entry.name.removeprefix(DAMAGED_PREFIX)
-        if not (CHECKPOINT_NAME.fullmatch(name) or ATOMIC_NAME.fullmatch(name)):
+        if UNFINISHED.fullmatch(entry.name):
+            continue
+        if not CHECKPOINT_NAME.fullmatch(name) or not _is_checkpoint(entry):
             others.append(f"checkpoints/{entry.name}")
+    if (folder / "model").is_dir() and not (folder / "model" / "training.json").is_file():
+        others.append("model")  # somebody's: a run's has its figures beside the weights
+    for logs in ("tensorboard", "wandb"):
+        for entry in _entries(folder / logs):
+            if not any(fnmatch.fnmatch(entry.name, pattern) for pattern in LOG_FILES):
+                others.append(f"{logs}/{entry.name}")
     return sorted(others)
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    """Whether nothing lies in it that a checkpoint does not hold."""
+    return folder.is_dir() and {entry.name for entry in folder.iterdir()} <= {*CHECKPOINT_ENTRIES, CONTENTS_NAME}
+
+
+def drop_checkpoints(folder: Path) -> None:
+    """Delete the checkpoints of a finished run; damaged ones and what somebody added stay."""
+    for checkpoint in checkpoint_folders(folder):
+        shutil.rmtree(checkpoint)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def _is_ours(entry: Path) -> bool:
     """Whether an entry of a run's folder is one that runs write; links are somebody's."""
     if entry.is_symlink():
         return False
-    return entry.name in (RUN_FOLDERS if entry.is_dir() else RUN_FILES) or bool(ATOMIC_NAME.fullmatch(entry.name))
+    return entry.name in (RUN_FOLDERS if entry.is_dir() else RUN_FILES) or bool(UNFINISHED.fullmatch(entry.name))
 
 
 def _entries(folder: Path) -> list[Path]:

@@ -27,6 +27,7 @@ from .model.irregular import architecture_of
 from .plan import RunPlan
 from .progress import Progress
 from .pruning.pruner import Pruner
+from .run_folder import checkpoint_folders
 from .schedule import DroppingSchedule, learning_rate_factor
 from .stop_signal import StopSignal
 
@@ -103,10 +104,21 @@ class Trainer:
             is_due = every and self.progress.step % every == 0 and self.progress.tokens < self.config.optimizer.tokens
             if is_due and self._is_sound():
                 self._save_if_there_is_room(display)
+        if not self._is_sound():
+            raise TrainingDivergedError(
+                f"the run ended at step {self.progress.step} with weights that give no finite loss; no model is "
+                f"written: {self._way_on()}"
+            )
         if self.pruner is not None:
             self._compact()
         self._measure_perplexity("final", display)
         return True
+
+    def _way_on(self) -> str:
+        """What to do after a divergence."""
+        if checkpoint_folders(self.plan.folder / "checkpoints"):
+            return "the last checkpoint is intact: --resume with a lower --learning-rate"
+        return "begin anew with a lower --learning-rate"
 
     def _step_or_save(self) -> dict[str, Any]:
         """One step; where the text cannot be read on, what was trained so far is saved first."""
@@ -260,7 +272,7 @@ class Trainer:
         if self.progress.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise TrainingDivergedError(
                 f"loss {record['loss']} with gradient norm {record['grad_norm']} for {MAX_SKIPPED_IN_A_ROW} steps in a "
-                f"row at step {record['step']}; the last checkpoint is intact: --resume with a lower --learning-rate"
+                f"row at step {record['step']}; {self._way_on()}"
             )
 
     def _prune(self) -> dict[str, Any]:

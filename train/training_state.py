@@ -64,7 +64,8 @@ def state_bytes(model: Any, optimizer: torch.optim.Optimizer) -> int:
     """About what a checkpoint takes on disk, over all ranks: weights, the tied head once more, and moments."""
     stored = [*model.state_dict().values()]
     moments = (value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value))
-    return sum(tensor.numel() * tensor.element_size() for tensor in (*stored, *moments))
+    size = sum(tensor.numel() * tensor.element_size() for tensor in (*stored, *moments))
+    return round(1.1 * size) + 2_000_000  # scores, Gram matrices, the stream's position, headers
 
 
 def as_tensors(value: Any) -> Any:

@@ -50,7 +50,7 @@ def folder_written_atomically(
 
     Where several processes write into it, only the main one makes and renames it; `barrier` waits for all.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary, replaced = (path.with_name(f".{path.name}.efficientllm-{what}") for what in ("new", "old"))
     if is_main:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -60,14 +60,26 @@ def folder_written_atomically(
         barrier()
         if is_main:
             _sync_tree(temporary)
-            if path.exists():
-                shutil.rmtree(path)
-            temporary.rename(path)
+            _put_in_place(temporary, path, replaced)
         barrier()
     except BaseException:
         if is_main:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _put_in_place(new: Path, path: Path, replaced: Path) -> None:
+    """Renames only, until the new folder is there: what cannot be renamed (a mount point) is not emptied either."""
+    if path.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        path.rename(replaced)
+    try:
+        new.rename(path)
+    except OSError:
+        if replaced.exists():
+            replaced.rename(path)
+        raise
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _sync_tree(folder: Path) -> None:

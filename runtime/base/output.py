@@ -58,7 +58,7 @@ def locked_output(path: Path) -> Iterator[None]:
     The lock is a file beside the folder. The kernel releases it with the process, however that ends.
     """
     path.resolve().parent.mkdir(parents=True, exist_ok=True)
-    lock_path = path.resolve().with_name(f".{path.resolve().name}.lock")
+    lock_path = path.resolve().with_name(f".{path.resolve().name}.efficientllm-lock")
     lock = _acquire(lock_path, path)
     try:
         yield

@@ -39,7 +39,7 @@ class DataSpec:
         """'PATH' or 'PATH:WEIGHT'."""
         path, separator, weight = text.rpartition(":")
         if separator and path and _is_number(weight):
-            if float(weight) <= 0:
+            if not 0 < float(weight) < float("inf"):
                 raise UsageError(f"--data {text}: the weight must be positive")
             return cls(path, float(weight), skip_bad_lines)
         return cls(text, 1.0, skip_bad_lines)
