@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from .config import OptimizerConfig
+
 
 @dataclass(frozen=True)
 class DroppingSchedule:
@@ -43,3 +45,11 @@ def learning_rate_factor(tokens: int, total: int, warmup: int, decay_start: int,
     if shape == "cosine":
         return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
     return 1.0 - (1.0 - floor) * progress
+
+
+def learning_rate(settings: OptimizerConfig, tokens: int) -> float:
+    """The learning rate of the step that begins after `tokens`."""
+    total = settings.tokens
+    warmup, decay_start = round(settings.lr_warmup * total), round((1 - settings.lr_decay) * total)
+    factor = learning_rate_factor(tokens, total, warmup, decay_start, settings.lr_schedule, settings.lr_floor)
+    return settings.learning_rate * factor

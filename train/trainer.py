@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import shutil
 import time
@@ -17,6 +16,7 @@ from ..runtime.base.errors import DataError, TrainingDivergedError
 from ..runtime.base.progress import ProgressDisplay
 from ..runtime.base.quantities import format_bytes, format_count
 from . import training_state
+from .compute.distributed import without_sync
 from .compute.gather import full
 from .compute.loss import TrainingLoss, perplexity
 from .compute.optimizer import make_optimizer
@@ -28,7 +28,7 @@ from .plan import RunPlan
 from .progress import Progress
 from .pruning.pruner import Pruner
 from .run_folder import checkpoint_folders
-from .schedule import DroppingSchedule, learning_rate_factor
+from .schedule import DroppingSchedule, learning_rate
 from .stop_signal import StopSignal
 
 MAX_SKIPPED_IN_A_ROW = 10
@@ -214,7 +214,7 @@ class Trainer:
             rows = self.stream.next_windows(self.config.optimizer.batch_size * self.parallel.world_size)
             windows = torch.from_numpy(self.parallel.my_rows(rows)).to(self.parallel.device)
             is_last = microbatch == steps - 1
-            with self._without_sync(per_microbatch or not is_last):
+            with without_sync(self.callee, per_microbatch or not is_last):
                 loss, cross_entropy = self.callee(windows)
                 # samples keep the scale of one microbatch; the mean over steps is taken once, below
                 (loss if per_microbatch else loss / steps).backward()
@@ -240,25 +240,12 @@ class Trainer:
             gradient, parameter.grad = parameter.grad, None
             accumulated[parameter] = gradient if parameter not in accumulated else accumulated[parameter].add_(gradient)
 
-    def _without_sync(self, condition: bool) -> contextlib.AbstractContextManager[None]:
-        if condition and isinstance(self.callee, nn.parallel.DistributedDataParallel):
-            return self.callee.no_sync()
-        return contextlib.nullcontext()
-
     def _update_weights(self, grad_norm: Tensor) -> None:
         if self.pruner is not None:
             self.pruner.finish_step()
         settings = self.config.optimizer
-        factor = learning_rate_factor(
-            self.progress.tokens,
-            settings.tokens,
-            round(settings.lr_warmup * settings.tokens),
-            round((1 - settings.lr_decay) * settings.tokens),
-            settings.lr_schedule,
-            settings.lr_floor,
-        )
         for group in self.optimizer.param_groups:
-            group["lr"] = settings.learning_rate * factor
+            group["lr"] = learning_rate(settings, self.progress.tokens)
         torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), settings.max_grad_norm, grad_norm)
         self.optimizer.step()
         self.progress.skipped_in_a_row = 0

@@ -6,6 +6,7 @@ computes the same saliency and removes the same groups.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable
 from typing import Any
@@ -17,6 +18,13 @@ from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from .loss import TrainingLoss
+
+
+def without_sync(callee: nn.Module, condition: bool) -> contextlib.AbstractContextManager[None]:
+    """Around a backward pass whose gradients DDP is not to average yet, where `condition` holds."""
+    if condition and isinstance(callee, DistributedDataParallel):
+        return callee.no_sync()
+    return contextlib.nullcontext()
 
 
 class Parallel:
