@@ -165,7 +165,11 @@ class Study:
                 raise KeyboardInterrupt
             model = trained
         folder.mkdir(parents=True, exist_ok=True)
-        measured = evaluate(model, self.config.measures, self.config.compute, folder)
+        answers = (
+            self.folder / "answers"
+        )  # not in the run's folder: a run that is repeated finds only its own files there
+        answers.mkdir(exist_ok=True)
+        measured = evaluate(model, self.config.measures, self.config.compute, answers)
         write_json_atomically(self.result_path(job), self._result(job, arm, folder, measured).to_dict())
         needed = any(other.shape_of == job.arm for other in ARMS.values()) and job.seed == 0
         if arm.trains and not needed:  # 400 MB each
