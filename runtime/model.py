@@ -13,6 +13,8 @@ from .engines.engine import Engine, EngineOptions, load_engine
 from .generation import AnswerOptions, Generation, GenerationStats, chat_prompt, text_prompt
 from .sampling import SamplingOptions
 
+CLOSED = "the model is closed; load it again"
+
 Question = str | Sequence[Message]
 """What the user says, or the whole conversation up to it."""
 
@@ -44,7 +46,7 @@ class Model:
     def engine(self) -> Engine:
         """Token ids in, logits out; UsageError once the model is closed."""
         if self._engine is None:
-            raise UsageError("the model is closed; load it again")
+            raise UsageError(CLOSED)
         return self._engine
 
     def close(self) -> None:
@@ -119,7 +121,9 @@ class Model:
         """The pieces of an answer, as long as the model is open."""
         pieces = iter(generation)
         while True:
-            if self.engine and self._answering is not generation:
+            if self._engine is None:
+                raise UsageError(CLOSED)
+            if self._answering is not generation:
                 raise UsageError("another answer was begun on this model: read one to its end, or load the model twice")
             piece = next(pieces, None)
             if piece is None:

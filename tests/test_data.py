@@ -186,7 +186,7 @@ def test_the_first_thirty_thousand_tokens_of_real_corpora_are_stirred(tokenizer:
     specs = [DataSpec(str(DATA / f"{name}.jsonl.gz"), weight) for name, weight in names.items()]
     packed = PackedStream(specs, tokenizer, 256, 0.05, 0)
     packed.next_windows(120)
-    shares = [source.documents.state.windows for source in packed.sources]
+    shares = [source.lanes.drawn for source in packed.sources]
     assert shares == [60, 36, 24]
     begun = [len([each for each in source.lanes.buffers if len(each)]) for source in packed.sources]
     assert sum(begun) >= 110

@@ -25,7 +25,7 @@ from .pruning.criteria import check_saliency
 from .pruning.plan import PruningPlan, make_pruning_plan
 from .run_folder import foreign_files, newest_sound_checkpoint
 
-log = logging.getLogger("efficientllm.train")
+_log = logging.getLogger("efficientllm.train")
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def find_resume_point(config: TrainConfig) -> ResumePoint | None:
     others = foreign_files(folder)
     if others:
         raise UsageError(f"--resume: {folder} has no checkpoint yet and holds {others[0]}; --overwrite begins anew")
-    log.info("no checkpoint was written yet: the run begins anew")
+    _log.info("no checkpoint was written yet: the run begins anew")
     return None
 
 

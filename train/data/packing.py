@@ -48,8 +48,6 @@ class SourceState:
     """Blocks of this epoch that are used up."""
     offset: int = 0
     """Documents of the current block that are used up."""
-    windows: int = 0
-    """Windows given so far, over all epochs."""
 
 
 class DocumentSource:
@@ -134,7 +132,6 @@ class TokenSource:
 
     def next_window(self) -> np.ndarray:
         """int32 [window + 1]"""
-        self.documents.state.windows += 1
         return self.lanes.next_window()
 
     def _next_document(self) -> np.ndarray:
@@ -192,7 +189,7 @@ class PackedStream:
         """The one furthest behind its share: after every window, each is within one of its share."""
 
         def progress(source: TokenSource) -> float:
-            return (source.documents.state.windows + 0.5) / source.documents.spec.weight
+            return (source.lanes.drawn + 0.5) / source.documents.spec.weight
 
         return min(self.sources, key=progress)
 
