@@ -32,8 +32,16 @@ def _compile(template: str) -> jinja2.Template:
     return environment.from_string(template)
 
 
-def render_chat(template: str | None, messages: Sequence[Message], bos_token: str = "", eos_token: str = "") -> str:
+def render_chat(
+    template: str | None,
+    messages: Sequence[Message],
+    bos_token: str = "",
+    eos_token: str = "",
+    add_generation_prompt: bool = True,
+) -> str:
     """The prompt for the next answer to `messages`, as transformers' apply_chat_template would build it.
+
+    Without a generation prompt: the conversation as it stands.
 
     ArtefactError where the model has no template, UsageError where the template refuses the messages.
     """
@@ -41,7 +49,7 @@ def render_chat(template: str | None, messages: Sequence[Message], bos_token: st
         raise ArtefactError("the model has no chat template; use plain completion")
     values: dict[str, Any] = {
         "messages": [dict(message) for message in messages],
-        "add_generation_prompt": True,
+        "add_generation_prompt": add_generation_prompt,
         "bos_token": bos_token,
         "eos_token": eos_token,
     }

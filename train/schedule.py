@@ -48,7 +48,7 @@ def learning_rate_factor(tokens: int, total: int, warmup: int, decay_start: int,
 
 
 def learning_rate(settings: OptimizerConfig, tokens: int) -> float:
-    """The learning rate of the step that begins after `tokens`."""
+    """The learning rate of the step that ends after `tokens`: the first is not zero, and the last is the floor."""
     total = settings.tokens
     warmup, decay_start = round(settings.lr_warmup * total), round((1 - settings.lr_decay) * total)
     factor = learning_rate_factor(tokens, total, warmup, decay_start, settings.lr_schedule, settings.lr_floor)

@@ -245,7 +245,7 @@ class Trainer:
             self.pruner.finish_step()
         settings = self.config.optimizer
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(settings, self.progress.tokens)
+            group["lr"] = learning_rate(settings, self.progress.tokens + self.tokens_per_step)
         torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), settings.max_grad_norm, grad_norm)
         self.optimizer.step()
         self.progress.skipped_in_a_row = 0

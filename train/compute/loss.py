@@ -45,7 +45,7 @@ class _ChunkedLoss(torch.autograd.Function):
         distill: float,
         scale: float,
     ) -> tuple[Tensor, Tensor]:
-        h, w = hidden.to(dtype), weight.to(dtype)
+        h, w, count = hidden.to(dtype), weight.to(dtype), max(1, hidden.shape[0])
         needs_grad = hidden.requires_grad or weight.requires_grad
         cross_entropy = hidden.new_zeros((), dtype=torch.float32)
         divergence = torch.zeros_like(cross_entropy)
@@ -68,12 +68,12 @@ class _ChunkedLoss(torch.autograd.Function):
                 elif scale != 1.0:
                     delta.mul_(scale)
                 delta.scatter_add_(1, targets[rows, None], delta.new_full((len(delta), 1), -scale))
-                delta = delta.div_(h.shape[0]).to(dtype)
+                delta = delta.div_(count).to(dtype)
                 grad_h[rows] = delta @ w
                 grad_w += delta.T @ h[rows]
         if grad_h is not None and grad_w is not None:
             ctx.save_for_backward(grad_h.to(hidden.dtype), grad_w.to(weight.dtype))
-        cross_entropy, divergence = cross_entropy / h.shape[0], divergence / h.shape[0]
+        cross_entropy, divergence = cross_entropy / count, divergence / count
         ctx.mark_non_differentiable(cross_entropy)
         return scale * cross_entropy + distill * divergence, cross_entropy
 
@@ -91,7 +91,7 @@ def cross_entropy(
     weights: LossWeights = LossWeights(),
     teacher: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(loss to minimise, its cross-entropy part), means over tokens in nats.
+    """(loss to minimise, its cross-entropy part), means over tokens in nats; 0 of no tokens.
 
     hidden [N, H], LM-head weight [V, H], targets [N] int64; matrix products in `dtype`, sums in fp32. `teacher` is the
     source's (hidden [N, Ht], weight [V, Ht]) in `dtype`.
@@ -119,8 +119,10 @@ class TrainingLoss(nn.Module):
         return TrainingLoss(model, self.dtype, self.weights, self._teacher[0])
 
     def forward(self, windows: Tensor) -> tuple[Tensor, Tensor]:
-        """(loss to minimise, cross-entropy) of windows [B, S + 1]."""
-        inputs, targets = windows[:, :-1], windows[:, 1:].flatten()
+        """(loss to minimise, cross-entropy) of windows [B, S + 1]; tokens given as ~token are read, not predicted."""
+        is_predicted = (windows[:, 1:] >= 0).flatten()
+        tokens = torch.where(windows < 0, ~windows, windows)
+        inputs, targets = tokens[:, :-1], tokens[:, 1:].flatten()[is_predicted]
         with torch.autocast(windows.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             hidden = self.model.model(input_ids=inputs, use_cache=False).last_hidden_state
         teacher = self._teacher[0]
@@ -128,9 +130,10 @@ class TrainingLoss(nn.Module):
         if teacher is not None:
             with torch.no_grad():
                 states = teacher.model(input_ids=inputs, use_cache=False).last_hidden_state
-                reference = (states.flatten(0, 1).to(self.dtype), teacher.lm_head.weight.to(self.dtype))
-        weight = self.model.lm_head.weight
-        return cross_entropy(hidden.flatten(0, 1), weight, targets, self.dtype, self.weights, reference)
+                rows = states.flatten(0, 1)[is_predicted]
+                reference = (rows.to(self.dtype), teacher.lm_head.weight.to(self.dtype))
+        weight, rows = self.model.lm_head.weight, hidden.flatten(0, 1)[is_predicted]
+        return cross_entropy(rows, weight, targets, self.dtype, self.weights, reference)
 
 
 def make_teacher(source: Any, dtype: torch.dtype, device: torch.device) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,48 +10,49 @@ from typing import Any, Literal
 from ...runtime.base import flags
 from ...runtime.base.errors import UsageError
 from ...runtime.base.extras import extra
+from ...runtime.base.files import write_json_atomically
 from ...runtime.engines.engine import EngineOptions
 from . import perplexity
-from .perplexity import WIKITEXT_FILE, Perplexity
+from .perplexity import WIKITEXT, WIKITEXT_FILE, Perplexity
+from .quality.measure import Quality, Report, measure_quality, silent
 from .request_cache import RequestCache
 from .results import TaskResult
 from .scoring import EngineModel, ScoredModel, fingerprint, is_checkpoint
 from .tasks import TASKS, check_names
 
-Report = Callable[[str, int, int], None]
-"""report(what is measured, done, total)."""
-
-
-def _show_nothing(what: str, done: int, total: int) -> None:
-    """A Report that shows nothing."""
-
-
 @dataclass(frozen=True)
 class MeasureConfig:
     """what is measured"""
 
-    tasks: tuple[str, ...] = flags.comma_separated(*TASKS)
-    """Zero-shot tasks, comma-separated, or none."""
+    quality: bool = True
+    """Perplexity on six kinds of text, chat answers and a hundred questions of fact, all of which ship with the package
+    and are trained on by no run."""
+    tasks: tuple[str, ...] = flags.comma_separated("none")
+    """Zero-shot tasks, comma-separated, all or none."""
     data_dir: str = ""
     """Folder with the tasks' rows as JSONL and WikiText-2 as wikitext2_raw_test.txt; empty: tasks come from the hub."""
     limit: int = 0
     """Documents per task (per subject of mmlu); 0: all."""
     text: tuple[str, ...] = ()
-    """Text to measure perplexity on, [NAME=]PATH, repeatable: anything --data of efficientllm-train reads. Without
-    any: WikiText-2 where --data-dir has it, else the held-out part of 'demo'."""
+    """Text to measure perplexity on, [NAME=]PATH, repeatable: anything --data of efficientllm-train reads (of 'demo'
+    only the held-out part), or 'wikitext2' from --data-dir."""
     text_tokens: int = flags.count(0)
     """Tokens of each text to predict; 0: all."""
+    document_tokens: int = flags.count(512)
+    """Of each document of a text, its first tokens; 0: all."""
     window: int = 512
     """Context of a perplexity: tokens are predicted from the start of their window of this many."""
 
     def __post_init__(self) -> None:
-        for name in ("limit", "text_tokens"):
+        for name in ("limit", "text_tokens", "document_tokens"):
             flags.require(self, name, getattr(self, name) >= 0, "must not be negative")
         flags.require(self, "window", self.window >= 2, "must be at least 2")
+        is_something = self.quality or bool(self.task_names) or bool(self.text)
+        flags.require(self, "quality", is_something, "give --text or --tasks: nothing else is left to measure")
 
     @property
     def task_names(self) -> tuple[str, ...]:
-        return () if self.tasks == ("none",) else self.tasks
+        return () if self.tasks == ("none",) else tuple(TASKS) if self.tasks == ("all",) else self.tasks
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ class Evaluation:
     """sha256 over its weights."""
     perplexity: dict[str, Perplexity]
     tasks: dict[str, TaskResult]
+    quality: Quality | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -90,6 +92,7 @@ class Evaluation:
             "fingerprint": self.fingerprint,
             "perplexity": {name: value.to_dict() for name, value in self.perplexity.items()},
             "tasks": {name: value.to_dict() for name, value in self.tasks.items()},
+            "quality": self.quality.to_dict() if self.quality is not None else None,
         }
 
     @classmethod
@@ -99,11 +102,12 @@ class Evaluation:
             value["fingerprint"],
             {name: Perplexity(**entry) for name, entry in value["perplexity"].items()},
             {name: TaskResult.from_dict(entry) for name, entry in value["tasks"].items()},
+            Quality.from_dict(value["quality"]) if value.get("quality") else None,
         )
 
 
 def open_model(path: Path, compute: ComputeConfig) -> ScoredModel:
-    """A Hugging Face folder in torch, anything else in the engine its manifest names."""
+    """The demo source or a Hugging Face folder in torch, anything else in the engine its manifest names."""
     if not is_checkpoint(path):
         return EngineModel(path, EngineOptions(threads=compute.threads, context=compute.context))
     with extra("train"):
@@ -117,6 +121,8 @@ def check(config: MeasureConfig) -> None:
     data_dir = Path(config.data_dir)
     if config.data_dir and not data_dir.is_dir():
         raise UsageError(f"--data-dir {data_dir}: no such folder")
+    if WIKITEXT in config.text and not (config.data_dir and (data_dir / WIKITEXT_FILE).is_file()):
+        raise UsageError(f"--text {WIKITEXT}: --data-dir must be a folder that holds {WIKITEXT_FILE}")
     if config.task_names:
         with extra("eval", "lm-eval"):
             import lm_eval  # noqa: F401
@@ -131,19 +137,23 @@ def evaluate(
     measures: MeasureConfig,
     compute: ComputeConfig,
     cache_folder: Path | None = None,
-    report: Report = _show_nothing,
+    report: Report = silent,
 ) -> Evaluation:
     """Measure the model at `path`; with a `cache_folder`, a second call goes on where the first was stopped."""
     check(measures)
     digest = fingerprint(path)
     precision = compute.dtype if is_checkpoint(path) else "engine"
-    cache = RequestCache(cache_folder / f"{digest[:16]}-{precision}.jsonl" if cache_folder is not None else None)
+    known = f"{digest[:16]}-{precision}"
+    cache = RequestCache(cache_folder / f"{known}.jsonl" if cache_folder is not None else None)
     model = open_model(path, compute)
+    quality = None
+    if measures.quality:
+        quality = _quality(model, cache_folder / f"{known}-quality.json" if cache_folder is not None else None, report)
     perplexities: dict[str, Perplexity] = {}
-    for name, tokens in _texts(model, measures).items():
+    for name, documents in _texts(model, measures).items():
         what = f"perplexity of {name}"
         perplexities[name] = perplexity.measure(
-            model, tokens, measures.window, cache, lambda done, total, what=what: report(what, done, total)
+            model, documents, measures.window, cache, lambda done, total, what=what: report(what, done, total)
         )
     tasks: dict[str, TaskResult] = {}
     data_dir = Path(measures.data_dir) if measures.data_dir else None
@@ -153,22 +163,30 @@ def evaluate(
         tasks[name] = run_task(
             name, model, data_dir, measures.limit, cache, lambda done, total, name=name: report(name, done, total)
         )
-    return Evaluation(str(path), digest, perplexities, tasks)
+    return Evaluation(str(path), digest, perplexities, tasks, quality)
 
 
-def _texts(model: ScoredModel, config: MeasureConfig) -> dict[str, list[int]]:
-    """Token ids of each text by its name."""
-    texts: dict[str, list[int]] = {}
+def _quality(model: ScoredModel, known: Path | None, report: Report) -> Quality:
+    """Measured, or what an earlier call left in the file `known`."""
+    if known is not None and known.is_file():
+        return Quality.from_dict(json.loads(known.read_text(encoding="utf-8")))
+    quality = measure_quality(model, report)
+    if known is not None:
+        write_json_atomically(known, quality.to_dict())
+    return quality
+
+
+def _texts(model: ScoredModel, config: MeasureConfig) -> dict[str, list[list[int]]]:
+    """Token ids of each text's documents by its name."""
+    texts: dict[str, list[list[int]]] = {}
     for spec in config.text:
         name, separator, path = spec.partition("=")
         path = path if separator else spec
-        texts[name if separator else Path(spec).name.split(".")[0]] = perplexity.corpus_tokens(
-            model, path, config.text_tokens
+        if spec == WIKITEXT:
+            ids = model.tokenize(perplexity.read_wikitext(Path(config.data_dir) / WIKITEXT_FILE))
+            texts[WIKITEXT] = [ids[: config.text_tokens + 1] if config.text_tokens else ids]
+            continue
+        texts[name if separator else Path(spec).name.split(".")[0]] = perplexity.corpus_documents(
+            model, path, config.document_tokens, config.text_tokens
         )
-    wikitext = Path(config.data_dir) / WIKITEXT_FILE
-    if config.data_dir and wikitext.is_file():
-        ids = model.tokenize(perplexity.read_wikitext(wikitext))
-        texts["wikitext2"] = ids[: config.text_tokens + 1] if config.text_tokens else ids
-    if not texts:
-        texts["demo"] = perplexity.corpus_tokens(model, "demo", config.text_tokens)
     return texts

@@ -18,6 +18,16 @@ from .tasks import TASKS, open_task
 
 logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it greets, and warns of what does not concern the user
 
+GOLD = "gold_log_likelihood"
+"""Log-likelihood of the right choice in nats: far sharper between two models than accuracy, which counts the few
+documents whose order of choices changes."""
+
+
+def _gold_log_likelihood(sample: dict[str, Any]) -> float:
+    """Of one of lm-eval's logged samples."""
+    log_likelihood, _ = sample["filtered_resps"][int(sample["target"])]
+    return float(log_likelihood)
+
 
 class HarnessModel(TemplateLM):
     """lm-eval's view of a ScoredModel."""
@@ -73,4 +83,5 @@ def run_task(
             documents.append(sample["doc_hash"][:16])
             for metric in sample["metrics"]:
                 values.setdefault(metric, []).append(float(sample[metric]))
+            values.setdefault(GOLD, []).append(_gold_log_likelihood(sample))
     return TaskResult(TASKS[name].metric, documents, values)

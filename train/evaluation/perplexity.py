@@ -8,11 +8,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ...runtime.base.errors import DataError
 from ..data.documents import DataSpec, is_held_out, open_documents
 from .request_cache import Advance, RequestCache, no_progress
 from .scoring import Request, ScoredModel
 
+WIKITEXT = "wikitext2"
 WIKITEXT_FILE = "wikitext2_raw_test.txt"
 HELD_OUT_FRACTION = 0.05
 
@@ -27,8 +30,10 @@ class Perplexity:
     tokens: int
     """Tokens predicted."""
     window: int
+    documents: int
     stderr: float
-    """Standard error of the perplexity over windows (delta method)."""
+    """Standard error of the perplexity over documents, or over the windows of a single one (delta method); NaN where
+    there is only one of them."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -40,38 +45,57 @@ def read_wikitext(path: Path) -> str:
     return "\n\n".join("" if not row.strip() else f"{row}\n" for row in rows)
 
 
-def corpus_tokens(model: ScoredModel, path: str, limit: int) -> list[int]:
-    """Ids of a corpus, documents separated by the end-of-text token, at most `limit` + 1 (0: all).
+def corpus_documents(model: ScoredModel, path: str, document_tokens: int, limit: int) -> list[list[int]]:
+    """Ids of a corpus' documents: the first `document_tokens` + 1 of each (0: all), until `limit` are predicted (0: all).
 
     Of the demo corpus only the documents that training never sees.
     """
-    ids: list[int] = []
+    documents: list[list[int]] = []
+    left = limit
     for text in open_documents(DataSpec(path)):
         if path == "demo" and not is_held_out(text, HELD_OUT_FRACTION):
             continue
-        ids += [*model.tokenize(text), model.separator]
-        if limit and len(ids) > limit:
-            return ids[: limit + 1]
-    return ids
+        ids = model.tokenize(text)
+        longest = min(document_tokens or len(ids), left or len(ids))
+        ids = ids[: longest + 1]
+        if len(ids) < 2:
+            continue
+        documents.append(ids)
+        left -= len(ids) - 1
+        if limit and left <= 0:
+            break
+    return documents
 
 
 def measure(
-    model: ScoredModel, tokens: Sequence[int], window: int, cache: RequestCache, advance: Advance = no_progress
+    model: ScoredModel,
+    documents: Sequence[Sequence[int]],
+    window: int,
+    cache: RequestCache,
+    advance: Advance = no_progress,
 ) -> Perplexity:
-    """Perplexity over consecutive windows; every token but the first is predicted once, from its window's start.
-
-    DataError where there are fewer than two tokens.
+    """Perplexity over the documents' windows; every token but a document's first is predicted once, from its window's
+    start. DataError where there is nothing to predict.
     """
     window = min(window, model.context_length)
-    if len(tokens) < 2:
+    requests: list[Request] = []
+    owners: list[int] = []
+    for owner, tokens in enumerate(documents):
+        starts = range(0, len(tokens) - 1, window)
+        requests += [Request(tuple(tokens[at : at + window + 1]), 1) for at in starts]
+        owners += [owner] * len(starts)
+    if not requests:
         raise DataError("the text has fewer than two tokens; give a longer one")
-    requests = [Request(tuple(tokens[at : at + window + 1]), 1) for at in range(0, len(tokens) - 1, window)]
     losses = [-log_prob for log_prob, _ in cache.answers(model, requests, advance)]
-    count = len(tokens) - 1
+    counts = [len(request.tokens) - 1 for request in requests]
+    count = sum(counts)
     mean = sum(losses) / count
-    # each window's loss around its share of the mean: the ratio estimator's variance
-    deviations = [loss - mean * (len(r.tokens) - 1) for loss, r in zip(losses, requests, strict=True)]
-    spread = math.sqrt(sum(d * d for d in deviations) * len(requests) / max(1, len(requests) - 1)) / count
+    # each unit's loss around its share of the mean: the ratio estimator's variance
+    units = owners if len(documents) > 1 else list(range(len(requests)))
+    deviations = np.bincount(units, np.asarray(losses) - mean * np.asarray(counts))
+    size = len(deviations)
+    spread = math.sqrt(float(deviations @ deviations) * size / (size - 1)) / count if size > 1 else math.nan
     value = math.exp(mean) if mean < 700 else math.inf
-    num_bytes = model.num_bytes(tokens[1:])
-    return Perplexity(value, mean * count / math.log(2) / max(1, num_bytes), count, window, value * spread)
+    num_bytes = sum(model.num_bytes(tokens[1:]) for tokens in documents)
+    bits = mean * count / math.log(2) / max(1, num_bytes)
+    return Perplexity(value, bits, count, window, len(documents), value * spread)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ...runtime.base.markdown import markdown_table
 from .evaluation import Evaluation
+from .perplexity import Perplexity
+from .quality.contract import contract
 from .results import TaskResult
 
 
@@ -31,16 +33,49 @@ def paired_difference(first: TaskResult, other: TaskResult) -> tuple[float, floa
     return statistics.fmean(differences), error, len(differences)
 
 
+def _perplexity(found: Perplexity) -> str:
+    error = f" ± {found.stderr:.2f}" if math.isfinite(found.stderr) else ""
+    return f"{found.perplexity:.2f}{error} ({found.bits_per_byte:.4f} bits/byte)"
+
+
+def _quality_rows(evaluations: Sequence[Evaluation]) -> list[list[str]]:
+    """Quality of the first model, and of every other one with its ratio to the first."""
+    reference = evaluations[0].quality
+    if reference is None:
+        return []
+    columns = [contract(e.quality, reference, _name(evaluations[0])) for e in evaluations if e.quality is not None]
+    sizes = {kind: f"{len(values)} documents" for kind, values in reference.texts.items()}
+    table = [
+        [f"perplexity, {kind}", sizes.get(kind, ""), *[_with_ratio(column["texts"][kind]) for column in columns]]
+        for kind in columns[0]["texts"]
+    ]
+    if all("chat_answers" in column for column in columns):
+        chats, ends = len(reference.chat_answers), [column["end_of_turn"] for column in columns]
+        cells = [_with_ratio(column["chat_answers"]) for column in columns]
+        table.append(["perplexity, chat answers", f"{chats} answers", *cells])
+        turns = [f"{ends[0]['nats']:.2f}"]
+        turns += [f"{end['nats']:.2f} ({end['difference']:+.2f} ± {end['difference_stderr']:.2f})" for end in ends[1:]]
+        table.append(["end of the turn, nats", f"{chats} answers", *turns])
+    if all("questions" in column for column in columns):
+        asked = [column["questions"] for column in columns]
+        cells = [f"{asked[0]['right']}", *[f"{each['right']} ({each['kept']} of {each['reference']})" for each in asked[1:]]]
+        table.append(["questions answered right", f"{asked[0]['asked']} questions", *cells])
+    return table
+
+
+def _with_ratio(found: Mapping[str, float]) -> str:
+    ratio = "" if found["ratio"] == 1.0 else f" (x{found['ratio']:.3f} ± {found['ratio_stderr']:.3f})"
+    return f"{found['perplexity']:.2f}{ratio}"
+
+
 def rows(evaluations: Sequence[Evaluation]) -> list[list[str]]:
     """Header and one row per measure; with several models, the change from the first in each further column."""
     first = evaluations[0]
     table = [["measure", "size", *[_name(evaluation) for evaluation in evaluations]]]
+    table += _quality_rows(evaluations)
     for name, value in first.perplexity.items():
-        cells = []
-        for evaluation in evaluations:
-            found = evaluation.perplexity[name]
-            cells.append(f"{found.perplexity:.2f} ± {found.stderr:.2f} ({found.bits_per_byte:.4f} bits/byte)")
-        table.append([f"perplexity, {name}", f"{value.tokens} tokens", *cells])
+        cells = [_perplexity(evaluation.perplexity[name]) for evaluation in evaluations]
+        table.append([f"perplexity, {name}", f"{value.tokens} tokens of {value.documents}", *cells])
     for name, result in first.tasks.items():
         cells = [_score(result.mean(), result.stderr())]
         for evaluation in evaluations[1:]:
@@ -58,5 +93,5 @@ def markdown(evaluations: Sequence[Evaluation]) -> str:
     """The table with a line that says what ± and brackets are."""
     note = "± is one standard error"
     if len(evaluations) > 1:
-        note += f"; in brackets the paired difference from {_name(evaluations[0])}, document by document"
+        note += f"; in brackets what is paired with {_name(evaluations[0])}, document by document: ratios and differences"
     return f"{markdown_table(rows(evaluations))}\n\n{note}.\n"

@@ -14,6 +14,7 @@ from ...runtime.base.errors import ModelError
 from ...runtime.base.files import sha256_of
 from ...runtime.engines.artefact import Artefact
 from ...runtime.engines.engine import Engine, EngineOptions, load_engine
+from ...runtime.generation import AnswerOptions, Generation
 from ...runtime.sampling import log_softmax
 
 
@@ -40,13 +41,24 @@ class ScoredModel(Protocol):
     """Longest request that can be scored, in tokens."""
     separator: int
     """End-of-text token: stands between documents and in place of an empty context."""
+    chat_template: str | None
+    bos_token: str
+    eos_token: str
 
     def tokenize(self, text: str) -> list[int]:
         """Ids as the model was trained to read text: with BOS where its tokenizer adds one."""
         ...
 
+    def encode_markup(self, text: str) -> list[int]:
+        """Ids of what a chat template wrote: control tokens where it names them, nothing added."""
+        ...
+
     def num_bytes(self, tokens: Sequence[int]) -> int:
         """UTF-8 bytes of the tokens' text."""
+        ...
+
+    def answer(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> Iterator[str]:
+        """Yield the greedy answer to each prompt, up to its end of turn or `max_tokens`."""
         ...
 
     def score(self, requests: Sequence[Request]) -> Iterator[tuple[int, Score]]:
@@ -63,10 +75,19 @@ class EngineModel:
         ends = (self.engine.tokenize(text, True) for text in ("<|endoftext|>", self.engine.eos_token))
         single = [ids[0] for ids in ends if len(ids) == 1]
         self.separator = single[0] if single else min(self.engine.end_ids)
+        self.chat_template = self.engine.chat_template
+        self.bos_token, self.eos_token = self.engine.bos_token, self.engine.eos_token
         self._bos = self.engine.tokenize(self.engine.bos_token, True) if self.engine.adds_bos else []
 
     def tokenize(self, text: str) -> list[int]:
         return [*self._bos, *self.engine.tokenize(text, special=True)]
+
+    def encode_markup(self, text: str) -> list[int]:
+        return self.engine.tokenize(text, special=True)
+
+    def answer(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> Iterator[str]:
+        for prompt in prompts:
+            yield "".join(Generation(self.engine, prompt, AnswerOptions(max_tokens=max_tokens)))
 
     def num_bytes(self, tokens: Sequence[int]) -> int:
         return sum(len(self.engine.token_bytes(token)) for token in tokens)

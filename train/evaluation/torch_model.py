@@ -11,13 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from ...runtime.base.errors import ModelError
 from ..compute.hardware import choose_hardware
 from ..data.packing import end_of_text_id
 from ..model.source import quiet_loading
 from .scoring import Request, Score
+
+ANSWER_BATCH = 50
+"""Prompts answered side by side."""
 
 
 class TorchModel:
@@ -32,6 +35,8 @@ class TorchModel:
         self.batch_tokens = batch_tokens
         self.context_length = int(model.config.max_position_embeddings)
         self.separator = end_of_text_id(tokenizer)
+        self.chat_template = tokenizer.chat_template
+        self.bos_token, self.eos_token = tokenizer.bos_token or "", tokenizer.eos_token or ""
 
     @classmethod
     def load(cls, folder: Path, device: str, dtype: str, threads: int, batch_tokens: int) -> TorchModel:
@@ -47,6 +52,9 @@ class TorchModel:
 
     def tokenize(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, verbose=False)
+
+    def encode_markup(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
 
     def num_bytes(self, tokens: Sequence[int]) -> int:
         text = self.tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -67,6 +75,36 @@ class TorchModel:
                 for index in rows[inputs]:
                     request = requests[index]
                     yield index, _score(logits[row, request.first - 1 - first : len(inputs) - first], request)
+
+    def answer(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> Iterator[str]:
+        for start in range(0, len(prompts), ANSWER_BATCH):
+            yield from self._answers(prompts[start : start + ANSWER_BATCH], max_tokens)
+
+    @torch.inference_mode()
+    def _answers(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[str]:
+        width = max(map(len, prompts))
+        padding = [width - len(prompt) for prompt in prompts]
+        inputs = [[self.separator] * pad + list(prompt) for pad, prompt in zip(padding, prompts, strict=True)]
+        mask = [[0] * pad + [1] * (width - pad) for pad in padding]
+        settings = GenerationConfig(
+            max_new_tokens=max_tokens,
+            do_sample=False,
+            eos_token_id=sorted(self._end_ids()),
+            pad_token_id=self.separator,
+        )
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast):
+            found = self.model.generate(
+                torch.tensor(inputs, device=self.device),
+                attention_mask=torch.tensor(mask, device=self.device),
+                generation_config=settings,
+            )
+        return [self.tokenizer.decode(row, skip_special_tokens=True) for row in found[:, width:]]
+
+    def _end_ids(self) -> set[int]:
+        """Tokens that end an answer: the tokenizer's and those of the model's generation settings."""
+        ends = self.model.generation_config.eos_token_id
+        found = {self.separator, *(ends if isinstance(ends, list) else [ends] if ends is not None else [])}
+        return found | ({self.tokenizer.eos_token_id} if self.tokenizer.eos_token_id is not None else set())
 
     @torch.inference_mode()
     def _logits(self, batch: list[tuple[int, ...]], first: int) -> torch.Tensor:

@@ -70,13 +70,16 @@ class RunningScores:
         """Forget a step whose gradients were not finite."""
 
     def _average(self, observed: Scores) -> None:
+        """The exponential average with its start corrected for, as Adam's moments are: step i of n weighs
+        decay^(n-i) (1 - decay) / (1 - decay^n), so the first three count alike and no step outweighs a later one."""
         self.num_observations += 1
         if not self.scores:
             self.scores = observed
             return
+        share = (1.0 - self.decay) / (1.0 - self.decay**self.num_observations)
         for name, vectors in observed.items():
             for average, new in zip(self.scores[name], vectors, strict=True):
-                average.lerp_(new, 1.0 - self.decay)
+                average.lerp_(new, share)
 
     def keep(self, architecture: Architecture, kept: dict[str, list[Tensor]]) -> None:
         """Drop the scores of removed groups; `kept[kind][layer]` are the surviving positions."""

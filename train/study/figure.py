@@ -15,7 +15,7 @@ def plot_perplexities(results: Sequence[StudyResult], keep: float, path: Path) -
     """Log-scaled bars per arm on each text: ours blue, baselines grey; a line spans the seeds."""
     from matplotlib.figure import Figure
 
-    texts = list(results[0].evaluation.perplexity)
+    texts = list(results[0].perplexities)
     arms = []
     for name, arm in ARMS.items():
         found = [r for r in results if r.arm == name and r.keep == (1.0 if arm.same_for_all_ratios else keep)]
@@ -26,7 +26,7 @@ def plot_perplexities(results: Sequence[StudyResult], keep: float, path: Path) -
     panels = figure.subplots(1, len(texts), sharey=True, squeeze=False)[0]
     for axes, text in zip(panels, texts, strict=True):
         for place, (arm, found) in enumerate(arms):
-            values = [result.perplexity(text) for result in found]
+            values = [result.perplexities[text] for result in found]
             color = KEPT_COLOR if arm.is_ours else GROUP_COLOR if arm.same_for_all_ratios else SOURCE_COLOR
             mean = statistics.fmean(values)
             axes.barh(place, mean, color=color, height=0.7)

@@ -55,6 +55,13 @@ def _task_cell(evaluations: Sequence[Evaluation], name: str) -> str:
     return f"{statistics.fmean(score.mean() for score in scores):.3f} ± {error:.3f}"
 
 
+def _chat_cells(evaluations: Sequence[Evaluation]) -> list[str]:
+    """Nats of the end of a turn, and questions of fact answered right."""
+    measured = [evaluation.quality for evaluation in evaluations if evaluation.quality is not None]
+    ends = [statistics.fmean(quality.turn_ends) for quality in measured]
+    return [_over_seeds(ends, 2), _over_seeds([sum(quality.right) for quality in measured], 0)]
+
+
 def _overlap_with_ours(results: Results, arm: str, keep: float, source: Architecture) -> str:
     own, ours = of_arm(results, arm, keep), of_arm(results, TAYLOR1, keep)
     if not own or not ours or arm == TAYLOR1 or own[0].survivors is None or ours[0].survivors is None:
@@ -64,9 +71,11 @@ def _overlap_with_ours(results: Results, arm: str, keep: float, source: Architec
 
 def table(results: Results, keep: float, source: Architecture) -> str:
     """One row per arm at a ratio."""
-    texts, tasks = list(results[0].evaluation.perplexity), list(results[0].evaluation.tasks)
+    texts, tasks = list(results[0].perplexities), list(results[0].evaluation.tasks)
+    chats = all(result.evaluation.quality is not None and result.evaluation.quality.answers for result in results)
     header = ["arm", "seeds", "parameters", *[f"{text} ppl" for text in texts]]
-    header += [*[f"{task}" for task in tasks], "train s", "TFLOP", "removed as ours"]
+    header += ["end of turn", "questions"] if chats else []
+    header += [*tasks, "train s", "TFLOP", "removed as ours"]
     rows = [header]
     for arm, description in ARMS.items():
         found = of_arm(results, arm, keep)
@@ -74,13 +83,14 @@ def table(results: Results, keep: float, source: Architecture) -> str:
             continue
         evaluations = [result.evaluation for result in found]
         title = f"**{description.title}**" if description.is_ours else description.title
-        perplexities = [_over_seeds([result.perplexity(text) for result in found], 2) for text in texts]
+        perplexities = [_over_seeds([result.perplexities[text] for result in found], 2) for text in texts]
         rows.append(
             [
                 title,
                 str(len(found)),
                 format_count(found[0].parameters),
                 *perplexities,
+                *(_chat_cells(evaluations) if chats else []),
                 *[_task_cell(evaluations, task) for task in tasks],
                 f"{statistics.fmean(result.seconds for result in found):.0f}",
                 f"{found[0].flops / 1e12:.1f}",
@@ -91,13 +101,14 @@ def table(results: Results, keep: float, source: Architecture) -> str:
 
 
 def verdict(results: Results, keep: float) -> str:
-    """Which arm has the lowest perplexity on the first text, and where ours stand."""
-    text = next(iter(results[0].evaluation.perplexity))
-    means: dict[str, float] = {}
+    """Which arm has the lowest perplexity on the study's first text, and where ours stand."""
+    text = next(iter(results[0].perplexities))
+    nats: dict[str, list[float]] = {}
     for arm, description in ARMS.items():
         found = of_arm(results, arm, keep)
         if found and description.trains and not description.same_for_all_ratios:
-            means[arm] = statistics.fmean(result.perplexity(text) for result in found)
+            nats[arm] = [math.log(result.perplexities[text]) for result in found]
+    means = {arm: statistics.fmean(values) for arm, values in nats.items()}
     ours = [arm for arm in means if ARMS[arm].is_ours]
     others = [arm for arm in means if not ARMS[arm].is_ours]
     if not ours or not others:
@@ -106,9 +117,18 @@ def verdict(results: Results, keep: float) -> str:
     is_first = means[best] <= means[rival]
     relation = "the best of ours leads" if is_first else "**a baseline is ahead of ours**"
     return (
-        f"On {text}, {relation}: {ARMS[best].title} {means[best]:.2f}, "
-        f"best baseline ({ARMS[rival].title}) {means[rival]:.2f}."
+        f"On {text}, {relation}: {ARMS[best].title} {math.exp(means[best]):.2f}, best baseline "
+        f"({ARMS[rival].title}) {math.exp(means[rival]):.2f}{_significance(nats[best], nats[rival])}."
     )
+
+
+def _significance(ours: Sequence[float], rivals: Sequence[float]) -> str:
+    """The difference in standard errors over seeds, where both have several."""
+    if len(ours) < 2 or len(rivals) < 2:
+        return " (too few seeds for an error)"
+    error = math.sqrt(statistics.variance(ours) / len(ours) + statistics.variance(rivals) / len(rivals))
+    difference = statistics.fmean(rivals) - statistics.fmean(ours)
+    return f" ({difference:+.3f} ± {error:.3f} nats over seeds)"
 
 
 def seeds_paragraph(results: Results, keep: float, source: Architecture) -> str:
@@ -129,7 +149,7 @@ def markdown(study: Study, results: Results, folder_name: str) -> str:
     chips = platform.machine() if hardware.device.type == "cpu" else ""
     data = ", ".join(Path(path).name for path in config.data)
     measured = results[0].evaluation.perplexity
-    sizes = ", ".join(f"{name} {value.tokens:,} tokens" for name, value in measured.items())
+    sizes = "".join(f", {name} {value.tokens:,} tokens" for name, value in measured.items())
     parts = [
         "# The study",
         "",
@@ -139,7 +159,8 @@ def markdown(study: Study, results: Results, folder_name: str) -> str:
         f"- source: {config.source}, {format_count(study.source.num_parameters)} parameters; all arms start from it",
         f"- {config.tokens:,} tokens an arm, the same in the same order: {data}; batch {config.batch_size} x "
         f"{config.sequence_length}, peak learning rate {config.learning_rate:g}",
-        f"- perplexity on held-out text ({sizes}), tasks zero-shot on the first {config.limit or 'all'} documents; "
+        f"- perplexity on text that no arm trains on (six kinds and chat answers that ship with the package{sizes}); "
+        f"end of turn: nats of the token that ends an answer; questions: of a hundred, answered right; tasks zero-shot on the first {config.limit or 'all'} documents; "
         f"± is the standard error over documents, brackets are the range over seeds; matrix products in "
         f"{config.eval_dtype}",
         f"- commit {commit()}, {hardware.describe()} {chips}".rstrip(),

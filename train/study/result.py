@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..evaluation.evaluation import Evaluation
+from ..evaluation.quality.contract import ALL_TEXTS, contract
 from ..model.architecture import Architecture
 from .overlap import Survivors
 
@@ -31,9 +32,17 @@ class StudyResult:
     survivors: Survivors | None = None
     """Groups of the source that remain, of an arm that prunes."""
 
-    def perplexity(self, text: str) -> float:
-        """On one of the study's texts."""
-        return self.evaluation.perplexity[text].perplexity
+    @property
+    def perplexities(self) -> dict[str, float]:
+        """{text: perplexity}: the geometric mean over the kinds of text that nobody trains on comes first, then chat
+        answers, then the texts that the study was given."""
+        found: dict[str, float] = {}
+        if self.evaluation.quality is not None:
+            own = contract(self.evaluation.quality, self.evaluation.quality, "")
+            found[ALL_TEXTS] = own["texts"][ALL_TEXTS]["perplexity"]
+            if "chat_answers" in own:
+                found["chat answers"] = own["chat_answers"]["perplexity"]
+        return found | {name: value.perplexity for name, value in self.evaluation.perplexity.items()}
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values, per-document scores included."""

@@ -55,7 +55,7 @@ class StudyConfig:
     limit: int = 100
     """Documents per task; 0: all."""
     text: tuple[str, ...] = ()
-    """Held-out text, NAME=PATH, repeatable; 'demo' without any."""
+    """Further held-out text, NAME=PATH, repeatable; six kinds of text and chats ship with the package."""
     text_tokens: int = flags.count(8192)
     """Tokens of each text to predict; 0: all."""
     output: str = "build/study"
@@ -165,9 +165,7 @@ class Study:
                 raise KeyboardInterrupt
             model = trained
         folder.mkdir(parents=True, exist_ok=True)
-        answers = (
-            self.folder / "answers"
-        )  # not in the run's folder: a run that is repeated finds only its own files there
+        answers = self.folder / "answers"  # not in the run's: a run that is repeated finds only its own files there
         answers.mkdir(exist_ok=True)
         measured = evaluate(model, self.config.measures, self.config.compute, answers)
         write_json_atomically(self.result_path(job), self._result(job, arm, folder, measured).to_dict())

@@ -1,0 +1,103 @@
+"""Chats that a model holds with itself: questions and answers from its own template, to distil it from without a corpus.
+
+An open user turn makes the model ask, the assistant's turn makes it answer. Sampling follows the model's own
+distribution (temperature 1), which is what the KL divergence of distillation is an expectation over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from ...runtime.base.errors import UsageError
+from .chat import ChatFormat, Message
+
+BATCH = 64
+"""Chats sampled side by side."""
+QUESTION_TOKENS, ANSWER_TOKENS = 64, 160
+"""Longest turns; a chat with one that does not end by itself is left out."""
+MAX_ROUNDS_WITHOUT = 3
+"""Batches in a row that may give no whole chat before the model is said not to chat."""
+MARK = "(what the user says)"
+"""Stands in a rendered template for the user's words."""
+
+
+def sample_chats(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: int,
+    seed: int,
+    report: Callable[[int, int], None] = lambda done, total: None,
+) -> Iterator[list[Message]]:
+    """Chats of one question and one answer, until they hold about `tokens` tokens; a function of model and seed.
+
+    UsageError where the model has no chat template or never ends a turn.
+    """
+    chat = ChatFormat.of(tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token)  # type: ignore[arg-type]
+    if chat is None:
+        raise UsageError("--data self-chat: the source has no chat template")
+    before, after = chat.prompt([{"role": "user", "content": MARK}]).split(MARK)
+    turns = Turns(model, tokenizer, chat.end_of_turn)
+    done = rounds_without = batch = 0
+    while done < tokens:
+        questions = turns.sample([before] * BATCH, QUESTION_TOKENS, [seed, batch, 0])
+        asked = [question for question in questions if question]
+        answers = turns.sample([before + question + after for question in asked], ANSWER_TOKENS, [seed, batch, 1])
+        pairs = [(question, answer) for question, answer in zip(asked, answers, strict=True) if answer]
+        for question, answer in pairs:
+            yield [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+            done += len(tokenizer.encode(question + answer, add_special_tokens=False))
+        batch += 1
+        rounds_without = 0 if pairs else rounds_without + 1
+        if rounds_without == MAX_ROUNDS_WITHOUT:
+            raise UsageError("--data self-chat: the source does not end its turns, so it has no chats to learn from")
+        report(min(done, tokens), tokens)
+
+
+class Turns:
+    """What a model says after a prompt."""
+
+    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, end_of_turn: str) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.end = tokenizer.encode(end_of_turn, add_special_tokens=False)[0]
+
+    def sample(self, prompts: Sequence[str], max_tokens: int, seed: Sequence[int]) -> list[str]:
+        """One turn after each prompt; "" where it is empty or does not end within `max_tokens`."""
+        if not prompts:
+            return []
+        ids = [self.tokenizer.encode(prompt, add_special_tokens=False) for prompt in prompts]
+        width, device = max(map(len, ids)), self.model.device
+        inputs = torch.tensor([[self.end] * (width - len(row)) + row for row in ids], device=device)
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids], device=device)
+        settings = GenerationConfig(
+            max_new_tokens=max_tokens,
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            eos_token_id=self.end,
+            pad_token_id=self.end,
+        )
+        with _evaluating(self.model), torch.random.fork_rng(), torch.inference_mode():
+            torch.manual_seed(hash(tuple(seed)) % 2**63)  # of integers: the same in every process
+            found = self.model.generate(inputs, attention_mask=mask, generation_config=settings)
+        turns: list[str] = []
+        for row in found[:, width:].tolist():
+            ended = self.end in row
+            text = self.tokenizer.decode(row[: row.index(self.end)] if ended else [], skip_special_tokens=True)
+            turns.append(str(text).strip())
+        return turns
+
+
+@contextlib.contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)

@@ -1,0 +1,104 @@
+"""The quality contract: every figure of a model beside its source's, as a ratio with its error."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .measure import Quality
+
+ALL_TEXTS = "all texts"
+"""The geometric mean over kinds, each with the same weight."""
+
+
+def _mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and its standard error."""
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return statistics.fmean(values), error
+
+
+def _paired(values: Sequence[float], reference: Sequence[float]) -> dict[str, float]:
+    """Perplexities of nats per document, and their ratio; its error is that of the paired differences."""
+    difference, error = _mean_and_error([one - other for one, other in zip(values, reference, strict=True)])
+    return _ratio(statistics.fmean(values), statistics.fmean(reference), difference, error)
+
+
+def _ratio(nats: float, reference: float, difference: float, error: float) -> dict[str, float]:
+    ratio = math.exp(difference)
+    return {
+        "perplexity": math.exp(nats),
+        "reference": math.exp(reference),
+        "ratio": ratio,
+        "ratio_stderr": ratio * error,
+    }
+
+
+def contract(quality: Quality, reference: Quality, reference_name: str) -> dict[str, Any]:
+    """What `quality` is in shares of `reference`, JSON values.
+
+    Perplexities are exp(mean over documents of the mean nats per token); errors are over documents, paired.
+    """
+    texts = {kind: _paired(quality.texts[kind], reference.texts[kind]) for kind in quality.texts}
+    means = [statistics.fmean(values) for values in quality.texts.values()]
+    before = [statistics.fmean(values) for values in reference.texts.values()]
+    errors = [each["ratio_stderr"] / each["ratio"] for each in texts.values()]
+    nats, base = statistics.fmean(means), statistics.fmean(before)
+    error = math.sqrt(sum(each * each for each in errors)) / len(errors)
+    found: dict[str, Any] = {
+        "reference": reference_name,
+        "texts": {**texts, ALL_TEXTS: _ratio(nats, base, nats - base, error)},
+    }
+    if quality.chat_answers and reference.chat_answers:
+        found["chat_answers"] = _paired(quality.chat_answers, reference.chat_answers)
+        ends = zip(quality.turn_ends, reference.turn_ends, strict=True)
+        difference, error = _mean_and_error([one - other for one, other in ends])
+        found["end_of_turn"] = {
+            "nats": statistics.fmean(quality.turn_ends),
+            "reference": statistics.fmean(reference.turn_ends),
+            "difference": difference,
+            "difference_stderr": error,
+        }
+    if quality.answers and reference.answers:
+        right, expected = quality.right, reference.right
+        found["questions"] = {
+            "asked": len(right),
+            "reference": sum(expected),
+            "right": sum(right),
+            "kept": sum(one and other for one, other in zip(right, expected, strict=True)),
+        }
+    return found
+
+
+def contract_rows(found: Mapping[str, Any]) -> list[list[str]]:
+    """The contract as a table: header, then a row per figure."""
+    rows = [["quality", "source", "this model", "ratio"]]
+    for kind, each in found["texts"].items():
+        rows.append([f"perplexity, {kind}", *_cells(each)])
+    if "chat_answers" in found:
+        rows.append(["perplexity, chat answers", *_cells(found["chat_answers"])])
+        end = found["end_of_turn"]
+        change = f"{end['difference']:+.2f} ± {end['difference_stderr']:.2f} nats"
+        rows.append(["end of the turn, nats", f"{end['reference']:.2f}", f"{end['nats']:.2f}", change])
+    if "questions" in found:
+        asked = found["questions"]
+        kept = f"{asked['kept']} of the source's {asked['reference']}"
+        rows.append([f"right of {asked['asked']} questions", str(asked["reference"]), str(asked["right"]), kept])
+    return rows
+
+
+def _cells(each: Mapping[str, float]) -> list[str]:
+    ratio = f"{each['ratio']:.3f} ± {each['ratio_stderr']:.3f}"
+    return [f"{each['reference']:.2f}", f"{each['perplexity']:.2f}", ratio]
+
+
+def one_line(found: Mapping[str, Any]) -> str:
+    """The contract in a sentence."""
+    every = found["texts"][ALL_TEXTS]
+    parts = [f"perplexity x{every['ratio']:.2f} over {len(found['texts']) - 1} kinds of text"]
+    if "chat_answers" in found:
+        parts.append(f"x{found['chat_answers']['ratio']:.2f} on chat answers")
+    if "questions" in found:
+        parts.append(f"{found['questions']['kept']} of {found['questions']['reference']} questions still right")
+    return ", ".join(parts)

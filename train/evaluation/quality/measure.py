@@ -1,0 +1,101 @@
+"""Perplexity on six kinds of text, the likelihood of chat answers and of the end of a turn, and questions of fact."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ....runtime.base.errors import DataError
+from ...data.chat import ChatFormat
+from ..scoring import Request, ScoredModel
+from .sets import chats, facts, texts
+
+DOCUMENT_TOKENS = 256
+"""Of each document, its first."""
+ANSWER_TOKENS = 32
+"""Of each question of fact; a right answer comes in its first sentence."""
+
+Report = Callable[[str, int, int], None]
+"""report(what is measured, done, total)."""
+
+
+def silent(what: str, done: int, total: int) -> None:
+    """A Report that shows nothing."""
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What a model made of each document, chat and question, so that two models can be compared pair by pair."""
+
+    texts: dict[str, list[float]]
+    """{kind: nats per token of each document}"""
+    chat_answers: list[float]
+    """Nats per token of each reference answer under the model's own chat template; empty without one."""
+    turn_ends: list[float]
+    """Nats of the token that ends the turn after each of these answers."""
+    answers: list[str]
+    """Greedy answers to the questions of fact."""
+
+    @property
+    def right(self) -> list[bool]:
+        """Which of the questions of fact were answered right."""
+        return [fact.is_right(answer) for fact, answer in zip(facts(), self.answers, strict=False)]
+
+    def to_dict(self) -> dict[str, Any]:
+        return vars(self).copy()
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Quality:
+        return cls(**values)
+
+
+def measure_quality(model: ScoredModel, report: Report = silent) -> Quality:
+    """Measure a model; about 25,000 tokens of a 49,000-word tokenizer, and a hundred short answers where it chats."""
+    chat = ChatFormat.of(model.chat_template, model.bos_token, model.eos_token)
+    requests, places = _text_requests(model)
+    num_texts = len(requests)
+    prompts: list[list[int]] = []
+    if chat is not None:
+        end = model.encode_markup(chat.end_of_turn)[:1]
+        for each in chats():
+            prompt = model.encode_markup(chat.prompt([{"role": "user", "content": each.question}]))
+            answer = [*model.encode_markup(each.answer), *end]
+            requests.append(Request((*prompt, *answer), len(prompt)))
+        prompts = [model.encode_markup(chat.prompt([{"role": "user", "content": fact.question}])) for fact in facts()]
+    losses = _losses(model, requests, report)
+    found: dict[str, list[float]] = {}
+    for kind, nats in zip(places, losses, strict=False):
+        found.setdefault(kind, []).append(sum(nats) / len(nats))
+    spoken = losses[num_texts:]
+    answers: list[str] = []
+    for answer in model.answer(prompts, ANSWER_TOKENS):
+        answers.append(answer)
+        report("questions", len(answers), len(prompts))
+    return Quality(found, [sum(nats[:-1]) / len(nats[:-1]) for nats in spoken], [nats[-1] for nats in spoken], answers)
+
+
+def _text_requests(model: ScoredModel) -> tuple[list[Request], list[str]]:
+    """One request a document, and the kind of each."""
+    requests: list[Request] = []
+    kinds: list[str] = []
+    length = min(DOCUMENT_TOKENS, model.context_length - 1)
+    for kind, documents in texts().items():
+        for text in documents:
+            requests.append(Request(tuple(model.tokenize(text)[: length + 1]), 1))
+            kinds.append(kind)
+    return requests, kinds
+
+
+def _losses(model: ScoredModel, requests: Sequence[Request], report: Report) -> list[list[float]]:
+    """Nats of every scored token of every request."""
+    longest = max(len(request.tokens) for request in requests)
+    if longest > model.context_length + 1:
+        raise DataError(f"a context of {model.context_length} tokens is too short to measure quality: {longest} needed")
+    losses: list[list[float]] = [[]] * len(requests)
+    for done, (index, score) in enumerate(model.score(requests), 1):
+        losses[index] = (-score.log_probs).tolist()
+        report("quality", done, len(requests))
+    return losses
+
+
