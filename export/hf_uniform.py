@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ..runtime.base.disk import require_room
 from ..runtime.base.errors import ArtefactError
 from ..train.model.architecture import Architecture
 from ..train.model.hf_files import mend_tokenizer_config, write_config
@@ -36,6 +37,7 @@ def export_hf_uniform(checkpoint: Checkpoint, request: ExportRequest[VerifyOptio
     before = checkpoint.architecture
     after = uniform_architecture(before)
     tensors = {name: np.ascontiguousarray(array) for name, array in padded_tensors(checkpoint, after)}
+    require_room(folder / MODEL_FILE, sum(tensor.nbytes for tensor in tensors.values()))
     save_file(tensors, folder / MODEL_FILE, metadata={"format": "pt"})
     write_config(uniform_config(checkpoint, after), folder)
     files = [MODEL_FILE, "config.json", *copy_tokenizer(checkpoint, folder)]

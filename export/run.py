@@ -7,7 +7,7 @@ from typing import Any
 
 from ..runtime.base import flags
 from ..runtime.base.files import folder_written_atomically
-from ..runtime.base.output import check_output, locked_output
+from ..runtime.base.output import check_output, check_place, locked_output
 from .checkpoint import open_checkpoint
 from .manifest import foreign_files
 from .request import ExportRequest, log
@@ -35,6 +35,7 @@ def export(checkpoint: str | Path, target: str, output: str | Path, *, overwrite
     def check() -> None:
         remedy = "give another --output, or --overwrite to replace it"
         check_output(folder, overwrite, foreign_files, inputs, remedy)
+        check_place(folder, is_renamed=True)
 
     check()
     with locked_output(folder):

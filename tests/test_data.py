@@ -54,7 +54,8 @@ def test_txt_is_cut_at_blank_lines(tmp_path: Path) -> None:
     ("content", "name", "message"),
     [
         ("not json\n", "a.jsonl", "line 1 is not a JSON object"),
-        ('{"body": "x"}\n', "a.jsonl", 'line 1 is not a JSON object with a "text" field'),
+        ("[]\n", "a.jsonl", 'line 1 is not a JSON object with a "text" field'),
+        ('{"body": "x"}\n', "a.jsonl", 'line 1 has no field "text"; it has body .--text-field NAME reads another'),
         ('{"text": 3}\n', "a.jsonl", 'the "text" of line 1 is not a string'),
         ("plain", "a.jsonl.gz", "not a whole gzip file"),
         ("plain", "a.parquet", "a.parquet"),
@@ -67,9 +68,9 @@ def test_malformed_files_name_the_place(content: str, name: str, message: str, t
         list(open_documents(DataSpec(str(path))))
 
 
-@pytest.mark.parametrize(("name", "message"), [("nowhere", "no such file"), ("a.csv", "unknown file type")])
+@pytest.mark.parametrize(("name", "message"), [("nowhere", "no such file"), ("a.docx", "unknown file type")])
 def test_unknown_paths(name: str, message: str, tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text("text\n")
+    (tmp_path / "a.docx").write_text("text\n")
     with pytest.raises(UsageError, match=message):
         open_documents(DataSpec(str(tmp_path / name)))
 

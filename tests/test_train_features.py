@@ -194,7 +194,8 @@ def test_a_full_disk_leaves_the_previous_checkpoint_loadable(
     assert run(command(source_folder, corpus, tmp_path / "straight")) == 0
     monkeypatch.setattr(training_state.dcp, "save", full_disk)
     assert run(arguments) == 2
-    assert "No space left on device" in capsys.readouterr().err
+    assert "step-00000010 cannot be written: the disk is full" in (error := capsys.readouterr().err)
+    assert "make room and --resume from step-00000005" in error
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000005"]
     monkeypatch.setattr(training_state.dcp, "save", save)
     assert run([*arguments, "--resume"]) == 0

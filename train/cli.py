@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 import sys
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from ..runtime.base.errors import UsageError
 from ..runtime.base.extras import extra
 from .config import TrainConfig
 from .presets import PRESETS, preset
+
+_log = logging.getLogger("efficientllm.train")
 
 
 def build_parser() -> flags.Parser:
@@ -36,7 +38,7 @@ def configuration(arguments: dict[str, Any]) -> TrainConfig:
     if file:
         try:
             values = flags.read_toml(Path(file).read_text(encoding="utf-8"))
-        except tomllib.TOMLDecodeError as error:
+        except ValueError as error:  # neither UTF-8 nor TOML
             raise UsageError(f"--config {file}: not valid TOML: {error}") from error
         config = flags.merge(config, values, f"--config {file}")
     return flags.merge(config, arguments, "flags")
@@ -49,13 +51,14 @@ def body(argv: Sequence[str]) -> int:
     if print_only:
         print(config.to_toml(), end="")
         return 0
+    _log.info(f"loading {config.source.source}, to train on {', '.join(config.source.data)}")  # torch takes seconds
     with extra("train"):
         from .run import run_training
 
     model = run_training(config)
     if model is None:
         return 130
-    print(f"model: {model}")
+    _log.info(f"model: {model}")
     return 0
 
 

@@ -18,8 +18,10 @@ class SourceConfig:
     source: str = "demo"
     """Model to start from: a Hugging Face folder or hub id, a .gguf file, or 'demo' (SmolLM2-135M-Instruct)."""
     data: tuple[str, ...] = ("demo",)
-    """Text to train on, PATH[:WEIGHT], repeatable: .txt, .jsonl(.gz), .parquet, a folder of them, a hub dataset id
-    (owner/name[@config]), or 'demo' (Wikipedia lead sections)."""
+    """Text to train on, PATH[:WEIGHT], repeatable: .txt, .jsonl, .json, .csv (each also .gz or .zst), .parquet, a
+    folder of them, a hub dataset id (owner/name[@config]), or 'demo' (Wikipedia lead sections)."""
+    text_field: str = "text"
+    """Field (of JSON) or column (of .csv, .parquet and hub datasets) that holds the text."""
     skip_bad_lines: int = 0
     """Malformed lines of each corpus that may be left out; one more ends the run."""
     held_out_fraction: float = 0.05
@@ -33,7 +35,9 @@ class SourceConfig:
 
     def __post_init__(self) -> None:
         flags.check_types(self)
-        flags.require(self, "data", bool(self.data), "give at least one corpus")
+        flags.require(self, "source", bool(self.source), "is empty; name a model")
+        flags.require(self, "data", all(self.data) and bool(self.data), "give a file, a folder or a hub dataset")
+        flags.require(self, "text_field", bool(self.text_field), "is empty; name a field")
         flags.require(self, "skip_bad_lines", self.skip_bad_lines >= 0, "must not be negative")
         flags.require(self, "held_out_fraction", 0 < self.held_out_fraction < 1, "must be between 0 and 1")
         flags.require(self, "sequence_length", self.sequence_length >= 8, "must be at least 8")
@@ -96,11 +100,13 @@ class RunConfig:
     output: str = ""
     """Folder of the run: checkpoints, metrics and the final model."""
     overwrite: bool = False
-    """Delete what is in --output and start anew."""
+    """Start anew; the run in --output is deleted when the new one writes its first checkpoint or its model."""
     resume: bool = False
     """Continue from the last complete checkpoint in --output."""
     checkpoint_every: int = 200
     """Optimizer steps between checkpoints; 0 writes none."""
+    eval_every: int = 0
+    """Optimizer steps between measurements of the held-out loss along the run; 0: none."""
     keep: int = 2
     """Complete checkpoints to keep."""
     device: str = "auto"
@@ -128,7 +134,8 @@ class RunConfig:
         flags.check_types(self)
         flags.require(self, "resume", not (self.overwrite and self.resume), "cannot be combined with --overwrite")
         flags.require(self, "offload", not self.offload or self.parallel == "fsdp", "works with --parallel fsdp only")
-        flags.require(self, "checkpoint_every", self.checkpoint_every >= 0, "must not be negative")
+        for name in ("checkpoint_every", "eval_every"):
+            flags.require(self, name, getattr(self, name) >= 0, "must not be negative")
         flags.require(self, "keep", self.keep >= 1, "must be at least 1")
         flags.require(self, "threads", 0 <= self.threads <= 1024, "must be between 0 and 1024")
         flags.require(self, "seed", 0 <= self.seed < 2**63, "must be at least 0 and below 2^63")
@@ -162,7 +169,7 @@ def _toml(value: object) -> str:
 RESUMABLE_CHANGES = frozenset(
     {
         *("output", "overwrite", "resume", "checkpoint_every", "keep", "device", "threads", "tensorboard", "wandb"),
-        "skip_bad_lines",
+        *("skip_bad_lines", "eval_every"),
     }
 )
 """Settings a resumed run may change without changing its result."""

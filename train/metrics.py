@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import json
+import logging
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ..runtime.base.disk import writing
 from ..runtime.base.errors import UsageError
+from ..runtime.base.files import write_text_atomically
 from .config import RunConfig
 from .progress import Progress
 
 FILE_NAME = "metrics.jsonl"
+
+_log = logging.getLogger("efficientllm.train")
+
+
+def check_loggers(settings: RunConfig) -> None:
+    """UsageError where what --wandb logs to is not installed."""
+    if settings.wandb and find_spec("wandb") is None:
+        raise UsageError("--wandb: wandb is not installed; run: pip install wandb")
 
 
 class MetricsWriter:
@@ -29,18 +41,31 @@ class MetricsWriter:
 
             self._tensorboard = SummaryWriter(str(self.path.parent / "tensorboard"))
         if self.settings.wandb and self._wandb is None:
-            try:
-                import wandb  # type: ignore[import-not-found]
-            except ModuleNotFoundError as error:
-                raise UsageError("--wandb: wandb is not installed; run: pip install wandb") from error
+            import wandb  # type: ignore[import-not-found]
+
             self._wandb = wandb.init(project="efficientllm", dir=str(self.path.parent), name=self.path.parent.name)
 
     def write(self, record: dict[str, Any]) -> None:
+        """Log one record; DiskFullError leaves the file as it was."""
         if not self.is_main:
             return
-        self._open()
-        with self.path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(record) + "\n")
+        with writing(self.path):
+            self._append(json.dumps(record) + "\n")
+            self._open()
+            self._send(record)
+
+    def _append(self, line: str) -> None:
+        rest = line.encode()
+        with self.path.open("ab", buffering=0) as stream:
+            size = stream.tell()
+            try:
+                while rest:
+                    rest = rest[stream.write(rest) :]
+            except OSError:
+                stream.truncate(size)
+                raise
+
+    def _send(self, record: dict[str, Any]) -> None:
         numbers = {key: value for key, value in record.items() if isinstance(value, int | float)}
         numbers |= {f"next_saliency/{kind}": value for kind, value in record.get("next_saliency", {}).items()}
         if self._tensorboard is not None:
@@ -50,28 +75,49 @@ class MetricsWriter:
             self._wandb.log(numbers, step=record["step"])
 
     def truncate(self, progress: Progress) -> None:
-        """Drop what a killed run logged after the checkpoint that is resumed."""
+        """Drop what a killed run logged after the checkpoint that is resumed, and lines that are damaged."""
         if not self.is_main or not self.path.is_file():
             return
-        kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                record = json.loads(line)
-            except ValueError:  # cut off by the kill
-                continue
-            stage = next((key for key in record if key.startswith("perplexity_")), None)
-            seen = stage is None or stage.removeprefix("perplexity_") in progress.perplexity
-            if record["step"] <= progress.step and seen:
-                kept.append(line)
-        self.path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        records, num_damaged = _read(self.path)
+        if num_damaged:
+            _log.warning(f"{self.path}: {num_damaged} damaged lines are left out")
+        kept = [record for record in records if _is_before(record, progress)]
+        write_text_atomically(self.path, "".join(f"{json.dumps(record)}\n" for record in kept))
 
     def close(self) -> None:
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        """Finish what was begun; DiskFullError where its last records do not fit."""
+        with writing(self.path.parent):
+            if self._tensorboard is not None:
+                self._tensorboard.close()
+            if self._wandb is not None:
+                self._wandb.finish()
+
+
+def _is_before(record: dict[str, Any], progress: Progress) -> bool:
+    """Whether a record was made no later than the checkpoint of `progress`."""
+    stage = next((key for key in record if key.startswith("perplexity_")), None)
+    is_measured = stage is None or stage.removeprefix("perplexity_") in progress.perplexity
+    return record["step"] <= progress.step and is_measured
+
+
+def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """(the records, how many lines are none); the last line of a killed run is cut off and not counted."""
+    *lines, cut_off = path.read_bytes().split(b"\n")
+    parsed = [_parse(line) for line in lines]
+    parsed += [record] if (record := _parse(cut_off)) is not None else []
+    records = [record for record in parsed if record is not None]
+    return records, len(parsed) - len(records)
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    is_record = isinstance(record, dict) and all(isinstance(record.get(name), int) for name in ("step", "tokens"))
+    return record if is_record else None
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The records of a run."""
-    return [json.loads(line) for line in (folder / FILE_NAME).read_text(encoding="utf-8").splitlines()]
+    """The records of a run, less the lines that are damaged."""
+    return _read(folder / FILE_NAME)[0]

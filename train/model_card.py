@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from ..runtime.base import flags
 from ..runtime.base.markdown import markdown_table
 from ..runtime.base.quantities import format_count
 from .config import TrainConfig
+from .data.documents import DataSpec
 from .model.architecture import Architecture
 
 SOURCE_LICENSES = {"demo": "apache-2.0"}
@@ -36,16 +38,24 @@ def command_line(config: TrainConfig) -> str:
     return shlex.join(words)
 
 
+def _is_on_hub(name: str) -> bool:
+    """Whether a source or corpus that was read came from a hub: nothing here has its name."""
+    return name != "demo" and not Path(name).exists()
+
+
 def model_card(config: TrainConfig, summary: dict[str, Any], source: Architecture, final: Architecture) -> str:
     """Markdown with a YAML header: source, data, tokens, command, widths, perplexities."""
     license_name = SOURCE_LICENSES.get(config.source.source)
+    corpora = [DataSpec.parse(text).path for text in config.source.data]
+    datasets = [corpus.partition("@")[0] for corpus in corpora if _is_on_hub(corpus)]
     header = [
         "---",
         *([f"license: {license_name}"] if license_name else []),
         "library_name: transformers",
         "pipeline_tag: text-generation",
         "tags: [efficientllm, pruned]",
-        *([f"base_model: {config.source.source}"] if config.source.source.count("/") == 1 else []),
+        *([f"base_model: {config.source.source}"] if _is_on_hub(config.source.source) else []),
+        *([f"datasets: [{', '.join(datasets)}]"] if datasets else []),
         "---",
     ]
     how = "trained from scratch in the shape of" if config.source.init == "random" else "pruned while training from"

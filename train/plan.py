@@ -12,11 +12,12 @@ from transformers import PreTrainedTokenizerBase
 
 from ..runtime.base import flags
 from ..runtime.base.errors import UsageError
-from ..runtime.base.output import check_output
+from ..runtime.base.output import check_output, check_place
 from .compute.distributed import Parallel
 from .compute.hardware import Hardware, choose_hardware
 from .config import STEERING_CHANGES, TrainConfig, changed_settings
 from .data.documents import DataSpec
+from .metrics import check_loggers
 from .model.architecture import Architecture
 from .model.file_size import tokenizer_bytes
 from .model.irregular import architecture_of
@@ -70,13 +71,21 @@ def check_request(config: TrainConfig) -> None:
     if not config.run.output:
         raise UsageError("--output is missing; name a folder for the run")
     check_saliency(config.pruning.saliency)
+    check_loggers(config.run)
     replaceable = config.run.overwrite or config.run.resume
-    inputs = [config.source.source, *(DataSpec.parse(text).path for text in config.source.data)]
+    inputs = [config.source.source, *(spec.path for spec in data_specs(config))]
     inputs += [config.pruning.target_architecture] if config.pruning.target_architecture is not None else []
     remedy = "give --overwrite to replace it or --resume to continue it"
     # a resumed run leaves alone what is not a run's
     foreign = foreign_files if config.run.overwrite else lambda folder: []
     check_output(Path(config.run.output), replaceable, foreign, inputs, remedy)
+    check_place(Path(config.run.output), is_renamed=False)
+
+
+def data_specs(config: TrainConfig) -> tuple[DataSpec, ...]:
+    """The corpora of a run."""
+    settings = config.source
+    return tuple(DataSpec.parse(text, settings.skip_bad_lines, settings.text_field) for text in settings.data)
 
 
 def find_resume_point(config: TrainConfig) -> ResumePoint | None:
@@ -135,8 +144,7 @@ def make_plan(config: TrainConfig, resume: ResumePoint | None, compute: Compute)
     pruning = make_pruning_plan(config.pruning, architecture, vocabulary_bytes)
     if length > longest:
         raise UsageError(f"--sequence-length {length}: the source's context is {longest} tokens")
-    data = tuple(DataSpec.parse(text, config.source.skip_bad_lines) for text in config.source.data)
-    folder = Path(config.run.output)
+    folder, data = Path(config.run.output), data_specs(config)
     return RunPlan(config, folder, resume, compute, architecture, tokenizer, data, pruning), source
 
 

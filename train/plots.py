@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import itertools
+import math
 from pathlib import Path
 from typing import Any
 
+from ..runtime.base.files import write_bytes_atomically
 from .model.architecture import Architecture
 from .pruning.groups import KINDS, counts
 
@@ -37,7 +40,13 @@ def plot_architecture(source: Architecture, final: Architecture, path: Path) -> 
         f"{source.num_parameters / 1e6:.1f}M to {final.num_parameters / 1e6:.1f}M parameters ({ratio:.0%}), "
         f"hidden size {source.hidden_size} to {final.hidden_size}"
     )
-    figure.savefig(path, dpi=110)
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=110)
+    write_bytes_atomically(path, picture.getvalue())
 
 
 def _new_figure(rows: int, x_label: str) -> tuple[Any, Any]:
@@ -53,15 +62,41 @@ def _new_figure(rows: int, x_label: str) -> tuple[Any, Any]:
 
 
 def plot_training(records: list[dict[str, Any]], path: Path) -> None:
-    """Loss and parameters against tokens."""
+    """Loss (each step's, their running mean, what was measured on held-out text) and parameters against tokens."""
     steps = [record for record in records if "loss" in record]
-    tokens = [record["tokens"] for record in steps]
+    tokens, losses = [record["tokens"] for record in steps], [record["loss"] for record in steps]
     figure, (loss, parameters) = _new_figure(2, "tokens")
-    loss.plot(tokens, [record["loss"] for record in steps], color=KEPT_COLOR, linewidth=1)
+    loss.plot(tokens, losses, color=SOURCE_COLOR, linewidth=1, label="each step")
+    loss.plot(tokens, smoothed(losses), color=KEPT_COLOR, label="smoothed")
+    measured = held_out_losses(records)
+    if measured:
+        loss.plot(*zip(*measured, strict=True), "o", color=GROUP_COLOR, markersize=4, label="held-out")
     loss.set_ylabel("loss (nats per token)")
+    loss.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
     parameters.plot(tokens, [record["parameters"] / 1e6 for record in steps], color=GROUP_COLOR)
     parameters.set_ylabel("parameters (millions)")
-    figure.savefig(path, dpi=110)
+    _save(figure, path)
+
+
+def smoothed(losses: list[float]) -> list[float]:
+    """Mean of the steps around each, a fiftieth of all of them; skipped ones, which have no loss, do not count."""
+    reach = max(1, len(losses) // 100)
+    means = []
+    for index in range(len(losses)):
+        near = [loss for loss in losses[max(0, index - reach) : index + reach + 1] if math.isfinite(loss)]
+        means.append(sum(near) / len(near) if near else math.nan)
+    return means
+
+
+def held_out_losses(records: list[dict[str, Any]]) -> list[tuple[int, float]]:
+    """(tokens, nats per token) wherever held-out text was measured."""
+    points = []
+    for record in records:
+        perplexity = next((value for name, value in record.items() if name.startswith("perplexity_")), None)
+        value = record.get("held_out_loss") if perplexity is None else math.log(perplexity)
+        if value is not None and math.isfinite(value):
+            points.append((record["tokens"], value))
+    return points
 
 
 def plot_pruning(records: list[dict[str, Any]], source: Architecture, path: Path) -> None:
@@ -84,7 +119,7 @@ def plot_pruning(records: list[dict[str, Any]], source: Architecture, path: Path
     for axes in (ratio, saliency):
         if axes.get_legend_handles_labels()[0]:
             axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
-    figure.savefig(path, dpi=110)
+    _save(figure, path)
 
 
 def _removed_shares(steps: list[dict[str, Any]], name: str, total: int) -> list[float]:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field
+
+SPEED_SECONDS = 60.0
+"""What a shown speed is the mean of."""
 
 
 @dataclass
@@ -19,3 +23,23 @@ class Progress:
     """Held-out perplexities: source, after_pruning, final."""
     seconds: float = 0.0
     """Wall time spent training, over all resumed parts."""
+
+
+class Speed:
+    """Of the steps of the last minute; what lies between them (evaluation, checkpoints) does not count."""
+
+    def __init__(self) -> None:
+        self._steps: deque[tuple[int, float]] = deque()
+        """(tokens, seconds)"""
+
+    def add(self, tokens: int, seconds: float) -> None:
+        """One step."""
+        self._steps.append((tokens, seconds))
+        while sum(each for _, each in self._steps) - self._steps[0][1] >= SPEED_SECONDS:
+            self._steps.popleft()
+
+    @property
+    def tokens_per_second(self) -> float:
+        """0 before the first step."""
+        seconds = sum(each for _, each in self._steps)
+        return sum(tokens for tokens, _ in self._steps) / seconds if seconds else 0.0

@@ -13,6 +13,7 @@ from .model.irregular import save_checkpoint
 from .model_card import model_card
 from .plots import plot_architecture, plot_pruning, plot_training
 from .pruning.pruner import kept_to_json
+from .replaced_run import drop_replaced
 from .run_folder import drop_checkpoints
 from .trainer import Trainer
 
@@ -30,7 +31,7 @@ def write_result(trainer: Trainer) -> None:
     if trainer.pruner is not None:
         description["survivors"] = kept_to_json(trainer.pruner.survivors)
     records = read_metrics(folder)
-    write_json_atomically(folder / "architecture.json", description)
+    drop_replaced(folder)
     plot_architecture(source, final, folder / "architecture.png")
     plot_training(records, folder / "training.png")
     if trainer.pruner is not None:
@@ -41,6 +42,7 @@ def write_result(trainer: Trainer) -> None:
         shutil.copy(folder / "architecture.png", temporary / "architecture.png")
         card = model_card(trainer.config, summary, source, final)
         (temporary / "README.md").write_text(card, encoding="utf-8")
+        write_json_atomically(folder / "architecture.json", description)  # last: it says that the run is finished
     drop_checkpoints(folder / "checkpoints")
     trainer.parallel.barrier()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,16 +12,20 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
+from ..runtime.base.command import is_main_process
+from ..runtime.base.errors import DiskFullError
 from ..runtime.base.files import write_text_atomically
 from ..runtime.base.output import locked_output
 from ..runtime.base.quantities import format_count
 from .compute.loss import LossWeights, TrainingLoss, make_teacher
 from .config import TrainConfig
+from .data.documents import check_documents
 from .data.packing import PackedStream, held_out_windows
 from .model.irregular import architecture_of, build
-from .plan import RunPlan, check_request, choose_compute, find_resume_point, make_plan
+from .plan import RunPlan, check_request, choose_compute, data_specs, find_resume_point, make_plan
+from .replaced_run import put_back, recover, set_aside_run
 from .result import write_result
-from .run_folder import DAMAGED_PREFIX, empty_run_folder, set_aside
+from .run_folder import DAMAGED_PREFIX, checkpoint_folders, empty_run_folder, set_aside
 from .trainer import Trainer
 
 _log = logging.getLogger("efficientllm.train")
@@ -32,10 +36,7 @@ def run_training(config: TrainConfig) -> Path | None:
 
     Raises an EfficientLLMError for anything the user can put right, before any work is lost.
     """
-    check_request(config)
-    is_main = os.environ.get("RANK", "0") == "0"  # of torchrun; the others write under its lock
-    with locked_output(Path(config.run.output)) if is_main else contextlib.nullcontext():
-        check_request(config)  # again: another run may have ended since
+    with _held_output(config) if is_main_process() else contextlib.nullcontext():
         resume = find_resume_point(config)
         compute = choose_compute(config)
         try:
@@ -48,15 +49,38 @@ def run_training(config: TrainConfig) -> Path | None:
             compute.parallel.close()
 
 
+@contextlib.contextmanager
+def _held_output(config: TrainConfig) -> Iterator[None]:
+    """Hold the folder of the run, checked; the other processes of torchrun write in it, too."""
+    check_request(config)
+    for spec in data_specs(config):
+        check_documents(spec)
+    folder = Path(config.run.output)
+    with locked_output(folder):
+        recover(folder, config.run.resume)
+        check_request(config)  # again: another run may have ended since
+        yield
+
+
 def _run(plan: RunPlan, trainer: Trainer) -> Path | None:
     parallel = plan.compute.parallel
-    if parallel.is_main:
-        _prepare_folder(plan)
-        _announce(plan, trainer.progress.tokens)
-    parallel.barrier()
-    if not trainer.train():
-        return None
-    write_result(trainer)
+    try:
+        if parallel.is_main:
+            _prepare_folder(plan)
+            _announce(plan, trainer.progress.tokens)
+        parallel.barrier()
+        if not trainer.train():
+            return None
+        write_result(trainer)
+    except BaseException as error:
+        is_put_back = parallel.is_main and put_back(plan.folder)
+        if is_put_back:
+            _log.info(f"{plan.folder} holds the run that was there before")
+        if isinstance(error, DiskFullError):
+            checkpoints = [] if is_put_back else checkpoint_folders(plan.folder / "checkpoints")
+            remedy = f"--resume from {checkpoints[-1].name}" if checkpoints else "begin anew"
+            raise DiskFullError(error.path, error.reason, f"make room and {remedy}") from error
+        raise
     return plan.folder / "model"
 
 
@@ -76,8 +100,10 @@ def _announce(plan: RunPlan, tokens: int) -> None:
 
 
 def _prepare_folder(plan: RunPlan) -> None:
-    """Empty a new run's folder, put a resumed one's damaged checkpoints aside; note the settings."""
+    """Make room for a new run, put a resumed one's damaged checkpoints aside; note the settings."""
     if plan.resume is None:
+        if plan.config.run.overwrite:
+            set_aside_run(plan.folder)
         empty_run_folder(plan.folder)
     else:
         for checkpoint in plan.resume.damaged:

@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 
 from ..runtime.base.files import sha256_of, write_json_atomically
+from ..runtime.base.output import LOCK_NAME
 from ..runtime.engines.manifest import describe_files
 
 CHECKPOINT_NAME = re.compile(r"step-(\d{8})")
@@ -29,11 +30,17 @@ MODEL_FILES = (
 )
 """Patterns of what `save_checkpoint` and transformers' tokenizers write."""
 
-UNFINISHED = re.compile(r"\.(model|step-\d{8})\.efficientllm-(new|old)|\.(config\.toml|architecture\.json)\.\d+\.tmp")
+UNFINISHED = re.compile(
+    r"\.(model|step-\d{8})\.efficientllm-(new|old)|"
+    r"\.(config\.toml|metrics\.jsonl|architecture\.json|\w+\.png)\.\d+\.tmp"
+)
 """What a write that was killed leaves."""
 
 CHECKPOINT_ENTRIES = ("config.json", "tensors.pt", "trainer.json", "state")
 """Of a checkpoint, beside its contents.json."""
+
+ASIDE, MOVING, DELETED = (f".efficientllm-{what}" for what in ("replaced", "moving", "deleted"))
+"""Folders for the run that a new one replaces (see replaced_run.py)."""
 
 LOG_FILES = ("events.out.tfevents.*", "run-*", "offline-run-*", "latest-run", "debug*.log", "settings")
 """Patterns of what TensorBoard and Weights & Biases write."""
@@ -85,7 +92,8 @@ def newest_sound_checkpoint(folder: Path) -> tuple[Path | None, dict[Path, str]]
 
 def foreign_files(folder: Path) -> list[str]:
     """What lies in a run's folder and no run has written."""
-    others = [entry.name for entry in folder.iterdir() if not _is_ours(entry)]
+    hidden = (LOCK_NAME, ASIDE, MOVING, DELETED)
+    others = [entry.name for entry in folder.iterdir() if not _is_ours(entry) and entry.name not in hidden]
     for entry in _entries(folder / "model"):
         if entry.is_dir() or not any(fnmatch.fnmatch(entry.name, pattern) for pattern in MODEL_FILES):
             others.append(f"model/{entry.name}")
@@ -128,12 +136,16 @@ def _entries(folder: Path) -> list[Path]:
     return list(folder.iterdir()) if folder.is_dir() else []
 
 
+def run_entries(folder: Path) -> list[Path]:
+    """What runs write into their folder, and nothing else."""
+    return [entry for entry in _entries(folder) if _is_ours(entry)]
+
+
 def empty_run_folder(folder: Path) -> None:
-    """Delete what runs write into their folder, and nothing else; make it where it is absent."""
-    for entry in _entries(folder):
-        if _is_ours(entry):
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-    folder.mkdir(parents=True, exist_ok=True)
+    """Delete what runs write into their folder; make it where it is absent."""
+    for entry in run_entries(folder):
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    folder.resolve().mkdir(parents=True, exist_ok=True)  # of a link that leads nowhere, what it names
 
 
 def set_aside(checkpoint: Path) -> None:

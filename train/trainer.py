@@ -25,8 +25,9 @@ from .metrics import MetricsWriter
 from .model.architecture import Architecture
 from .model.irregular import architecture_of
 from .plan import RunPlan
-from .progress import Progress
+from .progress import Progress, Speed
 from .pruning.pruner import Pruner
+from .replaced_run import drop_replaced, is_replacing
 from .run_folder import checkpoint_folders
 from .schedule import DroppingSchedule, learning_rate
 from .stop_signal import StopSignal
@@ -44,7 +45,7 @@ class Trainer:
         self.loss = loss.train()
         self.stream = stream
         self.held_out = held_out
-        self.progress = Progress()
+        self.progress, self.speed = Progress(), Speed()
         self._configure_model()
         self.callee = self.parallel.wrap(loss)
         """What is called in a step: the loss itself, or DDP around it."""
@@ -87,15 +88,16 @@ class Trainer:
             self.metrics.close()
 
     def _loop(self, display: ProgressDisplay) -> bool:
-        every, start, began = self.config.run.checkpoint_every, self.progress.tokens, time.monotonic()
+        every = self.config.run.checkpoint_every
         if "source" not in self.progress.perplexity:
             self._measure_perplexity("source", display)
         while self.progress.tokens < self.config.optimizer.tokens:
             record = self._step_or_save()
             self.metrics.write(record)
-            self._show(display, record, time.monotonic() - began, start)
+            self._show(display, record)
             if self.pruner is not None and self.pruner.is_done and "after_pruning" not in self.progress.perplexity:
                 self._measure_perplexity("after_pruning", display)
+            self._measure_held_out_loss_if_due()
             if self.parallel.any(bool(self.stop_signal.name)):
                 outcome = f"checkpoint {self.save().name} is written" if self._is_sound() else "the weights went bad"
                 name = self.stop_signal.name or "a signal to another rank"
@@ -121,11 +123,16 @@ class Trainer:
         return "begin anew with a lower --learning-rate"
 
     def _step_or_save(self) -> dict[str, Any]:
-        """One step; where the text cannot be read on, what was trained so far is saved first."""
+        """One step; where the text cannot be read on, what was trained so far is saved first.
+
+        Unless it would take the place of an old run: then that one is worth more.
+        """
         position = self.stream.state()
         try:
             return self._step()
         except DataError as error:
+            if is_replacing(self.plan.folder):
+                raise
             self.stream.load_state(position)
             self.optimizer.zero_grad(set_to_none=True)
             name = self.save().name
@@ -150,20 +157,29 @@ class Trainer:
             return
         self.save()
 
-    def _show(self, display: ProgressDisplay, record: dict[str, Any], seconds: float, start: int) -> None:
-        """Tokens, loss, parameters left and speed, `seconds` after this process began at `start` tokens."""
+    def _show(self, display: ProgressDisplay, record: dict[str, Any]) -> None:
+        """Tokens, loss, parameters left and speed."""
         done, total = self.progress.tokens, self.config.optimizer.tokens
+        self.speed.add(self.tokens_per_step, record["seconds"])
         text = (
             f"{format_count(done)}/{format_count(total)} tokens  loss {record['loss']:.3f}  "
-            f"{format_count(record['parameters'])} parameters  {(done - start) / seconds:.0f} tokens/s"
+            f"{format_count(record['parameters'])} parameters  {self.speed.tokens_per_second:.0f} tokens/s"
         )
         display.update("training", done, total, text)
 
+    def _held_out_perplexity(self) -> float:
+        return perplexity(self.callee, self.held_out, self.config.optimizer.batch_size, self.parallel.device)
+
     def _measure_perplexity(self, stage: str, display: ProgressDisplay) -> None:
-        value = perplexity(self.callee, self.held_out, self.config.optimizer.batch_size, self.parallel.device)
-        self.progress.perplexity[stage] = value
+        value = self.progress.perplexity[stage] = self._held_out_perplexity()
         self.metrics.write({"step": self.progress.step, "tokens": self.progress.tokens, f"perplexity_{stage}": value})
         display.say(f"held-out perplexity, {stage.replace('_', ' ')}: {value:.2f}")
+
+    def _measure_held_out_loss_if_due(self) -> None:
+        """Along the run; its end is measured anyway."""
+        every, step, tokens = self.config.run.eval_every, self.progress.step, self.progress.tokens
+        if every and step % every == 0 and tokens < self.config.optimizer.tokens:
+            self.metrics.write({"step": step, "tokens": tokens, "held_out_loss": math.log(self._held_out_perplexity())})
 
     def _step(self) -> dict[str, Any]:
         """One optimizer step and, where one is due, one pruning event."""
@@ -287,7 +303,9 @@ class Trainer:
         self._configure_model()
 
     def save(self) -> Path:
-        """Write a checkpoint of the run."""
+        """Write a checkpoint of the run; one that it replaces makes room."""
+        if self.parallel.is_main:
+            drop_replaced(self.plan.folder)
         extra: dict[str, Any] = {}
         tensors: dict[str, Any] = {"stream": training_state.as_tensors(self.stream.state())}
         if self.pruner is not None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from ...runtime.base.disk import require_room
 from ...runtime.base.errors import ModelError
 from ...runtime.base.extras import extra
 from ...train.model.architecture import Architecture, LayerShape
@@ -94,8 +95,11 @@ def write_gguf(checkpoint: Checkpoint, plan: GgufPlan, path: Path) -> None:
     writer = gguf.GGUFWriter(path, plan.name)
     _add_fields(writer, checkpoint, plan)
     _add_tokenizer(writer, read_tokenizer(checkpoint))
+    num_bytes = 0
     for name, array in _tensors(checkpoint, plan):
         writer.add_tensor(name, np.ascontiguousarray(array))
+        num_bytes += array.nbytes
+    require_room(path, num_bytes)
     factors = frequency_factors(checkpoint.rope, plan.architecture.head_dim)
     if factors is not None:
         writer.add_tensor("rope_freqs.weight", factors)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...runtime.base.disk import require_room
 from ...runtime.base.errors import UsageError
 from ...runtime.base.extras import extra
 from ...runtime.engines.engine import EngineOptions
@@ -74,7 +75,10 @@ def _write_model(checkpoint: Checkpoint, options: OnnxOptions, bits: Bits, folde
         from .graph import GraphBuilder
     if not options.portable:
         grams = input_grams(checkpoint, options.calibrate) if options.calibrate else None
-        ir.save(GraphBuilder(checkpoint, bits, grams).build(), folder / MODEL_FILE, external_data=DATA_FILE)
+        model = GraphBuilder(checkpoint, bits, grams).build()
+        weights = (value.const_value for value in model.graph.initializers.values())
+        require_room(folder / MODEL_FILE, sum(weight.nbytes for weight in weights if weight is not None))
+        ir.save(model, folder / MODEL_FILE, external_data=DATA_FILE)
         return
     if options.weight_type != "f32":
         raise UsageError(

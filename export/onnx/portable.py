@@ -15,6 +15,7 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
+from ...runtime.base.disk import require_room
 from ..checkpoint import Checkpoint
 from ..exporter_config import OnnxDecoderConfig
 from .portable_decoder import PortableDecoder
@@ -49,6 +50,7 @@ def write_portable(checkpoint: Checkpoint, path: Path) -> None:
             mask = program.model.graph.inputs[1]  # its length is a symbol that torch made up
             mask.shape = ir.Shape(list(config.inputs[mask.name].values()))
             _drop_metadata(program.model)
+            require_room(path, 4 * checkpoint.architecture.num_parameters)
             program.save(str(path), external_data=True)
     finally:
         logger.setLevel(level)

@@ -6,6 +6,7 @@ The packages report through `logging.getLogger("efficientllm")`; a command shows
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -17,6 +18,11 @@ LOGGER = "efficientllm"
 
 NOISY_LOGGERS = ("torchao", "torch.utils._pytree")
 """transformers imports torchao where it is installed, which then warns of CUDA libraries that a CPU build lacks."""
+
+
+def is_main_process() -> bool:
+    """Whether this process speaks for all that torchrun started; alone, it does."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 class _PlainLines(logging.Handler):
@@ -31,10 +37,10 @@ class _PlainLines(logging.Handler):
 
 
 def _show_messages() -> None:
-    """Reports on standard output, progress on standard error; once per process."""
+    """Reports on standard output, progress on standard error, from one process of all that torchrun started."""
     for name, stream in ((LOGGER, "stdout"), (PROGRESS_LOGGER, "stderr")):
         logger = logging.getLogger(name)
-        logger.setLevel(logging.INFO)
+        logger.setLevel(logging.INFO if is_main_process() else logging.ERROR)
         logger.propagate = False
         if not logger.handlers:
             logger.addHandler(_PlainLines(stream))

@@ -13,6 +13,7 @@ class EfficientLLMError(Exception):
     ├── ModelError            a source model or checkpoint that is unsupported or damaged
     ├── DataError             a corpus that is missing, empty, too short or malformed
     ├── ArtefactError         an exported file that is missing, foreign, truncated or fails verification
+    ├── DiskFullError         a disk that does not hold what is to be written
     ├── DeviceError           a device that cannot be reached, refuses, or lacks what a measurement needs
     ├── ContextOverflowError  a prompt that does not fit the context window
     └── TrainingDivergedError the loss stayed non-finite
@@ -44,6 +45,14 @@ class DataError(EfficientLLMError):
 
 class ArtefactError(EfficientLLMError):
     """An exported file that is missing, foreign, truncated or fails verification."""
+
+
+class DiskFullError(EfficientLLMError):
+    """A disk that does not hold what is to be written."""
+
+    def __init__(self, path: object, reason: str, remedy: str = "make room") -> None:
+        super().__init__(f"{path} cannot be written: the disk is full ({reason}); {remedy}")
+        self.path, self.reason = path, reason
 
 
 class DeviceError(EfficientLLMError):

@@ -11,19 +11,27 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from .disk import writing
+
 
 def write_text_atomically(path: Path, text: str) -> None:
-    """Write UTF-8 beside `path`, fsync, rename: after a power cut there is the old file or the new one.
+    """`write_bytes_atomically` of UTF-8."""
+    write_bytes_atomically(path, text.encode())
 
-    Raises OSError, leaving nothing behind, where the disk is full or the folder cannot be written.
+
+def write_bytes_atomically(path: Path, content: bytes) -> None:
+    """Write beside `path`, fsync, rename: after a power cut there is the old file or the new one.
+
+    Raises DiskFullError or OSError, leaving nothing behind.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
+        with writing(path):
+            with temporary.open("wb") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+            temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -48,20 +56,23 @@ def folder_written_atomically(
 ) -> Iterator[Path]:
     """Yield a temporary sibling folder that takes the place of `path` only if the block succeeds.
 
-    Where several processes write into it, only the main one makes and renames it; `barrier` waits for all.
+    Where several processes write into it, only the main one makes and renames it; `barrier` waits for all. A link stays
+    one: the folder that it names is replaced. DiskFullError where the block fails for that.
     """
-    temporary, replaced = (path.with_name(f".{path.name}.efficientllm-{what}") for what in ("new", "old"))
+    place = path.resolve()
+    temporary, replaced = (place.with_name(f".{place.name}.efficientllm-{what}") for what in ("new", "old"))
     if is_main:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     barrier()
     try:
-        yield temporary
-        barrier()
-        if is_main:
-            _sync_tree(temporary)
-            _put_in_place(temporary, path, replaced)
-        barrier()
+        with writing(path):
+            yield temporary
+            barrier()
+            if is_main:
+                _sync_tree(temporary)
+                _put_in_place(temporary, place, replaced)
+            barrier()
     except BaseException:
         if is_main:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -263,9 +263,13 @@ def _coerce(value: Any, annotation: Any, field: dataclasses.Field[Any]) -> Any:
 
 
 def read_toml(text: str) -> dict[str, Any]:
-    """Flat {field: value} of a TOML configuration; section names only group."""
+    """Flat {field: value} of a TOML configuration; section names only group. ValueError where it is none."""
     values: dict[str, Any] = {}
-    for name, section in tomllib.loads(text).items():
+    try:
+        sections = tomllib.loads(text)
+    except RecursionError as error:
+        raise ValueError("its values are nested too deeply") from error
+    for name, section in sections.items():
         values |= section if isinstance(section, dict) else {name: section}
     return values
 

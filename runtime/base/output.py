@@ -10,12 +10,16 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
+from .disk import writing
 from .errors import UsageError
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
+
+LOCK_NAME = ".efficientllm-lock"
+"""Of the lock that lies in the output folder itself, where nothing can be written beside it."""
 
 Foreign = Callable[[Path], list[str]]
 """(folder) -> names of what lies in it and the command has not written."""
@@ -27,9 +31,12 @@ def check_output(path: Path, overwrite: bool, foreign: Foreign, inputs: Iterable
     Absent and empty folders may be written, others with `overwrite` where everything in them was written by the same
     command. Never the current folder, the home, a root, one of the `inputs`, or a folder that holds one of these.
     """
+    inputs = list(inputs)
+    for name in (path, *inputs):
+        _check_name(str(name))
     if path.is_file():
         raise UsageError(f"--output {path} is a file; name a folder")
-    target = path.resolve()
+    target = _resolved(path)
     places = {"the current folder": Path.cwd(), "the home folder": Path.home()}
     for what, place in places.items():
         if target == place.resolve() or target in place.resolve().parents:
@@ -38,7 +45,7 @@ def check_output(path: Path, overwrite: bool, foreign: Foreign, inputs: Iterable
         source = Path(name)
         if source.exists() and (target == source.resolve() or target in source.resolve().parents):
             raise UsageError(f"--output {path} is or holds {name}, which is read; name another folder")
-    if not path.is_dir() or not any(path.iterdir()):
+    if not path.is_dir() or not any(entry.name != LOCK_NAME for entry in path.iterdir()):
         return
     if not overwrite:
         raise UsageError(f"--output {path} is not empty; {remedy}")
@@ -51,15 +58,48 @@ def check_output(path: Path, overwrite: bool, foreign: Foreign, inputs: Iterable
         )
 
 
+def check_place(path: Path, is_renamed: bool) -> None:
+    """UsageError unless the folder `path` can be made or written; its parent too where `is_renamed`: it comes whole."""
+    place = _resolved(path)
+    if is_renamed and os.path.ismount(place):
+        raise UsageError(f"--output {path} is a mount point, which nothing can take the place of; name a folder in it")
+    written = place.parent if is_renamed or not place.exists() else place
+    existing = next(folder for folder in (written, *written.parents) if folder.exists())
+    if not existing.is_dir():
+        raise UsageError(f"--output {path}: {existing} is no folder; name another one")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UsageError(f"--output {path}: {existing} cannot be written; name another folder")
+
+
+def _check_name(name: str) -> None:
+    """Names are written into files, in UTF-8; bytes of an argument that are none arrive as surrogates."""
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"the name {name!a} is not UTF-8; give another one") from error
+
+
+def _resolved(path: Path) -> Path:
+    try:
+        return path.resolve()
+    except (RuntimeError, ValueError) as error:  # links in a circle, a zero byte
+        raise UsageError(f"--output {str(path)!a} names no place: {error}") from error
+
+
 @contextlib.contextmanager
 def locked_output(path: Path) -> Iterator[None]:
     """Hold the output folder `path` for the block; UsageError names the process that holds it already.
 
-    The lock is a file beside the folder. The kernel releases it with the process, however that ends.
+    The lock is a file beside the folder, or in it where that is a volume below a read-only folder. The kernel releases
+    it with the process, however that ends.
     """
-    path.resolve().parent.mkdir(parents=True, exist_ok=True)
-    lock_path = path.resolve().with_name(f".{path.resolve().name}.efficientllm-lock")
-    lock = _acquire(lock_path, path)
+    folder = path.resolve()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock_path = folder.with_name(f".{folder.name}{LOCK_NAME}")
+    if folder.is_dir() and not os.access(folder.parent, os.W_OK):
+        lock_path = folder / LOCK_NAME
+    with writing(path):
+        lock = _acquire(lock_path, path)
     try:
         yield
     finally:

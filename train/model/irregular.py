@@ -13,6 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import save_file
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
+from ...runtime.base.disk import require_room
 from . import modeling_efficientllm as modeling
 from .architecture import Architecture, LayerShape
 from .hf_files import mend_tokenizer_config, write_config
@@ -124,6 +125,7 @@ def save_checkpoint(
     else:
         config.architectures = [type(model).__name__.removeprefix("Efficient")]
     config.dtype = next(iter(state.values())).dtype
+    require_room(folder / "model.safetensors", sum(tensor.numel() * tensor.element_size() for tensor in state.values()))
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     values = json.loads(config.to_json_string(use_diff=False))
     values.pop("_name_or_path", None)

