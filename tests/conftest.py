@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from tiny import tiny_architecture, tiny_model
@@ -16,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from efficientllm.export import cli
 from efficientllm.export.verification import sample_text
 from efficientllm.runtime.base.command import run_command
+from efficientllm.train.evaluation.quality import measure, sets
 from efficientllm.train.model.architecture import Architecture, LayerShape
 from efficientllm.train.model.irregular import save_checkpoint
 
@@ -50,6 +52,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Long tests first where there are workers, so that none is left with one when the others are done."""
     if "PYTEST_XDIST_WORKER" in os.environ:
         items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def small_quality_sets() -> Iterator[None]:
+    """Runs measure quality on one document of a kind, two chats and two questions."""
+    small = {kind: documents[:1] for kind, documents in sets.texts().items()}
+    with (
+        mock.patch.object(measure, "texts", return_value=small),
+        mock.patch.object(measure, "chats", return_value=sets.chats()[:2]),
+        mock.patch.object(measure, "facts", return_value=sets.facts()[:2]),
+    ):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -123,6 +123,8 @@ class RunConfig:
     """Compile the decoder with torch.compile; it is compiled again after every physical removal."""
     activation_checkpointing: bool = False
     """Recompute each layer in the backward pass instead of keeping its activations."""
+    quality: bool = True
+    """Measure source and final model on texts, chats and questions that no run trains on (see efficientllm-eval)."""
     tensorboard: bool = False
     """Write TensorBoard events beside metrics.jsonl."""
     wandb: bool = False
@@ -169,7 +171,7 @@ def _toml(value: object) -> str:
 RESUMABLE_CHANGES = frozenset(
     {
         *("output", "overwrite", "resume", "checkpoint_every", "keep", "device", "threads", "tensorboard", "wandb"),
-        *("skip_bad_lines", "eval_every"),
+        *("skip_bad_lines", "eval_every", "quality"),
     }
 )
 """Settings a resumed run may change without changing its result."""

@@ -12,6 +12,7 @@ from ..runtime.base.markdown import markdown_table
 from ..runtime.base.quantities import format_count
 from .config import TrainConfig
 from .data.documents import DataSpec
+from .evaluation.quality.contract import contract_rows
 from .model.architecture import Architecture
 
 SOURCE_LICENSES = {"demo": "apache-2.0"}
@@ -41,6 +42,15 @@ def command_line(config: TrainConfig) -> str:
 def _is_on_hub(name: str) -> bool:
     """Whether a source or corpus that was read came from a hub: nothing here has its name."""
     return name != "demo" and not Path(name).exists()
+
+
+def _quality(summary: dict[str, Any]) -> list[str]:
+    """The quality contract, where it was measured."""
+    if not summary.get("quality"):
+        return []
+    note = "Measured on texts, chats and questions that ship with efficientllm and that no run trains on, in the "
+    note += "precision of training; ± is one standard error over documents, paired with the source."
+    return ["## Quality", "", markdown_table(contract_rows(summary["quality"])), "", note, "", "## Training", ""]
 
 
 def model_card(config: TrainConfig, summary: dict[str, Any], source: Architecture, final: Architecture) -> str:
@@ -85,6 +95,7 @@ def model_card(config: TrainConfig, summary: dict[str, Any], source: Architectur
             command_line(config),
             "```",
             "",
+            *_quality(summary),
             markdown_table(perplexities),
             "",
             f"Hidden size {final.hidden_size} (source {source.hidden_size}), head_dim {final.head_dim}.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from typing import Any
 
 SPEED_SECONDS = 60.0
 """What a shown speed is the mean of."""
@@ -21,6 +22,8 @@ class Progress:
     """Steps just skipped for a non-finite loss or gradient."""
     perplexity: dict[str, float] = field(default_factory=dict)
     """Held-out perplexities: source, after_pruning, final."""
+    quality: dict[str, Any] = field(default_factory=dict)
+    """Quality (see evaluation.quality) of source and final, as JSON values."""
     seconds: float = 0.0
     """Wall time spent training, over all resumed parts."""
 

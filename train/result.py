@@ -8,6 +8,8 @@ from typing import Any
 
 from ..runtime.base.files import folder_written_atomically, write_json_atomically
 from .compute.gather import full
+from .evaluation.quality.contract import contract
+from .evaluation.quality.measure import Quality
 from .metrics import read_metrics
 from .model.irregular import save_checkpoint
 from .model_card import model_card
@@ -38,6 +40,8 @@ def write_result(trainer: Trainer) -> None:
         plot_pruning(records, source, folder / "pruning.png")
     with folder_written_atomically(folder / "model") as temporary:
         save_checkpoint(trainer.model, trainer.plan.tokenizer, temporary, state)
+        if trainer.progress.quality:
+            (temporary / "quality.json").write_text(json.dumps(trainer.progress.quality) + "\n", encoding="utf-8")
         (temporary / "training.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         shutil.copy(folder / "architecture.png", temporary / "architecture.png")
         card = model_card(trainer.config, summary, source, final)
@@ -49,13 +53,16 @@ def write_result(trainer: Trainer) -> None:
 
 def training_summary(trainer: Trainer) -> dict[str, Any]:
     """Contents of training.json, which exporters copy into their manifests."""
+    measured = {name: Quality.from_dict(values) for name, values in trainer.progress.quality.items()}
+    source = trainer.config.source.source
     return {
-        "source": trainer.config.source.source,
+        "source": source,
         "data": list(trainer.config.source.data),
         "tokens": trainer.progress.tokens,
         "seconds": round(trainer.progress.seconds, 1),
         "source_parameters": trainer.plan.architecture.num_parameters,
         "parameters": trainer.architecture.num_parameters,
-        "held_out_tokens": int(trainer.held_out.shape[0] * trainer.config.source.sequence_length),
+        "held_out_tokens": int(trainer.measuring.held_out.shape[0] * trainer.config.source.sequence_length),
         "perplexity": trainer.progress.perplexity,
+        "quality": contract(measured["final"], measured["source"], source) if len(measured) == 2 else None,
     }

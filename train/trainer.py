@@ -18,9 +18,10 @@ from ..runtime.base.quantities import format_bytes, format_count
 from . import training_state
 from .compute.distributed import without_sync
 from .compute.gather import full
-from .compute.loss import TrainingLoss, perplexity
+from .compute.loss import TrainingLoss
 from .compute.optimizer import make_optimizer
 from .data.packing import PackedStream
+from .measuring import Measuring
 from .metrics import MetricsWriter
 from .model.architecture import Architecture
 from .model.irregular import architecture_of
@@ -44,7 +45,6 @@ class Trainer:
         self.plan, self.config, self.parallel = plan, plan.config, plan.compute.parallel
         self.loss = loss.train()
         self.stream = stream
-        self.held_out = held_out
         self.progress, self.speed = Progress(), Speed()
         self._configure_model()
         self.callee = self.parallel.wrap(loss)
@@ -60,6 +60,7 @@ class Trainer:
             self.schedule = DroppingSchedule(budget.measure(plan.architecture), budget.target, start, end)
             self.pruner = Pruner(plan.pruning, self.model, self.parallel, self.config.run.seed)
         self.metrics = MetricsWriter(plan.folder, self.config.run, self.parallel.is_main)
+        self.measuring = Measuring(plan, held_out, self.metrics)
         self.stop_signal = StopSignal()
 
     @property
@@ -90,14 +91,15 @@ class Trainer:
     def _loop(self, display: ProgressDisplay) -> bool:
         every = self.config.run.checkpoint_every
         if "source" not in self.progress.perplexity:
-            self._measure_perplexity("source", display)
+            self.measuring.stage("source", self.callee, self.progress, display)
+            self.measuring.quality("source", self.model, self.progress, display)
         while self.progress.tokens < self.config.optimizer.tokens:
             record = self._step_or_save()
             self.metrics.write(record)
             self._show(display, record)
             if self.pruner is not None and self.pruner.is_done and "after_pruning" not in self.progress.perplexity:
-                self._measure_perplexity("after_pruning", display)
-            self._measure_held_out_loss_if_due()
+                self.measuring.stage("after_pruning", self.callee, self.progress, display)
+            self.measuring.held_out_loss_if_due(self.callee, self.progress)
             if self.parallel.any(bool(self.stop_signal.name)):
                 outcome = f"checkpoint {self.save().name} is written" if self._is_sound() else "the weights went bad"
                 name = self.stop_signal.name or "a signal to another rank"
@@ -113,7 +115,8 @@ class Trainer:
             )
         if self.pruner is not None:
             self._compact()
-        self._measure_perplexity("final", display)
+        self.measuring.stage("final", self.callee, self.progress, display)
+        self.measuring.quality("final", self.model, self.progress, display)
         return True
 
     def _way_on(self) -> str:
@@ -139,11 +142,8 @@ class Trainer:
             raise DataError(f"{error}; checkpoint {name} is written: mend the text and --resume") from error
 
     def _is_sound(self) -> bool:
-        """Whether the weights as they are now give a finite loss: a checkpoint of others would only fail again."""
-        if self.progress.skipped_in_a_row:
-            return False
-        rows = self.held_out[: self.config.optimizer.batch_size]
-        return math.isfinite(perplexity(self.callee, rows, len(rows), self.parallel.device))
+        """Whether a checkpoint of the weights as they are now is worth writing."""
+        return not self.progress.skipped_in_a_row and self.measuring.is_sound(self.callee)
 
     def _save_if_there_is_room(self, display: ProgressDisplay) -> None:
         """A checkpoint that the disk does not hold is left out; the one before stays and the run goes on."""
@@ -166,20 +166,6 @@ class Trainer:
             f"{format_count(record['parameters'])} parameters  {self.speed.tokens_per_second:.0f} tokens/s"
         )
         display.update("training", done, total, text)
-
-    def _held_out_perplexity(self) -> float:
-        return perplexity(self.callee, self.held_out, self.config.optimizer.batch_size, self.parallel.device)
-
-    def _measure_perplexity(self, stage: str, display: ProgressDisplay) -> None:
-        value = self.progress.perplexity[stage] = self._held_out_perplexity()
-        self.metrics.write({"step": self.progress.step, "tokens": self.progress.tokens, f"perplexity_{stage}": value})
-        display.say(f"held-out perplexity, {stage.replace('_', ' ')}: {value:.2f}")
-
-    def _measure_held_out_loss_if_due(self) -> None:
-        """Along the run; its end is measured anyway."""
-        every, step, tokens = self.config.run.eval_every, self.progress.step, self.progress.tokens
-        if every and step % every == 0 and tokens < self.config.optimizer.tokens:
-            self.metrics.write({"step": step, "tokens": tokens, "held_out_loss": math.log(self._held_out_perplexity())})
 
     def _step(self) -> dict[str, Any]:
         """One optimizer step and, where one is due, one pruning event."""

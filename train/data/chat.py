@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from ...runtime.base.errors import ArtefactError, UsageError
 from ...runtime.chat_template import Message, render_chat
 
-
 _ANSWER = "Yes"
 
 
@@ -63,11 +62,11 @@ class ChatFormat:
                 continue
             before, after = messages[:index], messages[: index + 1]
             asked = self.prompt(before)
-            answered = render_chat(
-                self.template, after, self.bos_token, self.eos_token, add_generation_prompt=False
-            )
+            answered = render_chat(self.template, after, self.bos_token, self.eos_token, add_generation_prompt=False)
             if not (asked.startswith(written) and answered.startswith(asked)):
-                raise UsageError("the chat template rewrites earlier turns: its chats cannot be trained on turn by turn")
+                raise UsageError(
+                    "the chat template rewrites earlier turns: its chats cannot be trained on turn by turn"
+                )
             spans += [Span(asked[len(written) :], False), Span(answered[len(asked) :], True)]
             written = answered
         return spans

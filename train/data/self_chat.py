@@ -1,4 +1,4 @@
-"""Chats that a model holds with itself: questions and answers from its own template, to distil it from without a corpus.
+"""Chats that a model holds with itself: questions and answers from its own template, to distil from without a corpus.
 
 An open user turn makes the model ask, the assistant's turn makes it answer. Sampling follows the model's own
 distribution (temperature 1), which is what the KL divergence of distillation is an expectation over.

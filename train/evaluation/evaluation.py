@@ -20,6 +20,7 @@ from .results import TaskResult
 from .scoring import EngineModel, ScoredModel, fingerprint, is_checkpoint
 from .tasks import TASKS, check_names
 
+
 @dataclass(frozen=True)
 class MeasureConfig:
     """what is measured"""

@@ -46,7 +46,7 @@ def read_wikitext(path: Path) -> str:
 
 
 def corpus_documents(model: ScoredModel, path: str, document_tokens: int, limit: int) -> list[list[int]]:
-    """Ids of a corpus' documents: the first `document_tokens` + 1 of each (0: all), until `limit` are predicted (0: all).
+    """Ids of a corpus' documents: `document_tokens` + 1 of each (0: all), until `limit` are predicted (0: all).
 
     Of the demo corpus only the documents that training never sees.
     """

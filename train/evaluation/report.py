@@ -58,7 +58,8 @@ def _quality_rows(evaluations: Sequence[Evaluation]) -> list[list[str]]:
         table.append(["end of the turn, nats", f"{chats} answers", *turns])
     if all("questions" in column for column in columns):
         asked = [column["questions"] for column in columns]
-        cells = [f"{asked[0]['right']}", *[f"{each['right']} ({each['kept']} of {each['reference']})" for each in asked[1:]]]
+        cells = [str(asked[0]["right"])]
+        cells += [f"{each['right']} ({each['kept']} of {each['reference']})" for each in asked[1:]]
         table.append(["questions answered right", f"{asked[0]['asked']} questions", *cells])
     return table
 
@@ -93,5 +94,5 @@ def markdown(evaluations: Sequence[Evaluation]) -> str:
     """The table with a line that says what ± and brackets are."""
     note = "± is one standard error"
     if len(evaluations) > 1:
-        note += f"; in brackets what is paired with {_name(evaluations[0])}, document by document: ratios and differences"
+        note += f"; in brackets the change from {_name(evaluations[0])}, paired document by document"
     return f"{markdown_table(rows(evaluations))}\n\n{note}.\n"

@@ -160,7 +160,8 @@ def markdown(study: Study, results: Results, folder_name: str) -> str:
         f"- {config.tokens:,} tokens an arm, the same in the same order: {data}; batch {config.batch_size} x "
         f"{config.sequence_length}, peak learning rate {config.learning_rate:g}",
         f"- perplexity on text that no arm trains on (six kinds and chat answers that ship with the package{sizes}); "
-        f"end of turn: nats of the token that ends an answer; questions: of a hundred, answered right; tasks zero-shot on the first {config.limit or 'all'} documents; "
+        "end of turn: nats of the token that ends an answer; questions: of a hundred, answered right",
+        f"- tasks zero-shot on the first {config.limit or 'all'} documents; "
         f"± is the standard error over documents, brackets are the range over seeds; matrix products in "
         f"{config.eval_dtype}",
         f"- commit {commit()}, {hardware.describe()} {chips}".rstrip(),

@@ -97,5 +97,3 @@ def _losses(model: ScoredModel, requests: Sequence[Request], report: Report) -> 
         losses[index] = (-score.log_probs).tolist()
         report("quality", done, len(requests))
     return losses
-
-

@@ -1,4 +1,4 @@
-"""The texts, chats and questions that ship with the package: written for it, in the public domain, trained on by no run.
+"""The texts, chats and questions that ship: written for this package, in the public domain, trained on by no run.
 
 Six kinds of text with ten documents each, eighty questions with a reference answer, a hundred questions of fact."""
 

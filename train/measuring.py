@@ -1,0 +1,77 @@
+"""What is measured of a run's model on the way: held-out perplexity, and at both ends what it keeps of its source."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..runtime.base.errors import DataError
+from ..runtime.base.progress import ProgressDisplay
+from .compute.loss import perplexity
+from .evaluation.quality.contract import contract, one_line
+from .evaluation.quality.measure import Quality, measure_quality
+from .evaluation.torch_model import TorchModel
+from .metrics import MetricsWriter
+from .plan import RunPlan
+from .progress import Progress
+
+QUALITY_BATCH_TOKENS = 2048
+"""Tokens per forward pass."""
+
+
+class Measuring:
+    """The measurements of one run; their values go into its progress and its metrics."""
+
+    def __init__(self, plan: RunPlan, held_out: np.ndarray, metrics: MetricsWriter) -> None:
+        """`held_out` are windows [n, S + 1]."""
+        self.plan, self.held_out, self.metrics = plan, held_out, metrics
+
+    def held_out_perplexity(self, loss: nn.Module) -> float:
+        return perplexity(loss, self.held_out, self.plan.config.optimizer.batch_size, self.plan.compute.parallel.device)
+
+    def is_sound(self, loss: nn.Module) -> bool:
+        """Whether the weights as they are now give a finite loss: a checkpoint of others would only fail again."""
+        rows = self.held_out[: self.plan.config.optimizer.batch_size]
+        return math.isfinite(perplexity(loss, rows, len(rows), self.plan.compute.parallel.device))
+
+    def stage(self, name: str, loss: nn.Module, progress: Progress, display: ProgressDisplay) -> None:
+        """Held-out perplexity at one of the run's stages: source, after_pruning or final."""
+        value = progress.perplexity[name] = self.held_out_perplexity(loss)
+        self.metrics.write({"step": progress.step, "tokens": progress.tokens, f"perplexity_{name}": value})
+        display.say(f"held-out perplexity, {name.replace('_', ' ')}: {value:.2f}")
+
+    def held_out_loss_if_due(self, loss: nn.Module, progress: Progress) -> None:
+        """Along the run, every --eval-every steps; its end is measured anyway."""
+        every, step, tokens = self.plan.config.run.eval_every, progress.step, progress.tokens
+        if every and step % every == 0 and tokens < self.plan.config.optimizer.tokens:
+            value = math.log(self.held_out_perplexity(loss))
+            self.metrics.write({"step": step, "tokens": tokens, "held_out_loss": value})
+
+    def quality(self, name: str, model: Any, progress: Progress, display: ProgressDisplay) -> None:
+        """Quality of the source, or of the final model; said and left out where its context is too short for it."""
+        if not self.plan.config.run.quality or name in progress.quality:
+            return
+        try:
+            progress.quality[name] = self._quality(model, name, display).to_dict()
+        except DataError as error:
+            display.say(f"quality is not measured: {error}")
+            return
+        measured = {stage: Quality.from_dict(values) for stage, values in progress.quality.items()}
+        if name == "final" and "source" in measured:
+            display.say(f"of the source's quality: {one_line(contract(measured[name], measured['source'], 'source'))}")
+
+    def _quality(self, model: Any, name: str, display: ProgressDisplay) -> Quality:
+        hardware, was_training = self.plan.compute.hardware, model.training
+        is_bfloat16 = hardware.dtype == torch.bfloat16
+        scored = TorchModel(model, self.plan.tokenizer, hardware.device, is_bfloat16, QUALITY_BATCH_TOKENS)
+        try:
+            with torch.compiler.set_stance("force_eager"):  # every length would be compiled
+                return measure_quality(
+                    scored, lambda what, done, total: display.update(f"{what} of the {name} model", done, total)
+                )
+        finally:
+            model.train(was_training)
