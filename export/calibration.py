@@ -63,10 +63,10 @@ def _collect(checkpoint: Checkpoint, text_path: str, statistic: Callable[[Any], 
 def _calibration_tokens(checkpoint: Checkpoint, text_path: str, window: int) -> list[int]:
     """The first CALIBRATION_TOKENS ids of a corpus; DataError where there are fewer than `window`."""
     with extra("train"):
-        from ..train.data.documents import DataSpec, open_documents
+        from ..train.data.documents import DataSpec, open_texts
     tokenizer = Tokenizer.from_file(str(checkpoint.folder / "tokenizer.json"))
     ids: list[int] = []
-    for text in open_documents(DataSpec.parse(text_path)):
+    for text in open_texts(DataSpec.parse(text_path)):
         ids += tokenizer.encode(text, add_special_tokens=False).ids
         if len(ids) >= CALIBRATION_TOKENS:
             break

@@ -56,8 +56,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def small_quality_sets() -> Iterator[None]:
-    """Runs measure quality on one document of a kind, two chats and two questions."""
-    small = {kind: documents[:1] for kind, documents in sets.texts().items()}
+    """Runs measure quality on two documents of a kind, two chats and two questions."""
+    small = {kind: documents[:2] for kind, documents in sets.texts().items()}
     with (
         mock.patch.object(measure, "texts", return_value=small),
         mock.patch.object(measure, "chats", return_value=sets.chats()[:2]),

@@ -15,6 +15,7 @@ import pytest
 from efficientllm.runtime.base.errors import DataError, UsageError
 from efficientllm.train.data import packing
 from efficientllm.train.data.documents import DataSpec, is_held_out, open_documents
+from efficientllm.train.data.encoding import tokenize
 from efficientllm.train.data.lanes import LANES
 from efficientllm.train.data.packing import PackedStream, held_out_windows
 from efficientllm.train.training_state import as_arrays, as_tensors
@@ -172,7 +173,7 @@ def test_neighbouring_windows_come_from_as_many_documents_as_there_are_lanes(tok
 def test_a_small_corpus_is_read_through_before_anything_comes_again(corpus: Path, tokenizer: Any) -> None:
     packed = stream(corpus, tokenizer)
     trained = [text for text in open_documents(DataSpec(str(corpus))) if not is_held_out(text, 0.2)]
-    total = sum(len(ids) + 1 for ids in packing.tokenize(tokenizer, trained))
+    total = sum(len(ids) + 1 for ids in tokenize(tokenizer, trained))
     packed.next_windows(total // 16 // 2)
     assert packed.sources[0].documents.state.epoch == 0
 

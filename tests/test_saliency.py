@@ -160,7 +160,8 @@ def test_average_decays_per_step() -> None:
             each.accumulate(model.named_parameters())
             each.finish_step()
         seen.append(single.scores["ffn"][0])
-    torch.testing.assert_close(tracker.scores["ffn"][0], 0.75 * seen[0] + 0.25 * seen[1])
+    # the newest weighs 1, the one before it 0.75, and the weights sum to 1 from the first step on
+    torch.testing.assert_close(tracker.scores["ffn"][0], (0.75 * seen[0] + seen[1]) / 1.75)
 
 
 def test_unknown_criterion_lists_the_known_ones() -> None:

@@ -19,7 +19,9 @@ class SourceConfig:
     """Model to start from: a Hugging Face folder or hub id, a .gguf file, or 'demo' (SmolLM2-135M-Instruct)."""
     data: tuple[str, ...] = ("demo",)
     """Text to train on, PATH[:WEIGHT], repeatable: .txt, .jsonl, .json, .csv (each also .gz or .zst), .parquet, a
-    folder of them, a hub dataset id (owner/name[@config]), or 'demo' (Wikipedia lead sections)."""
+    folder of them, a hub dataset id (owner/name[@config]), 'demo' (Wikipedia lead sections) or 'self-chat' (questions
+    and answers sampled from the source itself). Records with "messages" instead of text are chats: written with the
+    source's chat template, their answers and ends of turns are learned."""
     text_field: str = "text"
     """Field (of JSON) or column (of .csv, .parquet and hub datasets) that holds the text."""
     skip_bad_lines: int = 0

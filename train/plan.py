@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from transformers import PreTrainedTokenizerBase
 from ..runtime.base import flags
 from ..runtime.base.errors import UsageError
 from ..runtime.base.output import check_output, check_place
+from ..runtime.base.progress import ProgressDisplay
 from .compute.distributed import Parallel
 from .compute.hardware import Hardware, choose_hardware
 from .config import STEERING_CHANGES, TrainConfig, changed_settings
 from .data.documents import DataSpec
+from .data.self_chat import LARGEST, SELF_CHAT, SMALLEST, self_chat_file
 from .metrics import check_loggers
 from .model.architecture import Architecture
 from .model.file_size import tokenizer_bytes
@@ -144,8 +147,28 @@ def make_plan(config: TrainConfig, resume: ResumePoint | None, compute: Compute)
     pruning = make_pruning_plan(config.pruning, architecture, vocabulary_bytes)
     if length > longest:
         raise UsageError(f"--sequence-length {length}: the source's context is {longest} tokens")
-    folder, data = Path(config.run.output), data_specs(config)
-    return RunPlan(config, folder, resume, compute, architecture, tokenizer, data, pruning), source
+    data = _with_self_chats(config, source, tokenizer, compute.parallel)
+    return RunPlan(config, Path(config.run.output), resume, compute, architecture, tokenizer, data, pruning), source
+
+
+def _with_self_chats(
+    config: TrainConfig, source: Any, tokenizer: PreTrainedTokenizerBase, parallel: Parallel
+) -> tuple[DataSpec, ...]:
+    """The corpora, the source's chats with itself as the file they are sampled to."""
+    specs = data_specs(config)
+    shares = [spec.weight for spec in specs if spec.path == SELF_CHAT]
+    if not shares:
+        return specs
+    wanted = round(config.optimizer.tokens * sum(shares) / sum(spec.weight for spec in specs))
+    tokens = min(LARGEST, max(wanted, SMALLEST * config.source.sequence_length))
+    with ProgressDisplay(silent=not parallel.is_main) as display:
+        path = None
+        for is_mine in (parallel.is_main, not parallel.is_main):  # the main process samples, the others read it
+            if is_mine:
+                report = partial(display.update, "sampling the source's chats")
+                path = self_chat_file(source.to(parallel.device), tokenizer, tokens, config.run.seed, report)
+            parallel.barrier()
+    return tuple(replace(spec, path=str(path)) if spec.path == SELF_CHAT else spec for spec in specs)
 
 
 def _vocabulary_bytes(tokenizer: PreTrainedTokenizerBase) -> int:

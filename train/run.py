@@ -21,6 +21,7 @@ from .compute.loss import LossWeights, TrainingLoss, make_teacher
 from .config import TrainConfig
 from .data.documents import check_documents
 from .data.packing import PackedStream, held_out_windows
+from .data.self_chat import SELF_CHAT
 from .model.irregular import architecture_of, build
 from .plan import RunPlan, check_request, choose_compute, data_specs, find_resume_point, make_plan
 from .replaced_run import put_back, recover, set_aside_run
@@ -54,7 +55,8 @@ def _held_output(config: TrainConfig) -> Iterator[None]:
     """Hold the folder of the run, checked; the other processes of torchrun write in it, too."""
     check_request(config)
     for spec in data_specs(config):
-        check_documents(spec)
+        if spec.path != SELF_CHAT:
+            check_documents(spec)
     folder = Path(config.run.output)
     with locked_output(folder):
         recover(folder, config.run.resume)

@@ -1,14 +1,38 @@
-"""A model's chat template seen as text: prompts, where a turn ends, and which part of a conversation is the answer."""
+"""Chats: what was said by whom, and how a model's chat template writes it, with the part that is the assistant's."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ...runtime.base.errors import ArtefactError, UsageError
+from ...runtime.base.errors import ArtefactError, DataError, UsageError
 from ...runtime.chat_template import Message, render_chat
 
 _ANSWER = "Yes"
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A document that is a conversation."""
+
+    turns: tuple[tuple[str, str], ...]
+    """(role, content): system, user and assistant."""
+
+    @property
+    def messages(self) -> list[Message]:
+        return [{"role": role, "content": content} for role, content in self.turns]
+
+    @property
+    def text(self) -> str:
+        """What is said, without who says it."""
+        return "\n\n".join(content for _, content in self.turns)
+
+    def to_json(self) -> str:
+        return json.dumps({"messages": self.messages}, ensure_ascii=False)
+
+
+Document = str | Chat
 
 
 @dataclass(frozen=True)
@@ -36,12 +60,11 @@ class ChatFormat:
         if not template:
             return None
         bos, eos = bos_token or "", eos_token or ""
-        user = {"role": "user", "content": "Well?"}
+        asked: list[Message] = [{"role": "user", "content": "Well?"}]
+        answered = [*asked, {"role": "assistant", "content": _ANSWER}]
         try:
-            prompt = render_chat(template, [user], bos, eos)
-            whole = render_chat(
-                template, [user, {"role": "assistant", "content": _ANSWER}], bos, eos, add_generation_prompt=False
-            )
+            prompt = render_chat(template, asked, bos, eos)
+            whole = render_chat(template, answered, bos, eos, add_generation_prompt=False)
         except (ArtefactError, UsageError):
             return None
         start = whole.rfind(_ANSWER)
@@ -53,20 +76,22 @@ class ChatFormat:
         """Text up to where the assistant's next answer begins."""
         return render_chat(self.template, messages, self.bos_token, self.eos_token)
 
-    def spans(self, messages: Sequence[Message]) -> list[Span]:
-        """A conversation in pieces, in order. UsageError where the template refuses it."""
+    def spans(self, chat: Chat) -> list[Span]:
+        """A conversation in pieces, in order, up to its last answer. DataError where the template refuses it."""
         spans: list[Span] = []
-        written = ""
-        for index, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            before, after = messages[:index], messages[: index + 1]
-            asked = self.prompt(before)
-            answered = render_chat(self.template, after, self.bos_token, self.eos_token, add_generation_prompt=False)
-            if not (asked.startswith(written) and answered.startswith(asked)):
-                raise UsageError(
-                    "the chat template rewrites earlier turns: its chats cannot be trained on turn by turn"
-                )
-            spans += [Span(asked[len(written) :], False), Span(answered[len(asked) :], True)]
-            written = answered
+        written, messages = "", chat.messages
+        try:
+            for index, (role, _) in enumerate(chat.turns):
+                if role != "assistant":
+                    continue
+                asked, answered = self.prompt(messages[:index]), self._written(messages[: index + 1])
+                if not (asked.startswith(written) and answered.startswith(asked)):
+                    raise DataError("the source's chat template rewrites earlier turns; give chats of one question")
+                spans += [Span(asked[len(written) :], False), Span(answered[len(asked) :], True)]
+                written = answered
+        except UsageError as error:
+            raise DataError(f"a chat of {len(chat.turns)} turns: {error}") from error
         return spans
+
+    def _written(self, messages: Sequence[Message]) -> str:
+        return render_chat(self.template, messages, self.bos_token, self.eos_token, add_generation_prompt=False)

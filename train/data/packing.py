@@ -16,27 +16,15 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ...runtime.base.errors import DataError
+from .chat import Document
 from .documents import DataSpec, is_held_out, open_documents
+from .encoding import Encoder
 from .lanes import LANES, Lanes
 
 SHUFFLE_BLOCK = 8192
 """Documents shuffled together; also what a resumed run reads again at most."""
 TOKENIZE_BATCH = 32
 """Documents tokenised in one call (in parallel inside tokenizers)."""
-
-END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>")
-"""Document separators of the supported families, in order of preference; the EOS token otherwise."""
-
-
-def end_of_text_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id of the tokenizer's end-of-text token."""
-    vocabulary = tokenizer.get_vocab()
-    for token in END_OF_TEXT:
-        if token in vocabulary:
-            return vocabulary[token]
-    if not isinstance(tokenizer.eos_token_id, int):
-        raise DataError("the tokenizer has no end-of-text or EOS token to separate documents with")
-    return tokenizer.eos_token_id
 
 
 @dataclass
@@ -58,8 +46,8 @@ class DocumentSource:
         self.held_out_fraction = held_out_fraction
         self.seed = (seed, index)
         self.state = SourceState()
-        self._blocks: Iterator[list[str]] | None = None
-        self._current: list[str] = []
+        self._blocks: Iterator[list[Document]] | None = None
+        self._current: list[Document] = []
         self._first_block_size = 0
 
     def first_block_size(self) -> int:
@@ -72,7 +60,7 @@ class DocumentSource:
         """Continue from another position."""
         self.state, self._blocks = state, None
 
-    def next_documents(self, count: int) -> list[str]:
+    def next_documents(self, count: int) -> list[Document]:
         """Up to `count` documents, all from one block."""
         if self._blocks is None:
             self._open()
@@ -85,7 +73,7 @@ class DocumentSource:
 
     def _open(self) -> None:
         """Open the corpus at the position of `state`."""
-        documents = (text for text in open_documents(self.spec) if not is_held_out(text, self.held_out_fraction))
+        documents = (each for each in open_documents(self.spec) if not is_held_out(each, self.held_out_fraction))
         documents = itertools.islice(documents, self.state.block * SHUFFLE_BLOCK, None)
         self._blocks = (list(block) for block in iter(lambda: list(itertools.islice(documents, SHUFFLE_BLOCK)), []))
         self._load_block()
@@ -112,10 +100,9 @@ class DocumentSource:
 class TokenSource:
     """Windows of one corpus."""
 
-    def __init__(self, documents: DocumentSource, tokenizer: PreTrainedTokenizerBase, window: int) -> None:
+    def __init__(self, documents: DocumentSource, encoder: Encoder, window: int) -> None:
         self.documents = documents
-        self.tokenizer = tokenizer
-        self.separator = end_of_text_id(tokenizer)
+        self.encoder = encoder
         self._queue: list[np.ndarray] = []
         """Documents that are tokenised and in no lane yet."""
         self._window = window
@@ -136,8 +123,7 @@ class TokenSource:
 
     def _next_document(self) -> np.ndarray:
         if not self._queue:
-            texts = self.documents.next_documents(TOKENIZE_BATCH)
-            self._queue = [np.asarray([*ids, self.separator], np.int32) for ids in tokenize(self.tokenizer, texts)]
+            self._queue = self.encoder.encode(self.documents.next_documents(TOKENIZE_BATCH))
         return self._queue.pop(0)
 
     def state(self) -> dict[str, Any]:
@@ -162,17 +148,17 @@ class PackedStream:
         seed: int,
     ) -> None:
         documents = [DocumentSource(spec, held_out_fraction, seed, index) for index, spec in enumerate(specs)]
-        self.sources = [TokenSource(source, tokenizer, sequence_length) for source in documents]
-        self.tokenizer = tokenizer
+        self.encoder = Encoder(tokenizer)
+        self.sources = [TokenSource(source, self.encoder, sequence_length) for source in documents]
         self.sequence_length = sequence_length
 
     def check(self) -> None:
         """DataError where a corpus has not even one sequence to train on; leaves the position unchanged."""
         for source in (source.documents for source in self.sources):
             tokens = 0
-            for text in open_documents(source.spec):
-                if not is_held_out(text, source.held_out_fraction):
-                    tokens += len(tokenize(self.tokenizer, [text])[0]) + 1
+            for document in open_documents(source.spec):
+                if not is_held_out(document, source.held_out_fraction):
+                    tokens += len(self.encoder.encode([document])[0])
                 if tokens > self.sequence_length:
                     break
             else:
@@ -182,7 +168,7 @@ class PackedStream:
                 )
 
     def next_windows(self, count: int) -> np.ndarray:
-        """The next `count` windows, int64 [count, sequence_length + 1]."""
+        """The next `count` windows, int64 [count, sequence_length + 1]; ~token where it is only read (see encoding)."""
         return np.stack([self._next_source().next_window() for _ in range(count)]).astype(np.int64)
 
     def _next_source(self) -> TokenSource:
@@ -205,13 +191,6 @@ class PackedStream:
             source.load_state(values)
 
 
-def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Token ids of each text, without special tokens."""
-    backend: Any = tokenizer.backend_tokenizer
-    encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
-    return [encoding.ids for encoding in encodings]
-
-
 def held_out_windows(
     specs: Sequence[DataSpec],
     tokenizer: PreTrainedTokenizerBase,
@@ -225,11 +204,12 @@ def held_out_windows(
     of each document comes before the second of any.
     """
     windows = []
+    encoder = Encoder(tokenizer)
     for spec in specs:
         wanted = max(1, max_tokens // len(specs) // sequence_length)
-        found = _spread_windows(_held_out_ids(spec, tokenizer, held_out_fraction), sequence_length, wanted)
+        found = _spread_windows(_held_out_ids(spec, encoder, held_out_fraction), sequence_length, wanted)
         if not found:
-            held_out = sum(map(len, _held_out_ids(spec, tokenizer, held_out_fraction)))
+            held_out = sum(map(len, _held_out_ids(spec, encoder, held_out_fraction)))
             raise DataError(
                 f"--data {spec.path}: its held-out part has {held_out} tokens, less than one sequence of "
                 f"{sequence_length}; give more text, a larger --held-out-fraction or a smaller --sequence-length"
@@ -238,11 +218,10 @@ def held_out_windows(
     return np.stack(windows).astype(np.int64)
 
 
-def _held_out_ids(spec: DataSpec, tokenizer: PreTrainedTokenizerBase, held_out_fraction: float) -> Iterator[list[int]]:
-    separator = end_of_text_id(tokenizer)
-    for text in open_documents(spec):
-        if is_held_out(text, held_out_fraction):
-            yield [*tokenize(tokenizer, [text])[0], separator]
+def _held_out_ids(spec: DataSpec, encoder: Encoder, held_out_fraction: float) -> Iterator[list[int]]:
+    for document in open_documents(spec):
+        if is_held_out(document, held_out_fraction):
+            yield encoder.encode([document])[0].tolist()
 
 
 def _spread_windows(documents: Iterator[list[int]], sequence_length: int, wanted: int) -> list[np.ndarray]:

@@ -18,11 +18,15 @@ from typing import IO, Any, cast
 
 from ...runtime.base.errors import DataError
 from ...runtime.base.extras import extra
+from .chat import Chat, Document
 
 _log = logging.getLogger("efficientllm.train")
 
 TEXT_DOCUMENT_BYTES = 4096
 """A .txt file is cut into documents at the first blank line after this many bytes."""
+
+MESSAGES = "messages"
+"""Field that holds a chat."""
 
 CSV_FIELD_BYTES = 2**31 - 1
 """The largest limit that Python's csv takes everywhere; its own, 128 KiB, is less than a long document."""
@@ -83,34 +87,52 @@ def _parsed(reading: Reading, content: bytes, where: str) -> Any:
         raise reading.error(f"{where} is not a JSON object that can be read: {error}") from error
 
 
-def _text_of(reading: Reading, value: Any, where: str) -> str:
-    """The text of one JSON value; DataError where there is none."""
+def document_of(reading: Reading, value: Any, where: str) -> Document:
+    """The text of one record, or its chat where it has "messages" and no text; DataError where there is neither."""
     field = reading.field
     if not isinstance(value, dict):
         raise reading.error(f'{where} is not a JSON object with a "{field}" field')
+    if field not in value and MESSAGES in value:
+        return _chat_of(reading, value[MESSAGES], where)
     if field not in value:
         raise reading.missing(f"{where} has no field", value)
-    text = value[field]
-    if not isinstance(text, str):
-        raise reading.error(f'the "{field}" of {where} is not a string')
+    if not isinstance(value[field], str):
+        raise reading.error(f'the "{field}" of {where} is not a string (--text-field NAME reads another)')
+    return _unicode(reading, value[field], f'the "{field}" of {where}')
+
+
+def _chat_of(reading: Reading, messages: Any, where: str) -> Chat:
+    """A list of {"role": ..., "content": ...}, as chat datasets and the OpenAI API have it."""
+    turns: list[tuple[str, str]] = []
+    for message in messages if isinstance(messages, list) else [None]:
+        role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
+        if not isinstance(role, str) or not isinstance(content, str):
+            raise reading.error(f'the "{MESSAGES}" of {where} are no list of {{"role": ..., "content": ...}}')
+        turns.append((role, _unicode(reading, content, f"a message of {where}")))
+    if not any(role == "assistant" for role, _ in turns):
+        raise reading.error(f'the "{MESSAGES}" of {where} hold no answer: none has the role assistant')
+    return Chat(tuple(turns))
+
+
+def _unicode(reading: Reading, text: str, what: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:  # half of a pair, escaped: tokenizers refuse it
-        raise reading.error(f'the "{field}" of {where} is not Unicode: {error.reason}') from error
+        raise reading.error(f"{what} is not Unicode: {error.reason}") from error
     return text
 
 
-def _jsonl(stream: Iterable[bytes], reading: Reading) -> Iterator[str]:
+def _jsonl(stream: Iterable[bytes], reading: Reading) -> Iterator[Document]:
     for number, line in enumerate(stream, 1):
         if not line.strip():
             continue
         try:
-            yield _text_of(reading, _parsed(reading, line, f"line {number}"), f"line {number}")
+            yield document_of(reading, _parsed(reading, line, f"line {number}"), f"line {number}")
         except DataError as error:
             reading.bad_lines.add(error)
 
 
-def _json(stream: IO[bytes], reading: Reading) -> Iterator[str]:
+def _json(stream: IO[bytes], reading: Reading) -> Iterator[Document]:
     """An object, an array of objects (held in memory whole), or lines of objects, as C4's .json.gz."""
     first = stream.readline()
     if isinstance(_value_of(reading, first), dict):
@@ -123,7 +145,7 @@ def _json(stream: IO[bytes], reading: Reading) -> Iterator[str]:
         return
     for number, item in enumerate(value if isinstance(value, list) else [value], 1):
         try:
-            yield _text_of(reading, item, f"document {number}")
+            yield document_of(reading, item, f"document {number}")
         except DataError as error:
             reading.bad_lines.add(error)
 
@@ -178,13 +200,18 @@ def _txt(stream: IO[bytes], reading: Reading) -> Iterator[str]:
     yield "".join(lines)
 
 
-def _parquet(stream: IO[bytes], reading: Reading) -> Iterator[str]:
+def _parquet(stream: IO[bytes], reading: Reading) -> Iterator[Document]:
     with extra("train"):
         import pyarrow
         import pyarrow.parquet
     try:
         file = pyarrow.parquet.ParquetFile(stream)
         names = file.schema_arrow.names
+        if reading.field not in names and names.count(MESSAGES) == 1:
+            for batch in file.iter_batches(columns=[MESSAGES]):
+                for number, messages in enumerate(batch.column(0).to_pylist(), 1):
+                    yield _chat_of(reading, messages, f"a row (number {number} of its batch)")
+            return
         if names.count(reading.field) != 1:
             raise reading.missing("no column", names)
         kind = file.schema_arrow.field(reading.field).type
@@ -199,7 +226,7 @@ def _parquet(stream: IO[bytes], reading: Reading) -> Iterator[str]:
         raise reading.error(str(error)) from error
 
 
-Reader = Callable[[IO[bytes], Reading], Iterator[str]]
+Reader = Callable[[IO[bytes], Reading], Iterator[Document]]
 
 TEXT_READERS: dict[str, Reader] = {".txt": _txt, ".jsonl": _jsonl, ".json": _json, ".csv": _csv}
 """Reader of each file suffix, which one of a compression may follow; the shortest way to add a format."""
@@ -217,8 +244,8 @@ def reader_of(path: Path) -> Reader | None:
     return next((reader for suffix, reader in readers.items() if name.endswith(suffix)), None)
 
 
-def read_texts(path: Path, reader: Reader, reading: Reading) -> Iterator[str]:
-    """The texts of a file, decompressed as its suffix says."""
+def read_documents(path: Path, reader: Reader, reading: Reading) -> Iterator[Document]:
+    """The documents of a file, decompressed as its suffix says."""
     with _opened(path, reading) as stream:
         yield from reader(stream, reading)
 

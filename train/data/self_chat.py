@@ -7,15 +7,23 @@ distribution (temperature 1), which is what the KL divergence of distillation is
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ...runtime.base.errors import UsageError
-from .chat import ChatFormat, Message
+from ...runtime.base.files import write_text_atomically
+from ...runtime.base.user_cache import cache_folder
+from .chat import Chat, ChatFormat
 
+SELF_CHAT = "self-chat"
+"""The --data that this is."""
+LARGEST, SMALLEST = 200_000, 100
+"""Tokens sampled at most; sequences at least, so that there are some to train on and some to hold out."""
 BATCH = 64
 """Chats sampled side by side."""
 QUESTION_TOKENS, ANSWER_TOKENS = 64, 160
@@ -32,7 +40,7 @@ def sample_chats(
     tokens: int,
     seed: int,
     report: Callable[[int, int], None] = lambda done, total: None,
-) -> Iterator[list[Message]]:
+) -> Iterator[Chat]:
     """Chats of one question and one answer, until they hold about `tokens` tokens; a function of model and seed.
 
     UsageError where the model has no chat template or never ends a turn.
@@ -49,13 +57,33 @@ def sample_chats(
         answers = turns.sample([before + question + after for question in asked], ANSWER_TOKENS, [seed, batch, 1])
         pairs = [(question, answer) for question, answer in zip(asked, answers, strict=True) if answer]
         for question, answer in pairs:
-            yield [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+            yield Chat((("user", question), ("assistant", answer)))
             done += len(tokenizer.encode(question + answer, add_special_tokens=False))
         batch += 1
         rounds_without = 0 if pairs else rounds_without + 1
         if rounds_without == MAX_ROUNDS_WITHOUT:
             raise UsageError("--data self-chat: the source does not end its turns, so it has no chats to learn from")
         report(min(done, tokens), tokens)
+
+
+def self_chat_file(
+    model: Any, tokenizer: PreTrainedTokenizerBase, tokens: int, seed: int, report: Callable[[int, int], None]
+) -> Path:
+    """A .jsonl of `sample_chats`, sampled once for each model, length and seed and kept in the user's cache."""
+    path = cache_folder() / "self-chat" / f"{_fingerprint(model)}-{tokens}-{seed}.jsonl"
+    if not path.is_file():
+        lines = [chat.to_json() + "\n" for chat in sample_chats(model, tokenizer, tokens, seed, report)]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text_atomically(path, "".join(lines))
+    return path
+
+
+def _fingerprint(model: Any) -> str:
+    """Of the weights, by their sums: a cache's key, not a proof."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {tuple(parameter.shape)} {float(parameter.detach().double().sum())!r}".encode())
+    return digest.hexdigest()[:16]
 
 
 class Turns:

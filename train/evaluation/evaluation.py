@@ -12,6 +12,7 @@ from ...runtime.base.errors import UsageError
 from ...runtime.base.extras import extra
 from ...runtime.base.files import write_json_atomically
 from ...runtime.engines.engine import EngineOptions
+from ..data.documents import DataSpec, check_documents
 from . import perplexity
 from .perplexity import WIKITEXT, WIKITEXT_FILE, Perplexity
 from .quality.measure import Quality, Report, measure_quality, silent
@@ -127,6 +128,9 @@ def check(config: MeasureConfig) -> None:
     if config.task_names:
         with extra("eval", "lm-eval"):
             import lm_eval  # noqa: F401
+    for text in config.text:
+        if text != WIKITEXT:
+            check_documents(DataSpec(_named(text)[1]))
     for name in config.task_names:
         rows = data_dir / TASKS[name].rows
         if config.data_dir and not rows.is_file():
@@ -181,13 +185,16 @@ def _texts(model: ScoredModel, config: MeasureConfig) -> dict[str, list[list[int
     """Token ids of each text's documents by its name."""
     texts: dict[str, list[list[int]]] = {}
     for spec in config.text:
-        name, separator, path = spec.partition("=")
-        path = path if separator else spec
+        name, path = _named(spec)
         if spec == WIKITEXT:
             ids = model.tokenize(perplexity.read_wikitext(Path(config.data_dir) / WIKITEXT_FILE))
             texts[WIKITEXT] = [ids[: config.text_tokens + 1] if config.text_tokens else ids]
             continue
-        texts[name if separator else Path(spec).name.split(".")[0]] = perplexity.corpus_documents(
-            model, path, config.document_tokens, config.text_tokens
-        )
+        texts[name] = perplexity.corpus_documents(model, path, config.document_tokens, config.text_tokens)
     return texts
+
+
+def _named(text: str) -> tuple[str, str]:
+    """(name, path) of a --text."""
+    name, separator, path = text.partition("=")
+    return (name, path) if separator else (Path(text).name.split(".")[0], text)

@@ -23,9 +23,10 @@ GOLD = "gold_log_likelihood"
 documents whose order of choices changes."""
 
 
-def _gold_log_likelihood(sample: dict[str, Any]) -> float:
-    """Of one of lm-eval's logged samples."""
-    log_likelihood, _ = sample["filtered_resps"][int(sample["target"])]
+def _gold_log_likelihood(task: Any, sample: dict[str, Any]) -> float:
+    """Of one of lm-eval's logged samples. Where choices stand before the answer (winogrande), the text is the index."""
+    gold = task.doc_to_text(sample["doc"]) if task.multiple_input else sample["target"]
+    log_likelihood, _ = sample["filtered_resps"][int(gold)]
     return float(log_likelihood)
 
 
@@ -78,10 +79,11 @@ def run_task(
     with contextlib.redirect_stderr(io.StringIO()), open_task(name, data_dir) as tasks:  # 57 progress bars for mmlu
         lm = HarnessModel(model, cache, advance)
         results: Any = evaluate(lm, tasks, limit=limit or None, bootstrap_iters=0, log_samples=True)
-    for task in results["samples"].values():
-        for sample in sorted(task, key=lambda sample: sample["doc_id"]):
+    for name_of_task, samples in results["samples"].items():
+        task = tasks[name_of_task]
+        for sample in sorted(samples, key=lambda sample: sample["doc_id"]):
             documents.append(sample["doc_hash"][:16])
             for metric in sample["metrics"]:
                 values.setdefault(metric, []).append(float(sample[metric]))
-            values.setdefault(GOLD, []).append(_gold_log_likelihood(sample))
+            values.setdefault(GOLD, []).append(_gold_log_likelihood(task, sample))
     return TaskResult(TASKS[name].metric, documents, values)

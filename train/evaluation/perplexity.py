@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ...runtime.base.errors import DataError
-from ..data.documents import DataSpec, is_held_out, open_documents
+from ..data.documents import DataSpec, is_held_out, open_texts
 from .request_cache import Advance, RequestCache, no_progress
 from .scoring import Request, ScoredModel
 
@@ -52,7 +52,7 @@ def corpus_documents(model: ScoredModel, path: str, document_tokens: int, limit:
     """
     documents: list[list[int]] = []
     left = limit
-    for text in open_documents(DataSpec(path)):
+    for text in open_texts(DataSpec(path)):
         if path == "demo" and not is_held_out(text, HELD_OUT_FRACTION):
             continue
         ids = model.tokenize(text)

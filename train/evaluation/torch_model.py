@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from ...runtime.base.errors import ModelError
 from ..compute.hardware import choose_hardware
-from ..data.packing import end_of_text_id
+from ..data.encoding import end_of_text_id
 from ..model.source import quiet_loading
 from .scoring import Request, Score
 

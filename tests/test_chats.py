@@ -1,0 +1,142 @@
+"""Chats as training data: what is read, what is learned, and chats that a model holds with itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pytest
+import torch
+from pyarrow import parquet
+from tiny import tiny_architecture, tiny_model
+from training import command, metrics, run
+from transformers import PreTrainedTokenizerFast
+
+from efficientllm.runtime.base.errors import DataError, UsageError
+from efficientllm.train.compute.loss import LossWeights, TrainingLoss
+from efficientllm.train.data.chat import Chat, ChatFormat
+from efficientllm.train.data.documents import DataSpec, is_held_out, open_documents, open_texts
+from efficientllm.train.data.encoding import Encoder
+from efficientllm.train.data.self_chat import sample_chats
+
+CHAT = Chat((("system", "Be kind."), ("user", "Hi"), ("assistant", "Hello."), ("user", "Bye"), ("assistant", "Ciao")))
+
+
+@pytest.fixture
+def chats(tmp_path: Path) -> Path:
+    path = tmp_path / "chats.jsonl"
+    lines = []
+    for index in range(200):
+        messages = [
+            {"role": "user", "content": f"What is {index}?"},
+            {"role": "assistant", "content": f"It is {index}."},
+        ]
+        lines.append(json.dumps({"messages": messages}))
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+def text_of(tokenizer: PreTrainedTokenizerFast, ids: np.ndarray) -> str:
+    return tokenizer.decode(ids.tolist())
+
+
+def test_answers_and_ends_of_turns_are_learned_the_rest_is_read(tokenizer: PreTrainedTokenizerFast) -> None:
+    ids = Encoder(tokenizer).encode([CHAT])[0]
+    whole = text_of(tokenizer, np.where(ids < 0, ~ids, ids))
+    assert whole == tokenizer.apply_chat_template(CHAT.messages, tokenize=False)
+    assert text_of(tokenizer, ids[ids >= 0]) == "Hello.<|im_end|>\nCiao<|im_end|>\n"
+
+
+def test_what_is_only_read_gives_no_loss_and_no_gradient(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = tiny_model(tiny_architecture())
+    ids = Encoder(tokenizer).encode([CHAT])[0].astype(np.int64)
+    window = torch.from_numpy(ids)[None]
+    loss = TrainingLoss(model, torch.float32, LossWeights(1.0, 1.0), teacher=tiny_model(tiny_architecture(), seed=5))
+    total, cross_entropy = loss(window)
+    total.backward()
+    logits = model(torch.where(window < 0, ~window, window)[:, :-1]).logits[0]
+    targets = window[0, 1:]
+    expected = torch.nn.functional.cross_entropy(logits[targets >= 0], targets[targets >= 0])
+    assert float(cross_entropy.detach()) == pytest.approx(float(expected.detach()), abs=1e-5)
+    only_read = torch.where(window < 0, window, ~window)
+    model.zero_grad()
+    total, cross_entropy = loss(only_read)
+    total.backward()
+    assert float(total.detach()) == float(cross_entropy.detach()) == 0.0
+    assert all(not p.grad.any() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_records_with_messages_are_chats(chats: Path, suffix: str, tmp_path: Path) -> None:
+    if suffix == ".parquet":
+        rows = [json.loads(line) for line in chats.read_text().splitlines()]
+        chats = tmp_path / "chats.parquet"
+        parquet.write_table(pyarrow.Table.from_pylist(rows), chats)
+    documents = list(open_documents(DataSpec(str(chats))))
+    assert documents[7] == Chat((("user", "What is 7?"), ("assistant", "It is 7.")))
+    assert next(iter(open_texts(DataSpec(str(chats))))) == "What is 0?\n\nIt is 0."
+    assert 20 < sum(is_held_out(document, 0.2) for document in documents) < 60
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        ("hello", "are no list of"),
+        ([{"role": "user"}], "are no list of"),
+        ([{"role": "user", "content": "Hi"}], "none has the role assistant"),
+        ([{"role": "assistant", "content": "\ud800"}], "not Unicode"),
+    ],
+)
+def test_a_malformed_chat_is_named(tmp_path: Path, messages: object, reason: str) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text(json.dumps({"messages": messages}), encoding="utf-8")
+    with pytest.raises(DataError, match=reason):
+        list(open_documents(DataSpec(str(path))))
+
+
+def test_a_source_without_a_template_cannot_learn_chats(tokenizer: PreTrainedTokenizerFast) -> None:
+    template, tokenizer.chat_template = tokenizer.chat_template, None
+    try:
+        with pytest.raises(DataError, match="no chat template"):
+            Encoder(tokenizer).encode([CHAT])
+    finally:
+        tokenizer.chat_template = template
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
+    template = "{{ messages | length }}{% for m in messages %}{{ m.content }}|{% endfor %}"
+    found = ChatFormat(template, "", "", "|")
+    with pytest.raises(DataError, match="rewrites earlier turns"):
+        found.spans(CHAT)
+
+
+def test_a_run_mixes_chats_with_text(source_folder: Path, corpus: Path, chats: Path, tmp_path: Path) -> None:
+    arguments = command(source_folder, corpus, tmp_path / "run", "--data", f"{chats}:0.5", "--distill", "1")
+    assert run(arguments) == 0
+    losses = [record["loss"] for record in metrics(tmp_path / "run") if "loss" in record]
+    assert len(losses) == 20
+    assert all(np.isfinite(losses))
+
+
+def test_a_model_chats_with_itself_the_same_for_a_seed(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = tiny_model(tiny_architecture())
+    with torch.no_grad():  # an untrained model ends no turn by itself: make the end of a turn likely
+        model.lm_head.weight[tokenizer.eos_token_id] += 4 * model.lm_head.weight.std()
+    before = [parameter.clone() for parameter in model.parameters()]
+    first = list(sample_chats(model, tokenizer, 200, seed=1))
+    assert first == list(sample_chats(model, tokenizer, 200, seed=1))
+    assert first != list(sample_chats(model, tokenizer, 200, seed=2))
+    assert all([role for role, _ in chat.turns] == ["user", "assistant"] for chat in first)
+    assert all(content.strip() for chat in first for _, content in chat.turns)
+    assert all(torch.equal(one, other) for one, other in zip(before, model.parameters(), strict=True))
+
+
+def test_a_source_without_a_template_does_not_chat_with_itself(tokenizer: PreTrainedTokenizerFast) -> None:
+    template, tokenizer.chat_template = tokenizer.chat_template, None
+    try:
+        with pytest.raises(UsageError, match="no chat template"):
+            list(sample_chats(tiny_model(tiny_architecture()), tokenizer, 100, seed=0))
+    finally:
+        tokenizer.chat_template = template
