@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from tiny import tiny_architecture, tiny_model
 
 from efficientllm.runtime.base.errors import UsageError
-from efficientllm.train.pruning.criteria import CRITERIA, criterion_named
+from efficientllm.train.pruning.activation import ACTIVATION_CRITERIA, ActivationScores
+from efficientllm.train.pruning.criteria import CRITERIA, OTHERS, RANDOM, criterion_named
 from efficientllm.train.pruning.groups import KINDS
 from efficientllm.train.pruning.saliency import SaliencyTracker
 from efficientllm.train.pruning.selection import Removal, all_groups
@@ -169,3 +171,47 @@ def test_unknown_criterion_lists_the_known_ones() -> None:
         UsageError, match="--saliency best: unknown; known: taylor1, taylor2, fisher, magnitude, random"
     ):
         criterion_named("best")
+
+
+def watched(name: str, kinds: tuple[str, ...], model: Any) -> ActivationScores:
+    """Scores of the model's groups after two forward passes in training and one in evaluation."""
+    architecture = tiny_architecture()
+    tracker = ActivationScores(name, kinds, architecture, 0.0, lambda tensors: None)
+    tracker.attach(model)
+    model.train()
+    for tokens in TOKENS.chunk(2):
+        model(tokens)
+    model.eval()
+    model(TOKENS)
+    tracker.finish_step()
+    tracker.detach()
+    return tracker
+
+
+def test_activation_criteria_are_those_of_the_inputs_computed_directly() -> None:
+    model = tiny_model(tiny_architecture())
+    inputs: dict[str, list[torch.Tensor]] = {"o": [], "down": []}
+    layer = model.model.layers[0]
+    layer.self_attn.o_proj.register_forward_pre_hook(lambda m, a: inputs["o"].append(a[0].flatten(0, 1)))
+    layer.mlp.down_proj.register_forward_pre_hook(lambda m, a: inputs["down"].append(a[0].flatten(0, 1)))
+    kinds = ("kv_group", "query_head", "ffn")
+    found = {name: watched(name, kinds, model).scores for name in ("flap", "wanda", "minitron")}
+    tokens = TOKENS.numel()
+    down, o = torch.cat(inputs["down"])[:tokens], torch.cat(inputs["o"])[:tokens]
+    weight = layer.mlp.down_proj.weight
+    flap = down.var(0, correction=0) * weight.square().sum(0)
+    torch.testing.assert_close(found["flap"]["ffn"][0], (flap / flap.mean()).detach())
+    wanda = down.square().mean(0).sqrt() * weight.abs().sum(0)
+    torch.testing.assert_close(found["wanda"]["ffn"][0], wanda.detach())
+    heads = o.abs().mean(0).view(4, 32).sum(1).detach()
+    torch.testing.assert_close(found["minitron"]["query_head"][0], heads)
+    torch.testing.assert_close(found["minitron"]["kv_group"][0], heads.view(2, 2).sum(1))
+
+
+def test_activation_criteria_do_not_rank_the_stem() -> None:
+    with pytest.raises(UsageError, match="leave stem out of --prune"):
+        ActivationScores("flap", ("ffn", "stem"), tiny_architecture(), 0.9, lambda tensors: None)
+
+
+def test_activation_criteria_are_listed() -> None:
+    assert set(OTHERS) == {RANDOM, *ACTIVATION_CRITERIA}

@@ -60,12 +60,16 @@ def test_zeroed_in_between_gives_the_same_run_as_physical_removal(
         torch.testing.assert_close(weights(tmp_path / "fourth")[name], tensor, atol=1e-3, rtol=1e-2)
 
 
+@pytest.mark.parametrize(
+    "removal",
+    [["--weight-update", "obs"], ["--saliency", "wanda", "--prune", "attention,ffn", "--target-ratio", "0.8"]],
+)
 def test_stopped_between_compactions_resumes_bit_identically(
-    source_folder: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source_folder: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, removal: list[str]
 ) -> None:
     from efficientllm.train.trainer import Trainer
 
-    more = ["--compact-every", "3", "--weight-update", "obs", "--checkpoint-every", "0"]
+    more = ["--compact-every", "3", "--checkpoint-every", "0", *removal]
     assert run(command(source_folder, corpus, tmp_path / "straight", *more)) == 0
     step = Trainer._step
     stopped = []

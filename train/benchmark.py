@@ -30,9 +30,10 @@ from .metrics import read_metrics
 from .model.irregular import architecture_of
 from .model.source import load_source
 from .pruning.groups import KINDS
-from .pruning.saliency import RunningScores, tracker_named
+from .pruning.running_scores import RunningScores
 from .pruning.selection import SelectionRules, select_removal
 from .pruning.surgery import remove_groups
+from .pruning.trackers import tracker_named
 from .pruning.weight_update import InputGrams
 
 WITHOUT_STEM = tuple(name for name in KINDS if name != "stem")

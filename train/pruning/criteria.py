@@ -60,7 +60,8 @@ ENTRY_POINT_GROUP = "efficientllm.criteria"
 
 
 RANDOM = "random"
-"""The `--saliency` that is no criterion: see saliency.RandomScores."""
+OTHERS = (RANDOM, "flap", "wanda", "minitron")
+"""Values of `--saliency` that are no criterion of weights and gradients: see running_scores.py and activation.py."""
 
 
 def criterion_named(name: str) -> Criterion:
@@ -75,12 +76,12 @@ def criterion_named(name: str) -> Criterion:
             raise UsageError(f"--saliency {name}: its plug-in, {plugin.value}, is no Criterion")
         register_criterion(name, criterion)
     if name not in CRITERIA:
-        known = dict.fromkeys([*CRITERIA, RANDOM, *(plugin.name for plugin in plugins)])
+        known = dict.fromkeys([*CRITERIA, *OTHERS, *(plugin.name for plugin in plugins)])
         raise UsageError(f"--saliency {name}: unknown; known: {', '.join(known)}")
     return CRITERIA[name]
 
 
 def check_saliency(name: str) -> None:
     """UsageError unless `--saliency name` is known."""
-    if name != RANDOM:
+    if name not in OTHERS:
         criterion_named(name)

@@ -12,8 +12,9 @@ from ...runtime.base.errors import UsageError
 from ..model.architecture import Architecture
 from .budget import Budget, check_budget, make_budget, read_architecture
 from .config import PruneConfig
-from .saliency import RunningScores, tracker_named
+from .running_scores import RunningScores
 from .selection import SelectionRules, check_floor
+from .trackers import tracker_named
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class PruningPlan:
     def tracker(
         self, architecture: Architecture, seed: int, mean_over_ranks: Callable[[Iterable[Tensor]], None]
     ) -> RunningScores:
-        """Saliency of the groups of a model of this shape, none seen yet; see saliency.tracker_named."""
+        """Saliency of the groups of a model of this shape, none seen yet; see trackers.tracker_named."""
         settings = self.settings
         return tracker_named(
             settings.saliency, self.rules.kinds, architecture, settings.saliency_decay, seed, mean_over_ranks

@@ -17,7 +17,7 @@ from ..model.architecture import Architecture
 from ..model.irregular import architecture_of
 from .groups import KINDS
 from .plan import PruningPlan
-from .saliency import Scores
+from .running_scores import Scores
 from .selection import Kept, Ranking, Removal, all_groups, compose, select_removal
 from .sharded import rebuild_sharded
 from .surgery import remove_groups, zero_gradients, zero_groups
@@ -42,6 +42,7 @@ class Pruner:
         self.next_saliency: dict[str, float] = {}
         """Saliency per parameter of the unit of each kind that would go next."""
         self.tracker = plan.tracker(self.physical, seed, parallel.mean_tensors)
+        self.tracker.attach(model)
         self.grams = self._make_grams() if plan.settings.weight_update == "obs" else None
         self.is_done = plan.budget.is_met(self.architecture)
 
@@ -126,6 +127,10 @@ class Pruner:
             remove_groups(self.model, removal, optimizer)
             callee = self.parallel.wrap(loss)
         self.tracker.keep(removal.after, removal.kept)
+        if self.is_done:
+            self.tracker.detach()
+        else:
+            self.tracker.attach(self.model)
         if self.grams is not None:
             self.grams.keep(removal)
             self.grams.attach(self.model)
@@ -161,6 +166,7 @@ class Pruner:
             self.pending = Removal(self.physical, logical, kept_from_json(values["pending"]), ())
         self.is_done = self.budget.is_met(logical)
         self.tracker.load_state_dict(tensors["tracker"])
+        self.tracker.attach(model)
         if self.grams is not None:
             self.grams.grams = tensors["grams"]
             self.grams.attach(model)

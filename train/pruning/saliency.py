@@ -2,13 +2,11 @@
 
 Shapes: L layers, H hidden, G key/value heads, R query heads per key/value head, D head_dim, I FFN channels.
 A criterion's elementwise terms are summed in fp32 over every parameter of a group; the sums become one score per group.
-Scores are averaged exponentially over optimizer steps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,11 +14,9 @@ from torch import Tensor
 from ..compute.gather import full
 from ..model.architecture import Architecture
 from ..model.tensors import axes_of
-from .criteria import RANDOM, Criterion, Terms, criterion_named
+from .criteria import Criterion, Terms
 from .groups import KINDS, counts
-
-Scores = dict[str, list[Tensor]]
-"""{kind: [score vector of layer 0, ...]}, one vector where the kind is one of the whole model (see groups.KINDS)."""
+from .running_scores import RunningScores, Scores
 
 Sums = dict[tuple[int | str | None, str], list[Tensor]]
 """{(layer, axis): [sum of term 1 along that axis, ...]}; the hidden axis has one entry per piece of the stem."""
@@ -43,79 +39,6 @@ def _add_blocks(sums: Sums, name: str, terms: Terms, rows: int) -> None:
     blocks = [[block.sum(0) for block in full(term).split(rows)] for term in terms]
     for index, block in enumerate(zip(*blocks, strict=True)):
         _add(sums, (f"{name} {index}", "hidden"), list(block))
-
-
-class RunningScores:
-    """Scores of every prunable group, averaged exponentially over the optimizer steps seen so far."""
-
-    wants_microbatches = False
-    """Whether `accumulate` must see each microbatch's own gradient."""
-
-    def __init__(self, kinds: Iterable[str], architecture: Architecture, decay: float) -> None:
-        """`decay` is the weight of the past, per optimizer step."""
-        self.kinds = tuple(kinds)
-        self.architecture = architecture
-        self.decay = decay
-        self.num_observations = 0
-        self.scores: Scores = {}
-
-    def accumulate(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
-        """Look at the gradients at hand; call after backward and before gradients are clipped or cleared."""
-
-    def finish_step(self) -> None:
-        """Turn what one optimizer step showed into scores and average them in."""
-        raise NotImplementedError
-
-    def discard_step(self) -> None:
-        """Forget a step whose gradients were not finite."""
-
-    def _average(self, observed: Scores) -> None:
-        """The exponential average with its start corrected for, as Adam's moments are: step i of n weighs
-        decay^(n-i) (1 - decay) / (1 - decay^n), so the first three count alike and no step outweighs a later one."""
-        self.num_observations += 1
-        if not self.scores:
-            self.scores = observed
-            return
-        share = (1.0 - self.decay) / (1.0 - self.decay**self.num_observations)
-        for name, vectors in observed.items():
-            for average, new in zip(self.scores[name], vectors, strict=True):
-                average.lerp_(new, share)
-
-    def keep(self, architecture: Architecture, kept: dict[str, list[Tensor]]) -> None:
-        """Drop the scores of removed groups; `kept[kind][layer]` are the surviving positions."""
-        self.architecture = architecture
-        for name, vectors in self.scores.items():
-            self.scores[name] = [
-                vector[survivors.to(vector.device)] for vector, survivors in zip(vectors, kept[name], strict=True)
-            ]
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"scores": self.scores, "num_observations": self.num_observations}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.scores = state["scores"]
-        self.num_observations = state["num_observations"]
-
-
-class RandomScores(RunningScores):
-    """Uniform noise, drawn anew at every step: the baseline that knows nothing (`--saliency random`)."""
-
-    def __init__(self, kinds: Iterable[str], architecture: Architecture, decay: float, seed: int) -> None:
-        super().__init__(kinds, architecture, decay)
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def finish_step(self) -> None:
-        def draw(length: int) -> Tensor:
-            return torch.rand(length, generator=self.generator)
-
-        self._average({name: [draw(length) for length in counts(name, self.architecture)] for name in self.kinds})
-
-    def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"generator": self.generator.get_state()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        self.generator.set_state(state["generator"])
 
 
 class SaliencyTracker(RunningScores):
@@ -237,17 +160,3 @@ FOLDS: dict[str, Fold] = {
     "stem": _fold_stem_channels,
 }
 """How each kind of groups.KINDS gets its scores."""
-
-
-def tracker_named(
-    name: str,
-    kinds: Iterable[str],
-    architecture: Architecture,
-    decay: float,
-    seed: int = 0,
-    mean_over_ranks: Callable[[Iterable[Tensor]], None] = lambda tensors: None,
-) -> RunningScores:
-    """The tracker of `--saliency name`; UsageError where there is none."""
-    if name == RANDOM:
-        return RandomScores(kinds, architecture, decay, seed)
-    return SaliencyTracker(criterion_named(name), kinds, architecture, decay, mean_over_ranks)

@@ -16,7 +16,7 @@ from torch import Tensor
 from ...runtime.base.errors import UsageError
 from ..model.architecture import Architecture
 from .groups import KINDS, counts
-from .saliency import Scores
+from .running_scores import Scores
 
 Kept = dict[str, list[Tensor]]
 """{kind: [sorted positions that survive in layer 0, ...]}; 'stem' has one entry."""

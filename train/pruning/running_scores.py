@@ -1,0 +1,94 @@
+"""Scores of every prunable group as a run goes on: what all kinds of saliency share, and the one that knows nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..model.architecture import Architecture
+from .groups import counts
+
+Scores = dict[str, list[Tensor]]
+"""{kind: [score vector of layer 0, ...]}, one vector where the kind is one of the whole model (see groups.KINDS)."""
+
+
+class RunningScores:
+    """Scores of every prunable group, averaged exponentially over the optimizer steps seen so far."""
+
+    wants_microbatches = False
+    """Whether `accumulate` must see each microbatch's own gradient."""
+
+    def __init__(self, kinds: Iterable[str], architecture: Architecture, decay: float) -> None:
+        """`decay` is the weight of the past, per optimizer step."""
+        self.kinds = tuple(kinds)
+        self.architecture = architecture
+        self.decay = decay
+        self.num_observations = 0
+        self.scores: Scores = {}
+
+    def attach(self, model: Any) -> None:
+        """Watch the forward passes of `model` (again, where it was rebuilt), if scores need them."""
+
+    def detach(self) -> None:
+        """Watch no model any more."""
+
+    def accumulate(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
+        """Look at the gradients at hand; call after backward and before gradients are clipped or cleared."""
+
+    def finish_step(self) -> None:
+        """Turn what one optimizer step showed into scores and average them in."""
+        raise NotImplementedError
+
+    def discard_step(self) -> None:
+        """Forget a step whose gradients were not finite."""
+
+    def _average(self, observed: Scores) -> None:
+        """The exponential average with its start corrected for, as Adam's moments are: step i of n weighs
+        decay^(n-i) (1 - decay) / (1 - decay^n), so the first three count alike and no step outweighs a later one."""
+        self.num_observations += 1
+        if not self.scores:
+            self.scores = observed
+            return
+        share = (1.0 - self.decay) / (1.0 - self.decay**self.num_observations)
+        for name, vectors in observed.items():
+            for average, new in zip(self.scores[name], vectors, strict=True):
+                average.lerp_(new, share)
+
+    def keep(self, architecture: Architecture, kept: dict[str, list[Tensor]]) -> None:
+        """Drop the scores of removed groups; `kept[kind][layer]` are the surviving positions."""
+        self.architecture = architecture
+        for name, vectors in self.scores.items():
+            self.scores[name] = [
+                vector[survivors.to(vector.device)] for vector, survivors in zip(vectors, kept[name], strict=True)
+            ]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"scores": self.scores, "num_observations": self.num_observations}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.scores = state["scores"]
+        self.num_observations = state["num_observations"]
+
+
+class RandomScores(RunningScores):
+    """Uniform noise, drawn anew at every step: the baseline that knows nothing (`--saliency random`)."""
+
+    def __init__(self, kinds: Iterable[str], architecture: Architecture, decay: float, seed: int) -> None:
+        super().__init__(kinds, architecture, decay)
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def finish_step(self) -> None:
+        def draw(length: int) -> Tensor:
+            return torch.rand(length, generator=self.generator)
+
+        self._average({name: [draw(length) for length in counts(name, self.architecture)] for name in self.kinds})
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.generator.set_state(state["generator"])

@@ -1,0 +1,29 @@
+"""What `--saliency NAME` ranks by: gradients, activations, or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from torch import Tensor
+
+from ..model.architecture import Architecture
+from .activation import ACTIVATION_CRITERIA, ActivationScores
+from .criteria import RANDOM, criterion_named
+from .running_scores import RandomScores, RunningScores
+from .saliency import SaliencyTracker
+
+
+def tracker_named(
+    name: str,
+    kinds: Iterable[str],
+    architecture: Architecture,
+    decay: float,
+    seed: int = 0,
+    mean_over_ranks: Callable[[Iterable[Tensor]], None] = lambda tensors: None,
+) -> RunningScores:
+    """The tracker of `--saliency name`; UsageError where there is none."""
+    if name == RANDOM:
+        return RandomScores(kinds, architecture, decay, seed)
+    if name in ACTIVATION_CRITERIA:
+        return ActivationScores(name, kinds, architecture, decay, mean_over_ranks)
+    return SaliencyTracker(criterion_named(name), kinds, architecture, decay, mean_over_ranks)
