@@ -1,0 +1,108 @@
+"""Closed-form recovery once the last group is gone (`--recover least-squares`): what writes to the residual stream is
+fitted again, so that each layer of the pruned model says what the source's layer says.
+
+For a matrix W [H, C] (o_proj, down_proj), its inputs X [n, C] as the pruned model computes them, and Y [n, H], what
+the source's own matrix gives for the same n tokens, the ridge regression towards the W at hand is
+
+    W <- W + (Y - X W^T)^T D X (X^T D X + lambda I)^-1,    lambda = damping * mean(diag(X^T D X)).
+
+D weighs token t by 1 / (|y_t|^2 + median |y|^2): without it the few tokens of massive activations (arXiv 2402.17762)
+are all that is fitted. Layers are taken in order, so a layer sees the streams of those before it as already fitted.
+It needs the source beside the model, and forward passes only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..compute.distributed import Parallel
+
+BATCH = 8
+"""Windows per forward pass of a layer."""
+
+
+class LeastSquares:
+    """The refit of one pruned model to its source."""
+
+    def __init__(self, model: Any, source: Any, stem: Tensor, damping: float, dtype: torch.dtype) -> None:
+        """`stem`: surviving hidden channels as positions in the source; products in `dtype`, solutions in fp64."""
+        self.model, self.source, self.damping, self.dtype = model.model, source.model, damping, dtype
+        self.stem = stem
+
+    @torch.no_grad()
+    def fit(self, windows: Tensor, parallel: Parallel) -> None:
+        """Fit every layer on windows [n, S] of token ids, this rank's share of them."""
+        ours, theirs = self.model.embed_tokens(windows).float(), self.source.embed_tokens(windows).float()
+        for layer, original in zip(self.model.layers, self.source.layers, strict=True):
+            for part in (_Attention, _FeedForward):
+                read, written = self._run(part(original, self.source), theirs)
+                theirs += written
+                if part.matrix(layer) is None:
+                    continue
+                read, _ = self._run(part(layer, self.model), ours)
+                matrix = part.matrix(layer)
+                self._solve(matrix, read, written.index_select(-1, self.stem.to(written.device)), parallel)
+                ours += (read.to(self.dtype) @ matrix.weight.T.to(self.dtype)).float()
+
+    def _run(self, part: Any, stream: Tensor) -> tuple[Tensor, Tensor]:
+        """(what the part's matrix reads [n, S, C], what it adds to the residual stream [n, S, H] in fp32)."""
+        read: list[Tensor] = []
+        matrix, written = part.matrix(part.layer), []
+        hook = matrix.register_forward_pre_hook(lambda module, arguments: read.append(arguments[0])) if matrix else None
+        with torch.autocast(stream.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            for rows in stream.split(BATCH):
+                written.append(part(rows).float())
+        if hook is not None:
+            hook.remove()
+        return torch.cat(read) if read else stream.new_empty(0), torch.cat(written)
+
+    def _solve(self, matrix: Any, read: Tensor, wanted: Tensor, parallel: Parallel) -> None:
+        """Change `matrix` so that what it reads gives what is wanted; one of its biases is left as it is."""
+        x, y = read.flatten(0, 1).float(), wanted.flatten(0, 1)
+        weight = matrix.weight.float()
+        error = y - x @ weight.T if matrix.bias is None else y - x @ weight.T - matrix.bias.float()
+        energy = y.square().mean(1)
+        weighted = x / (energy + energy.median().clamp(min=1e-12))[:, None]
+        gram, cross = weighted.T @ x, weighted.T @ error
+        parallel.mean_tensors([gram, cross])
+        gram = gram.double()  # fp64: often close to singular
+        gram.diagonal().add_(self.damping * gram.diagonal().mean().clamp(min=1e-12))
+        matrix.weight += torch.linalg.solve(gram, cross.double()).T.to(matrix.weight.dtype)
+
+
+class _Attention:
+    """A layer's attention as what it adds to the residual stream."""
+
+    def __init__(self, layer: Any, model: Any) -> None:
+        self.layer, self.model = layer, model
+
+    @staticmethod
+    def matrix(layer: Any) -> Any | None:
+        return getattr(layer.self_attn, "o_proj", None)
+
+    def __call__(self, stream: Tensor) -> Tensor:
+        """[n, S, H] -> [n, S, H]"""
+        positions = torch.arange(stream.shape[1], device=stream.device)[None]
+        return self.layer.self_attn(
+            hidden_states=self.layer.input_layernorm(stream),
+            position_embeddings=self.model.rotary_emb(stream, positions),
+            attention_mask=None,
+        )[0]
+
+
+class _FeedForward:
+    """A layer's FFN as what it adds to the residual stream."""
+
+    def __init__(self, layer: Any, model: Any) -> None:
+        self.layer, self.model = layer, model
+
+    @staticmethod
+    def matrix(layer: Any) -> Any | None:
+        return getattr(layer.mlp, "down_proj", None)
+
+    def __call__(self, stream: Tensor) -> Tensor:
+        """[n, S, H] -> [n, S, H]"""
+        return self.layer.mlp(self.layer.post_attention_layernorm(stream))
