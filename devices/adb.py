@@ -17,6 +17,7 @@ from . import watch
 from .boards import look_up
 from .calls import Call, summarize_calls
 from .device import DeviceOptions
+from .emulation import recognise_android
 from .local import request_context
 from .remote import RemoteShell, require_room, run_program
 from .results import BenchOptions, DeviceInfo, Measurement
@@ -94,8 +95,8 @@ class AdbDevice:
             return self._run(f"getprop {name}").output.strip()
 
         board = f"{prop('ro.product.manufacturer')} {prop('ro.product.model')}".strip()
-        abi, machine = prop("ro.product.cpu.abi"), self._run("uname -m").output.strip()
-        virtual = "1" in (prop("ro.boot.qemu"), prop("ro.kernel.qemu"))
+        abi = prop("ro.product.cpu.abi")
+        layer = recognise_android(self._shell, abi, prop)
         return DeviceInfo(
             name=f"adb:{self._serial}",
             system=f"Android {prop('ro.build.version.release')}",
@@ -105,8 +106,8 @@ class AdbDevice:
             ram_bytes=self._memory("MemTotal"),
             board=board,
             known=look_up(board),
-            # a kernel of another instruction set means that the programs are translated
-            emulated=virtual or (abi == "arm64-v8a" and machine not in ("aarch64", "armv8l")),
+            virtual=layer.name,
+            emulated=layer.translates,
         )
 
     def prepare(self, artefacts: list[Artefact], options: BenchOptions) -> None:

@@ -22,6 +22,7 @@ from ..runtime.engines.artefact import Artefact
 from . import measure
 from .boards import look_up
 from .device import DeviceOptions
+from .emulation import RUNNING_PROGRAM, recognise
 from .local import parse_measurement, request_context
 from .remote import RemoteShell, require_room, run_program
 from .results import BenchOptions, DeviceInfo, Measurement
@@ -50,6 +51,8 @@ echo free_disk_kb=$(df -Pk "$HOME" | awk 'NR == 2 {print $4}')
 echo board=$(tr -d '\0' < /proc/device-tree/model 2>/dev/null || cat /sys/class/dmi/id/product_name 2>/dev/null)
 echo cpu=$(sed -n 's/^model name[^:]*: *//p' /proc/cpuinfo | head -n 1)
 echo python=$(PYTHON -c 'import ensurepip, sys, venv; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+echo python_machine=$(PYTHON -c 'import os; print(os.uname().machine)' 2>/dev/null)
+echo python_runs_in=$(PYTHON -c 'import os; print(os.readlink("PROGRAM"))' 2>/dev/null)
 """
 
 
@@ -76,6 +79,8 @@ class SshDevice:
 
     def describe(self) -> DeviceInfo:
         facts = self._probe()
+        machine = facts["python_machine"] or facts["machine"]
+        layer = recognise(RemoteShell(self._run), machine, facts["python_runs_in"])
         return DeviceInfo(
             name=f"ssh://{self._host}",
             system=facts["system"],
@@ -85,6 +90,8 @@ class SshDevice:
             ram_bytes=1024 * int(facts["ram_kb"] or 0),
             board=facts["board"],
             known=look_up(facts["board"]),
+            virtual=layer.name,
+            emulated=layer.translates,
         )
 
     def prepare(self, artefacts: list[Artefact], options: BenchOptions) -> None:
@@ -145,7 +152,8 @@ class SshDevice:
 
     def _probe(self) -> dict[str, str]:
         if not self._facts:
-            answer = self._run(PROBE.replace("PYTHON", shlex.quote(self._options.board_python)))
+            python = shlex.quote(self._options.board_python)
+            answer = self._run(PROBE.replace("PYTHON", python).replace("PROGRAM", RUNNING_PROGRAM))
             pairs = (line.partition("=") for line in answer.output.splitlines())
             self._facts = {name: value.strip() for name, _, value in pairs}
             if "machine" not in self._facts:

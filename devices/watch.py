@@ -55,8 +55,8 @@ echo {mark}
 tail -n 3 err.txt
 rm -f samples.txt out.txt err.txt
 """
-"""Builtins alone but for sleep: a process per reading would be part of what is measured. The zones, which may be eighty,
-are asked only where the battery has no thermometer."""
+"""Builtins alone but for sleep: a process per reading would be part of what is measured. Zones, of which there may be
+eighty, are asked only where the battery has no thermometer."""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import re
 from collections.abc import Callable
@@ -62,7 +63,9 @@ def speed(value: float, **more: Any) -> Measurement:
 
 
 def run_of(*values: float, name: str = "model", device: DeviceInfo = LAPTOP, size: int = 100) -> Run:
-    result = summarize(name, "0" * 64, "llama.cpp", size, {}, [speed(value) for value in values])
+    result = summarize(
+        name, hashlib.sha256(name.encode()).hexdigest(), "llama.cpp", size, {}, [speed(value) for value in values]
+    )
     return Run(device, BenchOptions(), [result])
 
 
