@@ -88,7 +88,7 @@ def request_context(artefact: Artefact, options: BenchOptions) -> int:
 
 def parse_measurement(name: str, child: Finished) -> Measurement:
     """The measurement that `child` printed; ArtefactError with its last line where it failed."""
-    if child.code == -9:
+    if child.code in (-9, 137):  # 137 is what a shell makes of it
         raise ArtefactError(f"{name}: the process was killed, most likely for want of memory")
     if child.code != 0:
         message = child.last_error.removeprefix("error: ")
