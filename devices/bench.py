@@ -8,11 +8,12 @@ import importlib.metadata
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from ..runtime.base.progress import PROGRESS_LOGGER
 from ..runtime.engines.artefact import Artefact
+from .bare_gguf import Described, describe_gguf
 from .device import Device, DeviceOptions, open_device
 from .journal import journal_for
 from .results import BenchOptions, Measurement, Result, Run, summarize
@@ -83,14 +84,22 @@ def bench(
 
 def results_of(artefact: Artefact, runs: Sequence[Measurement]) -> list[Result]:
     """One result per version of the engine: where it was updated before a run went on, figures are not pooled."""
-    manifest = asdict(artefact.manifest) if artefact.manifest else {}
+    manifest, described = asdict(artefact.manifest) if artefact.manifest else {}, describe(artefact)
     by_version: dict[str, list[Measurement]] = {}
     for measured in runs:
         by_version.setdefault(measured.engine_version, []).append(measured)
-    return [
+    pooled = (
         summarize(str(artefact.path), artefact.sha256, artefact.engine, artefact.file_bytes, manifest, group)
         for group in by_version.values()
-    ]
+    )
+    return [replace(result, **asdict(described)) for result in pooled]
+
+
+def describe(artefact: Artefact) -> Described:
+    """Parameters and type, by the manifest or by the header of a bare .gguf file."""
+    if artefact.manifest is not None:
+        return Described(artefact.manifest.architecture.get("num_parameters", 0), artefact.manifest.quantization)
+    return describe_gguf(artefact.model_file) if artefact.model_file.suffix == ".gguf" else Described()
 
 
 def cool_down(

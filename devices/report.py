@@ -25,11 +25,6 @@ def _figure(figure: Figure | None) -> str:
     return f"{figure.median:.{digits}f} ({figure.low:.{digits}f}-{figure.high:.{digits}f})"
 
 
-def _parameters(result: Result) -> str:
-    architecture = result.manifest.get("architecture", {})
-    return format_count(architecture["num_parameters"]) if architecture else "?"
-
-
 def device_line(device: DeviceInfo, threads: int) -> str:
     """The device in one line; figures of an emulator are called that."""
     known = f" ({device.known['soc']}, {device.known['cores']}, {device.known['ram']})" if device.known else ""
@@ -118,8 +113,8 @@ def rows(run: Run) -> list[list[str]]:
         table.append(
             [
                 name,
-                _parameters(result),
-                result.manifest.get("quantization", "?"),
+                format_count(result.num_parameters) if result.num_parameters else "?",
+                result.quantization or "?",
                 format_bytes(result.file_bytes),
                 *(_figure(result.speeds.get(test)) for test in tests),
                 *(_figure(result.cpu_ms_per_token.get(test)) for test in timed),

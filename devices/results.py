@@ -151,6 +151,10 @@ class Result(Readings[Figure]):
     """Contents of the artefact's manifest; empty for a bare file."""
     throttled: str
     """The drop of the clock that was seen, "" where there was none."""
+    num_parameters: int = 0
+    """0 where the artefact does not tell."""
+    quantization: str = ""
+    """As its exporter calls it; "" where the artefact does not tell."""
 
 
 def labels(results: Sequence[Result]) -> list[str]:
