@@ -10,13 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 from tiny import tiny_architecture
 
 from efficientllm.devices import cli, latency_model, wheel
 from efficientllm.devices import compare as comparison
-from efficientllm.devices.bare_gguf import Described, describe_gguf
+from efficientllm.devices.bare_gguf import FILE_TYPES, TENSOR_TYPES, Described, describe_gguf
 from efficientllm.devices.bench import bench, cool_down
 from efficientllm.devices.boards import look_up
 from efficientllm.devices.measure import Bench
@@ -305,6 +306,13 @@ def test_a_bare_gguf_file_tells_its_parameters_and_type(tmp_path: Path) -> None:
     ):
         file.write_bytes(damaged)
         assert describe_gguf(file) == Described()
+
+
+def test_types_are_called_as_the_format_calls_them() -> None:
+    for number, name in TENSOR_TYPES.items():
+        assert gguf.GGMLQuantizationType(number).name.lower() == name
+    for number, name in FILE_TYPES.items():
+        assert gguf.LlamaFileType(number).name.lower() in (f"mostly_{name}", f"all_{name}")
 
 
 class Counting:
