@@ -37,7 +37,7 @@ class Call:
         if not current:
             return ""
         if not all(told):
-            return "the battery was charging; unplug the phone and use adb over Wi-Fi (adb tcpip 5555)"
+            return "the battery was not discharging; unplug the phone and use adb over Wi-Fi (adb tcpip 5555)"
         seconds, needed = self.parsed.seconds(self.parsed.last), FEWEST * SAMPLE_SECONDS
         return (
             f"{self.parsed.last} was over in {seconds:.1f} s, the battery's meter needs {needed:.0f} s; "

@@ -156,6 +156,11 @@ def require_plots() -> None:
         import matplotlib  # noqa: F401
 
 
+def _narrow(table: list[list[str]]) -> list[tuple[str, ...]]:
+    """The table, turned where that makes it narrower: a column per artefact as in the terminal, else one per figure."""
+    return list(zip(*table, strict=True)) if len(table) < len(table[0]) else [tuple(row) for row in table]
+
+
 def write_html(path: Path, runs: Sequence[Run]) -> None:
     """A page of one file: no script, no font and no picture from anywhere else."""
     require_plots()
@@ -163,7 +168,7 @@ def write_html(path: Path, runs: Sequence[Run]) -> None:
 
     template = resources.files("efficientllm.devices").joinpath("report.html").read_text(encoding="utf-8")
     environment = Environment(autoescape=True)
-    sections = [{"device": run.device, "notes": notes(run), "rows": rows(run)} for run in runs]
+    sections = [{"device": run.device, "notes": notes(run), "rows": _narrow(rows(run))} for run in runs]
     figures = [
         ("Decode speed against file size", plots.speed_against_size(runs)),
         ("Latency of a token against the context before it", plots.latency_against_context(runs)),

@@ -131,7 +131,7 @@ class Measurement(Readings[list[float]]):
     """What one process measured; lists have one entry per repetition."""
 
     clock_mhz: tuple[float, float] | None = None
-    """Mean over the cores under load: after warming up and after the last repetition."""
+    """Mean over the cores that work: after warming up (a phone: at the beginning) and after the last repetition."""
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Measurement:
@@ -278,6 +278,9 @@ def _result(values: dict[str, Any]) -> Result:
     read: dict[str, Any] = _with_tuples(values, ("temperature_celsius",))
     for name in ("load_ms", "time_to_first_token_ms", "joules_per_token"):
         read[name] = Figure(**values[name]) if values[name] else None
+    manifest = values["manifest"]  # older files have these there alone
+    read.setdefault("num_parameters", manifest.get("architecture", {}).get("num_parameters", 0))
+    read.setdefault("quantization", manifest.get("quantization", ""))
     for name in ("speeds", "cpu_ms_per_token"):
         read[name] = {test: Figure(**entry) for test, entry in values[name].items()}
     return Result(**read)

@@ -30,8 +30,10 @@ files=
 for file in {battery}/status {battery}/current_now {battery}/voltage_now $warmth {clocks}; do
   [ -r $file ] && files="$files $file"
 done
+pid=$(cat ../measuring 2> /dev/null) && grep -q {program} /proc/$pid/cmdline 2> /dev/null && kill $pid
 {command} > out.txt 2> err.txt &
 pid=$!
+echo $pid > ../measuring
 trap 'kill $pid; exit 129' HUP TERM
 peak=0
 while kill -0 $pid; do
@@ -53,10 +55,10 @@ echo {mark}
 cat out.txt
 echo {mark}
 tail -n 3 err.txt
-rm -f samples.txt out.txt err.txt
+rm -f samples.txt out.txt err.txt ../measuring
 """
 """Builtins alone but for sleep: a process per reading would be part of what is measured. Zones, of which there may be
-eighty, are asked only where the battery has no thermometer."""
+eighty, are asked only where the battery has no thermometer. A program that outlived its connection is ended first."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +90,8 @@ class Watched:
     moments: tuple[Moment, ...]
 
     def last(self, seconds: float) -> list[Moment]:
-        """The readings of its last `seconds`."""
-        return [moment for moment in self.moments if moment.seconds >= self.moments[-1].seconds - seconds]
+        """The readings of its last `seconds`, without the very last: while it was read, the program may have ended."""
+        return [moment for moment in self.moments[:-1] if moment.seconds >= self.moments[-1].seconds - seconds]
 
 
 def script(folder: str, command: Sequence[str]) -> str:
@@ -97,6 +99,7 @@ def script(folder: str, command: Sequence[str]) -> str:
     return SCRIPT.format(
         folder=shlex.quote(folder),
         command=shlex.join(command),
+        program=shlex.quote(command[0]),
         battery=BATTERY,
         zones=ZONES,
         clocks=CLOCKS,
@@ -130,9 +133,10 @@ def mean_watts(moments: Sequence[Moment]) -> float | None:
 
 
 def clocks_mhz(moments: Sequence[Moment], cores: int) -> tuple[float, float] | None:
-    """Clock of the `cores` fastest cores at the beginning and at the end: medians of a fifth of the readings each."""
+    """Clock of the `cores` fastest cores at the beginning and at the end: medians of a fifth of the readings, of three
+    at least."""
     clocks = [value for moment in moments if (value := clock_mhz(moment, cores)) is not None]
     if len(clocks) < FEWEST:
         return None
-    fifth = len(clocks) // 5
-    return statistics.median(clocks[:fifth]), statistics.median(clocks[-fifth:])
+    count = max(3, len(clocks) // 5)
+    return statistics.median(clocks[:count]), statistics.median(clocks[-count:])

@@ -46,6 +46,8 @@ def entry(prompt: int, decode: int, speed: float) -> dict[str, object]:
 
 
 def program(path: Path, steps: str, entries: list[dict[str, object]]) -> Path:
-    """Write a script that takes `steps` on the phone at $SYS, prints and leaves it at rest."""
-    path.write_text(f"{SET_PHONE}{steps}\nset_phone {REST}\ncat <<'END'\n{json.dumps(entries)}\nEND\n")
+    """Write a script that takes `steps` on the phone at $SYS, prints and leaves it at rest, with builtins at once."""
+    path.write_text(
+        f"{SET_PHONE}{steps}\ncat <<'END'\n{json.dumps(entries)}\nEND\nput() {{ echo $1 > $2; }}\nset_phone {REST}\n"
+    )
     return path

@@ -8,11 +8,11 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import gguf
 import numpy as np
 import pytest
+from made_up import LAPTOP, FakeDevice, speed
 from tiny import tiny_architecture
 
 from efficientllm.devices import cli, latency_model, wheel
@@ -21,7 +21,7 @@ from efficientllm.devices.bare_gguf import FILE_TYPES, TENSOR_TYPES, Described, 
 from efficientllm.devices.bench import bench, cool_down
 from efficientllm.devices.boards import look_up
 from efficientllm.devices.measure import Bench
-from efficientllm.devices.results import BenchOptions, DeviceInfo, Figure, Measurement, Run, summarize
+from efficientllm.devices.results import BenchOptions, DeviceInfo, Figure, Run, summarize
 from efficientllm.devices.shapes import SHAPES, Shape, write_gguf
 from efficientllm.export import cli as export_cli
 from efficientllm.runtime.base.child import run_python
@@ -34,36 +34,6 @@ from efficientllm.runtime.engines.prefix import reusable_prefix
 TESTS = ["--prompt-tokens", "16,24", "--decode-tokens", "4,8", "--depths", "20"]
 QUICK = [*TESTS, "--repetitions", "2", "--rounds", "2", "--threads", "1"]
 NAMES = ["pp16", "pp24", "tg4", "tg8", "tg4@d20"]
-LAPTOP = DeviceInfo("local", "Linux 6", "x86_64", "a CPU", 2, 8_000_000_000)
-
-
-class FakeDevice:
-    """Gives measurements made up by the test, and drops out where it is told to."""
-
-    def __init__(self, *measurements: Measurement | None) -> None:
-        self.measurements, self.temperatures = list(measurements), [50.0, 40.0, 36.0]
-
-    def describe(self) -> DeviceInfo:
-        return LAPTOP
-
-    def prepare(self, artefacts: list[Artefact], options: BenchOptions) -> None:
-        pass
-
-    def temperature_celsius(self) -> float | None:
-        return self.temperatures.pop(0) if self.temperatures else None
-
-    def measure(self, artefact: Artefact, options: BenchOptions) -> Measurement:
-        measurement = self.measurements.pop(0)
-        if measurement is None:
-            raise DeviceError("gone")
-        return measurement
-
-    def close(self) -> None:
-        pass
-
-
-def speed(value: float, **more: Any) -> Measurement:
-    return Measurement({"tg4": [value, value + 1, value + 2]}, peak_rss_bytes=1000, **more)
 
 
 def run_of(*values: float, name: str = "model", device: DeviceInfo = LAPTOP, size: int = 100) -> Run:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from test_bench import LAPTOP, FakeDevice, speed
+from made_up import LAPTOP, FakeDevice, speed
 
 from efficientllm.devices import cli, report
 from efficientllm.devices import compare as comparison

@@ -165,6 +165,16 @@ def test_why_pip_failed_is_what_pip_says(
     assert "--wheel" in line
 
 
+def test_an_emulated_board_says_so(reached: Board) -> None:
+    device = SshDevice(DeviceOptions(device="ssh://board", ssh=reached.client), lambda line: None)
+    assert not device.describe().emulated
+    assert Path(device._facts["python_runs_in"]).is_file()
+    device._facts["python_runs_in"] = "/usr/bin/qemu-aarch64-static"
+    info = device.describe()
+    assert (info.virtual, info.emulated) == ("qemu-user", True)
+    device.close()
+
+
 def test_an_interrupted_copy_goes_on(reached: Board, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ssh, "PAUSES", (0.2, 0.2))
     file = tmp_path / "model.gguf"
