@@ -255,20 +255,16 @@ class SshDevice:
         if self._run(f"test -f {folder}/complete").code == 0:
             return folder
         self._say(f"installing efficientllm[{extra}] on {self._host}; this may take minutes")
-        source = requirement.specifier.format(extra=extra)
         self._require(f"rm -rf {folder} && {shlex.quote(self._options.board_python)} -m venv {folder}")
-        if requirement.wheel:
-            target = PurePosixPath(folder) / requirement.wheel.name
-            self._copy_file(requirement.wheel, target)
-            source = f"$HOME/{target}[{extra}]"
+        target = PurePosixPath(folder) / requirement.wheel.name
+        self._copy_file(requirement.wheel, target)
         # without the notice of a newer pip, which would be the last line of every failure
         pip = f"PIP_DISABLE_PIP_VERSION_CHECK=1 {folder}/bin/python -m pip"
-        answer = self._run(f'{pip} install --quiet "{source}"')
+        answer = self._run(f'{pip} install --quiet "$HOME/{target}[{extra}]"')
         if answer.code != 0:
             lines = [line for line in answer.errors.splitlines() if line.startswith("ERROR: ")] or [answer.last_error]
-            named = "" if requirement.wheel else "where the index has no efficientllm, name its wheel with --wheel; "
             raise DeviceError(
-                f"{self._host}: pip install failed: {lines[-1].removeprefix('ERROR: ')}; {named}an engine without a "
+                f"{self._host}: pip install failed: {lines[-1].removeprefix('ERROR: ')}; an engine without a "
                 "wheel for the board is compiled there: apt install build-essential cmake python3-dev"
             )
         self._require(f"touch {folder}/complete")

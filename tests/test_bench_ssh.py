@@ -161,8 +161,7 @@ def test_why_pip_failed_is_what_pip_says(
     command = [str(artefact), "--device", "ssh://board", "--ssh", reached.client, "--board-python", str(fake), *QUICK]
     assert run_command(cli.body, command) == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert "board: pip install failed: No matching distribution found for efficientllm; where the index has no" in line
-    assert "--wheel" in line
+    assert "board: pip install failed: No matching distribution found for efficientllm; an engine without" in line
 
 
 def test_an_emulated_board_says_so(reached: Board) -> None:
