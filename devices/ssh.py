@@ -57,7 +57,6 @@ echo python_machine=$(PYTHON -c 'import os; print(os.uname().machine)' 2>/dev/nu
 echo python_runs_in=$(PYTHON -c 'import os; print(os.readlink("PROGRAM"))' 2>/dev/null)
 """
 
-
 MEASURE = r"""
 pid_file={pid_file}
 pid=$(cat $pid_file 2> /dev/null) && grep -q {module} /proc/$pid/cmdline 2> /dev/null && kill $pid

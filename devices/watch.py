@@ -20,7 +20,7 @@ SAMPLE_SECONDS = 0.2
 """Between two readings; a battery's meter gives a new value every quarter of a second to every few seconds."""
 FEWEST = 5
 """Readings that a figure needs."""
-MEMORY = re.compile(r"^(code|peak_kb)=(\d+)", re.MULTILINE)
+FACTS = re.compile(r"^(code|peak_kb)=(\d+)", re.MULTILINE)
 
 SCRIPT = r"""
 cd {folder} || exit 1
@@ -111,7 +111,7 @@ def script(folder: str, command: Sequence[str]) -> str:
 def parse(text: str) -> Watched:
     """What `script` printed."""
     head, samples, output, errors = (*text.replace("\r\n", "\n").split(f"{MARK}\n"), "", "", "")[:4]
-    facts = {name: int(value) for name, value in MEMORY.findall(head)}
+    facts = {name: int(value) for name, value in FACTS.findall(head)}
     return Watched(facts.get("code"), 1024 * facts.get("peak_kb", 0), output, errors, tuple(_moments(samples)))
 
 

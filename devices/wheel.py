@@ -72,7 +72,7 @@ def pack_installed(distribution: importlib.metadata.Distribution, output: Path) 
     with zipfile.ZipFile(wheel, "w") as archive:
         for file in sorted(distribution.files or [], key=str):
             if file.parts[0] != ".." and "__pycache__" not in file.parts and file.as_posix() not in added:
-                content = Path(distribution.locate_file(file)).read_bytes()
+                content = Path(str(distribution.locate_file(file))).read_bytes()
                 archive.writestr(_entry(file.as_posix()), content)
                 digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()
                 records.append(f"{file.as_posix()},sha256={digest},{len(content)}\n")
