@@ -13,13 +13,16 @@ from ..runtime.base.child import Finished
 from ..runtime.base.errors import DeviceError, UsageError
 from ..runtime.base.files import sha256_of
 from ..runtime.engines.artefact import Artefact
+from . import watch
 from .boards import look_up
+from .calls import Call, summarize_calls
 from .device import DeviceOptions
+from .emulation import recognise_android
 from .local import request_context
-from .remote import MARK, RemoteShell, require_room, run_program
+from .remote import RemoteShell, require_room, run_program
 from .results import BenchOptions, DeviceInfo, Measurement
 from .runners import RUNNERS, Runner
-from .sensors import battery_celsius, battery_watts, both, clock_mhz, temperature_celsius
+from .sensors import battery_celsius, temperature_celsius
 
 FOLDER = "/data/local/tmp/efficientllm"
 """The folder below which adb's shell may run programs."""
@@ -36,26 +39,6 @@ STATES = {
     "bootloader": "restart the phone into Android",
 }
 """State that `adb devices` shows -> the way on."""
-
-WATCH = r"""
-cd {folder} || exit 1
-{command} > out.txt 2> err.txt &
-pid=$!
-peak=0
-while kill -0 $pid 2>/dev/null; do
-  now=$(sed -n 's/^VmHWM:[^0-9]*\([0-9]*\).*/\1/p' /proc/$pid/status 2>/dev/null)
-  [ -n "$now" ] && peak=$now
-  sleep 0.1
-done
-wait $pid
-echo code=$?
-echo peak_kb=$peak
-echo {mark}
-cat out.txt
-echo {mark}
-tail -n 3 err.txt
-rm -f out.txt err.txt
-"""
 
 
 def find_serial(text: str, wanted: str) -> str:
@@ -112,8 +95,8 @@ class AdbDevice:
             return self._run(f"getprop {name}").output.strip()
 
         board = f"{prop('ro.product.manufacturer')} {prop('ro.product.model')}".strip()
-        abi, machine = prop("ro.product.cpu.abi"), self._run("uname -m").output.strip()
-        virtual = "1" in (prop("ro.boot.qemu"), prop("ro.kernel.qemu"))
+        abi = prop("ro.product.cpu.abi")
+        layer = recognise_android(self._shell, abi, prop)
         return DeviceInfo(
             name=f"adb:{self._serial}",
             system=f"Android {prop('ro.build.version.release')}",
@@ -123,8 +106,8 @@ class AdbDevice:
             ram_bytes=self._memory("MemTotal"),
             board=board,
             known=look_up(board),
-            # a kernel of another instruction set means that the programs are translated
-            emulated=virtual or (abi == "arm64-v8a" and machine not in ("aarch64", "armv8l")),
+            virtual=layer.name,
+            emulated=layer.translates,
         )
 
     def prepare(self, artefacts: list[Artefact], options: BenchOptions) -> None:
@@ -154,37 +137,13 @@ class AdbDevice:
 
     def measure(self, artefact: Artefact, options: BenchOptions) -> Measurement:
         runner, _ = self._runner(artefact.engine)
-        degrees_before, watts, clock_before = (
-            self.temperature_celsius(),
-            battery_watts(self._shell),
-            clock_mhz(self._shell),
-        )
-        speeds: dict[str, list[float]] = {}
-        version, threads, peak = "", options.threads, 0
-        commands, skipped = runner.commands(artefact, options, request_context(artefact, options))
+        context = request_context(artefact, options)
+        commands, skipped = runner.commands(artefact, options, context)
+        calls = []
         for arguments in commands:
-            output, peak_kb = self._watch(artefact, [self._runner_path, *arguments])
-            parsed = runner.parse(output)
-            for test, values in parsed.speeds.items():
-                speeds.setdefault(test, []).extend(values)
-            version, threads, peak = parsed.version or version, parsed.threads or threads, max(peak, 1024 * peak_kb)
-        watts = battery_watts(self._shell) if watts is not None else None
-        longest = speeds.get(f"tg{max(options.decode_tokens)}", [])
-        degrees_after, clock_after = self.temperature_celsius(), clock_mhz(self._shell)
-        return Measurement(
-            speeds=speeds,
-            engine_version=version,
-            threads=threads,
-            time_to_first_token_ms=[
-                1000 * options.prompt_tokens[0] / speed for speed in speeds.get(f"pp{options.prompt_tokens[0]}", [])
-            ],
-            peak_rss_bytes=peak,
-            kv_cache_bytes=artefact.cache_bytes(request_context(artefact, options), 2),
-            temperature_celsius=both(degrees_before, degrees_after),
-            clock_mhz=both(clock_before, clock_after),
-            joules_per_token=[watts / speed for speed in longest] if watts is not None else [],
-            skipped=skipped,
-        )
+            watched = self._watch(artefact, [self._runner_path, *arguments])
+            calls.append(Call(runner.parse(watched.output), watched))
+        return summarize_calls(calls, artefact.cache_bytes(context, 2), options, skipped)
 
     def close(self) -> None:
         if self._options.clean_up and self._runner_path:
@@ -204,18 +163,15 @@ class AdbDevice:
     def _folder(self, artefact: Artefact) -> str:
         return f"{FOLDER}/{artefact.sha256[:32]}"
 
-    def _watch(self, artefact: Artefact, command: list[str]) -> tuple[str, int]:
-        """(standard output, peak RSS in KiB) of a program in the artefact's folder."""
-        script = WATCH.format(folder=self._folder(artefact), command=shlex.join(command), mark=MARK)
-        answer = self._run(script)
-        head, _, rest = answer.output.partition(f"{MARK}\n")
-        output, _, errors = rest.partition(f"{MARK}\n")
-        facts = dict(re.findall(r"^(code|peak_kb)=(\d+)", head, re.MULTILINE))
-        if facts.get("code") != "0":
-            lines = errors.strip().splitlines() or [answer.last_error]
-            killed = "; the phone ran out of memory" if facts.get("code") == "137" else ""
+    def _watch(self, artefact: Artefact, command: list[str]) -> watch.Watched:
+        """Run a program in the artefact's folder."""
+        answer = self._run(watch.script(self._folder(artefact), command))
+        watched = watch.parse(answer.output)
+        if watched.code != 0:
+            lines = watched.errors.strip().splitlines() or [answer.last_error]
+            killed = "; the phone ran out of memory" if watched.code == 137 else ""
             raise DeviceError(f"{artefact.path} on {self._serial}: {lines[-1]}{killed}")
-        return output, int(facts["peak_kb"])
+        return watched
 
     def _push(self, file: Path, target: str) -> None:
         """Push under another name, compare hashes there, rename: a half-pushed file is never taken for whole."""

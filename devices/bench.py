@@ -3,62 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
+import datetime
+import importlib.metadata
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from ..runtime.base.progress import PROGRESS_LOGGER
 from ..runtime.engines.artefact import Artefact
+from .bare_gguf import Described, describe_gguf
 from .device import Device, DeviceOptions, open_device
-from .results import BenchOptions, DeviceInfo, Measurement, Run, summarize
+from .journal import journal_for
+from .results import BenchOptions, Measurement, Result, Run, summarize
 
 POLL_SECONDS = 5.0
 """Between two looks at the temperature of a device that is to cool down."""
-
-
-class Journal:
-    """Measurements of an unfinished run, kept beside its --json file, one line each."""
-
-    def __init__(self, path: Path | None, key: str) -> None:
-        self._path = path
-        self._key = key
-        self._done: dict[tuple[str, int], Measurement] = {}
-        if path is not None and path.is_file():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                self._read(line)
-
-    def _read(self, line: str) -> None:
-        try:
-            entry = json.loads(line)
-        except ValueError:  # the line that was being written when the run was cut off
-            return
-        if entry["key"] == self._key:
-            self._done[entry["sha256"], entry["round"]] = Measurement.from_json(entry["measurement"])
-
-    def get(self, sha256: str, turn: int) -> Measurement | None:
-        """What an interrupted run measured of an artefact in round `turn`, counted from 0."""
-        return self._done.get((sha256, turn))
-
-    def add(self, sha256: str, turn: int, measurement: Measurement) -> None:
-        if self._path is not None:
-            entry = {"key": self._key, "sha256": sha256, "round": turn, "measurement": asdict(measurement)}
-            with self._path.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(entry) + "\n")
-
-    def remove(self) -> None:
-        if self._path is not None:
-            self._path.unlink(missing_ok=True)
-
-
-def journal_for(json_path: Path | None, device: DeviceInfo, options: BenchOptions) -> Journal:
-    """The journal of a run; measurements of another device or with other options do not count."""
-    path = json_path.with_name(f"{json_path.name}.partial") if json_path else None
-    key = hashlib.sha256(json.dumps([asdict(device), asdict(options)], sort_keys=True).encode()).hexdigest()[:16]
-    return Journal(path, key)
 
 
 def log_progress(line: str) -> None:
@@ -94,38 +55,51 @@ def bench(
     json_path: Path | None = None,
 ) -> Run:
     """Measure every artefact `options.rounds` times, in turn; `say` is told about every process."""
-    info = device.describe()
+    info, release = device.describe(), importlib.metadata.version("efficientllm")
     device.prepare(list(artefacts), options)
-    journal = journal_for(json_path, info, options)
+    journal = journal_for(json_path, info, options, release, say)
     raw: list[list[Measurement]] = [[] for _ in artefacts]
+    hashes = [artefact.sha256 for artefact in artefacts]
     for turn in range(options.rounds):
         for index, artefact in enumerate(artefacts):
-            done = journal.get(artefact.sha256, turn)
+            place = (hashes[index], hashes[:index].count(hashes[index]), turn)
+            done = journal.get(place)
             label = f"round {turn + 1}/{options.rounds}: {artefact.path}"
             if done is None:
                 cool_down(device, options, say)
                 say(label)
                 done = device.measure(artefact, options)
-                journal.add(artefact.sha256, turn, done)
+                journal.add(place, done)
             else:
                 say(f"{label} (measured before the interruption)")
             raw[index].append(done)
-    results = [
-        summarize(
-            str(artefact.path),
-            artefact.sha256,
-            artefact.engine,
-            artefact.file_bytes,
-            asdict(artefact.manifest) if artefact.manifest else {},
-            runs,
-        )
-        for artefact, runs in zip(artefacts, raw, strict=True)
-    ]
-    run = Run(info, options, results)
+    results = [result for artefact, runs in zip(artefacts, raw, strict=True) for result in results_of(artefact, runs)]
+    ended = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    run = Run(info, options, results, ended, release)
     if json_path:
         run.write(json_path)
     journal.remove()
     return run
+
+
+def results_of(artefact: Artefact, runs: Sequence[Measurement]) -> list[Result]:
+    """One result per version of the engine: where it was updated before a run went on, figures are not pooled."""
+    manifest, described = asdict(artefact.manifest) if artefact.manifest else {}, describe(artefact)
+    by_version: dict[str, list[Measurement]] = {}
+    for measured in runs:
+        by_version.setdefault(measured.engine_version, []).append(measured)
+    pooled = (
+        summarize(str(artefact.path), artefact.sha256, artefact.engine, artefact.file_bytes, manifest, group)
+        for group in by_version.values()
+    )
+    return [replace(result, **asdict(described)) for result in pooled]
+
+
+def describe(artefact: Artefact) -> Described:
+    """Parameters and type, by the manifest or by the header of a bare .gguf file."""
+    if artefact.manifest is not None:
+        return Described(artefact.manifest.architecture.get("num_parameters", 0), artefact.manifest.quantization)
+    return describe_gguf(artefact.model_file) if artefact.model_file.suffix == ".gguf" else Described()
 
 
 def cool_down(

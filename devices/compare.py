@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from ..runtime.base.errors import UsageError
 from ..runtime.base.figure import Figure
 from ..runtime.base.markdown import markdown_table
+from .matching import pairs
 from .report import print_rows
 from .results import Result, Run
 
@@ -41,35 +42,38 @@ class Change:
 
 
 def changes(old: Run, new: Run) -> list[Change]:
-    """Every figure that both runs have, artefact by artefact (matched by name); UsageError where none matches."""
-    by_name = {result.name: result for result in old.results}
-    pairs = [(by_name[result.name], result) for result in new.results if result.name in by_name]
-    if not pairs:
-        names = ", ".join(result.name for result in new.results)
-        raise UsageError(f"the runs have no artefact in common: {', '.join(by_name)}; {names}")
-    return [change for before, after in pairs for change in _of_artefact(before, after)]
+    """Every figure that both runs have, artefact by artefact; UsageError where they have no artefact in common."""
+    found = pairs(old, new)
+    if not found:
+        before, after = (", ".join(run.labels) for run in (old, new))
+        raise UsageError(f"the runs have no artefact in common: {before}; {after}")
+    return [
+        change
+        for before, after in found
+        for change in _of_artefact(new.labels[after], old.results[before], new.results[after])
+    ]
 
 
-def _of_artefact(old: Result, new: Result) -> list[Change]:
+def _of_artefact(label: str, old: Result, new: Result) -> list[Change]:
     found = [
-        _of_figures(new.name, f"{test} t/s", old.speeds[test], figure, higher_is_better=True)
+        _of_figures(label, f"{test} t/s", old.speeds[test], figure, higher_is_better=True)
         for test, figure in new.speeds.items()
         if test in old.speeds
     ]
     found += [
-        _of_figures(new.name, f"{test} CPU ms/token", old.cpu_ms_per_token[test], figure, higher_is_better=False)
+        _of_figures(label, f"{test} CPU ms/token", old.cpu_ms_per_token[test], figure, higher_is_better=False)
         for test, figure in new.cpu_ms_per_token.items()
         if test in old.cpu_ms_per_token
     ]
     for name in ("load_ms", "time_to_first_token_ms", "joules_per_token"):
         before, after = getattr(old, name), getattr(new, name)
         if before and after:
-            found.append(_of_figures(new.name, name, before, after, higher_is_better=False))
+            found.append(_of_figures(label, name, before, after, higher_is_better=False))
     for name in ("file_bytes", "peak_rss_bytes"):
         before, after = getattr(old, name), getattr(new, name)
         if before and after:
             differs = abs(after / before - 1) > MEMORY_CHANGE
-            found.append(Change(new.name, name, before, after, differs, after < before))
+            found.append(Change(label, name, before, after, differs, after < before))
     return found
 
 
@@ -82,18 +86,34 @@ def _of_figures(artefact: str, name: str, old: Figure, new: Figure, higher_is_be
 def differences(old: Run, new: Run) -> list[str]:
     """What besides the artefacts differs between the runs, so that figures are not put down to the wrong cause."""
     found = []
-    for name in ("name", "machine", "cpu", "cores", "system", "emulated"):
+    for name in ("name", "machine", "cpu", "cores", "system", "virtual"):
         before, after = getattr(old.device, name), getattr(new.device, name)
         if before != after:
             found.append(f"device {name} differs: {before} and {after}")
     if old.options.threads != new.options.threads:
         found.append(f"threads differ: {old.options.threads or 'all'} and {new.options.threads or 'all'}")
-    engines = {result.name: result.engine_version for result in old.results}
-    for result in new.results:
-        before = engines.get(result.name, result.engine_version)
-        if before != result.engine_version:
-            found.append(f"{result.name}: engine differs: {before} and {result.engine_version}")
-    return found
+    matched = pairs(old, new)
+    for index, other in matched:
+        before, after, label = old.results[index], new.results[other], new.labels[other]
+        if before.engine_version != after.engine_version:
+            found.append(f"{label}: engine differs: {before.engine_version} and {after.engine_version}")
+        if before.sha256 != after.sha256:
+            found.append(f"{label}: the files differ: {_file(before)} and {_file(after)}")
+    return found + [
+        line
+        for number, (when, run) in enumerate((("old", old), ("new", new)))
+        for line in _of_one_run(when, run, {pair[number] for pair in matched})
+    ]
+
+
+def _file(result: Result) -> str:
+    return f"{result.artefact} (SHA-256 {result.sha256[:12]}...)"
+
+
+def _of_one_run(when: str, run: Run, matched: Collection[int]) -> list[str]:
+    emulated = [f"the {when} run is EMULATED, no figure of it is the device's"] if run.device.emulated else []
+    alone = [label for index, label in enumerate(run.labels) if index not in matched]
+    return emulated + [f"{label}: in the {when} run only" for label in alone]
 
 
 def _rows(found: Sequence[Change]) -> list[list[str]]:

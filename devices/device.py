@@ -45,7 +45,7 @@ class DeviceOptions:
     runner: str = ""
     """Program an Android phone runs: llama-bench (see `make android-runner`) or ExecuTorch's llama_main."""
     wheel: str = ""
-    """efficientllm wheel for a board; default: built from this source tree, else from the package index."""
+    """efficientllm wheel for a board; default: built from this source tree, else what is installed here."""
     board_python: str = "python3"
     """Python, 3.11 or newer, that makes the board's environment."""
     ssh: str = "ssh"

@@ -121,7 +121,8 @@ def profile(
 
 def summary(values: dict[str, Any]) -> str:
     """The fitted model for the terminal."""
-    lines = [f"{name}: {value:.4f}" for name, value in values["coefficients"].items()]
+    lines = ["EMULATED: no figure here is the device's"] if values["device"]["emulated"] else []
+    lines += [f"{name}: {value:.4f}" for name, value in values["coefficients"].items()]
     error = values["held_out_error"]
     lines.append(
         f"error on held-out shapes: median {100 * error['median']:.1f} %, largest {100 * error['largest']:.1f} %"

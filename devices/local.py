@@ -15,6 +15,7 @@ from ..runtime.engines.artefact import Artefact
 from . import measure
 from .boards import look_up
 from .device import DeviceOptions
+from .emulation import RUNNING_PROGRAM, recognise
 from .results import BenchOptions, DeviceInfo, Measurement
 from .sensors import LocalShell, temperature_celsius
 
@@ -27,6 +28,7 @@ def local_device_info(name: str) -> DeviceInfo:
     ]
     memory = [int(line.split()[1]) * 1024 for line in _lines("/proc/meminfo") if line.startswith("MemTotal")]
     board = (shell.read("/proc/device-tree/model") or shell.read("/sys/class/dmi/id/product_name") or [""])[0]
+    layer = recognise(shell, platform.machine(), running_program())
     return DeviceInfo(
         name=name,
         system=f"{platform.system()} {platform.release()}",
@@ -36,7 +38,17 @@ def local_device_info(name: str) -> DeviceInfo:
         ram_bytes=memory[0] if memory else 0,
         board=board,
         known=look_up(board),
+        virtual=layer.name,
+        emulated=layer.translates,
     )
+
+
+def running_program() -> str:
+    """The executable that runs this Python, an emulator's where there is one; "" where the system is not Linux."""
+    try:
+        return os.readlink(RUNNING_PROGRAM)
+    except OSError:
+        return ""
 
 
 def _lines(path: str) -> list[str]:
@@ -76,7 +88,7 @@ def request_context(artefact: Artefact, options: BenchOptions) -> int:
 
 def parse_measurement(name: str, child: Finished) -> Measurement:
     """The measurement that `child` printed; ArtefactError with its last line where it failed."""
-    if child.code == -9:
+    if child.code in (-9, 137):  # 137 is what a shell makes of it
         raise ArtefactError(f"{name}: the process was killed, most likely for want of memory")
     if child.code != 0:
         message = child.last_error.removeprefix("error: ")

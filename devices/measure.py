@@ -146,10 +146,10 @@ def measure_engine(engine: Engine, options: BenchOptions, version: str, baseline
     degrees_before = temperature_celsius(shell)
     bench.repeat()
     bench.forget()
-    clock_before = clock_mhz(shell)
+    clock_before = clock_mhz(shell, options.threads)
     for _ in range(options.repetitions):
         bench.repeat()
-    clock_after, degrees_after = clock_mhz(shell), temperature_celsius(shell)
+    clock_after, degrees_after = clock_mhz(shell, options.threads), temperature_celsius(shell)
     memory = memory_bytes()
     engine.close()
     return Measurement(

@@ -20,12 +20,11 @@ STYLES = cycler(marker=["o", "s", "^", "D", "v"]) * cycler(color=matplotlib.colo
 
 
 def _labeled(runs: Sequence[Run]) -> list[tuple[str, Result]]:
-    """Every result with a name that tells runs apart."""
-    many = len(runs) > 1
+    """Every result with a name that tells artefacts and runs apart, and an emulator's figures from a device's."""
     return [
-        (f"{result.name} (run {number})" if many else result.name, result)
+        (name + (f" (run {number})" if len(runs) > 1 else "") + (", EMULATED" if run.device.emulated else ""), result)
         for number, run in enumerate(runs, 1)
-        for result in run.results
+        for name, result in zip(run.labels, run.results, strict=True)
     ]
 
 

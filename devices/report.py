@@ -25,11 +25,6 @@ def _figure(figure: Figure | None) -> str:
     return f"{figure.median:.{digits}f} ({figure.low:.{digits}f}-{figure.high:.{digits}f})"
 
 
-def _parameters(result: Result) -> str:
-    architecture = result.manifest.get("architecture", {})
-    return format_count(architecture["num_parameters"]) if architecture else "?"
-
-
 def device_line(device: DeviceInfo, threads: int) -> str:
     """The device in one line; figures of an emulator are called that."""
     known = f" ({device.known['soc']}, {device.known['cores']}, {device.known['ram']})" if device.known else ""
@@ -37,7 +32,9 @@ def device_line(device: DeviceInfo, threads: int) -> str:
     parts += [format_bytes(device.ram_bytes) if device.ram_bytes else "", device.system, device.machine]
     count = "all threads" if threads == 0 else "1 thread" if threads == 1 else f"{threads} threads"
     text = f"{device.name}: {', '.join(part for part in parts if part)}; {count}"
-    return f"EMULATED, no figure here is the device's. {text}" if device.emulated else text
+    if device.emulated:
+        return f"EMULATED ({device.virtual or 'unknown'}), no figure here is the device's. {text}"
+    return f"{text}; {device.virtual}" if device.virtual else text
 
 
 def perplexity_line(results: Sequence[Result]) -> str | None:
@@ -56,15 +53,37 @@ def perplexity_line(results: Sequence[Result]) -> str | None:
 
 def notes(run: Run) -> list[str]:
     """What a reader of the table must know."""
-    lines = [device_line(run.device, run.options.threads)]
-    for result in run.results:
+    lines = [device_line(run.device, run.options.threads), *origin_lines(run), *ratio_lines(run)]
+    for name, result in zip(run.labels, run.results, strict=True):
         if result.throttled:
-            lines.append(f"{result.name}: THROTTLED, {result.throttled}; cool the device or use --max-temp")
+            lines.append(f"{name}: THROTTLED, {result.throttled}; cool the device or use --max-temp")
         if result.temperature_celsius:
-            lines.append(f"{result.name}: {result.temperature_celsius[0]:.1f} to {result.temperature_celsius[1]:.1f} C")
-        lines += [f"{result.name}: {test} left out: {reason}" for test, reason in result.skipped.items()]
+            lines.append(f"{name}: {result.temperature_celsius[0]:.1f} to {result.temperature_celsius[1]:.1f} C")
+        lines += [f"{name}: {test} left out: {reason}" for test, reason in result.skipped.items()]
     line = perplexity_line(run.results)
     return [*lines, line] if line else lines
+
+
+def origin_lines(run: Run) -> list[str]:
+    """When and with what versions the figures were made, as far as the run tells."""
+    engines = dict.fromkeys(result.engine_version for result in run.results if result.engine_version)
+    ours = f"efficientllm {run.efficientllm_version}" if run.efficientllm_version else ""
+    found = ", ".join(part for part in (run.measured_at, ours, *engines) if part)
+    return [f"measured: {found}"] if found else []
+
+
+def ratio_lines(run: Run) -> list[str]:
+    """Every further artefact as multiples of the first: its bytes, and how much faster it does each test."""
+    if not run.results:
+        return []
+    (first, *others), (name, *names) = run.results, run.labels
+    lines = []
+    for label, result in zip(names, others, strict=True):
+        tests = [test for test in tests_of([run]) if test in first.speeds and test in result.speeds]
+        speeds = [f"{test} x{result.speeds[test].median / first.speeds[test].median:.2f}" for test in tests]
+        share = f"{result.file_bytes / first.file_bytes:.2f} of the bytes"
+        lines.append(f"{label} against {name}: {', '.join([share, *speeds])}")
+    return lines
 
 
 def tests_of(runs: Sequence[Run]) -> list[str]:
@@ -86,15 +105,16 @@ def rows(run: Run) -> list[list[str]]:
     tests = tests_of([run])
     timed = [test for test in _main_tests(run) if any(test in result.cpu_ms_per_token for result in run.results)]
     energy = any(result.joules_per_token for result in run.results)
-    header = ["artefact", "parameters", "quant", "on disk", *(f"{test} t/s" for test in tests)]
+    artefact = "artefact, EMULATED" if run.device.emulated else "artefact"
+    header = [artefact, "parameters", "quant", "on disk", *(f"{test} t/s" for test in tests)]
     header += [f"{test} CPU ms" for test in timed]
     table = [[*header, "first token ms", "load ms", "peak RSS", "KV cache", *(["J/token"] if energy else [])]]
-    for result in run.results:
+    for name, result in zip(run.labels, run.results, strict=True):
         table.append(
             [
-                result.name,
-                _parameters(result),
-                result.manifest.get("quantization", "?"),
+                name,
+                format_count(result.num_parameters) if result.num_parameters else "?",
+                result.quantization or "?",
                 format_bytes(result.file_bytes),
                 *(_figure(result.speeds.get(test)) for test in tests),
                 *(_figure(result.cpu_ms_per_token.get(test)) for test in timed),
@@ -136,6 +156,11 @@ def require_plots() -> None:
         import matplotlib  # noqa: F401
 
 
+def _narrow(table: list[list[str]]) -> list[tuple[str, ...]]:
+    """The table, turned where that makes it narrower: a column per artefact as in the terminal, else one per figure."""
+    return list(zip(*table, strict=True)) if len(table) < len(table[0]) else [tuple(row) for row in table]
+
+
 def write_html(path: Path, runs: Sequence[Run]) -> None:
     """A page of one file: no script, no font and no picture from anywhere else."""
     require_plots()
@@ -143,7 +168,7 @@ def write_html(path: Path, runs: Sequence[Run]) -> None:
 
     template = resources.files("efficientllm.devices").joinpath("report.html").read_text(encoding="utf-8")
     environment = Environment(autoescape=True)
-    sections = [{"device": run.device, "notes": notes(run), "rows": rows(run)} for run in runs]
+    sections = [{"device": run.device, "notes": notes(run), "rows": _narrow(rows(run))} for run in runs]
     figures = [
         ("Decode speed against file size", plots.speed_against_size(runs)),
         ("Latency of a token against the context before it", plots.latency_against_context(runs)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -83,8 +83,10 @@ class DeviceInfo:
     """Model of the board or phone."""
     known: dict[str, Any] = field(default_factory=dict)
     """Entry of the table of known devices: SoC, cores, RAM."""
+    virtual: str = ""
+    """What lies between programs and hardware: qemu-user, virtual machine (kvm), ...; "" where nothing was found."""
     emulated: bool = False
-    """Whether the code ran under an emulator: then no figure says anything about the device."""
+    """Whether it translates instructions: then no figure says anything about the device."""
 
 
 Sample = TypeVar("Sample")
@@ -129,7 +131,7 @@ class Measurement(Readings[list[float]]):
     """What one process measured; lists have one entry per repetition."""
 
     clock_mhz: tuple[float, float] | None = None
-    """Mean over the cores under load: after warming up and after the last repetition."""
+    """Mean over the cores that work: after warming up (a phone: at the beginning) and after the last repetition."""
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Measurement:
@@ -149,10 +151,32 @@ class Result(Readings[Figure]):
     """Contents of the artefact's manifest; empty for a bare file."""
     throttled: str
     """The drop of the clock that was seen, "" where there was none."""
+    num_parameters: int = 0
+    """0 where the artefact does not tell."""
+    quantization: str = ""
+    """As its exporter calls it; "" where the artefact does not tell."""
 
-    @property
-    def name(self) -> str:
-        return Path(self.artefact).name
+
+def labels(results: Sequence[Result]) -> list[str]:
+    """A name for each: as much of its path's end as tells it from the others, its engine where only that differs."""
+    paths = {result.artefact for result in results}
+    names = [_shortest_end(result.artefact, paths) for result in results]
+    for name in {name for name in names if names.count(name) > 1}:
+        same = [index for index, other in enumerate(names) if other == name]
+        versions = [results[index].engine_version for index in same]
+        tell_apart = versions if len(set(versions)) == len(versions) else map(str, range(1, len(same) + 1))
+        for index, text in zip(same, tell_apart, strict=True):
+            names[index] = f"{name} ({text})"
+    return names
+
+
+def _shortest_end(path: str, paths: Collection[str]) -> str:
+    parts = Path(path).parts
+    others = [Path(other).parts for other in paths if other != path]
+    for count in range(1, len(parts)):
+        if all(other[-count:] != parts[-count:] for other in others):
+            return "/".join(parts[-count:])
+    return path
 
 
 THROTTLING_DROP = 0.15
@@ -213,7 +237,16 @@ class Run:
     device: DeviceInfo
     options: BenchOptions
     results: list[Result]
+    """In the order asked for; measurements of one artefact by several engine versions are results of their own."""
+    measured_at: str = ""
+    """End of the run: date and time, UTC, as ISO 8601."""
+    efficientllm_version: str = ""
     schema_version: int = SCHEMA_VERSION
+
+    @property
+    def labels(self) -> list[str]:
+        """A name for each result that no other has."""
+        return labels(self.results)
 
     def write(self, path: Path) -> None:
         write_json_atomically(path, asdict(self))
@@ -234,6 +267,8 @@ class Run:
                 DeviceInfo(**values["device"]),
                 BenchOptions.from_json(values["options"]),
                 [_result(entry) for entry in values["results"]],
+                values.get("measured_at", ""),
+                values.get("efficientllm_version", ""),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise UsageError(f"{path} is damaged ({error}); measure again") from error
@@ -243,6 +278,9 @@ def _result(values: dict[str, Any]) -> Result:
     read: dict[str, Any] = _with_tuples(values, ("temperature_celsius",))
     for name in ("load_ms", "time_to_first_token_ms", "joules_per_token"):
         read[name] = Figure(**values[name]) if values[name] else None
+    manifest = values["manifest"]  # older files have these there alone
+    read.setdefault("num_parameters", manifest.get("architecture", {}).get("num_parameters", 0))
+    read.setdefault("quantization", manifest.get("quantization", ""))
     for name in ("speeds", "cpu_ms_per_token"):
         read[name] = {test: Figure(**entry) for test, entry in values[name].items()}
     return Result(**read)

@@ -17,9 +17,19 @@ class Parsed:
     """Figures of one call."""
 
     speeds: dict[str, list[float]]
-    """Tokens per second by test, one entry per repetition."""
+    """Tokens per second by test in the order of the tests, one entry per repetition."""
     version: str = ""
     threads: int = 0
+
+    @property
+    def last(self) -> str:
+        """The test that was done last."""
+        return list(self.speeds)[-1]
+
+    def seconds(self, *tests: str) -> float:
+        """How long all repetitions of `tests` took."""
+        lengths = [(int(re.split(r"\D+", test)[1]), self.speeds[test]) for test in tests]
+        return sum(tokens / speed for tokens, speeds in lengths for speed in speeds)
 
 
 class Runner(Protocol):
@@ -33,7 +43,10 @@ class Runner(Protocol):
     def commands(
         self, artefact: Artefact, options: BenchOptions, context: int
     ) -> tuple[list[list[str]], dict[str, str]]:
-        """Arguments of every call, and {test left out: reason}; `context` is the window in tokens to stay within."""
+        """Arguments of every call, and {test left out: reason}; `context` is the window in tokens to stay within.
+
+        The first call's last test is a decode of the most tokens asked for: that is what energy is measured over.
+        """
         ...
 
     def parse(self, output: str) -> Parsed:
@@ -57,7 +70,8 @@ class LlamaBench:
         # weights are read, not mapped, as on other devices; llama-bench warms up by itself
         common = ["-m", model, "-r", str(options.repetitions), "-o", "json", "-lm", "none"]
         common += ["-t", str(options.threads)] if options.threads else []
-        prompts, decodes = (",".join(map(str, values)) for values in (options.prompt_tokens, options.decode_tokens))
+        prompts = ",".join(map(str, options.prompt_tokens))
+        decodes = ",".join(map(str, sorted(options.decode_tokens)))
         calls = [[*common, "-p", prompts, "-n", decodes]]
         depths = [str(depth) for depth in options.depths if depth]
         if depths:

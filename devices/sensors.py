@@ -17,6 +17,10 @@ from ..runtime.base import child
 
 SAMPLE_SECONDS = 0.5
 """Between two readings of a power that has no counter."""
+BATTERY = "/sys/class/power_supply/battery"
+"""Of Android."""
+ZONES = "/sys/class/thermal/thermal_zone*/temp"
+CLOCKS = "/sys/devices/system/cpu/cpu[0-9]*/cpufreq/scaling_cur_freq"
 
 
 class Shell(Protocol):
@@ -65,24 +69,25 @@ def both(before: float | None, after: float | None) -> tuple[float, float] | Non
 
 def temperature_celsius(shell: Shell) -> float | None:
     """The hottest plausible thermal zone: sysfs counts millidegrees."""
-    degrees = [value / 1000 for value in _numbers(shell.read("/sys/class/thermal/thermal_zone*/temp"))]
+    degrees = [value / 1000 for value in _numbers(shell.read(ZONES))]
     plausible = [value for value in degrees if 0 < value < 150]
     return max(plausible, default=None)
 
 
 def battery_celsius(shell: Shell) -> float | None:
     """An Android battery's temperature, which is how warm the phone feels: tenths of a degree."""
-    values = _numbers(shell.read("/sys/class/power_supply/battery/temp"))
+    values = _numbers(shell.read(f"{BATTERY}/temp"))
     return values[0] / 10 if values else None
 
 
-def clock_mhz(shell: Shell) -> float | None:
-    """Mean clock of the cores now."""
-    kilohertz = _numbers(shell.read("/sys/devices/system/cpu/cpu[0-9]*/cpufreq/scaling_cur_freq"))
-    if kilohertz:
-        return sum(kilohertz) / len(kilohertz) / 1000
-    megahertz = _numbers(re.findall(r"^cpu MHz\s*:\s*([\d.]+)$", "\n".join(shell.read("/proc/cpuinfo")), re.MULTILINE))
-    return sum(megahertz) / len(megahertz) if megahertz else None
+def clock_mhz(shell: Shell, cores: int = 0) -> float | None:
+    """Mean clock now of the `cores` fastest cores, which are those that work; 0: of all."""
+    clocks = [value / 1000 for value in _numbers(shell.read(CLOCKS))]
+    if not clocks:
+        cpuinfo = "\n".join(shell.read("/proc/cpuinfo"))
+        clocks = _numbers(re.findall(r"^cpu MHz\s*:\s*([\d.]+)$", cpuinfo, re.MULTILINE))
+    fastest = sorted(clocks, reverse=True)[: cores or None]
+    return sum(fastest) / len(fastest) if fastest else None
 
 
 def rapl_joules(shell: Shell) -> list[tuple[float, float]]:
@@ -105,9 +110,9 @@ def pmic_watts(text: str) -> float | None:
 
 def battery_watts(shell: Shell) -> float | None:
     """Power drawn from an Android battery: microamperes times microvolts; None while it charges or hides them."""
-    status = shell.read("/sys/class/power_supply/battery/status")
-    current = _numbers(shell.read("/sys/class/power_supply/battery/current_now"))
-    voltage = _numbers(shell.read("/sys/class/power_supply/battery/voltage_now"))
+    status = shell.read(f"{BATTERY}/status")
+    current = _numbers(shell.read(f"{BATTERY}/current_now"))
+    voltage = _numbers(shell.read(f"{BATTERY}/voltage_now"))
     if not current or not voltage or status != ["Discharging"]:
         return None
     return abs(current[0]) * voltage[0] / 1e12
@@ -120,7 +125,7 @@ def power_watts(shell: Shell) -> float | None:
 
 
 class Energy:
-    """Energy of a block: `joules` is None where the device has no meter."""
+    """Energy of a block: `joules` is None where the device has no meter or the block ended before a first reading."""
 
     joules: float | None = None
 
@@ -136,11 +141,12 @@ def energy_meter(shell: Shell, seconds: Callable[[], float]) -> Iterator[Energy]
         # a counter that wrapped ends below where it began
         energy.joules = sum((end - begin) % size for (begin, size), (end, _) in zip(before, after, strict=True))
         return
-    first = power_watts(shell)
-    if first is None:
+    if power_watts(shell) is None:
         yield energy
         return
-    watts, stop, began = [first], threading.Event(), seconds()
+    # what was drawn before the block says nothing about it
+    watts: list[float] = []
+    stop, began = threading.Event(), seconds()
 
     def sample() -> None:
         while not stop.wait(SAMPLE_SECONDS):
@@ -155,4 +161,4 @@ def energy_meter(shell: Shell, seconds: Callable[[], float]) -> Iterator[Energy]
     finally:
         stop.set()
         thread.join()
-    energy.joules = sum(watts) / len(watts) * (seconds() - began)
+    energy.joules = sum(watts) / len(watts) * (seconds() - began) if watts else None

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import platform
 import re
 import shlex
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path, PurePosixPath
@@ -22,6 +24,7 @@ from ..runtime.engines.artefact import Artefact
 from . import measure
 from .boards import look_up
 from .device import DeviceOptions
+from .emulation import RUNNING_PROGRAM, recognise
 from .local import parse_measurement, request_context
 from .remote import RemoteShell, require_room, run_program
 from .results import BenchOptions, DeviceInfo, Measurement
@@ -30,15 +33,15 @@ from .wheel import Requirement, runtime_requirement
 
 FOLDER = ".cache/efficientllm-bench"
 """On the board, below the home folder: environments and artefacts, each under its hash."""
-ATTEMPTS = 3
-"""Times a step is tried where the connection drops."""
+PAUSES = (2.0, 10.0, 30.0)
+"""Seconds before a step is tried again whose connection dropped: Wi-Fi comes back in its own time."""
 DROPPED = 255
 """ssh's own exit code: it could not connect, or lost the connection."""
 MACHINES = ("aarch64", "arm64", "x86_64", "amd64")
 EXTRAS = {"llama.cpp": "gguf", "onnxruntime": "onnx", "onnxruntime-genai": "genai", "executorch": "executorch"}
 """Engine -> the extra that brings it."""
-ENVIRONMENT_BYTES = 600_000_000
-"""Free disk that an environment with one engine needs at most."""
+ENVIRONMENT_BYTES = {"gguf": 600_000_000, "onnx": 600_000_000, "genai": 700_000_000, "executorch": 2_500_000_000}
+"""Free disk that an environment with one extra needs at most; ExecuTorch's brings torch."""
 
 PROBE = r"""
 echo system=$(uname -sr)
@@ -50,7 +53,27 @@ echo free_disk_kb=$(df -Pk "$HOME" | awk 'NR == 2 {print $4}')
 echo board=$(tr -d '\0' < /proc/device-tree/model 2>/dev/null || cat /sys/class/dmi/id/product_name 2>/dev/null)
 echo cpu=$(sed -n 's/^model name[^:]*: *//p' /proc/cpuinfo | head -n 1)
 echo python=$(PYTHON -c 'import ensurepip, sys, venv; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+echo python_machine=$(PYTHON -c 'import os; print(os.uname().machine)' 2>/dev/null)
+echo python_runs_in=$(PYTHON -c 'import os; print(os.readlink("PROGRAM"))' 2>/dev/null)
 """
+
+MEASURE = r"""
+pid_file={pid_file}
+pid=$(cat $pid_file 2> /dev/null) && grep -q {module} /proc/$pid/cmdline 2> /dev/null && kill $pid
+exec 3<&0
+{command} < /dev/null &
+pid=$!
+echo $pid > $pid_file
+(cat <&3; kill $pid) > /dev/null 2>&1 &
+watcher=$!
+wait $pid
+code=$?
+kill $watcher 2> /dev/null
+rm -f $pid_file
+exit $code
+"""
+"""Ends the measurement when standard input does, which is when the connection drops; one that outlived its connection
+before the board noticed is ended first. Nothing is timed beside another measurement of this computer's."""
 
 
 class SshDevice:
@@ -76,6 +99,8 @@ class SshDevice:
 
     def describe(self) -> DeviceInfo:
         facts = self._probe()
+        machine = facts["python_machine"] or facts["machine"]
+        layer = recognise(RemoteShell(self._run), machine, facts["python_runs_in"])
         return DeviceInfo(
             name=f"ssh://{self._host}",
             system=facts["system"],
@@ -85,6 +110,8 @@ class SshDevice:
             ram_bytes=1024 * int(facts["ram_kb"] or 0),
             board=facts["board"],
             known=look_up(facts["board"]),
+            virtual=layer.name,
+            emulated=layer.translates,
         )
 
     def prepare(self, artefacts: list[Artefact], options: BenchOptions) -> None:
@@ -101,7 +128,9 @@ class SshDevice:
                 "install Python 3.11 or newer (apt install python3 python3-venv) or name it with --board-python"
             )
         free_ram, free_disk = 1024 * int(facts["free_ram_kb"] or 0), 1024 * int(facts["free_disk_kb"] or 0)
-        require_room(artefacts, options, max(free_disk - ENVIRONMENT_BYTES, 1), free_ram, self._host)
+        extras = {EXTRAS[artefact.engine] for artefact in artefacts if artefact.engine in EXTRAS}
+        taken = sum(ENVIRONMENT_BYTES[extra] for extra in extras)
+        require_room(artefacts, options, max(free_disk - taken, 1), free_ram, self._host)
         for artefact in artefacts:
             self._copy(artefact)
         with tempfile.TemporaryDirectory() as scratch:
@@ -116,7 +145,17 @@ class SshDevice:
         path = self._remote_path(artefact, artefact.path)
         request = measure.Request(str(path), request_context(artefact, options), asdict(options))
         python = f"{self._environments[artefact.engine]}/bin/python"
-        answer = self._run(f"{python} -m {measure.__name__} {shlex.quote(json.dumps(asdict(request)))}")
+        line = MEASURE.format(
+            command=f"{python} -m {measure.__name__} {shlex.quote(json.dumps(asdict(request)))}",
+            module=measure.__name__,
+            pid_file=shlex.quote(f"{FOLDER}/measuring-{platform.node()}"),
+        )
+        idle, held = os.pipe()
+        try:
+            answer = self._run(line, stdin=idle, tries=1 + len(PAUSES))
+        finally:
+            os.close(idle)
+            os.close(held)
         return parse_measurement(f"{self._host}: {artefact.path}", answer)
 
     def close(self) -> None:
@@ -128,16 +167,20 @@ class SshDevice:
                 run_program([*self._ssh, "-O", "exit", self._host])
             self._sockets.cleanup()
 
-    def _run(self, line: str, stdin: int = subprocess.DEVNULL) -> Finished:
-        """Run a line of shell in the home folder; DeviceError where the board cannot be reached (any more)."""
+    def _run(self, line: str, stdin: int = subprocess.DEVNULL, tries: int = 0) -> Finished:
+        """Run a line of shell in the home folder; DeviceError where the board cannot be reached (any more).
+
+        `tries` 0: again and again where that can help: half a stream cannot be sent again as it is, and a host that
+        never answered will not answer now.
+        """
         command = [*self._ssh, self._host, "--", f"sh -c {shlex.quote(line)}"]
         answer = run_program(command, stdin=stdin)
-        # half a stream cannot be sent again as it is, and a host that never answered will not answer now
-        tries = ATTEMPTS if stdin == subprocess.DEVNULL and self._facts else 1
-        for attempt in range(1, tries):
+        tries = tries or (1 + len(PAUSES) if stdin == subprocess.DEVNULL and self._facts else 1)
+        for attempt, pause in enumerate(PAUSES[: tries - 1], 2):
             if answer.code != DROPPED:
                 break
-            self._say(f"{self._host}: {answer.last_error}; trying again ({attempt + 1}/{ATTEMPTS})")
+            self._say(f"{self._host}: {answer.last_error}; trying again in {pause:g} s ({attempt}/{tries})")
+            time.sleep(pause)
             answer = run_program(command, stdin=stdin)
         if answer.code == DROPPED:
             raise DeviceError(f"{self._host} cannot be reached: {answer.last_error}; try: ssh {self._host}")
@@ -145,7 +188,8 @@ class SshDevice:
 
     def _probe(self) -> dict[str, str]:
         if not self._facts:
-            answer = self._run(PROBE.replace("PYTHON", shlex.quote(self._options.board_python)))
+            python = shlex.quote(self._options.board_python)
+            answer = self._run(PROBE.replace("PYTHON", python).replace("PROGRAM", RUNNING_PROGRAM))
             pairs = (line.partition("=") for line in answer.output.splitlines())
             self._facts = {name: value.strip() for name, _, value in pairs}
             if "machine" not in self._facts:
@@ -168,7 +212,7 @@ class SshDevice:
             return
         part = shlex.quote(f"{target}.part")
         self._require(f"mkdir -p {shlex.quote(str(target.parent))}")
-        for attempt in range(ATTEMPTS):
+        for pause in (*PAUSES, None):
             copied = int(self._run(f"wc -c < {part} 2>/dev/null || echo 0").output.split()[-1])
             if copied > size:
                 self._require(f"rm -f {part}")
@@ -179,14 +223,17 @@ class SshDevice:
                     os.lseek(stream.fileno(), copied, os.SEEK_SET)
                     self._run(f"cat >> {part}", stdin=stream.fileno())
             except DeviceError:
-                if attempt == ATTEMPTS - 1:
+                if pause is None:
                     raise
+                time.sleep(pause)
                 continue
             if self._remote_sha256(part) == digest:
                 self._require(f"mv {part} {quoted}")
                 return
             self._require(f"rm -f {part}")  # complete, but not what was sent
-        raise DeviceError(f"{file} arrived damaged {ATTEMPTS} times; check the board's disk (dmesg) and run again")
+        raise DeviceError(
+            f"{file} arrived damaged {1 + len(PAUSES)} times; check the board's disk (dmesg) and run again"
+        )
 
     def _remote_sha256(self, quoted: str) -> str:
         answer = self._run(f"sha256sum {quoted} 2>/dev/null")
@@ -207,17 +254,17 @@ class SshDevice:
         if self._run(f"test -f {folder}/complete").code == 0:
             return folder
         self._say(f"installing efficientllm[{extra}] on {self._host}; this may take minutes")
-        source = requirement.specifier.format(extra=extra)
         self._require(f"rm -rf {folder} && {shlex.quote(self._options.board_python)} -m venv {folder}")
-        if requirement.wheel:
-            target = PurePosixPath(folder) / requirement.wheel.name
-            self._copy_file(requirement.wheel, target)
-            source = f"$HOME/{target}[{extra}]"
-        answer = self._run(f'{folder}/bin/python -m pip install --quiet "{source}"')
+        target = PurePosixPath(folder) / requirement.wheel.name
+        self._copy_file(requirement.wheel, target)
+        # without the notice of a newer pip, which would be the last line of every failure
+        pip = f"PIP_DISABLE_PIP_VERSION_CHECK=1 {folder}/bin/python -m pip"
+        answer = self._run(f'{pip} install --quiet "$HOME/{target}[{extra}]"')
         if answer.code != 0:
+            lines = [line for line in answer.errors.splitlines() if line.startswith("ERROR: ")] or [answer.last_error]
             raise DeviceError(
-                f"{self._host}: pip install failed: {answer.last_error}; an engine without a wheel for the board is "
-                "compiled there: apt install build-essential cmake python3-dev"
+                f"{self._host}: pip install failed: {lines[-1].removeprefix('ERROR: ')}; an engine without a "
+                "wheel for the board is compiled there: apt install build-essential cmake python3-dev"
             )
         self._require(f"touch {folder}/complete")
         return folder

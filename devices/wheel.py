@@ -1,12 +1,15 @@
-"""The distribution a board installs: this source tree's wheel, or the released one."""
+"""The distribution a board installs: this source tree's wheel, or what is installed here, packed again."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import importlib.metadata
 import os
 import shutil
 import sys
 import tempfile
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,13 +30,11 @@ class Requirement:
 
     key: str
     """Changes whenever the distribution does."""
-    specifier: str
-    """With {extra} for the engine's extra; unused where there is a wheel."""
-    wheel: Path | None
+    wheel: Path
 
 
 def runtime_requirement(wheel: str, scratch: Path, say: Callable[[str], None]) -> Requirement:
-    """The wheel the user named, else one built from the source tree into `scratch`, else this release by name."""
+    """The wheel the user named, else one made in `scratch`: of the source tree, else of what is installed here."""
     if wheel:
         path = Path(wheel)
         if not path.is_file() or path.suffix != ".whl":
@@ -42,9 +43,8 @@ def runtime_requirement(wheel: str, scratch: Path, say: Callable[[str], None]) -
         say("building the wheel of this source tree")
         path = build_wheel(SOURCE, scratch)
     else:
-        version = importlib.metadata.version("efficientllm")
-        return Requirement(version, f"efficientllm[{{extra}}]=={version}", None)
-    return Requirement(sha256_of(path)[:12], "", path)
+        path = pack_installed(importlib.metadata.distribution("efficientllm"), scratch)
+    return Requirement(sha256_of(path)[:12], path)
 
 
 def build_wheel(source: Path, output: Path) -> Path:
@@ -59,3 +59,27 @@ def build_wheel(source: Path, output: Path) -> Path:
     if done.code != 0 or not wheels:
         raise DeviceError(f"the wheel could not be built: {done.last_error}")
     return wheels[0]
+
+
+def pack_installed(distribution: importlib.metadata.Distribution, output: Path) -> Path:
+    """The wheel that an installed distribution of pure Python came from, in the folder `output`.
+
+    What the installation added (commands, bytecode, pip's own notes) is left out. The same files give the same wheel.
+    """
+    name, records = f"{distribution.name}-{distribution.version}", []
+    added = {f"{name}.dist-info/{file}" for file in ("RECORD", "INSTALLER", "REQUESTED", "direct_url.json")}
+    wheel = output / f"{name}-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for file in sorted(distribution.files or [], key=str):
+            if file.parts[0] != ".." and "__pycache__" not in file.parts and file.as_posix() not in added:
+                content = Path(str(distribution.locate_file(file))).read_bytes()
+                archive.writestr(_entry(file.as_posix()), content)
+                digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()
+                records.append(f"{file.as_posix()},sha256={digest},{len(content)}\n")
+        record = f"{name}.dist-info/RECORD"
+        archive.writestr(_entry(record), "".join([*records, f"{record},,\n"]))
+    return wheel
+
+
+def _entry(name: str) -> zipfile.ZipInfo:
+    return zipfile.ZipInfo(name, (2000, 1, 1, 0, 0, 0))

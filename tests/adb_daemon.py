@@ -37,6 +37,10 @@ class AdbDaemon:
         self.pushed: list[str] = []
         self.corrupt_next = False
         """Whether to flip a byte of the next pushed file."""
+        self.interpreter = "qemu-aarch64-static"
+        """What runs pushed programs."""
+        self.sys = root / ".sys"
+        """The phone's /sys."""
         self._commands = root / ".bin"
         self._commands.mkdir(parents=True)
         known = PROPERTIES | properties
@@ -61,11 +65,13 @@ class AdbDaemon:
 
     def shell(self, command: str) -> subprocess.CompletedProcess[bytes]:
         """Run a line with the phone's paths in place and aarch64 programs under the emulator."""
-        line = command.replace("/data/local/tmp", str(self.root))
+        line = command.replace("/data/local/tmp", str(self.root)).replace("/sys/", f"{self.sys}/")
         programs = "|".join(re.escape(path) for path in self.pushed) or "^$"
-        line = re.sub(rf"^({programs})(?= )", r"qemu-aarch64-static \1", line, flags=re.MULTILINE)
+        line = re.sub(rf"^({programs})(?= )", rf"{self.interpreter} \1", line, flags=re.MULTILINE)
         environment = os.environ | {"PATH": f"{self._commands}:{os.environ['PATH']}"}
-        return subprocess.run(["sh", "-c", line], capture_output=True, check=False, env=environment)
+        done = subprocess.run(["sh", "-c", line], capture_output=True, check=False, env=environment)
+        done.stdout = done.stdout.replace(str(self.sys).encode(), b"/sys")
+        return done
 
     def receive(self, path: str, content: bytes, mode: int) -> None:
         target = self.root / path.removeprefix("/data/local/tmp/")
@@ -139,7 +145,7 @@ class Stream:
         self.transport, self.identity, self.peer, self.service = transport, identity, peer, service
         self.acknowledged = threading.Semaphore(0)
         self._arrived = threading.Condition()
-        self._data, self._ended = b"", False
+        self._data, self._ended = bytearray(), False
 
     def feed(self, payload: bytes | None) -> None:
         with self._arrived:
@@ -167,7 +173,8 @@ class Stream:
                 if self._ended:
                     raise EOFError
                 self._arrived.wait()
-            data, self._data = self._data[:count], self._data[count:]
+            data = bytes(self._data[:count])
+            del self._data[:count]
         return data
 
     def _write(self, data: bytes) -> None:
@@ -192,12 +199,12 @@ class Stream:
                 self._write(b"STAT" + struct.pack("<3I", *self._stat(argument)))
             elif request == b"SEND":
                 path, _, mode = argument.rpartition(",")
-                content = b""
+                content = bytearray()
                 while (chunk := self._read(4)) == b"DATA":
                     content += self._read(struct.unpack("<I", self._read(4))[0])
                 assert chunk == b"DONE"
                 self._read(4)  # modification time
-                self.transport.daemon.receive(path, content, int(mode))
+                self.transport.daemon.receive(path, bytes(content), int(mode))
                 self._write(b"OKAY" + struct.pack("<I", 0))
 
     def _stat(self, path: str) -> tuple[int, int, int]:

@@ -83,7 +83,7 @@ def board(folder: Path) -> Iterator[Board]:
 
 
 class DroppingProxy:
-    """Forwards connections to `port`; the first is cut after `limit` bytes towards the board."""
+    """Forwards connections to `port`; the first is cut after `limit` bytes towards the board, with 0 none."""
 
     def __init__(self, port: int, limit: int) -> None:
         self._target, self._limit, self.dropped = port, limit, 0
@@ -118,6 +118,13 @@ class DroppingProxy:
         for end in (source, sink):
             with suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
+
+    def cut(self) -> None:
+        """Cut the connections that are open."""
+        self.dropped += 1
+        for opened in self._open:
+            with suppress(OSError):
+                opened.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         for opened in (self._listener, *self._open):

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+import gguf
 import numpy as np
 import pytest
+from made_up import LAPTOP, FakeDevice, speed
 from tiny import tiny_architecture
 
 from efficientllm.devices import cli, latency_model, wheel
 from efficientllm.devices import compare as comparison
+from efficientllm.devices.bare_gguf import FILE_TYPES, TENSOR_TYPES, Described, describe_gguf
 from efficientllm.devices.bench import bench, cool_down
 from efficientllm.devices.boards import look_up
-from efficientllm.devices.results import BenchOptions, DeviceInfo, Figure, Measurement, Run, summarize
+from efficientllm.devices.measure import Bench
+from efficientllm.devices.results import BenchOptions, DeviceInfo, Figure, Run, summarize
 from efficientllm.devices.shapes import SHAPES, Shape, write_gguf
 from efficientllm.export import cli as export_cli
 from efficientllm.runtime.base.child import run_python
@@ -25,44 +29,17 @@ from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.base.errors import DeviceError
 from efficientllm.runtime.engines.artefact import Artefact
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
+from efficientllm.runtime.engines.prefix import reusable_prefix
 
 TESTS = ["--prompt-tokens", "16,24", "--decode-tokens", "4,8", "--depths", "20"]
 QUICK = [*TESTS, "--repetitions", "2", "--rounds", "2", "--threads", "1"]
 NAMES = ["pp16", "pp24", "tg4", "tg8", "tg4@d20"]
-LAPTOP = DeviceInfo("local", "Linux 6", "x86_64", "a CPU", 2, 8_000_000_000)
-
-
-class FakeDevice:
-    """Gives measurements made up by the test, and drops out where it is told to."""
-
-    def __init__(self, *measurements: Measurement | None) -> None:
-        self.measurements, self.temperatures = list(measurements), [50.0, 40.0, 36.0]
-
-    def describe(self) -> DeviceInfo:
-        return LAPTOP
-
-    def prepare(self, artefacts: list[Artefact], options: BenchOptions) -> None:
-        pass
-
-    def temperature_celsius(self) -> float | None:
-        return self.temperatures.pop(0) if self.temperatures else None
-
-    def measure(self, artefact: Artefact, options: BenchOptions) -> Measurement:
-        measurement = self.measurements.pop(0)
-        if measurement is None:
-            raise DeviceError("gone")
-        return measurement
-
-    def close(self) -> None:
-        pass
-
-
-def speed(value: float, **more: Any) -> Measurement:
-    return Measurement({"tg4": [value, value + 1, value + 2]}, peak_rss_bytes=1000, **more)
 
 
 def run_of(*values: float, name: str = "model", device: DeviceInfo = LAPTOP, size: int = 100) -> Run:
-    result = summarize(name, "0" * 64, "llama.cpp", size, {}, [speed(value) for value in values])
+    result = summarize(
+        name, hashlib.sha256(name.encode()).hexdigest(), "llama.cpp", size, {}, [speed(value) for value in values]
+    )
     return Run(device, BenchOptions(), [result])
 
 
@@ -281,3 +258,59 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "give at least one artefact" in fails()
     assert "its folder does not exist" in fails(str(bad), "--html", str(tmp_path / "no/where.html"))
     assert "--compare reads two result files" in fails(str(bad), "--compare", "a", "b")
+
+
+def test_a_bare_gguf_file_tells_its_parameters_and_type(tmp_path: Path) -> None:
+    shape, file = Shape(128, 3, 1, 96, 2), tmp_path / "shape.gguf"
+    write_gguf(shape, "q8_0", file)
+    weights = 2 * (shape.attention_weights + shape.ffn_weights) + 512 * 128 + 5 * 128
+    assert describe_gguf(file) == Described(weights, "q8_0")
+    whole = file.read_bytes()
+    for damaged in (
+        b"",
+        b"GGUF",
+        whole[:100],
+        whole[:2000],
+        b"GGUF" + bytes([255]) * 100,
+        whole[:24] + bytes([9]) * 500,
+    ):
+        file.write_bytes(damaged)
+        assert describe_gguf(file) == Described()
+
+
+def test_types_are_called_as_the_format_calls_them() -> None:
+    for number, name in TENSOR_TYPES.items():
+        assert gguf.GGMLQuantizationType(number).name.lower() == name
+    for number, name in FILE_TYPES.items():
+        assert gguf.LlamaFileType(number).name.lower() in (f"mostly_{name}", f"all_{name}")
+
+
+class Counting:
+    """An engine that keeps what it evaluated and takes from its cache what it can, as every engine may."""
+
+    context_length, vocab_size = 64, 400
+
+    def __init__(self) -> None:
+        self.cached: list[int] = []
+        self.evaluated = 0
+
+    def prefill(self, tokens: list[int]) -> None:
+        common = reusable_prefix(self.cached, tokens, self.context_length)
+        self.evaluated, self.cached = len(tokens) - common, list(tokens)
+
+    def decode(self, token: int) -> None:
+        self.cached.append(token)
+
+
+def test_no_timed_prefill_finds_its_tokens_in_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, recorded = Counting(), []
+    tests = Bench(engine, BenchOptions((16, 32), (4, 8), (16, 32)))  # type: ignore[arg-type]
+
+    def record(test: str, tokens: int, span: object) -> None:
+        recorded.append(tokens == engine.evaluated if test.startswith("pp") else True)
+
+    monkeypatch.setattr(tests, "_record", record)
+    for _ in range(500):  # more often than there are tokens to begin with
+        tests.repeat()
+    assert len(recorded) == 500 * 6
+    assert all(recorded)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import re
 import shutil
 import socket
@@ -13,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 from adb_daemon import AdbDaemon
+from phone import entry, program, sysfs
 
 from efficientllm.devices import cli
 from efficientllm.devices.adb import find_serial
@@ -88,7 +90,7 @@ def test_a_phone_runs_the_real_runner(
     assert run["device"]["known"]["soc"] == "Google Tensor G3"
     assert run["device"]["machine"] == "arm64-v8a"
     assert run["device"]["emulated"]
-    assert "EMULATED, no figure here is the device's." in printed.out
+    assert "EMULATED (" in printed.out
     (result,) = run["results"]
     assert set(result["speeds"]) == {"pp16", "tg4", "tg8", "tg4@d16"}
     assert all(figure["n"] == 2 and figure["median"] > 0 for figure in result["speeds"].values())
@@ -102,6 +104,28 @@ def test_a_phone_runs_the_real_runner(
     assert len(daemon.pushed) == pushed
     assert "pushing" not in capsys.readouterr().err
     assert not (daemon.root / "efficientllm").exists()
+
+
+def test_energy_is_measured_while_the_program_runs(
+    connect: Callable[..., tuple[AdbDaemon, str]], artefact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A phone that draws 8 W at 1.8 GHz in the longest decode and 0.8 W at 600 MHz at rest: 0.5 J/token at 16 t/s."""
+    daemon, serial = connect()
+    sysfs(daemon.sys)
+    elf, saved = tmp_path / "elf", tmp_path / "phone.json"
+    elf.write_bytes(b"\x7fELF" + bytes(14) + (183).to_bytes(2, "little"))
+    steps = "set_phone -2000000 1800000\nsleep 2.4"
+    script = program(tmp_path / "program.sh", steps, [entry(16, 0, 160.0), entry(0, 16, 16.0)])
+    daemon.interpreter = f"env SYS={daemon.sys} sh {script}"
+    command = [str(artefact), "--device", f"adb:{serial}", "--runner", str(elf), "--json", str(saved)]
+    assert run_command(cli.body, [*command, "--rounds", "1", "--depths", "0", "--decode-tokens", "16"]) == 0
+    printed = capsys.readouterr().out
+    assert "THROTTLED" not in printed
+    if platform.machine() == "x86_64":
+        assert "EMULATED (programs for arm64-v8a on a kernel for x86_64), no figure here is the device's" in printed
+    (result,) = json.loads(saved.read_text())["results"]
+    assert result["joules_per_token"]["median"] == pytest.approx(0.5, rel=0.05)
+    assert result["temperature_celsius"] == [31.5, 31.5]
 
 
 def test_a_damaged_push_leaves_nothing(

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
-from collections.abc import Iterator
+import platform
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from board import SSHD, Board, DroppingProxy, board
 
-from efficientllm.devices import cli
+from efficientllm.devices import cli, ssh, wheel
 from efficientllm.devices.device import DeviceOptions
-from efficientllm.devices.results import BenchOptions
+from efficientllm.devices.results import BenchOptions, Measurement
 from efficientllm.devices.ssh import SshDevice
 from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.base.errors import DeviceError
@@ -58,7 +65,117 @@ def test_a_board_gets_its_environment_and_measures(
     assert not reached.store.exists()
 
 
-def test_an_interrupted_copy_goes_on(reached: Board, tmp_path: Path) -> None:
+MEASURES_THE_SECOND_TIME = """#!{python}
+import os, sys, time, pathlib
+started = pathlib.Path("{folder}/started")
+with started.open("a") as stream:
+    print(os.getpid(), file=stream)
+if len(started.read_text().split()) == 1:
+    time.sleep(60)
+print({measurement!r})
+"""
+FAILING_PIP = """#!/bin/sh
+echo 'ERROR: Could not find a version that satisfies the requirement efficientllm (from versions: none)' >&2
+echo 'ERROR: No matching distribution found for efficientllm' >&2
+[ "$PIP_DISABLE_PIP_VERSION_CHECK" ] || echo '[notice] To update, run: pip install --upgrade pip' >&2
+exit 1
+"""
+
+
+def write_program(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+    return path
+
+
+def is_alive(pid: int) -> bool:
+    command = Path(f"/proc/{pid}/cmdline")
+    return command.is_file() and bool(command.read_bytes())
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_cut_connection_leaves_no_measurement_behind(
+    reached: Board, artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What went on at the board would be timed beside the second try."""
+    monkeypatch.setattr(ssh, "PAUSES", (0.2, 0.2))
+    said: list[str] = []
+    proxy = DroppingProxy(reached.port, limit=0)
+    reached.configure(proxy.port)
+    expected = Measurement({"tg4": [10.0]}, engine_version="engine 1")
+    text = MEASURES_THE_SECOND_TIME.format(
+        python=sys.executable, folder=tmp_path, measurement=json.dumps(dataclasses.asdict(expected))
+    )
+    write_program(reached.home / "env/bin/python", text)
+    device = SshDevice(DeviceOptions(device="ssh://board", ssh=reached.client), said.append)
+    device.describe()
+    device._environments["llama.cpp"] = "env"
+    reached.store.mkdir(parents=True)
+    started = tmp_path / "started"
+
+    def cut() -> None:
+        wait_until(lambda: started.is_file() and started.read_text().endswith("\n"))
+        proxy.cut()
+
+    thread = threading.Thread(target=cut)
+    thread.start()
+    assert device.measure(Artefact.open(artefact), BenchOptions()) == expected
+    thread.join()
+    first, second = (int(line) for line in started.read_text().split())
+    wait_until(lambda: not is_alive(first) and not is_alive(second))
+    assert "trying again in 0.2 s (2/3)" in said[-1]
+    assert not list(reached.store.glob("measuring-*"))
+    device.close()
+    proxy.close()
+
+
+def test_a_measurement_that_the_board_thinks_is_wanted_is_ended(reached: Board, artefact: Path) -> None:
+    """As after a power cut of this computer: the board has not noticed."""
+    sleeper = [sys.executable, "-c", "import time; time.sleep(60)", "-m", "efficientllm.devices.measure"]
+    orphan = subprocess.Popen(sleeper)
+    reached.store.mkdir(parents=True)
+    (reached.store / f"measuring-{platform.node()}").write_text(f"{orphan.pid}\n")
+    expected = Measurement({"tg4": [10.0]})
+    write_program(reached.home / "env/bin/python", f"#!/bin/sh\necho '{json.dumps(dataclasses.asdict(expected))}'\n")
+    device = SshDevice(DeviceOptions(device="ssh://board", ssh=reached.client), lambda line: None)
+    device._environments["llama.cpp"] = "env"
+    assert device.measure(Artefact.open(artefact), BenchOptions()) == expected
+    assert orphan.wait(timeout=20) == -signal.SIGTERM
+    device.close()
+
+
+def test_why_pip_failed_is_what_pip_says(
+    reached: Board, artefact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wheel, "SOURCE", tmp_path)  # as from an installed wheel
+    pip = write_program(tmp_path / "pip", FAILING_PIP)
+    python = f'#!/bin/sh\n[ "$2" = venv ] || exec {sys.executable} "$@"\nmkdir -p $3/bin && cp {pip} $3/bin/python\n'
+    fake = write_program(tmp_path / "fake-python", python)
+    command = [str(artefact), "--device", "ssh://board", "--ssh", reached.client, "--board-python", str(fake), *QUICK]
+    assert run_command(cli.body, command) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "board: pip install failed: No matching distribution found for efficientllm; an engine without" in line
+
+
+def test_an_emulated_board_says_so(reached: Board) -> None:
+    device = SshDevice(DeviceOptions(device="ssh://board", ssh=reached.client), lambda line: None)
+    assert not device.describe().emulated
+    assert Path(device._facts["python_runs_in"]).is_file()
+    device._facts["python_runs_in"] = "/usr/bin/qemu-aarch64-static"
+    info = device.describe()
+    assert (info.virtual, info.emulated) == ("qemu-user", True)
+    device.close()
+
+
+def test_an_interrupted_copy_goes_on(reached: Board, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ssh, "PAUSES", (0.2, 0.2))
     file = tmp_path / "model.gguf"
     file.write_bytes(os.urandom(3_000_000))
     said: list[str] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,7 @@ def test_clock_is_the_mean_over_cores(tmp_path: Path) -> None:
     for core, kilohertz in enumerate((1_800_000, 2_400_000)):
         write(tmp_path, f"/sys/devices/system/cpu/cpu{core}/cpufreq/scaling_cur_freq", f"{kilohertz}\n")
     assert sensors.clock_mhz(shell) == 2100.0
+    assert sensors.clock_mhz(shell, cores=1) == 2400.0
 
 
 def test_energy_from_counters_that_wrap(tmp_path: Path) -> None:
@@ -54,17 +56,24 @@ def test_energy_from_counters_that_wrap(tmp_path: Path) -> None:
     assert energy.joules == pytest.approx(5.0)
 
 
-def test_energy_from_sampled_power(tmp_path: Path) -> None:
+def test_energy_from_sampled_power(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """0.8 W before the block, 3.2 W in it, which is said to last 5 s."""
+    monkeypatch.setattr(sensors, "SAMPLE_SECONDS", 0.05)
     assert sensors.pmic_watts(PMIC) == pytest.approx(0.1 * 3.7 + 2.5 * 0.8)
     assert sensors.pmic_watts("vc: command not registered") is None
-    for name, text in (("status", "Discharging"), ("current_now", "-800000"), ("voltage_now", "4000000")):
+    for name, text in (("status", "Discharging"), ("current_now", "-200000"), ("voltage_now", "4000000")):
         write(tmp_path, f"/sys/class/power_supply/battery/{name}", f"{text}\n")
     shell = sensors.LocalShell(tmp_path)
-    assert sensors.battery_watts(shell) == pytest.approx(3.2)
+    assert sensors.battery_watts(shell) == pytest.approx(0.8)
     times = iter((10.0, 15.0))
     with sensors.energy_meter(shell, lambda: next(times)) as energy:
-        pass
+        write(tmp_path, "/sys/class/power_supply/battery/current_now", "-800000\n")
+        time.sleep(0.2)
     assert energy.joules == pytest.approx(16.0)
+    monkeypatch.setattr(sensors, "SAMPLE_SECONDS", 60.0)
+    with sensors.energy_meter(shell, lambda: 0.0) as energy:
+        pass
+    assert energy.joules is None  # over before its first reading
     write(tmp_path, "/sys/class/power_supply/battery/status", "Charging\n")
     with sensors.energy_meter(shell, lambda: 0.0) as energy:
         pass

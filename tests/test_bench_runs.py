@@ -1,0 +1,181 @@
+"""Which measurements belong together: of an interrupted run, of engine versions, of artefacts of one file name."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from made_up import LAPTOP, FakeDevice, speed
+
+from efficientllm.devices import cli, report
+from efficientllm.devices import compare as comparison
+from efficientllm.devices.bench import bench
+from efficientllm.devices.journal import Journal
+from efficientllm.devices.matching import pairs
+from efficientllm.devices.results import BenchOptions, DeviceInfo, Result, Run, summarize
+from efficientllm.runtime.base.command import run_command
+from efficientllm.runtime.base.errors import DeviceError, UsageError
+from efficientllm.runtime.engines.artefact import Artefact
+
+OPTIONS = BenchOptions(rounds=3)
+
+
+def result(
+    path: str, sha256: str, tokens_per_second: float = 10.0, version: str = "engine 1", size: int = 100
+) -> Result:
+    return summarize(path, sha256, "llama.cpp", size, {}, [speed(tokens_per_second, engine_version=version)])
+
+
+def run_of(*results: Result, device: DeviceInfo = LAPTOP) -> Run:
+    return Run(device, OPTIONS, list(results))
+
+
+def matched(old: Sequence[Result], new: Sequence[Result]) -> list[tuple[int, int]]:
+    return pairs(run_of(*old), run_of(*new))
+
+
+def test_a_run_compared_with_itself_has_not_changed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every export writes a file of the same name."""
+    saved = tmp_path / "run.json"
+    run_of(result("a/model.gguf", "aa", 150), result("b/model.gguf", "bb", 130)).write(saved)
+    assert run_command(cli.body, ["--compare", str(saved), str(saved)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("+0.0 %") == printed.count("within noise") == 6
+    assert "SLOWER" not in printed
+    assert "a/model.gguf" in printed
+    assert "b/model.gguf" in printed
+    assert "note" not in printed
+
+
+def test_artefacts_are_matched_by_what_they_hold_then_by_where_they_lie() -> None:
+    a, b = result("a/model.gguf", "aa"), result("b/model.gguf", "bb")
+    assert matched([a, b], [b, a]) == [(1, 0), (0, 1)]
+    moved, rebuilt = result("elsewhere.gguf", "aa"), result("a/model.gguf", "cc")
+    assert matched([a, b], [moved]) == [(0, 0)]
+    assert matched([a, b], [rebuilt]) == [(0, 0)]
+    assert matched([a, b], [rebuilt, moved]) == [(0, 1)]  # a was moved, and another file took its place
+    assert matched([result("x/gguf", "11"), b], [result("y/gguf", "22")]) == [(0, 0)]  # the only one of that name
+    assert matched([a, b], [result("c/model.gguf", "dd")]) == []  # which one it replaces, nobody can say
+    with pytest.raises(UsageError, match=r"no artefact in common: a/model.gguf, b/model.gguf; model.gguf$"):
+        comparison.changes(run_of(a, b), run_of(result("c/model.gguf", "dd")))
+    assert matched([result("m", ""), result("n", "")], [result("n", "")]) == [(1, 0)]  # no hash is no identity
+    versions = [result("m", "aa", version="engine 1"), result("m", "aa", version="engine 2")]
+    assert matched(versions, versions[::-1]) == [(1, 0), (0, 1)]
+
+
+def test_compare_says_what_else_differs() -> None:
+    old = run_of(result("a/model.gguf", "aa"), result("gone.gguf", "bb"))
+    phone = dataclasses.replace(LAPTOP, virtual="qemu-user", emulated=True)
+    new = run_of(result("a/model.gguf", "cc", version="engine 2"), result("come.gguf", "dd"), device=phone)
+    assert comparison.differences(old, new) == [
+        "device virtual differs:  and qemu-user",
+        "model.gguf: engine differs: engine 1 and engine 2",
+        "model.gguf: the files differ: a/model.gguf (SHA-256 aa...) and a/model.gguf (SHA-256 cc...)",
+        "gone.gguf: in the old run only",
+        "the new run is EMULATED, no figure of it is the device's",
+        "come.gguf: in the new run only",
+    ]
+    assert "the old run is EMULATED, no figure of it is the device's" in comparison.differences(new, new)
+
+
+def test_every_artefact_has_a_label_of_its_own() -> None:
+    def labels(*results: Result) -> list[str]:
+        return run_of(*results).labels
+
+    assert labels(result("/data/small/gguf", "aa")) == ["gguf"]
+    assert labels(result("/x/a/gguf", "1"), result("/x/b/gguf", "2"), result("/x/c", "3")) == ["a/gguf", "b/gguf", "c"]
+    assert labels(result("model.gguf", "1"), result("b/model.gguf", "2")) == ["model.gguf", "b/model.gguf"]
+    assert labels(result("m", "1", version="e 1"), result("m", "1", version="e 2")) == ["m (e 1)", "m (e 2)"]
+    assert labels(result("m", "1"), result("m", "1")) == ["m (1)", "m (2)"]
+
+
+def test_ratios_are_those_to_the_first_artefact() -> None:
+    run = run_of(result("source", "1", 10, size=200), result("pruned", "2", 21, size=150))
+    assert "pruned against source: 0.75 of the bytes, tg4 x2.00" in report.notes(run)
+
+
+def interrupted(artefact: Path, output: Path) -> list[Artefact]:
+    """Two of three rounds are in the journal."""
+    artefacts = [Artefact.open(artefact)]
+    with pytest.raises(DeviceError, match="gone"):
+        bench(FakeDevice(speed(1), speed(2), None), artefacts, OPTIONS, lambda line: None, output)
+    return artefacts
+
+
+def test_a_line_that_was_cut_off_costs_its_round_alone(artefact: Path, tmp_path: Path) -> None:
+    output, said = tmp_path / "bench.json", []
+    artefacts, partial = interrupted(artefact, output), tmp_path / "bench.json.partial"
+    partial.write_bytes(partial.read_bytes()[:-30])
+    with pytest.raises(DeviceError, match="gone"):
+        bench(FakeDevice(speed(3), None), artefacts, OPTIONS, said.append, output)
+    assert said[0] == f"{partial}: line 2 was cut off or damaged; what it held is measured again"
+    assert ["before" in line for line in said[1:]] == [True, False, False]
+    said.clear()
+    run = bench(FakeDevice(speed(4)), artefacts, OPTIONS, said.append, output)
+    assert ["before" in line for line in said[1:]] == [True, True, False]  # round 2 was added after the torn line
+    assert run.results[0].speeds["tg4"].n == 9
+
+
+@pytest.mark.parametrize(
+    "damage", [b"null", b"[]", b'{"key": 1}', b"\xff\xfe", b'{"sha256": [], "copy": 0, "round": 0}']
+)
+def test_a_damaged_line_is_dropped_with_a_word(tmp_path: Path, damage: bytes) -> None:
+    path, said = tmp_path / "run.partial", []
+    Journal(path, "key", said.append).add(("aa", 0, 0), speed(1))
+    path.write_bytes(damage + b"\n" + path.read_bytes())
+    assert Journal(path, "key", said.append).get(("aa", 0, 0)) == speed(1)
+    assert said == [f"{path}: line 1 was cut off or damaged; what it held is measured again"]
+
+
+def test_engine_versions_are_not_pooled(artefact: Path, tmp_path: Path) -> None:
+    """The engine was updated between the interruption and the rest of the run."""
+    output, artefacts = tmp_path / "bench.json", [Artefact.open(artefact)]
+    old, new = (speed(value, engine_version=f"llama-cpp-python 0.3.{value}") for value in (1, 2))
+    with pytest.raises(DeviceError, match="gone"):
+        bench(FakeDevice(old, old, None), artefacts, OPTIONS, lambda line: None, output)
+    bench(FakeDevice(new), artefacts, OPTIONS, lambda line: None, output)
+    run = Run.read(output)
+    assert [(entry.engine_version, entry.speeds["tg4"].n) for entry in run.results] == [
+        ("llama-cpp-python 0.3.1", 6),
+        ("llama-cpp-python 0.3.2", 3),
+    ]
+    assert run.labels == ["gguf (llama-cpp-python 0.3.1)", "gguf (llama-cpp-python 0.3.2)"]
+
+
+def test_another_release_does_not_go_on_with_a_run(
+    artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, said = tmp_path / "bench.json", []
+    artefacts = interrupted(artefact, output)
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "9.9.9")
+    run = bench(FakeDevice(speed(1), speed(2), speed(3)), artefacts, OPTIONS, said.append, output)
+    assert "before" not in "".join(said)
+    assert run.efficientllm_version == json.loads(output.read_text())["efficientllm_version"] == "9.9.9"
+    assert run.measured_at.endswith("+00:00")
+
+
+def test_an_artefact_given_twice_keeps_its_measurements_apart(artefact: Path, tmp_path: Path) -> None:
+    output, artefacts = tmp_path / "bench.json", [Artefact.open(artefact), Artefact.open(artefact)]
+    options = BenchOptions(rounds=1)
+    with pytest.raises(DeviceError, match="gone"):
+        bench(FakeDevice(speed(1), None), artefacts, options, lambda line: None, output)
+    run = bench(FakeDevice(speed(5)), artefacts, options, lambda line: None, output)
+    assert [entry.speeds["tg4"].median for entry in run.results] == [2, 6]
+
+
+def test_emulated_figures_are_marked_wherever_they_stand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    emulated = dataclasses.replace(LAPTOP, virtual="qemu-user", emulated=True)
+    run, page = run_of(result("m", "aa"), device=emulated), tmp_path / "run.html"
+    report.print_table(run)
+    printed = capsys.readouterr().out
+    assert "artefact, EMULATED" in printed
+    assert "EMULATED (qemu-user), no figure here is the device's" in printed
+    assert report.markdown(run).startswith("| artefact, EMULATED |")
+    report.write_html(page, [run])
+    assert '<p class="warning">EMULATED (qemu-user): no figure here' in page.read_text()
+    assert "m, EMULATED" in page.read_text()  # in the plots
+    virtual = report.device_line(dataclasses.replace(LAPTOP, virtual="virtual machine (kvm)"), 1)
+    assert virtual.endswith("1 thread; virtual machine (kvm)")
