@@ -118,7 +118,7 @@ def genai_config(checkpoint: Checkpoint, shares_cache: bool) -> dict[str, Any]:
         "num_hidden_layers": len(architecture.layers),
         "num_key_value_heads": groups,
     }
-    bos = checkpoint.config.get("bos_token_id")
+    bos = checkpoint.bos_id
     return {
         "model": {
             "type": "llama",
@@ -139,10 +139,10 @@ def genai_config(checkpoint: Checkpoint, shares_cache: bool) -> dict[str, Any]:
 
 def generation_config(checkpoint: Checkpoint) -> dict[str, Any]:
     """The checkpoint's own generation_config.json, else the special tokens that transformers would read from it."""
-    path = checkpoint.folder / "generation_config.json"
-    if path.is_file():
-        return json.loads(path.read_text(encoding="utf-8"))
-    values = {"bos_token_id": checkpoint.config.get("bos_token_id"), "eos_token_id": checkpoint.end_of_generation_ids}
+    own = checkpoint.json_file("generation_config.json")
+    if own:
+        return own
+    values = {"bos_token_id": checkpoint.bos_id, "eos_token_id": checkpoint.end_of_generation_ids}
     return {name: value for name, value in values.items() if value not in (None, [])}
 
 
