@@ -210,12 +210,14 @@ class FamilyTraits:
 
     qkv_bias: bool = False
     qk_norm: bool = False
+    derives_head_dim: bool = False
+    """Whether its stock config has no head_dim: readers other than transformers take hidden_size / heads."""
 
 
 FAMILIES = {
     "llama": FamilyTraits(),
     "mistral": FamilyTraits(),
-    "qwen2": FamilyTraits(qkv_bias=True),
+    "qwen2": FamilyTraits(qkv_bias=True, derives_head_dim=True),
     "qwen3": FamilyTraits(qk_norm=True),
 }
 """Supported families by Hugging Face model type. All share Llama's tensor names."""
