@@ -10,7 +10,7 @@ PYTEST := $(BIN)/python -m pytest -n auto --dist loadgroup $(PYTEST_OPTIONS)
 # Per cent of the lines that the tests which are not slow run.
 COVERAGE_FLOOR := 80
 
-.PHONY: install quickstart android-runner test test-fast coverage lint types measure rooms clean FORCE
+.PHONY: install quickstart readers android-runner test test-fast coverage lint types measure rooms clean FORCE
 
 install: $(VENV)/.installed
 
@@ -33,6 +33,18 @@ $(VENV)/.installed: pyproject.toml build/modules.txt | $(BIN)/python
 $(VENV)/.lint: pyproject.toml | $(BIN)/python
 	@$(BIN)/python -m pip install --quiet --group lint
 	@touch $@
+
+# Our folders in the oldest transformers that reads plain ones, the oldest that reads irregular ones, the newest, and mlx-lm.
+READERS := build/readers
+READER_PACKAGES := transformers==4.57.6 transformers==5.14.0 transformers mlx-lm
+
+readers: install
+	@for package in $(READER_PACKAGES); do \
+	  $(PYTHON) -m venv $(READERS)/$$package && \
+	  case $$package in mlx-lm) others='mlx[cpu]' ;; *) others='torch numpy' ;; esac && \
+	  $(READERS)/$$package/bin/python -m pip install --quiet $$package $$others || exit 1; \
+	done
+	EFFICIENTLLM_READERS=$$(ls -d $(CURDIR)/$(READERS)/*/bin/python | paste -sd:) $(BIN)/python -m pytest tests/test_other_readers.py
 
 quickstart: install
 	$(BIN)/efficientllm-train --preset cpu-quickstart --output $(OUT)/run --overwrite

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from ..runtime.base.errors import DataError
 from ..runtime.base.extras import extra
@@ -64,10 +63,9 @@ def _calibration_tokens(checkpoint: Checkpoint, text_path: str, window: int) -> 
     """The first CALIBRATION_TOKENS ids of a corpus; DataError where there are fewer than `window`."""
     with extra("train"):
         from ..train.data.documents import DataSpec, open_texts
-    tokenizer = Tokenizer.from_file(str(checkpoint.folder / "tokenizer.json"))
     ids: list[int] = []
     for text in open_texts(DataSpec.parse(text_path)):
-        ids += tokenizer.encode(text, add_special_tokens=False).ids
+        ids += checkpoint.tokenizer.encode(text, add_special_tokens=False).ids
         if len(ids) >= CALIBRATION_TOKENS:
             break
     if len(ids) < window:

@@ -6,7 +6,7 @@ import contextlib
 import json
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,29 @@ import numpy as np
 
 from ..runtime.base.errors import ModelError, UsageError
 from ..runtime.base.extras import extra
-from ..runtime.engines.hf_tokenizer import read_chat_template
+from ..runtime.chat_template import render_chat
+from ..runtime.engines.hf_tokenizer import read_settings, special_token
 from ..train.model.architecture import Architecture
+from ..train.model.folder_files import (
+    INDEX_FILE,
+    WEIGHTS_FILE,
+    check_folder,
+    check_token_ids,
+    locate_tensors,
+    positive_number,
+    read_json,
+    read_template,
+    read_tokenizer,
+    refuse_quantized,
+    whole_number,
+)
 from ..train.model.tensors import tensor_names, tensor_shape
+
+QUESTION = {"role": "user", "content": "Hello"}
+"""What a chat template must be able to render."""
+
+LLAMA3_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+"""Parameters of Llama 3's rope."""
 
 
 class Checkpoint:
@@ -26,33 +46,36 @@ class Checkpoint:
         """`name` is what the user called it. Raises ModelError for an unsupported or damaged folder."""
         self.folder = folder
         self.name = name
-        try:
-            self.config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ModelError(f"{folder / 'config.json'} is not valid JSON: {error}") from error
+        check_folder(folder)
+        self.config = read_json(folder / "config.json")
+        refuse_quantized(self.config, name)
         self.architecture = Architecture.from_hf_config(self.config)
-        self._location = self._index_tensors()
-        missing = [name for name in tensor_names(self.architecture) if name not in self._location]
-        if missing:
-            raise ModelError(
-                f"{folder} lacks tensor {missing[0]} ({len(missing)} missing); is the checkpoint complete?"
-            )
+        self.tokenizer = read_tokenizer(folder)
+        check_token_ids(self.tokenizer.get_vocab(), self.architecture.vocab_size, name)
+        self.chat_template = read_template(folder)
+        self._check_settings()
+        self._location = self._locate_tensors()
 
-    def _index_tensors(self) -> dict[str, Path]:
+    def _check_settings(self) -> None:
+        """Everything else that a target reads is there and of its type, whatever the target."""
+        _ = self.rms_norm_eps, self.qk_norm_eps, self.context_length, self.rope, self.bos_id, self.end_of_generation_ids
+        if self.chat_template is not None:
+            _check_template(self.chat_template, self.folder)
+
+    def _locate_tensors(self) -> dict[str, Path]:
         with extra("export"):
             import ml_dtypes  # noqa: F401  numpy knows bfloat16 where it is imported, and most models are stored so
-            from safetensors import SafetensorError, safe_open
-
-        files = sorted(self.folder.glob("*.safetensors"))
-        if not files:
-            raise ModelError(f"{self.folder} has no .safetensors file; save the model with safetensors")
-        location: dict[str, Path] = {}
-        for file in files:
-            try:
-                with safe_open(file, framework="np") as stream:
-                    location |= dict.fromkeys(stream.keys(), file)
-            except SafetensorError as error:
-                raise ModelError(f"{file} is damaged: {error}") from error
+            import safetensors  # noqa: F401
+        location = locate_tensors(self.folder)
+        if not location:
+            raise ModelError(
+                f"{self.folder} has no {WEIGHTS_FILE} and no {INDEX_FILE}; save the model with safetensors"
+            )
+        missing = [name for name in tensor_names(self.architecture) if name not in location]
+        if missing:
+            raise ModelError(
+                f"{self.folder} lacks tensor {missing[0]} ({len(missing)} missing); is the checkpoint complete?"
+            )
         return location
 
     def tensor(self, name: str) -> np.ndarray:
@@ -72,41 +95,69 @@ class Checkpoint:
     @property
     def qk_norm_eps(self) -> float:
         """eps of Qwen3's per-head norms."""
-        return float(self.config.get("qk_norm_eps") or self.rms_norm_eps)
+        return positive_number(self.config, "qk_norm_eps", self.rms_norm_eps)
 
     @property
     def rms_norm_eps(self) -> float:
-        return float(self.config["rms_norm_eps"])
+        return positive_number(self.config, "rms_norm_eps")
 
     @property
     def context_length(self) -> int:
         """Tokens over which all runtimes agree: up to the sliding window (Mistral), which not all of them implement."""
-        return min(int(self.config["max_position_embeddings"]), int(self.config.get("sliding_window") or sys.maxsize))
+        positions = whole_number(self.config, "max_position_embeddings", least=1)
+        return min(positions, whole_number(self.config, "sliding_window", sys.maxsize) or sys.maxsize)
 
     @property
     def rope(self) -> dict[str, Any]:
         """RoPE parameters: rope_theta, rope_type and, where scaled, factor and the rest."""
-        values = dict(self.config.get("rope_parameters") or self.config.get("rope_scaling") or {})
-        values.setdefault("rope_theta", self.config.get("rope_theta", 10000.0))
-        values.setdefault("rope_type", values.get("type", "default"))
-        return values
+        values = self.config.get("rope_parameters") or self.config.get("rope_scaling") or {}
+        if not isinstance(values, dict):
+            raise ModelError(f"config.json: rope_parameters is {values!r}, but must be an object")
+        kind = values.get("rope_type", values.get("type", "default"))
+        theta = positive_number(values, "rope_theta", self.config.get("rope_theta", 10000.0))
+        scaling = {name: positive_number(values, name) for name in (LLAMA3_SCALING if kind == "llama3" else ())}
+        return {**values, **scaling, "rope_theta": theta, "rope_type": kind}
 
     def json_file(self, name: str) -> dict[str, Any]:
         """A JSON file of the folder, {} where it is absent."""
         path = self.folder / name
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return read_json(path) if path.is_file() else {}
 
     @property
-    def chat_template(self) -> str | None:
-        return read_chat_template(self.folder)
+    def tokenizer_data(self) -> dict[str, Any]:
+        """tokenizer.json, whatever its age, as the tokenizers library would write it today."""
+        return json.loads(self.tokenizer.to_str())
+
+    @property
+    def bos_id(self) -> int | None:
+        """Token id that begins a text, from config.json."""
+        return next(iter(self._token_ids(self.config, "bos_token_id")), None)
 
     @property
     def end_of_generation_ids(self) -> list[int]:
         """Token ids that end an answer, from generation_config.json or config.json."""
-        value = self.json_file("generation_config.json").get("eos_token_id", self.config.get("eos_token_id"))
-        if value is None:
-            return []
-        return list(value) if isinstance(value, list) else [value]
+        settings = self.json_file("generation_config.json")
+        return self._token_ids(settings if "eos_token_id" in settings else self.config, "eos_token_id")
+
+    def _token_ids(self, settings: Mapping[str, Any], name: str) -> list[int]:
+        value = settings.get(name)
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        vocab_size = self.architecture.vocab_size
+        if not all(isinstance(each, int) and 0 <= each < vocab_size for each in ids):
+            raise ModelError(f"{self.folder}: {name} is {value!r}, but the model has tokens 0 to {vocab_size - 1}")
+        return ids
+
+
+def _check_template(template: str, folder: Path) -> None:
+    """ModelError where a chat template cannot be rendered; it may refuse the messages, which is its right."""
+    settings = read_settings(folder)
+    try:
+        render_chat(template, [QUESTION], *(special_token(settings, name) for name in ("bos", "eos")))
+    except UsageError:
+        pass
+    except Exception as error:  # a template raises what Python does
+        reason = str(error) or type(error).__name__
+        raise ModelError(f"{folder}: the chat template cannot be rendered: {reason}") from error
 
 
 @contextlib.contextmanager

@@ -106,12 +106,14 @@ class OnnxDecoderConfig(DecoderConfig):
 
     @property
     def inputs(self) -> dict[str, dict[int, str]]:
-        names = {"input_ids": {0: "batch", 1: "sequence"}, "attention_mask": {0: "batch", 1: "total"}}
-        return names | {f"past_key_values.{name}": {0: "batch", 2: "past"} for name in self._caches()}
+        names = {"input_ids": {0: "batch_size", 1: "sequence"}, "attention_mask": {0: "batch_size", 1: "total"}}
+        return names | {f"past_key_values.{name}": {0: "batch_size", 2: "past"} for name in self._caches()}
 
     @property
     def outputs(self) -> dict[str, dict[int, str]]:
-        return {"logits": {0: "batch"}} | {f"present.{name}": {0: "batch", 2: "total"} for name in self._caches()}
+        return {"logits": {0: "batch_size"}} | {
+            f"present.{name}": {0: "batch_size", 2: "total"} for name in self._caches()
+        }
 
     def _caches(self) -> list[str]:
         """Names of the caches, layers without attention left out."""

@@ -4,6 +4,7 @@ irregular shapes."""
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,12 @@ CLASS_NAMES = {
 }
 
 
-def export_hf_uniform(checkpoint: Checkpoint, request: ExportRequest[VerifyOptions], folder: Path) -> None:
+@dataclass(frozen=True)
+class HfUniformOptions(VerifyOptions):
+    """--target hf-uniform"""
+
+
+def export_hf_uniform(checkpoint: Checkpoint, request: ExportRequest[HfUniformOptions], folder: Path) -> None:
     """Write the padded model into `folder` and compare its logits with the checkpoint's (within 1e-4)."""
     from safetensors.numpy import save_file
 
@@ -63,7 +69,7 @@ def export_hf_uniform(checkpoint: Checkpoint, request: ExportRequest[VerifyOptio
     write_manifest(checkpoint, request, folder, contents)
 
 
-EXPORTER = Exporter(VerifyOptions, export_hf_uniform)
+EXPORTER = Exporter(HfUniformOptions, export_hf_uniform)
 
 
 def uniform_config(checkpoint: Checkpoint, after: Architecture) -> dict[str, Any]:
@@ -86,7 +92,7 @@ def uniform_config(checkpoint: Checkpoint, after: Architecture) -> dict[str, Any
 
 
 def _verify(
-    checkpoint: Checkpoint, request: ExportRequest[VerifyOptions], folder: Path
+    checkpoint: Checkpoint, request: ExportRequest[HfUniformOptions], folder: Path
 ) -> dict[str, dict[str, object]]:
     """The padded model against the checkpoint, both in torch."""
     sample = torch_sample(checkpoint)

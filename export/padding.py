@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from ..train.model.architecture import Architecture, LayerShape
+from ..train.model.architecture import FAMILIES, Architecture, LayerShape
 from ..train.model.tensors import STEM_NORMS, axes_of, axis_size, tensor_names, tensor_shape
 from .checkpoint import Checkpoint
 
@@ -99,21 +99,24 @@ def missing_tensor(name: str, after: Architecture) -> np.ndarray:
 
 
 def uniform_architecture(architecture: Architecture) -> Architecture:
-    """The smallest uniform shape that holds every layer and that stock transformers accepts.
+    """The smallest uniform shape that holds every layer and that stock readers accept.
 
-    Stock Llama wants hidden_size to be a multiple of the query heads.
+    Stock Llama wants hidden_size to be a multiple of the query heads, and a family whose config has no head_dim wants
+    it to be the heads times head_dim.
     """
-    layers = architecture.layers
+    layers, hidden, head_dim = architecture.layers, architecture.hidden_size, architecture.head_dim
     groups = max(max(layer.num_key_value_heads for layer in layers), 1)
     ratio = max(max(layer.queries_per_group for layer in layers), 1)
     width = max(max(layer.intermediate_size for layer in layers), 1)
+    derives_head_dim = FAMILIES[architecture.family].derives_head_dim
     best: Architecture | None = None
     for num_groups in range(groups, 2 * groups + 1):
-        for per_group in range(ratio, 2 * ratio + 1):
+        least = max(ratio, -(-hidden // (head_dim * num_groups))) if derives_head_dim else ratio
+        for per_group in range(least, 2 * least + 1):
             heads = num_groups * per_group
             candidate = replace(
                 architecture,
-                hidden_size=round_up(architecture.hidden_size, heads),
+                hidden_size=heads * head_dim if derives_head_dim else round_up(hidden, heads),
                 layers=(LayerShape(heads, num_groups, width),) * len(layers),
             )
             if best is None or candidate.num_parameters < best.num_parameters:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from ..runtime.base.errors import ArtefactError
 from ..runtime.base.extras import extra
@@ -42,8 +41,7 @@ def sample_text() -> str:
 
 def sample_tokens(checkpoint: Checkpoint, limit: int = SAMPLE_TOKENS) -> list[int]:
     """Token ids of the sample text under the checkpoint's tokenizer, at most `limit`."""
-    tokenizer = Tokenizer.from_file(str(checkpoint.folder / "tokenizer.json"))
-    ids = tokenizer.encode(sample_text(), add_special_tokens=False).ids
+    ids = checkpoint.tokenizer.encode(sample_text(), add_special_tokens=False).ids
     return ids[: min(limit, checkpoint.context_length)]
 
 

@@ -8,7 +8,7 @@ const ort = createRequire(resolve(packageFolder, "package.json"))("onnxruntime-w
 ort.env.wasm.numThreads = 1;
 const session = await ort.InferenceSession.create(readFileSync(join(folder, "model.onnx")), {
   executionProviders: ["wasm"],
-  externalData: [{ path: "model.onnx.data", data: readFileSync(join(folder, "model.onnx.data")) }],
+  externalData: [{ path: "model.onnx_data", data: readFileSync(join(folder, "model.onnx_data")) }],
 });
 
 const manifest = JSON.parse(readFileSync(join(folder, "manifest.json"), "utf8"));

@@ -179,9 +179,9 @@ def test_models_that_differ_in_their_weights_alone_share_no_answers(checkpoint: 
     path.write_text(sample_text(), encoding="utf-8")
     measures = MeasureConfig(tasks=("none",), text=(str(path),), text_tokens=100, window=64)
     values = [evaluate(folder, measures, ComputeConfig(), tmp_path)]
-    data = bytearray((folder / "model.onnx.data").read_bytes())
+    data = bytearray((folder / "model.onnx_data").read_bytes())
     data[len(data) // 2 :] = bytes(len(data) - len(data) // 2)
-    (folder / "model.onnx.data").write_bytes(data)
+    (folder / "model.onnx_data").write_bytes(data)
     values.append(evaluate(folder, measures, ComputeConfig(), tmp_path))
     assert values[0].fingerprint != values[1].fingerprint
     assert values[0].perplexity["text"].perplexity != values[1].perplexity["text"].perplexity

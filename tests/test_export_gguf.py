@@ -181,7 +181,7 @@ def test_damaged_checkpoints(
     assert "is damaged" in capsys.readouterr().err
     weights.unlink()
     assert export(checkpoint, "gguf", tmp_path / "gguf") == 2
-    assert "has no .safetensors file" in capsys.readouterr().err
+    assert "has no model.safetensors and no" in capsys.readouterr().err
     assert export(tmp_path / "nothing", "gguf", tmp_path / "gguf") == 2
     assert "no such folder" in capsys.readouterr().err
 

@@ -116,7 +116,7 @@ def test_tied_quantised_weights_are_stored_once(save_tiny: Callable[..., Path], 
     for tied in (True, False):
         checkpoint = save_tiny(tiny_architecture(tied=tied))
         assert export(checkpoint, "onnx", tmp_path / str(tied), "--quantize", "int8") == 0
-    sizes = [Manifest.read(tmp_path / str(tied)).files["model.onnx.data"]["bytes"] for tied in (True, False)]
+    sizes = [Manifest.read(tmp_path / str(tied)).files["model.onnx_data"]["bytes"] for tied in (True, False)]
     assert sizes[1] - sizes[0] == pytest.approx(400 * 64 * (1 + 4 / 32), rel=0.05)
 
 
@@ -167,7 +167,7 @@ def test_bad_input(save_tiny: Callable[..., Path], tmp_path: Path, capsys: pytes
     assert export(tmp_path / "checkpoint", "onnx", tmp_path / "onnx", "--portable", "--quantize", "int8") == 2
     assert "--portable takes --quantize f32, not int8" in capsys.readouterr().err
     assert export(tmp_path / "checkpoint", "onnx", tmp_path / "onnx", "--no-verify") == 0
-    (tmp_path / "onnx" / "model.onnx.data").write_bytes(b"short")
+    (tmp_path / "onnx" / "model.onnx_data").write_bytes(b"short")
     from efficientllm.runtime import chat
 
     assert run_command(chat.body, [str(tmp_path / "onnx"), "Hi"]) == 2

@@ -12,6 +12,7 @@ import torch
 from tiny import LLAMA3_ROPE, UNEQUAL, tiny_architecture, tiny_model
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+from efficientllm.runtime.base.errors import ModelError
 from efficientllm.train.model.architecture import FAMILIES, LayerShape
 from efficientllm.train.model.irregular import to_irregular
 from efficientllm.train.model.source import load_for_inference, load_source
@@ -116,6 +117,6 @@ def test_a_failed_load_leaves_transformers_as_talkative_as_before(tmp_path: Path
 
     (tmp_path / "config.json").write_text("{}", encoding="utf-8")
     before = transformers_logging.get_verbosity()
-    with pytest.raises(ValueError, match="Unrecognized model"):
+    with pytest.raises(ModelError, match="Unrecognized model"):
         load_for_inference(tmp_path)
     assert transformers_logging.get_verbosity() == before

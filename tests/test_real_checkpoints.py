@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +17,11 @@ from exporting import export
 from safetensors.torch import load_file, save_file
 from tiny import LLAMA3_ROPE, UNEQUAL, tiny_architecture, tiny_model
 from training import run
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from efficientllm.export.checkpoint import Checkpoint
-from efficientllm.train.model.architecture import LayerShape
+from efficientllm.runtime.engines.manifest import Manifest
+from efficientllm.train.model.architecture import FAMILIES, LayerShape
 from efficientllm.train.model.irregular import save_checkpoint
 from efficientllm.train.model.source import load_for_inference
 
@@ -46,34 +51,70 @@ def store(folder: Path, dtype: torch.dtype, shards: int) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-@pytest.fixture(params=[(name, shards) for name in STORED for shards in (1, 2)], ids=lambda p: f"{p[0]}x{p[1]}")
-def stored(request: pytest.FixtureRequest, tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
-    name, shards = request.param
-    folder = tmp_path / "checkpoint"
-    save_checkpoint(tiny_model(tiny_architecture("qwen2")), tokenizer, folder)
-    store(folder, STORED[name], shards)
-    return folder
+Save = Callable[[str, str, int], Path]
 
 
-def test_tensors_are_read_as_they_were_stored(stored: Path) -> None:
-    expected = load_for_inference(stored).state_dict()
-    checkpoint = Checkpoint(stored, "tiny")
+@pytest.fixture
+def save_stored(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Save:
+    """save_stored(family, type, shards) -> folder of a tiny irregular model stored so."""
+
+    def save(family: str, dtype: str, shards: int) -> Path:
+        folder = tmp_path / "checkpoint"
+        save_checkpoint(tiny_model(tiny_architecture(family)), tokenizer, folder)
+        store(folder, STORED[dtype], shards)
+        return folder
+
+    return save
+
+
+every_stored_type = pytest.mark.parametrize(("dtype", "shards"), [(each, n) for each in STORED for n in (1, 2)])
+
+
+@every_stored_type
+def test_tensors_are_read_as_they_were_stored(dtype: str, shards: int, save_stored: Save) -> None:
+    folder = save_stored("qwen2", dtype, shards)
+    expected = load_for_inference(folder).state_dict()
+    checkpoint = Checkpoint(folder, "tiny")
     for name in ("model.embed_tokens.weight", "model.layers.1.self_attn.q_proj.bias", "model.norm.weight"):
         assert np.array_equal(checkpoint.tensor(name), expected[name].float().numpy())
 
 
-@pytest.mark.parametrize("target", ["gguf", "onnx", "hf-uniform"])
-def test_every_stored_type_exports(stored: Path, target: str, tmp_path: Path) -> None:
-    quantize = [] if target == "hf-uniform" else ["--quantize", "f32"]
-    assert export(stored, target, tmp_path / target, *quantize) == 0
+def exact_difference(checkpoint: Path, target: str, output: Path, *more: str) -> float:
+    """Largest |logit difference| of an exact export from torch eager."""
+    assert export(checkpoint, target, output, *more) == 0
+    return Manifest.read(output).verification["exact"]["max_logit_difference"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@every_stored_type
+def test_every_stored_type_of_every_family_exports_exactly(
+    family: str, dtype: str, shards: int, save_stored: Save, tmp_path: Path
+) -> None:
+    folder = save_stored(family, dtype, shards)
+    assert exact_difference(folder, "gguf", tmp_path / "gguf", "--quantize", "f32") < 1e-3
+    assert exact_difference(folder, "onnx", tmp_path / "onnx", "--quantize", "f32") < 1e-3
+    assert exact_difference(folder, "hf-uniform", tmp_path / "uniform") < 1e-4
 
 
 @pytest.mark.slow
-def test_every_stored_type_exports_to_executorch(stored: Path, tmp_path: Path) -> None:
-    assert export(stored, "executorch", tmp_path / "pte", "--quantize", "f32", "--max-context", "32") == 0
+@pytest.mark.parametrize(
+    ("family", "dtype", "shards"),
+    [
+        *(("llama", "bf16", 1), ("mistral", "fp16", 1), ("qwen2", "fp32", 1)),
+        *(("qwen3", "bf16", 2), ("llama", "fp16", 2), ("mistral", "fp32", 2)),
+    ],
+)
+def test_every_stored_type_and_family_exports_exactly_to_executorch(
+    family: str, dtype: str, shards: int, save_stored: Save, tmp_path: Path
+) -> None:
+    folder = save_stored(family, dtype, shards)
+    more = ("--quantize", "f32", "--max-context", "32")
+    assert exact_difference(folder, "executorch", tmp_path / "pte", *more) < 1e-3
 
 
-def test_every_stored_type_trains(stored: Path, corpus: Path, tmp_path: Path) -> None:
+@every_stored_type
+def test_every_stored_type_trains(dtype: str, shards: int, save_stored: Save, corpus: Path, tmp_path: Path) -> None:
+    stored = save_stored("qwen2", dtype, shards)
     arguments = ["--source", str(stored), "--data", str(corpus), "--sequence-length", "32", "--tokens", "256"]
     arguments += ["--eval-tokens", "64", "--target-ratio", "0.95", "--dtype", "float32"]
     arguments += ["--output", str(tmp_path / "run")]
@@ -88,50 +129,79 @@ def test_every_stored_type_trains(stored: Path, corpus: Path, tmp_path: Path) ->
 def test_settings_stand_in_their_old_and_their_new_home(
     layers: tuple[LayerShape, ...], rope: dict[str, Any], tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
+    """In what older releases can read at all: an irregular folder names its settings as its own release does."""
     folder = tmp_path / "checkpoint"
     model = tiny_model(tiny_architecture(layers=layers), rope_parameters=dict(rope))
     save_checkpoint(model, tokenizer, folder)
     assert export(folder, "hf-uniform", tmp_path / "uniform") == 0
     for each in (folder, tmp_path / "uniform"):
         config = json.loads((each / "config.json").read_text())
-        assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == rope["rope_theta"]
-        assert config["torch_dtype"] == config["dtype"] == "float32"
-        scaled = {name: value for name, value in rope.items() if name != "rope_theta"}
-        assert config.get("rope_scaling") == (scaled if rope["rope_type"] != "default" else None)
+        assert config["rope_parameters"]["rope_theta"] == rope["rope_theta"]
+        if "auto_map" in config:
+            assert not {"rope_theta", "rope_scaling", "torch_dtype"} & config.keys()
+        else:
+            scaled = {name: value for name, value in rope.items() if name != "rope_theta"}
+            assert config.get("rope_scaling") == (scaled if rope["rope_type"] != "default" else None)
+            assert config["rope_theta"] == rope["rope_theta"]
+            assert config["torch_dtype"] == config["dtype"] == "float32"
         with torch.inference_mode():  # and this release reads the same from both
             logits = load_for_inference(each)(TOKENS).logits
             torch.testing.assert_close(logits, model(TOKENS).logits, atol=1e-4, rtol=1e-4)
-        settings = json.loads((each / "tokenizer_config.json").read_text())
-        assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
-        assert "is_local" not in settings
-        reread = AutoTokenizer.from_pretrained(each, trust_remote_code=True)
-        assert reread.encode("A small model, 2026.") == tokenizer.encode("A small model, 2026.")
+
+
+@pytest.mark.parametrize("rope", [THETA, LLAMA3_ROPE], ids=["theta", "llama3"])
+def test_a_tokenizer_needs_no_code_of_ours(
+    rope: dict[str, Any], tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Nor a question about it, in a process that does not know efficientllm's classes."""
+    save_checkpoint(tiny_model(tiny_architecture(), rope_parameters=dict(rope)), tokenizer, tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert "is_local" not in settings
+    code = (
+        "import sys; from transformers import AutoTokenizer\n"
+        "print(AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=False).encode('A small model, 2026.'))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == tokenizer.encode("A small model, 2026.")
 
 
 # -- caches of layers that have none
 
-ATTENTION = {True: LayerShape(4, 2, 96), False: LayerShape(0, 0, 96)}
+KINDS = {
+    "whole": LayerShape(4, 2, 96),
+    "no attention": LayerShape(0, 0, 64),
+    "no FFN": LayerShape(2, 1, 0),
+    "nothing": LayerShape(0, 0, 0),
+}
+SHAPES = [shape for shape in itertools.product(KINDS, repeat=3) if shape.count("no FFN") < 2]
+"""Attention absent anywhere, everywhere included."""
 
 
-@pytest.mark.parametrize("present", [(a, b, c) for a in (True, False) for b in (True, False) for c in (True, False)])
-def test_whole_chunked_padded_and_stepwise_evaluation_agree(present: tuple[bool, bool, bool]) -> None:
+def in_steps(model: Any, sizes: list[int], tokens: torch.Tensor, padding: int = 0) -> torch.Tensor:
+    """Logits of `tokens` fed in pieces of `sizes`, behind `padding` masked columns; positions only where padded."""
+    padded = torch.nn.functional.pad(tokens, (padding, 0))
+    mask = (torch.arange(padded.shape[1]) >= padding).long().expand(len(tokens), -1)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    cache, rows, start = None, [], 0
+    for size in sizes:
+        end = start + size
+        more = {"attention_mask": mask[:, :end], "position_ids": positions[:, start:end]} if padding else {}
+        step = model(padded[:, start:end], cache=cache, use_cache=True, **more)
+        assert step.cache.get_seq_length() == end
+        cache, start = step.cache, end
+        rows.append(step.logits)
+    return torch.cat(rows, 1)[:, padding:]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_whole_chunked_padded_and_stepwise_evaluation_agree(family: str) -> None:
     """Wherever attention is absent: positions come from the cache's length, which must not be that of nothing."""
-    model = tiny_model(tiny_architecture(layers=tuple(ATTENTION[each] for each in present)))
-    with torch.inference_mode():
-        whole = model(TOKENS).logits
-        first = model(TOKENS[:, :9], use_cache=True)
-        second = model(TOKENS[:, 9:], cache=first.cache, use_cache=True)
-        chunked = torch.cat([first.logits, second.logits], 1)
-        cache, steps = None, []
-        for position in range(TOKENS.shape[1]):
-            step = model(TOKENS[:, position : position + 1], cache=cache, use_cache=True)
-            cache = step.cache
-            steps.append(step.logits)
-        padded = torch.cat([torch.zeros(2, 5, dtype=torch.int64), TOKENS], 1)
-        mask = (torch.arange(padded.shape[1]) >= 5).long().expand(2, -1)
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        begun = model(padded[:, :20], attention_mask=mask[:, :20], position_ids=positions[:, :20], use_cache=True)
-        ended = model(padded[:, 20:], attention_mask=mask, position_ids=positions[:, 20:], cache=begun.cache)
-        left_padded = torch.cat([begun.logits[:, 5:], ended.logits], 1)
-    for other in (chunked, torch.cat(steps, 1), left_padded):
-        torch.testing.assert_close(other, whole, atol=1e-4, rtol=1e-4)
+    tokens = TOKENS[:, :12]
+    for shape in SHAPES:
+        model = tiny_model(tiny_architecture(family, tuple(KINDS[kind] for kind in shape)))
+        with torch.inference_mode():
+            whole = model(tokens).logits
+            for sizes, padding in (([5, 7], 0), ([1] * 12, 0), ([4, 1, 7], 0), ([9, 1, 1, 6], 5)):
+                other = in_steps(model, sizes, tokens, padding)
+                torch.testing.assert_close(other, whole, atol=1e-4, rtol=1e-4, msg=f"{shape} {sizes}")

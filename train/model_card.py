@@ -108,9 +108,10 @@ def model_card(config: TrainConfig, summary: dict[str, Any], source: Architectur
             "from transformers import AutoModelForCausalLM, AutoTokenizer",
             "",
             'model = AutoModelForCausalLM.from_pretrained("this folder", trust_remote_code=True)',
-            'tokenizer = AutoTokenizer.from_pretrained("this folder", trust_remote_code=True)',
+            'tokenizer = AutoTokenizer.from_pretrained("this folder", trust_remote_code=False)',
             "```",
             "",
+            *(() if final.is_uniform else ("Layers of their own width need transformers 5.14 or newer.", "")),
             f"## Licence\n\n{license_line}",
             "",
         ]

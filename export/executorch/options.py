@@ -32,5 +32,6 @@ class ExecutorchOptions(PaddingOptions):
     """Leave matrices in fp32 that 8da4w cannot hold."""
 
     def __post_init__(self) -> None:
+        flags.require(self, "max_context", self.max_context >= 2, "must be at least 2: a token and its answer")
         sizes = ", ".join(map(str, GROUP_SIZES))
         flags.require(self, "group_size", self.group_size in GROUP_SIZES, f"XNNPACK takes {sizes}")

@@ -130,7 +130,7 @@ def _grams(checkpoint: Checkpoint, text_path: str) -> dict[str, np.ndarray] | No
 
 def _constant_methods(checkpoint: Checkpoint, plan: ProgramPlan) -> dict[str, Any]:
     """What ExecuTorch's TextLLMRunner asks a program for."""
-    bos = checkpoint.config.get("bos_token_id")
+    bos = checkpoint.bos_id
     return {
         "get_max_seq_len": 1 if plan.recipe.static_length else plan.context,
         "get_max_context_len": plan.context,

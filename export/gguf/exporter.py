@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from tokenizers import Tokenizer
-
 from ...runtime.base.errors import ArtefactError
 from ...runtime.chat_template import render_chat
 from ...runtime.engines.hf_tokenizer import read_settings, special_token
@@ -155,9 +153,8 @@ def _rendered_chat(checkpoint: Checkpoint) -> list[str]:
 
 
 def _check_token_ids(checkpoint: Checkpoint, texts: list[str], token_ids: list[list[int]]) -> None:
-    tokenizer = Tokenizer.from_file(str(checkpoint.folder / "tokenizer.json"))
     for text, ids in zip(texts, token_ids, strict=True):
-        expected = tokenizer.encode(text, add_special_tokens=False).ids
+        expected = checkpoint.tokenizer.encode(text, add_special_tokens=False).ids
         if ids != expected:
             position = next((i for i, (a, b) in enumerate(zip(ids, expected, strict=False)) if a != b), len(expected))
             raise ArtefactError(

@@ -38,9 +38,7 @@ class GgufTokenizer:
 
 def read_tokenizer(checkpoint: Checkpoint) -> GgufTokenizer:
     """Translate the checkpoint's tokenizer; ModelError where llama.cpp has no equivalent."""
-    data = checkpoint.json_file("tokenizer.json")
-    if not data:
-        raise ModelError(f"{checkpoint.name} has no tokenizer.json; save it with a fast tokenizer")
+    data = checkpoint.tokenizer_data
     if data["model"]["type"] != "BPE":
         raise ModelError(f"tokenizer type {data['model']['type']} is not supported for gguf; BPE and SentencePiece are")
     vocab_size = checkpoint.architecture.vocab_size
@@ -71,16 +69,14 @@ def _tokens(data: dict[str, Any], vocab_size: int) -> tuple[list[str], list[int]
     tokens = [f"[PAD{index}]" for index in range(vocab_size)]
     types: list[int] = [TokenType.UNUSED] * vocab_size
     for token, index in data["model"]["vocab"].items():
-        if index < vocab_size:
-            tokens[index], types[index] = token, TokenType.NORMAL
+        tokens[index], types[index] = token, TokenType.NORMAL
     if data["model"].get("byte_fallback"):
         for index, token in enumerate(tokens):
             if len(token) == 6 and token.startswith("<0x"):
                 types[index] = TokenType.BYTE
     for added in data.get("added_tokens", []):
-        if added["id"] < vocab_size:
-            tokens[added["id"]] = added["content"]
-            types[added["id"]] = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
+        tokens[added["id"]] = added["content"]
+        types[added["id"]] = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
     unknown = data["model"].get("unk_token")
     if unknown in tokens and data["model"].get("byte_fallback"):
         types[tokens.index(unknown)] = TokenType.UNKNOWN
@@ -90,15 +86,9 @@ def _tokens(data: dict[str, Any], vocab_size: int) -> tuple[list[str], list[int]
 def _special_ids(checkpoint: Checkpoint, tokens: list[str]) -> dict[str, int | None]:
     settings = read_settings(checkpoint.folder)
     index = {token: i for i, token in enumerate(tokens)}
-    ids: dict[str, int | None] = {}
-    for name in ("bos", "eos", "unk", "pad"):
-        token = special_token(settings, name)
-        value = index.get(token) if token else None
-        if value is None and name in ("bos", "eos"):
-            configured = checkpoint.config.get(f"{name}_token_id")
-            value = configured[0] if isinstance(configured, list) else configured
-        ids[f"{name}_id"] = value
-    return ids
+    configured = {"bos": checkpoint.bos_id, "eos": next(iter(checkpoint.end_of_generation_ids), None)}
+    names = ("bos", "eos", "unk", "pad")
+    return {f"{name}_id": index.get(special_token(settings, name), configured.get(name)) for name in names}
 
 
 def _adds_bos(data: dict[str, Any], tokens: list[str], bos_id: int | None) -> bool:
@@ -106,7 +96,7 @@ def _adds_bos(data: dict[str, Any], tokens: list[str], bos_id: int | None) -> bo
     processors = data.get("post_processor") or {}
     for processor in processors.get("processors", [processors]):
         if processor.get("type") == "TemplateProcessing":
-            first = processor["single"][0]
+            first = next(iter(processor["single"]), {})
             if "SpecialToken" in first:
                 return bos_id is not None and tokens[bos_id] == first["SpecialToken"]["id"]
     return False

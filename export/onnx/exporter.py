@@ -21,7 +21,9 @@ from ..verification import Written, torch_sample, verify_stepwise
 from .quantize import Bits, preset
 
 MODEL_FILE = "model.onnx"
-DATA_FILE = "model.onnx.data"
+DATA_FILE = "model.onnx_data"
+"""The name that transformers.js asks for."""
+CONFIG_FILES = ("genai_config.json", "generation_config.json", "config.json")
 DEFAULT = "int8"
 
 
@@ -47,6 +49,7 @@ def export_onnx(checkpoint: Checkpoint, request: ExportRequest[OnnxOptions], fol
     _write_model(checkpoint, options, bits, folder)
     _write_json(folder / "genai_config.json", genai_config(checkpoint, shares_cache=not options.portable))
     _write_json(folder / "generation_config.json", generation_config(checkpoint))
+    _write_json(folder / "config.json", browser_config(checkpoint))
     weight_bytes = (folder / DATA_FILE).stat().st_size
     # with int8 activations, the matrices that stay in fp32 do not make the rest any closer
     stored = min(bits_per_weight(checkpoint, weight_bytes), 8.0 if bits.dynamic else 32.0)
@@ -54,7 +57,7 @@ def export_onnx(checkpoint: Checkpoint, request: ExportRequest[OnnxOptions], fol
     verification = _verify(checkpoint, request, folder, stored) if options.verify else {}
     contents = Contents(
         engine="onnxruntime",
-        files=[MODEL_FILE, DATA_FILE, "genai_config.json", "generation_config.json", *tokenizer_files],
+        files=[MODEL_FILE, DATA_FILE, *CONFIG_FILES, *tokenizer_files],
         quantization=name,
         weight_bytes=weight_bytes,
         layout="onnx, standard operators" if options.portable else "onnx",
@@ -122,7 +125,7 @@ def genai_config(checkpoint: Checkpoint, shares_cache: bool) -> dict[str, Any]:
         "num_hidden_layers": len(architecture.layers),
         "num_key_value_heads": groups,
     }
-    bos = checkpoint.config.get("bos_token_id")
+    bos = checkpoint.bos_id
     return {
         "model": {
             "type": "llama",
@@ -143,11 +146,30 @@ def genai_config(checkpoint: Checkpoint, shares_cache: bool) -> dict[str, Any]:
 
 def generation_config(checkpoint: Checkpoint) -> dict[str, Any]:
     """The checkpoint's own generation_config.json, else the special tokens that transformers would read from it."""
-    path = checkpoint.folder / "generation_config.json"
-    if path.is_file():
-        return json.loads(path.read_text(encoding="utf-8"))
-    values = {"bos_token_id": checkpoint.config.get("bos_token_id"), "eos_token_id": checkpoint.end_of_generation_ids}
+    own = checkpoint.json_file("generation_config.json")
+    if own:
+        return own
+    values = {"bos_token_id": checkpoint.bos_id, "eos_token_id": checkpoint.end_of_generation_ids}
     return {name: value for name, value in values.items() if value not in (None, [])}
+
+
+def browser_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """A config.json for transformers.js: a family that it knows; the caches' sizes it reads from the graph itself."""
+    architecture = checkpoint.architecture
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": architecture.vocab_size,
+        "hidden_size": architecture.hidden_size,
+        "head_dim": architecture.head_dim,
+        "num_hidden_layers": len(architecture.layers),
+        "num_attention_heads": max(layer.num_attention_heads for layer in architecture.layers),
+        "num_key_value_heads": max(layer.num_key_value_heads for layer in architecture.layers),
+        "max_position_embeddings": checkpoint.context_length,
+        "bos_token_id": checkpoint.bos_id,
+        "eos_token_id": checkpoint.end_of_generation_ids,
+        "transformers.js_config": {"dtype": "fp32", "use_external_data_format": True},  # files without a suffix
+    }
 
 
 def _verify(

@@ -47,8 +47,8 @@ class GraphBuilder:
 
     def build(self) -> ir.Model:
         """The whole model in memory."""
-        input_ids = self._input("input_ids", ir.DataType.INT64, ["batch", "sequence"])
-        mask = self._input("attention_mask", ir.DataType.INT64, ["batch", "total"])
+        input_ids = self._input("input_ids", ir.DataType.INT64, ["batch_size", "sequence"])
+        mask = self._input("attention_mask", ir.DataType.INT64, ["batch_size", "total"])
         self.last_position, self.total_length = self._lengths(mask)
         cos, sin = rope_tables(self.checkpoint.rope, self.architecture.head_dim, self.checkpoint.context_length)
         self.cos, self.sin = (
@@ -185,7 +185,7 @@ class GraphBuilder:
         if self.architecture.qk_norm:
             query = self._head_norm(f"{prefix}.q_norm", query, layer.num_attention_heads)
             key = self._head_norm(f"{prefix}.k_norm", key, layer.num_key_value_heads)
-        shape: list[int | str] = ["batch", layer.num_key_value_heads, "past", head_dim]
+        shape: list[int | str] = ["batch_size", layer.num_key_value_heads, "past", head_dim]
         past = [self._input(f"past_key_values.{index}.{part}", self.element, shape) for part in ("key", "value")]
         attended, present_key, present_value = self._node(
             "GroupQueryAttention",
@@ -240,7 +240,7 @@ class GraphBuilder:
             logits = self._multiply(last, head)
         if self.element != ir.DataType.FLOAT:
             logits = self._node("Cast", [logits], to=int(ir.DataType.FLOAT))
-        self._output(logits, "logits", ["batch", 1, self.architecture.vocab_size], ir.DataType.FLOAT)
+        self._output(logits, "logits", ["batch_size", 1, self.architecture.vocab_size], ir.DataType.FLOAT)
 
     # -- matrices
 

@@ -25,11 +25,11 @@ OPSET = 23
 
 
 def write_portable(checkpoint: Checkpoint, path: Path) -> None:
-    """Write `path` and its external data, `path` + ".data"."""
+    """Write `path` and its external data, `path` + "_data"."""
     model = PortableDecoder(checkpoint)
     config = OnnxDecoderConfig(checkpoint.config)
     inputs = config.generate_dummy_inputs(framework="pt")
-    dims = {title: torch.export.Dim(title, min=1) for title in ("batch", "sequence", "past")}
+    dims = {title: torch.export.Dim(title, min=1) for title in ("batch_size", "sequence", "past")}
     shapes = [{axis: _dim(title, dims) for axis, title in axes.items()} for axes in config.inputs.values()]
     logger = logging.getLogger("torch.onnx")
     level = logger.level
@@ -51,7 +51,7 @@ def write_portable(checkpoint: Checkpoint, path: Path) -> None:
             mask.shape = ir.Shape(list(config.inputs[mask.name].values()))
             _drop_metadata(program.model)
             require_room(path, 4 * checkpoint.architecture.num_parameters)
-            program.save(str(path), external_data=True)
+            ir.save(program.model, path, external_data=f"{path.name}_data")
     finally:
         logger.setLevel(level)
 

@@ -91,7 +91,7 @@ def body(argv: Sequence[str]) -> int:
         parameters.write_text(json.dumps(meta_parameters(checkpoint)), encoding="utf-8")
         torch.save(meta_state(checkpoint), state)
         ends = checkpoint.end_of_generation_ids
-        metadata = json.dumps({"get_bos_id": checkpoint.config.get("bos_token_id") or 0, "get_eos_ids": ends})
+        metadata = json.dumps({"get_bos_id": checkpoint.bos_id or 0, "get_eos_ids": ends})
         command = [
             *("-m", "executorch.extension.llm.export.export_llm"),
             *("base.model_class=smollm2", f"base.params={parameters}", f"base.checkpoint={state}"),

@@ -14,6 +14,7 @@ from ...runtime.base.errors import ModelError
 from ...runtime.base.files import sha256_of
 from ...runtime.engines.artefact import Artefact
 from ...runtime.engines.engine import Engine, EngineOptions, load_engine
+from ...runtime.engines.genai_config import GENAI_CONFIG
 from ...runtime.generation import AnswerOptions, Generation
 from ...runtime.sampling import log_softmax
 
@@ -120,5 +121,5 @@ def fingerprint(path: Path) -> str:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether `path` is a Hugging Face folder."""
-    return (path / "config.json").is_file()
+    """Whether `path` is a Hugging Face folder: ONNX artefacts have a config.json, too, for transformers.js."""
+    return (path / "config.json").is_file() and not (path / GENAI_CONFIG).is_file()

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from ...runtime.base.errors import ModelError
 from ..compute.hardware import choose_hardware
 from ..data.encoding import end_of_text_id
-from ..model.source import quiet_loading
+from ..model.folder_files import check_folder
+from ..model.source import loading
 from .scoring import Request, Score
 
 ANSWER_BATCH = 50
@@ -42,12 +42,10 @@ class TorchModel:
     def load(cls, folder: Path, device: str, dtype: str, threads: int, batch_tokens: int) -> TorchModel:
         """Load a folder in fp32; ModelError where transformers cannot."""
         hardware = choose_hardware(device, dtype, threads)
-        try:
-            with quiet_loading():
-                model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32)
-                tokenizer = AutoTokenizer.from_pretrained(str(folder))
-        except (OSError, ValueError, KeyError) as error:
-            raise ModelError(f"{folder}: transformers cannot load it: {error}") from error
+        check_folder(folder)
+        with loading(str(folder)):
+            model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(str(folder))
         return cls(model, tokenizer, hardware.device, hardware.dtype == torch.bfloat16, batch_tokens)
 
     def tokenize(self, text: str) -> list[int]:

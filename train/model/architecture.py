@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ...runtime.base.errors import ModelError
+from .folder_files import read_json, whole_number
 
 
 @dataclass(frozen=True)
@@ -154,16 +154,18 @@ class Architecture:
             raise ModelError(
                 f"model type {config.get('model_type')!r} is not supported; supported: {', '.join(FAMILIES)}"
             )
-        heads = config["num_attention_heads"]
+        heads = whole_number(config, "num_attention_heads")
         defaults = {
             "num_attention_heads": heads,
-            "num_key_value_heads": config.get("num_key_value_heads") or heads,
-            "intermediate_size": config["intermediate_size"],
+            "num_key_value_heads": whole_number(config, "num_key_value_heads", heads),
+            "intermediate_size": whole_number(config, "intermediate_size"),
         }
-        overrides = {int(index): value for index, value in (config.get("per_layer_config") or {}).items()}
+        overrides = _overrides(config)
         layers = tuple(
-            LayerShape(**{name: overrides.get(index, {}).get(name, value) for name, value in defaults.items()})
-            for index in range(config["num_hidden_layers"])
+            LayerShape(
+                **{name: whole_number(overrides.get(index, {}), name, value) for name, value in defaults.items()}
+            )
+            for index in range(whole_number(config, "num_hidden_layers"))
         )
         traits = FAMILIES[family]
         for bias in ("attention_bias", "mlp_bias"):
@@ -171,11 +173,12 @@ class Architecture:
                 raise ModelError(f"{bias}=true is not supported: biases on o_proj or the FFN have no group to go with")
         if config.get("hidden_act", "silu") != "silu":
             raise ModelError(f"hidden_act={config['hidden_act']!r} is not supported; only silu is")
+        hidden_size = whole_number(config, "hidden_size")
         return cls(
             family=family,
-            hidden_size=config["hidden_size"],
-            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-            vocab_size=config["vocab_size"],
+            hidden_size=hidden_size,
+            head_dim=whole_number(config, "head_dim", hidden_size // max(heads, 1)),
+            vocab_size=whole_number(config, "vocab_size"),
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
             qkv_bias=traits.qkv_bias,
             qk_norm=traits.qk_norm,
@@ -185,7 +188,20 @@ class Architecture:
     @classmethod
     def from_folder(cls, folder: Path) -> Architecture:
         """Read FOLDER/config.json."""
-        return cls.from_hf_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        return cls.from_hf_config(read_json(folder / "config.json"))
+
+
+def _overrides(config: Mapping[str, Any]) -> dict[int, Mapping[str, Any]]:
+    """{layer: its own settings} of an irregular config.json; {} of a uniform one."""
+    values = config.get("per_layer_config") or {}
+    try:
+        layers = {int(index): value for index, value in values.items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ModelError(f"config.json: per_layer_config is no object of layer numbers: {error}") from error
+    odd = next((index for index, value in layers.items() if not isinstance(value, Mapping)), None)
+    if odd is not None:
+        raise ModelError(f"config.json: per_layer_config of layer {odd} is {layers[odd]!r}, but must be an object")
+    return layers
 
 
 @dataclass(frozen=True)
@@ -194,12 +210,14 @@ class FamilyTraits:
 
     qkv_bias: bool = False
     qk_norm: bool = False
+    derives_head_dim: bool = False
+    """Whether its stock config has no head_dim: readers other than transformers take hidden_size / heads."""
 
 
 FAMILIES = {
     "llama": FamilyTraits(),
     "mistral": FamilyTraits(),
-    "qwen2": FamilyTraits(qkv_bias=True),
+    "qwen2": FamilyTraits(qkv_bias=True, derives_head_dim=True),
     "qwen3": FamilyTraits(qk_norm=True),
 }
 """Supported families by Hugging Face model type. All share Llama's tensor names."""

@@ -32,8 +32,11 @@ def with_old_names(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_config(config: Mapping[str, Any], folder: Path) -> None:
-    """Write FOLDER/config.json for every reader."""
-    text = json.dumps(with_old_names(config), indent=2)
+    """Write FOLDER/config.json for every reader; what has its own modeling file needs a release with the new names.
+
+    AutoTokenizer, where it must not run that file, fails on the old name of a scaled rope (transformers 5.24).
+    """
+    text = json.dumps(dict(config) if "auto_map" in config else with_old_names(config), indent=2)
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")
 
 

@@ -10,7 +10,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, __version__
+
+try:
+    from transformers.integrations.heterogeneity import HeterogeneousConfigMixin  # noqa: F401  config.per_layer_config
+except ImportError as error:
+    raise ImportError(
+        f"layers of their own width need transformers 5.14 or newer, and this is {__version__}; "
+        "run: pip install 'transformers>=5.14' (or take the model as efficientllm-export --target hf-uniform writes it)"
+    ) from error
 from transformers.models.llama.configuration_llama import LlamaConfig, strict
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaModel
 from transformers.models.mistral.configuration_mistral import MistralConfig
@@ -53,9 +61,9 @@ class IrregularConfigMixin(_Base):
     """Checks each layer's widths instead of the uniform rules (hidden_size need not be a multiple of the heads)."""
 
     def validate_architecture(self) -> None:
-        if getattr(self, "head_dim", None) is None:
+        if self.is_heterogeneous and getattr(self, "head_dim", None) is None:
             raise ValueError("head_dim must be set: it cannot be derived from an irregular model's widths")
-        for index, layer in enumerate(self.per_layer_config):
+        for index, layer in enumerate(self.per_layer_config or ()):  # None: equal layers, before 5.17
             heads, groups = layer.num_attention_heads, layer.num_key_value_heads
             if (heads == 0) != (groups == 0) or (groups and heads % groups):
                 raise ValueError(f"layer {index}: {heads} query heads are no multiple of {groups} key/value heads")
@@ -68,7 +76,7 @@ class IrregularModelMixin(_Base):
 
     def __init__(self, config: Any):
         num_hidden_layers = config.num_hidden_layers
-        per_layer = list(config.per_layer_config)
+        per_layer = list(config.per_layer_config or [config] * num_hidden_layers)
         config.num_hidden_layers = 0  # the base class then builds everything but the layers
         super().__init__(config)
         config.num_hidden_layers = num_hidden_layers

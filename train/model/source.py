@@ -11,12 +11,11 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from ...runtime.base.errors import ModelError, UsageError
+from ...runtime.base.errors import EfficientLLMError, ModelError, UsageError
+from .folder_files import check_folder, check_token_ids, locate_tensors, refuse_quantized
 from .gguf_source import restore_pre_tokenizer
 from .installed_files import distribution_file
 from .irregular import architecture_of, to_irregular
@@ -52,17 +51,22 @@ def load_source(source: str, called: str = "") -> tuple[torch.nn.Module, PreTrai
         if not path.is_dir() and not _may_be_hub_id(source):
             raise UsageError(f"{called}: no such folder, and not a hub id (owner/name); 'demo' is the built-in source")
         folder, options = source, {}
-    try:
-        if not options:  # look at the family before gigabytes of weights are read
-            architecture_of(AutoConfig.from_pretrained(folder))
-            if not path.is_dir() and sys.stderr.isatty():
-                snapshot_download(source, allow_patterns=WEIGHT_FILES)  # here, as loading hides the hub's bars
-        with quiet_loading():
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+    if path.is_dir():
+        check_folder(path)
+        locate_tensors(path)
+    if not options:  # look at the family before gigabytes of weights are read
+        with loading(called):
+            config = AutoConfig.from_pretrained(folder)
+            refuse_quantized(config.to_dict(), called)
+            architecture_of(config)
+        if not path.is_dir() and sys.stderr.isatty():
+            with _naming(called):  # here, as loading hides the hub's bars
+                snapshot_download(source, allow_patterns=WEIGHT_FILES)
+    with loading(called):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
         tokenizer_options = {"gguf_file": options["gguf_file"]} if options else {}
         tokenizer = AutoTokenizer.from_pretrained(folder, **tokenizer_options)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, StrictDataclassError) as error:
-        raise ModelError(f"{called}: cannot be loaded: {_first_line(error)}") from error
+    check_token_ids(tokenizer.get_vocab(), model.config.vocab_size, called)
     if path.suffix == ".gguf":  # the file's own name and storage type mean nothing in a converted model
         model.config._name_or_path = source
         restore_pre_tokenizer(tokenizer, path)
@@ -89,6 +93,24 @@ def quiet_loading() -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
 
 
+@contextlib.contextmanager
+def loading(called: str) -> Iterator[None]:
+    """Keep transformers quiet while it loads what messages call `called`; a ModelError where it raises anything."""
+    with _naming(called), quiet_loading():
+        yield
+
+
+@contextlib.contextmanager
+def _naming(called: str) -> Iterator[None]:
+    """A ModelError that names what cannot be loaded, whatever is raised."""
+    try:
+        yield
+    except (EfficientLLMError, MemoryError):
+        raise
+    except Exception as error:  # transformers, tokenizers and safetensors raise what they like
+        raise ModelError(f"{called}: cannot be loaded: {_first_line(error)}") from error
+
+
 def _gguf_options(file_name: str) -> dict[str, Any]:
     from transformers import GgufConfig  # absent before 5.x
 
@@ -100,7 +122,10 @@ def _first_line(error: Exception) -> str:
 
 
 def load_for_inference(folder: Path) -> Any:
-    """A Hugging Face folder of a supported family in fp32, in eval mode, with eager attention."""
-    with quiet_loading():
+    """A Hugging Face folder of a supported family in fp32, in eval mode, with eager attention.
+
+    Raises ModelError where transformers cannot load it.
+    """
+    with loading(str(folder)):
         model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, attn_implementation="eager")
     return model.eval()

@@ -1,0 +1,207 @@
+"""A folder with a file that is not what it should be is one line, in every command and for every target."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from exporting import export
+from safetensors.torch import load_file, save_file
+from tiny import LLAMA3_ROPE, tiny_architecture, tiny_model
+from training import command, run
+from transformers import PreTrainedTokenizerFast
+
+from efficientllm.export.targets import EXPORTERS
+from efficientllm.runtime.base.command import run_command
+from efficientllm.runtime.chat_template import render_chat
+from efficientllm.train.evaluation import cli as eval_cli
+from efficientllm.train.model.irregular import save_checkpoint
+
+DAMAGE: dict[str, Callable[[bytes], bytes]] = {
+    "truncated": lambda data: data[: len(data) // 2],
+    "empty": lambda data: b"",
+    "of another type": lambda data: b"[1, 2]",
+    "not UTF-8": lambda data: b'{"name": "caf\xe9"}',
+}
+FILES = (
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "generation_config.json",
+    "chat_template.jinja",
+    "model.safetensors.index.json",
+)
+CASES = [(file, how) for file in FILES for how in DAMAGE if (file, how) != ("chat_template.jinja", "of another type")]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A folder in two shards, with every file that can be damaged."""
+    folder = tmp_path_factory.mktemp("whole")
+    save_checkpoint(tiny_model(tiny_architecture()), tokenizer, folder)
+    tensors = list(load_file(folder / "model.safetensors").items())
+    (folder / "model.safetensors").unlink()
+    weight_map = {}
+    for index in range(2):
+        file = f"model-{index + 1:05}-of-00002.safetensors"
+        save_file(dict(tensors[index::2]), folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(dict(tensors[index::2]), file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    assert all((folder / file).is_file() for file in FILES)
+    return folder
+
+
+@pytest.fixture
+def copy(whole: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(whole, tmp_path / "checkpoint"))
+
+
+def one_line(capsys: pytest.CaptureFixture[str]) -> str:
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+def change(path: Path, **values: Any) -> None:
+    """Replace values of a JSON file; None takes one out."""
+    content = json.loads(path.read_text()) | values
+    path.write_text(json.dumps({name: value for name, value in content.items() if value is not None}))
+
+
+@pytest.mark.parametrize("target", EXPORTERS)
+@pytest.mark.parametrize(("file", "how"), CASES)
+def test_a_damaged_file_is_one_line_for_every_target(
+    file: str, how: str, target: str, copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (copy / file).write_bytes(DAMAGE[how]((copy / file).read_bytes()))
+    assert export(copy, target, tmp_path / "out") == 2
+    message = one_line(capsys)
+    assert file in message or (file == "chat_template.jinja" and "chat template" in message)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("file", "how"), [case for case in CASES if case[0] != "chat_template.jinja"])
+def test_a_damaged_file_is_one_line_in_training_and_evaluation(
+    file: str, how: str, copy: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (copy / file).write_bytes(DAMAGE[how]((copy / file).read_bytes()))
+    assert run(command(copy, corpus, tmp_path / "run")) == 2
+    assert file in one_line(capsys)
+    assert run_command(eval_cli.body, [str(copy), "--tasks", "none", "--text", f"own={corpus}"]) == 2
+    assert file in one_line(capsys)
+
+
+@pytest.mark.parametrize("target", EXPORTERS)
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("config.json", "has no config.json"),
+        ("tokenizer.json", "has no tokenizer.json"),
+        ("model.safetensors.index.json", "has no model.safetensors and no model.safetensors.index.json"),
+        ("model-00002-of-00002.safetensors", "lacks model-00002-of-00002.safetensors, which"),
+    ],
+)
+def test_a_missing_file_is_named(
+    file: str, message: str, target: str, copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (copy / file).unlink()
+    assert export(copy, target, tmp_path / "out") == 2
+    assert message in one_line(capsys)
+
+
+@pytest.mark.parametrize("file", ["generation_config.json", "tokenizer_config.json", "chat_template.jinja"])
+def test_what_a_folder_may_lack_stops_no_export(file: str, copy: Path, tmp_path: Path) -> None:
+    (copy / file).unlink()
+    assert export(copy, "gguf", tmp_path / "out", "--quantize", "f32") == 0
+
+
+SETTINGS: list[tuple[str, dict[str, Any], str]] = [
+    ("config.json", {"hidden_size": "64"}, "hidden_size is '64', but must be a whole number"),
+    ("config.json", {"num_hidden_layers": None}, "num_hidden_layers is missing"),
+    ("config.json", {"num_attention_heads": -4}, "num_attention_heads is -4"),
+    ("config.json", {"intermediate_size": 96.0}, "intermediate_size is 96.0"),
+    ("config.json", {"per_layer_config": [1]}, "per_layer_config is no object of layer numbers"),
+    ("config.json", {"per_layer_config": {"0": 3}}, "per_layer_config of layer 0 is 3"),
+    ("config.json", {"rms_norm_eps": None}, "rms_norm_eps is missing"),
+    ("config.json", {"rms_norm_eps": "small"}, "rms_norm_eps is 'small'"),
+    ("config.json", {"max_position_embeddings": 0}, "max_position_embeddings is 0"),
+    ("config.json", {"rope_parameters": "default"}, "rope_parameters is 'default'"),
+    ("config.json", {"rope_parameters": {"rope_type": "default", "rope_theta": "big"}}, "rope_theta is 'big'"),
+    ("config.json", {"rope_parameters": {**LLAMA3_ROPE, "factor": None}}, "factor is missing"),
+    ("config.json", {"bos_token_id": 400}, "bos_token_id is 400, but the model has tokens 0 to 399"),
+    ("config.json", {"quantization_config": {"quant_method": "fp8"}}, "the weights are quantised (fp8)"),
+    ("generation_config.json", {"eos_token_id": [2, "end"]}, "eos_token_id is [2, 'end']"),
+    ("tokenizer_config.json", {"eos_token": 5}, "eos_token is 5, which is no text"),
+    ("tokenizer_config.json", {"bos_token": {"content": [1]}}, "bos_token is [1], which is no text"),
+]
+
+
+@pytest.mark.parametrize("target", EXPORTERS)
+@pytest.mark.parametrize(("file", "values", "message"), SETTINGS)
+def test_a_setting_of_another_kind_is_named(
+    file: str,
+    values: dict[str, Any],
+    message: str,
+    target: str,
+    copy: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    change(copy / file, **values)
+    assert export(copy, target, tmp_path / "out") == 2
+    assert message in one_line(capsys)
+
+
+@pytest.mark.parametrize("target", EXPORTERS)
+def test_tokens_without_a_row_in_the_embedding_are_refused(
+    target: str, copy: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = json.loads((copy / "tokenizer.json").read_text())
+    data["added_tokens"].append(data["added_tokens"][0] | {"id": 400, "content": "<|tool|>"})
+    (copy / "tokenizer.json").write_text(json.dumps(data))
+    assert export(copy, target, tmp_path / "out") == 2
+    assert "token '<|tool|>' has id 400, but the embedding has 400 rows" in one_line(capsys)
+    assert run(command(copy, corpus, tmp_path / "run")) == 2
+    assert "token '<|tool|>' has id 400" in one_line(capsys)
+
+
+@pytest.mark.parametrize("target", EXPORTERS)
+def test_weights_of_a_type_that_cannot_be_read_are_refused(
+    target: str, copy: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = copy / "model-00002-of-00002.safetensors"
+    tensors = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+    assert export(copy, target, tmp_path / "out") == 2
+    assert "is stored as F8_E4M3; only F64, F32, F16, BF16 can be read" in one_line(capsys)
+    assert run(command(copy, corpus, tmp_path / "run")) == 2
+    assert "is stored as F8_E4M3" in one_line(capsys)
+
+
+@pytest.mark.parametrize("template", ["{{ messages / 0 }}", "{{ 1 // 0 }}", "{% for message in 5 %}{% endfor %}", " "])
+def test_a_chat_template_that_cannot_be_rendered_is_refused(
+    template: str, copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (copy / "chat_template.jinja").write_text(template)
+    assert export(copy, "onnx", tmp_path / "out") == 2
+    assert "chat template" in one_line(capsys)
+
+
+def test_a_chat_template_may_mark_what_the_model_says() -> None:
+    """transformers' tag, which is for training alone."""
+    template = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+    assert render_chat(template, [{"role": "user", "content": "Hello"}]) == "Hello"
+
+
+@pytest.mark.parametrize("slots", ["0", "1", "-5"])
+def test_a_cache_without_room_is_refused(
+    slots: str, copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert export(copy, "executorch", tmp_path / "out", f"--max-context={slots}") == 2
+    assert "--max-context" in one_line(capsys)

@@ -1,0 +1,178 @@
+"""The files of a Hugging Face folder, each read and checked before a library reads them: theirs raise what they like.
+
+Every check raises a ModelError that names the file. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from ...runtime.base.errors import ModelError
+
+JSON_FILES = ("tokenizer_config.json", "generation_config.json", "special_tokens_map.json", "training.json")
+"""Those that a folder may lack."""
+TEMPLATE_FILE = "chat_template.jinja"
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = f"{WEIGHTS_FILE}.index.json"
+READABLE_TYPES = ("F64", "F32", "F16", "BF16")
+"""Of weights, as safetensors calls them."""
+REMEDY = "copy or download it again"
+
+
+def check_folder(folder: Path) -> None:
+    """Check the small files: configuration, tokenizer, chat template, index of the shards."""
+    read_json(folder / "config.json")
+    settings = {name: read_json(folder / name) for name in JSON_FILES if (folder / name).is_file()}
+    for name in ("bos", "eos", "unk", "pad"):
+        _check_special_token(settings.get("tokenizer_config.json", {}), name, folder)
+    read_template(folder)
+    if (folder / "tokenizer.json").is_file():
+        read_tokenizer(folder)
+    weight_files(folder)
+
+
+def read_text(path: Path) -> str:
+    """The text of a file in UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ModelError(f"{path} is damaged: no UTF-8 at byte {error.start}; {REMEDY}") from error
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file."""
+    try:
+        value = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path} is damaged: no JSON ({error}); {REMEDY}") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} is damaged: a {type(value).__name__} where an object should be; {REMEDY}")
+    return value
+
+
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """FOLDER/tokenizer.json; also where there is none, a ModelError."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise ModelError(f"{folder} has no tokenizer.json; save it with a fast tokenizer")
+    text = read_text(path)
+    try:
+        return Tokenizer.from_str(text)
+    except Exception as error:  # tokenizers raises nothing more special
+        raise ModelError(f"{path} is damaged: {error}; {REMEDY}") from error
+
+
+def check_token_ids(vocab: Mapping[str, int], vocab_size: int, called: str) -> None:
+    """ModelError where a token of the tokenizer has no row in an embedding of `vocab_size` rows."""
+    beyond = {token: index for token, index in vocab.items() if index >= vocab_size}
+    if beyond:
+        token = min(beyond, key=lambda each: beyond[each])
+        raise ModelError(
+            f"{called}: token {token!r} has id {beyond[token]}, but the embedding has {vocab_size} rows ({len(beyond)} "
+            "such tokens); resize the model's embedding (resize_token_embeddings) or remove them from the tokenizer"
+        )
+
+
+def read_template(folder: Path) -> str | None:
+    """The chat template, of its own file or of tokenizer_config.json; None also for a list of named ones."""
+    path = folder / TEMPLATE_FILE
+    settings_path = folder / "tokenizer_config.json"
+    settings = read_json(settings_path) if settings_path.is_file() else {}
+    if path.is_file():
+        template: Any = read_text(path)
+    else:
+        path, template = settings_path, settings.get("chat_template")
+    if template is None or isinstance(template, list):
+        return None
+    if not isinstance(template, str) or not template.strip():
+        raise ModelError(f"{path} is damaged: the chat template is {template!r}, which is no text; {REMEDY}")
+    return template
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The .safetensors files that transformers would load: the single one, else those of the index; [] if none."""
+    if (folder / WEIGHTS_FILE).is_file():
+        return [folder / WEIGHTS_FILE]
+    index = folder / INDEX_FILE
+    if not index.is_file():
+        return []
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+        raise ModelError(f"{index} is damaged: no weight_map of tensor names to file names; {REMEDY}")
+    files = [folder / name for name in sorted(set(names.values()))]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise ModelError(f"{folder} lacks {missing[0]}, which {INDEX_FILE} names ({len(missing)} missing); {REMEDY}")
+    return files
+
+
+def locate_tensors(folder: Path) -> dict[str, Path]:
+    """{tensor name: file} of a folder's .safetensors files, whose types are ones that can be read."""
+    from safetensors import SafetensorError, safe_open
+
+    location: dict[str, Path] = {}
+    for file in weight_files(folder):
+        try:
+            with safe_open(file, framework="np") as stream:
+                for name in stream.keys():  # noqa: SIM118  it is no mapping
+                    _check_type(stream.get_slice(name).get_dtype(), name, file)
+                    location[name] = file
+        except SafetensorError as error:
+            raise ModelError(f"{file} is damaged: {error}; {REMEDY}") from error
+    return location
+
+
+def refuse_quantized(config: Mapping[str, Any], called: str) -> None:
+    """ModelError where config.json says that the weights are stored in codes of few bits."""
+    settings = config.get("quantization_config")
+    if settings:
+        method = settings.get("quant_method", "unknown") if isinstance(settings, Mapping) else settings
+        raise ModelError(
+            f"{called}: the weights are quantised ({method}), which cannot be read; give the model in bfloat16, "
+            "float16 or float32 that they were made from"
+        )
+
+
+def whole_number(values: Mapping[str, Any], name: str, default: Any = None, least: int = 0) -> int:
+    """Setting `name` of config.json, `default` where it is absent or null; ModelError below `least`."""
+    value = values.get(name)
+    value = default if value is None else value
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ModelError(f"config.json: {name} is {_shown(value)}, but must be a whole number of at least {least}")
+    return value
+
+
+def positive_number(values: Mapping[str, Any], name: str, default: Any = None) -> float:
+    """Setting `name` of config.json or of its rope parameters, `default` where it is absent or null."""
+    value = values.get(name)
+    value = default if value is None else value
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
+        raise ModelError(f"config.json: {name} is {_shown(value)}, but must be a positive number")
+    return float(value)
+
+
+def _shown(value: Any) -> str:
+    return "missing" if value is None else repr(value)
+
+
+def _check_type(dtype: str, name: str, file: Path) -> None:
+    if dtype not in READABLE_TYPES:
+        raise ModelError(
+            f"{file}: tensor {name} is stored as {dtype}; only {', '.join(READABLE_TYPES)} can be read: give the model "
+            "in one of them"
+        )
+
+
+def _check_special_token(settings: Mapping[str, Any], name: str, folder: Path) -> None:
+    value = settings.get(f"{name}_token")
+    value = value.get("content") if isinstance(value, dict) else value
+    if value is not None and not isinstance(value, str):
+        path = folder / "tokenizer_config.json"
+        raise ModelError(f"{path} is damaged: {name}_token is {value!r}, which is no text; {REMEDY}")
