@@ -94,6 +94,8 @@ def bench(
     json_path: Path | None = None,
 ) -> Run:
     """Measure every artefact `options.rounds` times, in turn; `say` is told about every process."""
+    for artefact in artefacts:
+        artefact.verify()
     info = device.describe()
     device.prepare(list(artefacts), options)
     journal = journal_for(json_path, info, options)

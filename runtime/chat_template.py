@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import Any
 
 import jinja2
+from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from .base.errors import ArtefactError, UsageError
@@ -21,10 +22,20 @@ def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
+class _GenerationTag(Extension):
+    """{% generation %}...{% endgeneration %}: tells transformers what to train on; here only the text counts."""
+
+    tags = {"generation"}  # noqa: RUF012  as jinja2 declares it
+
+    def parse(self, parser: Any) -> Any:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
 @lru_cache(maxsize=16)
 def _compile(template: str) -> jinja2.Template:
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationTag]
     )
     environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
     environment.globals["raise_exception"] = _raise_exception
@@ -35,7 +46,7 @@ def _compile(template: str) -> jinja2.Template:
 def render_chat(template: str | None, messages: Sequence[Message], bos_token: str = "", eos_token: str = "") -> str:
     """The prompt for the next answer to `messages`, as transformers' apply_chat_template would build it.
 
-    ArtefactError where the model has no template, UsageError where the template refuses the messages.
+    ArtefactError where the model has no template or one that fails, UsageError where the template refuses the messages.
     """
     if template is None:
         raise ArtefactError("the model has no chat template; use plain completion")
@@ -51,3 +62,6 @@ def render_chat(template: str | None, messages: Sequence[Message], bos_token: st
         raise ArtefactError(f"the model's chat template is malformed: {error}") from error
     except jinja2.TemplateError as error:
         raise UsageError(f"the model's chat template refuses these messages: {error}") from error
+    except Exception as error:  # a template computes what it likes
+        reason = f"{type(error).__name__} {error}"
+        raise ArtefactError(f"the model's chat template fails on these messages: {reason}") from error

@@ -9,7 +9,7 @@ import uuid
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from typing import Any
 
-from ..runtime.engines.engine import Engine
+from ..runtime.engines.owned import OwnedEngine
 from ..runtime.generation import Generation, TokenLogprob
 from .metrics import AnswerClock
 from .schemas import APIError, ChatRequest, CompletionRequest
@@ -24,16 +24,23 @@ class Answer(abc.ABC):
     prefix: str
 
     def __init__(
-        self, request: CompletionRequest, engine: Engine, generations: Sequence[Generation], clock: AnswerClock
+        self, request: CompletionRequest, engine: OwnedEngine, generations: Sequence[Generation], clock: AnswerClock
     ) -> None:
         self.request, self.engine, self.generations, self.clock = request, engine, generations, clock
         identity = f"{self.prefix}-{uuid.uuid4().hex}"
         self.base = {"id": identity, "created": int(time.time()), "model": request.model}
 
-    def usage(self) -> dict[str, int]:
-        prompt = sum(generation.stats.prompt_tokens for generation in self.generations)
+    def usage(self) -> dict[str, Any]:
+        """A prompt counts once, however many choices it has; cached is what its first choice found in the cache."""
+        prompts = [generation.stats for generation in self.generations[:: self.request.n]]
+        prompt = sum(stats.prompt_tokens for stats in prompts)
         completion = sum(generation.stats.completion_tokens for generation in self.generations)
-        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": sum(stats.cached_tokens for stats in prompts)},
+        }
 
     async def pieces(self, source: AsyncGenerator[Piece]) -> AsyncGenerator[Piece]:
         """`source`, timed."""

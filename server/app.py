@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator
+import re
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from dataclasses import dataclass, replace
 from importlib import resources
 from typing import Any
@@ -16,8 +17,8 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingRes
 from starlette.exceptions import HTTPException
 
 from ..runtime.base.errors import ContextOverflowError, EfficientLLMError
-from ..runtime.engines.engine import Engine
 from ..runtime.engines.memory import memory_bytes
+from ..runtime.engines.owned import OwnedEngine
 from ..runtime.generation import AnswerOptions, Generation, Overflow, chat_prompt, text_prompt
 from ..runtime.json_constraint import JsonConstraint
 from ..runtime.sampling import SamplingOptions
@@ -41,6 +42,10 @@ PAGE_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
 )
 """The page is one file: nothing is fetched from anywhere else."""
+
+
+CLIENT_GONE = 499
+"""nginx's status for it: nobody reads the answer, but metrics count it."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,8 @@ def _add_error_handlers(app: FastAPI, metrics: Metrics) -> None:
     """Answer every refusal in OpenAI's shape and count it."""
 
     def refuse(request: Request, error: APIError) -> JSONResponse:
-        metrics.requests.labels(request.url.path, str(error.status)).inc()
+        route = request.scope.get("route")  # its pattern: what clients make up must not become labels
+        metrics.requests.labels(route.path if route else "other", str(error.status)).inc()
         headers = {"Retry-After": "1"} if error.status in (429, 503) else None
         return JSONResponse(error.body, error.status, headers)
 
@@ -94,13 +100,20 @@ def _add_error_handlers(app: FastAPI, metrics: Metrics) -> None:
     @app.exception_handler(RequestValidationError)
     async def answer_validation_error(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"] if part != "body")
-        return refuse(request, APIError(400, f"{field}: {first['msg']}".lstrip(": ")))
+        # between the fields pydantic names its types, as in messages.0.content.list[TextPart].0.type
+        parts = [str(part) for part in first["loc"] if part != "body" and re.fullmatch(r"\w+", str(part))]
+        return refuse(
+            request, APIError(400, f"{'.'.join(parts)}: {first['msg'].removeprefix('Value error, ')}".lstrip(": "))
+        )
 
     @app.exception_handler(HTTPException)
     async def answer_http_error(request: Request, error: HTTPException) -> JSONResponse:
         body = APIError(error.status_code, str(error.detail)).body
         return JSONResponse(body, error.status_code, error.headers)
+
+    @app.exception_handler(Exception)
+    async def answer_failure(request: Request, error: Exception) -> JSONResponse:
+        return refuse(request, APIError(500, f"the server failed: {type(error).__name__}", "server_error"))
 
 
 class Endpoints:
@@ -142,19 +155,35 @@ class Endpoints:
             raise APIError(404, f"model {name!r} does not exist", code="model_not_found")
         return _model_card(name)
 
-    async def chat_completions(self, request: ChatRequest) -> JSONResponse | StreamingResponse:
-        return await self._answer(request, ChatAnswer, "/v1/chat/completions")
+    async def chat_completions(self, request: ChatRequest, http: Request) -> Response:
+        return await self._unless_gone(http, self._answer(request, ChatAnswer, "/v1/chat/completions"))
 
-    async def completions(self, request: TextRequest) -> JSONResponse | StreamingResponse:
-        return await self._answer(request, TextAnswer, "/v1/completions")
+    async def completions(self, request: TextRequest, http: Request) -> Response:
+        return await self._unless_gone(http, self._answer(request, TextAnswer, "/v1/completions"))
 
-    async def _answer(
-        self, request: CompletionRequest, answer_class: type[Answer], path: str
-    ) -> JSONResponse | StreamingResponse:
+    async def _unless_gone(self, http: Request, answer: Coroutine[Any, Any, Response]) -> Response:
+        """The answer, whose work is stopped where the client goes away before it is there."""
+        work, gone = asyncio.ensure_future(answer), asyncio.ensure_future(_disconnection(http))
+        try:
+            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if work.done():
+                return work.result()
+            self._metrics.requests.labels(http.scope["route"].path, str(CLIENT_GONE)).inc()
+            return Response(status_code=CLIENT_GONE)
+        finally:
+            for task in (work, gone):
+                task.cancel()
+            await asyncio.wait({work, gone})
+
+    async def _answer(self, request: CompletionRequest, answer_class: type[Answer], path: str) -> Response:
         clock = AnswerClock(self._metrics, request.model)
-        worker = await self._pool.worker(request.model)
-        # tokenizing a long prompt takes a while too
-        generations = await asyncio.to_thread(_generations, worker.engine, request, self._overflow)
+        worker = await self._pool.enter(request.model)
+        try:
+            # tokenizing a long prompt takes a while too
+            generations = await asyncio.to_thread(_generations, worker.engine, request, self._overflow)
+        except BaseException:
+            worker.leave()
+            raise
         answered = answer_class(request, worker.engine, generations, clock)
         pieces = answered.pieces(worker.stream(generations))
         if request.stream:
@@ -167,11 +196,17 @@ class Endpoints:
         return JSONResponse(body)
 
 
+async def _disconnection(http: Request) -> None:
+    """Return when the client is gone; the body has been read."""
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
+
+
 def _model_card(name: str) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": 0, "owned_by": "efficientllm"}
 
 
-def _generations(engine: Engine, request: CompletionRequest, overflow: Overflow) -> list[Generation]:
+def _generations(engine: OwnedEngine, request: CompletionRequest, overflow: Overflow) -> list[Generation]:
     """One generation per choice; APIError 400 where the engine refuses the prompt."""
     sampling = SamplingOptions(
         temperature=request.temperature,
@@ -201,7 +236,7 @@ def _wants_json(request: CompletionRequest) -> bool:
     return isinstance(request, ChatRequest) and request.response_format.type == "json_object"
 
 
-def _prompts(engine: Engine, request: CompletionRequest) -> list[list[int]]:
+def _prompts(engine: OwnedEngine, request: CompletionRequest) -> list[list[int]]:
     if isinstance(request, ChatRequest):
         return [chat_prompt(engine, [message.flat() for message in request.messages])]
     assert isinstance(request, TextRequest)

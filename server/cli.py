@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -64,6 +67,21 @@ def named_artefacts(artefact: str | None, models: Sequence[str]) -> dict[str, st
     return dict(pairs)
 
 
+def bound_socket(host: str, port: int) -> socket.socket:
+    """A socket that nobody else listens on; UsageError where the address is taken or not this machine's."""
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        if os.name == "posix":  # elsewhere it would let two servers have one port
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            raise UsageError(f"--port {port}: another program listens there on {host}; give another --port") from error
+        raise UsageError(f"--host {host} --port {port}: cannot be listened on: {error.strerror}") from error
+    return listener
+
+
 def body(argv: Sequence[str]) -> int:
     with extra("server"):
         import uvicorn
@@ -76,16 +94,14 @@ def body(argv: Sequence[str]) -> int:
     options, app_options = flags.take(arguments, ServeOptions), flags.take(arguments, AppOptions)
     engine_options = flags.take(arguments, EngineOptions)
     artefacts = named_artefacts(artefact, options.model)
-    pool = ModelPool(artefacts, engine_options, options.waiting, options.timeout, options.max_memory)
-    names = ", ".join(artefacts)
-    print(f"{names} at http://{options.host}:{options.port}/v1 (chat: /, documentation: /docs)", flush=True)
-    uvicorn.run(
-        create_app(pool, app_options),
-        host=options.host,
-        port=options.port,
-        log_level="warning",
-        timeout_graceful_shutdown=options.grace,
-    )
+    with bound_socket(options.host, options.port) as listener:  # before the models take their time to load
+        pool = ModelPool(artefacts, engine_options, options.waiting, options.timeout, options.max_memory)
+        names = ", ".join(artefacts)
+        print(f"{names} at http://{options.host}:{options.port}/v1 (chat: /, documentation: /docs)", flush=True)
+        config = uvicorn.Config(
+            create_app(pool, app_options), log_level="warning", timeout_graceful_shutdown=options.grace
+        )
+        uvicorn.Server(config).run(sockets=[listener])
     return 0
 
 

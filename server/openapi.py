@@ -29,10 +29,15 @@ class ErrorAnswer(_Answer):
     error: ErrorDetail
 
 
+class PromptTokensDetails(_Answer):
+    cached_tokens: int
+
+
 class Usage(_Answer):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
 
 
 class TokenChance(_Answer):
