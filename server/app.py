@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
@@ -16,7 +18,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from ..runtime.base.errors import ContextOverflowError, EfficientLLMError
+from ..runtime.base.errors import ContextOverflowError, EfficientLLMError, UsageError
 from ..runtime.engines.memory import memory_bytes
 from ..runtime.engines.owned import OwnedEngine
 from ..runtime.generation import AnswerOptions, Generation, Overflow, chat_prompt, text_prompt
@@ -53,7 +55,11 @@ class AppOptions:
     """access"""
 
     api_key: str = ""
-    """Key that clients must send; empty: none."""
+    """Key that clients must send; empty: that of --api-key-file, or else of EFFICIENTLLM_API_KEY, if any."""
+    api_key_file: str = ""
+    """File that holds the key: a flag can be read in the list of processes."""
+    allow_host: tuple[str, ...] = ()
+    """Further name that browsers may call a server of this machine alone by, repeatable; matters without a key."""
     cors_origin: tuple[str, ...] = ()
     """Web page's origin that may call the endpoint from a browser, repeatable; none by default."""
     max_body_bytes: int = 1_000_000
@@ -61,9 +67,22 @@ class AppOptions:
     overflow: Overflow = "error"
     """Where a chat outgrows the context window: error, or slide (forget the oldest tokens)."""
 
+    @property
+    def key(self) -> str:
+        """The key, wherever it is given; UsageError for a file without one."""
+        if self.api_key or not self.api_key_file:
+            return self.api_key or os.environ.get("EFFICIENTLLM_API_KEY", "")
+        key = Path(self.api_key_file).read_text(encoding="utf-8").strip()
+        if not key:
+            raise UsageError(f"--api-key-file {self.api_key_file}: is empty")
+        return key
 
-def create_app(pool: ModelPool, options: AppOptions | None = None) -> FastAPI:
-    """An application that serves `pool`; it closes the pool when it shuts down."""
+
+def create_app(pool: ModelPool, options: AppOptions | None = None, hosts: Sequence[str] = ()) -> FastAPI:
+    """An application that serves `pool`; it closes the pool when it shuts down.
+
+    `hosts`: names that it is called by, where only this machine may; without a key, other names are refused.
+    """
     options = options or AppOptions()
     metrics = Metrics(pool)
 
@@ -73,7 +92,8 @@ def create_app(pool: ModelPool, options: AppOptions | None = None) -> FastAPI:
         await asyncio.to_thread(pool.close)
 
     app = FastAPI(title="efficientllm", lifespan=lifespan)
-    app.add_middleware(Guard, api_key=options.api_key, max_body_bytes=options.max_body_bytes)
+    names = frozenset([*hosts, *options.allow_host] if hosts and not options.key else [])
+    app.add_middleware(Guard, api_key=options.key, max_body_bytes=options.max_body_bytes, hosts=names)
     if options.cors_origin:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(options.cors_origin), allow_methods=["*"], allow_headers=["*"]
@@ -148,12 +168,16 @@ class Endpoints:
         return Response(self._metrics.render(), media_type="text/plain; version=0.0.4")
 
     async def models(self) -> dict[str, Any]:
-        return {"object": "list", "data": [_model_card(name) for name in self._pool.artefacts]}
+        return {"object": "list", "data": [self._card(name) for name in self._pool.artefacts]}
 
     async def model(self, name: str) -> dict[str, Any]:
         if name not in self._pool.artefacts:
             raise APIError(404, f"model {name!r} does not exist", code="model_not_found")
-        return _model_card(name)
+        return self._card(name)
+
+    def _card(self, name: str) -> dict[str, Any]:
+        card = {"id": name, "object": "model", "created": 0, "owned_by": "efficientllm"}
+        return {**card, "max_model_len": self._pool.context_length(name)}
 
     async def chat_completions(self, request: ChatRequest, http: Request) -> Response:
         return await self._unless_gone(http, self._answer(request, ChatAnswer, "/v1/chat/completions"))
@@ -200,10 +224,6 @@ async def _disconnection(http: Request) -> None:
     """Return when the client is gone; the body has been read."""
     while (await http.receive())["type"] != "http.disconnect":
         pass
-
-
-def _model_card(name: str) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": 0, "owned_by": "efficientllm"}
 
 
 def _generations(engine: OwnedEngine, request: CompletionRequest, overflow: Overflow) -> list[Generation]:

@@ -16,6 +16,9 @@ from ..runtime.base.errors import UsageError
 from ..runtime.base.extras import extra
 from ..runtime.engines.engine import EngineOptions
 
+LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1", "[::1]")
+"""Names of this machine for itself, as flags and browsers write them."""
+
 
 @dataclass(frozen=True)
 class ServeOptions:
@@ -94,12 +97,17 @@ def body(argv: Sequence[str]) -> int:
     options, app_options = flags.take(arguments, ServeOptions), flags.take(arguments, AppOptions)
     engine_options = flags.take(arguments, EngineOptions)
     artefacts = named_artefacts(artefact, options.model)
+    is_local = options.host in LOCAL_HOSTS
+    if not is_local and not app_options.key:
+        print(f"warning: --host {options.host} may let other machines in, and there is no --api-key", file=sys.stderr)
     with bound_socket(options.host, options.port) as listener:  # before the models take their time to load
         pool = ModelPool(artefacts, engine_options, options.waiting, options.timeout, options.max_memory)
         names = ", ".join(artefacts)
         print(f"{names} at http://{options.host}:{options.port}/v1 (chat: /, documentation: /docs)", flush=True)
         config = uvicorn.Config(
-            create_app(pool, app_options), log_level="warning", timeout_graceful_shutdown=options.grace
+            create_app(pool, app_options, LOCAL_HOSTS if is_local else ()),
+            log_level="warning",
+            timeout_graceful_shutdown=options.grace,
         )
         uvicorn.Server(config).run(sockets=[listener])
     return 0

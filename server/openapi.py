@@ -108,6 +108,8 @@ class ModelCard(_Answer):
     object: Literal["model"]
     created: int
     owned_by: str
+    max_model_len: int | None
+    """vLLM's name for tokens that fit, prompt and answer together; null before a model that does not say is loaded."""
 
 
 class ModelList(_Answer):

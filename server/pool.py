@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from ..runtime.base.errors import EfficientLLMError
 from ..runtime.base.quantities import format_bytes
 from ..runtime.engines.artefact import Artefact
-from ..runtime.engines.engine import EngineOptions, load_engine
+from ..runtime.engines.engine import DEFAULT_CONTEXT, EngineOptions, load_engine
 from .schemas import APIError
 from .worker import EngineWorker
 
@@ -54,6 +54,13 @@ class ModelPool:
     @property
     def in_flight(self) -> int:
         return sum(worker.in_flight for worker in self._workers.values()) + sum(self._arriving.values())
+
+    def context_length(self, name: str) -> int | None:
+        """Tokens that fit, prompt and answer together; None where loading will tell."""
+        if name in self._workers:
+            return self._workers[name].engine.context_length
+        known = self.artefacts[name].context_length
+        return self.options.context or (min(DEFAULT_CONTEXT, known) if known else None)
 
     async def enter(self, name: str) -> EngineWorker:
         """The worker of a model, loaded now if need be, with a place in its queue, which keeps it from being unloaded.

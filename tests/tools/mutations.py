@@ -126,7 +126,7 @@ def mutate(folder: Path, seed: str) -> str:
     # half of them to the model itself
     models = [file for file in files if file.suffix in (".gguf", ".pte", ".onnx")]
     file = dice.choice(models if dice.random() < 0.5 else files)
-    before = file.read_bytes()
+    before, change = file.read_bytes(), change_bytes
     while file.read_bytes() == before:
         change = dice.choice(mutations_of(file))
         change(dice, file)
