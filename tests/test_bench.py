@@ -143,7 +143,7 @@ def test_tests_that_do_not_fit_are_left_out(artefact: Path, tmp_path: Path, caps
     short.mkdir()
     for name in manifest.files:
         (short / name).symlink_to(artefact / name)
-    replace(manifest, context_length=18).write(short)
+    dataclasses.replace(manifest, context_length=18).write(short)
     assert run_command(cli.body, [str(short), *QUICK, "--markdown"]) == 0
     printed = capsys.readouterr().out
     assert "pp16 t/s" in printed
