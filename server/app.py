@@ -208,7 +208,7 @@ class Endpoints:
         except BaseException:
             worker.leave()
             raise
-        answered = answer_class(request, worker.engine, generations, clock)
+        answered = answer_class(request, generations, clock)
         pieces = answered.pieces(worker.stream(generations))
         if request.stream:
             # the first piece is awaited here, so that a full queue is answered with its own status

@@ -99,7 +99,7 @@ class ModelPool:
         """Unload what was not used for longest; waits for a model that nobody needs."""
         needed, deadline = self.artefacts[name].file_bytes, time.monotonic() + self.timeout
         while self.max_memory and self._workers and self._used() + needed > self.max_memory:
-            idle = [(worker.last_used, key) for key, worker in self._workers.items() if worker.is_idle]
+            idle = [(worker.last_used, key) for key, worker in self._workers.items() if not worker.in_flight]
             if idle:
                 await asyncio.to_thread(self._workers.pop(min(idle)[1]).close)
                 continue

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -21,6 +21,8 @@ class Piece:
     choice: int
     text: str
     logprobs: tuple[TokenLogprob, ...]
+    token_bytes: Mapping[int, bytes]
+    """Of every token in `logprobs`: the engine may be unloaded while a slow client still reads."""
     tokens: int
     """Tokens of this choice so far."""
     finish_reason: str | None = None
@@ -37,16 +39,9 @@ class EngineWorker:
         self.timeout = timeout
         self.in_flight = 0
         """Requests that have a place: waiting, or being computed."""
-        self.num_read = 0
-        """Answers that are still being read."""
         self.last_used = time.monotonic()
         self._when_idle = when_idle
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
-
-    @property
-    def is_idle(self) -> bool:
-        """Whether nobody needs the engine."""
-        return not self.in_flight and not self.num_read
 
     def enter(self) -> None:
         """Take a place, which `leave` or the end of `stream`'s computation frees; APIError 429 where there is none."""
@@ -58,11 +53,8 @@ class EngineWorker:
     def leave(self) -> None:
         """Free a place."""
         self.in_flight -= 1
-        self._used()
-
-    def _used(self) -> None:
         self.last_used = time.monotonic()
-        if self.is_idle:
+        if not self.in_flight:
             self._when_idle()
 
     def stream(self, generations: Sequence[Generation]) -> AsyncGenerator[Piece]:
@@ -78,7 +70,6 @@ class EngineWorker:
 
         done = loop.run_in_executor(self._thread, _compute, generations, send)
         done.add_done_callback(lambda _: self.leave())  # also where nobody waits for it any more
-        self.num_read += 1
         return self._read(generations, pieces, done)
 
     async def _read(
@@ -106,8 +97,6 @@ class EngineWorker:
         finally:
             for generation in generations:
                 generation.is_cancelled = True
-            self.num_read -= 1
-            self._used()
 
     def close(self) -> None:
         """Wait for the answer in progress, then free the engine."""
@@ -120,11 +109,16 @@ def _compute(generations: Sequence[Generation], send: Callable[[Piece | BaseExce
     end: BaseException | None = None
     try:
         for choice, generation in enumerate(generations):
-            stats = generation.stats
             for text in () if generation.is_cancelled else generation:
-                send(Piece(choice, text, tuple(generation.take_logprobs()), stats.completion_tokens))
-            rest = tuple(generation.take_logprobs())
-            send(Piece(choice, "", rest, stats.completion_tokens, stats.finish_reason or "length"))
+                send(_piece(choice, text, generation))
+            send(_piece(choice, "", generation, generation.stats.finish_reason or "length"))
     except BaseException as error:
         end = error
     send(end)
+
+
+def _piece(choice: int, text: str, generation: Generation, finish_reason: str | None = None) -> Piece:
+    records = tuple(generation.take_logprobs())
+    tokens = {token for record in records for token in (record.token, *(other for other, _ in record.top))}
+    token_bytes = {token: generation.engine.token_bytes(token) for token in tokens}
+    return Piece(choice, text, records, token_bytes, generation.stats.completion_tokens, finish_reason)
