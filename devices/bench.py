@@ -55,6 +55,8 @@ def bench(
     json_path: Path | None = None,
 ) -> Run:
     """Measure every artefact `options.rounds` times, in turn; `say` is told about every process."""
+    for artefact in artefacts:
+        artefact.verify()
     info, release = device.describe(), importlib.metadata.version("efficientllm")
     device.prepare(list(artefacts), options)
     journal = journal_for(json_path, info, options, release, say)

@@ -136,7 +136,7 @@ def measure(request: Request) -> Measurement:
     baseline = memory_bytes().get("rss_bytes", 0)
     context = request.context or options.context
     artefact = Artefact.open(request.artefact)
-    engine = load_engine(artefact, EngineOptions(options.threads, context, huge_pages=options.huge_pages))
+    engine = load_engine(artefact, EngineOptions(options.threads, context, huge_pages=options.huge_pages), probe=False)
     return measure_engine(engine, options, engine_version(artefact.engine), baseline)
 
 

@@ -11,8 +11,9 @@ from .base import flags
 from .base.command import run_command
 from .base.errors import EfficientLLMError, UsageError
 from .base.quantities import format_bytes
-from .engines.engine import Engine, EngineOptions, load_engine
+from .engines.engine import EngineOptions, load_engine
 from .engines.memory import memory_bytes
+from .engines.owned import OwnedEngine
 from .generation import AnswerOptions, Generation, GenerationStats, Overflow, chat_prompt
 from .sampling import SamplingOptions
 
@@ -50,7 +51,7 @@ def build_parser() -> flags.Parser:
 class Conversation:
     """Messages so far, and answering the next one."""
 
-    def __init__(self, engine: Engine, options: ChatOptions, sampling: SamplingOptions) -> None:
+    def __init__(self, engine: OwnedEngine, options: ChatOptions, sampling: SamplingOptions) -> None:
         self.engine = engine
         self.options = options
         self.sampling = sampling
@@ -83,7 +84,8 @@ class Conversation:
             return f"load {self.engine.load_ms:.0f} ms; no answer yet"
         return (
             f"load {self.engine.load_ms:.0f} ms, time to first token {stats.time_to_first_token_ms:.0f} ms "
-            f"({stats.prompt_tokens} prompt tokens), decode {stats.decode_tokens_per_second:.1f} tokens/s "
+            f"({stats.prompt_tokens} prompt tokens, {stats.cached_tokens} of them cached), "
+            f"decode {stats.decode_tokens_per_second:.1f} tokens/s "
             f"({stats.completion_tokens} tokens, {stats.finish_reason}), "
             f"prefill {stats.prefill_tokens_per_second:.0f} tokens/s, "
             f"peak RSS {format_bytes(memory_bytes()['peak_rss_bytes'])}, "

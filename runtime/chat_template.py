@@ -9,9 +9,7 @@ from functools import lru_cache
 from typing import Any
 
 import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
+from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from .base.errors import ArtefactError, UsageError
@@ -24,12 +22,12 @@ def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
-class _Generation(jinja2.ext.Extension):
-    """transformers' `{% generation %}` around what the model itself says: it marks that part for training, no more."""
+class _GenerationTag(Extension):
+    """{% generation %}...{% endgeneration %}: tells transformers what to train on; here only the text counts."""
 
-    tags = {"generation"}  # noqa: RUF012  jinja2 declares it so
+    tags = {"generation"}  # noqa: RUF012  as jinja2 declares it
 
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+    def parse(self, parser: Any) -> Any:
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
@@ -37,7 +35,7 @@ class _Generation(jinja2.ext.Extension):
 @lru_cache(maxsize=16)
 def _compile(template: str) -> jinja2.Template:
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationTag]
     )
     environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
     environment.globals["raise_exception"] = _raise_exception
@@ -56,7 +54,7 @@ def render_chat(
 
     Without a generation prompt: the conversation as it stands.
 
-    ArtefactError where the model has no template, UsageError where the template refuses the messages.
+    ArtefactError where the model has no template or one that fails, UsageError where the template refuses the messages.
     """
     if template is None:
         raise ArtefactError("the model has no chat template; use plain completion")
@@ -72,3 +70,6 @@ def render_chat(
         raise ArtefactError(f"the model's chat template is malformed: {error}") from error
     except jinja2.TemplateError as error:
         raise UsageError(f"the model's chat template refuses these messages: {error}") from error
+    except Exception as error:  # a template computes what it likes
+        reason = f"{type(error).__name__} {error}"
+        raise ArtefactError(f"the model's chat template fails on these messages: {reason}") from error

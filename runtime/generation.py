@@ -12,7 +12,7 @@ import numpy as np
 from .base import flags
 from .base.errors import ContextOverflowError
 from .chat_template import Message, render_chat
-from .engines.engine import Engine
+from .engines.owned import OwnedEngine
 from .json_constraint import JsonConstraint
 from .sampling import Sampler, SamplingOptions, log_softmax
 from .text_stream import TextStream
@@ -38,6 +38,10 @@ class GenerationStats:
     """Figures of one answer."""
 
     prompt_tokens: int = 0
+    cached_tokens: int = 0
+    """Of the prompt, what the cache held already."""
+    prefilled_tokens: int = 0
+    """Of the prompt, what was evaluated: neither cached nor slid out of the window."""
     completion_tokens: int = 0
     time_to_first_token_ms: float = 0.0
     """From the call to the first token's logits: the prefill."""
@@ -48,7 +52,8 @@ class GenerationStats:
 
     @property
     def prefill_tokens_per_second(self) -> float:
-        return self.prompt_tokens / (self.time_to_first_token_ms / 1e3) if self.time_to_first_token_ms else 0.0
+        """Of the tokens that were evaluated."""
+        return self.prefilled_tokens / (self.time_to_first_token_ms / 1e3) if self.time_to_first_token_ms else 0.0
 
     @property
     def decode_tokens_per_second(self) -> float:
@@ -76,11 +81,14 @@ class AnswerOptions:
 
 
 class Generation:
-    """One answer, streamed: iterate for pieces of text, then read `answer` and `stats`."""
+    """One answer, streamed: iterate for pieces of text, then read `answer` and `stats`.
+
+    UsageError where another answer is begun on the engine before this one ends, or the engine is closed.
+    """
 
     def __init__(
         self,
-        engine: Engine,
+        engine: OwnedEngine,
         prompt: Sequence[int],
         options: AnswerOptions | None = None,
         constraint: JsonConstraint | None = None,
@@ -96,6 +104,9 @@ class Generation:
                 f"{engine.context_length}; shorten it or load with a larger --context"
             )
         self.engine = engine
+        self.is_cancelled = False
+        """Set by any thread: the answer ends before its next token, or amid a long prompt."""
+        self._lease = engine.lease()
         self.tokens = list(prompt)
         """What the next token is computed from: the prompt and the answer, less what has slid out of the window."""
         self.answer: list[int] = []
@@ -110,14 +121,15 @@ class Generation:
 
     def __iter__(self) -> Iterator[str]:
         began = time.perf_counter()
-        if len(self.tokens) >= self.engine.context_length:
-            self._slide()
-        logits = self.engine.prefill(self.tokens)
-        first = time.perf_counter()
-        self.stats.time_to_first_token_ms = (first - began) * 1e3
+        logits = self._prefill()
+        self.stats.time_to_first_token_ms = (time.perf_counter() - began) * 1e3
+        self.stats.cached_tokens = self._lease.cached_tokens
+        self.stats.prefilled_tokens = len(self.tokens) - self.stats.cached_tokens
         self.stats.finish_reason = "length"
-        while self.stats.completion_tokens < self.max_tokens:
+        while logits is not None and self.stats.completion_tokens < self.max_tokens:
             token = self._choose(logits)
+            if self.is_cancelled:
+                break
             if token is None or token in self.engine.end_ids:
                 self.stats.finish_reason = "stop"
                 break
@@ -133,21 +145,29 @@ class Generation:
                 break
             if self.stats.completion_tokens < self.max_tokens:
                 began = time.perf_counter()
-                if len(self.tokens) > self.engine.context_length:
-                    self._slide()
-                    logits = self.engine.prefill(self.tokens)
-                else:
-                    logits = self.engine.decode(token)
+                has_room = len(self.tokens) <= self.engine.context_length
+                logits = self._lease.decode(token) if has_room else self._prefill()
                 self.stats.decode_seconds += time.perf_counter() - began
         if piece := self.text.finish():
             yield piece
+
+    def _prefill(self) -> np.ndarray | None:
+        """Logits after `tokens`, the oldest of which go where they do not fit; None where the answer is cancelled."""
+        if len(self.tokens) >= self.engine.context_length:
+            self._slide()
+        last = None
+        for logits in self._lease.prefill(self.tokens):
+            last = logits
+            if self.is_cancelled:
+                return None
+        return last
 
     def _choose(self, logits: np.ndarray) -> int | None:
         """The next token; None where the constraint accepts no more."""
         if self.constraint is None:
             return self.sampler.sample(logits, self.tokens)
         logits = logits.copy()
-        while np.isfinite(logits.max()):
+        while np.isfinite(logits.max()) and not self.is_cancelled:
             token = self.sampler.sample(logits, self.tokens)
             if token not in self.engine.end_ids and self.constraint.push(self.engine.token_bytes(token)):
                 return token
@@ -173,7 +193,7 @@ def token_logprob(logits: np.ndarray, token: int, top: int) -> TokenLogprob:
     return TokenLogprob(token, float(log_probs[token]), tuple((int(one), float(log_probs[one])) for one in best))
 
 
-def chat_prompt(engine: Engine, messages: Sequence[Message]) -> list[int]:
+def chat_prompt(engine: OwnedEngine, messages: Sequence[Message]) -> list[int]:
     """Token ids of a chat, ready for the assistant's answer."""
     text = render_chat(engine.chat_template, messages, engine.bos_token, engine.eos_token)
     tokens = engine.tokenize(text, special=True)
@@ -182,7 +202,7 @@ def chat_prompt(engine: Engine, messages: Sequence[Message]) -> list[int]:
     return tokens
 
 
-def text_prompt(engine: Engine, text: str) -> list[int]:
+def text_prompt(engine: OwnedEngine, text: str) -> list[int]:
     """Token ids of a text that is to go on; what looks like a control token is text. [] where there is nothing."""
     tokens = engine.tokenize(text, special=False)
     # a model that knows no BOS by habit still needs one token to begin with

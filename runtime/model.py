@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -9,11 +10,10 @@ from typing import Any
 
 from .base.errors import UsageError
 from .chat_template import Message
-from .engines.engine import Engine, EngineOptions, load_engine
+from .engines.engine import EngineOptions, load_engine
+from .engines.owned import OwnedEngine
 from .generation import AnswerOptions, Generation, GenerationStats, chat_prompt, text_prompt
 from .sampling import SamplingOptions
-
-CLOSED = "the model is closed; load it again"
 
 Question = str | Sequence[Message]
 """What the user says, or the whole conversation up to it."""
@@ -22,17 +22,22 @@ Question = str | Sequence[Message]
 class Model:
     """A model that answers. Close it, or use it in a `with` block.
 
+    It has room for one answer. Threads that ask `chat`, `complete` or `generate` take turns; an answer that is read
+    piece by piece from `stream` ends in a UsageError where another one was begun. Any thread may close it: an answer
+    in progress then ends in a UsageError.
+
     The methods take the same options: `max_tokens` [256]; `stop`, a string or several that end the answer and are not
     part of it; `overflow` ("error", or "slide": forget the oldest tokens where the context window ends); and the fields
     of SamplingOptions: `temperature` [0: always the most likely token], `top_k`, `top_p`, `min_p`,
     `repetition_penalty`, `seed`. A UsageError names an option that does not exist.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: OwnedEngine) -> None:
         """Usually made by `load`; `engine` is closed with the model."""
-        self._engine: Engine | None = engine
-        self._answering: Generation | None = None
-        """The one answer whose tokens the engine's cache holds."""
+        self.engine = engine
+        """Token ids in, logits out; UsageError once the model is closed."""
+        self._turn = threading.Lock()
+        """Held during an answer that is asked for as a whole."""
         self.stats: GenerationStats | None = None
         """Figures of the last answer: tokens, times, why it ended."""
 
@@ -42,25 +47,17 @@ class Model:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    @property
-    def engine(self) -> Engine:
-        """Token ids in, logits out; UsageError once the model is closed."""
-        if self._engine is None:
-            raise UsageError(CLOSED)
-        return self._engine
-
     def close(self) -> None:
-        """Free the engine's memory; a second time does nothing."""
-        if self._engine is not None:
-            self._engine.close()
-        self._engine = None
+        """Free the engine's memory when the token in progress is computed; a second time does nothing."""
+        self.engine.close()
 
     def chat(self, question: Question, **options: Any) -> str:
         """The answer under the model's own chat template; ArtefactError where it has none.
 
         model.chat("What is the capital of France?", temperature=0.7, seed=1)
         """
-        return "".join(self.stream(question, **options))
+        with self._turn:
+            return "".join(self.stream(question, **options))
 
     def stream(self, question: Question, **options: Any) -> Iterator[str]:
         """`chat`, piece by piece as it is computed.
@@ -79,7 +76,8 @@ class Model:
         prompt = text_prompt(self.engine, text)
         if not prompt:
             raise UsageError("the text is empty, and this model has no token to begin with")
-        return "".join(self._answer(prompt, options))
+        with self._turn:
+            return "".join(self._answer(prompt, options))
 
     def generate(self, tokens: Sequence[int], **options: Any) -> list[int]:
         """Token ids that follow `tokens`, without the one that ends the answer.
@@ -90,10 +88,10 @@ class Model:
         if not tokens:
             raise UsageError("there are no tokens to go on from")
         generation = Generation(self.engine, tokens, _answer_options(options))
-        self._answering = generation
-        for _ in generation:
-            pass
-        self.stats = generation.stats
+        with self._turn:
+            for _ in generation:
+                pass
+            self.stats = generation.stats
         return generation.answer
 
     def tokenize(self, text: str, *, special: bool = False) -> list[int]:
@@ -114,21 +112,8 @@ class Model:
 
     def _answer(self, prompt: Sequence[int], options: dict[str, Any]) -> Iterator[str]:
         generation = Generation(self.engine, prompt, _answer_options(options))  # refuses a bad prompt here and now
-        self.stats, self._answering = generation.stats, generation
-        return self._pieces(generation)
-
-    def _pieces(self, generation: Generation) -> Iterator[str]:
-        """The pieces of an answer, as long as the model is open."""
-        pieces = iter(generation)
-        while True:
-            if self._engine is None:
-                raise UsageError(CLOSED)
-            if self._answering is not generation:
-                raise UsageError("another answer was begun on this model: read one to its end, or load the model twice")
-            piece = next(pieces, None)
-            if piece is None:
-                return
-            yield piece
+        self.stats = generation.stats
+        return iter(generation)
 
 
 def _answer_options(given: dict[str, Any]) -> AnswerOptions:

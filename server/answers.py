@@ -9,7 +9,6 @@ import uuid
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from typing import Any
 
-from ..runtime.engines.engine import Engine
 from ..runtime.generation import Generation, TokenLogprob
 from .metrics import AnswerClock
 from .schemas import APIError, ChatRequest, CompletionRequest
@@ -23,17 +22,23 @@ class Answer(abc.ABC):
     chunk_kind: str
     prefix: str
 
-    def __init__(
-        self, request: CompletionRequest, engine: Engine, generations: Sequence[Generation], clock: AnswerClock
-    ) -> None:
-        self.request, self.engine, self.generations, self.clock = request, engine, generations, clock
+    def __init__(self, request: CompletionRequest, generations: Sequence[Generation], clock: AnswerClock) -> None:
+        self.request, self.generations, self.clock = request, generations, clock
+        self.token_bytes: dict[int, bytes] = {}
         identity = f"{self.prefix}-{uuid.uuid4().hex}"
         self.base = {"id": identity, "created": int(time.time()), "model": request.model}
 
-    def usage(self) -> dict[str, int]:
-        prompt = sum(generation.stats.prompt_tokens for generation in self.generations)
+    def usage(self) -> dict[str, Any]:
+        """A prompt counts once, however many choices it has; cached is what its first choice found in the cache."""
+        prompts = [generation.stats for generation in self.generations[:: self.request.n]]
+        prompt = sum(stats.prompt_tokens for stats in prompts)
         completion = sum(generation.stats.completion_tokens for generation in self.generations)
-        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": sum(stats.cached_tokens for stats in prompts)},
+        }
 
     async def pieces(self, source: AsyncGenerator[Piece]) -> AsyncGenerator[Piece]:
         """`source`, timed."""
@@ -41,6 +46,7 @@ class Answer(abc.ABC):
         try:
             async for piece in source:
                 has_begun = True
+                self.token_bytes |= piece.token_bytes
                 if piece.text:
                     self.clock.piece(piece.tokens)
                 yield piece
@@ -90,7 +96,7 @@ class Answer(abc.ABC):
         return f"data: {json.dumps({**self.base, 'object': self.chunk_kind, 'choices': [choice]})}\n\n"
 
     def _text_of(self, token: int) -> str:
-        return self.engine.token_bytes(token).decode("utf-8", errors="replace")
+        return self.token_bytes[token].decode("utf-8", errors="replace")
 
     @abc.abstractmethod
     def _content(self, text: str) -> dict[str, Any]:
@@ -138,7 +144,7 @@ class ChatAnswer(Answer):
         return {"content": content, "refusal": None}
 
     def _token(self, token: int, logprob: float) -> dict[str, Any]:
-        return {"token": self._text_of(token), "logprob": logprob, "bytes": list(self.engine.token_bytes(token))}
+        return {"token": self._text_of(token), "logprob": logprob, "bytes": list(self.token_bytes[token])}
 
 
 class TextAnswer(Answer):

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator
+import os
+import re
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
@@ -15,9 +18,9 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from ..runtime.base.errors import ContextOverflowError, EfficientLLMError
-from ..runtime.engines.engine import Engine
+from ..runtime.base.errors import ContextOverflowError, EfficientLLMError, UsageError
 from ..runtime.engines.memory import memory_bytes
+from ..runtime.engines.owned import OwnedEngine
 from ..runtime.generation import AnswerOptions, Generation, Overflow, chat_prompt, text_prompt
 from ..runtime.json_constraint import JsonConstraint
 from ..runtime.sampling import SamplingOptions
@@ -43,12 +46,20 @@ PAGE_POLICY = (
 """The page is one file: nothing is fetched from anywhere else."""
 
 
+CLIENT_GONE = 499
+"""nginx's status for it: nobody reads the answer, but metrics count it."""
+
+
 @dataclass(frozen=True)
 class AppOptions:
     """access"""
 
     api_key: str = ""
-    """Key that clients must send; empty: none."""
+    """Key that clients must send; empty: that of --api-key-file, or else of EFFICIENTLLM_API_KEY, if any."""
+    api_key_file: str = ""
+    """File that holds the key: a flag can be read in the list of processes."""
+    allow_host: tuple[str, ...] = ()
+    """Further name that browsers may call a server of this machine alone by, repeatable; matters without a key."""
     cors_origin: tuple[str, ...] = ()
     """Web page's origin that may call the endpoint from a browser, repeatable; none by default."""
     max_body_bytes: int = 1_000_000
@@ -56,9 +67,22 @@ class AppOptions:
     overflow: Overflow = "error"
     """Where a chat outgrows the context window: error, or slide (forget the oldest tokens)."""
 
+    @property
+    def key(self) -> str:
+        """The key, wherever it is given; UsageError for a file without one."""
+        if self.api_key or not self.api_key_file:
+            return self.api_key or os.environ.get("EFFICIENTLLM_API_KEY", "")
+        key = Path(self.api_key_file).read_text(encoding="utf-8").strip()
+        if not key:
+            raise UsageError(f"--api-key-file {self.api_key_file}: is empty")
+        return key
 
-def create_app(pool: ModelPool, options: AppOptions | None = None) -> FastAPI:
-    """An application that serves `pool`; it closes the pool when it shuts down."""
+
+def create_app(pool: ModelPool, options: AppOptions | None = None, hosts: Sequence[str] = ()) -> FastAPI:
+    """An application that serves `pool`; it closes the pool when it shuts down.
+
+    `hosts`: names that it is called by, where only this machine may; without a key, other names are refused.
+    """
     options = options or AppOptions()
     metrics = Metrics(pool)
 
@@ -68,7 +92,8 @@ def create_app(pool: ModelPool, options: AppOptions | None = None) -> FastAPI:
         await asyncio.to_thread(pool.close)
 
     app = FastAPI(title="efficientllm", lifespan=lifespan)
-    app.add_middleware(Guard, api_key=options.api_key, max_body_bytes=options.max_body_bytes)
+    names = frozenset([*hosts, *options.allow_host] if hosts and not options.key else [])
+    app.add_middleware(Guard, api_key=options.key, max_body_bytes=options.max_body_bytes, hosts=names)
     if options.cors_origin:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(options.cors_origin), allow_methods=["*"], allow_headers=["*"]
@@ -83,7 +108,8 @@ def _add_error_handlers(app: FastAPI, metrics: Metrics) -> None:
     """Answer every refusal in OpenAI's shape and count it."""
 
     def refuse(request: Request, error: APIError) -> JSONResponse:
-        metrics.requests.labels(request.url.path, str(error.status)).inc()
+        route = request.scope.get("route")  # its pattern: what clients make up must not become labels
+        metrics.requests.labels(route.path if route else "other", str(error.status)).inc()
         headers = {"Retry-After": "1"} if error.status in (429, 503) else None
         return JSONResponse(error.body, error.status, headers)
 
@@ -94,13 +120,20 @@ def _add_error_handlers(app: FastAPI, metrics: Metrics) -> None:
     @app.exception_handler(RequestValidationError)
     async def answer_validation_error(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"] if part != "body")
-        return refuse(request, APIError(400, f"{field}: {first['msg']}".lstrip(": ")))
+        # between the fields pydantic names its types, as in messages.0.content.list[TextPart].0.type
+        parts = [str(part) for part in first["loc"] if part != "body" and re.fullmatch(r"\w+", str(part))]
+        return refuse(
+            request, APIError(400, f"{'.'.join(parts)}: {first['msg'].removeprefix('Value error, ')}".lstrip(": "))
+        )
 
     @app.exception_handler(HTTPException)
     async def answer_http_error(request: Request, error: HTTPException) -> JSONResponse:
         body = APIError(error.status_code, str(error.detail)).body
         return JSONResponse(body, error.status_code, error.headers)
+
+    @app.exception_handler(Exception)
+    async def answer_failure(request: Request, error: Exception) -> JSONResponse:
+        return refuse(request, APIError(500, f"the server failed: {type(error).__name__}", "server_error"))
 
 
 class Endpoints:
@@ -135,27 +168,47 @@ class Endpoints:
         return Response(self._metrics.render(), media_type="text/plain; version=0.0.4")
 
     async def models(self) -> dict[str, Any]:
-        return {"object": "list", "data": [_model_card(name) for name in self._pool.artefacts]}
+        return {"object": "list", "data": [self._card(name) for name in self._pool.artefacts]}
 
     async def model(self, name: str) -> dict[str, Any]:
         if name not in self._pool.artefacts:
             raise APIError(404, f"model {name!r} does not exist", code="model_not_found")
-        return _model_card(name)
+        return self._card(name)
 
-    async def chat_completions(self, request: ChatRequest) -> JSONResponse | StreamingResponse:
-        return await self._answer(request, ChatAnswer, "/v1/chat/completions")
+    def _card(self, name: str) -> dict[str, Any]:
+        card = {"id": name, "object": "model", "created": 0, "owned_by": "efficientllm"}
+        return {**card, "max_model_len": self._pool.context_length(name)}
 
-    async def completions(self, request: TextRequest) -> JSONResponse | StreamingResponse:
-        return await self._answer(request, TextAnswer, "/v1/completions")
+    async def chat_completions(self, request: ChatRequest, http: Request) -> Response:
+        return await self._unless_gone(http, self._answer(request, ChatAnswer, "/v1/chat/completions"))
 
-    async def _answer(
-        self, request: CompletionRequest, answer_class: type[Answer], path: str
-    ) -> JSONResponse | StreamingResponse:
+    async def completions(self, request: TextRequest, http: Request) -> Response:
+        return await self._unless_gone(http, self._answer(request, TextAnswer, "/v1/completions"))
+
+    async def _unless_gone(self, http: Request, answer: Coroutine[Any, Any, Response]) -> Response:
+        """The answer, whose work is stopped where the client goes away before it is there."""
+        work, gone = asyncio.ensure_future(answer), asyncio.ensure_future(_disconnection(http))
+        try:
+            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if work.done():
+                return work.result()
+            self._metrics.requests.labels(http.scope["route"].path, str(CLIENT_GONE)).inc()
+            return Response(status_code=CLIENT_GONE)
+        finally:
+            for task in (work, gone):
+                task.cancel()
+            await asyncio.wait({work, gone})
+
+    async def _answer(self, request: CompletionRequest, answer_class: type[Answer], path: str) -> Response:
         clock = AnswerClock(self._metrics, request.model)
-        worker = await self._pool.worker(request.model)
-        # tokenizing a long prompt takes a while too
-        generations = await asyncio.to_thread(_generations, worker.engine, request, self._overflow)
-        answered = answer_class(request, worker.engine, generations, clock)
+        worker = await self._pool.enter(request.model)
+        try:
+            # tokenizing a long prompt takes a while too
+            generations = await asyncio.to_thread(_generations, worker.engine, request, self._overflow)
+        except BaseException:
+            worker.leave()
+            raise
+        answered = answer_class(request, generations, clock)
         pieces = answered.pieces(worker.stream(generations))
         if request.stream:
             # the first piece is awaited here, so that a full queue is answered with its own status
@@ -167,11 +220,13 @@ class Endpoints:
         return JSONResponse(body)
 
 
-def _model_card(name: str) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": 0, "owned_by": "efficientllm"}
+async def _disconnection(http: Request) -> None:
+    """Return when the client is gone; the body has been read."""
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
 
 
-def _generations(engine: Engine, request: CompletionRequest, overflow: Overflow) -> list[Generation]:
+def _generations(engine: OwnedEngine, request: CompletionRequest, overflow: Overflow) -> list[Generation]:
     """One generation per choice; APIError 400 where the engine refuses the prompt."""
     sampling = SamplingOptions(
         temperature=request.temperature,
@@ -201,7 +256,7 @@ def _wants_json(request: CompletionRequest) -> bool:
     return isinstance(request, ChatRequest) and request.response_format.type == "json_object"
 
 
-def _prompts(engine: Engine, request: CompletionRequest) -> list[list[int]]:
+def _prompts(engine: OwnedEngine, request: CompletionRequest) -> list[list[int]]:
     if isinstance(request, ChatRequest):
         return [chat_prompt(engine, [message.flat() for message in request.messages])]
     assert isinstance(request, TextRequest)

@@ -22,7 +22,8 @@ from ..runtime.base.command import run_command
 from ..runtime.base.errors import ArtefactError
 from ..runtime.base.extras import extra
 from ..runtime.base.figure import Figure
-from ..runtime.engines.engine import Engine, EngineOptions, load_engine
+from ..runtime.engines.engine import EngineOptions, load_engine
+from ..runtime.engines.owned import OwnedEngine
 from ..runtime.generation import AnswerOptions, Generation, chat_prompt
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def timing(began: float, arrivals: list[float]) -> Timing:
     return Timing(1000 * (arrivals[0] - began), (len(arrivals) - 1) / (arrivals[-1] - arrivals[0]))
 
 
-def ask_engine(engine: Engine, text: str, tokens: int) -> Timing:
+def ask_engine(engine: OwnedEngine, text: str, tokens: int) -> Timing:
     began, arrivals = time.perf_counter(), []
     prompt = chat_prompt(engine, [{"role": "user", "content": text}])
     for _ in Generation(engine, prompt, AnswerOptions(tokens)):

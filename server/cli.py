@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +15,9 @@ from ..runtime.base.command import run_command
 from ..runtime.base.errors import UsageError
 from ..runtime.base.extras import extra
 from ..runtime.engines.engine import EngineOptions
+
+LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1", "[::1]")
+"""Names of this machine for itself, as flags and browsers write them."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,21 @@ def named_artefacts(artefact: str | None, models: Sequence[str]) -> dict[str, st
     return dict(pairs)
 
 
+def bound_socket(host: str, port: int) -> socket.socket:
+    """A socket that nobody else listens on; UsageError where the address is taken or not this machine's."""
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        if os.name == "posix":  # elsewhere it would let two servers have one port
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            raise UsageError(f"--port {port}: another program listens there on {host}; give another --port") from error
+        raise UsageError(f"--host {host} --port {port}: cannot be listened on: {error.strerror}") from error
+    return listener
+
+
 def body(argv: Sequence[str]) -> int:
     with extra("server"):
         import uvicorn
@@ -76,16 +97,19 @@ def body(argv: Sequence[str]) -> int:
     options, app_options = flags.take(arguments, ServeOptions), flags.take(arguments, AppOptions)
     engine_options = flags.take(arguments, EngineOptions)
     artefacts = named_artefacts(artefact, options.model)
-    pool = ModelPool(artefacts, engine_options, options.waiting, options.timeout, options.max_memory)
-    names = ", ".join(artefacts)
-    print(f"{names} at http://{options.host}:{options.port}/v1 (chat: /, documentation: /docs)", flush=True)
-    uvicorn.run(
-        create_app(pool, app_options),
-        host=options.host,
-        port=options.port,
-        log_level="warning",
-        timeout_graceful_shutdown=options.grace,
-    )
+    is_local = options.host in LOCAL_HOSTS
+    if not is_local and not app_options.key:
+        print(f"warning: --host {options.host} may let other machines in, and there is no --api-key", file=sys.stderr)
+    with bound_socket(options.host, options.port) as listener:  # before the models take their time to load
+        pool = ModelPool(artefacts, engine_options, options.waiting, options.timeout, options.max_memory)
+        names = ", ".join(artefacts)
+        print(f"{names} at http://{options.host}:{options.port}/v1 (chat: /, documentation: /docs)", flush=True)
+        config = uvicorn.Config(
+            create_app(pool, app_options, LOCAL_HOSTS if is_local else ()),
+            log_level="warning",
+            timeout_graceful_shutdown=options.grace,
+        )
+        uvicorn.Server(config).run(sockets=[listener])
     return 0
 
 

@@ -29,10 +29,15 @@ class ErrorAnswer(_Answer):
     error: ErrorDetail
 
 
+class PromptTokensDetails(_Answer):
+    cached_tokens: int
+
+
 class Usage(_Answer):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
 
 
 class TokenChance(_Answer):
@@ -103,6 +108,8 @@ class ModelCard(_Answer):
     object: Literal["model"]
     created: int
     owned_by: str
+    max_model_len: int | None
+    """vLLM's name for tokens that fit, prompt and answer together; null before a model that does not say is loaded."""
 
 
 class ModelList(_Answer):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from collections import Counter
 from collections.abc import Mapping
 
 from ..runtime.base.errors import EfficientLLMError
 from ..runtime.base.quantities import format_bytes
 from ..runtime.engines.artefact import Artefact
-from ..runtime.engines.engine import EngineOptions, load_engine
+from ..runtime.engines.engine import DEFAULT_CONTEXT, EngineOptions, load_engine
 from .schemas import APIError
 from .worker import EngineWorker
 
@@ -24,19 +26,26 @@ class ModelPool:
         timeout: float = 600.0,
         max_memory: int = 0,
     ) -> None:
-        """Load the first of `artefacts` {name: path} and check the others' files.
+        """Load the first of `artefacts` {name: path} and compare the others' files with their manifests.
 
         ArtefactError where one is damaged.
         """
         self.artefacts = {name: Artefact.open(path) for name, path in artefacts.items()}
+        for artefact in self.artefacts.values():
+            artefact.verify()
         self.options, self.waiting, self.timeout, self.max_memory = options, waiting, timeout, max_memory
         self._workers: dict[str, EngineWorker] = {}
         self._loading = asyncio.Lock()
+        self._arriving = Counter[str]()
+        """Requests on their way to a worker, by model."""
+        self._idle = asyncio.Event()
+        """Set when a model has become idle."""
         first = next(iter(self.artefacts))
         self._workers[first] = self._load(first)
 
     def _load(self, name: str) -> EngineWorker:
-        return EngineWorker(load_engine(self.artefacts[name], self.options), self.waiting, self.timeout)
+        engine = load_engine(self.artefacts[name], self.options)
+        return EngineWorker(engine, self.waiting, self.timeout, when_idle=self._idle.set)
 
     @property
     def loaded(self) -> dict[str, EngineWorker]:
@@ -44,34 +53,62 @@ class ModelPool:
 
     @property
     def in_flight(self) -> int:
-        return sum(worker.in_flight for worker in self._workers.values())
+        return sum(worker.in_flight for worker in self._workers.values()) + sum(self._arriving.values())
 
-    async def worker(self, name: str) -> EngineWorker:
-        """The worker of a model, loaded now if need be.
+    def context_length(self, name: str) -> int | None:
+        """Tokens that fit, prompt and answer together; None where loading will tell."""
+        if name in self._workers:
+            return self._workers[name].engine.context_length
+        known = self.artefacts[name].context_length
+        return self.options.context or (min(DEFAULT_CONTEXT, known) if known else None)
 
-        APIError 404 for an unknown model, 503 where it does not fit beside models that are busy.
+    async def enter(self, name: str) -> EngineWorker:
+        """The worker of a model, loaded now if need be, with a place in its queue, which keeps it from being unloaded.
+
+        APIError 404 for an unknown model, 429 where its queue is full, 503 where it does not fit beside models that
+        stay busy.
         """
+        entering = asyncio.ensure_future(self._enter(name))
+        try:
+            return await asyncio.shield(entering)
+        except asyncio.CancelledError:  # a load that has begun goes on, or nobody would know of its memory
+            entering.add_done_callback(_leave_again)
+            raise
+
+    async def _enter(self, name: str) -> EngineWorker:
         if name not in self.artefacts:
             known = ", ".join(repr(known) for known in self.artefacts)
             raise APIError(404, f"model {name!r} does not exist; this server has {known}", code="model_not_found")
-        async with self._loading:
-            if name not in self._workers:
-                await self._make_room(name)
-                try:
-                    self._workers[name] = await asyncio.to_thread(self._load, name)
-                except EfficientLLMError as error:
-                    raise APIError(503, f"model {name!r} cannot be loaded: {error}", "server_error") from error
-            return self._workers[name]
+        if self._arriving[name] > self.waiting:
+            raise APIError(429, "the server is busy; try again later", "rate_limit_error", "rate_limit_exceeded")
+        self._arriving[name] += 1
+        try:
+            async with self._loading:  # in the order they came, so that no model keeps another one out for ever
+                if name not in self._workers:
+                    await self._make_room(name)
+                    try:
+                        self._workers[name] = await asyncio.to_thread(self._load, name)
+                    except EfficientLLMError as error:
+                        raise APIError(503, f"model {name!r} cannot be loaded: {error}", "server_error") from error
+                self._workers[name].enter()
+                return self._workers[name]
+        finally:
+            self._arriving[name] -= 1
 
     async def _make_room(self, name: str) -> None:
-        needed = self.artefacts[name].file_bytes
+        """Unload what was not used for longest; waits for a model that nobody needs."""
+        needed, deadline = self.artefacts[name].file_bytes, time.monotonic() + self.timeout
         while self.max_memory and self._workers and self._used() + needed > self.max_memory:
             idle = [(worker.last_used, key) for key, worker in self._workers.items() if not worker.in_flight]
-            if not idle:
+            if idle:
+                await asyncio.to_thread(self._workers.pop(min(idle)[1]).close)
+                continue
+            self._idle.clear()
+            try:
+                await asyncio.wait_for(self._idle.wait(), deadline - time.monotonic())
+            except TimeoutError as error:
                 message = f"model {name!r} needs {format_bytes(needed)} and all loaded models are busy; try again later"
-                raise APIError(503, message, "server_error", "model_overloaded")
-            worker = self._workers.pop(min(idle)[1])
-            await asyncio.to_thread(worker.close)
+                raise APIError(503, message, "server_error", "model_overloaded") from error
 
     def _used(self) -> int:
         loaded = self._workers.items()
@@ -80,3 +117,9 @@ class ModelPool:
     def close(self) -> None:
         for worker in self._workers.values():
             worker.close()
+
+
+def _leave_again(entering: asyncio.Future[EngineWorker]) -> None:
+    """Free the place that nobody waits for any more."""
+    if not entering.cancelled() and not entering.exception():
+        entering.result().leave()

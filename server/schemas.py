@@ -28,31 +28,60 @@ Text = Annotated[str, Field(max_length=MAX_CHARACTERS), AfterValidator(_encodabl
 Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_length=MAX_CHARACTERS)]
 
 
+class _Request(BaseModel):
+    """What clients send; a field that is null has its default."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, values: Any) -> Any:
+        return {name: value for name, value in values.items() if value is not None} if type(values) is dict else values
+
+
 class TextPart(BaseModel):
     type: Literal["text"]
     text: Text
 
 
 class ChatMessage(BaseModel):
-    role: Literal["system", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant"]
+    """OpenAI's newer models call their system messages the developer's."""
     content: Text | list[TextPart]
 
     def flat(self) -> dict[str, str]:
-        """{"role", "content"} with the content as one string."""
+        """{"role", "content"} as chat templates know them, with the content as one string."""
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": self.role, "content": text}
+        return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(_Request):
     include_usage: bool = False
 
 
-class ResponseFormat(BaseModel):
+class ResponseFormat(_Request):
     type: Literal["text", "json_object"] = "text"
 
 
-class CompletionRequest(BaseModel, abc.ABC):
-    """What both endpoints take; unknown fields are ignored, as OpenAI-compatible servers do."""
+UNSERVED: dict[str, tuple[Any, ...]] = {
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "logit_bias": ({},),
+    "echo": (False,),
+    "suffix": ("",),
+    "best_of": (1,),
+    "modalities": (["text"],),
+}
+"""Fields of OpenAI's that would change the answer and are not served -> the values that ask for nothing."""
+
+
+class CompletionRequest(_Request, abc.ABC):
+    """What both endpoints take; null stands for the default.
+
+    A field that is not served is refused where it would change the answer, unknown ones are ignored.
+    """
 
     model: Text
     max_tokens: Annotated[int | None, Field(ge=1, le=1_000_000)] = None
@@ -66,6 +95,14 @@ class CompletionRequest(BaseModel, abc.ABC):
     stop: Text | Annotated[list[Text], Field(max_length=MAX_STOPS)] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unserved(cls, values: Any) -> Any:
+        for name, neutral in UNSERVED.items() if type(values) is dict else ():
+            if values.get(name) is not None and values[name] not in neutral:
+                raise ValueError(f"{name} is not served here; leave it out")
+        return values
 
     @property
     def token_limit(self) -> int:
@@ -95,9 +132,6 @@ class ChatRequest(CompletionRequest):
 
     @model_validator(mode="after")
     def _check_order(self) -> ChatRequest:
-        for index, message in enumerate(self.messages):
-            if message.role == "system" and index:
-                raise ValueError(f"messages.{index}.role: only the first message may be a system message")
         if self.messages[-1].role != "user":
             raise ValueError("messages: the last message must be the user's")
         return self

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,10 @@ def pytest_xdist_auto_num_workers() -> int:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if "EFFICIENTLLM_CACHE" not in os.environ:  # what tests find out about their files is theirs; children inherit it
+        cache = tempfile.TemporaryDirectory(prefix="efficientllm-tests-")
+        config.add_cleanup(cache.cleanup)
+        os.environ["EFFICIENTLLM_CACHE"] = cache.name
     if workers := getattr(config.option, "numprocesses", None):
         # workers and their children inherit it: threads of two processes on one core wait for each other
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // workers)))

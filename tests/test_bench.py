@@ -29,6 +29,7 @@ from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.base.errors import DeviceError
 from efficientllm.runtime.engines.artefact import Artefact
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
+from efficientllm.runtime.engines.manifest import Manifest
 from efficientllm.runtime.engines.prefix import reusable_prefix
 
 TESTS = ["--prompt-tokens", "16,24", "--decode-tokens", "4,8", "--depths", "20"]
@@ -114,12 +115,12 @@ def test_names_in_brackets_are_printed_as_they_are(capsys: pytest.CaptureFixture
 
 
 def test_tests_that_do_not_fit_are_left_out(artefact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    manifest = json.loads((artefact / "manifest.json").read_text())
+    manifest = Manifest.read(artefact)
     short = tmp_path / "short"
     short.mkdir()
-    for name in manifest["files"]:
+    for name in manifest.files:
         (short / name).symlink_to(artefact / name)
-    (short / "manifest.json").write_text(json.dumps(manifest | {"context_length": 18}))
+    dataclasses.replace(manifest, context_length=18).write(short)
     assert run_command(cli.body, [str(short), *QUICK, "--markdown"]) == 0
     printed = capsys.readouterr().out
     assert "pp16 t/s" in printed

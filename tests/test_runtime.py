@@ -14,23 +14,24 @@ import pytest
 
 from efficientllm.runtime import chat
 from efficientllm.runtime.base.command import run_command
-from efficientllm.runtime.base.errors import ArtefactError, ContextOverflowError, UsageError
+from efficientllm.runtime.base.errors import ArtefactError, ContextOverflowError, EfficientLLMError, UsageError
 from efficientllm.runtime.chat_template import render_chat
-from efficientllm.runtime.engines.engine import Engine, EngineOptions, load_engine
+from efficientllm.runtime.engines.engine import EngineOptions, load_engine
 from efficientllm.runtime.engines.memory import give_back_freed_memory, memory_bytes
+from efficientllm.runtime.engines.owned import OwnedEngine
 from efficientllm.runtime.generation import AnswerOptions, Generation, chat_prompt
 from efficientllm.runtime.sampling import Sampler, SamplingOptions
 from efficientllm.runtime.text_stream import TextStream
 
 
 @pytest.fixture
-def engine(artefact: Path) -> Iterator[Engine]:
+def engine(artefact: Path) -> Iterator[OwnedEngine]:
     engine = load_engine(artefact, EngineOptions(threads=1))
     yield engine
     engine.close()
 
 
-def test_prefix_reuse_gives_the_logits_of_a_fresh_prefill(engine: Engine) -> None:
+def test_prefix_reuse_gives_the_logits_of_a_fresh_prefill(engine: OwnedEngine) -> None:
     tokens = list(range(5, 45))
     engine.prefill([*tokens[:20], 300, 301, 302])
     engine.decode(303)
@@ -50,7 +51,7 @@ def test_freed_memory_goes_back_to_the_system() -> None:
     assert len(kept) == 50
 
 
-def test_decode_continues_prefill(engine: Engine) -> None:
+def test_decode_continues_prefill(engine: OwnedEngine) -> None:
     tokens = list(range(5, 30))
     whole = engine.prefill(tokens)
     engine.prefill([7])
@@ -58,7 +59,7 @@ def test_decode_continues_prefill(engine: Engine) -> None:
     np.testing.assert_allclose(engine.decode(tokens[-1]), whole, atol=2e-2)
 
 
-def test_tokens_equal_the_tokenizer_and_bytes_make_the_text(engine: Engine, tokenizer: Any) -> None:
+def test_tokens_equal_the_tokenizer_and_bytes_make_the_text(engine: OwnedEngine, tokenizer: Any) -> None:
     text = "Größe 日本 🚀 <|im_end|> x = 12"
     tokens = engine.tokenize(text, special=True)
     assert tokens == tokenizer(text)["input_ids"]
@@ -78,7 +79,7 @@ def test_context_overflow_says_the_numbers(artefact: Path) -> None:
     engine.close()
 
 
-def test_generation_is_measured(engine: Engine) -> None:
+def test_generation_is_measured(engine: OwnedEngine) -> None:
     generation = Generation(engine, engine.tokenize("A small model", special=False), AnswerOptions(8))
     text = "".join(generation)
     stats = generation.stats
@@ -94,7 +95,7 @@ def test_generation_is_measured(engine: Engine) -> None:
     )
 
 
-def test_chat_prompt_equals_transformers(engine: Engine, tokenizer: Any) -> None:
+def test_chat_prompt_equals_transformers(engine: OwnedEngine, tokenizer: Any) -> None:
     messages = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "Hello <|im_end|>"},
@@ -114,6 +115,18 @@ def test_templates_are_sandboxed() -> None:
         render_chat("{% for %}", [])
     with pytest.raises(ArtefactError, match="no chat template"):
         render_chat(None, [])
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ 1 / 0 }}", "{{ 'x' + 1 }}", "{{ 2.0 ** 9999 }}", "{{ messages[5].content.x }}"]
+)
+def test_a_template_that_fails_is_one_error(template: str) -> None:
+    with pytest.raises(EfficientLLMError, match="chat template"):
+        render_chat(template, [])
+
+
+def test_what_a_template_marks_for_training_is_text() -> None:
+    assert render_chat("a{% generation %}b{{ 1 }}{% endgeneration %}c", []) == "ab1c"
 
 
 @pytest.mark.parametrize("seed", range(20))

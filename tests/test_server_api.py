@@ -138,7 +138,6 @@ def test_metrics_count_what_happened(address: str) -> None:
 
 BAD: dict[str, dict[str, Any]] = {
     "NUL": {"messages": [{"role": "user", "content": "a\0b"}]},
-    "system later": {"messages": [*MESSAGES, {"role": "system", "content": "x"}, *MESSAGES]},
     "no question": {"messages": [*MESSAGES, {"role": "assistant", "content": "x"}]},
     "a billion tokens": {"messages": MESSAGES, "max_tokens": 10**9},
     "no choices": {"messages": MESSAGES, "n": 0},

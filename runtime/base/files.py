@@ -38,15 +38,16 @@ def write_bytes_atomically(path: Path, content: bytes) -> None:
 
 
 def write_json_atomically(path: Path, value: Any) -> None:
+    """`json_text` of `value`, as `write_text_atomically` writes it."""
+    write_text_atomically(path, json_text(value) + "\n")
+
+
+def json_text(value: Any, depth: int = 0) -> str:
     """Objects are indented, lists stay on one line: widths per layer are read side by side."""
-    write_text_atomically(path, _to_json(value) + "\n")
-
-
-def _to_json(value: Any, depth: int = 0) -> str:
     if not isinstance(value, dict) or not value:
         return json.dumps(value, ensure_ascii=False)
     indent = "  " * (depth + 1)
-    items = [f"{indent}{json.dumps(str(key))}: {_to_json(item, depth + 1)}" for key, item in value.items()]
+    items = [f"{indent}{json.dumps(str(key))}: {json_text(item, depth + 1)}" for key, item in value.items()]
     return "{\n" + ",\n".join(items) + "\n" + "  " * depth + "}"
 
 

@@ -1,20 +1,20 @@
-"""One interface over the inference engines, and how an artefact is loaded into its own."""
+"""The inference engines by name, and how an artefact is loaded into its own."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.metadata
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
-
-import numpy as np
 
 from ..base import flags
-from ..base.errors import ArtefactError
+from ..base.errors import ArtefactError, EfficientLLMError
 from .artefact import Artefact
 from .memory import give_back_freed_memory
+from .owned import OwnedEngine
+from .probe import probe_once
+from .protocol import Engine
 
 ENTRY_POINT_GROUP = "efficientllm.engines"
 
@@ -52,56 +52,6 @@ class EngineOptions:
             flags.require(self, name, getattr(self, name) >= 0, "must not be negative")
 
 
-class Engine(Protocol):
-    """A loaded model that evaluates tokens one sequence at a time. V is the vocabulary size."""
-
-    context_length: int
-    """Tokens that fit, prompt and answer together."""
-    vocab_size: int
-    end_ids: frozenset[int]
-    """Tokens that end an answer."""
-    chat_template: str | None
-    """Jinja template of the tokenizer, where it has one."""
-    bos_token: str
-    eos_token: str
-    adds_bos: bool
-    """Whether plain text is preceded by the BOS token."""
-    load_ms: float
-    kv_cache_bytes: int
-    """Key/value caches at full context; 0 where the file does not tell."""
-
-    def __init__(self, path: Path, options: EngineOptions) -> None:
-        """Load `path`; ArtefactError where it is not a model of this engine."""
-        ...
-
-    def tokenize(self, text: str, special: bool) -> list[int]:
-        """Token ids; `special` turns text such as <|im_end|> into its control token."""
-        ...
-
-    def token_bytes(self, token: int) -> bytes:
-        """UTF-8 bytes (possibly part of a character) of a token; b"" for control tokens."""
-        ...
-
-    def prefill(self, tokens: Sequence[int]) -> np.ndarray:
-        """Make `tokens` the evaluated sequence and return the last one's logits, fp32 [V].
-
-        What the cache already holds of them is reused; ContextOverflowError where they do not fit.
-        """
-        ...
-
-    def decode(self, token: int) -> np.ndarray:
-        """Append one token and return its logits, fp32 [V]."""
-        ...
-
-    def evaluate(self, tokens: Sequence[int], first: int) -> Iterator[np.ndarray]:
-        """Make `tokens` the evaluated sequence; yields the logits of positions first, first + 1, ... as fp32 [n, V]."""
-        ...
-
-    def close(self) -> None:
-        """Free the model."""
-        ...
-
-
 PACKAGES = {
     "llama.cpp": "llama-cpp-python",
     "onnxruntime": "onnxruntime",
@@ -120,23 +70,41 @@ def engine_version(name: str) -> str:
         return ""
 
 
-def load_engine(model: str | Path | Artefact, options: EngineOptions | None = None) -> Engine:
+def load_engine(
+    model: str | Path | Artefact, options: EngineOptions | None = None, *, probe: bool = True
+) -> OwnedEngine:
     """Load an artefact, or what lies at a path, in the engine its manifest names (or that its file type implies).
 
-    Raises ArtefactError for a missing, truncated or foreign artefact, MissingExtraError for a missing engine package.
+    Files that a manifest knows are compared with its hashes; without one, a child process loads them first, because
+    what is damaged can end a process (not with `probe=False`, for processes that may end). Both are remembered.
+    Raises ArtefactError for a missing, damaged or foreign artefact, MissingExtraError for a missing engine package.
     On Linux it moves the weights into huge pages and lets malloc keep larger blocks in its heap from then on, in the
     whole process (see `huge_pages`); EngineOptions(huge_pages=False) leaves both out.
     """
     artefact = model if isinstance(model, Artefact) else Artefact.open(model)
+    engine_class = find_engine(artefact)
+    options = options or EngineOptions()
+    artefact.verify()
+    if probe and artefact.witness is None:
+        probe_once(artefact, engine_version(artefact.engine), options.context)
+    try:
+        engine = OwnedEngine(engine_class(artefact.model_file, options))
+    except (EfficientLLMError, OSError):
+        raise
+    except Exception as error:  # whatever a library makes of a file that it does not expect
+        reason = " ".join(f"{type(error).__name__} {error}".split())
+        raise ArtefactError(f"{artefact.path}: {artefact.engine} cannot load it: {reason}") from error
+    if options.warm_up:
+        engine.prefill([0])
+    give_back_freed_memory()
+    return engine
+
+
+def find_engine(artefact: Artefact) -> Callable[[Path, EngineOptions], Engine]:
+    """The class of engines that runs `artefact`; ArtefactError where neither we nor a plug-in has it."""
     plugins = importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)
     known = ENGINES | {plugin.name: plugin.value for plugin in plugins}
     if artefact.engine not in known:
         raise ArtefactError(f"{artefact.path} needs engine {artefact.engine!r}; known: {', '.join(known)}")
     module, _, attribute = known[artefact.engine].partition(":")
-    engine_class: type[Engine] = getattr(importlib.import_module(module), attribute)
-    options = options or EngineOptions()
-    engine = engine_class(artefact.model_file, options)
-    if options.warm_up:
-        engine.prefill([0])
-    give_back_freed_memory()
-    return engine
+    return getattr(importlib.import_module(module), attribute)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -24,24 +25,33 @@ class HfTokenizer:
     """Token ids, token bytes and chat template of a folder with tokenizer.json."""
 
     def __init__(self, folder: Path) -> None:
+        """ArtefactError where its files are missing or damaged."""
         path = folder / "tokenizer.json"
         if not path.is_file():
             raise ArtefactError(f"{folder} has no tokenizer.json; copy the whole folder or export again")
-        self._tokenizer = Tokenizer.from_file(str(path))
-        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        self._is_sentencepiece = bool(data["model"].get("byte_fallback"))
-        self._special = {token["id"] for token in data.get("added_tokens", []) if token["special"]}
-        self.vocab_size = self._tokenizer.get_vocab_size()
-        settings = read_settings(folder)
-        self.bos_token, self.eos_token = (special_token(settings, name) for name in ("bos", "eos"))
-        self.chat_template = read_chat_template(folder)
-        bos = self._tokenizer.token_to_id(self.bos_token) if self.bos_token else None
-        self.adds_bos = bos is not None and self._tokenizer.encode("x").ids[:1] == [bos]
+        self._lock = threading.Lock()
+        try:
+            self._tokenizer = Tokenizer.from_file(str(path))
+            data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            self._is_sentencepiece = bool(data["model"].get("byte_fallback"))
+            self._special = {token["id"] for token in data.get("added_tokens", []) if token["special"]}
+            self.vocab_size = self._tokenizer.get_vocab_size()
+            settings = read_settings(folder)
+            self.bos_token, self.eos_token = (special_token(settings, name) for name in ("bos", "eos"))
+            self.chat_template = read_chat_template(folder)
+            bos = self._tokenizer.token_to_id(self.bos_token) if self.bos_token else None
+            self.adds_bos = bos is not None and self._tokenizer.encode("x").ids[:1] == [bos]
+        except Exception as error:  # tokenizers raises plain Exception, whatever is wrong
+            reason = " ".join(f"{type(error).__name__} {error}".split())
+            raise ArtefactError(
+                f"{folder}: its tokenizer is damaged: {reason}; copy the folder or export it again"
+            ) from error
 
     def tokenize(self, text: str, special: bool) -> list[int]:
         """Token ids; without `special`, text that looks like a control token stays text."""
-        self._tokenizer.encode_special_tokens = not special
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        with self._lock:  # the setting is the tokenizer's, not the call's
+            self._tokenizer.encode_special_tokens = not special
+            return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def token_bytes(self, token: int) -> bytes:
         """UTF-8 bytes of a token; b"" for control tokens and unknown ids."""

@@ -40,6 +40,7 @@ class LlamaCppEngine:
         with extra("gguf", "llama-cpp-python"):
             import llama_cpp
         check_gguf(path)
+        llama_cpp.llama_log_set(_drop_log_line, ctypes.c_void_p(0))
         threads = options.threads or os.cpu_count() or 1
         began = time.perf_counter()
         self.context_length = options.context or self._default_context(path)
@@ -78,7 +79,6 @@ class LlamaCppEngine:
         """The context the model was trained with, at most DEFAULT_CONTEXT; only header and vocabulary are read."""
         import llama_cpp
 
-        llama_cpp.llama_log_set(_drop_log_line, ctypes.c_void_p(0))
         parameters = llama_cpp.llama_model_default_params()
         parameters.vocab_only = True
         model = llama_cpp.llama_model_load_from_file(str(path).encode(), parameters)

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..base.errors import ArtefactError
-from ..base.files import sha256_of, write_json_atomically
+from ..base.files import json_text, sha256_of, write_text_atomically
 
 MANIFEST_NAME = "manifest.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE_VERSIONS = (1, FORMAT_VERSION)
+"""Version 1 had no hash of its own."""
+
+NO_HASH = "0" * 64
+"""Stands where the manifest's own hash goes while it is computed."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +30,7 @@ class Manifest:
     model_file: str
     """Main file, relative to the manifest's folder."""
     files: dict[str, dict[str, Any]]
-    """{relative name: {"bytes": int, "sha256": str}} of every file of the artefact."""
+    """{relative name: {"bytes": int, "sha256": str}} of every file of the artefact but the manifest."""
     quantization: str
     """Weight type as the user named it: f32, q8_0, int4, ..."""
     bits_per_weight: float
@@ -52,30 +59,51 @@ class Manifest:
         return cache_bytes(slots, sum(heads), head_dim, element_bytes or (2 if self.quantization == "f16" else 4))
 
     def write(self, folder: Path) -> None:
-        write_json_atomically(folder / MANIFEST_NAME, asdict(self))
+        """Write FOLDER/manifest.json, which ends with the hash of its own text."""
+        text = json_text(asdict(self) | {"format_version": FORMAT_VERSION, "sha256": NO_HASH}) + "\n"
+        before, _, after = text.rpartition(NO_HASH)
+        write_text_atomically(folder / MANIFEST_NAME, before + hashlib.sha256(text.encode()).hexdigest() + after)
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
-        """Read FOLDER/manifest.json; ArtefactError where it is missing, foreign or newer than this release."""
+        """Read FOLDER/manifest.json; ArtefactError where it is missing, changed, foreign or newer than this release."""
         path = folder / MANIFEST_NAME
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            data = path.read_bytes()
+            values = json.loads(data)
         except FileNotFoundError as error:
             raise ArtefactError(
                 f"{folder} holds no {MANIFEST_NAME}; give a folder written by efficientllm-export"
             ) from error
-        except (OSError, ValueError) as error:
-            raise ArtefactError(f"{path} cannot be read: {error}") from error
-        if not isinstance(values, dict) or values.get("format_version") != FORMAT_VERSION:
+        except (OSError, ValueError, RecursionError) as error:
+            raise ArtefactError(f"{path} cannot be read: {error}; export the model again") from error
+        if not isinstance(values, dict) or values.get("format_version") not in READABLE_VERSIONS:
             raise ArtefactError(f"{path} is not a manifest of format {FORMAT_VERSION}; export the model again")
+        if not _is_as_written(data, values):
+            raise ArtefactError(f"{path} was changed after the export; export the model again")
         names = {item.name for item in fields(cls)}
         try:
-            return cls(**{name: value for name, value in values.items() if name in names})
-        except TypeError as error:
-            raise ArtefactError(f"{path} is incomplete: {error}") from error
+            manifest = cls(**{name: value for name, value in values.items() if name in names})
+            manifest._check_shape()
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            raise ArtefactError(f"{path} is incomplete: {error}; export the model again") from error
+        return manifest
+
+    def _check_shape(self) -> None:
+        """An exception where what loading reads is of another kind than this class says."""
+        if self.model_file not in self.files:
+            raise ValueError(f"model_file {self.model_file!r} is none of its files")
+        for name, entry in self.files.items():
+            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+                raise ValueError(f"{name!r} lies outside the folder")
+            if type(entry["bytes"]) is not int or not re.fullmatch("[0-9a-f]{64}", entry["sha256"]):
+                raise ValueError(f"files: {name!r} has no size and hash")
+        if type(self.context_length) is not int or not isinstance(self.engine, str):
+            raise ValueError("context_length is a number, engine a name")
+        self.cache_bytes(1)
 
     def check_files(self, folder: Path) -> None:
-        """ArtefactError where a file is missing or its size differs (a truncated copy); hashes are not read."""
+        """ArtefactError where a file is missing or its size differs (a truncated copy); no content is read."""
         for name, entry in self.files.items():
             path = folder / name
             if not path.is_file():
@@ -85,14 +113,26 @@ class Manifest:
                 raise ArtefactError(f"{path} has {size} bytes, not {entry['bytes']}; copy it again")
 
 
+def _is_as_written(data: bytes, values: dict[str, Any]) -> bool:
+    """Whether the text of a manifest is the one that its own hash was taken of."""
+    digest = values.get("sha256")
+    if digest is None:
+        return values["format_version"] == 1
+    text = data.replace(str(digest).encode(), NO_HASH.encode())
+    return hashlib.sha256(text).hexdigest() == digest
+
+
 def cache_bytes(slots: int, heads: int, head_dim: int, element_bytes: int) -> int:
     """Keys and values of `slots` tokens; `heads` counts the key/value heads of all layers, which may differ."""
     return 2 * element_bytes * slots * heads * head_dim
 
 
 def manifest_cache_bytes(folder: Path, slots: int, element_bytes: int = 0) -> int:
-    """`Manifest.cache_bytes` of the artefact in `folder`; 0 where there is no manifest."""
-    return Manifest.read(folder).cache_bytes(slots, element_bytes) if (folder / MANIFEST_NAME).is_file() else 0
+    """`Manifest.cache_bytes` of the artefact in `folder`; 0 where there is no manifest of ours."""
+    try:
+        return Manifest.read(folder).cache_bytes(slots, element_bytes)
+    except ArtefactError:
+        return 0
 
 
 def describe_files(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:

@@ -1,0 +1,182 @@
+"""An engine has one owner: no order of asking, answering, unloading and closing ends the process."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from exporting import export
+
+from efficientllm.runtime import EfficientLLMError, EngineOptions, Model, load
+from efficientllm.runtime.engines.engine import load_engine
+from efficientllm.runtime.engines.owned import PREFILL_STEP
+from efficientllm.runtime.generation import AnswerOptions, Generation
+
+OPTIONS = EngineOptions(threads=1, context=1024)
+
+
+def together(*actions: Callable[[], object]) -> list[BaseException | None]:
+    """What each raised, all run in threads of their own at once."""
+    raised: list[BaseException | None] = [None] * len(actions)
+
+    def run(index: int) -> None:
+        try:
+            actions[index]()
+        except BaseException as error:
+            raised[index] = error
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(len(actions))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    return raised
+
+
+def test_four_threads_on_one_model_take_turns(artefact: Path) -> None:
+    with load(artefact, OPTIONS) as model:
+        questions = [f"Question {index} " * (index + 1) for index in range(4)]
+        alone = [model.chat(question, max_tokens=24) for question in questions]
+        answers = [""] * 4
+
+        def ask(index: int) -> None:
+            for _ in range(4):
+                answers[index] = model.chat(questions[index], max_tokens=24)
+
+        assert together(*[lambda index=index: ask(index) for index in range(4)]) == [None] * 4
+        # a cached beginning is evaluated in other pieces: near-ties may fall another way
+        assert sum(one == other for one, other in zip(alone, answers, strict=True)) >= 3
+
+
+def test_four_threads_that_stream_end_or_are_told(artefact: Path) -> None:
+    with load(artefact, OPTIONS) as model:
+
+        def ask(index: int) -> None:
+            for _ in range(4):
+                list(model.stream(f"Question {index} " * 40, max_tokens=24))
+
+        for error in together(*[lambda index=index: ask(index) for index in range(4)]):
+            assert error is None or (isinstance(error, EfficientLLMError) and "another answer was begun" in str(error))
+        assert model.chat("Hello", max_tokens=4)
+
+
+def test_interleaved_answers_are_told_where_nobody_looks(artefact: Path) -> None:
+    engine = load_engine(artefact, OPTIONS)
+    first, second = (Generation(engine, [5, 6, 7, token], AnswerOptions(64)) for token in (8, 9))
+    pieces = iter(first)
+    next(pieces)
+    assert "".join(second)
+    with pytest.raises(EfficientLLMError, match="another answer was begun"):
+        list(pieces)
+    with pytest.raises(EfficientLLMError, match="another answer was begun"):
+        engine.decode(5)  # the sequence is an answer's
+    chunks = engine.evaluate(list(range(5, 200)), 0)
+    next(chunks)
+    engine.prefill([5])
+    with pytest.raises(EfficientLLMError, match="another answer was begun"):
+        list(chunks)
+    engine.close()
+
+
+USES: dict[str, Callable[[Model], object]] = {
+    "tokenize": lambda model: model.tokenize("Hi"),
+    "detokenize": lambda model: model.detokenize([5]),
+    "token bytes": lambda model: model.engine.token_bytes(5),
+    "prefill": lambda model: model.engine.prefill([5]),
+    "decode": lambda model: model.engine.decode(5),
+    "evaluate": lambda model: list(model.engine.evaluate([5, 6, 7], 0)),
+    "chat": lambda model: model.chat("Hi"),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_use_after_close_raises(artefact: Path, use: str) -> None:
+    model = load(artefact, OPTIONS)
+    model.close()
+    model.close()
+    with pytest.raises(EfficientLLMError, match="the model is closed; load it again"):
+        USES[use](model)
+
+
+def test_an_onnx_model_may_be_closed_twice(source_folder: Path, tmp_path: Path) -> None:
+    assert export(source_folder, "onnx", tmp_path / "onnx", "--quantize", "f32", "--no-verify") == 0
+    model = load(tmp_path / "onnx", EngineOptions(threads=1, context=64))
+    answer = model.stream("Hello", max_tokens=16)
+    next(answer)
+    model.close()
+    model.close()
+    with pytest.raises(EfficientLLMError, match="the model is closed"):
+        list(answer)
+
+
+def test_closing_during_answers_ends_them(artefact: Path) -> None:
+    """With threads in the middle of tokenizing, prefilling and decoding."""
+    for _ in range(5):
+        model = load(artefact, OPTIONS)
+
+        def ask(model: Model = model) -> None:
+            while True:
+                model.chat("word " * 100, max_tokens=24)
+
+        def close(model: Model = model) -> None:
+            time.sleep(0.1)
+            model.close()
+
+        *asked, closed = together(ask, ask, ask, close)
+        assert closed is None
+        for error in asked:
+            assert isinstance(error, EfficientLLMError)
+            assert "the model is closed" in str(error)
+
+
+def test_a_model_that_is_never_closed_lets_the_process_end(artefact: Path) -> None:
+    script = f"""
+from efficientllm.runtime import EngineOptions, load
+model = load({str(artefact)!r}, EngineOptions(threads=1, context=64))
+answer = model.stream("Hello", max_tokens=16)
+next(answer)
+"""
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+def test_a_cancelled_answer_stops_amid_its_prompt(artefact: Path) -> None:
+    engine = load_engine(artefact, OPTIONS)
+    prompt = [5 + index % 300 for index in range(900)]
+    whole = "".join(Generation(engine, prompt, AnswerOptions(4)))
+    engine.prefill([5])
+    generation = Generation(engine, prompt, AnswerOptions(4))
+    steps: list[int] = []
+    prefill = engine._prefill
+
+    def cancel_after_one(tokens: list[int], holder: object) -> object:
+        steps.append(len(tokens))
+        generation.is_cancelled = True
+        return prefill(tokens, holder)
+
+    engine._prefill = cancel_after_one  # type: ignore[method-assign, assignment]
+    assert list(generation) == []
+    assert steps == [1 + PREFILL_STEP]
+    engine._prefill = prefill  # type: ignore[method-assign]
+    again = Generation(engine, prompt, AnswerOptions(4))
+    assert "".join(again) == whole  # in two steps as in one
+    assert again.stats.cached_tokens == 1 + PREFILL_STEP
+    assert again.stats.prefilled_tokens == 900 - again.stats.cached_tokens
+    engine.close()
+
+
+def test_prefill_figures_leave_out_what_was_cached(artefact: Path) -> None:
+    with load(artefact, OPTIONS) as model:
+        for cached in (False, True):
+            model.chat("word " * 50, max_tokens=2)
+            stats = model.stats
+            assert stats is not None
+            assert stats.cached_tokens == (stats.prompt_tokens - 1 if cached else 0)
+            assert stats.prefilled_tokens == stats.prompt_tokens - stats.cached_tokens
+            expected = stats.prefilled_tokens / stats.time_to_first_token_ms * 1e3
+            assert stats.prefill_tokens_per_second == pytest.approx(expected)

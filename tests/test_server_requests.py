@@ -1,0 +1,273 @@
+"""Requests as clients really send them, clients that leave, and models that are unloaded under load."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fastapi.testclient import TestClient
+from serving import serve
+from starlette.responses import PlainTextResponse
+
+from efficientllm.runtime.base.command import run_command
+from efficientllm.runtime.base.errors import UsageError
+from efficientllm.runtime.engines.artefact import Artefact
+from efficientllm.runtime.engines.engine import EngineOptions
+from efficientllm.server import cli
+from efficientllm.server.app import AppOptions, create_app
+from efficientllm.server.guard import Guard
+from efficientllm.server.pool import ModelPool
+
+MESSAGES: Any = [{"role": "user", "content": "Hello"}]
+GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 6}
+
+
+@pytest.fixture(scope="module")
+def address(artefact: Path) -> Iterator[str]:
+    pool = ModelPool({"tiny": str(artefact)}, EngineOptions(threads=1, context=2048), waiting=40)
+    with serve(pool, AppOptions()) as address:
+        yield address
+
+
+def post(address: str, path: str = "chat/completions", **body: Any) -> httpx.Response:
+    messages = {} if path == "completions" else {"messages": MESSAGES}
+    return httpx.post(f"{address}/v1/{path}", json={"model": "tiny", **messages, **body}, timeout=60)
+
+
+def metric(address: str, name: str) -> float:
+    lines = httpx.get(f"{address}/metrics").text.splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
+
+
+def until(condition: Callable[[], bool], seconds: float = 5) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+NULLS = ["top_p", "top_k", "min_p", "repetition_penalty", "n", "seed", "stop", "stream", "stream_options", "logit_bias"]
+NULLS += ["logprobs", "top_logprobs", "response_format", "max_completion_tokens", "tools", "presence_penalty"]
+
+
+def test_null_is_the_default(address: str) -> None:
+    plain, nulls = post(address, **GREEDY), post(address, **dict.fromkeys(NULLS), **GREEDY)
+    assert nulls.status_code == 200, nulls.text
+    assert nulls.json()["choices"] == plain.json()["choices"]
+    for path, more in (("chat/completions", {}), ("completions", {"prompt": "Hi"})):
+        answer = post(address, path, temperature=None, max_tokens=None, seed=1, **more)
+        assert answer.status_code == 200, answer.text
+    streamed = post(address, **GREEDY, stream=True, stream_options={"include_usage": None})
+    assert streamed.text.rstrip().endswith("data: [DONE]")
+    assert post(address, messages=None).status_code == 400
+
+
+def test_the_developer_is_the_system(address: str) -> None:
+    answers = [
+        post(address, messages=[{"role": role, "content": "Be brief."}, *MESSAGES], **GREEDY).json()
+        for role in ("system", "developer", "user")
+    ]
+    assert answers[0]["choices"] == answers[1]["choices"]
+    # "user" has another number of tokens than "system"; "developer" would have, too
+    sizes = [answer["usage"]["prompt_tokens"] for answer in answers]
+    assert sizes[0] == sizes[1] != sizes[2]
+
+
+def test_several_system_messages_are_the_template_s_business(address: str) -> None:
+    messages = [
+        *MESSAGES,
+        {"role": "assistant", "content": "Hi"},
+        {"role": "system", "content": "Be brief."},
+        *MESSAGES,
+    ]
+    assert post(address, messages=messages, **GREEDY).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"tools": [{"type": "function", "function": {"name": "f"}}]},
+        {"tool_choice": "required"},
+        {"frequency_penalty": 0.5},
+        {"presence_penalty": -1},
+        {"logit_bias": {"5": 100}},
+        {"echo": True},
+        {"suffix": "x"},
+    ],
+)
+def test_nothing_that_would_change_the_answer_is_ignored(address: str, field: dict[str, Any]) -> None:
+    (name,) = field
+    for path, more in (("chat/completions", {}), ("completions", {"prompt": "Hi"})):
+        answer = post(address, path, **field, **more)
+        assert answer.status_code == 400
+        assert answer.json()["error"]["message"] == f"{name} is not served here; leave it out"
+    neutral = {"tools": [], "tool_choice": "auto", "frequency_penalty": 0, "logit_bias": {}, "echo": False}
+    assert post(address, **neutral, **GREEDY).status_code == 200
+
+
+def test_errors_name_the_fields_as_clients_wrote_them(address: str) -> None:
+    message = post(address, messages=[{"role": "user", "content": 5}]).json()["error"]["message"]
+    assert message.startswith("messages.0.content: ")
+
+
+def test_a_prompt_counts_once_however_many_choices(address: str) -> None:
+    text = "A sentence that no other test has asked for, so nothing of it is cached."
+    one = post(address, "completions", prompt=text, max_tokens=2, temperature=0).json()["usage"]
+    before = metric(address, "efficientllm_prompt_tokens_total")
+    three = post(address, "completions", prompt=text, max_tokens=2, n=3, seed=1).json()["usage"]
+    assert three["prompt_tokens"] == one["prompt_tokens"]
+    assert metric(address, "efficientllm_prompt_tokens_total") - before == one["prompt_tokens"]
+    assert three["total_tokens"] == three["prompt_tokens"] + three["completion_tokens"]
+    assert one["prompt_tokens_details"]["cached_tokens"] < 3
+    assert three["prompt_tokens_details"]["cached_tokens"] == one["prompt_tokens"] - 1
+    two = post(address, "completions", prompt=[text, "Another"], n=2, max_tokens=2, seed=1).json()["usage"]
+    assert one["prompt_tokens"] < two["prompt_tokens"] < 2 * one["prompt_tokens"]
+
+
+def test_made_up_paths_make_no_labels(address: str) -> None:
+    for index in range(20):
+        assert httpx.get(f"{address}/v1/models/random-{index}").status_code == 404
+        assert post(address, model=f"random-{index}").status_code == 404
+    text = httpx.get(f"{address}/metrics").text
+    assert "random-" not in text
+    assert 'endpoint="/v1/models/{name:path}",status="404"} 20' in text
+
+
+@pytest.mark.parametrize("body", [{}, {"n": 4}, {"response_format": {"type": "json_object"}}, {"stop": ["never said"]}])
+def test_a_client_that_waits_for_the_whole_and_goes_frees_its_place(address: str, body: dict[str, Any]) -> None:
+    before = metric(address, 'efficientllm_requests_total{endpoint="/v1/chat/completions",status="499"}')
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(
+            f"{address}/v1/chat/completions",
+            json={"model": "tiny", "messages": MESSAGES, "max_tokens": 1800, "temperature": 2, "seed": 3, **body},
+            timeout=httpx.Timeout(5, read=0.15),
+        )
+    until(lambda: httpx.get(f"{address}/health").json()["in_flight"] == 0, seconds=5)
+    after = metric(address, 'efficientllm_requests_total{endpoint="/v1/chat/completions",status="499"}')
+    assert after == before + 1
+
+
+def test_two_models_with_room_for_one_answer_every_request(artefact: Path) -> None:
+    """Asked in turn by six clients, with long prompts among theirs: each load unloads what others still ask for."""
+    room = int(1.5 * Artefact.open(artefact).file_bytes)
+    pool = ModelPool(
+        dict.fromkeys(("one", "two"), str(artefact)),
+        EngineOptions(threads=1, context=1024, huge_pages=False),
+        waiting=20,
+        max_memory=room,
+    )
+    statuses: list[int] = []
+    with serve(pool, AppOptions()) as address:
+
+        def ask(client: int) -> None:
+            for turn in range(5):
+                content = "word " * (200 if (client + turn) % 3 == 0 else 5)
+                body = {"messages": [{"role": "user", "content": content}], "max_tokens": 8, "logprobs": True}
+                answer = post(address, **body, model=("one", "two")[(client + turn) % 2], stream=client % 2 == 0)
+                statuses.append(answer.status_code)
+                if client % 2 == 0:
+                    assert answer.text.rstrip().endswith("data: [DONE]")
+
+        threads = [threading.Thread(target=ask, args=(client,)) for client in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert httpx.get(f"{address}/health").json()["in_flight"] == 0
+        assert len(pool.loaded) == 1
+    assert statuses == [200] * 30
+
+
+def test_a_request_that_leaves_while_its_model_loads_keeps_no_place(artefact: Path) -> None:
+    async def leave_early() -> None:
+        pool = ModelPool(dict.fromkeys(("one", "two"), str(artefact)), EngineOptions(threads=1, context=64))
+        entering = asyncio.ensure_future(pool.enter("two"))
+        await asyncio.sleep(0)
+        entering.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await entering
+        while pool.in_flight or "two" not in pool.loaded:
+            await asyncio.sleep(0.01)
+        pool.close()
+
+    asyncio.run(asyncio.wait_for(leave_early(), 20))
+
+
+def test_a_port_in_use_is_one_line(artefact: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert run_command(cli.body, [str(artefact), "--port", str(port)]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err == f"error: --port {port}: another program listens there on 127.0.0.1; give another --port\n"
+    with pytest.raises(UsageError, match=r"--host 192\.0\.2\.1 --port 8000: cannot be listened on"):
+        cli.bound_socket("192.0.2.1", 8000)
+
+
+def test_a_failure_of_ours_has_openai_s_shape(artefact: Path) -> None:
+    pool = ModelPool({"tiny": str(artefact)}, EngineOptions(threads=1, context=64))
+    with serve(pool, AppOptions()) as address:
+        pool.loaded["tiny"].engine.close()
+        answer = post(address, **GREEDY)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, None)
+        assert "the model is closed" in json.dumps(answer.json())
+
+
+def test_a_name_that_was_bound_to_this_machine_is_refused(artefact: Path) -> None:
+    """DNS rebinding: a page of that name could read every answer."""
+    pool = ModelPool({"tiny": str(artefact)}, EngineOptions(threads=1, context=64))
+    app = create_app(pool, AppOptions(allow_host=("friend.example",)), cli.LOCAL_HOSTS)
+    with TestClient(app, base_url="http://127.0.0.1:8000") as client:
+        for host, status in (
+            ("127.0.0.1:8000", 200),
+            ("LOCALHOST", 200),
+            ("[::1]:8000", 200),
+            ("friend.example", 200),
+            ("evil.example:8000", 403),
+            ("127.0.0.1.evil.example", 403),
+        ):
+            answer = client.get("/v1/models", headers={"Host": host})
+            assert answer.status_code == status, host
+    assert "this server is not '127.0.0.1.evil.example'; let it in with --allow-host" in answer.text
+
+
+def test_the_key_may_come_from_a_file_or_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "key"
+    file.write_text("secret\n")
+    assert AppOptions(api_key_file=str(file)).key == "secret"
+    assert AppOptions(api_key="flag", api_key_file=str(file)).key == "flag"
+    assert AppOptions().key == ""
+    monkeypatch.setenv("EFFICIENTLLM_API_KEY", "environment")
+    assert AppOptions().key == "environment"
+    file.write_text("\n")
+    with pytest.raises(UsageError, match=r"--api-key-file .*key: is empty"):
+        _ = AppOptions(api_key_file=str(file)).key
+
+
+@pytest.mark.parametrize(
+    ("header", "status"), [("Bearer secret", 200), ("bearer secret", 200), ("secret", 401), ("Basic secret", 401)]
+)
+def test_the_scheme_of_the_key_is_bearer_in_any_case(header: str, status: int) -> None:
+    client = TestClient(Guard(answer_ok, api_key="secret", max_body_bytes=10))
+    assert client.get("/v1/models", headers={"Authorization": header}).status_code == status
+
+
+async def answer_ok(scope: Any, receive: Any, send: Any) -> None:
+    await PlainTextResponse("ok")(scope, receive, send)
+
+
+def test_models_say_how_much_fits(address: str, artefact: Path) -> None:
+    assert httpx.get(f"{address}/v1/models").json()["data"][0]["max_model_len"] == 2048
+    pool = ModelPool(dict.fromkeys(("one", "two"), str(artefact)), EngineOptions(threads=1))
+    assert pool.context_length("one") == pool.context_length("two") == 512
+    pool.close()
