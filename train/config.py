@@ -40,6 +40,11 @@ class SourceConfig:
         flags.require(self, "eval_tokens", self.eval_tokens >= 1, "must be positive")
 
 
+SLOWEST_BFLOAT16_DECAY = 0.98
+"""A bf16 number has 8 bits: where a step changes a moment by less than 1/256 of it, rounding to nearest undoes the step.
+A moment with decay b moves by (1 - b) of the distance to its input."""
+
+
 @dataclass(frozen=True)
 class OptimizerConfig:
     """optimisation"""
@@ -66,6 +71,8 @@ class OptimizerConfig:
     """Decay of AdamW's first moment."""
     beta2: float = 0.95
     """Decay of AdamW's second moment."""
+    optimizer_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type in which AdamW's moments are stored; bfloat16 saves 4 bytes a parameter. Updates are computed in float32."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this global norm."""
     distill: float = 0.0
@@ -85,6 +92,11 @@ class OptimizerConfig:
             flags.require(self, name, 0 <= getattr(self, name) < 1, "must be at least 0 and below 1")
         for name in ("weight_decay", "distill", "cross_entropy"):
             flags.require(self, name, getattr(self, name) >= 0, "must not be negative")
+        for name in ("beta1", "beta2") if self.optimizer_dtype == "bfloat16" else ():
+            is_followed = getattr(self, name) <= SLOWEST_BFLOAT16_DECAY
+            flags.require(
+                self, name, is_followed, f"must be at most {SLOWEST_BFLOAT16_DECAY} with --optimizer-dtype bfloat16"
+            )
         has_loss = self.cross_entropy > 0 or self.distill > 0
         flags.require(self, "cross_entropy", has_loss, "give --distill something to train on")
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..runtime.base import flags
@@ -63,6 +64,12 @@ class RunPlan:
     data: tuple[DataSpec, ...]
     pruning: PruningPlan | None
     """None for a run that only trains."""
+
+    @property
+    def stores_gradients_as_computed(self) -> bool:
+        """Whether the layers' gradients can stay in the bf16 that matrix products gave; sums over them are fp32."""
+        is_one_pass = self.compute.parallel.mode == "none" and self.config.optimizer.gradient_accumulation == 1
+        return is_one_pass and self.compute.hardware.dtype == torch.bfloat16
 
 
 def check_request(config: TrainConfig) -> None:
