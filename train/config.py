@@ -41,8 +41,8 @@ class SourceConfig:
 
 
 SLOWEST_BFLOAT16_DECAY = 0.98
-"""A bf16 number has 8 bits: where a step changes a moment by less than 1/256 of it, rounding to nearest undoes the step.
-A moment with decay b moves by (1 - b) of the distance to its input."""
+"""A bf16 number has 8 bits: a change of less than 1/512 is rounded away. A moment with decay b moves by (1 - b) of the
+distance to its input, so it may stay off by 1/512 / (1 - b) of that: here a tenth."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,8 @@ class RunConfig:
     """Optimizer steps between checkpoints; 0 writes none."""
     keep: int = 2
     """Complete checkpoints to keep."""
+    save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type in which the final model is stored; auto: the source's (bfloat16 for a quantised GGUF file)."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
@@ -174,7 +176,7 @@ def _toml(value: object) -> str:
 RESUMABLE_CHANGES = frozenset(
     {
         *("output", "overwrite", "resume", "checkpoint_every", "keep", "device", "threads", "tensorboard", "wandb"),
-        "skip_bad_lines",
+        *("skip_bad_lines", "save_dtype"),
     }
 )
 """Settings a resumed run may change without changing its result."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,12 @@ from .compute.distributed import Parallel
 from .compute.hardware import Hardware, choose_hardware
 from .config import STEERING_CHANGES, TrainConfig, changed_settings
 from .data.documents import DataSpec
+from .memory import check_memory, device_memory, estimate_memory
 from .model.architecture import Architecture
 from .model.file_size import tokenizer_bytes
 from .model.irregular import architecture_of
 from .model.source import load_source
+from .model.stored_type import shape_of_folder, stored_dtype
 from .pruning.criteria import check_saliency
 from .pruning.plan import PruningPlan, make_pruning_plan
 from .run_folder import foreign_files, newest_sound_checkpoint
@@ -64,12 +67,13 @@ class RunPlan:
     data: tuple[DataSpec, ...]
     pruning: PruningPlan | None
     """None for a run that only trains."""
+    save_dtype: torch.dtype
+    """Of the final model's weights."""
 
     @property
     def stores_gradients_as_computed(self) -> bool:
-        """Whether the layers' gradients can stay in the bf16 that matrix products gave; sums over them are fp32."""
-        is_one_pass = self.compute.parallel.mode == "none" and self.config.optimizer.gradient_accumulation == 1
-        return is_one_pass and self.compute.hardware.dtype == torch.bfloat16
+        """Whether the layers' gradients stay in the bf16 that matrix products gave."""
+        return _stores_gradients_as_computed(self.config, self.compute)
 
 
 def check_request(config: TrainConfig) -> None:
@@ -135,16 +139,43 @@ def make_plan(config: TrainConfig, resume: ResumePoint | None, compute: Compute)
     if compute.parallel.mode == "fsdp" and config.pruning.compact_every > 1:
         raise UsageError("--compact-every works with --parallel ddp only: fsdp removes physically at every event")
     source: Any
+    shape = shape_of_folder(config.source.source)
+    if shape is not None:  # before it is read, as it may not fit
+        _announce_memory(config, resume, compute, shape)
     source, tokenizer = load_source(config.source.source)
     length, longest = config.source.sequence_length, source.config.max_position_embeddings
     architecture = architecture_of(source.config)
+    if shape is None:
+        _announce_memory(config, resume, compute, architecture)
     vocabulary_bytes = _vocabulary_bytes(tokenizer) if config.pruning.target_bytes is not None else 0
     pruning = make_pruning_plan(config.pruning, architecture, vocabulary_bytes)
     if length > longest:
         raise UsageError(f"--sequence-length {length}: the source's context is {longest} tokens")
     data = tuple(DataSpec.parse(text, config.source.skip_bad_lines) for text in config.source.data)
     folder = Path(config.run.output)
-    return RunPlan(config, folder, resume, compute, architecture, tokenizer, data, pruning), source
+    asked = config.run.save_dtype
+    dtype = stored_dtype(config.source.source) if asked == "auto" else getattr(torch, asked)
+    return RunPlan(config, folder, resume, compute, architecture, tokenizer, data, pruning, dtype), source
+
+
+def _stores_gradients_as_computed(config: TrainConfig, compute: Compute) -> bool:
+    """Sums of gradients, over microbatches or ranks, are fp32."""
+    is_one_pass = compute.parallel.mode == "none" and config.optimizer.gradient_accumulation == 1
+    return is_one_pass and compute.hardware.dtype == torch.bfloat16
+
+
+def _announce_memory(config: TrainConfig, resume: ResumePoint | None, compute: Compute, source: Architecture) -> None:
+    """Say what a run from a source of this shape will take; UsageError where this machine does not have it."""
+    architecture = source if resume is None else Architecture.from_folder(resume.checkpoint)
+    parallel, is_summed = compute.parallel, not _stores_gradients_as_computed(config, compute)
+    shards = parallel.world_size if parallel.mode == "fsdp" else 1
+    estimate = estimate_memory(config, architecture, compute.hardware.dtype, shards, not is_summed)
+    memory = device_memory(parallel.storage_device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    warning = check_memory(estimate, memory, config) if memory is not None else ""
+    if parallel.is_main:
+        _log.info(f"memory: {estimate.describe()}")
+        if warning:
+            _log.warning(f"memory: {warning}")
 
 
 def _vocabulary_bytes(tokenizer: PreTrainedTokenizerBase) -> int:

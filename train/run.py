@@ -105,6 +105,8 @@ def _make_trainer(plan: RunPlan, source: Any) -> Trainer:
 def _make_model(plan: RunPlan, source: Any) -> Any:
     """What is trained: the source itself, its shape with new weights, or the shape that a checkpoint had."""
     model = source
+    if plan.resume is not None or plan.config.source.init == "random":
+        source.to("meta")  # others still hold it; its weights go
     if plan.resume is not None:
         saved = AutoConfig.from_pretrained(plan.resume.checkpoint)
         model = build(saved, architecture_of(saved))

@@ -59,16 +59,17 @@ def save_training_state(
 
 
 def _weights_and_moments(model: Any, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
-    """The very tensors of model and optimizer by their parameter's name; a tied head and embedding are one parameter."""
+    """The very tensors of model and optimizer by parameter; a tied head and embedding are one."""
     parameters = dict(model.named_parameters())
-    return {"model": parameters, "optimizer": {name: optimizer.state[each] for name, each in parameters.items()}}
+    weights = {name: parameter.detach() for name, parameter in parameters.items()}
+    return {"model": weights, "optimizer": {name: optimizer.state[each] for name, each in parameters.items()}}
 
 
 def state_bytes(model: Any, optimizer: torch.optim.Optimizer) -> int:
     """About what a checkpoint takes on disk, over all ranks: weights and moments."""
     state = _weights_and_moments(model, optimizer)
-    tensors = [*state["model"].values(), *(each for moments in state["optimizer"].values() for each in moments.values())]
-    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    moments = (tensor for each in state["optimizer"].values() for tensor in each.values())
+    size = sum(tensor.numel() * tensor.element_size() for tensor in (*state["model"].values(), *moments))
     return round(1.1 * size) + 2_000_000  # scores, Gram matrices, the stream's position, headers
 
 

@@ -28,7 +28,7 @@ class AdamW(torch.optim.Optimizer):
     def __init__(
         self, groups: list[dict[str, Any]], learning_rate: float, betas: tuple[float, float], moments: torch.dtype
     ) -> None:
-        """`moments`: the type of both moments, fp32 or bf16 (rounded to nearest; see OptimizerConfig.optimizer_dtype)."""
+        """`moments`: the type of both moments, fp32 or bf16 (rounded to nearest; see config.SLOWEST_BFLOAT16_DECAY)."""
         super().__init__(groups, {"lr": learning_rate, "betas": betas})
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -39,7 +39,7 @@ class AdamW(torch.optim.Optimizer):
                 }
 
     @torch.no_grad()
-    def step(self, closure: None = None, gradient_scale: Tensor | None = None) -> None:
+    def step(self, closure: None = None, gradient_scale: Tensor | None = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient, from that times `gradient_scale` (which changes fp32 .grad)."""
         for group in self.param_groups:
             held = [_local_tensors(each, self.state[each]) for each in group["params"] if each.grad is not None]
