@@ -46,6 +46,11 @@ class SourceConfig:
         flags.require(self, "eval_tokens", self.eval_tokens >= 1, "must be positive")
 
 
+SLOWEST_BFLOAT16_DECAY = 0.98
+"""A bf16 number has 8 bits: a change of less than 1/512 is rounded away. A moment with decay b moves by (1 - b) of the
+distance to its input, so it may stay off by 1/512 / (1 - b) of that: here a tenth."""
+
+
 @dataclass(frozen=True)
 class OptimizerConfig:
     """optimisation"""
@@ -72,6 +77,8 @@ class OptimizerConfig:
     """Decay of AdamW's first moment."""
     beta2: float = 0.95
     """Decay of AdamW's second moment."""
+    optimizer_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type in which AdamW's moments are stored; bfloat16 saves 4 bytes a parameter. Updates are computed in float32."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this global norm."""
     distill: float = 0.0
@@ -91,6 +98,11 @@ class OptimizerConfig:
             flags.require(self, name, 0 <= getattr(self, name) < 1, "must be at least 0 and below 1")
         for name in ("weight_decay", "distill", "cross_entropy"):
             flags.require(self, name, getattr(self, name) >= 0, "must not be negative")
+        for name in ("beta1", "beta2") if self.optimizer_dtype == "bfloat16" else ():
+            is_followed = getattr(self, name) <= SLOWEST_BFLOAT16_DECAY
+            flags.require(
+                self, name, is_followed, f"must be at most {SLOWEST_BFLOAT16_DECAY} with --optimizer-dtype bfloat16"
+            )
         has_loss = self.cross_entropy > 0 or self.distill > 0
         flags.require(self, "cross_entropy", has_loss, "give --distill something to train on")
 
@@ -111,6 +123,8 @@ class RunConfig:
     """Optimizer steps between measurements of the held-out loss along the run; 0: none."""
     keep: int = 2
     """Complete checkpoints to keep."""
+    save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type in which the final model is stored; auto: the source's (bfloat16 for a quantised GGUF file)."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
@@ -173,7 +187,7 @@ def _toml(value: object) -> str:
 RESUMABLE_CHANGES = frozenset(
     {
         *("output", "overwrite", "resume", "checkpoint_every", "keep", "device", "threads", "tensorboard", "wandb"),
-        *("skip_bad_lines", "eval_every", "quality"),
+        *("skip_bad_lines", "eval_every", "quality", "save_dtype"),
     }
 )
 """Settings a resumed run may change without changing its result."""

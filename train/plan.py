@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass, replace
-from functools import partial
+import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..runtime.base import flags
 from ..runtime.base.errors import UsageError
 from ..runtime.base.output import check_output, check_place
-from ..runtime.base.progress import ProgressDisplay
 from .compute.distributed import Parallel
 from .compute.hardware import Hardware, choose_hardware
 from .config import STEERING_CHANGES, TrainConfig, changed_settings
+from .corpora import data_specs, with_self_chats
 from .data.documents import DataSpec
-from .data.self_chat import LARGEST, SELF_CHAT, SMALLEST, self_chat_file
+from .memory import check_memory, device_memory, estimate_memory
 from .metrics import check_loggers
 from .model.architecture import Architecture
 from .model.file_size import tokenizer_bytes
 from .model.irregular import architecture_of
 from .model.source import load_source
+from .model.stored_type import shape_of_folder, stored_dtype
 from .pruning.criteria import check_saliency
 from .pruning.plan import PruningPlan, make_pruning_plan
 from .run_folder import foreign_files, newest_sound_checkpoint
@@ -67,6 +69,13 @@ class RunPlan:
     data: tuple[DataSpec, ...]
     pruning: PruningPlan | None
     """None for a run that only trains."""
+    save_dtype: torch.dtype
+    """Of the final model's weights."""
+
+    @property
+    def stores_gradients_as_computed(self) -> bool:
+        """Whether the layers' gradients stay in the bf16 that matrix products gave."""
+        return _stores_gradients_as_computed(self.config, self.compute)
 
 
 def check_request(config: TrainConfig) -> None:
@@ -83,12 +92,6 @@ def check_request(config: TrainConfig) -> None:
     foreign = foreign_files if config.run.overwrite else lambda folder: []
     check_output(Path(config.run.output), replaceable, foreign, inputs, remedy)
     check_place(Path(config.run.output), is_renamed=False)
-
-
-def data_specs(config: TrainConfig) -> tuple[DataSpec, ...]:
-    """The corpora of a run."""
-    settings = config.source
-    return tuple(DataSpec.parse(text, settings.skip_bad_lines, settings.text_field) for text in settings.data)
 
 
 def find_resume_point(config: TrainConfig) -> ResumePoint | None:
@@ -140,35 +143,42 @@ def make_plan(config: TrainConfig, resume: ResumePoint | None, compute: Compute)
     if compute.parallel.mode == "fsdp" and config.pruning.compact_every > 1:
         raise UsageError("--compact-every works with --parallel ddp only: fsdp removes physically at every event")
     source: Any
+    shape = shape_of_folder(config.source.source)
+    if shape is not None:  # before it is read, as it may not fit
+        _announce_memory(config, resume, compute, shape)
     source, tokenizer = load_source(config.source.source)
     length, longest = config.source.sequence_length, source.config.max_position_embeddings
     architecture = architecture_of(source.config)
+    if shape is None:
+        _announce_memory(config, resume, compute, architecture)
     vocabulary_bytes = _vocabulary_bytes(tokenizer) if config.pruning.target_bytes is not None else 0
     pruning = make_pruning_plan(config.pruning, architecture, vocabulary_bytes)
     if length > longest:
         raise UsageError(f"--sequence-length {length}: the source's context is {longest} tokens")
-    data = _with_self_chats(config, source, tokenizer, compute.parallel)
-    return RunPlan(config, Path(config.run.output), resume, compute, architecture, tokenizer, data, pruning), source
+    data, folder = with_self_chats(config, source, tokenizer, compute.parallel), Path(config.run.output)
+    asked = config.run.save_dtype
+    dtype = stored_dtype(config.source.source) if asked == "auto" else getattr(torch, asked)
+    return RunPlan(config, folder, resume, compute, architecture, tokenizer, data, pruning, dtype), source
 
 
-def _with_self_chats(
-    config: TrainConfig, source: Any, tokenizer: PreTrainedTokenizerBase, parallel: Parallel
-) -> tuple[DataSpec, ...]:
-    """The corpora, the source's chats with itself as the file they are sampled to."""
-    specs = data_specs(config)
-    shares = [spec.weight for spec in specs if spec.path == SELF_CHAT]
-    if not shares:
-        return specs
-    wanted = round(config.optimizer.tokens * sum(shares) / sum(spec.weight for spec in specs))
-    tokens = min(LARGEST, max(wanted, SMALLEST * config.source.sequence_length))
-    with ProgressDisplay(silent=not parallel.is_main) as display:
-        path = None
-        for is_mine in (parallel.is_main, not parallel.is_main):  # the main process samples, the others read it
-            if is_mine:
-                report = partial(display.update, "sampling the source's chats")
-                path = self_chat_file(source.to(parallel.device), tokenizer, tokens, config.run.seed, report)
-            parallel.barrier()
-    return tuple(replace(spec, path=str(path)) if spec.path == SELF_CHAT else spec for spec in specs)
+def _stores_gradients_as_computed(config: TrainConfig, compute: Compute) -> bool:
+    """Sums of gradients, over microbatches or ranks, are fp32."""
+    is_one_pass = compute.parallel.mode == "none" and config.optimizer.gradient_accumulation == 1
+    return is_one_pass and compute.hardware.dtype == torch.bfloat16
+
+
+def _announce_memory(config: TrainConfig, resume: ResumePoint | None, compute: Compute, source: Architecture) -> None:
+    """Say what a run from a source of this shape will take; UsageError where this machine does not have it."""
+    architecture = source if resume is None else Architecture.from_folder(resume.checkpoint)
+    parallel, is_summed = compute.parallel, not _stores_gradients_as_computed(config, compute)
+    shards = parallel.world_size if parallel.mode == "fsdp" else 1
+    estimate = estimate_memory(config, architecture, compute.hardware.dtype, shards, not is_summed)
+    memory = device_memory(parallel.storage_device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    warning = check_memory(estimate, memory, config) if memory is not None else ""
+    if parallel.is_main:
+        _log.info(f"memory: {estimate.describe()}")
+        if warning:
+            _log.warning(f"memory: {warning}")
 
 
 def _vocabulary_bytes(tokenizer: PreTrainedTokenizerBase) -> int:

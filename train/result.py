@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from ..runtime.base.files import folder_written_atomically, write_json_atomically
 from .compute.gather import full
@@ -19,11 +23,13 @@ from .replaced_run import drop_replaced
 from .run_folder import drop_checkpoints
 from .trainer import Trainer
 
+_log = logging.getLogger("efficientllm.train")
+
 
 def write_result(trainer: Trainer) -> None:
     """Write everything (on the main rank), then drop the checkpoints."""
     source, folder = trainer.plan.architecture, trainer.plan.folder
-    state = {name: full(tensor) for name, tensor in trainer.model.state_dict().items()}
+    state = stored_weights(trainer.model, trainer.plan.save_dtype)
     if not trainer.parallel.is_main:
         trainer.parallel.barrier()
         return
@@ -49,6 +55,19 @@ def write_result(trainer: Trainer) -> None:
         write_json_atomically(folder / "architecture.json", description)  # last: it says that the run is finished
     drop_checkpoints(folder / "checkpoints")
     trainer.parallel.barrier()
+
+
+def stored_weights(model: Any, dtype: torch.dtype) -> dict[str, Tensor]:
+    """{name: whole tensor} as the final model holds them, a tied head and embedding once; a collective call.
+
+    In `dtype`, or all in fp32 where one of them has a number beyond it (fp16 ends at 65504).
+    """
+    weights = {name: full(parameter.detach()).to(dtype) for name, parameter in model.named_parameters()}
+    beyond = next((name for name, weight in weights.items() if not torch.isfinite(weight).all()), None)
+    if beyond is None or dtype == torch.float32:
+        return weights
+    _log.warning(f"{beyond} has numbers beyond {str(dtype).removeprefix('torch.')}: the model is stored in float32")
+    return stored_weights(model, torch.float32)
 
 
 def training_summary(trainer: Trainer) -> dict[str, Any]:

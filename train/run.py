@@ -19,11 +19,12 @@ from ..runtime.base.output import locked_output
 from ..runtime.base.quantities import format_count
 from .compute.loss import LossWeights, TrainingLoss, make_teacher
 from .config import TrainConfig
+from .corpora import data_specs
 from .data.documents import check_documents
 from .data.packing import PackedStream, held_out_windows
 from .data.self_chat import SELF_CHAT
 from .model.irregular import architecture_of, build
-from .plan import RunPlan, check_request, choose_compute, data_specs, find_resume_point, make_plan
+from .plan import RunPlan, check_request, choose_compute, find_resume_point, make_plan
 from .replaced_run import put_back, recover, set_aside_run
 from .result import write_result
 from .run_folder import DAMAGED_PREFIX, checkpoint_folders, empty_run_folder, set_aside
@@ -133,6 +134,8 @@ def _make_trainer(plan: RunPlan, source: Any) -> Trainer:
 def _make_model(plan: RunPlan, source: Any) -> Any:
     """What is trained: the source itself, its shape with new weights, or the shape that a checkpoint had."""
     model = source
+    if plan.resume is not None or plan.config.source.init == "random":
+        source.to("meta")  # others still hold it; its weights go
     if plan.resume is not None:
         saved = AutoConfig.from_pretrained(plan.resume.checkpoint)
         model = build(saved, architecture_of(saved))

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from ..runtime.base.errors import DataError, TrainingDivergedError
 from ..runtime.base.progress import ProgressDisplay
 from ..runtime.base.quantities import format_bytes, format_count
+from ..runtime.engines.memory import give_back_freed_memory
 from . import training_state
 from .compute.distributed import without_sync
-from .compute.gather import full
 from .compute.loss import TrainingLoss
-from .compute.optimizer import make_optimizer
+from .compute.optimizer import clip_factor, gradient_norm, make_optimizer, store_gradients_as_computed
 from .data.packing import PackedStream
 from .measuring import Measuring
 from .metrics import MetricsWriter
@@ -50,8 +50,8 @@ class Trainer:
         self.callee = self.parallel.wrap(loss)
         """What is called in a step: the loss itself, or DDP around it."""
         optimizer = self.config.optimizer
-        betas = (optimizer.beta1, optimizer.beta2)
-        self.optimizer = make_optimizer(self.model, optimizer.learning_rate, betas, optimizer.weight_decay)
+        betas, moments = (optimizer.beta1, optimizer.beta2), getattr(torch, optimizer.optimizer_dtype)
+        self.optimizer = make_optimizer(self.model, optimizer.learning_rate, betas, optimizer.weight_decay, moments)
         self.schedule: DroppingSchedule | None = None
         self.pruner: Pruner | None = None
         if plan.pruning is not None:
@@ -79,6 +79,8 @@ class Trainer:
         if self.config.run.compile:
             torch._dynamo.reset()  # code of the old shapes
             self.model.model.compile()
+        if self.plan.stores_gradients_as_computed:
+            store_gradients_as_computed(self.model)
 
     def train(self) -> bool:
         """Run to the last token; False when a signal stopped it early (its checkpoint is written)."""
@@ -171,8 +173,7 @@ class Trainer:
         """One optimizer step and, where one is due, one pruning event."""
         began = time.monotonic()
         loss = self.parallel.mean(self._accumulate_gradients())
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        grad_norm = full(torch.nn.utils.get_total_norm(gradients))
+        grad_norm = gradient_norm(self.model.parameters())
         record: dict[str, Any] = {"step": self.progress.step + 1, "loss": loss, "grad_norm": float(grad_norm)}
         is_finite = math.isfinite(loss) and math.isfinite(record["grad_norm"])
         if is_finite:
@@ -248,8 +249,7 @@ class Trainer:
         settings = self.config.optimizer
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(settings, self.progress.tokens + self.tokens_per_step)
-        torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), settings.max_grad_norm, grad_norm)
-        self.optimizer.step()
+        self.optimizer.step(gradient_scale=clip_factor(grad_norm, settings.max_grad_norm))
         self.progress.skipped_in_a_row = 0
 
     def _skip(self, record: dict[str, Any]) -> None:
@@ -286,6 +286,7 @@ class Trainer:
             return
         self.callee = nn.Identity()  # DDP's hooks on the old parameters go with it
         self.loss, self.callee = self.pruner.compact(self.loss, self.optimizer)
+        give_back_freed_memory()  # tensors of the new widths do not fit where those of the old ones were
         self._configure_model()
 
     def save(self) -> Path:

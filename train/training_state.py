@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from ..runtime.base.files import folder_written_atomically
 from .compute.distributed import Parallel
@@ -44,10 +43,9 @@ def save_training_state(
     """Write checkpoint step-N atomically, then drop all but the newest `keep`; every rank writes its own shards."""
     target = folder / f"step-{state.progress.step:08d}"
     with folder_written_atomically(target, parallel.is_main, parallel.barrier) as temporary:
-        model_state, optimizer_state = get_state_dict(model, optimizer)
         with _single_process_is_meant():
-            sharded = {"model": model_state, "optimizer": optimizer_state}
-            dcp.save(sharded, checkpoint_id=temporary / "state", no_dist=parallel.world_size == 1)
+            tensors = _weights_and_moments(model, optimizer)
+            dcp.save(tensors, checkpoint_id=temporary / "state", no_dist=parallel.world_size == 1)
         if parallel.is_main:
             torch.save({"tensors": state.tensors, "rng": _rng_state()}, temporary / "tensors.pt")
             (temporary / "config.json").write_text(model.config.to_json_string(use_diff=False), encoding="utf-8")
@@ -60,11 +58,18 @@ def save_training_state(
     return target
 
 
+def _weights_and_moments(model: Any, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
+    """The very tensors of model and optimizer by parameter; a tied head and embedding are one."""
+    parameters = dict(model.named_parameters())
+    weights = {name: parameter.detach() for name, parameter in parameters.items()}
+    return {"model": weights, "optimizer": {name: optimizer.state[each] for name, each in parameters.items()}}
+
+
 def state_bytes(model: Any, optimizer: torch.optim.Optimizer) -> int:
-    """About what a checkpoint takes on disk, over all ranks: weights, the tied head once more, and moments."""
-    stored = [*model.state_dict().values()]
-    moments = (value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value))
-    size = sum(tensor.numel() * tensor.element_size() for tensor in (*stored, *moments))
+    """About what a checkpoint takes on disk, over all ranks: weights and moments."""
+    state = _weights_and_moments(model, optimizer)
+    moments = (tensor for each in state["optimizer"].values() for tensor in each.values())
+    size = sum(tensor.numel() * tensor.element_size() for tensor in (*state["model"].values(), *moments))
     return round(1.1 * size) + 2_000_000  # scores, Gram matrices, the stream's position, headers
 
 
@@ -90,11 +95,9 @@ def load_training_state(
     folder: Path, model: Any, optimizer: torch.optim.Optimizer, parallel: Parallel
 ) -> dict[str, Any]:
     """Fill model and optimizer (already of the checkpoint's shape) and return the other tensors; set the RNGs."""
-    model_state, optimizer_state = get_state_dict(model, optimizer)
-    state = {"model": model_state, "optimizer": optimizer_state}
-    with _single_process_is_meant():
-        dcp.load(state, checkpoint_id=folder / "state", no_dist=parallel.world_size == 1)
-    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    with _single_process_is_meant(), torch.no_grad():
+        tensors = _weights_and_moments(model, optimizer)
+        dcp.load(tensors, checkpoint_id=folder / "state", no_dist=parallel.world_size == 1)
     small = torch.load(folder / "tensors.pt", weights_only=True, map_location=parallel.device)
     _set_rng_state(small["rng"])
     return small["tensors"]

@@ -1,17 +1,140 @@
-"""The optimizer of a run."""
+"""AdamW whose moments and gradients may be stored in bf16, and the type in which gradients are stored.
+
+Arithmetic is fp32 throughout. A tensor that is stored in another type is converted in pieces of `PIECE` elements.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from .gather import full
+
+EPSILON = 1e-8
+"""Added to the root of the second moment."""
+
+PIECE = 2**22
+"""Elements of a tensor that are converted at once."""
+
+
+class AdamW(torch.optim.Optimizer):
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101) on torch's fused kernel; the moments exist from the start."""
+
+    def __init__(
+        self, groups: list[dict[str, Any]], learning_rate: float, betas: tuple[float, float], moments: torch.dtype
+    ) -> None:
+        """`moments`: the type of both moments, fp32 or bf16 (rounded to nearest; see config.SLOWEST_BFLOAT16_DECAY)."""
+        super().__init__(groups, {"lr": learning_rate, "betas": betas})
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter] = {
+                    "step": torch.zeros((), device=parameter.device),
+                    "exp_avg": torch.zeros_like(parameter, dtype=moments),
+                    "exp_avg_sq": torch.zeros_like(parameter, dtype=moments),
+                }
+
+    @torch.no_grad()
+    def step(self, closure: None = None, gradient_scale: Tensor | None = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient, from that times `gradient_scale` (which changes fp32 .grad)."""
+        for group in self.param_groups:
+            held = [_local_tensors(each, self.state[each]) for each in group["params"] if each.grad is not None]
+            plain = [each for each in held if each.is_of_one_type]
+            if held:
+                torch._foreach_add_([each.step for each in held], 1)
+            if plain:
+                if gradient_scale is not None:
+                    torch._foreach_mul_([each.tensors[1] for each in plain], gradient_scale)
+                _fused(group, plain)
+            for each in held:
+                if not each.is_of_one_type:
+                    _update_in_pieces(group, each, gradient_scale)
+
+
+@dataclass(frozen=True, eq=False)
+class _Held:
+    """What this rank holds of a parameter."""
+
+    tensors: tuple[Tensor, ...]
+    """Weights, gradient, first and second moment, of one shape."""
+    step: Tensor
+    """[] fp32: how many updates there were, this one included."""
+
+    @property
+    def is_of_one_type(self) -> bool:
+        return len({tensor.dtype for tensor in self.tensors}) == 1
+
+
+def _local_tensors(parameter: Any, state: dict[str, Any]) -> _Held:
+    values = (parameter.detach(), parameter.grad, state["exp_avg"], state["exp_avg_sq"])
+    return _Held(tuple(each.to_local() if isinstance(each, DTensor) else each for each in values), state["step"])
+
+
+def _fused(group: dict[str, Any], held: Sequence[_Held]) -> None:
+    """torch's kernel, for tensors of one type."""
+    parameters, gradients, first, second = (list(each) for each in zip(*(each.tensors for each in held), strict=True))
+    beta1, beta2 = group["betas"]
+    torch._fused_adamw_(
+        *(parameters, gradients, first, second, [], [each.step for each in held]),
+        lr=group["lr"],
+        beta1=beta1,
+        beta2=beta2,
+        weight_decay=group["weight_decay"],
+        eps=EPSILON,
+        amsgrad=False,
+        maximize=False,
+    )
+
+
+def _update_in_pieces(group: dict[str, Any], held: _Held, gradient_scale: Tensor | None) -> None:
+    """The same of one parameter whose gradient or moments are stored in bf16."""
+    row = held.tensors[0][:1].numel()
+    rows = max(1, PIECE // max(1, row))
+    for parameter, gradient, first, second in zip(*(tensor.split(rows) for tensor in held.tensors), strict=True):
+        scaled = gradient.float() if gradient_scale is None else gradient.float() * gradient_scale
+        moments = first.float(), second.float()
+        _fused(group, [_Held((parameter, scaled, *moments), held.step)])
+        first.copy_(moments[0])
+        second.copy_(moments[1])
 
 
 def make_optimizer(
-    model: Any, learning_rate: float, betas: tuple[float, float], weight_decay: float
-) -> torch.optim.AdamW:
-    """Fused AdamW; weight decay on matrices only."""
+    model: Any,
+    learning_rate: float,
+    betas: tuple[float, float],
+    weight_decay: float,
+    moments: torch.dtype = torch.float32,
+) -> AdamW:
+    """AdamW with its moments in `moments`; weight decay on matrices only."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
+    return AdamW(groups, learning_rate, betas, moments)
+
+
+def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
+    """Norm [] fp32 of all gradients together, over all shards: a collective call. A bf16 norm would be off by 0.4 %."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
+    return full(torch.linalg.vector_norm(torch.stack(norms)))
+
+
+def clip_factor(norm: Tensor, longest: float) -> Tensor:
+    """[] fp32: what shortens gradients of `norm` to `longest`, 1 where they are no longer."""
+    return torch.clamp(longest / (norm + 1e-6), max=1.0)
+
+
+def store_gradients_as_computed(model: Any) -> None:
+    """Store the gradients of the layers' matrices in bf16, which is what a bf16 matrix product gives: nothing is lost.
+
+    Only for steps of one backward pass in one process: sums of gradients are formed in fp32. A torch without
+    `grad_dtype` stores all of them in fp32.
+    """
+    for layer in model.model.layers:
+        for parameter in layer.parameters():
+            if parameter.dim() == 2 and hasattr(parameter, "grad_dtype"):
+                parameter.grad_dtype = torch.bfloat16

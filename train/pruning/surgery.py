@@ -70,8 +70,10 @@ def _parents(model: nn.Module, name: str) -> list[tuple[nn.Module, str]]:
 def remove_groups(model: Any, removal: Removal, optimizer: torch.optim.Optimizer | None = None) -> None:
     """Physically remove groups, in place: parameters, optimizer state, norms and config. Gradients are dropped."""
     scale = norm_scale(removal)
-    replaced: dict[Tensor, nn.Parameter] = {}
-    for name, parameter in list(model.named_parameters()):
+    slots = _slots(optimizer)
+    for name in [name for name, _ in model.named_parameters()]:
+        # each old tensor goes before the next new one comes: nothing but the loop's own names may hold it
+        parameter = model.get_parameter(name)
         is_rescaled = scale != 1.0 and name.endswith(STEM_NORMS)
         sliced = slice_tensor(name, parameter.detach(), removal)
         if sliced.shape == parameter.shape and not is_rescaled:
@@ -79,13 +81,18 @@ def remove_groups(model: Any, removal: Removal, optimizer: torch.optim.Optimizer
         new = nn.Parameter(sliced.mul(scale) if is_rescaled else sliced, requires_grad=parameter.requires_grad)
         for module, attribute in _parents(model, name):
             setattr(module, attribute, new)
-        replaced[parameter] = new
-        if optimizer is not None and parameter in optimizer.state:
-            optimizer.state[new] = slice_state(name, optimizer.state.pop(parameter), removal, is_rescaled, scale)
-    if optimizer is not None:
-        for group in optimizer.param_groups:
-            group["params"] = [replaced.get(parameter, parameter) for parameter in group["params"]]
+        if optimizer is not None and parameter in slots:
+            group, index = slots.pop(parameter)
+            group[index] = new
+            if parameter in optimizer.state:
+                optimizer.state[new] = slice_state(name, optimizer.state.pop(parameter), removal, is_rescaled, scale)
     _update_modules(model, removal)
+
+
+def _slots(optimizer: torch.optim.Optimizer | None) -> dict[Tensor, tuple[list[Tensor], int]]:
+    """{parameter: (parameters of its group, place among them)}."""
+    groups = [group["params"] for group in optimizer.param_groups] if optimizer is not None else []
+    return {parameter: (group, index) for group in groups for index, parameter in enumerate(group)}
 
 
 def slice_state(name: str, state: dict[str, Any], removal: Removal, is_rescaled: bool, scale: float) -> dict[str, Any]:

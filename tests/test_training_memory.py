@@ -1,0 +1,289 @@
+"""Bytes of training: gradients, moments, removal, checkpoints, the estimate."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pruning import some_removal
+from tiny import tiny_architecture, tiny_model
+from training import command, metrics, run, weights
+
+from efficientllm.runtime.base.errors import UsageError
+from efficientllm.train import memory
+from efficientllm.train.compute.loss import TrainingLoss
+from efficientllm.train.compute.optimizer import AdamW, clip_factor, gradient_norm, make_optimizer
+from efficientllm.train.compute.optimizer import store_gradients_as_computed as store_as_computed
+from efficientllm.train.config import OptimizerConfig, RunConfig, SourceConfig, TrainConfig
+from efficientllm.train.model.architecture import LayerShape
+from efficientllm.train.pruning import surgery
+
+WINDOWS = torch.randint(0, 400, (2, 33), generator=torch.Generator().manual_seed(1))
+WIDE = tiny_architecture(layers=(LayerShape(4, 2, 192), LayerShape(2, 1, 256)), hidden_size=128)
+
+
+def gradients(model: Any) -> dict[str, torch.Tensor]:
+    loss, _ = TrainingLoss(model, torch.bfloat16)(WINDOWS)
+    loss.backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_gradients_of_bf16_products_lose_nothing_in_bf16(family: str) -> None:
+    architecture = tiny_architecture(family)
+    exact = gradients(tiny_model(architecture).train())
+    model = tiny_model(architecture).train()
+    store_as_computed(model)
+    stored = gradients(model)
+    assert {gradient.dtype for gradient in stored.values()} == {torch.bfloat16, torch.float32}
+    for name, gradient in exact.items():
+        assert gradient.dtype == torch.float32
+        assert torch.equal(stored[name].float(), gradient), name
+
+
+def test_the_optimizer_is_torchs_adamw() -> None:
+    ours, theirs = tiny_model(tiny_architecture()), tiny_model(tiny_architecture())
+    our_steps = make_optimizer(ours, 1e-2, (0.9, 0.95), 0.1)
+    groups = [
+        {"params": [p for p in theirs.parameters() if p.dim() == 2], "weight_decay": 0.1},
+        {"params": [p for p in theirs.parameters() if p.dim() == 1], "weight_decay": 0.0},
+    ]
+    their_steps = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), fused=True)
+    for _ in range(3):
+        gradients(ours), gradients(theirs)
+        our_steps.step(gradient_scale=clip_factor(gradient_norm(ours.parameters()), 0.5))
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 0.5)
+        their_steps.step()
+        our_steps.zero_grad(), their_steps.zero_grad()
+    for our, their in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(our, their)
+
+
+def test_a_step_from_bf16_gradients_is_the_step_from_the_same_numbers_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("efficientllm.train.compute.optimizer.PIECE", 128)  # rows of 16 at a time
+    results = []
+    for kept in (True, False):
+        torch.manual_seed(0)
+        weight = torch.nn.Parameter(torch.randn(50, 16))
+        optimizer = AdamW([{"params": [weight], "weight_decay": 0.01}], 1e-2, (0.9, 0.95), torch.float32)
+        for _ in range(3):
+            gradient = torch.randn(50, 16).bfloat16()
+            weight.grad_dtype = torch.bfloat16 if kept else torch.float32
+            weight.grad = gradient if kept else gradient.float()
+            optimizer.step(gradient_scale=torch.tensor(0.3))
+            weight.grad = None
+        results.append(weight.detach())
+    assert torch.equal(*results)
+
+
+def test_bf16_moments_train_as_fp32_ones_do_and_resume_bit_identically(
+    source_folder: Path, corpus: Path, tmp_path: Path
+) -> None:
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        arguments = command(source_folder, corpus, tmp_path / dtype, "--optimizer-dtype", dtype)
+        assert run(arguments) == 0
+        losses[dtype] = torch.tensor([record["loss"] for record in metrics(tmp_path / dtype) if "loss" in record])
+    assert losses["float32"][0] - losses["float32"][-1] > 0.1  # there is something to miss
+    torch.testing.assert_close(losses["bfloat16"], losses["float32"], atol=0.02, rtol=0)
+
+    from efficientllm.train.trainer import Trainer
+
+    step = Trainer._step
+
+    def stopping(self: Trainer) -> dict[str, Any]:
+        self.stop_signal.name = "SIGTERM" if self.progress.step == 9 else ""
+        return step(self)
+
+    arguments = command(source_folder, corpus, tmp_path / "resumed", "--optimizer-dtype", "bfloat16")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_step", stopping)
+        assert run(arguments) == 130
+    assert run([*arguments, "--resume"]) == 0
+    for name, tensor in weights(tmp_path / "bfloat16").items():
+        assert torch.equal(weights(tmp_path / "resumed")[name], tensor)
+
+
+def test_a_decay_that_bf16_cannot_follow_is_refused(
+    source_folder: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = command(source_folder, corpus, tmp_path / "run", "--optimizer-dtype", "bfloat16", "--beta2", "0.999")
+    assert run(arguments) == 2
+    assert "--beta2 0.999: must be at most 0.98 with --optimizer-dtype bfloat16" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("dtype", "bytes_per_parameter"), [("float32", 12), ("bfloat16", 8)])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_checkpoint_stores_every_parameter_once(
+    tied: bool, dtype: str, bytes_per_parameter: int, save_tiny: Callable[..., Path], corpus: Path, tmp_path: Path
+) -> None:
+    architecture = replace(WIDE, tie_word_embeddings=tied, vocab_size=4000)
+    arguments = command(save_tiny(architecture), corpus, tmp_path / "run", "--optimizer-dtype", dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("efficientllm.train.run.write_result", lambda trainer: None)  # its checkpoints stay
+        assert run([*arguments, "--target-ratio", "1.0"]) == 0
+    state = sorted((tmp_path / "run" / "checkpoints").iterdir())[-1] / "state"
+    size = sum(file.stat().st_size for file in state.iterdir())
+    headers = 2500 * 3 * sum(1 for _ in tiny_model(architecture).parameters())
+    assert size == pytest.approx(bytes_per_parameter * architecture.num_parameters, abs=headers)
+
+
+# -- what is alive
+
+
+def test_a_removal_holds_one_old_tensor_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(WIDE).train()
+    optimizer = make_optimizer(model, 1e-3, (0.9, 0.95), 0.01)
+    gradients(model)
+    optimizer.step()
+    optimizer.zero_grad()
+    old = [weakref.ref(parameter) for parameter in model.parameters()]
+    old += [weakref.ref(state["exp_avg"]) for state in optimizer.state.values()]
+    alive = []
+    update_modules = surgery._update_modules
+
+    def counting(*arguments: Any) -> None:
+        alive.append(sum(reference() is not None for reference in old))
+        update_modules(*arguments)
+
+    monkeypatch.setattr(surgery, "_update_modules", counting)
+    surgery.remove_groups(model, some_removal(WIDE, ("ffn", "stem")), optimizer)
+    assert alive == [1]  # the loop's own, of the last parameter
+
+
+@pytest.mark.parametrize("more", [["--init", "random"], ["--resume"]])
+def test_weights_that_are_not_trained_are_not_kept(
+    more: list[str], source_folder: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from efficientllm.train import run as run_module
+
+    arguments = command(source_folder, corpus, tmp_path / "run", *(more if more != ["--resume"] else []))
+    if more == ["--resume"]:
+        with monkeypatch.context() as patch:
+            patch.setattr(run_module.Trainer, "train", lambda self: bool(self.save()) and False)
+            assert run(arguments) == 130
+    held = []
+    make_model = run_module._make_model
+
+    def looking(plan: Any, source: Any) -> Any:
+        model = make_model(plan, source)
+        held.append({parameter.device.type for parameter in source.parameters()})
+        return model
+
+    monkeypatch.setattr(run_module, "_make_model", looking)
+    assert run([*arguments, *more]) == 0
+    assert held == [{"meta"}]
+
+
+PEAK = """
+import sys
+from efficientllm.runtime.base.command import run_command
+from efficientllm.runtime.engines.memory import memory_bytes
+from efficientllm.train import cli, run
+before = memory_bytes()["rss_bytes"]
+assert run_command(cli.body, sys.argv[1:]) == 0
+print("training took", memory_bytes()["peak_rss_bytes"] - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="peaks are read from /proc")
+@pytest.mark.parametrize(("dtype", "limit"), [("float32", 17.0), ("bfloat16", 13.5)])
+def test_training_takes_no_more_than_it_must(
+    dtype: str, limit: float, save_tiny: Callable[..., Path], corpus: Path, tmp_path: Path
+) -> None:
+    """Weights, gradients and moments are 16 (12) bytes a parameter; removal, checkpoint and resume add nothing."""
+    layers = (LayerShape(8, 8, 2048), LayerShape(8, 4, 1536), LayerShape(4, 4, 2560)) * 2
+    architecture = tiny_architecture(layers=layers, hidden_size=1024, head_dim=64)
+    arguments = command(save_tiny(architecture), corpus, tmp_path / "run", "--optimizer-dtype", dtype)
+    arguments += ["--tokens", "256", "--batch-size", "1", "--target-ratio", "0.9", "--prune", "attention,ffn"]
+    done = subprocess.run([sys.executable, "-c", PEAK, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    peak = int(done.stdout.split("training took")[1].split()[0])
+    assert peak / architecture.num_parameters <= limit
+
+
+# -- the estimate
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_activations_are_estimated(family: str, dtype: torch.dtype) -> None:
+    architecture = tiny_architecture(family, layers=(LayerShape(4, 2, 512), LayerShape(8, 8, 384)), hidden_size=256)
+    model = tiny_model(architecture).train()
+    known = {parameter.data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if tensor.is_floating_point() and storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    tokens = torch.randint(0, 400, (4, 256))
+    products = torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16, cache_enabled=False)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), products:
+        states = model.model(input_ids=tokens, use_cache=False).last_hidden_state
+    assert states.requires_grad
+    config = TrainConfig()
+    estimated = memory._kept_for_backward(config, architecture, tokens.numel(), dtype == torch.bfloat16)
+    assert sum(kept.values()) == pytest.approx(estimated, rel=0.15)
+
+
+def test_the_estimate_of_a_run_names_its_parts() -> None:
+    architecture = tiny_architecture(layers=(LayerShape(8, 8, 4096),) * 16, hidden_size=2048)
+    size, config = architecture.num_parameters, TrainConfig()
+    plain = memory.estimate_memory(config, architecture, torch.float32)
+    assert (plain.weights, plain.gradients, plain.moments) == (4 * size, 4 * size, 8 * size)
+    small = replace(config, optimizer=OptimizerConfig(optimizer_dtype="bfloat16"))
+    assert memory.estimate_memory(small, architecture, torch.float32).peak == plain.peak - 4 * size
+    kept = memory.estimate_memory(config, architecture, torch.bfloat16, keeps_products=True)
+    assert 2 * size < kept.gradients < 2.1 * size
+    assert memory.estimate_memory(config, architecture, torch.float32, shards=4).weights == size
+    lean = replace(config, run=RunConfig(activation_checkpointing=True))
+    long = replace(config, source=SourceConfig(sequence_length=4096))
+    assert memory.estimate_memory(long, architecture, torch.float32).rest > 4 * plain.rest
+    both = replace(long, run=lean.run)
+    assert memory.estimate_memory(both, architecture, torch.float32).rest < plain.rest * 2
+    text = plain.describe()
+    assert text.startswith("about ")
+    assert all(part in text for part in ("weights", "gradients", "moments", "the rest"))
+
+
+def test_what_cannot_fit_is_refused_before_it_is_read(
+    source_folder: Path,
+    corpus: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("efficientllm.train.plan.device_memory", lambda *_: memory.Memory(1_000_000, 500_000))
+    monkeypatch.setattr("efficientllm.train.plan.load_source", lambda *_: pytest.fail("the source was read"))
+    assert run(command(source_folder, corpus, tmp_path / "run")) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"--source {source_folder}: training takes about 5" in error
+    assert "there are 1.0 MB: try --optimizer-dtype bfloat16 or a smaller --source" in error
+
+
+def test_what_may_not_fit_is_a_warning() -> None:
+    estimate = memory.MemoryEstimate(400, 400, 800, 300)
+    config = TrainConfig()
+    assert memory.check_memory(estimate, memory.Memory(3000, 1900), config) == ""
+    warning = memory.check_memory(estimate, memory.Memory(1700, 1500), config)
+    assert warning.startswith("1.5 kB are free now")
+    assert "--activation-checkpointing" in warning
+    with pytest.raises(UsageError, match="a smaller --source"):
+        memory.check_memory(estimate, memory.Memory(1599, 1500), config)
+
+
+def test_this_machine_says_what_it_has() -> None:
+    found = memory.device_memory(torch.device("cpu"), processes=2)
+    assert (found is None) == (not Path("/proc/meminfo").exists())
+    assert found is None or 0 < found.free <= found.total

@@ -1,0 +1,41 @@
+"""The corpora of a run: those that its configuration names, and the chats that are sampled from its source."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from ..runtime.base.progress import ProgressDisplay
+from .compute.distributed import Parallel
+from .config import TrainConfig
+from .data.documents import DataSpec
+from .data.self_chat import LARGEST, SELF_CHAT, SMALLEST, self_chat_file
+
+
+def data_specs(config: TrainConfig) -> tuple[DataSpec, ...]:
+    """The corpora of a run."""
+    settings = config.source
+    return tuple(DataSpec.parse(text, settings.skip_bad_lines, settings.text_field) for text in settings.data)
+
+
+def with_self_chats(
+    config: TrainConfig, source: Any, tokenizer: PreTrainedTokenizerBase, parallel: Parallel
+) -> tuple[DataSpec, ...]:
+    """The corpora, the source's chats with itself as the file they are sampled to."""
+    specs = data_specs(config)
+    shares = [spec.weight for spec in specs if spec.path == SELF_CHAT]
+    if not shares:
+        return specs
+    wanted = round(config.optimizer.tokens * sum(shares) / sum(spec.weight for spec in specs))
+    tokens = min(LARGEST, max(wanted, SMALLEST * config.source.sequence_length))
+    with ProgressDisplay(silent=not parallel.is_main) as display:
+        path = None
+        for is_mine in (parallel.is_main, not parallel.is_main):  # the main process samples, the others read it
+            if is_mine:
+                report = partial(display.update, "sampling the source's chats")
+                path = self_chat_file(source.to(parallel.device), tokenizer, tokens, config.run.seed, report)
+            parallel.barrier()
+    return tuple(replace(spec, path=str(path)) if spec.path == SELF_CHAT else spec for spec in specs)

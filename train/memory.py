@@ -1,0 +1,164 @@
+"""What a run takes of memory at its peak, from its shape alone, and what there is of it.
+
+The peak is one of two moments of a step at the source's size: the end of the forward pass (weights, moments,
+activations, bf16 copies of the weights, the head's gradient) or of the backward pass (weights, moments, gradients).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..runtime.base.errors import UsageError
+from ..runtime.base.quantities import format_bytes
+from .compute.loss import CHUNK_TOKENS
+from .config import TrainConfig
+from .model.architecture import Architecture, LayerShape
+
+PROCESS_BYTES = 500_000_000
+"""Python, torch and transformers before anything is loaded."""
+
+CONTROL_GROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+"""Where Linux says how much a container may have, by version of control groups."""
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes of one process."""
+
+    weights: int
+    gradients: int
+    moments: int
+    """AdamW's two."""
+    rest: int
+    """Whatever else there is at the peak: activations, copies, a teacher, Gram matrices, the process itself."""
+
+    @property
+    def kept(self) -> int:
+        """What no setting but those of the three makes smaller."""
+        return self.weights + self.gradients + self.moments
+
+    @property
+    def peak(self) -> int:
+        return self.kept + self.rest
+
+    def describe(self) -> str:
+        parts = (f"{name} {format_bytes(getattr(self, name))}" for name in ("weights", "gradients", "moments"))
+        return f"about {format_bytes(self.peak)} at the peak: {', '.join(parts)}, the rest {format_bytes(self.rest)}"
+
+
+def estimate_memory(
+    config: TrainConfig,
+    architecture: Architecture,
+    products: torch.dtype,
+    shards: int = 1,
+    keeps_products: bool = False,
+) -> MemoryEstimate:
+    """Of a model of this shape.
+
+    `products`: the type of matrix products; `shards`: ranks that share weights, gradients and moments;
+    `keeps_products`: whether the layers' gradients are stored in that type.
+    """
+    size, settings = architecture.num_parameters, config.optimizer
+    is_bf16 = products == torch.bfloat16
+    matrices = size - architecture.embedding_parameters  # and norms, which are few
+    embedding = 4 * architecture.vocab_size * architecture.hidden_size
+    gradients = 4 * size - (2 * matrices if is_bf16 and keeps_products else 0)
+    moments = 2 * size * (2 if settings.optimizer_dtype == "bfloat16" else 4)
+    # the head's gradient, its bf16 copy, and of a chunk of logits: products, log-probabilities, their derivative
+    tokens = settings.batch_size * config.source.sequence_length
+    head = embedding + min(tokens, CHUNK_TOKENS) * architecture.vocab_size * (12 if is_bf16 else 16)
+    head += embedding // 2 if is_bf16 else 0
+    forward = head + _kept_for_backward(config, architecture, tokens, is_bf16)
+    forward += gradients // shards if settings.gradient_accumulation > 1 else 0
+    needs_second = architecture.tie_word_embeddings or "stem" in config.pruning.prune
+    backward = gradients // shards + (embedding if needs_second else 0)  # the embedding's before it is added, or scored
+    rest = PROCESS_BYTES + max(forward, backward) - gradients // shards
+    rest += size * (2 if is_bf16 else 4) if settings.distill else 0
+    rest += _gram_bytes(config, architecture) if config.pruning.weight_update == "obs" else 0
+    return MemoryEstimate(4 * size // shards, gradients // shards, moments // shards, rest)
+
+
+def _kept_for_backward(config: TrainConfig, architecture: Architecture, tokens: int, is_bf16: bool) -> int:
+    """Activations of `tokens` and bf16 copies of the layers' weights."""
+    activations = [tokens * activation_bytes(architecture, layer, is_bf16) for layer in architecture.layers]
+    parameters = [
+        architecture.attention_parameters(each) + architecture.ffn_parameters(each) for each in architecture.layers
+    ]
+    copies = [2 * count if is_bf16 else 0 for count in parameters]
+    if config.run.activation_checkpointing:  # the input of every layer, and all of one
+        return 4 * tokens * architecture.hidden_size * len(copies) + max(activations) + max(copies)
+    return sum(activations) + sum(copies)
+
+
+def activation_bytes(architecture: Architecture, layer: LayerShape, is_bf16: bool) -> int:
+    """What a layer keeps of a token for its backward pass.
+
+    Two norms keep their fp32 input and normalised input; products their inputs, bf16 ones a copy each; attention
+    queries, keys, values and its output; the FFN gate, its activation, up, and their product.
+    """
+    width, hidden = 2 if is_bf16 else 4, architecture.hidden_size
+    heads = 2 * (layer.num_attention_heads + layer.num_key_value_heads)
+    of_attention = (14 if is_bf16 else 12) * hidden + width * heads * architecture.head_dim
+    of_ffn = 12 * hidden + width * 4 * layer.intermediate_size
+    return (of_attention if heads else 0) + (of_ffn if layer.intermediate_size else 0)
+
+
+def _gram_bytes(config: TrainConfig, architecture: Architecture) -> int:
+    """Of the OBS update's matrices."""
+    widest = config.pruning.obs_max_width or architecture.num_parameters
+    widths = []
+    for layer in architecture.layers:
+        widths += [layer.num_attention_heads * architecture.head_dim] if "attention" in config.pruning.prune else []
+        widths += [layer.intermediate_size] if "ffn" in config.pruning.prune else []
+        widths += [architecture.hidden_size] * 2 if "stem" in config.pruning.prune else []
+    return sum(4 * width**2 for width in widths if width <= widest)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a device, for each of the processes that share it."""
+
+    total: int
+    free: int
+
+
+def device_memory(device: torch.device, processes: int = 1) -> Memory | None:
+    """Of a GPU, or of this machine or container with its swap space; None where nobody says."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return Memory(total, free)
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    values = {line.split(":")[0]: 1024 * int(line.split()[1]) for line in lines}
+    total = values["MemTotal"] + values["SwapTotal"]
+    free = values["MemAvailable"] + values["SwapFree"]
+    for path in CONTROL_GROUP_LIMITS:
+        limit = path.read_text(encoding="ascii").strip() if path.is_file() else "max"
+        if limit != "max":
+            total = min(total, int(limit))
+    return Memory(total // processes, min(total, free) // processes)
+
+
+def check_memory(estimate: MemoryEstimate, memory: Memory, config: TrainConfig) -> str:
+    """A warning where the peak may not fit, "" where it does; UsageError where what is kept cannot fit at all."""
+    remedies = []
+    if config.optimizer.optimizer_dtype != "bfloat16":
+        remedies.append("--optimizer-dtype bfloat16")
+    if config.optimizer.batch_size > 1 and estimate.kept <= memory.total:
+        remedies.append("a smaller --batch-size")
+    if not config.run.activation_checkpointing and estimate.kept <= memory.total:
+        remedies.append("--activation-checkpointing")
+    advice = " or ".join([*remedies, "a smaller --source"])
+    if estimate.kept > memory.total:
+        raise UsageError(
+            f"--source {config.source.source}: training takes {estimate.describe()}; there are "
+            f"{format_bytes(memory.total)}: try {advice}"
+        )
+    if estimate.peak > memory.free:
+        return f"{format_bytes(memory.free)} are free now, which may be too little: if it ends there, try {advice}"
+    return ""
