@@ -6,19 +6,34 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ..runtime.base.progress import ProgressDisplay
 from .compute.distributed import Parallel
 from .config import TrainConfig
 from .data.documents import DataSpec
+from .data.packing import PackedStream
 from .data.self_chat import LARGEST, SELF_CHAT, SMALLEST, self_chat_file
+
+RECOVERY_SEED = 1_000_003
+"""Added to the run's seed where text is drawn that training does not see in this order."""
 
 
 def data_specs(config: TrainConfig) -> tuple[DataSpec, ...]:
     """The corpora of a run."""
     settings = config.source
     return tuple(DataSpec.parse(text, settings.skip_bad_lines, settings.text_field) for text in settings.data)
+
+
+def recovery_windows(
+    config: TrainConfig, data: tuple[DataSpec, ...], tokenizer: PreTrainedTokenizerBase, ranks: int
+) -> np.ndarray:
+    """Windows [n, S + 1] of the training text for --recover, drawn apart from training's; as many for every rank."""
+    settings = config.source
+    seed = config.run.seed + RECOVERY_SEED
+    stream = PackedStream(data, tokenizer, settings.sequence_length, settings.held_out_fraction, seed)
+    return stream.next_windows(max(1, config.pruning.recover_tokens // settings.sequence_length // ranks) * ranks)
 
 
 def with_self_chats(

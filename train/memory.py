@@ -76,7 +76,7 @@ def estimate_memory(
     needs_second = architecture.tie_word_embeddings or "stem" in config.pruning.prune
     backward = gradients // shards + (embedding if needs_second else 0)  # the embedding's before it is added, or scored
     rest = PROCESS_BYTES + max(forward, backward) - gradients // shards
-    rest += size * (2 if is_bf16 else 4) if settings.distill else 0
+    rest += size * (2 if is_bf16 else 4) if settings.distill or config.pruning.recover != "none" else 0
     rest += _gram_bytes(config, architecture) if config.pruning.weight_update == "obs" else 0
     return MemoryEstimate(4 * size // shards, gradients // shards, moments // shards, rest)
 

@@ -142,6 +142,8 @@ def make_plan(config: TrainConfig, resume: ResumePoint | None, compute: Compute)
     """(the plan, the loaded source model); UsageError or ModelError for what cannot be trained as asked."""
     if compute.parallel.mode == "fsdp" and config.pruning.compact_every > 1:
         raise UsageError("--compact-every works with --parallel ddp only: fsdp removes physically at every event")
+    if compute.parallel.mode == "fsdp" and config.pruning.recover != "none":
+        raise UsageError("--recover works with --parallel ddp only: it needs a layer's weights whole on every rank")
     source: Any
     shape = shape_of_folder(config.source.source)
     if shape is not None:  # before it is read, as it may not fit

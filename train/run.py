@@ -122,7 +122,8 @@ def _make_trainer(plan: RunPlan, source: Any) -> Trainer:
     held_out = held_out_windows(plan.data, plan.tokenizer, length, fraction, settings.eval_tokens)
     stream = PackedStream(plan.data, plan.tokenizer, length, fraction, plan.config.run.seed)
     stream.check()
-    teacher = make_teacher(source, dtype, device) if optimizer.distill else None
+    recovers = plan.pruning is not None and plan.pruning.settings.recover != "none"
+    teacher = make_teacher(source, dtype, device) if optimizer.distill or recovers else None
     weights = LossWeights(optimizer.cross_entropy, optimizer.distill)
     loss = TrainingLoss(_make_model(plan, source).to(device), dtype, weights, teacher)
     trainer = Trainer(plan, loss, stream, held_out)

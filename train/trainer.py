@@ -20,6 +20,7 @@ from . import training_state
 from .compute.distributed import without_sync
 from .compute.loss import TrainingLoss
 from .compute.optimizer import clip_factor, gradient_norm, make_optimizer, store_gradients_as_computed
+from .corpora import recovery_windows
 from .data.packing import PackedStream
 from .measuring import Measuring
 from .metrics import MetricsWriter
@@ -274,6 +275,9 @@ class Trainer:
             return {}
         if pruner.is_done or pruner.events_since_compaction >= settings.compact_every:
             self._compact()
+        if pruner.is_done and settings.recover != "none":
+            plan, ranks = self.plan, self.parallel.world_size
+            pruner.recover(self.loss, recovery_windows(self.config, plan.data, plan.tokenizer, ranks))
         return {
             "removed": [[unit.kind, *part] for unit in removal.units for part in unit.parts],
             "next_saliency": pruner.next_saliency,

@@ -114,16 +114,20 @@ class TrainingLoss(nn.Module):
     def __init__(
         self, model: Any, dtype: torch.dtype, weights: LossWeights = LossWeights(), teacher: Any | None = None
     ) -> None:
-        """`teacher`: what distillation learns from; kept out of the parameters and the state dict."""
+        """`teacher`: what distillation and recovery learn from; kept out of the parameters and the state dict."""
         super().__init__()
         self.model = model
         self.dtype = dtype
         self.weights = weights
         self._teacher = (teacher,)
 
+    @property
+    def teacher(self) -> Any | None:
+        return self._teacher[0]
+
     def around(self, model: Any) -> TrainingLoss:
         """The same loss of another model."""
-        return TrainingLoss(model, self.dtype, self.weights, self._teacher[0])
+        return TrainingLoss(model, self.dtype, self.weights, self.teacher)
 
     def forward(self, windows: Tensor) -> tuple[Tensor, Tensor]:
         """(loss to minimise, cross-entropy) of windows [B, S + 1]; tokens given as ~token are read, not predicted."""
@@ -134,9 +138,9 @@ class TrainingLoss(nn.Module):
         # each weight is used once in a pass: a cache would only keep its copy, which backward may make anew
         with torch.autocast(windows.device.type, **autocast, cache_enabled=False):
             hidden = self.model.model(input_ids=inputs, use_cache=False).last_hidden_state
-        teacher = self._teacher[0]
+        teacher = self.teacher
         reference = None
-        if teacher is not None:
+        if teacher is not None and self.weights.distill:
             with torch.no_grad():
                 states = teacher.model(input_ids=inputs, use_cache=False).last_hidden_state
                 rows = states.flatten(0, 1)[is_predicted]

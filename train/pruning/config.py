@@ -54,6 +54,14 @@ class PruneConfig:
     obs_rows: int = flags.count(512)
     """Tokens per forward pass that enter the Gram matrices; 0: all."""
 
+    recover: Literal["none", "least-squares"] = "none"
+    """least-squares: once the target is reached, o_proj and down_proj are fitted again, layer by layer, so that every
+    layer says what the source's says (forward passes of --recover-tokens, no gradients; the source stays in memory)."""
+    recover_tokens: int = flags.count(16_384)
+    """Tokens of the corpora that the fit sees."""
+    recover_damping: float = 0.3
+    """Pull of the fit towards the weights at hand, relative to the mean of the inputs' squares."""
+
     def __post_init__(self) -> None:
         flags.check_types(self)
         for kind in self.prune:
@@ -73,7 +81,8 @@ class PruneConfig:
         for name in ("prune_every", "compact_every"):
             flags.require(self, name, getattr(self, name) >= 1, "must be at least 1")
         flags.require(self, "obs_decay", 0 <= self.obs_decay < 1, "must be at least 0 and below 1")
-        flags.require(self, "obs_damping", self.obs_damping > 0, "must be positive")
+        for name in ("obs_damping", "recover_damping", "recover_tokens"):
+            flags.require(self, name, getattr(self, name) > 0, "must be positive")
         for name in ("obs_max_width", "obs_rows"):
             flags.require(self, name, getattr(self, name) >= 0, "must not be negative")
 

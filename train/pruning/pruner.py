@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -17,6 +18,7 @@ from ..model.architecture import Architecture
 from ..model.irregular import architecture_of
 from .groups import KINDS
 from .plan import PruningPlan
+from .recovery import LeastSquares
 from .running_scores import Scores
 from .selection import Kept, Ranking, Removal, all_groups, compose, select_removal
 from .sharded import rebuild_sharded
@@ -137,6 +139,15 @@ class Pruner:
         self.physical, self.pending, self.events_since_compaction = removal.after, None, 0
         self._drop_grams_when_done()
         return loss, callee
+
+    def recover(self, loss: TrainingLoss, windows: np.ndarray) -> None:
+        """Fit the pruned model to its source (--recover) on windows [n, S + 1], the same on every rank."""
+        tokens = torch.from_numpy(self.parallel.my_rows(windows)).to(self.parallel.device)
+        tokens = torch.where(tokens < 0, ~tokens, tokens)[:, :-1]
+        fit = LeastSquares(
+            self.model, loss.teacher, self.survivors["stem"][0], self.settings.recover_damping, loss.dtype
+        )
+        fit.fit(tokens, self.parallel)
 
     def _drop_grams_when_done(self) -> None:
         """Once nothing more goes, nothing needs to be absorbed."""

@@ -85,11 +85,12 @@ class _Attention:
 
     def __call__(self, stream: Tensor) -> Tensor:
         """[n, S, H] -> [n, S, H]"""
-        positions = torch.arange(stream.shape[1], device=stream.device)[None]
+        length = stream.shape[1]
+        positions = torch.arange(length, device=stream.device)[None]
         return self.layer.self_attn(
             hidden_states=self.layer.input_layernorm(stream),
             position_embeddings=self.model.rotary_emb(stream, positions),
-            attention_mask=None,
+            attention_mask=torch.ones(1, 1, length, length, dtype=torch.bool, device=stream.device).tril(),
         )[0]
 
 

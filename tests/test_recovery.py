@@ -1,0 +1,135 @@
+"""Closed-form recovery: what is fitted, towards what, and within a run."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_architecture, tiny_model
+from training import command, metrics, run, weights
+
+from efficientllm.train.compute.distributed import Parallel
+from efficientllm.train.model.irregular import architecture_of
+from efficientllm.train.pruning.recovery import LeastSquares
+from efficientllm.train.pruning.selection import SelectionRules, select_removal
+from efficientllm.train.pruning.surgery import remove_groups
+
+WINDOWS = torch.randint(0, 400, (24, 48), generator=torch.Generator().manual_seed(7))
+ALONE = Parallel("ddp", torch.device("cpu"))
+
+
+def pruned(source: Any, kinds: tuple[str, ...], keep: float = 0.8) -> tuple[Any, torch.Tensor]:
+    """(a model without some of the groups, drawn at random; the stem channels that survive)"""
+    architecture = architecture_of(source.config)
+    generator = torch.Generator().manual_seed(2)
+    scores = {
+        "kv_group": [torch.rand(layer.num_key_value_heads, generator=generator) for layer in architecture.layers],
+        "query_head": [torch.rand(layer.num_attention_heads, generator=generator) for layer in architecture.layers],
+        "ffn": [torch.rand(layer.intermediate_size, generator=generator) for layer in architecture.layers],
+        "stem": [torch.rand(architecture.hidden_size, generator=generator)],
+    }
+    target = round(keep * architecture.num_parameters)
+    removal = select_removal(architecture, scores, SelectionRules(kinds, width_multiple=2), target)
+    model = copy.deepcopy(source)
+    remove_groups(model, removal)
+    return model, removal.kept["stem"][0]
+
+
+def divergence(source: Any, model: Any) -> float:
+    """Mean KL(source || model) on other tokens than those of the fit."""
+    tokens = torch.randint(0, 400, (8, 48), generator=torch.Generator().manual_seed(11))
+    with torch.no_grad():
+        wanted, found = (torch.log_softmax(each(tokens).logits, -1) for each in (source, model))
+    return float((wanted.exp() * (wanted - found)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize("kinds", [("kv_group", "query_head", "ffn"), ("kv_group", "query_head", "ffn", "stem")])
+def test_a_fitted_model_is_closer_to_its_source_on_other_text(family: str, kinds: tuple[str, ...]) -> None:
+    source = tiny_model(tiny_architecture(family)).eval()
+    model, stem = pruned(source, kinds)
+    before = divergence(source, model)
+    LeastSquares(model, source, stem, damping=0.03, dtype=torch.float32).fit(WINDOWS, ALONE)
+    assert divergence(source, model) < 0.95 * before
+
+
+def test_nothing_pruned_is_left_as_it_is() -> None:
+    source = tiny_model(tiny_architecture()).eval()
+    model = copy.deepcopy(source)
+    LeastSquares(model, source, torch.arange(64), damping=0.1, dtype=torch.float32).fit(WINDOWS, ALONE)
+    for one, other in zip(model.parameters(), source.parameters(), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
+def test_the_last_layer_is_the_ridge_regression_of_its_definition() -> None:
+    source = tiny_model(tiny_architecture()).eval()
+    model, stem = pruned(source, ("ffn",))
+    LeastSquares(model, source, stem, damping=0.2, dtype=torch.float32).fit(WINDOWS, ALONE)
+    seen: dict[str, torch.Tensor] = {}
+    last, original = model.model.layers[-1].mlp.down_proj, source.model.layers[-1].mlp.down_proj
+    last.register_forward_pre_hook(lambda module, arguments: seen.update(x=arguments[0].flatten(0, 1)))
+    original.register_forward_hook(lambda module, arguments, output: seen.update(y=output.flatten(0, 1)))
+    with torch.no_grad():
+        model(WINDOWS)
+        source(WINDOWS)
+    x, y = seen["x"].double(), seen["y"].double()
+    energy = y.square().mean(1)
+    d = 1 / (energy + energy.median())
+    gram = (x * d[:, None]).T @ x
+    damping = 0.2 * gram.diagonal().mean()
+    # at the minimum: X^T D (Y - X W^T) = lambda (W - W_before), and W_before is the pruned source's
+    gradient = (x * d[:, None]).T @ (y - x @ last.weight.double().T)
+    pull = gradient / damping
+    fresh, _ = pruned(source, ("ffn",))
+    before = fresh.model.layers[-1].mlp.down_proj.weight
+    torch.testing.assert_close(pull.T, (last.weight - before).double(), atol=1e-4, rtol=1e-2)
+
+
+def test_layers_without_heads_or_channels_are_passed_over() -> None:
+    from efficientllm.train.model.architecture import LayerShape
+
+    layers = (LayerShape(4, 2, 96), LayerShape(0, 0, 64), LayerShape(2, 1, 0))
+    source = tiny_model(tiny_architecture(layers=layers)).eval()
+    model, stem = pruned(source, ("ffn",), keep=0.95)
+    before = divergence(source, model)
+    LeastSquares(model, source, stem, damping=0.03, dtype=torch.float32).fit(WINDOWS, ALONE)
+    assert divergence(source, model) < before
+
+
+def test_a_run_recovers_once_and_resumes_bit_identically(
+    source_folder: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from efficientllm.train.trainer import Trainer
+
+    fits = []
+    fit = LeastSquares.fit
+
+    def counting(self: LeastSquares, *arguments: Any) -> None:
+        fits.append(self)
+        fit(self, *arguments)
+
+    monkeypatch.setattr(LeastSquares, "fit", counting)
+    more = ["--recover", "least-squares", "--recover-tokens", "512", "--checkpoint-every", "0", "--no-quality"]
+    assert run(command(source_folder, corpus, tmp_path / "straight", *more)) == 0
+    assert len(fits) == 1
+    step = Trainer._step
+
+    for stop_at in (4, 15):  # before and after the fit
+        arguments = command(source_folder, corpus, tmp_path / f"stopped-{stop_at}", *more)
+
+        def stopping(self: Trainer, stop_at: int = stop_at) -> dict[str, Any]:
+            record = step(self)
+            if self.progress.step == stop_at and not self.config.run.resume:
+                self.stop_signal.name = "SIGTERM"
+            return record
+
+        monkeypatch.setattr(Trainer, "_step", stopping)
+        assert run(arguments) == 130
+        assert run([*arguments, "--resume"]) == 0
+        assert metrics(tmp_path / f"stopped-{stop_at}") == metrics(tmp_path / "straight")
+        for name, tensor in weights(tmp_path / "straight").items():
+            assert torch.equal(weights(tmp_path / f"stopped-{stop_at}")[name], tensor)
+    assert len(fits) == 3
