@@ -23,6 +23,8 @@ def _optimizer(**changes: object) -> Change:
 
 
 _one_shot = _pruning(prune_start=ONE_SHOT_AT, prune_end=ONE_SHOT_AT)
+_distilled = _optimizer(distill=1.0)
+"""The loss of the peers, as of ours: cross-entropy and distillation from the source."""
 _unpruned = _pruning(prune=("none",), target_params=None)
 
 
@@ -54,10 +56,27 @@ ARMS: dict[str, Arm] = {
     "source-trained": Arm("source, same training", (_unpruned,), same_for_all_ratios=True),
     TAYLOR1: Arm("pruning-aware, taylor1", (), is_ours=True, is_repeated=True),
     "one-shot-taylor": Arm("one-shot taylor1, then training", (_one_shot,), is_repeated=True),
-    "distill": Arm("pruning-aware, taylor1, distillation", (_optimizer(distill=1.0),), is_ours=True, is_repeated=True),
-    "one-shot-distill": Arm(
-        "one-shot taylor1, then distillation alone",
-        (_one_shot, _optimizer(distill=1.0, cross_entropy=0.0)),
+    "distill": Arm("pruning-aware, taylor1, distillation", (_distilled,), is_ours=True, is_repeated=True),
+    "recover": Arm(
+        "pruning before training, fisher, least squares, distillation",
+        (_one_shot, _pruning(saliency="fisher", recover="least-squares"), _distilled),
+        is_ours=True,
+        is_repeated=True,
+    ),
+    "one-shot-fisher": Arm(
+        "one-shot fisher, then the same loss", (_one_shot, _pruning(saliency="fisher"), _distilled), is_repeated=True
+    ),
+    "one-shot-flap": Arm(
+        "FLAP's fluctuation, then the same loss", (_one_shot, _pruning(saliency="flap"), _distilled), is_repeated=True
+    ),
+    "one-shot-wanda": Arm(
+        "Wanda, structured, uniform, then the same loss",
+        (_one_shot, _pruning(saliency="wanda", layout="uniform"), _distilled),
+        is_repeated=True,
+    ),
+    "one-shot-minitron": Arm(
+        "Minitron's activations, uniform, then the same loss",
+        (_one_shot, _pruning(saliency="minitron", layout="uniform"), _distilled),
         is_repeated=True,
     ),
     "taylor2": Arm("pruning-aware, taylor2", (_pruning(saliency="taylor2"),), is_ours=True),
