@@ -120,6 +120,15 @@ def test_a_run_mixes_chats_with_text(source_folder: Path, corpus: Path, chats: P
     assert all(np.isfinite(losses))
 
 
+def test_text_without_chats_is_warned_of(
+    source_folder: Path, corpus: Path, chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(command(source_folder, corpus, tmp_path / "text")) == 0
+    assert "may forget to end its turns" in capsys.readouterr().out
+    assert run(command(source_folder, corpus, tmp_path / "both", "--data", f"{chats}:0.5")) == 0
+    assert "may forget to end its turns" not in capsys.readouterr().out
+
+
 def test_a_model_chats_with_itself_the_same_for_a_seed(tokenizer: PreTrainedTokenizerFast) -> None:
     model = tiny_model(tiny_architecture())
     with torch.no_grad():  # an untrained model ends no turn by itself: make the end of a turn likely

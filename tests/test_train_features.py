@@ -243,3 +243,12 @@ def test_bad_architecture_files(
         path.write_text(content)
         assert run([*arguments, "--target-architecture", str(path)]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_distillation_alone_is_no_saliency(
+    source_folder: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = command(source_folder, corpus, tmp_path / "run", "--distill", "1", "--cross-entropy", "0")
+    assert run(arguments) == 2
+    assert "leaves --saliency taylor1 nothing to rank by" in capsys.readouterr().err
+    assert run([*arguments, "--saliency", "wanda", "--prune", "attention,ffn", "--target-ratio", "0.8"]) == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -12,7 +13,9 @@ from transformers import PreTrainedTokenizerBase
 from ..runtime.base.progress import ProgressDisplay
 from .compute.distributed import Parallel
 from .config import TrainConfig
-from .data.documents import DataSpec
+from .data.chat import Chat
+from .data.documents import DataSpec, open_documents
+from .data.encoding import Encoder
 from .data.packing import PackedStream
 from .data.self_chat import LARGEST, SELF_CHAT, SMALLEST, self_chat_file
 
@@ -24,6 +27,13 @@ def data_specs(config: TrainConfig) -> tuple[DataSpec, ...]:
     """The corpora of a run."""
     settings = config.source
     return tuple(DataSpec.parse(text, settings.skip_bad_lines, settings.text_field) for text in settings.data)
+
+
+def forgets_to_chat(data: tuple[DataSpec, ...], tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the source chats and no corpus begins with a chat: a pruned model loses what it is not trained on."""
+    return Encoder(tokenizer).chat is not None and not any(
+        isinstance(document, Chat) for spec in data for document in itertools.islice(open_documents(spec), 1)
+    )
 
 
 def recovery_windows(

@@ -27,7 +27,7 @@ from .model.file_size import tokenizer_bytes
 from .model.irregular import architecture_of
 from .model.source import load_source
 from .model.stored_type import shape_of_folder, stored_dtype
-from .pruning.criteria import check_saliency
+from .pruning.criteria import uses_gradient
 from .pruning.plan import PruningPlan, make_pruning_plan
 from .run_folder import foreign_files, newest_sound_checkpoint
 
@@ -82,7 +82,11 @@ def check_request(config: TrainConfig) -> None:
     """Refuse what can be refused before anything is loaded."""
     if not config.run.output:
         raise UsageError("--output is missing; name a folder for the run")
-    check_saliency(config.pruning.saliency)
+    if uses_gradient(config.pruning.saliency) and config.pruning.prunes and not config.optimizer.cross_entropy:
+        raise UsageError(
+            f"--cross-entropy 0 leaves --saliency {config.pruning.saliency} nothing to rank by: at the source, the "
+            "gradient of distillation is zero; give --cross-entropy 0.1, or a --saliency of activations"
+        )
     check_loggers(config.run)
     replaceable = config.run.overwrite or config.run.resume
     inputs = [config.source.source, *(spec.path for spec in data_specs(config))]

@@ -19,7 +19,7 @@ from ..runtime.base.output import locked_output
 from ..runtime.base.quantities import format_count
 from .compute.loss import LossWeights, TrainingLoss, make_teacher
 from .config import TrainConfig
-from .corpora import data_specs
+from .corpora import data_specs, forgets_to_chat
 from .data.documents import check_documents
 from .data.packing import PackedStream, held_out_windows
 from .data.self_chat import SELF_CHAT
@@ -31,6 +31,11 @@ from .run_folder import DAMAGED_PREFIX, checkpoint_folders, empty_run_folder, se
 from .trainer import Trainer
 
 _log = logging.getLogger("efficientllm.train")
+
+NO_CHATS = (
+    "the source chats, and there are no chats in the text: the model may forget to end its turns; "
+    "mix some in, as with --data self-chat:0.3"
+)
 
 
 def run_training(config: TrainConfig) -> Path | None:
@@ -122,6 +127,8 @@ def _make_trainer(plan: RunPlan, source: Any) -> Trainer:
     held_out = held_out_windows(plan.data, plan.tokenizer, length, fraction, settings.eval_tokens)
     stream = PackedStream(plan.data, plan.tokenizer, length, fraction, plan.config.run.seed)
     stream.check()
+    if plan.compute.parallel.is_main and forgets_to_chat(plan.data, plan.tokenizer):
+        _log.warning(NO_CHATS)
     recovers = plan.pruning is not None and plan.pruning.settings.recover != "none"
     teacher = make_teacher(source, dtype, device) if optimizer.distill or recovers else None
     weights = LossWeights(optimizer.cross_entropy, optimizer.distill)

@@ -87,6 +87,12 @@ class PruneConfig:
             flags.require(self, name, getattr(self, name) >= 0, "must not be negative")
 
     @property
+    def prunes(self) -> bool:
+        """Whether anything is to go."""
+        targets = (self.target_ratio, self.target_params, self.target_bytes, self.target_architecture)
+        return self.prune != ("none",) and any(target is not None for target in targets)
+
+    @property
     def kinds(self) -> tuple[str, ...]:
         """Names of the group kinds in the pruning space (see groups.KINDS)."""
         return tuple(name for name, kind in KINDS.items() if kind.flag in self.prune)

@@ -81,7 +81,6 @@ def criterion_named(name: str) -> Criterion:
     return CRITERIA[name]
 
 
-def check_saliency(name: str) -> None:
-    """UsageError unless `--saliency name` is known."""
-    if name not in OTHERS:
-        criterion_named(name)
+def uses_gradient(name: str) -> bool:
+    """Whether `--saliency name` looks at gradients; UsageError where it is unknown."""
+    return name not in OTHERS and criterion_named(name).uses_gradient

@@ -99,6 +99,6 @@ def one_line(found: Mapping[str, Any]) -> str:
     parts = [f"perplexity x{every['ratio']:.2f} over {len(found['texts']) - 1} kinds of text"]
     if "chat_answers" in found:
         parts.append(f"x{found['chat_answers']['ratio']:.2f} on chat answers")
-    if "questions" in found:
+    if "questions" in found and found["questions"]["reference"]:
         parts.append(f"{found['questions']['kept']} of {found['questions']['reference']} questions still right")
     return ", ".join(parts)
