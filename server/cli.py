@@ -98,7 +98,7 @@ def body(argv: Sequence[str]) -> int:
     engine_options = flags.take(arguments, EngineOptions)
     artefacts = named_artefacts(artefact, options.model)
     is_local = options.host in LOCAL_HOSTS
-    if not is_local and not app_options.key:
+    if not app_options.key and not is_local:
         print(f"warning: --host {options.host} may let other machines in, and there is no --api-key", file=sys.stderr)
     with bound_socket(options.host, options.port) as listener:  # before the models take their time to load
         pool = ModelPool(artefacts, engine_options, options.waiting, options.timeout, options.max_memory)

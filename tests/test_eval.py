@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -17,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from efficientllm.export import cli as export_cli
 from efficientllm.export.verification import sample_text
 from efficientllm.runtime.base.command import run_command
+from efficientllm.runtime.engines.manifest import Manifest, describe_files
 from efficientllm.train.evaluation import cli, perplexity
 from efficientllm.train.evaluation.evaluation import ComputeConfig, MeasureConfig, evaluate
 from efficientllm.train.evaluation.harness import GOLD, run_task
@@ -182,6 +184,8 @@ def test_models_that_differ_in_their_weights_alone_share_no_answers(checkpoint: 
     data = bytearray((folder / "model.onnx_data").read_bytes())
     data[len(data) // 2 :] = bytes(len(data) - len(data) // 2)
     (folder / "model.onnx_data").write_bytes(data)
+    manifest = Manifest.read(folder)
+    dataclasses.replace(manifest, files=describe_files(folder, list(manifest.files))).write(folder)
     values.append(evaluate(folder, measures, ComputeConfig(), tmp_path))
     assert values[0].fingerprint != values[1].fingerprint
     assert values[0].perplexity["text"].perplexity != values[1].perplexity["text"].perplexity
