@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from efficientllm.runtime import EfficientLLMError, EngineOptions, chat, load
+from efficientllm.runtime.base import user_cache
 from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.base.errors import ArtefactError
 from efficientllm.runtime.engines import artefact as artefacts
@@ -34,7 +35,7 @@ def copy(artefact: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def hashed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Path]:
     """Files as they are hashed, with a cache of their own."""
-    monkeypatch.setenv(seen.FOLDER_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setenv(user_cache.FOLDER_VARIABLE, str(tmp_path / "cache"))
     monkeypatch.setattr(seen, "SETTLED_SECONDS", 0.3)
     files: list[Path] = []
     sha256_of = artefacts.sha256_of
@@ -116,8 +117,8 @@ def test_a_second_load_reads_nothing_again_until_the_file_changes(copy: Path, ha
 @pytest.mark.parametrize("content", ["{", "[]", '{"x": 1}'])
 def test_a_damaged_cache_only_costs_time(copy: Path, hashed: list[Path], content: str) -> None:
     age(copy / "model.gguf")
-    seen.cache_folder().mkdir()
-    (seen.cache_folder() / "seen.json").write_text(content)
+    user_cache.cache_folder().mkdir()
+    (user_cache.cache_folder() / "seen.json").write_text(content)
     Artefact.open(copy).verify()
     Artefact.open(copy).verify()
     assert len(hashed) == 1
@@ -127,7 +128,7 @@ def test_a_cache_that_cannot_be_written_only_costs_time(
     copy: Path, hashed: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").touch()
-    monkeypatch.setenv(seen.FOLDER_VARIABLE, str(tmp_path / "file" / "cache"))
+    monkeypatch.setenv(user_cache.FOLDER_VARIABLE, str(tmp_path / "file" / "cache"))
     age(copy / "model.gguf")
     Artefact.open(copy).verify()
     Artefact.open(copy).verify()
@@ -157,7 +158,7 @@ def test_a_bare_file_that_aborts_is_one_line(
 
 
 def test_a_bare_file_is_tried_once(artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(seen.FOLDER_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setenv(user_cache.FOLDER_VARIABLE, str(tmp_path / "cache"))
     monkeypatch.setattr(seen, "SETTLED_SECONDS", 0.3)
     bare = Path(shutil.copy(artefact / "model.gguf", tmp_path))
     (tmp_path / "manifest.json").write_text('{"name": "anybody\'s"}')

@@ -9,30 +9,18 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..base.files import write_json_atomically
-
-FOLDER_VARIABLE = "EFFICIENTLLM_CACHE"
-"""Environment variable that names another cache folder."""
+from ..base.user_cache import cache_folder
 
 LARGEST = 1000
 """Findings that are kept; the oldest go first."""
 
 SETTLED_SECONDS = 2.0
 """A file changed less than this ago could change again within one tick of its clock: nothing is kept of it."""
-
-
-def cache_folder() -> Path:
-    """Where the system wants this user's caches."""
-    if named := os.environ.get(FOLDER_VARIABLE):
-        return Path(named)
-    home = {"darwin": "~/Library/Caches", "win32": os.environ.get("LOCALAPPDATA", "~")}.get(sys.platform, "~/.cache")
-    return Path(os.environ.get("XDG_CACHE_HOME") or home).expanduser() / "efficientllm"
 
 
 def once(question: str, files: Sequence[Path], find_out: Callable[[], str]) -> str:
