@@ -1,14 +1,16 @@
 """Closed-form recovery once the last group is gone (`--recover least-squares`): what writes to the residual stream is
-fitted again, so that each layer of the pruned model says what the source's layer says.
+fitted again, so that after each layer the pruned model's residual stream is where the source's is.
 
-For a matrix W [H, C] (o_proj, down_proj), its inputs X [n, C] as the pruned model computes them, and Y [n, H], what
-the source's own matrix gives for the same n tokens, the ridge regression towards the W at hand is
+For a matrix W [H, C] (o_proj, down_proj), its inputs X [n, C] as the pruned model computes them for n tokens, and Y
+[n, H], what is missing between the pruned model's stream before it and the source's stream after its own matrix, the
+ridge regression towards the W at hand is
 
     W <- W + (Y - X W^T)^T D X (X^T D X + lambda I)^-1,    lambda = damping * mean(diag(X^T D X)).
 
 D weighs token t by 1 / (|y_t|^2 + median |y|^2): without it the few tokens of massive activations (arXiv 2402.17762)
-are all that is fitted. Layers are taken in order, so a layer sees the streams of those before it as already fitted.
-It needs the source beside the model, and forward passes only.
+are all that is fitted. Layers are taken in order, so each makes up for what those before it could not. Fitting a
+matrix to what the source's matrix gives, or all at once, recovers far less (docs/log.md). It needs the source beside
+the model, and forward passes only.
 """
 
 from __future__ import annotations
@@ -38,13 +40,12 @@ class LeastSquares:
         ours, theirs = self.model.embed_tokens(windows).float(), self.source.embed_tokens(windows).float()
         for layer, original in zip(self.model.layers, self.source.layers, strict=True):
             for part in (_Attention, _FeedForward):
-                read, written = self._run(part(original, self.source), theirs)
-                theirs += written
+                theirs += self._run(part(original, self.source), theirs)[1]
                 if part.matrix(layer) is None:
                     continue
                 read, _ = self._run(part(layer, self.model), ours)
                 matrix = part.matrix(layer)
-                self._solve(matrix, read, written.index_select(-1, self.stem.to(written.device)), parallel)
+                self._solve(matrix, read, theirs.index_select(-1, self.stem.to(theirs.device)) - ours, parallel)
                 ours += (read.to(self.dtype) @ matrix.weight.T.to(self.dtype)).float()
 
     def _run(self, part: Any, stream: Tensor) -> tuple[Tensor, Tensor]:
