@@ -14,11 +14,20 @@ from training import command, metrics, run, weights
 from efficientllm.train.compute.distributed import Parallel
 from efficientllm.train.model.architecture import LayerShape
 from efficientllm.train.model.irregular import architecture_of
+from efficientllm.train.pruning import recovery
 from efficientllm.train.pruning.recovery import LeastSquares
 from efficientllm.train.pruning.selection import SelectionRules, select_removal
 from efficientllm.train.pruning.surgery import remove_groups
 
 WINDOWS = torch.randint(0, 400, (24, 48), generator=torch.Generator().manual_seed(7))
+
+
+@pytest.fixture(autouse=True)
+def every_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matrices of tiny models see every token of WINDOWS, as they would of a longer text."""
+    monkeypatch.setattr(recovery, "ROWS_PER_INPUT", 1000)
+
+
 ALONE = Parallel("ddp", torch.device("cpu"))
 
 
