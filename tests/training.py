@@ -17,6 +17,7 @@ SETTINGS = [
     *("--sequence-length", "32", "--eval-tokens", "256", "--held-out-fraction", "0.2", "--tokens", "2560"),
     *("--batch-size", "4", "--threads", "1", "--dtype", "float32", "--learning-rate", "1e-3"),
     *("--width-multiple", "2", "--target-ratio", "0.6", "--prune", "attention,ffn,stem", "--checkpoint-every", "5"),
+    "--no-quality",
 ]
 """20 steps that remove something in most."""
 
