@@ -54,7 +54,8 @@ def load_source(source: str, called: str = "") -> tuple[torch.nn.Module, PreTrai
             config = AutoConfig.from_pretrained(folder)
             refuse_quantized(config.to_dict(), called)
             architecture_of(config)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+        with quiet_loading():
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
         tokenizer_options = {"gguf_file": options["gguf_file"]} if options else {}
         tokenizer = AutoTokenizer.from_pretrained(folder, **tokenizer_options)
     check_token_ids(tokenizer.get_vocab(), model.config.vocab_size, called)
@@ -86,10 +87,9 @@ def quiet_loading() -> Iterator[None]:
 
 @contextlib.contextmanager
 def loading(called: str) -> Iterator[None]:
-    """Keep transformers quiet while it loads what messages call `called`; a ModelError where it raises anything."""
+    """A ModelError where transformers raises anything while it loads what messages call `called`."""
     try:
-        with quiet_loading():
-            yield
+        yield
     except (EfficientLLMError, MemoryError):
         raise
     except Exception as error:  # transformers, tokenizers and safetensors raise what they like
@@ -111,6 +111,6 @@ def load_for_inference(folder: Path) -> Any:
 
     Raises ModelError where transformers cannot load it.
     """
-    with loading(str(folder)):
+    with loading(str(folder)), quiet_loading():
         model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, attn_implementation="eager")
     return model.eval()
