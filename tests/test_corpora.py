@@ -207,7 +207,7 @@ class Hub:
 def test_hub_datasets_have_a_text_field_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.load_dataset", Hub([{"body": "a"}, {"body": None}, {"body": "b", "n": 1}]))
     assert list(open_documents(DataSpec("owner/name@en", text_field="body"))) == ["a", "b"]
-    with pytest.raises(DataError, match='the dataset has no column "text"; it has body'):
+    with pytest.raises(DataError, match='row 1 has no field "text"; it has body'):
         list(open_documents(DataSpec("owner/name@en")))
     monkeypatch.setattr("datasets.load_dataset", Hub([{"text": ["a"]}]))
     with pytest.raises(DataError, match='the "text" of row 1 is no text'):

@@ -18,7 +18,6 @@ from transformers import PreTrainedTokenizerFast
 
 from efficientllm.export.targets import EXPORTERS
 from efficientllm.runtime.base.command import run_command
-from efficientllm.runtime.chat_template import render_chat
 from efficientllm.train.evaluation import cli as eval_cli
 from efficientllm.train.model.irregular import save_checkpoint
 
@@ -191,12 +190,6 @@ def test_a_chat_template_that_cannot_be_rendered_is_refused(
     (copy / "chat_template.jinja").write_text(template)
     assert export(copy, "onnx", tmp_path / "out") == 2
     assert "chat template" in one_line(capsys)
-
-
-def test_a_chat_template_may_mark_what_the_model_says() -> None:
-    """transformers' tag, which is for training alone."""
-    template = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
-    assert render_chat(template, [{"role": "user", "content": "Hello"}]) == "Hello"
 
 
 @pytest.mark.parametrize("slots", ["0", "1", "-5"])

@@ -59,6 +59,9 @@ def test_help_shows_the_flags_of_the_named_target(capsys: pytest.CaptureFixture[
     assert "--portable" in help_of("--target", "onnx", capsys=capsys)
     assert "--recipe" not in help_of("--target", "onnx", capsys=capsys)
     assert "--group-size" in help_of("--target=executorch", capsys=capsys)
+    uniform = help_of("--target", "hf-uniform", capsys=capsys)
+    assert "--target hf-uniform:" in uniform
+    assert "every target:" not in uniform
     common = help_of(capsys=capsys)
     assert "gguf, onnx, executorch, hf-uniform" in common
     assert "--verify" in common

@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "train/compute": {"runtime/base"},
     "train/data": {"runtime/base", "train/model"},
     "train/pruning": {"runtime/base", "train/model", "train/compute"},
-    "train": {"runtime/base", "runtime/engines", "train/model", "train/compute", "train/data", "train/pruning"},
+    "train": {"runtime/base", "runtime/engines"} | SOURCES | {"train/compute", "train/pruning", "train/evaluation"},
     "train/evaluation": RUNTIME | {"train/model", "train/compute", "train/data"},
     "train/study": {"runtime/base", "train", "train/model", "train/compute", "train/pruning", "train/evaluation"},
     "export": RUNTIME | SOURCES,

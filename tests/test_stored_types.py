@@ -45,7 +45,7 @@ def test_a_model_is_stored_in_its_sources_type_and_read_by_every_command(
     assert run(command(source, corpus, output, "--tokens", "1280", "--checkpoint-every", "0")) == 0
     assert {tensor.dtype for tensor in weights(output).values()} == {dtype}
     config = json.loads((output / "model" / "config.json").read_text())
-    assert config["dtype"] == config["torch_dtype"] == name_of(dtype)
+    assert config["dtype"] == name_of(dtype)
     assert export(output, "gguf", tmp_path / "gguf", "--quantize", "f32") == 0  # verified against torch
     text = tmp_path / "text.txt"
     text.write_text("A small model that was pruned. " * 20)

@@ -24,7 +24,7 @@ CONTENTS_NAME = "contents.json"
 RUN_FILES = ("config.toml", "metrics.jsonl", "architecture.json", "architecture.png", "training.png", "pruning.png")
 RUN_FOLDERS = ("checkpoints", "model", "tensorboard", "wandb")
 MODEL_FILES = (
-    *("config.json", "generation_config.json", "training.json", "README.md", "architecture.png"),
+    *("config.json", "generation_config.json", "training.json", "quality.json", "README.md", "architecture.png"),
     *("modeling_*.py", "*.safetensors", "model.safetensors.index.json", "chat_template.jinja"),
     *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model"),
 )

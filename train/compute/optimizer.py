@@ -120,6 +120,8 @@ def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
     """Norm [] fp32 of all gradients together, over all shards: a collective call. A bf16 norm would be off by 0.4 %."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
+    if not norms:
+        return torch.zeros(())
     return full(torch.linalg.vector_norm(torch.stack(norms)))
 
 

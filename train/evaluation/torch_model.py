@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from ..compute.hardware import choose_hardware
 from ..data.encoding import end_of_text_id
 from ..model.folder_files import check_folder
-from ..model.source import loading
+from ..model.source import loading, quiet_loading
 from .scoring import Request, Score
 
 ANSWER_BATCH = 50
@@ -43,7 +43,7 @@ class TorchModel:
         """Load a folder in fp32; ModelError where transformers cannot."""
         hardware = choose_hardware(device, dtype, threads)
         check_folder(folder)
-        with loading(str(folder)):
+        with loading(str(folder)), quiet_loading():
             model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(str(folder))
         return cls(model, tokenizer, hardware.device, hardware.dtype == torch.bfloat16, batch_tokens)

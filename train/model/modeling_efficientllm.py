@@ -63,7 +63,7 @@ class IrregularConfigMixin(_Base):
     def validate_architecture(self) -> None:
         if self.is_heterogeneous and getattr(self, "head_dim", None) is None:
             raise ValueError("head_dim must be set: it cannot be derived from an irregular model's widths")
-        for index, layer in enumerate(self.per_layer_config or ()):  # None: equal layers, before 5.17
+        for index, layer in enumerate(self.per_layer_config or ()):  # None: equal layers, transformers 5.14
             heads, groups = layer.num_attention_heads, layer.num_key_value_heads
             if (heads == 0) != (groups == 0) or (groups and heads % groups):
                 raise ValueError(f"layer {index}: {heads} query heads are no multiple of {groups} key/value heads")

@@ -54,16 +54,15 @@ def load_source(source: str, called: str = "") -> tuple[torch.nn.Module, PreTrai
     if path.is_dir():
         check_folder(path)
         locate_tensors(path)
-    if not options:  # look at the family before gigabytes of weights are read
-        with loading(called):
+    with loading(called):
+        if not options:  # look at the family before gigabytes of weights are read
             config = AutoConfig.from_pretrained(folder)
             refuse_quantized(config.to_dict(), called)
             architecture_of(config)
-        if not path.is_dir() and sys.stderr.isatty():
-            with _naming(called):  # here, as loading hides the hub's bars
-                snapshot_download(source, allow_patterns=WEIGHT_FILES)
-    with loading(called):
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+            if not path.is_dir() and sys.stderr.isatty():
+                snapshot_download(source, allow_patterns=WEIGHT_FILES)  # apart, so that the hub's bars are seen
+        with quiet_loading():
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
         tokenizer_options = {"gguf_file": options["gguf_file"]} if options else {}
         tokenizer = AutoTokenizer.from_pretrained(folder, **tokenizer_options)
     check_token_ids(tokenizer.get_vocab(), model.config.vocab_size, called)
@@ -95,14 +94,7 @@ def quiet_loading() -> Iterator[None]:
 
 @contextlib.contextmanager
 def loading(called: str) -> Iterator[None]:
-    """Keep transformers quiet while it loads what messages call `called`; a ModelError where it raises anything."""
-    with _naming(called), quiet_loading():
-        yield
-
-
-@contextlib.contextmanager
-def _naming(called: str) -> Iterator[None]:
-    """A ModelError that names what cannot be loaded, whatever is raised."""
+    """A ModelError where transformers raises anything while it loads what messages call `called`."""
     try:
         yield
     except (EfficientLLMError, MemoryError):
@@ -126,6 +118,6 @@ def load_for_inference(folder: Path) -> Any:
 
     Raises ModelError where transformers cannot load it.
     """
-    with loading(str(folder)):
+    with loading(str(folder)), quiet_loading():
         model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, attn_implementation="eager")
     return model.eval()
