@@ -210,5 +210,5 @@ def test_hub_datasets_have_a_text_field_too(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(DataError, match='row 1 has no field "text"; it has body'):
         list(open_documents(DataSpec("owner/name@en")))
     monkeypatch.setattr("datasets.load_dataset", Hub([{"text": ["a"]}]))
-    with pytest.raises(DataError, match='the "text" of row 1 is no text'):
+    with pytest.raises(DataError, match='the "text" of row 1 is not a string'):
         list(open_documents(DataSpec("owner/name@en")))

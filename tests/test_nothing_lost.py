@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from training import command, metrics, run, weights
+from training import command, metrics, run, weights, without
 
 from efficientllm.export import cli as export_cli
 from efficientllm.runtime.base import flags
@@ -342,15 +342,25 @@ def test_nothing_is_removed_in_a_skipped_step(
 
 
 def test_a_diverged_run_goes_on_with_a_lower_learning_rate(
-    source_folder: Path, corpus: Path, tmp_path: Path, capsys: ERRORS
+    source_folder: Path, corpus: Path, tmp_path: Path, capsys: ERRORS, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The weights of step 5 give no finite loss any more, so the checkpoint that --resume needs is not of them."""
-    wild = command(source_folder, corpus, tmp_path / "run", "--max-grad-norm", "1e30", "--checkpoint-every", "1")
-    wild[wild.index("--learning-rate") + 1] = "1e18"
-    assert run([*wild, "--lr-warmup", "0.2"]) == 2
+    """Weights that give no finite loss are in no checkpoint, so --resume has a sound one to go on from."""
+    arguments = command(source_folder, corpus, tmp_path / "run", "--checkpoint-every", "1")
+    step = trainer.Trainer._step
+
+    def stopping(self: trainer.Trainer) -> dict[str, Any]:
+        record = step(self)
+        if self.progress.step == 4 and not self.config.run.resume:
+            self.stop_signal.name = "SIGTERM"
+        return record
+
+    monkeypatch.setattr(trainer.Trainer, "_step", stopping)
+    assert run(arguments) == 130
+    arguments = without(arguments, "--learning-rate")
+    capsys.readouterr()
+    assert run([*arguments, "--resume", "--learning-rate", "1e18", "--max-grad-norm", "1e30"]) == 2
     assert "--resume with a lower --learning-rate" in one_line_of(capsys)
-    tame = [*wild, "--lr-warmup", "0.2", "--resume", "--learning-rate", "1e-4", "--max-grad-norm", "1"]
-    assert run(tame) == 0
+    assert run([*arguments, "--resume", "--learning-rate", "1e-4"]) == 0
     assert "--learning-rate is not what it was" in capsys.readouterr().out
     assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path / "run").values())
 

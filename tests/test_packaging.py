@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "runtime": {"runtime/base", "runtime/engines"},
     "train/model": {"runtime/base"},
     "train/compute": {"runtime/base"},
-    "train/data": {"runtime/base", "train/model"},
+    "train/data": {"runtime", "runtime/base", "train/model"},
     "train/pruning": {"runtime/base", "train/model", "train/compute"},
     "train": {"runtime/base", "runtime/engines"} | SOURCES | {"train/compute", "train/pruning", "train/evaluation"},
     "train/evaluation": RUNTIME | {"train/model", "train/compute", "train/data"},
