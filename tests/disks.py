@@ -25,7 +25,7 @@ def _as_root(*command: str) -> bool:
 @contextlib.contextmanager
 def small_disk(folder: Path, kilobytes: int) -> Iterator[Path]:
     """`folder`, made and mounted as a disk of its own."""
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     options = f"size={kilobytes}k,mode=0777"
     if sys.platform != "linux" or not _as_root("mount", "-t", "tmpfs", "-o", options, "none", str(folder)):
         pytest.skip("a disk of its own cannot be mounted here (needs Linux, and root or sudo)")
@@ -40,8 +40,13 @@ def grow(folder: Path, kilobytes: int) -> None:
     assert _as_root("mount", "-o", f"remount,size={kilobytes}k", str(folder))
 
 
-def protect(folder: Path) -> bool:
-    """Mount `folder` over itself, read-only: root, too, cannot write it."""
-    return _as_root("mount", "--bind", str(folder), str(folder)) and _as_root(
-        "mount", "-o", "remount,bind,ro", str(folder)
-    )
+@contextlib.contextmanager
+def read_only(folder: Path) -> Iterator[None]:
+    """`folder` mounted over itself so that root, too, cannot write it; what is mounted in it meanwhile goes first."""
+    if sys.platform != "linux" or not _as_root("mount", "--bind", str(folder), str(folder)):
+        pytest.skip("a folder cannot be mounted read-only here (needs Linux, and root or sudo)")
+    try:
+        assert _as_root("mount", "-o", "remount,bind,ro", str(folder))
+        yield
+    finally:
+        assert _as_root("umount", "--lazy", str(folder))

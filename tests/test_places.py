@@ -1,0 +1,168 @@
+"""Where a run and an export may be written, and files of a run that somebody damaged: refused at once, or working."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from disks import read_only, small_disk
+from training import command, metrics, run
+
+from efficientllm.export import cli as export_cli
+from efficientllm.runtime.base.command import run_command
+from efficientllm.runtime.base.errors import UsageError
+from efficientllm.runtime.base.output import LOCK_NAME, check_output, check_place, locked_output
+from efficientllm.train import RunConfig, trainer
+from efficientllm.train.metrics import MetricsWriter, read_metrics
+from efficientllm.train.progress import Progress
+
+ERRORS = pytest.CaptureFixture[str]
+
+
+def export(checkpoint: Path, output: Path | str, *more: str) -> int:
+    arguments = [str(checkpoint), "--target", "gguf", "--quantize", "f32", "--no-verify", "--output", str(output)]
+    return run_command(export_cli.body, [*arguments, *more])
+
+
+def error_line(capsys: ERRORS) -> str:
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+# -- links and mounted folders
+
+
+def test_an_export_into_a_link_replaces_what_it_names(source_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "volume").mkdir()
+    (tmp_path / "link").symlink_to("volume/artefact")  # leads nowhere yet
+    for more in ([], ["--overwrite"]):
+        assert export(source_folder, tmp_path / "link", *more) == 0
+        assert (tmp_path / "link").is_symlink()
+        assert (tmp_path / "volume" / "artefact" / "manifest.json").is_file()
+        assert os.listdir(tmp_path / "volume") == ["artefact"]
+
+
+def test_a_run_into_a_link_lies_where_it_leads(source_folder: Path, corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("volume/run")
+    arguments = command(source_folder, corpus, tmp_path / "link", "--tokens", "640")
+    for more in ([], ["--overwrite"]):
+        assert run([*arguments, *more]) == 0
+        assert (tmp_path / "link").is_symlink()
+        assert (tmp_path / "volume" / "run" / "model").is_dir()
+
+
+def test_links_in_a_circle_and_names_that_are_none_are_one_line(
+    source_folder: Path, corpus: Path, tmp_path: Path, capsys: ERRORS
+) -> None:
+    (tmp_path / "circle").symlink_to("circle")
+    (tmp_path / "file").write_text("x")
+    for name in ("circle", "a\0b", "\udcff", "circle/run", "file/run", "x" * 300):
+        assert run(command(source_folder, corpus, tmp_path / name)) == 2, name
+        error_line(capsys)
+        assert export(source_folder, tmp_path / name) == 2, name
+        error_line(capsys)
+    assert sorted(os.listdir(tmp_path)) == ["circle", "file"]
+
+
+def test_names_that_are_not_utf_8_are_refused_at_once(tmp_path: Path) -> None:
+    for output, inputs in ((tmp_path / "\udcff", []), (tmp_path / "run", ["text-\udcff.jsonl"])):
+        with pytest.raises(UsageError, match=r"the name '.*\\udcff.*' is not UTF-8; give another one"):
+            check_output(output, False, lambda folder: [], inputs, "")
+
+
+def test_a_volume_below_a_read_only_folder_holds_runs_and_artefacts(
+    source_folder: Path, corpus: Path, tmp_path: Path, capsys: ERRORS
+) -> None:
+    """As in a container, where the root cannot be written."""
+    volume = tmp_path / "outer" / "volume"
+    volume.mkdir(parents=True)
+    with read_only(tmp_path / "outer"), small_disk(volume, 20_000):
+        for more in ([], ["--overwrite"]):
+            assert run(command(source_folder, corpus, volume, "--tokens", "640", *more)) == 0
+            assert not (volume / LOCK_NAME).exists()
+        assert (volume / "model").is_dir()
+        with locked_output(volume):
+            capsys.readouterr()
+            assert run(command(source_folder, corpus, volume, "--overwrite")) == 2
+            assert "is being written by process" in error_line(capsys)
+        assert export(volume / "model", volume / "gguf") == 0
+        assert run(command(source_folder, corpus, tmp_path / "outer" / "run")) == 2
+        assert "outer cannot be written; name another folder" in capsys.readouterr().err
+
+
+def test_an_export_does_not_take_the_place_of_a_mounted_folder(
+    source_folder: Path, tmp_path: Path, capsys: ERRORS
+) -> None:
+    with small_disk(tmp_path / "disk", 20_000) as folder:
+        assert export(source_folder, folder) == 2
+        assert "is a mount point, which nothing can take the place of; name a folder in it" in error_line(capsys)
+
+
+def test_a_place_that_cannot_be_written_is_found_before_anything_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "there").mkdir()
+    refused: list[Path] = []
+    monkeypatch.setattr(os, "access", lambda path, mode: path not in refused)
+    for output, is_renamed, written in (
+        ("there", False, "there"),
+        ("there", True, "."),
+        ("not/yet", False, "."),
+        ("there/not/yet", True, "there"),
+    ):
+        refused[:] = [tmp_path / written]
+        with pytest.raises(UsageError, match=r"cannot be written; name another folder"):
+            check_place(tmp_path / output, is_renamed)
+        refused.clear()
+        check_place(tmp_path / output, is_renamed)
+
+
+# -- damaged files of a run
+
+
+def test_a_configuration_that_is_none_is_one_line(tmp_path: Path, capsys: ERRORS) -> None:
+    path = tmp_path / "config.toml"
+    for content in (b"\xff\xfe\x00binary", b"tokens = ", b"a = " + b"[" * 100_000, b"tokens = 1\n\0"):
+        path.write_bytes(content)
+        assert run(["--config", str(path), "--output", str(tmp_path / "run")]) == 2
+        assert f"--config {path}: not valid TOML: " in error_line(capsys)
+    assert run(["--config", str(tmp_path), "--output", str(tmp_path / "run")]) == 2
+    assert str(tmp_path) in error_line(capsys)
+
+
+NOISE = [b"\xff\xfe\x00", b'{"step": 3, "tok', b"[1, 2]", b"{}", b'{"step": "x", "tokens": 1}', b"[" * 100_000]
+
+
+def test_damaged_records_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    sound = [{"step": step, "tokens": step * 10, "loss": 1.5} for step in range(1, 6)]
+    lines = [json.dumps(record).encode() for record in sound]
+    mixed = [line for pair in zip(lines, NOISE, strict=False) for line in pair]
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join([*mixed, NOISE[-1], b'{"step": 6, "tokens": 60, "lo']))
+    assert read_metrics(tmp_path) == sound
+    MetricsWriter(tmp_path, RunConfig(), is_main=True).truncate(Progress(step=3))
+    assert metrics(tmp_path) == sound[:3]
+    assert caplog.messages == [f"{tmp_path / 'metrics.jsonl'}: 6 damaged lines are left out"]
+
+
+def test_a_run_goes_on_with_records_that_are_no_text(
+    source_folder: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: ERRORS
+) -> None:
+    step = trainer.Trainer._step
+
+    def killed(self: trainer.Trainer) -> dict[str, Any]:
+        if self.progress.step == 12:
+            raise KeyboardInterrupt
+        return step(self)
+
+    arguments = command(source_folder, corpus, tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Trainer, "_step", killed)
+        assert run(arguments) == 130
+    (tmp_path / "run" / "metrics.jsonl").write_bytes(b"\xff\x00" * 500 + b"\n")
+    assert run([*arguments, "--resume"]) == 0
+    assert "metrics.jsonl: 1 damaged lines are left out" in capsys.readouterr().out
+    assert [record["step"] for record in metrics(tmp_path / "run") if "loss" in record] == [*range(11, 21)]

@@ -1,0 +1,127 @@
+"""What a run shows of itself: the first line, downloads, speed, the held-out loss along the run, the card."""
+
+from __future__ import annotations
+
+import logging
+import math
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_architecture
+from training import command, metrics, run, weights
+
+from efficientllm.runtime.base.command import is_main_process, run_command
+from efficientllm.runtime.base.errors import ModelError
+from efficientllm.train.config import SourceConfig, TrainConfig
+from efficientllm.train.model import source
+from efficientllm.train.model_card import model_card
+from efficientllm.train.plots import held_out_losses, plot_training, smoothed
+from efficientllm.train.progress import Speed
+
+
+def test_the_held_out_loss_along_a_run_changes_nothing_else(source_folder: Path, corpus: Path, tmp_path: Path) -> None:
+    assert run(command(source_folder, corpus, tmp_path / "plain")) == 0
+    assert run(command(source_folder, corpus, tmp_path / "measured", "--eval-every", "8")) == 0
+    records = metrics(tmp_path / "measured")
+    along = [record for record in records if "held_out_loss" in record]
+    assert [(record["step"], record["tokens"]) for record in along] == [(8, 1024), (16, 2048)]
+    assert [record for record in records if record not in along] == metrics(tmp_path / "plain")
+    ours, theirs = weights(tmp_path / "measured"), weights(tmp_path / "plain")
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+    points = held_out_losses(records)
+    assert len(points) == 5  # the source's, after pruning, the end's
+    assert points == sorted(points)
+    assert points[0][1] > along[0]["held_out_loss"] > along[1]["held_out_loss"] > points[-1][1]
+
+
+def test_losses_are_smoothed_around_steps_that_were_skipped(tmp_path: Path) -> None:
+    losses = [3.0 + (-1) ** index for index in range(400)]
+    losses[100] = math.nan
+    means = smoothed(losses)
+    assert max(abs(mean - 3.0) for mean in means[5:-5]) < 0.3
+    assert smoothed([2.0]) == [2.0]
+    records = [{"step": i, "tokens": i, "loss": loss, "parameters": 5} for i, loss in enumerate(losses)]
+    plot_training(records, tmp_path / "training.png")
+    plot_training([], tmp_path / "empty.png")
+    assert (tmp_path / "training.png").stat().st_size > (tmp_path / "empty.png").stat().st_size
+
+
+def test_the_speed_is_that_of_the_last_minute() -> None:
+    speed = Speed()
+    assert speed.tokens_per_second == 0.0
+    for seconds in [30.0] * 4 + [10.0] * 6:  # the slow steps are over a minute ago
+        speed.add(1000, seconds)
+    assert speed.tokens_per_second == 100.0
+
+
+def test_the_first_line_comes_before_anything_is_loaded() -> None:
+    """Also before torch; a second is what a person waits without a doubt, the interpreter's own start included."""
+    arguments = [sys.executable, "-m", "efficientllm.train.cli", "--source", "nowhere.gguf", "--output", "nowhere"]
+    began = time.monotonic()
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "loading nowhere.gguf, to train on demo\n"
+        first = time.monotonic() - began
+        process.communicate()
+    assert time.monotonic() - began > 2 * first  # what follows takes longer, on a busy machine too
+
+
+def test_one_process_of_several_speaks(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of those that torchrun starts, that of rank 0."""
+    logger = logging.getLogger("efficientllm")
+
+    def body(argv: Sequence[str]) -> int:
+        logger.getChild("train").info("model: runs/small")
+        return 0
+
+    level = logger.level
+    for rank, said in (("1", ""), ("0", "model: runs/small\n")):
+        monkeypatch.setenv("RANK", rank)
+        assert is_main_process() == (rank == "0")
+        assert run_command(body, []) == 0
+        assert capsys.readouterr().out == said
+    logger.setLevel(level)
+
+
+def test_downloads_are_seen_in_a_terminal(
+    source_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from_pretrained = source.AutoConfig.from_pretrained
+    monkeypatch.setattr(source.AutoConfig, "from_pretrained", lambda name: from_pretrained(source_folder))
+
+    def download(name: str, allow_patterns: list[str]) -> None:
+        assert name == "owner/name"
+        assert "model-*.safetensors" in allow_patterns
+        print("100%", file=sys.stderr)
+        raise OSError("that is all")
+
+    monkeypatch.setattr(source, "snapshot_download", download)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with pytest.raises(ModelError, match="that is all"):
+        source.load_source("owner/name")
+    assert capsys.readouterr().err == "100%\n"
+
+
+def card(settings: SourceConfig) -> str:
+    architecture = tiny_architecture()
+    figures: dict[str, Any] = {"held_out_tokens": 1, "perplexity": {}, "tokens": 1, "data": ["x"], "seconds": 1.0}
+    return model_card(replace(TrainConfig(), source=settings), figures, architecture, architecture)
+
+
+def test_the_card_names_what_is_on_a_hub_and_no_local_path(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "tiny").mkdir(parents=True)
+    local = card(SourceConfig("models/tiny", (str(corpus), "demo")))
+    assert "base_model" not in local
+    assert "datasets" not in local
+    hub = card(SourceConfig("owner/model", ("owner/data@en:0.5", "demo")))
+    assert "base_model: owner/model\ndatasets: [owner/data]\n" in hub
