@@ -116,8 +116,7 @@ class SshDevice:
         path = self._remote_path(artefact, artefact.path)
         request = measure.Request(str(path), request_context(artefact, options), asdict(options))
         python = f"{self._environments[artefact.engine]}/bin/python"
-        remembered = f"EFFICIENTLLM_CACHE={FOLDER}"  # what cleaning up takes along
-        answer = self._run(f"{remembered} {python} -m {measure.__name__} {shlex.quote(json.dumps(asdict(request)))}")
+        answer = self._run(f"{python} -m {measure.__name__} {shlex.quote(json.dumps(asdict(request)))}")
         return parse_measurement(f"{self._host}: {artefact.path}", answer)
 
     def close(self) -> None:
