@@ -145,9 +145,8 @@ class SshDevice:
         path = self._remote_path(artefact, artefact.path)
         request = measure.Request(str(path), request_context(artefact, options), asdict(options))
         python = f"{self._environments[artefact.engine]}/bin/python"
-        measure_it = f"{python} -m {measure.__name__} {shlex.quote(json.dumps(asdict(request)))}"
         line = MEASURE.format(
-            command=f"EFFICIENTLLM_CACHE={FOLDER} {measure_it}",  # what cleaning up takes along
+            command=f"{python} -m {measure.__name__} {shlex.quote(json.dumps(asdict(request)))}",
             module=measure.__name__,
             pid_file=shlex.quote(f"{FOLDER}/measuring-{platform.node()}"),
         )

@@ -258,8 +258,8 @@ def test_the_key_may_come_from_a_file_or_the_environment(tmp_path: Path, monkeyp
     ("header", "status"), [("Bearer secret", 200), ("bearer secret", 200), ("secret", 401), ("Basic secret", 401)]
 )
 def test_the_scheme_of_the_key_is_bearer_in_any_case(header: str, status: int) -> None:
-    client = TestClient(Guard(answer_ok, api_key="secret", max_body_bytes=10))
-    assert client.get("/v1/models", headers={"Authorization": header}).status_code == status
+    guard: Any = Guard(answer_ok, api_key="secret", max_body_bytes=10)
+    assert TestClient(guard).get("/v1/models", headers={"Authorization": header}).status_code == status
 
 
 async def answer_ok(scope: Any, receive: Any, send: Any) -> None:
