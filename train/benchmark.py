@@ -23,7 +23,7 @@ from ..runtime.base.markdown import markdown_table
 from ..runtime.base.quantities import format_count
 from .compute.hardware import choose_hardware
 from .compute.loss import TrainingLoss
-from .compute.optimizer import make_optimizer
+from .compute.optimizer import clip_factor, gradient_norm, make_optimizer, store_gradients_as_computed
 from .data.documents import DataSpec
 from .data.packing import PackedStream
 from .metrics import read_metrics
@@ -70,6 +70,8 @@ class StepBenchmark:
         self.architecture = architecture_of(self.model.config)  # type: ignore[attr-defined]
         self.loss = TrainingLoss(self.model, hardware.dtype)
         self.optimizer = make_optimizer(self.model, 0.0, (0.9, 0.95), 0.01)
+        if hardware.dtype == torch.bfloat16:
+            store_gradients_as_computed(self.model)
         # at a learning rate of 0 the weights stay, so every variant does the same arithmetic
         self.stream = PackedStream([DataSpec.parse(options.data)], tokenizer, sequence_length, 0.05, seed=0)
         self.batch_size = batch_size
@@ -88,8 +90,7 @@ class StepBenchmark:
         if tracker is not None:
             tracker.accumulate(self.model.named_parameters())
             tracker.finish_step()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
+        self.optimizer.step(gradient_scale=clip_factor(gradient_norm(self.model.parameters()), 1.0))
         self.optimizer.zero_grad(set_to_none=True)
         self._wait()
         return time.perf_counter() - began

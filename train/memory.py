@@ -20,6 +20,9 @@ from .model.architecture import Architecture, LayerShape
 PROCESS_BYTES = 500_000_000
 """Python, torch and transformers before anything is loaded."""
 
+FRAGMENTS = 0.09
+"""What a heap holds beyond what is in use at its peak, as a share of that: measured, see docs/method.md, "Memory"."""
+
 CONTROL_GROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 """Where Linux says how much a container may have, by version of control groups."""
 
@@ -33,7 +36,7 @@ class MemoryEstimate:
     moments: int
     """AdamW's two."""
     rest: int
-    """Whatever else there is at the peak: activations, copies, a teacher, Gram matrices, the process itself."""
+    """Whatever else there is at the peak: activations, copies, a teacher, Gram matrices, the process, fragments."""
 
     @property
     def kept(self) -> int:
@@ -78,7 +81,8 @@ def estimate_memory(
     rest = PROCESS_BYTES + max(forward, backward) - gradients // shards
     rest += size * (2 if is_bf16 else 4) if settings.distill or config.pruning.recover != "none" else 0
     rest += _gram_bytes(config, architecture) if config.pruning.weight_update == "obs" else 0
-    return MemoryEstimate(4 * size // shards, gradients // shards, moments // shards, rest)
+    kept = 4 * size // shards, gradients // shards, moments // shards
+    return MemoryEstimate(*kept, round(rest + FRAGMENTS * (sum(kept) + rest)))
 
 
 def _kept_for_backward(config: TrainConfig, architecture: Architecture, tokens: int, is_bf16: bool) -> int:

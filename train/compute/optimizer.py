@@ -18,7 +18,7 @@ from .gather import full
 EPSILON = 1e-8
 """Added to the root of the second moment."""
 
-PIECE = 2**22
+PIECE = 2**20
 """Elements of a tensor that are converted at once."""
 
 
