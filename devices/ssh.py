@@ -145,8 +145,9 @@ class SshDevice:
         path = self._remote_path(artefact, artefact.path)
         request = measure.Request(str(path), request_context(artefact, options), asdict(options))
         python = f"{self._environments[artefact.engine]}/bin/python"
+        measure_it = f"{python} -m {measure.__name__} {shlex.quote(json.dumps(asdict(request)))}"
         line = MEASURE.format(
-            command=f"{python} -m {measure.__name__} {shlex.quote(json.dumps(asdict(request)))}",
+            command=f"EFFICIENTLLM_CACHE={FOLDER} {measure_it}",  # cleaning up takes it along
             module=measure.__name__,
             pid_file=shlex.quote(f"{FOLDER}/measuring-{platform.node()}"),
         )
