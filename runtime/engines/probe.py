@@ -1,7 +1,4 @@
-"""Loading a file of unknown origin in a child process first: a damaged one can abort the process it is loaded in.
-
-The child is probe_program.py.
-"""
+"""Loading a file of unknown origin in a child process first: a damaged one can abort the process it is loaded in."""
 
 from __future__ import annotations
 
@@ -19,8 +16,6 @@ WORKS = "works"
 REFUSED = 3
 """Exit code where loading ended in a clear error, which the caller will get when it loads the file itself."""
 
-PROGRAM = f"{__package__}.probe_program"
-
 
 def probe_once(artefact: Artefact, engine_version: str, context: int) -> None:
     """ArtefactError where a child process cannot load and run `artefact`; those that can are remembered."""
@@ -35,9 +30,11 @@ def probe_once(artefact: Artefact, engine_version: str, context: int) -> None:
 
 
 def run_probe(arguments: Sequence[str]) -> Finished:
-    """This module as a program."""
+    """The child, `probe_child`, to its end."""
     # ggml would start a debugger to print where it stopped
-    return run([sys.executable, "-m", PROGRAM, *arguments], env=os.environ | {"GGML_NO_BACKTRACE": "1"})
+    return run(
+        [sys.executable, "-m", f"{__package__}.probe_child", *arguments], env=os.environ | {"GGML_NO_BACKTRACE": "1"}
+    )
 
 
 def complaint(artefact: Artefact, done: Finished) -> str:

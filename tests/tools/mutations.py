@@ -28,7 +28,7 @@ from typing import Any
 from efficientllm.runtime.base.child import Finished
 from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.base.errors import EfficientLLMError
-from efficientllm.runtime.engines import probe
+from efficientllm.runtime.engines import probe, probe_child
 from efficientllm.runtime.engines.artefact import Artefact
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
 from efficientllm.runtime.engines.manifest import MANIFEST_NAME
@@ -176,7 +176,7 @@ def forked_probe(arguments: Sequence[str]) -> Finished:
     """probe.run_probe without the start of another Python."""
     with tempfile.TemporaryDirectory() as scratch:
         errors = Path(scratch) / "errors"
-        code = in_child(lambda: run_command(probe.body, list(arguments)), errors)
+        code = in_child(lambda: run_command(probe_child.body, list(arguments)), errors)
         return Finished(code, "", errors.read_text(encoding="utf-8", errors="replace"))
 
 

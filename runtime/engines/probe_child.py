@@ -1,5 +1,4 @@
-"""`python -m efficientllm.runtime.engines.probe_program PATH CONTEXT` loads an artefact, evaluates a few tokens and
-says in one line what is wrong."""
+"""The child of `probe`, with PATH and CONTEXT as arguments: loads a file and evaluates a few tokens."""
 
 from __future__ import annotations
 
@@ -18,6 +17,7 @@ TEXT = "Hello"
 
 
 def body(argv: Sequence[str]) -> int:
+    """0 where the model works, REFUSED where loading it ends in a clear error."""
     path, context = argv
     artefact = Artefact.open(path)
     try:
