@@ -129,8 +129,7 @@ def _make_trainer(plan: RunPlan, source: Any) -> Trainer:
     stream.check()
     if plan.compute.parallel.is_main and forgets_to_chat(plan.data, plan.tokenizer):
         _log.warning(NO_CHATS)
-    recovers = plan.pruning is not None and plan.pruning.settings.recover != "none"
-    teacher = make_teacher(source, dtype, device) if optimizer.distill or recovers else None
+    teacher = make_teacher(source, dtype, device) if optimizer.distill else None
     weights = LossWeights(optimizer.cross_entropy, optimizer.distill)
     loss = TrainingLoss(_make_model(plan, source).to(device), dtype, weights, teacher)
     trainer = Trainer(plan, loss, stream, held_out)

@@ -18,7 +18,7 @@ from ..runtime.base.quantities import format_bytes, format_count
 from ..runtime.engines.memory import give_back_freed_memory
 from . import training_state
 from .compute.distributed import without_sync
-from .compute.loss import TrainingLoss
+from .compute.loss import TrainingLoss, make_teacher
 from .compute.optimizer import clip_factor, gradient_norm, make_optimizer, store_gradients_as_computed
 from .corpora import recovery_windows
 from .data.packing import PackedStream
@@ -270,14 +270,18 @@ class Trainer:
         pruner, settings = self.pruner, self.config.pruning
         if pruner is None or pruner.is_done or self.schedule is None or self.progress.step % settings.prune_every:
             return {}
-        removal = pruner.remove(self.schedule.target_at(self.progress.tokens), self.optimizer)
+        target = self.schedule.target_at(self.progress.tokens)
+        if not pruner.is_above(target):
+            return {}
+        whole = make_teacher(self.model, self.loss.dtype, self.parallel.device) if settings.recover != "none" else None
+        removal = pruner.remove(target, self.optimizer)
         if removal is None:
             return {}
         if pruner.is_done or pruner.events_since_compaction >= settings.compact_every:
             self._compact()
-        if pruner.is_done and settings.recover != "none":
-            plan, ranks = self.plan, self.parallel.world_size
-            pruner.recover(self.loss, recovery_windows(self.config, plan.data, plan.tokenizer, ranks))
+        if whole is not None:
+            windows = recovery_windows(self.config, self.plan.data, self.plan.tokenizer, self.parallel.world_size)
+            pruner.recover(whole, removal, windows, self.loss.dtype)
         return {
             "removed": [[unit.kind, *part] for unit in removal.units for part in unit.parts],
             "next_saliency": pruner.next_saliency,

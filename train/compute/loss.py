@@ -114,20 +114,16 @@ class TrainingLoss(nn.Module):
     def __init__(
         self, model: Any, dtype: torch.dtype, weights: LossWeights = LossWeights(), teacher: Any | None = None
     ) -> None:
-        """`teacher`: what distillation and recovery learn from; kept out of the parameters and the state dict."""
+        """`teacher`: what distillation learns from; kept out of the parameters and the state dict."""
         super().__init__()
         self.model = model
         self.dtype = dtype
         self.weights = weights
         self._teacher = (teacher,)
 
-    @property
-    def teacher(self) -> Any | None:
-        return self._teacher[0]
-
     def around(self, model: Any) -> TrainingLoss:
         """The same loss of another model."""
-        return TrainingLoss(model, self.dtype, self.weights, self.teacher)
+        return TrainingLoss(model, self.dtype, self.weights, self._teacher[0])
 
     def forward(self, windows: Tensor) -> tuple[Tensor, Tensor]:
         """(loss to minimise, cross-entropy) of windows [B, S + 1]; tokens given as ~token are read, not predicted."""
@@ -138,9 +134,9 @@ class TrainingLoss(nn.Module):
         # each weight is used once in a pass: a cache would only keep its copy, which backward may make anew
         with torch.autocast(windows.device.type, **autocast, cache_enabled=False):
             hidden = self.model.model(input_ids=inputs, use_cache=False).last_hidden_state
-        teacher = self.teacher
+        teacher = self._teacher[0]
         reference = None
-        if teacher is not None and self.weights.distill:
+        if teacher is not None:
             with torch.no_grad():
                 states = teacher.model(input_ids=inputs, use_cache=False).last_hidden_state
                 rows = states.flatten(0, 1)[is_predicted]
@@ -150,7 +146,7 @@ class TrainingLoss(nn.Module):
 
 
 def make_teacher(source: Any, dtype: torch.dtype, device: torch.device) -> Any:
-    """A frozen copy of the source in eval mode, stored in `dtype`."""
+    """A frozen copy of the model as it is, in eval mode, stored in `dtype`."""
     teacher = copy.deepcopy(source).to(device=device, dtype=dtype).eval()
     return teacher.requires_grad_(False)
 

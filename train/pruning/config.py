@@ -55,8 +55,8 @@ class PruneConfig:
     """Tokens per forward pass that enter the Gram matrices; 0: all."""
 
     recover: Literal["none", "least-squares"] = "none"
-    """least-squares: once the target is reached, o_proj and down_proj are fitted again, layer by layer, so that every
-    layer says what the source's says (forward passes of --recover-tokens, no gradients; the source stays in memory)."""
+    """least-squares: after every removal, o_proj and down_proj are fitted again, layer by layer, so that the residual
+    stream is what it was before (forward passes of --recover-tokens; meant for few removals: see --prune-every)."""
     recover_tokens: int = flags.count(16_384)
     """Tokens of the corpora that the fit sees."""
     recover_damping: float = 0.3
@@ -80,6 +80,8 @@ class PruneConfig:
         flags.require(self, "prune_end", self.prune_start <= self.prune_end <= 1, "must be in [--prune-start, 1]")
         for name in ("prune_every", "compact_every"):
             flags.require(self, name, getattr(self, name) >= 1, "must be at least 1")
+        at_once = self.recover == "none" or self.compact_every == 1
+        flags.require(self, "compact_every", at_once, "must be 1 with --recover, which fits what is left")
         flags.require(self, "obs_decay", 0 <= self.obs_decay < 1, "must be at least 0 and below 1")
         for name in ("obs_damping", "recover_damping", "recover_tokens"):
             flags.require(self, name, getattr(self, name) > 0, "must be positive")

@@ -95,9 +95,13 @@ class Pruner:
             for kind, vectors in self.tracker.scores.items()
         }
 
+    def is_above(self, target: int) -> bool:
+        """Whether something is to go for the budget's measure to be at most `target`, and there are scores to go by."""
+        return self.tracker.num_observations > 0 and self.budget.measure(self.architecture) > target
+
     def remove(self, target: int, optimizer: torch.optim.Optimizer) -> Removal | None:
         """Zero the lowest-scored units until the budget's measure is at most `target`; None where nothing goes."""
-        if not self.tracker.num_observations or self.budget.measure(self.architecture) <= target:
+        if not self.is_above(target):
             return None
         scores = self.logical_scores()
         removal = select_removal(self.architecture, scores, self.rules, target, self.budget.measure)
@@ -140,14 +144,12 @@ class Pruner:
         self._drop_grams_when_done()
         return loss, callee
 
-    def recover(self, loss: TrainingLoss, windows: np.ndarray) -> None:
-        """Fit the pruned model to its source (--recover) on windows [n, S + 1], the same on every rank."""
+    def recover(self, whole: Any, removal: Removal, windows: np.ndarray, dtype: torch.dtype) -> None:
+        """Fit the model to what it was before `removal` (--recover) on windows [n, S + 1], the same on every rank."""
         tokens = torch.from_numpy(self.parallel.my_rows(windows)).to(self.parallel.device)
         tokens = torch.where(tokens < 0, ~tokens, tokens)[:, :-1]
-        fit = LeastSquares(
-            self.model, loss.teacher, self.survivors["stem"][0], self.settings.recover_damping, loss.dtype
-        )
-        fit.fit(tokens, self.parallel)
+        stem = removal.kept["stem"][0]
+        LeastSquares(self.model, whole, stem, self.settings.recover_damping, dtype).fit(tokens, self.parallel)
 
     def _drop_grams_when_done(self) -> None:
         """Once nothing more goes, nothing needs to be absorbed."""

@@ -1,16 +1,16 @@
-"""Closed-form recovery once the last group is gone (`--recover least-squares`): what writes to the residual stream is
-fitted again, so that after each layer the pruned model's residual stream is where the source's is.
+"""Closed-form recovery after a removal (`--recover least-squares`): what writes to the residual stream is fitted again,
+so that after each layer the pruned model's residual stream is where it was in the whole model, before the removal.
 
 For a matrix W [H, C] (o_proj, down_proj), its inputs X [n, C] as the pruned model computes them for n tokens, and Y
-[n, H], what is missing between the pruned model's stream before it and the source's stream after its own matrix, the
-ridge regression towards the W at hand is
+[n, H], what is missing between the pruned model's stream before it and the whole model's stream after its own matrix,
+the ridge regression towards the W at hand is
 
     W <- W + (Y - X W^T)^T D X (X^T D X + lambda I)^-1,    lambda = damping * mean(diag(X^T D X)).
 
 D weighs token t by 1 / (|y_t|^2 + median |y|^2): without it the few tokens of massive activations (arXiv 2402.17762)
 are all that is fitted. Layers are taken in order, so each makes up for what those before it could not. Fitting a
-matrix to what the source's matrix gives, or all at once, recovers far less (docs/log.md). It needs the source beside
-the model, and forward passes only.
+matrix to its own former output, all of them at once, or a trained model to its source recovers less or does harm
+(docs/log.md). It takes forward passes only, and the whole model beside the pruned one.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ ROWS_PER_INPUT = 5
 
 
 class LeastSquares:
-    """The refit of one pruned model to its source."""
+    """The refit of a pruned model to what it was."""
 
-    def __init__(self, model: Any, source: Any, stem: Tensor, damping: float, dtype: torch.dtype) -> None:
-        """`stem`: surviving hidden channels as positions in the source; products in `dtype`, solutions in fp64."""
-        self.model, self.source, self.damping, self.dtype = model.model, source.model, damping, dtype
+    def __init__(self, model: Any, whole: Any, stem: Tensor, damping: float, dtype: torch.dtype) -> None:
+        """`stem`: surviving hidden channels as positions in `whole`; products in `dtype`, solutions in fp64."""
+        self.model, self.whole, self.damping, self.dtype = model.model, whole.model, damping, dtype
         self.stem = stem
 
     @torch.no_grad()
     def fit(self, windows: Tensor, parallel: Parallel) -> None:
         """Fit every layer on windows [n, S] of token ids, this rank's share of them."""
-        ours, theirs = self.model.embed_tokens(windows).float(), self.source.embed_tokens(windows).float()
-        for layer, original in zip(self.model.layers, self.source.layers, strict=True):
+        ours, theirs = self.model.embed_tokens(windows).float(), self.whole.embed_tokens(windows).float()
+        for layer, original in zip(self.model.layers, self.whole.layers, strict=True):
             for part in (_Attention, _FeedForward):
-                theirs += self._run(part(original, self.source), theirs)[1]
+                theirs += self._run(part(original, self.whole), theirs)[1]
                 if part.matrix(layer) is None:
                     continue
                 read, _ = self._run(part(layer, self.model), ours)
