@@ -53,6 +53,21 @@ def _quality(summary: dict[str, Any]) -> list[str]:
     return ["## Quality", "", markdown_table(contract_rows(summary["quality"])), "", note, "", "## Training", ""]
 
 
+def _loading(final: Architecture) -> list[str]:
+    return [
+        "## Loading",
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        'model = AutoModelForCausalLM.from_pretrained("this folder", trust_remote_code=True)',
+        'tokenizer = AutoTokenizer.from_pretrained("this folder", trust_remote_code=False)',
+        "```",
+        "",
+        *(() if final.is_uniform else ("Layers of their own width need transformers 5.14 or newer.", "")),
+    ]
+
+
 def model_card(config: TrainConfig, summary: dict[str, Any], source: Architecture, final: Architecture) -> str:
     """Markdown with a YAML header: source, data, tokens, command, widths, perplexities."""
     license_name = SOURCE_LICENSES.get(config.source.source)
@@ -102,16 +117,7 @@ def model_card(config: TrainConfig, summary: dict[str, Any], source: Architectur
             "",
             markdown_table(widths, left=()),
             "",
-            "## Loading",
-            "",
-            "```python",
-            "from transformers import AutoModelForCausalLM, AutoTokenizer",
-            "",
-            'model = AutoModelForCausalLM.from_pretrained("this folder", trust_remote_code=True)',
-            'tokenizer = AutoTokenizer.from_pretrained("this folder", trust_remote_code=False)',
-            "```",
-            "",
-            *(() if final.is_uniform else ("Layers of their own width need transformers 5.14 or newer.", "")),
+            *_loading(final),
             f"## Licence\n\n{license_line}",
             "",
         ]

@@ -12,12 +12,18 @@ SMOLLM_CORPUS = "HuggingFaceTB/smollm-corpus@fineweb-edu-dedup"
 
 
 def cpu_quickstart() -> TrainConfig:
-    """SmolLM2-135M to 85 % on two CPU cores in about five minutes: a demonstration, not a good model."""
+    """SmolLM2-135M to 85 % on two CPU cores in minutes: what sixty thousand tokens can do.
+
+    With so few steps the groups go at once, by the gradients of the first, and what they did is fitted again; the
+    source's own chats are a third of the text, so that the model goes on chatting.
+    """
     return TrainConfig(
-        source=SourceConfig(sequence_length=256, eval_tokens=8192),
-        pruning=PruneConfig(target_ratio=0.85, prune_end=0.5),
-        optimizer=OptimizerConfig(tokens=102_400, batch_size=4),
-        run=RunConfig(checkpoint_every=50),
+        source=SourceConfig(data=("demo:0.7", "self-chat:0.3"), sequence_length=256, eval_tokens=8192),
+        pruning=PruneConfig(
+            target_ratio=0.85, saliency="fisher", prune_start=0.1, prune_end=0.1, recover="least-squares"
+        ),
+        optimizer=OptimizerConfig(tokens=61_440, batch_size=2, distill=1.0),
+        run=RunConfig(checkpoint_every=100),
     )
 
 

@@ -17,7 +17,7 @@ from ..runtime.base.progress import ProgressDisplay
 from ..runtime.base.quantities import format_bytes, format_count
 from ..runtime.engines.memory import give_back_freed_memory
 from . import training_state
-from .compute.distributed import without_sync
+from .accumulation import accumulate_gradients
 from .compute.loss import TrainingLoss, make_teacher
 from .compute.optimizer import clip_factor, gradient_norm, make_optimizer, store_gradients_as_computed
 from .corpora import recovery_windows
@@ -203,46 +203,15 @@ class Trainer:
         return sequences * self.config.source.sequence_length
 
     def _accumulate_gradients(self) -> float:
-        """Leave the gradients of the mean loss over all microbatches and ranks in .grad; returns this rank's loss.
-
-        A saliency that is not linear in the gradient (taylor2, fisher) must see every microbatch of every rank alone.
-        Then .grad is emptied after each one and DDP averages nothing: the sums are kept aside and averaged at the end.
-        FSDP reduces gradients in its own backward pass, so there a sample is a microbatch of all ranks.
-        """
+        """Gradients of the next step's windows; returns this rank's loss."""
         steps = self.config.optimizer.gradient_accumulation
-        needs_samples = self.pruner is not None and self.pruner.wants_microbatches
-        per_microbatch = needs_samples and (steps > 1 or self.parallel.world_size > 1)
-        accumulated: dict[Tensor, Tensor] = {}
-        total = 0.0
-        for microbatch in range(steps):
-            rows = self.stream.next_windows(self.config.optimizer.batch_size * self.parallel.world_size)
-            windows = torch.from_numpy(self.parallel.my_rows(rows)).to(self.parallel.device)
-            is_last = microbatch == steps - 1
-            with without_sync(self.callee, per_microbatch or not is_last):
-                loss, cross_entropy = self.callee(windows)
-                # samples keep the scale of one microbatch; the mean over steps is taken once, below
-                (loss if per_microbatch else loss / steps).backward()
-            total += float(cross_entropy)
-            if self.pruner is not None:
-                self.pruner.mask_gradients()
-                if per_microbatch:
-                    self.pruner.observe_gradients()
-            if per_microbatch:
-                self._move_gradients(accumulated)
-        if per_microbatch:
-            for parameter, gradient in accumulated.items():
-                parameter.grad = gradient.div_(steps)
-            if self.parallel.mode == "ddp":
-                self.parallel.mean_tensors(accumulated.values())
-        elif self.pruner is not None:
-            self.pruner.observe_gradients()
-        return total / steps
+        microbatches = [self._next_rows() for _ in range(steps)]
+        return accumulate_gradients(self.callee, self.model, microbatches, self.pruner, self.parallel)
 
-    def _move_gradients(self, accumulated: dict[Tensor, Tensor]) -> None:
-        """Add .grad of every parameter to `accumulated` and empty it."""
-        for parameter in self.model.parameters():
-            gradient, parameter.grad = parameter.grad, None
-            accumulated[parameter] = gradient if parameter not in accumulated else accumulated[parameter].add_(gradient)
+    def _next_rows(self) -> Tensor:
+        """This rank's windows [B, S + 1] of the next microbatch."""
+        rows = self.stream.next_windows(self.config.optimizer.batch_size * self.parallel.world_size)
+        return torch.from_numpy(self.parallel.my_rows(rows)).to(self.parallel.device)
 
     def _update_weights(self, grad_norm: Tensor) -> None:
         if self.pruner is not None:

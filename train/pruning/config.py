@@ -59,7 +59,7 @@ class PruneConfig:
     stream is what it was before (forward passes of --recover-tokens; meant for few removals: see --prune-every)."""
     recover_tokens: int = flags.count(16_384)
     """Tokens of the corpora that the fit sees."""
-    recover_damping: float = 0.3
+    recover_damping: float = 1.0
     """Pull of the fit towards the weights at hand, relative to the mean of the inputs' squares."""
 
     def __post_init__(self) -> None:
