@@ -17,6 +17,7 @@ from ..runtime.base.errors import DiskFullError
 from ..runtime.base.files import write_text_atomically
 from ..runtime.base.output import locked_output
 from ..runtime.base.quantities import format_count
+from ..runtime.engines.memory import give_back_freed_memory
 from .compute.loss import LossWeights, TrainingLoss, make_teacher
 from .config import TrainConfig
 from .corpora import data_specs, forgets_to_chat
@@ -135,6 +136,7 @@ def _make_trainer(plan: RunPlan, source: Any) -> Trainer:
     trainer = Trainer(plan, loss, stream, held_out)
     if plan.resume is not None:
         trainer.restore(plan.resume.checkpoint)
+    give_back_freed_memory()  # of reading: gradients do not fit there
     return trainer
 
 
