@@ -152,7 +152,7 @@ def _check_template(template: str, folder: Path) -> None:
     """ModelError where a chat template cannot be rendered; it may refuse the messages, which is its right."""
     settings = read_settings(folder)
     try:
-        render_chat(template, [QUESTION], *(special_token(settings, name) for name in ("bos", "eos")))
+        render_chat(template, [QUESTION], special_token(settings, "bos"), special_token(settings, "eos"))
     except UsageError:
         pass
     except Exception as error:  # a template raises what Python does

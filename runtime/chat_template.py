@@ -48,6 +48,7 @@ def render_chat(
     messages: Sequence[Message],
     bos_token: str = "",
     eos_token: str = "",
+    *,
     add_generation_prompt: bool = True,
 ) -> str:
     """The prompt for the next answer to `messages`, as transformers' apply_chat_template would build it.

@@ -39,13 +39,13 @@ def chats(tmp_path: Path) -> Path:
 
 
 def text_of(tokenizer: PreTrainedTokenizerFast, ids: np.ndarray) -> str:
-    return tokenizer.decode(ids.tolist())
+    return str(tokenizer.decode(ids.tolist()))
 
 
 def test_answers_and_ends_of_turns_are_learned_the_rest_is_read(tokenizer: PreTrainedTokenizerFast) -> None:
     ids = Encoder(tokenizer).encode([CHAT])[0]
     whole = text_of(tokenizer, np.where(ids < 0, ~ids, ids))
-    assert whole == tokenizer.apply_chat_template(CHAT.messages, tokenize=False)
+    assert whole == tokenizer.apply_chat_template([dict(each) for each in CHAT.messages], tokenize=False)
     assert text_of(tokenizer, ids[ids >= 0]) == "Hello.<|im_end|>\nCiao<|im_end|>\n"
 
 

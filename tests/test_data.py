@@ -14,7 +14,7 @@ import pytest
 
 from efficientllm.runtime.base.errors import DataError, UsageError
 from efficientllm.train.data import packing
-from efficientllm.train.data.documents import DataSpec, is_held_out, open_documents
+from efficientllm.train.data.documents import DataSpec, is_held_out, open_documents, open_texts, text_of
 from efficientllm.train.data.encoding import tokenize
 from efficientllm.train.data.lanes import LANES
 from efficientllm.train.data.packing import PackedStream, held_out_windows
@@ -45,7 +45,7 @@ def test_txt_is_cut_at_blank_lines(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     paragraph = "word " * 200
     path.write_text(f"{paragraph}\n\n" * 20)
-    documents = list(open_documents(DataSpec(str(path))))
+    documents = list(open_texts(DataSpec(str(path))))
     assert len(documents) > 1
     assert "".join(documents) == path.read_text()
     assert all(document.endswith("\n\n") for document in documents)
@@ -130,7 +130,7 @@ def test_epochs_are_shuffled_differently_and_complete(corpus: Path, tokenizer: A
     for _ in range(2):
         texts: list[str] = []
         while len(texts) < count:
-            texts += source.next_documents(7)
+            texts += map(text_of, source.next_documents(7))
         epochs.append(texts)
     assert sorted(epochs[0]) == sorted(epochs[1])
     assert epochs[0] != epochs[1]
@@ -172,7 +172,7 @@ def test_neighbouring_windows_come_from_as_many_documents_as_there_are_lanes(tok
 
 def test_a_small_corpus_is_read_through_before_anything_comes_again(corpus: Path, tokenizer: Any) -> None:
     packed = stream(corpus, tokenizer)
-    trained = [text for text in open_documents(DataSpec(str(corpus))) if not is_held_out(text, 0.2)]
+    trained = [text for text in open_texts(DataSpec(str(corpus))) if not is_held_out(text, 0.2)]
     total = sum(len(ids) + 1 for ids in tokenize(tokenizer, trained))
     packed.next_windows(total // 16 // 2)
     assert packed.sources[0].documents.state.epoch == 0

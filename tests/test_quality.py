@@ -61,7 +61,7 @@ def test_figures_are_those_of_the_model_computed_directly(
     chat = sets.chats()[0]
     messages = [{"role": "user", "content": chat.question}]
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    before = tokenizer.encode(prompt, add_special_tokens=False)
+    before = tokenizer.encode(str(prompt), add_special_tokens=False)
     answer = [*tokenizer.encode(chat.answer, add_special_tokens=False), tokenizer.eos_token_id]
     whole = torch.tensor([*before, *answer])
     with torch.no_grad():

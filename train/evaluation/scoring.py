@@ -13,7 +13,7 @@ import numpy as np
 from ...runtime.base.errors import ModelError
 from ...runtime.base.files import sha256_of
 from ...runtime.engines.artefact import Artefact
-from ...runtime.engines.engine import Engine, EngineOptions, load_engine
+from ...runtime.engines.engine import EngineOptions, load_engine
 from ...runtime.engines.genai_config import GENAI_CONFIG
 from ...runtime.generation import AnswerOptions, Generation
 from ...runtime.sampling import log_softmax
@@ -71,7 +71,7 @@ class EngineModel:
     """An exported artefact, scored by the runtime's engine: what is measured is the file that ships."""
 
     def __init__(self, path: Path, options: EngineOptions) -> None:
-        self.engine: Engine = load_engine(path, options)
+        self.engine = load_engine(path, options)
         self.context_length = self.engine.context_length
         ends = (self.engine.tokenize(text, True) for text in ("<|endoftext|>", self.engine.eos_token))
         single = [ids[0] for ids in ends if len(ids) == 1]

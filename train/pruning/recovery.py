@@ -43,10 +43,9 @@ class LeastSquares:
         for layer, original in zip(self.model.layers, self.whole.layers, strict=True):
             for part in (_Attention, _FeedForward):
                 theirs += self._run(part(original, self.whole), theirs)[1]
-                if part.matrix(layer) is None:
+                if (matrix := part.matrix(layer)) is None:
                     continue
                 read, _ = self._run(part(layer, self.model), ours)
-                matrix = part.matrix(layer)
                 self._solve(matrix, read, theirs.index_select(-1, self.stem.to(theirs.device)) - ours, parallel)
                 ours += (read.to(self.dtype) @ matrix.weight.T.to(self.dtype)).float()
 

@@ -35,7 +35,7 @@ class Fact:
 
 
 def _rows(name: str) -> list[dict[str, Any]]:
-    text = resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+    text = resources.files(str(__package__)).joinpath(name).read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
 
 
