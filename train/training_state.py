@@ -60,6 +60,7 @@ def save_training_state(
 
 def _weights_and_moments(model: Any, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
     """The very tensors of model and optimizer by parameter; a tied head and embedding are one."""
+    model.state_dict()  # under FSDP it puts shards back where an evaluation left whole tensors, which have no moments
     parameters = dict(model.named_parameters())
     weights = {name: parameter.detach() for name, parameter in parameters.items()}
     return {"model": weights, "optimizer": {name: optimizer.state[each] for name, each in parameters.items()}}
