@@ -24,8 +24,8 @@ from ..compute.distributed import Parallel
 
 BATCH = 8
 """Windows per forward pass of a layer."""
-ROWS_PER_INPUT = 5
-"""Tokens per input of a matrix that its regression sees; more cost time and change little."""
+ROWS_PER_INPUT = 16
+"""Tokens per input of a matrix that its regression sees at most (5 recover less, docs/log.md)."""
 
 
 class LeastSquares:
