@@ -49,6 +49,12 @@ def test_answers_and_ends_of_turns_are_learned_the_rest_is_read(tokenizer: PreTr
     assert text_of(tokenizer, ids[ids >= 0]) == "Hello.<|im_end|>\nCiao<|im_end|>\n"
 
 
+def test_an_answer_that_was_cut_has_no_end_to_learn(tokenizer: PreTrainedTokenizerFast) -> None:
+    cut = Chat(CHAT.turns, is_cut=True)
+    ids = Encoder(tokenizer).encode([cut])[0]
+    assert text_of(tokenizer, ids[ids >= 0]) == "Hello.<|im_end|>\nCiao"
+
+
 def test_what_is_only_read_gives_no_loss_and_no_gradient(tokenizer: PreTrainedTokenizerFast) -> None:
     model = tiny_model(tiny_architecture())
     ids = Encoder(tokenizer).encode([CHAT])[0].astype(np.int64)

@@ -8,10 +8,12 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..runtime.base.progress import ProgressDisplay
 from .compute.distributed import Parallel
+from .compute.loss import make_teacher
 from .config import TrainConfig
 from .data.chat import Chat
 from .data.documents import DataSpec, open_documents
@@ -47,9 +49,9 @@ def recovery_windows(
 
 
 def with_self_chats(
-    config: TrainConfig, source: Any, tokenizer: PreTrainedTokenizerBase, parallel: Parallel
+    config: TrainConfig, source: Any, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, parallel: Parallel
 ) -> tuple[DataSpec, ...]:
-    """The corpora, the source's chats with itself as the file they are sampled to."""
+    """The corpora, the source's chats with itself (sampled in `dtype`) as the file they are sampled to."""
     specs = data_specs(config)
     shares = [spec.weight for spec in specs if spec.path == SELF_CHAT]
     if not shares:
@@ -61,6 +63,7 @@ def with_self_chats(
         for is_mine in (parallel.is_main, not parallel.is_main):  # the main process samples, the others read it
             if is_mine:
                 report = partial(display.update, "sampling the source's chats")
-                path = self_chat_file(source.to(parallel.device), tokenizer, tokens, config.run.seed, report)
+                speaker = make_teacher(source, dtype, parallel.device)
+                path = self_chat_file(speaker, tokenizer, tokens, config.run.seed, report)
             parallel.barrier()
     return tuple(replace(spec, path=str(path)) if spec.path == SELF_CHAT else spec for spec in specs)

@@ -161,7 +161,10 @@ def make_plan(config: TrainConfig, resume: ResumePoint | None, compute: Compute)
     pruning = make_pruning_plan(config.pruning, architecture, vocabulary_bytes)
     if length > longest:
         raise UsageError(f"--sequence-length {length}: the source's context is {longest} tokens")
-    data, folder = with_self_chats(config, source, tokenizer, compute.parallel), Path(config.run.output)
+    data, folder = (
+        with_self_chats(config, source, tokenizer, compute.hardware.dtype, compute.parallel),
+        Path(config.run.output),
+    )
     asked = config.run.save_dtype
     dtype = stored_dtype(config.source.source) if asked == "auto" else getattr(torch, asked)
     return RunPlan(config, folder, resume, compute, architecture, tokenizer, data, pruning, dtype), source

@@ -18,6 +18,8 @@ class Chat:
 
     turns: tuple[tuple[str, str], ...]
     """(role, content): system, user and assistant."""
+    is_cut: bool = False
+    """Whether the last answer goes on: nothing says that its turn ends there."""
 
     @property
     def messages(self) -> list[Message]:
@@ -29,7 +31,7 @@ class Chat:
         return "\n\n".join(content for _, content in self.turns)
 
     def to_json(self) -> str:
-        return json.dumps({"messages": self.messages}, ensure_ascii=False)
+        return json.dumps({"messages": self.messages, **({"cut": True} if self.is_cut else {})}, ensure_ascii=False)
 
 
 Document = str | Chat
@@ -89,6 +91,9 @@ class ChatFormat:
                     raise DataError("the source's chat template rewrites earlier turns; give chats of one question")
                 spans += [Span(asked[len(written) :], False), Span(answered[len(asked) :], True)]
                 written = answered
+            if chat.is_cut and spans:
+                whole, content = spans[-1].text, chat.turns[-1][1].strip()
+                spans[-1] = Span(whole[: whole.rfind(content) + len(content)], True)
         except UsageError as error:
             raise DataError(f"a chat of {len(chat.turns)} turns: {error}") from error
         return spans

@@ -93,7 +93,7 @@ def document_of(reading: Reading, value: Any, where: str) -> Document:
     if not isinstance(value, dict):
         raise reading.error(f'{where} is not a JSON object with a "{field}" field')
     if field not in value and MESSAGES in value:
-        return _chat_of(reading, value[MESSAGES], where)
+        return _chat_of(reading, value[MESSAGES], where, value.get("cut") is True)
     if field not in value:
         raise reading.missing(f"{where} has no field", value)
     if not isinstance(value[field], str):
@@ -101,7 +101,7 @@ def document_of(reading: Reading, value: Any, where: str) -> Document:
     return _unicode(reading, value[field], f'the "{field}" of {where}')
 
 
-def _chat_of(reading: Reading, messages: Any, where: str) -> Chat:
+def _chat_of(reading: Reading, messages: Any, where: str, is_cut: bool = False) -> Chat:
     """A list of {"role": ..., "content": ...}, as chat datasets and the OpenAI API have it."""
     turns: list[tuple[str, str]] = []
     for message in messages if isinstance(messages, list) else [None]:
@@ -111,7 +111,7 @@ def _chat_of(reading: Reading, messages: Any, where: str) -> Chat:
         turns.append((role, _unicode(reading, content, f"a message of {where}")))
     if not any(role == "assistant" for role, _ in turns):
         raise reading.error(f'the "{MESSAGES}" of {where} hold no answer: none has the role assistant')
-    return Chat(tuple(turns))
+    return Chat(tuple(turns), is_cut)
 
 
 def _unicode(reading: Reading, text: str, what: str) -> str:

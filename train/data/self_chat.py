@@ -22,12 +22,12 @@ from .chat import Chat, ChatFormat
 
 SELF_CHAT = "self-chat"
 """The --data that this is."""
-LARGEST, SMALLEST = 200_000, 100
+LARGEST, SMALLEST = 200_000, 60
 """Tokens sampled at most; sequences at least, so that there are some to train on and some to hold out."""
 BATCH = 64
 """Chats sampled side by side."""
 QUESTION_TOKENS, ANSWER_TOKENS = 64, 160
-"""Longest turns; a chat with one that does not end by itself is left out."""
+"""Longest turns; a longer question is left out, a longer answer is cut and its end not learned."""
 MAX_ROUNDS_WITHOUT = 3
 """Batches in a row that may give no whole chat before the model is said not to chat."""
 MARK = "(what the user says)"
@@ -53,16 +53,18 @@ def sample_chats(
     done = rounds_without = batch = 0
     while done < tokens:
         questions = turns.sample([before] * BATCH, QUESTION_TOKENS, [seed, batch, 0])
-        asked = [question for question in questions if question]
+        asked = [question for question, is_whole in questions if question and is_whole]
         answers = turns.sample([before + question + after for question in asked], ANSWER_TOKENS, [seed, batch, 1])
-        pairs = [(question, answer) for question, answer in zip(asked, answers, strict=True) if answer]
-        for question, answer in pairs:
-            yield Chat((("user", question), ("assistant", answer)))
+        pairs = [(question, *answer) for question, answer in zip(asked, answers, strict=True) if answer[0]]
+        for question, answer, is_whole in pairs:
+            yield Chat((("user", question), ("assistant", answer)), is_cut=not is_whole)
             done += len(tokenizer.encode(question + answer, add_special_tokens=False))
         batch += 1
         rounds_without = 0 if pairs else rounds_without + 1
         if rounds_without == MAX_ROUNDS_WITHOUT:
-            raise UsageError("--data self-chat: the source does not end its turns, so it has no chats to learn from")
+            raise UsageError(
+                "--data self-chat: the source ends no question of its own, so it has no chats to learn from"
+            )
         report(min(done, tokens), tokens)
 
 
@@ -93,8 +95,8 @@ class Turns:
         self.model, self.tokenizer = model, tokenizer
         self.end = tokenizer.encode(end_of_turn, add_special_tokens=False)[0]
 
-    def sample(self, prompts: Sequence[str], max_tokens: int, seed: Sequence[int]) -> list[str]:
-        """One turn after each prompt; "" where it is empty or does not end within `max_tokens`."""
+    def sample(self, prompts: Sequence[str], max_tokens: int, seed: Sequence[int]) -> list[tuple[str, bool]]:
+        """(what is said after each prompt, whether it ends within `max_tokens`)"""
         if not prompts:
             return []
         ids = [self.tokenizer.encode(prompt, add_special_tokens=False) for prompt in prompts]
@@ -113,11 +115,11 @@ class Turns:
         with _evaluating(self.model), torch.random.fork_rng(), torch.inference_mode():
             torch.manual_seed(hash(tuple(seed)) % 2**63)  # of integers: the same in every process
             found = self.model.generate(inputs, attention_mask=mask, generation_config=settings)
-        turns: list[str] = []
+        turns: list[tuple[str, bool]] = []
         for row in found[:, width:].tolist():
-            ended = self.end in row
-            text = self.tokenizer.decode(row[: row.index(self.end)] if ended else [], skip_special_tokens=True)
-            turns.append(str(text).strip())
+            is_whole = self.end in row
+            text = self.tokenizer.decode(row[: row.index(self.end)] if is_whole else row, skip_special_tokens=True)
+            turns.append((str(text).strip(), is_whole))
         return turns
 
 
