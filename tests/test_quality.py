@@ -119,7 +119,7 @@ def test_an_artefact_has_the_quality_of_its_checkpoint(save_tiny: Callable[..., 
 def test_a_run_leaves_its_contract_in_card_summary_and_manifest(
     source_folder: Path, corpus: Path, tmp_path: Path
 ) -> None:
-    assert run(command(source_folder, corpus, tmp_path / "run")) == 0
+    assert run(command(source_folder, corpus, tmp_path / "run", "--quality")) == 0
     model = tmp_path / "run" / "model"
     found = json.loads((model / "training.json").read_text())["quality"]
     assert found["texts"][ALL_TEXTS]["ratio"] > 0
@@ -135,7 +135,7 @@ def test_a_run_leaves_its_contract_in_card_summary_and_manifest(
 
 
 def test_a_run_without_quality_says_nothing_of_it(source_folder: Path, corpus: Path, tmp_path: Path) -> None:
-    assert run(command(source_folder, corpus, tmp_path / "run", "--no-quality")) == 0
+    assert run(command(source_folder, corpus, tmp_path / "run")) == 0
     model = tmp_path / "run" / "model"
     assert json.loads((model / "training.json").read_text())["quality"] is None
     assert not (model / "quality.json").exists()
