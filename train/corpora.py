@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -15,9 +14,7 @@ from ..runtime.base.progress import ProgressDisplay
 from .compute.distributed import Parallel
 from .compute.loss import make_teacher
 from .config import TrainConfig
-from .data.chat import Chat
-from .data.documents import DataSpec, open_documents
-from .data.encoding import Encoder
+from .data.documents import DataSpec
 from .data.packing import PackedStream
 from .data.self_chat import LARGEST, SELF_CHAT, SMALLEST, self_chat_file
 
@@ -29,13 +26,6 @@ def data_specs(config: TrainConfig) -> tuple[DataSpec, ...]:
     """The corpora of a run."""
     settings = config.source
     return tuple(DataSpec.parse(text, settings.skip_bad_lines, settings.text_field) for text in settings.data)
-
-
-def forgets_to_chat(data: tuple[DataSpec, ...], tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the source chats and no corpus begins with a chat: a pruned model loses what it is not trained on."""
-    return Encoder(tokenizer).chat is not None and not any(
-        isinstance(document, Chat) for spec in data for document in itertools.islice(open_documents(spec), 1)
-    )
 
 
 def recovery_windows(
@@ -63,7 +53,7 @@ def with_self_chats(
         for is_mine in (parallel.is_main, not parallel.is_main):  # the main process samples, the others read it
             if is_mine:
                 report = partial(display.update, "sampling the source's chats")
-                speaker = make_teacher(source, dtype, parallel.device)
-                path = self_chat_file(speaker, tokenizer, tokens, config.run.seed, report)
+                speaker = partial(make_teacher, source, dtype, parallel.device)
+                path = self_chat_file(source, speaker, tokenizer, tokens, config.run.seed, report)
             parallel.barrier()
     return tuple(replace(spec, path=str(path)) if spec.path == SELF_CHAT else spec for spec in specs)

@@ -52,7 +52,10 @@ class Measuring:
             self.metrics.write({"step": step, "tokens": tokens, "held_out_loss": value})
 
     def quality(self, name: str, model: Any, progress: Progress, display: ProgressDisplay) -> None:
-        """Quality of the source, or of the final model; said and left out where its context is too short for it."""
+        """Quality of the source, or of the final model; said and left out where its context is too short for it.
+
+        To be called after `stage`: its forward pass leaves FSDP's root weights whole, which the model needs here.
+        """
         if not self.plan.config.run.quality or name in progress.quality:
             return
         try:

@@ -15,7 +15,7 @@ def cpu_quickstart() -> TrainConfig:
     """SmolLM2-135M to 85 % on two CPU cores in minutes: what sixty thousand tokens can do.
 
     With so few steps the groups go at once, by the gradients of the first, and what they did is fitted again; the
-    source's own chats are a third of the text, so that the model goes on chatting.
+    source's own chats are three tenths of the text, so that the model goes on chatting.
     """
     return TrainConfig(
         source=SourceConfig(data=("demo:0.7", "self-chat:0.3"), sequence_length=256, eval_tokens=8192),

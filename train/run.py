@@ -20,7 +20,7 @@ from ..runtime.base.quantities import format_count
 from ..runtime.engines.memory import give_back_freed_memory
 from .compute.loss import LossWeights, TrainingLoss, make_teacher
 from .config import TrainConfig
-from .corpora import data_specs, forgets_to_chat
+from .corpora import data_specs
 from .data.documents import check_documents
 from .data.packing import PackedStream, held_out_windows
 from .data.self_chat import SELF_CHAT
@@ -128,7 +128,7 @@ def _make_trainer(plan: RunPlan, source: Any) -> Trainer:
     held_out = held_out_windows(plan.data, plan.tokenizer, length, fraction, settings.eval_tokens)
     stream = PackedStream(plan.data, plan.tokenizer, length, fraction, plan.config.run.seed)
     stream.check()
-    if plan.compute.parallel.is_main and forgets_to_chat(plan.data, plan.tokenizer):
+    if plan.compute.parallel.is_main and stream.encoder.chat is not None and not stream.has_chats:
         _log.warning(NO_CHATS)
     teacher = make_teacher(source, dtype, device) if optimizer.distill else None
     weights = LossWeights(optimizer.cross_entropy, optimizer.distill)

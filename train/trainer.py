@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -240,21 +241,24 @@ class Trainer:
         if pruner is None or pruner.is_done or self.schedule is None or self.progress.step % settings.prune_every:
             return {}
         target = self.schedule.target_at(self.progress.tokens)
-        if not pruner.is_above(target):
-            return {}
-        whole = make_teacher(self.model, self.loss.dtype, self.parallel.device) if settings.recover != "none" else None
+        recovers = settings.recover != "none" and pruner.is_above(target)
+        whole = make_teacher(self.model, self.loss.dtype, self.parallel.device) if recovers else None
         removal = pruner.remove(target, self.optimizer)
         if removal is None:
             return {}
         if pruner.is_done or pruner.events_since_compaction >= settings.compact_every:
             self._compact()
         if whole is not None:
-            windows = recovery_windows(self.config, self.plan.data, self.plan.tokenizer, self.parallel.world_size)
-            pruner.recover(whole, removal, windows, self.loss.dtype)
+            pruner.recover(whole, removal, self._recovery_windows, self.loss.dtype)
         return {
             "removed": [[unit.kind, *part] for unit in removal.units for part in unit.parts],
             "next_saliency": pruner.next_saliency,
         }
+
+    @cached_property
+    def _recovery_windows(self) -> np.ndarray:
+        """Windows [n, S + 1], the same for every fit."""
+        return recovery_windows(self.config, self.plan.data, self.plan.tokenizer, self.parallel.world_size)
 
     def _compact(self) -> None:
         """Make zeroed groups disappear from the tensors."""

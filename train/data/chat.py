@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ...runtime.base.errors import ArtefactError, DataError, UsageError
 from ...runtime.chat_template import Message, render_chat
+
+if TYPE_CHECKING:  # evaluation of an artefact needs no torch
+    from transformers import PreTrainedTokenizerBase
 
 _ANSWER = "Yes"
 
@@ -46,6 +50,12 @@ class Span:
     """Whether it is what the assistant says, the end of its turn included."""
 
 
+def template_of(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """A tokenizer's chat template; None where it has none, or several by name."""
+    template = tokenizer.chat_template
+    return template if isinstance(template, str) else None
+
+
 @dataclass(frozen=True)
 class ChatFormat:
     """How a model's chats are written."""
@@ -57,11 +67,10 @@ class ChatFormat:
     """What follows an answer: the model says it to end its turn."""
 
     @classmethod
-    def of(cls, template: str | None, bos_token: str | None, eos_token: str | None) -> ChatFormat | None:
-        """The format of a tokenizer's template; None where it has none, or one that cannot write a plain chat."""
+    def of(cls, template: str | None, bos: str, eos: str) -> ChatFormat | None:
+        """The format of a template; None where there is none, or one that cannot write a plain chat."""
         if not template:
             return None
-        bos, eos = bos_token or "", eos_token or ""
         asked: list[Message] = [{"role": "user", "content": "Well?"}]
         answered = [*asked, {"role": "assistant", "content": _ANSWER}]
         try:
@@ -73,6 +82,10 @@ class ChatFormat:
         if start < 0 or not whole.startswith(prompt):
             return None
         return cls(template, bos, eos, whole[start + len(_ANSWER) :].strip() or eos)
+
+    @classmethod
+    def of_tokenizer(cls, tokenizer: PreTrainedTokenizerBase) -> ChatFormat | None:
+        return cls.of(template_of(tokenizer), str(tokenizer.bos_token or ""), str(tokenizer.eos_token or ""))
 
     def prompt(self, messages: Sequence[Message]) -> str:
         """Text up to where the assistant's next answer begins."""

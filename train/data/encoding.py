@@ -39,9 +39,7 @@ class Encoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
         self.separator = end_of_text_id(tokenizer)
-        template = tokenizer.chat_template
-        template = template if isinstance(template, str) else None
-        self.chat = ChatFormat.of(template, str(tokenizer.bos_token or ""), str(tokenizer.eos_token or ""))
+        self.chat = ChatFormat.of_tokenizer(tokenizer)
 
     def encode(self, documents: Sequence[Document]) -> list[np.ndarray]:
         """int32 [n] of each; DataError for a chat that the source's template cannot write."""

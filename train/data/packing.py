@@ -16,7 +16,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ...runtime.base.errors import DataError
-from .chat import Document
+from .chat import Chat, Document
 from .documents import DataSpec, is_held_out, open_documents
 from .encoding import Encoder
 from .lanes import LANES, Lanes
@@ -151,12 +151,15 @@ class PackedStream:
         self.encoder = Encoder(tokenizer)
         self.sources = [TokenSource(source, self.encoder, sequence_length) for source in documents]
         self.sequence_length = sequence_length
+        self.has_chats = False
+        """Whether any corpus begins with chats; known after `check`."""
 
     def check(self) -> None:
         """DataError where a corpus has not even one sequence to train on; leaves the position unchanged."""
         for source in (source.documents for source in self.sources):
             tokens = 0
             for document in open_documents(source.spec):
+                self.has_chats |= isinstance(document, Chat)
                 if not is_held_out(document, source.held_out_fraction):
                     tokens += len(self.encoder.encode([document])[0])
                 if tokens > self.sequence_length:

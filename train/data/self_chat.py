@@ -6,7 +6,6 @@ distribution (temperature 1), which is what the KL divergence of distillation is
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from ...runtime.base.errors import UsageError
 from ...runtime.base.files import write_text_atomically
 from ...runtime.base.user_cache import cache_folder
+from ..model.continuation import continuations
 from .chat import Chat, ChatFormat
 
 SELF_CHAT = "self-chat"
@@ -45,7 +45,7 @@ def sample_chats(
 
     UsageError where the model has no chat template or never ends a turn.
     """
-    chat = ChatFormat.of(tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token)  # type: ignore[arg-type]
+    chat = ChatFormat.of_tokenizer(tokenizer)
     if chat is None:
         raise UsageError("--data self-chat: the source has no chat template")
     before, after = chat.prompt([{"role": "user", "content": MARK}]).split(MARK)
@@ -69,12 +69,20 @@ def sample_chats(
 
 
 def self_chat_file(
-    model: Any, tokenizer: PreTrainedTokenizerBase, tokens: int, seed: int, report: Callable[[int, int], None]
+    source: Any,
+    speaker: Callable[[], Any],
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: int,
+    seed: int,
+    report: Callable[[int, int], None],
 ) -> Path:
-    """A .jsonl of `sample_chats`, sampled once for each model, length and seed and kept in the user's cache."""
-    path = cache_folder() / "self-chat" / f"{_fingerprint(model)}-{tokens}-{seed}.jsonl"
+    """A .jsonl of `sample_chats`, sampled once for each source, length and seed and kept in the user's cache.
+
+    `speaker` makes what is sampled from, the source in eval mode and the type of matrix products, only where it is.
+    """
+    path = cache_folder() / "self-chat" / f"{_fingerprint(source)}-{tokens}-{seed}.jsonl"
     if not path.is_file():
-        lines = [chat.to_json() + "\n" for chat in sample_chats(model, tokenizer, tokens, seed, report)]
+        lines = [chat.to_json() + "\n" for chat in sample_chats(speaker(), tokenizer, tokens, seed, report)]
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text_atomically(path, "".join(lines))
     return path
@@ -100,9 +108,6 @@ class Turns:
         if not prompts:
             return []
         ids = [self.tokenizer.encode(prompt, add_special_tokens=False) for prompt in prompts]
-        width, device = max(map(len, ids)), self.model.device
-        inputs = torch.tensor([[self.end] * (width - len(row)) + row for row in ids], device=device)
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids], device=device)
         settings = GenerationConfig(
             max_new_tokens=max_tokens,
             do_sample=True,
@@ -112,22 +117,12 @@ class Turns:
             eos_token_id=self.end,
             pad_token_id=self.end,
         )
-        with _evaluating(self.model), torch.random.fork_rng(), torch.inference_mode():
+        with torch.random.fork_rng():
             torch.manual_seed(hash(tuple(seed)) % 2**63)  # of integers: the same in every process
-            found = self.model.generate(inputs, attention_mask=mask, generation_config=settings)
+            found = continuations(self.model, ids, settings, self.model.device)
         turns: list[tuple[str, bool]] = []
-        for row in found[:, width:].tolist():
+        for row in found:
             is_whole = self.end in row
             text = self.tokenizer.decode(row[: row.index(self.end)] if is_whole else row, skip_special_tokens=True)
             turns.append((str(text).strip(), is_whole))
         return turns
-
-
-@contextlib.contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)

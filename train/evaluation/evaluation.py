@@ -109,7 +109,7 @@ class Evaluation:
 
 
 def open_model(path: Path, compute: ComputeConfig) -> ScoredModel:
-    """The demo source or a Hugging Face folder in torch, anything else in the engine its manifest names."""
+    """A Hugging Face folder in torch, anything else in the engine its manifest names."""
     if not is_checkpoint(path):
         return EngineModel(path, EngineOptions(threads=compute.threads, context=compute.context))
     with extra("train"):

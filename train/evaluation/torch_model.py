@@ -14,7 +14,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from ..compute.hardware import choose_hardware
+from ..data.chat import template_of
 from ..data.encoding import end_of_text_id
+from ..model.continuation import continuations
 from ..model.folder_files import check_folder
 from ..model.source import loading, quiet_loading
 from .scoring import Request, Score
@@ -27,15 +29,16 @@ class TorchModel:
     """See scoring.ScoredModel."""
 
     def __init__(self, model: Any, tokenizer: Any, device: torch.device, autocast: bool, batch_tokens: int) -> None:
-        """`batch_tokens`: padded tokens per forward pass; `autocast`: matrix products in bfloat16."""
-        self.model = model.eval().to(device)
+        """`model` takes its inputs on `device`. `batch_tokens`: padded tokens per forward pass; `autocast`: matrix
+        products in bfloat16."""
+        self.model = model.eval()
         self.tokenizer = tokenizer
         self.device = device
         self.autocast = autocast
         self.batch_tokens = batch_tokens
         self.context_length = int(model.config.max_position_embeddings)
         self.separator = end_of_text_id(tokenizer)
-        self.chat_template = tokenizer.chat_template
+        self.chat_template = template_of(tokenizer)
         self.bos_token, self.eos_token = tokenizer.bos_token or "", tokenizer.eos_token or ""
 
     @classmethod
@@ -44,9 +47,10 @@ class TorchModel:
         hardware = choose_hardware(device, dtype, threads)
         check_folder(folder)
         with loading(str(folder)), quiet_loading():
-            model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32)
+            model: Any = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(str(folder))
-        return cls(model, tokenizer, hardware.device, hardware.dtype == torch.bfloat16, batch_tokens)
+        autocast = hardware.dtype == torch.bfloat16
+        return cls(model.to(hardware.device), tokenizer, hardware.device, autocast, batch_tokens)
 
     def tokenize(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, verbose=False)
@@ -78,12 +82,7 @@ class TorchModel:
         for start in range(0, len(prompts), ANSWER_BATCH):
             yield from self._answers(prompts[start : start + ANSWER_BATCH], max_tokens)
 
-    @torch.inference_mode()
     def _answers(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[str]:
-        width = max(map(len, prompts))
-        padding = [width - len(prompt) for prompt in prompts]
-        inputs = [[self.separator] * pad + list(prompt) for pad, prompt in zip(padding, prompts, strict=True)]
-        mask = [[0] * pad + [1] * (width - pad) for pad in padding]
         settings = GenerationConfig(
             max_new_tokens=max_tokens,
             do_sample=False,
@@ -91,12 +90,8 @@ class TorchModel:
             pad_token_id=self.separator,
         )
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast):
-            found = self.model.generate(
-                torch.tensor(inputs, device=self.device),
-                attention_mask=torch.tensor(mask, device=self.device),
-                generation_config=settings,
-            )
-        return [self.tokenizer.decode(row, skip_special_tokens=True) for row in found[:, width:]]
+            found = continuations(self.model, prompts, settings, self.device)
+        return [self.tokenizer.decode(row, skip_special_tokens=True) for row in found]
 
     def _end_ids(self) -> set[int]:
         """Tokens that end an answer: the tokenizer's and those of the model's generation settings."""

@@ -67,10 +67,8 @@ class PruneConfig:
         for kind in self.prune:
             allowed = kind in PRUNE_TYPES or self.prune == ("none",)
             flags.require(self, "prune", allowed, f"choose from {', '.join(PRUNE_TYPES)}, or none alone")
-        named = ("target_ratio", "target_params", "target_bytes", "target_architecture")
-        given = [flags.flag_name(name) for name in named if getattr(self, name) is not None]
-        if len(given) > 1:
-            raise ValueError(f"{' and '.join(given)} are both given; choose one")
+        if len(self.targets) > 1:
+            raise ValueError(f"{' and '.join(map(flags.flag_name, self.targets))} are both given; choose one")
         flags.require(self, "quantize", self.quantize in BITS, f"--target-bytes knows {', '.join(BITS)}")
         if self.target_ratio is not None:
             flags.require(self, "target_ratio", 0 < self.target_ratio <= 1, "must be above 0 and at most 1")
@@ -89,10 +87,15 @@ class PruneConfig:
             flags.require(self, name, getattr(self, name) >= 0, "must not be negative")
 
     @property
+    def targets(self) -> list[str]:
+        """The fields of the targets that are given."""
+        named = ("target_ratio", "target_params", "target_bytes", "target_architecture")
+        return [name for name in named if getattr(self, name) is not None]
+
+    @property
     def prunes(self) -> bool:
         """Whether anything is to go."""
-        targets = (self.target_ratio, self.target_params, self.target_bytes, self.target_architecture)
-        return self.prune != ("none",) and any(target is not None for target in targets)
+        return self.prune != ("none",) and bool(self.targets)
 
     @property
     def kinds(self) -> tuple[str, ...]:

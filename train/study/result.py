@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..evaluation.evaluation import Evaluation
-from ..evaluation.quality.contract import ALL_TEXTS, contract
+from ..evaluation.quality.contract import ALL_TEXTS
 from ..model.architecture import Architecture
 from .overlap import Survivors
 
@@ -37,11 +39,10 @@ class StudyResult:
         """{text: perplexity}: the geometric mean over the kinds of text that nobody trains on comes first, then chat
         answers, then the texts that the study was given."""
         found: dict[str, float] = {}
-        if self.evaluation.quality is not None:
-            own = contract(self.evaluation.quality, self.evaluation.quality, "")
-            found[ALL_TEXTS] = own["texts"][ALL_TEXTS]["perplexity"]
-            if "chat_answers" in own:
-                found["chat answers"] = own["chat_answers"]["perplexity"]
+        if (quality := self.evaluation.quality) is not None:
+            found[ALL_TEXTS] = math.exp(quality.nats)
+            if quality.chat_answers:
+                found["chat answers"] = math.exp(statistics.fmean(quality.chat_answers))
         return found | {name: value.perplexity for name, value in self.evaluation.perplexity.items()}
 
     def to_dict(self) -> dict[str, Any]:

@@ -41,10 +41,8 @@ def contract(quality: Quality, reference: Quality, reference_name: str) -> dict[
     Perplexities are exp(mean over documents of the mean nats per token); errors are over documents, paired.
     """
     texts = {kind: _paired(quality.texts[kind], reference.texts[kind]) for kind in quality.texts}
-    means = [statistics.fmean(values) for values in quality.texts.values()]
-    before = [statistics.fmean(values) for values in reference.texts.values()]
     errors = [each["ratio_stderr"] / each["ratio"] for each in texts.values()]
-    nats, base = statistics.fmean(means), statistics.fmean(before)
+    nats, base = quality.nats, reference.nats
     error = math.sqrt(sum(each * each for each in errors)) / len(errors)
     found: dict[str, Any] = {
         "reference": reference_name,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +37,11 @@ class Quality:
     """Nats of the token that ends the turn after each of these answers."""
     answers: list[str]
     """Greedy answers to the questions of fact."""
+
+    @property
+    def nats(self) -> float:
+        """Per token, over all kinds of text, each with the same weight."""
+        return statistics.fmean(statistics.fmean(values) for values in self.texts.values())
 
     @property
     def right(self) -> list[bool]:
