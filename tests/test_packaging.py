@@ -13,19 +13,22 @@ import rooms
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-RUNTIME = {"runtime", "runtime/base", "runtime/engines"}
+RUNTIME = {"runtime", "runtime/base", "runtime/engines", "runtime/latency"}
 SOURCES = {"train/model", "train/data"}
 """What export enters of train: reading models and text."""
 
 MAY_IMPORT = {
     "runtime/base": set(),
     "runtime/engines": {"runtime/base"},
+    "runtime/latency": {"runtime/base"},
     "runtime": {"runtime/base", "runtime/engines"},
     "train/model": {"runtime/base"},
     "train/compute": {"runtime/base"},
     "train/data": {"runtime", "runtime/base", "train/model"},
-    "train/pruning": {"runtime/base", "train/model", "train/compute"},
-    "train": {"runtime/base", "runtime/engines"} | SOURCES | {"train/compute", "train/pruning", "train/evaluation"},
+    "train/pruning": {"runtime/base", "runtime/latency", "train/model", "train/compute"},
+    "train": {"runtime/base", "runtime/engines", "runtime/latency"}
+    | SOURCES
+    | {"train/compute", "train/pruning", "train/evaluation"},
     "train/evaluation": RUNTIME | {"train/model", "train/compute", "train/data"},
     "train/study": {"runtime/base", "train", "train/model", "train/compute", "train/pruning", "train/evaluation"},
     "export": RUNTIME | SOURCES,

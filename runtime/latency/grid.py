@@ -1,0 +1,43 @@
+"""Values measured at the nodes of a grid, and everything between them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+def weights_between(nodes: Sequence[float], value: float) -> np.ndarray:
+    """Weights [N] of ascending `nodes` that interpolate at `value`: linear, and on along the last piece outside."""
+    weights = np.zeros(len(nodes))
+    if len(nodes) == 1:
+        weights[0] = 1.0
+        return weights
+    left = int(np.clip(np.searchsorted(nodes, value, side="right") - 1, 0, len(nodes) - 2))
+    share = (value - nodes[left]) / (nodes[left + 1] - nodes[left])
+    weights[left], weights[left + 1] = 1 - share, share
+    return weights
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Values [N1, ..., Nk, C] over k axes: C figures, such as milliseconds by depth, at every node."""
+
+    axes: tuple[tuple[int, ...], ...]
+    """Nodes of each axis, ascending."""
+    values: np.ndarray
+
+    def __post_init__(self) -> None:
+        sizes = tuple(len(axis) for axis in self.axes)
+        if self.values.shape[:-1] != sizes or any(list(axis) != sorted(set(axis)) or not axis for axis in self.axes):
+            raise ValueError(f"a grid of axes {sizes} holds values of shape {self.values.shape}")
+        if not np.isfinite(self.values).all():
+            raise ValueError("a grid holds a value that is no number")
+
+    def at(self, *point: float) -> np.ndarray:
+        """The figures [C] at a point: multilinear between nodes."""
+        values = self.values
+        for nodes, coordinate in zip(self.axes, point, strict=True):
+            values = np.tensordot(weights_between(nodes, coordinate), values, axes=1)
+        return values
