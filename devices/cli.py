@@ -13,7 +13,7 @@ from ..runtime.base.errors import UsageError
 from . import compare, report
 from .bench import benchmark, log_progress
 from .device import DeviceOptions, open_device
-from .latency_model import ProfileOptions, profile
+from .profiling.run import ProfileOptions, profile, summary
 from .results import BenchOptions, Run
 
 
@@ -39,7 +39,7 @@ def build_parser() -> flags.Parser:
     output.add_argument(
         "--profile",
         metavar="FILE",
-        help="fit the device's latency model, ms per layer by its widths, and write it as JSON",
+        help="measure the device's latency table, milliseconds of every part of a decoder, and write it as JSON",
     )
     return parser
 
@@ -63,7 +63,7 @@ def body(argv: Sequence[str]) -> int:
         _show(benchmark(paths, options, where, json_path), html_path, as_markdown)
     if profile_path:
         with contextlib.closing(open_device(where, log_progress)) as device:
-            print(profile(device, options, profile_options, profile_path, log_progress))
+            print(summary(profile(device, options, profile_options, profile_path, log_progress)))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""efficientllm-bench on this machine: figures, comparison, the latency model, interrupted runs."""
+"""efficientllm-bench on this machine: figures, comparison, interrupted runs."""
 
 from __future__ import annotations
 
@@ -10,27 +10,26 @@ from collections.abc import Callable
 from pathlib import Path
 
 import gguf
-import numpy as np
 import pytest
 from made_up import LAPTOP, FakeDevice, speed
 from tiny import tiny_architecture
 
-from efficientllm.devices import cli, latency_model, wheel
+from efficientllm.devices import cli, wheel
 from efficientllm.devices import compare as comparison
 from efficientllm.devices.bare_gguf import FILE_TYPES, TENSOR_TYPES, Described, describe_gguf
 from efficientllm.devices.bench import bench, cool_down
 from efficientllm.devices.boards import look_up
 from efficientllm.devices.measure import Bench
+from efficientllm.devices.profiling.artefacts import make_artefacts
 from efficientllm.devices.results import BenchOptions, DeviceInfo, Figure, Run, summarize
-from efficientllm.devices.shapes import SHAPES, Shape, write_gguf
 from efficientllm.export import cli as export_cli
 from efficientllm.runtime.base.child import run_python
 from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.base.errors import DeviceError
 from efficientllm.runtime.engines.artefact import Artefact
-from efficientllm.runtime.engines.engine import EngineOptions, load_engine
 from efficientllm.runtime.engines.manifest import Manifest
 from efficientllm.runtime.engines.prefix import reusable_prefix
+from efficientllm.runtime.latency.shape import DecoderShape, LayerShape
 
 TESTS = ["--prompt-tokens", "16,24", "--decode-tokens", "4,8", "--depths", "20"]
 QUICK = [*TESTS, "--repetitions", "2", "--rounds", "2", "--threads", "1"]
@@ -201,42 +200,6 @@ def test_compare_flags_changes_beyond_noise(tmp_path: Path, capsys: pytest.Captu
     assert "is not a result of efficientllm-bench of schema 3; measure again" in capsys.readouterr().err
 
 
-def test_the_latency_model_finds_its_own_coefficients() -> None:
-    truth = np.array([0.4, 0.05, 0.9, 0.7])
-    measured = [latency_model.predict(truth, shape) for shape in SHAPES]
-    assert latency_model.fit(SHAPES, measured) == pytest.approx(truth)
-    # a device whose layers cost nothing beside their weights must not get a negative cost
-    noisy = [ms - 0.06 * shape.num_layers for ms, shape in zip(measured, SHAPES, strict=True)]
-    assert latency_model.fit(SHAPES, noisy).min() >= 0
-
-
-def test_shapes_are_models_that_the_engine_runs(tmp_path: Path) -> None:
-    shape = Shape(128, 3, 1, 96, 2)
-    write_gguf(shape, "q8_0", tmp_path / "shape.gguf")
-    engine = load_engine(tmp_path / "shape.gguf", EngineOptions(threads=1, context=32))
-    assert np.isfinite(engine.prefill([1, 2, 3])).all()
-    engine.close()
-    weights = 2 * (shape.attention_weights + shape.ffn_weights) + 512 * 128
-    assert (tmp_path / "shape.gguf").stat().st_size == pytest.approx(weights * 8.5 / 8, rel=0.15)
-
-
-@pytest.mark.slow
-def test_profile_writes_a_model_of_this_machine(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    small = tuple(dataclasses.replace(shape, num_layers=shape.num_layers // 4) for shape in SHAPES)
-    monkeypatch.setattr(latency_model, "SHAPES", small)
-    output = tmp_path / "profile.json"
-    command = ["--profile", str(output), "--rounds", "1", "--repetitions", "1", "--threads", "1"]
-    assert run_command(cli.body, command) == 0
-    values = json.loads(output.read_text())
-    assert values["kind"] == "latency_model"
-    assert values["coefficients"]["ffn_ms_per_mweight"] > 0
-    assert len(values["shapes"]) == len(SHAPES)
-    assert all(shape["measured_ms"] > 0 for shape in values["shapes"])
-    assert "error on held-out shapes: median" in capsys.readouterr().out
-
-
 def test_known_boards() -> None:
     assert look_up("Raspberry Pi 5 Model B Rev 1.0")["soc"] == "Broadcom BCM2712"
     assert look_up("Raspberry Pi 500 Rev 1.0")["name"] == "Raspberry Pi 500"
@@ -262,9 +225,10 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_bare_gguf_file_tells_its_parameters_and_type(tmp_path: Path) -> None:
-    shape, file = Shape(128, 3, 1, 96, 2), tmp_path / "shape.gguf"
-    write_gguf(shape, "q8_0", file)
-    weights = 2 * (shape.attention_weights + shape.ffn_weights) + 512 * 128 + 5 * 128
+    shape = DecoderShape(128, 64, 512, (LayerShape(3, 1, 96), LayerShape(2, 2, 64)))
+    (made,) = make_artefacts([shape], "llama.cpp", "q8_0", 128, tmp_path, lambda line: None)
+    file = made.model_file
+    weights = 2 * 128 * 64 * (4 + 4) + 3 * 128 * (96 + 64) + 512 * 128 + 5 * 128
     assert describe_gguf(file) == Described(weights, "q8_0")
     whole = file.read_bytes()
     for damaged in (

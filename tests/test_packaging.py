@@ -37,7 +37,8 @@ MAY_IMPORT = {
     "export/executorch": RUNTIME | SOURCES | {"export"},
     "export/peers": RUNTIME | SOURCES | {"export"},
     "server": RUNTIME,
-    "devices": RUNTIME,
+    "devices": RUNTIME | {"devices/profiling"},
+    "devices/profiling": RUNTIME | {"devices"},
 }
 """The arrows of docs/architecture.md; "train" stands for the modules that lie directly in it."""
 

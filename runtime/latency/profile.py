@@ -66,7 +66,7 @@ class DeviceProfile:
     """Its own, by depth."""
     held_out: tuple[dict[str, Any], ...] = ()
     """The models behind `errors`: widths, measured and predicted milliseconds by depth."""
-    _prices: dict[tuple[int | float, ...], float] = field(default_factory=dict, repr=False, compare=False)
+    _prices: dict[tuple[object, ...], float] = field(default_factory=dict, repr=False, compare=False)
 
     def decode_ms(self, shape: DecoderShape, depth: int) -> float:
         """Milliseconds of one decoded token after `depth` others."""

@@ -1,0 +1,152 @@
+"""`efficientllm-bench --profile`: measure the stacks, take them apart, check the table on models it has not seen."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from ...runtime.base import flags
+from ...runtime.base.errors import DeviceError
+from ...runtime.latency.profile import DeviceProfile, MeasuredOn
+from ...runtime.latency.shape import DecoderShape
+from ..bench import bench
+from ..device import Device
+from ..results import BenchOptions, Result, Run
+from .artefacts import DEFAULT_TYPES, make_artefacts
+from .assemble import assemble
+from .held_out import error_of, irregular_shapes
+from .stacks import Design, Widths
+
+DECODED = 32
+"""Tokens decoded per measurement."""
+DEPTH = 512
+"""Tokens in the cache when the decode is measured again."""
+SHORT_PROMPT, LONG_PROMPT = 32, 512
+DEPTHS = (DECODED // 2, DEPTH + DECODED // 2)
+"""Where the middle of each decode lies: the table's depths."""
+CONTEXT = 2048
+"""Tokens that the random models are made for."""
+
+
+@dataclass(frozen=True)
+class ProfileOptions:
+    """device profile (--profile)"""
+
+    profile_engine: Literal["llama.cpp", "onnxruntime", "executorch"] = "llama.cpp"
+    """Engine to measure."""
+    profile_type: str = ""
+    """Weight type, as efficientllm-export --quantize; default: q4_0, int4 and 8da4w by engine."""
+    profile_like: str = ""
+    """Model folder whose pruned shapes are to be priced; default: the widths of SmolLM2-135M."""
+    profile_held_out: int = 6
+    """Irregular random models that the table is checked on, by which its error is said."""
+    profile_name: str = ""
+    """What to call the device in the profile; default: its --device."""
+    profile_work: str = ""
+    """Folder that keeps the random models for the next profile; default: none is kept."""
+
+    def __post_init__(self) -> None:
+        flags.check_types(self)
+        flags.require(self, "profile_held_out", self.profile_held_out >= 2, "must be at least 2")
+
+    @property
+    def weight_type(self) -> str:
+        return self.profile_type or DEFAULT_TYPES[self.profile_engine]
+
+
+def profile(
+    device: Device, options: BenchOptions, settings: ProfileOptions, path: Path, say: Callable[[str], None]
+) -> DeviceProfile:
+    """Measure the table of `device` and write it to `path`; MissingExtraError and DeviceError say what is missing."""
+    design = Design.around(Widths.of_model(settings.profile_like) if settings.profile_like else Widths())
+    stacks, unseen = design.stacks(), irregular_shapes(design.widths, settings.profile_held_out)
+    timed = dataclasses.replace(
+        options, prompt_tokens=(SHORT_PROMPT, LONG_PROMPT), decode_tokens=(DECODED,), depths=(DEPTH,), repetitions=1
+    )
+    with _work_folder(settings) as folder:
+        shapes = [*stacks, *unseen]
+        artefacts = make_artefacts(shapes, settings.profile_engine, settings.weight_type, CONTEXT, Path(folder), say)
+        run = bench(device, artefacts, timed, say, path.with_suffix(".bench.json"))
+    found = dict(zip(shapes, run.results, strict=True))
+    measured_on = _measured_on(run, timed, settings)
+    prompts = (1, SHORT_PROMPT, LONG_PROMPT)
+    times = {shape: _milliseconds(result, measured_on.clock) for shape, result in found.items()}
+    table = assemble(design, DEPTHS, prompts, times)
+    made = _checked(DeviceProfile(measured_on, table), {shape: times[shape] for shape in unseen})
+    made.save(path)
+    return made
+
+
+def _work_folder(settings: ProfileOptions) -> AbstractContextManager[str]:
+    if not settings.profile_work:
+        return tempfile.TemporaryDirectory(prefix="efficientllm-profile-")
+    Path(settings.profile_work).mkdir(parents=True, exist_ok=True)
+    return nullcontext(settings.profile_work)
+
+
+def _measured_on(run: Run, options: BenchOptions, settings: ProfileOptions) -> MeasuredOn:
+    """CPU time is the clock of one thread, where the device tells it; several threads wait for each other."""
+    first, threads = run.results[0], options.threads or run.device.cores
+    return MeasuredOn(
+        device=settings.profile_name or run.device.name,
+        cpu=run.device.cpu,
+        engine=settings.profile_engine,
+        engine_version=first.engine_version,
+        quantization=settings.weight_type,
+        threads=threads,
+        clock="cpu" if threads == 1 and first.cpu_ms_per_token else "wall",
+        measured_at=run.measured_at,
+        efficientllm_version=run.efficientllm_version,
+        emulated=run.device.emulated,
+    )
+
+
+def _milliseconds(result: Result, clock: str) -> np.ndarray:
+    """Milliseconds [conditions] of a model; DeviceError where a test is missing."""
+
+    def per_token(test: str) -> float:
+        if test not in result.speeds:
+            raise DeviceError(f"the device measured no {test}: {result.skipped.get(test, 'see the messages above')}")
+        # the better quartile: whatever else the machine does only adds to it
+        return result.cpu_ms_per_token[test].low if clock == "cpu" else 1000 / result.speeds[test].high
+
+    first, deep = per_token(f"tg{DECODED}"), per_token(f"tg{DECODED}@d{DEPTH}")
+    return np.array(
+        [first, deep, first, *(length * per_token(f"pp{length}") for length in (SHORT_PROMPT, LONG_PROMPT))]
+    )
+
+
+def _checked(profile: DeviceProfile, measured_ms: dict[DecoderShape, np.ndarray]) -> DeviceProfile:
+    """The profile with its error on models that took no part in it."""
+    predicted = {shape: [profile.decode_ms(shape, depth) for depth in DEPTHS] for shape in measured_ms}
+    errors = tuple(
+        error_of(depth, [ms[index] for ms in measured_ms.values()], [ms[index] for ms in predicted.values()])
+        for index, depth in enumerate((0, DEPTH))
+    )
+    models = tuple(
+        asdict(shape) | {"measured_ms": ms[: len(DEPTHS)].tolist(), "predicted_ms": predicted[shape]}
+        for shape, ms in measured_ms.items()
+    )
+    return dataclasses.replace(profile, errors=errors, held_out=models)
+
+
+def summary(profile: DeviceProfile) -> str:
+    """The profile's error for the terminal."""
+    on = profile.measured_on
+    lines = ["EMULATED: no figure here is the device's"] if on.emulated else []
+    lines.append(
+        f"{on.device}: {on.engine} {on.quantization}, {on.threads} thread{'s' * (on.threads > 1)}, {on.clock} time"
+    )
+    lines += [
+        f"error on {error.models} held-out models, decoding at depth {error.depth}: median {100 * error.median:.1f} %, "
+        f"worst {100 * error.worst:.1f} %, R2 {error.r2:.3f}"
+        for error in profile.errors
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,116 @@
+"""efficientllm-bench --profile: stacks are taken apart into the table that they came from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from latency import HEAD_DIM, MEASURED_ON, true_ms
+
+from efficientllm.devices import cli
+from efficientllm.devices.profiling import run as profiling
+from efficientllm.devices.profiling.assemble import assemble
+from efficientllm.devices.profiling.checkpoint import write_checkpoint
+from efficientllm.devices.profiling.held_out import error_of, irregular_shapes
+from efficientllm.devices.profiling.stacks import Design, Widths
+from efficientllm.export.checkpoint import Checkpoint
+from efficientllm.runtime.base.command import run_command
+from efficientllm.runtime.latency.profile import DeviceProfile
+from efficientllm.runtime.latency.shape import DecoderShape, LayerShape
+
+SMALL = Widths(
+    hidden_size=64, num_attention_heads=4, num_key_value_heads=2, intermediate_size=128, head_dim=32, vocab_size=1024,
+    num_layers=3,
+)  # fmt: skip
+UNEQUAL = DecoderShape(
+    64, 32, 600, (LayerShape(4, 2, 96), LayerShape(0, 0, 64), LayerShape(1, 1, 0), LayerShape(0, 0, 0))
+)
+
+
+def test_stacks_are_taken_apart_into_what_they_are_made_of() -> None:
+    design = Design.around(Widths(hidden_size=576, num_layers=12))
+    depths, prompts = (0, 512), (1, 32)
+    measured = {
+        stack: np.array([*(true_ms(stack, depth) for depth in depths), *(true_ms(stack, 0) * n for n in prompts)])
+        for stack in design.stacks()
+    }
+    table = assemble(design, depths, prompts, measured)
+    profile = DeviceProfile(MEASURED_ON, table)
+    for shape in irregular_shapes(design.widths, 20, seed=1):
+        for depth in (0, 300, 512):
+            assert profile.decode_ms(shape, depth) == pytest.approx(true_ms(shape, depth))
+        assert profile.prefill_ms(shape, 32) == pytest.approx(32 * true_ms(shape, 0))
+
+
+def test_what_a_layer_without_ffn_still_costs_is_in_the_table() -> None:
+    design = Design.around(Widths(hidden_size=576))
+
+    def ms(shape: DecoderShape) -> float:
+        return true_ms(shape, 0) + 0.007 * sum(not layer.intermediate_size for layer in shape.present_layers)
+
+    table = assemble(design, (0,), (1,), {stack: np.array([ms(stack)] * 2) for stack in design.stacks()})
+    shape = DecoderShape(448, HEAD_DIM, 4096, (LayerShape(6, 3, 0), LayerShape(9, 3, 512)))
+    assert DeviceProfile(MEASURED_ON, table).decode_ms(shape, 0) == pytest.approx(ms(shape))
+
+
+def test_a_table_that_predicts_badly_says_so() -> None:
+    error = error_of(512, [1.0, 2.0, 4.0], [1.1, 2.0, 3.0])
+    assert (error.depth, error.models) == (512, 3)
+    assert error.median == pytest.approx(0.1)
+    assert error.worst == pytest.approx(0.25)
+    assert error.r2 == pytest.approx(1 - 1.01 / (14 / 3))
+
+
+def test_held_out_models_are_irregular_and_within_the_source() -> None:
+    shapes = irregular_shapes(Widths(), 20)
+    assert shapes == irregular_shapes(Widths(), 20)
+    assert not set(shapes) & set(Design.around(Widths()).stacks())
+    layers = [layer for shape in shapes for layer in shape.layers]
+    assert {layer.num_key_value_heads for layer in layers} == {0, 1, 2, 3}
+    assert {layer.intermediate_size % 256 for layer in layers} == set(range(0, 256, 32))
+    assert max(shape.hidden_size for shape in shapes) <= 576
+    assert any(not layer.intermediate_size for layer in layers)
+
+
+def test_random_checkpoints_are_models_of_their_shape(tmp_path: Path) -> None:
+    write_checkpoint(UNEQUAL, tmp_path, 128)
+    checkpoint = Checkpoint(tmp_path, "random")
+    architecture = checkpoint.architecture
+    assert (architecture.hidden_size, architecture.head_dim, architecture.vocab_size) == (64, 32, 600)
+    widths = [
+        (each.num_attention_heads, each.num_key_value_heads, each.intermediate_size) for each in architecture.layers
+    ]
+    assert widths == [(4, 2, 96), (0, 0, 64), (1, 1, 0)]  # what lost everything is left out
+    first, second = (checkpoint.tensor(f"model.layers.{i}.mlp.down_proj.weight")[:, :64] for i in (0, 1))
+    assert np.std(first) == pytest.approx(0.02, rel=0.05)
+    assert abs(np.corrcoef(first.ravel(), second.ravel())[0, 1]) < 0.1  # equal matrices would be stored once
+
+
+def test_widths_of_a_source_are_read_from_its_folder(source_folder: Path, tmp_path: Path) -> None:
+    widths = Widths.of_model(str(source_folder))
+    assert widths == Widths(64, 4, 2, 128, 32, 400, 3)
+    options = ["--profile", str(tmp_path / "p.json"), "--profile-like", str(tmp_path)]
+    assert run_command(cli.body, options) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["llama.cpp", "onnxruntime"])
+def test_a_profile_of_this_machine_prices_what_it_measured(
+    engine: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(profiling, "Widths", lambda: SMALL)
+    file = tmp_path / "profile.json"
+    command = ["--profile", str(file), "--profile-engine", engine, "--rounds", "1", "--threads", "1"]
+    assert run_command(cli.body, [*command, "--profile-held-out", "2", "--profile-name", "a stand-in"]) == 0
+    assert "error on 2 held-out models, decoding at depth 512: median" in capsys.readouterr().out
+    profile = DeviceProfile.load(file)
+    profile.check(engine=engine, quantization={"llama.cpp": "q4_0"}.get(engine, "int4"), threads=1)
+    assert profile.measured_on.device == "a stand-in"
+    assert profile.measured_on.clock == "cpu"
+    assert [error.depth for error in profile.errors] == [0, 512]
+    whole = DecoderShape(64, 32, 1024, (SMALL.whole,) * 3)
+    assert profile.decode_ms(whole, 512) > profile.decode_ms(whole, 0) > 0
+    stacks = json.loads((tmp_path / "profile.bench.json").read_text())["results"]
+    assert len(stacks) == len(Design.around(SMALL).stacks()) + 2
