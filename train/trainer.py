@@ -21,7 +21,7 @@ from . import training_state
 from .accumulation import accumulate_gradients
 from .compute.loss import TrainingLoss, make_teacher
 from .compute.optimizer import clip_factor, gradient_norm, make_optimizer, store_gradients_as_computed
-from .corpora import recovery_windows
+from .corpora import windows_apart
 from .data.packing import PackedStream
 from .measuring import Measuring
 from .metrics import MetricsWriter
@@ -29,6 +29,7 @@ from .model.architecture import Architecture
 from .model.irregular import architecture_of
 from .plan import RunPlan
 from .progress import Progress, Speed
+from .pruning.probe import BlockProbe
 from .pruning.pruner import Pruner
 from .replaced_run import drop_replaced, is_replacing
 from .run_folder import checkpoint_folders
@@ -59,7 +60,7 @@ class Trainer:
         if plan.pruning is not None:
             tokens, settings, budget = self.config.optimizer.tokens, plan.pruning.settings, plan.pruning.budget
             start, end = round(settings.prune_start * tokens), round(settings.prune_end * tokens)
-            self.schedule = DroppingSchedule(budget.measure(plan.architecture), budget.target, start, end)
+            self.schedule = DroppingSchedule(budget.measure.of(plan.architecture), budget.target, start, end)
             self.pruner = Pruner(plan.pruning, self.model, self.parallel, self.config.run.seed)
         self.metrics = MetricsWriter(plan.folder, self.config.run, self.parallel.is_main)
         self.measuring = Measuring(plan, held_out, self.metrics)
@@ -243,7 +244,7 @@ class Trainer:
         target = self.schedule.target_at(self.progress.tokens)
         recovers = settings.recover != "none" and pruner.is_above(target)
         whole = make_teacher(self.model, self.loss.dtype, self.parallel.device) if recovers else None
-        removal = pruner.remove(target, self.optimizer)
+        removal = pruner.remove(target, self.optimizer, self._block_probe() if pruner.blocks is not None else None)
         if removal is None:
             return {}
         if pruner.is_done or pruner.events_since_compaction >= settings.compact_every:
@@ -255,10 +256,21 @@ class Trainer:
             "next_saliency": pruner.next_saliency,
         }
 
+    def _block_probe(self) -> BlockProbe:
+        """Measures blocks of the model as it is."""
+        return BlockProbe(self.loss, self._block_windows, self.config.optimizer.batch_size, self.parallel)
+
+    @cached_property
+    def _block_windows(self) -> np.ndarray:
+        """Windows [n, S + 1], the same for every measurement."""
+        tokens = self.config.pruning.block_tokens
+        return windows_apart(self.config, self.plan.data, self.plan.tokenizer, self.parallel.world_size, tokens)
+
     @cached_property
     def _recovery_windows(self) -> np.ndarray:
         """Windows [n, S + 1], the same for every fit."""
-        return recovery_windows(self.config, self.plan.data, self.plan.tokenizer, self.parallel.world_size)
+        tokens = self.config.pruning.recover_tokens
+        return windows_apart(self.config, self.plan.data, self.plan.tokenizer, self.parallel.world_size, tokens)
 
     def _compact(self) -> None:
         """Make zeroed groups disappear from the tensors."""

@@ -48,7 +48,8 @@ def make_pruning_plan(settings: PruneConfig, source: Architecture, vocabulary_by
         return None
     uniform = settings.layout == "uniform"
     # an explicit shape is reached channel by channel, whatever its widths are multiples of
-    rules = SelectionRules(settings.kinds, settings.width_multiple if floor is None else 1, uniform, floor)
+    multiple = settings.width_multiple if floor is None else 1
+    rules = SelectionRules(settings.kinds, multiple, uniform, floor, settings.blocks, budget.measure)
     if floor is not None:
         check_floor(source, floor)
     if uniform and not source.is_uniform:
