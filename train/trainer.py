@@ -193,10 +193,16 @@ class Trainer:
             "tokens": self.progress.tokens,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "parameters": self.architecture.num_parameters,
+            **self._milliseconds(),
             **removed,
             "seconds": round(elapsed, 4),
         }
         return record
+
+    def _milliseconds(self) -> dict[str, float]:
+        """What the device that the run prunes for takes by now, by its profile; {} where there is none."""
+        time = self.plan.pruning.time if self.plan.pruning is not None else None
+        return {"ms": round(time.measure.of(self.architecture), 4)} if time is not None else {}
 
     @property
     def tokens_per_step(self) -> int:

@@ -12,7 +12,7 @@ from ...runtime.latency.profile import DeviceProfile
 from ..model.architecture import Architecture
 from .config import PruneConfig
 from .latency_target import LatencyTarget
-from .measures import PARAMETERS, Measure, bytes_of_file, milliseconds
+from .measures import PARAMETERS, DeviceTime, Measure, bytes_of_file
 from .selection import SelectionRules, smallest_architecture
 
 
@@ -31,29 +31,33 @@ class Budget:
         return self.measure.of(architecture) <= self.target
 
 
-def read_architecture(path: Path) -> Architecture:
+def read_architecture(path: Path, flag: str = "--target-architecture") -> Architecture:
     """An architecture file: Architecture.to_dict as JSON, or a run's architecture.json (its `final`)."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UsageError(f"--target-architecture {path}: {error.strerror or error}") from error
+        raise UsageError(f"{flag} {path}: {error.strerror or error}") from error
     except ValueError as error:
-        raise UsageError(f"--target-architecture {path}: not valid JSON: {error}") from error
+        raise UsageError(f"{flag} {path}: not valid JSON: {error}") from error
     return Architecture.from_dict(value.get("final", value))
 
 
 def make_budget(
-    settings: PruneConfig, source: Architecture, floor: Architecture | None, vocabulary_bytes: int
+    settings: PruneConfig,
+    source: Architecture,
+    floor: Architecture | None,
+    vocabulary_bytes: int,
+    time: DeviceTime | None = None,
 ) -> Budget | None:
     """The budget that the settings ask for; None where nothing is to be pruned.
 
     `floor`: the explicit target architecture, where there is one. `vocabulary_bytes`: bytes of the tokenizer in an
-    exported file.
+    exported file. `time`: see device_time.
     """
     if floor is not None:
         return Budget(floor.num_parameters, PARAMETERS)
-    if settings.target_latency is not None:
-        measure = latency_measure(settings)
+    if settings.target_latency is not None and time is not None:
+        measure = time.measure
         return Budget(LatencyTarget.parse(settings.target_latency).of(measure.of(source)), measure)
     if settings.target_bytes is not None:
         return Budget(settings.target_bytes, bytes_of_file(settings.quantize, vocabulary_bytes))
@@ -64,12 +68,12 @@ def make_budget(
     return None
 
 
-def latency_measure(settings: PruneConfig) -> Measure:
-    """Milliseconds of the workload on the profiled device; UsageError where the profile cannot be read."""
-    assert settings.device_profile is not None
+def device_time(settings: PruneConfig) -> DeviceTime | None:
+    """What --target-latency times; None without one. UsageError where the profile cannot be read."""
     workload = settings.asked_workload
-    assert workload is not None
-    return milliseconds(DeviceProfile.load(Path(settings.device_profile)), workload)
+    if settings.device_profile is None or workload is None:
+        return None
+    return DeviceTime(DeviceProfile.load(Path(settings.device_profile)), workload)
 
 
 def check_budget(budget: Budget, source: Architecture, rules: SelectionRules) -> None:

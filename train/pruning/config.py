@@ -38,6 +38,9 @@ class PruneConfig:
     """The same as --workload depth=N."""
     target_architecture: str | None = None
     """JSON file of an architecture (as a run's architecture.json) to prune towards, layer by layer."""
+    rank_by: Literal["target", "parameters"] = "target"
+    """What groups compete for: saliency per millisecond or byte, whichever the target is in, or always per parameter
+    (the baseline)."""
     layout: Literal["per-layer", "uniform"] = "per-layer"
     """per-layer: every layer its own widths; uniform: every layer loses its own least salient group at once."""
     saliency: str = "taylor1"

@@ -72,11 +72,25 @@ def decoder_shape(architecture: Architecture) -> DecoderShape:
     return DecoderShape(closed.hidden_size, closed.head_dim, closed.vocab_size, layers)
 
 
-def milliseconds(profile: DeviceProfile, workload: Workload) -> Measure:
-    """Milliseconds of `workload` on the profiled device: of an answer, or of one token at a depth."""
+@dataclass(frozen=True)
+class DeviceTime:
+    """A profiled device and what it is asked to do: what --target-latency means."""
 
-    @lru_cache(maxsize=65_536)  # a ranking asks for the same shapes again and again
-    def predicted(architecture: Architecture) -> float:
-        return profile.workload_ms(decoder_shape(architecture), workload)
+    profile: DeviceProfile
+    workload: Workload
 
-    return Measure("ms", predicted, RUN_UNITS)
+    @property
+    def measure(self) -> Measure:
+        """Predicted milliseconds of the workload."""
+
+        @lru_cache(maxsize=65_536)  # a ranking asks for the same shapes again and again
+        def predicted(architecture: Architecture) -> float:
+            return self.profile.workload_ms(decoder_shape(architecture), self.workload)
+
+        return Measure("ms", predicted, RUN_UNITS)
+
+    def describe(self) -> str:
+        """The device and the workload as people read them."""
+        on = self.profile.measured_on
+        threads = "1 thread" if on.threads == 1 else f"{on.threads} threads"
+        return f"{self.workload} on {on.device} ({on.cpu}, {on.engine} {on.quantization}, {threads})"

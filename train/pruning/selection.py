@@ -61,7 +61,14 @@ class SelectionRules:
     blocks: tuple[str, ...] = ()
     """Whole blocks that may go (see groups.BLOCKS)."""
     measure: Measure = PARAMETERS
-    """What groups compete for."""
+    """What a target is in."""
+    price: Measure | None = None
+    """What groups compete for, where it is something else."""
+
+    @property
+    def competed_for(self) -> Measure:
+        """What a unit's score is divided by."""
+        return self.price or self.measure
 
 
 @dataclass(frozen=True)
@@ -186,7 +193,8 @@ class Ranking:
 
     def _unit(self, name: str, parts: tuple[Part, ...], loss: float, smaller: Architecture) -> Unit | None:
         """What leaves `smaller`; None where that frees nothing: it would only cost."""
-        freed = self.rules.measure.of(self.architecture) - self.rules.measure.of(smaller)
+        price = self.rules.competed_for
+        freed = price.of(self.architecture) - price.of(smaller)
         return Unit(name, parts, freed, loss / freed) if freed > 0 else None
 
     def _best_run(self, name: str, layer: int | None) -> Unit | None:
@@ -199,7 +207,7 @@ class Ranking:
             unit = self._unit(name, *run)
             if unit is not None and (best is None or unit.score < best.score):
                 best = unit
-            if length >= self.rules.measure.longest_run and best is not None:
+            if length >= self.rules.competed_for.longest_run and best is not None:
                 break
         return best
 
