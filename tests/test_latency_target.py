@@ -39,7 +39,7 @@ def test_what_a_unit_frees_is_what_the_shape_loses(measure: Measure) -> None:
 def test_deep_contexts_make_heads_go_first() -> None:
     """The same saliency, two workloads: a head frees little of an empty context, much of a long one."""
     scores = {"kv_group": [torch.ones(layer.num_key_value_heads) for layer in LAYERS]}
-    scores["ffn"] = [torch.full((layer.intermediate_size,), 0.03) for layer in LAYERS]
+    scores["ffn"] = [torch.full((layer.intermediate_size,), 0.003) for layer in LAYERS]
     first = []
     for depth in (0, 2048):
         measure = tiny_time(workload=Workload.at_depth(depth)).measure
@@ -133,14 +133,14 @@ def test_other_targets_are_refused(text: str) -> None:
         ({"target_latency": "0.6x", "device_profile": "a"}, "needs either --workload .* or --at-depth"),
         ({"target_latency": "1ms", "device_profile": "a", "at_depth": 1, "workload": "depth=1"}, "needs either"),
         ({"device_profile": "a"}, "--device-profile a: is for --target-latency"),
-        ({"target_latency": "0.6x", "target_params": 5, "device_profile": "a", "at_depth": 1}, "both given"),
+        ({"target_latency": "0.6x", "target_params": 5, "device_profile": "a", "at_depth": 1}, "are both given"),
         ({"target_latency": "0.6x", "device_profile": "a", "workload": "tokens=3"}, "cannot read 'tokens=3'"),
         ({"prune": ("blocks",), "layout": "uniform"}, "needs layers that may differ"),
         ({"prune": ("ffn", "layers"), "target_architecture": "a.json"}, "says which blocks go"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(settings: dict[str, object], message: str) -> None:
-    with pytest.raises(UsageError, match=message):
+    with pytest.raises((UsageError, ValueError), match=message):
         PruneConfig(**settings)  # type: ignore[arg-type]
 
 

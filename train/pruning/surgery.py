@@ -101,9 +101,11 @@ def _remove_blocks(model: Any, after: Architecture, optimizer: torch.optim.Optim
             layer.self_attn, layer.input_layernorm = NoAttention(index), nn.Identity()
         if not shape.intermediate_size and not isinstance(layer.mlp, NoFeedForward):
             layer.mlp, layer.post_attention_layernorm = NoFeedForward(), nn.Identity()
-    for group in optimizer.param_groups if optimizer is not None and gone else ():
+    if optimizer is None or not gone:
+        return
+    for group in optimizer.param_groups:
         group["params"] = [parameter for parameter in group["params"] if parameter not in gone]
-    for parameter in gone if optimizer is not None else ():
+    for parameter in gone:
         optimizer.state.pop(parameter, None)
 
 

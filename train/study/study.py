@@ -219,6 +219,7 @@ class Study:
                 output=str(folder),
                 overwrite=not resume,
                 resume=resume,
+                quality=False,  # `evaluate` measures it
                 device=settings.device,
                 threads=settings.threads,
                 seed=job.seed,
