@@ -6,6 +6,7 @@ import torch
 from tiny import UNEQUAL
 
 from efficientllm.train.model.architecture import Architecture, LayerShape
+from efficientllm.train.pruning.groups import BLOCKS, KINDS
 from efficientllm.train.pruning.running_scores import Scores
 from efficientllm.train.pruning.selection import Removal, SelectionRules, select_removal
 
@@ -23,12 +24,15 @@ def random_scores(architecture: Architecture, seed: int = 0) -> Scores:
         "query_head": [draw(layer.num_attention_heads) for layer in architecture.layers],
         "ffn": [draw(layer.intermediate_size) for layer in architecture.layers],
         "stem": [draw(architecture.hidden_size)],
+        **{block: list(draw(len(architecture.layers)).split(1)) for block in BLOCKS},
     }
 
 
 def some_removal(architecture: Architecture, kinds: tuple[str, ...], units: int = 7) -> Removal:
+    """`kinds`: of groups and of blocks."""
     scores = random_scores(architecture)
-    rules = SelectionRules(kinds, width_multiple=8)
+    groups, blocks = (tuple(kind for kind in kinds if kind in table) for table in (KINDS, BLOCKS))
+    rules = SelectionRules(groups, width_multiple=8, blocks=blocks)
     removal = select_removal(architecture, {kind: scores[kind] for kind in kinds}, rules, 0, max_units=units)
     assert removal.units
     return removal

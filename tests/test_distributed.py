@@ -30,20 +30,29 @@ def torchrun(arguments: list[str], processes: int = 2) -> subprocess.CompletedPr
 
 
 @pytest.mark.parametrize(
-    ("mode", "saliency", "offload"),
+    ("mode", "saliency", "space", "offload"),
     [
-        ("ddp", "taylor1", ()),
-        ("ddp", "taylor2", ()),
-        ("ddp", "fisher", ()),
-        ("fsdp", "taylor1", ()),
-        ("fsdp", "taylor1", ("--offload",)),
+        ("ddp", "taylor1", "attention,ffn,stem", ()),
+        ("ddp", "taylor2", "attention,ffn,stem", ()),
+        ("ddp", "fisher", "attention,ffn,stem", ()),
+        ("ddp", "taylor1", "ffn,blocks", ()),
+        ("fsdp", "taylor1", "attention,ffn,stem", ()),
+        ("fsdp", "taylor1", "ffn,blocks", ()),
+        ("fsdp", "taylor1", "attention,ffn,stem,blocks", ("--offload",)),
     ],
 )
 def test_two_processes_remove_the_same_groups_as_one(
-    mode: str, saliency: str, offload: tuple[str, ...], source_folder: Path, corpus: Path, tmp_path: Path
+    mode: str,
+    saliency: str,
+    space: str,
+    offload: tuple[str, ...],
+    source_folder: Path,
+    corpus: Path,
+    tmp_path: Path,
 ) -> None:
     """Global batch of 4: two ranks of 2, or one process that accumulates 2 microbatches of 2."""
-    shared = ["--batch-size", "2", "--saliency", saliency, "--checkpoint-every", "0"]
+    shared = ["--batch-size", "2", "--saliency", saliency, "--checkpoint-every", "0", "--prune", space]
+    shared += ["--block-tokens", "256"]
     one = command(source_folder, corpus, tmp_path / "one", *shared, "--gradient-accumulation", "2")
     assert run(one) == 0
     two = command(source_folder, corpus, tmp_path / "two", *shared, "--parallel", mode, *offload)

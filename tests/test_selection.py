@@ -75,7 +75,7 @@ def test_a_width_that_is_no_multiple_becomes_one() -> None:
 def test_stops_within_one_unit_of_the_target(target: int) -> None:
     rules = SelectionRules(("kv_group", "query_head", "ffn"), 8)
     removal = select_removal(ARCHITECTURE, random_scores(ARCHITECTURE), rules, target)
-    last = removal.units[-1].num_parameters
+    last = removal.units[-1].freed
     assert removal.after.num_parameters <= target < removal.after.num_parameters + last
 
 
@@ -119,7 +119,7 @@ def test_two_removals_compose_to_one() -> None:
     rules = SelectionRules(ALL_KINDS, 8)
     whole = select_removal(ARCHITECTURE, scores, rules, 0, max_units=9)
     first = select_removal(ARCHITECTURE, scores, rules, 0, max_units=4)
-    remaining = {kind: [v[k] for v, k in zip(scores[kind], first.kept[kind], strict=True)] for kind in scores}
+    remaining = {kind: [v[k] for v, k in zip(scores[kind], first.kept[kind], strict=True)] for kind in KINDS}
     second = select_removal(first.after, remaining, rules, 0, max_units=5)
     composed = compose(first.kept, second.kept)
     assert second.after == whole.after

@@ -7,14 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from priced import tiny_profile, tiny_time
+from tiny import tiny_architecture
 
 from efficientllm.runtime.base.command import run_command
-from efficientllm.train.model.architecture import Architecture
+from efficientllm.runtime.base.errors import UsageError
+from efficientllm.train.model.architecture import Architecture, LayerShape
+from efficientllm.train.pruning.measures import PARAMETERS
 from efficientllm.train.study.__main__ import body
 from efficientllm.train.study.arms import ARMS
+from efficientllm.train.study.depth import best_contiguous, without_layers
 from efficientllm.train.study.flops import training_flops
 from efficientllm.train.study.overlap import jaccard_of_removed
 from efficientllm.train.study.study import StudyConfig, jobs, target_parameters
+
+BY_PARAMETERS = StudyConfig().arms
 
 pytestmark = pytest.mark.xdist_group("study")  # one run of it for all
 
@@ -44,8 +51,8 @@ def results_of(page: Path) -> list[dict[str, Any]]:
 def test_every_arm_ends_at_the_same_size_after_the_same_tokens(page: Path, source_folder: Path) -> None:
     source = Architecture.from_hf_config(json.loads((source_folder / "config.json").read_text(encoding="utf-8")))
     results = results_of(page)
-    repeated = sum(arm.is_repeated for arm in ARMS.values())
-    assert len(results) == 2 + 2 * (len(ARMS) - 2) + 2 * repeated
+    repeated = sum(ARMS[name].is_repeated for name in BY_PARAMETERS)
+    assert len(results) == 2 + 2 * (len(BY_PARAMETERS) - 2) + 2 * repeated
     for result in results:
         if ARMS[result["arm"]].trains:
             assert result["tokens"] == 640
@@ -54,6 +61,7 @@ def test_every_arm_ends_at_the_same_size_after_the_same_tokens(page: Path, sourc
             head_group = source.attention_parameters(source.layers[0]) // source.layers[0].num_key_value_heads
             unit = max(16 * 3 * source.hidden_size, head_group)
             unit *= len(source.layers) if result["arm"] == "uniform" else 1
+            unit = source.num_parameters // len(source.layers) if result["arm"] == "depth" else unit
             assert target - unit <= result["parameters"] <= target
 
 
@@ -71,7 +79,7 @@ def test_arms_differ_in_what_they_change(page: Path) -> None:
         for r in results_of(page)
         if r["seed"] == 0 and r["keep"] in (0.6, 1.0) and r["arm"] != "taylor2"  # picks taylor1's groups in this model
     }
-    assert len(set(values.values())) == len(ARMS) - 1
+    assert len(set(values.values())) == len(BY_PARAMETERS) - 1
 
 
 @pytest.mark.slow
@@ -107,6 +115,50 @@ def test_a_second_call_repeats_only_what_is_missing(
 def test_a_folder_holds_one_study(page: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(body, [*arguments, "--tokens", "704"]) == 2
     assert "holds a study with another --tokens" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_arms_for_a_device_end_at_the_same_time(arguments: list[str], source_folder: Path, tmp_path: Path) -> None:
+    profile = tmp_path / "device.json"
+    tiny_profile().save(profile)
+    arms = ["taylor1", "uniform", "latency", "latency-blocks", "depth"]
+    more = ["--device-profile", str(profile), "--keep", "0.7", "--seeds", "1", "--arms", ",".join(arms)]
+    paths = ["--output", str(tmp_path / "runs"), "--report", str(tmp_path / "results.md")]
+    assert run_command(body, [*arguments[:-4], *more, *paths]) == 0
+    results = {result["arm"]: result for result in results_of(tmp_path / "results.md")}
+    assert list(results) == arms
+    source = tiny_time().measure.of(Architecture.from_folder(source_folder))
+    for result in results.values():
+        shape = Architecture.from_dict(result["architecture"])
+        assert result["ms"] == pytest.approx(tiny_time().measure.of(shape))
+        assert 0.4 * source < result["ms"] <= 0.7 * source
+    gone = [layer == LayerShape(0, 0, 0) for layer in Architecture.from_dict(results["depth"]["architecture"]).layers]
+    assert sum(gone) == 1
+    text = (tmp_path / "results.md").read_text(encoding="utf-8")
+    assert "-30% of the time of depth=512" in text
+    assert "arms end at the same predicted time of depth=512 on local" in text
+    assert "predicted ms" in text
+
+
+def test_arms_for_a_device_need_one() -> None:
+    with pytest.raises(UsageError, match="--arms latency: needs --device-profile"):
+        StudyConfig(arms=("taylor1", "latency"))
+
+
+def test_the_best_contiguous_layers_are_those_without_which_least_changes() -> None:
+    """Exhaustive over their places; no fewer would do."""
+
+    class Probe:
+        def losses(self, absences: list[Any]) -> list[float]:
+            return [abs(min(layer for layer, _ in absence) - 1.2) for absence in absences]
+
+    source = tiny_architecture(layers=(LayerShape(4, 2, 96),) * 6)
+    target = source.num_parameters - 1.5 * source.attention_parameters(source.layers[0])
+    shape = best_contiguous(source, Probe(), PARAMETERS, target)  # type: ignore[arg-type]
+    assert shape == without_layers(source, 1, 1)
+    target = source.embedding_parameters + 3.5 * (source.num_parameters - source.embedding_parameters) / 6
+    shape = best_contiguous(source, Probe(), PARAMETERS, target)  # type: ignore[arg-type]
+    assert shape == without_layers(source, 1, 3)
 
 
 def test_first_seed_of_everything_comes_first() -> None:

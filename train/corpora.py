@@ -28,14 +28,15 @@ def data_specs(config: TrainConfig) -> tuple[DataSpec, ...]:
     return tuple(DataSpec.parse(text, settings.skip_bad_lines, settings.text_field) for text in settings.data)
 
 
-def recovery_windows(
-    config: TrainConfig, data: tuple[DataSpec, ...], tokenizer: PreTrainedTokenizerBase, ranks: int
+def windows_apart(
+    config: TrainConfig, data: tuple[DataSpec, ...], tokenizer: PreTrainedTokenizerBase, ranks: int, tokens: int
 ) -> np.ndarray:
-    """Windows [n, S + 1] of the training text for --recover, drawn apart from training's; as many for every rank."""
+    """Windows [n, S + 1] of about `tokens` of the training text, drawn apart from training's; as many for every rank:
+    what --recover fits to and blocks are measured on."""
     settings = config.source
     seed = config.run.seed + RECOVERY_SEED
     stream = PackedStream(data, tokenizer, settings.sequence_length, settings.held_out_fraction, seed)
-    return stream.next_windows(max(1, config.pruning.recover_tokens // settings.sequence_length // ranks) * ranks)
+    return stream.next_windows(max(1, tokens // settings.sequence_length // ranks) * ranks)
 
 
 def with_self_chats(

@@ -53,6 +53,21 @@ def _quality(summary: dict[str, Any]) -> list[str]:
     return ["## Quality", "", markdown_table(contract_rows(summary["quality"])), "", note, "", "## Training", ""]
 
 
+def _latency(summary: dict[str, Any]) -> list[str]:
+    """What the device that the run pruned for takes, where there was one."""
+    found = summary.get("latency")
+    if not found:
+        return []
+    on, error = found["of"], max((error["median"] for error in found["errors"]), default=None)
+    accuracy = f"; its median error on irregular models is {error:.1%}" if error is not None else ""
+    return [
+        f"Pruned for {on['device']} ({on['cpu']}, {on['engine']} {on['quantization']}, threads: {on['threads']}): "
+        f"{found['workload']} took the source {found['source_ms']:.2f} ms and takes this model {found['ms']:.2f} ms "
+        f"({found['ms'] / found['source_ms']:.2f}x), as the device's profile predicts{accuracy}.",
+        "",
+    ]
+
+
 def _loading(final: Architecture) -> list[str]:
     return [
         "## Loading",
@@ -104,6 +119,7 @@ def model_card(config: TrainConfig, summary: dict[str, Any], source: Architectur
             f"{source.num_parameters:,} parameters became {final.num_parameters:,} over {summary['tokens']:,} tokens "
             f"of {', '.join(summary['data'])} ({summary['seconds']:.0f} s of training).",
             "",
+            *_latency(summary),
             "![widths per layer](architecture.png)",
             "",
             "```bash",

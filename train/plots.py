@@ -10,7 +10,7 @@ from typing import Any
 
 from ..runtime.base.files import write_bytes_atomically
 from .model.architecture import Architecture
-from .pruning.groups import KINDS, counts
+from .pruning.groups import BLOCKS, KINDS, counts
 
 SOURCE_COLOR, KEPT_COLOR, GROUP_COLOR = "#d5dae3", "#2f6db3", "#e08a3c"
 
@@ -62,10 +62,12 @@ def _new_figure(rows: int, x_label: str) -> tuple[Any, Any]:
 
 
 def plot_training(records: list[dict[str, Any]], path: Path) -> None:
-    """Loss (each step's, their running mean, what was measured on held-out text) and parameters against tokens."""
+    """Loss (each step's, their running mean, what was measured on held-out text) and parameters against tokens; where
+    the run prunes for a device, also its milliseconds."""
     steps = [record for record in records if "loss" in record]
     tokens, losses = [record["tokens"] for record in steps], [record["loss"] for record in steps]
-    figure, (loss, parameters) = _new_figure(2, "tokens")
+    is_timed = bool(steps) and "ms" in steps[0]
+    figure, (loss, parameters, *rest) = _new_figure(3 if is_timed else 2, "tokens")
     loss.plot(tokens, losses, color=SOURCE_COLOR, linewidth=1, label="each step")
     loss.plot(tokens, smoothed(losses), color=KEPT_COLOR, label="smoothed")
     measured = held_out_losses(records)
@@ -75,6 +77,9 @@ def plot_training(records: list[dict[str, Any]], path: Path) -> None:
     loss.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
     parameters.plot(tokens, [record["parameters"] / 1e6 for record in steps], color=GROUP_COLOR)
     parameters.set_ylabel("parameters (millions)")
+    for axes in rest:
+        axes.plot(tokens, [record["ms"] for record in steps], color=KEPT_COLOR)
+        axes.set_ylabel("predicted ms")
     _save(figure, path)
 
 
@@ -104,9 +109,11 @@ def plot_pruning(records: list[dict[str, Any]], source: Architecture, path: Path
     steps = [record for record in records if "loss" in record]
     tokens = [record["tokens"] for record in steps]
     figure, (ratio, saliency) = _new_figure(2, "tokens")
-    for name, kind in KINDS.items():
+    totals = {name: sum(counts(name, source)) for name in KINDS}
+    totals |= {name: sum(block.is_in(source, at) for at in range(len(source.layers))) for name, block in BLOCKS.items()}
+    for name, kind in {**KINDS, **BLOCKS}.items():
         style = {"color": kind.color, "label": kind.title}
-        shares = _removed_shares(steps, name, sum(counts(name, source)))
+        shares = _removed_shares(steps, name, totals[name])
         if any(shares):
             ratio.plot(tokens, shares, drawstyle="steps-post", **style)
         points = [(record["tokens"], record.get("next_saliency", {}).get(name)) for record in steps]
@@ -114,7 +121,8 @@ def plot_pruning(records: list[dict[str, Any]], source: Architecture, path: Path
         if points:
             saliency.plot(*zip(*points, strict=True), **style)
     ratio.set_ylabel("share removed by unit")
-    saliency.set_ylabel("saliency per parameter\nof the next unit")
+    unit = "ms" if any("ms" in record for record in steps) else "parameter or byte"
+    saliency.set_ylabel(f"score per {unit}\nof the next unit")
     saliency.set_yscale("log")
     for axes in (ratio, saliency):
         if axes.get_legend_handles_labels()[0]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from .compute.gather import full
 from .evaluation.quality.contract import contract
 from .evaluation.quality.measure import Quality
 from .metrics import read_metrics
+from .model.architecture import Architecture
 from .model.irregular import save_checkpoint
 from .model_card import model_card
 from .plots import plot_architecture, plot_pruning, plot_training
@@ -81,7 +83,22 @@ def training_summary(trainer: Trainer) -> dict[str, Any]:
         "seconds": round(trainer.progress.seconds, 1),
         "source_parameters": trainer.plan.architecture.num_parameters,
         "parameters": trainer.architecture.num_parameters,
+        **_latency(trainer),
         "held_out_tokens": int(trainer.measuring.held_out.shape[0] * trainer.config.source.sequence_length),
         "perplexity": trainer.progress.perplexity,
         "quality": contract(measured["final"], measured["source"], source) if len(measured) == 2 else None,
     }
+
+
+def _latency(trainer: Trainer) -> dict[str, Any]:
+    """What the device that the run pruned for takes, before and after, by its profile; {} where there is none."""
+    time = trainer.plan.pruning.time if trainer.plan.pruning is not None else None
+    if time is None:
+        return {}
+    ms = {name: time.measure.of(shape) for name, shape in _ends(trainer).items()}
+    errors = [asdict(error) for error in time.profile.errors]
+    return {"latency": {"workload": str(time.workload), **ms, "of": asdict(time.profile.measured_on), "errors": errors}}
+
+
+def _ends(trainer: Trainer) -> dict[str, Architecture]:
+    return {"source_ms": trainer.plan.architecture, "ms": trainer.architecture}

@@ -99,7 +99,8 @@ def _announce(plan: RunPlan, tokens: int) -> None:
     _log.info(f"source: {source}, {format_count(plan.architecture.num_parameters)} parameters")
     _log.info(f"device: {plan.compute.hardware.describe()}{ranks}")
     if plan.pruning is not None:
-        _log.info(f"target: {plan.pruning.budget.describe()}")
+        time = f" for {plan.pruning.time.describe()}" if plan.pruning.time is not None else ""
+        _log.info(f"target: {plan.pruning.budget.describe()}{time}")
     if plan.resume is not None:
         for checkpoint, reason in plan.resume.damaged.items():
             _log.info(f"{checkpoint.name} is damaged ({reason}); it is kept as {DAMAGED_PREFIX}{checkpoint.name}")

@@ -10,24 +10,24 @@ from .config import OptimizerConfig
 
 @dataclass(frozen=True)
 class DroppingSchedule:
-    """Continuous parameter dropping: the budget's measure (parameters, or bytes of the exported file) falls linearly in
-    tokens (EfficientLLM, figure 2c)."""
+    """Continuous parameter dropping: the budget's measure (parameters, bytes of the exported file or milliseconds)
+    falls linearly in tokens (EfficientLLM, figure 2c)."""
 
-    source: int
-    target: int
+    source: float
+    target: float
     start_tokens: int
     """Tokens seen before the first removal, so that saliency is an average."""
     end_tokens: int
     """Tokens by which the target is reached."""
 
-    def target_at(self, tokens: int) -> int:
+    def target_at(self, tokens: int) -> float:
         """Largest size allowed once `tokens` have been seen."""
         if tokens >= self.end_tokens:
             return self.target
         if tokens < self.start_tokens:
             return self.source
         share = (tokens - self.start_tokens) / (self.end_tokens - self.start_tokens)
-        return round(self.source + share * (self.target - self.source))
+        return self.source + share * (self.target - self.source)
 
 
 def learning_rate_factor(tokens: int, total: int, warmup: int, decay_start: int, shape: str, floor: float) -> float:

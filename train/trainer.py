@@ -21,7 +21,7 @@ from . import training_state
 from .accumulation import accumulate_gradients
 from .compute.loss import TrainingLoss, make_teacher
 from .compute.optimizer import clip_factor, gradient_norm, make_optimizer, store_gradients_as_computed
-from .corpora import recovery_windows
+from .corpora import windows_apart
 from .data.packing import PackedStream
 from .measuring import Measuring
 from .metrics import MetricsWriter
@@ -29,6 +29,7 @@ from .model.architecture import Architecture
 from .model.irregular import architecture_of
 from .plan import RunPlan
 from .progress import Progress, Speed
+from .pruning.probe import BlockProbe
 from .pruning.pruner import Pruner
 from .replaced_run import drop_replaced, is_replacing
 from .run_folder import checkpoint_folders
@@ -59,7 +60,7 @@ class Trainer:
         if plan.pruning is not None:
             tokens, settings, budget = self.config.optimizer.tokens, plan.pruning.settings, plan.pruning.budget
             start, end = round(settings.prune_start * tokens), round(settings.prune_end * tokens)
-            self.schedule = DroppingSchedule(budget.measure(plan.architecture), budget.target, start, end)
+            self.schedule = DroppingSchedule(budget.measure.of(plan.architecture), budget.target, start, end)
             self.pruner = Pruner(plan.pruning, self.model, self.parallel, self.config.run.seed)
         self.metrics = MetricsWriter(plan.folder, self.config.run, self.parallel.is_main)
         self.measuring = Measuring(plan, held_out, self.metrics)
@@ -192,10 +193,16 @@ class Trainer:
             "tokens": self.progress.tokens,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "parameters": self.architecture.num_parameters,
+            **self._milliseconds(),
             **removed,
             "seconds": round(elapsed, 4),
         }
         return record
+
+    def _milliseconds(self) -> dict[str, float]:
+        """What the device that the run prunes for takes by now, by its profile; {} where there is none."""
+        time = self.plan.pruning.time if self.plan.pruning is not None else None
+        return {"ms": round(time.measure.of(self.architecture), 4)} if time is not None else {}
 
     @property
     def tokens_per_step(self) -> int:
@@ -243,7 +250,7 @@ class Trainer:
         target = self.schedule.target_at(self.progress.tokens)
         recovers = settings.recover != "none" and pruner.is_above(target)
         whole = make_teacher(self.model, self.loss.dtype, self.parallel.device) if recovers else None
-        removal = pruner.remove(target, self.optimizer)
+        removal = pruner.remove(target, self.optimizer, self._block_probe() if pruner.blocks is not None else None)
         if removal is None:
             return {}
         if pruner.is_done or pruner.events_since_compaction >= settings.compact_every:
@@ -255,10 +262,21 @@ class Trainer:
             "next_saliency": pruner.next_saliency,
         }
 
+    def _block_probe(self) -> BlockProbe:
+        """Measures blocks of the model as it is."""
+        return BlockProbe(self.loss, self._block_windows, self.config.optimizer.batch_size, self.parallel)
+
+    @cached_property
+    def _block_windows(self) -> np.ndarray:
+        """Windows [n, S + 1], the same for every measurement."""
+        tokens = self.config.pruning.block_tokens
+        return windows_apart(self.config, self.plan.data, self.plan.tokenizer, self.parallel.world_size, tokens)
+
     @cached_property
     def _recovery_windows(self) -> np.ndarray:
         """Windows [n, S + 1], the same for every fit."""
-        return recovery_windows(self.config, self.plan.data, self.plan.tokenizer, self.parallel.world_size)
+        tokens = self.config.pruning.recover_tokens
+        return windows_apart(self.config, self.plan.data, self.plan.tokenizer, self.parallel.world_size, tokens)
 
     def _compact(self) -> None:
         """Make zeroed groups disappear from the tensors."""

@@ -125,8 +125,12 @@ class TrainingLoss(nn.Module):
         """The same loss of another model."""
         return TrainingLoss(model, self.dtype, self.weights, self._teacher[0])
 
-    def forward(self, windows: Tensor) -> tuple[Tensor, Tensor]:
-        """(loss to minimise, cross-entropy) of windows [B, S + 1]; tokens given as ~token are read, not predicted."""
+    def forward(self, windows: Tensor, states: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(loss to minimise, cross-entropy) of windows [B, S + 1]; tokens given as ~token are read, not predicted.
+
+        `states`: last hidden states [N, H] of the predicted tokens before something was taken out of the decoder. Then
+        the loss is KL(before ‖ now) alone.
+        """
         is_predicted = (windows[:, 1:] >= 0).flatten()
         tokens = torch.where(windows < 0, ~windows, windows)
         inputs, targets = tokens[:, :-1], tokens[:, 1:].flatten()[is_predicted]
@@ -134,15 +138,17 @@ class TrainingLoss(nn.Module):
         # each weight is used once in a pass: a cache would only keep its copy, which backward may make anew
         with torch.autocast(windows.device.type, **autocast, cache_enabled=False):
             hidden = self.model.model(input_ids=inputs, use_cache=False).last_hidden_state
-        teacher = self._teacher[0]
+        weight, teacher, weights = self.model.lm_head.weight, self._teacher[0], self.weights
         reference = None
-        if teacher is not None:
+        if states is not None:
+            reference, weights = (states.to(self.dtype), weight.to(self.dtype)), LossWeights(0.0, 1.0)
+        elif teacher is not None:
             with torch.no_grad():
                 states = teacher.model(input_ids=inputs, use_cache=False).last_hidden_state
                 rows = states.flatten(0, 1)[is_predicted]
                 reference = (rows.to(self.dtype), teacher.lm_head.weight.to(self.dtype))
-        weight, rows = self.model.lm_head.weight, hidden.flatten(0, 1)[is_predicted]
-        return cross_entropy(rows, weight, targets, self.dtype, self.weights, reference)
+        rows = hidden.flatten(0, 1)[is_predicted]
+        return cross_entropy(rows, weight, targets, self.dtype, weights, reference)
 
 
 def make_teacher(source: Any, dtype: torch.dtype, device: torch.device) -> Any:

@@ -17,6 +17,7 @@ from ...runtime.base.disk import require_room
 from . import modeling_efficientllm as modeling
 from .architecture import Architecture, LayerShape
 from .hf_files import mend_tokenizer_config, write_config
+from .packing import Packed, packed
 
 modeling.register()
 
@@ -98,21 +99,33 @@ def plain_config(config: Any, architecture: Architecture) -> Any | None:
     return None if architecture.layers[0].intermediate_size == 0 else plain
 
 
+def packed_config(config: Any, closed: Packed) -> Any:
+    """The irregular config of a closed-up model."""
+    new = copy.deepcopy(config)
+    if getattr(new, "layer_types", None):  # of Qwen: one for each layer
+        new.layer_types = [config.layer_types[index] for index, _ in closed.origins]
+    new.per_layer_config = None  # of as many layers as there were
+    new.num_hidden_layers = len(closed.origins)
+    apply_architecture(new, closed.architecture)
+    return new
+
+
 def save_checkpoint(
     model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, state: dict[str, torch.Tensor] | None = None
 ) -> None:
     """Write a Hugging Face folder: plain where stock transformers can hold it, with its own modeling file otherwise.
 
-    `state` replaces the model's own state dict (whole tensors of a sharded model).
+    `state` replaces the model's own state dict (whole tensors of a sharded model). Layers that lost blocks are closed
+    up (packing.py).
     """
     folder.mkdir(parents=True, exist_ok=True)
-    architecture = architecture_of(model.config)
-    config = plain_config(model.config, architecture)
-    state = {name: tensor.detach().contiguous() for name, tensor in (state or model.state_dict()).items()}
-    if architecture.tie_word_embeddings:
-        state.pop("lm_head.weight", None)
+    closed = packed(architecture_of(model.config))
+    architecture, irregular = closed.architecture, packed_config(model.config, closed)
+    config = plain_config(irregular, architecture)
+    whole = state or model.state_dict()
+    state = {name: whole[before].detach().contiguous() for name, before in closed.names.items()}
     if config is None:
-        config = copy.deepcopy(model.config)
+        config = irregular
         module = Path(modeling.__file__).stem
         causal_lm = type(model)
         config.architectures = [causal_lm.__name__]

@@ -60,6 +60,11 @@ def axes_of(name: str) -> tuple[int | None, tuple[str, ...]]:
     return int(match.group(1)), LAYER_TENSORS[match.group(2)]
 
 
+def is_of_attention(suffix: str) -> bool:
+    """Whether a layer's tensor, as "self_attn.q_proj.weight", belongs to its attention block; else to its FFN."""
+    return suffix.startswith(("self_attn.", "input_layernorm."))
+
+
 def input_axis(matrix: str) -> str:
     """Axis of the input of a layer's matrix, as "mlp.down_proj"."""
     return LAYER_TENSORS[f"{matrix}.weight"][1]
@@ -87,8 +92,7 @@ def tensor_names(architecture: Architecture) -> list[str]:
     names = ["model.embed_tokens.weight"]
     for index, shape in enumerate(architecture.layers):
         for suffix in LAYER_TENSORS:
-            is_attention = suffix.startswith(("self_attn.", "input_layernorm."))
-            width = shape.num_attention_heads if is_attention else shape.intermediate_size
+            width = shape.num_attention_heads if is_of_attention(suffix) else shape.intermediate_size
             if width == 0:
                 continue
             if suffix.endswith(".bias") and not architecture.qkv_bias:

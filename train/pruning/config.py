@@ -6,8 +6,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ...runtime.base import flags
+from ...runtime.base.errors import OptionError
+from ...runtime.latency.workload import Workload
 from ..model.file_size import BITS
-from .groups import KINDS, PRUNE_TYPES
+from .groups import BLOCKS, KINDS, PRUNE_TYPES
+from .latency_target import LatencyTarget
 
 
 @dataclass(frozen=True)
@@ -15,7 +18,8 @@ class PruneConfig:
     """pruning"""
 
     prune: tuple[str, ...] = flags.comma_separated("attention", "ffn")
-    """Pruning space, comma-separated: attention (heads and key/value groups), ffn, stem (hidden channels); 'none'."""
+    """Pruning space, comma-separated: attention (heads and key/value groups), ffn, stem (hidden channels), blocks (the
+    whole attention or FFN of a layer, or both), layers (both only); 'none'."""
     target_ratio: float | None = None
     """Share of the source's parameters to keep."""
     target_params: int | None = flags.count(None)
@@ -24,8 +28,19 @@ class PruneConfig:
     """Bytes of the exported GGUF, as 60MB, in the type of --quantize."""
     quantize: str = "q8_0"
     """Weight type that --target-bytes is measured in."""
+    target_latency: str | None = None
+    """Time of --workload on the device of --device-profile: a share of the source's (0.6x), or milliseconds (8ms)."""
+    device_profile: str | None = None
+    """Profile of the device that --target-latency means, as efficientllm-bench --profile writes it."""
+    workload: str | None = None
+    """What --target-latency times: prompt=256,answer=128 (tokens) a whole answer, depth=512 one token after 512."""
+    at_depth: int | None = flags.count(None)
+    """The same as --workload depth=N."""
     target_architecture: str | None = None
     """JSON file of an architecture (as a run's architecture.json) to prune towards, layer by layer."""
+    rank_by: Literal["target", "parameters"] = "target"
+    """What groups compete for: saliency per millisecond or byte, whichever the target is in, or always per parameter
+    (the baseline)."""
     layout: Literal["per-layer", "uniform"] = "per-layer"
     """per-layer: every layer its own widths; uniform: every layer loses its own least salient group at once."""
     saliency: str = "taylor1"
@@ -54,6 +69,11 @@ class PruneConfig:
     obs_rows: int = flags.count(512)
     """Tokens per forward pass that enter the Gram matrices; 0: all."""
 
+    block_tokens: int = flags.count(4096)
+    """Tokens of the corpora on which the loss without a block is measured."""
+    block_renewals: int = 8
+    """Times that all blocks are measured anew while the budget falls; one that is about to go always is."""
+
     recover: Literal["none", "least-squares"] = "none"
     """least-squares: after every removal, o_proj and down_proj are fitted again, layer by layer, so that the residual
     stream is what it was before (forward passes of --recover-tokens; meant for few removals: see --prune-every)."""
@@ -72,6 +92,8 @@ class PruneConfig:
         flags.require(self, "quantize", self.quantize in BITS, f"--target-bytes knows {', '.join(BITS)}")
         if self.target_ratio is not None:
             flags.require(self, "target_ratio", 0 < self.target_ratio <= 1, "must be above 0 and at most 1")
+        self._check_latency()
+        self._check_blocks()
         flags.require(self, "saliency_decay", 0 <= self.saliency_decay < 1, "must be at least 0 and below 1")
         flags.require(self, "width_multiple", self.width_multiple >= 1, "must be positive")
         flags.require(self, "prune_start", 0 <= self.prune_start <= 1, "must be between 0 and 1")
@@ -86,10 +108,43 @@ class PruneConfig:
         for name in ("obs_max_width", "obs_rows"):
             flags.require(self, name, getattr(self, name) >= 0, "must not be negative")
 
+    def _check_latency(self) -> None:
+        """OptionError unless the flags of --target-latency come together and can be read."""
+        if self.target_latency is None:
+            for name in ("device_profile", "workload", "at_depth"):
+                flags.require(self, name, getattr(self, name) is None, "is for --target-latency; give one")
+            return
+        try:
+            LatencyTarget.parse(self.target_latency)
+        except ValueError as error:
+            raise OptionError(f"--target-latency {self.target_latency}: {error}") from error
+        flags.require(self, "target_latency", self.device_profile is not None, "needs --device-profile FILE")
+        asked = [name for name in ("workload", "at_depth") if getattr(self, name) is not None]
+        rule = "needs either --workload prompt=256,answer=128 or --at-depth 512"
+        flags.require(self, "target_latency", len(asked) == 1, rule)
+        _ = self.asked_workload
+
+    def _check_blocks(self) -> None:
+        for name in ("block_tokens", "block_renewals"):
+            flags.require(self, name, getattr(self, name) >= 1, "must be positive")
+        if self.blocks:
+            shown = ",".join(self.prune)
+            rule = "needs layers that may differ: use --layout per-layer"
+            flags.require(self, "prune", self.layout == "per-layer", rule, value=shown)
+            rule = "--target-architecture says which blocks go; leave them out"
+            flags.require(self, "prune", self.target_architecture is None, rule, value=shown)
+
+    @property
+    def asked_workload(self) -> Workload | None:
+        """What --target-latency times; None without one."""
+        if self.at_depth is not None:
+            return Workload.at_depth(self.at_depth)
+        return Workload.parse(self.workload) if self.workload is not None else None
+
     @property
     def targets(self) -> list[str]:
         """The fields of the targets that are given."""
-        named = ("target_ratio", "target_params", "target_bytes", "target_architecture")
+        named = ("target_ratio", "target_params", "target_bytes", "target_latency", "target_architecture")
         return [name for name in named if getattr(self, name) is not None]
 
     @property
@@ -101,3 +156,8 @@ class PruneConfig:
     def kinds(self) -> tuple[str, ...]:
         """Names of the group kinds in the pruning space (see groups.KINDS)."""
         return tuple(name for name, kind in KINDS.items() if kind.flag in self.prune)
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """Names of the whole blocks in the pruning space (see groups.BLOCKS)."""
+        return tuple(name for name, kind in BLOCKS.items() if set(kind.flags) & set(self.prune))

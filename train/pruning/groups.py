@@ -1,6 +1,7 @@
-"""The kinds of minimal parameter groups: the one table that configuration, ranking, surgery and plots read.
+"""The kinds of parameter groups: the tables that configuration, ranking, surgery and plots read.
 
-A group is the least that can be taken out of a model and leave a model: positions along one axis of model/tensors.py.
+A minimal group (KINDS) is the least that can be taken out of a model and leave a model: positions along one axis of
+model/tensors.py. A block (BLOCKS) is all minimal groups of some kinds that a layer has left, taken at once.
 A further kind costs one entry here, its score in saliency.py and, where other groups go with it, a line in
 selection.py; a new axis, which is a new width of the model, costs more (docs/architecture.md). Imports no torch.
 """
@@ -84,7 +85,10 @@ KINDS: dict[str, GroupKind] = {
         count=_query_heads,
         shrink=lambda shape, layer, n: shape.with_layer(layer, num_attention_heads=_query_heads(shape, layer) - n),
         step=lambda shape, layer, multiple: _key_value_groups(shape, layer),
-        least=lambda shape, layer, floor: _key_value_groups(shape, layer) * floor.layers[layer].queries_per_group,
+        # a floor without attention still leaves one per group: the groups themselves go then
+        least=lambda shape, layer, floor: (
+            _key_value_groups(shape, layer) * max(1, floor.layers[layer].queries_per_group)
+        ),
         title="query heads",
         color="#b5495b",
         is_head=True,
@@ -117,7 +121,43 @@ KINDS: dict[str, GroupKind] = {
 }
 """By the name that scores, logs and architecture.json use; in the order in which ties are offered."""
 
-PRUNE_TYPES = tuple(dict.fromkeys(kind.flag for kind in KINDS.values()))
+
+@dataclass(frozen=True)
+class BlockKind:
+    """One kind of whole block of a layer. Its score is measured (see blocks.py), not the sum of its groups' scores."""
+
+    flags: tuple[str, ...]
+    """Values of --prune that let it go."""
+    takes: tuple[str, ...]
+    """Kinds whose groups all go with it."""
+    title: str
+    color: str
+
+    def is_in(self, shape: Architecture, layer: int) -> bool:
+        """Whether the layer has all that the block consists of."""
+        return all(KINDS[name].count(shape, layer) for name in self.takes)
+
+    def without(self, shape: Architecture, layer: int) -> Architecture:
+        """The shape once the block is gone."""
+        for name in self.takes:
+            shape = KINDS[name].shrink(shape, layer, KINDS[name].count(shape, layer))
+        return shape
+
+
+BLOCKS: dict[str, BlockKind] = {
+    # query heads go with their groups
+    "attention_block": BlockKind(("blocks",), ("kv_group",), "attention of a layer", "#7a4a1f"),
+    "ffn_block": BlockKind(("blocks",), ("ffn",), "FFN of a layer", "#173a63"),
+    # both at once: what a layer does together is not the sum of what its halves do alone
+    "layer": BlockKind(("blocks", "layers"), ("kv_group", "ffn"), "layers", "#5b5f6b"),
+}
+"""By the name that scores, logs and architecture.json use."""
+
+PRUNE_TYPES = tuple(
+    dict.fromkeys(
+        [*(kind.flag for kind in KINDS.values()), *(flag for block in BLOCKS.values() for flag in block.flags)]
+    )
+)
 """Values of --prune."""
 
 KIND_OF_AXIS = {kind.axis: name for name, kind in KINDS.items()}

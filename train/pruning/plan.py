@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ...runtime.base.errors import UsageError
 from ..model.architecture import Architecture
-from .budget import Budget, check_budget, make_budget, read_architecture
+from .budget import Budget, check_budget, device_time, make_budget, read_architecture
 from .config import PruneConfig
+from .measures import PARAMETERS, DeviceTime
 from .running_scores import RunningScores
 from .selection import SelectionRules, check_floor
 from .trackers import tracker_named
@@ -25,6 +26,8 @@ class PruningPlan:
     source: Architecture
     rules: SelectionRules
     budget: Budget
+    time: DeviceTime | None = None
+    """What --target-latency times."""
 
     def tracker(
         self, architecture: Architecture, seed: int, mean_over_ranks: Callable[[Iterable[Tensor]], None]
@@ -43,15 +46,18 @@ def make_pruning_plan(settings: PruneConfig, source: Architecture, vocabulary_by
     """
     path = settings.target_architecture
     floor = read_architecture(Path(path)) if path is not None else None
-    budget = make_budget(settings, source, floor, vocabulary_bytes)
+    time = device_time(settings)
+    budget = make_budget(settings, source, floor, vocabulary_bytes, time)
     if budget is None:
         return None
     uniform = settings.layout == "uniform"
     # an explicit shape is reached channel by channel, whatever its widths are multiples of
-    rules = SelectionRules(settings.kinds, settings.width_multiple if floor is None else 1, uniform, floor)
+    multiple = settings.width_multiple if floor is None else 1
+    price = PARAMETERS if settings.rank_by == "parameters" else None
+    rules = SelectionRules(settings.kinds, multiple, uniform, floor, settings.blocks, budget.measure, price)
     if floor is not None:
         check_floor(source, floor)
     if uniform and not source.is_uniform:
         raise UsageError("--layout uniform needs a source whose layers are equal")
     check_budget(budget, source, rules)
-    return PruningPlan(settings, source, rules, budget)
+    return PruningPlan(settings, source, rules, budget, time)

@@ -6,21 +6,24 @@ out of the tensors. The *logical* shape is what remains after the first, the *ph
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..compute.distributed import Parallel
 from ..compute.loss import TrainingLoss
 from ..model.architecture import Architecture
 from ..model.irregular import architecture_of
+from .blocks import BlockScores
 from .groups import KINDS
 from .plan import PruningPlan
+from .probe import BlockProbe
 from .recovery import LeastSquares
 from .running_scores import Scores
-from .selection import Kept, Ranking, Removal, all_groups, compose, select_removal
+from .selection import Kept, Ranking, Removal, Unit, all_groups, compose, select_removal
 from .sharded import rebuild_sharded
 from .surgery import remove_groups, zero_gradients, zero_groups
 from .weight_update import InputGrams
@@ -42,10 +45,11 @@ class Pruner:
         """Zeroed but not yet physically removed groups; `before` is the physical shape."""
         self.events_since_compaction = 0
         self.next_saliency: dict[str, float] = {}
-        """Saliency per parameter of the unit of each kind that would go next."""
+        """Score (see selection.Unit) of the unit of each kind that would go next."""
         self.tracker = plan.tracker(self.physical, seed, parallel.mean_tensors)
         self.tracker.attach(model)
         self.grams = self._make_grams() if plan.settings.weight_update == "obs" else None
+        self.blocks = self._make_blocks() if plan.rules.blocks else None
         self.is_done = plan.budget.is_met(self.architecture)
 
     def _make_grams(self) -> InputGrams:
@@ -54,6 +58,11 @@ class Pruner:
         return InputGrams(
             self.model, axes, settings.obs_decay, settings.obs_damping, settings.obs_max_width, settings.obs_rows
         )
+
+    def _make_blocks(self) -> BlockScores:
+        source, budget = self.plan.source, self.budget
+        span = budget.measure.of(source) - budget.target
+        return BlockScores(self.rules.blocks, len(source.layers), self.settings.block_renewals, span)
 
     @property
     def architecture(self) -> Architecture:
@@ -88,39 +97,76 @@ class Pruner:
         """Scores of the groups that are still there."""
         if self.pending is None:
             return self.tracker.scores
-        return {
-            kind: [
-                vector[kept.to(vector.device)] for vector, kept in zip(vectors, self.pending.kept[kind], strict=True)
-            ]
-            for kind, vectors in self.tracker.scores.items()
-        }
+        return {kind: _those_kept(vectors, self.pending.kept[kind]) for kind, vectors in self.tracker.scores.items()}
 
-    def is_above(self, target: int) -> bool:
+    def is_above(self, target: float) -> bool:
         """Whether something is to go for the budget's measure to be at most `target`, and there are scores to go by."""
-        return self.tracker.num_observations > 0 and self.budget.measure(self.architecture) > target
+        return self.tracker.num_observations > 0 and self.budget.measure.of(self.architecture) > target
 
-    def remove(self, target: int, optimizer: torch.optim.Optimizer) -> Removal | None:
-        """Zero the lowest-scored units until the budget's measure is at most `target`; None where nothing goes."""
+    def remove(
+        self, target: float, optimizer: torch.optim.Optimizer, probe: BlockProbe | None = None
+    ) -> Removal | None:
+        """Zero the lowest-scored units until the budget's measure is at most `target`; None where nothing goes.
+
+        `probe` measures blocks, where they may go; then it is a collective call.
+        """
         if not self.is_above(target):
             return None
-        scores = self.logical_scores()
-        removal = select_removal(self.architecture, scores, self.rules, target, self.budget.measure)
-        if not removal.units:
+        before, units, kept = self.architecture, [], all_groups(self.architecture)
+        if self.blocks is not None:
+            self.blocks.forget()
+        while True:
+            scores = self._scores_to_rank_by(probe)
+            removal = select_removal(self.architecture, scores, self.rules, target, stop_before=self._is_doubtful)
+            if removal.units:
+                self._zero(removal, optimizer)
+                units += removal.units
+                kept = compose(kept, removal.kept)
+            following = self._next_unit(removal, scores)
+            if not self.is_above(target) or following is None or not self._is_doubtful(following, removal.units):
+                break
+            assert self.blocks is not None
+            assert probe is not None
+            self.blocks.forget(removal.units)
+            self.blocks.confirm(probe, following.kind, following.layer)
+        if not units:
             return None
-        ranking = Ranking(self.architecture, scores, self.rules)
-        peeks = {kind: ranking.peek(kind) for kind in self.rules.kinds}
-        self.next_saliency = {kind: unit.score for kind, unit in peeks.items() if unit is not None}
+        self.events_since_compaction += 1
+        self.is_done = self.budget.is_met(self.architecture)
+        return Removal(before, self.architecture, kept, tuple(units))
+
+    def _is_doubtful(self, unit: Unit, taken: Sequence[Unit]) -> bool:
+        """Whether a unit is a block whose score is to be measured again before it goes."""
+        return self.blocks is not None and self.blocks.is_doubtful(unit, taken)
+
+    def _scores_to_rank_by(self, probe: BlockProbe | None) -> Scores:
+        """In nats, and with blocks, where blocks may go; as the tracker has them otherwise."""
+        scores = self.logical_scores()
+        if self.blocks is None:
+            return scores
+        size = self.budget.measure.of(self.architecture)
+        if self.blocks.is_stale(size):
+            assert probe is not None
+            self.blocks.renew(probe, self.architecture, scores, size)
+        return self.blocks.in_nats(scores)
+
+    def _next_unit(self, removal: Removal, scores: Scores) -> Unit | None:
+        """What would go after `removal`, by the scores that it was selected by; notes that of every kind."""
+        left = {kind: _those_kept(vectors, removal.kept.get(kind)) for kind, vectors in scores.items()}
+        ranking = Ranking(removal.after, left, self.rules)
+        names = (*self.rules.kinds, *self.rules.blocks)
+        self.next_saliency = {name: unit.score for name in names if (unit := ranking.peek(name)) is not None}
+        return ranking.peek()
+
+    def _zero(self, removal: Removal, optimizer: torch.optim.Optimizer) -> None:
+        """Let go of what was selected from the shape at hand."""
         kept = removal.kept if self.pending is None else compose(self.pending.kept, removal.kept)
         self.survivors = compose(self.survivors, removal.kept)
         self.pending = Removal(self.physical, removal.after, kept, removal.units)
         if self.grams is not None:
             self.parallel.mean_tensors(self.grams.grams.values())
             self.grams.update_weights(self.pending)
-        if self.parallel.mode != "fsdp":  # there, the removal is physical at once
-            zero_groups(self.model, self.pending, optimizer)
-        self.events_since_compaction += 1
-        self.is_done = self.budget.is_met(removal.after)
-        return removal
+        zero_groups(self.model, self.pending, optimizer)
 
     def compact(self, loss: TrainingLoss, optimizer: torch.optim.Optimizer) -> tuple[TrainingLoss, nn.Module]:
         """Physically remove what is pending; returns the loss and what to call in a step."""
@@ -168,7 +214,11 @@ class Pruner:
 
     def state_tensors(self) -> dict[str, Any]:
         """What `load_state` takes as `tensors`: scores and Gram matrices, the same on every rank."""
-        return {"tracker": self.tracker.state_dict(), "grams": self.grams.grams if self.grams is not None else {}}
+        return {
+            "tracker": self.tracker.state_dict(),
+            "blocks": self.blocks.state() if self.blocks is not None else {},
+            "grams": self.grams.grams if self.grams is not None else {},
+        }
 
     def load_state(self, values: dict[str, Any], tensors: dict[str, Any], model: Any) -> None:
         """Continue from a checkpoint whose (physical) model is loaded already."""
@@ -180,10 +230,19 @@ class Pruner:
         self.is_done = self.budget.is_met(logical)
         self.tracker.load_state_dict(tensors["tracker"])
         self.tracker.attach(model)
+        if self.blocks is not None:
+            self.blocks.load_state(tensors["blocks"])
         if self.grams is not None:
             self.grams.grams = tensors["grams"]
             self.grams.attach(model)
             self._drop_grams_when_done()
+
+
+def _those_kept(vectors: list[Tensor], kept: list[Tensor] | None) -> list[Tensor]:
+    """Scores of surviving groups; None for blocks, of which every layer keeps its score."""
+    if kept is None:
+        return vectors
+    return [vector[survivors.to(vector.device)] for vector, survivors in zip(vectors, kept, strict=True)]
 
 
 def kept_to_json(kept: Kept) -> dict[str, list[list[int]]]:

@@ -40,7 +40,10 @@ def rebuild_sharded(
     renamed: dict[Tensor, Any] = {}
     new_parameters = dict(smaller.named_parameters())
     for name, old in model.named_parameters():
-        new: Any = new_parameters[name]
+        new: Any = new_parameters.get(name)
+        if new is None:  # of a block that is gone
+            optimizer.state.pop(old, None)
+            continue
         is_rescaled = scale != 1.0 and name.endswith(STEM_NORMS)
         value = slice_tensor(name, full(old.detach()), removal)
         scatter(new, value * scale if is_rescaled else value)
@@ -53,5 +56,5 @@ def rebuild_sharded(
                 for key, item in sliced.items()
             }
     for group in optimizer.param_groups:
-        group["params"] = [renamed[parameter] for parameter in group["params"]]
+        group["params"] = [renamed[parameter] for parameter in group["params"] if parameter in renamed]
     return new_loss, wrapped

@@ -17,10 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ..model.architecture import Architecture
 from ..model.irregular import apply_architecture
-from ..model.tensors import STEM_NORMS, axes_of
+from ..model.modeling_efficientllm import NoAttention, NoFeedForward
+from ..model.tensors import STEM_NORMS, axes_of, tensor_names
 from .groups import KIND_OF_AXIS, KINDS
 from .selection import Kept, Removal
 
@@ -70,6 +72,7 @@ def _parents(model: nn.Module, name: str) -> list[tuple[nn.Module, str]]:
 def remove_groups(model: Any, removal: Removal, optimizer: torch.optim.Optimizer | None = None) -> None:
     """Physically remove groups, in place: parameters, optimizer state, norms and config. Gradients are dropped."""
     scale = norm_scale(removal)
+    _remove_blocks(model, removal.after, optimizer)
     slots = _slots(optimizer)
     for name in [name for name, _ in model.named_parameters()]:
         # each old tensor goes before the next new one comes: nothing but the loop's own names may hold it
@@ -87,6 +90,23 @@ def remove_groups(model: Any, removal: Removal, optimizer: torch.optim.Optimizer
             if parameter in optimizer.state:
                 optimizer.state[new] = slice_state(name, optimizer.state.pop(parameter), removal, is_rescaled, scale)
     _update_modules(model, removal)
+
+
+def _remove_blocks(model: Any, after: Architecture, optimizer: torch.optim.Optimizer | None) -> None:
+    """Put what stands for an absent block where `after` has none, and let its parameters go."""
+    staying = set(tensor_names(after))
+    gone = {parameter for name, parameter in model.named_parameters() if name not in staying}
+    for index, (layer, shape) in enumerate(zip(model.model.layers, after.layers, strict=True)):
+        if not shape.num_attention_heads and not isinstance(layer.self_attn, NoAttention):
+            layer.self_attn, layer.input_layernorm = NoAttention(index), nn.Identity()
+        if not shape.intermediate_size and not isinstance(layer.mlp, NoFeedForward):
+            layer.mlp, layer.post_attention_layernorm = NoFeedForward(), nn.Identity()
+    if optimizer is None or not gone:
+        return
+    for group in optimizer.param_groups:
+        group["params"] = [parameter for parameter in group["params"] if parameter not in gone]
+    for parameter in gone:
+        optimizer.state.pop(parameter, None)
 
 
 def _slots(optimizer: torch.optim.Optimizer | None) -> dict[Tensor, tuple[list[Tensor], int]]:
@@ -153,7 +173,7 @@ def zero_groups(model: Any, removal: Removal, optimizer: torch.optim.Optimizer |
             state = optimizer.state.get(parameter, {}) if optimizer is not None else {}
             for tensor in (parameter.data, *state.values()):
                 if torch.is_tensor(tensor) and tensor.dim() > 0:
-                    tensor.index_fill_(dim, index, 0.0)
+                    _fill_zero(tensor, dim, index)
 
 
 @torch.no_grad()
@@ -162,7 +182,19 @@ def zero_gradients(model: Any, removal: Removal) -> None:
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             for dim, index in _gone(name, parameter, removal):
-                parameter.grad.index_fill_(dim, index, 0.0)
+                _fill_zero(parameter.grad, dim, index)
+
+
+def _fill_zero(tensor: Tensor, dim: int, index: Tensor) -> None:
+    """Zero positions `index` along `dim`; of a tensor that FSDP2 shards by rows, those that this rank has."""
+    if isinstance(tensor, DTensor):
+        local = tensor.to_local()
+        if dim == 0:
+            rows_per_rank = -(-tensor.shape[0] // tensor.device_mesh.size())
+            index = index - tensor.device_mesh.get_local_rank() * rows_per_rank
+            index = index[(index >= 0) & (index < local.shape[0])]
+        tensor = local
+    tensor.index_fill_(dim, index.to(tensor.device), 0.0)
 
 
 def _gone(name: str, parameter: Tensor, removal: Removal) -> Iterator[tuple[int, Tensor]]:

@@ -90,10 +90,12 @@ class InputGrams:
 
     def keep(self, removal: Removal) -> None:
         """Drop the rows and columns of removed inputs, after the physical removal."""
-        for name, gram in self.grams.items():
+        for name, gram in list(self.grams.items()):
             axis = input_axis(".".join(name.rsplit(".", 2)[1:]))
             kept = kept_channels(removal.kept, removal.before, int(name.split(".")[2]), axis)
-            if kept is not None:
+            if kept is not None and not len(kept):  # the block is gone
+                del self.grams[name]
+            elif kept is not None:
                 index = kept.to(gram.device)
                 self.grams[name] = gram[index][:, index].contiguous()
 

@@ -22,10 +22,13 @@ def _optimizer(**changes: object) -> Change:
     return lambda config: replace(config, optimizer=replace(config.optimizer, **changes))  # type: ignore[arg-type]
 
 
+_by_target = _pruning(rank_by="target")
 _one_shot = _pruning(prune_start=ONE_SHOT_AT, prune_end=ONE_SHOT_AT)
 _distilled = _optimizer(distill=1.0)
 """The loss of the peers, as of ours: cross-entropy and distillation from the source."""
-_unpruned = _pruning(prune=("none",), target_params=None)
+_unpruned = _pruning(
+    prune=("none",), target_params=None, target_latency=None, device_profile=None, workload=None, rank_by="target"
+)
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,10 @@ class Arm:
     shape_of: str | None = None
     """Arm whose final shape this one begins with, with random weights."""
     trains: bool = True
+    is_for_device: bool = False
+    """Whether it ranks by a device's milliseconds, so that it needs a profile."""
+    drops_layers: bool = False
+    """Whether it prunes towards the source without its best contiguous layers."""
 
     def configure(self, common: TrainConfig) -> TrainConfig:
         for change in self.changes:
@@ -84,6 +91,22 @@ ARMS: dict[str, Arm] = {
     "one-shot-magnitude": Arm("one-shot magnitude, then training", (_one_shot, _pruning(saliency="magnitude"))),
     "random": Arm("random groups, removed gradually", (_pruning(saliency="random"),)),
     "uniform": Arm("pruning-aware, taylor1, uniform layout", (_pruning(layout="uniform"),)),
+    "latency": Arm("pruning-aware, by milliseconds", (_by_target,), is_ours=True, is_repeated=True, is_for_device=True),
+    "latency-blocks": Arm(
+        "pruning-aware, by milliseconds, with blocks",
+        (_by_target, _pruning(prune=("attention", "ffn", "blocks"))),
+        is_ours=True,
+        is_repeated=True,
+        is_for_device=True,
+    ),
+    "latency-distill": Arm(
+        "pruning-aware, by milliseconds, with blocks, distillation",
+        (_by_target, _pruning(prune=("attention", "ffn", "blocks")), _distilled),
+        is_ours=True,
+        is_repeated=True,
+        is_for_device=True,
+    ),
+    "depth": Arm("depth only, best contiguous layers", (), is_repeated=True, drops_layers=True),
     "scratch": Arm("same shape from scratch", (_unpruned,), shape_of=TAYLOR1),
 }
 """In the order they run; every arm sees the same tokens in the same order."""

@@ -19,6 +19,7 @@ from ..compute.hardware import choose_hardware
 from ..evaluation.evaluation import Evaluation
 from ..model.architecture import Architecture
 from ..plots import plot_architecture
+from ..pruning.budget import device_time
 from .arms import ARMS, TAYLOR1
 from .figure import plot_perplexities
 from .overlap import jaccard_of_removed
@@ -73,7 +74,8 @@ def table(results: Results, keep: float, source: Architecture) -> str:
     """One row per arm at a ratio."""
     texts, tasks = list(results[0].perplexities), list(results[0].evaluation.tasks)
     chats = all(result.evaluation.quality is not None and result.evaluation.quality.answers for result in results)
-    header = ["arm", "seeds", "parameters", *[f"{text} ppl" for text in texts]]
+    is_timed = results[0].ms is not None
+    header = ["arm", "seeds", "parameters", *(["predicted ms"] if is_timed else []), *[f"{text} ppl" for text in texts]]
     header += ["end of turn", "questions"] if chats else []
     header += [*tasks, "train s", "TFLOP", "removed as ours"]
     rows = [header]
@@ -89,6 +91,7 @@ def table(results: Results, keep: float, source: Architecture) -> str:
                 title,
                 str(len(found)),
                 format_count(found[0].parameters),
+                *([_over_seeds([result.ms or math.nan for result in found], 2)] if is_timed else []),
                 *perplexities,
                 *(_chat_cells(evaluations) if chats else []),
                 *[_task_cell(evaluations, task) for task in tasks],
@@ -109,8 +112,9 @@ def verdict(results: Results, keep: float) -> str:
         if found and description.trains and not description.same_for_all_ratios:
             nats[arm] = [math.log(result.perplexities[text]) for result in found]
     means = {arm: statistics.fmean(values) for arm, values in nats.items()}
-    ours = [arm for arm in means if ARMS[arm].is_ours]
-    others = [arm for arm in means if not ARMS[arm].is_ours]
+    by_device = [arm for arm in means if ARMS[arm].is_for_device]
+    ours = by_device or [arm for arm in means if ARMS[arm].is_ours]
+    others = [arm for arm in means if arm not in ours]
     if not ours or not others:
         return ""
     best, rival = min(ours, key=lambda arm: means[arm]), min(others, key=lambda arm: means[arm])
@@ -165,6 +169,7 @@ def markdown(study: Study, results: Results, folder_name: str) -> str:
         f"± is the standard error over documents, brackets are the range over seeds; matrix products in "
         f"{config.eval_dtype}",
         f"- commit {commit()}, {hardware.describe()} {chips}".rstrip(),
+        *_device_line(study),
         "- TFLOP: 6 per parameter and token, 2 more per parameter of the source for a teacher; 'removed as ours': "
         f"Jaccard index of the removed FFN channels and heads with {ARMS[TAYLOR1].title}, seed 0",
         "",
@@ -172,7 +177,8 @@ def markdown(study: Study, results: Results, folder_name: str) -> str:
     for keep in map(float, config.keep):
         if not of_arm(results, TAYLOR1, keep):
             continue
-        parts += [f"## {keep - 1:+.0%} of the non-embedding parameters", "", table(results, keep, study.source), ""]
+        of = f"the time of {config.workload}" if config.device_profile else "the non-embedding parameters"
+        parts += [f"## {keep - 1:+.0%} of {of}", "", table(results, keep, study.source), ""]
         line = verdict(results, keep)
         if line:
             parts += [line, ""]
@@ -182,6 +188,18 @@ def markdown(study: Study, results: Results, folder_name: str) -> str:
         if agreement:
             parts += ["Agreement of seeds (Jaccard index of what they removed):", "", agreement, ""]
     return "\n".join(parts)
+
+
+def _device_line(study: Study) -> list[str]:
+    """What the arms are equally fast on."""
+    time = device_time(study.common_pruning(1.0))
+    if time is None:
+        return []
+    errors = ", ".join(f"{error.median:.1%} at depth {error.depth}" for error in time.profile.errors)
+    return [
+        f"- all arms end at the same predicted time of {time.describe()}; median error of its profile: {errors}; arms "
+        "rank by parameters unless they say otherwise"
+    ]
 
 
 def write_report(study: Study, path: Path) -> None:

@@ -33,6 +33,8 @@ class StudyResult:
     """Final shape of a trained arm."""
     survivors: Survivors | None = None
     """Groups of the source that remain, of an arm that prunes."""
+    ms: float | None = None
+    """Predicted, of the workload on the profiled device, where the study has one."""
 
     @property
     def perplexities(self) -> dict[str, float]:

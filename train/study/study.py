@@ -11,15 +11,23 @@ from typing import Literal
 from ...runtime.base import flags
 from ...runtime.base.errors import UsageError
 from ...runtime.base.files import write_json_atomically
+from ..compute.distributed import Parallel
+from ..compute.hardware import choose_hardware
+from ..compute.loss import TrainingLoss
 from ..config import OptimizerConfig, RunConfig, SourceConfig, TrainConfig
+from ..corpora import data_specs, windows_apart
 from ..evaluation.evaluation import ComputeConfig, Evaluation, MeasureConfig, check, evaluate
 from ..metrics import read_metrics
 from ..model.architecture import Architecture
 from ..model.irregular import save_checkpoint
 from ..model.source import load_source
+from ..pruning.budget import device_time
 from ..pruning.config import PruneConfig
+from ..pruning.plan import make_pruning_plan
+from ..pruning.probe import BlockProbe
 from ..run import run_training
 from .arms import ARMS, Arm
+from .depth import best_contiguous
 from .flops import training_flops
 from .result import StudyResult
 
@@ -35,9 +43,15 @@ class StudyConfig:
     tokens: int = flags.count(30_720)
     """Tokens each arm sees."""
     keep: tuple[str, ...] = flags.comma_separated("0.8", "0.5")
-    """Shares of the non-embedding parameters to keep, comma-separated."""
-    arms: tuple[str, ...] = flags.comma_separated(*ARMS)
-    """Arms to run, comma-separated."""
+    """Shares of the non-embedding parameters (of the time, with --device-profile) to keep, comma-separated."""
+    device_profile: str = ""
+    """Profile of a device, as efficientllm-bench --profile writes it: arms are then equally fast there, and --keep is
+    shares of the source's time."""
+    workload: str = "depth=512"
+    """What is timed there: prompt=256,answer=128 (tokens) a whole answer, depth=512 one token after 512."""
+    arms: tuple[str, ...] = flags.comma_separated(*(name for name, arm in ARMS.items() if not arm.is_for_device))
+    """Arms to run, comma-separated; those that rank by milliseconds (latency, latency-blocks, latency-distill) need
+    --device-profile."""
     seeds: int = 1
     """Seeds of the arms that are repeated; the others run with the first."""
     batch_size: int = 4
@@ -70,6 +84,8 @@ class StudyConfig:
     def __post_init__(self) -> None:
         for name in self.arms:
             flags.require(self, "arms", name in ARMS, f"unknown; known: {', '.join(ARMS)}", value=name)
+            needs = ARMS[name].is_for_device and not self.device_profile
+            flags.require(self, "arms", not needs, "needs --device-profile", value=name)
         for text in self.keep:
             flags.require(self, "keep", 0 < float(text) < 1, "must be between 0 and 1", value=text)
         flags.require(self, "seeds", self.seeds >= 1, "must be at least 1")
@@ -195,9 +211,7 @@ class Study:
             source = replace(source, source=str(shape), init="random")
         common = TrainConfig(
             source=source,
-            pruning=PruneConfig(
-                target_params=target_parameters(self.source, job.keep), width_multiple=settings.width_multiple
-            ),
+            pruning=self.common_pruning(job.keep),
             optimizer=OptimizerConfig(
                 tokens=settings.tokens, batch_size=settings.batch_size, learning_rate=settings.learning_rate
             ),
@@ -205,16 +219,51 @@ class Study:
                 output=str(folder),
                 overwrite=not resume,
                 resume=resume,
+                quality=False,  # `evaluate` measures it
                 device=settings.device,
                 threads=settings.threads,
                 seed=job.seed,
             ),
         )
-        return arm.configure(common)
+        config = arm.configure(common)
+        return self._without_best_layers(config) if arm.drops_layers else config
+
+    def common_pruning(self, keep: float) -> PruneConfig:
+        """What every arm ends with, ranked by parameters unless it says otherwise."""
+        settings = self.config
+        if not settings.device_profile:
+            target = target_parameters(self.source, keep)
+            return PruneConfig(target_params=target, width_multiple=settings.width_multiple)
+        return PruneConfig(
+            target_latency=f"{keep:g}x",
+            device_profile=settings.device_profile,
+            workload=settings.workload,
+            rank_by="parameters",
+            width_multiple=settings.width_multiple,
+        )
+
+    def _without_best_layers(self, config: TrainConfig) -> TrainConfig:
+        """The run that prunes towards the best contiguous layers of the same target."""
+        path = Path(config.run.output).with_suffix(".shape.json")
+        if not path.is_file():
+            plan = make_pruning_plan(config.pruning, self.source, 0)
+            assert plan is not None
+            model, tokenizer = load_source(str(self.source_folder))
+            hardware = choose_hardware(config.run.device, config.run.dtype, config.run.threads)
+            parallel = Parallel("ddp", hardware.device)
+            loss = TrainingLoss(model.to(hardware.device), hardware.dtype)
+            windows = windows_apart(config, data_specs(config), tokenizer, 1, config.pruning.block_tokens)
+            probe = BlockProbe(loss, windows, config.optimizer.batch_size, parallel)
+            shape = best_contiguous(self.source, probe, plan.budget.measure, plan.budget.target)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json_atomically(path, shape.to_dict())
+        settings = PruneConfig(target_architecture=str(path))
+        return replace(config, pruning=settings)
 
     def _result(self, job: Job, arm: Arm, folder: Path, measured: Evaluation) -> StudyResult:
         if not arm.trains:
-            return StudyResult(job.arm, job.keep, job.seed, self.source.num_parameters, measured)
+            ms = self.milliseconds(self.source)
+            return StudyResult(job.arm, job.keep, job.seed, self.source.num_parameters, measured, ms=ms)
         training = json.loads((folder / "model" / "training.json").read_text(encoding="utf-8"))
         shape = json.loads((folder / "architecture.json").read_text(encoding="utf-8"))
         with_teacher = self.train_config(job, arm, folder, False).optimizer.distill > 0
@@ -230,7 +279,13 @@ class Study:
             flops=training_flops(read_metrics(folder), initial, self.source, with_teacher),
             architecture=Architecture.from_dict(shape["final"]),
             survivors=shape.get("survivors"),
+            ms=self.milliseconds(Architecture.from_dict(shape["final"])),
         )
+
+    def milliseconds(self, architecture: Architecture) -> float | None:
+        """Predicted, of the workload on the profiled device; None where there is no profile."""
+        time = device_time(self.common_pruning(1.0))
+        return time.measure.of(architecture) if time is not None else None
 
     def results(self) -> list[StudyResult]:
         """Every finished job of this configuration, in the order of the jobs."""

@@ -1,0 +1,255 @@
+"""Pruning for a measured device: prices, budgets and whole runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from priced import stepped_profile, tiny_profile, tiny_time
+from pruning import LAYERS, random_scores
+from tiny import tiny_architecture
+from training import command, metrics, run, weights, without
+
+from efficientllm.runtime.base.errors import OptionError, UsageError
+from efficientllm.runtime.latency.workload import Workload
+from efficientllm.train.model.architecture import Architecture, LayerShape
+from efficientllm.train.model.file_size import gguf_bytes
+from efficientllm.train.pruning.config import PruneConfig
+from efficientllm.train.pruning.groups import BLOCKS, KINDS
+from efficientllm.train.pruning.latency_target import LatencyTarget
+from efficientllm.train.pruning.measures import PARAMETERS, Measure, bytes_of_file, decoder_shape
+from efficientllm.train.pruning.selection import Ranking, SelectionRules, select_removal
+
+ARCHITECTURE = tiny_architecture(layers=LAYERS)
+
+
+# -- prices
+
+
+@pytest.mark.parametrize("measure", [PARAMETERS, bytes_of_file("q4_0", 0), tiny_time().measure], ids=lambda m: m.unit)
+def test_what_a_unit_frees_is_what_the_shape_loses(measure: Measure) -> None:
+    rules = SelectionRules(tuple(KINDS), 32, blocks=tuple(BLOCKS), measure=measure)
+    removal = select_removal(ARCHITECTURE, random_scores(ARCHITECTURE), rules, 0, max_units=6)
+    total = measure.of(ARCHITECTURE) - measure.of(removal.after)
+    assert sum(unit.freed for unit in removal.units) == pytest.approx(total)
+
+
+def test_deep_contexts_make_heads_go_first() -> None:
+    """The same saliency, two workloads: a head frees little of an empty context, much of a long one."""
+    scores = {"kv_group": [torch.ones(layer.num_key_value_heads) for layer in LAYERS]}
+    scores["ffn"] = [torch.full((layer.intermediate_size,), 0.003) for layer in LAYERS]
+    first = []
+    for depth in (0, 2048):
+        measure = tiny_time(workload=Workload.at_depth(depth)).measure
+        unit = Ranking(ARCHITECTURE, scores, SelectionRules(("kv_group", "ffn"), 8, measure=measure)).peek()
+        assert unit is not None
+        first.append(unit.kind)
+    assert first == ["ffn", "kv_group"]
+
+
+def test_channels_go_by_the_step_of_the_kernel() -> None:
+    """A width of 128 in steps of 64 takes 2 ms: 8 channels free nothing, 64 free one step, and so 64 go at once."""
+    architecture = tiny_architecture(layers=(LayerShape(4, 2, 128),) * 2)
+    scores = {"ffn": [torch.arange(128.0), torch.arange(128.0) + 1]}
+    rules = SelectionRules(("ffn",), 8, measure=tiny_time(stepped_profile()).measure)
+    unit = Ranking(architecture, scores, rules).peek()
+    assert unit is not None
+    assert unit.parts == ((0, tuple(range(64))),)
+    assert unit.freed == pytest.approx(1.0)
+
+
+def test_what_frees_nothing_stays() -> None:
+    architecture = tiny_architecture(layers=(LayerShape(4, 2, 64),))
+    rules = SelectionRules(("ffn",), 8, measure=tiny_time(stepped_profile(step=256)).measure)
+    assert Ranking(architecture, {"ffn": [torch.ones(64)]}, rules).peek() is None
+
+
+def test_a_price_follows_what_is_left() -> None:
+    """Query heads of a layer with one group left free less than they did with two."""
+    measure = tiny_time().measure
+    rules = SelectionRules(("kv_group", "query_head"), measure=measure)
+    ranking = Ranking(ARCHITECTURE, random_scores(ARCHITECTURE), rules)
+    before = ranking.peek("query_head")
+    while before is not None and (taken := ranking.peek("kv_group")) is not None:
+        ranking.take(taken)
+        for name in rules.kinds:
+            fresh = Ranking(ranking.architecture, random_scores(ranking.architecture), rules)
+            for layer in range(len(LAYERS)):
+                old, new = ranking._candidate(name, layer), fresh._candidate(name, layer)
+                assert (old is None) == (new is None)
+                assert old is None or new is None or old.freed == pytest.approx(new.freed)
+
+
+def test_bytes_are_those_of_the_padded_file() -> None:
+    """Two channels of 64 free no byte of a file in blocks of 32; a run to the next block does."""
+    architecture = tiny_architecture(layers=(LayerShape(4, 2, 64),))
+    rules = SelectionRules(("ffn",), 2, measure=bytes_of_file("q8_0", 0))
+    unit = Ranking(architecture, {"ffn": [torch.ones(64)]}, rules).peek()
+    assert unit is not None
+    assert len(unit.parts[0][1]) == 32
+    smaller = tiny_architecture(layers=(LayerShape(4, 2, 32),))
+    assert unit.freed == gguf_bytes(architecture, "q8_0", 0) - gguf_bytes(smaller, "q8_0", 0)
+
+
+def test_a_head_of_another_type_weighs_more_in_bytes() -> None:
+    """The tied embedding of a 4-bit file is q8_0: a stem channel frees more of it than its parameters say."""
+    rules = [SelectionRules(("stem", "ffn"), 32, measure=each) for each in (PARAMETERS, bytes_of_file("q4_0", 0))]
+    freed = []
+    for each in rules:
+        ranking = Ranking(ARCHITECTURE, random_scores(ARCHITECTURE), each)
+        stem, ffn = ranking.peek("stem"), ranking.peek("ffn")
+        assert stem is not None
+        assert ffn is not None
+        freed.append(stem.freed / ffn.freed)
+    assert freed[1] > 1.1 * freed[0]
+
+
+def test_the_priced_shape_is_the_one_that_is_stored() -> None:
+    layers = (LayerShape(4, 2, 96), LayerShape(0, 0, 0), LayerShape(2, 1, 0), LayerShape(0, 0, 64))
+    shape = decoder_shape(tiny_architecture(layers=layers))
+    assert [(layer.num_attention_heads, layer.intermediate_size) for layer in shape.layers] == [(4, 96), (2, 64)]
+
+
+# -- settings
+
+
+@pytest.mark.parametrize(("text", "ms"), [("0.6x", 12.0), ("8ms", 8.0), (" 1x ", 20.0), (".5 ms", 0.5)])
+def test_a_target_is_a_share_or_milliseconds(text: str, ms: float) -> None:
+    assert LatencyTarget.parse(text).of(20.0) == pytest.approx(ms)
+
+
+@pytest.mark.parametrize("text", ["8", "0x", "1.5x", "8s", "x", "-8ms", "nanms"])
+def test_other_targets_are_refused(text: str) -> None:
+    with pytest.raises(OptionError, match=r"--target-latency .*: .*give a share"):
+        PruneConfig(target_latency=text, device_profile="a.json", at_depth=512)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"target_latency": "0.6x", "at_depth": 1}, "needs --device-profile FILE"),
+        ({"target_latency": "0.6x", "device_profile": "a"}, "needs either --workload .* or --at-depth"),
+        ({"target_latency": "1ms", "device_profile": "a", "at_depth": 1, "workload": "depth=1"}, "needs either"),
+        ({"device_profile": "a"}, "--device-profile a: is for --target-latency"),
+        ({"target_latency": "0.6x", "target_params": 5, "device_profile": "a", "at_depth": 1}, "are both given"),
+        ({"target_latency": "0.6x", "device_profile": "a", "workload": "tokens=3"}, "cannot read 'tokens=3'"),
+        ({"prune": ("blocks",), "layout": "uniform"}, "needs layers that may differ"),
+        ({"prune": ("ffn", "layers"), "target_architecture": "a.json"}, "says which blocks go"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(settings: dict[str, object], message: str) -> None:
+    with pytest.raises((UsageError, ValueError), match=message):
+        PruneConfig(**settings)  # type: ignore[arg-type]
+
+
+# -- runs
+
+
+@pytest.fixture(scope="module")
+def device(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("device") / "device.json"
+    tiny_profile().save(path)
+    return path
+
+
+def latency_command(source: Path, corpus: Path, output: Path, device: Path, *more: str) -> list[str]:
+    """A run to 0.7 of the source's time at depth 512."""
+    space = without(without(command(source, corpus, output), "--target-ratio"), "--prune")
+    target = ["--target-latency", "0.7x", "--device-profile", str(device), "--at-depth", "512"]
+    return [*space, *target, "--block-tokens", "256", *more]
+
+
+def final(folder: Path) -> Architecture:
+    return Architecture.from_dict(json.loads((folder / "architecture.json").read_text())["final"])
+
+
+@pytest.mark.parametrize("space", ["attention,ffn", "attention,ffn,stem,blocks", "blocks", "layers"])
+def test_a_run_reaches_its_milliseconds(
+    space: str, device: Path, source_folder: Path, corpus: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    assert run(latency_command(source_folder, corpus, output, device, "--prune", space)) == 0
+    measure, source = tiny_time().measure, Architecture.from_folder(source_folder)
+    ms = measure.of(final(output))
+    assert ms <= 0.7 * measure.of(source)
+    steps = [record for record in metrics(output) if "loss" in record]
+    assert steps[-1]["ms"] == pytest.approx(ms, abs=1e-4)
+    assert steps[0]["ms"] == pytest.approx(measure.of(source), abs=1e-4)
+    card = (output / "model" / "README.md").read_text()
+    assert f"took the source {measure.of(source):.2f} ms and takes this model {ms:.2f} ms" in card
+    assert "its median error on irregular models is 2.0%" in card
+    stored = Architecture.from_folder(output / "model")
+    assert stored.num_parameters == final(output).num_parameters
+    assert all(layer.num_attention_heads or layer.intermediate_size for layer in stored.layers)
+    if space == "layers":
+        assert stored.layers == (LayerShape(4, 2, 128),) * len(stored.layers)
+        assert len(stored.layers) < len(source.layers)
+
+
+def test_zeroed_blocks_give_the_same_run_as_removed_ones(
+    device: Path, source_folder: Path, corpus: Path, tmp_path: Path
+) -> None:
+    more = ["--prune", "attention,ffn,blocks"]
+    for name, every in (("each", "1"), ("third", "3")):
+        arguments = latency_command(source_folder, corpus, tmp_path / name, device, *more, "--compact-every", every)
+        assert run(arguments) == 0
+    removed = [[record.get("removed") for record in metrics(tmp_path / name)] for name in ("each", "third")]
+    assert removed[0] == removed[1]
+    assert any(kind in BLOCKS for record in removed[0] for kind, *_ in record or ())
+    for name, tensor in weights(tmp_path / "each").items():
+        torch.testing.assert_close(weights(tmp_path / "third")[name], tensor, atol=1e-3, rtol=1e-2)
+
+
+def test_a_stopped_run_for_a_device_resumes_bit_identically(
+    device: Path, source_folder: Path, corpus: Path, tmp_path: Path
+) -> None:
+    arguments = [
+        latency_command(source_folder, corpus, tmp_path / name, device, "--prune", "attention,ffn,blocks")
+        for name in ("straight", "stopped")
+    ]
+    assert run(arguments[0]) == 0
+    stop_after(arguments[1], 7)
+    assert run([*arguments[1], "--resume"]) == 0
+    assert metrics(tmp_path / "stopped") == metrics(tmp_path / "straight")
+    ours, theirs = weights(tmp_path / "stopped"), weights(tmp_path / "straight")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def stop_after(arguments: list[str], steps: int) -> None:
+    """Run until a step's end asks to stop, as a signal does."""
+    from efficientllm.train.trainer import Trainer
+
+    step = Trainer._step
+
+    def stopping(self: Trainer) -> dict[str, object]:
+        record = step(self)
+        if self.progress.step == steps:
+            self.stop_signal.name = "a test"
+        return record
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_step", stopping)
+        assert run(arguments) == 130
+
+
+def test_blocks_go_by_an_explicit_architecture(source_folder: Path, corpus: Path, tmp_path: Path) -> None:
+    """Reached step by step, and recovered from by least squares on the way."""
+    shape = tiny_architecture(layers=(LayerShape(4, 2, 128), LayerShape(0, 0, 0), LayerShape(2, 1, 0)))
+    (tmp_path / "shape.json").write_text(json.dumps(shape.to_dict()))
+    arguments = without(command(source_folder, corpus, tmp_path / "run"), "--target-ratio")
+    more = ["--target-architecture", str(tmp_path / "shape.json"), "--recover", "least-squares"]
+    assert run([*arguments, *more, "--recover-tokens", "512", "--prune-every", "5"]) == 0
+    assert final(tmp_path / "run") == shape
+    assert Architecture.from_folder(tmp_path / "run" / "model").layers == (shape.layers[0], shape.layers[2])
+
+
+def test_an_impossible_time_is_refused(
+    device: Path, source_folder: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = latency_command(source_folder, corpus, tmp_path / "run", device)
+    arguments[arguments.index("0.7x")] = "0.001ms"
+    assert run(arguments) == 2
+    assert "the target of 0.001 ms is too small: one group per layer already takes" in capsys.readouterr().err

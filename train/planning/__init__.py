@@ -1,0 +1,1 @@
+"""`efficientllm-plan`: what pruning a model buys on a device, before anything is trained."""

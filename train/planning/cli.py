@@ -1,0 +1,145 @@
+"""`efficientllm-plan`: what pruning a model buys on measured devices, before anything is trained."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ...runtime.base import flags
+from ...runtime.base.command import run_command
+from ...runtime.base.errors import UsageError
+from ...runtime.base.extras import extra
+from ...runtime.base.quantities import format_count
+from ...runtime.latency.profile import DeviceProfile
+from ...runtime.latency.workload import Workload
+from ..pruning.config import PruneConfig
+from ..pruning.latency_target import LatencyTarget
+
+if TYPE_CHECKING:
+    from ..model.architecture import Architecture
+    from ..pruning.measures import DeviceTime
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """plan"""
+
+    device_profile: tuple[str, ...] = ()
+    """Profile of a device, as efficientllm-bench --profile writes it; repeatable."""
+    workload: str = "depth=512"
+    """What is timed: prompt=256,answer=128 (tokens) a whole answer, depth=512 one token after 512."""
+    target: tuple[str, ...] = flags.comma_separated("0.8x", "0.6x")
+    """Targets to look at, comma-separated: shares of the source's time (0.6x), or milliseconds (8ms)."""
+    prune: tuple[str, ...] = flags.comma_separated("attention", "ffn")
+    """Pruning space, comma-separated, as of efficientllm-train."""
+    width_multiple: int = 32
+    """FFN and hidden widths stay multiples of this many channels."""
+    after: str = ""
+    """Run folder, or JSON file of an architecture, that the picture shows instead of the last target."""
+    picture: str = ""
+    """PNG file to write: where the milliseconds go, before and after."""
+
+    def __post_init__(self) -> None:
+        flags.check_types(self)
+        for text in self.target:
+            try:
+                LatencyTarget.parse(text)
+            except ValueError as error:
+                flags.require(self, "target", False, str(error), value=text)
+        _ = self.space
+
+    @property
+    def space(self) -> PruneConfig:
+        """The pruning space as a run's settings."""
+        return PruneConfig(prune=self.prune, width_multiple=self.width_multiple)
+
+
+def build_parser() -> flags.Parser:
+    parser = flags.Parser(
+        PlanConfig,
+        prog="efficientllm-plan",
+        description="What each kind of group costs on measured devices, and what a target in milliseconds leaves.",
+    )
+    parser.add_argument("source", help="Hugging Face or run folder, hub id, .gguf file, or 'demo'")
+    return parser
+
+
+def source_shape(source: str) -> Architecture:
+    """The shape of anything that --source of efficientllm-train takes, or of a finished run."""
+    with extra("train"):
+        from ..model.irregular import architecture_of
+        from ..model.source import load_source
+        from ..model.stored_type import shape_of_folder
+    shape = shape_of_folder(source) or shape_of_folder(str(Path(source) / "model"))
+    return shape if shape is not None else architecture_of(load_source(source, source)[0].config)
+
+
+def shape_after(text: str) -> Architecture:
+    """The final shape of a run folder or of an architecture file."""
+    from ..pruning.budget import read_architecture
+
+    path = Path(text)
+    return read_architecture(path / "architecture.json" if path.is_dir() else path, "--after")
+
+
+def body(argv: Sequence[str]) -> int:
+    arguments = build_parser().parse(argv)
+    name = arguments.pop("source")
+    config = flags.take(arguments, PlanConfig)
+    if not config.device_profile:
+        raise UsageError("--device-profile is missing; name a profile of a device")
+    if config.picture and not Path(config.picture).absolute().parent.is_dir():
+        raise UsageError(f"--picture {config.picture}: there is no such folder")
+    workload = Workload.parse(config.workload)
+    profiles = [DeviceProfile.load(Path(path)) for path in config.device_profile]
+    with extra("train"):
+        from ..pruning.measures import DeviceTime
+    after = shape_after(config.after) if config.after else None
+    _plan(name, source_shape(name), [DeviceTime(profile, workload) for profile in profiles], config, after)
+    return 0
+
+
+def _plan(
+    name: str, source: Architecture, times: Sequence[DeviceTime], config: PlanConfig, after: Architecture | None
+) -> None:
+    """Print the plan, and draw it where that was asked for."""
+    from ..pruning.selection import SelectionRules
+    from . import prices, report
+    from .picture import draw
+    from .targets import meaning
+
+    print(f"{name}: {format_count(source.num_parameters)} parameters, {len(source.layers)} layers\n")
+    for time in times:
+        print("\n".join(report.device_lines(source, time)))
+    print(f"\n{report.price_table(source, prices.candidates(source), times)}\n")
+    space = config.space
+    rules = SelectionRules(space.kinds, space.width_multiple, blocks=space.blocks)
+    found = [
+        (text, time, meaning(source, time, LatencyTarget.parse(text), rules))
+        for time in times
+        for text in config.target
+    ]
+    print(report.target_table(source, found))
+    if not config.picture:
+        return
+    rows = []
+    for time in times:
+        label = f"{time.profile.measured_on.device}: " if len(times) > 1 else ""
+        rows.append((f"{label}source", time, source))
+        last = next(each for text, of, each in reversed(found) if of is time)
+        rows.append(
+            (f"{label}{config.after}", time, after) if after else (f"{label}{config.target[-1]}", time, last.largest)
+        )
+    draw(rows, Path(config.picture))
+    print(f"\npicture: {config.picture}")
+
+
+def main() -> None:
+    sys.exit(run_command(body))
+
+
+if __name__ == "__main__":
+    main()

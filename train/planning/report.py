@@ -1,0 +1,70 @@
+"""The plan as people read it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ...runtime.base.markdown import markdown_table
+from ...runtime.base.quantities import format_bytes, format_count
+from ..model.architecture import Architecture
+from ..pruning.measures import DeviceTime, decoder_shape
+from .prices import Candidate
+from .targets import Meaning, weight_bytes
+
+PARTS = ("attention", "FFN", "LM head", "rest")
+
+
+def parts_ms(architecture: Architecture, time: DeviceTime) -> tuple[float, float, float, float]:
+    """Milliseconds of attention, FFN, LM head and the rest of a workload."""
+    found = time.profile.breakdown(decoder_shape(architecture), time.workload)
+    return sum(found.attention_ms), sum(found.ffn_ms), found.head_ms, found.token_ms
+
+
+def device_lines(source: Architecture, time: DeviceTime) -> list[str]:
+    """The device, how far its profile is to be trusted, and where the source's milliseconds go."""
+    parts = ", ".join(f"{name} {ms:.2f}" for name, ms in zip(PARTS, parts_ms(source, time), strict=True))
+    lines = [f"{time.describe()}: {time.measure.of(source):.2f} ms ({parts})"]
+    for error in time.profile.errors:
+        lines.append(
+            f"  the profile's error on {error.models} irregular models at depth {error.depth}: median "
+            f"{error.median:.1%}, worst {error.worst:.1%}"
+        )
+    if time.profile.measured_on.emulated:
+        lines.append("  EMULATED: no figure here is the device's")
+    return lines
+
+
+def price_table(source: Architecture, found: Sequence[Candidate], times: Sequence[DeviceTime]) -> str:
+    """What goes with each candidate, on every device: milliseconds, and microseconds per million parameters."""
+    header = ["what goes", "parameters"]
+    for time in times:
+        name = time.profile.measured_on.device if len(times) > 1 else ""
+        header += [f"{name} ms".strip(), f"{name} us per M".strip()]
+    rows = [header]
+    for candidate in found:
+        parameters = candidate.parameters(source)
+        row = [candidate.title, format_count(parameters)]
+        for time in times:
+            ms = candidate.milliseconds(source, time)
+            row += [f"{ms:.3f}", f"{1e9 * ms / parameters:.0f}"]
+        rows.append(row)
+    return markdown_table(rows)
+
+
+def target_table(source: Architecture, found: Sequence[tuple[str, DeviceTime, Meaning]]) -> str:
+    """What each target leaves: parameters (and bytes of weights where the type is GGUF's)."""
+    rows = [["target", "device", "ms", "leaves at most", "in equal layers"]]
+    for target, time, meaning in found:
+        device = time.profile.measured_on.device
+        sizes = [_size(shape, source, time) for shape in (meaning.largest, meaning.equal)]
+        rows.append([target, device, f"{meaning.ms:.2f}", *sizes])
+    return markdown_table(rows, left=(0, 1))
+
+
+def _size(architecture: Architecture | None, source: Architecture, time: DeviceTime) -> str:
+    if architecture is None:
+        return "-"
+    share = architecture.num_parameters / source.num_parameters
+    size = weight_bytes(architecture, time)
+    stored = f", {format_bytes(size)}" if size is not None else ""
+    return f"{format_count(architecture.num_parameters)} ({share:.0%}{stored})"

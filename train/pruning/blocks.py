@@ -1,0 +1,129 @@
+"""Scores of whole blocks, and the unit in which blocks and groups compete: expected loss, in nats per token.
+
+A block's score is measured (probe.py). A group's saliency is a Taylor estimate that ranks the groups of one block well,
+but whose scale depends on the criterion, the batch and the block. So the groups of a block share out what the whole
+block is worth:
+
+    loss(group) = loss(block) * saliency(group) / sum of the saliencies of the block's groups
+
+which is exact where the effects of a block's groups add up. What a block is worth is measured anew as the model
+changes: all of them `renewals` times while the budget falls, one that is about to go always (and again where another
+one went since), so that no block goes on a score from before its neighbours went.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..model.architecture import Architecture
+from .groups import BLOCKS, KINDS
+from .probe import Absence, BlockProbe, Half
+from .running_scores import Scores
+from .selection import Unit
+
+HALVES: dict[Half, tuple[str, tuple[str, ...]]] = {
+    "attention": ("kv_group", ("kv_group", "query_head")),
+    "ffn": ("ffn", ("ffn",)),
+}
+"""Half of a layer -> (kind whose groups are all of it, kinds that are scored within it)."""
+
+HALF_OF_BLOCK: dict[str, Half] = {"attention_block": "attention", "ffn_block": "ffn"}
+
+
+def absence_of(name: str, layer: int) -> Absence:
+    """What is missing where a block of this kind is gone."""
+    return tuple((layer, half) for half, (kind, _) in HALVES.items() if kind in BLOCKS[name].takes)
+
+
+class BlockScores:
+    """What every block of a model is worth, as last measured."""
+
+    def __init__(self, names: Sequence[str], num_layers: int, renewals: int, span: float) -> None:
+        """`span`: what the budget's measure falls by in the whole run."""
+        self.names = tuple(names)
+        self._interval = span / renewals
+        self._losses = {name: torch.zeros(num_layers, dtype=torch.float64) for name in BLOCKS}
+        """Nats per token without the block; 0 where there is none. Halves are measured whatever may go: groups need
+        them."""
+        self._factors = {half: torch.zeros(num_layers, dtype=torch.float64) for half in HALVES}
+        """Nats per unit of saliency in each half of each layer."""
+        self._confirmed: set[tuple[str, int]] = set()
+        """Blocks measured since one went."""
+        self._renewed_at: float | None = None
+        """The budget's measure when all blocks were last measured."""
+
+    def is_stale(self, size: float) -> bool:
+        """Whether all blocks are to be measured anew, at this value of the budget's measure."""
+        return self._renewed_at is None or self._renewed_at - size >= self._interval
+
+    def renew(self, probe: BlockProbe, architecture: Architecture, scores: Scores, size: float) -> None:
+        """Measure all blocks, and what the saliencies of their groups come to; a collective call."""
+        wanted = [name for name in BLOCKS if name in self.names or name in HALF_OF_BLOCK]
+        keys = [
+            (name, layer)
+            for name in wanted
+            for layer in range(len(architecture.layers))
+            if BLOCKS[name].is_in(architecture, layer)
+        ]
+        for vector in self._losses.values():
+            vector.zero_()
+        for (name, layer), loss in zip(keys, probe.losses([absence_of(*key) for key in keys]), strict=True):
+            self._losses[name][layer] = loss
+        for name, half in HALF_OF_BLOCK.items():
+            whole, _ = HALVES[half]
+            for layer, loss in enumerate(self._losses[name]):
+                saliency = float(scores[whole][layer].double().sum()) if whole in scores else 0.0
+                self._factors[half][layer] = loss / saliency if saliency > 0 else 0.0
+        self._confirmed, self._renewed_at = set(keys), size
+
+    def confirm(self, probe: BlockProbe, name: str, layer: int) -> None:
+        """Measure one block again; a collective call."""
+        self._losses[name][layer] = probe.losses([absence_of(name, layer)])[0]
+        self._confirmed.add((name, layer))
+
+    def is_doubtful(self, unit: Unit, taken: Sequence[Unit] = ()) -> bool:
+        """Whether a unit is a block that must be measured again before it goes, those `taken` being gone."""
+        if unit.kind not in BLOCKS:
+            return False
+        return (unit.kind, unit.layer) not in self._confirmed or any(other.kind in BLOCKS for other in taken)
+
+    def forget(self, units: Sequence[Unit] | None = None) -> None:
+        """Every block is to be confirmed again: a block is among `units` that went, or (None) the model was trained."""
+        if units is None or any(unit.kind in BLOCKS for unit in units):
+            self._confirmed = set()
+
+    def in_nats(self, scores: Scores) -> Scores:
+        """Scores of groups as expected loss, with those of the blocks beside them."""
+        known = torch.cat([factors[factors > 0] for factors in self._factors.values()])
+        typical = float(known.median()) if len(known) else 0.0
+        found: Scores = {}
+        for name, vectors in scores.items():
+            if KINDS[name].is_whole_model:  # in all blocks at once
+                found[name] = [vector.double().cpu() * typical for vector in vectors]
+                continue
+            half: Half = next(half for half, (_, kinds) in HALVES.items() if name in kinds)
+            pairs = zip(vectors, self._factors[half], strict=True)
+            found[name] = [vector.double().cpu() * factor for vector, factor in pairs]
+        return found | {name: list(self._losses[name].split(1)) for name in self.names}
+
+    def state(self) -> dict[str, Any]:
+        """Tensors and numbers that `load_state` takes."""
+        return {
+            "losses": self._losses,
+            "factors": self._factors,
+            "renewed_at": self._renewed_at,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue from what `state` gave; nothing is confirmed between two events."""
+        self._losses = {name: _on_cpu(vector) for name, vector in state["losses"].items()}
+        self._factors = {half: _on_cpu(vector) for half, vector in state["factors"].items()}
+        self._renewed_at = state["renewed_at"]
+
+
+def _on_cpu(vector: Tensor) -> Tensor:
+    return vector.cpu()
