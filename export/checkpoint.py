@@ -16,6 +16,7 @@ from ..runtime.base.errors import ModelError, UsageError
 from ..runtime.base.extras import extra
 from ..runtime.chat_template import render_chat
 from ..runtime.engines.hf_tokenizer import read_settings, special_token
+from ..runtime.sampling import LLAMA_CPP_DEFAULTS, SamplingOptions
 from ..train.model.architecture import Architecture
 from ..train.model.folder_files import (
     INDEX_FILE,
@@ -138,6 +139,17 @@ class Checkpoint:
         """Token ids that end an answer, from generation_config.json or config.json."""
         settings = self.json_file("generation_config.json")
         return self._token_ids(settings if "eos_token_id" in settings else self.config, "eos_token_id")
+
+    @property
+    def sampling(self) -> dict[str, float]:
+        """How generation_config.json samples, as fields of SamplingOptions; what is no such value is left out."""
+        settings, found = self.json_file("generation_config.json"), {}
+        for name in LLAMA_CPP_DEFAULTS:
+            with contextlib.suppress(ValueError):
+                if settings.get(name) is not None:
+                    SamplingOptions(**{name: settings[name]})
+                    found[name] = settings[name]
+        return found
 
     def _token_ids(self, settings: Mapping[str, Any], name: str) -> list[int]:
         value = settings.get(name)

@@ -58,6 +58,7 @@ def write_manifest(checkpoint: Checkpoint, request: ExportRequest[Any], folder: 
         source=checkpoint.name,
         verification=contents.verification,
         training=checkpoint.json_file("training.json"),
+        sampling=checkpoint.sampling,
         notes=tuple(request.notes),
     )
     manifest.write(folder)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 
 from .base import flags
-from .base.errors import ContextOverflowError
+from .base.errors import ContextOverflowError, UsageError
 from .chat_template import Message, render_chat
+from .constraint import Constraint
 from .engines.owned import OwnedEngine
-from .json_constraint import JsonConstraint
 from .sampling import Sampler, SamplingOptions, log_softmax
 from .text_stream import TextStream
 
@@ -44,9 +44,11 @@ class GenerationStats:
     """Of the prompt, what was evaluated: neither cached nor slid out of the window."""
     completion_tokens: int = 0
     time_to_first_token_ms: float = 0.0
-    """From the call to the first token's logits: the prefill."""
+    """From the call to the first token: the prefill and its choice."""
     decode_seconds: float = 0.0
-    """Time spent on the tokens after the first."""
+    """Time spent on the tokens after the first: evaluating, masking, choosing, making text of them."""
+    mask_seconds: float = 0.0
+    """Of all tokens, what the constraint took to say what may come next."""
     finish_reason: str = ""
     """stop (end token or stop string) or length."""
 
@@ -67,6 +69,7 @@ class AnswerOptions:
     max_tokens: int = 256
     """Tokens generated at most."""
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    """What it leaves open is the model's own (`OwnedEngine.sampling_defaults`)."""
     stop: Sequence[str] = ()
     """Texts that end the answer and are not part of it."""
     top_logprobs: int | None = None
@@ -74,6 +77,8 @@ class AnswerOptions:
     overflow: Overflow = "error"
     """Where the context window ends: "error" refuses a prompt that leaves no room and ends the answer there, "slide"
     forgets the oldest tokens but the first few."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """{token: number added to its logit}; -inf forbids it."""
 
     def __post_init__(self) -> None:
         flags.check_types(self)
@@ -91,11 +96,12 @@ class Generation:
         engine: OwnedEngine,
         prompt: Sequence[int],
         options: AnswerOptions | None = None,
-        constraint: JsonConstraint | None = None,
+        constraint: Constraint | None = None,
     ) -> None:
         """`prompt` are token ids. `constraint`: only tokens it accepts.
 
-        ContextOverflowError where the prompt does not fit, unless it may slide.
+        ContextOverflowError where the prompt does not fit, unless it may slide; UsageError for a bias on a token that
+        there is not.
         """
         options = options or AnswerOptions()
         if len(prompt) >= engine.context_length and options.overflow == "error":
@@ -103,9 +109,13 @@ class Generation:
                 f"the prompt has {len(prompt)} tokens and leaves no room in the context window of "
                 f"{engine.context_length}; shorten it or load with a larger --context"
             )
+        if unknown := [token for token in options.logit_bias if not 0 <= token < engine.vocab_size]:
+            raise UsageError(f"logit_bias: token {unknown[0]} is outside the vocabulary of {engine.vocab_size}")
         self.engine = engine
         self.is_cancelled = False
         """Set by any thread: the answer ends before its next token, or amid a long prompt."""
+        self.is_over = False
+        """Whether no further token is wanted."""
         self._lease = engine.lease()
         self.tokens = list(prompt)
         """What the next token is computed from: the prompt and the answer, less what has slid out of the window."""
@@ -115,41 +125,78 @@ class Generation:
         self._logprobs: list[TokenLogprob] = []
         room = engine.context_length - len(prompt)
         self.max_tokens = options.max_tokens if options.overflow == "slide" else min(options.max_tokens, room)
-        self.sampler = Sampler(options.sampling)
+        self.sampler = Sampler(options.sampling.filled(engine.sampling_defaults), prompt, options.logit_bias)
         self.text = TextStream(options.stop)
-        self.stats = GenerationStats(prompt_tokens=len(prompt))
+        self.stats = GenerationStats(prompt_tokens=len(prompt), finish_reason="length")
 
     def __iter__(self) -> Iterator[str]:
-        began = time.perf_counter()
-        logits = self._prefill()
-        self.stats.time_to_first_token_ms = (time.perf_counter() - began) * 1e3
-        self.stats.cached_tokens = self._lease.cached_tokens
-        self.stats.prefilled_tokens = len(self.tokens) - self.stats.cached_tokens
-        self.stats.finish_reason = "length"
-        while logits is not None and self.stats.completion_tokens < self.max_tokens:
-            token = self._choose(logits)
-            if self.is_cancelled:
+        while not self.is_over:
+            began = time.perf_counter()
+            logits = self._evaluate()
+            if logits is None:
                 break
-            if token is None or token in self.engine.end_ids:
-                self.stats.finish_reason = "stop"
-                break
-            if self.top_logprobs is not None:
-                self._logprobs.append(token_logprob(logits, token, self.top_logprobs))
-            self.tokens.append(token)
-            self.answer.append(token)
-            self.stats.completion_tokens += 1
-            if piece := self.text.push(self.engine.token_bytes(token)):
+            piece = self.accept(logits)
+            self._count_time(time.perf_counter() - began)
+            if piece:
                 yield piece
-            if self.text.stopped or (self.constraint is not None and self.constraint.is_complete):
-                self.stats.finish_reason = "stop"
-                break
-            if self.stats.completion_tokens < self.max_tokens:
-                began = time.perf_counter()
-                has_room = len(self.tokens) <= self.engine.context_length
-                logits = self._lease.decode(token) if has_room else self._prefill()
-                self.stats.decode_seconds += time.perf_counter() - began
         if piece := self.text.finish():
             yield piece
+
+    def accept(self, logits: np.ndarray) -> str:
+        """Choose the token after `tokens` from its fp32 logits [V], which it may overwrite; text to be shown now."""
+        token = self._choose(logits)
+        if self.is_cancelled:
+            self.is_over = True
+            return ""
+        if token is None or token in self.engine.end_ids:
+            return self._stop()
+        self.tokens.append(token)
+        self.answer.append(token)
+        self.sampler.push(token)
+        if self.constraint is not None:
+            self.constraint.push(token)
+        self.stats.completion_tokens += 1
+        self.is_over = self.stats.completion_tokens >= self.max_tokens
+        piece = self.text.push(self.engine.token_bytes(token))
+        if self.text.stopped or (self.constraint is not None and self.constraint.is_complete):
+            self._stop()
+        return piece
+
+    def _stop(self) -> str:
+        self.is_over, self.stats.finish_reason = True, "stop"
+        return ""
+
+    def _choose(self, logits: np.ndarray) -> int | None:
+        """The next token; None where the constraint accepts none."""
+        changes = self.constraint is not None or self.sampler.changes_logits
+        found = logits.copy() if self.top_logprobs is not None and changes else logits
+        if self.constraint is not None:
+            began = time.perf_counter()
+            self.constraint.mask(logits)
+            self.stats.mask_seconds += time.perf_counter() - began
+            if logits.max() == -np.inf:
+                return None
+        token = self.sampler.choose(logits)
+        if self.top_logprobs is not None and token not in self.engine.end_ids and not self.is_cancelled:
+            self._logprobs.append(token_logprob(found, token, self.top_logprobs))
+        return token
+
+    def _count_time(self, seconds: float) -> None:
+        """What a token took."""
+        if self.stats.completion_tokens > 1:
+            self.stats.decode_seconds += seconds
+        elif not self.stats.time_to_first_token_ms:
+            self.stats.time_to_first_token_ms = 1e3 * seconds
+
+    def _evaluate(self) -> np.ndarray | None:
+        """Logits after `tokens`; None where the answer is cancelled."""
+        if self.answer and len(self.tokens) <= self.engine.context_length:
+            return self._lease.decode(self.tokens[-1])
+        logits = self._prefill()
+        if not self.answer:
+            self.stats.cached_tokens = self._lease.cached_tokens
+            self.stats.prefilled_tokens = len(self.tokens) - self.stats.cached_tokens
+        return logits
 
     def _prefill(self) -> np.ndarray | None:
         """Logits after `tokens`, the oldest of which go where they do not fit; None where the answer is cancelled."""
@@ -161,18 +208,6 @@ class Generation:
             if self.is_cancelled:
                 return None
         return last
-
-    def _choose(self, logits: np.ndarray) -> int | None:
-        """The next token; None where the constraint accepts no more."""
-        if self.constraint is None:
-            return self.sampler.sample(logits, self.tokens)
-        logits = logits.copy()
-        while np.isfinite(logits.max()) and not self.is_cancelled:
-            token = self.sampler.sample(logits, self.tokens)
-            if token not in self.engine.end_ids and self.constraint.push(self.engine.token_bytes(token)):
-                return token
-            logits[token] = -np.inf
-        return None
 
     def _slide(self) -> None:
         """Forget the oldest half of the window, but for its first tokens."""

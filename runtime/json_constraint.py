@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import codecs
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+
+import numpy as np
 
 WHITESPACE = " \t\n\r"
 MAX_WHITESPACE = 20
@@ -11,6 +14,8 @@ MAX_WHITESPACE = 20
 ESCAPES = '"\\/bfnrt'
 LITERALS = ("true", "false", "null")
 MAX_DEPTH = 64
+TRIED = 64
+"""Tokens that are tried before less likely ones."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,36 @@ class JsonConstraint:
             return False
         self._state = state
         return True
+
+
+class JsonTokens:
+    """JsonConstraint as a `Constraint`: of the most likely tokens, those that go on with the object."""
+
+    def __init__(self, token_bytes: Callable[[int], bytes]) -> None:
+        self._token_bytes, self._json = token_bytes, JsonConstraint()
+
+    @property
+    def is_complete(self) -> bool:
+        return self._json.is_complete
+
+    def mask(self, logits: np.ndarray) -> None:
+        order, accepted = np.argsort(-logits, kind="stable"), np.full_like(logits, -np.inf)
+        for start in range(0, len(order), TRIED):
+            fitting = [token for token in order[start : start + TRIED].tolist() if self._fits(token)]
+            if fitting:
+                accepted[fitting] = logits[fitting]
+                break
+        logits[:] = accepted
+
+    def _fits(self, token: int) -> bool:
+        before, decoder = self._json._state, self._json._decoder.getstate()
+        fits = self._json.push(self._token_bytes(token))
+        self._json._state = before
+        self._json._decoder.setstate(decoder)
+        return fits
+
+    def push(self, token: int) -> None:
+        self._json.push(self._token_bytes(token))
 
 
 class _RefusedError(Exception):

@@ -2,78 +2,216 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
 from .base import flags
+
+LLAMA_CPP_DEFAULTS = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.05, "repetition_penalty": 1.0}
+"""What llama.cpp's programs sample with where nothing is said: for what a model's own generation_config.json leaves
+open."""
 
 
 @dataclass(frozen=True)
 class SamplingOptions:
     """sampling"""
 
-    temperature: float = 0.0
+    temperature: float | None = 0.0
     """0: always the most likely token."""
-    top_k: int = 0
-    """Keep the k most likely tokens; 0: all."""
-    top_p: float = 1.0
-    """Keep the smallest set of tokens whose probabilities reach this sum."""
-    min_p: float = 0.0
-    """Drop tokens less likely than this share of the most likely one."""
-    repetition_penalty: float = 1.0
-    """Divide the logits of tokens already in the sequence by this (arXiv 1909.05858); 1: off."""
+    top_k: int | None = None
+    """Keep the k most likely tokens; 0: all. Default: the model's own (its generation_config.json), else 40."""
+    top_p: float | None = None
+    """Keep the smallest set of tokens whose probabilities reach this sum. Default: the model's own, else 0.95."""
+    min_p: float | None = None
+    """Drop tokens less likely than this share of the most likely one. Default: the model's own, else 0.05."""
+    repetition_penalty: float | None = None
+    """Divide the logits of tokens already in the sequence by this (arXiv 1909.05858); 1: off. Default: the model's
+    own, else 1."""
+    frequency_penalty: float = 0.0
+    """Take this from a token's logit for every time it is in the answer."""
+    presence_penalty: float = 0.0
+    """Take this from a token's logit once it is in the answer."""
     seed: int | None = None
     """Makes sampling repeatable."""
 
     def __post_init__(self) -> None:
         flags.check_types(self)
         for name, holds, rule in (
-            ("temperature", 0 <= self.temperature < float("inf"), "must be a number of at least 0"),
-            ("top_k", self.top_k >= 0, "must not be negative"),
-            ("top_p", 0 < self.top_p <= 1, "must be above 0 and at most 1"),
-            ("min_p", 0 <= self.min_p <= 1, "must be between 0 and 1"),
-            ("repetition_penalty", 0.01 <= self.repetition_penalty <= 100, "must be between 0.01 and 100"),
+            ("temperature", _within(self.temperature, 0, 1e30), "must be a number of at least 0"),
+            ("top_k", _within(self.top_k, 0, 2**63), "must not be negative"),
+            ("top_p", _within(self.top_p, 1e-30, 1), "must be above 0 and at most 1"),
+            ("min_p", _within(self.min_p, 0, 1), "must be between 0 and 1"),
+            ("repetition_penalty", _within(self.repetition_penalty, 0.01, 100), "must be between 0.01 and 100"),
+            ("frequency_penalty", _within(self.frequency_penalty, -100, 100), "must be between -100 and 100"),
+            ("presence_penalty", _within(self.presence_penalty, -100, 100), "must be between -100 and 100"),
         ):
             flags.require(self, name, holds, rule)
 
+    def filled(self, defaults: Mapping[str, float]) -> SamplingOptions:
+        """These options, with what is None taken from `defaults`, else from LLAMA_CPP_DEFAULTS."""
+        known = {**LLAMA_CPP_DEFAULTS, **defaults}
+        open_names = [field.name for field in fields(self) if getattr(self, field.name) is None]
+        return replace(self, **{name: known[name] for name in open_names if name in known})
+
+
+def _within(value: float | None, least: float, most: float) -> bool:
+    """False for NaN, too."""
+    return value is None or least <= value <= most
+
 
 class Sampler:
-    """Draws tokens as its options say."""
+    """Draws the tokens of one answer as its options say; what they leave open must be filled (`filled`)."""
 
-    def __init__(self, options: SamplingOptions) -> None:
+    def __init__(
+        self, options: SamplingOptions, prompt: Sequence[int] = (), logit_bias: Mapping[int, float] | None = None
+    ) -> None:
+        """`logit_bias` {token: number}: added to its logit before anything else; -inf forbids it."""
+        options = options.filled({})
         self.options = options
         self.random = np.random.default_rng(options.seed)
+        self._biased = np.array(sorted(logit_bias or {}), dtype=np.intp)
+        self._bias = np.array([value for _, value in sorted((logit_bias or {}).items())], dtype=np.float32)
+        self._counts = Counter[int]()
+        """Tokens of the answer."""
+        self._seen = _GrowingSet(prompt if options.repetition_penalty != 1.0 else ())
+        """Tokens of prompt and answer, once each."""
 
-    def sample(self, logits: np.ndarray, context: Sequence[int]) -> int:
-        """Next token from fp32 logits [V], given the tokens before it."""
+    @property
+    def changes_logits(self) -> bool:
+        """Whether `choose` writes into the logits that it is given."""
         options = self.options
-        if options.repetition_penalty != 1.0 and context:
-            logits = penalize(logits, context, options.repetition_penalty)
-        if options.temperature == 0.0:
-            return int(logits.argmax())
-        order = np.argsort(-logits, kind="stable")
-        if options.top_k:
-            order = order[: options.top_k]
-        chosen = logits[order].astype(np.float64)
-        with np.errstate(over="ignore"):  # a tiny temperature leaves the most likely token alone
-            probabilities = np.exp((chosen - chosen[0]) / options.temperature)
-        probabilities /= probabilities.sum()
-        keep = probabilities >= options.min_p * probabilities[0]
+        penalties = (options.frequency_penalty, options.presence_penalty, options.repetition_penalty != 1.0)
+        return bool(self._biased.size) or any(penalties)
+
+    def choose(self, logits: np.ndarray) -> int:
+        """The next token from fp32 logits [V], which biases and penalties change in place; -inf is never drawn."""
+        self._bias_and_penalize(logits)
+        temperature = self.options.temperature
+        assert temperature is not None
+        return int(logits.argmax()) if temperature == 0.0 else self._draw(logits, temperature)
+
+    def push(self, token: int) -> None:
+        """`token` belongs to the answer: penalties count it from now on."""
+        if self.options.frequency_penalty or self.options.presence_penalty:
+            self._counts[token] += 1
+        if self.options.repetition_penalty != 1.0:
+            self._seen.add(token)
+
+    def _bias_and_penalize(self, logits: np.ndarray) -> None:
+        options = self.options
+        if self._biased.size:
+            logits[self._biased] += self._bias
+        if self._seen:
+            penalize(logits, self._seen.array, options.repetition_penalty or 1.0)
+        if self._counts:
+            tokens = np.fromiter(self._counts, np.intp, len(self._counts))
+            times = np.fromiter(self._counts.values(), np.float32, len(self._counts))
+            logits[tokens] -= times * options.frequency_penalty + options.presence_penalty
+
+    def _draw(self, logits: np.ndarray, temperature: float) -> int:
+        """One of the tokens that top_k, top_p of those and min_p leave, as likely as the temperature makes it.
+
+        Only those are sorted: sorting all V would take as long as evaluating the token.
+        """
+        top_k, top_p, min_p = self.options.top_k or 0, self.options.top_p or 1.0, self.options.min_p or 0.0
+        best = float(logits.max())
+        if 0 < top_k < len(logits):
+            kept = _largest(logits, top_k)
+            kept = kept[np.argsort(-logits[kept], kind="stable")][:top_k]
+            weights = np.exp((logits[kept].astype(np.float64) - best) / max(temperature, SMALLEST))
+            total = weights.sum()
+        else:
+            every = _weights(logits, best, temperature)
+            if not min_p and top_p == 1.0:
+                return self._draw_of_all(every)
+            total = every.sum(dtype=np.float64)
+            kept = np.flatnonzero(every >= min_p) if min_p else _nucleus(every, top_p * total)
+            kept = kept[np.argsort(-every[kept], kind="stable")]
+            weights = every[kept].astype(np.float64)
+        sums = np.cumsum(weights)
         # a token is kept while the mass before it is below top_p, so the most likely one always is
-        keep &= np.cumsum(probabilities) - probabilities < options.top_p
-        probabilities = probabilities[keep] / probabilities[keep].sum()
-        return int(self.random.choice(order[keep], p=probabilities))
+        sums = sums[(sums - weights < top_p * total) & (weights >= min_p)]
+        return int(kept[np.searchsorted(sums, self.random.random() * sums[-1], side="right")])
+
+    def _draw_of_all(self, weights: np.ndarray) -> int:
+        """A block by its weight, then a token of it: one cumulative sum over all V would cost more than the rest."""
+        starts = np.arange(0, len(weights), BLOCK)
+        sums = np.cumsum(np.add.reduceat(weights, starts), dtype=np.float64)
+        start = BLOCK * int(np.searchsorted(sums, self.random.random() * sums[-1], side="right"))
+        inside = np.cumsum(weights[start : start + BLOCK], dtype=np.float64)
+        return start + int(np.searchsorted(inside, self.random.random() * inside[-1], side="right"))
 
 
-def penalize(logits: np.ndarray, context: Sequence[int], penalty: float) -> np.ndarray:
-    """Logits with tokens of `context` made less likely: positive ones divided, negative ones multiplied."""
-    seen = np.unique(np.asarray(context))
-    penalized = logits.copy()
-    values = penalized[seen]
-    penalized[seen] = np.where(values > 0, values / penalty, values * penalty)
-    return penalized
+BLOCK = 256
+"""Tokens whose weights are summed together."""
+
+SMALLEST = 1e-30
+"""Temperature that leaves the most likely token alone; smaller ones are no fp32."""
+
+
+class _GrowingSet:
+    """Token ids, each once, as an array that grows."""
+
+    def __init__(self, tokens: Sequence[int]) -> None:
+        self._known = set(tokens)
+        self._ids = np.fromiter(self._known, np.intp, len(self._known))
+        self._size = len(self._known)
+
+    def __bool__(self) -> bool:
+        return self._size > 0
+
+    def add(self, token: int) -> None:
+        if token in self._known:
+            return
+        self._known.add(token)
+        if self._size == len(self._ids):
+            self._ids = np.concatenate([self._ids, np.empty(max(64, self._size), np.intp)])
+        self._ids[self._size] = token
+        self._size += 1
+
+    @property
+    def array(self) -> np.ndarray:
+        return self._ids[: self._size]
+
+
+def _weights(logits: np.ndarray, best: float, temperature: float) -> np.ndarray:
+    """exp((logits - best) / temperature), fp32: a draw among V needs no more."""
+    shifted = logits - np.float32(best)
+    shifted /= np.float32(max(temperature, SMALLEST))
+    return np.exp(shifted, out=shifted)
+
+
+def _largest(values: np.ndarray, count: int) -> np.ndarray:
+    """Positions of the `count` largest of `values` [V], and perhaps of more.
+
+    The count-th largest of the maxima of V / 64 columns is at most the count-th largest of all, so what reaches it
+    holds them: two passes, without a sort.
+    """
+    columns = len(values) // 64
+    if count >= columns:
+        return np.argpartition(values, len(values) - count)[len(values) - count :]
+    maxima = values[: columns * 64].reshape(64, columns).max(axis=0)
+    return np.flatnonzero(values >= np.partition(maxima, columns - count)[columns - count])
+
+
+def _nucleus(weights: np.ndarray, wanted: float) -> np.ndarray:
+    """Positions of the largest of `weights` [V], more than `wanted` together."""
+    count = 64
+    while count < len(weights):
+        kept = _largest(weights, count)
+        if weights[kept].sum(dtype=np.float64) > wanted:
+            return kept
+        count *= 8
+    return np.arange(len(weights))
+
+
+def penalize(logits: np.ndarray, tokens: np.ndarray, penalty: float) -> None:
+    """Make `tokens`, each once, less likely in place: positive logits are divided, negative ones multiplied."""
+    values = logits[tokens]
+    logits[tokens] = np.where(values > 0, values / penalty, values * penalty)
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

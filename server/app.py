@@ -22,7 +22,7 @@ from ..runtime.base.errors import ContextOverflowError, EfficientLLMError, Usage
 from ..runtime.engines.memory import memory_bytes
 from ..runtime.engines.owned import OwnedEngine
 from ..runtime.generation import AnswerOptions, Generation, Overflow, chat_prompt, text_prompt
-from ..runtime.json_constraint import JsonConstraint
+from ..runtime.json_constraint import JsonTokens
 from ..runtime.sampling import SamplingOptions
 from .answers import Answer, ChatAnswer, TextAnswer
 from .guard import Guard
@@ -242,7 +242,7 @@ def _generations(engine: OwnedEngine, request: CompletionRequest, overflow: Over
     choices = [replace(options, sampling=replace(sampling, seed=seed)) for seed in seeds]
     try:
         return [
-            Generation(engine, prompt, choice, JsonConstraint() if _wants_json(request) else None)
+            Generation(engine, prompt, choice, JsonTokens(engine.token_bytes) if _wants_json(request) else None)
             for prompt in _prompts(engine, request)
             for choice in choices
         ]

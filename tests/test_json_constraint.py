@@ -9,7 +9,7 @@ import pytest
 
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
 from efficientllm.runtime.generation import AnswerOptions, Generation
-from efficientllm.runtime.json_constraint import JsonConstraint
+from efficientllm.runtime.json_constraint import JsonConstraint, JsonTokens
 from efficientllm.runtime.sampling import SamplingOptions
 
 VALID = [
@@ -58,7 +58,7 @@ def test_half_a_character_is_no_escape() -> None:
 def test_a_random_model_writes_json(artefact: Path, seed: int) -> None:
     engine = load_engine(artefact, EngineOptions(threads=1))
     sampling = SamplingOptions(temperature=1.5, seed=seed)
-    constraint = JsonConstraint()
+    constraint = JsonTokens(engine.token_bytes)
     generation = Generation(engine, [1, 5, 9], AnswerOptions(200, sampling), constraint)
     text = "".join(generation)
     if generation.stats.finish_reason == "stop":

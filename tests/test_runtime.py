@@ -20,7 +20,7 @@ from efficientllm.runtime.engines.engine import EngineOptions, load_engine
 from efficientllm.runtime.engines.memory import give_back_freed_memory, memory_bytes
 from efficientllm.runtime.engines.owned import OwnedEngine
 from efficientllm.runtime.generation import AnswerOptions, Generation, chat_prompt
-from efficientllm.runtime.sampling import Sampler, SamplingOptions
+from efficientllm.runtime.sampling import SamplingOptions
 from efficientllm.runtime.text_stream import TextStream
 
 
@@ -156,35 +156,6 @@ def test_text_stream_gives_back_a_stop_string_that_was_not_one() -> None:
     assert stream.push(b" ST") == " "
     assert stream.finish() == "ST"
     assert not stream.stopped
-
-
-def test_sampler_limits() -> None:
-    logits = np.log(np.array([0.5, 0.3, 0.15, 0.05], dtype=np.float32))
-
-    def drawn(**options: Any) -> set[int]:
-        sampler = Sampler(SamplingOptions(temperature=1.0, seed=0, **options))
-        return {sampler.sample(logits, []) for _ in range(400)}
-
-    assert drawn() == {0, 1, 2, 3}
-    assert drawn(top_k=2) == {0, 1}
-    assert drawn(top_p=0.75) == {0, 1}
-    assert drawn(top_p=0.01) == {0}
-    assert drawn(min_p=0.2) == {0, 1, 2}
-
-
-def test_sampler_frequencies_follow_the_temperature() -> None:
-    logits = np.log(np.array([0.8, 0.2], dtype=np.float32))
-    sampler = Sampler(SamplingOptions(temperature=2.0, seed=1))
-    share = np.mean([sampler.sample(logits, []) == 0 for _ in range(4000)])
-    assert share == pytest.approx(2 / 3, abs=0.03)  # sqrt(0.8) : sqrt(0.2)
-
-
-def test_sampler_is_repeatable_and_penalizes() -> None:
-    logits = np.array([2.0, 1.9, -1.0], dtype=np.float32)
-    first, second = (Sampler(SamplingOptions(temperature=1.0, seed=5)) for _ in range(2))
-    assert [first.sample(logits, []) for _ in range(20)] == [second.sample(logits, []) for _ in range(20)]
-    assert Sampler(SamplingOptions()).sample(logits, [0]) == 0
-    assert Sampler(SamplingOptions(repetition_penalty=1.5)).sample(logits, [0]) == 1
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,9 @@ def load_engine(
     if probe and artefact.witness is None:
         probe_once(artefact, engine_version(artefact.engine), options.context)
     try:
-        engine = OwnedEngine(engine_class(artefact.model_file, options))
+        engine = OwnedEngine(
+            engine_class(artefact.model_file, options), artefact.witness.sampling if artefact.witness else {}
+        )
     except (EfficientLLMError, OSError):
         raise
     except Exception as error:  # whatever a library makes of a file that it does not expect

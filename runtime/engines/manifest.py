@@ -45,6 +45,8 @@ class Manifest:
     """Comparison with torch eager; empty with --no-verify."""
     training: dict[str, Any] = field(default_factory=dict)
     """The checkpoint's training.json: tokens and perplexities; empty for a model we did not train."""
+    sampling: dict[str, float] = field(default_factory=dict)
+    """How the model's maker samples from it: temperature, top_k, ... of the checkpoint's generation_config.json."""
     notes: tuple[str, ...] = ()
     """What the exporter changed or could not keep, as it was printed."""
     format_version: int = FORMAT_VERSION
@@ -101,6 +103,8 @@ class Manifest:
         if type(self.context_length) is not int or not isinstance(self.engine, str):
             raise ValueError("context_length is a number, engine a name")
         self.cache_bytes(1)
+        if not all(isinstance(value, (int, float)) for value in self.sampling.values()):
+            raise ValueError("sampling is numbers")
 
     def check_files(self, folder: Path) -> None:
         """ArtefactError where a file is missing or its size differs (a truncated copy); no content is read."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -26,8 +26,10 @@ class OwnedEngine:
     evaluates several tokens one after the other does it in a `lease`, which says where somebody else came between.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, sampling_defaults: Mapping[str, float] | None = None) -> None:
+        """`sampling_defaults`: fields of SamplingOptions that the model's maker chose."""
         self._engine: Engine | None = engine
+        self.sampling_defaults = dict(sampling_defaults or {})
         self._calls = threading.Condition()
         """Guards the number of calls in progress and whether the engine is there."""
         self._num_calls = 0
