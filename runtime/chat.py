@@ -14,7 +14,8 @@ from .base.quantities import format_bytes
 from .engines.engine import EngineOptions, load_engine
 from .engines.memory import memory_bytes
 from .engines.owned import OwnedEngine
-from .generation import AnswerOptions, Generation, GenerationStats, Overflow, chat_prompt
+from .generation import AnswerOptions, Generation, GenerationStats, Overflow
+from .prompt import chat_prompt
 from .sampling import SamplingOptions
 
 

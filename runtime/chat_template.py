@@ -14,8 +14,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from .base.errors import ArtefactError, UsageError
 
-Message = Mapping[str, str]
-"""{"role": "system" | "user" | "assistant", "content": text}"""
+Message = Mapping[str, Any]
+"""{"role": "system" | "user" | "assistant" | "tool", "content": text}; an assistant's may have "tool_calls"
+[{"type": "function", "function": {"name": name, "arguments": {...}}}], a tool's has "name" and "tool_call_id"."""
 
 
 def _raise_exception(message: str) -> None:
@@ -37,7 +38,7 @@ def _compile(template: str) -> jinja2.Template:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationTag]
     )
-    environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
+    environment.filters["tojson"] = lambda value, **options: json.dumps(value, **{"ensure_ascii": False, **options})
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda pattern: datetime.datetime.now().strftime(pattern)
     return environment.from_string(template)
@@ -50,16 +51,21 @@ def render_chat(
     eos_token: str = "",
     *,
     add_generation_prompt: bool = True,
+    tools: Sequence[Mapping[str, Any]] = (),
+    variables: Mapping[str, Any] | None = None,
 ) -> str:
     """The prompt for the next answer to `messages`, as transformers' apply_chat_template would build it.
 
-    Without a generation prompt: the conversation as it stands.
+    Without a generation prompt: the conversation as it stands. `tools` are OpenAI's; `variables` are what else the
+    template knows, such as enable_thinking.
 
     ArtefactError where the model has no template or one that fails, UsageError where the template refuses the messages.
     """
     if template is None:
         raise ArtefactError("the model has no chat template; use plain completion")
     values: dict[str, Any] = {
+        **(variables or {}),
+        "tools": list(tools) or None,
         "messages": [dict(message) for message in messages],
         "add_generation_prompt": add_generation_prompt,
         "bos_token": bos_token,

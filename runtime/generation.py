@@ -11,7 +11,6 @@ import numpy as np
 
 from .base import flags
 from .base.errors import ContextOverflowError, UsageError
-from .chat_template import Message, render_chat
 from .constraint import Constraint
 from .engines.owned import OwnedEngine
 from .sampling import Sampler, SamplingOptions, log_softmax
@@ -226,20 +225,3 @@ def token_logprob(logits: np.ndarray, token: int, top: int) -> TokenLogprob:
     log_probs = log_softmax(logits)
     best = np.argsort(-log_probs, kind="stable")[:top]
     return TokenLogprob(token, float(log_probs[token]), tuple((int(one), float(log_probs[one])) for one in best))
-
-
-def chat_prompt(engine: OwnedEngine, messages: Sequence[Message]) -> list[int]:
-    """Token ids of a chat, ready for the assistant's answer."""
-    text = render_chat(engine.chat_template, messages, engine.bos_token, engine.eos_token)
-    tokens = engine.tokenize(text, special=True)
-    if engine.adds_bos and not text.startswith(engine.bos_token):
-        tokens = engine.tokenize(engine.bos_token, special=True) + tokens
-    return tokens
-
-
-def text_prompt(engine: OwnedEngine, text: str) -> list[int]:
-    """Token ids of a text that is to go on; what looks like a control token is text. [] where there is nothing."""
-    tokens = engine.tokenize(text, special=False)
-    # a model that knows no BOS by habit still needs one token to begin with
-    begins = engine.tokenize(engine.bos_token, special=True) if engine.adds_bos or not tokens else []
-    return begins + tokens

@@ -12,7 +12,8 @@ from .base.errors import UsageError
 from .chat_template import Message
 from .engines.engine import EngineOptions, load_engine
 from .engines.owned import OwnedEngine
-from .generation import AnswerOptions, Generation, GenerationStats, chat_prompt, text_prompt
+from .generation import AnswerOptions, Generation, GenerationStats
+from .prompt import chat_prompt, text_prompt
 from .sampling import SamplingOptions
 
 Question = str | Sequence[Message]

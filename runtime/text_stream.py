@@ -35,16 +35,17 @@ class TextStream:
             self.stopped = True
             text, self._unshown = self._unshown[: min(found)], ""
             return text
-        split = len(self._unshown) - self._longest_partial_stop()
+        split = len(self._unshown) - unfinished(self._unshown, self.stop)
         text, self._unshown = self._unshown[:split], self._unshown[split:]
         return text
 
-    def _longest_partial_stop(self) -> int:
-        """Length of the longest suffix of the text not shown yet that begins a stop string."""
-        longest = 0
-        for stop in self.stop:
-            for length in range(min(len(stop) - 1, len(self._unshown)), longest, -1):
-                if self._unshown.endswith(stop[:length]):
-                    longest = length
-                    break
-        return longest
+
+def unfinished(text: str, markers: Sequence[str]) -> int:
+    """Length of the longest end of `text` that begins one of `markers` and is none yet."""
+    longest = 0
+    for marker in markers:
+        for length in range(min(len(marker) - 1, len(text)), longest, -1):
+            if text.endswith(marker[:length]):
+                longest = length
+                break
+    return longest

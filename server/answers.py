@@ -7,32 +7,63 @@ import json
 import time
 import uuid
 from collections.abc import AsyncGenerator, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from ..runtime.generation import Generation, TokenLogprob
+from ..runtime.call_reader import Argued, Called, Event, Said
+from ..runtime.generation import TokenLogprob
+from .generations import Choice
 from .metrics import AnswerClock
 from .schemas import APIError, ChatRequest, CompletionRequest
 from .worker import Piece
 
 
+@dataclass
+class Collected:
+    """One choice, gathered from its pieces."""
+
+    text: str = ""
+    calls: list[dict[str, Any]] = field(default_factory=list)
+    """OpenAI's tool_calls."""
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: str | None = None
+
+    def add(self, events: Iterable[Event]) -> None:
+        """Take in what a piece says and calls."""
+        for event in events:
+            if isinstance(event, Said):
+                self.text += event.text
+            elif isinstance(event, Called):
+                self.calls.append(begun_call(event))
+            else:
+                self.calls[event.index]["function"]["arguments"] += event.text
+
+
+def begun_call(event: Called) -> dict[str, Any]:
+    """OpenAI's tool call, without arguments yet."""
+    identity = f"call_{uuid.uuid4().hex[:24]}"
+    return {"id": identity, "type": "function", "function": {"name": event.name, "arguments": ""}}
+
+
 class Answer(abc.ABC):
-    """One request's answer; `generations` are its choices."""
+    """One request's answer."""
 
     kind: str
     chunk_kind: str
     prefix: str
 
-    def __init__(self, request: CompletionRequest, generations: Sequence[Generation], clock: AnswerClock) -> None:
-        self.request, self.generations, self.clock = request, generations, clock
+    def __init__(self, request: CompletionRequest, choices: Sequence[Choice], clock: AnswerClock) -> None:
+        self.request, self.choices, self.clock = request, choices, clock
         self.token_bytes: dict[int, bytes] = {}
         identity = f"{self.prefix}-{uuid.uuid4().hex}"
         self.base = {"id": identity, "created": int(time.time()), "model": request.model}
 
     def usage(self) -> dict[str, Any]:
         """A prompt counts once, however many choices it has; cached is what its first choice found in the cache."""
-        prompts = [generation.stats for generation in self.generations[:: self.request.n]]
+        generations = [choice.generation for choice in self.choices]
+        prompts = [generation.stats for generation in generations[:: self.request.n]]
         prompt = sum(stats.prompt_tokens for stats in prompts)
-        completion = sum(generation.stats.completion_tokens for generation in self.generations)
+        completion = sum(generation.stats.completion_tokens for generation in generations)
         return {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
@@ -56,19 +87,35 @@ class Answer(abc.ABC):
                 usage = self.usage()
                 self.clock.finished(usage["prompt_tokens"], usage["completion_tokens"])
 
+    def read(self, piece: Piece) -> list[Event]:
+        """What a piece says and calls."""
+        reader = self.choices[piece.choice].reader
+        if reader is None:
+            return [Said(piece.text)] if piece.text else []
+        return reader.push(piece.text) + (reader.finish() if piece.finish_reason else [])
+
+    def reason(self, piece: Piece) -> str | None:
+        """Why the choice ends, on its last piece."""
+        reader = self.choices[piece.choice].reader
+        has_calls = reader is not None and reader.num_calls > 0
+        return "tool_calls" if has_calls and piece.finish_reason == "stop" else piece.finish_reason
+
+    async def collect(self, pieces: AsyncGenerator[Piece]) -> list[Collected]:
+        """All choices, when they are whole."""
+        collected = [Collected(choice.echo) for choice in self.choices]
+        async for piece in pieces:
+            choice = collected[piece.choice]
+            choice.add(self.read(piece))
+            choice.logprobs += piece.logprobs
+            choice.finish_reason = self.reason(piece) or choice.finish_reason
+        return collected
+
     async def whole(self, pieces: AsyncGenerator[Piece]) -> dict[str, Any]:
         """The answer in one object: openapi.ChatCompletion or TextCompletion."""
-        texts: list[list[str]] = [[] for _ in self.generations]
-        logprobs: list[list[TokenLogprob]] = [[] for _ in self.generations]
-        reasons: list[str | None] = [None] * len(self.generations)
-        async for piece in pieces:
-            texts[piece.choice].append(piece.text)
-            logprobs[piece.choice] += piece.logprobs
-            reasons[piece.choice] = piece.finish_reason or reasons[piece.choice]
         choices = []
-        for index, (text, records, reason) in enumerate(zip(texts, logprobs, reasons, strict=True)):
-            choice = {**self._content("".join(text)), "index": index, "finish_reason": reason}
-            choices.append({**choice, "logprobs": self._logprobs(records)})
+        for index, collected in enumerate(await self.collect(pieces)):
+            choice = {**self._content(collected), "index": index, "finish_reason": collected.finish_reason}
+            choices.append({**choice, "logprobs": self._logprobs(collected.logprobs)})
         return {**self.base, "object": self.kind, "choices": choices, "usage": self.usage()}
 
     async def events(self, first: Piece | None, pieces: AsyncGenerator[Piece]) -> AsyncGenerator[str]:
@@ -77,9 +124,11 @@ class Answer(abc.ABC):
             for delta in self._openings():
                 yield self._event(delta)
             if first is not None:
-                yield self._piece_event(first)
+                for event in self._piece_events(first):
+                    yield event
             async for piece in pieces:
-                yield self._piece_event(piece)
+                for event in self._piece_events(piece):
+                    yield event
         except APIError as error:
             yield f"data: {json.dumps(error.body)}\n\n"
             return
@@ -88,9 +137,17 @@ class Answer(abc.ABC):
             yield f"data: {json.dumps(chunk)}\n\n"
         yield "data: [DONE]\n\n"
 
-    def _piece_event(self, piece: Piece) -> str:
-        choice = {**self._delta(piece), "index": piece.choice, "finish_reason": piece.finish_reason}
-        return self._event({**choice, "logprobs": self._logprobs(piece.logprobs)})
+    def _piece_events(self, piece: Piece) -> Iterable[str]:
+        """An event for every part; log-probabilities come with the first, the reason with the last."""
+        events = self.read(piece)
+        deltas = [self._delta(event) for event in events] or [self._delta(None)]
+        for index, delta in enumerate(deltas):
+            records = piece.logprobs if index == 0 else ()
+            reason = self.reason(piece) if index == len(deltas) - 1 else None
+            if not events and not records and reason is None:
+                continue
+            choice = {**delta, "index": piece.choice, "finish_reason": reason}
+            yield self._event({**choice, "logprobs": self._logprobs(records)})
 
     def _event(self, choice: dict[str, Any]) -> str:
         return f"data: {json.dumps({**self.base, 'object': self.chunk_kind, 'choices': [choice]})}\n\n"
@@ -99,12 +156,12 @@ class Answer(abc.ABC):
         return self.token_bytes[token].decode("utf-8", errors="replace")
 
     @abc.abstractmethod
-    def _content(self, text: str) -> dict[str, Any]:
+    def _content(self, collected: Collected) -> dict[str, Any]:
         """The part of a whole answer's choice that holds its text."""
 
     @abc.abstractmethod
-    def _delta(self, piece: Piece) -> dict[str, Any]:
-        """The part of an event's choice that holds its text."""
+    def _delta(self, event: Event | None) -> dict[str, Any]:
+        """The part of an event's choice that holds its text; None where there is nothing new."""
 
     @abc.abstractmethod
     def _openings(self) -> Iterable[dict[str, Any]]:
@@ -120,14 +177,23 @@ class ChatAnswer(Answer):
 
     kind, chunk_kind, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
 
-    def _content(self, text: str) -> dict[str, Any]:
-        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+    def _content(self, collected: Collected) -> dict[str, Any]:
+        if not collected.calls:
+            return {"message": {"role": "assistant", "content": collected.text, "refusal": None}}
+        content = collected.text.strip() or None
+        return {"message": {"role": "assistant", "content": content, "refusal": None, "tool_calls": collected.calls}}
 
-    def _delta(self, piece: Piece) -> dict[str, Any]:
-        return {"delta": {"content": piece.text} if piece.text else {}}
+    def _delta(self, event: Event | None) -> dict[str, Any]:
+        if isinstance(event, Said):
+            return {"delta": {"content": event.text}}
+        if isinstance(event, Called):
+            return {"delta": {"tool_calls": [{"index": event.index, **begun_call(event)}]}}
+        if isinstance(event, Argued):
+            return {"delta": {"tool_calls": [{"index": event.index, "function": {"arguments": event.text}}]}}
+        return {"delta": {}}
 
     def _openings(self) -> Iterable[dict[str, Any]]:
-        for index in range(len(self.generations)):
+        for index in range(len(self.choices)):
             yield {"index": index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
 
     def _logprobs(self, records: Sequence[TokenLogprob]) -> dict[str, Any] | None:
@@ -152,14 +218,16 @@ class TextAnswer(Answer):
 
     kind, chunk_kind, prefix = "text_completion", "text_completion", "cmpl"
 
-    def _content(self, text: str) -> dict[str, Any]:
-        return {"text": text}
+    def _content(self, collected: Collected) -> dict[str, Any]:
+        return {"text": collected.text}
 
-    def _delta(self, piece: Piece) -> dict[str, Any]:
-        return {"text": piece.text}
+    def _delta(self, event: Event | None) -> dict[str, Any]:
+        return {"text": event.text if isinstance(event, Said) else ""}
 
     def _openings(self) -> Iterable[dict[str, Any]]:
-        return ()
+        for index, choice in enumerate(self.choices):
+            if choice.echo:
+                yield {"index": index, "text": choice.echo, "finish_reason": None, "logprobs": None}
 
     def _logprobs(self, records: Sequence[TokenLogprob]) -> dict[str, Any] | None:
         if self.request.top_count is None:

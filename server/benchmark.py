@@ -24,7 +24,8 @@ from ..runtime.base.extras import extra
 from ..runtime.base.figure import Figure
 from ..runtime.engines.engine import EngineOptions, load_engine
 from ..runtime.engines.owned import OwnedEngine
-from ..runtime.generation import AnswerOptions, Generation, chat_prompt
+from ..runtime.generation import AnswerOptions, Generation
+from ..runtime.prompt import chat_prompt
 
 if TYPE_CHECKING:
     import httpx

@@ -38,11 +38,14 @@ class ServeOptions:
     """Seconds a request may take, the wait included."""
     grace: int = 10
     """Seconds that answers in progress have at shutdown."""
+    max_connections: int = 512
+    """Connections at once, those that send nothing included; a process may have 1024 files open on most systems."""
 
     def __post_init__(self) -> None:
         flags.require(self, "port", 0 < self.port < 65536, "must be between 1 and 65535")
         flags.require(self, "waiting", self.waiting >= 0, "must not be negative")
         flags.require(self, "timeout", self.timeout > 0, "must be positive")
+        flags.require(self, "max_connections", self.max_connections >= 1, "must be positive")
         for text in self.model:
             flags.require(self, "model", all(text.partition("=")), "must be NAME=PATH", value=text)
 
@@ -90,6 +93,7 @@ def body(argv: Sequence[str]) -> int:
         import uvicorn
 
         from .app import AppOptions, create_app
+        from .connections import limited_protocol
         from .pool import ModelPool
     sections = (ServeOptions, AppOptions, EngineOptions)
     arguments = build_parser(sections).parse(argv)
@@ -99,13 +103,15 @@ def body(argv: Sequence[str]) -> int:
     artefacts = named_artefacts(artefact, options.model)
     is_local = options.host in LOCAL_HOSTS
     if not app_options.key and not is_local:
-        print(f"warning: --host {options.host} may let other machines in, and there is no --api-key", file=sys.stderr)
+        reason = f"--host {options.host} may let other machines in, and there is no --api-key"
+        print(f"warning: {reason}: whoever reaches the port may use it", file=sys.stderr)
     with bound_socket(options.host, options.port) as listener:  # before the models take their time to load
         pool = ModelPool(artefacts, engine_options, options.waiting, options.timeout, options.max_memory)
         names = ", ".join(artefacts)
         print(f"{names} at http://{options.host}:{options.port}/v1 (chat: /, documentation: /docs)", flush=True)
         config = uvicorn.Config(
             create_app(pool, app_options, LOCAL_HOSTS if is_local else ()),
+            http=limited_protocol(options.max_connections, app_options.body_timeout),
             log_level="warning",
             timeout_graceful_shutdown=options.grace,
         )

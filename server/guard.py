@@ -1,10 +1,11 @@
-"""What every request passes first: the key and the size of its body."""
+"""What every request passes first: the host it names, the key, and the size, kind and time of its body."""
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from starlette.responses import JSONResponse
@@ -13,35 +14,48 @@ from .schemas import APIError
 
 Receive = Callable[[], Awaitable[dict[str, Any]]]
 
+OPEN_PATHS = re.compile(r"/|/page/[^/]*|/health|/docs|/openapi\.json")
+"""What is answered without the key, and names no model then."""
+
+TRUSTED = "efficientllm.trusted"
+"""Key of the ASGI scope: whether the request brought the key, or none is set."""
+
 
 class Guard:
-    """ASGI middleware: 403 for a foreign Host, 401 without the key, 413 for a body that is too large, whether or not it
-    says its length."""
+    """ASGI middleware: 403 for a foreign Host, 401 without the key, 415 for a body that does not say that it is JSON,
+    413 for one that is too large, whether or not it says its length, 408 for one that does not come."""
 
-    def __init__(self, app: Any, api_key: str, max_body_bytes: int, hosts: frozenset[str] = frozenset()) -> None:
+    def __init__(
+        self,
+        app: Any,
+        api_key: str,
+        max_body_bytes: int,
+        hosts: frozenset[str] = frozenset(),
+        body_timeout: float = 30.0,
+    ) -> None:
         """`hosts`: names that the server is called by; none: any. A page whose name was bound to this machine's address
         (DNS rebinding) may read what it is answered, but its browser sends that name."""
         self.app, self.api_key, self.max_body_bytes, self.hosts = app, api_key, max_body_bytes, hosts
+        self.body_timeout = body_timeout
 
     async def __call__(self, scope: Any, receive: Receive, send: Any) -> None:
-        if scope["type"] == "http" and self.hosts and (name := host_of(scope)) not in self.hosts:
-            error = APIError(403, f"this server is not {name!r}; let it in with --allow-host, or set an --api-key")
-            await JSONResponse(error.body, 403)(scope, receive, send)
-            return
-        if scope["type"] != "http" or not scope["path"].startswith("/v1/") or scope["method"] == "OPTIONS":
+        if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         headers = {name.lower(): value for name, value in scope["headers"]}
-        scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
-        is_key = hmac.compare_digest(given.strip(), self.api_key.encode()) and scheme.lower() == b"bearer"
-        if self.api_key and not is_key:
-            error = APIError(401, "invalid API key", code="invalid_api_key")
-            await JSONResponse(error.body, 401, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
+        scope[TRUSTED] = self._has_key(headers)
+        error = self._refusal(scope, headers)
+        if error is not None:
+            challenge = {"WWW-Authenticate": "Bearer"} if error.status == 401 else {"Connection": "close"}
+            await JSONResponse(error.body, error.status, challenge)(scope, receive, send)
             return
-        body = await self._read(receive, int(headers.get(b"content-length", b"0") or 0))
-        if body is None:
-            error = APIError(413, f"the body may have at most {self.max_body_bytes} bytes")
-            await JSONResponse(error.body, 413, {"Connection": "close"})(scope, receive, send)
+        if scope["method"] != "POST":
+            await self.app(scope, receive, send)
+            return
+        try:
+            body = await self._read(receive, int(headers.get(b"content-length", b"0") or 0))
+        except APIError as error:
+            await JSONResponse(error.body, error.status, {"Connection": "close"})(scope, receive, send)
             return
         is_read = False
 
@@ -54,24 +68,42 @@ class Guard:
 
         await self.app(scope, replay, send)
 
-    async def _read(self, receive: Receive, announced: int) -> bytes | None:
-        """The whole body; None where it is too large."""
-        if announced > self.max_body_bytes:
+    def _has_key(self, headers: Mapping[bytes, bytes]) -> bool:
+        scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+        is_key = hmac.compare_digest(given.strip(), self.api_key.encode()) and scheme.lower() == b"bearer"
+        return is_key or not self.api_key
+
+    def _refusal(self, scope: Any, headers: Mapping[bytes, bytes]) -> APIError | None:
+        """What the head of the request is refused for."""
+        if self.hosts and (name := _host(headers)) not in self.hosts:
+            return APIError(403, f"this server is not {name!r}; let it in with --allow-host, or set an --api-key")
+        if scope["method"] == "OPTIONS":
             return None
-        parts, size = [], 0
-        while True:
-            message = await receive()
-            parts.append(message.get("body", b""))
-            size += len(parts[-1])
-            if size > self.max_body_bytes:
-                return None
-            if not message.get("more_body", False):
-                return b"".join(parts)
+        if not scope[TRUSTED] and not OPEN_PATHS.fullmatch(scope["path"]):
+            return APIError(401, "invalid API key", code="invalid_api_key")
+        kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+        # other kinds a page from anywhere may send without asking first
+        if scope["method"] == "POST" and kind != b"application/json":
+            return APIError(415, "the body must be JSON and say so: Content-Type: application/json")
+        return None
+
+    async def _read(self, receive: Receive, announced: int) -> bytes:
+        """The whole body; APIError 413 where it is too large, 408 where it does not come."""
+        try:
+            async with asyncio.timeout(self.body_timeout):
+                body, is_whole = bytearray(), False
+                while max(announced, len(body)) <= self.max_body_bytes and not is_whole:
+                    message = await receive()
+                    body += message.get("body", b"")
+                    is_whole = not message.get("more_body", False)
+        except TimeoutError as error:
+            reason = f"the body did not come within {self.body_timeout:g} s"
+            raise APIError(408, reason, "timeout_error", "timeout") from error
+        if max(announced, len(body)) > self.max_body_bytes:
+            raise APIError(413, f"the body may have at most {self.max_body_bytes} bytes")
+        return bytes(body)
 
 
-def host_of(scope: Any) -> str:
+def _host(headers: Mapping[bytes, bytes]) -> str:
     """The name that the client called, without its port."""
-    for name, value in scope["headers"]:
-        if name.lower() == b"host":
-            return re.sub(r":\d+$", "", value.decode("latin-1")).lower()
-    return ""
+    return re.sub(r":\d+$", "", headers.get(b"host", b"").decode("latin-1")).lower()

@@ -6,12 +6,13 @@ The models below describe answers and do not make them: what is sent is built in
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 FinishReason = Literal["stop", "length"]
+ChatFinishReason = Literal["stop", "length", "tool_calls"]
 
 
 class _Answer(BaseModel):
@@ -55,16 +56,29 @@ class ChatLogprobs(_Answer):
     refusal: None
 
 
+class AnsweredFunction(_Answer):
+    name: str
+    arguments: str
+
+
+class AnsweredCall(_Answer):
+    id: str
+    type: Literal["function"]
+    function: AnsweredFunction
+
+
 class AssistantMessage(_Answer):
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None
+    tool_calls: Annotated[list[AnsweredCall], Field(min_length=1)] = []
+    """Absent where nothing is called."""
 
 
 class ChatChoice(_Answer):
     message: AssistantMessage
     index: int
-    finish_reason: FinishReason
+    finish_reason: ChatFinishReason
     logprobs: ChatLogprobs | None
 
 
@@ -117,12 +131,24 @@ class ModelList(_Answer):
     data: list[ModelCard]
 
 
+class Tokenized(_Answer):
+    """Answer of POST /tokenize."""
+
+    tokens: list[int]
+
+
+class Detokenized(_Answer):
+    """Answer of POST /detokenize."""
+
+    content: str
+
+
 class LoadedModel(_Answer):
     kv_cache_bytes: int
 
 
 class Health(_Answer):
-    """Bytes are of the whole server; the system may not tell all of them."""
+    """Bytes are of the whole server; the system may not tell all of them. Without the key no model is named."""
 
     status: Literal["ok"]
     in_flight: int
@@ -141,6 +167,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         404: "no such model",
         408: "the answer took too long",
         413: "the body is too large",
+        415: "the body does not say that it is JSON",
         429: "the queue is full",
         503: "the model does not fit",
     }.items()
@@ -156,12 +183,12 @@ def answer_or_events(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
 
 def document(app: FastAPI, models: Iterable[str]) -> None:
     """Name the served models in the document and drop FastAPI's 422: wrong requests are answered with 400."""
-    derive = app.openapi
+    derive, names = app.openapi, list(models)
 
     def openapi() -> dict[str, Any]:
         schema = derive()
-        for request in ("ChatRequest", "TextRequest"):
-            schema["components"]["schemas"][request]["properties"]["model"] = {"type": "string", "enum": list(models)}
+        for request in ("ChatRequest", "TextRequest") if names else ():
+            schema["components"]["schemas"][request]["properties"]["model"] = {"type": "string", "enum": names}
         for operations in schema["paths"].values():
             for operation in operations.values():
                 operation["responses"].pop("422", None)

@@ -5,104 +5,110 @@ from __future__ import annotations
 import abc
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, Field, model_validator
+from pydantic import Field, JsonValue, model_validator
+
+from ..runtime.prompt import ToolUse
+from ..runtime.sampling import SamplingOptions
+from .messages import MAX_CHARACTERS, MAX_TOOLS, ChatMessage, NamedTool, ResponseFormat, Sent, Text, Tool, ToolChoice
 
 MAX_MESSAGES = 512
-MAX_CHARACTERS = 200_000
 MAX_STOPS = 16
+MAX_PROMPTS = 16
 DEFAULT_TOKENS = 512
 
-
-def _encodable(text: str) -> str:
-    """Text that a tokenizer can take: no NUL, no half of a surrogate pair."""
-    if "\0" in text:
-        raise ValueError("text must not contain NUL")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError("text must not contain lone surrogates") from error
-    return text
+Token = Annotated[int, Field(ge=0)]
+Tokens = Annotated[list[Token], Field(min_length=1, max_length=MAX_CHARACTERS)]
+Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 
 
-Text = Annotated[str, Field(max_length=MAX_CHARACTERS), AfterValidator(_encodable)]
-Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_length=MAX_CHARACTERS)]
-
-
-class _Request(BaseModel):
-    """What clients send; a field that is null has its default."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_nulls(cls, values: Any) -> Any:
-        return {name: value for name, value in values.items() if value is not None} if type(values) is dict else values
-
-
-class TextPart(BaseModel):
-    type: Literal["text"]
-    text: Text
-
-
-class ChatMessage(BaseModel):
-    role: Literal["system", "developer", "user", "assistant"]
-    """OpenAI's newer models call their system messages the developer's."""
-    content: Text | list[TextPart]
-
-    def flat(self) -> dict[str, str]:
-        """{"role", "content"} as chat templates know them, with the content as one string."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
-
-
-class StreamOptions(_Request):
+class StreamOptions(Sent):
     include_usage: bool = False
+    include_obfuscation: Literal[False] = False
 
 
-class ResponseFormat(_Request):
-    type: Literal["text", "json_object"] = "text"
-
-
-UNSERVED: dict[str, tuple[Any, ...]] = {
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
+NEUTRAL: dict[str, tuple[Any, ...]] = {
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "logit_bias": ({},),
-    "echo": (False,),
     "suffix": ("",),
     "best_of": (1,),
     "modalities": (["text"],),
+    "store": (False,),
+    "reasoning_effort": ("none",),
 }
-"""Fields of OpenAI's that would change the answer and are not served -> the values that ask for nothing."""
+"""Fields of OpenAI's that are not served -> the values that ask for nothing."""
+
+WITHOUT_EFFECT = (
+    *("user", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
+    "prediction",
+)
+"""Fields of OpenAI's that say who asks, or how fast it may be: the answer is the same without them."""
+
+INSTEAD = {
+    "functions": "say tools",
+    "function_call": "say tool_choice",
+    "max_output_tokens": "say max_tokens",
+    "grammar": "say response_format with type lark",
+    "json_schema": "say response_format with type json_schema",
+    "guided_json": "say response_format with type json_schema",
+    "guided_regex": "say response_format with type regex",
+    "guided_grammar": "say response_format with type lark",
+}
+"""Names that other servers have for what this one has, too."""
 
 
-class CompletionRequest(_Request, abc.ABC):
-    """What both endpoints take; null stands for the default.
+class Asked(Sent):
+    """A body whose unknown fields are refused."""
 
-    A field that is not served is refused where it would change the answer, unknown ones are ignored.
-    """
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unserved(cls, values: Any) -> Any:
+        if type(values) is not dict:
+            return values
+        for name, value in values.items():
+            is_neutral = value is None or name in WITHOUT_EFFECT or value in NEUTRAL.get(name, ())
+            if name not in cls.model_fields and not is_neutral:
+                raise ValueError(f"{name} is not served here; {INSTEAD.get(name, 'leave it out')}")
+        return values
+
+
+class CompletionRequest(Asked, abc.ABC):
+    """What both endpoints take; null stands for the default, which for sampling is the model's own."""
 
     model: Text
     max_tokens: Annotated[int | None, Field(ge=1, le=1_000_000)] = None
-    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 1.0
-    top_k: Annotated[int, Field(ge=0, le=1_000_000)] = 0
-    min_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.0
-    repetition_penalty: Annotated[float, Field(ge=0.01, le=100, allow_inf_nan=False)] = 1.0
+    temperature: Annotated[float | None, Field(ge=0, le=2, allow_inf_nan=False)] = None
+    top_p: Annotated[float | None, Field(gt=0, le=1, allow_inf_nan=False)] = None
+    top_k: Annotated[int | None, Field(ge=0, le=1_000_000)] = None
+    min_p: Annotated[float | None, Field(ge=0, le=1, allow_inf_nan=False)] = None
+    repetition_penalty: Annotated[float | None, Field(ge=0.01, le=100, allow_inf_nan=False)] = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)] = 0.0
+    presence_penalty: Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)] = 0.0
+    logit_bias: Annotated[dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Bias], Field(max_length=1024)] = Field({})
     n: Annotated[int, Field(ge=1, le=8)] = 1
     seed: Annotated[int | None, Field(ge=-(2**63), lt=2**63)] = None
     stop: Text | Annotated[list[Text], Field(max_length=MAX_STOPS)] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
+    response_format: ResponseFormat = ResponseFormat()
 
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_unserved(cls, values: Any) -> Any:
-        for name, neutral in UNSERVED.items() if type(values) is dict else ():
-            if values.get(name) is not None and values[name] not in neutral:
-                raise ValueError(f"{name} is not served here; leave it out")
-        return values
+    @property
+    def sampling(self) -> SamplingOptions:
+        """How tokens are drawn; what the client leaves open is None."""
+        return SamplingOptions(
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            frequency_penalty=self.frequency_penalty,
+            presence_penalty=self.presence_penalty,
+            seed=self.seed,
+        )
+
+    @property
+    def biases(self) -> dict[int, float]:
+        """{token: bias}; OpenAI's -100 forbids a token."""
+        return {int(token): bias if bias > -100 else -float("inf") for token, bias in self.logit_bias.items()}
 
     @property
     def token_limit(self) -> int:
@@ -122,19 +128,42 @@ class CompletionRequest(_Request, abc.ABC):
 
 
 class ChatRequest(CompletionRequest):
-    """POST /v1/chat/completions"""
+    """POST /v1/chat/completions; where the last message is the assistant's, the answer goes on with it."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: Annotated[int | None, Field(ge=1, le=1_000_000)] = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] = 0
-    response_format: ResponseFormat = ResponseFormat()
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] = Field([])
+    tool_choice: ToolChoice = "auto"
+    parallel_tool_calls: bool = True
+    chat_template_kwargs: dict[str, JsonValue] = Field({})
+    """Further variables of the chat template, such as enable_thinking."""
 
     @model_validator(mode="after")
-    def _check_order(self) -> ChatRequest:
-        if self.messages[-1].role != "user":
-            raise ValueError("messages: the last message must be the user's")
+    def _check_together(self) -> ChatRequest:
+        names = [tool.function.name for tool in self.tools]
+        if len(set(names)) < len(names):
+            raise ValueError("tools: two functions have one name")
+        if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
+            raise ValueError(f"tool_choice: there is no function {self.tool_choice.function.name!r} in tools")
+        if self.tool_choice == "required" and not names:
+            raise ValueError("tool_choice: required needs tools")
+        if self.tool_use is not None and self.response_format.type in ("regex", "lark"):
+            raise ValueError(f"response_format: {self.response_format.type} does not go with tools")
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs: needs logprobs")
         return self
+
+    @property
+    def tool_use(self) -> ToolUse | None:
+        """What the answer may call."""
+        if not self.tools or self.tool_choice == "none":
+            return None
+        only = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else ""
+        tools = [tool.shown() for tool in self.tools]
+        otherwise = self.response_format.schema_of_answer()
+        return ToolUse(tools, self.tool_choice == "required", only, self.parallel_tool_calls, otherwise)
 
     @property
     def token_limit(self) -> int:
@@ -148,8 +177,21 @@ class ChatRequest(CompletionRequest):
 class TextRequest(CompletionRequest):
     """POST /v1/completions"""
 
-    prompt: Text | Annotated[list[Text], Field(min_length=1, max_length=16)] | Tokens
+    prompt: (
+        Text
+        | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Tokens
+        | Annotated[list[Tokens], Field(min_length=1, max_length=MAX_PROMPTS)]
+    )
     logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
+    echo: bool = False
+    """Begin the answer with the prompt."""
+
+    @model_validator(mode="after")
+    def _check_echo(self) -> TextRequest:
+        if self.echo and self.logprobs is not None:
+            raise ValueError("logprobs: the prompt's, which echo asks for, are not served here")
+        return self
 
     @property
     def token_limit(self) -> int:
@@ -160,13 +202,31 @@ class TextRequest(CompletionRequest):
         """Texts or token ids; each has `n` choices of its own."""
         if isinstance(self.prompt, str):
             return [self.prompt]
-        if isinstance(self.prompt[0], str):
-            return [text for text in self.prompt if isinstance(text, str)]
-        return [[token for token in self.prompt if isinstance(token, int)]]
+        if isinstance(self.prompt[0], int):
+            return [[token for token in self.prompt if isinstance(token, int)]]
+        return [prompt for prompt in self.prompt if not isinstance(prompt, int)]
 
     @property
     def top_count(self) -> int | None:
         return self.logprobs
+
+
+class TokenizeRequest(Asked):
+    """POST /tokenize"""
+
+    model: Text = ""
+    content: Text
+    add_special: bool = False
+    """Begin with the token that the model's texts begin with, if they do."""
+    parse_special: bool = True
+    """Let text such as <|im_end|> be its control token."""
+
+
+class DetokenizeRequest(Asked):
+    """POST /detokenize"""
+
+    model: Text = ""
+    tokens: Annotated[list[Token], Field(max_length=MAX_CHARACTERS)]
 
 
 class APIError(Exception):

@@ -23,7 +23,8 @@ from efficientllm.runtime.base.errors import ArtefactError, ContextOverflowError
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
 from efficientllm.runtime.engines.executorch_loader import quiet_executorch
 from efficientllm.runtime.engines.manifest import Manifest
-from efficientllm.runtime.generation import AnswerOptions, Generation, chat_prompt
+from efficientllm.runtime.generation import AnswerOptions, Generation
+from efficientllm.runtime.prompt import chat_prompt
 from efficientllm.train.model.architecture import FAMILIES, LayerShape
 from efficientllm.train.model.source import load_for_inference
 

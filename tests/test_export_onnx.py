@@ -18,7 +18,8 @@ from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.base.errors import ContextOverflowError
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
 from efficientllm.runtime.engines.manifest import Manifest
-from efficientllm.runtime.generation import AnswerOptions, Generation, chat_prompt
+from efficientllm.runtime.generation import AnswerOptions, Generation
+from efficientllm.runtime.prompt import chat_prompt
 from efficientllm.train.model.architecture import FAMILIES
 from efficientllm.train.model.source import load_for_inference
 

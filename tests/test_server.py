@@ -15,7 +15,8 @@ from serving import serve
 
 from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
-from efficientllm.runtime.generation import AnswerOptions, Generation, chat_prompt
+from efficientllm.runtime.generation import AnswerOptions, Generation
+from efficientllm.runtime.prompt import chat_prompt
 from efficientllm.server import cli
 from efficientllm.server.app import AppOptions
 from efficientllm.server.pool import ModelPool
@@ -114,7 +115,8 @@ def test_bad_requests_get_openai_errors(address: str, change: dict[str, Any], st
 
 
 def test_malformed_large_and_unauthorized_requests(address: str) -> None:
-    url, headers = f"{address}/v1/chat/completions", {"Authorization": "Bearer secret"}
+    url = f"{address}/v1/chat/completions"
+    headers = {"Authorization": "Bearer secret", "Content-Type": "application/json"}
     assert httpx.post(url, content=b"{nonsense", headers=headers).status_code == 400
     assert httpx.post(url, content=b"x" * 2_000_000, headers=headers).status_code == 413
     assert httpx.post(url, json={"model": "tiny", "messages": MESSAGES}).status_code == 401

@@ -138,7 +138,8 @@ def test_metrics_count_what_happened(address: str) -> None:
 
 BAD: dict[str, dict[str, Any]] = {
     "NUL": {"messages": [{"role": "user", "content": "a\0b"}]},
-    "no question": {"messages": [*MESSAGES, {"role": "assistant", "content": "x"}]},
+    "no content": {"messages": [{"role": "user"}]},
+    "a call of the user's": {"messages": [{"role": "user", "content": "x", "tool_calls": [{"id": "1"}]}]},
     "a billion tokens": {"messages": MESSAGES, "max_tokens": 10**9},
     "no choices": {"messages": MESSAGES, "n": 0},
     "seed": {"messages": MESSAGES, "seed": 2**70},
@@ -173,8 +174,9 @@ def test_bad_bytes_are_refused(address: str, body: bytes) -> None:
 
 def test_large_bodies_are_refused_with_and_without_their_length(address: str) -> None:
     url = f"{address}/v1/chat/completions"
-    assert httpx.post(url, content=b"x" * 10_000_000).status_code == 413
-    assert httpx.post(url, content=(b"x" * 100_000 for _ in range(30))).status_code == 413
+    kind = {"Content-Type": "application/json"}
+    assert httpx.post(url, content=b"x" * 10_000_000, headers=kind).status_code == 413
+    assert httpx.post(url, content=(b"x" * 100_000 for _ in range(30)), headers=kind).status_code == 413
     assert httpx.get(f"{address}/health").status_code == 200
 
 

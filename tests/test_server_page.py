@@ -58,7 +58,11 @@ def page(browser: Any, address: str) -> Iterator[Any]:
     assert not errors, errors
 
 
-def ask(page: Any, text: str) -> None:
+def ask(page: Any, text: str, **settings: object) -> None:
+    if settings:
+        page.evaluate("document.getElementById('panel').open = true")
+        for name, value in settings.items():
+            page.fill(f"#{name}", str(value))
     page.fill("#question", text)
     page.press("#question", "Enter")
 
@@ -66,35 +70,143 @@ def ask(page: Any, text: str) -> None:
 def wait_for_answer(page: Any) -> str:
     expect(page.locator("#figures")).to_have_text(re.compile("MB resident"))  # written last
     expect(page.locator("#send")).to_be_enabled()
-    return page.locator(".assistant").last.text_content()
+    return page.locator(".assistant .text").last.text_content()
+
+
+LONG: dict[str, object] = {"max_tokens": 100_000, "seed": 3, "temperature": 1}
 
 
 def test_answers_stream_and_figures_show(page: Any) -> None:
-    page.click("summary")
-    page.fill("#max_tokens", "24")
-    page.fill("#seed", "7")
-    ask(page, "Hello")
+    ask(page, "Hello", max_tokens=24, seed=7)
     answer = wait_for_answer(page)
     assert answer
-    assert page.locator(".user").text_content() == "Hello"
-    expect(page.locator("#figures")).to_have_text(re.compile(r"first token \d+ ms, .* tokens/s, \d+ tokens, \d+ MB"))
+    assert page.locator(".user .text").text_content() == "Hello"
+    figures = re.compile(r"first token \d+ ms, .* tokens/s, \d+ tokens")
+    expect(page.locator("#figures")).to_have_text(figures)
+    expect(page.locator(".assistant .tools")).to_have_text(figures)
     # the conversation outlives the page, settings too
     page.reload()
-    assert page.locator(".assistant").last.text_content() == answer
+    assert page.locator(".assistant .text").last.text_content() == answer
     assert page.input_value("#max_tokens") == "24"
     page.click("#new")
     assert page.locator(".assistant").count() == 0
 
 
 def test_an_answer_can_be_stopped(page: Any) -> None:
-    page.click("summary")
-    page.fill("#max_tokens", "100000")
-    page.fill("#seed", "3")
-    ask(page, "Go on")
-    expect(page.locator(".assistant")).to_have_text(re.compile("..."))
+    ask(page, "Go on", **LONG)
+    expect(page.locator(".assistant .text")).to_have_text(re.compile("..."))
     page.keyboard.press("Escape")
     assert wait_for_answer(page)
     assert page.evaluate("fetch('health').then((answer) => answer.json()).then((body) => body.status)") == "ok"
+
+
+def test_a_new_chat_amid_an_answer_leaves_it_where_it_belongs(page: Any) -> None:
+    ask(page, "First question", **LONG)
+    expect(page.locator(".assistant .text")).to_have_text(re.compile("..."))
+    page.click("#new")
+    expect(page.locator(".empty")).to_be_visible()
+    ask(page, "Second question", max_tokens=4)
+    wait_for_answer(page)
+    assert page.locator(".user .text").all_text_contents() == ["Second question"]
+    page.reload()
+    assert page.locator(".user .text").all_text_contents() == ["Second question"]
+    page.click("#chats .title >> text=First question")
+    assert page.locator(".user .text").all_text_contents() == ["First question"]
+    assert page.locator(".assistant .text").text_content()
+    page.click("#chats [aria-label='Delete \"First question\"']")
+    assert page.locator("#chats .title").all_text_contents() == ["Second question"]
+
+
+def test_the_view_stays_where_the_reader_scrolled_it(page: Any) -> None:
+    page.set_viewport_size({"width": 700, "height": 420})
+    ask(page, "Long\n\n" * 30, **LONG)
+    expect(page.locator(".assistant .text")).to_have_text(re.compile("..."))
+    page.evaluate("document.getElementById('log').scrollTop = 0")
+    wait_for_answer(page)
+    assert page.evaluate("document.getElementById('log').scrollTop") == 0
+
+
+def test_answers_are_regenerated_and_questions_edited(page: Any) -> None:
+    ask(page, "One", max_tokens=12, seed=1, temperature=1)
+    first = wait_for_answer(page)
+    page.fill("#seed", "2")
+    page.click("text=Regenerate")
+    expect(page.locator(".assistant .text")).not_to_have_text(first)
+    wait_for_answer(page)
+    assert page.locator(".message").count() == 2
+    page.click(".user >> text=Edit")
+    assert page.locator(".message:not(.empty)").count() == 0
+    assert page.input_value("#question") == "One"
+    ask(page, "Two")
+    wait_for_answer(page)
+    assert page.locator(".user .text").all_text_contents() == ["Two"]
+
+
+MARKDOWN = """# Title
+
+Some **bold**, *soft* and `code < x`, [a link](https://example.org/), [no link](javascript:alert(1)).
+
+1. one
+   - inner
+2. two
+
+| a | b |
+| --- | --- |
+| 1 | 2 |
+
+```python
+print("<b>")
+```
+
+> quoted
+
+<img src=x onerror="window.hurt = 1"><script>window.hurt = 1</script> ![pixel](https://example.org/x.png)
+"""
+
+
+def show(page: Any, *messages: tuple[str, str]) -> None:
+    chat = {"id": "x", "messages": [{"role": role, "content": content} for role, content in messages]}
+    page.evaluate(
+        "(stored) => localStorage.setItem('efficientllm.chats', JSON.stringify(stored))",
+        {"all": [chat], "current": "x", "settings": {}},
+    )
+    page.reload()
+
+
+def test_markdown_is_shown_and_can_do_nothing(page: Any) -> None:
+    show(page, ("user", "<i>me</i> **me**"), ("assistant", MARKDOWN))
+    text = page.locator(".assistant .text")
+    assert page.locator(".user .text").inner_html() == "&lt;i&gt;me&lt;/i&gt; **me**"
+    for selector, content in {
+        "h3": "Title",
+        "strong": "bold",
+        "em": "soft",
+        "p > code": "code < x",
+        "ol > li > ul > li": "inner",
+        "td >> nth=1": "2",
+        "blockquote": "quoted",
+        "pre code": 'print("<b>")',
+    }.items():
+        assert text.locator(selector).text_content() == content, selector
+    assert [link.get_attribute("href") for link in text.locator("a").all()] == [
+        "https://example.org/",
+        "https://example.org/x.png",
+    ]
+    assert text.locator("img, script").count() == 0
+    assert page.evaluate("window.hurt") is None
+
+
+def test_messages_and_code_are_copied_as_they_were_written(page: Any) -> None:
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    show(page, ("user", "Q"), ("assistant", MARKDOWN))
+    for selector, expected in (
+        (".assistant pre >> text=Copy", 'print("<b>")'),
+        (".assistant .tools >> text=Copy", MARKDOWN),
+    ):
+        page.click(selector)
+        expect(page.locator("text=Copied")).to_have_count(1)
+        assert page.evaluate("navigator.clipboard.readText()") == expected
+        expect(page.locator("text=Copied")).to_have_count(0)
 
 
 def test_refusals_are_shown_and_the_question_is_kept(page: Any) -> None:
@@ -107,12 +219,56 @@ def test_refusals_are_shown_and_the_question_is_kept(page: Any) -> None:
 
 def test_the_second_model_can_be_picked(page: Any) -> None:
     page.select_option("#model", "twin")
-    page.click("summary")
-    page.fill("#max_tokens", "4")
-    ask(page, "Hi")
+    ask(page, "Hi", max_tokens=4)
     wait_for_answer(page)
     loaded = page.evaluate("fetch('health').then((answer) => answer.json()).then((body) => Object.keys(body.loaded))")
     assert loaded == ["tiny", "twin"]
+
+
+def test_the_reference_needs_nothing_from_elsewhere(page: Any) -> None:
+    page.goto(page.url + "docs")
+    expect(page.locator("h2 >> text=POST /v1/chat/completions")).to_be_visible()
+    assert page.locator("text=parallel_tool_calls").count() >= 1
+
+
+CONTRASTS = """() => {
+  const channel = (value) => (value /= 255) <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4;
+  const parse = (color) => color.match(/[\\d.]+/g).map(Number);
+  const light = ([r, g, b]) => 0.2126 * channel(r) + 0.7152 * channel(g) + 0.0722 * channel(b);
+  const back = (node) => {
+    for (; node; node = node.parentElement) {
+      const color = parse(getComputedStyle(node).backgroundColor);
+      if (color.length < 4 || color[3] > 0.99) return color;
+    }
+    return [255, 255, 255];
+  };
+  const found = {};
+  for (const node of document.querySelectorAll("body, body *")) {
+    const hasText = [...node.childNodes].some((child) => child.nodeType === 3 && child.data.trim());
+    const says = hasText || node.matches("input, textarea");
+    if (!says || node.disabled || !node.checkVisibility()) continue;
+    const [one, other] = [light(parse(getComputedStyle(node).color)), light(back(node))].sort((a, b) => b - a);
+    found[`${node.tagName}.${node.className}#${node.id}`] = (one + 0.05) / (other + 0.05);
+  }
+  return found;
+}"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_everything_has_the_contrast_of_wcag_aa(browser: Any, address: str, scheme: str) -> None:
+    context = browser.new_context(color_scheme=scheme)
+    page = context.new_page()
+    page.goto(address)
+    show(page, ("user", "Q"), ("assistant", MARKDOWN))
+    expect(page.locator("#model option")).to_have_count(2)
+    ask(page, "word " * 600, max_tokens=4)
+    page.wait_for_selector(".error")
+    found = page.evaluate(CONTRASTS)
+    assert {"BUTTON.main#send", "CODE.#", "A.#"} <= found.keys()
+    assert {name: ratio for name, ratio in found.items() if ratio < 4.5} == {}
+    if folder := os.environ.get("EFFICIENTLLM_SCREENSHOTS"):
+        page.screenshot(path=f"{folder}/chat-{scheme}.png")
+    context.close()
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(360, "dark"), (1100, "light")])

@@ -91,26 +91,101 @@ def test_several_system_messages_are_the_template_s_business(address: str) -> No
     assert post(address, messages=messages, **GREEDY).status_code == 200
 
 
+UNSERVED = {
+    "suffix": ("x", "leave it out"),
+    "functions": ([{"name": "f"}], "say tools"),
+    "best_of": (3, "leave it out"),
+    "store": (True, "leave it out"),
+    "reasoning_effort": ("high", "leave it out"),
+    "guided_json": ({}, "say response_format with type json_schema"),
+    "repeat_penalty": (1.1, "leave it out"),
+}
+
+
+@pytest.mark.parametrize("name", UNSERVED)
+def test_nothing_that_would_change_the_answer_is_ignored(address: str, name: str) -> None:
+    value, remedy = UNSERVED[name]
+    for path, more in (("chat/completions", {}), ("completions", {"prompt": "Hi"})):
+        answer = post(address, path, **{name: value}, **more)
+        assert answer.status_code == 400
+        assert answer.json()["error"]["message"] == f"{name} is not served here; {remedy}"
+
+
+def test_what_asks_for_nothing_passes(address: str) -> None:
+    neutral = {"tools": [], "tool_choice": "auto", "suffix": "", "logit_bias": {}, "store": False, "user": "me"}
+    plain, answer = post(address, **GREEDY).json(), post(address, **neutral, **GREEDY).json()
+    assert answer["choices"] == plain["choices"]
+
+
 @pytest.mark.parametrize(
-    "field",
+    ("fields", "message"),
     [
-        {"tools": [{"type": "function", "function": {"name": "f"}}]},
-        {"tool_choice": "required"},
-        {"frequency_penalty": 0.5},
-        {"presence_penalty": -1},
-        {"logit_bias": {"5": 100}},
-        {"echo": True},
-        {"suffix": "x"},
+        ({"tool_choice": "required"}, "tool_choice: required needs tools"),
+        ({"top_logprobs": 2}, "top_logprobs: needs logprobs"),
+        ({"response_format": {"type": "regex"}}, "response_format: regex: is missing"),
+        ({"response_format": {"type": "regex", "regex": "(a"}}, "regex: "),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "x"}}}}, "json_schema: "),
+        ({"logit_bias": {"400": 1}}, "logit_bias: token 400 is outside the vocabulary of 400"),
+        ({"logit_bias": {"x": 1}}, "logit_bias.x"),
+        ({"frequency_penalty": 3}, "frequency_penalty: "),
     ],
 )
-def test_nothing_that_would_change_the_answer_is_ignored(address: str, field: dict[str, Any]) -> None:
-    (name,) = field
-    for path, more in (("chat/completions", {}), ("completions", {"prompt": "Hi"})):
-        answer = post(address, path, **field, **more)
-        assert answer.status_code == 400
-        assert answer.json()["error"]["message"] == f"{name} is not served here; leave it out"
-    neutral = {"tools": [], "tool_choice": "auto", "frequency_penalty": 0, "logit_bias": {}, "echo": False}
-    assert post(address, **neutral, **GREEDY).status_code == 200
+def test_contradictions_are_one_clear_line(address: str, fields: dict[str, Any], message: str) -> None:
+    answer = post(address, **fields)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"].startswith(message)
+    assert "\n" not in answer.json()["error"]["message"]
+
+
+def test_penalties_and_biases_change_the_answer_as_openai_s_do(address: str) -> None:
+    def content(**fields: Any) -> str:
+        return post(address, temperature=0, max_tokens=12, **fields).json()["choices"][0]["message"]["content"]
+
+    tokens = [post_path(address, "/tokenize", content=text).json()["tokens"][0] for text in "ab"]
+    likely = {str(token): 60 for token in tokens}
+    alone = content(logit_bias=likely)
+    assert set(alone) <= {"a", "b"}
+    assert set(content(logit_bias={**likely, str(tokens["ab".index(alone[0])]): -100})) == {"a", "b"} - {alone[0]}
+    # what was said often is fined, so the other one gets its turn
+    assert set(content(logit_bias=likely, frequency_penalty=2)) == {"a", "b"}
+
+
+def post_path(address: str, path: str, **body: Any) -> httpx.Response:
+    return httpx.post(f"{address}{path}", json=body, timeout=60)
+
+
+def test_tokens_go_forth_and_back(address: str) -> None:
+    tokens = post_path(address, "/tokenize", model="tiny", content="Hello <|im_end|>").json()["tokens"]
+    as_text = post_path(address, "/tokenize", content="Hello <|im_end|>", parse_special=False).json()["tokens"]
+    assert tokens[-1] == 2
+    assert len(as_text) > len(tokens)
+    assert post_path(address, "/detokenize", tokens=as_text).json() == {"content": "Hello <|im_end|>"}
+    assert post_path(address, "/detokenize", tokens=[400]).status_code == 400
+    assert post_path(address, "/tokenize", model="other", content="x").status_code == 404
+
+
+def test_a_completion_may_begin_with_its_prompt_and_prompts_may_be_tokens(address: str) -> None:
+    tokens = [post_path(address, "/tokenize", content=text).json()["tokens"] for text in ("One two", "Three")]
+    settings: dict[str, Any] = {"prompt": tokens, "max_tokens": 4, "temperature": 0}
+    plain, echoed = (post(address, "completions", **settings, echo=echo).json()["choices"] for echo in (False, True))
+    assert [choice["text"] for choice in echoed] == [
+        f"{prompt}{choice['text']}" for prompt, choice in zip(("One two", "Three"), plain, strict=True)
+    ]
+    stream = post(address, "completions", **settings, echo=True, stream=True).text
+    events = [json.loads(line[6:]) for line in stream.splitlines() if line.startswith("data: {")]
+    texts = ["".join(e["choices"][0]["text"] for e in events if e["choices"][0]["index"] == index) for index in (0, 1)]
+    assert texts == [choice["text"] for choice in echoed]
+    assert post(address, "completions", prompt="Hi", echo=True, logprobs=1).status_code == 400
+
+
+def test_bodies_that_do_not_say_that_they_are_json_are_refused(address: str) -> None:
+    """Any page may have a browser send them without asking."""
+    body = json.dumps({"model": "tiny", "messages": MESSAGES})
+    for kind in ("application/x-www-form-urlencoded", "text/plain", ""):
+        headers = {"Content-Type": kind} if kind else {}
+        answer = httpx.post(f"{address}/v1/chat/completions", content=body, headers=headers)
+        assert answer.status_code == 415
+        assert "Content-Type: application/json" in answer.json()["error"]["message"]
 
 
 def test_errors_name_the_fields_as_clients_wrote_them(address: str) -> None:

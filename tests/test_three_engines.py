@@ -10,7 +10,8 @@ from tiny import tiny_architecture
 from efficientllm.export import cli
 from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
-from efficientllm.runtime.generation import AnswerOptions, Generation, chat_prompt
+from efficientllm.runtime.generation import AnswerOptions, Generation
+from efficientllm.runtime.prompt import chat_prompt
 
 CHATS = (
     [{"role": "user", "content": "Hello there"}],

@@ -32,7 +32,8 @@ from efficientllm.runtime.engines import probe, probe_child
 from efficientllm.runtime.engines.artefact import Artefact
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
 from efficientllm.runtime.engines.manifest import MANIFEST_NAME
-from efficientllm.runtime.generation import AnswerOptions, Generation, chat_prompt
+from efficientllm.runtime.generation import AnswerOptions, Generation
+from efficientllm.runtime.prompt import chat_prompt
 
 LIBRARIES = {
     "llama.cpp": ("llama_cpp",),

@@ -1,0 +1,140 @@
+"""Telling calls of functions from what else an answer says, while it is being written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from .text_stream import unfinished
+from .tool_format import ToolFormat
+
+
+@dataclass(frozen=True)
+class Said:
+    """Text for the user."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Called:
+    """A call begins, the answer's `index`-th."""
+
+    index: int
+    name: str
+
+
+@dataclass(frozen=True)
+class Argued:
+    """A part of the JSON object of a call's arguments."""
+
+    index: int
+    text: str
+
+
+Event = Said | Called | Argued
+
+
+class CallReader:
+    """Reads an answer in a ToolFormat, piece by piece as it comes."""
+
+    def __init__(self, format: ToolFormat) -> None:
+        self.format = format
+        self.num_calls = 0
+        self._state: Literal["text", "name", "arguments", "after"] = "text"
+        self._unread = ""
+        self._object = _ObjectEnd()
+
+    def push(self, text: str) -> list[Event]:
+        """What is known after this piece; a text that may still become the beginning of a call is held back."""
+        self._unread += text
+        events: list[Event] = []
+        step = {"text": self._text, "name": self._name, "arguments": self._arguments, "after": self._after}
+        while step[self._state](events):
+            pass
+        return events
+
+    def finish(self) -> list[Event]:
+        """What was held back, once nothing more comes."""
+        rest, self._unread = self._unread, ""
+        return [Said(rest)] if rest and self._state == "text" else []
+
+    def _take(self, length: int) -> str:
+        taken, self._unread = self._unread[:length], self._unread[length:]
+        return taken
+
+    def _text(self, events: list[Event]) -> bool:
+        start = self._unread.find(self.format.begin)
+        if start < 0:
+            start = len(self._unread) - unfinished(self._unread, (self.format.begin,))
+            has_call = False
+        else:
+            has_call = True
+        if said := self._take(start):
+            events.append(Said(said))
+        if has_call:
+            self._take(len(self.format.begin))
+            self._state = "name"
+        return has_call
+
+    def _name(self, events: list[Event]) -> bool:
+        end = self._unread.find(self.format.middle)
+        if end < 0:
+            return False
+        events.append(Called(self.num_calls, self._take(end)))
+        self._take(len(self.format.middle))
+        self.num_calls += 1
+        self._state, self._object = "arguments", _ObjectEnd()
+        return True
+
+    def _arguments(self, events: list[Event]) -> bool:
+        length = self._object.push(self._unread)
+        if text := self._take(length):
+            events.append(Argued(self.num_calls - 1, text))
+        if self._object.is_over:
+            self._state = "after"
+        return self._object.is_over
+
+    def _after(self, events: list[Event]) -> bool:
+        between, end = self.format.between, self.format.end
+        if between and self._unread.startswith(between):
+            self._take(len(between))
+            self._state = "name"
+            return True
+        is_undecided = any(marker.startswith(self._unread) for marker in (between, end))
+        if end and self._unread.startswith(end) and not (between and between.startswith(self._unread)):
+            self._take(len(end))
+            self._state = "text"
+            return bool(self._unread)
+        if not is_undecided:  # a text of the model's own
+            self._state = "text"
+        return not is_undecided
+
+
+class _ObjectEnd:
+    """Finds where a JSON object ends."""
+
+    def __init__(self) -> None:
+        self.is_over = False
+        self._depth, self._in_string, self._is_escaped = 0, False, False
+
+    def push(self, text: str) -> int:
+        """How much of `text` belongs to the object."""
+        for index, character in enumerate(text):
+            if self._in_string:
+                if self._is_escaped:
+                    self._is_escaped = False
+                elif character == "\\":
+                    self._is_escaped = True
+                elif character == '"':
+                    self._in_string = False
+            elif character == '"':
+                self._in_string = True
+            elif character in "{[":
+                self._depth += 1
+            elif character in "}]":
+                self._depth -= 1
+                if not self._depth:
+                    self.is_over = True
+                    return index + 1
+        return len(text)

@@ -1,0 +1,156 @@
+"""Answers that follow a grammar of llguidance's: JSON, a schema's JSON, a regular expression, a Lark grammar."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+import weakref
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .base.errors import UsageError
+from .base.extras import extra
+
+if TYPE_CHECKING:
+    from llguidance import LLTokenizer
+
+    from .engines.owned import OwnedEngine
+
+JSON: Any = {"whitespace_pattern": r"( |\n {0,16})?", "json_allow_general_unicode_escapes": True}
+"""How JSON may be written: indented or not (a small model that may write any amount of space writes nothing else)."""
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """What an answer must look like, from its first character to its last."""
+
+    source: str
+    """In one of llguidance's forms."""
+
+    @classmethod
+    def json_object(cls) -> Grammar:
+        """Any JSON object."""
+        return cls.json_schema({"type": "object"})
+
+    @classmethod
+    def json_schema(cls, schema: Mapping[str, Any]) -> Grammar:
+        """JSON that `schema` describes; UsageError where it is none, or uses what llguidance does not enforce."""
+        with extra("grammar"):
+            from llguidance import LLMatcher
+        return cls(LLMatcher.grammar_from_json_schema(dict(schema), defaults=JSON)).checked("json_schema")
+
+    @classmethod
+    def regex(cls, pattern: str) -> Grammar:
+        """Text that a regular expression (Rust's syntax) matches as a whole."""
+        with extra("grammar"):
+            from llguidance import LLMatcher
+        return cls(LLMatcher.grammar_from_regex(pattern)).checked("regex")
+
+    @classmethod
+    def lark(cls, text: str) -> Grammar:
+        """Lark's syntax, with llguidance's additions, such as %json and %regex."""
+        return cls(text).checked("lark")
+
+    def checked(self, name: str) -> Grammar:
+        """Itself; UsageError that begins with `name` where llguidance refuses it."""
+        with extra("grammar"):
+            from llguidance import LLMatcher
+        is_wrong, messages = LLMatcher.validate_grammar_with_warnings(self.source)
+        if is_wrong:
+            raise UsageError(f"{name}: {_in_one_line(messages[0])}")
+        return self
+
+
+def _in_one_line(message: str) -> str:
+    """llguidance's message without the lines that repeat the grammar."""
+    lines = [line for line in message.splitlines() if not re.match(r"\s*(\d+ \||\^)", line)]
+    return " ".join(" ".join(lines).split())
+
+
+def embedded_schema(schema: Mapping[str, Any]) -> str:
+    """A JSON schema as a part of a Lark rule."""
+    return "%json " + json.dumps({**schema, "x-guidance": JSON})
+
+
+class GrammarConstraint:
+    """A `Constraint`: the tokens that keep one answer within a grammar."""
+
+    def __init__(self, engine: OwnedEngine, grammar: Grammar, control_tokens: Iterable[int] = ()) -> None:
+        """UsageError for a grammar that is wrong or too large; `control_tokens` are those it names by number.
+
+        An engine's first constraint takes some tenths of a second, in which its vocabulary is read.
+        """
+        from llguidance import LLMatcher
+
+        self._size = engine.vocab_size
+        tokenizer = _tokenizer_of(engine, frozenset(control_tokens))
+        self._matcher = LLMatcher(tokenizer, grammar.source, log_level=0)
+        self._require(not self._matcher.is_error())
+        self._bits = np.zeros((tokenizer.vocab_size + 31) // 32, dtype=np.int32)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing can follow."""
+        return self._matcher.is_stopped()
+
+    @property
+    def is_accepting(self) -> bool:
+        """Whether the answer may end here."""
+        return self._matcher.is_accepting()
+
+    def mask(self, logits: np.ndarray) -> None:
+        """Set tokens that may not come next to -inf in the fp32 `logits` [V], in place."""
+        self._matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
+        allowed = np.unpackbits(self._bits.view(np.uint8), count=self._size, bitorder="little").view(bool)
+        logits[~allowed] = -np.inf
+
+    def push(self, token: int) -> None:
+        """`token` was chosen."""
+        self._require(self._matcher.consume_token(token))
+
+    def _require(self, holds: bool) -> None:
+        if not holds:
+            raise UsageError(f"the grammar fails: {_in_one_line(self._matcher.get_error())}")
+
+
+class _Vocabulary:
+    """An engine's vocabulary as llguidance's TokenizerWrapper wants it."""
+
+    bos_token_id = None
+
+    def __init__(self, engine: OwnedEngine, control_tokens: frozenset[int]) -> None:
+        self._engine = weakref.ref(engine)
+        ends = sorted(engine.end_ids)
+        self.eos_token_id = ends[0] if ends else engine.vocab_size
+        self.special_token_ids = sorted({*ends, *control_tokens})
+        # what ends an answer is control, and control has no bytes; llguidance wants names
+        names = {token: f"<|{token}|>".encode() for token in self.special_token_ids}
+        self.tokens = [names.get(token) or engine.token_bytes(token) for token in range(engine.vocab_size)]
+        if not ends:
+            self.tokens.append(b"<|none|>")
+            self.special_token_ids.append(engine.vocab_size)
+
+    def __call__(self, text: bytes | str) -> list[int]:
+        engine = self._engine()
+        if engine is None:
+            return []
+        return engine.tokenize(text if isinstance(text, str) else text.decode("utf-8", "replace"), special=False)
+
+
+_TOKENIZERS: weakref.WeakKeyDictionary[OwnedEngine, dict[frozenset[int], LLTokenizer]] = weakref.WeakKeyDictionary()
+_LOCK = threading.Lock()
+
+
+def _tokenizer_of(engine: OwnedEngine, control_tokens: frozenset[int]) -> LLTokenizer:
+    with extra("grammar"):
+        from llguidance import LLTokenizer, TokenizerWrapper
+    with _LOCK:
+        known = _TOKENIZERS.setdefault(engine, {})
+        if control_tokens not in known:
+            wrapper = TokenizerWrapper(_Vocabulary(engine, control_tokens))
+            known[control_tokens] = LLTokenizer(wrapper, eos_token=sorted(engine.end_ids) or None)
+        return known[control_tokens]

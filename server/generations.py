@@ -1,0 +1,83 @@
+"""From a request to the generations that answer it, one for each choice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+from ..runtime.base.errors import ContextOverflowError, EfficientLLMError
+from ..runtime.call_reader import CallReader
+from ..runtime.constraint import Constraint
+from ..runtime.engines.owned import OwnedEngine
+from ..runtime.generation import AnswerOptions, Generation, Overflow
+from ..runtime.grammar import GrammarConstraint
+from ..runtime.prompt import ChatOptions, ChatPrompt, text_prompt, tool_prompt
+from .schemas import APIError, ChatRequest, CompletionRequest, TextRequest
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of a request's answers."""
+
+    generation: Generation
+    reader: CallReader | None = None
+    """Tells its calls from its text; None where there is nothing to call."""
+    echo: str = ""
+    """What it begins with."""
+
+
+def choices_of(engine: OwnedEngine, request: CompletionRequest, overflow: Overflow) -> list[Choice]:
+    """The choices of every prompt; APIError 400 where the engine refuses what is asked."""
+    try:
+        options = AnswerOptions(
+            request.token_limit,
+            request.sampling,
+            logit_bias=request.biases,
+            stop=request.stops,
+            top_logprobs=request.top_count,
+            overflow=overflow,
+        )
+        # every choice of a seeded request draws its own numbers
+        seeds = [None if request.seed is None else (request.seed + index) % 2**63 for index in range(request.n)]
+        each = [replace(options, sampling=replace(options.sampling, seed=seed)) for seed in seeds]
+        if isinstance(request, ChatRequest):
+            return list(_chat_choices(engine, request, each))
+        assert isinstance(request, TextRequest)
+        return list(_text_choices(engine, request, each))
+    except ContextOverflowError as error:
+        raise APIError(400, str(error), code="context_length_exceeded") from error
+    except EfficientLLMError as error:
+        raise APIError(400, str(error)) from error
+
+
+def _chat_choices(engine: OwnedEngine, request: ChatRequest, each: Iterable[AnswerOptions]) -> Iterable[Choice]:
+    shown = ChatOptions(request.tool_use, request.chat_template_kwargs)
+    prompt: ChatPrompt = tool_prompt(engine, [message.flat() for message in request.messages], shown)
+    constrain = _constraint_of(engine, request)
+    for options in each:
+        constraint = prompt.constraint(engine) if request.tool_use else constrain()
+        yield Choice(Generation(engine, prompt.tokens, options, constraint), prompt.reader())
+
+
+def _text_choices(engine: OwnedEngine, request: TextRequest, each: Iterable[AnswerOptions]) -> Iterable[Choice]:
+    constrain = _constraint_of(engine, request)
+    for prompt in request.prompts:
+        tokens = text_prompt(engine, prompt) if isinstance(prompt, str) else prompt
+        if not tokens:
+            raise APIError(400, "prompt: is empty")
+        if max(tokens) >= engine.vocab_size:
+            raise APIError(400, f"prompt: token {max(tokens)} is outside the vocabulary of {engine.vocab_size}")
+        echo = (prompt if isinstance(prompt, str) else text_of(engine, tokens)) if request.echo else ""
+        for options in each:
+            yield Choice(Generation(engine, tokens, options, constrain()), echo=echo)
+
+
+def _constraint_of(engine: OwnedEngine, request: CompletionRequest) -> Callable[[], Constraint | None]:
+    """What makes the constraint of each choice; UsageError where the request's is malformed."""
+    grammar = request.response_format.grammar()
+    return lambda: GrammarConstraint(engine, grammar) if grammar is not None else None
+
+
+def text_of(engine: OwnedEngine, tokens: Iterable[int]) -> str:
+    """The text of `tokens`, control tokens left out."""
+    return b"".join(map(engine.token_bytes, tokens)).decode("utf-8", errors="replace")

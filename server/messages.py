@@ -1,0 +1,171 @@
+"""Messages, functions and forms of answers, as OpenAI's clients send them."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, Field, JsonValue, model_validator
+
+from ..runtime.grammar import Grammar
+
+MAX_CHARACTERS = 200_000
+MAX_TOOLS = 128
+
+
+def _encodable(text: str) -> str:
+    """Text that a tokenizer can take: no NUL, no half of a surrogate pair."""
+    if "\0" in text:
+        raise ValueError("text must not contain NUL")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError("text must not contain lone surrogates") from error
+    return text
+
+
+Text = Annotated[str, Field(max_length=MAX_CHARACTERS), AfterValidator(_encodable)]
+Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")]
+
+
+class Sent(BaseModel):
+    """What clients send; a field that is null has its default."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, values: Any) -> Any:
+        return {name: value for name, value in values.items() if value is not None} if type(values) is dict else values
+
+
+class TextPart(BaseModel):
+    type: Literal["text"]
+    text: Text
+
+
+class CalledFunction(BaseModel):
+    name: Name
+    arguments: Text
+    """A JSON object."""
+
+    def parsed(self) -> dict[str, Any]:
+        """Name and arguments as chat templates know them."""
+        try:
+            arguments = json.loads(self.arguments or "{}")
+        except ValueError:
+            arguments = None
+        if not isinstance(arguments, dict):
+            raise ValueError(f"arguments of the call of {self.name!r}: must be a JSON object")
+        return {"name": self.name, "arguments": arguments}
+
+
+class ToolCall(BaseModel):
+    id: Text
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class ChatMessage(Sent):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    """OpenAI's newer models call their system messages the developer's."""
+    content: Text | list[TextPart] = ""
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS)] = []
+    tool_call_id: Text = ""
+    name: Text = ""
+
+    @model_validator(mode="after")
+    def _check_content(self) -> ChatMessage:
+        if "content" not in self.model_fields_set and not self.tool_calls:
+            raise ValueError("content: is missing")
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError("tool_calls: are the assistant's")
+        for call in self.tool_calls:
+            call.function.parsed()
+        return self
+
+    def flat(self) -> dict[str, Any]:
+        """As chat templates know it: {"role", "content"}, the content as one string, and the calls."""
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        message: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": text}
+        if self.tool_calls:
+            message["tool_calls"] = [
+                {"id": call.id, "type": "function", "function": call.function.parsed()} for call in self.tool_calls
+            ]
+        if self.role == "tool":
+            message["tool_call_id"] = self.tool_call_id
+        return {**message, "name": self.name} if self.name else message
+
+
+class Function(Sent):
+    name: Name
+    description: Text = ""
+    parameters: dict[str, JsonValue] = {}
+    """JSON schema of an object."""
+    strict: bool = True
+    """Arguments always keep to the parameters."""
+
+    @model_validator(mode="after")
+    def _check_parameters(self) -> Function:
+        if self.parameters.get("type", "object") != "object":
+            raise ValueError("parameters: must describe an object")
+        return self
+
+
+class Tool(Sent):
+    type: Literal["function"]
+    function: Function
+
+    def shown(self) -> dict[str, Any]:
+        """As chat templates show it."""
+        function = self.function
+        shown = {"name": function.name, "description": function.description, "parameters": function.parameters}
+        return {"type": "function", "function": {name: value for name, value in shown.items() if value}}
+
+
+class NamedFunction(BaseModel):
+    name: Name
+
+
+class NamedTool(BaseModel):
+    type: Literal["function"]
+    function: NamedFunction
+
+
+ToolChoice = Literal["none", "auto", "required"] | NamedTool
+
+
+class JsonSchema(Sent):
+    name: Text = ""
+    description: Text = ""
+    strict: bool = True
+    """The answer always keeps to the schema."""
+    schema_: Annotated[dict[str, JsonValue], Field(alias="schema")] = {}
+
+
+class ResponseFormat(Sent):
+    """Text, any JSON object, or OpenAI's json_schema; beyond it a regular expression or a Lark grammar."""
+
+    type: Literal["text", "json_object", "json_schema", "regex", "lark"] = "text"
+    json_schema: JsonSchema | None = None
+    regex: Text | None = None
+    lark: Text | None = None
+
+    @model_validator(mode="after")
+    def _check_content(self) -> ResponseFormat:
+        if self.type in ("json_schema", "regex", "lark") and getattr(self, self.type) is None:
+            raise ValueError(f"{self.type}: is missing")
+        return self
+
+    def schema_of_answer(self) -> dict[str, Any] | None:
+        """JSON schema of the answer; None where it is no JSON."""
+        if self.type == "json_object":
+            return {"type": "object"}
+        return dict(self.json_schema.schema_) if self.type == "json_schema" and self.json_schema else None
+
+    def grammar(self) -> Grammar | None:
+        """What the answer must be; UsageError where that is malformed."""
+        schema = self.schema_of_answer()
+        if schema is not None:
+            return Grammar.json_schema(schema)
+        if self.regex is not None:
+            return Grammar.regex(self.regex)
+        return Grammar.lark(self.lark) if self.lark is not None else None

@@ -1,0 +1,140 @@
+"""Answers under a grammar: every token that the mask leaves keeps the answer within it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from efficientllm.runtime.base.errors import UsageError
+from efficientllm.runtime.engines.engine import EngineOptions, load_engine
+from efficientllm.runtime.engines.owned import OwnedEngine
+from efficientllm.runtime.generation import AnswerOptions, Generation
+from efficientllm.runtime.grammar import Grammar, GrammarConstraint
+from efficientllm.runtime.sampling import SamplingOptions
+
+
+@pytest.fixture(scope="module")
+def engine(artefact: Path) -> Iterator[OwnedEngine]:
+    engine = load_engine(artefact, EngineOptions(threads=1))
+    yield engine
+    engine.close()
+
+
+def accepts(engine: OwnedEngine, grammar: Grammar, text: str) -> bool:
+    """Whether `text`, in the tokens that the model knows it by, is an answer under the grammar."""
+    constraint = GrammarConstraint(engine, grammar)
+    for token in engine.tokenize(text, special=False):
+        logits = np.zeros(engine.vocab_size, np.float32)
+        constraint.mask(logits)
+        if logits[token] == -np.inf:
+            return False
+        constraint.push(token)
+    return constraint.is_accepting
+
+
+VALID = [
+    "{}",
+    '{"a": 1}',
+    '{"a":[1, -2.5e+3, {"b": null}, [], "x\\n\\u00e9 日本"], "c": true , "d": false}',
+    '{\n    "n": [0, -0, 0.5, 1E9, 10e-2]\n}',
+]
+INVALID = ["[1]", '{"a" 1}', '{"a": 01}', '{"a": 1.}', '{"a": .5}', '{"a": +1}', "{'a': 1}", '{"a": 1,}', '{"a": [1,]}']
+INVALID += ['{"a": tru}', '{"a": "\n"}', '{"a": "\\x"}', '{"a": 1]', '{"a": 1} x', '{"a": 1e}', '{"a": -}', "{,}"]
+
+
+@pytest.mark.parametrize("text", VALID)
+def test_objects_are_accepted(engine: OwnedEngine, text: str) -> None:
+    json.loads(text)
+    assert accepts(engine, Grammar.json_object(), text)
+
+
+@pytest.mark.parametrize("text", [*INVALID, '{"a": ' + " " * 40 + "1}"])
+def test_what_is_no_object_is_refused_and_so_is_endless_space(engine: OwnedEngine, text: str) -> None:
+    assert not accepts(engine, Grammar.json_object(), text)
+
+
+def test_regular_expressions_and_lark_grammars_hold_from_end_to_end(engine: OwnedEngine) -> None:
+    regex, lark = Grammar.regex("(yes|no)!?"), Grammar.lark('start: "a" DIGITS\nDIGITS: /[0-9]{2}/')
+    assert [accepts(engine, regex, text) for text in ("yes", "no!", "maybe", "yes!!")] == [True, True, False, False]
+    assert [accepts(engine, lark, text) for text in ("a12", "a1", "12")] == [True, False, False]
+
+
+def test_an_answer_may_end_only_where_the_grammar_does(engine: OwnedEngine) -> None:
+    constraint = GrammarConstraint(engine, Grammar.regex("ab?"))
+    end = min(engine.end_ids)
+    allowed = []
+    for token in [*engine.tokenize("a", special=False), None]:
+        logits = np.zeros(engine.vocab_size, np.float32)
+        constraint.mask(logits)
+        allowed.append(logits[end] == 0)
+        if token is not None:
+            constraint.push(token)
+    assert allowed == [False, True]
+    assert not constraint.is_complete
+    constraint.push(*engine.tokenize("b", special=False))
+    assert constraint.is_complete
+
+
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "color": {"enum": ["red", "green"]},
+        "sizes": {"type": "array", "items": {"type": "integer", "minimum": 1, "maximum": 9}, "maxItems": 3},
+    },
+    "required": ["color", "sizes"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_random_model_writes_what_the_schema_says(engine: OwnedEngine, seed: int) -> None:
+    sampling = SamplingOptions(temperature=1.5, seed=seed)
+    generation = Generation(
+        engine, [1, 5, 9], AnswerOptions(200, sampling), GrammarConstraint(engine, Grammar.json_schema(SCHEMA))
+    )
+    answer = json.loads("".join(generation))
+    assert generation.stats.finish_reason == "stop"
+    assert 0 < generation.stats.mask_seconds < generation.stats.decode_seconds + 1
+    assert answer.keys() == {"color", "sizes"}
+    assert answer["color"] in ("red", "green")
+    assert all(1 <= size <= 9 for size in answer["sizes"])
+
+
+def test_a_biased_token_stays_within_the_grammar(engine: OwnedEngine) -> None:
+    (comma,) = engine.tokenize(",", special=False)
+    options = AnswerOptions(200, SamplingOptions(temperature=0), logit_bias={comma: 100.0})
+    generation = Generation(engine, [1, 5], options, GrammarConstraint(engine, Grammar.regex("[a-f]{3,5}")))
+    assert re.fullmatch("[a-f]{3,5}", "".join(generation))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Grammar.json_schema({"type": "objct"}), "json_schema: Invalid type: objct"),
+        (lambda: Grammar.json_schema({"$ref": "https://elsewhere.example/x"}), "json_schema: .*elsewhere"),
+        (lambda: Grammar.regex("(a|"), "regex: .*unclosed group"),
+        (lambda: Grammar.lark("start: nothing"), 'lark: .*unknown name: "nothing"'),
+    ],
+)
+def test_a_malformed_grammar_is_one_line(make: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=message) as caught:
+        make()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_vocabulary_goes_with_its_engine(artefact: Path) -> None:
+    from efficientllm.runtime import grammar
+
+    before = len(grammar._TOKENIZERS)
+    engine = load_engine(artefact, EngineOptions(threads=1))
+    GrammarConstraint(engine, Grammar.regex("a"))
+    assert len(grammar._TOKENIZERS) == before + 1
+    engine.close()
+    del engine
+    assert len(grammar._TOKENIZERS) == before
