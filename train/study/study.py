@@ -11,6 +11,7 @@ from typing import Literal
 from ...runtime.base import flags
 from ...runtime.base.errors import UsageError
 from ...runtime.base.files import write_json_atomically
+from ...runtime.base.names import none_of
 from ..config import OptimizerConfig, RunConfig, SourceConfig, TrainConfig
 from ..evaluation.evaluation import ComputeConfig, Evaluation, MeasureConfig, check, evaluate
 from ..metrics import read_metrics
@@ -69,7 +70,7 @@ class StudyConfig:
 
     def __post_init__(self) -> None:
         for name in self.arms:
-            flags.require(self, "arms", name in ARMS, f"unknown; known: {', '.join(ARMS)}", value=name)
+            flags.require(self, "arms", name in ARMS, none_of(name, ARMS), value=name)
         for text in self.keep:
             flags.require(self, "keep", 0 < float(text) < 1, "must be between 0 and 1", value=text)
         flags.require(self, "seeds", self.seeds >= 1, "must be at least 1")
