@@ -13,6 +13,7 @@ from typing import Any, Generic, NoReturn, TypeVar
 
 from ..runtime.base import flags
 from ..runtime.base.errors import UsageError
+from ..runtime.base.names import unknown_name
 from .checkpoint import Checkpoint
 from .request import ExportRequest
 
@@ -49,7 +50,7 @@ def load_exporter(target: str) -> Exporter[Any]:
     """The exporter of `target`; UsageError lists the known ones."""
     targets = known_targets()
     if target not in targets:
-        raise UsageError(f"--target {target}: unknown; known: {', '.join(targets)}")
+        raise unknown_name("--target", target, targets)
     module, _, name = targets[target].partition(":")
     try:
         exporter: Exporter[Any] = getattr(importlib.import_module(module), name)

@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 from training import command, run, without
 
-from efficientllm.runtime.base.errors import DataError
+from efficientllm.runtime.base.errors import DataError, UsageError
 from efficientllm.train.data.documents import DataSpec, check_documents, open_documents
 
 TEXTS = [f'text number {index}, "quoted",\nover two lines, \u00e9' for index in range(30)]
@@ -202,6 +202,30 @@ class Hub:
     def __call__(self, path: str, config: str | None, split: str, streaming: bool) -> list[dict[str, Any]]:
         assert (path, config, split, streaming) == ("owner/name", "en", "train", True)
         return self.rows
+
+
+@pytest.mark.parametrize(
+    ("name", "is_asked_for"),
+    [
+        *(("wikimedia/wikipedia@20231101.en", True), ("owner/name-v1.5", True), ("ow.ner/na_me", True)),
+        *(("texts/corpus.jsonl", False), ("texts/corpus.txt.gz", False), ("texts/other", False), ("./name", False)),
+        *(("a/b/c", False), ("name", False), ("~/name", False), ("owner/", False)),
+    ],
+)
+def test_a_hub_dataset_is_told_from_a_mistyped_path(
+    name: str, is_asked_for: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asking a hub for what lies nowhere takes half a minute; dots in its names are common."""
+    (tmp_path / "texts").mkdir()
+    monkeypatch.chdir(tmp_path)
+    asked: list[str] = []
+    monkeypatch.setattr("datasets.load_dataset", lambda path, *rest, **more: asked.append(path) or [{"text": "a"}])
+    if is_asked_for:
+        assert list(open_documents(DataSpec.parse(name))) == ["a"]
+        assert asked == [name.partition("@")[0]]
+    else:
+        with pytest.raises(UsageError, match="no such file or folder, and not a hub dataset id"):
+            list(open_documents(DataSpec.parse(name)))
 
 
 def test_hub_datasets_have_a_text_field_too(monkeypatch: pytest.MonkeyPatch) -> None:

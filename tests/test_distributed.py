@@ -67,6 +67,12 @@ def test_two_processes_remove_the_same_groups_as_one(
         assert (ours[name] - tensor).abs().mean() < 1e-4, name
 
 
+def test_what_every_rank_refuses_is_said_once(source_folder: Path, corpus: Path, tmp_path: Path) -> None:
+    done = torchrun(command(source_folder, corpus, tmp_path / "run", "--saliency", "best"))
+    errors = [line for line in done.stderr.splitlines() if "error: " in line]
+    assert [error.partition(";")[0] for error in errors] == ["error: --saliency best: unknown"], done.stderr
+
+
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
 def test_stopped_distributed_run_resumes_bit_identically(
     mode: str, source_folder: Path, corpus: Path, tmp_path: Path

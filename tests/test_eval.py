@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -269,6 +270,13 @@ def test_bad_input_is_one_line(
     error = capsys.readouterr().err.strip()
     assert message in error
     assert "\n" not in error
+
+
+def test_help_names_every_task_in_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    for columns in ("60", "80", "200"):
+        monkeypatch.setenv("COLUMNS", columns)
+        words = re.split(r"[\s,;]+", cli.build_parser().format_help())
+        assert {*TASKS, "efficientllm-train"} <= set(words)
 
 
 def test_missing_rows_name_the_task(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

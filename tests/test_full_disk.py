@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -113,6 +115,25 @@ def test_a_full_disk_is_recognised_behind_every_library(
         folder_written_atomically(tmp_path / "target") as temporary,
     ):
         write(temporary)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("code", [errno.EDQUOT, errno.ENOSPC])
+def test_a_quota_is_recognised_though_the_disk_has_room_and_torch_says_nothing(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a network drive that accepts what is written, and refuses when it is to be kept."""
+
+    def refuses(descriptor: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", refuses)
+    reason = "the quota of its owner is used up" if code == errno.EDQUOT else r"\d.*B are free"
+    with (
+        pytest.raises(DiskFullError, match=rf"/target cannot be written: the disk is full \({reason}\)"),
+        folder_written_atomically(tmp_path / "target") as temporary,
+    ):
+        fails_as_torch(temporary)
     assert not any(tmp_path.iterdir())
 
 

@@ -159,7 +159,10 @@ BAD_INPUT = [
     (["--saliency", "best"], "--saliency best: unknown; known: taylor1"),
     (["--sequence-length", "9999"], "the source's context is 512 tokens"),
     (["--device", "tpu9"], "--device tpu9"),
+    (["--saliency", "Fischer"], "flap, wanda, minitron; did you mean fisher?"),
+    (["--lr-schedule", "cosin"], "'cosin' is none of wsd, cosine, constant; did you mean cosine?"),
     (["--nonsense"], "unrecognized arguments: --nonsense"),
+    (["--learnig-rate", "1e-4"], "unrecognized arguments: --learnig-rate 1e-4; did you mean --learning-rate?"),
     (["--batch-size", "0"], "--batch-size 0: must be positive"),
 ]
 
@@ -178,6 +181,22 @@ def test_bad_input_gets_one_line_and_writes_nothing(
     assert len(errors) == 1
     assert message in errors[0]
     assert not (tmp_path / "run").exists()
+
+
+def test_a_logger_that_does_not_start_is_one_line(
+    source_folder: Path,
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "wandb.py").write_text(
+        "def init(**settings):\n    raise RuntimeError('api_key not configured\\n(no-tty). call wandb.login')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert run(command(source_folder, corpus, tmp_path / "run", "--wandb")) == 2
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert error.startswith("error: --wandb: wandb does not start: api_key not configured (no-tty). call wandb.login; ")
 
 
 def test_output_in_use_is_kept(

@@ -25,7 +25,7 @@ def build_parser() -> flags.Parser:
         description="Prune a pretrained language model while it goes on pretraining (EfficientLLM, arXiv 2502.06663).",
         epilog="Settings are taken from the preset, then from --config, then from flags.",
     )
-    parser.add_argument("--preset", choices=list(PRESETS), help="named starting point")
+    parser.add_argument("--preset", metavar="NAME", help=f"named starting point: {', '.join(PRESETS)}")
     parser.add_argument("--config", metavar="FILE", help="TOML file, as --print-config writes it")
     parser.add_argument("--print-config", action="store_true", help="print the resulting configuration and leave")
     return parser

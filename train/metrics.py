@@ -43,7 +43,14 @@ class MetricsWriter:
         if self.settings.wandb and self._wandb is None:
             import wandb  # type: ignore[import-not-found]
 
-            self._wandb = wandb.init(project="efficientllm", dir=str(self.path.parent), name=self.path.parent.name)
+            folder = self.path.parent
+            try:
+                self._wandb = wandb.init(project="efficientllm", dir=str(folder), name=folder.name)
+            except OSError:  # of the disk
+                raise
+            except Exception as error:  # not logged in, no network, an account without room: it raises what it likes
+                reason = " ".join(str(error).split()) or type(error).__name__
+                raise UsageError(f"--wandb: wandb does not start: {reason}; WANDB_MODE=offline logs here") from error
 
     def write(self, record: dict[str, Any]) -> None:
         """Log one record; DiskFullError leaves the file as it was."""

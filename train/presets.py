@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ..runtime.base.errors import UsageError
+from ..runtime.base.names import unknown_name
 from .config import OptimizerConfig, RunConfig, SourceConfig, TrainConfig
 from .pruning.config import PruneConfig
 
@@ -70,5 +70,5 @@ PRESETS: dict[str, Callable[[], TrainConfig]] = {
 
 def preset(name: str) -> TrainConfig:
     if name not in PRESETS:
-        raise UsageError(f"--preset {name}: unknown; known: {', '.join(PRESETS)}")
+        raise unknown_name("--preset", name, PRESETS)
     return PRESETS[name]()

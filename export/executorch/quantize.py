@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...runtime.base.errors import UsageError
+from ...runtime.base.names import unknown_name
 from ..group_quantization import keep_scale, quantize_groups, round_to_bfloat16
 from .options import GROUP_SIZES, ExecutorchOptions
 
@@ -51,7 +52,7 @@ FORMATS = {
 def weight_format(name: str, options: ExecutorchOptions) -> WeightFormat:
     """Format `name` with the types that the options ask for; UsageError where ExecuTorch has no such format."""
     if name not in FORMATS:
-        raise UsageError(f"--quantize {name}: unknown for executorch; known: {', '.join(FORMATS)}")
+        raise unknown_name("--quantize", name, FORMATS, of=" for executorch")
     chosen = FORMATS[name]
     for flag, value in (("--output-type", options.output_type), ("--embedding-type", options.embedding_type)):
         if value and value not in ("int8", "int4"):

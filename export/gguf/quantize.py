@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from ...runtime.base.child import run_python
-from ...runtime.base.errors import ArtefactError, MissingExtraError, UsageError
+from ...runtime.base.errors import ArtefactError, MissingExtraError
 from ...runtime.base.extras import extra
+from ...runtime.base.names import unknown_name
 
 FILE_TYPES = (
     *("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_1", "q5_0", "q4_k_m", "q4_k_s", "q4_1", "q4_0"),
@@ -32,7 +33,7 @@ def file_type(name: str) -> int:
     with extra("gguf"):
         import gguf
     if name not in FILE_TYPES:
-        raise UsageError(f"--quantize {name}: unknown for gguf; known: {', '.join(FILE_TYPES)}")
+        raise unknown_name("--quantize", name, FILE_TYPES, of=" for gguf")
     return int(gguf.LlamaFileType["ALL_F32" if name == "f32" else f"MOSTLY_{name.upper()}"])
 
 
@@ -45,8 +46,8 @@ def tensor_type(flag: str, name: str) -> int | None:
     try:
         return int(gguf.GGMLQuantizationType[name.upper()])
     except KeyError as error:
-        known = ", ".join(item.name.lower() for item in gguf.GGMLQuantizationType)
-        raise UsageError(f"{flag} {name}: unknown tensor type; known: {known}") from error
+        known = [item.name.lower() for item in gguf.GGMLQuantizationType]
+        raise unknown_name(flag, name, known, of=" tensor type") from error
 
 
 def quantize_gguf(

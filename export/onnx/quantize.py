@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ...runtime.base.errors import UsageError
+from ...runtime.base.names import unknown_name
 from ..group_quantization import quantize_groups
 
 
@@ -39,7 +39,7 @@ PRESETS = {
 
 def preset(name: str) -> Bits:
     if name not in PRESETS:
-        raise UsageError(f"--quantize {name}: unknown for onnx; known: {', '.join(PRESETS)}")
+        raise unknown_name("--quantize", name, PRESETS, of=" for onnx")
     return PRESETS[name]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 
 from .errors import EfficientLLMError
@@ -18,6 +19,10 @@ LOGGER = "efficientllm"
 
 NOISY_LOGGERS = ("torchao", "torch.utils._pytree")
 """transformers imports torchao where it is installed, which then warns of CUDA libraries that a CPU build lacks."""
+
+
+OTHERS_WAIT_SECONDS = 5
+"""torchrun looks at its processes every tenth of a second."""
 
 
 def is_main_process() -> bool:
@@ -68,5 +73,17 @@ def run_command(body: Callable[[Sequence[str]], int], argv: Sequence[str] | None
     except (EfficientLLMError, OSError) as error:
         if debug:
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        _say_once(f"error: {' '.join(str(error).split())}")
         return 2
+
+
+def _say_once(line: str) -> None:
+    """On stderr, once for all that torchrun started on this machine where they fail alike.
+
+    When the first of them has failed, torchrun ends the others, which wait for that; one that failed alone speaks.
+    """
+    rank = os.environ.get("LOCAL_RANK", "0")
+    if rank != "0":
+        time.sleep(OTHERS_WAIT_SECONDS)
+        line = f"rank {os.environ.get('RANK', rank)}: {line}"
+    print(line, file=sys.stderr)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,8 +21,12 @@ LAST_BYTES = 65_536
 
 def free_bytes(path: Path) -> int:
     """What the disk still holds on which `path` lies or will lie."""
-    existing = next(place for place in (path, *path.absolute().parents) if place.exists())
-    return shutil.disk_usage(existing).free
+    return shutil.disk_usage(_existing(path)).free
+
+
+def _existing(path: Path) -> Path:
+    """The folder in which `path` lies or will lie, as far as there is one."""
+    return next(place for place in (path, *path.absolute().parents) if place.is_dir())
 
 
 def require_room(path: Path, needed: int) -> None:
@@ -43,16 +49,39 @@ def writing(path: Path) -> Iterator[None]:
     except DiskFullError as error:  # of a part of it, which may have another name by then
         raise DiskFullError(path, error.reason) from error
     except BaseException as error:  # torch's CheckpointException is no Exception
-        free = free_bytes(path)
-        if free >= LAST_BYTES and not _tells_of_full_disk(error):
+        reason = _full_because(path, error)
+        if not reason:
             raise
-        raise DiskFullError(path, f"{format_bytes(free)} are free") from error
+        raise DiskFullError(path, reason) from error
 
 
-def _tells_of_full_disk(error: BaseException | None) -> bool:
-    """Whether it, or what led to it, is the system's own word."""
+def _full_because(path: Path, error: BaseException) -> str:
+    """Why what failed with `error` failed for a full disk or a quota; "" where it did not."""
+    free = free_bytes(path)
+    if free < LAST_BYTES:
+        return f"{format_bytes(free)} are free"
+    code = _full_disk_error(error) or _refusal(path)
+    if code == errno.EDQUOT:
+        return "the quota of its owner is used up"
+    return f"{format_bytes(free)} are free" if code else ""
+
+
+def _full_disk_error(error: BaseException | None) -> int:
+    """The system's own word for it, in an error or in what led to it; 0 where it said nothing of the kind."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in FULL:
-            return True
+            return int(error.errno)
         error = error.__cause__ or error.__context__
-    return False
+    return 0
+
+
+def _refusal(path: Path) -> int:
+    """The same, by writing LAST_BYTES beside `path`: torch's writer does not say that a quota ended it."""
+    try:
+        with tempfile.TemporaryFile(dir=_existing(path)) as stream:
+            stream.write(bytes(LAST_BYTES))
+            stream.flush()
+            os.fsync(stream.fileno())
+    except OSError as error:
+        return _full_disk_error(error)
+    return 0

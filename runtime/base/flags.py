@@ -21,6 +21,7 @@ from importlib.metadata import version
 from typing import Any, NoReturn, TypeVar
 
 from .errors import OptionError, UsageError
+from .names import did_you_mean, none_of
 from .quantities import parse_bytes, parse_count
 
 T = TypeVar("T")
@@ -33,7 +34,7 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, *sections: type, **options: Any) -> None:
-        super().__init__(**options)
+        super().__init__(formatter_class=_WholeNames, **options)
         self.add_argument("--debug", action="store_true", help="show tracebacks")  # run_command takes it out
         self.add_argument("--version", action="version", version=f"efficientllm {version('efficientllm')}")
         for section in sections:
@@ -41,12 +42,23 @@ class Parser(argparse.ArgumentParser):
 
     def parse(self, argv: Sequence[str]) -> dict[str, Any]:
         """All values by name; positional arguments may stand between flags."""
-        values = vars(self.parse_intermixed_args(argv))
+        namespace, unknown = self.parse_known_intermixed_args(argv)
+        if unknown:
+            flag = next((each for each in unknown if each.startswith("--")), "").partition("=")[0]
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{did_you_mean(flag, self._option_string_actions)}")
+        values = vars(namespace)
         del values["debug"]
         return values
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+class _WholeNames(argparse.HelpFormatter):
+    """Help whose lines break at spaces alone, so that names with hyphens can be copied from it."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False, break_long_words=False)
 
 
 def flag_name(field_name: str) -> str:
@@ -73,7 +85,7 @@ def check_types(options: object) -> None:
             continue
         kind, choices = typing.get_origin(annotation) or annotation, typing.get_args(annotation)
         if kind is typing.Literal:
-            require(options, field.name, value in choices, f"is none of {', '.join(map(str, choices))}")
+            require(options, field.name, value in choices, none_of(value, choices))
         elif kind in (tuple, bool, int, float, str):
             accepted = {float: (int, float), tuple: (tuple, list)}.get(kind, kind)
             holds = isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
@@ -168,7 +180,8 @@ def add_flags(parser: argparse.ArgumentParser, cls: type) -> None:
                 options |= {"type": _split_commas} if separated else {"action": "append"}
             options["metavar"] = field.name.upper()
         elif typing.get_origin(annotation) is typing.Literal:
-            options |= {"choices": typing.get_args(annotation)}
+            names = typing.get_args(annotation)
+            options |= {"type": functools.partial(one_of, names), "metavar": "{" + ",".join(names) + "}"}
         else:
             options |= {"type": _named(parse or annotation), "metavar": field.name.upper()}
         parser.add_argument(flag_name(field.name), **options)
@@ -183,6 +196,13 @@ def _parse_whole_numbers(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in _split_commas(text))
     except ValueError as error:
         raise ValueError(f"{text!r} is no comma-separated list of whole numbers") from error
+
+
+def one_of(names: Sequence[str], text: str) -> str:
+    """What argparse makes of a flag's `text`: itself where it is one of `names`."""
+    if text not in names:
+        raise argparse.ArgumentTypeError(f"{text!r} {none_of(text, names)}")
+    return text
 
 
 def _named(parse: Any) -> Any:
@@ -253,7 +273,7 @@ def _coerce(value: Any, annotation: Any, field: dataclasses.Field[Any]) -> Any:
         return tuple(value) if isinstance(value, list | tuple) else tuple(_split_commas(str(value)))
     if typing.get_origin(annotation) is typing.Literal:
         if value not in typing.get_args(annotation):
-            raise UsageError(f"{name}: {value!r} is none of {', '.join(map(str, typing.get_args(annotation)))}")
+            raise UsageError(f"{name}: {value!r} {none_of(value, typing.get_args(annotation))}")
         return value
     if annotation is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from ...runtime.base.errors import UsageError
+from ..model.hub import may_be_hub_id
 from ..model.installed_files import distribution_file
 from .chat import Chat, Document
 from .readers import KNOWN_FILES, BadLines, Reading, document_of, read_documents, reader_of
@@ -114,8 +115,10 @@ def _parts(spec: DataSpec, bad_lines: BadLines) -> list[Iterator[Document]]:
 
 
 def _is_hub_dataset(name: str) -> bool:
-    path = Path(name)
-    return not path.exists() and name.count("/") == 1 and not path.suffix
+    """Whether it is owner/name[@config], and no mistyped file of a kind that can be read."""
+    dataset, _, config = name.partition("@")
+    is_file = Path(name).exists() or (not config and reader_of(Path(name)) is not None)
+    return not is_file and may_be_hub_id(dataset)
 
 
 def is_held_out(document: Document, fraction: float) -> bool:

@@ -30,7 +30,8 @@ class MeasureConfig:
     """Perplexity on six kinds of text, chat answers and a hundred questions of fact, all of which ship with the package
     and are trained on by no run."""
     tasks: tuple[str, ...] = flags.comma_separated("none")
-    """Zero-shot tasks, comma-separated, all or none."""
+    """Zero-shot tasks, comma-separated, of arc_challenge, arc_easy, boolq, hellaswag, openbookqa, piqa, winogrande and
+    mmlu; or all, or none."""
     data_dir: str = ""
     """Folder with the tasks' rows as JSONL and WikiText-2 as wikitext2_raw_test.txt; empty: tasks come from the hub."""
     limit: int = 0

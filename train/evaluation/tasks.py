@@ -11,8 +11,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ...runtime.base.errors import DataError, UsageError
+from ...runtime.base.errors import DataError
 from ...runtime.base.extras import extra
+from ...runtime.base.names import unknown_name
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ TASKS = {
 def check_names(names: Sequence[str]) -> None:
     unknown = [name for name in names if name not in TASKS]
     if unknown:
-        raise UsageError(f"--tasks {unknown[0]}: unknown; known: {', '.join(TASKS)}, or none")
+        raise unknown_name("--tasks", unknown[0], (*TASKS, "all", "none"))
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 from ...runtime.base.errors import EfficientLLMError, ModelError, UsageError
 from .folder_files import check_folder, check_token_ids, locate_tensors, refuse_quantized
 from .gguf_source import restore_pre_tokenizer
+from .hub import may_be_hub_id
 from .installed_files import distribution_file
 from .irregular import architecture_of, to_irregular
 
@@ -48,7 +49,7 @@ def load_source(source: str, called: str = "") -> tuple[torch.nn.Module, PreTrai
     else:
         if path.is_dir() and not (path / "config.json").is_file():
             raise UsageError(f"{called}: the folder has no config.json; give a Hugging Face model folder")
-        if not path.is_dir() and not _may_be_hub_id(source):
+        if not path.is_dir() and not may_be_hub_id(source):
             raise UsageError(f"{called}: no such folder, and not a hub id (owner/name); 'demo' is the built-in source")
         folder, options = source, {}
     if path.is_dir():
@@ -72,12 +73,6 @@ def load_source(source: str, called: str = "") -> tuple[torch.nn.Module, PreTrai
         if tokenizer.model_max_length > 1e9:
             tokenizer.model_max_length = model.config.max_position_embeddings
     return to_irregular(model), tokenizer
-
-
-def _may_be_hub_id(source: str) -> bool:
-    """Whether it is owner/name, and not the mistyped path of something in a folder that is there."""
-    owner, _, name = source.partition("/")
-    return bool(name) and "/" not in name and owner not in (".", "..", "~", "") and not Path(owner).exists()
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ...runtime.base.errors import UsageError
+from ...runtime.base.names import unknown_name
 
 Terms = tuple[Tensor, ...]
 
@@ -77,7 +78,7 @@ def criterion_named(name: str) -> Criterion:
         register_criterion(name, criterion)
     if name not in CRITERIA:
         known = dict.fromkeys([*CRITERIA, *OTHERS, *(plugin.name for plugin in plugins)])
-        raise UsageError(f"--saliency {name}: unknown; known: {', '.join(known)}")
+        raise unknown_name("--saliency", name, known)
     return CRITERIA[name]
 
 

@@ -11,6 +11,7 @@ from typing import Literal
 from ...runtime.base import flags
 from ...runtime.base.errors import UsageError
 from ...runtime.base.files import write_json_atomically
+from ...runtime.base.names import none_of
 from ..compute.distributed import Parallel
 from ..compute.hardware import choose_hardware
 from ..compute.loss import TrainingLoss
@@ -83,7 +84,7 @@ class StudyConfig:
 
     def __post_init__(self) -> None:
         for name in self.arms:
-            flags.require(self, "arms", name in ARMS, f"unknown; known: {', '.join(ARMS)}", value=name)
+            flags.require(self, "arms", name in ARMS, none_of(name, ARMS), value=name)
             needs = ARMS[name].is_for_device and not self.device_profile
             flags.require(self, "arms", not needs, "needs --device-profile", value=name)
         for text in self.keep:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ....runtime.base.errors import UsageError
+from ....runtime.base.names import unknown_name
 
 NAMES = ("xnnpack", "portable", "vulkan", "coreml", "openvino")
 
@@ -31,6 +31,6 @@ class Recipe:
 
 def load_recipe(name: str) -> Recipe:
     if name not in NAMES:
-        raise UsageError(f"--recipe {name}: unknown; known: {', '.join(NAMES)}")
+        raise unknown_name("--recipe", name, NAMES)
     recipe: Recipe = importlib.import_module(f"{__name__}.{name}").RECIPE
     return recipe
