@@ -35,6 +35,7 @@ def torchrun(arguments: list[str], processes: int = 2) -> subprocess.CompletedPr
         ("ddp", "taylor1", "attention,ffn,stem", ()),
         ("ddp", "taylor2", "attention,ffn,stem", ()),
         ("ddp", "fisher", "attention,ffn,stem", ()),
+        ("ddp", "token-fisher", "attention,ffn", ()),
         ("ddp", "taylor1", "ffn,blocks", ()),
         ("fsdp", "taylor1", "attention,ffn,stem", ()),
         ("fsdp", "taylor1", "ffn,blocks", ()),

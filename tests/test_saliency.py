@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,7 +10,8 @@ from tiny import tiny_architecture, tiny_model
 
 from efficientllm.runtime.base.errors import UsageError
 from efficientllm.train.pruning.activation import ACTIVATION_CRITERIA, ActivationScores
-from efficientllm.train.pruning.criteria import CRITERIA, OTHERS, RANDOM, criterion_named
+from efficientllm.train.pruning.criteria import CRITERIA, OTHERS, RANDOM, TOKEN_FISHER, criterion_named
+from efficientllm.train.pruning.gates import GateScores
 from efficientllm.train.pruning.groups import KINDS
 from efficientllm.train.pruning.saliency import SaliencyTracker
 from efficientllm.train.pruning.selection import Removal, all_groups
@@ -168,7 +170,7 @@ def test_average_decays_per_step() -> None:
 
 def test_unknown_criterion_lists_the_known_ones() -> None:
     with pytest.raises(
-        UsageError, match="--saliency best: unknown; known: taylor1, taylor2, fisher, magnitude, random"
+        UsageError, match="--saliency best: unknown; known: taylor1, taylor2, fisher, magnitude, token-fisher, random"
     ):
         criterion_named("best")
 
@@ -208,10 +210,53 @@ def test_activation_criteria_are_those_of_the_inputs_computed_directly() -> None
     torch.testing.assert_close(found["minitron"]["kv_group"][0], heads.view(2, 2).sum(1))
 
 
+def test_token_fisher_is_the_mean_square_of_what_closing_a_gate_changes_per_token() -> None:
+    model = tiny_model(tiny_architecture())
+    tracker = GateScores(("kv_group", "query_head", "ffn"), tiny_architecture(), decay=0.9)
+    tracker.attach(model)
+    model.train()
+    inputs: dict[str, torch.Tensor] = {}
+
+    def remember(name: str) -> Callable[..., None]:
+        def hook(module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+            arguments[0].retain_grad()
+            inputs[name] = arguments[0]
+
+        return hook
+
+    layer = model.model.layers[0]
+    layer.self_attn.o_proj.register_forward_pre_hook(remember("o"))
+    layer.mlp.down_proj.register_forward_pre_hook(remember("down"))
+    model(TOKENS, labels=TOKENS).loss.backward()
+    tracker.finish_step()
+    changes = {name: (x.grad * x).detach().flatten(0, 1) for name, x in inputs.items() if x.grad is not None}
+    torch.testing.assert_close(tracker.scores["ffn"][0], changes["down"].square().sum(0))
+    heads = changes["o"].view(len(changes["o"]), 4, 32).sum(2).square().sum(0)
+    torch.testing.assert_close(tracker.scores["query_head"][0], heads)
+    torch.testing.assert_close(tracker.scores["kv_group"][0], heads.view(2, 2).sum(1))
+
+
+def test_token_fisher_forgets_a_step_that_was_skipped() -> None:
+    model = tiny_model(tiny_architecture())
+    tracker = GateScores(("ffn",), tiny_architecture(), decay=0.9)
+    tracker.attach(model)
+    model.train()
+    (model(TOKENS, labels=TOKENS).loss * 1000).backward()
+    tracker.discard_step()
+    model(TOKENS, labels=TOKENS).loss.backward()
+    tracker.finish_step()
+    alone = GateScores(("ffn",), tiny_architecture(), decay=0.9)
+    tracker.detach()
+    alone.attach(model)
+    model(TOKENS, labels=TOKENS).loss.backward()
+    alone.finish_step()
+    torch.testing.assert_close(tracker.scores["ffn"], alone.scores["ffn"])
+
+
 def test_activation_criteria_do_not_rank_the_stem() -> None:
     with pytest.raises(UsageError, match="leave stem out of --prune"):
         ActivationScores("flap", ("ffn", "stem"), tiny_architecture(), 0.9, lambda tensors: None)
 
 
 def test_activation_criteria_are_listed() -> None:
-    assert set(OTHERS) == {RANDOM, *ACTIVATION_CRITERIA}
+    assert set(OTHERS) == {TOKEN_FISHER, RANDOM, *ACTIVATION_CRITERIA}

@@ -13,15 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ...runtime.base.errors import UsageError
 from ..compute.gather import full
 from ..model.architecture import Architecture
-from .running_scores import RunningScores
+from .readers import MeanOverRanks, ReaderScores, alone, is_ffn
 
 
 @dataclass
@@ -69,11 +67,8 @@ ACTIVATION_CRITERIA: dict[str, Callable[[Moments, Tensor], Tensor]] = {
 }
 """(moments of the inputs, weight [H, C]) -> scores of the channels, fp32 [C]."""
 
-READERS = ("self_attn.o_proj", "mlp.down_proj")
-"""Matrices whose input channels are heads' and the FFN's."""
 
-
-class ActivationScores(RunningScores):
+class ActivationScores(ReaderScores):
     """Scores by one of ACTIVATION_CRITERIA; it watches the model's forward passes in training."""
 
     def __init__(
@@ -82,60 +77,23 @@ class ActivationScores(RunningScores):
         kinds: Iterable[str],
         architecture: Architecture,
         decay: float,
-        mean_over_ranks: Callable[[Iterable[Tensor]], None],
+        mean_over_ranks: MeanOverRanks = alone,
     ) -> None:
         """UsageError where the stem is to be pruned: it has no channel that these criteria look at."""
-        super().__init__(kinds, architecture, decay)
-        if "stem" in self.kinds:
-            raise UsageError(f"--saliency {name} ranks attention and ffn only; leave stem out of --prune")
+        super().__init__(name, kinds, architecture, decay, mean_over_ranks)
         self.criterion = ACTIVATION_CRITERIA[name]
-        self.mean_over_ranks = mean_over_ranks
         self._seen: dict[str, Moments] = {}
-        self._weights: dict[str, Any] = {}
-        self._handles: list[Any] = []
 
-    def attach(self, model: Any) -> None:
-        self.detach()
-        modules = {name: module for name, module in model.named_modules() if name.endswith(READERS)}
-        self._handles = [module.register_forward_pre_hook(self._observer(name)) for name, module in modules.items()]
-        self._weights = {name: module.weight for name, module in modules.items()}
+    def look(self, name: str, inputs: Tensor) -> None:
+        found = Moments.of(inputs)
+        self._seen[name] = self._seen[name] + found if name in self._seen else found
 
-    def detach(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-
-    def _observer(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def observe(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            if module.training:
-                found = Moments.of(arguments[0])
-                self._seen[name] = self._seen[name] + found if name in self._seen else found
-
-        return observe
-
-    @torch.no_grad()
-    def finish_step(self) -> None:
-        channels = {
-            name: self.criterion(seen, full(self._weights[name].detach()).float()) for name, seen in self._seen.items()
+    def sums(self) -> dict[str, Tensor]:
+        found = {
+            name: self.criterion(seen, full(self.weights[name].detach()).float()) for name, seen in self._seen.items()
         }
-        self.discard_step()
-        self.mean_over_ranks(channels.values())
-        self._average({kind: [self._scores(kind, layer, channels) for layer in self._layers()] for kind in self.kinds})
+        self._seen = {}
+        return {name: channels if is_ffn(name) else self.per_head(channels) for name, channels in found.items()}
 
     def discard_step(self) -> None:
         self._seen = {}
-
-    def _layers(self) -> range:
-        return range(len(self.architecture.layers))
-
-    def _scores(self, kind: str, layer: int, channels: dict[str, Tensor]) -> Tensor:
-        """One score per group of a kind in a layer; [0] where the layer has none."""
-        shape = self.architecture.layers[layer]
-        reader = READERS[1] if kind == "ffn" else READERS[0]
-        found = channels.get(f"model.layers.{layer}.{reader}")
-        if found is None:
-            return torch.zeros(0)
-        if kind == "ffn":
-            return found
-        groups = shape.num_key_value_heads if kind == "kv_group" else shape.num_attention_heads
-        return found.view(groups, -1).sum(1)

@@ -44,8 +44,8 @@ class PruneConfig:
     layout: Literal["per-layer", "uniform"] = "per-layer"
     """per-layer: every layer its own widths; uniform: every layer loses its own least salient group at once."""
     saliency: str = "taylor1"
-    """Criterion: taylor1, taylor2, fisher, magnitude, random, one of activations (flap, wanda, minitron), or one
-    registered by a plug-in."""
+    """Criterion: taylor1, taylor2, fisher, token-fisher, magnitude, random, one of activations (flap, wanda, minitron),
+    or one registered by a plug-in."""
     saliency_decay: float = 0.9
     """Weight of the past in the saliency's exponential average, per optimizer step."""
     width_multiple: int = 32

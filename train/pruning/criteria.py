@@ -60,9 +60,10 @@ ENTRY_POINT_GROUP = "efficientllm.criteria"
 """Installed packages add criteria here: name = "module:criterion"."""
 
 
+TOKEN_FISHER = "token-fisher"
 RANDOM = "random"
-OTHERS = (RANDOM, "flap", "wanda", "minitron")
-"""Values of `--saliency` that are no criterion of weights and gradients: see running_scores.py and activation.py."""
+OTHERS = (TOKEN_FISHER, RANDOM, "flap", "wanda", "minitron")
+"""Values of `--saliency` that no sum over weights gives: see gates.py, running_scores.py and activation.py."""
 
 
 def criterion_named(name: str) -> Criterion:
@@ -84,4 +85,4 @@ def criterion_named(name: str) -> Criterion:
 
 def uses_gradient(name: str) -> bool:
     """Whether `--saliency name` looks at gradients; UsageError where it is unknown."""
-    return name not in OTHERS and criterion_named(name).uses_gradient
+    return name == TOKEN_FISHER or (name not in OTHERS and criterion_named(name).uses_gradient)

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from ..model.architecture import Architecture
 from .activation import ACTIVATION_CRITERIA, ActivationScores
-from .criteria import RANDOM, criterion_named
+from .criteria import RANDOM, TOKEN_FISHER, criterion_named
+from .gates import GateScores
 from .running_scores import RandomScores, RunningScores
 from .saliency import SaliencyTracker
 
@@ -24,6 +25,8 @@ def tracker_named(
     """The tracker of `--saliency name`; UsageError where there is none."""
     if name == RANDOM:
         return RandomScores(kinds, architecture, decay, seed)
+    if name == TOKEN_FISHER:
+        return GateScores(kinds, architecture, decay, mean_over_ranks)
     if name in ACTIVATION_CRITERIA:
         return ActivationScores(name, kinds, architecture, decay, mean_over_ranks)
     return SaliencyTracker(criterion_named(name), kinds, architecture, decay, mean_over_ranks)

@@ -1,0 +1,97 @@
+"""Scores of heads and FFN channels from what o_proj and down_proj read: what all saliency from their inputs shares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...runtime.base.errors import UsageError
+from ..model.architecture import Architecture
+from .running_scores import RunningScores
+
+READERS = ("self_attn.o_proj", "mlp.down_proj")
+"""Matrices whose input channels are heads' and the FFN's."""
+
+MeanOverRanks = Callable[[Iterable[Tensor]], None]
+"""Averages tensors over ranks, in place."""
+
+
+def alone(tensors: Iterable[Tensor]) -> None:
+    """The mean over ranks of a run that has one."""
+
+
+def is_ffn(name: str) -> bool:
+    """Whether a matrix of READERS is an FFN's."""
+    return name.endswith(READERS[1])
+
+
+class ReaderScores(RunningScores):
+    """Sees the inputs of every matrix of READERS in training, and has one score per FFN channel and query head."""
+
+    def __init__(
+        self,
+        name: str,
+        kinds: Iterable[str],
+        architecture: Architecture,
+        decay: float,
+        mean_over_ranks: MeanOverRanks,
+    ) -> None:
+        """UsageError where the stem is to be pruned: these matrices do not read it."""
+        super().__init__(kinds, architecture, decay)
+        if "stem" in self.kinds:
+            raise UsageError(f"--saliency {name} ranks attention and ffn only; leave stem out of --prune")
+        self.mean_over_ranks = mean_over_ranks
+        self.weights: dict[str, Any] = {}
+        """Weight [H, C] of every matrix that is watched."""
+        self._handles: list[Any] = []
+
+    def look(self, name: str, inputs: Tensor) -> None:
+        """A forward pass in training gives the matrix of this name inputs [..., C]."""
+        raise NotImplementedError
+
+    def sums(self) -> dict[str, Tensor]:
+        """What was seen since the last call, forgotten with it: {matrix: scores of FFN channels [I] or heads}."""
+        raise NotImplementedError
+
+    def attach(self, model: Any) -> None:
+        self.detach()
+        modules = {name: module for name, module in model.named_modules() if name.endswith(READERS)}
+        self._handles = [module.register_forward_pre_hook(self._observer(name)) for name, module in modules.items()]
+        self.weights = {name: module.weight for name, module in modules.items()}
+
+    def detach(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _observer(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def observe(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            if module.training:
+                self.look(name, arguments[0])
+
+        return observe
+
+    @torch.no_grad()
+    def finish_step(self) -> None:
+        found = self.sums()
+        self.mean_over_ranks(found.values())
+        layers = range(len(self.architecture.layers))
+        self._average({kind: [self._scores(kind, layer, found) for layer in layers] for kind in self.kinds})
+
+    def per_head(self, channels: Tensor) -> Tensor:
+        """Channels [..., heads * D] summed over each head's: [..., heads]."""
+        return channels.unflatten(-1, (-1, self.architecture.head_dim)).sum(-1)
+
+    def _scores(self, kind: str, layer: int, found: dict[str, Tensor]) -> Tensor:
+        """One score per group of a kind in a layer, [0] where it has none; a key/value group's is that of its heads."""
+        scores = found.get(f"model.layers.{layer}.{READERS[kind == 'ffn']}")
+        if scores is None:
+            return torch.zeros(0)
+        return (
+            scores.view(self.architecture.layers[layer].num_key_value_heads, -1).sum(1)
+            if kind == "kv_group"
+            else scores
+        )
