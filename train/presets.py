@@ -20,7 +20,7 @@ def cpu_quickstart() -> TrainConfig:
     return TrainConfig(
         source=SourceConfig(data=("demo:0.7", "self-chat:0.3"), sequence_length=256, eval_tokens=8192),
         pruning=PruneConfig(
-            target_ratio=0.85, saliency="fisher", prune_start=0.1, prune_end=0.1, recover="least-squares"
+            target_ratio=0.85, saliency="token-fisher", prune_start=0.1, prune_end=0.1, recover="least-squares"
         ),
         optimizer=OptimizerConfig(tokens=61_440, batch_size=2, distill=1.0),
         run=RunConfig(checkpoint_every=100),

@@ -1,7 +1,8 @@
 """Chats that a model holds with itself: questions and answers from its own template, to distil from without a corpus.
 
 An open user turn makes the model ask, the assistant's turn makes it answer. Sampling follows the model's own
-distribution (temperature 1), which is what the KL divergence of distillation is an expectation over.
+distribution (temperature 1), which is what the KL divergence of distillation is an expectation over. Small models
+answer at length, and what is cut teaches nothing about how a turn ends; so every second batch asks for a short answer.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ BATCH = 64
 """Chats sampled side by side."""
 QUESTION_TOKENS, ANSWER_TOKENS = 64, 160
 """Longest turns; a longer question is left out, a longer answer is cut and its end not learned."""
+BRIEFLY = " Answer in one short sentence."
+"""What every second batch of questions ends with."""
 MAX_ROUNDS_WITHOUT = 3
 """Batches in a row that may give no whole chat before the model is said not to chat."""
 MARK = "(what the user says)"
@@ -53,7 +56,8 @@ def sample_chats(
     done = rounds_without = batch = 0
     while done < tokens:
         questions = turns.sample([before] * BATCH, QUESTION_TOKENS, [seed, batch, 0])
-        asked = [question for question, is_whole in questions if question and is_whole]
+        suffix = BRIEFLY if batch % 2 else ""
+        asked = [question + suffix for question, is_whole in questions if question and is_whole]
         answers = turns.sample([before + question + after for question in asked], ANSWER_TOKENS, [seed, batch, 1])
         pairs = [(question, *answer) for question, answer in zip(asked, answers, strict=True) if answer[0]]
         for question, answer, is_whole in pairs:

@@ -65,8 +65,8 @@ ARMS: dict[str, Arm] = {
     "one-shot-taylor": Arm("one-shot taylor1, then training", (_one_shot,), is_repeated=True),
     "distill": Arm("pruning-aware, taylor1, distillation", (_distilled,), is_ours=True, is_repeated=True),
     "recover": Arm(
-        "pruning at once by fisher, least squares, distillation",
-        (_pruning(prune_start=0.2, prune_end=0.2, saliency="fisher", recover="least-squares"), _distilled),
+        "pruning at once by token-fisher, least squares, distillation",
+        (_pruning(prune_start=0.2, prune_end=0.2, saliency="token-fisher", recover="least-squares"), _distilled),
         is_ours=True,
         is_repeated=True,
     ),
