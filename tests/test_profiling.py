@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -29,8 +30,9 @@ UNEQUAL = DecoderShape(
 )
 
 
-def test_stacks_are_taken_apart_into_what_they_are_made_of() -> None:
-    design = Design.around(Widths(hidden_size=576, num_layers=12))
+@pytest.mark.parametrize("build", [Design.full, Design.thin])
+def test_stacks_are_taken_apart_into_what_they_are_made_of(build: Callable[[Widths], Design]) -> None:
+    design = build(Widths(hidden_size=576, num_layers=12))
     depths, prompts = (0, 512), (1, 32)
     measured = {
         stack: np.array([*(true_ms(stack, depth) for depth in depths), *(true_ms(stack, 0) * n for n in prompts)])
@@ -45,7 +47,7 @@ def test_stacks_are_taken_apart_into_what_they_are_made_of() -> None:
 
 
 def test_what_a_layer_without_ffn_still_costs_is_in_the_table() -> None:
-    design = Design.around(Widths(hidden_size=576))
+    design = Design.full(Widths(hidden_size=576))
 
     def ms(shape: DecoderShape) -> float:
         return true_ms(shape, 0) + 0.007 * sum(not layer.intermediate_size for layer in shape.present_layers)
@@ -66,7 +68,7 @@ def test_a_table_that_predicts_badly_says_so() -> None:
 def test_held_out_models_are_irregular_and_within_the_source() -> None:
     shapes = irregular_shapes(Widths(), 20)
     assert shapes == irregular_shapes(Widths(), 20)
-    assert not set(shapes) & set(Design.around(Widths()).stacks())
+    assert not set(shapes) & set(Design.full(Widths()).stacks())
     layers = [layer for shape in shapes for layer in shape.layers]
     assert {layer.num_key_value_heads for layer in layers} == {0, 1, 2, 3}
     assert {layer.intermediate_size % 256 for layer in layers} == set(range(0, 256, 32))
@@ -113,4 +115,4 @@ def test_a_profile_of_this_machine_prices_what_it_measured(
     whole = DecoderShape(64, 32, 1024, (SMALL.whole,) * 3)
     assert profile.decode_ms(whole, 512) > profile.decode_ms(whole, 0) > 0
     stacks = json.loads((tmp_path / "profile.bench.json").read_text())["results"]
-    assert len(stacks) == len(Design.around(SMALL).stacks()) + 2
+    assert len(stacks) == len(Design.full(SMALL).stacks()) + 2

@@ -31,6 +31,8 @@ DEPTH = 512
 SHORT_PROMPT, LONG_PROMPT = 32, 512
 DEPTHS = (DECODED // 2, DEPTH + DECODED // 2)
 """Where the middle of each decode lies: the table's depths."""
+DESIGNS = {"llama.cpp": Design.full, "onnxruntime": Design.full, "executorch": Design.thin}
+"""Engine -> which stacks are measured."""
 CONTEXT = 2048
 """Tokens that the random models are made for."""
 
@@ -65,7 +67,8 @@ def profile(
     device: Device, options: BenchOptions, settings: ProfileOptions, path: Path, say: Callable[[str], None]
 ) -> DeviceProfile:
     """Measure the table of `device` and write it to `path`; MissingExtraError and DeviceError say what is missing."""
-    design = Design.around(Widths.of_model(settings.profile_like) if settings.profile_like else Widths())
+    widths = Widths.of_model(settings.profile_like) if settings.profile_like else Widths()
+    design = DESIGNS[settings.profile_engine](widths)
     stacks, unseen = design.stacks(), irregular_shapes(design.widths, settings.profile_held_out)
     timed = dataclasses.replace(
         options, prompt_tokens=(SHORT_PROMPT, LONG_PROMPT), decode_tokens=(DECODED,), depths=(DEPTH,), repetitions=1
