@@ -10,7 +10,7 @@ PYTEST := $(BIN)/python -m pytest -n auto --dist loadgroup $(PYTEST_OPTIONS)
 # Per cent of the lines that the tests which are not slow run.
 COVERAGE_FLOOR := 80
 
-.PHONY: install quickstart readers android-runner test test-fast coverage lint types measure rooms clean FORCE
+.PHONY: install quickstart readers android-runner stand-ins test test-fast coverage lint types measure rooms clean FORCE
 
 install: $(VENV)/.installed
 
@@ -56,6 +56,10 @@ quickstart: install
 # The program that efficientllm-bench --device adb pushes to a phone.
 android-runner: install
 	devices/build_android_runner.sh $(BIN)/python build/android-runner
+
+# ggml's kernels for SSE4.2, AVX2 and AVX-512: one x86 machine stands in for several devices.
+stand-ins: install
+	devices/build_stand_ins.sh $(BIN)/python build/stand-ins
 
 test: install
 	$(PYTEST)

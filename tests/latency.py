@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 
 from efficientllm.runtime.latency.grid import Grid
-from efficientllm.runtime.latency.profile import DeviceProfile, HeldOutError, MeasuredOn
+from efficientllm.runtime.latency.profile import DeviceProfile, HeldOutError, MeasuredOn, Saving
 from efficientllm.runtime.latency.shape import DecoderShape
 from efficientllm.runtime.latency.table import LatencyTable
 
@@ -65,4 +65,10 @@ def made_up_profile() -> DeviceProfile:
         "no_ffn": grid((HIDDEN,), lambda h: nothing),
     }
     table = LatencyTable(HEAD_DIM, DEPTHS, PROMPTS, parts)
-    return DeviceProfile(MEASURED_ON, table, (HeldOutError(0, 3, 0.02, 0.05, 0.99),), ({"hidden_size": 576},))
+    return DeviceProfile(
+        MEASURED_ON,
+        table,
+        (HeldOutError(0, 3, 0.02, 0.05, 0.99),),
+        ({"hidden_size": 576},),
+        (Saving("the head", 512, 1.0, 1.1),),
+    )

@@ -22,6 +22,7 @@ from efficientllm.train.pruning.latency_target import LatencyTarget
 from efficientllm.train.pruning.measures import PARAMETERS, Measure, bytes_of_file, decoder_shape
 from efficientllm.train.pruning.selection import Ranking, SelectionRules, select_removal
 
+SPACE = ("--prune", "attention,ffn,blocks")
 ARCHITECTURE = tiny_architecture(layers=LAYERS)
 
 
@@ -191,9 +192,8 @@ def test_a_run_reaches_its_milliseconds(
 def test_zeroed_blocks_give_the_same_run_as_removed_ones(
     device: Path, source_folder: Path, corpus: Path, tmp_path: Path
 ) -> None:
-    more = ["--prune", "attention,ffn,blocks"]
     for name, every in (("each", "1"), ("third", "3")):
-        arguments = latency_command(source_folder, corpus, tmp_path / name, device, *more, "--compact-every", every)
+        arguments = latency_command(source_folder, corpus, tmp_path / name, device, *SPACE, "--compact-every", every)
         assert run(arguments) == 0
     removed = [[record.get("removed") for record in metrics(tmp_path / name)] for name in ("each", "third")]
     assert removed[0] == removed[1]
@@ -206,7 +206,7 @@ def test_a_stopped_run_for_a_device_resumes_bit_identically(
     device: Path, source_folder: Path, corpus: Path, tmp_path: Path
 ) -> None:
     arguments = [
-        latency_command(source_folder, corpus, tmp_path / name, device, "--prune", "attention,ffn,blocks")
+        latency_command(source_folder, corpus, tmp_path / name, device, *SPACE, "--weight-update", "obs")
         for name in ("straight", "stopped")
     ]
     assert run(arguments[0]) == 0

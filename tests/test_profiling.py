@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from efficientllm.devices import cli
 from efficientllm.devices.profiling import run as profiling
 from efficientllm.devices.profiling.assemble import assemble
 from efficientllm.devices.profiling.checkpoint import write_checkpoint
-from efficientllm.devices.profiling.held_out import error_of, irregular_shapes
+from efficientllm.devices.profiling.held_out import error_of, irregular_shapes, removals
 from efficientllm.devices.profiling.stacks import Design, Widths
 from efficientllm.export.checkpoint import Checkpoint
 from efficientllm.runtime.base.command import run_command
@@ -29,8 +30,9 @@ UNEQUAL = DecoderShape(
 )
 
 
-def test_stacks_are_taken_apart_into_what_they_are_made_of() -> None:
-    design = Design.around(Widths(hidden_size=576, num_layers=12))
+@pytest.mark.parametrize("build", [Design.full, Design.thin])
+def test_stacks_are_taken_apart_into_what_they_are_made_of(build: Callable[[Widths], Design]) -> None:
+    design = build(Widths(hidden_size=576, num_layers=12))
     depths, prompts = (0, 512), (1, 32)
     measured = {
         stack: np.array([*(true_ms(stack, depth) for depth in depths), *(true_ms(stack, 0) * n for n in prompts)])
@@ -45,7 +47,7 @@ def test_stacks_are_taken_apart_into_what_they_are_made_of() -> None:
 
 
 def test_what_a_layer_without_ffn_still_costs_is_in_the_table() -> None:
-    design = Design.around(Widths(hidden_size=576))
+    design = Design.full(Widths(hidden_size=576))
 
     def ms(shape: DecoderShape) -> float:
         return true_ms(shape, 0) + 0.007 * sum(not layer.intermediate_size for layer in shape.present_layers)
@@ -66,12 +68,26 @@ def test_a_table_that_predicts_badly_says_so() -> None:
 def test_held_out_models_are_irregular_and_within_the_source() -> None:
     shapes = irregular_shapes(Widths(), 20)
     assert shapes == irregular_shapes(Widths(), 20)
-    assert not set(shapes) & set(Design.around(Widths()).stacks())
+    assert not set(shapes) & set(Design.full(Widths()).stacks())
     layers = [layer for shape in shapes for layer in shape.layers]
     assert {layer.num_key_value_heads for layer in layers} == {0, 1, 2, 3}
     assert {layer.intermediate_size % 256 for layer in layers} == set(range(0, 256, 32))
     assert max(shape.hidden_size for shape in shapes) <= 576
     assert any(not layer.intermediate_size for layer in layers)
+
+
+def test_single_removals_leave_what_they_say() -> None:
+    source, *rest = removals(Widths()).items()
+    assert source == ("nothing", DecoderShape(576, 64, 49152, (LayerShape(9, 3, 1536),) * 30))
+    left = {name: (shape.hidden_size, len(shape.layers), shape.layers[-1]) for name, shape in rest}
+    assert left == {
+        "a key/value group of every layer": (576, 30, LayerShape(6, 2, 1536)),
+        "the attention of 10 layers": (576, 30, LayerShape(0, 0, 1536)),
+        "10 whole layers": (576, 20, LayerShape(9, 3, 1536)),
+        "256 FFN channels of every layer": (576, 30, LayerShape(9, 3, 1280)),
+        "the FFN of 10 layers": (576, 30, LayerShape(9, 3, 0)),
+        "96 stem channels": (480, 30, LayerShape(9, 3, 1536)),
+    }
 
 
 def test_random_checkpoints_are_models_of_their_shape(tmp_path: Path) -> None:
@@ -103,8 +119,15 @@ def test_a_profile_of_this_machine_prices_what_it_measured(
     monkeypatch.setattr(profiling, "Widths", lambda: SMALL)
     file = tmp_path / "profile.json"
     command = ["--profile", str(file), "--profile-engine", engine, "--rounds", "1", "--threads", "1"]
-    assert run_command(cli.body, [*command, "--profile-held-out", "2", "--profile-name", "a stand-in"]) == 0
-    assert "error on 2 held-out models, decoding at depth 512: median" in capsys.readouterr().out
+    assert (
+        run_command(
+            cli.body, [*command, "--profile-held-out", "2", "--profile-name", "a stand-in", "--profile-savings"]
+        )
+        == 0
+    )
+    printed = capsys.readouterr().out
+    assert "error on 2 held-out models, decoding at depth 512: median" in printed
+    assert "without 1 whole layers, at depth 512: " in printed
     profile = DeviceProfile.load(file)
     profile.check(engine=engine, quantization={"llama.cpp": "q4_0"}.get(engine, "int4"), threads=1)
     assert profile.measured_on.device == "a stand-in"
@@ -113,4 +136,6 @@ def test_a_profile_of_this_machine_prices_what_it_measured(
     whole = DecoderShape(64, 32, 1024, (SMALL.whole,) * 3)
     assert profile.decode_ms(whole, 512) > profile.decode_ms(whole, 0) > 0
     stacks = json.loads((tmp_path / "profile.bench.json").read_text())["results"]
-    assert len(stacks) == len(Design.around(SMALL).stacks()) + 2
+    models = {*Design.full(SMALL).stacks(), *irregular_shapes(SMALL, 2), *removals(SMALL).values()}
+    assert len(stacks) == len(models)
+    assert len(profile.savings) == 2 * (len(removals(SMALL)) - 1)

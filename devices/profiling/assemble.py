@@ -9,7 +9,7 @@ import numpy as np
 from ...runtime.latency.grid import Grid
 from ...runtime.latency.shape import DecoderShape, LayerShape
 from ...runtime.latency.table import LatencyTable
-from .stacks import FEW_ROWS, LAYERS, Design
+from .stacks import FEW_ROWS, Design
 
 
 class Assembler:
@@ -46,18 +46,19 @@ class Assembler:
 
     def _layer(self, hidden: int, layer: LayerShape) -> np.ndarray:
         """One layer, by difference."""
-        return (self._measured[self._design.stack(hidden, layer)] - self._ballast(hidden)) / LAYERS
+        return (self._measured[self._design.stack(hidden, layer)] - self._ballast(hidden)) / self._design.num_on_top
 
     def _rows(self, hidden: int) -> np.ndarray:
         """One row of the LM head."""
         vocab = self._design.widths.vocab_size
-        whole = self._measured[self._design.stack(hidden, None, vocab)]
-        return np.maximum(whole - self._ballast(hidden), 0.0) / (vocab - FEW_ROWS)
+        few, all_rows = (self._measured[self._design.stack(hidden, None, rows)] for rows in (FEW_ROWS, vocab))
+        return np.maximum(all_rows - few, 0.0) / (vocab - FEW_ROWS)
 
     def _token(self, hidden: int) -> np.ndarray:
-        """What is left of the ballast without its layers and its few rows of the head."""
-        layers = LAYERS * self._layer(hidden, self._design.widths.whole)
-        return np.maximum(self._ballast(hidden) - layers - FEW_ROWS * self._rows(hidden), 0.0)
+        """What is left of the ballast without its layers and its rows of the head."""
+        design = self._design
+        layers = design.num_ballast * self._layer(hidden, design.widths.whole)
+        return np.maximum(self._ballast(hidden) - layers - design.num_rows * self._rows(hidden), 0.0)
 
     def _whole_ffn(self, hidden: int) -> np.ndarray:
         return self._layer(hidden, self._design.without_attention)

@@ -41,6 +41,31 @@ def _layer(widths: Widths, random: np.random.Generator) -> LayerShape:
     return LayerShape(groups * ratio, groups, 0 if absent > 1 - ABSENT else width)
 
 
+def removals(widths: Widths) -> dict[str, DecoderShape]:
+    """The source, first, and what single removals leave of it."""
+    whole, count = widths.whole, widths.num_layers
+    third, channels, stem = count // 3, widths.intermediate_size // 6, widths.hidden_size // 6
+    ratio = widths.queries_per_group
+    fewer = LayerShape(whole.num_attention_heads - ratio, whole.num_key_value_heads - 1, whole.intermediate_size)
+    narrower = LayerShape(whole.num_attention_heads, whole.num_key_value_heads, whole.intermediate_size - channels)
+    no_attention = LayerShape(0, 0, whole.intermediate_size)
+    no_ffn = LayerShape(whole.num_attention_heads, whole.num_key_value_heads, 0)
+
+    def decoder(*layers: LayerShape, hidden_size: int = widths.hidden_size) -> DecoderShape:
+        return DecoderShape(hidden_size, widths.head_dim, widths.vocab_size, layers)
+
+    rest = (whole,) * (count - third)
+    return {
+        "nothing": decoder(*(whole,) * count),
+        "a key/value group of every layer": decoder(*(fewer,) * count),
+        f"the attention of {third} layers": decoder(*rest, *(no_attention,) * third),
+        f"{third} whole layers": decoder(*rest),
+        f"{channels} FFN channels of every layer": decoder(*(narrower,) * count),
+        f"the FFN of {third} layers": decoder(*rest, *(no_ffn,) * third),
+        f"{stem} stem channels": decoder(*(whole,) * count, hidden_size=widths.hidden_size - stem),
+    }
+
+
 def error_of(depth: int, measured_ms: Sequence[float], predicted_ms: Sequence[float]) -> HeldOutError:
     """The error over several models at one depth."""
     measured, predicted = np.array(measured_ms), np.array(predicted_ms)

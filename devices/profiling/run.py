@@ -14,14 +14,14 @@ import numpy as np
 
 from ...runtime.base import flags
 from ...runtime.base.errors import DeviceError
-from ...runtime.latency.profile import DeviceProfile, MeasuredOn
+from ...runtime.latency.profile import DeviceProfile, MeasuredOn, Saving
 from ...runtime.latency.shape import DecoderShape
 from ..bench import bench
 from ..device import Device
 from ..results import BenchOptions, Result, Run
 from .artefacts import DEFAULT_TYPES, make_artefacts
 from .assemble import assemble
-from .held_out import error_of, irregular_shapes
+from .held_out import error_of, irregular_shapes, removals
 from .stacks import Design, Widths
 
 DECODED = 32
@@ -31,6 +31,8 @@ DEPTH = 512
 SHORT_PROMPT, LONG_PROMPT = 32, 512
 DEPTHS = (DECODED // 2, DEPTH + DECODED // 2)
 """Where the middle of each decode lies: the table's depths."""
+DESIGNS = {"llama.cpp": Design.full, "onnxruntime": Design.full, "executorch": Design.thin}
+"""Engine -> which stacks are measured."""
 CONTEXT = 2048
 """Tokens that the random models are made for."""
 
@@ -47,6 +49,8 @@ class ProfileOptions:
     """Model folder whose pruned shapes are to be priced; default: the widths of SmolLM2-135M."""
     profile_held_out: int = 6
     """Irregular random models that the table is checked on, by which its error is said."""
+    profile_savings: bool = False
+    """Also measure what single removals from the source save, beside what the table says."""
     profile_name: str = ""
     """What to call the device in the profile; default: its --device."""
     profile_work: str = ""
@@ -65,13 +69,15 @@ def profile(
     device: Device, options: BenchOptions, settings: ProfileOptions, path: Path, say: Callable[[str], None]
 ) -> DeviceProfile:
     """Measure the table of `device` and write it to `path`; MissingExtraError and DeviceError say what is missing."""
-    design = Design.around(Widths.of_model(settings.profile_like) if settings.profile_like else Widths())
-    stacks, unseen = design.stacks(), irregular_shapes(design.widths, settings.profile_held_out)
+    widths = Widths.of_model(settings.profile_like) if settings.profile_like else Widths()
+    design = DESIGNS[settings.profile_engine](widths)
+    stacks, unseen = design.stacks(), irregular_shapes(widths, settings.profile_held_out)
+    single = removals(widths) if settings.profile_savings else {}
     timed = dataclasses.replace(
         options, prompt_tokens=(SHORT_PROMPT, LONG_PROMPT), decode_tokens=(DECODED,), depths=(DEPTH,), repetitions=1
     )
     with _work_folder(settings) as folder:
-        shapes = [*stacks, *unseen]
+        shapes = list(dict.fromkeys([*stacks, *unseen, *single.values()]))
         artefacts = make_artefacts(shapes, settings.profile_engine, settings.weight_type, CONTEXT, Path(folder), say)
         run = bench(device, artefacts, timed, say, path.with_suffix(".bench.json"))
     found = dict(zip(shapes, run.results, strict=True))
@@ -80,6 +86,9 @@ def profile(
     times = {shape: _milliseconds(result, measured_on.clock) for shape, result in found.items()}
     table = assemble(design, DEPTHS, prompts, times)
     made = _checked(DeviceProfile(measured_on, table), {shape: times[shape] for shape in unseen})
+    made = dataclasses.replace(
+        made, savings=_savings(made, {name: (shape, times[shape]) for name, shape in single.items()})
+    )
     made.save(path)
     return made
 
@@ -137,6 +146,19 @@ def _checked(profile: DeviceProfile, measured_ms: dict[DecoderShape, np.ndarray]
     return dataclasses.replace(profile, errors=errors, held_out=models)
 
 
+def _savings(profile: DeviceProfile, models: dict[str, tuple[DecoderShape, np.ndarray]]) -> tuple[Saving, ...]:
+    """What each model saves against the first."""
+    found = []
+    for index, (named, depth) in enumerate(zip((0, DEPTH), DEPTHS, strict=True)):
+        pairs = {name: (ms[index], profile.decode_ms(shape, depth)) for name, (shape, ms) in models.items()}
+        whole = next(iter(pairs.values()), (0.0, 0.0))
+        found += [
+            Saving(name, named, float(whole[0] - measured), float(whole[1] - predicted))
+            for name, (measured, predicted) in list(pairs.items())[1:]
+        ]
+    return tuple(found)
+
+
 def summary(profile: DeviceProfile) -> str:
     """The profile's error for the terminal."""
     on = profile.measured_on
@@ -148,5 +170,10 @@ def summary(profile: DeviceProfile) -> str:
         f"error on {error.models} held-out models, decoding at depth {error.depth}: median {100 * error.median:.1f} %, "
         f"worst {100 * error.worst:.1f} %, R2 {error.r2:.3f}"
         for error in profile.errors
+    ]
+    lines += [
+        f"without {saving.removed}, at depth {saving.depth}: {saving.measured_ms:.3f} ms saved, predicted "
+        f"{saving.predicted_ms:.3f} ({100 * (saving.predicted_ms / saving.measured_ms - 1):+.0f} %)"
+        for saving in profile.savings
     ]
     return "\n".join(lines)

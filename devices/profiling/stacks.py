@@ -16,9 +16,7 @@ from ...runtime.base.errors import UsageError
 from ...runtime.latency.shape import DecoderShape, LayerShape
 
 FEW_ROWS = 512
-"""Vocabulary of most stacks: an LM head that hardly counts."""
-LAYERS = 6
-"""Of ballast, and as many on top of it."""
+"""Of an LM head that hardly counts."""
 MULTIPLE = 32
 """Exporters pad widths to it, so that nothing between is measured."""
 
@@ -79,10 +77,16 @@ class Design:
     ratios: tuple[int, ...]
     """Query heads per key/value group."""
     ffn_widths: tuple[int, ...]
+    num_ballast: int = 6
+    """Whole layers of the ballast."""
+    num_on_top: int = 6
+    """Layers of one kind on top of it."""
+    num_rows: int = FEW_ROWS
+    """Of the LM head of all stacks."""
 
     @classmethod
-    def around(cls, widths: Widths) -> Design:
-        """Nodes from the source's widths down."""
+    def full(cls, widths: Widths) -> Design:
+        """Nodes from the source's widths down, for formats that are written in a second."""
         hidden, ffn = widths.hidden_size, widths.intermediate_size
         return cls(
             widths,
@@ -92,11 +96,25 @@ class Design:
             _rounded(ffn, 1 / 12, 1 / 6, 1 / 3, 1 / 2, 3 / 4, 1),
         )
 
-    def stack(self, hidden_size: int, layer: LayerShape | None, vocab_size: int = FEW_ROWS) -> DecoderShape:
-        """The ballast, and on top of it as many layers of a kind."""
-        ballast = (self.widths.whole,) * LAYERS
-        on_top = () if layer is None else (layer,) * LAYERS
-        return DecoderShape(hidden_size, self.widths.head_dim, vocab_size, ballast + on_top)
+    @classmethod
+    def thin(cls, widths: Widths) -> Design:
+        """Fewer nodes and layers, for formats whose layers take a quarter of a minute each; the head is the ballast."""
+        return cls(
+            widths,
+            _rounded(widths.hidden_size, 1 / 2, 1),
+            tuple(sorted({1, widths.num_key_value_heads})),
+            tuple(sorted({1, widths.queries_per_group})),
+            _rounded(widths.intermediate_size, 1 / 12, 1 / 3, 1),
+            num_ballast=1,
+            num_on_top=2,
+            num_rows=widths.vocab_size,
+        )
+
+    def stack(self, hidden_size: int, layer: LayerShape | None, vocab_size: int = 0) -> DecoderShape:
+        """The ballast, and on top of it layers of a kind; `vocab_size` 0: as all stacks."""
+        ballast = (self.widths.whole,) * self.num_ballast
+        on_top = () if layer is None else (layer,) * self.num_on_top
+        return DecoderShape(hidden_size, self.widths.head_dim, vocab_size or self.num_rows, ballast + on_top)
 
     def attention(self, groups: int, ratio: int) -> LayerShape:
         """A layer of the source with another attention."""
@@ -124,7 +142,7 @@ class Design:
 
     def _stacks(self) -> Iterator[DecoderShape]:
         for hidden in self.hidden_sizes:
-            yield self.stack(hidden, None)
+            yield self.stack(hidden, None, FEW_ROWS)
             yield self.stack(hidden, None, self.widths.vocab_size)
             for layer in (self.widths.whole, self.without_attention, self.smallest_attention, self.smallest_ffn):
                 yield self.stack(hidden, layer)

@@ -57,6 +57,16 @@ class HeldOutError:
 
 
 @dataclass(frozen=True)
+class Saving:
+    """Milliseconds of a decoded token that one removal from the source saves."""
+
+    removed: str
+    depth: int
+    measured_ms: float
+    predicted_ms: float
+
+
+@dataclass(frozen=True)
 class DeviceProfile:
     """Prices decoders in milliseconds on the device, engine, weight type and threads that it was measured on."""
 
@@ -66,6 +76,8 @@ class DeviceProfile:
     """Its own, by depth."""
     held_out: tuple[dict[str, Any], ...] = ()
     """The models behind `errors`: widths, measured and predicted milliseconds by depth."""
+    savings: tuple[Saving, ...] = ()
+    """Single removals from the source, where they were measured."""
     _prices: dict[tuple[object, ...], float] = field(default_factory=dict, repr=False, compare=False)
 
     def decode_ms(self, shape: DecoderShape, depth: int) -> float:
@@ -146,6 +158,7 @@ class DeviceProfile:
                 "errors": [asdict(error) for error in self.errors],
                 "table": self.table.to_json(),
                 "held_out": {str(index): model for index, model in enumerate(self.held_out)},
+                "savings": {str(index): asdict(saving) for index, saving in enumerate(self.savings)},
             },
         )
 
@@ -166,6 +179,7 @@ class DeviceProfile:
                 LatencyTable.from_json(values["table"]),
                 tuple(HeldOutError(**_known(HeldOutError, error)) for error in values["errors"]),
                 tuple(values["held_out"].values()),
+                tuple(Saving(**_known(Saving, saving)) for saving in values["savings"].values()),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UsageError(f"{path} is damaged ({error}); measure it again") from error

@@ -144,9 +144,8 @@ class TrainingLoss(nn.Module):
             reference, weights = (states.to(self.dtype), weight.to(self.dtype)), LossWeights(0.0, 1.0)
         elif teacher is not None:
             with torch.no_grad():
-                states = teacher.model(input_ids=inputs, use_cache=False).last_hidden_state
-                rows = states.flatten(0, 1)[is_predicted]
-                reference = (rows.to(self.dtype), teacher.lm_head.weight.to(self.dtype))
+                theirs = teacher.model(input_ids=inputs, use_cache=False).last_hidden_state.flatten(0, 1)
+                reference = (theirs[is_predicted].to(self.dtype), teacher.lm_head.weight.to(self.dtype))
         rows = hidden.flatten(0, 1)[is_predicted]
         return cross_entropy(rows, weight, targets, self.dtype, weights, reference)
 

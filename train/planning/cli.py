@@ -68,13 +68,20 @@ def build_parser() -> flags.Parser:
 
 
 def source_shape(source: str) -> Architecture:
-    """The shape of anything that --source of efficientllm-train takes, or of a finished run."""
+    """The shape of whatever --source of efficientllm-train takes, or of a finished run; a hub's weights stay there."""
     with extra("train"):
+        from transformers import AutoConfig
+
         from ..model.irregular import architecture_of
-        from ..model.source import load_source
+        from ..model.source import load_source, loading
         from ..model.stored_type import shape_of_folder
     shape = shape_of_folder(source) or shape_of_folder(str(Path(source) / "model"))
-    return shape if shape is not None else architecture_of(load_source(source, source)[0].config)
+    if shape is not None:
+        return shape
+    if source == "demo" or source.endswith(".gguf") or Path(source).exists():
+        return architecture_of(load_source(source, source)[0].config)
+    with loading(source):
+        return architecture_of(AutoConfig.from_pretrained(source))
 
 
 def shape_after(text: str) -> Architecture:
