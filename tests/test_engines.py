@@ -102,7 +102,7 @@ def test_the_fastest_attention_is_measured_once(
     times = {"f16 cache, without flash attention": 0.002, "f16 cache, with flash attention": 0.001}
     measured: list[str] = []
 
-    def measure(context: LlamaContext) -> list[float]:
+    def measure(context: LlamaContext, sequences: int) -> list[float]:
         measured.append(names[id(context)])
         return [times.get(names[id(context)], 0.003)] * 4
 

@@ -37,8 +37,12 @@ DEPTH = 512
 """Tokens in the cache when the deep passes are timed."""
 FAR = 1536
 """Depth that the deep decode is continued to, on the line through the empty one."""
+TOGETHER = 8
+"""Chats whose next tokens are evaluated in one pass, at most."""
 SUFFIX = 24
 """Tokens of a short prompt on a long cache: a chat's next turn."""
+BESIDE = 16
+"""Tokens in the cache of each other chat."""
 REPEATED = 6
 """Decoded tokens per test, of which the fastest counts: others may be using the machine."""
 ROUNDS = 2
@@ -47,43 +51,55 @@ SECONDS = 4.0
 
 
 def choose_attention(
-    path: Path, release: str, wanted: CacheChoice, make_context: Callable[[Attention, int, int], LlamaContext]
+    path: Path,
+    release: str,
+    wanted: CacheChoice,
+    sequences: int,
+    make_context: Callable[[Attention, int, int], LlamaContext],
 ) -> Attention:
     """The fastest candidate for the model file at `path`, as measured now or earlier on this machine.
 
-    `release`: what else the answer depends on. `make_context` (attention, slots, sequences) makes one of the model.
+    `release`: what else the answer depends on. `sequences`: chats side by side. `make_context` (attention, slots,
+    sequences) makes one of the model.
     """
+    sequences = min(sequences, TOGETHER)
     candidates = CANDIDATES[wanted]
     if len(candidates) == 1:
         return candidates[0]
 
     def find_out() -> str:
         logging.getLogger(PROGRESS_LOGGER).info("measuring which attention %s is fastest with", path.name)
-        return str(fastest(candidates, make_context))
+        return str(fastest(candidates, sequences, make_context))
 
     names = {str(candidate): candidate for candidate in candidates}
-    question = f"attention of {', '.join(names)} on {platform.node()} ({release})"
+    question = f"attention of {', '.join(names)} for {sequences} on {platform.node()} ({release})"
     return names.get(once(question, [path], find_out), candidates[0])
 
 
-def fastest(candidates: Sequence[Attention], make_context: Callable[[Attention, int, int], LlamaContext]) -> Attention:
+def fastest(
+    candidates: Sequence[Attention], sequences: int, make_context: Callable[[Attention, int, int], LlamaContext]
+) -> Attention:
     """The candidate with the least mean, over all tests, of its time relative to the best one's."""
     with contextlib.ExitStack() as stack:
         contexts: dict[Attention, LlamaContext] = {}
+        slots = DEPTH + SUFFIX + 4 * REPEATED + sequences * (BESIDE + REPEATED)
         for candidate in candidates:
             with contextlib.suppress(ArtefactError):  # heads of a width that has no whole Q8_0 blocks
-                contexts[candidate] = make_context(candidate, DEPTH + SUFFIX + 4 * REPEATED, 1)
+                contexts[candidate] = make_context(candidate, slots, sequences)
                 stack.callback(contexts[candidate].close)
         if not contexts:
             raise ArtefactError("llama.cpp has no attention for this model")
-        rounds = [[_tests(context) for context in contexts.values()] for _ in range(ROUNDS)]  # they take turns
+        # they take turns: whatever else the machine does meanwhile hits all alike
+        rounds = [[_tests(context, sequences) for context in contexts.values()] for _ in range(ROUNDS)]
     times = np.min(rounds, axis=0)  # [candidates, tests]
     return list(contexts)[int((times / times.min(axis=0)).mean(axis=1).argmin())]
 
 
-def _tests(context: LlamaContext) -> list[float]:
-    """Seconds of: a token on an empty cache, on a deep one, on one of FAR tokens; a short suffix on a deep cache."""
-    context.truncate(0, 0)
+def _tests(context: LlamaContext, sequences: int) -> list[float]:
+    """Seconds of: a token on an empty cache, on a deep one, on one of FAR tokens; a short suffix on a deep cache; where
+    there are several sequences, a token of each beside the deep one."""
+    for sequence in range(sequences):
+        context.truncate(sequence, 0)
     began = time.perf_counter()
     context.extend([Part(0, [0] * 64)])
     depth = min(DEPTH, max(128, int(64 * SECONDS / (time.perf_counter() - began))))
@@ -92,10 +108,14 @@ def _tests(context: LlamaContext) -> list[float]:
         context.extend([Part(0, [0] * rest)])
     deep = min(_timed(context, 1) for _ in range(REPEATED))
     suffix = _timed(context, SUFFIX)
-    return [empty, deep, max(deep, empty + (deep - empty) * FAR / depth), suffix]
+    times = [empty, deep, max(deep, empty + (deep - empty) * FAR / depth), suffix]
+    if sequences > 1:
+        context.extend([Part(sequence, [0] * BESIDE) for sequence in range(1, sequences)])
+        times.append(min(_timed(context, 1, sequences) for _ in range(REPEATED)))
+    return times
 
 
-def _timed(context: LlamaContext, tokens: int) -> float:
+def _timed(context: LlamaContext, tokens: int, sequences: int = 1) -> float:
     began = time.perf_counter()
-    context.extend([Part(0, [0] * tokens)])
+    context.extend([Part(sequence, [0] * tokens) for sequence in range(sequences)])
     return time.perf_counter() - began

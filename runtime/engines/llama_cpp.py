@@ -58,7 +58,9 @@ class LlamaCppEngine:
         context = options.context or min(DEFAULT_CONTEXT, trained)
         self.num_sequences = options.sequences
         release = f"{engine_version('llama.cpp')}, {threads} threads"
-        attention = choose_attention(path, release, options.kv_cache, partial(LlamaContext, self._model, threads))
+        attention = choose_attention(
+            path, release, options.kv_cache, options.sequences, partial(LlamaContext, self._model, threads)
+        )
         self.settings = str(attention)
         bytes_per_token = attention.bytes_per_token(*_cache_shape(path.parent, self._metadata))
         slots = context * min(options.sequences, SHARED_CONTEXTS)
