@@ -7,20 +7,25 @@ process per artefact keeps peak memory and caches apart. A board runs this modul
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from ..runtime.base.command import run_command
 from ..runtime.engines.artefact import Artefact
-from ..runtime.engines.engine import Engine, EngineOptions, engine_version, load_engine
+from ..runtime.engines.engine import EngineOptions, engine_version, load_engine
 from ..runtime.engines.memory import memory_bytes
 from .results import BenchOptions, Measurement
 from .sensors import LocalShell, both, clock_mhz, energy_meter, temperature_celsius
+
+READ_PASSES = 5
+"""Timed readings of as much memory as the artefact takes, after one that warms up."""
 
 
 @dataclass(frozen=True)
@@ -50,10 +55,26 @@ class Stopwatch:
         return Span(time.perf_counter() - self._wall, time.process_time() - self._cpu)
 
 
+class Decoder(Protocol):
+    """What the tests ask of an engine, ours or a peer's."""
+
+    context_length: int
+    vocab_size: int
+    load_ms: float
+    kv_cache_bytes: int
+    settings: str
+
+    def prefill(self, tokens: Sequence[int]) -> np.ndarray: ...
+
+    def decode(self, token: int) -> np.ndarray: ...
+
+    def close(self) -> None: ...
+
+
 class Bench:
     """The tests of one loaded engine, on random tokens: speed does not depend on what they mean."""
 
-    def __init__(self, engine: Engine, options: BenchOptions) -> None:
+    def __init__(self, engine: Decoder, options: BenchOptions) -> None:
         self._engine = engine
         self._options = options
         self._random = np.random.default_rng(0)
@@ -136,11 +157,14 @@ def measure(request: Request) -> Measurement:
     baseline = memory_bytes().get("rss_bytes", 0)
     context = request.context or options.context
     artefact = Artefact.open(request.artefact)
-    engine = load_engine(artefact, EngineOptions(options.threads, context, huge_pages=options.huge_pages), probe=False)
-    return measure_engine(engine, options, engine_version(artefact.engine), baseline)
+    settings = EngineOptions(options.threads, context, huge_pages=options.huge_pages, kv_cache=options.kv_cache)
+    engine = load_engine(artefact, settings, probe=False)
+    measured = measure_engine(engine, options, engine_version(artefact.engine), baseline)
+    # after everything else, whose peak of memory it would raise
+    return replace(measured, memory_bytes_per_second=read_speed(artefact.file_bytes, options.threads))
 
 
-def measure_engine(engine: Engine, options: BenchOptions, version: str, baseline_rss_bytes: int) -> Measurement:
+def measure_engine(engine: Decoder, options: BenchOptions, version: str, baseline_rss_bytes: int) -> Measurement:
     """Time every test of a loaded engine, after a repetition that warms up, and close it."""
     shell, bench = LocalShell(), Bench(engine, options)
     degrees_before = temperature_celsius(shell)
@@ -164,11 +188,25 @@ def measure_engine(engine: Engine, options: BenchOptions, version: str, baseline
         rss_file_bytes=memory.get("rss_file_bytes", 0),
         baseline_rss_bytes=baseline_rss_bytes,
         kv_cache_bytes=engine.kv_cache_bytes,
+        engine_settings=engine.settings,
         temperature_celsius=both(degrees_before, degrees_after),
         clock_mhz=both(clock_before, clock_after),
         joules_per_token=bench.joules_per_token,
         skipped=bench.skipped,
     )
+
+
+def read_speed(size: int, threads: int) -> list[float]:
+    """Bytes per second at which `threads` (0: all cores) read a buffer of `size` bytes, READ_PASSES times."""
+    count = threads or os.cpu_count() or 1
+    parts = np.array_split(np.ones(max(size // 4, count), np.float32), count)  # ones: zeros would all be one page
+    speeds = []
+    with ThreadPoolExecutor(count) as pool:
+        for _ in range(1 + READ_PASSES):
+            watch = Stopwatch()
+            list(pool.map(np.max, parts))  # it lets go of the interpreter
+            speeds.append(size / watch.read().wall)
+    return speeds[1:]
 
 
 def body(argv: Sequence[str]) -> int:

@@ -52,7 +52,7 @@ class OptimumEngine:
         self._model: Any = ORTModelForCausalLM.from_pretrained(folder, session_options=settings)
         self.context_length = options.context
         self.vocab_size = int(self._model.config.vocab_size)
-        self.kv_cache_bytes = 0
+        self.kv_cache_bytes, self.settings = 0, ""
         self._past: Any = None
         self._count = 0
         self.load_ms = (time.perf_counter() - began) * 1e3

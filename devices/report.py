@@ -25,6 +25,10 @@ def _figure(figure: Figure | None) -> str:
     return f"{figure.median:.{digits}f} ({figure.low:.{digits}f}-{figure.high:.{digits}f})"
 
 
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.0f} %"
+
+
 def device_line(device: DeviceInfo, threads: int) -> str:
     """The device in one line; figures of an emulator are called that."""
     known = f" ({device.known['soc']}, {device.known['cores']}, {device.known['ram']})" if device.known else ""
@@ -55,6 +59,8 @@ def notes(run: Run) -> list[str]:
     """What a reader of the table must know."""
     lines = [device_line(run.device, run.options.threads), *origin_lines(run), *ratio_lines(run)]
     for name, result in zip(run.labels, run.results, strict=True):
+        if result.engine_settings:
+            lines.append(f"{name}: {result.engine_settings}")
         if result.throttled:
             lines.append(f"{name}: THROTTLED, {result.throttled}; cool the device or use --max-temp")
         if result.temperature_celsius:
@@ -108,6 +114,9 @@ def rows(run: Run) -> list[list[str]]:
     artefact = "artefact, EMULATED" if run.device.emulated else "artefact"
     header = [artefact, "parameters", "quant", "on disk", *(f"{test} t/s" for test in tests)]
     header += [f"{test} CPU ms" for test in timed]
+    decode = f"tg{min(run.options.decode_tokens)}"
+    limits = any(result.memory_bytes_per_second for result in run.results)
+    header += [f"{decode} of bandwidth"] if limits else []
     table = [[*header, "first token ms", "load ms", "peak RSS", "KV cache", *(["J/token"] if energy else [])]]
     for name, result in zip(run.labels, run.results, strict=True):
         table.append(
@@ -118,6 +127,7 @@ def rows(run: Run) -> list[list[str]]:
                 format_bytes(result.file_bytes),
                 *(_figure(result.speeds.get(test)) for test in tests),
                 *(_figure(result.cpu_ms_per_token.get(test)) for test in timed),
+                *([_share(result.share_of_bandwidth(decode))] if limits else []),
                 _figure(result.time_to_first_token_ms),
                 _figure(result.load_ms),
                 format_bytes(result.peak_rss_bytes),

@@ -12,6 +12,7 @@ from ..runtime.base import flags
 from ..runtime.base.errors import UsageError
 from ..runtime.base.figure import Figure
 from ..runtime.base.files import write_json_atomically
+from ..runtime.engines.engine import CacheChoice
 
 SCHEMA_VERSION = 3
 
@@ -29,7 +30,7 @@ class BenchOptions:
     """Lengths of the timed prefills: pp128, pp512 as llama-bench names them."""
     decode_tokens: tuple[int, ...] = flags.whole_numbers(64, 128)
     """Tokens decoded one by one from an empty context: tg64, tg128."""
-    depths: tuple[int, ...] = flags.whole_numbers(512)
+    depths: tuple[int, ...] = flags.whole_numbers(512, 1536)
     """Contexts already filled when the shortest decode is timed again: tg64@d512; 0: none."""
     repetitions: int = 3
     """Timed repetitions per process, after one that warms up."""
@@ -37,6 +38,8 @@ class BenchOptions:
     """Processes per artefact; artefacts take turns, so that drift of the machine hits all alike."""
     threads: int = 0
     """CPU threads; 0: all cores."""
+    kv_cache: CacheChoice = "auto"
+    """gguf: what keys and values are stored as; auto: what is fastest, as measured on the device."""
     huge_pages: bool = True
     """Linux: move what was read into huge pages, as efficientllm-chat and -serve do."""
     max_temp: float = 0.0
@@ -120,6 +123,11 @@ class Readings(Generic[Sample]):
     """Resident memory of Python and its libraries before the model was loaded."""
     kv_cache_bytes: int = 0
     """Key/value caches at the context measured; 0 where the file does not tell."""
+    engine_settings: str = ""
+    """What the engine chose for the device, such as the attention kernel."""
+    memory_bytes_per_second: Sample | None = None
+    """What as many threads read of a buffer as large as the artefact, in the same process: no decoded token can be
+    faster than that takes for all weights."""
     temperature_celsius: tuple[float, float] | None = None
     """Before the first repetition and after the last."""
     skipped: dict[str, str] = field(default_factory=dict)
@@ -155,6 +163,12 @@ class Result(Readings[Figure]):
     """0 where the artefact does not tell."""
     quantization: str = ""
     """As its exporter calls it; "" where the artefact does not tell."""
+
+    def share_of_bandwidth(self, test: str) -> float | None:
+        """How near a decode is to the limit of reading every byte of the artefact once per token: 1 is at it."""
+        if self.memory_bytes_per_second is None or test not in self.speeds:
+            return None
+        return self.speeds[test].median * self.file_bytes / self.memory_bytes_per_second.median
 
 
 def labels(results: Sequence[Result]) -> list[str]:
@@ -195,6 +209,8 @@ def summarize(
         load_ms=_pool([run.load_ms for run in runs]),
         time_to_first_token_ms=_pool([run.time_to_first_token_ms for run in runs]),
         joules_per_token=_pool([run.joules_per_token for run in runs]),
+        memory_bytes_per_second=_pool([run.memory_bytes_per_second for run in runs]),
+        engine_settings=", or ".join(dict.fromkeys(run.engine_settings for run in runs)),
         engine_version=runs[0].engine_version,
         threads=runs[0].threads,
         peak_rss_bytes=largest.peak_rss_bytes,
@@ -276,8 +292,8 @@ class Run:
 
 def _result(values: dict[str, Any]) -> Result:
     read: dict[str, Any] = _with_tuples(values, ("temperature_celsius",))
-    for name in ("load_ms", "time_to_first_token_ms", "joules_per_token"):
-        read[name] = Figure(**values[name]) if values[name] else None
+    for name in ("load_ms", "time_to_first_token_ms", "joules_per_token", "memory_bytes_per_second"):
+        read[name] = Figure(**values[name]) if values.get(name) else None
     manifest = values["manifest"]  # older files have these there alone
     read.setdefault("num_parameters", manifest.get("architecture", {}).get("num_parameters", 0))
     read.setdefault("quantization", manifest.get("quantization", ""))

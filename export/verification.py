@@ -16,7 +16,7 @@ import numpy as np
 
 from ..runtime.base.errors import ArtefactError
 from ..runtime.base.extras import extra
-from ..runtime.engines.engine import Engine
+from ..runtime.engines.owned import OwnedEngine
 from ..runtime.sampling import log_softmax
 from .checkpoint import Checkpoint
 from .request import ExportRequest, RoundingOptions
@@ -153,7 +153,7 @@ class Written:
 
 
 def verify_stepwise(
-    engine: Engine, sample: Sample, written: Written, request: ExportRequest[RoundingOptions]
+    engine: OwnedEngine, sample: Sample, written: Written, request: ExportRequest[RoundingOptions]
 ) -> Agreement:
     """Compare the prefill and teacher-forced decoding of a written file with torch's logits of all positions.
 

@@ -91,6 +91,7 @@ class Conversation:
             f"prefill {stats.prefill_tokens_per_second:.0f} tokens/s, "
             f"peak RSS {format_bytes(memory_bytes()['peak_rss_bytes'])}, "
             f"KV cache {format_bytes(self.engine.kv_cache_bytes)}"
+            + (f", {self.engine.settings}" if self.engine.settings else "")
         )
 
 

@@ -112,10 +112,12 @@ class Generation:
             raise UsageError(f"logit_bias: token {unknown[0]} is outside the vocabulary of {engine.vocab_size}")
         self.engine = engine
         self.is_cancelled = False
-        """Set by any thread: the answer ends before its next token, or amid a long prompt."""
+        """See `cancel`."""
         self.is_over = False
         """Whether no further token is wanted."""
-        self._lease = engine.lease()
+        self.lease = engine.lease()
+        """Asked for `tokens`; whoever evaluates it gives the logits to `accept`."""
+        self._marked = 0.0
         self.tokens = list(prompt)
         """What the next token is computed from: the prompt and the answer, less what has slid out of the window."""
         self.answer: list[int] = []
@@ -129,25 +131,56 @@ class Generation:
         self.stats = GenerationStats(prompt_tokens=len(prompt), finish_reason="length")
 
     def __iter__(self) -> Iterator[str]:
-        while not self.is_over:
-            began = time.perf_counter()
-            logits = self._evaluate()
-            if logits is None:
-                break
-            piece = self.accept(logits)
-            self._count_time(time.perf_counter() - began)
-            if piece:
+        try:
+            self.begin()
+            while (logits := self._evaluate()) is not None:
+                piece = self.accept(logits)
+                if piece:
+                    yield piece
+                    self.mark()
+            if piece := self.text.finish():
                 yield piece
-        if piece := self.text.finish():
-            yield piece
+        finally:
+            self.lease.release()
+
+    def _evaluate(self) -> np.ndarray | None:
+        """Logits after `tokens`; None where no more are wanted."""
+        while not self.is_over:
+            if (logits := self.engine.step([self.lease])[0]) is not None:
+                return logits
+        return None
+
+    def begin(self) -> None:
+        """Ask the lease for the prompt, or again for all there is so far, where its cache was lost."""
+        if len(self.tokens) >= self.engine.context_length:
+            self._slide()
+        self.lease.begin(self.tokens)
+        self.mark()
+
+    def mark(self) -> None:
+        """The next token's time counts from now."""
+        self._marked = time.perf_counter()
+
+    def cancel(self) -> None:
+        """End the answer within a token, or amid a long prompt; from any thread."""
+        self.is_cancelled = self.is_over = True
+        self.lease.interrupt()
 
     def accept(self, logits: np.ndarray) -> str:
-        """Choose the token after `tokens` from its fp32 logits [V], which it may overwrite; text to be shown now."""
-        token = self._choose(logits)
-        if self.is_cancelled:
-            self.is_over = True
-            return ""
-        if token is None or token in self.engine.end_ids:
+        """Choose the token after `tokens` from its fp32 logits [V], which it may overwrite; text to be shown now.
+
+        The lease is asked for the token, unless the answer `is_over`.
+        """
+        token = None if self.is_cancelled else self._choose(logits)
+        if not self.answer:
+            self.stats.cached_tokens = self.lease.cached_tokens
+            self.stats.prefilled_tokens = len(self.tokens) - self.stats.cached_tokens
+        piece = self._take(token) if token is not None else self._stop()
+        self._count_time()
+        return piece
+
+    def _take(self, token: int) -> str:
+        if token in self.engine.end_ids:
             return self._stop()
         self.tokens.append(token)
         self.answer.append(token)
@@ -155,14 +188,22 @@ class Generation:
         if self.constraint is not None:
             self.constraint.push(token)
         self.stats.completion_tokens += 1
-        self.is_over = self.stats.completion_tokens >= self.max_tokens
         piece = self.text.push(self.engine.token_bytes(token))
         if self.text.stopped or (self.constraint is not None and self.constraint.is_complete):
             self._stop()
+        elif self.stats.completion_tokens >= self.max_tokens:
+            self.is_over = True
+        elif len(self.tokens) <= self.engine.context_length:
+            self.lease.append(token)
+        else:
+            self._slide()
+            self.lease.begin(self.tokens)
         return piece
 
     def _stop(self) -> str:
-        self.is_over, self.stats.finish_reason = True, "stop"
+        self.is_over = True
+        if not self.is_cancelled:
+            self.stats.finish_reason = "stop"
         return ""
 
     def _choose(self, logits: np.ndarray) -> int | None:
@@ -176,37 +217,18 @@ class Generation:
             if logits.max() == -np.inf:
                 return None
         token = self.sampler.choose(logits)
-        if self.top_logprobs is not None and token not in self.engine.end_ids and not self.is_cancelled:
+        if self.top_logprobs is not None and token not in self.engine.end_ids:
             self._logprobs.append(token_logprob(found, token, self.top_logprobs))
         return token
 
-    def _count_time(self, seconds: float) -> None:
-        """What a token took."""
+    def _count_time(self) -> None:
+        """What the token took."""
+        now = time.perf_counter()
+        seconds, self._marked = now - self._marked, now
         if self.stats.completion_tokens > 1:
             self.stats.decode_seconds += seconds
         elif not self.stats.time_to_first_token_ms:
             self.stats.time_to_first_token_ms = 1e3 * seconds
-
-    def _evaluate(self) -> np.ndarray | None:
-        """Logits after `tokens`; None where the answer is cancelled."""
-        if self.answer and len(self.tokens) <= self.engine.context_length:
-            return self._lease.decode(self.tokens[-1])
-        logits = self._prefill()
-        if not self.answer:
-            self.stats.cached_tokens = self._lease.cached_tokens
-            self.stats.prefilled_tokens = len(self.tokens) - self.stats.cached_tokens
-        return logits
-
-    def _prefill(self) -> np.ndarray | None:
-        """Logits after `tokens`, the oldest of which go where they do not fit; None where the answer is cancelled."""
-        if len(self.tokens) >= self.engine.context_length:
-            self._slide()
-        last = None
-        for logits in self._lease.prefill(self.tokens):
-            last = logits
-            if self.is_cancelled:
-                return None
-        return last
 
     def _slide(self) -> None:
         """Forget the oldest half of the window, but for its first tokens."""

@@ -23,21 +23,22 @@ Question = str | Sequence[Message]
 class Model:
     """A model that answers. Close it, or use it in a `with` block.
 
-    It has room for one answer. Threads that ask `chat`, `complete` or `generate` take turns; an answer that is read
-    piece by piece from `stream` ends in a UsageError where another one was begun. Any thread may close it: an answer
-    in progress then ends in a UsageError.
+    It has room for one answer, or for `EngineOptions.parallel`. Threads that ask `chat`, `complete` or `generate` take
+    turns; an answer that is read piece by piece from `stream` ends in a UsageError where one too many was begun. Any
+    thread may close it: an answer in progress then ends in a UsageError.
 
     The methods take the same options: `max_tokens` [256]; `stop`, a string or several that end the answer and are not
-    part of it; `overflow` ("error", or "slide": forget the oldest tokens where the context window ends); and the fields
-    of SamplingOptions: `temperature` [0: always the most likely token], `top_k`, `top_p`, `min_p`,
-    `repetition_penalty`, `seed`. A UsageError names an option that does not exist.
+    part of it; `overflow` ("error", or "slide": forget the oldest tokens where the context window ends); `logit_bias`
+    {token: number}; the fields of SamplingOptions: `temperature` [0: always the most likely token; None: the model's
+    own], `top_k`, `top_p`, `min_p`, `repetition_penalty` [the model's own], `frequency_penalty`, `presence_penalty`,
+    `seed`. A UsageError names an option that does not exist.
     """
 
     def __init__(self, engine: OwnedEngine) -> None:
         """Usually made by `load`; `engine` is closed with the model."""
         self.engine = engine
         """Token ids in, logits out; UsageError once the model is closed."""
-        self._turn = threading.Lock()
+        self._turn = threading.BoundedSemaphore(engine.num_sequences)
         """Held during an answer that is asked for as a whole."""
         self.stats: GenerationStats | None = None
         """Figures of the last answer: tokens, times, why it ended."""

@@ -41,7 +41,11 @@ class Metrics:
         in_flight = Gauge("efficientllm_in_flight", "Requests being answered or waiting", registry=registry)
         in_flight.set_function(lambda: pool.in_flight)
         queued = Gauge("efficientllm_queue_length", "Requests waiting", registry=registry)
-        queued.set_function(lambda: sum(max(0, worker.in_flight - 1) for worker in pool.loaded.values()))
+        queued.set_function(
+            lambda: sum(max(0, worker.in_flight - worker.engine.num_sequences) for worker in pool.loaded.values())
+        )
+        used = Gauge("efficientllm_cache_tokens", "Tokens in the caches of answers in progress", registry=registry)
+        used.set_function(lambda: sum(worker.engine.used_slots for worker in pool.loaded.values()))
         loaded = Gauge("efficientllm_models_loaded", "Models in memory", registry=registry)
         loaded.set_function(lambda: len(pool.loaded))
         resident = Gauge("efficientllm_resident_memory_bytes", "Resident memory of the server", registry=registry)

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 
 from ..runtime.base.errors import EfficientLLMError
+from ..runtime.base.progress import PROGRESS_LOGGER
 from ..runtime.base.quantities import format_bytes
 from ..runtime.engines.artefact import Artefact
 from ..runtime.engines.engine import DEFAULT_CONTEXT, EngineOptions, load_engine
+from ..runtime.engines.owned import OwnedEngine
 from .schemas import APIError
 from .worker import EngineWorker
+
+PARALLEL = 16
+"""Answers of one model that are computed together, where nothing else is asked for."""
+
+CHAT = 2048
+"""Tokens of a chat, for saying how many there is room for."""
 
 
 class ModelPool:
@@ -33,7 +43,8 @@ class ModelPool:
         self.artefacts = {name: Artefact.open(path) for name, path in artefacts.items()}
         for artefact in self.artefacts.values():
             artefact.verify()
-        self.options, self.waiting, self.timeout, self.max_memory = options, waiting, timeout, max_memory
+        self.options = replace(options, parallel=options.parallel or PARALLEL)
+        self.waiting, self.timeout, self.max_memory = waiting, timeout, max_memory
         self._workers: dict[str, EngineWorker] = {}
         self._loading = asyncio.Lock()
         self._arriving = Counter[str]()
@@ -45,6 +56,7 @@ class ModelPool:
 
     def _load(self, name: str) -> EngineWorker:
         engine = load_engine(self.artefacts[name], self.options)
+        logging.getLogger(PROGRESS_LOGGER).info("%s: %s", name, capacity(engine))
         return EngineWorker(engine, self.waiting, self.timeout, when_idle=self._idle.set)
 
     @property
@@ -79,7 +91,7 @@ class ModelPool:
         if name not in self.artefacts:
             known = ", ".join(repr(known) for known in self.artefacts)
             raise APIError(404, f"model {name!r} does not exist; this server has {known}", code="model_not_found")
-        if self._arriving[name] > self.waiting:
+        if self._arriving[name] >= self.waiting + self.options.parallel:
             raise APIError(429, "the server is busy; try again later", "rate_limit_error", "rate_limit_exceeded")
         self._arriving[name] += 1
         try:
@@ -117,6 +129,15 @@ class ModelPool:
     def close(self) -> None:
         for worker in self._workers.values():
             worker.close()
+
+
+def capacity(engine: OwnedEngine) -> str:
+    """How many chats the caches of a model have room for, in one line."""
+    size = f" in {format_bytes(engine.kv_cache_bytes)}" if engine.kv_cache_bytes else ""
+    chats = min(engine.num_sequences, engine.cache_slots // CHAT)
+    found = f"{engine.num_sequences} answers at once, room for {engine.cache_slots:,} tokens{size}"
+    chats_line = f"holds {chats} chats of {CHAT:,} tokens" if chats else f"too little for a chat of {CHAT:,} tokens"
+    return "; ".join(part for part in (found, chats_line, engine.settings) if part)
 
 
 def _leave_again(entering: asyncio.Future[EngineWorker]) -> None:

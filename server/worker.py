@@ -1,15 +1,16 @@
-"""One engine behind a bounded queue: answers are computed one at a time in a thread, never on the event loop."""
+"""One engine behind a bounded queue: a thread of its own computes all answers together, never on the event loop."""
 
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from ..runtime.base.errors import EfficientLLMError
-from ..runtime.engines.owned import OwnedEngine
+from ..runtime.base.errors import EfficientLLMError, UsageError
+from ..runtime.batch import Batch, Progress
+from ..runtime.engines.owned import CLOSED, OwnedEngine
 from ..runtime.generation import Generation, TokenLogprob
 from .schemas import APIError
 
@@ -29,19 +30,41 @@ class Piece:
     """Set on the last piece of a choice, which has no text."""
 
 
+Item = Piece | BaseException | None
+"""A piece, what went wrong, or the end."""
+
+
+class _Answer:
+    """One request's generations on their way through the batch."""
+
+    def __init__(self, generations: Sequence[Generation]) -> None:
+        self.choices = {id(generation): choice for choice, generation in enumerate(generations)}
+        self.unfinished = len(generations)
+        self.pieces: asyncio.Queue[Item] = asyncio.Queue()
+
+
 class EngineWorker:
-    """Owns an engine. `waiting` requests may stand in line behind the one that is being answered."""
+    """Owns an engine: as many answers at once as it has sequences, and `waiting` more requests in line.
+
+    Used on one event loop.
+    """
 
     def __init__(self, engine: OwnedEngine, waiting: int, timeout: float, when_idle: Callable[[], None]) -> None:
         """`timeout`: seconds a request may take, the wait in the queue included. `when_idle` is called when it is."""
         self.engine = engine
-        self.capacity = waiting + 1
+        self.capacity = waiting + engine.num_sequences
         self.timeout = timeout
         self.in_flight = 0
         """Requests that have a place: waiting, or being computed."""
         self.last_used = time.monotonic()
         self._when_idle = when_idle
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
+        self._arrived: list[tuple[_Answer, Sequence[Generation]]] = []
+        self._changed = threading.Condition()
+        """Guards `_arrived` and `_is_closing`."""
+        self._is_closing = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = threading.Thread(target=self._compute, name="engine", daemon=True)
+        self._thread.start()
 
     def enter(self) -> None:
         """Take a place, which `leave` or the end of `stream`'s computation frees; APIError 429 where there is none."""
@@ -58,26 +81,19 @@ class EngineWorker:
             self._when_idle()
 
     def stream(self, generations: Sequence[Generation]) -> AsyncGenerator[Piece]:
-        """Pieces of every generation, one after the other, computed from now on in a place that was taken.
+        """Pieces of every generation, as they come, computed from now on in a place that was taken.
 
-        Leaving the iteration stops the work within a token, or within 512 of a long prompt. Raises APIError 408 where
-        the time is over.
+        Leaving the iteration stops the work within a token, or amid a long prompt. Raises APIError 408 where the time
+        is over.
         """
-        loop, pieces = asyncio.get_running_loop(), asyncio.Queue[Piece | BaseException | None]()
+        answer = _Answer(generations)
+        self._loop = asyncio.get_running_loop()
+        with self._changed:
+            self._arrived.append((answer, generations))
+            self._changed.notify()
+        return self._read(generations, answer.pieces)
 
-        def send(item: Piece | BaseException | None) -> None:
-            loop.call_soon_threadsafe(pieces.put_nowait, item)
-
-        done = loop.run_in_executor(self._thread, _compute, generations, send)
-        done.add_done_callback(lambda _: self.leave())  # also where nobody waits for it any more
-        return self._read(generations, pieces, done)
-
-    async def _read(
-        self,
-        generations: Sequence[Generation],
-        pieces: asyncio.Queue[Piece | BaseException | None],
-        done: asyncio.Future[None],
-    ) -> AsyncGenerator[Piece]:
+    async def _read(self, generations: Sequence[Generation], pieces: asyncio.Queue[Item]) -> AsyncGenerator[Piece]:
         deadline = time.monotonic() + self.timeout
         try:
             while True:
@@ -91,30 +107,62 @@ class EngineWorker:
                 if isinstance(piece, BaseException):
                     raise piece
                 if piece is None:
-                    await done  # the place is free when the answer is whole
                     return
                 yield piece
         finally:
             for generation in generations:
-                generation.is_cancelled = True
+                generation.cancel()
+
+    def _compute(self) -> None:
+        """The thread: passes of the engine as long as there are answers, then wait for one."""
+        batch, owners = Batch(self.engine), dict[int, _Answer]()
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._arrived or self._is_closing or len(batch))
+                arrived, self._arrived = self._arrived, []
+                if self._is_closing and not arrived and not len(batch):
+                    return
+            for answer, generations in arrived:
+                for generation in generations:
+                    owners[id(generation)] = answer
+                    batch.add(generation)
+            done = batch.abandon(UsageError(CLOSED)) if self._is_closing else []
+            self._deliver(owners, done + batch.step())
+
+    def _deliver(self, owners: dict[int, _Answer], progress: Sequence[Progress]) -> None:
+        """Send what a pass made to who reads it: the loop is woken once, not by every answer."""
+        items: list[tuple[_Answer, Item]] = []
+        for one in progress:
+            answer = owners[id(one.generation)]
+            choice = answer.choices[id(one.generation)]
+            try:
+                if one.text:
+                    items.append((answer, _piece(choice, one.text, one.generation)))
+                end = one.error or _piece(choice, "", one.generation, one.generation.stats.finish_reason)
+            except EfficientLLMError as error:  # the engine was closed
+                end = error
+            if one.is_over:
+                del owners[id(one.generation)]
+                answer.unfinished -= 1
+                items.append((answer, end))
+                if not answer.unfinished:
+                    items.append((answer, None))
+        if items and self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._put, items)
+
+    def _put(self, items: Sequence[tuple[_Answer, Item]]) -> None:
+        for answer, item in items:
+            if item is None:
+                self.leave()  # the place is free when the answer is whole, also where nobody reads it any more
+            answer.pieces.put_nowait(item)
 
     def close(self) -> None:
-        """Wait for the answer in progress, then free the engine."""
-        self._thread.shutdown(wait=True, cancel_futures=True)
+        """Wait for the answers in progress, then free the engine."""
+        with self._changed:
+            self._is_closing = True
+            self._changed.notify()
+        self._thread.join()
         self.engine.close()
-
-
-def _compute(generations: Sequence[Generation], send: Callable[[Piece | BaseException | None], None]) -> None:
-    """Send every piece of every generation, then None or what went wrong."""
-    end: BaseException | None = None
-    try:
-        for choice, generation in enumerate(generations):
-            for text in () if generation.is_cancelled else generation:
-                send(_piece(choice, text, generation))
-            send(_piece(choice, "", generation, generation.stats.finish_reason or "length"))
-    except BaseException as error:
-        end = error
-    send(end)
 
 
 def _piece(choice: int, text: str, generation: Generation, finish_reason: str | None = None) -> Piece:

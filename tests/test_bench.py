@@ -19,7 +19,7 @@ from efficientllm.devices import compare as comparison
 from efficientllm.devices.bare_gguf import FILE_TYPES, TENSOR_TYPES, Described, describe_gguf
 from efficientllm.devices.bench import bench, cool_down
 from efficientllm.devices.boards import look_up
-from efficientllm.devices.measure import Bench
+from efficientllm.devices.measure import READ_PASSES, Bench
 from efficientllm.devices.profiling.artefacts import make_artefacts
 from efficientllm.devices.results import BenchOptions, DeviceInfo, Figure, Run, summarize
 from efficientllm.export import cli as export_cli
@@ -27,8 +27,9 @@ from efficientllm.runtime.base.child import run_python
 from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.base.errors import DeviceError
 from efficientllm.runtime.engines.artefact import Artefact
+from efficientllm.runtime.engines.attention import CANDIDATES
+from efficientllm.runtime.engines.caches import common_length
 from efficientllm.runtime.engines.manifest import Manifest
-from efficientllm.runtime.engines.prefix import reusable_prefix
 from efficientllm.runtime.latency.shape import DecoderShape, LayerShape
 
 TESTS = ["--prompt-tokens", "16,24", "--decode-tokens", "4,8", "--depths", "20"]
@@ -78,6 +79,9 @@ def test_measures_artefacts_and_bare_files(
         assert result["peak_rss_bytes"] > result["baseline_rss_bytes"] > 10_000_000
         assert result["peak_rss_bytes"] >= result["rss_anon_bytes"] > 0
         assert result["kv_cache_bytes"] > 0
+        assert result["engine_settings"] in map(str, CANDIDATES["auto"])
+        assert result["memory_bytes_per_second"]["n"] == 2 * READ_PASSES
+        assert result["memory_bytes_per_second"]["median"] > 1e8
         assert re.match(r"llama-cpp-python \d", result["engine_version"])
     assert results[0]["file_bytes"] == bare.stat().st_size
     assert results[0]["sha256"] != results[1]["sha256"]
@@ -260,7 +264,7 @@ class Counting:
         self.evaluated = 0
 
     def prefill(self, tokens: list[int]) -> None:
-        common = reusable_prefix(self.cached, tokens, self.context_length)
+        common = common_length(self.cached, tokens, len(tokens) - 1)
         self.evaluated, self.cached = len(tokens) - common, list(tokens)
 
     def decode(self, token: int) -> None:

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from exporting import export
+from tiny import tiny_architecture
 
-from efficientllm.runtime.base.errors import ArtefactError
+from efficientllm.runtime.base.errors import ArtefactError, UsageError
 from efficientllm.runtime.base.files import sha256_of
 from efficientllm.runtime.engines import artefact as artefacts
+from efficientllm.runtime.engines import attention as attention_choice
 from efficientllm.runtime.engines.artefact import Artefact
-from efficientllm.runtime.engines.engine import EngineOptions, load_engine
+from efficientllm.runtime.engines.attention import FLASH, FLASH_Q8_0, ROUNDS
+from efficientllm.runtime.engines.engine import CACHE_CHOICES, EngineOptions, load_engine
 from efficientllm.runtime.engines.genai_config import GENAI_CONFIG, GenaiConfig
+from efficientllm.runtime.engines.llama_context import Attention, LlamaContext
 from efficientllm.runtime.engines.manifest import Manifest
 from efficientllm.runtime.engines.native_log import captured_native_log
 
@@ -37,8 +44,8 @@ def test_opening_an_artefact_reads_no_weights(artefact: Path, monkeypatch: pytes
 def test_an_opened_artefact_is_loaded_as_it_is(artefact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = Artefact.open(artefact)
     monkeypatch.setattr(Artefact, "open", lambda path: pytest.fail("it is open already"))
-    engine = load_engine(opened, EngineOptions(threads=1, context=256))  # llama.cpp rounds up to this
-    assert engine.kv_cache_bytes == opened.cache_bytes(engine.context_length, 2) > 0
+    engine = load_engine(opened, EngineOptions(threads=1, context=256, kv_cache="q8_0"))  # llama.cpp rounds up to this
+    assert engine.kv_cache_bytes == opened.cache_bytes(engine.context_length, 1) * 34 / 32 > 0
     engine.close()
 
 
@@ -64,3 +71,67 @@ def test_only_the_librarys_own_messages_are_kept_from_the_terminal(capfd: pytest
         os.write(2, b"[program.cpp:12] no such operator\nanother thread's error\n")
         assert log() == "[program.cpp:12] no such operator\n"
     assert capfd.readouterr().err == "another thread's error\n"
+
+
+def test_a_cache_counts_the_widths_that_layers_have() -> None:
+    """Without flash attention llama.cpp pads the values, not the keys, to the widest layer."""
+    heads = (3, 1, 2)
+    assert Attention("f16", flash=True).bytes_per_token(heads, 64) == 2 * 64 * (6 + 6)
+    assert Attention("f16", flash=False).bytes_per_token(heads, 64) == 2 * 64 * (6 + 9)
+    assert Attention("q8_0", flash=True).bytes_per_token(heads, 64) == 64 * 12 * 34 / 32
+
+
+def test_room_for_chats_is_what_was_asked_for_in_bytes(artefact: Path) -> None:
+    options = EngineOptions(threads=1, context=256, parallel=3, kv_cache="q8_0", cache_memory=600_000)
+    engine = load_engine(artefact, options)
+    per_token = engine.kv_cache_bytes / engine.cache_slots
+    assert per_token == 32 * 10 * 34 / 32  # five key/value heads of 32
+    assert 0 <= engine.cache_slots - 600_000 / per_token < 256  # rounded up
+    assert engine.context_length == 256
+    engine.close()
+
+
+def test_the_fastest_attention_is_measured_once(
+    artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(artefact, tmp_path / "copied"))
+    for file in folder.iterdir():
+        os.utime(file, (1, 1))
+    monkeypatch.setattr("efficientllm.runtime.engines.seen.SETTLED_SECONDS", -1)
+    monkeypatch.setenv("EFFICIENTLLM_CACHE", str(tmp_path / "cache"))
+    times = {"f16 cache, without flash attention": 0.002, "f16 cache, with flash attention": 0.001}
+    measured: list[str] = []
+
+    def measure(context: LlamaContext, sequences: int) -> list[float]:
+        measured.append(names[id(context)])
+        return [times.get(names[id(context)], 0.003)] * 4
+
+    names: dict[int, str] = {}
+    make = LlamaContext.__init__
+
+    def remember(self: LlamaContext, model: object, threads: int, attention: Attention, *more: int) -> None:
+        names[id(self)] = str(attention)
+        make(self, model, threads, attention, *more)
+
+    monkeypatch.setattr(LlamaContext, "__init__", remember)
+    monkeypatch.setattr(attention_choice, "_tests", measure)
+    for kv_cache, expected in (("auto", FLASH), ("f16", FLASH), ("q8_0", FLASH_Q8_0), ("auto", FLASH)):
+        engine = load_engine(folder, EngineOptions(threads=1, context=64, kv_cache=CACHE_CHOICES[kv_cache]))
+        assert engine.settings == str(expected)
+        engine.close()
+    assert len(measured) == ROUNDS * (3 + 2)
+
+
+def test_heads_without_whole_blocks_get_no_quantized_cache(save_tiny: Callable[..., Path], tmp_path: Path) -> None:
+    assert export(save_tiny(tiny_architecture(head_dim=16)), "gguf", tmp_path / "gguf", "--quantize", "f32") == 0
+    engine = load_engine(tmp_path / "gguf", EngineOptions(threads=1, context=64))
+    assert "f16 cache" in engine.settings
+    engine.close()
+    with pytest.raises(ArtefactError, match="q8_0 cache"):
+        load_engine(tmp_path / "gguf", EngineOptions(threads=1, context=64, kv_cache="q8_0"))
+
+
+def test_the_type_of_a_cache_is_llama_cpp_s_to_choose(source_folder: Path, tmp_path: Path) -> None:
+    assert export(source_folder, "onnx", tmp_path / "onnx", "--quantize", "f32", "--no-verify") == 0
+    with pytest.raises(UsageError, match="--kv-cache q8_0: the type of the cache is part of onnx itself"):
+        load_engine(tmp_path / "onnx", EngineOptions(kv_cache="q8_0"))

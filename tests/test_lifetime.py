@@ -9,12 +9,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from exporting import export
 
 from efficientllm.runtime import EfficientLLMError, EngineOptions, Model, load
 from efficientllm.runtime.engines.engine import load_engine
-from efficientllm.runtime.engines.owned import PREFILL_STEP
+from efficientllm.runtime.engines.llama_context import BATCH
+from efficientllm.runtime.engines.owned import Lease
 from efficientllm.runtime.generation import AnswerOptions, Generation
 
 OPTIONS = EngineOptions(threads=1, context=1024)
@@ -69,6 +71,7 @@ def test_four_threads_that_stream_end_or_are_told(artefact: Path) -> None:
 def test_interleaved_answers_are_told_where_nobody_looks(artefact: Path) -> None:
     engine = load_engine(artefact, OPTIONS)
     first, second = (Generation(engine, [5, 6, 7, token], AnswerOptions(64)) for token in (8, 9))
+    engine.prefill([5, 6])
     pieces = iter(first)
     next(pieces)
     assert "".join(second)
@@ -151,22 +154,38 @@ def test_a_cancelled_answer_stops_amid_its_prompt(artefact: Path) -> None:
     whole = "".join(Generation(engine, prompt, AnswerOptions(4)))
     engine.prefill([5])
     generation = Generation(engine, prompt, AnswerOptions(4))
-    steps: list[int] = []
-    prefill = engine._prefill
+    step = engine.step
 
-    def cancel_after_one(tokens: list[int], holder: object) -> object:
-        steps.append(len(tokens))
-        generation.is_cancelled = True
-        return prefill(tokens, holder)
+    def cancel_after_one(leases: list[Lease]) -> object:
+        rows = step(leases)
+        generation.cancel()
+        return rows
 
-    engine._prefill = cancel_after_one  # type: ignore[method-assign, assignment]
+    engine.step = cancel_after_one  # type: ignore[method-assign, assignment]
     assert list(generation) == []
-    assert steps == [1 + PREFILL_STEP]
-    engine._prefill = prefill  # type: ignore[method-assign]
+    engine.step = step  # type: ignore[method-assign]
     again = Generation(engine, prompt, AnswerOptions(4))
-    assert "".join(again) == whole  # in two steps as in one
-    assert again.stats.cached_tokens == 1 + PREFILL_STEP
-    assert again.stats.prefilled_tokens == 900 - again.stats.cached_tokens
+    assert "".join(again) == whole  # in two passes as in one
+    assert again.stats.cached_tokens == 1 + BATCH  # the first token was there already
+    assert again.stats.prefilled_tokens == 900 - 1 - BATCH
+    engine.close()
+
+
+def test_cancelling_ends_the_pass_in_progress(artefact: Path) -> None:
+    """Called while llama.cpp is evaluating 512 tokens; what was there before stays, and goes on."""
+    engine = load_engine(artefact, OPTIONS)
+    prompt = [5 + index % 300 for index in range(900)]
+    for wait in (0.0, 0.001, 0.003, 0.01):
+        engine.prefill(prompt[:100])
+        generation = Generation(engine, prompt, AnswerOptions(4))
+        cancelling = threading.Timer(wait, generation.cancel)
+        cancelling.start()
+        list(generation)
+        cancelling.join()
+        assert generation.is_over
+        fresh = np.asarray(engine.prefill(prompt[:120]))
+        engine.prefill([7])
+        np.testing.assert_allclose(fresh, engine.prefill(prompt[:120]), atol=5e-2)  # of Q8_0 or fp16, in other pieces
     engine.close()
 
 

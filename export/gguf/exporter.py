@@ -82,7 +82,7 @@ def export_gguf(checkpoint: Checkpoint, request: ExportRequest[GgufOptions], fol
         verification=verification,
     )
     write_manifest(checkpoint, request, folder, contents)
-    for hint in run_hints(request.output, checkpoint.context_length):
+    for hint in run_hints(request.output, checkpoint.context_length, plan.architecture.head_dim):
         log.info("run it with: %s", hint)
 
 
@@ -105,12 +105,14 @@ def _importance(checkpoint: Checkpoint, request: ExportRequest[GgufOptions], pla
     return path
 
 
-def run_hints(folder: Path, context_length: int) -> list[str]:
+def run_hints(folder: Path, context_length: int, head_dim: int) -> list[str]:
     """How other programs run the file: llama.cpp's server, Ollama."""
     context = min(context_length, 4096)
+    # flash attention over fp16 is slow on many CPUs; Q8_0 has blocks of 32
+    attention = "-fa off" if head_dim % 32 else "-fa on -ctk q8_0 -ctv q8_0"
     modelfile = f"FROM ./{MODEL_FILE}\\nPARAMETER num_ctx {context}\\n"
     return [
-        f"llama-server -m {folder / MODEL_FILE} -c {context} -fa on",
+        f"llama-server -m {folder / MODEL_FILE} -c {context} {attention}",
         f"printf '{modelfile}' > {folder / 'Modelfile'} && ollama create {folder.name} -f {folder / 'Modelfile'}",
     ]
 

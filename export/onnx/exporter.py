@@ -12,6 +12,7 @@ from ...runtime.base.errors import UsageError
 from ...runtime.base.extras import extra
 from ...runtime.engines.engine import EngineOptions
 from ...runtime.engines.onnx import OnnxEngine
+from ...runtime.engines.owned import OwnedEngine
 from ..calibration import input_grams
 from ..checkpoint import Checkpoint
 from ..manifest import Contents, bits_per_weight, copy_tokenizer, write_manifest
@@ -178,7 +179,7 @@ def _verify(
     """Prefill and teacher-forced decoding through our engine against torch."""
     name = request.options.weight_type
     sample = torch_sample(checkpoint)
-    engine = OnnxEngine(folder / MODEL_FILE, EngineOptions(context=len(sample.tokens) + 1))
+    engine = OwnedEngine(OnnxEngine(folder / MODEL_FILE, EngineOptions(context=len(sample.tokens) + 1)))
     agreement = verify_stepwise(engine, sample, Written("onnx", "file", name, bits), request)
     if agreement.mean_kl > 0.2:
         request.say(f"warning: {name} costs this model a mean KL of {agreement.mean_kl:.2f}; int8 is the safe choice")

@@ -7,9 +7,10 @@ import importlib.metadata
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 from ..base import flags
-from ..base.errors import ArtefactError, EfficientLLMError
+from ..base.errors import ArtefactError, EfficientLLMError, UsageError
 from .artefact import Artefact
 from .memory import give_back_freed_memory
 from .owned import OwnedEngine
@@ -25,6 +26,12 @@ ENGINES = {
     "executorch": "efficientllm.runtime.engines.executorch:ExecuTorchEngine",
 }
 """Engine name -> "module:class"; plug-ins join through entry points."""
+
+CacheChoice = Literal["auto", "f16", "q8_0", "f32"]
+"""What keys and values are stored as."""
+
+CACHE_CHOICES: dict[str, CacheChoice] = {name: name for name in get_args(CacheChoice)}
+"""Each by its name."""
 
 DEFAULT_CONTEXT = 4096
 """Largest context window allocated unless more is asked for."""
@@ -43,6 +50,13 @@ class EngineOptions:
     huge_pages: bool = True
     """Linux: move what was read into huge pages, for faster decoding; loading takes up to a second longer, and malloc
     keeps blocks of up to 32 MB in its heap from then on."""
+    kv_cache: CacheChoice = "auto"
+    """gguf: what keys and values are stored as; auto: what is fastest, as is the attention kernel, by a measurement of
+    some seconds when a model is first loaded on a machine."""
+    parallel: int = 0
+    """Chats whose caches stand side by side, and that a server answers together; 0: one, but 16 for a server."""
+    cache_memory: int = flags.byte_count(0)
+    """gguf: room for the caches of all chats, such as 500MB; 0: two context windows, or one for a single chat."""
     warm_up: bool = False
     """Evaluate one token after loading, so that the first answer does not wait for pages and buffers."""
 
@@ -50,6 +64,13 @@ class EngineOptions:
         flags.check_types(self)
         for name in ("threads", "context"):
             flags.require(self, name, getattr(self, name) >= 0, "must not be negative")
+        flags.require(self, "parallel", 0 <= self.parallel <= 64, "must be between 0 and 64")
+        flags.require(self, "cache_memory", self.cache_memory >= 0, "must not be negative")
+
+    @property
+    def sequences(self) -> int:
+        """Caches side by side."""
+        return self.parallel or 1
 
 
 PACKAGES = {
@@ -84,9 +105,11 @@ def load_engine(
     artefact = model if isinstance(model, Artefact) else Artefact.open(model)
     engine_class = find_engine(artefact)
     options = options or EngineOptions()
+    if options.kv_cache != "auto" and artefact.engine != "llama.cpp":
+        raise UsageError(f"--kv-cache {options.kv_cache}: the type of the cache is part of {artefact.path.name} itself")
     artefact.verify()
     if probe and artefact.witness is None:
-        probe_once(artefact, engine_version(artefact.engine), options.context)
+        probe_once(artefact, engine_version(artefact.engine), options.threads, options.context, options.kv_cache)
     try:
         engine = OwnedEngine(
             engine_class(artefact.model_file, options), artefact.witness.sampling if artefact.witness else {}

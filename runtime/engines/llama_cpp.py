@@ -1,11 +1,13 @@
-"""The llama.cpp engine: any GGUF, through llama-cpp-python."""
+"""The llama.cpp engine: any GGUF, through the C functions that llama-cpp-python brings."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +15,19 @@ import numpy as np
 
 from ..base.errors import ArtefactError
 from ..base.extras import extra
-from .engine import DEFAULT_CONTEXT, EngineOptions
+from .attention import choose_attention
+from .engine import DEFAULT_CONTEXT, EngineOptions, engine_version
 from .huge_pages import huge_pages
-from .manifest import cache_bytes, manifest_cache_bytes
+from .llama_context import BATCH, LlamaContext
+from .manifest import Manifest
 from .memory import give_back_freed_memory
-from .prefix import check_room, reusable_prefix
+from .protocol import Part
 
-BATCH = 512
-"""Tokens evaluated in one pass of a prefill."""
 EVALUATED = 64
 """Tokens evaluated in one pass when every token's logits are wanted."""
+
+SHARED_CONTEXTS = 2
+"""Whole context windows that the caches of several chats have room for together, where nothing else is asked for."""
 
 
 _LOG_CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
@@ -34,125 +39,133 @@ def _drop_log_line(level: int, text: bytes, data: object) -> None:
 
 
 class LlamaCppEngine:
-    """See runtime.engines.engine.Engine."""
+    """See runtime.engines.protocol.Engine."""
+
+    max_batch = BATCH
 
     def __init__(self, path: Path, options: EngineOptions) -> None:
         with extra("gguf", "llama-cpp-python"):
             import llama_cpp
         check_gguf(path)
+        self._llama: Any = llama_cpp
         llama_cpp.llama_log_set(_drop_log_line, ctypes.c_void_p(0))
         threads = options.threads or os.cpu_count() or 1
         began = time.perf_counter()
-        self.context_length = options.context or self._default_context(path)
-        try:
-            with huge_pages(options.huge_pages):
-                self._model = llama_cpp.Llama(
-                    str(path),
-                    n_ctx=self.context_length,
-                    n_batch=BATCH,
-                    n_threads=threads,
-                    n_threads_batch=threads,
-                    use_mmap=options.memory_map,
-                    flash_attn=True,  # without it llama.cpp pads every layer's V cache to the widest layer's
-                    verbose=False,
-                )
-        except ValueError as error:
-            raise ArtefactError(f"{path}: llama.cpp cannot load it: {error}") from error
-        self.load_ms = (time.perf_counter() - began) * 1e3
-        self._vocab: Any = llama_cpp.llama_model_get_vocab(self._model.model)
-        self._token_to_piece = llama_cpp.llama_token_to_piece
-        is_end = llama_cpp.llama_vocab_is_eog
-        self.vocab_size = self._model.n_vocab()
-        self.end_ids = frozenset(token for token in range(self.vocab_size) if is_end(self._vocab, token))
-        self.chat_template = self._model.metadata.get("tokenizer.chat_template")
-        self.bos_token = self._text_of(self._model.token_bos())
-        self.eos_token = self._text_of(self._model.token_eos())
-        self.adds_bos = bool(llama_cpp.llama_vocab_get_add_bos(self._vocab))
-        slots = self._model.n_ctx()
-        # fp16; the metadata that the bindings show lacks the lists of irregular models
-        self.kv_cache_bytes = manifest_cache_bytes(path.parent, slots, 2) or _metadata_cache_bytes(
-            self._model.metadata, slots
+        with huge_pages(options.huge_pages):
+            self._model = _load(path, options.memory_map)
+        self._vocab: Any = llama_cpp.llama_model_get_vocab(self._model)
+        trained = llama_cpp.llama_model_n_ctx_train(self._model) or DEFAULT_CONTEXT
+        context = options.context or min(DEFAULT_CONTEXT, trained)
+        self.num_sequences = options.sequences
+        release = f"{engine_version('llama.cpp')}, {threads} threads"
+        attention = choose_attention(
+            path, release, options.kv_cache, options.sequences, partial(LlamaContext, self._model, threads)
         )
+        self.settings = str(attention)
+        bytes_per_token = attention.bytes_per_token(*_cache_shape(path.parent, self._metadata))
+        slots = context * min(options.sequences, SHARED_CONTEXTS)
+        if options.cache_memory and bytes_per_token:
+            slots = max(context, int(options.cache_memory / bytes_per_token))
+        self._context = LlamaContext(self._model, threads, attention, slots, options.sequences)
+        self.load_ms = (time.perf_counter() - began) * 1e3
+        self.cache_slots = self._context.slots
+        # one sequence may use what llama.cpp rounded up
+        self.context_length = self.cache_slots if options.sequences == 1 else context
+        self.kv_cache_bytes = round(self.cache_slots * bytes_per_token)
+        self._read_vocabulary()
 
-    @staticmethod
-    def _default_context(path: Path) -> int:
-        """The context the model was trained with, at most DEFAULT_CONTEXT; only header and vocabulary are read."""
-        import llama_cpp
+    def _read_vocabulary(self) -> None:
+        llama, vocab = self._llama, self._vocab
+        self.vocab_size = llama.llama_vocab_n_tokens(vocab)
+        self.end_ids = frozenset(token for token in range(self.vocab_size) if llama.llama_vocab_is_eog(vocab, token))
+        template = llama.llama_model_chat_template(self._model, None)
+        self.chat_template = template.decode("utf-8", "replace") if template else None
+        self.bos_token = self._text_of(llama.llama_vocab_bos(vocab))
+        self.eos_token = self._text_of(llama.llama_vocab_eos(vocab))
+        self.adds_bos = bool(llama.llama_vocab_get_add_bos(vocab))
 
-        parameters = llama_cpp.llama_model_default_params()
-        parameters.vocab_only = True
-        model = llama_cpp.llama_model_load_from_file(str(path).encode(), parameters)
-        if model is None:
-            raise ArtefactError(f"{path} is damaged or of an architecture that this llama.cpp does not know")
-        value = ctypes.create_string_buffer(32)
-        name = ctypes.create_string_buffer(64)
-        lengths = [DEFAULT_CONTEXT]
-        for index in range(llama_cpp.llama_model_meta_count(model)):
-            llama_cpp.llama_model_meta_key_by_index(model, index, name, len(name))
-            if name.value.endswith(b".context_length"):
-                llama_cpp.llama_model_meta_val_str_by_index(model, index, value, len(value))
-                lengths.append(int(value.value))
-        llama_cpp.llama_model_free(model)
-        return min(lengths)
+    def _metadata(self, key: str) -> str:
+        """A value of the file's header as text; "" where it is absent or a list."""
+        value = ctypes.create_string_buffer(256)
+        size = self._llama.llama_model_meta_val_str(self._model, key.encode(), value, len(value))
+        return value.value.decode("utf-8", "replace") if size >= 0 else ""
 
     def _text_of(self, token: int) -> str:
-        return "" if token < 0 else self._model.detokenize([token], special=True).decode("utf-8", "replace")
+        return "" if token < 0 else self._piece(token, special=True).decode("utf-8", "replace")
 
     def tokenize(self, text: str, special: bool) -> list[int]:
-        return self._model.tokenize(text.encode("utf-8", "replace"), add_bos=False, special=special)
+        data = text.encode("utf-8", "replace")
+        tokens = (self._llama.llama_token * (len(data) + 1))()  # no token is shorter than a byte
+        arguments = (self._vocab, data, len(data), tokens, len(tokens), False, special)
+        size = self._llama.llama_tokenize(*arguments)
+        if size < 0:  # a tokenizer that adds something
+            tokens = (self._llama.llama_token * -size)()
+            size = self._llama.llama_tokenize(self._vocab, data, len(data), tokens, len(tokens), False, special)
+        return tokens[:size]
 
     def token_bytes(self, token: int) -> bytes:
+        return self._piece(token, special=False)
+
+    def _piece(self, token: int, special: bool) -> bytes:
         piece = ctypes.create_string_buffer(256)  # of its own: servers call this from several threads
-        size = self._token_to_piece(self._vocab, token, piece, len(piece), 0, False)
+        size = self._llama.llama_token_to_piece(self._vocab, token, piece, len(piece), 0, special)
         return piece.raw[: max(size, 0)]
 
-    def prefill(self, tokens: Sequence[int]) -> np.ndarray:
-        cached = self._model.input_ids[: self._model.n_tokens].tolist()
-        common = reusable_prefix(cached, tokens, self.context_length)
-        self._model.n_tokens = common
-        self._model.eval(list(tokens[common:]))
-        return self._last_logits()
+    def extend(self, parts: Sequence[Part]) -> list[np.ndarray]:
+        return self._context.extend(parts)
 
-    def decode(self, token: int) -> np.ndarray:
-        check_room(self._model.n_tokens, self.context_length)
-        self._model.eval([token])
-        return self._last_logits()
+    def truncate(self, sequence: int, length: int) -> None:
+        self._context.truncate(sequence, length)
 
-    def evaluate(self, tokens: Sequence[int], first: int) -> Iterator[np.ndarray]:
-        if first:
-            self.prefill(tokens[:first])
-        else:
-            self._model.n_tokens = 0
-        check_room(len(tokens) - 1, self.context_length)
-        self._model._ctx.kv_cache_seq_rm(-1, self._model.n_tokens, -1)
-        for start in range(first, len(tokens), EVALUATED):
-            chunk = list(tokens[start : start + EVALUATED])
-            self._model._batch.set_batch(batch=chunk, n_past=start, logits_all=True)
-            self._model._ctx.decode(self._model._batch)
-            self._model.input_ids[start : start + len(chunk)] = chunk
-            self._model.n_tokens = start + len(chunk)
-            pointer = self._model._ctx.get_logits()
-            yield np.ctypeslib.as_array(pointer, shape=(len(chunk), self.vocab_size)).astype(np.float32, copy=True)
+    def copy(self, source: int, target: int, length: int) -> None:
+        self._context.copy(source, target, length)
 
-    def _last_logits(self) -> np.ndarray:
-        pointer = self._model._ctx.get_logits_ith(-1)
-        return np.ctypeslib.as_array(pointer, shape=(self.vocab_size,)).astype(np.float32, copy=True)
+    def interrupt(self) -> None:
+        self._context.interrupt()
+
+    def resume(self) -> None:
+        self._context.resume()
+
+    def evaluate(self, tokens: Sequence[int], first: int, held: int) -> Iterator[np.ndarray]:
+        for begin in range(held, first, BATCH):
+            self._context.extend([Part(0, tokens[begin : min(begin + BATCH, first)], wants_logits=False)])
+        for begin in range(first, len(tokens), EVALUATED):
+            yield self._context.all_logits(0, tokens[begin : begin + EVALUATED])
 
     def close(self) -> None:
-        self._model.close()
+        self._context.close()
+        self._llama.llama_model_free(self._model)
         give_back_freed_memory()
 
 
-def _metadata_cache_bytes(metadata: dict[str, str], slots: int) -> int:
-    """fp16 keys and values of uniform layers; 0 where the metadata does not describe them."""
-    name = metadata.get("general.architecture", "")
+def _load(path: Path, memory_map: bool) -> Any:
+    """A llama_model pointer."""
+    import llama_cpp
+
+    parameters = llama_cpp.llama_model_default_params()
+    parameters.load_mode = llama_cpp.LLAMA_LOAD_MODE_MMAP if memory_map else llama_cpp.LLAMA_LOAD_MODE_NONE
+    model = llama_cpp.llama_model_load_from_file(str(path).encode(), parameters)
+    if not model:
+        raise ArtefactError(f"{path} is damaged or of an architecture that this llama.cpp does not know")
+    return model
+
+
+def _cache_shape(folder: Path, metadata: Callable[[str], str]) -> tuple[Sequence[int], int]:
+    """Key/value heads of every layer and their width; ([], 0) where neither manifest nor header tells.
+
+    The C functions show no lists of a header, which irregular models have.
+    """
+    with contextlib.suppress(ArtefactError):
+        architecture = Manifest.read(folder).architecture
+        return architecture.get("num_key_value_heads", ()), architecture.get("head_dim", 0)
+    name = metadata("general.architecture")
     try:
-        layers, heads = (int(metadata[f"{name}.{key}"]) for key in ("block_count", "attention.head_count"))
-        groups = int(metadata.get(f"{name}.attention.head_count_kv", heads))
-        width = int(metadata.get(f"{name}.attention.key_length", int(metadata[f"{name}.embedding_length"]) // heads))
-    except (KeyError, ValueError):
-        return 0
-    return cache_bytes(slots, layers * groups, width, 2)
+        layers, heads = (int(metadata(f"{name}.{key}")) for key in ("block_count", "attention.head_count"))
+        groups = int(metadata(f"{name}.attention.head_count_kv") or heads)
+        width = int(metadata(f"{name}.attention.key_length") or int(metadata(f"{name}.embedding_length")) // heads)
+    except ValueError:
+        return [], 0
+    return [groups] * layers, width
 
 
 def check_gguf(path: Path) -> None:

@@ -38,12 +38,12 @@ class OnnxEngine(StepwiseEngine):
         if others != {"input_ids", "attention_mask"} or logits is None:
             raise ArtefactError(f"{path} is not a decoder written by efficientllm-export --target onnx")
         self.context_length = options.context or min(DEFAULT_CONTEXT, config.context_length or DEFAULT_CONTEXT)
-        self._binding = self._session.io_binding()
-        self._cache: SharedCache | GrowingCache
-        if config.shares_cache:
-            self._cache = SharedCache(inputs, self._binding, self.context_length)
-        else:
-            self._cache = GrowingCache(inputs, self._binding)
+        self.num_sequences = options.sequences
+        self._bindings = [self._session.io_binding() for _ in range(options.sequences)]
+        self._caches: list[Any] = [
+            SharedCache(inputs, binding, self.context_length) if config.shares_cache else GrowingCache(inputs, binding)
+            for binding in self._bindings
+        ]
         super().__init__(path.parent)
         # ours give the last token's logits only, [1, 1, V]; other exporters those of all tokens, [1, S, V]
         _, rows, self.vocab_size = logits.shape
@@ -51,32 +51,39 @@ class OnnxEngine(StepwiseEngine):
         self._logits = self._bind_logits(1)
         self.end_ids = config.end_ids
         # a cache's zeros cost no memory: nothing writes to them
-        self.kv_cache_bytes = sum(cache.zeros(self.context_length).nbytes for cache in inputs)
+        self.kv_cache_bytes = sum(cache.zeros(self.cache_slots).nbytes for cache in inputs)
         self.load_ms = (time.perf_counter() - began) * 1e3
 
+    def _select(self, sequence: int) -> None:
+        self._bindings[sequence].bind_ortvalue_output("logits", ort_value(self._logits))
+
+    def _copy(self, source: int, length: int) -> None:
+        self._caches[self._current].copy(self._caches[source], length)
+
     def _truncate(self, length: int) -> None:
-        self._cache.truncate(length)
+        self._caches[self._current].truncate(length)
 
     def _bind_logits(self, rows: int) -> np.ndarray:
         """A buffer [1, rows, V]: asking the binding for its outputs would wrap every cache, 3 % of a small decode."""
         buffer = np.empty((1, rows, self.vocab_size), dtype=np.float32)
-        self._binding.bind_ortvalue_output("logits", ort_value(buffer))
+        self._bindings[self._current].bind_ortvalue_output("logits", ort_value(buffer))
         return buffer
 
     def _evaluate(self, tokens: list[int]) -> np.ndarray:
+        binding = self._bindings[self._current]
         rows = 1 if self._last_row_only else len(tokens)
         if self._logits.shape[1] != rows:
             self._logits = self._bind_logits(rows)
         total = len(self._tokens) + len(tokens)
-        self._binding.bind_cpu_input("input_ids", np.asarray([tokens], dtype=np.int64))
-        self._binding.bind_cpu_input("attention_mask", np.ones((1, total), dtype=np.int64))
-        self._session.run_with_iobinding(self._binding)
+        binding.bind_cpu_input("input_ids", np.asarray([tokens], dtype=np.int64))
+        binding.bind_cpu_input("attention_mask", np.ones((1, total), dtype=np.int64))
+        self._session.run_with_iobinding(binding)
         self._tokens += tokens
-        self._cache.advance()
+        self._caches[self._current].advance()
         return self._logits[0, -1].copy()  # the next run writes into the same memory
 
     def close(self) -> None:
-        del self._binding, self._cache, self._session
+        del self._bindings, self._caches, self._session
         give_back_freed_memory()
 
 

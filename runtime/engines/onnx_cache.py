@@ -58,7 +58,8 @@ class SharedCache:
     """One buffer [1, G_i, context, D] per layer and part, input and output at once."""
 
     def __init__(self, inputs: list[CacheInput], binding: Any, context: int) -> None:
-        self._buffers = [ort_value(cache.zeros(context)) for cache in inputs]
+        self._arrays = [cache.zeros(context) for cache in inputs]
+        self._buffers = [ort_value(array) for array in self._arrays]  # the same memory
         for cache, buffer in zip(inputs, self._buffers, strict=True):
             binding.bind_ortvalue_input(cache.name, buffer)
             binding.bind_ortvalue_output(cache.output, buffer)
@@ -68,6 +69,11 @@ class SharedCache:
 
     def advance(self) -> None:
         """The buffers hold the new positions already."""
+
+    def copy(self, source: SharedCache, length: int) -> None:
+        """Hold the first `length` positions of `source`."""
+        for target, array in zip(self._arrays, source._arrays, strict=True):
+            target[:, :, :length] = array[:, :, :length]
 
 
 class GrowingCache:
@@ -82,6 +88,12 @@ class GrowingCache:
         for cache, past in zip(self._inputs, self._past, strict=True):
             self._binding.bind_ortvalue_input(cache.name, past)
             self._binding.bind_output(cache.output, "cpu")
+
+    def copy(self, source: GrowingCache, length: int) -> None:
+        """Hold the first `length` positions of `source`."""
+        self._past = source._past
+        self.truncate(length)
+        self._bind()
 
     def truncate(self, length: int) -> None:
         if self._past and length < self._past[0].shape()[2]:

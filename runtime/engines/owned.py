@@ -8,22 +8,26 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from ..base.errors import UsageError
-from .prefix import reusable_prefix
-from .protocol import Engine
+from ..base.errors import ContextOverflowError, UsageError
+from .caches import Cache, Caches
+from .protocol import CacheFullError, Engine, EvaluationInterrupted, Part
 
 CLOSED = "the model is closed; load it again"
-TAKEN = "another answer was begun on this model: read one to its end, or load the model twice"
+TAKEN = (
+    "another answer was begun on this model: read one to its end, load the model twice, or load it with room for "
+    "several (--parallel)"
+)
 
-PREFILL_STEP = 512
-"""Prompt tokens between two looks at whether the answer is still wanted."""
+SHARED_PREFILL = 128
+"""Prompt tokens evaluated beside other answers' next tokens: what those wait for."""
 
 
 class OwnedEngine:
     """An `Engine` that any thread may use and any thread may close.
 
     Evaluating takes turns; closing waits for the call in progress, and every later call is a UsageError. Whoever
-    evaluates several tokens one after the other does it in a `lease`, which says where somebody else came between.
+    evaluates a sequence does it in a `lease`, which keeps its cache until it is released; as many as the engine has
+    sequences stand side by side, and one more takes the longest unused one's, who is told.
     """
 
     def __init__(self, engine: Engine, sampling_defaults: Mapping[str, float] | None = None) -> None:
@@ -33,16 +37,20 @@ class OwnedEngine:
         self._calls = threading.Condition()
         """Guards the number of calls in progress and whether the engine is there."""
         self._num_calls = 0
-        self._turn = threading.Lock()
-        """Held while tokens are evaluated."""
-        self._holder: object = None
-        """Whose sequence the cache holds."""
-        self._tokens: list[int] = []
-        """The sequence that the cache holds."""
+        self._turn = threading.RLock()
+        """Held while tokens are evaluated; a thread may come back for it, where a lease is collected meanwhile."""
+        self._caches = Caches(engine)
+        self._stepping = threading.Lock()
+        """Guards whose tokens are being evaluated."""
+        self._evaluated: Sequence[Lease] = ()
+        self._own = Lease(self)
+        """The sequence of `prefill` and `decode`; nobody's between two calls, as they never say that they are done."""
+        self._own_turn = threading.RLock()
         self.context_length, self.vocab_size, self.end_ids = engine.context_length, engine.vocab_size, engine.end_ids
         self.chat_template, self.adds_bos = engine.chat_template, engine.adds_bos
         self.bos_token, self.eos_token = engine.bos_token, engine.eos_token
-        self.load_ms, self.kv_cache_bytes = engine.load_ms, engine.kv_cache_bytes
+        self.load_ms, self.kv_cache_bytes, self.settings = engine.load_ms, engine.kv_cache_bytes, engine.settings
+        self.num_sequences, self.cache_slots = engine.num_sequences, engine.cache_slots
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[Engine]:
@@ -74,50 +82,136 @@ class OwnedEngine:
         return Lease(self)
 
     def prefill(self, tokens: Sequence[int]) -> np.ndarray:
-        """See Engine."""
-        return self._prefill(tokens, None)
+        """Make `tokens` the sequence and return the last one's logits, fp32 [V]; what a cache holds of them is reused.
+
+        ContextOverflowError where they do not fit.
+        """
+        with self._own_turn:
+            self._own.begin(tokens)
+            logits = self._own.evaluate()
+            self._own.release(keep=True)
+            return logits
 
     def decode(self, token: int) -> np.ndarray:
-        """See Engine; UsageError where the sequence is a lease's."""
-        return self._decode(token, None)
+        """Append one token to that sequence and return its logits; UsageError where another one was begun."""
+        with self._own_turn:
+            self._own.take_again()
+            self._own.append(token)
+            logits = self._own.evaluate()
+            self._own.release(keep=True)
+            return logits
 
     def evaluate(self, tokens: Sequence[int], first: int) -> Iterator[np.ndarray]:
         """See Engine; UsageError where somebody else came between two pieces."""
-        holder, pieces = object(), None
+        holder, pieces, cache = object(), None, None
         while True:
             with self._open() as engine, self._turn:
-                if pieces is None:
-                    pieces, self._holder = engine.evaluate(tokens, first), holder
-                self._require(holder)
-                self._tokens = []  # not known while it goes on
+                if pieces is None or cache is None:
+                    self._check_length(tokens)
+                    cache = self._caches.take_all(holder, tokens, first)
+                    pieces = engine.evaluate(tokens, first, len(cache.tokens))
+                    cache.tokens = []  # not known while it goes on
+                if cache.holder is not holder:
+                    raise UsageError(TAKEN)
                 rows = next(pieces, None)
                 if rows is None:
-                    self._holder, self._tokens = None, list(tokens)
+                    cache.tokens = list(tokens)
+                    self._caches.give_back(holder)
                     return
             yield rows
 
-    def _prefill(self, tokens: Sequence[int], holder: object) -> np.ndarray:
-        with self._open() as engine, self._turn:
-            self._holder, self._tokens = holder, []
-            logits = engine.prefill(tokens)
-            self._tokens = list(tokens)
-            return logits
+    def step(self, leases: Sequence[Lease]) -> list[np.ndarray | None]:
+        """Evaluate more of every lease's tokens in one pass; logits, fp32 [V], of those whose last one was reached.
 
-    def _decode(self, token: int, holder: object) -> np.ndarray:
+        Every lease that wants one token gets it; the rest of the pass goes to the prompts in their order, little of
+        it where others wait for their next token. Nothing is evaluated of a lease that is interrupted meanwhile, nor
+        of the others. UsageError where a lease lost its cache (`is_lost`), ContextOverflowError where its tokens do
+        not fit, CacheFullError where those of all do not.
+        """
         with self._open() as engine, self._turn:
-            self._require(holder)
-            logits = engine.decode(token)
-            self._tokens.append(token)
-            return logits
+            for lease in leases:
+                self._find_cache(lease)
+            shares = _shares([lease.num_pending for lease in leases], engine.max_batch)
+            working = [(lease, share) for lease, share in zip(leases, shares, strict=True) if share]
+            parts = [lease._part(share) for lease, share in working]
+            self._caches.make_room(sum(shares))
+            with self._stepping:
+                self._evaluated = [lease for lease, _ in working]
+                engine.resume()
+                if any(lease.is_interrupted for lease in self._evaluated):
+                    return [None] * len(leases)
+            try:
+                rows = iter(self._extend(engine, parts))
+            except EvaluationInterrupted:
+                return [None] * len(leases)
+            finally:
+                with self._stepping:
+                    self._evaluated = ()
+            found: dict[int, np.ndarray] = {}
+            for lease, part in zip((lease for lease, _ in working), parts, strict=True):
+                lease._count(part.tokens)
+                if lease._cache is not None:
+                    self._caches.touch(lease._cache)
+                if part.wants_logits:
+                    found[id(lease)] = next(rows)
+            return [found.get(id(lease)) for lease in leases]
 
-    def _require(self, holder: object) -> None:
-        if self._holder is not holder:
+    def _extend(self, engine: Engine, parts: Sequence[Part]) -> list[np.ndarray]:
+        while True:
+            try:
+                return engine.extend(parts)
+            except CacheFullError:  # sequences that share their beginning count less than they may take
+                if not self._caches.empty_idle():
+                    raise
+
+    def _find_cache(self, lease: Lease) -> None:
+        """See that a lease has its cache."""
+        if lease._cache is None:
+            self._check_length(lease._tokens)
+            lease._cache = self._caches.assign(lease, lease._tokens)
+            lease.cached_tokens = len(lease._cache.tokens)
+        elif lease.is_lost:
             raise UsageError(TAKEN)
+        elif len(lease._tokens) > self.context_length:
+            raise ContextOverflowError(
+                f"the context window of {self.context_length} tokens is full; load with a larger --context"
+            )
 
-    def _num_cached(self, tokens: Sequence[int]) -> int:
-        """How many of `tokens` a prefill need not evaluate."""
+    def _check_length(self, tokens: Sequence[int]) -> None:
+        if not tokens:
+            raise ValueError("a sequence needs at least one token")
+        if len(tokens) > self.context_length:
+            raise ContextOverflowError(
+                f"the prompt has {len(tokens)} tokens, the context window {self.context_length}; "
+                "shorten the prompt or load with a larger --context"
+            )
+
+    def _release(self, lease: Lease, keep: bool) -> None:
         with self._turn:
-            return reusable_prefix(self._tokens, tokens, self.context_length)
+            if lease._cache is not None and lease._cache.holder is lease:
+                lease._cache.holder = None
+            if not keep:
+                lease._cache = None
+
+    def _take_again(self, lease: Lease) -> None:
+        with self._open(), self._turn:
+            cache = lease._cache
+            if cache is not None and (cache.holder is not None or cache.tokens != lease._tokens):
+                raise UsageError(TAKEN)
+            if cache is not None:
+                cache.holder = lease
+
+    def _interrupt(self, lease: Lease) -> None:
+        with self._calls:  # else it could be closed between the look and the call
+            engine = self._engine
+            with self._stepping:
+                if engine is not None and lease in self._evaluated:
+                    engine.interrupt()
+
+    @property
+    def used_slots(self) -> int:
+        """Tokens in the caches of answers that are being computed."""
+        return self._caches.held
 
     def close(self) -> None:
         """Free the model when the calls in progress have ended; a second time does nothing."""
@@ -129,24 +223,84 @@ class OwnedEngine:
         engine.close()
 
 
+def _shares(pending: Sequence[int], most: int) -> list[int]:
+    """How many tokens of each lease one pass evaluates: all next tokens, then the shortest prompts.
+
+    A quarter of what is left goes to the prompt that came first, so that no number of short ones keeps a long one out.
+    """
+    shares = [int(number == 1) for number in pending]
+    room = most - sum(shares)
+    if any(shares):
+        room = min(room, SHARED_PREFILL)
+    prompts = [index for index, number in enumerate(pending) if number > 1]
+    for index in prompts[:1]:
+        shares[index] = min(pending[index], room // 4)
+        room -= shares[index]
+    for index in sorted(prompts, key=pending.__getitem__):
+        more = min(pending[index] - shares[index], room)
+        shares[index] += more
+        room -= more
+    return shares
+
+
 class Lease:
-    """One sequence on an engine, until another one is begun there."""
+    """One sequence on an engine, whose cache is kept until `release`, or until others need it."""
 
     def __init__(self, engine: OwnedEngine) -> None:
         self._engine = engine
+        self._tokens: list[int] = []
+        self._cache: Cache | None = None
         self.cached_tokens = 0
-        """Of the last prefill, what the cache held already."""
+        """Of the tokens that it began with, what a cache held already."""
+        self.is_interrupted = False
 
-    def prefill(self, tokens: Sequence[int]) -> Iterator[np.ndarray]:
-        """Make `tokens` the sequence: logits [V] after every PREFILL_STEP new tokens, those of the last one at the end.
+    def begin(self, tokens: Sequence[int]) -> None:
+        """Make `tokens` the sequence; nothing is evaluated yet."""
+        self._engine._release(self, keep=False)
+        self._tokens = list(tokens)
 
-        Whoever stops iterating leaves the rest unevaluated. ContextOverflowError where they do not fit.
+    def append(self, token: int) -> None:
+        """Append one token, to be evaluated."""
+        self._tokens.append(token)
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens that are not evaluated yet."""
+        return len(self._tokens) - (0 if self._cache is None else len(self._cache.tokens))
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether another sequence was begun in its cache."""
+        return self._cache is not None and self._cache.holder is not self
+
+    def evaluate(self) -> np.ndarray:
+        """Logits after the last token, fp32 [V]; see OwnedEngine.step for the errors."""
+        while (logits := self._engine.step([self])[0]) is None:
+            pass
+        return logits
+
+    def interrupt(self) -> None:
+        """Evaluate no more of it, and leave the pass in progress if it takes part; from any thread."""
+        self.is_interrupted = True
+        self._engine._interrupt(self)
+
+    def release(self, keep: bool = False) -> None:
+        """Nobody goes on with it; what the cache holds stays, for prompts that begin like it.
+
+        With `keep`, `take_again` may find it as it was left.
         """
-        self.cached_tokens = self._engine._num_cached(tokens)
-        for end in range(self.cached_tokens + PREFILL_STEP, len(tokens), PREFILL_STEP):
-            yield self._engine._prefill(tokens[:end], self)
-        yield self._engine._prefill(tokens, self)
+        self._engine._release(self, keep)
 
-    def decode(self, token: int) -> np.ndarray:
-        """Append one token and return its logits, fp32 [V]; UsageError where another sequence was begun."""
-        return self._engine._decode(token, self)
+    def take_again(self) -> None:
+        """Undo `release(keep=True)`; UsageError where the cache was used meanwhile."""
+        self._engine._take_again(self)
+
+    def _part(self, share: int) -> Part:
+        assert self._cache is not None
+        begin = len(self._cache.tokens)
+        tokens = self._tokens[begin : begin + share]
+        return Part(self._cache.sequence, tokens, begin + share == len(self._tokens))
+
+    def _count(self, tokens: Sequence[int]) -> None:
+        assert self._cache is not None
+        self._cache.tokens += tokens

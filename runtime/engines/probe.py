@@ -17,11 +17,14 @@ REFUSED = 3
 """Exit code where loading ended in a clear error, which the caller will get when it loads the file itself."""
 
 
-def probe_once(artefact: Artefact, engine_version: str, context: int) -> None:
-    """ArtefactError where a child process cannot load and run `artefact`; those that can are remembered."""
+def probe_once(artefact: Artefact, engine_version: str, threads: int, context: int, kv_cache: str) -> None:
+    """ArtefactError where a child process cannot load and run `artefact`; those that can are remembered.
+
+    The child loads as its parent will, so that what it measures then is known to both.
+    """
 
     def probe() -> str:
-        done = run_probe([str(artefact.path), str(context)])
+        done = run_probe([str(artefact.path), str(threads), str(context), kv_cache])
         if done.code not in (0, REFUSED):
             raise ArtefactError(complaint(artefact, done))
         return "" if done.code else WORKS

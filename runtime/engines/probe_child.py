@@ -1,4 +1,4 @@
-"""The child of `probe`, with PATH and CONTEXT as arguments: loads a file and evaluates a few tokens."""
+"""The child of `probe`: loads the file PATH with THREADS, CONTEXT and KV_CACHE and evaluates a few tokens."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from ..base.command import run_command
 from ..base.errors import ArtefactError, EfficientLLMError
 from .artefact import Artefact
-from .engine import EngineOptions, load_engine
+from .engine import CACHE_CHOICES, EngineOptions, load_engine
 from .probe import REFUSED
 
 TEXT = "Hello"
@@ -18,10 +18,11 @@ TEXT = "Hello"
 
 def body(argv: Sequence[str]) -> int:
     """0 where the model works, REFUSED where loading it ends in a clear error."""
-    path, context = argv
+    path, threads, context, kv_cache = argv
     artefact = Artefact.open(path)
     try:
-        engine = load_engine(artefact, EngineOptions(threads=1, context=int(context), huge_pages=False), probe=False)
+        options = EngineOptions(int(threads), int(context), huge_pages=False, kv_cache=CACHE_CHOICES[kv_cache])
+        engine = load_engine(artefact, options, probe=False)
     except EfficientLLMError:
         return REFUSED
     tokens = engine.tokenize(TEXT, special=True)[:4] or [0]

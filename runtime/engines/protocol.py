@@ -3,17 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 
+class Part(NamedTuple):
+    """Tokens, at least one, to be appended to one sequence."""
+
+    sequence: int
+    tokens: Sequence[int]
+    wants_logits: bool = True
+    """Of the last token."""
+
+
+class CacheFullError(Exception):
+    """The sequences hold so much that nothing more fits; nothing was appended."""
+
+
+class EvaluationInterrupted(Exception):  # noqa: N818  nothing is wrong
+    """Somebody called `interrupt`; nothing was appended."""
+
+
 class Engine(Protocol):
-    """A loaded model that evaluates tokens one sequence at a time. V is the vocabulary size.
+    """A loaded model that evaluates tokens of one or several sequences. V is the vocabulary size.
 
     A class of engines is called with the model's file and EngineOptions; ArtefactError where the file is none of its
-    models. An engine need not care for threads or for calls after `close`: programs get it as an `OwnedEngine`, which
-    does. Only `tokenize` and `token_bytes` are called while another thread evaluates.
+    models. An engine need not care for threads, for which sequence holds what or for calls after `close`: programs get
+    it as an `OwnedEngine`, which does. `tokenize`, `token_bytes` and `interrupt` are called while another thread
+    evaluates.
     """
 
     context_length: int
@@ -29,7 +47,15 @@ class Engine(Protocol):
     """Whether plain text is preceded by the BOS token."""
     load_ms: float
     kv_cache_bytes: int
-    """Key/value caches at full context; 0 where the file does not tell."""
+    """Key/value caches of all `cache_slots`; 0 where the file does not tell."""
+    num_sequences: int
+    """Sequences, numbered from 0, whose caches stand side by side."""
+    cache_slots: int
+    """Tokens that the caches of all sequences hold together."""
+    max_batch: int
+    """Tokens that one `extend` takes."""
+    settings: str
+    """What was chosen for this machine, such as the attention kernel; "" where nothing was."""
 
     def tokenize(self, text: str, special: bool) -> list[int]:
         """Token ids; `special` turns text such as <|im_end|> into its control token."""
@@ -39,19 +65,35 @@ class Engine(Protocol):
         """UTF-8 bytes (possibly part of a character) of a token; b"" for control tokens."""
         ...
 
-    def prefill(self, tokens: Sequence[int]) -> np.ndarray:
-        """Make `tokens` the evaluated sequence and return the last one's logits, fp32 [V].
+    def extend(self, parts: Sequence[Part]) -> list[np.ndarray]:
+        """Append tokens to sequences, each of which comes once; logits fp32 [V] of the parts that want them, in order.
 
-        What the cache already holds of them is reused; ContextOverflowError where they do not fit.
+        At most `max_batch` tokens together. CacheFullError, or EvaluationInterrupted where `interrupt` was called
+        meanwhile: then no sequence has changed.
         """
         ...
 
-    def decode(self, token: int) -> np.ndarray:
-        """Append one token and return its logits, fp32 [V]."""
+    def truncate(self, sequence: int, length: int) -> None:
+        """Forget what a sequence holds beyond its first `length` tokens."""
         ...
 
-    def evaluate(self, tokens: Sequence[int], first: int) -> Iterator[np.ndarray]:
-        """Make `tokens` the evaluated sequence; yields the logits of positions first, first + 1, ... as fp32 [n, V]."""
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Make the first `length` tokens of sequence `source` all that `target` holds."""
+        ...
+
+    def interrupt(self) -> None:
+        """Let the `extend` in progress end early, if it can, and every later one until `resume`."""
+        ...
+
+    def resume(self) -> None:
+        """Take back what `interrupt` said."""
+        ...
+
+    def evaluate(self, tokens: Sequence[int], first: int, held: int) -> Iterator[np.ndarray]:
+        """Make `tokens` sequence 0, which holds the first `held` <= `first` of them, while no other holds anything.
+
+        Yields the logits of positions first, first + 1, ... as fp32 [n, V].
+        """
         ...
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""What engines share whose files hold no tokenizer and whose programs return the last token's logits only."""
+"""What engines share whose files hold no tokenizer and whose programs take one sequence at a time."""
 
 from __future__ import annotations
 
@@ -9,23 +9,34 @@ from pathlib import Path
 import numpy as np
 
 from .hf_tokenizer import HfTokenizer
-from .prefix import check_room, reusable_prefix
+from .protocol import Part
 
 
 class StepwiseEngine(abc.ABC):
-    """Tokenizer beside the model, prefix reuse, and `evaluate` as one decode per position.
+    """Tokenizer beside the model, sequences that take turns, and `evaluate` as one pass per position.
 
-    An engine evaluates tokens in `_evaluate`, which appends them to `_tokens`, and forgets in `_truncate`.
+    An engine evaluates tokens in `_evaluate`, which appends them to `_tokens`, and forgets in `_truncate`. One that can
+    keep several caches sets `num_sequences`, goes to another one in `_select` and copies in `_copy`.
     """
 
     context_length: int
+    num_sequences = 1
+    max_batch = 512
+    settings = ""
 
     def __init__(self, folder: Path) -> None:
         self.tokenizer = HfTokenizer(folder)
         self.chat_template = self.tokenizer.chat_template
         self.bos_token, self.eos_token = self.tokenizer.bos_token, self.tokenizer.eos_token
         self.adds_bos = self.tokenizer.adds_bos
-        self._tokens: list[int] = []
+        self._sequences: list[list[int]] = [[] for _ in range(self.num_sequences)]
+        self._current = 0
+        self._tokens = self._sequences[0]
+        """What the current sequence holds."""
+
+    @property
+    def cache_slots(self) -> int:
+        return self.num_sequences * self.context_length
 
     def tokenize(self, text: str, special: bool) -> list[int]:
         return self.tokenizer.tokenize(text, special)
@@ -33,20 +44,54 @@ class StepwiseEngine(abc.ABC):
     def token_bytes(self, token: int) -> bytes:
         return self.tokenizer.token_bytes(token)
 
-    def prefill(self, tokens: Sequence[int]) -> np.ndarray:
-        common = reusable_prefix(self._tokens, tokens, self.context_length)
-        self._truncate(common)
-        self._tokens = list(tokens[:common])
-        return self._evaluate(list(tokens[common:]))
+    def extend(self, parts: Sequence[Part]) -> list[np.ndarray]:
+        lengths, rows = [len(self._sequences[part.sequence]) for part in parts], []
+        try:
+            for part in parts:
+                self._go_to(part.sequence)
+                logits = self._evaluate(list(part.tokens))
+                if part.wants_logits:
+                    rows.append(logits)
+        except Exception:
+            for part, length in zip(parts, lengths, strict=True):
+                self.truncate(part.sequence, length)
+            raise
+        return rows
 
-    def decode(self, token: int) -> np.ndarray:
-        check_room(len(self._tokens), self.context_length)
-        return self._evaluate([token])
+    def truncate(self, sequence: int, length: int) -> None:
+        if length < len(self._sequences[sequence]):
+            self._go_to(sequence)
+            self._truncate(length)
+            del self._tokens[length:]
 
-    def evaluate(self, tokens: Sequence[int], first: int) -> Iterator[np.ndarray]:
-        yield self.prefill(tokens[: first + 1])[None]
+    def copy(self, source: int, target: int, length: int) -> None:
+        self._go_to(target)
+        self._copy(source, length)
+        self._tokens[:] = self._sequences[source][:length]
+
+    def interrupt(self) -> None:  # noqa: B027
+        """A pass goes on to its end."""
+
+    def resume(self) -> None:  # noqa: B027
+        """Nothing was interrupted."""
+
+    def evaluate(self, tokens: Sequence[int], first: int, held: int) -> Iterator[np.ndarray]:
+        self._go_to(0)
+        yield self._evaluate(list(tokens[held : first + 1]))[None]
         for token in tokens[first + 1 :]:
-            yield self.decode(token)[None]
+            yield self._evaluate([token])[None]
+
+    def _go_to(self, sequence: int) -> None:
+        if sequence != self._current:
+            self._current, self._tokens = sequence, self._sequences[sequence]
+            self._select(sequence)
+
+    def _select(self, sequence: int) -> None:  # noqa: B027  those that keep one cache have nothing to select
+        """Go to another sequence's cache."""
+
+    def _copy(self, source: int, length: int) -> None:
+        """Copy the first `length` positions of the cache of sequence `source` into the current one's."""
+        raise NotImplementedError
 
     @abc.abstractmethod
     def _truncate(self, length: int) -> None:

@@ -1,0 +1,146 @@
+"""Several chats on one engine: each keeps its cache, all are decoded together, and none sees another's tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from exporting import export
+
+from efficientllm.runtime.batch import HEADROOM, Batch
+from efficientllm.runtime.engines.engine import EngineOptions, load_engine
+from efficientllm.runtime.engines.owned import SHARED_PREFILL, OwnedEngine, _shares
+from efficientllm.runtime.generation import AnswerOptions, Generation
+from efficientllm.runtime.sampling import SamplingOptions
+
+PROMPTS = [[5 + (7 * index + step) % 300 for step in range(20 + 15 * index)] for index in range(4)]
+
+EXACT = EngineOptions(threads=1, context=256, parallel=4, kv_cache="f32")
+
+
+@pytest.fixture
+def engine(artefact: Path) -> Iterator[OwnedEngine]:
+    engine = load_engine(artefact, EXACT)
+    yield engine
+    engine.close()
+
+
+def answers(engine: OwnedEngine, prompts: Sequence[Sequence[int]], tokens: int = 24) -> list[Generation]:
+    return [Generation(engine, prompt, AnswerOptions(tokens)) for prompt in prompts]
+
+
+def run(engine: OwnedEngine, generations: Sequence[Generation]) -> dict[int, str]:
+    """Texts by id, all computed in one batch."""
+    batch = Batch(engine)
+    for generation in generations:
+        batch.add(generation)
+    texts = {id(generation): "" for generation in generations}
+    while len(batch):
+        for progress in batch.step():
+            assert progress.error is None, progress.error
+            texts[id(progress.generation)] += progress.text
+    return texts
+
+
+def test_answers_of_a_batch_are_those_of_one_after_the_other(engine: OwnedEngine) -> None:
+    alone = ["".join(generation) for generation in answers(engine, PROMPTS)]
+    together = answers(engine, PROMPTS)
+    texts = run(engine, together)
+    assert [texts[id(generation)] for generation in together] == alone
+    assert all(generation.stats.decode_seconds > 0 for generation in together)
+
+
+def test_a_batch_is_one_pass(engine: OwnedEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert engine._engine is not None
+    extend, passes = engine._engine.extend, []
+
+    def count(parts: Sequence[object]) -> object:
+        passes.append(len(parts))
+        return extend(parts)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(engine._engine, "extend", count)
+    run(engine, answers(engine, PROMPTS, tokens=8))
+    assert len(passes) <= 9
+    assert passes.count(4) >= 7
+
+
+def test_every_chat_keeps_its_cache(engine: OwnedEngine) -> None:
+    chats = [list(prompt) for prompt in PROMPTS]
+    for turn in range(3):
+        for chat in chats:
+            generation = Generation(engine, chat, AnswerOptions(6))
+            list(generation)
+            if turn:  # all but what was said since, and the last token: its logits are asked for
+                assert generation.stats.prefilled_tokens <= 4
+            chat += [*generation.answer, 301, 302, 303]
+
+
+def test_a_prompt_that_is_being_evaluated_is_not_evaluated_again(engine: OwnedEngine) -> None:
+    choices = [
+        Generation(engine, PROMPTS[3], AnswerOptions(4, SamplingOptions(temperature=1.0, seed=seed)))
+        for seed in range(4)
+    ]
+    run(engine, choices)
+    assert sum(choice.stats.prefilled_tokens for choice in choices) == len(PROMPTS[3]) + 3
+
+
+def test_chats_that_share_a_beginning_do_not_disturb_each_other(engine: OwnedEngine) -> None:
+    shared = PROMPTS[3]
+    prompts = [[*shared, 300 + index, 310 + index] for index in range(3)]
+    alone, again = answers(engine, prompts), answers(engine, prompts)
+    for generation in alone:
+        list(generation)
+    assert len({tuple(generation.answer) for generation in alone}) > 1
+    assert [generation.stats.cached_tokens for generation in alone[1:]] == [len(shared)] * 2
+    run(engine, again)
+    assert [generation.answer for generation in again] == [generation.answer for generation in alone]
+
+
+def test_where_the_caches_are_full_the_youngest_waits(artefact: Path) -> None:
+    """Room for two windows of 256 tokens, asked for by four answers that take 150 each."""
+    engine = load_engine(artefact, EXACT)
+    prompts = [[5 + (11 * index + step) % 290 for step in range(60)] for index in range(4)]
+    forever = [
+        AnswerOptions(150, SamplingOptions(), logit_bias=dict.fromkeys(engine.end_ids, -np.inf)) for _ in prompts
+    ]
+    alone = ["".join(Generation(engine, prompt, options)) for prompt, options in zip(prompts, forever, strict=True)]
+    together = [Generation(engine, prompt, options) for prompt, options in zip(prompts, forever, strict=True)]
+    assert sum(len(prompt) + HEADROOM for prompt in prompts) <= engine.cache_slots < 4 * 210
+    texts = run(engine, together)
+    assert [len(generation.answer) for generation in together] == [150] * 4
+    # what was evaluated anew may fall another way at near-ties
+    assert sum(texts[id(one)] == text for one, text in zip(together, alone, strict=True)) >= 2
+    engine.close()
+
+
+def test_a_cancelled_answer_leaves_the_others_alone(engine: OwnedEngine) -> None:
+    alone = ["".join(generation) for generation in answers(engine, PROMPTS)]
+    together = answers(engine, PROMPTS)
+    together[1].cancel()
+    texts = run(engine, together)
+    assert texts[id(together[1])] == ""
+    assert [texts[id(one)] for one in together if one is not together[1]] == [alone[0], *alone[2:]]
+
+
+@pytest.mark.parametrize("target", ["onnx"])
+def test_engines_that_take_one_at_a_time_keep_a_cache_per_chat(
+    target: str, source_folder: Path, tmp_path: Path
+) -> None:
+    assert export(source_folder, target, tmp_path / target, "--quantize", "f32", "--no-verify") == 0
+    engine = load_engine(tmp_path / target, EngineOptions(threads=1, context=256, parallel=4))
+    alone = ["".join(generation) for generation in answers(engine, PROMPTS)]
+    again = answers(engine, PROMPTS)
+    texts = run(engine, again)
+    assert [texts[id(generation)] for generation in again] == alone
+    assert [generation.stats.prefilled_tokens for generation in again] == [1] * 4
+    engine.close()
+
+
+def test_a_pass_serves_next_tokens_first_then_short_prompts() -> None:
+    assert _shares([1, 1, 700, 1], 512) == [1, 1, SHARED_PREFILL, 1]
+    assert _shares([3000, 40, 50], 512) == [512 - 90, 40, 50]
+    assert _shares([3000, 400, 500, 300], 512) == [128, 84, 0, 300]
+    assert _shares([1] * 8, 8) == [1] * 8
+    assert _shares([600], 512) == [512]
