@@ -38,6 +38,7 @@ EXPORTERS = {
     "onnx": "efficientllm.export.onnx.exporter:EXPORTER",
     "executorch": "efficientllm.export.executorch.exporter:EXPORTER",
     "hf-uniform": "efficientllm.export.hf_uniform:EXPORTER",
+    "web": "efficientllm.export.web.exporter:EXPORTER",
 }
 
 

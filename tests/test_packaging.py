@@ -36,6 +36,7 @@ MAY_IMPORT = {
     "export/onnx": RUNTIME | SOURCES | {"export"},
     "export/executorch": RUNTIME | SOURCES | {"export"},
     "export/peers": RUNTIME | SOURCES | {"export"},
+    "export/web": RUNTIME | SOURCES | {"export", "export/gguf"},
     "server": RUNTIME,
     "devices": RUNTIME | {"devices/profiling"},
     "devices/profiling": RUNTIME | {"devices"},

@@ -50,6 +50,13 @@ class GgufOptions(PaddingOptions):
 
 def export_gguf(checkpoint: Checkpoint, request: ExportRequest[GgufOptions], folder: Path) -> None:
     """Write FOLDER/model.gguf and its manifest; raises before anything is left behind."""
+    write_manifest(checkpoint, request, folder, write_model(checkpoint, request, folder))
+    for hint in run_hints(request.output, checkpoint.context_length, checkpoint.architecture.head_dim):
+        log.info("run it with: %s", hint)
+
+
+def write_model(checkpoint: Checkpoint, request: ExportRequest[GgufOptions], folder: Path) -> Contents:
+    """Write FOLDER/model.gguf and verify it; other targets, which ship such a file, begin with it."""
     require_llama_cpp()
     options = request.options
     name = options.weight_type
@@ -73,7 +80,7 @@ def export_gguf(checkpoint: Checkpoint, request: ExportRequest[GgufOptions], fol
     verification = _verify(checkpoint, request, exact, target, bits) if options.verify else {}
     if exact != target:
         exact.unlink()
-    contents = Contents(
+    return Contents(
         engine="llama.cpp",
         files=[MODEL_FILE],
         quantization=name,
@@ -81,9 +88,6 @@ def export_gguf(checkpoint: Checkpoint, request: ExportRequest[GgufOptions], fol
         layout=f"llama.cpp architecture {plan.name}",
         verification=verification,
     )
-    write_manifest(checkpoint, request, folder, contents)
-    for hint in run_hints(request.output, checkpoint.context_length, plan.architecture.head_dim):
-        log.info("run it with: %s", hint)
 
 
 EXPORTER = Exporter(GgufOptions, export_gguf)

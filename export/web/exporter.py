@@ -1,0 +1,104 @@
+"""`--target web`: the GGUF in parts, llama.cpp in WebAssembly, and a page that chats with it."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass, fields, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from ...runtime.base.files import write_json_atomically
+from ..checkpoint import Checkpoint
+from ..generation_defaults import generation_defaults
+from ..gguf.exporter import GgufOptions, write_model
+from ..greedy import greedy_check
+from ..manifest import write_manifest
+from ..request import ExportRequest, log
+from ..targets import Exporter
+from .parts import PART_BYTES, Part, split_file
+from .wllama import COMPAT, VERSION, WLLAMA, copy_wllama
+
+DEFAULT = "q8_0"
+
+PAGE_FILES = ("index.html", "app.css", "app.js", "parts.js", "icon.svg", "sw.js")
+"""Ours, copied as they are but for the two marks in the service worker."""
+
+SETTINGS_FILE = "model.json"
+WEB_MANIFEST = "app.webmanifest"
+MAX_CONTEXT = 2048
+"""Tokens of context that the page asks for: caches of a phone's size."""
+
+
+@dataclass(frozen=True)
+class WebOptions(GgufOptions):
+    """--target web"""
+
+    quantize: str = ""
+    """Weight type as of --target gguf; default q8_0."""
+    wllama: str = ""
+    """Folder with wllama's two npm tarballs, for machines without npm or network; default: `npm pack`, once."""
+
+
+def export_web(checkpoint: Checkpoint, request: ExportRequest[WebOptions], folder: Path) -> None:
+    """Write a folder that any file server can serve; raises before anything is left behind."""
+    chosen = request.options
+    runtime_files = copy_wllama(folder, chosen.wllama)  # first: what it lacks is known before minutes of work
+    values = {field.name: getattr(chosen, field.name) for field in fields(GgufOptions)}
+    gguf = replace(request, options=GgufOptions(**values | {"quantize": chosen.quantize or DEFAULT}))
+    contents = write_model(checkpoint, gguf, folder)
+    model = folder / contents.files[0]
+    check = greedy_check(model)
+    parts = split_file(model, folder, PART_BYTES)
+    model.unlink()
+    name = Path(checkpoint.name).name
+    settings = {
+        "name": name,
+        "quantization": contents.quantization,
+        "parameters": checkpoint.architecture.num_parameters,
+        "context": min(checkpoint.context_length, MAX_CONTEXT),
+        "defaults": generation_defaults(checkpoint),
+        "runtime": f"wllama {VERSION}",
+        "check": asdict(check),
+        "parts": [asdict(part) for part in parts],
+    }
+    write_json_atomically(folder / SETTINGS_FILE, settings)
+    write_json_atomically(folder / WEB_MANIFEST, web_manifest(name))
+    _write_page(folder, parts)
+    files = [SETTINGS_FILE, WEB_MANIFEST, *PAGE_FILES, *runtime_files, *(part.file for part in parts)]
+    contents = replace(contents, engine="wllama", files=files, layout=f"web page, {contents.layout}")
+    write_manifest(checkpoint, request, folder, contents)
+    log.info("open it with: efficientllm-serve-web %s", request.output)
+
+
+EXPORTER = Exporter(WebOptions, export_web)
+
+
+def web_manifest(name: str) -> dict[str, Any]:
+    """What lets a browser install the page as an app (https://www.w3.org/TR/appmanifest/)."""
+    icon = {"src": "icon.svg", "sizes": "any", "type": "image/svg+xml", "purpose": "any maskable"}
+    return {
+        "name": name,
+        "short_name": name[:12],
+        "id": "./",
+        "start_url": "./",
+        "display": "standalone",
+        "background_color": "#15171b",
+        "theme_color": "#1d2026",
+        "icons": [icon],
+    }
+
+
+def _write_page(folder: Path, parts: list[Part]) -> None:
+    """Copy the page; its service worker learns what to keep, and a version that changes with any of it."""
+    source = resources.files(__package__)
+    for name in PAGE_FILES:
+        (folder / name).write_text(source.joinpath(name).read_text(encoding="utf-8"), encoding="utf-8")
+    shell = ["./", SETTINGS_FILE, WEB_MANIFEST, *(name for name in PAGE_FILES if name != "sw.js")]
+    shell += WLLAMA.files.values()
+    digest = hashlib.sha256("".join(part.sha256 for part in parts).encode())
+    for name in sorted({*shell, *COMPAT.files.values(), "sw.js"} - {"./"}):
+        digest.update((folder / name).read_bytes())
+    worker = folder / "sw.js"
+    text = worker.read_text(encoding="utf-8").replace("@VERSION@", digest.hexdigest()[:16])
+    worker.write_text(text.replace("@SHELL@", " ".join(shell)), encoding="utf-8")

@@ -1,0 +1,112 @@
+"""llama.cpp as WebAssembly: wllama's npm packages, pinned, fetched by npm at export time or given as tarballs."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import subprocess
+import tarfile
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...runtime.base.errors import ArtefactError, UsageError
+from ...runtime.base.files import write_bytes_atomically
+from ...runtime.base.user_cache import cache_folder
+
+VERSION = "3.13.0"
+"""Of both packages; its llama.cpp is b12211-7d7f028."""
+
+
+@dataclass(frozen=True)
+class NpmPackage:
+    """A package of the npm registry and what the page needs of it."""
+
+    name: str
+    sha256: str
+    """Of the tarball, so that nothing else is ever copied."""
+    files: dict[str, str]
+    """Member of the tarball -> its name in the exported folder."""
+
+    @property
+    def tarball(self) -> str:
+        """File name that `npm pack` gives it."""
+        return f"{self.name.lstrip('@').replace('/', '-')}-{VERSION}.tgz"
+
+
+WLLAMA = NpmPackage(
+    "@wllama/wllama",
+    "a9eaac205ff9a1d6fdbea395a48652bd5febc56511a7b66b736d862bf726d2d5",
+    {
+        "package/esm/index.min.js": "wllama.js",
+        "package/esm/wasm/wllama.wasm": "wllama.wasm",
+        "package/LICENCE": "wllama-LICENCE.txt",
+    },
+)
+COMPAT = NpmPackage(
+    "@wllama/wllama-compat",
+    "4114beb68a61a0ab14ac3fe4416648b45d8a940e2e6aed5fe91eb6328ba6479d",
+    {"package/wasm/wllama.js": "wllama-compat.js", "package/wasm/wllama.wasm": "wllama-compat.wasm"},
+)
+"""For browsers without JSPI or 64-bit memory (Safari): the page loads it there only. Same licence."""
+
+
+def copy_wllama(folder: Path, given: str) -> list[str]:
+    """Put the runtime's files into `folder`; returns their names.
+
+    `given`: folder with both tarballs as `npm pack` leaves them; "" asks npm once and keeps them in the user's cache.
+    UsageError where they cannot be had, ArtefactError where they are not the pinned ones.
+    """
+    names = []
+    for package in (WLLAMA, COMPAT):
+        content = _tarball(package, Path(given) if given else None)
+        with tempfile.TemporaryFile() as stream:
+            stream.write(content)
+            stream.seek(0)
+            with tarfile.open(fileobj=stream) as archive:
+                for member, name in package.files.items():
+                    source = archive.extractfile(member)
+                    if source is None:
+                        raise ArtefactError(f"{package.tarball} holds no {member}")
+                    (folder / name).write_bytes(source.read())
+                    names.append(name)
+    return names
+
+
+def _tarball(package: NpmPackage, given: Path | None) -> bytes:
+    """The pinned tarball's content."""
+    path = (given or cache_folder() / "npm") / package.tarball
+    if path.is_file():
+        content = path.read_bytes()
+        if _is_pinned(package, content):
+            return content
+        if given:
+            raise ArtefactError(f"{path} is not {package.name}@{VERSION} as this release pins it; fetch it again")
+    if given:
+        raise UsageError(f"--wllama {given}: holds no {package.tarball}; run there: npm pack {package.name}@{VERSION}")
+    content = _npm_pack(package)
+    if not _is_pinned(package, content):
+        raise ArtefactError(f"npm gave another {package.name}@{VERSION} than this release pins")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes_atomically(path, content)
+    return content
+
+
+def _is_pinned(package: NpmPackage, content: bytes) -> bool:
+    return hashlib.sha256(content).hexdigest() == package.sha256
+
+
+def _npm_pack(package: NpmPackage) -> bytes:
+    """What `npm pack` downloads; no script of the package is run."""
+    npm = shutil.which("npm")
+    remedy = f"or give --wllama FOLDER with the tarballs of: npm pack {WLLAMA.name}@{VERSION} {COMPAT.name}@{VERSION}"
+    if npm is None:
+        raise UsageError(f"--target web needs npm, which is not installed: install Node.js, {remedy}")
+    with tempfile.TemporaryDirectory() as folder:
+        command = [npm, "pack", "--silent", "--ignore-scripts", f"{package.name}@{VERSION}"]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        tarball = Path(folder) / package.tarball
+        if done.returncode or not tarball.is_file():
+            reason = next((line for line in done.stderr.splitlines() if line.strip()), "it gave no reason")
+            raise UsageError(f"npm pack {package.name}@{VERSION} failed: {reason}; try again, {remedy}")
+        return tarball.read_bytes()
