@@ -54,7 +54,8 @@ def body(argv: Sequence[str]) -> int:
     arguments = build_parser().parse(argv)
     checkpoint, target, output = (arguments.pop(name) for name in ("checkpoint", "target", "output"))
     suffix = f"-{arguments['quantize']}" if arguments.get("quantize") else ""
-    export(checkpoint, target, output or f"{Path(checkpoint).name}-{target}{suffix}", **arguments)
+    output = f"{Path(checkpoint).name}-{target}{suffix}" if output is None else output
+    export(checkpoint, target, output, **arguments)
     return 0
 
 

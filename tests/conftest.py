@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import exporting
 import pytest
+import training
+from shared import made_once
 from tiny import tiny_architecture, tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from efficientllm.export import cli
 from efficientllm.export.verification import sample_text
-from efficientllm.runtime.base.command import run_command
 from efficientllm.train.evaluation.quality import measure, sets
 from efficientllm.train.model.architecture import Architecture, LayerShape
 from efficientllm.train.model.irregular import save_checkpoint
@@ -29,6 +30,8 @@ CHAT_TEMPLATE = (
 
 
 pytest_plugins = ["skips"]
+
+Exported = Callable[..., Path]
 
 MAX_WORKERS = 4
 """A worker takes up to 3 GB in the tests that lower a model for ExecuTorch."""
@@ -111,26 +114,50 @@ def save_tiny(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Callable[..
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A .jsonl of 200 short documents."""
-    path = tmp_path_factory.mktemp("corpus") / "text.jsonl"
-    lines = [line for line in sample_text().splitlines() if line.strip()]
-    rows = [{"text": f"Document {index}. {lines[index % len(lines)]}"} for index in range(200)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
+
+    def make(folder: Path) -> None:
+        lines = [line for line in sample_text().splitlines() if line.strip()]
+        rows = [{"text": f"Document {index}. {lines[index % len(lines)]}"} for index in range(200)]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / "text.jsonl").write_text(text, encoding="utf-8")
+
+    return made_once(tmp_path_factory, "corpus", make) / "text.jsonl"
 
 
 @pytest.fixture(scope="session")
 def source_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
     """A plain tiny Llama to prune: 3 layers, 4 heads over 2 key/value heads, FFN 128."""
-    folder = tmp_path_factory.mktemp("source")
-    save_checkpoint(tiny_model(tiny_architecture(layers=(LayerShape(4, 2, 128),) * 3)), tokenizer, folder)
-    return folder
+    model = tiny_model(tiny_architecture(layers=(LayerShape(4, 2, 128),) * 3))
+    return made_once(tmp_path_factory, "source", lambda folder: save_checkpoint(model, tokenizer, folder))
 
 
 @pytest.fixture(scope="session")
-def artefact(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
-    """A tiny unequal model, exported to an F32 GGUF."""
-    folder = tmp_path_factory.mktemp("artefact")
-    save_checkpoint(tiny_model(tiny_architecture()), tokenizer, folder / "checkpoint")
-    arguments = [str(folder / "checkpoint"), "--target", "gguf", "--quantize", "f32", "--output", str(folder / "gguf")]
-    assert run_command(cli.body, arguments) == 0
-    return folder / "gguf"
+def straight(source_folder: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole run of training.SETTINGS: 20 steps."""
+
+    def make(folder: Path) -> None:
+        assert training.run(training.command(source_folder, corpus, folder / "run")) == 0
+
+    return made_once(tmp_path_factory, "straight", make) / "run"
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Exported:
+    """exported(target, *flags) -> folder of a tiny unequal model exported so; `checkpoint` lies beside it."""
+    model = tiny_model(tiny_architecture())
+
+    def export(target: str, *flags: str) -> Path:
+        def make(folder: Path) -> None:
+            save_checkpoint(model, tokenizer, folder / "checkpoint")
+            assert exporting.export(folder / "checkpoint", target, folder / target, *flags) == 0
+
+        name = "-".join([target, *(flag.strip("-") for flag in flags)])
+        return made_once(tmp_path_factory, name, make) / target
+
+    return export
+
+
+@pytest.fixture(scope="session")
+def artefact(exported: Exported) -> Path:
+    """The same in an F32 GGUF."""
+    return exported("gguf", "--quantize", "f32")

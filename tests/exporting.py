@@ -23,7 +23,20 @@ SHAPES = {
     "uniform": (LayerShape(4, 2, 96),) * 2,
 }
 
+EVERY_KIND = (
+    LayerShape(0, 0, 64),  # no attention, in the first layer
+    LayerShape(4, 2, 75),  # an odd FFN width
+    LayerShape(0, 0, 0),  # nothing
+    LayerShape(2, 1, 0),  # no FFN
+    LayerShape(0, 0, 33),  # no attention in the middle
+    LayerShape(4, 4, 64),
+)
+"""The kinds of layers of SHAPES in one model, where an export takes seconds a layer."""
 
-def export(checkpoint: Path, target: str, output: Path, *more: str) -> int:
+EXACT = ("--quantize", "f32", "--max-context", "128")
+"""Flags of an exact ExecuTorch program that several tests read."""
+
+
+def export(checkpoint: Path, target: str, output: Path | str, *more: str) -> int:
     """Exit code of `efficientllm-export`."""
     return run_command(cli.body, [str(checkpoint), "--target", target, "--output", str(output), *more])

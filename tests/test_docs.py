@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import gzip
 import re
 import shlex
@@ -120,6 +121,19 @@ def test_files_of_ours_that_are_named_exist(document: Path) -> None:
     text = document.read_text(encoding="utf-8")
     for name in re.findall(r"\b(?:train|export|runtime|server|devices|tests)/[\w/]+\.(?:py|sh|txt|html)\b", text):
         assert (ROOT / name).is_file(), name
+
+
+def test_every_promise_has_tests_that_exist() -> None:
+    text = (ROOT / "docs" / "promises.md").read_text(encoding="utf-8")
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if re.match(r"\| (?!promise|---)", line)]
+    assert len(rows) > 30
+    for promise, tests in rows:
+        named = re.findall(r"`(\w+)::(\w+)`", tests)
+        assert named, promise
+        for file, name in named:
+            tree = ast.parse((ROOT / "tests" / f"{file}.py").read_text(encoding="utf-8"))
+            functions = {each.name for each in tree.body if isinstance(each, ast.FunctionDef)}
+            assert name in functions, f"{file}::{name}"
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

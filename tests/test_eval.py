@@ -23,7 +23,7 @@ from efficientllm.runtime.engines.manifest import Manifest, describe_files
 from efficientllm.train.evaluation import cli, perplexity
 from efficientllm.train.evaluation.evaluation import ComputeConfig, MeasureConfig, evaluate
 from efficientllm.train.evaluation.harness import GOLD, run_task
-from efficientllm.train.evaluation.report import paired_difference
+from efficientllm.train.evaluation.report import paired_difference, rows
 from efficientllm.train.evaluation.request_cache import RequestCache
 from efficientllm.train.evaluation.scoring import EngineModel, Request
 from efficientllm.train.evaluation.tasks import TASKS, open_task
@@ -300,3 +300,16 @@ SaveTiny = Callable[..., Path]
 def test_a_plain_hugging_face_folder_is_measured_too(source_folder: Path, corpus: Path) -> None:
     measures = MeasureConfig(tasks=("none",), text=(f"docs={corpus}",), text_tokens=200)
     assert evaluate(source_folder, measures, ComputeConfig()).perplexity["docs"].tokens == 200
+
+
+def test_only_what_is_asked_for_is_measured_and_one_document_has_no_error(source_folder: Path, tmp_path: Path) -> None:
+    """WikiText-2 lies in the data folder, and is not asked for."""
+    (tmp_path / perplexity.WIKITEXT_FILE).write_text(" = Title = \n A text . \n", encoding="utf-8")
+    (tmp_path / "one.txt").write_text("The one document that there is.", encoding="utf-8")
+    measures = MeasureConfig(quality=False, data_dir=str(tmp_path), text=(f"one={tmp_path / 'one.txt'}",))
+    found = evaluate(source_folder, measures, ComputeConfig(device="cpu"))
+    assert found.perplexity.keys() == {"one"}
+    assert not found.tasks
+    assert math.isnan(found.perplexity["one"].stderr)
+    header, row = rows([found])[:2]
+    assert "±" not in "".join((*header, *row))

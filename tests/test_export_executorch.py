@@ -14,8 +14,9 @@ import exporting
 import numpy as np
 import pytest
 import torch
-from exporting import SHAPES, TOKENS
+from exporting import EVERY_KIND, EXACT, SHAPES, TOKENS
 from safetensors.torch import load_file, save_file
+from stored import STORED, STORED_WAYS, store
 from tiny import LLAMA3_ROPE, UNEQUAL, tiny_architecture
 from tokenizers import Tokenizer
 
@@ -40,13 +41,24 @@ def expected_logits(checkpoint: Path, tokens: list[int]) -> np.ndarray:
         return load_for_inference(checkpoint)(torch.tensor([tokens])).logits[0].numpy()
 
 
+WHOLE = [
+    (family, layers, *stored)
+    for (family, layers), stored in zip(
+        [(family, layers) for layers in (EVERY_KIND, SHAPES["uniform"]) for family in FAMILIES],
+        [*STORED_WAYS, *STORED_WAYS],
+        strict=False,
+    )
+]
+"""Every family with layers of every kind and with equal ones, and among them every way in which weights are stored."""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("family", "layers", "dtype", "shards"), WHOLE, ids=lambda each: str(each)[:10])
 def test_f32_prefill_and_decode_equal_torch(
-    family: str, shape: str, save_tiny: Callable[..., Path], tmp_path: Path
+    family: str, layers: tuple[LayerShape, ...], dtype: str, shards: int, save_tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
-    checkpoint = save_tiny(tiny_architecture(family, SHAPES[shape]))
+    checkpoint = save_tiny(tiny_architecture(family, layers))
+    store(checkpoint, STORED[dtype], shards)
     assert export(checkpoint, tmp_path / "pte", "--quantize", "f32", "--no-verify") == 0
     engine = load_engine(tmp_path / "pte", EngineOptions(threads=1))
     rows = [engine.prefill(TOKENS[:16]), *(engine.decode(token) for token in TOKENS[16:])]
@@ -64,7 +76,7 @@ def test_quantised_programs_stay_close(
 ) -> None:
     """Odd hidden size and FFN widths, which int4 needs padded and int8 does not."""
     tied = family != "qwen2"
-    checkpoint = save_tiny(tiny_architecture(family, SHAPES["odd FFN widths"], hidden_size=76, tied=tied))
+    checkpoint = save_tiny(tiny_architecture(family, SHAPES["odd FFN widths"][:2], hidden_size=76, tied=tied))
     assert export(checkpoint, tmp_path / "pte", "--quantize", quantize) == 0
     agreement = Manifest.read(tmp_path / "pte").verification["quantized"]
     assert agreement["mean_kl"] < {"int8": 0.02, "8da4w": 0.5}[quantize]
@@ -74,7 +86,7 @@ def test_quantised_programs_stay_close(
 @pytest.mark.slow
 def test_other_formats(save_tiny: Callable[..., Path], tmp_path: Path) -> None:
     """fp16, a 4-bit embedding with larger groups, no LLM operators, no backend at all."""
-    checkpoint = save_tiny(tiny_architecture())
+    checkpoint = save_tiny(tiny_architecture(layers=UNEQUAL[:2]))
     sizes = {}
     for name, flags in {
         "f32": ["--quantize", "f32", "--no-custom-ops"],
@@ -93,7 +105,7 @@ def test_other_formats(save_tiny: Callable[..., Path], tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_calibration_brings_int4_closer(save_tiny: Callable[..., Path], corpus: Path, tmp_path: Path) -> None:
-    checkpoint = save_tiny(tiny_architecture())
+    checkpoint = save_tiny(tiny_architecture(layers=UNEQUAL[:2]))
     kl = []
     for name, flags in {"plain": [], "calibrated": ["--calibrate", str(corpus)]}.items():
         assert export(checkpoint, tmp_path / name, *flags) == 0
@@ -103,7 +115,7 @@ def test_calibration_brings_int4_closer(save_tiny: Callable[..., Path], corpus: 
 
 @pytest.mark.slow
 def test_llama3_rope_scaling_and_one_vocabulary(save_tiny: Callable[..., Path], tmp_path: Path) -> None:
-    checkpoint = save_tiny(tiny_architecture(), rope_parameters=LLAMA3_ROPE)
+    checkpoint = save_tiny(tiny_architecture(layers=UNEQUAL[:2]), rope_parameters=LLAMA3_ROPE)
     assert export(checkpoint, tmp_path / "pte", "--quantize", "f32") == 0
 
 
@@ -142,7 +154,7 @@ def speak_ascii_only(checkpoint: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("quantize", ["f32", "8da4w"])
 def test_stock_runner_generates_our_text(quantize: str, save_tiny: Callable[..., Path], tmp_path: Path) -> None:
-    checkpoint = save_tiny(tiny_architecture(tied=False))
+    checkpoint = save_tiny(tiny_architecture(layers=UNEQUAL[:2], tied=False))
     speak_ascii_only(checkpoint)
     assert export(checkpoint, tmp_path / "pte", "--quantize", quantize) == 0
     engine = load_engine(tmp_path / "pte", EngineOptions(threads=1))
@@ -159,15 +171,14 @@ def test_stock_runner_generates_our_text(quantize: str, save_tiny: Callable[...,
 
 
 @pytest.mark.slow
-def test_engine_keeps_to_its_context(save_tiny: Callable[..., Path], artefact: Path, tmp_path: Path) -> None:
-    checkpoint = artefact.parent / "checkpoint"
-    assert export(checkpoint, tmp_path / "pte", "--quantize", "f32", "--no-verify") == 0
-    engine = load_engine(tmp_path / "pte" / "model.pte", EngineOptions(threads=1))  # a bare file works too
-    assert engine.context_length == 64
-    with pytest.raises(ContextOverflowError, match="65 tokens, the context window 64"):
-        engine.prefill([5] * 65)
-    engine.prefill([5] * 64)
-    with pytest.raises(ContextOverflowError, match="context window of 64 tokens is full"):
+def test_engine_keeps_to_its_context(exported: Callable[..., Path], artefact: Path) -> None:
+    program = exported("executorch", *EXACT)
+    engine = load_engine(program / "model.pte", EngineOptions(threads=1))  # a bare file works too
+    assert engine.context_length == 128
+    with pytest.raises(ContextOverflowError, match="129 tokens, the context window 128"):
+        engine.prefill([5] * 129)
+    engine.prefill([5] * 128)
+    with pytest.raises(ContextOverflowError, match="context window of 128 tokens is full"):
         engine.decode(5)
     messages: Any = [{"role": "user", "content": "Größe 日本 🚀"}]
     texts = []
@@ -176,8 +187,8 @@ def test_engine_keeps_to_its_context(save_tiny: Callable[..., Path], artefact: P
         assert 2 in other.end_ids
         other.close()
     assert texts[0] == texts[1]
-    with pytest.raises(ArtefactError, match="holds 64 tokens, not 128; export it again with --max-context 128"):
-        load_engine(tmp_path / "pte", EngineOptions(context=128))
+    with pytest.raises(ArtefactError, match="holds 128 tokens, not 256; export it again with --max-context 256"):
+        load_engine(program, EngineOptions(context=256))
 
 
 @pytest.mark.slow
@@ -187,7 +198,8 @@ def test_other_backends_take_irregular_models_whole(
 ) -> None:
     if recipe == "coreml":
         pytest.importorskip("coremltools", reason="coremltools is not installed")
-    assert export(save_tiny(tiny_architecture()), tmp_path / "pte", "--recipe", recipe, "--quantize", "f32") == 0
+    checkpoint = save_tiny(tiny_architecture(layers=UNEQUAL[:2]))
+    assert export(checkpoint, tmp_path / "pte", "--recipe", recipe, "--quantize", "f32") == 0
     out = capsys.readouterr().out
     assert f"{recipe}: 1 delegated parts" in out
     assert f"not verified: programs of recipe {recipe} run only on its devices" in out

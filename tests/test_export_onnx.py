@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from exporting import SHAPES, TOKENS, export
+from exporting import EVERY_KIND, EXACT, SHAPES, TOKENS, export
 from tiny import LLAMA3_ROPE, UNEQUAL, tiny_architecture
 
 from efficientllm.export.exporter_config import OnnxDecoderConfig
@@ -67,16 +67,13 @@ def test_calibration_brings_int4_closer(save_tiny: Callable[..., Path], corpus: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", ["unequal", "no attention in the middle"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_portable_graph_equals_the_direct_one(
-    family: str, shape: str, save_tiny: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_portable_graph_equals_the_direct_one(family: str, save_tiny: Callable[..., Path], tmp_path: Path) -> None:
     """Two independent routes from the weights to ONNX; the portable one holds standard operators only."""
     pytest.importorskip("onnxscript", reason="onnxscript is not installed")
     import onnx
 
-    checkpoint = save_tiny(tiny_architecture(family, SHAPES[shape]))
+    checkpoint = save_tiny(tiny_architecture(family, EVERY_KIND))
     rows = {}
     for name, flags in {"direct": ["--quantize", "f32"], "portable": ["--portable"]}.items():
         assert export(checkpoint, "onnx", tmp_path / name, *flags) == 0
@@ -126,10 +123,9 @@ def test_llama3_rope_scaling(save_tiny: Callable[..., Path], tmp_path: Path) -> 
     assert export(checkpoint, "onnx", tmp_path / "onnx", "--quantize", "f32") == 0
 
 
-def test_both_engines_give_the_same_text(artefact: Path, tmp_path: Path) -> None:
-    assert export(artefact.parent / "checkpoint", "onnx", tmp_path / "onnx", "--quantize", "f32") == 0
+def test_both_engines_give_the_same_text(artefact: Path, exported: Callable[..., Path]) -> None:
     texts = []
-    for path in (artefact, tmp_path / "onnx"):
+    for path in (artefact, exported("onnx", *EXACT[:2])):
         engine = load_engine(path, EngineOptions(threads=1))
         messages: Any = [{"role": "user", "content": "Größe 日本 🚀 12345"}]
         texts.append("".join(Generation(engine, chat_prompt(engine, messages), AnswerOptions(32))))
@@ -139,9 +135,8 @@ def test_both_engines_give_the_same_text(artefact: Path, tmp_path: Path) -> None
     assert texts[0] == texts[1]
 
 
-def test_context_overflow_says_the_numbers(artefact: Path, tmp_path: Path) -> None:
-    assert export(artefact.parent / "checkpoint", "onnx", tmp_path / "onnx", "--no-verify") == 0
-    engine = load_engine(tmp_path / "onnx", EngineOptions(threads=1, context=32))
+def test_context_overflow_says_the_numbers(exported: Callable[..., Path]) -> None:
+    engine = load_engine(exported("onnx", *EXACT[:2]), EngineOptions(threads=1, context=32))
     with pytest.raises(ContextOverflowError, match="33 tokens, the context window 32"):
         engine.prefill([5] * 33)
     engine.prefill([5] * 32)

@@ -36,13 +36,6 @@ def error_line(capsys: ERRORS) -> str:
     return last
 
 
-@pytest.fixture(scope="module")
-def straight(source_folder: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("straight") / "run"
-    assert run(command(source_folder, corpus, output)) == 0
-    return output
-
-
 WHERE = {
     8: "metrics.jsonl",
     40: ".png",

@@ -76,6 +76,16 @@ def test_modeling_file_imports_only_torch_and_transformers() -> None:
     assert set(imports) == {"torch", "transformers", "typing"}
 
 
+def test_a_transformers_without_layer_widths_is_told_so_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    from efficientllm.train.model import modeling_efficientllm
+
+    monkeypatch.setitem(sys.modules, "transformers.integrations.heterogeneity", None)
+    code = compile(Path(modeling_efficientllm.__file__).read_text(encoding="utf-8"), "modeling_efficientllm", "exec")
+    message = r"layers of their own width need transformers 5\.14 or newer, and this is .*; run: pip install .*\)$"
+    with pytest.raises(ImportError, match=message):
+        exec(code, {"__name__": "modeling_efficientllm"})
+
+
 def test_uniform_model_is_saved_as_plain_llama(save_tiny: Callable[..., Path]) -> None:
     folder = save_tiny(tiny_architecture(layers=(LayerShape(4, 2, 96),) * 2))
     config = json.loads((folder / "config.json").read_text())

@@ -7,12 +7,14 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import HfApi
 from training import command, metrics, run, weights, without
 
 from efficientllm.export import cli as export_cli
@@ -25,13 +27,6 @@ from efficientllm.train import OptimizerConfig, RunConfig, TrainConfig, trainer
 from efficientllm.train.run_folder import damage, foreign_files
 
 ERRORS = pytest.CaptureFixture[str]
-
-
-@pytest.fixture(scope="module")
-def straight(source_folder: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("straight") / "run"
-    assert run(command(source_folder, corpus, output)) == 0
-    return output
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +113,7 @@ def test_the_current_folder_the_home_and_the_root_are_never_written(
 
 def test_a_file_is_no_output_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(UsageError, match="is a file; name a folder"):
+    with pytest.raises(UsageError, match="is no folder; name one"):
         check_output(tmp_path / "file", True, lambda folder: [], [], "")
 
 
@@ -460,6 +455,25 @@ def test_damaged_source_weights_are_one_line(source_folder: Path, corpus: Path, 
     (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
     assert run(command(folder, corpus, tmp_path / "run")) == 2
     assert "cannot be loaded" in one_line(capsys)
+
+
+def test_a_hub_that_cannot_be_reached_is_said_at_once(
+    source_folder: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: ERRORS
+) -> None:
+    """The hub's libraries ask six times, with pauses of up to 8 s, and say so each time."""
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("asked again"))
+    monkeypatch.setattr(HfApi, "repo_info", without_network)
+    arguments = command(source_folder, corpus, tmp_path / "run")
+    assert run([*without(arguments, "--source"), "--source", "owner/name"]) == 2
+    assert one_line(capsys).startswith("error: --source owner/name: cannot be loaded: ")
+    assert run_command(export_cli.body, ["owner/name", "--target", "gguf", "--output", str(tmp_path / "x")]) == 2
+    assert one_line(capsys).startswith("error: owner/name: cannot be loaded: ")
+    assert run([*without(arguments, "--data"), "--data", "owner/name@20231101.en"]) == 2
+    assert "no hub that may have it can be reached" in one_line(capsys)
+
+
+def without_network(*anything: Any, **more: Any) -> None:
+    raise ConnectionError("Name or service not known")
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "runs/smal", "../nowhere/model", "nowhere"])

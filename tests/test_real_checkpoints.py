@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from exporting import export
-from safetensors.torch import load_file, save_file
+from stored import STORED, STORED_WAYS, store
 from tiny import LLAMA3_ROPE, UNEQUAL, tiny_architecture, tiny_model
 from training import run
 from transformers import PreTrainedTokenizerFast
@@ -25,30 +25,8 @@ from efficientllm.train.model.architecture import FAMILIES, LayerShape
 from efficientllm.train.model.irregular import save_checkpoint
 from efficientllm.train.model.source import load_for_inference
 
-STORED = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 THETA = {"rope_type": "default", "rope_theta": 100000.0}
 TOKENS = torch.randint(0, 400, (2, 24), generator=torch.Generator().manual_seed(3))
-
-
-def store(folder: Path, dtype: torch.dtype, shards: int) -> None:
-    """Rewrite a folder's weights in `dtype`, in as many files, with an index as transformers writes it."""
-    single = folder / "model.safetensors"
-    tensors = {name: tensor.to(dtype) for name, tensor in load_file(single).items()}
-    single.unlink()
-    config = json.loads((folder / "config.json").read_text())
-    name = str(dtype).removeprefix("torch.")
-    (folder / "config.json").write_text(json.dumps(config | {"dtype": name, "torch_dtype": name}))
-    if shards == 1:
-        save_file(tensors, single, metadata={"format": "pt"})
-        return
-    weight_map = {}
-    for index in range(shards):
-        file = f"model-{index + 1:05}-of-{shards:05}.safetensors"
-        part = dict(list(tensors.items())[index::shards])
-        save_file(part, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(part, file)
-    index = {"metadata": {}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 Save = Callable[[str, str, int], Path]
@@ -67,7 +45,7 @@ def save_stored(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Save:
     return save
 
 
-every_stored_type = pytest.mark.parametrize(("dtype", "shards"), [(each, n) for each in STORED for n in (1, 2)])
+every_stored_type = pytest.mark.parametrize(("dtype", "shards"), STORED_WAYS)
 
 
 @every_stored_type
@@ -94,22 +72,6 @@ def test_every_stored_type_of_every_family_exports_exactly(
     assert exact_difference(folder, "gguf", tmp_path / "gguf", "--quantize", "f32") < 1e-3
     assert exact_difference(folder, "onnx", tmp_path / "onnx", "--quantize", "f32") < 1e-3
     assert exact_difference(folder, "hf-uniform", tmp_path / "uniform") < 1e-4
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("family", "dtype", "shards"),
-    [
-        *(("llama", "bf16", 1), ("mistral", "fp16", 1), ("qwen2", "fp32", 1)),
-        *(("qwen3", "bf16", 2), ("llama", "fp16", 2), ("mistral", "fp32", 2)),
-    ],
-)
-def test_every_stored_type_and_family_exports_exactly_to_executorch(
-    family: str, dtype: str, shards: int, save_stored: Save, tmp_path: Path
-) -> None:
-    folder = save_stored(family, dtype, shards)
-    more = ("--quantize", "f32", "--max-context", "32")
-    assert exact_difference(folder, "executorch", tmp_path / "pte", *more) < 1e-3
 
 
 @every_stored_type

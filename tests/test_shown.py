@@ -21,19 +21,21 @@ from efficientllm.runtime.base.command import is_main_process, run_command
 from efficientllm.runtime.base.errors import ModelError
 from efficientllm.train.config import SourceConfig, TrainConfig
 from efficientllm.train.model import source
+from efficientllm.train.model.architecture import LayerShape
 from efficientllm.train.model_card import model_card
 from efficientllm.train.plots import held_out_losses, plot_training, smoothed
 from efficientllm.train.progress import Speed
 
 
-def test_the_held_out_loss_along_a_run_changes_nothing_else(source_folder: Path, corpus: Path, tmp_path: Path) -> None:
-    assert run(command(source_folder, corpus, tmp_path / "plain")) == 0
+def test_the_held_out_loss_along_a_run_changes_nothing_else(
+    straight: Path, source_folder: Path, corpus: Path, tmp_path: Path
+) -> None:
     assert run(command(source_folder, corpus, tmp_path / "measured", "--eval-every", "8")) == 0
     records = metrics(tmp_path / "measured")
     along = [record for record in records if "held_out_loss" in record]
     assert [(record["step"], record["tokens"]) for record in along] == [(8, 1024), (16, 2048)]
-    assert [record for record in records if record not in along] == metrics(tmp_path / "plain")
-    ours, theirs = weights(tmp_path / "measured"), weights(tmp_path / "plain")
+    assert [record for record in records if record not in along] == metrics(straight)
+    ours, theirs = weights(tmp_path / "measured"), weights(straight)
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
     points = held_out_losses(records)
     assert len(points) == 5  # the source's, after pruning, the end's
@@ -93,6 +95,7 @@ def test_one_process_of_several_speaks(capsys: pytest.CaptureFixture[str], monke
 def test_downloads_are_seen_in_a_terminal(
     source_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(source, "hub_answers", lambda kind, name: True)
     from_pretrained = source.AutoConfig.from_pretrained
     monkeypatch.setattr(source.AutoConfig, "from_pretrained", lambda name: from_pretrained(source_folder))
 
@@ -125,3 +128,11 @@ def test_the_card_names_what_is_on_a_hub_and_no_local_path(
     assert "datasets" not in local
     hub = card(SourceConfig("owner/model", ("owner/data@en:0.5", "demo")))
     assert "base_model: owner/model\ndatasets: [owner/data]\n" in hub
+
+
+def test_the_card_says_which_transformers_reads_it() -> None:
+    figures: dict[str, Any] = {"held_out_tokens": 1, "perplexity": {}, "tokens": 1, "data": ["x"], "seconds": 1.0}
+    plain = tiny_architecture(layers=(LayerShape(4, 2, 64),) * 2)
+    needed = "Layers of their own width need transformers 5.14 or newer."
+    assert needed in model_card(TrainConfig(), figures, plain, tiny_architecture())
+    assert needed not in model_card(TrainConfig(), figures, plain, plain)

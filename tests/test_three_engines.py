@@ -5,10 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import tiny_architecture
+from exporting import EXACT
 
-from efficientllm.export import cli
-from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
 from efficientllm.runtime.generation import AnswerOptions, Generation
 from efficientllm.runtime.prompt import chat_prompt
@@ -25,15 +23,12 @@ CHATS = (
 
 
 @pytest.mark.slow
-def test_three_engines_give_the_same_text(save_tiny: Callable[..., Path], tmp_path: Path) -> None:
+def test_three_engines_give_the_same_text(exported: Callable[..., Path]) -> None:
     pytest.importorskip("executorch.runtime", reason="executorch is not installed")
-    checkpoint = save_tiny(tiny_architecture())
     answers, logits = {}, {}
     for target in ("gguf", "onnx", "executorch"):
-        output = tmp_path / target
-        command = [str(checkpoint), "--target", target, "--quantize", "f32", "--output", str(output)]
-        assert run_command(cli.body, command + (["--max-context", "128"] if target == "executorch" else [])) == 0
-        engine = load_engine(output, EngineOptions(threads=1, context=128, warm_up=True))
+        artefact = exported(target, *(EXACT if target == "executorch" else EXACT[:2]))
+        engine = load_engine(artefact, EngineOptions(threads=1, context=128, warm_up=True))
         prompts = [chat_prompt(engine, chat) for chat in CHATS]
         answers[target] = ["".join(Generation(engine, prompt, AnswerOptions(24))) for prompt in prompts]
         logits[target] = engine.prefill(prompts[1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,14 +18,6 @@ from training import command, metrics, run, weights, without
 from efficientllm.train.compute.loss import TrainingLoss
 from efficientllm.train.model.architecture import Architecture
 from efficientllm.train.model.source import load_for_inference
-
-
-@pytest.fixture(scope="module")
-def straight(source_folder: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An uninterrupted run of 20 steps."""
-    output = tmp_path_factory.mktemp("straight") / "run"
-    assert run(command(source_folder, corpus, output)) == 0
-    return output
 
 
 def test_run_reaches_the_target_and_leaves_a_loadable_model(straight: Path, source_folder: Path) -> None:
@@ -200,16 +193,17 @@ def test_a_logger_that_does_not_start_is_one_line(
 
 
 def test_output_in_use_is_kept(
-    straight: Path, source_folder: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+    straight: Path, source_folder: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = (straight / "metrics.jsonl").read_text()
-    assert run(command(source_folder, corpus, straight)) == 2
+    output = Path(shutil.copytree(straight, tmp_path / "run"))
+    before = (output / "metrics.jsonl").read_text()
+    assert run(command(source_folder, corpus, output)) == 2
     assert "is not empty; give --overwrite to replace it or --resume" in capsys.readouterr().err
-    assert run(command(source_folder, corpus, straight, "--resume", "--seed", "9")) == 2
+    assert run(command(source_folder, corpus, output, "--resume", "--seed", "9")) == 2
     assert "--resume: --seed differ from the run" in capsys.readouterr().err
-    assert run(command(source_folder, corpus, straight, "--resume")) == 2
+    assert run(command(source_folder, corpus, output, "--resume")) == 2
     assert "is finished" in capsys.readouterr().err
-    assert (straight / "metrics.jsonl").read_text() == before
+    assert (output / "metrics.jsonl").read_text() == before
 
 
 def test_unsupported_family_names_the_supported_ones(

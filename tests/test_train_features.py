@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -130,17 +131,20 @@ def test_from_scratch_starts_at_chance(source_folder: Path, corpus: Path, tmp_pa
     assert perplexities(tmp_path / "run")["final"] < 390
 
 
-def test_distillation_and_its_resume(source_folder: Path, corpus: Path, tmp_path: Path) -> None:
-    assert run(command(source_folder, corpus, tmp_path / "plain")) == 0
+def test_distillation_changes_the_run_and_not_what_is_logged(
+    straight: Path, source_folder: Path, corpus: Path, tmp_path: Path
+) -> None:
     assert run(command(source_folder, corpus, tmp_path / "distilled", "--distill", "2.0")) == 0
-    assert metrics(tmp_path / "plain")[1]["loss"] == metrics(tmp_path / "distilled")[1]["loss"]  # cross-entropy only
-    assert metrics(tmp_path / "plain")[-1] != metrics(tmp_path / "distilled")[-1]
+    assert metrics(straight)[1]["loss"] == metrics(tmp_path / "distilled")[1]["loss"]  # cross-entropy only
+    assert metrics(straight)[-1] != metrics(tmp_path / "distilled")[-1]
 
 
-def test_activation_checkpointing_changes_nothing(source_folder: Path, corpus: Path, tmp_path: Path) -> None:
-    for name, flag in (("plain", []), ("checkpointed", ["--activation-checkpointing"])):
-        assert run(command(source_folder, corpus, tmp_path / name, "--checkpoint-every", "0", *flag)) == 0
-    assert metrics(tmp_path / "plain") == metrics(tmp_path / "checkpointed")
+def test_activation_checkpointing_changes_nothing(
+    straight: Path, source_folder: Path, corpus: Path, tmp_path: Path
+) -> None:
+    more = ["--checkpoint-every", "0", "--activation-checkpointing"]
+    assert run(command(source_folder, corpus, tmp_path / "checkpointed", *more)) == 0
+    assert metrics(tmp_path / "checkpointed") == metrics(straight)
 
 
 @pytest.mark.slow
@@ -165,14 +169,11 @@ def test_run_leaves_its_description(source_folder: Path, corpus: Path, tmp_path:
     assert f"| 2 | {final(tmp_path / 'run').layers[2].num_attention_heads} |" in card
 
 
-def test_the_card_s_command_repeats_the_run(source_folder: Path, corpus: Path, tmp_path: Path) -> None:
-    import shlex
-
-    assert run(command(source_folder, corpus, tmp_path / "run")) == 0
-    card = (tmp_path / "run" / "model" / "README.md").read_text()
+def test_the_card_s_command_repeats_the_run(straight: Path, tmp_path: Path) -> None:
+    card = (straight / "model" / "README.md").read_text()
     line = next(line for line in card.splitlines() if line.startswith("efficientllm-train"))
     assert run([*shlex.split(line)[1:], "--output", str(tmp_path / "again")]) == 0
-    for name, tensor in weights(tmp_path / "run").items():
+    for name, tensor in weights(straight).items():
         assert torch.equal(weights(tmp_path / "again")[name], tensor)
 
 

@@ -34,8 +34,8 @@ def check_output(path: Path, overwrite: bool, foreign: Foreign, inputs: Iterable
     inputs = list(inputs)
     for name in (path, *inputs):
         _check_name(str(name))
-    if path.is_file():
-        raise UsageError(f"--output {path} is a file; name a folder")
+    if path.exists() and not path.is_dir():  # a file, a device, a socket
+        raise UsageError(f"--output {path} is no folder; name one")
     target = _resolved(path)
     places = {"the current folder": Path.cwd(), "the home folder": Path.home()}
     for what, place in places.items():

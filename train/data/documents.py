@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-from ...runtime.base.errors import UsageError
-from ..model.hub import may_be_hub_id
+from ...runtime.base.errors import DataError, UsageError
+from ..model.hub import hub_answers, may_be_hub_id
 from ..model.installed_files import distribution_file
 from .chat import Chat, Document
 from .readers import KNOWN_FILES, BadLines, Reading, document_of, read_documents, reader_of
@@ -87,10 +87,16 @@ def text_of(document: Document) -> str:
 
 
 def check_documents(spec: DataSpec) -> None:
-    """UsageError or DataError where a local corpus, or one file of it, cannot be read at its beginning."""
-    if not _is_hub_dataset(spec.path):
-        for documents in _parts(spec, BadLines(spec.skip_bad_lines, silent=True)):
-            next(documents, None)
+    """UsageError or DataError where a local corpus, or one file of it, cannot be read at its beginning.
+
+    Of a hub's, only where no hub can be reached: the library would try again and again before it says so.
+    """
+    if _is_hub_dataset(spec.path):
+        if not hub_answers("dataset", spec.path.partition("@")[0]):
+            raise DataError(f"--data {spec.path}: no such file or folder, and no hub that may have it can be reached")
+        return
+    for documents in _parts(spec, BadLines(spec.skip_bad_lines, silent=True)):
+        next(documents, None)
 
 
 def _parts(spec: DataSpec, bad_lines: BadLines) -> list[Iterator[Document]]:

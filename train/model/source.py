@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 from ...runtime.base.errors import EfficientLLMError, ModelError, UsageError
 from .folder_files import check_folder, check_token_ids, locate_tensors, refuse_quantized
 from .gguf_source import restore_pre_tokenizer
-from .hub import may_be_hub_id
+from .hub import hub_answers, may_be_hub_id
 from .installed_files import distribution_file
 from .irregular import architecture_of, to_irregular
 
@@ -52,19 +52,21 @@ def load_source(source: str, called: str = "") -> tuple[torch.nn.Module, PreTrai
         if not path.is_dir() and not may_be_hub_id(source):
             raise UsageError(f"{called}: no such folder, and not a hub id (owner/name); 'demo' is the built-in source")
         folder, options = source, {}
+        if not path.is_dir() and not hub_answers("model", source):
+            options = {"local_files_only": True}  # what was downloaded before, without asking for something newer
     if path.is_dir():
         check_folder(path)
         locate_tensors(path)
     with loading(called):
-        if not options:  # look at the family before gigabytes of weights are read
-            config = AutoConfig.from_pretrained(folder)
+        if path.suffix != ".gguf":  # look at the family before gigabytes of weights are read
+            config = AutoConfig.from_pretrained(folder, **options)
             refuse_quantized(config.to_dict(), called)
             architecture_of(config)
-            if not path.is_dir() and sys.stderr.isatty():
+            if not path.is_dir() and not options and sys.stderr.isatty():
                 snapshot_download(source, allow_patterns=WEIGHT_FILES)  # apart, so that the hub's bars are seen
         with quiet_loading():
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
-        tokenizer_options = {"gguf_file": options["gguf_file"]} if options else {}
+        tokenizer_options = {name: value for name, value in options.items() if name != "quantization_config"}
         tokenizer = AutoTokenizer.from_pretrained(folder, **tokenizer_options)
     check_token_ids(tokenizer.get_vocab(), model.config.vocab_size, called)
     if path.suffix == ".gguf":  # the file's own name and storage type mean nothing in a converted model
