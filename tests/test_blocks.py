@@ -103,16 +103,20 @@ def test_tokens_that_are_only_read_do_not_count() -> None:
 # -- the common unit
 
 
-@pytest.fixture
-def measured() -> tuple[BlockScores, Any]:
+def block_scores(saliency: str) -> tuple[BlockScores, BlockProbe]:
     """(scores just renewed, the probe)"""
-    scores = BlockScores(("attention_block", "ffn_block"), len(LAYERS), renewals=4, span=100.0)
+    scores = BlockScores(("attention_block", "ffn_block"), saliency, len(LAYERS), renewals=4, span=100.0)
     found = probe(tiny_model(ARCHITECTURE))
     scores.renew(found, ARCHITECTURE, random_scores(ARCHITECTURE), size=1000.0)
     return scores, found
 
 
-def test_groups_share_out_what_their_block_is_worth(measured: tuple[BlockScores, Any]) -> None:
+@pytest.fixture
+def measured() -> tuple[BlockScores, BlockProbe]:
+    return block_scores("taylor1")
+
+
+def test_groups_share_out_what_their_block_is_worth(measured: tuple[BlockScores, BlockProbe]) -> None:
     saliency = {kind: vectors for kind, vectors in random_scores(ARCHITECTURE).items() if kind in KINDS}
     nats = measured[0].in_nats(saliency)
     for layer in range(len(LAYERS)):
@@ -123,13 +127,21 @@ def test_groups_share_out_what_their_block_is_worth(measured: tuple[BlockScores,
     assert "layer" not in nats  # it may not go
 
 
-def test_blocks_are_renewed_as_the_budget_falls(measured: tuple[BlockScores, Any]) -> None:
+def test_of_an_energy_the_root_is_shared_out() -> None:
+    saliency = {kind: vectors for kind, vectors in random_scores(ARCHITECTURE).items() if kind in ("kv_group", "ffn")}
+    nats = block_scores("token-fisher")[0].in_nats(saliency)
+    for kind, block in (("kv_group", "attention_block"), ("ffn", "ffn_block")):
+        expected = saliency[kind][0].sqrt().double() / saliency[kind][0].sqrt().sum() * float(nats[block][0])
+        assert torch.allclose(nats[kind][0], expected)
+
+
+def test_blocks_are_renewed_as_the_budget_falls(measured: tuple[BlockScores, BlockProbe]) -> None:
     assert not measured[0].is_stale(980.0)
     assert measured[0].is_stale(975.0)  # a quarter of the span
-    assert BlockScores(("layer",), 4, 4, 100.0).is_stale(1000.0)
+    assert BlockScores(("layer",), "taylor1", 4, 4, 100.0).is_stale(1000.0)
 
 
-def test_a_block_is_measured_again_once_another_went(measured: tuple[BlockScores, Any]) -> None:
+def test_a_block_is_measured_again_once_another_went(measured: tuple[BlockScores, BlockProbe]) -> None:
     scores, found = measured
     first, second = (Unit("ffn_block", ((layer, (0,)),), 1.0, 1.0) for layer in (0, 1))
     group = Unit("ffn", ((0, (0,)),), 1.0, 1.0)

@@ -4,11 +4,16 @@ A block's score is measured (probe.py). A group's saliency is a Taylor estimate 
 but whose scale depends on the criterion, the batch and the block. So the groups of a block share out what the whole
 block is worth:
 
-    loss(group) = loss(block) * saliency(group) / sum of the saliencies of the block's groups
+    loss(group) = loss(block) * amplitude(group) / sum of the amplitudes of the block's groups
 
-which is exact where the effects of a block's groups add up. What a block is worth is measured anew as the model
-changes: all of them `renewals` times while the budget falls, one that is about to go always (and again where another
-one went since), so that no block goes on a score from before its neighbours went.
+which is exact where the effects of a block's groups add up. An amplitude is the saliency, or its root where the
+criterion is an energy (a square of changes): the shares of first-order saliency are near what removing parts of a block
+costs, those of energies a fifth of it for the cheapest sixth of an FFN (docs/log.md), since the energy of a block lies
+in few channels, and what a block does saturates.
+
+What a block is worth is measured anew as the model changes: all of them `renewals` times while the budget falls, one
+that is about to go always (and again where another one went since), so that no block goes on a score from before its
+neighbours went.
 """
 
 from __future__ import annotations
@@ -20,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ..model.architecture import Architecture
+from .criteria import TOKEN_FISHER
 from .groups import BLOCKS, KINDS
 from .probe import Absence, BlockProbe, Half
 from .running_scores import Scores
@@ -30,6 +36,9 @@ HALVES: dict[Half, tuple[str, tuple[str, ...]]] = {
     "ffn": ("ffn", ("ffn",)),
 }
 """Half of a layer -> (kind whose groups are all of it, kinds that are scored within it)."""
+
+ENERGIES = frozenset({"fisher", TOKEN_FISHER, "magnitude", "flap"})
+"""Values of --saliency that are squares."""
 
 HALF_OF_BLOCK: dict[str, Half] = {"attention_block": "attention", "ffn_block": "ffn"}
 
@@ -42,15 +51,16 @@ def absence_of(name: str, layer: int) -> Absence:
 class BlockScores:
     """What every block of a model is worth, as last measured."""
 
-    def __init__(self, names: Sequence[str], num_layers: int, renewals: int, span: float) -> None:
-        """`span`: what the budget's measure falls by in the whole run."""
+    def __init__(self, names: Sequence[str], saliency: str, num_layers: int, renewals: int, span: float) -> None:
+        """`saliency`: the criterion of the groups; `span`: what the budget's measure falls by in the whole run."""
         self.names = tuple(names)
+        self._is_energy = saliency in ENERGIES
         self._interval = span / renewals
         self._losses = {name: torch.zeros(num_layers, dtype=torch.float64) for name in BLOCKS}
         """Nats per token without the block; 0 where there is none. Halves are measured whatever may go: groups need
         them."""
         self._factors = {half: torch.zeros(num_layers, dtype=torch.float64) for half in HALVES}
-        """Nats per unit of saliency in each half of each layer."""
+        """Nats per unit of amplitude in each half of each layer."""
         self._confirmed: set[tuple[str, int]] = set()
         """Blocks measured since one went."""
         self._renewed_at: float | None = None
@@ -76,8 +86,8 @@ class BlockScores:
         for name, half in HALF_OF_BLOCK.items():
             whole, _ = HALVES[half]
             for layer, loss in enumerate(self._losses[name]):
-                saliency = float(scores[whole][layer].double().sum()) if whole in scores else 0.0
-                self._factors[half][layer] = loss / saliency if saliency > 0 else 0.0
+                amplitude = float(self._amplitudes(scores[whole][layer]).sum()) if whole in scores else 0.0
+                self._factors[half][layer] = loss / amplitude if amplitude > 0 else 0.0
         self._confirmed, self._renewed_at = set(keys), size
 
     def confirm(self, probe: BlockProbe, name: str, layer: int) -> None:
@@ -103,12 +113,17 @@ class BlockScores:
         found: Scores = {}
         for name, vectors in scores.items():
             if KINDS[name].is_whole_model:  # in all blocks at once
-                found[name] = [vector.double().cpu() * typical for vector in vectors]
+                found[name] = [self._amplitudes(vector) * typical for vector in vectors]
                 continue
             half: Half = next(half for half, (_, kinds) in HALVES.items() if name in kinds)
             pairs = zip(vectors, self._factors[half], strict=True)
-            found[name] = [vector.double().cpu() * factor for vector, factor in pairs]
+            found[name] = [self._amplitudes(vector) * factor for vector, factor in pairs]
         return found | {name: list(self._losses[name].split(1)) for name in self.names}
+
+    def _amplitudes(self, saliency: Tensor) -> Tensor:
+        """fp64, on the CPU."""
+        values = saliency.double().cpu()
+        return values.clamp(min=0).sqrt() if self._is_energy else values
 
     def state(self) -> dict[str, Any]:
         """Tensors and numbers that `load_state` takes."""

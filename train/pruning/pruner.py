@@ -62,7 +62,8 @@ class Pruner:
     def _make_blocks(self) -> BlockScores:
         source, budget = self.plan.source, self.budget
         span = budget.measure.of(source) - budget.target
-        return BlockScores(self.rules.blocks, len(source.layers), self.settings.block_renewals, span)
+        settings = self.settings
+        return BlockScores(self.rules.blocks, settings.saliency, len(source.layers), settings.block_renewals, span)
 
     @property
     def architecture(self) -> Architecture:
