@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -109,7 +109,7 @@ def load_engine(
         raise UsageError(f"--kv-cache {options.kv_cache}: the type of the cache is part of {artefact.path.name} itself")
     artefact.verify()
     if probe and artefact.witness is None:
-        probe_once(artefact, engine_version(artefact.engine), options.threads, options.context, options.kv_cache)
+        probe_once(artefact, engine_version(artefact.engine), asdict(options))
     try:
         engine = OwnedEngine(
             engine_class(artefact.model_file, options), artefact.witness.sampling if artefact.witness else {}

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ..base.child import Finished, run
 from ..base.errors import ArtefactError
@@ -17,14 +18,14 @@ REFUSED = 3
 """Exit code where loading ended in a clear error, which the caller will get when it loads the file itself."""
 
 
-def probe_once(artefact: Artefact, engine_version: str, threads: int, context: int, kv_cache: str) -> None:
+def probe_once(artefact: Artefact, engine_version: str, options: Mapping[str, object]) -> None:
     """ArtefactError where a child process cannot load and run `artefact`; those that can are remembered.
 
-    The child loads as its parent will, so that what it measures then is known to both.
+    The child loads with `options` (fields of EngineOptions), as its parent will: what it measures is known to both.
     """
 
     def probe() -> str:
-        done = run_probe([str(artefact.path), str(threads), str(context), kv_cache])
+        done = run_probe([str(artefact.path), json.dumps(options)])
         if done.code not in (0, REFUSED):
             raise ArtefactError(complaint(artefact, done))
         return "" if done.code else WORKS

@@ -1,7 +1,8 @@
-"""The child of `probe`: loads the file PATH with THREADS, CONTEXT and KV_CACHE and evaluates a few tokens."""
+"""The child of `probe`: loads the file PATH with OPTIONS, EngineOptions as JSON, and evaluates a few tokens."""
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 
@@ -10,7 +11,7 @@ import numpy as np
 from ..base.command import run_command
 from ..base.errors import ArtefactError, EfficientLLMError
 from .artefact import Artefact
-from .engine import CACHE_CHOICES, EngineOptions, load_engine
+from .engine import EngineOptions, load_engine
 from .probe import REFUSED
 
 TEXT = "Hello"
@@ -18,11 +19,10 @@ TEXT = "Hello"
 
 def body(argv: Sequence[str]) -> int:
     """0 where the model works, REFUSED where loading it ends in a clear error."""
-    path, threads, context, kv_cache = argv
+    path, options = argv
     artefact = Artefact.open(path)
     try:
-        options = EngineOptions(int(threads), int(context), huge_pages=False, kv_cache=CACHE_CHOICES[kv_cache])
-        engine = load_engine(artefact, options, probe=False)
+        engine = load_engine(artefact, EngineOptions(**json.loads(options) | {"huge_pages": False}), probe=False)
     except EfficientLLMError:
         return REFUSED
     tokens = engine.tokenize(TEXT, special=True)[:4] or [0]
