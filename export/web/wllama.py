@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import shutil
 import subprocess
 import tarfile
@@ -13,6 +14,7 @@ from pathlib import Path
 from ...runtime.base.errors import ArtefactError, UsageError
 from ...runtime.base.files import write_bytes_atomically
 from ...runtime.base.user_cache import cache_folder
+from .kernels import with_simd_kernels
 
 VERSION = "3.13.0"
 """Of both packages; its llama.cpp is b12211-7d7f028."""
@@ -52,25 +54,29 @@ COMPAT = NpmPackage(
 
 
 def copy_wllama(folder: Path, given: str) -> list[str]:
-    """Put the runtime's files into `folder`; returns their names.
+    """Put the runtime's files into `folder`, its modules with SIMD kernels (kernels.py); returns their names.
 
     `given`: folder with both tarballs as `npm pack` leaves them; "" asks npm once and keeps them in the user's cache.
     UsageError where they cannot be had, ArtefactError where they are not the pinned ones.
     """
     names = []
     for package in (WLLAMA, COMPAT):
-        content = _tarball(package, Path(given) if given else None)
-        with tempfile.TemporaryFile() as stream:
-            stream.write(content)
-            stream.seek(0)
-            with tarfile.open(fileobj=stream) as archive:
-                for member, name in package.files.items():
-                    source = archive.extractfile(member)
-                    if source is None:
-                        raise ArtefactError(f"{package.tarball} holds no {member}")
-                    (folder / name).write_bytes(source.read())
-                    names.append(name)
+        tarball = _tarball(package, Path(given) if given else None)
+        for member, name in package.files.items():
+            content = _member(tarball, member)
+            if name.endswith(".wasm"):
+                content = with_simd_kernels(content, is_64=package is WLLAMA)
+            (folder / name).write_bytes(content)
+            names.append(name)
     return names
+
+
+def _member(tarball: bytes, name: str) -> bytes:
+    with tarfile.open(fileobj=io.BytesIO(tarball)) as archive:
+        source = archive.extractfile(name)
+        if source is None:
+            raise ArtefactError(f"wllama's tarball holds no file {name}")
+        return source.read()
 
 
 def _tarball(package: NpmPackage, given: Path | None) -> bytes:
