@@ -1,8 +1,8 @@
 """What the server costs: `python -m efficientllm.server.benchmark ARTEFACT`.
 
 The same prompts are answered by the engine in this process and by a server in a child process, in turn; the
-second turn of a chat is timed with and without its cached beginning; then the server's memory is watched over many
-short requests.
+second turn of a chat is timed with and without its cached beginning, sampled answers beside greedy ones; then the
+server's memory is watched over many short requests.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from ..runtime.engines.engine import EngineOptions, load_engine
 from ..runtime.engines.owned import OwnedEngine
 from ..runtime.generation import AnswerOptions, Generation
 from ..runtime.prompt import chat_prompt
+from ..runtime.sampling import SamplingOptions
 
 if TYPE_CHECKING:
     import httpx
@@ -71,7 +72,7 @@ def served(artefact: str, threads: int) -> Iterator[httpx.Client]:
         port = probe.getsockname()[1]
     command = [
         *(sys.executable, "-c", "from efficientllm.server.cli import main; main()", "--model", f"model={artefact}"),
-        *("--port", str(port), "--threads", str(threads), "--context", str(CONTEXT)),
+        *("--port", str(port), "--threads", str(threads), "--context", str(CONTEXT), "--parallel", "1"),
     ]
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + START_SECONDS
@@ -140,21 +141,54 @@ def overhead(artefact: str, threads: int, rounds: int, tokens: int) -> None:
 
 
 def prefix_reuse(artefact: str, threads: int, rounds: int) -> None:
-    """Print the time to the first token of a chat's second turn, with the first one cached and without."""
-    engine = load_engine(artefact, EngineOptions(threads=threads, context=CONTEXT, warm_up=True))
-    times: tuple[list[float], list[float]] = ([], [])
+    """Print the time to the first token of a chat's second turn: with the first turn cached, after another chat's turn,
+    and without a cache."""
+    engine = load_engine(artefact, EngineOptions(threads=threads, context=CONTEXT, parallel=2, warm_up=True))
+    print(engine.settings)
+    times: tuple[list[float], ...] = ([], [], [])
     long: list[int] = []
     for number in range(rounds):
         first = [{"role": "user", "content": f"{number}. " + "The lighthouse stands on a rock in the sea. " * 30}]
         turns = [*first, {"role": "assistant", "content": "Yes."}, {"role": "user", "content": "Who keeps it?"}]
         short, long = chat_prompt(engine, first), chat_prompt(engine, turns)
-        for index, before in enumerate((short, [number])):
-            engine.prefill(before)
+        other = chat_prompt(engine, [{"role": "user", "content": f"{number}? " + "Ships pass it at night. " * 40}])
+        for index, befores in enumerate(((short,), (short, other), ([number], [number + 1]))):
+            for before in befores:
+                engine.prefill(before)
             began = time.perf_counter()
             engine.prefill(long)
             times[index].append(1000 * (time.perf_counter() - began))
     engine.close()
-    print(f"second turn of {len(long)} tokens: cached {spread(times[0], 'ms')}, from scratch {spread(times[1], 'ms')}")
+    names = ("cached", "after another chat's turn", "from scratch")
+    shown = ", ".join(f"{name} {spread(values, 'ms')}" for name, values in zip(names, times, strict=True))
+    print(f"second turn of {len(long)} tokens: {shown}")
+
+
+def sampling_cost(artefact: str, threads: int, rounds: int, tokens: int) -> None:
+    """Print how much slower than greedy ones sampled answers of the same length are, with all that can be asked for."""
+    engine = load_engine(artefact, EngineOptions(threads=threads, context=CONTEXT, warm_up=True))
+    prompt = chat_prompt(engine, [{"role": "user", "content": TEXT.format(number=0)}])
+    endless = dict.fromkeys(engine.end_ids, float("-inf"))
+    sides = [
+        AnswerOptions(tokens, sampling, logit_bias=endless)
+        for sampling in (
+            SamplingOptions(),
+            SamplingOptions(temperature=0.8),
+            SamplingOptions(1.0, repetition_penalty=1.1, frequency_penalty=0.1, presence_penalty=0.1),
+        )
+    ]
+    seconds: list[list[float]] = [[] for _ in sides]
+    for _ in range(rounds + 1):
+        for index, options in enumerate(sides):
+            generation = Generation(engine, prompt, options)
+            for _ in generation:
+                pass
+            seconds[index].append(generation.stats.decode_seconds)
+    engine.close()
+    greedy, *sampled = (values[1:] for values in seconds)  # the first round warms up
+    for name, values in zip(("sampled", "sampled with penalties"), sampled, strict=True):
+        slower = [100 * (one / other - 1) for one, other in zip(values, greedy, strict=True)]
+        print(f"{name}, {engine.vocab_size:,} tokens of vocabulary: slower than greedy by {spread(slower, '%')}")
 
 
 def spread(values: list[float], unit: str) -> str:
@@ -182,6 +216,7 @@ def body(argv: Sequence[str]) -> int:
     artefact, options = arguments.pop("artefact"), flags.take(arguments, BenchmarkOptions)
     overhead(artefact, options.threads, options.rounds, options.tokens)
     prefix_reuse(artefact, options.threads, options.rounds)
+    sampling_cost(artefact, options.threads, options.rounds, options.tokens)
     if options.requests:
         memory(artefact, options.threads, options.requests)
     return 0

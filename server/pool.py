@@ -136,7 +136,8 @@ def capacity(engine: OwnedEngine) -> str:
     size = f" in {format_bytes(engine.kv_cache_bytes)}" if engine.kv_cache_bytes else ""
     chats = min(engine.num_sequences, engine.cache_slots // CHAT)
     found = f"{engine.num_sequences} answers at once, room for {engine.cache_slots:,} tokens{size}"
-    chats_line = f"holds {chats} chats of {CHAT:,} tokens" if chats else f"too little for a chat of {CHAT:,} tokens"
+    plural = "" if chats == 1 else "s"
+    chats_line = f"holds {chats} chat{plural} of {CHAT:,} tokens" if chats else f"less than a chat of {CHAT:,} tokens"
     return "; ".join(part for part in (found, chats_line, engine.settings) if part)
 
 

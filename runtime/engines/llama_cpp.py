@@ -49,30 +49,37 @@ class LlamaCppEngine:
         check_gguf(path)
         self._llama: Any = llama_cpp
         llama_cpp.llama_log_set(_drop_log_line, ctypes.c_void_p(0))
-        threads = options.threads or os.cpu_count() or 1
         began = time.perf_counter()
         with huge_pages(options.huge_pages):
             self._model = _load(path, options.memory_map)
-        self._vocab: Any = llama_cpp.llama_model_get_vocab(self._model)
-        trained = llama_cpp.llama_model_n_ctx_train(self._model) or DEFAULT_CONTEXT
-        context = options.context or min(DEFAULT_CONTEXT, trained)
-        self.num_sequences = options.sequences
-        release = f"{engine_version('llama.cpp')}, {threads} threads"
-        attention = choose_attention(
-            path, release, options.kv_cache, options.sequences, partial(LlamaContext, self._model, threads)
-        )
-        self.settings = str(attention)
-        bytes_per_token = attention.bytes_per_token(*_cache_shape(path.parent, self._metadata))
-        slots = context * min(options.sequences, SHARED_CONTEXTS)
-        if options.cache_memory and bytes_per_token:
-            slots = max(context, int(options.cache_memory / bytes_per_token))
-        self._context = LlamaContext(self._model, threads, attention, slots, options.sequences)
         self.load_ms = (time.perf_counter() - began) * 1e3
-        self.cache_slots = self._context.slots
-        # one sequence may use what llama.cpp rounded up
-        self.context_length = self.cache_slots if options.sequences == 1 else context
-        self.kv_cache_bytes = round(self.cache_slots * bytes_per_token)
+        try:
+            self._make_context(path, options)
+        except BaseException:
+            llama_cpp.llama_model_free(self._model)
+            raise
+        self._vocab: Any = llama_cpp.llama_model_get_vocab(self._model)
         self._read_vocabulary()
+
+    def _make_context(self, path: Path, options: EngineOptions) -> None:
+        """Caches for as many chats as are asked for."""
+        threads = options.threads or os.cpu_count() or 1
+        trained = self._llama.llama_model_n_ctx_train(self._model) or DEFAULT_CONTEXT
+        self.context_length = options.context or min(DEFAULT_CONTEXT, trained)
+        self.num_sequences = options.sequences
+        make = partial(LlamaContext, self._model, threads)
+        release = f"{engine_version('llama.cpp')}, {threads} threads"
+        attention = choose_attention(path, release, options.kv_cache, self.num_sequences, make)
+        bytes_per_token = attention.bytes_per_token(*_cache_shape(path.parent, self._metadata))
+        slots = self.context_length * min(self.num_sequences, SHARED_CONTEXTS)
+        if options.cache_memory and bytes_per_token:
+            slots = max(self.context_length, int(options.cache_memory / bytes_per_token))
+        began = time.perf_counter()  # what the choice took is not loading's: it is made once
+        with huge_pages(options.huge_pages):
+            self._context = make(attention, slots, self.num_sequences)
+        self.load_ms += (time.perf_counter() - began) * 1e3
+        self.settings, self.cache_slots = str(attention), self._context.slots
+        self.kv_cache_bytes = round(self.cache_slots * bytes_per_token)
 
     def _read_vocabulary(self) -> None:
         llama, vocab = self._llama, self._vocab
