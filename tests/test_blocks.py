@@ -135,6 +135,13 @@ def test_of_an_energy_the_root_is_shared_out() -> None:
         assert torch.allclose(nats[kind][0], expected)
 
 
+def test_a_stem_alone_keeps_its_saliency() -> None:
+    scores = BlockScores((), "taylor1", len(LAYERS), 1, 1.0)
+    scores.renew(probe(tiny_model(ARCHITECTURE)), ARCHITECTURE, {}, size=1.0)
+    stem = random_scores(ARCHITECTURE)["stem"]
+    assert torch.equal(scores.in_nats({"stem": stem})["stem"][0], stem[0].double())
+
+
 def test_blocks_are_renewed_as_the_budget_falls(measured: tuple[BlockScores, BlockProbe]) -> None:
     assert not measured[0].is_stale(980.0)
     assert measured[0].is_stale(975.0)  # a quarter of the span

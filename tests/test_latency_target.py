@@ -137,12 +137,28 @@ def test_other_targets_are_refused(text: str) -> None:
         ({"target_latency": "0.6x", "target_params": 5, "device_profile": "a", "at_depth": 1}, "are both given"),
         ({"target_latency": "0.6x", "device_profile": "a", "workload": "tokens=3"}, "cannot read 'tokens=3'"),
         ({"prune": ("blocks",), "layout": "uniform"}, "needs layers that may differ"),
+        ({"prune": ("ffn", "blocks"), "score_scale": "saliency"}, "blocks need scores in one unit"),
         ({"prune": ("ffn", "layers"), "target_architecture": "a.json"}, "says which blocks go"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(settings: dict[str, object], message: str) -> None:
     with pytest.raises((UsageError, ValueError), match=message):
         PruneConfig(**settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("settings", "measured"),
+    [
+        ({"target_params": 5}, False),
+        ({"target_params": 5, "prune": ("ffn", "blocks")}, True),
+        ({"target_params": 5, "score_scale": "blocks"}, True),
+        ({"target_latency": "0.6x", "device_profile": "a", "at_depth": 1}, True),
+        ({"target_latency": "0.6x", "device_profile": "a", "at_depth": 1, "rank_by": "parameters"}, False),
+        ({"target_latency": "0.6x", "device_profile": "a", "at_depth": 1, "score_scale": "saliency"}, False),
+    ],
+)
+def test_blocks_are_measured_where_their_scale_matters(settings: dict[str, object], measured: bool) -> None:
+    assert PruneConfig(**settings).measures_blocks == measured  # type: ignore[arg-type]
 
 
 # -- runs

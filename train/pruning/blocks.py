@@ -109,7 +109,7 @@ class BlockScores:
     def in_nats(self, scores: Scores) -> Scores:
         """Scores of groups as expected loss, with those of the blocks beside them."""
         known = torch.cat([factors[factors > 0] for factors in self._factors.values()])
-        typical = float(known.median()) if len(known) else 0.0
+        typical = float(known.median()) if len(known) else 1.0  # where only the stem is scored, its scale is no matter
         found: Scores = {}
         for name, vectors in scores.items():
             if KINDS[name].is_whole_model:  # in all blocks at once

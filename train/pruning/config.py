@@ -69,6 +69,9 @@ class PruneConfig:
     obs_rows: int = flags.count(512)
     """Tokens per forward pass that enter the Gram matrices; 0: all."""
 
+    score_scale: Literal["auto", "blocks", "saliency"] = "auto"
+    """blocks: a group's saliency counts as its share of what its block is worth, which is measured; saliency: as it is;
+    auto: blocks where whole blocks may go or groups compete for milliseconds."""
     block_tokens: int = flags.count(4096)
     """Tokens of the corpora on which the loss without a block is measured."""
     block_renewals: int = 8
@@ -131,8 +134,16 @@ class PruneConfig:
             shown = ",".join(self.prune)
             rule = "needs layers that may differ: use --layout per-layer"
             flags.require(self, "prune", self.layout == "per-layer", rule, value=shown)
+            flags.require(self, "score_scale", self.score_scale != "saliency", "blocks need scores in one unit")
             rule = "--target-architecture says which blocks go; leave them out"
             flags.require(self, "prune", self.target_architecture is None, rule, value=shown)
+
+    @property
+    def measures_blocks(self) -> bool:
+        """Whether groups share out what their block is worth."""
+        if self.score_scale != "auto":
+            return self.score_scale == "blocks"
+        return bool(self.blocks) or (self.target_latency is not None and self.rank_by == "target")
 
     @property
     def asked_workload(self) -> Workload | None:

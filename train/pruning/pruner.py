@@ -49,7 +49,7 @@ class Pruner:
         self.tracker = plan.tracker(self.physical, seed, parallel.mean_tensors)
         self.tracker.attach(model)
         self.grams = self._make_grams() if plan.settings.weight_update == "obs" else None
-        self.blocks = self._make_blocks() if plan.rules.blocks else None
+        self.blocks = self._make_blocks() if plan.settings.measures_blocks else None
         self.is_done = plan.budget.is_met(self.architecture)
 
     def _make_grams(self) -> InputGrams:
@@ -109,7 +109,7 @@ class Pruner:
     ) -> Removal | None:
         """Zero the lowest-scored units until the budget's measure is at most `target`; None where nothing goes.
 
-        `probe` measures blocks, where they may go; then it is a collective call.
+        `probe` measures blocks, where that is wanted; then it is a collective call.
         """
         if not self.is_above(target):
             return None
@@ -141,7 +141,7 @@ class Pruner:
         return self.blocks is not None and self.blocks.is_doubtful(unit, taken)
 
     def _scores_to_rank_by(self, probe: BlockProbe | None) -> Scores:
-        """In nats, and with blocks, where blocks may go; as the tracker has them otherwise."""
+        """In nats, and with blocks, where blocks are measured; as the tracker has them otherwise."""
         scores = self.logical_scores()
         if self.blocks is None:
             return scores
