@@ -8,7 +8,8 @@ from pathlib import Path
 
 from ..runtime.chat_template import render_chat
 from ..runtime.engines.engine import EngineOptions, load_engine
-from ..runtime.generation import AnswerOptions, Generation, chat_prompt, text_prompt
+from ..runtime.generation import AnswerOptions, Generation
+from ..runtime.prompt import chat_prompt, text_prompt
 
 CHECKED_TOKENS = 32
 CONTEXT = 256
