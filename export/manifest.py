@@ -17,7 +17,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 
 
 OLLAMA_FILE = "Modelfile"
-"""What a printed hint tells people to write beside a GGUF."""
+"""Lies beside a GGUF, and is its owner's to change: no hash is kept of it."""
 
 
 def copy_tokenizer(checkpoint: Checkpoint, folder: Path) -> list[str]:

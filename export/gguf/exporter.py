@@ -6,15 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...runtime.base.errors import ArtefactError
+from ...runtime.base.files import write_text_atomically
 from ...runtime.chat_template import render_chat
 from ...runtime.engines.hf_tokenizer import read_settings, special_token
 from ...train.model.tensors import tensor_shape
 from ..calibration import column_importance, save_for_gguf
 from ..checkpoint import Checkpoint
-from ..manifest import Contents, bits_per_weight, write_manifest
+from ..manifest import OLLAMA_FILE, Contents, bits_per_weight, write_manifest
 from ..request import ExportRequest, PaddingOptions, log
 from ..targets import Exporter
 from ..verification import Agreement, check_exact, check_quantized, compare_logits, sample_text, torch_sample
+from .modelfile import modelfile
 from .probe import probe
 from .quantize import (
     ROW_MULTIPLE,
@@ -49,8 +51,10 @@ class GgufOptions(PaddingOptions):
 
 
 def export_gguf(checkpoint: Checkpoint, request: ExportRequest[GgufOptions], folder: Path) -> None:
-    """Write FOLDER/model.gguf and its manifest; raises before anything is left behind."""
+    """Write FOLDER/model.gguf, its manifest and a Modelfile; raises before anything is left behind."""
     write_manifest(checkpoint, request, folder, write_model(checkpoint, request, folder))
+    # not among the manifest's files: people may write other defaults into it
+    write_text_atomically(folder / OLLAMA_FILE, modelfile(checkpoint, MODEL_FILE))
     for hint in run_hints(request.output, checkpoint.context_length, checkpoint.architecture.head_dim):
         log.info("run it with: %s", hint)
 
@@ -114,10 +118,9 @@ def run_hints(folder: Path, context_length: int, head_dim: int) -> list[str]:
     context = min(context_length, 4096)
     # flash attention over fp16 is slow on many CPUs; Q8_0 has blocks of 32
     attention = "-fa off" if head_dim % 32 else "-fa on -ctk q8_0 -ctv q8_0"
-    modelfile = f"FROM ./{MODEL_FILE}\\nPARAMETER num_ctx {context}\\n"
     return [
         f"llama-server -m {folder / MODEL_FILE} -c {context} {attention}",
-        f"printf '{modelfile}' > {folder / 'Modelfile'} && ollama create {folder.name} -f {folder / 'Modelfile'}",
+        f"ollama create {folder.name} -f {folder / OLLAMA_FILE}",
     ]
 
 

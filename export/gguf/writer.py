@@ -23,6 +23,7 @@ from ...train.model.architecture import Architecture, LayerShape
 from ..checkpoint import Checkpoint
 from ..padding import pad_rows, padded_eps, padded_tensors, padding_notes, uniform_architecture
 from ..rope import frequency_factors, permute_rope
+from .metadata import add_metadata
 from .quantize import file_type
 from .tokenizer import GgufTokenizer, read_tokenizer
 
@@ -148,7 +149,7 @@ def _permuted(name: str, array: np.ndarray, architecture: Architecture) -> np.nd
 
 def _add_fields(writer: Any, checkpoint: Checkpoint, plan: GgufPlan) -> None:
     architecture, layers = plan.architecture, plan.architecture.layers
-    writer.add_name(Path(checkpoint.name).name)
+    add_metadata(writer, checkpoint)
     writer.add_file_type(file_type("f32"))
     writer.add_block_count(len(layers))
     writer.add_context_length(checkpoint.context_length)
