@@ -124,6 +124,16 @@ def test_a_cancelled_answer_leaves_the_others_alone(engine: OwnedEngine) -> None
     assert [texts[id(one)] for one in together if one is not together[1]] == [alone[0], *alone[2:]]
 
 
+def test_many_chats_in_a_small_window_fit_a_pass(artefact: Path) -> None:
+    """llama.cpp ends the process where a pass has more tokens than it was told of."""
+    engine = load_engine(artefact, EngineOptions(threads=1, context=30, parallel=16, kv_cache="q8_0"))
+    together = answers(engine, [[5 + (3 * index + step) % 300 for step in range(25)] for index in range(16)], tokens=4)
+    run(engine, together)
+    assert all(generation.answer for generation in together)
+    assert engine.context_length == 30
+    engine.close()
+
+
 @pytest.mark.parametrize("target", ["onnx"])
 def test_engines_that_take_one_at_a_time_keep_a_cache_per_chat(
     target: str, source_folder: Path, tmp_path: Path

@@ -16,7 +16,10 @@ from .protocol import CacheFullError, EvaluationInterrupted, Part
 CacheType = Literal["f16", "q8_0", "f32"]
 
 BATCH = 512
-"""Tokens evaluated in one pass."""
+"""Tokens evaluated in one pass, at most."""
+
+CELLS = 256
+"""llama.cpp rounds a cache up to a multiple of it, but not, unasked, the size of its passes with it."""
 
 _ENABLED, _DISABLED = 1, 0
 """enum llama_flash_attn_type"""
@@ -55,8 +58,11 @@ class LlamaContext:
         self._llama: Any = llama_cpp
         llama: Any = llama_cpp
         parameters = llama_cpp.llama_context_default_params()
+        slots = -(-slots // CELLS) * CELLS
         parameters.n_ctx, parameters.n_seq_max, parameters.kv_unified = slots, sequences, True
-        parameters.n_batch = parameters.n_ubatch = BATCH
+        self.max_batch = min(BATCH, slots)
+        """Tokens that one pass takes; more would end the process."""
+        parameters.n_batch = parameters.n_ubatch = self.max_batch
         parameters.n_threads = parameters.n_threads_batch = threads
         parameters.type_k = parameters.type_v = _TYPES[attention.cache]
         parameters.flash_attn_type = _ENABLED if attention.flash else _DISABLED
@@ -65,7 +71,7 @@ class LlamaContext:
             raise ArtefactError(f"llama.cpp makes no context of {slots} tokens with {attention}")
         self._memory: Any = llama_cpp.llama_get_memory(self._context)
         self.slots: int = llama_cpp.llama_n_ctx(self._context)
-        """Tokens that fit, all sequences together; llama.cpp rounds up."""
+        """Tokens that fit, all sequences together."""
         self.vocab_size: int = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(model))
         self._batch: Any = llama_cpp.llama_batch_init(BATCH, 0, 1)
         self._lengths = [0] * sequences
@@ -87,12 +93,12 @@ class LlamaContext:
         self._stop_wish[0] = b"\0"
 
     def extend(self, parts: Sequence[Part]) -> list[np.ndarray]:
-        """See Engine.extend; BATCH tokens at most."""
+        """See Engine.extend."""
         rows = self._decode([(part.sequence, part.tokens, [part.wants_logits]) for part in parts])
         return [self._logits(row) for row in rows]
 
     def all_logits(self, sequence: int, tokens: Sequence[int]) -> np.ndarray:
-        """Append `tokens`, BATCH at most, and return the logits after each, fp32 [n, V]."""
+        """Append `tokens`, `max_batch` at most, and return the logits after each, fp32 [n, V]."""
         rows = self._decode([(sequence, tokens, [True] * len(tokens))])
         return np.stack([self._logits(row) for row in rows])
 

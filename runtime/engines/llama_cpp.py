@@ -18,7 +18,7 @@ from ..base.extras import extra
 from .attention import choose_attention
 from .engine import DEFAULT_CONTEXT, EngineOptions, engine_version
 from .huge_pages import huge_pages
-from .llama_context import BATCH, LlamaContext
+from .llama_context import LlamaContext
 from .manifest import Manifest
 from .memory import give_back_freed_memory
 from .protocol import Part
@@ -40,8 +40,6 @@ def _drop_log_line(level: int, text: bytes, data: object) -> None:
 
 class LlamaCppEngine:
     """See runtime.engines.protocol.Engine."""
-
-    max_batch = BATCH
 
     def __init__(self, path: Path, options: EngineOptions) -> None:
         with extra("gguf", "llama-cpp-python"):
@@ -78,7 +76,7 @@ class LlamaCppEngine:
         with huge_pages(options.huge_pages):
             self._context = make(attention, slots, self.num_sequences)
         self.load_ms += (time.perf_counter() - began) * 1e3
-        self.settings, self.cache_slots = str(attention), self._context.slots
+        self.settings, self.cache_slots, self.max_batch = str(attention), self._context.slots, self._context.max_batch
         self.kv_cache_bytes = round(self.cache_slots * bytes_per_token)
 
     def _read_vocabulary(self) -> None:
@@ -134,8 +132,8 @@ class LlamaCppEngine:
         self._context.resume()
 
     def evaluate(self, tokens: Sequence[int], first: int, held: int) -> Iterator[np.ndarray]:
-        for begin in range(held, first, BATCH):
-            self._context.extend([Part(0, tokens[begin : min(begin + BATCH, first)], wants_logits=False)])
+        for begin in range(held, first, self.max_batch):
+            self._context.extend([Part(0, tokens[begin : min(begin + self.max_batch, first)], wants_logits=False)])
         for begin in range(first, len(tokens), EVALUATED):
             yield self._context.all_logits(0, tokens[begin : begin + EVALUATED])
 
