@@ -34,10 +34,11 @@ def calibrated(table: LatencyTable, measured_ms: Mapping[DecoderShape, np.ndarra
     corrections = np.stack(
         [_correction(parts[:, :, index], counts, measured[:, index]) for index in range(table.num_conditions)], axis=1
     )
-    scales = dict(zip(SCALE_PRIOR, 1 + corrections[: len(SCALE_PRIOR)], strict=True))
-    overheads = dict(zip(("attention", "ffn"), corrections[len(SCALE_PRIOR) :], strict=True))
+    scales: dict[str, np.ndarray] = dict(zip(SCALE_PRIOR, 1 + corrections[: len(SCALE_PRIOR)], strict=True))
+    overheads: dict[str, np.ndarray] = dict(zip(("attention", "ffn"), corrections[len(SCALE_PRIOR) :], strict=True))
+    one = np.ones(table.num_conditions)
     grids = {
-        name: Grid(grid.axes, grid.values * scales.get(name, 1.0) + overheads.get(name, 0.0))
+        name: Grid(grid.axes, grid.values * scales.get(name, one) + overheads.get(name, 1 - one))
         for name, grid in table.parts.items()
     }
     return dataclasses.replace(table, parts=grids)
