@@ -79,7 +79,13 @@ def profile(
     whole = irregular_shapes(widths, CALIBRATION, CALIBRATION_SEED)
     single = removals(widths) if settings.profile_savings else {}
     timed = dataclasses.replace(
-        options, prompt_tokens=(SHORT_PROMPT, LONG_PROMPT), decode_tokens=(DECODED,), depths=(DEPTH,), repetitions=1
+        options,
+        prompt_tokens=(SHORT_PROMPT, LONG_PROMPT),
+        decode_tokens=(DECODED,),
+        depths=(DEPTH,),
+        repetitions=1,
+        # one for all: with "auto", each model would be tried for seconds, and might end with another than the last
+        kv_cache="q8_0" if settings.profile_engine == "llama.cpp" and options.kv_cache == "auto" else options.kv_cache,
     )
     with _work_folder(settings) as folder:
         shapes = list(dict.fromkeys([*stacks, *whole, *unseen, *single.values()]))
@@ -108,6 +114,9 @@ def _work_folder(settings: ProfileOptions) -> AbstractContextManager[str]:
 def _measured_on(run: Run, options: BenchOptions, settings: ProfileOptions) -> MeasuredOn:
     """CPU time is the clock of one thread, where the device tells it; several threads wait for each other."""
     first, threads = run.results[0], options.threads or run.device.cores
+    chosen = {result.engine_settings for result in run.results}
+    if len(chosen) > 1:
+        raise DeviceError(f"models ran with different settings: {'; '.join(sorted(chosen))}; give --kv-cache q8_0")
     return MeasuredOn(
         device=settings.profile_name or run.device.name,
         cpu=run.device.cpu,
@@ -117,6 +126,7 @@ def _measured_on(run: Run, options: BenchOptions, settings: ProfileOptions) -> M
         threads=threads,
         clock="cpu" if threads == 1 and first.cpu_ms_per_token else "wall",
         measured_at=run.measured_at,
+        engine_settings=first.engine_settings,
         efficientllm_version=run.efficientllm_version,
         emulated=run.device.emulated,
     )
