@@ -81,6 +81,7 @@ class Bench:
         self._first_token = 0
         self.speeds: dict[str, list[float]] = {}
         self.cpu_ms_per_token: dict[str, list[float]] = {}
+        self.quiet_ms_per_token: dict[str, list[float]] = {}
         self.first_token_ms: list[float] = []
         self.joules_per_token: list[float] = []
         self.skipped: dict[str, str] = {}
@@ -99,16 +100,17 @@ class Bench:
             self._prefill(1)
             ends = self._decode(max(decodes), measure_energy=max(decodes) == longest)
             for length in decodes:
-                self._record(f"tg{length}", length, ends[length - 1])
+                self._record_decode(f"tg{length}", ends[:length])
         for depth in self._options.depths:
             name = f"tg{shortest}@d{depth}"
             if depth and self._fits(name, depth + shortest):
                 self._prefill(depth)
-                self._record(name, shortest, self._decode(shortest)[-1])
+                self._record_decode(name, self._decode(shortest))
 
     def forget(self) -> None:
         """Drop what the repetition that warms up recorded."""
-        self.speeds, self.cpu_ms_per_token, self.first_token_ms, self.joules_per_token = {}, {}, [], []
+        self.speeds, self.cpu_ms_per_token, self.quiet_ms_per_token = {}, {}, {}
+        self.first_token_ms, self.joules_per_token = [], []
 
     def _fits(self, test: str, tokens: int) -> bool:
         if tokens <= self._engine.context_length:
@@ -119,6 +121,12 @@ class Bench:
     def _record(self, test: str, tokens: int, span: Span) -> None:
         self.speeds.setdefault(test, []).append(tokens / span.wall)
         self.cpu_ms_per_token.setdefault(test, []).append(1000 * span.cpu / tokens)
+
+    def _record_decode(self, test: str, ends: list[Span]) -> None:
+        self._record(test, len(ends), ends[-1])
+        for name, seconds in ((test, [end.wall for end in ends]), (f"{test} CPU", [end.cpu for end in ends])):
+            quartile = np.quantile(np.diff(seconds, prepend=0.0), 0.25)
+            self.quiet_ms_per_token.setdefault(name, []).append(1000 * float(quartile))
 
     def _tokens(self, count: int) -> list[int]:
         return self._random.integers(self._engine.vocab_size, size=count).tolist()
@@ -179,6 +187,7 @@ def measure_engine(engine: Decoder, options: BenchOptions, version: str, baselin
     return Measurement(
         speeds=bench.speeds,
         cpu_ms_per_token=bench.cpu_ms_per_token,
+        quiet_ms_per_token=bench.quiet_ms_per_token,
         engine_version=version,
         threads=options.threads,
         load_ms=[engine.load_ms],

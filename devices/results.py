@@ -106,6 +106,11 @@ class Readings(Generic[Sample]):
 
     Empty where the program on the device does not tell.
     """
+    quiet_ms_per_token: dict[str, Sample] = field(default_factory=dict)
+    """First quartile over the tokens of a decode, by test, of wall time, and of CPU time under "TEST CPU".
+
+    What the machine does beside it disturbs some tokens, and these hardly. Empty as above.
+    """
     load_ms: Sample | None = None
     time_to_first_token_ms: Sample | None = None
     """From the first test's prompt to its first token."""
@@ -206,6 +211,7 @@ def summarize(
     return Result(
         speeds=_pool_by_test([run.speeds for run in runs]),
         cpu_ms_per_token=_pool_by_test([run.cpu_ms_per_token for run in runs]),
+        quiet_ms_per_token=_pool_by_test([run.quiet_ms_per_token for run in runs]),
         load_ms=_pool([run.load_ms for run in runs]),
         time_to_first_token_ms=_pool([run.time_to_first_token_ms for run in runs]),
         joules_per_token=_pool([run.joules_per_token for run in runs]),
@@ -297,6 +303,10 @@ def _result(values: dict[str, Any]) -> Result:
     manifest = values["manifest"]  # older files have these there alone
     read.setdefault("num_parameters", manifest.get("architecture", {}).get("num_parameters", 0))
     read.setdefault("quantization", manifest.get("quantization", ""))
-    for name in ("speeds", "cpu_ms_per_token"):
-        read[name] = {test: Figure(**entry) for test, entry in values[name].items()}
+    for name, figures in (
+        ("speeds", values["speeds"]),
+        ("cpu_ms_per_token", values["cpu_ms_per_token"]),
+        ("quiet_ms_per_token", values.get("quiet_ms_per_token", {})),  # older files lack them
+    ):
+        read[name] = {test: Figure(**entry) for test, entry in figures.items()}
     return Result(**read)

@@ -72,6 +72,9 @@ def test_measures_artefacts_and_bare_files(
         assert all(figure["n"] == 4 for figure in result["speeds"].values())
         assert list(result["cpu_ms_per_token"]) == NAMES
         assert all(figure["n"] == 4 and figure["median"] > 0 for figure in result["cpu_ms_per_token"].values())
+        quiet = result["quiet_ms_per_token"]
+        assert list(quiet) == [name + clock for name in ("tg4", "tg8", "tg4@d20") for clock in ("", " CPU")]
+        assert 0 < quiet["tg8"]["median"] < 1000 / result["speeds"]["tg8"]["low"]  # the better tokens, against all
         assert result["speeds"]["tg8"]["low"] <= result["speeds"]["tg8"]["median"]
         assert result["time_to_first_token_ms"]["median"] == pytest.approx(
             16000 / result["speeds"]["pp16"]["median"], rel=0.5

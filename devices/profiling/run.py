@@ -21,6 +21,7 @@ from ..device import Device
 from ..results import BenchOptions, Result, Run
 from .artefacts import DEFAULT_TYPES, make_artefacts
 from .assemble import assemble
+from .calibrate import calibrated
 from .held_out import error_of, irregular_shapes, removals
 from .stacks import Design, Widths
 
@@ -33,6 +34,9 @@ DEPTHS = (DECODED // 2, DEPTH + DECODED // 2)
 """Where the middle of each decode lies: the table's depths."""
 DESIGNS = {"llama.cpp": Design.full, "onnxruntime": Design.full, "executorch": Design.thin}
 """Engine -> which stacks are measured."""
+CALIBRATION = 10
+"""Irregular random models that the table is made to agree with; none of them is held out."""
+CALIBRATION_SEED = 1_000
 CONTEXT = 2048
 """Tokens that the random models are made for."""
 
@@ -72,19 +76,26 @@ def profile(
     widths = Widths.of_model(settings.profile_like) if settings.profile_like else Widths()
     design = DESIGNS[settings.profile_engine](widths)
     stacks, unseen = design.stacks(), irregular_shapes(widths, settings.profile_held_out)
+    whole = irregular_shapes(widths, CALIBRATION, CALIBRATION_SEED)
     single = removals(widths) if settings.profile_savings else {}
     timed = dataclasses.replace(
-        options, prompt_tokens=(SHORT_PROMPT, LONG_PROMPT), decode_tokens=(DECODED,), depths=(DEPTH,), repetitions=1
+        options,
+        prompt_tokens=(SHORT_PROMPT, LONG_PROMPT),
+        decode_tokens=(DECODED,),
+        depths=(DEPTH,),
+        repetitions=1,
+        # one for all: with "auto", each model would be tried for seconds, and might end with another than the last
+        kv_cache="q8_0" if settings.profile_engine == "llama.cpp" and options.kv_cache == "auto" else options.kv_cache,
     )
     with _work_folder(settings) as folder:
-        shapes = list(dict.fromkeys([*stacks, *unseen, *single.values()]))
+        shapes = list(dict.fromkeys([*stacks, *whole, *unseen, *single.values()]))
         artefacts = make_artefacts(shapes, settings.profile_engine, settings.weight_type, CONTEXT, Path(folder), say)
         run = bench(device, artefacts, timed, say, path.with_suffix(".bench.json"))
     found = dict(zip(shapes, run.results, strict=True))
     measured_on = _measured_on(run, timed, settings)
     prompts = (1, SHORT_PROMPT, LONG_PROMPT)
     times = {shape: _milliseconds(result, measured_on.clock) for shape, result in found.items()}
-    table = assemble(design, DEPTHS, prompts, times)
+    table = calibrated(assemble(design, DEPTHS, prompts, times), {shape: times[shape] for shape in whole})
     made = _checked(DeviceProfile(measured_on, table), {shape: times[shape] for shape in unseen})
     made = dataclasses.replace(
         made, savings=_savings(made, {name: (shape, times[shape]) for name, shape in single.items()})
@@ -103,6 +114,9 @@ def _work_folder(settings: ProfileOptions) -> AbstractContextManager[str]:
 def _measured_on(run: Run, options: BenchOptions, settings: ProfileOptions) -> MeasuredOn:
     """CPU time is the clock of one thread, where the device tells it; several threads wait for each other."""
     first, threads = run.results[0], options.threads or run.device.cores
+    chosen = {result.engine_settings for result in run.results}
+    if len(chosen) > 1:
+        raise DeviceError(f"models ran with different settings: {'; '.join(sorted(chosen))}; give --kv-cache q8_0")
     return MeasuredOn(
         device=settings.profile_name or run.device.name,
         cpu=run.device.cpu,
@@ -112,6 +126,7 @@ def _measured_on(run: Run, options: BenchOptions, settings: ProfileOptions) -> M
         threads=threads,
         clock="cpu" if threads == 1 and first.cpu_ms_per_token else "wall",
         measured_at=run.measured_at,
+        engine_settings=first.engine_settings,
         efficientllm_version=run.efficientllm_version,
         emulated=run.device.emulated,
     )
@@ -123,7 +138,10 @@ def _milliseconds(result: Result, clock: str) -> np.ndarray:
     def per_token(test: str) -> float:
         if test not in result.speeds:
             raise DeviceError(f"the device measured no {test}: {result.skipped.get(test, 'see the messages above')}")
-        # the better quartile: whatever else the machine does only adds to it
+        # whatever else the machine does only adds to what a token takes
+        named = f"{test} CPU" if clock == "cpu" else test
+        if named in result.quiet_ms_per_token:
+            return result.quiet_ms_per_token[named].median
         return result.cpu_ms_per_token[test].low if clock == "cpu" else 1000 / result.speeds[test].high
 
     first, deep = per_token(f"tg{DECODED}"), per_token(f"tg{DECODED}@d{DEPTH}")

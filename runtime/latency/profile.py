@@ -38,6 +38,8 @@ class MeasuredOn:
     """ "cpu": CPU time of all threads of the process, which other processes do not add to; "wall": the clock's."""
     measured_at: str
     """UTC, as ISO 8601."""
+    engine_settings: str = ""
+    """What the engine ran with, such as the attention kernel and the type of the cache."""
     efficientllm_version: str = ""
     emulated: bool = False
     """Whether instructions were translated: then no figure says anything about the device."""
