@@ -1,0 +1,139 @@
+"""`efficientllm-report`: results of several devices on one page."""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from chromium import CHROMIUM, chromium
+
+from efficientllm.devices import collection, report_cli
+from efficientllm.devices.results import BenchOptions, DeviceInfo, Measurement, Run, summarize
+from efficientllm.runtime.base.command import run_command
+
+PI = DeviceInfo("ssh://pi", "Linux 6.6", "aarch64", "Cortex-A76", 4, 8_000_000_000, board="Raspberry Pi 5")
+LAPTOP = DeviceInfo("local", "Linux 6.1", "x86_64", "A <fast> processor", 2, 0)
+
+
+def result(name: str, decode: list[float], size: int, kl: float | None, joules: list[float] | None = None) -> Any:
+    manifest: dict[str, Any] = {"training": {"perplexity": {"source": 20.0, "final": 25.5}}}
+    if kl is not None:
+        manifest["verification"] = {"exact": {"mean_kl": 0.0}, "quantized": {"mean_kl": kl}}
+    measured = Measurement(
+        speeds={"pp128": [800.0], "tg64@d512": [1.0], "tg64": decode}, threads=2, joules_per_token=joules
+    )
+    return summarize(name, "0" * 64, "llama.cpp", size, manifest, [measured])
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two runs as efficientllm-bench writes them, in a folder of their own."""
+    (tmp_path / "json").mkdir()
+    slow = result("source-q8_0", [100.0, 110.0, 120.0], 145_000_000, 0.001)
+    fast = result("pruned-q8_0", [150.0, 165.0, 180.0], 123_000_000, 0.002, joules=[0.4])
+    unknown = result("foreign.gguf", [9.0], 90_000_000, None)
+    Run(LAPTOP, BenchOptions(), [slow, fast], "2026-11-01T10:00:00+00:00", "0.1.0").write(tmp_path / "json/laptop.json")
+    Run(PI, BenchOptions(), [unknown]).write(tmp_path / "json/pi.json")
+    return tmp_path
+
+
+def page_of(folder: Path) -> str:
+    results = [str(folder / "json" / name) for name in ("laptop.json", "pi.json")]
+    assert run_command(report_cli.body, [*results, "--html", str(folder / "page.html")]) == 0
+    return (folder / "page.html").read_text()
+
+
+def test_the_terminal_shows_every_artefact_and_the_headline(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page_of(folder)
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ("source-q8_0", "pruned-q8_0", "foreign.gguf", "Raspberry Pi 5"))
+    headline = (
+        "pruned-q8_0 decodes 165 tokens a second on A <fast> processor, 123.0 MB: 1.50 times as fast as source-q8_0"
+    )
+    assert f"{headline}, at 0.85 of its bytes." in printed
+
+
+def test_the_page_is_whole_in_itself_and_links_to_the_json(folder: Path) -> None:
+    page = page_of(folder)
+    assert "A &lt;fast&gt; processor" in page
+    assert "<fast>" not in page
+    links = set(re.findall(r'href="([^"]+)"', page))
+    assert links == {"json/laptop.json", "json/pi.json"}
+    assert all((folder / link).is_file() for link in links)
+    assert not re.findall(r"(?:src|href)=\"(?:https?:)?//", page)
+    assert "Not drawn, for want of a KL or a speed: foreign.gguf." in page
+
+
+def test_energy_quality_and_date_have_their_columns(folder: Path) -> None:
+    page_of(folder)
+    runs = [(Run.read(folder / "json" / name), name) for name in ("laptop.json", "pi.json")]
+    rows = [dict(zip(collection.COLUMNS, collection.cells(each), strict=True)) for each in collection.entries(runs)]
+    source, pruned, foreign = rows
+    assert source["J/token"].text == "-"
+    assert source["J/token"].order is None
+    assert pruned["J/token"].text == "0.40 (0.40-0.40)"
+    assert pruned["mean KL"].order == 0.002
+    assert pruned["perplexity"].text == "25.50"
+    assert source["decode t/s"].order == 110.0
+    assert (source["measured"].text, foreign["measured"].text) == ("2026-11-01", "-")
+
+
+def test_no_emulator_makes_the_headline(folder: Path) -> None:
+    emulated = dataclasses.replace(PI, emulated=True, virtual="qemu-user")
+    quick = result("quick", [999.0], 1_000, 0.0)
+    found = collection.entries([(Run(emulated, BenchOptions(), [quick]), "a.json")])
+    assert collection.headline(found) == "No decode speed of a real device."
+    assert found[0].device == "EMULATED Raspberry Pi 5"
+
+
+def test_circles_lie_where_the_axes_say(folder: Path) -> None:
+    page_of(folder)
+    drawn = collection.plot(collection.entries([(Run.read(folder / "json" / "laptop.json"), "laptop.json")]))
+    assert drawn is not None
+    slow, fast = drawn.points
+    assert fast.y < slow.y  # up is faster
+    assert fast.x > slow.x  # right is further from the exact file
+    assert (fast.radius / slow.radius) ** 2 == pytest.approx(123 / 145, rel=0.02)
+    bottom, top = drawn.y_ticks[0], drawn.y_ticks[-1]
+    scale = (bottom.at - top.at) / (float(top.text) - float(bottom.text))
+    assert bottom.at - fast.y == pytest.approx(165 * scale, abs=0.2)
+
+
+def test_what_is_no_result_is_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "other.json").write_text("{}")
+    assert run_command(report_cli.body, [str(folder / "other.json")]) == 2
+    assert "is not a result of efficientllm-bench" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+@pytest.mark.slow
+@pytest.mark.parametrize(("width", "scheme"), [(360, "dark"), (1280, "light")])
+def test_the_table_sorts_and_fits(folder: Path, browser: Any, width: int, scheme: str) -> None:
+    page_of(folder)
+    context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
+    page = context.new_page()
+    page.goto((folder / "page.html").as_uri())
+
+    def order() -> list[str]:
+        return [html.unescape(text) for text in page.locator("#results tbody td:first-child").all_text_contents()]
+
+    page.click("th:has-text('decode t/s') button")
+    assert order() == ["pruned-q8_0", "source-q8_0", "foreign.gguf"]
+    page.click("th:has-text('decode t/s') button")
+    assert order() == ["foreign.gguf", "source-q8_0", "pruned-q8_0"]
+    page.click("th:has-text('J/token') button")
+    assert order()[0] == "pruned-q8_0"  # what is not known comes last
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    context.close()
