@@ -16,6 +16,7 @@ from efficientllm.runtime.base.errors import OptionError, UsageError
 from efficientllm.runtime.latency.workload import Workload
 from efficientllm.train.model.architecture import Architecture, LayerShape
 from efficientllm.train.model.file_size import gguf_bytes
+from efficientllm.train.pruning.blocks import BlockScores
 from efficientllm.train.pruning.config import PruneConfig
 from efficientllm.train.pruning.groups import BLOCKS, KINDS
 from efficientllm.train.pruning.latency_target import LatencyTarget
@@ -260,6 +261,32 @@ def test_blocks_go_by_an_explicit_architecture(source_folder: Path, corpus: Path
     assert run([*arguments, *more, "--recover-tokens", "512", "--prune-every", "5"]) == 0
     assert final(tmp_path / "run") == shape
     assert Architecture.from_folder(tmp_path / "run" / "model").layers == (shape.layers[0], shape.layers[2])
+
+
+def test_what_is_left_of_a_model_without_blocks_is_fitted_again(
+    device: Path, source_folder: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All at once by token-fisher, as the quickstart does it; blocks are measured anew on the way nevertheless."""
+    renewed_at: list[float] = []
+    renew = BlockScores.renew
+
+    def noting(self: BlockScores, probe: object, architecture: object, scores: object, size: float) -> None:
+        renewed_at.append(size)
+        renew(self, probe, architecture, scores, size)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(BlockScores, "renew", noting)
+    at_once = ["--prune-start", "0.2", "--prune-end", "0.2", "--saliency", "token-fisher"]
+    more = [*SPACE, *at_once, "--block-renewals", "3", "--recover", "least-squares", "--recover-tokens", "512"]
+    output = tmp_path / "run"
+    assert run(latency_command(source_folder, corpus, output, device, *more, "--target-latency", "0.5x")) == 0
+    removed = [record["removed"] for record in metrics(output) if "removed" in record]
+    assert len(removed) == 1
+    assert 2 <= len(renewed_at) <= 3
+    assert renewed_at == sorted(set(renewed_at), reverse=True)
+    assert any(kind in BLOCKS for kind, *_ in removed[0])
+    assert tiny_time().measure.of(final(output)) <= 0.7 * tiny_time().measure.of(
+        Architecture.from_folder(source_folder)
+    )
 
 
 def test_an_impossible_time_is_refused(

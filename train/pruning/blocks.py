@@ -18,6 +18,7 @@ neighbours went.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -66,9 +67,10 @@ class BlockScores:
         self._renewed_at: float | None = None
         """The budget's measure when all blocks were last measured."""
 
-    def is_stale(self, size: float) -> bool:
-        """Whether all blocks are to be measured anew, at this value of the budget's measure."""
-        return self._renewed_at is None or self._renewed_at - size >= self._interval
+    @property
+    def next_renewal(self) -> float:
+        """The value of the budget's measure at which all blocks are to be measured anew."""
+        return math.inf if self._renewed_at is None else self._renewed_at - self._interval
 
     def renew(self, probe: BlockProbe, architecture: Architecture, scores: Scores, size: float) -> None:
         """Measure all blocks, and what the saliencies of their groups come to; a collective call."""

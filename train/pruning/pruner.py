@@ -118,23 +118,30 @@ class Pruner:
             self.blocks.forget()
         while True:
             scores = self._scores_to_rank_by(probe)
-            removal = select_removal(self.architecture, scores, self.rules, target, stop_before=self._is_doubtful)
+            until = target if self.blocks is None else max(target, self.blocks.next_renewal)
+            removal = select_removal(self.architecture, scores, self.rules, until, stop_before=self._is_doubtful)
             if removal.units:
                 self._zero(removal, optimizer)
                 units += removal.units
                 kept = compose(kept, removal.kept)
             following = self._next_unit(removal, scores)
-            if not self.is_above(target) or following is None or not self._is_doubtful(following, removal.units):
+            if not self.is_above(target) or following is None:
                 break
-            assert self.blocks is not None
-            assert probe is not None
-            self.blocks.forget(removal.units)
-            self.blocks.confirm(probe, following.kind, following.layer)
+            self._confirm(following, removal, probe)
         if not units:
             return None
         self.events_since_compaction += 1
         self.is_done = self.budget.is_met(self.architecture)
         return Removal(before, self.architecture, kept, tuple(units))
+
+    def _confirm(self, following: Unit, removal: Removal, probe: BlockProbe | None) -> None:
+        """After `removal`, measure what comes next again, if it is a block of which that is to be done."""
+        if self.blocks is None:
+            return
+        self.blocks.forget(removal.units)
+        if self.blocks.is_doubtful(following):
+            assert probe is not None
+            self.blocks.confirm(probe, following.kind, following.layer)
 
     def _is_doubtful(self, unit: Unit, taken: Sequence[Unit]) -> bool:
         """Whether a unit is a block whose score is to be measured again before it goes."""
@@ -146,7 +153,7 @@ class Pruner:
         if self.blocks is None:
             return scores
         size = self.budget.measure.of(self.architecture)
-        if self.blocks.is_stale(size):
+        if size <= self.blocks.next_renewal:
             assert probe is not None
             self.blocks.renew(probe, self.architecture, scores, size)
         return self.blocks.in_nats(scores)
