@@ -48,16 +48,18 @@ class Batch:
 
     def step(self) -> list[Progress]:
         """One pass of the engine, and what it made of every answer that it served; the caller repeats it."""
-        done = self._leave()
+        if done := self._leave():
+            return done  # without the wait for a pass
         self._admit()
         if not self._active:
-            return done
+            return []
         try:
             rows = self._engine.step([generation.lease for generation in self._active])
         except CacheFullError:
-            return done + self._make_room()
+            return self._make_room()
         except Exception as error:  # of the engine, which serves them all: each is told, the next ones may do better
-            return done + self._fail(self._active, error)
+            return self._fail(self._active, error)
+        done = []
         for generation, logits in zip(list(self._active), rows, strict=True):
             if logits is not None:
                 try:

@@ -156,7 +156,7 @@ def in_child(body: Callable[[], int], errors: Path) -> int:
 def use(path: Path) -> int:
     """Load and answer, as the caller does."""
     try:
-        engine = load_engine(path, EngineOptions(threads=1, context=64, huge_pages=False))
+        engine = load_engine(path, EngineOptions(threads=1, context=64, huge_pages=False, kv_cache="q8_0"))
         try:
             prompt = chat_prompt(engine, [{"role": "user", "content": "Hi"}])
         except EfficientLLMError:  # only the template is damaged
