@@ -75,6 +75,8 @@ class Cell:
 
     text: str
     order: float | str | None = None
+    spread: str = ""
+    """Quartiles, in small below."""
 
 
 def _number(value: float | None, digits: int) -> Cell:
@@ -85,7 +87,8 @@ def _figure(figure: Figure | None) -> Cell:
     if figure is None:
         return Cell("-")
     digits = 0 if figure.median >= 20 else 1 if figure.median >= 2 else 2
-    return Cell(figure.describe(digits), figure.median)
+    spread = f"{figure.low:.{digits}f}-{figure.high:.{digits}f}" if figure.n > 1 else ""
+    return Cell(f"{figure.median:.{digits}f}", figure.median, spread)
 
 
 def _bytes(count: int) -> Cell:
@@ -102,7 +105,8 @@ TEXT_COLUMNS = ("artefact", "device", "type", "engine", "measured", "remarks")
 def cells(entry: Entry) -> list[Cell]:
     """One row of the table, in the order of COLUMNS."""
     result, run = entry.result, entry.run
-    remarks = [f"THROTTLED: {result.throttled}" if result.throttled else "", run.device.virtual]
+    told = [f"THROTTLED: {result.throttled}" if result.throttled else "", run.device.virtual]
+    remarks = "; ".join(filter(None, told))
     return [
         Cell(entry.label, entry.label),
         Cell(entry.device, entry.device),
@@ -119,7 +123,7 @@ def cells(entry: Entry) -> list[Cell]:
         Cell(str(entry.threads) if entry.threads else "all", entry.threads or math.inf),
         Cell(result.engine_version or result.engine, result.engine_version or result.engine),
         Cell(run.measured_at[:10] or "-", run.measured_at or None),
-        Cell("; ".join(filter(None, remarks)) or "-"),
+        Cell(remarks or "-", remarks or None),
     ]
 
 
@@ -203,7 +207,7 @@ def plot(found: Sequence[Entry]) -> Plot | None:
     largest = max(entry.result.file_bytes for entry, *_ in shown) or 1
 
     def x(value: float) -> float:
-        return MARGIN + value / x_steps[-1] * (WIDTH - 2 * MARGIN)
+        return MARGIN + LARGEST_RADIUS + value / x_steps[-1] * (WIDTH - 2 * MARGIN - LARGEST_RADIUS)
 
     def y(value: float) -> float:
         return HEIGHT - MARGIN - value / y_steps[-1] * (HEIGHT - 2 * MARGIN)
@@ -243,21 +247,18 @@ def device_facts(device: DeviceInfo) -> str:
 def write_page(path: Path, runs: Sequence[tuple[Run, str]]) -> None:
     """A page of one file, drawn from the runs alone; `runs` are pairs of a run and where its JSON lies."""
     found = entries(runs)
+    table = [cells(entry) for entry in found]
+    known = [index for index in range(len(COLUMNS)) if any(row[index].order is not None for row in table)]
     template = resources.files("efficientllm.devices").joinpath("collection.html").read_text(encoding="utf-8")
-    text = (
-        Environment(autoescape=True)
-        .from_string(template)
-        .render(
-            headline=headline(found),
-            columns=[(name, name in TEXT_COLUMNS) for name in COLUMNS],
-            rows=[(entry, cells(entry)) for entry in found],
-            plot=plot(found),
-            width=WIDTH,
-            height=HEIGHT,
-            margin=MARGIN,
-            sources=[
-                (source, device_facts(run.device), run.measured_at, run.efficientllm_version) for run, source in runs
-            ],
-        )
-    )
+    values = {
+        "headline": headline(found),
+        "columns": [(COLUMNS[index], COLUMNS[index] in TEXT_COLUMNS) for index in known],
+        "rows": [(entry, [row[index] for index in known]) for entry, row in zip(found, table, strict=True)],
+        "plot": plot(found),
+        "width": WIDTH,
+        "height": HEIGHT,
+        "margin": MARGIN,
+        "sources": [(name, device_facts(run.device), run.measured_at, run.efficientllm_version) for run, name in runs],
+    }
+    text = Environment(autoescape=True).from_string(template).render(values)
     write_text_atomically(path, text)

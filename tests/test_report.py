@@ -65,6 +65,7 @@ def test_the_page_is_whole_in_itself_and_links_to_the_json(folder: Path) -> None
     links = set(re.findall(r'href="([^"]+)"', page))
     assert links == {"json/laptop.json", "json/pi.json"}
     assert all((folder / link).is_file() for link in links)
+    assert "first token ms" not in page  # which no run tells
     assert not re.findall(r"(?:src|href)=\"(?:https?:)?//", page)
     assert "Not drawn, for want of a KL or a speed: foreign.gguf." in page
 
@@ -76,7 +77,8 @@ def test_energy_quality_and_date_have_their_columns(folder: Path) -> None:
     source, pruned, foreign = rows
     assert source["J/token"].text == "-"
     assert source["J/token"].order is None
-    assert pruned["J/token"].text == "0.40 (0.40-0.40)"
+    assert (pruned["J/token"].text, pruned["J/token"].spread) == ("0.40", "")
+    assert (pruned["decode t/s"].text, pruned["decode t/s"].spread) == ("165", "158-172")
     assert pruned["mean KL"].order == 0.002
     assert pruned["perplexity"].text == "25.50"
     assert source["decode t/s"].order == 110.0
