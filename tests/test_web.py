@@ -214,7 +214,7 @@ def check_model(page: Any) -> str:
 
 KEPT = """navigator.serviceWorker.ready.then(() => navigator.serviceWorker.controller || new Promise(
     (done) => navigator.serviceWorker.addEventListener("controllerchange", done, { once: true }))).then(() => true)"""
-"""Waits until the service worker answers for the page; playwright's own waiting evaluates strings, which the page forbids."""
+"""Until the service worker answers for the page. Playwright's own waiting evaluates strings, which the page forbids."""
 
 SAME = "32 greedy tokens as on the machine that exported it"
 
