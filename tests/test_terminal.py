@@ -116,7 +116,7 @@ def test_pasted_lines_are_one_question_and_ctrl_c_leaves_the_conversation(artefa
     environment = {**os.environ, "TERM": "xterm", "EFFICIENTLLM_CACHE": str(tmp_path)}
     command = [sys.executable, "-m", "efficientllm.runtime.chat", str(artefact), "--temperature", "1", "--seed", "3"]
     screen = Screen([*command, "--max-tokens", "100000", "--overflow", "slide"], environment)
-    screen.wait_for(r"\n> $")
+    screen.wait_for("> $")
     screen.type("\x1b[200~first\nsecond\nthird\x1b[201~\r")
     screen.wait_for(r"third\r\n\x1b\[\?2004l\r.{3}")  # the editor gives the screen back, and the answer begins
     screen.type("\x03")
