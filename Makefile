@@ -10,7 +10,7 @@ PYTEST := $(BIN)/python -m pytest -n auto --dist loadgroup $(PYTEST_OPTIONS)
 # Per cent of the lines that the tests which are not slow run.
 COVERAGE_FLOOR := 80
 
-.PHONY: install quickstart readers android-runner stand-ins test test-fast coverage lint types measure rooms clean FORCE
+.PHONY: install quickstart clients readers android-runner stand-ins test test-fast coverage lint types measure rooms clean FORCE
 
 install: $(VENV)/.installed
 
@@ -45,6 +45,17 @@ readers: install
 	  $(READERS)/$$package/bin/python -m pip install --quiet $$package $$others || exit 1; \
 	done
 	EFFICIENTLLM_READERS=$$(ls -d $(CURDIR)/$(READERS)/*/bin/python | paste -sd:) $(BIN)/python -m pytest tests/test_other_readers.py
+
+# Client libraries of OpenAI's API, which want other versions of our packages: tests/test_clients.py runs what is there.
+CLIENTS := build/clients
+
+clients: $(CLIENTS)/.installed
+
+$(CLIENTS)/.installed: pyproject.toml
+	@$(PYTHON) -m venv $(CLIENTS)
+	@$(CLIENTS)/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
+	@$(CLIENTS)/bin/python -m pip install --quiet --group clients
+	@touch $@
 
 quickstart: install
 	$(BIN)/efficientllm-train --preset cpu-quickstart --output $(OUT)/run --overwrite

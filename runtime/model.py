@@ -13,6 +13,7 @@ from .chat_template import Message
 from .engines.engine import EngineOptions, load_engine
 from .engines.owned import OwnedEngine
 from .generation import AnswerOptions, Generation, GenerationStats
+from .grammar import GrammarConstraint
 from .prompt import chat_prompt, text_prompt
 from .sampling import SamplingOptions
 
@@ -31,7 +32,8 @@ class Model:
     part of it; `overflow` ("error", or "slide": forget the oldest tokens where the context window ends); `logit_bias`
     {token: number}; the fields of SamplingOptions: `temperature` [0: always the most likely token; None: the model's
     own], `top_k`, `top_p`, `min_p`, `repetition_penalty` [the model's own], `frequency_penalty`, `presence_penalty`,
-    `seed`. A UsageError names an option that does not exist.
+    `seed`. A UsageError names an option that does not exist. `chat`, `stream` and `complete` also take `grammar`, a
+    `runtime.grammar.Grammar` that the answer keeps to.
     """
 
     def __init__(self, engine: OwnedEngine) -> None:
@@ -113,7 +115,10 @@ class Model:
                 raise UsageError(f"token {token} is outside the vocabulary of {size}")
 
     def _answer(self, prompt: Sequence[int], options: dict[str, Any]) -> Iterator[str]:
-        generation = Generation(self.engine, prompt, _answer_options(options))  # refuses a bad prompt here and now
+        grammar = options.pop("grammar", None)
+        constraint = GrammarConstraint(self.engine, grammar) if grammar is not None else None
+        # refuses a bad prompt here and now
+        generation = Generation(self.engine, prompt, _answer_options(options), constraint)
         self.stats = generation.stats
         return iter(generation)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request
@@ -15,25 +16,32 @@ from ..runtime.engines.owned import OwnedEngine
 from ..runtime.generation import Overflow
 from ..runtime.prompt import text_prompt
 from .answers import Answer, ChatAnswer, TextAnswer
-from .generations import choices_of, text_of
+from .embeddings import EmbeddingsRequest, embeddings_of
+from .generations import Choice, choices_of, text_of
 from .guard import TRUSTED
 from .metrics import AnswerClock, Metrics
 from .openapi import (
     ERRORS,
     ChatCompletion,
     Detokenized,
+    Embeddings,
     Health,
     ModelCard,
     ModelList,
+    ResponseAnswer,
     TextCompletion,
     Tokenized,
     answer_or_events,
 )
 from .page import page_file
 from .pool import ModelPool
+from .response_events import ResponsesAnswer
+from .responses import ResponsesRequest
 from .schemas import APIError, ChatRequest, CompletionRequest, DetokenizeRequest, TextRequest, TokenizeRequest
 
 T = TypeVar("T")
+
+MakeAnswer = Callable[[Sequence[Choice], AnswerClock], Answer]
 
 CLIENT_GONE = 499
 """nginx's status for it: nobody reads the answer, but metrics count it."""
@@ -58,9 +66,11 @@ class Endpoints:
         for path, endpoint, answer in (
             ("/v1/chat/completions", self.chat_completions, ChatCompletion),
             ("/v1/completions", self.completions, TextCompletion),
+            ("/v1/responses", self.responses, ResponseAnswer),
         ):
             router.post(path, response_model=None, responses=answer_or_events(answer))(endpoint)
         for path, endpoint, answer in (
+            ("/v1/embeddings", self.embeddings, Embeddings),
             ("/tokenize", self.tokenize, Tokenized),
             ("/detokenize", self.detokenize, Detokenized),
         ):
@@ -88,6 +98,9 @@ class Endpoints:
     def _card(self, name: str) -> dict[str, Any]:
         card = {"id": name, "object": "model", "created": 0, "owned_by": "efficientllm"}
         return {**card, "max_model_len": self._pool.context_length(name)}
+
+    async def embeddings(self, request: EmbeddingsRequest) -> dict[str, Any]:
+        return await self._with_engine(request.model, lambda engine: embeddings_of(engine, request))
 
     async def tokenize(self, request: TokenizeRequest) -> dict[str, Any]:
         def tokens_of(engine: OwnedEngine) -> list[int]:
@@ -118,26 +131,31 @@ class Endpoints:
             worker.leave()
 
     async def chat_completions(self, request: ChatRequest, http: Request) -> Response:
-        return await self._unless_gone(http, self._answer(request, ChatAnswer, "/v1/chat/completions"))
+        return await self._answer(http, request, partial(ChatAnswer, request))
 
     async def completions(self, request: TextRequest, http: Request) -> Response:
-        return await self._unless_gone(http, self._answer(request, TextAnswer, "/v1/completions"))
+        return await self._answer(http, request, partial(TextAnswer, request))
 
-    async def _unless_gone(self, http: Request, answer: Coroutine[Any, Any, Response]) -> Response:
+    async def responses(self, request: ResponsesRequest, http: Request) -> Response:
+        return await self._answer(http, request.as_chat(), partial(ResponsesAnswer, request))
+
+    async def _answer(self, http: Request, request: CompletionRequest, make: MakeAnswer) -> Response:
         """The answer, whose work is stopped where the client goes away before it is there."""
-        work, gone = asyncio.ensure_future(answer), asyncio.ensure_future(_disconnection(http))
+        route = http.scope["route"].path
+        work = asyncio.ensure_future(self._answer_on(route, request, make))
+        gone = asyncio.ensure_future(_disconnection(http))
         try:
             await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
             if work.done():
                 return work.result()
-            self._metrics.requests.labels(http.scope["route"].path, str(CLIENT_GONE)).inc()
+            self._metrics.requests.labels(route, str(CLIENT_GONE)).inc()
             return Response(status_code=CLIENT_GONE)
         finally:
             for task in (work, gone):
                 task.cancel()
             await asyncio.wait({work, gone})
 
-    async def _answer(self, request: CompletionRequest, answer_class: type[Answer], path: str) -> Response:
+    async def _answer_on(self, route: str, request: CompletionRequest, make: MakeAnswer) -> Response:
         clock = AnswerClock(self._metrics, request.model)
         worker = await self._pool.enter(request.model)
         try:
@@ -146,15 +164,15 @@ class Endpoints:
         except BaseException:
             worker.leave()
             raise
-        answered = answer_class(request, choices, clock)
+        answered = make(choices, clock)
         pieces = answered.pieces(worker.stream([choice.generation for choice in choices]))
         if request.stream:
             # the first piece is awaited here, so that a full queue is answered with its own status
             first = await anext(pieces, None)
-            self._metrics.requests.labels(path, "200").inc()
+            self._metrics.requests.labels(route, "200").inc()
             return _EventStream(answered.events(first, pieces), pieces)
         body = await answered.whole(pieces)
-        self._metrics.requests.labels(path, "200").inc()
+        self._metrics.requests.labels(route, "200").inc()
         return JSONResponse(body)
 
 

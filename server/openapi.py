@@ -117,6 +117,56 @@ class TextCompletion(_Completion):
     choices: list[TextChoice]
 
 
+class OutputText(_Answer):
+    type: Literal["output_text"]
+    text: str
+    annotations: list[None]
+    logprobs: list[None]
+
+
+class OutputMessage(_Answer):
+    id: str
+    type: Literal["message"]
+    role: Literal["assistant"]
+    status: Literal["completed", "incomplete"]
+    content: list[OutputText]
+
+
+class OutputCall(_Answer):
+    id: str
+    type: Literal["function_call"]
+    call_id: str
+    name: str
+    arguments: str
+    status: Literal["completed", "incomplete"]
+
+
+class OutputDetails(_Answer):
+    reasoning_tokens: int
+
+
+class ResponseUsage(_Answer):
+    input_tokens: int
+    input_tokens_details: PromptTokensDetails
+    output_tokens: int
+    output_tokens_details: OutputDetails
+    total_tokens: int
+
+
+class ResponseAnswer(BaseModel):
+    """Answer of POST /v1/responses without `stream`; it repeats the request's fields, too."""
+
+    id: str
+    object: Literal["response"]
+    created_at: int
+    model: str
+    status: Literal["completed", "incomplete"]
+    incomplete_details: dict[str, str] | None
+    error: None
+    output: list[OutputMessage | OutputCall]
+    usage: ResponseUsage
+
+
 class ModelCard(_Answer):
     id: str
     object: Literal["model"]
@@ -129,6 +179,27 @@ class ModelCard(_Answer):
 class ModelList(_Answer):
     object: Literal["list"]
     data: list[ModelCard]
+
+
+class Embedding(_Answer):
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+    """Numbers, or their fp32 bytes in base64."""
+
+
+class EmbeddingsUsage(_Answer):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class Embeddings(_Answer):
+    """Answer of POST /v1/embeddings."""
+
+    object: Literal["list"]
+    model: str
+    data: list[Embedding]
+    usage: EmbeddingsUsage
 
 
 class Tokenized(_Answer):
@@ -187,7 +258,7 @@ def document(app: FastAPI, models: Iterable[str]) -> None:
 
     def openapi() -> dict[str, Any]:
         schema = derive()
-        for request in ("ChatRequest", "TextRequest") if names else ():
+        for request in ("ChatRequest", "TextRequest", "ResponsesRequest", "EmbeddingsRequest") if names else ():
             schema["components"]["schemas"][request]["properties"]["model"] = {"type": "string", "enum": names}
         for operations in schema["paths"].values():
             for operation in operations.values():

@@ -33,6 +33,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "modalities": (["text"],),
     "store": (False,),
+    "background": (False,),
     "reasoning_effort": ("none",),
 }
 """Fields of OpenAI's that are not served -> the values that ask for nothing."""

@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import uvicorn
 
@@ -15,13 +16,13 @@ from efficientllm.server.pool import ModelPool
 
 
 @contextlib.contextmanager
-def serve(pool: ModelPool, options: AppOptions) -> Iterator[str]:
-    """Serve `pool`; yields the address and checks that the server ends."""
+def serve(pool: ModelPool, options: AppOptions, **config: Any) -> Iterator[str]:
+    """Serve `pool`; yields the address and checks that the server ends. `config` is uvicorn's."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     app = create_app(pool, options)
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error", ws="none"))
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error", ws="none", **config))
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:

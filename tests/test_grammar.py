@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 from collections.abc import Iterator
@@ -116,7 +117,7 @@ def test_a_biased_token_stays_within_the_grammar(engine: OwnedEngine) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Grammar.json_schema({"type": "objct"}), "json_schema: Invalid type: objct"),
+        (lambda: Grammar.json_schema({"type": "thing"}), "json_schema: Invalid type: thing"),
         (lambda: Grammar.json_schema({"$ref": "https://elsewhere.example/x"}), "json_schema: .*elsewhere"),
         (lambda: Grammar.regex("(a|"), "regex: .*unclosed group"),
         (lambda: Grammar.lark("start: nothing"), 'lark: .*unknown name: "nothing"'),
@@ -137,4 +138,5 @@ def test_a_vocabulary_goes_with_its_engine(artefact: Path) -> None:
     assert len(grammar._TOKENIZERS) == before + 1
     engine.close()
     del engine
+    gc.collect()
     assert len(grammar._TOKENIZERS) == before

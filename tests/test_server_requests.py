@@ -346,3 +346,21 @@ def test_models_say_how_much_fits(address: str, artefact: Path) -> None:
     pool = ModelPool(dict.fromkeys(("one", "two"), str(artefact)), EngineOptions(threads=1))
     assert pool.context_length("one") == pool.context_length("two") == 512
     pool.close()
+
+
+def test_without_the_key_nothing_names_a_model(artefact: Path) -> None:
+    pool = ModelPool({"private": str(artefact)}, EngineOptions(threads=1, context=64))
+    with TestClient(create_app(pool, AppOptions(api_key="secret"))) as client:
+        for path in ("/", "/page/page.js", "/health", "/docs", "/openapi.json"):
+            answer = client.get(path)
+            assert answer.status_code == 200, path
+            assert "private" not in answer.text, path
+        for path in ("/metrics", "/v1/models"):
+            assert client.get(path).status_code == 401, path
+        for path in ("/tokenize", "/v1/embeddings", "/v1/responses"):
+            assert client.post(path, json={}).status_code == 401, path
+        headers = {"Authorization": "Bearer secret"}
+        assert "private" in client.get("/health", headers=headers).json()["loaded"]
+        assert client.get("/metrics", headers=headers).status_code == 200
+        assert client.head("/").status_code == client.head("/health").status_code == 200
+        assert client.get("/page/..%2fapp.py").status_code == client.get("/page/app.py").status_code == 404

@@ -19,9 +19,10 @@ from .attention import choose_attention
 from .engine import DEFAULT_CONTEXT, EngineOptions, engine_version
 from .huge_pages import huge_pages
 from .llama_context import LlamaContext
+from .llama_embeddings import embed
 from .manifest import Manifest
 from .memory import give_back_freed_memory
-from .protocol import Part
+from .protocol import Part, Pooling
 
 EVALUATED = 64
 """Tokens evaluated in one pass when every token's logits are wanted."""
@@ -61,7 +62,7 @@ class LlamaCppEngine:
 
     def _make_context(self, path: Path, options: EngineOptions) -> None:
         """Caches for as many chats as are asked for."""
-        threads = options.threads or os.cpu_count() or 1
+        threads = self._threads = options.threads or os.cpu_count() or 1
         trained = self._llama.llama_model_n_ctx_train(self._model) or DEFAULT_CONTEXT
         self.context_length = options.context or min(DEFAULT_CONTEXT, trained)
         self.num_sequences = options.sequences
@@ -136,6 +137,9 @@ class LlamaCppEngine:
             self._context.extend([Part(0, tokens[begin : min(begin + self.max_batch, first)], wants_logits=False)])
         for begin in range(first, len(tokens), EVALUATED):
             yield self._context.all_logits(0, tokens[begin : begin + EVALUATED])
+
+    def embed(self, tokens: Sequence[int], pooling: Pooling) -> np.ndarray:
+        return embed(self._model, self._threads, tokens, pooling)
 
     def close(self) -> None:
         self._context.close()

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..base.errors import ContextOverflowError, UsageError
 from .caches import Cache, Caches
-from .protocol import CacheFullError, Engine, EvaluationInterrupted, Part
+from .protocol import CacheFullError, Embedder, Engine, EvaluationInterrupted, Part, Pooling
 
 CLOSED = "the model is closed; load it again"
 TAKEN = (
@@ -76,6 +76,15 @@ class OwnedEngine:
         """See Engine."""
         with self._open() as engine:
             return engine.token_bytes(token)
+
+    def embed(self, tokens: Sequence[int], pooling: Pooling) -> np.ndarray:
+        """See Embedder; UsageError where the engine is none, ContextOverflowError where the tokens do not fit."""
+        if len(tokens) > self.context_length:
+            raise ContextOverflowError(f"{len(tokens)} tokens do not fit the context window of {self.context_length}")
+        with self._open() as engine:
+            if not isinstance(engine, Embedder):
+                raise UsageError("this model's engine shows logits only: embeddings are a GGUF's")
+            return engine.embed(tokens, pooling)
 
     def lease(self) -> Lease:
         """A sequence of one's own."""

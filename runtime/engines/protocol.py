@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -98,4 +98,19 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Free the model."""
+        ...
+
+
+Pooling = Literal["mean", "last"]
+
+
+@runtime_checkable
+class Embedder(Protocol):
+    """An engine that shows what a model makes of a text inside. H is the hidden size."""
+
+    def embed(self, tokens: Sequence[int], pooling: Pooling) -> np.ndarray:
+        """fp32 [H] of unit length: the mean of the states after the last layer, or the last token's.
+
+        Called while another thread evaluates: it touches no sequence.
+        """
         ...

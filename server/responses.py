@@ -1,0 +1,125 @@
+"""POST /v1/responses: OpenAI's newer form of a chat, taken as the chat that it is. Nothing is stored."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field, JsonValue, ValidationError, model_validator
+
+from .messages import MAX_TOOLS, ChatMessage, Function, JsonSchema, Name, Sent, Text
+from .schemas import MAX_MESSAGES, Asked, ChatRequest
+
+
+class ItemPart(BaseModel):
+    type: Literal["input_text", "output_text"]
+    text: Text
+
+
+class MessageItem(BaseModel):
+    type: Literal["message"] = "message"
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Text | list[ItemPart]
+
+    def as_message(self) -> dict[str, Any]:
+        """The chat's message."""
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": self.role, "content": text}
+
+
+class CallItem(BaseModel):
+    type: Literal["function_call"]
+    call_id: Text
+    name: Name
+    arguments: Text
+
+    def as_message(self) -> dict[str, Any]:
+        """The chat's message."""
+        function = {"name": self.name, "arguments": self.arguments}
+        return {"role": "assistant", "content": "", "tool_calls": [{"id": self.call_id, "function": function}]}
+
+
+class ResultItem(BaseModel):
+    type: Literal["function_call_output"]
+    call_id: Text
+    output: Text
+
+    def as_message(self) -> dict[str, Any]:
+        """The chat's message."""
+        return {"role": "tool", "tool_call_id": self.call_id, "content": self.output}
+
+
+class FlatTool(Function):
+    type: Literal["function"]
+
+
+class NamedFlatTool(BaseModel):
+    type: Literal["function"]
+    name: Name
+
+
+class TextFormat(JsonSchema):
+    type: Literal["text", "json_object", "json_schema"] = "text"
+
+
+class TextOptions(Sent):
+    format: TextFormat = TextFormat()
+
+
+class ResponsesRequest(Asked):
+    """POST /v1/responses"""
+
+    model: Text
+    input: Text | Annotated[list[MessageItem | CallItem | ResultItem], Field(min_length=1, max_length=MAX_MESSAGES)]
+    instructions: Text | None = None
+    max_output_tokens: Annotated[int | None, Field(ge=1, le=1_000_000)] = None
+    temperature: Annotated[float | None, Field(ge=0, le=2, allow_inf_nan=False)] = None
+    top_p: Annotated[float | None, Field(gt=0, le=1, allow_inf_nan=False)] = None
+    tools: Annotated[list[FlatTool], Field(max_length=MAX_TOOLS)] = Field([])
+    tool_choice: Literal["none", "auto", "required"] | NamedFlatTool = "auto"
+    parallel_tool_calls: bool = True
+    text: TextOptions = TextOptions()
+    truncation: Literal["disabled"] = "disabled"
+    include: list[JsonValue] = Field([], max_length=0)
+    stream: bool = False
+
+    @model_validator(mode="after")
+    def _check_chat(self) -> ResponsesRequest:
+        try:
+            self.as_chat()
+        except ValidationError as error:  # its own text has several lines
+            raise ValueError(error.errors()[0]["msg"].removeprefix("Value error, ")) from error
+        return self
+
+    def as_chat(self) -> ChatRequest:
+        """The chat that it asks for; a ValueError where that is refused."""
+        items = [MessageItem(role="user", content=self.input)] if isinstance(self.input, str) else self.input
+        instructions = [{"role": "system", "content": self.instructions}] if self.instructions else []
+        choice: Any = self.tool_choice
+        if isinstance(choice, NamedFlatTool):
+            choice = {"type": "function", "function": {"name": choice.name}}
+        format = self.text.format
+        schema = {"json_schema": format.model_dump(by_alias=True)} if format.type == "json_schema" else {}
+        return ChatRequest(
+            model=self.model,
+            messages=[ChatMessage(**message) for message in [*instructions, *_joined(items)]],
+            max_completion_tokens=self.max_output_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            tools=[{"type": "function", "function": tool.model_dump()} for tool in self.tools],  # type: ignore[list-item]
+            tool_choice=choice,
+            parallel_tool_calls=self.parallel_tool_calls,
+            response_format={"type": format.type, **schema},  # type: ignore[arg-type]
+            stream=self.stream,
+        )
+
+
+def _joined(items: list[Any]) -> list[dict[str, Any]]:
+    """The items as messages; calls of one turn, which are items of their own here, are one message there."""
+    messages: list[dict[str, Any]] = []
+    for message in (item.as_message() for item in items):
+        if message.get("tool_calls") and messages and messages[-1]["role"] == "assistant":
+            calls = messages[-1].get("tool_calls", [])
+            messages[-1] = {**messages[-1], "tool_calls": [*calls, *message["tool_calls"]]}
+        else:
+            messages.append(message)
+    return messages

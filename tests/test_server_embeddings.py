@@ -1,0 +1,64 @@
+"""POST /v1/embeddings, against the hidden states that transformers gives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import openai
+import pytest
+import torch
+from serving import serve
+from tiny import tiny_architecture, tiny_model
+from transformers import PreTrainedTokenizerFast
+
+from efficientllm.runtime.engines.engine import EngineOptions
+from efficientllm.server import openapi
+from efficientllm.server.app import AppOptions
+from efficientllm.server.pool import ModelPool
+
+TEXT = "The quick brown fox jumps over the lazy dog. " * 4
+"""More than one pass of the engine's."""
+
+
+@pytest.fixture(scope="module")
+def client(artefact: Path) -> Iterator[openai.OpenAI]:
+    pool = ModelPool({"tiny": str(artefact)}, EngineOptions(threads=1))
+    with (
+        serve(pool, AppOptions()) as address,
+        openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client,
+    ):
+        yield client
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+def test_they_are_the_model_s_last_states(
+    client: openai.OpenAI, tokenizer: PreTrainedTokenizerFast, pooling: str
+) -> None:
+    tokens = tokenizer.encode(TEXT, add_special_tokens=False)
+    with torch.no_grad():
+        states = tiny_model(tiny_architecture()).model(torch.tensor([tokens])).last_hidden_state[0].double().numpy()
+    expected = states[-1] if pooling == "last" else states.mean(axis=0)
+    answer = client.embeddings.create(model="tiny", input=[TEXT, tokens], extra_body={"pooling": pooling})
+    for item in answer.data:
+        np.testing.assert_allclose(item.embedding, expected / np.linalg.norm(expected), atol=2e-3)
+    assert answer.usage.prompt_tokens == 2 * len(tokens)
+
+
+def test_numbers_and_bytes_say_the_same_and_bad_texts_are_refused(client: openai.OpenAI) -> None:
+    def post(**body: Any) -> httpx.Response:
+        return httpx.post(f"{client.base_url}embeddings", json={"model": "tiny", **body}, timeout=60)
+
+    numbers = post(input="Hello").json()
+    openapi.Embeddings.model_validate(numbers)
+    packed = client.embeddings.create(model="tiny", input="Hello", encoding_format="base64").data[0].embedding
+    assert isinstance(packed, str | list)
+    openapi.Embeddings.model_validate(post(input="Hello", encoding_format="base64").json())
+    assert client.embeddings.create(model="tiny", input="Hello").data[0].embedding == numbers["data"][0]["embedding"]
+    assert post(input="word " * 2000).json()["error"]["code"] == "context_length_exceeded"
+    assert (
+        post(input=[400]).status_code == post(input="").status_code == post(dimensions=8, input="x").status_code == 400
+    )

@@ -1,0 +1,71 @@
+"""Clients that hold connections without saying anything do not keep others out."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+from serving import serve
+
+from efficientllm.runtime.engines.engine import EngineOptions
+from efficientllm.server.app import AppOptions
+from efficientllm.server.connections import limited_protocol
+from efficientllm.server.pool import ModelPool
+
+MOST = 8
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n"
+
+
+@pytest.fixture(scope="module")
+def address(artefact: Path) -> Iterator[str]:
+    pool = ModelPool({"tiny": str(artefact)}, EngineOptions(threads=1, context=64))
+    with serve(pool, AppOptions(body_timeout=0.5), http=limited_protocol(MOST, head_timeout=0.5)) as address:
+        yield address
+
+
+@contextlib.contextmanager
+def connected(address: str, count: int, sent: bytes = b"") -> Iterator[list[socket.socket]]:
+    """Connections that have sent `sent` and nothing else."""
+    with contextlib.ExitStack() as stack:
+        where = urlsplit(address)
+        held = []
+        for _ in range(count):
+            held.append(stack.enter_context(socket.create_connection((where.hostname, where.port), timeout=20)))
+            held[-1].sendall(sent)
+        yield held
+
+
+def received(connection: socket.socket) -> bytes:
+    """All that comes until the server closes."""
+    parts = []
+    with contextlib.suppress(ConnectionResetError):
+        while part := connection.recv(4096):
+            parts.append(part)
+    return b"".join(parts)
+
+
+def test_a_body_that_does_not_come_is_given_up(address: str) -> None:
+    with connected(address, 1, HEAD + b'{"model"') as (connection,):
+        answer = received(connection)
+    assert answer.startswith(b"HTTP/1.1 408")
+    assert b"the body did not come within 0.5 s" in answer
+
+
+def test_a_connection_that_says_nothing_is_closed(address: str) -> None:
+    with connected(address, 1) as (silent,), connected(address, 1, HEAD[:30]) as (slow,):
+        assert received(silent) == received(slow) == b""
+
+
+def test_connections_beyond_the_limit_are_told_so_and_the_rest_is_served(address: str) -> None:
+    with connected(address, MOST, HEAD) as held:
+        time.sleep(0.1)  # they are in the server's books
+        with connected(address, 1, HEAD) as (late,):
+            assert received(late).startswith(b"HTTP/1.1 503")
+        assert all(received(connection).startswith(b"HTTP/1.1 408") for connection in held)
+    assert httpx.get(f"{address}/health").json()["status"] == "ok"

@@ -1,0 +1,133 @@
+"""The terminal: commands, questions of several lines, and what Ctrl-C does, in a real pseudo-terminal."""
+
+from __future__ import annotations
+
+import os
+import re
+import select
+import signal
+import stat
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from efficientllm.runtime.conversation import ChatOptions, Conversation
+from efficientllm.runtime.engines.engine import EngineOptions, load_engine
+from efficientllm.runtime.sampling import SamplingOptions
+from efficientllm.runtime.terminal import Terminal
+
+pty = pytest.importorskip("pty", reason="this system has no pseudo-terminals")
+
+
+@pytest.fixture(scope="module")
+def conversation(artefact: Path) -> Iterator[Conversation]:
+    engine = load_engine(artefact, EngineOptions(threads=1))
+    yield Conversation(engine, ChatOptions(max_tokens=6, history=False), SamplingOptions(temperature=1, seed=1))
+    engine.close()
+
+
+def talk(conversation: Conversation, monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
+    """Run the terminal with `lines` typed into it."""
+    conversation.messages, conversation.system, typed = [], "", iter(lines)
+
+    def read(prompt: str) -> str:
+        try:
+            return next(typed)
+        except StopIteration as error:
+            raise EOFError from error
+
+    monkeypatch.setattr("builtins.input", read)
+    monkeypatch.setattr(Terminal, "_has_more", lambda self: False)
+    Terminal(conversation).run()
+
+
+def questions(conversation: Conversation) -> list[str]:
+    return [message["content"] for message in conversation.messages if message["role"] == "user"]
+
+
+def test_a_question_may_have_several_lines(conversation: Conversation, monkeypatch: pytest.MonkeyPatch) -> None:
+    talk(conversation, monkeypatch, "one \\", "two", '"""', "three", "", "four", '"""')
+    assert questions(conversation) == ["one \ntwo", "three\n\nfour"]
+
+
+def test_commands(
+    conversation: Conversation, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "chat.md"
+    talk(conversation, monkeypatch, "/system Be brief.", "one", "two", "/undo", "/again", f"/save {file}", "/help")
+    assert questions(conversation) == ["one"]
+    assert conversation.system == "Be brief."
+    assert file.read_text().startswith("**user**\n\none\n\n**assistant**\n\n")
+    output = capsys.readouterr().out
+    assert all(f"/{name}" in output for name in Terminal(conversation)._commands if name != "help")
+    talk(conversation, monkeypatch, "/undo", "/nonsense", "/save", "/etc/passwd is a file", "/reset")
+    printed = capsys.readouterr().err
+    assert "error: nothing was asked yet" in printed
+    assert "error: there is no command /nonsense; /help lists them" in printed
+    assert "error: /save needs a file" in printed
+    assert conversation.messages == []
+
+
+def test_an_interrupt_ends_the_answer_and_keeps_what_is_there(artefact: Path) -> None:
+    engine = load_engine(artefact, EngineOptions(threads=1, context=4096))
+    options = ChatOptions(max_tokens=3000)
+    conversation = Conversation(engine, options, SamplingOptions(temperature=1, seed=3, top_k=0, top_p=1, min_p=0))
+    timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    assert not conversation.ask("Go on")
+    answer = conversation.messages[1]["content"]
+    assert answer
+    assert conversation.last_stats is not None
+    assert conversation.last_stats.completion_tokens < 3000
+    conversation.options = ChatOptions(max_tokens=4)
+    assert conversation.ask("And now")
+    assert len(conversation.messages) == 4
+    engine.close()
+
+
+class Screen:
+    """A program in a pseudo-terminal."""
+
+    def __init__(self, command: list[str], environment: dict[str, str]) -> None:
+        self.pid, self.file = pty.fork()
+        if self.pid == 0:
+            os.execve(command[0], command, environment)
+        self.text = ""
+
+    def type(self, text: str) -> None:
+        os.write(self.file, text.encode())
+
+    def wait_for(self, pattern: str, seconds: float = 120) -> None:
+        """Until what was printed since the last call matches."""
+        deadline = time.monotonic() + seconds
+        while not (found := re.search(pattern, self.text, re.S)):
+            assert time.monotonic() < deadline, self.text
+            if select.select([self.file], [], [], 1)[0]:
+                self.text += os.read(self.file, 4096).decode("utf-8", "replace")
+        self.text = self.text[found.end() :]
+
+
+@pytest.mark.slow
+def test_pasted_lines_are_one_question_and_ctrl_c_leaves_the_conversation(artefact: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "TERM": "xterm", "EFFICIENTLLM_CACHE": str(tmp_path)}
+    command = [sys.executable, "-m", "efficientllm.runtime.chat", str(artefact), "--temperature", "1", "--seed", "3"]
+    screen = Screen([*command, "--max-tokens", "100000", "--overflow", "slide"], environment)
+    screen.wait_for("> $")
+    screen.type("\x1b[200~first\nsecond\nthird\x1b[201~\r")
+    screen.wait_for(r"third\r\n\x1b\[\?2004l\r.{3}")  # the editor gives the screen back, and the answer begins
+    screen.type("\x03")
+    screen.wait_for(r"\[stopped\].*> ")
+    screen.type("half a line\x03")
+    screen.wait_for("> ")
+    screen.type("/undo\r")
+    screen.wait_for("forgotten: first\r?\nsecond\r?\nthird")
+    screen.type("/quit\r")
+    assert os.waitpid(screen.pid, 0)[1] == 0
+    os.close(screen.file)
+    history = tmp_path / "history"
+    assert "third" in history.read_text()
+    assert stat.S_IMODE(history.stat().st_mode) == 0o600
