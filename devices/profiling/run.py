@@ -20,9 +20,8 @@ from ..bench import bench
 from ..device import Device
 from ..results import BenchOptions, Result, Run
 from .artefacts import DEFAULT_TYPES, make_artefacts
-from .assemble import assemble
-from .calibrate import calibrated
 from .held_out import error_of, irregular_shapes, removals
+from .regression import assemble
 from .stacks import Design, Widths
 
 DECODED = 32
@@ -95,7 +94,7 @@ def profile(
     measured_on = _measured_on(run, timed, settings)
     prompts = (1, SHORT_PROMPT, LONG_PROMPT)
     times = {shape: _milliseconds(result, measured_on.clock) for shape, result in found.items()}
-    table = calibrated(assemble(design, DEPTHS, prompts, times), {shape: times[shape] for shape in whole})
+    table = assemble(design, DEPTHS, prompts, {shape: times[shape] for shape in [*stacks, *whole]})
     made = _checked(DeviceProfile(measured_on, table), {shape: times[shape] for shape in unseen})
     made = dataclasses.replace(
         made, savings=_savings(made, {name: (shape, times[shape]) for name, shape in single.items()})
