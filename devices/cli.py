@@ -13,7 +13,7 @@ from ..runtime.base.errors import UsageError
 from . import compare, report
 from .bench import benchmark, log_progress
 from .device import DeviceOptions, open_device
-from .profiling.run import ProfileOptions, profile, summary
+from .profiler import ProfileOptions, profile, summary
 from .results import BenchOptions, Run
 
 

@@ -11,7 +11,7 @@ import pytest
 from latency import HEAD_DIM, MEASURED_ON, true_ms
 
 from efficientllm.devices import cli
-from efficientllm.devices.profiling import run as profiling
+from efficientllm.devices import profiler as profiling
 from efficientllm.devices.profiling.checkpoint import write_checkpoint
 from efficientllm.devices.profiling.held_out import error_of, irregular_shapes, removals
 from efficientllm.devices.profiling.regression import assemble

@@ -12,17 +12,17 @@ from typing import Literal
 
 import numpy as np
 
-from ...runtime.base import flags
-from ...runtime.base.errors import DeviceError
-from ...runtime.latency.profile import DeviceProfile, MeasuredOn, Saving
-from ...runtime.latency.shape import DecoderShape
-from ..bench import bench
-from ..device import Device
-from ..results import BenchOptions, Result, Run
-from .artefacts import DEFAULT_TYPES, make_artefacts
-from .held_out import error_of, irregular_shapes, removals
-from .regression import assemble
-from .stacks import Design, Widths
+from ..runtime.base import flags
+from ..runtime.base.errors import DeviceError
+from ..runtime.latency.profile import DeviceProfile, MeasuredOn, Saving
+from ..runtime.latency.shape import DecoderShape
+from .bench import bench
+from .device import Device
+from .profiling.artefacts import DEFAULT_TYPES, make_artefacts
+from .profiling.held_out import error_of, irregular_shapes, removals
+from .profiling.regression import assemble
+from .profiling.stacks import Design, Widths
+from .results import BenchOptions, Result, Run
 
 DECODED = 32
 """Tokens decoded per measurement."""
