@@ -19,12 +19,7 @@ class EmbeddingsRequest(Asked):
     """POST /v1/embeddings"""
 
     model: Text
-    input: (
-        Text
-        | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)]
-        | Tokens
-        | Annotated[list[Tokens], Field(min_length=1, max_length=MAX_PROMPTS)]
-    )
+    input: Text | Tokens | Annotated[list[Text | Tokens], Field(min_length=1, max_length=MAX_PROMPTS)]
     encoding_format: Literal["float", "base64"] = "float"
     pooling: Literal["mean", "last"] = "mean"
     """Of the states of all tokens, their mean or the last one's."""
@@ -44,7 +39,7 @@ def embeddings_of(engine: OwnedEngine, request: EmbeddingsRequest) -> dict[str, 
     vectors, num_tokens = [], 0
     for text in request.texts:
         tokens = text_prompt(engine, text) if isinstance(text, str) else text
-        if not tokens or max(tokens) >= engine.vocab_size:
+        if not text or not tokens or max(tokens) >= engine.vocab_size:
             raise APIError(400, f"input: tokens are 0 to {engine.vocab_size - 1}, and at least one")
         try:
             vectors.append(engine.embed(tokens, request.pooling))

@@ -127,7 +127,7 @@ def test_tokens_outside_the_vocabulary_are_refused(model: Model, tokens: list[in
 
 
 WRONG_OPTIONS: list[tuple[Any, dict[str, Any], str]] = [
-    (PruneConfig, {"layout": "unifrom"}, "--layout unifrom: is none of per-layer, uniform"),
+    (PruneConfig, {"layout": "unifrom"}, "--layout unifrom: is none of per-layer, uniform; did you mean uniform?"),
     (PruneConfig, {"target_ratio": "0.8"}, "--target-ratio '0.8': is no float"),
     (PruneConfig, {"target_params": "100M"}, "--target-params '100M': is no int"),
     (PruneConfig, {"target_ratio": 80.0}, "--target-ratio 80.0: must be above 0 and at most 1"),

@@ -42,7 +42,8 @@ def test_they_are_the_model_s_last_states(
     with torch.no_grad():
         states = tiny_model(tiny_architecture()).model(torch.tensor([tokens])).last_hidden_state[0].double().numpy()
     expected = states[-1] if pooling == "last" else states.mean(axis=0)
-    answer = client.embeddings.create(model="tiny", input=[TEXT, tokens], extra_body={"pooling": pooling})
+    texts: Any = [TEXT, tokens]
+    answer = client.embeddings.create(model="tiny", input=texts, extra_body={"pooling": pooling})
     for item in answer.data:
         np.testing.assert_allclose(item.embedding, expected / np.linalg.norm(expected), atol=2e-3)
     assert answer.usage.prompt_tokens == 2 * len(tokens)

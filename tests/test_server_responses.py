@@ -69,7 +69,7 @@ def test_an_object_is_parsed(client: openai.OpenAI) -> None:
 
 def test_a_call_and_its_result_go_on(client: openai.OpenAI) -> None:
     common: Any = {"model": "tiny", "tools": [TOOL], "max_output_tokens": 200}
-    question = {"role": "user", "content": "Rome?"}
+    question: Any = {"role": "user", "content": "Rome?"}
     answer = client.responses.create(**common, input=[question], tool_choice="required")
     (call,) = answer.output
     assert call.type == "function_call"

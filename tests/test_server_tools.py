@@ -77,6 +77,7 @@ def test_a_required_call_is_valid(client: openai.OpenAI, model: str, seed: int) 
     name, streamed, reason = "", "", None
     for chunk in client.chat.completions.create(**settings, stream=True):
         for delta in chunk.choices[0].delta.tool_calls or []:
+            assert delta.function is not None
             name += delta.function.name or ""
             streamed += delta.function.arguments or ""
         assert not chunk.choices[0].delta.content

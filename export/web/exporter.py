@@ -44,7 +44,7 @@ def export_web(checkpoint: Checkpoint, request: ExportRequest[WebOptions], folde
     """Write a folder that any file server can serve; raises before anything is left behind."""
     chosen = request.options
     runtime_files = copy_wllama(folder, chosen.wllama)  # first: what it lacks is known before minutes of work
-    values = {field.name: getattr(chosen, field.name) for field in fields(GgufOptions)}
+    values: dict[str, Any] = {field.name: getattr(chosen, field.name) for field in fields(GgufOptions)}
     gguf = replace(request, options=GgufOptions(**values | {"quantize": chosen.quantize or DEFAULT}))
     contents = write_model(checkpoint, gguf, folder)
     model = folder / contents.files[0]
@@ -91,7 +91,7 @@ def web_manifest(name: str) -> dict[str, Any]:
 
 def _write_page(folder: Path, parts: list[Part]) -> None:
     """Copy the page; its service worker learns what to keep, and a version that changes with any of it."""
-    source = resources.files(__package__)
+    source = resources.files(__name__.rpartition(".")[0])
     for name in PAGE_FILES:
         (folder / name).write_text(source.joinpath(name).read_text(encoding="utf-8"), encoding="utf-8")
     shell = ["./", SETTINGS_FILE, WEB_MANIFEST, *(name for name in PAGE_FILES if name != "sw.js")]

@@ -90,7 +90,8 @@ def imported_functions(sections: list[Section]) -> int:
     content = next((each.content for each in sections if each.id == IMPORT), b"\0")
     reader, count = Reader(content), 0
     for _ in range(reader.number()):
-        reader.text(), reader.text()
+        for _name in ("module", "field"):
+            reader.text()
         kind = reader.take(1)[0]
         if kind == 0:
             reader.number()

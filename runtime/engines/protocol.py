@@ -50,12 +50,15 @@ class Engine(Protocol):
     """Key/value caches of all `cache_slots`; 0 where the file does not tell."""
     num_sequences: int
     """Sequences, numbered from 0, whose caches stand side by side."""
-    cache_slots: int
-    """Tokens that the caches of all sequences hold together."""
     max_batch: int
     """Tokens that one `extend` takes."""
     settings: str
     """What was chosen for this machine, such as the attention kernel; "" where nothing was."""
+
+    @property
+    def cache_slots(self) -> int:
+        """Tokens that the caches of all sequences hold together."""
+        ...
 
     def tokenize(self, text: str, special: bool) -> list[int]:
         """Token ids; `special` turns text such as <|im_end|> into its control token."""

@@ -1,3 +1,4 @@
+# pyright: reportMissingImports=false
 """What each client library is used for, against a server: python_clients.py NAME ADDRESS, where it is installed.
 
 The model behind it writes noise, so what is asked has to be bounded by itself: names of cities, yes and no.

@@ -44,6 +44,8 @@ LIBRARIES = {
 
 LONGEST_SECONDS = 60
 LARGEST_BYTES = 12 * 2**30
+OF_OTHERS = ("Modelfile",)
+"""Files that our loader neither reads nor vouches for: people edit them."""
 OUTCOMES = {0: "loaded", 10: "refused", 11: "traceback"}
 VALUES: tuple[Any, ...] = (0, -1, 1, 7, 2**31 - 1, 2**32 - 1, 1e30, float("nan"), "x", "", None, True, [], {})
 
@@ -123,7 +125,7 @@ def mutations_of(path: Path) -> list[Mutate]:
 def mutate(folder: Path, seed: str) -> str:
     """Damage one file of `folder`; what was done."""
     dice = random.Random(seed)
-    files = sorted(file for file in folder.iterdir() if file.stat().st_size)
+    files = sorted(file for file in folder.iterdir() if file.stat().st_size and file.name not in OF_OTHERS)
     # half of them to the model itself
     models = [file for file in files if file.suffix in (".gguf", ".pte", ".onnx")]
     file = dice.choice(models if dice.random() < 0.5 else files)
