@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -109,7 +108,7 @@ class ModelPool:
 
     async def _make_room(self, name: str) -> None:
         """Unload what was not used for longest; waits for a model that nobody needs."""
-        needed, deadline = self.artefacts[name].file_bytes, time.monotonic() + self.timeout
+        needed, deadline = self.artefacts[name].file_bytes, asyncio.get_running_loop().time() + self.timeout
         while self.max_memory and self._workers and self._used() + needed > self.max_memory:
             idle = [(worker.last_used, key) for key, worker in self._workers.items() if not worker.in_flight]
             if idle:
@@ -117,7 +116,8 @@ class ModelPool:
                 continue
             self._idle.clear()
             try:
-                await asyncio.wait_for(self._idle.wait(), deadline - time.monotonic())
+                async with asyncio.timeout_at(deadline):
+                    await self._idle.wait()
             except TimeoutError as error:
                 message = f"model {name!r} needs {format_bytes(needed)} and all loaded models are busy; try again later"
                 raise APIError(503, message, "server_error", "model_overloaded") from error

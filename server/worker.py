@@ -94,11 +94,12 @@ class EngineWorker:
         return self._read(generations, answer.pieces)
 
     async def _read(self, generations: Sequence[Generation], pieces: asyncio.Queue[Item]) -> AsyncGenerator[Piece]:
-        deadline = time.monotonic() + self.timeout
+        deadline = asyncio.get_running_loop().time() + self.timeout
         try:
             while True:
                 try:
-                    piece = await asyncio.wait_for(pieces.get(), deadline - time.monotonic())
+                    async with asyncio.timeout_at(deadline):  # wait_for of Python 3.11 may swallow a cancellation
+                        piece = await pieces.get()
                 except TimeoutError as error:
                     message = f"the answer took longer than {self.timeout:g} s"
                     raise APIError(408, message, "timeout_error", "timeout") from error

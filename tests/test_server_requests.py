@@ -216,25 +216,21 @@ def test_made_up_paths_make_no_labels(address: str) -> None:
     assert 'endpoint="/v1/models/{name:path}",status="404"} 20' in text
 
 
-NO_END = {"logit_bias": {"0": -100, "2": -100}}
+ENDLESS = {"max_tokens": 1800, "temperature": 2, "seed": 3, "logit_bias": {"0": -100, "2": -100}}
 """Never <|endoftext|> or <|im_end|>."""
 
 
-@pytest.mark.parametrize("body", [{}, {"n": 4}, {"response_format": {"type": "json_object"}}, {"stop": ["never said"]}])
+LONG = {"type": "object", "properties": {"text": {"type": "string", "minLength": 1500}}, "required": ["text"]}
+LONG_OBJECT = {"type": "json_schema", "json_schema": {"name": "long", "schema": LONG}}
+
+
+@pytest.mark.parametrize("body", [{}, {"n": 4}, {"response_format": LONG_OBJECT}, {"stop": ["never said"]}])
 def test_a_client_that_waits_for_the_whole_and_goes_frees_its_place(address: str, body: dict[str, Any]) -> None:
     before = metric(address, 'efficientllm_requests_total{endpoint="/v1/chat/completions",status="499"}')
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(
             f"{address}/v1/chat/completions",
-            json={
-                "model": "tiny",
-                "messages": MESSAGES,
-                "max_tokens": 1800,
-                "temperature": 2,
-                "seed": 3,
-                **NO_END,
-                **body,
-            },
+            json={"model": "tiny", "messages": MESSAGES, **ENDLESS, **body},
             timeout=httpx.Timeout(5, read=0.15),
         )
     until(lambda: httpx.get(f"{address}/health").json()["in_flight"] == 0, seconds=5)

@@ -45,7 +45,8 @@ def export_web(checkpoint: Checkpoint, request: ExportRequest[WebOptions], folde
     chosen = request.options
     runtime_files = copy_wllama(folder, chosen.wllama)  # first: what it lacks is known before minutes of work
     values: dict[str, Any] = {field.name: getattr(chosen, field.name) for field in fields(GgufOptions)}
-    gguf = replace(request, options=GgufOptions(**values | {"quantize": chosen.quantize or DEFAULT}))
+    values["quantize"] = chosen.quantize or DEFAULT
+    gguf = replace(request, options=GgufOptions(**values))
     contents = write_model(checkpoint, gguf, folder)
     model = folder / contents.files[0]
     check = greedy_check(model)
