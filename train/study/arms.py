@@ -70,6 +70,22 @@ ARMS: dict[str, Arm] = {
         is_ours=True,
         is_repeated=True,
     ),
+    "recover-steps": Arm(
+        "pruning in steps by token-fisher, least squares after each, distillation",
+        (
+            _pruning(
+                prune_start=0.1,
+                prune_end=0.4,
+                prune_every=5,
+                saliency="token-fisher",
+                recover="least-squares",
+                recover_tokens=8192,
+            ),
+            _distilled,
+        ),
+        is_ours=True,
+        is_repeated=True,
+    ),
     "one-shot-fisher": Arm(
         "one-shot fisher, then the same loss", (_one_shot, _pruning(saliency="fisher"), _distilled), is_repeated=True
     ),
