@@ -21,6 +21,9 @@ CHATS = (
     ],
 )
 
+CACHE = {"gguf": "f32"}
+"""Of keys and values; `auto` may take one of 8 bits."""
+
 
 @pytest.mark.slow
 def test_three_engines_give_the_same_text(exported: Callable[..., Path]) -> None:
@@ -28,7 +31,9 @@ def test_three_engines_give_the_same_text(exported: Callable[..., Path]) -> None
     answers, logits = {}, {}
     for target in ("gguf", "onnx", "executorch"):
         artefact = exported(target, *(EXACT if target == "executorch" else EXACT[:2]))
-        engine = load_engine(artefact, EngineOptions(threads=1, context=128, warm_up=True))
+        engine = load_engine(
+            artefact, EngineOptions(threads=1, context=128, warm_up=True, kv_cache=CACHE.get(target, "auto"))
+        )
         prompts = [chat_prompt(engine, chat) for chat in CHATS]
         answers[target] = ["".join(Generation(engine, prompt, AnswerOptions(24))) for prompt in prompts]
         logits[target] = engine.prefill(prompts[1])
@@ -36,4 +41,4 @@ def test_three_engines_give_the_same_text(exported: Callable[..., Path]) -> None
     assert answers["gguf"] == answers["onnx"] == answers["executorch"]
     assert all(answers["gguf"])
     np.testing.assert_allclose(logits["onnx"], logits["executorch"], atol=2e-4)  # fp32 sums in another order
-    np.testing.assert_allclose(logits["gguf"], logits["onnx"], atol=1e-2)  # llama.cpp caches keys and values in fp16
+    np.testing.assert_allclose(logits["gguf"], logits["onnx"], atol=1e-2)  # llama.cpp's attention is not all fp32
