@@ -12,10 +12,6 @@ RANGES = {"temperature": (0.0, 2.0), "top_p": (0.01, 1.0), "repetition_penalty":
 
 def generation_defaults(checkpoint: Checkpoint) -> dict[str, float]:
     """{temperature, top_p, repetition_penalty}; what is missing, of another type or out of range is ours."""
-    found = checkpoint.json_file("generation_config.json")
-    chosen = dict(CHAT_DEFAULTS)
-    for name, (low, high) in RANGES.items():
-        value = found.get(name)
-        if isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high:
-            chosen[name] = float(value)
-    return chosen
+    given = checkpoint.sampling
+    chosen = {name: float(given[name]) for name, (low, high) in RANGES.items() if low <= given.get(name, -1) <= high}
+    return CHAT_DEFAULTS | chosen

@@ -19,6 +19,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from efficientllm.export.verification import sample_text
+from efficientllm.runtime.engines.engine import EngineOptions, load_engine
+from efficientllm.runtime.engines.owned import OwnedEngine
 from efficientllm.train.evaluation.quality import measure, sets
 from efficientllm.train.model.architecture import Architecture, LayerShape
 from efficientllm.train.model.irregular import save_checkpoint
@@ -161,3 +163,11 @@ def exported(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedToke
 def artefact(exported: Exported) -> Path:
     """The same in an F32 GGUF."""
     return exported("gguf", "--quantize", "f32")
+
+
+@pytest.fixture(scope="module")
+def engine(artefact: Path) -> Iterator[OwnedEngine]:
+    """That artefact, loaded."""
+    engine = load_engine(artefact, EngineOptions(threads=1))
+    yield engine
+    engine.close()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,6 @@ from efficientllm.runtime.engines.owned import OwnedEngine
 from efficientllm.runtime.generation import AnswerOptions, Generation
 from efficientllm.runtime.grammar import Grammar, GrammarConstraint
 from efficientllm.runtime.sampling import SamplingOptions
-
-
-@pytest.fixture(scope="module")
-def engine(artefact: Path) -> Iterator[OwnedEngine]:
-    engine = load_engine(artefact, EngineOptions(threads=1))
-    yield engine
-    engine.close()
 
 
 def accepts(engine: OwnedEngine, grammar: Grammar, text: str) -> bool:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from efficientllm.runtime.call_reader import Argued, Called, CallReader, Said
-from efficientllm.runtime.engines.engine import EngineOptions, load_engine
 from efficientllm.runtime.engines.owned import OwnedEngine
 from efficientllm.runtime.grammar import GrammarConstraint
 from efficientllm.runtime.prompt import ChatOptions, ToolUse, chat_prompt, tool_prompt
@@ -87,13 +84,6 @@ TOOLS: list[dict[str, Any]] = [
     {"type": "function", "function": {"name": "now"}},
 ]
 QUESTION = {"role": "user", "content": "How is Rome?"}
-
-
-@pytest.fixture(scope="module")
-def engine(artefact: Path) -> Iterator[OwnedEngine]:
-    engine = load_engine(artefact, EngineOptions(threads=1))
-    yield engine
-    engine.close()
 
 
 def accepts(engine: OwnedEngine, use: ToolUse, text: str) -> bool:

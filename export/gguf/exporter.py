@@ -16,7 +16,7 @@ from ..manifest import OLLAMA_FILE, Contents, bits_per_weight, write_manifest
 from ..request import ExportRequest, PaddingOptions, log
 from ..targets import Exporter
 from ..verification import Agreement, check_exact, check_quantized, compare_logits, sample_text, torch_sample
-from .modelfile import modelfile
+from .modelfile import MAX_CONTEXT, modelfile
 from .probe import probe
 from .quantize import (
     ROW_MULTIPLE,
@@ -115,7 +115,7 @@ def _importance(checkpoint: Checkpoint, request: ExportRequest[GgufOptions], pla
 
 def run_hints(folder: Path, context_length: int, head_dim: int) -> list[str]:
     """How other programs run the file: llama.cpp's server, Ollama."""
-    context = min(context_length, 4096)
+    context = min(context_length, MAX_CONTEXT)
     # flash attention over fp16 is slow on many CPUs; Q8_0 has blocks of 32
     attention = "-fa off" if head_dim % 32 else "-fa on -ctk q8_0 -ctv q8_0"
     return [

@@ -11,7 +11,7 @@ from ..checkpoint import Checkpoint
 from ..generation_defaults import generation_defaults
 
 MAX_CONTEXT = 4096
-"""Tokens; Ollama allocates the caches of all of them."""
+"""Tokens; Ollama and llama-server allocate the caches of all of them."""
 
 NAMES = {"temperature": "temperature", "top_p": "top_p", "repetition_penalty": "repeat_penalty"}
 """Our options -> Ollama's."""

@@ -25,6 +25,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from efficientllm.export.manifest import OLLAMA_FILE
 from efficientllm.runtime.base.child import Finished
 from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.base.errors import EfficientLLMError
@@ -44,8 +45,6 @@ LIBRARIES = {
 
 LONGEST_SECONDS = 60
 LARGEST_BYTES = 12 * 2**30
-OF_OTHERS = ("Modelfile",)
-"""Files that our loader neither reads nor vouches for: people edit them."""
 OUTCOMES = {0: "loaded", 10: "refused", 11: "traceback"}
 VALUES: tuple[Any, ...] = (0, -1, 1, 7, 2**31 - 1, 2**32 - 1, 1e30, float("nan"), "x", "", None, True, [], {})
 
@@ -125,7 +124,7 @@ def mutations_of(path: Path) -> list[Mutate]:
 def mutate(folder: Path, seed: str) -> str:
     """Damage one file of `folder`; what was done."""
     dice = random.Random(seed)
-    files = sorted(file for file in folder.iterdir() if file.stat().st_size and file.name not in OF_OTHERS)
+    files = sorted(file for file in folder.iterdir() if file.stat().st_size and file.name != OLLAMA_FILE)
     # half of them to the model itself
     models = [file for file in files if file.suffix in (".gguf", ".pte", ".onnx")]
     file = dice.choice(models if dice.random() < 0.5 else files)

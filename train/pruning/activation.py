@@ -19,7 +19,8 @@ from torch import Tensor
 
 from ..compute.gather import full
 from ..model.architecture import Architecture
-from .readers import MeanOverRanks, ReaderScores, alone, is_ffn
+from .readers import ReaderScores, is_ffn
+from .running_scores import MeanOverRanks, alone
 
 
 @dataclass

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ..model.architecture import Architecture
-from .criteria import TOKEN_FISHER
+from .criteria import is_energy
 from .groups import BLOCKS, KINDS
 from .probe import Absence, BlockProbe, Half
 from .running_scores import Scores
@@ -37,9 +37,6 @@ HALVES: dict[Half, tuple[str, tuple[str, ...]]] = {
     "ffn": ("ffn", ("ffn",)),
 }
 """Half of a layer -> (kind whose groups are all of it, kinds that are scored within it)."""
-
-ENERGIES = frozenset({"fisher", TOKEN_FISHER, "magnitude", "flap"})
-"""Values of --saliency that are squares."""
 
 HALF_OF_BLOCK: dict[str, Half] = {"attention_block": "attention", "ffn_block": "ffn"}
 
@@ -55,7 +52,7 @@ class BlockScores:
     def __init__(self, names: Sequence[str], saliency: str, num_layers: int, renewals: int, span: float) -> None:
         """`saliency`: the criterion of the groups; `span`: what the budget's measure falls by in the whole run."""
         self.names = tuple(names)
-        self._is_energy = saliency in ENERGIES
+        self._is_energy = is_energy(saliency)
         self._interval = span / renewals
         self._losses = {name: torch.zeros(num_layers, dtype=torch.float64) for name in BLOCKS}
         """Nats per token without the block; 0 where there is none. Halves are measured whatever may go: groups need
@@ -137,10 +134,6 @@ class BlockScores:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from what `state` gave; nothing is confirmed between two events."""
-        self._losses = {name: _on_cpu(vector) for name, vector in state["losses"].items()}
-        self._factors = {half: _on_cpu(vector) for half, vector in state["factors"].items()}
+        self._losses = {name: vector.cpu() for name, vector in state["losses"].items()}
+        self._factors = {half: vector.cpu() for half, vector in state["factors"].items()}
         self._renewed_at = state["renewed_at"]
-
-
-def _on_cpu(vector: Tensor) -> Tensor:
-    return vector.cpu()

@@ -32,6 +32,8 @@ class Criterion:
     """Whether the terms must see each microbatch's own gradient (samples of the empirical Fisher)."""
     combine_each_sample: bool = False
     """Whether `combine` is applied to every sample and its results averaged, not to the averaged sums."""
+    is_energy: bool = False
+    """Whether scores are squares of changes, whose roots tell groups' shares of a block (see blocks.py)."""
 
 
 CRITERIA: dict[str, Criterion] = {
@@ -44,10 +46,14 @@ CRITERIA: dict[str, Criterion] = {
     # E_microbatch[(sum g w)^2]: the second-order change for removing the whole channel, with the empirical Fisher for
     # the Hessian, cross terms within the channel included (Molchanov et al. 2019, eq. 8).
     "fisher": Criterion(
-        lambda w, g: (g * w,), lambda first: first.square(), per_microbatch=True, combine_each_sample=True
+        lambda w, g: (g * w,),
+        lambda first: first.square(),
+        per_microbatch=True,
+        combine_each_sample=True,
+        is_energy=True,
     ),
     # sum w^2.
-    "magnitude": Criterion(lambda w, g: (w.square(),), lambda squares: squares, uses_gradient=False),
+    "magnitude": Criterion(lambda w, g: (w.square(),), lambda squares: squares, uses_gradient=False, is_energy=True),
 }
 
 
@@ -86,3 +92,8 @@ def criterion_named(name: str) -> Criterion:
 def uses_gradient(name: str) -> bool:
     """Whether `--saliency name` looks at gradients; UsageError where it is unknown."""
     return name == TOKEN_FISHER or (name not in OTHERS and criterion_named(name).uses_gradient)
+
+
+def is_energy(name: str) -> bool:
+    """Whether the scores of `--saliency name` are squares of changes; UsageError where it is unknown."""
+    return name in (TOKEN_FISHER, "flap") or (name not in OTHERS and criterion_named(name).is_energy)

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from ..model.architecture import Architecture
 from .criteria import TOKEN_FISHER
-from .readers import MeanOverRanks, ReaderScores, alone, is_ffn
+from .readers import ReaderScores, is_ffn
+from .running_scores import MeanOverRanks, alone
 
 
 class GateScores(ReaderScores):

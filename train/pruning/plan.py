@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-
-from torch import Tensor
 
 from ...runtime.base.errors import UsageError
 from ..model.architecture import Architecture
 from .budget import Budget, check_budget, device_time, make_budget, read_architecture
 from .config import PruneConfig
 from .measures import PARAMETERS, DeviceTime
-from .running_scores import RunningScores
+from .running_scores import MeanOverRanks, RunningScores
 from .selection import SelectionRules, check_floor
 from .trackers import tracker_named
 
@@ -29,9 +26,7 @@ class PruningPlan:
     time: DeviceTime | None = None
     """What --target-latency times."""
 
-    def tracker(
-        self, architecture: Architecture, seed: int, mean_over_ranks: Callable[[Iterable[Tensor]], None]
-    ) -> RunningScores:
+    def tracker(self, architecture: Architecture, seed: int, mean_over_ranks: MeanOverRanks) -> RunningScores:
         """Saliency of the groups of a model of this shape, none seen yet; see trackers.tracker_named."""
         settings = self.settings
         return tracker_named(

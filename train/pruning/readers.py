@@ -10,17 +10,10 @@ from torch import Tensor, nn
 
 from ...runtime.base.errors import UsageError
 from ..model.architecture import Architecture
-from .running_scores import RunningScores
+from .running_scores import MeanOverRanks, RunningScores
 
 READERS = ("self_attn.o_proj", "mlp.down_proj")
 """Matrices whose input channels are heads' and the FFN's."""
-
-MeanOverRanks = Callable[[Iterable[Tensor]], None]
-"""Averages tensors over ranks, in place."""
-
-
-def alone(tensors: Iterable[Tensor]) -> None:
-    """The mean over ranks of a run that has one."""
 
 
 def is_ffn(name: str) -> bool:

@@ -16,7 +16,7 @@ from ..model.architecture import Architecture
 from ..model.tensors import axes_of
 from .criteria import Criterion, Terms
 from .groups import KINDS, counts
-from .running_scores import RunningScores, Scores
+from .running_scores import MeanOverRanks, RunningScores, Scores, alone
 
 Sums = dict[tuple[int | str | None, str], list[Tensor]]
 """{(layer, axis): [sum of term 1 along that axis, ...]}; the hidden axis has one entry per piece of the stem."""
@@ -50,7 +50,7 @@ class SaliencyTracker(RunningScores):
         kinds: Iterable[str],
         architecture: Architecture,
         decay: float,
-        mean_over_ranks: Callable[[Iterable[Tensor]], None] = lambda tensors: None,
+        mean_over_ranks: MeanOverRanks = alone,
     ) -> None:
         """`mean_over_ranks` averages tensors in place; it is called where the samples are a rank's own microbatches."""
         super().__init__(kinds, architecture, decay)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-
-from torch import Tensor
+from collections.abc import Iterable
 
 from ..model.architecture import Architecture
 from .activation import ACTIVATION_CRITERIA, ActivationScores
 from .criteria import RANDOM, TOKEN_FISHER, criterion_named
 from .gates import GateScores
-from .running_scores import RandomScores, RunningScores
+from .running_scores import MeanOverRanks, RandomScores, RunningScores, alone
 from .saliency import SaliencyTracker
 
 
@@ -20,7 +18,7 @@ def tracker_named(
     architecture: Architecture,
     decay: float,
     seed: int = 0,
-    mean_over_ranks: Callable[[Iterable[Tensor]], None] = lambda tensors: None,
+    mean_over_ranks: MeanOverRanks = alone,
 ) -> RunningScores:
     """The tracker of `--saliency name`; UsageError where there is none."""
     if name == RANDOM:
