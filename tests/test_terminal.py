@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import select
 import signal
 import stat
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -72,13 +72,22 @@ def test_commands(
     assert conversation.messages == []
 
 
-def test_an_interrupt_ends_the_answer_and_keeps_what_is_there(artefact: Path) -> None:
+class InterruptedOutput(io.StringIO):
+    """Presses Ctrl-C when the answer's first piece is printed."""
+
+    def write(self, text: str) -> int:
+        if not self.getvalue():
+            os.kill(os.getpid(), signal.SIGINT)
+        return super().write(text)
+
+
+def test_an_interrupt_ends_the_answer_and_keeps_what_is_there(artefact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = load_engine(artefact, EngineOptions(threads=1, context=4096))
     options = ChatOptions(max_tokens=3000)
     conversation = Conversation(engine, options, SamplingOptions(temperature=1, seed=3, top_k=0, top_p=1, min_p=0))
-    timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
-    timer.start()
-    assert not conversation.ask("Go on")
+    with monkeypatch.context() as patched:
+        patched.setattr("sys.stdout", InterruptedOutput())
+        assert not conversation.ask("Go on")
     answer = conversation.messages[1]["content"]
     assert answer
     assert conversation.last_stats is not None
@@ -101,11 +110,13 @@ class Screen:
     def type(self, text: str) -> None:
         os.write(self.file, text.encode())
 
-    def wait_for(self, pattern: str, seconds: float = 120) -> None:
-        """Until what was printed since the last call matches."""
+    def wait_for(self, pattern: str, seconds: float = 120, typing: str = "") -> None:
+        """Until what was printed since the last call matches, `typing` while the program is silent."""
         deadline = time.monotonic() + seconds
         while not (found := re.search(pattern, self.text, re.S)):
             assert time.monotonic() < deadline, self.text
+            if typing:
+                self.type(typing)
             if select.select([self.file], [], [], 1)[0]:
                 self.text += os.read(self.file, 4096).decode("utf-8", "replace")
         self.text = self.text[found.end() :]
@@ -122,9 +133,8 @@ def test_pasted_lines_are_one_question_and_ctrl_c_leaves_the_conversation(artefa
     screen.type("\x03")
     screen.wait_for(r"\[stopped\].*> ")
     screen.type("half a line")
-    screen.wait_for("half a line")  # CPython's readline overlooks a signal that comes before it waits for a key
-    screen.type("\x03")
-    screen.wait_for("> ")
+    screen.wait_for("half a line")
+    screen.wait_for("> ", typing="\x03")  # CPython's readline overlooks a signal that comes before it waits for a key
     screen.type("/undo\r")
     screen.wait_for("forgotten: first\r?\nsecond\r?\nthird")
     screen.type("/quit\r")
