@@ -111,14 +111,14 @@ class Screen:
         os.write(self.file, text.encode())
 
     def wait_for(self, pattern: str, seconds: float = 120, typing: str = "") -> None:
-        """Until what was printed since the last call matches, `typing` while the program is silent."""
+        """Until what was printed since the last call matches, `typing` for every second in which the program is silent."""
         deadline = time.monotonic() + seconds
         while not (found := re.search(pattern, self.text, re.S)):
             assert time.monotonic() < deadline, self.text
-            if typing:
-                self.type(typing)
             if select.select([self.file], [], [], 1)[0]:
                 self.text += os.read(self.file, 4096).decode("utf-8", "replace")
+            else:
+                self.type(typing)
         self.text = self.text[found.end() :]
 
 
