@@ -10,7 +10,7 @@ from serving import serve
 
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
 from efficientllm.server.app import AppOptions
-from efficientllm.server.pool import ModelPool
+from efficientllm.server.models.pool import ModelPool
 
 
 def test_every_phase_of_an_answer_gives_its_place_back(artefact: Path) -> None:

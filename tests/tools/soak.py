@@ -26,8 +26,8 @@ from efficientllm.runtime.engines.owned import OwnedEngine
 from efficientllm.runtime.generation import AnswerOptions, Generation
 from efficientllm.runtime.grammar import Grammar, GrammarConstraint
 from efficientllm.server.app import AppOptions
-from efficientllm.server.pool import ModelPool
-from efficientllm.server.worker import EngineWorker, Piece
+from efficientllm.server.models.pool import ModelPool
+from efficientllm.server.models.worker import EngineWorker, Piece
 
 LONG = 200
 """Tokens of an answer that would go on."""

@@ -8,11 +8,11 @@ import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..runtime.base.errors import EfficientLLMError, UsageError
-from ..runtime.batch import Batch, Progress
-from ..runtime.engines.owned import CLOSED, OwnedEngine
-from ..runtime.generation import Generation, TokenLogprob
-from .schemas import APIError
+from ...runtime.base.errors import EfficientLLMError, UsageError
+from ...runtime.batch import Batch, Progress
+from ...runtime.engines.owned import CLOSED, OwnedEngine
+from ...runtime.generation import Generation, TokenLogprob
+from ..schemas.error import APIError
 
 
 @dataclass(frozen=True)
