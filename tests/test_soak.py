@@ -37,7 +37,7 @@ def test_a_crowd_gets_its_own_answers(artefact: Path, tokens: dict[str, int]) ->
     clients = [(token, text) for text, token in tokens.items()][:24]
     pool = ModelPool({"model": str(artefact)}, EngineOptions(threads=1, context=256), waiting=24)
     with serve(pool, AppOptions()) as address:
-        found = asyncio.run(soak.crowd(address, clients, requests=96, seconds=0))
+        found = asyncio.run(soak.crowd(address, ["model"], clients, requests=96, seconds=0))
     assert found.statuses.keys() == {200}
     assert found.statuses[200] >= 96
     assert found.crossed == 0

@@ -13,7 +13,6 @@ import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -50,6 +49,8 @@ class SoakOptions:
     """Answers that are cancelled."""
     threads: int = 1
     """CPU threads."""
+    max_memory: int = flags.byte_count(0)
+    """Room for the models, as efficientllm-serve's: where it is not enough for all, they take turns."""
 
     def __post_init__(self) -> None:
         flags.check_types(self)
@@ -96,7 +97,7 @@ async def cancellations(
                 await asyncio.sleep(0.0005)
 
 
-async def _asked(client: httpx.AsyncClient, pool: ModelPool, body: dict[str, Any]) -> asyncio.Future[object]:
+async def _asked(client: httpx.AsyncClient, pool: ModelPool, body: dict[str, Any]) -> asyncio.Future[httpx.Response]:
     """A request that has its place in the server."""
     places = pool.in_flight
     asked = asyncio.ensure_future(client.post("completions", json={"model": "model", **body}))
@@ -118,15 +119,17 @@ class Crowd:
     seconds: float
 
 
-async def crowd(address: str, tokens: Sequence[tuple[int, str]], requests: int, seconds: float) -> Crowd:
-    """One client for each of `tokens` (id, text), which ask until there were enough and the time is over."""
+async def crowd(
+    address: str, models: Sequence[str], tokens: Sequence[tuple[int, str]], requests: int, seconds: float
+) -> Crowd:
+    """One client for each of `tokens` (id, text); they ask any of `models` until it was often and long enough."""
     statuses, crossed, memory, began = Counter[int](), 0, list[int](), time.perf_counter()
 
     async def ask(client: httpx.AsyncClient, token: int, text: str) -> None:
         nonlocal crossed
         while sum(statuses.values()) < requests or time.perf_counter() - began < seconds:
             count = random.randint(1, 8)
-            body = {"model": "model", "prompt": [token] * random.randint(1, 40), "max_tokens": count}
+            body = {"model": random.choice(models), "prompt": [token] * random.randint(1, 40), "max_tokens": count}
             body |= {"logit_bias": {str(token): 100}, "temperature": 0}
             answer = await client.post("completions", json=body)
             statuses[answer.status_code] += 1
@@ -164,18 +167,20 @@ async def print_cancellations(address: str, pool: ModelPool, tokens: dict[str, i
 
 def body(argv: Sequence[str]) -> int:
     parser = flags.Parser(SoakOptions, prog="python tests/tools/soak.py", description=__doc__)
-    parser.add_argument("artefact", help="folder written by efficientllm-export, or a .gguf file")
+    parser.add_argument("artefact", nargs="+", help="folder written by efficientllm-export, or a .gguf file")
     arguments = parser.parse(argv)
-    artefact, options = arguments.pop("artefact"), flags.take(arguments, SoakOptions)
+    artefacts, options = arguments.pop("artefact"), flags.take(arguments, SoakOptions)
     engine_options = EngineOptions(options.threads, context=1024, parallel=4)
-    engine = load_engine(artefact, engine_options)
+    engine = load_engine(artefacts[0], engine_options)
     tokens = distinct_tokens(engine)
     engine.close()
-    pool = ModelPool({"model": str(Path(artefact))}, engine_options, waiting=options.clients)
+    names = {"model" if index == 0 else f"model-{index}": artefact for index, artefact in enumerate(artefacts)}
+    pool = ModelPool(names, engine_options, waiting=options.clients, max_memory=options.max_memory)
     with serve(pool, AppOptions()) as address:
-        asyncio.run(print_cancellations(address, pool, tokens, options.cancellations))
+        if options.cancellations:
+            asyncio.run(print_cancellations(address, pool, tokens, options.cancellations))
         clients = [(token, text) for text, token in tokens.items()][: options.clients]
-        found = asyncio.run(crowd(address, clients, options.requests, 60 * options.minutes))
+        found = asyncio.run(crowd(address, list(names), clients, options.requests, 60 * options.minutes))
     answered = ", ".join(f"{count} x {status}" for status, count in sorted(found.statuses.items()))
     print(f"{options.clients} clients, {found.seconds:.0f} s: {answered}; {found.crossed} crossed")
     shown = ", ".join(f"{value / 1e6:.1f}" for value in found.rss_bytes[:: max(1, len(found.rss_bytes) // 10)])
