@@ -13,7 +13,7 @@ from efficientllm.runtime.engines.engine import EngineOptions
 from efficientllm.server.app import AppOptions
 from efficientllm.server.models.pool import ModelPool
 
-QUESTIONS = ("What is the capital of France?", "Write a Python function that adds two numbers.")
+QUESTIONS = ("Name three planets.", "Write a Python function that adds two numbers.")
 FOLDER = Path(__file__).resolve().parents[2] / "docs" / "images"
 
 PICTURES = {
@@ -28,7 +28,9 @@ PICTURES = {
 def picture(browser: Any, address: str, name: str) -> None:
     """Ask the questions in a new window and keep what it shows."""
     scheme, width, height = PICTURES[name]
-    context = browser.new_context(color_scheme=scheme, viewport={"width": width, "height": height})
+    context = browser.new_context(
+        color_scheme=scheme, viewport={"width": width, "height": height}, has_touch=width < 500
+    )
     page = context.new_page()
     page.goto(address)
     page.locator("#model option").first.wait_for(state="attached")
