@@ -38,7 +38,12 @@ MAY_IMPORT = {
     "export/executorch": RUNTIME | SOURCES | {"export"},
     "export/peers": RUNTIME | SOURCES | {"export"},
     "export/web": RUNTIME | SOURCES | {"export", "export/gguf"},
-    "server": RUNTIME,
+    "server/schemas": {"runtime"},
+    "server/access": {"server/schemas"},
+    "server/page": {"server/schemas"},
+    "server/models": RUNTIME | {"server/schemas"},
+    "server/answers": RUNTIME | {"server/schemas", "server/models"},
+    "server": RUNTIME | {"server/schemas", "server/access", "server/page", "server/models", "server/answers"},
     "devices": RUNTIME | {"devices/profiling"},
     "devices/profiling": RUNTIME | {"devices"},
 }
