@@ -38,6 +38,7 @@ MAY_IMPORT = {
     "export/executorch": RUNTIME | SOURCES | {"export"},
     "export/peers": RUNTIME | SOURCES | {"export"},
     "export/web": RUNTIME | SOURCES | {"export", "export/gguf"},
+    "export/phone": RUNTIME | SOURCES | {"export", "export/gguf", "export/executorch"},
     "server/schemas": {"runtime"},
     "server/access": {"server/schemas"},
     "server/page": {"server/schemas"},
