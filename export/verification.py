@@ -54,19 +54,25 @@ class Sample:
     """fp32 [S, V]"""
 
 
-def torch_sample(checkpoint: Checkpoint, limit: int = SAMPLE_TOKENS) -> Sample:
-    """At most `limit` tokens with the checkpoint's logits in torch."""
+def torch_sample(checkpoint: Checkpoint, limit: int = SAMPLE_TOKENS, activation: Any = None) -> Sample:
+    """At most `limit` tokens with the checkpoint's logits in torch; `activation`: as of torch_logits."""
     tokens = sample_tokens(checkpoint, limit)
-    return Sample(tokens, torch_logits(checkpoint.folder, tokens))
+    return Sample(tokens, torch_logits(checkpoint.folder, tokens, activation))
 
 
-def torch_logits(folder: Path, tokens: list[int]) -> np.ndarray:
-    """Logits [S, V] of the Hugging Face model in `folder`, fp32, eager."""
+def torch_logits(folder: Path, tokens: list[int], activation: Any = None) -> np.ndarray:
+    """Logits [S, V] of the Hugging Face model in `folder`, fp32, eager.
+
+    `activation`: the FFN's as another program computes it, a function of a tensor; None: the model's own.
+    """
     with extra("export"):
         import torch
 
         from ..train.model.source import load_for_inference
     model = load_for_inference(folder)
+    for name, module in model.named_modules() if activation is not None else ():
+        if name.endswith(("mlp.act_fn", "mlp.act")):  # transformers has both names
+            module.register_forward_hook(lambda module, inputs, output: activation(inputs[0]))
     with torch.inference_mode():
         return model(torch.tensor([tokens])).logits[0].float().numpy()
 
