@@ -109,12 +109,12 @@ def compare_logits(reference: np.ndarray, logits: np.ndarray, tokens: list[int])
     )
 
 
-def check_exact(agreement: Agreement, reference: np.ndarray, target: str) -> None:
+def check_exact(agreement: Agreement, reference: np.ndarray, target: str, most: float = MAX_EXACT_DIFFERENCE) -> None:
     """ArtefactError where an fp32 file is not the checkpoint's function.
 
     The limit grows with the logits' size: fp32 rounding is relative.
     """
-    limit = MAX_EXACT_DIFFERENCE * max(1.0, float(np.abs(reference).max()) / 32)
+    limit = most * max(1.0, float(np.abs(reference).max()) / 32)
     if not agreement.max_logit_difference <= limit:
         raise ArtefactError(
             f"{target}: the fp32 file's logits differ from torch's by {agreement.max_logit_difference:.2e} (limit "

@@ -28,6 +28,14 @@ LLAMA3_ROPE = {
 """Llama 3's rope scaling, with a context short enough for tiny models to notice."""
 
 
+SETTINGS: dict[str, dict[str, Any]] = {
+    # a window that is shorter than sequences of tests, a scale that is not head_dim's
+    "gemma3_text": {"sliding_window": 16, "sliding_window_pattern": 3, "query_pre_attn_scalar": 20},
+    "smollm3": {"pad_token_id": 2},
+}
+"""Settings with which every part of a family does something."""
+
+
 def tiny_architecture(
     family: str = "llama",
     layers: tuple[LayerShape, ...] = UNEQUAL,
@@ -61,6 +69,7 @@ def tiny_model(architecture: Architecture, seed: int = 0, **settings: Any) -> An
         "tie_word_embeddings": architecture.tie_word_embeddings,
         "bos_token_id": 1,
         "eos_token_id": 2,
+        **SETTINGS.get(architecture.family, {}),
         **settings,
     }
     torch.manual_seed(seed)

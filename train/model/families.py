@@ -153,6 +153,44 @@ FAMILIES: dict[str, Family] = {
         ),
         described={"attention_bias": True, "use_parallel_residual": True},
     ),
+    "olmo": Family(
+        "OlmoForCausalLM",
+        gguf="olmo",
+        norm=Norm(takes_mean=True, has_gain=False, eps_setting="layer_norm_eps", stock_eps=1e-5),
+        derives_head_dim=True,
+        described={"clip_qkv": None},
+    ),
+    "olmo2": Family(
+        "Olmo2ForCausalLM",
+        gguf="olmo2",
+        norms={"after_attention": "post_attention_layernorm", "after_ffn": "post_feedforward_layernorm"},
+        qk_norm="width",
+        derives_head_dim=True,
+    ),
+    "smollm3": Family("SmolLM3ForCausalLM", gguf="smollm3", has_rotary_layers=True, ties_by_default=True),
+    "gemma3_text": Family(
+        "Gemma3ForCausalLM",
+        gguf="gemma3",
+        norm=Norm(gain_offset=1.0),
+        norms={
+            "before_attention": "input_layernorm",
+            "after_attention": "post_attention_layernorm",
+            "before_ffn": "pre_feedforward_layernorm",
+            "after_ffn": "post_feedforward_layernorm",
+        },
+        activation="gelu_pytorch_tanh",
+        activation_setting="hidden_activation",
+        qk_norm="head",
+        has_window_layers=True,
+        scale_setting="query_pre_attn_scalar",
+        scales_embedding=True,
+        ties_by_default=True,
+        described={
+            "final_logit_softcapping": None,
+            "attn_logit_softcapping": None,
+            "use_bidirectional_attention": False,
+        },
+    ),
 }
 """Supported families by Hugging Face model type."""
 

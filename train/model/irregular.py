@@ -20,7 +20,7 @@ from .hf_files import mend_tokenizer_config, write_config
 from .packing import Packed, packed
 from .rescaling import Scales, rescaled, scale_factor, untied
 from .stock_names import from_stock, to_stock
-from .tensors import EMBEDDING, HEAD, tensor_names
+from .tensors import EMBEDDING, HEAD
 
 modeling.register()
 
@@ -101,7 +101,8 @@ def share_buffers(model: Any, source: Any) -> None:
 
 
 def plain_config(config: Any, architecture: Architecture) -> Any | None:
-    """The stock family's config of a uniform architecture, or None where stock transformers refuses the widths."""
+    """The stock family's config of a uniform architecture; None where stock transformers refuses the widths, or would
+    hold a tied head only as a second matrix."""
     layer, parts = architecture.layers[0], architecture.parts
     if not architecture.is_uniform or not layer.num_attention_heads or not layer.intermediate_size:
         return None
@@ -109,11 +110,12 @@ def plain_config(config: Any, architecture: Architecture) -> Any | None:
         return None
     values = config.to_dict()
     scales = Scales.of(values, architecture)
+    if untied(architecture, scales) != architecture:
+        return None
     for name in ("model_type", "architectures", "per_layer_config", "auto_map", *scales.settings(architecture)):
         values.pop(name, None)
     if parts.norm.stock_eps is None:
         values[parts.norm.eps_setting] = scales.stem_eps
-    values["tie_word_embeddings"] = untied(architecture, scales).tie_word_embeddings
     try:
         return AutoConfig.for_model(architecture.family, **values)
     except (StrictDataclassError, ValueError):
@@ -123,13 +125,11 @@ def plain_config(config: Any, architecture: Architecture) -> Any | None:
 def stock_state(state: dict[str, torch.Tensor], config: Any, architecture: Architecture) -> dict[str, torch.Tensor]:
     """The tensors of an irregular model as its stock class has them."""
     have = Scales.of(config.to_dict(), architecture)
-    want, after = have.stock(architecture), untied(architecture, have)
     found = {}
-    for name in tensor_names(after):
-        tensor = state[name if name in state else EMBEDDING]
-        factor = scale_factor(name, have, want, after)
-        found[name] = tensor if factor == 1.0 else rescaled(name, tensor, factor, after)
-    return {name: tensor.contiguous() for name, tensor in to_stock(found, after, torch.stack).items()}
+    for name, tensor in state.items():
+        factor = scale_factor(name, have, have.stock(architecture), architecture)
+        found[name] = tensor if factor == 1.0 else rescaled(name, tensor, factor, architecture)
+    return {name: tensor.contiguous() for name, tensor in to_stock(found, architecture, torch.stack).items()}
 
 
 def packed_config(config: Any, closed: Packed) -> Any:

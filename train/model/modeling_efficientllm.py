@@ -23,15 +23,23 @@ from torch.nn import functional
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.gemma3 import modeling_gemma3
+from transformers.models.gemma3.configuration_gemma3 import Gemma3TextConfig
 from transformers.models.gpt_neox import configuration_gpt_neox, modeling_gpt_neox
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.configuration_llama import LlamaConfig, strict
 from transformers.models.mistral import modeling_mistral
 from transformers.models.mistral.configuration_mistral import MistralConfig
+from transformers.models.olmo import modeling_olmo
+from transformers.models.olmo.configuration_olmo import OlmoConfig
+from transformers.models.olmo2 import modeling_olmo2
+from transformers.models.olmo2.configuration_olmo2 import Olmo2Config
 from transformers.models.qwen2 import modeling_qwen2
 from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
 from transformers.models.qwen3 import modeling_qwen3
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
+from transformers.models.smollm3 import modeling_smollm3
+from transformers.models.smollm3.configuration_smollm3 import SmolLM3Config
 
 _Base: Any = object  # the mixins stand before a transformers class, which type checkers cannot see
 
@@ -97,6 +105,9 @@ class IrregularModelMixin(_Base):
         config.num_hidden_layers = num_hidden_layers
         self.layers = nn.ModuleList(self.build_layer(layer, index) for index, layer in enumerate(per_layer))
         self.replace_norms(self, ("norm",), config)
+        if getattr(config, "embedding_scale", None) is not None:
+            self.embed_tokens.scalar_embed_scale = config.embedding_scale
+            self.embed_tokens.embed_scale = torch.tensor(config.embedding_scale)
         self.post_init()
 
     def replace_norms(self, module: nn.Module, names: tuple[str, ...], config: Any) -> None:
@@ -290,6 +301,35 @@ class EfficientGPTNeoXConfig(IrregularConfigMixin, configuration_gpt_neox.GPTNeo
         super().__post_init__(**kwargs)
 
 
+@strict
+class EfficientOlmoConfig(IrregularConfigMixin, OlmoConfig):
+    model_type = "efficientllm_olmo"
+    layer_norm_eps: float = 1e-5
+    norm_scale: float = 1.0
+    """What every norm is multiplied by: they have no gains, and removing stem channels rescales them."""
+
+
+@strict
+class EfficientOlmo2Config(IrregularConfigMixin, Olmo2Config):
+    model_type = "efficientllm_olmo2"
+    head_dim: int | None = None
+    qk_norm_eps: float | None = None
+
+
+@strict
+class EfficientSmolLM3Config(IrregularConfigMixin, SmolLM3Config):
+    model_type = "efficientllm_smollm3"
+    head_dim: int | None = None
+
+
+@strict
+class EfficientGemma3TextConfig(IrregularConfigMixin, Gemma3TextConfig):
+    model_type = "efficientllm_gemma3_text"
+    qk_norm_eps: float | None = None
+    embedding_scale: float | None = None
+    """What embeddings are multiplied by: the square root of the hidden size before channels were removed."""
+
+
 def define(config_class: Any, model: Any, causal_lm: Any, layer: Any, **attributes: Any) -> Any:
     """The irregular causal LM of a family, made of its stock classes; its base model becomes known here, too."""
     name, space = config_class.__name__.removesuffix("Config"), {"__module__": __name__, "config_class": config_class}
@@ -301,6 +341,7 @@ def define(config_class: Any, model: Any, causal_lm: Any, layer: Any, **attribut
 
 
 _llama, _mistral, _qwen2, _qwen3 = modeling_llama, modeling_mistral, modeling_qwen2, modeling_qwen3
+_olmo, _olmo2, _smollm3, _gemma3 = modeling_olmo, modeling_olmo2, modeling_smollm3, modeling_gemma3
 CAUSAL_LM_CLASSES = {
     "llama": define(EfficientLlamaConfig, _llama.LlamaModel, _llama.LlamaForCausalLM, _llama.LlamaDecoderLayer),
     "mistral": define(
@@ -316,6 +357,28 @@ CAUSAL_LM_CLASSES = {
         layer_norm_tensors=("weight", "bias"),
         _no_split_modules=["GPTNeoXDecoderLayer"],
         _can_record_outputs={"hidden_states": GPTNeoXDecoderLayer, "attentions": GPTNeoXAttention},
+    ),
+    "olmo": define(
+        EfficientOlmoConfig, _olmo.OlmoModel, _olmo.OlmoForCausalLM, _olmo.OlmoDecoderLayer, layer_norm_tensors=()
+    ),
+    "olmo2": define(
+        EfficientOlmo2Config,
+        _olmo2.Olmo2Model,
+        _olmo2.Olmo2ForCausalLM,
+        _olmo2.Olmo2DecoderLayer,
+        attention_norms=("post_attention_layernorm",),
+        ffn_norms=("post_feedforward_layernorm",),
+    ),
+    "smollm3": define(
+        EfficientSmolLM3Config, _smollm3.SmolLM3Model, _smollm3.SmolLM3ForCausalLM, _smollm3.SmolLM3DecoderLayer
+    ),
+    "gemma3_text": define(
+        EfficientGemma3TextConfig,
+        _gemma3.Gemma3TextModel,
+        _gemma3.Gemma3ForCausalLM,
+        _gemma3.Gemma3DecoderLayer,
+        attention_norms=("input_layernorm", "post_attention_layernorm"),
+        ffn_norms=("pre_feedforward_layernorm", "post_feedforward_layernorm"),
     ),
 }
 """Irregular causal LM class of each base family."""
