@@ -100,11 +100,11 @@ def _spread(
 
 
 def save_for_gguf(
-    importance: dict[str, np.ndarray], rename: Callable[[str], str], width: Callable[[str], int], path: Path
+    importance: dict[str, np.ndarray],
+    rename: Callable[[str], str],
+    pad: Callable[[str, np.ndarray], np.ndarray],
+    path: Path,
 ) -> None:
-    """Write {GGUF tensor name: importance} as .npz; padded columns, which multiply zeros, get zero."""
-    arrays = {
-        rename(name): np.pad(value, (0, width(name) - len(value))).astype(np.float32)
-        for name, value in importance.items()
-    }
+    """Write {GGUF tensor name: importance} as .npz; `pad` gives columns that are padded, and multiply zeros, a zero."""
+    arrays = {rename(name): pad(name, value).astype(np.float32) for name, value in importance.items()}
     np.savez(path, **arrays)  # type: ignore[arg-type]

@@ -29,7 +29,7 @@ from ..train.model.folder_files import (
     refuse_quantized,
 )
 from ..train.model.rescaling import Scales
-from ..train.model.stock_names import StockTensor, stock_tensor
+from ..train.model.stock_names import StockTensor, locate
 from ..train.model.tensors import tensor_names, tensor_shape
 from .layer_attention import LayerAttention, context_length, layer_attention, rope_parameters
 
@@ -69,7 +69,8 @@ class Checkpoint:
             raise ModelError(
                 f"{self.folder} has no {WEIGHTS_FILE} and no {INDEX_FILE}; save the model with safetensors"
             )
-        missing = [name for name in tensor_names(self.architecture) if self._stored(name).name not in location]
+        names = tensor_names(self.architecture)
+        missing = [name for name in names if locate(self.architecture, name, location).name not in location]
         if missing:
             raise ModelError(
                 f"{self.folder} lacks tensor {missing[0]} ({len(missing)} missing); is the checkpoint complete?"
@@ -94,8 +95,7 @@ class Checkpoint:
 
     def _stored(self, name: str) -> StockTensor:
         """Where one of our tensors is in the files."""
-        is_ours = str(self.config["model_type"]).startswith("efficientllm_")
-        return StockTensor(name) if is_ours else stock_tensor(self.architecture, name)
+        return locate(self.architecture, name, self._location)
 
     @property
     def scales(self) -> Scales:

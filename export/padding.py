@@ -60,6 +60,12 @@ def pad_tensor(name: str, array: np.ndarray, before: Architecture, after: Archit
     return array
 
 
+def pad_inputs(name: str, values: np.ndarray, before: Architecture, after: Architecture) -> np.ndarray:
+    """One number for each input of a matrix of a model of shape `before`, with zeros where `after` has more inputs."""
+    layer, axes = axes_of(name, before)
+    return _pad_axis(values, 0, axes[1], layer, before, after)
+
+
 def padded_scales(checkpoint: Checkpoint, after: Architecture) -> Scales:
     """Scales of the checkpoint's function in shape `after`."""
     return checkpoint.scales.at(checkpoint.architecture, after)

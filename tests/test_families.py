@@ -16,9 +16,9 @@ from exporting import TOKENS, export
 from pruning import some_removal
 from shared import made_once
 from test_models import LOAD_ELSEWHERE
-from tiny import SIMILAR, tiny_architecture, tiny_model
-from training import command, metrics, run, weights
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from tiny import SETTINGS, SIMILAR, tiny_architecture, tiny_model
+from training import command, metrics, run, weights, without
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from efficientllm.export.gguf.exporter import table_gelu
 from efficientllm.export.gguf.probe import probe
@@ -28,6 +28,7 @@ from efficientllm.runtime.engines.engine import EngineOptions, load_engine
 from efficientllm.train.model import modeling_efficientllm as modeling
 from efficientllm.train.model.architecture import FAMILIES, Architecture, LayerShape
 from efficientllm.train.model.irregular import architecture_of, save_checkpoint
+from efficientllm.train.model.source import load_for_inference, load_source
 from efficientllm.train.model.tensors import block_norms
 from efficientllm.train.pruning.surgery import remove_groups
 
@@ -211,3 +212,87 @@ def test_hf_uniform_equals_torch(family: str, tied: bool, save_tiny: Callable[..
 def test_what_no_part_describes_is_named(config: dict[str, Any], part: str) -> None:
     with pytest.raises(ModelError, match=part):
         Architecture.from_hf_config(config)
+
+
+def stock_folder(family: str, tokenizer: PreTrainedTokenizerFast, folder: Path) -> Path:
+    """What transformers itself writes of a random model of the stock class."""
+    names = {"num_hidden_layers": 4, "num_attention_heads": 4, "hidden_size": 64, "intermediate_size": 96}
+    more = {} if FAMILIES[family].heads_fill_hidden else {"num_key_value_heads": 2}
+    special = {
+        "vocab_size": 400,
+        "max_position_embeddings": 512,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 2,
+    }
+    if not FAMILIES[family].derives_head_dim:
+        more["head_dim"] = 32
+    torch.manual_seed(0)
+    settings = {**names, **special, **more, **SETTINGS.get(family, {})}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("family", NEW)
+def test_what_transformers_writes_is_read_directly(
+    family: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """By the exporters, which read tensors themselves, and in training, with a config.json that has no old names."""
+    folder = stock_folder(family, tokenizer, tmp_path / "stock")
+    assert type(load_for_inference(folder)).__module__.startswith("transformers.")
+    assert export(folder, "onnx", tmp_path / "onnx", "--quantize", "f32") == 0  # verified against the stock class
+    ours = load_source(str(folder))[0].eval()
+    with torch.inference_mode():
+        logits = ours(torch.tensor([TOKENS])).logits[0].numpy()
+    assert np.abs(logits - torch_logits(folder, TOKENS)).max() < 1e-5
+
+
+OLDER = {
+    "gpt_neox": {"rotary_pct": 0.5, "rotary_emb_base": 5000},
+    "gemma3_text": {"rope_theta": 50000.0, "rope_local_base_freq": 3000.0, "sliding_window_pattern": 3},
+    "smollm3": {"rope_theta": 50000.0, "no_rope_layer_interval": 3},
+}
+"""Settings of config.json as releases before transformers 5 wrote them."""
+
+
+@pytest.mark.parametrize("family", OLDER)
+def test_a_config_of_an_older_release_means_what_transformers_says(
+    family: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    folder = stock_folder(family, tokenizer, tmp_path / "stock")
+    config = json.loads((folder / "config.json").read_text())
+    for name in ("rope_parameters", "layer_types", "no_rope_layers", "_sliding_window_pattern", "tie_word_embeddings"):
+        config.pop(name, None)
+    (folder / "config.json").write_text(json.dumps({**config, **OLDER[family]}), encoding="utf-8")
+    assert export(folder, "onnx", tmp_path / "onnx", "--quantize", "f32") == 0  # verified against the stock class
+
+
+def test_an_importance_matrix_fits_a_padded_file(irregular: Folder, corpus: Path, tmp_path: Path) -> None:
+    """Heads of unequal groups: zeros stand between the inputs of o_proj."""
+    flags = ("--quantize", "q4_k_m", "--calibrate", str(corpus))
+    assert export(irregular("olmo2"), "gguf", tmp_path / "gguf", *flags) == 0
+
+
+@pytest.mark.parametrize(
+    ("family", "flags", "message"),
+    [
+        ("gpt_neox", ["--recover", "least-squares"], "--recover least-squares fits matrices that add to the residual"),
+        ("olmo2", ["--recover", "least-squares"], "those of olmo2 do not"),
+        ("gpt_neox", ["--target-bytes", "1000000"], "no architecture for irregular layers of gpt_neox"),
+    ],
+)
+def test_what_a_familys_parts_rule_out_is_one_line(
+    family: str,
+    flags: list[str],
+    message: str,
+    irregular: Folder,
+    corpus: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = without(command(irregular(family), corpus, tmp_path / "run"), "--target-ratio")
+    target = [] if "--target-bytes" in flags else ["--target-ratio", "0.8"]
+    assert run([*arguments, *target, *flags]) == 2
+    assert message in capsys.readouterr().err

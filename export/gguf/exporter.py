@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,11 @@ from ...runtime.base.errors import ArtefactError
 from ...runtime.base.files import write_text_atomically
 from ...runtime.chat_template import render_chat
 from ...runtime.engines.hf_tokenizer import read_settings, special_token
-from ...train.model.tensors import tensor_shape
+from ...train.model.tensors import EMBEDDING, HEAD
 from ..calibration import column_importance, save_for_gguf
 from ..checkpoint import Checkpoint
 from ..manifest import OLLAMA_FILE, Contents, bits_per_weight, write_manifest
+from ..padding import pad_inputs
 from ..request import ExportRequest, PaddingOptions, log
 from ..targets import Exporter
 from ..verification import (
@@ -116,9 +118,11 @@ def _importance(checkpoint: Checkpoint, request: ExportRequest[GgufOptions], pla
     if plan.fuses_qkv:  # one tensor, one input
         fused = (".k_proj.weight", ".v_proj.weight")
         importance = {name: value for name, value in importance.items() if not name.endswith(fused)}
-    save_for_gguf(
-        importance, lambda name: gguf_name(name, plan), lambda name: tensor_shape(plan.architecture, name)[1], path
-    )
+    before, after = checkpoint.architecture, plan.architecture
+    if before.tie_word_embeddings and not after.tie_word_embeddings:
+        importance[HEAD] = importance.pop(EMBEDDING)
+    pad = partial(pad_inputs, before=before, after=after)
+    save_for_gguf(importance, partial(gguf_name, plan=plan), pad, path)
     request.say(f"importance matrix from {request.options.calibrate} for {len(importance)} tensors")
     return path
 

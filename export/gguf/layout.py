@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 
 from ...runtime.base.errors import ModelError
 from ...train.model.architecture import Architecture, LayerShape
+from ...train.model.file_size import irregular_gguf
 from ...train.model.rescaling import Scales
 from ..checkpoint import Checkpoint
 from ..padding import pad_rows, padded_scales, padding_notes, stock_scales, uniform_architecture
@@ -33,8 +34,6 @@ SQUARE_ATTENTION = ("qwen2", "gptneox", "olmo", "olmo2")
 """Architectures whose query heads times head_dim are the hidden size."""
 UNTIED_HEAD = ("gptneox", "olmo2")
 """Architectures that want a head of its own."""
-BEFORE_BLOCKS = {"before_attention", "before_ffn"}
-"""Places of the norms of PER_LAYER_WIDTHS."""
 NO_ROPE_EVERY = 4
 """Of `smollm3`: the last of so many layers has no rotary embedding."""
 
@@ -75,7 +74,7 @@ def plan_layout(checkpoint: Checkpoint, row_multiple: int) -> GgufPlan:
     has_gaps = any(not (layer.num_attention_heads and layer.intermediate_size) for layer in original.layers)
     if padded.is_uniform and not has_gaps and _holds(original.parts.gguf, checkpoint, padded):
         return _stock_plan(checkpoint, padded, notes)
-    irregular = _irregular_architecture(original)
+    irregular = irregular_gguf(original)
     if not irregular:
         return _stock_plan(checkpoint, uniform_architecture(padded), (*notes, _uniform_note(original)))
     shape = _fill_gaps(padded, attention_everywhere=irregular == "openelm")
@@ -103,21 +102,6 @@ def _holds(name: str, checkpoint: Checkpoint, shape: Architecture) -> bool:
     return (name not in SQUARE_ATTENTION or width == shape.hidden_size) and (
         shape.parts.norm.has_gain or padded_scales(checkpoint, shape).stem_gain == 1.0
     )
-
-
-def _irregular_architecture(architecture: Architecture) -> str:
-    """The architecture with widths per layer that computes what a family's parts do; "" where there is none."""
-    parts = architecture.parts
-    is_foreign = (
-        (parts.is_parallel, parts.has_partial_rotary, parts.has_rotary_layers, parts.has_window_layers),
-        (parts.output_bias, parts.ffn_bias, parts.norm.has_bias, parts.scales_embedding, bool(parts.scale_setting)),
-        (not parts.is_gated, parts.activation != "silu", parts.qk_norm == "width", set(parts.norms) != BEFORE_BLOCKS),
-    )
-    if any(map(any, is_foreign)):
-        return ""
-    if not parts.qk_norm:
-        return "deci"
-    return "" if parts.qkv_bias or parts.norm.takes_mean or not architecture.tie_word_embeddings else "openelm"
 
 
 def _uniform_note(architecture: Architecture) -> str:

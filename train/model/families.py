@@ -42,7 +42,7 @@ class StockNames:
     """What stock checkpoints call the tensors that have another name here."""
 
     renamed: Mapping[str, str]
-    """{our name without the layer and ".weight": theirs}"""
+    """{our name without the layer and ".weight": theirs}; a file may have ours all the same"""
     layers: str
     """Prefix of a layer, before its number."""
     fused: str = ""
@@ -144,6 +144,7 @@ FAMILIES: dict[str, Family] = {
             renamed={
                 "model.embed_tokens": "gpt_neox.embed_in",
                 "model.norm": "gpt_neox.final_layer_norm",
+                "lm_head": "embed_out",
                 "self_attn.o_proj": "attention.dense",
                 "mlp.up_proj": "mlp.dense_h_to_4h",
                 "mlp.down_proj": "mlp.dense_4h_to_h",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,9 +42,15 @@ def stock_tensor(architecture: Architecture, name: str) -> StockTensor:
     return StockTensor(f"{prefix}{names.renamed.get(module, module)}.{part}")
 
 
+def locate(architecture: Architecture, name: str, known: Container[str]) -> StockTensor:
+    """Where our tensor `name` is among names that are `known`, some of which may be ours."""
+    stock = stock_tensor(architecture, name)
+    return StockTensor(name) if stock.name not in known and name in known else stock
+
+
 def from_stock(state: Mapping[str, Any], architecture: Architecture) -> dict[str, Any]:
     """The tensors of a stock checkpoint by our names."""
-    found = {name: stock_tensor(architecture, name) for name in tensor_names(architecture)}
+    found = {name: locate(architecture, name, state) for name in tensor_names(architecture)}
     return {name: each.take(state[each.name], architecture.head_dim) for name, each in found.items()}
 
 
