@@ -25,6 +25,7 @@ from efficientllm.export.gguf.probe import probe
 from efficientllm.export.verification import torch_logits
 from efficientllm.runtime.base.errors import ModelError
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
+from efficientllm.train.evaluation.evaluation import ComputeConfig, MeasureConfig, evaluate
 from efficientllm.train.model import modeling_efficientllm as modeling
 from efficientllm.train.model.architecture import FAMILIES, Architecture, LayerShape
 from efficientllm.train.model.irregular import architecture_of, save_checkpoint
@@ -247,6 +248,16 @@ def test_what_transformers_writes_is_read_directly(
     with torch.inference_mode():
         logits = ours(torch.tensor([TOKENS])).logits[0].numpy()
     assert np.abs(logits - torch_logits(folder, TOKENS)).max() < 1e-5
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "olmo"])
+def test_evaluation_measures_a_stock_folder(
+    family: str, tokenizer: PreTrainedTokenizerFast, corpus: Path, tmp_path: Path
+) -> None:
+    measures = MeasureConfig(tasks=("none",), text=(f"docs={corpus}",), text_tokens=200)
+    found = evaluate(stock_folder(family, tokenizer, tmp_path), measures, ComputeConfig())
+    assert found.perplexity["docs"].tokens == 200
+    assert 200 < found.perplexity["docs"].perplexity < 800  # 400 tokens, random weights
 
 
 OLDER = {

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 
 from ...runtime.base.errors import ModelError
 from ...train.model.architecture import Architecture, LayerShape
-from ...train.model.file_size import irregular_gguf
+from ...train.model.gguf_route import irregular_gguf
 from ...train.model.rescaling import Scales
 from ..checkpoint import Checkpoint
 from ..padding import pad_rows, padded_scales, padding_notes, stock_scales, uniform_architecture
@@ -76,7 +76,8 @@ def plan_layout(checkpoint: Checkpoint, row_multiple: int) -> GgufPlan:
         return _stock_plan(checkpoint, padded, notes)
     irregular = irregular_gguf(original)
     if not irregular:
-        return _stock_plan(checkpoint, uniform_architecture(padded), (*notes, _uniform_note(original)))
+        uniform = uniform_architecture(padded)
+        return _stock_plan(checkpoint, uniform, (*notes, _uniform_note(original, uniform)))
     shape = _fill_gaps(padded, attention_everywhere=irregular == "openelm")
     have = padded_scales(checkpoint, shape)
     if original.parts.norm.takes_mean:
@@ -104,10 +105,12 @@ def _holds(name: str, checkpoint: Checkpoint, shape: Architecture) -> bool:
     )
 
 
-def _uniform_note(architecture: Architecture) -> str:
+def _uniform_note(before: Architecture, after: Architecture) -> str:
+    head = " with an untied head" if before.parts.qk_norm == "head" and not before.tie_word_embeddings else ""
     return (
-        f"no stock llama.cpp architecture holds irregular layers of {architecture.family}: zero-padded to uniform "
-        f"{architecture.parts.gguf}, as fast as its widest layer everywhere (--layout uniform in training avoids that)"
+        f"no stock llama.cpp architecture holds irregular layers of {before.family}{head}: zero-padded (exactly) to "
+        f"uniform {before.parts.gguf}, {before.num_parameters:,} -> {after.num_parameters:,} parameters, as fast as "
+        "its widest layer everywhere (--layout uniform in training avoids that)"
     )
 
 

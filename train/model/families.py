@@ -168,7 +168,13 @@ FAMILIES: dict[str, Family] = {
         qk_norm="width",
         derives_head_dim=True,
     ),
-    "smollm3": Family("SmolLM3ForCausalLM", gguf="smollm3", has_rotary_layers=True, ties_by_default=True),
+    "smollm3": Family(
+        "SmolLM3ForCausalLM",
+        gguf="smollm3",
+        has_rotary_layers=True,
+        ties_by_default=True,
+        described={"use_sliding_window": False},
+    ),
     "gemma3_text": Family(
         "Gemma3ForCausalLM",
         gguf="gemma3",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ...runtime.base.errors import UsageError
 from ..model.architecture import Architecture
-from ..model.file_size import irregular_gguf
+from ..model.gguf_route import irregular_gguf
 from .budget import Budget, check_budget, device_time, make_budget, read_architecture
 from .config import PruneConfig
 from .measures import PARAMETERS, DeviceTime
