@@ -21,7 +21,7 @@ from efficientllm.runtime.engines.engine import EngineOptions
 from efficientllm.server.app import AppOptions
 from efficientllm.server.cli import ServeOptions
 from efficientllm.server.cli import build_parser as serve_parser
-from efficientllm.server.pool import ModelPool
+from efficientllm.server.models.pool import ModelPool
 from efficientllm.train.cli import build_parser as train_parser
 from efficientllm.train.cli import configuration
 from efficientllm.train.evaluation.cli import build_parser as eval_parser

@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "train/compute": {"runtime/base"},
     "train/data": {"runtime", "runtime/base", "train/model"},
     "train/pruning": {"runtime/base", "runtime/latency", "train/model", "train/compute"},
-    "train/planning": {"runtime/base", "runtime/latency", "train/model", "train/pruning"},
+    "train/planning": {"runtime/base", "runtime/latency", "train", "train/model", "train/pruning"},
     "train": {"runtime/base", "runtime/engines", "runtime/latency"}
     | SOURCES
     | {"train/compute", "train/pruning", "train/evaluation"},
@@ -38,7 +38,12 @@ MAY_IMPORT = {
     "export/executorch": RUNTIME | SOURCES | {"export"},
     "export/peers": RUNTIME | SOURCES | {"export"},
     "export/web": RUNTIME | SOURCES | {"export", "export/gguf"},
-    "server": RUNTIME,
+    "server/schemas": {"runtime"},
+    "server/access": {"server/schemas"},
+    "server/page": {"server/schemas"},
+    "server/models": RUNTIME | {"server/schemas"},
+    "server/answers": RUNTIME | {"server/schemas", "server/models"},
+    "server": RUNTIME | {"server/schemas", "server/access", "server/page", "server/models", "server/answers"},
     "devices": RUNTIME | {"devices/profiling"},
     "devices/profiling": RUNTIME | {"devices"},
 }
