@@ -25,6 +25,7 @@ from efficientllm.export.gguf.probe import probe
 from efficientllm.export.verification import torch_logits
 from efficientllm.runtime.base.errors import ModelError
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
+from efficientllm.train.compute.loss import make_teacher
 from efficientllm.train.evaluation.evaluation import ComputeConfig, MeasureConfig, evaluate
 from efficientllm.train.model import modeling_efficientllm as modeling
 from efficientllm.train.model.architecture import FAMILIES, Architecture, LayerShape
@@ -74,7 +75,7 @@ def test_a_stock_model_is_pruned_distilled_stopped_and_resumed(
     source = save_tiny(tiny_architecture(family, (LayerShape(4, 4, 128),) * 4, head_dim=16))
     assert json.loads((source / "config.json").read_text())["model_type"] == family
     more = ["--distill", "1", "--compact-every", "3", "--checkpoint-every", "0", "--tokens", "1280"]
-    more += ["--prune", "attention,stem"]
+    more += ["--prune", "attention,stem", "--weight-update", "obs", "--activation-checkpointing"]
     assert run(command(source, corpus, tmp_path / "straight", *more)) == 0
     step = Trainer._step
     stopped = []
@@ -100,6 +101,15 @@ def test_a_stock_model_is_pruned_distilled_stopped_and_resumed(
     assert final.num_parameters <= 0.6 * Architecture.from_folder(source).num_parameters
     for target, flags in {"gguf": ["--quantize", "q8_0"], "onnx": ["--quantize", "f32"], "hf-uniform": []}.items():
         assert export(tmp_path / "resumed", target, tmp_path / target, *flags) == 0  # verified against torch
+
+
+@pytest.mark.parametrize("family", NEW)
+def test_a_teacher_in_bfloat16_says_nearly_the_same(family: str) -> None:
+    model = tiny_model(tiny_architecture(family, LAYERS))
+    teacher = make_teacher(model, torch.bfloat16, torch.device("cpu"))
+    with torch.inference_mode():
+        p, q = (torch.log_softmax(each(torch.tensor([TOKENS])).logits.float(), -1) for each in (model, teacher))
+    assert float((p.exp() * (p - q)).sum(-1).mean()) < 0.02
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -178,15 +178,16 @@ class StemLayerNorm(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         x, width = hidden_states.float(), hidden_states.shape[-1]
+        weight, bias = (None if tensor is None else tensor.float() for tensor in (self.weight, self.bias))
         if self.survivors is None:
-            x = functional.layer_norm(x, (width,), self.weight, self.bias, self.eps)
+            x = functional.layer_norm(x, (width,), weight, bias, self.eps)
         else:
             kept = x.index_select(-1, self.survivors)
             kept = kept - kept.mean(-1, keepdim=True)
             kept = kept * torch.rsqrt(kept.square().sum(-1, keepdim=True) / width + self.eps)
             x = torch.zeros_like(x).index_copy(-1, self.survivors, kept)
-            x = x if self.weight is None else x * self.weight
-            x = x if self.bias is None else x + self.bias
+            x = x if weight is None else x * weight
+            x = x if bias is None else x + bias
         return (x if self.scale == 1.0 else x * self.scale).type_as(hidden_states)
 
 
