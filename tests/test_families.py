@@ -36,7 +36,7 @@ from efficientllm.train.pruning.surgery import remove_groups
 
 NEW = [family for family in FAMILIES if family not in SIMILAR]
 
-LAYERS = (LayerShape(4, 2, 96), LayerShape(2, 2, 64), LayerShape(2, 1, 75), LayerShape(4, 4, 128))
+LAYERS = (LayerShape(4, 2, 96), LayerShape(0, 0, 64), LayerShape(2, 1, 75), LayerShape(4, 4, 0))
 
 IRREGULAR_IN_GGUF = {"olmo": "deci"}
 """Family -> architecture that holds it as it is; the others are zero-padded to their own."""
@@ -46,7 +46,7 @@ Folder = Callable[[str], Path]
 
 @pytest.fixture(scope="session")
 def irregular(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Folder:
-    """irregular(family) -> folder of an unequal tiny model with random norms and biases."""
+    """irregular(family) -> folder of a tiny model of unequal layers, some without a block; norms and biases random."""
 
     def folder(family: str) -> Path:
         def make(path: Path) -> None:
