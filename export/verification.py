@@ -54,19 +54,25 @@ class Sample:
     """fp32 [S, V]"""
 
 
-def torch_sample(checkpoint: Checkpoint, limit: int = SAMPLE_TOKENS) -> Sample:
-    """At most `limit` tokens with the checkpoint's logits in torch."""
+def torch_sample(checkpoint: Checkpoint, limit: int = SAMPLE_TOKENS, activation: Any = None) -> Sample:
+    """At most `limit` tokens with the checkpoint's logits in torch; `activation`: as of torch_logits."""
     tokens = sample_tokens(checkpoint, limit)
-    return Sample(tokens, torch_logits(checkpoint.folder, tokens))
+    return Sample(tokens, torch_logits(checkpoint.folder, tokens, activation))
 
 
-def torch_logits(folder: Path, tokens: list[int]) -> np.ndarray:
-    """Logits [S, V] of the Hugging Face model in `folder`, fp32, eager."""
+def torch_logits(folder: Path, tokens: list[int], activation: Any = None) -> np.ndarray:
+    """Logits [S, V] of the Hugging Face model in `folder`, fp32, eager.
+
+    `activation`: the FFN's as another program computes it, a function of a tensor; None: the model's own.
+    """
     with extra("export"):
         import torch
 
         from ..train.model.source import load_for_inference
     model = load_for_inference(folder)
+    for name, module in model.named_modules() if activation is not None else ():
+        if name.endswith(("mlp.act_fn", "mlp.act")):  # transformers has both names
+            module.register_forward_hook(lambda module, inputs, output: activation(inputs[0]))
     with torch.inference_mode():
         return model(torch.tensor([tokens])).logits[0].float().numpy()
 
@@ -103,12 +109,12 @@ def compare_logits(reference: np.ndarray, logits: np.ndarray, tokens: list[int])
     )
 
 
-def check_exact(agreement: Agreement, reference: np.ndarray, target: str) -> None:
+def check_exact(agreement: Agreement, reference: np.ndarray, target: str, most: float = MAX_EXACT_DIFFERENCE) -> None:
     """ArtefactError where an fp32 file is not the checkpoint's function.
 
     The limit grows with the logits' size: fp32 rounding is relative.
     """
-    limit = MAX_EXACT_DIFFERENCE * max(1.0, float(np.abs(reference).max()) / 32)
+    limit = most * max(1.0, float(np.abs(reference).max()) / 32)
     if not agreement.max_logit_difference <= limit:
         raise ArtefactError(
             f"{target}: the fp32 file's logits differ from torch's by {agreement.max_logit_difference:.2e} (limit "

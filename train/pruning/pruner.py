@@ -25,7 +25,7 @@ from .recovery import LeastSquares
 from .running_scores import Scores
 from .selection import Kept, Ranking, Removal, Unit, all_groups, compose, select_removal
 from .sharded import rebuild_sharded
-from .surgery import remove_groups, zero_gradients, zero_groups
+from .surgery import kept_channels, remove_groups, set_survivors, zero_gradients, zero_groups
 from .weight_update import InputGrams
 
 
@@ -235,6 +235,7 @@ class Pruner:
         logical = Architecture.from_dict(values["logical"])
         if values["pending"] is not None:
             self.pending = Removal(self.physical, logical, kept_from_json(values["pending"]), ())
+            set_survivors(model, kept_channels(self.pending.kept, self.physical, None, "hidden"))
         self.is_done = self.budget.is_met(logical)
         self.tracker.load_state_dict(tensors["tracker"])
         self.tracker.attach(model)
