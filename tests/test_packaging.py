@@ -81,8 +81,10 @@ def test_runtime_and_devices_import_without_torch() -> None:
 
 @pytest.mark.parametrize("command", PROJECT["project"]["scripts"])
 def test_help_works_without_torch(command: str) -> None:
+    """Of the command's module, which `python -m` runs as well."""
     module, _, _ = PROJECT["project"]["scripts"][command].partition(":")
-    script = WITHOUT_TORCH + f"\nsys.argv[1:] = ['--help']\nfrom {module} import main\nmain()"
+    script = WITHOUT_TORCH + f"\nimport runpy\nsys.argv = ['{command}', '--help']\n"
+    script += f"runpy.run_module('{module}', run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"usage: {command}")
