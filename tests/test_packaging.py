@@ -84,7 +84,7 @@ def test_help_works_without_torch(command: str) -> None:
     """Of the command's module, which `python -m` runs as well."""
     module, _, _ = PROJECT["project"]["scripts"][command].partition(":")
     script = WITHOUT_TORCH + f"\nimport runpy\nsys.argv = ['{command}', '--help']\n"
-    script += f"runpy.run_module('{module}', run_name='__main__')"
+    script += f"runpy.run_module('{module}', run_name='__main__', alter_sys=True)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"usage: {command}")
