@@ -12,12 +12,11 @@ from efficientllm.runtime.base.errors import UsageError
 from efficientllm.train.pruning.activation import ACTIVATION_CRITERIA, ActivationScores
 from efficientllm.train.pruning.criteria import CRITERIA, OTHERS, RANDOM, TOKEN_FISHER, criterion_named
 from efficientllm.train.pruning.gates import GateScores
-from efficientllm.train.pruning.groups import KINDS
-from efficientllm.train.pruning.saliency import SaliencyTracker
+from efficientllm.train.pruning.saliency import FOLDS, SaliencyTracker
 from efficientllm.train.pruning.selection import Removal, all_groups
 from efficientllm.train.pruning.surgery import zero_groups
 
-ALL_KINDS = tuple(KINDS)
+ALL_KINDS = tuple(FOLDS)
 
 TOKENS = torch.randint(0, 400, (4, 12), generator=torch.Generator().manual_seed(5))
 

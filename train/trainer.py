@@ -31,10 +31,14 @@ from .plan import RunPlan
 from .progress import Progress, Speed
 from .pruning.probe import BlockProbe
 from .pruning.pruner import Pruner
+from .pruning.selection import Removal
 from .replaced_run import drop_replaced, is_replacing
 from .run_folder import checkpoint_folders
 from .schedule import DroppingSchedule, learning_rate
+from .smaller_vocabulary import row_probe
 from .stop_signal import StopSignal
+from .vocabulary.rewriting import Numbering, renumber_settings, smaller_tokenizer
+from .vocabulary.two_readings import TwoReadings
 
 MAX_SKIPPED_IN_A_ROW = 10
 """Steps with a non-finite loss or gradient before a run gives up."""
@@ -48,6 +52,8 @@ class Trainer:
         self.plan, self.config, self.parallel = plan, plan.config, plan.compute.parallel
         self.loss = loss.train()
         self.stream = stream
+        self.tokenizer = plan.tokenizer
+        """The model's: the source's without the tokens that are gone."""
         self.progress, self.speed = Progress(), Speed()
         self._configure_model()
         self.callee = self.parallel.wrap(loss)
@@ -248,19 +254,49 @@ class Trainer:
         if pruner is None or pruner.is_done or self.schedule is None or self.progress.step % settings.prune_every:
             return {}
         target = self.schedule.target_at(self.progress.tokens)
-        recovers = settings.recover != "none" and pruner.is_above(target)
-        whole = make_teacher(self.model, self.loss.dtype, self.parallel.device) if recovers else None
-        removal = pruner.remove(target, self.optimizer, self._block_probe() if pruner.blocks is not None else None)
-        if removal is None:
+        if not pruner.is_above(target):
             return {}
-        if pruner.is_done or pruner.events_since_compaction >= settings.compact_every:
+        whole = make_teacher(self.model, self.loss.dtype, self.parallel.device) if settings.recover != "none" else None
+        rows = self._prune_rows() if pruner.wants_rows else None
+        removal = pruner.remove(target, self.optimizer, self._block_probe() if pruner.blocks is not None else None)
+        if removal is not None and (pruner.is_done or pruner.events_since_compaction >= settings.compact_every):
             self._compact()
-        if whole is not None:
-            pruner.recover(whole, removal, self._recovery_windows, self.loss.dtype)
-        return {
-            "removed": [[unit.kind, *part] for unit in removal.units for part in unit.parts],
-            "next_saliency": pruner.next_saliency,
-        }
+        if removal is not None and whole is not None:
+            kept = rows.kept["vocabulary"][0] if rows is not None else None
+            pruner.recover(whole, removal, self._recovery_windows, self.loss.dtype, kept)
+        units = [unit for each in (rows, removal) if each is not None for unit in each.units]
+        removed = [[unit.kind, *part] for unit in units for part in unit.parts]
+        return {"removed": removed, "next_saliency": pruner.next_saliency} if units else {}
+
+    def _prune_rows(self) -> Removal | None:
+        """Remove vocabulary rows, and read on without them; None where the ranking takes none."""
+        assert self.pruner is not None
+        probe = self._block_probe() if self.pruner.blocks is not None else None
+        rows = row_probe(self.plan, self.loss, self._block_windows)
+        removal = self.pruner.remove_rows(rows, probe)
+        if removal is not None:
+            self._compact()
+            self._read_on_without_rows()
+            self.metrics.write(
+                {
+                    "step": self.progress.step,
+                    "tokens": self.progress.tokens,
+                    **rows.describe(removal.kept["vocabulary"][0]),
+                }
+            )
+        return removal
+
+    def _read_on_without_rows(self) -> None:
+        """Read all text with the tokenizer of the rows that survive."""
+        assert self.pruner is not None
+        kept = self.pruner.survivors["vocabulary"][0].tolist()
+        self.tokenizer = smaller_tokenizer(self.plan.tokenizer, kept)
+        self.stream.read_on_with(self.tokenizer)
+        self.measuring.read_with(self.tokenizer)
+        self.__dict__.pop("_block_windows", None)  # made anew from the same text
+        if self.config.optimizer.distill:
+            num_rows = self.plan.architecture.vocab_size
+            self.loss.source_text = TwoReadings(self.tokenizer, self.plan.tokenizer, kept, num_rows)
 
     def _block_probe(self) -> BlockProbe:
         """Measures blocks of the model as it is."""
@@ -270,13 +306,13 @@ class Trainer:
     def _block_windows(self) -> np.ndarray:
         """Windows [n, S + 1], the same for every measurement."""
         tokens = self.config.pruning.block_tokens
-        return windows_apart(self.config, self.plan.data, self.plan.tokenizer, self.parallel.world_size, tokens)
+        return windows_apart(self.config, self.plan.data, self.tokenizer, self.parallel.world_size, tokens)
 
     @cached_property
     def _recovery_windows(self) -> np.ndarray:
         """Windows [n, S + 1], the same for every fit."""
         tokens = self.config.pruning.recover_tokens
-        return windows_apart(self.config, self.plan.data, self.plan.tokenizer, self.parallel.world_size, tokens)
+        return windows_apart(self.config, self.plan.data, self.tokenizer, self.parallel.world_size, tokens)
 
     def _compact(self) -> None:
         """Make zeroed groups disappear from the tensors."""
@@ -305,7 +341,11 @@ class Trainer:
         """Continue from a checkpoint; the model must already have its shape."""
         self.progress, extra = training_state.read_trainer_json(folder)
         tensors = training_state.load_training_state(folder, self.model, self.optimizer, self.parallel)
-        self.stream.load_state(training_state.as_arrays(tensors["stream"]))
         if self.pruner is not None:
             self.pruner.load_state(extra["pruner"], tensors["pruner"], self.model)
+            survivors = self.pruner.survivors["vocabulary"][0]
+            if len(survivors) < self.plan.architecture.vocab_size:
+                renumber_settings(self.model.generation_config, Numbering(survivors.tolist()))  # it is the source's
+                self._read_on_without_rows()
+        self.stream.load_state(training_state.as_arrays(tensors["stream"]))
         self.metrics.truncate(self.progress)

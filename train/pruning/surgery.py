@@ -23,6 +23,7 @@ from ..model.architecture import Architecture
 from ..model.irregular import apply_architecture
 from ..model.modeling_efficientllm import NoAttention, NoFeedForward
 from ..model.tensors import STEM_NORMS, axes_of, tensor_names
+from ..vocabulary.rewriting import Numbering, renumber_settings
 from .groups import KIND_OF_AXIS, KINDS
 from .selection import Kept, Removal
 
@@ -138,9 +139,14 @@ def _update_modules(model: Any, removal: Removal) -> None:
         if isinstance(module, nn.Linear):
             module.out_features, module.in_features = module.weight.shape
         elif isinstance(module, nn.Embedding):
-            module.embedding_dim = module.weight.shape[1]
+            module.num_embeddings, module.embedding_dim = module.weight.shape
     for norm in _stem_norms(model):
         norm.variance_epsilon *= ratio
+    if removal.after.vocab_size != removal.before.vocab_size:
+        numbering = Numbering(removal.kept["vocabulary"][0].tolist())
+        renumber_settings(model.config, numbering)
+        renumber_settings(model.generation_config, numbering)
+        model.model.embed_tokens.padding_idx = model.config.pad_token_id
     update_config(model.config, removal)
 
 
