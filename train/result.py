@@ -47,7 +47,7 @@ def write_result(trainer: Trainer) -> None:
     if trainer.pruner is not None:
         plot_pruning(records, source, folder / "pruning.png")
     with folder_written_atomically(folder / "model") as temporary:
-        save_checkpoint(trainer.model, trainer.tokenizer, temporary, state)
+        save_checkpoint(trainer.model, trainer.text.tokenizer, temporary, state)
         if trainer.progress.quality:
             (temporary / "quality.json").write_text(json.dumps(trainer.progress.quality) + "\n", encoding="utf-8")
         (temporary / "training.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from . import training_state
 from .accumulation import accumulate_gradients
 from .compute.loss import TrainingLoss, make_teacher
 from .compute.optimizer import clip_factor, gradient_norm, make_optimizer, store_gradients_as_computed
-from .corpora import windows_apart
 from .data.packing import PackedStream
 from .measuring import Measuring
 from .metrics import MetricsWriter
@@ -34,11 +32,10 @@ from .pruning.pruner import Pruner
 from .pruning.selection import Removal
 from .replaced_run import drop_replaced, is_replacing
 from .run_folder import checkpoint_folders
+from .run_text import RunText
 from .schedule import DroppingSchedule, learning_rate
-from .smaller_vocabulary import row_probe
 from .stop_signal import StopSignal
-from .vocabulary.rewriting import Numbering, renumber_settings, smaller_tokenizer
-from .vocabulary.two_readings import TwoReadings
+from .vocabulary.rewriting import Numbering, renumber_settings
 
 MAX_SKIPPED_IN_A_ROW = 10
 """Steps with a non-finite loss or gradient before a run gives up."""
@@ -51,9 +48,7 @@ class Trainer:
         """`held_out` are windows [n, sequence_length + 1]."""
         self.plan, self.config, self.parallel = plan, plan.config, plan.compute.parallel
         self.loss = loss.train()
-        self.stream = stream
-        self.tokenizer = plan.tokenizer
-        """The model's: the source's without the tokens that are gone."""
+        self.text = RunText(plan, stream)
         self.progress, self.speed = Progress(), Speed()
         self._configure_model()
         self.callee = self.parallel.wrap(loss)
@@ -141,13 +136,13 @@ class Trainer:
 
         Unless it would take the place of an old run: then that one is worth more.
         """
-        position = self.stream.state()
+        position = self.text.stream.state()
         try:
             return self._step()
         except DataError as error:
             if is_replacing(self.plan.folder):
                 raise
-            self.stream.load_state(position)
+            self.text.stream.load_state(position)
             self.optimizer.zero_grad(set_to_none=True)
             name = self.save().name
             raise DataError(f"{error}; checkpoint {name} is written: mend the text and --resume") from error
@@ -224,7 +219,7 @@ class Trainer:
 
     def _next_rows(self) -> Tensor:
         """This rank's windows [B, S + 1] of the next microbatch."""
-        rows = self.stream.next_windows(self.config.optimizer.batch_size * self.parallel.world_size)
+        rows = self.text.stream.next_windows(self.config.optimizer.batch_size * self.parallel.world_size)
         return torch.from_numpy(self.parallel.my_rows(rows)).to(self.parallel.device)
 
     def _update_weights(self, grad_norm: Tensor) -> None:
@@ -258,12 +253,12 @@ class Trainer:
             return {}
         whole = make_teacher(self.model, self.loss.dtype, self.parallel.device) if settings.recover != "none" else None
         rows = self._prune_rows() if pruner.wants_rows else None
-        removal = pruner.remove(target, self.optimizer, self._block_probe() if pruner.blocks is not None else None)
+        removal = pruner.remove(target, self.optimizer, self._block_probe())
         if removal is not None and (pruner.is_done or pruner.events_since_compaction >= settings.compact_every):
             self._compact()
         if removal is not None and whole is not None:
             kept = rows.kept["vocabulary"][0] if rows is not None else None
-            pruner.recover(whole, removal, self._recovery_windows, self.loss.dtype, kept)
+            pruner.recover(whole, removal, self.text.recovery_windows, self.loss.dtype, kept)
         units = [unit for each in (rows, removal) if each is not None for unit in each.units]
         removed = [[unit.kind, *part] for unit in units for part in unit.parts]
         return {"removed": removed, "next_saliency": pruner.next_saliency} if units else {}
@@ -271,48 +266,26 @@ class Trainer:
     def _prune_rows(self) -> Removal | None:
         """Remove vocabulary rows, and read on without them; None where the ranking takes none."""
         assert self.pruner is not None
-        probe = self._block_probe() if self.pruner.blocks is not None else None
-        rows = row_probe(self.plan, self.loss, self._block_windows)
-        removal = self.pruner.remove_rows(rows, probe)
+        rows = self.text.row_probe(self.loss)
+        removal = self.pruner.remove_rows(rows, self._block_probe())
         if removal is not None:
             self._compact()
             self._read_on_without_rows()
-            self.metrics.write(
-                {
-                    "step": self.progress.step,
-                    "tokens": self.progress.tokens,
-                    **rows.describe(removal.kept["vocabulary"][0]),
-                }
-            )
+            found = rows.describe(removal.kept["vocabulary"][0])
+            self.metrics.write({"step": self.progress.step, "tokens": self.progress.tokens, **found})
         return removal
 
     def _read_on_without_rows(self) -> None:
         """Read all text with the tokenizer of the rows that survive."""
         assert self.pruner is not None
-        kept = self.pruner.survivors["vocabulary"][0].tolist()
-        self.tokenizer = smaller_tokenizer(self.plan.tokenizer, kept)
-        self.stream.read_on_with(self.tokenizer)
-        self.measuring.read_with(self.tokenizer)
-        self.__dict__.pop("_block_windows", None)  # made anew from the same text
-        if self.config.optimizer.distill:
-            num_rows = self.plan.architecture.vocab_size
-            self.loss.source_text = TwoReadings(self.tokenizer, self.plan.tokenizer, kept, num_rows)
+        self.text.go_on_without_rows(self.pruner.survivors["vocabulary"][0].tolist(), self.loss)
+        self.measuring.read_with(self.text.tokenizer)
 
-    def _block_probe(self) -> BlockProbe:
-        """Measures blocks of the model as it is."""
-        return BlockProbe(self.loss, self._block_windows, self.config.optimizer.batch_size, self.parallel)
-
-    @cached_property
-    def _block_windows(self) -> np.ndarray:
-        """Windows [n, S + 1], the same for every measurement."""
-        tokens = self.config.pruning.block_tokens
-        return windows_apart(self.config, self.plan.data, self.tokenizer, self.parallel.world_size, tokens)
-
-    @cached_property
-    def _recovery_windows(self) -> np.ndarray:
-        """Windows [n, S + 1], the same for every fit."""
-        tokens = self.config.pruning.recover_tokens
-        return windows_apart(self.config, self.plan.data, self.tokenizer, self.parallel.world_size, tokens)
+    def _block_probe(self) -> BlockProbe | None:
+        """Measures blocks of the model as it is; None where none are to be measured."""
+        if self.pruner is None or self.pruner.blocks is None:
+            return None
+        return BlockProbe(self.loss, self.text.block_windows, self.config.optimizer.batch_size, self.parallel)
 
     def _compact(self) -> None:
         """Make zeroed groups disappear from the tensors."""
@@ -329,7 +302,7 @@ class Trainer:
         if self.parallel.is_main:
             drop_replaced(self.plan.folder)
         extra: dict[str, Any] = {}
-        tensors: dict[str, Any] = {"stream": training_state.as_tensors(self.stream.state())}
+        tensors: dict[str, Any] = {"stream": training_state.as_tensors(self.text.stream.state())}
         if self.pruner is not None:
             extra["pruner"] = self.pruner.state_json()
             tensors["pruner"] = self.pruner.state_tensors()
@@ -347,5 +320,5 @@ class Trainer:
             if len(survivors) < self.plan.architecture.vocab_size:
                 renumber_settings(self.model.generation_config, Numbering(survivors.tolist()))  # it is the source's
                 self._read_on_without_rows()
-        self.stream.load_state(training_state.as_arrays(tensors["stream"]))
+        self.text.stream.load_state(training_state.as_arrays(tensors["stream"]))
         self.metrics.truncate(self.progress)

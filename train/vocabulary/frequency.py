@@ -5,8 +5,8 @@
 
 in tokens a token of text: those that v is a part of go before it, and each time that one of them was written it is v
 that is written then. So splits(v) never is below that of what v is a part of, and taking the least first keeps every
-token's parts. p is how often a token is written: by counts n(v) in N tokens of the run's text, and by what the tokenizer
-itself tells of the text that it was trained on (pieces.py),
+token's parts. p is how often a token is written: by counts n(v) in N tokens of the run's text, and by what the
+tokenizer itself tells of the text that it was trained on (pieces.py),
 
     p(v) = (1 - w) n(v) / N + w prior(v).
 

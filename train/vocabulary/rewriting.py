@@ -15,6 +15,9 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+"""Of a tokenizer; what else is saved beside them (tokenizer.model, vocab.json) holds the vocabulary once more."""
+
 
 class Numbering:
     """Old ids and new ones."""
@@ -44,6 +47,9 @@ def smaller_tokenizer(tokenizer: PreTrainedTokenizerBase, kept: Sequence[int]) -
         settings = json.loads(path.read_text(encoding="utf-8"))
         settings.pop("added_tokens_decoder", None)  # tokenizer.json has them; here by their old ids
         path.write_text(json.dumps(settings, ensure_ascii=False), encoding="utf-8")
+        for stale in Path(name).iterdir():
+            if stale.name not in FILES:
+                stale.unlink()
         return AutoTokenizer.from_pretrained(name)
 
 
