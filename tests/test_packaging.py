@@ -25,11 +25,14 @@ MAY_IMPORT = {
     "train/model": {"runtime/base"},
     "train/compute": {"runtime/base"},
     "train/data": {"runtime", "runtime/base", "train/model"},
-    "train/pruning": {"runtime/base", "runtime/latency", "train/model", "train/compute"},
+    "train/vocabulary": {"runtime/base", "runtime/engines", "train/model", "train/compute", "train/data"},
+    "train/pruning": {
+        *("runtime/base", "runtime/latency", "train/model", "train/compute", "train/data", "train/vocabulary")
+    },
     "train/planning": {"runtime/base", "runtime/latency", "train", "train/model", "train/pruning"},
     "train": {"runtime/base", "runtime/engines", "runtime/latency"}
     | SOURCES
-    | {"train/compute", "train/pruning", "train/evaluation"},
+    | {"train/compute", "train/pruning", "train/evaluation", "train/vocabulary"},
     "train/evaluation": RUNTIME | {"train/model", "train/compute", "train/data"},
     "train/study": {"runtime/base", "train", "train/model", "train/compute", "train/pruning", "train/evaluation"},
     "export": RUNTIME | SOURCES,

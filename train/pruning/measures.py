@@ -54,12 +54,18 @@ PARAMETERS = Measure("parameters", _count)
 """Stored parameters, tied heads counted once."""
 
 
-def bytes_of_file(quantize: str, vocabulary_bytes: int) -> Measure:
+def bytes_of_file(quantize: str, vocabulary_bytes: int, num_rows: int | None = None) -> Measure:
     """Bytes of the GGUF in type `quantize`; rows are padded to blocks, so single channels may save nothing.
 
-    `vocabulary_bytes`: bytes of the tokenizer in an exported file.
+    `vocabulary_bytes`: bytes of the tokenizer in an exported file, of `num_rows` tokens where some may go: each then
+    counts alike (those that go are longer than the mean: the file is a little smaller than said).
     """
-    return Measure("bytes", lambda architecture: gguf_bytes(architecture, quantize, vocabulary_bytes), RUN_UNITS)
+
+    def size(architecture: Architecture) -> int:
+        share = 1.0 if num_rows is None else architecture.vocab_size / num_rows
+        return gguf_bytes(architecture, quantize, round(share * vocabulary_bytes))
+
+    return Measure("bytes", size, RUN_UNITS)
 
 
 def decoder_shape(architecture: Architecture) -> DecoderShape:

@@ -1,7 +1,8 @@
 """Which groups go next: one global ranking over layers and group types, by expected loss per unit of the measure.
 
-A *step* is the least that goes at once: `width_multiple` FFN or stem channels, one key/value group, or one query head
-of every key/value group of a layer; with the uniform layout, the least salient of these in every layer at once. A
+A *step* is the least that goes at once: `width_multiple` FFN or stem channels or vocabulary rows, one key/value group,
+or one query head of every key/value group of a layer; with the uniform layout, the least salient of these in every
+layer at once. A
 *unit* is what one removal takes away: a step, a whole block of a layer, or, where the measure has steps of its own (a
 kernel that works in 256 channels), the run of steps that is the best bargain. Its score is the loss expected from its
 removal divided by what that frees of the measure: parameters, bytes or milliseconds.
@@ -64,6 +65,8 @@ class SelectionRules:
     """What a target is in."""
     price: Measure | None = None
     """What groups compete for, where it is something else."""
+    fixed_rows: int = 0
+    """Vocabulary rows that must stay."""
 
     @property
     def competed_for(self) -> Measure:
@@ -100,7 +103,8 @@ def smallest_architecture(architecture: Architecture, rules: SelectionRules) -> 
     for name in rules.kinds:
         kind = KINDS[name]
         for layer, count in enumerate(counts(name, architecture)):
-            least = kind.step(architecture, layer, rules.width_multiple)
+            step = kind.step(architecture, layer, rules.width_multiple)
+            least = step if name != "vocabulary" else -(-max(step, rules.fixed_rows) // step) * step
             architecture = kind.shrink(architecture, layer, max(0, count - least))
     for name in rules.blocks:
         for layer in range(len(architecture.layers)):
@@ -155,6 +159,11 @@ class Ranking:
         self.floor = smallest_architecture(architecture, replace(rules, blocks=()))
         """What steps may leave; blocks go as a whole."""
         self._scores = {kind: [vector.double().cpu() for vector in vectors] for kind, vectors in scores.items()}
+        # places in the order of scores; equal ones stay in order, so that every rank and every resumed run agrees
+        self._ranks = {
+            kind: [vector.argsort(stable=True).argsort() for vector in vectors]
+            for kind, vectors in self._scores.items()
+        }
         self.kept = all_groups(architecture)
         """Surviving groups of every kind (also those outside the rules), as positions in the shape given."""
         self._cache: dict[tuple[str, int | None], Unit | None] = {}
@@ -241,12 +250,12 @@ class Ranking:
         size = min(first + (length - 1) * step, count - kind.least(shape, layer, self.floor))
         if size <= before:
             return None
-        values = self._scores[name][layer][self.kept[name][layer]]
+        values = self._ranks[name][layer][self.kept[name][layer]]
         if name == "query_head":  # as many of every key/value group, [G * R] -> [G, n], so that groups stay equal
             per_group = values.view(step, -1)
             lowest = per_group.argsort(dim=1, stable=True)[:, : size // step]
             return (lowest + torch.arange(step)[:, None] * per_group.shape[1]).flatten().sort().values
-        return values.argsort(stable=True)[:size].sort().values
+        return values.topk(size, largest=False).indices.sort().values
 
     def take(self, unit: Unit) -> None:
         """Remove a unit that `peek` gave."""
@@ -254,6 +263,9 @@ class Ranking:
             self._take_block(unit.kind, unit.layer)
         else:
             self._take_groups(unit)
+        if unit.kind == "vocabulary":  # which no other price depends on but those of the whole model
+            self._cache = {key: found for key, found in self._cache.items() if key[1] is not None}
+            return
         if unit.parts[0][0] is None or self.rules.uniform:
             self._cache.clear()
             return
