@@ -149,8 +149,8 @@ def test_wrong_graphs_are_caught(
 ) -> None:
     from efficientllm.export.onnx import graph
 
-    tables = graph.rope_tables
-    monkeypatch.setattr(graph, "rope_tables", lambda *args: tables(*args)[::-1])
+    tables = graph.widened_tables
+    monkeypatch.setattr(graph, "widened_tables", lambda *args: tables(*args)[::-1])
     assert export(save_tiny(tiny_architecture()), "onnx", tmp_path / "onnx", "--quantize", "f32") == 2
     assert "logits differ from torch's" in capsys.readouterr().err
     assert not (tmp_path / "onnx").exists()

@@ -216,6 +216,18 @@ def test_a_text_is_longer_by_what_splits_say() -> None:
         assert longer == pytest.approx(splits[order[:count]].sum(), rel=tolerance, abs=1e-6)
 
 
+def test_rows_without_a_token_go_first() -> None:
+    tokenizer = tokenizer_named("byte-level")
+    pieces = read_pieces(tokenizer_data(tokenizer), 640)
+    splits = expected_splits(pieces, np.zeros(640), 0.5)
+    order = np.argsort(splits, kind="stable")
+    assert not splits[600:].any()
+    assert set(order[:40].tolist()) == set(range(600, 640))
+    kept = sorted(order[32:].tolist())  # some of them stay where a multiple asks for it
+    after = smaller_tokenizer(tokenizer, kept)
+    assert after.encode(sample_text()) == tokenizer.encode(sample_text())
+
+
 def test_a_tokenizer_of_another_kind_is_refused() -> None:
     data = json.loads(Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1})).to_str())
     with pytest.raises(ModelError, match="a tokenizer of type WordPiece is not supported; BPE and Unigram are"):
@@ -420,8 +432,8 @@ def test_resumed_before_or_after_it_is_the_same_run(
     assert metrics(tmp_path / "run") == metrics(pruned)
     for name, tensor in weights(pruned).items():
         assert torch.equal(weights(tmp_path / "run")[name], tensor)
-    files = [(folder / "model" / "tokenizer.json").read_text() for folder in (pruned, tmp_path / "run")]
-    assert files[0] == files[1]
+    for name in ("tokenizer.json", "tokenizer_config.json", "config.json", "generation_config.json"):
+        assert (tmp_path / "run" / "model" / name).read_text() == (pruned / "model" / name).read_text()
 
 
 def test_a_stream_goes_on_with_the_documents_that_come_next(corpus: Path) -> None:

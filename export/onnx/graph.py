@@ -165,6 +165,7 @@ class GraphBuilder(GraphValues):
             key = norm(f"{prefix}.k_norm", key, layer.num_key_value_heads)
         settings = self.checkpoint.attention[index]
         tables = self._rotary_tables(settings) if settings.rope is not None else []
+        window: dict[str, Any] = {"local_window_size": settings.window} if settings.window else {}
         shape: list[int | str] = ["batch_size", layer.num_key_value_heads, "past", head_dim]
         past = [self._input(f"past_key_values.{index}.{part}", self.element, shape) for part in ("key", "value")]
         attended, present_key, present_value = self._node(
@@ -177,7 +178,7 @@ class GraphBuilder(GraphValues):
             scale=settings.scale,
             do_rotary=int(settings.rope is not None),
             rotary_interleaved=0,
-            **({"local_window_size": settings.window} if settings.window else {}),
+            **window,
         )
         shape[2] = "total"
         self._output(present_key, f"present.{index}.key", shape, self.element)

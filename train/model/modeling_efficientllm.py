@@ -129,7 +129,8 @@ class IrregularModelMixin(_Base):
             layer.self_attn = NoAttention(index)
         config.intermediate_size = width
         if heads and getattr(config, "qk_norm_eps", None) is not None:
-            for norm in (layer.self_attn.q_norm, layer.self_attn.k_norm):
+            attention: Any = layer.self_attn
+            for norm in (attention.q_norm, attention.k_norm):
                 set_eps(norm, config.qk_norm_eps)
         if width == 0:
             layer.mlp = NoFeedForward()
@@ -243,7 +244,10 @@ class GPTNeoXFeedForward(nn.Module):
 
 
 class GPTNeoXDecoderLayer(GradientCheckpointingLayer):
-    """Attention and FFN side by side, each behind a norm of its own."""
+    """Attention and FFN side by side, each behind a norm of its own, which the model puts in."""
+
+    input_layernorm: Any
+    post_attention_layernorm: Any
 
     def __init__(self, config: Any, layer_idx: int):
         super().__init__()

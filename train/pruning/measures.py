@@ -7,7 +7,7 @@ torch.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from ...runtime.base.quantities import format_bytes, format_count
@@ -15,13 +15,17 @@ from ...runtime.latency.profile import DeviceProfile
 from ...runtime.latency.shape import DecoderShape
 from ...runtime.latency.shape import LayerShape as DecoderLayer
 from ...runtime.latency.workload import Workload
-from ..model.architecture import Architecture
+from ..model.architecture import Architecture, LayerShape
 from ..model.file_size import gguf_bytes
 from ..model.packing import packed
 
 RUN_UNITS = 8
 """Steps of a kind in one layer that are priced together at most, where the measure has steps of its own: of 32 FFN
 channels each, up to the 256 that K-quants and the widest kernels work in."""
+
+
+NO_LAYERS = (LayerShape(0, 0, 0),)
+"""Of a model without any: it has at least one."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +65,15 @@ def bytes_of_file(quantize: str, vocabulary_bytes: int, num_rows: int | None = N
     counts alike (those that go are longer than the mean: the file is a little smaller than said).
     """
 
+    @lru_cache(maxsize=65_536)  # a ranking asks for the same layers again and again
+    def of_layer(alone: Architecture) -> int:
+        return gguf_bytes(alone, quantize, 0) - gguf_bytes(replace(alone, layers=NO_LAYERS), quantize, 0)
+
     def size(architecture: Architecture) -> int:
         share = 1.0 if num_rows is None else architecture.vocab_size / num_rows
-        return gguf_bytes(architecture, quantize, round(share * vocabulary_bytes))
+        rest = gguf_bytes(replace(architecture, layers=NO_LAYERS), quantize, round(share * vocabulary_bytes))
+        narrow = replace(architecture, vocab_size=1)
+        return rest + sum(of_layer(replace(narrow, layers=(layer,))) for layer in architecture.layers)
 
     return Measure("bytes", size, RUN_UNITS)
 

@@ -14,6 +14,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -159,14 +160,15 @@ class Ranking:
         self.floor = smallest_architecture(architecture, replace(rules, blocks=()))
         """What steps may leave; blocks go as a whole."""
         self._scores = {kind: [vector.double().cpu() for vector in vectors] for kind, vectors in scores.items()}
-        # places in the order of scores; equal ones stay in order, so that every rank and every resumed run agrees
-        self._ranks = {
-            kind: [vector.argsort(stable=True).argsort() for vector in vectors]
-            for kind, vectors in self._scores.items()
+        # equal ones stay in order, so that every rank and every resumed run agrees
+        self._order = {
+            kind: [vector.argsort(stable=True) for vector in vectors] for kind, vectors in self._scores.items()
         }
         self.kept = all_groups(architecture)
         """Surviving groups of every kind (also those outside the rules), as positions in the shape given."""
         self._cache: dict[tuple[str, int | None], Unit | None] = {}
+        self._size: float | None = None
+        """Of the shape at hand, in what groups compete for; None until it is asked for."""
 
     def peek(self, kind: str | None = None) -> Unit | None:
         """The unit that would go next, of any kind or of one."""
@@ -203,7 +205,9 @@ class Ranking:
     def _unit(self, name: str, parts: tuple[Part, ...], loss: float, smaller: Architecture) -> Unit | None:
         """What leaves `smaller`; None where that frees nothing: it would only cost."""
         price = self.rules.competed_for
-        freed = price.of(self.architecture) - price.of(smaller)
+        if self._size is None:
+            self._size = price.of(self.architecture)
+        freed = self._size - price.of(smaller)
         return Unit(name, parts, freed, loss / freed) if freed > 0 else None
 
     def _best_run(self, name: str, layer: int | None) -> Unit | None:
@@ -216,7 +220,8 @@ class Ranking:
             unit = self._unit(name, *run)
             if unit is not None and (best is None or unit.score < best.score):
                 best = unit
-            if length >= self.rules.competed_for.longest_run and best is not None:
+            longest = 1 if name == "vocabulary" else self.rules.competed_for.longest_run  # every row costs the same
+            if length >= longest and best is not None:
                 break
         return best
 
@@ -228,18 +233,17 @@ class Ranking:
         smaller, total, parts = self.architecture, 0.0, []
         for index in layers:
             row = index or 0
-            places = self._lowest(name, row, length)
-            if places is None:
+            positions = self._lowest(name, row, length)
+            if positions is None:
                 return None
-            positions = self.kept[name][row][places]
             total += float(self._scores[name][row][positions].sum())
             parts.append((index, tuple(positions.tolist())))
             smaller = kind.shrink(smaller, row, len(positions))
         return tuple(parts), total, smaller
 
     def _lowest(self, name: str, layer: int, length: int) -> Tensor | None:
-        """Places among the surviving groups of a layer that the next `length` steps take; None where the last of them
-        takes nothing, at the floor."""
+        """Surviving groups of a layer that the next `length` steps take; None where the last of them takes nothing, at
+        the floor."""
         kind, shape = KINDS[name], self.architecture
         count = kind.count(shape, layer)
         if not count:
@@ -250,15 +254,17 @@ class Ranking:
         size = min(first + (length - 1) * step, count - kind.least(shape, layer, self.floor))
         if size <= before:
             return None
-        values = self._ranks[name][layer][self.kept[name][layer]]
+        kept = self.kept[name][layer]
         if name == "query_head":  # as many of every key/value group, [G * R] -> [G, n], so that groups stay equal
-            per_group = values.view(step, -1)
+            per_group = self._scores[name][layer][kept].view(step, -1)
             lowest = per_group.argsort(dim=1, stable=True)[:, : size // step]
-            return (lowest + torch.arange(step)[:, None] * per_group.shape[1]).flatten().sort().values
-        return values.topk(size, largest=False).indices.sort().values
+            return kept[(lowest + torch.arange(step)[:, None] * per_group.shape[1]).flatten().sort().values]
+        gone = len(self._order[name][layer]) - len(kept)  # always the lowest
+        return self._order[name][layer][gone : gone + size].sort().values
 
     def take(self, unit: Unit) -> None:
         """Remove a unit that `peek` gave."""
+        self._size = None
         if unit.kind in BLOCKS:
             self._take_block(unit.kind, unit.layer)
         else:
@@ -271,8 +277,11 @@ class Ranking:
             return
         if unit.kind in BLOCKS:  # the last of its kind must stay, wherever that is
             self._cache = {key: found for key, found in self._cache.items() if key[0] not in BLOCKS}
-        # the parts of a layer share its price, and every layer has a part in that of a stem channel
-        self._cache = {key: found for key, found in self._cache.items() if key[1] not in (unit.layer, None)}
+        # the parts of a layer share its price, and every layer has a part in that of a stem channel, none in a row's
+        stale = (unit.layer, None)
+        self._cache = {
+            key: found for key, found in self._cache.items() if key[1] not in stale or key[0] == "vocabulary"
+        }
 
     def _take_block(self, name: str, layer: int) -> None:
         for taken in BLOCKS[name].takes:
@@ -296,7 +305,8 @@ class Ranking:
 
 
 def _without_values(values: Tensor, removed: Tensor) -> Tensor:
-    return values[~torch.isin(values, removed)]
+    """Of sorted values, some of which are removed; by numpy, as threads cost more than they bring here."""
+    return torch.from_numpy(np.delete(values.numpy(), np.searchsorted(values.numpy(), removed.numpy())))
 
 
 def select_removal(
