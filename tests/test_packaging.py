@@ -26,12 +26,15 @@ MAY_IMPORT = {
     "train/compute": {"runtime/base"},
     "train/data": {"runtime", "runtime/base", "train/model"},
     "train/pruning": {"runtime/base", "runtime/latency", "train/model", "train/compute"},
+    "train/quantisation": {"runtime/base", "train/model"},
     "train/planning": {"runtime/base", "runtime/latency", "train/model", "train/pruning"},
     "train": {"runtime/base", "runtime/engines", "runtime/latency"}
     | SOURCES
-    | {"train/compute", "train/pruning", "train/evaluation"},
+    | {"train/compute", "train/pruning", "train/quantisation", "train/evaluation"},
     "train/evaluation": RUNTIME | {"train/model", "train/compute", "train/data"},
-    "train/study": {"runtime/base", "train", "train/model", "train/compute", "train/pruning", "train/evaluation"},
+    "train/study": RUNTIME
+    | {"train", "train/model", "train/compute", "train/pruning", "train/quantisation", "train/evaluation"}
+    | {"train/planning", "runtime/latency"},
     "export": RUNTIME | SOURCES,
     "export/gguf": RUNTIME | SOURCES | {"export"},
     "export/onnx": RUNTIME | SOURCES | {"export"},

@@ -20,6 +20,7 @@ from ...runtime.base.disk import require_room
 from ...runtime.base.errors import ModelError
 from ...runtime.base.extras import extra
 from ...train.model.architecture import Architecture, LayerShape
+from ...train.model.file_types import LEAST_FFN_WIDTH
 from ..checkpoint import Checkpoint
 from ..padding import pad_rows, padded_eps, padded_tensors, padding_notes, uniform_architecture
 from ..rope import frequency_factors, permute_rope
@@ -59,6 +60,8 @@ def plan_layout(checkpoint: Checkpoint, row_multiple: int) -> GgufPlan:
     if len(original.layers) > MAX_LAYERS:
         raise ModelError(f"gguf holds at most {MAX_LAYERS} layers; the model has {len(original.layers)}")
     padded = pad_rows(original, row_multiple)
+    if row_multiple > 1:
+        padded = _with_two_blocks(padded)
     notes = padding_notes(original, padded)
     has_gaps = any(not (layer.num_attention_heads and layer.intermediate_size) for layer in original.layers)
     name = UNIFORM_ARCHITECTURES[original.family]
@@ -72,6 +75,18 @@ def plan_layout(checkpoint: Checkpoint, row_multiple: int) -> GgufPlan:
         note = "no stock llama.cpp architecture holds irregular q/k-norm layers with an untied head: padded to uniform"
         return GgufPlan(UNIFORM_ARCHITECTURES[original.family], uniform, permutes_rope=False, notes=(*notes, note))
     return GgufPlan("deci", _fill_gaps(padded, attention_everywhere=False), permutes_rope=True, notes=notes)
+
+
+def _with_two_blocks(architecture: Architecture) -> Architecture:
+    """FFN widths of one block padded to two: with AMX, llama.cpp's products of Q8_0 and Q4_0 rows of 32 are wrong
+    (llama-cpp-python 0.3.36; a KL of 0.4 where rows of 64 have 0.0001)."""
+    layers = tuple(
+        replace(layer, intermediate_size=max(layer.intermediate_size, LEAST_FFN_WIDTH))
+        if layer.intermediate_size
+        else layer
+        for layer in architecture.layers
+    )
+    return replace(architecture, layers=layers)
 
 
 def _heads_fill_hidden(architecture: Architecture) -> bool:

@@ -54,12 +54,18 @@ PARAMETERS = Measure("parameters", _count)
 """Stored parameters, tied heads counted once."""
 
 
-def bytes_of_file(quantize: str, vocabulary_bytes: int) -> Measure:
+def bytes_of_file(quantize: str, vocabulary_bytes: int, head_type: str = "") -> Measure:
     """Bytes of the GGUF in type `quantize`; rows are padded to blocks, so single channels may save nothing.
 
-    `vocabulary_bytes`: bytes of the tokenizer in an exported file.
+    `vocabulary_bytes`: bytes of the tokenizer in an exported file. `head_type`: of embedding and LM head, where it is
+    not the exporter's default.
     """
-    return Measure("bytes", lambda architecture: gguf_bytes(architecture, quantize, vocabulary_bytes), RUN_UNITS)
+
+    @lru_cache(maxsize=65_536)  # a ranking asks for the same shapes again and again
+    def size(architecture: Architecture) -> float:
+        return gguf_bytes(architecture, quantize, vocabulary_bytes, head_type, head_type)
+
+    return Measure("bytes", size, RUN_UNITS)
 
 
 def decoder_shape(architecture: Architecture) -> DecoderShape:
