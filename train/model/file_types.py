@@ -144,11 +144,13 @@ def _with_more_bits(architecture: Architecture, name: str, file_type: str, place
         return "q6_k" if place.wants_more_bits else None
     if name.endswith("v_proj.weight"):
         ratio = max(layer.queries_per_group for layer in architecture.layers[:1])
+        if file_type == "iq4_nl":
+            return "q5_k" if ratio >= 4 else None
         early = {"q3_k_m": (2, "q5_k"), "q4_k_s": (4, "q5_k")}.get(file_type)
         if early and place.index < early[0]:
             return early[1]
         return {"q2_k": "q4_k" if ratio >= 4 else "q3_k", "q3_k_m": "q4_k"}.get(file_type)
-    if file_type == "q4_k_s":
+    if file_type in ("q4_k_s", "iq4_nl"):
         return "q5_k" if place.index < place.count // 8 else None
     if file_type == "q3_k_m":
         return "q5_k" if place.index < place.count // 16 else "q4_k"
