@@ -221,7 +221,7 @@ def test_presets_are_valid_configurations(name: str, capsys: pytest.CaptureFixtu
 
 BAD_INPUT = [
     (["--target-params", "100k"], "--target-ratio and --target-params are both given; choose one"),
-    (["--quantize", "q4_k_m"], "--quantize q4_k_m: --target-bytes knows f32, f16"),
+    (["--quantize", "iq4_xs"], "--quantize iq4_xs: --target-bytes knows f32, f16"),
     (["--distill", "-1"], "--distill -1.0: must not be negative"),
     (["--compact-every", "0"], "--compact-every 0: must be at least 1"),
 ]

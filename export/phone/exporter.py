@@ -47,7 +47,7 @@ class PhoneOptions(GgufOptions):
     """--target android, ios"""
 
     quantize: str = ""
-    """Weight type of the GGUF, as of --target gguf; default q8_0."""
+    """Weight type of the GGUF, as of --target gguf; default: what the checkpoint was trained for (--qat), else q8_0."""
     formats: tuple[str, ...] = flags.comma_separated(*FORMATS)
     """Formats of the model, comma-separated: gguf (llama.cpp), pte (ExecuTorch, 8da4w)."""
     max_context: int = flags.count(2048)
@@ -104,8 +104,7 @@ def _write_models(checkpoint: Checkpoint, request: ExportRequest[PhoneOptions], 
     found = []
     if "gguf" in options.formats:
         values: dict[str, Any] = {field.name: getattr(options, field.name) for field in fields(GgufOptions)}
-        values["quantize"] = options.quantize or DEFAULT
-        found.append(write_model(checkpoint, replace(request, options=GgufOptions(**values)), folder))
+        found.append(write_model(checkpoint, replace(request, options=GgufOptions(**values)), folder, DEFAULT))
     if "pte" in options.formats:
         program = ExecutorchOptions(
             verify=options.verify, calibrate=options.calibrate, max_kl=options.max_kl, max_context=options.max_context

@@ -58,20 +58,24 @@ PARAMETERS = Measure("parameters", _count)
 """Stored parameters, tied heads counted once."""
 
 
-def bytes_of_file(quantize: str, vocabulary_bytes: int, num_rows: int | None = None) -> Measure:
+def bytes_of_file(quantize: str, vocabulary_bytes: int, head_type: str = "", num_rows: int | None = None) -> Measure:
     """Bytes of the GGUF in type `quantize`; rows are padded to blocks, so single channels may save nothing.
 
     `vocabulary_bytes`: bytes of the tokenizer in an exported file, of `num_rows` tokens where some may go: each then
-    counts alike (those that go are longer than the mean: the file is a little smaller than said).
+    counts alike (those that go are longer than the mean: the file is a little smaller than said). `head_type`: of
+    embedding and LM head, where it is not the exporter's default.
     """
+
+    def whole(architecture: Architecture, vocabulary_bytes: int) -> int:
+        return gguf_bytes(architecture, quantize, vocabulary_bytes, head_type, head_type)
 
     @lru_cache(maxsize=65_536)  # a ranking asks for the same layers again and again
     def of_layer(alone: Architecture) -> int:
-        return gguf_bytes(alone, quantize, 0) - gguf_bytes(replace(alone, layers=NO_LAYERS), quantize, 0)
+        return whole(alone, 0) - whole(replace(alone, layers=NO_LAYERS), 0)
 
     def size(architecture: Architecture) -> int:
         share = 1.0 if num_rows is None else architecture.vocab_size / num_rows
-        rest = gguf_bytes(replace(architecture, layers=NO_LAYERS), quantize, round(share * vocabulary_bytes))
+        rest = whole(replace(architecture, layers=NO_LAYERS), round(share * vocabulary_bytes))
         narrow = replace(architecture, vocab_size=1)
         return rest + sum(of_layer(replace(narrow, layers=(layer,))) for layer in architecture.layers)
 
