@@ -12,9 +12,10 @@ from tiny import tiny_architecture, tiny_model
 from transformers import PreTrainedTokenizerFast
 
 from efficientllm.export.checkpoint import Checkpoint
+from efficientllm.export.gguf.layout import plan_layout
 from efficientllm.export.gguf.quantize import quantize_gguf, tensor_type
 from efficientllm.export.gguf.tensor_data import num_bytes
-from efficientllm.export.gguf.writer import gguf_name, plan_layout, write_gguf
+from efficientllm.export.gguf.writer import gguf_name, write_gguf
 from efficientllm.runtime.base.gguf_header import read_header
 from efficientllm.train.model.architecture import LayerShape
 from efficientllm.train.model.file_size import gguf_bytes
@@ -51,7 +52,7 @@ def test_types_and_bytes_are_those_of_the_file(name: str, head: str, wide: Check
     quantize_gguf(tmp_path / "exact.gguf", tmp_path / "out.gguf", name, asked, asked)
     stored = {tensor.name: tensor for tensor in read_header(tmp_path / "out.gguf").tensors}
     expected = file_types(wide.architecture, name, head, head)
-    assert {each: NUMBERS[stored[gguf_name(each)].kind] for each in expected} == expected
+    assert {each: NUMBERS[stored[gguf_name(each, plan)].kind] for each in expected} == expected
     size = sum(-(-num_bytes(tensor) // 32) * 32 for tensor in stored.values())
     assert gguf_bytes(wide.architecture, name, 0, head, head) == size
 

@@ -31,8 +31,8 @@ from .data.packing import PackedStream
 from .metrics import read_metrics
 from .model.irregular import architecture_of
 from .model.source import load_source
-from .pruning.groups import KINDS
 from .pruning.running_scores import RunningScores
+from .pruning.saliency import FOLDS
 from .pruning.selection import SelectionRules, select_removal
 from .pruning.surgery import remove_groups
 from .pruning.trackers import tracker_named
@@ -43,7 +43,7 @@ from .quantisation.weights import ShippedWeights
 TRAINED_TYPES = tuple(TARGETS)
 """Of --qat."""
 
-WITHOUT_STEM = tuple(name for name in KINDS if name != "stem")
+WITHOUT_STEM = tuple(name for name in FOLDS if name != "stem")
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def compare_steps(bench: StepBenchmark, rounds: int, wanted: Sequence[str]) -> N
     }
     trackers = {
         "taylor1": bench.tracker("taylor1", WITHOUT_STEM),
-        "taylor1, with stem": bench.tracker("taylor1", tuple(KINDS)),
+        "taylor1, with stem": bench.tracker("taylor1", tuple(FOLDS)),
         "taylor2": bench.tracker("taylor2", WITHOUT_STEM),
         "fisher": bench.tracker("fisher", WITHOUT_STEM),
     }

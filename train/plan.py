@@ -31,6 +31,7 @@ from .pruning.criteria import uses_gradient
 from .pruning.plan import PruningPlan, make_pruning_plan
 from .quantisation.config import GGUF_TYPES
 from .run_folder import foreign_files, newest_sound_checkpoint
+from .vocabulary.needs import pieces_of
 
 _log = logging.getLogger("efficientllm.train")
 
@@ -151,6 +152,8 @@ def make_plan(config: TrainConfig, resume: ResumePoint | None, compute: Compute)
         raise UsageError("--recover works with --parallel ddp only: it needs a layer's weights whole on every rank")
     if compute.parallel.mode == "fsdp" and config.quantisation.is_on:
         raise UsageError("--qat works with --parallel ddp only: it rounds whole weights on every rank")
+    if compute.parallel.mode == "fsdp" and config.pruning.prunes_vocabulary:
+        raise UsageError("--prune vocabulary works with --parallel ddp only: it measures a model whole on every rank")
     source: Any
     shape = shape_of_folder(config.source.source)
     if shape is not None:  # before it is read, as it may not fit
@@ -161,7 +164,8 @@ def make_plan(config: TrainConfig, resume: ResumePoint | None, compute: Compute)
     if shape is None:
         _announce_memory(config, resume, compute, architecture)
     vocabulary_bytes = tokenizer_bytes(tokenizer) if config.pruning.target_bytes is not None else 0
-    pruning = make_pruning_plan(shipped_pruning(config), architecture, vocabulary_bytes)
+    pieces = pieces_of(source, tokenizer) if config.pruning.prunes_vocabulary and config.pruning.prunes else None
+    pruning = make_pruning_plan(shipped_pruning(config), architecture, vocabulary_bytes, pieces)
     if length > longest:
         raise UsageError(f"--sequence-length {length}: the source's context is {longest} tokens")
     data, folder = (

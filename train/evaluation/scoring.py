@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -40,6 +40,7 @@ class ScoredModel(Protocol):
 
     context_length: int
     """Longest request that can be scored, in tokens."""
+    vocab_size: int
     separator: int
     """End-of-text token: stands between documents and in place of an empty context."""
     chat_template: str | None
@@ -71,8 +72,12 @@ class EngineModel:
     """An exported artefact, scored by the runtime's engine: what is measured is the file that ships."""
 
     def __init__(self, path: Path, options: EngineOptions) -> None:
-        self.engine = load_engine(path, options)
-        self.context_length = self.engine.context_length
+        artefact = Artefact.open(path)
+        if options.kv_cache == "auto" and artefact.engine == "llama.cpp":
+            # the fastest cache differs between machines, which figures of quality must not
+            options = replace(options, kv_cache="f16")
+        self.engine = load_engine(artefact, options)
+        self.context_length, self.vocab_size = self.engine.context_length, self.engine.vocab_size
         ends = (self.engine.tokenize(text, True) for text in ("<|endoftext|>", self.engine.eos_token))
         single = [ids[0] for ids in ends if len(ids) == 1]
         self.separator = single[0] if single else min(self.engine.end_ids)

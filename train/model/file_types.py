@@ -64,6 +64,11 @@ class _Place:
         return self.index < first or self.index >= last or (self.index - first) % 3 == 2
 
 
+def depends_on_place(file_type: str) -> bool:
+    """Whether a layer's types depend on where it stands, or on the layers before it."""
+    return BODY[file_type].endswith("_k") or file_type == "iq4_nl"
+
+
 def bits_of(kind: str) -> float:
     """Bits per weight of a tensor type."""
     weights, size = TENSOR_BLOCKS[kind]
@@ -92,7 +97,7 @@ LEAST_FFN_WIDTH = 64
 def padded_shape(architecture: Architecture, name: str, multiple: int) -> tuple[int, ...]:
     """Shape of a tensor whose widths the exporter has padded; the vocabulary stays."""
     shape = tensor_shape(architecture, name)
-    least = [LEAST_FFN_WIDTH if axis == "ffn" and multiple > 1 else 0 for axis in axes_of(name)[1]]
+    least = [LEAST_FFN_WIDTH if axis == "ffn" and multiple > 1 else 0 for axis in axes_of(name, architecture)[1]]
     padded = tuple(-(-max(size, low) // multiple) * multiple for size, low in zip(shape, least, strict=True))
     return (shape[0], *padded[1:]) if "embed_tokens" in name or "lm_head" in name else padded
 

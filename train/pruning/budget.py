@@ -63,7 +63,8 @@ def make_budget(
         measure = time.measure
         return Budget(LatencyTarget.parse(settings.target_latency).of(measure.of(source)), measure)
     if settings.target_bytes is not None:
-        measure = bytes_of_file(settings.quantize or DEFAULT_TYPE, vocabulary_bytes, settings.output_type)
+        kind = settings.quantize or DEFAULT_TYPE
+        measure = bytes_of_file(kind, vocabulary_bytes, source.vocab_size, settings.output_type)
         return Budget(settings.target_bytes, measure)
     if settings.target_params is not None:
         return Budget(settings.target_params, PARAMETERS)

@@ -7,7 +7,7 @@ torch.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from ...runtime.base.quantities import format_bytes, format_count
@@ -15,13 +15,18 @@ from ...runtime.latency.profile import DeviceProfile
 from ...runtime.latency.shape import DecoderShape
 from ...runtime.latency.shape import LayerShape as DecoderLayer
 from ...runtime.latency.workload import Workload
-from ..model.architecture import Architecture
+from ..model.architecture import Architecture, LayerShape
 from ..model.file_size import gguf_bytes
+from ..model.file_types import depends_on_place
 from ..model.packing import packed
 
 RUN_UNITS = 8
 """Steps of a kind in one layer that are priced together at most, where the measure has steps of its own: of 32 FFN
 channels each, up to the 256 that K-quants and the widest kernels work in."""
+
+
+NO_LAYERS = (LayerShape(0, 0, 0),)
+"""Of a model without any: it has at least one."""
 
 
 @dataclass(frozen=True)
@@ -54,16 +59,29 @@ PARAMETERS = Measure("parameters", _count)
 """Stored parameters, tied heads counted once."""
 
 
-def bytes_of_file(quantize: str, vocabulary_bytes: int, head_type: str = "") -> Measure:
+def bytes_of_file(quantize: str, vocabulary_bytes: int, num_rows: int | None = None, head_type: str = "") -> Measure:
     """Bytes of the GGUF in type `quantize`; rows are padded to blocks, so single channels may save nothing.
 
-    `vocabulary_bytes`: bytes of the tokenizer in an exported file. `head_type`: of embedding and LM head, where it is
-    not the exporter's default.
+    `vocabulary_bytes`: bytes of the tokenizer in an exported file, of `num_rows` tokens where some may go: each then
+    counts alike (those that go are longer than the mean: the file is a little smaller than said). `head_type`: of
+    embedding and LM head, where it is not the exporter's default.
     """
 
     @lru_cache(maxsize=65_536)  # a ranking asks for the same shapes again and again
-    def size(architecture: Architecture) -> float:
-        return gguf_bytes(architecture, quantize, vocabulary_bytes, head_type, head_type)
+    def of_tensors(shape: Architecture) -> int:
+        return gguf_bytes(shape, quantize, 0, head_type, head_type)
+
+    def of_layers(architecture: Architecture) -> int:
+        if depends_on_place(quantize):
+            return of_tensors(architecture)
+        narrow = replace(architecture, vocab_size=1)
+        none = of_tensors(replace(narrow, layers=NO_LAYERS))
+        layers = sum(of_tensors(replace(narrow, layers=(layer,))) - none for layer in architecture.layers)
+        return of_tensors(replace(architecture, layers=NO_LAYERS)) + layers
+
+    def size(architecture: Architecture) -> int:
+        share = 1.0 if num_rows is None else architecture.vocab_size / num_rows
+        return of_layers(architecture) + round(share * vocabulary_bytes)
 
     return Measure("bytes", size, RUN_UNITS)
 
