@@ -74,31 +74,25 @@ def write_model(
     `default`: type of a checkpoint that was trained for none, where none is asked for.
     """
     require_llama_cpp()
-    options = request.options
-    name = choose_type(checkpoint, request, "gguf", options.quantize, default)
-    file_type(name)
-    trained = TrainedType.of(checkpoint)
-    kept = trained if trained is not None and (trained.target, trained.kind) == ("gguf", name) else None
-    head = kept.head if kept is not None else ""
-    output_type = tensor_type("--output-type", options.output_type or head)
-    embedding_type = tensor_type("--embedding-type", options.embedding_type or options.output_type or head)
-    is_kept = kept is not None and {options.output_type or head, options.embedding_type or head} == {head}
+    options, types = request.options, _choose_types(checkpoint, request, default)
+    name = types.file_type
     plan = plan_layout(checkpoint, row_multiple(name) if options.pad == "auto" else 1)
     for note in plan.notes:
         request.say(note)
     target, exact = folder / MODEL_FILE, folder / (MODEL_FILE if name == "f32" else "exact.gguf")
     write_gguf(checkpoint, plan, exact)
     if exact != target:
-        if is_kept and options.calibrate:
+        if types.are_trained and options.calibrate:
             request.say(f"--calibrate changes nothing: the weights are on the grid of {name} already")
-        importance = _importance(checkpoint, request, plan, folder) if options.calibrate and not is_kept else None
-        fallbacks = quantize_gguf(exact, target, name, output_type, embedding_type, importance)
+        calibrates = options.calibrate and not types.are_trained
+        importance = _importance(checkpoint, request, plan, folder) if calibrates else None
+        fallbacks = quantize_gguf(exact, target, name, types.output, types.embedding, importance)
         fill_q2_0(exact, target, dict(np.load(importance)) if importance is not None else {})
         if importance is not None:
             importance.unlink()
         for sentence in describe_fallbacks(fallbacks):
             request.say(sentence)
-    if is_kept:
+    if types.are_trained:
         check_kept(exact, target, name)
         request.say(f"every weight is the trained one to the bit: the checkpoint was trained for {name}")
     weight_bytes = tensor_bytes(target)
@@ -113,6 +107,34 @@ def write_model(
         weight_bytes=weight_bytes,
         layout=f"llama.cpp architecture {plan.name}",
         verification=verification,
+    )
+
+
+@dataclass(frozen=True)
+class _Types:
+    """What the file's tensors are to be."""
+
+    file_type: str
+    output: int | None
+    """ggml type of the LM head; None for llama.cpp's default."""
+    embedding: int | None
+    are_trained: bool
+    """Whether the checkpoint was trained for exactly these: its weights are then kept to the bit."""
+
+
+def _choose_types(checkpoint: Checkpoint, request: ExportRequest[GgufOptions], default: str) -> _Types:
+    """As the flags say, else as the checkpoint was trained, else the defaults."""
+    options, trained = request.options, TrainedType.of(checkpoint)
+    name = choose_type(checkpoint, request, "gguf", options.quantize, default)
+    file_type(name)
+    is_trained = trained is not None and (trained.target, trained.kind) == ("gguf", name)
+    head = trained.head if trained is not None and is_trained else ""
+    output, embedding = options.output_type or head, options.embedding_type or head
+    return _Types(
+        name,
+        tensor_type("--output-type", output),
+        tensor_type("--embedding-type", embedding),
+        is_trained and output == embedding == head,
     )
 
 

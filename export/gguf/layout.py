@@ -70,9 +70,7 @@ def plan_layout(checkpoint: Checkpoint, row_multiple: int) -> GgufPlan:
     original = checkpoint.architecture
     if len(original.layers) > MAX_LAYERS:
         raise ModelError(f"gguf holds at most {MAX_LAYERS} layers; the model has {len(original.layers)}")
-    padded = pad_rows(original, row_multiple)
-    if row_multiple > 1:
-        padded = _with_two_blocks(padded)
+    padded = _with_two_blocks(pad_rows(original, row_multiple)) if row_multiple > 1 else original
     notes = padding_notes(original, padded)
     has_gaps = any(not (layer.num_attention_heads and layer.intermediate_size) for layer in original.layers)
     if padded.is_uniform and not has_gaps and _holds(original.parts.gguf, checkpoint, padded):
@@ -91,14 +89,12 @@ def plan_layout(checkpoint: Checkpoint, row_multiple: int) -> GgufPlan:
 
 def _with_two_blocks(architecture: Architecture) -> Architecture:
     """FFN widths of one block padded to two: with AMX, llama.cpp's products of Q8_0 and Q4_0 rows of 32 are wrong
-    (llama-cpp-python 0.3.36; a KL of 0.4 where rows of 64 have 0.0001)."""
-    layers = tuple(
-        replace(layer, intermediate_size=max(layer.intermediate_size, LEAST_FFN_WIDTH))
-        if layer.intermediate_size
-        else layer
-        for layer in architecture.layers
-    )
-    return replace(architecture, layers=layers)
+    (a KL of 0.4 where rows of 64 have 0.0001)."""
+    widths = [
+        layer.intermediate_size and max(layer.intermediate_size, LEAST_FFN_WIDTH) for layer in architecture.layers
+    ]
+    layers = zip(architecture.layers, widths, strict=True)
+    return replace(architecture, layers=tuple(replace(layer, intermediate_size=width) for layer, width in layers))
 
 
 def _stock_plan(checkpoint: Checkpoint, shape: Architecture, notes: tuple[str, ...]) -> GgufPlan:

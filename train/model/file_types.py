@@ -64,6 +64,11 @@ class _Place:
         return self.index < first or self.index >= last or (self.index - first) % 3 == 2
 
 
+def depends_on_place(file_type: str) -> bool:
+    """Whether a layer's types depend on where it stands, or on the layers before it."""
+    return BODY[file_type].endswith("_k") or file_type == "iq4_nl"
+
+
 def bits_of(kind: str) -> float:
     """Bits per weight of a tensor type."""
     weights, size = TENSOR_BLOCKS[kind]

@@ -64,7 +64,7 @@ def make_budget(
         return Budget(LatencyTarget.parse(settings.target_latency).of(measure.of(source)), measure)
     if settings.target_bytes is not None:
         kind = settings.quantize or DEFAULT_TYPE
-        measure = bytes_of_file(kind, vocabulary_bytes, settings.output_type, source.vocab_size)
+        measure = bytes_of_file(kind, vocabulary_bytes, source.vocab_size, settings.output_type)
         return Budget(settings.target_bytes, measure)
     if settings.target_params is not None:
         return Budget(settings.target_params, PARAMETERS)

@@ -17,6 +17,7 @@ from ...runtime.latency.shape import LayerShape as DecoderLayer
 from ...runtime.latency.workload import Workload
 from ..model.architecture import Architecture, LayerShape
 from ..model.file_size import gguf_bytes
+from ..model.file_types import depends_on_place
 from ..model.packing import packed
 
 RUN_UNITS = 8
@@ -58,7 +59,7 @@ PARAMETERS = Measure("parameters", _count)
 """Stored parameters, tied heads counted once."""
 
 
-def bytes_of_file(quantize: str, vocabulary_bytes: int, head_type: str = "", num_rows: int | None = None) -> Measure:
+def bytes_of_file(quantize: str, vocabulary_bytes: int, num_rows: int | None = None, head_type: str = "") -> Measure:
     """Bytes of the GGUF in type `quantize`; rows are padded to blocks, so single channels may save nothing.
 
     `vocabulary_bytes`: bytes of the tokenizer in an exported file, of `num_rows` tokens where some may go: each then
@@ -66,18 +67,21 @@ def bytes_of_file(quantize: str, vocabulary_bytes: int, head_type: str = "", num
     embedding and LM head, where it is not the exporter's default.
     """
 
-    def whole(architecture: Architecture, vocabulary_bytes: int) -> int:
-        return gguf_bytes(architecture, quantize, vocabulary_bytes, head_type, head_type)
+    @lru_cache(maxsize=65_536)  # a ranking asks for the same shapes again and again
+    def of_tensors(shape: Architecture) -> int:
+        return gguf_bytes(shape, quantize, 0, head_type, head_type)
 
-    @lru_cache(maxsize=65_536)  # a ranking asks for the same layers again and again
-    def of_layer(alone: Architecture) -> int:
-        return whole(alone, 0) - whole(replace(alone, layers=NO_LAYERS), 0)
+    def of_layers(architecture: Architecture) -> int:
+        if depends_on_place(quantize):
+            return of_tensors(architecture)
+        narrow = replace(architecture, vocab_size=1)
+        none = of_tensors(replace(narrow, layers=NO_LAYERS))
+        layers = sum(of_tensors(replace(narrow, layers=(layer,))) - none for layer in architecture.layers)
+        return of_tensors(replace(architecture, layers=NO_LAYERS)) + layers
 
     def size(architecture: Architecture) -> int:
         share = 1.0 if num_rows is None else architecture.vocab_size / num_rows
-        rest = whole(replace(architecture, layers=NO_LAYERS), round(share * vocabulary_bytes))
-        narrow = replace(architecture, vocab_size=1)
-        return rest + sum(of_layer(replace(narrow, layers=(layer,))) for layer in architecture.layers)
+        return of_layers(architecture) + round(share * vocabulary_bytes)
 
     return Measure("bytes", size, RUN_UNITS)
 

@@ -14,7 +14,7 @@ from .report import write_report
 from .study import Study, StudyConfig, jobs
 
 EQUAL_BYTES = "--equal-bytes"
-"""The study of files instead, with flags of its own (files.py)."""
+"""The study of files instead, with flags of its own (files_cli.py)."""
 
 
 def build_parser() -> flags.Parser:
@@ -27,9 +27,9 @@ def build_parser() -> flags.Parser:
 
 def body(argv: Sequence[str]) -> int:
     if EQUAL_BYTES in argv:
-        from . import files
+        from . import files_cli
 
-        return files.body([word for word in argv if word != EQUAL_BYTES])
+        return files_cli.body([word for word in argv if word != EQUAL_BYTES])
     arguments = build_parser().parse(argv)
     del arguments[EQUAL_BYTES.strip("-").replace("-", "_")]
     report, report_only = arguments.pop("report", None), arguments.pop("report_only")

@@ -1,4 +1,4 @@
-"""`python -m efficientllm.train.study --equal-bytes`: files of one model sorted by bytes, by pruning and by bits.
+"""The study of files: one model by pruning and by bits, at equal bytes.
 
 Every point is trained (where it is), exported, measured in llama.cpp against the unquantised source, and timed."""
 
@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 import shutil
 import statistics
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +57,10 @@ class FilesConfig:
     """Tokens per sequence."""
     learning_rate: float = 2e-4
     """Peak learning rate."""
+    documents: int = 10
+    """Documents of each kind of text that the KL and the bits per byte are of, at most 10."""
+    quality: bool = True
+    """Measure chat answers and questions, too: four fifths of the measuring."""
     rounds: int = 3
     """Rounds of efficientllm-bench over all files; 0: no timing."""
     threads: int = 0
@@ -72,6 +75,7 @@ class FilesConfig:
             except ValueError as error:
                 flags.require(self, "points", False, str(error), value=text)
         flags.require(self, "seeds", self.seeds >= 1, "must be at least 1")
+        flags.require(self, "documents", self.documents >= 1, "must be at least 1")
         flags.require(self, "rounds", self.rounds >= 0, "must not be negative")
 
     @property
@@ -133,7 +137,7 @@ class FilesStudy:
     def _export(self, source: str, output: Path, *more: str) -> None:
         """In a process of its own: export is no part of training, and llama.cpp's quantiser may abort."""
         command = ["-c", EXPORT, source, "--target", "gguf", "--output", str(output), *more]
-        done = run_python(*command, "--max-kl", "20")  # what a file costs is measured, not judged
+        done = run_python(*command, "--no-verify")  # what a file costs is measured below, not judged
         if done.code:
             raise ArtefactError(f"{output.parent.name}: {done.last_error}")
 
@@ -148,14 +152,15 @@ class FilesStudy:
         return self._reference
 
     def _open(self, path: Path) -> EngineModel:
-        return EngineModel(path, EngineOptions(threads=self.config.threads, context=1024))
+        # one cache for all: the fastest may be another one for every file
+        return EngineModel(path, EngineOptions(threads=self.config.threads, context=1024, kv_cache="f16"))
 
     def _measure(self, job: Job) -> dict[str, Any]:
-        path, documents = self.artefact(job), {kind: texts()[kind] for kind in KINDS}
+        path, documents = self.artefact(job), {kind: texts()[kind][: self.config.documents] for kind in KINDS}
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         model = self._open(path)
         found = divergences(self.reference, model, documents)
-        quality = measure_quality(model)
+        quality = measure_quality(model) if self.config.quality else None
         model.engine.close()
         return {
             "point": str(job.point),
@@ -164,8 +169,8 @@ class FilesStudy:
             "parameters": manifest["architecture"]["num_parameters"],
             "texts": {kind: each.to_dict() for kind, each in found.items()},
             "bits_per_byte": {kind: each.bits_per_byte for kind, each in found.items()},
-            "chat_answers": statistics.fmean(quality.chat_answers) if quality.chat_answers else None,
-            "right": sum(quality.right),
+            "chat_answers": statistics.fmean(quality.chat_answers) if quality and quality.chat_answers else None,
+            "right": sum(quality.right) if quality else None,
             "tokens": self.config.tokens if job.point.training else 0,
         }
 
@@ -183,24 +188,3 @@ class FilesStudy:
         paths = [self.result_path(job) for job in self.jobs]
         found = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()]
         return sorted(found, key=lambda each: each["file_bytes"])
-
-
-def body(argv: Sequence[str]) -> int:
-    """`python -m efficientllm.train.study --equal-bytes ...`, without that flag."""
-    from .files_report import write_files_report
-
-    parser = flags.Parser(FilesConfig, prog="python -m efficientllm.train.study --equal-bytes", description=__doc__)
-    parser.add_argument("--report", metavar="FILE", help="Markdown table to write; its picture and front go beside it")
-    parser.add_argument("--report-only", action="store_true", help="write it from what is finished, run nothing")
-    arguments = parser.parse(argv)
-    report, report_only = arguments.pop("report", None), arguments.pop("report_only")
-    study = FilesStudy(flags.take(arguments, FilesConfig))
-    for number, job in enumerate(study.jobs if not report_only else (), 1):
-        print(f"[{number}/{len(study.jobs)}] {job.name}", flush=True)
-        study.run(job)
-    if not report_only and study.config.rounds:
-        study.time()
-    if report:
-        write_files_report(study, Path(report))
-        print(f"report: {report}")
-    return 0

@@ -42,7 +42,7 @@ def over_seeds(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                     kind: statistics.fmean(each["bits_per_byte"][kind] for each in found) for kind in kinds
                 },
                 "chat_answers": _mean_of(found, "chat_answers"),
-                "right": statistics.fmean(each["right"] for each in found),
+                "right": _mean_of(found, "right"),
             }
         )
     return rows
@@ -83,7 +83,7 @@ def table(rows: Sequence[dict[str, Any]], timed: dict[str, dict[str, Any]]) -> s
         chat = "" if row["chat_answers"] is None else f"{math.exp(row['chat_answers']):.1f}"
         line = [f"{name}{seeds}", format_bytes(row["file_bytes"]), format_count(row["parameters"])]
         line += [f"{row['kl']:.3f} ± {row['kl_error']:.3f}", *(f"{row['bits_per_byte'][kind]:.3f}" for kind in kinds)]
-        line += [chat, f"{row['right']:.0f}"]
+        line += [chat, "" if row["right"] is None else f"{row['right']:.0f}"]
         figures = timed.get(row["point"])
         if timed:
             line += [f"{figures['speeds'][name]['median']:.0f}" if figures else "" for name in speeds]

@@ -81,7 +81,7 @@ class Proposal:
 def read_front(path: str) -> list[Measured]:
     """UsageError where the file is missing or something else."""
     try:
-        file = Path(path) if path else resources.files(__package__).joinpath(FRONT)
+        file = Path(path) if path else resources.files("efficientllm.train.study").joinpath(FRONT)
         lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
         return [Measured(Point.parse(line["point"]), int(line["file_bytes"]), float(line["kl"])) for line in lines]
     except OSError as error:
@@ -176,12 +176,18 @@ def _timer(shape: Architecture, config: FitConfig) -> Callable[[Point, float], f
     return ms_of
 
 
-def body(argv: Sequence[str]) -> int:
+def build_parser() -> flags.Parser:
     parser = flags.Parser(
-        FitConfig, prog="efficientllm-fit", description=__doc__.partition(":")[2].strip().capitalize()
+        FitConfig,
+        prog="efficientllm-fit",
+        description="Propose the best file of a source for a budget of bytes, and of time, by measured files.",
     )
     parser.add_argument("source", help="Hugging Face folder or hub id, .gguf file, or 'demo'")
-    arguments = parser.parse(argv)
+    return parser
+
+
+def body(argv: Sequence[str]) -> int:
+    arguments = build_parser().parse(argv)
     source = arguments.pop("source")
     config = flags.take(arguments, FitConfig)
     if config.max_bytes is None:
