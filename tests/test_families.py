@@ -82,7 +82,7 @@ def test_a_stock_model_is_pruned_distilled_stopped_and_resumed(
     source = save_tiny(tiny_architecture(family, (LayerShape(4, 4, 128),) * 4, head_dim=16))
     assert json.loads((source / "config.json").read_text())["model_type"] == family
     more = ["--distill", "1", "--compact-every", "3", "--checkpoint-every", "0", "--tokens", "768"]
-    more += ["--prune", "attention,stem", "--weight-update", "obs", "--activation-checkpointing"]
+    more += ["--prune", "attention,stem", "--weight-update", "obs"]
     assert run(command(source, corpus, tmp_path / "straight", *more)) == 0
     step = Trainer._step
     stopped = []
@@ -106,8 +106,7 @@ def test_a_stock_model_is_pruned_distilled_stopped_and_resumed(
     assert final.family == family
     assert final.hidden_size < 64
     assert final.num_parameters <= 0.6 * Architecture.from_folder(source).num_parameters
-    for target, flags in {"gguf": ["--quantize", "q8_0"], "onnx": ["--quantize", "f32"], "hf-uniform": []}.items():
-        assert export(tmp_path / "resumed", target, tmp_path / target, *flags) == 0  # verified against torch
+    assert export(tmp_path / "resumed", "onnx", tmp_path / "onnx", "--quantize", "f32") == 0  # verified against torch
 
 
 @pytest.mark.parametrize("family", NEW)
