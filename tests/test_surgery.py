@@ -11,11 +11,13 @@ from tiny import tiny_architecture, tiny_model
 from efficientllm.train.model.architecture import FAMILIES
 from efficientllm.train.model.irregular import architecture_of
 from efficientllm.train.model.rescaling import width_factor
-from efficientllm.train.pruning.groups import BLOCKS, KINDS
+from efficientllm.train.pruning.groups import BLOCKS
+from efficientllm.train.pruning.saliency import FOLDS
 from efficientllm.train.pruning.selection import Removal
 from efficientllm.train.pruning.surgery import remove_groups, slice_tensor, zero_gradients, zero_groups
 
-ALL_KINDS = (*KINDS, *BLOCKS)
+ALL_KINDS = (*FOLDS, *BLOCKS)
+"""Of what can be zeroed: a vocabulary row that is zero still has a logit."""
 
 TOKENS = torch.randint(0, 400, (2, 9), generator=torch.Generator().manual_seed(3))
 

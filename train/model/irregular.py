@@ -48,7 +48,7 @@ def apply_architecture(config: Any, architecture: Architecture) -> None:
         max(max(layer.num_key_value_heads for layer in architecture.layers), 1),
         max(max(layer.intermediate_size for layer in architecture.layers), 1),
     )
-    config.hidden_size = architecture.hidden_size
+    config.hidden_size, config.vocab_size = architecture.hidden_size, architecture.vocab_size
     config.head_dim = architecture.head_dim
     config.num_attention_heads = widest.num_attention_heads
     config.num_key_value_heads = widest.num_key_value_heads
