@@ -161,10 +161,13 @@ class Generation:
         """The next token's time counts from now."""
         self._marked = time.perf_counter()
 
-    def cancel(self) -> None:
-        """End the answer within a token, or amid a long prompt; from any thread."""
+    def cancel(self) -> bool:
+        """End the answer within a token, or amid a long prompt; from any thread.
+
+        Whether a pass of the engine is still computing for it, which ends as soon as it can.
+        """
         self.is_cancelled = self.is_over = True
-        self.lease.interrupt()
+        return self.lease.interrupt()
 
     def accept(self, logits: np.ndarray) -> str:
         """Choose the token after `tokens` from its fp32 logits [V], which it may overwrite; text to be shown now.

@@ -19,13 +19,13 @@ from starlette.exceptions import HTTPException
 from ..runtime.base import flags
 from ..runtime.base.errors import UsageError
 from ..runtime.generation import Overflow
+from .access.guard import Guard
 from .endpoints import Endpoints
-from .guard import Guard
-from .metrics import Metrics
-from .openapi import document
-from .pool import ModelPool
-from .reference import reference_page
-from .schemas import APIError
+from .models.metrics import Metrics
+from .models.pool import ModelPool
+from .page.reference import reference_page
+from .schemas.error import APIError
+from .schemas.openapi import document
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """What the server costs: `python -m efficientllm.server.benchmark ARTEFACT`.
 
 The same prompts are answered by the engine in this process and by a server in a child process, in turn; the
-second turn of a chat is timed with and without its cached beginning, sampled answers beside greedy ones; then the
-server's memory is watched over many short requests.
+second turn of a chat is timed with and without its cached beginning, sampled answers and JSON beside greedy ones; then
+the server's memory is watched over many short requests.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from ..runtime.base.figure import Figure
 from ..runtime.engines.engine import EngineOptions, load_engine
 from ..runtime.engines.owned import OwnedEngine
 from ..runtime.generation import AnswerOptions, Generation
+from ..runtime.grammar import Grammar, GrammarConstraint
 from ..runtime.prompt import chat_prompt
 from ..runtime.sampling import SamplingOptions
 
@@ -164,29 +165,35 @@ def prefix_reuse(artefact: str, threads: int, rounds: int) -> None:
     print(f"second turn of {len(long)} tokens: {shown}")
 
 
-def sampling_cost(artefact: str, threads: int, rounds: int, tokens: int) -> None:
-    """Print how much slower than greedy ones sampled answers of the same length are, with all that can be asked for."""
+def answer_cost(artefact: str, threads: int, rounds: int, tokens: int) -> None:
+    """Print how much slower than greedy answers those of the same length are that are sampled, with all that can be
+    asked for, or that keep to a schema."""
     engine = load_engine(artefact, EngineOptions(threads=threads, context=CONTEXT, warm_up=True))
     prompt = chat_prompt(engine, [{"role": "user", "content": TEXT.format(number=0)}])
-    endless = dict.fromkeys(engine.end_ids, float("-inf"))
-    sides = [
-        AnswerOptions(tokens, sampling, logit_bias=endless)
-        for sampling in (
-            SamplingOptions(),
-            SamplingOptions(temperature=0.8),
+    text = {"type": "string", "minLength": 100 * tokens}  # which no answer comes to the end of
+    schema = Grammar.json_schema({"type": "object", "properties": {"text": text}, "required": ["text"]})
+    sides: dict[str, tuple[SamplingOptions, Grammar | None]] = {
+        "greedy": (SamplingOptions(), None),
+        "sampled": (SamplingOptions(temperature=0.8), None),
+        "sampled with penalties": (
             SamplingOptions(1.0, repetition_penalty=1.1, frequency_penalty=0.1, presence_penalty=0.1),
-        )
-    ]
-    seconds: list[list[float]] = [[] for _ in sides]
+            None,
+        ),
+        "JSON of a schema": (SamplingOptions(), schema),
+    }
+    endless = dict.fromkeys(engine.end_ids, float("-inf"))
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds + 1):
-        for index, options in enumerate(sides):
-            generation = Generation(engine, prompt, options)
+        for name, (sampling, grammar) in sides.items():
+            options = AnswerOptions(tokens, sampling, logit_bias=endless)
+            constraint = GrammarConstraint(engine, grammar) if grammar is not None else None
+            generation = Generation(engine, prompt, options, constraint)
             for _ in generation:
                 pass
-            seconds[index].append(generation.stats.decode_seconds)
+            seconds[name].append(generation.stats.decode_seconds)
     engine.close()
-    greedy, *sampled = (values[1:] for values in seconds)  # the first round warms up
-    for name, values in zip(("sampled", "sampled with penalties"), sampled, strict=True):
+    greedy, *others = (values[1:] for values in seconds.values())  # the first round warms up
+    for name, values in zip(list(sides)[1:], others, strict=True):
         slower = [100 * (one / other - 1) for one, other in zip(values, greedy, strict=True)]
         print(f"{name}, {engine.vocab_size:,} tokens of vocabulary: slower than greedy by {spread(slower, '%')}")
 
@@ -216,7 +223,7 @@ def body(argv: Sequence[str]) -> int:
     artefact, options = arguments.pop("artefact"), flags.take(arguments, BenchmarkOptions)
     overhead(artefact, options.threads, options.rounds, options.tokens)
     prefix_reuse(artefact, options.threads, options.rounds)
-    sampling_cost(artefact, options.threads, options.rounds, options.tokens)
+    answer_cost(artefact, options.threads, options.rounds, options.tokens)
     if options.requests:
         memory(artefact, options.threads, options.requests)
     return 0

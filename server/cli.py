@@ -92,9 +92,9 @@ def body(argv: Sequence[str]) -> int:
     with extra("server"):
         import uvicorn
 
+        from .access.connections import limited_protocol
         from .app import AppOptions, create_app
-        from .connections import limited_protocol
-        from .pool import ModelPool
+        from .models.pool import ModelPool
     sections = (ServeOptions, AppOptions, EngineOptions)
     arguments = build_parser(sections).parse(argv)
     artefact = arguments.pop("artefact")
@@ -121,3 +121,7 @@ def body(argv: Sequence[str]) -> int:
 
 def main() -> None:
     sys.exit(run_command(body))
+
+
+if __name__ == "__main__":
+    main()

@@ -15,12 +15,18 @@ from ..runtime.engines.memory import memory_bytes
 from ..runtime.engines.owned import OwnedEngine
 from ..runtime.generation import Overflow
 from ..runtime.prompt import text_prompt
-from .answers import Answer, ChatAnswer, TextAnswer
-from .embeddings import EmbeddingsRequest, embeddings_of
-from .generations import Choice, choices_of, text_of
-from .guard import TRUSTED
-from .metrics import AnswerClock, Metrics
-from .openapi import (
+from .access.guard import TRUSTED
+from .answers.answer import Answer, ChatAnswer, TextAnswer
+from .answers.choices import Choice, choices_of, text_of
+from .answers.embeddings import embeddings_of
+from .answers.responses import ResponsesAnswer
+from .models.metrics import AnswerClock, Metrics
+from .models.pool import ModelPool
+from .page.files import page_file
+from .schemas.completions import ChatRequest, CompletionRequest, DetokenizeRequest, TextRequest, TokenizeRequest
+from .schemas.embeddings import EmbeddingsRequest
+from .schemas.error import APIError
+from .schemas.openapi import (
     ERRORS,
     ChatCompletion,
     Detokenized,
@@ -33,11 +39,7 @@ from .openapi import (
     Tokenized,
     answer_or_events,
 )
-from .page import page_file
-from .pool import ModelPool
-from .response_events import ResponsesAnswer
-from .responses import ResponsesRequest
-from .schemas import APIError, ChatRequest, CompletionRequest, DetokenizeRequest, TextRequest, TokenizeRequest
+from .schemas.responses import ResponsesRequest
 
 T = TypeVar("T")
 

@@ -19,7 +19,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from efficientllm.export.verification import sample_text
+from efficientllm.runtime.engines import attention
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
+from efficientllm.runtime.engines.llama_context import LlamaContext
 from efficientllm.runtime.engines.owned import OwnedEngine
 from efficientllm.train.evaluation.quality import measure, sets
 from efficientllm.train.model.architecture import Architecture, LayerShape
@@ -74,6 +76,17 @@ def small_quality_sets() -> Iterator[None]:
         mock.patch.object(measure, "facts", return_value=sets.facts()[:2]),
     ):
         yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def first_attention() -> Iterator[Callable[[LlamaContext, int], list[float]]]:
+    """llama.cpp's first attention that a model can have counts as the fastest: to measure takes longer than most tests.
+
+    Yields what would measure.
+    """
+    timed = attention._tests
+    with mock.patch.object(attention, "_tests", return_value=[1.0]):
+        yield timed
 
 
 @pytest.fixture(scope="session")

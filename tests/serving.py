@@ -12,7 +12,7 @@ from typing import Any
 import uvicorn
 
 from efficientllm.server.app import AppOptions, create_app
-from efficientllm.server.pool import ModelPool
+from efficientllm.server.models.pool import ModelPool
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from serving import serve
 
 from efficientllm.runtime.engines.engine import EngineOptions
 from efficientllm.server.app import AppOptions
-from efficientllm.server.pool import ModelPool
+from efficientllm.server.models.pool import ModelPool
 
 ROOT = Path(__file__).parents[1]
 PYTHON = Path(os.environ.get("EFFICIENTLLM_CLIENTS") or ROOT / "build/clients/bin/python")

@@ -16,7 +16,7 @@ from efficientllm.runtime.base.files import sha256_of
 from efficientllm.runtime.engines import artefact as artefacts
 from efficientllm.runtime.engines import attention as attention_choice
 from efficientllm.runtime.engines.artefact import Artefact
-from efficientllm.runtime.engines.attention import FLASH, FLASH_Q8_0, ROUNDS
+from efficientllm.runtime.engines.attention import CANDIDATES, FLASH, FLASH_Q8_0, ROUNDS
 from efficientllm.runtime.engines.engine import CACHE_CHOICES, EngineOptions, load_engine
 from efficientllm.runtime.engines.genai_config import GENAI_CONFIG, GenaiConfig
 from efficientllm.runtime.engines.llama_context import Attention, LlamaContext
@@ -120,6 +120,27 @@ def test_the_fastest_attention_is_measured_once(
         assert engine.settings == str(expected)
         engine.close()
     assert len(measured) == ROUNDS * (3 + 2)
+
+
+def test_the_attention_of_a_new_model_is_timed(
+    artefact: Path,
+    first_attention: Callable[[LlamaContext, int], list[float]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("EFFICIENTLLM_CACHE", str(tmp_path))
+    found: list[list[float]] = []
+
+    def measure(context: LlamaContext, sequences: int) -> list[float]:
+        found.append(first_attention(context, sequences))
+        return found[-1]
+
+    monkeypatch.setattr(attention_choice, "_tests", measure)
+    engine = load_engine(artefact, EngineOptions(threads=1, context=64, parallel=3))
+    assert engine.settings in map(str, CANDIDATES["auto"])
+    engine.close()
+    assert [len(times) for times in found] == [5] * ROUNDS * len(CANDIDATES["auto"])
+    assert min(map(min, found)) > 0
 
 
 def test_heads_without_whole_blocks_get_no_quantized_cache(save_tiny: Callable[..., Path], tmp_path: Path) -> None:

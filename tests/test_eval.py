@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from efficientllm.export import cli as export_cli
 from efficientllm.export.verification import sample_text
 from efficientllm.runtime.base.command import run_command
+from efficientllm.runtime.engines.engine import CACHE_CHOICES, EngineOptions
 from efficientllm.runtime.engines.manifest import Manifest, describe_files
 from efficientllm.train.evaluation import cli, perplexity
 from efficientllm.train.evaluation.evaluation import ComputeConfig, MeasureConfig, evaluate
@@ -193,8 +194,6 @@ def test_models_that_differ_in_their_weights_alone_share_no_answers(checkpoint: 
 
 
 def test_engine_scores_do_not_depend_on_what_was_evaluated_before(artefact: Path) -> None:
-    from efficientllm.runtime.engines.engine import EngineOptions
-
     model = EngineModel(artefact, EngineOptions())
     ids = model.tokenize(sample_text()[:800])
     requests = [Request(tuple(ids[:90]), 80), Request(tuple(ids[:90]), 1), Request(tuple(ids[:50] + ids[60:]), 50)]
@@ -202,6 +201,13 @@ def test_engine_scores_do_not_depend_on_what_was_evaluated_before(artefact: Path
     for index, request in enumerate(requests):
         (alone,) = (score for _, score in EngineModel(artefact, EngineOptions()).score([request]))
         assert together[index].log_probs == pytest.approx(alone.log_probs, abs=2e-3)
+
+
+def test_quality_is_of_the_same_cache_on_every_machine(artefact: Path) -> None:
+    for asked, cache in (("auto", "f16"), ("q8_0", "q8_0")):
+        model = EngineModel(artefact, EngineOptions(threads=1, context=64, kv_cache=CACHE_CHOICES[asked]))
+        assert model.engine.settings.startswith(f"{cache} cache")
+        model.engine.close()
 
 
 def test_wikitext_is_read_as_the_hub_serves_it(tmp_path: Path) -> None:

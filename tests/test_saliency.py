@@ -280,3 +280,8 @@ def test_activation_criteria_do_not_rank_the_stem() -> None:
 
 def test_activation_criteria_are_listed() -> None:
     assert set(OTHERS) == {TOKEN_FISHER, RANDOM, *ACTIVATION_CRITERIA}
+
+
+def test_gates_see_no_stem_whose_norms_stand_behind_the_blocks() -> None:
+    with pytest.raises(UsageError, match="olmo2 has norms behind its blocks; leave stem out"):
+        GateScores(("stem",), tiny_architecture("olmo2"), decay=0.9)

@@ -11,7 +11,8 @@ from exporting import export
 
 from efficientllm.runtime.batch import HEADROOM, Batch
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
-from efficientllm.runtime.engines.owned import SHARED_PREFILL, OwnedEngine, _shares
+from efficientllm.runtime.engines.lease import SHARED_PREFILL, shares
+from efficientllm.runtime.engines.owned import OwnedEngine
 from efficientllm.runtime.generation import AnswerOptions, Generation
 from efficientllm.runtime.sampling import SamplingOptions
 
@@ -149,8 +150,8 @@ def test_engines_that_take_one_at_a_time_keep_a_cache_per_chat(
 
 
 def test_a_pass_serves_next_tokens_first_then_short_prompts() -> None:
-    assert _shares([1, 1, 700, 1], 512) == [1, 1, SHARED_PREFILL, 1]
-    assert _shares([3000, 40, 50], 512) == [512 - 90, 40, 50]
-    assert _shares([3000, 400, 500, 300], 512) == [128, 84, 0, 300]
-    assert _shares([1] * 8, 8) == [1] * 8
-    assert _shares([600], 512) == [512]
+    assert shares([1, 1, 700, 1], 512) == [1, 1, SHARED_PREFILL, 1]
+    assert shares([3000, 40, 50], 512) == [512 - 90, 40, 50]
+    assert shares([3000, 400, 500, 300], 512) == [128, 84, 0, 300]
+    assert shares([1] * 8, 8) == [1] * 8
+    assert shares([600], 512) == [512]

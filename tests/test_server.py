@@ -19,7 +19,7 @@ from efficientllm.runtime.generation import AnswerOptions, Generation
 from efficientllm.runtime.prompt import chat_prompt
 from efficientllm.server import cli
 from efficientllm.server.app import AppOptions
-from efficientllm.server.pool import ModelPool
+from efficientllm.server.models.pool import ModelPool
 
 MESSAGES: Any = [{"role": "user", "content": "Hello"}]
 

@@ -22,9 +22,10 @@ from efficientllm.runtime.base.errors import ArtefactError, UsageError
 from efficientllm.runtime.engines.artefact import Artefact
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
 from efficientllm.runtime.engines.memory import memory_bytes
-from efficientllm.server import cli, openapi
+from efficientllm.server import cli
 from efficientllm.server.app import AppOptions
-from efficientllm.server.pool import ModelPool
+from efficientllm.server.models.pool import ModelPool
+from efficientllm.server.schemas import openapi
 
 MESSAGES: Any = [{"role": "user", "content": "Hello"}]
 

@@ -16,9 +16,9 @@ from tiny import tiny_architecture, tiny_model
 from transformers import PreTrainedTokenizerFast
 
 from efficientllm.runtime.engines.engine import EngineOptions
-from efficientllm.server import openapi
 from efficientllm.server.app import AppOptions
-from efficientllm.server.pool import ModelPool
+from efficientllm.server.models.pool import ModelPool
+from efficientllm.server.schemas import openapi
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 4
 """More than one pass of the engine's."""

@@ -14,9 +14,9 @@ import pytest
 from serving import serve
 
 from efficientllm.runtime.engines.engine import EngineOptions
+from efficientllm.server.access.connections import limited_protocol
 from efficientllm.server.app import AppOptions
-from efficientllm.server.connections import limited_protocol
-from efficientllm.server.pool import ModelPool
+from efficientllm.server.models.pool import ModelPool
 
 MOST = 8
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n"

@@ -14,7 +14,7 @@ from serving import serve
 
 from efficientllm.runtime.engines.engine import EngineOptions
 from efficientllm.server.app import AppOptions
-from efficientllm.server.pool import ModelPool
+from efficientllm.server.models.pool import ModelPool
 
 expect: Any = pytest.importorskip("playwright.sync_api", reason="playwright is not installed").expect
 

@@ -22,9 +22,9 @@ from efficientllm.runtime.base.errors import UsageError
 from efficientllm.runtime.engines.artefact import Artefact
 from efficientllm.runtime.engines.engine import EngineOptions
 from efficientllm.server import cli
+from efficientllm.server.access.guard import Guard
 from efficientllm.server.app import AppOptions, create_app
-from efficientllm.server.guard import Guard
-from efficientllm.server.pool import ModelPool
+from efficientllm.server.models.pool import ModelPool
 
 MESSAGES: Any = [{"role": "user", "content": "Hello"}]
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 6}

@@ -13,9 +13,9 @@ from python_clients import Weather
 from serving import serve
 
 from efficientllm.runtime.engines.engine import EngineOptions
-from efficientllm.server import openapi
 from efficientllm.server.app import AppOptions
-from efficientllm.server.pool import ModelPool
+from efficientllm.server.models.pool import ModelPool
+from efficientllm.server.schemas import openapi
 
 TOOL: Any = {"type": "function", "name": "weather", "parameters": Weather.model_json_schema(), "strict": True}
 

@@ -3,30 +3,81 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pytest
 import soak
 from serving import serve
 
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
+from efficientllm.runtime.generation import AnswerOptions, Generation
 from efficientllm.server.app import AppOptions
-from efficientllm.server.pool import ModelPool
+from efficientllm.server.models.pool import ModelPool
+from efficientllm.server.models.worker import EngineWorker
+
+OPTIONS = EngineOptions(threads=1, context=1024, parallel=2)
 
 
-def test_every_phase_of_an_answer_gives_its_place_back(artefact: Path) -> None:
-    engine = load_engine(artefact, EngineOptions(threads=1, context=1024, parallel=2))
-    found = asyncio.run(asyncio.wait_for(soak.cancellations(engine, 3 * len(soak.PHASES)), 60))
-    assert {phase: len(seconds) for phase, seconds in found.items()} == dict.fromkeys(soak.PHASES, 3)
-
-
-def test_a_crowd_gets_its_own_answers(artefact: Path) -> None:
-    engine = load_engine(artefact, EngineOptions(threads=1, context=256))
-    tokens = soak.distinct_tokens(engine, 24)
+@pytest.fixture(scope="module")
+def tokens(artefact: Path) -> dict[str, int]:
+    engine = load_engine(artefact, OPTIONS)
+    tokens = soak.distinct_tokens(engine)
     engine.close()
-    assert len(tokens) == 24
+    return tokens
+
+
+def test_clients_that_go_give_their_place_back(artefact: Path, tokens: dict[str, int]) -> None:
+    async def phases() -> list[str]:
+        return [phase async for phase, _ in soak.cancellations(address, pool, tokens, 3 * len(soak.PHASES))]
+
+    pool = ModelPool({"model": str(artefact)}, OPTIONS)
+    with serve(pool, AppOptions()) as address:
+        assert asyncio.run(asyncio.wait_for(phases(), 60)) == [*soak.PHASES] * 3
+
+
+def test_a_place_in_line_is_free_before_the_pass_of_others_ends(artefact: Path) -> None:
+    """And one of an answer that takes part in the pass when it has ended."""
+    engine = load_engine(artefact, EngineOptions(threads=1, context=64))
+    extend, begun, may_end = engine._extend, threading.Event(), threading.Event()
+
+    def wait(*arguments: Any) -> list[np.ndarray]:
+        rows = extend(*arguments)
+        begun.set()
+        assert may_end.wait(20)
+        return rows
+
+    engine._extend = wait  # type: ignore[method-assign]
+
+    async def go() -> None:
+        worker = EngineWorker(engine, waiting=4, timeout=60, when_idle=lambda: None)
+        answers = []
+        for token in (5, 6):
+            worker.enter()
+            pieces = worker.stream([Generation(engine, [token], AnswerOptions(32))])
+            answers.append(asyncio.ensure_future(anext(pieces)))
+        await asyncio.to_thread(begun.wait, 20)
+        answers[1].cancel()
+        await asyncio.wait({answers[1]})
+        assert worker.in_flight == 1
+        answers[0].cancel()
+        await asyncio.wait({answers[0]})
+        assert worker.in_flight == 1
+        may_end.set()
+        while worker.in_flight:
+            await asyncio.sleep(0.001)
+        await asyncio.to_thread(worker.close)
+
+    asyncio.run(asyncio.wait_for(go(), 60))
+
+
+def test_a_crowd_gets_its_own_answers(artefact: Path, tokens: dict[str, int]) -> None:
+    clients = [(token, text) for text, token in tokens.items()][:24]
     pool = ModelPool({"model": str(artefact)}, EngineOptions(threads=1, context=256), waiting=24)
     with serve(pool, AppOptions()) as address:
-        found = asyncio.run(soak.crowd(address, tokens, requests=96, seconds=0))
+        found = asyncio.run(soak.crowd(address, ["model"], clients, requests=96, seconds=0))
     assert found.statuses.keys() == {200}
     assert found.statuses[200] >= 96
     assert found.crossed == 0

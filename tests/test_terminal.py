@@ -111,7 +111,7 @@ class Screen:
         os.write(self.file, text.encode())
 
     def wait_for(self, pattern: str, seconds: float = 120, typing: str = "") -> None:
-        """Until what was printed since the last call matches, `typing` for every second in which the program is silent."""
+        """Until what was printed since the last call matches; `typing` for every second in which nothing is printed."""
         deadline = time.monotonic() + seconds
         while not (found := re.search(pattern, self.text, re.S)):
             assert time.monotonic() < deadline, self.text

@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from ..base.errors import ContextOverflowError, UsageError
-from .caches import Cache, Caches
+from .caches import Caches
+from .lease import Lease, shares
 from .protocol import CacheFullError, Embedder, Engine, EvaluationInterrupted, Part, Pooling
 
 CLOSED = "the model is closed; load it again"
@@ -17,9 +18,6 @@ TAKEN = (
     "another answer was begun on this model: read one to its end, load the model twice, or load it with room for "
     "several (--parallel)"
 )
-
-SHARED_PREFILL = 128
-"""Prompt tokens evaluated beside other answers' next tokens: what those wait for."""
 
 
 class OwnedEngine:
@@ -140,30 +138,35 @@ class OwnedEngine:
         with self._open() as engine, self._turn:
             for lease in leases:
                 self._find_cache(lease)
-            shares = _shares([lease.num_pending for lease in leases], engine.max_batch)
-            working = [(lease, share) for lease, share in zip(leases, shares, strict=True) if share]
-            parts = [lease._part(share) for lease, share in working]
-            self._caches.make_room(sum(shares))
-            with self._stepping:
-                self._evaluated = [lease for lease, _ in working]
-                engine.resume()
-                if any(lease.is_interrupted for lease in self._evaluated):
-                    return [None] * len(leases)
+            each = shares([lease.num_pending for lease in leases], engine.max_batch)
+            working = [lease for lease, share in zip(leases, each, strict=True) if share]
+            parts = [lease.next_part(share) for lease, share in zip(leases, each, strict=True) if share]
+            self._caches.make_room(sum(each))
             try:
-                rows = iter(self._extend(engine, parts))
+                rows = iter(self._evaluate(engine, working, parts))
             except EvaluationInterrupted:
                 return [None] * len(leases)
-            finally:
-                with self._stepping:
-                    self._evaluated = ()
             found: dict[int, np.ndarray] = {}
-            for lease, part in zip((lease for lease, _ in working), parts, strict=True):
-                lease._count(part.tokens)
-                if lease._cache is not None:
-                    self._caches.touch(lease._cache)
+            for lease, part in zip(working, parts, strict=True):
+                assert lease.cache is not None
+                lease.cache.tokens += part.tokens
+                self._caches.touch(lease.cache)
                 if part.wants_logits:
                     found[id(lease)] = next(rows)
             return [found.get(id(lease)) for lease in leases]
+
+    def _evaluate(self, engine: Engine, leases: Sequence[Lease], parts: Sequence[Part]) -> list[np.ndarray]:
+        """One pass; EvaluationInterrupted where one of `leases` is interrupted before or meanwhile."""
+        with self._stepping:
+            if any(lease.is_interrupted for lease in leases):
+                raise EvaluationInterrupted
+            self._evaluated = leases
+            engine.resume()
+        try:
+            return self._extend(engine, parts)
+        finally:
+            with self._stepping:
+                self._evaluated = ()
 
     def _extend(self, engine: Engine, parts: Sequence[Part]) -> list[np.ndarray]:
         while True:
@@ -175,13 +178,13 @@ class OwnedEngine:
 
     def _find_cache(self, lease: Lease) -> None:
         """See that a lease has its cache."""
-        if lease._cache is None:
-            self._check_length(lease._tokens)
-            lease._cache = self._caches.assign(lease, lease._tokens)
-            lease.cached_tokens = len(lease._cache.tokens)
+        if lease.cache is None:
+            self._check_length(lease.tokens)
+            lease.cache = self._caches.assign(lease, lease.tokens)
+            lease.cached_tokens = len(lease.cache.tokens)
         elif lease.is_lost:
             raise UsageError(TAKEN)
-        elif len(lease._tokens) > self.context_length:
+        elif len(lease.tokens) > self.context_length:
             raise ContextOverflowError(
                 f"the context window of {self.context_length} tokens is full; load with a larger --context"
             )
@@ -195,27 +198,32 @@ class OwnedEngine:
                 "shorten the prompt or load with a larger --context"
             )
 
-    def _release(self, lease: Lease, keep: bool) -> None:
+    def release(self, lease: Lease, keep: bool) -> None:
+        """See Lease."""
         with self._turn:
-            if lease._cache is not None and lease._cache.holder is lease:
-                lease._cache.holder = None
+            if lease.cache is not None and lease.cache.holder is lease:
+                lease.cache.holder = None
             if not keep:
-                lease._cache = None
+                lease.cache = None
 
-    def _take_again(self, lease: Lease) -> None:
+    def take_again(self, lease: Lease) -> None:
+        """See Lease."""
         with self._open(), self._turn:
-            cache = lease._cache
-            if cache is not None and (cache.holder is not None or cache.tokens != lease._tokens):
+            cache = lease.cache
+            if cache is not None and (cache.holder is not None or cache.tokens != lease.tokens):
                 raise UsageError(TAKEN)
             if cache is not None:
                 cache.holder = lease
 
-    def _interrupt(self, lease: Lease) -> None:
+    def interrupt(self, lease: Lease) -> bool:
+        """See Lease."""
         with self._calls:  # else it could be closed between the look and the call
             engine = self._engine
             with self._stepping:
-                if engine is not None and lease in self._evaluated:
+                takes_part = engine is not None and any(one is lease for one in self._evaluated)
+                if engine is not None and takes_part:
                     engine.interrupt()
+        return takes_part
 
     @property
     def used_slots(self) -> int:
@@ -230,86 +238,3 @@ class OwnedEngine:
                 return
             self._calls.wait_for(lambda: not self._num_calls)
         engine.close()
-
-
-def _shares(pending: Sequence[int], most: int) -> list[int]:
-    """How many tokens of each lease one pass evaluates: all next tokens, then the shortest prompts.
-
-    A quarter of what is left goes to the prompt that came first, so that no number of short ones keeps a long one out.
-    """
-    shares = [int(number == 1) for number in pending]
-    room = most - sum(shares)
-    if any(shares):
-        room = min(room, SHARED_PREFILL)
-    prompts = [index for index, number in enumerate(pending) if number > 1]
-    for index in prompts[:1]:
-        shares[index] = min(pending[index], room // 4)
-        room -= shares[index]
-    for index in sorted(prompts, key=pending.__getitem__):
-        more = min(pending[index] - shares[index], room)
-        shares[index] += more
-        room -= more
-    return shares
-
-
-class Lease:
-    """One sequence on an engine, whose cache is kept until `release`, or until others need it."""
-
-    def __init__(self, engine: OwnedEngine) -> None:
-        self._engine = engine
-        self._tokens: list[int] = []
-        self._cache: Cache | None = None
-        self.cached_tokens = 0
-        """Of the tokens that it began with, what a cache held already."""
-        self.is_interrupted = False
-
-    def begin(self, tokens: Sequence[int]) -> None:
-        """Make `tokens` the sequence; nothing is evaluated yet."""
-        self._engine._release(self, keep=False)
-        self._tokens = list(tokens)
-
-    def append(self, token: int) -> None:
-        """Append one token, to be evaluated."""
-        self._tokens.append(token)
-
-    @property
-    def num_pending(self) -> int:
-        """Tokens that are not evaluated yet."""
-        return len(self._tokens) - (0 if self._cache is None else len(self._cache.tokens))
-
-    @property
-    def is_lost(self) -> bool:
-        """Whether another sequence was begun in its cache."""
-        return self._cache is not None and self._cache.holder is not self
-
-    def evaluate(self) -> np.ndarray:
-        """Logits after the last token, fp32 [V]; see OwnedEngine.step for the errors."""
-        while (logits := self._engine.step([self])[0]) is None:
-            pass
-        return logits
-
-    def interrupt(self) -> None:
-        """Evaluate no more of it, and leave the pass in progress if it takes part; from any thread."""
-        self.is_interrupted = True
-        self._engine._interrupt(self)
-
-    def release(self, keep: bool = False) -> None:
-        """Nobody goes on with it; what the cache holds stays, for prompts that begin like it.
-
-        With `keep`, `take_again` may find it as it was left.
-        """
-        self._engine._release(self, keep)
-
-    def take_again(self) -> None:
-        """Undo `release(keep=True)`; UsageError where the cache was used meanwhile."""
-        self._engine._take_again(self)
-
-    def _part(self, share: int) -> Part:
-        assert self._cache is not None
-        begin = len(self._cache.tokens)
-        tokens = self._tokens[begin : begin + share]
-        return Part(self._cache.sequence, tokens, begin + share == len(self._tokens))
-
-    def _count(self, tokens: Sequence[int]) -> None:
-        assert self._cache is not None
-        self._cache.tokens += tokens

@@ -1,7 +1,7 @@
 """A server that is used hard: `python tests/tools/soak.py ARTEFACT`, with figures of what was lost, crossed and leaked.
 
-Cancellations are timed on the server's own worker, in every phase of an answer; the crowd asks a real server over HTTP.
-Every client of the crowd biases its answer to one token, so an answer that reached somebody else would show.
+Clients go away in every phase of an answer, timed until its place is free; then a crowd asks. Every client of the crowd
+biases its answer to one token, so an answer that reached somebody else would show.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import httpx
 from serving import serve
@@ -23,14 +23,16 @@ from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.base.figure import Figure
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
 from efficientllm.runtime.engines.owned import OwnedEngine
-from efficientllm.runtime.generation import AnswerOptions, Generation
-from efficientllm.runtime.grammar import Grammar, GrammarConstraint
 from efficientllm.server.app import AppOptions
-from efficientllm.server.pool import ModelPool
-from efficientllm.server.worker import EngineWorker, Piece
+from efficientllm.server.models.pool import ModelPool
 
-LONG = 200
+LONG = 900
 """Tokens of an answer that would go on."""
+
+LONG_STRING = {"type": "object", "properties": {"text": {"type": "string", "minLength": LONG}}, "required": ["text"]}
+
+PROMPT = 600
+"""Tokens of a prompt that takes long."""
 
 
 @dataclass(frozen=True)
@@ -47,86 +49,62 @@ class SoakOptions:
     """Answers that are cancelled."""
     threads: int = 1
     """CPU threads."""
+    max_memory: int = flags.byte_count(0)
+    """Room for the models, as efficientllm-serve's: where it is not enough for all, they take turns."""
 
     def __post_init__(self) -> None:
         flags.check_types(self)
         flags.require(self, "clients", self.clients >= 1, "must be positive")
 
 
-def _forever(engine: OwnedEngine, prompt: Sequence[int], **options: object) -> Generation:
-    """An answer that no end token ends."""
-    biases = dict.fromkeys(engine.end_ids, float("-inf"))
-    return Generation(engine, prompt, AnswerOptions(LONG, logit_bias=biases, **options))  # type: ignore[arg-type]
+def _long_prompt(tokens: Sequence[int]) -> dict[str, Any]:
+    return {"prompt": random.choices(tokens, k=PROMPT)}
 
 
-def _held_back(engine: OwnedEngine) -> Generation:
-    """Whose text may become a stop string for ever."""
-    token = next(token for token in range(engine.vocab_size) if engine.token_bytes(token).isalpha())
-    stop = engine.token_bytes(token).decode() * 2 * LONG
-    return Generation(engine, [token] * 8, AnswerOptions(LONG, stop=[stop], logit_bias={token: 1000.0}))
-
-
-def _json(engine: OwnedEngine) -> Generation:
-    return Generation(engine, [5, 6, 7], AnswerOptions(LONG), GrammarConstraint(engine, Grammar.json_object()))
-
-
-PHASES: dict[str, Callable[[OwnedEngine], Generation]] = {
-    "prompt": lambda engine: _forever(
-        engine, [random.randrange(5, 300) for _ in range(engine.context_length * 3 // 4)]
-    ),
-    "answer": lambda engine: _forever(engine, [5, 6, 7]),
-    "held back": _held_back,
-    "JSON": _json,
-    "waiting": lambda engine: _forever(engine, [8, 9]),
+PHASES: dict[str, Callable[[Sequence[int]], dict[str, Any]]] = {
+    "prompt": _long_prompt,
+    "streamed answer": lambda tokens: {"stream": True},
+    "whole answer": lambda tokens: {},
+    "held back": lambda tokens: {"stop": "#" * LONG, "stream": True},
+    "JSON": lambda tokens: {"response_format": {"type": "json_schema", "json_schema": {"schema": LONG_STRING}}},
+    "waiting": lambda tokens: {},
 }
-"""What an answer does when it is cancelled -> one that does it."""
+"""What an answer does when its client goes -> what the client asked for, of tokens of the vocabulary."""
 
 
-async def cancel_one(worker: EngineWorker, phase: str) -> float:
-    """Seconds until the place of an answer that was cancelled in `phase` is free."""
-    others: list[AsyncGenerator[Piece]] = []
-    if phase == "waiting":  # for all sequences, which others have
-        others = [_begin(worker, _forever(worker.engine, [5, index])) for index in range(worker.engine.num_sequences)]
-    places = worker.in_flight
-    answer = _begin(worker, PHASES[phase](worker.engine))
-    first = asyncio.ensure_future(anext(answer, None))
-    if phase == "answer":
-        await first
-    else:
-        await asyncio.sleep(random.uniform(0, 0.05))
-    began = time.perf_counter()
-    first.cancel()
-    await asyncio.wait({first})
-    await answer.aclose()
-    while worker.in_flight > places:
+async def cancellations(
+    address: str, pool: ModelPool, tokens: dict[str, int], count: int
+) -> AsyncGenerator[tuple[str, float]]:
+    """(phase, seconds until the place of an answer whose client went is free); `tokens`: of letters and "#"."""
+    endless = {"max_tokens": LONG, "temperature": 0, "prompt": [tokens["#"]] * 8, "logit_bias": {str(tokens["#"]): 100}}
+    async with httpx.AsyncClient(base_url=f"{address}/v1/", timeout=600) as client:
+        for number in range(count):
+            phase = list(PHASES)[number % len(PHASES)]
+            # the sequences that it waits for are those of answers whose prompts, too, are long
+            others = pool.options.parallel if phase == "waiting" else 0
+            busy = [await _asked(client, pool, endless | _long_prompt([*tokens.values()])) for _ in range(others)]
+            answer = await _asked(client, pool, endless | PHASES[phase]([*tokens.values()]))
+            await asyncio.sleep(random.uniform(0, 0.1))
+            assert not answer.done()
+            began = time.perf_counter()
+            answer.cancel()
+            while pool.in_flight > others:
+                await asyncio.sleep(0.0005)
+            yield phase, time.perf_counter() - began
+            for other in busy:
+                other.cancel()
+            while pool.in_flight:
+                await asyncio.sleep(0.0005)
+
+
+async def _asked(client: httpx.AsyncClient, pool: ModelPool, body: dict[str, Any]) -> asyncio.Future[httpx.Response]:
+    """A request that has its place in the server."""
+    places = pool.in_flight
+    asked = asyncio.ensure_future(client.post("completions", json={"model": "model", **body}))
+    while pool.in_flight == places:
+        assert not asked.done(), asked.result().text
         await asyncio.sleep(0.0005)
-    taken = time.perf_counter() - began
-    for other in others:
-        await _leave(other)
-    while worker.in_flight:
-        await asyncio.sleep(0.0005)
-    return taken
-
-
-def _begin(worker: EngineWorker, generation: Generation) -> AsyncGenerator[Piece]:
-    worker.enter()
-    return worker.stream([generation])
-
-
-async def _leave(answer: AsyncGenerator[Piece]) -> None:
-    await anext(answer, None)  # one that was not begun would not know that it is left
-    await answer.aclose()
-
-
-async def cancellations(engine: OwnedEngine, count: int) -> dict[str, list[float]]:
-    """Seconds by phase; closes the engine."""
-    worker = EngineWorker(engine, waiting=8, timeout=600, when_idle=lambda: None)
-    found: dict[str, list[float]] = {phase: [] for phase in PHASES}
-    for number in range(count):
-        phase = list(PHASES)[number % len(PHASES)]
-        found[phase].append(await cancel_one(worker, phase))
-    await asyncio.to_thread(worker.close)
-    return found
+    return asked
 
 
 @dataclass(frozen=True)
@@ -141,15 +119,17 @@ class Crowd:
     seconds: float
 
 
-async def crowd(address: str, tokens: Sequence[tuple[int, str]], requests: int, seconds: float) -> Crowd:
-    """One client for each of `tokens` (id, text), which ask until there were enough and the time is over."""
+async def crowd(
+    address: str, models: Sequence[str], tokens: Sequence[tuple[int, str]], requests: int, seconds: float
+) -> Crowd:
+    """One client for each of `tokens` (id, text); they ask any of `models` until it was often and long enough."""
     statuses, crossed, memory, began = Counter[int](), 0, list[int](), time.perf_counter()
 
     async def ask(client: httpx.AsyncClient, token: int, text: str) -> None:
         nonlocal crossed
         while sum(statuses.values()) < requests or time.perf_counter() - began < seconds:
             count = random.randint(1, 8)
-            body = {"model": "model", "prompt": [token] * random.randint(1, 40), "max_tokens": count}
+            body = {"model": random.choice(models), "prompt": [token] * random.randint(1, 40), "max_tokens": count}
             body |= {"logit_bias": {str(token): 100}, "temperature": 0}
             answer = await client.post("completions", json=body)
             statuses[answer.status_code] += 1
@@ -169,25 +149,38 @@ async def crowd(address: str, tokens: Sequence[tuple[int, str]], requests: int, 
     return Crowd(statuses, crossed, memory, time.perf_counter() - began)
 
 
-def distinct_tokens(engine: OwnedEngine, count: int) -> list[tuple[int, str]]:
-    """Tokens whose texts tell them apart."""
+def distinct_tokens(engine: OwnedEngine) -> dict[str, int]:
+    """Tokens of letters, digits and "#": their texts tell them apart."""
     texts = ((token, engine.token_bytes(token)) for token in range(engine.vocab_size) if token not in engine.end_ids)
-    return [(token, data.decode()) for token, data in texts if len(data) == 1 and data.isalnum()][:count]
+    return {data.decode(): token for token, data in texts if len(data) == 1 and (data.isalnum() or data == b"#")}
+
+
+async def print_cancellations(address: str, pool: ModelPool, tokens: dict[str, int], count: int) -> None:
+    """Time clients that go and say so, phase by phase."""
+    found: dict[str, list[float]] = {phase: [] for phase in PHASES}
+    async for phase, seconds in cancellations(address, pool, tokens, count):
+        found[phase].append(1000 * seconds)
+    for phase, times in found.items():
+        figure = f"{Figure.of(times).median:.1f} ms (worst of {len(times)}: {max(times):.1f})"
+        print(f"client gone, {phase}: place free after {figure}", flush=True)
 
 
 def body(argv: Sequence[str]) -> int:
     parser = flags.Parser(SoakOptions, prog="python tests/tools/soak.py", description=__doc__)
-    parser.add_argument("artefact", help="folder written by efficientllm-export, or a .gguf file")
+    parser.add_argument("artefact", nargs="+", help="folder written by efficientllm-export, or a .gguf file")
     arguments = parser.parse(argv)
-    artefact, options = arguments.pop("artefact"), flags.take(arguments, SoakOptions)
-    engine = load_engine(artefact, EngineOptions(options.threads, 1024, parallel=4))
-    tokens = distinct_tokens(engine, options.clients)
-    for phase, seconds in asyncio.run(cancellations(engine, options.cancellations)).items():
-        figure, worst = Figure.of([1000 * one for one in seconds]), 1000 * max(seconds)
-        print(f"cancelled in {phase}: free after {figure.median:.1f} ms (worst of {figure.n}: {worst:.1f})", flush=True)
-    pool = ModelPool({"model": str(Path(artefact))}, EngineOptions(options.threads, 1024), waiting=options.clients)
+    artefacts, options = arguments.pop("artefact"), flags.take(arguments, SoakOptions)
+    engine_options = EngineOptions(options.threads, context=1024, parallel=4)
+    engine = load_engine(artefacts[0], engine_options)
+    tokens = distinct_tokens(engine)
+    engine.close()
+    names = {"model" if index == 0 else f"model-{index}": artefact for index, artefact in enumerate(artefacts)}
+    pool = ModelPool(names, engine_options, waiting=options.clients, max_memory=options.max_memory)
     with serve(pool, AppOptions()) as address:
-        found = asyncio.run(crowd(address, tokens, options.requests, 60 * options.minutes))
+        if options.cancellations:
+            asyncio.run(print_cancellations(address, pool, tokens, options.cancellations))
+        clients = [(token, text) for text, token in tokens.items()][: options.clients]
+        found = asyncio.run(crowd(address, list(names), clients, options.requests, 60 * options.minutes))
     answered = ", ".join(f"{count} x {status}" for status, count in sorted(found.statuses.items()))
     print(f"{options.clients} clients, {found.seconds:.0f} s: {answered}; {found.crossed} crossed")
     shown = ", ".join(f"{value / 1e6:.1f}" for value in found.rss_bytes[:: max(1, len(found.rss_bytes) // 10)])

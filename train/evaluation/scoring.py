@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -72,7 +72,11 @@ class EngineModel:
     """An exported artefact, scored by the runtime's engine: what is measured is the file that ships."""
 
     def __init__(self, path: Path, options: EngineOptions) -> None:
-        self.engine = load_engine(path, options)
+        artefact = Artefact.open(path)
+        if options.kv_cache == "auto" and artefact.engine == "llama.cpp":
+            # the fastest cache differs between machines, which figures of quality must not
+            options = replace(options, kv_cache="f16")
+        self.engine = load_engine(artefact, options)
         self.context_length, self.vocab_size = self.engine.context_length, self.engine.vocab_size
         ends = (self.engine.tokenize(text, True) for text in ("<|endoftext|>", self.engine.eos_token))
         single = [ids[0] for ids in ends if len(ids) == 1]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ...runtime.base.errors import UsageError
 from ..model.architecture import Architecture
+from ..model.gguf_route import irregular_gguf
 from ..vocabulary.frequency import with_parts
 from ..vocabulary.pieces import Pieces
 from .budget import Budget, check_budget, device_time, make_budget, read_architecture
@@ -52,6 +53,7 @@ def make_pruning_plan(
     budget = make_budget(settings, source, floor, vocabulary_bytes, time)
     if budget is None:
         return None
+    _check_family(settings, source)
     uniform = settings.layout == "uniform"
     # an explicit shape is reached channel by channel, whatever its widths are multiples of
     multiple = settings.width_multiple if floor is None else 1
@@ -64,3 +66,18 @@ def make_pruning_plan(
         raise UsageError("--layout uniform needs a source whose layers are equal")
     check_budget(budget, source, rules)
     return PruningPlan(settings, source, rules, budget, time, pieces)
+
+
+def _check_family(settings: PruneConfig, source: Architecture) -> None:
+    """UsageError for what the parts of the source's family rule out."""
+    parts = source.parts
+    if settings.recover != "none" and (parts.is_parallel or "after_attention" in parts.norms):
+        raise UsageError(
+            f"--recover {settings.recover} fits matrices that add to the residual stream one after the other; those of "
+            f"{source.family} do not: leave it out"
+        )
+    if settings.target_bytes is not None and settings.layout == "per-layer" and not irregular_gguf(source):
+        raise UsageError(
+            "--target-bytes counts a GGUF's, and llama.cpp has no architecture for irregular layers of "
+            f"{source.family}: they are zero-padded; add --layout uniform, or use --target-params"
+        )

@@ -27,7 +27,7 @@ from .rows import RowProbe, choose_rows
 from .running_scores import Scores
 from .selection import Kept, Ranking, Removal, SelectionRules, Unit, all_groups, compose, select_removal
 from .sharded import rebuild_sharded
-from .surgery import remove_groups, zero_gradients, zero_groups
+from .surgery import kept_channels, remove_groups, set_survivors, zero_gradients, zero_groups
 from .weight_update import InputGrams
 
 
@@ -277,6 +277,7 @@ class Pruner:
         if values["pending"] is not None:
             kept = kept_from_json(values["pending"], self.physical)
             self.pending = Removal(self.physical, logical, kept, ())
+            set_survivors(model, kept_channels(self.pending.kept, self.physical, None, "hidden"))
         self.is_done = self.budget.is_met(logical)
         self.tracker.load_state_dict(tensors["tracker"])
         self.tracker.attach(model)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...runtime.base.errors import UsageError
 from ..model.architecture import Architecture
-from ..model.tensors import STEM_NORMS
+from ..model.tensors import is_stem_norm
 from .groups import counts
 from .running_scores import MeanOverRanks, RunningScores
 
@@ -41,6 +41,11 @@ class ReaderScores(RunningScores):
         super().__init__(kinds, architecture, decay)
         if "stem" in self.kinds and not self.sees_stem:
             raise UsageError(f"--saliency {name} ranks attention and ffn only; leave stem out of --prune")
+        if "stem" in self.kinds and not {"before_attention", "before_ffn"} >= architecture.parts.norms.keys():
+            raise UsageError(
+                f"--saliency {name} sees the stem where norms read it, and {architecture.family} has norms behind its "
+                "blocks; leave stem out of --prune, or use --saliency taylor1"
+            )
         self.mean_over_ranks = mean_over_ranks
         self.weights: dict[str, Any] = {}
         """Weight [H, C] of every matrix that is watched."""
@@ -63,13 +68,16 @@ class ReaderScores(RunningScores):
             self._handles += [
                 module.register_forward_hook(self._output_observer(name))
                 for name, module in model.named_modules()
-                if f"{name}.weight".endswith(STEM_NORMS) and not isinstance(module, nn.Identity)
+                if self._is_stem_norm(name) and not isinstance(module, nn.Identity)
             ]
 
     def detach(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+
+    def _is_stem_norm(self, module: str) -> bool:
+        return is_stem_norm(f"{module}.weight", self.architecture)
 
     def _observer(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def observe(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
@@ -102,7 +110,7 @@ class ReaderScores(RunningScores):
         A stem channel's gates are one before each reader of the stream. They close together: amplitudes add up.
         """
         if kind == "stem":
-            parts = [scores.sqrt() for name, scores in found.items() if f"{name}.weight".endswith(STEM_NORMS)]
+            parts = [scores.sqrt() for name, scores in found.items() if self._is_stem_norm(name)]
             return torch.stack(parts).sum(0).square()
         scores = found.get(f"model.layers.{layer}.{READERS[kind == 'ffn']}")
         if scores is None:

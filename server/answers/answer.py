@@ -10,12 +10,13 @@ from collections.abc import AsyncGenerator, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..runtime.call_reader import Argued, Called, Event, Said
-from ..runtime.generation import TokenLogprob
-from .generations import Choice
-from .metrics import AnswerClock
-from .schemas import APIError, ChatRequest, CompletionRequest
-from .worker import Piece
+from ...runtime.call_reader import Argued, Called, Event, Said
+from ...runtime.generation import TokenLogprob
+from ..models.metrics import AnswerClock
+from ..models.worker import Piece
+from ..schemas.completions import ChatRequest, CompletionRequest
+from ..schemas.error import APIError
+from .choices import Choice
 
 
 @dataclass

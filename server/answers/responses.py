@@ -7,13 +7,13 @@ import uuid
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from typing import Any
 
-from ..runtime.call_reader import Argued, Called, Event, Said
-from .answers import ChatAnswer
-from .generations import Choice
-from .metrics import AnswerClock
-from .responses import ResponsesRequest
-from .schemas import APIError
-from .worker import Piece
+from ...runtime.call_reader import Argued, Called, Event, Said
+from ..models.metrics import AnswerClock
+from ..models.worker import Piece
+from ..schemas.error import APIError
+from ..schemas.responses import ResponsesRequest
+from .answer import ChatAnswer
+from .choices import Choice
 
 Item = dict[str, Any]
 

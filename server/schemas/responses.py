@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, JsonValue, ValidationError, model_validator
 
+from .completions import MAX_MESSAGES, Asked, ChatRequest
 from .messages import MAX_TOOLS, ChatMessage, Function, JsonSchema, Name, Sent, Text
-from .schemas import MAX_MESSAGES, Asked, ChatRequest
 
 
 class ItemPart(BaseModel):

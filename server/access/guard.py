@@ -10,7 +10,7 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
-from .schemas import APIError
+from ..schemas.error import APIError
 
 Receive = Callable[[], Awaitable[dict[str, Any]]]
 

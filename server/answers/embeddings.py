@@ -1,37 +1,17 @@
-"""POST /v1/embeddings: texts as vectors, by the states of a model that was made to write."""
+"""Texts as vectors, by the states of a model that was made to write."""
 
 from __future__ import annotations
 
 import base64
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
-from pydantic import Field
 
-from ..runtime.base.errors import ContextOverflowError
-from ..runtime.engines.owned import OwnedEngine
-from ..runtime.prompt import text_prompt
-from .messages import Text
-from .schemas import MAX_PROMPTS, APIError, Asked, Tokens
-
-
-class EmbeddingsRequest(Asked):
-    """POST /v1/embeddings"""
-
-    model: Text
-    input: Text | Tokens | Annotated[list[Text | Tokens], Field(min_length=1, max_length=MAX_PROMPTS)]
-    encoding_format: Literal["float", "base64"] = "float"
-    pooling: Literal["mean", "last"] = "mean"
-    """Of the states of all tokens, their mean or the last one's."""
-
-    @property
-    def texts(self) -> list[str | list[int]]:
-        """Texts or token ids."""
-        if isinstance(self.input, str):
-            return [self.input]
-        if isinstance(self.input[0], int):
-            return [[token for token in self.input if isinstance(token, int)]]
-        return [text for text in self.input if not isinstance(text, int)]
+from ...runtime.base.errors import ContextOverflowError
+from ...runtime.engines.owned import OwnedEngine
+from ...runtime.prompt import text_prompt
+from ..schemas.embeddings import EmbeddingsRequest
+from ..schemas.error import APIError
 
 
 def embeddings_of(engine: OwnedEngine, request: EmbeddingsRequest) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Requests and errors of the endpoint, as OpenAI's clients send and expect them."""
+"""Requests for chats, texts and tokens, as OpenAI's clients send them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, JsonValue, model_validator
 
-from ..runtime.prompt import ToolUse
-from ..runtime.sampling import SamplingOptions
+from ...runtime.prompt import ToolUse
+from ...runtime.sampling import SamplingOptions
 from .messages import MAX_CHARACTERS, MAX_TOOLS, ChatMessage, NamedTool, ResponseFormat, Sent, Text, Tool, ToolChoice
 
 MAX_MESSAGES = 512
@@ -228,12 +228,3 @@ class DetokenizeRequest(Asked):
 
     model: Text = ""
     tokens: Annotated[list[Token], Field(max_length=MAX_CHARACTERS)]
-
-
-class APIError(Exception):
-    """An error answered in OpenAI's shape."""
-
-    def __init__(self, status: int, message: str, kind: str = "invalid_request_error", code: str | None = None) -> None:
-        super().__init__(message)
-        self.status = status
-        self.body: dict[str, Any] = {"error": {"message": message, "type": kind, "param": None, "code": code}}

@@ -8,11 +8,11 @@ import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..runtime.base.errors import EfficientLLMError, UsageError
-from ..runtime.batch import Batch, Progress
-from ..runtime.engines.owned import CLOSED, OwnedEngine
-from ..runtime.generation import Generation, TokenLogprob
-from .schemas import APIError
+from ...runtime.base.errors import EfficientLLMError, UsageError
+from ...runtime.batch import Batch, Progress
+from ...runtime.engines.owned import CLOSED, OwnedEngine
+from ...runtime.generation import Generation, TokenLogprob
+from ..schemas.error import APIError
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class _Answer:
     def __init__(self, generations: Sequence[Generation]) -> None:
         self.choices = {id(generation): choice for choice, generation in enumerate(generations)}
         self.unfinished = len(generations)
+        self.has_place = True
         self.pieces: asyncio.Queue[Item] = asyncio.Queue()
 
 
@@ -91,15 +92,15 @@ class EngineWorker:
         with self._changed:
             self._arrived.append((answer, generations))
             self._changed.notify()
-        return self._read(generations, answer.pieces)
+        return self._read(answer, generations)
 
-    async def _read(self, generations: Sequence[Generation], pieces: asyncio.Queue[Item]) -> AsyncGenerator[Piece]:
+    async def _read(self, answer: _Answer, generations: Sequence[Generation]) -> AsyncGenerator[Piece]:
         deadline = asyncio.get_running_loop().time() + self.timeout
         try:
             while True:
                 try:
                     async with asyncio.timeout_at(deadline):  # wait_for of Python 3.11 may swallow a cancellation
-                        piece = await pieces.get()
+                        piece = await answer.pieces.get()
                 except TimeoutError as error:
                     message = f"the answer took longer than {self.timeout:g} s"
                     raise APIError(408, message, "timeout_error", "timeout") from error
@@ -111,8 +112,9 @@ class EngineWorker:
                     return
                 yield piece
         finally:
-            for generation in generations:
-                generation.cancel()
+            is_computed = [generation.cancel() for generation in generations]
+            if not any(is_computed):  # else when the pass has ended; others' passes may take long
+                self._free_place(answer)
 
     def _compute(self) -> None:
         """The thread: passes of the engine as long as there are answers, then wait for one."""
@@ -153,9 +155,14 @@ class EngineWorker:
 
     def _put(self, items: Sequence[tuple[_Answer, Item]]) -> None:
         for answer, item in items:
-            if item is None:
-                self.leave()  # the place is free when the answer is whole, also where nobody reads it any more
+            if item is None:  # the answer is whole, also where nobody reads it any more
+                self._free_place(answer)
             answer.pieces.put_nowait(item)
+
+    def _free_place(self, answer: _Answer) -> None:
+        if answer.has_place:
+            answer.has_place = False
+            self.leave()
 
     def close(self) -> None:
         """Wait for the answers in progress, then free the engine."""

@@ -6,7 +6,7 @@ from importlib import resources
 
 from fastapi.responses import Response
 
-from .schemas import APIError
+from ..schemas.error import APIError
 
 MEDIA_TYPES = {
     "index.html": "text/html",
@@ -27,6 +27,6 @@ def page_file(name: str) -> Response:
     """One of the page's files; APIError 404 for any other name."""
     if name not in MEDIA_TYPES:
         raise APIError(404, f"the page has no file {name!r}")
-    content = resources.files("efficientllm.server").joinpath("assets", name).read_bytes()
+    content = resources.files("efficientllm.server.page").joinpath("assets", name).read_bytes()
     headers = {"Content-Security-Policy": POLICY, "X-Content-Type-Options": "nosniff", "Cache-Control": "no-cache"}
     return Response(content, media_type=f"{MEDIA_TYPES[name]}; charset=utf-8", headers=headers)

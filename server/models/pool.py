@@ -8,13 +8,13 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 
-from ..runtime.base.errors import EfficientLLMError
-from ..runtime.base.progress import PROGRESS_LOGGER
-from ..runtime.base.quantities import format_bytes
-from ..runtime.engines.artefact import Artefact
-from ..runtime.engines.engine import DEFAULT_CONTEXT, EngineOptions, load_engine
-from ..runtime.engines.owned import OwnedEngine
-from .schemas import APIError
+from ...runtime.base.errors import EfficientLLMError
+from ...runtime.base.progress import PROGRESS_LOGGER
+from ...runtime.base.quantities import format_bytes
+from ...runtime.engines.artefact import Artefact
+from ...runtime.engines.engine import DEFAULT_CONTEXT, EngineOptions, load_engine
+from ...runtime.engines.owned import OwnedEngine
+from ..schemas.error import APIError
 from .worker import EngineWorker
 
 PARALLEL = 16

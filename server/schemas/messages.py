@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, Field, JsonValue, model_validator
 
-from ..runtime.grammar import Grammar
+from ...runtime.grammar import Grammar
 
 MAX_CHARACTERS = 200_000
 MAX_TOOLS = 128

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-from ..runtime.base.errors import ContextOverflowError, EfficientLLMError
-from ..runtime.call_reader import CallReader
-from ..runtime.constraint import Constraint
-from ..runtime.engines.owned import OwnedEngine
-from ..runtime.generation import AnswerOptions, Generation, Overflow
-from ..runtime.grammar import GrammarConstraint
-from ..runtime.prompt import ChatOptions, ChatPrompt, text_prompt, tool_prompt
-from .schemas import APIError, ChatRequest, CompletionRequest, TextRequest
+from ...runtime.base.errors import ContextOverflowError, EfficientLLMError
+from ...runtime.call_reader import CallReader
+from ...runtime.constraint import Constraint
+from ...runtime.engines.owned import OwnedEngine
+from ...runtime.generation import AnswerOptions, Generation, Overflow
+from ...runtime.grammar import GrammarConstraint
+from ...runtime.prompt import ChatOptions, ChatPrompt, text_prompt, tool_prompt
+from ..schemas.completions import ChatRequest, CompletionRequest, TextRequest
+from ..schemas.error import APIError
 
 
 @dataclass(frozen=True)
