@@ -27,7 +27,7 @@ from efficientllm.train.compute.distributed import Parallel
 from efficientllm.train.compute.loss import LossWeights, TrainingLoss, make_teacher
 from efficientllm.train.data.documents import DataSpec
 from efficientllm.train.data.packing import PackedStream
-from efficientllm.train.model.architecture import Architecture
+from efficientllm.train.model.architecture import FAMILIES, Architecture
 from efficientllm.train.pruning.config import PruneConfig
 from efficientllm.train.pruning.rows import RowProbe
 from efficientllm.train.pruning.selection import SelectionRules, select_removal
@@ -237,9 +237,10 @@ def test_a_tokenizer_of_another_kind_is_refused() -> None:
 # -- the model
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tied", [True, False])
-def test_logits_are_those_of_the_rows_that_stay(tied: bool) -> None:
-    architecture = tiny_architecture(tied=tied)
+def test_logits_are_those_of_the_rows_that_stay(family: str, tied: bool) -> None:
+    architecture = tiny_architecture(family, tied=tied)
     model, original = tiny_model(architecture, pad_token_id=2), tiny_model(architecture, pad_token_id=2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-9)
     model(torch.tensor([[5, 6]]), labels=torch.tensor([[5, 6]])).loss.backward()
