@@ -180,9 +180,9 @@ def test_the_chat_template_and_the_settings_keep_their_tokens(tokenizer: PreTrai
     model = tiny_model(tiny_architecture(), eos_token_id=[2, 390])
     pieces = pieces_of(model, tokenizer)
     assert 390 in pieces.fixed
-    rendered = tokenizer.apply_chat_template([{"role": "user", "content": "?"}], add_generation_prompt=True)
-    ids = rendered["input_ids"] if not isinstance(rendered, list) else rendered
-    assert set(ids) <= pieces.fixed
+    messages = [{"role": "user", "content": "?"}]
+    rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    assert set(tokenizer.encode(str(rendered), add_special_tokens=False)) <= pieces.fixed
 
 
 @PROPERTY
@@ -450,9 +450,9 @@ def test_a_stream_goes_on_with_the_documents_that_come_next(corpus: Path) -> Non
     streams[1].read_on_with(after)
     streams[1].load_state(state)
     windows = [stream.next_windows(30) for stream in streams]
-    assert np.array_equal(*windows)
+    assert np.array_equal(windows[0], windows[1])
     documents = "".join(json.loads(line)["text"] for line in corpus.read_text().splitlines())
-    assert all(after.decode(window[:8]).split("<|endoftext|>")[0] in documents for window in windows[0])
+    assert all(str(after.decode(window[:8])).split("<|endoftext|>")[0] in documents for window in windows[0])
 
 
 @pytest.fixture(scope="module")
