@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "train/compute": {"runtime/base"},
     "train/data": {"runtime", "runtime/base", "train/model"},
     "train/pruning": {"runtime/base", "runtime/latency", "train/model", "train/compute"},
-    "train/planning": {"runtime/base", "runtime/latency", "train/model", "train/pruning"},
+    "train/planning": {"runtime/base", "runtime/latency", "train", "train/model", "train/pruning"},
     "train": {"runtime/base", "runtime/engines", "runtime/latency"}
     | SOURCES
     | {"train/compute", "train/pruning", "train/evaluation"},

@@ -1,4 +1,4 @@
-"""`efficientllm-plan`: what pruning a model buys on measured devices, before anything is trained."""
+"""`efficientllm-plan`: what pruning a model buys on measured devices, and how many tokens it takes, before training."""
 
 from __future__ import annotations
 
@@ -39,11 +39,20 @@ class PlanConfig:
     """FFN and hidden widths stay multiples of this many channels."""
     after: str = ""
     """Run folder, or JSON file of an architecture, that the picture shows instead of the last target."""
+    run: tuple[str, ...] = ()
+    """Finished run of efficientllm-train; repeatable: runs of one pruning at several lengths make a law of what more
+    tokens bring."""
+    within: float = 1.1
+    """Perplexity to reach, as a multiple of the source's; with --run."""
+    tflops: float = 0.0
+    """Peak of a GPU in TFLOP/s: how long it would take, too; with --run."""
     picture: str = ""
-    """PNG file to write: where the milliseconds go, before and after."""
+    """PNG file to write: where the milliseconds go, before and after; with --run, the law."""
 
     def __post_init__(self) -> None:
         flags.check_types(self)
+        flags.require(self, "within", self.within > 1, "must be above 1")
+        flags.require(self, "tflops", self.tflops >= 0, "must not be negative")
         for text in self.target:
             try:
                 LatencyTarget.parse(text)
@@ -61,7 +70,8 @@ def build_parser() -> flags.Parser:
     parser = flags.Parser(
         PlanConfig,
         prog="efficientllm-plan",
-        description="What each kind of group costs on measured devices, and what a target in milliseconds leaves.",
+        description="Before training: what each kind of group costs on measured devices and what a target in "
+        "milliseconds leaves (--device-profile), or how many tokens a quality takes (--run).",
     )
     parser.add_argument("source", help="Hugging Face or run folder, hub id, .gguf file, or 'demo'")
     return parser
@@ -96,16 +106,33 @@ def body(argv: Sequence[str]) -> int:
     arguments = build_parser().parse(argv)
     name = arguments.pop("source")
     config = flags.take(arguments, PlanConfig)
-    if not config.device_profile:
-        raise UsageError("--device-profile is missing; name a profile of a device")
+    if not config.device_profile and not config.run:
+        raise UsageError("name a profile of a device with --device-profile, or finished runs with --run")
+    if config.device_profile and config.run:
+        raise UsageError("--run and --device-profile are two plans; ask for one at a time")
     if config.picture and not Path(config.picture).absolute().parent.is_dir():
         raise UsageError(f"--picture {config.picture}: there is no such folder")
+    if config.run:
+        return _plan_tokens(name, config)
     workload = Workload.parse(config.workload)
     profiles = [DeviceProfile.load(Path(path)) for path in config.device_profile]
     with extra("train"):
         from ..pruning.measures import DeviceTime
     after = shape_after(config.after) if config.after else None
     _plan(name, source_shape(name), [DeviceTime(profile, workload) for profile in profiles], config, after)
+    return 0
+
+
+def _plan_tokens(name: str, config: PlanConfig) -> int:
+    """Print what more tokens bring, and draw it where that was asked for."""
+    from .token_law import fit, read_point
+    from .token_report import draw_law, law_lines
+
+    law = fit([read_point(folder) for folder in config.run])
+    print("\n".join([f"{name}, by {len(law.points)} finished runs", "", *law_lines(law, config.within, config.tflops)]))
+    if config.picture:
+        draw_law(law, config.within, Path(config.picture))
+        print(f"\npicture: {config.picture}")
     return 0
 
 

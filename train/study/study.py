@@ -20,6 +20,7 @@ from ..corpora import data_specs, windows_apart
 from ..evaluation.evaluation import ComputeConfig, Evaluation, MeasureConfig, check, evaluate
 from ..metrics import read_metrics
 from ..model.architecture import Architecture
+from ..model.flops import training_flops
 from ..model.irregular import save_checkpoint
 from ..model.source import load_source
 from ..pruning.budget import device_time
@@ -29,7 +30,6 @@ from ..pruning.probe import BlockProbe
 from ..run import run_training
 from .arms import ARMS, Arm
 from .depth import best_contiguous
-from .flops import training_flops
 from .result import StudyResult
 
 

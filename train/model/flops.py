@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..model.architecture import Architecture
+from .architecture import Architecture
 
 
 def matmul_parameters(architecture: Architecture, num_parameters: int) -> int:
