@@ -22,7 +22,7 @@ $(BIN)/python:
 # The editable installation is a tree of links in build/, which tools can follow: made again where a module comes or goes.
 build/modules.txt: FORCE
 	@mkdir -p build
-	@find train export runtime server devices -name '*.py' -o -path 'server/page/assets/*' | LC_ALL=C sort > $@.new
+	@find train export runtime server devices -name '*.py' -o -path 'server/page/assets/*' -o -path 'export/phone/code/*' | LC_ALL=C sort > $@.new
 	@if cmp -s $@.new $@; then rm $@.new; else mv $@.new $@; fi
 
 $(VENV)/.installed: pyproject.toml build/modules.txt | $(BIN)/python

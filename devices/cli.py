@@ -99,3 +99,7 @@ def _compare(paths: Sequence[Path], html_path: Path | None, as_markdown: bool) -
 
 def main() -> None:
     sys.exit(run_command(body))
+
+
+if __name__ == "__main__":
+    main()

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..runtime.base.errors import DataError
 from ..runtime.base.extras import extra
-from ..train.model.tensors import SAME_INPUT
+from ..train.model.tensors import same_input
 from .checkpoint import Checkpoint
 
 CALIBRATION_TOKENS = 16_384
@@ -43,20 +43,22 @@ def _collect(checkpoint: Checkpoint, text_path: str, statistic: Callable[[Any], 
     with extra("train"):
         import torch
 
+        from ..train.model.irregular import to_irregular
         from ..train.model.source import load_for_inference
     window = min(WINDOW, checkpoint.context_length)
     ids = _calibration_tokens(checkpoint, text_path, window)
-    model: Any = load_for_inference(checkpoint.folder)
+    model: Any = to_irregular(load_for_inference(checkpoint.folder)).eval()
+    readers = same_input(checkpoint.architecture.parts)
     sums: dict[str, Any] = {}
     for name, module in model.named_modules():
-        if name.endswith(tuple(SAME_INPUT)) or name == "lm_head":
+        if name.endswith(tuple(readers)) or name == "lm_head":
             module.register_forward_pre_hook(_observer(name, sums, statistic))
     count = len(ids) // window
     with torch.inference_mode():
         for index in range(count):
             model(torch.tensor([ids[index * window : (index + 1) * window]]), use_cache=False)
     means = {name: (total / (count * window)).float().numpy() for name, total in sums.items()}
-    return _spread(means, checkpoint)
+    return _spread(means, readers, checkpoint)
 
 
 def _calibration_tokens(checkpoint: Checkpoint, text_path: str, window: int) -> list[int]:
@@ -83,12 +85,14 @@ def _observer(
     return observe
 
 
-def _spread(means: dict[str, np.ndarray], checkpoint: Checkpoint) -> dict[str, np.ndarray]:
+def _spread(
+    means: dict[str, np.ndarray], same: dict[str, tuple[str, ...]], checkpoint: Checkpoint
+) -> dict[str, np.ndarray]:
     """Parameter names, with what was observed once given to every matrix that reads it."""
     result: dict[str, np.ndarray] = {}
     for name, value in means.items():
-        observed = next((matrix for matrix in SAME_INPUT if name.endswith(matrix)), "")
-        readers = SAME_INPUT[observed] if observed else ("",)  # the head's input is its own
+        observed = next((matrix for matrix in same if name.endswith(matrix)), "")
+        readers = same[observed] if observed else ("",)  # the head's input is its own
         result |= {f"{name.removesuffix(observed)}{reader}.weight": value for reader in readers}
     if checkpoint.architecture.tie_word_embeddings:
         result["model.embed_tokens.weight"] = result.pop("lm_head.weight")
@@ -96,11 +100,11 @@ def _spread(means: dict[str, np.ndarray], checkpoint: Checkpoint) -> dict[str, n
 
 
 def save_for_gguf(
-    importance: dict[str, np.ndarray], rename: Callable[[str], str], width: Callable[[str], int], path: Path
+    importance: dict[str, np.ndarray],
+    rename: Callable[[str], str],
+    pad: Callable[[str, np.ndarray], np.ndarray],
+    path: Path,
 ) -> None:
-    """Write {GGUF tensor name: importance} as .npz; padded columns, which multiply zeros, get zero."""
-    arrays = {
-        rename(name): np.pad(value, (0, width(name) - len(value))).astype(np.float32)
-        for name, value in importance.items()
-    }
+    """Write {GGUF tensor name: importance} as .npz; `pad` gives columns that are padded, and multiply zeros, a zero."""
+    arrays = {rename(name): pad(name, value).astype(np.float32) for name, value in importance.items()}
     np.savez(path, **arrays)  # type: ignore[arg-type]

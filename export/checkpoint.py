@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -24,20 +23,18 @@ from ..train.model.folder_files import (
     check_folder,
     check_token_ids,
     locate_tensors,
-    positive_number,
     read_json,
     read_template,
     read_tokenizer,
     refuse_quantized,
-    whole_number,
 )
+from ..train.model.rescaling import Scales
+from ..train.model.stock_names import StockTensor, locate
 from ..train.model.tensors import tensor_names, tensor_shape
+from .layer_attention import LayerAttention, context_length, layer_attention, rope_parameters
 
 QUESTION = {"role": "user", "content": "Hello"}
 """What a chat template must be able to render."""
-
-LLAMA3_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-"""Parameters of Llama 3's rope."""
 
 
 class Checkpoint:
@@ -59,7 +56,7 @@ class Checkpoint:
 
     def _check_settings(self) -> None:
         """Everything else that a target reads is there and of its type, whatever the target."""
-        _ = self.rms_norm_eps, self.qk_norm_eps, self.context_length, self.rope, self.bos_id, self.end_of_generation_ids
+        _ = self.scales, self.context_length, self.attention, self.bos_id, self.end_of_generation_ids
         if self.chat_template is not None:
             _check_template(self.chat_template, self.folder)
 
@@ -72,7 +69,8 @@ class Checkpoint:
             raise ModelError(
                 f"{self.folder} has no {WEIGHTS_FILE} and no {INDEX_FILE}; save the model with safetensors"
             )
-        missing = [name for name in tensor_names(self.architecture) if name not in location]
+        names = tensor_names(self.architecture)
+        missing = [name for name in names if locate(self.architecture, name, location).name not in location]
         if missing:
             raise ModelError(
                 f"{self.folder} lacks tensor {missing[0]} ({len(missing)} missing); is the checkpoint complete?"
@@ -80,44 +78,49 @@ class Checkpoint:
         return location
 
     def tensor(self, name: str) -> np.ndarray:
-        """One tensor as fp32; ModelError where its shape disagrees with the config."""
+        """One tensor as fp32, a gain as what multiplies; ModelError where its shape disagrees with the config."""
         from safetensors import safe_open
 
-        with safe_open(self._location[name], framework="np") as stream:
-            array = stream.get_tensor(name).astype(np.float32, copy=False)
+        stored = self._stored(name)
+        with safe_open(self._location[stored.name], framework="np") as stream:
+            array = stored.take(stream.get_tensor(stored.name), self.architecture.head_dim)
+        array = array.astype(np.float32, copy=False)
         expected = tensor_shape(self.architecture, name)
         if array.shape != expected:
             raise ModelError(f"{self.folder}: tensor {name} has shape {array.shape}, the config says {expected}")
-        return array
+        return array + self.architecture.parts.norm.gain_offset if name.endswith("norm.weight") else array
 
     def has_tensor(self, name: str) -> bool:
-        return name in self._location
+        return self._stored(name).name in self._location
+
+    def _stored(self, name: str) -> StockTensor:
+        """Where one of our tensors is in the files."""
+        return locate(self.architecture, name, self._location)
 
     @property
-    def qk_norm_eps(self) -> float:
-        """eps of Qwen3's per-head norms."""
-        return positive_number(self.config, "qk_norm_eps", self.rms_norm_eps)
+    def scales(self) -> Scales:
+        """eps of the norms and what else changes with the widths."""
+        return Scales.of(self.config, self.architecture)
 
     @property
     def rms_norm_eps(self) -> float:
-        return positive_number(self.config, "rms_norm_eps")
+        """eps of the norms of the stem."""
+        return self.scales.stem_eps
+
+    @property
+    def attention(self) -> tuple[LayerAttention, ...]:
+        """What the attention of each layer does beside its matrices."""
+        return layer_attention(self.config, self.architecture)
 
     @property
     def context_length(self) -> int:
-        """Tokens over which all runtimes agree: up to the sliding window (Mistral), which not all of them implement."""
-        positions = whole_number(self.config, "max_position_embeddings", least=1)
-        return min(positions, whole_number(self.config, "sliding_window", sys.maxsize) or sys.maxsize)
+        """Tokens over which all runtimes agree."""
+        return context_length(self.config, self.architecture)
 
     @property
     def rope(self) -> dict[str, Any]:
-        """RoPE parameters: rope_theta, rope_type and, where scaled, factor and the rest."""
-        values = self.config.get("rope_parameters") or self.config.get("rope_scaling") or {}
-        if not isinstance(values, dict):
-            raise ModelError(f"config.json: rope_parameters is {values!r}, but must be an object")
-        kind = values.get("rope_type", values.get("type", "default"))
-        theta = positive_number(values, "rope_theta", self.config.get("rope_theta", 10000.0))
-        scaling = {name: positive_number(values, name) for name in (LLAMA3_SCALING if kind == "llama3" else ())}
-        return {**values, **scaling, "rope_theta": theta, "rope_type": kind}
+        """RoPE parameters of the layers that see all tokens: rope_theta, rope_type and, where scaled, the rest."""
+        return rope_parameters(self.config)
 
     def json_file(self, name: str) -> dict[str, Any]:
         """A JSON file of the folder, {} where it is absent."""

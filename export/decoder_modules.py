@@ -1,4 +1,4 @@
-"""Parts of the decoders that we trace: a Llama-family model with irregular widths, without its attention kernel.
+"""Parts of the decoders that we trace: a model of any family with irregular widths, without its attention kernel.
 
 S new tokens, H hidden, Q query heads, G key/value heads, D head_dim, V vocabulary. Parameters carry the checkpoint's
 names without their "model." prefix.
@@ -7,6 +7,8 @@ names without their "model." prefix.
 from __future__ import annotations
 
 import abc
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,8 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..train.model.architecture import Architecture, LayerShape
+from ..train.model.families import Family, Place
+from ..train.model.rescaling import Scales
+from ..train.model.tensors import block_norms
 from .checkpoint import Checkpoint
-from .padding import padded_eps, padded_tensors
+from .layer_attention import LayerAttention
+from .padding import padded_scales, padded_tensors
 from .rope import rope_tables
 
 
@@ -34,57 +40,112 @@ class RmsNorm(nn.Module):
         return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + self.eps) * self.weight
 
 
+class LayerNorm(nn.Module):
+    """(x - mean(x)) / sqrt(var(x) + eps) * weight + bias over the last axis; `scale` where there is no weight."""
+
+    def __init__(self, width: int, parts: Family, scales: Scales) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width)) if parts.norm.has_gain else None
+        self.bias = nn.Parameter(torch.empty(width)) if parts.norm.has_bias else None
+        self.eps, self.scale = scales.stem_eps, scales.stem_gain
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = functional.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
+        return normed if self.scale == 1.0 else normed * self.scale
+
+
+def stem_norm(architecture: Architecture, scales: Scales) -> nn.Module:
+    """A norm over the hidden axis."""
+    parts, width = architecture.parts, architecture.hidden_size
+    return LayerNorm(width, parts, scales) if parts.norm.takes_mean else RmsNorm(width, scales.stem_eps)
+
+
 class Attention(nn.Module):
     """Projections of grouped-query attention; a subclass attends in `forward(x [B, S, H], context) -> [B, S, H]`."""
 
-    def __init__(self, architecture: Architecture, layer: LayerShape, qk_norm_eps: float) -> None:
+    def __init__(self, architecture: Architecture, layer: LayerShape, settings: LayerAttention, scales: Scales) -> None:
         super().__init__()
-        hidden, head_dim = architecture.hidden_size, architecture.head_dim
+        hidden, head_dim, parts = architecture.hidden_size, architecture.head_dim, architecture.parts
         self.heads, self.groups, self.head_dim = layer.num_attention_heads, layer.num_key_value_heads, head_dim
-        self.q_proj = nn.Linear(hidden, self.heads * head_dim, bias=architecture.qkv_bias)
-        self.k_proj = nn.Linear(hidden, self.groups * head_dim, bias=architecture.qkv_bias)
-        self.v_proj = nn.Linear(hidden, self.groups * head_dim, bias=architecture.qkv_bias)
-        self.o_proj = nn.Linear(self.heads * head_dim, hidden, bias=False)
-        self.q_norm = RmsNorm(head_dim, qk_norm_eps) if architecture.qk_norm else nn.Identity()
-        self.k_norm = RmsNorm(head_dim, qk_norm_eps) if architecture.qk_norm else nn.Identity()
+        self.settings = settings
+        self.q_proj = nn.Linear(hidden, self.heads * head_dim, bias=parts.qkv_bias)
+        self.k_proj = nn.Linear(hidden, self.groups * head_dim, bias=parts.qkv_bias)
+        self.v_proj = nn.Linear(hidden, self.groups * head_dim, bias=parts.qkv_bias)
+        self.o_proj = nn.Linear(self.heads * head_dim, hidden, bias=parts.output_bias)
+        self.norms_heads = parts.qk_norm == "head"
+        widths = [head_dim] * 2 if self.norms_heads else [self.heads * head_dim, self.groups * head_dim]
+        self.q_norm, self.k_norm = (
+            RmsNorm(width, scales.qk_eps) if parts.qk_norm else nn.Identity() for width in widths
+        )
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [B, S, Q, D], keys and values [B, S, G, D], before the rotary embedding."""
-        batch, length, _ = x.shape
-        query = self.q_norm(self.q_proj(x).view(batch, length, self.heads, self.head_dim))
-        key = self.k_norm(self.k_proj(x).view(batch, length, self.groups, self.head_dim))
-        return query, key, self.v_proj(x).view(batch, length, self.groups, self.head_dim)
+        query = self._normed(self.q_norm, self.q_proj(x), self.heads)
+        key = self._normed(self.k_norm, self.k_proj(x), self.groups)
+        return query, key, self.v_proj(x).view(*x.shape[:2], self.groups, self.head_dim)
+
+    def _normed(self, norm: nn.Module, x: Tensor, heads: int) -> Tensor:
+        """[B, S, heads * D] -> [B, S, heads, D]"""
+        shape = (*x.shape[:2], heads, self.head_dim)
+        return norm(x.view(shape)) if self.norms_heads else norm(x).view(shape)
 
 
 class FeedForward(nn.Module):
-    """down(silu(gate(x)) * up(x))"""
+    """down(act(gate(x)) * up(x)), or down(act(up(x))) without a gate"""
 
-    def __init__(self, hidden_size: int, width: int) -> None:
+    def __init__(self, hidden_size: int, width: int, parts: Family) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, width, bias=False)
-        self.up_proj = nn.Linear(hidden_size, width, bias=False)
-        self.down_proj = nn.Linear(width, hidden_size, bias=False)
+        self.gate_proj = nn.Linear(hidden_size, width, bias=parts.ffn_bias) if parts.is_gated else None
+        self.up_proj = nn.Linear(hidden_size, width, bias=parts.ffn_bias)
+        self.down_proj = nn.Linear(width, hidden_size, bias=parts.ffn_bias)
+        self.activation = ACTIVATIONS[parts.activation]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        if self.gate_proj is None:
+            return self.down_proj(self.activation(self.up_proj(x)))
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+
+
+def tanh_gelu(x: Tensor) -> Tensor:
+    """GELU by its tanh formula."""
+    if torch.onnx.is_in_onnx_export():
+        return functional.gelu(x, approximate="tanh")
+    # ExecuTorch: XNNPACK (of executorch 1.5.1) computes every gelu by the other formula, 5e-4 away
+    return 0.5 * x * (1.0 + torch.tanh((2 / math.pi) ** 0.5 * (x + 0.044715 * x * x * x)))
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "gelu_pytorch_tanh": tanh_gelu,
+}
 
 
 class Layer(nn.Module):
     """A decoder layer; either half may be absent."""
 
-    def __init__(self, hidden_size: int, eps: float, attention: Attention | None, width: int) -> None:
+    def __init__(self, architecture: Architecture, scales: Scales, attention: Attention | None, width: int) -> None:
         super().__init__()
+        self.parts = architecture.parts
         self.self_attn = attention
-        self.input_layernorm = RmsNorm(hidden_size, eps) if attention is not None else None
-        self.mlp = FeedForward(hidden_size, width) if width else None
-        self.post_attention_layernorm = RmsNorm(hidden_size, eps) if width else None
+        self.mlp = FeedForward(architecture.hidden_size, width, self.parts) if width else None
+        for half, block in (("attention", self.self_attn), ("ffn", self.mlp)):
+            for name in block_norms(self.parts, half) if block is not None else ():
+                setattr(self, name, stem_norm(architecture, scales))
 
     def forward(self, x: Tensor, context: Any) -> Tensor:
-        if self.self_attn is not None and self.input_layernorm is not None:
-            x = x + self.self_attn(self.input_layernorm(x), context)
-        if self.mlp is not None and self.post_attention_layernorm is not None:
-            x = x + self.mlp(self.post_attention_layernorm(x))
-        return x
+        after = x
+        if self.self_attn is not None:
+            attended = self.self_attn(self._norm("before_attention", x), context)
+            after = x + self._norm("after_attention", attended)
+        if self.mlp is None:
+            return after
+        read = x if self.parts.is_parallel else after
+        return after + self._norm("after_ffn", self.mlp(self._norm("before_ffn", read)))
+
+    def _norm(self, place: Place, x: Tensor) -> Tensor:
+        name = self.parts.norms.get(place)
+        return x if name is None else getattr(self, name)(x)
 
 
 class Decoder(nn.Module, abc.ABC):
@@ -94,15 +155,15 @@ class Decoder(nn.Module, abc.ABC):
         """`architecture`: the checkpoint's or a zero-padded one; `dtype`: of weights and activations."""
         super().__init__()
         self.architecture = architecture
-        eps = padded_eps(checkpoint.rms_norm_eps, checkpoint.architecture, architecture)
+        self.scales = scales = padded_scales(checkpoint, architecture)
         hidden = architecture.hidden_size
         with torch.device("meta"):  # shapes only: the weights are assigned below, and never exist twice
             self.embed_tokens = nn.Embedding(architecture.vocab_size, hidden)
             self.layers = nn.ModuleList()
-            for shape in architecture.layers:
-                attention = self.attention(shape, checkpoint.qk_norm_eps) if shape.num_attention_heads else None
-                self.layers.append(Layer(hidden, eps, attention, shape.intermediate_size))
-            self.norm = RmsNorm(hidden, eps)
+            for shape, settings in zip(architecture.layers, checkpoint.attention, strict=True):
+                attention = self.attention(shape, settings) if shape.num_attention_heads else None
+                self.layers.append(Layer(architecture, scales, attention, shape.intermediate_size))
+            self.norm = stem_norm(architecture, scales)
             self.lm_head = nn.Linear(hidden, architecture.vocab_size, bias=False)
         state: dict[str, Any] = {}
         for name, array in padded_tensors(checkpoint, architecture):
@@ -115,10 +176,25 @@ class Decoder(nn.Module, abc.ABC):
         self.eval().requires_grad_(False)
 
     @abc.abstractmethod
-    def attention(self, layer: LayerShape, qk_norm_eps: float) -> Attention:
+    def attention(self, layer: LayerShape, settings: LayerAttention) -> Attention:
         """A layer's attention, called while the default device is "meta"."""
 
-    def rotary_tables(self, checkpoint: Checkpoint, length: int) -> tuple[Tensor, Tensor]:
-        """(cos, sin), fp32 [length, D / 2]."""
-        cos, sin = rope_tables(checkpoint.rope, self.architecture.head_dim, length)
-        return torch.from_numpy(cos), torch.from_numpy(sin)
+    def embed(self, tokens: Tensor) -> Tensor:
+        """What the first layer reads."""
+        x = self.embed_tokens(tokens)
+        return x if self.scales.embedding == 1.0 else x * self.scales.embedding
+
+    def rotary_tables(self, checkpoint: Checkpoint, length: int) -> dict[str, tuple[Tensor, Tensor]]:
+        """{rotary_key of a layer: (cos, sin), fp32 [length, rotary_dim / 2]} of every rotary embedding there is."""
+        found: dict[str, tuple[Tensor, Tensor]] = {}
+        for settings in checkpoint.attention:
+            if settings.rope is not None and rotary_key(settings) not in found:
+                cos, sin = rope_tables(settings.rope, settings.rotary_dim, length)
+                found[rotary_key(settings)] = torch.from_numpy(cos), torch.from_numpy(sin)
+        return found
+
+
+def rotary_key(settings: LayerAttention) -> str:
+    """Layers with one rotary embedding have one key."""
+    assert settings.rope is not None
+    return f"{settings.rope['rope_theta']:g}_{settings.rope['rope_type']}".replace(".", "_").replace("+", "")

@@ -1,5 +1,5 @@
-"""`--target hf-uniform`: a plain, zero-padded Llama (Mistral, Qwen) of the same function, for servers that know no
-irregular shapes."""
+"""`--target hf-uniform`: a plain, zero-padded model of the same function and family, for servers that know no irregular
+shapes."""
 
 from __future__ import annotations
 
@@ -14,21 +14,18 @@ from ..runtime.base.disk import require_room
 from ..runtime.base.errors import ArtefactError
 from ..train.model.architecture import Architecture
 from ..train.model.hf_files import mend_tokenizer_config, write_config
+from ..train.model.stock_names import to_stock
 from .checkpoint import Checkpoint
 from .manifest import Contents, copy_tokenizer, write_manifest
-from .padding import padded_eps, padded_tensors, uniform_architecture
+from .padding import padded_tensors, stock_architecture, stock_scales
 from .request import ExportRequest, VerifyOptions
 from .targets import Exporter
 from .verification import MAX_LOGIT_DIFFERENCE, compare_logits, torch_logits, torch_sample
 
 MODEL_FILE = "model.safetensors"
 
-CLASS_NAMES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
+OWN_SETTINGS = ("per_layer_config", "auto_map", "qk_norm_eps", "norm_scale", "embedding_scale")
+"""Of config.json, known to our modeling file only."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +38,9 @@ def export_hf_uniform(checkpoint: Checkpoint, request: ExportRequest[HfUniformOp
     from safetensors.numpy import save_file
 
     before = checkpoint.architecture
-    after = uniform_architecture(before)
-    tensors = {name: np.ascontiguousarray(array) for name, array in padded_tensors(checkpoint, after)}
+    after = stock_architecture(checkpoint)
+    tensors = to_stock(_stored_gains(checkpoint, after), after, np.stack)
+    tensors = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
     require_room(folder / MODEL_FILE, sum(tensor.nbytes for tensor in tensors.values()))
     save_file(tensors, folder / MODEL_FILE, metadata={"format": "pt"})
     write_config(uniform_config(checkpoint, after), folder)
@@ -63,7 +61,7 @@ def export_hf_uniform(checkpoint: Checkpoint, request: ExportRequest[HfUniformOp
         files=files,
         quantization="f32",
         weight_bytes=sum(array.nbytes for array in tensors.values()),
-        layout=f"transformers {CLASS_NAMES[after.family]}",
+        layout=f"transformers {after.parts.stock_class}",
         verification=verification,
     )
     write_manifest(checkpoint, request, folder, contents)
@@ -72,13 +70,22 @@ def export_hf_uniform(checkpoint: Checkpoint, request: ExportRequest[HfUniformOp
 EXPORTER = Exporter(HfUniformOptions, export_hf_uniform)
 
 
+def _stored_gains(checkpoint: Checkpoint, after: Architecture) -> dict[str, np.ndarray]:
+    """Tensors in shape `after`, gains less what the family adds to them."""
+    offset = after.parts.norm.gain_offset
+    tensors = padded_tensors(checkpoint, after, stock_scales(checkpoint, after))
+    return {name: array - offset if offset and name.endswith("norm.weight") else array for name, array in tensors}
+
+
 def uniform_config(checkpoint: Checkpoint, after: Architecture) -> dict[str, Any]:
     """config.json of the stock class that holds `after`."""
-    dropped = ("per_layer_config", "auto_map", "model_type", "architectures", "dtype", "torch_dtype", "qk_norm_eps")
+    dropped = (*OWN_SETTINGS, "model_type", "architectures", "dtype", "torch_dtype")
     config = {name: value for name, value in checkpoint.config.items() if name not in dropped}
     layer = after.layers[0]
+    norm = after.parts.norm
+    eps = {norm.eps_setting: stock_scales(checkpoint, after).stem_eps} if norm.stock_eps is None else {}
     return {
-        "architectures": [CLASS_NAMES[after.family]],
+        "architectures": [after.parts.stock_class],
         "model_type": after.family,
         "dtype": "float32",
         **config,
@@ -87,7 +94,8 @@ def uniform_config(checkpoint: Checkpoint, after: Architecture) -> dict[str, Any
         "num_attention_heads": layer.num_attention_heads,
         "num_key_value_heads": layer.num_key_value_heads,
         "intermediate_size": layer.intermediate_size,
-        "rms_norm_eps": padded_eps(checkpoint.rms_norm_eps, checkpoint.architecture, after),
+        "tie_word_embeddings": after.tie_word_embeddings,
+        **eps,
     }
 
 

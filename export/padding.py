@@ -1,9 +1,9 @@
 """Exact zero padding: the same function in wider tensors. Imports no torch.
 
 FFN channels: zero rows in gate and up, zero columns in down. Heads: zero rows in q, k, v and zero columns in o. Stem
-channels: zeros everywhere; RMSNorm over Hp > H channels of which Hp - H are zero sees a mean square smaller by H/Hp:
-gains times sqrt(H/Hp) and eps times H/Hp give the same output:
-    g sqrt(H/Hp) x / sqrt(|x|^2/Hp + eps H/Hp)  =  g x / sqrt(|x|^2/H + eps).
+channels: zeros everywhere, and norms rescaled (train/model/rescaling.py). A format may want other scales than the model
+has (one eps for all norms, norms without gains, embeddings times sqrt(H)): `stock_scales` says which, and the factors
+move into the matrices beside them.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from ..train.model.architecture import FAMILIES, Architecture, LayerShape
-from ..train.model.tensors import STEM_NORMS, axes_of, axis_size, tensor_names, tensor_shape
+from ..train.model.architecture import Architecture, LayerShape
+from ..train.model.rescaling import WRITERS, Scales, is_gain, scale_factor, untied, width_factor
+from ..train.model.tensors import EMBEDDING, HEAD, axes_of, axis_size, tensor_names, tensor_shape
 from .checkpoint import Checkpoint
 
 
@@ -27,7 +28,15 @@ def pad_rows(architecture: Architecture, multiple: int) -> Architecture:
     layers = tuple(
         replace(layer, intermediate_size=round_up(layer.intermediate_size, multiple)) for layer in architecture.layers
     )
-    return replace(architecture, hidden_size=round_up(architecture.hidden_size, multiple), layers=layers)
+    return widened(architecture, round_up(architecture.hidden_size, multiple), layers)
+
+
+def widened(architecture: Architecture, hidden_size: int, layers: tuple[LayerShape, ...]) -> Architecture:
+    """With other widths; a tied head that must not be centred with the embedding becomes a matrix of its own."""
+    norm, grows = architecture.parts.norm, hidden_size != architecture.hidden_size
+    unties = grows and norm.takes_mean and (norm.has_gain or norm.has_bias)
+    tied = architecture.tie_word_embeddings and not unties
+    return replace(architecture, hidden_size=hidden_size, layers=layers, tie_word_embeddings=tied)
 
 
 def padding_notes(before: Architecture, after: Architecture) -> tuple[str, ...]:
@@ -43,30 +52,64 @@ def padding_notes(before: Architecture, after: Architecture) -> tuple[str, ...]:
 
 
 def pad_tensor(name: str, array: np.ndarray, before: Architecture, after: Architecture) -> np.ndarray:
-    """`array` of a model of shape `before` as the tensor of the same function in shape `after`."""
-    layer, axes = axes_of(name)
+    """`array` of a model of shape `before` with zeros where `after` is wider."""
+    layer, axes = axes_of(name, before)
     for dim, axis in enumerate(axes):
         if axis_size(before, layer, axis) != axis_size(after, layer, axis) or axis == "query":
             array = _pad_axis(array, dim, axis, layer, before, after)
-    if before.hidden_size != after.hidden_size and name.endswith(STEM_NORMS):
-        array = array * np.float32((before.hidden_size / after.hidden_size) ** 0.5)
     return array
 
 
-def padded_tensors(checkpoint: Checkpoint, after: Architecture) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, fp32 array) of every tensor of the checkpoint's function in shape `after`, in file order."""
-    before = checkpoint.architecture
+def pad_inputs(name: str, values: np.ndarray, before: Architecture, after: Architecture) -> np.ndarray:
+    """One number for each input of a matrix of a model of shape `before`, with zeros where `after` has more inputs."""
+    layer, axes = axes_of(name, before)
+    return _pad_axis(values, 0, axes[1], layer, before, after)
+
+
+def padded_scales(checkpoint: Checkpoint, after: Architecture) -> Scales:
+    """Scales of the checkpoint's function in shape `after`."""
+    return checkpoint.scales.at(checkpoint.architecture, after)
+
+
+def stock_scales(checkpoint: Checkpoint, after: Architecture) -> Scales:
+    """What the stock class of the family takes in shape `after`."""
+    return padded_scales(checkpoint, after).stock(after)
+
+
+def stock_architecture(checkpoint: Checkpoint) -> Architecture:
+    """The uniform shape of the stock class."""
+    uniform = uniform_architecture(checkpoint.architecture)
+    return untied(uniform, padded_scales(checkpoint, uniform))
+
+
+def padded_tensors(
+    checkpoint: Checkpoint, after: Architecture, scales: Scales | None = None, is_centred: bool = False
+) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, fp32 array) of every tensor of the checkpoint's function in shape `after`, in file order.
+
+    `scales`: those of the reader where they are not padded_scales. `is_centred`: whether the stem must have no mean.
+    """
+    before, have = checkpoint.architecture, padded_scales(checkpoint, after)
+    takes_mean = before.parts.norm.takes_mean
+    is_centred = takes_mean and (is_centred or before.hidden_size != after.hidden_size)
     existing = set(tensor_names(before))
     for name in tensor_names(after):
-        if name in existing:
-            yield name, pad_tensor(name, checkpoint.tensor(name), before, after)
-        else:
-            yield name, missing_tensor(name, after)
+        source = EMBEDDING if name == HEAD and before.tie_word_embeddings else name
+        if source not in existing:
+            yield name, missing_tensor(name, after) * np.float32(have.stem_gain if is_gain(name, after) else 1.0)
+            continue
+        array = checkpoint.tensor(source)
+        if is_centred and name.endswith(WRITERS):
+            array = _centred(array, source, before)
+        factor = width_factor(name, before, after) * scale_factor(name, have, scales or have, after)
+        array = pad_tensor(name, array, before, after)
+        yield name, array if factor == 1.0 else array * np.float32(factor)
 
 
-def padded_eps(eps: float, before: Architecture, after: Architecture) -> float:
-    """eps of the norms in shape `after`: it shrinks with the mean square, which zero channels dilute."""
-    return eps * before.hidden_size / after.hidden_size
+def _centred(array: np.ndarray, name: str, before: Architecture) -> np.ndarray:
+    """A writer without the mean over its outputs."""
+    axis = axes_of(name, before)[1].index("hidden")
+    return array - array.mean(axis, keepdims=True, dtype=np.float64).astype(np.float32)
 
 
 def _pad_axis(
@@ -102,22 +145,24 @@ def uniform_architecture(architecture: Architecture) -> Architecture:
     """The smallest uniform shape that holds every layer and that stock readers accept.
 
     Stock Llama wants hidden_size to be a multiple of the query heads, and a family whose config has no head_dim wants
-    it to be the heads times head_dim.
+    it to be the heads times head_dim. Where the stock class has no groups, every head has its own keys and values.
     """
     layers, hidden, head_dim = architecture.layers, architecture.hidden_size, architecture.head_dim
     groups = max(max(layer.num_key_value_heads for layer in layers), 1)
     ratio = max(max(layer.queries_per_group for layer in layers), 1)
     width = max(max(layer.intermediate_size for layer in layers), 1)
-    derives_head_dim = FAMILIES[architecture.family].derives_head_dim
+    derives_head_dim, has_groups = architecture.parts.derives_head_dim, architecture.parts.has_groups
+    if not has_groups:
+        groups = max(groups, -(-hidden // head_dim) if derives_head_dim else 1)
     best: Architecture | None = None
     for num_groups in range(groups, 2 * groups + 1):
         least = max(ratio, -(-hidden // (head_dim * num_groups))) if derives_head_dim else ratio
-        for per_group in range(least, 2 * least + 1):
+        for per_group in range(least, 2 * least + 1) if has_groups else (1,):
             heads = num_groups * per_group
-            candidate = replace(
+            candidate = widened(
                 architecture,
-                hidden_size=heads * head_dim if derives_head_dim else round_up(hidden, heads),
-                layers=(LayerShape(heads, num_groups, width),) * len(layers),
+                heads * head_dim if derives_head_dim else round_up(hidden, heads),
+                (LayerShape(heads, num_groups, width),) * len(layers),
             )
             if best is None or candidate.num_parameters < best.num_parameters:
                 best = candidate

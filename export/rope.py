@@ -1,4 +1,4 @@
-"""Rotary embedding: tables from a checkpoint's rope parameters, and its two orders of rows. Imports no torch."""
+"""Rotary embedding: tables from a checkpoint's rope parameters, and its orders of rows. Imports no torch."""
 
 from __future__ import annotations
 
@@ -41,6 +41,24 @@ def rope_tables(rope: dict[str, Any], head_dim: int, length: int) -> tuple[np.nd
     frequencies = _frequencies(rope, head_dim) / (1.0 if factors is None else factors)
     angles = np.arange(length, dtype=np.float64)[:, None] * frequencies
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+
+
+def widened_tables(rope: dict[str, Any], rotary_dim: int, head_dim: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """(cos, sin), fp32 [length, head_dim / 2], that leave all channels but the first `rotary_dim` as they are, once the
+    rows of q and k are in the order of `widen_rotary`."""
+    cos, sin = rope_tables(rope, rotary_dim, length)
+    missing = ((0, 0), (0, (head_dim - rotary_dim) // 2))
+    return np.pad(cos, missing, constant_values=1.0), np.pad(sin, missing)
+
+
+def widen_rotary(array: np.ndarray, head_dim: int, rotary_dim: int) -> np.ndarray:
+    """Rows of q or k, [heads * D, ...], so that a rotation of whole heads in halves turns each rotated channel with the
+    one that a rotation of `rotary_dim` channels would have turned it with. Scores stay the same."""
+    heads = array.reshape(-1, head_dim, *array.shape[1:])
+    rotated, half = heads[:, :rotary_dim], (head_dim - rotary_dim) // 2
+    left = heads[:, rotary_dim:]
+    parts = (rotated[:, : rotary_dim // 2], left[:, :half], rotated[:, rotary_dim // 2 :], left[:, half:])
+    return np.concatenate(parts, axis=1).reshape(array.shape)
 
 
 def permute_rope(array: np.ndarray, heads: int) -> np.ndarray:

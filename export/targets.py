@@ -39,6 +39,8 @@ EXPORTERS = {
     "executorch": "efficientllm.export.executorch.exporter:EXPORTER",
     "hf-uniform": "efficientllm.export.hf_uniform:EXPORTER",
     "web": "efficientllm.export.web.exporter:EXPORTER",
+    "android": "efficientllm.export.phone.exporter:ANDROID",
+    "ios": "efficientllm.export.phone.exporter:IOS",
 }
 
 

@@ -6,6 +6,7 @@ S sample tokens, V vocabulary; logits are fp32 [S, V].
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib import resources
@@ -32,6 +33,9 @@ MAX_KL_BY_BITS = ((12.0, 0.02), (7.0, 0.3), (4.9, 0.7), (3.5, 1.5), (0.0, 4.0))
 
 SAMPLE_TOKENS = 256
 
+Activation = Callable[[Any], Any]
+"""Of an FFN, as a program other than torch computes it: a function of a tensor."""
+
 
 @cache
 def sample_text() -> str:
@@ -54,21 +58,32 @@ class Sample:
     """fp32 [S, V]"""
 
 
-def torch_sample(checkpoint: Checkpoint, limit: int = SAMPLE_TOKENS) -> Sample:
-    """At most `limit` tokens with the checkpoint's logits in torch."""
+def torch_sample(checkpoint: Checkpoint, limit: int = SAMPLE_TOKENS, activation: Activation | None = None) -> Sample:
+    """At most `limit` tokens with the checkpoint's logits in torch; `activation`: as of torch_logits."""
     tokens = sample_tokens(checkpoint, limit)
-    return Sample(tokens, torch_logits(checkpoint.folder, tokens))
+    return Sample(tokens, torch_logits(checkpoint.folder, tokens, activation))
 
 
-def torch_logits(folder: Path, tokens: list[int]) -> np.ndarray:
-    """Logits [S, V] of the Hugging Face model in `folder`, fp32, eager."""
+def torch_logits(folder: Path, tokens: list[int], activation: Activation | None = None) -> np.ndarray:
+    """Logits [S, V] of the Hugging Face model in `folder`, fp32, eager.
+
+    `activation`: what takes the place of the model's own.
+    """
     with extra("export"):
         import torch
 
         from ..train.model.source import load_for_inference
     model = load_for_inference(folder)
+    if activation is not None:
+        _replace_activation(model, activation)
     with torch.inference_mode():
         return model(torch.tensor([tokens])).logits[0].float().numpy()
+
+
+def _replace_activation(model: Any, activation: Activation) -> None:
+    for name, module in model.named_modules():
+        if name.endswith(("mlp.act_fn", "mlp.act")):  # transformers has both names
+            module.register_forward_hook(lambda module, inputs, output: activation(inputs[0]))
 
 
 @dataclass(frozen=True)
@@ -103,12 +118,12 @@ def compare_logits(reference: np.ndarray, logits: np.ndarray, tokens: list[int])
     )
 
 
-def check_exact(agreement: Agreement, reference: np.ndarray, target: str) -> None:
+def check_exact(agreement: Agreement, reference: np.ndarray, target: str, most: float = MAX_EXACT_DIFFERENCE) -> None:
     """ArtefactError where an fp32 file is not the checkpoint's function.
 
     The limit grows with the logits' size: fp32 rounding is relative.
     """
-    limit = MAX_EXACT_DIFFERENCE * max(1.0, float(np.abs(reference).max()) / 32)
+    limit = most * max(1.0, float(np.abs(reference).max()) / 32)
     if not agreement.max_logit_difference <= limit:
         raise ArtefactError(
             f"{target}: the fp32 file's logits differ from torch's by {agreement.max_logit_difference:.2e} (limit "

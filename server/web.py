@@ -90,3 +90,7 @@ def body(argv: Sequence[str]) -> int:
 
 def main() -> None:
     sys.exit(run_command(body))
+
+
+if __name__ == "__main__":
+    main()

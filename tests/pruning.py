@@ -24,6 +24,7 @@ def random_scores(architecture: Architecture, seed: int = 0) -> Scores:
         "query_head": [draw(layer.num_attention_heads) for layer in architecture.layers],
         "ffn": [draw(layer.intermediate_size) for layer in architecture.layers],
         "stem": [draw(architecture.hidden_size)],
+        "vocabulary": [draw(architecture.vocab_size)],
         **{block: list(draw(len(architecture.layers)).split(1)) for block in BLOCKS},
     }
 

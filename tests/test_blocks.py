@@ -13,7 +13,7 @@ from tiny import tiny_architecture, tiny_model
 
 from efficientllm.train.compute.distributed import Parallel
 from efficientllm.train.compute.loss import TrainingLoss
-from efficientllm.train.model.architecture import Architecture, LayerShape
+from efficientllm.train.model.architecture import FAMILIES, Architecture, LayerShape
 from efficientllm.train.model.irregular import architecture_of
 from efficientllm.train.pruning.blocks import BlockScores, absence_of
 from efficientllm.train.pruning.groups import BLOCKS, KINDS
@@ -61,15 +61,17 @@ def probe(model: Any) -> BlockProbe:
 # -- measuring
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", BLOCKS)
-def test_a_block_is_worth_what_the_model_without_it_is_away(name: str) -> None:
-    model = tiny_model(ARCHITECTURE)
+def test_a_block_is_worth_what_the_model_without_it_is_away(name: str, family: str) -> None:
+    architecture = tiny_architecture(family, LAYERS)
+    model = tiny_model(architecture)
     before = logits(model)
     measured = probe(model).losses([absence_of(name, layer) for layer in range(len(LAYERS))])
     assert torch.equal(logits(model), before)  # it is put together again
     for layer, loss in enumerate(measured):
         other = copy.deepcopy(model)
-        remove_groups(other, without(ARCHITECTURE, name, layer))
+        remove_groups(other, without(architecture, name, layer))
         assert loss == pytest.approx(nats_apart(model, other), rel=1e-4)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from exporting import EVERY_KIND, EXACT, SHAPES, TOKENS, export
-from tiny import LLAMA3_ROPE, UNEQUAL, tiny_architecture
+from tiny import LLAMA3_ROPE, SIMILAR, UNEQUAL, tiny_architecture
 
 from efficientllm.export.exporter_config import OnnxDecoderConfig
 from efficientllm.runtime.base.command import run_command
@@ -20,11 +20,10 @@ from efficientllm.runtime.engines.engine import EngineOptions, load_engine
 from efficientllm.runtime.engines.manifest import Manifest
 from efficientllm.runtime.generation import AnswerOptions, Generation
 from efficientllm.runtime.prompt import chat_prompt
-from efficientllm.train.model.architecture import FAMILIES
 from efficientllm.train.model.source import load_for_inference
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SIMILAR)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_f32_prefill_and_decode_equal_torch(
     family: str, shape: str, save_tiny: Callable[..., Path], tmp_path: Path
@@ -43,7 +42,7 @@ def test_f32_prefill_and_decode_equal_torch(
     fresh.close()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SIMILAR)
 @pytest.mark.parametrize("quantize", ["f16", "int8", "mixed", "int4", "web"])
 def test_quantised_models_stay_close(
     family: str, quantize: str, save_tiny: Callable[..., Path], tmp_path: Path
@@ -67,7 +66,7 @@ def test_calibration_brings_int4_closer(save_tiny: Callable[..., Path], corpus: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SIMILAR)
 def test_portable_graph_equals_the_direct_one(family: str, save_tiny: Callable[..., Path], tmp_path: Path) -> None:
     """Two independent routes from the weights to ONNX; the portable one holds standard operators only."""
     pytest.importorskip("onnxscript", reason="onnxscript is not installed")
@@ -150,8 +149,8 @@ def test_wrong_graphs_are_caught(
 ) -> None:
     from efficientllm.export.onnx import graph
 
-    tables = graph.rope_tables
-    monkeypatch.setattr(graph, "rope_tables", lambda *args: tables(*args)[::-1])
+    tables = graph.widened_tables
+    monkeypatch.setattr(graph, "widened_tables", lambda *args: tables(*args)[::-1])
     assert export(save_tiny(tiny_architecture()), "onnx", tmp_path / "onnx", "--quantize", "f32") == 2
     assert "logits differ from torch's" in capsys.readouterr().err
     assert not (tmp_path / "onnx").exists()

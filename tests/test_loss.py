@@ -8,7 +8,14 @@ from tiny import tiny_architecture, tiny_model
 from torch.nn import functional as F
 
 from efficientllm.train.compute import loss
-from efficientllm.train.compute.loss import LossWeights, TrainingLoss, cross_entropy, make_teacher, perplexity
+from efficientllm.train.compute.loss import (
+    LossWeights,
+    Reference,
+    TrainingLoss,
+    cross_entropy,
+    make_teacher,
+    perplexity,
+)
 
 
 @pytest.mark.parametrize("tokens", [5, 64, 150])
@@ -17,7 +24,7 @@ def test_chunked_loss_equals_torch(tokens: int, distill: float, monkeypatch: pyt
     monkeypatch.setattr(loss, "CHUNK_TOKENS", 64)
     torch.manual_seed(0)
     hidden, weight = torch.randn(tokens, 24, requires_grad=True), torch.randn(90, 24, requires_grad=True)
-    teacher = (torch.randn(tokens, 30), torch.randn(90, 30)) if distill else None
+    teacher = Reference(torch.randn(tokens, 30), torch.randn(90, 30)) if distill else None
     targets = torch.randint(0, 90, (tokens,))
     ours, our_cross_entropy = cross_entropy(
         hidden, weight, targets, torch.float32, LossWeights(distill=distill), teacher
@@ -27,7 +34,7 @@ def test_chunked_loss_equals_torch(tokens: int, distill: float, monkeypatch: pyt
     their_cross_entropy = F.cross_entropy(logits, targets)
     theirs = their_cross_entropy
     if teacher is not None:
-        reference = F.log_softmax(teacher[0] @ teacher[1].T, -1)
+        reference = F.log_softmax(teacher.hidden @ teacher.weight.T, -1)
         theirs = theirs + distill * F.kl_div(
             F.log_softmax(logits, -1), reference, log_target=True, reduction="batchmean"
         )

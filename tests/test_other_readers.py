@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 import torch
 from exporting import SHAPES, export
-from tiny import LLAMA3_ROPE, tiny_architecture, tiny_model
+from tiny import LLAMA3_ROPE, SIMILAR, tiny_architecture, tiny_model
 from transformers import PreTrainedTokenizerFast
 
-from efficientllm.train.model.architecture import FAMILIES
 from efficientllm.train.model.irregular import save_checkpoint
 from efficientllm.train.model.source import load_for_inference
 
@@ -24,7 +23,7 @@ TOKENS = torch.randint(0, 400, (2, 24), generator=torch.Generator().manual_seed(
 ROPES = {"theta": {"rope_type": "default", "rope_theta": 100000.0}, "llama3": LLAMA3_ROPE}
 CASES = [
     (family, rope, shape)
-    for family in FAMILIES
+    for family in SIMILAR
     for rope in ROPES
     for shape in ("unequal", "no attention in the first layer", "an empty layer")
 ]

@@ -25,11 +25,14 @@ MAY_IMPORT = {
     "train/model": {"runtime/base"},
     "train/compute": {"runtime/base"},
     "train/data": {"runtime", "runtime/base", "train/model"},
-    "train/pruning": {"runtime/base", "runtime/latency", "train/model", "train/compute"},
+    "train/vocabulary": {"runtime/base", "runtime/engines", "train/model", "train/compute", "train/data"},
+    "train/pruning": {
+        *("runtime/base", "runtime/latency", "train/model", "train/compute", "train/data", "train/vocabulary")
+    },
     "train/planning": {"runtime/base", "runtime/latency", "train", "train/model", "train/pruning"},
     "train": {"runtime/base", "runtime/engines", "runtime/latency"}
     | SOURCES
-    | {"train/compute", "train/pruning", "train/evaluation"},
+    | {"train/compute", "train/pruning", "train/evaluation", "train/vocabulary"},
     "train/evaluation": RUNTIME | {"train/model", "train/compute", "train/data"},
     "train/study": {"runtime/base", "train", "train/model", "train/compute", "train/pruning", "train/evaluation"},
     "export": RUNTIME | SOURCES,
@@ -38,6 +41,7 @@ MAY_IMPORT = {
     "export/executorch": RUNTIME | SOURCES | {"export"},
     "export/peers": RUNTIME | SOURCES | {"export"},
     "export/web": RUNTIME | SOURCES | {"export", "export/gguf"},
+    "export/phone": RUNTIME | SOURCES | {"export", "export/gguf", "export/executorch"},
     "server/schemas": {"runtime"},
     "server/access": {"server/schemas"},
     "server/page": {"server/schemas"},
@@ -80,8 +84,10 @@ def test_runtime_and_devices_import_without_torch() -> None:
 
 @pytest.mark.parametrize("command", PROJECT["project"]["scripts"])
 def test_help_works_without_torch(command: str) -> None:
+    """Of the command's module, which `python -m` runs as well."""
     module, _, _ = PROJECT["project"]["scripts"][command].partition(":")
-    script = WITHOUT_TORCH + f"\nsys.argv[1:] = ['--help']\nfrom {module} import main\nmain()"
+    script = WITHOUT_TORCH + f"\nimport runpy\nsys.argv = ['{command}', '--help']\n"
+    script += f"runpy.run_module('{module}', run_name='__main__', alter_sys=True)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"usage: {command}")

@@ -78,7 +78,7 @@ def test_a_stored_model_is_the_same_function(
             steps, loaded.generate(TOKENS[:1, :4], max_new_tokens=4, do_sample=False, use_cache=False)
         )
     assert (
-        Architecture.from_folder(tmp_path).layers == packed(tiny_architecture(layers=HOLES[case])).architecture.layers
+        Architecture.from_folder(tmp_path).layers == packed(tiny_architecture(family, HOLES[case])).architecture.layers
     )
 
 

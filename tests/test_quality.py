@@ -90,6 +90,19 @@ def test_contract_pairs_documents_and_weighs_kinds_alike() -> None:
     assert len(contract_rows(found)) == 1 + 3 + 2
 
 
+def test_models_of_other_tokens_are_compared_by_bytes() -> None:
+    """Half as many bytes a token, and half the nats: as good."""
+    sizes = {"a": [4.0, 6.0], "chat answers": [5.0]}
+    source = Quality({"a": [1.0, 3.0]}, [2.0], [0.5], [], sizes, 400)
+    halves = {name: [size / 2 for size in each] for name, each in sizes.items()}
+    found = contract(Quality({"a": [0.5, 1.5]}, [1.1], [0.5], [], halves, 300), source, "src")
+    assert found["texts"]["a"]["ratio"] == pytest.approx(1.0)
+    assert found["chat_answers"]["ratio"] == pytest.approx(math.exp(0.2))
+    bits = (1 / 4 + 3 / 6) / 2 / math.log(2)
+    assert found["bits_per_byte"] == pytest.approx({"bits_per_byte": bits, "reference": bits})
+    assert any(row[0].startswith("bits per byte") for row in contract_rows(found))
+
+
 def test_a_model_without_a_chat_template_is_measured_on_texts(tokenizer: PreTrainedTokenizerFast) -> None:
     plain = copy.deepcopy(tokenizer)
     plain.chat_template = None

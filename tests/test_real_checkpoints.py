@@ -15,13 +15,13 @@ import pytest
 import torch
 from exporting import export
 from stored import STORED, STORED_WAYS, store
-from tiny import LLAMA3_ROPE, UNEQUAL, tiny_architecture, tiny_model
+from tiny import LLAMA3_ROPE, SIMILAR, UNEQUAL, tiny_architecture, tiny_model
 from training import run
 from transformers import PreTrainedTokenizerFast
 
 from efficientllm.export.checkpoint import Checkpoint
 from efficientllm.runtime.engines.manifest import Manifest
-from efficientllm.train.model.architecture import FAMILIES, LayerShape
+from efficientllm.train.model.architecture import LayerShape
 from efficientllm.train.model.irregular import save_checkpoint
 from efficientllm.train.model.source import load_for_inference
 
@@ -63,7 +63,7 @@ def exact_difference(checkpoint: Path, target: str, output: Path, *more: str) ->
     return Manifest.read(output).verification["exact"]["max_logit_difference"]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SIMILAR)
 @every_stored_type
 def test_every_stored_type_of_every_family_exports_exactly(
     family: str, dtype: str, shards: int, save_stored: Save, tmp_path: Path
@@ -156,7 +156,7 @@ def in_steps(model: Any, sizes: list[int], tokens: torch.Tensor, padding: int = 
     return torch.cat(rows, 1)[:, padding:]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SIMILAR)
 def test_whole_chunked_padded_and_stepwise_evaluation_agree(family: str) -> None:
     """Wherever attention is absent: positions come from the cache's length, which must not be that of nothing."""
     tokens = TOKENS[:, :12]

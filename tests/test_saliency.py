@@ -12,12 +12,11 @@ from efficientllm.runtime.base.errors import UsageError
 from efficientllm.train.pruning.activation import ACTIVATION_CRITERIA, ActivationScores
 from efficientllm.train.pruning.criteria import CRITERIA, OTHERS, RANDOM, TOKEN_FISHER, criterion_named
 from efficientllm.train.pruning.gates import GateScores
-from efficientllm.train.pruning.groups import KINDS
-from efficientllm.train.pruning.saliency import SaliencyTracker
+from efficientllm.train.pruning.saliency import FOLDS, SaliencyTracker
 from efficientllm.train.pruning.selection import Removal, all_groups
 from efficientllm.train.pruning.surgery import zero_groups
 
-ALL_KINDS = tuple(KINDS)
+ALL_KINDS = tuple(FOLDS)
 
 TOKENS = torch.randint(0, 400, (4, 12), generator=torch.Generator().manual_seed(5))
 
@@ -236,6 +235,27 @@ def test_token_fisher_is_the_mean_square_of_what_closing_a_gate_changes_per_toke
     torch.testing.assert_close(tracker.scores["kv_group"][0], heads.view(2, 2).sum(1))
 
 
+def test_token_fisher_closes_all_gates_of_a_stem_channel_together() -> None:
+    model = tiny_model(tiny_architecture())
+    tracker = GateScores(("stem",), tiny_architecture(), decay=0.9)
+    tracker.attach(model)
+    model.train()
+    outputs: list[torch.Tensor] = []
+
+    def remember(module: torch.nn.Module, arguments: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        output.retain_grad()
+        outputs.append(output)
+
+    norms = [module for name, module in model.named_modules() if name.endswith(("layernorm", "model.norm"))]
+    for norm in norms:
+        norm.register_forward_hook(remember)
+    model(TOKENS, labels=TOKENS).loss.backward()
+    tracker.finish_step()
+    assert len(norms) == 2 * 3 + 1
+    roots = [(x.grad * x).detach().flatten(0, 1).square().sum(0).sqrt() for x in outputs if x.grad is not None]
+    torch.testing.assert_close(tracker.scores["stem"][0], torch.stack(roots).sum(0).square())
+
+
 def test_token_fisher_forgets_a_step_that_was_skipped() -> None:
     model = tiny_model(tiny_architecture())
     tracker = GateScores(("ffn",), tiny_architecture(), decay=0.9)
@@ -260,3 +280,8 @@ def test_activation_criteria_do_not_rank_the_stem() -> None:
 
 def test_activation_criteria_are_listed() -> None:
     assert set(OTHERS) == {TOKEN_FISHER, RANDOM, *ACTIVATION_CRITERIA}
+
+
+def test_gates_see_no_stem_whose_norms_stand_behind_the_blocks() -> None:
+    with pytest.raises(UsageError, match="olmo2 has norms behind its blocks; leave stem out"):
+        GateScores(("stem",), tiny_architecture("olmo2"), decay=0.9)

@@ -11,11 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from exporting import SHAPES, export
-from tiny import tiny_architecture
+from tiny import SIMILAR, tiny_architecture
 from transformers import PreTrainedTokenizerFast
 
 from efficientllm.train.evaluation.scoring import is_checkpoint
-from efficientllm.train.model.architecture import FAMILIES
 from efficientllm.train.model.source import load_for_inference
 
 NODE = Path(__file__).parents[1] / "build/node"
@@ -28,7 +27,7 @@ PROMPT, COUNT = [5, 17, 230, 41, 8, 99, 3], 12
     not (NODE / "node_modules/@huggingface/transformers").is_dir(),
     reason="transformers.js is missing (npm install --prefix build/node @huggingface/transformers)",
 )
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SIMILAR)
 @pytest.mark.parametrize("shape", ["unequal", "no attention in the first layer", "an empty layer"])
 def test_transformers_js_generates_the_tokens_of_torch(
     family: str, shape: str, save_tiny: Callable[..., Path], tmp_path: Path, tokenizer: PreTrainedTokenizerFast

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,6 +10,9 @@ from transformers import AutoConfig
 
 from efficientllm.train.model.architecture import FAMILIES, Architecture, LayerShape
 from efficientllm.train.model.irregular import build
+
+SIMILAR = ("llama", "mistral", "qwen2", "qwen3")
+"""Families that differ by little: what takes long is tested with these, and test_families.py has the others."""
 
 UNEQUAL = (LayerShape(4, 2, 96), LayerShape(2, 2, 64), LayerShape(2, 1, 128))
 
@@ -24,6 +28,14 @@ LLAMA3_ROPE = {
 """Llama 3's rope scaling, with a context short enough for tiny models to notice."""
 
 
+SETTINGS: dict[str, dict[str, Any]] = {
+    # a window that is shorter than sequences of tests, a scale that is not head_dim's
+    "gemma3_text": {"sliding_window": 16, "sliding_window_pattern": 3, "query_pre_attn_scalar": 20},
+    "smollm3": {"pad_token_id": 2},
+}
+"""Settings with which every part of a family does something."""
+
+
 def tiny_architecture(
     family: str = "llama",
     layers: tuple[LayerShape, ...] = UNEQUAL,
@@ -31,15 +43,14 @@ def tiny_architecture(
     tied: bool = True,
     head_dim: int = 32,
 ) -> Architecture:
-    traits = FAMILIES[family]
+    if not FAMILIES[family].has_groups:
+        layers = tuple(replace(layer, num_key_value_heads=layer.num_attention_heads) for layer in layers)
     return Architecture(
         family=family,
         hidden_size=hidden_size,
         head_dim=head_dim,
         vocab_size=400,
         tie_word_embeddings=tied,
-        qkv_bias=traits.qkv_bias,
-        qk_norm=traits.qk_norm,
         layers=layers,
     )
 
@@ -58,6 +69,7 @@ def tiny_model(architecture: Architecture, seed: int = 0, **settings: Any) -> An
         "tie_word_embeddings": architecture.tie_word_embeddings,
         "bos_token_id": 1,
         "eos_token_id": 2,
+        **SETTINGS.get(architecture.family, {}),
         **settings,
     }
     torch.manual_seed(seed)

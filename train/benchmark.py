@@ -29,14 +29,14 @@ from .data.packing import PackedStream
 from .metrics import read_metrics
 from .model.irregular import architecture_of
 from .model.source import load_source
-from .pruning.groups import KINDS
 from .pruning.running_scores import RunningScores
+from .pruning.saliency import FOLDS
 from .pruning.selection import SelectionRules, select_removal
 from .pruning.surgery import remove_groups
 from .pruning.trackers import tracker_named
 from .pruning.weight_update import InputGrams
 
-WITHOUT_STEM = tuple(name for name in KINDS if name != "stem")
+WITHOUT_STEM = tuple(name for name in FOLDS if name != "stem")
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def compare_steps(bench: StepBenchmark, rounds: int) -> None:
     }
     trackers = {
         "taylor1": bench.tracker("taylor1", WITHOUT_STEM),
-        "taylor1, with stem": bench.tracker("taylor1", tuple(KINDS)),
+        "taylor1, with stem": bench.tracker("taylor1", tuple(FOLDS)),
         "taylor2": bench.tracker("taylor2", WITHOUT_STEM),
         "fisher": bench.tracker("fisher", WITHOUT_STEM),
     }

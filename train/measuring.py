@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import math
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from ..runtime.base.errors import DataError
 from ..runtime.base.progress import ProgressDisplay
 from .compute.loss import perplexity
+from .data.packing import held_out_windows
 from .evaluation.quality.contract import contract, one_line
 from .evaluation.quality.measure import Quality, measure_quality
 from .evaluation.torch_model import TorchModel
 from .metrics import MetricsWriter
 from .plan import RunPlan
 from .progress import Progress
+from .vocabulary.recoding import Reading
 
 QUALITY_BATCH_TOKENS = 2048
 """Tokens per forward pass."""
@@ -29,6 +33,26 @@ class Measuring:
     def __init__(self, plan: RunPlan, held_out: np.ndarray, metrics: MetricsWriter) -> None:
         """`held_out` are windows [n, S + 1]."""
         self.plan, self.held_out, self.metrics = plan, held_out, metrics
+        self.tokenizer = plan.tokenizer
+
+    def read_with(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Go on with windows of the same text in another tokenizer."""
+        settings = self.plan.config.source
+        length, fraction, tokens = settings.sequence_length, settings.held_out_fraction, settings.eval_tokens
+        self.tokenizer = tokenizer
+        self.held_out = held_out_windows(self.plan.data, tokenizer, length, fraction, tokens)
+
+    @cached_property
+    def _prunes_vocabulary(self) -> bool:
+        return self.plan.pruning is not None and self.plan.pruning.pieces is not None
+
+    def bits_per_byte(self, perplexity: float) -> float:
+        """Of the held-out windows: comparable where a vocabulary shrinks, which perplexity is not."""
+        reading, predicted = Reading(self.tokenizer), self.held_out[:, 1:]
+        size = sum(
+            len(reading.bytes.get(int(token), b"")) for token in np.where(predicted < 0, ~predicted, predicted).flat
+        )
+        return math.log2(perplexity) * predicted.size / max(1, size)
 
     def held_out_perplexity(self, loss: nn.Module) -> float:
         return perplexity(loss, self.held_out, self.plan.config.optimizer.batch_size, self.plan.compute.parallel.device)
@@ -41,8 +65,12 @@ class Measuring:
     def stage(self, name: str, loss: nn.Module, progress: Progress, display: ProgressDisplay) -> None:
         """Held-out perplexity at one of the run's stages: source, after_pruning or final."""
         value = progress.perplexity[name] = self.held_out_perplexity(loss)
-        self.metrics.write({"step": progress.step, "tokens": progress.tokens, f"perplexity_{name}": value})
-        display.say(f"held-out perplexity, {name.replace('_', ' ')}: {value:.2f}")
+        found, said = {f"perplexity_{name}": value}, f"{value:.2f}"
+        if self._prunes_vocabulary:
+            bits = progress.bits_per_byte[name] = found[f"bits_per_byte_{name}"] = self.bits_per_byte(value)
+            said += f" ({bits:.3f} bits per byte)"
+        self.metrics.write({"step": progress.step, "tokens": progress.tokens, **found})
+        display.say(f"held-out perplexity, {name.replace('_', ' ')}: {said}")
 
     def held_out_loss_if_due(self, loss: nn.Module, progress: Progress) -> None:
         """Along the run, every --eval-every steps; its end is measured anyway."""
@@ -70,7 +98,7 @@ class Measuring:
     def _quality(self, model: Any, name: str, display: ProgressDisplay) -> Quality:
         hardware, was_training = self.plan.compute.hardware, model.training
         is_bfloat16 = hardware.dtype == torch.bfloat16
-        scored = TorchModel(model, self.plan.tokenizer, hardware.device, is_bfloat16, QUALITY_BATCH_TOKENS)
+        scored = TorchModel(model, self.tokenizer, hardware.device, is_bfloat16, QUALITY_BATCH_TOKENS)
         try:
             with torch.compiler.set_stance("force_eager"):  # every length would be compiled
                 return measure_quality(

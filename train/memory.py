@@ -100,13 +100,15 @@ def _kept_for_backward(config: TrainConfig, architecture: Architecture, tokens: 
 def activation_bytes(architecture: Architecture, layer: LayerShape, is_bf16: bool) -> int:
     """What a layer keeps of a token for its backward pass.
 
-    Two norms keep their fp32 input and normalised input; products their inputs, bf16 ones a copy each; attention
-    queries, keys, values and its output; the FFN gate, its activation, up, and their product.
+    Norms keep their fp32 input and normalised input (one before each block is counted with the block, one behind it
+    apart); products their inputs, bf16 ones a copy each; attention queries, keys, values and its output; the FFN gate,
+    its activation, up, and their product, or without a gate up and its activation.
     """
-    width, hidden = 2 if is_bf16 else 4, architecture.hidden_size
+    width, hidden, parts = 2 if is_bf16 else 4, architecture.hidden_size, architecture.parts
+    behind = 8 * hidden if "after_attention" in parts.norms else 0
     heads = 2 * (layer.num_attention_heads + layer.num_key_value_heads)
-    of_attention = (14 if is_bf16 else 12) * hidden + width * heads * architecture.head_dim
-    of_ffn = 12 * hidden + width * 4 * layer.intermediate_size
+    of_attention = (14 if is_bf16 else 12) * hidden + width * heads * architecture.head_dim + behind
+    of_ffn = 12 * hidden + width * (4 if parts.is_gated else 2) * layer.intermediate_size + behind
     return (of_attention if heads else 0) + (of_ffn if layer.intermediate_size else 0)
 
 

@@ -100,7 +100,10 @@ def model_card(config: TrainConfig, summary: dict[str, Any], source: Architectur
     ]
     how = "trained from scratch in the shape of" if config.source.init == "random" else "pruned while training from"
     perplexities = [[f"held-out perplexity ({summary['held_out_tokens']:,} tokens of the training corpora)", ""]]
-    perplexities += [[stage.replace("_", " "), f"{value:.2f}"] for stage, value in summary["perplexity"].items()]
+    bits = summary.get("bits_per_byte", {})
+    for stage, value in summary["perplexity"].items():
+        said = f" ({bits[stage]:.3f} bits per byte)" if stage in bits else ""
+        perplexities.append([stage.replace("_", " "), f"{value:.2f}{said}"])
     widths = [["layer", "query heads", "key/value heads", "FFN channels"]]
     for index, layer in enumerate(final.layers):
         sizes = (index, layer.num_attention_heads, layer.num_key_value_heads, layer.intermediate_size)
@@ -129,7 +132,8 @@ def model_card(config: TrainConfig, summary: dict[str, Any], source: Architectur
             *_quality(summary),
             markdown_table(perplexities),
             "",
-            f"Hidden size {final.hidden_size} (source {source.hidden_size}), head_dim {final.head_dim}.",
+            f"Hidden size {final.hidden_size} (source {source.hidden_size}), head_dim {final.head_dim}, "
+            f"{final.vocab_size:,} tokens (source {source.vocab_size:,}).",
             "",
             markdown_table(widths, left=()),
             "",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from .model.stored_type import shape_of_folder, stored_dtype
 from .pruning.criteria import uses_gradient
 from .pruning.plan import PruningPlan, make_pruning_plan
 from .run_folder import foreign_files, newest_sound_checkpoint
+from .vocabulary.needs import pieces_of, tokenizer_data
 
 _log = logging.getLogger("efficientllm.train")
 
@@ -148,6 +148,8 @@ def make_plan(config: TrainConfig, resume: ResumePoint | None, compute: Compute)
         raise UsageError("--compact-every works with --parallel ddp only: fsdp removes physically at every event")
     if compute.parallel.mode == "fsdp" and config.pruning.recover != "none":
         raise UsageError("--recover works with --parallel ddp only: it needs a layer's weights whole on every rank")
+    if compute.parallel.mode == "fsdp" and config.pruning.prunes_vocabulary:
+        raise UsageError("--prune vocabulary works with --parallel ddp only: it measures a model whole on every rank")
     source: Any
     shape = shape_of_folder(config.source.source)
     if shape is not None:  # before it is read, as it may not fit
@@ -158,7 +160,8 @@ def make_plan(config: TrainConfig, resume: ResumePoint | None, compute: Compute)
     if shape is None:
         _announce_memory(config, resume, compute, architecture)
     vocabulary_bytes = _vocabulary_bytes(tokenizer) if config.pruning.target_bytes is not None else 0
-    pruning = make_pruning_plan(config.pruning, architecture, vocabulary_bytes)
+    pieces = pieces_of(source, tokenizer) if config.pruning.prunes_vocabulary and config.pruning.prunes else None
+    pruning = make_pruning_plan(config.pruning, architecture, vocabulary_bytes, pieces)
     if length > longest:
         raise UsageError(f"--sequence-length {length}: the source's context is {longest} tokens")
     data, folder = (
@@ -192,7 +195,6 @@ def _announce_memory(config: TrainConfig, resume: ResumePoint | None, compute: C
 
 def _vocabulary_bytes(tokenizer: PreTrainedTokenizerBase) -> int:
     """Bytes of the tokenizer in an exported file."""
-    backend: Any = tokenizer.backend_tokenizer
-    merges = json.loads(backend.to_str())["model"].get("merges", [])
+    merges = tokenizer_data(tokenizer)["model"].get("merges", [])
     texts = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
     return tokenizer_bytes(list(tokenizer.get_vocab()), texts)

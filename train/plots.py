@@ -36,9 +36,10 @@ def plot_architecture(source: Architecture, final: Architecture, path: Path) -> 
     for axes in (ffn, heads):
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
     ratio = final.num_parameters / source.num_parameters
+    rows = f", {source.vocab_size:,} to {final.vocab_size:,} tokens" if final.vocab_size != source.vocab_size else ""
     figure.suptitle(
         f"{source.num_parameters / 1e6:.1f}M to {final.num_parameters / 1e6:.1f}M parameters ({ratio:.0%}), "
-        f"hidden size {source.hidden_size} to {final.hidden_size}"
+        f"hidden size {source.hidden_size} to {final.hidden_size}{rows}"
     )
     _save(figure, path)
 

@@ -22,6 +22,8 @@ class Progress:
     """Steps just skipped for a non-finite loss or gradient."""
     perplexity: dict[str, float] = field(default_factory=dict)
     """Held-out perplexities: source, after_pruning, final."""
+    bits_per_byte: dict[str, float] = field(default_factory=dict)
+    """The same text's, where the vocabulary may shrink."""
     quality: dict[str, Any] = field(default_factory=dict)
     """Quality (see evaluation.quality) of source and final, as JSON values."""
     seconds: float = 0.0

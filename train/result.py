@@ -39,7 +39,7 @@ def write_result(trainer: Trainer) -> None:
     summary = training_summary(trainer)
     description: dict[str, Any] = {"source": source.to_dict(), "final": final.to_dict()}
     if trainer.pruner is not None:
-        description["survivors"] = kept_to_json(trainer.pruner.survivors)
+        description["survivors"] = kept_to_json(trainer.pruner.survivors, source)
     records = read_metrics(folder)
     drop_replaced(folder)
     plot_architecture(source, final, folder / "architecture.png")
@@ -47,7 +47,7 @@ def write_result(trainer: Trainer) -> None:
     if trainer.pruner is not None:
         plot_pruning(records, source, folder / "pruning.png")
     with folder_written_atomically(folder / "model") as temporary:
-        save_checkpoint(trainer.model, trainer.plan.tokenizer, temporary, state)
+        save_checkpoint(trainer.model, trainer.text.tokenizer, temporary, state)
         if trainer.progress.quality:
             (temporary / "quality.json").write_text(json.dumps(trainer.progress.quality) + "\n", encoding="utf-8")
         (temporary / "training.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
@@ -86,6 +86,7 @@ def training_summary(trainer: Trainer) -> dict[str, Any]:
         **_latency(trainer),
         "held_out_tokens": int(trainer.measuring.held_out.shape[0] * trainer.config.source.sequence_length),
         "perplexity": trainer.progress.perplexity,
+        **({"bits_per_byte": trainer.progress.bits_per_byte} if trainer.progress.bits_per_byte else {}),
         "quality": contract(measured["final"], measured["source"], source) if len(measured) == 2 else None,
     }
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from . import training_state
 from .accumulation import accumulate_gradients
 from .compute.loss import TrainingLoss, make_teacher
 from .compute.optimizer import clip_factor, gradient_norm, make_optimizer, store_gradients_as_computed
-from .corpora import windows_apart
 from .data.packing import PackedStream
 from .measuring import Measuring
 from .metrics import MetricsWriter
@@ -31,10 +29,13 @@ from .plan import RunPlan
 from .progress import Progress, Speed
 from .pruning.probe import BlockProbe
 from .pruning.pruner import Pruner
+from .pruning.selection import Removal
 from .replaced_run import drop_replaced, is_replacing
 from .run_folder import checkpoint_folders
+from .run_text import RunText
 from .schedule import DroppingSchedule, learning_rate
 from .stop_signal import StopSignal
+from .vocabulary.rewriting import Numbering, renumber_settings
 
 MAX_SKIPPED_IN_A_ROW = 10
 """Steps with a non-finite loss or gradient before a run gives up."""
@@ -47,7 +48,7 @@ class Trainer:
         """`held_out` are windows [n, sequence_length + 1]."""
         self.plan, self.config, self.parallel = plan, plan.config, plan.compute.parallel
         self.loss = loss.train()
-        self.stream = stream
+        self.text = RunText(plan, stream)
         self.progress, self.speed = Progress(), Speed()
         self._configure_model()
         self.callee = self.parallel.wrap(loss)
@@ -135,13 +136,13 @@ class Trainer:
 
         Unless it would take the place of an old run: then that one is worth more.
         """
-        position = self.stream.state()
+        position = self.text.stream.state()
         try:
             return self._step()
         except DataError as error:
             if is_replacing(self.plan.folder):
                 raise
-            self.stream.load_state(position)
+            self.text.stream.load_state(position)
             self.optimizer.zero_grad(set_to_none=True)
             name = self.save().name
             raise DataError(f"{error}; checkpoint {name} is written: mend the text and --resume") from error
@@ -218,7 +219,7 @@ class Trainer:
 
     def _next_rows(self) -> Tensor:
         """This rank's windows [B, S + 1] of the next microbatch."""
-        rows = self.stream.next_windows(self.config.optimizer.batch_size * self.parallel.world_size)
+        rows = self.text.stream.next_windows(self.config.optimizer.batch_size * self.parallel.world_size)
         return torch.from_numpy(self.parallel.my_rows(rows)).to(self.parallel.device)
 
     def _update_weights(self, grad_norm: Tensor) -> None:
@@ -248,35 +249,43 @@ class Trainer:
         if pruner is None or pruner.is_done or self.schedule is None or self.progress.step % settings.prune_every:
             return {}
         target = self.schedule.target_at(self.progress.tokens)
-        recovers = settings.recover != "none" and pruner.is_above(target)
-        whole = make_teacher(self.model, self.loss.dtype, self.parallel.device) if recovers else None
-        removal = pruner.remove(target, self.optimizer, self._block_probe() if pruner.blocks is not None else None)
-        if removal is None:
+        if not pruner.is_above(target):
             return {}
-        if pruner.is_done or pruner.events_since_compaction >= settings.compact_every:
+        whole = make_teacher(self.model, self.loss.dtype, self.parallel.device) if settings.recover != "none" else None
+        rows = self._prune_rows() if pruner.wants_rows else None
+        removal = pruner.remove(target, self.optimizer, self._block_probe())
+        if removal is not None and (pruner.is_done or pruner.events_since_compaction >= settings.compact_every):
             self._compact()
-        if whole is not None:
-            pruner.recover(whole, removal, self._recovery_windows, self.loss.dtype)
-        return {
-            "removed": [[unit.kind, *part] for unit in removal.units for part in unit.parts],
-            "next_saliency": pruner.next_saliency,
-        }
+        if removal is not None and whole is not None:
+            kept = rows.kept["vocabulary"][0] if rows is not None else None
+            pruner.recover(whole, removal, self.text.recovery_windows, self.loss.dtype, kept)
+        units = [unit for each in (rows, removal) if each is not None for unit in each.units]
+        removed = [[unit.kind, *part] for unit in units for part in unit.parts]
+        return {"removed": removed, "next_saliency": pruner.next_saliency} if units else {}
 
-    def _block_probe(self) -> BlockProbe:
-        """Measures blocks of the model as it is."""
-        return BlockProbe(self.loss, self._block_windows, self.config.optimizer.batch_size, self.parallel)
+    def _prune_rows(self) -> Removal | None:
+        """Remove vocabulary rows, and read on without them; None where the ranking takes none."""
+        assert self.pruner is not None
+        rows = self.text.row_probe(self.loss)
+        removal = self.pruner.remove_rows(rows, self._block_probe())
+        if removal is not None:
+            self._compact()
+            self._read_on_without_rows()
+            found = rows.describe(removal.kept["vocabulary"][0])
+            self.metrics.write({"step": self.progress.step, "tokens": self.progress.tokens, **found})
+        return removal
 
-    @cached_property
-    def _block_windows(self) -> np.ndarray:
-        """Windows [n, S + 1], the same for every measurement."""
-        tokens = self.config.pruning.block_tokens
-        return windows_apart(self.config, self.plan.data, self.plan.tokenizer, self.parallel.world_size, tokens)
+    def _read_on_without_rows(self) -> None:
+        """Read all text with the tokenizer of the rows that survive."""
+        assert self.pruner is not None
+        self.text.go_on_without_rows(self.pruner.survivors["vocabulary"][0].tolist(), self.loss)
+        self.measuring.read_with(self.text.tokenizer)
 
-    @cached_property
-    def _recovery_windows(self) -> np.ndarray:
-        """Windows [n, S + 1], the same for every fit."""
-        tokens = self.config.pruning.recover_tokens
-        return windows_apart(self.config, self.plan.data, self.plan.tokenizer, self.parallel.world_size, tokens)
+    def _block_probe(self) -> BlockProbe | None:
+        """Measures blocks of the model as it is; None where none are to be measured."""
+        if self.pruner is None or self.pruner.blocks is None:
+            return None
+        return BlockProbe(self.loss, self.text.block_windows, self.config.optimizer.batch_size, self.parallel)
 
     def _compact(self) -> None:
         """Make zeroed groups disappear from the tensors."""
@@ -293,7 +302,7 @@ class Trainer:
         if self.parallel.is_main:
             drop_replaced(self.plan.folder)
         extra: dict[str, Any] = {}
-        tensors: dict[str, Any] = {"stream": training_state.as_tensors(self.stream.state())}
+        tensors: dict[str, Any] = {"stream": training_state.as_tensors(self.text.stream.state())}
         if self.pruner is not None:
             extra["pruner"] = self.pruner.state_json()
             tensors["pruner"] = self.pruner.state_tensors()
@@ -305,7 +314,11 @@ class Trainer:
         """Continue from a checkpoint; the model must already have its shape."""
         self.progress, extra = training_state.read_trainer_json(folder)
         tensors = training_state.load_training_state(folder, self.model, self.optimizer, self.parallel)
-        self.stream.load_state(training_state.as_arrays(tensors["stream"]))
         if self.pruner is not None:
             self.pruner.load_state(extra["pruner"], tensors["pruner"], self.model)
+            survivors = self.pruner.survivors["vocabulary"][0]
+            if len(survivors) < self.plan.architecture.vocab_size:
+                renumber_settings(self.model.generation_config, Numbering(survivors.tolist()))  # it is the source's
+                self._read_on_without_rows()
+        self.text.stream.load_state(training_state.as_arrays(tensors["stream"]))
         self.metrics.truncate(self.progress)

@@ -7,6 +7,7 @@ from pathlib import Path
 from ...runtime.base.extras import extra
 from ...runtime.engines.executorch_loader import import_executorch, quiet_executorch
 from ..checkpoint import Checkpoint
+from ..manifest import Contents, write_manifest
 from ..request import ExportRequest
 from ..targets import Exporter
 from .options import ExecutorchOptions
@@ -14,11 +15,16 @@ from .options import ExecutorchOptions
 
 def export_executorch(checkpoint: Checkpoint, request: ExportRequest[ExecutorchOptions], folder: Path) -> None:
     """Write the program, tokenizer files and manifest."""
+    write_manifest(checkpoint, request, folder, write_program(checkpoint, request, folder))
+
+
+def write_program(checkpoint: Checkpoint, request: ExportRequest[ExecutorchOptions], folder: Path) -> Contents:
+    """Write FOLDER/model.pte and the tokenizer's files; other targets, which ship such a program, do the same."""
     import_executorch()
     with quiet_executorch():
         with extra("executorch"):  # which brings optimum and torchao, too
-            from .program import write_program
-        write_program(checkpoint, request, folder)
+            from . import program
+        return program.write_program(checkpoint, request, folder)
 
 
 EXPORTER = Exporter(ExecutorchOptions, export_executorch)

@@ -19,7 +19,7 @@ from ...train.model.architecture import Architecture
 from ..calibration import input_grams
 from ..checkpoint import Checkpoint
 from ..exporter_config import ExecutorchDecoderConfig
-from ..manifest import Contents, copy_tokenizer, write_manifest
+from ..manifest import Contents, copy_tokenizer
 from ..padding import pad_rows, padding_notes
 from ..request import ExportRequest, log
 from ..verification import SAMPLE_TOKENS, Sample, Written, torch_sample, verify_stepwise
@@ -49,8 +49,8 @@ class ProgramPlan:
     """Shape in the program, after padding."""
 
 
-def write_program(checkpoint: Checkpoint, request: ExportRequest[ExecutorchOptions], folder: Path) -> None:
-    """Write FOLDER/model.pte, tokenizer files and manifest."""
+def write_program(checkpoint: Checkpoint, request: ExportRequest[ExecutorchOptions], folder: Path) -> Contents:
+    """Write FOLDER/model.pte and the tokenizer's files; other targets, which ship such a program, do the same."""
     plan = _plan(checkpoint, request.options)
     for note in padding_notes(checkpoint.architecture, plan.architecture):
         request.say(note)
@@ -62,7 +62,7 @@ def write_program(checkpoint: Checkpoint, request: ExportRequest[ExecutorchOptio
     verification = _verify(request, folder, plan, sample) if sample else {}
     if request.options.verify and not verifies:
         request.say(f"not verified: programs of recipe {plan.recipe.name} run only on its devices")
-    contents = Contents(
+    return Contents(
         engine="executorch",
         files=files,
         quantization=plan.quantize,
@@ -70,7 +70,6 @@ def write_program(checkpoint: Checkpoint, request: ExportRequest[ExecutorchOptio
         layout=f"executorch, {plan.recipe.name}, context {plan.context}",
         verification=verification,
     )
-    write_manifest(checkpoint, request, folder, contents)
 
 
 def _plan(checkpoint: Checkpoint, options: ExecutorchOptions) -> ProgramPlan:

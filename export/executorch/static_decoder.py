@@ -6,6 +6,7 @@ its own size, [1, C, G_i, D], C slots; layers without attention have none. See d
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,16 +15,16 @@ from torch import Tensor, nn
 
 from ...train.model.architecture import Architecture, LayerShape
 from ..checkpoint import Checkpoint
-from ..decoder_modules import Attention, Decoder
+from ..decoder_modules import Attention, Decoder, rotary_key
+from ..layer_attention import LayerAttention
 
 
 @dataclass(frozen=True)
 class Position:
     """Where the new tokens stand."""
 
-    cos: Tensor
-    sin: Tensor
-    """[S, 1, D]; the minus sign of the half-split rotation lives in the first half."""
+    rotary: Mapping[str, tuple[Tensor, Tensor]]
+    """{rotary_key: cos and sin [S, 1, rotary_dim]}; the sine's first half has the rotation's minus sign."""
     start: Any
     """Symbolic integer."""
     input_pos: Tensor
@@ -41,24 +42,38 @@ class FusedCache(nn.Module):
         self.register_buffer("keys", torch.zeros(shape, dtype=dtype, device="cpu"), persistent=False)
         self.register_buffer("values", torch.zeros(shape, dtype=dtype, device="cpu"), persistent=False)
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, position: Position) -> Tensor:
+    def forward(self, qkv: tuple[Tensor, Tensor, Tensor], position: Position, settings: LayerAttention) -> Tensor:
         """Attention of [1, S, Q, D] over the cache and the new keys and values [1, S, G, D] -> [1, S, Q, D]."""
+        query, key, value = qkv
         torch.ops.llama.update_cache(key, self.keys, position.start)
         torch.ops.llama.update_cache(value, self.values, position.start)
-        return torch.ops.llama.custom_sdpa(query, self.keys, self.values, position.start, None, 0.0, True)
+        mask = None
+        if settings.window:  # as a mask of all slots, since the operator has no window
+            hidden = self.is_hidden(query.shape[1], position, settings.window)
+            mask = torch.zeros(hidden.shape, dtype=query.dtype).masked_fill(hidden, float("-inf"))
+        caches = self.keys, self.values
+        return torch.ops.llama.custom_sdpa(
+            query, *caches, position.start, mask, 0.0, mask is None, scale=settings.scale
+        )
+
+    def is_hidden(self, length: int, position: Position, window: int) -> Tensor:
+        """bool [S, C]: which slots each new token does not see."""
+        distance = torch.arange(length)[:, None] + position.input_pos - torch.arange(self.keys.shape[1])
+        return (distance < 0) | (distance >= window) if window else distance < 0
 
 
 class PlainCache(FusedCache):
     """Core operators only, for runtimes without ExecuTorch's: attends to all slots, masked."""
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, position: Position) -> Tensor:
+    def forward(self, qkv: tuple[Tensor, Tensor, Tensor], position: Position, settings: LayerAttention) -> Tensor:
+        query, key, value = qkv
         positions = torch.arange(query.shape[1]) + position.input_pos
         self.keys.index_copy_(1, positions, key)
         self.values.index_copy_(1, positions, value)
         ratio = query.shape[2] // key.shape[2]
         keys, values = (cache.repeat_interleave(ratio, dim=2).transpose(1, 2) for cache in (self.keys, self.values))
-        hidden = torch.arange(self.keys.shape[1]) > positions[:, None]
-        scores = query.transpose(1, 2) @ keys.transpose(2, 3) * query.shape[-1] ** -0.5
+        hidden = self.is_hidden(query.shape[1], position, settings.window)
+        scores = query.transpose(1, 2) @ keys.transpose(2, 3) * settings.scale
         scores = scores.masked_fill(hidden, float("-inf"))
         return (torch.softmax(scores, dim=-1) @ values).transpose(1, 2)
 
@@ -70,19 +85,21 @@ class StaticAttention(Attention):
 
     def forward(self, x: Tensor, context: Position) -> Tensor:
         query, key, value = self.project(x)
-        attended = self.cache(self._rotate(query, context), self._rotate(key, context), value, context)
+        attended = self.cache((self._rotate(query, context), self._rotate(key, context), value), context, self.settings)
         return self.o_proj(attended.reshape(1, x.shape[1], self.heads * self.head_dim))
 
     def _rotate(self, x: Tensor, position: Position) -> Tensor:
-        half = self.head_dim // 2
-        return x * position.cos + torch.cat([x[..., half:], x[..., :half]], -1) * position.sin
+        if self.settings.rope is None:
+            return x
+        cos, sin = position.rotary[rotary_key(self.settings)]
+        width, half = self.settings.rotary_dim, self.settings.rotary_dim // 2
+        rotated = x if width == self.head_dim else x[..., :width]
+        rotated = rotated * cos + torch.cat([rotated[..., half:], rotated[..., :half]], -1) * sin
+        return rotated if width == self.head_dim else torch.cat([rotated, x[..., width:]], -1)
 
 
 class StaticDecoder(Decoder):
     """See the module's docstring."""
-
-    cos: Tensor
-    sin: Tensor
 
     def __init__(
         self,
@@ -105,26 +122,30 @@ class StaticDecoder(Decoder):
         for module in self.modules():
             if isinstance(module, StaticAttention):
                 module.cache = cache_class(context, module.groups, module.head_dim, dtype)
-        cos, sin = self.rotary_tables(checkpoint, context)
-        self.register_buffer("cos", torch.cat([cos, cos], -1).unsqueeze(1).to(dtype), persistent=False)
-        self.register_buffer("sin", torch.cat([-sin, sin], -1).unsqueeze(1).to(dtype), persistent=False)
+        tables = self.rotary_tables(checkpoint, context)
+        self.rotary_keys = tuple(tables)
+        for key, (cos, sin) in tables.items():
+            self.register_buffer(f"cos_{key}", torch.cat([cos, cos], -1).unsqueeze(1).to(dtype), persistent=False)
+            self.register_buffer(f"sin_{key}", torch.cat([-sin, sin], -1).unsqueeze(1).to(dtype), persistent=False)
 
-    def attention(self, layer: LayerShape, qk_norm_eps: float) -> StaticAttention:
-        return StaticAttention(self.architecture, layer, qk_norm_eps)
+    def attention(self, layer: LayerShape, settings: LayerAttention) -> StaticAttention:
+        return StaticAttention(self.architecture, layer, settings, self.scales)
+
+    def _rotary(self, part: Callable[[Tensor], Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+        """`part` of every table."""
+        return {key: (part(getattr(self, f"cos_{key}")), part(getattr(self, f"sin_{key}"))) for key in self.rotary_keys}
 
     def forward(self, tokens: Tensor, input_pos: Tensor) -> Tensor:
         length = tokens.shape[1]
         if self.static_length:
-            cos, sin = (table.index_select(0, input_pos) for table in (self.cos, self.sin))
-            position = Position(cos, sin, 0, input_pos)
+            position = Position(self._rotary(lambda table: table.index_select(0, input_pos)), 0, input_pos)
         else:
             start: Any = input_pos[0].item()  # a SymInt while the program is traced
             torch._check_is_size(start)
             torch._check(start < self.context)
             torch._check(start + length <= self.context)
-            cos, sin = self.cos.narrow(0, start, length), self.sin.narrow(0, start, length)
-            position = Position(cos, sin, start, input_pos)
-        x = self.embed_tokens(tokens)
+            position = Position(self._rotary(lambda table: table.narrow(0, start, length)), start, input_pos)
+        x = self.embed(tokens)
         for layer in self.layers:
             x = layer(x, position)
         return self.lm_head(self.norm(x[:, -1])).float()

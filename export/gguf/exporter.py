@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from ...runtime.base.errors import ArtefactError
 from ...runtime.base.files import write_text_atomically
 from ...runtime.chat_template import render_chat
 from ...runtime.engines.hf_tokenizer import read_settings, special_token
-from ...train.model.tensors import tensor_shape
+from ...train.model.tensors import EMBEDDING, HEAD
 from ..calibration import column_importance, save_for_gguf
 from ..checkpoint import Checkpoint
 from ..manifest import OLLAMA_FILE, Contents, bits_per_weight, write_manifest
+from ..padding import pad_inputs
 from ..request import ExportRequest, PaddingOptions, log
 from ..targets import Exporter
-from ..verification import Agreement, check_exact, check_quantized, compare_logits, sample_text, torch_sample
+from ..verification import (
+    MAX_EXACT_DIFFERENCE,
+    Agreement,
+    check_exact,
+    check_quantized,
+    compare_logits,
+    sample_text,
+    torch_sample,
+)
+from .layout import GgufPlan, plan_layout
 from .modelfile import MAX_CONTEXT, modelfile
 from .probe import probe
 from .quantize import (
@@ -27,9 +39,11 @@ from .quantize import (
     tensor_bytes,
     tensor_type,
 )
-from .writer import GgufPlan, gguf_name, plan_layout, write_gguf
+from .writer import gguf_name, write_gguf
 
 MODEL_FILE = "model.gguf"
+MAX_TABLE_DIFFERENCE = 1e-2
+"""Largest |logit difference| where GELU is a table: a number between two of fp16 may be rounded either way."""
 DEFAULT = "f16"
 
 
@@ -104,11 +118,11 @@ def _importance(checkpoint: Checkpoint, request: ExportRequest[GgufOptions], pla
     if plan.fuses_qkv:  # one tensor, one input
         fused = (".k_proj.weight", ".v_proj.weight")
         importance = {name: value for name, value in importance.items() if not name.endswith(fused)}
-
-    def rename(name: str) -> str:
-        return gguf_name(name).replace("attn_q.", "attn_qkv.") if plan.fuses_qkv else gguf_name(name)
-
-    save_for_gguf(importance, rename, lambda name: tensor_shape(plan.architecture, name)[1], path)
+    before, after = checkpoint.architecture, plan.architecture
+    if before.tie_word_embeddings and not after.tie_word_embeddings:
+        importance[HEAD] = importance.pop(EMBEDDING)
+    pad = partial(pad_inputs, before=before, after=after)
+    save_for_gguf(importance, partial(gguf_name, plan=plan), pad, path)
     request.say(f"importance matrix from {request.options.calibrate} for {len(importance)} tensors")
     return path
 
@@ -129,17 +143,25 @@ def _verify(
 ) -> dict[str, dict[str, object]]:
     """F32 file against torch, tokenizer against tokenizer.json, quantised file against the F32 one."""
     texts = [sample_text(), *sample_text().splitlines(), *_rendered_chat(checkpoint)]
-    sample = torch_sample(checkpoint)
+    uses_table = checkpoint.architecture.parts.activation.startswith("gelu")
+    sample = torch_sample(checkpoint, activation=table_gelu if uses_table else None)
     tokens, reference = sample.tokens, sample.logits
     first = probe(exact, tokens, texts)
     _check_token_ids(checkpoint, texts, first.token_ids)
     agreement = compare_logits(reference, first.logits, tokens)
-    check_exact(agreement, reference, "gguf")
+    check_exact(agreement, reference, "gguf", MAX_TABLE_DIFFERENCE if uses_table else MAX_EXACT_DIFFERENCE)
     request.say(
         f"verified f32 file against torch: max |logit difference| {agreement.max_logit_difference:.1e}, "
         f"same argmax {agreement.argmax_agreement:.1%}, {agreement.tokens} tokens"
     )
     results: dict[str, Agreement] = {"exact": agreement}
+    if uses_table:
+        results["exact"] = own = compare_logits(torch_sample(checkpoint).logits, first.logits, tokens)
+        request.say(
+            f"llama.cpp's GELU is a table of fp16 numbers (the reference above is torch with that table): from the "
+            f"model's own {checkpoint.architecture.parts.activation}, max |logit difference| "
+            f"{own.max_logit_difference:.1e}, mean KL {own.mean_kl:.1e}"
+        )
     if target != exact:
         quantized = compare_logits(first.logits, probe(target, tokens, []).logits, tokens)
         check_quantized(quantized, bits, request.options.max_kl, "gguf")
@@ -149,6 +171,14 @@ def _verify(
         )
         results["quantized"] = quantized
     return {stage: result.to_dict() for stage, result in results.items()}
+
+
+def table_gelu(x: Any) -> Any:
+    """GELU as ggml computes it on a CPU: the tanh formula of fp16 numbers, rounded to fp16."""
+    import torch
+
+    rounded = torch.nn.functional.gelu(x.half().float(), approximate="tanh").half().float()
+    return torch.where(x <= -10, torch.zeros_like(x), torch.where(x >= 10, x, rounded))
 
 
 def _rendered_chat(checkpoint: Checkpoint) -> list[str]:

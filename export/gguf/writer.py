@@ -1,92 +1,51 @@
-"""Writing an F32 GGUF of an irregular model that stock llama.cpp loads. Imports no torch.
-
-Architecture `deci` has per-layer head counts and FFN widths (llama.cpp, measured with llama-cpp-python 0.3.36); uniform
-models use their own architecture. Two shapes that `deci` cannot hold are written as their exact equivalents: a layer
-without FFN as 32 zero channels (`deci` would silently drop the layer's attention), a first layer without attention as
-one zero head (it would not load).
-"""
+"""Writing an F32 GGUF that stock llama.cpp loads, as layout.py plans it. Imports no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ...runtime.base.disk import require_room
-from ...runtime.base.errors import ModelError
 from ...runtime.base.extras import extra
-from ...train.model.architecture import Architecture, LayerShape
+from ...train.model.architecture import Architecture
+from ...train.model.families import Place
+from ...train.model.tensors import split_name
 from ..checkpoint import Checkpoint
-from ..padding import pad_rows, padded_eps, padded_tensors, padding_notes, uniform_architecture
+from ..padding import padded_tensors
 from ..rope import frequency_factors, permute_rope
+from .layout import PER_LAYER_WIDTHS, GgufPlan
 from .metadata import add_metadata
 from .quantize import file_type
 from .tokenizer import GgufTokenizer, read_tokenizer
 
-UNIFORM_ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
-"""llama.cpp architecture of a uniform model of each family."""
+QKV = tuple(f"self_attn.{part}_proj.{kind}" for part in "qkv" for kind in ("weight", "bias"))
 
-MAX_LAYERS = 512
-"""LLAMA_MAX_LAYERS"""
+PLACES: dict[Place, str] = {
+    "before_attention": "attn_norm",
+    "after_attention": "post_attention_norm",
+    "before_ffn": "ffn_norm",
+    "after_ffn": "post_ffw_norm",
+}
+"""llama.cpp's names of a layer's norms."""
 
-
-@dataclass(frozen=True)
-class GgufPlan:
-    """How a checkpoint is laid out in GGUF."""
-
-    name: str
-    """llama.cpp architecture."""
-    architecture: Architecture
-    """Shape in the file, after padding."""
-    permutes_rope: bool
-    """Whether q and k rows go from half-split to interleaved order (llama.cpp's NORM rope)."""
-    fuses_qkv: bool = False
-    """Whether q, k and v are one tensor (openelm)."""
-    notes: tuple[str, ...] = ()
-
-
-def plan_layout(checkpoint: Checkpoint, row_multiple: int) -> GgufPlan:
-    """Choose llama.cpp architecture and padding.
-
-    `row_multiple` is what quantised rows must divide by (1: no padding). ModelError where no stock llama.cpp
-    architecture holds the model.
-    """
-    original = checkpoint.architecture
-    if len(original.layers) > MAX_LAYERS:
-        raise ModelError(f"gguf holds at most {MAX_LAYERS} layers; the model has {len(original.layers)}")
-    padded = pad_rows(original, row_multiple)
-    notes = padding_notes(original, padded)
-    has_gaps = any(not (layer.num_attention_heads and layer.intermediate_size) for layer in original.layers)
-    name = UNIFORM_ARCHITECTURES[original.family]
-    if padded.is_uniform and not has_gaps and (name != "qwen2" or _heads_fill_hidden(padded)):
-        return GgufPlan(name, padded, permutes_rope=name == "llama", notes=notes)
-    if original.qk_norm:
-        if original.tie_word_embeddings:
-            filled = _fill_gaps(padded, attention_everywhere=True)
-            return GgufPlan("openelm", filled, permutes_rope=False, fuses_qkv=True, notes=notes)
-        uniform = uniform_architecture(padded)
-        note = "no stock llama.cpp architecture holds irregular q/k-norm layers with an untied head: padded to uniform"
-        return GgufPlan(UNIFORM_ARCHITECTURES[original.family], uniform, permutes_rope=False, notes=(*notes, note))
-    return GgufPlan("deci", _fill_gaps(padded, attention_everywhere=False), permutes_rope=True, notes=notes)
-
-
-def _heads_fill_hidden(architecture: Architecture) -> bool:
-    """Whether query heads times head_dim is the hidden size, which llama.cpp's qwen2 assumes."""
-    return architecture.layers[0].num_attention_heads * architecture.head_dim == architecture.hidden_size
-
-
-def _fill_gaps(architecture: Architecture, attention_everywhere: bool) -> Architecture:
-    """Give zero channels (heads) to layers whose missing FFN (attention) the file format cannot express."""
-    layers = []
-    for index, layer in enumerate(architecture.layers):
-        width = layer.intermediate_size or 32
-        needs_head = not layer.num_attention_heads and (attention_everywhere or index == 0)
-        layers.append(LayerShape(1, 1, width) if needs_head else replace(layer, intermediate_size=width))
-    return replace(architecture, layers=tuple(layers))
+NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+"""llama.cpp's names of everything else, which all architectures share."""
 
 
 def write_gguf(checkpoint: Checkpoint, plan: GgufPlan, path: Path) -> None:
@@ -101,7 +60,7 @@ def write_gguf(checkpoint: Checkpoint, plan: GgufPlan, path: Path) -> None:
         writer.add_tensor(name, np.ascontiguousarray(array))
         num_bytes += array.nbytes
     require_room(path, num_bytes)
-    factors = frequency_factors(checkpoint.rope, plan.architecture.head_dim)
+    factors = frequency_factors(checkpoint.rope, _rotary_dim(checkpoint))
     if factors is not None:
         writer.add_tensor("rope_freqs.weight", factors)
     writer.write_header_to_file()
@@ -112,31 +71,33 @@ def write_gguf(checkpoint: Checkpoint, plan: GgufPlan, path: Path) -> None:
 
 def _tensors(checkpoint: Checkpoint, plan: GgufPlan) -> Iterator[tuple[str, np.ndarray]]:
     """(llama.cpp's name, fp32 array) of every tensor as the plan lays it out."""
+    architecture = plan.architecture
+    is_centred = checkpoint.architecture.parts.norm.takes_mean and not architecture.parts.norm.takes_mean
     waiting: list[np.ndarray] = []
-    for name, array in padded_tensors(checkpoint, plan.architecture):
+    for name, array in padded_tensors(checkpoint, architecture, plan.scales, is_centred):
         if plan.permutes_rope:
-            array = _permuted(name, array, plan.architecture)
-        if plan.fuses_qkv and name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
+            array = _permuted(name, array, architecture)
+        if plan.name == "gemma3" and name.endswith("q_norm.weight"):  # it multiplies scores by head_dim's scale
+            array = array * np.float32(checkpoint.attention[0].scale * architecture.head_dim**0.5)
+        if plan.fuses_qkv and name.endswith(QKV):
             # tensors come in file order: q, k and v of one layer after each other, as llama.cpp splits the rows
             waiting.append(array)
-            if name.endswith("v_proj.weight"):
-                yield gguf_name(name).replace("attn_v.", "attn_qkv."), np.concatenate(waiting)
+            if len(waiting) == 3:
+                yield gguf_name(name, plan), np.concatenate(waiting)
                 waiting = []
         else:
-            yield gguf_name(name), array
+            yield gguf_name(name, plan), array
 
 
-@cache
-def _name_map() -> Any:
-    """gguf's names of qwen3, the one architecture that has all our tensors; the others call them the same."""
-    import gguf
-
-    return gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, MAX_LAYERS)
-
-
-def gguf_name(name: str) -> str:
+def gguf_name(name: str, plan: GgufPlan) -> str:
     """'model.layers.3.mlp.up_proj.weight' -> 'blk.3.ffn_up.weight'."""
-    return _name_map().get_name(name, try_suffixes=(".weight", ".bias"))
+    layer, suffix = split_name(name)
+    module, _, part = suffix.rpartition(".")
+    if plan.fuses_qkv and suffix.endswith(QKV):
+        return f"blk.{layer}.attn_qkv.{part}"
+    places = {norm: PLACES[place] for place, norm in plan.architecture.parts.norms.items()}
+    found = {**NAMES, **places}[module]
+    return f"{found}.{part}" if layer is None else f"blk.{layer}.{found}.{part}"
 
 
 def _permuted(name: str, array: np.ndarray, architecture: Architecture) -> np.ndarray:
@@ -155,7 +116,7 @@ def _add_fields(writer: Any, checkpoint: Checkpoint, plan: GgufPlan) -> None:
     writer.add_context_length(checkpoint.context_length)
     writer.add_embedding_length(architecture.hidden_size)
     writer.add_vocab_size(architecture.vocab_size)
-    if plan.name in ("deci", "openelm"):
+    if plan.name in PER_LAYER_WIDTHS:
         writer.add_head_count([layer.num_attention_heads for layer in layers])
         writer.add_head_count_kv([layer.num_key_value_heads for layer in layers])
         writer.add_feed_forward_length([layer.intermediate_size for layer in layers])
@@ -165,9 +126,25 @@ def _add_fields(writer: Any, checkpoint: Checkpoint, plan: GgufPlan) -> None:
         writer.add_feed_forward_length(layers[0].intermediate_size)
     writer.add_key_length(architecture.head_dim)
     writer.add_value_length(architecture.head_dim)
-    writer.add_rope_dimension_count(architecture.head_dim)
+    writer.add_rope_dimension_count(_rotary_dim(checkpoint))
     writer.add_rope_freq_base(float(checkpoint.rope["rope_theta"]))
-    writer.add_layer_norm_rms_eps(padded_eps(checkpoint.rms_norm_eps, checkpoint.architecture, architecture))
+    if architecture.parts.norm.takes_mean:
+        writer.add_layer_norm_eps(plan.scales.stem_eps)
+    else:
+        writer.add_layer_norm_rms_eps(plan.scales.stem_eps)
+    if architecture.parts.is_parallel:
+        writer.add_parallel_residual(True)
+    if architecture.parts.has_window_layers:
+        windows = [settings.window for settings in checkpoint.attention]
+        writer.add_sliding_window(max(windows))
+        writer.add_sliding_window_pattern([window > 0 for window in windows])
+        local = next((settings.rope for settings in checkpoint.attention if settings.window), None)
+        writer.add_rope_freq_base_swa(float((local or checkpoint.rope)["rope_theta"]))
+
+
+def _rotary_dim(checkpoint: Checkpoint) -> int:
+    """Channels of a head that rotate, in the layers where any do."""
+    return max(settings.rotary_dim for settings in checkpoint.attention)
 
 
 def _add_tokenizer(writer: Any, tokenizer: GgufTokenizer) -> None:

@@ -7,67 +7,46 @@ outputs: logits [B, 1, V] of the last token, present.i.key/value [B, G_i, T, D].
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from ...train.model.architecture import LayerShape
-from ..checkpoint import Checkpoint
-from ..rope import rope_tables
-from .quantize import Bits, IntegerMatrix, QuantizedMatrix, quantize_matrix, quantize_rows
+from ...train.model.families import Place
+from ...train.model.tensors import FINAL_NORM
+from ..layer_attention import LayerAttention
+from ..rope import widened_tables
+from .graph_values import BLOCK, MICROSOFT, GraphValues
+from .quantize import IntegerMatrix, QuantizedMatrix
 
 OPSET = {"": 21, "com.microsoft": 1}
-MICROSOFT = "com.microsoft"
-BLOCK = 32
-"""Weights per quantisation block."""
-ACCURACY_LEVEL = 4
-"""MatMulNBits multiplies in int8; same KL as fp32 activations and 1.5 times as fast (measured, 135M model)."""
 END = np.iinfo(np.int64).max
 
 
-class GraphBuilder:
-    """Builds one model; `bits` says how each matrix is stored.
+@dataclass(frozen=True)
+class Stem:
+    """The residual stream as a sum that may not have been formed yet."""
 
-    `grams`: {parameter name: second moments of its inputs}, for error-compensated rounding of 4-bit matrices.
-    """
+    total: ir.Value
+    added: ir.Value | None = None
 
-    def __init__(self, checkpoint: Checkpoint, bits: Bits, grams: dict[str, np.ndarray] | None = None) -> None:
-        self.checkpoint = checkpoint
-        self.architecture = checkpoint.architecture
-        self.bits = bits
-        self.grams = grams or {}
-        self.dtype = np.float16 if bits.head == 16 else np.float32
-        """Of activations, caches and matrices that are not quantised; logits are fp32."""
-        self.element = ir.DataType.FLOAT16 if bits.head == 16 else ir.DataType.FLOAT
-        self.nodes: list[ir.Node] = []
-        self.initializers: list[ir.Value] = []
-        self.inputs: list[ir.Value] = []
-        self.outputs: list[ir.Value] = []
+
+class GraphBuilder(GraphValues):
+    """Builds one model."""
 
     def build(self) -> ir.Model:
         """The whole model in memory."""
         input_ids = self._input("input_ids", ir.DataType.INT64, ["batch_size", "sequence"])
         mask = self._input("attention_mask", ir.DataType.INT64, ["batch_size", "total"])
         self.last_position, self.total_length = self._lengths(mask)
-        cos, sin = rope_tables(self.checkpoint.rope, self.architecture.head_dim, self.checkpoint.context_length)
-        self.cos, self.sin = (
-            self._constant("cos", cos.astype(self.dtype)),
-            self._constant("sin", sin.astype(self.dtype)),
-        )
         tied = self.architecture.tie_word_embeddings
         head = self._matrix("model.embed_tokens.weight" if tied else "lm_head.weight", self.bits.head)
-        residual: ir.Value = self._embed(input_ids, head if tied else None)
-        added: ir.Value | None = None
+        stem = Stem(self._scaled(self._embed(input_ids, head if tied else None), self.scales.embedding))
         for index, layer in enumerate(self.architecture.layers):
-            prefix = f"model.layers.{index}"
-            if layer.num_attention_heads:
-                normed, residual = self._norm(f"{prefix}.input_layernorm", residual, added)
-                added = self._attention(index, layer, normed)
-            if layer.intermediate_size:
-                normed, residual = self._norm(f"{prefix}.post_attention_layernorm", residual, added)
-                added = self._feed_forward(prefix, normed)
-        normed, _ = self._norm("model.norm", residual, added)
+            stem = self._layer(index, layer, stem)
+        normed, _ = self._norm(FINAL_NORM, stem)
         self._head(normed, head)
         graph = ir.Graph(
             self.inputs,
@@ -79,50 +58,6 @@ class GraphBuilder:
         )
         graph.sort()
         return ir.Model(graph, ir_version=10, producer_name="efficientllm")
-
-    # -- values and nodes
-
-    def _input(self, name: str, dtype: ir.DataType, shape: list[int | str]) -> ir.Value:
-        value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
-        self.inputs.append(value)
-        return value
-
-    def _output(self, value: ir.Value, name: str, shape: list[int | str], dtype: ir.DataType) -> None:
-        value.name, value.type, value.shape = name, ir.TensorType(dtype), ir.Shape(shape)
-        self.outputs.append(value)
-
-    def _constant(self, name: str, array: np.ndarray) -> ir.Value:
-        tensor = ir.tensor(np.ascontiguousarray(array), name=name)
-        shape = ir.Shape(array.shape)
-        value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=shape, const_value=tensor)
-        self.initializers.append(value)
-        return value
-
-    def _weights(self, name: str) -> ir.Value:
-        return self._constant(name, self.checkpoint.tensor(name).astype(self.dtype))
-
-    def _ints(self, *values: int) -> ir.Value:
-        name = "ints_" + "_".join(map(str, values))
-        known = next((value for value in self.initializers if value.name == name), None)
-        return known if known is not None else self._constant(name, np.asarray(values, dtype=np.int64))
-
-    def _node(
-        self,
-        kind: str,
-        inputs: list[ir.Value | None],
-        domain: str = "",
-        count: int = 1,
-        unused: tuple[int, ...] = (),
-        **attributes: Any,
-    ) -> Any:
-        """The node's output, or its `count` outputs; `unused` ones get no name, so that kernels need not write them."""
-        node = ir.node(kind, inputs, attributes, domain=domain, num_outputs=count, name=f"{kind}_{len(self.nodes)}")
-        for position, output in enumerate(node.outputs):
-            output.name = "" if position in unused else f"{node.name}_{position}"
-        self.nodes.append(node)
-        return node.outputs[0] if count == 1 else node.outputs
-
-    # -- parts of the model
 
     def _lengths(self, mask: ir.Value) -> tuple[ir.Value, ir.Value]:
         """(index of the last valid token per sequence [B], total length), both int32."""
@@ -162,41 +97,88 @@ class GraphBuilder:
         scale = self._node("Unsqueeze", [self._node("Gather", [matrix.scales, input_ids], axis=0), self._ints(2)])
         return self._node("Mul", [self._node("Cast", [codes], to=int(ir.DataType.FLOAT)), scale])
 
-    def _norm(self, name: str, residual: ir.Value, added: ir.Value | None) -> tuple[ir.Value, ir.Value]:
-        """(normalised, residual stream): the pending addition is done by the same kernel."""
+    def _layer(self, index: int, layer: LayerShape, stem: Stem) -> Stem:
+        """The stem behind a layer."""
+        prefix, parallel = f"model.layers.{index}", self.parts.is_parallel
+        before = None
+        if layer.num_attention_heads:
+            read, before = self._read(prefix, "before_attention", stem)
+            stem = Stem(before.total, self._written(prefix, "after_attention", self._attention(index, layer, read)))
+        if layer.intermediate_size:
+            read, after = self._read(prefix, "before_ffn", before if parallel and before is not None else stem)
+            total = self._sum(stem) if parallel else after.total
+            stem = Stem(total, self._written(prefix, "after_ffn", self._feed_forward(prefix, read)))
+        return stem
+
+    def _sum(self, stem: Stem) -> ir.Value:
+        return stem.total if stem.added is None else self._node("Add", [stem.total, stem.added])
+
+    def _read(self, prefix: str, place: Place, stem: Stem) -> tuple[ir.Value, Stem]:
+        """(what a block reads of the stem, the stem with nothing pending)."""
+        name = self.parts.norms.get(place)
+        if name is not None:
+            return self._norm(f"{prefix}.{name}", stem)
+        total = self._sum(stem)
+        return total, Stem(total)
+
+    def _written(self, prefix: str, place: Place, x: ir.Value) -> ir.Value:
+        """What a block adds to the stem."""
+        name = self.parts.norms.get(place)
+        return x if name is None else self._norm(f"{prefix}.{name}", Stem(x))[0]
+
+    def _norm(self, name: str, stem: Stem) -> tuple[ir.Value, Stem]:
+        """(normalised, the stem with nothing pending): the pending addition is done by the same kernel."""
+        total, added, eps = stem.total, stem.added, self.scales.stem_eps
+        if self.parts.norm.takes_mean:
+            total = self._sum(stem)
+            return self._layer_norm(name, total), Stem(total)
         gain = self._weights(f"{name}.weight")
-        eps = self.checkpoint.rms_norm_eps
         if added is None:
-            return self._node("SimplifiedLayerNormalization", [residual, gain], axis=-1, epsilon=eps), residual
+            return self._node("SimplifiedLayerNormalization", [total, gain], axis=-1, epsilon=eps), stem
         outputs = self._node(
             "SkipSimplifiedLayerNormalization",
-            [residual, added, gain],
+            [total, added, gain],
             MICROSOFT,
             count=4,
             unused=(1, 2),  # mean and inverse deviation: 3 % of the decode time where they are named
             epsilon=eps,
         )
-        return outputs[0], outputs[3]
+        return outputs[0], Stem(outputs[3])
+
+    def _layer_norm(self, name: str, x: ir.Value) -> ir.Value:
+        norm, width = self.parts.norm, self.architecture.hidden_size
+        constant = np.full(width, self.scales.stem_gain, self.dtype)
+        gain = self._weights(f"{name}.weight") if norm.has_gain else self._constant(f"{name}.weight", constant)
+        bias = [self._weights(f"{name}.bias")] if norm.has_bias else []
+        return self._node("LayerNormalization", [x, gain, *bias], axis=-1, epsilon=self.scales.stem_eps)
+
+    def _scaled(self, x: ir.Value, factor: float) -> ir.Value:
+        return x if factor == 1.0 else self._node("Mul", [x, self._constant("scale", np.asarray(factor, self.dtype))])
 
     def _attention(self, index: int, layer: LayerShape, x: ir.Value) -> ir.Value:
         prefix, head_dim = f"model.layers.{index}.self_attn", self.architecture.head_dim
         projections = [f"{prefix}.{name}_proj" for name in "qkv"]
         query, key, value = self._queries_keys_values(projections, x)
-        if self.architecture.qk_norm:
-            query = self._head_norm(f"{prefix}.q_norm", query, layer.num_attention_heads)
-            key = self._head_norm(f"{prefix}.k_norm", key, layer.num_key_value_heads)
+        if self.parts.qk_norm:
+            norm = self._head_norm if self.parts.qk_norm == "head" else self._width_norm
+            query = norm(f"{prefix}.q_norm", query, layer.num_attention_heads)
+            key = norm(f"{prefix}.k_norm", key, layer.num_key_value_heads)
+        settings = self.checkpoint.attention[index]
+        tables = self._rotary_tables(settings) if settings.rope is not None else []
+        window: dict[str, Any] = {"local_window_size": settings.window} if settings.window else {}
         shape: list[int | str] = ["batch_size", layer.num_key_value_heads, "past", head_dim]
         past = [self._input(f"past_key_values.{index}.{part}", self.element, shape) for part in ("key", "value")]
         attended, present_key, present_value = self._node(
             "GroupQueryAttention",
-            [query, key, value, *past, self.last_position, self.total_length, self.cos, self.sin],
+            [query, key, value, *past, self.last_position, self.total_length, *tables],
             MICROSOFT,
             count=3,
             num_heads=layer.num_attention_heads,
             kv_num_heads=layer.num_key_value_heads,
-            scale=head_dim**-0.5,
-            do_rotary=1,
+            scale=settings.scale,
+            do_rotary=int(settings.rope is not None),
             rotary_interleaved=0,
+            **window,
         )
         shape[2] = "total"
         self._output(present_key, f"present.{index}.key", shape, self.element)
@@ -206,29 +188,51 @@ class GraphBuilder:
     def _queries_keys_values(self, names: list[str], x: ir.Value) -> list[Any]:
         """The three products, or all of them in the first: GroupQueryAttention takes them packed.
 
-        One product quantises the activations once and wakes the threads once; the norms of qwen3 want them apart.
+        One product quantises the activations once and wakes the threads once; norms of q and k want them apart.
         """
         bits = self.bits.attention
-        if bits >= 16 or self.bits.dynamic or self.architecture.qk_norm:
+        if bits >= 16 or self.bits.dynamic or self.parts.qk_norm:
             return [self._project(name, x, bits) for name in names]
         product = self._multiply(x, self._matrix([f"{name}.weight" for name in names], bits))
         if self.checkpoint.has_tensor(f"{names[0]}.bias"):
-            biases = [self.checkpoint.tensor(f"{name}.bias").astype(self.dtype) for name in names]
+            biases = [self._tensor(f"{name}.bias").astype(self.dtype) for name in names]
             product = self._node("Add", [product, self._constant(f"{names[0]}.kv.bias", np.concatenate(biases))])
         return [product, None, None]
+
+    def _rotary_tables(self, settings: LayerAttention) -> list[ir.Value]:
+        """cos and sin [C, D / 2]; layers with one rotary embedding share them."""
+        assert settings.rope is not None
+        key = (settings.rope["rope_theta"], settings.rope["rope_type"])
+        if key not in self.tables:
+            name = f"_{len(self.tables)}" if self.tables else ""
+            head_dim, length = self.architecture.head_dim, self.checkpoint.context_length
+            arrays = widened_tables(settings.rope, settings.rotary_dim, head_dim, length)
+            parts = zip(("cos", "sin"), arrays, strict=True)
+            self.tables[key] = [self._constant(part + name, array.astype(self.dtype)) for part, array in parts]
+        return self.tables[key]
+
+    def _width_norm(self, name: str, x: ir.Value, heads: int) -> ir.Value:
+        gain = self._weights(f"{name}.weight")
+        return self._node("SimplifiedLayerNormalization", [x, gain], axis=-1, epsilon=self.scales.qk_eps)
 
     def _head_norm(self, name: str, x: ir.Value, heads: int) -> ir.Value:
         head_dim = self.architecture.head_dim
         split = self._node("Reshape", [x, self._ints(0, 0, heads, head_dim)])
         gain = self._weights(f"{name}.weight")
-        normed = self._node("SimplifiedLayerNormalization", [split, gain], axis=-1, epsilon=self.checkpoint.qk_norm_eps)
+        normed = self._node("SimplifiedLayerNormalization", [split, gain], axis=-1, epsilon=self.scales.qk_eps)
         return self._node("Reshape", [normed, self._ints(0, 0, heads * head_dim)])
 
     def _feed_forward(self, prefix: str, x: ir.Value) -> ir.Value:
-        gate = self._project(f"{prefix}.mlp.gate_proj", x, self.bits.gate_up)
-        up = self._project(f"{prefix}.mlp.up_proj", x, self.bits.gate_up)
-        silu = self._node("QuickGelu", [gate], MICROSOFT, alpha=1.0)  # x sigmoid(x)
-        return self._project(f"{prefix}.mlp.down_proj", self._node("Mul", [silu, up]), self.bits.down)
+        names = ("gate_proj", "up_proj") if self.parts.is_gated else ("up_proj",)
+        first, *rest = [self._project(f"{prefix}.mlp.{name}", x, self.bits.gate_up) for name in names]
+        active = self._activation(first)
+        product = self._node("Mul", [active, *rest]) if rest else active
+        return self._project(f"{prefix}.mlp.down_proj", product, self.bits.down)
+
+    def _activation(self, x: ir.Value) -> ir.Value:
+        if self.parts.activation == "silu":
+            return self._node("QuickGelu", [x], MICROSOFT, alpha=1.0)  # x sigmoid(x)
+        return self._node("Gelu", [x], approximate="tanh" if self.parts.activation == "gelu_pytorch_tanh" else "none")
 
     def _head(self, x: ir.Value, head: Any) -> None:
         last = self._node("Slice", [x, self._ints(-1), self._ints(END), self._ints(1)])
@@ -241,53 +245,3 @@ class GraphBuilder:
         if self.element != ir.DataType.FLOAT:
             logits = self._node("Cast", [logits], to=int(ir.DataType.FLOAT))
         self._output(logits, "logits", ["batch_size", 1, self.architecture.vocab_size], ir.DataType.FLOAT)
-
-    # -- matrices
-
-    def _matrix(self, name: str | list[str], bits: int) -> Any:
-        """[rows, columns] as stored, or its quantised form; several matrices below each other where there is a list."""
-        names = [name] if isinstance(name, str) else name
-        if bits >= 16:
-            return self._weights(names[0])
-        if self.bits.dynamic:
-            codes, scales = quantize_rows(self.checkpoint.tensor(names[0]))
-            stored = [self._constant(f"{names[0]}.q8", codes.T), self._constant(f"{names[0]}.scales", scales)]
-            return IntegerMatrix(*stored)
-        arrays = [self.checkpoint.tensor(part) for part in names]
-        grams = [self.grams.get(part) if bits == 4 else None for part in names]
-        parts = [quantize_matrix(array, bits, BLOCK, gram) for array, gram in zip(arrays, grams, strict=True)]
-        data, scales = (np.concatenate(stacked) for stacked in zip(*parts, strict=True))
-        stored = [self._constant(f"{names[0]}.q{bits}", data), self._constant(f"{names[0]}.scales", scales)]
-        return QuantizedMatrix(*stored, rows=len(data), columns=arrays[0].shape[1], bits=bits, block=BLOCK)
-
-    def _project(self, name: str, x: ir.Value, bits: int) -> ir.Value:
-        """x W^T (+ b) of a linear layer."""
-        if bits >= 16:
-            weight = self._constant(f"{name}.weight", self.checkpoint.tensor(f"{name}.weight").T.astype(self.dtype))
-            product = self._node("MatMul", [x, weight])
-        else:
-            product = self._multiply(x, self._matrix(f"{name}.weight", bits))
-        if not self.checkpoint.has_tensor(f"{name}.bias"):
-            return product
-        return self._node("Add", [product, self._weights(f"{name}.bias")])
-
-    def _multiply(self, x: ir.Value, matrix: QuantizedMatrix | IntegerMatrix) -> ir.Value:
-        if isinstance(matrix, IntegerMatrix):
-            return self._multiply_integers(x, matrix)
-        return self._node(
-            "MatMulNBits",
-            [x, matrix.data, matrix.scales],
-            MICROSOFT,
-            K=matrix.columns,
-            N=matrix.rows,
-            bits=matrix.bits,
-            block_size=matrix.block,
-            accuracy_level=ACCURACY_LEVEL,
-        )
-
-    def _multiply_integers(self, x: ir.Value, matrix: IntegerMatrix) -> ir.Value:
-        """x W^T in int8: onnxruntime fuses these nodes into one."""
-        quantized, scale, zero = self._node("DynamicQuantizeLinear", [x], count=3)
-        product = self._node("MatMulInteger", [quantized, matrix.codes, zero])
-        factor = self._node("Mul", [scale, matrix.scales])
-        return self._node("Mul", [self._node("Cast", [product], to=int(ir.DataType.FLOAT)), factor])

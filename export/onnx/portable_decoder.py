@@ -7,7 +7,7 @@ left. See decoder_modules for the other letters.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -15,20 +15,22 @@ from torch import Tensor
 
 from ...train.model.architecture import LayerShape
 from ..checkpoint import Checkpoint
-from ..decoder_modules import Attention, Decoder
+from ..decoder_modules import Attention, Decoder, rotary_key
+from ..layer_attention import LayerAttention
 
 
 @dataclass
 class Caches:
     """What the layers of one call share."""
 
-    cos: Tensor
-    sin: Tensor
-    """[C, D / 2]"""
+    rotary: Mapping[str, tuple[Tensor, Tensor]]
+    """{rotary_key: cos and sin [C, rotary_dim / 2]}"""
     positions: Tensor
     """int64 [B, S]"""
     mask: Tensor
-    """bool [B, 1, S, T]: which tokens each new one sees."""
+    """bool [B, 1, S, T]: which tokens each new one may see."""
+    distance: Tensor
+    """int64 [S, T]: how far before each new token the others stand."""
     past: Iterator[Tensor]
     present: list[Tensor] = field(default_factory=list)
 
@@ -38,18 +40,26 @@ class PortableAttention(Attention):
 
     def forward(self, x: Tensor, context: Caches) -> Tensor:
         query, key, value = (part.transpose(1, 2) for part in self.project(x))
-        query, key = (
-            torch.onnx.ops.rotary_embedding(part, context.cos, context.sin, context.positions) for part in (query, key)
-        )
+        settings, mask = self.settings, context.mask
+        if settings.rope is not None:
+            cos, sin = context.rotary[rotary_key(settings)]
+            rotary_dim = settings.rotary_dim if settings.rotary_dim < self.head_dim else 0
+            query, key = (
+                torch.onnx.ops.rotary_embedding(part, cos, sin, context.positions, rotary_embedding_dim=rotary_dim)
+                for part in (query, key)
+            )
+        if settings.window:
+            mask = mask & (context.distance < settings.window)
         attended, present_key, present_value, _ = torch.onnx.ops.attention(
             query,
             key,
             value,
-            context.mask,
+            mask,
             next(context.past),
             next(context.past),
             q_num_heads=self.heads,
             kv_num_heads=self.groups,
+            scale=settings.scale,
         )
         context.present += [present_key, present_value]
         return self.o_proj(attended.transpose(1, 2).reshape(*x.shape[:2], self.heads * self.head_dim))
@@ -58,17 +68,16 @@ class PortableAttention(Attention):
 class PortableDecoder(Decoder):
     """See the module's docstring."""
 
-    cos: Tensor
-    sin: Tensor
-
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__(checkpoint, checkpoint.architecture)
-        cos, sin = self.rotary_tables(checkpoint, checkpoint.context_length)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        tables = self.rotary_tables(checkpoint, checkpoint.context_length)
+        self.rotary_keys = tuple(tables)
+        for key, (cos, sin) in tables.items():
+            self.register_buffer(f"cos_{key}", cos, persistent=False)
+            self.register_buffer(f"sin_{key}", sin, persistent=False)
 
-    def attention(self, layer: LayerShape, qk_norm_eps: float) -> PortableAttention:
-        return PortableAttention(self.architecture, layer, qk_norm_eps)
+    def attention(self, layer: LayerShape, settings: LayerAttention) -> PortableAttention:
+        return PortableAttention(self.architecture, layer, settings, self.scales)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
         length, total = input_ids.shape[1], attention_mask.shape[1]
@@ -76,8 +85,10 @@ class PortableDecoder(Decoder):
         steps = torch.arange(total)
         is_before = steps[None, :] <= steps[total - length :, None]
         mask = is_before[None, None] & attention_mask.bool()[:, None, None, :]
-        caches = Caches(self.cos, self.sin, positions, mask, iter(past))
-        x = self.embed_tokens(input_ids)
+        rotary = {key: (getattr(self, f"cos_{key}"), getattr(self, f"sin_{key}")) for key in self.rotary_keys}
+        distance = steps[total - length :, None] - steps[None, :]
+        caches = Caches(rotary, positions, mask, distance, iter(past))
+        x = self.embed(input_ids)
         for layer in self.layers:
             x = layer(x, caches)
         return self.lm_head(self.norm(x[:, -1:])), *caches.present

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,40 @@ class LossWeights:
     distill: float = 0.0
 
 
+@dataclass(frozen=True)
+class SourceText:
+    """What the model reads in the tokens of a source that has others (see vocabulary/two_readings.py)."""
+
+    tokens: Tensor
+    """[B, T]"""
+    places: Tensor
+    """int64 [B * S]: for each of the model's tokens the place in [B * T] of the source's that ends where it ends, -1
+    where there is none."""
+    first: Tensor
+    """int64 [V of the source]: the model's token that is written first where the source writes each of its own."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What distillation learns from, for N predicted tokens."""
+
+    hidden: Tensor
+    """[N, Ht]"""
+    weight: Tensor
+    """[Vt, Ht], of the same type."""
+    first: Tensor | None = None
+    """As of SourceText, where the vocabularies differ."""
+    is_known: Tensor | None = None
+    """bool [N]: where the source says anything; everywhere by default."""
+
+    def in_our_tokens(self, theirs: Tensor, rows: slice, ours: Tensor) -> Tensor:
+        """fp32 [rows, V]: the source's probabilities [rows, Vt] of what comes next, as the model would write it; the
+        model's own, `ours` [rows, V], where the source says nothing."""
+        assert self.first is not None
+        found = torch.zeros_like(ours).scatter_add_(1, self.first.expand(theirs.shape), theirs)
+        return found if self.is_known is None else torch.where(self.is_known[rows, None], found, ours)
+
+
 class _ChunkedLoss(torch.autograd.Function):
     """Mean of scale * cross-entropy + distill * KL(teacher || student) over softmax(hidden @ weight.T), by chunks.
 
@@ -43,8 +78,7 @@ class _ChunkedLoss(torch.autograd.Function):
         weight: Tensor,
         targets: Tensor,
         dtype: torch.dtype,
-        teacher_hidden: Tensor | None,
-        teacher_weight: Tensor | None,
+        reference: Reference | None,
         distill: float,
         scale: float,
     ) -> tuple[Tensor, Tensor]:
@@ -60,9 +94,12 @@ class _ChunkedLoss(torch.autograd.Function):
             log_p = torch.log_softmax((h[rows] @ w.T).float(), dim=-1)  # [chunk, V]
             cross_entropy -= log_p.gather(1, targets[rows, None]).sum()
             teacher = None
-            if teacher_hidden is not None and teacher_weight is not None:
-                teacher_log_p = torch.log_softmax((teacher_hidden[rows] @ teacher_weight.T).float(), dim=-1)
+            if reference is not None:
+                teacher_log_p = torch.log_softmax((reference.hidden[rows] @ reference.weight.T).float(), dim=-1)
                 teacher = teacher_log_p.exp()
+                if reference.first is not None:
+                    teacher = reference.in_our_tokens(teacher, rows, log_p.exp())
+                    teacher_log_p = teacher.clamp(min=torch.finfo(torch.float32).tiny).log()
                 divergence += (teacher * (teacher_log_p - log_p)).sum()
             if grad_h is not None and grad_w is not None:
                 delta = log_p.exp_()  # the probabilities p; becomes d loss / d logits
@@ -85,7 +122,7 @@ class _ChunkedLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         # taken out of ctx and scaled in place: grad_weight is up to a fifth of a model
         (grad_hidden, grad_weight), ctx.gradients = ctx.gradients, None
-        return grad_hidden.mul_(grad_total), grad_weight.mul_(grad_total), None, None, None, None, None, None
+        return grad_hidden.mul_(grad_total), grad_weight.mul_(grad_total), None, None, None, None, None
 
 
 def cross_entropy(
@@ -94,18 +131,17 @@ def cross_entropy(
     targets: Tensor,
     dtype: torch.dtype,
     weights: LossWeights = LossWeights(),
-    teacher: tuple[Tensor, Tensor] | None = None,
+    reference: Reference | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(loss to minimise, its cross-entropy part), means over tokens in nats; 0 of no tokens.
 
-    hidden [N, H], LM-head weight [V, H], targets [N] int64; matrix products in `dtype`, sums in fp32. `teacher` is the
-    source's (hidden [N, Ht], weight [V, Ht]) in `dtype`.
+    hidden [N, H], LM-head weight [V, H], targets [N] int64; matrix products in `dtype`, sums in fp32. `reference` is in
+    `dtype`.
     """
-    teacher_hidden, teacher_weight = teacher or (None, None)
     if not torch.is_grad_enabled():  # which the function itself cannot see: it would form gradients
         hidden, weight = hidden.detach(), weight.detach()
     scales = (weights.distill, weights.cross_entropy)
-    return _ChunkedLoss.apply(hidden, weight, targets, dtype, teacher_hidden, teacher_weight, *scales)  # type: ignore[return-value]
+    return _ChunkedLoss.apply(hidden, weight, targets, dtype, reference, *scales)  # type: ignore[return-value]
 
 
 class TrainingLoss(nn.Module):
@@ -120,10 +156,14 @@ class TrainingLoss(nn.Module):
         self.dtype = dtype
         self.weights = weights
         self._teacher = (teacher,)
+        self.source_text: Callable[[Tensor], SourceText] | None = None
+        """What the model's tokens [B, S] are in the teacher's, where that has others."""
 
     def around(self, model: Any) -> TrainingLoss:
         """The same loss of another model."""
-        return TrainingLoss(model, self.dtype, self.weights, self._teacher[0])
+        loss = TrainingLoss(model, self.dtype, self.weights, self._teacher[0])
+        loss.source_text = self.source_text
+        return loss
 
     def forward(self, windows: Tensor, states: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(loss to minimise, cross-entropy) of windows [B, S + 1]; tokens given as ~token are read, not predicted.
@@ -141,13 +181,23 @@ class TrainingLoss(nn.Module):
         weight, teacher, weights = self.model.lm_head.weight, self._teacher[0], self.weights
         reference = None
         if states is not None:
-            reference, weights = (states.to(self.dtype), weight.to(self.dtype)), LossWeights(0.0, 1.0)
+            reference, weights = Reference(states.to(self.dtype), weight.to(self.dtype)), LossWeights(0.0, 1.0)
         elif teacher is not None:
-            with torch.no_grad():
-                theirs = teacher.model(input_ids=inputs, use_cache=False).last_hidden_state.flatten(0, 1)
-                reference = (theirs[is_predicted].to(self.dtype), teacher.lm_head.weight.to(self.dtype))
+            reference = self._reference(teacher, inputs, is_predicted)
         rows = hidden.flatten(0, 1)[is_predicted]
         return cross_entropy(rows, weight, targets, self.dtype, weights, reference)
+
+    @torch.no_grad()
+    def _reference(self, teacher: Any, inputs: Tensor, is_predicted: Tensor) -> Reference:
+        """What the teacher says of the tokens that follow `inputs` [B, S] and are predicted, bool [B * S]."""
+        text = self.source_text(inputs) if self.source_text is not None else None
+        tokens = inputs if text is None else text.tokens
+        hidden = teacher.model(input_ids=tokens, use_cache=False).last_hidden_state.flatten(0, 1)
+        weight = teacher.lm_head.weight.to(self.dtype)
+        if text is None:
+            return Reference(hidden[is_predicted].to(self.dtype), weight)
+        places = text.places[is_predicted]
+        return Reference(hidden[places.clamp(min=0)].to(self.dtype), weight, text.first, places >= 0)
 
 
 def make_teacher(source: Any, dtype: torch.dtype, device: torch.device) -> Any:

@@ -126,6 +126,14 @@ class TokenSource:
             self._queue = self.encoder.encode(self.documents.next_documents(TOKENIZE_BATCH))
         return self._queue.pop(0)
 
+    def begin_anew(self, encoder: Encoder) -> None:
+        """Read the documents that are in no lane yet with another encoder; the rest of those in lanes is not read."""
+        count = len(self.lanes.buffers)
+        self.encoder = encoder
+        self.documents.state.offset -= len(self._queue)  # they are the last ones taken, all of the block at hand
+        self._queue = []
+        self._lanes = Lanes(self._next_document, count, self._window, self.documents.seed)
+
     def state(self) -> dict[str, Any]:
         return {"documents": vars(self.documents.state).copy(), "queue": list(self._queue), "lanes": self.lanes.state()}
 
@@ -181,6 +189,13 @@ class PackedStream:
             return (source.lanes.drawn + 0.5) / source.documents.spec.weight
 
         return min(self.sources, key=progress)
+
+    def read_on_with(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Go on with the documents that come next, read with another tokenizer. Those that are begun are left: their
+        rest, text from amid a word perhaps, has no tokens that this tokenizer would give it."""
+        self.encoder = Encoder(tokenizer)
+        for source in self.sources:
+            source.begin_anew(self.encoder)
 
     def state(self) -> list[dict[str, Any]]:
         """Where every source stands: JSON values and int32 arrays. Cheap enough to be taken at every step."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from ...runtime.base.markdown import markdown_table
 from .evaluation import Evaluation
 from .perplexity import Perplexity
-from .quality.contract import contract
+from .quality.contract import BITS_PER_BYTE, contract
 from .results import TaskResult
 
 
@@ -49,6 +49,10 @@ def _quality_rows(evaluations: Sequence[Evaluation]) -> list[list[str]]:
         [f"perplexity, {kind}", sizes.get(kind, ""), *[_with_ratio(column["texts"][kind]) for column in columns]]
         for kind in columns[0]["texts"]
     ]
+    if any("bits_per_byte" in column for column in columns):
+        table.append(
+            [BITS_PER_BYTE, "", *[f"{e.quality.bits_per_byte:.4f}" for e in evaluations if e.quality is not None]]
+        )
     if all("chat_answers" in column for column in columns):
         chats, ends = len(reference.chat_answers), [column["end_of_turn"] for column in columns]
         cells = [_with_ratio(column["chat_answers"]) for column in columns]

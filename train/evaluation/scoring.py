@@ -40,6 +40,7 @@ class ScoredModel(Protocol):
 
     context_length: int
     """Longest request that can be scored, in tokens."""
+    vocab_size: int
     separator: int
     """End-of-text token: stands between documents and in place of an empty context."""
     chat_template: str | None
@@ -76,7 +77,7 @@ class EngineModel:
             # the fastest cache differs between machines, which figures of quality must not
             options = replace(options, kv_cache="f16")
         self.engine = load_engine(artefact, options)
-        self.context_length = self.engine.context_length
+        self.context_length, self.vocab_size = self.engine.context_length, self.engine.vocab_size
         ends = (self.engine.tokenize(text, True) for text in ("<|endoftext|>", self.engine.eos_token))
         single = [ids[0] for ids in ends if len(ids) == 1]
         self.separator = single[0] if single else min(self.engine.end_ids)

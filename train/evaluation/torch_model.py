@@ -37,6 +37,7 @@ class TorchModel:
         self.autocast = autocast
         self.batch_tokens = batch_tokens
         self.context_length = int(model.config.max_position_embeddings)
+        self.vocab_size = int(model.config.vocab_size)
         self.separator = end_of_text_id(tokenizer)
         self.chat_template = template_of(tokenizer)
         self.bos_token, self.eos_token = tokenizer.bos_token or "", tokenizer.eos_token or ""

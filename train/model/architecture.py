@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...runtime.base.errors import ModelError
+from .families import FAMILIES, Family, family_of
 from .folder_files import read_json, whole_number
 
 
@@ -29,10 +30,10 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class Architecture:
-    """Shape of a Llama-family decoder whose layers may differ."""
+    """Shape of a decoder whose layers may differ."""
 
     family: str
-    """Base model type: llama, mistral, qwen2 or qwen3."""
+    """Base model type, a key of FAMILIES."""
     hidden_size: int
     """Channels of the transformer stem."""
     head_dim: int
@@ -40,10 +41,6 @@ class Architecture:
     vocab_size: int
     tie_word_embeddings: bool
     """Whether the LM head is the embedding matrix."""
-    qkv_bias: bool
-    """Whether q, k and v projections have biases."""
-    qk_norm: bool
-    """Whether q and k are RMS-normalised per head before the rotary embedding."""
     layers: tuple[LayerShape, ...]
 
     def __post_init__(self) -> None:
@@ -59,25 +56,44 @@ class Architecture:
                     f"architecture: layer {index} has {heads} query heads over {groups} key/value heads; "
                     "query heads must be a multiple of key/value heads"
                 )
+            if groups != heads and not self.parts.has_groups:
+                raise ModelError(
+                    f"architecture: layer {index} has {heads} query heads over {groups} key/value heads; "
+                    f"{self.family} has keys and values for each query head"
+                )
             if min(heads, groups, layer.intermediate_size) < 0:
                 raise ModelError(f"architecture: layer {index} has a negative width")
+
+    @property
+    def parts(self) -> Family:
+        """What its layers are made of."""
+        return FAMILIES[self.family]
 
     @property
     def is_uniform(self) -> bool:
         return len(set(self.layers)) == 1
 
     def attention_parameters(self, layer: LayerShape) -> int:
-        """Projections, their biases and norms, and the norm before them; 0 without heads."""
+        """Projections, their biases and norms, and the norms around them; 0 without heads."""
         if layer.num_attention_heads == 0:
             return 0
-        q, kv = layer.num_attention_heads * self.head_dim, layer.num_key_value_heads * self.head_dim
-        biases = (q + 2 * kv) if self.qkv_bias else 0
-        norms = self.hidden_size + (2 * self.head_dim if self.qk_norm else 0)
-        return self.hidden_size * (2 * q + 2 * kv) + biases + norms
+        q, kv, parts = layer.num_attention_heads * self.head_dim, layer.num_key_value_heads * self.head_dim, self.parts
+        biases = (q + 2 * kv) * parts.qkv_bias + self.hidden_size * parts.output_bias
+        norms = {"": 0, "head": 2 * self.head_dim, "width": q + kv}[parts.qk_norm]
+        return self.hidden_size * (2 * q + 2 * kv) + biases + norms + self._norm_parameters("attention")
 
     def ffn_parameters(self, layer: LayerShape) -> int:
-        """Gate, up and down, and the norm before them; 0 without channels."""
-        return 0 if layer.intermediate_size == 0 else self.hidden_size * (3 * layer.intermediate_size + 1)
+        """Gate, up and down, their biases, and the norms around them; 0 without channels."""
+        width, parts = layer.intermediate_size, self.parts
+        if width == 0:
+            return 0
+        biases = ((1 + parts.is_gated) * width + self.hidden_size) * parts.ffn_bias
+        return self.hidden_size * (2 + parts.is_gated) * width + biases + self._norm_parameters("ffn")
+
+    def _norm_parameters(self, half: str) -> int:
+        """Of a block's norms; "" is the final norm."""
+        count = sum(place.endswith(half) for place in self.parts.norms) if half else 1
+        return count * self.hidden_size * len(self.parts.norm.tensors)
 
     @property
     def embedding_parameters(self) -> int:
@@ -88,7 +104,7 @@ class Architecture:
     def num_parameters(self) -> int:
         """Stored parameters; a tied LM head counts once."""
         layers = sum(self.attention_parameters(layer) + self.ffn_parameters(layer) for layer in self.layers)
-        return self.embedding_parameters + layers + self.hidden_size
+        return self.embedding_parameters + layers + self._norm_parameters("")
 
     def with_layer(self, index: int, **widths: int) -> Architecture:
         """The shape with other `widths` (fields of LayerShape) in layer `index`."""
@@ -104,8 +120,6 @@ class Architecture:
             "head_dim": self.head_dim,
             "vocab_size": self.vocab_size,
             "tie_word_embeddings": self.tie_word_embeddings,
-            "qkv_bias": self.qkv_bias,
-            "qk_norm": self.qk_norm,
             "num_attention_heads": [layer.num_attention_heads for layer in self.layers],
             "num_key_value_heads": [layer.num_key_value_heads for layer in self.layers],
             "intermediate_size": [layer.intermediate_size for layer in self.layers],
@@ -125,21 +139,8 @@ class Architecture:
                     strict=True,
                 )
             )
-            return cls(
-                layers=layers,
-                **{
-                    name: value[name]
-                    for name in (
-                        "family",
-                        "hidden_size",
-                        "head_dim",
-                        "vocab_size",
-                        "tie_word_embeddings",
-                        "qkv_bias",
-                        "qk_norm",
-                    )
-                },
-            )
+            names = ("family", "hidden_size", "head_dim", "vocab_size", "tie_word_embeddings")
+            return cls(layers=layers, **{name: value[name] for name in names})
         except (KeyError, TypeError, ValueError) as error:
             raise ModelError(f"architecture: missing or malformed field {error}") from error
 
@@ -147,13 +148,10 @@ class Architecture:
     def from_hf_config(cls, config: Mapping[str, Any]) -> Architecture:
         """Read a Hugging Face config.json (as a dict), irregular (`per_layer_config`) or uniform.
 
-        Raises ModelError for a family that is not supported.
+        Raises ModelError for what no part of families.py describes.
         """
-        family = str(config.get("model_type", "")).removeprefix("efficientllm_")
-        if family not in FAMILIES:
-            raise ModelError(
-                f"model type {config.get('model_type')!r} is not supported; supported: {', '.join(FAMILIES)}"
-            )
+        family = family_of(config)
+        FAMILIES[family].check(config)
         heads = whole_number(config, "num_attention_heads")
         defaults = {
             "num_attention_heads": heads,
@@ -167,21 +165,13 @@ class Architecture:
             )
             for index in range(whole_number(config, "num_hidden_layers"))
         )
-        traits = FAMILIES[family]
-        for bias in ("attention_bias", "mlp_bias"):
-            if config.get(bias):
-                raise ModelError(f"{bias}=true is not supported: biases on o_proj or the FFN have no group to go with")
-        if config.get("hidden_act", "silu") != "silu":
-            raise ModelError(f"hidden_act={config['hidden_act']!r} is not supported; only silu is")
         hidden_size = whole_number(config, "hidden_size")
         return cls(
             family=family,
             hidden_size=hidden_size,
             head_dim=whole_number(config, "head_dim", hidden_size // max(heads, 1)),
             vocab_size=whole_number(config, "vocab_size"),
-            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-            qkv_bias=traits.qkv_bias,
-            qk_norm=traits.qk_norm,
+            tie_word_embeddings=bool(config.get("tie_word_embeddings", FAMILIES[family].ties_by_default)),
             layers=layers,
         )
 
@@ -202,22 +192,3 @@ def _overrides(config: Mapping[str, Any]) -> dict[int, Mapping[str, Any]]:
     if odd is not None:
         raise ModelError(f"config.json: per_layer_config of layer {odd} is {layers[odd]!r}, but must be an object")
     return layers
-
-
-@dataclass(frozen=True)
-class FamilyTraits:
-    """What distinguishes a family's decoder layer from Llama's."""
-
-    qkv_bias: bool = False
-    qk_norm: bool = False
-    derives_head_dim: bool = False
-    """Whether its stock config has no head_dim: readers other than transformers take hidden_size / heads."""
-
-
-FAMILIES = {
-    "llama": FamilyTraits(),
-    "mistral": FamilyTraits(),
-    "qwen2": FamilyTraits(qkv_bias=True, derives_head_dim=True),
-    "qwen3": FamilyTraits(qk_norm=True),
-}
-"""Supported families by Hugging Face model type. All share Llama's tensor names."""

@@ -18,6 +18,9 @@ from . import modeling_efficientllm as modeling
 from .architecture import Architecture, LayerShape
 from .hf_files import mend_tokenizer_config, write_config
 from .packing import Packed, packed
+from .rescaling import Scales, rescaled, scale_factor, untied
+from .stock_names import from_stock, to_stock
+from .tensors import EMBEDDING, HEAD
 
 modeling.register()
 
@@ -45,7 +48,7 @@ def apply_architecture(config: Any, architecture: Architecture) -> None:
         max(max(layer.num_key_value_heads for layer in architecture.layers), 1),
         max(max(layer.intermediate_size for layer in architecture.layers), 1),
     )
-    config.hidden_size = architecture.hidden_size
+    config.hidden_size, config.vocab_size = architecture.hidden_size, architecture.vocab_size
     config.head_dim = architecture.head_dim
     config.num_attention_heads = widest.num_attention_heads
     config.num_key_value_heads = widest.num_key_value_heads
@@ -77,33 +80,64 @@ def to_irregular(model: torch.nn.Module) -> torch.nn.Module:
     if config.model_type.startswith("efficientllm_"):
         return model
     with torch.device("meta"):
-        irregular = build(config, architecture_of(config))
-    irregular.load_state_dict(model.state_dict(), assign=True, strict=True)
-    irregular.model.rotary_emb = model.model.rotary_emb  # type: ignore[union-attr]
+        architecture = architecture_of(config)
+        irregular = build(config, architecture)
+    state = from_stock(model.state_dict(), architecture)
+    if architecture.tie_word_embeddings:
+        state[HEAD] = state[EMBEDDING]
+    irregular.load_state_dict(state, assign=True, strict=True)
+    share_buffers(irregular, model)
     irregular.tie_weights()  # type: ignore[operator]
     irregular.generation_config = copy.deepcopy(model.generation_config)  # type: ignore[union-attr]
     return irregular
 
 
+def share_buffers(model: Any, source: Any) -> None:
+    """Give a model built without memory what the one that it comes of has and does not store."""
+    theirs = source.base_model
+    model.model.rotary_emb = theirs.rotary_emb
+    for name, buffer in theirs.get_input_embeddings().named_buffers():
+        setattr(model.model.embed_tokens, name, buffer)
+
+
 def plain_config(config: Any, architecture: Architecture) -> Any | None:
-    """The stock family's config of a uniform architecture, or None where stock transformers refuses the widths."""
-    if not architecture.is_uniform or not architecture.layers[0].num_attention_heads:
+    """The stock family's config of a uniform architecture; None where stock transformers refuses the widths, or would
+    hold a tied head only as a second matrix."""
+    layer, parts = architecture.layers[0], architecture.parts
+    if not architecture.is_uniform or not layer.num_attention_heads or not layer.intermediate_size:
+        return None
+    if parts.heads_fill_hidden and layer.num_attention_heads * architecture.head_dim != architecture.hidden_size:
         return None
     values = config.to_dict()
-    for name in ("model_type", "architectures", "per_layer_config", "auto_map"):
+    scales = Scales.of(values, architecture)
+    if untied(architecture, scales) != architecture:
+        return None
+    for name in ("model_type", "architectures", "per_layer_config", "auto_map", *scales.settings(architecture)):
         values.pop(name, None)
+    if parts.norm.stock_eps is None:
+        values[parts.norm.eps_setting] = scales.stem_eps
     try:
-        plain = AutoConfig.for_model(architecture.family, **values)
+        return AutoConfig.for_model(architecture.family, **values)
     except (StrictDataclassError, ValueError):
         return None
-    return None if architecture.layers[0].intermediate_size == 0 else plain
+
+
+def stock_state(state: dict[str, torch.Tensor], config: Any, architecture: Architecture) -> dict[str, torch.Tensor]:
+    """The tensors of an irregular model as its stock class has them."""
+    have = Scales.of(config.to_dict(), architecture)
+    found = {}
+    for name, tensor in state.items():
+        factor = scale_factor(name, have, have.stock(architecture), architecture)
+        found[name] = tensor if factor == 1.0 else rescaled(name, tensor, factor, architecture)
+    return {name: tensor.contiguous() for name, tensor in to_stock(found, architecture, torch.stack).items()}
 
 
 def packed_config(config: Any, closed: Packed) -> Any:
     """The irregular config of a closed-up model."""
     new = copy.deepcopy(config)
-    if getattr(new, "layer_types", None):  # of Qwen: one for each layer
-        new.layer_types = [config.layer_types[index] for index, _ in closed.origins]
+    for name in ("layer_types", "no_rope_layers"):  # one for each layer, and a matter of its attention
+        if getattr(new, name, None):
+            setattr(new, name, [getattr(config, name)[index] for index, _ in closed.origins])
     new.per_layer_config = None  # of as many layers as there were
     new.num_hidden_layers = len(closed.origins)
     apply_architecture(new, closed.architecture)
@@ -136,7 +170,8 @@ def save_checkpoint(
         }
         shutil.copy(modeling.__file__, folder / f"{module}.py")
     else:
-        config.architectures = [type(model).__name__.removeprefix("Efficient")]
+        state = stock_state(state, irregular, architecture)
+        config.architectures = [architecture.parts.stock_class]
     config.dtype = next(iter(state.values())).dtype
     require_room(folder / "model.safetensors", sum(tensor.numel() * tensor.element_size() for tensor in state.values()))
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})

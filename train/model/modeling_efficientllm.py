@@ -1,4 +1,4 @@
-"""Llama-family models whose layers may differ in heads and FFN width.
+"""Decoders whose layers may differ in heads and FFN width.
 
 This file is copied into every irregular checkpoint, so that
 `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` works without efficientllm installed; it imports
@@ -19,14 +19,27 @@ except ImportError as error:
         f"layers of their own width need transformers 5.14 or newer, and this is {__version__}; "
         "run: pip install 'transformers>=5.14' (or take the model as efficientllm-export --target hf-uniform writes it)"
     ) from error
+from torch.nn import functional
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.gemma3 import modeling_gemma3
+from transformers.models.gemma3.configuration_gemma3 import Gemma3TextConfig
+from transformers.models.gpt_neox import configuration_gpt_neox, modeling_gpt_neox
+from transformers.models.llama import modeling_llama
 from transformers.models.llama.configuration_llama import LlamaConfig, strict
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaModel
+from transformers.models.mistral import modeling_mistral
 from transformers.models.mistral.configuration_mistral import MistralConfig
-from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, MistralForCausalLM, MistralModel
+from transformers.models.olmo import modeling_olmo
+from transformers.models.olmo.configuration_olmo import OlmoConfig
+from transformers.models.olmo2 import modeling_olmo2
+from transformers.models.olmo2.configuration_olmo2 import Olmo2Config
+from transformers.models.qwen2 import modeling_qwen2
 from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
-from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2ForCausalLM, Qwen2Model
+from transformers.models.qwen3 import modeling_qwen3
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
-from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3ForCausalLM, Qwen3Model
+from transformers.models.smollm3 import modeling_smollm3
+from transformers.models.smollm3.configuration_smollm3 import SmolLM3Config
 
 _Base: Any = object  # the mixins stand before a transformers class, which type checkers cannot see
 
@@ -57,6 +70,11 @@ class NoFeedForward(nn.Module):
         return torch.zeros_like(hidden_states)
 
 
+def set_eps(norm: nn.Module, eps: float) -> None:
+    """Transformers' norms have two names for it."""
+    setattr(norm, "eps" if hasattr(norm, "eps") else "variance_epsilon", eps)
+
+
 class IrregularConfigMixin(_Base):
     """Checks each layer's widths instead of the uniform rules (hidden_size need not be a multiple of the heads)."""
 
@@ -73,6 +91,11 @@ class IrregularModelMixin(_Base):
     """Builds every decoder layer from its own per-layer config."""
 
     decoder_layer_class: Any
+    attention_norms: tuple[str, ...] = ("input_layernorm",)
+    ffn_norms: tuple[str, ...] = ("post_attention_layernorm",)
+    """Norms around a layer's attention and FFN, which go with it."""
+    layer_norm_tensors: tuple[str, ...] | None = None
+    """Parameters of the stem's norms where those are LayerNorms."""
 
     def __init__(self, config: Any):
         num_hidden_layers = config.num_hidden_layers
@@ -81,7 +104,18 @@ class IrregularModelMixin(_Base):
         super().__init__(config)
         config.num_hidden_layers = num_hidden_layers
         self.layers = nn.ModuleList(self.build_layer(layer, index) for index, layer in enumerate(per_layer))
+        self.replace_norms(self, ("norm",), config)
+        if getattr(config, "embedding_scale", None) is not None:
+            self.embed_tokens.scalar_embed_scale = config.embedding_scale
+            self.embed_tokens.embed_scale = torch.tensor(config.embedding_scale)
         self.post_init()
+
+    def replace_norms(self, module: nn.Module, names: tuple[str, ...], config: Any) -> None:
+        if self.layer_norm_tensors is not None:
+            scale = getattr(config, "norm_scale", 1.0)
+            for name in names:
+                norm = StemLayerNorm(config.hidden_size, config.layer_norm_eps, self.layer_norm_tensors, scale)
+                setattr(module, name, norm)
 
     def build_layer(self, config: Any, index: int) -> nn.Module:
         heads, width = config.num_attention_heads, config.intermediate_size
@@ -89,17 +123,19 @@ class IrregularModelMixin(_Base):
             config.num_attention_heads = config.num_key_value_heads = 1
         config.intermediate_size = width or 1
         layer: Any = self.decoder_layer_class(config, index)
+        self.replace_norms(layer, self.attention_norms + self.ffn_norms, config)
         if heads == 0:
             config.num_attention_heads = config.num_key_value_heads = 0
             layer.self_attn = NoAttention(index)
-            layer.input_layernorm = nn.Identity()
         config.intermediate_size = width
         if heads and getattr(config, "qk_norm_eps", None) is not None:
             attention: Any = layer.self_attn
-            attention.q_norm.variance_epsilon = attention.k_norm.variance_epsilon = config.qk_norm_eps
+            for norm in (attention.q_norm, attention.k_norm):
+                set_eps(norm, config.qk_norm_eps)
         if width == 0:
             layer.mlp = NoFeedForward()
-            layer.post_attention_layernorm = nn.Identity()
+        for name in (() if heads else self.attention_norms) + (() if width else self.ffn_norms):
+            setattr(layer, name, nn.Identity())
         return layer
 
 
@@ -130,19 +166,110 @@ class IrregularCausalLMMixin(_Base):
                 layer.self_attn.config._attn_implementation = self.config._attn_implementation
 
 
+class StemLayerNorm(nn.Module):
+    """LayerNorm of [..., H], with or without parameters, that can leave out channels whose weights are zeroed."""
+
+    def __init__(self, width: int, eps: float, tensors: tuple[str, ...], scale: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width)) if "weight" in tensors else None
+        self.bias = nn.Parameter(torch.zeros(width)) if "bias" in tensors else None
+        self.eps, self.scale = eps, scale
+        self.survivors: torch.Tensor | None = None
+        """Channels over which mean and variance are taken (the variance as a sum over H); the others become zero."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        x, width = hidden_states.float(), hidden_states.shape[-1]
+        weight, bias = (None if tensor is None else tensor.float() for tensor in (self.weight, self.bias))
+        if self.survivors is None:
+            x = functional.layer_norm(x, (width,), weight, bias, self.eps)
+        else:
+            kept = x.index_select(-1, self.survivors)
+            kept = kept - kept.mean(-1, keepdim=True)
+            kept = kept * torch.rsqrt(kept.square().sum(-1, keepdim=True) / width + self.eps)
+            x = torch.zeros_like(x).index_copy(-1, self.survivors, kept)
+            x = x if weight is None else x * weight
+            x = x if bias is None else x + bias
+        return (x if self.scale == 1.0 else x * self.scale).type_as(hidden_states)
+
+
+class GPTNeoXAttention(nn.Module):
+    """GPT-NeoX's, with q, k and v in matrices of their own."""
+
+    def __init__(self, config: Any, layer_idx: int):
+        super().__init__()
+        self.config, self.layer_idx = config, layer_idx
+        self.head_dim, self.scaling = config.head_dim, config.head_dim**-0.5
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.is_causal = True
+        width, groups = (count * self.head_dim for count in (config.num_attention_heads, config.num_key_value_heads))
+        self.q_proj = nn.Linear(config.hidden_size, width)
+        self.k_proj = nn.Linear(config.hidden_size, groups)
+        self.v_proj = nn.Linear(config.hidden_size, groups)
+        self.o_proj = nn.Linear(width, config.hidden_size)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: Any,
+        attention_mask: Any = None,
+        cache: Any = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, Any]:
+        cache = cache if cache is not None else kwargs.pop("past_key_values", None)  # its name before transformers 5.24
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query, key, value = (
+            project(hidden_states).view(shape).transpose(1, 2) for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        query, key = modeling_gpt_neox.apply_rotary_pos_emb(query, key, *position_embeddings)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, modeling_llama.eager_attention_forward
+        )
+        attended, weights = attend(self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs)
+        return self.o_proj(attended.reshape(*hidden_states.shape[:-1], -1)), weights
+
+
+class GPTNeoXFeedForward(nn.Module):
+    """down(act(up(x)))"""
+
+    def __init__(self, config: Any):
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
+
+
+class GPTNeoXDecoderLayer(GradientCheckpointingLayer):
+    """Attention and FFN side by side, each behind a norm of its own, which the model puts in."""
+
+    input_layernorm: Any
+    post_attention_layernorm: Any
+
+    def __init__(self, config: Any, layer_idx: int):
+        super().__init__()
+        self.self_attn = GPTNeoXAttention(config, layer_idx)
+        self.mlp = GPTNeoXFeedForward(config)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        attended, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
+        return self.mlp(self.post_attention_layernorm(hidden_states)) + attended + hidden_states
+
+
+class GPTNeoXModel(modeling_llama.LlamaModel):
+    """Llama's loop over the layers with GPT-NeoX's rotary embedding, which turns a part of each head."""
+
+    def __init__(self, config: Any):
+        super().__init__(config)
+        self.rotary_emb = modeling_gpt_neox.GPTNeoXRotaryEmbedding(config)
+
+
 @strict
 class EfficientLlamaConfig(IrregularConfigMixin, LlamaConfig):
     model_type = "efficientllm_llama"
-
-
-class EfficientLlamaModel(IrregularModelMixin, LlamaModel):
-    config_class = EfficientLlamaConfig
-    decoder_layer_class = LlamaDecoderLayer
-
-
-class EfficientLlamaForCausalLM(IrregularCausalLMMixin, LlamaForCausalLM):
-    config_class = EfficientLlamaConfig
-    base_class = EfficientLlamaModel
 
 
 @strict
@@ -150,30 +277,10 @@ class EfficientMistralConfig(IrregularConfigMixin, MistralConfig):
     model_type = "efficientllm_mistral"
 
 
-class EfficientMistralModel(IrregularModelMixin, MistralModel):
-    config_class = EfficientMistralConfig
-    decoder_layer_class = MistralDecoderLayer
-
-
-class EfficientMistralForCausalLM(IrregularCausalLMMixin, MistralForCausalLM):
-    config_class = EfficientMistralConfig
-    base_class = EfficientMistralModel
-
-
 @strict
 class EfficientQwen2Config(IrregularConfigMixin, Qwen2Config):
     model_type = "efficientllm_qwen2"
     head_dim: int | None = None
-
-
-class EfficientQwen2Model(IrregularModelMixin, Qwen2Model):
-    config_class = EfficientQwen2Config
-    decoder_layer_class = Qwen2DecoderLayer
-
-
-class EfficientQwen2ForCausalLM(IrregularCausalLMMixin, Qwen2ForCausalLM):
-    config_class = EfficientQwen2Config
-    base_class = EfficientQwen2Model
 
 
 @strict
@@ -183,21 +290,101 @@ class EfficientQwen3Config(IrregularConfigMixin, Qwen3Config):
     """eps of the per-head norms where it differs from rms_norm_eps: removing stem channels rescales only the latter."""
 
 
-class EfficientQwen3Model(IrregularModelMixin, Qwen3Model):
-    config_class = EfficientQwen3Config
-    decoder_layer_class = Qwen3DecoderLayer
+@strict
+class EfficientGPTNeoXConfig(IrregularConfigMixin, configuration_gpt_neox.GPTNeoXConfig):
+    model_type = "efficientllm_gpt_neox"
+    head_dim: int | None = None
+    num_key_value_heads: int | None = None
+
+    @property
+    def rms_norm_eps(self) -> float:  # what LlamaModel asks for; its norm is replaced
+        return self.layer_norm_eps
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        super().__post_init__(**kwargs)
 
 
-class EfficientQwen3ForCausalLM(IrregularCausalLMMixin, Qwen3ForCausalLM):
-    config_class = EfficientQwen3Config
-    base_class = EfficientQwen3Model
+@strict
+class EfficientOlmoConfig(IrregularConfigMixin, OlmoConfig):
+    model_type = "efficientllm_olmo"
+    layer_norm_eps: float = 1e-5
+    norm_scale: float = 1.0
+    """What every norm is multiplied by: they have no gains, and removing stem channels rescales them."""
 
 
+@strict
+class EfficientOlmo2Config(IrregularConfigMixin, Olmo2Config):
+    model_type = "efficientllm_olmo2"
+    head_dim: int | None = None
+    qk_norm_eps: float | None = None
+
+
+@strict
+class EfficientSmolLM3Config(IrregularConfigMixin, SmolLM3Config):
+    model_type = "efficientllm_smollm3"
+    head_dim: int | None = None
+
+
+@strict
+class EfficientGemma3TextConfig(IrregularConfigMixin, Gemma3TextConfig):
+    model_type = "efficientllm_gemma3_text"
+    qk_norm_eps: float | None = None
+    embedding_scale: float | None = None
+    """What embeddings are multiplied by: the square root of the hidden size before channels were removed."""
+
+
+def define(config_class: Any, model: Any, causal_lm: Any, layer: Any, **attributes: Any) -> Any:
+    """The irregular causal LM of a family, made of its stock classes; its base model becomes known here, too."""
+    name, space = config_class.__name__.removesuffix("Config"), {"__module__": __name__, "config_class": config_class}
+    attributes = {**space, "decoder_layer_class": layer, **attributes}
+    base = type(f"{name}Model", (IrregularModelMixin, model), attributes)
+    whole = type(f"{name}ForCausalLM", (IrregularCausalLMMixin, causal_lm), {**space, "base_class": base})
+    globals().update({each.__name__: each for each in (base, whole)})
+    return whole
+
+
+_llama, _mistral, _qwen2, _qwen3 = modeling_llama, modeling_mistral, modeling_qwen2, modeling_qwen3
+_olmo, _olmo2, _smollm3, _gemma3 = modeling_olmo, modeling_olmo2, modeling_smollm3, modeling_gemma3
 CAUSAL_LM_CLASSES = {
-    "llama": EfficientLlamaForCausalLM,
-    "mistral": EfficientMistralForCausalLM,
-    "qwen2": EfficientQwen2ForCausalLM,
-    "qwen3": EfficientQwen3ForCausalLM,
+    "llama": define(EfficientLlamaConfig, _llama.LlamaModel, _llama.LlamaForCausalLM, _llama.LlamaDecoderLayer),
+    "mistral": define(
+        EfficientMistralConfig, _mistral.MistralModel, _mistral.MistralForCausalLM, _mistral.MistralDecoderLayer
+    ),
+    "qwen2": define(EfficientQwen2Config, _qwen2.Qwen2Model, _qwen2.Qwen2ForCausalLM, _qwen2.Qwen2DecoderLayer),
+    "qwen3": define(EfficientQwen3Config, _qwen3.Qwen3Model, _qwen3.Qwen3ForCausalLM, _qwen3.Qwen3DecoderLayer),
+    "gpt_neox": define(
+        EfficientGPTNeoXConfig,
+        GPTNeoXModel,
+        _llama.LlamaForCausalLM,
+        GPTNeoXDecoderLayer,
+        layer_norm_tensors=("weight", "bias"),
+        _no_split_modules=["GPTNeoXDecoderLayer"],
+        _can_record_outputs={"hidden_states": GPTNeoXDecoderLayer, "attentions": GPTNeoXAttention},
+    ),
+    "olmo": define(
+        EfficientOlmoConfig, _olmo.OlmoModel, _olmo.OlmoForCausalLM, _olmo.OlmoDecoderLayer, layer_norm_tensors=()
+    ),
+    "olmo2": define(
+        EfficientOlmo2Config,
+        _olmo2.Olmo2Model,
+        _olmo2.Olmo2ForCausalLM,
+        _olmo2.Olmo2DecoderLayer,
+        attention_norms=("post_attention_layernorm",),
+        ffn_norms=("post_feedforward_layernorm",),
+    ),
+    "smollm3": define(
+        EfficientSmolLM3Config, _smollm3.SmolLM3Model, _smollm3.SmolLM3ForCausalLM, _smollm3.SmolLM3DecoderLayer
+    ),
+    "gemma3_text": define(
+        EfficientGemma3TextConfig,
+        _gemma3.Gemma3TextModel,
+        _gemma3.Gemma3ForCausalLM,
+        _gemma3.Gemma3DecoderLayer,
+        attention_norms=("input_layernorm", "post_attention_layernorm"),
+        ffn_norms=("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    ),
 }
 """Irregular causal LM class of each base family."""
 

@@ -6,68 +6,125 @@ An axis is one of
     "kv"      key/value heads of a layer [num_key_value_heads * head_dim]
     "ffn"     FFN channels of a layer [intermediate_size]
     "vocab"   tokens, "head" one head's channels: never pruned
-All supported families share these names; biases and q/k norms exist only in some. Imports no torch.
+Matrices have the same names in every family; which of them, and which norms and biases there are, follows from its
+description (families.py). Imports no torch.
 """
 
 from __future__ import annotations
 
 import re
+from functools import cache
 
 from .architecture import Architecture
+from .families import FAMILIES, Family, Place
 
-MODEL_TENSORS: dict[str, tuple[str, ...]] = {
-    "model.embed_tokens.weight": ("vocab", "hidden"),
-    "model.norm.weight": ("hidden",),
-    "lm_head.weight": ("vocab", "hidden"),
-}
-
-LAYER_TENSORS: dict[str, tuple[str, ...]] = {
-    "input_layernorm.weight": ("hidden",),
-    "self_attn.q_proj.weight": ("query", "hidden"),
-    "self_attn.k_proj.weight": ("kv", "hidden"),
-    "self_attn.v_proj.weight": ("kv", "hidden"),
-    "self_attn.o_proj.weight": ("hidden", "query"),
-    "self_attn.q_proj.bias": ("query",),
-    "self_attn.k_proj.bias": ("kv",),
-    "self_attn.v_proj.bias": ("kv",),
-    "self_attn.q_norm.weight": ("head",),
-    "self_attn.k_norm.weight": ("head",),
-    "post_attention_layernorm.weight": ("hidden",),
-    "mlp.gate_proj.weight": ("ffn", "hidden"),
-    "mlp.up_proj.weight": ("ffn", "hidden"),
-    "mlp.down_proj.weight": ("hidden", "ffn"),
-}
-
-STEM_NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight", "model.norm.weight")
-"""Suffixes of the RMSNorm gains over the hidden axis."""
-
-SAME_INPUT = {
-    "self_attn.q_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "self_attn.o_proj": ("self_attn.o_proj",),
-    "mlp.gate_proj": ("mlp.gate_proj", "mlp.up_proj"),
-    "mlp.down_proj": ("mlp.down_proj",),
-}
-"""Matrix whose input is observed -> matrices of its layer that read that input, itself included."""
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+FINAL_NORM = "model.norm"
 
 _LAYER_NAME = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
 
-def axes_of(name: str) -> tuple[int | None, tuple[str, ...]]:
+@cache
+def _model_tensors(family: str) -> dict[str, tuple[str, ...]]:
+    """{name: axes} of what lies outside the layers; the head is there where it is not tied."""
+    norms = {f"{FINAL_NORM}.{part}": ("hidden",) for part in FAMILIES[family].norm.tensors}
+    return {EMBEDDING: ("vocab", "hidden"), **norms, HEAD: ("vocab", "hidden")}
+
+
+@cache
+def _layer_tensors(family: str) -> dict[str, tuple[str, ...]]:
+    """{name within a layer: axes}, in file order: attention with its norms, then the FFN with its own."""
+    parts = FAMILIES[family]
+    return {
+        **_norm_tensors(parts, "before_attention"),
+        **_attention_tensors(parts),
+        **_norm_tensors(parts, "after_attention"),
+        **_norm_tensors(parts, "before_ffn"),
+        **_ffn_tensors(parts),
+        **_norm_tensors(parts, "after_ffn"),
+    }
+
+
+def _norm_tensors(parts: Family, place: Place) -> dict[str, tuple[str, ...]]:
+    name = parts.norms.get(place)
+    return {f"{name}.{part}": ("hidden",) for part in parts.norm.tensors} if name else {}
+
+
+def _attention_tensors(parts: Family) -> dict[str, tuple[str, ...]]:
+    inputs = {"q": "query", "k": "kv", "v": "kv"}
+    found: dict[str, tuple[str, ...]] = {f"{part}_proj.weight": (axis, "hidden") for part, axis in inputs.items()}
+    found["o_proj.weight"] = ("hidden", "query")
+    if parts.qkv_bias:
+        found |= {f"{part}_proj.bias": (axis,) for part, axis in inputs.items()}
+    if parts.output_bias:
+        found["o_proj.bias"] = ("hidden",)
+    if parts.qk_norm:
+        found |= {f"{part}_norm.weight": ("head" if parts.qk_norm == "head" else inputs[part],) for part in "qk"}
+    return {f"self_attn.{name}": axes for name, axes in found.items()}
+
+
+def _ffn_tensors(parts: Family) -> dict[str, tuple[str, ...]]:
+    wide = ("gate_proj", "up_proj") if parts.is_gated else ("up_proj",)
+    found: dict[str, tuple[str, ...]] = {f"{name}.weight": ("ffn", "hidden") for name in wide}
+    found["down_proj.weight"] = ("hidden", "ffn")
+    if parts.ffn_bias:
+        found |= {f"{name}.bias": ("ffn",) for name in wide} | {"down_proj.bias": ("hidden",)}
+    return {f"mlp.{name}": axes for name, axes in found.items()}
+
+
+def same_input(parts: Family) -> dict[str, tuple[str, ...]]:
+    """{matrix whose input is observed: matrices of its layer that read that input, itself included}"""
+    wide = ("mlp.gate_proj", "mlp.up_proj") if parts.is_gated else ("mlp.up_proj",)
+    return {
+        "self_attn.q_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        "self_attn.o_proj": ("self_attn.o_proj",),
+        wide[0]: wide,
+        "mlp.down_proj": ("mlp.down_proj",),
+    }
+
+
+def axes_of(name: str, architecture: Architecture) -> tuple[int | None, tuple[str, ...]]:
     """(layer index or None, axis names) of a parameter; KeyError for a tensor outside the table."""
+    layer, suffix = split_name(name)
+    table = _model_tensors if layer is None else _layer_tensors
+    return layer, table(architecture.family)[suffix]
+
+
+def split_name(name: str) -> tuple[int | None, str]:
+    """(layer index, name within the layer), or (None, name) outside the layers."""
     match = _LAYER_NAME.fullmatch(name)
-    if match is None:
-        return None, MODEL_TENSORS[name]
-    return int(match.group(1)), LAYER_TENSORS[match.group(2)]
+    return (None, name) if match is None else (int(match.group(1)), match.group(2))
 
 
-def is_of_attention(suffix: str) -> bool:
+def is_of_attention(suffix: str, parts: Family) -> bool:
     """Whether a layer's tensor, as "self_attn.q_proj.weight", belongs to its attention block; else to its FFN."""
-    return suffix.startswith(("self_attn.", "input_layernorm."))
+    return suffix.startswith(("self_attn.", *(f"{name}." for name in block_norms(parts, "attention"))))
+
+
+def block_norms(parts: Family, half: str) -> tuple[str, ...]:
+    """Names of the norms around a layer's attention or FFN (`half`: attention, ffn)."""
+    return tuple(name for place, name in parts.norms.items() if place.endswith(half))
+
+
+def is_stem_norm(name: str, architecture: Architecture) -> bool:
+    """Whether a tensor is part of a norm over the hidden axis."""
+    return split_name(name)[1].rpartition(".")[0] in (FINAL_NORM, *architecture.parts.norms.values())
+
+
+def stem_norms(architecture: Architecture) -> list[str]:
+    """Modules of the norms over the hidden axis, the final one last."""
+    found = []
+    for index, layer in enumerate(architecture.layers):
+        halves = {"attention": layer.num_attention_heads, "ffn": layer.intermediate_size}
+        names = (name for half, width in halves.items() if width for name in block_norms(architecture.parts, half))
+        found += [f"model.layers.{index}.{name}" for name in names]
+    return [*found, FINAL_NORM]
 
 
 def input_axis(matrix: str) -> str:
     """Axis of the input of a layer's matrix, as "mlp.down_proj"."""
-    return LAYER_TENSORS[f"{matrix}.weight"][1]
+    return _layer_tensors("llama")[f"{matrix}.weight"][1]
 
 
 def axis_size(architecture: Architecture, layer: int | None, axis: str) -> int:
@@ -89,24 +146,19 @@ def axis_size(architecture: Architecture, layer: int | None, axis: str) -> int:
 
 def tensor_names(architecture: Architecture) -> list[str]:
     """Names of every stored tensor of a model of this shape, in file order."""
-    names = ["model.embed_tokens.weight"]
+    outside = list(_model_tensors(architecture.family))
+    names = [EMBEDDING]
     for index, shape in enumerate(architecture.layers):
-        for suffix in LAYER_TENSORS:
-            width = shape.num_attention_heads if is_of_attention(suffix) else shape.intermediate_size
-            if width == 0:
-                continue
-            if suffix.endswith(".bias") and not architecture.qkv_bias:
-                continue
-            if suffix.endswith(("q_norm.weight", "k_norm.weight")) and not architecture.qk_norm:
-                continue
-            names.append(f"model.layers.{index}.{suffix}")
-    names.append("model.norm.weight")
-    if not architecture.tie_word_embeddings:
-        names.append("lm_head.weight")
-    return names
+        for suffix in _layer_tensors(architecture.family):
+            is_there = (
+                shape.num_attention_heads if is_of_attention(suffix, architecture.parts) else shape.intermediate_size
+            )
+            if is_there:
+                names.append(f"model.layers.{index}.{suffix}")
+    return names + [name for name in outside[1:] if name != HEAD or not architecture.tie_word_embeddings]
 
 
 def tensor_shape(architecture: Architecture, name: str) -> tuple[int, ...]:
     """Shape of a stored tensor; KeyError for a name outside the table."""
-    layer, axes = axes_of(name)
+    layer, axes = axes_of(name, architecture)
     return tuple(axis_size(architecture, layer, axis) for axis in axes)

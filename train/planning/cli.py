@@ -58,7 +58,8 @@ class PlanConfig:
                 LatencyTarget.parse(text)
             except ValueError as error:
                 flags.require(self, "target", False, str(error), value=text)
-        _ = self.space
+        rule = "vocabulary rows are ranked by text, which a plan has none of; leave it out"
+        flags.require(self, "prune", not self.space.prunes_vocabulary, rule, value=",".join(self.prune))
 
     @property
     def space(self) -> PruneConfig:

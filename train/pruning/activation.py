@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..compute.gather import full
 from ..model.architecture import Architecture
-from .readers import ReaderScores, is_ffn
+from .readers import ReaderScores, is_attention
 from .running_scores import MeanOverRanks, alone
 
 
@@ -94,7 +94,7 @@ class ActivationScores(ReaderScores):
             name: self.criterion(seen, full(self.weights[name].detach()).float()) for name, seen in self._seen.items()
         }
         self._seen = {}
-        return {name: channels if is_ffn(name) else self.per_head(channels) for name, channels in found.items()}
+        return {name: self.per_head(channels) if is_attention(name) else channels for name, channels in found.items()}
 
     def discard_step(self) -> None:
         self._seen = {}

@@ -89,6 +89,11 @@ class BlockScores:
                 self._factors[half][layer] = loss / amplitude if amplitude > 0 else 0.0
         self._confirmed, self._renewed_at = set(keys), size
 
+    def keep_at(self, size: float) -> None:
+        """The budget's measure fell to `size` by what changes no block."""
+        if self._renewed_at is not None:
+            self._renewed_at = size
+
     def confirm(self, probe: BlockProbe, name: str, layer: int) -> None:
         """Measure one block again; a collective call."""
         self._losses[name][layer] = probe.losses([absence_of(name, layer)])[0]

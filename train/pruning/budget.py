@@ -60,7 +60,7 @@ def make_budget(
         measure = time.measure
         return Budget(LatencyTarget.parse(settings.target_latency).of(measure.of(source)), measure)
     if settings.target_bytes is not None:
-        return Budget(settings.target_bytes, bytes_of_file(settings.quantize, vocabulary_bytes))
+        return Budget(settings.target_bytes, bytes_of_file(settings.quantize, vocabulary_bytes, source.vocab_size))
     if settings.target_params is not None:
         return Budget(settings.target_params, PARAMETERS)
     if settings.target_ratio is not None:

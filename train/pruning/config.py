@@ -18,8 +18,9 @@ class PruneConfig:
     """pruning"""
 
     prune: tuple[str, ...] = flags.comma_separated("attention", "ffn")
-    """Pruning space, comma-separated: attention (heads and key/value groups), ffn, stem (hidden channels), blocks (the
-    whole attention or FFN of a layer, or both), layers (both only); 'none'."""
+    """Pruning space, comma-separated: attention (heads and key/value groups), ffn, stem (hidden channels), vocabulary
+    (tokens: the tokenizer shrinks, too), blocks (the whole attention or FFN of a layer, or both), layers (both only);
+    'none'."""
     target_ratio: float | None = None
     """Share of the source's parameters to keep."""
     target_params: int | None = flags.count(None)
@@ -49,7 +50,8 @@ class PruneConfig:
     saliency_decay: float = 0.9
     """Weight of the past in the saliency's exponential average, per optimizer step."""
     width_multiple: int = 32
-    """FFN and hidden widths stay multiples of this many channels (quantised formats need 32)."""
+    """FFN and hidden widths stay multiples of this many channels (quantised formats need 32), the vocabulary of as many
+    rows."""
     prune_start: float = 0.05
     """Share of the tokens seen before the first removal."""
     prune_end: float = 0.5
@@ -71,11 +73,17 @@ class PruneConfig:
 
     score_scale: Literal["auto", "blocks", "saliency"] = "auto"
     """blocks: a group's saliency counts as its share of what its block is worth, which is measured; saliency: as it is;
-    auto: blocks where whole blocks may go or groups compete for milliseconds."""
+    auto: blocks where whole blocks or vocabulary rows may go or groups compete for milliseconds."""
     block_tokens: int = flags.count(4096)
     """Tokens of the corpora on which the loss without a block is measured."""
     block_renewals: int = 8
     """Times that all blocks are measured anew while the budget falls; one that is about to go always is."""
+
+    vocabulary_tokens: int = flags.count(2_000_000)
+    """Tokens of the corpora that are counted to tell how often each token is written (with --prune vocabulary)."""
+    vocabulary_prior: float = 0.5
+    """Weight of what the tokenizer tells of the text that it was trained on, against those counts: text to come is of
+    other kinds, too."""
 
     recover: Literal["none", "least-squares"] = "none"
     """least-squares: after every removal, o_proj and down_proj are fitted again, layer by layer, so that the residual
@@ -128,8 +136,15 @@ class PruneConfig:
         _ = self.asked_workload
 
     def _check_blocks(self) -> None:
-        for name in ("block_tokens", "block_renewals"):
+        for name in ("block_tokens", "block_renewals", "vocabulary_tokens"):
             flags.require(self, name, getattr(self, name) >= 1, "must be positive")
+        is_share = 0 < self.vocabulary_prior <= 1
+        flags.require(self, "vocabulary_prior", is_share, "must be above 0 and at most 1")
+        if self.prunes_vocabulary:
+            rule = "vocabulary rows need scores in one unit"
+            flags.require(self, "score_scale", self.score_scale != "saliency", rule)
+            rule = "vocabulary rows have no place in --target-architecture; give another target"
+            flags.require(self, "prune", self.target_architecture is None, rule, value=",".join(self.prune))
         if self.blocks:
             shown = ",".join(self.prune)
             rule = "needs layers that may differ: use --layout per-layer"
@@ -143,7 +158,14 @@ class PruneConfig:
         """Whether groups share out what their block is worth."""
         if self.score_scale != "auto":
             return self.score_scale == "blocks"
+        if self.prunes_vocabulary:  # unless rows are all that may go
+            return self.prune != ("vocabulary",)
         return bool(self.blocks) or (self.target_latency is not None and self.rank_by == "target")
+
+    @property
+    def prunes_vocabulary(self) -> bool:
+        """Whether tokens may go."""
+        return "vocabulary" in self.prune
 
     @property
     def asked_workload(self) -> Workload | None:

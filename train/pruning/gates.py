@@ -8,6 +8,8 @@ on a head (its D channels together) or on an FFN channel changes the loss by abo
 (Fisher pruning: Theis et al. 2018, arXiv 1801.05787, eq. 7, with every token a sample of its own). `fisher` forms the
 same square over a whole microbatch, of which a step has few; the tokens of a step are hundreds of samples, so its
 ranking is far less noise: a one-shot removal fitted again ends at 0.41 nats instead of 0.49 (docs/log.md).
+
+A stem channel has a gate after every norm that reads it, and its score is the square of the sum of their roots.
 """
 
 from __future__ import annotations
@@ -18,13 +20,15 @@ from torch import Tensor
 
 from ..model.architecture import Architecture
 from .criteria import TOKEN_FISHER
-from .readers import ReaderScores, is_ffn
+from .readers import ReaderScores, is_attention
 from .running_scores import MeanOverRanks, alone
 
 
 class GateScores(ReaderScores):
     """Scores by the Fisher information of gates. It keeps the inputs of o_proj and down_proj until their backward pass
     (under activation checkpointing too, which would drop them)."""
+
+    sees_stem = True
 
     def __init__(
         self,
@@ -43,7 +47,7 @@ class GateScores(ReaderScores):
     def _gradient_observer(self, name: str, inputs: Tensor) -> Callable[[Tensor], None]:
         def observe(gradient: Tensor) -> None:
             changes = gradient.float() * inputs.float()  # of the loss, by closing a channel at a token [..., C]
-            changes = changes if is_ffn(name) else self.per_head(changes)
+            changes = self.per_head(changes) if is_attention(name) else changes
             squares = changes.flatten(0, -2).square().sum(0)
             self._squares[name] = self._squares[name] + squares if name in self._squares else squares
 

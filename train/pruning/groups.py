@@ -23,7 +23,7 @@ class GroupKind:
     axis: str
     """Axis of model/tensors.py whose positions its survivors are."""
     scored_axes: tuple[str, ...]
-    """Axes whose sums of elementwise saliency make its score."""
+    """Axes whose sums of elementwise saliency make its score; none where it is measured (see rows.py)."""
     count: Callable[[Architecture, int], int]
     """(shape, layer) -> groups there are."""
     shrink: Callable[[Architecture, int, int], Architecture]
@@ -53,6 +53,10 @@ def _ffn_channels(shape: Architecture, layer: int) -> int:
 
 def _stem_channels(shape: Architecture, layer: int) -> int:
     return shape.hidden_size
+
+
+def _rows(shape: Architecture, layer: int) -> int:
+    return shape.vocab_size
 
 
 def _without_key_value_groups(shape: Architecture, layer: int, count: int) -> Architecture:
@@ -116,6 +120,20 @@ KINDS: dict[str, GroupKind] = {
         least=lambda shape, layer, floor: floor.hidden_size,
         title="stem channels",
         color="#4f9d69",
+        is_whole_model=True,
+    ),
+    # one token: a row of the embedding and of the LM head. GGUF and MatMulNBits quantise along rows, so any number may
+    # stay; a multiple keeps the head on the kernels that take several rows at once
+    "vocabulary": GroupKind(
+        flag="vocabulary",
+        axis="vocab",
+        scored_axes=(),
+        count=_rows,
+        shrink=lambda shape, layer, n: replace(shape, vocab_size=shape.vocab_size - n),
+        step=lambda shape, layer, multiple: multiple,
+        least=lambda shape, layer, floor: floor.vocab_size,
+        title="vocabulary rows",
+        color="#8a6fb0",
         is_whole_model=True,
     ),
 }

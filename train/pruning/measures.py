@@ -7,7 +7,7 @@ torch.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from ...runtime.base.quantities import format_bytes, format_count
@@ -15,13 +15,17 @@ from ...runtime.latency.profile import DeviceProfile
 from ...runtime.latency.shape import DecoderShape
 from ...runtime.latency.shape import LayerShape as DecoderLayer
 from ...runtime.latency.workload import Workload
-from ..model.architecture import Architecture
+from ..model.architecture import Architecture, LayerShape
 from ..model.file_size import gguf_bytes
 from ..model.packing import packed
 
 RUN_UNITS = 8
 """Steps of a kind in one layer that are priced together at most, where the measure has steps of its own: of 32 FFN
 channels each, up to the 256 that K-quants and the widest kernels work in."""
+
+
+NO_LAYERS = (LayerShape(0, 0, 0),)
+"""Of a model without any: it has at least one."""
 
 
 @dataclass(frozen=True)
@@ -54,12 +58,24 @@ PARAMETERS = Measure("parameters", _count)
 """Stored parameters, tied heads counted once."""
 
 
-def bytes_of_file(quantize: str, vocabulary_bytes: int) -> Measure:
+def bytes_of_file(quantize: str, vocabulary_bytes: int, num_rows: int | None = None) -> Measure:
     """Bytes of the GGUF in type `quantize`; rows are padded to blocks, so single channels may save nothing.
 
-    `vocabulary_bytes`: bytes of the tokenizer in an exported file.
+    `vocabulary_bytes`: bytes of the tokenizer in an exported file, of `num_rows` tokens where some may go: each then
+    counts alike (those that go are longer than the mean: the file is a little smaller than said).
     """
-    return Measure("bytes", lambda architecture: gguf_bytes(architecture, quantize, vocabulary_bytes), RUN_UNITS)
+
+    @lru_cache(maxsize=65_536)  # a ranking asks for the same layers again and again
+    def of_layer(alone: Architecture) -> int:
+        return gguf_bytes(alone, quantize, 0) - gguf_bytes(replace(alone, layers=NO_LAYERS), quantize, 0)
+
+    def size(architecture: Architecture) -> int:
+        share = 1.0 if num_rows is None else architecture.vocab_size / num_rows
+        rest = gguf_bytes(replace(architecture, layers=NO_LAYERS), quantize, round(share * vocabulary_bytes))
+        narrow = replace(architecture, vocab_size=1)
+        return rest + sum(of_layer(replace(narrow, layers=(layer,))) for layer in architecture.layers)
+
+    return Measure("bytes", size, RUN_UNITS)
 
 
 def decoder_shape(architecture: Architecture) -> DecoderShape:

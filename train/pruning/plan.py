@@ -7,8 +7,12 @@ from pathlib import Path
 
 from ...runtime.base.errors import UsageError
 from ..model.architecture import Architecture
+from ..model.gguf_route import irregular_gguf
+from ..vocabulary.frequency import with_parts
+from ..vocabulary.pieces import Pieces
 from .budget import Budget, check_budget, device_time, make_budget, read_architecture
 from .config import PruneConfig
+from .groups import KINDS
 from .measures import PARAMETERS, DeviceTime
 from .running_scores import MeanOverRanks, RunningScores
 from .selection import SelectionRules, check_floor
@@ -25,19 +29,23 @@ class PruningPlan:
     budget: Budget
     time: DeviceTime | None = None
     """What --target-latency times."""
+    pieces: Pieces | None = None
+    """The source's tokens, where some may go."""
 
     def tracker(self, architecture: Architecture, seed: int, mean_over_ranks: MeanOverRanks) -> RunningScores:
         """Saliency of the groups of a model of this shape, none seen yet; see trackers.tracker_named."""
         settings = self.settings
-        return tracker_named(
-            settings.saliency, self.rules.kinds, architecture, settings.saliency_decay, seed, mean_over_ranks
-        )
+        kinds = tuple(name for name in self.rules.kinds if KINDS[name].scored_axes)
+        return tracker_named(settings.saliency, kinds, architecture, settings.saliency_decay, seed, mean_over_ranks)
 
 
-def make_pruning_plan(settings: PruneConfig, source: Architecture, vocabulary_bytes: int) -> PruningPlan | None:
+def make_pruning_plan(
+    settings: PruneConfig, source: Architecture, vocabulary_bytes: int, pieces: Pieces | None = None
+) -> PruningPlan | None:
     """The plan for a source of this shape; None where nothing is to be pruned.
 
-    `vocabulary_bytes`: bytes of the tokenizer in an exported file. UsageError where the target is out of reach.
+    `vocabulary_bytes`: bytes of the tokenizer in an exported file; `pieces`: its tokens, where some may go. UsageError
+    where the target is out of reach.
     """
     path = settings.target_architecture
     floor = read_architecture(Path(path)) if path is not None else None
@@ -45,14 +53,31 @@ def make_pruning_plan(settings: PruneConfig, source: Architecture, vocabulary_by
     budget = make_budget(settings, source, floor, vocabulary_bytes, time)
     if budget is None:
         return None
+    _check_family(settings, source)
     uniform = settings.layout == "uniform"
     # an explicit shape is reached channel by channel, whatever its widths are multiples of
     multiple = settings.width_multiple if floor is None else 1
     price = PARAMETERS if settings.rank_by == "parameters" else None
-    rules = SelectionRules(settings.kinds, multiple, uniform, floor, settings.blocks, budget.measure, price)
+    fixed_rows = len(with_parts(pieces, pieces.fixed)) if pieces is not None else 0
+    rules = SelectionRules(settings.kinds, multiple, uniform, floor, settings.blocks, budget.measure, price, fixed_rows)
     if floor is not None:
         check_floor(source, floor)
     if uniform and not source.is_uniform:
         raise UsageError("--layout uniform needs a source whose layers are equal")
     check_budget(budget, source, rules)
-    return PruningPlan(settings, source, rules, budget, time)
+    return PruningPlan(settings, source, rules, budget, time, pieces)
+
+
+def _check_family(settings: PruneConfig, source: Architecture) -> None:
+    """UsageError for what the parts of the source's family rule out."""
+    parts = source.parts
+    if settings.recover != "none" and (parts.is_parallel or "after_attention" in parts.norms):
+        raise UsageError(
+            f"--recover {settings.recover} fits matrices that add to the residual stream one after the other; those of "
+            f"{source.family} do not: leave it out"
+        )
+    if settings.target_bytes is not None and settings.layout == "per-layer" and not irregular_gguf(source):
+        raise UsageError(
+            "--target-bytes counts a GGUF's, and llama.cpp has no architecture for irregular layers of "
+            f"{source.family}: they are zero-padded; add --layout uniform, or use --target-params"
+        )

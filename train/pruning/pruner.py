@@ -7,6 +7,7 @@ out of the tensors. The *logical* shape is what remains after the first, the *ph
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,10 +23,11 @@ from .groups import KINDS
 from .plan import PruningPlan
 from .probe import BlockProbe
 from .recovery import LeastSquares
+from .rows import RowProbe, choose_rows
 from .running_scores import Scores
-from .selection import Kept, Ranking, Removal, Unit, all_groups, compose, select_removal
+from .selection import Kept, Ranking, Removal, SelectionRules, Unit, all_groups, compose, select_removal
 from .sharded import rebuild_sharded
-from .surgery import remove_groups, zero_gradients, zero_groups
+from .surgery import kept_channels, remove_groups, set_survivors, zero_gradients, zero_groups
 from .weight_update import InputGrams
 
 
@@ -35,7 +37,9 @@ class Pruner:
     def __init__(self, plan: PruningPlan, model: Any, parallel: Parallel, seed: int) -> None:
         """`model` has the source's shape, or the one that a checkpoint left (then `load_state` follows)."""
         self.plan = plan
-        self.settings, self.rules, self.budget = plan.settings, plan.rules, plan.budget
+        self.settings, self.budget = plan.settings, plan.budget
+        self.wants_rows = "vocabulary" in plan.rules.kinds
+        """Whether vocabulary rows are still to be chosen: once, before anything else goes."""
         self.model = model
         self.parallel = parallel
         self.physical = architecture_of(model.config)
@@ -51,6 +55,14 @@ class Pruner:
         self.grams = self._make_grams() if plan.settings.weight_update == "obs" else None
         self.blocks = self._make_blocks() if plan.settings.measures_blocks else None
         self.is_done = plan.budget.is_met(self.architecture)
+
+    @property
+    def rules(self) -> SelectionRules:
+        """What may be removed now."""
+        rules = self.plan.rules
+        if self.wants_rows:
+            return rules
+        return replace(rules, kinds=tuple(name for name in rules.kinds if name != "vocabulary"))
 
     def _make_grams(self) -> InputGrams:
         settings = self.settings
@@ -103,6 +115,28 @@ class Pruner:
     def is_above(self, target: float) -> bool:
         """Whether something is to go for the budget's measure to be at most `target`, and there are scores to go by."""
         return self.tracker.num_observations > 0 and self.budget.measure.of(self.architecture) > target
+
+    def remove_rows(self, rows: RowProbe, probe: BlockProbe | None) -> Removal | None:
+        """Let go of the vocabulary rows that the ranking as it is now takes on the way to the whole budget; None where
+        it takes none. To be compacted before the model reads on. A collective call.
+        """
+        scores, shape = self._scores_to_rank_by(probe), self.architecture
+
+        def ahead(of_rows: Tensor) -> Removal:
+            return select_removal(shape, scores | {"vocabulary": [of_rows]}, self.rules, self.budget.target)
+
+        found = ahead(choose_rows(rows, lambda of_rows: ahead(of_rows).kept["vocabulary"][0].tolist()))
+        self.wants_rows = False
+        units = tuple(unit for unit in found.units if unit.kind == "vocabulary")
+        if not units:
+            return None
+        kept = all_groups(shape) | {"vocabulary": found.kept["vocabulary"]}
+        removal = Removal(shape, replace(shape, vocab_size=len(kept["vocabulary"][0])), kept, units)
+        self.survivors, self.pending = compose(self.survivors, kept), removal
+        self.is_done = self.budget.is_met(removal.after)
+        if self.blocks is not None:
+            self.blocks.keep_at(self.budget.measure.of(removal.after))
+        return removal
 
     def remove(
         self, target: float, optimizer: torch.optim.Optimizer, probe: BlockProbe | None = None
@@ -198,12 +232,17 @@ class Pruner:
         self._drop_grams_when_done()
         return loss, callee
 
-    def recover(self, whole: Any, removal: Removal, windows: np.ndarray, dtype: torch.dtype) -> None:
-        """Fit the model to what it was before `removal` (--recover) on windows [n, S + 1], the same on every rank."""
+    def recover(
+        self, whole: Any, removal: Removal, windows: np.ndarray, dtype: torch.dtype, rows: Tensor | None = None
+    ) -> None:
+        """Fit the model to what it was before `removal` (--recover) on windows [n, S + 1], the same on every rank.
+
+        `rows`: those of `whole` that the model has, where some went before `removal`.
+        """
         tokens = torch.from_numpy(self.parallel.my_rows(windows)).to(self.parallel.device)
         tokens = torch.where(tokens < 0, ~tokens, tokens)[:, :-1]
         stem = removal.kept["stem"][0]
-        LeastSquares(self.model, whole, stem, self.settings.recover_damping, dtype).fit(tokens, self.parallel)
+        LeastSquares(self.model, whole, stem, self.settings.recover_damping, dtype, rows).fit(tokens, self.parallel)
 
     def _drop_grams_when_done(self) -> None:
         """Once nothing more goes, nothing needs to be absorbed."""
@@ -214,8 +253,9 @@ class Pruner:
     def state_json(self) -> dict[str, Any]:
         """What `load_state` takes as `values`: positions of groups, as JSON."""
         return {
-            "survivors": kept_to_json(self.survivors),
-            "pending": kept_to_json(self.pending.kept) if self.pending is not None else None,
+            "survivors": kept_to_json(self.survivors, self.plan.source),
+            "pending": kept_to_json(self.pending.kept, self.physical) if self.pending is not None else None,
+            "wants_rows": self.wants_rows,
             "logical": self.architecture.to_dict(),
             "events_since_compaction": self.events_since_compaction,
         }
@@ -230,11 +270,14 @@ class Pruner:
 
     def load_state(self, values: dict[str, Any], tensors: dict[str, Any], model: Any) -> None:
         """Continue from a checkpoint whose (physical) model is loaded already."""
-        self.survivors = kept_from_json(values["survivors"])
+        self.survivors = kept_from_json(values["survivors"], self.plan.source)
+        self.wants_rows = values["wants_rows"]
         self.events_since_compaction = values["events_since_compaction"]
         logical = Architecture.from_dict(values["logical"])
         if values["pending"] is not None:
-            self.pending = Removal(self.physical, logical, kept_from_json(values["pending"]), ())
+            kept = kept_from_json(values["pending"], self.physical)
+            self.pending = Removal(self.physical, logical, kept, ())
+            set_survivors(model, kept_channels(self.pending.kept, self.physical, None, "hidden"))
         self.is_done = self.budget.is_met(logical)
         self.tracker.load_state_dict(tensors["tracker"])
         self.tracker.attach(model)
@@ -253,9 +296,17 @@ def _those_kept(vectors: list[Tensor], kept: list[Tensor] | None) -> list[Tensor
     return [vector[survivors.to(vector.device)] for vector, survivors in zip(vectors, kept, strict=True)]
 
 
-def kept_to_json(kept: Kept) -> dict[str, list[list[int]]]:
-    return {kind: [layer.tolist() for layer in layers] for kind, layers in kept.items()}
+def kept_to_json(kept: Kept, before: Architecture) -> dict[str, list[list[int]]]:
+    """Positions in a model of shape `before`; a vocabulary that is all there is left out."""
+    is_whole = len(kept["vocabulary"][0]) == before.vocab_size
+    return {
+        kind: [layer.tolist() for layer in layers]
+        for kind, layers in kept.items()
+        if kind != "vocabulary" or not is_whole
+    }
 
 
-def kept_from_json(values: dict[str, list[list[int]]]) -> Kept:
-    return {kind: [torch.tensor(layer, dtype=torch.int64) for layer in layers] for kind, layers in values.items()}
+def kept_from_json(values: dict[str, list[list[int]]], before: Architecture) -> Kept:
+    """The inverse of `kept_to_json`."""
+    kept = {kind: [torch.tensor(layer, dtype=torch.int64) for layer in layers] for kind, layers in values.items()}
+    return {"vocabulary": all_groups(before)["vocabulary"]} | kept

@@ -10,19 +10,24 @@ from torch import Tensor, nn
 
 from ...runtime.base.errors import UsageError
 from ..model.architecture import Architecture
+from ..model.tensors import is_stem_norm
+from .groups import counts
 from .running_scores import MeanOverRanks, RunningScores
 
 READERS = ("self_attn.o_proj", "mlp.down_proj")
 """Matrices whose input channels are heads' and the FFN's."""
 
 
-def is_ffn(name: str) -> bool:
-    """Whether a matrix of READERS is an FFN's."""
-    return name.endswith(READERS[1])
+def is_attention(name: str) -> bool:
+    """Whether a matrix of READERS is an attention's."""
+    return name.endswith(READERS[0])
 
 
 class ReaderScores(RunningScores):
     """Sees the inputs of every matrix of READERS in training, and has one score per FFN channel and query head."""
+
+    sees_stem = False
+    """Whether what the norms over the stem give is seen, too."""
 
     def __init__(
         self,
@@ -32,10 +37,15 @@ class ReaderScores(RunningScores):
         decay: float,
         mean_over_ranks: MeanOverRanks,
     ) -> None:
-        """UsageError where the stem is to be pruned: these matrices do not read it."""
+        """UsageError where the stem is to be pruned and nothing here looks at it."""
         super().__init__(kinds, architecture, decay)
-        if "stem" in self.kinds:
+        if "stem" in self.kinds and not self.sees_stem:
             raise UsageError(f"--saliency {name} ranks attention and ffn only; leave stem out of --prune")
+        if "stem" in self.kinds and not {"before_attention", "before_ffn"} >= architecture.parts.norms.keys():
+            raise UsageError(
+                f"--saliency {name} sees the stem where norms read it, and {architecture.family} has norms behind its "
+                "blocks; leave stem out of --prune, or use --saliency taylor1"
+            )
         self.mean_over_ranks = mean_over_ranks
         self.weights: dict[str, Any] = {}
         """Weight [H, C] of every matrix that is watched."""
@@ -54,11 +64,20 @@ class ReaderScores(RunningScores):
         modules = {name: module for name, module in model.named_modules() if name.endswith(READERS)}
         self._handles = [module.register_forward_pre_hook(self._observer(name)) for name, module in modules.items()]
         self.weights = {name: module.weight for name, module in modules.items()}
+        if "stem" in self.kinds:
+            self._handles += [
+                module.register_forward_hook(self._output_observer(name))
+                for name, module in model.named_modules()
+                if self._is_stem_norm(name) and not isinstance(module, nn.Identity)
+            ]
 
     def detach(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+
+    def _is_stem_norm(self, module: str) -> bool:
+        return is_stem_norm(f"{module}.weight", self.architecture)
 
     def _observer(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def observe(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
@@ -67,19 +86,32 @@ class ReaderScores(RunningScores):
 
         return observe
 
+    def _output_observer(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def observe(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+            if module.training:
+                self.look(name, output)
+
+        return observe
+
     @torch.no_grad()
     def finish_step(self) -> None:
         found = self.sums()
         self.mean_over_ranks(found.values())
-        layers = range(len(self.architecture.layers))
-        self._average({kind: [self._scores(kind, layer, found) for layer in layers] for kind in self.kinds})
+        layers = {kind: range(len(counts(kind, self.architecture))) for kind in self.kinds}
+        self._average({kind: [self._scores(kind, layer, found) for layer in layers[kind]] for kind in self.kinds})
 
     def per_head(self, channels: Tensor) -> Tensor:
         """Channels [..., heads * D] summed over each head's: [..., heads]."""
         return channels.unflatten(-1, (-1, self.architecture.head_dim)).sum(-1)
 
     def _scores(self, kind: str, layer: int, found: dict[str, Tensor]) -> Tensor:
-        """One score per group of a kind in a layer, [0] where it has none; a key/value group's is that of its heads."""
+        """One score per group of a kind in a layer, [0] where it has none; a key/value group's is that of its heads.
+
+        A stem channel's gates are one before each reader of the stream. They close together: amplitudes add up.
+        """
+        if kind == "stem":
+            parts = [scores.sqrt() for name, scores in found.items() if self._is_stem_norm(name)]
+            return torch.stack(parts).sum(0).square()
         scores = found.get(f"model.layers.{layer}.{READERS[kind == 'ffn']}")
         if scores is None:
             return torch.zeros(0)

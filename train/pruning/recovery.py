@@ -31,15 +31,19 @@ ROWS_PER_INPUT = 16
 class LeastSquares:
     """The refit of a pruned model to what it was."""
 
-    def __init__(self, model: Any, whole: Any, stem: Tensor, damping: float, dtype: torch.dtype) -> None:
-        """`stem`: surviving hidden channels as positions in `whole`; products in `dtype`, solutions in fp64."""
+    def __init__(
+        self, model: Any, whole: Any, stem: Tensor, damping: float, dtype: torch.dtype, rows: Tensor | None = None
+    ) -> None:
+        """`stem`: surviving hidden channels as positions in `whole`; `rows`: the same of the vocabulary, where some
+        went; products in `dtype`, solutions in fp64."""
         self.model, self.whole, self.damping, self.dtype = model.model, whole.model, damping, dtype
-        self.stem = stem
+        self.stem, self.rows = stem, rows
 
     @torch.no_grad()
     def fit(self, windows: Tensor, parallel: Parallel) -> None:
         """Fit every layer on windows [n, S] of token ids, this rank's share of them."""
-        ours, theirs = self.model.embed_tokens(windows).float(), self.whole.embed_tokens(windows).float()
+        same_text = windows if self.rows is None else self.rows.to(windows.device)[windows]
+        ours, theirs = self.model.embed_tokens(windows).float(), self.whole.embed_tokens(same_text).float()
         for layer, original in zip(self.model.layers, self.whole.layers, strict=True):
             for part in (_Attention, _FeedForward):
                 theirs += self._run(part(original, self.whole), theirs)[1]

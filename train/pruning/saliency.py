@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..compute.gather import full
 from ..model.architecture import Architecture
-from ..model.tensors import axes_of
+from ..model.tensors import axes_of, is_of_attention, split_name
 from .criteria import Criterion, Terms
 from .groups import KINDS, counts
 from .running_scores import MeanOverRanks, RunningScores, Scores, alone
@@ -22,11 +22,11 @@ Sums = dict[tuple[int | str | None, str], list[Tensor]]
 """{(layer, axis): [sum of term 1 along that axis, ...]}; the hidden axis has one entry per piece of the stem."""
 
 
-def _stem_piece(layer: int | None, name: str) -> str:
+def _stem_piece(layer: int | None, name: str, architecture: Architecture) -> str:
     """The part of a stem channel that a tensor belongs to: a layer's attention or FFN, or the final norm."""
     if layer is None:
         return "final norm"
-    return f"{layer} attention" if ".self_attn." in name or ".input_layernorm." in name else f"{layer} ffn"
+    return f"{layer} attention" if is_of_attention(split_name(name)[1], architecture.parts) else f"{layer} ffn"
 
 
 def _add(sums: Sums, key: tuple[int | str | None, str], terms: list[Tensor]) -> None:
@@ -70,7 +70,7 @@ class SaliencyTracker(RunningScores):
         """Add the gradients at hand: once per step, or once per microbatch where the criterion asks for samples."""
         sums: Sums = {}
         for name, parameter in named_parameters:
-            layer, axes = axes_of(name)
+            layer, axes = axes_of(name, self.architecture)
             wanted = [dim for dim, axis in enumerate(axes) if axis in self.axes]
             gradient = parameter.grad
             if not wanted or (gradient is None and self.criterion.uses_gradient):
@@ -81,7 +81,7 @@ class SaliencyTracker(RunningScores):
                 if axes == ("vocab", "hidden"):
                     _add_blocks(sums, name, terms, 3 * self.architecture.hidden_size)
                     continue
-                owner = layer if axes[dim] != "hidden" else _stem_piece(layer, name)
+                owner = layer if axes[dim] != "hidden" else _stem_piece(layer, name, self.architecture)
                 _add(sums, (owner, axes[dim]), [full(term.sum(1 - dim) if term.dim() == 2 else term) for term in terms])
         self._samples.append(sums)
 

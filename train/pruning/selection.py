@@ -1,7 +1,8 @@
 """Which groups go next: one global ranking over layers and group types, by expected loss per unit of the measure.
 
-A *step* is the least that goes at once: `width_multiple` FFN or stem channels, one key/value group, or one query head
-of every key/value group of a layer; with the uniform layout, the least salient of these in every layer at once. A
+A *step* is the least that goes at once: `width_multiple` FFN or stem channels or vocabulary rows, one key/value group,
+or one query head of every key/value group of a layer; with the uniform layout, the least salient of these in every
+layer at once. A
 *unit* is what one removal takes away: a step, a whole block of a layer, or, where the measure has steps of its own (a
 kernel that works in 256 channels), the run of steps that is the best bargain. Its score is the loss expected from its
 removal divided by what that frees of the measure: parameters, bytes or milliseconds.
@@ -13,6 +14,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -64,6 +66,8 @@ class SelectionRules:
     """What a target is in."""
     price: Measure | None = None
     """What groups compete for, where it is something else."""
+    fixed_rows: int = 0
+    """Vocabulary rows that must stay."""
 
     @property
     def competed_for(self) -> Measure:
@@ -100,7 +104,8 @@ def smallest_architecture(architecture: Architecture, rules: SelectionRules) -> 
     for name in rules.kinds:
         kind = KINDS[name]
         for layer, count in enumerate(counts(name, architecture)):
-            least = kind.step(architecture, layer, rules.width_multiple)
+            step = kind.step(architecture, layer, rules.width_multiple)
+            least = step if name != "vocabulary" else -(-max(step, rules.fixed_rows) // step) * step
             architecture = kind.shrink(architecture, layer, max(0, count - least))
     for name in rules.blocks:
         for layer in range(len(architecture.layers)):
@@ -155,9 +160,15 @@ class Ranking:
         self.floor = smallest_architecture(architecture, replace(rules, blocks=()))
         """What steps may leave; blocks go as a whole."""
         self._scores = {kind: [vector.double().cpu() for vector in vectors] for kind, vectors in scores.items()}
+        # equal ones stay in order, so that every rank and every resumed run agrees
+        self._order = {
+            kind: [vector.argsort(stable=True) for vector in vectors] for kind, vectors in self._scores.items()
+        }
         self.kept = all_groups(architecture)
         """Surviving groups of every kind (also those outside the rules), as positions in the shape given."""
         self._cache: dict[tuple[str, int | None], Unit | None] = {}
+        self._size: float | None = None
+        """Of the shape at hand, in what groups compete for; None until it is asked for."""
 
     def peek(self, kind: str | None = None) -> Unit | None:
         """The unit that would go next, of any kind or of one."""
@@ -194,7 +205,9 @@ class Ranking:
     def _unit(self, name: str, parts: tuple[Part, ...], loss: float, smaller: Architecture) -> Unit | None:
         """What leaves `smaller`; None where that frees nothing: it would only cost."""
         price = self.rules.competed_for
-        freed = price.of(self.architecture) - price.of(smaller)
+        if self._size is None:
+            self._size = price.of(self.architecture)
+        freed = self._size - price.of(smaller)
         return Unit(name, parts, freed, loss / freed) if freed > 0 else None
 
     def _best_run(self, name: str, layer: int | None) -> Unit | None:
@@ -207,7 +220,8 @@ class Ranking:
             unit = self._unit(name, *run)
             if unit is not None and (best is None or unit.score < best.score):
                 best = unit
-            if length >= self.rules.competed_for.longest_run and best is not None:
+            longest = 1 if name == "vocabulary" else self.rules.competed_for.longest_run  # every row costs the same
+            if length >= longest and best is not None:
                 break
         return best
 
@@ -219,18 +233,17 @@ class Ranking:
         smaller, total, parts = self.architecture, 0.0, []
         for index in layers:
             row = index or 0
-            places = self._lowest(name, row, length)
-            if places is None:
+            positions = self._lowest(name, row, length)
+            if positions is None:
                 return None
-            positions = self.kept[name][row][places]
             total += float(self._scores[name][row][positions].sum())
             parts.append((index, tuple(positions.tolist())))
             smaller = kind.shrink(smaller, row, len(positions))
         return tuple(parts), total, smaller
 
     def _lowest(self, name: str, layer: int, length: int) -> Tensor | None:
-        """Places among the surviving groups of a layer that the next `length` steps take; None where the last of them
-        takes nothing, at the floor."""
+        """Surviving groups of a layer that the next `length` steps take; None where the last of them takes nothing, at
+        the floor."""
         kind, shape = KINDS[name], self.architecture
         count = kind.count(shape, layer)
         if not count:
@@ -241,26 +254,34 @@ class Ranking:
         size = min(first + (length - 1) * step, count - kind.least(shape, layer, self.floor))
         if size <= before:
             return None
-        values = self._scores[name][layer][self.kept[name][layer]]
+        kept = self.kept[name][layer]
         if name == "query_head":  # as many of every key/value group, [G * R] -> [G, n], so that groups stay equal
-            per_group = values.view(step, -1)
+            per_group = self._scores[name][layer][kept].view(step, -1)
             lowest = per_group.argsort(dim=1, stable=True)[:, : size // step]
-            return (lowest + torch.arange(step)[:, None] * per_group.shape[1]).flatten().sort().values
-        return values.argsort(stable=True)[:size].sort().values
+            return kept[(lowest + torch.arange(step)[:, None] * per_group.shape[1]).flatten().sort().values]
+        gone = len(self._order[name][layer]) - len(kept)  # always the lowest
+        return self._order[name][layer][gone : gone + size].sort().values
 
     def take(self, unit: Unit) -> None:
         """Remove a unit that `peek` gave."""
+        self._size = None
         if unit.kind in BLOCKS:
             self._take_block(unit.kind, unit.layer)
         else:
             self._take_groups(unit)
+        if unit.kind == "vocabulary":  # which no other price depends on but those of the whole model
+            self._cache = {key: found for key, found in self._cache.items() if key[1] is not None}
+            return
         if unit.parts[0][0] is None or self.rules.uniform:
             self._cache.clear()
             return
         if unit.kind in BLOCKS:  # the last of its kind must stay, wherever that is
             self._cache = {key: found for key, found in self._cache.items() if key[0] not in BLOCKS}
-        # the parts of a layer share its price, and every layer has a part in that of a stem channel
-        self._cache = {key: found for key, found in self._cache.items() if key[1] not in (unit.layer, None)}
+        # the parts of a layer share its price, and every layer has a part in that of a stem channel, none in a row's
+        stale = (unit.layer, None)
+        self._cache = {
+            key: found for key, found in self._cache.items() if key[1] not in stale or key[0] == "vocabulary"
+        }
 
     def _take_block(self, name: str, layer: int) -> None:
         for taken in BLOCKS[name].takes:
@@ -284,7 +305,8 @@ class Ranking:
 
 
 def _without_values(values: Tensor, removed: Tensor) -> Tensor:
-    return values[~torch.isin(values, removed)]
+    """Of sorted values, some of which are removed; by numpy, as threads cost more than they bring here."""
+    return torch.from_numpy(np.delete(values.numpy(), np.searchsorted(values.numpy(), removed.numpy())))
 
 
 def select_removal(

@@ -12,10 +12,10 @@ from torch.distributed.tensor import distribute_tensor
 from ..compute.distributed import Parallel
 from ..compute.gather import full, scatter
 from ..compute.loss import TrainingLoss
-from ..model.irregular import build
-from ..model.tensors import STEM_NORMS
+from ..model.irregular import build, share_buffers
+from ..model.rescaling import rescaled, width_factor
 from .selection import Removal
-from .surgery import norm_scale, slice_state, slice_tensor, update_config
+from .surgery import slice_state, slice_tensor, update_config
 
 
 @torch.no_grad()
@@ -26,7 +26,7 @@ def rebuild_sharded(
 
     Returns the new loss and what to call; the optimizer's parameters and state are replaced in place.
     """
-    model, scale = loss.model, norm_scale(removal)
+    model = loss.model
     config = copy.deepcopy(model.config)
     update_config(config, removal)
     with torch.device("meta"):
@@ -35,7 +35,7 @@ def rebuild_sharded(
     wrapped = parallel.wrap(new_loss)
     smaller.to_empty(device=parallel.storage_device)
     smaller.tie_weights()
-    smaller.model.rotary_emb = model.model.rotary_emb  # its buffers are not stored
+    share_buffers(smaller, model)
     smaller.generation_config = model.generation_config
     renamed: dict[Tensor, Any] = {}
     new_parameters = dict(smaller.named_parameters())
@@ -44,13 +44,13 @@ def rebuild_sharded(
         if new is None:  # of a block that is gone
             optimizer.state.pop(old, None)
             continue
-        is_rescaled = scale != 1.0 and name.endswith(STEM_NORMS)
+        factor = width_factor(name, removal.before, removal.after)
         value = slice_tensor(name, full(old.detach()), removal)
-        scatter(new, value * scale if is_rescaled else value)
+        scatter(new, value if factor == 1.0 else rescaled(name, value, factor, removal.before))
         renamed[old] = new
         if old in optimizer.state:
             gathered = {key: full(item) for key, item in optimizer.state.pop(old).items()}
-            sliced = slice_state(name, gathered, removal, is_rescaled, scale)
+            sliced = slice_state(name, gathered, removal, factor)
             optimizer.state[new] = {
                 key: distribute_tensor(item, new.device_mesh, new.placements) if item.dim() else item
                 for key, item in sliced.items()

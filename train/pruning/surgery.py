@@ -4,10 +4,7 @@ A removed group's weights are all zero or all gone, so both give the same functi
 their gradients are zeroed too, since AdamW leaves a weight with zero gradient and moments alone. (Most of these
 gradients vanish by themselves, but not those of a query head's o_proj columns: its values belong to the whole group.)
 
-RMSNorm over the H' < H stem channels that remain sees a mean square larger by H/H' (the removed channels were zero but
-counted). Gains times sqrt(H/H') and eps times H/H' make the smaller norm equal to the larger one exactly:
-    g sqrt(H/H') x / sqrt(|x|^2/H' + eps H/H')  =  g x / sqrt(|x|^2/H + eps).
-What is approximate in removing a stem channel is zeroing it, not the norm.
+Norms over the channels that remain are rescaled so that they give what the wider ones gave (model/rescaling.py).
 """
 
 from __future__ import annotations
@@ -20,9 +17,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..model.architecture import Architecture
-from ..model.irregular import apply_architecture
-from ..model.modeling_efficientllm import NoAttention, NoFeedForward
-from ..model.tensors import STEM_NORMS, axes_of, tensor_names
+from ..model.irregular import apply_architecture, architecture_of
+from ..model.modeling_efficientllm import NoAttention, NoFeedForward, set_eps
+from ..model.rescaling import Scales, rescaled, width_factor
+from ..model.tensors import axes_of, block_norms, stem_norms, tensor_names
+from ..vocabulary.rewriting import Numbering, renumber_settings
 from .groups import KIND_OF_AXIS, KINDS
 from .selection import Kept, Removal
 
@@ -46,17 +45,12 @@ def kept_channels(kept: Kept, architecture: Architecture, layer: int | None, axi
 
 def slice_tensor(name: str, tensor: Tensor, removal: Removal) -> Tensor:
     """The part of a parameter (or of optimizer state of its shape) that survives."""
-    layer, axes = axes_of(name)
+    layer, axes = axes_of(name, removal.before)
     for dim, axis in enumerate(axes):
         survivors = kept_channels(removal.kept, removal.before, layer, axis)
         if survivors is not None:
             tensor = tensor.index_select(dim, survivors.to(tensor.device))
     return tensor
-
-
-def norm_scale(removal: Removal) -> float:
-    """Factor of the stem norms' gains: sqrt(H/H')."""
-    return (removal.before.hidden_size / removal.after.hidden_size) ** 0.5
 
 
 def _parents(model: nn.Module, name: str) -> list[tuple[nn.Module, str]]:
@@ -71,24 +65,24 @@ def _parents(model: nn.Module, name: str) -> list[tuple[nn.Module, str]]:
 @torch.no_grad()
 def remove_groups(model: Any, removal: Removal, optimizer: torch.optim.Optimizer | None = None) -> None:
     """Physically remove groups, in place: parameters, optimizer state, norms and config. Gradients are dropped."""
-    scale = norm_scale(removal)
     _remove_blocks(model, removal.after, optimizer)
     slots = _slots(optimizer)
     for name in [name for name, _ in model.named_parameters()]:
         # each old tensor goes before the next new one comes: nothing but the loop's own names may hold it
         parameter = model.get_parameter(name)
-        is_rescaled = scale != 1.0 and name.endswith(STEM_NORMS)
+        factor = width_factor(name, removal.before, removal.after)
         sliced = slice_tensor(name, parameter.detach(), removal)
-        if sliced.shape == parameter.shape and not is_rescaled:
+        if sliced.shape == parameter.shape and factor == 1.0:
             continue
-        new = nn.Parameter(sliced.mul(scale) if is_rescaled else sliced, requires_grad=parameter.requires_grad)
+        value = sliced if factor == 1.0 else rescaled(name, sliced, factor, removal.before)
+        new = nn.Parameter(value, requires_grad=parameter.requires_grad)
         for module, attribute in _parents(model, name):
             setattr(module, attribute, new)
         if optimizer is not None and parameter in slots:
             group, index = slots.pop(parameter)
             group[index] = new
             if parameter in optimizer.state:
-                optimizer.state[new] = slice_state(name, optimizer.state.pop(parameter), removal, is_rescaled, scale)
+                optimizer.state[new] = slice_state(name, optimizer.state.pop(parameter), removal, factor)
     _update_modules(model, removal)
 
 
@@ -98,9 +92,11 @@ def _remove_blocks(model: Any, after: Architecture, optimizer: torch.optim.Optim
     gone = {parameter for name, parameter in model.named_parameters() if name not in staying}
     for index, (layer, shape) in enumerate(zip(model.model.layers, after.layers, strict=True)):
         if not shape.num_attention_heads and not isinstance(layer.self_attn, NoAttention):
-            layer.self_attn, layer.input_layernorm = NoAttention(index), nn.Identity()
+            layer.self_attn = NoAttention(index)
+            _drop_norms(layer, block_norms(after.parts, "attention"))
         if not shape.intermediate_size and not isinstance(layer.mlp, NoFeedForward):
-            layer.mlp, layer.post_attention_layernorm = NoFeedForward(), nn.Identity()
+            layer.mlp = NoFeedForward()
+            _drop_norms(layer, block_norms(after.parts, "ffn"))
     if optimizer is None or not gone:
         return
     for group in optimizer.param_groups:
@@ -109,20 +105,25 @@ def _remove_blocks(model: Any, after: Architecture, optimizer: torch.optim.Optim
         optimizer.state.pop(parameter, None)
 
 
+def _drop_norms(layer: Any, names: tuple[str, ...]) -> None:
+    for name in names:
+        setattr(layer, name, nn.Identity())
+
+
 def _slots(optimizer: torch.optim.Optimizer | None) -> dict[Tensor, tuple[list[Tensor], int]]:
     """{parameter: (parameters of its group, place among them)}."""
     groups = [group["params"] for group in optimizer.param_groups] if optimizer is not None else []
     return {parameter: (group, index) for group in groups for index, parameter in enumerate(group)}
 
 
-def slice_state(name: str, state: dict[str, Any], removal: Removal, is_rescaled: bool, scale: float) -> dict[str, Any]:
-    """Adam moments of the surviving weights; of a gain that grew by c, gradients shrink by c, their squares by c^2."""
+def slice_state(name: str, state: dict[str, Any], removal: Removal, factor: float) -> dict[str, Any]:
+    """Adam moments of the surviving weights; of what grew by c, gradients shrink by c, their squares by c^2."""
     new = {}
     for key, value in state.items():
         if torch.is_tensor(value) and value.dim() > 0:
             value = slice_tensor(name, value, removal)
-            if is_rescaled:
-                value = value / (scale if key == "exp_avg" else scale**2)
+            if factor != 1.0:
+                value = value / (factor if key == "exp_avg" else factor**2)
         new[key] = value
     return new
 
@@ -130,7 +131,6 @@ def slice_state(name: str, state: dict[str, Any], removal: Removal, is_rescaled:
 def _update_modules(model: Any, removal: Removal) -> None:
     """Make module attributes and the config agree with the new tensor shapes."""
     after = removal.after
-    ratio = removal.before.hidden_size / after.hidden_size
     for layer, shape in zip(model.model.layers, after.layers, strict=True):
         if shape.num_attention_heads:
             layer.self_attn.num_key_value_groups = shape.queries_per_group
@@ -138,36 +138,43 @@ def _update_modules(model: Any, removal: Removal) -> None:
         if isinstance(module, nn.Linear):
             module.out_features, module.in_features = module.weight.shape
         elif isinstance(module, nn.Embedding):
-            module.embedding_dim = module.weight.shape[1]
-    for norm in _stem_norms(model):
-        norm.variance_epsilon *= ratio
+            module.num_embeddings, module.embedding_dim = module.weight.shape
+    if removal.after.vocab_size != removal.before.vocab_size:
+        numbering = Numbering(removal.kept["vocabulary"][0].tolist())
+        renumber_settings(model.config, numbering)
+        renumber_settings(model.generation_config, numbering)
+        model.model.embed_tokens.padding_idx = model.config.pad_token_id
+    set_survivors(model, None)
     update_config(model.config, removal)
+    scales = Scales.of(model.config.to_dict(), after)
+    for name in stem_norms(after):
+        norm: Any = model.get_submodule(name)
+        set_eps(norm, scales.stem_eps)
+        if not after.parts.norm.has_gain:
+            norm.scale = scales.stem_gain
 
 
 def update_config(config: Any, removal: Removal) -> None:
-    """Widths and norm eps of the smaller model, in place."""
-    ratio = removal.before.hidden_size / removal.after.hidden_size
-    if ratio != 1.0:
-        if removal.after.qk_norm and config.qk_norm_eps is None:
-            config.qk_norm_eps = config.rms_norm_eps
-        config.rms_norm_eps *= ratio
+    """Widths, norm eps and other scales of the smaller model, in place."""
+    if removal.before.hidden_size != removal.after.hidden_size:
+        scales = Scales.of(config.to_dict(), removal.before).at(removal.before, removal.after)
+        for name, value in scales.settings(removal.before).items():
+            setattr(config, name, value)
     apply_architecture(config, removal.after)
 
 
-def _stem_norms(model: Any) -> list[Any]:
-    """RMSNorms over the hidden axis."""
-    norms = [
-        model.get_submodule(name.removesuffix(".weight"))
-        for name, _ in model.named_parameters()
-        if name.endswith(STEM_NORMS)
-    ]
-    assert all(hasattr(norm, "variance_epsilon") for norm in norms)
-    return norms
+def set_survivors(model: Any, stem: Tensor | None) -> None:
+    """Tell the norms that take a mean of the stem which of its channels are not zeroed (None: all are there)."""
+    architecture = architecture_of(model.config)
+    if architecture.parts.norm.takes_mean:
+        for name in stem_norms(architecture):
+            model.get_submodule(name).survivors = None if stem is None else stem.to(model.device)
 
 
 @torch.no_grad()
 def zero_groups(model: Any, removal: Removal, optimizer: torch.optim.Optimizer | None = None) -> None:
     """Remove the same groups by zeroing every weight and optimizer moment that would go; shapes stay."""
+    set_survivors(model, kept_channels(removal.kept, removal.before, None, "hidden"))
     for name, parameter in model.named_parameters():
         for dim, index in _gone(name, parameter, removal):
             state = optimizer.state.get(parameter, {}) if optimizer is not None else {}
@@ -199,7 +206,10 @@ def _fill_zero(tensor: Tensor, dim: int, index: Tensor) -> None:
 
 def _gone(name: str, parameter: Tensor, removal: Removal) -> Iterator[tuple[int, Tensor]]:
     """(dimension, removed positions) of a parameter."""
-    layer, axes = axes_of(name)
+    layer, axes = axes_of(name, removal.before)
+    if name.endswith("_proj.bias") and name not in tensor_names(removal.after):  # it would be all that a block adds
+        yield 0, torch.arange(parameter.shape[0], device=parameter.device)
+        return
     for dim, axis in enumerate(axes):
         survivors = kept_channels(removal.kept, removal.before, layer, axis)
         if survivors is not None:

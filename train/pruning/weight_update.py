@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ..compute.gather import full, scatter
-from ..model.tensors import SAME_INPUT, input_axis
+from ..model.irregular import architecture_of
+from ..model.tensors import input_axis, same_input
 from .selection import Removal
 from .surgery import kept_channels
 
@@ -36,6 +37,7 @@ class InputGrams:
         self.grams: dict[str, Tensor] = {}
         """{module name: H, fp32 [in, in]}"""
         self._handles: list[Any] = []
+        self.readers = same_input(architecture_of(model.config).parts)
         self.attach(model)
 
     def attach(self, model: Any) -> None:
@@ -44,7 +46,7 @@ class InputGrams:
         self.model = model
         for name, module in model.named_modules():
             suffix = name.split(".", 3)[-1]
-            if suffix in SAME_INPUT and input_axis(suffix) in self.axes and isinstance(module, nn.Linear):
+            if suffix in self.readers and input_axis(suffix) in self.axes and isinstance(module, nn.Linear):
                 self._handles.append(module.register_forward_pre_hook(self._observer(name)))
 
     def detach(self) -> None:
@@ -81,7 +83,7 @@ class InputGrams:
                 continue
             matrix = compensation(gram, kept.to(gram.device), self.damping)
             removed = removed_positions(kept, gram.shape[0]).to(gram.device)
-            for reader in SAME_INPUT[suffix]:
+            for reader in self.readers[suffix]:
                 parameter = self.model.get_submodule(f"{prefix}.{reader}").weight
                 weight = full(parameter.detach()).clone()
                 absorbed = weight[:, removed].to(matrix.dtype) @ matrix

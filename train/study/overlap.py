@@ -16,7 +16,7 @@ def removed(survivors: Survivors, source: Architecture) -> set[tuple[str, int, i
     return {
         (name, layer, position)
         for name in KINDS
-        if name != "kv_group"
+        if name != "kv_group" and name in survivors  # a vocabulary that is all there is left out
         for layer, (size, kept) in enumerate(zip(counts(name, source), survivors[name], strict=True))
         for position in set(range(size)).difference(kept)
     }

@@ -11,6 +11,8 @@ from .measure import Quality
 
 ALL_TEXTS = "all texts"
 """The geometric mean over kinds, each with the same weight."""
+BITS_PER_BYTE = "bits per byte, all texts (other tokens: perplexities are per token of the source)"
+"""Row of a table, where the two have different vocabularies."""
 
 
 def _mean_and_error(values: Sequence[float]) -> tuple[float, float]:
@@ -38,8 +40,12 @@ def _ratio(nats: float, reference: float, difference: float, error: float) -> di
 def contract(quality: Quality, reference: Quality, reference_name: str) -> dict[str, Any]:
     """What `quality` is in shares of `reference`, JSON values.
 
-    Perplexities are exp(mean over documents of the mean nats per token); errors are over documents, paired.
+    Perplexities are exp(mean over documents of the mean nats per token); errors are over documents, paired. A model of
+    other tokens is compared by what it needs for the bytes of one of the reference's.
     """
+    has_other_tokens = quality.vocab_size != reference.vocab_size
+    bits = {"bits_per_byte": quality.bits_per_byte, "reference": reference.bits_per_byte}
+    quality = quality.in_tokens_of(reference)
     texts = {kind: _paired(quality.texts[kind], reference.texts[kind]) for kind in quality.texts}
     errors = [each["ratio_stderr"] / each["ratio"] for each in texts.values()]
     nats, base = quality.nats, reference.nats
@@ -48,6 +54,8 @@ def contract(quality: Quality, reference: Quality, reference_name: str) -> dict[
         "reference": reference_name,
         "texts": {**texts, ALL_TEXTS: _ratio(nats, base, nats - base, error)},
     }
+    if has_other_tokens and all(map(math.isfinite, bits.values())):
+        found["bits_per_byte"] = bits
     if quality.chat_answers and reference.chat_answers:
         found["chat_answers"] = _paired(quality.chat_answers, reference.chat_answers)
         ends = zip(quality.turn_ends, reference.turn_ends, strict=True)
@@ -74,6 +82,10 @@ def contract_rows(found: Mapping[str, Any]) -> list[list[str]]:
     rows = [["quality", "source", "this model", "ratio"]]
     for kind, each in found["texts"].items():
         rows.append([f"perplexity, {kind}", *_cells(each)])
+    if "bits_per_byte" in found:
+        bits = found["bits_per_byte"]
+        cells = [f"{bits['reference']:.4f}", f"{bits['bits_per_byte']:.4f}"]
+        rows.append([BITS_PER_BYTE, *cells, f"{bits['bits_per_byte'] / bits['reference']:.3f}"])
     if "chat_answers" in found:
         rows.append(["perplexity, chat answers", *_cells(found["chat_answers"])])
         end = found["end_of_turn"]

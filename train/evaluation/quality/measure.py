@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ....runtime.base.errors import DataError
@@ -14,6 +15,8 @@ from .sets import chats, facts, texts
 
 DOCUMENT_TOKENS = 256
 """Of each document, its first."""
+CHAT_ANSWERS = "chat answers"
+"""Their name among kinds of text."""
 ANSWER_TOKENS = 32
 """Of each question of fact; a right answer comes in its first sentence."""
 
@@ -37,6 +40,38 @@ class Quality:
     """Nats of the token that ends the turn after each of these answers."""
     answers: list[str]
     """Greedy answers to the questions of fact."""
+    bytes_per_token: dict[str, list[float]] = field(default_factory=dict)
+    """Of each document of `texts`, and under CHAT_ANSWERS of each reference answer: what models of other tokens compare
+    by. Empty in what earlier releases wrote."""
+    vocab_size: int = 0
+    """Of the model; 0 in what earlier releases wrote."""
+
+    def in_tokens_of(self, other: Quality) -> Quality:
+        """The same with nats per token of another model's tokens: of as many bytes of text as those have there. Nothing
+        changes where both have as many tokens."""
+        if self.vocab_size == other.vocab_size or not self.bytes_per_token or not other.bytes_per_token:
+            return self
+        return replace(
+            self,
+            texts={kind: self._scaled(nats, kind, other) for kind, nats in self.texts.items()},
+            chat_answers=self._scaled(self.chat_answers, CHAT_ANSWERS, other),
+            bytes_per_token=other.bytes_per_token,
+        )
+
+    def _scaled(self, nats: Sequence[float], name: str, other: Quality) -> list[float]:
+        ours, theirs = (each.bytes_per_token.get(name, []) for each in (self, other))
+        return [value * wanted / size for value, size, wanted in zip(nats, ours, theirs, strict=False)]
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Over all kinds of text, each with the same weight; NaN in what earlier releases wrote."""
+        if not self.bytes_per_token:
+            return math.nan
+        bits = {
+            kind: [value / size / math.log(2) for value, size in zip(nats, self.bytes_per_token[kind], strict=True)]
+            for kind, nats in self.texts.items()
+        }
+        return statistics.fmean(statistics.fmean(values) for values in bits.values())
 
     @property
     def nats(self) -> float:
@@ -73,12 +108,20 @@ def measure_quality(model: ScoredModel, report: Report = silent) -> Quality:
     found: dict[str, list[float]] = {}
     for kind, nats in zip(places, losses, strict=False):
         found.setdefault(kind, []).append(sum(nats) / len(nats))
+    sizes = [model.num_bytes(each.tokens[each.first :]) / (len(each.tokens) - each.first) for each in requests]
+    bytes_per_token: dict[str, list[float]] = {}
+    for kind, size in zip(places, sizes, strict=False):
+        bytes_per_token.setdefault(kind, []).append(size)
     spoken = losses[num_texts:]
     answers: list[str] = []
     for answer in model.answer(prompts, ANSWER_TOKENS):
         answers.append(answer)
         report("questions", len(answers), len(prompts))
-    return Quality(found, [sum(nats[:-1]) / len(nats[:-1]) for nats in spoken], [nats[-1] for nats in spoken], answers)
+    means = [sum(nats[:-1]) / len(nats[:-1]) for nats in spoken]
+    if spoken:  # the end of the turn has no bytes, and is no part of the answer
+        pairs = zip(sizes[num_texts:], spoken, strict=True)
+        bytes_per_token[CHAT_ANSWERS] = [size * len(nats) / (len(nats) - 1) for size, nats in pairs]
+    return Quality(found, means, [nats[-1] for nats in spoken], answers, bytes_per_token, model.vocab_size)
 
 
 def _text_requests(model: ScoredModel) -> tuple[list[Request], list[str]]:

@@ -1,0 +1,134 @@
+"""Which llama.cpp architecture holds a model, and in which shape. Imports no torch.
+
+Irregular layers fit `deci` (heads and FFN widths per layer; RMS norms before gated SiLU blocks) and `openelm` (the same
+with a norm over each head of q and k, tied heads only). A LayerNorm without bias is an RMS norm where the stem has no
+mean, which is a matter of centring what writes to it (train/model/rescaling.py): so OLMo fits `deci`, too. Where
+neither holds the parts of a family, its own architecture does, with every layer zero-padded to the widest: the same
+function, but no faster than the widest layer everywhere. A layout whose mathematics is another one is not taken.
+
+Two shapes that `deci` cannot hold are written as their exact equivalents: a layer without FFN as 32 zero channels
+(`deci` would silently drop the layer's attention), a first layer without attention as one zero head (it would not
+load).
+All of this was measured with llama-cpp-python 0.3.36.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from ...runtime.base.errors import ModelError
+from ...train.model.architecture import Architecture, LayerShape
+from ...train.model.gguf_route import irregular_gguf
+from ...train.model.rescaling import Scales
+from ..checkpoint import Checkpoint
+from ..padding import pad_rows, padded_scales, padding_notes, stock_scales, uniform_architecture
+
+MAX_LAYERS = 512
+"""LLAMA_MAX_LAYERS"""
+
+INTERLEAVED = ("llama", "deci", "olmo", "smollm3")
+"""Architectures of NORM rope, which wants rows of q and k interleaved."""
+FUSED_QKV = ("openelm", "gptneox")
+PER_LAYER_WIDTHS = ("deci", "openelm")
+SQUARE_ATTENTION = ("qwen2", "gptneox", "olmo", "olmo2")
+"""Architectures whose query heads times head_dim are the hidden size."""
+UNTIED_HEAD = ("gptneox", "olmo2")
+"""Architectures that want a head of its own."""
+NO_ROPE_EVERY = 4
+"""Of `smollm3`: the last of so many layers has no rotary embedding."""
+
+
+@dataclass(frozen=True)
+class GgufPlan:
+    """How a checkpoint is laid out in GGUF."""
+
+    name: str
+    """llama.cpp architecture."""
+    architecture: Architecture
+    """Shape in the file, after padding; of family llama where LayerNorms became RMS norms."""
+    scales: Scales
+    """What the architecture takes."""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def permutes_rope(self) -> bool:
+        """Whether q and k rows go from half-split to interleaved order (llama.cpp's NORM rope)."""
+        return self.name in INTERLEAVED
+
+    @property
+    def fuses_qkv(self) -> bool:
+        return self.name in FUSED_QKV
+
+
+def plan_layout(checkpoint: Checkpoint, row_multiple: int) -> GgufPlan:
+    """Choose llama.cpp architecture and padding.
+
+    `row_multiple` is what quantised rows must divide by (1: no padding). ModelError where no stock llama.cpp
+    architecture holds the model.
+    """
+    original = checkpoint.architecture
+    if len(original.layers) > MAX_LAYERS:
+        raise ModelError(f"gguf holds at most {MAX_LAYERS} layers; the model has {len(original.layers)}")
+    padded = pad_rows(original, row_multiple)
+    notes = padding_notes(original, padded)
+    has_gaps = any(not (layer.num_attention_heads and layer.intermediate_size) for layer in original.layers)
+    if padded.is_uniform and not has_gaps and _holds(original.parts.gguf, checkpoint, padded):
+        return _stock_plan(checkpoint, padded, notes)
+    irregular = irregular_gguf(original)
+    if not irregular:
+        uniform = uniform_architecture(padded)
+        return _stock_plan(checkpoint, uniform, (*notes, _uniform_note(original, uniform)))
+    shape = _fill_gaps(padded, attention_everywhere=irregular == "openelm")
+    have = padded_scales(checkpoint, shape)
+    if original.parts.norm.takes_mean:
+        shape = replace(shape, family="llama")
+        notes = (*notes, "LayerNorm written as RMS norm of a centred residual stream (the same function)")
+    return GgufPlan(irregular, shape, replace(have, qk_eps=have.stem_eps), notes)
+
+
+def _stock_plan(checkpoint: Checkpoint, shape: Architecture, notes: tuple[str, ...]) -> GgufPlan:
+    """The family's own architecture, which has a setting for the eps of any family."""
+    name, have = shape.parts.gguf, padded_scales(checkpoint, shape)
+    if name == "smollm3":
+        _check_rope_layers(checkpoint)
+    if name in UNTIED_HEAD:
+        shape = replace(shape, tie_word_embeddings=False)
+    want = replace(stock_scales(checkpoint, shape), stem_eps=have.stem_eps, qk_eps=have.stem_eps)
+    return GgufPlan(name, shape, want, notes)
+
+
+def _holds(name: str, checkpoint: Checkpoint, shape: Architecture) -> bool:
+    """Whether a family's own architecture holds a uniform shape as it is."""
+    width = shape.layers[0].num_attention_heads * shape.head_dim
+    return (name not in SQUARE_ATTENTION or width == shape.hidden_size) and (
+        shape.parts.norm.has_gain or padded_scales(checkpoint, shape).stem_gain == 1.0
+    )
+
+
+def _uniform_note(before: Architecture, after: Architecture) -> str:
+    head = " with an untied head" if before.parts.qk_norm == "head" and not before.tie_word_embeddings else ""
+    return (
+        f"no stock llama.cpp architecture holds irregular layers of {before.family}{head}: zero-padded (exactly) to "
+        f"uniform {before.parts.gguf}, {before.num_parameters:,} -> {after.num_parameters:,} parameters, as fast as "
+        "its widest layer everywhere (--layout uniform in training avoids that)"
+    )
+
+
+def _check_rope_layers(checkpoint: Checkpoint) -> None:
+    """ModelError unless every fourth layer, and no other, is without rotary embedding."""
+    for index, (settings, layer) in enumerate(zip(checkpoint.attention, checkpoint.architecture.layers, strict=True)):
+        if layer.num_attention_heads and (settings.rope is None) != ((index + 1) % NO_ROPE_EVERY == 0):
+            raise ModelError(
+                f"gguf: llama.cpp's smollm3 has no rotary embedding in every fourth layer, and layer {index} of the "
+                "model disagrees (layers were removed?); export it to onnx or executorch"
+            )
+
+
+def _fill_gaps(architecture: Architecture, attention_everywhere: bool) -> Architecture:
+    """Give zero channels (heads) to layers whose missing FFN (attention) the file format cannot express."""
+    layers = []
+    for index, layer in enumerate(architecture.layers):
+        width = layer.intermediate_size or 32
+        needs_head = not layer.num_attention_heads and (attention_everywhere or index == 0)
+        layers.append(LayerShape(1, 1, width) if needs_head else replace(layer, intermediate_size=width))
+    return replace(architecture, layers=tuple(layers))

@@ -1,0 +1,79 @@
+"""Code for apps, with this model's constants in it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+
+from ...runtime.base.files import write_text_atomically
+from ...runtime.chat_template import render_chat
+from ...runtime.engines.hf_tokenizer import read_settings, special_token
+from ..checkpoint import Checkpoint
+
+LLAMA_RN = "0.12.9"
+REACT_NATIVE_EXECUTORCH = "0.10.2"
+"""The releases whose type declarations the code was written against."""
+
+QUESTION = "EFFICIENTLLM-QUESTION"
+"""Stands for a question while the chat template is rendered."""
+
+
+def turn(checkpoint: Checkpoint) -> tuple[str, str]:
+    """What stands before and after a first question; ("", "") for models without a chat template."""
+    template = checkpoint.chat_template
+    if template is None:
+        return "", ""
+    settings = read_settings(checkpoint.folder)
+    bos, eos = special_token(settings, "bos"), special_token(settings, "eos")
+    rendered = render_chat(template, [{"role": "user", "content": QUESTION}], bos, eos)
+    before, _, after = rendered.partition(QUESTION)
+    return before, after
+
+
+def write_snippets(
+    checkpoint: Checkpoint,
+    names: Sequence[str],
+    folder: Path,
+    context: int,
+    defaults: Mapping[str, float],
+    pushed: Sequence[str],
+    executorch: str,
+) -> None:
+    """Write the files `names`; `pushed` are those that belong on the phone, `executorch` the release to run them."""
+    name = Path(checkpoint.name).name
+    before, after = turn(checkpoint)
+    ends = checkpoint.end_of_generation_ids
+    end = (checkpoint.tokenizer.id_to_token(ends[0]) or "") if ends else ""
+    marks = {
+        "NAME": name,
+        "FOLDER": re.sub(r"[^A-Za-z0-9._-]", "-", name) or "model",
+        "FILES": " ".join(pushed),
+        "CONTEXT": str(context),
+        "EXECUTORCH": executorch,
+        "LLAMA_RN": LLAMA_RN,
+        "REACT_NATIVE_EXECUTORCH": REACT_NATIVE_EXECUTORCH,
+        **{option.upper(): f"{value:g}" if value % 1 else f"{value:.1f}" for option, value in defaults.items()},
+    }
+    source = resources.files(__name__.rpartition(".")[0]).joinpath("code")
+    for file in names:
+        quote = _kotlin if file.endswith(".kt") else _quoted
+        literals = {"BEFORE": quote(before), "AFTER": quote(after), "END": quote(end)}
+        text = source.joinpath(file).read_text(encoding="utf-8")
+        for mark, value in {**marks, **literals}.items():
+            text = text.replace(f"@{mark}@", value)
+        write_text_atomically(folder / file, text)
+        if file.endswith(".sh"):
+            (folder / file).chmod(0o755)
+
+
+def _quoted(text: str) -> str:
+    """As a literal of Swift, whose escapes of quotes, backslashes, tabs and ends of lines are JSON's."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _kotlin(text: str) -> str:
+    """As a literal of Kotlin, where a dollar begins a template."""
+    return _quoted(text).replace("$", "\\$")

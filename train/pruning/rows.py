@@ -1,0 +1,112 @@
+"""What tokens are worth: the loss that is to be expected where their rows go and text is written without them.
+
+A token that goes is written in its parts from then on. With splits(v) tokens more for each token of text (see
+vocabulary/frequency.py), that costs
+
+    loss(v) = price * splits(v)
+
+nats for each token of text, on the scale of blocks.py. The price, in nats for one token more, is measured: on the same
+text, once as it is written and once as it would be without the rows that a first ranking takes, softmax over the rows
+that stay. Its frequency tells what a token costs better than the saliency of its row: zeroing a row stands for no
+removal (the token's logit becomes 0, not minus infinity), and a sample of gradients holds a twentieth of the tokens.
+
+Rows go at one point of a run, the first removal, as many as the whole budget makes of the ranking at that time: what is
+gone then is written in its parts from there on, in the training text too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from ..compute.distributed import Parallel
+from ..compute.loss import TrainingLoss
+from ..data.encoding import end_of_text_id
+from ..vocabulary.recoding import Reading, Recoder
+from ..vocabulary.rewriting import smaller_tokenizer
+
+
+class RowProbe:
+    """Scores of the rows of a model at hand."""
+
+    def __init__(
+        self,
+        loss: TrainingLoss,
+        tokenizer: PreTrainedTokenizerBase,
+        splits: np.ndarray,
+        windows: np.ndarray,
+        parallel: Parallel,
+    ) -> None:
+        """`splits` of every row; `windows` [n, S + 1] of text to measure on, the same on every rank."""
+        self._loss, self._tokenizer, self._parallel = loss, tokenizer, parallel
+        self.splits = torch.from_numpy(splits)
+        self._separator = end_of_text_id(tokenizer)
+        self._texts = [row.tolist() for row in parallel.my_rows(np.where(windows < 0, ~windows, windows))]
+        self._whole = self._nats(self._texts, None)
+        self.price = self._mean(self._whole, sum(map(len, self._texts)))
+        """Nats for one token more. Before anything is measured what a token costs on the average: rarely less."""
+
+    @property
+    def scores(self) -> Tensor:
+        """fp64 [rows], nats for each token of text."""
+        return self.price * self.splits
+
+    def measure(self, kept: Sequence[int]) -> None:
+        """Set the price to what the model without the other rows has for it; a collective call."""
+        smaller = smaller_tokenizer(self._tokenizer, kept)
+        recoder = Recoder(Reading(self._tokenizer), Reading(smaller))
+        texts = [recoder.recode(text) for text in self._texts]
+        more = sum(map(len, texts)) - sum(map(len, self._texts))
+        rows = torch.tensor(list(kept), device=self._parallel.device)
+        written = [rows[torch.tensor(text)].tolist() for text in texts]
+        price = self._mean(self._nats(written, rows) - self._whole, more)
+        if math.isfinite(price) and price > 0:
+            self.price = price
+
+    def describe(self, kept: Tensor) -> dict[str, float]:
+        """What to log of a removal that keeps these rows."""
+        gone = torch.ones(len(self.splits), dtype=torch.bool)
+        gone[kept] = False
+        more = float(self.splits[gone].sum())
+        return {"rows": len(kept), "nats_per_token_more": self.price, "tokens_more_per_token": more}
+
+    def _mean(self, nats: float, count: int) -> float:
+        """nats / count over all ranks; NaN of nothing."""
+        total = torch.tensor([nats, float(count)], dtype=torch.float64, device=self._parallel.device)
+        self._parallel.mean_tensors([total])
+        return float(total[0] / total[1]) if total[1] > 0 else math.nan
+
+    @torch.no_grad()
+    def _nats(self, texts: Sequence[Sequence[int]], rows: Tensor | None) -> float:
+        """Of all tokens of some texts, each text after an end of text; `rows` of the head count, all by default."""
+        was_training = self._loss.training
+        self._loss.eval()
+        model, dtype, device = self._loss.model, self._loss.dtype, self._parallel.device
+        weight = model.lm_head.weight if rows is None else model.lm_head.weight[rows]
+        place = torch.arange(model.lm_head.weight.shape[0], device=device)
+        if rows is not None:
+            place[rows] = torch.arange(len(rows), device=device)
+        total = 0.0
+        with torch.compiler.set_stance("force_eager"):  # every length would be compiled
+            for text in texts:
+                inputs = torch.tensor([[self._separator, *text[:-1]]], device=device)
+                with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+                    hidden = model.model(input_ids=inputs, use_cache=False).last_hidden_state[0]
+                logits = (hidden.to(dtype) @ weight.to(dtype).T).float()
+                targets = place[torch.tensor(text, device=device)]
+                total += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
+        self._loss.train(was_training)
+        return total
+
+
+def choose_rows(probe: RowProbe, select: Callable[[Tensor], Sequence[int]]) -> Tensor:
+    """fp64 [rows]: scores at the price of what goes; `select` gives the rows that scores would leave."""
+    kept = select(probe.scores)
+    if len(kept) < len(probe.splits):
+        probe.measure(kept)
+    return probe.scores
