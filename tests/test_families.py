@@ -17,7 +17,7 @@ from pruning import some_removal
 from shared import made_once
 from test_models import LOAD_ELSEWHERE
 from tiny import SETTINGS, SIMILAR, tiny_architecture, tiny_model
-from training import command, metrics, run, weights, without
+from training import command, run, stopped_between_compactions, without
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from efficientllm.export.gguf.exporter import table_gelu
@@ -77,36 +77,17 @@ def test_a_stock_model_is_pruned_distilled_stopped_and_resumed(
     family: str, save_tiny: Callable[..., Path], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From a folder of the stock class; the run ends where it would have ended, and what it leaves exports."""
-    from efficientllm.train.trainer import Trainer
 
     source = save_tiny(tiny_architecture(family, (LayerShape(4, 4, 128),) * 4, head_dim=16))
     assert json.loads((source / "config.json").read_text())["model_type"] == family
     more = ["--distill", "1", "--compact-every", "3", "--checkpoint-every", "0", "--tokens", "768"]
     more += ["--prune", "attention,stem", "--weight-update", "obs"]
-    assert run(command(source, corpus, tmp_path / "straight", *more)) == 0
-    step = Trainer._step
-    stopped = []
-
-    def stopping(self: Trainer) -> dict[str, Any]:
-        record = step(self)
-        if self.pruner is not None and self.pruner.pending is not None and not stopped:
-            stopped.append(self.progress.step)
-            self.stop_signal.name = "SIGTERM"
-        return record
-
-    monkeypatch.setattr(Trainer, "_step", stopping)
-    arguments = command(source, corpus, tmp_path / "resumed", *more)
-    assert run(arguments) == 130
-    assert run([*arguments, "--resume"]) == 0
-    assert stopped
-    assert metrics(tmp_path / "resumed") == metrics(tmp_path / "straight")
-    for name, tensor in weights(tmp_path / "straight").items():
-        assert torch.equal(weights(tmp_path / "resumed")[name], tensor)
-    final = Architecture.from_folder(tmp_path / "resumed" / "model")
+    resumed = stopped_between_compactions(source, corpus, tmp_path, monkeypatch, *more)
+    final = Architecture.from_folder(resumed / "model")
     assert final.family == family
     assert final.hidden_size < 64
     assert final.num_parameters <= 0.6 * Architecture.from_folder(source).num_parameters
-    assert export(tmp_path / "resumed", "onnx", tmp_path / "onnx", "--quantize", "f32") == 0  # verified against torch
+    assert export(resumed, "onnx", tmp_path / "onnx", "--quantize", "f32") == 0  # verified against torch
 
 
 @pytest.mark.parametrize("family", NEW)
