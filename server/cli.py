@@ -75,7 +75,9 @@ def named_artefacts(artefact: str | None, models: Sequence[str]) -> dict[str, st
 
 def bound_socket(host: str, port: int) -> socket.socket:
     """A socket that nobody else listens on; UsageError where the address is taken or not this machine's."""
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # the protocol must be named: asyncio sends small pieces at once (TCP_NODELAY) only where it knows that it is TCP
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         if os.name == "posix":  # elsewhere it would let two servers have one port
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

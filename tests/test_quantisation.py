@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from efficientllm.export.gguf import q2_0
 from efficientllm.export.group_quantization import quantize_groups, round_to_bfloat16
 from efficientllm.runtime.base.gguf_header import read_header
 from efficientllm.runtime.engines.manifest import Manifest
+from efficientllm.train.model.architecture import LayerShape
 from efficientllm.train.quantisation.config import QuantisationConfig
 from efficientllm.train.quantisation.grids import GRIDS
 from efficientllm.train.quantisation.weights import ShippedWeights
@@ -262,3 +264,12 @@ def test_onnx_keeps_the_grid_of_int4_block32(source_folder: Path, corpus: Path, 
     manifest = Manifest.read(tmp_path / "out")
     assert manifest.quantization == "int4"
     assert manifest.verification["quantized"]["mean_kl"] < 1e-3  # its kernels round activations to int8
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "olmo2"])
+def test_families_whose_file_holds_other_weights_are_refused(
+    family: str, save_tiny: Callable[..., Path], corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = save_tiny(tiny_architecture(family, (LayerShape(4, 4, 128),) * 2, head_dim=16))
+    assert run(command(source, corpus, tmp_path / "run", "--qat", "q4_0")) == 2
+    assert f"--qat q4_0: a GGUF of {family} holds rescaled weights" in capsys.readouterr().err

@@ -297,6 +297,28 @@ def test_a_port_in_use_is_one_line(artefact: Path, capsys: pytest.CaptureFixture
         cli.bound_socket("192.0.2.1", 8000)
 
 
+def test_small_pieces_are_sent_at_once() -> None:
+    """Else the second one of an answer waits for the client's acknowledgement of the first, 40 ms."""
+
+    async def nodelay() -> int:
+        found = asyncio.get_running_loop().create_future()
+
+        async def look(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            found.set_result(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        with cli.bound_socket("127.0.0.1", 0) as listener:
+            server = await asyncio.start_server(look, sock=listener)
+            _, writer = await asyncio.open_connection(*listener.getsockname())
+            try:
+                return await found
+            finally:
+                writer.close()
+                server.close()
+
+    assert asyncio.run(nodelay())
+
+
 def test_a_failure_of_ours_has_openai_s_shape(artefact: Path) -> None:
     pool = ModelPool({"tiny": str(artefact)}, EngineOptions(threads=1, context=64))
     with serve(pool, AppOptions()) as address:

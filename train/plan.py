@@ -163,6 +163,7 @@ def make_plan(config: TrainConfig, resume: ResumePoint | None, compute: Compute)
     architecture = architecture_of(source.config)
     if shape is None:
         _announce_memory(config, resume, compute, architecture)
+    _check_grid(config, architecture)
     vocabulary_bytes = tokenizer_bytes(tokenizer) if config.pruning.target_bytes is not None else 0
     pieces = pieces_of(source, tokenizer) if config.pruning.prunes_vocabulary and config.pruning.prunes else None
     pruning = make_pruning_plan(shipped_pruning(config), architecture, vocabulary_bytes, pieces)
@@ -174,6 +175,16 @@ def make_plan(config: TrainConfig, resume: ResumePoint | None, compute: Compute)
     )
     dtype = _save_dtype(config)
     return RunPlan(config, folder, resume, compute, architecture, tokenizer, data, pruning, dtype), source
+
+
+def _check_grid(config: TrainConfig, architecture: Architecture) -> None:
+    """UsageError where a GGUF of the family holds other weights than the checkpoint, so that no grid is kept."""
+    parts, kind = architecture.parts, config.quantisation.qat
+    if kind in GGUF_TYPES and (parts.norm.takes_mean or parts.scales_embedding or parts.qk_norm == "width"):
+        raise UsageError(
+            f"--qat {kind}: a GGUF of {architecture.family} holds rescaled weights, off the grid that was trained; "
+            "leave it out, or use a type of --target onnx or executorch"
+        )
 
 
 def shipped_pruning(config: TrainConfig) -> PruneConfig:

@@ -66,10 +66,15 @@ def export_gguf(checkpoint: Checkpoint, request: ExportRequest[GgufOptions], fol
         log.info("run it with: %s", hint)
 
 
-def write_model(checkpoint: Checkpoint, request: ExportRequest[GgufOptions], folder: Path) -> Contents:
-    """Write FOLDER/model.gguf and verify it; other targets, which ship such a file, begin with it."""
+def write_model(
+    checkpoint: Checkpoint, request: ExportRequest[GgufOptions], folder: Path, default: str = DEFAULT
+) -> Contents:
+    """Write FOLDER/model.gguf and verify it; other targets, which ship such a file, begin with it.
+
+    `default`: type of a checkpoint that was trained for none, where none is asked for.
+    """
     require_llama_cpp()
-    options, types = request.options, _choose_types(checkpoint, request)
+    options, types = request.options, _choose_types(checkpoint, request, default)
     name = types.file_type
     plan = plan_layout(checkpoint, row_multiple(name) if options.pad == "auto" else 1)
     for note in plan.notes:
@@ -117,10 +122,10 @@ class _Types:
     """Whether the checkpoint was trained for exactly these: its weights are then kept to the bit."""
 
 
-def _choose_types(checkpoint: Checkpoint, request: ExportRequest[GgufOptions]) -> _Types:
+def _choose_types(checkpoint: Checkpoint, request: ExportRequest[GgufOptions], default: str) -> _Types:
     """As the flags say, else as the checkpoint was trained, else the defaults."""
     options, trained = request.options, TrainedType.of(checkpoint)
-    name = choose_type(checkpoint, request, "gguf", options.quantize, DEFAULT)
+    name = choose_type(checkpoint, request, "gguf", options.quantize, default)
     file_type(name)
     is_trained = trained is not None and (trained.target, trained.kind) == ("gguf", name)
     head = trained.head if trained is not None and is_trained else ""

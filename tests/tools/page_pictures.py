@@ -18,9 +18,7 @@ FOLDER = Path(__file__).resolve().parents[2] / "docs" / "images"
 
 PICTURES = {
     "chat": ("light", 1000, 640),
-    "chat-dark": ("dark", 1000, 640),
     "chat-phone": ("dark", 390, 640),
-    "chat-phone-light": ("light", 390, 640),
 }
 """File -> colour scheme and size of the window."""
 
@@ -47,7 +45,7 @@ def picture(browser: Any, address: str, name: str) -> None:
 
 
 def main() -> None:
-    pool = ModelPool({"SmolLM2-135M": sys.argv[1]}, EngineOptions(context=2048))
+    pool = ModelPool({"SmolLM2-135M": sys.argv[1]}, EngineOptions(threads=1, context=2048))
     with serve(pool, AppOptions()) as address, chromium() as browser:
         for name in PICTURES:
             picture(browser, address, name)

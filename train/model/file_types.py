@@ -91,7 +91,7 @@ def fitting(kind: str, columns: int) -> str:
 
 
 LEAST_FFN_WIDTH = 64
-"""What the exporter pads narrower FFNs to in quantised types (export/gguf/writer.py)."""
+"""What the exporter pads narrower FFNs to in quantised types (export/gguf/layout.py)."""
 
 
 def padded_shape(architecture: Architecture, name: str, multiple: int) -> tuple[int, ...]:

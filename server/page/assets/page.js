@@ -61,7 +61,7 @@ function fill(node, message) {
   text.replaceChildren(...markdown(message.content));
   for (const code of text.querySelectorAll("pre")) {
     const source = code.textContent;
-    code.append(button("Copy", "Copy this code", (node) => copy(source, node)));
+    code.prepend(button("Copy", "Copy this code", (node) => copy(source, node)));
   }
 }
 
