@@ -35,9 +35,9 @@ class GreedyCheck:
     text: str
 
 
-def greedy_check(model: Path) -> GreedyCheck:
-    """Run the file `model` in our engine, on one thread."""
-    with contextlib.closing(load_engine(model, EngineOptions(threads=1, context=CONTEXT))) as engine:
+def greedy_check(model: Path, context: int = CONTEXT) -> GreedyCheck:
+    """Run the file `model`, which holds `context` tokens or more, in our engine, on one thread."""
+    with contextlib.closing(load_engine(model, EngineOptions(threads=1, context=min(context, CONTEXT)))) as engine:
         if engine.chat_template is None:
             question = prompt = TEXT
             tokens = text_prompt(engine, TEXT)

@@ -26,6 +26,7 @@ from efficientllm.train.cli import build_parser as train_parser
 from efficientllm.train.cli import configuration
 from efficientllm.train.evaluation.cli import build_parser as eval_parser
 from efficientllm.train.planning.cli import build_parser as plan_parser
+from efficientllm.train.study.fit import build_parser as fit_parser
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -33,6 +34,7 @@ PLUGIN = ROOT / "tests" / "plugin"
 PARSERS = {
     "efficientllm-train": train_parser,
     "efficientllm-plan": plan_parser,
+    "efficientllm-fit": fit_parser,
     "efficientllm-export": export_parser,
     "efficientllm-chat": chat_parser,
     "efficientllm-serve": lambda: serve_parser((ServeOptions, AppOptions, EngineOptions)),

@@ -29,12 +29,15 @@ MAY_IMPORT = {
     "train/pruning": {
         *("runtime/base", "runtime/latency", "train/model", "train/compute", "train/data", "train/vocabulary")
     },
+    "train/quantisation": {"runtime/base", "train/model"},
     "train/planning": {"runtime/base", "runtime/latency", "train", "train/model", "train/pruning"},
     "train": {"runtime/base", "runtime/engines", "runtime/latency"}
     | SOURCES
-    | {"train/compute", "train/pruning", "train/evaluation", "train/vocabulary"},
+    | {"train/compute", "train/pruning", "train/quantisation", "train/evaluation", "train/vocabulary"},
     "train/evaluation": RUNTIME | {"train/model", "train/compute", "train/data"},
-    "train/study": {"runtime/base", "train", "train/model", "train/compute", "train/pruning", "train/evaluation"},
+    "train/study": RUNTIME
+    | {"train", "train/model", "train/compute", "train/pruning", "train/quantisation", "train/evaluation"}
+    | {"train/planning", "runtime/latency"},
     "export": RUNTIME | SOURCES,
     "export/gguf": RUNTIME | SOURCES | {"export"},
     "export/onnx": RUNTIME | SOURCES | {"export"},

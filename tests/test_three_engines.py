@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from exporting import EXACT
 
-from efficientllm.runtime.engines.engine import EngineOptions, load_engine
+from efficientllm.runtime.engines.engine import CacheChoice, EngineOptions, load_engine
 from efficientllm.runtime.generation import AnswerOptions, Generation
 from efficientllm.runtime.prompt import chat_prompt
 
@@ -21,7 +21,7 @@ CHATS = (
     ],
 )
 
-CACHE = {"gguf": "f32"}
+CACHE: dict[str, CacheChoice] = {"gguf": "f32"}
 """Of keys and values; `auto` may take one of 8 bits."""
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import SIMILAR, tiny_architecture
-from training import command, metrics, run, weights, without
+from training import command, metrics, run, stopped_between_compactions, weights, without
 
 from efficientllm.export import cli as export_cli
 from efficientllm.runtime.base.command import run_command
@@ -73,28 +73,9 @@ def test_zeroed_in_between_gives_the_same_run_as_physical_removal(
 def test_stopped_between_compactions_resumes_bit_identically(
     source_folder: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, removal: list[str]
 ) -> None:
-    from efficientllm.train.trainer import Trainer
 
     more = ["--compact-every", "3", "--checkpoint-every", "0", *removal]
-    assert run(command(source_folder, corpus, tmp_path / "straight", *more)) == 0
-    step = Trainer._step
-    stopped = []
-
-    def stopping(self: Trainer) -> dict[str, Any]:
-        record = step(self)
-        if self.pruner is not None and self.pruner.pending is not None and not stopped:
-            stopped.append(self.progress.step)
-            self.stop_signal.name = "SIGTERM"
-        return record
-
-    monkeypatch.setattr(Trainer, "_step", stopping)
-    arguments = command(source_folder, corpus, tmp_path / "resumed", *more)
-    assert run(arguments) == 130
-    assert run([*arguments, "--resume"]) == 0
-    assert stopped
-    assert metrics(tmp_path / "resumed") == metrics(tmp_path / "straight")
-    for name, tensor in weights(tmp_path / "straight").items():
-        assert torch.equal(weights(tmp_path / "resumed")[name], tensor)
+    stopped_between_compactions(source_folder, corpus, tmp_path, monkeypatch, *more)
 
 
 def test_uniform_layout_gives_a_plain_llama(source_folder: Path, corpus: Path, tmp_path: Path) -> None:
@@ -221,7 +202,7 @@ def test_presets_are_valid_configurations(name: str, capsys: pytest.CaptureFixtu
 
 BAD_INPUT = [
     (["--target-params", "100k"], "--target-ratio and --target-params are both given; choose one"),
-    (["--quantize", "q4_k_m"], "--quantize q4_k_m: --target-bytes knows f32, f16"),
+    (["--quantize", "iq4_xs"], "--quantize iq4_xs: --target-bytes knows f32, f16"),
     (["--distill", "-1"], "--distill -1.0: must not be negative"),
     (["--compact-every", "0"], "--compact-every 0: must be at least 1"),
 ]

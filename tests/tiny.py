@@ -29,6 +29,7 @@ LLAMA3_ROPE = {
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
+    "gpt_neox": {"rotary_pct": 0.5, "rotary_emb_base": 5000.0},
     # a window that is shorter than sequences of tests, a scale that is not head_dim's
     "gemma3_text": {"sliding_window": 16, "sliding_window_pattern": 3, "query_pre_attn_scalar": 20},
     "smollm3": {"pad_token_id": 2},

@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
 from efficientllm.runtime.base.command import run_command
 from efficientllm.train import cli
+from efficientllm.train.trainer import Trainer
 
 SETTINGS = [
     *("--sequence-length", "32", "--eval-tokens", "256", "--held-out-fraction", "0.2", "--tokens", "2560"),
@@ -44,3 +46,31 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model" / "model.safetensors")
+
+
+def stopped_between_compactions(
+    source: Path, corpus: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, *more: str
+) -> Path:
+    """Run; run again, stopped where groups are zeroed but still there, and resumed: the two must be the same run.
+
+    Returns the folder of the second.
+    """
+    assert run(command(source, corpus, folder / "straight", *more)) == 0
+    step, stopped = Trainer._step, []
+
+    def stopping(self: Trainer) -> dict[str, Any]:
+        record = step(self)
+        if self.pruner is not None and self.pruner.pending is not None and not stopped:
+            stopped.append(self.progress.step)
+            self.stop_signal.name = "SIGTERM"
+        return record
+
+    monkeypatch.setattr(Trainer, "_step", stopping)
+    arguments = command(source, corpus, folder / "resumed", *more)
+    assert run(arguments) == 130
+    assert run([*arguments, "--resume"]) == 0
+    assert stopped
+    assert metrics(folder / "resumed") == metrics(folder / "straight")
+    for name, tensor in weights(folder / "straight").items():
+        assert torch.equal(weights(folder / "resumed")[name], tensor)
+    return folder / "resumed"

@@ -6,6 +6,7 @@ are reported, and each variant's ratio to the plain step. Removal and weight upd
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import sys
 import time
@@ -20,6 +21,7 @@ from ..runtime.base import flags
 from ..runtime.base.command import run_command
 from ..runtime.base.figure import Figure
 from ..runtime.base.markdown import markdown_table
+from ..runtime.base.names import unknown_name
 from ..runtime.base.quantities import format_count
 from .compute.hardware import choose_hardware
 from .compute.loss import TrainingLoss
@@ -35,6 +37,11 @@ from .pruning.selection import SelectionRules, select_removal
 from .pruning.surgery import remove_groups
 from .pruning.trackers import tracker_named
 from .pruning.weight_update import InputGrams
+from .quantisation.config import TARGETS, QuantisationConfig
+from .quantisation.weights import ShippedWeights
+
+TRAINED_TYPES = tuple(TARGETS)
+"""Of --qat."""
 
 WITHOUT_STEM = tuple(name for name in FOLDS if name != "stem")
 
@@ -53,6 +60,8 @@ class BenchmarkOptions:
     """Tokens per sequence."""
     rounds: int = 9
     """Timed steps of each variant."""
+    steps: tuple[str, ...] = flags.comma_separated("all")
+    """Variants to time beside the plain one, comma-separated, as the table calls them; or all."""
     run: str = ""
     """Report the speed through this finished run instead."""
 
@@ -81,12 +90,13 @@ class StepBenchmark:
     def tracker(self, criterion: str, kinds: tuple[str, ...]) -> RunningScores:
         return tracker_named(criterion, kinds, self.architecture, 0.9)
 
-    def step(self, tracker: RunningScores | None = None) -> float:
+    def step(self, tracker: RunningScores | None = None, shipped: ShippedWeights | None = None) -> float:
         """Seconds of one step."""
         windows = torch.from_numpy(self.stream.next_windows(self.batch_size)).to(self.device)
         self._wait()
         began = time.perf_counter()
-        self.loss(windows)[0].backward()
+        with shipped.applied(self.model) if shipped is not None else contextlib.nullcontext():
+            self.loss(windows)[0].backward()
         if tracker is not None:
             tracker.accumulate(self.model.named_parameters())
             tracker.finish_step()
@@ -110,7 +120,7 @@ class StepBenchmark:
             torch.cuda.synchronize()
 
 
-def compare_steps(bench: StepBenchmark, rounds: int) -> None:
+def compare_steps(bench: StepBenchmark, rounds: int, wanted: Sequence[str]) -> None:
     """Interleaved steps: plain, with each criterion, with the Gram matrices of the weight update."""
     variants: dict[str, Callable[[], float]] = {
         "plain": bench.step,
@@ -118,6 +128,7 @@ def compare_steps(bench: StepBenchmark, rounds: int) -> None:
         "taylor1, with stem": lambda: bench.step(trackers["taylor1, with stem"]),
         "taylor2": lambda: bench.step(trackers["taylor2"]),
         "fisher": lambda: bench.step(trackers["fisher"]),
+        **{f"qat {each}": lambda each=each: bench.step(shipped=shipped[each]) for each in TRAINED_TYPES},
         "obs Gram matrices": lambda: bench.step_with_grams({"query", "ffn"}),
     }
     trackers = {
@@ -126,6 +137,12 @@ def compare_steps(bench: StepBenchmark, rounds: int) -> None:
         "taylor2": bench.tracker("taylor2", WITHOUT_STEM),
         "fisher": bench.tracker("fisher", WITHOUT_STEM),
     }
+    shipped = {each: ShippedWeights(QuantisationConfig(qat=each)) for each in TRAINED_TYPES}  # type: ignore[arg-type]
+    if wanted != ("all",):
+        unknown = next((name for name in wanted if name not in variants), None)
+        if unknown is not None:
+            raise unknown_name("--steps", unknown, variants)
+        variants = {name: run for name, run in variants.items() if name in ("plain", *wanted)}
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for turn in range(rounds + 1):
         for name, run in variants.items():
@@ -196,9 +213,10 @@ def body(argv: Sequence[str]) -> int:
         speed_through_run(Path(options.run))
         return 0
     bench = StepBenchmark(options)
-    compare_steps(bench, options.rounds)
-    time_tokenization(bench)
-    time_events(bench)
+    compare_steps(bench, options.rounds, options.steps)
+    if options.steps == ("all",):
+        time_tokenization(bench)
+        time_events(bench)
     return 0
 
 

@@ -9,6 +9,7 @@ from typing import Literal
 
 from ..runtime.base import flags
 from .pruning.config import PruneConfig
+from .quantisation.config import QuantisationConfig
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,7 @@ class TrainConfig:
 
     source: SourceConfig = field(default_factory=SourceConfig)
     pruning: PruneConfig = field(default_factory=PruneConfig)
+    quantisation: QuantisationConfig = field(default_factory=QuantisationConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     run: RunConfig = field(default_factory=RunConfig)
 

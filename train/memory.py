@@ -80,6 +80,7 @@ def estimate_memory(
     backward = gradients // shards + (embedding if needs_second else 0)  # the embedding's before it is added, or scored
     rest = PROCESS_BYTES + max(forward, backward) - gradients // shards
     rest += size * (2 if is_bf16 else 4) if settings.distill or config.pruning.recover != "none" else 0
+    rest += 4 * size if config.quantisation.is_on else 0  # the rounded weights beside the others
     rest += _gram_bytes(config, architecture) if config.pruning.weight_update == "obs" else 0
     kept = 4 * size // shards, gradients // shards, moments // shards
     return MemoryEstimate(*kept, round(rest + FRAGMENTS * (sum(kept) + rest)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,12 @@ from .model.file_size import tokenizer_bytes
 from .model.irregular import architecture_of
 from .model.source import load_source
 from .model.stored_type import shape_of_folder, stored_dtype
+from .pruning.config import PruneConfig
 from .pruning.criteria import uses_gradient
 from .pruning.plan import PruningPlan, make_pruning_plan
+from .quantisation.config import GGUF_TYPES
 from .run_folder import foreign_files, newest_sound_checkpoint
-from .vocabulary.needs import pieces_of, tokenizer_data
+from .vocabulary.needs import pieces_of
 
 _log = logging.getLogger("efficientllm.train")
 
@@ -148,6 +150,8 @@ def make_plan(config: TrainConfig, resume: ResumePoint | None, compute: Compute)
         raise UsageError("--compact-every works with --parallel ddp only: fsdp removes physically at every event")
     if compute.parallel.mode == "fsdp" and config.pruning.recover != "none":
         raise UsageError("--recover works with --parallel ddp only: it needs a layer's weights whole on every rank")
+    if compute.parallel.mode == "fsdp" and config.quantisation.is_on:
+        raise UsageError("--qat works with --parallel ddp only: it rounds whole weights on every rank")
     if compute.parallel.mode == "fsdp" and config.pruning.prunes_vocabulary:
         raise UsageError("--prune vocabulary works with --parallel ddp only: it measures a model whole on every rank")
     source: Any
@@ -159,18 +163,50 @@ def make_plan(config: TrainConfig, resume: ResumePoint | None, compute: Compute)
     architecture = architecture_of(source.config)
     if shape is None:
         _announce_memory(config, resume, compute, architecture)
-    vocabulary_bytes = _vocabulary_bytes(tokenizer) if config.pruning.target_bytes is not None else 0
+    _check_grid(config, architecture)
+    vocabulary_bytes = tokenizer_bytes(tokenizer) if config.pruning.target_bytes is not None else 0
     pieces = pieces_of(source, tokenizer) if config.pruning.prunes_vocabulary and config.pruning.prunes else None
-    pruning = make_pruning_plan(config.pruning, architecture, vocabulary_bytes, pieces)
+    pruning = make_pruning_plan(shipped_pruning(config), architecture, vocabulary_bytes, pieces)
     if length > longest:
         raise UsageError(f"--sequence-length {length}: the source's context is {longest} tokens")
     data, folder = (
         with_self_chats(config, source, tokenizer, compute.hardware.dtype, compute.parallel),
         Path(config.run.output),
     )
-    asked = config.run.save_dtype
-    dtype = stored_dtype(config.source.source) if asked == "auto" else getattr(torch, asked)
+    dtype = _save_dtype(config)
     return RunPlan(config, folder, resume, compute, architecture, tokenizer, data, pruning, dtype), source
+
+
+def _check_grid(config: TrainConfig, architecture: Architecture) -> None:
+    """UsageError where a GGUF of the family holds other weights than the checkpoint, so that no grid is kept."""
+    parts, kind = architecture.parts, config.quantisation.qat
+    if kind in GGUF_TYPES and (parts.norm.takes_mean or parts.scales_embedding or parts.qk_norm == "width"):
+        raise UsageError(
+            f"--qat {kind}: a GGUF of {architecture.family} holds rescaled weights, off the grid that was trained; "
+            "leave it out, or use a type of --target onnx or executorch"
+        )
+
+
+def shipped_pruning(config: TrainConfig) -> PruneConfig:
+    """The pruning settings with the type of --qat, where --target-bytes is not told another; UsageError where it is."""
+    settings, shipped = config.pruning, config.quantisation
+    if settings.target_bytes is None or shipped.qat not in GGUF_TYPES:
+        return settings
+    for name, trained in (("quantize", shipped.qat), ("output_type", shipped.head_type)):
+        asked = getattr(settings, name)
+        if asked not in ("", trained):
+            raise UsageError(f"{flags.flag_name(name)} {asked}: the run trains for {trained}; leave it out")
+    return replace(settings, quantize=shipped.qat, output_type=shipped.head_type)
+
+
+def _save_dtype(config: TrainConfig) -> torch.dtype:
+    """Of the final model: a 16-bit scale times a code has more digits than 16-bit numbers."""
+    asked = config.run.save_dtype
+    if config.quantisation.is_on:
+        if asked not in ("auto", "float32"):
+            raise UsageError(f"--save-dtype {asked}: the grid of --qat {config.quantisation.qat} needs float32")
+        return torch.float32
+    return stored_dtype(config.source.source) if asked == "auto" else getattr(torch, asked)
 
 
 def _stores_gradients_as_computed(config: TrainConfig, compute: Compute) -> bool:
@@ -191,10 +227,3 @@ def _announce_memory(config: TrainConfig, resume: ResumePoint | None, compute: C
         _log.info(f"memory: {estimate.describe()}")
         if warning:
             _log.warning(f"memory: {warning}")
-
-
-def _vocabulary_bytes(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Bytes of the tokenizer in an exported file."""
-    merges = tokenizer_data(tokenizer)["model"].get("merges", [])
-    texts = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
-    return tokenizer_bytes(list(tokenizer.get_vocab()), texts)

@@ -86,6 +86,7 @@ def training_summary(trainer: Trainer) -> dict[str, Any]:
         **_latency(trainer),
         "held_out_tokens": int(trainer.measuring.held_out.shape[0] * trainer.config.source.sequence_length),
         "perplexity": trainer.progress.perplexity,
+        **({"quantisation": trainer.config.quantisation.to_dict()} if trainer.shipped is not None else {}),
         **({"bits_per_byte": trainer.progress.bits_per_byte} if trainer.progress.bits_per_byte else {}),
         "quality": contract(measured["final"], measured["source"], source) if len(measured) == 2 else None,
     }

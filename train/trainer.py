@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shutil
 import time
@@ -30,6 +31,7 @@ from .progress import Progress, Speed
 from .pruning.probe import BlockProbe
 from .pruning.pruner import Pruner
 from .pruning.selection import Removal
+from .quantisation.weights import ShippedWeights
 from .replaced_run import drop_replaced, is_replacing
 from .run_folder import checkpoint_folders
 from .run_text import RunText
@@ -63,6 +65,8 @@ class Trainer:
             start, end = round(settings.prune_start * tokens), round(settings.prune_end * tokens)
             self.schedule = DroppingSchedule(budget.measure.of(plan.architecture), budget.target, start, end)
             self.pruner = Pruner(plan.pruning, self.model, self.parallel, self.config.run.seed)
+        self.shipped = ShippedWeights(self.config.quantisation) if self.config.quantisation.is_on else None
+        """Rounds the weights to the type that the run trains for."""
         self.metrics = MetricsWriter(plan.folder, self.config.run, self.parallel.is_main)
         self.measuring = Measuring(plan, held_out, self.metrics)
         self.stop_signal = StopSignal()
@@ -104,8 +108,10 @@ class Trainer:
             self.metrics.write(record)
             self._show(display, record)
             if self.pruner is not None and self.pruner.is_done and "after_pruning" not in self.progress.perplexity:
-                self.measuring.stage("after_pruning", self.callee, self.progress, display)
-            self.measuring.held_out_loss_if_due(self.callee, self.progress)
+                with self._as_shipped():
+                    self.measuring.stage("after_pruning", self.callee, self.progress, display)
+            with self._as_shipped():
+                self.measuring.held_out_loss_if_due(self.callee, self.progress)
             if self.parallel.any(bool(self.stop_signal.name)):
                 outcome = f"checkpoint {self.save().name} is written" if self._is_sound() else "the weights went bad"
                 name = self.stop_signal.name or "a signal to another rank"
@@ -121,6 +127,8 @@ class Trainer:
             )
         if self.pruner is not None:
             self._compact()
+        if self.shipped is not None:
+            self.shipped.settle(self.model)
         self.measuring.stage("final", self.callee, self.progress, display)
         self.measuring.quality("final", self.model, self.progress, display)
         return True
@@ -215,7 +223,15 @@ class Trainer:
         """Gradients of the next step's windows; returns this rank's loss."""
         steps = self.config.optimizer.gradient_accumulation
         microbatches = [self._next_rows() for _ in range(steps)]
-        return accumulate_gradients(self.callee, self.model, microbatches, self.pruner, self.parallel)
+        with self._as_shipped():
+            return accumulate_gradients(self.callee, self.model, microbatches, self.pruner, self.parallel)
+
+    def _as_shipped(self) -> contextlib.AbstractContextManager[None]:
+        """Within, the model's weights are those of the file, where it is time for that."""
+        start = self.config.quantisation.qat_start * self.config.optimizer.tokens
+        if self.shipped is None or self.progress.tokens < start:
+            return contextlib.nullcontext()
+        return self.shipped.applied(self.model)
 
     def _next_rows(self) -> Tensor:
         """This rank's windows [B, S + 1] of the next microbatch."""

@@ -7,10 +7,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ...runtime.base.errors import ArtefactError
 from ...runtime.base.files import write_text_atomically
 from ...runtime.chat_template import render_chat
 from ...runtime.engines.hf_tokenizer import read_settings, special_token
+from ...train.model.file_types import row_multiple
 from ...train.model.tensors import EMBEDDING, HEAD
 from ..calibration import column_importance, save_for_gguf
 from ..checkpoint import Checkpoint
@@ -18,6 +21,7 @@ from ..manifest import OLLAMA_FILE, Contents, bits_per_weight, write_manifest
 from ..padding import pad_inputs
 from ..request import ExportRequest, PaddingOptions, log
 from ..targets import Exporter
+from ..trained_type import TrainedType, choose_type
 from ..verification import (
     MAX_EXACT_DIFFERENCE,
     Agreement,
@@ -30,15 +34,8 @@ from ..verification import (
 from .layout import GgufPlan, plan_layout
 from .modelfile import MAX_CONTEXT, modelfile
 from .probe import probe
-from .quantize import (
-    ROW_MULTIPLE,
-    describe_fallbacks,
-    file_type,
-    quantize_gguf,
-    require_llama_cpp,
-    tensor_bytes,
-    tensor_type,
-)
+from .quantize import describe_fallbacks, file_type, quantize_gguf, require_llama_cpp, tensor_type
+from .tensor_data import check_kept, fill_q2_0, tensor_bytes
 from .writer import gguf_name, write_gguf
 
 MODEL_FILE = "model.gguf"
@@ -52,16 +49,12 @@ class GgufOptions(PaddingOptions):
     """--target gguf"""
 
     quantize: str = ""
-    """Weight type: f32, f16 (default), bf16, q8_0, q6_k, q5_k_m, q5_k_s, q5_1, q5_0, q4_k_m, q4_k_s, q4_1, q4_0,
-    iq4_nl, iq4_xs, q3_k_m, q2_k."""
+    """Weight type: f32, f16, bf16, q8_0, q6_k, q5_k_m, q5_k_s, q5_1, q5_0, q4_k_m, q4_k_s, q4_1, q4_0, iq4_nl, iq4_xs,
+    q3_k_m, q2_k, q2_0; default: what the checkpoint was trained for (--qat), else f16."""
     output_type: str = ""
     """Type of the LM head where the default is not wanted, as --quantize."""
     embedding_type: str = ""
     """Type of the token embedding where the default is not wanted, as --quantize."""
-
-    @property
-    def weight_type(self) -> str:
-        return self.quantize or DEFAULT
 
 
 def export_gguf(checkpoint: Checkpoint, request: ExportRequest[GgufOptions], folder: Path) -> None:
@@ -73,29 +66,38 @@ def export_gguf(checkpoint: Checkpoint, request: ExportRequest[GgufOptions], fol
         log.info("run it with: %s", hint)
 
 
-def write_model(checkpoint: Checkpoint, request: ExportRequest[GgufOptions], folder: Path) -> Contents:
-    """Write FOLDER/model.gguf and verify it; other targets, which ship such a file, begin with it."""
+def write_model(
+    checkpoint: Checkpoint, request: ExportRequest[GgufOptions], folder: Path, default: str = DEFAULT
+) -> Contents:
+    """Write FOLDER/model.gguf and verify it; other targets, which ship such a file, begin with it.
+
+    `default`: type of a checkpoint that was trained for none, where none is asked for.
+    """
     require_llama_cpp()
-    options = request.options
-    name = options.weight_type
-    file_type(name)
-    output_type = tensor_type("--output-type", options.output_type)
-    embedding_type = tensor_type("--embedding-type", options.embedding_type)
-    plan = plan_layout(checkpoint, ROW_MULTIPLE.get(name, 32) if options.pad == "auto" else 1)
+    options, types = request.options, _choose_types(checkpoint, request, default)
+    name = types.file_type
+    plan = plan_layout(checkpoint, row_multiple(name) if options.pad == "auto" else 1)
     for note in plan.notes:
         request.say(note)
     target, exact = folder / MODEL_FILE, folder / (MODEL_FILE if name == "f32" else "exact.gguf")
     write_gguf(checkpoint, plan, exact)
     if exact != target:
-        importance = _importance(checkpoint, request, plan, folder) if options.calibrate else None
-        fallbacks = quantize_gguf(exact, target, name, output_type, embedding_type, importance)
+        if types.are_trained and options.calibrate:
+            request.say(f"--calibrate changes nothing: the weights are on the grid of {name} already")
+        calibrates = options.calibrate and not types.are_trained
+        importance = _importance(checkpoint, request, plan, folder) if calibrates else None
+        fallbacks = quantize_gguf(exact, target, name, types.output, types.embedding, importance)
+        fill_q2_0(exact, target, dict(np.load(importance)) if importance is not None else {})
         if importance is not None:
             importance.unlink()
         for sentence in describe_fallbacks(fallbacks):
             request.say(sentence)
+    if types.are_trained:
+        check_kept(exact, target, name)
+        request.say(f"every weight is the trained one to the bit: the checkpoint was trained for {name}")
     weight_bytes = tensor_bytes(target)
     bits = bits_per_weight(checkpoint, weight_bytes)
-    verification = _verify(checkpoint, request, exact, target, bits) if options.verify else {}
+    verification = _verify(checkpoint, request, exact, target, name, bits) if options.verify else {}
     if exact != target:
         exact.unlink()
     return Contents(
@@ -105,6 +107,34 @@ def write_model(checkpoint: Checkpoint, request: ExportRequest[GgufOptions], fol
         weight_bytes=weight_bytes,
         layout=f"llama.cpp architecture {plan.name}",
         verification=verification,
+    )
+
+
+@dataclass(frozen=True)
+class _Types:
+    """What the file's tensors are to be."""
+
+    file_type: str
+    output: int | None
+    """ggml type of the LM head; None for llama.cpp's default."""
+    embedding: int | None
+    are_trained: bool
+    """Whether the checkpoint was trained for exactly these: its weights are then kept to the bit."""
+
+
+def _choose_types(checkpoint: Checkpoint, request: ExportRequest[GgufOptions], default: str) -> _Types:
+    """As the flags say, else as the checkpoint was trained, else the defaults."""
+    options, trained = request.options, TrainedType.of(checkpoint)
+    name = choose_type(checkpoint, request, "gguf", options.quantize, default)
+    file_type(name)
+    is_trained = trained is not None and (trained.target, trained.kind) == ("gguf", name)
+    head = trained.head if trained is not None and is_trained else ""
+    output, embedding = options.output_type or head, options.embedding_type or head
+    return _Types(
+        name,
+        tensor_type("--output-type", output),
+        tensor_type("--embedding-type", embedding),
+        is_trained and output == embedding == head,
     )
 
 
@@ -139,7 +169,7 @@ def run_hints(folder: Path, context_length: int, head_dim: int) -> list[str]:
 
 
 def _verify(
-    checkpoint: Checkpoint, request: ExportRequest[GgufOptions], exact: Path, target: Path, bits: float
+    checkpoint: Checkpoint, request: ExportRequest[GgufOptions], exact: Path, target: Path, name: str, bits: float
 ) -> dict[str, dict[str, object]]:
     """F32 file against torch, tokenizer against tokenizer.json, quantised file against the F32 one."""
     texts = [sample_text(), *sample_text().splitlines(), *_rendered_chat(checkpoint)]
@@ -166,7 +196,7 @@ def _verify(
         quantized = compare_logits(first.logits, probe(target, tokens, []).logits, tokens)
         check_quantized(quantized, bits, request.options.max_kl, "gguf")
         request.say(
-            f"{request.options.weight_type} against f32: mean KL {quantized.mean_kl:.4f}, same argmax "
+            f"{name} against f32: mean KL {quantized.mean_kl:.4f}, same argmax "
             f"{quantized.argmax_agreement:.1%}, perplexity x{quantized.perplexity_ratio:.3f}"
         )
         results["quantized"] = quantized

@@ -16,16 +16,19 @@ from ...runtime.base.child import run_python
 from ...runtime.base.errors import ArtefactError, MissingExtraError
 from ...runtime.base.extras import extra
 from ...runtime.base.names import unknown_name
+from . import q2_0
 
 FILE_TYPES = (
     *("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_1", "q5_0", "q4_k_m", "q4_k_s", "q4_1", "q4_0"),
-    *("iq4_nl", "iq4_xs", "q3_k_m", "q2_k"),
+    *("iq4_nl", "iq4_xs", "q3_k_m", "q2_k", "q2_0"),
 )
 """`--quantize` values of `--target gguf`."""
 
-ROW_MULTIPLE = {"f32": 1, "f16": 1, "bf16": 1}
-"""What rows must divide by; 32 for every quantised type. K-quants want 256 and fall back to 32-blocks, which is smaller
-than padding 576 to 768 would be."""
+NEWER_FILE_TYPES = {"q2_0": 41}
+"""llama_ftype of what the gguf package (0.19) does not know and llama-cpp-python 0.3.36 does."""
+
+NEWER_TENSOR_TYPES = {"q2_0": q2_0.TENSOR_TYPE}
+"""The same of ggml_type."""
 
 
 def file_type(name: str) -> int:
@@ -34,6 +37,8 @@ def file_type(name: str) -> int:
         import gguf
     if name not in FILE_TYPES:
         raise unknown_name("--quantize", name, FILE_TYPES, of=" for gguf")
+    if name in NEWER_FILE_TYPES:
+        return NEWER_FILE_TYPES[name]
     return int(gguf.LlamaFileType["ALL_F32" if name == "f32" else f"MOSTLY_{name.upper()}"])
 
 
@@ -43,10 +48,12 @@ def tensor_type(flag: str, name: str) -> int | None:
 
     if not name:
         return None
+    if name.lower() in NEWER_TENSOR_TYPES:
+        return NEWER_TENSOR_TYPES[name.lower()]
     try:
         return int(gguf.GGMLQuantizationType[name.upper()])
     except KeyError as error:
-        known = [item.name.lower() for item in gguf.GGMLQuantizationType]
+        known = [*(item.name.lower() for item in gguf.GGMLQuantizationType), *NEWER_TENSOR_TYPES]
         raise unknown_name(flag, name, known, of=" tensor type") from error
 
 
@@ -75,13 +82,6 @@ def quantize_gguf(
     if done.code:
         raise ArtefactError(f"llama.cpp cannot quantise to {name}: {done.last_error}")
     return parse_fallbacks(done.errors)
-
-
-def tensor_bytes(path: Path) -> int:
-    """Bytes of all tensors, without the header and the vocabulary."""
-    import gguf
-
-    return sum(int(tensor.n_bytes) for tensor in gguf.GGUFReader(path).tensors)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from ..checkpoint import Checkpoint
 from ..manifest import Contents, bits_per_weight, copy_tokenizer, write_manifest
 from ..request import ExportRequest, RoundingOptions
 from ..targets import Exporter
+from ..trained_type import choose_type
 from ..verification import Written, torch_sample, verify_stepwise
 from .quantize import Bits, preset
 
@@ -33,20 +34,20 @@ class OnnxOptions(RoundingOptions):
     """--target onnx"""
 
     quantize: str = ""
-    """Weight type: f32, f16, int8 (default), mixed, int4, web; with --portable f32, its default."""
+    """Weight type: f32, f16, int8, mixed, int4, web; default: what the checkpoint was trained for (--qat), else int8;
+    with --portable f32."""
     portable: bool = False
     """Standard operators (opset 23) instead of onnxruntime's fused ones; f32, slower in onnxruntime."""
-
-    @property
-    def weight_type(self) -> str:
-        return self.quantize or ("f32" if self.portable else DEFAULT)
 
 
 def export_onnx(checkpoint: Checkpoint, request: ExportRequest[OnnxOptions], folder: Path) -> None:
     """Write the model with external data, tokenizer files, genai_config.json and manifest."""
     options = request.options
-    name = options.weight_type
+    asked = options.quantize or ("f32" if options.portable else "")
+    name = choose_type(checkpoint, request, "onnx", asked, DEFAULT)
     bits = preset(name)
+    if options.portable and name != "f32":
+        raise UsageError(f"--portable takes --quantize f32, not {name}: standard operators hold no packed weights")
     _write_model(checkpoint, options, bits, folder)
     _write_json(folder / "genai_config.json", genai_config(checkpoint, shares_cache=not options.portable))
     _write_json(folder / "generation_config.json", generation_config(checkpoint))
@@ -55,7 +56,7 @@ def export_onnx(checkpoint: Checkpoint, request: ExportRequest[OnnxOptions], fol
     # with int8 activations, the matrices that stay in fp32 do not make the rest any closer
     stored = min(bits_per_weight(checkpoint, weight_bytes), 8.0 if bits.dynamic else 32.0)
     tokenizer_files = copy_tokenizer(checkpoint, folder)  # which our engine reads, too
-    verification = _verify(checkpoint, request, folder, stored) if options.verify else {}
+    verification = _verify(checkpoint, request, folder, name, stored) if options.verify else {}
     contents = Contents(
         engine="onnxruntime",
         files=[MODEL_FILE, DATA_FILE, *CONFIG_FILES, *tokenizer_files],
@@ -84,10 +85,6 @@ def _write_model(checkpoint: Checkpoint, options: OnnxOptions, bits: Bits, folde
         require_room(folder / MODEL_FILE, sum(weight.nbytes for weight in weights if weight is not None))
         ir.save(model, folder / MODEL_FILE, external_data=DATA_FILE)
         return
-    if options.weight_type != "f32":
-        raise UsageError(
-            f"--portable takes --quantize f32, not {options.weight_type}: standard operators hold no packed weights"
-        )
     with extra("onnx-portable"):
         from .portable import write_portable
     write_portable(checkpoint, folder / MODEL_FILE)
@@ -174,10 +171,9 @@ def browser_config(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _verify(
-    checkpoint: Checkpoint, request: ExportRequest[OnnxOptions], folder: Path, bits: float
+    checkpoint: Checkpoint, request: ExportRequest[OnnxOptions], folder: Path, name: str, bits: float
 ) -> dict[str, dict[str, object]]:
     """Prefill and teacher-forced decoding through our engine against torch."""
-    name = request.options.weight_type
     sample = torch_sample(checkpoint)
     engine = OwnedEngine(OnnxEngine(folder / MODEL_FILE, EngineOptions(context=len(sample.tokens) + 1)))
     agreement = verify_stepwise(engine, sample, Written("onnx", "file", name, bits), request)

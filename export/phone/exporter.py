@@ -6,7 +6,7 @@ import importlib.metadata
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ...runtime.base import flags
 from ...runtime.base.files import write_json_atomically, write_text_atomically
@@ -37,6 +37,8 @@ SNIPPETS = {
 }
 """Platform -> format of the model -> the code that takes it ("": any)."""
 
+OptionsT = TypeVar("OptionsT")
+
 CHECK_FILE = "check.json"
 DEFAULTS_FILE = "generation.json"
 CARD_FILE = "README.md"
@@ -47,7 +49,7 @@ class PhoneOptions(GgufOptions):
     """--target android, ios"""
 
     quantize: str = ""
-    """Weight type of the GGUF, as of --target gguf; default q8_0."""
+    """Weight type of the GGUF, as of --target gguf; default: what the checkpoint was trained for (--qat), else q8_0."""
     formats: tuple[str, ...] = flags.comma_separated(*FORMATS)
     """Formats of the model, comma-separated: gguf (llama.cpp), pte (ExecuTorch, 8da4w)."""
     max_context: int = flags.count(2048)
@@ -81,9 +83,9 @@ def _export(platform: str, checkpoint: Checkpoint, request: ExportRequest[PhoneO
     profile = DeviceProfile.load(Path(options.device_profile)) if options.device_profile else None  # before the work
     speed = expected_speed(profile, checkpoint.architecture) if profile is not None else None
     models = _write_models(checkpoint, request, folder)
-    checks = {each.engine: asdict(greedy_check(folder / each.files[0])) for each in models}
-    write_json_atomically(folder / CHECK_FILE, checks)
     context = min(options.max_context, checkpoint.context_length)
+    checks = {each.engine: asdict(greedy_check(folder / each.files[0], context)) for each in models}
+    write_json_atomically(folder / CHECK_FILE, checks)
     defaults = generation_defaults(checkpoint)
     write_json_atomically(folder / DEFAULTS_FILE, {"context": context, **defaults})
     model_files = [name for each in models for name in each.files]
@@ -104,14 +106,18 @@ def _write_models(checkpoint: Checkpoint, request: ExportRequest[PhoneOptions], 
     found = []
     if "gguf" in options.formats:
         values: dict[str, Any] = {field.name: getattr(options, field.name) for field in fields(GgufOptions)}
-        values["quantize"] = options.quantize or DEFAULT
-        found.append(write_model(checkpoint, replace(request, options=GgufOptions(**values)), folder))
+        found.append(write_model(checkpoint, _with_options(request, GgufOptions(**values)), folder, DEFAULT))
     if "pte" in options.formats:
         program = ExecutorchOptions(
             verify=options.verify, calibrate=options.calibrate, max_kl=options.max_kl, max_context=options.max_context
         )
-        found.append(write_program(checkpoint, replace(request, options=program), folder))
+        found.append(write_program(checkpoint, _with_options(request, program), folder))
     return found
+
+
+def _with_options(request: ExportRequest[Any], options: OptionsT) -> ExportRequest[OptionsT]:
+    """The same request with the options of the target that writes a part; what is said there is said here."""
+    return ExportRequest(options, request.output, request.notes)
 
 
 def _executorch_version(formats: Sequence[str]) -> str:

@@ -35,7 +35,7 @@ class WebOptions(GgufOptions):
     """--target web"""
 
     quantize: str = ""
-    """Weight type as of --target gguf; default q8_0."""
+    """Weight type as of --target gguf; default: what the checkpoint was trained for (--qat), else q8_0."""
     wllama: str = ""
     """Folder with wllama's two npm tarballs, for machines without npm or network; default: `npm pack`, once."""
 
@@ -45,9 +45,8 @@ def export_web(checkpoint: Checkpoint, request: ExportRequest[WebOptions], folde
     chosen = request.options
     runtime_files = copy_wllama(folder, chosen.wllama)  # first: what it lacks is known before minutes of work
     values: dict[str, Any] = {field.name: getattr(chosen, field.name) for field in fields(GgufOptions)}
-    values["quantize"] = chosen.quantize or DEFAULT
     gguf = replace(request, options=GgufOptions(**values))
-    contents = write_model(checkpoint, gguf, folder)
+    contents = write_model(checkpoint, gguf, folder, DEFAULT)
     model = folder / contents.files[0]
     check = greedy_check(model)
     parts = split_file(model, folder, PART_BYTES)

@@ -22,8 +22,13 @@ def with_old_names(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config.json in which every value that has an old and a new home stands in both."""
     rope = dict(config.get("rope_parameters") or {})
     old: dict[str, Any] = {}
+    if "full_attention" in rope:  # Gemma: one for each kind of layer
+        old["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        rope = dict(rope["full_attention"])
     if "rope_theta" in rope:
         old["rope_theta"] = rope.pop("rope_theta")
+    if "partial_rotary_factor" in rope:  # GPT-NeoX
+        old |= {"rotary_pct": rope.pop("partial_rotary_factor"), "rotary_emb_base": old["rope_theta"]}
     if rope.get("rope_type", "default") != "default":
         old["rope_scaling"] = rope
     if "dtype" in config:

@@ -5,7 +5,8 @@ An axis is one of
     "query"   query heads of a layer [num_attention_heads * head_dim]
     "kv"      key/value heads of a layer [num_key_value_heads * head_dim]
     "ffn"     FFN channels of a layer [intermediate_size]
-    "vocab"   tokens, "head" one head's channels: never pruned
+    "vocab"   tokens
+    "head"    one head's channels: never pruned
 Matrices have the same names in every family; which of them, and which norms and biases there are, follows from its
 description (families.py). Imports no torch.
 """

@@ -8,7 +8,7 @@ import torch
 
 from ...runtime.base.errors import UsageError
 from ..model.architecture import Architecture
-from ..model.file_size import BITS, gguf_bytes
+from ..model.file_size import gguf_bytes, has_known_size
 from ..pruning.groups import BLOCKS, KINDS, counts
 from ..pruning.latency_target import LatencyTarget
 from ..pruning.measures import DeviceTime
@@ -37,12 +37,12 @@ def meaning(source: Architecture, time: DeviceTime, target: LatencyTarget, rules
     equal = None
     if source.is_uniform:
         together = replace(rules, uniform=True, blocks=())
-        smaller = select_removal(source, _sizes(source, together), together, ms).after
+        smaller = select_removal(source, group_sizes(source, together), together, ms).after
         equal = smaller if time.measure.of(smaller) <= ms else None
-    return Meaning(ms, select_removal(source, _sizes(source, rules), rules, ms).after, equal)
+    return Meaning(ms, select_removal(source, group_sizes(source, rules), rules, ms).after, equal)
 
 
-def _sizes(source: Architecture, rules: SelectionRules) -> Scores:
+def group_sizes(source: Architecture, rules: SelectionRules) -> Scores:
     """Parameters of every group as its score."""
     scores: Scores = {}
     for name in rules.kinds:
@@ -66,4 +66,4 @@ def _block_size(source: Architecture, name: str, layer: int) -> float:
 def weight_bytes(architecture: Architecture, time: DeviceTime) -> int | None:
     """Bytes of the weights as GGUF in the profile's type; None for a type of another engine."""
     quantization = time.profile.measured_on.quantization
-    return gguf_bytes(architecture, quantization, 0) if quantization in BITS else None
+    return gguf_bytes(architecture, quantization, 0) if has_known_size(quantization) else None

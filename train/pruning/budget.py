@@ -15,6 +15,9 @@ from .latency_target import LatencyTarget
 from .measures import PARAMETERS, DeviceTime, Measure, bytes_of_file
 from .selection import SelectionRules, smallest_architecture
 
+DEFAULT_TYPE = "q8_0"
+"""What --target-bytes is measured in where neither --quantize nor --qat says."""
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -60,7 +63,9 @@ def make_budget(
         measure = time.measure
         return Budget(LatencyTarget.parse(settings.target_latency).of(measure.of(source)), measure)
     if settings.target_bytes is not None:
-        return Budget(settings.target_bytes, bytes_of_file(settings.quantize, vocabulary_bytes, source.vocab_size))
+        kind = settings.quantize or DEFAULT_TYPE
+        measure = bytes_of_file(kind, vocabulary_bytes, source.vocab_size, settings.output_type)
+        return Budget(settings.target_bytes, measure)
     if settings.target_params is not None:
         return Budget(settings.target_params, PARAMETERS)
     if settings.target_ratio is not None:

@@ -8,7 +8,7 @@ from typing import Literal
 from ...runtime.base import flags
 from ...runtime.base.errors import OptionError
 from ...runtime.latency.workload import Workload
-from ..model.file_size import BITS
+from ..model.file_types import BODY, TENSOR_BLOCKS
 from .groups import BLOCKS, KINDS, PRUNE_TYPES
 from .latency_target import LatencyTarget
 
@@ -27,8 +27,10 @@ class PruneConfig:
     """Parameters to keep, as 100M."""
     target_bytes: int | None = flags.byte_count(None)
     """Bytes of the exported GGUF, as 60MB, in the type of --quantize."""
-    quantize: str = "q8_0"
-    """Weight type that --target-bytes is measured in."""
+    quantize: str = ""
+    """Weight type that --target-bytes is measured in; default: that of --qat, else q8_0."""
+    output_type: str = ""
+    """Type of its LM head where the exporter's default is not wanted; default: that of --qat."""
     target_latency: str | None = None
     """Time of --workload on the device of --device-profile: a share of the source's (0.6x), or milliseconds (8ms)."""
     device_profile: str | None = None
@@ -100,7 +102,10 @@ class PruneConfig:
             flags.require(self, "prune", allowed, f"choose from {', '.join(PRUNE_TYPES)}, or none alone")
         if len(self.targets) > 1:
             raise ValueError(f"{' and '.join(map(flags.flag_name, self.targets))} are both given; choose one")
-        flags.require(self, "quantize", self.quantize in BITS, f"--target-bytes knows {', '.join(BITS)}")
+        is_known = not self.quantize or self.quantize in BODY
+        flags.require(self, "quantize", is_known, f"--target-bytes knows {', '.join(BODY)}")
+        is_known = not self.output_type or self.output_type in TENSOR_BLOCKS
+        flags.require(self, "output_type", is_known, f"--target-bytes knows {', '.join(TENSOR_BLOCKS)}")
         if self.target_ratio is not None:
             flags.require(self, "target_ratio", 0 < self.target_ratio <= 1, "must be above 0 and at most 1")
         self._check_latency()

@@ -17,6 +17,7 @@ from ...runtime.latency.shape import LayerShape as DecoderLayer
 from ...runtime.latency.workload import Workload
 from ..model.architecture import Architecture, LayerShape
 from ..model.file_size import gguf_bytes
+from ..model.file_types import depends_on_place
 from ..model.packing import packed
 
 RUN_UNITS = 8
@@ -58,22 +59,29 @@ PARAMETERS = Measure("parameters", _count)
 """Stored parameters, tied heads counted once."""
 
 
-def bytes_of_file(quantize: str, vocabulary_bytes: int, num_rows: int | None = None) -> Measure:
+def bytes_of_file(quantize: str, vocabulary_bytes: int, num_rows: int | None = None, head_type: str = "") -> Measure:
     """Bytes of the GGUF in type `quantize`; rows are padded to blocks, so single channels may save nothing.
 
     `vocabulary_bytes`: bytes of the tokenizer in an exported file, of `num_rows` tokens where some may go: each then
-    counts alike (those that go are longer than the mean: the file is a little smaller than said).
+    counts alike (those that go are longer than the mean: the file is a little smaller than said). `head_type`: of
+    embedding and LM head, where it is not the exporter's default.
     """
 
-    @lru_cache(maxsize=65_536)  # a ranking asks for the same layers again and again
-    def of_layer(alone: Architecture) -> int:
-        return gguf_bytes(alone, quantize, 0) - gguf_bytes(replace(alone, layers=NO_LAYERS), quantize, 0)
+    @lru_cache(maxsize=65_536)  # a ranking asks for the same shapes again and again
+    def of_tensors(shape: Architecture) -> int:
+        return gguf_bytes(shape, quantize, 0, head_type, head_type)
+
+    def of_layers(architecture: Architecture) -> int:
+        if depends_on_place(quantize):
+            return of_tensors(architecture)
+        narrow = replace(architecture, vocab_size=1)
+        none = of_tensors(replace(narrow, layers=NO_LAYERS))
+        layers = sum(of_tensors(replace(narrow, layers=(layer,))) - none for layer in architecture.layers)
+        return of_tensors(replace(architecture, layers=NO_LAYERS)) + layers
 
     def size(architecture: Architecture) -> int:
         share = 1.0 if num_rows is None else architecture.vocab_size / num_rows
-        rest = gguf_bytes(replace(architecture, layers=NO_LAYERS), quantize, round(share * vocabulary_bytes))
-        narrow = replace(architecture, vocab_size=1)
-        return rest + sum(of_layer(replace(narrow, layers=(layer,))) for layer in architecture.layers)
+        return of_layers(architecture) + round(share * vocabulary_bytes)
 
     return Measure("bytes", size, RUN_UNITS)
 

@@ -1,0 +1,85 @@
+"""The tensors of a written GGUF: read back as numbers, and filled with blocks that llama.cpp's quantiser cannot make.
+
+Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from ...runtime.base.errors import ArtefactError
+from ...runtime.base.gguf_header import TensorPlace, read_header
+from . import q2_0
+
+F32 = 0
+
+
+def tensor_bytes(path: Path) -> int:
+    """Bytes of all tensors, without the header and the vocabulary."""
+    return sum(num_bytes(tensor) for tensor in read_header(path).tensors)
+
+
+def num_bytes(tensor: TensorPlace) -> int:
+    weights, size = _block_of(tensor.kind)
+    return tensor.num_elements // weights * size
+
+
+def _block_of(kind: int) -> tuple[int, int]:
+    """(weights, bytes) of a block; the gguf package does not know Q2_0 yet (0.19)."""
+    import gguf
+
+    if kind == q2_0.TENSOR_TYPE:
+        return q2_0.BLOCK, q2_0.BLOCK_BYTES
+    return gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
+
+
+def _raw(path: Path, tensor: TensorPlace) -> np.ndarray:
+    """uint8 [rows, bytes]"""
+    data = np.memmap(path, np.uint8, "r", tensor.offset, (num_bytes(tensor),))
+    return data.reshape(-1 if len(tensor.shape) > 1 else 1, num_bytes(tensor) // _rows(tensor))
+
+
+def _rows(tensor: TensorPlace) -> int:
+    return tensor.num_elements // tensor.shape[-1]
+
+
+def values(path: Path, tensor: TensorPlace) -> np.ndarray:
+    """fp32 [rows, columns], as llama.cpp reads the tensor."""
+    import gguf
+
+    data = _raw(path, tensor)
+    if tensor.kind == q2_0.TENSOR_TYPE:
+        return q2_0.decode(data)
+    return gguf.quants.dequantize(data, gguf.GGMLQuantizationType(tensor.kind)).reshape(_rows(tensor), -1)
+
+
+def fill_q2_0(exact: Path, target: Path, importance: Mapping[str, np.ndarray]) -> None:
+    """Write the Q2_0 tensors of `target` anew from the fp32 ones in `exact`, with the scales of q2_0.encode."""
+    originals = {tensor.name: tensor for tensor in read_header(exact).tensors}
+    with target.open("r+b") as stream:
+        for tensor in read_header(target).tensors:
+            if tensor.kind == q2_0.TENSOR_TYPE:
+                weight = values(exact, originals[tensor.name])
+                stream.seek(tensor.offset)
+                stream.write(q2_0.encode(weight, importance.get(tensor.name)).tobytes())
+
+
+def changed_tensors(exact: Path, target: Path) -> Iterator[tuple[str, float]]:
+    """(name, largest difference) of every tensor that is not the same number by number in both files."""
+    originals = {tensor.name: tensor for tensor in read_header(exact).tensors}
+    for tensor in read_header(target).tensors:
+        difference = float(np.abs(values(exact, originals[tensor.name]) - values(target, tensor)).max())
+        if difference:
+            yield tensor.name, difference
+
+
+def check_kept(exact: Path, target: Path, kind: str) -> None:
+    """ArtefactError unless the file holds the trained weights to the bit."""
+    first = next(changed_tensors(exact, target), None)
+    if first is not None:
+        raise ArtefactError(
+            f"gguf: the checkpoint says that it was trained for {kind}, but {first[0]} is not on that grid (off by "
+            f"{first[1]:.1e}); was it changed after training? --quantize with another type exports it all the same"
+        )

@@ -1,0 +1,98 @@
+"""The header of a .gguf file, read with no package: its values, and where each tensor lies.
+
+The format: ggml's docs/gguf.md. The gguf package refuses files with a tensor type that it does not know yet.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+"""Type of a value -> its struct format, little-endian."""
+STRING, ARRAY = 8, 9
+
+READ_ERRORS = (OSError, ValueError, KeyError, struct.error, OverflowError, RecursionError)
+"""What `read_header` raises for a file that is damaged or none."""
+
+
+@dataclass(frozen=True)
+class TensorPlace:
+    """A tensor of a file."""
+
+    name: str
+    shape: tuple[int, ...]
+    """Rows last to first as torch has them: (out, in)."""
+    kind: int
+    """Number of its type (ggml_type)."""
+    offset: int
+    """Of its first byte in the file."""
+
+    @property
+    def num_elements(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class GgufHeader:
+    """What stands before the data."""
+
+    values: dict[str, Any]
+    """Metadata; None for an array."""
+    tensors: tuple[TensorPlace, ...]
+
+
+class _Reader:
+    """Reads one value after the other; struct.error at the end of the file."""
+
+    def __init__(self, data: mmap.mmap) -> None:
+        self.data, self.at = data, 4
+
+    def scalar(self, form: str) -> Any:
+        (value,) = struct.unpack_from(f"<{form}", self.data, self.at)
+        self.at += struct.calcsize(f"<{form}")
+        return value
+
+    def text(self) -> str:
+        length = self.scalar("Q")
+        value = self.data[self.at : self.at + length]
+        self.at += length
+        return value.decode("utf-8", "replace")
+
+    def value(self, kind: int) -> Any:
+        """None for an array, which is passed over."""
+        if kind == STRING:
+            return self.text()
+        if kind != ARRAY:
+            return self.scalar(SCALARS[kind])
+        item, count = self.scalar("I"), self.scalar("Q")
+        if item in SCALARS:
+            self.at += count * struct.calcsize(f"<{SCALARS[item]}")
+            return None
+        for _ in range(count):
+            self.value(item)
+        return None
+
+
+def read_header(path: Path) -> GgufHeader:
+    """In about a tenth of a second; one of READ_ERRORS where the file is damaged or no GGUF."""
+    with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        if data[:4] != b"GGUF":
+            raise ValueError(f"{path}: not a GGUF file")
+        reader = _Reader(data)
+        reader.scalar("I")  # version: since the second, lengths are of 64 bits
+        num_tensors, num_values = reader.scalar("Q"), reader.scalar("Q")
+        values = {reader.text(): reader.value(reader.scalar("I")) for _ in range(num_values)}
+        found = []
+        for _ in range(num_tensors):
+            name = reader.text()
+            sizes = [reader.scalar("Q") for _ in range(reader.scalar("I"))]
+            found.append((name, tuple(reversed(sizes)), reader.scalar("I"), reader.scalar("Q")))
+        alignment = values.get("general.alignment", 32)
+        start = -(-reader.at // alignment) * alignment
+        tensors = tuple(TensorPlace(name, shape, kind, start + offset) for name, shape, kind, offset in found)
+        return GgufHeader(values, tensors)

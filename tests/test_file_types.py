@@ -1,0 +1,79 @@
+"""What every tensor of a GGUF becomes, and what the file weighs, against llama.cpp's own quantiser."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from shared import made_once
+from tiny import tiny_architecture, tiny_model
+from transformers import PreTrainedTokenizerFast
+
+from efficientllm.export.checkpoint import Checkpoint
+from efficientllm.export.gguf.layout import plan_layout
+from efficientllm.export.gguf.quantize import quantize_gguf, tensor_type
+from efficientllm.export.gguf.tensor_data import num_bytes
+from efficientllm.export.gguf.writer import gguf_name, write_gguf
+from efficientllm.runtime.base.gguf_header import read_header
+from efficientllm.train.model.architecture import LayerShape
+from efficientllm.train.model.file_size import gguf_bytes
+from efficientllm.train.model.file_types import BODY, file_types, row_multiple
+from efficientllm.train.model.irregular import save_checkpoint
+from efficientllm.train.pruning.config import PruneConfig
+from efficientllm.train.pruning.measures import bytes_of_file
+from efficientllm.train.pruning.selection import SelectionRules, select_removal
+
+NUMBERS = {0: "f32", 1: "f16", 2: "q4_0", 3: "q4_1", 6: "q5_0", 7: "q5_1", 8: "q8_0", 10: "q2_k", 11: "q3_k"} | {
+    **{12: "q4_k", 13: "q5_k", 14: "q6_k", 20: "iq4_nl", 30: "bf16", 42: "q2_0"}
+}
+LAYERS = (*(LayerShape(4, 2, 256),) * 8, LayerShape(2, 2, 96), LayerShape(4, 1, 512))
+"""Rows of 256, where K types hold, and of 128 and 96, where they do not."""
+
+PLAIN = ("f32", "f16", "bf16", "q5_1", "q5_0", "q4_1")
+"""File types without rules of their own."""
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Checkpoint:
+    model = tiny_model(tiny_architecture(layers=LAYERS, hidden_size=256, head_dim=64))
+    folder = made_once(tmp_path_factory, "wide", lambda folder: save_checkpoint(model, tokenizer, folder))
+    return Checkpoint(folder, "wide")
+
+
+@pytest.mark.parametrize(
+    ("name", "head"), [*((name, "") for name in sorted(BODY) if name not in PLAIN), ("q4_0", "q4_0"), ("q2_0", "q4_0")]
+)
+def test_types_and_bytes_are_those_of_the_file(name: str, head: str, wide: Checkpoint, tmp_path: Path) -> None:
+    plan = plan_layout(wide, row_multiple(name))
+    write_gguf(wide, plan, tmp_path / "exact.gguf")
+    asked = tensor_type("--output-type", head)
+    quantize_gguf(tmp_path / "exact.gguf", tmp_path / "out.gguf", name, asked, asked)
+    stored = {tensor.name: tensor for tensor in read_header(tmp_path / "out.gguf").tensors}
+    expected = file_types(wide.architecture, name, head, head)
+    assert {each: NUMBERS[stored[gguf_name(each, plan)].kind] for each in expected} == expected
+    size = sum(-(-num_bytes(tensor) // 32) * 32 for tensor in stored.values())
+    assert gguf_bytes(wide.architecture, name, 0, head, head) == size
+
+
+def test_a_stem_of_whole_k_blocks_is_what_a_ranking_by_bytes_looks_for() -> None:
+    """In a q2_k file, 64 stem channels less turn Q4_0 and Q8_0 tensors into K types: a third of the bytes."""
+    source = tiny_architecture(layers=(LayerShape(4, 2, 1024),) * 4, hidden_size=576, head_dim=64)
+    source = replace(source, vocab_size=4096)
+    measure = bytes_of_file("q2_k", 0)
+    whole, narrow = measure.of(source), measure.of(replace(source, hidden_size=512))
+    assert narrow < 0.72 * whole
+    kinds = PruneConfig(prune=("attention", "ffn", "stem")).kinds
+    rules = SelectionRules(kinds, 32, measure=measure)
+    scores = {
+        "kv_group": [torch.full((2,), 1.0, dtype=torch.float64)] * 4,
+        "query_head": [torch.full((4,), 0.5, dtype=torch.float64)] * 4,
+        "ffn": [torch.full((1024,), 0.003, dtype=torch.float64)] * 4,
+        "stem": [torch.full((576,), 0.06, dtype=torch.float64)],
+    }
+    after = select_removal(source, scores, rules, 0.75 * whole).after
+    assert after == replace(source, hidden_size=512)
+    eight_bits = bytes_of_file("q8_0", 0)  # no steps there: FFN channels are the better bargain
+    after = select_removal(source, scores, replace(rules, measure=eight_bits), 0.9 * eight_bits.of(source)).after
+    assert after.hidden_size == 576

@@ -1,0 +1,275 @@
+"""Training on the grid of the file that ships: grids to the bit, the run around them, and the files it ends in."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import llama_cpp
+import numpy as np
+import pytest
+import torch
+from exporting import export
+from shared import made_once
+from tiny import tiny_architecture, tiny_model
+from training import command, metrics, run, weights, without
+
+from efficientllm.export.gguf import q2_0
+from efficientllm.export.group_quantization import quantize_groups, round_to_bfloat16
+from efficientllm.runtime.base.gguf_header import read_header
+from efficientllm.runtime.engines.manifest import Manifest
+from efficientllm.train.model.architecture import LayerShape
+from efficientllm.train.quantisation.config import QuantisationConfig
+from efficientllm.train.quantisation.grids import GRIDS
+from efficientllm.train.quantisation.weights import ShippedWeights
+from efficientllm.train.trainer import Trainer
+
+WEIGHT = torch.randn(96, 192, generator=torch.Generator().manual_seed(0)) * 0.05
+WEIGHT[0, :32] = 0  # an empty block
+WEIGHT[1, :2] = torch.tensor([0.3, -0.3])  # two largest weights
+WEIGHT[2] = WEIGHT[2].bfloat16().float()
+
+
+def of_llama_cpp(weight: torch.Tensor, kind: str) -> torch.Tensor:
+    """What llama.cpp's own code makes of a matrix: quantised and read back."""
+    (library,) = (Path(llama_cpp.__file__).parent / "lib").glob("libggml-base.so")
+    base = ctypes.CDLL(str(library))
+    number, block, size = {"q4_0": (2, 32, 18), "q8_0": (8, 32, 34), "q2_0": (42, 64, 18)}[kind]
+    array = np.ascontiguousarray(weight.numpy())
+    data = np.empty(array.size // block * size, np.uint8)
+    floats = ctypes.POINTER(ctypes.c_float)
+    base.ggml_quantize_chunk.argtypes = [ctypes.c_int, floats, ctypes.c_void_p, *[ctypes.c_int64] * 3, ctypes.c_void_p]
+    base.ggml_quantize_chunk(number, array.ctypes.data_as(floats), data.ctypes.data, 0, *array.shape, None)
+    return read_by_llama_cpp(data, kind, array.shape)
+
+
+def read_by_llama_cpp(data: np.ndarray, kind: str, shape: tuple[int, ...]) -> torch.Tensor:
+    (library,) = (Path(llama_cpp.__file__).parent / "lib").glob("libggml-base.so")
+    read = getattr(ctypes.CDLL(str(library)), f"dequantize_row_{kind}")
+    floats = ctypes.POINTER(ctypes.c_float)
+    read.argtypes = [ctypes.c_void_p, floats, ctypes.c_int64]
+    back = np.empty(shape, np.float32)
+    read(np.ascontiguousarray(data).ctypes.data, back.ctypes.data_as(floats), back.size)
+    return torch.from_numpy(back)
+
+
+@pytest.mark.parametrize("kind", ["q4_0", "q8_0"])
+def test_a_grid_is_that_of_llama_cpp_to_the_bit(kind: str) -> None:
+    rounded = GRIDS[kind].round(WEIGHT)
+    assert torch.equal(rounded, of_llama_cpp(WEIGHT, kind))
+    by_gguf = gguf.quants.quantize(WEIGHT.numpy(), gguf.GGMLQuantizationType[kind.upper()])
+    again = gguf.quants.dequantize(by_gguf, gguf.GGMLQuantizationType[kind.upper()])
+    assert np.abs(rounded.numpy() - again).max() < 1e-4  # its own rounding of ties
+    assert torch.equal(of_llama_cpp(rounded, kind), rounded)  # the exporter's quantiser keeps it
+
+
+def test_q2_0_is_written_as_llama_cpp_reads_it_and_found_again() -> None:
+    rounded = GRIDS["q2_0"].round(WEIGHT)
+    data = q2_0.encode(rounded.numpy())
+    assert np.array_equal(q2_0.decode(data), rounded.numpy())
+    assert torch.equal(read_by_llama_cpp(data, "q2_0", WEIGHT.shape), rounded)
+
+
+def test_q2_0_scales_lose_a_quarter_of_what_the_largest_weight_as_scale_loses() -> None:
+    ours, theirs = torch.from_numpy(q2_0.decode(q2_0.encode(WEIGHT.numpy()))), of_llama_cpp(WEIGHT, "q2_0")
+    error = [(WEIGHT - each).square().sum() for each in (ours, GRIDS["q2_0"].round(WEIGHT), theirs)]
+    assert error[0] < error[1] < 0.3 * error[2]
+
+
+def test_importance_moves_q2_0s_error_to_where_it_matters_less() -> None:
+    importance = np.ones(192, np.float32)
+    importance[::4] = 100
+    plain, weighed = (q2_0.decode(q2_0.encode(WEIGHT.numpy(), each)) - WEIGHT.numpy() for each in (None, importance))
+    assert np.square(weighed[:, ::4]).sum() < np.square(plain[:, ::4]).sum()
+
+
+@pytest.mark.parametrize(
+    ("kind", "bits", "group", "options"),
+    [
+        ("int4", 4, 32, {"signed": True}),
+        ("int4-bf16", 4, 32, {"rounding": round_to_bfloat16}),
+        ("int8", 8, 192, {}),
+    ],
+)
+def test_the_other_exporters_keep_their_grids(kind: str, bits: int, group: int, options: dict[str, Any]) -> None:
+    rounded = GRIDS[kind].round(WEIGHT).numpy()
+    codes, scales = quantize_groups(rounded, bits, group, **options)
+    assert np.array_equal(codes * np.repeat(scales, group, axis=1), rounded)
+    gram = WEIGHT.numpy().T @ WEIGHT.numpy()
+    codes, scales = quantize_groups(rounded, bits, group, gram, **options)  # --calibrate finds nothing to make up for
+    assert np.array_equal(codes * np.repeat(scales, group, axis=1), rounded)
+
+
+def test_rows_that_blocks_do_not_divide_are_rounded_as_if_padded() -> None:
+    rounded = GRIDS["q4_0"].round(WEIGHT[:, :75])
+    padded = torch.nn.functional.pad(WEIGHT[:, :75], (0, 21))
+    assert torch.equal(rounded, GRIDS["q4_0"].round(padded)[:, :75])
+
+
+def test_gradients_are_those_of_the_rounded_weights() -> None:
+    model = tiny_model(tiny_architecture())
+    tokens = torch.randint(3, 400, (2, 16))
+    shipped = ShippedWeights(QuantisationConfig(qat="q4_0"))
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    with shipped.applied(model):
+        model(tokens, labels=tokens).loss.backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
+    model.zero_grad()
+    shipped.settle(model)
+    model(tokens, labels=tokens).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(gradients[name], parameter.grad), name
+        assert (parameter.dim() == 2) == (not torch.equal(before[name], parameter)), name
+
+
+def test_what_fails_within_leaves_the_unrounded_weights() -> None:
+    model = tiny_model(tiny_architecture())
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    with pytest.raises(KeyboardInterrupt), ShippedWeights(QuantisationConfig(qat="8da4w")).applied(model):
+        raise KeyboardInterrupt
+    assert all(torch.equal(one, other) for one, other in zip(before, model.parameters(), strict=True))
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_activations_of_8da4w_are_torchaos() -> None:
+    from torchao.quantization.qat import IntxFakeQuantizeConfig, IntxFakeQuantizer
+
+    from efficientllm.train.quantisation.activations import round_to_int8
+
+    config = IntxFakeQuantizeConfig(torch.int8, "per_token", is_symmetric=False)
+    values = torch.cat([WEIGHT[4:48], WEIGHT[48:].abs()])
+    ours, theirs = round_to_int8(values), IntxFakeQuantizer(config)(values)
+    assert (ours - theirs).abs().max() < 1e-6
+
+
+QAT = ("--qat", "q4_0", "--qat-start", "0.25", "--distill", "1")
+
+
+@pytest.fixture(scope="module")
+def trained(source_folder: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that prunes heads, FFN and stem while it trains for q4_0."""
+
+    def make(folder: Path) -> None:
+        assert run(command(source_folder, corpus, folder / "run", *QAT)) == 0
+
+    return made_once(tmp_path_factory, "qat", make) / "run"
+
+
+def test_a_run_prunes_and_ends_on_the_grid(trained: Path) -> None:
+    assert json.loads((trained / "model" / "training.json").read_text())["quantisation"]["type"] == "q4_0"
+    final = weights(trained)
+    widths = [weight.shape[1] for name, weight in final.items() if "down_proj" in name]
+    assert max(widths) < 128
+    assert any(width % 32 for width in widths)
+    for name, weight in final.items():
+        if weight.dim() == 2:
+            assert torch.equal(GRIDS["q4_0"].round(weight), weight), name
+
+
+def test_a_resumed_run_is_the_same_to_the_bit(
+    trained: Path, source_folder: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Trainer._step
+
+    def stopping(self: Trainer) -> dict[str, Any]:
+        record = step(self)
+        if self.progress.step == 12:
+            self.stop_signal.name = "SIGTERM"
+        return record
+
+    arguments = command(source_folder, corpus, tmp_path / "run", *QAT)
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "_step", stopping)
+        assert run(arguments) == 130
+    assert run([*arguments, "--resume"]) == 0
+    assert metrics(tmp_path / "run") == metrics(trained)
+    resumed = weights(tmp_path / "run")
+    assert all(torch.equal(resumed[name], weight) for name, weight in weights(trained).items())
+
+
+def test_the_file_is_the_trained_grid_to_the_bit(trained: Path, tmp_path: Path) -> None:
+    assert export(trained, "gguf", tmp_path / "out", "--calibrate", "demo") == 0
+    manifest = Manifest.read(tmp_path / "out")
+    assert manifest.quantization == "q4_0"
+    assert any("to the bit" in note for note in manifest.notes)
+    assert any("--calibrate changes nothing" in note for note in manifest.notes)
+    assert manifest.verification["quantized"]["mean_kl"] < 1e-3  # activations in llama.cpp's products are int8
+    stored = read_header(tmp_path / "out" / "model.gguf").tensors
+    assert {tensor.kind for tensor in stored if len(tensor.shape) == 2} == {2}
+
+
+def test_another_type_is_said_to_be_another_grid(trained: Path, tmp_path: Path) -> None:
+    assert export(trained, "gguf", tmp_path / "out", "--quantize", "q5_0") == 0
+    notes = Manifest.read(tmp_path / "out").notes
+    assert any("trained for q4_0, q5_0 is another grid: --quantize q4_0" in note for note in notes)
+
+
+def test_a_checkpoint_that_was_changed_after_training_is_refused(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from safetensors.torch import save_file
+
+    changed = tmp_path / "changed"
+    changed.mkdir()
+    for file in (trained / "model").iterdir():
+        (changed / file.name).write_bytes(file.read_bytes())
+    tensors = weights(trained)
+    tensors["model.layers.0.mlp.up_proj.weight"][0, 0] += 0.01
+    save_file(tensors, changed / "model.safetensors", metadata={"format": "pt"})
+    assert export(changed, "gguf", tmp_path / "out") == 2
+    assert "blk.0.ffn_up.weight is not on that grid" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("head", ["same", "q8_0"])
+def test_q2_0_with_widths_of_no_whole_blocks(head: str, source_folder: Path, corpus: Path, tmp_path: Path) -> None:
+    arguments = command(source_folder, corpus, tmp_path / "run", "--qat", "q2_0", "--qat-head", head)
+    arguments += ["--prune", "ffn,stem"]  # llama.cpp's products of rows of 32, one head's, are wrong with AMX
+    assert run([*without(arguments, "--tokens"), "--tokens", "1280"]) == 0
+    assert export(tmp_path / "run", "gguf", tmp_path / "out") == 0
+    manifest = Manifest.read(tmp_path / "out")
+    assert any("to the bit" in note for note in manifest.notes)
+    assert manifest.verification["quantized"]["mean_kl"] < 1e-2
+    kinds = {tensor.name: tensor.kind for tensor in read_header(tmp_path / "out" / "model.gguf").tensors}
+    assert kinds["token_embd.weight"] == (q2_0.TENSOR_TYPE if head == "same" else 8)
+
+
+def test_q2_0_of_any_checkpoint_is_better_than_llama_cpps_own(exported: Any, tmp_path: Path) -> None:
+    folder = exported("gguf", "--quantize", "q2_0", "--output-type", "q8_0")
+    verification = Manifest.read(folder).verification
+    assert verification["quantized"]["mean_kl"] < 4
+    assert Manifest.read(folder).bits_per_weight > 2.25
+
+
+def test_errors_are_one_line(source_folder: Path, corpus: Path, tmp_path: Path, capsys: Any) -> None:
+    for flags, message in (
+        (("--qat", "q4_k"), "q4_k"),
+        (("--qat", "q4_0", "--save-dtype", "bfloat16"), "--save-dtype bfloat16: the grid of --qat q4_0 needs float32"),
+        (("--qat", "int4-block32", "--qat-head", "q8_0"), "--qat-head q8_0: goes with"),
+        (("--qat", "q4_0", "--qat-start", "1"), "--qat-start 1"),
+    ):
+        assert run(command(source_folder, corpus, tmp_path / "run", *flags)) == 2
+        errors = capsys.readouterr().err.strip().splitlines()
+        assert message in errors[-1]
+
+
+def test_onnx_keeps_the_grid_of_int4_block32(source_folder: Path, corpus: Path, tmp_path: Path) -> None:
+    arguments = without(command(source_folder, corpus, tmp_path / "run", "--qat", "int4-block32"), "--tokens")
+    assert run([*arguments, "--tokens", "640"]) == 0
+    assert export(tmp_path / "run", "onnx", tmp_path / "out") == 0
+    manifest = Manifest.read(tmp_path / "out")
+    assert manifest.quantization == "int4"
+    assert manifest.verification["quantized"]["mean_kl"] < 1e-3  # its kernels round activations to int8
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "olmo2"])
+def test_families_whose_file_holds_other_weights_are_refused(
+    family: str, save_tiny: Callable[..., Path], corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = save_tiny(tiny_architecture(family, (LayerShape(4, 4, 128),) * 2, head_dim=16))
+    assert run(command(source, corpus, tmp_path / "run", "--qat", "q4_0")) == 2
+    assert f"--qat q4_0: a GGUF of {family} holds rescaled weights" in capsys.readouterr().err

@@ -1,0 +1,162 @@
+"""Which type every tensor of a GGUF has: llama.cpp's rules, from the architecture alone. Imports no torch.
+
+As of llama-quant.cpp in llama-cpp-python 0.3.36: a file type is the type of most matrices; some get more bits, the LM
+head (or the tied embedding) is Q6_K, norms and biases stay fp32, and rows that a type's blocks do not divide fall back
+to another type. Widths are padded to whole blocks of 32 (64) first, as the exporter does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from .architecture import Architecture
+from .tensors import axes_of, tensor_names, tensor_shape
+
+TENSOR_BLOCKS = {
+    "f32": (1, 4),
+    "f16": (1, 2),
+    "bf16": (1, 2),
+    "q8_0": (32, 34),
+    "q5_1": (32, 24),
+    "q5_0": (32, 22),
+    "q4_1": (32, 20),
+    "q4_0": (32, 18),
+    "iq4_nl": (32, 18),
+    "q2_0": (64, 18),
+    "q6_k": (256, 210),
+    "q5_k": (256, 176),
+    "q4_k": (256, 144),
+    "q3_k": (256, 110),
+    "q2_k": (256, 84),
+}
+"""Tensor type -> (weights, bytes) of a block."""
+
+FALLBACKS = {"q2_0": "q4_0", "q2_k": "q4_0", "q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
+"""What a tensor becomes whose rows are no whole blocks; f16 where they are none of that type either."""
+
+BODY = {name: name for name in ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl", "q2_0")} | {
+    "q6_k": "q6_k",
+    "q5_k_m": "q5_k",
+    "q5_k_s": "q5_k",
+    "q4_k_m": "q4_k",
+    "q4_k_s": "q4_k",
+    "q3_k_m": "q3_k",
+    "q2_k": "q2_k",
+}
+"""File type -> type of most of its matrices."""
+
+HEAD = "q6_k"
+"""Type of the LM head of every file of fewer bits."""
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A tensor among those of its kind."""
+
+    index: int
+    count: int
+
+    @property
+    def wants_more_bits(self) -> bool:
+        """llama.cpp's use_more_bits: the first and last eighth, and every third between them."""
+        first, last = self.count // 8, 7 * self.count // 8
+        return self.index < first or self.index >= last or (self.index - first) % 3 == 2
+
+
+def depends_on_place(file_type: str) -> bool:
+    """Whether a layer's types depend on where it stands, or on the layers before it."""
+    return BODY[file_type].endswith("_k") or file_type == "iq4_nl"
+
+
+def bits_of(kind: str) -> float:
+    """Bits per weight of a tensor type."""
+    weights, size = TENSOR_BLOCKS[kind]
+    return 8 * size / weights
+
+
+def row_multiple(file_type: str) -> int:
+    """What the exporter pads widths to. K-quants want 256 and fall back to blocks of 32, which is smaller than padding
+    576 to 768 would be."""
+    block = TENSOR_BLOCKS[BODY[file_type]][0] if file_type in BODY else 32
+    return 32 if block > 64 else block
+
+
+def fitting(kind: str, columns: int) -> str:
+    """The type that a tensor with rows of `columns` gets where `kind` is wanted."""
+    for candidate in (kind, FALLBACKS.get(kind, kind)):
+        if columns % TENSOR_BLOCKS[candidate][0] == 0:
+            return candidate
+    return "f16"
+
+
+LEAST_FFN_WIDTH = 64
+"""What the exporter pads narrower FFNs to in quantised types (export/gguf/layout.py)."""
+
+
+def padded_shape(architecture: Architecture, name: str, multiple: int) -> tuple[int, ...]:
+    """Shape of a tensor whose widths the exporter has padded; the vocabulary stays."""
+    shape = tensor_shape(architecture, name)
+    least = [LEAST_FFN_WIDTH if axis == "ffn" and multiple > 1 else 0 for axis in axes_of(name, architecture)[1]]
+    padded = tuple(-(-max(size, low) // multiple) * multiple for size, low in zip(shape, least, strict=True))
+    return (shape[0], *padded[1:]) if "embed_tokens" in name or "lm_head" in name else padded
+
+
+def file_types(
+    architecture: Architecture, file_type: str, output_type: str = "", embedding_type: str = ""
+) -> dict[str, str]:
+    """{tensor: its type} of a GGUF in `file_type`, without an importance matrix.
+
+    `output_type` and `embedding_type`: as the exporter's flags. KeyError for a file type outside BODY.
+    """
+    names = tensor_names(architecture)
+    places: dict[str, _Place] = {}
+    for suffix in ("self_attn.v_proj.weight", "mlp.down_proj.weight"):
+        of_kind = [name for name in names if name.endswith(suffix)]
+        places |= {name: _Place(index, len(of_kind)) for index, name in enumerate(of_kind)}
+    multiple = row_multiple(file_type)
+    types = {}
+    for name in names:
+        shape = padded_shape(architecture, name, multiple)
+        if len(shape) == 1:
+            types[name] = "f32"
+            continue
+        wanted = _wanted(architecture, name, file_type, places, (output_type, embedding_type))
+        types[name] = fitting(wanted, shape[-1])
+    return types
+
+
+def _wanted(
+    architecture: Architecture, name: str, file_type: str, places: Mapping[str, _Place], asked: tuple[str, str]
+) -> str:
+    """The type of a matrix before its rows are looked at."""
+    body = BODY[file_type]
+    if name == "lm_head.weight" or (architecture.tie_word_embeddings and "embed_tokens" in name):
+        return asked[0] or (HEAD if bits_of(body) < 8 else body)
+    if "embed_tokens" in name:
+        return asked[1] or ("q4_k" if file_type == "q2_0" else body)
+    return _with_more_bits(architecture, name, file_type, places) or body
+
+
+def _with_more_bits(architecture: Architecture, name: str, file_type: str, places: Mapping[str, _Place]) -> str | None:
+    """What a K file gives a layer's matrix beyond its body's type; None where it gives nothing."""
+    place = places.get(name)
+    if name.endswith("o_proj.weight"):
+        return {"q2_k": "q3_k", "q3_k_m": "q4_k"}.get(file_type)
+    if place is None:
+        return None
+    if file_type in ("q4_k_m", "q5_k_m"):
+        return "q6_k" if place.wants_more_bits else None
+    if name.endswith("v_proj.weight"):
+        ratio = max(layer.queries_per_group for layer in architecture.layers[:1])
+        if file_type == "iq4_nl":
+            return "q5_k" if ratio >= 4 else None
+        early = {"q3_k_m": (2, "q5_k"), "q4_k_s": (4, "q5_k")}.get(file_type)
+        if early and place.index < early[0]:
+            return early[1]
+        return {"q2_k": "q4_k" if ratio >= 4 else "q3_k", "q3_k_m": "q4_k"}.get(file_type)
+    if file_type in ("q4_k_s", "iq4_nl"):
+        return "q5_k" if place.index < place.count // 8 else None
+    if file_type == "q3_k_m":
+        return "q5_k" if place.index < place.count // 16 else "q4_k"
+    return {"q2_k": "q3_k"}.get(file_type)

@@ -1,0 +1,1 @@
+"""Training on the grid of the file that ships."""

@@ -1,0 +1,47 @@
+"""The `[quantisation]` section of a training run: the type it trains for. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ...runtime.base import flags
+
+GGUF_TYPES = ("q8_0", "q4_0", "q2_0")
+"""Those of llama.cpp's files."""
+
+TARGETS = dict.fromkeys(GGUF_TYPES, "gguf") | {"int4-block32": "onnx", "8da4w": "executorch"}
+"""Type -> export target whose files have it."""
+
+
+@dataclass(frozen=True)
+class QuantisationConfig:
+    """quantisation-aware training"""
+
+    qat: Literal["none", "q8_0", "q4_0", "q2_0", "int4-block32", "8da4w"] = "none"
+    """Train on the grid of a file's type: q8_0, q4_0, q2_0 of GGUF, int4-block32 of ONNX (--quantize int4), 8da4w of
+    ExecuTorch. Forward and backward see the rounded weights, the unrounded ones are updated, and the final model has
+    the grid's values, which the export keeps to the bit."""
+    qat_start: float = 0.0
+    """Share of the tokens seen before that begins."""
+    qat_head: Literal["same", "q8_0", "q4_0"] = "same"
+    """Type of token embedding and LM head in a GGUF: same as --qat, or more bits (llama.cpp keeps them at q8_0)."""
+
+    def __post_init__(self) -> None:
+        flags.check_types(self)
+        flags.require(self, "qat_start", 0 <= self.qat_start < 1, "must be at least 0 and below 1")
+        is_known = self.qat_head == "same" or self.qat in GGUF_TYPES
+        flags.require(self, "qat_head", is_known, f"goes with --qat {', '.join(GGUF_TYPES)}")
+
+    @property
+    def is_on(self) -> bool:
+        return self.qat != "none"
+
+    @property
+    def head_type(self) -> str:
+        """Type of embedding and head in a GGUF."""
+        return self.qat if self.qat_head == "same" else self.qat_head
+
+    def to_dict(self) -> dict[str, str]:
+        """What training.json tells the exporters; read by export/trained_type.py."""
+        return {"type": self.qat, "head": self.head_type, "target": TARGETS[self.qat]}

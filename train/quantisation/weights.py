@@ -1,0 +1,82 @@
+"""A model whose matrices are, for a while or for good, what its file will hold."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..model.file_types import file_types
+from ..model.irregular import architecture_of
+from ..model.tensors import tensor_names
+from .activations import round_to_int8
+from .config import GGUF_TYPES, QuantisationConfig
+from .grids import GRIDS, Grid
+
+OTHER_TYPES = {"int4-block32": ("int4", "int4"), "8da4w": ("int4-bf16", "int8")}
+"""Type -> grids of the layers' matrices and of embedding and head."""
+
+
+class ShippedWeights:
+    """What `--qat` does to a model: rounds its matrices in place, without state of its own.
+
+    Gradients are straight-through: of the rounded weights, applied to the unrounded ones.
+    """
+
+    def __init__(self, settings: QuantisationConfig) -> None:
+        self.settings = settings
+
+    def grids(self, model: Any) -> dict[str, Grid]:
+        """{parameter: its grid} of a model of any shape; what stays in 16 or 32 bits is left out."""
+        architecture, settings = architecture_of(model.config), self.settings
+        if settings.qat in GGUF_TYPES:
+            head = settings.head_type
+            types = file_types(architecture, settings.qat, head, head)
+        else:
+            body, head = OTHER_TYPES[settings.qat]
+            names = [name for name in tensor_names(architecture) if name.endswith(("_proj.weight", "lm_head.weight"))]
+            types = dict.fromkeys(names, body) | dict.fromkeys(("model.embed_tokens.weight", "lm_head.weight"), head)
+        return {name: GRIDS[kind] for name, kind in types.items() if kind in GRIDS}
+
+    @contextlib.contextmanager
+    def applied(self, model: Any) -> Iterator[None]:
+        """Within, the model's matrices are the rounded ones; their gradients stay when the others are back."""
+        grids = self.grids(model)
+        unrounded: dict[nn.Parameter, Tensor] = {}
+        try:
+            for name, parameter in model.named_parameters():
+                if name in grids:
+                    unrounded[parameter] = parameter.data
+                    parameter.data = grids[name].round(parameter.data)
+            with self._rounded_activations(model):
+                yield
+        finally:
+            for parameter, weight in unrounded.items():
+                parameter.data = weight
+
+    @torch.no_grad()
+    def settle(self, model: Any) -> None:
+        """Give the model the rounded weights for good."""
+        grids = self.grids(model)
+        for name, parameter in model.named_parameters():
+            if name in grids:
+                parameter.copy_(grids[name].round(parameter))
+
+    @contextlib.contextmanager
+    def _rounded_activations(self, model: Any) -> Iterator[None]:
+        """What 8da4w's products see: their inputs in int8. Elsewhere nothing."""
+        handles = []
+        if self.settings.qat == "8da4w":
+            for name, module in model.named_modules():
+                if isinstance(module, nn.Linear) and name != "lm_head":
+                    handles.append(module.register_forward_pre_hook(lambda _, inputs: (round_to_int8(inputs[0]),)))
+            # the loss reads the head's weight itself, so its input is rounded where it comes from
+            handles.append(model.model.norm.register_forward_hook(lambda _, __, output: round_to_int8(output)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()

@@ -1,0 +1,130 @@
+"""The table of files by bytes, the picture of the front, and the front as `efficientllm-fit` reads it."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ...runtime.base.files import write_text_atomically
+from ...runtime.base.markdown import markdown_table
+from ...runtime.base.quantities import format_bytes, format_count
+from ..plots import GROUP_COLOR, KEPT_COLOR, SOURCE_COLOR
+from .divergence import mean_and_error
+from .files import FilesStudy
+from .points import Point
+
+
+def over_seeds(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row a point: means over seeds; the error of the KL over documents, or over seeds where there are several."""
+    by_point: dict[str, list[dict[str, Any]]] = {}
+    for result in results:
+        by_point.setdefault(result["point"], []).append(result)
+    rows = []
+    for point, found in by_point.items():
+        kl = [statistics.fmean(mean_and_error(text["kl"])[0] for text in each["texts"].values()) for each in found]
+        errors = [mean_and_error(text["kl"])[1] for text in found[0]["texts"].values()]
+        of_documents = math.hypot(*errors) / len(errors)
+        of_seeds = statistics.stdev(kl) / math.sqrt(len(kl)) if len(kl) > 1 else of_documents
+        kinds = found[0]["bits_per_byte"]
+        rows.append(
+            {
+                "point": point,
+                "seeds": len(found),
+                "file_bytes": round(statistics.fmean(each["file_bytes"] for each in found)),
+                "parameters": round(statistics.fmean(each["parameters"] for each in found)),
+                "kl": statistics.fmean(kl),
+                "kl_error": of_seeds,
+                "bits_per_byte": {
+                    kind: statistics.fmean(each["bits_per_byte"][kind] for each in found) for kind in kinds
+                },
+                "chat_answers": _mean_of(found, "chat_answers"),
+                "right": _mean_of(found, "right"),
+            }
+        )
+    return rows
+
+
+def _mean_of(found: Sequence[dict[str, Any]], name: str) -> float | None:
+    values = [each[name] for each in found if each[name] is not None]
+    return statistics.fmean(values) if values else None
+
+
+def is_on_front(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> bool:
+    """Whether no file that is at most as large is closer to the source."""
+    return not any(
+        other["kl"] < row["kl"] and other["file_bytes"] <= row["file_bytes"] for other in rows if other is not row
+    )
+
+
+def timings(study: FilesStudy) -> dict[str, dict[str, Any]]:
+    """{point: what efficientllm-bench measured of its file}; {} where nothing was timed."""
+    path = study.folder / "bench.json"
+    if not path.is_file():
+        return {}
+    by_path = {str(study.artefact(job)): str(job.point) for job in study.jobs if not job.seed}
+    results = json.loads(path.read_text(encoding="utf-8"))["results"]
+    return {by_path[each["artefact"]]: each for each in results if each["artefact"] in by_path}
+
+
+def table(rows: Sequence[dict[str, Any]], timed: dict[str, dict[str, Any]]) -> str:
+    """Markdown; a file on the front is bold."""
+    kinds = list(rows[0]["bits_per_byte"])
+    speeds = list(next(iter(timed.values()))["speeds"]) if timed else []
+    header = ["file", "on disk", "parameters", "KL from the source", *(f"bits per byte, {kind}" for kind in kinds)]
+    header += ["chat answers", "questions", *speeds, *(["peak RSS"] if timed else [])]
+    lines = [header]
+    for row in rows:
+        name = f"**{row['point']}**" if is_on_front(row, rows) else row["point"]
+        seeds = f" ({row['seeds']} seeds)" if row["seeds"] > 1 else ""
+        chat = "" if row["chat_answers"] is None else f"{math.exp(row['chat_answers']):.1f}"
+        line = [f"{name}{seeds}", format_bytes(row["file_bytes"]), format_count(row["parameters"])]
+        line += [f"{row['kl']:.3f} ± {row['kl_error']:.3f}", *(f"{row['bits_per_byte'][kind]:.3f}" for kind in kinds)]
+        line += [chat, "" if row["right"] is None else f"{row['right']:.0f}"]
+        figures = timed.get(row["point"])
+        if timed:
+            line += [f"{figures['speeds'][name]['median']:.0f}" if figures else "" for name in speeds]
+            line.append(format_bytes(figures["peak_rss_bytes"]) if figures else "")
+        lines.append(line)
+    return markdown_table(lines)
+
+
+def write_files_report(study: FilesStudy, path: Path) -> None:
+    """FILE.md, FILE.png and FILE.jsonl (the front's points and the others)."""
+    rows = over_seeds(study.results())
+    if not rows:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text_atomically(path, table(rows, timings(study)) + "\n")
+    lines = [
+        json.dumps({key: row[key] for key in ("point", "file_bytes", "parameters", "kl", "kl_error")}) for row in rows
+    ]
+    write_text_atomically(path.with_suffix(".jsonl"), "\n".join(lines) + "\n")
+    draw_front(rows, path.with_suffix(".png"))
+
+
+def draw_front(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """KL against megabytes: whole models grey, pruned ones blue, filled where they were trained on their grid."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.4, 5.2), layout="constrained")
+    axes = figure.subplots()
+    for row in rows:
+        point = Point.parse(row["point"])
+        color = KEPT_COLOR if point.target_bytes else "#7a8496"
+        fill = color if point.training == "qat" else "white"
+        place = (row["file_bytes"] / 1e6, row["kl"])
+        axes.errorbar(*place, yerr=row["kl_error"], color=color, markerfacecolor=fill, marker="o", capsize=2)
+        axes.annotate(row["point"], place, xytext=(5, 4), textcoords="offset points", size=7)
+    front = sorted((row["file_bytes"] / 1e6, row["kl"]) for row in rows if is_on_front(row, rows))
+    axes.step(*zip(*front, strict=True), where="post", color=GROUP_COLOR, linewidth=1, zorder=0, label="front")
+    axes.set_yscale("log")
+    axes.set_xlabel("megabytes on disk")
+    axes.set_ylabel("KL from the unquantised source, nats per token")
+    axes.grid(color=SOURCE_COLOR, linewidth=0.5)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=110)
