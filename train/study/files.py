@@ -55,7 +55,7 @@ class FilesConfig:
     """Sequences per step."""
     sequence_length: int = flags.count(256)
     """Tokens per sequence."""
-    learning_rate: float = 2e-4
+    learning_rate: float = 1e-4
     """Peak learning rate."""
     documents: int = 10
     """Documents of each kind of text that the KL and the bits per byte are of, at most 10."""

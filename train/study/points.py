@@ -100,10 +100,11 @@ class Recipe:
     tokens: int = 30_720
     batch_size: int = 2
     sequence_length: int = 256
-    learning_rate: float = 2e-4
+    learning_rate: float = 1e-4
 
     def train_config(self, point: Point, output: str, seed: int = 0) -> TrainConfig:
-        """Distillation from the unquantised source, with a little cross-entropy for saliency to see."""
+        """Distillation from the unquantised source, and where something is pruned a little cross-entropy, without which
+        saliency has no gradient to see."""
         return TrainConfig(
             source=SourceConfig(
                 source=self.source, data=self.data, sequence_length=self.sequence_length, eval_tokens=8192
@@ -115,7 +116,7 @@ class Recipe:
                 batch_size=self.batch_size,
                 learning_rate=self.learning_rate,
                 distill=1.0,
-                cross_entropy=0.1,
+                cross_entropy=0.1 if point.target_bytes else 0.0,
             ),
             run=RunConfig(output=output, quality=False, checkpoint_every=0, seed=seed),
         )
