@@ -94,7 +94,7 @@ def body(argv: Sequence[str]) -> int:
     with extra("server"):
         import uvicorn
 
-        from .access.connections import limited_protocol
+        from .access.connections import KEEP_ALIVE_SECONDS, limited_protocol
         from .app import AppOptions, create_app
         from .models.pool import ModelPool
     sections = (ServeOptions, AppOptions, EngineOptions)
@@ -116,6 +116,7 @@ def body(argv: Sequence[str]) -> int:
             http=limited_protocol(options.max_connections, app_options.body_timeout),
             log_level="warning",
             timeout_graceful_shutdown=options.grace,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
         )
         uvicorn.Server(config).run(sockets=[listener])
     return 0

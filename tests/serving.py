@@ -11,6 +11,7 @@ from typing import Any
 
 import uvicorn
 
+from efficientllm.server.access.connections import KEEP_ALIVE_SECONDS
 from efficientllm.server.app import AppOptions, create_app
 from efficientllm.server.models.pool import ModelPool
 
@@ -22,7 +23,8 @@ def serve(pool: ModelPool, options: AppOptions, **config: Any) -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     app = create_app(pool, options)
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error", ws="none", **config))
+    config = {"host": "127.0.0.1", "port": port, "log_level": "error", "ws": "none", **config}
+    server = uvicorn.Server(uvicorn.Config(app, timeout_keep_alive=KEEP_ALIVE_SECONDS, **config))
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:

@@ -14,6 +14,7 @@ import pytest
 from exporting import export
 
 from efficientllm.runtime import EfficientLLMError, EngineOptions, Model, load
+from efficientllm.runtime.base.child import run_python
 from efficientllm.runtime.engines.engine import load_engine
 from efficientllm.runtime.engines.lease import Lease
 from efficientllm.runtime.engines.llama_context import BATCH
@@ -199,3 +200,26 @@ def test_prefill_figures_leave_out_what_was_cached(artefact: Path) -> None:
             assert stats.prefilled_tokens == stats.prompt_tokens - stats.cached_tokens
             expected = stats.prefilled_tokens / stats.time_to_first_token_ms * 1e3
             assert stats.prefill_tokens_per_second == pytest.approx(expected)
+
+
+BETWEEN_TORCH_S_PRODUCTS = """
+import sys
+from pathlib import Path
+import torch
+from efficientllm.runtime.engines.engine import EngineOptions, load_engine
+engine = load_engine(Path(sys.argv[1]), EngineOptions(threads=1, context=256))
+matrix = torch.ones(256, 256, dtype=torch.bfloat16)
+answers = []
+for _ in range(2):
+    answers.append([float(rows.sum()) for rows in engine.evaluate([5, 6, 7, 8] * 16, 0)])
+    engine.evaluate([9], 0)  # nothing of the prompt is cached the next time
+    matrix @ matrix
+assert answers[0] == answers[1]
+"""
+
+
+def test_torch_in_bfloat16_may_compute_between_two_passes(exported: Callable[..., Path]) -> None:
+    """On a CPU with AMX the second pass would be an illegal instruction (runtime/engines/own_thread.py)."""
+    artefact = exported("gguf", "--quantize", "q8_0")
+    done = run_python("-c", BETWEEN_TORCH_S_PRODUCTS, str(artefact))
+    assert done.code == 0, done.errors

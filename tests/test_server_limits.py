@@ -11,9 +11,12 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
+import uvicorn
 from serving import serve
 
+from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.engines.engine import EngineOptions
+from efficientllm.server import cli
 from efficientllm.server.access.connections import limited_protocol
 from efficientllm.server.app import AppOptions
 from efficientllm.server.models.pool import ModelPool
@@ -69,3 +72,14 @@ def test_connections_beyond_the_limit_are_told_so_and_the_rest_is_served(address
             assert received(late).startswith(b"HTTP/1.1 503")
         assert all(received(connection).startswith(b"HTTP/1.1 408") for connection in held)
     assert httpx.get(f"{address}/health").json()["status"] == "ok"
+
+
+def test_connections_are_kept_longer_than_clients_use_them(artefact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a request is sent just as its connection is closed."""
+    configs: list[uvicorn.Config] = []
+    monkeypatch.setattr(uvicorn.Server, "run", lambda server, sockets: configs.append(server.config))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    assert run_command(cli.body, [str(artefact), "--port", str(port), "--context", "64"]) == 0
+    assert configs[0].timeout_keep_alive > 2 * (httpx.Limits().keepalive_expiry or 0)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ..base.errors import ArtefactError
+from .own_thread import OwnThread
 from .protocol import CacheFullError, EvaluationInterrupted, Part
 
 CacheType = Literal["f16", "q8_0", "f32"]
@@ -75,6 +76,7 @@ class LlamaContext:
         self.vocab_size: int = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(model))
         self._batch: Any = llama_cpp.llama_batch_init(BATCH, 0, 1)
         self._lengths = [0] * sequences
+        self._thread = OwnThread()
         # asked between two operations of a pass, with the address of this text: whether it is longer than nothing.
         # C's own strlen needs no Python, which another thread may be holding up
         self._stop_wish = ctypes.create_string_buffer(2)
@@ -116,7 +118,7 @@ class LlamaContext:
                     rows.append(count)
                 count += 1
         batch.n_tokens = count
-        status = self._llama.llama_decode(self._context, batch)
+        status = self._thread.run(self._llama.llama_decode, self._context, batch)
         if status:
             for sequence, _, _ in parts:
                 self.truncate(sequence, self._lengths[sequence])
@@ -141,5 +143,6 @@ class LlamaContext:
 
     def close(self) -> None:
         """Free the caches."""
+        self._thread.close()
         self._llama.llama_batch_free(self._batch)
         self._llama.llama_free(self._context)

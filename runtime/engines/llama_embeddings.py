@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..base.errors import ArtefactError
+from .own_thread import OwnThread
 from .protocol import Pooling
 
 CHUNK = 64
@@ -31,24 +32,31 @@ def embed(model: Any, threads: int, tokens: Sequence[int], pooling: Pooling) -> 
     if not context:
         raise ArtefactError(f"llama.cpp makes no context of {len(tokens)} tokens")
     batch, size = llama.llama_batch_init(CHUNK, 0, 1), llama.llama_model_n_embd(model)
+    thread = OwnThread()
     total = np.zeros(size, dtype=np.float64)
     try:
         for start in range(0, len(tokens), CHUNK):
-            states = _states(llama, context, batch, tokens[start : start + CHUNK], start, size)
+            _fill(batch, tokens[start : start + CHUNK], start)
+            if status := thread.run(llama.llama_decode, context, batch):
+                raise ArtefactError(f"llama.cpp cannot evaluate the text (status {status})")
+            states = _states(llama, context, batch.n_tokens, size)
             total = states[-1] if pooling == "last" else total + states.sum(axis=0)
     finally:
+        thread.close()
         llama.llama_batch_free(batch)
         llama.llama_free(context)
     return (total / max(float(np.linalg.norm(total)), 1e-12)).astype(np.float32)
 
 
-def _states(llama: Any, context: Any, batch: Any, tokens: Sequence[int], start: int, size: int) -> np.ndarray:
-    """fp64 [tokens, H]"""
+def _fill(batch: Any, tokens: Sequence[int], start: int) -> None:
+    """Make `tokens`, which stand at `start` of the text, the batch's."""
     batch.n_tokens = len(tokens)
     for index, token in enumerate(tokens):
         batch.token[index], batch.pos[index] = token, start + index
         batch.n_seq_id[index], batch.seq_id[index][0], batch.logits[index] = 1, 0, 1
-    if status := llama.llama_decode(context, batch):
-        raise ArtefactError(f"llama.cpp cannot evaluate the text (status {status})")
-    rows = [llama.llama_get_embeddings_ith(context, index) for index in range(len(tokens))]
+
+
+def _states(llama: Any, context: Any, count: int, size: int) -> np.ndarray:
+    """fp64 [count, H]"""
+    rows = [llama.llama_get_embeddings_ith(context, index) for index in range(count)]
     return np.stack([np.ctypeslib.as_array(row, shape=(size,)).astype(np.float64) for row in rows])

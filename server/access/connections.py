@@ -7,6 +7,10 @@ from typing import Any
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+KEEP_ALIVE_SECONDS = 30
+"""How long a connection may wait for its next request. uvicorn's 5 seconds are also httpx', and so OpenAI's client's: a
+request could be sent just as the connection is closed, and be lost."""
+
 
 def limited_protocol(max_connections: int, head_timeout: float) -> type[H11Protocol]:
     """uvicorn's protocol, which closes connections beyond `max_connections` at once and those that have sent no whole

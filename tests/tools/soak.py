@@ -112,6 +112,8 @@ class Crowd:
     """What became of a crowd's requests."""
 
     statuses: Counter[int]
+    lost: int
+    """Requests whose connection broke."""
     crossed: int
     """Answers that hold another client's token."""
     rss_bytes: list[int]
@@ -123,15 +125,19 @@ async def crowd(
     address: str, models: Sequence[str], tokens: Sequence[tuple[int, str]], requests: int, seconds: float
 ) -> Crowd:
     """One client for each of `tokens` (id, text); they ask any of `models` until it was often and long enough."""
-    statuses, crossed, memory, began = Counter[int](), 0, list[int](), time.perf_counter()
+    statuses, lost, crossed, memory, began = Counter[int](), 0, 0, list[int](), time.perf_counter()
 
     async def ask(client: httpx.AsyncClient, token: int, text: str) -> None:
-        nonlocal crossed
+        nonlocal lost, crossed
         while sum(statuses.values()) < requests or time.perf_counter() - began < seconds:
             count = random.randint(1, 8)
             body = {"model": random.choice(models), "prompt": [token] * random.randint(1, 40), "max_tokens": count}
             body |= {"logit_bias": {str(token): 100}, "temperature": 0}
-            answer = await client.post("completions", json=body)
+            try:
+                answer = await client.post("completions", json=body)
+            except httpx.TransportError:
+                lost += 1
+                continue
             statuses[answer.status_code] += 1
             crossed += answer.status_code == 200 and answer.json()["choices"][0]["text"] != text * count
 
@@ -146,7 +152,7 @@ async def crowd(
         await asyncio.gather(*[ask(client, token, text) for token, text in tokens])
         watching.cancel()
         await asyncio.wait({watching})
-    return Crowd(statuses, crossed, memory, time.perf_counter() - began)
+    return Crowd(statuses, lost, crossed, memory, time.perf_counter() - began)
 
 
 def distinct_tokens(engine: OwnedEngine) -> dict[str, int]:
@@ -182,7 +188,7 @@ def body(argv: Sequence[str]) -> int:
         clients = [(token, text) for text, token in tokens.items()][: options.clients]
         found = asyncio.run(crowd(address, list(names), clients, options.requests, 60 * options.minutes))
     answered = ", ".join(f"{count} x {status}" for status, count in sorted(found.statuses.items()))
-    print(f"{options.clients} clients, {found.seconds:.0f} s: {answered}; {found.crossed} crossed")
+    print(f"{options.clients} clients, {found.seconds:.0f} s: {answered}; {found.lost} lost, {found.crossed} crossed")
     shown = ", ".join(f"{value / 1e6:.1f}" for value in found.rss_bytes[:: max(1, len(found.rss_bytes) // 10)])
     print(f"resident memory along the way, MB: {shown}")
     return 0
