@@ -23,6 +23,7 @@ from efficientllm.devices.measure import READ_PASSES, Bench
 from efficientllm.devices.profiling.artefacts import make_artefacts
 from efficientllm.devices.results import BenchOptions, DeviceInfo, Figure, Run, summarize
 from efficientllm.export import cli as export_cli
+from efficientllm.export.gguf.quantize import NEWER_FILE_TYPES, NEWER_TENSOR_TYPES
 from efficientllm.runtime.base.child import run_python
 from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.base.errors import DeviceError
@@ -248,10 +249,16 @@ def test_a_bare_gguf_file_tells_its_parameters_and_type(tmp_path: Path) -> None:
         assert describe_gguf(file) == Described()
 
 
+def _number_of(types: dict[int, str], name: str) -> int:
+    return next(number for number, each in types.items() if each == name)
+
+
 def test_types_are_called_as_the_format_calls_them() -> None:
-    for number, name in TENSOR_TYPES.items():
+    newer = {"q2_0": (NEWER_TENSOR_TYPES["q2_0"], NEWER_FILE_TYPES["q2_0"])}  # than the gguf package
+    assert {name: (_number_of(TENSOR_TYPES, name), _number_of(FILE_TYPES, name)) for name in newer} == newer
+    for number, name in TENSOR_TYPES.items() - {(42, "q2_0")}:
         assert gguf.GGMLQuantizationType(number).name.lower() == name
-    for number, name in FILE_TYPES.items():
+    for number, name in FILE_TYPES.items() - {(41, "q2_0")}:
         assert gguf.LlamaFileType(number).name.lower() in (f"mostly_{name}", f"all_{name}")
 
 

@@ -155,7 +155,7 @@ def test_the_proposed_commands_are_those_of_the_study(tmp_path: Path) -> None:
 def test_fit_prints_its_commands(source_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(fit.body, [str(source_folder), "--max-bytes", "1GB"]) == 0
     printed = capsys.readouterr().out.strip().splitlines()
-    assert printed[-1].startswith(f"efficientllm-export {source_folder} --target gguf --quantize ")
+    assert printed[-1] == f"efficientllm-export {source_folder} --target gguf --quantize q8_0 --output fitted"
 
 
 def test_a_pruned_file_is_faster_by_the_profile(tmp_path: Path) -> None:
