@@ -166,9 +166,9 @@ class TrainConfig:
 
     source: SourceConfig = field(default_factory=SourceConfig)
     pruning: PruneConfig = field(default_factory=PruneConfig)
-    quantisation: QuantisationConfig = field(default_factory=QuantisationConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    quantisation: QuantisationConfig = field(default_factory=QuantisationConfig)
 
     def to_toml(self) -> str:
         """The configuration as TOML that `--config` reads back; unset values are left out."""
