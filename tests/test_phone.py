@@ -20,9 +20,9 @@ from exporting import export
 from priced import tiny_profile
 
 from efficientllm.export.checkpoint import open_checkpoint
-from efficientllm.export.generation_defaults import CHAT_DEFAULTS
 from efficientllm.export.greedy import QUESTION
 from efficientllm.export.phone.exporter import SNIPPETS
+from efficientllm.export.phone.kit import Kit, Platform
 from efficientllm.export.phone.snippets import turn, write_snippets
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
 from efficientllm.runtime.engines.manifest import Manifest
@@ -55,7 +55,7 @@ def errors(code: bytes, suffix: str) -> list[str]:
     return found
 
 
-def assert_code_parses(kit: Path, platform: str, formats: tuple[str, ...]) -> None:
+def assert_code_parses(kit: Path, platform: Platform, formats: tuple[str, ...]) -> None:
     for name in (name for key in (*formats, "") for name in SNIPPETS[platform][key]):
         text = (kit / name).read_bytes()
         assert not re.search(rb"@[A-Z_]+@", text), name
@@ -116,9 +116,10 @@ def test_constants_of_a_template_with_dollars(tmp_path: Path, kit: Path) -> None
     (checkpoint / "chat_template.jinja").write_text(template)
     with open_checkpoint(str(checkpoint)) as opened:
         assert turn(opened) == ('<$x user>\n"', '\\"<$y>')
-        for platform, name in (("android", "Chat.kt"), ("ios", "Chat.swift")):
+        languages: dict[Platform, str] = {"android": "Chat.kt", "ios": "Chat.swift"}
+        for platform, name in languages.items():
             assert name in SNIPPETS[platform]["pte"]
-            write_snippets(opened, [name], tmp_path, 128, CHAT_DEFAULTS, [], "1.5.1")
+            write_snippets(Kit(platform, opened, [], 128, [name], [], "1.5.1"), tmp_path)
     kotlin, swift = (tmp_path / "Chat.kt").read_text(), (tmp_path / "Chat.swift").read_text()
     assert r'BEFORE = "<\$x user>\n\""' in kotlin
     assert r'before = "<$x user>\n\""' in swift

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +11,7 @@ from ...runtime.engines.manifest import cache_bytes
 from ...runtime.latency.profile import DeviceProfile
 from ...runtime.latency.shape import DecoderShape, LayerShape
 from ...train.model.architecture import Architecture
-from ..checkpoint import Checkpoint
-from ..manifest import Contents
+from .kit import Kit, Platform
 
 PROMPT, DEPTH = 128, 512
 """Tokens of the prompt and before the decoded token that the expected speed is of."""
@@ -26,6 +24,8 @@ USES = {
     "llama-rn.ts": "React Native on llama.cpp",
     "push.sh": "copies the model to a phone by adb, where debug builds may read it",
 }
+
+SYSTEMS: dict[Platform, str] = {"android": "Android", "ios": "iOS"}
 
 CACHE_ELEMENT_BYTES = {"llama.cpp": 2, "executorch": 4}
 
@@ -62,26 +62,18 @@ def expected_speed(profile: DeviceProfile, architecture: Architecture) -> Expect
     )
 
 
-def card(
-    platform: str,
-    checkpoint: Checkpoint,
-    models: Sequence[Contents],
-    folder: Path,
-    context: int,
-    snippets: Sequence[str],
-    speed: ExpectedSpeed | None,
-) -> str:
-    """The text of README.md."""
-    name, system = Path(checkpoint.name).name, {"android": "Android", "ios": "iOS"}[platform]
+def card(kit: Kit, folder: Path, speed: ExpectedSpeed | None) -> str:
+    """The text of README.md; the models lie in `folder` already."""
+    size = format_count(kit.checkpoint.architecture.num_parameters)
     parts = [
-        f"# {name} for {system}",
-        f"{format_count(checkpoint.architecture.num_parameters)} parameters, conversations of up to {context} tokens.",
-        _models(checkpoint, models, folder, context),
+        f"# {kit.name} for {SYSTEMS[kit.platform]}",
+        f"{size} parameters, conversations of up to {kit.context} tokens.",
+        _models(kit, folder),
         "The memory is the file and the key/value caches of a full conversation; the runtime's own comes on top "
         "(tens of MB).",
         _speed(speed),
         "## In an app",
-        markdown_table([["file", "what it is"], *([file, USES[file]] for file in snippets)], left=(0, 1)),
+        markdown_table([["file", "what it is"], *([file, USES[file]] for file in kit.snippets)], left=(0, 1)),
         "`generation.json` has the context and how answers are sampled; `chat_template.jinja`, where the model has "
         "one, how a conversation is written. The code was written against the declarations of the releases it names "
         "and is parsed in our tests; no phone ran it.",
@@ -97,13 +89,13 @@ def card(
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _models(checkpoint: Checkpoint, models: Sequence[Contents], folder: Path, context: int) -> str:
-    architecture = checkpoint.architecture
+def _models(kit: Kit, folder: Path) -> str:
+    architecture = kit.checkpoint.architecture
     heads = sum(layer.num_key_value_heads for layer in architecture.layers)
     rows = [["file", "runtime", "weights", "on disk", "memory"]]
-    for each in models:
+    for each in kit.models:
         size = (folder / each.files[0]).stat().st_size
-        caches = cache_bytes(context, heads, architecture.head_dim, CACHE_ELEMENT_BYTES[each.engine])
+        caches = cache_bytes(kit.context, heads, architecture.head_dim, CACHE_ELEMENT_BYTES[each.engine])
         rows.append([each.files[0], each.engine, each.quantization, format_bytes(size), format_bytes(size + caches)])
     return markdown_table(rows, left=(0, 1, 2))
 

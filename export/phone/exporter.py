@@ -22,12 +22,13 @@ from ..manifest import Contents, write_manifest
 from ..request import ExportRequest, log
 from ..targets import Exporter
 from .card import card, expected_speed
+from .kit import Kit, Platform
 from .snippets import write_snippets
 
 FORMATS = ("gguf", "pte")
 DEFAULT = "q8_0"
 
-SNIPPETS = {
+SNIPPETS: dict[Platform, dict[str, tuple[str, ...]]] = {
     "android": {
         "gguf": ("llama-rn.ts",),
         "pte": ("Chat.kt", "build.gradle.kts", "react-native-executorch.ts"),
@@ -78,7 +79,7 @@ ANDROID = Exporter(PhoneOptions, export_android)
 IOS = Exporter(PhoneOptions, export_ios)
 
 
-def _export(platform: str, checkpoint: Checkpoint, request: ExportRequest[PhoneOptions], folder: Path) -> None:
+def _export(platform: Platform, checkpoint: Checkpoint, request: ExportRequest[PhoneOptions], folder: Path) -> None:
     options = request.options
     profile = DeviceProfile.load(Path(options.device_profile)) if options.device_profile else None  # before the work
     speed = expected_speed(profile, checkpoint.architecture) if profile is not None else None
@@ -86,15 +87,13 @@ def _export(platform: str, checkpoint: Checkpoint, request: ExportRequest[PhoneO
     context = min(options.max_context, checkpoint.context_length)
     checks = {each.engine: asdict(greedy_check(folder / each.files[0], context)) for each in models}
     write_json_atomically(folder / CHECK_FILE, checks)
-    defaults = generation_defaults(checkpoint)
-    write_json_atomically(folder / DEFAULTS_FILE, {"context": context, **defaults})
-    model_files = [name for each in models for name in each.files]
+    write_json_atomically(folder / DEFAULTS_FILE, {"context": context, **generation_defaults(checkpoint)})
     snippets = [name for key in (*options.formats, "") for name in SNIPPETS[platform][key]]
-    pushed = [*dict.fromkeys([*model_files, CHECK_FILE])]
-    write_snippets(checkpoint, snippets, folder, context, defaults, pushed, _executorch_version(options.formats))
-    written = [*dict.fromkeys([*model_files, CHECK_FILE, DEFAULTS_FILE, CARD_FILE, *snippets])]
-    text = card(platform, checkpoint, models, folder, context, snippets, speed)
-    write_text_atomically(folder / CARD_FILE, text)
+    pushed = [*dict.fromkeys([*(name for each in models for name in each.files), CHECK_FILE])]
+    kit = Kit(platform, checkpoint, models, context, snippets, pushed, _executorch_version(options.formats))
+    write_snippets(kit, folder)
+    write_text_atomically(folder / CARD_FILE, card(kit, folder, speed))
+    written = [*pushed, DEFAULTS_FILE, CARD_FILE, *snippets]
     first = models[0]
     write_manifest(checkpoint, request, folder, replace(first, files=written, layout=f"{platform} kit, {first.layout}"))
     log.info("read %s first", request.output / CARD_FILE)
@@ -121,7 +120,7 @@ def _with_options(request: ExportRequest[Any], options: OptionsT) -> ExportReque
 
 
 def _executorch_version(formats: Sequence[str]) -> str:
-    """Of the release that exported the program: its runtime on the phone should be the same; "" without a program."""
+    """Of the installed release; "" without a program."""
     if "pte" not in formats:
         return ""
     return importlib.metadata.version("executorch").partition("+")[0]

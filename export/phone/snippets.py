@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -12,6 +11,8 @@ from ...runtime.base.files import write_text_atomically
 from ...runtime.chat_template import render_chat
 from ...runtime.engines.hf_tokenizer import read_settings, special_token
 from ..checkpoint import Checkpoint
+from ..generation_defaults import generation_defaults
+from .kit import Kit
 
 LLAMA_RN = "0.12.9"
 REACT_NATIVE_EXECUTORCH = "0.10.2"
@@ -33,32 +34,24 @@ def turn(checkpoint: Checkpoint) -> tuple[str, str]:
     return before, after
 
 
-def write_snippets(
-    checkpoint: Checkpoint,
-    names: Sequence[str],
-    folder: Path,
-    context: int,
-    defaults: Mapping[str, float],
-    pushed: Sequence[str],
-    executorch: str,
-) -> None:
-    """Write the files `names`; `pushed` are those that belong on the phone, `executorch` the release to run them."""
-    name = Path(checkpoint.name).name
+def write_snippets(kit: Kit, folder: Path) -> None:
+    """Write the kit's code."""
+    checkpoint, defaults = kit.checkpoint, generation_defaults(kit.checkpoint)
     before, after = turn(checkpoint)
     ends = checkpoint.end_of_generation_ids
     end = (checkpoint.tokenizer.id_to_token(ends[0]) or "") if ends else ""
     marks = {
-        "NAME": name,
-        "FOLDER": re.sub(r"[^A-Za-z0-9._-]", "-", name) or "model",
-        "FILES": " ".join(pushed),
-        "CONTEXT": str(context),
-        "EXECUTORCH": executorch,
+        "NAME": kit.name,
+        "FOLDER": re.sub(r"[^A-Za-z0-9._-]", "-", kit.name) or "model",
+        "FILES": " ".join(kit.pushed),
+        "CONTEXT": str(kit.context),
+        "EXECUTORCH": kit.executorch,
         "LLAMA_RN": LLAMA_RN,
         "REACT_NATIVE_EXECUTORCH": REACT_NATIVE_EXECUTORCH,
         **{option.upper(): f"{value:g}" if value % 1 else f"{value:.1f}" for option, value in defaults.items()},
     }
     source = resources.files(__name__.rpartition(".")[0]).joinpath("code")
-    for file in names:
+    for file in kit.snippets:
         quote = _kotlin if file.endswith(".kt") else _quoted
         literals = {"BEFORE": quote(before), "AFTER": quote(after), "END": quote(end)}
         text = source.joinpath(file).read_text(encoding="utf-8")
