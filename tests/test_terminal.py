@@ -104,6 +104,7 @@ class Screen:
     def __init__(self, command: list[str], environment: dict[str, str]) -> None:
         self.pid, self.file = pty.fork()
         if self.pid == 0:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # which a shell ignores for what runs in the background
             os.execve(command[0], command, environment)
         self.text = ""
 
