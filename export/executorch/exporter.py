@@ -23,8 +23,8 @@ def write_program(checkpoint: Checkpoint, request: ExportRequest[ExecutorchOptio
     import_executorch()
     with quiet_executorch():
         with extra("executorch"):  # which brings optimum and torchao, too
-            from . import program
-        return program.write_program(checkpoint, request, folder)
+            from .program import write_program as write
+        return write(checkpoint, request, folder)
 
 
 EXPORTER = Exporter(ExecutorchOptions, export_executorch)
