@@ -28,12 +28,16 @@ from efficientllm.runtime.engines.manifest import Manifest
 
 FOREIGN = [
     ("onnx", ["--recipe", "vulkan"], "--recipe: --target onnx does not read it, executorch does (see "),
-    ("onnx", ["--output-type=int8"], "--output-type: --target onnx does not read it, gguf, executorch, web do (see "),
+    (
+        "onnx",
+        ["--output-type=int8"],
+        "--output-type: --target onnx does not read it, gguf, executorch, web, android, ios do (see ",
+    ),
     ("gguf", ["--no-custom-ops"], "--custom-ops: --target gguf does not read it, executorch does (see "),
     (
         "hf-uniform",
         ["--max-kl", "1"],
-        "--max-kl: --target hf-uniform does not read it, gguf, onnx, executorch, web do",
+        "--max-kl: --target hf-uniform does not read it, gguf, onnx, executorch, web, android, ios do",
     ),
     ("gguf", ["--speed", "1"], "--speed: --target gguf does not read it, no target does (see efficientllm-export "),
 ]
@@ -128,7 +132,10 @@ def test_plug_ins_bring_their_flags(
     assert exporting.export(checkpoint, "shape", tmp_path / "shape", "--digits", "2") == 0
     assert (tmp_path / "shape" / "shape.txt").read_text().startswith("00 LayerShape(")
     assert exporting.export(checkpoint, "shape", tmp_path / "other", "--quantize", "f32") == 2
-    assert "--quantize: --target shape does not read it, gguf, onnx, executorch, web do" in capsys.readouterr().err
+    assert (
+        "--quantize: --target shape does not read it, gguf, onnx, executorch, web, android, ios do"
+        in capsys.readouterr().err
+    )
     assert exporting.export(checkpoint, "onnx", tmp_path / "other", "--digits", "2") == 2
     assert "--digits: --target onnx does not read it, shape does" in capsys.readouterr().err
 

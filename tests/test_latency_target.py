@@ -85,13 +85,13 @@ def test_a_price_follows_what_is_left() -> None:
 
 
 def test_bytes_are_those_of_the_padded_file() -> None:
-    """Two channels of 64 free no byte of a file in blocks of 32; a run to the next block does."""
-    architecture = tiny_architecture(layers=(LayerShape(4, 2, 64),))
+    """Two channels of 96 free no byte of a file in blocks of 32; a run to the next block does."""
+    architecture = tiny_architecture(layers=(LayerShape(4, 2, 96),))
     rules = SelectionRules(("ffn",), 2, measure=bytes_of_file("q8_0", 0))
-    unit = Ranking(architecture, {"ffn": [torch.ones(64)]}, rules).peek()
+    unit = Ranking(architecture, {"ffn": [torch.ones(96)]}, rules).peek()
     assert unit is not None
     assert len(unit.parts[0][1]) == 32
-    smaller = tiny_architecture(layers=(LayerShape(4, 2, 32),))
+    smaller = tiny_architecture(layers=(LayerShape(4, 2, 64),))
     assert unit.freed == gguf_bytes(architecture, "q8_0", 0) - gguf_bytes(smaller, "q8_0", 0)
 
 
