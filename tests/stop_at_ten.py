@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 
 from efficientllm.runtime.base.command import run_command
 from efficientllm.train import cli, trainer
@@ -18,4 +19,4 @@ def stopping_step(self: trainer.Trainer) -> object:
 
 
 trainer.Trainer._step = stopping_step  # type: ignore[method-assign, assignment]
-run_command(cli.body)
+sys.exit(run_command(cli.body))  # torchrun ends the other rank where one has failed, as 130 is
