@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
 
 from ...runtime.base import flags
 from ...runtime.base.files import write_json_atomically, write_text_atomically
@@ -37,8 +36,6 @@ SNIPPETS: dict[Platform, dict[str, tuple[str, ...]]] = {
     "ios": {"gguf": ("llama-rn.ts",), "pte": ("Chat.swift", "react-native-executorch.ts"), "": ()},
 }
 """Platform -> format of the model -> the code that takes it ("": any)."""
-
-OptionsT = TypeVar("OptionsT")
 
 CHECK_FILE = "check.json"
 DEFAULTS_FILE = "generation.json"
@@ -104,19 +101,15 @@ def _write_models(checkpoint: Checkpoint, request: ExportRequest[PhoneOptions], 
     options = request.options
     found = []
     if "gguf" in options.formats:
-        values: dict[str, Any] = {field.name: getattr(options, field.name) for field in fields(GgufOptions)}
-        found.append(write_model(checkpoint, _with_options(request, GgufOptions(**values)), folder, DEFAULT))
+        found.append(write_model(checkpoint, request, folder, DEFAULT))
     if "pte" in options.formats:
         program = ExecutorchOptions(
             verify=options.verify, calibrate=options.calibrate, max_kl=options.max_kl, max_context=options.max_context
         )
-        found.append(write_program(checkpoint, _with_options(request, program), folder))
+        # with the same notes: what is said of the program is said of the kit
+        part = ExportRequest(program, request.output, request.notes)
+        found.append(write_program(checkpoint, part, folder))
     return found
-
-
-def _with_options(request: ExportRequest[Any], options: OptionsT) -> ExportRequest[OptionsT]:
-    """The same request with the options of the target that writes a part; what is said there is said here."""
-    return ExportRequest(options, request.output, request.notes)
 
 
 def _executorch_version(formats: Sequence[str]) -> str:

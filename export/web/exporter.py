@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -42,11 +42,8 @@ class WebOptions(GgufOptions):
 
 def export_web(checkpoint: Checkpoint, request: ExportRequest[WebOptions], folder: Path) -> None:
     """Write a folder that any file server can serve; raises before anything is left behind."""
-    chosen = request.options
-    runtime_files = copy_wllama(folder, chosen.wllama)  # first: what it lacks is known before minutes of work
-    values: dict[str, Any] = {field.name: getattr(chosen, field.name) for field in fields(GgufOptions)}
-    gguf = replace(request, options=GgufOptions(**values))
-    contents = write_model(checkpoint, gguf, folder, DEFAULT)
+    runtime_files = copy_wllama(folder, request.options.wllama)  # first: what it lacks is known before minutes of work
+    contents = write_model(checkpoint, request, folder, DEFAULT)
     model = folder / contents.files[0]
     check = greedy_check(model)
     parts = split_file(model, folder, PART_BYTES)
