@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,6 +33,21 @@ def test_our_own_plain_gguf_comes_back(save_tiny: Callable[..., Path], tmp_path:
         torch.testing.assert_close(model.eval()(tokens).logits, reference(tokens).logits, atol=1e-5, rtol=1e-5)
     text = sample_text()
     assert tokenizer(text)["input_ids"] == AutoTokenizer.from_pretrained(checkpoint)(text)["input_ids"]
+
+
+@pytest.mark.parametrize("noise", [0.0, 2.0])
+def test_one_table_stored_twice_is_tied(noise: float, save_tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """In two roundings, of which the finer stays; two tables stay two."""
+    checkpoint = save_tiny(tiny_architecture(layers=(LayerShape(4, 2, 96),) * 2, head_dim=16, tied=False))
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    table = model.model.embed_tokens.weight.detach()
+    model.lm_head.weight.data = table + noise * table.std() * torch.randn(table.shape)
+    model.save_pretrained(checkpoint)
+    assert export(checkpoint, "gguf", tmp_path / "gguf", "--quantize", "q4_0", "--output-type", "q8_0") == 0
+    source: Any = load_source(str(tmp_path / "gguf" / "model.gguf"))[0]
+    assert source.config.tie_word_embeddings == (not noise)
+    assert (source.lm_head.weight is source.model.embed_tokens.weight) == (not noise)
+    torch.testing.assert_close(source.lm_head.weight.detach(), model.lm_head.weight.detach(), atol=3e-3, rtol=0)  # of q8_0; q4_0 is off by 0.01
 
 
 @pytest.mark.slow

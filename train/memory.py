@@ -70,9 +70,10 @@ def estimate_memory(
     embedding = 4 * architecture.vocab_size * architecture.hidden_size
     gradients = 4 * size - (2 * matrices if is_bf16 and keeps_products else 0)
     moments = 2 * size * (2 if settings.optimizer_dtype == "bfloat16" else 4)
-    # the head's gradient, its bf16 copy, and of a chunk of logits: products, log-probabilities, their derivative
+    # the head's gradient, its bf16 copy, and a chunk of logits, of the source's too
     tokens = settings.batch_size * config.source.sequence_length
-    head = embedding + min(tokens, CHUNK_TOKENS) * architecture.vocab_size * (12 if is_bf16 else 16)
+    logits = min(tokens, CHUNK_TOKENS) * architecture.vocab_size * (2 if is_bf16 else 4)
+    head = embedding + logits * (2 if settings.distill else 1)
     head += embedding // 2 if is_bf16 else 0
     forward = head + _kept_for_backward(config, architecture, tokens, is_bf16)
     forward += gradients // shards if settings.gradient_accumulation > 1 else 0

@@ -15,9 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-CHUNK_TOKENS = 256
+CHUNK_TOKENS = 512
 """Rows of logits alive at once. torch 2.13's own chunked `linear_cross_entropy` took 6.3 s where this takes 0.55 s
 (1024 tokens, V 49152, bf16, 2 CPU cores), and its bf16 loss was off by 0.6."""
+
+ROWS_IN_CACHE = 4
+"""Rows of a chunk that one thread of a CPU takes through softmax and gradient before the next, which keeps them in its
+cache: with distillation 0.74 s where whole chunks take 1.33 s (1024 tokens, V 49152, bf16, 1 core)."""
 
 HEAD_ROWS = 8192
 """Rows of the head's gradient that one product gives, so that there is no second tensor of its size."""
@@ -89,29 +93,37 @@ class _ChunkedLoss(torch.autograd.Function):
         grad_h = torch.empty_like(h) if needs_grad else None
         # fp32: a bf16 sum over chunks would drop the small contributions of rare tokens
         grad_w = torch.zeros(w.shape, dtype=torch.float32, device=w.device) if needs_grad else None
+        rows_at_once = ROWS_IN_CACHE * torch.get_num_threads() if h.device.type == "cpu" else CHUNK_TOKENS
         for start in range(0, h.shape[0], CHUNK_TOKENS):
             rows = slice(start, start + CHUNK_TOKENS)
-            log_p = torch.log_softmax((h[rows] @ w.T).float(), dim=-1)  # [chunk, V]
-            cross_entropy -= log_p.gather(1, targets[rows, None]).sum()
-            teacher = None
-            if reference is not None:
-                teacher_log_p = torch.log_softmax((reference.hidden[rows] @ reference.weight.T).float(), dim=-1)
-                teacher = teacher_log_p.exp()
-                if reference.first is not None:
-                    teacher = reference.in_our_tokens(teacher, rows, log_p.exp())
-                    teacher_log_p = teacher.clamp(min=torch.finfo(torch.float32).tiny).log()
-                divergence += (teacher * (teacher_log_p - log_p)).sum()
+            logits = h[rows] @ w.T  # [chunk, V]; becomes d loss / d logits
+            theirs = reference.hidden[rows] @ reference.weight.T if reference is not None else None
+            for first in range(0, len(logits), rows_at_once):
+                part = slice(first, first + rows_at_once)
+                predicted = targets[start:][part, None]
+                log_p = torch.log_softmax(logits[part].float(), dim=-1)  # [part, V]
+                cross_entropy -= log_p.gather(1, predicted).sum()
+                teacher = None
+                if reference is not None and theirs is not None:
+                    teacher_log_p = torch.log_softmax(theirs[part].float(), dim=-1)
+                    teacher = teacher_log_p.exp()
+                    if reference.first is not None:
+                        which = slice(start + first, start + first + len(log_p))
+                        teacher = reference.in_our_tokens(teacher, which, log_p.exp())
+                        teacher_log_p = teacher.clamp(min=torch.finfo(torch.float32).tiny).log()
+                    divergence += (teacher * teacher_log_p.sub_(log_p)).sum()
+                if needs_grad:
+                    delta = log_p.exp_()  # the probabilities p; becomes d loss / d logits
+                    if teacher is not None:
+                        delta.mul_(scale + distill).sub_(teacher, alpha=distill)
+                    elif scale != 1.0:
+                        delta.mul_(scale)
+                    delta.scatter_add_(1, predicted, delta.new_full((len(delta), 1), -scale))
+                    logits[part] = delta.div_(count)
             if grad_h is not None and grad_w is not None:
-                delta = log_p.exp_()  # the probabilities p; becomes d loss / d logits
-                if teacher is not None:
-                    delta.mul_(scale + distill).sub_(teacher, alpha=distill)
-                elif scale != 1.0:
-                    delta.mul_(scale)
-                delta.scatter_add_(1, targets[rows, None], delta.new_full((len(delta), 1), -scale))
-                delta = delta.div_(count).to(dtype)
-                grad_h[rows] = delta @ w
-                for part, product in zip(grad_w.split(HEAD_ROWS), delta.split(HEAD_ROWS, dim=1), strict=True):
-                    part += product.T @ h[rows]
+                grad_h[rows] = logits @ w
+                for share, product in zip(grad_w.split(HEAD_ROWS), logits.split(HEAD_ROWS, dim=1), strict=True):
+                    share += product.T @ h[rows]
         if grad_h is not None and grad_w is not None:
             ctx.gradients = grad_h.to(hidden.dtype), grad_w.to(weight.dtype)
         cross_entropy, divergence = cross_entropy / count, divergence / count

@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from ...runtime.base.errors import EfficientLLMError, ModelError, UsageError
 from .folder_files import check_folder, check_token_ids, locate_tensors, refuse_quantized
-from .gguf_source import restore_pre_tokenizer
+from .gguf_source import restore_pre_tokenizer, tie_what_is_stored_twice
 from .hub import hub_answers, may_be_hub_id
 from .installed_files import distribution_file
 from .irregular import architecture_of, to_irregular
@@ -72,6 +72,7 @@ def load_source(source: str, called: str = "") -> tuple[torch.nn.Module, PreTrai
     if path.suffix == ".gguf":  # the file's own name and storage type mean nothing in a converted model
         model.config._name_or_path = source
         restore_pre_tokenizer(tokenizer, path)
+        tie_what_is_stored_twice(model, path)
         if tokenizer.model_max_length > 1e9:
             tokenizer.model_max_length = model.config.max_position_embeddings
     return to_irregular(model), tokenizer

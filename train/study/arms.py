@@ -22,10 +22,12 @@ def _optimizer(**changes: object) -> Change:
     return lambda config: replace(config, optimizer=replace(config.optimizer, **changes))  # type: ignore[arg-type]
 
 
-_by_target = _pruning(rank_by="target")
+_by_target = _pruning(rank_by="target", block_tokens=1024, block_renewals=2)
 _one_shot = _pruning(prune_start=ONE_SHOT_AT, prune_end=ONE_SHOT_AT)
 _distilled = _optimizer(distill=1.0)
 """The loss of the peers, as of ours: cross-entropy and distillation from the source."""
+_recovered = _pruning(saliency="token-fisher", recover="least-squares")
+_in_steps = _pruning(prune_start=0.1, prune_end=0.4, prune_every=5, recover_tokens=8192)
 _unpruned = _pruning(
     prune=("none",), target_params=None, target_latency=None, device_profile=None, workload=None, rank_by="target"
 )
@@ -66,23 +68,13 @@ ARMS: dict[str, Arm] = {
     "distill": Arm("pruning-aware, taylor1, distillation", (_distilled,), is_ours=True, is_repeated=True),
     "recover": Arm(
         "pruning at once by token-fisher, least squares, distillation",
-        (_pruning(prune_start=0.2, prune_end=0.2, saliency="token-fisher", recover="least-squares"), _distilled),
+        (_recovered, _pruning(prune_start=0.2, prune_end=0.2), _distilled),
         is_ours=True,
         is_repeated=True,
     ),
     "recover-steps": Arm(
         "pruning in steps by token-fisher, least squares after each, distillation",
-        (
-            _pruning(
-                prune_start=0.1,
-                prune_end=0.4,
-                prune_every=5,
-                saliency="token-fisher",
-                recover="least-squares",
-                recover_tokens=8192,
-            ),
-            _distilled,
-        ),
+        (_recovered, _in_steps, _distilled),
         is_ours=True,
         is_repeated=True,
     ),
@@ -107,22 +99,31 @@ ARMS: dict[str, Arm] = {
     "one-shot-magnitude": Arm("one-shot magnitude, then training", (_one_shot, _pruning(saliency="magnitude"))),
     "random": Arm("random groups, removed gradually", (_pruning(saliency="random"),)),
     "uniform": Arm("pruning-aware, taylor1, uniform layout", (_pruning(layout="uniform"),)),
-    "latency": Arm("pruning-aware, by milliseconds", (_by_target,), is_ours=True, is_repeated=True, is_for_device=True),
+    "recover-uniform": Arm(
+        "in steps with least squares, uniform layout, distillation",
+        (_recovered, _in_steps, _distilled, _pruning(layout="uniform")),
+        is_repeated=True,
+    ),
+    "latency": Arm(
+        "in steps with least squares, by milliseconds, distillation",
+        (_recovered, _in_steps, _distilled, _by_target),
+        is_ours=True,
+        is_repeated=True,
+        is_for_device=True,
+    ),
     "latency-blocks": Arm(
-        "pruning-aware, by milliseconds, with blocks",
-        (_by_target, _pruning(prune=("attention", "ffn", "blocks"))),
+        "in steps with least squares, by milliseconds, whole blocks, too, distillation",
+        (_recovered, _in_steps, _distilled, _by_target, _pruning(prune=("attention", "ffn", "blocks"))),
         is_ours=True,
         is_repeated=True,
         is_for_device=True,
     ),
-    "latency-distill": Arm(
-        "pruning-aware, by milliseconds, with blocks, distillation",
-        (_by_target, _pruning(prune=("attention", "ffn", "blocks")), _distilled),
-        is_ours=True,
+    "depth": Arm(
+        "depth only, best contiguous layers, in steps with least squares, distillation",
+        (_recovered, _in_steps, _distilled),
         is_repeated=True,
-        is_for_device=True,
+        drops_layers=True,
     ),
-    "depth": Arm("depth only, best contiguous layers", (), is_repeated=True, drops_layers=True),
     "scratch": Arm("same shape from scratch", (_unpruned,), shape_of=TAYLOR1),
 }
 """In the order they run; every arm sees the same tokens in the same order."""

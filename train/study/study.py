@@ -51,8 +51,7 @@ class StudyConfig:
     workload: str = "depth=512"
     """What is timed there: prompt=256,answer=128 (tokens) a whole answer, depth=512 one token after 512."""
     arms: tuple[str, ...] = flags.comma_separated(*(name for name, arm in ARMS.items() if not arm.is_for_device))
-    """Arms to run, comma-separated; those that rank by milliseconds (latency, latency-blocks, latency-distill) need
-    --device-profile."""
+    """Arms to run, comma-separated; those that rank by milliseconds (latency, latency-blocks) need --device-profile."""
     seeds: int = 1
     """Seeds of the arms that are repeated; the others run with the first."""
     batch_size: int = 4
@@ -258,7 +257,9 @@ class Study:
             shape = best_contiguous(self.source, probe, plan.budget.measure, plan.budget.target)
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json_atomically(path, shape.to_dict())
-        settings = PruneConfig(target_architecture=str(path))
+        no_other = PruneConfig(target_architecture=str(path))
+        names = ("target_params", "target_latency", "device_profile", "workload", "rank_by", "target_architecture")
+        settings = replace(config.pruning, **{name: getattr(no_other, name) for name in names})
         return replace(config, pruning=settings)
 
     def _result(self, job: Job, arm: Arm, folder: Path, measured: Evaluation) -> StudyResult:
