@@ -47,7 +47,9 @@ def test_one_table_stored_twice_is_tied(noise: float, save_tiny: Callable[..., P
     source: Any = load_source(str(tmp_path / "gguf" / "model.gguf"))[0]
     assert source.config.tie_word_embeddings == (not noise)
     assert (source.lm_head.weight is source.model.embed_tokens.weight) == (not noise)
-    torch.testing.assert_close(source.lm_head.weight.detach(), model.lm_head.weight.detach(), atol=3e-3, rtol=0)  # of q8_0; q4_0 is off by 0.01
+    torch.testing.assert_close(
+        source.lm_head.weight.detach(), model.lm_head.weight.detach(), atol=3e-3, rtol=0
+    )  # of q8_0; q4_0 is off by 0.01
 
 
 @pytest.mark.slow

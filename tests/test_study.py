@@ -22,6 +22,8 @@ from efficientllm.train.study.overlap import jaccard_of_removed
 from efficientllm.train.study.study import StudyConfig, jobs, target_parameters
 
 BY_PARAMETERS = StudyConfig().arms
+SOME = ("source", "taylor1", "recover", "distill", "random")
+"""Arms that are run at two shares with two seeds; the others at one, once."""
 
 pytestmark = pytest.mark.xdist_group("study")  # one run of it for all
 
@@ -32,15 +34,18 @@ def arguments(source_folder: Path, corpus: Path, tmp_path_factory: pytest.TempPa
     return [
         *("--source", str(source_folder), "--data", str(corpus), "--text", f"docs={corpus}", "--text-tokens", "256"),
         *("--tokens", "640", "--sequence-length", "32", "--batch-size", "1", "--width-multiple", "16"),
-        *("--tasks", "none", "--keep", "0.8,0.6", "--seeds", "2", "--device", "cpu", "--eval-dtype", "float32"),
+        *("--tasks", "none", "--device", "cpu", "--eval-dtype", "float32"),
+        *("--keep", "0.8,0.6", "--seeds", "2", "--arms", ",".join(SOME)),
         *("--output", str(folder / "runs"), "--report", str(folder / "results.md")),
     ]
 
 
 @pytest.fixture(scope="module")
 def page(arguments: list[str]) -> Path:
+    everything = ["--arms", ",".join(BY_PARAMETERS)]
+    assert run_command(body, [*arguments[:-2], "--keep", "0.6", "--seeds", "1", *everything]) == 0
     assert run_command(body, arguments[:-2]) == 0  # one page at the end instead of one after every run
-    assert run_command(body, [*arguments, "--report-only"]) == 0
+    assert run_command(body, [*arguments, *everything, "--report-only"]) == 0
     return Path(arguments[-1])
 
 
@@ -52,8 +57,8 @@ def results_of(page: Path) -> list[dict[str, Any]]:
 def test_every_arm_ends_at_the_same_size_after_the_same_tokens(page: Path, source_folder: Path) -> None:
     source = Architecture.from_hf_config(json.loads((source_folder / "config.json").read_text(encoding="utf-8")))
     results = results_of(page)
-    repeated = sum(ARMS[name].is_repeated for name in BY_PARAMETERS)
-    assert len(results) == 2 + 2 * (len(BY_PARAMETERS) - 2) + 2 * repeated
+    repeated = sum(ARMS[name].is_repeated for name in SOME)
+    assert len(results) == len(BY_PARAMETERS) + len(SOME) - 1 + 2 * repeated
     for result in results:
         if ARMS[result["arm"]].trains:
             assert result["tokens"] == 640
@@ -61,7 +66,7 @@ def test_every_arm_ends_at_the_same_size_after_the_same_tokens(page: Path, sourc
             target = target_parameters(source, result["keep"])
             head_group = source.attention_parameters(source.layers[0]) // source.layers[0].num_key_value_heads
             unit = max(16 * 3 * source.hidden_size, head_group)
-            unit *= len(source.layers) if result["arm"] == "uniform" else 1
+            unit *= len(source.layers) if result["arm"] in ("uniform", "recover-uniform") else 1
             unit = source.num_parameters // len(source.layers) if result["arm"] == "depth" else unit
             assert target - unit <= result["parameters"] <= target
 
@@ -106,8 +111,10 @@ def test_a_second_call_repeats_only_what_is_missing(
     done = [line for line in capsys.readouterr().out.splitlines() if " done in " in line]
     assert [line.split()[1] for line in done] == ["0.8/random-s0"]
 
-    def numbers(results: list[dict[str, Any]]) -> list[float]:
-        return [result["evaluation"]["perplexity"]["docs"]["perplexity"] for result in results]
+    def numbers(results: list[dict[str, Any]]) -> dict[tuple[Any, ...], float]:
+        several = [result for result in results if result["arm"] in SOME and result["keep"] != 0.6]
+        measured = {tuple(r[key] for key in ("arm", "keep", "seed")): r["evaluation"] for r in several}
+        return {key: evaluation["perplexity"]["docs"]["perplexity"] for key, evaluation in measured.items()}
 
     assert numbers(results_of(page)) == pytest.approx(numbers(before))
 

@@ -13,9 +13,10 @@ from transformers import PreTrainedTokenizerBase
 
 from ..runtime.base.errors import DataError
 from ..runtime.base.progress import ProgressDisplay
+from ..runtime.engines.contract_text import one_line
 from .compute.loss import perplexity
 from .data.packing import held_out_windows
-from .evaluation.quality.contract import contract, one_line
+from .evaluation.quality.contract import contract
 from .evaluation.quality.measure import Quality, measure_quality
 from .evaluation.torch_model import TorchModel
 from .metrics import MetricsWriter

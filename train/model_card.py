@@ -10,9 +10,9 @@ from typing import Any
 from ..runtime.base import flags
 from ..runtime.base.markdown import markdown_table
 from ..runtime.base.quantities import format_count
+from ..runtime.engines.contract_text import contract_rows
 from .config import TrainConfig
 from .data.documents import DataSpec
-from .evaluation.quality.contract import contract_rows
 from .model.architecture import Architecture
 
 SOURCE_LICENSES = {"demo": "apache-2.0"}

@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ...runtime.base.markdown import markdown_table
+from ...runtime.engines.contract_text import BITS_PER_BYTE
 from .evaluation import Evaluation
 from .perplexity import Perplexity
-from .quality.contract import BITS_PER_BYTE, contract
+from .quality.contract import contract
 from .results import TaskResult
 
 

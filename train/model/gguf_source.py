@@ -40,7 +40,8 @@ def tie_what_is_stored_twice(model: Any, path: Path) -> bool:
     if model.config.tie_word_embeddings or head.shape != embedding.shape:
         return False
     with torch.no_grad():
-        difference = sum(float((h - e).square().sum()) for h, e in zip(head.split(4096), embedding.split(4096)))
+        parts = zip(head.split(4096), embedding.split(4096), strict=True)  # no third table beside the two
+        difference = sum(float((h - e).square().sum()) for h, e in parts)
         if difference > SAME_TABLE**2 * float(embedding.norm()) ** 2:
             return False
     with extra("train"):

@@ -20,7 +20,7 @@ from ..evaluation.evaluation import Evaluation
 from ..model.architecture import Architecture
 from ..plots import plot_architecture
 from ..pruning.budget import device_time
-from .arms import ARMS, TAYLOR1
+from .arms import ARMS
 from .figure import plot_perplexities
 from .overlap import jaccard_of_removed
 from .result import StudyResult
@@ -44,6 +44,19 @@ def of_arm(results: Results, arm: str, keep: float) -> Results:
     return [result for result in results if result.arm == arm and result.keep == wanted]
 
 
+def nats_of_arms(results: Results, keep: float) -> dict[str, list[float]]:
+    """{arm: nats on the study's first text, one for each seed}, of the arms that train at a ratio."""
+    found = {arm: of_arm(results, arm, keep) for arm, description in ARMS.items() if description.trains}
+    return {arm: [result.nats for result in seeds] for arm, seeds in found.items() if seeds}
+
+
+def best_of_ours(results: Results, keep: float) -> str | None:
+    """The arm of ours with the lowest mean; of those that rank by a device where there are any."""
+    nats = nats_of_arms(results, keep)
+    ours = [arm for arm in nats if ARMS[arm].is_for_device] or [arm for arm in nats if ARMS[arm].is_ours]
+    return min(ours, key=lambda arm: statistics.fmean(nats[arm]), default=None)
+
+
 def _over_seeds(values: Sequence[float], digits: int) -> str:
     mean = f"{statistics.fmean(values):.{digits}f}"
     return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
@@ -63,11 +76,12 @@ def _chat_cells(evaluations: Sequence[Evaluation]) -> list[str]:
     return [_over_seeds(ends, 2), _over_seeds([sum(quality.right) for quality in measured], 0)]
 
 
-def _overlap_with_ours(results: Results, arm: str, keep: float, source: Architecture) -> str:
-    own, ours = of_arm(results, arm, keep), of_arm(results, TAYLOR1, keep)
-    if not own or not ours or arm == TAYLOR1 or own[0].survivors is None or ours[0].survivors is None:
+def _overlap(results: Results, arm: str, reference: str | None, keep: float, source: Architecture) -> str:
+    """Jaccard index of what two arms removed; nothing for an arm and itself."""
+    if reference is None or arm == reference:
         return ""
-    return f"{jaccard_of_removed(own[0].survivors, ours[0].survivors, source):.2f}"
+    first, second = (of_arm(results, name, keep)[0].survivors for name in (arm, reference))
+    return f"{jaccard_of_removed(first, second, source):.2f}" if first is not None and second is not None else ""
 
 
 def table(results: Results, keep: float, source: Architecture) -> str:
@@ -75,7 +89,10 @@ def table(results: Results, keep: float, source: Architecture) -> str:
     texts, tasks = list(results[0].perplexities), list(results[0].evaluation.tasks)
     chats = all(result.evaluation.quality is not None and result.evaluation.quality.answers for result in results)
     is_timed = results[0].ms is not None
-    header = ["arm", "seeds", "parameters", *(["predicted ms"] if is_timed else []), *[f"{text} ppl" for text in texts]]
+    untouched = next((result for result in results if not ARMS[result.arm].trains), None)
+    reference = best_of_ours(results, keep)
+    header = ["arm", "seeds", "parameters", *(["predicted ms"] if is_timed else [])]
+    header += [*(["nats above the source"] if untouched else []), *[f"{text} ppl" for text in texts]]
     header += ["end of turn", "questions"] if chats else []
     header += [*tasks, "train s", "TFLOP", "removed as ours"]
     rows = [header]
@@ -92,12 +109,13 @@ def table(results: Results, keep: float, source: Architecture) -> str:
                 str(len(found)),
                 format_count(found[0].parameters),
                 *([_over_seeds([result.ms or math.nan for result in found], 2)] if is_timed else []),
+                *([_over_seeds([result.nats - untouched.nats for result in found], 3)] if untouched else []),
                 *perplexities,
                 *(_chat_cells(evaluations) if chats else []),
                 *[_task_cell(evaluations, task) for task in tasks],
                 f"{statistics.fmean(result.seconds for result in found):.0f}",
                 f"{found[0].flops / 1e12:.1f}",
-                _overlap_with_ours(results, arm, keep, source),
+                _overlap(results, arm, reference, keep, source),
             ]
         )
     return markdown_table(rows)
@@ -106,18 +124,15 @@ def table(results: Results, keep: float, source: Architecture) -> str:
 def verdict(results: Results, keep: float) -> str:
     """Which arm has the lowest perplexity on the study's first text, and where ours stand."""
     text = next(iter(results[0].perplexities))
-    nats: dict[str, list[float]] = {}
-    for arm, description in ARMS.items():
-        found = of_arm(results, arm, keep)
-        if found and description.trains and not description.same_for_all_ratios:
-            nats[arm] = [math.log(result.perplexities[text]) for result in found]
+    nats = {arm: seeds for arm, seeds in nats_of_arms(results, keep).items() if not ARMS[arm].same_for_all_ratios}
     means = {arm: statistics.fmean(values) for arm, values in nats.items()}
-    by_device = [arm for arm in means if ARMS[arm].is_for_device]
-    ours = by_device or [arm for arm in means if ARMS[arm].is_ours]
-    others = [arm for arm in means if arm not in ours]
-    if not ours or not others:
+    best = best_of_ours(results, keep)
+    is_ours = [ARMS[arm].is_for_device for arm in means]
+    is_ours = is_ours if any(is_ours) else [ARMS[arm].is_ours for arm in means]
+    others = [arm for arm, own in zip(means, is_ours, strict=True) if not own]
+    if best is None or not others:
         return ""
-    best, rival = min(ours, key=lambda arm: means[arm]), min(others, key=lambda arm: means[arm])
+    rival = min(others, key=lambda arm: means[arm])
     is_first = means[best] <= means[rival]
     relation = "the best of ours leads" if is_first else "**a baseline is ahead of ours**"
     return (
@@ -170,12 +185,14 @@ def markdown(study: Study, results: Results, folder_name: str) -> str:
         f"{config.eval_dtype}",
         f"- commit {commit()}, {hardware.describe()} {chips}".rstrip(),
         *_device_line(study),
-        "- TFLOP: 6 per parameter and token, 2 more per parameter of the source for a teacher; 'removed as ours': "
-        f"Jaccard index of the removed FFN channels and heads with {ARMS[TAYLOR1].title}, seed 0",
+        "- nats above the source: of the mean over those kinds of text; TFLOP: 6 per parameter and token, 2 more per "
+        "parameter of the source for a teacher; 'removed as ours': Jaccard index of the removed FFN channels and heads "
+        "with the best arm of ours, seed 0",
         "",
     ]
     for keep in map(float, config.keep):
-        if not of_arm(results, TAYLOR1, keep):
+        reference = best_of_ours(results, keep)
+        if reference is None:
             continue
         of = f"the time of {config.workload}" if config.device_profile else "the non-embedding parameters"
         parts += [f"## {keep - 1:+.0%} of {of}", "", table(results, keep, study.source), ""]
@@ -183,6 +200,7 @@ def markdown(study: Study, results: Results, folder_name: str) -> str:
         if line:
             parts += [line, ""]
         parts += [f"![Perplexity of every arm]({folder_name}/perplexity-{keep:g}.png)", ""]
+        parts += [f"What remains of *{ARMS[reference].title}*:", ""]
         parts += [f"![What remains]({folder_name}/architecture-{keep:g}.png)", ""]
         agreement = seeds_paragraph(results, keep, study.source)
         if agreement:
@@ -220,10 +238,11 @@ def write_report(study: Study, path: Path) -> None:
         },
     )
     for keep in map(float, study.config.keep):
-        ours = of_arm(results, TAYLOR1, keep)
-        if ours and ours[0].architecture is not None:
+        reference = best_of_ours(results, keep)
+        shape = of_arm(results, reference, keep)[0].architecture if reference is not None else None
+        if shape is not None:
             plot_perplexities(results, keep, folder / f"perplexity-{keep:g}.png")
-            plot_architecture(study.source, ours[0].architecture, folder / f"architecture-{keep:g}.png")
+            plot_architecture(study.source, shape, folder / f"architecture-{keep:g}.png")
     write_text_atomically(path, markdown(study, results, folder.name))
 
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...runtime.engines.contract_text import ALL_TEXTS
 from ..evaluation.evaluation import Evaluation
-from ..evaluation.quality.contract import ALL_TEXTS
 from ..model.architecture import Architecture
 from .overlap import Survivors
 
@@ -46,6 +46,11 @@ class StudyResult:
             if quality.chat_answers:
                 found["chat answers"] = math.exp(statistics.fmean(quality.chat_answers))
         return found | {name: value.perplexity for name, value in self.evaluation.perplexity.items()}
+
+    @property
+    def nats(self) -> float:
+        """Of the first of `perplexities`."""
+        return math.log(next(iter(self.perplexities.values())))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values, per-document scores included."""

@@ -1,0 +1,200 @@
+"""A folder that makes a good repository of a model hub: artefacts under names that programs look for, and a card.
+
+GGUF files lie at the top as NAME-Q8_0.gguf, which is where llama.cpp, Ollama, LM Studio and Jan look for types to
+choose from; ONNX and ExecuTorch artefacts are folders of several files that stay together.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from ..runtime.base import flags
+from ..runtime.base.errors import UsageError
+from ..runtime.base.files import folder_written_atomically
+from ..runtime.base.markdown import markdown_table
+from ..runtime.base.output import check_output, check_place, locked_output
+from ..runtime.base.quantities import format_bytes, format_count
+from ..runtime.engines.contract_text import contract_rows
+from ..runtime.engines.manifest import MANIFEST_NAME, Manifest
+from .report import device_line, origin_lines
+from .results import Figure, Result, Run
+
+CARD = "README.md"
+MARK = "<!-- files of efficientllm-hub: "
+"""Begins the card's last line, which names what the command wrote."""
+LIBRARIES = {"llama.cpp": "gguf", "onnxruntime": "onnx", "executorch": "executorch"}
+"""engine -> what the Hugging Face hub calls the format in library_name."""
+TESTS_SHOWN = 4
+
+
+@dataclass(frozen=True)
+class CardSettings:
+    """What artefacts do not say of themselves."""
+
+    name: str = ""
+    """Of the model, and of its GGUF files; default: the output folder's."""
+    base_model: str = ""
+    """Hub id of the model that was pruned."""
+    license: str = ""
+    """SPDX name, as apache-2.0: that of the source applies."""
+    language: str = "en"
+    """Of the model."""
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            flags.require(self, item.name, re.fullmatch(r"[\w.+/-]*", value) is not None, "must be one plain word")
+        flags.require(self, "name", "/" not in self.name, "must be one plain word; the owner is told to the hub")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One artefact in the repository."""
+
+    artefact: Path
+    manifest: Manifest
+    place: str
+    """Its file (GGUF) or folder in the repository."""
+
+    @property
+    def is_file(self) -> bool:
+        return self.manifest.engine == "llama.cpp"
+
+
+def write_hub_folder(
+    output: Path, artefacts: Sequence[Path], bench: Sequence[Path], settings: CardSettings, overwrite: bool = False
+) -> Path:
+    """Write the folder `output`, whole or not at all. UsageError for what cannot be used as given, ArtefactError for an
+    artefact that is damaged."""
+    parts = _parts(artefacts, settings.name or output.absolute().name)
+    runs = [Run.read(path) for path in bench]
+    inputs = [*artefacts, *bench]
+    with locked_output(output):
+        check_output(output, overwrite, _foreign, inputs, "give another --output, or --overwrite to replace it")
+        check_place(output, is_renamed=True)
+        with folder_written_atomically(output) as folder:
+            for part in parts:
+                _put(part, folder)
+            text = card(parts, runs, settings, settings.name or output.absolute().name)
+            written = ", ".join(sorted([CARD, *(part.place for part in parts)]))
+            (folder / CARD).write_text(f"{text}\n{MARK}{written} -->\n", encoding="utf-8")
+    return output
+
+
+def _parts(artefacts: Sequence[Path], name: str) -> list[Part]:
+    parts: list[Part] = []
+    for path in artefacts:
+        manifest = Manifest.read(path)
+        manifest.check_files(path)
+        if manifest.engine == "llama.cpp":
+            place = f"{name}-{manifest.quantization.upper()}.gguf"
+        else:
+            place = f"{LIBRARIES.get(manifest.engine, manifest.engine)}-{manifest.quantization}"
+        if any(part.place == place for part in parts):
+            raise UsageError(f"{path}: a second {place}; give one artefact of each runtime and type")
+        parts.append(Part(path, manifest, place))
+    return parts
+
+
+def _put(part: Part, folder: Path) -> None:
+    if part.is_file:
+        _link(part.artefact / part.manifest.model_file, folder / part.place)
+        return
+    for name in (*part.manifest.files, MANIFEST_NAME):
+        target = folder / part.place / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _link(part.artefact / name, target)
+
+
+def _link(source: Path, target: Path) -> None:
+    """The same file under another name, or a copy where the file system has no such thing."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _foreign(folder: Path) -> list[str]:
+    """What this command has not written: everything where the card does not say."""
+    try:
+        last = (folder / CARD).read_text(encoding="utf-8").rstrip().rpartition("\n")[2]
+    except (OSError, UnicodeDecodeError):
+        last = ""
+    known = set(re.findall(r"[^ ,]+", last.removeprefix(MARK).removesuffix(" -->"))) if last.startswith(MARK) else set()
+    return sorted(entry.name for entry in folder.iterdir() if entry.name not in known)
+
+
+def card(parts: Sequence[Part], runs: Sequence[Run], settings: CardSettings, name: str) -> str:
+    """The repository's README: front matter, files with what was measured of them, quality, how to run it."""
+    first = parts[0].manifest
+    shape, training = first.architecture, first.training
+    libraries = list(dict.fromkeys(LIBRARIES.get(part.manifest.engine, part.manifest.engine) for part in parts))
+    header = [
+        "---",
+        *([f"license: {settings.license}"] if settings.license else []),
+        *([f"base_model: {settings.base_model}", "base_model_relation: finetune"] if settings.base_model else []),
+        f"language: {settings.language}",
+        f"library_name: {libraries[0]}",
+        "pipeline_tag: text-generation",
+        f"tags: [{', '.join(['efficientllm', 'pruned', *libraries])}]",
+        "inference: false",
+        "---",
+    ]
+    size = format_count(shape["num_parameters"]) if "num_parameters" in shape else ""
+    origin = settings.base_model or training.get("source", "")
+    title = f"# {name}: {size} parameters" if size else f"# {name}"
+    lines = [*header, "", title, ""]
+    if training.get("source_parameters"):
+        lines += [
+            f"Pruned while training from {origin}: {training['source_parameters']:,} parameters became "
+            f"{training['parameters']:,} over {training['tokens']:,} tokens.",
+            "",
+        ]
+    lines += ["## Files", "", markdown_table(_file_rows(parts, runs), left=(0, 1, 2)), ""]
+    for run in runs:
+        lines += [f"- {line}" for line in (device_line(run.device, run.options.threads), *origin_lines(run))]
+    lines += ["- KL: mean divergence from the checkpoint in torch, nats per token, at export", ""]
+    if training.get("quality"):
+        note = "Of the checkpoint, on texts, chats and questions that no run trains on; ± is one standard error."
+        lines += ["## Quality", "", markdown_table(contract_rows(training["quality"])), "", note, ""]
+    lines += ["## Running it", "", "```bash", *[_command(part) for part in parts], "```", ""]
+    licence = f"{settings.license}, the source's." if settings.license else "The source's licence applies."
+    return "\n".join([*lines, f"## Licence\n\n{licence}", ""])
+
+
+def _file_rows(parts: Sequence[Part], runs: Sequence[Run]) -> list[list[str]]:
+    """Header and a row per artefact, with its speeds in the first run that measured it."""
+    measured = [_result(part, runs) for part in parts]
+    tests = list(dict.fromkeys(test for result in measured if result for test in result.speeds))[:TESTS_SHOWN]
+    rows = [["file", "runtime", "type", "bytes", "KL", *(f"{test} t/s" for test in tests)]]
+    rows[0] += ["peak memory"] if any(measured) else []
+    for part, result in zip(parts, measured, strict=True):
+        compared = part.manifest.verification.get("quantized") or part.manifest.verification.get("exact") or {}
+        kl = f"{compared['mean_kl']:.4f}" if "mean_kl" in compared else "not verified"
+        row = [part.place, part.manifest.engine, part.manifest.quantization]
+        row += [format_bytes(part.manifest.total_bytes), kl]
+        row += [_median(result.speeds.get(test) if result else None) for test in tests]
+        row += [format_bytes(result.peak_rss_bytes) if result else ""] if any(measured) else []
+        rows.append(row)
+    return rows
+
+
+def _result(part: Part, runs: Sequence[Run]) -> Result | None:
+    """What was measured of the same files, wherever they lay."""
+    files = part.manifest.files
+    return next((each for run in runs for each in run.results if each.manifest.get("files") == files), None)
+
+
+def _median(figure: Figure | None) -> str:
+    return f"{figure.median:.1f}" if figure is not None else ""
+
+
+def _command(part: Part) -> str:
+    if part.is_file:
+        return f"llama-server -m {part.place}    # or efficientllm-chat, Ollama, LM Studio, Jan"
+    return f"efficientllm-chat {part.place}"

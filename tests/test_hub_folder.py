@@ -1,0 +1,86 @@
+"""`efficientllm-hub`: artefacts as the folder of a model hub's repository."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import Exported
+from huggingface_hub import ModelCard
+from made_up import LAPTOP, speed
+
+from efficientllm.devices import hub_cli
+from efficientllm.devices.results import BenchOptions, Run, summarize
+from efficientllm.runtime import load
+from efficientllm.runtime.base.command import run_command
+
+SETTINGS = ("--base-model", "owner/source", "--license", "apache-2.0")
+
+
+@pytest.fixture
+def onnx(exported: Exported) -> Path:
+    return exported("onnx", "--quantize", "f32")
+
+
+def hub(*arguments: str | Path) -> int:
+    return run_command(hub_cli.body, [str(each) for each in arguments])
+
+
+def test_the_folder_is_a_repository_whose_files_run(artefact: Path, onnx: Path, tmp_path: Path) -> None:
+    manifest = json.loads((artefact / "manifest.json").read_text(encoding="utf-8"))
+    measured = summarize("elsewhere", "0" * 64, "llama.cpp", 1, manifest, [speed(123.0)])
+    Run(LAPTOP, BenchOptions(), [measured], "2026-11-01T10:00:00+00:00", "0.1.0").write(tmp_path / "bench.json")
+    output = tmp_path / "Small-1M"
+    assert hub(output, artefact, onnx, "--bench", tmp_path / "bench.json", *SETTINGS) == 0
+    assert {path.name for path in output.iterdir()} == {"README.md", "Small-1M-F32.gguf", "onnx-f32"}
+
+    card = ModelCard.load(output / "README.md")
+    header = card.data.to_dict()
+    assert header["base_model"] == "owner/source"
+    assert header["license"] == "apache-2.0"
+    assert header["library_name"] == "gguf"
+    assert header["pipeline_tag"] == "text-generation"
+    assert header["inference"] is False
+    assert {"efficientllm", "gguf", "onnx"} <= set(header["tags"])
+    assert "| tg4 t/s |" in card.text
+    gguf, other = (line for line in card.text.splitlines() if line.startswith("| ") and "f32" in line)
+    assert gguf.startswith("| Small-1M-F32.gguf | llama.cpp | f32 |")
+    assert "| 124.0 |" in gguf
+    assert "124.0" not in other
+    assert "a CPU" in card.text
+
+    answers = []
+    for place in ("Small-1M-F32.gguf", "onnx-f32"):
+        with load(output / place) as model:
+            answers.append(model.complete("The", max_tokens=8, temperature=0.0))
+    assert answers[0] == answers[1]
+
+
+def test_only_what_the_command_wrote_is_replaced(
+    artefact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "small"
+    assert hub(output, artefact) == 0
+    assert hub(output, artefact) == 2
+    assert "is not empty" in capsys.readouterr().err
+    assert hub(output, artefact, "--overwrite", "--name", "Other") == 0
+    assert {path.name for path in output.iterdir()} == {"README.md", "Other-F32.gguf"}
+    (output / "notes.txt").write_text("mine", encoding="utf-8")
+    assert hub(output, artefact, "--overwrite") == 2
+    assert "holds notes.txt, not written by this command" in capsys.readouterr().err
+    assert (artefact / "model.gguf").is_file()
+
+
+def test_what_makes_no_repository_is_one_line(
+    artefact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert hub(tmp_path / "small", artefact, artefact) == 2
+    assert "a second small-F32.gguf; give one artefact of each runtime and type" in capsys.readouterr().err
+    assert hub(tmp_path / "small", tmp_path) == 2
+    assert "holds no manifest.json" in capsys.readouterr().err
+    assert hub(artefact, artefact, "--overwrite") == 2
+    assert "is or holds" in capsys.readouterr().err
+    assert hub(tmp_path / "small", artefact, "--license", "apache\nevil: true") == 2
+    assert "--license" in capsys.readouterr().err
+    assert not (tmp_path / "small").exists()
