@@ -47,6 +47,13 @@ class Contents:
 def write_manifest(checkpoint: Checkpoint, request: ExportRequest[Any], folder: Path, contents: Contents) -> None:
     """Write the manifest of an artefact and say how large it is."""
     bits = bits_per_weight(checkpoint, contents.weight_bytes)
+    training = checkpoint.json_file("training.json")
+    pruned_for = training.get("latency", {}).get("of", {})
+    if pruned_for and (pruned_for["engine"], pruned_for["quantization"]) != (contents.engine, contents.quantization):
+        request.say(
+            f"pruned for the milliseconds of {pruned_for['engine']} {pruned_for['quantization']}; those of "
+            f"{contents.engine} {contents.quantization} are others: efficientllm-bench measures them"
+        )
     manifest = Manifest(
         engine=contents.engine,
         model_file=contents.files[0],
@@ -57,7 +64,7 @@ def write_manifest(checkpoint: Checkpoint, request: ExportRequest[Any], folder: 
         context_length=checkpoint.context_length,
         source=checkpoint.name,
         verification=contents.verification,
-        training=checkpoint.json_file("training.json"),
+        training=training,
         sampling=checkpoint.sampling,
         notes=tuple(request.notes),
     )

@@ -169,6 +169,7 @@ def test_a_pruned_file_is_faster_by_the_profile(tmp_path: Path) -> None:
     assert pruned_ms is not None
     assert 0.4 < pruned_ms / whole_ms < 0.9
     assert ms_of(Point.parse("q4_0/q4_0@1MB+qat"), 0.01 * size) is None
+    assert ms_of(Point.parse("q8_0"), size) is None  # the profile is of q4_0
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from exporting import export
 from priced import stepped_profile, tiny_profile, tiny_time
 from pruning import LAYERS, random_scores
 from tiny import tiny_architecture
 from training import command, metrics, run, weights, without
 
 from efficientllm.runtime.base.errors import OptionError, UsageError
+from efficientllm.runtime.engines.manifest import Manifest
 from efficientllm.runtime.latency.workload import Workload
 from efficientllm.train.model.architecture import Architecture, LayerShape
 from efficientllm.train.model.file_size import gguf_bytes
@@ -201,6 +203,10 @@ def test_a_run_reaches_its_milliseconds(
     stored = Architecture.from_folder(output / "model")
     assert stored.num_parameters == final(output).num_parameters
     assert all(layer.num_attention_heads or layer.intermediate_size for layer in stored.layers)
+    if space == "attention,ffn":
+        assert export(output, "gguf", tmp_path / "gguf", "--quantize", "q8_0", "--no-verify") == 0
+        (note,) = [note for note in Manifest.read(tmp_path / "gguf").notes if "milliseconds" in note]
+        assert note.startswith("pruned for the milliseconds of llama.cpp q4_0; those of llama.cpp q8_0 are others")
     if space == "layers":
         assert stored.layers == (LayerShape(4, 2, 128),) * len(stored.layers)
         assert len(stored.layers) < len(source.layers)
@@ -296,3 +302,6 @@ def test_an_impossible_time_is_refused(
     arguments[arguments.index("0.7x")] = "0.001ms"
     assert run(arguments) == 2
     assert "the target of 0.001 ms is too small: one group per layer already takes" in capsys.readouterr().err
+    arguments = latency_command(source_folder, corpus, tmp_path / "run", device, "--qat", "q8_0")
+    assert run(arguments) == 2
+    assert "the device profile was measured with quantization q4_0, not q8_0" in capsys.readouterr().err

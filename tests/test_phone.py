@@ -126,12 +126,17 @@ def test_constants_of_a_template_with_dollars(tmp_path: Path, kit: Path) -> None
     assert errors(kotlin.encode(), ".kt") == errors(swift.encode(), ".swift") == []
 
 
-def test_the_card_says_the_profile_s_speed(exported: Exported, tmp_path: Path) -> None:
+def test_the_card_says_the_profile_s_speed(
+    exported: Exported, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     profile = tmp_path / "phone.json"
     tiny_profile().save(profile)
     kit = exported("android", "--formats", "gguf", "--quantize", "f32")
     output = tmp_path / "kit"
     flags = ("--formats", "gguf", "--no-verify", "--device-profile", str(profile))
+    assert export(kit.parent / "checkpoint", "ios", output, *flags) == 2  # the kit's default is q8_0
+    assert "measured with quantization q4_0, not q8_0" in capsys.readouterr().err
+    flags = (*flags, "--quantize", "q4_0")
     assert export(kit.parent / "checkpoint", "ios", output, *flags) == 0
     assert re.search(
         r"Expected on local .*: \d+ tokens/s of a 128-token prompt, \d+\.\d of an answer",

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from ..runtime.base import flags
 from ..runtime.base.errors import UsageError
 from ..runtime.base.output import check_output, check_place
+from ..runtime.latency.profile import DeviceProfile
 from .compute.distributed import Parallel
 from .compute.hardware import Hardware, choose_hardware
 from .config import STEERING_CHANGES, TrainConfig, changed_settings
@@ -89,6 +90,9 @@ def check_request(config: TrainConfig) -> None:
             f"--cross-entropy 0 leaves --saliency {config.pruning.saliency} nothing to rank by: at the source, the "
             "gradient of distillation is zero; give --cross-entropy 0.1, or a --saliency of activations"
         )
+    if config.pruning.device_profile and config.quantisation.is_on:
+        engine, quantization = config.quantisation.shipped_as
+        DeviceProfile.load(Path(config.pruning.device_profile)).check(engine=engine, quantization=quantization)
     check_loggers(config.run)
     replaceable = config.run.overwrite or config.run.resume
     inputs = [config.source.source, *(spec.path for spec in data_specs(config))]

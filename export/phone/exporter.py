@@ -81,6 +81,8 @@ def _export(platform: Platform, checkpoint: Checkpoint, request: ExportRequest[P
     profile = DeviceProfile.load(Path(options.device_profile)) if options.device_profile else None  # before the work
     speed = expected_speed(profile, checkpoint.architecture) if profile is not None else None
     models = _write_models(checkpoint, request, folder)
+    if profile is not None:
+        _check_profile(profile, models)
     context = min(options.max_context, checkpoint.context_length)
     checks = {each.engine: asdict(greedy_check(folder / each.files[0], context)) for each in models}
     write_json_atomically(folder / CHECK_FILE, checks)
@@ -94,6 +96,13 @@ def _export(platform: Platform, checkpoint: Checkpoint, request: ExportRequest[P
     first = models[0]
     write_manifest(checkpoint, request, folder, replace(first, files=written, layout=f"{platform} kit, {first.layout}"))
     log.info("read %s first", request.output / CARD_FILE)
+
+
+def _check_profile(profile: DeviceProfile, models: Sequence[Contents]) -> None:
+    """UsageError where the profile was measured of a file that is not in the kit."""
+    measured = profile.measured_on.engine
+    same = next((each for each in models if each.engine == measured), models[0])
+    profile.check(engine=same.engine, quantization=same.quantization)
 
 
 def _write_models(checkpoint: Checkpoint, request: ExportRequest[PhoneOptions], folder: Path) -> Sequence[Contents]:

@@ -42,6 +42,12 @@ class QuantisationConfig:
         """Type of embedding and head in a GGUF."""
         return self.qat if self.qat_head == "same" else self.qat_head
 
+    @property
+    def shipped_as(self) -> tuple[str, str]:
+        """(engine that loads such a file, what it calls the type)"""
+        engine = {"gguf": "llama.cpp", "onnx": "onnxruntime", "executorch": "executorch"}[TARGETS[self.qat]]
+        return engine, self.qat.removesuffix("-block32")
+
     def to_dict(self) -> dict[str, str]:
         """What training.json tells the exporters; read by export/trained_type.py."""
         return {"type": self.qat, "head": self.head_type, "target": TARGETS[self.qat]}

@@ -153,18 +153,23 @@ def commands(source: str, config: FitConfig, point: Point) -> list[str]:
 
 
 def _timer(shape: Architecture, config: FitConfig) -> Callable[[Point, float], float | None]:
-    """Predicts the time of what pruning to a size leaves: the most bytes that rankings leave per group."""
+    """Predicts the time of what pruning to a size leaves, in the type that the profile is of: the most bytes that
+    rankings leave per group."""
     if not config.device_profile:
         return lambda point, size: None
     from ..planning.targets import group_sizes
     from ..pruning.measures import DeviceTime
     from ..pruning.selection import SelectionRules, select_removal, smallest_architecture
 
-    time = DeviceTime(DeviceProfile.load(Path(config.device_profile)), Workload.parse(config.workload)).measure
+    profile = DeviceProfile.load(Path(config.device_profile))
+    profile.check(engine="llama.cpp")
+    time = DeviceTime(profile, Workload.parse(config.workload)).measure
     rules = SelectionRules(PruneConfig().kinds, 32)
     least = smallest_architecture(shape, rules)
 
     def ms_of(point: Point, size: float) -> float | None:
+        if point.kind != profile.measured_on.quantization:
+            return None  # other kernels, which nobody timed
         if point.target_bytes is None:
             return time.of(shape)
         whole = gguf_bytes(shape, point.kind, 0, point.head, point.head)
