@@ -10,7 +10,8 @@ from pathlib import Path
 from ..runtime.base import flags
 from ..runtime.base.command import run_command
 from ..runtime.base.errors import UsageError
-from . import compare, report
+from ..runtime.latency.profile import DeviceProfile
+from . import compare, predicted, report
 from .bench import benchmark, log_progress
 from .device import DeviceOptions, open_device
 from .profiler import ProfileOptions, profile, summary
@@ -37,6 +38,9 @@ def build_parser() -> flags.Parser:
         "--compare", nargs=2, metavar=("OLD", "NEW"), help="compare two JSON files; changes beyond noise are flagged"
     )
     output.add_argument(
+        "--predict", metavar="PROFILE", help="also show what a device profile, as --profile writes it, says of them"
+    )
+    output.add_argument(
         "--profile",
         metavar="FILE",
         help="measure the device's latency table, milliseconds of every part of a decoder, and write it as JSON",
@@ -48,7 +52,7 @@ def body(argv: Sequence[str]) -> int:
     arguments = build_parser().parse(argv)
     paths, as_markdown = arguments.pop("artefacts"), arguments.pop("markdown")
     json_path, html_path, profile_path = (_output(arguments, name) for name in ("json", "html", "profile"))
-    compared = arguments.pop("compare")
+    compared, predicting = arguments.pop("compare"), arguments.pop("predict")
     where, options = flags.take(arguments, DeviceOptions), flags.take(arguments, BenchOptions)
     profile_options = flags.take(arguments, ProfileOptions)
     if compared:
@@ -59,8 +63,12 @@ def body(argv: Sequence[str]) -> int:
         raise UsageError("give at least one artefact (see efficientllm-bench --help)")
     if html_path:
         report.require_plots()
+    table = DeviceProfile.load(Path(predicting)) if predicting else None  # before the work
     if paths:
-        _show(benchmark(paths, options, where, json_path), html_path, as_markdown)
+        run = benchmark(paths, options, where, json_path)
+        _show(run, html_path, as_markdown)
+        if table is not None:
+            report.print_rows(predicted.rows(run, table), left=(0, 1))
     if profile_path:
         with contextlib.closing(open_device(where, log_progress)) as device:
             print(summary(profile(device, options, profile_options, profile_path, log_progress)))

@@ -137,11 +137,7 @@ def _milliseconds(result: Result, clock: str) -> np.ndarray:
     def per_token(test: str) -> float:
         if test not in result.speeds:
             raise DeviceError(f"the device measured no {test}: {result.skipped.get(test, 'see the messages above')}")
-        # whatever else the machine does only adds to what a token takes
-        named = f"{test} CPU" if clock == "cpu" else test
-        if named in result.quiet_ms_per_token:
-            return result.quiet_ms_per_token[named].median
-        return result.cpu_ms_per_token[test].low if clock == "cpu" else 1000 / result.speeds[test].high
+        return result.quiet_ms(test, clock)
 
     first, deep = per_token(f"tg{DECODED}"), per_token(f"tg{DECODED}@d{DEPTH}")
     return np.array(

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from latency import HEAD_DIM, MEASURED_ON, true_ms
+from priced import tiny_profile, tiny_time
+from tiny import tiny_architecture
 
 from efficientllm.devices import cli
 from efficientllm.devices import profiler as profiling
@@ -139,6 +142,28 @@ def test_widths_of_a_source_are_read_from_its_folder(source_folder: Path, tmp_pa
     assert widths == Widths(64, 4, 2, 128, 32, 400, 3)
     options = ["--profile", str(tmp_path / "p.json"), "--profile-like", str(tmp_path)]
     assert run_command(cli.body, options) == 2
+
+
+def test_a_bench_shows_what_a_profile_predicts(
+    artefact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    profile = tiny_profile()
+    quick = ["--prompt-tokens", "16", "--decode-tokens", "8", "--depths", "32", "--rounds", "1", "--repetitions", "1"]
+    command = [str(artefact), *quick, "--threads", "1", "--predict", str(tmp_path / "profile.json")]
+    profile.save(tmp_path / "profile.json")
+    assert run_command(cli.body, command) == 2
+    assert "the device profile was measured with quantization q4_0, not f32" in capsys.readouterr().err
+    same = replace(profile.measured_on, quantization="f32", engine_settings="")
+    replace(profile, measured_on=same).save(tmp_path / "profile.json")
+    assert run_command(cli.body, command) == 0
+    lines = capsys.readouterr().out.splitlines()
+    tests = {line.split()[1]: float(line.split()[2]) for line in lines if line.split()[1:2] in (["pp16"], ["tg8"])}
+    shape = tiny_architecture()
+    priced = tiny_time(replace(profile, measured_on=same), Workload.at_depth(4)).measure.of(shape)
+    assert tests["tg8"] == pytest.approx(priced, abs=1e-3)
+    assert tests["pp16"] > 0
+    assert run_command(cli.body, [*command[:-1], str(tmp_path / "none.json")]) == 2
+    assert "none.json" in capsys.readouterr().err
 
 
 @pytest.mark.slow
