@@ -49,8 +49,7 @@ def _shape(architecture: dict[str, Any]) -> DecoderShape:
         architecture[name] for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size")
     ]
     layers = tuple(LayerShape(*each) for each in zip(*widths, strict=True))
-    sizes = (architecture[name] for name in ("hidden_size", "head_dim", "vocab_size"))
-    return DecoderShape(*sizes, layers)
+    return DecoderShape(architecture["hidden_size"], architecture["head_dim"], architecture["vocab_size"], layers)
 
 
 def _predicted(profile: DeviceProfile, shape: DecoderShape, test: str) -> float:
