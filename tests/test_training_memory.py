@@ -18,12 +18,31 @@ from training import command, metrics, run, weights
 
 from efficientllm.runtime.base.errors import UsageError
 from efficientllm.train import memory
+from efficientllm.train.compute import hardware
 from efficientllm.train.compute.loss import TrainingLoss
 from efficientllm.train.compute.optimizer import AdamW, clip_factor, gradient_norm, make_optimizer
 from efficientllm.train.compute.optimizer import store_gradients_as_computed as store_as_computed
 from efficientllm.train.config import OptimizerConfig, RunConfig, SourceConfig, TrainConfig
 from efficientllm.train.model.architecture import LayerShape
 from efficientllm.train.pruning import surgery
+
+FRAGMENTS = """
+import torch
+from efficientllm.runtime.engines.memory import memory_bytes
+from efficientllm.train.compute.hardware import HeapWatch, keep_freed_pages
+
+keep_freed_pages()
+watch = HeapWatch()
+watch.look()
+before = memory_bytes()["rss_bytes"]
+tensors = [torch.ones(2**21 if index % 2 else 2**14) for index in range(200)]
+small = tensors[::2]
+del tensors
+held = memory_bytes()["rss_bytes"] - before
+assert watch.look()
+print(held, memory_bytes()["rss_bytes"] - before)
+"""
+"""Prints what a heap with holes between small tensors holds, and what is left of that after a look."""
 
 WINDOWS = torch.randint(0, 400, (2, 33), generator=torch.Generator().manual_seed(1))
 WIDE = tiny_architecture(layers=(LayerShape(4, 2, 192), LayerShape(2, 1, 256)), hidden_size=128)
@@ -216,6 +235,25 @@ def test_training_takes_no_more_than_it_must(
 
 
 # -- the estimate
+
+
+def test_a_heap_in_pieces_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At GROWTH times what the first step since the last time left, and as often as it takes."""
+    held = iter([100, 109, 114, 116, 70, 80, 81])
+    monkeypatch.setattr(hardware, "memory_bytes", lambda: {"rss_bytes": next(held)})
+    given_back = []
+    monkeypatch.setattr(hardware, "give_back_freed_memory", lambda: given_back.append(True))
+    watch = hardware.HeapWatch()
+    assert [watch.look() for _ in range(7)] == [False, False, False, True, False, False, True]
+    assert len(given_back) == 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's heap")
+def test_holes_between_tensors_that_stay_are_given_back() -> None:
+    done = subprocess.run([sys.executable, "-c", FRAGMENTS], capture_output=True, text=True, check=True)
+    held, left = map(int, done.stdout.split())
+    assert held > 800e6
+    assert left < 50e6
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])

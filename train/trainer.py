@@ -19,6 +19,7 @@ from ..runtime.base.quantities import format_bytes, format_count
 from ..runtime.engines.memory import give_back_freed_memory
 from . import training_state
 from .accumulation import accumulate_gradients
+from .compute.hardware import HeapWatch
 from .compute.loss import TrainingLoss, make_teacher
 from .compute.optimizer import clip_factor, gradient_norm, make_optimizer, store_gradients_as_computed
 from .data.packing import PackedStream
@@ -70,6 +71,7 @@ class Trainer:
         self.metrics = MetricsWriter(plan.folder, self.config.run, self.parallel.is_main)
         self.measuring = Measuring(plan, held_out, self.metrics)
         self.stop_signal = StopSignal()
+        self.heap = HeapWatch()
 
     @property
     def model(self) -> Any:
@@ -105,6 +107,7 @@ class Trainer:
             self.measuring.quality("source", self.model, self.progress, display)
         while self.progress.tokens < self.config.optimizer.tokens:
             record = self._step_or_save()
+            self.heap.look()
             self.metrics.write(record)
             self._show(display, record)
             if self.pruner is not None and self.pruner.is_done and "after_pruning" not in self.progress.perplexity:
@@ -311,6 +314,7 @@ class Trainer:
         self.callee = nn.Identity()  # DDP's hooks on the old parameters go with it
         self.loss, self.callee = self.pruner.compact(self.loss, self.optimizer)
         give_back_freed_memory()  # tensors of the new widths do not fit where those of the old ones were
+        self.heap.begin_anew()
         self._configure_model()
 
     def save(self) -> Path:
