@@ -14,6 +14,7 @@ from .result import StudyResult
 def plot_perplexities(results: Sequence[StudyResult], keep: float, path: Path) -> None:
     """Log-scaled bars per arm on each text: ours blue, baselines grey; a line spans the seeds."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     texts = list(results[0].perplexities)
     arms = []
@@ -33,7 +34,11 @@ def plot_perplexities(results: Sequence[StudyResult], keep: float, path: Path) -
             axes.plot([min(values), max(values)], [place, place], color="#1b2430", linewidth=1.5)
             axes.annotate(f"{mean:.1f}", (mean, place), xytext=(3, 0), textcoords="offset points", va="center", size=8)
         axes.set_xscale("log")
-        axes.set_xlim(right=axes.get_xlim()[1] * 1.6)
+        least = min(result.perplexities[text] for _, found in arms for result in found)
+        axes.set_xlim(least / 2, axes.get_xlim()[1] * 1.6)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=6))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_yticks(range(len(arms)), [arm.title for arm, _ in arms])
         axes.set_xlabel(f"perplexity, {text}")
         axes.spines[["top", "right"]].set_visible(False)

@@ -170,7 +170,7 @@ def markdown(study: Study, results: Results, folder_name: str) -> str:
     measured = results[0].evaluation.perplexity
     sizes = "".join(f", {name} {value.tokens:,} tokens" for name, value in measured.items())
     parts = [
-        "# The study",
+        "# The study at equal time" if config.device_profile else "# The study",
         "",
         "Written by `python -m efficientllm.train.study`; the figures of every run are in "
         f"[{folder_name}/results.json]({folder_name}/results.json).",
@@ -180,8 +180,8 @@ def markdown(study: Study, results: Results, folder_name: str) -> str:
         f"{config.sequence_length}, peak learning rate {config.learning_rate:g}",
         f"- perplexity on text that no arm trains on (six kinds and chat answers that ship with the package{sizes}); "
         "end of turn: nats of the token that ends an answer; questions: of a hundred, answered right",
-        f"- tasks zero-shot on the first {config.limit or 'all'} documents; "
-        f"± is the standard error over documents, brackets are the range over seeds; matrix products in "
+        *([f"- tasks zero-shot on the first {config.limit or 'all'} documents"] if results[0].evaluation.tasks else []),
+        "- ± is the standard error over documents, brackets are the range over seeds; matrix products in "
         f"{config.eval_dtype}",
         f"- commit {commit()}, {hardware.describe()} {chips}".rstrip(),
         *_device_line(study),
