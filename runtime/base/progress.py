@@ -78,7 +78,7 @@ class ProgressDisplay:
         elif now - self._last_line >= LINE_SECONDS or done >= total:
             self._last_line = now
             speed = (done - task.start) / (now - task.began) if now > task.began else 0.0
-            remaining = f"  ETA {format_duration((total - done) / speed)}" if speed else ""
+            remaining = f"  ETA {format_duration(max(0, total - done) / speed)}" if speed else ""
             self.say(f"{text or f'{name}: {done}/{total}'}{remaining}")
 
     def say(self, text: str) -> None:
