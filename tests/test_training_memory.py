@@ -17,8 +17,7 @@ from tiny import tiny_architecture, tiny_model
 from training import command, metrics, run, weights
 
 from efficientllm.runtime.base.errors import UsageError
-from efficientllm.train import memory
-from efficientllm.train.compute import hardware
+from efficientllm.train import heap, memory
 from efficientllm.train.compute.loss import TrainingLoss
 from efficientllm.train.compute.optimizer import AdamW, clip_factor, gradient_norm, make_optimizer
 from efficientllm.train.compute.optimizer import store_gradients_as_computed as store_as_computed
@@ -29,7 +28,8 @@ from efficientllm.train.pruning import surgery
 FRAGMENTS = """
 import torch
 from efficientllm.runtime.engines.memory import memory_bytes
-from efficientllm.train.compute.hardware import HeapWatch, keep_freed_pages
+from efficientllm.train.compute.hardware import keep_freed_pages
+from efficientllm.train.heap import HeapWatch
 
 keep_freed_pages()
 watch = HeapWatch()
@@ -240,10 +240,10 @@ def test_training_takes_no_more_than_it_must(
 def test_a_heap_in_pieces_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """At GROWTH times what the first step since the last time left, and as often as it takes."""
     held = iter([100, 109, 114, 116, 70, 80, 81])
-    monkeypatch.setattr(hardware, "memory_bytes", lambda: {"rss_bytes": next(held)})
+    monkeypatch.setattr(heap, "memory_bytes", lambda: {"rss_bytes": next(held)})
     given_back = []
-    monkeypatch.setattr(hardware, "give_back_freed_memory", lambda: given_back.append(True))
-    watch = hardware.HeapWatch()
+    monkeypatch.setattr(heap, "give_back_freed_memory", lambda: given_back.append(True))
+    watch = heap.HeapWatch()
     assert [watch.look() for _ in range(7)] == [False, False, False, True, False, False, True]
     assert len(given_back) == 2
 

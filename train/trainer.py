@@ -19,10 +19,10 @@ from ..runtime.base.quantities import format_bytes, format_count
 from ..runtime.engines.memory import give_back_freed_memory
 from . import training_state
 from .accumulation import accumulate_gradients
-from .compute.hardware import HeapWatch
 from .compute.loss import TrainingLoss, make_teacher
 from .compute.optimizer import clip_factor, gradient_norm, make_optimizer, store_gradients_as_computed
 from .data.packing import PackedStream
+from .heap import HeapWatch
 from .measuring import Measuring
 from .metrics import MetricsWriter
 from .model.architecture import Architecture
