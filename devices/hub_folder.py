@@ -15,9 +15,8 @@ from pathlib import Path
 
 from ..runtime.base import flags
 from ..runtime.base.errors import UsageError
-from ..runtime.base.files import folder_written_atomically
 from ..runtime.base.markdown import markdown_table
-from ..runtime.base.output import check_output, check_place, locked_output
+from ..runtime.base.output import replaced_whole
 from ..runtime.base.quantities import format_bytes, format_count
 from ..runtime.engines.contract_text import contract_rows
 from ..runtime.engines.manifest import MANIFEST_NAME, Manifest
@@ -62,6 +61,10 @@ class Part:
     """Its file (GGUF) or folder in the repository."""
 
     @property
+    def library(self) -> str:
+        return _library(self.manifest)
+
+    @property
     def is_file(self) -> bool:
         return self.manifest.engine == "llama.cpp"
 
@@ -71,19 +74,21 @@ def write_hub_folder(
 ) -> Path:
     """Write the folder `output`, whole or not at all. UsageError for what cannot be used as given, ArtefactError for an
     artefact that is damaged."""
-    parts = _parts(artefacts, settings.name or output.absolute().name)
-    runs = [Run.read(path) for path in bench]
-    inputs = [*artefacts, *bench]
-    with locked_output(output):
-        check_output(output, overwrite, _foreign, inputs, "give another --output, or --overwrite to replace it")
-        check_place(output, is_renamed=True)
-        with folder_written_atomically(output) as folder:
-            for part in parts:
-                _put(part, folder)
-            text = card(parts, runs, settings, settings.name or output.absolute().name)
-            written = ", ".join(sorted([CARD, *(part.place for part in parts)]))
-            (folder / CARD).write_text(f"{text}\n{MARK}{written} -->\n", encoding="utf-8")
+    name = settings.name or output.absolute().name
+    parts, runs = _parts(artefacts, name), [Run.read(path) for path in bench]
+    remedy = "give another --output, or --overwrite to replace it"
+    with replaced_whole(output, overwrite, _foreign, [*artefacts, *bench], remedy) as folder:
+        for part in parts:
+            _put(part, folder)
+        written = ", ".join(sorted([CARD, *(part.place for part in parts)]))
+        text = f"{card(parts, runs, settings, name)}\n{MARK}{written} -->\n"
+        (folder / CARD).write_text(text, encoding="utf-8")
     return output
+
+
+def _library(manifest: Manifest) -> str:
+    """A plug-in's engine is called what it is called."""
+    return LIBRARIES.get(manifest.engine, manifest.engine)
 
 
 def _parts(artefacts: Sequence[Path], name: str) -> list[Part]:
@@ -94,7 +99,7 @@ def _parts(artefacts: Sequence[Path], name: str) -> list[Part]:
         if manifest.engine == "llama.cpp":
             place = f"{name}-{manifest.quantization.upper()}.gguf"
         else:
-            place = f"{LIBRARIES.get(manifest.engine, manifest.engine)}-{manifest.quantization}"
+            place = f"{_library(manifest)}-{manifest.quantization}"
         if any(part.place == place for part in parts):
             raise UsageError(f"{path}: a second {place}; give one artefact of each runtime and type")
         parts.append(Part(path, manifest, place))
@@ -133,7 +138,7 @@ def card(parts: Sequence[Part], runs: Sequence[Run], settings: CardSettings, nam
     """The repository's README: front matter, files with what was measured of them, quality, how to run it."""
     first = parts[0].manifest
     shape, training = first.architecture, first.training
-    libraries = list(dict.fromkeys(LIBRARIES.get(part.manifest.engine, part.manifest.engine) for part in parts))
+    libraries = list(dict.fromkeys(part.library for part in parts))
     header = [
         "---",
         *([f"license: {settings.license}"] if settings.license else []),

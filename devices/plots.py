@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import FuncFormatter
 
-from .results import Result, Run
+from .results import Result, Run, mean_context
 
 WIDTH_INCHES = 9.0
 STYLES = cycler(marker=["o", "s", "^", "D", "v"]) * cycler(color=matplotlib.color_sequences["tab10"])
@@ -77,10 +77,8 @@ def latency_against_context(runs: Sequence[Run]) -> str:
     for label, result in _labeled(runs):
         points = []
         for test, figure in result.speeds.items():
-            match = re.fullmatch(r"tg(\d+)(?:@d(\d+))?", test)
-            if match:
-                # a decode of n tokens has (n - 1) / 2 of its own before it on average
-                context = int(match[2] or 0) + (int(match[1]) - 1) / 2
+            context = mean_context(test)
+            if context is not None:
                 points.append((context, 1000 / figure.median, 1000 / figure.high, 1000 / figure.low))
         if len(points) < 2:
             continue

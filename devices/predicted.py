@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
-from typing import Any
+import math
 
 from ..runtime.base.errors import UsageError
 from ..runtime.latency.profile import DeviceProfile
-from ..runtime.latency.shape import DecoderShape, LayerShape
-from .results import Result, Run
-
-TEST = re.compile(r"pp(?P<prompt>\d+)|tg(?P<decoded>\d+)(?:@d(?P<depth>\d+))?")
+from ..runtime.latency.shape import DecoderShape
+from .results import Result, Run, mean_context
 
 
 def rows(run: Run, profile: DeviceProfile) -> list[list[str]]:
@@ -22,7 +18,7 @@ def rows(run: Run, profile: DeviceProfile) -> list[list[str]]:
     table = [["artefact", "test", f"predicted ms ({profile.measured_on.clock})", "measured ms", "measured / predicted"]]
     for name, result in zip(run.labels, run.results, strict=True):
         _check(profile, result, name)
-        shape = _shape(result.manifest["architecture"])
+        shape = DecoderShape.from_dict(result.manifest["architecture"])
         for test in result.speeds:
             measured, predicted = result.quiet_ms(test, profile.measured_on.clock), _predicted(profile, shape, test)
             row = (f"{predicted:.3f}", f"{measured:.3f}", f"{measured / predicted:.3f}")
@@ -44,18 +40,10 @@ def _check(profile: DeviceProfile, result: Result, name: str) -> None:
         )
 
 
-def _shape(architecture: dict[str, Any]) -> DecoderShape:
-    widths: Sequence[Sequence[int]] = [
-        architecture[name] for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size")
-    ]
-    layers = tuple(LayerShape(*each) for each in zip(*widths, strict=True))
-    return DecoderShape(architecture["hidden_size"], architecture["head_dim"], architecture["vocab_size"], layers)
-
-
 def _predicted(profile: DeviceProfile, shape: DecoderShape, test: str) -> float:
     """Milliseconds per token: of a decode at the middle of its depths."""
-    match = TEST.fullmatch(test)
-    assert match is not None, test
-    if match["prompt"]:
-        return profile.prefill_ms(shape, int(match["prompt"])) / int(match["prompt"])
-    return profile.decode_ms(shape, int(match["depth"] or 0) + int(match["decoded"]) // 2)
+    context = mean_context(test)
+    if context is not None:
+        return profile.decode_ms(shape, math.ceil(context))
+    tokens = int(test.removeprefix("pp"))
+    return profile.prefill_ms(shape, tokens) / tokens

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -182,6 +183,13 @@ class Result(Readings[Figure]):
         if named in self.quiet_ms_per_token:
             return self.quiet_ms_per_token[named].median
         return self.cpu_ms_per_token[test].low if clock == "cpu" else 1000 / self.speeds[test].high
+
+
+def mean_context(test: str) -> float | None:
+    """Tokens before one that a decode computes (tg64, tg64@d512), on average: a decode of n has (n - 1) / 2 of its own;
+    None for a prefill."""
+    match = re.fullmatch(r"tg(\d+)(?:@d(\d+))?", test)
+    return int(match[2] or 0) + (int(match[1]) - 1) / 2 if match else None
 
 
 def labels(results: Sequence[Result]) -> list[str]:

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime.base import flags
-from ..runtime.base.files import folder_written_atomically
-from ..runtime.base.output import check_output, check_place, locked_output
+from ..runtime.base.output import replaced_whole
 from .checkpoint import open_checkpoint
 from .manifest import foreign_files
 from .request import ExportRequest, log
@@ -32,15 +31,11 @@ def export(checkpoint: str | Path, target: str, output: str | Path, *, overwrite
     folder = Path(output)
     inputs = [checkpoint, *filter(None, [getattr(chosen, "calibrate", "")])]
 
-    def check() -> None:
-        remedy = "give another --output, or --overwrite to replace it"
-        check_output(folder, overwrite, foreign_files, inputs, remedy)
-        check_place(folder, is_renamed=True)
-
-    check()
-    with locked_output(folder):
-        check()  # again: another export may have ended since
-        with open_checkpoint(str(checkpoint)) as opened, folder_written_atomically(folder) as temporary:
-            exporter.write(opened, ExportRequest(chosen, folder), temporary)
+    remedy = "give another --output, or --overwrite to replace it"
+    with (
+        replaced_whole(folder, overwrite, foreign_files, inputs, remedy) as temporary,
+        open_checkpoint(str(checkpoint)) as opened,
+    ):
+        exporter.write(opened, ExportRequest(chosen, folder), temporary)
     log.info("artefact: %s", folder)
     return folder

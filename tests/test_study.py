@@ -94,6 +94,7 @@ def test_page_names_commit_tokens_seeds_and_shows_its_figures(page: Path) -> Non
     for part in ("640 tokens an arm", "commit ", "-20% of the non-embedding", "-40% of the non-embedding", "pairs of"):
         assert part in text
     assert str(page.parent) not in text
+    assert str(page.parent) not in (page.with_suffix("") / "results.json").read_text(encoding="utf-8")
     assert {file.name for file in page.with_suffix("").iterdir()} == {
         "results.json",
         *(f"{kind}-{keep}.png" for kind in ("perplexity", "architecture") for keep in ("0.8", "0.6")),

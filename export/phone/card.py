@@ -9,7 +9,7 @@ from ...runtime.base.markdown import markdown_table
 from ...runtime.base.quantities import format_bytes, format_count
 from ...runtime.engines.manifest import cache_bytes
 from ...runtime.latency.profile import DeviceProfile
-from ...runtime.latency.shape import DecoderShape, LayerShape
+from ...runtime.latency.shape import DecoderShape
 from ...train.model.architecture import Architecture
 from .kit import Kit, Platform
 
@@ -46,11 +46,7 @@ class ExpectedSpeed:
 
 def expected_speed(profile: DeviceProfile, architecture: Architecture) -> ExpectedSpeed:
     """On the device of `profile`; UsageError where it cannot price the model."""
-    layers = [
-        LayerShape(layer.num_attention_heads, layer.num_key_value_heads, layer.intermediate_size)
-        for layer in architecture.layers
-    ]
-    shape = DecoderShape(architecture.hidden_size, architecture.head_dim, architecture.vocab_size, tuple(layers))
+    shape = DecoderShape.from_dict(architecture.to_dict())
     on = profile.measured_on
     return ExpectedSpeed(
         on.device,

@@ -12,6 +12,7 @@ from typing import IO
 
 from .disk import writing
 from .errors import UsageError
+from .files import folder_written_atomically
 
 try:
     import fcntl
@@ -69,6 +70,27 @@ def check_place(path: Path, is_renamed: bool) -> None:
         raise UsageError(f"--output {path}: {existing} is no folder; name another one")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UsageError(f"--output {path}: {existing} cannot be written; name another folder")
+
+
+@contextlib.contextmanager
+def replaced_whole(
+    path: Path, overwrite: bool, foreign: Foreign, inputs: Iterable[str | Path], remedy: str
+) -> Iterator[Path]:
+    """A folder to write what `path` holds afterwards: all of it, or what it held before where the body raises.
+
+    UsageError as of `check_output` and `check_place`, before anything is done and again once nobody else writes there.
+    """
+    inputs = list(inputs)
+
+    def check() -> None:
+        check_output(path, overwrite, foreign, inputs, remedy)
+        check_place(path, is_renamed=True)
+
+    check()
+    with locked_output(path):
+        check()  # again: another command may have ended since
+        with folder_written_atomically(path) as temporary:
+            yield temporary
 
 
 def _check_name(name: str) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from ..base.errors import UsageError
 
@@ -47,6 +49,18 @@ class DecoderShape:
         for name in ("hidden_size", "head_dim", "vocab_size"):
             if getattr(self, name) < 1:
                 raise UsageError(f"a decoder with {name} {getattr(self, name)} cannot be priced")
+
+    @classmethod
+    def from_dict(cls, architecture: Mapping[str, Any]) -> DecoderShape:
+        """Of an architecture's JSON values (Architecture.to_dict), as manifests hold them."""
+        names = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+        layers = zip(*(architecture[name] for name in names), strict=True)
+        return cls(
+            architecture["hidden_size"],
+            architecture["head_dim"],
+            architecture["vocab_size"],
+            tuple(LayerShape(*widths) for widths in layers),
+        )
 
     @property
     def present_layers(self) -> tuple[LayerShape, ...]:

@@ -99,8 +99,9 @@ class _ChunkedLoss(torch.autograd.Function):
             logits = h[rows] @ w.T  # [chunk, V]; becomes d loss / d logits
             theirs = reference.hidden[rows] @ reference.weight.T if reference is not None else None
             for first in range(0, len(logits), rows_at_once):
-                part = slice(first, first + rows_at_once)
-                predicted = targets[start:][part, None]
+                part = slice(first, min(first + rows_at_once, len(logits)))
+                these = slice(start + part.start, start + part.stop)  # the same rows of everything
+                predicted = targets[these, None]
                 log_p = torch.log_softmax(logits[part].float(), dim=-1)  # [part, V]
                 cross_entropy -= log_p.gather(1, predicted).sum()
                 teacher = None
@@ -108,8 +109,7 @@ class _ChunkedLoss(torch.autograd.Function):
                     teacher_log_p = torch.log_softmax(theirs[part].float(), dim=-1)
                     teacher = teacher_log_p.exp()
                     if reference.first is not None:
-                        which = slice(start + first, start + first + len(log_p))
-                        teacher = reference.in_our_tokens(teacher, which, log_p.exp())
+                        teacher = reference.in_our_tokens(teacher, these, log_p.exp())
                         teacher_log_p = teacher.clamp(min=torch.finfo(torch.float32).tiny).log()
                     divergence += (teacher * teacher_log_p.sub_(log_p)).sum()
                 if needs_grad:

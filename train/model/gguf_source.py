@@ -31,19 +31,19 @@ def restore_pre_tokenizer(tokenizer: PreTrainedTokenizerBase, path: Path) -> Non
         backend.pre_tokenizer = pre_tokenizer
 
 
-def tie_what_is_stored_twice(model: Any, path: Path) -> bool:
+def tie_what_is_stored_twice(model: Any, path: Path) -> None:
     """Tie embedding and head of a model read from a GGUF file that holds one table twice, in two roundings.
 
-    The finer of them stays. Returns whether it was so.
+    The finer of them stays.
     """
     head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
     if model.config.tie_word_embeddings or head.shape != embedding.shape:
-        return False
+        return
     with torch.no_grad():
         parts = zip(head.split(4096), embedding.split(4096), strict=True)  # no third table beside the two
         difference = sum(float((h - e).square().sum()) for h, e in parts)
         if difference > SAME_TABLE**2 * float(embedding.norm()) ** 2:
-            return False
+            return
     with extra("train"):
         from gguf import GGUFReader
     sizes = {tensor.name: int(tensor.n_bytes) for tensor in GGUFReader(path).tensors}
@@ -51,4 +51,3 @@ def tie_what_is_stored_twice(model: Any, path: Path) -> bool:
         embedding.data = head.data
     model.config.tie_word_embeddings = True
     model.tie_weights()
-    return True

@@ -7,7 +7,7 @@ import math
 import platform
 import statistics
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -50,11 +50,16 @@ def nats_of_arms(results: Results, keep: float) -> dict[str, list[float]]:
     return {arm: [result.nats for result in seeds] for arm, seeds in found.items() if seeds}
 
 
+def _ours(arms: Iterable[str]) -> list[str]:
+    """Those of ours: those that rank by a device where there are any."""
+    arms = list(arms)
+    return [arm for arm in arms if ARMS[arm].is_for_device] or [arm for arm in arms if ARMS[arm].is_ours]
+
+
 def best_of_ours(results: Results, keep: float) -> str | None:
-    """The arm of ours with the lowest mean; of those that rank by a device where there are any."""
+    """The arm of ours with the lowest mean."""
     nats = nats_of_arms(results, keep)
-    ours = [arm for arm in nats if ARMS[arm].is_for_device] or [arm for arm in nats if ARMS[arm].is_ours]
-    return min(ours, key=lambda arm: statistics.fmean(nats[arm]), default=None)
+    return min(_ours(nats), key=lambda arm: statistics.fmean(nats[arm]), default=None)
 
 
 def _over_seeds(values: Sequence[float], digits: int) -> str:
@@ -126,13 +131,11 @@ def verdict(results: Results, keep: float) -> str:
     text = next(iter(results[0].perplexities))
     nats = {arm: seeds for arm, seeds in nats_of_arms(results, keep).items() if not ARMS[arm].same_for_all_ratios}
     means = {arm: statistics.fmean(values) for arm, values in nats.items()}
-    best = best_of_ours(results, keep)
-    is_ours = [ARMS[arm].is_for_device for arm in means]
-    is_ours = is_ours if any(is_ours) else [ARMS[arm].is_ours for arm in means]
-    others = [arm for arm, own in zip(means, is_ours, strict=True) if not own]
-    if best is None or not others:
+    ours = _ours(means)
+    others = [arm for arm in means if arm not in ours]
+    if not ours or not others:
         return ""
-    rival = min(others, key=lambda arm: means[arm])
+    best, rival = min(ours, key=lambda arm: means[arm]), min(others, key=lambda arm: means[arm])
     is_first = means[best] <= means[rival]
     relation = "the best of ours leads" if is_first else "**a baseline is ahead of ours**"
     return (
@@ -227,14 +230,14 @@ def write_report(study: Study, path: Path) -> None:
         return
     folder = path.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
-    settings = {name: _public(value) for name, value in asdict(study.config).items() if name != "output"}
+    settings = _public({name: value for name, value in asdict(study.config).items() if name != "output"})
     write_json_atomically(
         folder / "results.json",
         {
             "schema_version": 1,
             "commit": commit(),
             "settings": settings,
-            "results": [result.summary() for result in results],
+            "results": [_public(result.summary()) for result in results],
         },
     )
     for keep in map(float, study.config.keep):
@@ -247,7 +250,9 @@ def write_report(study: Study, path: Path) -> None:
 
 
 def _public(value: Any) -> Any:
-    """Settings without the folders of the machine they ran on."""
+    """JSON values without the folders of the machine they are from."""
+    if isinstance(value, dict):
+        return {name: _public(item) for name, item in value.items()}
     if isinstance(value, str) and "/" in value:
         name, separator, rest = value.partition("=")
         return f"{name}={Path(rest).name}" if separator else Path(value).name
