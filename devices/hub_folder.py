@@ -139,14 +139,16 @@ def card(parts: Sequence[Part], runs: Sequence[Run], settings: CardSettings, nam
     first = parts[0].manifest
     shape, training = first.architecture, first.training
     libraries = list(dict.fromkeys(part.library for part in parts))
+    is_pruned = training.get("source_parameters", 0) > training.get("parameters", 0)
+    relation = "finetune" if training else "quantized"
     header = [
         "---",
         *([f"license: {settings.license}"] if settings.license else []),
-        *([f"base_model: {settings.base_model}", "base_model_relation: finetune"] if settings.base_model else []),
+        *([f"base_model: {settings.base_model}", f"base_model_relation: {relation}"] if settings.base_model else []),
         f"language: {settings.language}",
         f"library_name: {libraries[0]}",
         "pipeline_tag: text-generation",
-        f"tags: [{', '.join(['efficientllm', 'pruned', *libraries])}]",
+        f"tags: [{', '.join(['efficientllm', *(['pruned'] if is_pruned else []), *libraries])}]",
         "inference: false",
         "---",
     ]

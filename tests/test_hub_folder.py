@@ -42,7 +42,8 @@ def test_the_folder_is_a_repository_whose_files_run(artefact: Path, onnx: Path, 
     assert header["library_name"] == "gguf"
     assert header["pipeline_tag"] == "text-generation"
     assert header["inference"] is False
-    assert {"efficientllm", "gguf", "onnx"} <= set(header["tags"])
+    assert header["tags"] == ["efficientllm", "gguf", "onnx"]  # nothing was pruned or trained
+    assert header["base_model_relation"] == "quantized"
     assert "| tg4 t/s |" in card.text
     gguf, other = (line for line in card.text.splitlines() if line.startswith("| ") and "f32" in line)
     assert gguf.startswith("| Small-1M-F32.gguf | llama.cpp | f32 |")
