@@ -28,7 +28,6 @@ MARK = "<!-- files of efficientllm-hub: "
 """Begins the card's last line, which names what the command wrote."""
 LIBRARIES = {"llama.cpp": "gguf", "onnxruntime": "onnx", "executorch": "executorch"}
 """engine -> what the Hugging Face hub calls the format in library_name."""
-TESTS_SHOWN = 4
 
 
 @dataclass(frozen=True)
@@ -177,7 +176,7 @@ def card(parts: Sequence[Part], runs: Sequence[Run], settings: CardSettings, nam
 def _file_rows(parts: Sequence[Part], runs: Sequence[Run]) -> list[list[str]]:
     """Header and a row per artefact, with its speeds in the first run that measured it."""
     measured = [_result(part, runs) for part in parts]
-    tests = list(dict.fromkeys(test for result in measured if result for test in result.speeds))[:TESTS_SHOWN]
+    tests = list(dict.fromkeys(test for result in measured if result for test in result.speeds))
     rows = [["file", "runtime", "type", "bytes", "KL", *(f"{test} t/s" for test in tests)]]
     rows[0] += ["peak memory"] if any(measured) else []
     for part, result in zip(parts, measured, strict=True):

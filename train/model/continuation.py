@@ -36,7 +36,7 @@ def continuations(
         goes_on = (~torch.isin(new, ends).any(1)).nonzero()[:, 0]
         if not len(goes_on):
             break
-        rows, cache = [rows[index] for index in goes_on.tolist()], said.past_key_values
+        rows, cache = [rows[index] for index in goes_on.tolist()], said.cache
         tokens, mask = said.sequences[goes_on], torch.cat([mask, torch.ones_like(new)], 1)[goes_on]
         cache.batch_select_indices(goes_on)
     return found
