@@ -157,6 +157,24 @@ def test_score_is_the_log_softmax_of_the_full_forward(checkpoint: Path) -> None:
             torch.testing.assert_close(torch.from_numpy(score.log_probs).float(), expected, atol=2e-5, rtol=0)
 
 
+@pytest.mark.parametrize("length", [9, 12, 13, 21, 40])
+def test_only_tokens_with_enough_before_them_count_and_each_does_once(checkpoint: Path, length: int) -> None:
+    """Windows of 12 tokens, of which the first 8 are only read."""
+    model = torch_model(checkpoint)
+    ids = model.tokenize(sample_text())[:length]
+    found = perplexity.measure(model, [ids, ids[:8]], 12, RequestCache(), min_context=8)
+    nats = []
+    with torch.inference_mode():
+        for place in range(8, length):  # each from the start of its window, which the overlap moves by 12 - 8 + 1
+            start = (place - 8) // 5 * 5
+            window = torch.tensor([ids[start:place]])
+            nats.append(-torch.log_softmax(model.model(window).logits[0, -1], -1)[ids[place]].item())
+    assert (found.tokens, found.documents, found.min_context) == (length - 8, 1, 8)
+    assert math.log(found.perplexity) == pytest.approx(sum(nats) / len(nats), abs=1e-4)
+    size = model.num_bytes(ids[8:])
+    assert found.bits_per_byte == pytest.approx(sum(nats) / math.log(2) / size, abs=1e-4)
+
+
 @pytest.mark.parametrize(("target", "quantize"), [("gguf", "f32"), ("onnx", "f32")])
 def test_an_fp32_artefact_scores_like_its_checkpoint(
     checkpoint: Path, tmp_path: Path, target: str, quantize: str
@@ -264,6 +282,7 @@ def test_paired_difference_has_the_error_of_the_differences() -> None:
         (["--tasks", "piqa,arcade"], "arcade: unknown; known: arc_challenge"),
         (["--data-dir", "nowhere"], "no such folder"),
         (["--window", "1"], "--window 1: must be at least 2"),
+        (["--min-context", "513"], "--min-context 513: must be at least 1 and at most --window (512)"),
         (["--limit", "-1"], "--limit -1: must not be negative"),
         (["--tasks", "none", "--text", "missing.txt"], "missing.txt"),
         (["--tasks", "none", "--compare", "no-model"], "no-model: no such folder or file"),

@@ -90,6 +90,8 @@ def check_request(config: TrainConfig) -> None:
             f"--cross-entropy 0 leaves --saliency {config.pruning.saliency} nothing to rank by: at the source, the "
             "gradient of distillation is zero; give --cross-entropy 0.1, or a --saliency of activations"
         )
+    if config.run.teacher_cache and not config.optimizer.distill:
+        raise UsageError(f"--teacher-cache {config.run.teacher_cache}: no source teaches; give --distill 1")
     if config.pruning.device_profile and config.quantisation.is_on:
         engine, quantization = config.quantisation.shipped_as
         DeviceProfile.load(Path(config.pruning.device_profile)).check(engine=engine, quantization=quantization)

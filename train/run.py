@@ -19,12 +19,14 @@ from ..runtime.base.output import locked_output
 from ..runtime.base.quantities import format_count
 from ..runtime.engines.memory import give_back_freed_memory
 from .compute.loss import LossWeights, TrainingLoss, make_teacher
+from .compute.teacher_cache import TeacherCache
 from .config import TrainConfig
 from .corpora import data_specs
 from .data.documents import check_documents
 from .data.packing import PackedStream, held_out_windows
 from .data.self_chat import SELF_CHAT
 from .model.irregular import architecture_of, build
+from .model.source import weights_key
 from .plan import RunPlan, check_request, choose_compute, find_resume_point, make_plan
 from .replaced_run import put_back, recover, set_aside_run
 from .result import write_result
@@ -133,12 +135,21 @@ def _make_trainer(plan: RunPlan, source: Any) -> Trainer:
         _log.warning(NO_CHATS)
     teacher = make_teacher(source, dtype, device) if optimizer.distill else None
     weights = LossWeights(optimizer.cross_entropy, optimizer.distill)
+    cache = _teacher_cache(plan, source) if optimizer.distill and plan.config.run.teacher_cache else None
     loss = TrainingLoss(_make_model(plan, source).to(device), dtype, weights, teacher)
+    loss.teacher_cache = cache
     trainer = Trainer(plan, loss, stream, held_out)
     if plan.resume is not None:
         trainer.restore(plan.resume.checkpoint)
     give_back_freed_memory()  # of reading: gradients do not fit there
     return trainer
+
+
+def _teacher_cache(plan: RunPlan, source: Any) -> TeacherCache:
+    """Where what this source makes of text in this precision is kept."""
+    dtype = plan.compute.hardware.dtype
+    name = f"{weights_key(source)}-{str(dtype).removeprefix('torch.')}"
+    return TeacherCache(Path(plan.config.run.teacher_cache) / name, dtype)
 
 
 def _make_model(plan: RunPlan, source: Any) -> Any:

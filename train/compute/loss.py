@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .teacher_cache import TeacherCache
+
 CHUNK_TOKENS = 512
 """Rows of logits alive at once. torch 2.13's own chunked `linear_cross_entropy` took 6.3 s where this takes 0.55 s
 (1024 tokens, V 49152, bf16, 2 CPU cores), and its bf16 loss was off by 0.6."""
@@ -170,15 +172,18 @@ class TrainingLoss(nn.Module):
         self._teacher = (teacher,)
         self.source_text: Callable[[Tensor], SourceText] | None = None
         """What the model's tokens [B, S] are in the teacher's, where that has others."""
+        self.teacher_cache: TeacherCache | None = None
+        """Where what the teacher makes of text is kept."""
 
     def around(self, model: Any) -> TrainingLoss:
         """The same loss of another model."""
         loss = TrainingLoss(model, self.dtype, self.weights, self._teacher[0])
-        loss.source_text = self.source_text
+        loss.source_text, loss.teacher_cache = self.source_text, self.teacher_cache
         return loss
 
     def forward(self, windows: Tensor, states: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(loss to minimise, cross-entropy) of windows [B, S + 1]; tokens given as ~token are read, not predicted.
+        """(loss to minimise, cross-entropy) of windows [B, S + 1]; tokens given as ~token are read, not predicted. In
+        eval mode no teacher is asked: the loss is its part of the cross-entropy.
 
         `states`: last hidden states [N, H] of the predicted tokens before something was taken out of the decoder. Then
         the loss is KL(before ‖ now) alone.
@@ -194,7 +199,7 @@ class TrainingLoss(nn.Module):
         reference = None
         if states is not None:
             reference, weights = Reference(states.to(self.dtype), weight.to(self.dtype)), LossWeights(0.0, 1.0)
-        elif teacher is not None:
+        elif teacher is not None and self.training:
             reference = self._reference(teacher, inputs, is_predicted)
         rows = hidden.flatten(0, 1)[is_predicted]
         return cross_entropy(rows, weight, targets, self.dtype, weights, reference)
@@ -204,12 +209,23 @@ class TrainingLoss(nn.Module):
         """What the teacher says of the tokens that follow `inputs` [B, S] and are predicted, bool [B * S]."""
         text = self.source_text(inputs) if self.source_text is not None else None
         tokens = inputs if text is None else text.tokens
-        hidden = teacher.model(input_ids=tokens, use_cache=False).last_hidden_state.flatten(0, 1)
+        hidden = self._teacher_states(teacher, tokens).flatten(0, 1)
         weight = teacher.lm_head.weight.to(self.dtype)
         if text is None:
-            return Reference(hidden[is_predicted].to(self.dtype), weight)
+            return Reference(hidden[is_predicted], weight)
         places = text.places[is_predicted]
-        return Reference(hidden[places.clamp(min=0)].to(self.dtype), weight, text.first, places >= 0)
+        return Reference(hidden[places.clamp(min=0)], weight, text.first, places >= 0)
+
+    def _teacher_states(self, teacher: Any, tokens: Tensor) -> Tensor:
+        """Last hidden states [B, S, H] of the teacher in `dtype`, from its cache where that has them."""
+        cache = self.teacher_cache
+        known = cache.find(tokens, teacher.config.hidden_size) if cache is not None else None
+        if known is not None:
+            return known
+        states = teacher.model(input_ids=tokens, use_cache=False).last_hidden_state.to(self.dtype)
+        if cache is not None:
+            cache.keep(tokens, states)
+        return states
 
 
 def make_teacher(source: Any, dtype: torch.dtype, device: torch.device) -> Any:

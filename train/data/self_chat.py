@@ -7,7 +7,6 @@ answer at length, and what is cut teaches nothing about how a turn ends; so ever
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from ...runtime.base.errors import UsageError
 from ...runtime.base.files import write_text_atomically
 from ...runtime.base.user_cache import cache_folder
 from ..model.continuation import continuations
+from ..model.source import weights_key
 from .chat import Chat, ChatFormat
 
 SELF_CHAT = "self-chat"
@@ -84,20 +84,12 @@ def self_chat_file(
 
     `speaker` makes what is sampled from, the source in eval mode and the type of matrix products, only where it is.
     """
-    path = cache_folder() / "self-chat" / f"{_fingerprint(source)}-{tokens}-{seed}.jsonl"
+    path = cache_folder() / "self-chat" / f"{weights_key(source)}-{tokens}-{seed}.jsonl"
     if not path.is_file():
         lines = [chat.to_json() + "\n" for chat in sample_chats(speaker(), tokenizer, tokens, seed, report)]
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text_atomically(path, "".join(lines))
     return path
-
-
-def _fingerprint(model: Any) -> str:
-    """Of the weights, by their sums: a cache's key, not a proof."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        digest.update(f"{name} {tuple(parameter.shape)} {float(parameter.detach().double().sum())!r}".encode())
-    return digest.hexdigest()[:16]
 
 
 class Turns:

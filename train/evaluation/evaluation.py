@@ -45,11 +45,16 @@ class MeasureConfig:
     """Of each document of a text, its first tokens; 0: all."""
     window: int = 512
     """Context of a perplexity: tokens are predicted from the start of their window of this many."""
+    min_context: int = 1
+    """Of a perplexity: only tokens that have as many before them in their window count (256: what a model makes of long
+    text); windows overlap by as many."""
 
     def __post_init__(self) -> None:
         for name in ("limit", "text_tokens", "document_tokens"):
             flags.require(self, name, getattr(self, name) >= 0, "must not be negative")
         flags.require(self, "window", self.window >= 2, "must be at least 2")
+        is_within = 1 <= self.min_context <= self.window
+        flags.require(self, "min_context", is_within, f"must be at least 1 and at most --window ({self.window})")
         is_something = self.quality or bool(self.task_names) or bool(self.text)
         flags.require(self, "quality", is_something, "give --text or --tasks: nothing else is left to measure")
 
@@ -159,7 +164,12 @@ def evaluate(
     for name, documents in _texts(model, measures).items():
         what = f"perplexity of {name}"
         perplexities[name] = perplexity.measure(
-            model, documents, measures.window, cache, lambda done, total, what=what: report(what, done, total)
+            model,
+            documents,
+            measures.window,
+            cache,
+            lambda done, total, what=what: report(what, done, total),
+            measures.min_context,
         )
     tasks: dict[str, TaskResult] = {}
     data_dir = Path(measures.data_dir) if measures.data_dir else None

@@ -34,6 +34,8 @@ class Perplexity:
     stderr: float
     """Standard error of the perplexity over documents, or over the windows of a single one (delta method); NaN where
     there is only one of them."""
+    min_context: int = 1
+    """Tokens at least that stand before a predicted one in its window."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -73,21 +75,25 @@ def measure(
     window: int,
     cache: RequestCache,
     advance: Advance = no_progress,
+    min_context: int = 1,
 ) -> Perplexity:
-    """Perplexity over the documents' windows; every token but a document's first is predicted once, from its window's
-    start. DataError where there is nothing to predict.
+    """Perplexity over the documents' windows; every token of a document but its first `min_context` is predicted once,
+    from its window's start, where as many stand before it. DataError where there is nothing to predict.
     """
     window = min(window, model.context_length)
+    if min_context > window:
+        raise DataError(f"--min-context {min_context}: the context is of {window} tokens; give fewer")
+    documents = [tokens for tokens in documents if len(tokens) > min_context]
     requests: list[Request] = []
     owners: list[int] = []
     for owner, tokens in enumerate(documents):
-        starts = range(0, len(tokens) - 1, window)
-        requests += [Request(tuple(tokens[at : at + window + 1]), 1) for at in starts]
+        starts = range(0, len(tokens) - min_context, window - min_context + 1)
+        requests += [Request(tuple(tokens[at : at + window + 1]), min_context) for at in starts]
         owners += [owner] * len(starts)
     if not requests:
-        raise DataError("the text has fewer than two tokens; give a longer one")
+        raise DataError(f"no document of the text has more than {min_context} tokens; give longer ones")
     losses = [-log_prob for log_prob, _ in cache.answers(model, requests, advance)]
-    counts = [len(request.tokens) - 1 for request in requests]
+    counts = [len(request.tokens) - request.first for request in requests]
     count = sum(counts)
     mean = sum(losses) / count
     # each unit's loss around its share of the mean: the ratio estimator's variance
@@ -96,6 +102,6 @@ def measure(
     size = len(deviations)
     spread = math.sqrt(float(deviations @ deviations) * size / (size - 1)) / count if size > 1 else math.nan
     value = math.exp(mean) if mean < 700 else math.inf
-    num_bytes = sum(model.num_bytes(tokens[1:]) for tokens in documents)
+    num_bytes = sum(model.num_bytes(tokens[min_context:]) for tokens in documents)
     bits = mean * count / math.log(2) / max(1, num_bytes)
-    return Perplexity(value, bits, count, window, len(documents), value * spread)
+    return Perplexity(value, bits, count, window, len(documents), value * spread, min_context)

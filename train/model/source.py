@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import sys
 from collections.abc import Iterator
@@ -119,3 +120,11 @@ def load_for_inference(folder: Path) -> Any:
     with loading(str(folder)), quiet_loading():
         model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, attn_implementation="eager")
     return model.eval()
+
+
+def weights_key(model: Any) -> str:
+    """Of what a cache holds about a model: a hash of the sums of its weights, a name and no proof."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {tuple(parameter.shape)} {float(parameter.detach().double().sum())!r}".encode())
+    return digest.hexdigest()[:16]

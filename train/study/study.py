@@ -32,6 +32,9 @@ from .arms import ARMS, Arm
 from .depth import best_contiguous
 from .result import StudyResult
 
+LARGEST_TEACHER_CACHE = 4_000_000_000
+"""Bytes of what the source makes of the text that a study keeps for its arms."""
+
 
 @dataclass(frozen=True)
 class StudyConfig:
@@ -226,7 +229,15 @@ class Study:
             ),
         )
         config = arm.configure(common)
+        if config.optimizer.distill and self._keeps_teacher:
+            config = replace(config, run=replace(config.run, teacher_cache=str(self.folder / "teacher")))
         return self._without_best_layers(config) if arm.drops_layers else config
+
+    @property
+    def _keeps_teacher(self) -> bool:
+        """Whether the disk is to hold what the source makes of the text, which all arms read."""
+        seeds, bytes_each = self.config.seeds, 2 * self.source.hidden_size
+        return seeds * self.config.tokens * bytes_each <= LARGEST_TEACHER_CACHE
 
     def common_pruning(self, keep: float) -> PruneConfig:
         """What every arm ends with, ranked by parameters unless it says otherwise."""

@@ -1,0 +1,76 @@
+"""What a teacher made of text, kept on disk: runs that read the same text with the same teacher compute it once.
+
+Last hidden states are kept, not logits: they are smaller than the few best of them, and the LM head makes all of
+those from them. One file a window, named by its tokens, which several runs may write and read at once.
+
+Shapes: B windows of S tokens, H hidden.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...runtime.base.errors import DiskFullError
+from ...runtime.base.files import write_bytes_atomically
+
+_log = logging.getLogger("efficientllm.train")
+
+CHECKSUM_BYTES = 4
+
+
+class TeacherCache:
+    """The last hidden states of one teacher, of windows that it read before."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype) -> None:
+        """`folder` is of this teacher in this type alone."""
+        self.folder, self.dtype = folder, dtype
+        self._is_full = False
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def find(self, tokens: Tensor, hidden_size: int) -> Tensor | None:
+        """[B, S, H] of `tokens` [B, S], on their device; None unless every window is here and whole.
+
+        All or none: a pass over a part of a batch need not give what a pass over all of it gives to the last bit.
+        """
+        found = [self._read(path, (tokens.shape[1], hidden_size)) for path in self._paths(tokens)]
+        known = [states for states in found if states is not None]
+        return torch.stack(known).to(tokens.device) if len(known) == len(found) else None
+
+    def keep(self, tokens: Tensor, hidden: Tensor) -> None:
+        """Keep `hidden` [B, S, H] of `tokens` [B, S]. A full disk is said once; what does not fit is computed again."""
+        if self._is_full:
+            return
+        rows = hidden.to("cpu", self.dtype).contiguous().view(torch.uint8).numpy()
+        try:
+            for path, row in zip(self._paths(tokens), rows, strict=True):
+                content = row.tobytes()
+                path.parent.mkdir(exist_ok=True)
+                write_bytes_atomically(path, content + zlib.crc32(content).to_bytes(CHECKSUM_BYTES, "little"))
+        except DiskFullError as error:
+            self._is_full = True
+            _log.warning(f"{error}; the teacher's states are not kept any more")
+
+    def _paths(self, tokens: Tensor) -> list[Path]:
+        """One of each window; 256 folders, so that none becomes too long to list."""
+        names = [hashlib.sha256(row.tobytes()).hexdigest()[:32] for row in tokens.cpu().to(torch.int32).numpy()]
+        return [self.folder / name[:2] / name[2:] for name in names]
+
+    def _read(self, path: Path, shape: tuple[int, int]) -> Tensor | None:
+        """[S, H]; None where it is not there, or not whole."""
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:
+            return None
+        states, checksum = content[:-CHECKSUM_BYTES], content[-CHECKSUM_BYTES:]
+        if len(states) != shape[0] * shape[1] * self.dtype.itemsize:
+            return None
+        if zlib.crc32(states) != int.from_bytes(checksum, "little"):
+            return None
+        return torch.from_numpy(np.frombuffer(states, dtype=np.uint8).copy()).view(self.dtype).view(shape)
