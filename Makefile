@@ -57,7 +57,15 @@ $(CLIENTS)/.installed: pyproject.toml
 	@$(CLIENTS)/bin/python -m pip install --quiet --group clients
 	@touch $@
 
-quickstart: install
+# What the quickstart runs, without other runtimes, browsers and tools of development; all of it is in the installation of `make install`.
+$(VENV)/.quickstart: pyproject.toml build/modules.txt | $(BIN)/python
+	@if [ -f $(VENV)/.installed ]; then $(MAKE) --no-print-directory install; else \
+	  echo "installing into $(VENV); llama-cpp-python is compiled the first time, which takes some minutes"; \
+	  PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --editable '.[train,export,gguf,bench,demo]' --config-settings editable_mode=strict; \
+	fi
+	@touch $@
+
+quickstart: $(VENV)/.quickstart
 	$(BIN)/efficientllm-train --preset cpu-quickstart --output $(OUT)/run --overwrite
 	$(BIN)/efficientllm-export demo --target gguf --quantize q8_0 --output $(OUT)/source --overwrite
 	$(BIN)/efficientllm-export $(OUT)/run --target gguf --quantize q8_0 --output $(OUT)/pruned --overwrite

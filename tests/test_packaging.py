@@ -126,6 +126,9 @@ def test_version_and_changelog_agree() -> None:
 
 MISSING = [
     ("efficientllm.train.cli", ["--output", "x"], "torch", "train"),
+    ("efficientllm.train.cli", ["--output", "x", "--data", "TEXT.parquet"], "pyarrow", "datasets"),
+    ("efficientllm.train.cli", ["--output", "x", "--data", "TEXT.txt.zst"], "pyarrow", "datasets"),
+    ("efficientllm.train.cli", ["--output", "x", "--tensorboard"], "tensorboard", "tensorboard"),
     ("efficientllm.export.cli", ["CHECKPOINT", "--target", "gguf", "--output", "x"], "llama_cpp", "gguf"),
     ("efficientllm.runtime.chat", ["MODEL.gguf", "Hi"], "llama_cpp", "gguf"),
     ("efficientllm.server.cli", ["MODEL.gguf"], "fastapi", "server"),
@@ -149,12 +152,14 @@ importlib.import_module(sys.argv.pop(1)).main()
 """
 
 
-@pytest.mark.parametrize(("module", "arguments", "blocked", "extra"), MISSING, ids=[case[0] for case in MISSING])
+@pytest.mark.parametrize(("module", "arguments", "blocked", "extra"), MISSING, ids=[f"{case[0]}-{case[2]}" for case in MISSING])
 def test_a_missing_extra_is_named(
     module: str, arguments: list[str], blocked: str, extra: str, source_folder: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "MODEL.gguf").write_bytes(b"GGUF")
-    places = {"CHECKPOINT": str(source_folder), "MODEL.gguf": str(tmp_path / "MODEL.gguf"), "x": str(tmp_path / "x")}
+    for name in ("MODEL.gguf", "TEXT.parquet", "TEXT.txt.zst"):
+        (tmp_path / name).write_bytes(b"GGUF")
+    places = {"CHECKPOINT": str(source_folder)} | {path.name: str(path) for path in tmp_path.iterdir()}
+    places["x"] = str(tmp_path / "x")
     arguments = [places.get(argument, argument) for argument in arguments]
     command = [sys.executable, "-c", WITHOUT_ONE, blocked, module, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime.base.disk import writing
-from ..runtime.base.errors import UsageError
+from ..runtime.base.errors import MissingExtraError, UsageError
 from ..runtime.base.files import write_text_atomically
 from .config import RunConfig
 from .progress import Progress
@@ -20,7 +20,9 @@ _log = logging.getLogger("efficientllm.train")
 
 
 def check_loggers(settings: RunConfig) -> None:
-    """UsageError where what --wandb logs to is not installed."""
+    """UsageError where what --tensorboard or --wandb logs to is not installed."""
+    if settings.tensorboard and find_spec("tensorboard") is None:
+        raise MissingExtraError("tensorboard", "tensorboard")
     if settings.wandb and find_spec("wandb") is None:
         raise UsageError("--wandb: wandb is not installed; run: pip install wandb")
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from ...runtime.base.errors import DataError, UsageError
+from ...runtime.base.extras import extra
 from ..model.hub import hub_answers, may_be_hub_id
 from ..model.installed_files import distribution_file
 from .chat import Chat, Document
@@ -57,8 +58,9 @@ def _demo() -> Iterator[str]:
 
 
 def _hub(reading: Reading) -> Iterator[Document]:
-    import datasets
-    from datasets.exceptions import DatasetsError
+    with extra("datasets"):
+        import datasets
+        from datasets.exceptions import DatasetsError
 
     path, _, config = reading.name.partition("@")
     try:

@@ -201,7 +201,7 @@ def _txt(stream: IO[bytes], reading: Reading) -> Iterator[str]:
 
 
 def _parquet(stream: IO[bytes], reading: Reading) -> Iterator[Document]:
-    with extra("train"):
+    with extra("datasets"):
         import pyarrow
         import pyarrow.parquet
     try:
@@ -259,7 +259,7 @@ def _opened(path: Path, reading: Reading) -> Iterator[IO[bytes]]:
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise reading.error(f"not a whole gzip file: {error}") from error
     elif path.suffix == ".zst":
-        with extra("train"):
+        with extra("datasets"):
             import pyarrow
         try:
             with pyarrow.input_stream(str(path), compression="zstd") as stream, io.BufferedReader(stream) as buffered:
