@@ -57,11 +57,11 @@ $(CLIENTS)/.installed: pyproject.toml
 	@$(CLIENTS)/bin/python -m pip install --quiet --group clients
 	@touch $@
 
-# What the quickstart runs, without other runtimes, browsers and tools of development; all of it is in the installation of `make install`.
+# What the quickstart runs, without other runtimes, browsers and tools of development, and no bytecode of what is never imported.
 $(VENV)/.quickstart: pyproject.toml build/modules.txt | $(BIN)/python
 	@if [ -f $(VENV)/.installed ]; then $(MAKE) --no-print-directory install; else \
 	  echo "installing into $(VENV); llama-cpp-python is compiled the first time, which takes some minutes"; \
-	  PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --editable '.[train,export,gguf,bench,demo]' --config-settings editable_mode=strict; \
+	  PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --no-compile --editable '.[train,export,gguf,bench,demo]' --config-settings editable_mode=strict; \
 	fi
 	@touch $@
 

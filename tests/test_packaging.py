@@ -152,7 +152,9 @@ importlib.import_module(sys.argv.pop(1)).main()
 """
 
 
-@pytest.mark.parametrize(("module", "arguments", "blocked", "extra"), MISSING, ids=[f"{case[0]}-{case[2]}" for case in MISSING])
+@pytest.mark.parametrize(
+    ("module", "arguments", "blocked", "extra"), MISSING, ids=[f"{case[0]}-{case[2]}" for case in MISSING]
+)
 def test_a_missing_extra_is_named(
     module: str, arguments: list[str], blocked: str, extra: str, source_folder: Path, tmp_path: Path
 ) -> None:

@@ -232,10 +232,18 @@ def test_bad_architecture_files(
         assert message in capsys.readouterr().err
 
 
-def test_distillation_alone_is_no_saliency(
-    source_folder: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("saliency", "is_of_gradients"), [("taylor1", True), ("token-fisher", True), ("wanda", False)])
+def test_groups_are_ranked_by_the_whole_cross_entropy(
+    saliency: str, is_of_gradients: bool, source_folder: Path, corpus: Path, tmp_path: Path
 ) -> None:
-    arguments = command(source_folder, corpus, tmp_path / "run", "--distill", "1", "--cross-entropy", "0")
-    assert run(arguments) == 2
-    assert "leaves --saliency taylor1 nothing to rank by" in capsys.readouterr().err
-    assert run([*arguments, "--saliency", "wanda", "--prune", "attention,ffn", "--target-ratio", "0.8"]) == 0
+    """Until the last of them is gone; distillation alone is what is learned from then on."""
+    more = ["--distill", "1", "--prune-start", "0.5", "--prune-end", "0.5", "--checkpoint-every", "0"]
+    more += ["--saliency", saliency, "--prune", "attention,ffn", "--target-ratio", "0.8"]
+    found = {}
+    for weight in ("0", "1"):
+        folder = tmp_path / weight
+        assert run(command(source_folder, corpus, folder, *more, "--cross-entropy", weight)) == 0
+        found[weight] = [record for record in metrics(folder) if "loss" in record]
+    (event,) = [place for place, record in enumerate(found["1"]) if "removed" in record]
+    assert (found["0"][: event + 1] == found["1"][: event + 1]) == is_of_gradients
+    assert found["0"][-1] != found["1"][-1]

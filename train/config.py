@@ -85,7 +85,8 @@ class OptimizerConfig:
     distill: float = 0.0
     """Weight of the KL divergence from the unpruned source's predictions, added to the loss; 0: off."""
     cross_entropy: float = 1.0
-    """Weight of the next-token cross-entropy; 0 leaves distillation alone."""
+    """Weight of the next-token cross-entropy; 0 leaves distillation alone. At least 1 while groups are ranked by
+    gradients, which are its."""
 
     def __post_init__(self) -> None:
         flags.check_types(self)

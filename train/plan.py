@@ -28,7 +28,6 @@ from .model.irregular import architecture_of
 from .model.source import load_source
 from .model.stored_type import shape_of_folder, stored_dtype
 from .pruning.config import PruneConfig
-from .pruning.criteria import uses_gradient
 from .pruning.plan import PruningPlan, make_pruning_plan
 from .quantisation.config import GGUF_TYPES
 from .run_folder import foreign_files, newest_sound_checkpoint
@@ -85,11 +84,6 @@ def check_request(config: TrainConfig) -> None:
     """Refuse what can be refused before anything is loaded."""
     if not config.run.output:
         raise UsageError("--output is missing; name a folder for the run")
-    if uses_gradient(config.pruning.saliency) and config.pruning.prunes and not config.optimizer.cross_entropy:
-        raise UsageError(
-            f"--cross-entropy 0 leaves --saliency {config.pruning.saliency} nothing to rank by: at the source, the "
-            "gradient of distillation is zero; give --cross-entropy 0.1, or a --saliency of activations"
-        )
     if config.run.teacher_cache and not config.optimizer.distill:
         raise UsageError(f"--teacher-cache {config.run.teacher_cache}: no source teaches; give --distill 1")
     if config.pruning.device_profile and config.quantisation.is_on:

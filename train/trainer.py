@@ -19,7 +19,7 @@ from ..runtime.base.quantities import format_bytes, format_count
 from ..runtime.engines.memory import give_back_freed_memory
 from . import training_state
 from .accumulation import accumulate_gradients
-from .compute.loss import TrainingLoss, make_teacher
+from .compute.loss import LossWeights, TrainingLoss, make_teacher
 from .compute.optimizer import clip_factor, gradient_norm, make_optimizer, store_gradients_as_computed
 from .data.packing import PackedStream
 from .heap import HeapWatch
@@ -29,6 +29,7 @@ from .model.architecture import Architecture
 from .model.irregular import architecture_of
 from .plan import RunPlan
 from .progress import Progress, Speed
+from .pruning.criteria import uses_gradient
 from .pruning.probe import BlockProbe
 from .pruning.pruner import Pruner
 from .pruning.selection import Removal
@@ -226,8 +227,18 @@ class Trainer:
         """Gradients of the next step's windows; returns this rank's loss."""
         steps = self.config.optimizer.gradient_accumulation
         microbatches = [self._next_rows() for _ in range(steps)]
+        self.loss.weights = self._loss_weights()
         with self._as_shipped():
             return accumulate_gradients(self.callee, self.model, microbatches, self.pruner, self.parallel)
+
+    def _loss_weights(self) -> LossWeights:
+        """As configured; while groups are ranked by gradients, with at least the whole cross-entropy: the gradient of
+        distillation is zero at the source, and what of it rounding leaves ranks nothing."""
+        settings = self.config.optimizer
+        is_ranking = self.pruner is not None and not self.pruner.is_done
+        if is_ranking and uses_gradient(self.config.pruning.saliency):
+            return LossWeights(max(1.0, settings.cross_entropy), settings.distill)
+        return LossWeights(settings.cross_entropy, settings.distill)
 
     def _as_shipped(self) -> contextlib.AbstractContextManager[None]:
         """Within, the model's weights are those of the file, where it is time for that."""
