@@ -18,6 +18,7 @@ from efficientllm.runtime.base.command import run_command
 from efficientllm.train import training_state
 from efficientllm.train.model.architecture import Architecture, LayerShape
 from efficientllm.train.presets import PRESETS
+from efficientllm.train.schedule import DroppingSchedule
 
 
 def perplexities(folder: Path) -> dict[str, float]:
@@ -204,6 +205,7 @@ BAD_INPUT = [
     (["--target-params", "100k"], "--target-ratio and --target-params are both given; choose one"),
     (["--quantize", "iq4_xs"], "--quantize iq4_xs: --target-bytes knows f32, f16"),
     (["--distill", "-1"], "--distill -1.0: must not be negative"),
+    (["--removals", "3", "--prune-start", "0.1", "--prune-end", "0.1"], "--removals 3: need --prune-end after"),
     (["--compact-every", "0"], "--compact-every 0: must be at least 1"),
 ]
 
@@ -230,6 +232,28 @@ def test_bad_architecture_files(
         path.write_text(content)
         assert run([*arguments, "--target-architecture", str(path)]) == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("removals", "sizes"),
+    [
+        (0, {0: 100, 19: 100, 20: 100, 40: 80, 59: 61, 60: 60, 99: 60}),
+        (1, {19: 100, 20: 60, 60: 60}),
+        (2, {19: 100, 20: 80, 59: 80, 60: 60}),
+        (4, {19: 100, 20: 90, 33: 90, 34: 80, 46: 80, 47: 70, 59: 70, 60: 60}),
+    ],
+)
+def test_the_budget_falls_linearly_or_in_equal_steps(removals: int, sizes: dict[int, float]) -> None:
+    schedule = DroppingSchedule(100.0, 60.0, 20, 60, removals)
+    assert {tokens: schedule.target_at(tokens) for tokens in sizes} == pytest.approx(sizes)
+
+
+def test_as_many_removals_as_asked_for(source_folder: Path, corpus: Path, tmp_path: Path) -> None:
+    more = ["--prune-start", "0.2", "--prune-end", "0.8", "--removals", "3", "--prune", "ffn", "--target-ratio", "0.8"]
+    assert run(command(source_folder, corpus, tmp_path / "run", *more, "--recover", "least-squares")) == 0
+    steps = [record for record in metrics(tmp_path / "run") if "loss" in record]
+    events = [record["tokens"] / steps[-1]["tokens"] for record in steps if "removed" in record]
+    assert events == pytest.approx([0.2, 0.5, 0.8], abs=0.1)
 
 
 @pytest.mark.parametrize(("saliency", "is_of_gradients"), [("taylor1", True), ("token-fisher", True), ("wanda", False)])

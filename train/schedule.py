@@ -11,7 +11,7 @@ from .config import OptimizerConfig
 @dataclass(frozen=True)
 class DroppingSchedule:
     """Continuous parameter dropping: the budget's measure (parameters, bytes of the exported file or milliseconds)
-    falls linearly in tokens (EfficientLLM, figure 2c)."""
+    falls linearly in tokens (EfficientLLM, figure 2c), or in equal steps."""
 
     source: float
     target: float
@@ -19,6 +19,8 @@ class DroppingSchedule:
     """Tokens seen before the first removal, so that saliency is an average."""
     end_tokens: int
     """Tokens by which the target is reached."""
+    removals: int = 0
+    """Equal steps in which it falls, the first at the start and the last at the end; 0: without steps."""
 
     def target_at(self, tokens: int) -> float:
         """Largest size allowed once `tokens` have been seen."""
@@ -27,6 +29,8 @@ class DroppingSchedule:
         if tokens < self.start_tokens:
             return self.source
         share = (tokens - self.start_tokens) / (self.end_tokens - self.start_tokens)
+        if self.removals:
+            share = (1 + math.floor(share * (self.removals - 1))) / self.removals
         return self.source + share * (self.target - self.source)
 
 

@@ -65,7 +65,8 @@ class Trainer:
         if plan.pruning is not None:
             tokens, settings, budget = self.config.optimizer.tokens, plan.pruning.settings, plan.pruning.budget
             start, end = round(settings.prune_start * tokens), round(settings.prune_end * tokens)
-            self.schedule = DroppingSchedule(budget.measure.of(plan.architecture), budget.target, start, end)
+            size = budget.measure.of(plan.architecture)
+            self.schedule = DroppingSchedule(size, budget.target, start, end, settings.removals)
             self.pruner = Pruner(plan.pruning, self.model, self.parallel, self.config.run.seed)
         self.shipped = ShippedWeights(self.config.quantisation) if self.config.quantisation.is_on else None
         """Rounds the weights to the type that the run trains for."""

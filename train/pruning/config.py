@@ -60,6 +60,9 @@ class PruneConfig:
     """Share of the tokens by which the target is reached; the rest trains the final architecture."""
     prune_every: int = 1
     """Optimizer steps per pruning event (the paper's N)."""
+    removals: int = 0
+    """Removals in all, evenly spread from --prune-start to --prune-end, each of an equal part of the budget; 0: as
+    --prune-every has it."""
     compact_every: int = 1
     """Pruning events between physical removals; groups removed in between are only zeroed."""
     weight_update: Literal["none", "obs"] = "none"
@@ -89,7 +92,7 @@ class PruneConfig:
 
     recover: Literal["none", "least-squares"] = "none"
     """least-squares: after every removal, o_proj and down_proj are fitted again, layer by layer, so that the residual
-    stream is what it was before (forward passes of --recover-tokens; meant for few removals: see --prune-every)."""
+    stream is what it was before (forward passes of --recover-tokens; meant for few removals: see --removals)."""
     recover_tokens: int = flags.count(16_384)
     """Tokens of the corpora that the fit sees."""
     recover_damping: float = 1.0
@@ -116,6 +119,9 @@ class PruneConfig:
         flags.require(self, "prune_end", self.prune_start <= self.prune_end <= 1, "must be in [--prune-start, 1]")
         for name in ("prune_every", "compact_every"):
             flags.require(self, name, getattr(self, name) >= 1, "must be at least 1")
+        flags.require(self, "removals", self.removals >= 0, "must not be negative")
+        is_spread = self.removals <= 1 or self.prune_start < self.prune_end
+        flags.require(self, "removals", is_spread, "need --prune-end after --prune-start")
         at_once = self.recover == "none" or self.compact_every == 1
         flags.require(self, "compact_every", at_once, "must be 1 with --recover, which fits what is left")
         flags.require(self, "obs_decay", 0 <= self.obs_decay < 1, "must be at least 0 and below 1")
