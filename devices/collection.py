@@ -86,7 +86,7 @@ def _number(value: float | None, digits: int) -> Cell:
 def _figure(figure: Figure | None) -> Cell:
     if figure is None:
         return Cell("-")
-    digits = 0 if figure.median >= 20 else 1 if figure.median >= 2 else 2
+    digits = figure.digits
     spread = f"{figure.low:.{digits}f}-{figure.high:.{digits}f}" if figure.n > 1 else ""
     return Cell(f"{figure.median:.{digits}f}", figure.median, spread)
 

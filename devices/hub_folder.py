@@ -164,6 +164,7 @@ def card(parts: Sequence[Part], runs: Sequence[Run], settings: CardSettings, nam
     lines += ["## Files", "", markdown_table(_file_rows(parts, runs), left=(0, 1, 2)), ""]
     for run in runs:
         lines += [f"- {line}" for line in (device_line(run.device, run.options.threads), *origin_lines(run))]
+    lines += ["- speeds: median (first-third quartile)"] if runs else []
     lines += ["- KL: mean divergence from the checkpoint in torch, nats per token, at export", ""]
     if training.get("quality"):
         note = "Of the checkpoint, on texts, chats and questions that no run trains on; ± is one standard error."
@@ -184,7 +185,7 @@ def _file_rows(parts: Sequence[Part], runs: Sequence[Run]) -> list[list[str]]:
         kl = f"{compared['mean_kl']:.4f}" if "mean_kl" in compared else "not verified"
         row = [part.place, part.manifest.engine, part.manifest.quantization]
         row += [format_bytes(part.manifest.total_bytes), kl]
-        row += [_median(result.speeds.get(test) if result else None) for test in tests]
+        row += [_speed(result.speeds.get(test) if result else None) for test in tests]
         row += [format_bytes(result.peak_rss_bytes) if result else ""] if any(measured) else []
         rows.append(row)
     return rows
@@ -196,8 +197,8 @@ def _result(part: Part, runs: Sequence[Run]) -> Result | None:
     return next((each for run in runs for each in run.results if each.manifest.get("files") == files), None)
 
 
-def _median(figure: Figure | None) -> str:
-    return f"{figure.median:.1f}" if figure is not None else ""
+def _speed(figure: Figure | None) -> str:
+    return figure.describe(figure.digits) if figure is not None else ""
 
 
 def _command(part: Part) -> str:

@@ -19,10 +19,7 @@ from .results import DeviceInfo, Result, Run
 
 
 def _figure(figure: Figure | None) -> str:
-    if figure is None:
-        return "-"
-    digits = 0 if figure.median >= 20 else 1 if figure.median >= 2 else 2
-    return f"{figure.median:.{digits}f} ({figure.low:.{digits}f}-{figure.high:.{digits}f})"
+    return "-" if figure is None else figure.describe(figure.digits)
 
 
 def _share(value: float | None) -> str:

@@ -26,6 +26,11 @@ class Figure:
         low, median, high = statistics.quantiles(values, n=4, method="inclusive")
         return cls(median, low, high, len(values))
 
+    @property
+    def digits(self) -> int:
+        """Behind the point, so that two or three are shown."""
+        return 0 if self.median >= 20 else 1 if self.median >= 2 else 2
+
     def describe(self, digits: int = 1, unit: str = "") -> str:
         """'median unit (low-high)'."""
         unit = f" {unit}" if unit else ""
