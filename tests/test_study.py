@@ -34,7 +34,7 @@ def arguments(source_folder: Path, corpus: Path, tmp_path_factory: pytest.TempPa
     return [
         *("--source", str(source_folder), "--data", str(corpus), "--text", f"docs={corpus}", "--text-tokens", "256"),
         *("--tokens", "640", "--sequence-length", "32", "--batch-size", "1", "--width-multiple", "16"),
-        *("--tasks", "none", "--device", "cpu", "--eval-dtype", "float32"),
+        *("--tasks", "none", "--device", "cpu", "--eval-dtype", "float32", "--min-context", "4"),
         *("--keep", "0.8,0.6", "--seeds", "2", "--arms", ",".join(SOME)),
         *("--output", str(folder / "runs"), "--report", str(folder / "results.md")),
     ]
@@ -124,6 +124,12 @@ def test_a_second_call_repeats_only_what_is_missing(
 def test_a_folder_holds_one_study(page: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(body, [*arguments, "--tokens", "704"]) == 2
     assert "holds a study with another --tokens" in capsys.readouterr().err
+    path = Path(arguments[arguments.index("--output") + 1]) / "settings.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    del settings["document_tokens"]  # as an earlier release wrote it
+    path.write_text(json.dumps(settings), encoding="utf-8")
+    assert run_command(body, [*arguments, "--report-only"]) == 0
+    assert " behind 4 others" in page.read_text(encoding="utf-8")
 
 
 @pytest.mark.slow

@@ -37,6 +37,11 @@ class Perplexity:
     min_context: int = 1
     """Tokens at least that stand before a predicted one in its window."""
 
+    @property
+    def behind(self) -> str:
+        """`behind 256 others`, to follow a number of tokens; "" where all count."""
+        return f" behind {self.min_context} others" if self.min_context > 1 else ""
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 

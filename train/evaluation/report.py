@@ -81,8 +81,7 @@ def rows(evaluations: Sequence[Evaluation]) -> list[list[str]]:
     table += _quality_rows(evaluations)
     for name, value in first.perplexity.items():
         cells = [_perplexity(evaluation.perplexity[name]) for evaluation in evaluations]
-        behind = f" behind {value.min_context} others" if value.min_context > 1 else ""
-        table.append([f"perplexity, {name}", f"{value.tokens} tokens of {value.documents}{behind}", *cells])
+        table.append([f"perplexity, {name}", f"{value.tokens} tokens of {value.documents}{value.behind}", *cells])
     for name, result in first.tasks.items():
         cells = [_score(result.mean(), result.stderr())]
         for evaluation in evaluations[1:]:

@@ -171,7 +171,7 @@ def markdown(study: Study, results: Results, folder_name: str) -> str:
     chips = platform.machine() if hardware.device.type == "cpu" else ""
     data = ", ".join(Path(path).name for path in config.data)
     measured = results[0].evaluation.perplexity
-    sizes = "".join(f", {name} {value.tokens:,} tokens" for name, value in measured.items())
+    sizes = "".join(f", {name} {value.tokens:,} tokens{value.behind}" for name, value in measured.items())
     parts = [
         "# The study at equal time" if config.device_profile else "# The study",
         "",

@@ -75,6 +75,10 @@ class StudyConfig:
     """Further held-out text, NAME=PATH, repeatable; six kinds of text and chats ship with the package."""
     text_tokens: int = flags.count(8192)
     """Tokens of each text to predict; 0: all."""
+    document_tokens: int = flags.count(512)
+    """Of each document of a text, its first tokens; 0: all."""
+    min_context: int = 1
+    """Of --text only tokens that have as many before them count: with 256, what arms make of long text."""
     output: str = "build/study"
     """Folder of the runs; started again, the study goes on where it stopped."""
     device: str = "auto"
@@ -92,12 +96,12 @@ class StudyConfig:
         for text in self.keep:
             flags.require(self, "keep", 0 < float(text) < 1, "must be between 0 and 1", value=text)
         flags.require(self, "seeds", self.seeds >= 1, "must be at least 1")
+        _ = self.measures
 
     @property
     def measures(self) -> MeasureConfig:
-        return MeasureConfig(
-            tasks=self.tasks, data_dir=self.data_dir, limit=self.limit, text=self.text, text_tokens=self.text_tokens
-        )
+        names = ("tasks", "data_dir", "limit", "text", "text_tokens", "document_tokens", "min_context")
+        return MeasureConfig(**{name: getattr(self, name) for name in names})
 
     @property
     def compute(self) -> ComputeConfig:
@@ -161,8 +165,9 @@ class Study:
         settings = {name: value for name, value in vars(self.config).items() if name not in free}
         settings = json.loads(json.dumps(settings))
         if path.is_file():
-            before = json.loads(path.read_text(encoding="utf-8"))
-            changed = sorted(name for name in settings if settings[name] != before.get(name))
+            # what a study of an earlier release did not know is what it does by default
+            before = vars(StudyConfig()) | json.loads(path.read_text(encoding="utf-8"))
+            changed = sorted(name for name in settings if settings[name] != before[name])
             if changed:
                 names = ", ".join(map(flags.flag_name, changed))
                 raise UsageError(f"--output {self.folder} holds a study with another {names}; choose another folder")
