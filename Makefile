@@ -10,7 +10,7 @@ PYTEST := $(BIN)/python -m pytest -n auto --dist loadgroup $(PYTEST_OPTIONS)
 # Per cent of the lines that the tests which are not slow run.
 COVERAGE_FLOOR := 80
 
-.PHONY: install quickstart clients readers android-runner stand-ins test test-fast coverage lint types measure rooms clean FORCE
+.PHONY: install quickstart clients litert readers android-runner stand-ins test test-fast coverage lint types measure rooms clean FORCE
 
 install: $(VENV)/.installed
 
@@ -55,6 +55,17 @@ $(CLIENTS)/.installed: pyproject.toml
 	@$(PYTHON) -m venv $(CLIENTS)
 	@$(CLIENTS)/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
 	@$(CLIENTS)/bin/python -m pip install --quiet --group clients
+	@touch $@
+
+# litert-torch wants older releases of what the server needs: tests/test_export_litert.py runs the package with this environment.
+LITERT := build/litert
+
+litert: $(LITERT)/.installed
+
+$(LITERT)/.installed: pyproject.toml
+	@$(PYTHON) -m venv $(LITERT)
+	@$(LITERT)/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
+	@$(LITERT)/bin/python -m pip install --quiet --no-compile '.[litert]'
 	@touch $@
 
 # What the quickstart runs, without other runtimes, browsers and tools of development, and no bytecode of what is never imported.

@@ -6,18 +6,17 @@ S sample tokens, V vocabulary; logits are fp32 [S, V].
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from ..runtime.base.errors import ArtefactError
 from ..runtime.base.extras import extra
-from ..runtime.engines.owned import OwnedEngine
 from ..runtime.sampling import log_softmax
 from .checkpoint import Checkpoint
 from .request import ExportRequest, RoundingOptions
@@ -167,8 +166,22 @@ class Written:
     """Bits per weight that explain its distance from the exact model."""
 
 
+class Stepwise(Protocol):
+    """What runs a written file token by token: an engine, or a library that shows logits."""
+
+    def prefill(self, tokens: Sequence[int]) -> np.ndarray:
+        """Begin with `tokens`; returns the last one's logits, fp32 [V]."""
+        ...
+
+    def decode(self, token: int) -> np.ndarray:
+        """Append one token; returns its logits."""
+        ...
+
+    def close(self) -> None: ...
+
+
 def verify_stepwise(
-    engine: OwnedEngine, sample: Sample, written: Written, request: ExportRequest[RoundingOptions]
+    engine: Stepwise, sample: Sample, written: Written, request: ExportRequest[RoundingOptions]
 ) -> Agreement:
     """Compare the prefill and teacher-forced decoding of a written file with torch's logits of all positions.
 

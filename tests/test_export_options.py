@@ -37,7 +37,7 @@ FOREIGN = [
     (
         "hf-uniform",
         ["--max-kl", "1"],
-        "--max-kl: --target hf-uniform does not read it, gguf, onnx, executorch, web, android, ios do",
+        "--max-kl: --target hf-uniform does not read it, gguf, onnx, executorch, web, android, ios, litert do",
     ),
     ("gguf", ["--speed", "1"], "--speed: --target gguf does not read it, no target does (see efficientllm-export "),
 ]
@@ -133,7 +133,7 @@ def test_plug_ins_bring_their_flags(
     assert (tmp_path / "shape" / "shape.txt").read_text().startswith("00 LayerShape(")
     assert exporting.export(checkpoint, "shape", tmp_path / "other", "--quantize", "f32") == 2
     assert (
-        "--quantize: --target shape does not read it, gguf, onnx, executorch, web, android, ios do"
+        "--quantize: --target shape does not read it, gguf, onnx, executorch, web, android, ios, litert do"
         in capsys.readouterr().err
     )
     assert exporting.export(checkpoint, "onnx", tmp_path / "other", "--digits", "2") == 2

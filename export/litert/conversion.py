@@ -1,0 +1,116 @@
+"""Google's own exporter (litert-torch) on a checkpoint, and what stands in its way here.
+
+It traces the model as transformers loads it and sizes the caches layer by layer, by `per_layer_config`; only layers
+without heads it does not know.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import os
+import sys
+import types
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...runtime.base.errors import ArtefactError
+from ..checkpoint import Checkpoint
+
+IMAGE_GENERATION = "litert_torch.generative.export_hf.model_ext.bonsai_flux2.bonsai_flux2"
+"""A module of litert-torch 0.10 that imports a TensorFlow which the package does not ask for."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """What the exporter wrote."""
+
+    tflite: Path
+    """The graph with the weights."""
+    bundle: Path
+    """The same with tokenizer, chat template and metadata: what LiteRT-LM loads."""
+
+
+def import_litert() -> Any:
+    """litert-torch's exporter; ModuleNotFoundError where it is not installed."""
+    if importlib.util.find_spec("litert_torch") is None:
+        raise ModuleNotFoundError("No module named 'litert_torch'", name="litert_torch")
+    if importlib.util.find_spec("tensorflow") is None and IMAGE_GENERATION not in sys.modules:
+        stand_in = types.ModuleType(IMAGE_GENERATION)
+        stand_in.BonsaiFlux2 = type("BonsaiFlux2", (), {})  # type: ignore[attr-defined]
+        sys.modules[IMAGE_GENERATION] = stand_in
+    from litert_torch.generative.export_hf import export  # type: ignore[import-not-found]
+
+    return export
+
+
+def convert(checkpoint: Checkpoint, work: Path, recipe: str, context: int, prefill_lengths: Sequence[int]) -> Program:
+    """Write the program of a checkpoint into the folder `work`, quantised by `recipe` ("none": fp32).
+
+    ArtefactError where the exporter fails, with what it said last.
+    """
+    exporter, said = import_litert(), io.StringIO()
+    settings = {
+        "trust_remote_code": True,  # the modeling file beside our weights
+        "prefill_lengths": list(prefill_lengths),
+        "cache_length": context,
+        "quantization_recipe": recipe,
+        "keep_temporary_files": True,  # the .tflite, which is verified
+        **{f"sampler_{name}": value for name, value in checkpoint.sampling.items() if name in SAMPLER},
+    }
+    # it asks on stdin whether a tokenizer may run code; ours needs none
+    with _layers_without_heads(), contextlib.redirect_stdout(said), _no_input():
+        try:
+            exporter.export(str(checkpoint.folder), str(work), **settings)
+        except Exception as error:  # of whatever library it was
+            raise ArtefactError(f"litert-torch cannot convert {checkpoint.name}: {error}") from error
+    bundles, programs = sorted(work.glob("*.litertlm")), sorted(work.glob("*.tflite"))
+    if len(bundles) != 1 or not programs:
+        last = (said.getvalue().strip().splitlines() or ["it said nothing"])[-1]
+        raise ArtefactError(f"litert-torch wrote no model of {checkpoint.name}: {last}")
+    return Program(max(programs, key=lambda path: len(path.name)), bundles[0])  # the quantised one has a suffix
+
+
+@contextlib.contextmanager
+def _no_input() -> Iterator[None]:
+    stdin = sys.stdin
+    with open(os.devnull, encoding="utf-8") as nothing:
+        sys.stdin = nothing
+        try:
+            yield
+        finally:
+            sys.stdin = stdin
+
+
+SAMPLER = ("top_k", "top_p", "temperature")
+"""What the file can say of sampling."""
+
+
+@contextlib.contextmanager
+def _layers_without_heads() -> Iterator[None]:
+    """Their caches hold the one zero a token that our modeling file leaves there."""
+    from litert_torch.generative.export_hf.core import cache  # type: ignore[import-not-found]
+
+    layer_class: Any = cache.LiteRTLMCacheLayer
+    infer = layer_class._infer_cache_shape_from_config
+
+    def shapes(cls: Any, model_config: Any, layer_index: int, export_config: Any) -> Any:
+        keys, values, kind = infer.__func__(cls, model_config, layer_index, export_config)
+        if keys[1]:
+            return keys, values, kind
+        return *(_with_one(export_config, index) for index in (export_config.k_ts_idx, export_config.v_ts_idx)), kind
+
+    layer_class._infer_cache_shape_from_config = classmethod(shapes)
+    try:
+        yield
+    finally:
+        layer_class._infer_cache_shape_from_config = infer
+
+
+def _with_one(export_config: Any, time_axis: int) -> tuple[int, int, int, int]:
+    """Shape of a cache with one head of one channel."""
+    batch, slots = export_config.batch_size, export_config.cache_length
+    return (batch, 1, slots, 1) if time_axis == 2 else (batch, 1, 1, slots)

@@ -1,0 +1,63 @@
+"""A .litertlm in stock LiteRT-LM, which `make litert` installs in build/litert: it wants older releases than we do."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tiny import tiny_architecture
+
+import efficientllm.export
+from efficientllm.train.model.architecture import LayerShape
+
+PYTHON = Path(os.environ.get("EFFICIENTLLM_LITERT") or Path(__file__).parents[1] / "build/litert/bin/python")
+PACKAGE = Path(efficientllm.export.__file__).parents[2]
+
+LAYERS = (LayerShape(4, 2, 96), LayerShape(0, 0, 64), LayerShape(2, 1, 0), LayerShape(2, 2, 160))
+"""Own heads and widths everywhere, a layer without attention and one without FFN."""
+
+EXPORT = "from efficientllm.export.cli import main; main()"
+UNMASKED = "from efficientllm.export.litert import interpreter; interpreter.MASKED = 0.0; "
+"""The program then sees slots of the caches that hold nothing yet."""
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("litert")]
+
+
+def export(code: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """`efficientllm-export` of this tree in the environment that has LiteRT."""
+    if not PYTHON.is_file():
+        pytest.skip("LiteRT is not installed; make litert installs it")
+    command = [str(PYTHON), "-c", code, *map(str, arguments), "--target", "litert", "--max-context", "256"]
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGE), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=500, env=environment, stdin=subprocess.DEVNULL
+    )
+
+
+@pytest.mark.parametrize(("quantize", "key", "most"), [("f32", "exact", 1e-5), ("int8", "quantized", 0.05)])
+def test_litert_lm_runs_an_irregular_model(
+    quantize: str, key: str, most: float, save_tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Logits of the program, and the greedy text of LiteRT-LM, which the export itself compares."""
+    checkpoint, output = save_tiny(tiny_architecture(layers=LAYERS)), tmp_path / "litert"
+    done = export(EXPORT, checkpoint, "--quantize", quantize, "--output", output)
+    assert done.returncode == 0, done.stderr[-2000:]
+    manifest = json.loads((output / "manifest.json").read_text(encoding="utf-8"))
+    assert {path.name for path in output.iterdir()} == {"manifest.json", "model.litertlm"}
+    assert (manifest["engine"], manifest["quantization"]) == ("litert-lm", quantize)
+    assert manifest["verification"][key]["mean_kl"] < most
+    assert manifest["verification"]["litert_lm"]["same_characters"] > 0
+
+
+def test_a_program_that_is_not_the_checkpoint_s_function_is_refused(
+    save_tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    checkpoint, output = save_tiny(tiny_architecture(layers=LAYERS)), tmp_path / "litert"
+    done = export(UNMASKED + EXPORT, checkpoint, "--quantize", "f32", "--output", output)
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert "litert: the fp32 file's logits differ from torch's" in done.stderr
+    assert not output.exists()
