@@ -52,8 +52,8 @@ def test_masked_and_physically_pruned_models_agree(family: str, kinds: tuple[str
     remove_groups(pruned, removal, optimizers[1])
     assert architecture_of(pruned.config) == removal.after
     assert sum(parameter.numel() for parameter in pruned.parameters()) == removal.after.num_parameters
-    with torch.inference_mode():
-        torch.testing.assert_close(pruned(TOKENS).logits, masked(TOKENS).logits, atol=1e-5, rtol=1e-4)
+    with torch.inference_mode():  # sums run in another order: 1.4e-5 on a Zen 5
+        torch.testing.assert_close(pruned(TOKENS).logits, masked(TOKENS).logits, atol=3e-5, rtol=1e-4)
     for model in (masked, pruned):
         model(TOKENS, labels=TOKENS).loss.backward()
     gradients = {name: parameter.grad for name, parameter in masked.named_parameters()}
