@@ -28,8 +28,8 @@ def cpu_quickstart() -> TrainConfig:
 
 
 def recover() -> TrainConfig:
-    """What lost least in our trials of 30,000 to a million tokens: groups by `token-fisher` in four removals, each
-    fitted again, and distillation from the source. For any source, text and target."""
+    """The parts that each lost least in our trials of 30,000 to a million tokens: groups by `token-fisher` in few
+    removals, each fitted again, and distillation from the source. For any source, text and target."""
     return TrainConfig(
         pruning=PruneConfig(
             saliency="token-fisher", prune_start=0.05, prune_end=0.2, removals=4, recover="least-squares"

@@ -18,7 +18,7 @@ from ..runtime.base.files import write_text_atomically
 from ..runtime.base.output import locked_output
 from ..runtime.base.quantities import format_count
 from ..runtime.engines.memory import give_back_freed_memory
-from .compute.loss import LossWeights, TrainingLoss, make_teacher
+from .compute.loss import TrainingLoss, make_teacher
 from .compute.teacher_cache import TeacherCache
 from .config import TrainConfig
 from .corpora import data_specs
@@ -134,9 +134,8 @@ def _make_trainer(plan: RunPlan, source: Any) -> Trainer:
     if plan.compute.parallel.is_main and stream.encoder.chat is not None and not stream.has_chats:
         _log.warning(NO_CHATS)
     teacher = make_teacher(source, dtype, device) if optimizer.distill else None
-    weights = LossWeights(optimizer.cross_entropy, optimizer.distill)
     cache = _teacher_cache(plan, source) if optimizer.distill and plan.config.run.teacher_cache else None
-    loss = TrainingLoss(_make_model(plan, source).to(device), dtype, weights, teacher)
+    loss = TrainingLoss(_make_model(plan, source).to(device), dtype, teacher=teacher)  # weighed in each step
     loss.teacher_cache = cache
     trainer = Trainer(plan, loss, stream, held_out)
     if plan.resume is not None:

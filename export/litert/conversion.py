@@ -18,10 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from ...runtime.base.errors import ArtefactError
+from ...runtime.base.extras import extra
 from ..checkpoint import Checkpoint
+from ..request import log
 
 IMAGE_GENERATION = "litert_torch.generative.export_hf.model_ext.bonsai_flux2.bonsai_flux2"
 """A module of litert-torch 0.10 that imports a TensorFlow which the package does not ask for."""
+
+SAMPLER = ("top_k", "top_p", "temperature")
+"""What the file can say of sampling."""
 
 
 @dataclass(frozen=True)
@@ -34,16 +39,14 @@ class Program:
     """The same with tokenizer, chat template and metadata: what LiteRT-LM loads."""
 
 
-def import_litert() -> Any:
-    """litert-torch's exporter; ModuleNotFoundError where it is not installed."""
-    if importlib.util.find_spec("litert_torch") is None:
-        raise ModuleNotFoundError("No module named 'litert_torch'", name="litert_torch")
+def _import_exporter() -> Any:
+    """litert-torch's exporter; MissingExtraError where it is not installed."""
     if importlib.util.find_spec("tensorflow") is None and IMAGE_GENERATION not in sys.modules:
         stand_in = types.ModuleType(IMAGE_GENERATION)
         stand_in.BonsaiFlux2 = type("BonsaiFlux2", (), {})  # type: ignore[attr-defined]
         sys.modules[IMAGE_GENERATION] = stand_in
-    from litert_torch.generative.export_hf import export  # type: ignore[import-not-found]
-
+    with extra("litert", "litert-torch"):
+        from litert_torch.generative.export_hf import export  # type: ignore[import-not-found]
     return export
 
 
@@ -52,7 +55,8 @@ def convert(checkpoint: Checkpoint, work: Path, recipe: str, context: int, prefi
 
     ArtefactError where the exporter fails, with what it said last.
     """
-    exporter, said = import_litert(), io.StringIO()
+    exporter, said = _import_exporter(), io.StringIO()
+    log.info("tracing the model with litert-torch, which takes a minute or more")
     settings = {
         "trust_remote_code": True,  # the modeling file beside our weights
         "prefill_lengths": list(prefill_lengths),
@@ -83,10 +87,6 @@ def _no_input() -> Iterator[None]:
             yield
         finally:
             sys.stdin = stdin
-
-
-SAMPLER = ("top_k", "top_p", "temperature")
-"""What the file can say of sampling."""
 
 
 @contextlib.contextmanager

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...runtime.base import flags
-from ...runtime.base.extras import extra
 from ..checkpoint import Checkpoint
-from ..manifest import Contents, write_manifest
+from ..manifest import Contents, bits_per_weight, write_manifest
 from ..request import ExportRequest, RoundingOptions, log
 from ..targets import Exporter
 from ..verification import SAMPLE_TOKENS, Written, torch_sample, verify_stepwise
@@ -41,14 +40,11 @@ class LitertOptions(RoundingOptions):
 
 def export_litert(checkpoint: Checkpoint, request: ExportRequest[LitertOptions], folder: Path) -> None:
     """Write FOLDER/model.litertlm (tokenizer, template and defaults inside) and the manifest."""
-    from .conversion import convert, import_litert
+    from .conversion import convert
 
-    with extra("litert", "litert-torch"):
-        import_litert()
     options = request.options
     context = min(options.max_context, checkpoint.context_length)
     with tempfile.TemporaryDirectory(dir=folder) as work:
-        log.info("tracing the model with litert-torch, which takes a minute or more")
         program = convert(checkpoint, Path(work), RECIPES[options.quantize], context, PREFILL_LENGTHS)
         size = program.tflite.stat().st_size
         program.bundle.replace(folder / MODEL_FILE)
@@ -73,7 +69,7 @@ def _verify(
     from .stock_runtime import check_greedy_text
 
     quantize = request.options.quantize
-    bits = 8 * tflite.stat().st_size / checkpoint.architecture.num_parameters
+    bits = bits_per_weight(checkpoint, tflite.stat().st_size)
     sample = torch_sample(checkpoint, min(SAMPLE_TOKENS, request.options.max_context))
     written = Written("litert", "program", quantize, bits)
     agreement = verify_stepwise(TfliteDecoder(tflite), sample, written, request)

@@ -6,7 +6,7 @@ import json
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ...runtime.base import flags
 from ...runtime.base.errors import UsageError
@@ -142,6 +142,12 @@ def target_parameters(source: Architecture, keep: float) -> int:
     return embedding + round(keep * (source.num_parameters - embedding))
 
 
+def _settings(config: StudyConfig) -> dict[str, Any]:
+    """What makes a study another one, as JSON reads it; more of what is left out only adds jobs."""
+    free = ("output", "device", "threads", "arms", "seeds", "keep")
+    return json.loads(json.dumps({name: value for name, value in vars(config).items() if name not in free}))
+
+
 class Study:
     """All jobs of a configuration and the folder they live in."""
 
@@ -161,12 +167,10 @@ class Study:
     def _check_settings(self) -> None:
         """UsageError where the folder holds another study."""
         path = self.folder / "settings.json"
-        free = ("output", "device", "threads", "arms", "seeds", "keep")  # more of these only adds jobs
-        settings = {name: value for name, value in vars(self.config).items() if name not in free}
-        settings = json.loads(json.dumps(settings))
+        settings = _settings(self.config)
         if path.is_file():
             # what a study of an earlier release did not know is what it does by default
-            before = vars(StudyConfig()) | json.loads(path.read_text(encoding="utf-8"))
+            before = _settings(StudyConfig()) | json.loads(path.read_text(encoding="utf-8"))
             changed = sorted(name for name in settings if settings[name] != before[name])
             if changed:
                 names = ", ".join(map(flags.flag_name, changed))
