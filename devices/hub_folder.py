@@ -204,4 +204,6 @@ def _speed(figure: Figure | None) -> str:
 def _command(part: Part) -> str:
     if part.is_file:
         return f"llama-server -m {part.place}    # or efficientllm-chat, Ollama, LM Studio, Jan"
+    if part.manifest.engine == "litert-lm":  # no engine of ours runs it
+        return f"litert-lm run {part.place}/{part.manifest.model_file}"
     return f"efficientllm-chat {part.place}"

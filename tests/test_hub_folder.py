@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from efficientllm.devices import hub_cli
 from efficientllm.devices.results import BenchOptions, Run, summarize
 from efficientllm.runtime import load
 from efficientllm.runtime.base.command import run_command
+from efficientllm.runtime.engines.manifest import Manifest, describe_files
 
 SETTINGS = ("--base-model", "owner/source", "--license", "apache-2.0")
 
@@ -56,6 +58,18 @@ def test_the_folder_is_a_repository_whose_files_run(artefact: Path, onnx: Path, 
         with load(output / place) as model:
             answers.append(model.complete("The", max_tokens=8, temperature=0.0))
     assert answers[0] == answers[1]
+
+
+def test_a_file_for_litert_lm_is_run_by_litert_lm(artefact: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "litert"
+    folder.mkdir()
+    (folder / "model.litertlm").write_bytes(b"a model")
+    files = describe_files(folder, ["model.litertlm"])
+    manifest = replace(Manifest.read(artefact), engine="litert-lm", model_file="model.litertlm", files=files)
+    manifest.write(folder)
+    assert hub(tmp_path / "small", folder) == 0
+    card = (tmp_path / "small" / "README.md").read_text(encoding="utf-8")
+    assert "\nlitert-lm run litert-lm-f32/model.litertlm\n" in card
 
 
 def test_only_what_the_command_wrote_is_replaced(
