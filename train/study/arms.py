@@ -27,7 +27,7 @@ _one_shot = _pruning(prune_start=ONE_SHOT_AT, prune_end=ONE_SHOT_AT)
 _distilled = _optimizer(distill=1.0)
 """The loss of the peers, as of ours: cross-entropy and distillation from the source."""
 _recovered = _pruning(saliency="token-fisher", recover="least-squares")
-_in_steps = _pruning(prune_start=0.1, prune_end=0.4, prune_every=5, recover_tokens=8192)
+_in_steps = _pruning(prune_start=0.1, prune_end=0.4, removals=4, recover_tokens=8192)
 _unpruned = _pruning(
     prune=("none",), target_params=None, target_latency=None, device_profile=None, workload=None, rank_by="target"
 )
