@@ -6,11 +6,13 @@ OUT := build/quickstart
 QUESTION := What is the capital of France?
 # More for pytest, as: make test PYTEST_OPTIONS="-k gguf"
 PYTEST_OPTIONS ?=
+# llama-cpp-python is compiled without what it does not load: two minutes of two cores instead of six.
+COMPILED := CMAKE_ARGS="-DLLAVA_BUILD=OFF -DCMAKE_PROJECT_llama_cpp_INCLUDE=$(CURDIR)/devices/llama_cpp_only.cmake $$CMAKE_ARGS"
 PYTEST := $(BIN)/python -m pytest -n auto --dist loadgroup $(PYTEST_OPTIONS)
 # Per cent of the lines that the tests which are not slow run.
 COVERAGE_FLOOR := 80
 
-.PHONY: install quickstart clients litert readers android-runner stand-ins test test-fast coverage lint types measure rooms clean FORCE
+.PHONY: install quickstart clients litert readers android-runner board-wheel arm64-root stand-ins test test-fast coverage lint types measure rooms clean FORCE
 
 install: $(VENV)/.installed
 
@@ -27,7 +29,7 @@ build/modules.txt: FORCE
 
 $(VENV)/.installed: pyproject.toml build/modules.txt | $(BIN)/python
 	@echo "installing into $(VENV); llama-cpp-python is compiled the first time, which takes some minutes"
-	@PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --group dev --editable '.[all,genai]' --config-settings editable_mode=strict
+	@$(COMPILED) PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --group dev --editable '.[all,genai]' --config-settings editable_mode=strict
 	@touch $@
 
 $(VENV)/.lint: pyproject.toml | $(BIN)/python
@@ -72,7 +74,7 @@ $(LITERT)/.installed: pyproject.toml
 $(VENV)/.quickstart: pyproject.toml build/modules.txt | $(BIN)/python
 	@if [ -f $(VENV)/.installed ]; then $(MAKE) --no-print-directory install; else \
 	  echo "installing into $(VENV); llama-cpp-python is compiled the first time, which takes some minutes"; \
-	  PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --no-compile --editable '.[train,export,gguf,bench,demo]' --config-settings editable_mode=strict; \
+	  $(COMPILED) PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --no-compile --editable '.[train,export,gguf,bench,demo]' --config-settings editable_mode=strict; \
 	fi
 	@touch $@
 
@@ -86,6 +88,14 @@ quickstart: $(VENV)/.quickstart
 # The program that efficientllm-bench --device adb pushes to a phone.
 android-runner: install
 	devices/build_android_runner.sh $(BIN)/python build/android-runner
+
+# llama-cpp-python for 64-bit ARM boards, which efficientllm-bench --device ssh:// sends to them.
+board-wheel: install
+	devices/build_board_wheel.sh $(BIN)/python build/board-wheel
+
+# The Debian that tests/test_arm64.py runs as a board; takes root's rights.
+arm64-root:
+	tests/tools/arm64_root.sh build/arm64
 
 # ggml's kernels for SSE4.2, AVX2 and AVX-512: one x86 machine stands in for several devices.
 stand-ins: install

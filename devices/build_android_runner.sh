@@ -14,20 +14,7 @@ for program in cmake aarch64-linux-gnu-g++; do
     exit 2
   }
 done
-version=$("$python" -c 'import importlib.metadata as m; print(m.version("llama-cpp-python"))') || {
-  echo "error: llama-cpp-python is not installed; run: pip install 'efficientllm[gguf]'" >&2
-  exit 2
-}
-
-mkdir -p "$output/source"
-if ! [ -f "$output/source/version-$version" ]; then
-  rm -rf "$output/source" "$output/cmake"
-  mkdir -p "$output/source"
-  "$python" -m pip download --quiet --no-deps --no-binary llama-cpp-python --dest "$output" "llama-cpp-python==$version"
-  tar -xzf "$output/llama_cpp_python-$version.tar.gz" -C "$output/source" --strip-components=1
-  rm "$output/llama_cpp_python-$version.tar.gz"
-  touch "$output/source/version-$version"
-fi
+version=$("$(dirname "$0")/llama_cpp_source.sh" "$python" "$output/source")
 
 cmake -S "$output/source/vendor/llama.cpp" -B "$output/cmake" -DCMAKE_BUILD_TYPE=Release \
   -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \

@@ -10,21 +10,8 @@ command -v cmake > /dev/null || {
   echo "error: cmake is missing; run: apt install cmake g++" >&2
   exit 2
 }
-version=$("$python" -c 'import importlib.metadata as m; print(m.version("llama-cpp-python"))') || {
-  echo "error: llama-cpp-python is not installed; run: pip install 'efficientllm[gguf]'" >&2
-  exit 2
-}
+version=$("$(dirname "$0")/llama_cpp_source.sh" "$python" "$output/source")
 libraries=$("$python" -c 'import importlib.util as u; print(u.find_spec("llama_cpp").submodule_search_locations[0])')/lib
-
-mkdir -p "$output"
-if ! [ -f "$output/source/version-$version" ]; then
-  rm -rf "$output/source"
-  mkdir -p "$output/source"
-  "$python" -m pip download --quiet --no-deps --no-binary llama-cpp-python --dest "$output" "llama-cpp-python==$version"
-  tar -xzf "$output/llama_cpp_python-$version.tar.gz" -C "$output/source" --strip-components=1
-  rm "$output/llama_cpp_python-$version.tar.gz"
-  touch "$output/source/version-$version"
-fi
 
 # NAME FLAGS...: each set holds the one before it
 build() {

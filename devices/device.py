@@ -46,6 +46,9 @@ class DeviceOptions:
     """Program an Android phone runs: llama-bench (see `make android-runner`) or ExecuTorch's llama_main."""
     wheel: str = ""
     """efficientllm wheel for a board; default: built from this source tree, else what is installed here."""
+    engine_wheels: str = ""
+    """Folder of the llama-cpp-python wheel that a 64-bit ARM board installs, which PyPI does not have (see
+    `make board-wheel`); default: build/board-wheel where there is one."""
     board_python: str = "python3"
     """Python, 3.11 or newer, that makes the board's environment."""
     ssh: str = "ssh"

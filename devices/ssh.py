@@ -22,6 +22,7 @@ from ..runtime.base.errors import DeviceError, UsageError
 from ..runtime.base.files import sha256_of
 from ..runtime.engines.artefact import Artefact
 from . import measure
+from .board_environment import ENVIRONMENT_BYTES, EXTRAS, engine_wheel, make_environment
 from .boards import look_up
 from .device import DeviceOptions
 from .emulation import RUNNING_PROGRAM, recognise
@@ -38,10 +39,6 @@ PAUSES = (2.0, 10.0, 30.0)
 DROPPED = 255
 """ssh's own exit code: it could not connect, or lost the connection."""
 MACHINES = ("aarch64", "arm64", "x86_64", "amd64")
-EXTRAS = {"llama.cpp": "gguf", "onnxruntime": "onnx", "onnxruntime-genai": "genai", "executorch": "executorch"}
-"""Engine -> the extra that brings it."""
-ENVIRONMENT_BYTES = {"gguf": 600_000_000, "onnx": 600_000_000, "genai": 700_000_000, "executorch": 2_500_000_000}
-"""Free disk that an environment with one extra needs at most; ExecuTorch's brings torch."""
 
 PROBE = r"""
 echo system=$(uname -sr)
@@ -52,6 +49,7 @@ echo free_ram_kb=$(sed -n 's/^MemAvailable: *\([0-9]*\).*/\1/p' /proc/meminfo)
 echo free_disk_kb=$(df -Pk "$HOME" | awk 'NR == 2 {print $4}')
 echo board=$(tr -d '\0' < /proc/device-tree/model 2>/dev/null || cat /sys/class/dmi/id/product_name 2>/dev/null)
 echo cpu=$(sed -n 's/^model name[^:]*: *//p' /proc/cpuinfo | head -n 1)
+echo features=$(sed -n 's/^Features[^:]*: *//p' /proc/cpuinfo | head -n 1)
 echo python=$(PYTHON -c 'import ensurepip, sys, venv; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 echo python_machine=$(PYTHON -c 'import os; print(os.uname().machine)' 2>/dev/null)
 echo python_runs_in=$(PYTHON -c 'import os; print(os.readlink("PROGRAM"))' 2>/dev/null)
@@ -97,10 +95,27 @@ class SshDevice:
         self._facts: dict[str, str] = {}
         self._environments: dict[str, str] = {}
 
+    @property
+    def name(self) -> str:
+        """Of the board, in messages."""
+        return self._host
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """What it told of itself, asked once."""
+        if not self._facts:
+            python = shlex.quote(self._options.board_python)
+            answer = self.run(PROBE.replace("PYTHON", python).replace("PROGRAM", RUNNING_PROGRAM))
+            pairs = (line.partition("=") for line in answer.output.splitlines())
+            self._facts = {name: value.strip() for name, _, value in pairs}
+            if "machine" not in self._facts:
+                raise DeviceError(f"{self._host} gave no usable answer: {answer.last_error}")
+        return self._facts
+
     def describe(self) -> DeviceInfo:
-        facts = self._probe()
+        facts = self.facts
         machine = facts["python_machine"] or facts["machine"]
-        layer = recognise(RemoteShell(self._run), machine, facts["python_runs_in"])
+        layer = recognise(RemoteShell(self.run), machine, facts["python_runs_in"])
         return DeviceInfo(
             name=f"ssh://{self._host}",
             system=facts["system"],
@@ -115,7 +130,7 @@ class SshDevice:
         )
 
     def prepare(self, artefacts: list[Artefact], options: BenchOptions) -> None:
-        facts = self._probe()
+        facts = self.facts
         if facts["machine"].lower() not in MACHINES:
             raise DeviceError(
                 f"{self._host} is {facts['machine']}; the engines need a 64-bit system ({', '.join(MACHINES)}): "
@@ -139,7 +154,7 @@ class SshDevice:
                 self._environments[engine] = self._environment(engine, requirement)
 
     def temperature_celsius(self) -> float | None:
-        return temperature_celsius(RemoteShell(self._run))
+        return temperature_celsius(RemoteShell(self.run))
 
     def measure(self, artefact: Artefact, options: BenchOptions) -> Measurement:
         path = self._remote_path(artefact, artefact.path)
@@ -153,7 +168,7 @@ class SshDevice:
         )
         idle, held = os.pipe()
         try:
-            answer = self._run(line, stdin=idle, tries=1 + len(PAUSES))
+            answer = self.run(line, stdin=idle, tries=1 + len(PAUSES))
         finally:
             os.close(idle)
             os.close(held)
@@ -162,13 +177,13 @@ class SshDevice:
     def close(self) -> None:
         try:
             if self._options.clean_up and self._facts:
-                self._run(f"rm -rf {FOLDER}")
+                self.run(f"rm -rf {FOLDER}")
         finally:
             with contextlib.suppress(DeviceError):  # without ssh there is no connection to end
                 run_program([*self._ssh, "-O", "exit", self._host])
             self._sockets.cleanup()
 
-    def _run(self, line: str, stdin: int = subprocess.DEVNULL, tries: int = 0) -> Finished:
+    def run(self, line: str, stdin: int = subprocess.DEVNULL, tries: int = 0) -> Finished:
         """Run a line of shell in the home folder; DeviceError where the board cannot be reached (any more).
 
         `tries` 0: again and again where that can help: half a stream cannot be sent again as it is, and a host that
@@ -187,16 +202,6 @@ class SshDevice:
             raise DeviceError(f"{self._host} cannot be reached: {answer.last_error}; try: ssh {self._host}")
         return answer
 
-    def _probe(self) -> dict[str, str]:
-        if not self._facts:
-            python = shlex.quote(self._options.board_python)
-            answer = self._run(PROBE.replace("PYTHON", python).replace("PROGRAM", RUNNING_PROGRAM))
-            pairs = (line.partition("=") for line in answer.output.splitlines())
-            self._facts = {name: value.strip() for name, _, value in pairs}
-            if "machine" not in self._facts:
-                raise DeviceError(f"{self._host} gave no usable answer: {answer.last_error}")
-        return self._facts
-
     def _remote_path(self, artefact: Artefact, file: Path) -> PurePosixPath:
         """Where a file of the artefact, or its folder, lies on the board."""
         folder = PurePosixPath(FOLDER) / "artefacts" / artefact.sha256[:32]
@@ -205,16 +210,17 @@ class SshDevice:
     def _copy(self, artefact: Artefact) -> None:
         """Copy the files whose hash differs there. An interrupted file stays as NAME.part and is gone on with."""
         for file in artefact.files:
-            self._copy_file(file, self._remote_path(artefact, file))
+            self.copy(file, self._remote_path(artefact, file))
 
-    def _copy_file(self, file: Path, target: PurePosixPath) -> None:
+    def copy(self, file: Path, target: PurePosixPath) -> None:
+        """Copy a file, unless it is there; an interrupted one is gone on with."""
         digest, size, quoted = sha256_of(file), file.stat().st_size, shlex.quote(str(target))
         if self._remote_sha256(quoted) == digest:
             return
         part = shlex.quote(f"{target}.part")
         self._require(f"mkdir -p {shlex.quote(str(target.parent))}")
         for pause in (*PAUSES, None):
-            copied = int(self._run(f"wc -c < {part} 2>/dev/null || echo 0").output.split()[-1])
+            copied = int(self.run(f"wc -c < {part} 2>/dev/null || echo 0").output.split()[-1])
             if copied > size:
                 self._require(f"rm -f {part}")
                 copied = 0
@@ -222,7 +228,7 @@ class SshDevice:
             try:
                 with file.open("rb", buffering=0) as stream:
                     os.lseek(stream.fileno(), copied, os.SEEK_SET)
-                    self._run(f"cat >> {part}", stdin=stream.fileno())
+                    self.run(f"cat >> {part}", stdin=stream.fileno())
             except DeviceError:
                 if pause is None:
                     raise
@@ -237,12 +243,12 @@ class SshDevice:
         )
 
     def _remote_sha256(self, quoted: str) -> str:
-        answer = self._run(f"sha256sum {quoted} 2>/dev/null")
+        answer = self.run(f"sha256sum {quoted} 2>/dev/null")
         found = re.match(r"\\?([0-9a-f]{64})", answer.output)
         return found[1] if found else ""
 
     def _require(self, line: str) -> None:
-        answer = self._run(line)
+        answer = self.run(line)
         if answer.code != 0:
             raise DeviceError(f"{self._host}: {answer.last_error}")
 
@@ -251,21 +257,10 @@ class SshDevice:
         if engine not in EXTRAS:
             raise DeviceError(f"engine {engine!r} is a plug-in's; boards run {', '.join(EXTRAS)}")
         extra = EXTRAS[engine]
-        folder = f"{FOLDER}/env-{extra}-{requirement.key}"
-        if self._run(f"test -f {folder}/complete").code == 0:
-            return folder
-        self._say(f"installing efficientllm[{extra}] on {self._host}; this may take minutes")
-        self._require(f"rm -rf {folder} && {shlex.quote(self._options.board_python)} -m venv {folder}")
-        target = PurePosixPath(folder) / requirement.wheel.name
-        self._copy_file(requirement.wheel, target)
-        # without the notice of a newer pip, which would be the last line of every failure
-        pip = f"PIP_DISABLE_PIP_VERSION_CHECK=1 {folder}/bin/python -m pip"
-        answer = self._run(f'{pip} install --quiet "$HOME/{target}[{extra}]"')
-        if answer.code != 0:
-            lines = [line for line in answer.errors.splitlines() if line.startswith("ERROR: ")] or [answer.last_error]
-            raise DeviceError(
-                f"{self._host}: pip install failed: {lines[-1].removeprefix('ERROR: ')}; an engine without a "
-                "wheel for the board is compiled there: apt install build-essential cmake python3-dev"
-            )
-        self._require(f"touch {folder}/complete")
+        sent = engine_wheel(extra, self.facts["machine"], self._options.engine_wheels)
+        key = f"{requirement.key}-{sha256_of(sent.wheel)[:8]}" if sent is not None else requirement.key
+        folder = f"{FOLDER}/env-{extra}-{key}"
+        if self.run(f"test -f {folder}/complete").code != 0:
+            self._say(f"installing efficientllm[{extra}] on {self._host}; this may take minutes")
+            make_environment(self, extra, requirement, sent, self._options.board_python, folder)
         return folder

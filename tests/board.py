@@ -58,6 +58,19 @@ class Board:
         return self.home / ".cache/efficientllm-bench"
 
 
+def wait_for_sshd(made: Board, server: subprocess.Popen[bytes]) -> None:
+    """Until `server`, which logs into the board's folder, takes connections."""
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", made.port), 1).close()
+            return
+        except OSError:
+            assert server.poll() is None, (made.folder / "sshd.log").read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
 @contextmanager
 def board(folder: Path) -> Iterator[Board]:
     made = Board(folder)
@@ -67,15 +80,7 @@ def board(folder: Path) -> Iterator[Board]:
     with (folder / "sshd.log").open("wb") as log:
         server = subprocess.Popen(command, stderr=log)
     try:
-        deadline = time.monotonic() + 20
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", made.port), 1).close()
-                break
-            except OSError:
-                assert server.poll() is None, (folder / "sshd.log").read_text()
-                assert time.monotonic() < deadline
-                time.sleep(0.05)
+        wait_for_sshd(made, server)
         yield made
     finally:
         server.terminate()

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from efficientllm.export import cli as export_cli
 from efficientllm.export.verification import sample_text
 from efficientllm.runtime.base.command import run_command
+from efficientllm.runtime.base.errors import DataError
 from efficientllm.runtime.engines.engine import CACHE_CHOICES, EngineOptions
 from efficientllm.runtime.engines.manifest import Manifest, describe_files
 from efficientllm.train.evaluation import cli, perplexity
@@ -175,6 +176,36 @@ def test_only_tokens_with_enough_before_them_count_and_each_does_once(checkpoint
     assert found.bits_per_byte == pytest.approx(sum(nats) / math.log(2) / size, abs=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("document_tokens", "limit", "min_context", "predicted"),
+    [
+        (0, 0, 1, [4, 49, 49, 4]),  # 5, 50, 50 and 5 tokens a document
+        (20, 0, 1, [4, 20, 20, 4]),
+        (20, 30, 1, [4, 20, 6]),
+        (0, 60, 10, [40, 20]),
+        (0, 0, 10, [40, 40]),
+    ],
+)
+def test_as_much_of_a_text_is_read_as_is_to_be_predicted(
+    checkpoint: Path, tmp_path: Path, document_tokens: int, limit: int, min_context: int, predicted: list[int]
+) -> None:
+    model, path = torch_model(checkpoint), tmp_path / "text.jsonl"
+    words = model.tokenizer.decode(model.tokenize(sample_text())[:50])
+    short = model.tokenizer.decode(model.tokenize(sample_text())[:5])
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in (short, words, words, short)))
+    documents = perplexity.corpus_documents(model, str(path), document_tokens, limit, min_context)
+    assert [len(tokens) - min_context for tokens in documents] == predicted
+
+
+def test_a_text_without_a_long_document_is_one_line(checkpoint: Path, tmp_path: Path) -> None:
+    path = tmp_path / "text.jsonl"
+    path.write_text(json.dumps({"text": "short"}) + "\n")
+    with pytest.raises(DataError, match="no document has more than 200 tokens"):
+        perplexity.corpus_documents(torch_model(checkpoint), str(path), 0, 0, 200)
+    with pytest.raises(ValueError, match="leaves nothing of 128 --document-tokens"):
+        MeasureConfig(text=(str(path),), min_context=256, document_tokens=128)
+
+
 @pytest.mark.parametrize(("target", "quantize"), [("gguf", "f32"), ("onnx", "f32")])
 def test_an_fp32_artefact_scores_like_its_checkpoint(
     checkpoint: Path, tmp_path: Path, target: str, quantize: str
@@ -282,7 +313,7 @@ def test_paired_difference_has_the_error_of_the_differences() -> None:
         (["--tasks", "piqa,arcade"], "arcade: unknown; known: arc_challenge"),
         (["--data-dir", "nowhere"], "no such folder"),
         (["--window", "1"], "--window 1: must be at least 2"),
-        (["--min-context", "513"], "--min-context 513: must be at least 1 and at most --window (512)"),
+        (["--min-context", "513"], "--min-context 513: must be at least 1 and at most the window of 512"),
         (["--limit", "-1"], "--limit -1: must not be negative"),
         (["--tasks", "none", "--text", "missing.txt"], "missing.txt"),
         (["--tasks", "none", "--compare", "no-model"], "no-model: no such folder or file"),

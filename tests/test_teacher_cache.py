@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from efficientllm.train import run as training_run
 from efficientllm.train.compute import teacher_cache
 from efficientllm.train.compute.loss import LossWeights, TrainingLoss, make_teacher
 from efficientllm.train.compute.teacher_cache import TeacherCache
+from efficientllm.train.model.source import content_key
 
 TOKENS = torch.arange(30).view(3, 10)
 
@@ -66,6 +68,37 @@ def test_other_weights_are_another_teacher(
     assert run(command(tmp_path / "first" / "model", corpus, tmp_path / "second", *more)) == 0
     assert teachers_passes
     assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_another_setting_of_the_same_weights_is_another_teacher() -> None:
+    def key(theta: float, name: str = "") -> str:
+        model = tiny_model(tiny_architecture())
+        model.config.rope_parameters["rope_theta"] = theta
+        model.config._name_or_path = name
+        return content_key(model)
+
+    assert key(10_000.0) == key(10_000.0, "elsewhere") != key(500_000.0)
+
+
+def test_a_cache_that_goes_away_ends_no_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cache = TeacherCache(tmp_path / "cache" / "key", torch.bfloat16)
+    cache.keep(TOKENS, some_states())
+    shutil.rmtree(tmp_path / "cache")
+    assert cache.find(TOKENS, 6) is None
+    (tmp_path / "cache").write_text("a file in the way")
+    with caplog.at_level(logging.WARNING, logger="efficientllm.train"):
+        cache.keep(TOKENS, some_states())
+        cache.keep(TOKENS, some_states())
+    assert cache.find(TOKENS, 6) is None
+    assert len(caplog.records) == 1
+
+
+def test_room_is_left_for_checkpoints(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cache = TeacherCache(tmp_path, torch.bfloat16, reserve_bytes=2**60)
+    with caplog.at_level(logging.WARNING, logger="efficientllm.train"):
+        cache.keep(TOKENS, some_states())
+    assert "which checkpoints may need" in caplog.text
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_is_kept_is_found_whole_or_not_at_all(tmp_path: Path) -> None:

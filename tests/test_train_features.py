@@ -206,6 +206,9 @@ BAD_INPUT = [
     (["--quantize", "iq4_xs"], "--quantize iq4_xs: --target-bytes knows f32, f16"),
     (["--distill", "-1"], "--distill -1.0: must not be negative"),
     (["--removals", "3", "--prune-start", "0.1", "--prune-end", "0.1"], "--removals 3: need --prune-end after"),
+    (["--removals", "3", "--prune-every", "2"], "--removals 3: are evenly spread; leave out --prune-every"),
+    (["--removals", "300"], "--removals 300: there are "),
+    (["--saliency", "tailor1"], "tailor1"),
     (["--compact-every", "0"], "--compact-every 0: must be at least 1"),
 ]
 

@@ -28,6 +28,7 @@ from .model.irregular import architecture_of
 from .model.source import load_source
 from .model.stored_type import shape_of_folder, stored_dtype
 from .pruning.config import PruneConfig
+from .pruning.criteria import uses_gradient
 from .pruning.plan import PruningPlan, make_pruning_plan
 from .quantisation.config import GGUF_TYPES
 from .run_folder import foreign_files, newest_sound_checkpoint
@@ -89,6 +90,7 @@ def check_request(config: TrainConfig) -> None:
     if config.pruning.device_profile and config.quantisation.is_on:
         engine, quantization = config.quantisation.shipped_as
         DeviceProfile.load(Path(config.pruning.device_profile)).check(engine=engine, quantization=quantization)
+    uses_gradient(config.pruning.saliency)  # UsageError where it is unknown
     check_loggers(config.run)
     replaceable = config.run.overwrite or config.run.resume
     inputs = [config.source.source, *(spec.path for spec in data_specs(config))]
@@ -154,6 +156,7 @@ def make_plan(config: TrainConfig, resume: ResumePoint | None, compute: Compute)
         raise UsageError("--qat works with --parallel ddp only: it rounds whole weights on every rank")
     if compute.parallel.mode == "fsdp" and config.pruning.prunes_vocabulary:
         raise UsageError("--prune vocabulary works with --parallel ddp only: it measures a model whole on every rank")
+    _check_removals(config, compute)
     source: Any
     shape = shape_of_folder(config.source.source)
     if shape is not None:  # before it is read, as it may not fit
@@ -175,6 +178,18 @@ def make_plan(config: TrainConfig, resume: ResumePoint | None, compute: Compute)
     )
     dtype = _save_dtype(config)
     return RunPlan(config, folder, resume, compute, architecture, tokenizer, data, pruning, dtype), source
+
+
+def _check_removals(config: TrainConfig, compute: Compute) -> None:
+    """UsageError where the steps between the first and the last removal are fewer than --removals asks for."""
+    settings, optimizer = config.pruning, config.optimizer
+    step = config.source.sequence_length * optimizer.batch_size * optimizer.gradient_accumulation
+    steps = (settings.prune_end - settings.prune_start) * optimizer.tokens / (step * compute.parallel.world_size)
+    if settings.prunes and settings.removals - 1 > steps:
+        raise UsageError(
+            f"--removals {settings.removals}: there are {int(steps)} steps between --prune-start and --prune-end; "
+            "give fewer, or more --tokens"
+        )
 
 
 def _check_grid(config: TrainConfig, architecture: Architecture) -> None:

@@ -16,7 +16,7 @@ from ..runtime.base.command import is_main_process
 from ..runtime.base.errors import DiskFullError
 from ..runtime.base.files import write_text_atomically
 from ..runtime.base.output import locked_output
-from ..runtime.base.quantities import format_count
+from ..runtime.base.quantities import format_bytes, format_count
 from ..runtime.engines.memory import give_back_freed_memory
 from .compute.loss import TrainingLoss, make_teacher
 from .compute.teacher_cache import TeacherCache
@@ -26,7 +26,7 @@ from .data.documents import check_documents
 from .data.packing import PackedStream, held_out_windows
 from .data.self_chat import SELF_CHAT
 from .model.irregular import architecture_of, build
-from .model.source import weights_key
+from .model.source import content_key
 from .plan import RunPlan, check_request, choose_compute, find_resume_point, make_plan
 from .replaced_run import put_back, recover, set_aside_run
 from .result import write_result
@@ -34,6 +34,9 @@ from .run_folder import DAMAGED_PREFIX, checkpoint_folders, empty_run_folder, se
 from .trainer import Trainer
 
 _log = logging.getLogger("efficientllm.train")
+
+CHECKPOINTS = 3
+"""Of 12 bytes a parameter: room that the teacher's states leave on their disk; two lie there while one is written."""
 
 NO_CHATS = (
     "the source chats, and there are no chats in the text: the model may forget to end its turns; "
@@ -145,10 +148,14 @@ def _make_trainer(plan: RunPlan, source: Any) -> Trainer:
 
 
 def _teacher_cache(plan: RunPlan, source: Any) -> TeacherCache:
-    """Where what this source makes of text in this precision is kept."""
+    """Where what this source makes of text in this precision is kept, with room left for the run's checkpoints."""
     dtype = plan.compute.hardware.dtype
-    name = f"{weights_key(source)}-{str(dtype).removeprefix('torch.')}"
-    return TeacherCache(Path(plan.config.run.teacher_cache) / name, dtype)
+    name = f"{content_key(source)}-{str(dtype).removeprefix('torch.')}"
+    cache = TeacherCache(Path(plan.config.run.teacher_cache) / name, dtype, CHECKPOINTS * 12 * source.num_parameters())
+    if plan.compute.parallel.is_main:
+        size = format_bytes(plan.config.optimizer.tokens * plan.architecture.hidden_size * dtype.itemsize)
+        _log.info("what the source makes of the text is kept in %s: %s where all of it is new", cache.folder, size)
+    return cache
 
 
 def _make_model(plan: RunPlan, source: Any) -> Any:

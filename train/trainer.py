@@ -68,6 +68,7 @@ class Trainer:
             size = budget.measure.of(plan.architecture)
             self.schedule = DroppingSchedule(size, budget.target, start, end, settings.removals)
             self.pruner = Pruner(plan.pruning, self.model, self.parallel, self.config.run.seed)
+        self.ranks_by_gradients = uses_gradient(self.config.pruning.saliency)
         self.shipped = ShippedWeights(self.config.quantisation) if self.config.quantisation.is_on else None
         """Rounds the weights to the type that the run trains for."""
         self.metrics = MetricsWriter(plan.folder, self.config.run, self.parallel.is_main)
@@ -236,8 +237,7 @@ class Trainer:
         """As configured; while groups are ranked by gradients, with at least the whole cross-entropy: the gradient of
         distillation is zero at the source, and what of it rounding leaves ranks nothing."""
         settings = self.config.optimizer
-        is_ranking = self.pruner is not None and not self.pruner.is_done
-        if is_ranking and uses_gradient(self.config.pruning.saliency):
+        if self.ranks_by_gradients and self.pruner is not None and not self.pruner.is_done:
             return LossWeights(max(1.0, settings.cross_entropy), settings.distill)
         return LossWeights(settings.cross_entropy, settings.distill)
 

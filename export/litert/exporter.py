@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...runtime.base import flags
+from ...runtime.base.extras import extra
 from ..checkpoint import Checkpoint
 from ..manifest import Contents, bits_per_weight, write_manifest
 from ..request import ExportRequest, RoundingOptions, log
@@ -43,6 +44,10 @@ def export_litert(checkpoint: Checkpoint, request: ExportRequest[LitertOptions],
     from .conversion import convert
 
     options = request.options
+    if options.verify:  # asked before a minute of conversion
+        with extra("litert"):
+            import ai_edge_litert  # type: ignore[import-not-found]  # noqa: F401
+            import litert_lm  # type: ignore[import-not-found]  # noqa: F401
     context = min(options.max_context, checkpoint.context_length)
     with tempfile.TemporaryDirectory(dir=folder) as work:
         program = convert(checkpoint, Path(work), RECIPES[options.quantize], context, PREFILL_LENGTHS)

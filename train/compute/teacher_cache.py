@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import shutil
 import zlib
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from ...runtime.base.errors import DiskFullError
 from ...runtime.base.files import write_bytes_atomically
+from ...runtime.base.quantities import format_bytes
 
 _log = logging.getLogger("efficientllm.train")
 
@@ -28,10 +30,10 @@ CHECKSUM_BYTES = 4
 class TeacherCache:
     """The last hidden states of one teacher, of windows that it read before."""
 
-    def __init__(self, folder: Path, dtype: torch.dtype) -> None:
-        """`folder` is of this teacher in this type alone."""
-        self.folder, self.dtype = folder, dtype
-        self._is_full = False
+    def __init__(self, folder: Path, dtype: torch.dtype, reserve_bytes: int = 0) -> None:
+        """`folder` is of this teacher in this type alone; so much of its disk is left to others."""
+        self.folder, self.dtype, self._reserve_bytes = folder, dtype, reserve_bytes
+        self._keeps = True
         folder.mkdir(parents=True, exist_ok=True)
 
     def find(self, tokens: Tensor, hidden_size: int) -> Tensor | None:
@@ -44,17 +46,19 @@ class TeacherCache:
         return torch.stack(known).to(tokens.device) if len(known) == len(found) else None
 
     def keep(self, tokens: Tensor, hidden: Tensor) -> None:
-        """Keep `hidden` [B, S, H] of `tokens` [B, S]. A full disk is said once; what does not fit is computed again."""
-        if self._is_full:
+        """Keep `hidden` [B, S, H] of `tokens` [B, S]. What is in the way is said once; the rest is computed again."""
+        if not self._keeps:
             return
         rows = hidden.to("cpu", self.dtype).contiguous().view(torch.uint8).numpy()
         try:
+            if (free := shutil.disk_usage(self.folder).free) < self._reserve_bytes:
+                raise DiskFullError(self.folder, f"{format_bytes(free)} are left, which checkpoints may need")
             for path, row in zip(self._paths(tokens), rows, strict=True):
                 content = row.tobytes()
-                path.parent.mkdir(exist_ok=True)
+                path.parent.mkdir(parents=True, exist_ok=True)
                 write_bytes_atomically(path, content + zlib.crc32(content).to_bytes(CHECKSUM_BYTES, "little"))
-        except DiskFullError as error:
-            self._is_full = True
+        except (OSError, DiskFullError) as error:
+            self._keeps = False
             _log.warning(f"{error}; the teacher's states are not kept any more")
 
     def _paths(self, tokens: Tensor) -> list[Path]:
@@ -66,7 +70,7 @@ class TeacherCache:
         """[S, H]; None where it is not there, or not whole."""
         try:
             content = path.read_bytes()
-        except FileNotFoundError:
+        except OSError:
             return None
         states, checksum = content[:-CHECKSUM_BYTES], content[-CHECKSUM_BYTES:]
         if len(states) != shape[0] * shape[1] * self.dtype.itemsize:

@@ -18,7 +18,7 @@ from ...runtime.base.errors import UsageError
 from ...runtime.base.files import write_text_atomically
 from ...runtime.base.user_cache import cache_folder
 from ..model.continuation import continuations
-from ..model.source import weights_key
+from ..model.source import content_key
 from .chat import Chat, ChatFormat
 
 SELF_CHAT = "self-chat"
@@ -84,7 +84,7 @@ def self_chat_file(
 
     `speaker` makes what is sampled from, the source in eval mode and the type of matrix products, only where it is.
     """
-    path = cache_folder() / "self-chat" / f"{weights_key(source)}-{tokens}-{seed}.jsonl"
+    path = cache_folder() / "self-chat" / f"{content_key(source)}-{tokens}-{seed}.jsonl"
     if not path.is_file():
         lines = [chat.to_json() + "\n" for chat in sample_chats(speaker(), tokenizer, tokens, seed, report)]
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -54,7 +54,9 @@ class MeasureConfig:
             flags.require(self, name, getattr(self, name) >= 0, "must not be negative")
         flags.require(self, "window", self.window >= 2, "must be at least 2")
         is_within = 1 <= self.min_context <= self.window
-        flags.require(self, "min_context", is_within, f"must be at least 1 and at most --window ({self.window})")
+        flags.require(self, "min_context", is_within, f"must be at least 1 and at most the window of {self.window}")
+        is_left = not self.document_tokens or self.min_context <= self.document_tokens
+        flags.require(self, "min_context", is_left, f"leaves nothing of {self.document_tokens} --document-tokens")
         is_something = self.quality or bool(self.task_names) or bool(self.text)
         flags.require(self, "quality", is_something, "give --text or --tasks: nothing else is left to measure")
 
@@ -201,7 +203,8 @@ def _texts(model: ScoredModel, config: MeasureConfig) -> dict[str, list[list[int
             ids = model.tokenize(perplexity.read_wikitext(Path(config.data_dir) / WIKITEXT_FILE))
             texts[WIKITEXT] = [ids[: config.text_tokens + 1] if config.text_tokens else ids]
             continue
-        texts[name] = perplexity.corpus_documents(model, path, config.document_tokens, config.text_tokens)
+        limits = (config.document_tokens, config.text_tokens, config.min_context)
+        texts[name] = perplexity.corpus_documents(model, path, *limits)
     return texts
 
 

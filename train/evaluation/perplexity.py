@@ -52,25 +52,30 @@ def read_wikitext(path: Path) -> str:
     return "\n\n".join("" if not row.strip() else f"{row}\n" for row in rows)
 
 
-def corpus_documents(model: ScoredModel, path: str, document_tokens: int, limit: int) -> list[list[int]]:
+def corpus_documents(
+    model: ScoredModel, path: str, document_tokens: int, limit: int, min_context: int = 1
+) -> list[list[int]]:
     """Ids of a corpus' documents: `document_tokens` + 1 of each (0: all), until `limit` are predicted (0: all).
 
-    Of the demo corpus only the documents that training never sees.
+    The first `min_context` of a document are not predicted, so documents without more are left out. Of the demo corpus
+    only the documents that training never sees. DataError where nothing is left.
     """
     documents: list[list[int]] = []
-    left = limit
+    predicted = 0
     for text in open_texts(DataSpec(path)):
         if path == "demo" and not is_held_out(text, HELD_OUT_FRACTION):
             continue
         ids = model.tokenize(text)
-        longest = min(document_tokens or len(ids), left or len(ids))
-        ids = ids[: longest + 1]
-        if len(ids) < 2:
+        ids = ids[: document_tokens + 1] if document_tokens else ids
+        ids = ids[: min_context + limit - predicted] if limit else ids
+        if len(ids) <= min_context:
             continue
         documents.append(ids)
-        left -= len(ids) - 1
-        if limit and left <= 0:
+        predicted += len(ids) - min_context
+        if predicted == limit:
             break
+    if not documents:
+        raise DataError(f"{path}: no document has more than {min_context} tokens; give longer ones")
     return documents
 
 

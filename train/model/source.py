@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -122,9 +123,13 @@ def load_for_inference(folder: Path) -> Any:
     return model.eval()
 
 
-def weights_key(model: Any) -> str:
-    """Of what a cache holds about a model: a hash of the sums of its weights, a name and no proof."""
-    digest = hashlib.sha256()
+def content_key(model: Any) -> str:
+    """Of what a cache holds about a model: a hash of its weights' bytes and of all settings but where it came from."""
+    settings = model.config.to_dict()
+    for name in ("_name_or_path", "transformers_version"):
+        settings.pop(name, None)
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, parameter in model.named_parameters():
-        digest.update(f"{name} {tuple(parameter.shape)} {float(parameter.detach().double().sum())!r}".encode())
+        digest.update(f"{name} {tuple(parameter.shape)}".encode())
+        digest.update(parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:16]

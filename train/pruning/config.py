@@ -61,8 +61,8 @@ class PruneConfig:
     prune_every: int = 1
     """Optimizer steps per pruning event (the paper's N)."""
     removals: int = 0
-    """Removals in all, evenly spread from --prune-start to --prune-end, each of an equal part of the budget; 0: as
-    --prune-every has it."""
+    """Removals in all, evenly spread from --prune-start to --prune-end, each of an equal part of the budget: instead of
+    --prune-every."""
     compact_every: int = 1
     """Pruning events between physical removals; groups removed in between are only zeroed."""
     weight_update: Literal["none", "obs"] = "none"
@@ -122,6 +122,8 @@ class PruneConfig:
         flags.require(self, "removals", self.removals >= 0, "must not be negative")
         is_spread = self.removals <= 1 or self.prune_start < self.prune_end
         flags.require(self, "removals", is_spread, "need --prune-end after --prune-start")
+        one_spacing = not self.removals or self.prune_every == 1
+        flags.require(self, "removals", one_spacing, "are evenly spread; leave out --prune-every")
         at_once = self.recover == "none" or self.compact_every == 1
         flags.require(self, "compact_every", at_once, "must be 1 with --recover, which fits what is left")
         flags.require(self, "obs_decay", 0 <= self.obs_decay < 1, "must be at least 0 and below 1")

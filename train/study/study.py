@@ -245,8 +245,9 @@ class Study:
     @property
     def _keeps_teacher(self) -> bool:
         """Whether the disk is to hold what the source makes of the text, which all arms read."""
-        seeds, bytes_each = self.config.seeds, 2 * self.source.hidden_size
-        return seeds * self.config.tokens * bytes_each <= LARGEST_TEACHER_CACHE
+        itemsize = choose_hardware(self.config.device, "auto", self.config.threads).dtype.itemsize
+        tokens = self.config.seeds * self.config.tokens
+        return tokens * itemsize * self.source.hidden_size <= LARGEST_TEACHER_CACHE
 
     def common_pruning(self, keep: float) -> PruneConfig:
         """What every arm ends with, ranked by parameters unless it says otherwise."""

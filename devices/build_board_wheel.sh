@@ -1,0 +1,35 @@
+#!/bin/sh
+# Build llama-cpp-python's wheel for 64-bit ARM, which PyPI does not have: a board that installs it needs no compiler.
+# usage: build_board_wheel.sh PYTHON OUTPUT_FOLDER; BOARD_CPU overrides the processor (zig's name), BOARD_NEEDS the features of
+# /proc/cpuinfo without which it would not run. Compiled by Zig (PyPI's ziglang) against the C library of Debian 10 (glibc 2.28).
+set -eu
+python=$1
+mkdir -p "$2"
+output=$(cd "$2" && pwd)
+here=$(cd "$(dirname "$0")" && pwd)
+# dotprod: the Raspberry Pi 5 and most boards since 2020. A Raspberry Pi 4: BOARD_CPU=cortex_a72 BOARD_NEEDS=
+cpu=${BOARD_CPU-generic+v8_2a+dotprod}
+needs=${BOARD_NEEDS-asimddp}
+
+version=$("$here/llama_cpp_source.sh" "$python" "$output/source")
+[ -d "$output/zig/ziglang" ] || "$python" -m pip install --quiet --no-deps --target "$output/zig" ziglang
+
+mkdir -p "$output/bin"
+for tool in "cc -target aarch64-linux-gnu.2.28 -mcpu=$cpu" "c++ -target aarch64-linux-gnu.2.28 -mcpu=$cpu" ar ranlib; do
+  name=$output/bin/${tool%% *}
+  printf '#!/bin/sh\nexec "%s/zig/ziglang/zig" %s "$@"\n' "$output" "$tool" > "$name"
+  chmod +x "$name"
+done
+
+rm -f "$output"/*.whl
+# OpenMP is none of what Zig brings
+_PYTHON_HOST_PLATFORM=linux-aarch64 \
+CMAKE_ARGS="-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_C_COMPILER=$output/bin/cc \
+  -DCMAKE_CXX_COMPILER=$output/bin/c++ -DCMAKE_AR=$output/bin/ar -DCMAKE_RANLIB=$output/bin/ranlib -DGGML_NATIVE=OFF \
+  -DGGML_OPENMP=OFF -DLLAVA_BUILD=OFF -DCMAKE_PROJECT_llama_cpp_INCLUDE=$here/llama_cpp_only.cmake" \
+  "$python" -m pip wheel --no-deps --no-cache-dir --wheel-dir "$output" "$output/source" > "$output/build.log" 2>&1 || {
+  tail -n 20 "$output/build.log" >&2
+  exit 1
+}
+echo "$needs" > "$output/needs"
+echo "$output: llama-cpp-python $version for aarch64 ($cpu)"

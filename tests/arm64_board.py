@@ -1,0 +1,60 @@
+"""A 64-bit ARM board on this machine: the sshd of a Debian for arm64, every program of it run by qemu-user."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from board import Board, wait_for_sshd
+
+ROOT = Path(__file__).parents[1] / "build/arm64/root"
+"""What `make arm64-root` writes."""
+BINFMT = Path("/proc/sys/fs/binfmt_misc/qemu-aarch64")
+
+ENTER = """mount -t proc proc "$1/proc" && mount --rbind /dev "$1/dev" &&
+exec chroot "$1" /usr/sbin/sshd -D -e -f /board/sshd_config"""
+"""In a mount namespace of its own, so that nothing stays mounted."""
+
+
+def why_not() -> str:
+    """What this machine lacks for the board; "" where it has all."""
+    if not (ROOT.parent / "complete").is_file() or not BINFMT.exists():
+        return "there is no Debian for arm64 (make arm64-root)"
+    return "" if os.geteuid() == 0 else "entering another root takes root's rights"
+
+
+@contextmanager
+def arm64_board(folder: Path) -> Iterator[Board]:
+    """`home` is /root in the other Debian; the ssh command of `client` reaches it as host "board"."""
+    made = Board(folder)
+    made.home = ROOT / "root"
+    shutil.rmtree(made.store, ignore_errors=True)
+    inside = ROOT / "board"
+    shutil.rmtree(inside, ignore_errors=True)
+    inside.mkdir(mode=0o700)
+    (ROOT / "run/sshd").mkdir(exist_ok=True)
+    for name in ("host", "user.pub"):
+        shutil.copy(folder / name, inside / name)
+    settings = ""
+    certificates = os.environ.get("PIP_CERT", "")
+    if certificates:  # of a proxy of this machine's
+        shutil.copy(certificates, inside / "certificates")
+        settings = "SetEnv PIP_CERT=/board/certificates SSL_CERT_FILE=/board/certificates\n"
+    shutil.copy("/etc/resolv.conf", ROOT / "etc/resolv.conf")
+    (inside / "sshd_config").write_text(
+        f"Port {made.port}\nListenAddress 127.0.0.1\nHostKey /board/host\nPidFile none\nStrictModes no\n"
+        f"AuthorizedKeysFile /board/user.pub\nPasswordAuthentication no\nUsePAM no\n{settings}"
+    )
+    command = ["unshare", "--mount", "sh", "-c", ENTER, "sh", str(ROOT)]
+    with (folder / "sshd.log").open("wb") as log:
+        server = subprocess.Popen(command, stderr=log)
+    try:
+        wait_for_sshd(made, server)
+        yield made
+    finally:
+        server.terminate()
+        server.wait()
