@@ -12,6 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from ..runtime.base.progress import PROGRESS_LOGGER
+from ..runtime.base.source_tree import commit
 from ..runtime.engines.artefact import Artefact
 from .bare_gguf import Described, describe_gguf
 from .device import Device, DeviceOptions, open_device
@@ -77,7 +78,7 @@ def bench(
             raw[index].append(done)
     results = [result for artefact, runs in zip(artefacts, raw, strict=True) for result in results_of(artefact, runs)]
     ended = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    run = Run(info, options, results, ended, release)
+    run = Run(info, options, results, ended, release, commit())
     if json_path:
         run.write(json_path)
     journal.remove()

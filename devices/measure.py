@@ -19,8 +19,9 @@ import numpy as np
 
 from ..runtime.base.command import run_command
 from ..runtime.engines.artefact import Artefact
+from ..runtime.engines.build import engine_build
 from ..runtime.engines.engine import EngineOptions, engine_version, load_engine
-from ..runtime.engines.memory import memory_bytes
+from ..runtime.engines.memory import huge_page_bytes, memory_bytes
 from .results import BenchOptions, Measurement
 from .sensors import LocalShell, both, clock_mhz, energy_meter, temperature_celsius
 
@@ -169,7 +170,8 @@ def measure(request: Request) -> Measurement:
     engine = load_engine(artefact, settings, probe=False)
     measured = measure_engine(engine, options, engine_version(artefact.engine), baseline)
     # after everything else, whose peak of memory it would raise
-    return replace(measured, memory_bytes_per_second=read_speed(artefact.file_bytes, options.threads))
+    read = read_speed(artefact.file_bytes, options.threads)
+    return replace(measured, engine_build=engine_build(artefact.engine), memory_bytes_per_second=read)
 
 
 def measure_engine(engine: Decoder, options: BenchOptions, version: str, baseline_rss_bytes: int) -> Measurement:
@@ -182,19 +184,20 @@ def measure_engine(engine: Decoder, options: BenchOptions, version: str, baselin
     for _ in range(options.repetitions):
         bench.repeat()
     clock_after, degrees_after = clock_mhz(shell, options.threads), temperature_celsius(shell)
-    memory = memory_bytes()
+    memory, huge_pages = memory_bytes(), huge_page_bytes()
     engine.close()
     return Measurement(
         speeds=bench.speeds,
         cpu_ms_per_token=bench.cpu_ms_per_token,
         quiet_ms_per_token=bench.quiet_ms_per_token,
         engine_version=version,
-        threads=options.threads,
+        threads=options.threads or os.cpu_count() or 1,
         load_ms=[engine.load_ms],
         time_to_first_token_ms=bench.first_token_ms,
         peak_rss_bytes=memory["peak_rss_bytes"],
         rss_anon_bytes=memory.get("rss_anon_bytes", 0),
         rss_file_bytes=memory.get("rss_file_bytes", 0),
+        huge_page_bytes=huge_pages,
         baseline_rss_bytes=baseline_rss_bytes,
         kv_cache_bytes=engine.kv_cache_bytes,
         engine_settings=engine.settings,

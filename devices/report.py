@@ -58,6 +58,9 @@ def notes(run: Run) -> list[str]:
     for name, result in zip(run.labels, run.results, strict=True):
         if result.engine_settings:
             lines.append(f"{name}: {result.engine_settings}")
+        if result.spread_of_processes:
+            spreads = ", ".join(f"{test} {100 * share:.0f} %" for test, share in result.spread_of_processes.items())
+            lines.append(f"{name}: processes differ by {spreads}")
         if result.throttled:
             lines.append(f"{name}: THROTTLED, {result.throttled}; cool the device or use --max-temp")
         if result.temperature_celsius:
@@ -71,6 +74,7 @@ def origin_lines(run: Run) -> list[str]:
     """When and with what versions the figures were made, as far as the run tells."""
     engines = dict.fromkeys(result.engine_version for result in run.results if result.engine_version)
     ours = f"efficientllm {run.efficientllm_version}" if run.efficientllm_version else ""
+    ours += f" at commit {run.efficientllm_commit}" if run.efficientllm_commit else ""
     found = ", ".join(part for part in (run.measured_at, ours, *engines) if part)
     return [f"measured: {found}"] if found else []
 

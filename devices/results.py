@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -118,6 +119,8 @@ class Readings(Generic[Sample]):
     joules_per_token: Sample | None = None
     """Of the whole package, system on chip or battery, over the longest decode."""
     engine_version: str = ""
+    engine_build: str = ""
+    """What it says of its build: commit, instruction sets."""
     threads: int = 0
     peak_rss_bytes: int = 0
     """Weights are read, not mapped, so that they are counted once."""
@@ -125,6 +128,8 @@ class Readings(Generic[Sample]):
     """Allocations at the end; 0 where the system does not say."""
     rss_file_bytes: int = 0
     """Mapped files at the end (libraries)."""
+    huge_page_bytes: int = 0
+    """Of the allocations at the end, what lies in huge pages; 0 where the system does not say."""
     baseline_rss_bytes: int = 0
     """Resident memory of Python and its libraries before the model was loaded."""
     kv_cache_bytes: int = 0
@@ -165,10 +170,18 @@ class Result(Readings[Figure]):
     """Contents of the artefact's manifest; empty for a bare file."""
     throttled: str
     """The drop of the clock that was seen, "" where there was none."""
+    process_medians: dict[str, list[float]] = field(default_factory=dict)
+    """Median of each process by test of `speeds`: where a process came to lie in memory is part of its speed."""
     num_parameters: int = 0
     """0 where the artefact does not tell."""
     quantization: str = ""
     """As its exporter calls it; "" where the artefact does not tell."""
+
+    @property
+    def spread_of_processes(self) -> dict[str, float]:
+        """By how much of the slowest process the fastest is faster, by test; nothing of a single process."""
+        medians = {test: values for test, values in self.process_medians.items() if len(values) > 1}
+        return {test: max(values) / min(values) - 1 for test, values in medians.items()}
 
     def share_of_bandwidth(self, test: str) -> float | None:
         """How near a decode is to the limit of reading every byte of the artefact once per token: 1 is at it."""
@@ -234,14 +247,17 @@ def summarize(
         memory_bytes_per_second=_pool([run.memory_bytes_per_second for run in runs]),
         engine_settings=", or ".join(dict.fromkeys(run.engine_settings for run in runs)),
         engine_version=runs[0].engine_version,
+        engine_build=runs[0].engine_build,
         threads=runs[0].threads,
         peak_rss_bytes=largest.peak_rss_bytes,
         rss_anon_bytes=largest.rss_anon_bytes,
         rss_file_bytes=largest.rss_file_bytes,
+        huge_page_bytes=largest.huge_page_bytes,
         baseline_rss_bytes=max(run.baseline_rss_bytes for run in runs),
         kv_cache_bytes=largest.kv_cache_bytes,
         temperature_celsius=(temperatures[0][0], temperatures[-1][1]) if temperatures else None,
         skipped={name: reason for run in runs for name, reason in run.skipped.items()},
+        process_medians=_medians_by_test([run.speeds for run in runs]),
         artefact=artefact,
         sha256=sha256,
         engine=engine,
@@ -262,6 +278,11 @@ def _pool_by_test(samples: Sequence[dict[str, list[float]]]) -> dict[str, Figure
     return {test: figure for test, figure in figures.items() if figure}
 
 
+def _medians_by_test(samples: Sequence[dict[str, list[float]]]) -> dict[str, list[float]]:
+    tests = dict.fromkeys(test for sample in samples for test in sample)
+    return {test: [statistics.median(sample[test]) for sample in samples if sample.get(test)] for test in tests}
+
+
 def _throttling(clocks: Sequence[tuple[float, float]]) -> str:
     """The largest drop among (MHz after warming up, MHz at the end), "" where all are small."""
     first, last = min(clocks, key=lambda pair: pair[1] / pair[0], default=(0.0, 0.0))
@@ -279,6 +300,8 @@ class Run:
     measured_at: str = ""
     """End of the run: date and time, UTC, as ISO 8601."""
     efficientllm_version: str = ""
+    efficientllm_commit: str = ""
+    """"" where it was not run from its repository."""
     schema_version: int = SCHEMA_VERSION
 
     @property
@@ -307,6 +330,7 @@ class Run:
                 [_result(entry) for entry in values["results"]],
                 values.get("measured_at", ""),
                 values.get("efficientllm_version", ""),
+                values.get("efficientllm_commit", ""),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise UsageError(f"{path} is damaged ({error}); measure again") from error

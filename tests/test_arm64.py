@@ -22,7 +22,7 @@ from efficientllm.train import cli as train_cli
 
 QUICK = ["--prompt-tokens", "8", "--decode-tokens", "4", "--depths", "8", "--repetitions", "1", "--rounds", "1"]
 WHEELS = Path(__file__).parents[1] / DEFAULT_WHEELS
-TARGETS = {"gguf": "q8_0", "onnx": "int4"}
+TARGETS = {"gguf": "q8_0", "onnx": "int8"}
 ANSWER = ["--max-tokens", "16", "--temperature", "0", "--context", "256", "--threads", "1", "--kv-cache", "f16"]
 QUESTION = "What is the capital of France?"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,16 @@ def memory_bytes() -> dict[str, int]:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {"peak_rss_bytes": peak if sys.platform == "darwin" else peak * 1024}
+
+
+def huge_page_bytes() -> int:
+    """Of this process's allocations what lies in huge pages; 0 where the system is not Linux or does not say."""
+    rollup = Path("/proc/self/smaps_rollup")
+    try:
+        found = re.search(r"^AnonHugePages:\s+(\d+) kB", rollup.read_text(), re.MULTILINE)
+    except OSError:
+        return 0
+    return 1024 * int(found[1]) if found else 0
 
 
 def give_back_freed_memory() -> None:

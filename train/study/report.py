@@ -6,7 +6,6 @@ import itertools
 import math
 import platform
 import statistics
-import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 from ...runtime.base.files import write_json_atomically, write_text_atomically
 from ...runtime.base.markdown import markdown_table
 from ...runtime.base.quantities import format_count
+from ...runtime.base.source_tree import commit
 from ..compute.hardware import choose_hardware
 from ..evaluation.evaluation import Evaluation
 from ..model.architecture import Architecture
@@ -27,15 +27,6 @@ from .result import StudyResult
 from .study import Study
 
 Results = list[StudyResult]
-
-
-def commit() -> str:
-    """The commit the code is at, with + where files differ from it; 'unknown' outside a repository."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def of_arm(results: Results, arm: str, keep: float) -> Results:
@@ -186,7 +177,7 @@ def markdown(study: Study, results: Results, folder_name: str) -> str:
         *([f"- tasks zero-shot on the first {config.limit or 'all'} documents"] if results[0].evaluation.tasks else []),
         "- ± is the standard error over documents, brackets are the range over seeds; matrix products in "
         f"{config.eval_dtype}",
-        f"- commit {commit()}, {hardware.describe()} {chips}".rstrip(),
+        f"- commit {commit() or 'unknown'}, {hardware.describe()} {chips}".rstrip(),
         *_device_line(study),
         "- nats above the source: of the mean over those kinds of text; TFLOP: 6 per parameter and token, 2 more per "
         "parameter of the source for a teacher; 'removed as ours': Jaccard index of the removed FFN channels and heads "

@@ -1,0 +1,18 @@
+"""The commit that this code is at, where it runs from its repository."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .child import run
+
+
+def commit() -> str:
+    """Short, with + where files differ from it; "" outside a repository."""
+    try:
+        done = run(
+            ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty=+", "--exclude=*"]
+        )
+    except OSError:
+        return ""
+    return done.output.strip() if done.code == 0 else ""
