@@ -12,7 +12,7 @@ PYTEST := $(BIN)/python -m pytest -n auto --dist loadgroup $(PYTEST_OPTIONS)
 # Per cent of the lines that the tests which are not slow run.
 COVERAGE_FLOOR := 80
 
-.PHONY: install quickstart clients litert readers android-runner board-wheel arm64-root stand-ins test test-fast coverage lint types measure rooms clean FORCE
+.PHONY: install quickstart clients litert mlx readers android-runner board-wheel arm64-root stand-ins test test-fast coverage lint types measure rooms clean FORCE
 
 install: $(VENV)/.installed
 
@@ -40,12 +40,16 @@ $(VENV)/.lint: pyproject.toml | $(BIN)/python
 READERS := build/readers
 READER_PACKAGES := transformers==4.57.6 transformers==5.14.0 transformers mlx-lm
 
-readers: install
-	@for package in $(READER_PACKAGES); do \
-	  $(PYTHON) -m venv $(READERS)/$$package && \
-	  case $$package in mlx-lm) others='mlx[cpu]' ;; *) others='torch numpy' ;; esac && \
-	  $(READERS)/$$package/bin/python -m pip install --quiet $$package $$others || exit 1; \
-	done
+$(READERS)/%/.installed:
+	@$(PYTHON) -m venv $(@D)
+	@case $* in mlx-lm) others='mlx[cpu]' ;; *) others='torch numpy' ;; esac && \
+	$(@D)/bin/python -m pip install --quiet $* $$others
+	@touch $@
+
+# Tests find it there.
+mlx: $(READERS)/mlx-lm/.installed
+
+readers: install $(READER_PACKAGES:%=$(READERS)/%/.installed)
 	EFFICIENTLLM_READERS=$$(ls -d $(CURDIR)/$(READERS)/*/bin/python | paste -sd:) $(BIN)/python -m pytest tests/test_other_readers.py
 
 # Client libraries of OpenAI's API, which want other versions of our packages: tests/test_clients.py runs what is there.

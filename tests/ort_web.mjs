@@ -1,4 +1,5 @@
 // Greedy tokens of an ONNX folder in onnxruntime-web's WebAssembly: node ort_web.mjs PACKAGE FOLDER PROMPT COUNT
+// With COUNT 0 the prompt is read token by token, and the tokens are the likeliest after each of its own.
 import { readFileSync } from "node:fs";
 import { createRequire } from "node:module";
 import { join, resolve } from "node:path";
@@ -19,9 +20,10 @@ for (const name of session.inputNames.filter((name) => name.startsWith("past_key
 }
 const integers = (values) => new ort.Tensor("int64", BigInt64Array.from(values, BigInt), [1, values.length]);
 
-let next = JSON.parse(prompt), length = 0, began = 0;
+const given = JSON.parse(prompt), isRead = Number(count) === 0;
+let next = isRead ? given.slice(0, 1) : given, length = 0, began = 0;
 const tokens = [];
-for (let step = 0; step < Number(count); step++) {
+for (let step = 0; step < (isRead ? given.length : Number(count)); step++) {
   if (step === 1) began = performance.now();
   length += next.length;
   const feeds = { input_ids: integers(next), attention_mask: integers(Array(length).fill(1)), ...past };
@@ -31,7 +33,8 @@ for (let step = 0; step < Number(count); step++) {
   let best = 0;
   for (let index = 1; index < logits.length; index++) if (logits[index] > logits[best]) best = index;
   tokens.push(best);
-  next = [best];
+  next = isRead ? [given[step + 1]] : [best];
 }
 const seconds = (performance.now() - began) / 1000;
-console.log(JSON.stringify({ tokens, decode_tokens_per_second: (tokens.length - 1) / seconds }));
+const version = JSON.parse(readFileSync(join(packageFolder, "node_modules/onnxruntime-web/package.json"), "utf8")).version;
+console.log(JSON.stringify({ tokens, version, decode_tokens_per_second: (tokens.length - 1) / seconds }));

@@ -38,18 +38,16 @@ def export(code: str, *arguments: str | Path) -> subprocess.CompletedProcess[str
     )
 
 
-@pytest.mark.parametrize(("quantize", "key", "most"), [("f32", "exact", 1e-5), ("int8", "quantized", 0.05)])
-def test_litert_lm_runs_an_irregular_model(
-    quantize: str, key: str, most: float, save_tiny: Callable[..., Path], tmp_path: Path
-) -> None:
-    """Logits of the program, and the greedy text of LiteRT-LM, which the export itself compares."""
+def test_litert_lm_runs_an_irregular_model(save_tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """Logits of the program, and the greedy text of LiteRT-LM, which the export itself compares. (In fp32:
+    test_stock_runtimes.py.)"""
     checkpoint, output = save_tiny(tiny_architecture(layers=LAYERS)), tmp_path / "litert"
-    done = export(EXPORT, checkpoint, "--quantize", quantize, "--output", output)
+    done = export(EXPORT, checkpoint, "--quantize", "int8", "--output", output)
     assert done.returncode == 0, done.stderr[-2000:]
     manifest = json.loads((output / "manifest.json").read_text(encoding="utf-8"))
     assert {path.name for path in output.iterdir()} == {"manifest.json", "model.litertlm"}
-    assert (manifest["engine"], manifest["quantization"]) == ("litert-lm", quantize)
-    assert manifest["verification"][key]["mean_kl"] < most
+    assert (manifest["engine"], manifest["quantization"]) == ("litert-lm", "int8")
+    assert manifest["verification"]["quantized"]["mean_kl"] < 0.05
     assert manifest["verification"]["litert_lm"]["same_characters"] > 0
 
 

@@ -1,0 +1,193 @@
+"""What a stock runtime makes of an artefact, by its own package alone, without efficientllm:
+
+python tests/tools/stock_runtime.py RUNTIME ARTEFACT TOKENS
+
+TOKENS is JSON, windows of token ids [B, S]. Prints JSON: {"runtime": name and version, "next": the likeliest next token
+at each position [B, S]}. RUNTIME is a key of RUNTIMES; each reads a window token by token, as it generates.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Next = list[int]
+
+
+def llama_cpp_python(artefact: Path) -> Callable[[Next], Next]:
+    import llama_cpp
+
+    model = llama_cpp.Llama(str(artefact / "model.gguf"), n_ctx=512, n_threads=1, logits_all=True, verbose=False)
+
+    def read(window: Next) -> Next:
+        model.reset()
+        model.eval(window)
+        return model.scores[: len(window)].argmax(-1).tolist()
+
+    return read
+
+
+def llama_cpp_py_sync(artefact: Path) -> Callable[[Next], Next]:
+    import llama_cpp_py_sync
+
+    greedy = {"temperature": 0.0, "top_k": 1, "top_p": 1.0, "min_p": 0.0, "repeat_penalty": 1.0, "repeat_last_n": 0}
+
+    def read(window: Next) -> Next:
+        model = llama_cpp_py_sync.Llama(str(artefact / "model.gguf"), n_ctx=512, n_threads=1, verbose=False)
+        model._configure_generation_sampler(**greedy, seed=0)
+        found, past = [], 0
+        for token in window:
+            past = model._eval_tokens([token], past)
+            found.append(int(model._sample_token()))
+        return found
+
+    return read
+
+
+def onnxruntime(artefact: Path) -> Callable[[Next], Next]:
+    import onnxruntime as ort
+
+    session = ort.InferenceSession(artefact / "model.onnx", providers=["CPUExecutionProvider"])
+    pasts = {entry.name: entry.shape for entry in session.get_inputs() if entry.name.startswith("past_key_values.")}
+
+    def read(window: Next) -> Next:
+        feeds: dict[str, Any] = {
+            name: np.zeros((1, heads, 0, width), np.float32) for name, (_, heads, _, width) in pasts.items()
+        }
+        found = []
+        for position, token in enumerate(window):
+            feeds["input_ids"] = np.array([[token]])
+            feeds["attention_mask"] = np.ones((1, position + 1), np.int64)
+            names = ["logits", *(name.replace("past_key_values", "present") for name in pasts)]
+            logits, *caches = session.run(names, feeds)
+            feeds |= dict(zip(pasts, caches, strict=True))
+            found.append(int(logits.argmax()))
+        return found
+
+    return read
+
+
+def onnxruntime_genai(artefact: Path) -> Callable[[Next], Next]:
+    import onnxruntime_genai as genai
+
+    model = genai.Model(str(artefact))
+
+    def read(window: Next) -> Next:
+        parameters = genai.GeneratorParams(model)
+        parameters.set_search_options(max_length=len(window) + 1, do_sample=False)
+        generator, found = genai.Generator(model, parameters), []
+        for token in window:
+            generator.append_tokens([token])
+            found.append(int(np.asarray(generator.get_logits()).argmax()))
+        return found
+
+    return read
+
+
+def executorch(artefact: Path) -> Callable[[Next], Next]:
+    import torch
+    from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401  # its runner has these operators built in
+    from executorch.kernels import quantized  # noqa: F401
+    from executorch.runtime import Runtime
+
+    forward = Runtime.get().load_program(artefact / "model.pte").load_method("forward")
+
+    def read(window: Next) -> Next:
+        return [
+            int(forward.execute([torch.tensor([[token]]), torch.tensor([position])])[0].argmax())
+            for position, token in enumerate(window)
+        ]
+
+    return read
+
+
+def transformers(artefact: Path) -> Callable[[Next], Next]:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(artefact, trust_remote_code=True, dtype=torch.float32).eval()
+
+    def read(window: Next) -> Next:
+        past, found = None, []
+        with torch.inference_mode():
+            for token in window:
+                output = model(torch.tensor([[token]]), past_key_values=past, use_cache=True)
+                past = output.past_key_values
+                found.append(int(output.logits.argmax()))
+        return found
+
+    return read
+
+
+def mlx_lm(artefact: Path) -> Callable[[Next], Next]:
+    import mlx.core as mx  # type: ignore[import-not-found]
+    from mlx_lm.models.cache import make_prompt_cache  # type: ignore[import-not-found]
+    from mlx_lm.utils import load_model  # type: ignore[import-not-found]
+
+    mx.set_default_device(mx.cpu)
+    model: Any = load_model(artefact)[0]
+
+    def read(window: Next) -> Next:
+        cache = make_prompt_cache(model)
+        return [int(model(mx.array([[token]]), cache=cache).argmax()) for token in window]
+
+    return read
+
+
+def litert(artefact: Path) -> Callable[[Next], Next]:
+    """LiteRT's interpreter on the program inside a .litertlm, whose signatures LiteRT-LM calls."""
+    from ai_edge_litert.interpreter import Interpreter  # type: ignore[import-not-found]
+    from litert_lm_builder import unpack_litertlm_file  # type: ignore[import-not-found]
+
+    with tempfile.TemporaryDirectory() as folder:
+        unpack_litertlm_file(str(artefact / "model.litertlm"), folder)
+        (program,) = Path(folder).rglob("*.tflite")
+        interpreter: Any = Interpreter(model_content=program.read_bytes(), num_threads=1)
+    decode = interpreter.get_signature_runner("decode")
+    inputs = decode.get_input_details()
+    slots = int(inputs["mask"]["shape"][-1])
+
+    def read(window: Next) -> Next:
+        caches = {name: np.zeros(one["shape"], one["dtype"]) for name, one in inputs.items() if name.startswith("kv_")}
+        found = []
+        for position, token in enumerate(window):
+            mask = np.where(np.arange(slots) > position, np.float32(-1e9), np.float32(0))[None, None, None]
+            given = {"tokens": np.array([[token]], np.int32), "input_pos": np.array([position], np.int32), "mask": mask}
+            output = decode(**given, **caches)
+            caches = {name: output[name] for name in caches}
+            found.append(int(output["logits"].argmax()))
+        return found
+
+    return read
+
+
+RUNTIMES: dict[str, tuple[str, Callable[[Path], Callable[[Next], Next]]]] = {
+    "llama.cpp": ("llama-cpp-python", llama_cpp_python),
+    "llama.cpp, another build": ("llama-cpp-py-sync", llama_cpp_py_sync),
+    "onnxruntime": ("onnxruntime", onnxruntime),
+    "onnxruntime-genai": ("onnxruntime-genai", onnxruntime_genai),
+    "ExecuTorch": ("executorch", executorch),
+    "transformers": ("transformers", transformers),
+    "mlx-lm": ("mlx-lm", mlx_lm),
+    "LiteRT": ("ai-edge-litert", litert),
+}
+"""Name -> (distribution, what makes a reader of an artefact)."""
+
+
+def main(name: str, artefact: Path, windows: list[Next]) -> None:
+    package, make = RUNTIMES[name]
+    read = make(artefact)
+    found = [read(window) for window in windows]
+    assert not any(module.split(".")[0] == "efficientllm" for module in sys.modules)
+    print(json.dumps({"runtime": f"{package} {importlib.metadata.version(package)}", "next": found}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3]))
