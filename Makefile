@@ -12,7 +12,7 @@ PYTEST := $(BIN)/python -m pytest -n auto --dist loadgroup $(PYTEST_OPTIONS)
 # Per cent of the lines that the tests which are not slow run.
 COVERAGE_FLOOR := 80
 
-.PHONY: install quickstart clients litert mlx readers android-runner board-wheel arm64-root stand-ins test test-fast coverage lint types measure rooms clean FORCE
+.PHONY: install quickstart clients litert mlx readers android-runner board-wheel arm64-root test-arm64 stand-ins test test-fast coverage lint types measure rooms clean FORCE
 
 install: $(VENV)/.installed
 
@@ -100,6 +100,9 @@ board-wheel: install
 # The Debian that tests/test_arm64.py runs as a board; takes root's rights.
 arm64-root:
 	tests/tools/arm64_root.sh build/arm64
+
+test-arm64: install board-wheel arm64-root
+	EFFICIENTLLM_ARM64_ROOT=$(CURDIR)/build/arm64/root $(BIN)/python -m pytest tests/test_arm64.py
 
 # ggml's kernels for SSE4.2, AVX2 and AVX-512: one x86 machine stands in for several devices.
 stand-ins: install

@@ -12,6 +12,12 @@ cpu=${BOARD_CPU-generic+v8_2a+dotprod}
 needs=${BOARD_NEEDS-asimddp}
 
 version=$("$here/llama_cpp_source.sh" "$python" "$output/source")
+said="$output: llama-cpp-python $version for aarch64 ($cpu)"
+[ "$(cat "$output/built" 2> /dev/null)" != "$said" ] || {
+  echo "$said"
+  exit
+}
+rm -f "$output/built" "$output"/*.whl
 [ -d "$output/zig/ziglang" ] || "$python" -m pip install --quiet --no-deps --target "$output/zig" ziglang
 
 mkdir -p "$output/bin"
@@ -21,7 +27,6 @@ for tool in "cc -target aarch64-linux-gnu.2.28 -mcpu=$cpu" "c++ -target aarch64-
   chmod +x "$name"
 done
 
-rm -f "$output"/*.whl
 # OpenMP is none of what Zig brings
 _PYTHON_HOST_PLATFORM=linux-aarch64 \
 CMAKE_ARGS="-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_C_COMPILER=$output/bin/cc \
@@ -32,4 +37,4 @@ CMAKE_ARGS="-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_C
   exit 1
 }
 echo "$needs" > "$output/needs"
-echo "$output: llama-cpp-python $version for aarch64 ($cpu)"
+echo "$said" | tee "$output/built"

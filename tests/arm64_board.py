@@ -11,8 +11,8 @@ from pathlib import Path
 
 from board import Board, wait_for_sshd
 
-ROOT = Path(__file__).parents[1] / "build/arm64/root"
-"""What `make arm64-root` writes."""
+ROOT = Path(os.environ.get("EFFICIENTLLM_ARM64_ROOT", ""))
+"""What `make arm64-root` writes; `make test-arm64` says where."""
 BINFMT = Path("/proc/sys/fs/binfmt_misc/qemu-aarch64")
 
 ENTER = """mount -t proc proc "$1/proc" && mount --rbind /dev "$1/dev" &&
@@ -22,8 +22,8 @@ exec chroot "$1" /usr/sbin/sshd -D -e -f /board/sshd_config"""
 
 def why_not() -> str:
     """What this machine lacks for the board; "" where it has all."""
-    if not (ROOT.parent / "complete").is_file() or not BINFMT.exists():
-        return "there is no Debian for arm64 (make arm64-root)"
+    if not (ROOT / "etc/debian_version").is_file() or not BINFMT.exists():
+        return "EFFICIENTLLM_ARM64_ROOT names no Debian for arm64 (make test-arm64)"
     return "" if os.geteuid() == 0 else "entering another root takes root's rights"
 
 
