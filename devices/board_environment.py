@@ -10,7 +10,7 @@ from typing import Protocol
 
 from ..runtime.base.child import Finished
 from ..runtime.base.errors import DeviceError, UsageError
-from .wheel import Requirement
+from .wheel import SOURCE, Requirement
 
 EXTRAS = {"llama.cpp": "gguf", "onnxruntime": "onnx", "onnxruntime-genai": "genai", "executorch": "executorch"}
 """Engine -> the extra that brings it."""
@@ -18,7 +18,7 @@ ENVIRONMENT_BYTES = {"gguf": 600_000_000, "onnx": 600_000_000, "genai": 700_000_
 """Free disk that an environment with one extra needs at most; ExecuTorch's brings torch."""
 COMPILED = {"gguf": "llama_cpp_python"}
 """Extra -> the package that PyPI has no wheel of for 64-bit ARM, so that a board compiles it unless it is sent."""
-DEFAULT_WHEELS = Path("build/board-wheel")
+DEFAULT_WHEELS = SOURCE / "build/board-wheel"
 """Where `make board-wheel` leaves its wheel."""
 
 
@@ -46,11 +46,11 @@ class EngineWheel:
     """Features in the board's /proc/cpuinfo without which it would end at its first instruction."""
 
 
-def engine_wheel(extra: str, machine: str, folder: str) -> EngineWheel | None:
+def engine_wheel(extra: str, facts: Mapping[str, str], folder: str) -> EngineWheel | None:
     """The wheel to send: of the folder that the user named, or of `make board-wheel`; None where pip will have to find
     one. UsageError where the named folder holds none."""
     package = COMPILED.get(extra)
-    if package is None or machine.lower() not in ("aarch64", "arm64"):
+    if package is None or facts["machine"] != "aarch64" or not facts["system"].startswith("Linux"):
         return None
     place = Path(folder) if folder else DEFAULT_WHEELS
     wheels = sorted(place.glob(f"{package}-*_aarch64.whl"))
@@ -59,7 +59,10 @@ def engine_wheel(extra: str, machine: str, folder: str) -> EngineWheel | None:
             raise UsageError(f"--engine-wheels {folder}: holds no {package}-*_aarch64.whl; see: make board-wheel")
         return None
     needs = place / "needs"
-    return EngineWheel(wheels[-1], tuple(needs.read_text(encoding="utf-8").split()) if needs.is_file() else ())
+    return EngineWheel(
+        max(wheels, key=lambda wheel: wheel.stat().st_mtime),
+        tuple(needs.read_text(encoding="utf-8").split()) if needs.is_file() else (),
+    )
 
 
 def make_environment(

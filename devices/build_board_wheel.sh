@@ -7,18 +7,22 @@ python=$1
 mkdir -p "$2"
 output=$(cd "$2" && pwd)
 here=$(cd "$(dirname "$0")" && pwd)
-# dotprod: the Raspberry Pi 5 and most boards since 2020. A Raspberry Pi 4: BOARD_CPU=cortex_a72 BOARD_NEEDS=
+# dotprod: most boards since 2020. A Raspberry Pi 5: BOARD_CPU=cortex_a76 BOARD_NEEDS="asimddp asimdhp"; a Raspberry Pi 4:
+# BOARD_CPU=cortex_a72 BOARD_NEEDS=
 cpu=${BOARD_CPU-generic+v8_2a+dotprod}
 needs=${BOARD_NEEDS-asimddp}
+zig=${ZIG_VERSION-0.17.1}
 
 version=$("$here/llama_cpp_source.sh" "$python" "$output/source")
-said="$output: llama-cpp-python $version for aarch64 ($cpu)"
+said="$output: llama-cpp-python $version for aarch64 ($cpu), by Zig $zig"
+echo "$needs" > "$output/needs"
 [ "$(cat "$output/built" 2> /dev/null)" != "$said" ] || {
   echo "$said"
   exit
 }
 rm -f "$output/built" "$output"/*.whl
-[ -d "$output/zig/ziglang" ] || "$python" -m pip install --quiet --no-deps --target "$output/zig" ziglang
+rm -rf "$output/zig"
+"$python" -m pip install --quiet --no-deps --target "$output/zig" "ziglang==$zig"
 
 mkdir -p "$output/bin"
 for tool in "cc -target aarch64-linux-gnu.2.28 -mcpu=$cpu" "c++ -target aarch64-linux-gnu.2.28 -mcpu=$cpu" ar ranlib; do
@@ -36,5 +40,4 @@ CMAKE_ARGS="-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_C
   tail -n 20 "$output/build.log" >&2
   exit 1
 }
-echo "$needs" > "$output/needs"
 echo "$said" | tee "$output/built"

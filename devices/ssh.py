@@ -51,6 +51,7 @@ echo board=$(tr -d '\0' < /proc/device-tree/model 2>/dev/null || cat /sys/class/
 echo cpu=$(sed -n 's/^model name[^:]*: *//p' /proc/cpuinfo | head -n 1)
 echo features=$(sed -n 's/^Features[^:]*: *//p' /proc/cpuinfo | head -n 1)
 echo python=$(PYTHON -c 'import ensurepip, sys, venv; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+echo python_bits=$(PYTHON -c 'import struct; print(8 * struct.calcsize("P"))' 2>/dev/null)
 echo python_machine=$(PYTHON -c 'import os; print(os.uname().machine)' 2>/dev/null)
 echo python_runs_in=$(PYTHON -c 'import os; print(os.readlink("PROGRAM"))' 2>/dev/null)
 """
@@ -136,6 +137,8 @@ class SshDevice:
                 f"{self._host} is {facts['machine']}; the engines need a 64-bit system ({', '.join(MACHINES)}): "
                 "install a 64-bit operating system"
             )
+        if facts["python_bits"] == "32":  # 32-bit systems of a Raspberry Pi run on a 64-bit kernel
+            raise DeviceError(f"{self._host}: its Python is of 32 bits, the engines of 64; install a 64-bit system")
         version = facts["python"]
         if not version or tuple(map(int, version.split("."))) < (3, 11):
             raise DeviceError(
@@ -257,7 +260,7 @@ class SshDevice:
         if engine not in EXTRAS:
             raise DeviceError(f"engine {engine!r} is a plug-in's; boards run {', '.join(EXTRAS)}")
         extra = EXTRAS[engine]
-        sent = engine_wheel(extra, self.facts["machine"], self._options.engine_wheels)
+        sent = engine_wheel(extra, self.facts, self._options.engine_wheels)
         key = f"{requirement.key}-{sha256_of(sent.wheel)[:8]}" if sent is not None else requirement.key
         folder = f"{FOLDER}/env-{extra}-{key}"
         if self.run(f"test -f {folder}/complete").code != 0:

@@ -11,32 +11,24 @@ from pathlib import Path
 
 from board import Board, wait_for_sshd
 
-ROOT = Path(os.environ.get("EFFICIENTLLM_ARM64_ROOT", ""))
-"""What `make arm64-root` writes; `make test-arm64` says where."""
-BINFMT = Path("/proc/sys/fs/binfmt_misc/qemu-aarch64")
+ROOT = os.environ.get("EFFICIENTLLM_ARM64_ROOT", "")
+"""What `make arm64-root` writes; `make test-arm64` says where. Entering it takes root's rights."""
 
 ENTER = """mount -t proc proc "$1/proc" && mount --rbind /dev "$1/dev" &&
 exec chroot "$1" /usr/sbin/sshd -D -e -f /board/sshd_config"""
 """In a mount namespace of its own, so that nothing stays mounted."""
 
 
-def why_not() -> str:
-    """What this machine lacks for the board; "" where it has all."""
-    if not (ROOT / "etc/debian_version").is_file() or not BINFMT.exists():
-        return "EFFICIENTLLM_ARM64_ROOT names no Debian for arm64 (make test-arm64)"
-    return "" if os.geteuid() == 0 else "entering another root takes root's rights"
-
-
 @contextmanager
 def arm64_board(folder: Path) -> Iterator[Board]:
     """`home` is /root in the other Debian; the ssh command of `client` reaches it as host "board"."""
-    made = Board(folder)
-    made.home = ROOT / "root"
+    made, root = Board(folder), Path(ROOT)
+    made.home = root / "root"
     shutil.rmtree(made.store, ignore_errors=True)
-    inside = ROOT / "board"
+    inside = root / "board"
     shutil.rmtree(inside, ignore_errors=True)
     inside.mkdir(mode=0o700)
-    (ROOT / "run/sshd").mkdir(exist_ok=True)
+    (root / "run/sshd").mkdir(exist_ok=True)
     for name in ("host", "user.pub"):
         shutil.copy(folder / name, inside / name)
     settings = ""
@@ -44,12 +36,12 @@ def arm64_board(folder: Path) -> Iterator[Board]:
     if certificates:  # of a proxy of this machine's
         shutil.copy(certificates, inside / "certificates")
         settings = "SetEnv PIP_CERT=/board/certificates SSL_CERT_FILE=/board/certificates\n"
-    shutil.copy("/etc/resolv.conf", ROOT / "etc/resolv.conf")
+    shutil.copy("/etc/resolv.conf", root / "etc/resolv.conf")
     (inside / "sshd_config").write_text(
         f"Port {made.port}\nListenAddress 127.0.0.1\nHostKey /board/host\nPidFile none\nStrictModes no\n"
         f"AuthorizedKeysFile /board/user.pub\nPasswordAuthentication no\nUsePAM no\n{settings}"
     )
-    command = ["unshare", "--mount", "sh", "-c", ENTER, "sh", str(ROOT)]
+    command = ["unshare", "--mount", "sh", "-c", ENTER, "sh", ROOT]
     with (folder / "sshd.log").open("wb") as log:
         server = subprocess.Popen(command, stderr=log)
     try:

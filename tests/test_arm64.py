@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from arm64_board import arm64_board, why_not
+from arm64_board import ROOT, arm64_board
 from board import Board
 
 from efficientllm.devices import cli
@@ -21,15 +21,13 @@ from efficientllm.runtime.base.command import run_command
 from efficientllm.train import cli as train_cli
 
 QUICK = ["--prompt-tokens", "8", "--decode-tokens", "4", "--depths", "8", "--repetitions", "1", "--rounds", "1"]
-WHEELS = Path(__file__).parents[1] / DEFAULT_WHEELS
 TARGETS = {"gguf": "q8_0", "onnx": "int8"}
 ANSWER = ["--max-tokens", "16", "--temperature", "0", "--context", "256", "--threads", "1", "--kv-cache", "f16"]
 QUESTION = "What is the capital of France?"
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(bool(why_not()), reason=why_not()),
-    pytest.mark.skipif(not WHEELS.is_dir(), reason="there is no wheel for boards (make board-wheel)"),
+    pytest.mark.skipif(not ROOT, reason="EFFICIENTLLM_ARM64_ROOT names no Debian for arm64 (make test-arm64)"),
     pytest.mark.xdist_group("arm64"),
 ]
 
@@ -61,7 +59,7 @@ def test_a_board_without_a_compiler_measures_and_answers_as_this_machine_does(
 ) -> None:
     assert not shutil.which("c++", path=str(arm.home.parent / "usr/bin"))
     command = [*map(str, artefacts.values()), "--device", "ssh://board", "--ssh", arm.client, "--threads", "1", *QUICK]
-    command += ["--engine-wheels", str(WHEELS), "--json", str(tmp_path / "board.json")]
+    command += ["--engine-wheels", str(DEFAULT_WHEELS), "--json", str(tmp_path / "board.json")]
     assert run_command(cli.body, command) == 0, capsys.readouterr().err
     printed = capsys.readouterr()
     run = json.loads((tmp_path / "board.json").read_text())

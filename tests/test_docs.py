@@ -85,7 +85,7 @@ def test_python_blocks_run(
     block: str, address: str, artefact: Path, source_folder: Path, corpus: Path, tmp_path: Path
 ) -> None:
     """In a folder where the names of the documents are tiny models and texts, less what the block makes itself."""
-    links = {"HuggingFaceTB/SmolLM2-135M": source_folder}
+    links = {"HuggingFaceTB/SmolLM2-135M-Instruct": source_folder}
     if "export(" not in block:
         links |= {"runs/small/model": artefact.parent / "checkpoint", "small-gguf": artefact}
     for name, target in links.items():
@@ -114,9 +114,18 @@ def test_readme_shows_every_command() -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_links_lead_somewhere(document: Path) -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", document.read_text(encoding="utf-8")):
-        if not target.startswith("http"):
-            assert (document.parent / target).exists(), target
+    for target, _, anchor in re.findall(r"\]\(([^)#]*)(#([^)]+))?\)", document.read_text(encoding="utf-8")):
+        if target.startswith("http"):
+            continue
+        path = document.parent / target if target else document
+        assert path.exists(), target
+        assert not anchor or anchor in anchors_of(path), f"{target}#{anchor}"
+
+
+def anchors_of(page: Path) -> set[str]:
+    """What GitHub calls a page's headings: lower case, no punctuation, hyphens for spaces."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
