@@ -237,6 +237,7 @@ def test_bad_boards_are_one_line(
     [
         ({"machine": "armv7l"}, "install a 64-bit operating system"),
         ({"python": "3.9"}, "python3 is 3.9"),
+        ({"python_bits": "32"}, "its Python is of 32 bits"),
         ({"free_disk_kb": "585940"}, "of free disk"),
         ({"free_ram_kb": "1000"}, "of memory, the device has"),
     ],
@@ -245,7 +246,7 @@ def test_a_board_that_lacks_something_gets_nothing(
     reached: Board, artefact: Path, facts: dict[str, str], message: str
 ) -> None:
     device = SshDevice(DeviceOptions(device="ssh://board", ssh=reached.client), lambda line: None)
-    device._facts = device._probe() | facts
+    device._facts = device.facts | facts
     with pytest.raises(DeviceError, match=message):
         device.prepare([Artefact.open(artefact)], BenchOptions())
     device.close()

@@ -8,6 +8,7 @@ at each position [B, S]}. RUNTIME is a key of RUNTIMES; each reads a window toke
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import json
 import sys
@@ -66,7 +67,7 @@ def onnxruntime(artefact: Path) -> Callable[[Next], Next]:
             feeds["input_ids"] = np.array([[token]])
             feeds["attention_mask"] = np.ones((1, position + 1), np.int64)
             names = ["logits", *(name.replace("past_key_values", "present") for name in pasts)]
-            logits, *caches = session.run(names, feeds)
+            logits, *caches = (np.asarray(value) for value in session.run(names, feeds))
             feeds |= dict(zip(pasts, caches, strict=True))
             found.append(int(logits.argmax()))
         return found
@@ -75,8 +76,7 @@ def onnxruntime(artefact: Path) -> Callable[[Next], Next]:
 
 
 def onnxruntime_genai(artefact: Path) -> Callable[[Next], Next]:
-    import onnxruntime_genai as genai
-
+    genai: Any = importlib.import_module("onnxruntime_genai")  # without types
     model = genai.Model(str(artefact))
 
     def read(window: Next) -> Next:
@@ -97,7 +97,7 @@ def executorch(artefact: Path) -> Callable[[Next], Next]:
     from executorch.kernels import quantized  # noqa: F401
     from executorch.runtime import Runtime
 
-    forward = Runtime.get().load_program(artefact / "model.pte").load_method("forward")
+    forward: Any = Runtime.get().load_program(artefact / "model.pte").load_method("forward")
 
     def read(window: Next) -> Next:
         return [
