@@ -25,8 +25,13 @@ DEFAULT_WHEELS = SOURCE / "build/board-wheel"
 class Board(Protocol):
     """What an environment is made through."""
 
-    name: str
-    facts: Mapping[str, str]
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def facts(self) -> Mapping[str, str]:
+        """What it told of itself; `features` are those of /proc/cpuinfo."""
+        ...
 
     def run(self, line: str) -> Finished:
         """Run a line of shell in the home folder."""
