@@ -87,7 +87,7 @@ quickstart: $(VENV)/.quickstart
 	$(BIN)/efficientllm-export demo --target gguf --quantize q8_0 --output $(OUT)/source --overwrite
 	$(BIN)/efficientllm-export $(OUT)/run --target gguf --quantize q8_0 --output $(OUT)/pruned --overwrite
 	$(BIN)/efficientllm-chat $(OUT)/pruned "$(QUESTION)"
-	$(BIN)/efficientllm-bench $(OUT)/source $(OUT)/pruned --json $(OUT)/bench.json
+	$(BIN)/efficientllm-bench $(OUT)/source $(OUT)/pruned --rounds 2 --json $(OUT)/bench.json
 
 # The program that efficientllm-bench --device adb pushes to a phone.
 android-runner: install
