@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime.base.errors import ArtefactError
+from ..runtime.base.names import without_folders
 from ..runtime.base.quantities import format_bytes
 from ..runtime.engines.manifest import MANIFEST_NAME, Manifest, describe_files
 from .checkpoint import Checkpoint
@@ -62,7 +63,7 @@ def write_manifest(checkpoint: Checkpoint, request: ExportRequest[Any], folder: 
         bits_per_weight=round(bits, 3),
         architecture=checkpoint.architecture.to_dict(),
         context_length=checkpoint.context_length,
-        source=checkpoint.name,
+        source=without_folders(checkpoint.name),
         verification=contents.verification,
         training=training,
         sampling=checkpoint.sampling,

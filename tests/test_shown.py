@@ -126,6 +126,8 @@ def test_the_card_names_what_is_on_a_hub_and_no_local_path(
     local = card(SourceConfig("models/tiny", (str(corpus), "demo")))
     assert "base_model" not in local
     assert "datasets" not in local
+    assert str(corpus.parent) not in local
+    assert f"--data {corpus.name} " in local
     hub = card(SourceConfig("owner/model", ("owner/data@en:0.5", "demo")))
     assert "base_model: owner/model\ndatasets: [owner/data]\n" in hub
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..runtime.base import flags
 from ..runtime.base.markdown import markdown_table
+from ..runtime.base.names import without_folders
 from ..runtime.base.quantities import format_count
 from ..runtime.engines.contract_text import contract_rows
 from .config import TrainConfig
@@ -20,7 +21,8 @@ SOURCE_LICENSES = {"demo": "apache-2.0"}
 
 
 def command_line(config: TrainConfig) -> str:
-    """The `efficientllm-train` command of a configuration: every setting that is not a default."""
+    """The `efficientllm-train` command of a configuration: every setting that is not a default, absolute paths without
+    their folders."""
     words = ["efficientllm-train"]
     defaults = TrainConfig()
     for section in fields(TrainConfig):
@@ -33,9 +35,9 @@ def command_line(config: TrainConfig) -> str:
             if isinstance(value, bool):
                 words.append(name if value else name.replace("--", "--no-", 1))
             elif isinstance(value, tuple) and not item.metadata.get("comma_separated"):
-                words += [word for each in value for word in (name, str(each))]
+                words += [word for each in value for word in (name, without_folders(str(each)))]
             else:
-                words += [name, ",".join(value) if isinstance(value, tuple) else str(value)]
+                words += [name, ",".join(value) if isinstance(value, tuple) else without_folders(str(value))]
     return shlex.join(words)
 
 
@@ -117,7 +119,7 @@ def model_card(config: TrainConfig, summary: dict[str, Any], source: Architectur
         [
             *header,
             "",
-            f"# {format_count(final.num_parameters)} parameters, {how} {config.source.source}",
+            f"# {format_count(final.num_parameters)} parameters, {how} {without_folders(config.source.source)}",
             "",
             f"{source.num_parameters:,} parameters became {final.num_parameters:,} over {summary['tokens']:,} tokens "
             f"of {', '.join(summary['data'])} ({summary['seconds']:.0f} s of training).",

@@ -1,9 +1,10 @@
-"""What was typed and is none of the known names: said with the known ones, and the one that was probably meant."""
+"""Names: what was typed and is none of the known ones, with the one that was probably meant; and as others may read them."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 from .errors import UsageError
 
@@ -28,3 +29,8 @@ def unknown_name(flag: str, name: str, known: Iterable[str], of: str = "") -> Us
     """The error where `name`, the value of `flag`, is none of `known`; `of`: what they belong to, as ' for gguf'."""
     names = list(known)
     return UsageError(f"{flag} {name}: unknown{of}; known: {', '.join(names)}{did_you_mean(name, names)}")
+
+
+def without_folders(name: str) -> str:
+    """A model or corpus as others may read it: of an absolute path its last part."""
+    return Path(name).name if Path(name).is_absolute() else name
