@@ -1,4 +1,4 @@
-"""Names: what was typed and is none of the known ones, with the one that was probably meant; and as others may read them."""
+"""Names: what was typed and is none of the known ones, and the one that was probably meant; and as others read them."""
 
 from __future__ import annotations
 
