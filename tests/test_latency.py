@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from latency import DEPTHS, MEASURED_ON, made_up_profile, true_ms
+from latency import DEPTHS, MEASURED_ON, PROMPTS, made_up_profile, true_ms
 
 from efficientllm.runtime.base.errors import UsageError
-from efficientllm.runtime.latency.grid import Grid, weights_between
+from efficientllm.runtime.latency.grid import Grid, parabola_weights, weights_between
 from efficientllm.runtime.latency.profile import DeviceProfile
 from efficientllm.runtime.latency.shape import DecoderShape, LayerShape
 from efficientllm.runtime.latency.workload import Workload
@@ -50,8 +50,8 @@ def test_a_workload_is_its_prompt_and_every_token_of_its_answer() -> None:
     assert profile.workload_ms(IRREGULAR, Workload(answer_tokens=30, depth=500)) == pytest.approx(tokens)
     whole = profile.workload_ms(IRREGULAR, Workload(prompt_tokens=500, answer_tokens=30))
     assert whole == pytest.approx(tokens + profile.prefill_ms(IRREGULAR, 500))
-    short, long = (profile.prefill_ms(IRREGULAR, length) for length in (128, 512))
-    assert profile.prefill_ms(IRREGULAR, 320) == pytest.approx((short + long) / 2)
+    measured = np.array([profile.prefill_ms(IRREGULAR, length) for length in PROMPTS])
+    assert profile.prefill_ms(IRREGULAR, 320) == pytest.approx(parabola_weights(PROMPTS, 320) @ measured)
 
 
 def test_the_breakdown_adds_up_to_the_whole() -> None:
@@ -78,6 +78,17 @@ def test_weights_between_nodes_hold_the_coordinate() -> None:
         assert weights.sum() == pytest.approx(1)
         assert weights @ np.array(nodes) == pytest.approx(value)
     assert weights_between((7,), 100).tolist() == [1.0]
+
+
+def test_a_prompt_is_interpolated_by_a_parabola() -> None:
+    def ms(tokens: float) -> float:
+        return 3 + 0.9 * tokens + 0.003 * tokens**2
+
+    for nodes in ((1, 32, 512), (1, 32, 128, 512, 2048)):
+        for value in (1, 16, 32, 100, 512, 3000):
+            assert parabola_weights(nodes, value) @ np.array([ms(node) for node in nodes]) == pytest.approx(ms(value))
+    assert parabola_weights((10, 20), 15).tolist() == [0.5, 0.5]
+    assert parabola_weights((7,), 100).tolist() == [1.0]
 
 
 def test_a_profile_survives_its_file(tmp_path: Path) -> None:

@@ -20,6 +20,18 @@ def weights_between(nodes: Sequence[float], value: float) -> np.ndarray:
     return weights
 
 
+def parabola_weights(nodes: Sequence[float], value: float) -> np.ndarray:
+    """Weights [N] of ascending `nodes` that give the parabola through three of them at `value` (Lagrange's polynomials):
+    the two around it and the next below, or the first or last three; with fewer nodes a line or a constant."""
+    last = int(np.clip(np.searchsorted(nodes, value, side="left"), min(2, len(nodes) - 1), len(nodes) - 1))
+    used = range(max(0, last - 2), last + 1)
+    weights = np.zeros(len(nodes))
+    for one in used:
+        others = [nodes[other] for other in used if other != one]
+        weights[one] = np.prod([(value - other) / (nodes[one] - other) for other in others])
+    return weights
+
+
 @dataclass(frozen=True)
 class Grid:
     """Values [N1, ..., Nk, C] over k axes: C figures, such as milliseconds by depth, at every node."""

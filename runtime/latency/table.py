@@ -1,8 +1,8 @@
 """The latency table: a grid of measured milliseconds for every part of a decoder.
 
 The last axis of every grid is the condition: first decoding one token at each of `depths`, then evaluating a prompt of
-each of `prompts` tokens. A workload is a weight for each condition, since milliseconds between two depths, or lengths
-of a prompt, are interpolated linearly.
+each of `prompts` tokens. A workload is a weight for each condition, since milliseconds between two depths are
+interpolated linearly, and those between lengths of a prompt by a parabola: attention's grow with the square.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from .grid import Grid, weights_between
+from .grid import Grid, parabola_weights, weights_between
 from .workload import Workload
 
 PARTS = {
@@ -89,7 +89,7 @@ def _weights(depths: tuple[int, ...], prompts: tuple[int, ...], workload: Worklo
         decode += weights_between(depths, workload.first_depth + token)
     prompt = np.zeros(len(prompts))
     if workload.prompt_tokens:
-        prompt = weights_between(prompts, workload.prompt_tokens)
+        prompt = parabola_weights(prompts, workload.prompt_tokens)  # attention's part grows with the square
     weights = np.concatenate([decode, prompt])
     weights.flags.writeable = False
     return weights
