@@ -21,8 +21,8 @@ def weights_between(nodes: Sequence[float], value: float) -> np.ndarray:
 
 
 def parabola_weights(nodes: Sequence[float], value: float) -> np.ndarray:
-    """Weights [N] of ascending `nodes` that give the parabola through three of them at `value` (Lagrange's polynomials):
-    the two around it and the next below, or the first or last three; with fewer nodes a line or a constant."""
+    """Weights [N] of ascending `nodes` that give the parabola through three of them at `value`, by Lagrange: the two
+    around it and the next below, or the first or last three; with fewer nodes a line or a constant."""
     last = int(np.clip(np.searchsorted(nodes, value, side="left"), min(2, len(nodes) - 1), len(nodes) - 1))
     used = range(max(0, last - 2), last + 1)
     weights = np.zeros(len(nodes))
