@@ -156,7 +156,13 @@ def test_run_leaves_its_description(source_folder: Path, corpus: Path, tmp_path:
     assert f"| 2 | {final(tmp_path / 'run').layers[2].num_attention_heads} |" in card
 
 
-def test_the_card_s_command_repeats_the_run(straight: Path, tmp_path: Path) -> None:
+def test_the_card_s_command_repeats_the_run(
+    straight: Path, source_folder: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the source and the corpus lie: it names them without their folders."""
+    monkeypatch.chdir(tmp_path)
+    for path in (source_folder, corpus):
+        (tmp_path / path.name).symlink_to(path)
     card = (straight / "model" / "README.md").read_text()
     line = next(line for line in card.splitlines() if line.startswith("efficientllm-train"))
     assert run([*shlex.split(line)[1:], "--output", str(tmp_path / "again")]) == 0
