@@ -31,6 +31,7 @@ def check_greedy_text(model: Path, decoder: TfliteDecoder, tokenizer: Any) -> in
         greedy = litert_lm.SamplerConfig(top_k=1, top_p=1.0, temperature=1.0, seed=1)
         begin = [engine.bos_token_id] if engine.bos_token_id is not None else []
         ends = {ids[0] for ids in engine.eos_token_ids if len(ids) == 1}
+        text = ""
         for prompt in PROMPTS:
             with engine.create_session(
                 apply_prompt_template=False, sampler_config=greedy, max_output_tokens=TOKENS
