@@ -142,12 +142,21 @@ def headline(found: Sequence[Entry]) -> str:
     slowest = min(peers, key=decode)
     size = format_bytes(best.result.file_bytes)
     text = f"{best.label} decodes {decode(best):.0f} tokens a second on {best.device}, {size}"
+    cost = _cost(best)
     if slowest is best:
-        return f"{text}."
-    share = best.result.file_bytes / slowest.result.file_bytes
-    return (
-        f"{text}: {decode(best) / decode(slowest):.2f} times as fast as {slowest.label}, at {share:.2f} of its bytes."
-    )
+        return f"{text}.{cost}"
+    share, speed = best.result.file_bytes / slowest.result.file_bytes, decode(best) / decode(slowest)
+    return f"{text}: {speed:.2f} times as fast as {slowest.label}, at {share:.2f} of its bytes.{cost}"
+
+
+def _cost(entry: Entry) -> str:
+    """A sentence on what was paid for the speed in quality, as far as the manifest tells; else ""."""
+    quality = (entry.result.manifest.get("training") or {}).get("quality") or {}
+    ratio = quality.get("texts", {}).get("all texts", {}).get("ratio")
+    lost = [f"its checkpoint has {ratio:.2f} times the perplexity of its source"] if ratio else []
+    kl = entry.mean_kl
+    lost += [f"the file is a mean KL of {kl:.2g} away from its checkpoint"] if kl is not None else []
+    return f" What that costs: {' and '.join(lost)}." if lost else ""
 
 
 @dataclass(frozen=True)
