@@ -22,7 +22,7 @@ from efficientllm.train import cli as train_cli
 
 QUICK = ["--prompt-tokens", "8", "--decode-tokens", "4", "--depths", "8", "--repetitions", "1", "--rounds", "1"]
 TARGETS = {"gguf": "q8_0", "onnx": "int8"}
-ANSWER = ["--max-tokens", "16", "--temperature", "0", "--context", "256", "--threads", "1"]
+ANSWER = ["--max-tokens", "8", "--temperature", "0", "--context", "256", "--threads", "1"]
 QUESTION = "What is the capital of France?"
 
 pytestmark = [
