@@ -37,6 +37,10 @@ class Board(Protocol):
         """Run a line of shell in the home folder."""
         ...
 
+    def require(self, line: str) -> None:
+        """The same; DeviceError where it fails."""
+        ...
+
     def copy(self, file: Path, target: PurePosixPath) -> None:
         """Copy a file there, unless it is there."""
         ...
@@ -79,7 +83,7 @@ def make_environment(
             f"{board.name}: its processor lacks {', '.join(sorted(lacking))}, which {sent.wheel.name} needs; build it "
             "for an older one: BOARD_CPU=cortex_a72 BOARD_NEEDS= make board-wheel"
         )
-    _require(board, f"rm -rf {folder} && {shlex.quote(python)} -m venv {folder}")
+    board.require(f"rm -rf {folder} && {shlex.quote(python)} -m venv {folder}")
     place = PurePosixPath(folder)
     board.copy(requirement.wheel, place / requirement.wheel.name)
     asked = [f'"$HOME/{place / requirement.wheel.name}[{extra}]"']
@@ -95,10 +99,4 @@ def make_environment(
             f"{board.name}: pip install failed: {lines[-1].removeprefix('ERROR: ')}; an engine without a wheel for the "
             "board is compiled there (apt install build-essential cmake python3-dev), or here: make board-wheel"
         )
-    _require(board, f"touch {folder}/complete")
-
-
-def _require(board: Board, line: str) -> None:
-    answer = board.run(line)
-    if answer.code != 0:
-        raise DeviceError(f"{board.name}: {answer.last_error}")
+    board.require(f"touch {folder}/complete")

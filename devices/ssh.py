@@ -221,11 +221,11 @@ class SshDevice:
         if self._remote_sha256(quoted) == digest:
             return
         part = shlex.quote(f"{target}.part")
-        self._require(f"mkdir -p {shlex.quote(str(target.parent))}")
+        self.require(f"mkdir -p {shlex.quote(str(target.parent))}")
         for pause in (*PAUSES, None):
             copied = int(self.run(f"wc -c < {part} 2>/dev/null || echo 0").output.split()[-1])
             if copied > size:
-                self._require(f"rm -f {part}")
+                self.require(f"rm -f {part}")
                 copied = 0
             self._say(f"copying {file.name}" + (f" from byte {copied:,} on" if copied else ""))
             try:
@@ -238,9 +238,9 @@ class SshDevice:
                 time.sleep(pause)
                 continue
             if self._remote_sha256(part) == digest:
-                self._require(f"mv {part} {quoted}")
+                self.require(f"mv {part} {quoted}")
                 return
-            self._require(f"rm -f {part}")  # complete, but not what was sent
+            self.require(f"rm -f {part}")  # complete, but not what was sent
         raise DeviceError(
             f"{file} arrived damaged {1 + len(PAUSES)} times; check the board's disk (dmesg) and run again"
         )
@@ -250,7 +250,8 @@ class SshDevice:
         found = re.match(r"\\?([0-9a-f]{64})", answer.output)
         return found[1] if found else ""
 
-    def _require(self, line: str) -> None:
+    def require(self, line: str) -> None:
+        """Run a line of shell; DeviceError where it fails."""
         answer = self.run(line)
         if answer.code != 0:
             raise DeviceError(f"{self._host}: {answer.last_error}")

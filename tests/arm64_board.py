@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from board import Board, wait_for_sshd
+from board import Board, serving
 
 ROOT = os.environ.get("EFFICIENTLLM_ARM64_ROOT", "")
 """What `make arm64-root` writes; `make test-arm64` says where. Entering it takes root's rights."""
@@ -41,12 +40,5 @@ def arm64_board(folder: Path) -> Iterator[Board]:
         f"Port {made.port}\nListenAddress 127.0.0.1\nHostKey /board/host\nPidFile none\nStrictModes no\n"
         f"AuthorizedKeysFile /board/user.pub\nPasswordAuthentication no\nUsePAM no\n{settings}"
     )
-    command = ["unshare", "--mount", "sh", "-c", ENTER, "sh", ROOT]
-    with (folder / "sshd.log").open("wb") as log:
-        server = subprocess.Popen(command, stderr=log)
-    try:
-        wait_for_sshd(made, server)
+    with serving(made, ["unshare", "--mount", "sh", "-c", ENTER, "sh", ROOT], seconds=60):
         yield made
-    finally:
-        server.terminate()
-        server.wait()

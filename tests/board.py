@@ -58,17 +58,26 @@ class Board:
         return self.home / ".cache/efficientllm-bench"
 
 
-def wait_for_sshd(made: Board, server: subprocess.Popen[bytes]) -> None:
-    """Until `server`, which logs into the board's folder, takes connections."""
-    deadline = time.monotonic() + 60
-    while True:
-        try:
-            socket.create_connection(("127.0.0.1", made.port), 1).close()
-            return
-        except OSError:
-            assert server.poll() is None, (made.folder / "sshd.log").read_text()
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+@contextmanager
+def serving(made: Board, command: list[str], seconds: float = 20) -> Iterator[None]:
+    """While `command` serves the board, which takes connections within so many seconds."""
+    log_file = made.folder / "sshd.log"
+    with log_file.open("wb") as log:
+        server = subprocess.Popen(command, stderr=log)
+    try:
+        deadline = time.monotonic() + seconds
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", made.port), 1).close()
+                break
+            except OSError:
+                assert server.poll() is None, log_file.read_text()
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+        yield
+    finally:
+        server.terminate()
+        server.wait()
 
 
 @contextmanager
@@ -76,15 +85,8 @@ def board(folder: Path) -> Iterator[Board]:
     made = Board(folder)
     if os.geteuid() == 0:
         Path("/run/sshd").mkdir(exist_ok=True)
-    command = [SSHD, "-D", "-e", "-f", str(folder / "sshd_config")]
-    with (folder / "sshd.log").open("wb") as log:
-        server = subprocess.Popen(command, stderr=log)
-    try:
-        wait_for_sshd(made, server)
+    with serving(made, [SSHD, "-D", "-e", "-f", str(folder / "sshd_config")]):
         yield made
-    finally:
-        server.terminate()
-        server.wait()
 
 
 class DroppingProxy:

@@ -34,7 +34,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def artefacts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """SmolLM2-135M without a fifth of its groups, in two formats."""
+    """SmolLM2-135M at 85 % of its parameters, in two formats."""
     folder = tmp_path_factory.mktemp("pruned")
     run = ["--source", "demo", "--data", "demo", "--target-ratio", "0.85", "--tokens", "1024", "--batch-size", "1"]
     run += ["--sequence-length", "128", "--eval-tokens", "128", "--no-quality", "--saliency", "token-fisher"]

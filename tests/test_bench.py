@@ -81,12 +81,10 @@ def test_measures_artefacts_and_bare_files(
         assert result["peak_rss_bytes"] > result["baseline_rss_bytes"] > 10_000_000
         assert result["peak_rss_bytes"] >= result["rss_anon_bytes"] > 0
         assert result["kv_cache_bytes"] > 0
-        chosen = result["engine_settings"].split(
-            ", or "
-        )  # a process measures for itself, where the file is too new to remember
-        assert set(chosen) <= set(map(str, CANDIDATES["auto"]))
+        # a process measures for itself where the file is too new to remember
+        assert set(result["engine_settings"].split(", or ")) <= set(map(str, CANDIDATES["auto"]))
         assert result["memory_bytes_per_second"]["n"] == 2 * READ_PASSES
-        assert result["memory_bytes_per_second"]["median"] > 0
+        assert result["memory_bytes_per_second"]["median"] > 1e8
         assert re.match(r"llama-cpp-python \d", result["engine_version"])
         assert "CPU : " in result["engine_build"]
         assert result["threads"] >= 1

@@ -29,7 +29,8 @@ def llama_cpp_python(artefact: Path) -> Callable[[Next], Next]:
 
     def read(window: Next) -> Next:
         model.reset()
-        model.eval(window)
+        for token in window:
+            model.eval([token])
         return model.scores[: len(window)].argmax(-1).tolist()
 
     return read
