@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -285,6 +286,18 @@ def test_a_broken_download_goes_on_where_it_was_and_foreign_bytes_are_refused(fo
         assert asked.count("model-000.part") == 1
         assert asked.count("model-001.part") == 5
         assert check_model(page) == SAME
+
+
+@needs_wllama
+@needs_chromium
+@pytest.mark.slow
+def test_no_click_is_lost_while_the_page_still_asks_what_it_holds(folder: Path, visit: Visit) -> None:
+    with served(folder) as address:
+        page = visit(address)
+        page.route("**/model.json", lambda route: (time.sleep(2), route.continue_()))
+        page.reload(wait_until="commit")
+        expect(page.locator("#load")).to_be_disabled()
+        load_model(page)
 
 
 @needs_wllama

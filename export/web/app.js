@@ -192,6 +192,7 @@ async function start() {
   recall();
   redraw();
   byId("load").addEventListener("click", load);
+  byId("load").disabled = false; // only now: a click before the model is known would be lost
   if (await isKept(model.parts)) await load();
   else byId("offer").textContent = `${megabytes(total)} are downloaded once and kept. Everything you write stays on this device.`;
 }
