@@ -15,8 +15,8 @@ from efficientllm.runtime.base.errors import UsageError
 from efficientllm.train.model.architecture import Architecture, LayerShape
 from efficientllm.train.model.flops import training_flops
 from efficientllm.train.pruning.measures import PARAMETERS
-from efficientllm.train.study.__main__ import body
 from efficientllm.train.study.arms import ARMS
+from efficientllm.train.study.cli import body
 from efficientllm.train.study.depth import best_contiguous, without_layers
 from efficientllm.train.study.overlap import jaccard_of_removed
 from efficientllm.train.study.study import StudyConfig, jobs, target_parameters
