@@ -30,8 +30,10 @@ from efficientllm.train.evaluation.request_cache import RequestCache
 from efficientllm.train.evaluation.scoring import EngineModel, Request
 from efficientllm.train.evaluation.tasks import TASKS, open_task
 from efficientllm.train.evaluation.torch_model import TorchModel
+from efficientllm.train.model import installed_files
+from efficientllm.train.model.installed_files import demo_source_path
 from efficientllm.train.model.irregular import save_checkpoint
-from efficientllm.train.model.source import demo_source_path, load_source
+from efficientllm.train.model.source import load_source
 
 SHARED_DATA = Path(os.environ.get("EFFICIENTLLM_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
@@ -351,6 +353,15 @@ def test_malformed_rows_are_refused(
 
 
 SaveTiny = Callable[..., Path]
+
+
+def test_demo_is_the_built_in_model(
+    checkpoint: Path, tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(installed_files, "demo_source_path", lambda: checkpoint)
+    arguments = ["demo", "--no-quality", "--text", f"ours={corpus}", "--text-tokens", "50", "--output", str(tmp_path)]
+    assert run_command(cli.body, arguments) == 0
+    assert "perplexity, ours" in capsys.readouterr().out
 
 
 def test_a_plain_hugging_face_folder_is_measured_too(source_folder: Path, corpus: Path) -> None:

@@ -148,9 +148,9 @@ async function ask(text) {
   byId("figures").textContent = await figuresOf(timings, first);
 }
 
-async function greedy(count) {
+async function greedy(count, prompt = model.check.prompt) {
   const answer = await engine.createCompletion({
-    prompt: model.check.prompt, max_tokens: count, temperature: 0, top_k: 1, repeat_penalty: 1,
+    prompt, max_tokens: count, temperature: 0, top_k: 1, repeat_penalty: 1,
     cache_prompt: false,
   });
   return { text: answer.choices[0].text, timings: answer.timings };

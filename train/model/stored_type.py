@@ -10,7 +10,7 @@ from transformers import AutoConfig
 from ...runtime.base.errors import EfficientLLMError
 from ...runtime.base.extras import extra
 from .architecture import Architecture
-from .source import demo_source_path
+from .installed_files import source_path
 
 GGUF_FILE_TYPES = {0: torch.float32, 1: torch.float16}
 """`general.file_type` of GGUF files (llama.cpp's LLAMA_FTYPE) whose matrices are fp32 or fp16."""
@@ -30,7 +30,7 @@ def stored_dtype(source: str) -> torch.dtype:
     A quantised GGUF file has no such type. It counts as bf16, in which models are published: that rounds a weight by
     1/512 of itself at most, where a block of 4 or 5 bits rounds it by 1/32 of the block's largest.
     """
-    path = demo_source_path() if source == "demo" else Path(source)
+    path = source_path(source)
     if path.suffix == ".gguf":
         with extra("train"):
             from gguf import GGUFReader

@@ -1,0 +1,89 @@
+"""The speeds of docs/web.md: `python tests/tools/web_speed.py FOLDER...` measures `--target web` folders in Chromium.
+
+Folders take turns. Prefill is of a prompt of some 300 tokens, decode of 64 tokens after it, by the page's own clock;
+beside it by CPU time of the browser's processes, which other programs do not add to."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from chromium import chromium
+
+from efficientllm.server.web import WebServerOptions, web_server
+
+ROUNDS = 3
+NEW_TOKENS = 64
+PROMPT = (
+    "The river rises in the hills above the town and runs to the sea through fields, woods and two old mills. " * 12
+)
+
+
+def cpu_seconds() -> float:
+    """Of all processes that this one started, and theirs."""
+    parents, times = {}, {}
+    for entry in Path("/proc").iterdir():
+        try:
+            fields = (entry / "stat").read_text().rpartition(")")[2].split()
+        except (OSError, NotADirectoryError):
+            continue
+        parents[entry.name], times[entry.name] = fields[1], int(fields[11]) + int(fields[12])
+
+    def is_ours(process: str) -> bool:
+        while process in parents and process != str(os.getpid()):
+            process = parents[process]
+        return process == str(os.getpid())
+
+    return sum(
+        time for process, time in times.items() if process != str(os.getpid()) and is_ours(process)
+    ) / os.sysconf("SC_CLK_TCK")
+
+
+def asked(page: Any, count: int) -> tuple[dict[str, float], float]:
+    """(timings as llama.cpp gives them, CPU seconds)"""
+    began = cpu_seconds()
+    timings = page.evaluate("([count, prompt]) => efficientllm.greedy(count, prompt)", [count, PROMPT])["timings"]
+    return timings, cpu_seconds() - began
+
+
+def speeds(browser: Any, folder: str) -> dict[str, float]:
+    """{what: tokens per second}"""
+    server = web_server(Path(folder), WebServerOptions(port=0))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    context = browser.new_context()
+    page = context.new_page()
+    page.goto(f"http://127.0.0.1:{server.server_port}/")
+    page.click("#load")
+    page.wait_for_selector("#question:enabled", timeout=300_000)
+    asked(page, 8)
+    first, cpu_of_prompt = asked(page, 1)
+    whole, cpu = asked(page, NEW_TOKENS + 1)
+    context.close()
+    server.shutdown()
+    server.server_close()
+    return {
+        "prefill": whole["prompt_per_second"],
+        "decode": whole["predicted_per_second"],
+        "prefill, by CPU time": first["prompt_n"] / cpu_of_prompt,
+        "decode, by CPU time": NEW_TOKENS / (cpu - cpu_of_prompt),
+    }
+
+
+def main() -> None:
+    measured: dict[str, list[dict[str, float]]] = {folder: [] for folder in sys.argv[1:]}
+    with chromium() as browser:
+        for _ in range(ROUNDS):
+            for folder, found in measured.items():
+                found.append(speeds(browser, folder))
+    for folder, found in measured.items():
+        for name in found[0]:
+            values = sorted(each[name] for each in found)
+            print(f"{folder}: {name}: {statistics.median(values):.1f} tokens/s ({values[0]:.1f} to {values[-1]:.1f})")
+
+
+if __name__ == "__main__":
+    main()
