@@ -42,10 +42,19 @@ class Entry:
         return float(value) if isinstance(value, int | float) else None
 
     @property
-    def perplexity(self) -> float | None:
-        """Of the checkpoint on its held-out text, the last that its training measured."""
-        values = (self.result.manifest.get("training") or {}).get("perplexity") or {}
-        return float(list(values.values())[-1]) if values else None
+    def perplexity_ratio(self) -> float | None:
+        """Perplexity of the checkpoint, as a multiple of its source's, on text that it was not trained on; 1 of what
+        was not trained; None: not told."""
+        training = self.result.manifest.get("training") or {}
+        if not training:
+            return 1.0
+        return (training.get("quality") or {}).get("texts", {}).get("all texts", {}).get("ratio")
+
+    @property
+    def nats_lost(self) -> float | None:
+        """Per token, from the source to the checkpoint and from there to the file; None: one of them is not told."""
+        ratio, kl = self.perplexity_ratio, self.mean_kl
+        return None if ratio is None or kl is None else math.log(ratio) + kl
 
     def speed(self, kind: str) -> Figure | None:
         """Of the first test of `kind`, pp or tg, without a context before it."""
@@ -96,7 +105,7 @@ def _bytes(count: int) -> Cell:
 
 
 COLUMNS = (
-    "artefact", "device", "decode t/s", "prefill t/s", "on disk", "peak memory", "mean KL", "perplexity",
+    "artefact", "device", "decode t/s", "prefill t/s", "on disk", "peak memory", "mean KL", "nats lost",
     "J/token", "first token ms", "parameters", "type", "threads", "engine", "measured", "remarks",
 )  # fmt: skip
 TEXT_COLUMNS = ("artefact", "device", "type", "engine", "measured", "remarks")
@@ -115,7 +124,7 @@ def cells(entry: Entry) -> list[Cell]:
         _bytes(result.file_bytes),
         _bytes(result.peak_rss_bytes),
         _number(entry.mean_kl, 4),
-        _number(entry.perplexity, 2),
+        _number(entry.nats_lost, 3),
         _figure(result.joules_per_token),
         _figure(result.time_to_first_token_ms),
         Cell(format_count(result.num_parameters), result.num_parameters) if result.num_parameters else Cell("-"),
@@ -151,8 +160,7 @@ def headline(found: Sequence[Entry]) -> str:
 
 def _cost(entry: Entry) -> str:
     """A sentence on what was paid for the speed in quality, as far as the manifest tells; else ""."""
-    quality = (entry.result.manifest.get("training") or {}).get("quality") or {}
-    ratio = quality.get("texts", {}).get("all texts", {}).get("ratio")
+    ratio = entry.perplexity_ratio if entry.result.manifest.get("training") else None
     lost = [f"its checkpoint has {ratio:.2f} times the perplexity of its source"] if ratio else []
     kl = entry.mean_kl
     lost += [f"the file is a mean KL of {kl:.2g} away from its checkpoint"] if kl is not None else []
@@ -181,14 +189,14 @@ class Tick:
 
 @dataclass(frozen=True)
 class Plot:
-    """Decode speed (up) against mean KL (right); areas are bytes."""
+    """Decode speed (up) against nats lost (right); areas are bytes."""
 
     points: list[Point]
     x_ticks: list[Tick]
     y_ticks: list[Tick]
     devices: list[str]
     left_out: list[str]
-    """Artefacts whose manifest tells no KL."""
+    """Artefacts whose manifest does not tell what was lost."""
 
 
 WIDTH, HEIGHT, MARGIN = 640, 360, 48
@@ -206,12 +214,12 @@ def _steps(high: float) -> list[float]:
 
 
 def plot(found: Sequence[Entry]) -> Plot | None:
-    """None where no artefact has both a speed and a KL."""
-    known = [(entry, entry.speed("tg"), entry.mean_kl) for entry in found]
-    shown = [(entry, speed.median, kl) for entry, speed, kl in known if speed is not None and kl is not None]
+    """None where no artefact has a speed and tells what was lost."""
+    known = [(entry, entry.speed("tg"), entry.nats_lost) for entry in found]
+    shown = [(entry, speed.median, lost) for entry, speed, lost in known if speed is not None and lost is not None]
     if not shown:
         return None
-    x_steps, y_steps = _steps(max(kl for *_, kl in shown)), _steps(max(speed for _, speed, _ in shown))
+    x_steps, y_steps = _steps(max(lost for *_, lost in shown)), _steps(max(speed for _, speed, _ in shown))
     devices = list(dict.fromkeys(entry.device for entry, *_ in shown))
     largest = max(entry.result.file_bytes for entry, *_ in shown) or 1
 
@@ -223,27 +231,27 @@ def plot(found: Sequence[Entry]) -> Plot | None:
 
     points = [
         Point(
-            round(x(kl), 1),
+            round(x(lost), 1),
             round(y(speed), 1),
             round(LARGEST_RADIUS * math.sqrt(entry.result.file_bytes / largest), 1),
-            _title(entry, speed, kl),
+            _title(entry, speed, lost),
             devices.index(entry.device),
         )
-        for entry, speed, kl in shown
+        for entry, speed, lost in shown
     ]
     return Plot(
         points,
         [Tick(round(x(value), 1), f"{value:g}") for value in x_steps],
         [Tick(round(y(value), 1), f"{value:g}") for value in y_steps],
         devices,
-        [entry.label for entry, speed, kl in known if speed is None or kl is None],
+        [entry.label for entry, speed, lost in known if speed is None or lost is None],
     )
 
 
-def _title(entry: Entry, speed: float, kl: float) -> str:
+def _title(entry: Entry, speed: float, lost: float) -> str:
     """What a circle says when it is pointed at."""
     size = format_bytes(entry.result.file_bytes)
-    return f"{entry.label}, {entry.device}: {speed:.1f} tokens/s, KL {kl:.4f}, {size}"
+    return f"{entry.label}, {entry.device}: {speed:.1f} tokens/s, {lost:.3f} nats lost, {size}"
 
 
 def device_facts(device: DeviceInfo) -> str:

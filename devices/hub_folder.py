@@ -206,4 +206,6 @@ def _command(part: Part) -> str:
         return f"llama-server -m {part.place}    # or efficientllm-chat, Ollama, LM Studio, Jan"
     if part.manifest.engine == "litert-lm":  # no engine of ours runs it
         return f"litert-lm run {part.place}/{part.manifest.model_file}"
+    if part.manifest.engine == "wllama":
+        return f"efficientllm-serve-web {part.place}    # or any web server"
     return f"efficientllm-chat {part.place}"

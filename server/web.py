@@ -73,14 +73,18 @@ def web_server(folder: Path, options: WebServerOptions | None = None) -> Threadi
         ) from error
 
 
-def body(argv: Sequence[str]) -> int:
+def build_parser() -> flags.Parser:
     parser = flags.Parser(
         WebServerOptions,
         prog="efficientllm-serve-web",
-        description="Serve a folder of efficientllm-export --target web, with the headers that let it use threads.",
+        description="Serve a folder of efficientllm-export --target web, and isolate the page from others.",
     )
     parser.add_argument("folder", help="folder written by efficientllm-export --target web")
-    arguments = parser.parse(argv)
+    return parser
+
+
+def body(argv: Sequence[str]) -> int:
+    arguments = build_parser().parse(argv)
     folder = Path(arguments.pop("folder"))
     with web_server(folder, flags.take(arguments, WebServerOptions)) as server:
         print(f"http://{server.server_address[0]}:{server.server_port}/", flush=True)

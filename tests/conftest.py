@@ -33,7 +33,7 @@ CHAT_TEMPLATE = (
 )
 
 
-pytest_plugins = ["skips"]
+pytest_plugins = ["figures", "skips"]
 
 Exported = Callable[..., Path]
 

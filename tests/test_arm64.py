@@ -7,9 +7,10 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import figures
 import pytest
 from arm64_board import ROOT, arm64_board
 from board import Board
@@ -55,7 +56,11 @@ def arm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Board]:
 
 
 def test_a_board_without_a_compiler_measures_and_answers_as_this_machine_does(
-    artefacts: dict[str, Path], arm: Board, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    artefacts: dict[str, Path],
+    arm: Board,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    record_property: Callable[[str, object], None],
 ) -> None:
     assert not shutil.which("c++", path=str(arm.home.parent / "usr/bin"))
     command = [*map(str, artefacts.values()), "--device", "ssh://board", "--ssh", arm.client, "--threads", "1", *QUICK]
@@ -71,18 +76,17 @@ def test_a_board_without_a_compiler_measures_and_answers_as_this_machine_does(
         assert result["peak_rss_bytes"] > result["baseline_rss_bytes"] > 0
         assert result["cpu_ms_per_token"]["tg4"]["median"] > 0
         assert result["load_ms"]["median"] > 0
-    with capsys.disabled():
-        for (target, artefact), result in zip(artefacts.items(), run["results"], strict=True):
-            asked = [QUESTION, *ANSWER, *(["--kv-cache", "f16"] if target == "gguf" else [])]
-            here = _answer([f"{Path(sys.executable).parent}/efficientllm-chat", str(artefact), *asked])
-            environment = next(arm.store.glob(f"env-{target}-*"))
-            place = next(arm.store.glob(f"artefacts/{result['sha256'][:32]}"))
-            programs, model = (path.relative_to(arm.home) for path in (environment / "bin", place))
-            line = shlex.join([f"{programs}/efficientllm-chat", str(model), *asked])
-            there = _answer([*shlex.split(arm.client), "board", line])
-            print(f"\naarch64 (qemu-user), {result['engine_version']}: {there!r}")
-            assert there == here
-            assert len(there) > 10
+    for (target, artefact), result in zip(artefacts.items(), run["results"], strict=True):
+        asked = [QUESTION, *ANSWER, *(["--kv-cache", "f16"] if target == "gguf" else [])]
+        here = _answer([f"{Path(sys.executable).parent}/efficientllm-chat", str(artefact), *asked])
+        environment = next(arm.store.glob(f"env-{target}-*"))
+        place = next(arm.store.glob(f"artefacts/{result['sha256'][:32]}"))
+        programs, model = (path.relative_to(arm.home) for path in (environment / "bin", place))
+        line = shlex.join([f"{programs}/efficientllm-chat", str(model), *asked])
+        there = _answer([*shlex.split(arm.client), "board", line])
+        record_property(figures.PROPERTY, f"aarch64 (qemu-user), {result['engine_version']}: {there!r}")
+        assert there == here
+        assert len(there) > 10
 
 
 def _answer(command: list[str]) -> str:

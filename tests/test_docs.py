@@ -13,6 +13,8 @@ import pytest
 from serving import serve
 
 from efficientllm.devices.cli import build_parser as bench_parser
+from efficientllm.devices.hub_cli import build_parser as hub_parser
+from efficientllm.devices.report_cli import build_parser as report_parser
 from efficientllm.export.cli import build_parser as export_parser
 from efficientllm.export.targets import load_exporter
 from efficientllm.runtime.base.child import run_python
@@ -22,6 +24,7 @@ from efficientllm.server.app import AppOptions
 from efficientllm.server.cli import ServeOptions
 from efficientllm.server.cli import build_parser as serve_parser
 from efficientllm.server.models.pool import ModelPool
+from efficientllm.server.web import build_parser as web_parser
 from efficientllm.train.cli import build_parser as train_parser
 from efficientllm.train.cli import configuration
 from efficientllm.train.evaluation.cli import build_parser as eval_parser
@@ -40,6 +43,9 @@ PARSERS = {
     "efficientllm-serve": lambda: serve_parser((ServeOptions, AppOptions, EngineOptions)),
     "efficientllm-eval": eval_parser,
     "efficientllm-bench": bench_parser,
+    "efficientllm-report": report_parser,
+    "efficientllm-hub": hub_parser,
+    "efficientllm-serve-web": web_parser,
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import html
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +22,9 @@ LAPTOP = DeviceInfo("local", "Linux 6.1", "x86_64", "A <fast> processor", 2, 0)
 
 
 def result(name: str, decode: list[float], size: int, kl: float | None, joules: list[float] | None = None) -> Any:
-    manifest: dict[str, Any] = {"training": {"perplexity": {"source": 20.0, "final": 25.5}}}
+    manifest: dict[str, Any] = {}
+    if name.startswith("pruned"):
+        manifest["training"] = {"quality": {"texts": {"all texts": {"ratio": 1.5}}}}
     if kl is not None:
         manifest["verification"] = {"exact": {"mean_kl": 0.0}, "quantized": {"mean_kl": kl}}
     measured = Measurement(
@@ -55,7 +58,10 @@ def test_the_terminal_shows_every_artefact_and_the_headline(folder: Path, capsys
     headline = (
         "pruned-q8_0 decodes 165 tokens a second on A <fast> processor, 123.0 MB: 1.50 times as fast as source-q8_0"
     )
-    cost = "What that costs: the file is a mean KL of 0.002 away from its checkpoint."
+    cost = (
+        "What that costs: its checkpoint has 1.50 times the perplexity of its source and the file is a mean KL of "
+        "0.002 away from its checkpoint."
+    )
     assert f"{headline}, at 0.85 of its bytes. {cost}" in printed
 
 
@@ -68,7 +74,7 @@ def test_the_page_is_whole_in_itself_and_links_to_the_json(folder: Path) -> None
     assert all((folder / link).is_file() for link in links)
     assert "first token ms" not in page  # which no run tells
     assert not re.findall(r"(?:src|href)=\"(?:https?:)?//", page)
-    assert "Not drawn, for want of a KL or a speed: foreign.gguf." in page
+    assert "Not drawn, for want of a speed or of what was lost: foreign.gguf." in page
 
 
 def test_energy_quality_and_date_have_their_columns(folder: Path) -> None:
@@ -81,7 +87,9 @@ def test_energy_quality_and_date_have_their_columns(folder: Path) -> None:
     assert (pruned["J/token"].text, pruned["J/token"].spread) == ("0.40", "")
     assert (pruned["decode t/s"].text, pruned["decode t/s"].spread) == ("165", "158-172")
     assert pruned["mean KL"].order == 0.002
-    assert pruned["perplexity"].text == "25.50"
+    assert source["nats lost"].order == 0.001  # nothing but its file
+    assert pruned["nats lost"].order == pytest.approx(math.log(1.5) + 0.002)
+    assert foreign["nats lost"].text == "-"
     assert source["decode t/s"].order == 110.0
     assert (source["measured"].text, foreign["measured"].text) == ("2026-11-01", "-")
 
@@ -100,7 +108,7 @@ def test_circles_lie_where_the_axes_say(folder: Path) -> None:
     assert drawn is not None
     slow, fast = drawn.points
     assert fast.y < slow.y  # up is faster
-    assert fast.x > slow.x  # right is further from the exact file
+    assert fast.x > slow.x  # right is further from the source
     assert (fast.radius / slow.radius) ** 2 == pytest.approx(123 / 145, rel=0.02)
     bottom, top = drawn.y_ticks[0], drawn.y_ticks[-1]
     scale = (bottom.at - top.at) / (float(top.text) - float(bottom.text))

@@ -20,7 +20,7 @@ from training import command, metrics, run, weights
 from efficientllm.runtime.base.command import is_main_process, run_command
 from efficientllm.runtime.base.errors import ModelError
 from efficientllm.train.config import SourceConfig, TrainConfig
-from efficientllm.train.model import source
+from efficientllm.train.model import source, source_card
 from efficientllm.train.model.architecture import LayerShape
 from efficientllm.train.model_card import model_card
 from efficientllm.train.plots import held_out_losses, plot_training, smoothed
@@ -128,8 +128,23 @@ def test_the_card_names_what_is_on_a_hub_and_no_local_path(
     assert "datasets" not in local
     assert str(corpus.parent) not in local
     assert f"--data {corpus.name} " in local
+    (tmp_path / "models" / "tiny" / "README.md").write_text("---\nlicense: mit\n---\n")
+    monkeypatch.setattr(source_card, "_hub_file", lambda name: tmp_path / "models" / "tiny" / "README.md")
     hub = card(SourceConfig("owner/model", ("owner/data@en:0.5", "demo")))
     assert "base_model: owner/model\ndatasets: [owner/data]\n" in hub
+    assert "license: mit\n" in hub
+    assert "The source's licence, mit, applies." in card(SourceConfig("models/tiny"))
+    demo = card(SourceConfig("demo"))
+    assert "license: apache-2.0\n" in demo
+    assert "base_model: HuggingFaceTB/SmolLM2-135M-Instruct\n" in demo
+
+
+@pytest.mark.parametrize(
+    "text", ["", "no header", "---\nlicense: [\n---\n", "---\n- a list\n---\n", "---\nlicense: 1\n---\n"]
+)
+def test_a_card_of_anybody_ends_no_run(tmp_path: Path, text: str) -> None:
+    (tmp_path / "README.md").write_text(text)
+    assert source_card.source_card(str(tmp_path)) == source_card.SourceCard()
 
 
 def test_the_card_says_which_transformers_reads_it() -> None:

@@ -8,8 +8,10 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import figures
 import pytest
 import torch
 from exporting import export
@@ -79,7 +81,7 @@ def python_of(runtime: str) -> str:
 
 @pytest.mark.parametrize("runtime", TARGETS)
 def test_the_likeliest_tokens_are_those_of_torch(
-    runtime: str, root: Path, expected: torch.Tensor, capsys: pytest.CaptureFixture[str]
+    runtime: str, root: Path, expected: torch.Tensor, record_property: Callable[[str, object], None]
 ) -> None:
     if runtime == WEB:
         if shutil.which("node") is None or not PACKAGE.is_dir():
@@ -107,8 +109,7 @@ def test_the_likeliest_tokens_are_those_of_torch(
     else:
         found, name = torch.tensor(answers[0]["next"]), answers[0]["runtime"]
     share = (found == expected).double().mean().item()
-    with capsys.disabled():
-        print(f"\n{name}: {100 * share:.2f} % of {expected.numel()} positions as torch")
+    record_property(figures.PROPERTY, f"{name}: {100 * share:.2f} % of {expected.numel()} positions as torch")
     assert share >= LEAST
 
 

@@ -15,9 +15,7 @@ from ..runtime.engines.contract_text import contract_rows
 from .config import TrainConfig
 from .data.documents import DataSpec
 from .model.architecture import Architecture
-
-SOURCE_LICENSES = {"demo": "apache-2.0"}
-"""Licences that are known; for other sources the card says to look."""
+from .model.source_card import source_card
 
 
 def command_line(config: TrainConfig) -> str:
@@ -42,7 +40,7 @@ def command_line(config: TrainConfig) -> str:
 
 
 def _is_on_hub(name: str) -> bool:
-    """Whether a source or corpus that was read came from a hub: nothing here has its name."""
+    """Whether a corpus that was read came from a hub: nothing here has its name."""
     return name != "demo" and not Path(name).exists()
 
 
@@ -87,16 +85,16 @@ def _loading(final: Architecture) -> list[str]:
 
 def model_card(config: TrainConfig, summary: dict[str, Any], source: Architecture, final: Architecture) -> str:
     """Markdown with a YAML header: source, data, tokens, command, widths, perplexities."""
-    license_name = SOURCE_LICENSES.get(config.source.source)
+    theirs = source_card(config.source.source)
     corpora = [DataSpec.parse(text).path for text in config.source.data]
     datasets = [corpus.partition("@")[0] for corpus in corpora if _is_on_hub(corpus)]
     header = [
         "---",
-        *([f"license: {license_name}"] if license_name else []),
+        *([f"license: {theirs.license}"] if theirs.license else []),
         "library_name: transformers",
         "pipeline_tag: text-generation",
         "tags: [efficientllm, pruned]",
-        *([f"base_model: {config.source.source}"] if _is_on_hub(config.source.source) else []),
+        *([f"base_model: {theirs.base_model}"] if theirs.base_model else []),
         *([f"datasets: [{', '.join(datasets)}]"] if datasets else []),
         "---",
     ]
@@ -111,8 +109,8 @@ def model_card(config: TrainConfig, summary: dict[str, Any], source: Architectur
         sizes = (index, layer.num_attention_heads, layer.num_key_value_heads, layer.intermediate_size)
         widths.append([str(size) for size in sizes])
     license_line = (
-        f"The source's licence, {license_name}, applies."
-        if license_name
+        f"The source's licence, {theirs.license}, applies."
+        if theirs.license
         else "The source's licence applies: see the source model's own card."
     )
     return "\n".join(

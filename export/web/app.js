@@ -4,7 +4,7 @@ import { Wllama, LoggerWithoutDebug } from "./wllama.js";
 
 const byId = (id) => document.getElementById(id);
 const STORE = `efficientllm.web${location.pathname}`;
-const SETTINGS = ["system", "temperature", "top_p", "repetition_penalty", "max_tokens", "seed", "processor"];
+const SETTINGS = ["system", "temperature", "top_p", "repetition_penalty", "max_tokens", "seed", "threads", "processor"];
 const ALL_LAYERS = 99999;
 let model = null; // model.json
 let engine = null; // Wllama with the model in it
@@ -55,7 +55,8 @@ async function open(blob, layers) {
   const wllama = new Wllama({ default: "wllama.wasm" }, { logger: LoggerWithoutDebug, suppressNativeLog: true });
   const here = (name) => new URL(name, document.baseURI).href;
   wllama.setCompat({ worker: here("wllama-compat.js"), wasm: here("wllama-compat.wasm") });
-  const options = { n_ctx: model.context, n_threads: 1, n_parallel: 1, n_gpu_layers: layers, warmup: false };
+  const threads = self.crossOriginIsolated ? number("threads") ?? 1 : 1; // they share memory, which only isolated pages may
+  const options = { n_ctx: model.context, n_threads: threads, n_parallel: 1, n_gpu_layers: layers, warmup: false };
   try { await wllama.loadModel([blob], options); } catch (error) { await wllama.exit(); throw error; }
   return wllama;
 }
