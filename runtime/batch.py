@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 from .base.errors import ContextOverflowError, UsageError
@@ -16,6 +17,10 @@ HEADROOM = 64
 
 WORTH_WAITING = 128
 """Tokens of a prompt that another one is just evaluating: waiting for them costs less than evaluating them twice."""
+
+
+OTHERS_SHARE = 8
+"""One of so many sequences is left to others by an owner who asks for all of them."""
 
 
 @dataclass(frozen=True)
@@ -37,13 +42,19 @@ class Batch:
         self._waiting: deque[Generation] = deque()
         self._active: list[Generation] = []
         """In the order they began."""
+        self._owners: dict[int, Hashable] = {}
+        """{id of a generation: who asked for it}"""
 
     def __len__(self) -> int:
         """Answers that are not over."""
         return len(self._waiting) + len(self._active)
 
-    def add(self, generation: Generation) -> None:
-        """Compute this one, too, when there is room for it."""
+    def add(self, generation: Generation, owner: Hashable = None) -> None:
+        """Compute this one, too, when there is room for it; by default nobody else's is its owner's.
+
+        Owners take turns: who asked for fifty answers does not keep who asks for one out until they are all there.
+        """
+        self._owners[id(generation)] = id(generation) if owner is None else owner
         self._waiting.append(generation)
 
     def step(self) -> list[Progress]:
@@ -88,16 +99,32 @@ class Batch:
         return done
 
     def _admit(self) -> None:
-        """Begin what waits, in order, as long as there are sequences and room for it."""
-        for generation in list(self._waiting):
-            if len(self._active) == self._engine.num_sequences:
+        """Begin what waits, as long as there are sequences and room for it; who has fewest answers in progress first,
+        of those the one that came first."""
+        passed_over: list[Generation] = []
+        while len(self._active) < self._engine.num_sequences:
+            generation = self._next(passed_over)
+            if generation is None:
                 return
             if self._active and self._needed([*self._active, generation]) > self._engine.cache_slots:
                 return
-            if not self._awaits_another(generation):
-                self._waiting.remove(generation)
-                self._active.append(generation)
-                generation.begin()
+            if self._awaits_another(generation):
+                passed_over.append(generation)
+                continue
+            self._waiting.remove(generation)
+            self._active.append(generation)
+            generation.begin()
+
+    def _next(self, passed_over: list[Generation]) -> Generation | None:
+        """Whose turn it is of those that wait; None where nobody's."""
+        active = Counter(self._owners[id(generation)] for generation in self._active)
+        most = self._engine.num_sequences - self._engine.num_sequences // OTHERS_SHARE
+
+        def has(generation: Generation) -> int:
+            return active[self._owners[id(generation)]]
+
+        able = [one for one in self._waiting if has(one) < most and not any(one is other for other in passed_over)]
+        return min(able, key=has, default=None)
 
     def _needed(self, generations: list[Generation]) -> int:
         """Room in the caches that answers take, as far as it can be told."""
@@ -137,4 +164,5 @@ class Batch:
         for answers in (self._active, self._waiting):
             if generation in answers:
                 answers.remove(generation)
+        self._owners.pop(id(generation), None)
         generation.lease.release()

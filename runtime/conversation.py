@@ -75,6 +75,16 @@ class Conversation:
             print(self.describe_stats(), file=sys.stderr)
         return not generation.is_cancelled
 
+    def ask_again(self) -> bool:
+        """Answer the last question anew, as `ask`; the answer that it had stays until there is another."""
+        before = self.messages
+        question = self.forget_last()
+        try:
+            return self.ask(question)
+        finally:
+            if len(self.messages) < len(before):
+                self.messages = before
+
     def forget_last(self) -> str:
         """Take back the last question and its answer; UsageError where there is none."""
         if not self.messages:

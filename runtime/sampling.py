@@ -119,7 +119,7 @@ class Sampler:
         top_k, top_p, min_p = self.options.top_k or 0, self.options.top_p or 1.0, self.options.min_p or 0.0
         best = float(logits.max())
         if 0 < top_k < len(logits):
-            kept = _largest(logits, top_k)
+            kept = largest(logits, top_k)
             kept = kept[np.argsort(-logits[kept], kind="stable")][:top_k]
             weights = np.exp((logits[kept].astype(np.float64) - best) / max(temperature, SMALLEST))
             total = weights.sum()
@@ -184,7 +184,7 @@ def _weights(logits: np.ndarray, best: float, temperature: float) -> np.ndarray:
     return np.exp(shifted, out=shifted)
 
 
-def _largest(values: np.ndarray, count: int) -> np.ndarray:
+def largest(values: np.ndarray, count: int) -> np.ndarray:
     """Positions of the `count` largest of `values` [V], and perhaps of more.
 
     The count-th largest of the maxima of V / 64 columns is at most the count-th largest of all, so what reaches it
@@ -201,7 +201,7 @@ def _nucleus(weights: np.ndarray, wanted: float) -> np.ndarray:
     """Positions of the largest of `weights` [V], more than `wanted` together."""
     count = 64
     while count < len(weights):
-        kept = _largest(weights, count)
+        kept = largest(weights, count)
         if weights[kept].sum(dtype=np.float64) > wanted:
             return kept
         count *= 8
@@ -212,6 +212,12 @@ def penalize(logits: np.ndarray, tokens: np.ndarray, penalty: float) -> None:
     """Make `tokens`, each once, less likely in place: positive logits are divided, negative ones multiplied."""
     values = logits[tokens]
     logits[tokens] = np.where(values > 0, values / penalty, values * penalty)
+
+
+def log_sum(logits: np.ndarray) -> float:
+    """log Σ exp of fp32 `logits` [V] in nats, the sum in fp64."""
+    best = logits.max()
+    return float(best) + float(np.log(np.exp(logits - best).sum(dtype=np.float64)))
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

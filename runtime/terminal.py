@@ -40,7 +40,7 @@ class Terminal:
         self._readline = _readline()
         self._commands: dict[str, Callable[[str], object]] = {
             "help": lambda rest: print(HELP),
-            "again": lambda rest: conversation.ask(conversation.forget_last()),
+            "again": lambda rest: conversation.ask_again(),
             "undo": lambda rest: print(f"forgotten: {conversation.forget_last()}"),
             "reset": lambda rest: conversation.messages.clear(),
             "system": lambda rest: setattr(conversation, "system", rest),
@@ -79,8 +79,11 @@ class Terminal:
     def _save(self, rest: str) -> None:
         if not rest:
             raise UsageError("/save needs a file")
+        path = Path(rest).expanduser()
+        if path.exists():
+            raise UsageError(f"{rest} is there already; give another name")
         try:
-            self.conversation.save(Path(rest).expanduser())
+            self.conversation.save(path)
         except OSError as error:
             raise UsageError(f"{rest} cannot be written: {error.strerror}") from error
 

@@ -20,6 +20,8 @@ from ..runtime.base import flags
 from ..runtime.base.errors import UsageError
 from ..runtime.generation import Overflow
 from .access.guard import Guard
+from .access.hosts import LOCAL_HOSTS
+from .answers.defaults import SamplingDefaults
 from .endpoints import Endpoints
 from .models.metrics import Metrics
 from .models.pool import ModelPool
@@ -37,7 +39,8 @@ class AppOptions:
     api_key_file: str = ""
     """File that holds the key: a flag can be read in the list of processes."""
     allow_host: tuple[str, ...] = ()
-    """Further name that browsers may call a server of this machine alone by, repeatable; matters without a key."""
+    """Name that the server is called by, repeatable; matters without a key. Where other machines may call it and names
+    are given, it answers to no others but this machine's own."""
     cors_origin: tuple[str, ...] = ()
     """Web page's origin that may call the endpoint from a browser, repeatable; none by default."""
     max_body_bytes: int = 1_000_000
@@ -61,7 +64,12 @@ class AppOptions:
         return key
 
 
-def create_app(pool: ModelPool, options: AppOptions | None = None, hosts: Sequence[str] = ()) -> FastAPI:
+def create_app(
+    pool: ModelPool,
+    options: AppOptions | None = None,
+    hosts: Sequence[str] = (),
+    sampling: SamplingDefaults | None = None,
+) -> FastAPI:
     """An application that serves `pool`; it closes the pool when it shuts down.
 
     `hosts`: names that it is called by, where only this machine may; without a key, other names are refused.
@@ -75,15 +83,16 @@ def create_app(pool: ModelPool, options: AppOptions | None = None, hosts: Sequen
         await asyncio.to_thread(pool.close)
 
     app = FastAPI(title="efficientllm", lifespan=lifespan, docs_url=None, redoc_url=None)  # they load from elsewhere
-    names = frozenset([*hosts, *options.allow_host] if hosts and not options.key else [])
+    known = [*(hosts or (LOCAL_HOSTS if options.allow_host else ())), *options.allow_host]
+    names = frozenset(() if options.key else known)
     limits = {"max_body_bytes": options.max_body_bytes, "body_timeout": options.body_timeout}
-    app.add_middleware(Guard, api_key=options.key, hosts=names, **limits)
+    app.add_middleware(Guard, api_key=options.key, hosts=names, count=metrics.refused, **limits)
     if options.cors_origin:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(options.cors_origin), allow_methods=["*"], allow_headers=["*"]
         )
     _add_error_handlers(app, metrics)
-    app.include_router(Endpoints(pool, metrics, options.overflow).router)
+    app.include_router(Endpoints(pool, metrics, options.overflow, sampling or SamplingDefaults()).router)
     document(app, () if options.key else pool.artefacts)  # anybody may read it
     app.get("/docs", include_in_schema=False)(lambda: reference_page(app.openapi()))
     return app
@@ -94,7 +103,7 @@ def _add_error_handlers(app: FastAPI, metrics: Metrics) -> None:
 
     def refuse(request: Request, error: APIError) -> JSONResponse:
         route = request.scope.get("route")  # its pattern: what clients make up must not become labels
-        metrics.requests.labels(route.path if route else "other", str(error.status)).inc()
+        metrics.refused(error.status, route.path if route else "other")
         headers = {"Retry-After": "1"} if error.status in (429, 503) else None
         return JSONResponse(error.body, error.status, headers)
 
@@ -104,7 +113,9 @@ def _add_error_handlers(app: FastAPI, metrics: Metrics) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def answer_validation_error(request: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
+        errors = error.errors()
+        # what one of ours says tells more than what another form of the same field would have been
+        first = next((each for each in errors if each["type"] == "value_error"), errors[0])
         # between the fields pydantic names its types, as in messages.0.content.list[TextPart].0.type
         parts = [str(part) for part in first["loc"] if part != "body" and re.fullmatch(r"\w+", str(part))]
         return refuse(
@@ -113,6 +124,7 @@ def _add_error_handlers(app: FastAPI, metrics: Metrics) -> None:
 
     @app.exception_handler(HTTPException)
     async def answer_http_error(request: Request, error: HTTPException) -> JSONResponse:
+        metrics.refused(error.status_code)
         body = APIError(error.status_code, str(error.detail)).body
         return JSONResponse(body, error.status_code, error.headers)
 

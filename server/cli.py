@@ -15,9 +15,8 @@ from ..runtime.base.command import run_command
 from ..runtime.base.errors import UsageError
 from ..runtime.base.extras import extra
 from ..runtime.engines.engine import EngineOptions
-
-LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1", "[::1]")
-"""Names of this machine for itself, as flags and browsers write them."""
+from .access.hosts import LOCAL_HOSTS
+from .answers.defaults import SamplingDefaults
 
 
 @dataclass(frozen=True)
@@ -92,16 +91,15 @@ def bound_socket(host: str, port: int) -> socket.socket:
 
 def body(argv: Sequence[str]) -> int:
     with extra("server"):
-        import uvicorn
-
         from .access.connections import KEEP_ALIVE_SECONDS, limited_protocol
         from .app import AppOptions, create_app
         from .models.pool import ModelPool
-    sections = (ServeOptions, AppOptions, EngineOptions)
+        from .stopping import StoppingServer
+    sections = (ServeOptions, AppOptions, SamplingDefaults, EngineOptions)
     arguments = build_parser(sections).parse(argv)
     artefact = arguments.pop("artefact")
     options, app_options = flags.take(arguments, ServeOptions), flags.take(arguments, AppOptions)
-    engine_options = flags.take(arguments, EngineOptions)
+    engine_options, sampling = flags.take(arguments, EngineOptions), flags.take(arguments, SamplingDefaults)
     artefacts = named_artefacts(artefact, options.model)
     is_local = options.host in LOCAL_HOSTS
     if not app_options.key and not is_local:
@@ -111,14 +109,10 @@ def body(argv: Sequence[str]) -> int:
         pool = ModelPool(artefacts, engine_options, options.waiting, options.timeout, options.max_memory)
         names = ", ".join(artefacts)
         print(f"{names} at http://{options.host}:{options.port}/v1 (chat: /, documentation: /docs)", flush=True)
-        config = uvicorn.Config(
-            create_app(pool, app_options, LOCAL_HOSTS if is_local else ()),
-            http=limited_protocol(options.max_connections, app_options.body_timeout),
-            log_level="warning",
-            timeout_graceful_shutdown=options.grace,
-            timeout_keep_alive=KEEP_ALIVE_SECONDS,
-        )
-        uvicorn.Server(config).run(sockets=[listener])
+        app = create_app(pool, app_options, LOCAL_HOSTS if is_local else (), sampling)
+        protocol = limited_protocol(options.max_connections, app_options.body_timeout)
+        settings = {"http": protocol, "log_level": "warning", "timeout_keep_alive": KEEP_ALIVE_SECONDS}
+        StoppingServer(app, pool.abort, options.grace, **settings).run(sockets=[listener])
     return 0
 
 

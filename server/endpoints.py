@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -18,6 +18,7 @@ from ..runtime.prompt import text_prompt
 from .access.guard import TRUSTED
 from .answers.answer import Answer, ChatAnswer, TextAnswer
 from .answers.choices import Choice, choices_of, text_of
+from .answers.defaults import SamplingDefaults
 from .answers.embeddings import embeddings_of
 from .answers.responses import ResponsesAnswer
 from .models.metrics import AnswerClock, Metrics
@@ -52,8 +53,8 @@ CLIENT_GONE = 499
 class Endpoints:
     """The routes; what they send is written here and in `answers`, so FastAPI is given no response_model to apply."""
 
-    def __init__(self, pool: ModelPool, metrics: Metrics, overflow: Overflow) -> None:
-        self._pool, self._metrics = pool, metrics
+    def __init__(self, pool: ModelPool, metrics: Metrics, overflow: Overflow, sampling: SamplingDefaults) -> None:
+        self._pool, self._metrics, self._sampling = pool, metrics, sampling
         self._overflow: Overflow = overflow
         self.router = router = APIRouter()
         seen = ["GET", "HEAD"]
@@ -101,8 +102,21 @@ class Endpoints:
         card = {"id": name, "object": "model", "created": 0, "owned_by": "efficientllm"}
         return {**card, "max_model_len": self._pool.context_length(name)}
 
-    async def embeddings(self, request: EmbeddingsRequest) -> dict[str, Any]:
-        return await self._with_engine(request.model, lambda engine: embeddings_of(engine, request))
+    async def embeddings(self, request: EmbeddingsRequest, http: Request) -> Response:
+        return await self._unless_gone(http, self._embed(request))
+
+    async def _embed(self, request: EmbeddingsRequest) -> Response:
+        """One text after the other, so that it ends with the one that is being read where nobody waits any more."""
+        deadline = self._pool.deadline()
+        worker = await self._pool.enter(request.model, deadline)
+        try:
+            async with asyncio.timeout_at(deadline.at), worker.embedding:
+                body = await embeddings_of(worker.engine, request)
+        except TimeoutError as error:
+            raise deadline.error() from error
+        finally:
+            worker.leave()
+        return JSONResponse(body)
 
     async def tokenize(self, request: TokenizeRequest) -> dict[str, Any]:
         def tokens_of(engine: OwnedEngine) -> list[int]:
@@ -124,7 +138,7 @@ class Endpoints:
 
     async def _with_engine(self, model: str, use: Callable[[OwnedEngine], T]) -> T:
         """What `use` makes of a model's engine, in a thread; "" is the first model."""
-        worker = await self._pool.enter(model or next(iter(self._pool.artefacts)))
+        worker = await self._pool.enter(model or next(iter(self._pool.artefacts)), self._pool.deadline())
         try:
             return await asyncio.to_thread(use, worker.engine)
         except EfficientLLMError as error:
@@ -142,15 +156,17 @@ class Endpoints:
         return await self._answer(http, request.as_chat(), partial(ResponsesAnswer, request))
 
     async def _answer(self, http: Request, request: CompletionRequest, make: MakeAnswer) -> Response:
+        return await self._unless_gone(http, self._answer_on(http.scope["route"].path, request, make))
+
+    async def _unless_gone(self, http: Request, answering: Coroutine[Any, Any, Response]) -> Response:
         """The answer, whose work is stopped where the client goes away before it is there."""
-        route = http.scope["route"].path
-        work = asyncio.ensure_future(self._answer_on(route, request, make))
+        work = asyncio.ensure_future(answering)
         gone = asyncio.ensure_future(_disconnection(http))
         try:
             await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
             if work.done():
                 return work.result()
-            self._metrics.requests.labels(route, str(CLIENT_GONE)).inc()
+            self._metrics.requests.labels(http.scope["route"].path, str(CLIENT_GONE)).inc()
             return Response(status_code=CLIENT_GONE)
         finally:
             for task in (work, gone):
@@ -158,16 +174,16 @@ class Endpoints:
             await asyncio.wait({work, gone})
 
     async def _answer_on(self, route: str, request: CompletionRequest, make: MakeAnswer) -> Response:
-        clock = AnswerClock(self._metrics, request.model)
-        worker = await self._pool.enter(request.model)
+        clock, deadline = AnswerClock(self._metrics, request.model), self._pool.deadline()
+        worker = await self._pool.enter(request.model, deadline)
         try:
             # tokenizing a long prompt takes a while too
-            choices = await asyncio.to_thread(choices_of, worker.engine, request, self._overflow)
+            choices = await asyncio.to_thread(choices_of, worker.engine, request, self._overflow, self._sampling)
         except BaseException:
             worker.leave()
             raise
         answered = make(choices, clock)
-        pieces = answered.pieces(worker.stream([choice.generation for choice in choices]))
+        pieces = answered.pieces(worker.stream([choice.generation for choice in choices], deadline))
         if request.stream:
             # the first piece is awaited here, so that a full queue is answered with its own status
             first = await anext(pieces, None)

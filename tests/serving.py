@@ -29,7 +29,9 @@ def serve(pool: ModelPool, options: AppOptions, **config: Any) -> Iterator[str]:
     thread.start()
     while not server.started:
         time.sleep(0.01)
-    yield f"http://127.0.0.1:{port}"
-    server.should_exit = True
-    thread.join(timeout=20)
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:  # a server that goes on would keep a failed run from ending
+        server.should_exit = True
+        thread.join(timeout=20)
     assert not thread.is_alive()

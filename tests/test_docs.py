@@ -20,6 +20,7 @@ from efficientllm.export.targets import load_exporter
 from efficientllm.runtime.base.child import run_python
 from efficientllm.runtime.chat import build_parser as chat_parser
 from efficientllm.runtime.engines.engine import EngineOptions
+from efficientllm.server.answers.defaults import SamplingDefaults
 from efficientllm.server.app import AppOptions
 from efficientllm.server.cli import ServeOptions
 from efficientllm.server.cli import build_parser as serve_parser
@@ -40,7 +41,7 @@ PARSERS = {
     "efficientllm-fit": fit_parser,
     "efficientllm-export": export_parser,
     "efficientllm-chat": chat_parser,
-    "efficientllm-serve": lambda: serve_parser((ServeOptions, AppOptions, EngineOptions)),
+    "efficientllm-serve": lambda: serve_parser((ServeOptions, AppOptions, SamplingDefaults, EngineOptions)),
     "efficientllm-eval": eval_parser,
     "efficientllm-bench": bench_parser,
     "efficientllm-report": report_parser,

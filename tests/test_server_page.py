@@ -128,11 +128,44 @@ def test_answers_are_regenerated_and_questions_edited(page: Any) -> None:
     wait_for_answer(page)
     assert page.locator(".message").count() == 2
     page.click(".user >> text=Edit")
-    assert page.locator(".message:not(.empty)").count() == 0
     assert page.input_value("#question") == "One"
+    expect(page.locator("#figures")).to_have_text(re.compile("Esc leaves it as it was"))
+    page.keyboard.press("Escape")
+    assert page.input_value("#question") == ""
+    assert page.locator(".message").count() == 2
+    page.click(".user >> text=Edit")
     ask(page, "Two")
     wait_for_answer(page)
     assert page.locator(".user .text").all_text_contents() == ["Two"]
+
+
+@pytest.mark.parametrize("what", ["Regenerate", "Edit"])
+def test_what_was_there_is_there_again_where_no_answer_comes(page: Any, what: str) -> None:
+    show(page, ("user", "One"), ("assistant", "First"), ("user", "Two"), ("assistant", "Second"))
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(status=429, json={"error": {"message": "busy"}}))
+    page.locator(f"text={what}").first.click()
+    if what == "Edit":
+        ask(page, "Another")
+    page.wait_for_selector(".error")
+    assert page.locator(".message:not(.error) .text").all_text_contents() == ["One", "First", "Two", "Second"]
+    assert page.input_value("#question") == ("Another" if what == "Edit" else "")
+    page.unroute("**/v1/chat/completions")
+    page.reload()
+    assert page.locator(".user .text").all_text_contents() == ["One", "Two"]
+
+
+def test_two_tabs_keep_each_others_chats(page: Any) -> None:
+    show(page, ("user", "Here"), ("assistant", "First"))
+    other = page.context.new_page()
+    other.goto(page.url)
+    other.click("#new")
+    ask(other, "There", max_tokens=4)
+    wait_for_answer(other)
+    expect(page.locator("#chats .title")).to_have_text(["There", "Here"])
+    ask(page, "Here, too", max_tokens=4)
+    wait_for_answer(page)
+    other.reload()
+    assert sorted(other.locator("#chats .title").all_text_contents()) == ["Here", "There"]
 
 
 MARKDOWN = """# Title

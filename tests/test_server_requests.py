@@ -272,7 +272,7 @@ def test_two_models_with_room_for_one_answer_every_request(artefact: Path) -> No
 def test_a_request_that_leaves_while_its_model_loads_keeps_no_place(artefact: Path) -> None:
     async def leave_early() -> None:
         pool = ModelPool(dict.fromkeys(("one", "two"), str(artefact)), EngineOptions(threads=1, context=64))
-        entering = asyncio.ensure_future(pool.enter("two"))
+        entering = asyncio.ensure_future(pool.enter("two", pool.deadline()))
         await asyncio.sleep(0)
         entering.cancel()
         with pytest.raises(asyncio.CancelledError):

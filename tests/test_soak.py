@@ -15,6 +15,7 @@ from serving import serve
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
 from efficientllm.runtime.generation import AnswerOptions, Generation
 from efficientllm.server.app import AppOptions
+from efficientllm.server.models.deadline import Deadline
 from efficientllm.server.models.pool import ModelPool
 from efficientllm.server.models.worker import EngineWorker
 
@@ -52,11 +53,11 @@ def test_a_place_in_line_is_free_before_the_pass_of_others_ends(artefact: Path) 
     engine._extend = wait  # type: ignore[method-assign]
 
     async def go() -> None:
-        worker = EngineWorker(engine, waiting=4, timeout=60, when_idle=lambda: None)
+        worker = EngineWorker(engine, waiting=4, when_idle=lambda: None)
         answers = []
         for token in (5, 6):
             worker.enter()
-            pieces = worker.stream([Generation(engine, [token], AnswerOptions(32))])
+            pieces = worker.stream([Generation(engine, [token], AnswerOptions(32))], Deadline.from_now(60))
             answers.append(asyncio.ensure_future(anext(pieces)))
         await asyncio.to_thread(begun.wait, 20)
         answers[1].cancel()

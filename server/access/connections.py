@@ -19,6 +19,7 @@ def limited_protocol(max_connections: int, head_timeout: float) -> type[H11Proto
 
     class LimitedProtocol(H11Protocol):
         _head_timer: asyncio.TimerHandle | None = None
+        """Runs from the connection, or the first bytes after an answer, until a request's head is whole."""
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
@@ -26,15 +27,28 @@ def limited_protocol(max_connections: int, head_timeout: float) -> type[H11Proto
                 transport.write(b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\n\r\n")
                 transport.close()
             else:
-                self._head_timer = self.loop.call_later(head_timeout, self._close_if_silent)
+                self._await_head()
 
-        def _close_if_silent(self) -> None:
-            if self.cycle is None:
-                self.transport.close()
+        def data_received(self, data: bytes) -> None:
+            self._await_head()
+            super().data_received(data)
+            if self._is_asked():
+                self._stop_waiting()
 
         def connection_lost(self, exc: Exception | None) -> None:
+            self._stop_waiting()
+            super().connection_lost(exc)
+
+        def _is_asked(self) -> bool:
+            return self.cycle is not None and not self.cycle.response_complete
+
+        def _await_head(self) -> None:
+            if self._head_timer is None and not self._is_asked():
+                self._head_timer = self.loop.call_later(head_timeout, self.transport.close)
+
+        def _stop_waiting(self) -> None:
             if self._head_timer is not None:
                 self._head_timer.cancel()
-            super().connection_lost(exc)
+                self._head_timer = None
 
     return LimitedProtocol

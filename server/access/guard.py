@@ -32,11 +32,14 @@ class Guard:
         max_body_bytes: int,
         hosts: frozenset[str] = frozenset(),
         body_timeout: float = 30.0,
+        count: Callable[[int], None] = lambda status: None,
     ) -> None:
         """`hosts`: names that the server is called by; none: any. A page whose name was bound to this machine's address
-        (DNS rebinding) may read what it is answered, but its browser sends that name."""
+        (DNS rebinding) may read what it is answered, but its browser sends that name. `count` is told every status that
+        something is refused with."""
         self.app, self.api_key, self.max_body_bytes, self.hosts = app, api_key, max_body_bytes, hosts
         self.body_timeout = body_timeout
+        self.count = count
 
     async def __call__(self, scope: Any, receive: Receive, send: Any) -> None:
         if scope["type"] != "http":
@@ -47,6 +50,7 @@ class Guard:
         error = self._refusal(scope, headers)
         if error is not None:
             challenge = {"WWW-Authenticate": "Bearer"} if error.status == 401 else {"Connection": "close"}
+            self.count(error.status)
             await JSONResponse(error.body, error.status, challenge)(scope, receive, send)
             return
         if scope["method"] != "POST":
@@ -55,6 +59,7 @@ class Guard:
         try:
             body = await self._read(receive, int(headers.get(b"content-length", b"0") or 0))
         except APIError as error:
+            self.count(error.status)
             await JSONResponse(error.body, error.status, {"Connection": "close"})(scope, receive, send)
             return
         is_read = False

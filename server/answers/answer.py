@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import itertools
 import json
 import time
 import uuid
@@ -116,7 +117,7 @@ class Answer(abc.ABC):
         choices = []
         for index, collected in enumerate(await self.collect(pieces)):
             choice = {**self._content(collected), "index": index, "finish_reason": collected.finish_reason}
-            choices.append({**choice, "logprobs": self._logprobs(collected.logprobs)})
+            choices.append({**choice, "logprobs": self._logprobs(index, collected.logprobs)})
         return {**self.base, "object": self.kind, "choices": choices, "usage": self.usage()}
 
     async def events(self, first: Piece | None, pieces: AsyncGenerator[Piece]) -> AsyncGenerator[str]:
@@ -148,7 +149,7 @@ class Answer(abc.ABC):
             if not events and not records and reason is None:
                 continue
             choice = {**delta, "index": piece.choice, "finish_reason": reason}
-            yield self._event({**choice, "logprobs": self._logprobs(records)})
+            yield self._event({**choice, "logprobs": self._logprobs(piece.choice, records)})
 
     def _event(self, choice: dict[str, Any]) -> str:
         return f"data: {json.dumps({**self.base, 'object': self.chunk_kind, 'choices': [choice]})}\n\n"
@@ -169,8 +170,8 @@ class Answer(abc.ABC):
         """Choices of the events before the first piece."""
 
     @abc.abstractmethod
-    def _logprobs(self, records: Sequence[TokenLogprob]) -> dict[str, Any] | None:
-        """Log-probabilities as the endpoint shows them; None where none were asked for."""
+    def _logprobs(self, choice: int, records: Sequence[TokenLogprob]) -> dict[str, Any] | None:
+        """Log-probabilities of a choice's next tokens as the endpoint shows them; None where none were asked for."""
 
 
 class ChatAnswer(Answer):
@@ -197,7 +198,7 @@ class ChatAnswer(Answer):
         for index in range(len(self.choices)):
             yield {"index": index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
 
-    def _logprobs(self, records: Sequence[TokenLogprob]) -> dict[str, Any] | None:
+    def _logprobs(self, choice: int, records: Sequence[TokenLogprob]) -> dict[str, Any] | None:
         assert isinstance(self.request, ChatRequest)
         if not self.request.logprobs:
             return None
@@ -219,6 +220,11 @@ class TextAnswer(Answer):
 
     kind, chunk_kind, prefix = "text_completion", "text_completion", "cmpl"
 
+    def __init__(self, request: CompletionRequest, choices: Sequence[Choice], clock: AnswerClock) -> None:
+        super().__init__(request, choices, clock)
+        self._written = [0] * len(choices)
+        """Characters of the tokens so far, by choice."""
+
     def _content(self, collected: Collected) -> dict[str, Any]:
         return {"text": collected.text}
 
@@ -230,13 +236,15 @@ class TextAnswer(Answer):
             if choice.echo:
                 yield {"index": index, "text": choice.echo, "finish_reason": None, "logprobs": None}
 
-    def _logprobs(self, records: Sequence[TokenLogprob]) -> dict[str, Any] | None:
+    def _logprobs(self, choice: int, records: Sequence[TokenLogprob]) -> dict[str, Any] | None:
         if self.request.top_count is None:
             return None
         texts = [self._text_of(record.token) for record in records]
+        offsets = list(itertools.accumulate(map(len, texts), initial=self._written[choice]))
+        self._written[choice] = offsets[-1]
         return {
             "tokens": texts,
             "token_logprobs": [record.logprob for record in records],
             "top_logprobs": [{self._text_of(token): value for token, value in record.top} for record in records],
-            "text_offset": [sum(map(len, texts[:index])) for index in range(len(texts))],
+            "text_offset": offsets[:-1],
         }

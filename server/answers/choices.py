@@ -14,6 +14,7 @@ from ...runtime.grammar import GrammarConstraint
 from ...runtime.prompt import ChatOptions, ChatPrompt, text_prompt, tool_prompt
 from ..schemas.completions import ChatRequest, CompletionRequest, TextRequest
 from ..schemas.error import APIError
+from .defaults import SamplingDefaults
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,14 @@ class Choice:
     """What it begins with."""
 
 
-def choices_of(engine: OwnedEngine, request: CompletionRequest, overflow: Overflow) -> list[Choice]:
+def choices_of(
+    engine: OwnedEngine, request: CompletionRequest, overflow: Overflow, defaults: SamplingDefaults
+) -> list[Choice]:
     """The choices of every prompt; APIError 400 where the engine refuses what is asked."""
     try:
         options = AnswerOptions(
             request.token_limit,
-            request.sampling,
+            defaults.fill(request.sampling),
             logit_bias=request.biases,
             stop=request.stops,
             top_logprobs=request.top_count,

@@ -51,6 +51,10 @@ class Metrics:
         resident = Gauge("efficientllm_resident_memory_bytes", "Resident memory of the server", registry=registry)
         resident.set_function(lambda: memory_bytes().get("rss_bytes", 0))
 
+    def refused(self, status: int, endpoint: str = "other") -> None:
+        """Count a request that was not served; what clients make up is no label."""
+        self.requests.labels(endpoint, str(status)).inc()
+
     def render(self) -> bytes:
         """Prometheus' text format."""
         return generate_latest(self.registry)

@@ -15,6 +15,7 @@ from ...runtime.engines.artefact import Artefact
 from ...runtime.engines.engine import DEFAULT_CONTEXT, EngineOptions, load_engine
 from ...runtime.engines.owned import OwnedEngine
 from ..schemas.error import APIError
+from .deadline import Deadline
 from .worker import EngineWorker
 
 PARALLEL = 16
@@ -46,6 +47,8 @@ class ModelPool:
         self.waiting, self.timeout, self.max_memory = waiting, timeout, max_memory
         self._workers: dict[str, EngineWorker] = {}
         self._loading = asyncio.Lock()
+        self._sizes = {name: artefact.file_bytes for name, artefact in self.artefacts.items()}
+        """Bytes that each takes in memory: its file, and once it was loaded its caches, too."""
         self._arriving = Counter[str]()
         """Requests on their way to a worker, by model."""
         self._idle = asyncio.Event()
@@ -55,8 +58,9 @@ class ModelPool:
 
     def _load(self, name: str) -> EngineWorker:
         engine = load_engine(self.artefacts[name], self.options)
+        self._sizes[name] = self.artefacts[name].file_bytes + engine.kv_cache_bytes
         logging.getLogger(PROGRESS_LOGGER).info("%s: %s", name, capacity(engine))
-        return EngineWorker(engine, self.waiting, self.timeout, when_idle=self._idle.set)
+        return EngineWorker(engine, self.waiting, when_idle=self._idle.set)
 
     @property
     def loaded(self) -> dict[str, EngineWorker]:
@@ -73,20 +77,24 @@ class ModelPool:
         known = self.artefacts[name].context_length
         return self.options.context or (min(DEFAULT_CONTEXT, known) if known else None)
 
-    async def enter(self, name: str) -> EngineWorker:
+    def deadline(self) -> Deadline:
+        """Of a request that comes now."""
+        return Deadline.from_now(self.timeout)
+
+    async def enter(self, name: str, deadline: Deadline) -> EngineWorker:
         """The worker of a model, loaded now if need be, with a place in its queue, which keeps it from being unloaded.
 
         APIError 404 for an unknown model, 429 where its queue is full, 503 where it does not fit beside models that
-        stay busy.
+        stay busy until `deadline`.
         """
-        entering = asyncio.ensure_future(self._enter(name))
+        entering = asyncio.ensure_future(self._enter(name, deadline))
         try:
             return await asyncio.shield(entering)
         except asyncio.CancelledError:  # a load that has begun goes on, or nobody would know of its memory
             entering.add_done_callback(_leave_again)
             raise
 
-    async def _enter(self, name: str) -> EngineWorker:
+    async def _enter(self, name: str, deadline: Deadline) -> EngineWorker:
         if name not in self.artefacts:
             known = ", ".join(repr(known) for known in self.artefacts)
             raise APIError(404, f"model {name!r} does not exist; this server has {known}", code="model_not_found")
@@ -94,37 +102,56 @@ class ModelPool:
             raise APIError(429, "the server is busy; try again later", "rate_limit_error", "rate_limit_exceeded")
         self._arriving[name] += 1
         try:
-            async with self._loading:  # in the order they came, so that no model keeps another one out for ever
-                if name not in self._workers:
-                    await self._make_room(name)
-                    try:
-                        self._workers[name] = await asyncio.to_thread(self._load, name)
-                    except EfficientLLMError as error:
-                        raise APIError(503, f"model {name!r} cannot be loaded: {error}", "server_error") from error
-                self._workers[name].enter()
-                return self._workers[name]
+            async with asyncio.timeout_at(deadline.at) as waiting:
+                async with self._loading:  # in the order they came, so that no model keeps another one out for ever
+                    while name not in self._workers:
+                        await self._make_room(name)
+                        waiting.reschedule(None)  # a load that has begun goes on, or nobody would know of its memory
+                        await self._load_into_room(name)
+                        waiting.reschedule(deadline.at)
+                    self._workers[name].enter()
+                    return self._workers[name]
+        except TimeoutError as error:
+            size = format_bytes(self._sizes[name])
+            message = f"model {name!r} needs {size} and all loaded models are busy; try again later"
+            raise APIError(503, message, "server_error", "model_overloaded") from error
         finally:
             self._arriving[name] -= 1
 
     async def _make_room(self, name: str) -> None:
         """Unload what was not used for longest; waits for a model that nobody needs."""
-        needed, deadline = self.artefacts[name].file_bytes, asyncio.get_running_loop().time() + self.timeout
-        while self.max_memory and self._workers and self._used() + needed > self.max_memory:
-            idle = [(worker.last_used, key) for key, worker in self._workers.items() if not worker.in_flight]
-            if idle:
-                await asyncio.to_thread(self._workers.pop(min(idle)[1]).close)
-                continue
-            self._idle.clear()
-            try:
-                async with asyncio.timeout_at(deadline):
-                    await self._idle.wait()
-            except TimeoutError as error:
-                message = f"model {name!r} needs {format_bytes(needed)} and all loaded models are busy; try again later"
-                raise APIError(503, message, "server_error", "model_overloaded") from error
+        while self.max_memory and self._workers and self._used() + self._sizes[name] > self.max_memory:
+            if not await self._unload_idle():
+                self._idle.clear()
+                await self._idle.wait()
+
+    async def _load_into_room(self, name: str) -> None:
+        """Load a model. Where its caches, whose size is known now, do not fit beside what is loaded, that is unloaded
+        or, as long as it is busy, the model itself is, to wait for more room."""
+        try:
+            worker = await asyncio.to_thread(self._load, name)
+        except EfficientLLMError as error:
+            raise APIError(503, f"model {name!r} cannot be loaded: {error}", "server_error") from error
+        while self.max_memory and self._workers and self._used() + self._sizes[name] > self.max_memory:
+            if not await self._unload_idle():
+                await asyncio.to_thread(worker.close)
+                return
+        self._workers[name] = worker
+
+    async def _unload_idle(self) -> bool:
+        """Unload the model that was not used for longest; whether there was one that nobody uses."""
+        idle = [(worker.last_used, key) for key, worker in self._workers.items() if not worker.in_flight]
+        if idle:
+            await asyncio.to_thread(self._workers.pop(min(idle)[1]).close)
+        return bool(idle)
 
     def _used(self) -> int:
-        loaded = self._workers.items()
-        return sum(self.artefacts[name].file_bytes + worker.engine.kv_cache_bytes for name, worker in loaded)
+        return sum(self._sizes[name] for name in self._workers)
+
+    def abort(self) -> None:
+        """End every answer: the server stops."""
+        for worker in self._workers.values():
+            worker.abort()
 
     def close(self) -> None:
         for worker in self._workers.values():

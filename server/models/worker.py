@@ -13,6 +13,7 @@ from ...runtime.batch import Batch, Progress
 from ...runtime.engines.owned import CLOSED, OwnedEngine
 from ...runtime.generation import Generation, TokenLogprob
 from ..schemas.error import APIError
+from .deadline import Deadline
 
 
 @dataclass(frozen=True)
@@ -50,15 +51,18 @@ class EngineWorker:
     Used on one event loop.
     """
 
-    def __init__(self, engine: OwnedEngine, waiting: int, timeout: float, when_idle: Callable[[], None]) -> None:
-        """`timeout`: seconds a request may take, the wait in the queue included. `when_idle` is called when it is."""
+    def __init__(self, engine: OwnedEngine, waiting: int, when_idle: Callable[[], None]) -> None:
+        """`when_idle` is called when it is."""
         self.engine = engine
         self.capacity = waiting + engine.num_sequences
-        self.timeout = timeout
+        self.embedding = asyncio.Lock()
+        """Held by the request whose texts are turned into vectors: each of them has an evaluation of its own."""
         self.in_flight = 0
         """Requests that have a place: waiting, or being computed."""
         self.last_used = time.monotonic()
         self._when_idle = when_idle
+        self._read_now = set[_Answer]()
+        """Answers that somebody waits for."""
         self._arrived: list[tuple[_Answer, Sequence[Generation]]] = []
         self._changed = threading.Condition()
         """Guards `_arrived` and `_is_closing`."""
@@ -81,37 +85,40 @@ class EngineWorker:
         if not self.in_flight:
             self._when_idle()
 
-    def stream(self, generations: Sequence[Generation]) -> AsyncGenerator[Piece]:
+    def stream(self, generations: Sequence[Generation], deadline: Deadline) -> AsyncGenerator[Piece]:
         """Pieces of every generation, as they come, computed from now on in a place that was taken.
 
-        Leaving the iteration stops the work within a token, or amid a long prompt. Raises APIError 408 where the time
-        is over.
+        Leaving the iteration stops the work within a token, or amid a long prompt. Raises APIError 408 at `deadline`.
         """
         answer = _Answer(generations)
+        self._read_now.add(answer)
         self._loop = asyncio.get_running_loop()
         with self._changed:
             self._arrived.append((answer, generations))
             self._changed.notify()
-        return self._read(answer, generations)
+        return self._read(answer, generations, deadline)
 
-    async def _read(self, answer: _Answer, generations: Sequence[Generation]) -> AsyncGenerator[Piece]:
-        deadline = asyncio.get_running_loop().time() + self.timeout
+    async def _read(
+        self, answer: _Answer, generations: Sequence[Generation], deadline: Deadline
+    ) -> AsyncGenerator[Piece]:
         try:
             while True:
                 try:
-                    async with asyncio.timeout_at(deadline):  # wait_for of Python 3.11 may swallow a cancellation
+                    async with asyncio.timeout_at(deadline.at):  # wait_for of Python 3.11 may swallow a cancellation
                         piece = await answer.pieces.get()
                 except TimeoutError as error:
-                    message = f"the answer took longer than {self.timeout:g} s"
-                    raise APIError(408, message, "timeout_error", "timeout") from error
-                if isinstance(piece, EfficientLLMError):
-                    raise APIError(500, str(piece), "server_error") from piece
-                if isinstance(piece, BaseException):
+                    raise deadline.error() from error
+                if isinstance(piece, APIError):
                     raise piece
+                if isinstance(piece, BaseException):
+                    is_ours = isinstance(piece, EfficientLLMError)
+                    message = str(piece) if is_ours else f"the engine failed: {type(piece).__name__}: {piece}"
+                    raise APIError(500, message, "server_error") from piece
                 if piece is None:
                     return
                 yield piece
         finally:
+            self._read_now.discard(answer)
             is_computed = [generation.cancel() for generation in generations]
             if not any(is_computed):  # else when the pass has ended; others' passes may take long
                 self._free_place(answer)
@@ -128,7 +135,7 @@ class EngineWorker:
             for answer, generations in arrived:
                 for generation in generations:
                     owners[id(generation)] = answer
-                    batch.add(generation)
+                    batch.add(generation, answer)
             done = batch.abandon(UsageError(CLOSED)) if self._is_closing else []
             self._deliver(owners, done + batch.step())
 
@@ -163,6 +170,11 @@ class EngineWorker:
         if answer.has_place:
             answer.has_place = False
             self.leave()
+
+    def abort(self) -> None:
+        """Let every answer that somebody waits for end with an error that says why."""
+        for answer in self._read_now:
+            answer.pieces.put_nowait(APIError(503, "the server stops", "server_error"))
 
     def close(self) -> None:
         """Wait for the answers in progress, then free the engine."""

@@ -58,18 +58,17 @@ INSTEAD = {
 
 
 class Asked(Sent):
-    """A body whose unknown fields are refused."""
+    """A body; of its fields only those of NEUTRAL may be there for nothing."""
 
-    @model_validator(mode="before")
+    without_effect = WITHOUT_EFFECT
+
     @classmethod
-    def _refuse_unserved(cls, values: Any) -> Any:
-        if type(values) is not dict:
-            return values
-        for name, value in values.items():
-            is_neutral = value is None or name in WITHOUT_EFFECT or value in NEUTRAL.get(name, ())
-            if name not in cls.model_fields and not is_neutral:
-                raise ValueError(f"{name} is not served here; {INSTEAD.get(name, 'leave it out')}")
-        return values
+    def asks_for_nothing(cls, name: str, value: Any) -> bool:
+        return value is None or value in NEUTRAL.get(name, ())
+
+    @classmethod
+    def instead_of(cls, name: str) -> str:
+        return INSTEAD.get(name, "leave it out")
 
 
 class CompletionRequest(Asked, abc.ABC):
@@ -165,6 +164,12 @@ class ChatRequest(CompletionRequest):
         tools = [tool.shown() for tool in self.tools]
         otherwise = self.response_format.schema_of_answer()
         return ToolUse(tools, self.tool_choice == "required", only, self.parallel_tool_calls, otherwise)
+
+    @property
+    def stops(self) -> list[str]:
+        """None where an answer can only be calls: they are no text, and a part of one is no call."""
+        tools = self.tool_use
+        return [] if tools is not None and (tools.must_call or tools.only) else super().stops
 
     @property
     def token_limit(self) -> int:

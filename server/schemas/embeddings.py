@@ -6,15 +6,18 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from .completions import MAX_PROMPTS, Asked, Tokens
+from .completions import Asked, Tokens
 from .messages import Text
+
+MAX_INPUTS = 2048
+"""OpenAI's own limit."""
 
 
 class EmbeddingsRequest(Asked):
     """POST /v1/embeddings"""
 
     model: Text
-    input: Text | Tokens | Annotated[list[Text | Tokens], Field(min_length=1, max_length=MAX_PROMPTS)]
+    input: Text | Tokens | Annotated[list[Text | Tokens], Field(min_length=1, max_length=MAX_INPUTS)]
     encoding_format: Literal["float", "base64"] = "float"
     pooling: Literal["mean", "last"] = "mean"
     """Of the states of all tokens, their mean or the last one's."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, Field, JsonValue, model_validator
 
@@ -28,21 +28,45 @@ Text = Annotated[str, Field(max_length=MAX_CHARACTERS), AfterValidator(_encodabl
 Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")]
 
 
+EMPTY: tuple[Any, ...] = (None, "", [], {})
+"""Values that ask for nothing, whatever their field is."""
+
+
 class Sent(BaseModel):
-    """What clients send; a field that is null has its default."""
+    """What clients send; a field that is null has its default, one that is not served is refused unless it is empty."""
+
+    without_effect: ClassVar[tuple[str, ...]] = ()
+    """Fields that clients send, and that change nothing about an answer."""
 
     @model_validator(mode="before")
     @classmethod
-    def _without_nulls(cls, values: Any) -> Any:
-        return {name: value for name, value in values.items() if value is not None} if type(values) is dict else values
+    def _read(cls, values: Any) -> Any:
+        if type(values) is not dict:
+            return values
+        known = {field.alias or name for name, field in cls.model_fields.items()} | {*cls.without_effect}
+        for name, value in values.items():
+            if name not in known and not cls.asks_for_nothing(name, value):
+                raise ValueError(f"{name} is not served here; {cls.instead_of(name)}")
+        return {name: value for name, value in values.items() if value is not None}
+
+    @classmethod
+    def asks_for_nothing(cls, name: str, value: Any) -> bool:
+        """Whether an unknown field has a value that changes nothing."""
+        return value in EMPTY
+
+    @classmethod
+    def instead_of(cls, name: str) -> str:
+        """What to do about an unknown field."""
+        return "leave it out"
 
 
-class TextPart(BaseModel):
+class TextPart(Sent):
+    without_effect = ("cache_control",)  # Anthropic's, which gateways pass on
     type: Literal["text"]
     text: Text
 
 
-class CalledFunction(BaseModel):
+class CalledFunction(Sent):
     name: Name
     arguments: Text
     """A JSON object."""
@@ -58,13 +82,16 @@ class CalledFunction(BaseModel):
         return {"name": self.name, "arguments": arguments}
 
 
-class ToolCall(BaseModel):
+class ToolCall(Sent):
+    without_effect = ("index",)  # of a call that was put together from a stream
     id: Text
     type: Literal["function"] = "function"
     function: CalledFunction
 
 
 class ChatMessage(Sent):
+    without_effect = ("annotations", "reasoning", "reasoning_content", "provider_specific_fields", "cache_control")
+    """What clients keep of an answer and send again with it."""
     role: Literal["system", "developer", "user", "assistant", "tool"]
     """OpenAI's newer models call their system messages the developer's."""
     content: Text | list[TextPart] = ""
@@ -121,11 +148,11 @@ class Tool(Sent):
         return {"type": "function", "function": {name: value for name, value in shown.items() if value}}
 
 
-class NamedFunction(BaseModel):
+class NamedFunction(Sent):
     name: Name
 
 
-class NamedTool(BaseModel):
+class NamedTool(Sent):
     type: Literal["function"]
     function: NamedFunction
 
@@ -146,19 +173,26 @@ class ResponseFormat(Sent):
 
     type: Literal["text", "json_object", "json_schema", "regex", "lark"] = "text"
     json_schema: JsonSchema | None = None
+    schema_: Annotated[dict[str, JsonValue] | None, Field(alias="schema")] = None
+    """Of a json_object, as llama-server takes it."""
     regex: Text | None = None
     lark: Text | None = None
 
     @model_validator(mode="after")
     def _check_content(self) -> ResponseFormat:
-        if self.type in ("json_schema", "regex", "lark") and getattr(self, self.type) is None:
-            raise ValueError(f"{self.type}: is missing")
+        for name in ("json_schema", "regex", "lark"):
+            if self.type == name and getattr(self, name) is None:
+                raise ValueError(f"{name}: is missing")
+            if self.type != name and getattr(self, name) is not None:
+                raise ValueError(f"{name}: goes with type {name}")
+        if self.schema_ is not None and self.type != "json_object":
+            raise ValueError("schema: goes with type json_object")
         return self
 
     def schema_of_answer(self) -> dict[str, Any] | None:
         """JSON schema of the answer; None where it is no JSON."""
         if self.type == "json_object":
-            return {"type": "object"}
+            return self.schema_ or {"type": "object"}
         return dict(self.json_schema.schema_) if self.type == "json_schema" and self.json_schema else None
 
     def grammar(self) -> Grammar | None:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, JsonValue, ValidationError, model_validator
+from pydantic import Field, JsonValue, ValidationError, model_validator
 
 from .completions import MAX_MESSAGES, Asked, ChatRequest
 from .messages import MAX_TOOLS, ChatMessage, Function, JsonSchema, Name, Sent, Text
 
 
-class ItemPart(BaseModel):
+class ItemPart(Sent):
+    without_effect = ("annotations", "logprobs")  # of an answer that is sent again
     type: Literal["input_text", "output_text"]
     text: Text
 
 
-class MessageItem(BaseModel):
+class MessageItem(Sent):
+    without_effect = ("id", "status")
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
     content: Text | list[ItemPart]
@@ -26,7 +28,8 @@ class MessageItem(BaseModel):
         return {"role": self.role, "content": text}
 
 
-class CallItem(BaseModel):
+class CallItem(Sent):
+    without_effect = ("id", "status")
     type: Literal["function_call"]
     call_id: Text
     name: Name
@@ -38,7 +41,8 @@ class CallItem(BaseModel):
         return {"role": "assistant", "content": "", "tool_calls": [{"id": self.call_id, "function": function}]}
 
 
-class ResultItem(BaseModel):
+class ResultItem(Sent):
+    without_effect = ("id", "status")
     type: Literal["function_call_output"]
     call_id: Text
     output: Text
@@ -52,7 +56,7 @@ class FlatTool(Function):
     type: Literal["function"]
 
 
-class NamedFlatTool(BaseModel):
+class NamedFlatTool(Sent):
     type: Literal["function"]
     name: Name
 
@@ -62,6 +66,7 @@ class TextFormat(JsonSchema):
 
 
 class TextOptions(Sent):
+    without_effect = ("verbosity",)  # a wish that only some of OpenAI's models know
     format: TextFormat = TextFormat()
 
 
@@ -98,14 +103,16 @@ class ResponsesRequest(Asked):
         if isinstance(choice, NamedFlatTool):
             choice = {"type": "function", "function": {"name": choice.name}}
         format = self.text.format
-        schema = {"json_schema": format.model_dump(by_alias=True)} if format.type == "json_schema" else {}
+        schema = (
+            {"json_schema": format.model_dump(by_alias=True, exclude={"type"})} if format.type == "json_schema" else {}
+        )
         return ChatRequest(
             model=self.model,
             messages=[ChatMessage(**message) for message in [*instructions, *_joined(items)]],
             max_completion_tokens=self.max_output_tokens,
             temperature=self.temperature,
             top_p=self.top_p,
-            tools=[{"type": "function", "function": tool.model_dump()} for tool in self.tools],  # type: ignore[list-item]
+            tools=[{"type": "function", "function": tool.model_dump(exclude={"type"})} for tool in self.tools],  # type: ignore[list-item]
             tool_choice=choice,
             parallel_tool_calls=self.parallel_tool_calls,
             response_format={"type": format.type, **schema},  # type: ignore[arg-type]

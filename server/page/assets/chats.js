@@ -8,11 +8,14 @@ function fresh() {
   return { id: crypto.randomUUID?.() ?? String(Math.random()), messages: [], changed: Date.now() };
 }
 
+function isChat(chat) {
+  return typeof chat?.id === "string" && Array.isArray(chat.messages);
+}
+
 export class Chats {
   constructor() {
     let stored = null;
     try { stored = JSON.parse(localStorage.getItem(STORE)) ?? this.#before(); } catch { stored = null; }
-    const isChat = (chat) => typeof chat?.id === "string" && Array.isArray(chat.messages);
     this.all = Array.isArray(stored?.all) ? stored.all.filter(isChat) : [];
     this.settings = stored?.settings ?? {};
     this.current = this.all.find((chat) => chat.id === stored?.current) ?? this.begin();
@@ -41,6 +44,19 @@ export class Chats {
   remove(id) {
     this.all = this.all.filter((chat) => chat.id !== id);
     if (this.current.id === id) { this.current = this.all[0]; this.current ?? this.begin(); }
+  }
+
+  isKeptAs(key) {
+    return key === STORE;
+  }
+
+  // What another tab has written: all conversations but the current one, which is this tab's.
+  readOthers() {
+    let stored = null;
+    try { stored = JSON.parse(localStorage.getItem(STORE)); } catch { return; }
+    if (!Array.isArray(stored?.all)) return;
+    const others = stored.all.filter((chat) => isChat(chat) && chat.id !== this.current.id);
+    this.all = [this.current, ...others].sort((one, other) => (other.changed ?? 0) - (one.changed ?? 0));
   }
 
   // False where the browser has no room for it.

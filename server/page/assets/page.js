@@ -11,6 +11,7 @@ const FOLLOW = 48; // pixels above the end within which the view follows an answ
 const chats = new Chats();
 const isTouch = matchMedia("(pointer: coarse)").matches;
 let running = null; // { chat, controller } of the answer that is being written
+let editing = null; // { chat, index } of the question that is being changed; what follows goes when it is asked
 
 function save() {
   chats.settings = { ...Object.fromEntries(SETTINGS.map((id) => [id, byId(id).value])), model: byId("model").value };
@@ -113,6 +114,7 @@ function listChats() {
 // Go to another conversation; an answer that is being written ends there, and what it has stays where it belongs.
 function leaveTo(change) {
   stop();
+  leaveEditing();
   change();
   save();
   redraw();
@@ -127,19 +129,24 @@ function openList(isOpen) {
 
 function edit(index) {
   if (running) return;
-  const { messages } = chats.current;
-  byId("question").value = messages[index].content;
-  messages.splice(index);
-  save();
-  redraw();
+  editing = { chat: chats.current, index };
+  byId("question").value = chats.current.messages[index].content;
+  byId("figures").textContent = "changing an earlier question: what follows it goes when it is sent, Esc leaves it as it was";
   byId("question").focus();
+}
+
+function leaveEditing() {
+  if (!editing) return;
+  editing = null;
+  byId("question").value = byId("figures").textContent = "";
 }
 
 function regenerate(index) {
   if (running) return;
-  chats.current.messages.splice(index);
+  const chat = chats.current;
+  const before = chat.messages.splice(index);
   redraw();
-  answer();
+  answer(() => chat.messages.push(...before));
 }
 
 function number(id) {
@@ -186,8 +193,9 @@ class Figures {
   }
 }
 
-// Ask for an answer to the current conversation. `chat` is its own: the page may show another one before it is whole.
-async function answer() {
+// Ask for an answer to the current conversation; where none comes, `undo` makes it what it was. `chat` is its own: the page
+// may show another one before it is whole.
+async function answer(undo) {
   const chat = chats.current;
   const mine = running = { chat, controller: new AbortController() };
   byId("send").disabled = true;
@@ -215,21 +223,16 @@ async function answer() {
   cancelAnimationFrame(drawing);
   message.figures = String(figures);
   if (message.content) chat.messages.push(message);
+  else undo();
   if (running === mine) stop();
-  await settle(chat, message, node, error);
+  await settle(chat, message, error);
 }
 
 // After an answer: keep it, and show how it went if its conversation is still on the page.
-async function settle(chat, message, node, error) {
+async function settle(chat, message, error) {
   chat.changed = Date.now();
   if (chat === chats.current) {
-    if (message.content) redraw(isAtEnd());
-    else {
-      const question = chat.messages.pop();
-      node.remove();
-      if (question) byId("question").value ||= question.content;
-      redraw();
-    }
+    redraw(!message.content || isAtEnd());
     if (error) refuse(error);
     byId("status").textContent = message.content ? "The answer is there" : "No answer";
   }
@@ -256,10 +259,19 @@ byId("ask").addEventListener("submit", (event) => {
   const content = byId("question").value.trim();
   if (!content || running) return;
   byId("question").value = "";
-  chats.current.messages.push({ role: "user", content });
+  const chat = chats.current;
+  const changed = editing?.chat === chat ? editing : null;
+  const before = changed ? chat.messages.splice(changed.index) : [];
+  editing = null;
+  chat.messages.push({ role: "user", content });
   save();
   redraw();
-  answer();
+  answer(() => {
+    chat.messages.splice(-1, 1, ...before);
+    if (chat !== chats.current) return;
+    byId("question").value ||= content;
+    editing = changed;
+  });
 });
 byId("question").addEventListener("keydown", (event) => {
   if (event.key !== "Enter" || event.shiftKey || event.isComposing || isTouch) return;
@@ -267,7 +279,7 @@ byId("question").addEventListener("keydown", (event) => {
   byId("ask").requestSubmit();
 });
 document.addEventListener("keydown", (event) => {
-  if (event.key === "Escape") running?.controller.abort();
+  if (event.key === "Escape") { leaveEditing(); running?.controller.abort(); }
   if (event.key.toLowerCase() === "k" && event.ctrlKey && event.shiftKey) { event.preventDefault(); byId("new").click(); }
 });
 byId("stop").addEventListener("click", () => running?.controller.abort());
@@ -275,6 +287,7 @@ byId("new").addEventListener("click", () => leaveTo(() => chats.begin()));
 byId("list").addEventListener("click", () => openList(!byId("chats").classList.contains("open")));
 byId("key").addEventListener("change", () => start(byId("model").value));
 byId("settings").addEventListener("submit", (event) => event.preventDefault());
+addEventListener("storage", (event) => { if (chats.isKeptAs(event.key)) { chats.readOthers(); listChats(); } });
 for (const id of [...SETTINGS, "model"]) byId(id).addEventListener("change", save);
 
 byId("question").placeholder = isTouch ? "Message" : "Message (Enter sends, Shift+Enter begins a line, Esc stops)";
