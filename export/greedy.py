@@ -31,12 +31,12 @@ class GreedyCheck:
     prompt_tokens: list[int]
     """All that the model reads."""
     tokens: list[int]
-    """As many as the model gave before its end token, CHECKED_TOKENS at most."""
+    """As many as were asked for, fewer where the model ended its answer."""
     text: str
 
 
-def greedy_check(model: Path, context: int = CONTEXT) -> GreedyCheck:
-    """Run the file `model`, which holds `context` tokens or more, in our engine, on one thread."""
+def greedy_check(model: Path, context: int = CONTEXT, count: int = CHECKED_TOKENS) -> GreedyCheck:
+    """Run the file `model`, which holds `context` tokens or more, in our engine, on one thread, for `count` tokens."""
     with contextlib.closing(load_engine(model, EngineOptions(threads=1, context=min(context, CONTEXT)))) as engine:
         if engine.chat_template is None:
             question = prompt = TEXT
@@ -47,6 +47,6 @@ def greedy_check(model: Path, context: int = CONTEXT) -> GreedyCheck:
             tokens = chat_prompt(engine, messages)
         if engine.adds_bos:
             prompt = prompt.removeprefix(engine.bos_token)
-        generation = Generation(engine, tokens, AnswerOptions(CHECKED_TOKENS))
+        generation = Generation(engine, tokens, AnswerOptions(count))
         text = "".join(generation)
     return GreedyCheck(question, prompt, tokens, generation.answer, text)

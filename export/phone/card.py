@@ -75,9 +75,9 @@ def card(kit: Kit, folder: Path, speed: ExpectedSpeed | None) -> str:
         "and is parsed in our tests; no phone ran it.",
         "## Does it work there?",
         "`check.json` holds, for each runtime, a prompt and the first greedy tokens of the exporting machine. "
-        "`check()` in the code asks the phone the same and returns null (nil) where the answers agree. Another "
-        "processor's kernels round otherwise, so an answer may part late; one that parts within the first words is of "
-        "another model.",
+        "`check()` in the Kotlin, the Swift and llama-rn.ts asks the phone the same and returns null (nil) where the "
+        "answers agree. Another processor's kernels round otherwise, so an answer may part late; one that parts within "
+        "the first words is of another model.",
         "## Licence and quality",
         "The licence is the source model's. What pruning and training left of its quality is in `manifest.json` under "
         "`training`; how the files compare with the checkpoint, under `verification`.",

@@ -40,12 +40,16 @@ class WebOptions(GgufOptions):
     """Folder with wllama's two npm tarballs, for machines without npm or network; default: `npm pack`, once."""
 
 
+CHECKED_TOKENS = 64
+"""Greedy tokens that the page compares."""
+
+
 def export_web(checkpoint: Checkpoint, request: ExportRequest[WebOptions], folder: Path) -> None:
     """Write a folder that any file server can serve; raises before anything is left behind."""
     runtime_files = copy_wllama(folder, request.options.wllama)  # first: what it lacks is known before minutes of work
     contents = write_model(checkpoint, request, folder, DEFAULT)
     model = folder / contents.files[0]
-    check = greedy_check(model)
+    check = greedy_check(model, count=CHECKED_TOKENS)
     parts = split_file(model, folder, PART_BYTES)
     model.unlink()
     name = Path(checkpoint.name).name
