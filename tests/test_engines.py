@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
-from exporting import export
+from exporting import EXACT, export
 from tiny import tiny_architecture
 
 from efficientllm.runtime.base.errors import ArtefactError, UsageError
@@ -22,6 +24,8 @@ from efficientllm.runtime.engines.genai_config import GENAI_CONFIG, GenaiConfig
 from efficientllm.runtime.engines.llama_context import Attention, LlamaContext
 from efficientllm.runtime.engines.manifest import Manifest
 from efficientllm.runtime.engines.native_log import captured_native_log
+from efficientllm.runtime.engines.onnx import OnnxEngine
+from efficientllm.runtime.engines.protocol import EvaluationInterrupted, Part
 
 
 def test_opening_an_artefact_reads_no_weights(artefact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,3 +160,31 @@ def test_the_type_of_a_cache_is_llama_cpp_s_to_choose(source_folder: Path, tmp_p
     assert export(source_folder, "onnx", tmp_path / "onnx", "--quantize", "f32", "--no-verify") == 0
     with pytest.raises(UsageError, match="--kv-cache q8_0: the type of the cache is part of onnx itself"):
         load_engine(tmp_path / "onnx", EngineOptions(kv_cache="q8_0"))
+
+
+@pytest.mark.parametrize("target", ["onnx", "executorch", "gguf"])
+def test_an_interrupted_pass_changes_nothing(exported: Callable[..., Path], target: str) -> None:
+    folder = exported(target, *(EXACT if target == "executorch" else EXACT[:2]))
+    options = EngineOptions(threads=1, context=128)
+    with contextlib.closing(load_engine(folder, options)) as owned, owned._open() as engine:
+        part = Part(0, list(range(5, 65)), True)
+        expected = engine.extend([part])[0]
+        engine.truncate(0, 10)
+        engine.interrupt()
+        for _ in range(2):  # until it is taken back
+            with pytest.raises(EvaluationInterrupted):
+                engine.extend([Part(0, part.tokens[10:], True)])
+        engine.resume()
+        assert np.allclose(engine.extend([Part(0, part.tokens[10:], True)])[0], expected, atol=1e-4)
+
+
+def test_onnxruntime_stops_amid_a_pass(exported: Callable[..., Path]) -> None:
+    folder = exported("onnx", "--quantize", "f32")
+    options = EngineOptions(threads=1, context=128)
+    with contextlib.closing(load_engine(folder, options)) as owned, owned._open() as engine:
+        assert isinstance(engine, OnnxEngine)
+        engine._run_options.terminate = True  # as `interrupt` does, when the pass has begun
+        with pytest.raises(EvaluationInterrupted):
+            engine.extend([Part(0, [5, 6, 7], True)])
+        engine.resume()
+        assert engine.extend([Part(0, [5, 6, 7], True)])[0].shape == (engine.vocab_size,)

@@ -25,6 +25,9 @@ from .stepwise import StepwiseEngine
 LOG_LINE = r"\[\w+\.\w+:\d+\]|(Error|Warning) in (XNNPACK|cpuinfo): "
 """How messages of ExecuTorch, as [method.cpp:1247], and of the libraries in it begin."""
 
+PIECE = 256
+"""Tokens of a prompt that one call of the program evaluates: an answer that nobody wants ends with a call."""
+
 
 class ExecuTorchEngine(StepwiseEngine):
     """See runtime.engines.engine.Engine."""
@@ -50,7 +53,7 @@ class ExecuTorchEngine(StepwiseEngine):
         longest = int(self._constant("get_max_seq_len", 128))
         slots = int(self._constant("get_max_context_len", longest))
         # ExecuTorch's exporters, ours too, bound the tokens of one call by one less
-        self._chunk = max(1, longest - 1) if self._constant("enable_dynamic_shape", False) else 1
+        self._chunk = max(1, min(longest - 1, PIECE)) if self._constant("enable_dynamic_shape", False) else 1
         if options.context > slots:
             raise ArtefactError(
                 f"{path} holds {slots} tokens, not {options.context}; export it again with --max-context "
@@ -80,6 +83,7 @@ class ExecuTorchEngine(StepwiseEngine):
     def _evaluate(self, tokens: list[int]) -> np.ndarray:
         logits = np.empty(0, np.float32)
         for begin in range(0, len(tokens), self._chunk):
+            self._stop_if_interrupted()
             logits = self._execute(tokens[begin : begin + self._chunk])
         return logits
 

@@ -20,6 +20,7 @@ from .genai_config import GenaiConfig
 from .huge_pages import huge_pages
 from .memory import give_back_freed_memory
 from .onnx_cache import GrowingCache, SharedCache, cache_inputs, ort_value
+from .protocol import EvaluationInterrupted
 from .stepwise import StepwiseEngine
 
 
@@ -31,6 +32,7 @@ class OnnxEngine(StepwiseEngine):
             import onnxruntime
         began = time.perf_counter()
         self._session = _open_session(onnxruntime, path, options)
+        self._run_options = onnxruntime.RunOptions()
         config = GenaiConfig.read(path.parent)
         inputs = cache_inputs(self._session.get_inputs(), config.decoder)
         others = {item.name for item in self._session.get_inputs()} - {cache.name for cache in inputs}
@@ -77,10 +79,23 @@ class OnnxEngine(StepwiseEngine):
         total = len(self._tokens) + len(tokens)
         binding.bind_cpu_input("input_ids", np.asarray([tokens], dtype=np.int64))
         binding.bind_cpu_input("attention_mask", np.ones((1, total), dtype=np.int64))
-        self._session.run_with_iobinding(binding)
+        try:
+            self._session.run_with_iobinding(binding, self._run_options)
+        except Exception:  # onnxruntime's exceptions share no base
+            if self._run_options.terminate:
+                raise EvaluationInterrupted from None
+            raise
         self._tokens += tokens
         self._caches[self._current].advance()
         return self._logits[0, -1].copy()  # the next run writes into the same memory
+
+    def interrupt(self) -> None:
+        super().interrupt()
+        self._run_options.terminate = True  # at its next operator
+
+    def resume(self) -> None:
+        super().resume()
+        self._run_options.terminate = False
 
     def close(self) -> None:
         del self._bindings, self._caches, self._session

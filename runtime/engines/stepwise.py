@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from .hf_tokenizer import HfTokenizer
-from .protocol import Part
+from .protocol import EvaluationInterrupted, Part
 
 
 class StepwiseEngine(abc.ABC):
@@ -33,6 +33,7 @@ class StepwiseEngine(abc.ABC):
         self._current = 0
         self._tokens = self._sequences[0]
         """What the current sequence holds."""
+        self._is_interrupted = False
 
     @property
     def cache_slots(self) -> int:
@@ -48,6 +49,7 @@ class StepwiseEngine(abc.ABC):
         lengths, rows = [len(self._sequences[part.sequence]) for part in parts], []
         try:
             for part in parts:
+                self._stop_if_interrupted()
                 self._go_to(part.sequence)
                 logits = self._evaluate(list(part.tokens))
                 if part.wants_logits:
@@ -69,13 +71,20 @@ class StepwiseEngine(abc.ABC):
         self._copy(source, length)
         self._tokens[:] = self._sequences[source][:length]
 
-    def interrupt(self) -> None:  # noqa: B027
-        """A pass goes on to its end."""
+    def interrupt(self) -> None:
+        """Nothing that has not begun will: no other sequence, and no other piece of a prompt of an engine that takes it
+        by pieces. One that can also stops what has begun."""
+        self._is_interrupted = True
 
-    def resume(self) -> None:  # noqa: B027
-        """Nothing was interrupted."""
+    def resume(self) -> None:
+        self._is_interrupted = False
+
+    def _stop_if_interrupted(self) -> None:
+        if self._is_interrupted:
+            raise EvaluationInterrupted
 
     def evaluate(self, tokens: Sequence[int], first: int, held: int) -> Iterator[np.ndarray]:
+        self.resume()
         self._go_to(0)
         yield self._evaluate(list(tokens[held : first + 1]))[None]
         for token in tokens[first + 1 :]:
