@@ -1,13 +1,14 @@
-"""The speeds of docs/web.md: `python tests/tools/web_speed.py FOLDER...` measures `--target web` folders in Chromium.
+"""The speeds of docs/web.md: `PYTHONPATH=tests python tests/tools/web_speed.py [--threads N,M] FOLDER...` measures
+`--target web` folders in headless Chromium, and whether they say what native llama.cpp said when they were exported.
 
 Folders take turns. Prefill is of a prompt of some 300 tokens, decode of 64 tokens after it, by the page's own clock;
 beside it by CPU time of the browser's processes, which other programs do not add to."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import statistics
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -50,39 +51,51 @@ def asked(page: Any, count: int) -> tuple[dict[str, float], float]:
     return timings, cpu_seconds() - began
 
 
-def speeds(browser: Any, folder: str) -> dict[str, float]:
-    """{what: tokens per second}"""
+def speeds(browser: Any, folder: str, threads: int) -> tuple[dict[str, float], str]:
+    """({what: tokens per second}, what the page says of its first tokens)"""
     server = web_server(Path(folder), WebServerOptions(port=0))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     context = browser.new_context()
     page = context.new_page()
     page.goto(f"http://127.0.0.1:{server.server_port}/")
+    page.evaluate("document.getElementById('panel').open = true")
+    page.fill("#threads", str(threads))
     page.click("#load")
     page.wait_for_selector("#question:enabled", timeout=300_000)
+    page.click("#check")
+    page.wait_for_function("document.getElementById('check').disabled === false", timeout=300_000)
+    verdict = page.text_content("#verdict")
     asked(page, 8)
     first, cpu_of_prompt = asked(page, 1)
     whole, cpu = asked(page, NEW_TOKENS + 1)
     context.close()
     server.shutdown()
     server.server_close()
-    return {
+    found = {
         "prefill": whole["prompt_per_second"],
         "decode": whole["predicted_per_second"],
         "prefill, by CPU time": first["prompt_n"] / cpu_of_prompt,
         "decode, by CPU time": NEW_TOKENS / (cpu - cpu_of_prompt),
     }
+    return found, verdict
 
 
 def main() -> None:
-    measured: dict[str, list[dict[str, float]]] = {folder: [] for folder in sys.argv[1:]}
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--threads", default="1")
+    parser.add_argument("folders", nargs="+")
+    arguments = parser.parse_args()
+    cases = [(folder, int(number)) for folder in arguments.folders for number in arguments.threads.split(",")]
+    measured: dict[tuple[str, int], list[tuple[dict[str, float], str]]] = {case: [] for case in cases}
     with chromium() as browser:
         for _ in range(ROUNDS):
-            for folder, found in measured.items():
-                found.append(speeds(browser, folder))
-    for folder, found in measured.items():
-        for name in found[0]:
-            values = sorted(each[name] for each in found)
-            print(f"{folder}: {name}: {statistics.median(values):.1f} tokens/s ({values[0]:.1f} to {values[-1]:.1f})")
+            for case in cases:
+                measured[case].append(speeds(browser, *case))
+    for (folder, threads), found in measured.items():
+        print(f"{Path(folder).name}, threads: {threads}: {found[0][1]}")
+        for name in found[0][0]:
+            values = sorted(each[name] for each, _ in found)
+            print(f"  {name}: {statistics.median(values):.1f} tokens/s ({values[0]:.1f} to {values[-1]:.1f})")
 
 
 if __name__ == "__main__":
