@@ -12,7 +12,6 @@ from efficientllm.train.compute.loss import (
     LossWeights,
     Reference,
     TrainingLoss,
-    Unsaid,
     cross_entropy,
     make_teacher,
     perplexity,
@@ -43,46 +42,6 @@ def test_chunked_loss_equals_torch(tokens: int, distill: float, monkeypatch: pyt
     torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(our_cross_entropy, their_cross_entropy.detach())
     torch.testing.assert_close(our_gradients, their_gradients)
-
-
-def test_of_what_text_does_not_say_only_the_reference_speaks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss, "CHUNK_TOKENS", 16)
-    torch.manual_seed(0)
-    hidden, weight = torch.randn(50, 24, requires_grad=True), torch.randn(90, 24, requires_grad=True)
-    teacher = Reference(torch.randn(50, 30), torch.randn(90, 30))
-    targets, unsaid = torch.randint(0, 89, (50,)), Unsaid(89, torch.rand(50) < 0.5)
-    targets[torch.nonzero(~unsaid.rows)[0]] = 89
-    ours, our_cross_entropy = cross_entropy(
-        hidden, weight, targets, torch.float32, LossWeights(0.8, 0.7), teacher, unsaid
-    )
-    logits = hidden @ weight.T
-    without = logits.index_fill(1, torch.tensor([89]), -math.inf)
-    theirs = F.cross_entropy(torch.where(unsaid.rows[:, None], without, logits), targets)
-    reference = F.log_softmax(teacher.hidden @ teacher.weight.T, -1)
-    divergence = F.kl_div(F.log_softmax(logits, -1), reference, log_target=True, reduction="batchmean")
-    torch.testing.assert_close(our_cross_entropy, theirs.detach())
-    torch.testing.assert_close(ours, 0.8 * theirs + 0.7 * divergence)
-    torch.testing.assert_close(
-        torch.autograd.grad(ours, (hidden, weight)),
-        torch.autograd.grad(0.8 * theirs + 0.7 * divergence, (hidden, weight)),
-    )
-
-
-def test_windows_without_an_end_of_turn_do_not_say_that_none_follows() -> None:
-    model = tiny_model(tiny_architecture())
-    teacher = make_teacher(model, torch.float32, torch.device("cpu"))
-    text, chat = torch.randint(10, 400, (1, 20)), torch.randint(10, 400, (1, 20))
-    chat[0, 7] = 9
-    head = model.lm_head.weight
-
-    def pull(windows: torch.Tensor) -> float:
-        """What a step does to the logit of the end, by its row of the head, where the model is the teacher."""
-        measured = TrainingLoss(model, torch.float32, LossWeights(1.0, 1.0), teacher)
-        measured.end_of_turn = 9
-        return float(torch.autograd.grad(measured(windows)[0], head)[0][9].norm())
-
-    assert pull(text) < 1e-7
-    assert pull(chat) > 1e-4
 
 
 def test_model_loss_equals_transformers() -> None:

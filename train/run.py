@@ -139,7 +139,7 @@ def _make_trainer(plan: RunPlan, source: Any) -> Trainer:
     teacher = make_teacher(source, dtype, device) if optimizer.distill else None
     cache = _teacher_cache(plan, source) if optimizer.distill and plan.config.run.teacher_cache else None
     loss = TrainingLoss(_make_model(plan, source).to(device), dtype, teacher=teacher)  # weighed in each step
-    loss.teacher_cache, loss.end_of_turn = cache, stream.encoder.end_of_turn
+    loss.teacher_cache = cache
     trainer = Trainer(plan, loss, stream, held_out)
     if plan.resume is not None:
         trainer.restore(plan.resume.checkpoint)

@@ -55,7 +55,6 @@ class RunText:
         source = self.plan.tokenizer
         self.tokenizer = smaller_tokenizer(source, kept)
         self.stream.read_on_with(self.tokenizer)
-        loss.end_of_turn = self.stream.encoder.end_of_turn
         for name in ("block_windows", "recovery_windows"):
             self.__dict__.pop(name, None)  # made anew from the same text
         if self.plan.config.optimizer.distill:

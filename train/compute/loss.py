@@ -51,21 +51,6 @@ class SourceText:
 
 
 @dataclass(frozen=True)
-class Unsaid:
-    """A token of which some of the N predicted tokens say nothing, as text says nothing of where a turn ends: there
-    the cross-entropy is that of all other tokens, and only the source says how likely this one is."""
-
-    token: int
-    rows: Tensor
-    """bool [N]"""
-
-    def rule_out(self, log_p: Tensor, rows: slice) -> Tensor:
-        """fp32 [rows, 1]: -log(1 - p) of the token where it is not spoken of, 0 elsewhere; log_p [rows, V]."""
-        chance = log_p[:, self.token].exp().clamp(max=1 - torch.finfo(log_p.dtype).eps)
-        return torch.where(self.rows[rows], -torch.log1p(-chance), 0.0)[:, None]
-
-
-@dataclass(frozen=True)
 class Reference:
     """What distillation learns from, for N predicted tokens."""
 
@@ -102,7 +87,6 @@ class _ChunkedLoss(torch.autograd.Function):
         reference: Reference | None,
         distill: float,
         scale: float,
-        unsaid: Unsaid | None,
     ) -> tuple[Tensor, Tensor]:
         h, w, count = hidden.to(dtype), weight.to(dtype), max(1, hidden.shape[0])
         needs_grad = hidden.requires_grad or weight.requires_grad
@@ -122,9 +106,6 @@ class _ChunkedLoss(torch.autograd.Function):
                 predicted = targets[these, None]
                 log_p = torch.log_softmax(logits[part].float(), dim=-1)  # [part, V]
                 cross_entropy -= log_p.gather(1, predicted).sum()
-                others = unsaid.rule_out(log_p, these) if unsaid is not None else None
-                if others is not None:
-                    cross_entropy -= others.sum()
                 teacher = None
                 if reference is not None and theirs is not None:
                     teacher_log_p = torch.log_softmax(theirs[part].float(), dim=-1)
@@ -136,15 +117,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 if needs_grad:
                     delta = log_p.exp_()  # the probabilities p; becomes d loss / d logits
                     if teacher is not None:
-                        if unsaid is not None and others is not None:
-                            of_reference = distill * delta[:, unsaid.token]
-                            delta.mul_(scale * others.exp() + distill)
-                            torch.where(
-                                unsaid.rows[these], of_reference, delta[:, unsaid.token], out=delta[:, unsaid.token]
-                            )
-                        else:
-                            delta.mul_(scale + distill)
-                        delta.sub_(teacher, alpha=distill)
+                        delta.mul_(scale + distill).sub_(teacher, alpha=distill)
                     elif scale != 1.0:
                         delta.mul_(scale)
                     delta.scatter_add_(1, predicted, delta.new_full((len(delta), 1), -scale))
@@ -163,7 +136,7 @@ class _ChunkedLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         # taken out of ctx and scaled in place: grad_weight is up to a fifth of a model
         (grad_hidden, grad_weight), ctx.gradients = ctx.gradients, None
-        return grad_hidden.mul_(grad_total), grad_weight.mul_(grad_total), None, None, None, None, None, None
+        return grad_hidden.mul_(grad_total), grad_weight.mul_(grad_total), None, None, None, None, None
 
 
 def cross_entropy(
@@ -173,18 +146,16 @@ def cross_entropy(
     dtype: torch.dtype,
     weights: LossWeights = LossWeights(),
     reference: Reference | None = None,
-    unsaid: Unsaid | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(loss to minimise, its cross-entropy part), means over tokens in nats; 0 of no tokens.
 
     hidden [N, H], LM-head weight [V, H], targets [N] int64; matrix products in `dtype`, sums in fp32. `reference` is in
-    `dtype`. `unsaid` counts where there is a reference to say it.
+    `dtype`.
     """
     if not torch.is_grad_enabled():  # which the function itself cannot see: it would form gradients
         hidden, weight = hidden.detach(), weight.detach()
     scales = (weights.distill, weights.cross_entropy)
-    unsaid = unsaid if reference is not None else None
-    return _ChunkedLoss.apply(hidden, weight, targets, dtype, reference, *scales, unsaid)  # type: ignore[return-value]
+    return _ChunkedLoss.apply(hidden, weight, targets, dtype, reference, *scales)  # type: ignore[return-value]
 
 
 class TrainingLoss(nn.Module):
@@ -203,13 +174,11 @@ class TrainingLoss(nn.Module):
         """What the model's tokens [B, S] are in the teacher's, where that has others."""
         self.teacher_cache: TeacherCache | None = None
         """Where what the teacher makes of text is kept."""
-        self.end_of_turn: int | None = None
-        """The token that ends a turn of a chat and nothing else: windows without one are text, or amid an answer."""
 
     def around(self, model: Any) -> TrainingLoss:
         """The same loss of another model."""
         loss = TrainingLoss(model, self.dtype, self.weights, self._teacher[0])
-        loss.source_text, loss.teacher_cache, loss.end_of_turn = self.source_text, self.teacher_cache, self.end_of_turn
+        loss.source_text, loss.teacher_cache = self.source_text, self.teacher_cache
         return loss
 
     def forward(self, windows: Tensor, states: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -233,11 +202,7 @@ class TrainingLoss(nn.Module):
         elif teacher is not None and self.training:
             reference = self._reference(teacher, inputs, is_predicted)
         rows = hidden.flatten(0, 1)[is_predicted]
-        unsaid = None
-        if self.end_of_turn is not None:
-            is_text = (tokens != self.end_of_turn).all(dim=1, keepdim=True)
-            unsaid = Unsaid(self.end_of_turn, is_text.expand_as(inputs).flatten()[is_predicted])
-        return cross_entropy(rows, weight, targets, self.dtype, weights, reference, unsaid)
+        return cross_entropy(rows, weight, targets, self.dtype, weights, reference)
 
     @torch.no_grad()
     def _reference(self, teacher: Any, inputs: Tensor, is_predicted: Tensor) -> Reference:

@@ -41,12 +41,6 @@ class Encoder:
         self.separator = end_of_text_id(tokenizer)
         self.chat = ChatFormat.of_tokenizer(tokenizer)
 
-    @property
-    def end_of_turn(self) -> int | None:
-        """The token that ends a turn of a chat, where it is one that text does not have."""
-        ids = tokenize(self.tokenizer, [self.chat.end_of_turn])[0] if self.chat is not None else []
-        return ids[0] if len(ids) == 1 and ids[0] != self.separator else None
-
     def encode(self, documents: Sequence[Document]) -> list[np.ndarray]:
         """int32 [n] of each; DataError for a chat that the source's template cannot write."""
         texts = iter(tokenize(self.tokenizer, [each for each in documents if isinstance(each, str)]))
