@@ -116,8 +116,8 @@ def test_waiting_for_a_model_counts_as_time_of_the_request(artefact: Path) -> No
         ),
         (
             "chat/completions",
-            {"response_format": {"type": "json_schema", "json_schema": {"shema": {"type": "object"}}}},
-            "response_format.json_schema: shema is not served here",
+            {"response_format": {"type": "json_schema", "json_schema": {"scheme": {"type": "object"}}}},
+            "response_format.json_schema: scheme is not served here",
         ),
         ("chat/completions", {"response_format": {"type": "text", "regex": "z"}}, "regex: goes with type regex"),
         ("responses", {"input": [{"role": "user", "content": "x", "cache": 1}]}, "cache is not served here"),
