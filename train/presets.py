@@ -28,10 +28,17 @@ def cpu_quickstart() -> TrainConfig:
 
 
 def recover() -> TrainConfig:
-    """What lost least at -20 % in our trials of sixty thousand tokens (docs/log.md): groups by `token-fisher`, all at
-    once after a fifth of the tokens, a fit to the source's residual stream, distillation, half a cosine."""
+    """What lost least at -20 % in our trials (docs/log.md): heads, FFN channels and tokens of the vocabulary by
+    `token-fisher`, all at once after a fifth of the tokens, a fit to the source's residual stream, distillation, half
+    a cosine."""
     return TrainConfig(
-        pruning=PruneConfig(saliency="token-fisher", prune_start=0.2, prune_end=0.2, recover="least-squares"),
+        pruning=PruneConfig(
+            prune=("attention", "ffn", "vocabulary"),
+            saliency="token-fisher",
+            prune_start=0.2,
+            prune_end=0.2,
+            recover="least-squares",
+        ),
         optimizer=OptimizerConfig(learning_rate=1e-4, lr_schedule="cosine", distill=1.0),
     )
 
