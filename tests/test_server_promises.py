@@ -85,7 +85,7 @@ def test_caches_count_against_the_memory_of_all_models(artefact: Path) -> None:
 
 
 def test_waiting_for_a_model_counts_as_time_of_the_request(artefact: Path) -> None:
-    pool = ModelPool(dict.fromkeys("ab", str(artefact)), EngineOptions(threads=1, context=64), timeout=0.5)
+    pool = ModelPool(dict.fromkeys("ab", str(artefact)), EngineOptions(threads=1, context=64), timeout=1.0)
     pool.max_memory = Artefact.open(artefact).file_bytes
 
     async def go() -> None:
@@ -93,7 +93,7 @@ def test_waiting_for_a_model_counts_as_time_of_the_request(artefact: Path) -> No
         began = time.monotonic()
         found = await asyncio.gather(*(pool.enter("b", pool.deadline()) for _ in range(4)), return_exceptions=True)
         assert [getattr(each, "status", None) for each in found] == [503] * 4
-        assert time.monotonic() - began < 1.5  # not one after the other
+        assert time.monotonic() - began < 3.0  # not one after the other
         worker.leave()
         pool.close()
 

@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -293,10 +292,15 @@ def test_a_broken_download_goes_on_where_it_was_and_foreign_bytes_are_refused(fo
 @pytest.mark.slow
 def test_no_click_is_lost_while_the_page_still_asks_what_it_holds(folder: Path, visit: Visit) -> None:
     with served(folder) as address:
-        page = visit(address)
-        page.route("**/model.json", lambda route: (time.sleep(2), route.continue_()))
+        page = visit(address, service_workers="block")  # it would answer from what it keeps
+        held: list[Any] = []
+        page.route("**/model.json", lambda route: held.append(route))
         page.reload(wait_until="commit")
         expect(page.locator("#load")).to_be_disabled()
+        while not held:
+            page.wait_for_timeout(20)
+        expect(page.locator("#load")).to_be_disabled()
+        held[0].continue_()
         load_model(page)
 
 
