@@ -318,19 +318,6 @@ def test_a_server_without_the_headers_is_named_and_will_do(folder: Path, visit: 
 @needs_wllama
 @needs_chromium
 @pytest.mark.slow
-def test_two_threads_say_the_same(folder: Path, visit: Visit) -> None:
-    with served(folder) as address:
-        page = visit(address)
-        page.evaluate("document.getElementById('panel').open = true")
-        page.fill("#threads", "2")
-        page.evaluate("document.getElementById('panel').open = false")
-        load_model(page)
-        assert check_model(page) == SAME
-
-
-@needs_wllama
-@needs_chromium
-@pytest.mark.slow
 @pytest.mark.parametrize(("width", "scheme"), [(360, "dark"), (1100, "light")])
 def test_it_fits_phones_and_both_color_schemes(folder: Path, visit: Visit, width: int, scheme: str) -> None:
     with served(folder) as address:
