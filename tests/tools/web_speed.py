@@ -63,7 +63,7 @@ def speeds(browser: Any, folder: str, threads: int) -> tuple[dict[str, float], s
     page.click("#load")
     page.wait_for_selector("#question:enabled", timeout=300_000)
     page.click("#check")
-    page.wait_for_function("document.getElementById('check').disabled === false", timeout=300_000)
+    page.wait_for_selector("#check:enabled", timeout=300_000)
     verdict = page.text_content("#verdict")
     asked(page, 8)
     first, cpu_of_prompt = asked(page, 1)
