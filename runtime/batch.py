@@ -102,7 +102,7 @@ class Batch:
         """Begin what waits, as long as there are sequences and room for it; who has fewest answers in progress first,
         of those the one that came first."""
         passed_over: list[Generation] = []
-        while len(self._active) < self._engine.num_sequences:
+        while self._waiting and len(self._active) < self._engine.num_sequences:
             generation = self._next(passed_over)
             if generation is None:
                 return

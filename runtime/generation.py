@@ -13,7 +13,7 @@ from .base import flags
 from .base.errors import ContextOverflowError, UsageError
 from .constraint import Constraint
 from .engines.owned import OwnedEngine
-from .sampling import Sampler, SamplingOptions, largest, log_sum
+from .sampling import Sampler, SamplingOptions, log_sum, ranked
 from .text_stream import TextStream
 
 Overflow = Literal["error", "slide"]
@@ -247,7 +247,6 @@ class Generation:
 
 def token_logprob(logits: np.ndarray, token: int, top: int) -> TokenLogprob:
     """Log-probability of `token` under fp32 `logits` [V], and the `top` best ones."""
-    best = largest(logits, top) if top else np.empty(0, np.intp)
-    best = best[np.argsort(-logits[best], kind="stable")][:top]
+    best = ranked(logits, top) if top else np.empty(0, np.intp)
     values = logits[[token, *best]].astype(np.float64) - log_sum(logits)
     return TokenLogprob(token, float(values[0]), tuple(zip(best.tolist(), values[1:].tolist(), strict=True)))

@@ -119,8 +119,7 @@ class Sampler:
         top_k, top_p, min_p = self.options.top_k or 0, self.options.top_p or 1.0, self.options.min_p or 0.0
         best = float(logits.max())
         if 0 < top_k < len(logits):
-            kept = largest(logits, top_k)
-            kept = kept[np.argsort(-logits[kept], kind="stable")][:top_k]
+            kept = ranked(logits, top_k)
             weights = np.exp((logits[kept].astype(np.float64) - best) / max(temperature, SMALLEST))
             total = weights.sum()
         else:
@@ -184,7 +183,7 @@ def _weights(logits: np.ndarray, best: float, temperature: float) -> np.ndarray:
     return np.exp(shifted, out=shifted)
 
 
-def largest(values: np.ndarray, count: int) -> np.ndarray:
+def _largest(values: np.ndarray, count: int) -> np.ndarray:
     """Positions of the `count` largest of `values` [V], and perhaps of more.
 
     The count-th largest of the maxima of V / 64 columns is at most the count-th largest of all, so what reaches it
@@ -197,11 +196,17 @@ def largest(values: np.ndarray, count: int) -> np.ndarray:
     return np.flatnonzero(values >= np.partition(maxima, columns - count)[columns - count])
 
 
+def ranked(values: np.ndarray, count: int) -> np.ndarray:
+    """Positions of the `count` >= 1 largest of `values` [V], the largest first."""
+    found = _largest(values, count)
+    return found[np.argsort(-values[found], kind="stable")][:count]
+
+
 def _nucleus(weights: np.ndarray, wanted: float) -> np.ndarray:
     """Positions of the largest of `weights` [V], more than `wanted` together."""
     count = 64
     while count < len(weights):
-        kept = largest(weights, count)
+        kept = _largest(weights, count)
         if weights[kept].sum(dtype=np.float64) > wanted:
             return kept
         count *= 8

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import os
 import re
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,12 +67,12 @@ class AppOptions:
 def create_app(
     pool: ModelPool,
     options: AppOptions | None = None,
-    hosts: Sequence[str] = (),
+    is_local: bool = False,
     sampling: SamplingDefaults | None = None,
 ) -> FastAPI:
     """An application that serves `pool`; it closes the pool when it shuts down.
 
-    `hosts`: names that it is called by, where only this machine may; without a key, other names are refused.
+    `is_local`: only this machine may call it; without a key, other names than its own are refused then.
     """
     options = options or AppOptions()
     metrics = Metrics(pool)
@@ -83,8 +83,8 @@ def create_app(
         await asyncio.to_thread(pool.close)
 
     app = FastAPI(title="efficientllm", lifespan=lifespan, docs_url=None, redoc_url=None)  # they load from elsewhere
-    known = [*(hosts or (LOCAL_HOSTS if options.allow_host else ())), *options.allow_host]
-    names = frozenset(() if options.key else known)
+    is_named = (is_local or options.allow_host) and not options.key
+    names = frozenset((*LOCAL_HOSTS, *options.allow_host) if is_named else ())
     limits = {"max_body_bytes": options.max_body_bytes, "body_timeout": options.body_timeout}
     app.add_middleware(Guard, api_key=options.key, hosts=names, count=metrics.refused, **limits)
     if options.cors_origin:

@@ -109,7 +109,7 @@ def body(argv: Sequence[str]) -> int:
         pool = ModelPool(artefacts, engine_options, options.waiting, options.timeout, options.max_memory)
         names = ", ".join(artefacts)
         print(f"{names} at http://{options.host}:{options.port}/v1 (chat: /, documentation: /docs)", flush=True)
-        app = create_app(pool, app_options, LOCAL_HOSTS if is_local else (), sampling)
+        app = create_app(pool, app_options, is_local, sampling)
         protocol = limited_protocol(options.max_connections, app_options.body_timeout)
         settings = {"http": protocol, "log_level": "warning", "timeout_keep_alive": KEEP_ALIVE_SECONDS}
         StoppingServer(app, pool.abort, options.grace, **settings).run(sockets=[listener])

@@ -331,7 +331,7 @@ def test_a_failure_of_ours_has_openai_s_shape(artefact: Path) -> None:
 def test_a_name_that_was_bound_to_this_machine_is_refused(artefact: Path) -> None:
     """DNS rebinding: a page of that name could read every answer."""
     pool = ModelPool({"tiny": str(artefact)}, EngineOptions(threads=1, context=64))
-    app = create_app(pool, AppOptions(allow_host=("friend.example",)), cli.LOCAL_HOSTS)
+    app = create_app(pool, AppOptions(allow_host=("friend.example",)), is_local=True)
     with TestClient(app, base_url="http://127.0.0.1:8000") as client:
         for host, status in (
             ("127.0.0.1:8000", 200),

@@ -120,7 +120,7 @@ class ModelPool:
 
     async def _make_room(self, name: str) -> None:
         """Unload what was not used for longest; waits for a model that nobody needs."""
-        while self.max_memory and self._workers and self._used() + self._sizes[name] > self.max_memory:
+        while not self._fits(name):
             if not await self._unload_idle():
                 self._idle.clear()
                 await self._idle.wait()
@@ -132,7 +132,7 @@ class ModelPool:
             worker = await asyncio.to_thread(self._load, name)
         except EfficientLLMError as error:
             raise APIError(503, f"model {name!r} cannot be loaded: {error}", "server_error") from error
-        while self.max_memory and self._workers and self._used() + self._sizes[name] > self.max_memory:
+        while not self._fits(name):
             if not await self._unload_idle():
                 await asyncio.to_thread(worker.close)
                 return
@@ -145,8 +145,10 @@ class ModelPool:
             await asyncio.to_thread(self._workers.pop(min(idle)[1]).close)
         return bool(idle)
 
-    def _used(self) -> int:
-        return sum(self._sizes[name] for name in self._workers)
+    def _fits(self, name: str) -> bool:
+        """Whether a model has room beside those that are loaded; alone, any has."""
+        used = sum(self._sizes[each] for each in self._workers)
+        return not self.max_memory or not self._workers or used + self._sizes[name] <= self.max_memory
 
     def abort(self) -> None:
         """End every answer: the server stops."""

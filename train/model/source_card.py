@@ -12,7 +12,7 @@ CARD = "README.md"
 
 @dataclass(frozen=True)
 class SourceCard:
-    """ "" for what is not known."""
+    """What is not known is empty."""
 
     license: str = ""
     """As model hubs name it."""
