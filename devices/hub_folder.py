@@ -1,7 +1,9 @@
 """A folder that makes a good repository of a model hub: artefacts under names that programs look for, and a card.
 
 GGUF files lie at the top as NAME-Q8_0.gguf, which is where llama.cpp, Ollama, LM Studio and Jan look for types to
-choose from; ONNX and ExecuTorch artefacts are folders of several files that stay together.
+choose from, with what Ollama reads beside them; ONNX and ExecuTorch artefacts are folders of several files that stay
+together. The first ONNX artefact lies in onnx/, its configuration and tokenizer at the top, too: transformers.js looks
+there.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from ..runtime.base.output import replaced_whole
 from ..runtime.base.quantities import format_bytes, format_count
 from ..runtime.engines.contract_text import contract_rows
 from ..runtime.engines.manifest import MANIFEST_NAME, Manifest
+from .ollama_files import ollama_files
 from .report import device_line, origin_lines
 from .results import Figure, Result, Run
 
@@ -28,6 +31,11 @@ MARK = "<!-- files of efficientllm-hub: "
 """Begins the card's last line, which names what the command wrote."""
 LIBRARIES = {"llama.cpp": "gguf", "onnxruntime": "onnx", "executorch": "executorch"}
 """engine -> what the Hugging Face hub calls the format in library_name."""
+
+ONNX_FOLDER = "onnx"
+TOP_OF_ONNX = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+"""Files that transformers.js reads at the top of a repository."""
+MODELFILE = "Modelfile"
 
 
 @dataclass(frozen=True)
@@ -77,9 +85,8 @@ def write_hub_folder(
     parts, runs = _parts(artefacts, name), [Run.read(path) for path in bench]
     remedy = "give another --output, or --overwrite to replace it"
     with replaced_whole(output, overwrite, _foreign, [*artefacts, *bench], remedy) as folder:
-        for part in parts:
-            _put(part, folder)
-        written = ", ".join(sorted([CARD, *(part.place for part in parts)]))
+        beside = {name for part in parts for name in _put(part, folder)}
+        written = ", ".join(sorted({CARD, *beside, *(part.place for part in parts)}))
         text = f"{card(parts, runs, settings, name)}\n{MARK}{written} -->\n"
         (folder / CARD).write_text(text, encoding="utf-8")
     return output
@@ -97,6 +104,8 @@ def _parts(artefacts: Sequence[Path], name: str) -> list[Part]:
         manifest.check_files(path)
         if manifest.engine == "llama.cpp":
             place = f"{name}-{manifest.quantization.upper()}.gguf"
+        elif _library(manifest) == "onnx" and all(part.place != ONNX_FOLDER for part in parts):
+            place = ONNX_FOLDER
         else:
             place = f"{_library(manifest)}-{manifest.quantization}"
         if any(part.place == place for part in parts):
@@ -105,14 +114,31 @@ def _parts(artefacts: Sequence[Path], name: str) -> list[Part]:
     return parts
 
 
-def _put(part: Part, folder: Path) -> None:
+def _put(part: Part, folder: Path) -> list[str]:
+    """Put a part there; the names of what lies beside it."""
     if part.is_file:
         _link(part.artefact / part.manifest.model_file, folder / part.place)
-        return
+        return _put_ollama_files(part, folder)
     for name in (*part.manifest.files, MANIFEST_NAME):
         target = folder / part.place / name
         target.parent.mkdir(parents=True, exist_ok=True)
         _link(part.artefact / name, target)
+    beside = [name for name in TOP_OF_ONNX if part.place == ONNX_FOLDER and name in part.manifest.files]
+    for name in beside:
+        _link(part.artefact / name, folder / name)
+    return beside
+
+
+def _put_ollama_files(part: Part, folder: Path) -> list[str]:
+    """Of the first GGUF that has a Modelfile; Ollama reads one for all of a repository."""
+    try:
+        files = ollama_files((part.artefact / MODELFILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return []
+    new = [name for name in files if not (folder / name).exists()]
+    for name in new:
+        (folder / name).write_text(files[name], encoding="utf-8")
+    return new
 
 
 def _link(source: Path, target: Path) -> None:
@@ -208,4 +234,6 @@ def _command(part: Part) -> str:
         return f"litert-lm run {part.place}/{part.manifest.model_file}"
     if part.manifest.engine == "wllama":
         return f"efficientllm-serve-web {part.place}    # or any web server"
+    if part.place == ONNX_FOLDER:
+        return f"efficientllm-chat {part.place}    # or transformers.js: from_pretrained('OWNER/NAME')"
     return f"efficientllm-chat {part.place}"

@@ -65,6 +65,8 @@ def notes(run: Run) -> list[str]:
             lines.append(f"{name}: THROTTLED, {result.throttled}; cool the device or use --max-temp")
         if result.temperature_celsius:
             lines.append(f"{name}: {result.temperature_celsius[0]:.1f} to {result.temperature_celsius[1]:.1f} C")
+        if result.clock_mhz:
+            lines.append(f"{name}: cores at {result.clock_mhz[0]:.0f} to {result.clock_mhz[1]:.0f} MHz")
         lines += [f"{name}: {test} left out: {reason}" for test, reason in result.skipped.items()]
     line = perplexity_line(run.results)
     return [*lines, line] if line else lines

@@ -21,7 +21,7 @@ SCHEMA_VERSION = 3
 
 def _with_tuples(values: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
     """JSON has lists only."""
-    return values | {name: tuple(values[name]) for name in names if values[name] is not None}
+    return values | {name: tuple(values[name]) for name in names if values.get(name) is not None}
 
 
 @dataclass(frozen=True)
@@ -141,6 +141,9 @@ class Readings(Generic[Sample]):
     faster than that takes for all weights."""
     temperature_celsius: tuple[float, float] | None = None
     """Before the first repetition and after the last."""
+    clock_mhz: tuple[float, float] | None = None
+    """Mean over the cores that work, the moment a decode has ended: after warming up (on a phone: while it measures, at
+    the beginning) and after the last repetition; of several processes the one whose clock fell most."""
     skipped: dict[str, str] = field(default_factory=dict)
     """Tests that do not fit the artefact, with the reason."""
 
@@ -148,9 +151,6 @@ class Readings(Generic[Sample]):
 @dataclass(frozen=True)
 class Measurement(Readings[list[float]]):
     """What one process measured; lists have one entry per repetition."""
-
-    clock_mhz: tuple[float, float] | None = None
-    """Mean over the cores that work: after warming up (a phone: at the beginning) and after the last repetition."""
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Measurement:
@@ -237,6 +237,8 @@ def summarize(
     """Pool the repetitions of all processes; memory is that of the process with the largest peak."""
     largest = max(runs, key=lambda run: run.peak_rss_bytes)
     temperatures = [run.temperature_celsius for run in runs if run.temperature_celsius]
+    clocks = [run.clock_mhz for run in runs if run.clock_mhz]
+    clock = min(clocks, key=lambda pair: pair[1] / pair[0], default=None)
     return Result(
         speeds=_pool_by_test([run.speeds for run in runs]),
         cpu_ms_per_token=_pool_by_test([run.cpu_ms_per_token for run in runs]),
@@ -263,7 +265,8 @@ def summarize(
         engine=engine,
         file_bytes=file_bytes,
         manifest=manifest,
-        throttled=_throttling([run.clock_mhz for run in runs if run.clock_mhz]),
+        clock_mhz=clock,
+        throttled=_throttling(*clock) if clock else "",
     )
 
 
@@ -283,9 +286,8 @@ def _medians_by_test(samples: Sequence[dict[str, list[float]]]) -> dict[str, lis
     return {test: [statistics.median(sample[test]) for sample in samples if sample.get(test)] for test in tests}
 
 
-def _throttling(clocks: Sequence[tuple[float, float]]) -> str:
-    """The largest drop among (MHz after warming up, MHz at the end), "" where all are small."""
-    first, last = min(clocks, key=lambda pair: pair[1] / pair[0], default=(0.0, 0.0))
+def _throttling(first: float, last: float) -> str:
+    """A large drop in words, "" for a small one."""
     return f"clock fell from {first:.0f} to {last:.0f} MHz" if last < (1 - THROTTLING_DROP) * first else ""
 
 
@@ -337,7 +339,7 @@ class Run:
 
 
 def _result(values: dict[str, Any]) -> Result:
-    read: dict[str, Any] = _with_tuples(values, ("temperature_celsius",))
+    read: dict[str, Any] = _with_tuples(values, ("temperature_celsius", "clock_mhz"))
     for name in ("load_ms", "time_to_first_token_ms", "joules_per_token", "memory_bytes_per_second"):
         read[name] = Figure(**values[name]) if values.get(name) else None
     manifest = values["manifest"]  # older files have these there alone

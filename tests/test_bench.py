@@ -150,6 +150,7 @@ def test_throttling_is_reported() -> None:
     result = summarize("m", "", "", 1, {}, runs)
     assert result.throttled == "clock fell from 2000 to 1600 MHz"
     assert result.temperature_celsius == (40.0, 80.0)
+    assert result.clock_mhz == (2000.0, 1600.0)
 
 
 def test_waits_for_a_cool_device() -> None:

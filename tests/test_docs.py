@@ -28,6 +28,7 @@ from efficientllm.server.models.pool import ModelPool
 from efficientllm.server.web import build_parser as web_parser
 from efficientllm.train.cli import build_parser as train_parser
 from efficientllm.train.cli import configuration
+from efficientllm.train.data.corpus_cli import build_parser as corpus_parser
 from efficientllm.train.evaluation.cli import build_parser as eval_parser
 from efficientllm.train.planning.cli import build_parser as plan_parser
 from efficientllm.train.study.fit import build_parser as fit_parser
@@ -37,6 +38,7 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PLUGIN = ROOT / "tests" / "plugin"
 PARSERS = {
     "efficientllm-train": train_parser,
+    "efficientllm-corpus": corpus_parser,
     "efficientllm-plan": plan_parser,
     "efficientllm-fit": fit_parser,
     "efficientllm-export": export_parser,

@@ -70,7 +70,9 @@ def test_the_modelfile_has_context_sampling_and_ends_and_may_be_changed(
     (checkpoint / "generation_config.json").write_text(json.dumps(defaults))
     assert export(checkpoint, "gguf", tmp_path / "gguf", "--quantize", "f32", "--no-verify") == 0
     modelfile = tmp_path / "gguf" / "Modelfile"
-    assert modelfile.read_text().splitlines() == [
+    *parameters, template = modelfile.read_text().splitlines()
+    assert template.startswith('TEMPLATE """{{- range $i, $_ := .Messages }}')  # tests/test_go_template.py
+    assert parameters == [
         "FROM ./model.gguf",
         "PARAMETER num_ctx 512",
         "PARAMETER temperature 0.2",

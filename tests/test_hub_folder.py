@@ -17,6 +17,8 @@ from efficientllm.runtime import load
 from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.engines.manifest import Manifest, describe_files
 
+OLLAMA = ("params", "template")
+BESIDE = (*OLLAMA, "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 SETTINGS = ("--base-model", "owner/source", "--license", "apache-2.0")
 
 
@@ -35,7 +37,7 @@ def test_the_folder_is_a_repository_whose_files_run(artefact: Path, onnx: Path, 
     Run(LAPTOP, BenchOptions(), [measured], "2026-11-01T10:00:00+00:00", "0.1.0").write(tmp_path / "bench.json")
     output = tmp_path / "Small-1M"
     assert hub(output, artefact, onnx, "--bench", tmp_path / "bench.json", *SETTINGS) == 0
-    assert {path.name for path in output.iterdir()} == {"README.md", "Small-1M-F32.gguf", "onnx-f32"}
+    assert {path.name for path in output.iterdir()} == {"README.md", "Small-1M-F32.gguf", "onnx", *BESIDE}
 
     card = ModelCard.load(output / "README.md")
     header = card.data.to_dict()
@@ -53,8 +55,14 @@ def test_the_folder_is_a_repository_whose_files_run(artefact: Path, onnx: Path, 
     assert "124" not in other
     assert "a CPU" in card.text
 
+    parameters = json.loads((output / "params").read_text(encoding="utf-8"))
+    assert parameters["stop"] == ["<|im_end|>"]
+    assert parameters["num_ctx"] == 512
+    template = (output / "template").read_text(encoding="utf-8")
+    assert f'TEMPLATE """{template}"""' in (artefact / "Modelfile").read_text(encoding="utf-8")
+
     answers = []
-    for place in ("Small-1M-F32.gguf", "onnx-f32"):
+    for place in ("Small-1M-F32.gguf", "onnx"):
         with load(output / place) as model:
             answers.append(model.complete("The", max_tokens=8, temperature=0.0))
     assert answers[0] == answers[1]
@@ -80,7 +88,7 @@ def test_only_what_the_command_wrote_is_replaced(
     assert hub(output, artefact) == 2
     assert "is not empty" in capsys.readouterr().err
     assert hub(output, artefact, "--overwrite", "--name", "Other") == 0
-    assert {path.name for path in output.iterdir()} == {"README.md", "Other-F32.gguf"}
+    assert {path.name for path in output.iterdir()} == {"README.md", "Other-F32.gguf", *OLLAMA}
     (output / "notes.txt").write_text("mine", encoding="utf-8")
     assert hub(output, artefact, "--overwrite") == 2
     assert "holds notes.txt, not written by this command" in capsys.readouterr().err

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tree_sitter
@@ -20,10 +21,10 @@ from exporting import export
 from priced import tiny_profile
 
 from efficientllm.export.checkpoint import open_checkpoint
-from efficientllm.export.greedy import QUESTION
+from efficientllm.export.greedy import GreedyCheck
 from efficientllm.export.phone.exporter import SNIPPETS
 from efficientllm.export.phone.kit import Kit, Platform
-from efficientllm.export.phone.snippets import turn, write_snippets
+from efficientllm.export.phone.snippets import CONVERSATIONS, write_snippets
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
 from efficientllm.runtime.engines.manifest import Manifest
 from efficientllm.runtime.generation import AnswerOptions, Generation
@@ -35,6 +36,7 @@ GRAMMARS = {
     ".swift": tree_sitter_swift.language,
     ".ts": tree_sitter_typescript.language_typescript,
 }
+"""CMakeLists.txt and the C++ are built (test_the_native_code_answers_as_checked)."""
 
 
 @pytest.fixture(scope="module")
@@ -61,15 +63,17 @@ def assert_code_parses(kit: Path, platform: Platform, formats: tuple[str, ...]) 
         assert not re.search(rb"@[A-Z_]+@", text), name
         if name.endswith(".sh"):
             subprocess.run(["sh", "-n", kit / name], check=True)
-        else:
+        elif Path(name).suffix in GRAMMARS:
             assert errors(text, Path(name).suffix) == [], name
 
 
-def assert_engine_answers_as_checked(file: Path, check: dict[str, object]) -> None:
+def assert_engine_answers_as_checked(file: Path, check: dict[str, Any]) -> None:
     with contextlib.closing(load_engine(file, EngineOptions(threads=1, context=128))) as engine:
-        prompt = chat_prompt(engine, [{"role": "user", "content": QUESTION}])
-        generation = Generation(engine, prompt, AnswerOptions(32))
+        prompt = chat_prompt(engine, [{"role": "user", "content": check["question"]}])
+        generation = Generation(engine, prompt, AnswerOptions(32, top_logprobs=2))
         assert "".join(generation) == check["text"]
+        logprobs = generation.take_logprobs()
+        assert min(each.top[0][1] - each.top[1][1] for each in logprobs) == check["margin"] > 0
         assert generation.answer == check["tokens"]
         assert prompt == check["prompt_tokens"]
 
@@ -91,6 +95,7 @@ def test_a_kit_with_a_gguf(kit: Path) -> None:
     text = (kit / "README.md").read_text()
     assert "| model.gguf | llama.cpp | f32 |" in text
     assert "What speed to expect is not known" in text
+    assert re.search(r"candidates are \d\.\d\d nats \(llama\.cpp\) apart", text)
 
 
 def test_the_push_script_copies_what_the_code_reads(kit: Path, tmp_path: Path) -> None:
@@ -110,20 +115,47 @@ def test_the_push_script_copies_what_the_code_reads(kit: Path, tmp_path: Path) -
 
 
 def test_constants_of_a_template_with_dollars(tmp_path: Path, kit: Path) -> None:
-    checkpoint = tmp_path / "checkpoint"
-    shutil.copytree(kit.parent / "checkpoint", checkpoint)
-    template = '{% for m in messages %}<$x {{ m.role }}>\n"{{ m.content }}\\"{% endfor %}<$y>'
-    (checkpoint / "chat_template.jinja").write_text(template)
-    with open_checkpoint(str(checkpoint)) as opened:
-        assert turn(opened) == ('<$x user>\n"', '\\"<$y>')
-        languages: dict[Platform, str] = {"android": "Chat.kt", "ios": "Chat.swift"}
-        for platform, name in languages.items():
-            assert name in SNIPPETS[platform]["pte"]
-            write_snippets(Kit(platform, opened, [], 128, [name], [], "1.5.1"), tmp_path)
-    kotlin, swift = (tmp_path / "Chat.kt").read_text(), (tmp_path / "Chat.swift").read_text()
-    assert r'BEFORE = "<\$x user>\n\""' in kotlin
-    assert r'before = "<$x user>\n\""' in swift
-    assert errors(kotlin.encode(), ".kt") == errors(swift.encode(), ".swift") == []
+    check = GreedyCheck("Why?", '<$x user>\n"Why?\\"<$y>', [], [], "", 1.0)
+    code: dict[str, Platform] = {name: "android" if name.endswith(".kt") else "ios" for name in CONVERSATIONS}
+    with open_checkpoint(str(kit.parent / "checkpoint")) as opened:
+        for name, platform in code.items():
+            assert any(name in names for names in SNIPPETS[platform].values())
+            checks = {CONVERSATIONS[name]: check}
+            write_snippets(Kit(platform, opened, [], checks, 128, [name], [], "1.5.1"), tmp_path)
+            text = (tmp_path / name).read_text()
+            assert errors(text.encode(), Path(name).suffix) == []
+            if platform == "android":
+                assert r'BEFORE = "<\$x user>\n\""' in text
+            else:
+                assert r'before = "<$x user>\n\""' in text
+
+
+@pytest.mark.skipif(
+    not all(map(shutil.which, ("g++", "javac", "java"))), reason="no g++ and JDK (apt install g++ default-jdk)"
+)
+def test_the_native_code_answers_as_checked(kit: Path, tmp_path: Path) -> None:
+    """llama_chat.cpp against the installed llama.cpp, called by a JVM."""
+    import llama_cpp
+
+    libraries = Path(llama_cpp.__file__).parent / "lib"
+    java, jdk = shutil.which("java"), Path(str(shutil.which("javac"))).resolve().parents[1]
+    headers = [libraries.parents[1] / "include", jdk / "include", jdk / "include" / "linux"]
+    compiler = ["g++", "-std=c++17", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
+    linker = [f"-L{libraries}", "-lllama", f"-Wl,-rpath,{libraries}", "-o", tmp_path / "libllama_chat.so"]
+    code = kit / "llama_chat.cpp"
+    subprocess.run([*compiler, *(f"-I{each}" for each in headers), code, *linker], check=True)
+    subprocess.run(["javac", "-d", tmp_path, Path(__file__).with_name("LlamaChat.java")], check=True)
+
+    def answer(model: Path, prompt: str, count: int) -> str:
+        (tmp_path / "prompt").write_text(prompt)
+        command = [java, f"-Djava.library.path={tmp_path}", "-cp", tmp_path, "efficientllm.kit.LlamaChat"]
+        arguments = [*command, model, tmp_path / "prompt", str(count)]
+        return subprocess.run(arguments, stdout=subprocess.PIPE, check=True).stdout.decode(errors="replace")
+
+    model, check = kit / "model.gguf", json.loads((kit / "check.json").read_text())["llama.cpp"]
+    assert answer(model, check["prompt"], len(check["tokens"])) == check["text"]
+    assert "tokens, the conversation room for" in answer(model, "word " * 300, 1)
+    assert answer(tmp_path / "none.gguf", "", 1) == "llama.cpp cannot load model.gguf"
 
 
 def test_the_card_says_the_profile_s_speed(

@@ -10,10 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import Exported
 from exporting import SHAPES, export
 from tiny import SIMILAR, tiny_architecture
 from transformers import PreTrainedTokenizerFast
 
+from efficientllm.devices import hub_cli
+from efficientllm.runtime.base.command import run_command
 from efficientllm.train.evaluation.scoring import is_checkpoint
 from efficientllm.train.model.source import load_for_inference
 
@@ -22,11 +25,22 @@ SCRIPT = Path(__file__).with_name("transformers_js.mjs")
 PROMPT, COUNT = [5, 17, 230, 41, 8, 99, 3], 12
 
 
-@pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed (apt install nodejs npm)")
-@pytest.mark.skipif(
-    not (NODE / "node_modules/@huggingface/transformers").is_dir(),
+needs_transformers_js = pytest.mark.skipif(
+    shutil.which("node") is None or not (NODE / "node_modules/@huggingface/transformers").is_dir(),
     reason="transformers.js is missing (npm install --prefix build/node @huggingface/transformers)",
 )
+
+
+def answered(folder: Path) -> dict[str, list[int]]:
+    """`tokens` that transformers.js generates after PROMPT, and a text as `encoded` there."""
+    arguments = [str(NODE), str(folder), json.dumps(PROMPT), str(COUNT)]
+    done = subprocess.run(["node", str(SCRIPT), *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    answer: dict[str, list[int]] = json.loads(done.stdout)
+    return answer
+
+
+@needs_transformers_js
 @pytest.mark.parametrize("family", SIMILAR)
 @pytest.mark.parametrize("shape", ["unequal", "no attention in the first layer", "an empty layer"])
 def test_transformers_js_generates_the_tokens_of_torch(
@@ -34,14 +48,7 @@ def test_transformers_js_generates_the_tokens_of_torch(
 ) -> None:
     checkpoint, folder = save_tiny(tiny_architecture(family, SHAPES[shape])), tmp_path / "onnx"
     assert export(checkpoint, "onnx", folder, "--quantize", "f32", "--no-verify") == 0
-    done = subprocess.run(
-        ["node", str(SCRIPT), str(NODE), str(folder), json.dumps(PROMPT), str(COUNT)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    answer = json.loads(done.stdout)
+    answer = answered(folder)
     assert answer["encoded"] == tokenizer.encode("A small model, 2026.")
     held = torch.tensor([PROMPT + answer["tokens"]])
     with torch.inference_mode():
@@ -49,6 +56,13 @@ def test_transformers_js_generates_the_tokens_of_torch(
     chosen = logits.gather(1, held[0, len(PROMPT) :, None]).squeeze(1)
     assert len(answer["tokens"]) == COUNT
     assert (chosen > logits.max(1).values - 1e-3).all()  # a near-tie may fall either way
+
+
+@needs_transformers_js
+def test_a_hub_folder_is_a_repository_for_transformers_js(exported: Exported, tmp_path: Path) -> None:
+    onnx = exported("onnx", "--quantize", "f32")
+    assert run_command(hub_cli.body, [str(tmp_path / "small"), str(onnx)]) == 0
+    assert answered(tmp_path / "small") == answered(onnx)
 
 
 def test_an_onnx_folder_is_no_checkpoint_for_its_config(save_tiny: Callable[..., Path], tmp_path: Path) -> None:

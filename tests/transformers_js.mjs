@@ -1,5 +1,6 @@
 // Greedy tokens of an ONNX folder in transformers.js: node transformers_js.mjs PACKAGE FOLDER PROMPT COUNT
 import { createRequire } from "node:module";
+import { existsSync } from "node:fs";
 import { resolve, basename, dirname } from "node:path";
 import { pathToFileURL } from "node:url";
 
@@ -10,7 +11,8 @@ env.allowRemoteModels = false;
 env.localModelPath = dirname(resolve(folder));
 const name = basename(resolve(folder));
 const tokenizer = await AutoTokenizer.from_pretrained(name);
-const model = await AutoModelForCausalLM.from_pretrained(name, { subfolder: "" });
+const isRepository = existsSync(resolve(folder, "onnx"));  // where transformers.js looks unless it is told otherwise
+const model = await AutoModelForCausalLM.from_pretrained(name, isRepository ? {} : { subfolder: "" });
 const integers = (values) => new Tensor("int64", BigInt64Array.from(values, BigInt), [1, values.length]);
 const ids = JSON.parse(prompt);
 const output = await model.generate({

@@ -1,14 +1,13 @@
-"""What Ollama reads beside a GGUF: its context, how it is sampled, where an answer ends.
-
-There is no TEMPLATE: it would be a second one in another language, and Ollama takes the one in the file.
-"""
+"""What Ollama reads beside a GGUF: its chat template, its context, how it is sampled, where an answer ends."""
 
 from __future__ import annotations
 
 import json
 
+from ...runtime.engines.hf_tokenizer import HfTokenizer
 from ..checkpoint import Checkpoint
 from ..generation_defaults import generation_defaults
+from .go_template import derive_turns
 
 MAX_CONTEXT = 4096
 """Tokens; Ollama and llama-server allocate the caches of all of them."""
@@ -23,4 +22,17 @@ def modelfile(checkpoint: Checkpoint, model_file: str) -> str:
     lines += [f"PARAMETER {NAMES[name]} {value:g}" for name, value in generation_defaults(checkpoint).items()]
     ends = [checkpoint.tokenizer.id_to_token(token) for token in checkpoint.end_of_generation_ids]
     lines += [f"PARAMETER stop {json.dumps(end, ensure_ascii=False)}" for end in ends if end]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *_template(checkpoint)]) + "\n"
+
+
+def _template(checkpoint: Checkpoint) -> list[str]:
+    """In Ollama's language; a remark where the model's says more than one turn after the other."""
+    tokenizer = HfTokenizer(checkpoint.folder)
+    if tokenizer.chat_template is None:
+        return []
+    turns = derive_turns(tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token, adds_bos=tokenizer.adds_bos)
+    if turns is None:
+        return [
+            "# no TEMPLATE: the model's writes more than one turn after the other; Ollama looks for one that it knows"
+        ]
+    return [f'TEMPLATE """{turns.go()}"""']

@@ -21,6 +21,10 @@ USES = {
     "build.gradle.kts": "the dependency",
     "Chat.swift": "Swift on ExecuTorch; its head names the package and its products",
     "react-native-executorch.ts": "React Native on ExecuTorch",
+    "LlamaChat.kt": "Kotlin on llama.cpp; needs the next two in the app's `src/main/cpp`",
+    "llama_chat.cpp": "its calls of llama.cpp",
+    "CMakeLists.txt": "builds them for the app; its head has the line of `build.gradle.kts`",
+    "LlamaChat.swift": "Swift on llama.cpp's XCFramework",
     "llama-rn.ts": "React Native on llama.cpp",
     "push.sh": "copies the model to a phone by adb, where debug builds may read it",
 }
@@ -71,13 +75,14 @@ def card(kit: Kit, folder: Path, speed: ExpectedSpeed | None) -> str:
         "## In an app",
         markdown_table([["file", "what it is"], *([file, USES[file]] for file in kit.snippets)], left=(0, 1)),
         "`generation.json` has the context and how answers are sampled; `chat_template.jinja`, where the model has "
-        "one, how a conversation is written. The code was written against the declarations of the releases it names "
-        "and is parsed in our tests; no phone ran it.",
+        "one, how a conversation is written. The code was written against the declarations of the releases it names; "
+        "our tests parse it and run `llama_chat.cpp`. No phone ran it.",
         "## Does it work there?",
         "`check.json` holds, for each runtime, a prompt and the first greedy tokens of the exporting machine. "
         "`check()` in the Kotlin, the Swift and llama-rn.ts asks the phone the same and returns null (nil) where the "
-        "answers agree. Another processor's kernels round otherwise, so an answer may part late; one that parts within "
-        "the first words is of another model.",
+        f"answers agree. The nearest two candidates are {_margins(kit)} apart; another processor's kernels round "
+        "otherwise, by a tenth or so, so where that is little an answer may part late. One that parts within the first "
+        "words is of another model.",
         "## Licence and quality",
         "The licence is the source model's. What pruning and training left of its quality is in `manifest.json` under "
         "`training`; how the files compare with the checkpoint, under `verification`.",
@@ -94,6 +99,10 @@ def _models(kit: Kit, folder: Path) -> str:
         caches = cache_bytes(kit.context, heads, architecture.head_dim, CACHE_ELEMENT_BYTES[each.engine])
         rows.append([each.files[0], each.engine, each.quantization, format_bytes(size), format_bytes(size + caches)])
     return markdown_table(rows, left=(0, 1, 2))
+
+
+def _margins(kit: Kit) -> str:
+    return " and ".join(f"{check.margin:.2f} nats ({engine})" for engine, check in kit.checks.items())
 
 
 def _speed(speed: ExpectedSpeed | None) -> str:

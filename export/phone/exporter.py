@@ -29,11 +29,15 @@ DEFAULT = "q8_0"
 
 SNIPPETS: dict[Platform, dict[str, tuple[str, ...]]] = {
     "android": {
-        "gguf": ("llama-rn.ts",),
+        "gguf": ("LlamaChat.kt", "llama_chat.cpp", "CMakeLists.txt", "llama-rn.ts"),
         "pte": ("Chat.kt", "build.gradle.kts", "react-native-executorch.ts"),
         "": ("push.sh",),
     },
-    "ios": {"gguf": ("llama-rn.ts",), "pte": ("Chat.swift", "react-native-executorch.ts"), "": ()},
+    "ios": {
+        "gguf": ("LlamaChat.swift", "llama-rn.ts"),
+        "pte": ("Chat.swift", "react-native-executorch.ts"),
+        "": (),
+    },
 }
 """Platform -> format of the model -> the code that takes it ("": any)."""
 
@@ -84,12 +88,12 @@ def _export(platform: Platform, checkpoint: Checkpoint, request: ExportRequest[P
     if profile is not None:
         _check_profile(profile, models)
     context = min(options.max_context, checkpoint.context_length)
-    checks = {each.engine: asdict(greedy_check(folder / each.files[0], context)) for each in models}
-    write_json_atomically(folder / CHECK_FILE, checks)
+    checks = {each.engine: greedy_check(folder / each.files[0], context) for each in models}
+    write_json_atomically(folder / CHECK_FILE, {engine: asdict(check) for engine, check in checks.items()})
     write_json_atomically(folder / DEFAULTS_FILE, {"context": context, **generation_defaults(checkpoint)})
     snippets = [name for key in (*options.formats, "") for name in SNIPPETS[platform][key]]
     pushed = [*dict.fromkeys([*(name for each in models for name in each.files), CHECK_FILE])]
-    kit = Kit(platform, checkpoint, models, context, snippets, pushed, _executorch_version(options.formats))
+    kit = Kit(platform, checkpoint, models, checks, context, snippets, pushed, _executorch_version(options.formats))
     write_snippets(kit, folder)
     write_text_atomically(folder / CARD_FILE, card(kit, folder, speed))
     written = [*pushed, DEFAULTS_FILE, CARD_FILE, *snippets]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from ..checkpoint import Checkpoint
+from ..greedy import GreedyCheck
 from ..manifest import Contents
 
 Platform = Literal["android", "ios"]
@@ -21,6 +22,8 @@ class Kit:
     checkpoint: Checkpoint
     models: Sequence[Contents]
     """One for each format."""
+    checks: Mapping[str, GreedyCheck]
+    """Engine -> what its model answers."""
     context: int
     """Tokens of a conversation."""
     snippets: Sequence[str]

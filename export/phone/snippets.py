@@ -8,9 +8,6 @@ from importlib import resources
 from pathlib import Path
 
 from ...runtime.base.files import write_text_atomically
-from ...runtime.chat_template import render_chat
-from ...runtime.engines.hf_tokenizer import read_settings, special_token
-from ..checkpoint import Checkpoint
 from ..generation_defaults import generation_defaults
 from .kit import Kit
 
@@ -18,26 +15,21 @@ LLAMA_RN = "0.12.9"
 REACT_NATIVE_EXECUTORCH = "0.10.2"
 """The releases whose type declarations the code was written against."""
 
-QUESTION = "EFFICIENTLLM-QUESTION"
-"""Stands for a question while the chat template is rendered."""
+LLAMA_CPP = "0c1e57098"
+"""The commit that llama-cpp-python 0.3.36 is built from, whose header the code was written against."""
 
-
-def turn(checkpoint: Checkpoint) -> tuple[str, str]:
-    """What stands before and after a first question; ("", "") for models without a chat template."""
-    template = checkpoint.chat_template
-    if template is None:
-        return "", ""
-    settings = read_settings(checkpoint.folder)
-    bos, eos = special_token(settings, "bos"), special_token(settings, "eos")
-    rendered = render_chat(template, [{"role": "user", "content": QUESTION}], bos, eos)
-    before, _, after = rendered.partition(QUESTION)
-    return before, after
+CONVERSATIONS = {
+    "Chat.kt": "executorch",
+    "Chat.swift": "executorch",
+    "LlamaChat.kt": "llama.cpp",
+    "LlamaChat.swift": "llama.cpp",
+}
+"""Code that writes a conversation itself -> the engine that reads it."""
 
 
 def write_snippets(kit: Kit, folder: Path) -> None:
     """Write the kit's code."""
     checkpoint, defaults = kit.checkpoint, generation_defaults(kit.checkpoint)
-    before, after = turn(checkpoint)
     ends = checkpoint.end_of_generation_ids
     end = (checkpoint.tokenizer.id_to_token(ends[0]) or "") if ends else ""
     marks = {
@@ -46,6 +38,7 @@ def write_snippets(kit: Kit, folder: Path) -> None:
         "FILES": " ".join(kit.pushed),
         "CONTEXT": str(kit.context),
         "EXECUTORCH": kit.executorch,
+        "LLAMA_CPP": LLAMA_CPP,
         "LLAMA_RN": LLAMA_RN,
         "REACT_NATIVE_EXECUTORCH": REACT_NATIVE_EXECUTORCH,
         **{option.upper(): f"{value:g}" if value % 1 else f"{value:.1f}" for option, value in defaults.items()},
@@ -53,7 +46,11 @@ def write_snippets(kit: Kit, folder: Path) -> None:
     source = resources.files(__name__.rpartition(".")[0]).joinpath("code")
     for file in kit.snippets:
         quote = _kotlin if file.endswith(".kt") else _quoted
-        literals = {"BEFORE": quote(before), "AFTER": quote(after), "END": quote(end)}
+        literals = {"END": quote(end)}
+        if file in CONVERSATIONS:
+            check = kit.checks[CONVERSATIONS[file]]
+            before, _, after = check.prompt.partition(check.question)
+            literals |= {"BEFORE": quote(before), "AFTER": quote(after)}
         text = source.joinpath(file).read_text(encoding="utf-8")
         for mark, value in {**marks, **literals}.items():
             text = text.replace(f"@{mark}@", value)

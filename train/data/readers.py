@@ -23,7 +23,7 @@ from .chat import Chat, Document
 _log = logging.getLogger("efficientllm.train")
 
 TEXT_DOCUMENT_BYTES = 4096
-"""A .txt file is cut into documents at the first blank line after this many bytes."""
+"""A .txt or .md file is cut into documents at the first blank line after this many bytes."""
 
 MESSAGES = "messages"
 """Field that holds a chat."""
@@ -228,7 +228,7 @@ def _parquet(stream: IO[bytes], reading: Reading) -> Iterator[Document]:
 
 Reader = Callable[[IO[bytes], Reading], Iterator[Document]]
 
-TEXT_READERS: dict[str, Reader] = {".txt": _txt, ".jsonl": _jsonl, ".json": _json, ".csv": _csv}
+TEXT_READERS: dict[str, Reader] = {".txt": _txt, ".md": _txt, ".jsonl": _jsonl, ".json": _json, ".csv": _csv}
 """Reader of each file suffix, which one of a compression may follow; the shortest way to add a format."""
 
 TABLE_READERS: dict[str, Reader] = {".parquet": _parquet}

@@ -1,0 +1,118 @@
+"""A chat template in Ollama's language, Go's text/template: derived from what the model's own says of conversations.
+
+Ollama does not run the template in a GGUF: it compares its text with those that it knows and otherwise sends the bare
+question. A template that writes one turn after the other, which most do, is found by its answers; what is found is then
+compared with the model's own on other conversations, and nothing is said where one differs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from ...runtime.base.errors import EfficientLLMError
+from ...runtime.chat_template import Message, render_chat
+
+ROLES: tuple[str, ...] = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True)
+class Turns:
+    """A conversation written turn by turn."""
+
+    head: str
+    """Before conversations that have no system message."""
+    before: dict[str, str]
+    """Role -> what stands before its text."""
+    after: dict[str, str]
+    answer: str
+    """What an answer follows."""
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """The prompt for the next answer."""
+        turns = (self.before[each["role"]] + each["content"] + self.after[each["role"]] for each in messages)
+        head = "" if messages[0]["role"] == "system" else self.head
+        return head + "".join(turns) + self.answer
+
+    def go(self) -> str:
+        """As a Go template over Ollama's .Messages; an answer that has begun is gone on with."""
+        system, user, assistant = (
+            (_literal(self.before[role]), "{{ .Content }}", _literal(self.after[role])) for role in ROLES
+        )
+        opening = '{{- if ne (index .Messages 0).Role "system" }}' + _literal(self.head) + "{{ end }}"
+        return "".join([
+            opening if self.head else "",
+            "{{- range $i, $_ := .Messages }}",
+            "{{- $last := eq (len (slice $.Messages $i)) 1 }}",
+            '{{- if eq .Role "system" }}', *system,
+            '{{- else if eq .Role "user" }}', *user,
+            '{{- else if eq .Role "assistant" }}', *assistant[:2], "{{ if not $last }}", assistant[2], "{{ end }}",
+            "{{- end }}",
+            '{{- if and $last (ne .Role "assistant") }}', _literal(self.answer), "{{ end }}",
+            "{{- end }}",
+        ])  # fmt: skip
+
+
+def _literal(text: str) -> str:
+    """A Go string as an action: nothing in it is read as template, no space around it is trimmed."""
+    return "{{ " + json.dumps(text, ensure_ascii=False) + " }}" if text else ""
+
+
+def derive_turns(template: str, bos: str, eos: str, *, adds_bos: bool) -> Turns | None:
+    """What `template` (Jinja) writes; None where it is no such template. `adds_bos`: the runtime begins every prompt
+    with that token itself."""
+
+    def rendered(messages: Sequence[Message], answer: bool) -> str:
+        text = render_chat(template, messages, bos, eos, add_generation_prompt=answer)
+        return text.removeprefix(bos) if adds_bos else text
+
+    try:
+        turns = _read(rendered)
+        is_same = turns is not None and all(turns.render(each) == rendered(each, True) for each in PROBES)
+    except EfficientLLMError:  # it refuses a system message, say
+        return None
+    return turns if is_same else None
+
+
+def _read(rendered: Callable[[Sequence[Message], bool], str]) -> Turns | None:
+    """The turns of four conversations; None where they are not written alike."""
+    system, user, reply, second = _conversation(
+        "s EFFICIENTLLM-1", "u EFFICIENTLLM-2", "a EFFICIENTLLM-3", "u EFFICIENTLLM-4"
+    )
+    asked, prompt = rendered([user], False), rendered([user], True)
+    begin, after_user = _around(asked, user)
+    told = rendered([user, reply, second], False)
+    before_reply = _around(told, reply)[0].removeprefix(begin + user["content"] + after_user)
+    after_reply = _around(rendered([user, reply], False), reply)[1]
+    before_user = _around(_around(told, reply)[1], second)[0].removeprefix(after_reply)
+    before_system, rest = _around(rendered([system, user], False), system)
+    after_system = _around(rest, user)[0].removesuffix(before_user)
+    if not (prompt.startswith(asked) and begin.endswith(before_user)):
+        return None
+    before = dict(zip(ROLES, (before_system, before_user, before_reply), strict=True))
+    after = dict(zip(ROLES, (after_system, after_user, after_reply), strict=True))
+    return Turns(begin.removesuffix(before_user), before, after, prompt.removeprefix(asked))
+
+
+def _around(text: str, message: Message) -> tuple[str, str]:
+    before, _, after = text.partition(message["content"])
+    return before, after
+
+
+def _conversation(*turns: str) -> list[Message]:
+    """ "s", "u" and "a" and what is said."""
+    roles = {role[0]: role for role in ROLES}
+    return [{"role": roles[turn[0]], "content": turn} for turn in turns]
+
+
+PROBES = [
+    _conversation(*turns)
+    for turns in (
+        ["u one"],
+        ["system two", "u three"],
+        ["u four", "a five", "u six\nand {{ seven }}"],
+        ["s 8", "u nine", "a ten", "user eleven", "a 12", "u 13"],
+    )
+]
+"""What a derived template must write as the model's own does."""

@@ -1,0 +1,123 @@
+"""`efficientllm-corpus`: what it takes, what it leaves out, and that the file is whole or absent."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from efficientllm.runtime.base.command import run_command
+from efficientllm.train.data import corpus_cli
+from efficientllm.train.data.documents import DataSpec, open_documents
+
+
+def corpus(*arguments: str | Path) -> int:
+    return run_command(corpus_cli.body, [str(each) for each in arguments])
+
+
+def records(path: Path) -> list[dict[str, object]]:
+    content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    return [json.loads(line) for line in content.splitlines()]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two readable files in folders of it, one too short, one twice, one hidden, one that is no text."""
+    place = tmp_path / "notes"
+    (place / "deep" / "er").mkdir(parents=True)
+    (place / ".git").mkdir()
+    (place / "one.md").write_text("# One\n" + "word " * 60)
+    (place / "deep" / "er" / "two.txt").write_text("ünï " * 70)
+    (place / "deep" / "again.txt").write_text("ünï " * 70)
+    (place / "short.md").write_text("no more")
+    (place / ".git" / "three.txt").write_text("hidden " * 60)
+    (place / "picture.png").write_bytes(b"\x89PNG" * 100)
+    return place
+
+
+def test_a_folder_becomes_a_file_that_training_reads(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "new" / "corpus.jsonl.gz"
+    assert corpus(output, "--data", folder) == 0
+    texts = [str(record["text"]) for record in records(output)]
+    assert [text[:5] for text in texts] == ["ünï ü", "# One"]
+    assert list(open_documents(DataSpec(str(output)))) == texts
+    row = next(line for line in capsys.readouterr().out.splitlines() if str(folder) in line)
+    taken = sum(len(text.encode()) for text in texts)
+    assert row == f"| {folder} (all of it) | 2 | {taken} B | 1 | 1 |"
+
+
+def test_the_same_documents_are_the_same_file_and_it_is_not_replaced_unasked(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = tmp_path / "first.jsonl.gz", tmp_path / "second.jsonl.gz"
+    assert corpus(first, "--data", folder) == corpus(second, "--data", folder) == 0
+    assert first.read_bytes() == second.read_bytes()
+    assert corpus(first, "--data", folder) == 2
+    assert "is there already" in capsys.readouterr().err
+    assert corpus(first, "--data", folder, "--overwrite", "--min-characters", "1") == 0
+    assert len(records(first)) == 3
+
+
+def test_shares_of_bytes_and_the_end(tmp_path: Path) -> None:
+    for name, size in (("a", 300), ("b", 900)):
+        lines = [json.dumps({"text": f"{name}{number:04} " + "x" * size}) for number in range(400)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    output = tmp_path / "mix.jsonl"
+    sources = ("--data", f"{tmp_path / 'a.jsonl'}:3", "--data", f"{tmp_path / 'b.jsonl'}:1")
+    assert corpus(output, *sources, "--max-bytes", "100kB") == 0
+    texts = [str(record["text"]) for record in records(output)]
+    sizes = {name: sum(len(text) for text in texts if text.startswith(name)) for name in "ab"}
+    assert 100_000 <= sum(sizes.values()) < 101_000
+    assert sizes["a"] / sizes["b"] == pytest.approx(3, rel=0.05)
+
+
+def test_one_that_ends_leaves_its_share_to_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "few.jsonl").write_text(json.dumps({"text": "few " * 100}))
+    (tmp_path / "many.jsonl").write_text("\n".join(json.dumps({"text": f"{n} " + "many " * 100}) for n in range(50)))
+    sources = ("--data", f"{tmp_path / 'few.jsonl'}:9", "--data", tmp_path / "many.jsonl")
+    assert corpus(tmp_path / "mix.jsonl", *sources, "--max-bytes", "10kB") == 0
+    assert len(records(tmp_path / "mix.jsonl")) == 21
+    assert "few.jsonl (all of it) | 1 |" in capsys.readouterr().out
+
+
+def test_chats_stay_chats(tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "q" * 150}, {"role": "assistant", "content": "a" * 150}]
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": messages}))
+    assert corpus(tmp_path / "out.jsonl", "--data", tmp_path / "chats.jsonl") == 0
+    assert records(tmp_path / "out.jsonl") == [{"messages": messages}]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("out.txt", "--data", "notes"), "must be called NAME.jsonl.gz or NAME.jsonl"),
+        (("out.jsonl",), "--data is missing: name a file, a folder or a hub dataset"),
+        (("out.jsonl", "--data", "nowhere"), "no such file or folder"),
+        (("out.jsonl", "--data", "notes", "--max-bytes", "0"), "--max-bytes 0: must be positive"),
+        (("out.jsonl", "--data", "empty"), "the folder and its folders hold no .txt, .md"),
+        (("in.jsonl", "--data", "in.jsonl", "--overwrite"), "is what --data in.jsonl reads"),
+        (("out.jsonl", "--data", "bad.jsonl"), "line 2 is not a JSON object"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line_and_leaves_nothing(
+    arguments: tuple[str, ...],
+    said: str,
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "in.jsonl").write_text(json.dumps({"text": "t" * 300}))
+    (tmp_path / "bad.jsonl").write_text(json.dumps({"text": "t" * 300}) + "\nno json\n")
+    before = {path.name for path in tmp_path.iterdir()}
+    assert corpus(*arguments) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert [line for line in error.splitlines() if "of text" not in line] == [error.splitlines()[-1]]
+    assert {path.name for path in tmp_path.iterdir()} == before

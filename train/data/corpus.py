@@ -1,0 +1,156 @@
+"""One file of documents from folders, files and hub datasets: what a run reads again and again without a hub."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import IO, cast
+
+from ...runtime.base import flags
+from ...runtime.base.disk import writing
+from ...runtime.base.errors import UsageError
+from .chat import Chat, Document
+from .documents import DataSpec, open_documents, text_of
+from .readers import KNOWN_FILES, reader_of
+
+SUFFIXES = (".jsonl.gz", ".jsonl")
+COMPRESSION = 6
+
+
+@dataclass(frozen=True)
+class CorpusConfig:
+    """corpus"""
+
+    data: tuple[str, ...] = ()
+    """Where documents come from, PATH[:WEIGHT], repeatable: a file, a folder with all its folders, a hub dataset
+    (owner/name, owner/name@config); weights are shares of the bytes."""
+    max_bytes: int = flags.byte_count(100_000_000)
+    """Text to take at most, as 100MB."""
+    min_characters: int = 200
+    """Shorter documents are left out."""
+    text_field: str = "text"
+    """Field of JSON or column of a table that holds the text."""
+    skip_bad_lines: int = 0
+    """Malformed lines of a corpus that may be left out."""
+
+    def __post_init__(self) -> None:
+        flags.check_types(self)
+        flags.require(self, "max_bytes", self.max_bytes >= 1, "must be positive")
+        flags.require(self, "min_characters", self.min_characters >= 0, "must not be negative")
+        flags.require(self, "skip_bad_lines", self.skip_bad_lines >= 0, "must not be negative")
+
+
+@dataclass
+class Taken:
+    """What was taken of one corpus."""
+
+    spec: DataSpec
+    documents: int = 0
+    bytes: int = 0
+    short: int = 0
+    """Left out: too short."""
+    repeated: int = 0
+    """Left out: the text was there already."""
+    has_ended: bool = False
+    """Whether all of it was read."""
+
+
+Report = Callable[[int, int], None]
+"""(bytes taken, wanted)"""
+
+
+def write_corpus(
+    output: Path, config: CorpusConfig, overwrite: bool, report: Report = lambda done, total: None
+) -> list[Taken]:
+    """Write `output`, whole or not at all. UsageError, DataError, DiskFullError."""
+    if not config.data:
+        raise UsageError("--data is missing: name a file, a folder or a hub dataset")
+    if not output.name.endswith(SUFFIXES):
+        raise UsageError(f"{output}: the file must be called NAME.jsonl.gz or NAME.jsonl")
+    if output.exists() and not overwrite:
+        raise UsageError(f"{output} is there already; give another name, or --overwrite to replace it")
+    specs = [DataSpec.parse(text, config.skip_bad_lines, config.text_field) for text in config.data]
+    for spec in specs:
+        if Path(spec.path).exists() and output.exists() and output.samefile(spec.path):
+            raise UsageError(f"{output} is what --data {spec.path} reads; give another name")
+    corpora = [_Corpus(Taken(spec), _documents(spec)) for spec in specs]
+    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with writing(output):
+            with _opened(temporary, output.name.endswith(".gz")) as stream:
+                for document in _stirred(corpora, config, report):
+                    stream.write((_record(document) + "\n").encode())
+            temporary.replace(output)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return [corpus.taken for corpus in corpora]
+
+
+@dataclass
+class _Corpus:
+    taken: Taken
+    documents: Iterator[Document] = field(repr=False)
+
+
+def _documents(spec: DataSpec) -> Iterator[Document]:
+    """Of a folder, all files in it and in its folders, but hidden ones, by name."""
+    folder = Path(spec.path)
+    if not folder.is_dir():
+        return open_documents(spec)
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and reader_of(file) is not None]
+    shown = [file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
+    if not shown:
+        raise UsageError(f"--data {spec.path}: the folder and its folders hold no {KNOWN_FILES} file")
+    return itertools.chain.from_iterable(open_documents(replace(spec, path=str(file))) for file in shown)
+
+
+def _stirred(corpora: Sequence[_Corpus], config: CorpusConfig, report: Report) -> Iterator[Document]:
+    """Documents of the corpora, the one furthest behind its share of the bytes next, until there are enough."""
+    seen: set[bytes] = set()
+    total = 0
+    while total < config.max_bytes and (left := [each for each in corpora if not each.taken.has_ended]):
+        corpus = min(left, key=lambda each: each.taken.bytes / each.taken.spec.weight)
+        taken, document = corpus.taken, next(corpus.documents, None)
+        if document is None:
+            taken.has_ended = True
+            continue
+        text = text_of(document)
+        if len(text) < config.min_characters:
+            taken.short += 1
+            continue
+        content = text.encode()
+        digest = hashlib.blake2b(content, digest_size=16).digest()
+        if digest in seen:
+            taken.repeated += 1
+            continue
+        seen.add(digest)
+        taken.documents += 1
+        taken.bytes += len(content)
+        total += len(content)
+        report(min(total, config.max_bytes), config.max_bytes)
+        yield document
+
+
+@contextlib.contextmanager
+def _opened(path: Path, is_compressed: bool) -> Iterator[IO[bytes]]:
+    with path.open("wb") as file:
+        if is_compressed:  # without name and time in its header: the same documents are the same file
+            with gzip.GzipFile("", "wb", COMPRESSION, file, 0) as stream:
+                yield cast(IO[bytes], stream)
+        else:
+            yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _record(document: Document) -> str:
+    return document.to_json() if isinstance(document, Chat) else json.dumps({"text": document}, ensure_ascii=False)
