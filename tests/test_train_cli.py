@@ -58,7 +58,7 @@ def test_killed_run_resumes_bit_identically(straight: Path, source_folder: Path,
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert run([*arguments, "--resume"]) == 0
+    assert run(["--resume", "--output", str(output)]) == 0  # it knows its settings
     assert metrics(output) == metrics(straight)
     assert (output / "architecture.json").read_text() == (straight / "architecture.json").read_text()
     ours, theirs = weights(output), weights(straight)
@@ -200,6 +200,8 @@ def test_output_in_use_is_kept(
     assert run(command(source_folder, corpus, output)) == 2
     assert "is not empty; give --overwrite to replace it or --resume" in capsys.readouterr().err
     assert run(command(source_folder, corpus, output, "--resume", "--seed", "9")) == 2
+    assert "--resume: --seed differ from the run" in capsys.readouterr().err
+    assert run(["--resume", "--output", str(output), "--seed", "9"]) == 2
     assert "--resume: --seed differ from the run" in capsys.readouterr().err
     assert run(command(source_folder, corpus, output, "--resume")) == 2
     assert "is finished" in capsys.readouterr().err

@@ -14,6 +14,7 @@ from ..runtime.base.errors import UsageError
 from ..runtime.base.extras import extra
 from .config import TrainConfig
 from .presets import PRESETS, preset
+from .run_folder import SETTINGS_FILE, saved_settings
 
 _log = logging.getLogger("efficientllm.train")
 
@@ -23,7 +24,8 @@ def build_parser() -> flags.Parser:
         TrainConfig,
         prog="efficientllm-train",
         description="Prune a pretrained language model while it goes on pretraining (EfficientLLM, arXiv 2502.06663).",
-        epilog="Settings are taken from the preset, then from --config, then from flags.",
+        epilog="Settings are taken from the preset, then from --config, then from flags; --resume --output RUN takes "
+        "what is left out from the run.",
     )
     parser.add_argument("--preset", metavar="NAME", help=f"named starting point: {', '.join(PRESETS)}")
     parser.add_argument("--config", metavar="FILE", help="TOML file, as --print-config writes it")
@@ -35,6 +37,9 @@ def configuration(arguments: dict[str, Any]) -> TrainConfig:
     """Resolve preset, --config file and flags into one configuration."""
     name, file = arguments.pop("preset", None), arguments.pop("config", None)
     config = preset(name) if name else TrainConfig()
+    settings = Path(arguments.get("output", "")) / SETTINGS_FILE
+    if arguments.get("resume") and not name and not file and settings.is_file():  # a resumed run knows its own
+        config = flags.merge(config, saved_settings(settings.parent), str(settings))
     if file:
         try:
             values = flags.read_toml(Path(file).read_text(encoding="utf-8"))

@@ -31,7 +31,7 @@ from .pruning.config import PruneConfig
 from .pruning.criteria import uses_gradient
 from .pruning.plan import PruningPlan, make_pruning_plan
 from .quantisation.config import GGUF_TYPES
-from .run_folder import foreign_files, newest_sound_checkpoint
+from .run_folder import SETTINGS_FILE, foreign_files, newest_sound_checkpoint, saved_settings
 from .vocabulary.needs import pieces_of
 
 _log = logging.getLogger("efficientllm.train")
@@ -107,18 +107,13 @@ def find_resume_point(config: TrainConfig) -> ResumePoint | None:
     if not config.run.resume:
         return None
     folder = Path(config.run.output)
-    settings = folder / "config.toml"
-    if not settings.is_file():
-        raise UsageError(f"--resume: {folder} holds no run (no config.toml)")
-    try:
-        values = flags.read_toml(settings.read_text(encoding="utf-8"))
-    except ValueError as error:  # neither UTF-8 nor TOML
-        raise UsageError(f"--resume: {settings} is damaged: {error}") from error
-    before = flags.merge(TrainConfig(), values, str(settings))
+    before = flags.merge(TrainConfig(), saved_settings(folder), str(folder / SETTINGS_FILE))
     changed = changed_settings(before, config)
     fixed = [name for name in changed if name not in STEERING_CHANGES]
     if fixed:
-        raise UsageError(f"--resume: {', '.join(fixed)} differ from the run in {folder}; repeat its settings")
+        raise UsageError(
+            f"--resume: {', '.join(fixed)} differ from the run in {folder}; leave them out, or give its own"
+        )
     if (folder / "model").is_dir():
         raise UsageError(f"--resume: the run in {folder} is finished; its model is {folder / 'model'}")
     checkpoint, damaged = newest_sound_checkpoint(folder / "checkpoints")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from .run_folder import ASIDE, DELETED, MOVING, empty_run_folder, run_entries
+from .run_folder import ASIDE, DELETED, MOVING, SETTINGS_FILE, empty_run_folder, run_entries
 
 
 def set_aside_run(folder: Path) -> None:
@@ -46,7 +46,7 @@ def put_back(folder: Path) -> bool:
 
 def recover(folder: Path, resumes: bool) -> None:
     """Put back what a killed run was to replace; one that is resumed goes on replacing it."""
-    if not (resumes and is_replacing(folder) and (folder / "config.toml").is_file()):
+    if not (resumes and is_replacing(folder) and (folder / SETTINGS_FILE).is_file()):
         put_back(folder)
 
 

@@ -30,7 +30,7 @@ from .model.source import content_key
 from .plan import RunPlan, check_request, choose_compute, find_resume_point, make_plan
 from .replaced_run import put_back, recover, set_aside_run
 from .result import write_result
-from .run_folder import DAMAGED_PREFIX, checkpoint_folders, empty_run_folder, set_aside
+from .run_folder import DAMAGED_PREFIX, SETTINGS_FILE, checkpoint_folders, empty_run_folder, set_aside
 from .trainer import Trainer
 
 _log = logging.getLogger("efficientllm.train")
@@ -124,7 +124,7 @@ def _prepare_folder(plan: RunPlan) -> None:
         for checkpoint in plan.resume.damaged:
             set_aside(checkpoint)
     kept = replace(plan.config, run=replace(plan.config.run, overwrite=False, resume=False))
-    write_text_atomically(plan.folder / "config.toml", kept.to_toml())
+    write_text_atomically(plan.folder / SETTINGS_FILE, kept.to_toml())
 
 
 def _make_trainer(plan: RunPlan, source: Any) -> Trainer:

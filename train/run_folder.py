@@ -9,7 +9,10 @@ import os
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
+from ..runtime.base import flags
+from ..runtime.base.errors import UsageError
 from ..runtime.base.files import sha256_of, write_json_atomically
 from ..runtime.base.output import LOCK_NAME
 from ..runtime.engines.manifest import describe_files
@@ -21,7 +24,8 @@ DAMAGED_PREFIX = "damaged-"
 CONTENTS_NAME = "contents.json"
 """Of a checkpoint: {file: {"bytes", "sha256"}} of all its other files."""
 
-RUN_FILES = ("config.toml", "metrics.jsonl", "architecture.json", "architecture.png", "training.png", "pruning.png")
+SETTINGS_FILE = "config.toml"
+RUN_FILES = (SETTINGS_FILE, "metrics.jsonl", "architecture.json", "architecture.png", "training.png", "pruning.png")
 RUN_FOLDERS = ("checkpoints", "model", "tensorboard", "wandb")
 MODEL_FILES = (
     *("config.json", "generation_config.json", "training.json", "quality.json", "README.md", "architecture.png"),
@@ -44,6 +48,17 @@ ASIDE, MOVING, DELETED = (f".efficientllm-{what}" for what in ("replaced", "movi
 
 LOG_FILES = ("events.out.tfevents.*", "run-*", "offline-run-*", "latest-run", "debug*.log", "settings")
 """Patterns of what TensorBoard and Weights & Biases write."""
+
+
+def saved_settings(folder: Path) -> dict[str, Any]:
+    """The settings of the run in a folder, as TOML has them; UsageError where it holds none."""
+    path = folder / SETTINGS_FILE
+    if not path.is_file():
+        raise UsageError(f"--resume: {folder} holds no run (no {SETTINGS_FILE})")
+    try:
+        return flags.read_toml(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # neither UTF-8 nor TOML
+        raise UsageError(f"--resume: {path} is damaged: {error}") from error
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:
