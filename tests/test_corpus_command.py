@@ -62,6 +62,15 @@ def test_the_same_documents_are_the_same_file_and_it_is_not_replaced_unasked(
     assert len(records(first)) == 3
 
 
+def test_a_corpus_within_its_folder_does_not_read_itself(folder: Path) -> None:
+    output = folder / "all.jsonl"
+    assert corpus(output, "--data", folder) == 0
+    first = records(output)
+    (folder / "three.md").write_text("third " * 50)
+    assert corpus(output, "--data", folder, "--overwrite") == 0
+    assert records(output) == [*first, {"text": "third " * 50}]
+
+
 def test_shares_of_bytes_and_the_end(tmp_path: Path) -> None:
     for name, size in (("a", 300), ("b", 900)):
         lines = [json.dumps({"text": f"{name}{number:04} " + "x" * size}) for number in range(400)]
@@ -101,6 +110,10 @@ def test_chats_stay_chats(tmp_path: Path) -> None:
         (("out.jsonl", "--data", "empty"), "the folder and its folders hold no .txt, .md"),
         (("in.jsonl", "--data", "in.jsonl", "--overwrite"), "is what --data in.jsonl reads"),
         (("out.jsonl", "--data", "bad.jsonl"), "line 2 is not a JSON object"),
+        (
+            ("out.jsonl", "--data", "in.jsonl", "--min-characters", "999"),
+            "no document was taken; all have fewer than 999",
+        ),
     ],
 )
 def test_what_cannot_be_done_is_one_line_and_leaves_nothing(

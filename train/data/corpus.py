@@ -80,7 +80,7 @@ def write_corpus(
     for spec in specs:
         if Path(spec.path).exists() and output.exists() and output.samefile(spec.path):
             raise UsageError(f"{output} is what --data {spec.path} reads; give another name")
-    corpora = [_Corpus(Taken(spec), _documents(spec)) for spec in specs]
+    corpora = [_Corpus(Taken(spec), _documents(spec, output)) for spec in specs]
     temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     output.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -88,6 +88,8 @@ def write_corpus(
             with _opened(temporary, output.name.endswith(".gz")) as stream:
                 for document in _stirred(corpora, config, report):
                     stream.write((_record(document) + "\n").encode())
+            if not any(corpus.taken.documents for corpus in corpora):
+                raise UsageError(f"no document was taken; all have fewer than {config.min_characters} characters")
             temporary.replace(output)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -101,12 +103,13 @@ class _Corpus:
     documents: Iterator[Document] = field(repr=False)
 
 
-def _documents(spec: DataSpec) -> Iterator[Document]:
-    """Of a folder, all files in it and in its folders, but hidden ones, by name."""
+def _documents(spec: DataSpec, output: Path) -> Iterator[Document]:
+    """Of a folder, all files in it and in its folders, by name; neither hidden ones nor the one that is written."""
     folder = Path(spec.path)
     if not folder.is_dir():
         return open_documents(spec)
     files = [file for file in sorted(folder.rglob("*")) if file.is_file() and reader_of(file) is not None]
+    files = [file for file in files if not (output.exists() and output.samefile(file))]
     shown = [file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
     if not shown:
         raise UsageError(f"--data {spec.path}: the folder and its folders hold no {KNOWN_FILES} file")
