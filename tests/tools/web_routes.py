@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import statistics
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from chromium import chromium
-from web_speed import cpu_seconds
+from web_speed import cpu_seconds, print_speeds
 
 from efficientllm.server.web import WebServerOptions, web_server
 
@@ -143,9 +142,7 @@ def main() -> None:
     print(f"the same tokens everywhere: {len(tokens) == 1}")
     for (folder, route), found in measured.items():
         print(f"{folder.name} in {route}")
-        for name in found[0][0]:
-            values = sorted(each[name] for each, _ in found)
-            print(f"  {name}: {statistics.median(values):.1f} tokens/s ({values[0]:.1f} to {values[-1]:.1f})")
+        print_speeds([each for each, _ in found])
 
 
 if __name__ == "__main__":

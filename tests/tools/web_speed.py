@@ -10,6 +10,7 @@ import argparse
 import os
 import statistics
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,13 @@ def speeds(browser: Any, folder: str, threads: int) -> tuple[dict[str, float], s
     return found, verdict
 
 
+def print_speeds(rounds: Sequence[dict[str, float]]) -> None:
+    """A line for each figure: median, lowest and highest of the rounds."""
+    for name in rounds[0]:
+        values = sorted(each[name] for each in rounds)
+        print(f"  {name}: {statistics.median(values):.1f} tokens/s ({values[0]:.1f} to {values[-1]:.1f})")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", default="1")
@@ -93,9 +101,7 @@ def main() -> None:
                 measured[case].append(speeds(browser, *case))
     for (folder, threads), found in measured.items():
         print(f"{Path(folder).name}, threads: {threads}: {found[0][1]}")
-        for name in found[0][0]:
-            values = sorted(each[name] for each, _ in found)
-            print(f"  {name}: {statistics.median(values):.1f} tokens/s ({values[0]:.1f} to {values[-1]:.1f})")
+        print_speeds([each for each, _ in found])
 
 
 if __name__ == "__main__":
