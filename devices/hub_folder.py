@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from ..runtime.base import flags
-from ..runtime.base.errors import UsageError
+from ..runtime.base.errors import ArtefactError, UsageError
 from ..runtime.base.markdown import markdown_table
 from ..runtime.base.output import replaced_whole
 from ..runtime.base.quantities import format_bytes, format_count
@@ -156,7 +156,19 @@ def _foreign(folder: Path) -> list[str]:
     except (OSError, UnicodeDecodeError):
         last = ""
     known = set(re.findall(r"[^ ,]+", last.removeprefix(MARK).removesuffix(" -->"))) if last.startswith(MARK) else set()
-    return sorted(entry.name for entry in folder.iterdir() if entry.name not in known)
+    entries = list(folder.iterdir())
+    foreign = [entry.name for entry in entries if entry.name not in known]
+    return sorted([*foreign, *(name for entry in entries if entry.is_dir() for name in _added(entry))])
+
+
+def _added(artefact: Path) -> list[str]:
+    """Files of an artefact's folder that are none of its own."""
+    try:
+        own = {MANIFEST_NAME, *Manifest.read(artefact).files}
+    except ArtefactError:
+        own = set()
+    files = (file for file in artefact.rglob("*") if file.is_file())
+    return [f"{artefact.name}/{name}" for file in files if (name := file.relative_to(artefact).as_posix()) not in own]
 
 
 def card(parts: Sequence[Part], runs: Sequence[Run], settings: CardSettings, name: str) -> str:

@@ -12,13 +12,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .base.errors import UsageError
+from .base.errors import UnanswerableError, UsageError
 from .base.extras import extra
 
 if TYPE_CHECKING:
     from llguidance import LLTokenizer
 
     from .engines.owned import OwnedEngine
+
+MOST_REFERENCES = 500
+"""Of a schema, and rules of a Lark grammar: llguidance follows chains of them by recursion, and a chain of some
+thousands ends the process."""
+MESSAGE = 500
+"""Characters of llguidance's messages that are passed on, at most."""
 
 JSON: Any = {"whitespace_pattern": r"( |\n {0,16})?", "json_allow_general_unicode_escapes": True}
 """How JSON may be written: indented or not (a small model that may write any amount of space writes nothing else)."""
@@ -41,7 +47,11 @@ class Grammar:
         """JSON that `schema` describes; UsageError where it is none, or uses what llguidance does not enforce."""
         with extra("grammar"):
             from llguidance import LLMatcher
-        return cls(LLMatcher.grammar_from_json_schema(dict(schema), defaults=JSON)).checked("json_schema")
+        try:
+            source = LLMatcher.grammar_from_json_schema(dict(schema), defaults=JSON)
+        except (ValueError, RecursionError) as error:  # half of a surrogate pair, a number of hundreds of digits
+            raise UsageError(f"json_schema: {_in_one_line(str(error))}") from error
+        return cls(source).checked("json_schema")
 
     @classmethod
     def regex(cls, pattern: str) -> Grammar:
@@ -59,16 +69,26 @@ class Grammar:
         """Itself; UsageError that begins with `name` where llguidance refuses it."""
         with extra("grammar"):
             from llguidance import LLMatcher
+        references, rules = self.source.count("$ref"), len(RULE.findall(self.source)) if name == "lark" else 0
+        if max(references, rules) > MOST_REFERENCES:
+            raise UsageError(
+                f"{name}: has {max(references, rules)} references or rules, at most {MOST_REFERENCES} are taken"
+            )
         is_wrong, messages = LLMatcher.validate_grammar_with_warnings(self.source)
         if is_wrong:
             raise UsageError(f"{name}: {_in_one_line(messages[0])}")
         return self
 
 
+RULE = re.compile(r"^\s*[?!]*\w+(\.-?\d+)?(\[[^\]]*\])?\s*:", re.MULTILINE)
+"""The beginning of a rule or terminal in a Lark grammar."""
+
+
 def _in_one_line(message: str) -> str:
-    """llguidance's message without the lines that repeat the grammar."""
-    lines = [line for line in message.splitlines() if not re.match(r"\s*(\d+ \||\^)", line)]
-    return " ".join(" ".join(lines).split())
+    """llguidance's message without the lines that repeat the grammar, and without its state."""
+    lines = [line for line in message.partition("<state>")[0].splitlines() if not re.match(r"\s*(\d+ \||\^)", line)]
+    text = " ".join(" ".join(lines).split())
+    return text if len(text) <= MESSAGE else text[:MESSAGE] + " ..."
 
 
 def embedded_schema(schema: Mapping[str, Any]) -> str:
@@ -105,6 +125,7 @@ class GrammarConstraint:
     def mask(self, logits: np.ndarray) -> None:
         """Set tokens that may not come next to -inf in the fp32 `logits` [V], in place."""
         self._matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
+        self._require(not self._matcher.is_error())  # nothing fits, or it grew too large on the way
         allowed = np.unpackbits(self._bits.view(np.uint8), count=self._size, bitorder="little").view(bool)
         logits[~allowed] = -np.inf
 
@@ -114,7 +135,7 @@ class GrammarConstraint:
 
     def _require(self, holds: bool) -> None:
         if not holds:
-            raise UsageError(f"the grammar fails: {_in_one_line(self._matcher.get_error())}")
+            raise UnanswerableError(f"the grammar fails: {_in_one_line(self._matcher.get_error())}")
 
 
 class _Vocabulary:

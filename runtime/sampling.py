@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 
 from .base import flags
+from .base.errors import UnanswerableError
 
 LLAMA_CPP_DEFAULTS = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.05, "repetition_penalty": 1.0}
 """What llama.cpp's programs sample with where nothing is said: for what a model's own generation_config.json leaves
@@ -87,11 +88,17 @@ class Sampler:
         return bool(self._biased.size) or any(penalties)
 
     def choose(self, logits: np.ndarray) -> int:
-        """The next token from fp32 logits [V], which biases and penalties change in place; -inf is never drawn."""
+        """The next token from fp32 logits [V], which biases and penalties change in place; -inf is never drawn.
+
+        UnanswerableError where all are.
+        """
         self._bias_and_penalize(logits)
         temperature = self.options.temperature
         assert temperature is not None
-        return int(logits.argmax()) if temperature == 0.0 else self._draw(logits, temperature)
+        best = int(logits.argmax())
+        if logits[best] == -np.inf:
+            raise UnanswerableError("logit_bias, with the grammar where there is one, forbids every token")
+        return best if temperature == 0.0 else self._draw(logits, temperature)
 
     def push(self, token: int) -> None:
         """`token` belongs to the answer: penalties count it from now on."""

@@ -23,7 +23,7 @@ CHATML = (
 )
 LLAMA_3 = (
     "{% for message in messages %}"
-    "{% set content = '[' + message['role'] + ']\n\n' + message['content'] | trim + '[end]' %}"
+    "{% set content = '[' + message['role'] + ']\n\n' + message['content'] + '[end]' %}"
     "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '[assistant]\n\n' }}{% endif %}"
 )
@@ -44,6 +44,11 @@ OTHERS = {
     "turns that are counted": "{% for m in messages %}<{{ m.role }} {{ loop.index }}>{{ m.content }}{% endfor %}"
     "<assistant>",
     "malformed": "{% for m in messages %}",
+    "contents that are trimmed": "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}{% endfor %}<assistant>",
+    "thoughts that are left out": "{% for m in messages %}<{{ m.role }}>{{ m.content.split('</think>')[-1] }}"
+    "{% endfor %}<assistant>",
+    "the day": "{{ strftime_now('%d %b %Y') }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    "<assistant>",
 }
 
 CONVERSATIONS: list[list[Message]] = [

@@ -95,6 +95,17 @@ def test_only_what_the_command_wrote_is_replaced(
     assert (artefact / "model.gguf").is_file()
 
 
+def test_what_somebody_put_into_an_artefact_s_folder_stays(
+    onnx: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert hub(tmp_path / "small", onnx) == 0
+    (tmp_path / "small" / "onnx" / "notes.txt").write_text("mine", encoding="utf-8")
+    assert hub(tmp_path / "small", onnx, "--overwrite") == 2
+    assert "holds onnx/notes.txt, not written by this command" in capsys.readouterr().err
+    (tmp_path / "small" / "onnx" / "notes.txt").unlink()
+    assert hub(tmp_path / "small", onnx, "--overwrite") == 0
+
+
 def test_what_makes_no_repository_is_one_line(
     artefact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -63,6 +63,9 @@ def derive_turns(template: str, bos: str, eos: str, *, adds_bos: bool) -> Turns 
     """What `template` (Jinja) writes; None where it is no such template. `adds_bos`: the runtime begins every prompt
     with that token itself."""
 
+    if "strftime_now" in template:  # the day of the export would be every day's
+        return None
+
     def rendered(messages: Sequence[Message], answer: bool) -> str:
         text = render_chat(template, messages, bos, eos, add_generation_prompt=answer)
         return text.removeprefix(bos) if adds_bos else text
@@ -113,6 +116,8 @@ PROBES = [
         ["system two", "u three"],
         ["u four", "a five", "u six\nand {{ seven }}"],
         ["s 8", "u nine", "a ten", "user eleven", "a 12", "u 13"],
+        ["s \n 14 \n", "u  15\n\n16 ", "a <think>\n17\n</think>\n\n18", "u\n19\n"],
+        ["s 20", *("u 21", "a 22") * 8, "u 23"],
     )
 ]
 """What a derived template must write as the model's own does."""

@@ -24,6 +24,10 @@ class UsageError(EfficientLLMError):
     """A flag, path or value that cannot be used as given."""
 
 
+class UnanswerableError(UsageError):
+    """A question whose own conditions, a grammar or forbidden tokens, leave no answer."""
+
+
 class OptionError(UsageError, ValueError):
     """An option's value that is of the wrong type or breaks its rule."""
 

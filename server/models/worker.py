@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ...runtime.base.errors import EfficientLLMError, UsageError
+from ...runtime.base.errors import EfficientLLMError, UnanswerableError, UsageError
 from ...runtime.batch import Batch, Progress
 from ...runtime.engines.owned import CLOSED, OwnedEngine
 from ...runtime.generation import Generation, TokenLogprob
@@ -112,6 +112,8 @@ class EngineWorker:
                     raise piece
                 if isinstance(piece, BaseException):
                     is_ours = isinstance(piece, EfficientLLMError)
+                    if isinstance(piece, UnanswerableError):
+                        raise APIError(400, str(piece)) from piece
                     message = str(piece) if is_ours else f"the engine failed: {type(piece).__name__}: {piece}"
                     raise APIError(500, message, "server_error") from piece
                 if piece is None:

@@ -46,7 +46,8 @@ class Sent(BaseModel):
         known = {field.alias or name for name, field in cls.model_fields.items()} | {*cls.without_effect}
         for name, value in values.items():
             if name not in known and not cls.asks_for_nothing(name, value):
-                raise ValueError(f"{name} is not served here; {cls.instead_of(name)}")
+                shown = str(name).encode("utf-8", "backslashreplace").decode()
+                raise ValueError(f"{shown} is not served here; {cls.instead_of(name)}")
         return {name: value for name, value in values.items() if value is not None}
 
     @classmethod
@@ -75,7 +76,7 @@ class CalledFunction(Sent):
         """Name and arguments as chat templates know them."""
         try:
             arguments = json.loads(self.arguments or "{}")
-        except ValueError:
+        except (ValueError, RecursionError):
             arguments = None
         if not isinstance(arguments, dict):
             raise ValueError(f"arguments of the call of {self.name!r}: must be a JSON object")

@@ -64,6 +64,12 @@ class NamedFlatTool(Sent):
 class TextFormat(JsonSchema):
     type: Literal["text", "json_object", "json_schema"] = "text"
 
+    @model_validator(mode="after")
+    def _check_schema(self) -> TextFormat:
+        if self.type != "json_schema" and "schema_" in self.model_fields_set:
+            raise ValueError("schema: goes with type json_schema")
+        return self
+
 
 class TextOptions(Sent):
     without_effect = ("verbosity",)  # a wish that only some of OpenAI's models know

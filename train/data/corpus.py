@@ -32,7 +32,7 @@ class CorpusConfig:
     """Where documents come from, PATH[:WEIGHT], repeatable: a file, a folder with all its folders, a hub dataset
     (owner/name, owner/name@config); weights are shares of the bytes."""
     max_bytes: int = flags.byte_count(100_000_000)
-    """Text to take at most, as 100MB."""
+    """Text to take, as 100MB; the document that reaches it is the last."""
     min_characters: int = 200
     """Shorter documents are left out."""
     text_field: str = "text"
@@ -90,6 +90,8 @@ def write_corpus(
                     stream.write((_record(document) + "\n").encode())
             if not any(corpus.taken.documents for corpus in corpora):
                 raise UsageError(f"no document was taken; all have fewer than {config.min_characters} characters")
+            if output.exists() and not overwrite:  # another command may have ended since
+                raise UsageError(f"{output} is there already; give another name, or --overwrite to replace it")
             temporary.replace(output)
     except BaseException:
         temporary.unlink(missing_ok=True)
