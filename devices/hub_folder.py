@@ -22,7 +22,7 @@ from ..runtime.base.output import replaced_whole
 from ..runtime.base.quantities import format_bytes, format_count
 from ..runtime.engines.contract_text import contract_rows
 from ..runtime.engines.manifest import MANIFEST_NAME, Manifest
-from .ollama_files import ollama_files
+from .ollama_files import FILES, ollama_files
 from .report import device_line, origin_lines
 from .results import Figure, Result, Run
 
@@ -36,6 +36,8 @@ ONNX_FOLDER = "onnx"
 TOP_OF_ONNX = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 """Files that transformers.js reads at the top of a repository."""
 MODELFILE = "Modelfile"
+LINKED_BYTES = 16_000_000
+"""From this size on files are linked: configurations and tokenizers are small, and an edit would be the artefact's."""
 
 
 @dataclass(frozen=True)
@@ -135,14 +137,18 @@ def _put_ollama_files(part: Part, folder: Path) -> list[str]:
         files = ollama_files((part.artefact / MODELFILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return []
-    new = [name for name in files if not (folder / name).exists()]
-    for name in new:
-        (folder / name).write_text(files[name], encoding="utf-8")
-    return new
+    if any((folder / name).exists() for name in FILES):
+        return []
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    return list(files)
 
 
 def _link(source: Path, target: Path) -> None:
-    """The same file under another name, or a copy where the file system has no such thing."""
+    """The same file under another name; a copy where the file system has no such thing, and of what people may edit."""
+    if source.stat().st_size < LINKED_BYTES:
+        shutil.copyfile(source, target)
+        return
     try:
         os.link(source, target)
     except OSError:

@@ -103,6 +103,7 @@ def test_what_somebody_put_into_an_artefact_s_folder_stays(
     assert hub(tmp_path / "small", onnx, "--overwrite") == 2
     assert "holds onnx/notes.txt, not written by this command" in capsys.readouterr().err
     (tmp_path / "small" / "onnx" / "notes.txt").unlink()
+    (tmp_path / "small" / "config.json").write_text("{}", encoding="utf-8")  # not the artefact's
     assert hub(tmp_path / "small", onnx, "--overwrite") == 0
 
 
