@@ -21,7 +21,7 @@ from ..runtime.base.markdown import markdown_table
 from ..runtime.base.output import replaced_whole
 from ..runtime.base.quantities import format_bytes, format_count
 from ..runtime.engines.contract_text import contract_rows
-from ..runtime.engines.manifest import MANIFEST_NAME, Manifest
+from ..runtime.engines.manifest import MANIFEST_NAME, OLLAMA_FILE, Manifest
 from .ollama_files import FILES, ollama_files
 from .report import device_line, origin_lines
 from .results import Figure, Result, Run
@@ -35,7 +35,6 @@ LIBRARIES = {"llama.cpp": "gguf", "onnxruntime": "onnx", "executorch": "executor
 ONNX_FOLDER = "onnx"
 TOP_OF_ONNX = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 """Files that transformers.js reads at the top of a repository."""
-MODELFILE = "Modelfile"
 LINKED_BYTES = 16_000_000
 """From this size on files are linked: configurations and tokenizers are small, and an edit would be the artefact's."""
 
@@ -134,7 +133,7 @@ def _put(part: Part, folder: Path) -> list[str]:
 def _put_ollama_files(part: Part, folder: Path) -> list[str]:
     """Of the first GGUF that has a Modelfile; Ollama reads one for all of a repository."""
     try:
-        files = ollama_files((part.artefact / MODELFILE).read_text(encoding="utf-8"))
+        files = ollama_files((part.artefact / OLLAMA_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return []
     if any((folder / name).exists() for name in FILES):
@@ -162,9 +161,9 @@ def _foreign(folder: Path) -> list[str]:
     except (OSError, UnicodeDecodeError):
         last = ""
     known = set(re.findall(r"[^ ,]+", last.removeprefix(MARK).removesuffix(" -->"))) if last.startswith(MARK) else set()
-    entries = list(folder.iterdir())
-    foreign = [entry.name for entry in entries if entry.name not in known]
-    return sorted([*foreign, *(name for entry in entries if entry.is_dir() for name in _added(entry))])
+    foreign = [entry.name for entry in folder.iterdir() if entry.name not in known]
+    artefacts = [folder / name for name in known if (folder / name).is_dir()]
+    return sorted([*foreign, *(name for artefact in artefacts for name in _added(artefact))])
 
 
 def _added(artefact: Path) -> list[str]:

@@ -10,15 +10,11 @@ from typing import Any
 from ..runtime.base.errors import ArtefactError
 from ..runtime.base.names import without_folders
 from ..runtime.base.quantities import format_bytes
-from ..runtime.engines.manifest import MANIFEST_NAME, Manifest, describe_files
+from ..runtime.engines.manifest import MANIFEST_NAME, OLLAMA_FILE, Manifest, describe_files
 from .checkpoint import Checkpoint
 from .request import ExportRequest
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-
-
-OLLAMA_FILE = "Modelfile"
-"""Lies beside a GGUF, and is its owner's to change: no hash is kept of it."""
 
 
 def copy_tokenizer(checkpoint: Checkpoint, folder: Path) -> list[str]:

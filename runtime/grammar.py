@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 MOST_REFERENCES = 500
 """Of a schema, and rules of a Lark grammar: llguidance follows chains of them by recursion, and a chain of some
 thousands ends the process."""
+RULE = re.compile(r"^\s*[?!]*\w+(\.-?\d+)?(\[[^\]]*\])?\s*:", re.MULTILINE)
+"""The beginning of a rule or terminal in a Lark grammar."""
 MESSAGE = 500
 """Characters of llguidance's messages that are passed on, at most."""
 
@@ -78,10 +80,6 @@ class Grammar:
         if is_wrong:
             raise UsageError(f"{name}: {_in_one_line(messages[0])}")
         return self
-
-
-RULE = re.compile(r"^\s*[?!]*\w+(\.-?\d+)?(\[[^\]]*\])?\s*:", re.MULTILINE)
-"""The beginning of a rule or terminal in a Lark grammar."""
 
 
 def _in_one_line(message: str) -> str:

@@ -98,7 +98,7 @@ class Sampler:
         best = int(logits.argmax())
         if logits[best] == -np.inf:
             raise UnanswerableError("logit_bias, with the grammar where there is one, forbids every token")
-        return best if temperature == 0.0 else self._draw(logits, temperature)
+        return best if temperature == 0.0 else self._draw(logits, float(logits[best]), temperature)
 
     def push(self, token: int) -> None:
         """`token` belongs to the answer: penalties count it from now on."""
@@ -118,13 +118,12 @@ class Sampler:
             times = np.fromiter(self._counts.values(), np.float32, len(self._counts))
             logits[tokens] -= times * options.frequency_penalty + options.presence_penalty
 
-    def _draw(self, logits: np.ndarray, temperature: float) -> int:
+    def _draw(self, logits: np.ndarray, best: float, temperature: float) -> int:
         """One of the tokens that top_k, top_p of those and min_p leave, as likely as the temperature makes it.
 
         Only those are sorted: sorting all V would take as long as evaluating the token.
         """
         top_k, top_p, min_p = self.options.top_k or 0, self.options.top_p or 1.0, self.options.min_p or 0.0
-        best = float(logits.max())
         if 0 < top_k < len(logits):
             kept = ranked(logits, top_k)
             weights = np.exp((logits[kept].astype(np.float64) - best) / max(temperature, SMALLEST))

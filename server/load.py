@@ -10,7 +10,7 @@ import asyncio
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -91,10 +91,15 @@ async def ask(client: httpx.AsyncClient, options: LoadOptions, number: int) -> A
             if not line.startswith("data: {"):
                 continue
             event = json.loads(line[6:])
-            if not first and any(choice["delta"].get("content") for choice in event["choices"]):
+            if not first and has_text(event):
                 first = time.perf_counter() - began
             tokens = (event.get("usage") or {}).get("completion_tokens", tokens)
     return Asked(first, tokens, time.perf_counter() - began)
+
+
+def has_text(event: Mapping[str, Any]) -> bool:
+    """Whether an event of a stream brings a piece of the answer."""
+    return any(choice["delta"].get("content") for choice in event["choices"])
 
 
 async def load(address: str, options: LoadOptions, clients: int, first_number: int) -> Served:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import sys
 import time
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from ..runtime.base.errors import UsageError
 from ..runtime.base.extras import extra
 from ..runtime.base.figure import Figure
 from ..runtime.base.markdown import markdown_table
+from .load import has_text
 
 if TYPE_CHECKING:
     import httpx
@@ -74,7 +76,7 @@ async def disturb(address: str, options: StallOptions, number: int) -> Disturbed
         async with client.stream("POST", "chat/completions", json=story) as answer:
             answer.raise_for_status()
             async for line in answer.aiter_lines():
-                if line.startswith("data: {") and '"content"' in line:
+                if line.startswith("data: {") and has_text(json.loads(line[6:])):
                     arrivals.append(time.perf_counter())
                 if len(arrivals) == options.undisturbed and other is None:
                     other = asyncio.create_task(_ask(client, options, number))

@@ -13,11 +13,12 @@ from ...runtime.base.errors import ArtefactError
 from ...runtime.base.files import write_text_atomically
 from ...runtime.chat_template import render_chat
 from ...runtime.engines.hf_tokenizer import read_settings, special_token
+from ...runtime.engines.manifest import OLLAMA_FILE
 from ...train.model.file_types import row_multiple
 from ...train.model.tensors import EMBEDDING, HEAD
 from ..calibration import column_importance, save_for_gguf
 from ..checkpoint import Checkpoint
-from ..manifest import OLLAMA_FILE, Contents, bits_per_weight, write_manifest
+from ..manifest import Contents, bits_per_weight, write_manifest
 from ..padding import pad_inputs
 from ..request import ExportRequest, PaddingOptions, log
 from ..targets import Exporter

@@ -62,7 +62,6 @@ def _literal(text: str) -> str:
 def derive_turns(template: str, bos: str, eos: str, *, adds_bos: bool) -> Turns | None:
     """What `template` (Jinja) writes; None where it is no such template. `adds_bos`: the runtime begins every prompt
     with that token itself."""
-
     if "strftime_now" in template:  # the day of the export would be every day's
         return None
 

@@ -9,7 +9,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from .disk import writing
 
@@ -20,15 +20,22 @@ def write_text_atomically(path: Path, text: str) -> None:
 
 
 def write_bytes_atomically(path: Path, content: bytes) -> None:
+    """As `written_atomically`."""
+    with written_atomically(path) as stream:
+        stream.write(content)
+
+
+@contextlib.contextmanager
+def written_atomically(path: Path) -> Iterator[IO[bytes]]:
     """Write beside `path`, fsync, rename: after a power cut there is the old file or the new one.
 
-    Raises DiskFullError or OSError, leaving nothing behind.
+    Raises DiskFullError or OSError; where that or the block fails, nothing is left behind.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with writing(path):
             with temporary.open("wb") as stream:
-                stream.write(content)
+                yield stream
                 stream.flush()
                 os.fsync(stream.fileno())
             temporary.replace(path)

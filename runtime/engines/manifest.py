@@ -13,6 +13,8 @@ from ..base.errors import ArtefactError
 from ..base.files import json_text, sha256_of, write_text_atomically
 
 MANIFEST_NAME = "manifest.json"
+OLLAMA_FILE = "Modelfile"
+"""Lies beside a GGUF, and is its owner's to change: no hash is kept of it."""
 FORMAT_VERSION = 2
 READABLE_VERSIONS = (1, FORMAT_VERSION)
 """Version 1 had no hash of its own."""

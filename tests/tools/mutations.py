@@ -25,14 +25,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from efficientllm.export.manifest import OLLAMA_FILE
 from efficientllm.runtime.base.child import Finished
 from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.base.errors import EfficientLLMError
 from efficientllm.runtime.engines import probe, probe_child
 from efficientllm.runtime.engines.artefact import Artefact
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
-from efficientllm.runtime.engines.manifest import MANIFEST_NAME
+from efficientllm.runtime.engines.manifest import MANIFEST_NAME, OLLAMA_FILE
 from efficientllm.runtime.generation import AnswerOptions, Generation
 from efficientllm.runtime.prompt import chat_prompt
 

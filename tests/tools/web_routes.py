@@ -75,6 +75,8 @@ window.generate = async (prompt, count) => {
 }
 """Route -> a module that loads /model and defines generate(prompt, count): greedy tokens."""
 
+PAGE = """<!doctype html><script>addEventListener("error", (event) => { window.failed = event.message; });</script>"""
+
 TIMED = """async ([prompt, count]) => {
   const began = performance.now();
   const tokens = await window.generate(prompt, count);
@@ -94,7 +96,7 @@ def site(folder: Path, route: str, threads: int) -> Iterator[str]:
         ):
             (root / path).symlink_to(target)
         code = PAGES[route].replace("THREADS", str(threads))
-        (root / "index.html").write_text(f'<!doctype html><script type="module">{code}window.ready = true;</script>')
+        (root / "index.html").write_text(f"{PAGE}<script type=module>{code}window.ready = true;</script>")
         with web_server(root, WebServerOptions(port=0)) as server:
             threading.Thread(target=server.serve_forever, daemon=True).start()
             yield f"http://127.0.0.1:{server.server_port}/"
@@ -105,13 +107,11 @@ def speeds(browser: Any, folder: Path, route: str, threads: int) -> tuple[dict[s
     """({what: tokens per second}, the greedy tokens)"""
     prompt = [token % 1000 + 100 for token in range(7, 7 * (PROMPT + 1), 7)]
     with site(folder, route, threads) as address, contextlib.closing(browser.new_context()) as context:
-        page, errors = context.new_page(), []
-        page.on("pageerror", lambda error: errors.append(str(error)))
+        page = context.new_page()
         page.goto(address)
-        with contextlib.suppress(Exception):  # said below, with the page's own words
-            page.wait_for_function("window.ready || false", timeout=300_000 if not errors else 1)
-        if errors:
-            raise SystemExit(f"{route}: {errors[0]}")
+        page.wait_for_function("window.ready || window.failed", timeout=300_000)
+        if failed := page.evaluate("window.failed"):
+            raise SystemExit(f"{route}: {failed}")
         page.evaluate(TIMED, [prompt, 2])  # memory grows to what the prompt takes
         began = cpu_seconds()
         first = page.evaluate(TIMED, [prompt, 1])

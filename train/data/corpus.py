@@ -7,15 +7,14 @@ import gzip
 import hashlib
 import itertools
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, cast
 
 from ...runtime.base import flags
-from ...runtime.base.disk import writing
 from ...runtime.base.errors import UsageError
+from ...runtime.base.files import written_atomically
 from .chat import Chat, Document
 from .documents import DataSpec, open_documents, text_of
 from .readers import KNOWN_FILES, reader_of
@@ -74,29 +73,26 @@ def write_corpus(
         raise UsageError("--data is missing: name a file, a folder or a hub dataset")
     if not output.name.endswith(SUFFIXES):
         raise UsageError(f"{output}: the file must be called NAME.jsonl.gz or NAME.jsonl")
-    if output.exists() and not overwrite:
-        raise UsageError(f"{output} is there already; give another name, or --overwrite to replace it")
+    _check_new(output, overwrite)
     specs = [DataSpec.parse(text, config.skip_bad_lines, config.text_field) for text in config.data]
     for spec in specs:
         if Path(spec.path).exists() and output.exists() and output.samefile(spec.path):
             raise UsageError(f"{output} is what --data {spec.path} reads; give another name")
     corpora = [_Corpus(Taken(spec), _documents(spec, output)) for spec in specs]
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     output.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with writing(output):
-            with _opened(temporary, output.name.endswith(".gz")) as stream:
-                for document in _stirred(corpora, config, report):
-                    stream.write((_record(document) + "\n").encode())
-            if not any(corpus.taken.documents for corpus in corpora):
-                raise UsageError(f"no document was taken; all have fewer than {config.min_characters} characters")
-            if output.exists() and not overwrite:  # another command may have ended since
-                raise UsageError(f"{output} is there already; give another name, or --overwrite to replace it")
-            temporary.replace(output)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with written_atomically(output) as file:
+        with _compressed(file) if output.name.endswith(".gz") else contextlib.nullcontext(file) as stream:
+            for document in _stirred(corpora, config, report):
+                stream.write((_record(document) + "\n").encode())
+        if not any(corpus.taken.documents for corpus in corpora):
+            raise UsageError(f"no document was taken; all have fewer than {config.min_characters} characters")
+        _check_new(output, overwrite)  # again: another command may have ended since
     return [corpus.taken for corpus in corpora]
+
+
+def _check_new(output: Path, overwrite: bool) -> None:
+    if output.exists() and not overwrite:
+        raise UsageError(f"{output} is there already; give another name, or --overwrite to replace it")
 
 
 @dataclass
@@ -145,16 +141,9 @@ def _stirred(corpora: Sequence[_Corpus], config: CorpusConfig, report: Report) -
         yield document
 
 
-@contextlib.contextmanager
-def _opened(path: Path, is_compressed: bool) -> Iterator[IO[bytes]]:
-    with path.open("wb") as file:
-        if is_compressed:  # without name and time in its header: the same documents are the same file
-            with gzip.GzipFile("", "wb", COMPRESSION, file, 0) as stream:
-                yield cast(IO[bytes], stream)
-        else:
-            yield file
-        file.flush()
-        os.fsync(file.fileno())
+def _compressed(file: IO[bytes]) -> IO[bytes]:
+    """A gzip stream into `file`, without name and time in its header: the same documents are the same file."""
+    return cast(IO[bytes], gzip.GzipFile("", "wb", COMPRESSION, file, 0))
 
 
 def _record(document: Document) -> str:
