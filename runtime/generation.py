@@ -71,6 +71,8 @@ class AnswerOptions:
     """What it leaves open is the model's own (`OwnedEngine.sampling_defaults`)."""
     stop: Sequence[str] = ()
     """Texts that end the answer and are not part of it."""
+    stop_until: str = ""
+    """Where this text begins, a call's marker say, `stop` counts no more."""
     top_logprobs: int | None = None
     """Record every token's log-probability and those of this many best ones (see `Generation.take_logprobs`)."""
     overflow: Overflow = "error"
@@ -127,7 +129,7 @@ class Generation:
         room = engine.context_length - len(prompt)
         self.max_tokens = options.max_tokens if options.overflow == "slide" else min(options.max_tokens, room)
         self.sampler = Sampler(options.sampling.filled(engine.sampling_defaults), prompt, options.logit_bias)
-        self.text = TextStream(options.stop)
+        self.text = TextStream(options.stop, options.stop_until)
         self.stats = GenerationStats(prompt_tokens=len(prompt), finish_reason="length")
 
     def __iter__(self) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import threading
@@ -84,7 +85,8 @@ class Grammar:
 
 def _in_one_line(message: str) -> str:
     """llguidance's message without the lines that repeat the grammar, and without its state."""
-    lines = [line for line in message.partition("<state>")[0].splitlines() if not re.match(r"\s*(\d+ \||\^)", line)]
+    lines = re.split("<state>|<backtrace>", message)[0].splitlines()
+    lines = [line for line in lines if not re.match(r"\s*(\d+ \||\^)", line)]
     text = " ".join(" ".join(lines).split())
     return text if len(text) <= MESSAGE else text[:MESSAGE] + " ..."
 
@@ -109,6 +111,12 @@ class GrammarConstraint:
         self._matcher = LLMatcher(tokenizer, grammar.source, log_level=0)
         self._require(not self._matcher.is_error())
         self._bits = np.zeros((tokenizer.vocab_size + 31) // 32, dtype=np.int32)
+
+    def copy(self) -> GrammarConstraint:
+        """One for another answer, at the same place of the grammar, which is not compiled again."""
+        other = copy.copy(self)
+        other._matcher, other._bits = self._matcher.deep_copy(), self._bits.copy()
+        return other
 
     @property
     def is_complete(self) -> bool:

@@ -10,9 +10,9 @@ from typing import Any, Literal
 from .base.errors import UsageError
 from .call_reader import CallReader
 from .chat_template import Message, render_chat
-from .constraint import Constraint
 from .engines.owned import OwnedEngine
 from .grammar import GrammarConstraint
+from .markers import Disguise
 from .tool_format import GENERIC, INSTRUCTIONS, ToolFormat, tool_format
 
 ToolChoice = Literal["auto", "required"]
@@ -44,7 +44,7 @@ class ChatPrompt:
     control: tuple[int, ...] = ()
     """Control tokens that a call begins with, which are no text."""
 
-    def constraint(self, engine: OwnedEngine) -> Constraint | None:
+    def constraint(self, engine: OwnedEngine) -> GrammarConstraint | None:
         """What keeps an answer's calls valid; None where there is nothing to call."""
         use = self.tool_use
         if use is None:
@@ -92,9 +92,9 @@ def tool_prompt(engine: OwnedEngine, messages: Sequence[Message], options: ChatO
         # a model that was not trained to call does not know when it has called enough
         is_single = use is not None and (use.only or not use.parallel or (use.must_call and not format.is_template_s))
         format = replace(format, between="") if is_single else format
-    text = _render(engine, messages, tools=shown, variables=options.variables)
-    said = [message["content"] for message in messages if isinstance(message.get("content"), str)]
-    tokens = _encode(engine, text, said)
+    disguise = Disguise(engine, messages, shown, options.variables)
+    text = _render(engine, disguise, messages, tools=shown, variables=options.variables)
+    tokens = disguise.encode(text)
     if engine.adds_bos and not text.startswith(engine.bos_token):
         tokens = engine.tokenize(engine.bos_token, special=True) + tokens
     return ChatPrompt(tokens, use, format, control)
@@ -133,18 +133,17 @@ def _in_plain_roles(messages: Sequence[Message], tools: Sequence[Mapping[str, An
     return [{"role": message["role"], "content": message["content"]} for message in plain]
 
 
-def _render(engine: OwnedEngine, messages: Sequence[Message], **how: Any) -> str:
-    """The template's text, up to where the answer goes on."""
-    begun = messages[-1]["content"] if messages[-1]["role"] == "assistant" else None
-    begun = None if messages[-1].get("tool_calls") else begun
-    how["add_generation_prompt"] = begun is None
-    text = _rendered_somehow(engine, messages, how)
-    if begun is None:
-        return text
-    for shown in (begun, begun.rstrip(), begun.strip()):
-        if shown and (start := text.rfind(shown)) >= 0:
-            return text[: start + len(shown)]
-    raise UsageError("the model's chat template does not show the assistant's last message; ask with a user's")
+def _render(engine: OwnedEngine, disguise: Disguise, messages: Sequence[Message], **how: Any) -> str:
+    """The template's text, up to where the answer goes on, with what `disguise` hides."""
+    messages, how = disguise.hide(messages), {name: disguise.hide(value) for name, value in how.items()}
+    *earlier, last = messages
+    if last["role"] != "assistant" or last.get("tool_calls"):
+        return _rendered_somehow(engine, messages, {**how, "add_generation_prompt": True})
+    marked = [*earlier, {**last, "content": (last.get("content") or "") + disguise.end}]
+    text, mark, _ = _rendered_somehow(engine, marked, {**how, "add_generation_prompt": False}).rpartition(disguise.end)
+    if not mark:
+        raise UsageError("the model's chat template does not show the assistant's last message; ask with a user's")
+    return text
 
 
 def _rendered_somehow(engine: OwnedEngine, messages: Sequence[Message], how: Mapping[str, Any]) -> str:
@@ -175,22 +174,6 @@ def _no_system_message(messages: Sequence[Message]) -> list[Message]:
         return arranged
     system, question, *others = arranged
     return [{**question, "content": f"{system['content']}\n\n{question['content']}"}, *others]
-
-
-def _encode(engine: OwnedEngine, text: str, said: Sequence[str]) -> list[int]:
-    """Token ids of a rendered chat; control tokens are the template's alone, and what looks like one in a message is
-    text."""
-    tokens: list[int] = []
-    done = 0
-    for content in said:
-        content = content.strip()
-        if not content or engine.tokenize(content, special=True) == (plain := engine.tokenize(content, special=False)):
-            continue
-        start = text.find(content, done)
-        if start >= 0:
-            tokens += [*engine.tokenize(text[done:start], special=True), *plain] if start > done else plain
-            done = start + len(content)
-    return tokens + (engine.tokenize(text[done:], special=True) if done < len(text) else [])
 
 
 def _json(value: object) -> str:

@@ -9,10 +9,12 @@ from collections.abc import Sequence
 class TextStream:
     """Turns pieces of UTF-8 into text, holding back what may still become a stop string."""
 
-    def __init__(self, stop: Sequence[str] = ()) -> None:
+    def __init__(self, stop: Sequence[str] = (), until: str = "") -> None:
+        """Where the text `until` begins, which is no part of a stop string then, they count no more."""
         self.stop = tuple(text for text in stop if text)
         self.stopped = False
         """Whether a stop string was met; its text and all after it are dropped."""
+        self._until = (until,) if until and self.stop else ()
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._unshown = ""
 
@@ -23,6 +25,8 @@ class TextStream:
     def finish(self) -> str:
         """What was held back, once nothing more comes."""
         text = self._emit(self._decoder.decode(b"", final=True))
+        self._until = ()  # what might have begun it did not
+        text += self._emit("")
         unshown, self._unshown = self._unshown, ""
         return text + ("" if self.stopped else unshown)
 
@@ -30,12 +34,17 @@ class TextStream:
         if self.stopped:
             return ""
         self._unshown += text
-        found = [start for stop in self.stop if (start := self._unshown.find(stop)) >= 0]
+        start = self._unshown.find(self._until[0]) if self._until else -1
+        length = start if start >= 0 else len(self._unshown) - unfinished(self._unshown, self._until)
+        searched = self._unshown[:length]
+        found = [start for stop in self.stop if (start := searched.find(stop)) >= 0]
         if found:
             self.stopped = True
-            text, self._unshown = self._unshown[: min(found)], ""
+            text, self._unshown = searched[: min(found)], ""
             return text
-        split = len(self._unshown) - unfinished(self._unshown, self.stop)
+        if start >= 0:
+            self.stop, self._until, searched = (), (), self._unshown
+        split = len(searched) - unfinished(searched, self.stop)
         text, self._unshown = self._unshown[:split], self._unshown[split:]
         return text
 

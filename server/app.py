@@ -6,9 +6,10 @@ import asyncio
 import contextlib
 import os
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -98,6 +99,13 @@ def create_app(
     return app
 
 
+def _vagueness(error: Mapping[str, Any]) -> tuple[bool, bool, int]:
+    """Of what pydantic says, least is what tells most: where a field has several forms, it names what is wrong with
+    each, and most of them were not meant."""
+    kind, place = error["type"], error["loc"]
+    return kind != "value_error", kind.endswith("_type"), -len(place)
+
+
 def _add_error_handlers(app: FastAPI, metrics: Metrics) -> None:
     """Answer every refusal in OpenAI's shape and count it."""
 
@@ -114,8 +122,7 @@ def _add_error_handlers(app: FastAPI, metrics: Metrics) -> None:
     @app.exception_handler(RequestValidationError)
     async def answer_validation_error(request: Request, error: RequestValidationError) -> JSONResponse:
         errors = error.errors()
-        # what one of ours says tells more than what another form of the same field would have been
-        first = next((each for each in errors if each["type"] == "value_error"), errors[0])
+        first = min(errors, key=_vagueness)
         # between the fields pydantic names its types, as in messages.0.content.list[TextPart].0.type
         parts = [str(part) for part in first["loc"] if part != "body" and re.fullmatch(r"\w+", str(part))]
         return refuse(

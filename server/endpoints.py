@@ -176,12 +176,8 @@ class Endpoints:
     async def _answer_on(self, route: str, request: CompletionRequest, make: MakeAnswer) -> Response:
         clock, deadline = AnswerClock(self._metrics, request.model), self._pool.deadline()
         worker = await self._pool.enter(request.model, deadline)
-        try:
-            # tokenizing a long prompt takes a while too
-            choices = await asyncio.to_thread(choices_of, worker.engine, request, self._overflow, self._sampling)
-        except BaseException:
-            worker.leave()
-            raise
+        make_choices = partial(choices_of, worker.engine, request, self._overflow, self._sampling)
+        choices = await worker.prepare(make_choices, deadline)  # a long prompt or a large grammar takes a while
         answered = make(choices, clock)
         pieces = answered.pieces(worker.stream([choice.generation for choice in choices], deadline))
         if request.stream:

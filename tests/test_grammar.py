@@ -124,6 +124,7 @@ def test_a_malformed_grammar_is_one_line(make: Any, message: str) -> None:
 def test_a_vocabulary_goes_with_its_engine(artefact: Path) -> None:
     from efficientllm.runtime import grammar
 
+    gc.collect()  # engines of other tests
     before = len(grammar._TOKENIZERS)
     engine = load_engine(artefact, EngineOptions(threads=1))
     GrammarConstraint(engine, Grammar.regex("a"))

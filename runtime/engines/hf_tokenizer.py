@@ -34,7 +34,8 @@ class HfTokenizer:
             self._tokenizer = Tokenizer.from_file(str(path))
             data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             self._is_sentencepiece = bool(data["model"].get("byte_fallback"))
-            self._special = {token["id"] for token in data.get("added_tokens", []) if token["special"]}
+            special = {token["id"]: token["content"] for token in data.get("added_tokens", []) if token["special"]}
+            self._special, self.control_texts = frozenset(special), frozenset(special.values())
             self.vocab_size = self._tokenizer.get_vocab_size()
             settings = read_settings(folder)
             self.bos_token, self.eos_token = (special_token(settings, name) for name in ("bos", "eos"))

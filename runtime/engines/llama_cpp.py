@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -89,6 +90,10 @@ class LlamaCppEngine:
         self.bos_token = self._text_of(llama.llama_vocab_bos(vocab))
         self.eos_token = self._text_of(llama.llama_vocab_eos(vocab))
         self.adds_bos = bool(llama.llama_vocab_get_add_bos(vocab))
+        control = llama.LLAMA_TOKEN_ATTR_CONTROL | llama.LLAMA_TOKEN_ATTR_UNKNOWN
+        tokens = range(self.vocab_size)
+        is_control = (llama.llama_vocab_get_attr(vocab, token) & control for token in tokens)
+        self.control_texts = frozenset(filter(None, map(self._text_of, itertools.compress(tokens, is_control))))
 
     def _metadata(self, key: str) -> str:
         """A value of the file's header as text; "" where it is absent or a list."""

@@ -46,7 +46,7 @@ class OwnedEngine:
         self._own_turn = threading.RLock()
         self.context_length, self.vocab_size, self.end_ids = engine.context_length, engine.vocab_size, engine.end_ids
         self.chat_template, self.adds_bos = engine.chat_template, engine.adds_bos
-        self.bos_token, self.eos_token = engine.bos_token, engine.eos_token
+        self.bos_token, self.eos_token, self.control_texts = engine.bos_token, engine.eos_token, engine.control_texts
         self.load_ms, self.kv_cache_bytes, self.settings = engine.load_ms, engine.kv_cache_bytes, engine.settings
         self.num_sequences, self.cache_slots = engine.num_sequences, engine.cache_slots
 

@@ -43,6 +43,8 @@ class Engine(Protocol):
     """Jinja template of the tokenizer, where it has one."""
     bos_token: str
     eos_token: str
+    control_texts: frozenset[str]
+    """What `tokenize` reads as control tokens where it is told to (`special`), and as plain text otherwise."""
     adds_bos: bool
     """Whether plain text is preceded by the BOS token."""
     load_ms: float

@@ -28,7 +28,7 @@ class StepwiseEngine(abc.ABC):
         self.tokenizer = HfTokenizer(folder)
         self.chat_template = self.tokenizer.chat_template
         self.bos_token, self.eos_token = self.tokenizer.bos_token, self.tokenizer.eos_token
-        self.adds_bos = self.tokenizer.adds_bos
+        self.control_texts, self.adds_bos = self.tokenizer.control_texts, self.tokenizer.adds_bos
         self._sequences: list[list[int]] = [[] for _ in range(self.num_sequences)]
         self._current = 0
         self._tokens = self._sequences[0]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from ...runtime.base.errors import ContextOverflowError, EfficientLLMError
 from ...runtime.call_reader import CallReader
-from ...runtime.constraint import Constraint
 from ...runtime.engines.owned import OwnedEngine
 from ...runtime.generation import AnswerOptions, Generation, Overflow
 from ...runtime.grammar import GrammarConstraint
@@ -57,14 +56,15 @@ def choices_of(
 def _chat_choices(engine: OwnedEngine, request: ChatRequest, each: Iterable[AnswerOptions]) -> Iterable[Choice]:
     shown = ChatOptions(request.tool_use, request.chat_template_kwargs)
     prompt: ChatPrompt = tool_prompt(engine, [message.flat() for message in request.messages], shown)
-    constrain = _constraint_of(engine, request)
+    constraint = prompt.constraint(engine) if request.tool_use else _constraint_of(engine, request)
+    stop_until = prompt.format.begin if request.tool_use else ""  # a part of a call is no call
     for options in each:
-        constraint = prompt.constraint(engine) if request.tool_use else constrain()
-        yield Choice(Generation(engine, prompt.tokens, options, constraint), prompt.reader())
+        options = replace(options, stop_until=stop_until)
+        yield Choice(Generation(engine, prompt.tokens, options, _copy_of(constraint)), prompt.reader())
 
 
 def _text_choices(engine: OwnedEngine, request: TextRequest, each: Iterable[AnswerOptions]) -> Iterable[Choice]:
-    constrain = _constraint_of(engine, request)
+    constraint = _constraint_of(engine, request)
     for prompt in request.prompts:
         tokens = text_prompt(engine, prompt) if isinstance(prompt, str) else prompt
         if not tokens:
@@ -73,13 +73,17 @@ def _text_choices(engine: OwnedEngine, request: TextRequest, each: Iterable[Answ
             raise APIError(400, f"prompt: token {max(tokens)} is outside the vocabulary of {engine.vocab_size}")
         echo = (prompt if isinstance(prompt, str) else text_of(engine, tokens)) if request.echo else ""
         for options in each:
-            yield Choice(Generation(engine, tokens, options, constrain()), echo=echo)
+            yield Choice(Generation(engine, tokens, options, _copy_of(constraint)), echo=echo)
 
 
-def _constraint_of(engine: OwnedEngine, request: CompletionRequest) -> Callable[[], Constraint | None]:
-    """What makes the constraint of each choice; UsageError where the request's is malformed."""
+def _constraint_of(engine: OwnedEngine, request: CompletionRequest) -> GrammarConstraint | None:
+    """What the request says of its answers' form; UsageError where that is malformed."""
     grammar = request.response_format.grammar()
-    return lambda: GrammarConstraint(engine, grammar) if grammar is not None else None
+    return GrammarConstraint(engine, grammar) if grammar is not None else None
+
+
+def _copy_of(constraint: GrammarConstraint | None) -> GrammarConstraint | None:
+    return constraint.copy() if constraint is not None else None
 
 
 def text_of(engine: OwnedEngine, tokens: Iterable[int]) -> str:

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from ...runtime.base.errors import EfficientLLMError, UnanswerableError, UsageError
 from ...runtime.batch import Batch, Progress
@@ -14,6 +15,9 @@ from ...runtime.engines.owned import CLOSED, OwnedEngine
 from ...runtime.generation import Generation, TokenLogprob
 from ..schemas.error import APIError
 from .deadline import Deadline
+from .thread import in_thread
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,8 @@ class EngineWorker:
         self._when_idle = when_idle
         self._read_now = set[_Answer]()
         """Answers that somebody waits for."""
+        self._prepared_now = set[asyncio.Future[Any]]()
+        """What somebody waits for in `prepare`."""
         self._arrived: list[tuple[_Answer, Sequence[Generation]]] = []
         self._changed = threading.Condition()
         """Guards `_arrived` and `_is_closing`."""
@@ -84,6 +90,30 @@ class EngineWorker:
         self.last_used = time.monotonic()
         if not self.in_flight:
             self._when_idle()
+
+    async def prepare(self, make: Callable[[], T], deadline: Deadline) -> T:
+        """What `make` makes of a request, in a thread of its own and in a place that was taken.
+
+        Where this raises, APIError 408 at `deadline` say, the place is freed, but not before the thread has ended:
+        compiling a grammar takes seconds and cannot be stopped.
+        """
+        working = in_thread(make)
+        awaited = asyncio.shield(working)
+        self._prepared_now.add(awaited)
+        try:
+            async with asyncio.timeout_at(deadline.at):
+                return await awaited
+        except BaseException as error:
+            working.add_done_callback(self._leave_after)
+            if isinstance(error, TimeoutError):
+                raise deadline.error() from error
+            raise
+        finally:
+            self._prepared_now.discard(awaited)
+
+    def _leave_after(self, done: asyncio.Future[Any]) -> None:
+        done.exception()  # else asyncio would complain that nobody saw it
+        self.leave()
 
     def stream(self, generations: Sequence[Generation], deadline: Deadline) -> AsyncGenerator[Piece]:
         """Pieces of every generation, as they come, computed from now on in a place that was taken.
@@ -175,8 +205,12 @@ class EngineWorker:
 
     def abort(self) -> None:
         """Let every answer that somebody waits for end with an error that says why."""
+        error = APIError(503, "the server stops", "server_error")
         for answer in self._read_now:
-            answer.pieces.put_nowait(APIError(503, "the server stops", "server_error"))
+            answer.pieces.put_nowait(error)
+        for awaited in self._prepared_now:
+            if not awaited.done():
+                awaited.set_exception(error)
 
     def close(self) -> None:
         """Wait for the answers in progress, then free the engine."""

@@ -9,20 +9,35 @@ from pydantic import Field, JsonValue, model_validator
 
 from ...runtime.prompt import ToolUse
 from ...runtime.sampling import SamplingOptions
-from .messages import MAX_CHARACTERS, MAX_TOOLS, ChatMessage, NamedTool, ResponseFormat, Sent, Text, Tool, ToolChoice
+from .messages import (
+    MAX_CHARACTERS,
+    MAX_TOOLS,
+    Bool,
+    ChatMessage,
+    Float,
+    Int,
+    NamedTool,
+    ResponseFormat,
+    Sent,
+    Text,
+    Tool,
+    ToolChoice,
+)
 
 MAX_MESSAGES = 512
 MAX_STOPS = 16
 MAX_PROMPTS = 16
 DEFAULT_TOKENS = 512
 
-Token = Annotated[int, Field(ge=0)]
+Token = Annotated[int, Field(ge=0, strict=True)]
 Tokens = Annotated[list[Token], Field(min_length=1, max_length=MAX_CHARACTERS)]
-Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
+TokenText = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,8})$")]
+"""A token's number as a key of JSON."""
+Bias = Annotated[Float, Field(ge=-100, le=100)]
 
 
 class StreamOptions(Sent):
-    include_usage: bool = False
+    include_usage: Bool = False
     include_obfuscation: Literal[False] = False
 
 
@@ -75,21 +90,27 @@ class CompletionRequest(Asked, abc.ABC):
     """What both endpoints take; null stands for the default, which for sampling is the model's own."""
 
     model: Text
-    max_tokens: Annotated[int | None, Field(ge=1, le=1_000_000)] = None
-    temperature: Annotated[float | None, Field(ge=0, le=2, allow_inf_nan=False)] = None
-    top_p: Annotated[float | None, Field(gt=0, le=1, allow_inf_nan=False)] = None
-    top_k: Annotated[int | None, Field(ge=0, le=1_000_000)] = None
-    min_p: Annotated[float | None, Field(ge=0, le=1, allow_inf_nan=False)] = None
-    repetition_penalty: Annotated[float | None, Field(ge=0.01, le=100, allow_inf_nan=False)] = None
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)] = 0.0
-    presence_penalty: Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)] = 0.0
-    logit_bias: Annotated[dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Bias], Field(max_length=1024)] = Field({})
-    n: Annotated[int, Field(ge=1, le=8)] = 1
-    seed: Annotated[int | None, Field(ge=-(2**63), lt=2**63)] = None
+    max_tokens: Annotated[Int | None, Field(ge=1, le=1_000_000)] = None
+    temperature: Annotated[Float | None, Field(ge=0, le=2)] = None
+    top_p: Annotated[Float | None, Field(gt=0, le=1)] = None
+    top_k: Annotated[Int | None, Field(ge=0, le=1_000_000)] = None
+    min_p: Annotated[Float | None, Field(ge=0, le=1)] = None
+    repetition_penalty: Annotated[Float | None, Field(ge=0.01, le=100)] = None
+    frequency_penalty: Annotated[Float, Field(ge=-2, le=2)] = 0.0
+    presence_penalty: Annotated[Float, Field(ge=-2, le=2)] = 0.0
+    logit_bias: Annotated[dict[TokenText, Bias], Field(max_length=1024)] = Field({})
+    n: Annotated[Int, Field(ge=1, le=8)] = 1
+    seed: Annotated[Int | None, Field(ge=-(2**63), lt=2**63)] = None
     stop: Text | Annotated[list[Text], Field(max_length=MAX_STOPS)] | None = None
-    stream: bool = False
+    stream: Bool = False
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat = ResponseFormat()
+
+    @model_validator(mode="after")
+    def _check_stream(self) -> CompletionRequest:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options: goes with stream")
+        return self
 
     @property
     def sampling(self) -> SamplingOptions:
@@ -131,12 +152,12 @@ class ChatRequest(CompletionRequest):
     """POST /v1/chat/completions; where the last message is the assistant's, the answer goes on with it."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
-    max_completion_tokens: Annotated[int | None, Field(ge=1, le=1_000_000)] = None
-    logprobs: bool = False
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] = 0
+    max_completion_tokens: Annotated[Int | None, Field(ge=1, le=1_000_000)] = None
+    logprobs: Bool = False
+    top_logprobs: Annotated[Int, Field(ge=0, le=20)] = 0
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] = Field([])
     tool_choice: ToolChoice = "auto"
-    parallel_tool_calls: bool = True
+    parallel_tool_calls: Bool = True
     chat_template_kwargs: dict[str, JsonValue] = Field({})
     """Further variables of the chat template, such as enable_thinking."""
 
@@ -189,8 +210,8 @@ class TextRequest(CompletionRequest):
         | Tokens
         | Annotated[list[Tokens], Field(min_length=1, max_length=MAX_PROMPTS)]
     )
-    logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
-    echo: bool = False
+    logprobs: Annotated[Int | None, Field(ge=0, le=20)] = None
+    echo: Bool = False
     """Begin the answer with the prompt."""
 
     @model_validator(mode="after")
@@ -222,9 +243,9 @@ class TokenizeRequest(Asked):
 
     model: Text = ""
     content: Text
-    add_special: bool = False
+    add_special: Bool = False
     """Begin with the token that the model's texts begin with, if they do."""
-    parse_special: bool = True
+    parse_special: Bool = True
     """Let text such as <|im_end|> be its control token."""
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, Field, JsonValue, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, JsonValue, Strict, model_validator
 
 from ...runtime.grammar import Grammar
 
@@ -24,6 +24,16 @@ def _encodable(text: str) -> str:
     return text
 
 
+def _number(value: Any) -> Any:
+    """A number, which pydantic would read out of true and "3", too."""
+    if isinstance(value, bool | str):
+        raise ValueError("must be a number")
+    return value
+
+
+Int = Annotated[int, BeforeValidator(_number)]
+Float = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
+Bool = Annotated[bool, Strict()]
 Text = Annotated[str, Field(max_length=MAX_CHARACTERS), AfterValidator(_encodable)]
 Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")]
 
@@ -128,7 +138,7 @@ class Function(Sent):
     description: Text = ""
     parameters: dict[str, JsonValue] = {}
     """JSON schema of an object."""
-    strict: bool = True
+    strict: Bool = True
     """Arguments always keep to the parameters."""
 
     @model_validator(mode="after")
@@ -164,7 +174,7 @@ ToolChoice = Literal["none", "auto", "required"] | NamedTool
 class JsonSchema(Sent):
     name: Text = ""
     description: Text = ""
-    strict: bool = True
+    strict: Bool = True
     """The answer always keeps to the schema."""
     schema_: Annotated[dict[str, JsonValue], Field(alias="schema")] = {}
 
@@ -186,6 +196,8 @@ class ResponseFormat(Sent):
                 raise ValueError(f"{name}: is missing")
             if self.type != name and getattr(self, name) is not None:
                 raise ValueError(f"{name}: goes with type {name}")
+        if self.json_schema is not None and "schema_" not in self.json_schema.model_fields_set:
+            raise ValueError("json_schema.schema: is missing")
         if self.schema_ is not None and self.type != "json_object":
             raise ValueError("schema: goes with type json_object")
         return self

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, JsonValue, ValidationError, model_validator
 
 from .completions import MAX_MESSAGES, Asked, ChatRequest
-from .messages import MAX_TOOLS, ChatMessage, Function, JsonSchema, Name, Sent, Text
+from .messages import MAX_TOOLS, Bool, ChatMessage, Float, Function, Int, JsonSchema, Name, Sent, Text
 
 
 class ItemPart(Sent):
@@ -68,6 +68,8 @@ class TextFormat(JsonSchema):
     def _check_schema(self) -> TextFormat:
         if self.type != "json_schema" and "schema_" in self.model_fields_set:
             raise ValueError("schema: goes with type json_schema")
+        if self.type == "json_schema" and "schema_" not in self.model_fields_set:
+            raise ValueError("schema: is missing")
         return self
 
 
@@ -82,16 +84,16 @@ class ResponsesRequest(Asked):
     model: Text
     input: Text | Annotated[list[MessageItem | CallItem | ResultItem], Field(min_length=1, max_length=MAX_MESSAGES)]
     instructions: Text | None = None
-    max_output_tokens: Annotated[int | None, Field(ge=1, le=1_000_000)] = None
-    temperature: Annotated[float | None, Field(ge=0, le=2, allow_inf_nan=False)] = None
-    top_p: Annotated[float | None, Field(gt=0, le=1, allow_inf_nan=False)] = None
+    max_output_tokens: Annotated[Int | None, Field(ge=1, le=1_000_000)] = None
+    temperature: Annotated[Float | None, Field(ge=0, le=2)] = None
+    top_p: Annotated[Float | None, Field(gt=0, le=1)] = None
     tools: Annotated[list[FlatTool], Field(max_length=MAX_TOOLS)] = Field([])
     tool_choice: Literal["none", "auto", "required"] | NamedFlatTool = "auto"
-    parallel_tool_calls: bool = True
+    parallel_tool_calls: Bool = True
     text: TextOptions = TextOptions()
     truncation: Literal["disabled"] = "disabled"
     include: list[JsonValue] = Field([], max_length=0)
-    stream: bool = False
+    stream: Bool = False
 
     @model_validator(mode="after")
     def _check_chat(self) -> ResponsesRequest:
