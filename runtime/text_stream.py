@@ -34,15 +34,15 @@ class TextStream:
         if self.stopped:
             return ""
         self._unshown += text
-        start = self._unshown.find(self._until[0]) if self._until else -1
-        length = start if start >= 0 else len(self._unshown) - unfinished(self._unshown, self._until)
+        end = self._unshown.find(self._until[0]) if self._until else -1
+        length = end if end >= 0 else len(self._unshown) - unfinished(self._unshown, self._until)
         searched = self._unshown[:length]
         found = [start for stop in self.stop if (start := searched.find(stop)) >= 0]
         if found:
             self.stopped = True
             text, self._unshown = searched[: min(found)], ""
             return text
-        if start >= 0:
+        if end >= 0:
             self.stop, self._until, searched = (), (), self._unshown
         split = len(searched) - unfinished(searched, self.stop)
         text, self._unshown = self._unshown[:split], self._unshown[split:]

@@ -160,6 +160,28 @@ def test_text_stream_gives_back_a_stop_string_that_was_not_one() -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("Well. <call>{stop}", "Well. <call>{stop}"),
+        ("Well stop <call>{}", "Well "),
+        ("a <calm> stop", "a <calm> "),
+        ("a <ca", "a <ca"),
+        ("it is <", "it is "),
+        ("it is <b", "it is "),
+        ("st<call>op", "st<call>op"),
+        ("sto<", "sto"),
+    ],
+)
+def test_stop_strings_end_at_a_call(text: str, shown: str) -> None:
+    stops = ["stop", *(["<"] if text.startswith(("it is", "sto<")) else [])]
+    for size in (1, 2, 3, len(text)):
+        stream = TextStream(stops, until="<call>")
+        pieces = [stream.push(text[start : start + size].encode()) for start in range(0, len(text), size)]
+        assert "".join([*pieces, stream.finish()]) == shown
+        assert stream.stopped == (shown != text)
+
+
+@pytest.mark.parametrize(
     ("name", "value"), [("temperature", float("nan")), ("temperature", -1.0), ("top_p", 0.0), ("min_p", 2.0)]
 )
 def test_sampling_options_are_checked(name: str, value: float) -> None:

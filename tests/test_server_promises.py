@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
+import contextlib
 import json
 import signal
 import socket
@@ -22,6 +24,7 @@ from serving import serve
 from efficientllm.runtime.engines.artefact import Artefact
 from efficientllm.runtime.engines.engine import EngineOptions
 from efficientllm.runtime.generation import token_logprob
+from efficientllm.runtime.grammar import Grammar, GrammarConstraint
 from efficientllm.runtime.sampling import SamplingOptions, log_softmax
 from efficientllm.server.access.connections import limited_protocol
 from efficientllm.server.answers.defaults import SamplingDefaults
@@ -158,6 +161,90 @@ def test_a_stop_cuts_no_call_that_must_be_made(address: str) -> None:
     assert json.loads(call["function"]["arguments"]) == {"a": "Paris"}
 
 
+def test_a_stop_cuts_no_call_that_may_be_made(address: str) -> None:
+    parameters = {
+        "type": "object", "properties": {"a": {"enum": ["Paris"]}}, "required": ["a"], "additionalProperties": False
+    }  # fmt: skip
+    tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
+    (opening,) = httpx.post(f"{address}/tokenize", json={"content": "<"}).json()["tokens"]
+    otherwise = {"type": "json_schema", "json_schema": {"schema": {"type": "object"}}}  # so it begins with < or {
+    body: dict[str, Any] = {"tools": tools, "response_format": otherwise, "logit_bias": {str(opening): 100}}
+    answer = post(address, messages=MESSAGES, max_tokens=100, stop=["aris", "<"], **body).json()["choices"][0]
+    (call,) = answer["message"]["tool_calls"]
+    assert json.loads(call["function"]["arguments"]) == {"a": "Paris"}
+    assert answer["finish_reason"] == "tool_calls"
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ({"max_tokens": True}, "max_tokens: must be a number"),
+        ({"max_tokens": "3"}, "max_tokens: must be a number"),
+        ({"temperature": "0.5"}, "temperature: must be a number"),
+        ({"stream": "yes"}, "stream: Input should be a valid boolean"),
+        ({"logit_bias": {"٣": 1}}, "logit_bias.٣: String should match pattern"),
+        ({"logit_bias": {"01": 1}}, "logit_bias.01: String should match pattern"),
+        ({"stop": ["x"] * 17}, "stop: List should have at most 16 items"),
+        ({"stop": ["x", 1]}, "stop.1: Input should be a valid string"),
+        ({"stream_options": {"include_usage": True}}, "stream_options: goes with stream"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}, "json_schema.schema: is missing"),
+    ],
+)
+def test_what_is_wrong_with_a_field_is_said(address: str, body: dict[str, Any], said: str) -> None:
+    answer = post(address, messages=MESSAGES, **body)
+    assert answer.status_code == 400
+    assert said in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said"), [([], "at least 1 item"), (["x"] * 17, "at most 16 items"), (["a", None], "prompt.1: ")]
+)
+def test_what_is_wrong_with_prompts_is_said(address: str, prompt: Any, said: str) -> None:
+    answer = post(address, "completions", prompt=prompt)
+    assert answer.status_code == 400
+    assert said in answer.json()["error"]["message"]
+
+
+def test_a_grammar_is_compiled_once_for_all_answers(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[str] = []
+    make = GrammarConstraint.__init__
+
+    def count(self: GrammarConstraint, engine: Any, grammar: Grammar, *more: Any) -> None:
+        compiled.append(grammar.source)
+        make(self, engine, grammar, *more)
+
+    monkeypatch.setattr(GrammarConstraint, "__init__", count)
+    form = {"type": "regex", "regex": "[ab]{4}"}
+    answer = post(address, messages=MESSAGES, n=4, max_tokens=10, seed=1, response_format=form)
+    texts = [choice["message"]["content"] for choice in answer.json()["choices"]]
+    assert all(len(text) == 4 and set(text) <= set("ab") for text in texts)
+    assert len(set(texts)) > 1
+    assert len(compiled) == 1
+
+
+def test_a_compilation_that_takes_too_long_is_given_up_and_keeps_its_place(
+    artefact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_end = threading.Event()
+    make = GrammarConstraint.__init__
+
+    def wait(self: GrammarConstraint, *given: Any) -> None:
+        may_end.wait(30)
+        make(self, *given)
+
+    monkeypatch.setattr(GrammarConstraint, "__init__", wait)
+    pool = ModelPool({"tiny": str(artefact)}, EngineOptions(threads=1, parallel=1, context=512), 0, timeout=0.3)
+    body = {"messages": MESSAGES, "max_tokens": 4}
+    with serve(pool, AppOptions()) as address:
+        answer = post(address, **body, response_format={"type": "regex", "regex": "[ab]{4}"})
+        assert answer.status_code == 408
+        assert post(address, **body).status_code == 429
+        may_end.set()
+        while httpx.get(f"{address}/health").json()["in_flight"]:
+            time.sleep(0.01)
+        assert post(address, **body).status_code == 200
+
+
 def test_offsets_go_on_from_piece_to_piece(address: str) -> None:
     answer = post(address, "completions", prompt="x", logprobs=1, stream=True, **{**LONG, "max_tokens": 6})
     choices = [json.loads(line[6:])["choices"][0] for line in answer.text.splitlines() if line.startswith("data: {")]
@@ -230,7 +317,9 @@ def test_a_second_head_that_does_not_come_is_given_up_as_the_first(artefact: Pat
             assert connection.recv(4096) == b""
 
 
-def test_answers_that_outlast_the_grace_end_with_a_reason(artefact: Path) -> None:
+@contextlib.contextmanager
+def stopping_server(artefact: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A server of its own that gives answers one second; its process and address."""
     command = [sys.executable, "-m", "efficientllm.server.cli", str(artefact), "--threads", "1", "--grace", "1"]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -240,19 +329,38 @@ def test_answers_that_outlast_the_grace_end_with_a_reason(artefact: Path) -> Non
         assert server.stdout is not None
         assert server.stderr is not None
         server.stdout.readline()
-        body = {"model": Artefact.open(artefact).path.name, "messages": MESSAGES, "stream": True, **LONG}
-        url = f"http://127.0.0.1:{port}/v1/chat/completions"
+        address = f"http://127.0.0.1:{port}"
         for _ in range(200):
             try:
-                httpx.get(f"http://127.0.0.1:{port}/health")
+                httpx.get(f"{address}/health")
                 break
             except httpx.TransportError:
                 time.sleep(0.05)
-        with httpx.stream("POST", url, json=body, timeout=60) as answer:
+        yield server, address
+        assert server.wait(timeout=30) == -signal.SIGTERM  # as uvicorn ends
+        assert "Traceback" not in server.stderr.read()
+
+
+def test_answers_that_outlast_the_grace_end_with_a_reason(artefact: Path) -> None:
+    with stopping_server(artefact) as (server, address):
+        body = {"model": Artefact.open(artefact).path.name, "messages": MESSAGES, "stream": True, **LONG}
+        with httpx.stream("POST", f"{address}/v1/chat/completions", json=body, timeout=60) as answer:
             lines = answer.iter_lines()
             next(lines)
             server.send_signal(signal.SIGTERM)
             last = [line for line in lines if line][-1]
         assert json.loads(last.removeprefix("data: "))["error"]["message"] == "the server stops"
-        server.wait(timeout=30)
-        assert "Traceback" not in server.stderr.read()
+
+
+def test_a_server_that_stops_does_not_wait_for_a_grammar(artefact: Path) -> None:
+    patterns = {f"p{n}": {"type": "string", "pattern": f"^[a-z]{{1,{n + 1}}}x[0-9]{{2,50}}$"} for n in range(8_000)}
+    schema = {"type": "object", "properties": patterns}  # takes some fifteen seconds
+    form = {"type": "json_schema", "json_schema": {"schema": schema}}
+    body = {"model": Artefact.open(artefact).path.name, "messages": MESSAGES, "response_format": form}
+    with stopping_server(artefact) as (server, address), concurrent.futures.ThreadPoolExecutor() as threads:
+        answer = threads.submit(httpx.post, f"{address}/v1/chat/completions", json=body, timeout=60)
+        while not httpx.get(f"{address}/health").json()["in_flight"]:
+            assert not answer.done()
+        server.send_signal(signal.SIGTERM)
+        assert answer.result().status_code == 503
+        assert answer.result().json()["error"]["message"] == "the server stops"
