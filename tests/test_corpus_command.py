@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from efficientllm.runtime.base.command import run_command
+from efficientllm.runtime.base.output import locked_output
 from efficientllm.train.data import corpus_cli
 from efficientllm.train.data.documents import DataSpec, open_documents
 
@@ -112,8 +113,12 @@ def test_chats_stay_chats(tmp_path: Path) -> None:
         (("out.jsonl", "--data", "bad.jsonl"), "line 2 is not a JSON object"),
         (
             ("out.jsonl", "--data", "in.jsonl", "--min-characters", "999"),
-            "no document was taken; all have fewer than 999",
+            "no document was taken: all 1 have fewer than 999",
         ),
+        (("out.jsonl", "--data", "nothing.jsonl"), "no document was taken: there are none"),
+        (("out.jsonl", "--data", ""), "--data '' names nothing"),
+        (("out.jsonl", "--data", ":0.5"), "--data ':0.5' names nothing"),
+        (("out.jsonl", "--data", "in.jsonl", "--data", "mistyped/name"), "no such file or folder, and no hub"),
     ],
 )
 def test_what_cannot_be_done_is_one_line_and_leaves_nothing(
@@ -127,6 +132,7 @@ def test_what_cannot_be_done_is_one_line_and_leaves_nothing(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "in.jsonl").write_text(json.dumps({"text": "t" * 300}))
+    (tmp_path / "nothing.jsonl").write_text("")
     (tmp_path / "bad.jsonl").write_text(json.dumps({"text": "t" * 300}) + "\nno json\n")
     before = {path.name for path in tmp_path.iterdir()}
     assert corpus(*arguments) == 2
@@ -134,3 +140,38 @@ def test_what_cannot_be_done_is_one_line_and_leaves_nothing(
     assert said in error
     assert [line for line in error.splitlines() if "of text" not in line] == [error.splitlines()[-1]]
     assert {path.name for path in tmp_path.iterdir()} == before
+
+
+def test_bad_lines_are_counted_over_all_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = tmp_path / "in"
+    place.mkdir()
+    for name in "ab":
+        (place / f"{name}.jsonl").write_text("no json\n" + json.dumps({"text": name * 300}) + "\n")
+    assert corpus(tmp_path / "out.jsonl", "--data", place, "--skip-bad-lines", "1") == 2
+    assert "b.jsonl: line 1" in capsys.readouterr().err
+    assert corpus(tmp_path / "out.jsonl", "--data", place, "--skip-bad-lines", "2") == 0
+    assert len(records(tmp_path / "out.jsonl")) == 2
+
+
+def test_linked_folders_are_read_once_and_a_linked_file_is_written(folder: Path, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "more.txt").write_text("more " * 60)
+    (folder / "linked").symlink_to(outside)
+    (outside / "circle").symlink_to(folder)
+    (tmp_path / "real.jsonl").write_text("")
+    (tmp_path / "out.jsonl").symlink_to(tmp_path / "real.jsonl")
+    assert corpus(tmp_path / "out.jsonl", "--data", folder, "--overwrite") == 0
+    assert (tmp_path / "out.jsonl").is_symlink()
+    texts = [str(record["text"])[:4] for record in records(tmp_path / "real.jsonl")]
+    assert sorted(texts) == ["# On", "more", "ünï "]
+
+
+def test_two_at_once_and_one_that_was_killed(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "out.jsonl"
+    with locked_output(output):
+        assert corpus(output, "--data", folder) == 2
+    assert "is being written by process" in capsys.readouterr().err
+    (tmp_path / ".out.jsonl.4711.tmp").write_text("half of a corpus")
+    assert corpus(output, "--data", folder) == 0
+    assert not list(tmp_path.glob(".out*"))

@@ -27,18 +27,20 @@ def write_bytes_atomically(path: Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def written_atomically(path: Path) -> Iterator[IO[bytes]]:
-    """Write beside `path`, fsync, rename: after a power cut there is the old file or the new one.
+    """Write beside `path`, fsync, rename: after a power cut there is the old file or the new one. A link stays one: the
+    file that it names is replaced.
 
     Raises DiskFullError or OSError; where that or the block fails, nothing is left behind.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    place = path.resolve()
+    temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
     try:
         with writing(path):
             with temporary.open("wb") as stream:
                 yield stream
                 stream.flush()
                 os.fsync(stream.fileno())
-            temporary.replace(path)
+            temporary.replace(place)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

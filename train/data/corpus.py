@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import gzip
 import hashlib
 import itertools
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,9 +17,10 @@ from typing import IO, cast
 from ...runtime.base import flags
 from ...runtime.base.errors import UsageError
 from ...runtime.base.files import written_atomically
+from ...runtime.base.output import locked_output
 from .chat import Chat, Document
-from .documents import DataSpec, open_documents, text_of
-from .readers import KNOWN_FILES, reader_of
+from .documents import DataSpec, check_documents, open_documents, text_of
+from .readers import KNOWN_FILES, BadLines, reader_of
 
 SUFFIXES = (".jsonl.gz", ".jsonl")
 COMPRESSION = 6
@@ -73,21 +76,25 @@ def write_corpus(
         raise UsageError("--data is missing: name a file, a folder or a hub dataset")
     if not output.name.endswith(SUFFIXES):
         raise UsageError(f"{output}: the file must be called NAME.jsonl.gz or NAME.jsonl")
-    _check_new(output, overwrite)
     specs = [DataSpec.parse(text, config.skip_bad_lines, config.text_field) for text in config.data]
-    for spec in specs:
-        if Path(spec.path).exists() and output.exists() and output.samefile(spec.path):
-            raise UsageError(f"{output} is what --data {spec.path} reads; give another name")
-    corpora = [_Corpus(Taken(spec), _documents(spec, output)) for spec in specs]
-    output.parent.mkdir(parents=True, exist_ok=True)
+    with locked_output(output):
+        _check_new(output, overwrite)
+        for left in output.parent.glob(f".{glob.escape(output.name)}.*.tmp"):  # of one that was killed
+            left.unlink()
+        return _write(output, config, [_Corpus(Taken(spec), _documents(spec, output)) for spec in specs], report)
+
+
+def _write(output: Path, config: CorpusConfig, corpora: list[_Corpus], report: Report) -> list[Taken]:
     with written_atomically(output) as file:
         with _compressed(file) if output.name.endswith(".gz") else contextlib.nullcontext(file) as stream:
             for document in _stirred(corpora, config, report):
                 stream.write((_record(document) + "\n").encode())
-        if not any(corpus.taken.documents for corpus in corpora):
-            raise UsageError(f"no document was taken; all have fewer than {config.min_characters} characters")
-        _check_new(output, overwrite)  # again: another command may have ended since
-    return [corpus.taken for corpus in corpora]
+        taken = [corpus.taken for corpus in corpora]
+        if not any(each.documents for each in taken):
+            short = sum(each.short for each in taken)
+            reason = f"all {short} have fewer than {config.min_characters} characters" if short else "there are none"
+            raise UsageError(f"no document was taken: {reason}")
+    return taken
 
 
 def _check_new(output: Path, overwrite: bool) -> None:
@@ -102,16 +109,45 @@ class _Corpus:
 
 
 def _documents(spec: DataSpec, output: Path) -> Iterator[Document]:
-    """Of a folder, all files in it and in its folders, by name; neither hidden ones nor the one that is written."""
+    """Of a folder, all files in it and in its folders, by name; neither hidden ones nor the one that is written.
+
+    UsageError or DataError where the beginning of one cannot be read.
+    """
     folder = Path(spec.path)
-    if not folder.is_dir():
-        return open_documents(spec)
-    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and reader_of(file) is not None]
-    files = [file for file in files if not (output.exists() and output.samefile(file))]
-    shown = [file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
-    if not shown:
+    is_folder = folder.is_dir()
+    files = [file for file in _files_of(folder) if not _is_same(file, output)] if is_folder else []
+    if is_folder and not files:
         raise UsageError(f"--data {spec.path}: the folder and its folders hold no {KNOWN_FILES} file")
-    return itertools.chain.from_iterable(open_documents(replace(spec, path=str(file))) for file in shown)
+    if not is_folder and _is_same(folder, output):
+        raise UsageError(f"{output} is what --data {spec.path} reads; give another name")
+    parts = [replace(spec, path=str(file)) for file in files] or [spec]
+    for part in parts:
+        check_documents(part)
+    bad_lines = BadLines(spec.skip_bad_lines)
+    return itertools.chain.from_iterable(open_documents(part, bad_lines) for part in parts)
+
+
+def _is_same(path: Path, output: Path) -> bool:
+    return path.exists() and output.exists() and output.samefile(path)
+
+
+def _files_of(folder: Path) -> list[Path]:
+    """Files that can be read, in the folder and its folders, links followed; UsageError where one cannot be listed."""
+
+    def refuse(error: OSError) -> None:
+        raise UsageError(f"--data {folder}: {error.filename} cannot be read: {error.strerror}")
+
+    found, seen = list[Path](), set[str]()
+    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:  # a link in a circle, or to what was there already
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        files = (Path(place, name) for name in names if not name.startswith("."))
+        found += [file for file in files if file.is_file() and reader_of(file) is not None]
+    return sorted(found)
 
 
 def _stirred(corpora: Sequence[_Corpus], config: CorpusConfig, report: Report) -> Iterator[Document]:

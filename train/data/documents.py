@@ -36,6 +36,8 @@ class DataSpec:
     def parse(cls, text: str, skip_bad_lines: int = 0, text_field: str = "text") -> DataSpec:
         """'PATH' or 'PATH:WEIGHT'."""
         path, separator, weight = text.rpartition(":")
+        if not text or (not path and _is_number(weight)):
+            raise UsageError(f"--data {text!r} names nothing")
         if separator and path and _is_number(weight):
             if not 0 < float(weight) < float("inf"):
                 raise UsageError(f"--data {text}: the weight must be positive")
@@ -73,9 +75,12 @@ def _hub(reading: Reading) -> Iterator[Document]:
         raise reading.error(f"not a local path, and not readable as a hub dataset: {error}") from error
 
 
-def open_documents(spec: DataSpec) -> Iterator[Document]:
-    """All documents of a corpus in its own order, blank ones left out. Raises UsageError or DataError."""
-    documents = itertools.chain.from_iterable(_parts(spec, BadLines(spec.skip_bad_lines)))
+def open_documents(spec: DataSpec, bad_lines: BadLines | None = None) -> Iterator[Document]:
+    """All documents of a corpus in its own order, blank ones left out. Raises UsageError or DataError.
+
+    `bad_lines`: those of a reading that this is a part of.
+    """
+    documents = itertools.chain.from_iterable(_parts(spec, bad_lines or BadLines(spec.skip_bad_lines)))
     return (each for each in documents if (text := text_of(each)) and not text.isspace())
 
 
