@@ -8,6 +8,8 @@ there.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 import shutil
@@ -27,8 +29,8 @@ from .report import device_line, origin_lines
 from .results import Figure, Result, Run
 
 CARD = "README.md"
-MARK = "<!-- files of efficientllm-hub: "
-"""Begins the card's last line, which names what the command wrote."""
+MARK, MARK_END = "<!-- written by efficientllm-hub: ", " -->"
+"""Around the JSON in the card's last line, {name: SHA-256 of a small text, of the card without that line, or ""}."""
 LIBRARIES = {"llama.cpp": "gguf", "onnxruntime": "onnx", "executorch": "executorch"}
 """engine -> what the Hugging Face hub calls the format in library_name."""
 
@@ -87,9 +89,11 @@ def write_hub_folder(
     remedy = "give another --output, or --overwrite to replace it"
     with replaced_whole(output, overwrite, _foreign, [*artefacts, *bench], remedy) as folder:
         beside = {name for part in parts for name in _put(part, folder)}
-        written = ", ".join(sorted({CARD, *beside, *(part.place for part in parts)}))
-        text = f"{card(parts, runs, settings, name)}\n{MARK}{written} -->\n"
+        text = card(parts, runs, settings, name) + "\n"
         (folder / CARD).write_text(text, encoding="utf-8")
+        written = {place: _hash_of(folder / place) for place in sorted({CARD, *beside})}
+        written |= {part.place: "" for part in parts}
+        (folder / CARD).write_text(f"{text}{MARK}{json.dumps(written)}{MARK_END}\n", encoding="utf-8")
     return output
 
 
@@ -109,8 +113,9 @@ def _parts(artefacts: Sequence[Path], name: str) -> list[Part]:
             place = ONNX_FOLDER
         else:
             place = f"{_library(manifest)}-{manifest.quantization}"
-        if any(part.place == place for part in parts):
-            raise UsageError(f"{path}: a second {place}; give one artefact of each runtime and type")
+        kind = (manifest.engine, manifest.quantization)
+        if any(part.place == place or (part.manifest.engine, part.manifest.quantization) == kind for part in parts):
+            raise UsageError(f"{path}: a second {' in '.join(kind)}; give one artefact of each runtime and type")
         parts.append(Part(path, manifest, place))
     return parts
 
@@ -136,6 +141,8 @@ def _put_ollama_files(part: Part, folder: Path) -> list[str]:
         files = ollama_files((part.artefact / OLLAMA_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return []
+    except UnicodeDecodeError as error:
+        raise ArtefactError(f"{part.artefact / OLLAMA_FILE} is not UTF-8; write it again, or delete it") from error
     if any((folder / name).exists() for name in FILES):
         return []
     for name, text in files.items():
@@ -155,15 +162,28 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _foreign(folder: Path) -> list[str]:
-    """What this command has not written: everything where the card does not say."""
-    try:
-        last = (folder / CARD).read_text(encoding="utf-8").rstrip().rpartition("\n")[2]
-    except (OSError, UnicodeDecodeError):
-        last = ""
-    known = set(re.findall(r"[^ ,]+", last.removeprefix(MARK).removesuffix(" -->"))) if last.startswith(MARK) else set()
+    """What this command has not written, or somebody has changed since: everything where the card does not say."""
+    known = _written(folder)
     foreign = [entry.name for entry in folder.iterdir() if entry.name not in known]
+    foreign += [name for name, content in known.items() if content and content != _hash_of(folder / name)]
     artefacts = [folder / name for name in known if (folder / name).is_dir()]
     return sorted([*foreign, *(name for artefact in artefacts for name in _added(artefact))])
+
+
+def _written(folder: Path) -> dict[str, str]:
+    """What the card's last line says; {} where there is none."""
+    try:
+        last = (folder / CARD).read_text(encoding="utf-8").rstrip().rpartition("\n")[2]
+        written = json.loads(last.removeprefix(MARK).removesuffix(MARK_END)) if last.startswith(MARK) else {}
+    except (OSError, ValueError):
+        return {}
+    return {str(name): str(content) for name, content in written.items()} if isinstance(written, dict) else {}
+
+
+def _hash_of(file: Path) -> str:
+    """Of a small text; of the card, what stands above its last line."""
+    content = file.read_bytes() if file.is_file() else b""
+    return hashlib.sha256(content.partition(MARK.encode())[0]).hexdigest()
 
 
 def _added(artefact: Path) -> list[str]:

@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard
 from made_up import LAPTOP, speed
 
 from efficientllm.devices import hub_cli
+from efficientllm.devices.ollama_files import ollama_files
 from efficientllm.devices.results import BenchOptions, Run, summarize
 from efficientllm.runtime import load
 from efficientllm.runtime.base.command import run_command
@@ -98,20 +99,66 @@ def test_only_what_the_command_wrote_is_replaced(
 def test_what_somebody_put_into_an_artefact_s_folder_stays(
     onnx: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    assert hub(tmp_path / "small", onnx, onnx) == 2
+    assert "a second onnxruntime in" in capsys.readouterr().err
     assert hub(tmp_path / "small", onnx) == 0
     (tmp_path / "small" / "onnx" / "notes.txt").write_text("mine", encoding="utf-8")
     assert hub(tmp_path / "small", onnx, "--overwrite") == 2
     assert "holds onnx/notes.txt, not written by this command" in capsys.readouterr().err
     (tmp_path / "small" / "onnx" / "notes.txt").unlink()
-    (tmp_path / "small" / "config.json").write_text("{}", encoding="utf-8")  # not the artefact's
     assert hub(tmp_path / "small", onnx, "--overwrite") == 0
+    (tmp_path / "small" / "config.json").write_text("{}", encoding="utf-8")  # it is no link to the artefact's
+    assert hub(tmp_path / "other", onnx) == 0
+
+
+@pytest.mark.parametrize("name", ["README.md", "params", "template"])
+def test_what_somebody_has_changed_stays(
+    artefact: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert hub(tmp_path / "small", artefact) == 0
+    file = tmp_path / "small" / name
+    written = file.read_text(encoding="utf-8")
+    file.write_text(f"My words.\n{written}", encoding="utf-8")
+    assert hub(tmp_path / "small", artefact, "--overwrite") == 2
+    assert f"holds {name}" in capsys.readouterr().err
+    file.write_text(written, encoding="utf-8")
+    assert hub(tmp_path / "small", artefact, "--overwrite") == 0
+
+
+MODELFILE = """# PARAMETER temperature 9
+FROM ./x.gguf
+parameter   temperature  0.5
+PARAMETER num_ctx 4096
+PARAMETER stop 5
+PARAMETER stop "<|im_end|>"
+TEMPLATE "{{ .Prompt }}
+and more"
+SYSTEM \"\"\"You are
+PARAMETER seed 3
+TEMPLATE "no"
+\"\"\"
+PARAMETER min_p NaN
+PARAMETER penalize_newline true
+"""
+
+
+def test_a_modelfile_is_read_as_ollama_reads_it() -> None:
+    files = ollama_files(MODELFILE)
+    assert files["template"] == "{{ .Prompt }}\nand more"
+    assert json.loads(files["params"]) == {
+        "temperature": 0.5,
+        "num_ctx": 4096,
+        "stop": ["5", "<|im_end|>"],
+        "min_p": "NaN",
+        "penalize_newline": True,
+    }
 
 
 def test_what_makes_no_repository_is_one_line(
     artefact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert hub(tmp_path / "small", artefact, artefact) == 2
-    assert "a second small-F32.gguf; give one artefact of each runtime and type" in capsys.readouterr().err
+    assert "a second llama.cpp in f32; give one artefact of each runtime and type" in capsys.readouterr().err
     assert hub(tmp_path / "small", tmp_path) == 2
     assert "holds no manifest.json" in capsys.readouterr().err
     assert hub(artefact, artefact, "--overwrite") == 2
