@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +15,22 @@ from ..runtime.engines.manifest import MANIFEST_NAME, OLLAMA_FILE, Manifest, des
 from .checkpoint import Checkpoint
 from .request import ExportRequest
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+TOKENIZER_SETTINGS = "tokenizer_config.json"
+TOKENIZER_FILES = ("tokenizer.json", TOKENIZER_SETTINGS, "special_tokens_map.json", "chat_template.jinja")
 
 
 def copy_tokenizer(checkpoint: Checkpoint, folder: Path) -> list[str]:
-    """Copy the tokenizer's files and the chat template; returns the names of those that exist."""
+    """Copy the tokenizer's files and the chat template; returns the names of those that exist.
+
+    The template stands in tokenizer_config.json, too: transformers.js' tokenizers read it nowhere else.
+    """
     names = [name for name in TOKENIZER_FILES if (checkpoint.folder / name).is_file()]
     for name in names:
         shutil.copy(checkpoint.folder / name, folder / name)
+    settings = checkpoint.json_file(TOKENIZER_SETTINGS)
+    if TOKENIZER_SETTINGS in names and checkpoint.chat_template is not None and "chat_template" not in settings:
+        settings = {**settings, "chat_template": checkpoint.chat_template}
+        (folder / TOKENIZER_SETTINGS).write_text(json.dumps(settings, ensure_ascii=False, indent=2), encoding="utf-8")
     return names
 
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,12 +32,12 @@ needs_transformers_js = pytest.mark.skipif(
 )
 
 
-def answered(folder: Path) -> dict[str, list[int]]:
-    """`tokens` that transformers.js generates after PROMPT, and a text as `encoded` there."""
+def answered(folder: Path) -> dict[str, Any]:
+    """`tokens` that transformers.js generates after PROMPT, a text as `encoded` there and a question as its `chat`."""
     arguments = [str(NODE), str(folder), json.dumps(PROMPT), str(COUNT)]
     done = subprocess.run(["node", str(SCRIPT), *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    answer: dict[str, list[int]] = json.loads(done.stdout)
+    answer: dict[str, Any] = json.loads(done.stdout)
     return answer
 
 
@@ -50,6 +51,8 @@ def test_transformers_js_generates_the_tokens_of_torch(
     assert export(checkpoint, "onnx", folder, "--quantize", "f32", "--no-verify") == 0
     answer = answered(folder)
     assert answer["encoded"] == tokenizer.encode("A small model, 2026.")
+    question = [{"role": "user", "content": "Hi"}]
+    assert answer["chat"] == tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
     held = torch.tensor([PROMPT + answer["tokens"]])
     with torch.inference_mode():
         logits = load_for_inference(checkpoint)(held).logits[0, len(PROMPT) - 1 : -1]

@@ -23,4 +23,6 @@ const output = await model.generate({
   eos_token_id: -1,
 });
 const tokens = Array.from(output.data, Number).slice(ids.length);
-console.log(JSON.stringify({ tokens, encoded: tokenizer.encode("A small model, 2026.") }));
+const question = [{ role: "user", content: "Hi" }];
+const chat = tokenizer.apply_chat_template(question, { tokenize: false, add_generation_prompt: true });
+console.log(JSON.stringify({ tokens, encoded: tokenizer.encode("A small model, 2026."), chat }));
