@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -14,6 +15,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from .base.errors import ArtefactError, UsageError
 
+PRIVATE = re.compile(r"\\udb[89a-f][0-9a-f]\\ud[c-f][0-9a-f]{2}")
+"""A character of Unicode's private planes in ASCII's JSON."""
+
 Message = Mapping[str, Any]
 """{"role": "system" | "user" | "assistant" | "tool", "content": text}; an assistant's may have "tool_calls"
 [{"type": "function", "function": {"name": name, "arguments": {...}}}], a tool's has "name" and "tool_call_id"."""
@@ -21,6 +25,12 @@ Message = Mapping[str, Any]
 
 def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
+
+
+def _to_json(value: Any, **options: Any) -> str:
+    """transformers' filter; private characters, which stand for others (`markers`), stay as they are."""
+    text = json.dumps(value, **{"ensure_ascii": False, **options})
+    return PRIVATE.sub(lambda found: json.loads(f'"{found[0]}"'), text) if options.get("ensure_ascii") else text
 
 
 class _GenerationTag(Extension):
@@ -38,7 +48,7 @@ def _compile(template: str) -> jinja2.Template:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationTag]
     )
-    environment.filters["tojson"] = lambda value, **options: json.dumps(value, **{"ensure_ascii": False, **options})
+    environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda pattern: datetime.datetime.now().strftime(pattern)
     return environment.from_string(template)

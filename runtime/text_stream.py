@@ -37,10 +37,10 @@ class TextStream:
         end = self._unshown.find(self._until[0]) if self._until else -1
         length = end if end >= 0 else len(self._unshown) - unfinished(self._unshown, self._until)
         searched = self._unshown[:length]
-        found = [start for stop in self.stop if (start := searched.find(stop)) >= 0]
-        if found:
+        found = [(start + len(stop), start) for stop in self.stop if (start := searched.find(stop)) >= 0]
+        if found:  # the one that is whole first, as if every character came alone
             self.stopped = True
-            text, self._unshown = searched[: min(found)], ""
+            text, self._unshown = searched[: min(found)[1]], ""
             return text
         if end >= 0:
             self.stop, self._until, searched = (), (), self._unshown

@@ -5,11 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import re
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -28,6 +26,7 @@ from .models.metrics import Metrics
 from .models.pool import ModelPool
 from .page.reference import reference_page
 from .schemas.error import APIError
+from .schemas.invalid import said_of
 from .schemas.openapi import document
 
 
@@ -99,13 +98,6 @@ def create_app(
     return app
 
 
-def _vagueness(error: Mapping[str, Any]) -> tuple[bool, bool, int]:
-    """Of what pydantic says, least is what tells most: where a field has several forms, it names what is wrong with
-    each, and most of them were not meant."""
-    kind, place = error["type"], error["loc"]
-    return kind != "value_error", kind.endswith("_type"), -len(place)
-
-
 def _add_error_handlers(app: FastAPI, metrics: Metrics) -> None:
     """Answer every refusal in OpenAI's shape and count it."""
 
@@ -121,13 +113,7 @@ def _add_error_handlers(app: FastAPI, metrics: Metrics) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def answer_validation_error(request: Request, error: RequestValidationError) -> JSONResponse:
-        errors = error.errors()
-        first = min(errors, key=_vagueness)
-        # between the fields pydantic names its types, as in messages.0.content.list[TextPart].0.type
-        parts = [str(part) for part in first["loc"] if part != "body" and re.fullmatch(r"\w+", str(part))]
-        return refuse(
-            request, APIError(400, f"{'.'.join(parts)}: {first['msg'].removeprefix('Value error, ')}".lstrip(": "))
-        )
+        return refuse(request, APIError(400, said_of(error.errors())))
 
     @app.exception_handler(HTTPException)
     async def answer_http_error(request: Request, error: HTTPException) -> JSONResponse:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
@@ -41,8 +41,6 @@ from .schemas.openapi import (
     answer_or_events,
 )
 from .schemas.responses import ResponsesRequest
-
-T = TypeVar("T")
 
 MakeAnswer = Callable[[Sequence[Choice], AnswerClock], Answer]
 
@@ -118,7 +116,7 @@ class Endpoints:
             worker.leave()
         return JSONResponse(body)
 
-    async def tokenize(self, request: TokenizeRequest) -> dict[str, Any]:
+    async def tokenize(self, request: TokenizeRequest, http: Request) -> Response:
         def tokens_of(engine: OwnedEngine) -> list[int]:
             if request.add_special and not request.parse_special:
                 return text_prompt(engine, request.content) if request.content else []
@@ -126,25 +124,30 @@ class Endpoints:
             begins = engine.tokenize(begin, special=True) if begin else []
             return begins + engine.tokenize(request.content, special=request.parse_special)
 
-        return {"tokens": await self._with_engine(request.model, tokens_of)}
+        return await self._with_engine(http, request.model, "tokens", tokens_of)
 
-    async def detokenize(self, request: DetokenizeRequest) -> dict[str, Any]:
+    async def detokenize(self, request: DetokenizeRequest, http: Request) -> Response:
         def content_of(engine: OwnedEngine) -> str:
             if request.tokens and max(request.tokens) >= engine.vocab_size:
                 raise APIError(400, f"tokens: {max(request.tokens)} is outside the vocabulary of {engine.vocab_size}")
             return text_of(engine, request.tokens)
 
-        return {"content": await self._with_engine(request.model, content_of)}
+        return await self._with_engine(http, request.model, "content", content_of)
 
-    async def _with_engine(self, model: str, use: Callable[[OwnedEngine], T]) -> T:
-        """What `use` makes of a model's engine, in a thread; "" is the first model."""
-        worker = await self._pool.enter(model or next(iter(self._pool.artefacts)), self._pool.deadline())
-        try:
-            return await asyncio.to_thread(use, worker.engine)
-        except EfficientLLMError as error:
-            raise APIError(400, str(error)) from error
-        finally:
+    async def _with_engine(self, http: Request, model: str, name: str, use: Callable[[OwnedEngine], Any]) -> Response:
+        """{`name`: what `use` makes of a model's engine in a thread}; "" is the first model."""
+
+        async def answer() -> Response:
+            deadline = self._pool.deadline()
+            worker = await self._pool.enter(model or next(iter(self._pool.artefacts)), deadline)
+            try:
+                made = await worker.prepare(partial(use, worker.engine), deadline)
+            except EfficientLLMError as error:
+                raise APIError(400, str(error)) from error
             worker.leave()
+            return JSONResponse({name: made})
+
+        return await self._unless_gone(http, answer())
 
     async def chat_completions(self, request: ChatRequest, http: Request) -> Response:
         return await self._answer(http, request, partial(ChatAnswer, request))

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from efficientllm.runtime.base.errors import UsageError
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
 from efficientllm.runtime.engines.owned import OwnedEngine
-from efficientllm.runtime.markers import SPARE
+from efficientllm.runtime.markers import SPARE, _Controls
 from efficientllm.runtime.prompt import ChatOptions, ToolUse, chat_prompt, tool_prompt
 
 START, END = "<|im_start|>", "<|im_end|>"
@@ -26,7 +28,7 @@ def engine(request: pytest.FixtureRequest, exported: Callable[..., Path]) -> Ite
         yield one
 
 
-def shown(engine: OwnedEngine, tokens: list[int]) -> str:
+def shown_by(engine: OwnedEngine, tokens: list[int]) -> str:
     """The text of `tokens`, control tokens in double brackets."""
     names = {engine.tokenize(text, special=True)[0]: f"⟦{text}⟧".encode() for text in engine.control_texts}
     return b"".join(names.get(token) or engine.token_bytes(token) for token in tokens).decode()
@@ -56,11 +58,12 @@ def test_an_engine_knows_what_is_read_as_control(engine: OwnedEngine) -> None:
 def test_what_a_message_spells_is_text(engine: OwnedEngine, said: str) -> None:
     messages = [QUESTION, {"role": "assistant", "content": "Fine."}, {"role": "user", "content": said}]
     honest = [*messages[:2], {"role": "user", "content": "SAID"}]
-    expected = shown(engine, chat_prompt(engine, honest))
+    expected = shown_by(engine, chat_prompt(engine, honest))
     assert expected.count("⟦") == 7
-    assert shown(engine, chat_prompt(engine, messages)) == expected.replace("SAID", said)
+    assert shown_by(engine, chat_prompt(engine, messages)) == expected.replace("SAID", said)
     assert (
-        shown(engine, chat_prompt(engine, [{**QUESTION, "role": "system", "content": said}, *honest])).count("⟦") == 9
+        shown_by(engine, chat_prompt(engine, [{**QUESTION, "role": "system", "content": said}, *honest])).count("⟦")
+        == 9
     )
 
 
@@ -73,7 +76,7 @@ def test_functions_and_calls_write_no_control_tokens(engine: OwnedEngine) -> Non
         {"role": "tool", "content": TURN, "tool_call_id": "1"},
     ]
     use = ToolUse([{"type": "function", "function": function}])
-    text = shown(engine, tool_prompt(engine, messages, ChatOptions(use)).tokens)
+    text = shown_by(engine, tool_prompt(engine, messages, ChatOptions(use)).tokens)
     assert text.count(f"⟦{END}⟧") == 4  # of the system, the user, the assistant and the function
     assert text.count(END) > 10
 
@@ -83,16 +86,70 @@ def test_functions_and_calls_write_no_control_tokens(engine: OwnedEngine) -> Non
 )
 def test_an_answer_goes_on_where_its_beginning_ends(engine: OwnedEngine, begun: str) -> None:
     tokens = chat_prompt(engine, [QUESTION, {"role": "assistant", "content": begun}])
-    assert shown(engine, tokens) == in_brackets(f"{START}user\nHow is Rome?{END}\n{START}assistant\n") + begun
+    assert shown_by(engine, tokens) == in_brackets(f"{START}user\nHow is Rome?{END}\n{START}assistant\n") + begun
+
+
+class Other:
+    """An engine with another template, or other control tokens."""
+
+    def __init__(self, engine: OwnedEngine, **others: Any) -> None:
+        self._engine = engine
+        self.__dict__.update(others)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
 
 
 def test_a_template_that_hides_the_last_message_says_so(engine: OwnedEngine) -> None:
-    class Silent:
-        chat_template = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(engine, name)
-
-    silent: Any = Silent()
-    with pytest.raises(Exception, match="does not show the assistant's last message"):
+    template = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
+    silent: Any = Other(engine, chat_template=template)
+    with pytest.raises(UsageError, match="does not show the assistant's last message"):
         chat_prompt(silent, [QUESTION, {"role": "assistant", "content": "x"}])
+
+
+@pytest.mark.parametrize(
+    ("shown", "message", "expected"),
+    [
+        ("{{ m.content | replace('/think', '') }}", {"content": f"a{END[:5]}/think{END[5:]}b"}, f"a{END}b"),
+        ("{{ m.name }}{{ m.content }}", {"name": END[:5], "content": END[5:]}, END),
+        ("{{ m.content | tojson(ensure_ascii=True) }}", {"content": f"é{END}"}, f'"\\u00e9{END}"'),
+        ("{{ m.content.split('</think>')[-1] }}", {"content": f"<think>{END}</think>{END} 1 < 2"}, f"{END} 1 < 2"),
+        ("{{ 'no' if '<s>' in m.content else m.content }}", {"content": "<s> <|"}, "<s> <|"),
+    ],
+)
+def test_nothing_that_a_template_makes_of_messages_is_control(
+    engine: OwnedEngine, shown: str, message: dict[str, str], expected: str
+) -> None:
+    template = f"{{% for m in messages %}}{START}{shown}{END}{{% endfor %}}"
+    tokens = [*engine.control_texts, "<s>", "</s>"] if "<s>" in shown else engine.control_texts
+    other: Any = Other(engine, chat_template=template, control_texts=frozenset(tokens))
+    text = shown_by(engine, chat_prompt(other, [{"role": "user", "content": "", **message}]))
+    assert text == f"⟦{START}⟧{expected}⟦{END}⟧"
+
+
+@pytest.mark.parametrize("said", ["1 < 2", "<b>bold</b>", "a <| b", "<|im_end", "{'x': '<'}"])
+def test_what_spells_no_control_token_is_encoded_as_ever(engine: OwnedEngine, said: str) -> None:
+    text = f"{START}user\n{said}{END}\n{START}assistant\n"
+    assert chat_prompt(engine, [{"role": "user", "content": said}]) == engine.tokenize(text, special=True)
+
+
+def test_thousands_of_control_tokens_are_found_as_one_after_the_other_would_be(engine: OwnedEngine) -> None:
+    texts = {*(f"<unused{number}>" for number in range(6000)), "[INST]", "<s>", "</s>", "a", "ab", "abc", "b]", "^-"}
+    source, pieces = (
+        random.Random(0),
+        ["<unused1>", "<unused12>", "<unused", "[INST]", "<s>", "a", "b", "c", "]", "^", "-"],
+    )
+    longest_first = sorted(texts, key=len, reverse=True)
+    controls = _Controls.of(frozenset(texts))
+    for _ in range(300):
+        text, expected, place = "".join(source.choices(pieces, k=12)), [], 0
+        while place < len(text):
+            found = next((each for each in longest_first if text.startswith(each, place)), None)
+            expected += [place] if found else []
+            place += len(found or " ")
+        assert controls.places(text) == expected
+
+
+def test_a_message_of_all_private_characters_is_refused(engine: OwnedEngine) -> None:
+    with pytest.raises(UsageError, match="use up all private characters"):
+        chat_prompt(engine, [{"role": "user", "content": "".join(map(chr, range(SPARE[0], SPARE[1] + 1)))}])

@@ -159,6 +159,12 @@ def test_text_stream_gives_back_a_stop_string_that_was_not_one() -> None:
     assert not stream.stopped
 
 
+def test_of_stop_strings_that_overlap_the_first_whole_one_ends_the_answer() -> None:
+    for pieces in (["<aé"], ["<a", "é"], ["<", "a", "é"]):
+        stream = TextStream(["<aé", "a"])
+        assert "".join([*(stream.push(piece.encode()) for piece in pieces), stream.finish()]) == "<"
+
+
 @pytest.mark.parametrize(
     ("text", "shown"),
     [

@@ -30,6 +30,7 @@ from efficientllm.server.access.connections import limited_protocol
 from efficientllm.server.answers.defaults import SamplingDefaults
 from efficientllm.server.app import AppOptions, create_app
 from efficientllm.server.models.pool import ModelPool
+from efficientllm.server.models.worker import EngineWorker
 from efficientllm.server.schemas.error import APIError
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
@@ -182,11 +183,16 @@ def test_a_stop_cuts_no_call_that_may_be_made(address: str) -> None:
         ({"max_tokens": "3"}, "max_tokens: must be a number"),
         ({"temperature": "0.5"}, "temperature: must be a number"),
         ({"stream": "yes"}, "stream: Input should be a valid boolean"),
-        ({"logit_bias": {"٣": 1}}, "logit_bias.٣: String should match pattern"),
-        ({"logit_bias": {"01": 1}}, "logit_bias.01: String should match pattern"),
+        ({"max_tokens": 1.5}, "max_tokens: must be a whole number"),
+        ({"seed": 1e300}, "seed: must be a whole number of 64 bits"),
+        ({"seed": 10**30}, "seed: must be a whole number of 64 bits"),
+        ({"logit_bias": {"٣": 1}}, "logit_bias.٣"),
+        ({"logit_bias": {"01": 1}}, "must be a token's number"),
+        ({"tool_choice": {}, "tools": []}, "tool_choice.type: Field required"),
+        ({"best_of": True}, "best_of is not served here"),
         ({"stop": ["x"] * 17}, "stop: List should have at most 16 items"),
         ({"stop": ["x", 1]}, "stop.1: Input should be a valid string"),
-        ({"stream_options": {"include_usage": True}}, "stream_options: goes with stream"),
+        ({"stream_options": {"include_usage": True}}, "stream_options.include_usage: goes with stream"),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}, "json_schema.schema: is missing"),
     ],
 )
@@ -203,6 +209,131 @@ def test_what_is_wrong_with_prompts_is_said(address: str, prompt: Any, said: str
     answer = post(address, "completions", prompt=prompt)
     assert answer.status_code == 400
     assert said in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("item", "said"),
+    [
+        ({"role": "user", "content": 5}, "content"),
+        ({"role": "user"}, "content: Field required"),
+        ({"role": "user", "content": [{"type": "text", "text": "x"}]}, "type: Input should be 'input_text'"),
+        ({"type": "function_call", "call_id": "1", "name": "a b", "arguments": "{}"}, "name: String should match"),
+        (
+            {"type": "function_call", "call_id": "1", "name": "a", "arguments": "[]"},
+            "input: arguments of the call of 'a'",
+        ),
+        ({"type": "function_call_output", "call_id": "1", "output": 5}, "output: Input should be a valid string"),
+        ({"type": "reasoning", "summary": []}, "input.0: the type of an item must be message, function_call or"),
+    ],
+)
+def test_what_is_wrong_with_an_item_is_said(address: str, item: dict[str, Any], said: str) -> None:
+    answer = post(address, "responses", input=[item])
+    assert answer.status_code == 400
+    message = answer.json()["error"]["message"]
+    assert message.startswith("input")
+    assert said in message
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "the body is no JSON object"),
+        (b"[]", "the body is no JSON object"),
+        (b'{"model": ', "the body is no JSON: "),
+    ],
+)
+def test_what_is_wrong_with_a_body_is_said(address: str, content: bytes, said: str) -> None:
+    headers = {"Content-Type": "application/json"}
+    answer = httpx.post(f"{address}/v1/chat/completions", content=content, headers=headers)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"].startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("chat/completions", {"messages": MESSAGES, "stream_options": {"include_usage": False}, "n": 1.0}),
+        ("responses", {"input": "x", "reasoning": {"effort": None}, "top_logprobs": 0, "stream_options": {}}),
+    ],
+)
+def test_what_asks_for_nothing_may_be_there(address: str, path: str, body: dict[str, Any]) -> None:
+    limit = "max_output_tokens" if path == "responses" else "max_tokens"
+    assert post(address, path, **body, **{limit: 2}).status_code == 200
+
+
+def two_models(artefact: Path, timeout: float) -> ModelPool:
+    """Of which one has room."""
+    options = EngineOptions(threads=1, context=512, parallel=1)
+    pool = ModelPool(dict.fromkeys("ab", str(artefact)), options, waiting=1, timeout=timeout)
+    pool.max_memory = Artefact.open(artefact).file_bytes
+    return pool
+
+
+def test_who_stops_waiting_for_a_model_keeps_no_place_and_nothing_is_loaded(artefact: Path) -> None:
+    pool = two_models(artefact, timeout=30)
+
+    async def go() -> None:
+        held = await pool.enter("a", pool.deadline())
+        gone = [asyncio.ensure_future(pool.enter("b", pool.deadline())) for _ in range(2)]
+        await asyncio.sleep(0.05)
+        with pytest.raises(APIError, match="busy"):
+            await pool.enter("b", pool.deadline())
+        for task in gone:
+            task.cancel()
+        await asyncio.wait(gone)
+        assert pool.in_flight == 1
+        held.leave()
+        (await pool.enter("a", pool.deadline())).leave()
+        assert set(pool.loaded) == {"a"}
+        (await pool.enter("b", pool.deadline())).leave()
+        pool.close()
+
+    asyncio.run(asyncio.wait_for(go(), 60))
+
+
+def test_a_load_that_has_begun_ends_though_nobody_waits_for_it(artefact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool, may_end, has_begun = two_models(artefact, timeout=30), threading.Event(), threading.Event()
+    load = pool._load
+
+    def slow(name: str) -> EngineWorker:
+        has_begun.set()
+        may_end.wait(30)
+        return load(name)
+
+    monkeypatch.setattr(pool, "_load", slow)
+
+    async def go() -> None:
+        entering = asyncio.ensure_future(pool.enter("b", pool.deadline()))
+        await asyncio.to_thread(has_begun.wait)
+        entering.cancel()
+        await asyncio.sleep(0.05)
+        may_end.set()
+        with pytest.raises(asyncio.CancelledError):
+            await entering
+        assert set(pool.loaded) == {"b"}
+        assert not pool.in_flight
+        pool.close()
+
+    asyncio.run(asyncio.wait_for(go(), 60))
+
+
+def test_who_waits_for_a_model_when_the_server_stops_is_told(artefact: Path) -> None:
+    pool = two_models(artefact, timeout=30)
+
+    async def go() -> None:
+        held = await pool.enter("a", pool.deadline())
+        waiting = [asyncio.ensure_future(pool.enter("b", pool.deadline())) for _ in range(2)]
+        await asyncio.sleep(0.05)
+        pool.abort()
+        for one in await asyncio.gather(*waiting, return_exceptions=True):
+            assert isinstance(one, APIError)
+            assert one.status == 503
+            assert "the server stops" in str(one)
+        with pytest.raises(APIError, match="the server stops"):
+            await held.prepare(lambda: time.sleep(0.2), pool.deadline())
+        pool.close()
+
+    asyncio.run(asyncio.wait_for(go(), 60))
 
 
 def test_a_grammar_is_compiled_once_for_all_answers(address: str, monkeypatch: pytest.MonkeyPatch) -> None:

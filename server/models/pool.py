@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from dataclasses import replace
+from typing import Any
 
 from ...runtime.base.errors import EfficientLLMError
 from ...runtime.base.progress import PROGRESS_LOGGER
@@ -14,7 +15,7 @@ from ...runtime.base.quantities import format_bytes
 from ...runtime.engines.artefact import Artefact
 from ...runtime.engines.engine import DEFAULT_CONTEXT, EngineOptions, load_engine
 from ...runtime.engines.owned import OwnedEngine
-from ..schemas.error import APIError
+from ..schemas.error import APIError, stopping
 from .deadline import Deadline
 from .worker import EngineWorker
 
@@ -52,7 +53,8 @@ class ModelPool:
         self._arriving = Counter[str]()
         """Requests on their way to a worker, by model."""
         self._idle = asyncio.Event()
-        """Set when a model has become idle."""
+        """Set when a model has become idle, and for those who wait for one when the server stops."""
+        self._is_stopping = False
         first = next(iter(self.artefacts))
         self._workers[first] = self._load(first)
 
@@ -85,16 +87,9 @@ class ModelPool:
         """The worker of a model, loaded now if need be, with a place in its queue, which keeps it from being unloaded.
 
         APIError 404 for an unknown model, 429 where its queue is full, 503 where it does not fit beside models that
-        stay busy until `deadline`.
+        stay busy until `deadline`, or the server stops. Who does not wait any more keeps no place; a load that has
+        begun goes on, or nobody would know of its memory.
         """
-        entering = asyncio.ensure_future(self._enter(name, deadline))
-        try:
-            return await asyncio.shield(entering)
-        except asyncio.CancelledError:  # a load that has begun goes on, or nobody would know of its memory
-            entering.add_done_callback(_leave_again)
-            raise
-
-    async def _enter(self, name: str, deadline: Deadline) -> EngineWorker:
         if name not in self.artefacts:
             known = ", ".join(repr(known) for known in self.artefacts)
             raise APIError(404, f"model {name!r} does not exist; this server has {known}", code="model_not_found")
@@ -104,10 +99,12 @@ class ModelPool:
         try:
             async with asyncio.timeout_at(deadline.at) as waiting:
                 async with self._loading:  # in the order they came, so that no model keeps another one out for ever
+                    self._refuse_if_stopping()
                     while name not in self._workers:
                         await self._make_room(name)
-                        waiting.reschedule(None)  # a load that has begun goes on, or nobody would know of its memory
-                        await self._load_into_room(name)
+                        waiting.reschedule(None)
+                        await _to_its_end(self._load_into_room(name))
+                        self._refuse_if_stopping()
                         waiting.reschedule(deadline.at)
                     self._workers[name].enter()
                     return self._workers[name]
@@ -124,6 +121,7 @@ class ModelPool:
             if not await self._unload_idle():
                 self._idle.clear()
                 await self._idle.wait()
+            self._refuse_if_stopping()
 
     async def _load_into_room(self, name: str) -> None:
         """Load a model. Where its caches, whose size is known now, do not fit beside what is loaded, that is unloaded
@@ -151,9 +149,15 @@ class ModelPool:
         return not self.max_memory or not self._workers or used + self._sizes[name] <= self.max_memory
 
     def abort(self) -> None:
-        """End every answer: the server stops."""
+        """End every answer, and begin none: the server stops."""
+        self._is_stopping = True
+        self._idle.set()
         for worker in self._workers.values():
             worker.abort()
+
+    def _refuse_if_stopping(self) -> None:
+        if self._is_stopping:
+            raise stopping()
 
     def close(self) -> None:
         for worker in self._workers.values():
@@ -170,7 +174,14 @@ def capacity(engine: OwnedEngine) -> str:
     return "; ".join(part for part in (found, chats_line, engine.settings) if part)
 
 
-def _leave_again(entering: asyncio.Future[EngineWorker]) -> None:
-    """Free the place that nobody waits for any more."""
-    if not entering.cancelled() and not entering.exception():
-        entering.result().leave()
+async def _to_its_end(work: Coroutine[Any, Any, None]) -> None:
+    """Await `work`, and its end also where nobody waits for that any more."""
+    task, cancellation = asyncio.ensure_future(work), None
+    while not task.done():
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError as error:
+            cancellation = error
+    failure = task.exception()
+    if cancellation or failure:
+        raise cancellation or failure or AssertionError

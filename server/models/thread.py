@@ -20,6 +20,8 @@ def in_thread(make: Callable[[], T]) -> asyncio.Future[T]:
     def work() -> None:
         try:
             result = make()
+        except StopIteration as error:  # which a future cannot hold
+            tell(made.set_exception, RuntimeError(f"{error!r} was not caught"))
         except BaseException as error:
             tell(made.set_exception, error)
         else:

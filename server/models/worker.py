@@ -13,7 +13,7 @@ from ...runtime.base.errors import EfficientLLMError, UnanswerableError, UsageEr
 from ...runtime.batch import Batch, Progress
 from ...runtime.engines.owned import CLOSED, OwnedEngine
 from ...runtime.generation import Generation, TokenLogprob
-from ..schemas.error import APIError
+from ..schemas.error import APIError, stopping
 from .deadline import Deadline
 from .thread import in_thread
 
@@ -73,6 +73,7 @@ class EngineWorker:
         self._changed = threading.Condition()
         """Guards `_arrived` and `_is_closing`."""
         self._is_closing = False
+        self._is_aborted = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._compute, name="engine", daemon=True)
         self._thread.start()
@@ -97,6 +98,9 @@ class EngineWorker:
         Where this raises, APIError 408 at `deadline` say, the place is freed, but not before the thread has ended:
         compiling a grammar takes seconds and cannot be stopped.
         """
+        if self._is_aborted:
+            self.leave()
+            raise stopping()
         working = in_thread(make)
         awaited = asyncio.shield(working)
         self._prepared_now.add(awaited)
@@ -122,6 +126,8 @@ class EngineWorker:
         """
         answer = _Answer(generations)
         self._read_now.add(answer)
+        if self._is_aborted:
+            answer.pieces.put_nowait(stopping())
         self._loop = asyncio.get_running_loop()
         with self._changed:
             self._arrived.append((answer, generations))
@@ -204,13 +210,13 @@ class EngineWorker:
             self.leave()
 
     def abort(self) -> None:
-        """Let every answer that somebody waits for end with an error that says why."""
-        error = APIError(503, "the server stops", "server_error")
+        """Let every answer that somebody waits for, or will, end with an error that says why."""
+        self._is_aborted = True
         for answer in self._read_now:
-            answer.pieces.put_nowait(error)
+            answer.pieces.put_nowait(stopping())
         for awaited in self._prepared_now:
             if not awaited.done():
-                awaited.set_exception(error)
+                awaited.set_exception(stopping())
 
     def close(self) -> None:
         """Wait for the answers in progress, then free the engine."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import abc
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, JsonValue, model_validator
+from pydantic import AfterValidator, Field, JsonValue, model_validator
 
 from ...runtime.prompt import ToolUse
 from ...runtime.sampling import SamplingOptions
@@ -31,8 +32,16 @@ DEFAULT_TOKENS = 512
 
 Token = Annotated[int, Field(ge=0, strict=True)]
 Tokens = Annotated[list[Token], Field(min_length=1, max_length=MAX_CHARACTERS)]
-TokenText = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,8})$")]
-"""A token's number as a key of JSON."""
+
+
+def _token_text(text: str) -> str:
+    if not re.fullmatch(r"0|[1-9][0-9]{0,8}", text):
+        raise ValueError("must be a token's number")
+    return text
+
+
+TokenText = Annotated[str, AfterValidator(_token_text)]
+"""A key of JSON."""
 Bias = Annotated[Float, Field(ge=-100, le=100)]
 
 
@@ -50,6 +59,10 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "store": (False,),
     "background": (False,),
     "reasoning_effort": ("none",),
+    "reasoning": ({}, {"effort": None}, {"effort": "none"}),
+    "top_logprobs": (0,),
+    "stream_options": ({}, {"include_obfuscation": False}),
+    "with_pieces": (False,),
 }
 """Fields of OpenAI's that are not served -> the values that ask for nothing."""
 
@@ -79,7 +92,7 @@ class Asked(Sent):
 
     @classmethod
     def asks_for_nothing(cls, name: str, value: Any) -> bool:
-        return value is None or value in NEUTRAL.get(name, ())
+        return value is None or any(type(value) is type(each) and value == each for each in NEUTRAL.get(name, ()))
 
     @classmethod
     def instead_of(cls, name: str) -> str:
@@ -100,7 +113,7 @@ class CompletionRequest(Asked, abc.ABC):
     presence_penalty: Annotated[Float, Field(ge=-2, le=2)] = 0.0
     logit_bias: Annotated[dict[TokenText, Bias], Field(max_length=1024)] = Field({})
     n: Annotated[Int, Field(ge=1, le=8)] = 1
-    seed: Annotated[Int | None, Field(ge=-(2**63), lt=2**63)] = None
+    seed: Int | None = None
     stop: Text | Annotated[list[Text], Field(max_length=MAX_STOPS)] | None = None
     stream: Bool = False
     stream_options: StreamOptions | None = None
@@ -108,8 +121,8 @@ class CompletionRequest(Asked, abc.ABC):
 
     @model_validator(mode="after")
     def _check_stream(self) -> CompletionRequest:
-        if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options: goes with stream")
+        if self.stream_options is not None and self.stream_options.include_usage and not self.stream:
+            raise ValueError("stream_options.include_usage: goes with stream")
         return self
 
     @property

@@ -17,3 +17,8 @@ class APIError(Exception):
         super().__init__(message)
         self.status = status
         self.body: dict[str, Any] = {"error": {"message": message, "type": kind, "param": None, "code": code}}
+
+
+def stopping() -> APIError:
+    """What is said to whoever waits when the server's grace is over."""
+    return APIError(503, "the server stops", "server_error")

@@ -31,7 +31,18 @@ def _number(value: Any) -> Any:
     return value
 
 
-Int = Annotated[int, BeforeValidator(_number)]
+def _whole(value: Any) -> Any:
+    """What JSON may write as 3.0, too; of 64 bits, as engines take it."""
+    if isinstance(_number(value), float):
+        if not value.is_integer():
+            raise ValueError("must be a whole number")
+        value = int(value)
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ValueError("must be a whole number of 64 bits")
+    return value
+
+
+Int = Annotated[int, BeforeValidator(_whole)]
 Float = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 Bool = Annotated[bool, Strict()]
 Text = Annotated[str, Field(max_length=MAX_CHARACTERS), AfterValidator(_encodable)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, JsonValue, ValidationError, model_validator
+from pydantic import Discriminator, Field, JsonValue, Tag, ValidationError, model_validator
 
 from .completions import MAX_MESSAGES, Asked, ChatRequest
 from .messages import MAX_TOOLS, Bool, ChatMessage, Float, Function, Int, JsonSchema, Name, Sent, Text
@@ -78,11 +78,28 @@ class TextOptions(Sent):
     format: TextFormat = TextFormat()
 
 
+def _kind(item: Any) -> str:
+    """What an item of the input is; a message may leave it out."""
+    return (item.get("type") if isinstance(item, dict) else getattr(item, "type", None)) or "message"
+
+
+Item = Annotated[
+    Annotated[MessageItem, Tag("message")]
+    | Annotated[CallItem, Tag("function_call")]
+    | Annotated[ResultItem, Tag("function_call_output")],
+    Discriminator(
+        _kind,
+        custom_error_type="item_type",
+        custom_error_message="the type of an item must be message, function_call or function_call_output",
+    ),
+]
+
+
 class ResponsesRequest(Asked):
     """POST /v1/responses"""
 
     model: Text
-    input: Text | Annotated[list[MessageItem | CallItem | ResultItem], Field(min_length=1, max_length=MAX_MESSAGES)]
+    input: Text | Annotated[list[Item], Field(min_length=1, max_length=MAX_MESSAGES)]
     instructions: Text | None = None
     max_output_tokens: Annotated[Int | None, Field(ge=1, le=1_000_000)] = None
     temperature: Annotated[Float | None, Field(ge=0, le=2)] = None
@@ -100,7 +117,10 @@ class ResponsesRequest(Asked):
         try:
             self.as_chat()
         except ValidationError as error:  # its own text has several lines
-            raise ValueError(error.errors()[0]["msg"].removeprefix("Value error, ")) from error
+            first = error.errors()[0]
+            is_input = error.title == ChatMessage.__name__ or first["loc"][:1] == ("messages",)
+            place = "input: " if is_input else ""
+            raise ValueError(place + first["msg"].removeprefix("Value error, ")) from error
         return self
 
     def as_chat(self) -> ChatRequest:

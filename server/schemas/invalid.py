@@ -1,0 +1,35 @@
+"""What pydantic finds wrong with a request, in one line that names the field."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+DEEPEST = 6
+"""Parts of a field's name, from the beginning."""
+MADE_UP = re.compile(r"[A-Z]\w*(Item|Tool|Part|Schema|Function|Request)|.*\W.*|body|(Mapping|Sequence)\w*")
+"""What stands between the fields in pydantic's places: classes and types, as in messages.0.content.list[TextPart].0."""
+
+
+def said_of(errors: Sequence[Mapping[str, Any]]) -> str:
+    """Of pydantic's `errors()` of one body, what tells most."""
+    error = min(errors, key=_vagueness)
+    if error["type"] == "json_invalid":
+        return f"the body is no JSON: {error['ctx']['error']} at character {error['loc'][-1]}"
+    if error["loc"] == ("body",):
+        return "the body is no JSON object" if error["type"] != "value_error" else _text(error)
+    parts = [str(part) for part in error["loc"] if not MADE_UP.fullmatch(str(part))]
+    place = ".".join(parts[:DEEPEST] + ["..."] * (len(parts) > DEEPEST))
+    return f"{place}: {_text(error)}" if place else _text(error)
+
+
+def _text(error: Mapping[str, Any]) -> str:
+    return error["msg"].removeprefix("Value error, ")
+
+
+def _vagueness(error: Mapping[str, Any]) -> tuple[bool, bool, int]:
+    """Where a field has several forms, pydantic says what is wrong with each, and most of them were not meant: a value
+    of the wrong type says least, one of ours most, and one deep inside more than one above."""
+    kind, place = error["type"], error["loc"]
+    return kind != "value_error", kind.endswith("_type"), -len(place)
