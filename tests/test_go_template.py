@@ -32,7 +32,17 @@ MISTRAL = (
     "{% elif message.role == 'system' %}[SYS]{{ message.content }}[/SYS]{% else %} {{ message.content }}{{ eos_token }}"
     "{% endif %}{% endfor %}"
 )
-TURNS = {"chatml": CHATML, "llama 3": LLAMA_3, "mistral": MISTRAL}
+OLMO_2 = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role != 'assistant' %}<|{{ m.role }}|>\n{{ m.content }}\n"
+    "{% elif loop.last %}<|assistant|>\n{{ m.content + eos_token }}"
+    "{% else %}<|assistant|>\n{{ m.content + eos_token }}\n{% endif %}"
+    "{% if loop.last and add_generation_prompt %}<|assistant|>\n{% endif %}{% endfor %}"
+)
+PHI_3 = (
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% else %}{{ eos_token }}{% endif %}"
+)
+TURNS = {"chatml": CHATML, "llama 3": LLAMA_3, "mistral": MISTRAL, "olmo 2": OLMO_2, "phi 3": PHI_3}
 
 OTHERS = {
     "no system message": "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no') }}{% endif %}"

@@ -7,6 +7,7 @@ compared with the model's own on other conversations, and nothing is said where 
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from dataclasses import dataclass
 from ...runtime.base.errors import EfficientLLMError
 from ...runtime.chat_template import Message, render_chat
 
+Rendered = Callable[[Sequence[Message], bool], str]
+"""(messages, whether an answer follows) -> what the template writes."""
 ROLES: tuple[str, ...] = ("system", "user", "assistant")
 
 
@@ -69,19 +72,37 @@ def derive_turns(template: str, bos: str, eos: str, *, adds_bos: bool) -> Turns 
         text = render_chat(template, messages, bos, eos, add_generation_prompt=answer)
         return text.removeprefix(bos) if adds_bos else text
 
-    try:
-        turns = _read(rendered)
-        is_same = turns is not None and all(turns.render(each) == rendered(each, True) for each in PROBES)
-    except EfficientLLMError:  # it refuses a system message, say
+    for read in (_read_conversations, _read_prompts):
+        with contextlib.suppress(EfficientLLMError):  # it refuses a system message, say
+            turns = read(rendered)
+            if turns is not None and all(turns.render(each) == rendered(each, True) for each in PROBES):
+                return turns
+    return None
+
+
+def _read_prompts(rendered: Rendered) -> Turns | None:
+    """The turns of four prompts, for a template that writes otherwise what no answer follows; None where they are not
+    written alike. What all turns begin with may be read as the end of those before."""
+    system, user, reply, second = ASKED
+    begin, tail = _around(rendered([user], True), user)
+    between_users = _around(_around(rendered([user, second], True), user)[1], second)[0]
+    after_user = _common_beginning(between_users, tail)
+    before_user = between_users.removeprefix(after_user)
+    to_reply, rest = _around(_around(rendered([user, reply, second], True), user)[1], reply)
+    to_user = _around(rest, second)[0]
+    before_system, rest = _around(rendered([system, user], True), system)
+    after_system = _around(rest, user)[0]
+    if not (to_reply.startswith(after_user) and all(x.endswith(before_user) for x in (begin, to_user, after_system))):
         return None
-    return turns if is_same else None
+    before = (before_system, before_user, to_reply.removeprefix(after_user))
+    after = (after_system.removesuffix(before_user), after_user, to_user.removesuffix(before_user))
+    roles = dict(zip(ROLES, before, strict=True)), dict(zip(ROLES, after, strict=True))
+    return Turns(begin.removesuffix(before_user), *roles, tail.removeprefix(after_user))
 
 
-def _read(rendered: Callable[[Sequence[Message], bool], str]) -> Turns | None:
+def _read_conversations(rendered: Rendered) -> Turns | None:
     """The turns of four conversations; None where they are not written alike."""
-    system, user, reply, second = _conversation(
-        "s EFFICIENTLLM-1", "u EFFICIENTLLM-2", "a EFFICIENTLLM-3", "u EFFICIENTLLM-4"
-    )
+    system, user, reply, second = ASKED
     asked, prompt = rendered([user], False), rendered([user], True)
     begin, after_user = _around(asked, user)
     told = rendered([user, reply, second], False)
@@ -97,6 +118,11 @@ def _read(rendered: Callable[[Sequence[Message], bool], str]) -> Turns | None:
     return Turns(begin.removesuffix(before_user), before, after, prompt.removeprefix(asked))
 
 
+def _common_beginning(first: str, second: str) -> str:
+    length = next((place for place, (one, other) in enumerate(zip(first, second, strict=False)) if one != other), None)
+    return first[:length] if length is not None else min(first, second, key=len)
+
+
 def _around(text: str, message: Message) -> tuple[str, str]:
     before, _, after = text.partition(message["content"])
     return before, after
@@ -108,6 +134,7 @@ def _conversation(*turns: str) -> list[Message]:
     return [{"role": roles[turn[0]], "content": turn} for turn in turns]
 
 
+ASKED = _conversation("s EFFICIENTLLM-1", "u EFFICIENTLLM-2", "a EFFICIENTLLM-3", "u EFFICIENTLLM-4")
 PROBES = [
     _conversation(*turns)
     for turns in (
