@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -60,12 +61,16 @@ def test_a_study_trains_exports_measures_and_reports(source_folder: Path, corpus
     points = f"q8_0,q4_0/q4_0@{0.8 * whole / 1e6:.3f}MB+qat"
     arguments = ["--equal-bytes", "--source", str(source_folder), "--data", str(corpus), "--points", points]
     arguments += ["--tokens", "1024", "--sequence-length", "32", "--rounds", "0", "--output", str(tmp_path / "study")]
+    rows = [{"goal": f"do {n}", "sol1": "this", "sol2": "that", "label": n % 2} for n in range(4)]
+    (tmp_path / "piqa_validation.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    arguments += ["--tasks", "piqa", "--data-dir", str(tmp_path)]
     report = tmp_path / "page" / "files.md"
     assert run_command(study.body, [*arguments, "--threads", "1", "--report", str(report)]) == 0
     first, second = (json.loads(line) for line in report.with_suffix(".jsonl").read_text().splitlines())
     assert first["file_bytes"] < second["file_bytes"]
     assert first["parameters"] < second["parameters"]
     assert 0 <= second["kl"] < first["kl"]  # eight bits of the source itself
+    assert re.search(r"\| questions \| piqa \|\n", report.read_text())
     assert report.with_suffix(".png").stat().st_size > 10_000
     assert [read.file_bytes for read in read_front(str(report.with_suffix(".jsonl")))] == [
         first["file_bytes"],

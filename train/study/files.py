@@ -16,7 +16,7 @@ from ...runtime.base.child import run_python
 from ...runtime.base.errors import ArtefactError
 from ...runtime.base.files import write_json_atomically
 from ...runtime.engines.engine import EngineOptions
-from ..evaluation.quality.measure import measure_quality
+from ..evaluation.evaluation import ComputeConfig, MeasureConfig, check, evaluate
 from ..evaluation.quality.sets import texts
 from ..evaluation.scoring import EngineModel
 from ..run import run_training
@@ -32,6 +32,8 @@ POINTS = (
     *("q4_0/q4_0@62MB", "q4_0/q4_0@62MB+imatrix", "q4_0/q4_0@62MB+qat", "q4_0/q4_0@48MB+qat"),
 )
 
+CONTEXT = 1024
+"""Tokens; no text that is measured is longer."""
 EXPORT, BENCH = (f"from efficientllm.{room}.cli import main; main()" for room in ("export", "devices"))
 """Python that runs a command of a room that training does not import."""
 
@@ -61,6 +63,12 @@ class FilesConfig:
     """Documents of each kind of text that the KL and the bits per byte are of, at most 10."""
     quality: bool = True
     """Measure chat answers and questions, too: four fifths of the measuring."""
+    tasks: tuple[str, ...] = flags.comma_separated("none")
+    """Zero-shot tasks, comma-separated, or none."""
+    data_dir: str = ""
+    """Folder with the tasks' rows, as for efficientllm-eval."""
+    limit: int = 100
+    """Documents per task; 0: all."""
     rounds: int = 3
     """Rounds of efficientllm-bench over all files; 0: no timing."""
     threads: int = 0
@@ -77,6 +85,15 @@ class FilesConfig:
         flags.require(self, "seeds", self.seeds >= 1, "must be at least 1")
         flags.require(self, "documents", self.documents >= 1, "must be at least 1")
         flags.require(self, "rounds", self.rounds >= 0, "must not be negative")
+        if self.measures is not None:
+            check(self.measures)
+
+    @property
+    def measures(self) -> MeasureConfig | None:
+        """What efficientllm-eval measures of a file; None where nothing is asked for."""
+        if not self.quality and self.tasks == ("none",):
+            return None
+        return MeasureConfig(quality=self.quality, tasks=self.tasks, data_dir=self.data_dir, limit=self.limit)
 
     @property
     def recipe(self) -> Recipe:
@@ -153,15 +170,17 @@ class FilesStudy:
 
     def _open(self, path: Path) -> EngineModel:
         # one cache for all: the fastest may be another one for every file
-        return EngineModel(path, EngineOptions(threads=self.config.threads, context=1024, kv_cache="f16"))
+        return EngineModel(path, EngineOptions(threads=self.config.threads, context=CONTEXT, kv_cache="f16"))
 
     def _measure(self, job: Job) -> dict[str, Any]:
         path, documents = self.artefact(job), {kind: texts()[kind][: self.config.documents] for kind in KINDS}
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         model = self._open(path)
         found = divergences(self.reference, model, documents)
-        quality = measure_quality(model) if self.config.quality else None
         model.engine.close()
+        measures, compute = self.config.measures, ComputeConfig(threads=self.config.threads, context=CONTEXT)
+        measured = evaluate(path, measures, compute, self.folder / "answers") if measures is not None else None
+        quality = measured.quality if measured is not None else None
         return {
             "point": str(job.point),
             "seed": job.seed,
@@ -171,6 +190,7 @@ class FilesStudy:
             "bits_per_byte": {kind: each.bits_per_byte for kind, each in found.items()},
             "chat_answers": statistics.fmean(quality.chat_answers) if quality and quality.chat_answers else None,
             "right": sum(quality.right) if quality else None,
+            "tasks": {name: task.mean() for name, task in measured.tasks.items()} if measured is not None else {},
             "tokens": self.config.tokens if job.point.training else 0,
         }
 

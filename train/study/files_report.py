@@ -43,9 +43,15 @@ def over_seeds(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 },
                 "chat_answers": _mean_of(found, "chat_answers"),
                 "right": _mean_of(found, "right"),
+                "tasks": {name: statistics.fmean(each["tasks"][name] for each in found) for name in _tasks_of(found)},
             }
         )
     return rows
+
+
+def _tasks_of(found: Sequence[dict[str, Any]]) -> list[str]:
+    """Names of those that all of `found` were measured on."""
+    return [name for name in found[0].get("tasks", {}) if all(name in each.get("tasks", {}) for each in found)]
 
 
 def _mean_of(found: Sequence[dict[str, Any]], name: str) -> float | None:
@@ -75,7 +81,8 @@ def table(rows: Sequence[dict[str, Any]], timed: dict[str, dict[str, Any]]) -> s
     kinds = list(rows[0]["bits_per_byte"])
     speeds = list(next(iter(timed.values()))["speeds"]) if timed else []
     header = ["file", "on disk", "parameters", "KL from the source", *(f"bits per byte, {kind}" for kind in kinds)]
-    header += ["chat answers", "questions", *speeds, *(["peak RSS"] if timed else [])]
+    tasks = _tasks_of(rows)
+    header += ["chat answers", "questions", *tasks, *speeds, *(["peak RSS"] if timed else [])]
     lines = [header]
     for row in rows:
         name = f"**{row['point']}**" if is_on_front(row, rows) else row["point"]
@@ -84,6 +91,7 @@ def table(rows: Sequence[dict[str, Any]], timed: dict[str, dict[str, Any]]) -> s
         line = [f"{name}{seeds}", format_bytes(row["file_bytes"]), format_count(row["parameters"])]
         line += [f"{row['kl']:.3f} ± {row['kl_error']:.3f}", *(f"{row['bits_per_byte'][kind]:.3f}" for kind in kinds)]
         line += [chat, "" if row["right"] is None else f"{row['right']:.0f}"]
+        line += [f"{row['tasks'][name]:.3f}" for name in tasks]
         figures = timed.get(row["point"])
         if timed:
             line += [f"{figures['speeds'][name]['median']:.0f}" if figures else "" for name in speeds]
