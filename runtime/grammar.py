@@ -156,7 +156,7 @@ class _Vocabulary:
         self.special_token_ids = sorted({*ends, *control_tokens})
         # what ends an answer is control, and control has no bytes; llguidance wants names
         names = {token: f"<|{token}|>".encode() for token in self.special_token_ids}
-        self.tokens = [names.get(token) or engine.token_bytes(token) for token in range(engine.vocab_size)]
+        self.tokens = [names.get(token) or text for token, text in enumerate(engine.vocabulary())]
         if not ends:
             self.tokens.append(b"<|none|>")
             self.special_token_ids.append(engine.vocab_size)

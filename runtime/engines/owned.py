@@ -75,6 +75,11 @@ class OwnedEngine:
         with self._open() as engine:
             return engine.token_bytes(token)
 
+    def vocabulary(self) -> list[bytes]:
+        """`token_bytes` of every token."""
+        with self._open() as engine:
+            return list(map(engine.token_bytes, range(self.vocab_size)))
+
     def embed(self, tokens: Sequence[int], pooling: Pooling) -> np.ndarray:
         """See Embedder; UsageError where the engine is none, ContextOverflowError where the tokens do not fit."""
         if len(tokens) > self.context_length:
