@@ -182,6 +182,8 @@ async def _to_its_end(work: Coroutine[Any, Any, None]) -> None:
             await asyncio.wait({task})
         except asyncio.CancelledError as error:
             cancellation = error
-    failure = task.exception()
-    if cancellation or failure:
-        raise cancellation or failure or AssertionError
+    failure = task.exception()  # asked for in any case, or asyncio would complain that nobody saw it
+    if cancellation is not None:
+        raise cancellation
+    if failure is not None:
+        raise failure

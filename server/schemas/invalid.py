@@ -18,13 +18,14 @@ def said_of(errors: Sequence[Mapping[str, Any]]) -> str:
     if error["type"] == "json_invalid":
         return f"the body is no JSON: {error['ctx']['error']} at character {error['loc'][-1]}"
     if error["loc"] == ("body",):
-        return "the body is no JSON object" if error["type"] != "value_error" else _text(error)
+        return "the body is no JSON object" if error["type"] != "value_error" else text_of(error)
     parts = [str(part) for part in error["loc"] if not MADE_UP.fullmatch(str(part))]
     place = ".".join(parts[:DEEPEST] + ["..."] * (len(parts) > DEEPEST))
-    return f"{place}: {_text(error)}" if place else _text(error)
+    return f"{place}: {text_of(error)}" if place else text_of(error)
 
 
-def _text(error: Mapping[str, Any]) -> str:
+def text_of(error: Mapping[str, Any]) -> str:
+    """Its message; one of ours as we wrote it."""
     return error["msg"].removeprefix("Value error, ")
 
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, JsonValue, Tag, ValidationError, model_validator
 
 from .completions import MAX_MESSAGES, Asked, ChatRequest
+from .invalid import text_of
 from .messages import MAX_TOOLS, Bool, ChatMessage, Float, Function, Int, JsonSchema, Name, Sent, Text
 
 
@@ -120,7 +121,7 @@ class ResponsesRequest(Asked):
             first = error.errors()[0]
             is_input = error.title == ChatMessage.__name__ or first["loc"][:1] == ("messages",)
             place = "input: " if is_input else ""
-            raise ValueError(place + first["msg"].removeprefix("Value error, ")) from error
+            raise ValueError(place + text_of(first)) from error
         return self
 
     def as_chat(self) -> ChatRequest:

@@ -157,8 +157,6 @@ def evaluate(
     digest = fingerprint(path)
     precision = compute.dtype if is_checkpoint(path) else "engine"
     known = f"{digest[:16]}-{precision}"
-    if cache_folder is not None:
-        cache_folder.mkdir(parents=True, exist_ok=True)
     cache = RequestCache(cache_folder / f"{known}.jsonl" if cache_folder is not None else None)
     model = open_model(path, compute)
     quality = None

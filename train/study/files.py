@@ -16,8 +16,10 @@ from ...runtime.base.child import run_python
 from ...runtime.base.errors import ArtefactError
 from ...runtime.base.files import write_json_atomically
 from ...runtime.engines.engine import EngineOptions
-from ..evaluation.evaluation import ComputeConfig, MeasureConfig, check, evaluate
+from ..evaluation.evaluation import MeasureConfig, check
+from ..evaluation.quality.measure import measure_quality
 from ..evaluation.quality.sets import texts
+from ..evaluation.request_cache import RequestCache
 from ..evaluation.scoring import EngineModel
 from ..run import run_training
 from .divergence import divergences
@@ -32,8 +34,6 @@ POINTS = (
     *("q4_0/q4_0@62MB", "q4_0/q4_0@62MB+imatrix", "q4_0/q4_0@62MB+qat", "q4_0/q4_0@48MB+qat"),
 )
 
-CONTEXT = 1024
-"""Tokens; no text that is measured is longer."""
 EXPORT, BENCH = (f"from efficientllm.{room}.cli import main; main()" for room in ("export", "devices"))
 """Python that runs a command of a room that training does not import."""
 
@@ -85,15 +85,12 @@ class FilesConfig:
         flags.require(self, "seeds", self.seeds >= 1, "must be at least 1")
         flags.require(self, "documents", self.documents >= 1, "must be at least 1")
         flags.require(self, "rounds", self.rounds >= 0, "must not be negative")
-        if self.measures is not None:
-            check(self.measures)
+        check(self.measures)
 
     @property
-    def measures(self) -> MeasureConfig | None:
-        """What efficientllm-eval measures of a file; None where nothing is asked for."""
-        if not self.quality and self.tasks == ("none",):
-            return None
-        return MeasureConfig(quality=self.quality, tasks=self.tasks, data_dir=self.data_dir, limit=self.limit)
+    def measures(self) -> MeasureConfig:
+        """The tasks, as efficientllm-eval knows them."""
+        return MeasureConfig(tasks=self.tasks, data_dir=self.data_dir, limit=self.limit)
 
     @property
     def recipe(self) -> Recipe:
@@ -170,17 +167,16 @@ class FilesStudy:
 
     def _open(self, path: Path) -> EngineModel:
         # one cache for all: the fastest may be another one for every file
-        return EngineModel(path, EngineOptions(threads=self.config.threads, context=CONTEXT, kv_cache="f16"))
+        return EngineModel(path, EngineOptions(threads=self.config.threads, context=1024, kv_cache="f16"))
 
     def _measure(self, job: Job) -> dict[str, Any]:
         path, documents = self.artefact(job), {kind: texts()[kind][: self.config.documents] for kind in KINDS}
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         model = self._open(path)
         found = divergences(self.reference, model, documents)
+        quality = measure_quality(model) if self.config.quality else None
+        tasks = {name: self._score(name, model) for name in self.config.measures.task_names}
         model.engine.close()
-        measures, compute = self.config.measures, ComputeConfig(threads=self.config.threads, context=CONTEXT)
-        measured = evaluate(path, measures, compute, self.folder / "answers") if measures is not None else None
-        quality = measured.quality if measured is not None else None
         return {
             "point": str(job.point),
             "seed": job.seed,
@@ -190,9 +186,15 @@ class FilesStudy:
             "bits_per_byte": {kind: each.bits_per_byte for kind, each in found.items()},
             "chat_answers": statistics.fmean(quality.chat_answers) if quality and quality.chat_answers else None,
             "right": sum(quality.right) if quality else None,
-            "tasks": {name: task.mean() for name, task in measured.tasks.items()} if measured is not None else {},
+            "tasks": tasks,
             "tokens": self.config.tokens if job.point.training else 0,
         }
+
+    def _score(self, task: str, model: EngineModel) -> float:
+        from ..evaluation.harness import run_task
+
+        data_dir = Path(self.config.data_dir) if self.config.data_dir else None
+        return run_task(task, model, data_dir, self.config.limit, RequestCache(None)).mean()
 
     def time(self) -> None:
         """Prefill, decode at depth and peak memory of every file, in turns; see efficientllm-bench."""
