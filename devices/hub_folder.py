@@ -14,13 +14,14 @@ import os
 import re
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass, fields, replace
+from pathlib import Path, PurePosixPath
 
 from ..runtime.base import flags
-from ..runtime.base.errors import ArtefactError, UsageError
+from ..runtime.base.errors import ArtefactError, OptionError, UsageError
+from ..runtime.base.files import sha256_of
 from ..runtime.base.markdown import markdown_table
-from ..runtime.base.output import replaced_whole
+from ..runtime.base.output import LOCK_NAME, replaced_whole
 from ..runtime.base.quantities import format_bytes, format_count
 from ..runtime.engines.contract_text import contract_rows
 from ..runtime.engines.manifest import MANIFEST_NAME, OLLAMA_FILE, Manifest
@@ -30,7 +31,7 @@ from .results import Figure, Result, Run
 
 CARD = "README.md"
 MARK, MARK_END = "<!-- written by efficientllm-hub: ", " -->"
-"""Around the JSON in the card's last line, {name: SHA-256 of a small text, of the card without that line, or ""}."""
+"""Around the JSON in the card's last line, {file: its SHA-256, that of the card without that line}."""
 LIBRARIES = {"llama.cpp": "gguf", "onnxruntime": "onnx", "executorch": "executorch"}
 """engine -> what the Hugging Face hub calls the format in library_name."""
 
@@ -59,6 +60,7 @@ class CardSettings:
             value = getattr(self, item.name)
             flags.require(self, item.name, re.fullmatch(r"[\w.+/-]*", value) is not None, "must be one plain word")
         flags.require(self, "name", "/" not in self.name, "must be one plain word; the owner is told to the hub")
+        flags.require(self, "name", self.name not in (".", ".."), "must be one plain word")
 
 
 @dataclass(frozen=True)
@@ -84,17 +86,26 @@ def write_hub_folder(
 ) -> Path:
     """Write the folder `output`, whole or not at all. UsageError for what cannot be used as given, ArtefactError for an
     artefact that is damaged."""
-    name = settings.name or output.absolute().name
-    parts, runs = _parts(artefacts, name), [Run.read(path) for path in bench]
+    settings = _named(settings, output)
+    parts, runs = _parts(artefacts, settings.name), [Run.read(path) for path in bench]
     remedy = "give another --output, or --overwrite to replace it"
     with replaced_whole(output, overwrite, _foreign, [*artefacts, *bench], remedy) as folder:
-        beside = {name for part in parts for name in _put(part, folder)}
-        text = card(parts, runs, settings, name) + "\n"
+        for part in parts:
+            _put(part, folder)
+        text = card(parts, runs, settings) + "\n"
         (folder / CARD).write_text(text, encoding="utf-8")
-        written = {place: _hash_of(folder / place) for place in sorted({CARD, *beside})}
-        written |= {part.place: "" for part in parts}
+        files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+        written = {path.relative_to(folder).as_posix(): _hash_of(path) for path in files}
         (folder / CARD).write_text(f"{text}{MARK}{json.dumps(written)}{MARK_END}\n", encoding="utf-8")
     return output
+
+
+def _named(settings: CardSettings, output: Path) -> CardSettings:
+    """`settings` with a name: without one, that of the folder; UsageError where it is no plain word."""
+    try:
+        return settings if settings.name else replace(settings, name=output.absolute().name)
+    except OptionError as error:
+        raise UsageError(f"{output}: its name is the model's and must be one plain word; or give --name") from error
 
 
 def _library(manifest: Manifest) -> str:
@@ -120,34 +131,33 @@ def _parts(artefacts: Sequence[Path], name: str) -> list[Part]:
     return parts
 
 
-def _put(part: Part, folder: Path) -> list[str]:
-    """Put a part there; the names of what lies beside it."""
+def _put(part: Part, folder: Path) -> None:
+    """Put a part there, and what programs look for beside it."""
     if part.is_file:
         _link(part.artefact / part.manifest.model_file, folder / part.place)
-        return _put_ollama_files(part, folder)
+        _put_ollama_files(part, folder)
+        return
     for name in (*part.manifest.files, MANIFEST_NAME):
         target = folder / part.place / name
         target.parent.mkdir(parents=True, exist_ok=True)
         _link(part.artefact / name, target)
-    beside = [name for name in TOP_OF_ONNX if part.place == ONNX_FOLDER and name in part.manifest.files]
-    for name in beside:
-        _link(part.artefact / name, folder / name)
-    return beside
+    for name in TOP_OF_ONNX:
+        if part.place == ONNX_FOLDER and name in part.manifest.files:
+            _link(part.artefact / name, folder / name)
 
 
-def _put_ollama_files(part: Part, folder: Path) -> list[str]:
+def _put_ollama_files(part: Part, folder: Path) -> None:
     """Of the first GGUF that has a Modelfile; Ollama reads one for all of a repository."""
     try:
         files = ollama_files((part.artefact / OLLAMA_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return []
+        return
     except UnicodeDecodeError as error:
         raise ArtefactError(f"{part.artefact / OLLAMA_FILE} is not UTF-8; write it again, or delete it") from error
     if any((folder / name).exists() for name in FILES):
-        return []
+        return
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")
-    return list(files)
 
 
 def _link(source: Path, target: Path) -> None:
@@ -164,10 +174,9 @@ def _link(source: Path, target: Path) -> None:
 def _foreign(folder: Path) -> list[str]:
     """What this command has not written, or somebody has changed since: everything where the card does not say."""
     known = _written(folder)
-    foreign = [entry.name for entry in folder.iterdir() if entry.name not in known]
-    foreign += [name for name, content in known.items() if content and content != _hash_of(folder / name)]
-    artefacts = [folder / name for name in known if (folder / name).is_dir()]
-    return sorted([*foreign, *(name for artefact in artefacts for name in _added(artefact))])
+    kept = {parent.as_posix() for name in known for parent in PurePosixPath(name).parents}
+    names = {path: path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.name != LOCK_NAME}
+    return sorted(name for path, name in names.items() if not (name in kept or _is_as_written(path, known.get(name))))
 
 
 def _written(folder: Path) -> dict[str, str]:
@@ -180,23 +189,18 @@ def _written(folder: Path) -> dict[str, str]:
     return {str(name): str(content) for name, content in written.items()} if isinstance(written, dict) else {}
 
 
+def _is_as_written(path: Path, written: str | None) -> bool:
+    return written is not None and path.is_file() and not path.is_symlink() and _hash_of(path) == written
+
+
 def _hash_of(file: Path) -> str:
-    """Of a small text; of the card, what stands above its last line."""
-    content = file.read_bytes() if file.is_file() else b""
-    return hashlib.sha256(content.partition(MARK.encode())[0]).hexdigest()
+    """SHA-256; of the card, of what stands above its last line."""
+    if file.name != CARD:
+        return sha256_of(file)
+    return hashlib.sha256(file.read_bytes().partition(MARK.encode())[0]).hexdigest()
 
 
-def _added(artefact: Path) -> list[str]:
-    """Files of an artefact's folder that are none of its own."""
-    try:
-        own = {MANIFEST_NAME, *Manifest.read(artefact).files}
-    except ArtefactError:
-        own = set()
-    files = (file for file in artefact.rglob("*") if file.is_file())
-    return [f"{artefact.name}/{name}" for file in files if (name := file.relative_to(artefact).as_posix()) not in own]
-
-
-def card(parts: Sequence[Part], runs: Sequence[Run], settings: CardSettings, name: str) -> str:
+def card(parts: Sequence[Part], runs: Sequence[Run], settings: CardSettings) -> str:
     """The repository's README: front matter, files with what was measured of them, quality, how to run it."""
     first = parts[0].manifest
     shape, training = first.architecture, first.training
@@ -216,7 +220,7 @@ def card(parts: Sequence[Part], runs: Sequence[Run], settings: CardSettings, nam
     ]
     size = format_count(shape["num_parameters"]) if "num_parameters" in shape else ""
     origin = settings.base_model or training.get("source", "")
-    title = f"# {name}: {size} parameters" if size else f"# {name}"
+    title = f"# {settings.name}: {size} parameters" if size else f"# {settings.name}"
     lines = [*header, "", title, ""]
     if training.get("source_parameters"):
         lines += [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Sequence
 
@@ -32,6 +33,8 @@ def body(argv: Sequence[str]) -> int:
     artefact, prompt = arguments.pop("artefact"), arguments.pop("prompt")
     options, sampling = flags.take(arguments, ChatOptions), flags.take(arguments, SamplingOptions)
     engine_options = flags.take(arguments, EngineOptions)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # as arguments are read: what is no UTF-8 is told by the engine
     if prompt is None and not sys.stdin.isatty():
         prompt = sys.stdin.read().strip()
         if not prompt:

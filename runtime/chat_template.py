@@ -15,8 +15,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from .base.errors import ArtefactError, UsageError
 
-PRIVATE = re.compile(r"\\udb[89a-f][0-9a-f]\\ud[c-f][0-9a-f]{2}")
-"""A character of Unicode's private planes in ASCII's JSON."""
+STAND_IN = re.compile(r"\\ud83e\\udf[0-9a-c][0-9a-f]")
+"""One of `markers.SPARE` in ASCII's JSON."""
 
 Message = Mapping[str, Any]
 """{"role": "system" | "user" | "assistant" | "tool", "content": text}; an assistant's may have "tool_calls"
@@ -28,9 +28,9 @@ def _raise_exception(message: str) -> None:
 
 
 def _to_json(value: Any, **options: Any) -> str:
-    """transformers' filter; private characters, which stand for others (`markers`), stay as they are."""
+    """transformers' filter; characters that stand for others (`markers`) stay as they are."""
     text = json.dumps(value, **{"ensure_ascii": False, **options})
-    return PRIVATE.sub(lambda found: json.loads(f'"{found[0]}"'), text) if options.get("ensure_ascii") else text
+    return STAND_IN.sub(lambda found: json.loads(f'"{found[0]}"'), text) if options.get("ensure_ascii") else text
 
 
 class _GenerationTag(Extension):
@@ -82,7 +82,7 @@ def render_chat(
         "eos_token": eos_token,
     }
     try:
-        return _compile(template).render(**values)
+        return _compile(template).render(values)
     except jinja2.TemplateSyntaxError as error:
         raise ArtefactError(f"the model's chat template is malformed: {error}") from error
     except jinja2.TemplateError as error:

@@ -7,9 +7,10 @@ import json
 import re
 import threading
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -21,11 +22,16 @@ if TYPE_CHECKING:
 
     from .engines.owned import OwnedEngine
 
-MOST_REFERENCES = 500
-"""Of a schema, and rules of a Lark grammar: llguidance follows chains of them by recursion, and a chain of some
-thousands ends the process."""
-RULE = re.compile(r"^\s*[?!]*\w+(\.-?\d+)?(\[[^\]]*\])?\s*:", re.MULTILINE)
-"""The beginning of a rule or terminal in a Lark grammar."""
+T = TypeVar("T")
+
+MOST_CHARACTERS = 1 << 17
+"""Of a grammar."""
+STACK, STACK_PER_CHARACTER = 8 << 20, 2048
+"""Bytes of stack that a grammar is read on. llguidance follows references and rules by recursion, and chains of them
+that outgrow the stack end the process; 560 bytes for each character of the source is the most that one was seen to
+take."""
+PAGE = 1 << 16
+"""What a stack is a multiple of, whatever the system's pages are."""
 MESSAGE = 500
 """Characters of llguidance's messages that are passed on, at most."""
 
@@ -39,6 +45,8 @@ class Grammar:
 
     source: str
     """In one of llguidance's forms."""
+    name: str
+    """What a client calls it, for messages."""
 
     @classmethod
     def json_object(cls) -> Grammar:
@@ -54,33 +62,53 @@ class Grammar:
             source = LLMatcher.grammar_from_json_schema(dict(schema), defaults=JSON)
         except (ValueError, RecursionError) as error:  # half of a surrogate pair, a number of hundreds of digits
             raise UsageError(f"json_schema: {_in_one_line(str(error))}") from error
-        return cls(source).checked("json_schema")
+        return cls(source, "json_schema").checked()
 
     @classmethod
     def regex(cls, pattern: str) -> Grammar:
         """Text that a regular expression (Rust's syntax) matches as a whole."""
         with extra("grammar"):
             from llguidance import LLMatcher
-        return cls(LLMatcher.grammar_from_regex(pattern)).checked("regex")
+        return cls(LLMatcher.grammar_from_regex(pattern), "regex").checked()
 
     @classmethod
     def lark(cls, text: str) -> Grammar:
         """Lark's syntax, with llguidance's additions, such as %json and %regex."""
-        return cls(text).checked("lark")
+        return cls(text, "lark").checked()
 
-    def checked(self, name: str) -> Grammar:
-        """Itself; UsageError that begins with `name` where llguidance refuses it."""
+    def checked(self) -> Grammar:
+        """Itself; UsageError where it is malformed or too long."""
         with extra("grammar"):
             from llguidance import LLMatcher
-        references, rules = self.source.count("$ref"), len(RULE.findall(self.source)) if name == "lark" else 0
-        if max(references, rules) > MOST_REFERENCES:
-            raise UsageError(
-                f"{name}: has {max(references, rules)} references or rules, at most {MOST_REFERENCES} are taken"
-            )
-        is_wrong, messages = LLMatcher.validate_grammar_with_warnings(self.source)
+        if len(self.source) > MOST_CHARACTERS:
+            raise UsageError(f"{self.name}: has {len(self.source):,} characters, at most {MOST_CHARACTERS:,} are taken")
+        is_wrong, messages = self.on_its_stack(lambda: LLMatcher.validate_grammar_with_warnings(self.source))
         if is_wrong:
-            raise UsageError(f"{name}: {_in_one_line(messages[0])}")
+            raise self.refusal(messages[0])
         return self
+
+    def on_its_stack(self, read: Callable[[], T]) -> T:
+        """What `read` makes of the source, in a thread whose stack its recursion does not outgrow."""
+        outcome = Future[T]()
+
+        def work() -> None:
+            try:
+                outcome.set_result(read())
+            except BaseException as error:
+                outcome.set_exception(error)
+
+        thread = threading.Thread(target=work, daemon=True)  # no end of the process waits for a large grammar
+        with _STACK_SIZE:
+            before = threading.stack_size(STACK + STACK_PER_CHARACTER * len(self.source) // PAGE * PAGE)
+            try:
+                thread.start()
+            finally:
+                threading.stack_size(before)
+        return outcome.result()
+
+    def refusal(self, message: str) -> UsageError:
+        """What llguidance says of it."""
+        return UsageError(f"{self.name}: {_in_one_line(message)}")
 
 
 def _in_one_line(message: str) -> str:
@@ -107,8 +135,9 @@ class GrammarConstraint:
         from llguidance import LLMatcher
 
         self._size = engine.vocab_size
+        self._name = grammar.name
         tokenizer = _tokenizer_of(engine, frozenset(control_tokens))
-        self._matcher = LLMatcher(tokenizer, grammar.source, log_level=0)
+        self._matcher = grammar.on_its_stack(lambda: LLMatcher(tokenizer, grammar.source, log_level=0))
         self._require(not self._matcher.is_error())
         self._bits = np.zeros((tokenizer.vocab_size + 31) // 32, dtype=np.int32)
 
@@ -141,7 +170,8 @@ class GrammarConstraint:
 
     def _require(self, holds: bool) -> None:
         if not holds:
-            raise UnanswerableError(f"the grammar fails: {_in_one_line(self._matcher.get_error())}")
+            reason = _in_one_line(self._matcher.get_error()).replace("NoExtensionBias", "nothing may come next")
+            raise UnanswerableError(f"{self._name}: no answer can keep to it: {reason}")
 
 
 class _Vocabulary:
@@ -170,6 +200,8 @@ class _Vocabulary:
 
 _TOKENIZERS: weakref.WeakKeyDictionary[OwnedEngine, dict[frozenset[int], LLTokenizer]] = weakref.WeakKeyDictionary()
 _LOCK = threading.Lock()
+_STACK_SIZE = threading.Lock()
+"""Threads that start meanwhile would get the same."""
 
 
 def _tokenizer_of(engine: OwnedEngine, control_tokens: frozenset[int]) -> LLTokenizer:

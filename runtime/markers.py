@@ -10,8 +10,9 @@ from typing import Any
 from .base.errors import UsageError
 from .engines.owned import OwnedEngine
 
-SPARE = (0xF0000, 0x10FFFD)
-"""First and last of the characters that no text is made of (Unicode's private planes)."""
+SPARE = "".join(filter(str.isprintable, map(chr, range(0x1FB00, 0x1FBCB))))
+"""Characters that hardly a text is made of: Unicode's symbols for legacy computing. They have no case and are no
+letters, and Python writes them as they are (private characters it escapes, where a template prints a mapping)."""
 TAG = r"</?[A-Za-z]\w{0,30}>"
 """What templates look for in messages, such as </think>."""
 NOTHING = "(?!)"
@@ -32,11 +33,11 @@ class Disguise:
         self._engine = engine
         self._controls = _Controls.of(engine.control_texts)
         taken = set("".join(_texts(shown)))
-        spare = (chr(code) for code in range(SPARE[0], SPARE[1] + 1) if chr(code) not in taken)
+        spare = (character for character in SPARE if character not in taken)
         wanted = ["", *sorted(taken & self._controls.firsts)]
         self._stand_ins = dict(zip(wanted, spare, strict=False))
         if len(self._stand_ins) < len(wanted):
-            raise UsageError("the messages use up all private characters of Unicode; leave some out")
+            raise UsageError("the messages use up all of Unicode's symbols for legacy computing; leave some out")
         self.end = self._stand_ins.pop("")
         """A character to mark a place with."""
         self._back = str.maketrans({stand_in: first for first, stand_in in self._stand_ins.items()})

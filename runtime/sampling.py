@@ -72,7 +72,7 @@ class Sampler:
         """`logit_bias` {token: number}: added to its logit before anything else; -inf forbids it."""
         options = options.filled({})
         self.options = options
-        self.random = np.random.default_rng(options.seed)
+        self.random = np.random.default_rng(None if options.seed is None else options.seed % 2**63)
         self._biased = np.array(sorted(logit_bias or {}), dtype=np.intp)
         self._bias = np.array([value for _, value in sorted((logit_bias or {}).items())], dtype=np.float32)
         self._counts = Counter[int]()

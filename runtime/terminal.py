@@ -79,13 +79,14 @@ class Terminal:
     def _save(self, rest: str) -> None:
         if not rest:
             raise UsageError("/save needs a file")
-        path = Path(rest).expanduser()
-        if path.exists():
-            raise UsageError(f"{rest} is there already; give another name")
         try:
+            path = Path(rest).expanduser()
+            if path.exists():
+                raise UsageError(f"{rest} is there already; give another name")
             self.conversation.save(path)
-        except OSError as error:
-            raise UsageError(f"{rest} cannot be written: {error.strerror}") from error
+        except (OSError, RuntimeError, ValueError) as error:  # no such user's home, a zero byte
+            reason = getattr(error, "strerror", None) or error
+            raise UsageError(f"{rest} cannot be written: {reason}") from error
 
     def _read(self) -> str:
         """One question, which may have several lines."""

@@ -83,7 +83,7 @@ class ToolFormat:
         for index, function in enumerate(functions):
             opening = json.dumps(function["name"] + self.middle)
             lines.append(f"call_{index}: {opening} {embedded_schema(parameters_of(function))}")
-        return Grammar("\n".join(lines) + "\n").checked("tools")
+        return Grammar("\n".join(lines) + "\n", "tools").checked()
 
     def write(self, calls: Sequence[Mapping[str, Any]]) -> str:
         """Earlier calls as the model would have written them."""

@@ -44,6 +44,7 @@ class ServeOptions:
         flags.require(self, "port", 0 < self.port < 65536, "must be between 1 and 65535")
         flags.require(self, "waiting", self.waiting >= 0, "must not be negative")
         flags.require(self, "timeout", self.timeout > 0, "must be positive")
+        flags.require(self, "grace", self.grace >= 0, "must not be negative")
         flags.require(self, "max_connections", self.max_connections >= 1, "must be positive")
         for text in self.model:
             flags.require(self, "model", all(text.partition("=")), "must be NAME=PATH", value=text)

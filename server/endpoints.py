@@ -159,7 +159,7 @@ class Endpoints:
         return await self._answer(http, request.as_chat(), partial(ResponsesAnswer, request))
 
     async def _answer(self, http: Request, request: CompletionRequest, make: MakeAnswer) -> Response:
-        return await self._unless_gone(http, self._answer_on(http.scope["route"].path, request, make))
+        return await self._unless_gone(http, self._answer_now(request, make))
 
     async def _unless_gone(self, http: Request, answering: Coroutine[Any, Any, Response]) -> Response:
         """The answer, whose work is stopped where the client goes away before it is there."""
@@ -167,16 +167,16 @@ class Endpoints:
         gone = asyncio.ensure_future(_disconnection(http))
         try:
             await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if work.done():
-                return work.result()
-            self._metrics.requests.labels(http.scope["route"].path, str(CLIENT_GONE)).inc()
-            return Response(status_code=CLIENT_GONE)
+            # what it raises is counted where it is told
+            response = work.result() if work.done() else Response(status_code=CLIENT_GONE)
+            self._metrics.answered(response.status_code, http.scope["route"].path)
+            return response
         finally:
             for task in (work, gone):
                 task.cancel()
             await asyncio.wait({work, gone})
 
-    async def _answer_on(self, route: str, request: CompletionRequest, make: MakeAnswer) -> Response:
+    async def _answer_now(self, request: CompletionRequest, make: MakeAnswer) -> Response:
         clock, deadline = AnswerClock(self._metrics, request.model), self._pool.deadline()
         worker = await self._pool.enter(request.model, deadline)
         make_choices = partial(choices_of, worker.engine, request, self._overflow, self._sampling)
@@ -186,11 +186,8 @@ class Endpoints:
         if request.stream:
             # the first piece is awaited here, so that a full queue is answered with its own status
             first = await anext(pieces, None)
-            self._metrics.requests.labels(route, "200").inc()
             return _EventStream(answered.events(first, pieces), pieces)
-        body = await answered.whole(pieces)
-        self._metrics.requests.labels(route, "200").inc()
-        return JSONResponse(body)
+        return JSONResponse(await answered.whole(pieces))
 
 
 async def _disconnection(http: Request) -> None:

@@ -86,7 +86,7 @@ def test_measures_artefacts_and_bare_files(
         assert result["memory_bytes_per_second"]["n"] == 2 * READ_PASSES
         assert result["memory_bytes_per_second"]["median"] > 1e8
         assert re.match(r"llama-cpp-python \d", result["engine_version"])
-        assert "CPU : " in result["engine_build"]
+        assert re.match(r"CPU : .* \| ggml version \d.* \| ggml commit [0-9a-f]{7}", result["engine_build"])
         assert result["threads"] >= 1
         assert list(result["process_medians"]) == NAMES
         assert all(len(medians) == 2 for medians in result["process_medians"].values())

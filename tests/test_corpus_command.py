@@ -175,3 +175,30 @@ def test_two_at_once_and_one_that_was_killed(folder: Path, tmp_path: Path, capsy
     (tmp_path / ".out.jsonl.4711.tmp").write_text("half of a corpus")
     assert corpus(output, "--data", folder) == 0
     assert not list(tmp_path.glob(".out*"))
+
+
+def test_what_only_looks_like_a_killed_one_s_stays(folder: Path, tmp_path: Path) -> None:
+    others = [tmp_path / name for name in (".out.jsonl.gz.4711.tmp", ".out.jsonl.notes.tmp")]
+    for other in others:
+        other.write_text("another command's")
+    (tmp_path / ".out.jsonl.12.tmp").mkdir()
+    assert corpus(tmp_path / "out.jsonl", "--data", folder) == 0
+    assert all(other.exists() for other in others)
+
+
+def test_an_output_that_is_none_is_one_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "circle.jsonl").symlink_to("circle.jsonl")
+    (tmp_path / "folder.jsonl").mkdir()
+    for name, said in (
+        ("circle.jsonl", "names no place"),
+        ("folder.jsonl", "is a folder; name a file"),
+        ("\udcff.jsonl", "is not UTF-8"),
+    ):
+        assert corpus(tmp_path / name, "--data", folder, "--overwrite") == 2
+        assert said in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="this system has no /proc")
+def test_a_place_that_keeps_nothing_is_no_full_disk(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert corpus("/proc/x.jsonl", "--data", folder) == 2
+    assert "full" not in capsys.readouterr().err

@@ -111,18 +111,34 @@ def test_what_somebody_put_into_an_artefact_s_folder_stays(
     assert hub(tmp_path / "other", onnx) == 0
 
 
-@pytest.mark.parametrize("name", ["README.md", "params", "template"])
+@pytest.mark.parametrize("name", ["README.md", "params", "template", "small-F32.gguf"])
 def test_what_somebody_has_changed_stays(
     artefact: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert hub(tmp_path / "small", artefact) == 0
     file = tmp_path / "small" / name
-    written = file.read_text(encoding="utf-8")
-    file.write_text(f"My words.\n{written}", encoding="utf-8")
+    written = file.read_bytes()
+    file.write_bytes(b"My words.\n" + written)
     assert hub(tmp_path / "small", artefact, "--overwrite") == 2
     assert f"holds {name}" in capsys.readouterr().err
-    file.write_text(written, encoding="utf-8")
+    file.write_bytes(written)
     assert hub(tmp_path / "small", artefact, "--overwrite") == 0
+
+
+@pytest.mark.parametrize("name", ["onnx/tokenizer.json", "onnx/link", "onnx/folder", "link"])
+def test_whatever_is_not_as_it_was_written_stays(
+    onnx: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert hub(tmp_path / "small", onnx) == 0
+    place = tmp_path / "small" / name
+    if name.endswith("link"):
+        place.symlink_to("/nowhere/x")
+    elif name.endswith("folder"):
+        place.mkdir()
+    else:
+        place.write_text("mine", encoding="utf-8")
+    assert hub(tmp_path / "small", onnx, "--overwrite") == 2
+    assert f"holds {name}, not written by this command" in capsys.readouterr().err
 
 
 MODELFILE = """# PARAMETER temperature 9
@@ -165,4 +181,8 @@ def test_what_makes_no_repository_is_one_line(
     assert "is or holds" in capsys.readouterr().err
     assert hub(tmp_path / "small", artefact, "--license", "apache\nevil: true") == 2
     assert "--license" in capsys.readouterr().err
+    assert hub(tmp_path / "my model", artefact) == 2
+    assert "its name is the model's and must be one plain word; or give --name" in capsys.readouterr().err
+    assert hub(tmp_path / "small", artefact, "--name", "..") == 2
+    assert "--name" in capsys.readouterr().err
     assert not (tmp_path / "small").exists()

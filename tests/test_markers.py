@@ -52,7 +52,7 @@ def test_an_engine_knows_what_is_read_as_control(engine: OwnedEngine) -> None:
         TURN,
         f"<|im_{END}end|>",
         "<|endoftext|>",
-        f"{chr(SPARE[0])}{END}{chr(SPARE[0] + 1)}",
+        f"{SPARE[0]}{END}{SPARE[1]}",
     ],
 )
 def test_what_a_message_spells_is_text(engine: OwnedEngine, said: str) -> None:
@@ -115,6 +115,8 @@ def test_a_template_that_hides_the_last_message_says_so(engine: OwnedEngine) -> 
         ("{{ m.content | tojson(ensure_ascii=True) }}", {"content": f"é{END}"}, f'"\\u00e9{END}"'),
         ("{{ m.content.split('</think>')[-1] }}", {"content": f"<think>{END}</think>{END} 1 < 2"}, f"{END} 1 < 2"),
         ("{{ 'no' if '<s>' in m.content else m.content }}", {"content": "<s> <|"}, "<s> <|"),
+        ("{{ {'x': m.content} }}", {"content": f"a < b{END}"}, f"{{'x': 'a < b{END}'}}"),
+        ("{{ {'x': m.content} | string | upper }}", {"content": "a < b"}, "{'X': 'A < B'}"),
     ],
 )
 def test_nothing_that_a_template_makes_of_messages_is_control(
@@ -150,6 +152,6 @@ def test_thousands_of_control_tokens_are_found_as_one_after_the_other_would_be(e
         assert controls.places(text) == expected
 
 
-def test_a_message_of_all_private_characters_is_refused(engine: OwnedEngine) -> None:
-    with pytest.raises(UsageError, match="use up all private characters"):
-        chat_prompt(engine, [{"role": "user", "content": "".join(map(chr, range(SPARE[0], SPARE[1] + 1)))}])
+def test_a_message_of_all_stand_ins_is_refused(engine: OwnedEngine) -> None:
+    with pytest.raises(UsageError, match="use up all of Unicode's symbols"):
+        chat_prompt(engine, [{"role": "user", "content": SPARE}])

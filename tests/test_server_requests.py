@@ -137,6 +137,69 @@ def test_contradictions_are_one_clear_line(address: str, fields: dict[str, Any],
     assert "\n" not in answer.json()["error"]["message"]
 
 
+def called(arguments: str) -> str:
+    """A body in which the assistant has called a function."""
+    call = {"id": "1", "function": {"name": "f", "arguments": arguments}}
+    return json.dumps({"model": "tiny", "messages": [*MESSAGES, {"role": "assistant", "tool_calls": [call]}]})
+
+
+def with_fields(fields: str) -> str:
+    return f'{{"model": "tiny", "messages": {json.dumps(MESSAGES)}, {fields}}}'
+
+
+SCHEMA = '"response_format": {"type": "json_schema", "json_schema": {"schema": %s}}'
+TOOL = '"tools": [{"type": "function", "function": {"name": "f", "description": "x", "parameters": %s}}]'
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (
+            with_fields('"max_tokens": ' + "9" * 5000),
+            "the body is no JSON that can be read: Exceeds the limit (4300 digits)",
+        ),
+        (
+            with_fields('"user": ' + "[" * 5000 + "]" * 5000),
+            "the body is no JSON that can be read: it is nested too deeply",
+        ),
+        (b'{"model": "\xff"}', "the body is no JSON that can be read: it is not UTF-8"),
+        (with_fields('"a\\nb": 1'), "a\\nb is not served here"),
+        (with_fields('"top_p": 1e-320'), "top_p: "),
+        (
+            with_fields(SCHEMA % '{"const": Infinity}'),
+            "response_format.json_schema.schema: NaN and Infinity are not JSON",
+        ),
+        (with_fields(SCHEMA % '{"enum": [NaN]}'), "response_format.json_schema.schema: NaN and Infinity are not JSON"),
+        (with_fields(TOOL % '{"description": "\\ud800"}'), "tools.0.function.parameters: text must not contain lone"),
+        (called('{"a": "\\ud800"}'), "messages.1: arguments of the call of 'f': text must not contain lone"),
+        (called('{"a": NaN}'), "messages.1: arguments of the call of 'f': NaN and Infinity are not JSON"),
+        (called('{"a": %s}' % ("9" * 5000)), "messages.1: arguments of the call of 'f': Exceeds the limit"),
+        (called('{"a": %s}' % ("[" * 5000 + "]" * 5000)), "messages.1: arguments of the call of 'f': are nested"),
+        (with_fields('"chat_template_kwargs": {"messages": []}'), "chat_template_kwargs: messages is what the other"),
+        (with_fields('"chat_template_kwargs": {"add_generation_prompt": false}'), "chat_template_kwargs: add_gen"),
+        (with_fields('"chat_template_kwargs": {"x": "\\ud800"}'), "chat_template_kwargs: text must not contain"),
+    ],
+)
+def test_what_cannot_be_read_is_one_line_that_names_the_field(address: str, body: str | bytes, message: str) -> None:
+    answer = httpx.post(f"{address}/v1/chat/completions", content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"].startswith(message)
+    assert "\n" not in answer.json()["error"]["message"]
+
+
+def test_what_clients_say_of_the_template_anyway_is_taken(address: str) -> None:
+    said = {"add_generation_prompt": True, "continue_final_message": False, "self": 1, "enable_thinking": False}
+    assert post(address, chat_template_kwargs=said, max_tokens=1).status_code == 200
+
+
+def test_a_negative_seed_is_one_like_others(address: str) -> None:
+    one, same, other = (
+        post(address, seed=seed, temperature=1, max_tokens=8).json()["choices"][0]["message"]["content"]
+        for seed in (-1, -1, -2)
+    )
+    assert one == same != other
+
+
 def test_penalties_and_biases_change_the_answer_as_openai_s_do(address: str) -> None:
     def content(**fields: Any) -> str:
         return post(address, temperature=0, max_tokens=12, **fields).json()["choices"][0]["message"]["content"]
@@ -205,6 +268,15 @@ def test_a_prompt_counts_once_however_many_choices(address: str) -> None:
     assert three["prompt_tokens_details"]["cached_tokens"] == one["prompt_tokens"] - 1
     two = post(address, "completions", prompt=[text, "Another"], n=2, max_tokens=2, seed=1).json()["usage"]
     assert one["prompt_tokens"] < two["prompt_tokens"] < 2 * one["prompt_tokens"]
+
+
+def test_every_route_is_counted(address: str) -> None:
+    for path in ("/tokenize", "/v1/embeddings"):
+        counted = f'efficientllm_requests_total{{endpoint="{path}",status="200"}}'
+        before = metric(address, counted)
+        assert post_path(address, path, model="tiny", content="Hi").status_code in (200, 400)
+        assert post_path(address, path, model="tiny", input="Hi").status_code in (200, 400)
+        assert metric(address, counted) == before + 1
 
 
 def test_made_up_paths_make_no_labels(address: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,6 @@ from serving import serve
 from efficientllm.runtime.engines.engine import EngineOptions
 from efficientllm.server.app import AppOptions
 from efficientllm.server.models.pool import ModelPool
-
-CHAIN = 3000
-"""References, one to the next: as many end a process in llguidance 1.x."""
 
 
 @pytest.fixture(scope="module")
@@ -43,26 +41,56 @@ def lark(text: str) -> dict[str, Any]:
     return {"response_format": {"type": "lark", "lark": text}}
 
 
-def chain() -> dict[str, Any]:
-    definitions: dict[str, Any] = {f"d{n}": {"$ref": f"#/$defs/d{n + 1}"} for n in range(CHAIN)}
-    return {"$defs": {**definitions, f"d{CHAIN}": {"type": "string"}}, "$ref": "#/$defs/d0"}
+def chain(links: int, nested: int = 0, key: str = "allOf") -> dict[str, Any]:
+    """References, one to the next, each some levels deep."""
+    definitions: dict[str, Any] = {}
+    for link in range(links):
+        definition: dict[str, Any] = {"$ref": f"#/$defs/{link + 1}"}
+        for _ in range(nested):
+            definition = {key: [definition]}
+        definitions[str(link)] = definition
+    return {"$defs": {**definitions, str(links): {"type": "string"}}, "$ref": "#/$defs/0"}
 
 
-TOOL = {"type": "function", "function": {"name": "f", "parameters": {**chain(), "type": "object"}}}
-RULES = "\n".join(f'a{n}: a{n + 1} | "x"' for n in range(CHAIN))
+def rules(links: int, name: str, form: str = "{}") -> str:
+    """Of a Lark grammar, one to the next."""
+    lines = [f"start: {name}0", *(f"{name}{link}: {form.format(f'{name}{link + 1}')}" for link in range(links))]
+    return "\n".join([*lines, f'{name}{links}: "y"'])
+
+
+LINKS = chain(3900)
+PARAMETERS = {"type": "object", "properties": {"a": {"$ref": LINKS["$ref"]}}, "$defs": LINKS["$defs"]}
+SMALL = "no answer can keep to it|leaves no room in the context window"
+OPTIONAL = "(" * 20 + '{} "b"' + ")?" * 20
+
+DEEP: dict[str, dict[str, Any]] = {
+    "references": schema(chain(3900)),
+    "references in allOf": schema(chain(480, 18)),
+    "references in anyOf": schema(chain(300, 30, "anyOf")),
+    "references of a tool": {
+        "tools": [{"type": "function", "function": {"name": "f", "parameters": PARAMETERS}}],
+        "tool_choice": "required",
+    },
+    "references within Lark": lark(f"start: %json {json.dumps(chain(2800))}".replace("$ref", "\\u0024ref")),
+    "rules": lark(rules(8500, "r")),
+    "rules with dashes": lark(rules(7000, "r-")),
+    "terminals": lark(rules(8500, "R")),
+    "rules in brackets": lark(rules(600, "r", OPTIONAL)),
+    "terminals in brackets": lark(rules(1500, "R", OPTIONAL)),
+}
+"""Most about as long as grammars may be. Read by recursion, each would need more stack than a thread has."""
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "a chain of references": (schema(chain()), "references or rules, at most 500 are taken"),
-    "a chain in a tool": ({"tools": [TOOL], "tool_choice": "required"}, "references or rules, at most 500 are taken"),
-    "a chain of rules": (lark(f'start: a0\n{RULES}\na{CHAIN}: "y"'), "references or rules, at most 500 are taken"),
-    "half a character": (schema({"const": "\ud800"}), "json_schema: "),
+    "a long schema": (schema(chain(6000)), "json_schema: has 1"),
+    "long rules": (lark(rules(12_000, "r")), "characters, at most 131,072 are taken"),
+    "half a character": (schema({"const": "\ud800"}), "json_schema.schema: text must not contain lone surrogates"),
     "a number of 400 digits": (schema({"type": "integer", "maximum": 10**400}), "json_schema: "),
-    "a schema of itself": (schema({"$ref": "#"}), "the grammar fails: "),
+    "a schema of itself": (schema({"$ref": "#"}), "json_schema: no answer can keep to it: nothing may come next"),
     "a regex that nothing matches": (
         {"response_format": {"type": "regex", "regex": r"[^\s\S]"}},
-        "the grammar fails: ",
+        "regex: no answer can keep to it: ",
     ),
-    "a rule of itself": (lark('start: start "a"'), "the grammar fails: "),
+    "a rule of itself": (lark('start: start "a"'), "lark: no answer can keep to it: "),
     "every token forbidden": ({"logit_bias": {str(n): -100 for n in range(400)}}, "forbids every token"),
     "a field of half a character": ({"\ud800": 1}, "\\ud800 is not served here"),
     "a field of a megabyte": ({"x" * 900_000: 1}, "xxx"),
@@ -81,13 +109,20 @@ def test_it_is_refused_and_the_server_goes_on(address: str, name: str) -> None:
     assert httpx.get(f"{address}/health").json()["in_flight"] == 0
 
 
+@pytest.mark.parametrize("name", DEEP)
+def test_a_deep_grammar_is_answered_or_refused(address: str, name: str) -> None:
+    answer = ask(address, DEEP[name])
+    assert answer.status_code == 200 or re.search(SMALL, answer.json()["error"]["message"]), answer.text[:300]
+    assert ask(address, {}).status_code == 200
+
+
 def test_a_call_whose_arguments_are_a_hundred_thousand_brackets(address: str) -> None:
     function = {"name": "f", "arguments": '{"a":' + "[" * 90_000}
     call = {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "type": "function", "function": function}]}
     messages = [{"role": "user", "content": "Hi"}, call, {"role": "tool", "tool_call_id": "1", "content": "x"}]
     answer = ask(address, {"messages": messages})
     assert answer.status_code == 400
-    assert "must be a JSON object" in answer.json()["error"]["message"]
+    assert "are nested too deeply" in answer.json()["error"]["message"]
 
 
 def test_a_schema_that_goes_with_nothing_is_not_ignored(address: str) -> None:

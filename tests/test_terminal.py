@@ -8,9 +8,10 @@ import re
 import select
 import signal
 import stat
+import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,27 @@ class InterruptedOutput(io.StringIO):
         if not self.getvalue():
             os.kill(os.getpid(), signal.SIGINT)
         return super().write(text)
+
+
+@pytest.mark.parametrize("name", ["~nobody-of-this-name/x", "x" * 300, "a\0b"])
+def test_a_file_that_cannot_be_leaves_the_conversation(
+    conversation: Conversation, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    talk(conversation, monkeypatch, "one", f"/save {name}", "two")
+    assert questions(conversation) == ["one", "two"]
+    assert "cannot be written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["gguf", "onnx"])
+def test_bytes_that_are_no_utf_8_are_one_line(exported: Callable[..., Path], kind: str) -> None:
+    artefact = exported(kind, "--quantize", "f32")
+    command = [sys.executable, "-m", "efficientllm.runtime.chat", str(artefact), "--threads", "1", "--max-tokens", "2"]
+    piped = subprocess.run(command, input=b"a\xffb", capture_output=True, env={**os.environ, "LC_ALL": "C.UTF-8"})
+    given = subprocess.run([*command, b"a\xffb"], capture_output=True)
+    system = subprocess.run([*command, "--system", b"a\xffb", "Hi"], capture_output=True)
+    for run in (piped, given, system):
+        assert run.returncode == 2, run.stderr
+        assert re.fullmatch(rb"error: .* what is no Unicode character, at character \d+\n", run.stderr)
 
 
 def test_an_interrupt_ends_the_answer_and_keeps_what_is_there(artefact: Path, monkeypatch: pytest.MonkeyPatch) -> None:

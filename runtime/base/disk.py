@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,8 +21,9 @@ LAST_BYTES = 65_536
 
 
 def free_bytes(path: Path) -> int:
-    """What the disk still holds on which `path` lies or will lie."""
-    return shutil.disk_usage(_existing(path)).free
+    """What the disk still holds on which `path` lies or will lie; boundless where nothing is kept (/proc)."""
+    usage = shutil.disk_usage(_existing(path))
+    return usage.free if usage.total else sys.maxsize
 
 
 def _existing(path: Path) -> Path:

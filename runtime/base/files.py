@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -44,6 +45,15 @@ def written_atomically(path: Path) -> Iterator[IO[bytes]]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def remove_left_beside(path: Path) -> None:
+    """Remove what `written_atomically` of `path` left in processes that were killed; nobody else writes it now."""
+    place = path.resolve()
+    left = re.compile(re.escape(f".{place.name}.") + r"\d+\.tmp")
+    for beside in place.parent.iterdir():
+        if left.fullmatch(beside.name) and beside.is_file():
+            beside.unlink()
 
 
 def write_json_atomically(path: Path, value: Any) -> None:

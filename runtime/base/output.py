@@ -105,7 +105,7 @@ def _resolved(path: Path) -> Path:
     try:
         return path.resolve()
     except (RuntimeError, ValueError) as error:  # links in a circle, a zero byte
-        raise UsageError(f"--output {str(path)!a} names no place: {error}") from error
+        raise UsageError(f"{str(path)!a} names no place: {error}") from error
 
 
 @contextlib.contextmanager
@@ -115,7 +115,8 @@ def locked_output(path: Path) -> Iterator[None]:
     The lock is a file beside the folder, or in it where that is a volume below a read-only folder. The kernel releases
     it with the process, however that ends.
     """
-    folder = path.resolve()
+    _check_name(str(path))
+    folder = _resolved(path)
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock_path = folder.with_name(f".{folder.name}{LOCK_NAME}")
     if folder.is_dir() and not os.access(folder.parent, os.W_OK):

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
+
 
 def _llama_cpp() -> str:
     import llama_cpp
 
-    return llama_cpp.llama_print_system_info().decode().strip(" |")
+    said = [llama_cpp.llama_print_system_info().decode().strip(" |")]
+    for what in ("version", "commit"):
+        # ggml says both itself, the Python package neither; builds of before 2025 do not
+        ask = getattr(llama_cpp.llama_cpp._lib, f"ggml_{what}", None)
+        if ask is not None:
+            ask.restype = ctypes.c_char_p
+            said.append(f"ggml {what} {ask().decode()}")
+    return " | ".join(said)
 
 
 def _onnxruntime() -> str:

@@ -105,7 +105,7 @@ class LlamaCppEngine:
         return "" if token < 0 else self._piece(token, special=True).decode("utf-8", "replace")
 
     def tokenize(self, text: str, special: bool) -> list[int]:
-        data = text.encode("utf-8", "replace")
+        data = text.encode()
         tokens = (self._llama.llama_token * (len(data) + 1))()  # no token is shorter than a byte
         arguments = (self._vocab, data, len(data), tokens, len(tokens), False, special)
         size = self._llama.llama_tokenize(*arguments)

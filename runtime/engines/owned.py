@@ -66,7 +66,11 @@ class OwnedEngine:
                 self._calls.notify_all()
 
     def tokenize(self, text: str, special: bool) -> list[int]:
-        """See Engine."""
+        """See Engine; UsageError for text that is none: with bytes that were no UTF-8, or halves of surrogate pairs."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UsageError(f"the text holds what is no Unicode character, at character {error.start}") from error
         with self._open() as engine:
             return engine.tokenize(text, special)
 

@@ -41,7 +41,7 @@ def choices_of(
             overflow=overflow,
         )
         # every choice of a seeded request draws its own numbers
-        seeds = [None if request.seed is None else (request.seed + index) % 2**63 for index in range(request.n)]
+        seeds = [None if request.seed is None else request.seed + index for index in range(request.n)]
         each = [replace(options, sampling=replace(options.sampling, seed=seed)) for seed in seeds]
         if isinstance(request, ChatRequest):
             return list(_chat_choices(engine, request, each))

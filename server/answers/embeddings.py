@@ -38,9 +38,9 @@ def _embedded(engine: OwnedEngine, text: str | list[int], request: EmbeddingsReq
             raise APIError(400, f"input: tokens are 0 to {engine.vocab_size - 1}, and at least one")
         return engine.embed(tokens, request.pooling), len(tokens)
     except ContextOverflowError as error:
-        raise APIError(400, str(error), code="context_length_exceeded") from error
+        raise APIError(400, f"input: {error}", code="context_length_exceeded") from error
     except EfficientLLMError as error:
-        raise APIError(400, str(error)) from error
+        raise APIError(400, f"input: {error}") from error
 
 
 def _encoded(vector: np.ndarray, encoding: str) -> list[float] | str:

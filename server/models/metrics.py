@@ -51,8 +51,8 @@ class Metrics:
         resident = Gauge("efficientllm_resident_memory_bytes", "Resident memory of the server", registry=registry)
         resident.set_function(lambda: memory_bytes().get("rss_bytes", 0))
 
-    def refused(self, status: int, endpoint: str = "other") -> None:
-        """Count a request that was not served; what clients make up is no label."""
+    def answered(self, status: int, endpoint: str = "other") -> None:
+        """Count a request, served or refused; what clients make up is no label."""
         self.requests.labels(endpoint, str(status)).inc()
 
     def render(self) -> bytes:

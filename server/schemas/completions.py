@@ -6,7 +6,7 @@ import abc
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, JsonValue, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from ...runtime.prompt import ToolUse
 from ...runtime.sampling import SamplingOptions
@@ -17,6 +17,7 @@ from .messages import (
     ChatMessage,
     Float,
     Int,
+    Json,
     NamedTool,
     ResponseFormat,
     Sent,
@@ -29,6 +30,10 @@ MAX_MESSAGES = 512
 MAX_STOPS = 16
 MAX_PROMPTS = 16
 DEFAULT_TOKENS = 512
+LEAST_TOP_P = 1e-30
+
+TEMPLATE_VALUES = ("messages", "tools", "bos_token", "eos_token")
+"""Variables of a chat template that are not the client's to set."""
 
 Token = Annotated[int, Field(ge=0, strict=True)]
 Tokens = Annotated[list[Token], Field(min_length=1, max_length=MAX_CHARACTERS)]
@@ -105,7 +110,7 @@ class CompletionRequest(Asked, abc.ABC):
     model: Text
     max_tokens: Annotated[Int | None, Field(ge=1, le=1_000_000)] = None
     temperature: Annotated[Float | None, Field(ge=0, le=2)] = None
-    top_p: Annotated[Float | None, Field(gt=0, le=1)] = None
+    top_p: Annotated[Float | None, Field(ge=LEAST_TOP_P, le=1)] = None
     top_k: Annotated[Int | None, Field(ge=0, le=1_000_000)] = None
     min_p: Annotated[Float | None, Field(ge=0, le=1)] = None
     repetition_penalty: Annotated[Float | None, Field(ge=0.01, le=100)] = None
@@ -171,7 +176,7 @@ class ChatRequest(CompletionRequest):
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] = Field([])
     tool_choice: ToolChoice = "auto"
     parallel_tool_calls: Bool = True
-    chat_template_kwargs: dict[str, JsonValue] = Field({})
+    chat_template_kwargs: Json = Field({})
     """Further variables of the chat template, such as enable_thinking."""
 
     @model_validator(mode="after")
@@ -187,6 +192,11 @@ class ChatRequest(CompletionRequest):
             raise ValueError(f"response_format: {self.response_format.type} does not go with tools")
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs: needs logprobs")
+        goes_on = self.messages[-1].role == "assistant"
+        said = {"add_generation_prompt": not goes_on, "continue_final_message": goes_on}
+        for name, value in self.chat_template_kwargs.items():
+            if name in TEMPLATE_VALUES or said.get(name, value) != value:
+                raise ValueError(f"chat_template_kwargs: {name} is what the other fields and the model make it")
         return self
 
     @property

@@ -24,6 +24,13 @@ def said_of(errors: Sequence[Mapping[str, Any]]) -> str:
     return f"{place}: {text_of(error)}" if place else text_of(error)
 
 
+def unread(cause: BaseException) -> str:
+    """Why a body that is no malformed JSON could not be read, in one line."""
+    if isinstance(cause, UnicodeDecodeError):
+        return "it is not UTF-8"
+    return "it is nested too deeply" if isinstance(cause, RecursionError) else str(cause).partition("; use sys")[0]
+
+
 def text_of(error: Mapping[str, Any]) -> str:
     """Its message; one of ours as we wrote it."""
     return error["msg"].removeprefix("Value error, ")

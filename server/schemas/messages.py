@@ -17,11 +17,26 @@ def _encodable(text: str) -> str:
     """Text that a tokenizer can take: no NUL, no half of a surrogate pair."""
     if "\0" in text:
         raise ValueError("text must not contain NUL")
+    return _whole_characters(text)
+
+
+def _whole_characters(text: str) -> str:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise ValueError("text must not contain lone surrogates") from error
     return text
+
+
+def _json(value: Any) -> Any:
+    """What any reader of JSON reads again: no NaN, no infinity, no half of a surrogate pair."""
+    try:
+        _whole_characters(json.dumps(value, ensure_ascii=False, allow_nan=False))
+    except RecursionError as error:
+        raise ValueError("is nested too deeply") from error
+    except ValueError as error:
+        raise ValueError(str(error).replace("Out of range float values are", "NaN and Infinity are")) from error
+    return value
 
 
 def _number(value: Any) -> Any:
@@ -47,6 +62,8 @@ Float = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 Bool = Annotated[bool, Strict()]
 Text = Annotated[str, Field(max_length=MAX_CHARACTERS), AfterValidator(_encodable)]
 Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")]
+Json = Annotated[dict[str, JsonValue], AfterValidator(_json)]
+"""An object."""
 
 
 EMPTY: tuple[Any, ...] = (None, "", [], {})
@@ -67,7 +84,7 @@ class Sent(BaseModel):
         known = {field.alias or name for name, field in cls.model_fields.items()} | {*cls.without_effect}
         for name, value in values.items():
             if name not in known and not cls.asks_for_nothing(name, value):
-                shown = str(name).encode("utf-8", "backslashreplace").decode()
+                shown = json.dumps(str(name), ensure_ascii=False)[1:-1].encode("utf-8", "backslashreplace").decode()
                 raise ValueError(f"{shown} is not served here; {cls.instead_of(name)}")
         return {name: value for name, value in values.items() if value is not None}
 
@@ -96,12 +113,19 @@ class CalledFunction(Sent):
     def parsed(self) -> dict[str, Any]:
         """Name and arguments as chat templates know them."""
         try:
-            arguments = json.loads(self.arguments or "{}")
-        except (ValueError, RecursionError):
-            arguments = None
+            arguments = _json(json.loads(self.arguments or "{}"))
+        except json.JSONDecodeError:
+            raise self._refused("must be a JSON object") from None
+        except ValueError as error:  # a number of thousands of digits, NaN, half a character
+            raise self._refused(str(error)) from error
+        except RecursionError as error:
+            raise self._refused("are nested too deeply") from error
         if not isinstance(arguments, dict):
-            raise ValueError(f"arguments of the call of {self.name!r}: must be a JSON object")
+            raise self._refused("must be a JSON object")
         return {"name": self.name, "arguments": arguments}
+
+    def _refused(self, reason: str) -> ValueError:
+        return ValueError(f"arguments of the call of {self.name!r}: {reason}")
 
 
 class ToolCall(Sent):
@@ -147,7 +171,7 @@ class ChatMessage(Sent):
 class Function(Sent):
     name: Name
     description: Text = ""
-    parameters: dict[str, JsonValue] = {}
+    parameters: Json = {}
     """JSON schema of an object."""
     strict: Bool = True
     """Arguments always keep to the parameters."""
@@ -187,7 +211,7 @@ class JsonSchema(Sent):
     description: Text = ""
     strict: Bool = True
     """The answer always keeps to the schema."""
-    schema_: Annotated[dict[str, JsonValue], Field(alias="schema")] = {}
+    schema_: Annotated[Json, Field(alias="schema")] = {}
 
 
 class ResponseFormat(Sent):
@@ -195,7 +219,7 @@ class ResponseFormat(Sent):
 
     type: Literal["text", "json_object", "json_schema", "regex", "lark"] = "text"
     json_schema: JsonSchema | None = None
-    schema_: Annotated[dict[str, JsonValue] | None, Field(alias="schema")] = None
+    schema_: Annotated[Json | None, Field(alias="schema")] = None
     """Of a json_object, as llama-server takes it."""
     regex: Text | None = None
     lark: Text | None = None

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, JsonValue, Tag, ValidationError, model_validator
 
-from .completions import MAX_MESSAGES, Asked, ChatRequest
+from .completions import LEAST_TOP_P, MAX_MESSAGES, Asked, ChatRequest
 from .invalid import text_of
 from .messages import MAX_TOOLS, Bool, ChatMessage, Float, Function, Int, JsonSchema, Name, Sent, Text
 
@@ -104,7 +104,7 @@ class ResponsesRequest(Asked):
     instructions: Text | None = None
     max_output_tokens: Annotated[Int | None, Field(ge=1, le=1_000_000)] = None
     temperature: Annotated[Float | None, Field(ge=0, le=2)] = None
-    top_p: Annotated[Float | None, Field(gt=0, le=1)] = None
+    top_p: Annotated[Float | None, Field(ge=LEAST_TOP_P, le=1)] = None
     tools: Annotated[list[FlatTool], Field(max_length=MAX_TOOLS)] = Field([])
     tool_choice: Literal["none", "auto", "required"] | NamedFlatTool = "auto"
     parallel_tool_calls: Bool = True
@@ -121,6 +121,7 @@ class ResponsesRequest(Asked):
             first = error.errors()[0]
             is_input = error.title == ChatMessage.__name__ or first["loc"][:1] == ("messages",)
             place = "input: " if is_input else ""
+            place += "calls of one turn: " if first["loc"][-1:] == ("tool_calls",) else ""
             raise ValueError(place + text_of(first)) from error
         return self
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import glob
 import gzip
 import hashlib
 import itertools
@@ -16,7 +15,7 @@ from typing import IO, cast
 
 from ...runtime.base import flags
 from ...runtime.base.errors import UsageError
-from ...runtime.base.files import written_atomically
+from ...runtime.base.files import remove_left_beside, written_atomically
 from ...runtime.base.output import locked_output
 from .chat import Chat, Document
 from .documents import DataSpec, check_documents, open_documents, text_of
@@ -79,8 +78,7 @@ def write_corpus(
     specs = [DataSpec.parse(text, config.skip_bad_lines, config.text_field) for text in config.data]
     with locked_output(output):
         _check_new(output, overwrite)
-        for left in output.parent.glob(f".{glob.escape(output.name)}.*.tmp"):  # of one that was killed
-            left.unlink()
+        remove_left_beside(output)
         return _write(output, config, [_Corpus(Taken(spec), _documents(spec, output)) for spec in specs], report)
 
 
@@ -98,6 +96,8 @@ def _write(output: Path, config: CorpusConfig, corpora: list[_Corpus], report: R
 
 
 def _check_new(output: Path, overwrite: bool) -> None:
+    if output.is_dir():
+        raise UsageError(f"{output} is a folder; name a file")
     if output.exists() and not overwrite:
         raise UsageError(f"{output} is there already; give another name, or --overwrite to replace it")
 
