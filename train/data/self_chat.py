@@ -1,15 +1,13 @@
 """Chats that a model holds with itself: questions and answers from its own template, to distil from without a corpus.
 
-An open user turn makes the model ask, the assistant's turn makes it answer. Left alone a small model asks for advice on
-careers, and answers at length; what is cut teaches nothing about how a turn ends. So half of the questions begin with a
-word that asks for a fact, and every second batch asks for a short answer. At temperature 1 such a model talks nonsense
-that nobody will ever hear, so both are sampled as a chat is, below it; questions warmer, for their variety.
+An open user turn makes the model ask, the assistant's turn makes it answer. Sampling follows the model's own
+distribution (temperature 1), which is what the KL divergence of distillation is an expectation over. Small models
+answer at length, and what is cut teaches nothing about how a turn ends; so every second batch asks for a short answer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +29,8 @@ BATCH = 64
 """Chats sampled side by side."""
 QUESTION_TOKENS, ANSWER_TOKENS = 64, 160
 """Longest turns; a longer question is left out, a longer answer is cut and its end not learned."""
-QUESTION_TEMPERATURE, ANSWER_TEMPERATURE, MIN_P = 0.8, 0.4, 0.05
-"""How turns are sampled; MIN_P of both."""
-OPENINGS = ("What", "Who", "Which", "When", "Where", "How", "Why", "Name")
-"""What every second question of a batch begins with, in turn."""
 BRIEFLY = " Answer in one short sentence."
 """What every second batch of questions ends with."""
-RECIPE = 2
-"""Of what is above, for names of files: chats of another one are sampled anew."""
 MAX_ROUNDS_WITHOUT = 3
 """Batches in a row that may give no whole chat before the model is said not to chat."""
 MARK = "(what the user says)"
@@ -61,28 +53,21 @@ def sample_chats(
         raise UsageError("--data self-chat: the source has no chat template")
     before, after = chat.prompt([{"role": "user", "content": MARK}]).split(MARK)
     turns = Turns(model, tokenizer, chat.end_of_turn)
-    openings = [OPENINGS[row // 2 % len(OPENINGS)] if row % 2 else "" for row in range(BATCH)]
     done = rounds_without = batch = 0
-    known = set[str]()
     while done < tokens:
-        said = turns.sample(
-            [before + opening for opening in openings], QUESTION_TOKENS, QUESTION_TEMPERATURE, [seed, batch, 0]
-        )
-        asked = [(opening + turn.text).strip() for opening, turn in zip(openings, said, strict=True) if turn.is_whole]
-        new = [question for question in dict.fromkeys(asked) if question and question not in known]
-        known.update(new)
-        asked = [question + (BRIEFLY if batch % 2 else "") for question in new]
-        prompts = [before + question + after for question in asked]
-        answers = turns.sample(prompts, ANSWER_TOKENS, ANSWER_TEMPERATURE, [seed, batch, 1])
-        pairs = [(question, answer) for question, answer in zip(asked, answers, strict=True) if answer.text.strip()]
-        for question, answer in pairs:
-            yield Chat((("user", question), ("assistant", answer.text.strip())), is_cut=not answer.is_whole)
-            done += len(tokenizer.encode(question + answer.text, add_special_tokens=False))
+        questions = turns.sample([before] * BATCH, QUESTION_TOKENS, [seed, batch, 0])
+        suffix = BRIEFLY if batch % 2 else ""
+        asked = [question + suffix for question, is_whole in questions if question and is_whole]
+        answers = turns.sample([before + question + after for question in asked], ANSWER_TOKENS, [seed, batch, 1])
+        pairs = [(question, *answer) for question, answer in zip(asked, answers, strict=True) if answer[0]]
+        for question, answer, is_whole in pairs:
+            yield Chat((("user", question), ("assistant", answer)), is_cut=not is_whole)
+            done += len(tokenizer.encode(question + answer, add_special_tokens=False))
         batch += 1
         rounds_without = 0 if pairs else rounds_without + 1
         if rounds_without == MAX_ROUNDS_WITHOUT:
             raise UsageError(
-                "--data self-chat: the source ends no new question of its own, so it has no chats to learn from"
+                "--data self-chat: the source ends no question of its own, so it has no chats to learn from"
             )
         report(min(done, tokens), tokens)
 
@@ -99,7 +84,7 @@ def self_chat_file(
 
     `speaker` makes what is sampled from, the source in eval mode and the type of matrix products, only where it is.
     """
-    path = cache_folder() / "self-chat" / f"{content_key(source)}-{RECIPE}-{tokens}-{seed}.jsonl"
+    path = cache_folder() / "self-chat" / f"{content_key(source)}-{tokens}-{seed}.jsonl"
     if not path.is_file():
         lines = [chat.to_json() + "\n" for chat in sample_chats(speaker(), tokenizer, tokens, seed, report)]
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -107,32 +92,22 @@ def self_chat_file(
     return path
 
 
-@dataclass(frozen=True)
-class Turn:
-    """What a model says after a prompt."""
-
-    text: str
-    is_whole: bool
-    """Whether it ends: what is not whole was cut."""
-
-
 class Turns:
-    """What a model says after prompts."""
+    """What a model says after a prompt."""
 
     def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, end_of_turn: str) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.end = tokenizer.encode(end_of_turn, add_special_tokens=False)[0]
 
-    def sample(self, prompts: Sequence[str], max_tokens: int, temperature: float, seed: Sequence[int]) -> list[Turn]:
-        """A turn after each prompt, cut where it does not end within `max_tokens`."""
+    def sample(self, prompts: Sequence[str], max_tokens: int, seed: Sequence[int]) -> list[tuple[str, bool]]:
+        """(what is said after each prompt, whether it ends within `max_tokens`)"""
         if not prompts:
             return []
         ids = [self.tokenizer.encode(prompt, add_special_tokens=False) for prompt in prompts]
         settings = GenerationConfig(
             max_new_tokens=max_tokens,
             do_sample=True,
-            temperature=temperature,
-            min_p=MIN_P,
+            temperature=1.0,
             top_k=0,
             top_p=1.0,
             eos_token_id=self.end,
@@ -141,9 +116,9 @@ class Turns:
         with torch.random.fork_rng():
             torch.manual_seed(hash(tuple(seed)) % 2**63)  # of integers: the same in every process
             found = continuations(self.model, ids, settings, self.model.device)
-        turns: list[Turn] = []
+        turns: list[tuple[str, bool]] = []
         for row in found:
             is_whole = self.end in row
             text = self.tokenizer.decode(row[: row.index(self.end)] if is_whole else row, skip_special_tokens=True)
-            turns.append(Turn(str(text), is_whole))
+            turns.append((str(text).strip(), is_whole))
         return turns
