@@ -70,7 +70,8 @@ class OwnedEngine:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise UsageError(f"the text holds what is no Unicode character, at character {error.start}") from error
+            reason = "a byte that is no UTF-8, or half of a surrogate pair"
+            raise UsageError(f"the text holds what is no character: {reason}") from error
         with self._open() as engine:
             return engine.tokenize(text, special)
 
