@@ -1,13 +1,16 @@
 """Chats that a model holds with itself: questions and answers from its own template, to distil from without a corpus.
 
-An open user turn makes the model ask, the assistant's turn makes it answer. Sampling follows the model's own
-distribution (temperature 1), which is what the KL divergence of distillation is an expectation over. Small models
-answer at length, and what is cut teaches nothing about how a turn ends; so every second batch asks for a short answer.
+An open user turn makes the model ask, the assistant's turn makes it answer. Most are sampled from the model's own
+distribution (temperature 1), which is what the KL divergence of distillation is an expectation over. Left alone a small
+model asks for advice on careers and answers at length, beyond where anybody would sample it from, and what is cut
+teaches nothing about how a turn ends. So a quarter is sampled as people chat, half of that with a first word that asks
+for a fact, and every second batch asks for a short answer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +28,33 @@ SELF_CHAT = "self-chat"
 """The --data that this is."""
 LARGEST, SMALLEST = 200_000, 60
 """Tokens sampled at most; sequences at least, so that there are some to train on and some to hold out."""
-BATCH = 64
-"""Chats sampled side by side."""
 QUESTION_TOKENS, ANSWER_TOKENS = 64, 160
 """Longest turns; a longer question is left out, a longer answer is cut and its end not learned."""
 BRIEFLY = " Answer in one short sentence."
 """What every second batch of questions ends with."""
+RECIPE = 2
+"""Of what is below, for names of files: chats of another one are sampled anew."""
 MAX_ROUNDS_WITHOUT = 3
 """Batches in a row that may give no whole chat before the model is said not to chat."""
 MARK = "(what the user says)"
 """Stands in a rendered template for the user's words."""
+
+
+@dataclass(frozen=True)
+class Manner:
+    """How some of a batch's chats are sampled, side by side."""
+
+    openings: tuple[str, ...]
+    """What their questions begin with."""
+    question_temperature: float
+    answer_temperature: float
+    min_p: float
+
+
+MANNERS = (
+    Manner(("",) * 48, 1.0, 1.0, 0.0),
+    Manner(("What", "Who", "Which", "When", "Where", "How", "Why", "Name") + ("",) * 8, 0.8, 0.4, 0.05),
+)
 
 
 def sample_chats(
@@ -54,20 +74,39 @@ def sample_chats(
     before, after = chat.prompt([{"role": "user", "content": MARK}]).split(MARK)
     turns = Turns(model, tokenizer, chat.end_of_turn)
     done = rounds_without = batch = 0
+    known = set[str]()
     while done < tokens:
-        questions = turns.sample([before] * BATCH, QUESTION_TOKENS, [seed, batch, 0])
-        suffix = BRIEFLY if batch % 2 else ""
-        asked = [question + suffix for question, is_whole in questions if question and is_whole]
-        answers = turns.sample([before + question + after for question in asked], ANSWER_TOKENS, [seed, batch, 1])
-        pairs = [(question, *answer) for question, answer in zip(asked, answers, strict=True) if answer[0]]
-        for question, answer, is_whole in pairs:
-            yield Chat((("user", question), ("assistant", answer)), is_cut=not is_whole)
-            done += len(tokenizer.encode(question + answer, add_special_tokens=False))
+        chats = 0
+        for number, manner in enumerate(MANNERS):
+            said = turns.sample(
+                [before + opening for opening in manner.openings],
+                QUESTION_TOKENS,
+                manner.question_temperature,
+                manner.min_p,
+                [seed, batch, number, 0],
+            )
+            whole = zip(manner.openings, said, strict=True)
+            asked = dict.fromkeys((opening + turn.text).strip() for opening, turn in whole if turn.is_whole)
+            new = [question for question in asked if question and question not in known]
+            known.update(new)
+            questions = [question + (BRIEFLY if batch % 2 else "") for question in new]
+            answers = turns.sample(
+                [before + question + after for question in questions],
+                ANSWER_TOKENS,
+                manner.answer_temperature,
+                manner.min_p,
+                [seed, batch, number, 1],
+            )
+            for question, answer in zip(questions, answers, strict=True):
+                if text := answer.text.strip():
+                    yield Chat((("user", question), ("assistant", text)), is_cut=not answer.is_whole)
+                    done += len(tokenizer.encode(question + text, add_special_tokens=False))
+                    chats += 1
         batch += 1
-        rounds_without = 0 if pairs else rounds_without + 1
+        rounds_without = 0 if chats else rounds_without + 1
         if rounds_without == MAX_ROUNDS_WITHOUT:
             raise UsageError(
-                "--data self-chat: the source ends no question of its own, so it has no chats to learn from"
+                "--data self-chat: the source ends no new question of its own, so it has no chats to learn from"
             )
         report(min(done, tokens), tokens)
 
@@ -84,7 +123,7 @@ def self_chat_file(
 
     `speaker` makes what is sampled from, the source in eval mode and the type of matrix products, only where it is.
     """
-    path = cache_folder() / "self-chat" / f"{content_key(source)}-{tokens}-{seed}.jsonl"
+    path = cache_folder() / "self-chat" / f"{content_key(source)}-{RECIPE}-{tokens}-{seed}.jsonl"
     if not path.is_file():
         lines = [chat.to_json() + "\n" for chat in sample_chats(speaker(), tokenizer, tokens, seed, report)]
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -92,22 +131,34 @@ def self_chat_file(
     return path
 
 
-class Turns:
+@dataclass(frozen=True)
+class Turn:
     """What a model says after a prompt."""
+
+    text: str
+    is_whole: bool
+    """Whether it ends: what is not whole was cut."""
+
+
+class Turns:
+    """What a model says after prompts."""
 
     def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, end_of_turn: str) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.end = tokenizer.encode(end_of_turn, add_special_tokens=False)[0]
 
-    def sample(self, prompts: Sequence[str], max_tokens: int, seed: Sequence[int]) -> list[tuple[str, bool]]:
-        """(what is said after each prompt, whether it ends within `max_tokens`)"""
+    def sample(
+        self, prompts: Sequence[str], max_tokens: int, temperature: float, min_p: float, seed: Sequence[int]
+    ) -> list[Turn]:
+        """A turn after each prompt, cut where it does not end within `max_tokens`."""
         if not prompts:
             return []
         ids = [self.tokenizer.encode(prompt, add_special_tokens=False) for prompt in prompts]
         settings = GenerationConfig(
             max_new_tokens=max_tokens,
             do_sample=True,
-            temperature=1.0,
+            temperature=temperature,
+            min_p=min_p or None,
             top_k=0,
             top_p=1.0,
             eos_token_id=self.end,
@@ -116,9 +167,9 @@ class Turns:
         with torch.random.fork_rng():
             torch.manual_seed(hash(tuple(seed)) % 2**63)  # of integers: the same in every process
             found = continuations(self.model, ids, settings, self.model.device)
-        turns: list[tuple[str, bool]] = []
+        turns: list[Turn] = []
         for row in found:
             is_whole = self.end in row
             text = self.tokenizer.decode(row[: row.index(self.end)] if is_whole else row, skip_special_tokens=True)
-            turns.append((str(text).strip(), is_whole))
+            turns.append(Turn(str(text), is_whole))
         return turns
