@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import re
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from .base.errors import UnanswerableError, UsageError
+from .base.errors import EfficientLLMError, UnanswerableError, UsageError
 from .base.extras import extra
 
 if TYPE_CHECKING:
@@ -130,7 +131,8 @@ class GrammarConstraint:
     def __init__(self, engine: OwnedEngine, grammar: Grammar, control_tokens: Iterable[int] = ()) -> None:
         """UsageError for a grammar that is wrong or too large; `control_tokens` are those it names by number.
 
-        An engine's first constraint takes some tenths of a second, in which its vocabulary is read.
+        An engine's first constraint takes some tenths of a second, in which its vocabulary is read, unless
+        `read_vocabulary` was there before.
         """
         from llguidance import LLMatcher
 
@@ -202,6 +204,12 @@ _TOKENIZERS: weakref.WeakKeyDictionary[OwnedEngine, dict[frozenset[int], LLToken
 _LOCK = threading.Lock()
 _STACK_SIZE = threading.Lock()
 """Threads that start meanwhile would get the same."""
+
+
+def read_vocabulary(engine: OwnedEngine) -> None:
+    """What an engine's first constraint does otherwise; nothing where llguidance is not installed."""
+    with contextlib.suppress(EfficientLLMError):  # or the engine was closed meanwhile
+        _tokenizer_of(engine, frozenset())
 
 
 def _tokenizer_of(engine: OwnedEngine, control_tokens: frozenset[int]) -> LLTokenizer:

@@ -19,7 +19,7 @@ from efficientllm.train.compute.loss import LossWeights, TrainingLoss
 from efficientllm.train.data.chat import Chat, ChatFormat
 from efficientllm.train.data.documents import DataSpec, is_held_out, open_documents, open_texts
 from efficientllm.train.data.encoding import Encoder
-from efficientllm.train.data.self_chat import MANNERS, sample_chats
+from efficientllm.train.data.self_chat import OPENINGS, sample_chats
 
 CHAT = Chat((("system", "Be kind."), ("user", "Hi"), ("assistant", "Hello."), ("user", "Bye"), ("assistant", "Ciao")))
 
@@ -146,9 +146,9 @@ def test_a_model_chats_with_itself_the_same_for_a_seed(tokenizer: PreTrainedToke
     assert all([role for role, _ in chat.turns] == ["user", "assistant"] for chat in first)
     questions = [chat.turns[0][1] for chat in first]
     assert len(set(questions)) == len(questions)
-    openings = tuple(opening for manner in MANNERS for opening in manner.openings if opening)
-    begun = [question.startswith(openings) for question in questions]
-    assert any(begun) and not all(begun)
+    begun = [question.startswith(OPENINGS) for question in questions]
+    assert any(begun)
+    assert not all(begun)
     assert all(content.strip() for chat in first for _, content in chat.turns)
     assert all(torch.equal(one, other) for one, other in zip(before, model.parameters(), strict=True))
 

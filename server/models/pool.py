@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections import Counter
 from collections.abc import Coroutine, Mapping
 from dataclasses import replace
@@ -15,6 +16,7 @@ from ...runtime.base.quantities import format_bytes
 from ...runtime.engines.artefact import Artefact
 from ...runtime.engines.engine import DEFAULT_CONTEXT, EngineOptions, load_engine
 from ...runtime.engines.owned import OwnedEngine
+from ...runtime.grammar import read_vocabulary
 from ..schemas.error import APIError, stopping
 from .deadline import Deadline
 from .worker import EngineWorker
@@ -62,6 +64,8 @@ class ModelPool:
         engine = load_engine(self.artefacts[name], self.options)
         self._sizes[name] = self.artefacts[name].file_bytes + engine.kv_cache_bytes
         logging.getLogger(PROGRESS_LOGGER).info("%s: %s", name, capacity(engine))
+        # while nobody waits for a grammar: reading cannot be stopped, and would keep a place of a client that has gone
+        threading.Thread(target=read_vocabulary, args=(engine,), daemon=True).start()
         return EngineWorker(engine, self.waiting, when_idle=self._idle.set)
 
     @property

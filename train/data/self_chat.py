@@ -10,7 +10,7 @@ for a fact, and every second batch asks for a short answer.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from ...runtime.base.errors import UsageError
 from ...runtime.base.files import write_text_atomically
 from ...runtime.base.user_cache import cache_folder
-from ..model.continuation import continuations
+from ..model.continuation import Warmth, continuations
 from ..model.source import content_key
 from .chat import Chat, ChatFormat
 
@@ -42,19 +42,22 @@ MARK = "(what the user says)"
 
 @dataclass(frozen=True)
 class Manner:
-    """How some of a batch's chats are sampled, side by side."""
+    """How a chat is sampled."""
 
-    openings: tuple[str, ...]
-    """What their questions begin with."""
-    question_temperature: float
-    answer_temperature: float
-    min_p: float
+    question: Warmth
+    answer: Warmth
+    opening: str = ""
+    """What the question begins with."""
 
 
-MANNERS = (
-    Manner(("",) * 48, 1.0, 1.0, 0.0),
-    Manner(("What", "Who", "Which", "When", "Where", "How", "Why", "Name") + ("",) * 8, 0.8, 0.4, 0.05),
+OPENINGS = ("What", "Who", "Which", "When", "Where", "How", "Why", "Name")
+FREE, COOL = Manner(Warmth(), Warmth()), Manner(Warmth(0.8, min_p=0.05), Warmth(0.4, min_p=0.05))
+MANNERS = tuple(
+    manner
+    for opening in OPENINGS + ("",) * len(OPENINGS)
+    for manner in (FREE, FREE, FREE, replace(COOL, opening=opening))
 )
+"""Of the chats that are sampled side by side."""
 
 
 def sample_chats(
@@ -76,32 +79,24 @@ def sample_chats(
     done = rounds_without = batch = 0
     known = set[str]()
     while done < tokens:
+        prompts = [before + manner.opening for manner in MANNERS]
+        said = turns.sample(prompts, QUESTION_TOKENS, [manner.question for manner in MANNERS], [seed, batch, 0])
+        asked = {
+            (manner.opening + turn.text).strip(): manner
+            for manner, turn in zip(MANNERS, said, strict=True)
+            if turn.is_whole
+        }
+        new = {question: manner for question, manner in asked.items() if question and question not in known}
+        known.update(new)
+        questions = [question + (BRIEFLY if batch % 2 else "") for question in new]
+        prompts = [before + question + after for question in questions]
+        answers = turns.sample(prompts, ANSWER_TOKENS, [manner.answer for manner in new.values()], [seed, batch, 1])
         chats = 0
-        for number, manner in enumerate(MANNERS):
-            said = turns.sample(
-                [before + opening for opening in manner.openings],
-                QUESTION_TOKENS,
-                manner.question_temperature,
-                manner.min_p,
-                [seed, batch, number, 0],
-            )
-            whole = zip(manner.openings, said, strict=True)
-            asked = dict.fromkeys((opening + turn.text).strip() for opening, turn in whole if turn.is_whole)
-            new = [question for question in asked if question and question not in known]
-            known.update(new)
-            questions = [question + (BRIEFLY if batch % 2 else "") for question in new]
-            answers = turns.sample(
-                [before + question + after for question in questions],
-                ANSWER_TOKENS,
-                manner.answer_temperature,
-                manner.min_p,
-                [seed, batch, number, 1],
-            )
-            for question, answer in zip(questions, answers, strict=True):
-                if text := answer.text.strip():
-                    yield Chat((("user", question), ("assistant", text)), is_cut=not answer.is_whole)
-                    done += len(tokenizer.encode(question + text, add_special_tokens=False))
-                    chats += 1
+        for question, answer in zip(questions, answers, strict=True):
+            if text := answer.text.strip():
+                yield Chat((("user", question), ("assistant", text)), is_cut=not answer.is_whole)
+                done += len(tokenizer.encode(question + text, add_special_tokens=False))
+                chats += 1
         batch += 1
         rounds_without = 0 if chats else rounds_without + 1
         if rounds_without == MAX_ROUNDS_WITHOUT:
@@ -148,7 +143,7 @@ class Turns:
         self.end = tokenizer.encode(end_of_turn, add_special_tokens=False)[0]
 
     def sample(
-        self, prompts: Sequence[str], max_tokens: int, temperature: float, min_p: float, seed: Sequence[int]
+        self, prompts: Sequence[str], max_tokens: int, warmths: Sequence[Warmth], seed: Sequence[int]
     ) -> list[Turn]:
         """A turn after each prompt, cut where it does not end within `max_tokens`."""
         if not prompts:
@@ -157,8 +152,7 @@ class Turns:
         settings = GenerationConfig(
             max_new_tokens=max_tokens,
             do_sample=True,
-            temperature=temperature,
-            min_p=min_p or None,
+            temperature=1.0,
             top_k=0,
             top_p=1.0,
             eos_token_id=self.end,
@@ -166,7 +160,7 @@ class Turns:
         )
         with torch.random.fork_rng():
             torch.manual_seed(hash(tuple(seed)) % 2**63)  # of integers: the same in every process
-            found = continuations(self.model, ids, settings, self.model.device)
+            found = continuations(self.model, ids, settings, self.model.device, warmths)
         turns: list[Turn] = []
         for row in found:
             is_whole = self.end in row

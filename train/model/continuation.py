@@ -4,20 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 STRETCH = 16
 """Tokens between two looks at which rows have ended: they leave the batch, and the others get faster."""
 
 
+@dataclass(frozen=True)
+class Warmth:
+    """How freely the tokens of a row are sampled."""
+
+    temperature: float = 1.0
+    min_p: float = 0.0
+    """Tokens of less than this times the likeliest one's probability are never sampled."""
+
+
 @torch.inference_mode()
 def continuations(
-    model: Any, prompts: Sequence[Sequence[int]], settings: GenerationConfig, device: torch.device
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    settings: GenerationConfig,
+    device: torch.device,
+    warmths: Sequence[Warmth] = (),
 ) -> list[list[int]]:
-    """Token ids after each prompt, computed on `device`; what ends early may be filled with the padding token."""
+    """Token ids after each prompt, computed on `device`; what ends early may be filled with the padding token.
+
+    `warmths` of the rows, if they are sampled and not alike.
+    """
     width, pad = max(map(len, prompts)), settings.pad_token_id
     padded = [[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts]
     seen = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
@@ -25,18 +42,37 @@ def continuations(
     ends = torch.tensor(settings.eos_token_id, device=device).flatten()
     found: list[list[int]] = [[] for _ in prompts]
     rows, cache = list(range(len(prompts))), None
-    for done in range(0, settings.max_new_tokens, STRETCH):
-        stretch = copy(settings)
-        stretch.max_new_tokens = min(STRETCH, settings.max_new_tokens - done)
-        stretch.return_dict_in_generate = True
-        said = model.generate(tokens, attention_mask=mask, cache=cache, generation_config=stretch)
-        new = said.sequences[:, tokens.shape[1] :]
-        for row, more in zip(rows, new.tolist(), strict=True):
-            found[row] += more
-        goes_on = (~torch.isin(new, ends).any(1)).nonzero()[:, 0]
-        if not len(goes_on):
-            break
-        rows, cache = [rows[index] for index in goes_on.tolist()], said.cache
-        tokens, mask = said.sequences[goes_on], torch.cat([mask, torch.ones_like(new)], 1)[goes_on]
-        cache.batch_select_indices(goes_on)
+    # the last states of several prompts lie apart, and a product with such a tensor copies the head for each prompt
+    with model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),)):
+        for done in range(0, settings.max_new_tokens, STRETCH):
+            stretch = copy(settings)
+            stretch.max_new_tokens = min(STRETCH, settings.max_new_tokens - done)
+            stretch.return_dict_in_generate = True
+            warm = [_Warm([warmths[row] for row in rows], device)] if warmths else []
+            said = model.generate(
+                tokens,
+                attention_mask=mask,
+                cache=cache,
+                generation_config=stretch,
+                logits_processor=LogitsProcessorList(warm),
+            )
+            new = said.sequences[:, tokens.shape[1] :]
+            for row, more in zip(rows, new.tolist(), strict=True):
+                found[row] += more
+            goes_on = (~torch.isin(new, ends).any(1)).nonzero()[:, 0]
+            if not len(goes_on):
+                break
+            rows, cache = [rows[index] for index in goes_on.tolist()], said.cache
+            tokens, mask = said.sequences[goes_on], torch.cat([mask, torch.ones_like(new)], 1)[goes_on]
+            cache.batch_select_indices(goes_on)
     return found
+
+
+class _Warm(LogitsProcessor):
+    def __init__(self, warmths: Sequence[Warmth], device: torch.device) -> None:
+        self.temperatures = torch.tensor([[each.temperature] for each in warmths], device=device)
+        self.least = torch.tensor([[each.min_p] for each in warmths], device=device).log()
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        scores = scores / self.temperatures
+        return scores.masked_fill(scores < scores.amax(1, keepdim=True) + self.least, -torch.inf)
