@@ -15,12 +15,20 @@ def cpu_quickstart() -> TrainConfig:
     """SmolLM2-135M to 85 % on two CPU cores in minutes: what sixty thousand tokens can do.
 
     With so few steps the groups go at once, by the gradients of the first, and what they did is fitted again; the
-    source's own chats are three tenths of the text, so that the model goes on chatting.
+    source's own chats are three tenths of the text, so that the model goes on chatting. Tokens of the vocabulary go
+    first, which keeps the most of chats and facts, by prices that are measured on little text.
     """
     return TrainConfig(
         source=SourceConfig(data=("demo:0.7", "self-chat:0.3"), sequence_length=256, eval_tokens=8192),
         pruning=PruneConfig(
-            target_ratio=0.85, saliency="token-fisher", prune_start=0.1, prune_end=0.1, recover="least-squares"
+            prune=("attention", "ffn", "vocabulary"),
+            target_ratio=0.85,
+            saliency="token-fisher",
+            prune_start=0.1,
+            prune_end=0.1,
+            recover="least-squares",
+            block_tokens=1024,
+            block_renewals=2,
         ),
         optimizer=OptimizerConfig(tokens=61_440, batch_size=2, distill=1.0),
         run=RunConfig(checkpoint_every=100),
