@@ -14,6 +14,7 @@ from pathlib import Path
 from ..runtime.base.progress import PROGRESS_LOGGER
 from ..runtime.base.source_tree import commit
 from ..runtime.engines.artefact import Artefact
+from ..runtime.engines.engine import check_engine
 from .bare_gguf import Described, describe_gguf
 from .device import Device, DeviceOptions, open_device
 from .journal import journal_for
@@ -57,6 +58,7 @@ def bench(
 ) -> Run:
     """Measure every artefact `options.rounds` times, in turn; `say` is told about every process."""
     for artefact in artefacts:
+        check_engine(artefact)
         artefact.verify()
     info, release = device.describe(), importlib.metadata.version("efficientllm")
     device.prepare(list(artefacts), options)

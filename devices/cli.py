@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from ..runtime.base import flags
 from ..runtime.base.command import run_command
 from ..runtime.base.errors import UsageError
+from ..runtime.base.output import check_file
 from ..runtime.latency.profile import DeviceProfile
 from . import compare, predicted, report
 from .bench import benchmark, log_progress
 from .device import DeviceOptions, open_device
+from .journal import journal_path
 from .profiler import ProfileOptions, profile, summary
 from .results import BenchOptions, Run
 
@@ -51,8 +54,11 @@ def build_parser() -> flags.Parser:
 def body(argv: Sequence[str]) -> int:
     arguments = build_parser().parse(argv)
     paths, as_markdown = arguments.pop("artefacts"), arguments.pop("markdown")
-    json_path, html_path, profile_path = (_output(arguments, name) for name in ("json", "html", "profile"))
     compared, predicting = arguments.pop("compare"), arguments.pop("predict")
+    read = [*paths, *(compared or ()), *filter(None, [predicting])]
+    outputs = {name: _output(arguments, name, read) for name in ("json", "html", "profile")}
+    json_path, html_path, profile_path = outputs.values()
+    _check_apart(outputs)
     where, options = flags.take(arguments, DeviceOptions), flags.take(arguments, BenchOptions)
     profile_options = flags.take(arguments, ProfileOptions)
     if compared:
@@ -75,11 +81,51 @@ def body(argv: Sequence[str]) -> int:
     return 0
 
 
-def _output(arguments: dict[str, str | None], name: str) -> Path | None:
+def _output(arguments: dict[str, str | None], name: str, read: Sequence[str]) -> Path | None:
+    """A file to write, checked before the work; UsageError where something of somebody else's would be lost."""
     value = arguments.pop(name)
-    if value and not Path(value).absolute().parent.is_dir():
-        raise UsageError(f"--{name} {value}: its folder does not exist")
-    return Path(value) if value else None
+    if not value:
+        return None
+    path, flag = Path(value), f"--{name}"
+    check_file(flag, path, read)
+    beside = journal_path(path) if name == "json" else path
+    if beside.is_dir():
+        raise UsageError(f"{flag} {path}: {beside} is a folder, where the run's notes would lie; name another file")
+    if path.is_file() and path.stat().st_size and not OURS[name](path):
+        raise UsageError(f"{flag} {path} holds something else than this command writes; name another file")
+    return path
+
+
+def _check_apart(outputs: Mapping[str, Path | None]) -> None:
+    places: dict[Path, str] = {}
+    for name, path in outputs.items():
+        if path is not None and (other := places.setdefault(path.resolve(), name)) != name:
+            raise UsageError(f"--{name} {path} is --{other}, too; name two files")
+
+
+def _is_json_with(*keys: str) -> Callable[[Path], bool]:
+    def holds(path: Path) -> bool:
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            return False
+        return isinstance(values, dict) and all(key in values for key in keys)
+
+    return holds
+
+
+def _is_page(path: Path) -> bool:
+    with path.open("rb") as stream:
+        return stream.read(len(PAGE_BEGINS)).lower() == PAGE_BEGINS
+
+
+PAGE_BEGINS = b"<!doctype html>"
+OURS: dict[str, Callable[[Path], bool]] = {
+    "json": _is_json_with("schema_version", "device", "results"),
+    "html": _is_page,
+    "profile": _is_json_with("measured_on", "table"),
+}
+"""Flag of a file that is written -> whether a file that is there already is one of the kind."""
 
 
 def _show(run: Run, html_path: Path | None, as_markdown: bool) -> None:

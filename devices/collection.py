@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment
 
@@ -36,19 +37,18 @@ class Entry:
     @property
     def mean_kl(self) -> float | None:
         """Nats per token from the exact file, as its export measured it; 0 for one that is exact; None: not told."""
-        verification = self.result.manifest.get("verification") or {}
-        stage = verification.get("quantized") or verification.get("exact") or {}
-        value = stage.get("mean_kl")
-        return float(value) if isinstance(value, int | float) else None
+        manifest = self.result.manifest
+        found = (_number_at(manifest, "verification", stage, "mean_kl") for stage in ("quantized", "exact"))
+        return next((value for value in found if value is not None), None)
 
     @property
     def perplexity_ratio(self) -> float | None:
         """Perplexity of the checkpoint, as a multiple of its source's, on text that it was not trained on; 1 of what
         was not trained; None: not told."""
-        training = self.result.manifest.get("training") or {}
-        if not training:
+        if not self.result.manifest.get("training"):
             return 1.0
-        return (training.get("quality") or {}).get("texts", {}).get("all texts", {}).get("ratio")
+        ratio = _number_at(self.result.manifest, "training", "quality", "texts", "all texts", "ratio")
+        return ratio or None
 
     @property
     def nats_lost(self) -> float | None:
@@ -66,6 +66,14 @@ class Entry:
     def threads(self) -> int:
         """As counted by the process that measured."""
         return self.result.threads or self.run.options.threads
+
+
+def _number_at(values: Any, *keys: str) -> float | None:
+    """A number deep in a manifest, not negative; None where none stands there."""
+    for key in keys:
+        values = values.get(key) if isinstance(values, dict) else None
+    is_number = isinstance(values, int | float) and math.isfinite(values) and values >= 0
+    return float(values) if is_number else None
 
 
 def entries(runs: Sequence[tuple[Run, str]]) -> list[Entry]:

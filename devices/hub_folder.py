@@ -15,14 +15,15 @@ import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from ..runtime.base import flags
 from ..runtime.base.errors import ArtefactError, OptionError, UsageError
 from ..runtime.base.files import sha256_of
 from ..runtime.base.markdown import markdown_table
-from ..runtime.base.output import LOCK_NAME, replaced_whole
+from ..runtime.base.output import others_in, replaced_whole
 from ..runtime.base.quantities import format_bytes, format_count
+from ..runtime.engines.artefact import Artefact
 from ..runtime.engines.contract_text import contract_rows
 from ..runtime.engines.manifest import MANIFEST_NAME, OLLAMA_FILE, Manifest
 from .ollama_files import FILES, ollama_files
@@ -38,6 +39,8 @@ LIBRARIES = {"llama.cpp": "gguf", "onnxruntime": "onnx", "executorch": "executor
 ONNX_FOLDER = "onnx"
 TOP_OF_ONNX = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 """Files that transformers.js reads at the top of a repository."""
+YAML_WORDS = ("null", "true", "false", "yes", "no", "on", "off", "y", "n")
+"""Of YAML 1.1: no strings unless they are quoted."""
 LINKED_BYTES = 16_000_000
 """From this size on files are linked: configurations and tokenizers are small, and an edit would be the artefact's."""
 
@@ -80,6 +83,11 @@ class Part:
     def is_file(self) -> bool:
         return self.manifest.engine == "llama.cpp"
 
+    @property
+    def size(self) -> int:
+        """Bytes of what lies in the repository."""
+        return self.manifest.files[self.manifest.model_file]["bytes"] if self.is_file else self.manifest.total_bytes
+
 
 def write_hub_folder(
     output: Path, artefacts: Sequence[Path], bench: Sequence[Path], settings: CardSettings, overwrite: bool = False
@@ -88,6 +96,9 @@ def write_hub_folder(
     artefact that is damaged."""
     settings = _named(settings, output)
     parts, runs = _parts(artefacts, settings.name), [Run.read(path) for path in bench]
+    for path, run in zip(bench, runs, strict=True):
+        if not any(_result(part, [run]) for part in parts):
+            raise UsageError(f"--bench {path} measured none of these artefacts; leave it out, or measure them")
     remedy = "give another --output, or --overwrite to replace it"
     with replaced_whole(output, overwrite, _foreign, [*artefacts, *bench], remedy) as folder:
         for part in parts:
@@ -117,7 +128,7 @@ def _parts(artefacts: Sequence[Path], name: str) -> list[Part]:
     parts: list[Part] = []
     for path in artefacts:
         manifest = Manifest.read(path)
-        manifest.check_files(path)
+        Artefact.open(path).verify()
         if manifest.engine == "llama.cpp":
             place = f"{name}-{manifest.quantization.upper()}.gguf"
         elif _library(manifest) == "onnx" and all(part.place != ONNX_FOLDER for part in parts):
@@ -174,9 +185,7 @@ def _link(source: Path, target: Path) -> None:
 def _foreign(folder: Path) -> list[str]:
     """What this command has not written, or somebody has changed since: everything where the card does not say."""
     known = _written(folder)
-    kept = {parent.as_posix() for name in known for parent in PurePosixPath(name).parents}
-    names = {path: path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.name != LOCK_NAME}
-    return sorted(name for path, name in names.items() if not (name in kept or _is_as_written(path, known.get(name))))
+    return others_in(folder, known, lambda path, name: _hash_of(path) == known[name])
 
 
 def _written(folder: Path) -> dict[str, str]:
@@ -187,10 +196,6 @@ def _written(folder: Path) -> dict[str, str]:
     except (OSError, ValueError):
         return {}
     return {str(name): str(content) for name, content in written.items()} if isinstance(written, dict) else {}
-
-
-def _is_as_written(path: Path, written: str | None) -> bool:
-    return written is not None and path.is_file() and not path.is_symlink() and _hash_of(path) == written
 
 
 def _hash_of(file: Path) -> str:
@@ -209,9 +214,10 @@ def card(parts: Sequence[Part], runs: Sequence[Run], settings: CardSettings) -> 
     relation = "finetune" if training else "quantized"
     header = [
         "---",
-        *([f"license: {settings.license}"] if settings.license else []),
-        *([f"base_model: {settings.base_model}", f"base_model_relation: {relation}"] if settings.base_model else []),
-        f"language: {settings.language}",
+        *([f"license: {_yaml(settings.license)}"] if settings.license else []),
+        *([f"base_model: {_yaml(settings.base_model)}"] if settings.base_model else []),
+        *([f"base_model_relation: {relation}"] if settings.base_model else []),
+        f"language: {_yaml(settings.language)}",
         f"library_name: {libraries[0]}",
         "pipeline_tag: text-generation",
         f"tags: [{', '.join(['efficientllm', *(['pruned'] if is_pruned else []), *libraries])}]",
@@ -241,6 +247,12 @@ def card(parts: Sequence[Part], runs: Sequence[Run], settings: CardSettings) -> 
     return "\n".join([*lines, f"## Licence\n\n{licence}", ""])
 
 
+def _yaml(word: str) -> str:
+    """A word as YAML reads it back: `no` alone is false there."""
+    is_plain = re.fullmatch(r"[A-Za-z][\w.+/-]*", word) and word.lower() not in YAML_WORDS
+    return word if is_plain else json.dumps(word)
+
+
 def _file_rows(parts: Sequence[Part], runs: Sequence[Run]) -> list[list[str]]:
     """Header and a row per artefact, with its speeds in the first run that measured it."""
     measured = [_result(part, runs) for part in parts]
@@ -251,7 +263,7 @@ def _file_rows(parts: Sequence[Part], runs: Sequence[Run]) -> list[list[str]]:
         compared = part.manifest.verification.get("quantized") or part.manifest.verification.get("exact") or {}
         kl = f"{compared['mean_kl']:.4f}" if "mean_kl" in compared else "not verified"
         row = [part.place, part.manifest.engine, part.manifest.quantization]
-        row += [format_bytes(part.manifest.total_bytes), kl]
+        row += [format_bytes(part.size), kl]
         row += [_speed(result.speeds.get(test) if result else None) for test in tests]
         row += [format_bytes(result.peak_rss_bytes) if result else ""] if any(measured) else []
         rows.append(row)
@@ -275,6 +287,8 @@ def _command(part: Part) -> str:
         return f"litert-lm run {part.place}/{part.manifest.model_file}"
     if part.manifest.engine == "wllama":
         return f"efficientllm-serve-web {part.place}    # or any web server"
+    if part.manifest.engine == "transformers":
+        return f"# transformers: AutoModelForCausalLM.from_pretrained('{part.place}')"
     if part.place == ONNX_FOLDER:
         return f"efficientllm-chat {part.place}    # or transformers.js: from_pretrained('OWNER/NAME')"
     return f"efficientllm-chat {part.place}"

@@ -32,7 +32,7 @@ class Journal:
                 place = (entry["sha256"], entry["copy"], entry["round"])
                 if entry["key"] == self._key:
                     self._done[place] = Measurement.from_json(entry["measurement"])
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 say(f"{path}: line {number} was cut off or damaged; what it held is measured again")
 
     def get(self, place: Place) -> Measurement | None:
@@ -59,10 +59,15 @@ class Journal:
             self._path.unlink(missing_ok=True)
 
 
+def journal_path(json_path: Path) -> Path:
+    """Beside the file that the run will write."""
+    return json_path.with_name(f"{json_path.name}.partial")
+
+
 def journal_for(
     json_path: Path | None, device: DeviceInfo, options: BenchOptions, release: str, say: Callable[[str], None]
 ) -> Journal:
     """The journal of a run on `device` by `release` of this package."""
-    path = json_path.with_name(f"{json_path.name}.partial") if json_path else None
+    path = journal_path(json_path) if json_path else None
     text = json.dumps([asdict(device), asdict(options), release], sort_keys=True)
     return Journal(path, hashlib.sha256(text.encode()).hexdigest()[:16], say)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..runtime.base import flags
 from ..runtime.base.command import run_command
-from ..runtime.base.errors import UsageError
+from ..runtime.base.output import check_file
 from . import collection
 from .report import print_rows
 from .results import Run
@@ -32,8 +32,8 @@ def body(argv: Sequence[str]) -> int:
     arguments = build_parser().parse(argv)
     html = Path(arguments["html"]) if arguments["html"] else None
     folder = html.absolute().parent if html else Path.cwd()
-    if not folder.is_dir():
-        raise UsageError(f"--html {html}: its folder does not exist")
+    if html:
+        check_file("--html", html, arguments["results"])
     paths = [Path(name) for name in arguments["results"]]
     runs = [(Run.read(path), Path(os.path.relpath(path, folder)).as_posix()) for path in paths]
     found = collection.entries(runs)

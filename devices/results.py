@@ -14,6 +14,7 @@ from ..runtime.base import flags
 from ..runtime.base.errors import UsageError
 from ..runtime.base.figure import Figure
 from ..runtime.base.files import write_json_atomically
+from ..runtime.base.typed import check_value
 from ..runtime.engines.engine import CacheChoice
 
 SCHEMA_VERSION = 3
@@ -154,7 +155,12 @@ class Measurement(Readings[list[float]]):
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Measurement:
-        return cls(**_with_tuples(values, ("temperature_celsius", "clock_mhz")))
+        """TypeError, AttributeError or ValueError where it is none."""
+        found = cls(**_with_tuples(values, ("temperature_celsius", "clock_mhz")))
+        check_value(found, Measurement, "it", {Sample: list[float]})
+        if not all(value > 0 for values in found.speeds.values() for value in values) or 0 in (found.clock_mhz or ()):
+            raise ValueError("a speed or a clock is not positive")
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,6 +182,15 @@ class Result(Readings[Figure]):
     """0 where the artefact does not tell."""
     quantization: str = ""
     """As its exporter calls it; "" where the artefact does not tell."""
+
+    def check(self) -> None:
+        """ValueError where a figure is none that a measurement gives."""
+        figures = [*self.speeds.values(), *self.cpu_ms_per_token.values(), *self.quiet_ms_per_token.values()]
+        figures += filter(None, [self.memory_bytes_per_second])
+        if any(min(figure.low, figure.median, figure.high) <= 0 for figure in figures):
+            raise ValueError(f"{self.artefact}: a figure is not positive")
+        if self.file_bytes <= 0 or self.num_parameters < 0 or not all(self.clock_mhz or (1.0,)):
+            raise ValueError(f"{self.artefact}: bytes, parameters or clock cannot be")
 
     @property
     def spread_of_processes(self) -> dict[str, float]:
@@ -321,12 +336,13 @@ class Run:
             values = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             raise UsageError(f"{path} does not exist; give a file written by efficientllm-bench --json") from error
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UsageError(f"{path} cannot be read as JSON: {error}") from error
         if not isinstance(values, dict) or values.get("schema_version") != SCHEMA_VERSION:
             raise UsageError(f"{path} is not a result of efficientllm-bench of schema {SCHEMA_VERSION}; measure again")
         try:
-            return cls(
+            check_value(values["results"], list[Any], "results")
+            run = cls(
                 DeviceInfo(**values["device"]),
                 BenchOptions.from_json(values["options"]),
                 [_result(entry) for entry in values["results"]],
@@ -334,8 +350,12 @@ class Run:
                 values.get("efficientllm_version", ""),
                 values.get("efficientllm_commit", ""),
             )
-        except (KeyError, TypeError, ValueError) as error:
+            check_value(run, Run, "it", {Sample: Figure})
+            for result in run.results:
+                result.check()
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UsageError(f"{path} is damaged ({error}); measure again") from error
+        return run
 
 
 def _result(values: dict[str, Any]) -> Result:

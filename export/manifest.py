@@ -9,13 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime.base.errors import ArtefactError
+from ..runtime.base.files import sha256_of
 from ..runtime.base.names import without_folders
+from ..runtime.base.output import others_in
 from ..runtime.base.quantities import format_bytes
-from ..runtime.engines.manifest import MANIFEST_NAME, OLLAMA_FILE, Manifest, describe_files
+from ..runtime.engines.manifest import MANIFEST_NAME, Manifest, describe_files
 from .checkpoint import Checkpoint
 from .request import ExportRequest
 
 TOKENIZER_SETTINGS = "tokenizer_config.json"
+BEGINNING = 8000
+"""Bytes in which a file that is no text has a zero, as git tells them apart."""
 TOKENIZER_FILES = ("tokenizer.json", TOKENIZER_SETTINGS, "special_tokens_map.json", "chat_template.jinja")
 
 
@@ -48,6 +52,8 @@ class Contents:
     layout: str
     """What the format calls this kind of model."""
     verification: dict[str, Any]
+    editable: tuple[str, ...] = ()
+    """Files that lie there, too, and are their owner's to change."""
 
 
 def write_manifest(checkpoint: Checkpoint, request: ExportRequest[Any], folder: Path, contents: Contents) -> None:
@@ -73,6 +79,7 @@ def write_manifest(checkpoint: Checkpoint, request: ExportRequest[Any], folder: 
         training=training,
         sampling=checkpoint.sampling,
         notes=tuple(request.notes),
+        editable={name: sha256_of(folder / name) for name in contents.editable},
     )
     manifest.write(folder)
     size = format_bytes(manifest.total_bytes)
@@ -80,12 +87,20 @@ def write_manifest(checkpoint: Checkpoint, request: ExportRequest[Any], folder: 
 
 
 def foreign_files(folder: Path) -> list[str]:
-    """What lies in an artefact's folder and no export has written: everything where its manifest cannot be read."""
+    """What lies in an artefact's folder and no export has written, or somebody has changed since: everything where its
+    manifest cannot be read. Damaged weights are nobody's work, and may be replaced."""
     try:
-        known = {MANIFEST_NAME, OLLAMA_FILE, *Manifest.read(folder).files}
+        manifest = Manifest.read(folder)
     except ArtefactError:
-        known = set()
-    return sorted(entry.name for entry in folder.iterdir() if entry.name not in known)
+        return sorted(entry.name for entry in folder.iterdir())
+    hashes = {name: entry["sha256"] for name, entry in manifest.files.items()} | manifest.editable
+
+    def is_ours(path: Path, name: str) -> bool:
+        with path.open("rb") as stream:
+            is_binary = b"\0" in stream.read(BEGINNING)
+        return is_binary or name not in hashes or sha256_of(path) == hashes[name]
+
+    return others_in(folder, [*hashes, MANIFEST_NAME], is_ours)
 
 
 def bits_per_weight(checkpoint: Checkpoint, weight_bytes: int) -> float:

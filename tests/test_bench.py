@@ -237,6 +237,29 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "--compare reads two result files" in fails(str(bad), "--compare", "a", "b")
 
 
+def test_what_is_written_takes_the_place_of_nothing_else(
+    artefact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Said before anything is measured."""
+    (tmp_path / "mine.json").write_text('{"my": "precious"}')
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "run.json.partial").mkdir()
+    for flags, message in (
+        (["--json", artefact / "manifest.json"], "which is read; name another file"),
+        (["--json", tmp_path / "same", "--html", tmp_path / "same"], "is --json, too; name two files"),
+        (["--json", tmp_path / "mine.json"], "holds something else than this command writes"),
+        (["--html", tmp_path / "mine.json"], "holds something else than this command writes"),
+        (["--profile", tmp_path / "mine.json"], "holds something else than this command writes"),
+        (["--json", tmp_path / "folder"], "is a folder; name a file"),
+        (["--json", tmp_path / "run.json"], "run.json.partial is a folder"),
+    ):
+        assert run_command(cli.body, [str(artefact), *QUICK, *map(str, flags)]) == 2
+        (error,) = capsys.readouterr().err.splitlines()
+        assert message in error
+    assert (tmp_path / "mine.json").read_text() == '{"my": "precious"}'
+    assert Manifest.read(artefact)
+
+
 def test_a_bare_gguf_file_tells_its_parameters_and_type(tmp_path: Path) -> None:
     shape = DecoderShape(128, 64, 512, (LayerShape(3, 1, 96), LayerShape(2, 2, 64)))
     (made,) = make_artefacts([shape], "llama.cpp", "q8_0", 128, tmp_path, lambda line: None)

@@ -120,7 +120,17 @@ def test_a_line_that_was_cut_off_costs_its_round_alone(artefact: Path, tmp_path:
 
 
 @pytest.mark.parametrize(
-    "damage", [b"null", b"[]", b'{"key": 1}', b"\xff\xfe", b'{"sha256": [], "copy": 0, "round": 0}']
+    "damage",
+    [
+        *(b"null", b"[]", b'{"key": 1}', b"\xff\xfe", b'{"sha256": [], "copy": 0, "round": 0}', b"[" * 100_000),
+        *(
+            b'{"key": "key", "sha256": "bb", "copy": 0, "round": 0, "measurement": ' + measurement + b"}"
+            for measurement in (
+                *(b"[1]", b"{}", b'{"speeds": [1]}', b'{"speeds": {"pp16": "x"}}', b'{"speeds": {"pp16": [0]}}'),
+                *(b'{"speeds": {}, "clock_mhz": [0, 0]}', b'{"speeds": {}, "peak_rss_bytes": "a"}'),
+            )
+        ),
+    ],
 )
 def test_a_damaged_line_is_dropped_with_a_word(tmp_path: Path, damage: bytes) -> None:
     path, said = tmp_path / "run.partial", []

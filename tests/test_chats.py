@@ -126,6 +126,40 @@ def test_a_run_mixes_chats_with_text(source_folder: Path, corpus: Path, chats: P
     assert all(np.isfinite(losses))
 
 
+def test_held_out_perplexity_is_that_of_predicted_tokens(
+    source_folder: Path, corpus: Path, chats: Path, tmp_path: Path
+) -> None:
+    """However windows come together in batches, and whatever of them is only read."""
+    found = set()
+    for batch_size in ("1", "8"):
+        output = tmp_path / batch_size
+        arguments = command(source_folder, corpus, output, "--data", str(chats))
+        assert run([*arguments, "--batch-size", batch_size, "--tokens", "256"]) == 0
+        found.add(round(metrics(output)[0]["perplexity_source"], 3))
+    assert len(found) == 1
+    assert found.pop() > 100  # of a random model of 400 tokens
+
+
+def test_steps_without_an_answer_change_nothing(
+    source_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Most questions are longer than a window: many steps have nothing to learn, and say nothing of any group."""
+    path = tmp_path / "long.jsonl"
+    lines = []
+    for index in range(200):
+        question = {"role": "user", "content": f"What is {index}? " * (1 if index % 5 == 0 else 20)}
+        lines.append(json.dumps({"messages": [question, {"role": "assistant", "content": f"It is {index}."}]}))
+    path.write_text("\n".join(lines), encoding="utf-8")
+    arguments = command(source_folder, path, tmp_path / "run", "--batch-size", "1")
+    assert run([*arguments, "--prune-start", "0", "--prune-end", "0"]) == 0
+    records = [record for record in metrics(tmp_path / "run") if "loss" in record]
+    empty = [record for record in records if record.get("nothing_to_learn")]
+    assert 0 < len(empty) < len(records)
+    assert not any(record.get("removed") for record in empty)
+    assert any(record.get("removed") for record in records)
+    assert "hold no answer's token to learn; such steps change nothing" in capsys.readouterr().out
+
+
 def test_text_without_chats_is_warned_of(
     source_folder: Path, corpus: Path, chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

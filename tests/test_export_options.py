@@ -5,6 +5,10 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import logging
+import shlex
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -154,7 +158,75 @@ def test_a_plain_model_is_no_artefact_for_our_engines(
     assert run_command(bench_cli.body, [str(output)]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ")
-    assert "needs engine 'transformers'; known: llama.cpp" in error
+    assert "needs engine 'transformers'; AutoModelForCausalLM" in error
+
+
+EDITS = ["tokenizer_config.json", "Modelfile", "model.gguf/thesis.txt", "notes/thesis.txt"]
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_what_somebody_has_written_into_an_artefact_stays(
+    save_tiny: Callable[..., Path], tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint, output = save_tiny(tiny_architecture()), tmp_path / "out"
+    target = "gguf" if name != "tokenizer_config.json" else "onnx"
+    arguments = ("--quantize", "f32", "--no-verify", "--overwrite")
+    assert exporting.export(checkpoint, target, output, *arguments) == 0
+    file = output / name
+    if file.parent.is_file():
+        file.parent.unlink()
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("mine", encoding="utf-8")
+    assert exporting.export(checkpoint, target, output, *arguments) == 2
+    assert "not written by this command; --overwrite deletes only what was" in capsys.readouterr().err
+    assert file.read_text(encoding="utf-8") == "mine"
+
+
+def test_damaged_weights_are_replaced(save_tiny: Callable[..., Path], tmp_path: Path) -> None:
+    checkpoint, output = save_tiny(tiny_architecture()), tmp_path / "out"
+    arguments = ("--quantize", "f32", "--no-verify", "--overwrite")
+    assert exporting.export(checkpoint, "gguf", output, *arguments) == 0
+    whole = (output / "model.gguf").read_bytes()
+    (output / "model.gguf").write_bytes(whole[:-100])
+    assert exporting.export(checkpoint, "gguf", output, *arguments) == 0
+    assert (output / "model.gguf").read_bytes() == whole
+
+
+def test_printed_commands_run_as_they_are(
+    save_tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "a b"
+    assert exporting.export(save_tiny(tiny_architecture()), "gguf", output, "--quantize", "f32", "--no-verify") == 0
+    hints = [line.removeprefix("run it with: ") for line in capsys.readouterr().out.splitlines() if "run it" in line]
+    assert shlex.split(hints[0])[:3] == ["llama-server", "-m", str(output / "model.gguf")]
+    assert shlex.split(hints[1]) == ["ollama", "create", "a b", "-f", str(output / "Modelfile")]
+
+
+SLOW_EXPORT = """
+import sys, time
+from efficientllm.runtime.base.command import run_command
+from efficientllm.runtime.base.output import replaced_whole
+from pathlib import Path
+
+def body(argv):
+    with replaced_whole(Path(argv[0]), False, lambda folder: [], [], ""):
+        print("writing", flush=True)
+        time.sleep(60)
+    return 0
+
+sys.exit(run_command(body))
+"""
+
+
+def test_sigterm_leaves_nothing_half_written(tmp_path: Path) -> None:
+    arguments = [sys.executable, "-c", SLOW_EXPORT, str(tmp_path / "out")]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "writing\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.communicate(timeout=30)[1] == "terminated\n"
+    assert process.returncode == -signal.SIGTERM
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_broken_plug_in_harms_only_its_own_target(

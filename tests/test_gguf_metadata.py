@@ -83,4 +83,5 @@ def test_the_modelfile_has_context_sampling_and_ends_and_may_be_changed(
     ]
     modelfile.write_text("FROM ./model.gguf\n")
     Artefact.open(tmp_path / "gguf").verify()
-    assert export(checkpoint, "gguf", tmp_path / "gguf", "--quantize", "f32", "--no-verify", "--overwrite") == 0
+    assert export(checkpoint, "gguf", tmp_path / "gguf", "--quantize", "f32", "--no-verify", "--overwrite") == 2
+    assert modelfile.read_text() == "FROM ./model.gguf\n"

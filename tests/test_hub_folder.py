@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -94,6 +95,33 @@ def test_only_what_the_command_wrote_is_replaced(
     assert hub(output, artefact, "--overwrite") == 2
     assert "holds notes.txt, not written by this command" in capsys.readouterr().err
     assert (artefact / "model.gguf").is_file()
+
+
+def test_a_damaged_artefact_is_not_passed_on(
+    artefact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = Path(shutil.copytree(artefact, tmp_path / "copy"))
+    content = bytearray((copy / "model.gguf").read_bytes())
+    content[-9] ^= 1
+    (copy / "model.gguf").write_bytes(content)
+    assert hub(tmp_path / "small", copy) == 2
+    assert "is damaged: its content is not what was exported" in capsys.readouterr().err
+    assert not (tmp_path / "small").exists()
+
+
+def test_words_of_the_card_are_read_back_as_they_are(artefact: Path, tmp_path: Path) -> None:
+    assert hub(tmp_path / "small", artefact, "--language", "no", "--license", "1.0") == 0
+    header = ModelCard.load(tmp_path / "small" / "README.md").data.to_dict()
+    assert (header["language"], header["license"]) == ("no", "1.0")
+
+
+def test_results_of_other_artefacts_are_refused(
+    artefact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measured = summarize("elsewhere", "0" * 64, "llama.cpp", 1, {}, [speed(123.0)])
+    Run(LAPTOP, BenchOptions(), [measured]).write(tmp_path / "bench.json")
+    assert hub(tmp_path / "small", artefact, "--bench", tmp_path / "bench.json") == 2
+    assert "measured none of these artefacts" in capsys.readouterr().err
 
 
 def test_what_somebody_put_into_an_artefact_s_folder_stays(

@@ -214,7 +214,6 @@ def test_an_export_replaces_artefacts_only(straight: Path, tmp_path: Path, capsy
     assert export(straight, folder) == 2
     assert "holds photos, not written by this command" in one_line(capsys)
     assert export(straight, tmp_path / "gguf") == 0
-    (tmp_path / "gguf" / "Modelfile").write_text("FROM ./model.gguf")  # as the printed hint says
     assert export(straight, tmp_path / "gguf") == 0
     (tmp_path / "gguf" / "thesis.tex").write_text("mine")
     assert export(straight, tmp_path / "gguf") == 2
@@ -327,7 +326,7 @@ def test_nothing_is_removed_in_a_skipped_step(
     monkeypatch.setattr(
         trainer.Trainer,
         "_accumulate_gradients",
-        lambda self: float("nan") if 4 <= self.progress.step < 9 else accumulate(self),
+        lambda self, rows: float("nan") if 4 <= self.progress.step < 9 else accumulate(self, rows),
     )
     assert run(command(source_folder, corpus, tmp_path / "run")) == 0
     records = [record for record in metrics(tmp_path / "run") if "loss" in record]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import html
+import json
 import math
 import re
 from collections.abc import Iterator
@@ -119,6 +120,67 @@ def test_what_is_no_result_is_one_line(folder: Path, capsys: pytest.CaptureFixtu
     (folder / "other.json").write_text("{}")
     assert run_command(report_cli.body, [str(folder / "other.json")]) == 2
     assert "is not a result of efficientllm-bench" in capsys.readouterr().err
+
+
+DAMAGES: list[tuple[str, Any]] = [
+    ("results", {}),
+    ("options", []),
+    ("measured_at", 5),
+    ("device.cpu", 5),
+    ("device.ram_bytes", "many"),
+    ("results.0", []),
+    ("results.0.artefact", None),
+    ("results.0.manifest", None),
+    ("results.0.speeds", []),
+    ("results.0.speeds.tg64", "fast"),
+    ("results.0.speeds.tg64.median", float("nan")),
+    ("results.0.speeds.tg64.median", 0),
+    ("results.0.file_bytes", 0),
+    ("results.0.file_bytes", "large"),
+    ("results.0.num_parameters", -1),
+    ("results.0.clock_mhz", [0, 0]),
+]
+
+
+@pytest.mark.parametrize(("place", "value"), DAMAGES, ids=[f"{place} {value}" for place, value in DAMAGES])
+def test_a_damaged_result_is_one_line(folder: Path, place: str, value: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    path = folder / "json" / "laptop.json"
+    values = json.loads(path.read_text())
+    *parents, last = (int(part) if part.isdigit() else part for part in place.split("."))
+    inner = values
+    for part in parents:
+        inner = inner[part]
+    inner[last] = value
+    path.write_text(json.dumps(values))
+    assert run_command(report_cli.body, [str(path), "--html", str(folder / "page.html")]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith(f"error: {path} is damaged (")
+
+
+@pytest.mark.parametrize("manifest", [{"verification": []}, {"training": [1]}, {"verification": {"quantized": [1]}}])
+def test_a_manifest_of_another_kind_tells_nothing(folder: Path, manifest: dict[str, Any]) -> None:
+    path = folder / "json" / "laptop.json"
+    values = json.loads(path.read_text())
+    values["results"][0]["manifest"] = manifest
+    path.write_text(json.dumps(values))
+    assert "pruned-q8_0 decodes 165" in html.unescape(page_of(folder))
+
+
+def test_what_cannot_be_read_is_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = folder / "deep.json"
+    path.write_text("[" * 100_000)
+    assert run_command(report_cli.body, [str(path)]) == 2
+    assert "cannot be read as JSON" in capsys.readouterr().err
+
+
+def test_a_page_does_not_take_the_place_of_what_it_is_drawn_from(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = folder / "json" / "laptop.json"
+    before = path.read_bytes()
+    assert run_command(report_cli.body, [str(path), "--html", str(path)]) == 2
+    assert "which is read; name another file" in capsys.readouterr().err
+    assert path.read_bytes() == before
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from training import command, metrics, run, weights, without
+from training import command, metrics, run, unpruned, weights, without
 
 from efficientllm.train.compute.loss import TrainingLoss
 from efficientllm.train.model.architecture import Architecture
@@ -125,8 +125,7 @@ def test_non_finite_steps_are_skipped_then_end_the_run(
 
 def test_uniform_result_is_a_plain_llama(source_folder: Path, corpus: Path, tmp_path: Path) -> None:
     """Without a target nothing is pruned: plain continued pretraining."""
-    arguments = without(command(source_folder, corpus, tmp_path / "run"), "--target-ratio")
-    assert run(arguments) == 0
+    assert run(unpruned(command(source_folder, corpus, tmp_path / "run"))) == 0
     config = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
     assert config["model_type"] == "llama"
 
@@ -157,6 +156,12 @@ BAD_INPUT = [
     (["--nonsense"], "unrecognized arguments: --nonsense"),
     (["--learnig-rate", "1e-4"], "unrecognized arguments: --learnig-rate 1e-4; did you mean --learning-rate?"),
     (["--batch-size", "0"], "--batch-size 0: must be positive"),
+    (["--learning-rate", "inf"], "--learning-rate inf: must be finite"),
+    (["--prune", "none"], "--prune none: there is a --target-ratio; leave one of them out"),
+    (["--quantize", "q4_0"], "--quantize q4_0: is for --target-bytes; give one"),
+    (["--qat-start", "0.5"], "--qat-start 0.5: goes with --qat; give a type"),
+    (["--distill", "1", "--teacher-cache", __file__], "is no folder; name one"),
+    (["--config", "nothere.toml"], "--config nothere.toml: cannot be read: No such file or directory"),
 ]
 
 
@@ -176,6 +181,39 @@ def test_bad_input_gets_one_line_and_writes_nothing(
     assert not (tmp_path / "run").exists()
 
 
+def test_flags_of_pruning_want_a_target(
+    source_folder: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = command(source_folder, corpus, tmp_path / "run", "--preset", "recover")
+    assert run(without(arguments, "--target-ratio")) == 2
+    assert "prunes nothing without a target; give --target-ratio 0.8, or --prune none" in capsys.readouterr().err
+    assert run(unpruned(arguments)) == 0
+
+
+def test_a_target_is_reached_whatever_the_steps_between_removals(
+    source_folder: Path, corpus: Path, tmp_path: Path
+) -> None:
+    assert run(command(source_folder, corpus, tmp_path / "run", "--prune-every", "100")) == 0
+    (event,) = [record for record in metrics(tmp_path / "run") if record.get("removed")]
+    assert event["step"] == 10  # --prune-end 0.5 of 20 steps
+
+
+def test_a_corpus_that_changed_meanwhile_is_said(
+    source_folder: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = Path(shutil.copy(corpus, tmp_path / "text.jsonl"))
+    arguments = command(source_folder, text, tmp_path / "run")
+    process = subprocess.Popen([sys.executable, "-c", SLOW_TRAINING, *arguments], env=os.environ)
+    while not (tmp_path / "run" / "checkpoints" / "step-00000005").is_dir():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    text.write_text(text.read_text(encoding="utf-8").replace("a", "b"), encoding="utf-8")
+    assert run(["--resume", "--output", str(tmp_path / "run")]) == 0
+    assert f"--data {text} is not what it was; the result is not that of" in capsys.readouterr().out
+
+
 def test_a_logger_that_does_not_start_is_one_line(
     source_folder: Path,
     corpus: Path,
@@ -190,6 +228,7 @@ def test_a_logger_that_does_not_start_is_one_line(
     assert run(command(source_folder, corpus, tmp_path / "run", "--wandb")) == 2
     (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
     assert error.startswith("error: --wandb: wandb does not start: api_key not configured (no-tty). call wandb.login; ")
+    del sys.modules["wandb"]
 
 
 def test_output_in_use_is_kept(

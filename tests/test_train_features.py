@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import SIMILAR, tiny_architecture
-from training import command, metrics, run, stopped_between_compactions, weights, without
+from training import command, metrics, run, stopped_between_compactions, unpruned, weights, without
 
 from efficientllm.export import cli as export_cli
 from efficientllm.runtime.base.command import run_command
@@ -112,8 +112,7 @@ def test_target_bytes_are_those_of_the_exported_file(
 
 
 def test_from_scratch_starts_at_chance(source_folder: Path, corpus: Path, tmp_path: Path) -> None:
-    arguments = without(command(source_folder, corpus, tmp_path / "run", "--init", "random"), "--target-ratio")
-    assert run(arguments) == 0
+    assert run(unpruned(command(source_folder, corpus, tmp_path / "run", "--init", "random"))) == 0
     assert perplexities(tmp_path / "run")["source"] == pytest.approx(400, rel=0.2)  # the vocabulary's size
     assert perplexities(tmp_path / "run")["final"] < 390
 

@@ -34,6 +34,11 @@ def without(arguments: list[str], name: str) -> list[str]:
     return arguments[:index] + arguments[index + 2 :]
 
 
+def unpruned(arguments: list[str]) -> list[str]:
+    """The same without a target: plain training."""
+    return [*without(without(arguments, "--target-ratio"), "--prune"), "--prune", "none"]
+
+
 def run(arguments: Sequence[str]) -> int:
     return run_command(cli.body, arguments)
 

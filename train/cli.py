@@ -43,6 +43,8 @@ def configuration(arguments: dict[str, Any]) -> TrainConfig:
     if file:
         try:
             values = flags.read_toml(Path(file).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UsageError(f"--config {file}: cannot be read: {error.strerror}") from error
         except ValueError as error:  # neither UTF-8 nor TOML
             raise UsageError(f"--config {file}: not valid TOML: {error}") from error
         config = flags.merge(config, values, f"--config {file}")
@@ -56,6 +58,8 @@ def body(argv: Sequence[str]) -> int:
     if print_only:
         print(config.to_toml(), end="")
         return 0
+    if config.run.resume:
+        saved_settings(Path(config.run.output))  # UsageError where there is no run
     _log.info(f"loading {config.source.source}, to train on {', '.join(config.source.data)}")  # torch takes seconds
     with extra("train"):
         from .run import run_training

@@ -100,6 +100,8 @@ class OptimizerConfig:
             flags.require(self, name, 0 <= getattr(self, name) < 1, "must be at least 0 and below 1")
         for name in ("weight_decay", "distill", "cross_entropy"):
             flags.require(self, name, getattr(self, name) >= 0, "must not be negative")
+        for name in ("learning_rate", "weight_decay", "distill", "cross_entropy"):
+            flags.require(self, name, math.isfinite(getattr(self, name)), "must be finite")
         for name in ("beta1", "beta2") if self.optimizer_dtype == "bfloat16" else ():
             is_followed = getattr(self, name) <= SLOWEST_BFLOAT16_DECAY
             flags.require(
@@ -193,7 +195,7 @@ def _toml(value: object) -> str:
 RESUMABLE_CHANGES = frozenset(
     {
         *("output", "overwrite", "resume", "checkpoint_every", "keep", "device", "threads", "tensorboard", "wandb"),
-        *("skip_bad_lines", "eval_every", "quality", "save_dtype", "teacher_cache"),
+        *("skip_bad_lines", "eval_every", "save_dtype", "teacher_cache"),
     }
 )
 """Settings a resumed run may change without changing its result."""

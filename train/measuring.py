@@ -48,11 +48,10 @@ class Measuring:
         return self.plan.pruning is not None and self.plan.pruning.pieces is not None
 
     def bits_per_byte(self, perplexity: float) -> float:
-        """Of the held-out windows: comparable where a vocabulary shrinks, which perplexity is not."""
-        reading, predicted = Reading(self.tokenizer), self.held_out[:, 1:]
-        size = sum(
-            len(reading.bytes.get(int(token), b"")) for token in np.where(predicted < 0, ~predicted, predicted).flat
-        )
+        """Of what the held-out windows predict: comparable where a vocabulary shrinks, which perplexity is not."""
+        tokens = self.held_out[:, 1:]
+        predicted, reading = tokens[tokens >= 0], Reading(self.tokenizer)
+        size = sum(len(reading.bytes.get(int(token), b"")) for token in predicted)
         return math.log2(perplexity) * predicted.size / max(1, size)
 
     def held_out_perplexity(self, loss: nn.Module) -> float:
@@ -60,7 +59,7 @@ class Measuring:
 
     def is_sound(self, loss: nn.Module) -> bool:
         """Whether the weights as they are now give a finite loss: a checkpoint of others would only fail again."""
-        rows = self.held_out[: self.plan.config.optimizer.batch_size]
+        rows = self.held_out[(self.held_out[:, 1:] >= 0).any(1)][: self.plan.config.optimizer.batch_size]
         return math.isfinite(perplexity(loss, rows, len(rows), self.plan.compute.parallel.device))
 
     def stage(self, name: str, loss: nn.Module, progress: Progress, display: ProgressDisplay) -> None:

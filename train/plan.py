@@ -85,8 +85,12 @@ def check_request(config: TrainConfig) -> None:
     """Refuse what can be refused before anything is loaded."""
     if not config.run.output:
         raise UsageError("--output is missing; name a folder for the run")
-    if config.run.teacher_cache and not config.optimizer.distill:
-        raise UsageError(f"--teacher-cache {config.run.teacher_cache}: no source teaches; give --distill 1")
+    cache = config.run.teacher_cache
+    if cache and not config.optimizer.distill:
+        raise UsageError(f"--teacher-cache {cache}: no source teaches; give --distill 1")
+    if cache and Path(cache).exists() and not Path(cache).is_dir():
+        raise UsageError(f"--teacher-cache {cache} is no folder; name one")
+    _check_target(config.pruning)
     if config.pruning.device_profile and config.quantisation.is_on:
         engine, quantization = config.quantisation.shipped_as
         DeviceProfile.load(Path(config.pruning.device_profile)).check(engine=engine, quantization=quantization)
@@ -100,6 +104,22 @@ def check_request(config: TrainConfig) -> None:
     foreign = foreign_files if config.run.overwrite else lambda folder: []
     check_output(Path(config.run.output), replaceable, foreign, inputs, remedy)
     check_place(Path(config.run.output), is_renamed=False)
+
+
+def _check_target(settings: PruneConfig) -> None:
+    """UsageError where flags of pruning would do nothing, for want of a target or of groups."""
+    if settings.targets and settings.prune == ("none",):
+        target = flags.flag_name(settings.targets[0])
+        raise UsageError(f"--prune none: there is a {target}; leave one of them out")
+    if settings.targets or settings.prune == ("none",):
+        others = () if settings.target_bytes is not None else ("quantize", "output_type")
+        rule = "is for --target-bytes; give one"
+    else:
+        others = tuple(vars(settings))
+        rule = "prunes nothing without a target; give --target-ratio 0.8, or --prune none"
+    default = PruneConfig()
+    for name in others:
+        flags.require(settings, name, getattr(settings, name) == getattr(default, name), rule)
 
 
 def find_resume_point(config: TrainConfig) -> ResumePoint | None:

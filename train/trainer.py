@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,9 @@ from ..runtime.base.quantities import format_bytes, format_count
 from ..runtime.engines.memory import give_back_freed_memory
 from . import training_state
 from .accumulation import accumulate_gradients
-from .compute.loss import LossWeights, TrainingLoss, make_teacher
+from .compute.loss import LossWeights, TrainingLoss, count_predicted, make_teacher
 from .compute.optimizer import clip_factor, gradient_norm, make_optimizer, store_gradients_as_computed
+from .data.identity import identity_of
 from .data.packing import PackedStream
 from .heap import HeapWatch
 from .measuring import Measuring
@@ -41,6 +44,8 @@ from .schedule import DroppingSchedule, learning_rate
 from .stop_signal import StopSignal
 from .vocabulary.rewriting import Numbering, renumber_settings
 
+_log = logging.getLogger("efficientllm.train")
+
 MAX_SKIPPED_IN_A_ROW = 10
 """Steps with a non-finite loss or gradient before a run gives up."""
 
@@ -53,6 +58,8 @@ class Trainer:
         self.plan, self.config, self.parallel = plan, plan.config, plan.compute.parallel
         self.loss = loss.train()
         self.text = RunText(plan, stream)
+        self.corpora = {spec.path: identity_of(spec.path) for spec in plan.data}
+        """What is read, and what it is now."""
         self.progress, self.speed = Progress(), Speed()
         self._configure_model()
         self.callee = self.parallel.wrap(loss)
@@ -74,6 +81,8 @@ class Trainer:
         self.metrics = MetricsWriter(plan.folder, self.config.run, self.parallel.is_main)
         self.measuring = Measuring(plan, held_out, self.metrics)
         self.stop_signal = StopSignal()
+        self.has_left_out = False
+        """Whether a step of this process learned nothing, which is said once."""
         self.heap = HeapWatch()
 
     @property
@@ -190,18 +199,22 @@ class Trainer:
     def _step(self) -> dict[str, Any]:
         """One optimizer step and, where one is due, one pruning event."""
         began = time.monotonic()
-        loss = self.parallel.mean(self._accumulate_gradients())
+        microbatches = [self._next_rows() for _ in range(self.config.optimizer.gradient_accumulation)]
+        loss = self.parallel.mean(self._accumulate_gradients(microbatches))
         grad_norm = gradient_norm(self.model.parameters())
         record: dict[str, Any] = {"step": self.progress.step + 1, "loss": loss, "grad_norm": float(grad_norm)}
-        is_finite = math.isfinite(loss) and math.isfinite(record["grad_norm"])
-        if is_finite:
-            self._update_weights(grad_norm)
-        else:
+        is_usable = math.isfinite(loss) and math.isfinite(record["grad_norm"])
+        if not is_usable:
             self._skip(record)
+        elif not self.parallel.any(any(map(count_predicted, microbatches))):
+            is_usable = False
+            self._leave_out(record)
+        else:
+            self._update_weights(grad_norm)
         self.optimizer.zero_grad(set_to_none=True)
         self.progress.step += 1
         self.progress.tokens += self.tokens_per_step
-        removed = self._prune() if is_finite else {}
+        removed = self._prune() if is_usable else {}
         elapsed = time.monotonic() - began
         self.progress.seconds += elapsed
         record |= {
@@ -225,10 +238,8 @@ class Trainer:
         sequences = settings.batch_size * settings.gradient_accumulation * self.parallel.world_size
         return sequences * self.config.source.sequence_length
 
-    def _accumulate_gradients(self) -> float:
-        """Gradients of the next step's windows; returns this rank's loss."""
-        steps = self.config.optimizer.gradient_accumulation
-        microbatches = [self._next_rows() for _ in range(steps)]
+    def _accumulate_gradients(self, microbatches: Sequence[Tensor]) -> float:
+        """Gradients of windows [B, S + 1]; returns this rank's loss."""
         self.loss.weights = self._loss_weights()
         with self._as_shipped():
             return accumulate_gradients(self.callee, self.model, microbatches, self.pruner, self.parallel)
@@ -274,10 +285,24 @@ class Trainer:
                 f"row at step {record['step']}; {self._way_on()}"
             )
 
+    def _leave_out(self, record: dict[str, Any]) -> None:
+        """A step that learned nothing changes nothing, and says nothing of any group."""
+        record["nothing_to_learn"] = True
+        if self.pruner is not None:
+            self.pruner.discard_step()
+        if not self.has_left_out:
+            _log.warning(
+                f"step {record['step']}: its windows hold no answer's token to learn; such steps change nothing, and a "
+                "longer --sequence-length or larger --batch-size makes fewer of them"
+            )
+        self.has_left_out = True
+
     def _prune(self) -> dict[str, Any]:
         """Remove what the schedule asks for by now; returns what to log of it."""
         pruner, settings = self.pruner, self.config.pruning
-        if pruner is None or pruner.is_done or self.schedule is None or self.progress.step % settings.prune_every:
+        if pruner is None or pruner.is_done or self.schedule is None:
+            return {}
+        if self.progress.step % settings.prune_every and self.progress.tokens < self.schedule.end_tokens:
             return {}
         target = self.schedule.target_at(self.progress.tokens)
         if not pruner.is_above(target):
@@ -333,7 +358,7 @@ class Trainer:
         """Write a checkpoint of the run; one that it replaces makes room."""
         if self.parallel.is_main:
             drop_replaced(self.plan.folder)
-        extra: dict[str, Any] = {}
+        extra: dict[str, Any] = {"corpora": self.corpora}
         tensors: dict[str, Any] = {"stream": training_state.as_tensors(self.text.stream.state())}
         if self.pruner is not None:
             extra["pruner"] = self.pruner.state_json()
@@ -346,6 +371,9 @@ class Trainer:
         """Continue from a checkpoint; the model must already have its shape."""
         self.progress, extra = training_state.read_trainer_json(folder)
         tensors = training_state.load_training_state(folder, self.model, self.optimizer, self.parallel)
+        for path, identity in extra.get("corpora", {}).items():
+            if self.corpora.get(path, identity) != identity:
+                _log.warning(f"--data {path} is not what it was; the result is not that of the uninterrupted run")
         if self.pruner is not None:
             self.pruner.load_state(extra["pruner"], tensors["pruner"], self.model)
             survivors = self.pruner.survivors["vocabulary"][0]

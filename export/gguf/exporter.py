@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import shlex
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -60,9 +61,10 @@ class GgufOptions(PaddingOptions):
 
 def export_gguf(checkpoint: Checkpoint, request: ExportRequest[GgufOptions], folder: Path) -> None:
     """Write FOLDER/model.gguf, its manifest and a Modelfile; raises before anything is left behind."""
-    write_manifest(checkpoint, request, folder, write_model(checkpoint, request, folder))
-    # not among the manifest's files: people may write other defaults into it
+    contents = write_model(checkpoint, request, folder)
     write_text_atomically(folder / OLLAMA_FILE, modelfile(checkpoint, MODEL_FILE))
+    # people may write other defaults into it
+    write_manifest(checkpoint, request, folder, replace(contents, editable=(OLLAMA_FILE,)))
     for hint in run_hints(request.output, checkpoint.context_length, checkpoint.architecture.head_dim):
         log.info("run it with: %s", hint)
 
@@ -164,8 +166,8 @@ def run_hints(folder: Path, context_length: int, head_dim: int) -> list[str]:
     # flash attention over fp16 is slow on many CPUs; Q8_0 has blocks of 32
     attention = "-fa off" if head_dim % 32 else "-fa on -ctk q8_0 -ctv q8_0"
     return [
-        f"llama-server -m {folder / MODEL_FILE} -c {context} {attention}",
-        f"ollama create {folder.name} -f {folder / OLLAMA_FILE}",
+        f"llama-server -m {shlex.quote(str(folder / MODEL_FILE))} -c {context} {attention}",
+        f"ollama create {shlex.quote(folder.absolute().name)} -f {shlex.quote(str(folder / OLLAMA_FILE))}",
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +64,7 @@ def export_litert(checkpoint: Checkpoint, request: ExportRequest[LitertOptions],
         verification=verification,
     )
     write_manifest(checkpoint, request, folder, contents)
-    log.info("run it with: litert-lm run %s", request.output / MODEL_FILE)
+    log.info("run it with: litert-lm run %s", shlex.quote(str(request.output / MODEL_FILE)))
 
 
 def _verify(

@@ -5,11 +5,16 @@ The packages report through `logging.getLogger("efficientllm")`; a command shows
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import logging
 import os
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
 
 from .errors import EfficientLLMError
 from .progress import PROGRESS_LOGGER
@@ -51,6 +56,34 @@ def _show_messages() -> None:
             logger.addHandler(_PlainLines(stream))
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a command as Ctrl-C does: what it has half written goes with it."""
+
+
+@contextlib.contextmanager
+def _terminating() -> Iterator[None]:
+    """Within, SIGTERM raises _Terminated; behind it the process ends by the signal, as whoever sent it expects."""
+    is_ours = (
+        threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    )
+    if not is_ours:
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise _Terminated
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except _Terminated:
+        print("terminated", file=sys.stderr, flush=True)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def run_command(body: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> int:
     """Run `body(argv)`; an EfficientLLMError or an OS error becomes one line on stderr and exit code 2.
 
@@ -63,7 +96,8 @@ def run_command(body: Callable[[Sequence[str]], int], argv: Sequence[str] | None
     arguments = [argument for argument in arguments if argument != "--debug"]
     _show_messages()
     try:
-        return body(arguments)
+        with _terminating():
+            return body(arguments)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -73,8 +107,18 @@ def run_command(body: Callable[[Sequence[str]], int], argv: Sequence[str] | None
     except (EfficientLLMError, OSError) as error:
         if debug:
             raise
-        _say_once(f"error: {' '.join(str(error).split())}")
+        _say_once(f"error: {' '.join(_said(error).split())}")
         return 2
+
+
+def _said(error: Exception) -> str:
+    """The system's own words say what is wrong, but not what to do."""
+    code = error.errno if isinstance(error, OSError) else None
+    remedy = {
+        errno.ENAMETOOLONG: "give a shorter name",
+        errno.EFBIG: "files may not be as large here (ulimit -f, or the file system's limit); write elsewhere",
+    }.get(code or 0)
+    return f"{error}; {remedy}" if remedy else str(error)
 
 
 def _say_once(line: str) -> None:

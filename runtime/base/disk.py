@@ -14,7 +14,18 @@ from pathlib import Path
 from .errors import DiskFullError
 from .quantities import format_bytes
 
-FULL = (errno.ENOSPC, errno.EDQUOT)
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+REASONS = {
+    errno.EDQUOT: "the quota of its owner is used up",
+    errno.EFBIG: "files may not be as large here (ulimit -f, or the file system's limit)",
+}
+"""What is in the way although the disk has room."""
 
 LAST_BYTES = 65_536
 """A disk with fewer free is full: torch, numpy and llama.cpp write until nothing fits and then say something else."""
@@ -62,9 +73,9 @@ def _full_because(path: Path, error: BaseException) -> str:
     free = free_bytes(path)
     if free < LAST_BYTES:
         return f"{format_bytes(free)} are free"
-    code = _full_disk_error(error) or _refusal(path)
-    if code == errno.EDQUOT:
-        return "the quota of its owner is used up"
+    code = _full_disk_error(error) or _refusal(path) or _limit(error)
+    if code in REASONS:
+        return REASONS[code]
     return f"{format_bytes(free)} are free" if code else ""
 
 
@@ -75,6 +86,13 @@ def _full_disk_error(error: BaseException | None) -> int:
             return int(error.errno)
         error = error.__cause__ or error.__context__
     return 0
+
+
+def _limit(error: BaseException) -> int:
+    """A limit of files' sizes, which numpy met: it says how much it wrote, and not why no more."""
+    says_nothing = isinstance(error, OSError) and error.errno is None
+    is_limited = resource is not None and resource.getrlimit(resource.RLIMIT_FSIZE)[0] != resource.RLIM_INFINITY
+    return errno.EFBIG if says_nothing and is_limited else 0
 
 
 def _refusal(path: Path) -> int:

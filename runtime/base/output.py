@@ -6,8 +6,8 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Collection, Iterable, Iterator
+from pathlib import Path, PurePosixPath
 from typing import IO
 
 from .disk import writing
@@ -57,6 +57,33 @@ def check_output(path: Path, overwrite: bool, foreign: Foreign, inputs: Iterable
             f"--output {path} holds {others[0]}{more}, not written by this command; --overwrite deletes only what was: "
             "move it away or name another folder"
         )
+
+
+def others_in(folder: Path, files: Collection[str], is_ours: Callable[[Path, str], bool]) -> list[str]:
+    """Relative names of what lies in `folder`, at any depth, but `files` that `is_ours` knows, and their folders."""
+    kept = {parent.as_posix() for name in files for parent in PurePosixPath(name).parents}
+    names = {path: path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.name != LOCK_NAME}
+
+    def is_known(path: Path, name: str) -> bool:
+        if name in files and path.is_file() and not path.is_symlink():
+            return is_ours(path, name)
+        return name in kept and path.is_dir()
+
+    return sorted(name for path, name in names.items() if not is_known(path, name))
+
+
+def check_file(flag: str, path: Path, inputs: Iterable[str | Path] = ()) -> None:
+    """UsageError unless a command may write the file `path`: its folder is there, it is none itself, and neither one of
+    `inputs` nor in one of them."""
+    if not path.absolute().parent.is_dir():
+        raise UsageError(f"{flag} {path}: its folder does not exist")
+    if path.is_dir():
+        raise UsageError(f"{flag} {path} is a folder; name a file")
+    target = _resolved(path)
+    for name in inputs:
+        source = Path(name)
+        if source.exists() and (target == source.resolve() or source.resolve() in target.parents):
+            raise UsageError(f"{flag} {path} is or lies in {name}, which is read; name another file")
 
 
 def check_place(path: Path, is_renamed: bool) -> None:

@@ -27,6 +27,13 @@ ENGINES = {
 }
 """Engine name -> "module:class"; plug-ins join through entry points."""
 
+OTHERS = {
+    "transformers": "AutoModelForCausalLM.from_pretrained reads it, and efficientllm-eval",
+    "wllama": "it is a page for browsers: efficientllm-serve-web shows it",
+    "litert-lm": "litert-lm run reads its .litertlm file",
+}
+"""What artefacts are for that no engine of ours runs."""
+
 CacheChoice = Literal["auto", "f16", "q8_0", "f32"]
 """What keys and values are stored as."""
 
@@ -125,11 +132,18 @@ def load_engine(
     return engine
 
 
-def find_engine(artefact: Artefact) -> Callable[[Path, EngineOptions], Engine]:
-    """The class of engines that runs `artefact`; ArtefactError where neither we nor a plug-in has it."""
+def check_engine(artefact: Artefact) -> dict[str, str]:
+    """Where all engines are, by name; ArtefactError where none of them runs `artefact`."""
     plugins = importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)
     known = ENGINES | {plugin.name: plugin.value for plugin in plugins}
     if artefact.engine not in known:
-        raise ArtefactError(f"{artefact.path} needs engine {artefact.engine!r}; known: {', '.join(known)}")
+        others = OTHERS.get(artefact.engine, f"known: {', '.join(known)}")
+        raise ArtefactError(f"{artefact.path} needs engine {artefact.engine!r}; {others}")
+    return known
+
+
+def find_engine(artefact: Artefact) -> Callable[[Path, EngineOptions], Engine]:
+    """The class of engines that runs `artefact`; ArtefactError where neither we nor a plug-in has it."""
+    known = check_engine(artefact)
     module, _, attribute = known[artefact.engine].partition(":")
     return getattr(importlib.import_module(module), attribute)

@@ -14,7 +14,7 @@ from ..base.files import json_text, sha256_of, write_text_atomically
 
 MANIFEST_NAME = "manifest.json"
 OLLAMA_FILE = "Modelfile"
-"""Lies beside a GGUF, and is its owner's to change: no hash is kept of it."""
+"""Lies beside a GGUF, and is its owner's to change: none of the artefact's files."""
 FORMAT_VERSION = 2
 READABLE_VERSIONS = (1, FORMAT_VERSION)
 """Version 1 had no hash of its own."""
@@ -51,6 +51,8 @@ class Manifest:
     """How the model's maker samples from it: temperature, top_k, ... of the checkpoint's generation_config.json."""
     notes: tuple[str, ...] = ()
     """What the exporter changed or could not keep, as it was printed."""
+    editable: dict[str, str] = field(default_factory=dict)
+    """{relative name: SHA-256 as it was written} of files beside the artefact's that are their owner's to change."""
     format_version: int = FORMAT_VERSION
 
     @property
@@ -107,6 +109,8 @@ class Manifest:
         self.cache_bytes(1)
         if not all(isinstance(value, (int, float)) for value in self.sampling.values()):
             raise ValueError("sampling is numbers")
+        if not all(isinstance(value, str) for value in self.editable.values()):
+            raise ValueError("editable is names and hashes")
 
     def check_files(self, folder: Path) -> None:
         """ArtefactError where a file is missing or its size differs (a truncated copy); no content is read."""

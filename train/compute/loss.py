@@ -234,15 +234,22 @@ def make_teacher(source: Any, dtype: torch.dtype, device: torch.device) -> Any:
     return teacher.requires_grad_(False)
 
 
+def count_predicted(windows: Tensor) -> int:
+    """Tokens of windows [n, S + 1] that are predicted, not only read."""
+    return int((windows[:, 1:] >= 0).sum())
+
+
 @torch.no_grad()
 def perplexity(loss: nn.Module, windows: np.ndarray, batch_size: int, device: torch.device) -> float:
-    """exp(mean cross-entropy) over windows [n, S + 1], each predicted from its own start."""
+    """exp(mean cross-entropy) over the predicted tokens of windows [n, S + 1], each read from its own start; there is
+    at least one."""
     was_training = loss.training
     loss.eval()
-    total = 0.0
+    total, count = 0.0, 0
     for start in range(0, len(windows), batch_size):
         batch = torch.from_numpy(windows[start : start + batch_size]).to(device)
-        total += float(loss(batch)[1]) * len(batch)
+        predicted = count_predicted(batch)
+        total, count = total + float(loss(batch)[1]) * predicted, count + predicted
     loss.train(was_training)
-    mean = total / len(windows)
+    mean = total / count
     return math.exp(mean) if mean < 700 else math.inf

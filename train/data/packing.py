@@ -163,16 +163,20 @@ class PackedStream:
         """Whether any corpus begins with chats; known after `check`."""
 
     def check(self) -> None:
-        """DataError where a corpus has not even one sequence to train on; leaves the position unchanged."""
+        """DataError where a corpus has not even one sequence to train on, or nothing in it to be learned; leaves the
+        position unchanged."""
         for source in (source.documents for source in self.sources):
-            tokens = 0
+            tokens = learned = 0
             for document in open_documents(source.spec):
                 self.has_chats |= isinstance(document, Chat)
                 if not is_held_out(document, source.held_out_fraction):
-                    tokens += len(self.encoder.encode([document])[0])
-                if tokens > self.sequence_length:
+                    ids = self.encoder.encode([document])[0]
+                    tokens, learned = tokens + len(ids), learned + int((ids >= 0).sum())
+                if tokens > self.sequence_length and learned:
                     break
             else:
+                if tokens > self.sequence_length:
+                    raise DataError(f"--data {source.spec.path}: its chats hold no answer to learn")
                 raise DataError(
                     f"--data {source.spec.path}: {tokens} tokens to train on, less than one sequence of "
                     f"{self.sequence_length}; give more text or a smaller --sequence-length"
@@ -233,7 +237,13 @@ def held_out_windows(
                 f"{sequence_length}; give more text, a larger --held-out-fraction or a smaller --sequence-length"
             )
         windows += found
-    return np.stack(windows).astype(np.int64)
+    stacked = np.stack(windows).astype(np.int64)
+    if not (stacked[:, 1:] >= 0).any():
+        raise DataError(
+            f"the held-out windows of {sequence_length} tokens hold no answer's token to predict; give more "
+            "--eval-tokens or a longer --sequence-length"
+        )
+    return stacked
 
 
 def _held_out_ids(spec: DataSpec, encoder: Encoder, held_out_fraction: float) -> Iterator[list[int]]:

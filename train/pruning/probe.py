@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from ..compute.distributed import Parallel
-from ..compute.loss import TrainingLoss
+from ..compute.loss import TrainingLoss, count_predicted
 from ..model.modeling_efficientllm import NoAttention, NoFeedForward
 
 Half = Literal["attention", "ffn"]
@@ -45,11 +45,11 @@ class BlockProbe:
         total = torch.zeros(len(absences), dtype=torch.float64)
         with torch.compiler.set_stance("force_eager"):  # every shape of what is left would be compiled
             for batch in self._batches:
-                total += len(batch) * self._of_batch(batch, absences)
+                total += count_predicted(batch) * self._of_batch(batch, absences)
         if isinstance(self._loss, FSDPModule):
             self._loss.reshard()  # a forward pass leaves the root's weights whole, and an optimizer knows their shards
         self._loss.train(was_training)
-        mean = (total / sum(map(len, self._batches))).to(self._parallel.device)
+        mean = (total / max(1, sum(map(count_predicted, self._batches)))).to(self._parallel.device)
         self._parallel.mean_tensors([mean])
         return mean.tolist()
 

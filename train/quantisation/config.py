@@ -30,6 +30,7 @@ class QuantisationConfig:
     def __post_init__(self) -> None:
         flags.check_types(self)
         flags.require(self, "qat_start", 0 <= self.qat_start < 1, "must be at least 0 and below 1")
+        flags.require(self, "qat_start", not self.qat_start or self.is_on, "goes with --qat; give a type")
         is_known = self.qat_head == "same" or self.qat in GGUF_TYPES
         flags.require(self, "qat_head", is_known, f"goes with --qat {', '.join(GGUF_TYPES)}")
 
