@@ -15,7 +15,7 @@ from efficientllm.runtime.base.errors import UsageError
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
 from efficientllm.runtime.engines.owned import OwnedEngine
 from efficientllm.runtime.generation import AnswerOptions, Generation
-from efficientllm.runtime.grammar import Grammar, GrammarConstraint
+from efficientllm.runtime.grammar import Grammar, GrammarConstraint, read_vocabulary
 from efficientllm.runtime.sampling import SamplingOptions
 
 
@@ -133,3 +133,18 @@ def test_a_vocabulary_goes_with_its_engine(artefact: Path) -> None:
     del engine
     gc.collect()
     assert len(grammar._TOKENIZERS) == before
+
+
+def test_a_vocabulary_is_read_once(artefact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a server does when a model is loaded, so that no answer waits for it."""
+    read = []
+    whole = OwnedEngine.vocabulary
+    monkeypatch.setattr(OwnedEngine, "vocabulary", lambda self: read.append(self) or whole(self))
+    engine = load_engine(artefact, EngineOptions(threads=1))
+    read_vocabulary(engine)
+    GrammarConstraint(engine, Grammar.regex("yes|no"))
+    assert len(read) == 1
+    engine.close()
+    closed = load_engine(artefact, EngineOptions(threads=1))
+    closed.close()
+    read_vocabulary(closed)
