@@ -11,10 +11,11 @@ from typing import Any
 
 from ...runtime.base.files import write_text_atomically
 from ...runtime.base.markdown import markdown_table
+from ...runtime.base.names import without_folders
 from ...runtime.base.quantities import format_bytes, format_count
 from ..plots import GROUP_COLOR, KEPT_COLOR, SOURCE_COLOR
 from .divergence import mean_and_error
-from .files import FilesStudy
+from .files import KINDS, FilesConfig, FilesStudy
 from .points import Point
 
 
@@ -81,7 +82,7 @@ def table(rows: Sequence[dict[str, Any]], timed: dict[str, dict[str, Any]]) -> s
     kinds = list(rows[0]["bits_per_byte"])
     speeds = list(next(iter(timed.values()))["speeds"]) if timed else []
     header = ["file", "on disk", "parameters", "KL from the source", *(f"bits per byte, {kind}" for kind in kinds)]
-    tasks = _tasks_of(rows)
+    tasks = list(dict.fromkeys(name for row in rows for name in row["tasks"]))
     header += ["chat answers", "questions", *tasks, *speeds, *(["peak RSS"] if timed else [])]
     lines = [header]
     for row in rows:
@@ -91,7 +92,7 @@ def table(rows: Sequence[dict[str, Any]], timed: dict[str, dict[str, Any]]) -> s
         line = [f"{name}{seeds}", format_bytes(row["file_bytes"]), format_count(row["parameters"])]
         line += [f"{row['kl']:.3f} ± {row['kl_error']:.3f}", *(f"{row['bits_per_byte'][kind]:.3f}" for kind in kinds)]
         line += [chat, "" if row["right"] is None else f"{row['right']:.0f}"]
-        line += [f"{row['tasks'][name]:.3f}" for name in tasks]
+        line += [f"{row['tasks'][name]:.3f}" if name in row["tasks"] else "" for name in tasks]
         figures = timed.get(row["point"])
         if timed:
             line += [f"{figures['speeds'][name]['median']:.0f}" if figures else "" for name in speeds]
@@ -106,12 +107,39 @@ def write_files_report(study: FilesStudy, path: Path) -> None:
     if not rows:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text_atomically(path, table(rows, timings(study)) + "\n")
+    text = "\n".join([*_heading(study.config, path), table(rows, timings(study)), ""])
+    write_text_atomically(path, text)
     lines = [
         json.dumps({key: row[key] for key in ("point", "file_bytes", "parameters", "kl", "kl_error")}) for row in rows
     ]
     write_text_atomically(path.with_suffix(".jsonl"), "\n".join(lines) + "\n")
     draw_front(rows, path.with_suffix(".png"))
+
+
+WHOLE_COLOR = "#7a8496"
+
+
+def _heading(config: FilesConfig, path: Path) -> list[str]:
+    """What the table is of."""
+    data = ", ".join(without_folders(each) for each in config.data)
+    tasks = f"; tasks: {config.limit or 'all'} documents" if config.tasks != ("none",) else ""
+    return [
+        "# Files by bytes",
+        "",
+        "Written by `python -m efficientllm.train.study --equal-bytes`. A file is TYPE[/TYPE OF HEAD AND "
+        "EMBEDDING][@BYTES that it was pruned to], rounded by an importance matrix (+imatrix) or trained on its grid "
+        "(+qat); on the front (bold) is what no file that is as small is closer to the source than.",
+        "",
+        f"- source: {without_folders(config.source)}; trained: {config.tokens:,} tokens of {data}; batch "
+        f"{config.batch_size} x {config.sequence_length}, peak learning rate {config.learning_rate:g}",
+        f"- KL: nats per token from the fp32 source, in llama.cpp, mean of {' and '.join(KINDS)} (first 256 tokens of "
+        f"{config.documents} each), ± its standard error",
+        f"- chat answers: perplexity; questions: right of a hundred{tasks}",
+        f"- speeds: tokens per second, efficientllm-bench; threads: {config.threads or 'all'}, rounds: {config.rounds}",
+        "",
+        f"![KL and bytes]({path.with_suffix('.png').name})",
+        "",
+    ]
 
 
 def draw_front(rows: Sequence[dict[str, Any]], path: Path) -> None:
@@ -122,11 +150,20 @@ def draw_front(rows: Sequence[dict[str, Any]], path: Path) -> None:
     axes = figure.subplots()
     for row in rows:
         point = Point.parse(row["point"])
-        color = KEPT_COLOR if point.target_bytes else "#7a8496"
+        color = KEPT_COLOR if point.target_bytes else WHOLE_COLOR
         fill = color if point.training == "qat" else "white"
         place = (row["file_bytes"] / 1e6, row["kl"])
         axes.errorbar(*place, yerr=row["kl_error"], color=color, markerfacecolor=fill, marker="o", capsize=2)
-        axes.annotate(row["point"], place, xytext=(5, 4), textcoords="offset points", size=7)
+        # names of neighbours lie on opposite sides
+        is_right = sum(other["kl"] > row["kl"] for other in rows) % 2
+        offset, side = ((6, 4), "left") if is_right else ((-6, -6), "right")
+        axes.annotate(row["point"], place, xytext=offset, textcoords="offset points", size=7, ha=side)
+    for color, fill, label in (
+        (WHOLE_COLOR, "white", "whole, rounded"),
+        (WHOLE_COLOR, WHOLE_COLOR, "whole, trained on its grid"),
+        (KEPT_COLOR, KEPT_COLOR, "pruned, trained on its grid"),
+    ):
+        axes.plot([], [], color=color, markerfacecolor=fill, marker="o", linestyle="", label=label)
     front = sorted((row["file_bytes"] / 1e6, row["kl"]) for row in rows if is_on_front(row, rows))
     axes.step(*zip(*front, strict=True), where="post", color=GROUP_COLOR, linewidth=1, zorder=0, label="front")
     axes.set_yscale("log")
