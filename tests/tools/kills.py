@@ -75,7 +75,8 @@ def kill_runs(arguments: Sequence[str], folder: Path, kills: int, dice: random.R
         resumes = (run / "config.toml").is_file()
         began = time.monotonic()
         child = start([*arguments, "--output", str(run), *(["--resume"] if resumes else [])], log)
-        if ended(child, dice.uniform(0, seconds) if done < kills else float("inf")):
+        longest = seconds if done else seconds / 10  # the first kill comes before any checkpoint
+        if ended(child, dice.uniform(0, longest) if done < kills else float("inf")):
             ends += 1
             seconds = seconds if resumes else min(seconds, time.monotonic() - began)
             continue
