@@ -88,8 +88,7 @@ def _output(arguments: dict[str, str | None], name: str, read: Sequence[str]) ->
         return None
     path, flag = Path(value), f"--{name}"
     check_file(flag, path, read)
-    beside = journal_path(path) if name == "json" else path
-    if beside.is_dir():
+    if name == "json" and (beside := journal_path(path)).is_dir():
         raise UsageError(f"{flag} {path}: {beside} is a folder, where the run's notes would lie; name another file")
     if path.is_file() and path.stat().st_size and not OURS[name](path):
         raise UsageError(f"{flag} {path} holds something else than this command writes; name another file")

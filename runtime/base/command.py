@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 
+from .disk import REASONS
 from .errors import EfficientLLMError
 from .progress import PROGRESS_LOGGER
 
@@ -76,12 +77,12 @@ def _terminating() -> Iterator[None]:
     signal.signal(signal.SIGTERM, stop)
     try:
         yield
+        return
     except _Terminated:
         print("terminated", file=sys.stderr, flush=True)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.raise_signal(signal.SIGTERM)
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.raise_signal(signal.SIGTERM)
 
 
 def run_command(body: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> int:
@@ -116,7 +117,7 @@ def _said(error: Exception) -> str:
     code = error.errno if isinstance(error, OSError) else None
     remedy = {
         errno.ENAMETOOLONG: "give a shorter name",
-        errno.EFBIG: "files may not be as large here (ulimit -f, or the file system's limit); write elsewhere",
+        errno.EFBIG: f"{REASONS[errno.EFBIG]}; write elsewhere",
     }.get(code or 0)
     return f"{error}; {remedy}" if remedy else str(error)
 

@@ -106,6 +106,16 @@ def check_documents(spec: DataSpec) -> None:
         next(documents, None)
 
 
+def local_files(name: str) -> list[Path]:
+    """What a corpus is read from on this machine, in order; nothing of the demo's and a hub's."""
+    path = Path(name)
+    if name == "demo":
+        return []
+    if path.is_dir():
+        return [file for file in sorted(path.iterdir()) if reader_of(file) and file.is_file()]
+    return [path] if path.is_file() else []
+
+
 def _parts(spec: DataSpec, bad_lines: BadLines) -> list[Iterator[Document]]:
     """The documents of each file of a corpus."""
     name, path = spec.path, Path(spec.path)
@@ -113,10 +123,14 @@ def _parts(spec: DataSpec, bad_lines: BadLines) -> list[Iterator[Document]]:
     if name == "demo":
         return [_demo()]
     if path.is_dir():
-        readers = [(file, reader) for file in sorted(path.iterdir()) if (reader := reader_of(file)) and file.is_file()]
-        if not readers:
+        files = local_files(name)
+        if not files:
             raise UsageError(f"--data {name}: the folder holds no {KNOWN_FILES} file")
-        return [read_documents(file, reader, replace(reading, name=str(file))) for file, reader in readers]
+        return [
+            read_documents(file, reader, replace(reading, name=str(file)))
+            for file in files
+            if (reader := reader_of(file))
+        ]
     if path.is_file():
         reader = reader_of(path)
         if reader is None:

@@ -12,6 +12,7 @@ from ...runtime.base import flags
 from ...runtime.base.command import run_command
 from ...runtime.base.errors import UsageError
 from ...runtime.base.extras import extra
+from ...runtime.base.output import check_file
 from ...runtime.base.quantities import format_count
 from ...runtime.latency.profile import DeviceProfile
 from ...runtime.latency.workload import Workload
@@ -111,8 +112,8 @@ def body(argv: Sequence[str]) -> int:
         raise UsageError("name a profile of a device with --device-profile, or finished runs with --run")
     if config.device_profile and config.run:
         raise UsageError("--run and --device-profile are two plans; ask for one at a time")
-    if config.picture and not Path(config.picture).absolute().parent.is_dir():
-        raise UsageError(f"--picture {config.picture}: there is no such folder")
+    if config.picture:
+        check_file("--picture", Path(config.picture), config.device_profile)
     if config.run:
         return _plan_tokens(name, config)
     workload = Workload.parse(config.workload)

@@ -18,6 +18,10 @@ from .divergence import mean_and_error
 from .files import KINDS, FilesConfig, FilesStudy
 from .points import Point
 
+WHOLE_COLOR = "#7a8496"
+MADE = {"": "rounded", "train": "trained, then rounded", "qat": "trained on its grid"}
+"""What a point's training makes of its file."""
+
 
 def over_seeds(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row a point: means over seeds; the error of the KL over documents, or over seeds where there are several."""
@@ -116,9 +120,6 @@ def write_files_report(study: FilesStudy, path: Path) -> None:
     draw_front(rows, path.with_suffix(".png"))
 
 
-WHOLE_COLOR = "#7a8496"
-
-
 def _heading(config: FilesConfig, path: Path) -> list[str]:
     """What the table is of."""
     data = ", ".join(without_folders(each) for each in config.data)
@@ -148,22 +149,23 @@ def draw_front(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
     figure = Figure(figsize=(8.4, 5.2), layout="constrained")
     axes = figure.subplots()
+    shown = set[str]()
     for row in rows:
         point = Point.parse(row["point"])
         color = KEPT_COLOR if point.target_bytes else WHOLE_COLOR
         fill = color if point.training == "qat" else "white"
         place = (row["file_bytes"] / 1e6, row["kl"])
-        axes.errorbar(*place, yerr=row["kl_error"], color=color, markerfacecolor=fill, marker="o", capsize=2)
+        kind = f"{'pruned' if point.target_bytes else 'whole'}, {MADE[point.training]}"
+        label = kind if kind not in shown else None
+        shown.add(kind)
+        bars = axes.errorbar(
+            *place, yerr=row["kl_error"], label=label, color=color, linestyle="", marker="o", capsize=2
+        )
+        bars.lines[0].set_markerfacecolor(fill)
         # names of neighbours lie on opposite sides
         is_right = sum(other["kl"] > row["kl"] for other in rows) % 2
         offset, side = ((6, 4), "left") if is_right else ((-6, -6), "right")
         axes.annotate(row["point"], place, xytext=offset, textcoords="offset points", size=7, ha=side)
-    for color, fill, label in (
-        (WHOLE_COLOR, "white", "whole, rounded"),
-        (WHOLE_COLOR, WHOLE_COLOR, "whole, trained on its grid"),
-        (KEPT_COLOR, KEPT_COLOR, "pruned, trained on its grid"),
-    ):
-        axes.plot([], [], color=color, markerfacecolor=fill, marker="o", linestyle="", label=label)
     front = sorted((row["file_bytes"] / 1e6, row["kl"]) for row in rows if is_on_front(row, rows))
     axes.step(*zip(*front, strict=True), where="post", color=GROUP_COLOR, linewidth=1, zorder=0, label="front")
     axes.set_yscale("log")
