@@ -21,6 +21,19 @@ def tiny_profile(head_dim: int = 32) -> DeviceProfile:
     return replace(profile, table=replace(profile.table, head_dim=head_dim))
 
 
+def cheap_attention_profile(head_dim: int = 32) -> DeviceProfile:
+    """Another device, where attention takes a tenth."""
+    profile = tiny_profile(head_dim)
+    attention = profile.table.parts["attention"]
+    parts = profile.table.parts | {"attention": replace(attention, values=attention.values * 0.1)}
+    return replace(
+        profile,
+        measured_on=replace(profile.measured_on, device="other"),
+        table=replace(profile.table, parts=parts),
+        _prices={},
+    )
+
+
 def stepped_profile(step: int = 64, ms: float = 1.0) -> DeviceProfile:
     """FFN time grows by `ms` with every started `step` of channels, and by nothing in between."""
     profile = tiny_profile()

@@ -141,9 +141,9 @@ def test_the_attention_of_a_new_model_is_timed(
 
     monkeypatch.setattr(attention_choice, "_tests", measure)
     engine = load_engine(artefact, EngineOptions(threads=1, context=64, parallel=3))
-    assert engine.settings in map(str, CANDIDATES["auto"])
+    assert engine.settings.partition(";")[0] in map(str, CANDIDATES["auto"])
     engine.close()
-    assert [len(times) for times in found] == [5] * ROUNDS * len(CANDIDATES["auto"])
+    assert [len(times) for times in found] == [6] * ROUNDS * len(CANDIDATES["auto"])
     assert min(map(min, found)) > 0
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from exporting import export
-from priced import stepped_profile, tiny_profile, tiny_time
+from priced import cheap_attention_profile, stepped_profile, tiny_profile, tiny_time
 from pruning import LAYERS, random_scores
 from tiny import tiny_architecture
 from training import command, metrics, run, weights, without
@@ -137,6 +137,17 @@ def test_other_targets_are_refused(text: str) -> None:
         ({"target_latency": "0.6x", "device_profile": "a"}, "needs either --workload .* or --at-depth"),
         ({"target_latency": "1ms", "device_profile": "a", "at_depth": 1, "workload": "depth=1"}, "needs either"),
         ({"device_profile": "a"}, "--device-profile a: is for --target-latency"),
+        ({"ranking_profile": "a"}, "--ranking-profile a: is for --target-latency"),
+        (
+            {
+                "target_latency": "1ms",
+                "device_profile": "a",
+                "at_depth": 1,
+                "ranking_profile": "b",
+                "rank_by": "parameters",
+            },
+            "ranks by milliseconds; leave out --rank-by",
+        ),
         ({"target_latency": "0.6x", "target_params": 5, "device_profile": "a", "at_depth": 1}, "are both given"),
         ({"target_latency": "0.6x", "device_profile": "a", "workload": "tokens=3"}, "cannot read 'tokens=3'"),
         ({"prune": ("blocks",), "layout": "uniform"}, "needs layers that may differ"),
@@ -210,6 +221,23 @@ def test_a_run_reaches_its_milliseconds(
     if space == "layers":
         assert stored.layers == (LayerShape(4, 2, 128),) * len(stored.layers)
         assert len(stored.layers) < len(source.layers)
+
+
+def test_groups_may_compete_for_another_device_s_milliseconds(
+    device: Path, source_folder: Path, corpus: Path, tmp_path: Path
+) -> None:
+    """Where attention is cheap channels are what pays; the time is that of the target's device."""
+    other = tmp_path / "other.json"
+    cheap_attention_profile().save(other)
+    channels = {}
+    for name, more in (("own", ()), ("other", ("--ranking-profile", str(other)))):
+        arguments = latency_command(source_folder, corpus, tmp_path / name, device, "--prune", "attention,ffn", *more)
+        assert run(arguments) == 0
+        assert tiny_time().measure.of(final(tmp_path / name)) <= 0.7 * tiny_time().measure.of(
+            Architecture.from_folder(source_folder)
+        )
+        channels[name] = sum(layer.intermediate_size for layer in final(tmp_path / name).layers)
+    assert channels["other"] < channels["own"]
 
 
 def test_zeroed_blocks_give_the_same_run_as_removed_ones(

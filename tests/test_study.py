@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from priced import tiny_profile, tiny_time
+from priced import cheap_attention_profile, tiny_profile, tiny_time
 from tiny import tiny_architecture
 
 from efficientllm.runtime.base.command import run_command
@@ -136,14 +136,20 @@ def test_a_folder_holds_one_study(page: Path, arguments: list[str], capsys: pyte
 def test_arms_for_a_device_end_at_the_same_time(arguments: list[str], source_folder: Path, tmp_path: Path) -> None:
     profile = tmp_path / "device.json"
     tiny_profile().save(profile)
+    other = tmp_path / "other.json"
+    cheap_attention_profile().save(other)
     arms = ["taylor1", "uniform", "latency", "latency-blocks", "depth"]
     more = ["--device-profile", str(profile), "--keep", "0.7", "--seeds", "1", "--arms", ",".join(arms)]
+    more += ["--ranking-profile", str(other)]
     paths = ["--output", str(tmp_path / "runs"), "--report", str(tmp_path / "results.md")]
     assert run_command(body, [*arguments[:-4], *more, *paths]) == 0
-    results = {result["arm"]: result for result in results_of(tmp_path / "results.md")}
+    found = results_of(tmp_path / "results.md")
+    results = {result["arm"]: result for result in found if result["ranked_for"] is None}
     assert list(results) == arms
+    elsewhere = [result for result in found if result["ranked_for"] is not None]
+    assert [(one["arm"], one["ranked_for"]) for one in elsewhere] == [("latency", "other"), ("latency-blocks", "other")]
     source = tiny_time().measure.of(Architecture.from_folder(source_folder))
-    for result in results.values():
+    for result in found:
         shape = Architecture.from_dict(result["architecture"])
         assert result["ms"] == pytest.approx(tiny_time().measure.of(shape))
         assert 0.4 * source < result["ms"] <= 0.7 * source
@@ -153,11 +159,15 @@ def test_arms_for_a_device_end_at_the_same_time(arguments: list[str], source_fol
     assert "-30% of the time of depth=512" in text
     assert "arms end at the same predicted time of depth=512 on local" in text
     assert "predicted ms" in text
+    assert "competed for another device's milliseconds" in text
+    assert text.count("| other |") == 2
 
 
 def test_arms_for_a_device_need_one() -> None:
     with pytest.raises(UsageError, match="--arms latency: needs --device-profile"):
         StudyConfig(arms=("taylor1", "latency"))
+    with pytest.raises(UsageError, match="--ranking-profile a.json: needs --device-profile"):
+        StudyConfig(ranking_profile=("a.json",))
 
 
 def test_the_best_contiguous_layers_are_those_without_which_least_changes() -> None:

@@ -98,7 +98,8 @@ def check_request(config: TrainConfig) -> None:
     check_loggers(config.run)
     replaceable = config.run.overwrite or config.run.resume
     inputs = [config.source.source, *(spec.path for spec in data_specs(config))]
-    inputs += filter(None, [config.pruning.target_architecture, config.pruning.device_profile])
+    pruning = config.pruning
+    inputs += filter(None, [pruning.target_architecture, pruning.device_profile, pruning.ranking_profile])
     remedy = "give --overwrite to replace it or --resume to continue it"
     # a resumed run leaves alone what is not a run's
     foreign = foreign_files if config.run.overwrite else lambda folder: []

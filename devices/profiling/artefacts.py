@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -49,12 +50,13 @@ def make_artefacts(
             _export(shape, TARGETS[engine], quantization, context, place)
         return Artefact.open(place)
 
+    folder.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(AT_ONCE) as pool:
         return list(pool.map(make, shapes))
 
 
 def _export(shape: DecoderShape, target: str, quantization: str, context: int, place: Path) -> None:
-    source = place.with_name(f".{place.name}.source")
+    source = Path(tempfile.mkdtemp(prefix=f".{place.name}.", suffix=".source", dir=place.parent))
     try:
         write_checkpoint(shape, source, context)
         flags = ["--target", target, "--quantize", quantization, "--no-verify", "--output", str(place)]

@@ -1,8 +1,9 @@
 """From the milliseconds of stacks and whole models to the table of parts.
 
 A difference of two stacks holds the noise of both, and a model of many layers finds less of itself in the caches than
-a stack of twelve. So every condition gets a formula of nine rates, fitted to all models at once; a node that a stack
-measures keeps what the formula leaves of that stack, which is where the steps of a kernel are.
+a stack of twelve. So every condition gets a formula of eleven rates, and one for weights that the CPU's cache has no
+room for, fitted to all models at once; a node that a stack measures keeps what the formula leaves of that stack, which
+is where the steps of a kernel are.
 """
 
 from __future__ import annotations
@@ -14,12 +15,19 @@ import numpy as np
 
 from ...runtime.latency.grid import Grid
 from ...runtime.latency.shape import DecoderShape, LayerShape
+from ...runtime.latency.spill import Spill, missed
 from ...runtime.latency.table import PARTS, LatencyTable
 from .stacks import Design
 
-TERMS = 9
+TERMS = 11
 OUTLIER = 0.05
 """Relative error beyond which a model counts less: something else ran beside it."""
+NOISE = 2.0
+"""What the formula leaves of a stack counts beyond so many medians of what it leaves of all models."""
+CAPACITIES = 16
+"""Sizes of the cache that are tried."""
+WORTH_A_TERM = 0.8
+"""Share of the squared errors without it that a spill may leave: one more rate fits a little better by chance."""
 PASSES = 20
 """Of fitting and weighing again."""
 
@@ -30,8 +38,18 @@ def assemble(
     """The table of a device, of the milliseconds [depths and prompts] of the design's stacks and other models."""
     features = np.array([_model_features(shape) for shape in measured_ms])
     measured = np.array(list(measured_ms.values()))
-    rates = np.stack([_fit(features, measured[:, index]) for index in range(measured.shape[1])], axis=1)
-    left = {shape: _left(ms, _model_features(shape) @ rates) / design.num_on_top for shape, ms in measured_ms.items()}
+    sizes = np.array([shape.num_weights for shape in measured_ms], float)
+    rates, spill = _fit_all(features, sizes, measured)
+
+    def formula(shape: DecoderShape) -> np.ndarray:
+        return _model_features(shape) @ rates + shape.num_weights * spill.per_weight(shape.num_weights)
+
+    fitted = np.array([formula(shape) for shape in measured_ms])
+    noise = NOISE * np.median(np.abs(fitted / measured - 1), axis=0)
+    left = {
+        shape: _left(ms, values, noise) / design.num_on_top
+        for (shape, ms), values in zip(measured_ms.items(), fitted, strict=True)
+    }
     axes = {
         "hidden_size": design.hidden_sizes,
         "vocab_size": (1, design.widths.vocab_size),
@@ -48,12 +66,16 @@ def assemble(
         ]
         shape = (*(len(axes[name]) for name in names), measured.shape[1])
         parts[part] = Grid(tuple(axes[name] for name in names), np.array(ms).reshape(shape))
-    return LatencyTable(design.widths.head_dim, depths, prompts, parts)
+    return LatencyTable(design.widths.head_dim, depths, prompts, parts, spill)
 
 
-def _left(measured: np.ndarray, formula: np.ndarray) -> np.ndarray:
-    """What the formula leaves of a stack [conditions]; nothing where that is more than a step: a disturbance."""
-    return np.where(np.abs(formula / measured - 1) < OUTLIER, measured - formula, 0.0)
+def _left(measured: np.ndarray, formula: np.ndarray, noise: np.ndarray) -> np.ndarray:
+    """What the formula leaves of a stack [conditions] beyond the `noise` of all, relative; nothing where that is more
+    than a step: a disturbance. A layer's share of it counts for every layer of a model, so noise would count thirty
+    times."""
+    left = measured - formula
+    beyond = np.sign(left) * np.maximum(np.abs(left) - noise * measured, 0.0)
+    return np.where(np.abs(left / measured) < OUTLIER, beyond, 0.0)
 
 
 def _kept(
@@ -70,17 +92,18 @@ def _kept(
 
 
 def _part_features(part: str, head_dim: int, hidden: float, *widths: float) -> np.ndarray:
-    """One per token, attention and FFN; millions of weights in each and the head; heads; groups; one per absent FFN."""
+    """One per token, attention and FFN; millions of weights in each and the head; heads; groups; one per absent FFN;
+    thousands of FFN channels and of the head's rows, each a product of its own."""
     if part == "token":
-        return np.array([1.0, 0, 0, 0, 0, 0, 0, 0, 0])
+        return np.array([1.0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0])
     if part == "head":
-        return np.array([0, 0, 0, 0, 0, hidden * widths[0] / 1e6, 0, 0, 0])
+        return np.array([0, 0, 0, 0, 0, hidden * widths[0] / 1e6, 0, 0, 0, 0, widths[0] / 1e3])
     if part == "attention":
         groups, heads = widths[0], widths[0] * widths[1]
-        return np.array([0, 1.0, 0, 2e-6 * hidden * head_dim * (heads + groups), 0, 0, heads, groups, 0])
+        return np.array([0, 1.0, 0, 2e-6 * hidden * head_dim * (heads + groups), 0, 0, heads, groups, 0, 0, 0])
     if part == "ffn":
-        return np.array([0, 0, 1.0, 0, 3e-6 * hidden * widths[0], 0, 0, 0, 0])
-    return np.array([0.0] * (TERMS - 1) + [part == "no_ffn"])
+        return np.array([0, 0, 1.0, 0, 3e-6 * hidden * widths[0], 0, 0, 0, 0, widths[0] / 1e3, 0])
+    return np.array([0, 0, 0, 0, 0, 0, 0, 0, part == "no_ffn", 0, 0], float)
 
 
 def _model_features(shape: DecoderShape) -> np.ndarray:
@@ -94,6 +117,36 @@ def _layer_parts(layer: LayerShape) -> Sequence[tuple[str, tuple[float, ...]]]:
     groups, width = layer.num_key_value_heads, layer.intermediate_size
     attention = [("attention", (groups, layer.num_attention_heads / groups))] if groups else []
     return [*attention, ("ffn", (width,)) if width else ("no_ffn", ())]
+
+
+def _fit_all(features: np.ndarray, sizes: np.ndarray, measured: np.ndarray) -> tuple[np.ndarray, Spill]:
+    """Rates [TERMS, conditions], and the spill of the capacity that fits best; `sizes` are weights [models]."""
+    capacities = np.geomspace(sizes.min(), sizes.max() / 2, CAPACITIES)
+    rates, chosen = [], []
+    for ms in measured.T:
+        fits = {0.0: _fit(features, ms)}
+        for capacity in capacities:
+            missing = 1e-6 * sizes * missed(sizes, capacity)
+            fits[capacity] = _fit(np.column_stack([features, missing]), ms)
+        losses = {
+            capacity: _loss(features @ fit[:TERMS] + 1e-6 * sizes * missed(sizes, capacity) * fit[TERMS], ms)
+            for capacity, fit in fits.items()
+            if capacity
+        }
+        best = min(losses, key=lambda capacity: losses[capacity])
+        if losses[best] > WORTH_A_TERM * _loss(features @ fits[0.0], ms):
+            rates.append(fits[0.0])
+            chosen.append((1.0, 0.0))
+        else:
+            rates.append(fits[best][:TERMS])
+            chosen.append((best, fits[best][TERMS]))
+    capacity, extra = np.array(chosen).T
+    return np.stack(rates, axis=1), Spill(capacity, extra)
+
+
+def _loss(predicted: np.ndarray, measured: np.ndarray) -> float:
+    """Squares of relative errors; those of outliers count as OUTLIER."""
+    return float((np.minimum(np.abs(predicted / measured - 1), OUTLIER) ** 2).sum())
 
 
 def _fit(features: np.ndarray, measured: np.ndarray) -> np.ndarray:

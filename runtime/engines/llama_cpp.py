@@ -23,6 +23,7 @@ from .llama_context import LlamaContext
 from .llama_embeddings import embed
 from .manifest import Manifest
 from .memory import give_back_freed_memory
+from .pass_sizes import PassTimes, pass_times
 from .protocol import Part, Pooling
 
 EVALUATED = 64
@@ -42,6 +43,9 @@ def _drop_log_line(level: int, text: bytes, data: object) -> None:
 
 class LlamaCppEngine:
     """See runtime.engines.protocol.Engine."""
+
+    pass_times: PassTimes | None = None
+    """Of several sequences."""
 
     def __init__(self, path: Path, options: EngineOptions) -> None:
         with extra("gguf", "llama-cpp-python"):
@@ -79,6 +83,9 @@ class LlamaCppEngine:
             self._context = make(attention, slots, self.num_sequences)
         self.load_ms += (time.perf_counter() - began) * 1e3
         self.settings, self.cache_slots, self.max_batch = str(attention), self._context.slots, self._context.max_batch
+        if self.num_sequences > 1:
+            times = pass_times(path, f"{release}, {attention}", self._context, self.num_sequences)
+            self.pass_times, self.settings = times, f"{attention}; {times}"
         self.kv_cache_bytes = round(self.cache_slots * bytes_per_token)
 
     def _read_vocabulary(self) -> None:

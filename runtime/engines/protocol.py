@@ -106,6 +106,22 @@ class Engine(Protocol):
         ...
 
 
+class Times(Protocol):
+    """What passes over several sequences cost."""
+
+    def answers(self, waiting: int, beside: int = 0) -> int:
+        """How many of `waiting` sequences that want one token are best evaluated in one pass, beside so many tokens of
+        others."""
+        ...
+
+
+@runtime_checkable
+class Timed(Protocol):
+    """An engine that knows which passes are worth their time; others are given all that wait."""
+
+    pass_times: Times | None
+
+
 Pooling = Literal["mean", "last"]
 
 

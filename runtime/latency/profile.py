@@ -97,16 +97,27 @@ class DeviceProfile:
     def breakdown(self, shape: DecoderShape, workload: Workload) -> Breakdown:
         """Where the milliseconds of a workload go; a layer that lost attention and FFN costs nothing."""
         self._check_head_dim(shape)
-        hidden = shape.hidden_size
+        hidden, head_dim = shape.hidden_size, shape.head_dim
+        spill = self._spill(shape.num_weights, workload)
         return Breakdown(
-            attention_ms=tuple(self.attention_ms(layer, hidden, workload) for layer in shape.layers),
-            ffn_ms=tuple(self.ffn_ms(layer, hidden, workload) for layer in shape.layers),
-            head_ms=self._price("head", hidden, (shape.vocab_size,), workload),
+            attention_ms=tuple(
+                self.attention_ms(layer, hidden, workload) + spill * layer.attention_weights(hidden, head_dim)
+                for layer in shape.layers
+            ),
+            ffn_ms=tuple(
+                self.ffn_ms(layer, hidden, workload) + spill * layer.ffn_weights(hidden) for layer in shape.layers
+            ),
+            head_ms=self._price("head", hidden, (shape.vocab_size,), workload) + spill * shape.head_weights,
             token_ms=self._price("token", hidden, (), workload),
         )
 
+    def _spill(self, num_weights: int, workload: Workload) -> float:
+        """Milliseconds more of each weight in the workload, of a model that has so many."""
+        return float(np.dot(self.table.weights(workload), self.table.spill_per_weight(num_weights)))
+
     def attention_ms(self, layer: LayerShape, hidden_size: int, workload: Workload) -> float:
-        """Milliseconds of a layer's attention in the workload: what an absent one still costs where there are none."""
+        """Milliseconds of a layer's attention in the workload, in a model that fits the CPU's cache: what an absent one
+        still costs where there are none."""
         if layer.is_absent:
             return 0.0
         if not layer.num_attention_heads:
@@ -115,7 +126,8 @@ class DeviceProfile:
         return self._price("attention", hidden_size, (groups, layer.num_attention_heads / groups), workload)
 
     def ffn_ms(self, layer: LayerShape, hidden_size: int, workload: Workload) -> float:
-        """Milliseconds of a layer's FFN in the workload: what an absent one still costs where it has no channels."""
+        """Milliseconds of a layer's FFN in the workload, in a model that fits the CPU's cache: what an absent one still
+        costs where it has no channels."""
         if layer.is_absent:
             return 0.0
         if not layer.intermediate_size:

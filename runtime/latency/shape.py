@@ -32,6 +32,14 @@ class LayerShape:
         """Whether nothing is left of the layer: exporters leave it out, and it costs nothing."""
         return not self.num_attention_heads and not self.intermediate_size
 
+    def attention_weights(self, hidden_size: int, head_dim: int) -> int:
+        """Weights in the four matrices of the attention."""
+        return 2 * hidden_size * head_dim * (self.num_attention_heads + self.num_key_value_heads)
+
+    def ffn_weights(self, hidden_size: int) -> int:
+        """Weights in the three matrices of the FFN."""
+        return 3 * hidden_size * self.intermediate_size
+
 
 @dataclass(frozen=True)
 class DecoderShape:
@@ -66,3 +74,15 @@ class DecoderShape:
     def present_layers(self) -> tuple[LayerShape, ...]:
         """Those of which something is left."""
         return tuple(layer for layer in self.layers if not layer.is_absent)
+
+    @property
+    def head_weights(self) -> int:
+        """Weights in the LM head."""
+        return self.hidden_size * self.vocab_size
+
+    @property
+    def num_weights(self) -> int:
+        """Weights in all matrices that a token is multiplied with."""
+        hidden, head_dim = self.hidden_size, self.head_dim
+        layers = (layer.attention_weights(hidden, head_dim) + layer.ffn_weights(hidden) for layer in self.layers)
+        return self.head_weights + sum(layers)

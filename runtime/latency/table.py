@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from .grid import Grid, parabola_weights, weights_between
+from .spill import Spill
 from .workload import Workload
 
 PARTS = {
@@ -38,7 +39,9 @@ class LatencyTable:
     prompts: tuple[int, ...]
     """Lengths at which prefill was measured, ascending."""
     parts: dict[str, Grid]
-    """One for each of PARTS."""
+    """One for each of PARTS, of a model that fits the CPU's cache."""
+    spill: Spill | None = None
+    """What a weight costs more in one that does not; None: nothing."""
 
     def __post_init__(self) -> None:
         if not self.depths or not self.prompts or self.head_dim < 1:
@@ -50,6 +53,8 @@ class LatencyTable:
             grid = self.parts.get(part)
             if grid is None or len(grid.axes) != len(axes) or grid.values.shape[-1] != self.num_conditions:
                 raise ValueError(f"part {part!r} is missing or of other axes than {axes}")
+        if self.spill is not None and len(self.spill.ms) != self.num_conditions:
+            raise ValueError("the spill is of other conditions than the parts")
 
     @property
     def num_conditions(self) -> int:
@@ -63,6 +68,10 @@ class LatencyTable:
         """Weight [conditions] of each condition in a workload."""
         return _weights(self.depths, self.prompts, workload)
 
+    def spill_per_weight(self, num_weights: int) -> np.ndarray:
+        """Milliseconds more [conditions] of each weight of a model that has so many."""
+        return np.zeros(self.num_conditions) if self.spill is None else self.spill.per_weight(num_weights)
+
     def to_json(self) -> dict[str, Any]:
         """Plain values, milliseconds rounded to a tenth of a microsecond."""
         parts = {
@@ -70,7 +79,8 @@ class LatencyTable:
             | {"ms": np.round(grid.values, 7).tolist()}
             for part, grid in self.parts.items()
         }
-        return {"head_dim": self.head_dim, "depths": list(self.depths), "prompts": list(self.prompts), "parts": parts}
+        sizes = {"head_dim": self.head_dim, "depths": list(self.depths), "prompts": list(self.prompts)}
+        return sizes | {"parts": parts, "spill": None if self.spill is None else self.spill.to_json()}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> LatencyTable:
@@ -79,7 +89,14 @@ class LatencyTable:
         for part, axes in PARTS.items():
             entry = values["parts"][part]
             parts[part] = Grid(tuple(tuple(entry[name]) for name in axes), np.array(entry["ms"]))
-        return cls(values["head_dim"], tuple(values["depths"]), tuple(values["prompts"]), parts)
+        spill = values.get("spill")  # an earlier release did not look for one
+        return cls(
+            values["head_dim"],
+            tuple(values["depths"]),
+            tuple(values["prompts"]),
+            parts,
+            None if spill is None else Spill.from_json(spill),
+        )
 
 
 @functools.lru_cache(maxsize=256)

@@ -73,12 +73,12 @@ def make_budget(
     return None
 
 
-def device_time(settings: PruneConfig) -> DeviceTime | None:
-    """What --target-latency times; None without one. UsageError where the profile cannot be read."""
+def device_time(settings: PruneConfig, profile: str | None) -> DeviceTime | None:
+    """What --target-latency times on the device of a profile; None without one. UsageError where it cannot be read."""
     workload = settings.asked_workload
-    if settings.device_profile is None or workload is None:
+    if profile is None or workload is None:
         return None
-    return DeviceTime(DeviceProfile.load(Path(settings.device_profile)), workload)
+    return DeviceTime(DeviceProfile.load(Path(profile)), workload)
 
 
 def check_budget(budget: Budget, source: Architecture, rules: SelectionRules) -> None:

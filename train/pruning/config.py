@@ -44,6 +44,9 @@ class PruneConfig:
     rank_by: Literal["target", "parameters"] = "target"
     """What groups compete for: saliency per millisecond or byte, whichever the target is in, or always per parameter
     (the baseline)."""
+    ranking_profile: str | None = None
+    """Profile of another device: groups compete for its milliseconds, the target stays that of --device-profile (what a
+    model that was pruned for one device is worth on another)."""
     layout: Literal["per-layer", "uniform"] = "per-layer"
     """per-layer: every layer its own widths; uniform: every layer loses its own least salient group at once."""
     saliency: str = "taylor1"
@@ -135,7 +138,7 @@ class PruneConfig:
     def _check_latency(self) -> None:
         """OptionError unless the flags of --target-latency come together and can be read."""
         if self.target_latency is None:
-            for name in ("device_profile", "workload", "at_depth"):
+            for name in ("device_profile", "workload", "at_depth", "ranking_profile"):
                 flags.require(self, name, getattr(self, name) is None, "is for --target-latency; give one")
             return
         try:
@@ -144,6 +147,8 @@ class PruneConfig:
             raise OptionError(f"--target-latency {self.target_latency}: {error}") from error
         flags.require(self, "target_latency", self.device_profile is not None, "needs --device-profile FILE")
         asked = [name for name in ("workload", "at_depth") if getattr(self, name) is not None]
+        is_for_time = self.ranking_profile is None or self.rank_by == "target"
+        flags.require(self, "ranking_profile", is_for_time, "ranks by milliseconds; leave out --rank-by")
         rule = "needs either --workload prompt=256,answer=128 or --at-depth 512"
         flags.require(self, "target_latency", len(asked) == 1, rule)
         _ = self.asked_workload

@@ -13,7 +13,7 @@ from ..vocabulary.pieces import Pieces
 from .budget import Budget, check_budget, device_time, make_budget, read_architecture
 from .config import PruneConfig
 from .groups import KINDS
-from .measures import PARAMETERS, DeviceTime
+from .measures import PARAMETERS, DeviceTime, Measure
 from .running_scores import MeanOverRanks, RunningScores
 from .selection import SelectionRules, check_floor
 from .trackers import tracker_named
@@ -49,7 +49,7 @@ def make_pruning_plan(
     """
     path = settings.target_architecture
     floor = read_architecture(Path(path)) if path is not None else None
-    time = device_time(settings)
+    time = device_time(settings, settings.device_profile)
     budget = make_budget(settings, source, floor, vocabulary_bytes, time)
     if budget is None:
         return None
@@ -57,15 +57,23 @@ def make_pruning_plan(
     uniform = settings.layout == "uniform"
     # an explicit shape is reached channel by channel, whatever its widths are multiples of
     multiple = settings.width_multiple if floor is None else 1
-    price = PARAMETERS if settings.rank_by == "parameters" else None
     fixed_rows = len(with_parts(pieces, pieces.fixed)) if pieces is not None else 0
-    rules = SelectionRules(settings.kinds, multiple, uniform, floor, settings.blocks, budget.measure, price, fixed_rows)
+    measures = budget.measure, _price(settings)
+    rules = SelectionRules(settings.kinds, multiple, uniform, floor, settings.blocks, *measures, fixed_rows)
     if floor is not None:
         check_floor(source, floor)
     if uniform and not source.is_uniform:
         raise UsageError("--layout uniform needs a source whose layers are equal")
     check_budget(budget, source, rules)
     return PruningPlan(settings, source, rules, budget, time, pieces)
+
+
+def _price(settings: PruneConfig) -> Measure | None:
+    """What groups compete for, where it is not what the budget is in."""
+    if settings.rank_by == "parameters":
+        return PARAMETERS
+    other = device_time(settings, settings.ranking_profile)
+    return other.measure if other is not None else None
 
 
 def _check_family(settings: PruneConfig, source: Architecture) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..plots import GROUP_COLOR, KEPT_COLOR, SOURCE_COLOR
 from .arms import ARMS
-from .result import StudyResult
+from .result import StudyResult, of_arm
 
 
 def plot_perplexities(results: Sequence[StudyResult], keep: float, path: Path) -> None:
@@ -19,7 +19,7 @@ def plot_perplexities(results: Sequence[StudyResult], keep: float, path: Path) -
     texts = list(results[0].perplexities)
     arms = []
     for name, arm in ARMS.items():
-        found = [r for r in results if r.arm == name and r.keep == (1.0 if arm.same_for_all_ratios else keep)]
+        found = of_arm(results, name, keep)
         if found:
             arms.append((arm, found))
     arms.reverse()

@@ -19,20 +19,11 @@ from ..compute.hardware import choose_hardware
 from ..evaluation.evaluation import Evaluation
 from ..model.architecture import Architecture
 from ..plots import plot_architecture
-from ..pruning.budget import device_time
 from .arms import ARMS
 from .figure import plot_perplexities
 from .overlap import jaccard_of_removed
-from .result import StudyResult
+from .result import Results, of_arm
 from .study import Study
-
-Results = list[StudyResult]
-
-
-def of_arm(results: Results, arm: str, keep: float) -> Results:
-    """Every seed of an arm at a ratio (or of an arm that is the same at all ratios)."""
-    wanted = 1.0 if ARMS[arm].same_for_all_ratios else keep
-    return [result for result in results if result.arm == arm and result.keep == wanted]
 
 
 def nats_of_arms(results: Results, keep: float) -> dict[str, list[float]]:
@@ -76,7 +67,12 @@ def _overlap(results: Results, arm: str, reference: str | None, keep: float, sou
     """Jaccard index of what two arms removed; nothing for an arm and itself."""
     if reference is None or arm == reference:
         return ""
-    first, second = (of_arm(results, name, keep)[0].survivors for name in (arm, reference))
+    return _in_common(of_arm(results, arm, keep), of_arm(results, reference, keep), source)
+
+
+def _in_common(some: Results, others: Results, source: Architecture) -> str:
+    """Jaccard index of what the first of each removed; nothing where one of them is not there or removed nothing."""
+    first, second = (found[0].survivors if found else None for found in (some, others))
     return f"{jaccard_of_removed(first, second, source):.2f}" if first is not None and second is not None else ""
 
 
@@ -115,6 +111,32 @@ def table(results: Results, keep: float, source: Architecture) -> str:
             ]
         )
     return markdown_table(rows)
+
+
+def transfer_table(results: Results, keep: float, source: Architecture) -> str:
+    """A row per arm and device that its groups competed for, the study's own first; "" where there is no other."""
+    untouched = next((result for result in results if not ARMS[result.arm].trains), None)
+    devices = dict.fromkeys(result.ranked_for for result in results if result.ranked_for is not None)
+    header = ["arm", "ranked for", "seeds", "parameters", "predicted ms"]
+    rows = [[*header, *(["nats above the source"] if untouched else []), "removed as for this device"]]
+    for arm in (name for name, description in ARMS.items() if description.is_for_device and devices):
+        own = of_arm(results, arm, keep)
+        for device in (None, *devices):
+            found = of_arm(results, arm, keep, ranked_for=device)
+            if not found:
+                continue
+            rows.append(
+                [
+                    ARMS[arm].title,
+                    device or "this device",
+                    str(len(found)),
+                    format_count(found[0].parameters),
+                    _over_seeds([result.ms or math.nan for result in found], 2),
+                    *([_over_seeds([result.nats - untouched.nats for result in found], 3)] if untouched else []),
+                    _in_common(found, own, source) if device else "",
+                ]
+            )
+    return markdown_table(rows) if len(rows) > 1 else ""
 
 
 def verdict(results: Results, keep: float) -> str:
@@ -193,6 +215,8 @@ def markdown(study: Study, results: Results, folder_name: str) -> str:
         line = verdict(results, keep)
         if line:
             parts += [line, ""]
+        if transfer := transfer_table(results, keep, study.source):
+            parts += ["Groups that competed for another device's milliseconds, as fast here:", "", transfer, ""]
         parts += [f"![Perplexity of every arm]({folder_name}/perplexity-{keep:g}.png)", ""]
         parts += [f"What remains of *{ARMS[reference].title}*:", ""]
         parts += [f"![What remains]({folder_name}/architecture-{keep:g}.png)", ""]
@@ -204,7 +228,7 @@ def markdown(study: Study, results: Results, folder_name: str) -> str:
 
 def _device_line(study: Study) -> list[str]:
     """What the arms are equally fast on."""
-    time = device_time(study.common_pruning(1.0))
+    time = study.time
     if time is None:
         return []
     errors = ", ".join(f"{error.median:.1%} at depth {error.depth}" for error in time.profile.errors)

@@ -12,6 +12,7 @@ from typing import Any
 from ...runtime.engines.contract_text import ALL_TEXTS
 from ..evaluation.evaluation import Evaluation
 from ..model.architecture import Architecture
+from .arms import ARMS
 from .overlap import Survivors
 
 
@@ -35,6 +36,8 @@ class StudyResult:
     """Groups of the source that remain, of an arm that prunes."""
     ms: float | None = None
     """Predicted, of the workload on the profiled device, where the study has one."""
+    ranked_for: str | None = None
+    """Another device, whose milliseconds groups competed for."""
 
     @property
     def perplexities(self) -> dict[str, float]:
@@ -71,3 +74,13 @@ class StudyResult:
         values["architecture"] = Architecture.from_dict(shape) if shape is not None else None
         values["evaluation"] = Evaluation.from_dict(values["evaluation"])
         return cls(**values)
+
+
+Results = list[StudyResult]
+
+
+def of_arm(results: Results, arm: str, keep: float, ranked_for: str | None = None) -> Results:
+    """Every seed of an arm at a ratio (or of an arm that is the same at all ratios), ranked for the study's own device
+    or another."""
+    wanted = 1.0 if ARMS[arm].same_for_all_ratios else keep
+    return [one for one in results if (one.arm, one.keep, one.ranked_for) == (arm, wanted, ranked_for)]

@@ -12,6 +12,7 @@ from ...runtime.base import flags
 from ...runtime.base.errors import UsageError
 from ...runtime.base.files import write_json_atomically
 from ...runtime.base.names import none_of
+from ...runtime.latency.profile import DeviceProfile
 from ..compute.distributed import Parallel
 from ..compute.hardware import choose_hardware
 from ..compute.loss import TrainingLoss
@@ -25,6 +26,7 @@ from ..model.irregular import save_checkpoint
 from ..model.source import load_source
 from ..pruning.budget import device_time
 from ..pruning.config import PruneConfig
+from ..pruning.measures import DeviceTime
 from ..pruning.plan import make_pruning_plan
 from ..pruning.probe import BlockProbe
 from ..run import run_training
@@ -51,6 +53,9 @@ class StudyConfig:
     device_profile: str = ""
     """Profile of a device, as efficientllm-bench --profile writes it: arms are then equally fast there, and --keep is
     shares of the source's time."""
+    ranking_profile: tuple[str, ...] = ()
+    """Profile of another device, repeatable: the arms that rank by milliseconds run once more by that device's, still
+    as fast as the others on --device-profile: what pruning for another device costs."""
     workload: str = "depth=512"
     """What is timed there: prompt=256,answer=128 (tokens) a whole answer, depth=512 one token after 512."""
     arms: tuple[str, ...] = flags.comma_separated(*(name for name, arm in ARMS.items() if not arm.is_for_device))
@@ -93,6 +98,8 @@ class StudyConfig:
             flags.require(self, "arms", name in ARMS, none_of(name, ARMS), value=name)
             needs = ARMS[name].is_for_device and not self.device_profile
             flags.require(self, "arms", not needs, "needs --device-profile", value=name)
+        for path in self.ranking_profile:
+            flags.require(self, "ranking_profile", bool(self.device_profile), "needs --device-profile", value=path)
         for text in self.keep:
             flags.require(self, "keep", 0 < float(text) < 1, "must be between 0 and 1", value=text)
         flags.require(self, "seeds", self.seeds >= 1, "must be at least 1")
@@ -116,10 +123,14 @@ class Job:
     keep: float
     """Share of the non-embedding parameters; 1.0 for an arm that prunes nothing."""
     seed: int
+    ranked_for: str | None = None
+    """Profile of another device, whose milliseconds groups compete for."""
 
     @property
     def name(self) -> str:
-        return f"{self.arm}-s{self.seed}" if self.keep == 1.0 else f"{self.keep:g}/{self.arm}-s{self.seed}"
+        ranked = f"-for-{Path(self.ranked_for).stem}" if self.ranked_for is not None else ""
+        place = "" if self.keep == 1.0 else f"{self.keep:g}/"
+        return f"{place}{self.arm}{ranked}-s{self.seed}"
 
 
 def jobs(config: StudyConfig) -> list[Job]:
@@ -131,7 +142,9 @@ def jobs(config: StudyConfig) -> list[Job]:
                 arm = ARMS[name]
                 if (seed and not arm.is_repeated) or (index and arm.same_for_all_ratios):
                     continue
-                found.append(Job(name, 1.0 if arm.same_for_all_ratios else keep, seed))
+                others = config.ranking_profile if arm.is_for_device else ()
+                for profile in (None, *others):
+                    found.append(Job(name, 1.0 if arm.same_for_all_ratios else keep, seed, profile))
     return found
 
 
@@ -144,7 +157,7 @@ def target_parameters(source: Architecture, keep: float) -> int:
 
 def _settings(config: StudyConfig) -> dict[str, Any]:
     """What makes a study another one, as JSON reads it; more of what is left out only adds jobs."""
-    free = ("output", "device", "threads", "arms", "seeds", "keep")
+    free = ("output", "device", "threads", "arms", "seeds", "keep", "ranking_profile")
     return json.loads(json.dumps({name: value for name, value in vars(config).items() if name not in free}))
 
 
@@ -238,6 +251,8 @@ class Study:
             ),
         )
         config = arm.configure(common)
+        if job.ranked_for is not None:
+            config = replace(config, pruning=replace(config.pruning, ranking_profile=job.ranked_for))
         if config.optimizer.distill and self._keeps_teacher:
             config = replace(config, run=replace(config.run, teacher_cache=str(self.folder / "teacher")))
         return self._without_best_layers(config) if arm.drops_layers else config
@@ -303,12 +318,18 @@ class Study:
             architecture=Architecture.from_dict(shape["final"]),
             survivors=shape.get("survivors"),
             ms=self.milliseconds(Architecture.from_dict(shape["final"])),
+            ranked_for=DeviceProfile.load(Path(job.ranked_for)).measured_on.device if job.ranked_for else None,
         )
+
+    @property
+    def time(self) -> DeviceTime | None:
+        """What all arms are equally fast at; None where there is no profile."""
+        settings = self.common_pruning(1.0)
+        return device_time(settings, settings.device_profile)
 
     def milliseconds(self, architecture: Architecture) -> float | None:
         """Predicted, of the workload on the profiled device; None where there is no profile."""
-        time = device_time(self.common_pruning(1.0))
-        return time.measure.of(architecture) if time is not None else None
+        return self.time.measure.of(architecture) if self.time is not None else None
 
     def results(self) -> list[StudyResult]:
         """Every finished job of this configuration, in the order of the jobs."""

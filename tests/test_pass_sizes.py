@@ -1,0 +1,126 @@
+"""How many answers a pass serves: as many as the machine gains from, the others in turn."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from efficientllm.runtime.batch import Batch
+from efficientllm.runtime.engines import pass_sizes
+from efficientllm.runtime.engines.engine import EngineOptions, load_engine
+from efficientllm.runtime.engines.llama_context import LlamaContext
+from efficientllm.runtime.engines.owned import OwnedEngine
+from efficientllm.runtime.engines.pass_sizes import PassTimes
+from efficientllm.runtime.engines.protocol import Part
+from efficientllm.runtime.generation import AnswerOptions, Generation
+
+PROMPTS = [[5 + (7 * index + step) % 300 for step in range(12)] for index in range(4)]
+
+ONE_OR_EIGHT = PassTimes((7.0, 27, 34, 41, 49, 53, 55, 49, 56, 60))
+"""q8_0 on AVX-512: a single token has a kernel of its own, eight rows another."""
+FOURS = PassTimes((4.5, 11.7, 16.4, 16.2, 23.2, 28.1, 32.3, 24.3))
+"""q4_0 there: rows come in fours."""
+ALL = PassTimes((10.0, 11, 12, 13))
+"""With AMX."""
+
+
+@pytest.mark.parametrize(
+    ("times", "expected"),
+    [(ONE_OR_EIGHT, [1, 1, 1, 1, 1, 1, 1, 8, 9, 10]), (FOURS, [1, 1, 1, 4, 4, 4, 4, 8]), (ALL, [1, 2, 3, 4])],
+)
+def test_as_many_answers_as_give_the_most_tokens_per_second(times: PassTimes, expected: list[int]) -> None:
+    assert [times.answers(waiting) for waiting in range(1, len(expected) + 1)] == expected
+
+
+def test_beside_a_prompt_all_answers_are_served() -> None:
+    assert [ONE_OR_EIGHT.answers(waiting, beside=20) for waiting in (1, 4, 7)] == [1, 4, 7]
+
+
+def test_more_answers_than_were_measured() -> None:
+    assert ALL.answers(6) == 6
+    assert str(ALL) == "1, 2, 3 or 4 answers a pass"
+    assert str(PassTimes((1.0, 3))) == "1 answers a pass"
+
+
+@pytest.fixture
+def engine(artefact: Path) -> Iterator[OwnedEngine]:
+    engine = load_engine(artefact, EngineOptions(threads=1, context=256, parallel=4, kv_cache="f32"))
+    yield engine
+    engine.close()
+
+
+def answer_all(engine: OwnedEngine) -> list[list[int]]:
+    """Tokens of every prompt's answer, all computed in one batch."""
+    batch, generations = Batch(engine), [Generation(engine, prompt, AnswerOptions(8)) for prompt in PROMPTS]
+    for generation in generations:
+        batch.add(generation)
+    while len(batch):
+        assert not [progress.error for progress in batch.step() if progress.error]
+    return [generation.answer for generation in generations]
+
+
+def test_answers_take_turns_where_passes_of_one_are_fastest(
+    engine: OwnedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = answer_all(engine)
+    assert engine._engine is not None
+    extend, passes = engine._engine.extend, []
+
+    def record(parts: Sequence[Part]) -> object:
+        passes.append([part.sequence for part in parts])
+        return extend(parts)
+
+    monkeypatch.setattr(engine._engine, "extend", record)
+    monkeypatch.setattr(engine, "_pass_times", PassTimes((1.0, 8, 12, 16)))
+    assert answer_all(engine) == expected
+    turns = [served for one in passes if len(one) == 1 for served in one]
+    assert len(turns) > 20
+    for index in range(len(turns) - 8):  # nobody has a second turn before the others had theirs
+        assert len(set(turns[index : index + 4])) == 4
+
+
+def test_passes_are_timed_when_several_chats_are_first_loaded(
+    artefact: Path,
+    passes_of_all: Callable[[LlamaContext, int, int], float],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = Path(shutil.copytree(artefact, tmp_path / "copied"))
+    for file in folder.iterdir():
+        os.utime(file, (1, 1))
+    monkeypatch.setattr("efficientllm.runtime.engines.seen.SETTLED_SECONDS", -1)
+    monkeypatch.setenv("EFFICIENTLLM_CACHE", str(tmp_path / "cache"))
+    found: list[float] = []
+
+    def measure(context: LlamaContext, size: int, depth: int) -> float:
+        found.append(passes_of_all(context, size, depth))
+        return found[-1]
+
+    monkeypatch.setattr(pass_sizes, "_timed", measure)
+    for parallel, timed in ((6, 6 * pass_sizes.REPEATED), (6, 0), (1, 0)):
+        found.clear()
+        engine = load_engine(folder, EngineOptions(threads=1, context=64, parallel=parallel))
+        assert len(found) == timed
+        assert ("a pass" in engine.settings) == (parallel > 1)
+        assert engine.prefill([5, 6, 7]).shape == (engine.vocab_size,)  # the measured tokens are gone
+        engine.close()
+    assert min(found, default=1) > 0
+
+
+def test_a_slow_machine_times_the_most_telling_passes(artefact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+
+    def measure(context: LlamaContext, size: int, depth: int) -> float:
+        sizes.append(size)
+        return float(size + 10)
+
+    monkeypatch.setattr(pass_sizes, "_timed", measure)
+    monkeypatch.setattr(pass_sizes, "SECONDS", -1)
+    engine = load_engine(artefact, EngineOptions(threads=1, context=64, parallel=8))
+    assert sorted(set(sizes)) in ([1], [8])
+    engine.close()
+    assert list(pass_sizes._most_telling_first(16))[:5] == [16, 1, 8, 4, 12]
