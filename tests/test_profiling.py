@@ -16,13 +16,15 @@ from tiny import tiny_architecture
 from efficientllm.devices import cli
 from efficientllm.devices import profiler as profiling
 from efficientllm.devices.profiling.checkpoint import write_checkpoint
-from efficientllm.devices.profiling.held_out import error_of, irregular_shapes, removals
+from efficientllm.devices.profiling.held_out import error_of, irregular_shapes, neighbours, removals
 from efficientllm.devices.profiling.regression import assemble
 from efficientllm.devices.profiling.stacks import Design, Widths
 from efficientllm.export.checkpoint import Checkpoint
 from efficientllm.runtime.base.command import run_command
+from efficientllm.runtime.base.errors import UsageError
 from efficientllm.runtime.latency.profile import DeviceProfile
 from efficientllm.runtime.latency.shape import DecoderShape, LayerShape
+from efficientllm.runtime.latency.spill import missed
 from efficientllm.runtime.latency.workload import Workload
 
 SMALL = Widths(
@@ -88,6 +90,55 @@ def test_what_a_layer_without_ffn_still_costs_is_in_the_table() -> None:
     table = assemble(design, (0,), (1,), {stack: np.array([ms(stack)] * 2) for stack in design.stacks()})
     shape = DecoderShape(448, HEAD_DIM, 4096, (LayerShape(6, 3, 0), LayerShape(9, 3, 512)))
     assert DeviceProfile(MEASURED_ON, table).decode_ms(shape, 0) == pytest.approx(ms(shape))
+
+
+def test_weights_beyond_the_cache_cost_more(tmp_path: Path) -> None:
+    """Small models find all of their weights in a cache of 15 million, large ones none."""
+    design = Design.full(Widths())
+
+    def ms(shape: DecoderShape) -> np.ndarray:
+        beyond = 4e-8 * shape.num_weights * missed(shape.num_weights, 15e6)
+        return np.array([true_ms(shape, 0) + beyond, 32 * true_ms(shape, 0)])
+
+    models = [*design.stacks(), *irregular_shapes(design.widths, 10, seed=1_000), *neighbours(design.widths)]
+    table = assemble(design, (0,), (32,), {shape: ms(shape) for shape in models})
+    assert table.spill is not None
+    assert table.spill.capacity[0] == pytest.approx(15e6, rel=0.3)
+    assert table.spill.ms.tolist() == [pytest.approx(0.04, rel=0.2), 0]  # a prompt reads each weight once for all
+    DeviceProfile(MEASURED_ON, table).save(tmp_path / "profile.json")
+    profile = DeviceProfile.load(tmp_path / "profile.json")
+    for shape in irregular_shapes(design.widths, 20):
+        assert profile.decode_ms(shape, 0) == pytest.approx(ms(shape)[0], rel=0.04)
+        assert profile.prefill_ms(shape, 32) == pytest.approx(ms(shape)[1], rel=1e-3)
+    values = json.loads((tmp_path / "profile.json").read_text())
+    del values["table"]["spill"]  # an earlier release's
+    (tmp_path / "old.json").write_text(json.dumps(values))
+    source = neighbours(design.widths)[0]
+    assert DeviceProfile.load(tmp_path / "old.json").decode_ms(source, 0) < 0.95 * profile.decode_ms(source, 0)
+
+
+@pytest.mark.parametrize(
+    "spill",
+    [{"capacity": [0, 0], "ms": [1, 1]}, {"capacity": [1], "ms": [1]}, {"capacity": [1, 1], "ms": [1, -1]}, {"ms": []}],
+)
+def test_a_damaged_spill_is_refused(spill: dict[str, list[float]], tmp_path: Path) -> None:
+    design = Design.full(SMALL)
+    table = assemble(design, (0,), (1,), {stack: np.array([true_ms(stack, 0)] * 2) for stack in design.stacks()})
+    DeviceProfile(MEASURED_ON, table).save(tmp_path / "profile.json")
+    values = json.loads((tmp_path / "profile.json").read_text())
+    values["table"]["spill"] = spill
+    (tmp_path / "profile.json").write_text(json.dumps(values))
+    with pytest.raises(UsageError, match="is damaged"):
+        DeviceProfile.load(tmp_path / "profile.json")
+
+
+def test_neighbours_of_the_source_lack_much_of_one_part() -> None:
+    source, *others = neighbours(Widths())
+    assert source == removals(Widths())["nothing"]
+    assert len(set(others)) == 6
+    assert not set(others) & {*removals(Widths()).values(), *irregular_shapes(Widths(), 20)}
+    assert all(shape.num_weights < 0.95 * source.num_weights for shape in others)
+    assert neighbours(Widths(num_layers=1, num_key_value_heads=1, num_attention_heads=1))[0].layers
 
 
 def test_a_table_that_predicts_badly_says_so() -> None:
@@ -191,6 +242,6 @@ def test_a_profile_of_this_machine_prices_what_it_measured(
     whole = DecoderShape(64, 32, 1024, (SMALL.whole,) * 3)
     assert profile.decode_ms(whole, 512) > profile.decode_ms(whole, 0) > 0
     stacks = json.loads((tmp_path / "profile.bench.json").read_text())["results"]
-    models = {*Design.full(SMALL).stacks(), *irregular_shapes(SMALL, 2), *removals(SMALL).values()}
+    models = {*Design.full(SMALL).stacks(), *irregular_shapes(SMALL, 2), *removals(SMALL).values(), *neighbours(SMALL)}
     assert len(stacks) > len(models)  # and those that the table was made to agree with
     assert len(profile.savings) == 2 * (len(removals(SMALL)) - 1)

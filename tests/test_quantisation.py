@@ -25,6 +25,7 @@ from efficientllm.runtime.engines.manifest import Manifest
 from efficientllm.train.model.architecture import LayerShape
 from efficientllm.train.quantisation.config import QuantisationConfig
 from efficientllm.train.quantisation.grids import GRIDS
+from efficientllm.train.quantisation.inputs import InputSquares
 from efficientllm.train.quantisation.weights import ShippedWeights
 from efficientllm.train.trainer import Trainer
 
@@ -113,7 +114,7 @@ def test_rows_that_blocks_do_not_divide_are_rounded_as_if_padded() -> None:
 def test_gradients_are_those_of_the_rounded_weights() -> None:
     model = tiny_model(tiny_architecture())
     tokens = torch.randint(3, 400, (2, 16))
-    shipped = ShippedWeights(QuantisationConfig(qat="q4_0"))
+    shipped = ShippedWeights(QuantisationConfig(qat="q8_0"))
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     with shipped.applied(model):
         model(tokens, labels=tokens).loss.backward()
@@ -125,6 +126,49 @@ def test_gradients_are_those_of_the_rounded_weights() -> None:
     for name, parameter in model.named_parameters():
         assert torch.equal(gradients[name], parameter.grad), name
         assert (parameter.dim() == 2) == (not torch.equal(before[name], parameter)), name
+
+
+def test_scales_of_q4_0_heed_what_columns_are_multiplied_with() -> None:
+    """Less weighted error, on a grid that llama.cpp's quantiser finds again."""
+    importance = torch.rand(WEIGHT.shape[1], generator=torch.Generator().manual_seed(1)) ** 8
+    grid = GRIDS["q4_0"]
+    plain, heeding = grid.round(WEIGHT), grid.round(WEIGHT, importance)
+    errors = [float(((rounded - WEIGHT).square() * importance).sum()) for rounded in (plain, heeding)]
+    assert errors[1] < 0.9 * errors[0]
+    assert torch.equal(of_llama_cpp(heeding, "q4_0"), heeding)
+    assert torch.equal(grid.round(heeding, importance), heeding)
+    assert torch.equal(grid.round(heeding), heeding)
+    assert torch.equal(GRIDS["q8_0"].round(WEIGHT, importance), GRIDS["q8_0"].round(WEIGHT))
+
+
+def test_inputs_are_watched_in_training_alone() -> None:
+    model = tiny_model(tiny_architecture()).train()
+    seen: dict[str, torch.Tensor] = {}
+    for name in ("model.layers.1.mlp.down_proj", "model.layers.0.self_attn.q_proj"):
+        module = model.get_submodule(name)
+        module.register_forward_pre_hook(lambda _, inputs, name=name: seen.update({name: inputs[0].detach()}))
+    inputs, tokens = InputSquares(), torch.randint(3, 400, (2, 16))
+    with inputs.watching(model):
+        model(tokens)
+    means = {name: values.flatten(0, -2).square().mean(0) for name, values in seen.items()}
+    for parameter, name in (
+        ("model.layers.1.mlp.down_proj.weight", "model.layers.1.mlp.down_proj"),
+        ("model.layers.0.self_attn.v_proj.weight", "model.layers.0.self_attn.q_proj"),
+    ):
+        torch.testing.assert_close(inputs.of(parameter, len(means[name])), means[name])
+    assert inputs.of("model.layers.1.mlp.down_proj.weight", 5) is None  # it was pruned since
+    assert inputs.of("model.embed_tokens.weight", model.config.hidden_size) is not None
+    first = {name: mean.clone() for name, mean in inputs.state_dict().items()}
+    with inputs.watching(model.eval()):
+        model(tokens)
+    with pytest.raises(KeyboardInterrupt), inputs.watching(model.train()):
+        model(tokens)
+        raise KeyboardInterrupt
+    assert all(torch.equal(first[name], mean) for name, mean in inputs.state_dict().items())
+    with inputs.watching(model):
+        model(torch.full((2, 16), 7))
+    changed = [name for name, mean in inputs.state_dict().items() if not torch.equal(first[name], mean)]
+    assert len(changed) == len(first) == 4 * model.config.num_hidden_layers + 1
 
 
 def test_what_fails_within_leaves_the_unrounded_weights() -> None:

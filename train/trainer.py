@@ -76,8 +76,10 @@ class Trainer:
             self.schedule = DroppingSchedule(size, budget.target, start, end, settings.removals)
             self.pruner = Pruner(plan.pruning, self.model, self.parallel, self.config.run.seed)
         self.ranks_by_gradients = uses_gradient(self.config.pruning.saliency)
-        self.shipped = ShippedWeights(self.config.quantisation) if self.config.quantisation.is_on else None
+        self.shipped: ShippedWeights | None = None
         """Rounds the weights to the type that the run trains for."""
+        if self.config.quantisation.is_on:
+            self.shipped = ShippedWeights(self.config.quantisation, self.parallel.mean_tensors)
         self.metrics = MetricsWriter(plan.folder, self.config.run, self.parallel.is_main)
         self.measuring = Measuring(plan, held_out, self.metrics)
         self.stop_signal = StopSignal()
@@ -363,6 +365,8 @@ class Trainer:
         if self.pruner is not None:
             extra["pruner"] = self.pruner.state_json()
             tensors["pruner"] = self.pruner.state_tensors()
+        if self.shipped is not None:
+            tensors["shipped"] = self.shipped.inputs.state_dict()
         state = training_state.TrainingState(self.progress, extra, tensors)
         folder, keep = self.plan.folder / "checkpoints", self.config.run.keep
         return training_state.save_training_state(folder, self.model, self.optimizer, state, keep, self.parallel)
@@ -380,5 +384,7 @@ class Trainer:
             if len(survivors) < self.plan.architecture.vocab_size:
                 renumber_settings(self.model.generation_config, Numbering(survivors.tolist()))  # it is the source's
                 self._read_on_without_rows()
+        if self.shipped is not None:
+            self.shipped.inputs.load_state_dict(tensors.get("shipped", {}))  # none in an earlier release's
         self.text.stream.load_state(training_state.as_arrays(tensors["stream"]))
         self.metrics.truncate(self.progress)

@@ -28,22 +28,30 @@ class Grid:
 
     block: int
     """Weights that share a scale; 0: a whole row."""
-    round_blocks: Callable[[Tensor, Tensor], None]
-    """Rounds fp32 [N, G] into the second tensor."""
+    round_blocks: Callable[[Tensor, Tensor, Tensor | None], None]
+    """Rounds fp32 [N, G] into the second tensor; the third weighs the squared errors of a row's blocks [N / out, G]."""
+    weighs: bool = False
+    """Whether it looks at those weights."""
 
     @torch.no_grad()
-    def round(self, weight: Tensor) -> Tensor:
-        """fp32 [out, in] rounded; where blocks do not divide rows, as if these were padded with zeros."""
+    def round(self, weight: Tensor, importance: Tensor | None = None) -> Tensor:
+        """fp32 [out, in] rounded; where blocks do not divide rows, as if these were padded with zeros.
+
+        `importance` fp32 [in] weighs the squared errors of each column, where the grid's scale can heed them.
+        """
         rows, columns = weight.shape
         block = self.block or columns
         width = -(-columns // block) * block
         if width != columns:
             weight = functional.pad(weight, (0, width - columns))
+        weights = None
+        if importance is not None and self.weighs:
+            weights = functional.pad(importance.float(), (0, width - columns)).view(-1, block)
         rounded = torch.empty_like(weight, memory_format=torch.contiguous_format)
         step = max(1, PIECE // width)
         for start in range(0, rows, step):
             piece = slice(start, start + step)
-            self.round_blocks(weight[piece].reshape(-1, block), rounded[piece].view(-1, block))
+            self.round_blocks(weight[piece].reshape(-1, block), rounded[piece].view(-1, block), weights)
         return rounded[:, :columns].contiguous() if width != columns else rounded
 
 
@@ -66,14 +74,26 @@ def _as_fp16(scales: Tensor) -> Tensor:
     return scales.half().float()
 
 
-def round_q4_0(blocks: Tensor, out: Tensor) -> None:
-    """Codes -8 to 7, the largest weight at -8, scale in fp16 (ggml-quants.c, quantize_row_q4_0_ref)."""
+def round_q4_0(blocks: Tensor, out: Tensor, weights: Tensor | None = None) -> None:
+    """Codes -8 to 7, the largest weight at -8, scale in fp16 (ggml-quants.c, quantize_row_q4_0_ref).
+
+    With `weights` the codes are the same, and the scale is the best for them. The largest magnitude of a rounded block
+    is then still 8 scales, so that llama.cpp's quantiser finds scale and codes again.
+    """
     scales = _largest(blocks) / -8
     torch.mul(blocks, _inverse(scales), out=out)
-    out.add_(8.5).trunc_().clamp_(max=15).sub_(8).mul_(_as_fp16(scales))
+    out.add_(8.5).trunc_().clamp_(max=15).sub_(8)
+    out.mul_(_as_fp16(scales if weights is None else _best_scales(blocks, out, weights)))
 
 
-def round_q8_0(blocks: Tensor, out: Tensor) -> None:
+def _best_scales(blocks: Tensor, codes: Tensor, weights: Tensor) -> Tensor:
+    """[N, 1]: the scales of least weighted squared error for these codes [N, G], w x c / w c^2 summed over each block."""
+    weighed = (codes.view(-1, *weights.shape) * weights).view(codes.shape)
+    squares = (weighed * codes).sum(1, keepdim=True)
+    return torch.where(squares == 0, 0.0, (weighed * blocks).sum(1, keepdim=True) / squares)
+
+
+def round_q8_0(blocks: Tensor, out: Tensor, weights: Tensor | None = None) -> None:
     """Codes -127 to 127, half away from zero, scale in fp16 (ggml-quants.c, quantize_row_q8_0_ref)."""
     scales = _magnitude(blocks) / 127
     torch.mul(blocks, _inverse(scales), out=out)
@@ -81,7 +101,7 @@ def round_q8_0(blocks: Tensor, out: Tensor) -> None:
     out.mul_(_as_fp16(scales))
 
 
-def round_q2_0(blocks: Tensor, out: Tensor) -> None:
+def round_q2_0(blocks: Tensor, out: Tensor, weights: Tensor | None = None) -> None:
     """Codes -1 to 2, scale in fp16 and of the largest weight's sign, so that this one can be at 2.
 
     The format, not llama.cpp's way to fill it: its quantiser takes the largest weight for the scale and never gives 2.
@@ -99,14 +119,14 @@ def _magnitude(blocks: Tensor) -> Tensor:
     return torch.maximum(blocks.amax(1, keepdim=True), -blocks.amin(1, keepdim=True))
 
 
-def round_int4(blocks: Tensor, out: Tensor) -> None:
+def round_int4(blocks: Tensor, out: Tensor, weights: Tensor | None = None) -> None:
     """Codes -8 to 7, the largest weight at -8, scale in fp32: MatMulNBits as export/onnx fills it."""
     scales = _largest(blocks) / -8
     torch.mul(blocks, _inverse(scales), out=out)
     out.round_().clamp_(-8, 7).mul_(scales)
 
 
-def round_int4_bfloat16(blocks: Tensor, out: Tensor) -> None:
+def round_int4_bfloat16(blocks: Tensor, out: Tensor, weights: Tensor | None = None) -> None:
     """Codes -8 to 7, the largest magnitude at 7, scale in bf16: XNNPACK's blockwise kernels as export/executorch fills
     them."""
     scales = (_magnitude(blocks) / 7).bfloat16().float()
@@ -114,7 +134,7 @@ def round_int4_bfloat16(blocks: Tensor, out: Tensor) -> None:
     out.round_().clamp_(-8, 7).mul_(scales)
 
 
-def round_int8(blocks: Tensor, out: Tensor) -> None:
+def round_int8(blocks: Tensor, out: Tensor, weights: Tensor | None = None) -> None:
     """Codes -127 to 127, scale in fp32."""
     scales = _magnitude(blocks) / 127
     torch.mul(blocks, _inverse(scales), out=out)
@@ -123,7 +143,7 @@ def round_int8(blocks: Tensor, out: Tensor) -> None:
 
 GRIDS = {
     "q8_0": Grid(32, round_q8_0),
-    "q4_0": Grid(32, round_q4_0),
+    "q4_0": Grid(32, round_q4_0, weighs=True),
     "q2_0": Grid(64, round_q2_0),
     "int4": Grid(32, round_int4),
     "int4-bf16": Grid(32, round_int4_bfloat16),

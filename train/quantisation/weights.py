@@ -12,22 +12,26 @@ from torch import Tensor, nn
 from ..model.file_types import file_types
 from ..model.irregular import architecture_of
 from ..model.tensors import tensor_names
+from ..pruning.running_scores import MeanOverRanks, alone
 from .activations import round_to_int8
 from .config import GGUF_TYPES, QuantisationConfig
 from .grids import GRIDS, Grid
+from .inputs import InputSquares
 
 OTHER_TYPES = {"int4-block32": ("int4", "int4"), "8da4w": ("int4-bf16", "int8")}
 """Type -> grids of the layers' matrices and of embedding and head."""
 
 
 class ShippedWeights:
-    """What `--qat` does to a model: rounds its matrices in place, without state of its own.
+    """What `--qat` does to a model: rounds its matrices in place.
 
-    Gradients are straight-through: of the rounded weights, applied to the unrounded ones.
+    Gradients are straight-through: of the rounded weights, applied to the unrounded ones. A block's scale heeds what
+    its columns are multiplied with, as far as training saw (`inputs`), where the grid leaves it a choice.
     """
 
-    def __init__(self, settings: QuantisationConfig) -> None:
+    def __init__(self, settings: QuantisationConfig, mean_over_ranks: MeanOverRanks = alone) -> None:
         self.settings = settings
+        self.inputs = InputSquares(mean_over_ranks)
 
     def grids(self, model: Any) -> dict[str, Grid]:
         """{parameter: its grid} of a model of any shape; what stays in 16 or 32 bits is left out."""
@@ -45,13 +49,14 @@ class ShippedWeights:
     def applied(self, model: Any) -> Iterator[None]:
         """Within, the model's matrices are the rounded ones; their gradients stay when the others are back."""
         grids = self.grids(model)
+        weighs = any(grid.weighs for grid in grids.values())
         unrounded: dict[nn.Parameter, Tensor] = {}
         try:
             for name, parameter in model.named_parameters():
                 if name in grids:
                     unrounded[parameter] = parameter.data
-                    parameter.data = grids[name].round(parameter.data)
-            with self._rounded_activations(model):
+                    parameter.data = self._round(grids[name], name, parameter.data)
+            with self._rounded_activations(model), self.inputs.watching(model) if weighs else contextlib.nullcontext():
                 yield
         finally:
             for parameter, weight in unrounded.items():
@@ -63,7 +68,10 @@ class ShippedWeights:
         grids = self.grids(model)
         for name, parameter in model.named_parameters():
             if name in grids:
-                parameter.copy_(grids[name].round(parameter))
+                parameter.copy_(self._round(grids[name], name, parameter))
+
+    def _round(self, grid: Grid, name: str, weight: Tensor) -> Tensor:
+        return grid.round(weight, self.inputs.of(name, weight.shape[1]) if grid.weighs else None)
 
     @contextlib.contextmanager
     def _rounded_activations(self, model: Any) -> Iterator[None]:
