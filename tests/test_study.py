@@ -166,7 +166,7 @@ def test_arms_for_a_device_end_at_the_same_time(arguments: list[str], source_fol
 def test_arms_for_a_device_need_one() -> None:
     with pytest.raises(UsageError, match="--arms latency: needs --device-profile"):
         StudyConfig(arms=("taylor1", "latency"))
-    with pytest.raises(UsageError, match="--ranking-profile a.json: needs --device-profile"):
+    with pytest.raises(UsageError, match=r"--ranking-profile a\.json: needs --device-profile"):
         StudyConfig(ranking_profile=("a.json",))
 
 

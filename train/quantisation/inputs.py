@@ -35,7 +35,7 @@ class InputSquares:
 
     @contextlib.contextmanager
     def watching(self, model: Any) -> Iterator[None]:
-        """Average in what the matrices of `model` read within, in training; nothing where that fails or is no number."""
+        """Average in what the matrices of `model` read within, in training; nothing where that fails."""
         handles = [module.register_forward_pre_hook(self._input_of(name)) for name, module in _watched(model)]
         norm = model.get_submodule(FINAL_NORM)
         handles.append(norm.register_forward_hook(self._output_of(FINAL_NORM)))
@@ -68,10 +68,12 @@ class InputSquares:
             return
         self._mean_over_ranks(new.values())
         for name, mean in new.items():
+            if not bool(mean.isfinite().all()):
+                continue
             before = self._means.get(name)
-            if bool(mean.isfinite().all()):
-                is_first = before is None or before.shape != mean.shape
-                self._means[name] = mean if is_first else before.lerp(mean, 1 - DECAY)
+            if before is not None and before.shape == mean.shape:  # it was not pruned since
+                mean = before.lerp(mean, 1 - DECAY)
+            self._means[name] = mean
 
     def state_dict(self) -> dict[str, Tensor]:
         return self._means
