@@ -1,9 +1,9 @@
 """From the milliseconds of stacks and whole models to the table of parts.
 
 A difference of two stacks holds the noise of both, and a model of many layers finds less of itself in the caches than
-a stack of twelve. So every condition gets a formula of eleven rates, and one for weights that the CPU's cache has no
-room for, fitted to all models at once; a node that a stack measures keeps what the formula leaves of that stack, which
-is where the steps of a kernel are.
+a stack of twelve. So every condition gets a formula of eleven rates of parts, one for weights that the CPU's cache has
+no room for and one for rows of an odd number of blocks, fitted to all models at once; a node that a stack measures
+keeps what the formula leaves of that stack, which is where other steps of a kernel are.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ import numpy as np
 
 from ...runtime.latency.grid import Grid
 from ...runtime.latency.shape import DecoderShape, LayerShape
-from ...runtime.latency.spill import Spill, missed
+from ...runtime.latency.surcharge import Surcharge, head_odd_rows, missed, odd_rows
 from ...runtime.latency.table import PARTS, LatencyTable
 from .stacks import Design
 
 TERMS = 11
+"""Of the parts."""
 OUTLIER = 0.05
 """Relative error beyond which a model counts less: something else ran beside it."""
 NOISE = 2.0
@@ -36,15 +37,9 @@ def assemble(
     design: Design, depths: tuple[int, ...], prompts: tuple[int, ...], measured_ms: Mapping[DecoderShape, np.ndarray]
 ) -> LatencyTable:
     """The table of a device, of the milliseconds [depths and prompts] of the design's stacks and other models."""
-    features = np.array([_model_features(shape) for shape in measured_ms])
     measured = np.array(list(measured_ms.values()))
-    sizes = np.array([shape.num_weights for shape in measured_ms], float)
-    rates, spill = _fit_all(features, sizes, measured)
-
-    def formula(shape: DecoderShape) -> np.ndarray:
-        return _model_features(shape) @ rates + shape.num_weights * spill.per_weight(shape.num_weights)
-
-    fitted = np.array([formula(shape) for shape in measured_ms])
+    rates, surcharge = _fit_all(list(measured_ms), measured)
+    fitted = np.array([_model_features(shape) @ rates + surcharge.of(shape) for shape in measured_ms])
     noise = NOISE * np.median(np.abs(fitted / measured - 1), axis=0)
     left = {
         shape: _left(ms, values, noise) / design.num_on_top
@@ -66,7 +61,7 @@ def assemble(
         ]
         shape = (*(len(axes[name]) for name in names), measured.shape[1])
         parts[part] = Grid(tuple(axes[name] for name in names), np.array(ms).reshape(shape))
-    return LatencyTable(design.widths.head_dim, depths, prompts, parts, spill)
+    return LatencyTable(design.widths.head_dim, depths, prompts, parts, surcharge)
 
 
 def _left(measured: np.ndarray, formula: np.ndarray, noise: np.ndarray) -> np.ndarray:
@@ -119,29 +114,31 @@ def _layer_parts(layer: LayerShape) -> Sequence[tuple[str, tuple[float, ...]]]:
     return [*attention, ("ffn", (width,)) if width else ("no_ffn", ())]
 
 
-def _fit_all(features: np.ndarray, sizes: np.ndarray, measured: np.ndarray) -> tuple[np.ndarray, Spill]:
-    """Rates [TERMS, conditions], and the spill of the capacity that fits best; `sizes` are weights [models]."""
+def _fit_all(shapes: Sequence[DecoderShape], measured: np.ndarray) -> tuple[np.ndarray, Surcharge]:
+    """Rates [TERMS, conditions] of the parts, and the surcharge, of the cache that fits each condition best."""
+    sizes = np.array([shape.num_weights for shape in shapes], float)
+    odd = [head_odd_rows(shape) + sum(odd_rows(layer, shape) for layer in shape.present_layers) for shape in shapes]
+    features = np.column_stack([[_model_features(shape) for shape in shapes], 1e-3 * np.array(odd)])
     capacities = np.geomspace(sizes.min(), sizes.max() / 2, CAPACITIES)
-    rates, chosen = [], []
-    for ms in measured.T:
-        fits = {0.0: _fit(features, ms)}
-        for capacity in capacities:
-            missing = 1e-6 * sizes * missed(sizes, capacity)
-            fits[capacity] = _fit(np.column_stack([features, missing]), ms)
-        losses = {
-            capacity: _loss(features @ fit[:TERMS] + 1e-6 * sizes * missed(sizes, capacity) * fit[TERMS], ms)
-            for capacity, fit in fits.items()
-            if capacity
-        }
-        best = min(losses, key=lambda capacity: losses[capacity])
-        if losses[best] > WORTH_A_TERM * _loss(features @ fits[0.0], ms):
-            rates.append(fits[0.0])
-            chosen.append((1.0, 0.0))
-        else:
-            rates.append(fits[best][:TERMS])
-            chosen.append((best, fits[best][TERMS]))
-    capacity, extra = np.array(chosen).T
-    return np.stack(rates, axis=1), Spill(capacity, extra)
+    found = [_fit_one(features, sizes, capacities, ms) for ms in measured.T]
+    rates = np.array([fit[:TERMS] for fit, _ in found]).T
+    odd_ms, spill_ms = (np.array([fit[index] for fit, _ in found]) for index in (TERMS, TERMS + 1))
+    return rates, Surcharge(np.array([capacity for _, capacity in found]), spill_ms, odd_ms)
+
+
+def _fit_one(
+    features: np.ndarray, sizes: np.ndarray, capacities: np.ndarray, ms: np.ndarray
+) -> tuple[np.ndarray, float]:
+    """Rates of the features and of spilt weights, and the capacity from which they spill."""
+    without = np.append(_fit(features, ms), 0.0)
+    fits = []
+    for capacity in capacities:
+        columns = np.column_stack([features, 1e-6 * sizes * missed(sizes, capacity)])
+        fit = _fit(columns, ms)
+        fits.append((_loss(columns @ fit, ms), fit, float(capacity)))
+    loss, fit, capacity = min(fits, key=lambda each: each[0])
+    is_worth_it = loss < WORTH_A_TERM * _loss(features @ without[:-1], ms)
+    return (fit, capacity) if is_worth_it else (without, 1.0)
 
 
 def _loss(predicted: np.ndarray, measured: np.ndarray) -> float:

@@ -73,7 +73,8 @@ def choose_attention(
         return str(fastest(candidates, sequences, make_context))
 
     names = {str(candidate): candidate for candidate in candidates}
-    question = f"attention of {', '.join(names)} for {sequences} on {platform.node()} ({release})"
+    beside = f" beside {sequences - 1} others" if sequences > 1 else ""
+    question = f"attention of {', '.join(names)}{beside} on {platform.node()} ({release})"
     return names.get(once(question, [path], find_out), candidates[0])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import hashlib
 import itertools
 import os
 import time
@@ -17,6 +18,7 @@ import numpy as np
 from ..base.errors import ArtefactError
 from ..base.extras import extra
 from .attention import choose_attention
+from .build import engine_build
 from .engine import DEFAULT_CONTEXT, EngineOptions, engine_version
 from .huge_pages import huge_pages
 from .llama_context import LlamaContext
@@ -72,7 +74,9 @@ class LlamaCppEngine:
         self.context_length = options.context or min(DEFAULT_CONTEXT, trained)
         self.num_sequences = options.sequences
         make = partial(LlamaContext, self._model, threads)
-        release = f"{engine_version('llama.cpp')}, {threads} threads"
+        # kernels compiled for other instructions are another choice, of the same release
+        build = hashlib.sha256(engine_build("llama.cpp").encode()).hexdigest()[:8]
+        release = f"{engine_version('llama.cpp')}, build {build}, {threads} threads"
         attention = choose_attention(path, release, options.kv_cache, self.num_sequences, make)
         bytes_per_token = attention.bytes_per_token(*_cache_shape(path.parent, self._metadata))
         slots = self.context_length * min(self.num_sequences, SHARED_CONTEXTS)

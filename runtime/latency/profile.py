@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from ..base.errors import UsageError
 from ..base.files import write_json_atomically
 from .breakdown import Breakdown
 from .shape import DecoderShape, LayerShape
+from .surcharge import attention_odd_rows, ffn_odd_rows, head_odd_rows
 from .table import LatencyTable
 from .workload import Workload
 
@@ -97,27 +98,35 @@ class DeviceProfile:
     def breakdown(self, shape: DecoderShape, workload: Workload) -> Breakdown:
         """Where the milliseconds of a workload go; a layer that lost attention and FFN costs nothing."""
         self._check_head_dim(shape)
-        hidden, head_dim = shape.hidden_size, shape.head_dim
-        spill = self._spill(shape.num_weights, workload)
+        hidden = shape.hidden_size
+        more = self._surcharge(shape, workload)
         return Breakdown(
             attention_ms=tuple(
-                self.attention_ms(layer, hidden, workload) + spill * layer.attention_weights(hidden, head_dim)
+                self.attention_ms(layer, hidden, workload)
+                + more(layer.attention_weights(hidden, shape.head_dim), attention_odd_rows(layer, shape))
                 for layer in shape.layers
             ),
             ffn_ms=tuple(
-                self.ffn_ms(layer, hidden, workload) + spill * layer.ffn_weights(hidden) for layer in shape.layers
+                self.ffn_ms(layer, hidden, workload) + more(layer.ffn_weights(hidden), ffn_odd_rows(layer, shape))
+                for layer in shape.layers
             ),
-            head_ms=self._price("head", hidden, (shape.vocab_size,), workload) + spill * shape.head_weights,
+            head_ms=self._price("head", hidden, (shape.vocab_size,), workload)
+            + more(shape.head_weights, head_odd_rows(shape)),
             token_ms=self._price("token", hidden, (), workload),
         )
 
-    def _spill(self, num_weights: int, workload: Workload) -> float:
-        """Milliseconds more of each weight in the workload, of a model that has so many."""
-        return float(np.dot(self.table.weights(workload), self.table.spill_per_weight(num_weights)))
+    def _surcharge(self, shape: DecoderShape, workload: Workload) -> Callable[[int, int], float]:
+        """Milliseconds more in the workload of a part of this model: of its weights, and rows of odd lengths."""
+        surcharge, weights = self.table.surcharge, self.table.weights(workload)
+        if surcharge is None:
+            return lambda num_weights, odd_rows: 0.0
+        per_weight = float(np.dot(weights, surcharge.per_weight(shape.num_weights)))
+        per_row = 1e-3 * float(np.dot(weights, surcharge.odd_ms))
+        return lambda num_weights, odd_rows: per_weight * num_weights + per_row * odd_rows
 
     def attention_ms(self, layer: LayerShape, hidden_size: int, workload: Workload) -> float:
-        """Milliseconds of a layer's attention in the workload, in a model that fits the CPU's cache: what an absent one
-        still costs where there are none."""
+        """Milliseconds of a layer's attention in the workload, without the surcharge: what an absent one still costs
+        where there are none."""
         if layer.is_absent:
             return 0.0
         if not layer.num_attention_heads:
@@ -126,8 +135,8 @@ class DeviceProfile:
         return self._price("attention", hidden_size, (groups, layer.num_attention_heads / groups), workload)
 
     def ffn_ms(self, layer: LayerShape, hidden_size: int, workload: Workload) -> float:
-        """Milliseconds of a layer's FFN in the workload, in a model that fits the CPU's cache: what an absent one still
-        costs where it has no channels."""
+        """Milliseconds of a layer's FFN in the workload, without the surcharge: what an absent one still costs where it
+        has no channels."""
         if layer.is_absent:
             return 0.0
         if not layer.intermediate_size:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from .grid import Grid, parabola_weights, weights_between
-from .spill import Spill
+from .surcharge import Surcharge
 from .workload import Workload
 
 PARTS = {
@@ -39,9 +39,9 @@ class LatencyTable:
     prompts: tuple[int, ...]
     """Lengths at which prefill was measured, ascending."""
     parts: dict[str, Grid]
-    """One for each of PARTS, of a model that fits the CPU's cache."""
-    spill: Spill | None = None
-    """What a weight costs more in one that does not; None: nothing."""
+    """One for each of PARTS, without what a surcharge adds."""
+    surcharge: Surcharge | None = None
+    """None: an earlier release's table, which has none."""
 
     def __post_init__(self) -> None:
         if not self.depths or not self.prompts or self.head_dim < 1:
@@ -53,8 +53,8 @@ class LatencyTable:
             grid = self.parts.get(part)
             if grid is None or len(grid.axes) != len(axes) or grid.values.shape[-1] != self.num_conditions:
                 raise ValueError(f"part {part!r} is missing or of other axes than {axes}")
-        if self.spill is not None and len(self.spill.ms) != self.num_conditions:
-            raise ValueError("the spill is of other conditions than the parts")
+        if self.surcharge is not None and len(self.surcharge.capacity) != self.num_conditions:
+            raise ValueError("the surcharge is of other conditions than the parts")
 
     @property
     def num_conditions(self) -> int:
@@ -68,10 +68,6 @@ class LatencyTable:
         """Weight [conditions] of each condition in a workload."""
         return _weights(self.depths, self.prompts, workload)
 
-    def spill_per_weight(self, num_weights: int) -> np.ndarray:
-        """Milliseconds more [conditions] of each weight of a model that has so many."""
-        return np.zeros(self.num_conditions) if self.spill is None else self.spill.per_weight(num_weights)
-
     def to_json(self) -> dict[str, Any]:
         """Plain values, milliseconds rounded to a tenth of a microsecond."""
         parts = {
@@ -80,7 +76,7 @@ class LatencyTable:
             for part, grid in self.parts.items()
         }
         sizes = {"head_dim": self.head_dim, "depths": list(self.depths), "prompts": list(self.prompts)}
-        return sizes | {"parts": parts, "spill": None if self.spill is None else self.spill.to_json()}
+        return sizes | {"parts": parts, "surcharge": None if self.surcharge is None else self.surcharge.to_json()}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> LatencyTable:
@@ -89,13 +85,13 @@ class LatencyTable:
         for part, axes in PARTS.items():
             entry = values["parts"][part]
             parts[part] = Grid(tuple(tuple(entry[name]) for name in axes), np.array(entry["ms"]))
-        spill = values.get("spill")  # an earlier release did not look for one
+        surcharge = values.get("surcharge")
         return cls(
             values["head_dim"],
             tuple(values["depths"]),
             tuple(values["prompts"]),
             parts,
-            None if spill is None else Spill.from_json(spill),
+            None if surcharge is None else Surcharge.from_json(surcharge),
         )
 
 
