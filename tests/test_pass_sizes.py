@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from efficientllm.runtime.batch import Batch
@@ -81,6 +82,32 @@ def test_answers_take_turns_where_passes_of_one_are_fastest(
     assert len(turns) > 20
     for index in range(len(turns) - 8):  # nobody has a second turn before the others had theirs
         assert len(set(turns[index : index + 4])) == 4
+
+
+def test_a_short_prompt_is_evaluated_as_fast_as_its_tokens_can_be(
+    engine: OwnedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lease = engine.lease()
+    lease.begin(PROMPTS[0])
+    expected = lease.evaluate()
+    lease.release()
+    assert engine._engine is not None
+    extend, passes = engine._engine.extend, []
+
+    def record(parts: Sequence[Part]) -> object:
+        passes.append([(len(part.tokens), part.wants_logits) for part in parts])
+        return extend(parts)
+
+    monkeypatch.setattr(engine._engine, "extend", record)
+    monkeypatch.setattr(engine, "_pass_times", PassTimes((1.0, 8, 12, 16)))
+    lease.begin([*PROMPTS[0][:-3], 301, 302, 303])  # the rest is cached
+    lease.evaluate()
+    assert passes == [[(1, False)], [(1, False)], [(1, True)]]
+    lease.begin(PROMPTS[1])  # more than was measured goes in one piece
+    lease.evaluate()
+    assert passes[3:] == [[(len(PROMPTS[1]), True)]]
+    lease.begin(PROMPTS[0])
+    np.testing.assert_allclose(lease.evaluate(), expected, atol=1e-3)
 
 
 def test_passes_are_timed_when_several_chats_are_first_loaded(

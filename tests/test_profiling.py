@@ -118,7 +118,7 @@ def test_weights_beyond_the_cache_cost_more(tmp_path: Path) -> None:
 
 
 def test_rows_beside_a_kernel_s_stride_cost_more() -> None:
-    """Kernels that take 64 weights at a time finish the last 32 of odd rows one by one; a grid of widths cannot say so."""
+    """Kernels that take 64 weights at a time finish the last 32 of odd rows singly; no grid of widths says so."""
     design = Design.full(Widths())
 
     def ms(shape: DecoderShape) -> np.ndarray:

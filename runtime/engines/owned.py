@@ -170,12 +170,22 @@ class OwnedEngine:
 
     def _take_turns(self, leases: Sequence[Lease], each: list[int]) -> None:
         """Leave out of `each` what another pass evaluates sooner: next tokens of those that had theirs last."""
+        if self._pass_times is None:
+            return
         waiting = [index for index, lease in enumerate(leases) if lease.num_pending == 1]
-        if self._pass_times is None or len(waiting) < 2:
+        if not waiting:
+            self._shorten(each)
             return
         number = self._pass_times.answers(len(waiting), sum(each) - len(waiting))
         for index in sorted(waiting, key=lambda index: _last_used(leases[index]))[number:]:
             each[index] = 0
+
+    def _shorten(self, each: list[int]) -> None:
+        """Leave out what a few tokens of a single prompt, such as a chat's next short question, are faster without."""
+        assert self._pass_times is not None
+        prompts = [index for index, share in enumerate(each) if share]
+        if len(prompts) == 1 and each[prompts[0]] <= self._pass_times.largest:
+            each[prompts[0]] = self._pass_times.answers(each[prompts[0]])
 
     def _evaluate(self, engine: Engine, leases: Sequence[Lease], parts: Sequence[Part]) -> list[np.ndarray]:
         """One pass; EvaluationInterrupted where one of `leases` is interrupted before or meanwhile."""

@@ -38,6 +38,10 @@ class PassTimes:
 
     milliseconds: tuple[float, ...]
 
+    @property
+    def largest(self) -> int:
+        return len(self.milliseconds)
+
     def answers(self, waiting: int, beside: int = 0) -> int:
         """How many of `waiting` answers get their next token in one pass beside so many tokens of prompts: as many as
         give the most tokens per second; the others have their turn in the next pass."""
@@ -47,11 +51,11 @@ class PassTimes:
 
     def _of(self, tokens: int) -> float:
         """Of as many tokens; beyond what was measured each takes what one of the largest pass does."""
-        most = len(self.milliseconds)
+        most = self.largest
         return self.milliseconds[tokens - 1] if tokens <= most else self.milliseconds[-1] * tokens / most
 
     def __str__(self) -> str:
-        sizes = sorted({self.answers(waiting) for waiting in range(1, len(self.milliseconds) + 1)})
+        sizes = sorted({self.answers(waiting) for waiting in range(1, self.largest + 1)})
         smaller = ", ".join(map(str, sizes[:-1]))
         return f"{smaller} or {sizes[-1]} answers a pass" if smaller else f"{sizes[-1]} answers a pass"
 

@@ -109,6 +109,11 @@ class Engine(Protocol):
 class Times(Protocol):
     """What passes over several sequences cost."""
 
+    @property
+    def largest(self) -> int:
+        """Tokens of the largest pass that was measured."""
+        ...
+
     def answers(self, waiting: int, beside: int = 0) -> int:
         """How many of `waiting` sequences that want one token are best evaluated in one pass, beside so many tokens of
         others."""

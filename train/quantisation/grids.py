@@ -87,7 +87,7 @@ def round_q4_0(blocks: Tensor, out: Tensor, weights: Tensor | None = None) -> No
 
 
 def _best_scales(blocks: Tensor, codes: Tensor, weights: Tensor) -> Tensor:
-    """[N, 1]: the scales of least weighted squared error for codes c [N, G]: w x c / w c^2, both summed over a block."""
+    """[N, 1]: scales of least weighted squared error for codes c [N, G]: w x c / w c^2, both summed over a block."""
     weighed = (codes.view(-1, *weights.shape) * weights).view(codes.shape)
     squares = (weighed * codes).sum(1, keepdim=True)
     return torch.where(squares == 0, 0.0, (weighed * blocks).sum(1, keepdim=True) / squares)
