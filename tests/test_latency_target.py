@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from exporting import export
@@ -15,15 +17,18 @@ from training import command, metrics, run, weights, without
 
 from efficientllm.runtime.base.errors import OptionError, UsageError
 from efficientllm.runtime.engines.manifest import Manifest
+from efficientllm.runtime.latency.profile import DeviceProfile
+from efficientllm.runtime.latency.surcharge import Surcharge
 from efficientllm.runtime.latency.workload import Workload
 from efficientllm.train.model.architecture import Architecture, LayerShape
 from efficientllm.train.model.file_size import gguf_bytes
 from efficientllm.train.pruning.blocks import BlockScores
+from efficientllm.train.pruning.budget import Budget, check_budget
 from efficientllm.train.pruning.config import PruneConfig
-from efficientllm.train.pruning.groups import BLOCKS, KINDS
+from efficientllm.train.pruning.groups import BLOCKS, KINDS, counts
 from efficientllm.train.pruning.latency_target import LatencyTarget
 from efficientllm.train.pruning.measures import PARAMETERS, Measure, bytes_of_file, decoder_shape
-from efficientllm.train.pruning.selection import Ranking, SelectionRules, select_removal
+from efficientllm.train.pruning.selection import Ranking, SelectionRules, select_removal, smallest_architecture
 
 SPACE = ("--prune", "attention,ffn,blocks")
 ARCHITECTURE = tiny_architecture(layers=LAYERS)
@@ -238,6 +243,37 @@ def test_groups_may_compete_for_another_device_s_milliseconds(
         )
         channels[name] = sum(layer.intermediate_size for layer in final(tmp_path / name).layers)
     assert channels["other"] < channels["own"]
+
+
+def odd_profile() -> DeviceProfile:
+    """A device whose kernels take two blocks at a time."""
+    profile = tiny_profile()
+    conditions = profile.table.num_conditions
+    odd = Surcharge(np.full(conditions, 1e9), np.zeros(conditions), np.full(conditions, 0.5))
+    return replace(profile, table=replace(profile.table, surcharge=odd), _prices={})
+
+
+@pytest.mark.parametrize("kinds", [("kv_group", "ffn", "stem"), ("kv_group", "ffn"), ("ffn",)])
+def test_the_least_is_not_always_the_smallest(kinds: tuple[str, ...]) -> None:
+    """What the ranking reaches is a target; what it does not reach is refused."""
+    source, measure = tiny_architecture(), tiny_time(odd_profile()).measure
+    rules = SelectionRules(kinds, 32, measure=measure)
+    scores = {kind: [torch.ones(count) for count in counts(kind, source)] for kind in KINDS}
+    reached = measure.of(select_removal(source, scores, rules, 0.0).after)
+    assert reached < measure.of(source)
+    check_budget(Budget(1.0001 * reached, measure), source, rules)
+    with pytest.raises(UsageError, match="is too small"):
+        check_budget(Budget(0.5 * reached, measure), source, rules)
+
+
+def test_where_another_device_gains_nothing_more_the_own_one_decides() -> None:
+    source = tiny_architecture()
+    own, other = tiny_time().measure, tiny_time(stepped_profile(step=256)).measure
+    rules = SelectionRules(("ffn",), 32, measure=own, price=other)
+    scores = {kind: [torch.ones(count) for count in counts(kind, source)] for kind in KINDS}
+    target = own.of(smallest_architecture(source, rules))
+    removal = select_removal(source, scores, rules, target)
+    assert own.of(removal.after) <= target
 
 
 def test_zeroed_blocks_give_the_same_run_as_removed_ones(

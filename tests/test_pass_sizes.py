@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -43,8 +44,36 @@ def test_beside_a_prompt_all_answers_are_served() -> None:
 
 def test_more_answers_than_were_measured() -> None:
     assert ALL.answers(6) == 6
-    assert str(ALL) == "1, 2, 3 or 4 answers a pass"
-    assert str(PassTimes((1.0, 3))) == "1 answers a pass"
+
+
+def test_sizes_of_passes_are_said_in_short() -> None:
+    assert str(ALL) == "1 to 4 answers a pass"
+    assert str(PassTimes((1.0, 3))) == "1 answer a pass"
+    assert str(ONE_OR_EIGHT) == "1 or 8 to 10 answers a pass"
+    assert str(FOURS) == "1, 4 or 8 answers a pass"
+    holes = PassTimes(tuple(10.0 + number + 5 * (number % 2) for number in range(1, 20)))
+    assert str(holes) == "1 to 18 answers a pass"  # noise: not a list of half of all numbers
+
+
+@pytest.mark.parametrize("text", ["7", "", "[]", "null", "[1.0]", "[0.0, 1.0]", "[NaN, 1]", '["a", 1]', "[1, 2, 3]"])
+def test_what_is_no_finding_is_measured_anew(
+    text: str, artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cache is a file that anybody may have written."""
+    folder = Path(shutil.copytree(artefact, tmp_path / "copied"))
+    for file in folder.iterdir():
+        os.utime(file, (1, 1))
+    monkeypatch.setattr("efficientllm.runtime.engines.seen.SETTLED_SECONDS", -1)
+    monkeypatch.setenv("EFFICIENTLLM_CACHE", str(tmp_path / "cache"))
+    options = EngineOptions(threads=1, context=64, parallel=2)
+    load_engine(folder, options).close()
+    seen = tmp_path / "cache" / "seen.json"
+    kept = json.loads(seen.read_text())
+    seen.write_text(json.dumps({key: text if "passes" in key or "attention" in key else kept[key] for key in kept}))
+    engine = load_engine(folder, options)
+    assert engine.settings.endswith("1 to 2 answers a pass")
+    engine.close()
+    assert json.loads(seen.read_text()) == kept
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ from efficientllm.export.group_quantization import quantize_groups, round_to_bfl
 from efficientllm.runtime.base.gguf_header import read_header
 from efficientllm.runtime.engines.manifest import Manifest
 from efficientllm.train.model.architecture import LayerShape
+from efficientllm.train.model.families import FAMILIES
 from efficientllm.train.quantisation.config import QuantisationConfig
 from efficientllm.train.quantisation.grids import GRIDS
 from efficientllm.train.quantisation.inputs import InputSquares
@@ -139,6 +140,17 @@ def test_scales_of_q4_0_heed_what_columns_are_multiplied_with() -> None:
     assert torch.equal(grid.round(heeding, importance), heeding)
     assert torch.equal(grid.round(heeding), heeding)
     assert torch.equal(GRIDS["q8_0"].round(WEIGHT, importance), GRIDS["q8_0"].round(WEIGHT))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_matrix_of_every_family_has_its_inputs(family: str) -> None:
+    model = tiny_model(tiny_architecture(family)).train()
+    inputs = InputSquares()
+    with inputs.watching(model):
+        model(torch.randint(3, 400, (2, 16)))
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2:
+            assert inputs.of(name, parameter.shape[1]) is not None, name
 
 
 def test_inputs_are_watched_in_training_alone() -> None:

@@ -19,7 +19,7 @@ from efficientllm.train.study.arms import ARMS
 from efficientllm.train.study.cli import body
 from efficientllm.train.study.depth import best_contiguous, without_layers
 from efficientllm.train.study.overlap import jaccard_of_removed
-from efficientllm.train.study.study import StudyConfig, jobs, target_parameters
+from efficientllm.train.study.study import Study, StudyConfig, jobs, target_parameters
 
 BY_PARAMETERS = StudyConfig().arms
 SOME = ("source", "taylor1", "recover", "distill", "random")
@@ -166,8 +166,27 @@ def test_arms_for_a_device_end_at_the_same_time(arguments: list[str], source_fol
 def test_arms_for_a_device_need_one() -> None:
     with pytest.raises(UsageError, match="--arms latency: needs --device-profile"):
         StudyConfig(arms=("taylor1", "latency"))
-    with pytest.raises(UsageError, match=r"--ranking-profile a\.json: needs --device-profile"):
-        StudyConfig(ranking_profile=("a.json",))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, r"--ranking-profile a/x\.json: needs --device-profile"),
+        ({"device_profile": "own.json"}, "is for arms that rank by milliseconds; add latency-blocks to --arms"),
+        ({"device_profile": "own.json", "arms": ("latency",)}, "another one has this name; rename it"),
+    ],
+)
+def test_ranking_profiles_that_would_do_nothing_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        StudyConfig(ranking_profile=("a/x.json", "b/x.json"), **settings)
+
+
+def test_profiles_are_read_before_anything_is_trained(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"none\.json does not exist"):
+        Study(
+            StudyConfig(device_profile=str(tmp_path / "none.json"), arms=("latency",), output=str(tmp_path / "study"))
+        )
+    assert not (tmp_path / "study").exists()
 
 
 def test_the_best_contiguous_layers_are_those_without_which_least_changes() -> None:

@@ -75,7 +75,7 @@ def choose_attention(
     names = {str(candidate): candidate for candidate in candidates}
     beside = f" beside {sequences - 1} others" if sequences > 1 else ""
     question = f"attention of {', '.join(names)}{beside} on {platform.node()} ({release})"
-    return names.get(once(question, [path], find_out), candidates[0])
+    return names[once(question, [path], find_out, names.__contains__)]
 
 
 def fastest(

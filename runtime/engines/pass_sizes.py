@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import platform
 import time
 from collections.abc import Sequence
@@ -28,6 +29,8 @@ REPEATED = 3
 """Passes of a size, of which the fastest counts: others may be using the machine."""
 SECONDS = 4.0
 """Longest that measuring begins another size; what is not measured lies on a line between its neighbours."""
+MOST_RANGES = 3
+"""Of sizes that are said one by one: more of them are noise."""
 AS_GOOD = 0.97
 """Share of the best speed from which more answers in a pass are preferred: each waits less."""
 
@@ -55,9 +58,28 @@ class PassTimes:
         return self.milliseconds[tokens - 1] if tokens <= most else self.milliseconds[-1] * tokens / most
 
     def __str__(self) -> str:
+        """Which sizes passes have, neighbours as a range; of many pieces only the first and the last."""
         sizes = sorted({self.answers(waiting) for waiting in range(1, self.largest + 1)})
-        smaller = ", ".join(map(str, sizes[:-1]))
-        return f"{smaller} or {sizes[-1]} answers a pass" if smaller else f"{sizes[-1]} answers a pass"
+        starts = [size for size in sizes if size - 1 not in sizes]
+        ends = [size for size in sizes if size + 1 not in sizes]
+        if len(starts) > MOST_RANGES:
+            starts, ends = starts[:1], ends[-1:]
+        ranges = [f"{low}" if low == high else f"{low} to {high}" for low, high in zip(starts, ends, strict=True)]
+        found = " or ".join([*filter(None, [", ".join(ranges[:-1])]), ranges[-1]])
+        return f"{found} answer{'' if sizes == [1] else 's'} a pass"
+
+    @classmethod
+    def parse(cls, text: str, sequences: int) -> PassTimes | None:
+        """What `to_text` gave for so many sequences; None for anything else."""
+        try:
+            values = tuple(map(float, json.loads(text)))
+        except (ValueError, TypeError, RecursionError):
+            return None
+        is_sound = len(values) == sequences and all(math.isfinite(value) and value > 0 for value in values)
+        return cls(values) if is_sound else None
+
+    def to_text(self) -> str:
+        return json.dumps([max(round(value, 4), 1e-4) for value in self.milliseconds])
 
 
 def pass_times(path: Path, release: str, context: LlamaContext, sequences: int) -> PassTimes:
@@ -68,11 +90,15 @@ def pass_times(path: Path, release: str, context: LlamaContext, sequences: int) 
 
     def find_out() -> str:
         logging.getLogger(PROGRESS_LOGGER).info("measuring how many answers a pass of %s should serve", path.name)
-        return json.dumps([round(value, 4) for value in _measure(context, sequences)])
+        return PassTimes(tuple(_measure(context, sequences))).to_text()
+
+    def is_answer(text: str) -> bool:
+        return PassTimes.parse(text, sequences) is not None
 
     question = f"milliseconds of passes for {sequences} on {platform.node()} ({release})"
-    kept = json.loads(once(question, [path], find_out))
-    return PassTimes(tuple(map(float, kept)))
+    found = PassTimes.parse(once(question, [path], find_out, is_answer), sequences)
+    assert found is not None
+    return found
 
 
 def _measure(context: LlamaContext, sequences: int) -> list[float]:

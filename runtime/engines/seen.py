@@ -23,15 +23,18 @@ SETTLED_SECONDS = 2.0
 """A file changed less than this ago could change again within one tick of its clock: nothing is kept of it."""
 
 
-def once(question: str, files: Sequence[Path], find_out: Callable[[], str]) -> str:
+def once(
+    question: str, files: Sequence[Path], find_out: Callable[[], str], is_answer: Callable[[str], bool] = bool
+) -> str:
     """The answer to `question` about the content of `files`: the kept one, or `find_out()`, which is kept then.
 
-    An empty answer is not kept, nor is what `find_out` raises.
+    An empty answer is not kept, nor is what `find_out` raises; a kept one that is none (`is_answer`) is found anew.
     """
     before = _identity(files)
     key = f"{question}: {before}"
     path = cache_folder() / "seen.json"
-    if (kept := _read(path).get(key)) is not None:
+    kept = _read(path).get(key)
+    if kept is not None and is_answer(kept):
         return kept
     answer = find_out()
     changed = max(max(state.st_mtime, state.st_ctime) for state in map(Path.stat, files))

@@ -23,7 +23,7 @@ class Surcharge:
     """
 
     capacity: np.ndarray
-    """Weights that fit the cache, above 0."""
+    """Weights that fit the cache, at least one."""
     spill_ms: np.ndarray
     """Milliseconds more of a million weights where none is found in the cache."""
     odd_ms: np.ndarray
@@ -33,7 +33,7 @@ class Surcharge:
         arrays = (self.capacity, self.spill_ms, self.odd_ms)
         if len({array.shape for array in arrays}) > 1 or self.capacity.ndim != 1:
             raise ValueError("a surcharge needs a capacity and milliseconds of every condition")
-        if not all(np.isfinite(array).all() and (array >= 0).all() for array in arrays) or not self.capacity.all():
+        if not all(np.isfinite(array).all() and (array >= 0).all() for array in arrays) or (self.capacity < 1).any():
             raise ValueError("a surcharge holds a value that is no size or no time")
 
     def per_weight(self, num_weights: float) -> np.ndarray:

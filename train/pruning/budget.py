@@ -13,7 +13,7 @@ from ..model.architecture import Architecture
 from .config import PruneConfig
 from .latency_target import LatencyTarget
 from .measures import PARAMETERS, DeviceTime, Measure, bytes_of_file
-from .selection import SelectionRules, smallest_architecture
+from .selection import SelectionRules, fastest_of_the_smallest
 
 DEFAULT_TYPE = "q8_0"
 """What --target-bytes is measured in where neither --quantize nor --qat says."""
@@ -89,7 +89,7 @@ def check_budget(budget: Budget, source: Architecture, rules: SelectionRules) ->
             f"the target of {measure.show(budget.target)} is larger than the source's "
             f"{measure.show(measure.of(source))}; choose a smaller one"
         )
-    least = measure.of(smallest_architecture(source, rules))
+    least = measure.of(fastest_of_the_smallest(source, rules))
     if budget.target < least:
         raise UsageError(
             f"the target of {measure.show(budget.target)} is too small: one group per layer already takes "

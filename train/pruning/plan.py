@@ -60,6 +60,8 @@ def make_pruning_plan(
     fixed_rows = len(with_parts(pieces, pieces.fixed)) if pieces is not None else 0
     measures = budget.measure, _price(settings)
     rules = SelectionRules(settings.kinds, multiple, uniform, floor, settings.blocks, *measures, fixed_rows)
+    if rules.price is not None:
+        rules.price.of(source)  # UsageError now, where it is another's heads that were measured
     if floor is not None:
         check_floor(source, floor)
     if uniform and not source.is_uniform:

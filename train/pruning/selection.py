@@ -114,6 +114,31 @@ def smallest_architecture(architecture: Architecture, rules: SelectionRules) -> 
     return architecture
 
 
+def fastest_of_the_smallest(architecture: Architecture, rules: SelectionRules) -> Architecture:
+    """The best of the smallest shape and those of one step more FFN, more stem, or both: in milliseconds the smallest
+    is not the least where a kernel takes two steps of a width at once."""
+    least = smallest_architecture(architecture, rules)
+    if rules.floor is not None:
+        return least
+    found = [least]
+    for name in (name for name in ("ffn", "stem") if name in rules.kinds):
+        found += [_a_step_wider(shape, name, architecture, rules.width_multiple) for shape in found]
+    return min(found, key=rules.measure.of)
+
+
+def _a_step_wider(shape: Architecture, name: str, source: Architecture, step: int) -> Architecture:
+    """As far as the source goes."""
+    if name == "stem":
+        return replace(shape, hidden_size=min(shape.hidden_size + step, source.hidden_size))
+    layers = tuple(
+        replace(layer, intermediate_size=min(layer.intermediate_size + step, whole.intermediate_size))
+        if layer.intermediate_size
+        else layer
+        for layer, whole in zip(shape.layers, source.layers, strict=True)
+    )
+    return replace(shape, layers=layers)
+
+
 def may_go(name: str, architecture: Architecture, layer: int) -> bool:
     """Whether a layer has such a block and is not the last that has one."""
     kind = BLOCKS[name]
@@ -169,6 +194,12 @@ class Ranking:
         self._cache: dict[tuple[str, int | None], Unit | None] = {}
         self._size: float | None = None
         """Of the shape at hand, in what groups compete for; None until it is asked for."""
+
+    def compete_for_the_measure(self) -> None:
+        """From now on for what the budget is in, whatever it was for."""
+        self.rules = replace(self.rules, price=None)
+        self._cache.clear()
+        self._size = None
 
     def peek(self, kind: str | None = None) -> Unit | None:
         """The unit that would go next, of any kind or of one."""
@@ -326,6 +357,9 @@ def select_removal(
     units: list[Unit] = []
     while rules.measure.of(ranking.architecture) > target and (max_units is None or len(units) < max_units):
         unit = ranking.peek()
+        if unit is None and ranking.rules.price is not None:  # nothing more frees what groups competed for
+            ranking.compete_for_the_measure()
+            unit = ranking.peek()
         if unit is None or stop_before(unit, units):
             break
         ranking.take(unit)

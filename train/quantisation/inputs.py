@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ class InputSquares:
 
     def of(self, parameter: str, columns: int) -> Tensor | None:
         """fp32 [in] for a matrix of so many columns; None where nothing was seen of it, or of another width."""
-        found = self._means.get(_observed_for(parameter))
+        found = next((self._means[name] for name in _observed_for(parameter) if name in self._means), None)
         return found if found is not None and len(found) == columns else None
 
     @contextlib.contextmanager
@@ -88,13 +88,13 @@ def _watched(model: Any) -> Iterator[tuple[str, nn.Module]]:
     return ((name, module) for name, module in model.named_modules() if name.endswith(names))
 
 
-def _observed_for(parameter: str) -> str:
-    """The module that shows what a matrix reads."""
+def _observed_for(parameter: str) -> Sequence[str]:
+    """The module that shows what a matrix reads: the first of these that is watched."""
     if parameter in (EMBEDDING, HEAD):  # the embedding is tied, or its rows are not multiplied at all
-        return FINAL_NORM
+        return (FINAL_NORM,)
     name = parameter.removesuffix(".weight")
     layer, _, matrix = name.rpartition(".self_attn.")
     if layer and matrix in ("k_proj", "v_proj"):
-        return f"{layer}.self_attn.q_proj"
+        return (f"{layer}.self_attn.q_proj",)
     layer, _, matrix = name.rpartition(".mlp.")
-    return f"{layer}.mlp.gate_proj" if layer and matrix == "up_proj" else name
+    return (f"{layer}.mlp.gate_proj", name) if layer and matrix == "up_proj" else (name,)

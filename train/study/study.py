@@ -98,12 +98,21 @@ class StudyConfig:
             flags.require(self, "arms", name in ARMS, none_of(name, ARMS), value=name)
             needs = ARMS[name].is_for_device and not self.device_profile
             flags.require(self, "arms", not needs, "needs --device-profile", value=name)
-        for path in self.ranking_profile:
-            flags.require(self, "ranking_profile", bool(self.device_profile), "needs --device-profile", value=path)
+        self._check_ranking_profiles()
         for text in self.keep:
             flags.require(self, "keep", 0 < float(text) < 1, "must be between 0 and 1", value=text)
         flags.require(self, "seeds", self.seeds >= 1, "must be at least 1")
         _ = self.measures
+
+    def _check_ranking_profiles(self) -> None:
+        names = [Path(path).stem for path in self.ranking_profile]
+        for path in self.ranking_profile:
+            flags.require(self, "ranking_profile", bool(self.device_profile), "needs --device-profile", value=path)
+            is_used = any(ARMS[name].is_for_device for name in self.arms)
+            rule = "is for arms that rank by milliseconds; add latency-blocks to --arms"
+            flags.require(self, "ranking_profile", is_used, rule, value=path)
+            is_single = names.count(Path(path).stem) == 1
+            flags.require(self, "ranking_profile", is_single, "another one has this name; rename it", value=path)
 
     @property
     def measures(self) -> MeasureConfig:
@@ -166,6 +175,8 @@ class Study:
 
     def __init__(self, config: StudyConfig) -> None:
         check(config.measures)
+        for path in filter(None, (config.device_profile, *config.ranking_profile)):
+            DeviceProfile.load(Path(path))  # UsageError before anything is trained
         self.config = config
         self.folder = Path(config.output)
         self.folder.mkdir(parents=True, exist_ok=True)
