@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -87,6 +88,17 @@ def first_attention() -> Iterator[Callable[[LlamaContext, int], list[float]]]:
     timed = attention._tests
     with mock.patch.object(attention, "_tests", return_value=[1.0]):
         yield timed
+
+
+@pytest.fixture
+def unseen(artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of an artefact that nothing is known of, in a cache that keeps what is found out at once."""
+    folder = Path(shutil.copytree(artefact, tmp_path / "copied"))
+    for file in folder.iterdir():
+        os.utime(file, (1, 1))
+    monkeypatch.setattr("efficientllm.runtime.engines.seen.SETTLED_SECONDS", -1)
+    monkeypatch.setenv("EFFICIENTLLM_CACHE", str(tmp_path / "cache"))
+    return folder
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -95,14 +94,7 @@ def test_room_for_chats_is_what_was_asked_for_in_bytes(artefact: Path) -> None:
     engine.close()
 
 
-def test_the_fastest_attention_is_measured_once(
-    artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = Path(shutil.copytree(artefact, tmp_path / "copied"))
-    for file in folder.iterdir():
-        os.utime(file, (1, 1))
-    monkeypatch.setattr("efficientllm.runtime.engines.seen.SETTLED_SECONDS", -1)
-    monkeypatch.setenv("EFFICIENTLLM_CACHE", str(tmp_path / "cache"))
+def test_the_fastest_attention_is_measured_once(unseen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     times = {"f16 cache, without flash attention": 0.002, "f16 cache, with flash attention": 0.001}
     measured: list[str] = []
 
@@ -120,7 +112,7 @@ def test_the_fastest_attention_is_measured_once(
     monkeypatch.setattr(LlamaContext, "__init__", remember)
     monkeypatch.setattr(attention_choice, "_tests", measure)
     for kv_cache, expected in (("auto", FLASH), ("f16", FLASH), ("q8_0", FLASH_Q8_0), ("auto", FLASH)):
-        engine = load_engine(folder, EngineOptions(threads=1, context=64, kv_cache=CACHE_CHOICES[kv_cache]))
+        engine = load_engine(unseen, EngineOptions(threads=1, context=64, kv_cache=CACHE_CHOICES[kv_cache]))
         assert engine.settings == str(expected)
         engine.close()
     assert len(measured) == ROUNDS * (3 + 2)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -56,21 +54,14 @@ def test_sizes_of_passes_are_said_in_short() -> None:
 
 
 @pytest.mark.parametrize("text", ["7", "", "[]", "null", "[1.0]", "[0.0, 1.0]", "[NaN, 1]", '["a", 1]', "[1, 2, 3]"])
-def test_what_is_no_finding_is_measured_anew(
-    text: str, artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_no_finding_is_measured_anew(text: str, unseen: Path, tmp_path: Path) -> None:
     """The cache is a file that anybody may have written."""
-    folder = Path(shutil.copytree(artefact, tmp_path / "copied"))
-    for file in folder.iterdir():
-        os.utime(file, (1, 1))
-    monkeypatch.setattr("efficientllm.runtime.engines.seen.SETTLED_SECONDS", -1)
-    monkeypatch.setenv("EFFICIENTLLM_CACHE", str(tmp_path / "cache"))
     options = EngineOptions(threads=1, context=64, parallel=2)
-    load_engine(folder, options).close()
+    load_engine(unseen, options).close()
     seen = tmp_path / "cache" / "seen.json"
     kept = json.loads(seen.read_text())
     seen.write_text(json.dumps({key: text if "passes" in key or "attention" in key else kept[key] for key in kept}))
-    engine = load_engine(folder, options)
+    engine = load_engine(unseen, options)
     assert engine.settings.endswith("1 to 2 answers a pass")
     engine.close()
     assert json.loads(seen.read_text()) == kept
@@ -140,16 +131,8 @@ def test_a_short_prompt_is_evaluated_as_fast_as_its_tokens_can_be(
 
 
 def test_passes_are_timed_when_several_chats_are_first_loaded(
-    artefact: Path,
-    passes_of_all: Callable[[LlamaContext, int, int], float],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    unseen: Path, passes_of_all: Callable[[LlamaContext, int, int], float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = Path(shutil.copytree(artefact, tmp_path / "copied"))
-    for file in folder.iterdir():
-        os.utime(file, (1, 1))
-    monkeypatch.setattr("efficientllm.runtime.engines.seen.SETTLED_SECONDS", -1)
-    monkeypatch.setenv("EFFICIENTLLM_CACHE", str(tmp_path / "cache"))
     found: list[float] = []
 
     def measure(context: LlamaContext, size: int, depth: int) -> float:
@@ -159,7 +142,7 @@ def test_passes_are_timed_when_several_chats_are_first_loaded(
     monkeypatch.setattr(pass_sizes, "_timed", measure)
     for parallel, timed in ((6, 6 * pass_sizes.REPEATED), (6, 0), (1, 0)):
         found.clear()
-        engine = load_engine(folder, EngineOptions(threads=1, context=64, parallel=parallel))
+        engine = load_engine(unseen, EngineOptions(threads=1, context=64, parallel=parallel))
         assert len(found) == timed
         assert ("a pass" in engine.settings) == (parallel > 1)
         assert engine.prefill([5, 6, 7]).shape == (engine.vocab_size,)  # the measured tokens are gone

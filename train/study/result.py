@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,10 +77,10 @@ class StudyResult:
         return cls(**values)
 
 
-Results = list[StudyResult]
+Results = Sequence[StudyResult]
 
 
-def of_arm(results: Results, arm: str, keep: float, ranked_for: str | None = None) -> Results:
+def of_arm(results: Results, arm: str, keep: float, ranked_for: str | None = None) -> list[StudyResult]:
     """Every seed of an arm at a ratio (or of an arm that is the same at all ratios), ranked for the study's own device
     or another."""
     wanted = 1.0 if ARMS[arm].same_for_all_ratios else keep
