@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "train/pruning": {
         *("runtime/base", "runtime/latency", "train/model", "train/compute", "train/data", "train/vocabulary")
     },
-    "train/quantisation": {"runtime/base", "train/model"},
+    "train/quantisation": {"runtime/base", "train/model", "train/compute"},
     "train/planning": {"runtime/base", "runtime/latency", "train", "train/model", "train/pruning"},
     "train": {"runtime/base", "runtime/engines", "runtime/latency"}
     | SOURCES

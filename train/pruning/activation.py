@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from ..compute.gather import full
+from ..compute.ranks import MeanOverRanks, alone
 from ..model.architecture import Architecture
 from .readers import ReaderScores, is_attention
-from .running_scores import MeanOverRanks, alone
 
 
 @dataclass

@@ -18,10 +18,10 @@ from collections.abc import Callable, Iterable
 
 from torch import Tensor
 
+from ..compute.ranks import MeanOverRanks, alone
 from ..model.architecture import Architecture
 from .criteria import TOKEN_FISHER
 from .readers import ReaderScores, is_attention
-from .running_scores import MeanOverRanks, alone
 
 
 class GateScores(ReaderScores):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...runtime.base.errors import UsageError
+from ..compute.ranks import MeanOverRanks
 from ..model.architecture import Architecture
 from ..model.gguf_route import irregular_gguf
 from ..vocabulary.frequency import with_parts
@@ -14,7 +15,7 @@ from .budget import Budget, check_budget, device_time, make_budget, read_archite
 from .config import PruneConfig
 from .groups import KINDS
 from .measures import PARAMETERS, DeviceTime, Measure
-from .running_scores import MeanOverRanks, RunningScores
+from .running_scores import RunningScores
 from .selection import SelectionRules, check_floor
 from .trackers import tracker_named
 

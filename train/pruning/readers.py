@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from ...runtime.base.errors import UsageError
+from ..compute.ranks import MeanOverRanks
 from ..model.architecture import Architecture
 from ..model.tensors import is_stem_norm
 from .groups import counts
-from .running_scores import MeanOverRanks, RunningScores
+from .running_scores import RunningScores
 
 READERS = ("self_attn.o_proj", "mlp.down_proj")
 """Matrices whose input channels are heads' and the FFN's."""

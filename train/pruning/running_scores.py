@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -13,13 +13,6 @@ from .groups import counts
 
 Scores = dict[str, list[Tensor]]
 """{kind: [score vector of layer 0, ...]}, one vector where the kind is one of the whole model (see groups.KINDS)."""
-
-MeanOverRanks = Callable[[Iterable[Tensor]], None]
-"""Averages tensors over ranks, in place."""
-
-
-def alone(tensors: Iterable[Tensor]) -> None:
-    """The mean over ranks of a run that has one."""
 
 
 class RunningScores:

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from ..compute.gather import full
+from ..compute.ranks import MeanOverRanks, alone
 from ..model.architecture import Architecture
 from ..model.tensors import axes_of, is_of_attention, split_name
 from .criteria import Criterion, Terms
 from .groups import KINDS, counts
-from .running_scores import MeanOverRanks, RunningScores, Scores, alone
+from .running_scores import RunningScores, Scores
 
 Sums = dict[tuple[int | str | None, str], list[Tensor]]
 """{(layer, axis): [sum of term 1 along that axis, ...]}; the hidden axis has one entry per piece of the stem."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from ..compute.ranks import MeanOverRanks, alone
 from ..model.architecture import Architecture
 from .activation import ACTIVATION_CRITERIA, ActivationScores
 from .criteria import RANDOM, TOKEN_FISHER, criterion_named
 from .gates import GateScores
-from .running_scores import MeanOverRanks, RandomScores, RunningScores, alone
+from .running_scores import RandomScores, RunningScores
 from .saliency import SaliencyTracker
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..compute.ranks import MeanOverRanks, alone
 from ..model.irregular import architecture_of
 from ..model.tensors import EMBEDDING, FINAL_NORM, HEAD, same_input
-from ..pruning.running_scores import MeanOverRanks, alone
 
 DECAY = 0.9
 """Weight of the past, per optimizer step."""

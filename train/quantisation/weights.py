@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..compute.ranks import MeanOverRanks, alone
 from ..model.file_types import file_types
 from ..model.irregular import architecture_of
 from ..model.tensors import tensor_names
-from ..pruning.running_scores import MeanOverRanks, alone
 from .activations import round_to_int8
 from .config import GGUF_TYPES, QuantisationConfig
 from .grids import GRIDS, Grid
