@@ -19,7 +19,7 @@ from ..runtime.latency.shape import DecoderShape
 from .bench import bench
 from .device import Device
 from .profiling.artefacts import DEFAULT_TYPES, make_artefacts
-from .profiling.held_out import error_of, irregular_shapes, neighbours, removals
+from .profiling.held_out import error_of, irregular_shapes, removals
 from .profiling.regression import assemble
 from .profiling.stacks import Design, Widths
 from .results import BenchOptions, Result, Run
@@ -33,8 +33,6 @@ DEPTHS = (DECODED // 2, DEPTH + DECODED // 2)
 """Where the middle of each decode lies: the table's depths."""
 DESIGNS = {"llama.cpp": Design.full, "onnxruntime": Design.full, "executorch": Design.thin}
 """Engine -> which stacks are measured."""
-SLOW_EXPORTS = ("executorch",)
-"""Engines whose models of thirty layers take minutes to export: the table agrees with irregular ones alone."""
 CALIBRATION = 10
 """Irregular random models that the table is made to agree with; none of them is held out."""
 CALIBRATION_SEED = 1_000
@@ -77,9 +75,7 @@ def profile(
     widths = Widths.of_model(settings.profile_like) if settings.profile_like else Widths()
     design = DESIGNS[settings.profile_engine](widths)
     stacks, unseen = design.stacks(), irregular_shapes(widths, settings.profile_held_out)
-    whole = irregular_shapes(widths, CALIBRATION, CALIBRATION_SEED)
-    if settings.profile_engine not in SLOW_EXPORTS:
-        whole += neighbours(widths)
+    whole = [*irregular_shapes(widths, CALIBRATION, CALIBRATION_SEED), *design.neighbours]
     single = removals(widths) if settings.profile_savings else {}
     timed = dataclasses.replace(
         options,

@@ -14,7 +14,7 @@ from efficientllm.runtime.engines import pass_sizes
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
 from efficientllm.runtime.engines.llama_context import LlamaContext
 from efficientllm.runtime.engines.owned import OwnedEngine
-from efficientllm.runtime.engines.pass_sizes import PassTimes
+from efficientllm.runtime.engines.pass_times import PassTimes
 from efficientllm.runtime.engines.protocol import Part
 from efficientllm.runtime.generation import AnswerOptions, Generation
 

@@ -16,9 +16,9 @@ from tiny import tiny_architecture
 from efficientllm.devices import cli
 from efficientllm.devices import profiler as profiling
 from efficientllm.devices.profiling.checkpoint import write_checkpoint
-from efficientllm.devices.profiling.held_out import error_of, irregular_shapes, neighbours, removals
+from efficientllm.devices.profiling.held_out import error_of, irregular_shapes, removals
 from efficientllm.devices.profiling.regression import assemble
-from efficientllm.devices.profiling.stacks import Design, Widths
+from efficientllm.devices.profiling.stacks import Design, Widths, neighbours
 from efficientllm.export.checkpoint import Checkpoint
 from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.base.errors import UsageError

@@ -50,43 +50,16 @@ def removals(widths: Widths) -> dict[str, DecoderShape]:
     narrower = LayerShape(whole.num_attention_heads, whole.num_key_value_heads, whole.intermediate_size - channels)
     no_attention = LayerShape(0, 0, whole.intermediate_size)
     no_ffn = LayerShape(whole.num_attention_heads, whole.num_key_value_heads, 0)
-
-    def decoder(*layers: LayerShape, hidden_size: int = widths.hidden_size) -> DecoderShape:
-        return DecoderShape(hidden_size, widths.head_dim, widths.vocab_size, layers)
-
     rest = (whole,) * (count - third)
     return {
-        "nothing": decoder(*(whole,) * count),
-        "a key/value group of every layer": decoder(*(fewer,) * count),
-        f"the attention of {third} layers": decoder(*rest, *(no_attention,) * third),
-        f"{third} whole layers": decoder(*rest),
-        f"{channels} FFN channels of every layer": decoder(*(narrower,) * count),
-        f"the FFN of {third} layers": decoder(*rest, *(no_ffn,) * third),
-        f"{stem} stem channels": decoder(*(whole,) * count, hidden_size=widths.hidden_size - stem),
+        "nothing": widths.decoder((whole,) * count),
+        "a key/value group of every layer": widths.decoder((fewer,) * count),
+        f"the attention of {third} layers": widths.decoder(rest + (no_attention,) * third),
+        f"{third} whole layers": widths.decoder(rest),
+        f"{channels} FFN channels of every layer": widths.decoder((narrower,) * count),
+        f"the FFN of {third} layers": widths.decoder(rest + (no_ffn,) * third),
+        f"{stem} stem channels": widths.decoder((whole,) * count, widths.hidden_size - stem),
     }
-
-
-def neighbours(widths: Widths) -> list[DecoderShape]:
-    """The source, and what is left of it where every part is cut far: prices are asked for in between."""
-    whole, count = widths.whole, widths.num_layers
-    groups, ffn = (whole.num_attention_heads, whole.num_key_value_heads), whole.intermediate_size
-    half = max(MULTIPLE, ffn // 2 // MULTIPLE * MULTIPLE)
-    narrow = max(MULTIPLE, widths.hidden_size * 2 // 3 // MULTIPLE * MULTIPLE)
-    one_group = LayerShape(widths.queries_per_group, 1, ffn)
-    kinds = [one_group, LayerShape(*groups, half), LayerShape(0, 0, ffn), LayerShape(*groups, 0)]
-    mixed = [(whole, kind) for kind in kinds[2:]]  # no model is without any attention or FFN
-
-    def decoder(*layers: LayerShape, hidden_size: int = widths.hidden_size) -> DecoderShape:
-        return DecoderShape(hidden_size, widths.head_dim, widths.vocab_size, layers)
-
-    found = [
-        decoder(*(whole,) * count),
-        *(decoder(*(kind,) * count) for kind in kinds[:2]),
-        *(decoder(*(pair * count)[:count]) for pair in mixed),
-        decoder(*(whole,) * max(1, count // 2)),
-        decoder(*(whole,) * count, hidden_size=narrow),
-    ]
-    return list(dict.fromkeys(found))
 
 
 def error_of(depth: int, measured_ms: Sequence[float], predicted_ms: Sequence[float]) -> HeldOutError:

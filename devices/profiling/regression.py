@@ -15,7 +15,7 @@ import numpy as np
 
 from ...runtime.latency.grid import Grid
 from ...runtime.latency.shape import DecoderShape, LayerShape
-from ...runtime.latency.surcharge import Surcharge, head_odd_rows, missed, odd_rows
+from ...runtime.latency.surcharge import Surcharge, missed, odd_rows
 from ...runtime.latency.table import PARTS, LatencyTable
 from .stacks import Design
 
@@ -117,8 +117,7 @@ def _layer_parts(layer: LayerShape) -> Sequence[tuple[str, tuple[float, ...]]]:
 def _fit_all(shapes: Sequence[DecoderShape], measured: np.ndarray) -> tuple[np.ndarray, Surcharge]:
     """Rates [TERMS, conditions] of the parts, and the surcharge, of the cache that fits each condition best."""
     sizes = np.array([shape.num_weights for shape in shapes], float)
-    odd = [head_odd_rows(shape) + sum(odd_rows(layer, shape) for layer in shape.present_layers) for shape in shapes]
-    features = np.column_stack([[_model_features(shape) for shape in shapes], 1e-3 * np.array(odd)])
+    features = np.array([[*_model_features(shape), 1e-3 * odd_rows(shape)] for shape in shapes])
     capacities = np.geomspace(sizes.min(), sizes.max() / 2, CAPACITIES)
     found = [_fit_one(features, sizes, capacities, ms) for ms in measured.T]
     rates = np.array([fit[:TERMS] for fit, _ in found]).T

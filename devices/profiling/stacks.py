@@ -42,6 +42,10 @@ class Widths:
         """A layer of the source."""
         return LayerShape(self.num_attention_heads, self.num_key_value_heads, self.intermediate_size)
 
+    def decoder(self, layers: tuple[LayerShape, ...], hidden_size: int = 0) -> DecoderShape:
+        """A model with the source's head; `hidden_size` 0: and its stem."""
+        return DecoderShape(hidden_size or self.hidden_size, self.head_dim, self.vocab_size, layers)
+
     @classmethod
     def of_model(cls, folder: str) -> Widths:
         """The largest widths in FOLDER/config.json or FOLDER/model/config.json; UsageError where there is none."""
@@ -83,6 +87,8 @@ class Design:
     """Layers of one kind on top of it."""
     num_rows: int = FEW_ROWS
     """Of the LM head of all stacks."""
+    neighbours: tuple[DecoderShape, ...] = ()
+    """Whole models around the source that the table is to agree with."""
 
     @classmethod
     def full(cls, widths: Widths) -> Design:
@@ -94,6 +100,7 @@ class Design:
             _spread(widths.num_key_value_heads),
             _spread(widths.queries_per_group),
             _rounded(ffn, 1 / 12, 1 / 6, 1 / 3, 1 / 2, 3 / 4, 1),
+            neighbours=neighbours(widths),
         )
 
     @classmethod
@@ -152,6 +159,23 @@ class Design:
                 yield self.stack(hidden, self.attention(groups, ratio))
         for width in (0, *self.ffn_widths):
             yield self.stack(hidden, self.ffn(width))
+
+
+def neighbours(widths: Widths) -> tuple[DecoderShape, ...]:
+    """The source, and what is left of it where every part is cut far: prices are asked for in between."""
+    whole, count = widths.whole, widths.num_layers
+    groups, ffn = (whole.num_attention_heads, whole.num_key_value_heads), whole.intermediate_size
+    half = max(MULTIPLE, ffn // 2 // MULTIPLE * MULTIPLE)
+    narrow = max(MULTIPLE, widths.hidden_size * 2 // 3 // MULTIPLE * MULTIPLE)
+    everywhere = [whole, LayerShape(widths.queries_per_group, 1, ffn), LayerShape(*groups, half)]
+    every_other = [LayerShape(0, 0, ffn), LayerShape(*groups, 0)]  # no model is without any attention or FFN
+    found = [
+        *(widths.decoder((kind,) * count) for kind in everywhere),
+        *(widths.decoder(((whole, kind) * count)[:count]) for kind in every_other),
+        widths.decoder((whole,) * max(1, count // 2)),
+        widths.decoder((whole,) * count, narrow),
+    ]
+    return tuple(dict.fromkeys(found))
 
 
 def _rounded(size: int, *shares: float) -> tuple[int, ...]:

@@ -25,7 +25,8 @@ from .llama_context import LlamaContext
 from .llama_embeddings import embed
 from .manifest import Manifest
 from .memory import give_back_freed_memory
-from .pass_sizes import PassTimes, pass_times
+from .pass_sizes import measured_pass_times
+from .pass_times import PassTimes
 from .protocol import Part, Pooling
 
 EVALUATED = 64
@@ -88,7 +89,7 @@ class LlamaCppEngine:
         self.load_ms += (time.perf_counter() - began) * 1e3
         self.settings, self.cache_slots, self.max_batch = str(attention), self._context.slots, self._context.max_batch
         if self.num_sequences > 1:
-            times = pass_times(path, f"{release}, {attention}", self._context, self.num_sequences)
+            times = measured_pass_times(path, f"{release}, {attention}", self._context, self.num_sequences)
             self.pass_times, self.settings = times, f"{attention}; {times}"
         self.kv_cache_bytes = round(self.cache_slots * bytes_per_token)
 

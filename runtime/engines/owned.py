@@ -11,6 +11,7 @@ import numpy as np
 from ..base.errors import ContextOverflowError, UsageError
 from .caches import Caches
 from .lease import Lease, shares
+from .pass_times import PassTimes
 from .protocol import CacheFullError, Embedder, Engine, EvaluationInterrupted, Part, Pooling, Timed
 
 CLOSED = "the model is closed; load it again"
@@ -151,7 +152,8 @@ class OwnedEngine:
             for lease in leases:
                 self._find_cache(lease)
             each = shares([lease.num_pending for lease in leases], engine.max_batch)
-            self._take_turns(leases, each)
+            if self._pass_times is not None:
+                _leave_out(leases, each, self._pass_times)
             working = [lease for lease, share in zip(leases, each, strict=True) if share]
             parts = [lease.next_part(share) for lease, share in zip(leases, each, strict=True) if share]
             self._caches.make_room(sum(each))
@@ -167,25 +169,6 @@ class OwnedEngine:
                 if part.wants_logits:
                     found[id(lease)] = next(rows)
             return [found.get(id(lease)) for lease in leases]
-
-    def _take_turns(self, leases: Sequence[Lease], each: list[int]) -> None:
-        """Leave out of `each` what another pass evaluates sooner: next tokens of those that had theirs last."""
-        if self._pass_times is None:
-            return
-        waiting = [index for index, lease in enumerate(leases) if lease.num_pending == 1]
-        if not waiting:
-            self._shorten(each)
-            return
-        number = self._pass_times.answers(len(waiting), sum(each) - len(waiting))
-        for index in sorted(waiting, key=lambda index: _last_used(leases[index]))[number:]:
-            each[index] = 0
-
-    def _shorten(self, each: list[int]) -> None:
-        """Leave out what a few tokens of a single prompt, such as a chat's next short question, are faster without."""
-        assert self._pass_times is not None
-        prompts = [index for index, share in enumerate(each) if share]
-        if len(prompts) == 1 and each[prompts[0]] <= self._pass_times.largest:
-            each[prompts[0]] = self._pass_times.answers(each[prompts[0]])
 
     def _evaluate(self, engine: Engine, leases: Sequence[Lease], parts: Sequence[Part]) -> list[np.ndarray]:
         """One pass; EvaluationInterrupted where one of `leases` is interrupted before or meanwhile."""
@@ -270,6 +253,19 @@ class OwnedEngine:
                 return
             self._calls.wait_for(lambda: not self._num_calls)
         engine.close()
+
+
+def _leave_out(leases: Sequence[Lease], each: list[int], times: PassTimes) -> None:
+    """Leave out of `each` what other passes evaluate sooner: next tokens of those that had theirs last, or, where
+    nobody waits for one, what a few tokens of a single prompt (a chat's next short question) are faster without."""
+    waiting = [index for index, lease in enumerate(leases) if lease.num_pending == 1]
+    prompts = [index for index, share in enumerate(each) if share]
+    if waiting:
+        number = times.answers(len(waiting), sum(each) - len(waiting))
+        for index in sorted(waiting, key=lambda index: _last_used(leases[index]))[number:]:
+            each[index] = 0
+    elif len(prompts) == 1 and each[prompts[0]] <= times.largest:
+        each[prompts[0]] = times.answers(each[prompts[0]])
 
 
 def _last_used(lease: Lease) -> int:

@@ -7,6 +7,8 @@ from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
+from .pass_times import PassTimes
+
 
 class Part(NamedTuple):
     """Tokens, at least one, to be appended to one sequence."""
@@ -106,25 +108,11 @@ class Engine(Protocol):
         ...
 
 
-class Times(Protocol):
-    """What passes over several sequences cost."""
-
-    @property
-    def largest(self) -> int:
-        """Tokens of the largest pass that was measured."""
-        ...
-
-    def answers(self, waiting: int, beside: int = 0) -> int:
-        """How many of `waiting` sequences that want one token are best evaluated in one pass, beside so many tokens of
-        others."""
-        ...
-
-
 @runtime_checkable
 class Timed(Protocol):
     """An engine that knows which passes are worth their time; others are given all that wait."""
 
-    pass_times: Times | None
+    pass_times: PassTimes | None
 
 
 Pooling = Literal["mean", "last"]

@@ -42,8 +42,7 @@ class Surcharge:
 
     def of(self, shape: DecoderShape) -> np.ndarray:
         """Milliseconds more [conditions] of a whole model."""
-        odd = head_odd_rows(shape) + sum(odd_rows(layer, shape) for layer in shape.present_layers)
-        return shape.num_weights * self.per_weight(shape.num_weights) + 1e-3 * self.odd_ms * odd
+        return shape.num_weights * self.per_weight(shape.num_weights) + 1e-3 * self.odd_ms * odd_rows(shape)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -85,6 +84,7 @@ def ffn_odd_rows(layer: LayerShape, shape: DecoderShape) -> int:
     return 2 * layer.intermediate_size * is_odd(shape.hidden_size) + shape.hidden_size * is_odd(layer.intermediate_size)
 
 
-def odd_rows(layer: LayerShape, shape: DecoderShape) -> int:
-    """Rows of a layer's matrices of an odd number of blocks."""
-    return attention_odd_rows(layer, shape) + ffn_odd_rows(layer, shape)
+def odd_rows(shape: DecoderShape) -> int:
+    """Rows of all of a model's matrices of an odd number of blocks."""
+    layers = (attention_odd_rows(layer, shape) + ffn_odd_rows(layer, shape) for layer in shape.present_layers)
+    return head_odd_rows(shape) + sum(layers)

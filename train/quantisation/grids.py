@@ -32,10 +32,11 @@ class Grid:
 
     block: int
     """Weights that share a scale; 0: a whole row."""
-    round_blocks: Callable[[Tensor, Tensor, Tensor | None], None]
-    """Rounds fp32 [N, G] into the second tensor; the third weighs the squared errors of a row's blocks [N / out, G]."""
-    weighs: bool = False
-    """Whether it looks at those weights."""
+    round_blocks: Callable[[Tensor, Tensor], None]
+    """Rounds fp32 [N, G] into the second tensor."""
+    round_weighed: Callable[[Tensor, Tensor, Tensor], None] | None = None
+    """The same where squared errors are weighed, by the third tensor [N / out, G] those of every row's blocks. None:
+    nothing is left to choose."""
 
     @torch.no_grad()
     def round(self, weight: Tensor, importance: Tensor | None = None) -> Tensor:
@@ -49,13 +50,17 @@ class Grid:
         if width != columns:
             weight = functional.pad(weight, (0, width - columns))
         weights = None
-        if importance is not None and self.weighs:
+        if importance is not None:
             weights = functional.pad(importance.float(), (0, width - columns)).view(-1, block)
         rounded = torch.empty_like(weight, memory_format=torch.contiguous_format)
         step = max(1, PIECE // width)
         for start in range(0, rows, step):
             piece = slice(start, start + step)
-            self.round_blocks(weight[piece].reshape(-1, block), rounded[piece].view(-1, block), weights)
+            blocks, out = weight[piece].reshape(-1, block), rounded[piece].view(-1, block)
+            if weights is None or self.round_weighed is None:
+                self.round_blocks(blocks, out)
+            else:
+                self.round_weighed(blocks, out, weights)
         return rounded[:, :columns].contiguous() if width != columns else rounded
 
 
@@ -78,18 +83,21 @@ def _as_fp16(scales: Tensor) -> Tensor:
     return scales.half().float()
 
 
-def round_q4_0(blocks: Tensor, out: Tensor, weights: Tensor | None = None) -> None:
-    """Codes -8 to 7, the largest weight at -8, scale in fp16 (ggml-quants.c, quantize_row_q4_0_ref).
-
-    With `weights` the scale is the best for the codes, and codes of a finer scale are tried, too, which cuts the
-    largest weight off. The largest magnitude of a rounded block is always 8 scales, so that llama.cpp's quantiser finds
-    scale and codes again.
-    """
-    scales = coarsest = _largest(blocks) / -8
+def round_q4_0(blocks: Tensor, out: Tensor) -> None:
+    """Codes -8 to 7, the largest weight at -8, scale in fp16 (ggml-quants.c, quantize_row_q4_0_ref)."""
+    scales = _largest(blocks) / -8
     _q4_0_codes(blocks, scales, out)
-    if weights is None:
-        out.mul_(_as_fp16(scales))
-        return
+    out.mul_(_as_fp16(scales))
+
+
+def round_q4_0_weighed(blocks: Tensor, out: Tensor, weights: Tensor) -> None:
+    """As round_q4_0 with the best scale for the codes, or codes of a finer scale, which cuts the largest weight off.
+
+    The largest magnitude of a rounded block is always 8 scales, so that llama.cpp's quantiser finds scale and codes
+    again.
+    """
+    coarsest = _largest(blocks) / -8
+    _q4_0_codes(blocks, coarsest, out)
     scales, gain = _best_scales(blocks, out, weights)
     finer = torch.empty_like(out)
     _q4_0_codes(blocks, FINER * coarsest, finer)
@@ -114,7 +122,7 @@ def _best_scales(blocks: Tensor, codes: Tensor, weights: Tensor) -> tuple[Tensor
     return scales, scales * products
 
 
-def round_q8_0(blocks: Tensor, out: Tensor, weights: Tensor | None = None) -> None:
+def round_q8_0(blocks: Tensor, out: Tensor) -> None:
     """Codes -127 to 127, half away from zero, scale in fp16 (ggml-quants.c, quantize_row_q8_0_ref)."""
     scales = _magnitude(blocks) / 127
     torch.mul(blocks, _inverse(scales), out=out)
@@ -122,7 +130,7 @@ def round_q8_0(blocks: Tensor, out: Tensor, weights: Tensor | None = None) -> No
     out.mul_(_as_fp16(scales))
 
 
-def round_q2_0(blocks: Tensor, out: Tensor, weights: Tensor | None = None) -> None:
+def round_q2_0(blocks: Tensor, out: Tensor) -> None:
     """Codes -1 to 2, scale in fp16 and of the largest weight's sign, so that this one can be at 2.
 
     The format, not llama.cpp's way to fill it: its quantiser takes the largest weight for the scale and never gives 2.
@@ -140,14 +148,14 @@ def _magnitude(blocks: Tensor) -> Tensor:
     return torch.maximum(blocks.amax(1, keepdim=True), -blocks.amin(1, keepdim=True))
 
 
-def round_int4(blocks: Tensor, out: Tensor, weights: Tensor | None = None) -> None:
+def round_int4(blocks: Tensor, out: Tensor) -> None:
     """Codes -8 to 7, the largest weight at -8, scale in fp32: MatMulNBits as export/onnx fills it."""
     scales = _largest(blocks) / -8
     torch.mul(blocks, _inverse(scales), out=out)
     out.round_().clamp_(-8, 7).mul_(scales)
 
 
-def round_int4_bfloat16(blocks: Tensor, out: Tensor, weights: Tensor | None = None) -> None:
+def round_int4_bfloat16(blocks: Tensor, out: Tensor) -> None:
     """Codes -8 to 7, the largest magnitude at 7, scale in bf16: XNNPACK's blockwise kernels as export/executorch fills
     them."""
     scales = (_magnitude(blocks) / 7).bfloat16().float()
@@ -155,7 +163,7 @@ def round_int4_bfloat16(blocks: Tensor, out: Tensor, weights: Tensor | None = No
     out.round_().clamp_(-8, 7).mul_(scales)
 
 
-def round_int8(blocks: Tensor, out: Tensor, weights: Tensor | None = None) -> None:
+def round_int8(blocks: Tensor, out: Tensor) -> None:
     """Codes -127 to 127, scale in fp32."""
     scales = _magnitude(blocks) / 127
     torch.mul(blocks, _inverse(scales), out=out)
@@ -164,7 +172,7 @@ def round_int8(blocks: Tensor, out: Tensor, weights: Tensor | None = None) -> No
 
 GRIDS = {
     "q8_0": Grid(32, round_q8_0),
-    "q4_0": Grid(32, round_q4_0, weighs=True),
+    "q4_0": Grid(32, round_q4_0, round_q4_0_weighed),
     "q2_0": Grid(64, round_q2_0),
     "int4": Grid(32, round_int4),
     "int4-bf16": Grid(32, round_int4_bfloat16),

@@ -49,7 +49,7 @@ class ShippedWeights:
     def applied(self, model: Any) -> Iterator[None]:
         """Within, the model's matrices are the rounded ones; their gradients stay when the others are back."""
         grids = self.grids(model)
-        weighs = any(grid.weighs for grid in grids.values())
+        weighs = any(grid.round_weighed is not None for grid in grids.values())
         unrounded: dict[nn.Parameter, Tensor] = {}
         try:
             for name, parameter in model.named_parameters():
@@ -71,7 +71,7 @@ class ShippedWeights:
                 parameter.copy_(self._round(grids[name], name, parameter))
 
     def _round(self, grid: Grid, name: str, weight: Tensor) -> Tensor:
-        return grid.round(weight, self.inputs.of(name, weight.shape[1]) if grid.weighs else None)
+        return grid.round(weight, self.inputs.of(name, weight.shape[1]))
 
     @contextlib.contextmanager
     def _rounded_activations(self, model: Any) -> Iterator[None]:

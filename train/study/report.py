@@ -22,7 +22,7 @@ from ..plots import plot_architecture
 from .arms import ARMS
 from .figure import plot_perplexities
 from .overlap import jaccard_of_removed
-from .result import Results, of_arm
+from .result import Results, StudyResult, of_arm
 from .study import Study
 
 
@@ -76,12 +76,17 @@ def _in_common(some: Results, others: Results, source: Architecture) -> str:
     return f"{jaccard_of_removed(first, second, source):.2f}" if first is not None and second is not None else ""
 
 
+def _untouched(results: Results) -> StudyResult | None:
+    """The source as it was, where it was measured."""
+    return next((result for result in results if not ARMS[result.arm].trains), None)
+
+
 def table(results: Results, keep: float, source: Architecture) -> str:
     """One row per arm at a ratio."""
     texts, tasks = list(results[0].perplexities), list(results[0].evaluation.tasks)
     chats = all(result.evaluation.quality is not None and result.evaluation.quality.answers for result in results)
     is_timed = results[0].ms is not None
-    untouched = next((result for result in results if not ARMS[result.arm].trains), None)
+    untouched = _untouched(results)
     reference = best_of_ours(results, keep)
     header = ["arm", "seeds", "parameters", *(["predicted ms"] if is_timed else [])]
     header += [*(["nats above the source"] if untouched else []), *[f"{text} ppl" for text in texts]]
@@ -115,7 +120,7 @@ def table(results: Results, keep: float, source: Architecture) -> str:
 
 def transfer_table(results: Results, keep: float, source: Architecture) -> str:
     """A row per arm and device that its groups competed for, the study's own first; "" where there is no other."""
-    untouched = next((result for result in results if not ARMS[result.arm].trains), None)
+    untouched = _untouched(results)
     devices = dict.fromkeys(result.ranked_for for result in results if result.ranked_for is not None)
     header = ["arm", "ranked for", "seeds", "parameters", "predicted ms"]
     rows = [[*header, *(["nats above the source"] if untouched else []), "removed as for this device"]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from dataclasses import dataclass, replace
@@ -175,9 +176,10 @@ class Study:
 
     def __init__(self, config: StudyConfig) -> None:
         check(config.measures)
-        for path in filter(None, (config.device_profile, *config.ranking_profile)):
-            DeviceProfile.load(Path(path))  # UsageError before anything is trained
         self.config = config
+        _ = self.time  # UsageError before anything is trained
+        for path in config.ranking_profile:
+            DeviceProfile.load(Path(path))
         self.folder = Path(config.output)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._check_settings()
@@ -332,9 +334,9 @@ class Study:
             ranked_for=DeviceProfile.load(Path(job.ranked_for)).measured_on.device if job.ranked_for else None,
         )
 
-    @property
+    @functools.cached_property
     def time(self) -> DeviceTime | None:
-        """What all arms are equally fast at; None where there is no profile."""
+        """What all arms are equally fast at; None where there is no profile. UsageError where it cannot be read."""
         settings = self.common_pruning(1.0)
         return device_time(settings, settings.device_profile)
 
