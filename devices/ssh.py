@@ -36,6 +36,8 @@ FOLDER = ".cache/efficientllm-bench"
 """On the board, below the home folder: environments and artefacts, each under its hash."""
 PAUSES = (2.0, 10.0, 30.0)
 """Seconds before a step is tried again whose connection dropped: Wi-Fi comes back in its own time."""
+BLOCK = 65_536
+"""Bytes of a file in whose multiples an interrupted copy is gone on with."""
 DROPPED = 255
 """ssh's own exit code: it could not connect, or lost the connection."""
 MACHINES = ("aarch64", "arm64", "x86_64", "amd64")
@@ -223,15 +225,18 @@ class SshDevice:
         part = shlex.quote(f"{target}.part")
         self.require(f"mkdir -p {shlex.quote(str(target.parent))}")
         for pause in (*PAUSES, None):
-            copied = int(self.run(f"wc -c < {part} 2>/dev/null || echo 0").output.split()[-1])
-            if copied > size:
+            there = int(self.run(f"wc -c < {part} 2>/dev/null || echo 0").output.split()[-1])
+            if there > size:
                 self.require(f"rm -f {part}")
-                copied = 0
+                there = 0
+            blocks = there // BLOCK
+            copied = blocks * BLOCK
             self._say(f"copying {file.name}" + (f" from byte {copied:,} on" if copied else ""))
             try:
                 with file.open("rb", buffering=0) as stream:
                     os.lseek(stream.fileno(), copied, os.SEEK_SET)
-                    self.run(f"cat >> {part}", stdin=stream.fileno())
+                    # at its own place, not at the end: what an interrupted one still writes are the same bytes there
+                    self.run(f"dd of={part} bs={BLOCK} seek={blocks} conv=notrunc", stdin=stream.fileno())
             except DeviceError:
                 if pause is None:
                     raise

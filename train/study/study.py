@@ -337,6 +337,8 @@ class Study:
     @functools.cached_property
     def time(self) -> DeviceTime | None:
         """What all arms are equally fast at; None where there is no profile. UsageError where it cannot be read."""
+        if not self.config.device_profile:
+            return None
         settings = self.common_pruning(1.0)
         return device_time(settings, settings.device_profile)
 
