@@ -30,36 +30,36 @@ def torchrun(arguments: list[str], processes: int = 2) -> subprocess.CompletedPr
 
 
 @pytest.mark.parametrize(
-    ("mode", "saliency", "space", "offload"),
+    ("mode", "saliency", "space", "more"),
     [
         ("ddp", "taylor1", "attention,ffn,stem", ()),
         ("ddp", "taylor2", "attention,ffn,stem", ()),
-        ("ddp", "fisher", "attention,ffn,stem", ()),
+        ("ddp", "fisher", "attention,ffn,stem", ("--qat", "q4_0")),
         ("ddp", "token-fisher", "attention,ffn", ()),
         ("ddp", "taylor1", "ffn,blocks", ()),
         ("fsdp", "taylor1", "attention,ffn,stem", ()),
-        ("fsdp", "taylor1", "ffn,blocks", ()),
-        ("fsdp", "taylor1", "attention,ffn,stem,blocks", ("--offload",)),
+        ("fsdp", "taylor1", "ffn,blocks", ("--qat", "q4_0")),
+        ("fsdp --offload", "taylor1", "attention,ffn,stem,blocks", ()),
     ],
 )
 def test_two_processes_remove_the_same_groups_as_one(
     mode: str,
     saliency: str,
     space: str,
-    offload: tuple[str, ...],
+    more: tuple[str, ...],
     source_folder: Path,
     corpus: Path,
     tmp_path: Path,
 ) -> None:
     """Global batch of 4: two ranks of 2, or one process that accumulates 2 microbatches of 2."""
     shared = ["--batch-size", "2", "--saliency", saliency, "--checkpoint-every", "0", "--prune", space]
-    shared += ["--block-tokens", "256"]
+    shared += ["--block-tokens", "256", *more]
     one = command(source_folder, corpus, tmp_path / "one", *shared, "--gradient-accumulation", "2")
     assert run(one) == 0
-    two = command(source_folder, corpus, tmp_path / "two", *shared, "--parallel", mode, *offload)
+    two = command(source_folder, corpus, tmp_path / "two", *shared, "--parallel", *mode.split())
     done = torchrun(two)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert f"2 ranks ({mode})" in done.stdout
+    assert f"2 ranks ({mode.split()[0]})" in done.stdout
     removed = [[record.get("removed") for record in metrics(tmp_path / name)] for name in ("one", "two")]
     assert removed[0] == removed[1]
     assert Architecture.from_folder(tmp_path / "one" / "model") == Architecture.from_folder(tmp_path / "two" / "model")
@@ -79,7 +79,7 @@ def test_stopped_distributed_run_resumes_bit_identically(
     mode: str, source_folder: Path, corpus: Path, tmp_path: Path
 ) -> None:
     """Steps 1 to 10 in one run and the rest in another, against all in one."""
-    shared = ["--batch-size", "2", "--parallel", mode, "--weight-update", "obs"]
+    shared = ["--batch-size", "2", "--parallel", mode, "--weight-update", "obs", "--qat", "q4_0"]
     straight = command(source_folder, corpus, tmp_path / "straight", *shared)
     done = torchrun(straight)
     assert done.returncode == 0, done.stderr[-3000:]

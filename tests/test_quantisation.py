@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from efficientllm.runtime.base.gguf_header import read_header
 from efficientllm.runtime.engines.manifest import Manifest
 from efficientllm.train.model.architecture import LayerShape
 from efficientllm.train.model.families import FAMILIES
+from efficientllm.train.model.tensors import EMBEDDING, HEAD
 from efficientllm.train.quantisation.config import QuantisationConfig
 from efficientllm.train.quantisation.grids import GRIDS
 from efficientllm.train.quantisation.inputs import InputSquares
@@ -149,8 +151,23 @@ def test_every_matrix_of_every_family_has_its_inputs(family: str) -> None:
     with inputs.watching(model):
         model(torch.randint(3, 400, (2, 16)))
     for name, parameter in model.named_parameters():
-        if parameter.dim() == 2:
+        if parameter.dim() == 2 and name != EMBEDDING:
             assert inputs.of(name, parameter.shape[1]) is not None, name
+    assert inputs.of(HEAD, model.config.hidden_size) is not None
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_embedding_heeds_what_it_is_multiplied_with_where_it_is_the_head_too(tied: bool) -> None:
+    model = tiny_model(replace(tiny_architecture(), tie_word_embeddings=tied)).train()
+    shipped = ShippedWeights(QuantisationConfig(qat="q4_0"))
+    with shipped.applied(model):
+        model(torch.randint(3, 400, (2, 16)))
+    weight = model.get_parameter(EMBEDDING).detach()
+    importance = shipped.inputs.of(HEAD, weight.shape[1])
+    plain, heeding = GRIDS["q4_0"].round(weight), GRIDS["q4_0"].round(weight, importance)
+    assert not torch.equal(plain, heeding)
+    with shipped.applied(model):
+        assert torch.equal(model.get_parameter(EMBEDDING), heeding if tied else plain)
 
 
 def test_inputs_are_watched_in_training_alone() -> None:
@@ -169,7 +186,7 @@ def test_inputs_are_watched_in_training_alone() -> None:
     ):
         torch.testing.assert_close(inputs.of(parameter, len(means[name])), means[name])
     assert inputs.of("model.layers.1.mlp.down_proj.weight", 5) is None  # it was pruned since
-    assert inputs.of("model.embed_tokens.weight", model.config.hidden_size) is not None
+    assert inputs.of(HEAD, model.config.hidden_size) is not None
     first = {name: mean.clone() for name, mean in inputs.state_dict().items()}
     with inputs.watching(model.eval()):
         model(tokens)

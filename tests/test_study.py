@@ -189,6 +189,19 @@ def test_profiles_are_read_before_anything_is_trained(tmp_path: Path) -> None:
     assert not (tmp_path / "study").exists()
 
 
+def test_ranking_profiles_are_told_apart_by_their_devices(tmp_path: Path) -> None:
+    for name in ("own", "one", "two"):
+        tiny_profile().save(tmp_path / f"{name}.json")
+    own, one, two = (str(tmp_path / f"{name}.json") for name in ("own", "one", "two"))
+    with pytest.raises(UsageError, match=r"one\.json and .*two\.json are both of 'local'; measure one of them under"):
+        Study(
+            StudyConfig(
+                device_profile=own, ranking_profile=(one, two), arms=("latency",), output=str(tmp_path / "study")
+            )
+        )
+    assert not (tmp_path / "study").exists()
+
+
 def test_the_best_contiguous_layers_are_those_without_which_least_changes() -> None:
     """Exhaustive over their places; no fewer would do."""
 

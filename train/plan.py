@@ -168,8 +168,6 @@ def make_plan(config: TrainConfig, resume: ResumePoint | None, compute: Compute)
         raise UsageError("--compact-every works with --parallel ddp only: fsdp removes physically at every event")
     if compute.parallel.mode == "fsdp" and config.pruning.recover != "none":
         raise UsageError("--recover works with --parallel ddp only: it needs a layer's weights whole on every rank")
-    if compute.parallel.mode == "fsdp" and config.quantisation.is_on:
-        raise UsageError("--qat works with --parallel ddp only: it rounds whole weights on every rank")
     if compute.parallel.mode == "fsdp" and config.pruning.prunes_vocabulary:
         raise UsageError("--prune vocabulary works with --parallel ddp only: it measures a model whole on every rank")
     _check_removals(config, compute)

@@ -13,10 +13,15 @@ def full(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor, in its own memory; a plain tensor is returned as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def scatter(parameter: Any, value: Tensor) -> None:
     """Fill a parameter, or this rank's shard of it, from the whole tensor."""
     if isinstance(parameter, DTensor):
         sharded: Any = distribute_tensor(value, parameter.device_mesh, parameter.placements)
-        parameter.to_local().copy_(sharded.to_local())
+        local(parameter).copy_(local(sharded))
     else:
         parameter.copy_(value)

@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from .gather import full
+from .gather import full, local
 
 EPSILON = 1e-8
 """Added to the root of the second moment."""
@@ -71,7 +70,7 @@ class _Held:
 
 def _local_tensors(parameter: Any, state: dict[str, Any]) -> _Held:
     values = (parameter.detach(), parameter.grad, state["exp_avg"], state["exp_avg_sq"])
-    return _Held(tuple(each.to_local() if isinstance(each, DTensor) else each for each in values), state["step"])
+    return _Held(tuple(map(local, values)), state["step"])
 
 
 def _fused(group: dict[str, Any], held: Sequence[_Held]) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..compute.ranks import MeanOverRanks, alone
 from ..model.irregular import architecture_of
-from ..model.tensors import EMBEDDING, FINAL_NORM, HEAD, same_input
+from ..model.tensors import FINAL_NORM, HEAD, same_input
 
 DECAY = 0.9
 """Weight of the past, per optimizer step."""
@@ -56,8 +56,8 @@ class InputSquares:
     @torch.no_grad()
     def _look(self, name: str, module: nn.Module, values: Tensor) -> None:
         if module.training:
-            rows = values.detach().flatten(0, -2).float()
-            squares = rows.square().sum(0)
+            rows = values.detach().flatten(0, -2)
+            squares = rows.square().sum(0, dtype=torch.float32)
             self._sums[name] = squares if name not in self._sums else self._sums[name] + squares
             self._counts[name] = self._counts.get(name, 0) + len(rows)
 
@@ -90,7 +90,7 @@ def _watched(model: Any) -> Iterator[tuple[str, nn.Module]]:
 
 def _observed_for(parameter: str) -> Sequence[str]:
     """The module that shows what a matrix reads: the first of these that is watched."""
-    if parameter in (EMBEDDING, HEAD):  # the embedding is tied, or its rows are not multiplied at all
+    if parameter == HEAD:
         return (FINAL_NORM,)
     name = parameter.removesuffix(".weight")
     layer, _, matrix = name.rpartition(".self_attn.")

@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from ..compute.gather import local
 from ..compute.ranks import MeanOverRanks, alone
 from ..model.file_types import file_types
 from ..model.irregular import architecture_of
-from ..model.tensors import tensor_names
+from ..model.tensors import EMBEDDING, HEAD, tensor_names
 from .activations import round_to_int8
 from .config import GGUF_TYPES, QuantisationConfig
 from .grids import GRIDS, Grid
@@ -54,13 +56,13 @@ class ShippedWeights:
         try:
             for name, parameter in model.named_parameters():
                 if name in grids:
-                    unrounded[parameter] = parameter.data
-                    parameter.data = self._round(grids[name], name, parameter.data)
+                    rounded = self._round(model, grids[name], name, local(parameter.data))
+                    unrounded[parameter] = _exchange(parameter, rounded)
             with self._rounded_activations(model), self.inputs.watching(model) if weighs else contextlib.nullcontext():
                 yield
         finally:
             for parameter, weight in unrounded.items():
-                parameter.data = weight
+                _exchange(parameter, weight)
 
     @torch.no_grad()
     def settle(self, model: Any) -> None:
@@ -68,10 +70,12 @@ class ShippedWeights:
         grids = self.grids(model)
         for name, parameter in model.named_parameters():
             if name in grids:
-                parameter.copy_(self._round(grids[name], name, parameter))
+                own = local(parameter)
+                own.copy_(self._round(model, grids[name], name, own))
 
-    def _round(self, grid: Grid, name: str, weight: Tensor) -> Tensor:
-        return grid.round(weight, self.inputs.of(name, weight.shape[1]))
+    def _round(self, model: Any, grid: Grid, name: str, weight: Tensor) -> Tensor:
+        multiplies = HEAD if name == EMBEDDING and model.config.tie_word_embeddings else name
+        return grid.round(weight, self.inputs.of(multiplies, weight.shape[1]))
 
     @contextlib.contextmanager
     def _rounded_activations(self, model: Any) -> Iterator[None]:
@@ -88,3 +92,15 @@ class ShippedWeights:
         finally:
             for handle in handles:
                 handle.remove()
+
+
+@torch.no_grad()
+def _exchange(parameter: nn.Parameter, values: Tensor) -> Tensor:
+    """Give this rank's rows of a parameter other values; what they were."""
+    if not isinstance(parameter.data, DTensor):
+        before, parameter.data = parameter.data, values
+        return before
+    rows = local(parameter.data)  # the memory that FSDP gathers from
+    before = rows.clone()
+    rows.copy_(values)
+    return before

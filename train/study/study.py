@@ -178,8 +178,7 @@ class Study:
         check(config.measures)
         self.config = config
         _ = self.time  # UsageError before anything is trained
-        for path in config.ranking_profile:
-            DeviceProfile.load(Path(path))
+        self._check_names_of_devices()
         self.folder = Path(config.output)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._check_settings()
@@ -189,6 +188,16 @@ class Study:
             save_checkpoint(model, tokenizer, self.source_folder)
         raw = json.loads((self.source_folder / "config.json").read_text(encoding="utf-8"))
         self.source = Architecture.from_hf_config(raw)
+
+    def _check_names_of_devices(self) -> None:
+        """UsageError where the report could not tell two --ranking-profile apart."""
+        path_of: dict[str, str] = {}
+        for path in self.config.ranking_profile:
+            name = DeviceProfile.load(Path(path)).measured_on.device
+            if name in path_of:
+                both = f"--ranking-profile: {path_of[name]} and {path} are both of {name!r}"
+                raise UsageError(f"{both}; measure one of them under another --profile-name")
+            path_of[name] = path
 
     def _check_settings(self) -> None:
         """UsageError where the folder holds another study."""
