@@ -19,10 +19,11 @@ from efficientllm.export import cli as export_cli
 from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.engines.contract_text import ALL_TEXTS, contract_rows
 from efficientllm.train.evaluation import cli
-from efficientllm.train.evaluation.evaluation import ComputeConfig, MeasureConfig, evaluate
+from efficientllm.train.evaluation.evaluation import ComputeConfig, Evaluation, MeasureConfig, evaluate
 from efficientllm.train.evaluation.quality import sets
 from efficientllm.train.evaluation.quality.contract import contract
 from efficientllm.train.evaluation.quality.measure import Quality, measure_quality
+from efficientllm.train.evaluation.report import rows
 from efficientllm.train.evaluation.torch_model import TorchModel
 
 
@@ -102,6 +103,17 @@ def test_models_of_other_tokens_are_compared_by_bytes() -> None:
     bits = (1 / 4 + 3 / 6) / 2 / math.log(2)
     assert found["bits_per_byte"] == pytest.approx({"bits_per_byte": bits, "reference": bits})
     assert any(row[0].startswith("bits per byte") for row in contract_rows(found))
+
+
+def test_bits_per_byte_are_told_of_one_model_and_of_models_of_other_tokens() -> None:
+    def told(*sizes: int) -> bool:
+        qualities = [Quality({"a": [1.0]}, [], [], [], {"a": [4.0]}, size) for size in sizes]
+        table = rows([Evaluation(f"m{index}", "", {}, {}, each) for index, each in enumerate(qualities)])
+        return any(row[0].startswith("bits per byte") for row in table)
+
+    assert told(300)
+    assert told(400, 300)
+    assert not told(400, 400)
 
 
 def test_a_model_without_a_chat_template_is_measured_on_texts(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -40,7 +40,11 @@ def _perplexity(found: Perplexity) -> str:
 
 
 def _quality_rows(evaluations: Sequence[Evaluation]) -> list[list[str]]:
-    """Quality of the first model, and of every other one with its ratio to the first."""
+    """Quality of the first model, and of every other one with its ratio to the first.
+
+    A model's bits per byte are told where perplexities are of other tokens than a reader may compare them with: another
+    model's beside it, or, of one alone, those of whatever it was pruned from.
+    """
     reference = evaluations[0].quality
     if reference is None:
         return []
@@ -50,10 +54,9 @@ def _quality_rows(evaluations: Sequence[Evaluation]) -> list[list[str]]:
         [f"perplexity, {kind}", sizes.get(kind, ""), *[_with_ratio(column["texts"][kind]) for column in columns]]
         for kind in columns[0]["texts"]
     ]
-    if any("bits_per_byte" in column for column in columns):
-        table.append(
-            [BITS_PER_BYTE, "", *[f"{e.quality.bits_per_byte:.4f}" for e in evaluations if e.quality is not None]]
-        )
+    bits = [each.quality.bits_per_byte for each in evaluations if each.quality is not None]
+    if (len(bits) == 1 and math.isfinite(bits[0])) or any("bits_per_byte" in column for column in columns):
+        table.append([BITS_PER_BYTE, "", *[f"{each:.4f}" for each in bits]])
     if all("chat_answers" in column for column in columns):
         chats, ends = len(reference.chat_answers), [column["end_of_turn"] for column in columns]
         cells = [_with_ratio(column["chat_answers"]) for column in columns]
