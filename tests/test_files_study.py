@@ -141,7 +141,8 @@ def test_the_front_holds_no_file_that_another_beats() -> None:
 
 
 def test_the_proposed_commands_are_those_of_the_study(tmp_path: Path) -> None:
-    train, export = commands("demo", FitConfig(output="small"), Point.parse("q4_0/q4_0@62MB+qat"))
+    settings = FitConfig(output="small", learning_rate=2e-4)
+    train, export = commands("demo", settings, Point.parse("q4_0/q4_0@62MB+qat"))
     program, *arguments = shlex.split(train)
     assert program == "efficientllm-train"
     values = train_cli.build_parser().parse(arguments)
@@ -152,6 +153,7 @@ def test_the_proposed_commands_are_those_of_the_study(tmp_path: Path) -> None:
         "q4_0",
         "small-run",
     )
+    assert config.optimizer.learning_rate == 2e-4
     assert export == "efficientllm-export small-run --target gguf --output small"
     (export,) = commands("demo", FitConfig(output="small"), Point.parse("q4_0"))
     assert export == "efficientllm-export demo --target gguf --quantize q4_0 --output small"
@@ -184,6 +186,7 @@ def test_a_pruned_file_is_faster_by_the_profile(tmp_path: Path) -> None:
         (["--max-bytes", "1kB"], "nothing that was measured reaches 1.0 kB"),
         (["--max-bytes", "1GB", "--max-ms", "8"], "--max-ms and --device-profile FILE go together"),
         (["--max-bytes", "1GB", "--front", "nothing.jsonl"], "--front nothing.jsonl: No such file"),
+        (["--max-bytes", "1GB", "--learning-rate", "0"], "--learning-rate 0"),
     ],
 )
 def test_fit_refuses_in_one_line(

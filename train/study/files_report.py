@@ -21,6 +21,8 @@ from .points import Point
 WHOLE_COLOR = "#7a8496"
 MADE = {"": "rounded", "train": "trained, then rounded", "qat": "trained on its grid"}
 """What a point's training makes of its file."""
+SIDES = (((6, 6), "left"), ((6, -6), "left"), ((-6, 6), "right"), ((-6, -6), "right"))
+"""Where a point's name may stand: points to the right and up, and which end of it lies there."""
 
 
 def over_seeds(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -162,10 +164,6 @@ def draw_front(rows: Sequence[dict[str, Any]], path: Path) -> None:
             *place, yerr=row["kl_error"], label=label, color=color, linestyle="", marker="o", capsize=2
         )
         bars.lines[0].set_markerfacecolor(fill)
-        # names of neighbours lie on opposite sides
-        is_right = sum(other["kl"] > row["kl"] for other in rows) % 2
-        offset, side = ((6, 4), "left") if is_right else ((-6, -6), "right")
-        axes.annotate(row["point"], place, xytext=offset, textcoords="offset points", size=7, ha=side)
     front = sorted((row["file_bytes"] / 1e6, row["kl"]) for row in rows if is_on_front(row, rows))
     axes.step(*zip(*front, strict=True), where="post", color=GROUP_COLOR, linewidth=1, zorder=0, label="front")
     axes.set_yscale("log")
@@ -174,4 +172,26 @@ def draw_front(rows: Sequence[dict[str, Any]], path: Path) -> None:
     axes.grid(color=SOURCE_COLOR, linewidth=0.5)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=110)
+    figure.set_dpi(110)
+    _name_points(axes, [((row["file_bytes"] / 1e6, row["kl"]), row["point"]) for row in rows])
+    figure.savefig(path, dpi=figure.dpi)
+
+
+def _name_points(axes: Any, named: Sequence[tuple[tuple[float, float], str]]) -> None:
+    """Every name beside its point, on the side where it covers the fewest points and names."""
+    from matplotlib.transforms import Bbox
+
+    axes.figure.draw_without_rendering()
+    centres = axes.transData.transform([place for place, _ in named])
+    taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in centres]
+    for place, name in named:
+        texts = [
+            axes.annotate(name, place, xytext=offset, textcoords="offset points", size=7, ha=side, va="center")
+            for offset, side in SIDES
+        ]
+        boxes = [text.get_window_extent() for text in texts]
+        best = min(range(len(SIDES)), key=lambda index: boxes[index].count_overlaps(taken))
+        taken.append(boxes[best])
+        for text in texts:
+            if text is not texts[best]:
+                text.remove()

@@ -47,6 +47,8 @@ class FitConfig:
     """Measured files, as the study's report writes them; default: those that ship, of SmolLM2-135M-Instruct."""
     tokens: int = flags.count(30_720)
     """Tokens to train on in the proposed run."""
+    learning_rate: float = 3e-4
+    """Its peak learning rate. The files that ship were trained with the default; larger models want less."""
     output: str = "fitted"
     """Folder of the proposed file; its run is beside it, OUTPUT-run."""
 
@@ -55,6 +57,7 @@ class FitConfig:
         is_pair = (self.max_ms is None) == (not self.device_profile)
         flags.require(self, "max_ms", is_pair, "--max-ms and --device-profile FILE go together")
         flags.require(self, "max_ms", self.max_ms is None or self.max_ms > 0, "must be positive")
+        flags.require(self, "learning_rate", self.learning_rate > 0, "must be positive")
         _ = Workload.parse(self.workload)
 
 
@@ -146,7 +149,8 @@ def commands(source: str, config: FitConfig, point: Point) -> list[str]:
     run = f"{config.output}-run"
     lines = []
     if point.training:
-        lines.append(command_line(replace(Recipe(source, tokens=config.tokens)).train_config(point, run)))
+        recipe = Recipe(source, tokens=config.tokens, learning_rate=config.learning_rate)
+        lines.append(command_line(recipe.train_config(point, run)))
     checkpoint = run if point.training else source
     words = ["efficientllm-export", checkpoint, "--target", "gguf", *point.export_flags, "--output", config.output]
     return [*lines, shlex.join(words)]
@@ -205,8 +209,9 @@ def body(argv: Sequence[str]) -> int:
         raise UsageError(f"{source}: nothing that was measured reaches {limit}; raise the budget, or measure a --front")
     pruned = "pruned" if found.point.target_bytes else "whole"
     trained = ", trained on its grid" if found.point.training == "qat" else ""
+    weighed = ", rounded by an importance matrix" if found.point.importance else ""
     time = f", {found.ms:.2f} ms predicted" if found.ms is not None else ""
-    print(f"{found.point}: {pruned}{trained}, {format_bytes(found.file_bytes)}{time}")
+    print(f"{found.point}: {pruned}{trained}{weighed}, {format_bytes(found.file_bytes)}{time}")
     where = "the front" if config.front else "SmolLM2-135M's front"
     print(f"KL from the source by {where}: {found.kl:.3f} nats per token\n")
     print("\n".join(commands(source, config, found.point)))
