@@ -80,6 +80,7 @@ def test_stopped_distributed_run_resumes_bit_identically(
 ) -> None:
     """Steps 1 to 10 in one run and the rest in another, against all in one."""
     shared = ["--batch-size", "2", "--parallel", mode, "--weight-update", "obs", "--qat", "q4_0"]
+    shared += ["--eval-every", "5"]  # right before the checkpoint, too: a forward pass that no backward one follows
     straight = command(source_folder, corpus, tmp_path / "straight", *shared)
     done = torchrun(straight)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -7,7 +7,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from ..runtime.base.quantities import format_bytes, format_count
 from ..runtime.engines.memory import give_back_freed_memory
 from . import training_state
 from .accumulation import accumulate_gradients
+from .compute.gather import shard_again
 from .compute.loss import LossWeights, TrainingLoss, count_predicted, make_teacher
 from .compute.optimizer import clip_factor, gradient_norm, make_optimizer, store_gradients_as_computed
 from .data.identity import identity_of
@@ -145,6 +146,7 @@ class Trainer:
         if self.pruner is not None:
             self._compact()
         if self.shipped is not None:
+            shard_again(self.loss)
             self.shipped.settle(self.model)
         self.measuring.stage("final", self.callee, self.progress, display)
         self.measuring.quality("final", self.model, self.progress, display)
@@ -254,12 +256,16 @@ class Trainer:
             return LossWeights(max(1.0, settings.cross_entropy), settings.distill)
         return LossWeights(settings.cross_entropy, settings.distill)
 
-    def _as_shipped(self) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def _as_shipped(self) -> Iterator[None]:
         """Within, the model's weights are those of the file, where it is time for that."""
         start = self.config.quantisation.qat_start * self.config.optimizer.tokens
         if self.shipped is None or self.progress.tokens < start:
-            return contextlib.nullcontext()
-        return self.shipped.applied(self.model)
+            yield
+            return
+        with self.shipped.applied(self.model):
+            yield
+        shard_again(self.loss)  # what was gathered is rounded
 
     def _next_rows(self) -> Tensor:
         """This rank's windows [B, S + 1] of the next microbatch."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
@@ -25,3 +26,9 @@ def scatter(parameter: Any, value: Tensor) -> None:
         local(parameter).copy_(local(sharded))
     else:
         parameter.copy_(value)
+
+
+def shard_again(module: nn.Module) -> None:
+    """Drop the whole weights that a forward pass without a backward one leaves in FSDP's root; else nothing."""
+    if isinstance(module, FSDPModule):
+        module.reshard()

@@ -16,9 +16,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from ..compute.distributed import Parallel
+from ..compute.gather import shard_again
 from ..compute.loss import TrainingLoss, count_predicted
 from ..model.modeling_efficientllm import NoAttention, NoFeedForward
 
@@ -46,8 +46,7 @@ class BlockProbe:
         with torch.compiler.set_stance("force_eager"):  # every shape of what is left would be compiled
             for batch in self._batches:
                 total += count_predicted(batch) * self._of_batch(batch, absences)
-        if isinstance(self._loss, FSDPModule):
-            self._loss.reshard()  # a forward pass leaves the root's weights whole, and an optimizer knows their shards
+        shard_again(self._loss)  # an optimizer knows shards
         self._loss.train(was_training)
         mean = (total / max(1, sum(map(count_predicted, self._batches)))).to(self._parallel.device)
         self._parallel.mean_tensors([mean])
