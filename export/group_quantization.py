@@ -26,7 +26,7 @@ DAMPING = 0.01
 
 SHRINKAGE = 0.5
 """Share of the off-diagonal moments dropped. They are noisy, and later layers see the inputs of a model that is already
-rounded: on SmolLM2-135M held-out KL is 0.17 with 0.3 to 0.7, 0.22 without, 0.36 without calibration (docs/log.md)."""
+rounded: on SmolLM2-135M held-out KL is 0.17 with 0.3 to 0.7, 0.22 without, 0.36 without calibration (research/log)."""
 
 SMALLEST = 1e-10
 """Scale of a group of zeros."""

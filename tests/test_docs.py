@@ -31,7 +31,7 @@ from efficientllm.train.cli import configuration
 from efficientllm.train.data.corpus_cli import build_parser as corpus_parser
 from efficientllm.train.evaluation.cli import build_parser as eval_parser
 from efficientllm.train.planning.cli import build_parser as plan_parser
-from efficientllm.train.study.fit import build_parser as fit_parser
+from efficientllm.train.planning.fit import build_parser as fit_parser
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

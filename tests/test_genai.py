@@ -14,7 +14,7 @@ import torch
 from exporting import SHAPES, TOKENS, export
 from tiny import tiny_architecture
 
-from efficientllm.export.peers import genai_builder
+from research.peers import genai_builder
 from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.engines.artefact import Artefact
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine

@@ -30,20 +30,18 @@ MAY_IMPORT = {
         *("runtime/base", "runtime/latency", "train/model", "train/compute", "train/data", "train/vocabulary")
     },
     "train/quantisation": {"runtime/base", "train/model", "train/compute"},
-    "train/planning": {"runtime/base", "runtime/latency", "train", "train/model", "train/pruning"},
+    "train/planning": {
+        *("runtime/base", "runtime/latency", "train", "train/model", "train/pruning", "train/quantisation")
+    },
     "train": {"runtime/base", "runtime/engines", "runtime/latency"}
     | SOURCES
     | {"train/compute", "train/pruning", "train/quantisation", "train/evaluation", "train/vocabulary"},
     "train/evaluation": RUNTIME | {"train/model", "train/compute", "train/data"},
-    "train/study": RUNTIME
-    | {"train", "train/model", "train/compute", "train/pruning", "train/quantisation", "train/evaluation"}
-    | {"train/planning", "runtime/latency"},
     "export": RUNTIME | SOURCES,
     "export/gguf": RUNTIME | SOURCES | {"export"},
     "export/onnx": RUNTIME | SOURCES | {"export"},
     "export/executorch": RUNTIME | SOURCES | {"export"},
     "export/litert": RUNTIME | SOURCES | {"export"},
-    "export/peers": RUNTIME | SOURCES | {"export"},
     "export/web": RUNTIME | SOURCES | {"export", "export/gguf"},
     "export/phone": RUNTIME | SOURCES | {"export", "export/gguf", "export/executorch"},
     "server/schemas": {"runtime"},
@@ -135,7 +133,7 @@ MISSING = [
     ("efficientllm.export.cli", ["CHECKPOINT", "--target", "litert", "--output", "x"], "litert_torch", "litert"),
     ("efficientllm.runtime.chat", ["MODEL.gguf", "Hi"], "llama_cpp", "gguf"),
     ("efficientllm.server.cli", ["MODEL.gguf"], "fastapi", "server"),
-    ("efficientllm.server.benchmark", ["MODEL.gguf"], "httpx", "bench"),
+    ("research.server_cost", ["MODEL.gguf"], "httpx", "bench"),
 ]
 
 WITHOUT_ONE = """

@@ -36,7 +36,7 @@ def cpu_quickstart() -> TrainConfig:
 
 
 def recover() -> TrainConfig:
-    """What lost least at -20 % in our trials (docs/log.md): heads, FFN channels and tokens of the vocabulary by
+    """What lost least at -20 % in our trials (research/log): heads, FFN channels and tokens of the vocabulary by
     `token-fisher`, all at once after a fifth of the tokens, a fit to the source's residual stream, distillation, half
     a cosine."""
     return TrainConfig(

@@ -6,7 +6,7 @@
 the quality contract's ratio over all kinds of text), T the tokens of its run from start to end. A fit goes through
 whole runs and not along one: a learning rate that has not come down yet hides a part of what was learned. Kaplan et al.
 (2020, arXiv 2001.08361) found such laws for models trained from scratch; that pruned ones follow one is our observation
-(docs/log.md), and beyond the longest run it is an extrapolation.
+(research/log), and beyond the longest run it is an extrapolation.
 """
 
 from __future__ import annotations

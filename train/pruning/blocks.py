@@ -8,7 +8,7 @@ block is worth:
 
 which is exact where the effects of a block's groups add up. An amplitude is the saliency, or its root where the
 criterion is an energy (a square of changes): the shares of first-order saliency are near what removing parts of a block
-costs, those of energies a fifth of it for the cheapest sixth of an FFN (docs/log.md), since the energy of a block lies
+costs, those of energies a fifth of it for the cheapest sixth of an FFN (research/log), since the energy of a block lies
 in few channels, and what a block does saturates.
 
 What a block is worth is measured anew as the model changes: all of them `renewals` times while the budget falls, one

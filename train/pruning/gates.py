@@ -7,7 +7,7 @@ on a head (its D channels together) or on an FFN channel changes the loss by abo
 
 (Fisher pruning: Theis et al. 2018, arXiv 1801.05787, eq. 7, with every token a sample of its own). `fisher` forms the
 same square over a whole microbatch, of which a step has few; the tokens of a step are hundreds of samples, so its
-ranking is far less noise: a one-shot removal fitted again ends at 0.41 nats instead of 0.49 (docs/log.md).
+ranking is far less noise: a one-shot removal fitted again ends at 0.41 nats instead of 0.49 (research/log).
 
 A stem channel has a gate after every norm that reads it, and its score is the square of the sum of their roots.
 """

@@ -10,7 +10,7 @@ the ridge regression towards the W at hand is
 D weighs token t by 1 / (|y_t|^2 + median |y|^2): without it the few tokens of massive activations (arXiv 2402.17762)
 are all that is fitted. Layers are taken in order, so each makes up for what those before it could not. Fitting a
 matrix to its own former output, all of them at once, or a trained model to its source recovers less or does harm
-(docs/log.md). It takes forward passes only, and the whole model beside the pruned one.
+(research/log). It takes forward passes only, and the whole model beside the pruned one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..compute.distributed import Parallel
 BATCH = 8
 """Windows per forward pass of a layer."""
 ROWS_PER_INPUT = 16
-"""Tokens per input of a matrix that its regression sees at most (5 recover less, docs/log.md)."""
+"""Tokens per input of a matrix that its regression sees at most (5 recover less, research/log)."""
 
 
 class LeastSquares:

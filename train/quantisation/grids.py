@@ -23,7 +23,7 @@ with llama.cpp's scales, 0.289 with the best ones for the same codes, 0.266 with
 
 Q2_0_SCALE = 1.05
 """Scale in root mean squares of a block. Squared error on SmolLM2-135M: 0.142 of the weights' squares; 0.134 for the
-best of 48 scales, 0.529 for the largest weight, which llama.cpp's own quantiser takes (docs/log.md)."""
+best of 48 scales, 0.529 for the largest weight, which llama.cpp's own quantiser takes (research/log)."""
 
 
 @dataclass(frozen=True)

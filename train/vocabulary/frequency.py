@@ -11,7 +11,7 @@ tokenizer itself tells of the text that it was trained on (pieces.py),
     p(v) = (1 - w) n(v) / N + w prior(v).
 
 Counts alone know one kind of text: of SmolLM2's tokens they take those that make a text of another kind 4 to 7 % longer
-where the two together take as many that make it 3 to 4 % longer (docs/log.md). Imports no torch.
+where the two together take as many that make it 3 to 4 % longer (research/log). Imports no torch.
 """
 
 from __future__ import annotations

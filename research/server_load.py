@@ -1,0 +1,160 @@
+"""Endpoints under load, in turn: `python -m research.server_load http://127.0.0.1:8000/v1 http://127.0.0.1:8081/v1`.
+
+Clients ask the same short questions of every endpoint, each the next one when it has its answer, greedily and streamed;
+endpoints take turns, so that drift of the machine hits all alike. Any OpenAI-style server can be measured.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from efficientllm.runtime.base import flags
+from efficientllm.runtime.base.command import run_command
+from efficientllm.runtime.base.extras import extra
+from efficientllm.runtime.base.figure import Figure
+from efficientllm.runtime.base.markdown import markdown_table
+
+if TYPE_CHECKING:
+    import httpx
+
+QUESTION = "Tell a story about lighthouse keeper number {number}."
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """measurement"""
+
+    clients: tuple[int, ...] = flags.whole_numbers(1, 4, 8, 16)
+    """Clients that ask at the same time."""
+    requests: int = 3
+    """Answers that each client reads in a round."""
+    rounds: int = 3
+    """Rounds, in which the endpoints take turns."""
+    tokens: int = 24
+    """Longest answer."""
+    model: str = "model"
+    """Name of the model in the requests."""
+    api_key: str = ""
+    """Key that the endpoints want."""
+
+    def __post_init__(self) -> None:
+        flags.check_types(self)
+        for name in ("requests", "rounds", "tokens"):
+            flags.require(self, name, getattr(self, name) >= 1, "must be positive")
+        flags.require(self, "clients", min(self.clients, default=0) >= 1, "must be positive")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One answer."""
+
+    first_token_s: float
+    """From the request to the first text; 0 where it failed."""
+    tokens: int
+    whole_s: float
+
+
+@dataclass(frozen=True)
+class Served:
+    """What one endpoint did for a number of clients in one round."""
+
+    answers: tuple[Asked, ...]
+    lost: int
+    seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all clients together."""
+        return sum(answer.tokens for answer in self.answers) / self.seconds
+
+
+async def ask(client: httpx.AsyncClient, options: LoadOptions, number: int) -> Asked:
+    """One streamed answer."""
+    body: dict[str, Any] = {
+        "model": options.model,
+        "messages": [{"role": "user", "content": QUESTION.format(number=number)}],
+        "max_tokens": options.tokens,
+        "temperature": 0,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    began, first, tokens = time.perf_counter(), 0.0, 0
+    async with client.stream("POST", "chat/completions", json=body) as answer:
+        answer.raise_for_status()
+        async for line in answer.aiter_lines():
+            if not line.startswith("data: {"):
+                continue
+            event = json.loads(line[6:])
+            if not first and has_text(event):
+                first = time.perf_counter() - began
+            tokens = (event.get("usage") or {}).get("completion_tokens", tokens)
+    return Asked(first, tokens, time.perf_counter() - began)
+
+
+def has_text(event: Mapping[str, Any]) -> bool:
+    """Whether an event of a stream brings a piece of the answer."""
+    return any(choice["delta"].get("content") for choice in event["choices"])
+
+
+async def load(address: str, options: LoadOptions, clients: int, first_number: int) -> Served:
+    """`clients` at once, each asking `options.requests` questions of its own."""
+    with extra("bench"):
+        import httpx
+    answers: list[Asked] = []
+    headers = {"Authorization": f"Bearer {options.api_key}"} if options.api_key else {}
+    limits = httpx.Limits(max_connections=clients)
+
+    async def ask_all(client: httpx.AsyncClient, index: int) -> None:
+        for turn in range(options.requests):
+            try:
+                answers.append(await ask(client, options, first_number + index * options.requests + turn))
+            except (httpx.HTTPError, ValueError):
+                continue
+
+    async with httpx.AsyncClient(base_url=address, timeout=600, headers=headers, limits=limits) as client:
+        began = time.perf_counter()
+        await asyncio.gather(*[ask_all(client, index) for index in range(clients)])
+        seconds = time.perf_counter() - began
+    return Served(tuple(answers), clients * options.requests - len(answers), seconds)
+
+
+def compare(addresses: Sequence[str], options: LoadOptions) -> list[list[str]]:
+    """Header and a row per number of clients and endpoint."""
+    served: dict[tuple[int, str], list[Served]] = {}
+    number = 0
+    for _ in range(options.rounds):
+        for clients in options.clients:
+            for address in addresses:
+                one = asyncio.run(load(address, options, clients, number))
+                served.setdefault((clients, address), []).append(one)
+            number += clients * options.requests  # the same questions to all, new ones in every round
+    header = ["clients", "endpoint", "tokens/s, all", "first token p50, s", "p95, s", "answers", "lost"]
+    return [header, *(_row(clients, address, rounds) for (clients, address), rounds in sorted(served.items()))]
+
+
+def _row(clients: int, address: str, rounds: Sequence[Served]) -> list[str]:
+    speed = Figure.of([one.tokens_per_second for one in rounds])
+    firsts = sorted(answer.first_token_s for one in rounds for answer in one.answers if answer.first_token_s) or [0.0]
+    shown = (f"{firsts[int(share * (len(firsts) - 1))]:.3f}" for share in (0.5, 0.95))
+    lost = sum(one.lost for one in rounds)
+    speeds = f"{speed.median:.1f} ({speed.low:.1f}-{speed.high:.1f})"
+    return [str(clients), address, speeds, *shown, str(sum(len(one.answers) for one in rounds)), str(lost)]
+
+
+def body(argv: Sequence[str]) -> int:
+    parser = flags.Parser(LoadOptions, prog="python -m research.server_load", description=__doc__)
+    parser.add_argument("address", nargs="+", help="base address of an endpoint, such as http://127.0.0.1:8000/v1")
+    arguments = parser.parse(argv)
+    addresses = [address.rstrip("/") + "/" for address in arguments.pop("address")]
+    print(markdown_table(compare(addresses, flags.take(arguments, LoadOptions))))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(body))

@@ -1,0 +1,282 @@
+"""The study's page: tables, figures and the JSON they come from."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import platform
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from efficientllm.runtime.base.files import write_json_atomically, write_text_atomically
+from efficientllm.runtime.base.markdown import markdown_table
+from efficientllm.runtime.base.quantities import format_count
+from efficientllm.runtime.base.source_tree import commit
+from efficientllm.train.compute.hardware import choose_hardware
+from efficientllm.train.evaluation.evaluation import Evaluation
+from efficientllm.train.model.architecture import Architecture
+from efficientllm.train.plots import plot_architecture
+
+from .arms import ARMS
+from .figure import plot_perplexities
+from .overlap import jaccard_of_removed
+from .result import Results, StudyResult, of_arm
+from .study import Study
+
+
+def nats_of_arms(results: Results, keep: float) -> dict[str, list[float]]:
+    """{arm: nats on the study's first text, one for each seed}, of the arms that train at a ratio."""
+    found = {arm: of_arm(results, arm, keep) for arm, description in ARMS.items() if description.trains}
+    return {arm: [result.nats for result in seeds] for arm, seeds in found.items() if seeds}
+
+
+def _ours(arms: Iterable[str]) -> list[str]:
+    """Those of ours: those that rank by a device where there are any."""
+    arms = list(arms)
+    return [arm for arm in arms if ARMS[arm].is_for_device] or [arm for arm in arms if ARMS[arm].is_ours]
+
+
+def best_of_ours(results: Results, keep: float) -> str | None:
+    """The arm of ours with the lowest mean."""
+    nats = nats_of_arms(results, keep)
+    return min(_ours(nats), key=lambda arm: statistics.fmean(nats[arm]), default=None)
+
+
+def _over_seeds(values: Sequence[float], digits: int) -> str:
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def _task_cell(evaluations: Sequence[Evaluation], name: str) -> str:
+    """Mean over seeds; the error is that of one seed's documents, which seeds share."""
+    scores = [evaluation.tasks[name] for evaluation in evaluations]
+    error = statistics.fmean(score.stderr() for score in scores)
+    return f"{statistics.fmean(score.mean() for score in scores):.3f} ± {error:.3f}"
+
+
+def _chat_cells(evaluations: Sequence[Evaluation]) -> list[str]:
+    """Nats of the end of a turn, and questions of fact answered right."""
+    measured = [evaluation.quality for evaluation in evaluations if evaluation.quality is not None]
+    ends = [statistics.fmean(quality.turn_ends) for quality in measured]
+    return [_over_seeds(ends, 2), _over_seeds([sum(quality.right) for quality in measured], 0)]
+
+
+def _overlap(results: Results, arm: str, reference: str | None, keep: float, source: Architecture) -> str:
+    """Jaccard index of what two arms removed; nothing for an arm and itself."""
+    if reference is None or arm == reference:
+        return ""
+    return _in_common(of_arm(results, arm, keep), of_arm(results, reference, keep), source)
+
+
+def _in_common(some: Results, others: Results, source: Architecture) -> str:
+    """Jaccard index of what the first of each removed; nothing where one of them is not there or removed nothing."""
+    first, second = (found[0].survivors if found else None for found in (some, others))
+    return f"{jaccard_of_removed(first, second, source):.2f}" if first is not None and second is not None else ""
+
+
+def _untouched(results: Results) -> StudyResult | None:
+    """The source as it was, where it was measured."""
+    return next((result for result in results if not ARMS[result.arm].trains), None)
+
+
+def table(results: Results, keep: float, source: Architecture) -> str:
+    """One row per arm at a ratio."""
+    texts, tasks = list(results[0].perplexities), list(results[0].evaluation.tasks)
+    chats = all(result.evaluation.quality is not None and result.evaluation.quality.answers for result in results)
+    is_timed = results[0].ms is not None
+    untouched = _untouched(results)
+    reference = best_of_ours(results, keep)
+    header = ["arm", "seeds", "parameters", *(["predicted ms"] if is_timed else [])]
+    header += [*(["nats above the source"] if untouched else []), *[f"{text} ppl" for text in texts]]
+    header += ["end of turn", "questions"] if chats else []
+    header += [*tasks, "train s", "TFLOP", "removed as ours"]
+    rows = [header]
+    for arm, description in ARMS.items():
+        found = of_arm(results, arm, keep)
+        if not found:
+            continue
+        evaluations = [result.evaluation for result in found]
+        title = f"**{description.title}**" if description.is_ours else description.title
+        perplexities = [_over_seeds([result.perplexities[text] for result in found], 2) for text in texts]
+        rows.append(
+            [
+                title,
+                str(len(found)),
+                format_count(found[0].parameters),
+                *([_over_seeds([result.ms or math.nan for result in found], 2)] if is_timed else []),
+                *([_over_seeds([result.nats - untouched.nats for result in found], 3)] if untouched else []),
+                *perplexities,
+                *(_chat_cells(evaluations) if chats else []),
+                *[_task_cell(evaluations, task) for task in tasks],
+                f"{statistics.fmean(result.seconds for result in found):.0f}",
+                f"{found[0].flops / 1e12:.1f}",
+                _overlap(results, arm, reference, keep, source),
+            ]
+        )
+    return markdown_table(rows)
+
+
+def transfer_table(results: Results, keep: float, source: Architecture) -> str:
+    """A row per arm and device that its groups competed for, the study's own first; "" where there is no other."""
+    untouched = _untouched(results)
+    devices = dict.fromkeys(result.ranked_for for result in results if result.ranked_for is not None)
+    header = ["arm", "ranked for", "seeds", "parameters", "predicted ms"]
+    rows = [[*header, *(["nats above the source"] if untouched else []), "removed as for this device"]]
+    for arm in (name for name, description in ARMS.items() if description.is_for_device and devices):
+        own = of_arm(results, arm, keep)
+        for device in (None, *devices):
+            found = of_arm(results, arm, keep, ranked_for=device)
+            if not found:
+                continue
+            rows.append(
+                [
+                    ARMS[arm].title,
+                    device or "this device",
+                    str(len(found)),
+                    format_count(found[0].parameters),
+                    _over_seeds([result.ms or math.nan for result in found], 2),
+                    *([_over_seeds([result.nats - untouched.nats for result in found], 3)] if untouched else []),
+                    _in_common(found, own, source) if device else "",
+                ]
+            )
+    return markdown_table(rows) if len(rows) > 1 else ""
+
+
+def verdict(results: Results, keep: float) -> str:
+    """Which arm has the lowest perplexity on the study's first text, and where ours stand."""
+    text = next(iter(results[0].perplexities))
+    nats = {arm: seeds for arm, seeds in nats_of_arms(results, keep).items() if not ARMS[arm].same_for_all_ratios}
+    means = {arm: statistics.fmean(values) for arm, values in nats.items()}
+    ours = _ours(means)
+    others = [arm for arm in means if arm not in ours]
+    if not ours or not others:
+        return ""
+    best, rival = min(ours, key=lambda arm: means[arm]), min(others, key=lambda arm: means[arm])
+    is_first = means[best] <= means[rival]
+    relation = "the best of ours leads" if is_first else "**a baseline is ahead of ours**"
+    return (
+        f"On {text}, {relation}: {ARMS[best].title} {math.exp(means[best]):.2f}, best baseline "
+        f"({ARMS[rival].title}) {math.exp(means[rival]):.2f}{_significance(nats[best], nats[rival])}."
+    )
+
+
+def _significance(ours: Sequence[float], rivals: Sequence[float]) -> str:
+    """The difference in standard errors over seeds, where both have several."""
+    if len(ours) < 2 or len(rivals) < 2:
+        return " (too few seeds for an error)"
+    error = math.sqrt(statistics.variance(ours) / len(ours) + statistics.variance(rivals) / len(rivals))
+    difference = statistics.fmean(rivals) - statistics.fmean(ours)
+    return f" ({difference:+.3f} ± {error:.3f} nats over seeds)"
+
+
+def seeds_paragraph(results: Results, keep: float, source: Architecture) -> str:
+    """How much of what is removed two seeds of an arm agree on."""
+    lines = []
+    for arm in ARMS:
+        found = [result.survivors for result in of_arm(results, arm, keep) if result.survivors is not None]
+        pairs = [jaccard_of_removed(one, other, source) for one, other in itertools.combinations(found, 2)]
+        if pairs:
+            lines.append(f"- {ARMS[arm].title}: {_over_seeds(pairs, 2)} over {len(pairs)} pairs of seeds")
+    return "\n".join(lines)
+
+
+def markdown(study: Study, results: Results, folder_name: str) -> str:
+    """The whole page."""
+    config = study.config
+    hardware = choose_hardware(config.device, "auto", config.threads)
+    chips = platform.machine() if hardware.device.type == "cpu" else ""
+    data = ", ".join(Path(path).name for path in config.data)
+    measured = results[0].evaluation.perplexity
+    sizes = "".join(f", {name} {value.tokens:,} tokens{value.behind}" for name, value in measured.items())
+    parts = [
+        "# The study at equal time" if config.device_profile else "# The study",
+        "",
+        "Written by `python -m research.study`; the figures of every run are in "
+        f"[{folder_name}/results.json]({folder_name}/results.json).",
+        "",
+        f"- source: {config.source}, {format_count(study.source.num_parameters)} parameters; all arms start from it",
+        f"- {config.tokens:,} tokens an arm, the same in the same order: {data}; batch {config.batch_size} x "
+        f"{config.sequence_length}, peak learning rate {config.learning_rate:g}",
+        f"- perplexity on text that no arm trains on (six kinds and chat answers that ship with the package{sizes}); "
+        "end of turn: nats of the token that ends an answer; questions: of a hundred, answered right",
+        *([f"- tasks zero-shot on the first {config.limit or 'all'} documents"] if results[0].evaluation.tasks else []),
+        "- ± is the standard error over documents, brackets are the range over seeds; matrix products in "
+        f"{config.eval_dtype}",
+        f"- commit {commit() or 'unknown'}, {hardware.describe()} {chips}".rstrip(),
+        *_device_line(study),
+        "- nats above the source: of the mean over those kinds of text; TFLOP: 6 per parameter and token, 2 more per "
+        "parameter of the source for a teacher; 'removed as ours': Jaccard index of the removed FFN channels and heads "
+        "with the best arm of ours, seed 0",
+        "",
+    ]
+    for keep in map(float, config.keep):
+        reference = best_of_ours(results, keep)
+        if reference is None:
+            continue
+        of = f"the time of {config.workload}" if config.device_profile else "the non-embedding parameters"
+        parts += [f"## {keep - 1:+.0%} of {of}", "", table(results, keep, study.source), ""]
+        line = verdict(results, keep)
+        if line:
+            parts += [line, ""]
+        if transfer := transfer_table(results, keep, study.source):
+            parts += ["Groups that competed for another device's milliseconds, as fast here:", "", transfer, ""]
+        parts += [f"![Perplexity of every arm]({folder_name}/perplexity-{keep:g}.png)", ""]
+        parts += [f"What remains of *{ARMS[reference].title}*:", ""]
+        parts += [f"![What remains]({folder_name}/architecture-{keep:g}.png)", ""]
+        agreement = seeds_paragraph(results, keep, study.source)
+        if agreement:
+            parts += ["Agreement of seeds (Jaccard index of what they removed):", "", agreement, ""]
+    return "\n".join(parts)
+
+
+def _device_line(study: Study) -> list[str]:
+    """What the arms are equally fast on."""
+    time = study.time
+    if time is None:
+        return []
+    errors = ", ".join(f"{error.median:.1%} at depth {error.depth}" for error in time.profile.errors)
+    return [
+        f"- all arms end at the same predicted time of {time.describe()}; median error of its profile: {errors}; arms "
+        "rank by parameters unless they say otherwise"
+    ]
+
+
+def write_report(study: Study, path: Path) -> None:
+    """Write the page at `path`, and results.json and figures in a folder of its name beside it."""
+    results = study.results()
+    if not results:
+        return
+    folder = path.with_suffix("")
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = _public({name: value for name, value in asdict(study.config).items() if name != "output"})
+    write_json_atomically(
+        folder / "results.json",
+        {
+            "schema_version": 1,
+            "commit": commit(),
+            "settings": settings,
+            "results": [_public(result.summary()) for result in results],
+        },
+    )
+    for keep in map(float, study.config.keep):
+        reference = best_of_ours(results, keep)
+        shape = of_arm(results, reference, keep)[0].architecture if reference is not None else None
+        if shape is not None:
+            plot_perplexities(results, keep, folder / f"perplexity-{keep:g}.png")
+            plot_architecture(study.source, shape, folder / f"architecture-{keep:g}.png")
+    write_text_atomically(path, markdown(study, results, folder.name))
+
+
+def _public(value: Any) -> Any:
+    """JSON values without the folders of the machine they are from."""
+    if isinstance(value, dict):
+        return {name: _public(item) for name, item in value.items()}
+    if isinstance(value, str) and "/" in value:
+        name, separator, rest = value.partition("=")
+        return f"{name}={Path(rest).name}" if separator else Path(value).name
+    if isinstance(value, list | tuple):
+        return [_public(item) for item in value]
+    return value if not isinstance(value, float) or math.isfinite(value) else None

@@ -1,0 +1,235 @@
+"""`efficientllm-fit`: the best file of a source for a budget of bytes, and of time, by the measured front."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shlex
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from importlib import resources
+from pathlib import Path
+
+from ...runtime.base import flags
+from ...runtime.base.command import run_command
+from ...runtime.base.errors import UsageError
+from ...runtime.base.extras import extra
+from ...runtime.base.quantities import format_bytes
+from ...runtime.latency.profile import DeviceProfile
+from ...runtime.latency.workload import Workload
+from ..model.architecture import Architecture
+from ..model.file_size import gguf_bytes, tokenizer_bytes
+from ..model_card import command_line
+from ..pruning.config import PruneConfig
+from .points import Point, Recipe
+
+FRONT = "front.jsonl"
+"""What the study measured of SmolLM2-135M-Instruct, as its report writes it; ships with the package."""
+
+STEP = 0.98
+"""From one size that is tried against --max-ms to the next."""
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """fit"""
+
+    max_bytes: int | None = flags.byte_count(None)
+    """Largest file, as 60MB."""
+    max_ms: float | None = None
+    """Longest time of --workload on the device of --device-profile."""
+    device_profile: str = ""
+    """Profile of the device that --max-ms means, as efficientllm-bench --profile writes it."""
+    workload: str = "depth=512"
+    """What is timed: prompt=256,answer=128 (tokens) a whole answer, depth=512 one token after 512."""
+    front: str = ""
+    """Measured files, as the study's report writes them; default: those that ship, of SmolLM2-135M-Instruct."""
+    tokens: int = flags.count(30_720)
+    """Tokens to train on in the proposed run."""
+    learning_rate: float = 3e-4
+    """Its peak learning rate. The files that ship were trained with the default; larger models want less."""
+    output: str = "fitted"
+    """Folder of the proposed file; its run is beside it, OUTPUT-run."""
+
+    def __post_init__(self) -> None:
+        flags.check_types(self)
+        is_pair = (self.max_ms is None) == (not self.device_profile)
+        flags.require(self, "max_ms", is_pair, "--max-ms and --device-profile FILE go together")
+        flags.require(self, "max_ms", self.max_ms is None or self.max_ms > 0, "must be positive")
+        flags.require(self, "learning_rate", self.learning_rate > 0, "must be positive")
+        _ = Workload.parse(self.workload)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A file of the front."""
+
+    point: Point
+    file_bytes: int
+    kl: float
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """What to make of a source."""
+
+    point: Point
+    file_bytes: float
+    kl: float
+    """Of the front at this share of the whole file, between two measured ones by their bytes."""
+    ms: float | None = None
+
+
+def read_front(path: str) -> list[Measured]:
+    """UsageError where the file is missing or something else."""
+    try:
+        file = Path(path) if path else resources.files("efficientllm.train.planning").joinpath(FRONT)
+        lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return [Measured(Point.parse(line["point"]), int(line["file_bytes"]), float(line["kl"])) for line in lines]
+    except OSError as error:
+        raise UsageError(f"--front {path}: {error.strerror or error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"--front {path}: no front that the study wrote: {error}") from error
+
+
+def families(front: Iterable[Measured]) -> list[list[Measured]]:
+    """Measured files that differ in how much was pruned only, largest first; the first of each is the whole model."""
+    found: dict[tuple[str, str, str, bool], list[Measured]] = {}
+    for each in front:
+        point = each.point
+        training = "qat" if point.training == "qat" else ""
+        found.setdefault((point.kind, point.head, training, point.importance), []).append(each)
+    ordered = [sorted(family, key=lambda each: -each.file_bytes) for family in found.values()]
+    return [family for family in ordered if family[0].point.target_bytes is None]
+
+
+def kl_at(family: Sequence[Measured], share: float) -> float | None:
+    """KL at a share of the whole file's bytes, between two measured files; None beyond the smallest."""
+    whole = family[0].file_bytes
+    for larger, smaller in itertools.pairwise(family):
+        high, low = larger.file_bytes / whole, smaller.file_bytes / whole
+        if low <= share <= high and high > low:
+            return smaller.kl + (larger.kl - smaller.kl) * (share - low) / (high - low)
+    return family[0].kl if share >= 1 else None
+
+
+def propose(
+    shape: Architecture,
+    vocabulary: int,
+    front: Iterable[Measured],
+    max_bytes: float,
+    ms_of: Callable[[Point, float], float | None],
+    max_ms: float | None = None,
+) -> Proposal | None:
+    """The file of the least KL within the budget; None where no family reaches it.
+
+    `ms_of`: predicted time of a point pruned to so many bytes, None where pruning does not reach them.
+    """
+    best: Proposal | None = None
+    for family in families(front):
+        point = family[0].point
+        whole = float(gguf_bytes(shape, point.kind, vocabulary, point.head, point.head))
+        size = min(whole, max_bytes)
+        while (kl := kl_at(family, size / whole)) is not None:
+            is_whole = size >= whole
+            target = replace(point, target_bytes=None if is_whole else int(size), training=point.training or "train")
+            candidate = point if is_whole else target
+            ms = ms_of(candidate, size) if max_ms is not None else None
+            if max_ms is None or (ms is not None and ms <= max_ms):
+                if best is None or kl < best.kl:
+                    best = Proposal(candidate, size, kl, ms)
+                break
+            size *= STEP
+    return best
+
+
+def commands(source: str, config: FitConfig, point: Point) -> list[str]:
+    """What makes the proposed file, one command a line."""
+    run = f"{config.output}-run"
+    lines = []
+    if point.training:
+        recipe = Recipe(source, tokens=config.tokens, learning_rate=config.learning_rate)
+        lines.append(command_line(recipe.train_config(point, run)))
+    checkpoint = run if point.training else source
+    words = ["efficientllm-export", checkpoint, "--target", "gguf", *point.export_flags, "--output", config.output]
+    return [*lines, shlex.join(words)]
+
+
+def _timer(shape: Architecture, config: FitConfig) -> Callable[[Point, float], float | None]:
+    """Predicts the time of what pruning to a size leaves, in the type that the profile is of: the most bytes that
+    rankings leave per group."""
+    if not config.device_profile:
+        return lambda point, size: None
+    from ..pruning.measures import DeviceTime
+    from ..pruning.selection import SelectionRules, select_removal, smallest_architecture
+    from .targets import group_sizes
+
+    profile = DeviceProfile.load(Path(config.device_profile))
+    profile.check(engine="llama.cpp")
+    time = DeviceTime(profile, Workload.parse(config.workload)).measure
+    rules = SelectionRules(PruneConfig().kinds, 32)
+    least = smallest_architecture(shape, rules)
+
+    def ms_of(point: Point, size: float) -> float | None:
+        if point.kind != profile.measured_on.quantization:
+            return None  # other kernels, which nobody timed
+        if point.target_bytes is None:
+            return time.of(shape)
+        whole = gguf_bytes(shape, point.kind, 0, point.head, point.head)
+        gone = max(0.0, 1 - size / whole) * shape.num_parameters
+        if shape.num_parameters - gone < least.num_parameters:
+            return None
+        return time.of(select_removal(shape, group_sizes(shape, rules), rules, shape.num_parameters - gone).after)
+
+    return ms_of
+
+
+def build_parser() -> flags.Parser:
+    parser = flags.Parser(
+        FitConfig,
+        prog="efficientllm-fit",
+        description="Propose the best file of a source for a budget of bytes, and of time, by measured files.",
+    )
+    parser.add_argument("source", help="Hugging Face folder or hub id, .gguf file, or 'demo'")
+    return parser
+
+
+def body(argv: Sequence[str]) -> int:
+    arguments = build_parser().parse(argv)
+    source = arguments.pop("source")
+    config = flags.take(arguments, FitConfig)
+    if config.max_bytes is None:
+        raise UsageError("--max-bytes is missing; give the largest file, as 60MB")
+    front = read_front(config.front)
+    shape, vocabulary = _read(source)
+    found = propose(shape, vocabulary, front, config.max_bytes, _timer(shape, config), config.max_ms)
+    if found is None:
+        limit = format_bytes(config.max_bytes) + (f" and {config.max_ms:g} ms" if config.max_ms is not None else "")
+        raise UsageError(f"{source}: nothing that was measured reaches {limit}; raise the budget, or measure a --front")
+    pruned = "pruned" if found.point.target_bytes else "whole"
+    trained = ", trained on its grid" if found.point.training == "qat" else ""
+    weighed = ", rounded by an importance matrix" if found.point.importance else ""
+    time = f", {found.ms:.2f} ms predicted" if found.ms is not None else ""
+    print(f"{found.point}: {pruned}{trained}{weighed}, {format_bytes(found.file_bytes)}{time}")
+    where = "the front" if config.front else "SmolLM2-135M's front"
+    print(f"KL from the source by {where}: {found.kl:.3f} nats per token\n")
+    print("\n".join(commands(source, config, found.point)))
+    return 0
+
+
+def _read(source: str) -> tuple[Architecture, int]:
+    """(shape, bytes of the tokenizer in a file)."""
+    with extra("train"):
+        from ..model.irregular import architecture_of
+        from ..model.source import load_source
+    model, tokenizer = load_source(source, source)
+    return architecture_of(model.config), tokenizer_bytes(tokenizer)
+
+
+def main() -> None:
+    sys.exit(run_command(body))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""The points of the study of files: a type, a size and what was done to the weights. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ...runtime.base.quantities import parse_bytes
+from ..config import OptimizerConfig, RunConfig, SourceConfig, TrainConfig
+from ..model.file_types import BODY, TENSOR_BLOCKS
+from ..pruning.config import PruneConfig
+from ..quantisation.config import GGUF_TYPES, QuantisationConfig
+
+TRAININGS = ("train", "qat")
+"""The same tokens with the same loss, on the weights as they are or on the grid of the file."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One file, as TYPE[/HEAD][@BYTES][+train | +qat][+imatrix]."""
+
+    kind: str
+    """As --quantize of the exporter."""
+    head: str = ""
+    """Type of LM head and embedding; "" for llama.cpp's default."""
+    target_bytes: int | None = None
+    """What it is pruned to; None for the whole model."""
+    training: str = ""
+    """One of TRAININGS; "" for the source as it is."""
+    importance: bool = False
+    """Whether an importance matrix guides the rounding."""
+
+    @classmethod
+    def parse(cls, text: str) -> Point:
+        """ValueError says what is wrong."""
+        rest, *marks = text.split("+")
+        rest, _, size = rest.partition("@")
+        kind, _, head = rest.partition("/")
+        unknown = [mark for mark in marks if mark not in (*TRAININGS, "imatrix")]
+        if unknown:
+            raise ValueError(f"+{unknown[0]} is none of +train, +qat, +imatrix")
+        if kind not in BODY:
+            raise ValueError(f"{kind} is none of {', '.join(BODY)}")
+        if head and head not in TENSOR_BLOCKS:
+            raise ValueError(f"{head} is none of {', '.join(TENSOR_BLOCKS)}")
+        training = next((mark for mark in marks if mark in TRAININGS), "train" if size else "")
+        if training == "qat" and (kind not in GGUF_TYPES or head not in ("", kind, "q8_0", "q4_0")):
+            raise ValueError(f"+qat trains for {', '.join(GGUF_TYPES)} with a head of the same type, q8_0 or q4_0")
+        return cls(kind, head, parse_bytes(size) if size else None, training, "imatrix" in marks)
+
+    def __str__(self) -> str:
+        size = f"@{self.target_bytes / 1e6:g}MB" if self.target_bytes else ""
+        training = f"+{self.training}" if self.training and (self.training == "qat" or not size) else ""
+        head = f"/{self.head}" if self.head else ""
+        return f"{self.kind}{head}{size}{training}{'+imatrix' if self.importance else ''}"
+
+    @property
+    def folder(self) -> str:
+        """Its name on disk."""
+        return str(self).replace("/", "-")
+
+    @property
+    def quantisation(self) -> QuantisationConfig:
+        if self.training != "qat":
+            return QuantisationConfig()
+        head = "same" if self.head in ("", self.kind) else self.head
+        return QuantisationConfig(qat=self.kind, qat_head=head)  # type: ignore[arg-type]
+
+    @property
+    def pruning(self) -> PruneConfig:
+        """At once, after a tenth of the tokens, with a fit: what serves best in few tokens (research/log)."""
+        if self.target_bytes is None:
+            return PruneConfig(prune=("none",))
+        is_qat = self.training == "qat"
+        return PruneConfig(
+            target_bytes=self.target_bytes,
+            quantize="" if is_qat else self.kind,
+            output_type="" if is_qat else self.head,
+            saliency="token-fisher",
+            prune_start=0.1,
+            prune_end=0.1,
+            recover="least-squares",
+        )
+
+    @property
+    def export_flags(self) -> list[str]:
+        """Of `efficientllm-export RUN --target gguf`; a trained type is the default there."""
+        if self.training == "qat":
+            return []
+        flags = ["--quantize", self.kind]
+        flags += ["--output-type", self.head, "--embedding-type", self.head] if self.head else []
+        return flags + (["--calibrate", "demo"] if self.importance else [])
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What every trained point has in common."""
+
+    source: str = "demo"
+    data: tuple[str, ...] = ("demo:0.7", "self-chat:0.3")
+    tokens: int = 30_720
+    batch_size: int = 2
+    sequence_length: int = 256
+    learning_rate: float = 1e-4
+
+    def train_config(self, point: Point, output: str, seed: int = 0) -> TrainConfig:
+        """Distillation from the unquantised source, and where something is pruned a little cross-entropy, without which
+        saliency has no gradient to see."""
+        return TrainConfig(
+            source=SourceConfig(
+                source=self.source, data=self.data, sequence_length=self.sequence_length, eval_tokens=8192
+            ),
+            pruning=point.pruning,
+            quantisation=point.quantisation,
+            optimizer=OptimizerConfig(
+                tokens=self.tokens,
+                batch_size=self.batch_size,
+                learning_rate=self.learning_rate,
+                distill=1.0,
+                cross_entropy=0.1 if point.target_bytes else 0.0,
+            ),
+            run=RunConfig(output=output, quality=False, checkpoint_every=0, seed=seed),
+        )
