@@ -9,12 +9,16 @@ import torch
 from tiny import tiny_architecture, tiny_model
 
 from efficientllm.runtime.base.errors import UsageError
-from efficientllm.train.pruning.activation import ACTIVATION_CRITERIA, ActivationScores
+from efficientllm.train.model.architecture import LayerShape
+from efficientllm.train.pruning.activation import ACTIVATION_CRITERIA, ActivationScores, Moments
 from efficientllm.train.pruning.criteria import CRITERIA, OTHERS, RANDOM, TOKEN_FISHER, criterion_named
 from efficientllm.train.pruning.gates import GateScores
+from efficientllm.train.pruning.readers import is_attention
+from efficientllm.train.pruning.running_scores import RandomScores
 from efficientllm.train.pruning.saliency import FOLDS, SaliencyTracker
 from efficientllm.train.pruning.selection import Removal, all_groups
 from efficientllm.train.pruning.surgery import zero_groups
+from efficientllm.train.pruning.trackers import tracker_named
 
 ALL_KINDS = tuple(FOLDS)
 
@@ -285,3 +289,56 @@ def test_activation_criteria_are_listed() -> None:
 def test_gates_see_no_stem_whose_norms_stand_behind_the_blocks() -> None:
     with pytest.raises(UsageError, match="olmo2 has norms behind its blocks; leave stem out"):
         GateScores(("stem",), tiny_architecture("olmo2"), decay=0.9)
+
+
+@pytest.mark.parametrize("name", ["taylor1", "fisher", TOKEN_FISHER, "wanda"])
+def test_scores_of_a_layer_without_groups_are_on_the_device_of_the_others(name: str) -> None:
+    """A running average on a GPU takes no vector of the CPU. The device here is meta, which needs no GPU."""
+    architecture = tiny_architecture(layers=(LayerShape(4, 2, 96), LayerShape(0, 0, 64), LayerShape(2, 1, 0)))
+    kinds = ("kv_group", "query_head", "ffn")
+    model = tiny_model(architecture).to("meta").train()
+    tracker = tracker_named(name, kinds, architecture, decay=0.5)
+    tracker.attach(model)
+    for _ in range(2):
+        if name == "wanda":
+            tracker._seen = {  # type: ignore[attr-defined]
+                each: Moments(8, *(torch.ones(weight.shape[1], device="meta") for _ in range(3)))
+                for each, weight in tracker.weights.items()  # type: ignore[attr-defined]
+            }
+        elif name == TOKEN_FISHER:
+            tracker._squares = {  # type: ignore[attr-defined]
+                each: torch.ones(weight.shape[1] // (32 if is_attention(each) else 1), device="meta")
+                for each, weight in tracker.weights.items()  # type: ignore[attr-defined]
+            }
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        tracker.accumulate(model.named_parameters())
+        tracker.finish_step()
+    empty = [vector for vectors in tracker.scores.values() for vector in vectors if not len(vector)]
+    assert len(empty) == 3
+    assert {vector.device.type for vectors in tracker.scores.values() for vector in vectors} == {"meta"}
+
+
+def test_random_scores_resume_from_a_checkpoint_that_was_loaded_to_a_gpu() -> None:
+    """Checkpoints are loaded to the device of the run, where the generator of a CPU takes no state from."""
+
+    class OnGPU:
+        """Stands for a tensor on a GPU: it can be copied to the CPU and do nothing else."""
+
+        def __init__(self, tensor: torch.Tensor) -> None:
+            self.tensor = tensor
+
+        def cpu(self) -> torch.Tensor:
+            return self.tensor
+
+    trackers = [RandomScores(ALL_KINDS, tiny_architecture(), 0.5, seed=3) for _ in range(2)]
+    trackers[0].finish_step()
+    state = trackers[0].state_dict()
+    moved: dict[str, Any] = {
+        name: [OnGPU(each.clone()) for each in vectors] for name, vectors in state["scores"].items()
+    }
+    trackers[1].load_state_dict(state | {"scores": moved, "generator": OnGPU(state["generator"])})
+    for tracker in trackers:
+        tracker.finish_step()
+    for name, vectors in trackers[0].scores.items():
+        assert all(map(torch.equal, vectors, trackers[1].scores[name]))

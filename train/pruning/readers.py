@@ -115,7 +115,7 @@ class ReaderScores(RunningScores):
             return torch.stack(parts).sum(0).square()
         scores = found.get(f"model.layers.{layer}.{READERS[kind == 'ffn']}")
         if scores is None:
-            return torch.zeros(0)
+            return torch.zeros(0, device=next((each.device for each in found.values()), None))
         return (
             scores.view(self.architecture.layers[layer].num_key_value_heads, -1).sum(1)
             if kind == "kv_group"

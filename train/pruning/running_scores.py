@@ -91,4 +91,5 @@ class RandomScores(RunningScores):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self.generator.set_state(state["generator"])
+        self.scores = {name: [vector.cpu() for vector in vectors] for name, vectors in self.scores.items()}
+        self.generator.set_state(state["generator"].cpu())

@@ -114,10 +114,11 @@ class SaliencyTracker(RunningScores):
     def _group_scores(self, sums: Sums) -> Scores:
         """Fold axis sums into one score per group of each kind, no score [0] where a layer has no such group."""
         scores: Scores = {}
+        device = next((terms[0].device for terms in sums.values()), None)  # running averages are kept on one device
         for name in self.kinds:
             fold = FOLDS[name]
             scores[name] = [
-                fold(self.criterion, sums, self.architecture, layer) if count else torch.zeros(0)
+                fold(self.criterion, sums, self.architecture, layer) if count else torch.zeros(0, device=device)
                 for layer, count in enumerate(counts(name, self.architecture))
             ]
         return scores
@@ -127,7 +128,7 @@ Fold = Callable[[Criterion, Sums, Architecture, int], Tensor]
 """(criterion, axis sums, shape, layer) -> scores of a layer's groups.
 
 Scores are formed in pieces of about an FFN channel's size and added up: in one signed sum over a large group, unrelated
-parts cancel and large groups look cheap (docs/log.md)."""
+parts cancel and large groups look cheap (research/log)."""
 
 
 def _fold_key_value_groups(criterion: Criterion, sums: Sums, architecture: Architecture, layer: int) -> Tensor:
