@@ -43,11 +43,16 @@ def padding_notes(before: Architecture, after: Architecture) -> tuple[str, ...]:
     """What the user should know about padding; nothing where there is none."""
     if before == after:
         return ()
-    widths = sum(a != b for a, b in zip(before.layers, after.layers, strict=True))
-    hidden = f"hidden {before.hidden_size} -> {after.hidden_size}, " if before.hidden_size != after.hidden_size else ""
+    pairs, layers = list(zip(before.layers, after.layers, strict=True)), len(before.layers)
+    widths = sum(a.intermediate_size != b.intermediate_size for a, b in pairs)
+    heads = sum(a.num_attention_heads != b.num_attention_heads for a, b in pairs)
+    changes = [
+        *([f"hidden {before.hidden_size} -> {after.hidden_size}"] if before.hidden_size != after.hidden_size else []),
+        *([f"FFN width of {widths} of {layers} layers"] if widths else []),
+        *([f"heads of {heads} of {layers} layers"] if heads else []),
+    ]
     return (
-        f"zero-padded (exact): {hidden}FFN width of {widths} of {len(before.layers)} layers, "
-        f"{before.num_parameters:,} -> {after.num_parameters:,} parameters",
+        f"zero-padded (exact): {', '.join(changes)}, {before.num_parameters:,} -> {after.num_parameters:,} parameters",
     )
 
 

@@ -14,12 +14,21 @@ from exporting import SHAPES, TOKENS, export
 from tiny import LLAMA3_ROPE, SIMILAR, UNEQUAL, tiny_architecture
 
 from efficientllm.export import verification
+from efficientllm.export.checkpoint import Checkpoint
+from efficientllm.export.gguf import layout
+from efficientllm.export.gguf.layout import plan_layout
 from efficientllm.export.gguf.probe import probe
 from efficientllm.runtime.base.errors import ArtefactError
+from efficientllm.runtime.base.gguf_header import read_header
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
 from efficientllm.runtime.engines.manifest import Manifest
 from efficientllm.runtime.generation import AnswerOptions, Generation
+from efficientllm.train.model.architecture import FAMILIES, LayerShape
 from efficientllm.train.model.source import load_for_inference
+from efficientllm.train.model.tensors import tensor_names, tensor_shape
+
+UNQUANTISED = (0, 1)
+"""ggml types F32 and F16."""
 
 
 @pytest.mark.parametrize("family", SIMILAR)
@@ -87,6 +96,62 @@ def test_padding_is_exact_and_said(
     printed = capsys.readouterr().out
     assert "tensors became f16, not q8_0: their rows are no multiple of 32 (--pad auto avoids that): " in printed
     assert "attn_q x3" in printed
+
+
+ONE_BLOCK = (LayerShape(0, 0, 96), LayerShape(1, 1, 96), LayerShape(4, 2, 0), LayerShape(2, 1, 32))
+"""Layers with rows of one block of 32, or without rows: no attention first, a lone head, no FFN, 32 channels.
+
+On CPUs with AMX, llama.cpp multiplies rows of one block wrongly. The tests look at the file, since this CPU may be
+another one.
+"""
+
+
+@pytest.mark.parametrize("hidden_size", [64, 32])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_layout_has_at_least_two_blocks_in_a_row(
+    family: str, hidden_size: int, save_tiny: Callable[..., Path]
+) -> None:
+    folder = save_tiny(tiny_architecture(family, ONE_BLOCK, hidden_size=hidden_size))
+    for row_multiple in (1, 32, 64):
+        shape = plan_layout(Checkpoint(folder, "one block"), row_multiple).architecture
+        rows = {name: tensor_shape(shape, name)[-1] for name in tensor_names(shape) if name.endswith("_proj.weight")}
+        assert min(rows.values()) >= 64, rows
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "olmo"])
+@pytest.mark.parametrize(
+    ("quantize", "flags", "max_kl"),
+    [
+        ("q8_0", [], 0.01),
+        ("q8_0", ["--pad", "none"], 0.01),
+        ("q4_1", [], 0.5),
+        ("q4_0", [], 0.5),
+        ("q4_k_m", [], 0.5),
+        ("q2_0", ["--max-kl", "5"], 5),
+    ],
+    ids=lambda each: "-".join(each) if isinstance(each, list) else None,
+)
+def test_quantised_rows_of_fillers_and_lone_heads_have_two_blocks(
+    family: str, quantize: str, flags: list[str], max_kl: float, save_tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    checkpoint = save_tiny(tiny_architecture(family, ONE_BLOCK))
+    assert export(checkpoint, "gguf", tmp_path / "gguf", "--quantize", quantize, *flags) == 0
+    tensors = read_header(tmp_path / "gguf" / "model.gguf").tensors
+    quantised = {tensor.name: tensor.shape[-1] for tensor in tensors if tensor.kind not in UNQUANTISED}
+    assert {"blk.0.attn_output.weight", "blk.1.attn_output.weight", "blk.2.ffn_down.weight"} <= set(quantised)
+    assert min(quantised.values()) >= 64, quantised
+    verification = Manifest.read(tmp_path / "gguf").verification
+    assert verification["exact"]["max_logit_difference"] < 1e-3
+    assert verification["quantized"]["mean_kl"] < max_kl
+
+
+def test_a_file_with_rows_of_one_block_is_refused(
+    save_tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(layout, "padded_architecture", lambda architecture, multiple: architecture)
+    assert export(save_tiny(tiny_architecture(layers=ONE_BLOCK)), "gguf", tmp_path / "gguf", "--quantize", "q8_0") == 2
+    assert "blk.1.attn_output.weight has quantised rows of 32 weights" in capsys.readouterr().err
+    assert not (tmp_path / "gguf").exists()
 
 
 def test_k_quants_say_what_fell_back(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,6 +36,10 @@ PLAIN = ("f32", "f16", "bf16", "q5_1", "q5_0", "q4_1")
 """File types without rules of their own."""
 
 
+SHORT = (LayerShape(4, 2, 96), LayerShape(1, 1, 32), LayerShape(2, 1, 33))
+"""Rows of one block of 32 where heads have 32 channels; rows of 24, 48 and 96 where they have 24."""
+
+
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Checkpoint:
     model = tiny_model(tiny_architecture(layers=LAYERS, hidden_size=256, head_dim=64))
@@ -46,15 +51,28 @@ def wide(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenize
     ("name", "head"), [*((name, "") for name in sorted(BODY) if name not in PLAIN), ("q4_0", "q4_0"), ("q2_0", "q4_0")]
 )
 def test_types_and_bytes_are_those_of_the_file(name: str, head: str, wide: Checkpoint, tmp_path: Path) -> None:
-    plan = plan_layout(wide, row_multiple(name))
-    write_gguf(wide, plan, tmp_path / "exact.gguf")
+    check_types_and_bytes(name, head, wide, tmp_path)
+
+
+@pytest.mark.parametrize("head_dim", [32, 24])
+@pytest.mark.parametrize("name", ["f16", "q8_0", "q4_0", "q4_k_m", "q2_0"])
+def test_types_and_bytes_of_short_rows_are_those_of_the_file(
+    name: str, head_dim: int, save_tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    architecture = tiny_architecture(layers=SHORT, hidden_size=48, head_dim=head_dim)
+    check_types_and_bytes(name, "", Checkpoint(save_tiny(architecture), "short"), tmp_path)
+
+
+def check_types_and_bytes(name: str, head: str, checkpoint: Checkpoint, folder: Path) -> None:
+    plan = plan_layout(checkpoint, row_multiple(name))
+    write_gguf(checkpoint, plan, folder / "exact.gguf")
     asked = tensor_type("--output-type", head)
-    quantize_gguf(tmp_path / "exact.gguf", tmp_path / "out.gguf", name, asked, asked)
-    stored = {tensor.name: tensor for tensor in read_header(tmp_path / "out.gguf").tensors}
-    expected = file_types(wide.architecture, name, head, head)
+    quantize_gguf(folder / "exact.gguf", folder / "out.gguf", name, asked, asked)
+    stored = {tensor.name: tensor for tensor in read_header(folder / "out.gguf").tensors}
+    expected = file_types(checkpoint.architecture, name, head, head)
     assert {each: NUMBERS[stored[gguf_name(each, plan)].kind] for each in expected} == expected
     size = sum(-(-num_bytes(tensor) // 32) * 32 for tensor in stored.values())
-    assert gguf_bytes(wide.architecture, name, 0, head, head) == size
+    assert gguf_bytes(checkpoint.architecture, name, 0, head, head) == size
 
 
 def test_a_stem_of_whole_k_blocks_is_what_a_ranking_by_bytes_looks_for() -> None:

@@ -306,7 +306,6 @@ def test_a_checkpoint_that_was_changed_after_training_is_refused(
 @pytest.mark.parametrize("head", ["same", "q8_0"])
 def test_q2_0_with_widths_of_no_whole_blocks(head: str, source_folder: Path, corpus: Path, tmp_path: Path) -> None:
     arguments = command(source_folder, corpus, tmp_path / "run", "--qat", "q2_0", "--qat-head", head)
-    arguments += ["--prune", "ffn,stem"]  # llama.cpp's products of rows of 32, one head's, are wrong with AMX
     assert run([*without(arguments, "--tokens"), "--tokens", "1280"]) == 0
     assert export(tmp_path / "run", "gguf", tmp_path / "out") == 0
     manifest = Manifest.read(tmp_path / "out")

@@ -37,7 +37,7 @@ from .layout import GgufPlan, plan_layout
 from .modelfile import MAX_CONTEXT, modelfile
 from .probe import probe
 from .quantize import describe_fallbacks, file_type, quantize_gguf, require_llama_cpp, tensor_type
-from .tensor_data import check_kept, fill_q2_0, tensor_bytes
+from .tensor_data import check_kept, check_rows, fill_q2_0, tensor_bytes
 from .writer import gguf_name, write_gguf
 
 MODEL_FILE = "model.gguf"
@@ -95,6 +95,7 @@ def write_model(
             importance.unlink()
         for sentence in describe_fallbacks(fallbacks):
             request.say(sentence)
+    check_rows(target)
     if types.are_trained:
         check_kept(exact, target, name)
         request.say(f"every weight is the trained one to the bit: the checkpoint was trained for {name}")

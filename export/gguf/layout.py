@@ -6,9 +6,9 @@ mean, which is a matter of centring what writes to it (train/model/rescaling.py)
 neither holds the parts of a family, its own architecture does, with every layer zero-padded to the widest: the same
 function, but no faster than the widest layer everywhere. A layout whose mathematics is another one is not taken.
 
-Two shapes that `deci` cannot hold are written as their exact equivalents: a layer without FFN as 32 zero channels
-(`deci` would silently drop the layer's attention), a first layer without attention as one zero head (it would not
-load).
+Two shapes that `deci` cannot hold are written as their exact equivalents: a layer without FFN gets zero channels
+(`deci` would silently drop the layer's attention), a first layer without attention gets zero heads (it would not load).
+Their rows have the LEAST_ROW weights that llama.cpp needs.
 All of this was measured with llama-cpp-python 0.3.36.
 """
 
@@ -18,11 +18,11 @@ from dataclasses import dataclass, replace
 
 from ...runtime.base.errors import ModelError
 from ...train.model.architecture import Architecture, LayerShape
-from ...train.model.file_types import LEAST_FFN_WIDTH
+from ...train.model.file_types import LEAST_ROW, padded_architecture
 from ...train.model.gguf_route import irregular_gguf
 from ...train.model.rescaling import Scales
 from ..checkpoint import Checkpoint
-from ..padding import pad_rows, padded_scales, padding_notes, stock_scales, uniform_architecture
+from ..padding import padded_scales, padding_notes, stock_scales, uniform_architecture, widened
 
 MAX_LAYERS = 512
 """LLAMA_MAX_LAYERS"""
@@ -70,14 +70,14 @@ def plan_layout(checkpoint: Checkpoint, row_multiple: int) -> GgufPlan:
     original = checkpoint.architecture
     if len(original.layers) > MAX_LAYERS:
         raise ModelError(f"gguf holds at most {MAX_LAYERS} layers; the model has {len(original.layers)}")
-    padded = _with_two_blocks(pad_rows(original, row_multiple)) if row_multiple > 1 else original
+    padded = _padded(original, row_multiple)
     notes = padding_notes(original, padded)
     has_gaps = any(not (layer.num_attention_heads and layer.intermediate_size) for layer in original.layers)
     if padded.is_uniform and not has_gaps and _holds(original.parts.gguf, checkpoint, padded):
         return _stock_plan(checkpoint, padded, notes)
     irregular = irregular_gguf(original)
     if not irregular:
-        uniform = uniform_architecture(padded)
+        uniform = _padded(uniform_architecture(padded), 1)
         return _stock_plan(checkpoint, uniform, (*notes, _uniform_note(original, uniform)))
     shape = _fill_gaps(padded, attention_everywhere=irregular == "openelm")
     have = padded_scales(checkpoint, shape)
@@ -87,14 +87,10 @@ def plan_layout(checkpoint: Checkpoint, row_multiple: int) -> GgufPlan:
     return GgufPlan(irregular, shape, replace(have, qk_eps=have.stem_eps), notes)
 
 
-def _with_two_blocks(architecture: Architecture) -> Architecture:
-    """FFN widths of one block padded to two: with AMX, llama.cpp's products of Q8_0 and Q4_0 rows of 32 are wrong
-    (a KL of 0.4 where rows of 64 have 0.0001)."""
-    widths = [
-        layer.intermediate_size and max(layer.intermediate_size, LEAST_FFN_WIDTH) for layer in architecture.layers
-    ]
-    layers = zip(architecture.layers, widths, strict=True)
-    return replace(architecture, layers=tuple(replace(layer, intermediate_size=width) for layer, width in layers))
+def _padded(architecture: Architecture, row_multiple: int) -> Architecture:
+    """Return the shape with whole blocks in its rows, at least two, and a head of its own where that needs one."""
+    shape = padded_architecture(architecture, row_multiple)
+    return widened(architecture, shape.hidden_size, shape.layers)
 
 
 def _stock_plan(checkpoint: Checkpoint, shape: Architecture, notes: tuple[str, ...]) -> GgufPlan:
@@ -137,9 +133,9 @@ def _check_rope_layers(checkpoint: Checkpoint) -> None:
 
 def _fill_gaps(architecture: Architecture, attention_everywhere: bool) -> Architecture:
     """Give zero channels (heads) to layers whose missing FFN (attention) the file format cannot express."""
-    layers = []
+    layers, heads = [], -(-LEAST_ROW // architecture.head_dim)
     for index, layer in enumerate(architecture.layers):
-        width = layer.intermediate_size or 32
-        needs_head = not layer.num_attention_heads and (attention_everywhere or index == 0)
-        layers.append(LayerShape(1, 1, width) if needs_head else replace(layer, intermediate_size=width))
+        width = layer.intermediate_size or LEAST_ROW
+        needs_heads = not layer.num_attention_heads and (attention_everywhere or index == 0)
+        layers.append(LayerShape(heads, heads, width) if needs_heads else replace(layer, intermediate_size=width))
     return replace(architecture, layers=tuple(layers))

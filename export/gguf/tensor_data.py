@@ -11,6 +11,7 @@ import numpy as np
 
 from ...runtime.base.errors import ArtefactError
 from ...runtime.base.gguf_header import TensorPlace, read_header
+from ...train.model.file_types import LEAST_ROW
 from . import q2_0
 
 F32 = 0
@@ -73,6 +74,20 @@ def changed_tensors(exact: Path, target: Path) -> Iterator[tuple[str, float]]:
         difference = float(np.abs(values(exact, originals[tensor.name]) - values(target, tensor)).max())
         if difference:
             yield tensor.name, difference
+
+
+def check_rows(path: Path) -> None:
+    """Raise ArtefactError where a quantised matrix has rows that CPUs with AMX multiply wrongly, see LEAST_ROW.
+
+    No run on another CPU would show it.
+    """
+    for tensor in read_header(path).tensors:
+        weights, _ = _block_of(tensor.kind)
+        if weights > 1 and tensor.shape[-1] < LEAST_ROW:
+            raise ArtefactError(
+                f"gguf: {tensor.name} has quantised rows of {tensor.shape[-1]} weights, which llama.cpp multiplies "
+                "wrongly on CPUs with AMX; this is an error of the exporter, and --quantize f16 avoids it"
+            )
 
 
 def check_kept(exact: Path, target: Path, kind: str) -> None:

@@ -7,7 +7,8 @@ import math
 from typing import Any
 
 from .architecture import Architecture
-from .file_types import BODY, TENSOR_BLOCKS, file_types, padded_shape, row_multiple
+from .file_types import BODY, TENSOR_BLOCKS, file_types, padded_architecture, row_multiple
+from .tensors import tensor_shape
 
 TENSOR_ALIGNMENT = 32
 
@@ -23,11 +24,11 @@ def gguf_bytes(
 
     `vocabulary`: bytes of the tokenizer in the file; `output_type`, `embedding_type`: as the exporter's flags.
     """
-    multiple = row_multiple(quantize)
+    padded = padded_architecture(architecture, row_multiple(quantize))
     total = vocabulary
     for name, kind in file_types(architecture, quantize, output_type, embedding_type).items():
         weights, size = TENSOR_BLOCKS[kind]
-        total += _aligned(math.prod(padded_shape(architecture, name, multiple)) // weights * size)
+        total += _aligned(math.prod(tensor_shape(padded, name)) // weights * size)
     return total
 
 

@@ -8,10 +8,10 @@ to another type. Widths are padded to whole blocks of 32 (64) first, as the expo
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from .architecture import Architecture
-from .tensors import axes_of, tensor_names, tensor_shape
+from .architecture import Architecture, LayerShape
+from .tensors import tensor_names, tensor_shape
 
 TENSOR_BLOCKS = {
     "f32": (1, 4),
@@ -90,16 +90,42 @@ def fitting(kind: str, columns: int) -> str:
     return "f16"
 
 
-LEAST_FFN_WIDTH = 64
-"""What the exporter pads narrower FFNs to in quantised types (export/gguf/layout.py)."""
+BLOCK = 32
+"""Weights in a block of Q8_0, Q4_0 and their kin."""
+
+LEAST_ROW = 64
+"""Weights in the shortest row that a GGUF of ours has in whole blocks.
+
+On a CPU with AMX, llama.cpp multiplies 32 tokens by rows of one block of Q8_0, Q4_0 or Q4_1 wrongly: it adds the
+product to memory that it never set (tinygemm_kernel_amx of ggml-cpu/amx/mmq.cpp, llama-cpp-python 0.3.36). Longer rows
+are right, and so are rows of one block of a K type.
+"""
 
 
-def padded_shape(architecture: Architecture, name: str, multiple: int) -> tuple[int, ...]:
-    """Shape of a tensor whose widths the exporter has padded; the vocabulary stays."""
-    shape = tensor_shape(architecture, name)
-    least = [LEAST_FFN_WIDTH if axis == "ffn" and multiple > 1 else 0 for axis in axes_of(name, architecture)[1]]
-    padded = tuple(-(-max(size, low) // multiple) * multiple for size, low in zip(shape, least, strict=True))
-    return (shape[0], *padded[1:]) if "embed_tokens" in name or "lm_head" in name else padded
+def padded_architecture(architecture: Architecture, multiple: int) -> Architecture:
+    """Return the shape that the GGUF exporter pads `architecture` to.
+
+    Hidden and FFN widths become multiples of `multiple`. Rows of one block of 32 become rows of LEAST_ROW in files of
+    every type, since llama.cpp may quantise an f16 file later.
+    """
+    layers = tuple(_padded_layer(architecture, layer, multiple) for layer in architecture.layers)
+    return replace(architecture, hidden_size=_padded_row(architecture.hidden_size, multiple), layers=layers)
+
+
+def _padded_row(width: int, multiple: int) -> int:
+    rounded = -(-width // multiple) * multiple
+    return LEAST_ROW if rounded == BLOCK else rounded
+
+
+def _padded_layer(architecture: Architecture, layer: LayerShape, multiple: int) -> LayerShape:
+    """Return the layer with its FFN width padded, and with twice the heads where they fill one block.
+
+    Key/value heads stay where the family lets query heads share them.
+    """
+    heads, groups = layer.num_attention_heads, layer.num_key_value_heads
+    if heads * architecture.head_dim == BLOCK:
+        heads, groups = 2 * heads, groups if architecture.parts.has_groups else 2 * groups
+    return LayerShape(heads, groups, _padded_row(layer.intermediate_size, multiple))
 
 
 def file_types(
@@ -114,14 +140,14 @@ def file_types(
     for suffix in ("self_attn.v_proj.weight", "mlp.down_proj.weight"):
         of_kind = [name for name in names if name.endswith(suffix)]
         places |= {name: _Place(index, len(of_kind)) for index, name in enumerate(of_kind)}
-    multiple = row_multiple(file_type)
+    padded = padded_architecture(architecture, row_multiple(file_type))
     types = {}
     for name in names:
-        shape = padded_shape(architecture, name, multiple)
+        shape = tensor_shape(padded, name)
         if len(shape) == 1:
             types[name] = "f32"
             continue
-        wanted = _wanted(architecture, name, file_type, places, (output_type, embedding_type))
+        wanted = _wanted(padded, name, file_type, places, (output_type, embedding_type))
         types[name] = fitting(wanted, shape[-1])
     return types
 
