@@ -8,7 +8,7 @@ print(run.results[0].speeds["tg64"].median)
 
 from typing import TYPE_CHECKING
 
-from ..runtime.base.lazy import lazy_names
+from ..runtime.base.extras import lazy_names
 
 if TYPE_CHECKING:
     from .bench import benchmark

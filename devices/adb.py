@@ -14,15 +14,14 @@ from ..runtime.base.errors import DeviceError, UsageError
 from ..runtime.base.files import sha256_of
 from ..runtime.engines.artefact import Artefact
 from . import watch
-from .boards import look_up
-from .calls import Call, summarize_calls
 from .device import DeviceOptions
-from .emulation import recognise_android
+from .emulation import look_up, recognise_android
 from .local import request_context
 from .remote import RemoteShell, require_room, run_program
 from .results import BenchOptions, DeviceInfo, Measurement
 from .runners import RUNNERS, Runner
 from .sensors import battery_celsius, temperature_celsius
+from .watch import Call, summarize_calls
 
 FOLDER = "/data/local/tmp/efficientllm"
 """The folder below which adb's shell may run programs."""

@@ -14,9 +14,8 @@ from ..runtime.base.errors import UsageError
 from ..runtime.base.output import check_file
 from ..runtime.latency.profile import DeviceProfile
 from . import compare, predicted, report
-from .bench import benchmark, log_progress
+from .bench import benchmark, journal_path, log_progress
 from .device import DeviceOptions, open_device
-from .journal import journal_path
 from .profiler import ProfileOptions, profile, summary
 from .results import BenchOptions, Run
 

@@ -4,31 +4,77 @@ GGUF files lie at the top as NAME-Q8_0.gguf, which is where llama.cpp, Ollama, L
 choose from, with what Ollama reads beside them; ONNX and ExecuTorch artefacts are folders of several files that stay
 together. The first ONNX artefact lies in onnx/, its configuration and tokenizer at the top, too: transformers.js looks
 there.
+
+What Ollama reads of a model hub's repository beside a GGUF (`ollama run hf.co/OWNER/NAME`): `template`, `params`.
+
+A Modelfile says the same for `ollama create`; there it is written by the export and may have been changed by hand.
+
+`efficientllm-hub`: artefacts and their figures as the folder of a model hub's repository.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 from ..runtime.base import flags
+from ..runtime.base.command import run_command
 from ..runtime.base.errors import ArtefactError, OptionError, UsageError
 from ..runtime.base.files import sha256_of
-from ..runtime.base.markdown import markdown_table
 from ..runtime.base.output import others_in, replaced_whole
-from ..runtime.base.quantities import format_bytes, format_count
+from ..runtime.base.quantities import format_bytes, format_count, markdown_table
 from ..runtime.engines.artefact import Artefact
 from ..runtime.engines.contract_text import contract_rows
 from ..runtime.engines.manifest import MANIFEST_NAME, OLLAMA_FILE, Manifest
-from .ollama_files import FILES, ollama_files
 from .report import device_line, origin_lines
 from .results import Figure, Result, Run
+
+FILES = ("template", "params")
+
+COMMAND = re.compile(
+    r"""^[ \t]*(?:parameter[ \t]+(?P<parameter>\w+)|(?P<name>[a-z]+))[ \t]+"""
+    r'''(?:"""(?P<long>.*?)"""|"(?P<quoted>.*?)"(?=[ \t]*$)|(?P<plain>.*?)[ \t]*$)''',
+    re.MULTILINE | re.DOTALL | re.IGNORECASE,
+)
+"""A Modelfile's NAME text, or PARAMETER name text; a text in quotes may have several lines."""
+
+
+def ollama_files(modelfile: str) -> dict[str, str]:
+    """{file: its text} of what a Modelfile says; of a template, as Ollama takes it, the last."""
+    parameters: dict[str, Any] = {}
+    template = None
+    for found in COMMAND.finditer(modelfile):  # what stands in another one's text is no command
+        text = next(each for each in (found["long"], found["quoted"], found["plain"]) if each is not None)
+        parameter = (found["parameter"] or "").lower()
+        if parameter == "stop":
+            parameters.setdefault("stop", []).append(text)
+        elif parameter:
+            parameters[parameter] = _value(text)
+        elif found["name"].lower() == "template":
+            template = text
+    files = {"template": template} if template is not None else {}
+    return files | ({"params": json.dumps(parameters, ensure_ascii=False, indent=2) + "\n"} if parameters else {})
+
+
+def _value(text: str) -> Any:
+    """A number, true or false; anything else is a text as it stands."""
+    if text in ("true", "false"):
+        return text == "true"
+    try:
+        number = float(text)
+    except ValueError:
+        return text
+    return int(text) if re.fullmatch(r"[+-]?\d+", text) else number if math.isfinite(number) else text
+
 
 CARD = "README.md"
 MARK, MARK_END = "<!-- written by efficientllm-hub: ", " -->"
@@ -292,3 +338,41 @@ def _command(part: Part) -> str:
     if part.place == ONNX_FOLDER:
         return f"efficientllm-chat {part.place}    # or transformers.js: from_pretrained('OWNER/NAME')"
     return f"efficientllm-chat {part.place}"
+
+
+def build_parser() -> flags.Parser:
+    parser = flags.Parser(
+        CardSettings,
+        prog="efficientllm-hub",
+        description="Write a folder that makes a good repository of a model hub: files under the names that programs "
+        "look for, and a card with what was measured. Nothing is uploaded.",
+    )
+    parser.add_argument("output", metavar="OUTPUT", help="folder to write")
+    parser.add_argument("artefacts", nargs="+", metavar="ARTEFACT", help="folder written by efficientllm-export")
+    parser.add_argument(
+        "--bench", action="append", metavar="JSON", help="file of efficientllm-bench --json, repeatable: speeds"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace a folder that this command wrote")
+    return parser
+
+
+def body(argv: Sequence[str]) -> int:
+    arguments = build_parser().parse(argv)
+    output, artefacts, bench, overwrite = (
+        arguments.pop(name, None) for name in ("output", "artefacts", "bench", "overwrite")
+    )
+    settings = flags.take(arguments, CardSettings)
+    folder = write_hub_folder(
+        Path(output), list(map(Path, artefacts)), list(map(Path, bench or ())), settings, bool(overwrite)
+    )
+    print(f"folder: {folder}")
+    print(f"to publish: hf upload OWNER/{settings.name or folder.absolute().name} {folder}")
+    return 0
+
+
+def main() -> None:
+    sys.exit(run_command(body))
+
+
+if __name__ == "__main__":
+    main()

@@ -13,9 +13,8 @@ from ..runtime.base.child import Finished, run_python
 from ..runtime.base.errors import ArtefactError
 from ..runtime.engines.artefact import Artefact
 from . import measure
-from .boards import look_up
 from .device import DeviceOptions
-from .emulation import RUNNING_PROGRAM, recognise
+from .emulation import RUNNING_PROGRAM, look_up, recognise
 from .results import BenchOptions, DeviceInfo, Measurement
 from .sensors import LocalShell, temperature_celsius
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from ..runtime.base import flags
 from ..runtime.base.command import run_command
 from ..runtime.base.output import check_file
-from . import collection
+from . import report as collection
 from .report import print_rows
 from .results import Run
 

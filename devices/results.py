@@ -12,8 +12,8 @@ from typing import Any, Generic, TypeVar
 
 from ..runtime.base import flags
 from ..runtime.base.errors import UsageError
-from ..runtime.base.figure import Figure
 from ..runtime.base.files import write_json_atomically
+from ..runtime.base.quantities import Figure
 from ..runtime.base.typed import check_value
 from ..runtime.engines.engine import CacheChoice
 

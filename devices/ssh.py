@@ -22,15 +22,20 @@ from ..runtime.base.errors import DeviceError, UsageError
 from ..runtime.base.files import sha256_of
 from ..runtime.engines.artefact import Artefact
 from . import measure
-from .board_environment import ENVIRONMENT_BYTES, EXTRAS, engine_wheel, make_environment
-from .boards import look_up
+from .board_environment import (
+    ENVIRONMENT_BYTES,
+    EXTRAS,
+    Requirement,
+    engine_wheel,
+    make_environment,
+    runtime_requirement,
+)
 from .device import DeviceOptions
-from .emulation import RUNNING_PROGRAM, recognise
+from .emulation import RUNNING_PROGRAM, look_up, recognise
 from .local import parse_measurement, request_context
 from .remote import RemoteShell, require_room, run_program
 from .results import BenchOptions, DeviceInfo, Measurement
 from .sensors import temperature_celsius
-from .wheel import Requirement, runtime_requirement
 
 FOLDER = ".cache/efficientllm-bench"
 """On the board, below the home folder: environments and artefacts, each under its hash."""

@@ -7,7 +7,7 @@ export("runs/small", "gguf", "small-gguf", quantize="q8_0")
 
 from typing import TYPE_CHECKING
 
-from ..runtime.base.lazy import lazy_names
+from ..runtime.base.extras import lazy_names
 
 if TYPE_CHECKING:
     from .run import export

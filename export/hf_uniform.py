@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from ..runtime.base.disk import require_room
 from ..runtime.base.errors import ArtefactError
+from ..runtime.base.files import require_room
 from ..train.model.architecture import Architecture
 from ..train.model.hf_files import mend_tokenizer_config, write_config
 from ..train.model.stock_names import to_stock

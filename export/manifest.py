@@ -10,9 +10,8 @@ from typing import Any
 
 from ..runtime.base.errors import ArtefactError
 from ..runtime.base.files import sha256_of
-from ..runtime.base.names import without_folders
 from ..runtime.base.output import others_in
-from ..runtime.base.quantities import format_bytes
+from ..runtime.base.quantities import format_bytes, without_folders
 from ..runtime.engines.manifest import MANIFEST_NAME, Manifest, describe_files
 from .checkpoint import Checkpoint
 from .request import ExportRequest

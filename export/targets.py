@@ -13,7 +13,7 @@ from typing import Any, Generic, NoReturn, TypeVar
 
 from ..runtime.base import flags
 from ..runtime.base.errors import UsageError
-from ..runtime.base.names import unknown_name
+from ..runtime.base.quantities import unknown_name
 from .checkpoint import Checkpoint
 from .request import ExportRequest
 

@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any
 from efficientllm.runtime.base import flags
 from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.base.extras import extra
-from efficientllm.runtime.base.figure import Figure
-from efficientllm.runtime.base.markdown import markdown_table
+from efficientllm.runtime.base.quantities import Figure, markdown_table
 
 if TYPE_CHECKING:
     import httpx

@@ -20,8 +20,7 @@ from efficientllm.runtime.base import flags
 from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.base.errors import UsageError
 from efficientllm.runtime.base.extras import extra
-from efficientllm.runtime.base.figure import Figure
-from efficientllm.runtime.base.markdown import markdown_table
+from efficientllm.runtime.base.quantities import Figure, markdown_table
 
 from .server_load import has_text
 

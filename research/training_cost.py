@@ -19,10 +19,7 @@ import torch
 
 from efficientllm.runtime.base import flags
 from efficientllm.runtime.base.command import run_command
-from efficientllm.runtime.base.figure import Figure
-from efficientllm.runtime.base.markdown import markdown_table
-from efficientllm.runtime.base.names import unknown_name
-from efficientllm.runtime.base.quantities import format_count
+from efficientllm.runtime.base.quantities import Figure, format_count, markdown_table, unknown_name
 from efficientllm.train.compute.hardware import choose_hardware
 from efficientllm.train.compute.loss import TrainingLoss
 from efficientllm.train.compute.optimizer import clip_factor, gradient_norm, make_optimizer, store_gradients_as_computed

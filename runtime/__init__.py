@@ -9,7 +9,7 @@ with load("small-gguf") as model:
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
-from .base.lazy import lazy_names
+from .base.extras import lazy_names
 
 if TYPE_CHECKING:
     from .base.errors import EfficientLLMError

@@ -7,7 +7,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 
 from .base.errors import ContextOverflowError, UsageError
-from .engines.caches import common_length
+from .engines.lease import common_length
 from .engines.owned import TAKEN, OwnedEngine
 from .engines.protocol import CacheFullError
 from .generation import Generation

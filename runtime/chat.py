@@ -9,10 +9,9 @@ from collections.abc import Sequence
 from .base import flags
 from .base.command import run_command
 from .base.errors import UsageError
-from .conversation import ChatOptions, Conversation
 from .engines.engine import EngineOptions, load_engine
 from .sampling import SamplingOptions
-from .terminal import Terminal
+from .terminal import ChatOptions, Conversation, Terminal
 
 
 def build_parser() -> flags.Parser:

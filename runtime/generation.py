@@ -1,20 +1,43 @@
-"""Generating text with an engine: the loop of prefill, sample, decode, and what it measured."""
+"""Generating text with an engine: the loop of prefill, sample, decode, and what it measured.
+
+What an answer may be, token by token: the seam between the loop of `generation` and grammars.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 
 from .base import flags
 from .base.errors import ContextOverflowError, UsageError
-from .constraint import Constraint
 from .engines.owned import OwnedEngine
 from .sampling import Sampler, SamplingOptions, log_sum, ranked
 from .text_stream import TextStream
+
+
+class Constraint(Protocol):
+    """The tokens that one answer may go on with; it is asked and told between two tokens. V is the vocabulary size."""
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing can follow: the answer ends here, without an end token."""
+        ...
+
+    def mask(self, logits: np.ndarray) -> None:
+        """Set what may not come next in the fp32 `logits` [V] to -inf, in place: everything where nothing may.
+
+        The end tokens are to be left alone only where the answer may end.
+        """
+        ...
+
+    def push(self, token: int) -> None:
+        """`token`, which the mask allowed and which does not end the answer, was chosen."""
+        ...
+
 
 Overflow = Literal["error", "slide"]
 

@@ -12,8 +12,7 @@ from .call_reader import CallReader
 from .chat_template import Message, render_chat
 from .engines.owned import OwnedEngine
 from .grammar import GrammarConstraint
-from .markers import Disguise
-from .tool_format import GENERIC, INSTRUCTIONS, ToolFormat, tool_format
+from .tool_format import GENERIC, INSTRUCTIONS, Disguise, ToolFormat, tool_format
 
 ToolChoice = Literal["auto", "required"]
 

@@ -18,9 +18,8 @@ from starlette.exceptions import HTTPException
 from ..runtime.base import flags
 from ..runtime.base.errors import UsageError
 from ..runtime.generation import Overflow
-from .access.guard import Guard
-from .access.hosts import LOCAL_HOSTS
-from .answers.defaults import SamplingDefaults
+from .access.guard import LOCAL_HOSTS, Guard
+from .answers.choices import SamplingDefaults
 from .endpoints import Endpoints
 from .models.metrics import Metrics
 from .models.pool import ModelPool

@@ -1,22 +1,29 @@
-"""`efficientllm-serve`: artefacts behind an OpenAI-style endpoint and a chat page."""
+"""`efficientllm-serve`: artefacts behind an OpenAI-style endpoint and a chat page.
+
+How the server stops: answers in progress have some seconds to end, and what has not ended then is told why.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import uvicorn
 
 from ..runtime.base import flags
 from ..runtime.base.command import run_command
 from ..runtime.base.errors import UsageError
 from ..runtime.base.extras import extra
 from ..runtime.engines.engine import EngineOptions
-from .access.hosts import LOCAL_HOSTS
-from .answers.defaults import SamplingDefaults
+from .access.guard import LOCAL_HOSTS
+from .answers.choices import SamplingDefaults
 
 
 @dataclass(frozen=True)
@@ -95,7 +102,6 @@ def body(argv: Sequence[str]) -> int:
         from .access.connections import KEEP_ALIVE_SECONDS, limited_protocol
         from .app import AppOptions, create_app
         from .models.pool import ModelPool
-        from .stopping import StoppingServer
     sections = (ServeOptions, AppOptions, SamplingDefaults, EngineOptions)
     arguments = build_parser(sections).parse(argv)
     artefact = arguments.pop("artefact")
@@ -119,6 +125,26 @@ def body(argv: Sequence[str]) -> int:
 
 def main() -> None:
     sys.exit(run_command(body))
+
+
+AFTER_THAT = 5
+"""Seconds that clients have to read why their answers end, before uvicorn cuts their connections."""
+
+
+class StoppingServer(uvicorn.Server):
+    """uvicorn's server, which by itself would cancel what goes on in the middle of a response."""
+
+    def __init__(self, app: Any, end_answers: Callable[[], None], grace: float, **settings: Any) -> None:
+        """`grace`: seconds between the signal and `end_answers`."""
+        super().__init__(uvicorn.Config(app, timeout_graceful_shutdown=int(grace) + AFTER_THAT, **settings))
+        self._end_answers, self._grace = end_answers, grace
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        timer = asyncio.get_running_loop().call_later(self._grace, self._end_answers)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            timer.cancel()
 
 
 if __name__ == "__main__":

@@ -17,8 +17,7 @@ from ..runtime.generation import Overflow
 from ..runtime.prompt import text_prompt
 from .access.guard import TRUSTED
 from .answers.answer import Answer, ChatAnswer, TextAnswer
-from .answers.choices import Choice, choices_of, text_of
-from .answers.defaults import SamplingDefaults
+from .answers.choices import Choice, SamplingDefaults, choices_of, text_of
 from .answers.embeddings import embeddings_of
 from .answers.responses import ResponsesAnswer
 from .models.metrics import AnswerClock, Metrics

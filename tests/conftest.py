@@ -96,7 +96,7 @@ def unseen(artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     folder = Path(shutil.copytree(artefact, tmp_path / "copied"))
     for file in folder.iterdir():
         os.utime(file, (1, 1))
-    monkeypatch.setattr("efficientllm.runtime.engines.seen.SETTLED_SECONDS", -1)
+    monkeypatch.setattr("efficientllm.runtime.engines.manifest.SETTLED_SECONDS", -1)
     monkeypatch.setenv("EFFICIENTLLM_CACHE", str(tmp_path / "cache"))
     return folder
 

@@ -6,10 +6,9 @@ import itertools
 
 import numpy as np
 
-from efficientllm.runtime.latency.grid import Grid
 from efficientllm.runtime.latency.profile import DeviceProfile, HeldOutError, MeasuredOn, Saving
 from efficientllm.runtime.latency.shape import DecoderShape
-from efficientllm.runtime.latency.table import LatencyTable
+from efficientllm.runtime.latency.table import Grid, LatencyTable
 
 HEAD_DIM = 64
 DEPTHS = (0, 512, 2048)

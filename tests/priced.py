@@ -7,9 +7,9 @@ from dataclasses import replace
 import numpy as np
 from latency import made_up_profile
 
-from efficientllm.runtime.latency.grid import Grid
 from efficientllm.runtime.latency.profile import DeviceProfile
-from efficientllm.runtime.latency.workload import Workload
+from efficientllm.runtime.latency.shape import Workload
+from efficientllm.runtime.latency.table import Grid
 from efficientllm.train.pruning.measures import DeviceTime
 
 AT_512 = Workload.at_depth(512)

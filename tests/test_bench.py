@@ -14,11 +14,12 @@ import pytest
 from made_up import LAPTOP, FakeDevice, speed
 from tiny import tiny_architecture
 
-from efficientllm.devices import cli, wheel
+from efficientllm.devices import board_environment as wheel
+from efficientllm.devices import cli
 from efficientllm.devices import compare as comparison
 from efficientllm.devices.bare_gguf import FILE_TYPES, TENSOR_TYPES, Described, describe_gguf
 from efficientllm.devices.bench import bench, cool_down
-from efficientllm.devices.boards import look_up
+from efficientllm.devices.emulation import look_up
 from efficientllm.devices.measure import READ_PASSES, Bench
 from efficientllm.devices.profiling.artefacts import make_artefacts
 from efficientllm.devices.results import BenchOptions, DeviceInfo, Figure, Run, summarize
@@ -29,7 +30,7 @@ from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.base.errors import DeviceError
 from efficientllm.runtime.engines.artefact import Artefact
 from efficientllm.runtime.engines.attention import CANDIDATES
-from efficientllm.runtime.engines.caches import common_length
+from efficientllm.runtime.engines.lease import common_length
 from efficientllm.runtime.engines.manifest import Manifest
 from efficientllm.runtime.latency.shape import DecoderShape, LayerShape
 

@@ -12,9 +12,8 @@ from made_up import LAPTOP, FakeDevice, speed
 
 from efficientllm.devices import cli, report
 from efficientllm.devices import compare as comparison
-from efficientllm.devices.bench import bench
-from efficientllm.devices.journal import Journal
-from efficientllm.devices.matching import pairs
+from efficientllm.devices.bench import Journal, bench
+from efficientllm.devices.compare import pairs
 from efficientllm.devices.results import BenchOptions, DeviceInfo, Result, Run, summarize
 from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.base.errors import DeviceError, UsageError

@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 from board import SSHD, Board, DroppingProxy, board
 
-from efficientllm.devices import cli, ssh, wheel
+from efficientllm.devices import board_environment as wheel
+from efficientllm.devices import cli, ssh
 from efficientllm.devices.device import DeviceOptions
 from efficientllm.devices.results import BenchOptions, Measurement
 from efficientllm.devices.ssh import SshDevice

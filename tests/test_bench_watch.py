@@ -14,9 +14,9 @@ import pytest
 from phone import entry, program, sysfs
 
 from efficientllm.devices import watch
-from efficientllm.devices.calls import Call, summarize_calls
 from efficientllm.devices.results import BenchOptions, summarize
 from efficientllm.devices.runners import LlamaBench, Parsed
+from efficientllm.devices.watch import Call, summarize_calls
 from efficientllm.runtime.engines.artefact import Artefact
 
 OPTIONS = BenchOptions(prompt_tokens=(16,), decode_tokens=(8, 24), depths=(), repetitions=2)

@@ -7,8 +7,7 @@ from pathlib import Path, PurePosixPath
 import pytest
 
 from efficientllm.devices import board_environment
-from efficientllm.devices.board_environment import engine_wheel, make_environment
-from efficientllm.devices.wheel import Requirement
+from efficientllm.devices.board_environment import Requirement, engine_wheel, make_environment
 from efficientllm.runtime.base.child import Finished
 from efficientllm.runtime.base.errors import DeviceError, UsageError
 

@@ -13,14 +13,14 @@ import pytest
 from serving import serve
 
 from efficientllm.devices.cli import build_parser as bench_parser
-from efficientllm.devices.hub_cli import build_parser as hub_parser
+from efficientllm.devices.hub_folder import build_parser as hub_parser
 from efficientllm.devices.report_cli import build_parser as report_parser
 from efficientllm.export.cli import build_parser as export_parser
 from efficientllm.export.targets import load_exporter
 from efficientllm.runtime.base.child import run_python
 from efficientllm.runtime.chat import build_parser as chat_parser
 from efficientllm.runtime.engines.engine import EngineOptions
-from efficientllm.server.answers.defaults import SamplingDefaults
+from efficientllm.server.answers.choices import SamplingDefaults
 from efficientllm.server.app import AppOptions
 from efficientllm.server.cli import ServeOptions
 from efficientllm.server.cli import build_parser as serve_parser

@@ -19,10 +19,9 @@ from efficientllm.runtime.engines import attention as attention_choice
 from efficientllm.runtime.engines.artefact import Artefact
 from efficientllm.runtime.engines.attention import CANDIDATES, FLASH, FLASH_Q8_0, ROUNDS
 from efficientllm.runtime.engines.engine import CACHE_CHOICES, EngineOptions, load_engine
-from efficientllm.runtime.engines.genai_config import GENAI_CONFIG, GenaiConfig
+from efficientllm.runtime.engines.executorch import captured_native_log
 from efficientllm.runtime.engines.llama_context import Attention, LlamaContext
-from efficientllm.runtime.engines.manifest import Manifest
-from efficientllm.runtime.engines.native_log import captured_native_log
+from efficientllm.runtime.engines.manifest import GENAI_CONFIG, GenaiConfig, Manifest
 from efficientllm.runtime.engines.onnx import OnnxEngine
 from efficientllm.runtime.engines.protocol import EvaluationInterrupted, Part
 

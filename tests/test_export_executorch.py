@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 
 from efficientllm.runtime.base.errors import ArtefactError, ContextOverflowError
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
-from efficientllm.runtime.engines.executorch_loader import quiet_executorch
+from efficientllm.runtime.engines.executorch import quiet_executorch
 from efficientllm.runtime.engines.manifest import Manifest
 from efficientllm.runtime.generation import AnswerOptions, Generation
 from efficientllm.runtime.prompt import chat_prompt
@@ -121,7 +121,7 @@ def test_llama3_rope_scaling_and_one_vocabulary(save_tiny: Callable[..., Path], 
 
 RUNNER = """
 import json, sys
-from efficientllm.runtime.engines.executorch_loader import import_executorch
+from efficientllm.runtime.engines.executorch import import_executorch
 import_executorch()
 from executorch.extension.llm.runner import GenerationConfig, TextLLMRunner
 runner = TextLLMRunner(sys.argv[1] + "/model.pte", sys.argv[1] + "/tokenizer.json")

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from training import command, run, weights
 
 from efficientllm.export import cli as export_cli
-from efficientllm.runtime.base import disk
+from efficientllm.runtime.base import files as disk
 from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.base.errors import DiskFullError
 from efficientllm.runtime.base.files import folder_written_atomically

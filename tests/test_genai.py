@@ -14,13 +14,13 @@ import torch
 from exporting import SHAPES, TOKENS, export
 from tiny import tiny_architecture
 
-from research.peers import genai_builder
 from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.engines.artefact import Artefact
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
 from efficientllm.runtime.engines.manifest import Manifest
 from efficientllm.train.model.architecture import LayerShape
 from efficientllm.train.model.source import load_for_inference
+from research.peers import genai_builder
 
 pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
 

@@ -12,8 +12,8 @@ from conftest import Exported
 from huggingface_hub import ModelCard
 from made_up import LAPTOP, speed
 
-from efficientllm.devices import hub_cli
-from efficientllm.devices.ollama_files import ollama_files
+from efficientllm.devices import hub_folder as hub_cli
+from efficientllm.devices.hub_folder import ollama_files
 from efficientllm.devices.results import BenchOptions, Run, summarize
 from efficientllm.runtime import load
 from efficientllm.runtime.base.command import run_command

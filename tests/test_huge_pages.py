@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from efficientllm.runtime.base.child import run_python
-from efficientllm.runtime.engines import huge_pages
+from efficientllm.runtime.engines import memory as huge_pages
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
 
 MEGABYTES = 64
@@ -92,7 +92,7 @@ def test_what_a_block_allocates_is_moved() -> None:
 
 MAPPED_BLOCKS = """
 import ctypes, sys
-from efficientllm.runtime.engines.huge_pages import huge_pages
+from efficientllm.runtime.engines.memory import huge_pages
 
 class MallInfo(ctypes.Structure):
     _fields_ = [(name, ctypes.c_size_t) for name in "arena ordblks smblks hblks a b c d e f".split()]

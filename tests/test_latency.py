@@ -11,10 +11,9 @@ import pytest
 from latency import DEPTHS, MEASURED_ON, PROMPTS, made_up_profile, true_ms
 
 from efficientllm.runtime.base.errors import UsageError
-from efficientllm.runtime.latency.grid import Grid, parabola_weights, weights_between
 from efficientllm.runtime.latency.profile import DeviceProfile
-from efficientllm.runtime.latency.shape import DecoderShape, LayerShape
-from efficientllm.runtime.latency.workload import Workload
+from efficientllm.runtime.latency.shape import DecoderShape, LayerShape, Workload
+from efficientllm.runtime.latency.table import Grid, parabola_weights, weights_between
 
 IRREGULAR = DecoderShape(
     448, 64, 1024, (LayerShape(9, 3, 1536), LayerShape(2, 2, 672), LayerShape(0, 0, 320), LayerShape(4, 2, 0))
@@ -37,7 +36,7 @@ def test_a_layer_that_lost_both_parts_costs_nothing() -> None:
 
 
 def test_an_absent_part_of_a_layer_may_still_cost_something() -> None:
-    """deci cannot lack an FFN: exporters write 32 zero channels."""
+    """deci cannot lack an FFN: exporters write 64 zero channels."""
     profile = made_up_profile()
     parts = profile.table.parts | {"no_ffn": Grid(((256, 576),), np.full((2, 6), 0.5))}
     dearer = dataclasses.replace(profile, table=dataclasses.replace(profile.table, parts=parts), _prices={})

@@ -18,8 +18,8 @@ from training import command, metrics, run, weights, without
 from efficientllm.runtime.base.errors import OptionError, UsageError
 from efficientllm.runtime.engines.manifest import Manifest
 from efficientllm.runtime.latency.profile import DeviceProfile
-from efficientllm.runtime.latency.surcharge import Surcharge
-from efficientllm.runtime.latency.workload import Workload
+from efficientllm.runtime.latency.shape import Workload
+from efficientllm.runtime.latency.table import Surcharge
 from efficientllm.train.model.architecture import Architecture, LayerShape
 from efficientllm.train.model.file_size import gguf_bytes
 from efficientllm.train.pruning.blocks import BlockScores

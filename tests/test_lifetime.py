@@ -219,7 +219,7 @@ assert answers[0] == answers[1]
 
 
 def test_torch_in_bfloat16_may_compute_between_two_passes(exported: Callable[..., Path]) -> None:
-    """On a CPU with AMX the second pass would be an illegal instruction (runtime/engines/own_thread.py)."""
+    """On a CPU with AMX the second pass would be an illegal instruction (runtime/engines/llama_context.py)."""
     artefact = exported("gguf", "--quantize", "q8_0")
     done = run_python("-c", BETWEEN_TORCH_S_PRODUCTS, str(artefact))
     assert done.code == 0, done.errors

@@ -17,7 +17,8 @@ from efficientllm.runtime.base import user_cache
 from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.base.errors import ArtefactError
 from efficientllm.runtime.engines import artefact as artefacts
-from efficientllm.runtime.engines import probe, seen
+from efficientllm.runtime.engines import manifest as seen
+from efficientllm.runtime.engines import probe
 from efficientllm.runtime.engines.artefact import Artefact
 from efficientllm.runtime.engines.hf_tokenizer import HfTokenizer
 from efficientllm.runtime.engines.manifest import Manifest

@@ -13,8 +13,8 @@ import pytest
 from efficientllm.runtime.base.errors import UsageError
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
 from efficientllm.runtime.engines.owned import OwnedEngine
-from efficientllm.runtime.markers import SPARE, _Controls
 from efficientllm.runtime.prompt import ChatOptions, ToolUse, chat_prompt, tool_prompt
+from efficientllm.runtime.tool_format import SPARE, _Controls
 
 START, END = "<|im_start|>", "<|im_end|>"
 QUESTION = {"role": "user", "content": "How is Rome?"}

@@ -14,8 +14,7 @@ from efficientllm.runtime.engines import pass_sizes
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
 from efficientllm.runtime.engines.llama_context import LlamaContext
 from efficientllm.runtime.engines.owned import OwnedEngine
-from efficientllm.runtime.engines.pass_times import PassTimes
-from efficientllm.runtime.engines.protocol import Part
+from efficientllm.runtime.engines.protocol import Part, PassTimes
 from efficientllm.runtime.generation import AnswerOptions, Generation
 
 PROMPTS = [[5 + (7 * index + step) % 300 for step in range(12)] for index in range(4)]
@@ -150,7 +149,7 @@ def test_passes_are_timed_when_several_chats_are_first_loaded(
     assert min(found, default=1) > 0
 
 
-def test_a_slow_machine_times_the_most_telling_passes(artefact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_machine_times_the_most_telling_passes(unseen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
 
     def measure(context: LlamaContext, size: int, depth: int) -> float:
@@ -159,7 +158,7 @@ def test_a_slow_machine_times_the_most_telling_passes(artefact: Path, monkeypatc
 
     monkeypatch.setattr(pass_sizes, "_timed", measure)
     monkeypatch.setattr(pass_sizes, "SECONDS", -1)
-    engine = load_engine(artefact, EngineOptions(threads=1, context=64, parallel=8))
+    engine = load_engine(unseen, EngineOptions(threads=1, context=64, parallel=8))
     assert sorted(set(sizes)) in ([1], [8])
     engine.close()
     assert list(pass_sizes._most_telling_first(16))[:5] == [16, 1, 8, 4, 12]

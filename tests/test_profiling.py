@@ -23,9 +23,8 @@ from efficientllm.export.checkpoint import Checkpoint
 from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.base.errors import UsageError
 from efficientllm.runtime.latency.profile import DeviceProfile
-from efficientllm.runtime.latency.shape import DecoderShape, LayerShape
-from efficientllm.runtime.latency.surcharge import is_odd, missed
-from efficientllm.runtime.latency.workload import Workload
+from efficientllm.runtime.latency.shape import DecoderShape, LayerShape, Workload
+from efficientllm.runtime.latency.table import is_odd, missed
 
 SMALL = Widths(
     hidden_size=64, num_attention_heads=4, num_key_value_heads=2, intermediate_size=128, head_dim=32, vocab_size=1024,

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 from chromium import CHROMIUM, chromium
 
-from efficientllm.devices import collection, report_cli
+from efficientllm.devices import report as collection
+from efficientllm.devices import report_cli
 from efficientllm.devices.results import BenchOptions, DeviceInfo, Measurement, Run, summarize
 from efficientllm.runtime.base.command import run_command
 

@@ -27,7 +27,7 @@ from efficientllm.runtime.generation import token_logprob
 from efficientllm.runtime.grammar import Grammar, GrammarConstraint
 from efficientllm.runtime.sampling import SamplingOptions, log_softmax
 from efficientllm.server.access.connections import limited_protocol
-from efficientllm.server.answers.defaults import SamplingDefaults
+from efficientllm.server.answers.choices import SamplingDefaults
 from efficientllm.server.app import AppOptions, create_app
 from efficientllm.server.models.pool import ModelPool
 from efficientllm.server.models.worker import EngineWorker

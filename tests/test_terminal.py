@@ -16,10 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from efficientllm.runtime.conversation import ChatOptions, Conversation
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
 from efficientllm.runtime.sampling import SamplingOptions
-from efficientllm.runtime.terminal import Terminal
+from efficientllm.runtime.terminal import ChatOptions, Conversation, Terminal
 
 pty = pytest.importorskip("pty", reason="this system has no pseudo-terminals")
 

@@ -16,7 +16,7 @@ from exporting import SHAPES, export
 from tiny import SIMILAR, tiny_architecture
 from transformers import PreTrainedTokenizerFast
 
-from efficientllm.devices import hub_cli
+from efficientllm.devices import hub_folder as hub_cli
 from efficientllm.runtime.base.command import run_command
 from efficientllm.train.evaluation.scoring import is_checkpoint
 from efficientllm.train.model.source import load_for_inference

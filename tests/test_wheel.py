@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from efficientllm.devices import wheel
+from efficientllm.devices import board_environment as wheel
 from efficientllm.runtime.base.child import run
 
 FILES = {

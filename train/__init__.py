@@ -7,7 +7,7 @@ train(TrainConfig(pruning=PruneConfig(target_ratio=0.8), run=RunConfig(output="r
 
 from typing import TYPE_CHECKING
 
-from ..runtime.base.lazy import lazy_names
+from ..runtime.base.extras import lazy_names
 
 if TYPE_CHECKING:
     from .config import OptimizerConfig, RunConfig, SourceConfig, TrainConfig

@@ -8,9 +8,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..runtime.base.disk import writing
 from ..runtime.base.errors import MissingExtraError, UsageError
-from ..runtime.base.files import write_text_atomically
+from ..runtime.base.files import write_text_atomically, writing
 from .config import RunConfig
 from .progress import Progress
 

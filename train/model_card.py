@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime.base import flags
-from ..runtime.base.markdown import markdown_table
-from ..runtime.base.names import without_folders
-from ..runtime.base.quantities import format_count
+from ..runtime.base.quantities import format_count, markdown_table, without_folders
 from ..runtime.engines.contract_text import contract_rows
 from .config import TrainConfig
 from .data.documents import DataSpec

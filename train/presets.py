@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ..runtime.base.names import unknown_name
+from ..runtime.base.quantities import unknown_name
 from .config import OptimizerConfig, RunConfig, SourceConfig, TrainConfig
 from .pruning.config import PruneConfig
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..runtime.base.files import folder_written_atomically, write_json_atomically
-from ..runtime.base.names import without_folders
+from ..runtime.base.quantities import without_folders
 from .compute.gather import full
 from .evaluation.quality.contract import contract
 from .evaluation.quality.measure import Quality

@@ -13,10 +13,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from ...runtime.latency.grid import Grid
 from ...runtime.latency.shape import DecoderShape, LayerShape
-from ...runtime.latency.surcharge import Surcharge, missed, odd_rows
-from ...runtime.latency.table import PARTS, LatencyTable
+from ...runtime.latency.table import PARTS, Grid, LatencyTable, Surcharge, missed, odd_rows
 from .stacks import Design
 
 TERMS = 11

@@ -15,7 +15,7 @@ from typing import Any
 from ...runtime.base.child import run_python
 from ...runtime.base.errors import ArtefactError, MissingExtraError
 from ...runtime.base.extras import extra
-from ...runtime.base.names import unknown_name
+from ...runtime.base.quantities import unknown_name
 from . import q2_0
 
 FILE_TYPES = (

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from ...runtime.base.disk import require_room
 from ...runtime.base.extras import extra
+from ...runtime.base.files import require_room
 from ...train.model.architecture import Architecture
 from ...train.model.families import Place
 from ...train.model.tensors import split_name

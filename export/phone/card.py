@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...runtime.base.markdown import markdown_table
-from ...runtime.base.quantities import format_bytes, format_count
+from ...runtime.base.quantities import format_bytes, format_count, markdown_table
 from ...runtime.engines.manifest import cache_bytes
 from ...runtime.latency.profile import DeviceProfile
 from ...runtime.latency.shape import DecoderShape

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ...runtime.base import flags
 from ...runtime.base.files import write_json_atomically, write_text_atomically
-from ...runtime.base.names import none_of
+from ...runtime.base.quantities import none_of
 from ...runtime.latency.profile import DeviceProfile
 from ..checkpoint import Checkpoint
 from ..executorch.exporter import write_program

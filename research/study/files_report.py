@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from efficientllm.runtime.base.files import write_text_atomically
-from efficientllm.runtime.base.markdown import markdown_table
-from efficientllm.runtime.base.names import without_folders
-from efficientllm.runtime.base.quantities import format_bytes, format_count
+from efficientllm.runtime.base.quantities import format_bytes, format_count, markdown_table, without_folders
 from efficientllm.train.planning.points import Point
 from efficientllm.train.plots import GROUP_COLOR, KEPT_COLOR, SOURCE_COLOR
 

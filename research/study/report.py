@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from efficientllm.runtime.base.files import write_json_atomically, write_text_atomically
-from efficientllm.runtime.base.markdown import markdown_table
-from efficientllm.runtime.base.quantities import format_count
-from efficientllm.runtime.base.source_tree import commit
+from efficientllm.runtime.base.quantities import format_count, markdown_table
+from efficientllm.runtime.base.user_cache import commit
 from efficientllm.train.compute.hardware import choose_hardware
 from efficientllm.train.evaluation.evaluation import Evaluation
 from efficientllm.train.model.architecture import Architecture

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from efficientllm.runtime.base import flags
 from efficientllm.runtime.base.errors import UsageError
 from efficientllm.runtime.base.files import write_json_atomically
-from efficientllm.runtime.base.names import none_of
+from efficientllm.runtime.base.quantities import none_of
 from efficientllm.runtime.latency.profile import DeviceProfile
 from efficientllm.train.compute.distributed import Parallel
 from efficientllm.train.compute.hardware import choose_hardware

@@ -16,8 +16,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 
-from .disk import REASONS
 from .errors import EfficientLLMError
+from .files import REASONS
 from .progress import PROGRESS_LOGGER
 
 LOGGER = "efficientllm"

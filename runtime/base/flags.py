@@ -21,8 +21,7 @@ from importlib.metadata import version
 from typing import Any, NoReturn, TypeVar
 
 from .errors import OptionError, UsageError
-from .names import did_you_mean, none_of
-from .quantities import parse_bytes, parse_count
+from .quantities import did_you_mean, none_of, parse_bytes, parse_count
 
 T = TypeVar("T")
 

@@ -10,9 +10,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from .disk import writing
 from .errors import UsageError
-from .files import folder_written_atomically
+from .files import folder_written_atomically, writing
 
 try:
     import fcntl

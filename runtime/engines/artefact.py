@@ -9,9 +9,7 @@ from pathlib import Path
 
 from ..base.errors import ArtefactError
 from ..base.files import sha256_of
-from .genai_config import GENAI_CONFIG, GenaiConfig
-from .manifest import MANIFEST_NAME, Manifest
-from .seen import once
+from .manifest import GENAI_CONFIG, MANIFEST_NAME, GenaiConfig, Manifest, once
 
 FILE_ENGINES = {".gguf": "llama.cpp", ".pte": "executorch"}
 """Suffix of a bare model file -> its engine."""

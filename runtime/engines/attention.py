@@ -20,8 +20,8 @@ from ..base.errors import ArtefactError
 from ..base.progress import PROGRESS_LOGGER
 from .engine import CacheChoice
 from .llama_context import Attention, LlamaContext
+from .manifest import once
 from .protocol import Part
-from .seen import once
 
 PLAIN, FLASH, FLASH_Q8_0 = Attention("f16", False), Attention("f16", True), Attention("q8_0", True)
 

@@ -2,25 +2,94 @@
 
 A .pte of anybody's runs too, where it has the interface of ExecuTorch's own LLM runner: `forward(tokens int64 [1, S],
 input_pos int64 [1]) -> logits [1, V] or [1, S, V]`, its constant methods, and tokenizer.json beside it.
+
+Importing ExecuTorch's Python packages in the one order that works.
+
+What a native library writes straight to file descriptor 2, kept from the terminal.
 """
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import logging
 import os
+import re
+import sys
+import tempfile
 import time
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..base.command import LOGGER
 from ..base.errors import ArtefactError
+from ..base.extras import extra
 from .engine import EngineOptions
-from .executorch_loader import import_executorch
-from .huge_pages import huge_pages
 from .manifest import manifest_cache_bytes
-from .memory import give_back_freed_memory
-from .native_log import captured_native_log
+from .memory import give_back_freed_memory, huge_pages
 from .stepwise import StepwiseEngine
+
+_IN_ORDER = (
+    "executorch.extension.pybindings.portable_lib",
+    "executorch.runtime",
+    "executorch.extension.llm.custom_ops.custom_ops",  # llama::update_cache, llama::custom_sdpa
+    "executorch.kernels.quantized",  # quantized_decomposed::embedding_*; before the others, XNNPACK fails to initialise
+)
+
+
+def import_executorch() -> None:
+    """Register ExecuTorch's operators, for export and for running; MissingExtraError where it is not installed."""
+    with extra("executorch"), quiet_executorch():
+        for name in _IN_ORDER:
+            importlib.import_module(name)
+
+
+@contextlib.contextmanager
+def quiet_executorch() -> Iterator[None]:
+    """Without the warnings and progress messages of ExecuTorch's Python code; errors are shown."""
+    ours = logging.getLogger(LOGGER)
+    wanted = {ours: ours.getEffectiveLevel()}  # else it would be the root's
+    wanted |= {logging.getLogger(name): logging.ERROR for name in (None, "executorch", "torch", "torchao")}
+    levels = {logger: logger.level for logger in wanted}
+    for logger, level in wanted.items():
+        logger.setLevel(level)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in levels.items():
+            logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def captured_native_log(own_line: str) -> Iterator[Callable[[], str]]:
+    """Catch the library's lines, which begin like the pattern `own_line`; yields a function that returns those so far.
+
+    File descriptor 2 is the whole process's: what Python and other threads write to it meanwhile is shown when the
+    block ends, so keep it short.
+    """
+    sys.stderr.flush()
+    terminal = os.dup(2)
+    with tempfile.TemporaryFile() as log:
+        os.dup2(log.fileno(), 2)
+
+        def lines(own: bool) -> bytes:
+            log.seek(0)
+            return b"".join(line for line in log if bool(re.match(own_line.encode(), line)) is own)
+
+        try:
+            yield lambda: lines(own=True).decode("utf-8", errors="replace")
+        finally:
+            sys.stderr.flush()
+            os.dup2(terminal, 2)
+            os.close(terminal)
+            os.write(2, lines(own=False))
+
 
 LOG_LINE = r"\[\w+\.\w+:\d+\]|(Error|Warning) in (XNNPACK|cpuinfo): "
 """How messages of ExecuTorch, as [method.cpp:1247], and of the libraries in it begin."""

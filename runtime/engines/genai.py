@@ -18,10 +18,8 @@ import numpy as np
 from ..base.errors import ArtefactError
 from ..base.extras import extra
 from .engine import DEFAULT_CONTEXT, EngineOptions
-from .genai_config import GENAI_CONFIG, GenaiConfig
-from .huge_pages import huge_pages
-from .manifest import manifest_cache_bytes
-from .memory import give_back_freed_memory
+from .manifest import GENAI_CONFIG, GenaiConfig, manifest_cache_bytes
+from .memory import give_back_freed_memory, huge_pages
 from .stepwise import StepwiseEngine
 
 

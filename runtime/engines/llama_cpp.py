@@ -18,16 +18,12 @@ import numpy as np
 from ..base.errors import ArtefactError
 from ..base.extras import extra
 from .attention import choose_attention
-from .build import engine_build
 from .engine import DEFAULT_CONTEXT, EngineOptions, engine_version
-from .huge_pages import huge_pages
-from .llama_context import LlamaContext
-from .llama_embeddings import embed
-from .manifest import Manifest
-from .memory import give_back_freed_memory
+from .llama_context import LlamaContext, embed
+from .manifest import Manifest, engine_build
+from .memory import give_back_freed_memory, huge_pages
 from .pass_sizes import measured_pass_times
-from .pass_times import PassTimes
-from .protocol import Part, Pooling
+from .protocol import Part, PassTimes, Pooling
 
 EVALUATED = 64
 """Tokens evaluated in one pass when every token's logits are wanted."""

@@ -1,16 +1,31 @@
-"""The manifest that stands beside every exported artefact: what it is, where it came from, how well it matches."""
+"""The manifest that stands beside every exported artefact: what it is, where it came from, how well it matches.
+
+genai_config.json: how onnxruntime-genai describes a model folder. Its builder writes it, our ONNX exporter too.
+
+What this user's earlier processes found out about files, so that a second load does not ask again.
+
+A finding is kept under the file's device, inode, size and times: whatever writes to the file changes one of them. The
+cache is one JSON file; without it, or where it cannot be written, everything is found out anew.
+
+What the engines say of how they were built: commits and instruction sets, for whoever compares figures.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import hashlib
 import json
 import re
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..base.errors import ArtefactError
-from ..base.files import json_text, sha256_of, write_text_atomically
+from ..base.files import json_text, sha256_of, write_json_atomically, write_text_atomically
+from ..base.user_cache import cache_folder
 
 MANIFEST_NAME = "manifest.json"
 OLLAMA_FILE = "Modelfile"
@@ -148,3 +163,122 @@ def manifest_cache_bytes(folder: Path, slots: int, element_bytes: int = 0) -> in
 def describe_files(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:
     """Sizes and hashes of an artefact's files, as Manifest.files."""
     return {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)} for name in names}
+
+
+GENAI_CONFIG = "genai_config.json"
+
+
+@dataclass(frozen=True)
+class GenaiConfig:
+    """What the engines read of it; a folder without the file has the defaults."""
+
+    model_file: str = ""
+    context_length: int = 0
+    """Tokens, prompt and answer together; 0 where it is not said."""
+    vocab_size: int = 0
+    end_ids: frozenset[int] = frozenset()
+    """Tokens that end an answer."""
+    decoder: dict[str, Any] = field(default_factory=dict)
+    """Sizes and names of the graph's inputs and outputs."""
+    shares_cache: bool = True
+    """Whether the attention operator writes into the past in place."""
+
+    @classmethod
+    def read(cls, folder: Path) -> GenaiConfig:
+        """ArtefactError where FOLDER/genai_config.json is there and malformed."""
+        path = folder / GENAI_CONFIG
+        if not path.is_file():
+            return cls()
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            model, search = values.get("model", {}), values.get("search", {})
+            decoder, end_ids = model.get("decoder", {}), model.get("eos_token_id", [])
+            return cls(
+                decoder.get("filename", ""),
+                int(model.get("context_length", 0)),
+                int(model.get("vocab_size", 0)),
+                frozenset(end_ids if isinstance(end_ids, list) else [end_ids]),
+                decoder,
+                search.get("past_present_share_buffer", True),
+            )
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise ArtefactError(f"{path} is malformed: {error}") from error
+
+
+LARGEST = 1000
+"""Findings that are kept; the oldest go first."""
+
+SETTLED_SECONDS = 2.0
+"""A file changed less than this ago could change again within one tick of its clock: nothing is kept of it."""
+
+
+def once(
+    question: str, files: Sequence[Path], find_out: Callable[[], str], is_answer: Callable[[str], bool] = bool
+) -> str:
+    """The answer to `question` about the content of `files`: the kept one, or `find_out()`, which is kept then.
+
+    An empty answer is not kept, nor is what `find_out` raises; a kept one that is none (`is_answer`) is found anew.
+    """
+    before = _identity(files)
+    key = f"{question}: {before}"
+    path = cache_folder() / "seen.json"
+    kept = _read(path).get(key)
+    if kept is not None and is_answer(kept):
+        return kept
+    answer = find_out()
+    changed = max(max(state.st_mtime, state.st_ctime) for state in map(Path.stat, files))
+    if answer and time.time() - changed > SETTLED_SECONDS and _identity(files) == before:
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            answers = [*_read(path).items(), (key, answer)][-LARGEST:]
+            write_json_atomically(path, dict(answers))
+    return answer
+
+
+def _identity(files: Sequence[Path]) -> str:
+    """Numbers that change with the content; a list of many files is one hash."""
+    states = [file.stat() for file in files]
+    numbers = [(one.st_dev, one.st_ino, one.st_size, one.st_mtime_ns, one.st_ctime_ns) for one in states]
+    return hashlib.sha256(repr(numbers).encode()).hexdigest()
+
+
+def _read(path: Path) -> dict[str, str]:
+    """The findings; none where there is no such file or it is damaged."""
+    try:
+        answers = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return answers if isinstance(answers, dict) and all(isinstance(one, str) for one in answers.values()) else {}
+
+
+def _llama_cpp() -> str:
+    import llama_cpp
+
+    said = [llama_cpp.llama_print_system_info().decode().strip(" |")]
+    for what in ("version", "commit"):
+        # ggml says both itself, the Python package neither; builds of before 2025 do not
+        ask = getattr(llama_cpp.llama_cpp._lib, f"ggml_{what}", None)
+        if ask is not None:
+            ask.restype = ctypes.c_char_p
+            said.append(f"ggml {what} {ask().decode()}")
+    return " | ".join(said)
+
+
+def _onnxruntime() -> str:
+    import onnxruntime
+
+    return onnxruntime.get_build_info()
+
+
+def _executorch() -> str:
+    from executorch import version
+
+    return f"commit {version.git_version}"
+
+
+BUILDS = {"llama.cpp": _llama_cpp, "onnxruntime": _onnxruntime, "executorch": _executorch}
+
+
+def engine_build(name: str) -> str:
+    """Of an installed engine; "" of one that tells nothing (onnxruntime-genai, a plug-in's)."""
+    return BUILDS[name]() if name in BUILDS else ""

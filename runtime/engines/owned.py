@@ -9,10 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from ..base.errors import ContextOverflowError, UsageError
-from .caches import Caches
-from .lease import Lease, shares
-from .pass_times import PassTimes
-from .protocol import CacheFullError, Embedder, Engine, EvaluationInterrupted, Part, Pooling, Timed
+from .lease import Caches, Lease, shares
+from .protocol import CacheFullError, Embedder, Engine, EvaluationInterrupted, Part, PassTimes, Pooling, Timed
 
 CLOSED = "the model is closed; load it again"
 TAKEN = (

@@ -17,9 +17,8 @@ import numpy as np
 
 from ..base.progress import PROGRESS_LOGGER
 from .llama_context import LlamaContext
-from .pass_times import PassTimes
-from .protocol import Part
-from .seen import once
+from .manifest import once
+from .protocol import Part, PassTimes
 
 DEPTH = 256
 """Tokens in each chat's cache when its next one is timed; all begin alike and share their room."""

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from ..base.child import Finished, run
 from ..base.errors import ArtefactError
 from .artefact import Artefact
-from .seen import once
+from .manifest import once
 
 WORKS = "works"
 REFUSED = 3

@@ -1,4 +1,7 @@
-"""The profile of a device: milliseconds of every part of a decoder as it runs there, and what they were measured on."""
+"""The profile of a device: milliseconds of every part of a decoder as it runs there, and what they were measured on.
+
+Where the milliseconds of a workload go.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,27 @@ import numpy as np
 
 from ..base.errors import UsageError
 from ..base.files import write_json_atomically
-from .breakdown import Breakdown
-from .shape import DecoderShape, LayerShape
-from .surcharge import attention_odd_rows, ffn_odd_rows, head_odd_rows
-from .table import LatencyTable
-from .workload import Workload
+from .shape import DecoderShape, LayerShape, Workload
+from .table import LatencyTable, attention_odd_rows, ffn_odd_rows, head_odd_rows
+
+
+@dataclass(frozen=True)
+class Breakdown:
+    """Milliseconds of a workload by part."""
+
+    attention_ms: tuple[float, ...]
+    """Of each layer."""
+    ffn_ms: tuple[float, ...]
+    """Of each layer."""
+    head_ms: float
+    """The LM head."""
+    token_ms: float
+    """What every token costs beside layers and head: embedding, last norm, the engine's own work."""
+
+    @property
+    def total_ms(self) -> float:
+        return sum(self.attention_ms) + sum(self.ffn_ms) + self.head_ms + self.token_ms
+
 
 SCHEMA_VERSION = 1
 KIND = "device_profile"

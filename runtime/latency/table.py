@@ -3,19 +3,150 @@
 The last axis of every grid is the condition: first decoding one token at each of `depths`, then evaluating a prompt of
 each of `prompts` tokens. A workload is a weight for each condition, since milliseconds between two depths are
 interpolated linearly, and those between lengths of a prompt by a parabola: attention's grow with the square.
+
+What weights and rows cost that no grid of widths can hold: beyond the CPU's cache, and beside a kernel's stride.
+
+Values measured at the nodes of a grid, and everything between them.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from .grid import Grid, parabola_weights, weights_between
-from .surcharge import Surcharge
-from .workload import Workload
+from .shape import DecoderShape, LayerShape, Workload
+
+BLOCK = 32
+"""Weights in a quantised block; exporters pad rows to whole ones."""
+
+
+@dataclass(frozen=True)
+class Surcharge:
+    """Arrays are by condition, as the table's grids.
+
+    Weights are read in turn, token after token: a cache of some size holds all of a smaller model's and none of one
+    that is twice as large, in between a part. Deep decoding leaves less room for weights, and a prompt reads them once
+    for many tokens. Kernels that take two blocks at a time (SSE) finish rows of an odd number one by one.
+    """
+
+    capacity: np.ndarray
+    """Weights that fit the cache, at least one."""
+    spill_ms: np.ndarray
+    """Milliseconds more of a million weights where none is found in the cache."""
+    odd_ms: np.ndarray
+    """Milliseconds more of a thousand rows of an odd number of blocks."""
+
+    def __post_init__(self) -> None:
+        arrays = (self.capacity, self.spill_ms, self.odd_ms)
+        if len({array.shape for array in arrays}) > 1 or self.capacity.ndim != 1:
+            raise ValueError("a surcharge needs a capacity and milliseconds of every condition")
+        if not all(np.isfinite(array).all() and (array >= 0).all() for array in arrays) or (self.capacity < 1).any():
+            raise ValueError("a surcharge holds a value that is no size or no time")
+
+    def per_weight(self, num_weights: float) -> np.ndarray:
+        """Milliseconds more [conditions] of each weight of a model that has so many."""
+        return 1e-6 * self.spill_ms * missed(num_weights, self.capacity)
+
+    def of(self, shape: DecoderShape) -> np.ndarray:
+        """Milliseconds more [conditions] of a whole model."""
+        return shape.num_weights * self.per_weight(shape.num_weights) + 1e-3 * self.odd_ms * odd_rows(shape)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "capacity": self.capacity.tolist(),
+            "spill_ms": np.round(self.spill_ms, 7).tolist(),
+            "odd_ms": np.round(self.odd_ms, 7).tolist(),
+        }
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Surcharge:
+        """The inverse of `to_json`."""
+        return cls(*(np.array(values[name], float) for name in ("capacity", "spill_ms", "odd_ms")))
+
+
+def missed(num_weights: np.ndarray | float, capacity: np.ndarray | float) -> np.ndarray:
+    """Share of a model's weights that are not found in a cache with room for `capacity`."""
+    return np.clip((num_weights - capacity) / capacity, 0.0, 1.0)
+
+
+def is_odd(width: int) -> bool:
+    """Whether rows of so many weights are an odd number of blocks, as they are exported."""
+    return -(-width // BLOCK) % 2 == 1
+
+
+def head_odd_rows(shape: DecoderShape) -> int:
+    """Rows of the LM head of an odd number of blocks."""
+    return shape.vocab_size * is_odd(shape.hidden_size)
+
+
+def attention_odd_rows(layer: LayerShape, shape: DecoderShape) -> int:
+    """Rows of an attention's matrices of an odd number of blocks."""
+    hidden, heads, groups = shape.hidden_size, layer.num_attention_heads, layer.num_key_value_heads
+    reading = shape.head_dim * (heads + 2 * groups) * is_odd(hidden)
+    return reading + hidden * is_odd(heads * shape.head_dim)
+
+
+def ffn_odd_rows(layer: LayerShape, shape: DecoderShape) -> int:
+    """Rows of an FFN's matrices of an odd number of blocks."""
+    return 2 * layer.intermediate_size * is_odd(shape.hidden_size) + shape.hidden_size * is_odd(layer.intermediate_size)
+
+
+def odd_rows(shape: DecoderShape) -> int:
+    """Rows of all of a model's matrices of an odd number of blocks."""
+    layers = (attention_odd_rows(layer, shape) + ffn_odd_rows(layer, shape) for layer in shape.present_layers)
+    return head_odd_rows(shape) + sum(layers)
+
+
+def weights_between(nodes: Sequence[float], value: float) -> np.ndarray:
+    """Weights [N] of ascending `nodes` that interpolate at `value`: linear, and on along the last piece outside."""
+    weights = np.zeros(len(nodes))
+    if len(nodes) == 1:
+        weights[0] = 1.0
+        return weights
+    left = int(np.clip(np.searchsorted(nodes, value, side="right") - 1, 0, len(nodes) - 2))
+    share = (value - nodes[left]) / (nodes[left + 1] - nodes[left])
+    weights[left], weights[left + 1] = 1 - share, share
+    return weights
+
+
+def parabola_weights(nodes: Sequence[float], value: float) -> np.ndarray:
+    """Weights [N] of ascending `nodes` that give the parabola through three of them at `value`, by Lagrange: the two
+    around it and the next below, or the first or last three; with fewer nodes a line or a constant."""
+    last = int(np.clip(np.searchsorted(nodes, value, side="left"), min(2, len(nodes) - 1), len(nodes) - 1))
+    used = range(max(0, last - 2), last + 1)
+    weights = np.zeros(len(nodes))
+    for one in used:
+        others = [nodes[other] for other in used if other != one]
+        weights[one] = np.prod([(value - other) / (nodes[one] - other) for other in others])
+    return weights
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Values [N1, ..., Nk, C] over k axes: C figures, such as milliseconds by depth, at every node."""
+
+    axes: tuple[tuple[int, ...], ...]
+    """Nodes of each axis, ascending."""
+    values: np.ndarray
+
+    def __post_init__(self) -> None:
+        sizes = tuple(len(axis) for axis in self.axes)
+        if self.values.shape[:-1] != sizes or any(list(axis) != sorted(set(axis)) or not axis for axis in self.axes):
+            raise ValueError(f"a grid of axes {sizes} holds values of shape {self.values.shape}")
+        if not np.isfinite(self.values).all():
+            raise ValueError("a grid holds a value that is no number")
+
+    def at(self, *point: float) -> np.ndarray:
+        """The figures [C] at a point: multilinear between nodes."""
+        values = self.values
+        for nodes, coordinate in zip(self.axes, point, strict=True):
+            values = np.tensordot(weights_between(nodes, coordinate), values, axes=1)
+        return values
+
 
 PARTS = {
     "token": ("hidden_size",),

@@ -1,4 +1,7 @@
-"""What every request passes first: the host it names, the key, and the size, kind and time of its body."""
+"""What every request passes first: the host it names, the key, and the size, kind and time of its body.
+
+Names of this machine for itself. Imports nothing of the web.
+"""
 
 from __future__ import annotations
 
@@ -112,3 +115,7 @@ class Guard:
 def _host(headers: Mapping[bytes, bytes]) -> str:
     """The name that the client called, without its port."""
     return re.sub(r":\d+$", "", headers.get(b"host", b"").decode("latin-1")).lower()
+
+
+LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1", "[::1]")
+"""As flags and browsers write them."""

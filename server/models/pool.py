@@ -18,8 +18,7 @@ from ...runtime.engines.engine import DEFAULT_CONTEXT, EngineOptions, load_engin
 from ...runtime.engines.owned import OwnedEngine
 from ...runtime.grammar import read_vocabulary
 from ..schemas.error import APIError, stopping
-from .deadline import Deadline
-from .worker import EngineWorker
+from .worker import Deadline, EngineWorker
 
 PARALLEL = 16
 """Answers of one model that are computed together, where nothing else is asked for."""

@@ -1,8 +1,14 @@
-"""One engine behind a bounded queue: a thread of its own computes all answers together, never on the event loop."""
+"""One engine behind a bounded queue: a thread of its own computes all answers together, never on the event loop.
+
+The time that a request has, loading, waiting and answering together.
+
+Work in a thread of its own, for which the end of the process does not wait.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
@@ -14,10 +20,51 @@ from ...runtime.batch import Batch, Progress
 from ...runtime.engines.owned import CLOSED, OwnedEngine
 from ...runtime.generation import Generation, TokenLogprob
 from ..schemas.error import APIError, stopping
-from .deadline import Deadline
-from .thread import in_thread
+
+
+@dataclass(frozen=True)
+class Deadline:
+    """When a request has had its time."""
+
+    seconds: float
+    """From its arrival."""
+    at: float
+    """By the event loop's clock."""
+
+    @classmethod
+    def from_now(cls, seconds: float) -> Deadline:
+        return cls(seconds, asyncio.get_running_loop().time() + seconds)
+
+    def error(self) -> APIError:
+        """What the client is told."""
+        return APIError(408, f"the answer took longer than {self.seconds:g} s", "timeout_error", "timeout")
+
 
 T = TypeVar("T")
+
+
+def in_thread(make: Callable[[], T]) -> asyncio.Future[T]:
+    """What `make` returns or raises; unlike asyncio.to_thread's, the thread is no executor's, whose threads asyncio and
+    the interpreter join before they end."""
+    loop = asyncio.get_running_loop()
+    made: asyncio.Future[T] = loop.create_future()
+
+    def work() -> None:
+        try:
+            result = make()
+        except StopIteration as error:  # which a future cannot hold
+            tell(made.set_exception, RuntimeError(f"{error!r} was not caught"))
+        except BaseException as error:
+            tell(made.set_exception, error)
+        else:
+            tell(made.set_result, result)
+
+    def tell(settle: Callable[[Any], None], outcome: Any) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(lambda: None if made.done() else settle(outcome))
+
+    threading.Thread(target=work, daemon=True).start()
+    return made
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 
 from efficientllm.runtime.base import flags
 from efficientllm.runtime.base.command import run_command
-from efficientllm.runtime.base.figure import Figure
-from efficientllm.runtime.base.markdown import markdown_table
+from efficientllm.runtime.base.quantities import Figure, markdown_table
 from efficientllm.runtime.engines.artefact import Artefact
 from efficientllm.runtime.engines.attention import CANDIDATES
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine

@@ -17,7 +17,7 @@ import numpy as np
 from efficientllm.runtime.base import flags
 from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.base.errors import UsageError
-from efficientllm.runtime.base.markdown import markdown_table
+from efficientllm.runtime.base.quantities import markdown_table
 from efficientllm.runtime.engines.engine import CACHE_CHOICES, EngineOptions, load_engine
 from efficientllm.runtime.sampling import log_softmax
 

@@ -19,8 +19,7 @@ from executorch.extension.llm.custom_ops import custom_ops as _registered  # noq
 from onnx import TensorProto, helper
 from torch.ao.quantization.fx import _decomposed as _quantized_ops  # noqa: F401
 
-from efficientllm.runtime.base.figure import Figure
-from efficientllm.runtime.base.markdown import markdown_table
+from efficientllm.runtime.base.quantities import Figure, markdown_table
 
 CONTEXT, HEADS, GROUPS, WIDTH = 2048, 9, 3, 64
 DEPTHS, TOKENS, REPEATED = (64, 512, 1536), (1, 24), 60

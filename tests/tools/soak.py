@@ -20,7 +20,7 @@ from serving import serve
 
 from efficientllm.runtime.base import flags
 from efficientllm.runtime.base.command import run_command
-from efficientllm.runtime.base.figure import Figure
+from efficientllm.runtime.base.quantities import Figure
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
 from efficientllm.runtime.engines.owned import OwnedEngine
 from efficientllm.server.app import AppOptions

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ...runtime.base.markdown import markdown_table
+from ...runtime.base.quantities import markdown_table
 from ...runtime.engines.contract_text import BITS_PER_BYTE
 from .evaluation import Evaluation
 from .perplexity import Perplexity

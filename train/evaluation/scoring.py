@@ -14,7 +14,7 @@ from ...runtime.base.errors import ModelError
 from ...runtime.base.files import sha256_of
 from ...runtime.engines.artefact import Artefact
 from ...runtime.engines.engine import EngineOptions, load_engine
-from ...runtime.engines.genai_config import GENAI_CONFIG
+from ...runtime.engines.manifest import GENAI_CONFIG
 from ...runtime.generation import AnswerOptions, Generation
 from ...runtime.sampling import log_softmax
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from ...runtime.base.errors import DataError
 from ...runtime.base.extras import extra
-from ...runtime.base.names import unknown_name
+from ...runtime.base.quantities import unknown_name
 
 
 @dataclass(frozen=True)

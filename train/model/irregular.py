@@ -13,7 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import save_file
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
-from ...runtime.base.disk import require_room
+from ...runtime.base.files import require_room
 from . import modeling_efficientllm as modeling
 from .architecture import Architecture, LayerShape
 from .hf_files import mend_tokenizer_config, write_config

@@ -15,7 +15,7 @@ from ...runtime.base.extras import extra
 from ...runtime.base.output import check_file
 from ...runtime.base.quantities import format_count
 from ...runtime.latency.profile import DeviceProfile
-from ...runtime.latency.workload import Workload
+from ...runtime.latency.shape import Workload
 from ..pruning.config import PruneConfig
 from ..pruning.latency_target import LatencyTarget
 

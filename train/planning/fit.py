@@ -17,7 +17,7 @@ from ...runtime.base.errors import UsageError
 from ...runtime.base.extras import extra
 from ...runtime.base.quantities import format_bytes
 from ...runtime.latency.profile import DeviceProfile
-from ...runtime.latency.workload import Workload
+from ...runtime.latency.shape import Workload
 from ..model.architecture import Architecture
 from ..model.file_size import gguf_bytes, tokenizer_bytes
 from ..model_card import command_line

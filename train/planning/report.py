@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ...runtime.base.markdown import markdown_table
-from ...runtime.base.quantities import format_bytes, format_count
+from ...runtime.base.quantities import format_bytes, format_count, markdown_table
 from ..model.architecture import Architecture
 from ..pruning.measures import DeviceTime, decoder_shape
 from .prices import Candidate

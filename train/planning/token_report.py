@@ -7,8 +7,7 @@ import math
 from pathlib import Path
 
 from ...runtime.base.files import write_bytes_atomically
-from ...runtime.base.markdown import markdown_table
-from ...runtime.base.quantities import format_count, format_duration
+from ...runtime.base.quantities import format_count, format_duration, markdown_table
 from .token_law import GPU_UTILISATION, TokenLaw
 
 MEASURED, WANTED = "#2f6db3", "#e08a3c"

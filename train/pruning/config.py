@@ -7,7 +7,7 @@ from typing import Literal
 
 from ...runtime.base import flags
 from ...runtime.base.errors import OptionError
-from ...runtime.latency.workload import Workload
+from ...runtime.latency.shape import Workload
 from ..model.file_types import BODY, TENSOR_BLOCKS
 from .groups import BLOCKS, KINDS, PRUNE_TYPES
 from .latency_target import LatencyTarget

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ...runtime.base.errors import UsageError
-from ...runtime.base.names import unknown_name
+from ...runtime.base.quantities import unknown_name
 
 Terms = tuple[Tensor, ...]
 

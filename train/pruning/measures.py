@@ -12,9 +12,8 @@ from functools import lru_cache
 
 from ...runtime.base.quantities import format_bytes, format_count
 from ...runtime.latency.profile import DeviceProfile
-from ...runtime.latency.shape import DecoderShape
+from ...runtime.latency.shape import DecoderShape, Workload
 from ...runtime.latency.shape import LayerShape as DecoderLayer
-from ...runtime.latency.workload import Workload
 from ..model.architecture import Architecture, LayerShape
 from ..model.file_size import gguf_bytes
 from ..model.file_types import depends_on_place

@@ -10,9 +10,10 @@ from serving import serve
 
 from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.engines.engine import EngineOptions
-from efficientllm.server import load, stall
 from efficientllm.server.app import AppOptions
 from efficientllm.server.models.pool import ModelPool
+from research import server_load as load
+from research import server_stall as stall
 
 
 @pytest.fixture(scope="module")
