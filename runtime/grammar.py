@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import json
 import re
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
@@ -39,6 +41,9 @@ MESSAGE = 500
 JSON: Any = {"whitespace_pattern": r"( |\n {0,16})?", "json_allow_general_unicode_escapes": True}
 """How JSON may be written: indented or not (a small model that may write any amount of space writes nothing else)."""
 
+NAMING_SECONDS = 1.0
+"""How long the parts of a refused grammar are compiled, at most, to name the one that is refused alone, too."""
+
 
 @dataclass(frozen=True)
 class Grammar:
@@ -48,6 +53,8 @@ class Grammar:
     """In one of llguidance's forms."""
     name: str
     """What a client calls it, for messages."""
+    parts: tuple[Grammar, ...] = ()
+    """Grammars within it. Where it is refused and one of them is, too, the error names that one."""
 
     @classmethod
     def json_object(cls) -> Grammar:
@@ -85,6 +92,8 @@ class Grammar:
             raise UsageError(f"{self.name}: has {len(self.source):,} characters, at most {MOST_CHARACTERS:,} are taken")
         is_wrong, messages = self.on_its_stack(lambda: LLMatcher.validate_grammar_with_warnings(self.source))
         if is_wrong:
+            for part in self.parts:
+                part.checked()
             raise self.refusal(messages[0])
         return self
 
@@ -115,9 +124,31 @@ class Grammar:
 def _in_one_line(message: str) -> str:
     """llguidance's message without the lines that repeat the grammar, and without its state."""
     lines = re.split("<state>|<backtrace>", message)[0].splitlines()
-    lines = [line for line in lines if not re.match(r"\s*(\d+ \||\^)", line)]
+    lines = [line for line in lines if not re.match(r"\s*(\d+ \||\^+\s*$)", line)]
     text = " ".join(" ".join(lines).split())
+    text = _with_remedy(text)
     return text if len(text) <= MESSAGE else text[:MESSAGE] + " ..."
+
+
+def _with_remedy(text: str) -> str:
+    """Return llguidance 1.x's message; where it is about a keyword of a JSON schema, say what to do about it."""
+    if found := re.search(r"Unimplemented keys: \[(.*?)\]", text):
+        keywords = re.findall(r'"(.*?)"', found[1])
+        listed = " and ".join(f"`{keyword}`" for keyword in keywords)
+        said = f"{listed} cannot be enforced; remove {'it' if len(keywords) == 1 else 'them'}"
+    elif found := re.search(r"oneOf constraints are not supported", text):
+        said = "`oneOf` whose schemas may overlap cannot be enforced; use `anyOf`"
+    elif found := re.search(r"Unknown format: (.*)", text):
+        said = f"`format` {found[1]!r} cannot be enforced; remove it"
+    else:
+        return text
+    return text[: found.start()] + said
+
+
+def schema_part(schema: Mapping[str, Any], name: str) -> Grammar:
+    """Return the grammar of `embedded_schema` alone, unchecked. Errors call it `name`."""
+    content = {**schema, "x-guidance": JSON}
+    return Grammar(json.dumps({"grammars": [{"json_schema": content}]}), name)
 
 
 def embedded_schema(schema: Mapping[str, Any]) -> str:
@@ -140,6 +171,10 @@ class GrammarConstraint:
         self._name = grammar.name
         tokenizer = _tokenizer_of(engine, frozenset(control_tokens))
         self._matcher = grammar.on_its_stack(lambda: LLMatcher(tokenizer, grammar.source, log_level=0))
+        if self._matcher.is_error():
+            until = time.monotonic() + NAMING_SECONDS
+            for part in itertools.takewhile(lambda _: time.monotonic() < until, grammar.parts):
+                GrammarConstraint(engine, part, control_tokens)
         self._require(not self._matcher.is_error())
         self._bits = np.zeros((tokenizer.vocab_size + 31) // 32, dtype=np.int32)
 

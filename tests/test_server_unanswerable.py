@@ -109,6 +109,49 @@ def test_it_is_refused_and_the_server_goes_on(address: str, name: str) -> None:
     assert httpx.get(f"{address}/health").json()["in_flight"] == 0
 
 
+TAGS = {"type": "array", "items": {"type": "string"}, "uniqueItems": False}
+NAMED: dict[str, tuple[dict[str, Any], str]] = {
+    "a keyword": (TAGS, "`uniqueItems` cannot be enforced; remove it"),
+    "keywords": (
+        {"type": "object", "if": {"required": ["b"]}, "then": {"required": ["c"]}},
+        "`if` and `then` cannot be enforced; remove them",
+    ),
+    "alternatives": (
+        {"oneOf": [{"type": "number"}, {"type": "integer"}]},
+        "`oneOf` whose schemas may overlap cannot be enforced; use `anyOf`",
+    ),
+    "a format": ({"type": "string", "format": "zone"}, "`format` 'zone' cannot be enforced; remove it"),
+    "a pattern": ({"type": "string", "pattern": "^(?=a).*"}, "regex parse error: ^(?=a).* error: look-around, "),
+    "a type": ({"type": "thing"}, "Invalid type: thing"),
+    "too much to compute": (
+        {"type": "integer", "multipleOf": 9_999_991, "minimum": 1},
+        "no answer can keep to it: fuel exhausted",
+    ),
+}
+"""Parameters that are refused, the last only when they are compiled for a vocabulary, and what is said of them."""
+
+
+@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("choice", ["auto", "required"])
+def test_the_tool_whose_parameters_cannot_be_enforced_is_named(address: str, name: str, choice: str) -> None:
+    refused, said = NAMED[name]
+    fine, wrong = ({"type": "object", "properties": {"a": value}} for value in ({"type": "integer"}, refused))
+    wrong["required"] = ["a"]
+    named = {"now": fine, "set_timer": wrong, "weather": fine}
+    tools = [{"type": "function", "function": {"name": tool, "parameters": named[tool]}} for tool in named]
+    answer = ask(address, {"tools": tools, "tool_choice": choice})
+    assert answer.status_code == 400, answer.text[:300]
+    assert answer.json()["error"]["message"].startswith(f"tool 'set_timer': parameters: {said}")
+    assert ask(address, {"tools": [tools[0], tools[2]], "tool_choice": choice}).status_code == 200
+
+
+def test_a_schema_beside_tools_is_named_itself(address: str) -> None:
+    tools = [{"type": "function", "function": {"name": "now"}}]
+    answer = ask(address, {"tools": tools, **schema({"type": "object", "not": {"required": ["a"]}})})
+    assert answer.status_code == 400, answer.text[:300]
+    assert answer.json()["error"]["message"] == "json_schema: `not` cannot be enforced; remove it"
+
+
 @pytest.mark.parametrize("name", DEEP)
 def test_a_deep_grammar_is_answered_or_refused(address: str, name: str) -> None:
     answer = ask(address, DEEP[name])

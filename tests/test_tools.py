@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from efficientllm.runtime.base.errors import UnanswerableError
 from efficientllm.runtime.call_reader import Argued, Called, CallReader, Said
 from efficientllm.runtime.engines.owned import OwnedEngine
 from efficientllm.runtime.grammar import GrammarConstraint
@@ -130,6 +131,18 @@ def test_calls_are_valid_where_there_are_any(engine: OwnedEngine, text: str, may
 def test_an_answer_is_a_call_or_what_the_schema_says(engine: OwnedEngine) -> None:
     use = ToolUse(TOOLS, otherwise={"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]})
     assert [accepts(engine, use, text) for text in (ROME, '{"a": 1}', '{"b": 1}', "text")] == [True, True, False, False]
+
+
+def test_the_search_for_the_tool_that_is_refused_ends(engine: OwnedEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each tool is compiled alone, which can take long where all together were given up."""
+    much = {"type": "object", "properties": {"a": {"type": "integer", "multipleOf": 9_999_991, "minimum": 1}}}
+    grammar = GENERIC.grammar(
+        [{"function": {"name": "much", "parameters": {**much, "required": ["a"]}}}], (), must_call=True
+    )
+    for seconds, name in ((60.0, "tool 'much': parameters"), (0.0, "tools")):
+        monkeypatch.setattr("efficientllm.runtime.grammar.NAMING_SECONDS", seconds)
+        with pytest.raises(UnanswerableError, match=f"^{name}: no answer can keep to it: fuel exhausted"):
+            GrammarConstraint(engine, grammar)
 
 
 @pytest.mark.parametrize("size", [1, 3, 1000])
