@@ -48,6 +48,12 @@ class Module:
         comments = [token.string for token in tokens if token.type == tokenize.COMMENT]
         return sum(not comment.startswith(("# type:", "# noqa", "# pyright:")) for comment in comments)
 
+    @property
+    def num_tokens(self) -> int:
+        """Names, operators and numbers; strings, docstrings and comments do not count."""
+        tokens = tokenize.generate_tokens(io.StringIO(self.source).readline)
+        return sum(token.type in (tokenize.NAME, tokenize.OP, tokenize.NUMBER) for token in tokens)
+
 
 def parameters(function: Function) -> list[ast.arg]:
     """All of them, `self` and `cls` left out."""
@@ -77,6 +83,7 @@ def measure(root: Path) -> dict[str, str]:
     return {
         "modules": f"{len(modules)}",
         "lines": f"{lines:,}",
+        "names, operators and numbers per line": f"{sum(module.num_tokens for module in modules) / lines:.2f}",
         "functions": f"{len(functions)}",
         "function length, median / p90 / max": spread([(f.end_lineno or f.lineno) - f.lineno + 1 for f in functions]),
         "module length, median / p90 / max": spread([module.num_lines for module in modules]),
