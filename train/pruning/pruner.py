@@ -87,10 +87,10 @@ class Pruner:
         """Whether saliency needs each microbatch's own gradient."""
         return not self.is_done and self.tracker.wants_microbatches
 
-    def observe_gradients(self) -> None:
-        """Saliency of the gradients at hand; nothing once the target is reached."""
+    def observe_gradients(self, sample_weight: float = 1.0) -> None:
+        """Add the gradients at hand to the saliency, as a sample of this weight, until the target is reached."""
         if not self.is_done:
-            self.tracker.accumulate(self.model.named_parameters())
+            self.tracker.accumulate(self.model.named_parameters(), sample_weight)
 
     def finish_step(self) -> None:
         """Average the step's saliency in, before the weights change."""

@@ -35,8 +35,11 @@ class RunningScores:
     def detach(self) -> None:
         """Watch no model any more."""
 
-    def accumulate(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
-        """Look at the gradients at hand; call after backward and before gradients are clipped or cleared."""
+    def accumulate(self, named_parameters: Iterable[tuple[str, Tensor]], sample_weight: float = 1.0) -> None:
+        """Look at the gradients at hand; call after backward and before gradients are clipped or cleared.
+
+        `sample_weight`: how much this sample counts among those of the step, 1 on the average.
+        """
 
     def finish_step(self) -> None:
         """Turn what one optimizer step showed into scores and average them in."""

@@ -6,7 +6,7 @@ A criterion's elementwise terms are summed in fp32 over every parameter of a gro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -58,8 +58,8 @@ class SaliencyTracker(RunningScores):
         self.mean_over_ranks = mean_over_ranks
         self.criterion = criterion
         self.wants_microbatches = criterion.per_microbatch
-        self._samples: list[Sums] = []
-        """Sums of this step's samples so far: one, or one per microbatch."""
+        self._samples: list[tuple[Sums, float]] = []
+        """(sums, weight) of this step's samples so far: one, or one per microbatch."""
 
     @property
     def axes(self) -> frozenset[str]:
@@ -67,8 +67,9 @@ class SaliencyTracker(RunningScores):
         return frozenset(axis for name in self.kinds for axis in KINDS[name].scored_axes)
 
     @torch.no_grad()
-    def accumulate(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
-        """Add the gradients at hand: once per step, or once per microbatch where the criterion asks for samples."""
+    def accumulate(self, named_parameters: Iterable[tuple[str, Tensor]], sample_weight: float = 1.0) -> None:
+        """Add the gradients at hand: once per step, or once per microbatch where the criterion asks for samples. A
+        sample is the gradient of the mean loss over its tokens, and counts by how many there are."""
         sums: Sums = {}
         for name, parameter in named_parameters:
             layer, axes = axes_of(name, self.architecture)
@@ -84,23 +85,23 @@ class SaliencyTracker(RunningScores):
                     continue
                 owner = layer if axes[dim] != "hidden" else _stem_piece(layer, name, self.architecture)
                 _add(sums, (owner, axes[dim]), [full(term.sum(1 - dim) if term.dim() == 2 else term) for term in terms])
-        self._samples.append(sums)
+        self._samples.append((sums, sample_weight))
 
     @torch.no_grad()
     def finish_step(self) -> None:
         # Means over samples and over ranks commute with sums, not with `combine`: a criterion that is not linear in
         # its samples (fisher) combines each one first, all others combine the mean once.
         if self.criterion.combine_each_sample:
-            each = [self._group_scores(sums) for sums in self._samples]
+            each = [self._group_scores(sums) for sums, _ in self._samples]
             observed = {
-                name: [torch.stack(vectors).mean(0) for vectors in zip(*(scores[name] for scores in each), strict=True)]
+                name: [self._mean(vectors) for vectors in zip(*(scores[name] for scores in each), strict=True)]
                 for name in self.kinds
             }
             self.mean_over_ranks(vector for vectors in observed.values() for vector in vectors)
         else:
             mean = {
-                key: [torch.stack(terms).mean(0) for terms in zip(*(sums[key] for sums in self._samples), strict=True)]
-                for key in self._samples[0]
+                key: [self._mean(terms) for terms in zip(*(sums[key] for sums, _ in self._samples), strict=True)]
+                for key in self._samples[0][0]
             }
             if self.criterion.per_microbatch:  # otherwise the gradients are averaged over ranks already
                 self.mean_over_ranks(term for terms in mean.values() for term in terms)
@@ -110,6 +111,11 @@ class SaliencyTracker(RunningScores):
 
     def discard_step(self) -> None:
         self._samples = []
+
+    def _mean(self, values: Sequence[Tensor]) -> Tensor:
+        """Weighted mean over the step's samples."""
+        weighted = [value * weight for value, (_, weight) in zip(values, self._samples, strict=True)]
+        return torch.stack(weighted).mean(0)
 
     def _group_scores(self, sums: Sums) -> Scores:
         """Fold axis sums into one score per group of each kind, no score [0] where a layer has no such group."""

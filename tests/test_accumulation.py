@@ -1,0 +1,167 @@
+"""Gradients of a step over microbatches and ranks: the mean over all tokens that are learned, whoever saw them."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_architecture, tiny_model
+from torch import Tensor, multiprocessing
+
+from efficientllm.train.accumulation import accumulate_gradients
+from efficientllm.train.compute.distributed import Parallel
+from efficientllm.train.compute.loss import LossWeights, TrainingLoss, make_teacher
+from efficientllm.train.pruning.criteria import CRITERIA
+from efficientllm.train.pruning.gates import GateScores
+from efficientllm.train.pruning.running_scores import RunningScores
+from efficientllm.train.pruning.saliency import SaliencyTracker
+
+CPU = torch.device("cpu")
+KINDS = ("kv_group", "ffn")
+
+
+def unequal_windows() -> Tensor:
+    """[4, 17]: a third of the tokens of the first two windows are learned, one of the third's, all of the last's."""
+    windows = torch.randint(0, 400, (4, 17), generator=torch.Generator().manual_seed(2))
+    is_read = torch.zeros_like(windows, dtype=torch.bool)
+    is_read[:2, ::3] = is_read[:2, 1::3] = True
+    is_read[2, 2:] = True
+    return torch.where(is_read, ~windows, windows)
+
+
+class Scores:
+    """As much of a Pruner as gradients are shown to."""
+
+    def __init__(self, tracker: RunningScores) -> None:
+        self.tracker = tracker
+        self.named: Any = None
+
+    @property
+    def wants_microbatches(self) -> bool:
+        return self.tracker.wants_microbatches
+
+    def mask_gradients(self) -> None:
+        pass
+
+    def observe_gradients(self, sample_weight: float = 1.0) -> None:
+        self.tracker.accumulate(self.named(), sample_weight)
+
+
+def gradients(
+    microbatches: list[Tensor], mode: str = "ddp", distill: float = 0.0, tracker: RunningScores | None = None
+) -> tuple[float, dict[str, Tensor]]:
+    """(cross-entropy over all ranks, {parameter: gradient}) of one step of a tiny model."""
+    model = tiny_model(tiny_architecture()).train()
+    teacher = make_teacher(tiny_model(tiny_architecture(), seed=1), torch.float32, CPU) if distill else None
+    loss = TrainingLoss(model, torch.float32, LossWeights(0.5, distill), teacher)
+    parallel = Parallel(mode, CPU)
+    scores = None
+    if tracker is not None:
+        tracker.attach(model)
+        scores = Scores(tracker)
+        scores.named = model.named_parameters
+    found = accumulate_gradients(parallel.wrap(loss), model, microbatches, scores, parallel)  # type: ignore[arg-type]
+    if tracker is not None:
+        tracker.finish_step()
+    named = {name: parameter.grad for name, parameter in model.named_parameters()}
+    whole = {name: each.full_tensor() if hasattr(each, "full_tensor") else each for name, each in named.items()}
+    return parallel.mean(found), whole
+
+
+@pytest.mark.parametrize("distill", [0.0, 0.7])
+@pytest.mark.parametrize("criterion", [None, "taylor1", "taylor2", "fisher"])
+def test_unequal_microbatches_give_the_gradient_of_one_batch(distill: float, criterion: str | None) -> None:
+    """Criteria that see every microbatch alone must leave the same gradient."""
+    windows, tracker = unequal_windows(), None
+    if criterion is not None:
+        tracker = SaliencyTracker(CRITERIA[criterion], KINDS, tiny_architecture(), 0.5)
+    loss, found = gradients(list(windows.split(1)), distill=distill, tracker=tracker)
+    expected_loss, expected = gradients([windows], distill=distill)
+    assert loss == pytest.approx(expected_loss, rel=1e-6)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-4)
+
+
+def test_a_microbatch_without_learned_tokens_counts_nothing() -> None:
+    windows = unequal_windows()
+    only_read = torch.where(windows < 0, windows, ~windows)
+    loss, found = gradients([windows, only_read])
+    expected_loss, expected = gradients([windows])
+    assert loss == expected_loss
+    for name, gradient in expected.items():
+        assert torch.equal(found[name], gradient)
+    nothing = gradients([only_read])
+    assert nothing[0] == 0
+    assert not any(gradient.any() for gradient in nothing[1].values())
+
+
+@pytest.mark.parametrize("name", ["taylor1", "token-fisher"])
+def test_scores_of_unequal_microbatches_are_those_of_one_batch(name: str) -> None:
+    """Both are sums over tokens of a step."""
+
+    def scores(microbatches: list[Tensor]) -> dict[str, list[Tensor]]:
+        architecture = tiny_architecture()
+        tracker: RunningScores
+        if name == "taylor1":
+            tracker = SaliencyTracker(CRITERIA[name], KINDS, architecture, 0.5)
+        else:
+            tracker = GateScores(KINDS, architecture, 0.5)
+        gradients(microbatches, tracker=tracker)
+        return tracker.scores
+
+    windows = unequal_windows()
+    found, expected = scores(list(windows.split(1))), scores([windows])
+    for kind in KINDS:
+        for one, other in zip(found[kind], expected[kind], strict=True):
+            torch.testing.assert_close(one, other, atol=1e-9, rtol=1e-4)
+
+
+def test_samples_of_taylor2_count_by_their_learned_tokens() -> None:
+    """Its first-order part is that of the step's loss; Fisher's terms are expectations over tokens' microbatches."""
+    windows = unequal_windows()
+    counts = (windows[:, 1:] >= 0).sum(1).double()
+    shares = counts / counts.sum()
+    tracker = SaliencyTracker(CRITERIA["taylor2"], ("ffn",), tiny_architecture(), 0.5)
+    gradients(list(windows.split(1)), tracker=tracker)
+    model, first, second = tiny_model(tiny_architecture()), torch.zeros(()), torch.zeros(())
+    for row, share in zip(windows.split(1), shares.tolist(), strict=True):
+        _, found = gradients([row])
+        for part in ("gate_proj", "up_proj", "down_proj"):
+            name = f"model.layers.1.mlp.{part}.weight"
+            term = found[name] * model.get_parameter(name).detach()
+            dim = 0 if part == "down_proj" else 1
+            first, second = first + share * term.sum(dim), second + share * term.square().sum(dim)
+    torch.testing.assert_close(tracker.scores["ffn"][1], (first - 0.5 * second).abs(), atol=1e-9, rtol=1e-4)
+
+
+def _rank(rank: int, mode: str, criterion: str, port: int, folder: str) -> None:
+    import os
+
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "GLOO_SOCKET_IFNAME": "lo"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    parallel = Parallel(mode, CPU)
+    mine = list(parallel.my_rows(unequal_windows()).split(1))
+    tracker = SaliencyTracker(CRITERIA[criterion], KINDS, tiny_architecture(), 0.5, parallel.mean_tensors)
+    found = gradients(mine, mode, 0.7, tracker)
+    if rank == 0:
+        torch.save(found, Path(folder) / "found.pt")
+    parallel.barrier()
+    parallel.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mode", "criterion"), [("ddp", "taylor1"), ("ddp", "fisher"), ("fsdp", "taylor2")])
+def test_two_ranks_with_unequal_tokens_are_one_process(mode: str, criterion: str, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    multiprocessing.spawn(_rank, (mode, criterion, port, str(tmp_path)), nprocs=2)  # type: ignore[attr-defined]
+    loss, found = torch.load(tmp_path / "found.pt")
+    expected_loss, expected = gradients([unequal_windows()], distill=0.7)
+    assert loss == pytest.approx(expected_loss, rel=1e-6)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-4)
