@@ -102,6 +102,82 @@ def test_a_malformed_chat_is_named(tmp_path: Path, messages: object, reason: str
         list(open_documents(DataSpec(str(path))))
 
 
+ASKED, ANSWERED = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}
+CALLS = [{"id": "1", "type": "function", "function": {"name": "now", "arguments": "{}"}}]
+TOOL = {"type": "function", "function": {"name": "now", "description": "The time."}}
+
+
+def answer(**fields: object) -> dict[str, object]:
+    return {"messages": [ASKED, {**ANSWERED, **fields}]}
+
+
+NOT_LEARNED: dict[str, tuple[dict[str, object], str]] = {
+    "tools": ({"messages": [ASKED, ANSWERED], "tools": [TOOL]}, '{} 2 has "tools", and functions cannot be trained'),
+    "functions": ({"messages": [ASKED, ANSWERED], "functions": [TOOL["function"]]}, '{} 2 has "functions", and'),
+    "calls": (answer(tool_calls=CALLS), 'message 2 of {} 2 has "tool_calls", and calls cannot be trained yet; write'),
+    "calls alone": (answer(content=None, tool_calls=CALLS), 'message 2 of {} 2 has "tool_calls"'),
+    "a call": (answer(content=None, function_call=CALLS[0]["function"]), 'message 2 of {} 2 has "function_call"'),
+    "results": (
+        {"messages": [ASKED, {"role": "tool", "content": "8 am"}, ANSWERED]},
+        'message 2 of {} 2 has the "role" tool, and results of calls cannot be trained yet; give it the role user',
+    ),
+    "null": (answer(content=None), 'message 2 of {} 2 has a "content" that is null; give it a text'),
+    "null of a question": ({"messages": [{"role": "user", "content": None}, ANSWERED]}, 'message 1 of {} 2 has a "con'),
+    "nothing": (answer(content=""), 'message 2 of {} 2 has an empty "content", which is no answer; give it a text'),
+    "blank": (answer(content=" \n"), 'message 2 of {} 2 has an empty "content"'),
+}
+"""What training would leave out in silence, or learn as an answer of nothing, and what is said of it."""
+
+
+everywhere = pytest.mark.parametrize("place", ["line", "document", "row", "hub row"])
+
+
+def written(rows: list[dict[str, object]], place: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Write rows as a corpus whose errors call a row `place`, and return its --data."""
+    if place == "hub row":
+        monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: rows)
+        return "owner/name"
+    path = folder / {"line": "a.jsonl", "document": "a.json", "row": "a.parquet"}[place]
+    if place == "line":
+        path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    elif place == "document":
+        path.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    else:
+        names = dict.fromkeys(name for row in rows for name in row)
+        table = {name: pyarrow.array([row.get(name) for row in rows]) for name in names}  # null where there is none
+        parquet.write_table(pyarrow.table(table), path)
+    return str(path)
+
+
+@everywhere
+@pytest.mark.parametrize("case", NOT_LEARNED)
+def test_a_chat_with_functions_or_an_empty_answer_is_refused_by_field(
+    case: str, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    record, message = NOT_LEARNED[case]
+    name = written([{"messages": [ASKED, ANSWERED]}, record, answer(content="Bye.")], place, tmp_path, monkeypatch)
+    with pytest.raises(DataError) as caught:
+        list(open_documents(DataSpec(name)))
+    said = str(caught.value)
+    assert said.startswith(f"--data {name}: {message.format(place.removeprefix('hub '))}")
+    assert said.endswith("or remove the record; --skip-bad-lines N leaves out up to N such lines")
+    assert "\n" not in said
+    kept = [Chat((("user", "Hi"), ("assistant", text))) for text in ("Hello.", "Bye.")]
+    assert list(open_documents(DataSpec(name, skip_bad_lines=1))) == kept
+    assert len(caplog.messages) == 1
+
+
+@everywhere
+def test_fields_for_functions_that_are_empty_leave_a_chat_as_it_is(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tables have every column in every row."""
+    message = {**ANSWERED, "tool_calls": None, "function_call": None}
+    rows = [{"messages": [ASKED, message], "tools": value} for value in (None, [])]
+    name = written(rows, place, tmp_path, monkeypatch)
+    assert list(open_documents(DataSpec(name))) == [Chat((("user", "Hi"), ("assistant", "Hello.")))] * 2
+
+
 def test_a_source_without_a_template_cannot_learn_chats(tokenizer: PreTrainedTokenizerFast) -> None:
     template, tokenizer.chat_template = tokenizer.chat_template, None
     try:

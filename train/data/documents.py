@@ -70,7 +70,10 @@ def _hub(reading: Reading) -> Iterator[Document]:
         for number, row in enumerate(stream, 1):
             values = cast(dict[str, Any], row)
             is_empty = reading.field in values and values[reading.field] is None
-            yield "" if is_empty else document_of(reading, values, f"row {number}")
+            try:
+                yield "" if is_empty else document_of(reading, values, f"row {number}")
+            except DataError as error:
+                reading.bad_lines.add(error)
     except (OSError, ValueError, DatasetsError) as error:
         raise reading.error(f"not a local path, and not readable as a hub dataset: {error}") from error
 

@@ -28,6 +28,12 @@ TEXT_DOCUMENT_BYTES = 4096
 MESSAGES = "messages"
 """Field that holds a chat."""
 
+TOOL_FIELDS, CALL_FIELDS = ("tools", "functions"), ("tool_calls", "function_call")
+"""Fields of a record and of a message that describe and call functions, in OpenAI's newer and older form."""
+
+RESULT_ROLES = ("tool", "function")
+"""Roles of messages that hold the result of a call."""
+
 CSV_FIELD_BYTES = 2**31 - 1
 """The largest limit that Python's csv takes everywhere; its own, 128 KiB, is less than a long document."""
 
@@ -88,11 +94,18 @@ def _parsed(reading: Reading, content: bytes, where: str) -> Any:
 
 
 def document_of(reading: Reading, value: Any, where: str) -> Document:
-    """The text of one record, or its chat where it has "messages" and no text; DataError where there is neither."""
+    """Return the text of one record, or its chat where it has "messages" and no text.
+
+    Raise a DataError where it has neither, or has functions beside its chat.
+    """
     field = reading.field
     if not isinstance(value, dict):
         raise reading.error(f'{where} is not a JSON object with a "{field}" field')
     if field not in value and MESSAGES in value:
+        for name in TOOL_FIELDS:
+            if value.get(name):
+                remedy = f'write them into a system message and delete "{name}", or remove the record'
+                raise reading.error(f'{where} has "{name}", and functions cannot be trained yet; {remedy}')
         return _chat_of(reading, value[MESSAGES], where, value.get("cut") is True)
     if field not in value:
         raise reading.missing(f"{where} has no field", value)
@@ -102,16 +115,37 @@ def document_of(reading: Reading, value: Any, where: str) -> Document:
 
 
 def _chat_of(reading: Reading, messages: Any, where: str, is_cut: bool = False) -> Chat:
-    """A list of {"role": ..., "content": ...}, as chat datasets and the OpenAI API have it."""
+    """Return the chat of a list of {"role": ..., "content": ...}, as chat datasets and the OpenAI API have it.
+
+    Raise a DataError for a message that holds more than its content, or an answer that holds nothing.
+    """
     turns: list[tuple[str, str]] = []
-    for message in messages if isinstance(messages, list) else [None]:
+    for number, message in enumerate(messages if isinstance(messages, list) else [None], 1):
         role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
+        if isinstance(message, dict):
+            _check_message(reading, message, f"message {number} of {where}")
         if not isinstance(role, str) or not isinstance(content, str):
             raise reading.error(f'the "{MESSAGES}" of {where} are no list of {{"role": ..., "content": ...}}')
         turns.append((role, _unicode(reading, content, f"a message of {where}")))
     if not any(role == "assistant" for role, _ in turns):
         raise reading.error(f'the "{MESSAGES}" of {where} hold no answer: none has the role assistant')
     return Chat(tuple(turns), is_cut)
+
+
+def _check_message(reading: Reading, message: dict[str, Any], where: str) -> None:
+    """Raise a DataError for calls and results of functions, for content that is null and for an empty answer."""
+    role, content = message.get("role"), message.get("content", "missing")
+    for name in CALL_FIELDS:
+        if message.get(name):
+            remedy = f'write them into its "content" and delete "{name}", or remove the record'
+            raise reading.error(f'{where} has "{name}", and calls cannot be trained yet; {remedy}')
+    if role in RESULT_ROLES:
+        remedy = "give it the role user, or remove the record"
+        raise reading.error(f'{where} has the "role" {role}, and results of calls cannot be trained yet; {remedy}')
+    if content is None:
+        raise reading.error(f'{where} has a "content" that is null; give it a text, or remove the record')
+    if role == "assistant" and isinstance(content, str) and not content.strip():
+        raise reading.error(f'{where} has an empty "content", which is no answer; give it a text, or remove the record')
 
 
 def _unicode(reading: Reading, text: str, what: str) -> str:
@@ -143,9 +177,14 @@ def _json(stream: IO[bytes], reading: Reading) -> Iterator[Document]:
     if value is None:
         yield from _jsonl(io.BytesIO(content), reading)
         return
-    for number, item in enumerate(value if isinstance(value, list) else [value], 1):
+    yield from _records(value if isinstance(value, list) else [value], reading, "document")
+
+
+def _records(values: Iterable[Any], reading: Reading, kind: str) -> Iterator[Document]:
+    """Yield the document of each value; malformed ones count as bad lines. `kind` is what errors call a value."""
+    for number, value in enumerate(values, 1):
         try:
-            yield document_of(reading, item, f"document {number}")
+            yield document_of(reading, value, f"{kind} {number}")
         except DataError as error:
             reading.bad_lines.add(error)
 
@@ -208,9 +247,10 @@ def _parquet(stream: IO[bytes], reading: Reading) -> Iterator[Document]:
         file = pyarrow.parquet.ParquetFile(stream)
         names = file.schema_arrow.names
         if reading.field not in names and names.count(MESSAGES) == 1:
-            for batch in file.iter_batches(columns=[MESSAGES]):
-                for number, messages in enumerate(batch.column(0).to_pylist(), 1):
-                    yield _chat_of(reading, messages, f"a row (number {number} of its batch)")
+            columns = [name for name in names if name in (MESSAGES, *TOOL_FIELDS)]
+            batches = file.iter_batches(columns=columns)
+            rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
+            yield from _records(rows, reading, "row")
             return
         if names.count(reading.field) != 1:
             raise reading.missing("no column", names)
