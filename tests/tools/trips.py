@@ -1,7 +1,7 @@
 """Count how often a run's configuration is handed on: `python tests/tools/trips.py [ROOT]`.
 
-Start at `run_training` of train/run.py and follow, depth first, every call that passes the configuration, the plan or one
-of their sections. A stop is a distinct pair of caller and callee. A return is a stop in a module that the walk had
+Start at `run_training` of train/run.py and follow, depth first, every call that passes the configuration, the plan or
+one of their sections. A stop is a distinct pair of caller and callee. A return is a stop in a module that the walk had
 visited before. Calls are resolved by imports, and methods by name where the name is unique in the package `train`.
 """
 
