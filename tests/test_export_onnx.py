@@ -42,6 +42,66 @@ def test_f32_prefill_and_decode_equal_torch(
     fresh.close()
 
 
+def run_batch(folder: Path, tokens: list[list[int]], mask: list[list[int]], past: dict[str, np.ndarray]) -> Any:
+    """Return (logits [B, V], the caches as the next call's past) of one call of a file's graph, without our engine."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+    feeds = {"input_ids": np.array(tokens), "attention_mask": np.array(mask)}
+    for value in session.get_inputs()[2:]:
+        feeds[value.name] = past.get(value.name, np.zeros((len(tokens), value.shape[1], 0, value.shape[3]), np.float32))
+    names = [value.name for value in session.get_outputs()]
+    outputs: dict[str, Any] = dict(zip(names, session.run(names, feeds), strict=True))
+    logits = outputs.pop("logits")[:, 0]
+    return logits, {name.replace("present", "past_key_values"): value for name, value in outputs.items()}
+
+
+def check_a_padded_batch(checkpoint: Path, folder: Path, pads_left: bool = False) -> None:
+    """Compare a batch of two prompts of unequal lengths, and one more token of each, with torch's rows."""
+    prompts, more = [TOKENS[:12], TOKENS[20:39]], [7, 8]
+    model = load_for_inference(checkpoint)
+    with torch.inference_mode():
+        expected = [
+            model(torch.tensor([[*prompt, token]])).logits[0, -2:].numpy()
+            for prompt, token in zip(prompts, more, strict=True)
+        ]
+    missing = [max(map(len, prompts)) - len(prompt) for prompt in prompts]
+    pairs = [(prompt, [1] * len(prompt), [0] * count) for prompt, count in zip(prompts, missing, strict=True)]
+    tokens = [zeros + prompt if pads_left else prompt + zeros for prompt, _, zeros in pairs]
+    mask = [zeros + ones if pads_left else ones + zeros for _, ones, zeros in pairs]
+    first, past = run_batch(folder, tokens, mask, {})
+    second, _ = run_batch(folder, [[token] for token in more], [[*row, 1] for row in mask], past)
+    assert np.abs(np.stack([first, second], 1) - expected).max() < 1e-3
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt_neox", "gemma3_text"])
+def test_a_batch_of_unequal_prompts_gives_each_ones_logits(
+    family: str, save_tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    checkpoint = save_tiny(tiny_architecture(family))
+    assert export(checkpoint, "onnx", tmp_path / "onnx", "--quantize", "f32") == 0
+    check_a_padded_batch(checkpoint, tmp_path / "onnx")
+
+
+@pytest.mark.slow
+def test_a_portable_batch_may_be_padded_on_either_side(save_tiny: Callable[..., Path], tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+    checkpoint = save_tiny(tiny_architecture())
+    assert export(checkpoint, "onnx", tmp_path / "onnx", "--portable") == 0
+    for pads_left in (False, True):
+        check_a_padded_batch(checkpoint, tmp_path / "onnx", pads_left)
+
+
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_a_quantised_batch_gives_the_logits_of_its_prompts_alone(
+    quantize: str, save_tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    assert export(save_tiny(tiny_architecture()), "onnx", tmp_path / "onnx", "--quantize", quantize) == 0
+    alone, _ = run_batch(tmp_path / "onnx", [TOKENS[:12]], [[1] * 12], {})
+    batch, _ = run_batch(tmp_path / "onnx", [TOKENS[:12] + [0] * 8, TOKENS[:20]], [[1] * 12 + [0] * 8, [1] * 20], {})
+    assert np.abs(batch[0] - alone[0]).max() < 1e-4
+
+
 @pytest.mark.parametrize("family", SIMILAR)
 @pytest.mark.parametrize("quantize", ["f16", "int8", "mixed", "int4", "web"])
 def test_quantised_models_stay_close(

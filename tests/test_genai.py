@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from exporting import SHAPES, TOKENS, export
+from exporting import EXACT, SHAPES, TOKENS, export
 from tiny import tiny_architecture
 
 from efficientllm.runtime.base.command import run_command
@@ -59,6 +59,33 @@ def test_stock_genai_generates_the_same_tokens(
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads(done.stdout.splitlines()[-1]) == expected[0].tolist()
+
+
+LOGITS = """
+import json, sys
+import numpy as np
+import onnxruntime_genai as genai
+model, end = genai.Model(sys.argv[1]), 2
+rows = []
+for prompts in json.loads(sys.argv[2]):
+    length = max(map(len, prompts))
+    parameters = genai.GeneratorParams(model)
+    parameters.set_search_options(max_length=length + 1, batch_size=len(prompts))
+    generator = genai.Generator(model, parameters)
+    generator.append_tokens(np.array([prompt + [end] * (length - len(prompt)) for prompt in prompts], np.int32))
+    rows.append(np.array(generator.get_logits()).reshape(len(prompts), -1)[-1].tolist())
+print(json.dumps(rows))
+"""
+
+
+def test_stock_genai_takes_a_batch_of_unequal_prompts(exported: Callable[..., Path]) -> None:
+    """The second prompt of a padded batch has the logits that it has alone."""
+    batches = [[TOKENS, TOKENS[:9]], [TOKENS[:9]]]
+    command = [sys.executable, "-c", LOGITS, str(exported("onnx", *EXACT[:2])), json.dumps(batches)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    padded, alone = np.array(json.loads(done.stdout.splitlines()[-1]))
+    assert np.abs(padded - alone).max() < 1e-4
 
 
 def test_folders_of_its_builder_run_in_both_engines(

@@ -2,7 +2,9 @@
 
 Imports no torch. Shapes: B batch, S new tokens, P past tokens, T = P + S, H hidden, Q query heads, G key/value heads,
 D head_dim, V vocabulary. Inputs: input_ids [B, S], attention_mask [B, T], past_key_values.i.key/value [B, G_i, P, D];
-outputs: logits [B, 1, V] of the last token, present.i.key/value [B, G_i, T, D]. Layers without attention have no cache.
+outputs: logits [B, 1, V] of the last valid token, present.i.key/value [B, G_i, T, D]. Layers without attention have no
+cache. Prompts of a batch may be padded on the right, where their mask is 0; the fused attention takes no padding on the
+left.
 """
 
 from __future__ import annotations
@@ -16,13 +18,11 @@ import onnx_ir as ir
 from ...train.model.architecture import LayerShape
 from ...train.model.families import Place
 from ...train.model.tensors import FINAL_NORM
-from ..layer_attention import LayerAttention
-from ..rope import widened_tables
+from ..layer_attention import LayerAttention, widened_tables
 from .graph_values import BLOCK, MICROSOFT, GraphValues
 from .quantize import IntegerMatrix, QuantizedMatrix
 
 OPSET = {"": 21, "com.microsoft": 1}
-END = np.iinfo(np.int64).max
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class GraphBuilder(GraphValues):
         for index, layer in enumerate(self.architecture.layers):
             stem = self._layer(index, layer, stem)
         normed, _ = self._norm(FINAL_NORM, stem)
-        self._head(normed, head)
+        self._head(self._last_valid(normed, input_ids), head)
         graph = ir.Graph(
             self.inputs,
             self.outputs,
@@ -63,7 +63,7 @@ class GraphBuilder(GraphValues):
         """(index of the last valid token per sequence [B], total length), both int32."""
         valid = self._node("ReduceSum", [mask, self._ints(1)], keepdims=0)
         last = self._node("Cast", [self._node("Sub", [valid, self._ints(1)])], to=int(ir.DataType.INT32))
-        total = self._node("Gather", [self._node("Shape", [mask]), self._constant("one", np.asarray(1, np.int64))])
+        total = self._node("Gather", [self._node("Shape", [mask]), self._scalar(1)])
         return last, self._node("Cast", [total], to=int(ir.DataType.INT32))
 
     def _embed(self, input_ids: ir.Value, tied: Any) -> ir.Value:
@@ -234,14 +234,24 @@ class GraphBuilder(GraphValues):
             return self._node("QuickGelu", [x], MICROSOFT, alpha=1.0)  # x sigmoid(x)
         return self._node("Gelu", [x], approximate="tanh" if self.parts.activation == "gelu_pytorch_tanh" else "none")
 
+    def _last_valid(self, x: ir.Value, input_ids: ir.Value) -> ir.Value:
+        """Return the rows of x [B, S, H] that belong to the last valid tokens, [B, H].
+
+        Rows are counted over the flat batch, since every execution provider has a plain Gather. The last valid token is
+        new, so that its row is S - 1 where there is a past: the attention takes padding in a first call only.
+        """
+        length = self._node("Gather", [self._node("Shape", [input_ids]), self._scalar(1)])
+        position = self._node("Cast", [self.last_position], to=int(ir.DataType.INT64))
+        row = self._node("Min", [position, self._node("Sub", [length, self._scalar(1)])])
+        first = self._node("Range", [self._scalar(0), self._node("Size", [input_ids]), length])
+        flat = self._node("Reshape", [x, self._ints(-1, self.architecture.hidden_size)])
+        return self._node("Gather", [flat, self._node("Add", [first, row])], axis=0)
+
     def _head(self, x: ir.Value, head: Any) -> None:
-        last = self._node("Slice", [x, self._ints(-1), self._ints(END), self._ints(1)])
-        if self.bits.head >= 16:  # Gemm reads the embedding as it is; MatMul would want a transposed copy
-            flat = self._node("Reshape", [last, self._ints(-1, self.architecture.hidden_size)])
-            product = self._node("Gemm", [flat, head], transB=1)
-            logits = self._node("Unsqueeze", [product, self._ints(1)])
-        else:
-            logits = self._multiply(last, head)
+        """Add the product of x [B, H] with the head, the logits."""
+        # Gemm reads the embedding as it is; MatMul would want a transposed copy
+        product = self._node("Gemm", [x, head], transB=1) if self.bits.head >= 16 else self._multiply(x, head)
+        logits = self._node("Unsqueeze", [product, self._ints(1)])
         if self.element != ir.DataType.FLOAT:
             logits = self._node("Cast", [logits], to=int(ir.DataType.FLOAT))
         self._output(logits, "logits", ["batch_size", 1, self.architecture.vocab_size], ir.DataType.FLOAT)

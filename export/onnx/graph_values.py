@@ -10,7 +10,7 @@ import onnx_ir as ir
 from ...train.model.rescaling import qk_axis
 from ...train.model.tensors import split_name
 from ..checkpoint import Checkpoint
-from ..rope import widen_rotary
+from ..layer_attention import widen_rotary
 from .quantize import Bits, IntegerMatrix, QuantizedMatrix, quantize_matrix, quantize_rows
 
 MICROSOFT = "com.microsoft"
@@ -69,9 +69,17 @@ class GraphValues:
         return self._constant(name, self._tensor(name).astype(self.dtype))
 
     def _ints(self, *values: int) -> ir.Value:
-        name = "ints_" + "_".join(map(str, values))
+        """Return int64 numbers of one axis."""
+        return self._known("ints_" + "_".join(map(str, values)), np.asarray(values, dtype=np.int64))
+
+    def _scalar(self, value: int) -> ir.Value:
+        """Return an int64 number without axes."""
+        return self._known(f"scalar_{value}", np.asarray(value, dtype=np.int64))
+
+    def _known(self, name: str, array: np.ndarray) -> ir.Value:
+        """Return the constant of that name, which is made once."""
         known = next((value for value in self.initializers if value.name == name), None)
-        return known if known is not None else self._constant(name, np.asarray(values, dtype=np.int64))
+        return known if known is not None else self._constant(name, array)
 
     def _node(
         self,

@@ -1,8 +1,8 @@
 """A decoder whose caches are inputs and outputs, traced into standard ONNX operators (opset 23).
 
 `forward(input_ids [B, S], attention_mask [B, T], *past) -> (logits fp32 [B, 1, V], *present)`; past [B, G_i, P, D] and
-present [B, G_i, T, D], key and value of every layer with attention, T = P + S. Sequences of a batch are padded on the
-left. See decoder_modules for the other letters.
+present [B, G_i, T, D], key and value of every layer with attention, T = P + S. Logits are those of the last valid new
+token. Prompts of a batch may be padded on either side, where their mask is 0. decoder_modules has the other letters.
 """
 
 from __future__ import annotations
@@ -91,4 +91,7 @@ class PortableDecoder(Decoder):
         x = self.embed(input_ids)
         for layer in self.layers:
             x = layer(x, caches)
-        return self.lm_head(self.norm(x[:, -1:])), *caches.present
+        is_valid = attention_mask[:, total - length :]
+        last = (is_valid * torch.arange(1, length + 1)).argmax(1)  # [B], among the new tokens
+        last_x = x[torch.arange(x.shape[0]), last].unsqueeze(1)
+        return self.lm_head(self.norm(last_x)), *caches.present
