@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ..runtime.base.extras import lazy_names
 
 if TYPE_CHECKING:
-    from .run import export
+    from .cli import export
 
 __all__ = ["export"]
 

@@ -20,9 +20,8 @@ from ..train.model.families import Family, Place
 from ..train.model.rescaling import Scales
 from ..train.model.tensors import block_norms
 from .checkpoint import Checkpoint
-from .layer_attention import LayerAttention
+from .layer_attention import LayerAttention, rope_tables
 from .padding import padded_scales, padded_tensors
-from .rope import rope_tables
 
 
 class RmsNorm(nn.Module):
@@ -188,13 +187,7 @@ class Decoder(nn.Module, abc.ABC):
         """{rotary_key of a layer: (cos, sin), fp32 [length, rotary_dim / 2]} of every rotary embedding there is."""
         found: dict[str, tuple[Tensor, Tensor]] = {}
         for settings in checkpoint.attention:
-            if settings.rope is not None and rotary_key(settings) not in found:
+            if settings.rope is not None and settings.rotary_key not in found:
                 cos, sin = rope_tables(settings.rope, settings.rotary_dim, length)
-                found[rotary_key(settings)] = torch.from_numpy(cos), torch.from_numpy(sin)
+                found[settings.rotary_key] = torch.from_numpy(cos), torch.from_numpy(sin)
         return found
-
-
-def rotary_key(settings: LayerAttention) -> str:
-    """Layers with one rotary embedding have one key."""
-    assert settings.rope is not None
-    return f"{settings.rope['rope_theta']:g}_{settings.rope['rope_type']}".replace(".", "_").replace("+", "")

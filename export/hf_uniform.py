@@ -13,8 +13,8 @@ import numpy as np
 from ..runtime.base.errors import ArtefactError
 from ..runtime.base.files import require_room
 from ..train.model.architecture import Architecture
-from ..train.model.hf_files import mend_tokenizer_config, write_config
-from ..train.model.stock_names import to_stock
+from ..train.model.folder_files import mend_tokenizer_config, write_config
+from ..train.model.tensors import to_stock
 from .checkpoint import Checkpoint
 from .manifest import Contents, copy_tokenizer, write_manifest
 from .padding import padded_tensors, stock_architecture, stock_scales

@@ -1,4 +1,7 @@
-"""What every exporter that writes an artefact does at the end: describe it."""
+"""What every exporter that writes an artefact does at the end: describe it.
+
+How a checkpoint asks to be sampled: its generation_config.json under the names of our own options.
+"""
 
 from __future__ import annotations
 
@@ -105,3 +108,16 @@ def foreign_files(folder: Path) -> list[str]:
 def bits_per_weight(checkpoint: Checkpoint, weight_bytes: int) -> float:
     """Bits of all tensors over the checkpoint's parameters, so that padding counts as overhead."""
     return 8 * weight_bytes / checkpoint.architecture.num_parameters
+
+
+CHAT_DEFAULTS = {"temperature": 0.7, "top_p": 0.95, "repetition_penalty": 1.1}
+"""Those of the server's chat page, where the checkpoint says nothing."""
+
+RANGES = {"temperature": (0.0, 2.0), "top_p": (0.01, 1.0), "repetition_penalty": (0.5, 2.0)}
+
+
+def generation_defaults(checkpoint: Checkpoint) -> dict[str, float]:
+    """{temperature, top_p, repetition_penalty}; what is missing, of another type or out of range is ours."""
+    given = checkpoint.sampling
+    chosen = {name: float(given[name]) for name, (low, high) in RANGES.items() if low <= given.get(name, -1) <= high}
+    return CHAT_DEFAULTS | chosen

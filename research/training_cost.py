@@ -25,7 +25,6 @@ from efficientllm.train.compute.loss import TrainingLoss
 from efficientllm.train.compute.optimizer import clip_factor, gradient_norm, make_optimizer, store_gradients_as_computed
 from efficientllm.train.data.documents import DataSpec
 from efficientllm.train.data.packing import PackedStream
-from efficientllm.train.metrics import read_metrics
 from efficientllm.train.model.irregular import architecture_of
 from efficientllm.train.model.source import load_source
 from efficientllm.train.pruning.running_scores import RunningScores
@@ -36,6 +35,7 @@ from efficientllm.train.pruning.trackers import tracker_named
 from efficientllm.train.pruning.weight_update import InputGrams
 from efficientllm.train.quantisation.config import TARGETS, QuantisationConfig
 from efficientllm.train.quantisation.weights import ShippedWeights
+from efficientllm.train.reporting.metrics import read_metrics
 
 TRAINED_TYPES = tuple(TARGETS)
 """Of --qat."""

@@ -16,9 +16,8 @@ from transformers import PreTrainedTokenizerFast
 
 from efficientllm.runtime.base.errors import DataError, UsageError
 from efficientllm.train.compute.loss import LossWeights, TrainingLoss
-from efficientllm.train.data.chat import Chat, ChatFormat
+from efficientllm.train.data.chat import Chat, ChatFormat, Encoder
 from efficientllm.train.data.documents import DataSpec, is_held_out, open_documents, open_texts
-from efficientllm.train.data.encoding import Encoder
 from efficientllm.train.data.self_chat import OPENINGS, sample_chats
 
 CHAT = Chat((("system", "Be kind."), ("user", "Hi"), ("assistant", "Hello."), ("user", "Bye"), ("assistant", "Ciao")))

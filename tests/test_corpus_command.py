@@ -10,7 +10,7 @@ import pytest
 
 from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.base.output import locked_output
-from efficientllm.train.data import corpus_cli
+from efficientllm.train.data import corpus as corpus_cli
 from efficientllm.train.data.documents import DataSpec, open_documents
 
 

@@ -14,10 +14,9 @@ import pytest
 
 from efficientllm.runtime.base.errors import DataError, UsageError
 from efficientllm.train.data import packing
+from efficientllm.train.data.chat import tokenize
 from efficientllm.train.data.documents import DataSpec, is_held_out, open_documents, open_texts, text_of
-from efficientllm.train.data.encoding import tokenize
-from efficientllm.train.data.lanes import LANES
-from efficientllm.train.data.packing import PackedStream, held_out_windows
+from efficientllm.train.data.packing import LANES, PackedStream, held_out_windows
 from efficientllm.train.training_state import as_arrays, as_tensors
 
 TEXTS = [f"text number {index}, with a few words" for index in range(30)]

@@ -28,7 +28,7 @@ from efficientllm.server.models.pool import ModelPool
 from efficientllm.server.web import build_parser as web_parser
 from efficientllm.train.cli import build_parser as train_parser
 from efficientllm.train.cli import configuration
-from efficientllm.train.data.corpus_cli import build_parser as corpus_parser
+from efficientllm.train.data.corpus import build_parser as corpus_parser
 from efficientllm.train.evaluation.cli import build_parser as eval_parser
 from efficientllm.train.planning.cli import build_parser as plan_parser
 from efficientllm.train.planning.fit import build_parser as fit_parser

@@ -20,10 +20,10 @@ from tiny import tiny_architecture
 from efficientllm.devices import cli as bench_cli
 from efficientllm.export import cli
 from efficientllm.export.checkpoint import Checkpoint
+from efficientllm.export.cli import export
 from efficientllm.export.gguf.quantize import FILE_TYPES
 from efficientllm.export.onnx.quantize import PRESETS
 from efficientllm.export.request import ExportRequest
-from efficientllm.export.run import export
 from efficientllm.export.targets import ENTRY_POINT_GROUP, EXPORTERS, Exporter, load_exporter
 from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.base.errors import UsageError

@@ -19,8 +19,7 @@ from efficientllm.export.gguf.tensor_data import num_bytes
 from efficientllm.export.gguf.writer import gguf_name, write_gguf
 from efficientllm.runtime.base.gguf_header import read_header
 from efficientllm.train.model.architecture import LayerShape
-from efficientllm.train.model.file_size import gguf_bytes
-from efficientllm.train.model.file_types import BODY, file_types, row_multiple
+from efficientllm.train.model.file_types import BODY, file_types, gguf_bytes, row_multiple
 from efficientllm.train.model.irregular import save_checkpoint
 from efficientllm.train.pruning.config import PruneConfig
 from efficientllm.train.pruning.measures import bytes_of_file

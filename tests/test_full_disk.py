@@ -22,7 +22,7 @@ from efficientllm.runtime.base.errors import DiskFullError
 from efficientllm.runtime.base.files import folder_written_atomically
 from efficientllm.train import training_state
 from efficientllm.train.config import RunConfig
-from efficientllm.train.metrics import MetricsWriter
+from efficientllm.train.reporting.metrics import MetricsWriter
 from efficientllm.train.run_folder import damage
 
 ERRORS = pytest.CaptureFixture[str]

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from efficientllm.export.gguf.probe import probe
 from efficientllm.export.verification import sample_text
 from efficientllm.runtime.engines.hf_tokenizer import read_chat_template
-from efficientllm.train.model.pre_tokenizer import build_pre_tokenizer, pre_tokenizer_name
+from efficientllm.train.model.file_types import build_pre_tokenizer, pre_tokenizer_name
 
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 PUNCTUATION = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

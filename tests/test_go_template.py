@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from efficientllm.export.gguf.go_template import derive_turns
+from efficientllm.export.gguf.modelfile import derive_turns
 from efficientllm.runtime.chat_template import Message, render_chat
 
 BOS, EOS = "<s>", "</s>"

@@ -21,7 +21,7 @@ from efficientllm.runtime.latency.profile import DeviceProfile
 from efficientllm.runtime.latency.shape import Workload
 from efficientllm.runtime.latency.table import Surcharge
 from efficientllm.train.model.architecture import Architecture, LayerShape
-from efficientllm.train.model.file_size import gguf_bytes
+from efficientllm.train.model.file_types import gguf_bytes
 from efficientllm.train.pruning.blocks import BlockScores
 from efficientllm.train.pruning.budget import Budget, check_budget
 from efficientllm.train.pruning.config import PruneConfig

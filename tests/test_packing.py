@@ -12,8 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from efficientllm.runtime.engines.manifest import Manifest
 from efficientllm.train.model.architecture import FAMILIES, Architecture, LayerShape
-from efficientllm.train.model.irregular import save_checkpoint
-from efficientllm.train.model.packing import packed
+from efficientllm.train.model.irregular import packed, save_checkpoint
 from efficientllm.train.model.source import load_for_inference
 from efficientllm.train.model.tensors import tensor_names
 

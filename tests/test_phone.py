@@ -22,9 +22,7 @@ from priced import tiny_profile
 
 from efficientllm.export.checkpoint import open_checkpoint
 from efficientllm.export.greedy import GreedyCheck
-from efficientllm.export.phone.exporter import SNIPPETS
-from efficientllm.export.phone.kit import Kit, Platform
-from efficientllm.export.phone.snippets import CONVERSATIONS, write_snippets
+from efficientllm.export.phone.exporter import CONVERSATIONS, SNIPPETS, Kit, Platform, write_snippets
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
 from efficientllm.runtime.engines.manifest import Manifest
 from efficientllm.runtime.generation import AnswerOptions, Generation

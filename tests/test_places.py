@@ -16,8 +16,7 @@ from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.base.errors import UsageError
 from efficientllm.runtime.base.output import LOCK_NAME, check_output, check_place, locked_output
 from efficientllm.train import RunConfig, trainer
-from efficientllm.train.metrics import MetricsWriter, read_metrics
-from efficientllm.train.progress import Progress
+from efficientllm.train.reporting.metrics import MetricsWriter, Progress, read_metrics
 
 ERRORS = pytest.CaptureFixture[str]
 

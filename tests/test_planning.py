@@ -14,8 +14,7 @@ from tiny import tiny_architecture
 from efficientllm.runtime.base.command import run_command
 from efficientllm.train.model.architecture import Architecture, LayerShape
 from efficientllm.train.planning import cli
-from efficientllm.train.planning.prices import candidates
-from efficientllm.train.planning.targets import meaning
+from efficientllm.train.planning.targets import candidates, meaning
 from efficientllm.train.pruning.groups import KINDS
 from efficientllm.train.pruning.latency_target import LatencyTarget
 from efficientllm.train.pruning.selection import SelectionRules

@@ -19,11 +19,10 @@ from efficientllm.export import cli as export_cli
 from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.engines.contract_text import ALL_TEXTS, contract_rows
 from efficientllm.train.evaluation import cli
+from efficientllm.train.evaluation.cli import rows
 from efficientllm.train.evaluation.evaluation import ComputeConfig, Evaluation, MeasureConfig, evaluate
 from efficientllm.train.evaluation.quality import sets
-from efficientllm.train.evaluation.quality.contract import contract
-from efficientllm.train.evaluation.quality.measure import Quality, measure_quality
-from efficientllm.train.evaluation.report import rows
+from efficientllm.train.evaluation.quality.measure import Quality, contract, measure_quality
 from efficientllm.train.evaluation.torch_model import TorchModel
 
 

@@ -28,8 +28,7 @@ from efficientllm.train.model.families import FAMILIES
 from efficientllm.train.model.tensors import EMBEDDING, HEAD
 from efficientllm.train.quantisation.config import QuantisationConfig
 from efficientllm.train.quantisation.grids import GRIDS
-from efficientllm.train.quantisation.inputs import InputSquares
-from efficientllm.train.quantisation.weights import ShippedWeights
+from efficientllm.train.quantisation.weights import InputSquares, ShippedWeights
 from efficientllm.train.trainer import Trainer
 
 WEIGHT = torch.randn(96, 192, generator=torch.Generator().manual_seed(0)) * 0.05
@@ -217,7 +216,7 @@ def test_what_fails_within_leaves_the_unrounded_weights() -> None:
 def test_activations_of_8da4w_are_torchaos() -> None:
     from torchao.quantization.qat import IntxFakeQuantizeConfig, IntxFakeQuantizer
 
-    from efficientllm.train.quantisation.activations import round_to_int8
+    from efficientllm.train.quantisation.weights import round_to_int8
 
     config = IntxFakeQuantizeConfig(torch.int8, "per_token", is_symmetric=False)
     values = torch.cat([WEIGHT[4:48], WEIGHT[48:].abs()])

@@ -20,11 +20,12 @@ from training import command, metrics, run, weights
 from efficientllm.runtime.base.command import is_main_process, run_command
 from efficientllm.runtime.base.errors import ModelError
 from efficientllm.train.config import SourceConfig, TrainConfig
-from efficientllm.train.model import source, source_card
+from efficientllm.train.model import source
 from efficientllm.train.model.architecture import LayerShape
-from efficientllm.train.model_card import model_card
-from efficientllm.train.plots import held_out_losses, plot_training, smoothed
-from efficientllm.train.progress import Speed
+from efficientllm.train.reporting import model_card as source_card
+from efficientllm.train.reporting.metrics import Speed
+from efficientllm.train.reporting.model_card import model_card
+from efficientllm.train.reporting.plots import held_out_losses, plot_training, smoothed
 
 
 def test_the_held_out_loss_along_a_run_changes_nothing_else(

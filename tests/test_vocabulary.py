@@ -33,11 +33,9 @@ from efficientllm.train.pruning.rows import RowProbe
 from efficientllm.train.pruning.selection import SelectionRules, select_removal
 from efficientllm.train.pruning.surgery import remove_groups
 from efficientllm.train.vocabulary.frequency import expected_splits, with_parts
-from efficientllm.train.vocabulary.needs import pieces_of, tokenizer_data
-from efficientllm.train.vocabulary.pieces import read_pieces
-from efficientllm.train.vocabulary.recoding import Reading, Recoder
+from efficientllm.train.vocabulary.pieces import pieces_of, read_pieces, tokenizer_data
+from efficientllm.train.vocabulary.recoding import Reading, Recoder, TwoReadings
 from efficientllm.train.vocabulary.rewriting import smaller_tokenizer
-from efficientllm.train.vocabulary.two_readings import TwoReadings
 
 CPU = torch.device("cpu")
 ODD = [

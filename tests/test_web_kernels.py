@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from efficientllm.export.web import kernels, wasm
+from efficientllm.export.web import kernels
+from efficientllm.export.web import kernels as wasm
 from efficientllm.runtime.base.errors import ArtefactError
 
 RESULT, X, Y, TABLE = 800, 1000, 5000, 1 << 17

@@ -9,13 +9,13 @@ import numpy as np
 
 from .compute.loss import TrainingLoss
 from .corpora import windows_apart
-from .data.encoding import Encoder
+from .data.chat import Encoder
 from .data.packing import PackedStream
 from .plan import RunPlan
 from .pruning.rows import RowProbe
 from .vocabulary.frequency import count_tokens, expected_splits
+from .vocabulary.recoding import TwoReadings
 from .vocabulary.rewriting import smaller_tokenizer
-from .vocabulary.two_readings import TwoReadings
 
 
 class RunText:

@@ -17,7 +17,7 @@ import torch.distributed.checkpoint as dcp
 
 from ..runtime.base.files import folder_written_atomically
 from .compute.distributed import Parallel
-from .progress import Progress
+from .reporting.metrics import Progress
 from .run_folder import checkpoint_folders, write_contents
 
 

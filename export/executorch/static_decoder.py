@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ...train.model.architecture import Architecture, LayerShape
 from ..checkpoint import Checkpoint
-from ..decoder_modules import Attention, Decoder, rotary_key
+from ..decoder_modules import Attention, Decoder
 from ..layer_attention import LayerAttention
 
 
@@ -91,7 +91,7 @@ class StaticAttention(Attention):
     def _rotate(self, x: Tensor, position: Position) -> Tensor:
         if self.settings.rope is None:
             return x
-        cos, sin = position.rotary[rotary_key(self.settings)]
+        cos, sin = position.rotary[self.settings.rotary_key]
         width, half = self.settings.rotary_dim, self.settings.rotary_dim // 2
         rotated = x if width == self.head_dim else x[..., :width]
         rotated = rotated * cos + torch.cat([rotated[..., half:], rotated[..., :half]], -1) * sin

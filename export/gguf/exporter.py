@@ -18,12 +18,11 @@ from ...runtime.engines.manifest import OLLAMA_FILE
 from ...train.model.file_types import row_multiple
 from ...train.model.tensors import EMBEDDING, HEAD
 from ..calibration import column_importance, save_for_gguf
-from ..checkpoint import Checkpoint
+from ..checkpoint import Checkpoint, TrainedType, choose_type
 from ..manifest import Contents, bits_per_weight, write_manifest
 from ..padding import pad_inputs
 from ..request import ExportRequest, PaddingOptions, log
 from ..targets import Exporter
-from ..trained_type import TrainedType, choose_type
 from ..verification import (
     MAX_EXACT_DIFFERENCE,
     Agreement,

@@ -18,8 +18,7 @@ from dataclasses import dataclass, replace
 
 from ...runtime.base.errors import ModelError
 from ...train.model.architecture import Architecture, LayerShape
-from ...train.model.file_types import LEAST_ROW, padded_architecture
-from ...train.model.gguf_route import irregular_gguf
+from ...train.model.file_types import LEAST_ROW, irregular_gguf, padded_architecture
 from ...train.model.rescaling import Scales
 from ..checkpoint import Checkpoint
 from ..padding import padded_scales, padding_notes, stock_scales, uniform_architecture, widened

@@ -1,13 +1,158 @@
-"""What Ollama reads beside a GGUF: its chat template, its context, how it is sampled, where an answer ends."""
+"""What Ollama reads beside a GGUF: its chat template, its context, how it is sampled, where an answer ends.
+
+A chat template in Ollama's language, Go's text/template: derived from what the model's own says of conversations.
+
+Ollama does not run the template in a GGUF: it compares its text with those that it knows and otherwise sends the bare
+question. A template that writes one turn after the other, which most do, is found by its answers; what is found is then
+compared with the model's own on other conversations, and nothing is said where one differs.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
+from ...runtime.base.errors import EfficientLLMError
+from ...runtime.chat_template import Message, render_chat
 from ...runtime.engines.hf_tokenizer import HfTokenizer
 from ..checkpoint import Checkpoint
-from ..generation_defaults import generation_defaults
-from .go_template import derive_turns
+from ..manifest import generation_defaults
+
+Rendered = Callable[[Sequence[Message], bool], str]
+"""(messages, whether an answer follows) -> what the template writes."""
+ROLES: tuple[str, ...] = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True)
+class Turns:
+    """A conversation written turn by turn."""
+
+    head: str
+    """Before conversations that have no system message."""
+    before: dict[str, str]
+    """Role -> what stands before its text."""
+    after: dict[str, str]
+    answer: str
+    """What an answer follows."""
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """The prompt for the next answer."""
+        turns = (self.before[each["role"]] + each["content"] + self.after[each["role"]] for each in messages)
+        head = "" if messages[0]["role"] == "system" else self.head
+        return head + "".join(turns) + self.answer
+
+    def go(self) -> str:
+        """As a Go template over Ollama's .Messages; an answer that has begun is gone on with."""
+        system, user, assistant = (
+            (_literal(self.before[role]), "{{ .Content }}", _literal(self.after[role])) for role in ROLES
+        )
+        opening = '{{- if ne (index .Messages 0).Role "system" }}' + _literal(self.head) + "{{ end }}"
+        return "".join([
+            opening if self.head else "",
+            "{{- range $i, $_ := .Messages }}",
+            "{{- $last := eq (len (slice $.Messages $i)) 1 }}",
+            '{{- if eq .Role "system" }}', *system,
+            '{{- else if eq .Role "user" }}', *user,
+            '{{- else if eq .Role "assistant" }}', *assistant[:2], "{{ if not $last }}", assistant[2], "{{ end }}",
+            "{{- end }}",
+            '{{- if and $last (ne .Role "assistant") }}', _literal(self.answer), "{{ end }}",
+            "{{- end }}",
+        ])  # fmt: skip
+
+
+def _literal(text: str) -> str:
+    """A Go string as an action: nothing in it is read as template, no space around it is trimmed."""
+    return "{{ " + json.dumps(text, ensure_ascii=False) + " }}" if text else ""
+
+
+def derive_turns(template: str, bos: str, eos: str, *, adds_bos: bool) -> Turns | None:
+    """What `template` (Jinja) writes; None where it is no such template. `adds_bos`: the runtime begins every prompt
+    with that token itself."""
+    if "strftime_now" in template:  # the day of the export would be every day's
+        return None
+
+    def rendered(messages: Sequence[Message], answer: bool) -> str:
+        text = render_chat(template, messages, bos, eos, add_generation_prompt=answer)
+        return text.removeprefix(bos) if adds_bos else text
+
+    for read in (_read_conversations, _read_prompts):
+        with contextlib.suppress(EfficientLLMError):  # it refuses a system message, say
+            turns = read(rendered)
+            if turns is not None and all(turns.render(each) == rendered(each, True) for each in PROBES):
+                return turns
+    return None
+
+
+def _read_prompts(rendered: Rendered) -> Turns | None:
+    """The turns of four prompts, for a template that writes otherwise what no answer follows; None where they are not
+    written alike. What all turns begin with may be read as the end of those before."""
+    system, user, reply, second = ASKED
+    begin, tail = _around(rendered([user], True), user)
+    between_users = _around(_around(rendered([user, second], True), user)[1], second)[0]
+    after_user = _common_beginning(between_users, tail)
+    before_user = between_users.removeprefix(after_user)
+    to_reply, rest = _around(_around(rendered([user, reply, second], True), user)[1], reply)
+    to_user = _around(rest, second)[0]
+    before_system, rest = _around(rendered([system, user], True), system)
+    after_system = _around(rest, user)[0]
+    if not (to_reply.startswith(after_user) and all(x.endswith(before_user) for x in (begin, to_user, after_system))):
+        return None
+    before = (before_system, before_user, to_reply.removeprefix(after_user))
+    after = (after_system.removesuffix(before_user), after_user, to_user.removesuffix(before_user))
+    roles = dict(zip(ROLES, before, strict=True)), dict(zip(ROLES, after, strict=True))
+    return Turns(begin.removesuffix(before_user), *roles, tail.removeprefix(after_user))
+
+
+def _read_conversations(rendered: Rendered) -> Turns | None:
+    """The turns of four conversations; None where they are not written alike."""
+    system, user, reply, second = ASKED
+    asked, prompt = rendered([user], False), rendered([user], True)
+    begin, after_user = _around(asked, user)
+    told = rendered([user, reply, second], False)
+    before_reply = _around(told, reply)[0].removeprefix(begin + user["content"] + after_user)
+    after_reply = _around(rendered([user, reply], False), reply)[1]
+    before_user = _around(_around(told, reply)[1], second)[0].removeprefix(after_reply)
+    before_system, rest = _around(rendered([system, user], False), system)
+    after_system = _around(rest, user)[0].removesuffix(before_user)
+    if not (prompt.startswith(asked) and begin.endswith(before_user)):
+        return None
+    before = dict(zip(ROLES, (before_system, before_user, before_reply), strict=True))
+    after = dict(zip(ROLES, (after_system, after_user, after_reply), strict=True))
+    return Turns(begin.removesuffix(before_user), before, after, prompt.removeprefix(asked))
+
+
+def _common_beginning(first: str, second: str) -> str:
+    length = next((place for place, (one, other) in enumerate(zip(first, second, strict=False)) if one != other), None)
+    return first[:length] if length is not None else min(first, second, key=len)
+
+
+def _around(text: str, message: Message) -> tuple[str, str]:
+    before, _, after = text.partition(message["content"])
+    return before, after
+
+
+def _conversation(*turns: str) -> list[Message]:
+    """ "s", "u" and "a" and what is said."""
+    roles = {role[0]: role for role in ROLES}
+    return [{"role": roles[turn[0]], "content": turn} for turn in turns]
+
+
+ASKED = _conversation("s EFFICIENTLLM-1", "u EFFICIENTLLM-2", "a EFFICIENTLLM-3", "u EFFICIENTLLM-4")
+PROBES = [
+    _conversation(*turns)
+    for turns in (
+        ["u one"],
+        ["system two", "u three"],
+        ["u four", "a five", "u six\nand {{ seven }}"],
+        ["s 8", "u nine", "a ten", "user eleven", "a 12", "u 13"],
+        ["s \n 14 \n", "u  15\n\n16 ", "a <think>\n17\n</think>\n\n18", "u\n19\n"],
+        ["s 20", *("u 21", "a 22") * 8, "u 23"],
+    )
+]
+"""What a derived template must write as the model's own does."""
+
 
 MAX_CONTEXT = 4096
 """Tokens; Ollama and llama-server allocate the caches of all of them."""

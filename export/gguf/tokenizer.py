@@ -8,7 +8,7 @@ from typing import Any
 from ...runtime.base.errors import ModelError
 from ...runtime.base.extras import extra
 from ...runtime.engines.hf_tokenizer import read_settings, special_token
-from ...train.model.pre_tokenizer import pre_tokenizer_name, steps_of
+from ...train.model.file_types import pre_tokenizer_name, steps_of
 from ..checkpoint import Checkpoint
 
 

@@ -1,13 +1,25 @@
-"""`--target litert`: a .litertlm that stock LiteRT-LM runs, verified. Imports no torch until it runs."""
+"""`--target litert`: a .litertlm that stock LiteRT-LM runs, verified. Imports no torch until it runs.
+
+The .tflite inside a .litertlm, run token by token in LiteRT's interpreter: what a verification asks.
+
+T tokens of the longest prefill signature, C slots of the caches, V vocabulary.
+
+The finished file in LiteRT-LM itself: does it write what the program inside it computes?
+"""
 
 from __future__ import annotations
 
 import shlex
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from ...runtime.base import flags
+from ...runtime.base.errors import ArtefactError
 from ...runtime.base.extras import extra
 from ..checkpoint import Checkpoint
 from ..manifest import Contents, bits_per_weight, write_manifest
@@ -30,13 +42,12 @@ class LitertOptions(RoundingOptions):
 
     quantize: str = "int8"
     """Weight type: int8 or f32."""
-    max_context: int = flags.count(2048)
+    max_context: int = flags.count(2048, at_least=max(PREFILL_LENGTHS) + 1)
     """Slots of the key/value caches, at most the model's context."""
 
     def __post_init__(self) -> None:
+        flags.check_fields(self)
         flags.require(self, "quantize", self.quantize in RECIPES, f"must be one of {', '.join(RECIPES)}")
-        least = max(PREFILL_LENGTHS) + 1
-        flags.require(self, "max_context", self.max_context >= least, f"must be at least {least}: a prompt and a token")
         flags.require(self, "calibrate", not self.calibrate, "LiteRT's recipes round without text; leave it out")
 
 
@@ -71,8 +82,6 @@ def _verify(
     checkpoint: Checkpoint, request: ExportRequest[LitertOptions], tflite: Path, folder: Path
 ) -> dict[str, dict[str, object]]:
     """The program against torch, logit by logit, and LiteRT-LM's own greedy text against the program's."""
-    from .interpreter import TfliteDecoder
-    from .stock_runtime import check_greedy_text
 
     quantize = request.options.quantize
     bits = bits_per_weight(checkpoint, tflite.stat().st_size)
@@ -86,3 +95,109 @@ def _verify(
 
 
 EXPORTER = Exporter(LitertOptions, export_litert)
+
+
+MASKED = -1e9
+
+
+class TfliteDecoder:
+    """One sequence in a program with the signatures `prefill_T` and `decode`."""
+
+    def __init__(self, path: Path) -> None:
+        from ai_edge_litert.interpreter import Interpreter  # type: ignore[import-not-found]
+
+        self._interpreter: Any = Interpreter(str(path), num_threads=1)
+        lengths = [int(name.split("_")[1]) for name in self._interpreter.get_signature_list() if name != "decode"]
+        self.prefill_length = max(lengths)
+        self._prefill = self._interpreter.get_signature_runner(f"prefill_{self.prefill_length}")
+        self._decode = self._interpreter.get_signature_runner("decode")
+        inputs = self._decode.get_input_details()
+        self._slots = int(inputs["mask"]["shape"][-1])
+        self._caches = {
+            name: np.zeros(entry["shape"], dtype=entry["dtype"])
+            for name, entry in inputs.items()
+            if name.startswith("kv_cache")
+        }
+        self._length = 0
+
+    def prefill(self, tokens: Sequence[int]) -> np.ndarray:
+        """Begin with `tokens`; returns the last one's logits, fp32 [V]."""
+        self._length = 0
+        for start in range(0, len(tokens) - 1, self.prefill_length):
+            part = tokens[start : min(start + self.prefill_length, len(tokens) - 1)]
+            padded = np.zeros((1, self.prefill_length), dtype=np.int32)
+            padded[0, : len(part)] = part
+            self._run(self._prefill, padded)
+            self._length += len(part)  # what the padding left behind that is written over before it is seen
+        return self.decode(tokens[-1])
+
+    def decode(self, token: int) -> np.ndarray:
+        """Append one token; returns its logits, fp32 [V]."""
+        found = self._run(self._decode, np.array([[token]], dtype=np.int32))
+        self._length += 1
+        return np.asarray(found["logits"], dtype=np.float32).reshape(-1)
+
+    def _run(self, signature: Any, tokens: np.ndarray) -> dict[str, np.ndarray]:
+        """One call; the caches are those that it gives."""
+        positions = np.arange(self._length, self._length + tokens.shape[1], dtype=np.int32)
+        is_hidden = np.arange(self._slots)[None] > positions[:, None]
+        mask = np.where(is_hidden, np.float32(MASKED), np.float32(0))[None, None]
+        found = signature(tokens=tokens, input_pos=positions, mask=mask, **self._caches)
+        self._caches = {name: found[name] for name in self._caches}
+        return found
+
+    def close(self) -> None:
+        """Free the model."""
+        self._prefill = self._decode = self._interpreter = None
+
+
+PROMPTS = (
+    "Once upon a time, in a small village by the sea, there lived an old fisherman who every morning",
+    "The three largest cities of the country are",
+)
+"""The second is asked where nothing follows the first."""
+TOKENS = 24
+
+
+def check_greedy_text(model: Path, decoder: TfliteDecoder, tokenizer: Any) -> int:
+    """Characters that LiteRT-LM writes greedily after a prompt; ArtefactError where `decoder`, which is closed, goes
+    on in another way."""
+    import litert_lm  # type: ignore[import-not-found]
+
+    litert_lm.set_min_log_severity(litert_lm.LogSeverity.ERROR)
+    with tempfile.TemporaryDirectory() as folder:  # it leaves a cache of packed weights beside its file
+        link = Path(folder) / model.name
+        link.symlink_to(model.resolve())
+        engine = litert_lm.Engine(str(link), backend=litert_lm.Backend.CPU(thread_count=1), max_num_tokens=256)
+        greedy = litert_lm.SamplerConfig(top_k=1, top_p=1.0, temperature=1.0, seed=1)
+        begin = [engine.bos_token_id] if engine.bos_token_id is not None else []
+        ends = {ids[0] for ids in engine.eos_token_ids if len(ids) == 1}
+        text = ""
+        for prompt in PROMPTS:
+            with engine.create_session(
+                apply_prompt_template=False, sampler_config=greedy, max_output_tokens=TOKENS
+            ) as session:
+                session.run_prefill([prompt])
+                text = "".join(part for answer in session.run_decode_async() for part in answer.texts)
+            spoken = _texts(decoder, tokenizer, [*begin, *tokenizer.encode(prompt, add_special_tokens=False).ids], ends)
+            if text not in spoken:
+                raise ArtefactError(
+                    f"litert: LiteRT-LM goes on with {text!r}, the program in its file with {min(spoken)!r}; nothing "
+                    "was written. Please report this model; --no-verify exports it all the same"
+                )
+            if text:
+                break
+        else:
+            log.warning("the model ends every answer at once, in LiteRT-LM as in the program: no text was compared")
+    decoder.close()
+    return len(text)
+
+
+def _texts(decoder: TfliteDecoder, tokenizer: Any, prompt: list[int], ends: set[int]) -> set[str]:
+    """What the program writes greedily after a prompt, with and without special tokens."""
+    answer: list[int] = []
+    logits = decoder.prefill(prompt)
+    while len(answer) < TOKENS and int(logits.argmax()) not in ends:
+        answer.append(int(logits.argmax()))
+        logits = decoder.decode(answer[-1])
+    return {tokenizer.decode(answer, skip_special_tokens=skip) for skip in (True, False)}

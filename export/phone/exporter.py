@@ -1,28 +1,231 @@
-"""`--target android` and `--target ios`: the model in both formats, code that runs it, what it must answer, a card."""
+"""`--target android` and `--target ios`: the model in both formats, code that runs it, what it must answer, a card.
+
+What a kit is made of.
+
+Code for apps, with this model's constants in it.
+
+The kit's README: what is in it, what it needs and gives on a phone, and how to tell that it works there.
+"""
 
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Sequence
+import json
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib import resources
 from pathlib import Path
+from typing import Literal
 
 from ...runtime.base import flags
 from ...runtime.base.files import write_json_atomically, write_text_atomically
-from ...runtime.base.quantities import none_of
+from ...runtime.base.quantities import format_bytes, format_count, markdown_table, none_of
+from ...runtime.engines.manifest import cache_bytes
 from ...runtime.latency.profile import DeviceProfile
+from ...runtime.latency.shape import DecoderShape
+from ...train.model.architecture import Architecture
 from ..checkpoint import Checkpoint
 from ..executorch.exporter import write_program
 from ..executorch.options import ExecutorchOptions
-from ..generation_defaults import generation_defaults
 from ..gguf.exporter import GgufOptions, write_model
-from ..greedy import greedy_check
-from ..manifest import Contents, write_manifest
+from ..greedy import GreedyCheck, greedy_check
+from ..manifest import Contents, generation_defaults, write_manifest
 from ..request import ExportRequest, log
 from ..targets import Exporter
-from .card import card, expected_speed
-from .kit import Kit, Platform
-from .snippets import write_snippets
+
+Platform = Literal["android", "ios"]
+
+
+@dataclass(frozen=True)
+class Kit:
+    """What is known once the models are written."""
+
+    platform: Platform
+    checkpoint: Checkpoint
+    models: Sequence[Contents]
+    """One for each format."""
+    checks: Mapping[str, GreedyCheck]
+    """Engine -> what its model answers."""
+    context: int
+    """Tokens of a conversation."""
+    snippets: Sequence[str]
+    """Files of code."""
+    pushed: Sequence[str]
+    """Files that belong on the phone."""
+    executorch: str
+    """The release that exported the program: its runtime on the phone should be the same; "" without a program."""
+
+    @property
+    def name(self) -> str:
+        return Path(self.checkpoint.name).name
+
+
+LLAMA_RN = "0.12.9"
+REACT_NATIVE_EXECUTORCH = "0.10.2"
+"""The releases whose type declarations the code was written against."""
+
+LLAMA_CPP = "0c1e57098"
+"""The commit that llama-cpp-python 0.3.36 is built from, whose header the code was written against."""
+
+CONVERSATIONS = {
+    "Chat.kt": "executorch",
+    "Chat.swift": "executorch",
+    "LlamaChat.kt": "llama.cpp",
+    "LlamaChat.swift": "llama.cpp",
+}
+"""Code that writes a conversation itself -> the engine that reads it."""
+
+
+def write_snippets(kit: Kit, folder: Path) -> None:
+    """Write the kit's code."""
+    checkpoint, defaults = kit.checkpoint, generation_defaults(kit.checkpoint)
+    ends = checkpoint.end_of_generation_ids
+    end = (checkpoint.tokenizer.id_to_token(ends[0]) or "") if ends else ""
+    marks = {
+        "NAME": kit.name,
+        "FOLDER": re.sub(r"[^A-Za-z0-9._-]", "-", kit.name) or "model",
+        "FILES": " ".join(kit.pushed),
+        "CONTEXT": str(kit.context),
+        "EXECUTORCH": kit.executorch,
+        "LLAMA_CPP": LLAMA_CPP,
+        "LLAMA_RN": LLAMA_RN,
+        "REACT_NATIVE_EXECUTORCH": REACT_NATIVE_EXECUTORCH,
+        **{option.upper(): f"{value:g}" if value % 1 else f"{value:.1f}" for option, value in defaults.items()},
+    }
+    source = resources.files(__name__.rpartition(".")[0]).joinpath("code")
+    for file in kit.snippets:
+        quote = _kotlin if file.endswith(".kt") else _quoted
+        literals = {"END": quote(end)}
+        if file in CONVERSATIONS:
+            check = kit.checks[CONVERSATIONS[file]]
+            before, _, after = check.prompt.partition(check.question)
+            literals |= {"BEFORE": quote(before), "AFTER": quote(after)}
+        text = source.joinpath(file).read_text(encoding="utf-8")
+        for mark, value in {**marks, **literals}.items():
+            text = text.replace(f"@{mark}@", value)
+        write_text_atomically(folder / file, text)
+        if file.endswith(".sh"):
+            (folder / file).chmod(0o755)
+
+
+def _quoted(text: str) -> str:
+    """As a literal of Swift, whose escapes of quotes, backslashes, tabs and ends of lines are JSON's."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _kotlin(text: str) -> str:
+    """As a literal of Kotlin, where a dollar begins a template."""
+    return _quoted(text).replace("$", "\\$")
+
+
+PROMPT, DEPTH = 128, 512
+"""Tokens of the prompt and before the decoded token that the expected speed is of."""
+
+USES = {
+    "Chat.kt": "Kotlin on ExecuTorch; needs `build.gradle.kts`' line in the app's",
+    "build.gradle.kts": "the dependency",
+    "Chat.swift": "Swift on ExecuTorch; its head names the package and its products",
+    "react-native-executorch.ts": "React Native on ExecuTorch",
+    "LlamaChat.kt": "Kotlin on llama.cpp; needs the next two in the app's `src/main/cpp`",
+    "llama_chat.cpp": "its calls of llama.cpp",
+    "CMakeLists.txt": "builds them for the app; its head has the line of `build.gradle.kts`",
+    "LlamaChat.swift": "Swift on llama.cpp's XCFramework",
+    "llama-rn.ts": "React Native on llama.cpp",
+    "push.sh": "copies the model to a phone by adb, where debug builds may read it",
+}
+
+SYSTEMS: dict[Platform, str] = {"android": "Android", "ios": "iOS"}
+
+CACHE_ELEMENT_BYTES = {"llama.cpp": 2, "executorch": 4}
+
+
+@dataclass(frozen=True)
+class ExpectedSpeed:
+    """What a profile predicts of the model."""
+
+    device: str
+    engine: str
+    quantization: str
+    prefill_tokens_per_second: float
+    """Of a prompt of PROMPT tokens."""
+    decode_tokens_per_second: float
+    """After DEPTH tokens."""
+    is_emulated: bool
+
+
+def expected_speed(profile: DeviceProfile, architecture: Architecture) -> ExpectedSpeed:
+    """On the device of `profile`; UsageError where it cannot price the model."""
+    shape = DecoderShape.from_dict(architecture.to_dict())
+    on = profile.measured_on
+    return ExpectedSpeed(
+        on.device,
+        on.engine,
+        on.quantization,
+        1000 * PROMPT / profile.prefill_ms(shape, PROMPT),
+        1000 / profile.decode_ms(shape, DEPTH),
+        on.emulated,
+    )
+
+
+def card(kit: Kit, folder: Path, speed: ExpectedSpeed | None) -> str:
+    """The text of README.md; the models lie in `folder` already."""
+    size = format_count(kit.checkpoint.architecture.num_parameters)
+    parts = [
+        f"# {kit.name} for {SYSTEMS[kit.platform]}",
+        f"{size} parameters, conversations of up to {kit.context} tokens.",
+        _models(kit, folder),
+        "The memory is the file and the key/value caches of a full conversation; the runtime's own comes on top "
+        "(tens of MB).",
+        _speed(speed),
+        "## In an app",
+        markdown_table([["file", "what it is"], *([file, USES[file]] for file in kit.snippets)], left=(0, 1)),
+        "`generation.json` has the context and how answers are sampled; `chat_template.jinja`, where the model has "
+        "one, how a conversation is written. The code was written against the declarations of the releases it names; "
+        "our tests parse it and run `llama_chat.cpp`. No phone ran it.",
+        "## Does it work there?",
+        "`check.json` holds, for each runtime, a prompt and the first greedy tokens of the exporting machine. "
+        "`check()` in the Kotlin, the Swift and llama-rn.ts asks the phone the same and returns null (nil) where the "
+        f"answers agree. The nearest two candidates are {_margins(kit)} apart; another processor's kernels round "
+        "otherwise, by a tenth or so, so where that is little an answer may part late. One that parts within the first "
+        "words is of another model.",
+        "## Licence and quality",
+        "The licence is the source model's. What pruning and training left of its quality is in `manifest.json` under "
+        "`training`; how the files compare with the checkpoint, under `verification`.",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _models(kit: Kit, folder: Path) -> str:
+    architecture = kit.checkpoint.architecture
+    heads = sum(layer.num_key_value_heads for layer in architecture.layers)
+    rows = [["file", "runtime", "weights", "on disk", "memory"]]
+    for each in kit.models:
+        size = (folder / each.files[0]).stat().st_size
+        caches = cache_bytes(kit.context, heads, architecture.head_dim, CACHE_ELEMENT_BYTES[each.engine])
+        rows.append([each.files[0], each.engine, each.quantization, format_bytes(size), format_bytes(size + caches)])
+    return markdown_table(rows, left=(0, 1, 2))
+
+
+def _margins(kit: Kit) -> str:
+    return " and ".join(f"{check.margin:.2f} nats ({engine})" for engine, check in kit.checks.items())
+
+
+def _speed(speed: ExpectedSpeed | None) -> str:
+    if speed is None:
+        return (
+            "What speed to expect is not known: measure the phone once with `efficientllm-bench --profile FILE "
+            "--device adb` and export with `--device-profile FILE`."
+        )
+    text = (
+        f"Expected on {speed.device} ({speed.engine}, {speed.quantization}), by its latency profile: "
+        f"{speed.prefill_tokens_per_second:.0f} tokens/s of a {PROMPT}-token prompt, "
+        f"{speed.decode_tokens_per_second:.1f} of an answer after {DEPTH}."
+    )
+    return text + (
+        " The profile is of an EMULATED device: no figure of it holds on a real one." if speed.is_emulated else ""
+    )
+
 
 FORMATS = ("gguf", "pte")
 DEFAULT = "q8_0"
@@ -54,16 +257,16 @@ class PhoneOptions(GgufOptions):
     """Weight type of the GGUF, as of --target gguf; default: what the checkpoint was trained for (--qat), else q8_0."""
     formats: tuple[str, ...] = flags.comma_separated(*FORMATS)
     """Formats of the model, comma-separated: gguf (llama.cpp), pte (ExecuTorch, 8da4w)."""
-    max_context: int = flags.count(2048)
+    max_context: int = flags.count(2048, at_least=2)
     """Tokens of a conversation, at most the model's context."""
     device_profile: str = ""
     """Profile of the phone, as efficientllm-bench --profile writes it: the card then says what speed to expect."""
 
     def __post_init__(self) -> None:
+        flags.check_fields(self)
         for name in self.formats:
             flags.require(self, "formats", name in FORMATS, none_of(name, FORMATS), value=name)
         flags.require(self, "formats", bool(self.formats), f"must name one of {', '.join(FORMATS)}")
-        flags.require(self, "max_context", self.max_context >= 2, "must be at least 2: a token and its answer")
 
 
 def export_android(checkpoint: Checkpoint, request: ExportRequest[PhoneOptions], folder: Path) -> None:

@@ -10,10 +10,9 @@ from typing import Any
 
 from ...runtime.base.files import write_json_atomically
 from ..checkpoint import Checkpoint
-from ..generation_defaults import generation_defaults
 from ..gguf.exporter import GgufOptions, write_model
 from ..greedy import greedy_check
-from ..manifest import write_manifest
+from ..manifest import generation_defaults, write_manifest
 from ..request import ExportRequest, log
 from ..targets import Exporter
 from .parts import PART_BYTES, Part, split_file

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from efficientllm.train.plots import GROUP_COLOR, KEPT_COLOR, SOURCE_COLOR
+from efficientllm.train.reporting.plots import GROUP_COLOR, KEPT_COLOR, SOURCE_COLOR
 
 from .arms import ARMS
 from .result import StudyResult, of_arm

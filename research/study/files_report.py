@@ -12,7 +12,7 @@ from typing import Any
 from efficientllm.runtime.base.files import write_text_atomically
 from efficientllm.runtime.base.quantities import format_bytes, format_count, markdown_table, without_folders
 from efficientllm.train.planning.points import Point
-from efficientllm.train.plots import GROUP_COLOR, KEPT_COLOR, SOURCE_COLOR
+from efficientllm.train.reporting.plots import GROUP_COLOR, KEPT_COLOR, SOURCE_COLOR
 
 from .divergence import mean_and_error
 from .files import KINDS, FilesConfig, FilesStudy

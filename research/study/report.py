@@ -17,7 +17,7 @@ from efficientllm.runtime.base.user_cache import commit
 from efficientllm.train.compute.hardware import choose_hardware
 from efficientllm.train.evaluation.evaluation import Evaluation
 from efficientllm.train.model.architecture import Architecture
-from efficientllm.train.plots import plot_architecture
+from efficientllm.train.reporting.plots import plot_architecture
 
 from .arms import ARMS
 from .figure import plot_perplexities

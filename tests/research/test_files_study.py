@@ -15,7 +15,7 @@ from tiny import tiny_architecture
 from efficientllm.runtime.base.command import run_command
 from efficientllm.train import cli as train_cli
 from efficientllm.train.model.architecture import LayerShape
-from efficientllm.train.model.file_size import gguf_bytes
+from efficientllm.train.model.file_types import gguf_bytes
 from efficientllm.train.planning import fit
 from efficientllm.train.planning.fit import FitConfig, Measured, _timer, commands, kl_at, propose, read_front
 from efficientllm.train.planning.points import Point

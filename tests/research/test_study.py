@@ -12,8 +12,7 @@ from tiny import tiny_architecture
 
 from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.base.errors import UsageError
-from efficientllm.train.model.architecture import Architecture, LayerShape
-from efficientllm.train.model.flops import training_flops
+from efficientllm.train.model.architecture import Architecture, LayerShape, training_flops
 from efficientllm.train.pruning.measures import PARAMETERS
 from research.study.arms import ARMS
 from research.study.cli import body

@@ -1,4 +1,7 @@
-"""One file of documents from folders, files and hub datasets: what a run reads again and again without a hub."""
+"""One file of documents from folders, files and hub datasets: what a run reads again and again without a hub.
+
+`efficientllm-corpus`: a corpus to train on, as one file.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +11,19 @@ import hashlib
 import itertools
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, cast
 
 from ...runtime.base import flags
+from ...runtime.base.command import run_command
 from ...runtime.base.errors import UsageError
 from ...runtime.base.files import remove_left_beside, written_atomically
 from ...runtime.base.output import locked_output
+from ...runtime.base.progress import ProgressDisplay
+from ...runtime.base.quantities import format_bytes, markdown_table
 from .chat import Chat, Document
 from .documents import DataSpec, check_documents, open_documents, text_of
 from .readers import KNOWN_FILES, BadLines, reader_of
@@ -32,20 +39,17 @@ class CorpusConfig:
     data: tuple[str, ...] = ()
     """Where documents come from, PATH[:WEIGHT], repeatable: a file, a folder with all its folders, a hub dataset
     (owner/name, owner/name@config); weights are shares of the bytes."""
-    max_bytes: int = flags.byte_count(100_000_000)
+    max_bytes: int = flags.byte_count(100_000_000, at_least=1)
     """Text to take, as 100MB; the document that reaches it is the last."""
-    min_characters: int = 200
+    min_characters: int = flags.number(200, at_least=0)
     """Shorter documents are left out."""
     text_field: str = "text"
     """Field of JSON or column of a table that holds the text."""
-    skip_bad_lines: int = 0
+    skip_bad_lines: int = flags.number(0, at_least=0)
     """Malformed lines of a corpus that may be left out."""
 
     def __post_init__(self) -> None:
-        flags.check_types(self)
-        flags.require(self, "max_bytes", self.max_bytes >= 1, "must be positive")
-        flags.require(self, "min_characters", self.min_characters >= 0, "must not be negative")
-        flags.require(self, "skip_bad_lines", self.skip_bad_lines >= 0, "must not be negative")
+        flags.check_fields(self)
 
 
 @dataclass
@@ -184,3 +188,42 @@ def _compressed(file: IO[bytes]) -> IO[bytes]:
 
 def _record(document: Document) -> str:
     return document.to_json() if isinstance(document, Chat) else json.dumps({"text": document}, ensure_ascii=False)
+
+
+def build_parser() -> flags.Parser:
+    parser = flags.Parser(
+        CorpusConfig,
+        prog="efficientllm-corpus",
+        description="Write one file of documents, for --data of efficientllm-train, from folders, files and hub "
+        "datasets: mixed by their weights, the same text once.",
+    )
+    parser.add_argument("output", metavar="OUTPUT", help="file to write, NAME.jsonl.gz or NAME.jsonl")
+    parser.add_argument("--overwrite", action="store_true", help="replace the file")
+    return parser
+
+
+def body(argv: Sequence[str]) -> int:
+    arguments = build_parser().parse(argv)
+    output, overwrite = Path(arguments.pop("output")), bool(arguments.pop("overwrite", False))
+    config = flags.take(arguments, CorpusConfig)
+    with ProgressDisplay() as display:
+
+        def report(done: int, wanted: int) -> None:
+            display.update("corpus", done, wanted, f"{format_bytes(done)} of {format_bytes(wanted)} of text")
+
+        taken = write_corpus(output, config, overwrite, report)
+    rows = [["from", "documents", "text", "too short", "repeated"]]
+    for each in taken:
+        counts = [f"{each.documents:,}", format_bytes(each.bytes), f"{each.short:,}", f"{each.repeated:,}"]
+        rows.append([each.spec.path + (" (all of it)" if each.has_ended else ""), *counts])
+    print(markdown_table(rows))
+    print(f"corpus: {output} ({format_bytes(output.stat().st_size)})")
+    return 0
+
+
+def main() -> None:
+    sys.exit(run_command(body))
+
+
+if __name__ == "__main__":
+    main()

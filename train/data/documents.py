@@ -1,4 +1,7 @@
-"""Corpora and their documents: local files or folders of them, a hub dataset, or the built-in demo text."""
+"""Corpora and their documents: local files or folders of them, a hub dataset, or the built-in demo text.
+
+Whether a corpus is still what it was: enough of it to notice a change, little enough for any size.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,7 @@ from typing import Any, cast
 
 from ...runtime.base.errors import DataError, UsageError
 from ...runtime.base.extras import extra
-from ..model.hub import hub_answers, may_be_hub_id
-from ..model.installed_files import distribution_file
+from ..model.source import distribution_file, hub_answers, may_be_hub_id
 from .chat import Chat, Document
 from .readers import KNOWN_FILES, BadLines, Reading, document_of, read_documents, reader_of
 
@@ -156,3 +158,20 @@ def is_held_out(document: Document, fraction: float) -> bool:
     text = document.to_json() if isinstance(document, Chat) else document
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "big") < fraction * 2**64
+
+
+READ = 1 << 16
+"""Bytes of a file's beginning and of its end that are looked at, beside its size."""
+
+
+def identity_of(path: str) -> str:
+    """Of the files that a corpus is read from, hexadecimal; the same for all that have none here (a hub's)."""
+    digest = hashlib.sha256()
+    for file in local_files(path):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}\n".encode(errors="surrogateescape"))
+        with file.open("rb") as stream:
+            digest.update(stream.read(READ))
+            stream.seek(max(READ, size - READ))
+            digest.update(stream.read())
+    return digest.hexdigest()

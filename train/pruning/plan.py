@@ -8,7 +8,7 @@ from pathlib import Path
 from ...runtime.base.errors import UsageError
 from ..compute.ranks import MeanOverRanks
 from ..model.architecture import Architecture
-from ..model.gguf_route import irregular_gguf
+from ..model.file_types import irregular_gguf
 from ..vocabulary.frequency import with_parts
 from ..vocabulary.pieces import Pieces
 from .budget import Budget, check_budget, device_time, make_budget, read_architecture

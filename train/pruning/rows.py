@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..compute.distributed import Parallel
 from ..compute.loss import TrainingLoss
-from ..data.encoding import end_of_text_id
+from ..data.chat import end_of_text_id
 from ..vocabulary.recoding import Reading, Recoder
 from ..vocabulary.rewriting import smaller_tokenizer
 

@@ -21,8 +21,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from ..data.chat import Encoder
 from ..data.documents import DataSpec, Document, is_held_out, open_documents
-from ..data.encoding import Encoder
 from .pieces import Pieces
 
 BATCH = 256

@@ -3,20 +3,26 @@
 Byte-pair encoding makes a token by merging two others, so a token is of no use without its parts: whatever goes, all
 that is made of it went before. Kept tokens then keep their whole derivations, and every kept token is still made of its
 own text in the same way: of the merges that are left, the first to apply to it are those that were. Imports no torch.
+
+Which tokens a model cannot do without: those of its tokenizer, of its settings and of its chat template.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
-from ...runtime.base.errors import ModelError
+from ...runtime.base.errors import ModelError, UsageError
 from ...runtime.engines.hf_tokenizer import byte_alphabet
+from ..data.chat import ChatFormat, end_of_text_id, tokenize
+from .rewriting import named_tokens
 
 SPACE = "▁"
 """What SentencePiece writes for a space; bytes in its place would be decoded to the sign itself."""
@@ -166,3 +172,35 @@ def _scores(model: Mapping[str, Any], num_rows: int) -> np.ndarray:
     scores = np.asarray([score for _, score in model["vocab"]])
     prior[: len(scores)] = np.exp(np.maximum(scores, -50.0))
     return prior
+
+
+CONTENT = "?"
+"""Stands for what is said in a chat."""
+
+
+def tokenizer_data(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """The contents of a tokenizer's tokenizer.json."""
+    backend: Any = tokenizer.backend_tokenizer
+    return json.loads(backend.to_str())
+
+
+def pieces_of(model: Any, tokenizer: PreTrainedTokenizerBase) -> Pieces:
+    """The tokens of a model; ModelError where its tokenizer is of a kind whose tokens cannot go."""
+    pieces = read_pieces(tokenizer_data(tokenizer), int(model.config.vocab_size))
+    named = named_tokens(model.config) | named_tokens(model.generation_config)
+    fixed = pieces.fixed | named | template_tokens(tokenizer) | {end_of_text_id(tokenizer)}
+    return replace(pieces, fixed=frozenset(fixed))
+
+
+def template_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Tokens that the chat template writes around what is said; none without one that writes a plain chat."""
+    chat = ChatFormat.of_tokenizer(tokenizer)
+    if chat is None:
+        return set()
+    turns = [{"role": role, "content": CONTENT} for role in ("system", "user", "assistant", "user")]
+    texts = [chat.prompt(turns[1:2])]
+    try:
+        texts.append(chat.prompt(turns))
+    except UsageError:  # some know no system
+        texts.append(chat.prompt(turns[1:]))
+    return {index for ids in tokenize(tokenizer, texts) for index in ids}

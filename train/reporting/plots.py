@@ -8,9 +8,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from ..runtime.base.files import write_bytes_atomically
-from .model.architecture import Architecture
-from .pruning.groups import BLOCKS, KINDS, counts
+from ...runtime.base.files import write_bytes_atomically
+from ..model.architecture import Architecture
+from ..pruning.groups import BLOCKS, KINDS, counts
 
 SOURCE_COLOR, KEPT_COLOR, GROUP_COLOR = "#d5dae3", "#2f6db3", "#e08a3c"
 
