@@ -50,7 +50,7 @@ class ProfileOptions:
     """Weight type, as efficientllm-export --quantize; default: q4_0, int4 and 8da4w by engine."""
     profile_like: str = ""
     """Model folder whose pruned shapes are to be priced; default: the widths of SmolLM2-135M."""
-    profile_held_out: int = 6
+    profile_held_out: int = flags.number(6, at_least=2)
     """Irregular random models that the table is checked on, by which its error is said."""
     profile_savings: bool = False
     """Also measure what single removals from the source save, beside what the table says."""
@@ -60,8 +60,7 @@ class ProfileOptions:
     """Folder that keeps the random models for the next profile; default: none is kept."""
 
     def __post_init__(self) -> None:
-        flags.check_types(self)
-        flags.require(self, "profile_held_out", self.profile_held_out >= 2, "must be at least 2")
+        flags.check_fields(self)
 
     @property
     def weight_type(self) -> str:

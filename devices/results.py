@@ -29,36 +29,31 @@ def _with_tuples(values: dict[str, Any], names: Sequence[str]) -> dict[str, Any]
 class BenchOptions:
     """measurement"""
 
-    prompt_tokens: tuple[int, ...] = flags.whole_numbers(128, 512)
+    prompt_tokens: tuple[int, ...] = flags.whole_numbers(128, 512, at_least=1)
     """Lengths of the timed prefills: pp128, pp512 as llama-bench names them."""
-    decode_tokens: tuple[int, ...] = flags.whole_numbers(64, 128)
+    decode_tokens: tuple[int, ...] = flags.whole_numbers(64, 128, at_least=1)
     """Tokens decoded one by one from an empty context: tg64, tg128."""
-    depths: tuple[int, ...] = flags.whole_numbers(512, 1536)
+    depths: tuple[int, ...] = flags.whole_numbers(512, 1536, at_least=0)
     """Contexts already filled when the shortest decode is timed again: tg64@d512; 0: none."""
-    repetitions: int = 3
+    repetitions: int = flags.number(3, at_least=1)
     """Timed repetitions per process, after one that warms up."""
-    rounds: int = 3
+    rounds: int = flags.number(3, at_least=1)
     """Processes per artefact; artefacts take turns, so that drift of the machine hits all alike."""
-    threads: int = 0
+    threads: int = flags.number(0, at_least=0)
     """CPU threads; 0: all cores."""
     kv_cache: CacheChoice = "auto"
     """gguf: what keys and values are stored as; auto: what is fastest, as measured on the device."""
     huge_pages: bool = True
     """Linux: move what was read into huge pages, as efficientllm-chat and -serve do."""
-    max_temp: float = 0.0
+    max_temp: float = flags.number(0.0, at_least=0)
     """Degrees Celsius the device must have cooled to before each process; 0: do not wait."""
-    cool_down_minutes: float = 15.0
+    cool_down_minutes: float = flags.number(15.0, at_least=0)
     """Longest wait for that."""
 
     def __post_init__(self) -> None:
-        flags.check_types(self)
-        for name in ("prompt_tokens", "decode_tokens", "repetitions", "rounds"):
-            value = getattr(self, name)
-            values = value if isinstance(value, tuple) else (value,)
-            flags.require(self, name, min(values, default=0) >= 1, "must be positive")
-        flags.require(self, "depths", min(self.depths, default=0) >= 0, "must not be negative")
-        for name in ("threads", "max_temp", "cool_down_minutes"):
-            flags.require(self, name, getattr(self, name) >= 0, "must not be negative")
+        flags.check_fields(self)
+        for name in ("prompt_tokens", "decode_tokens"):
+            flags.require(self, name, bool(getattr(self, name)), "give at least one number")
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> BenchOptions:

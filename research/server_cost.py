@@ -43,16 +43,15 @@ class BenchmarkOptions:
 
     threads: int = 1
     """CPU threads; 0: all cores."""
-    rounds: int = 20
+    rounds: int = flags.number(20, at_least=1)
     """Pairs of answers, after one that warms up."""
-    tokens: int = 128
+    tokens: int = flags.number(128, at_least=2)
     """Tokens per answer."""
     requests: int = 0
     """Short requests of the memory run; 0: none."""
 
     def __post_init__(self) -> None:
-        flags.require(self, "rounds", self.rounds >= 1, "must be positive")
-        flags.require(self, "tokens", self.tokens >= 2, "must be at least 2, for a decode speed")
+        flags.check_fields(self)
 
 
 @dataclass(frozen=True)

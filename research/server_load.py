@@ -29,13 +29,13 @@ QUESTION = "Tell a story about lighthouse keeper number {number}."
 class LoadOptions:
     """measurement"""
 
-    clients: tuple[int, ...] = flags.whole_numbers(1, 4, 8, 16)
+    clients: tuple[int, ...] = flags.whole_numbers(1, 4, 8, 16, at_least=1)
     """Clients that ask at the same time."""
-    requests: int = 3
+    requests: int = flags.number(3, at_least=1)
     """Answers that each client reads in a round."""
-    rounds: int = 3
+    rounds: int = flags.number(3, at_least=1)
     """Rounds, in which the endpoints take turns."""
-    tokens: int = 24
+    tokens: int = flags.number(24, at_least=1)
     """Longest answer."""
     model: str = "model"
     """Name of the model in the requests."""
@@ -43,10 +43,8 @@ class LoadOptions:
     """Key that the endpoints want."""
 
     def __post_init__(self) -> None:
-        flags.check_types(self)
-        for name in ("requests", "rounds", "tokens"):
-            flags.require(self, name, getattr(self, name) >= 1, "must be positive")
-        flags.require(self, "clients", min(self.clients, default=0) >= 1, "must be positive")
+        flags.check_fields(self)
+        flags.require(self, "clients", bool(self.clients), "give at least one number")
 
 
 @dataclass(frozen=True)

@@ -35,22 +35,20 @@ SENTENCE = "Keeper {number} wrote of ship {count} in the book of the tower. "
 class StallOptions:
     """measurement"""
 
-    rounds: int = 5
+    rounds: int = flags.number(5, at_least=1)
     """Answers that are disturbed, of each endpoint."""
-    tokens: int = 160
+    tokens: int = flags.number(160, at_least=1)
     """Longest answer."""
-    undisturbed: int = 32
+    undisturbed: int = flags.number(32, at_least=2)
     """Pieces of it that are read before the prompt is sent."""
-    sentences: int = 80
+    sentences: int = flags.number(80, at_least=1)
     """Of the long prompt, some 17 tokens each."""
     model: str = "model"
     """Name of the model in the requests."""
 
     def __post_init__(self) -> None:
-        flags.check_types(self)
-        for name in ("rounds", "tokens", "sentences"):
-            flags.require(self, name, getattr(self, name) >= 1, "must be positive")
-        flags.require(self, "undisturbed", 2 <= self.undisturbed < self.tokens, "must be from 2 to fewer than --tokens")
+        flags.check_fields(self)
+        flags.require(self, "undisturbed", self.undisturbed < self.tokens, "must be below --tokens")
 
 
 @dataclass(frozen=True)

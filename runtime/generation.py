@@ -88,7 +88,7 @@ class GenerationStats:
 class AnswerOptions:
     """What an answer may be."""
 
-    max_tokens: int = 256
+    max_tokens: int = flags.number(256, at_least=1)
     """Tokens generated at most."""
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     """What it leaves open is the model's own (`OwnedEngine.sampling_defaults`)."""
@@ -105,8 +105,7 @@ class AnswerOptions:
     """{token: number added to its logit}; -inf forbids it."""
 
     def __post_init__(self) -> None:
-        flags.check_types(self)
-        flags.require(self, "max_tokens", self.max_tokens >= 1, "must be positive")
+        flags.check_fields(self)
 
 
 class Generation:

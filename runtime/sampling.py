@@ -20,47 +20,32 @@ open."""
 class SamplingOptions:
     """sampling"""
 
-    temperature: float | None = 0.0
+    temperature: float | None = flags.number(0.0, at_least=0, at_most=1e30)
     """0: always the most likely token."""
-    top_k: int | None = None
+    top_k: int | None = flags.number(None, at_least=0)
     """Keep the k most likely tokens; 0: all. Default: the model's own (its generation_config.json), else 40."""
-    top_p: float | None = None
+    top_p: float | None = flags.number(None, above=0, at_most=1)
     """Keep the smallest set of tokens whose probabilities reach this sum. Default: the model's own, else 0.95."""
-    min_p: float | None = None
+    min_p: float | None = flags.number(None, at_least=0, at_most=1)
     """Drop tokens less likely than this share of the most likely one. Default: the model's own, else 0.05."""
-    repetition_penalty: float | None = None
+    repetition_penalty: float | None = flags.number(None, at_least=0.01, at_most=100)
     """Divide the logits of tokens already in the sequence by this (arXiv 1909.05858); 1: off. Default: the model's
     own, else 1."""
-    frequency_penalty: float = 0.0
+    frequency_penalty: float = flags.number(0.0, at_least=-100, at_most=100)
     """Take this from a token's logit for every time it is in the answer."""
-    presence_penalty: float = 0.0
+    presence_penalty: float = flags.number(0.0, at_least=-100, at_most=100)
     """Take this from a token's logit once it is in the answer."""
     seed: int | None = None
     """Makes sampling repeatable."""
 
     def __post_init__(self) -> None:
-        flags.check_types(self)
-        for name, holds, rule in (
-            ("temperature", _within(self.temperature, 0, 1e30), "must be a number of at least 0"),
-            ("top_k", _within(self.top_k, 0, 2**63), "must not be negative"),
-            ("top_p", _within(self.top_p, 1e-30, 1), "must be above 0 and at most 1"),
-            ("min_p", _within(self.min_p, 0, 1), "must be between 0 and 1"),
-            ("repetition_penalty", _within(self.repetition_penalty, 0.01, 100), "must be between 0.01 and 100"),
-            ("frequency_penalty", _within(self.frequency_penalty, -100, 100), "must be between -100 and 100"),
-            ("presence_penalty", _within(self.presence_penalty, -100, 100), "must be between -100 and 100"),
-        ):
-            flags.require(self, name, holds, rule)
+        flags.check_fields(self)
 
     def filled(self, defaults: Mapping[str, float]) -> SamplingOptions:
         """These options, with what is None taken from `defaults`, else from LLAMA_CPP_DEFAULTS."""
         known = {**LLAMA_CPP_DEFAULTS, **defaults}
         open_names = [field.name for field in fields(self) if getattr(self, field.name) is None]
         return replace(self, **{name: known[name] for name in open_names if name in known})
-
-
-def _within(value: float | None, least: float, most: float) -> bool:
-    """False for NaN, too."""
-    return value is None or least <= value <= most
 
 
 class Sampler:

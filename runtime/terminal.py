@@ -31,7 +31,7 @@ from .sampling import SamplingOptions
 class ChatOptions:
     """chat"""
 
-    max_tokens: int = 256
+    max_tokens: int = flags.number(256, at_least=1)
     """Longest answer in tokens."""
     system: str = ""
     """System prompt; the template's own where empty."""
@@ -43,7 +43,7 @@ class ChatOptions:
     """Keep questions for the next session (arrow up), in the cache folder."""
 
     def __post_init__(self) -> None:
-        flags.require(self, "max_tokens", self.max_tokens >= 1, "must be positive")
+        flags.check_fields(self)
 
 
 class Conversation:

@@ -44,13 +44,13 @@ class AppOptions:
     """Web page's origin that may call the endpoint from a browser, repeatable; none by default."""
     max_body_bytes: int = 1_000_000
     """Largest request."""
-    body_timeout: float = 30.0
+    body_timeout: float = flags.number(30.0, above=0)
     """Seconds a client has to send a request."""
     overflow: Overflow = "error"
     """Where a chat outgrows the context window: error, or slide (forget the oldest tokens)."""
 
     def __post_init__(self) -> None:
-        flags.require(self, "body_timeout", self.body_timeout > 0, "must be positive")
+        flags.check_fields(self)
 
     @property
     def key(self) -> str:

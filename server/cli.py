@@ -32,27 +32,23 @@ class ServeOptions:
 
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 lets other machines in."""
-    port: int = 8000
+    port: int = flags.number(8000, at_least=1, at_most=65535)
     """Port to listen on."""
     model: tuple[str, ...] = ()
     """A further model, NAME=PATH, repeatable; loaded when it is first asked for."""
     max_memory: int = flags.byte_count(0)
     """Unload the least recently used models above this many bytes, such as 2GB; 0: keep all."""
-    waiting: int = 8
+    waiting: int = flags.number(8, at_least=0)
     """Requests per model that may wait behind the one being answered; more are refused with 429."""
-    timeout: float = 600.0
+    timeout: float = flags.number(600.0, above=0)
     """Seconds a request may take, the wait included."""
-    grace: int = 10
+    grace: int = flags.number(10, at_least=0)
     """Seconds that answers in progress have at shutdown."""
-    max_connections: int = 512
+    max_connections: int = flags.number(512, at_least=1)
     """Connections at once, those that send nothing included; a process may have 1024 files open on most systems."""
 
     def __post_init__(self) -> None:
-        flags.require(self, "port", 0 < self.port < 65536, "must be between 1 and 65535")
-        flags.require(self, "waiting", self.waiting >= 0, "must not be negative")
-        flags.require(self, "timeout", self.timeout > 0, "must be positive")
-        flags.require(self, "grace", self.grace >= 0, "must not be negative")
-        flags.require(self, "max_connections", self.max_connections >= 1, "must be positive")
+        flags.check_fields(self)
         for text in self.model:
             flags.require(self, "model", all(text.partition("=")), "must be NAME=PATH", value=text)
 

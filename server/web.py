@@ -30,11 +30,11 @@ class WebServerOptions:
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 lets other machines in. Browsers keep pages for use offline from this machine's own
     address and over HTTPS only."""
-    port: int = 8080
+    port: int = flags.number(8080, at_least=0, at_most=65535)
     """Port to listen on; 0: any free one."""
 
     def __post_init__(self) -> None:
-        flags.require(self, "port", 0 <= self.port < 65536, "must be between 0 and 65535")
+        flags.check_fields(self)
 
 
 class WebHandler(SimpleHTTPRequestHandler):

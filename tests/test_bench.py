@@ -231,7 +231,7 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bad.write_bytes(b"GGUF and then nothing")
     assert fails(str(bad), *QUICK).startswith("error: ")
     assert "--rounds 0: must be positive" in fails(str(bad), "--rounds", "0")
-    assert "'x' is no comma-separated list of whole numbers" in fails(str(bad), "--prompt-tokens", "x")
+    assert "'x' is not a comma-separated list of whole numbers" in fails(str(bad), "--prompt-tokens", "x")
     assert "--prompt-tokens 8,0: must be positive" in fails(str(bad), "--prompt-tokens", "8,0")
     assert "give at least one artefact" in fails()
     assert "its folder does not exist" in fails(str(bad), "--html", str(tmp_path / "no/where.html"))

@@ -315,7 +315,7 @@ def test_paired_difference_has_the_error_of_the_differences() -> None:
         (["--tasks", "piqa,arcade"], "arcade: unknown; known: arc_challenge"),
         (["--data-dir", "nowhere"], "no such folder"),
         (["--window", "1"], "--window 1: must be at least 2"),
-        (["--min-context", "513"], "--min-context 513: must be at least 1 and at most the window of 512"),
+        (["--min-context", "513"], "--min-context 513: must be at most the window of 512"),
         (["--limit", "-1"], "--limit -1: must not be negative"),
         (["--tasks", "none", "--text", "missing.txt"], "missing.txt"),
         (["--tasks", "none", "--compare", "no-model"], "no-model: no such folder or file"),

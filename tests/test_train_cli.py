@@ -156,7 +156,7 @@ BAD_INPUT = [
     (["--nonsense"], "unrecognized arguments: --nonsense"),
     (["--learnig-rate", "1e-4"], "unrecognized arguments: --learnig-rate 1e-4; did you mean --learning-rate?"),
     (["--batch-size", "0"], "--batch-size 0: must be positive"),
-    (["--learning-rate", "inf"], "--learning-rate inf: must be finite"),
+    (["--learning-rate", "inf"], "--learning-rate inf: must be above 0 and finite"),
     (["--prune", "none"], "--prune none: there is a --target-ratio; leave one of them out"),
     (["--quantize", "q4_0"], "--quantize q4_0: is for --target-bytes; give one"),
     (["--qat-start", "0.5"], "--qat-start 0.5: goes with --qat; give a type"),

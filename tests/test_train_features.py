@@ -214,7 +214,7 @@ BAD_INPUT = [
     (["--removals", "3", "--prune-every", "2"], "--removals 3: are evenly spread; leave out --prune-every"),
     (["--removals", "300"], "--removals 300: there are "),
     (["--saliency", "tailor1"], "tailor1"),
-    (["--compact-every", "0"], "--compact-every 0: must be at least 1"),
+    (["--compact-every", "0"], "--compact-every 0: must be positive"),
 ]
 
 

@@ -25,26 +25,22 @@ class SourceConfig:
     source's chat template, their answers and ends of turns are learned."""
     text_field: str = "text"
     """Field (of JSON) or column (of .csv, .parquet and hub datasets) that holds the text."""
-    skip_bad_lines: int = 0
+    skip_bad_lines: int = flags.number(0, at_least=0)
     """Malformed lines of each corpus that may be left out; one more ends the run."""
-    held_out_fraction: float = 0.05
+    held_out_fraction: float = flags.number(0.05, above=0, below=1)
     """Share of the documents, chosen by hash, that is never trained on and measures perplexity."""
-    eval_tokens: int = flags.count(16_384)
+    eval_tokens: int = flags.count(16_384, at_least=1)
     """Held-out tokens per evaluation."""
     init: Literal["source", "random"] = "source"
     """random: forget the source's weights and train its shape from scratch (the baseline)."""
-    sequence_length: int = flags.count(512)
+    sequence_length: int = flags.count(512, at_least=8)
     """Tokens per training sequence."""
 
     def __post_init__(self) -> None:
-        flags.check_types(self)
+        flags.check_fields(self)
         flags.require(self, "source", bool(self.source), "is empty; name a model")
         flags.require(self, "data", all(self.data) and bool(self.data), "give a file, a folder or a hub dataset")
         flags.require(self, "text_field", bool(self.text_field), "is empty; name a field")
-        flags.require(self, "skip_bad_lines", self.skip_bad_lines >= 0, "must not be negative")
-        flags.require(self, "held_out_fraction", 0 < self.held_out_fraction < 1, "must be between 0 and 1")
-        flags.require(self, "sequence_length", self.sequence_length >= 8, "must be at least 8")
-        flags.require(self, "eval_tokens", self.eval_tokens >= 1, "must be positive")
 
 
 SLOWEST_BFLOAT16_DECAY = 0.98
@@ -56,52 +52,40 @@ distance to its input, so it may stay off by 1/512 / (1 - b) of that: here a ten
 class OptimizerConfig:
     """optimisation"""
 
-    tokens: int = flags.count(1_000_000)
+    tokens: int = flags.count(1_000_000, at_least=1)
     """Tokens to train on in all."""
-    batch_size: int = 4
+    batch_size: int = flags.number(4, at_least=1)
     """Sequences per microbatch and process."""
-    gradient_accumulation: int = 1
+    gradient_accumulation: int = flags.number(1, at_least=1)
     """Microbatches per optimizer step."""
-    learning_rate: float = 2e-4
+    learning_rate: float = flags.number(2e-4, above=0, below=math.inf)
     """Peak learning rate of AdamW."""
     lr_schedule: Literal["wsd", "cosine", "constant"] = "wsd"
     """wsd: warm-up, stable, linear decay; cosine; constant."""
-    lr_warmup: float = 0.05
+    lr_warmup: float = flags.number(0.05, at_least=0, at_most=1)
     """Share of the tokens for the linear warm-up."""
-    lr_decay: float = 0.3
+    lr_decay: float = flags.number(0.3, at_least=0, at_most=1)
     """Share of the tokens for wsd's final decay."""
-    lr_floor: float = 0.1
+    lr_floor: float = flags.number(0.1, at_least=0, at_most=1)
     """Final learning rate as a share of the peak."""
-    weight_decay: float = 0.01
+    weight_decay: float = flags.number(0.01, at_least=0, below=math.inf)
     """AdamW's decoupled weight decay, on matrices only."""
-    beta1: float = 0.9
+    beta1: float = flags.number(0.9, at_least=0, below=1)
     """Decay of AdamW's first moment."""
-    beta2: float = 0.95
+    beta2: float = flags.number(0.95, at_least=0, below=1)
     """Decay of AdamW's second moment."""
     optimizer_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type in which AdamW's moments are stored; bfloat16 saves 4 bytes a parameter. Updates are computed in float32."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: float = flags.number(1.0, above=0)
     """Gradients are clipped to this global norm."""
-    distill: float = 0.0
+    distill: float = flags.number(0.0, at_least=0, below=math.inf)
     """Weight of the KL divergence from the unpruned source's predictions, added to the loss; 0: off."""
-    cross_entropy: float = 1.0
+    cross_entropy: float = flags.number(1.0, at_least=0, below=math.inf)
     """Weight of the next-token cross-entropy; 0 leaves distillation alone. At least 1 while groups are ranked by
     gradients, which are its."""
 
     def __post_init__(self) -> None:
-        flags.check_types(self)
-        for name in ("tokens", "batch_size", "gradient_accumulation"):
-            flags.require(self, name, getattr(self, name) >= 1, "must be positive")
-        for name in ("learning_rate", "max_grad_norm"):
-            flags.require(self, name, getattr(self, name) > 0, "must be positive")
-        for name in ("lr_warmup", "lr_decay", "lr_floor"):
-            flags.require(self, name, 0 <= getattr(self, name) <= 1, "must be between 0 and 1")
-        for name in ("beta1", "beta2"):
-            flags.require(self, name, 0 <= getattr(self, name) < 1, "must be at least 0 and below 1")
-        for name in ("weight_decay", "distill", "cross_entropy"):
-            flags.require(self, name, getattr(self, name) >= 0, "must not be negative")
-        for name in ("learning_rate", "weight_decay", "distill", "cross_entropy"):
-            flags.require(self, name, math.isfinite(getattr(self, name)), "must be finite")
+        flags.check_fields(self)
         for name in ("beta1", "beta2") if self.optimizer_dtype == "bfloat16" else ():
             is_followed = getattr(self, name) <= SLOWEST_BFLOAT16_DECAY
             flags.require(
@@ -121,11 +105,11 @@ class RunConfig:
     """Start anew; the run in --output is deleted when the new one writes its first checkpoint or its model."""
     resume: bool = False
     """Continue from the last complete checkpoint in --output."""
-    checkpoint_every: int = 200
+    checkpoint_every: int = flags.number(200, at_least=0)
     """Optimizer steps between checkpoints; 0 writes none."""
-    eval_every: int = 0
+    eval_every: int = flags.number(0, at_least=0)
     """Optimizer steps between measurements of the held-out loss along the run; 0: none."""
-    keep: int = 2
+    keep: int = flags.number(2, at_least=1)
     """Complete checkpoints to keep."""
     save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type in which the final model is stored; auto: the source's (bfloat16 for a quantised GGUF file)."""
@@ -133,7 +117,7 @@ class RunConfig:
     """auto, cpu, cuda or cuda:N."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Precision of matrix products (weights and sums stay fp32); auto: bfloat16 where the hardware has it."""
-    threads: int = 0
+    threads: int = flags.number(0, at_least=0, at_most=1024)
     """CPU threads; 0: all cores."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """Under torchrun: ddp keeps the whole model on every rank, fsdp shards it (FSDP2)."""
@@ -152,18 +136,13 @@ class RunConfig:
     """Write TensorBoard events beside metrics.jsonl."""
     wandb: bool = False
     """Log to Weights & Biases, where it is installed and configured."""
-    seed: int = 0
+    seed: int = flags.number(0, at_least=0, below=2**63)
     """Seed of the data order and of random initialisation."""
 
     def __post_init__(self) -> None:
-        flags.check_types(self)
+        flags.check_fields(self)
         flags.require(self, "resume", not (self.overwrite and self.resume), "cannot be combined with --overwrite")
         flags.require(self, "offload", not self.offload or self.parallel == "fsdp", "works with --parallel fsdp only")
-        for name in ("checkpoint_every", "eval_every"):
-            flags.require(self, name, getattr(self, name) >= 0, "must not be negative")
-        flags.require(self, "keep", self.keep >= 1, "must be at least 1")
-        flags.require(self, "threads", 0 <= self.threads <= 1024, "must be between 0 and 1024")
-        flags.require(self, "seed", 0 <= self.seed < 2**63, "must be at least 0 and below 2^63")
 
 
 @dataclass(frozen=True)

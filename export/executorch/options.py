@@ -26,12 +26,12 @@ class ExecutorchOptions(PaddingOptions):
     """Backend, one of xnnpack, portable, vulkan, coreml, openvino."""
     custom_ops: bool = True
     """Use ExecuTorch's LLM operators; off for a runtime without them (decoding is several times slower)."""
-    max_context: int = flags.count(2048)
+    max_context: int = flags.count(2048, at_least=2)
     """Slots of the key/value caches, at most the model's context."""
     allow_fp32: bool = False
     """Leave matrices in fp32 that 8da4w cannot hold."""
 
     def __post_init__(self) -> None:
-        flags.require(self, "max_context", self.max_context >= 2, "must be at least 2: a token and its answer")
+        flags.check_fields(self)
         sizes = ", ".join(map(str, GROUP_SIZES))
         flags.require(self, "group_size", self.group_size in GROUP_SIZES, f"XNNPACK takes {sizes}")

@@ -52,7 +52,7 @@ class FilesConfig:
     points: tuple[str, ...] = flags.comma_separated(*POINTS)
     """Files, comma-separated, TYPE[/HEAD][@BYTES][+train | +qat][+imatrix]: @BYTES is pruned to that size, +train and
     +qat see the tokens (pruned files always), +qat on the type's grid, +imatrix rounds by an importance matrix."""
-    seeds: int = 1
+    seeds: int = flags.number(1, at_least=1)
     """Seeds of the trained points."""
     batch_size: int = 2
     """Sequences per step."""
@@ -60,7 +60,7 @@ class FilesConfig:
     """Tokens per sequence."""
     learning_rate: float = 1e-4
     """Peak learning rate."""
-    documents: int = 10
+    documents: int = flags.number(10, at_least=1)
     """Documents of each kind of text that the KL and the bits per byte are of, at most 10."""
     quality: bool = True
     """Measure chat answers and questions, too: four fifths of the measuring."""
@@ -70,7 +70,7 @@ class FilesConfig:
     """Folder with the tasks' rows, as for efficientllm-eval."""
     limit: int = 100
     """Documents per task; 0: all."""
-    rounds: int = 3
+    rounds: int = flags.number(3, at_least=0)
     """Rounds of efficientllm-bench over all files; 0: no timing."""
     threads: int = 0
     """CPU threads of the measurements; 0: all cores."""
@@ -78,14 +78,12 @@ class FilesConfig:
     """Folder of the study; started again, it goes on where it stopped."""
 
     def __post_init__(self) -> None:
+        flags.check_fields(self)
         for text in self.points:
             try:
                 Point.parse(text)
             except ValueError as error:
                 flags.require(self, "points", False, str(error), value=text)
-        flags.require(self, "seeds", self.seeds >= 1, "must be at least 1")
-        flags.require(self, "documents", self.documents >= 1, "must be at least 1")
-        flags.require(self, "rounds", self.rounds >= 0, "must not be negative")
         check(self.measures)
 
     @property

@@ -62,7 +62,7 @@ class StudyConfig:
     """What is timed there: prompt=256,answer=128 (tokens) a whole answer, depth=512 one token after 512."""
     arms: tuple[str, ...] = flags.comma_separated(*(name for name, arm in ARMS.items() if not arm.is_for_device))
     """Arms to run, comma-separated; those that rank by milliseconds (latency, latency-blocks) need --device-profile."""
-    seeds: int = 1
+    seeds: int = flags.number(1, at_least=1)
     """Seeds of the arms that are repeated; the others run with the first."""
     batch_size: int = 4
     """Sequences per step."""
@@ -96,6 +96,7 @@ class StudyConfig:
     """CPU threads; 0: all cores."""
 
     def __post_init__(self) -> None:
+        flags.check_fields(self)
         for name in self.arms:
             flags.require(self, "arms", name in ARMS, none_of(name, ARMS), value=name)
             needs = ARMS[name].is_for_device and not self.device_profile
@@ -103,7 +104,6 @@ class StudyConfig:
         self._check_ranking_profiles()
         for text in self.keep:
             flags.require(self, "keep", 0 < float(text) < 1, "must be between 0 and 1", value=text)
-        flags.require(self, "seeds", self.seeds >= 1, "must be at least 1")
         _ = self.measures
 
     def _check_ranking_profiles(self) -> None:

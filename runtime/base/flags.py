@@ -1,8 +1,12 @@
-"""Command-line flags declared once, as fields of frozen dataclasses.
+"""Declare command-line flags as the fields of frozen dataclasses.
 
-A field's name becomes its flag, its type the parser, the string literal under it the help text. A dataclass whose
-fields are dataclasses is a command's whole configuration; its flags are those of its sections.
+A field's name becomes its flag, its type the parser, the string literal under it the help text. The range of a number
+is declared with its default. A dataclass whose fields are dataclasses is the whole configuration of a command; its
+flags are those of its sections.
 """
+
+# tyro 1.0.17 can read the same dataclasses. We keep our own parser because tyro would be a dependency of every install,
+# takes 0.1 s to import (argparse: 0.01 s) and prints errors as boxes of several lines.
 
 from __future__ import annotations
 
@@ -12,13 +16,16 @@ import dataclasses
 import functools
 import inspect
 import itertools
+import math
+import operator
+import sys
 import textwrap
 import tomllib
 import types
 import typing
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypedDict, TypeVar, Unpack
 
 from .errors import OptionError, UsageError
 from .quantities import did_you_mean, none_of, parse_bytes, parse_count
@@ -27,20 +34,23 @@ T = TypeVar("T")
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that raises UsageError instead of printing usage and leaving.
-
-    `sections` are dataclasses whose fields are flags of the command; `--debug` and `--version` every command has.
-    """
+    """An ArgumentParser that raises UsageError instead of printing its usage and exiting."""
 
     def __init__(self, *sections: type, **options: Any) -> None:
-        super().__init__(formatter_class=_WholeNames, **options)
-        self.add_argument("--debug", action="store_true", help="show tracebacks")  # run_command takes it out
+        """Add the flags of the dataclasses `sections`, `--debug` and `--version`.
+
+        `efficientllm VERB` puts its own name into sys.argv[0]; help and errors then show it instead of `prog`.
+        """
+        if sys.argv[0].startswith("efficientllm "):
+            options["prog"] = sys.argv[0]
+        super().__init__(formatter_class=_HelpFormatter, **options)
+        self.add_argument("--debug", action="store_true", help="show tracebacks")  # run_command removes it from argv
         self.add_argument("--version", action="version", version=f"efficientllm {version('efficientllm')}")
         for section in sections:
             add_section(self, section)
 
     def parse(self, argv: Sequence[str]) -> dict[str, Any]:
-        """All values by name; positional arguments may stand between flags."""
+        """Return all values by name. Positional arguments may stand between flags."""
         namespace, unknown = self.parse_known_intermixed_args(argv)
         if unknown:
             flag = next((each for each in unknown if each.startswith("--")), "").partition("=")[0]
@@ -50,24 +60,63 @@ class Parser(argparse.ArgumentParser):
         return values
 
     def error(self, message: str) -> NoReturn:
+        """Raise UsageError with `message`."""
         raise UsageError(f"{message} (see {self.prog} --help)")
 
 
-class _WholeNames(argparse.HelpFormatter):
-    """Help whose lines break at spaces alone, so that names with hyphens can be copied from it."""
+class _HelpFormatter(argparse.HelpFormatter):
+    """Breaks lines at spaces only, so that names with hyphens can be copied."""
 
     def _split_lines(self, text: str, width: int) -> list[str]:
         return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False, break_long_words=False)
 
 
+class Bounds(TypedDict, total=False):
+    """The range of a number. A bound that is not given does not exist; `below=inf` requires a finite number."""
+
+    at_least: float
+    above: float
+    at_most: float
+    below: float
+
+
+_COMPARISONS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
+
+
+def number(default: float | None, **bounds: Unpack[Bounds]) -> Any:
+    """Return a dataclass field of a number within `bounds`."""
+    return dataclasses.field(default=default, metadata={"bounds": bounds})
+
+
+def count(default: int | None, **bounds: Unpack[Bounds]) -> Any:
+    """Return a dataclass field of a number that may be typed as 100M or 30k."""
+    return dataclasses.field(default=default, metadata={"parse": parse_count, "bounds": bounds})
+
+
+def byte_count(default: int | None, **bounds: Unpack[Bounds]) -> Any:
+    """Return a dataclass field of a size that may be typed as 60MB or 2GiB."""
+    return dataclasses.field(default=default, metadata={"parse": parse_bytes, "bounds": bounds})
+
+
+def whole_numbers(*default: int, **bounds: Unpack[Bounds]) -> Any:
+    """Return a dataclass field of whole numbers, each within `bounds`, typed with commas between them."""
+    return dataclasses.field(default=default, metadata={"parse": _parse_whole_numbers, "bounds": bounds})
+
+
+def comma_separated(*default: str) -> Any:
+    """Return a dataclass field of names typed with commas between them. Other flags of tuples are repeatable."""
+    return dataclasses.field(default=default, metadata={"comma_separated": True})
+
+
 def flag_name(field_name: str) -> str:
+    """Return the flag of a field, such as --batch-size."""
     return "--" + field_name.replace("_", "-")
 
 
 def require(options: object, name: str, holds: bool, rule: str, value: object = None) -> None:
-    """OptionError unless `holds`: names the field as the flag the user typed, its value and the rule it breaks.
+    """Raise OptionError unless `holds`. The message names the field's flag, its value and the `rule`.
 
-    `value` stands for a single bad item of a field that holds several.
+    `value` replaces the value of the field in the message, for one bad item of a field that has several.
     """
     if not holds:
         shown = getattr(options, name) if value is None else value
@@ -75,8 +124,11 @@ def require(options: object, name: str, holds: bool, rule: str, value: object = 
         raise OptionError(f"{flag_name(name)} {shown}".rstrip() + f": {rule}")
 
 
-def check_types(options: object) -> None:
-    """OptionError where a field of a dataclass of options is not of its type: for those made in Python."""
+def check_fields(options: object) -> None:
+    """Raise OptionError if a field of a dataclass has the wrong type or is outside its declared range.
+
+    The parser checks types of its own; options made in Python are only checked here.
+    """
     hints = typing.get_type_hints(type(options))
     for field in dataclasses.fields(options):  # type: ignore[arg-type]
         value, annotation = getattr(options, field.name), _unwrap_optional(hints[field.name])
@@ -88,43 +140,37 @@ def check_types(options: object) -> None:
         elif kind in (tuple, bool, int, float, str):
             accepted = {float: (int, float), tuple: (tuple, list)}.get(kind, kind)
             holds = isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
-            require(options, field.name, holds, f"is no {kind.__name__}", value=repr(value))
+            require(options, field.name, holds, f"must be of type {kind.__name__}", value=repr(value))
+        if bounds := field.metadata.get("bounds"):
+            numbers = value if kind is tuple else (value,)
+            # NaN fails every comparison, so it is within no range
+            holds = all(_COMPARISONS[name](each, bound) for each in numbers for name, bound in bounds.items())
+            require(options, field.name, holds, f"must {_describe(bounds)}")
 
 
-def count(default: int | None) -> Any:
-    """A dataclass field of a number that may be typed as 100M or 30k."""
-    return dataclasses.field(default=default, metadata={"parse": parse_count})
-
-
-def byte_count(default: int | None) -> Any:
-    """A dataclass field of a size that may be typed as 60MB or 2GiB."""
-    return dataclasses.field(default=default, metadata={"parse": parse_bytes})
-
-
-def comma_separated(*default: str) -> Any:
-    """A dataclass field of names typed with commas between them; without it, a tuple's flag is repeatable."""
-    return dataclasses.field(default=default, metadata={"comma_separated": True})
-
-
-def whole_numbers(*default: int) -> Any:
-    """A dataclass field of whole numbers typed with commas between them."""
-    return dataclasses.field(default=default, metadata={"parse": _parse_whole_numbers})
+def _describe(bounds: Bounds) -> str:
+    """Return a range as a rule, such as "be above 0 and at most 1"."""
+    if bounds == {"at_least": 0}:
+        return "not be negative"
+    if bounds in ({"above": 0}, {"at_least": 1}):
+        return "be positive"
+    if bounds.keys() == {"at_least", "at_most"}:
+        return f"be between {bounds['at_least']} and {bounds['at_most']}"  # type: ignore[typeddict-item]
+    parts = ("finite" if bound == math.inf else f"{name.replace('_', ' ')} {bound}" for name, bound in bounds.items())
+    return f"be {' and '.join(parts)}"
 
 
 @functools.cache
 def field_docs(cls: type) -> dict[str, str]:
-    """The string literal that follows each field in the source of `cls` and its bases; {} where there is no source."""
+    """Return the string literal after each field in the source of `cls` and its bases; {} if there is no source."""
     try:
         source = inspect.getsource(cls)
     except OSError:  # a frozen program
         return {}
     body = typing.cast(ast.ClassDef, ast.parse(textwrap.dedent(source)).body[0]).body
-    docs = {
-        name: text
-        for base in cls.__bases__
-        if dataclasses.is_dataclass(base)
-        for name, text in field_docs(base).items()
-    }
+    docs: dict[str, str] = {}
+    for base in filter(dataclasses.is_dataclass, cls.__bases__):
+        docs |= field_docs(base)
     for statement, following in itertools.pairwise(body):
         if (
             isinstance(statement, ast.AnnAssign)
@@ -138,6 +184,7 @@ def field_docs(cls: type) -> dict[str, str]:
 
 
 def _unwrap_optional(annotation: Any) -> Any:
+    """Return T for an annotation `T | None`, and other annotations unchanged."""
     if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
         options = [option for option in typing.get_args(annotation) if option is not type(None)]
         if len(options) == 1:
@@ -146,22 +193,22 @@ def _unwrap_optional(annotation: Any) -> Any:
 
 
 def add_section(parser: argparse.ArgumentParser, cls: type) -> None:
-    """The flags of dataclass `cls` under its docstring's first line as their heading."""
+    """Add the flags of dataclass `cls` with the first line of its docstring as their heading."""
     is_configuration = all(dataclasses.is_dataclass(hint) for hint in typing.get_type_hints(cls).values())
     if is_configuration:
-        add_flags(parser, cls)
+        _add_flags(parser, cls)
     else:
-        add_flags(parser.add_argument_group((inspect.getdoc(cls) or "").splitlines()[0]), cls)  # type: ignore[arg-type]
+        _add_flags(parser.add_argument_group((inspect.getdoc(cls) or "").splitlines()[0]), cls)
 
 
-def add_flags(parser: argparse.ArgumentParser, cls: type) -> None:
-    """Add one flag per field of dataclass `cls` (sections are walked); absent flags leave no attribute."""
+def _add_flags(parser: argparse._ActionsContainer, cls: type) -> None:
+    """Add one flag per field of dataclass `cls`, or those of its sections. Absent flags leave no attribute."""
     hints = typing.get_type_hints(cls)
     docs = field_docs(cls)
     for field in dataclasses.fields(cls):
         annotation = _unwrap_optional(hints[field.name])
         if dataclasses.is_dataclass(annotation):
-            add_section(parser, annotation)  # type: ignore[arg-type]
+            add_section(typing.cast(argparse.ArgumentParser, parser), typing.cast(type, annotation))
             continue
         options: dict[str, Any] = {
             "dest": field.name,
@@ -173,16 +220,16 @@ def add_flags(parser: argparse.ArgumentParser, cls: type) -> None:
             options["action"] = argparse.BooleanOptionalAction
         elif typing.get_origin(annotation) is tuple:
             if parse is not None:
-                options["type"] = _named(parse)
+                options["type"] = _converter(parse)
             else:
                 separated = field.metadata.get("comma_separated")
                 options |= {"type": _split_commas} if separated else {"action": "append"}
             options["metavar"] = field.name.upper()
         elif typing.get_origin(annotation) is typing.Literal:
             names = typing.get_args(annotation)
-            options |= {"type": functools.partial(one_of, names), "metavar": "{" + ",".join(names) + "}"}
+            options |= {"type": functools.partial(_one_of, names), "metavar": "{" + ",".join(names) + "}"}
         else:
-            options |= {"type": _named(parse or annotation), "metavar": field.name.upper()}
+            options |= {"type": _converter(parse or annotation), "metavar": field.name.upper()}
         parser.add_argument(flag_name(field.name), **options)
 
 
@@ -194,18 +241,18 @@ def _parse_whole_numbers(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in _split_commas(text))
     except ValueError as error:
-        raise ValueError(f"{text!r} is no comma-separated list of whole numbers") from error
+        raise ValueError(f"{text!r} is not a comma-separated list of whole numbers") from error
 
 
-def one_of(names: Sequence[str], text: str) -> str:
-    """What argparse makes of a flag's `text`: itself where it is one of `names`."""
+def _one_of(names: Sequence[str], text: str) -> str:
+    """Return `text` if it is one of `names`; raise ArgumentTypeError otherwise."""
     if text not in names:
         raise argparse.ArgumentTypeError(f"{text!r} {none_of(text, names)}")
     return text
 
 
-def _named(parse: Any) -> Any:
-    """argparse drops a ValueError's text; ArgumentTypeError keeps it."""
+def _converter(parse: Any) -> Any:
+    """Return `parse` with its ValueError as an ArgumentTypeError, the only error whose text argparse prints."""
 
     def convert(text: str) -> Any:
         try:
@@ -218,6 +265,7 @@ def _named(parse: Any) -> Any:
 
 
 def _default_note(field: dataclasses.Field[Any]) -> str:
+    """Return " [DEFAULT]" for the help text, or "" if the field has no default to show."""
     default = field.default
     if default is dataclasses.MISSING or default in (None, "", ()):
         return ""
@@ -227,14 +275,15 @@ def _default_note(field: dataclasses.Field[Any]) -> str:
 
 
 def take(arguments: dict[str, Any], cls: type[T]) -> T:
-    """`cls` with the values among `arguments` that belong to it (or to its sections), which are taken out."""
+    """Return `cls` with its values of `arguments`, those of its sections included, and remove them from there."""
     return _merge(cls(), arguments)
 
 
 def merge(config: T, values: Mapping[str, Any], origin: str) -> T:
-    """A copy of `config` (sections included) with flat field `values` replaced; unknown names are a UsageError.
+    """Return a copy of `config` with flat field `values` replaced, those of its sections included.
 
-    Values may be typed (from argparse) or raw TOML scalars and lists.
+    Values may be typed (from argparse) or raw TOML scalars and lists. Raises UsageError for unknown names; the message
+    starts with `origin`.
     """
     remaining = dict(values)
     merged = _merge(config, remaining)
@@ -259,6 +308,7 @@ def _merge(config: Any, remaining: dict[str, Any]) -> Any:
 
 
 def _coerce(value: Any, annotation: Any, field: dataclasses.Field[Any]) -> Any:
+    """Return `value` as the type of its field; raise UsageError if it cannot be converted."""
     name = flag_name(field.name)
     if value is None:
         return None
@@ -282,7 +332,10 @@ def _coerce(value: Any, annotation: Any, field: dataclasses.Field[Any]) -> Any:
 
 
 def read_toml(text: str) -> dict[str, Any]:
-    """Flat {field: value} of a TOML configuration; section names only group. ValueError where it is none."""
+    """Return the flat {field: value} of a TOML configuration. Raises ValueError if `text` is not TOML.
+
+    Section names only group the fields.
+    """
     values: dict[str, Any] = {}
     try:
         sections = tomllib.loads(text)
@@ -294,5 +347,5 @@ def read_toml(text: str) -> dict[str, Any]:
 
 
 def flatten(config: Any) -> dict[str, dict[str, Any]]:
-    """{section: {field: value}} of a configuration of sections, in declaration order."""
+    """Return {section: {field: value}} of a configuration of sections, in declaration order."""
     return {section.name: dataclasses.asdict(getattr(config, section.name)) for section in dataclasses.fields(config)}

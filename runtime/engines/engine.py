@@ -48,9 +48,9 @@ DEFAULT_CONTEXT = 4096
 class EngineOptions:
     """loading"""
 
-    threads: int = 0
+    threads: int = flags.number(0, at_least=0)
     """CPU threads; 0: all cores."""
-    context: int = 0
+    context: int = flags.number(0, at_least=0)
     """Context window in tokens; 0: the model's own, at most 4096."""
     memory_map: bool = False
     """gguf: map the weights instead of reading them, for devices whose memory they hardly fit; they decode slower."""
@@ -60,19 +60,15 @@ class EngineOptions:
     kv_cache: CacheChoice = "auto"
     """gguf: what keys and values are stored as; auto: what is fastest, as is the attention kernel, by a measurement of
     some seconds when a model is first loaded on a machine."""
-    parallel: int = 0
+    parallel: int = flags.number(0, at_least=0, at_most=64)
     """Chats whose caches stand side by side, and that a server answers together; 0: one, but 16 for a server."""
-    cache_memory: int = flags.byte_count(0)
+    cache_memory: int = flags.byte_count(0, at_least=0)
     """gguf: room for the caches of all chats, such as 500MB; 0: two context windows, or one for a single chat."""
     warm_up: bool = False
     """Evaluate one token after loading, so that the first answer does not wait for pages and buffers."""
 
     def __post_init__(self) -> None:
-        flags.check_types(self)
-        for name in ("threads", "context"):
-            flags.require(self, name, getattr(self, name) >= 0, "must not be negative")
-        flags.require(self, "parallel", 0 <= self.parallel <= 64, "must be between 0 and 64")
-        flags.require(self, "cache_memory", self.cache_memory >= 0, "must not be negative")
+        flags.check_fields(self)
 
     @property
     def sequences(self) -> int:

@@ -46,6 +46,6 @@ def test_a_long_prompt_amid_an_answer(address: str, capsys: pytest.CaptureFixtur
 
 def test_what_cannot_be_measured_is_one_line(address: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(stall.body, [address, "--undisturbed", "160"]) == 2
-    assert "--undisturbed 160: must be from 2 to fewer than --tokens" in capsys.readouterr().err
+    assert "--undisturbed 160: must be below --tokens" in capsys.readouterr().err
     assert run_command(stall.body, ["http://127.0.0.1:9/v1"]) == 2
     assert capsys.readouterr().err == "error: http://127.0.0.1:9/v1: All connection attempts failed\n"

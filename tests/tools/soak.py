@@ -39,7 +39,7 @@ PROMPT = 600
 class SoakOptions:
     """soak"""
 
-    clients: int = 32
+    clients: int = flags.number(32, at_least=1)
     """Clients of the crowd."""
     requests: int = 10_000
     """Answers that they read together at least."""
@@ -53,8 +53,7 @@ class SoakOptions:
     """Room for the models, as efficientllm-serve's: where it is not enough for all, they take turns."""
 
     def __post_init__(self) -> None:
-        flags.check_types(self)
-        flags.require(self, "clients", self.clients >= 1, "must be positive")
+        flags.check_fields(self)
 
 
 def _long_prompt(tokens: Sequence[int]) -> dict[str, Any]:

@@ -34,27 +34,25 @@ class MeasureConfig:
     mmlu; or all, or none."""
     data_dir: str = ""
     """Folder with the tasks' rows as JSONL and WikiText-2 as wikitext2_raw_test.txt; empty: tasks come from the hub."""
-    limit: int = 0
+    limit: int = flags.number(0, at_least=0)
     """Documents per task (per subject of mmlu); 0: all."""
     text: tuple[str, ...] = ()
     """Text to measure perplexity on, [NAME=]PATH, repeatable: anything --data of efficientllm-train reads (of 'demo'
     only the held-out part), or 'wikitext2' from --data-dir."""
-    text_tokens: int = flags.count(0)
+    text_tokens: int = flags.count(0, at_least=0)
     """Tokens of each text to predict; 0: all."""
-    document_tokens: int = flags.count(512)
+    document_tokens: int = flags.count(512, at_least=0)
     """Of each document of a text, its first tokens; 0: all."""
-    window: int = 512
+    window: int = flags.number(512, at_least=2)
     """Context of a perplexity: tokens are predicted from the start of their window of this many."""
-    min_context: int = 1
+    min_context: int = flags.number(1, at_least=1)
     """Of a perplexity: only tokens that have as many before them in their window count (256: what a model makes of long
     text); windows overlap by as many."""
 
     def __post_init__(self) -> None:
-        for name in ("limit", "text_tokens", "document_tokens"):
-            flags.require(self, name, getattr(self, name) >= 0, "must not be negative")
-        flags.require(self, "window", self.window >= 2, "must be at least 2")
-        is_within = 1 <= self.min_context <= self.window
-        flags.require(self, "min_context", is_within, f"must be at least 1 and at most the window of {self.window}")
+        flags.check_fields(self)
+        is_within = self.min_context <= self.window
+        flags.require(self, "min_context", is_within, f"must be at most the window of {self.window}")
         is_left = not self.document_tokens or self.min_context <= self.document_tokens
         flags.require(self, "min_context", is_left, f"leaves nothing of {self.document_tokens} --document-tokens")
         is_something = self.quality or bool(self.task_names) or bool(self.text)
@@ -73,16 +71,15 @@ class ComputeConfig:
     """For Hugging Face folders: auto, cpu, cuda or cuda:N."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """For Hugging Face folders: precision of matrix products."""
-    batch_tokens: int = 2048
+    batch_tokens: int = flags.number(2048, at_least=1)
     """For Hugging Face folders: tokens per forward pass, padding included."""
-    threads: int = 0
+    threads: int = flags.number(0, at_least=0)
     """CPU threads; 0: all cores."""
     context: int = 0
     """Context window of an artefact in tokens; 0: the model's own, at most 4096."""
 
     def __post_init__(self) -> None:
-        flags.require(self, "batch_tokens", self.batch_tokens >= 1, "must be positive")
-        flags.require(self, "threads", self.threads >= 0, "must not be negative")
+        flags.check_fields(self)
 
 
 @dataclass(frozen=True)

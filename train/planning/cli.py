@@ -43,17 +43,15 @@ class PlanConfig:
     run: tuple[str, ...] = ()
     """Finished run of efficientllm-train; repeatable: runs of one pruning at several lengths make a law of what more
     tokens bring."""
-    within: float = 1.1
+    within: float = flags.number(1.1, above=1)
     """Perplexity to reach, as a multiple of the source's; with --run."""
-    tflops: float = 0.0
+    tflops: float = flags.number(0.0, at_least=0)
     """Peak of a GPU in TFLOP/s: how long it would take, too; with --run."""
     picture: str = ""
     """PNG file to write: where the milliseconds go, before and after; with --run, the law."""
 
     def __post_init__(self) -> None:
-        flags.check_types(self)
-        flags.require(self, "within", self.within > 1, "must be above 1")
-        flags.require(self, "tflops", self.tflops >= 0, "must not be negative")
+        flags.check_fields(self)
         for text in self.target:
             try:
                 LatencyTarget.parse(text)

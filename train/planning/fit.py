@@ -37,7 +37,7 @@ class FitConfig:
 
     max_bytes: int | None = flags.byte_count(None)
     """Largest file, as 60MB."""
-    max_ms: float | None = None
+    max_ms: float | None = flags.number(None, above=0)
     """Longest time of --workload on the device of --device-profile."""
     device_profile: str = ""
     """Profile of the device that --max-ms means, as efficientllm-bench --profile writes it."""
@@ -47,17 +47,15 @@ class FitConfig:
     """Measured files, as the study's report writes them; default: those that ship, of SmolLM2-135M-Instruct."""
     tokens: int = flags.count(30_720)
     """Tokens to train on in the proposed run."""
-    learning_rate: float = 3e-4
+    learning_rate: float = flags.number(3e-4, above=0)
     """Its peak learning rate. The files that ship were trained with the default; larger models want less."""
     output: str = "fitted"
     """Folder of the proposed file; its run is beside it, OUTPUT-run."""
 
     def __post_init__(self) -> None:
-        flags.check_types(self)
+        flags.check_fields(self)
         is_pair = (self.max_ms is None) == (not self.device_profile)
         flags.require(self, "max_ms", is_pair, "--max-ms and --device-profile FILE go together")
-        flags.require(self, "max_ms", self.max_ms is None or self.max_ms > 0, "must be positive")
-        flags.require(self, "learning_rate", self.learning_rate > 0, "must be positive")
         _ = Workload.parse(self.workload)
 
 

@@ -21,7 +21,7 @@ class PruneConfig:
     """Pruning space, comma-separated: attention (heads and key/value groups), ffn, stem (hidden channels), vocabulary
     (tokens: the tokenizer shrinks, too), blocks (the whole attention or FFN of a layer, or both), layers (both only);
     'none'."""
-    target_ratio: float | None = None
+    target_ratio: float | None = flags.number(None, above=0, at_most=1)
     """Share of the source's parameters to keep."""
     target_params: int | None = flags.count(None)
     """Parameters to keep, as 100M."""
@@ -52,57 +52,57 @@ class PruneConfig:
     saliency: str = "taylor1"
     """Criterion: taylor1, taylor2, fisher, token-fisher, magnitude, random, one of activations (flap, wanda, minitron),
     or one registered by a plug-in."""
-    saliency_decay: float = 0.9
+    saliency_decay: float = flags.number(0.9, at_least=0, below=1)
     """Weight of the past in the saliency's exponential average, per optimizer step."""
-    width_multiple: int = 32
+    width_multiple: int = flags.number(32, at_least=1)
     """FFN and hidden widths stay multiples of this many channels (quantised formats need 32), the vocabulary of as many
     rows."""
-    prune_start: float = 0.05
+    prune_start: float = flags.number(0.05, at_least=0, at_most=1)
     """Share of the tokens seen before the first removal."""
     prune_end: float = 0.5
     """Share of the tokens by which the target is reached; the rest trains the final architecture."""
-    prune_every: int = 1
+    prune_every: int = flags.number(1, at_least=1)
     """Optimizer steps per pruning event (the paper's N)."""
-    removals: int = 0
+    removals: int = flags.number(0, at_least=0)
     """Removals in all, evenly spread from --prune-start to --prune-end, each of an equal part of the budget: instead of
     --prune-every."""
-    compact_every: int = 1
+    compact_every: int = flags.number(1, at_least=1)
     """Pruning events between physical removals; groups removed in between are only zeroed."""
     weight_update: Literal["none", "obs"] = "none"
     """obs: the remaining weights of a layer absorb the removed ones (second order)."""
-    obs_decay: float = 0.95
+    obs_decay: float = flags.number(0.95, at_least=0, below=1)
     """Weight of the past in the running average of a layer's input Gram matrix, per forward pass."""
-    obs_damping: float = 0.01
+    obs_damping: float = flags.number(0.01, above=0)
     """Damping of the Gram matrix, relative to the mean of its diagonal."""
-    obs_max_width: int = 0
+    obs_max_width: int = flags.number(0, at_least=0)
     """Leave layers with wider inputs without an update; 0: no limit."""
-    obs_rows: int = flags.count(512)
+    obs_rows: int = flags.count(512, at_least=0)
     """Tokens per forward pass that enter the Gram matrices; 0: all."""
 
     score_scale: Literal["auto", "blocks", "saliency"] = "auto"
     """blocks: a group's saliency counts as its share of what its block is worth, which is measured; saliency: as it is;
     auto: blocks where whole blocks or vocabulary rows may go or groups compete for milliseconds."""
-    block_tokens: int = flags.count(4096)
+    block_tokens: int = flags.count(4096, at_least=1)
     """Tokens of the corpora on which the loss without a block is measured."""
-    block_renewals: int = 8
+    block_renewals: int = flags.number(8, at_least=1)
     """Times that all blocks are measured anew while the budget falls; one that is about to go always is."""
 
-    vocabulary_tokens: int = flags.count(2_000_000)
+    vocabulary_tokens: int = flags.count(2_000_000, at_least=1)
     """Tokens of the corpora that are counted to tell how often each token is written (with --prune vocabulary)."""
-    vocabulary_prior: float = 0.5
+    vocabulary_prior: float = flags.number(0.5, above=0, at_most=1)
     """Weight of what the tokenizer tells of the text that it was trained on, against those counts: text to come is of
     other kinds, too."""
 
     recover: Literal["none", "least-squares"] = "none"
     """least-squares: after every removal, o_proj and down_proj are fitted again, layer by layer, so that the residual
     stream is what it was before (forward passes of --recover-tokens; meant for few removals: see --removals)."""
-    recover_tokens: int = flags.count(16_384)
+    recover_tokens: int = flags.count(16_384, at_least=1)
     """Tokens of the corpora that the fit sees."""
-    recover_damping: float = 1.0
+    recover_damping: float = flags.number(1.0, above=0)
     """Pull of the fit towards the weights at hand, relative to the mean of the inputs' squares."""
 
     def __post_init__(self) -> None:
-        flags.check_types(self)
+        flags.check_fields(self)
         for kind in self.prune:
             allowed = kind in PRUNE_TYPES or self.prune == ("none",)
             flags.require(self, "prune", allowed, f"choose from {', '.join(PRUNE_TYPES)}, or none alone")
@@ -112,28 +112,15 @@ class PruneConfig:
         flags.require(self, "quantize", is_known, f"--target-bytes knows {', '.join(BODY)}")
         is_known = not self.output_type or self.output_type in TENSOR_BLOCKS
         flags.require(self, "output_type", is_known, f"--target-bytes knows {', '.join(TENSOR_BLOCKS)}")
-        if self.target_ratio is not None:
-            flags.require(self, "target_ratio", 0 < self.target_ratio <= 1, "must be above 0 and at most 1")
         self._check_latency()
         self._check_blocks()
-        flags.require(self, "saliency_decay", 0 <= self.saliency_decay < 1, "must be at least 0 and below 1")
-        flags.require(self, "width_multiple", self.width_multiple >= 1, "must be positive")
-        flags.require(self, "prune_start", 0 <= self.prune_start <= 1, "must be between 0 and 1")
         flags.require(self, "prune_end", self.prune_start <= self.prune_end <= 1, "must be in [--prune-start, 1]")
-        for name in ("prune_every", "compact_every"):
-            flags.require(self, name, getattr(self, name) >= 1, "must be at least 1")
-        flags.require(self, "removals", self.removals >= 0, "must not be negative")
         is_spread = self.removals <= 1 or self.prune_start < self.prune_end
         flags.require(self, "removals", is_spread, "need --prune-end after --prune-start")
         one_spacing = not self.removals or self.prune_every == 1
         flags.require(self, "removals", one_spacing, "are evenly spread; leave out --prune-every")
         at_once = self.recover == "none" or self.compact_every == 1
         flags.require(self, "compact_every", at_once, "must be 1 with --recover, which fits what is left")
-        flags.require(self, "obs_decay", 0 <= self.obs_decay < 1, "must be at least 0 and below 1")
-        for name in ("obs_damping", "recover_damping", "recover_tokens"):
-            flags.require(self, name, getattr(self, name) > 0, "must be positive")
-        for name in ("obs_max_width", "obs_rows"):
-            flags.require(self, name, getattr(self, name) >= 0, "must not be negative")
 
     def _check_latency(self) -> None:
         """OptionError unless the flags of --target-latency come together and can be read."""
@@ -154,10 +141,6 @@ class PruneConfig:
         _ = self.asked_workload
 
     def _check_blocks(self) -> None:
-        for name in ("block_tokens", "block_renewals", "vocabulary_tokens"):
-            flags.require(self, name, getattr(self, name) >= 1, "must be positive")
-        is_share = 0 < self.vocabulary_prior <= 1
-        flags.require(self, "vocabulary_prior", is_share, "must be above 0 and at most 1")
         if self.prunes_vocabulary:
             rule = "vocabulary rows need scores in one unit"
             flags.require(self, "score_scale", self.score_scale != "saliency", rule)

@@ -22,14 +22,13 @@ class QuantisationConfig:
     """Train on the grid of a file's type: q8_0, q4_0, q2_0 of GGUF, int4-block32 of ONNX (--quantize int4), 8da4w of
     ExecuTorch. Forward and backward see the rounded weights, the unrounded ones are updated, and the final model has
     the grid's values, which the export keeps to the bit."""
-    qat_start: float = 0.0
+    qat_start: float = flags.number(0.0, at_least=0, below=1)
     """Share of the tokens seen before that begins."""
     qat_head: Literal["same", "q8_0", "q4_0"] = "same"
     """Type of token embedding and LM head in a GGUF: same as --qat, or more bits (llama.cpp keeps them at q8_0)."""
 
     def __post_init__(self) -> None:
-        flags.check_types(self)
-        flags.require(self, "qat_start", 0 <= self.qat_start < 1, "must be at least 0 and below 1")
+        flags.check_fields(self)
         flags.require(self, "qat_start", not self.qat_start or self.is_on, "goes with --qat; give a type")
         is_known = self.qat_head == "same" or self.qat in GGUF_TYPES
         flags.require(self, "qat_head", is_known, f"goes with --qat {', '.join(GGUF_TYPES)}")
