@@ -42,7 +42,7 @@ class LitertOptions(RoundingOptions):
 
     quantize: str = "int8"
     """Weight type: int8 or f32."""
-    max_context: int = flags.count(2048, at_least=max(PREFILL_LENGTHS) + 1, at_least=max(PREFILL_LENGTHS) + 1)
+    max_context: int = flags.count(2048, at_least=max(PREFILL_LENGTHS) + 1)
     """Slots of the key/value caches, at most the model's context."""
 
     def __post_init__(self) -> None:

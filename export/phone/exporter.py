@@ -257,7 +257,7 @@ class PhoneOptions(GgufOptions):
     """Weight type of the GGUF, as of --target gguf; default: what the checkpoint was trained for (--qat), else q8_0."""
     formats: tuple[str, ...] = flags.comma_separated(*FORMATS)
     """Formats of the model, comma-separated: gguf (llama.cpp), pte (ExecuTorch, 8da4w)."""
-    max_context: int = flags.count(2048, at_least=2, at_least=2)
+    max_context: int = flags.count(2048, at_least=2)
     """Tokens of a conversation, at most the model's context."""
     device_profile: str = ""
     """Profile of the phone, as efficientllm-bench --profile writes it: the card then says what speed to expect."""

@@ -39,13 +39,13 @@ class CorpusConfig:
     data: tuple[str, ...] = ()
     """Where documents come from, PATH[:WEIGHT], repeatable: a file, a folder with all its folders, a hub dataset
     (owner/name, owner/name@config); weights are shares of the bytes."""
-    max_bytes: int = flags.byte_count(100_000_000, at_least=1, at_least=1)
+    max_bytes: int = flags.byte_count(100_000_000, at_least=1)
     """Text to take, as 100MB; the document that reaches it is the last."""
-    min_characters: int = flags.number(200, at_least=0, at_least=0)
+    min_characters: int = flags.number(200, at_least=0)
     """Shorter documents are left out."""
     text_field: str = "text"
     """Field of JSON or column of a table that holds the text."""
-    skip_bad_lines: int = flags.number(0, at_least=0, at_least=0)
+    skip_bad_lines: int = flags.number(0, at_least=0)
     """Malformed lines of a corpus that may be left out."""
 
     def __post_init__(self) -> None:
