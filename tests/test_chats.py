@@ -88,8 +88,8 @@ def test_records_with_messages_are_chats(chats: Path, suffix: str, tmp_path: Pat
 @pytest.mark.parametrize(
     ("messages", "reason"),
     [
-        ("hello", "are no list of"),
-        ([{"role": "user"}], "are no list of"),
+        ("hello", "must be a list of"),
+        ([{"role": "user"}], "must be a list of"),
         ([{"role": "user", "content": "Hi"}], "none has the role assistant"),
         ([{"role": "assistant", "content": "\ud800"}], "not Unicode"),
     ],

@@ -58,7 +58,7 @@ def test_the_same_documents_are_the_same_file_and_it_is_not_replaced_unasked(
     assert corpus(first, "--data", folder) == corpus(second, "--data", folder) == 0
     assert first.read_bytes() == second.read_bytes()
     assert corpus(first, "--data", folder) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
     assert corpus(first, "--data", folder, "--overwrite", "--min-characters", "1") == 0
     assert len(records(first)) == 3
 
@@ -109,15 +109,15 @@ def test_chats_stay_chats(tmp_path: Path) -> None:
         (("out.jsonl", "--data", "nowhere"), "no such file or folder"),
         (("out.jsonl", "--data", "notes", "--max-bytes", "0"), "--max-bytes 0: must be positive"),
         (("out.jsonl", "--data", "empty"), "the folder and its folders hold no .txt, .md"),
-        (("in.jsonl", "--data", "in.jsonl", "--overwrite"), "is what --data in.jsonl reads"),
+        (("in.jsonl", "--data", "in.jsonl", "--overwrite"), "is also read by --data in.jsonl"),
         (("out.jsonl", "--data", "bad.jsonl"), "line 2 is not a JSON object"),
         (
             ("out.jsonl", "--data", "in.jsonl", "--min-characters", "999"),
             "no document was taken: all 1 have fewer than 999",
         ),
         (("out.jsonl", "--data", "nothing.jsonl"), "no document was taken: there are none"),
-        (("out.jsonl", "--data", ""), "--data '' names nothing"),
-        (("out.jsonl", "--data", ":0.5"), "--data ':0.5' names nothing"),
+        (("out.jsonl", "--data", ""), "--data '' has no path"),
+        (("out.jsonl", "--data", ":0.5"), "--data ':0.5' has no path"),
         (("out.jsonl", "--data", "in.jsonl", "--data", "mistyped/name"), "no such file or folder, and no hub"),
     ],
 )

@@ -57,7 +57,7 @@ def test_txt_is_cut_at_blank_lines(tmp_path: Path) -> None:
         ("[]\n", "a.jsonl", 'line 1 is not a JSON object with a "text" field'),
         ('{"body": "x"}\n', "a.jsonl", 'line 1 has no field "text"; it has body .--text-field NAME reads another'),
         ('{"text": 3}\n', "a.jsonl", 'the "text" of line 1 is not a string'),
-        ("plain", "a.jsonl.gz", "not a whole gzip file"),
+        ("plain", "a.jsonl.gz", "not a complete gzip file"),
         ("plain", "a.parquet", "a.parquet"),
     ],
 )
@@ -91,10 +91,10 @@ def test_windows_of_a_lane_are_its_documents_end_to_end(corpus: Path, tokenizer:
     windows = packed.next_windows(40 * LANES)
     assert windows.shape == (40 * LANES, 17)
     known = {text for text in open_documents(DataSpec(str(corpus))) if not is_held_out(text, 0.2)}
-    count = len(packed.sources[0].lanes.buffers)
+    count = len(packed.corpora[0].lanes.buffers)
     assert count == LANES
     # a window begins with the token that another one ends with: follow one lane from its first window
-    rng_order = [packed.sources[0].lanes._order(visit) for visit in range(40)]
+    rng_order = [packed.corpora[0].lanes._order(visit) for visit in range(40)]
     lane = [windows[visit * count + int(np.flatnonzero(rng_order[visit] == 5)[0])] for visit in range(40)]
     assert all(one[-1] == other[0] for one, other in itertools.pairwise(lane))
     texts = tokenizer.decode(np.concatenate([lane[0], *[window[1:] for window in lane[1:]]])).split("<|endoftext|>")
@@ -123,7 +123,7 @@ def test_resumes_exactly(taken: int, corpus: Path, tokenizer: Any, monkeypatch: 
 
 
 def test_epochs_are_shuffled_differently_and_complete(corpus: Path, tokenizer: Any) -> None:
-    source = stream(corpus, tokenizer).sources[0].documents
+    source = stream(corpus, tokenizer).corpora[0].documents
     count = sum(not is_held_out(text, 0.2) for text in open_documents(source.spec))
     epochs = []
     for _ in range(2):
@@ -143,9 +143,9 @@ def test_every_stretch_of_windows_has_the_shares_of_its_sources(
     mixed = stream(corpus, tokenizer, specs=[DataSpec(str(path), w) for path, w in zip(paths, weights, strict=True)])
     order = []
     for _ in range(400):
-        source = mixed._next_source()
+        source = mixed._next_corpus()
         source.next_window()
-        order.append(mixed.sources.index(source))
+        order.append(mixed.corpora.index(source))
     for start in range(0, 400 - 64):
         for index, weight in enumerate(weights):
             assert abs(order[start : start + 64].count(index) - 64 * weight / 10) <= 2
@@ -174,7 +174,7 @@ def test_a_small_corpus_is_read_through_before_anything_comes_again(corpus: Path
     trained = [text for text in open_texts(DataSpec(str(corpus))) if not is_held_out(text, 0.2)]
     total = sum(len(ids) + 1 for ids in tokenize(tokenizer, trained))
     packed.next_windows(total // 16 // 2)
-    assert packed.sources[0].documents.state.epoch == 0
+    assert packed.corpora[0].documents.state.epoch == 0
 
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "text"
@@ -187,9 +187,9 @@ def test_the_first_thirty_thousand_tokens_of_real_corpora_are_stirred(tokenizer:
     specs = [DataSpec(str(DATA / f"{name}.jsonl.gz"), weight) for name, weight in names.items()]
     packed = PackedStream(specs, tokenizer, 256, 0.05, 0)
     packed.next_windows(120)
-    shares = [source.lanes.drawn for source in packed.sources]
+    shares = [source.lanes.drawn for source in packed.corpora]
     assert shares == [60, 36, 24]
-    begun = [len([each for each in source.lanes.buffers if len(each)]) for source in packed.sources]
+    begun = [len([each for each in source.lanes.buffers if len(each)]) for source in packed.corpora]
     assert sum(begun) >= 110
 
 

@@ -432,7 +432,7 @@ def test_a_bad_line_late_in_the_text_loses_nothing_that_was_trained(
     (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
     assert json.loads((checkpoint / "trainer.json").read_text())["progress"]["step"] > 0
     assert run([*arguments, "--resume", "--skip-bad-lines", "1"]) == 0
-    assert "left out: --data" in capsys.readouterr().out
+    assert "skipped: --data" in capsys.readouterr().out
     assert run([*arguments, "--skip-bad-lines", "1", "--output", str(tmp_path / "whole")]) == 0
     assert same_weights(tmp_path / "run", tmp_path / "whole")
 

@@ -441,11 +441,11 @@ def test_a_stream_goes_on_with_the_documents_that_come_next(corpus: Path) -> Non
     for stream in streams:
         stream.next_windows(40)
     before = streams[0].state()[0]
-    streams[0].read_on_with(after)
+    streams[0].switch_tokenizer(after)
     state = streams[0].state()
     assert len(state[0]["lanes"]["buffers"]) == len(before["lanes"]["buffers"])
     assert state[0]["documents"]["offset"] == before["documents"]["offset"] - len(before["queue"]) > 0
-    streams[1].read_on_with(after)
+    streams[1].switch_tokenizer(after)
     streams[1].load_state(state)
     windows = [stream.next_windows(30) for stream in streams]
     assert np.array_equal(windows[0], windows[1])

@@ -16,7 +16,7 @@ from .compute.loss import make_teacher
 from .config import TrainConfig
 from .data.documents import DataSpec
 from .data.packing import PackedStream
-from .data.self_chat import LARGEST, SELF_CHAT, SMALLEST, self_chat_file
+from .data.self_chat import MAX_TOKENS, MIN_SEQUENCES, SELF_CHAT, self_chat_file
 
 RECOVERY_SEED = 1_000_003
 """Added to the run's seed where text is drawn that training does not see in this order."""
@@ -48,13 +48,13 @@ def with_self_chats(
     if not shares:
         return specs
     wanted = round(config.optimizer.tokens * sum(shares) / sum(spec.weight for spec in specs))
-    tokens = min(LARGEST, max(wanted, SMALLEST * config.source.sequence_length))
+    tokens = min(MAX_TOKENS, max(wanted, MIN_SEQUENCES * config.source.sequence_length))
     with ProgressDisplay(silent=not parallel.is_main) as display:
         path = None
         for is_mine in (parallel.is_main, not parallel.is_main):  # the main process samples, the others read it
             if is_mine:
                 report = partial(display.update, "sampling the source's chats")
-                speaker = partial(make_teacher, source, dtype, parallel.device)
-                path = self_chat_file(source, speaker, tokenizer, tokens, config.run.seed, report)
+                load_model = partial(make_teacher, source, dtype, parallel.device)
+                path = self_chat_file(source, load_model, tokenizer, tokens, config.run.seed, report)
             parallel.barrier()
     return tuple(replace(spec, path=str(path)) if spec.path == SELF_CHAT else spec for spec in specs)

@@ -134,7 +134,7 @@ def _make_trainer(plan: RunPlan, source: Any) -> Trainer:
     held_out = held_out_windows(plan.data, plan.tokenizer, length, fraction, settings.eval_tokens)
     stream = PackedStream(plan.data, plan.tokenizer, length, fraction, plan.config.run.seed)
     stream.check()
-    if plan.compute.parallel.is_main and stream.encoder.chat is not None and not stream.has_chats:
+    if plan.compute.parallel.is_main and stream.encoder.chat_format is not None and not stream.has_chats:
         _log.warning(NO_CHATS)
     teacher = make_teacher(source, dtype, device) if optimizer.distill else None
     cache = _teacher_cache(plan, source) if optimizer.distill and plan.config.run.teacher_cache else None

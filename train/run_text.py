@@ -54,7 +54,7 @@ class RunText:
         """Read on with the tokens that stay, the source's `kept`; the teacher of `loss` goes on reading its own."""
         source = self.plan.tokenizer
         self.tokenizer = smaller_tokenizer(source, kept)
-        self.stream.read_on_with(self.tokenizer)
+        self.stream.switch_tokenizer(self.tokenizer)
         for name in ("block_windows", "recovery_windows"):
             self.__dict__.pop(name, None)  # made anew from the same text
         if self.plan.config.optimizer.distill:

@@ -24,7 +24,7 @@ from .accumulation import accumulate_gradients
 from .compute.gather import shard_again
 from .compute.loss import LossWeights, TrainingLoss, count_predicted, make_teacher
 from .compute.optimizer import clip_factor, gradient_norm, make_optimizer, store_gradients_as_computed
-from .data.identity import identity_of
+from .data.documents import corpus_fingerprint
 from .data.packing import PackedStream
 from .heap import HeapWatch
 from .measuring import Measuring
@@ -59,7 +59,7 @@ class Trainer:
         self.plan, self.config, self.parallel = plan, plan.config, plan.compute.parallel
         self.loss = loss.train()
         self.text = RunText(plan, stream)
-        self.corpora = {spec.path: identity_of(spec.path) for spec in plan.data}
+        self.corpora = {spec.path: corpus_fingerprint(spec.path) for spec in plan.data}
         """What is read, and what it is now."""
         self.progress, self.speed = Progress(), Speed()
         self._configure_model()

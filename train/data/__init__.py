@@ -1,1 +1,1 @@
-"""From corpora to packed windows of tokens."""
+"""Corpora, chats and packed windows of tokens."""

