@@ -19,8 +19,7 @@ import numpy as np
 
 from ..runtime.base.command import run_command
 from ..runtime.engines.artefact import Artefact
-from ..runtime.engines.engine import EngineOptions, engine_version, load_engine
-from ..runtime.engines.manifest import engine_build
+from ..runtime.engines.engine import EngineOptions, engine_build, engine_version, load_engine
 from ..runtime.engines.memory import huge_page_bytes, memory_bytes
 from .results import BenchOptions, Measurement
 from .sensors import LocalShell, both, clock_mhz, energy_meter, temperature_celsius

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..runtime.chat_template import render_chat
 from ..runtime.engines.engine import EngineOptions, load_engine
-from ..runtime.engines.owned import OwnedEngine
+from ..runtime.engines.scheduler import EngineScheduler
 from ..runtime.generation import AnswerOptions, Generation
 from ..runtime.prompt import chat_prompt, text_prompt
 
@@ -60,7 +60,7 @@ def greedy_check(model: Path, context: int = CONTEXT, count: int = CHECKED_TOKEN
         return max(checks, key=lambda check: ("\N{REPLACEMENT CHARACTER}" not in check.text, check.margin))
 
 
-def _answered(engine: OwnedEngine, question: str, count: int) -> GreedyCheck:
+def _answered(engine: EngineScheduler, question: str, count: int) -> GreedyCheck:
     if engine.chat_template is None:
         prompt, tokens = question, text_prompt(engine, question)
     else:

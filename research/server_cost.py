@@ -23,7 +23,7 @@ from efficientllm.runtime.base.errors import ArtefactError
 from efficientllm.runtime.base.extras import extra
 from efficientllm.runtime.base.quantities import Figure
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
-from efficientllm.runtime.engines.owned import OwnedEngine
+from efficientllm.runtime.engines.scheduler import EngineScheduler
 from efficientllm.runtime.generation import AnswerOptions, Generation
 from efficientllm.runtime.grammar import Grammar, GrammarConstraint
 from efficientllm.runtime.prompt import chat_prompt
@@ -97,7 +97,7 @@ def timing(began: float, arrivals: list[float]) -> Timing:
     return Timing(1000 * (arrivals[0] - began), (len(arrivals) - 1) / (arrivals[-1] - arrivals[0]))
 
 
-def ask_engine(engine: OwnedEngine, text: str, tokens: int) -> Timing:
+def ask_engine(engine: EngineScheduler, text: str, tokens: int) -> Timing:
     began, arrivals = time.perf_counter(), []
     prompt = chat_prompt(engine, [{"role": "user", "content": text}])
     for _ in Generation(engine, prompt, AnswerOptions(tokens)):

@@ -1,147 +1,156 @@
-"""Several answers computed together: one pass of the engine evaluates the next token of each, and parts of prompts."""
+"""Compute several answers together: every pass of the engine decodes a token of each and evaluates parts of prompts.
+
+A `Batch` decides which answers take part. `EngineScheduler` decides which tokens of them a pass evaluates.
+"""
 
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from .base.errors import ContextOverflowError, UsageError
-from .engines.lease import common_length
-from .engines.owned import TAKEN, OwnedEngine
 from .engines.protocol import CacheFullError
+from .engines.scheduler import SEQUENCE_LOST, EngineScheduler
+from .engines.scheduling_policy import common_length
 from .generation import Generation
 
-HEADROOM = 64
-"""Tokens of an answer for which room is kept when it begins; where more run out of room, the youngest waits again."""
+RESERVED_TOKENS = 64
+"""Slots reserved for the text of an answer when it starts. If the slots run out later, the youngest waits again."""
 
-WORTH_WAITING = 128
-"""Tokens of a prompt that another one is just evaluating: waiting for them costs less than evaluating them twice."""
+MIN_SHARED_PREFIX = 128
+"""Tokens of a prefix that another prompt is evaluating, from which a new prompt waits and then copies them."""
 
-
-OTHERS_SHARE = 8
-"""One of so many sequences is left to others by an owner who asks for all of them."""
+OTHER_OWNERS_SHARE = 8
+"""One of so many sequences stays free for other owners if one owner asks for all of them."""
 
 
 @dataclass(frozen=True)
-class Progress:
-    """What one pass made of one answer."""
+class AnswerProgress:
+    """Result of one pass for one answer."""
 
     generation: Generation
     text: str = ""
     is_over: bool = False
     error: BaseException | None = None
-    """Why the answer ends, where it fails."""
+    """Reason of a failure, which ends the answer."""
 
 
 class Batch:
-    """Answers on one engine, which nobody else evaluates with meanwhile; used by one thread."""
+    """Answers that are computed together on one engine, by one thread. Nothing else may use the engine meanwhile."""
 
-    def __init__(self, engine: OwnedEngine) -> None:
+    def __init__(self, engine: EngineScheduler) -> None:
         self._engine = engine
         self._waiting: deque[Generation] = deque()
         self._active: list[Generation] = []
-        """In the order they began."""
+        """Answers in progress, oldest first."""
         self._owners: dict[int, Hashable] = {}
-        """{id of a generation: who asked for it}"""
+        """{id of a generation: its owner}"""
 
     def __len__(self) -> int:
-        """Answers that are not over."""
+        """Return the number of answers that are not over."""
         return len(self._waiting) + len(self._active)
 
     def add(self, generation: Generation, owner: Hashable = None) -> None:
-        """Compute this one, too, when there is room for it; by default nobody else's is its owner's.
+        """Queue an answer. Without `owner` it counts as its own owner.
 
-        Owners take turns: who asked for fifty answers does not keep who asks for one out until they are all there.
+        Owners take turns, so that fifty answers of one owner do not delay the only answer of another one.
         """
         self._owners[id(generation)] = id(generation) if owner is None else owner
         self._waiting.append(generation)
 
-    def step(self) -> list[Progress]:
-        """One pass of the engine, and what it made of every answer that it served; the caller repeats it."""
-        if done := self._leave():
-            return done  # without the wait for a pass
+    def step(self) -> list[AnswerProgress]:
+        """Run one pass and return the progress of every answer that it served."""
+        if done := self._remove_ended():
+            return done  # reported at once, before the next pass
         self._admit()
         if not self._active:
             return []
         try:
             rows = self._engine.step([generation.lease for generation in self._active])
         except CacheFullError:
-            return self._make_room()
-        except Exception as error:  # of the engine, which serves them all: each is told, the next ones may do better
+            return self._preempt_youngest()
+        except Exception as error:  # The engine failed for all answers of the pass. Later ones may succeed.
             return self._fail(self._active, error)
-        done = []
+        progress: list[AnswerProgress] = []
         for generation, logits in zip(list(self._active), rows, strict=True):
             if logits is not None:
-                try:
-                    text = generation.accept(logits)
-                except Exception as error:  # of its constraint, say: nobody else's
-                    done += self._fail([generation], error)
-                    continue
-                if text and not generation.is_over:
-                    done.append(Progress(generation, text))
-                elif generation.is_over:
-                    done += self._end(generation, text)
-        return done
+                progress += self._accept(generation, logits)
+        return progress
 
-    def abandon(self, error: BaseException) -> list[Progress]:
-        """End every answer that has not begun."""
-        return self._fail(list(self._waiting), error)
+    def _accept(self, generation: Generation, logits: np.ndarray) -> list[AnswerProgress]:
+        """Give an answer the logits of its next token, fp32 [V]."""
+        try:
+            text = generation.accept(logits)
+        except Exception as error:  # for example of its constraint; the other answers go on
+            return self._fail([generation], error)
+        if generation.is_over:
+            return self._end(generation, text)
+        return [AnswerProgress(generation, text)] if text else []
 
-    def _leave(self) -> list[Progress]:
-        """End what was cancelled, and what lost its cache to somebody outside."""
-        done: list[Progress] = []
+    def abandon(self, error: BaseException) -> list[AnswerProgress]:
+        """End every answer that has not started."""
+        return self._fail(self._waiting, error)
+
+    def _remove_ended(self) -> list[AnswerProgress]:
+        """End cancelled answers, and those that lost their sequence to a caller outside the batch."""
+        done: list[AnswerProgress] = []
         for generation in [*self._active, *self._waiting]:
             if generation.is_over:
                 done += self._end(generation, "")
             elif generation.lease.is_lost:
-                done += self._fail([generation], UsageError(TAKEN))
+                done += self._fail([generation], UsageError(SEQUENCE_LOST))
         return done
 
     def _admit(self) -> None:
-        """Begin what waits, as long as there are sequences and room for it; who has fewest answers in progress first,
-        of those the one that came first."""
+        """Start waiting answers while sequences and slots are free."""
         passed_over: list[Generation] = []
         while self._waiting and len(self._active) < self._engine.num_sequences:
-            generation = self._next(passed_over)
+            generation = self._next_waiting(passed_over)
             if generation is None:
                 return
-            if self._active and self._needed([*self._active, generation]) > self._engine.cache_slots:
+            if self._active and self._needed_slots([*self._active, generation]) > self._engine.cache_slots:
                 return
-            if self._awaits_another(generation):
+            if self._shares_running_prefill(generation):
                 passed_over.append(generation)
                 continue
             self._waiting.remove(generation)
             self._active.append(generation)
             generation.begin()
 
-    def _next(self, passed_over: list[Generation]) -> Generation | None:
-        """Whose turn it is of those that wait; None where nobody's."""
-        active = Counter(self._owners[id(generation)] for generation in self._active)
-        most = self._engine.num_sequences - self._engine.num_sequences // OTHERS_SHARE
+    def _next_waiting(self, passed_over: Sequence[Generation]) -> Generation | None:
+        """Return the waiting answer whose owner has the fewest answers in progress, or None if none may start.
 
-        def has(generation: Generation) -> int:
+        Fairness: among owners with as many, the answer that arrived first wins. No owner takes all sequences of a
+        large batch, so that a new owner does not wait for the end of somebody's long answers.
+        """
+        active = Counter(self._owners[id(generation)] for generation in self._active)
+        limit = self._engine.num_sequences - self._engine.num_sequences // OTHER_OWNERS_SHARE
+
+        def num_active(generation: Generation) -> int:
             return active[self._owners[id(generation)]]
 
-        able = [one for one in self._waiting if has(one) < most and not any(one is other for other in passed_over)]
-        return min(able, key=has, default=None)
+        candidates = [one for one in self._waiting if not any(one is other for other in passed_over)]
+        chosen = min(candidates, key=num_active, default=None)
+        return chosen if chosen is not None and num_active(chosen) < limit else None
 
-    def _needed(self, generations: list[Generation]) -> int:
-        """Room in the caches that answers take, as far as it can be told."""
-        return sum(len(one.tokens) + min(one.max_tokens - len(one.answer), HEADROOM) for one in generations)
+    def _needed_slots(self, generations: Sequence[Generation]) -> int:
+        """Return the number of cache slots that answers take, as far as it is known."""
+        return sum(len(one.tokens) + min(one.max_tokens - len(one.answer), RESERVED_TOKENS) for one in generations)
 
-    def _awaits_another(self, generation: Generation) -> bool:
-        """Whether a prompt that is being evaluated has so much of this one's that it is better copied from there."""
-        tokens = generation.tokens
-        for other in self._active:
-            if other.lease.num_pending > 1:
-                common = common_length(other.tokens, tokens, len(tokens) - 1)
-                if common >= min(WORTH_WAITING, len(tokens) - 1):
-                    return True
-        return False
+    def _shares_running_prefill(self, generation: Generation) -> bool:
+        """Return True if a prompt in progress has a long common prefix, which is cheaper to copy afterwards."""
+        limit = len(generation.tokens) - 1
+        return any(
+            common_length(other.tokens, generation.tokens, limit) >= min(MIN_SHARED_PREFIX, limit)
+            for other in self._active
+            if other.lease.num_pending > 1
+        )
 
-    def _make_room(self) -> list[Progress]:
-        """Let the youngest answer wait again; its tokens are evaluated anew then."""
+    def _preempt_youngest(self) -> list[AnswerProgress]:
+        """Put the youngest answer back into the queue. Its tokens are evaluated again later."""
         if len(self._active) == 1:
             error = ContextOverflowError("the caches of this model are full; load it with a larger --cache-memory")
             return self._fail(self._active, error)
@@ -150,15 +159,15 @@ class Batch:
         self._waiting.appendleft(youngest)
         return []
 
-    def _end(self, generation: Generation, text: str) -> list[Progress]:
+    def _end(self, generation: Generation, text: str) -> list[AnswerProgress]:
         self._remove(generation)
-        return [Progress(generation, text + generation.text.finish(), is_over=True)]
+        return [AnswerProgress(generation, text + generation.text.finish(), is_over=True)]
 
-    def _fail(self, generations: list[Generation], error: BaseException) -> list[Progress]:
+    def _fail(self, generations: Iterable[Generation], error: BaseException) -> list[AnswerProgress]:
         failed = list(generations)
         for generation in failed:
             self._remove(generation)
-        return [Progress(generation, is_over=True, error=error) for generation in failed]
+        return [AnswerProgress(generation, is_over=True, error=error) for generation in failed]
 
     def _remove(self, generation: Generation) -> None:
         for answers in (self._active, self._waiting):

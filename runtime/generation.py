@@ -14,7 +14,7 @@ import numpy as np
 
 from .base import flags
 from .base.errors import ContextOverflowError, UsageError
-from .engines.owned import OwnedEngine
+from .engines.scheduler import EngineScheduler
 from .sampling import Sampler, SamplingOptions, log_sum, ranked
 from .text_stream import TextStream
 
@@ -91,7 +91,7 @@ class AnswerOptions:
     max_tokens: int = flags.number(256, at_least=1)
     """Tokens generated at most."""
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
-    """What it leaves open is the model's own (`OwnedEngine.sampling_defaults`)."""
+    """What it leaves open is the model's own (`EngineScheduler.sampling_defaults`)."""
     stop: Sequence[str] = ()
     """Texts that end the answer and are not part of it."""
     stop_until: str = ""
@@ -116,7 +116,7 @@ class Generation:
 
     def __init__(
         self,
-        engine: OwnedEngine,
+        engine: EngineScheduler,
         prompt: Sequence[int],
         options: AnswerOptions | None = None,
         constraint: Constraint | None = None,

@@ -23,7 +23,7 @@ from .base.extras import extra
 if TYPE_CHECKING:
     from llguidance import LLTokenizer
 
-    from .engines.owned import OwnedEngine
+    from .engines.scheduler import EngineScheduler
 
 T = TypeVar("T")
 
@@ -159,7 +159,7 @@ def embedded_schema(schema: Mapping[str, Any]) -> str:
 class GrammarConstraint:
     """A `Constraint`: the tokens that keep one answer within a grammar."""
 
-    def __init__(self, engine: OwnedEngine, grammar: Grammar, control_tokens: Iterable[int] = ()) -> None:
+    def __init__(self, engine: EngineScheduler, grammar: Grammar, control_tokens: Iterable[int] = ()) -> None:
         """UsageError for a grammar that is wrong or too large; `control_tokens` are those it names by number.
 
         An engine's first constraint takes some tenths of a second, in which its vocabulary is read, unless
@@ -216,7 +216,7 @@ class _Vocabulary:
 
     bos_token_id = None
 
-    def __init__(self, engine: OwnedEngine, control_tokens: frozenset[int]) -> None:
+    def __init__(self, engine: EngineScheduler, control_tokens: frozenset[int]) -> None:
         self._engine = weakref.ref(engine)
         ends = sorted(engine.end_ids)
         self.eos_token_id = ends[0] if ends else engine.vocab_size
@@ -235,19 +235,19 @@ class _Vocabulary:
         return engine.tokenize(text if isinstance(text, str) else text.decode("utf-8", "replace"), special=False)
 
 
-_TOKENIZERS: weakref.WeakKeyDictionary[OwnedEngine, dict[frozenset[int], LLTokenizer]] = weakref.WeakKeyDictionary()
+_TOKENIZERS: weakref.WeakKeyDictionary[EngineScheduler, dict[frozenset[int], LLTokenizer]] = weakref.WeakKeyDictionary()
 _LOCK = threading.Lock()
 _STACK_SIZE = threading.Lock()
 """Threads that start meanwhile would get the same."""
 
 
-def read_vocabulary(engine: OwnedEngine) -> None:
+def read_vocabulary(engine: EngineScheduler) -> None:
     """What an engine's first constraint does otherwise; nothing where llguidance is not installed."""
     with contextlib.suppress(EfficientLLMError):  # or the engine was closed meanwhile
         _tokenizer_of(engine, frozenset())
 
 
-def _tokenizer_of(engine: OwnedEngine, control_tokens: frozenset[int]) -> LLTokenizer:
+def _tokenizer_of(engine: EngineScheduler, control_tokens: frozenset[int]) -> LLTokenizer:
     with extra("grammar"):
         from llguidance import LLTokenizer, TokenizerWrapper
     with _LOCK:

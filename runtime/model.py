@@ -11,7 +11,7 @@ from typing import Any
 from .base.errors import UsageError
 from .chat_template import Message
 from .engines.engine import EngineOptions, load_engine
-from .engines.owned import OwnedEngine
+from .engines.scheduler import EngineScheduler
 from .generation import AnswerOptions, Generation, GenerationStats
 from .grammar import GrammarConstraint
 from .prompt import chat_prompt, text_prompt
@@ -36,7 +36,7 @@ class Model:
     `runtime.grammar.Grammar` that the answer keeps to.
     """
 
-    def __init__(self, engine: OwnedEngine) -> None:
+    def __init__(self, engine: EngineScheduler) -> None:
         """Usually made by `load`; `engine` is closed with the model."""
         self.engine = engine
         """Token ids in, logits out; UsageError once the model is closed."""

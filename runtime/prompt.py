@@ -10,7 +10,7 @@ from typing import Any, Literal
 from .base.errors import UsageError
 from .call_reader import CallReader
 from .chat_template import Message, render_chat
-from .engines.owned import OwnedEngine
+from .engines.scheduler import EngineScheduler
 from .grammar import GrammarConstraint
 from .tool_format import GENERIC, INSTRUCTIONS, Disguise, ToolFormat, tool_format
 
@@ -43,7 +43,7 @@ class ChatPrompt:
     control: tuple[int, ...] = ()
     """Control tokens that a call begins with, which are no text."""
 
-    def constraint(self, engine: OwnedEngine) -> GrammarConstraint | None:
+    def constraint(self, engine: EngineScheduler) -> GrammarConstraint | None:
         """What keeps an answer's calls valid; None where there is nothing to call."""
         use = self.tool_use
         if use is None:
@@ -68,12 +68,12 @@ class ChatOptions:
     """Further variables of the template, such as enable_thinking."""
 
 
-def chat_prompt(engine: OwnedEngine, messages: Sequence[Message], options: ChatOptions | None = None) -> list[int]:
+def chat_prompt(engine: EngineScheduler, messages: Sequence[Message], options: ChatOptions | None = None) -> list[int]:
     """Token ids of a chat, ready for the assistant's answer."""
     return tool_prompt(engine, messages, options).tokens
 
 
-def tool_prompt(engine: OwnedEngine, messages: Sequence[Message], options: ChatOptions | None = None) -> ChatPrompt:
+def tool_prompt(engine: EngineScheduler, messages: Sequence[Message], options: ChatOptions | None = None) -> ChatPrompt:
     """A chat, ready for the assistant's answer, which goes on with the last message where that is the assistant's.
 
     UsageError where the model's template refuses the messages; ArtefactError where it has none.
@@ -99,7 +99,7 @@ def tool_prompt(engine: OwnedEngine, messages: Sequence[Message], options: ChatO
     return ChatPrompt(tokens, use, format, control)
 
 
-def text_prompt(engine: OwnedEngine, text: str) -> list[int]:
+def text_prompt(engine: EngineScheduler, text: str) -> list[int]:
     """Token ids of a text that is to go on; what looks like a control token is text. [] where there is nothing."""
     tokens = engine.tokenize(text, special=False)
     # a model that knows no BOS by habit still needs one token to begin with
@@ -132,7 +132,7 @@ def _in_plain_roles(messages: Sequence[Message], tools: Sequence[Mapping[str, An
     return [{"role": message["role"], "content": message["content"]} for message in plain]
 
 
-def _render(engine: OwnedEngine, disguise: Disguise, messages: Sequence[Message], **how: Any) -> str:
+def _render(engine: EngineScheduler, disguise: Disguise, messages: Sequence[Message], **how: Any) -> str:
     """The template's text, up to where the answer goes on, with what `disguise` hides."""
     messages, how = disguise.hide(messages), {name: disguise.hide(value) for name, value in how.items()}
     *earlier, last = messages
@@ -145,7 +145,7 @@ def _render(engine: OwnedEngine, disguise: Disguise, messages: Sequence[Message]
     return text
 
 
-def _rendered_somehow(engine: OwnedEngine, messages: Sequence[Message], how: Mapping[str, Any]) -> str:
+def _rendered_somehow(engine: EngineScheduler, messages: Sequence[Message], how: Mapping[str, Any]) -> str:
     """As the template has it; one that refuses several system messages, or any, gets one, or its text in the first
     question."""
     refusal: UsageError | None = None

@@ -21,7 +21,7 @@ from .base.errors import EfficientLLMError, UsageError
 from .base.quantities import format_bytes
 from .base.user_cache import cache_folder
 from .engines.memory import memory_bytes
-from .engines.owned import OwnedEngine
+from .engines.scheduler import EngineScheduler
 from .generation import AnswerOptions, Generation, GenerationStats, Overflow
 from .prompt import chat_prompt
 from .sampling import SamplingOptions
@@ -49,7 +49,7 @@ class ChatOptions:
 class Conversation:
     """Messages so far, and answering the next one."""
 
-    def __init__(self, engine: OwnedEngine, options: ChatOptions, sampling: SamplingOptions) -> None:
+    def __init__(self, engine: EngineScheduler, options: ChatOptions, sampling: SamplingOptions) -> None:
         self.engine = engine
         self.options = options
         self.sampling = sampling

@@ -15,7 +15,7 @@ from typing import Any
 
 from .base.errors import EfficientLLMError, UsageError
 from .chat_template import Message, render_chat
-from .engines.owned import OwnedEngine
+from .engines.scheduler import EngineScheduler
 from .grammar import Grammar, embedded_schema, schema_part
 
 MAX_CALLS = 16
@@ -42,7 +42,7 @@ class ToolFormat:
     is_template_s: bool = True
     """Whether the chat template shows the functions to the model, writes earlier calls and knows the role tool."""
 
-    def as_read(self, engine: OwnedEngine) -> tuple[tuple[int, ...], ToolFormat] | None:
+    def as_read(self, engine: EngineScheduler) -> tuple[tuple[int, ...], ToolFormat] | None:
         """The control tokens that calls begin with, and the format as it reads without them, which is how an answer's
         text comes; None where no text is left to tell a call by."""
         tokens = engine.tokenize(self.begin, special=True)
@@ -117,19 +117,19 @@ def parameters_of(function: Mapping[str, Any]) -> dict[str, Any]:
     return {**(function.get("parameters") or nothing), "type": "object"}
 
 
-def _text(engine: OwnedEngine, tokens: Sequence[int]) -> str:
+def _text(engine: EngineScheduler, tokens: Sequence[int]) -> str:
     return b"".join(map(engine.token_bytes, tokens)).decode("utf-8", "replace")
 
 
-def _without_control(engine: OwnedEngine, tokens: Sequence[int]) -> list[int]:
+def _without_control(engine: EngineScheduler, tokens: Sequence[int]) -> list[int]:
     return [token for token in tokens if engine.token_bytes(token)]
 
 
-def _until_control(engine: OwnedEngine, tokens: Sequence[int]) -> list[int]:
+def _until_control(engine: EngineScheduler, tokens: Sequence[int]) -> list[int]:
     return list(itertools.takewhile(engine.token_bytes, tokens))
 
 
-def _is_plain(engine: OwnedEngine, text: str) -> bool:
+def _is_plain(engine: EngineScheduler, text: str) -> bool:
     """Whether no control token is in `text`."""
     return all(map(engine.token_bytes, engine.tokenize(text, special=True)))
 
@@ -218,7 +218,7 @@ class Disguise:
     control token that it writes is its own, whatever it joins, deletes or repeats of the messages.
     """
 
-    def __init__(self, engine: OwnedEngine, *shown: Any) -> None:
+    def __init__(self, engine: EngineScheduler, *shown: Any) -> None:
         """`shown`: all that a template is given, texts in any nesting of mappings and sequences.
 
         UsageError where no character is left to stand in.

@@ -85,7 +85,7 @@ def create_app(
     is_named = (is_local or options.allow_host) and not options.key
     names = frozenset((*LOCAL_HOSTS, *options.allow_host) if is_named else ())
     limits = {"max_body_bytes": options.max_body_bytes, "body_timeout": options.body_timeout}
-    app.add_middleware(Guard, api_key=options.key, hosts=names, count=metrics.answered, **limits)
+    app.add_middleware(Guard, api_key=options.key, hosts=names, count=metrics.count_request, **limits)
     if options.cors_origin:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(options.cors_origin), allow_methods=["*"], allow_headers=["*"]
@@ -102,7 +102,7 @@ def _add_error_handlers(app: FastAPI, metrics: Metrics) -> None:
 
     def refuse(request: Request, error: APIError) -> JSONResponse:
         route = request.scope.get("route")  # its pattern: what clients make up must not become labels
-        metrics.answered(error.status, route.path if route else "other")
+        metrics.count_request(error.status, route.path if route else "other")
         headers = {"Retry-After": "1"} if error.status in (429, 503) else None
         return JSONResponse(error.body, error.status, headers)
 
@@ -118,7 +118,7 @@ def _add_error_handlers(app: FastAPI, metrics: Metrics) -> None:
     async def answer_http_error(request: Request, error: HTTPException) -> JSONResponse:
         if error.status_code == 400 and error.__cause__ is not None:  # FastAPI could not read the body, and keeps why
             return refuse(request, APIError(400, f"the body is no JSON that can be read: {unread(error.__cause__)}"))
-        metrics.answered(error.status_code)
+        metrics.count_request(error.status_code)
         body = APIError(error.status_code, str(error.detail)).body
         return JSONResponse(body, error.status_code, error.headers)
 

@@ -12,7 +12,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingRes
 
 from ..runtime.base.errors import EfficientLLMError
 from ..runtime.engines.memory import memory_bytes
-from ..runtime.engines.owned import OwnedEngine
+from ..runtime.engines.scheduler import EngineScheduler
 from ..runtime.generation import Overflow
 from ..runtime.prompt import text_prompt
 from .access.guard import TRUSTED
@@ -116,7 +116,7 @@ class Endpoints:
         return JSONResponse(body)
 
     async def tokenize(self, request: TokenizeRequest, http: Request) -> Response:
-        def tokens_of(engine: OwnedEngine) -> list[int]:
+        def tokens_of(engine: EngineScheduler) -> list[int]:
             if request.add_special and not request.parse_special:
                 return text_prompt(engine, request.content) if request.content else []
             begin = engine.bos_token if request.add_special and engine.adds_bos else ""
@@ -126,14 +126,16 @@ class Endpoints:
         return await self._with_engine(http, request.model, "tokens", tokens_of)
 
     async def detokenize(self, request: DetokenizeRequest, http: Request) -> Response:
-        def content_of(engine: OwnedEngine) -> str:
+        def content_of(engine: EngineScheduler) -> str:
             if request.tokens and max(request.tokens) >= engine.vocab_size:
                 raise APIError(400, f"tokens: {max(request.tokens)} is outside the vocabulary of {engine.vocab_size}")
             return text_of(engine, request.tokens)
 
         return await self._with_engine(http, request.model, "content", content_of)
 
-    async def _with_engine(self, http: Request, model: str, name: str, use: Callable[[OwnedEngine], Any]) -> Response:
+    async def _with_engine(
+        self, http: Request, model: str, name: str, use: Callable[[EngineScheduler], Any]
+    ) -> Response:
         """{`name`: what `use` makes of a model's engine in a thread}; "" is the first model."""
 
         async def answer() -> Response:
@@ -168,7 +170,7 @@ class Endpoints:
             await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
             # what it raises is counted where it is told
             response = work.result() if work.done() else Response(status_code=CLIENT_GONE)
-            self._metrics.answered(response.status_code, http.scope["route"].path)
+            self._metrics.count_request(response.status_code, http.scope["route"].path)
             return response
         finally:
             for task in (work, gone):

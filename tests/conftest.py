@@ -20,10 +20,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from efficientllm.export.verification import sample_text
-from efficientllm.runtime.engines import attention, pass_sizes
+from efficientllm.runtime.engines import tuning
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
 from efficientllm.runtime.engines.llama_context import LlamaContext
-from efficientllm.runtime.engines.owned import OwnedEngine
+from efficientllm.runtime.engines.scheduler import EngineScheduler
 from efficientllm.train.evaluation.quality import measure, sets
 from efficientllm.train.model.architecture import Architecture, LayerShape
 from efficientllm.train.model.irregular import save_checkpoint
@@ -85,8 +85,8 @@ def first_attention() -> Iterator[Callable[[LlamaContext, int], list[float]]]:
 
     Yields what would measure.
     """
-    timed = attention._tests
-    with mock.patch.object(attention, "_tests", return_value=[1.0]):
+    timed = tuning._attention_seconds
+    with mock.patch.object(tuning, "_attention_seconds", return_value=[1.0]):
         yield timed
 
 
@@ -96,7 +96,7 @@ def unseen(artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     folder = Path(shutil.copytree(artefact, tmp_path / "copied"))
     for file in folder.iterdir():
         os.utime(file, (1, 1))
-    monkeypatch.setattr("efficientllm.runtime.engines.manifest.SETTLED_SECONDS", -1)
+    monkeypatch.setattr("efficientllm.runtime.engines.file_cache.SETTLED_SECONDS", -1)
     monkeypatch.setenv("EFFICIENTLLM_CACHE", str(tmp_path / "cache"))
     return folder
 
@@ -105,8 +105,8 @@ def unseen(artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
 def passes_of_all() -> Iterator[Callable[[LlamaContext, int, int], float]]:
     """llama.cpp's passes take the same time whatever they serve, so that every answer is in each: what is measured
     depends on the machine. Yields what would measure."""
-    timed = pass_sizes._timed
-    with mock.patch.object(pass_sizes, "_timed", return_value=1.0):
+    timed = tuning._pass_ms
+    with mock.patch.object(tuning, "_pass_ms", return_value=1.0):
         yield timed
 
 
@@ -200,7 +200,7 @@ def artefact(exported: Exported) -> Path:
 
 
 @pytest.fixture(scope="module")
-def engine(artefact: Path) -> Iterator[OwnedEngine]:
+def engine(artefact: Path) -> Iterator[EngineScheduler]:
     """That artefact, loaded."""
     engine = load_engine(artefact, EngineOptions(threads=1))
     yield engine

@@ -158,5 +158,5 @@ def test_one_answer_at_a_time(model: Model) -> None:
     first = model.stream("Hello", max_tokens=24, temperature=1.5, seed=3)
     next(first)
     assert model.complete("A small", max_tokens=2) is not None
-    with pytest.raises(EfficientLLMError, match="another answer was begun on this model"):
+    with pytest.raises(EfficientLLMError, match="another answer started on this model"):
         list(first)

@@ -29,9 +29,9 @@ from efficientllm.runtime.base.child import run_python
 from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.base.errors import DeviceError
 from efficientllm.runtime.engines.artefact import Artefact
-from efficientllm.runtime.engines.attention import CANDIDATES
-from efficientllm.runtime.engines.lease import common_length
 from efficientllm.runtime.engines.manifest import Manifest
+from efficientllm.runtime.engines.scheduling_policy import common_length
+from efficientllm.runtime.engines.tuning import CANDIDATES
 from efficientllm.runtime.latency.shape import DecoderShape, LayerShape
 
 TESTS = ["--prompt-tokens", "16,24", "--decode-tokens", "4,8", "--depths", "20"]

@@ -15,15 +15,15 @@ from tiny import tiny_architecture
 from efficientllm.runtime.base.errors import ArtefactError, UsageError
 from efficientllm.runtime.base.files import sha256_of
 from efficientllm.runtime.engines import artefact as artefacts
-from efficientllm.runtime.engines import attention as attention_choice
-from efficientllm.runtime.engines.artefact import Artefact
-from efficientllm.runtime.engines.attention import CANDIDATES, FLASH, FLASH_Q8_0, ROUNDS
+from efficientllm.runtime.engines import tuning
+from efficientllm.runtime.engines.artefact import GENAI_CONFIG, Artefact, GenaiConfig
 from efficientllm.runtime.engines.engine import CACHE_CHOICES, EngineOptions, load_engine
 from efficientllm.runtime.engines.executorch import captured_native_log
-from efficientllm.runtime.engines.llama_context import Attention, LlamaContext
-from efficientllm.runtime.engines.manifest import GENAI_CONFIG, GenaiConfig, Manifest
+from efficientllm.runtime.engines.llama_context import AttentionSettings, LlamaContext
+from efficientllm.runtime.engines.manifest import Manifest
 from efficientllm.runtime.engines.onnx import OnnxEngine
-from efficientllm.runtime.engines.protocol import EvaluationInterrupted, Part
+from efficientllm.runtime.engines.protocol import Chunk, EvaluationInterrupted
+from efficientllm.runtime.engines.tuning import CANDIDATES, FLASH, FLASH_Q8_0, ROUNDS
 
 
 def test_opening_an_artefact_reads_no_weights(artefact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,9 +78,9 @@ def test_only_the_librarys_own_messages_are_kept_from_the_terminal(capfd: pytest
 def test_a_cache_counts_the_widths_that_layers_have() -> None:
     """Without flash attention llama.cpp pads the values, not the keys, to the widest layer."""
     heads = (3, 1, 2)
-    assert Attention("f16", flash=True).bytes_per_token(heads, 64) == 2 * 64 * (6 + 6)
-    assert Attention("f16", flash=False).bytes_per_token(heads, 64) == 2 * 64 * (6 + 9)
-    assert Attention("q8_0", flash=True).bytes_per_token(heads, 64) == 64 * 12 * 34 / 32
+    assert AttentionSettings("f16", flash=True).bytes_per_token(heads, 64) == 2 * 64 * (6 + 6)
+    assert AttentionSettings("f16", flash=False).bytes_per_token(heads, 64) == 2 * 64 * (6 + 9)
+    assert AttentionSettings("q8_0", flash=True).bytes_per_token(heads, 64) == 64 * 12 * 34 / 32
 
 
 def test_room_for_chats_is_what_was_asked_for_in_bytes(artefact: Path) -> None:
@@ -104,12 +104,12 @@ def test_the_fastest_attention_is_measured_once(unseen: Path, monkeypatch: pytes
     names: dict[int, str] = {}
     make = LlamaContext.__init__
 
-    def remember(self: LlamaContext, model: object, threads: int, attention: Attention, *more: int) -> None:
+    def remember(self: LlamaContext, model: object, threads: int, attention: AttentionSettings, *more: int) -> None:
         names[id(self)] = str(attention)
         make(self, model, threads, attention, *more)
 
     monkeypatch.setattr(LlamaContext, "__init__", remember)
-    monkeypatch.setattr(attention_choice, "_tests", measure)
+    monkeypatch.setattr(tuning, "_attention_seconds", measure)
     for kv_cache, expected in (("auto", FLASH), ("f16", FLASH), ("q8_0", FLASH_Q8_0), ("auto", FLASH)):
         engine = load_engine(unseen, EngineOptions(threads=1, context=64, kv_cache=CACHE_CHOICES[kv_cache]))
         assert engine.settings == str(expected)
@@ -130,7 +130,7 @@ def test_the_attention_of_a_new_model_is_timed(
         found.append(first_attention(context, sequences))
         return found[-1]
 
-    monkeypatch.setattr(attention_choice, "_tests", measure)
+    monkeypatch.setattr(tuning, "_attention_seconds", measure)
     engine = load_engine(artefact, EngineOptions(threads=1, context=64, parallel=3))
     assert engine.settings.partition(";")[0] in map(str, CANDIDATES["auto"])
     engine.close()
@@ -149,7 +149,7 @@ def test_heads_without_whole_blocks_get_no_quantized_cache(save_tiny: Callable[.
 
 def test_the_type_of_a_cache_is_llama_cpp_s_to_choose(source_folder: Path, tmp_path: Path) -> None:
     assert export(source_folder, "onnx", tmp_path / "onnx", "--quantize", "f32", "--no-verify") == 0
-    with pytest.raises(UsageError, match="--kv-cache q8_0: the type of the cache is part of onnx itself"):
+    with pytest.raises(UsageError, match="--kv-cache q8_0: the export of onnx fixed its cache type"):
         load_engine(tmp_path / "onnx", EngineOptions(kv_cache="q8_0"))
 
 
@@ -158,15 +158,15 @@ def test_an_interrupted_pass_changes_nothing(exported: Callable[..., Path], targ
     folder = exported(target, *(EXACT if target == "executorch" else EXACT[:2]))
     options = EngineOptions(threads=1, context=128)
     with contextlib.closing(load_engine(folder, options)) as owned, owned._open() as engine:
-        part = Part(0, list(range(5, 65)), True)
-        expected = engine.extend([part])[0]
+        chunk = Chunk(0, list(range(5, 65)), True)
+        expected = engine.extend([chunk])[0]
         engine.truncate(0, 10)
         engine.interrupt()
         for _ in range(2):  # until it is taken back
             with pytest.raises(EvaluationInterrupted):
-                engine.extend([Part(0, part.tokens[10:], True)])
+                engine.extend([Chunk(0, chunk.tokens[10:], True)])
         engine.resume()
-        assert np.allclose(engine.extend([Part(0, part.tokens[10:], True)])[0], expected, atol=1e-4)
+        assert np.allclose(engine.extend([Chunk(0, chunk.tokens[10:], True)])[0], expected, atol=1e-4)
 
 
 def test_onnxruntime_stops_amid_a_pass(exported: Callable[..., Path]) -> None:
@@ -176,6 +176,6 @@ def test_onnxruntime_stops_amid_a_pass(exported: Callable[..., Path]) -> None:
         assert isinstance(engine, OnnxEngine)
         engine._run_options.terminate = True  # as `interrupt` does, when the pass has begun
         with pytest.raises(EvaluationInterrupted):
-            engine.extend([Part(0, [5, 6, 7], True)])
+            engine.extend([Chunk(0, [5, 6, 7], True)])
         engine.resume()
-        assert engine.extend([Part(0, [5, 6, 7], True)])[0].shape == (engine.vocab_size,)
+        assert engine.extend([Chunk(0, [5, 6, 7], True)])[0].shape == (engine.vocab_size,)

@@ -158,7 +158,7 @@ def test_a_plain_model_is_no_artefact_for_our_engines(
     assert run_command(bench_cli.body, [str(output)]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ")
-    assert "needs engine 'transformers'; AutoModelForCausalLM" in error
+    assert "needs engine 'transformers'; load it with AutoModelForCausalLM" in error
 
 
 EDITS = ["tokenizer_config.json", "Modelfile", "model.gguf/thesis.txt", "notes/thesis.txt"]

@@ -13,13 +13,13 @@ import pytest
 
 from efficientllm.runtime.base.errors import UsageError
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
-from efficientllm.runtime.engines.owned import OwnedEngine
+from efficientllm.runtime.engines.scheduler import EngineScheduler
 from efficientllm.runtime.generation import AnswerOptions, Generation
 from efficientllm.runtime.grammar import Grammar, GrammarConstraint, read_vocabulary
 from efficientllm.runtime.sampling import SamplingOptions
 
 
-def accepts(engine: OwnedEngine, grammar: Grammar, text: str) -> bool:
+def accepts(engine: EngineScheduler, grammar: Grammar, text: str) -> bool:
     """Whether `text`, in the tokens that the model knows it by, is an answer under the grammar."""
     constraint = GrammarConstraint(engine, grammar)
     for token in engine.tokenize(text, special=False):
@@ -42,23 +42,23 @@ INVALID += ['{"a": tru}', '{"a": "\n"}', '{"a": "\\x"}', '{"a": 1]', '{"a": 1} x
 
 
 @pytest.mark.parametrize("text", VALID)
-def test_objects_are_accepted(engine: OwnedEngine, text: str) -> None:
+def test_objects_are_accepted(engine: EngineScheduler, text: str) -> None:
     json.loads(text)
     assert accepts(engine, Grammar.json_object(), text)
 
 
 @pytest.mark.parametrize("text", [*INVALID, '{"a": ' + " " * 40 + "1}"])
-def test_what_is_no_object_is_refused_and_so_is_endless_space(engine: OwnedEngine, text: str) -> None:
+def test_what_is_no_object_is_refused_and_so_is_endless_space(engine: EngineScheduler, text: str) -> None:
     assert not accepts(engine, Grammar.json_object(), text)
 
 
-def test_regular_expressions_and_lark_grammars_hold_from_end_to_end(engine: OwnedEngine) -> None:
+def test_regular_expressions_and_lark_grammars_hold_from_end_to_end(engine: EngineScheduler) -> None:
     regex, lark = Grammar.regex("(yes|no)!?"), Grammar.lark('start: "a" DIGITS\nDIGITS: /[0-9]{2}/')
     assert [accepts(engine, regex, text) for text in ("yes", "no!", "maybe", "yes!!")] == [True, True, False, False]
     assert [accepts(engine, lark, text) for text in ("a12", "a1", "12")] == [True, False, False]
 
 
-def test_an_answer_may_end_only_where_the_grammar_does(engine: OwnedEngine) -> None:
+def test_an_answer_may_end_only_where_the_grammar_does(engine: EngineScheduler) -> None:
     constraint = GrammarConstraint(engine, Grammar.regex("ab?"))
     end = min(engine.end_ids)
     allowed = []
@@ -86,7 +86,7 @@ SCHEMA: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_a_random_model_writes_what_the_schema_says(engine: OwnedEngine, seed: int) -> None:
+def test_a_random_model_writes_what_the_schema_says(engine: EngineScheduler, seed: int) -> None:
     sampling = SamplingOptions(temperature=1.5, seed=seed)
     generation = Generation(
         engine, [1, 5, 9], AnswerOptions(200, sampling), GrammarConstraint(engine, Grammar.json_schema(SCHEMA))
@@ -99,7 +99,7 @@ def test_a_random_model_writes_what_the_schema_says(engine: OwnedEngine, seed: i
     assert all(1 <= size <= 9 for size in answer["sizes"])
 
 
-def test_a_biased_token_stays_within_the_grammar(engine: OwnedEngine) -> None:
+def test_a_biased_token_stays_within_the_grammar(engine: EngineScheduler) -> None:
     (comma,) = engine.tokenize(",", special=False)
     options = AnswerOptions(200, SamplingOptions(temperature=0), logit_bias={comma: 100.0})
     generation = Generation(engine, [1, 5], options, GrammarConstraint(engine, Grammar.regex("[a-f]{3,5}")))
@@ -138,8 +138,8 @@ def test_a_vocabulary_goes_with_its_engine(artefact: Path) -> None:
 def test_a_vocabulary_is_read_once(artefact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a server does when a model is loaded, so that no answer waits for it."""
     read = []
-    whole = OwnedEngine.vocabulary
-    monkeypatch.setattr(OwnedEngine, "vocabulary", lambda self: read.append(self) or whole(self))
+    whole = EngineScheduler.vocabulary
+    monkeypatch.setattr(EngineScheduler, "vocabulary", lambda self: read.append(self) or whole(self))
     engine = load_engine(artefact, EngineOptions(threads=1))
     read_vocabulary(engine)
     GrammarConstraint(engine, Grammar.regex("yes|no"))

@@ -105,7 +105,7 @@ def test_a_damaged_artefact_is_not_passed_on(
     content[-9] ^= 1
     (copy / "model.gguf").write_bytes(content)
     assert hub(tmp_path / "small", copy) == 2
-    assert "is damaged: its content is not what was exported" in capsys.readouterr().err
+    assert "is damaged: its content is not the exported one" in capsys.readouterr().err
     assert not (tmp_path / "small").exists()
 
 

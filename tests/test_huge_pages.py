@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from efficientllm.runtime.base.child import run_python
-from efficientllm.runtime.engines import memory as huge_pages
+from efficientllm.runtime.engines import memory
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
 
 MEGABYTES = 64
@@ -28,13 +28,13 @@ MAPS = """\
 
 def kernel_collapses() -> bool:
     """Whether this kernel grants what is tested, asked without our code."""
-    if not huge_pages.SIZE_FILE.is_file():
+    if not memory.HUGE_PAGE_SIZE_PATH.is_file():
         return False
-    size = 2 * int(huge_pages.SIZE_FILE.read_text())
-    with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
-        memory.write(bytes(size))
+    size = 2 * int(memory.HUGE_PAGE_SIZE_PATH.read_text())
+    with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as mapping:
+        mapping.write(bytes(size))
         try:
-            memory.madvise(huge_pages.MADV_COLLAPSE)
+            mapping.madvise(memory.MADV_COLLAPSE)
         except OSError:
             return False
     return True
@@ -57,13 +57,13 @@ def huge_bytes_within(values: np.ndarray) -> int:
 
 def fresh_memory() -> np.ndarray:
     """int64 [n] of new, untouched pages; malloc would reuse what other tests freed."""
-    memory = mmap.mmap(-1, MEGABYTES * 2**20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return np.frombuffer(memory, dtype=np.int64)
+    mapping = mmap.mmap(-1, MEGABYTES * 2**20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return np.frombuffer(mapping, dtype=np.int64)
 
 
 def ranges_within(values: np.ndarray) -> set[int]:
     start = values.ctypes.data
-    return {address for address in huge_pages.resident_ranges() if start <= address < start + values.nbytes}
+    return {address for address in memory.resident_ranges() if start <= address < start + values.nbytes}
 
 
 @needs_kernel
@@ -71,8 +71,8 @@ def test_resident_memory_moves_into_huge_pages_and_keeps_its_contents() -> None:
     values = fresh_memory()
     values[:] = np.arange(len(values))
     own = ranges_within(values)
-    assert len(own) >= MEGABYTES * 2**20 // int(huge_pages.SIZE_FILE.read_text()) - 2
-    assert huge_pages.collapse(own) >= 0.9 * values.nbytes
+    assert len(own) >= MEGABYTES * 2**20 // int(memory.HUGE_PAGE_SIZE_PATH.read_text()) - 2
+    assert memory.collapse(own) >= 0.9 * values.nbytes
     assert huge_bytes_within(values) >= 0.9 * values.nbytes
     assert (values == np.arange(len(values))).all()
 
@@ -84,7 +84,7 @@ def test_untouched_memory_stays_out() -> None:
 
 @needs_kernel
 def test_what_a_block_allocates_is_moved() -> None:
-    with huge_pages.huge_pages(wanted=True):
+    with memory.huge_pages(wanted=True):
         values = fresh_memory()
         values[:] = 1
     assert huge_bytes_within(values) >= 0.9 * values.nbytes
@@ -108,7 +108,7 @@ with huge_pages(wanted=True):
 """
 
 
-@pytest.mark.skipif(not huge_pages._huge_page_bytes(), reason="needs transparent huge pages")
+@pytest.mark.skipif(not memory._huge_page_size(), reason="needs transparent huge pages")
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc 2.33")
 @pytest.mark.parametrize(("threshold", "mapped"), [("glibc's", 0), ("own threshold", 1)])
 def test_malloc_lays_blocks_side_by_side_unless_the_program_decided_otherwise(threshold: str, mapped: int) -> None:
@@ -118,16 +118,16 @@ def test_malloc_lays_blocks_side_by_side_unless_the_program_decided_otherwise(th
 
 
 def test_only_memory_without_a_file_counts() -> None:
-    found = [end - start for start, end in huge_pages._anonymous_ranges(MAPS)]
+    found = [end - start for start, end in memory._anonymous_ranges(MAPS)]
     assert found == [16 * 2**20, 64 * 2**20, 64 * 2**20]
 
 
 def test_a_system_without_them_loads_all_the_same(
     artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(huge_pages, "SIZE_FILE", tmp_path / "absent")
-    assert huge_pages.resident_ranges() == set()
-    assert huge_pages.collapse(set()) == 0
+    monkeypatch.setattr(memory, "HUGE_PAGE_SIZE_PATH", tmp_path / "absent")
+    assert memory.resident_ranges() == set()
+    assert memory.collapse(set()) == 0
     engine = load_engine(artefact, EngineOptions(threads=1, context=32))
     assert np.isfinite(engine.prefill([1, 2])).all()
     engine.close()

@@ -16,8 +16,8 @@ from exporting import export
 from efficientllm.runtime import EfficientLLMError, EngineOptions, Model, load
 from efficientllm.runtime.base.child import run_python
 from efficientllm.runtime.engines.engine import load_engine
-from efficientllm.runtime.engines.lease import Lease
-from efficientllm.runtime.engines.llama_context import BATCH
+from efficientllm.runtime.engines.llama_context import MAX_PASS_TOKENS
+from efficientllm.runtime.engines.scheduler import Lease
 from efficientllm.runtime.generation import AnswerOptions, Generation
 
 OPTIONS = EngineOptions(threads=1, context=1024)
@@ -65,7 +65,7 @@ def test_four_threads_that_stream_end_or_are_told(artefact: Path) -> None:
                 list(model.stream(f"Question {index} " * 40, max_tokens=24))
 
         for error in together(*[lambda index=index: ask(index) for index in range(4)]):
-            assert error is None or (isinstance(error, EfficientLLMError) and "another answer was begun" in str(error))
+            assert error is None or (isinstance(error, EfficientLLMError) and "another answer started" in str(error))
         assert model.chat("Hello", max_tokens=4)
 
 
@@ -76,14 +76,14 @@ def test_interleaved_answers_are_told_where_nobody_looks(artefact: Path) -> None
     pieces = iter(first)
     next(pieces)
     assert "".join(second)
-    with pytest.raises(EfficientLLMError, match="another answer was begun"):
+    with pytest.raises(EfficientLLMError, match="another answer started"):
         list(pieces)
-    with pytest.raises(EfficientLLMError, match="another answer was begun"):
+    with pytest.raises(EfficientLLMError, match="another answer started"):
         engine.decode(5)  # the sequence is an answer's
     chunks = engine.evaluate(list(range(5, 200)), 0)
     next(chunks)
     engine.prefill([5])
-    with pytest.raises(EfficientLLMError, match="another answer was begun"):
+    with pytest.raises(EfficientLLMError, match="another answer started"):
         list(chunks)
     engine.close()
 
@@ -167,8 +167,8 @@ def test_a_cancelled_answer_stops_amid_its_prompt(artefact: Path) -> None:
     engine.step = step  # type: ignore[method-assign]
     again = Generation(engine, prompt, AnswerOptions(4))
     assert "".join(again) == whole  # in two passes as in one
-    assert again.stats.cached_tokens == 1 + BATCH  # the first token was there already
-    assert again.stats.prefilled_tokens == 900 - 1 - BATCH
+    assert again.stats.cached_tokens == 1 + MAX_PASS_TOKENS  # the first token was there already
+    assert again.stats.prefilled_tokens == 900 - 1 - MAX_PASS_TOKENS
     engine.close()
 
 

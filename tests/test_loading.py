@@ -17,8 +17,7 @@ from efficientllm.runtime.base import user_cache
 from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.base.errors import ArtefactError
 from efficientllm.runtime.engines import artefact as artefacts
-from efficientllm.runtime.engines import manifest as seen
-from efficientllm.runtime.engines import probe
+from efficientllm.runtime.engines import file_cache, probe
 from efficientllm.runtime.engines.artefact import Artefact
 from efficientllm.runtime.engines.hf_tokenizer import HfTokenizer
 from efficientllm.runtime.engines.manifest import Manifest
@@ -37,7 +36,7 @@ def copy(artefact: Path, tmp_path: Path) -> Path:
 def hashed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Path]:
     """Files as they are hashed, with a cache of their own."""
     monkeypatch.setenv(user_cache.FOLDER_VARIABLE, str(tmp_path / "cache"))
-    monkeypatch.setattr(seen, "SETTLED_SECONDS", 0.3)
+    monkeypatch.setattr(file_cache, "SETTLED_SECONDS", 0.3)
     files: list[Path] = []
     sha256_of = artefacts.sha256_of
     monkeypatch.setattr(artefacts, "sha256_of", lambda path: (files.append(path), sha256_of(path))[1])
@@ -46,7 +45,7 @@ def hashed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Path]:
 
 def age(path: Path) -> None:
     """Let a file look settled: nobody has written to it for a while."""
-    time.sleep(max(0.0, path.stat().st_ctime + seen.SETTLED_SECONDS + 0.1 - time.time()))
+    time.sleep(max(0.0, path.stat().st_ctime + file_cache.SETTLED_SECONDS + 0.1 - time.time()))
 
 
 def flip(path: Path, place: int) -> None:
@@ -160,7 +159,7 @@ def test_a_bare_file_that_aborts_is_one_line(
 
 def test_a_bare_file_is_tried_once(artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(user_cache.FOLDER_VARIABLE, str(tmp_path / "cache"))
-    monkeypatch.setattr(seen, "SETTLED_SECONDS", 0.3)
+    monkeypatch.setattr(file_cache, "SETTLED_SECONDS", 0.3)
     bare = Path(shutil.copy(artefact / "model.gguf", tmp_path))
     (tmp_path / "manifest.json").write_text('{"name": "anybody\'s"}')
     age(bare)
@@ -176,7 +175,7 @@ def test_a_file_that_computes_no_numbers_is_refused(artefact: Path, tmp_path: Pa
     path = Path(shutil.copy(artefact / "model.gguf", tmp_path / "nan.gguf"))
     (tensor,) = (one for one in GGUFReader(path, "r+").tensors if one.name == "output_norm.weight")
     tensor.data[:] = float("nan")
-    with pytest.raises(ArtefactError, match=r"nan.gguf computes no numbers"):
+    with pytest.raises(ArtefactError, match=r"nan.gguf computes NaN or infinite logits"):
         load(path, OPTIONS)
 
 
@@ -210,4 +209,5 @@ def test_no_mutation_ends_the_caller_or_passes_the_manifest(artefact: Path) -> N
 
 
 def test_the_manifest_says_which_file_is_the_model(artefact: Path) -> None:
-    assert Artefact.open(artefact).witness == Artefact.open(artefact / "model.gguf").witness == Manifest.read(artefact)
+    manifest = Manifest.read(artefact)
+    assert Artefact.open(artefact).known_manifest == Artefact.open(artefact / "model.gguf").known_manifest == manifest

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from efficientllm.runtime.batch import Batch
-from efficientllm.runtime.engines import pass_sizes
+from efficientllm.runtime.engines import tuning
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
 from efficientllm.runtime.engines.llama_context import LlamaContext
-from efficientllm.runtime.engines.owned import OwnedEngine
-from efficientllm.runtime.engines.protocol import Part, PassTimes
+from efficientllm.runtime.engines.protocol import Chunk
+from efficientllm.runtime.engines.scheduler import EngineScheduler
+from efficientllm.runtime.engines.scheduling_policy import PassTimes
 from efficientllm.runtime.generation import AnswerOptions, Generation
 
 PROMPTS = [[5 + (7 * index + step) % 300 for step in range(12)] for index in range(4)]
@@ -32,15 +33,15 @@ ALL = PassTimes((10.0, 11, 12, 13))
     [(ONE_OR_EIGHT, [1, 1, 1, 1, 1, 1, 1, 8, 9, 10]), (FOURS, [1, 1, 1, 4, 4, 4, 4, 8]), (ALL, [1, 2, 3, 4])],
 )
 def test_as_many_answers_as_give_the_most_tokens_per_second(times: PassTimes, expected: list[int]) -> None:
-    assert [times.answers(waiting) for waiting in range(1, len(expected) + 1)] == expected
+    assert [times.num_decodes(waiting) for waiting in range(1, len(expected) + 1)] == expected
 
 
 def test_beside_a_prompt_all_answers_are_served() -> None:
-    assert [ONE_OR_EIGHT.answers(waiting, beside=20) for waiting in (1, 4, 7)] == [1, 4, 7]
+    assert [ONE_OR_EIGHT.num_decodes(waiting, prompt_tokens=20) for waiting in (1, 4, 7)] == [1, 4, 7]
 
 
 def test_more_answers_than_were_measured() -> None:
-    assert ALL.answers(6) == 6
+    assert ALL.num_decodes(6) == 6
 
 
 def test_sizes_of_passes_are_said_in_short() -> None:
@@ -67,13 +68,13 @@ def test_what_is_no_finding_is_measured_anew(text: str, unseen: Path, tmp_path: 
 
 
 @pytest.fixture
-def engine(artefact: Path) -> Iterator[OwnedEngine]:
+def engine(artefact: Path) -> Iterator[EngineScheduler]:
     engine = load_engine(artefact, EngineOptions(threads=1, context=256, parallel=4, kv_cache="f32"))
     yield engine
     engine.close()
 
 
-def answer_all(engine: OwnedEngine) -> list[list[int]]:
+def answer_all(engine: EngineScheduler) -> list[list[int]]:
     """Tokens of every prompt's answer, all computed in one batch."""
     batch, generations = Batch(engine), [Generation(engine, prompt, AnswerOptions(8)) for prompt in PROMPTS]
     for generation in generations:
@@ -84,15 +85,15 @@ def answer_all(engine: OwnedEngine) -> list[list[int]]:
 
 
 def test_answers_take_turns_where_passes_of_one_are_fastest(
-    engine: OwnedEngine, monkeypatch: pytest.MonkeyPatch
+    engine: EngineScheduler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = answer_all(engine)
     assert engine._engine is not None
     extend, passes = engine._engine.extend, []
 
-    def record(parts: Sequence[Part]) -> object:
-        passes.append([part.sequence for part in parts])
-        return extend(parts)
+    def record(chunks: Sequence[Chunk]) -> object:
+        passes.append([chunk.sequence for chunk in chunks])
+        return extend(chunks)
 
     monkeypatch.setattr(engine._engine, "extend", record)
     monkeypatch.setattr(engine, "_pass_times", PassTimes((1.0, 8, 12, 16)))
@@ -104,7 +105,7 @@ def test_answers_take_turns_where_passes_of_one_are_fastest(
 
 
 def test_a_short_prompt_is_evaluated_as_fast_as_its_tokens_can_be(
-    engine: OwnedEngine, monkeypatch: pytest.MonkeyPatch
+    engine: EngineScheduler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lease = engine.lease()
     lease.begin(PROMPTS[0])
@@ -113,9 +114,9 @@ def test_a_short_prompt_is_evaluated_as_fast_as_its_tokens_can_be(
     assert engine._engine is not None
     extend, passes = engine._engine.extend, []
 
-    def record(parts: Sequence[Part]) -> object:
-        passes.append([(len(part.tokens), part.wants_logits) for part in parts])
-        return extend(parts)
+    def record(chunks: Sequence[Chunk]) -> object:
+        passes.append([(len(chunk.tokens), chunk.wants_logits) for chunk in chunks])
+        return extend(chunks)
 
     monkeypatch.setattr(engine._engine, "extend", record)
     monkeypatch.setattr(engine, "_pass_times", PassTimes((1.0, 8, 12, 16)))
@@ -138,8 +139,8 @@ def test_passes_are_timed_when_several_chats_are_first_loaded(
         found.append(passes_of_all(context, size, depth))
         return found[-1]
 
-    monkeypatch.setattr(pass_sizes, "_timed", measure)
-    for parallel, timed in ((6, 6 * pass_sizes.REPEATED), (6, 0), (1, 0)):
+    monkeypatch.setattr(tuning, "_pass_ms", measure)
+    for parallel, timed in ((6, 6 * tuning.PASS_REPETITIONS), (6, 0), (1, 0)):
         found.clear()
         engine = load_engine(unseen, EngineOptions(threads=1, context=64, parallel=parallel))
         assert len(found) == timed
@@ -156,9 +157,9 @@ def test_a_slow_machine_times_the_most_telling_passes(unseen: Path, monkeypatch:
         sizes.append(size)
         return float(size + 10)
 
-    monkeypatch.setattr(pass_sizes, "_timed", measure)
-    monkeypatch.setattr(pass_sizes, "SECONDS", -1)
+    monkeypatch.setattr(tuning, "_pass_ms", measure)
+    monkeypatch.setattr(tuning, "MAX_SECONDS", -1)
     engine = load_engine(unseen, EngineOptions(threads=1, context=64, parallel=8))
     assert sorted(set(sizes)) in ([1], [8])
     engine.close()
-    assert list(pass_sizes._most_telling_first(16))[:5] == [16, 1, 8, 4, 12]
+    assert list(tuning._sizes_to_measure(16))[:5] == [16, 1, 8, 4, 12]

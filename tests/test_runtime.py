@@ -17,8 +17,8 @@ from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.base.errors import ArtefactError, ContextOverflowError, EfficientLLMError, UsageError
 from efficientllm.runtime.chat_template import render_chat
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
-from efficientllm.runtime.engines.memory import give_back_freed_memory, memory_bytes
-from efficientllm.runtime.engines.owned import OwnedEngine
+from efficientllm.runtime.engines.memory import memory_bytes, trim_heap
+from efficientllm.runtime.engines.scheduler import EngineScheduler
 from efficientllm.runtime.generation import AnswerOptions, Generation
 from efficientllm.runtime.prompt import chat_prompt
 from efficientllm.runtime.sampling import SamplingOptions
@@ -26,13 +26,13 @@ from efficientllm.runtime.text_stream import TextStream
 
 
 @pytest.fixture
-def engine(artefact: Path) -> Iterator[OwnedEngine]:
+def engine(artefact: Path) -> Iterator[EngineScheduler]:
     engine = load_engine(artefact, EngineOptions(threads=1))
     yield engine
     engine.close()
 
 
-def test_prefix_reuse_gives_the_logits_of_a_fresh_prefill(engine: OwnedEngine) -> None:
+def test_prefix_reuse_gives_the_logits_of_a_fresh_prefill(engine: EngineScheduler) -> None:
     tokens = list(range(5, 45))
     engine.prefill([*tokens[:20], 300, 301, 302])
     engine.decode(303)
@@ -47,12 +47,12 @@ def test_freed_memory_goes_back_to_the_system() -> None:
     kept = blocks[1::40]  # memory above them cannot simply be cut off
     full = memory_bytes()["rss_anon_bytes"]
     del blocks
-    give_back_freed_memory()
+    trim_heap()
     assert memory_bytes()["rss_anon_bytes"] < full - 100e6
     assert len(kept) == 50
 
 
-def test_decode_continues_prefill(engine: OwnedEngine) -> None:
+def test_decode_continues_prefill(engine: EngineScheduler) -> None:
     tokens = list(range(5, 30))
     whole = engine.prefill(tokens)
     engine.prefill([7])
@@ -60,7 +60,7 @@ def test_decode_continues_prefill(engine: OwnedEngine) -> None:
     np.testing.assert_allclose(engine.decode(tokens[-1]), whole, atol=2e-2)
 
 
-def test_tokens_equal_the_tokenizer_and_bytes_make_the_text(engine: OwnedEngine, tokenizer: Any) -> None:
+def test_tokens_equal_the_tokenizer_and_bytes_make_the_text(engine: EngineScheduler, tokenizer: Any) -> None:
     text = "Größe 日本 🚀 <|im_end|> x = 12"
     tokens = engine.tokenize(text, special=True)
     assert tokens == tokenizer(text)["input_ids"]
@@ -80,7 +80,7 @@ def test_context_overflow_says_the_numbers(artefact: Path) -> None:
     engine.close()
 
 
-def test_generation_is_measured(engine: OwnedEngine) -> None:
+def test_generation_is_measured(engine: EngineScheduler) -> None:
     generation = Generation(engine, engine.tokenize("A small model", special=False), AnswerOptions(8))
     text = "".join(generation)
     stats = generation.stats
@@ -96,7 +96,7 @@ def test_generation_is_measured(engine: OwnedEngine) -> None:
     )
 
 
-def test_chat_prompt_equals_transformers(engine: OwnedEngine, tokenizer: Any) -> None:
+def test_chat_prompt_equals_transformers(engine: EngineScheduler, tokenizer: Any) -> None:
     messages = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "Hello <there>"},

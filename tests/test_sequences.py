@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from exporting import export
 
-from efficientllm.runtime.batch import HEADROOM, Batch
+from efficientllm.runtime.batch import RESERVED_TOKENS, Batch
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
-from efficientllm.runtime.engines.lease import SHARED_PREFILL, shares
-from efficientllm.runtime.engines.owned import OwnedEngine
+from efficientllm.runtime.engines.scheduler import EngineScheduler
+from efficientllm.runtime.engines.scheduling_policy import PREFILL_BESIDE_DECODES, split_pass
 from efficientllm.runtime.generation import AnswerOptions, Generation
 from efficientllm.runtime.sampling import SamplingOptions
 
@@ -22,17 +22,17 @@ EXACT = EngineOptions(threads=1, context=256, parallel=4, kv_cache="f32")
 
 
 @pytest.fixture
-def engine(artefact: Path) -> Iterator[OwnedEngine]:
+def engine(artefact: Path) -> Iterator[EngineScheduler]:
     engine = load_engine(artefact, EXACT)
     yield engine
     engine.close()
 
 
-def answers(engine: OwnedEngine, prompts: Sequence[Sequence[int]], tokens: int = 24) -> list[Generation]:
+def answers(engine: EngineScheduler, prompts: Sequence[Sequence[int]], tokens: int = 24) -> list[Generation]:
     return [Generation(engine, prompt, AnswerOptions(tokens)) for prompt in prompts]
 
 
-def run(engine: OwnedEngine, generations: Sequence[Generation]) -> dict[int, str]:
+def run(engine: EngineScheduler, generations: Sequence[Generation]) -> dict[int, str]:
     """Texts by id, all computed in one batch."""
     batch = Batch(engine)
     for generation in generations:
@@ -45,7 +45,7 @@ def run(engine: OwnedEngine, generations: Sequence[Generation]) -> dict[int, str
     return texts
 
 
-def test_answers_of_a_batch_are_those_of_one_after_the_other(engine: OwnedEngine) -> None:
+def test_answers_of_a_batch_are_those_of_one_after_the_other(engine: EngineScheduler) -> None:
     alone = ["".join(generation) for generation in answers(engine, PROMPTS)]
     together = answers(engine, PROMPTS)
     texts = run(engine, together)
@@ -53,13 +53,13 @@ def test_answers_of_a_batch_are_those_of_one_after_the_other(engine: OwnedEngine
     assert all(generation.stats.decode_seconds > 0 for generation in together)
 
 
-def test_a_batch_is_one_pass(engine: OwnedEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_is_one_pass(engine: EngineScheduler, monkeypatch: pytest.MonkeyPatch) -> None:
     assert engine._engine is not None
     extend, passes = engine._engine.extend, []
 
-    def count(parts: Sequence[object]) -> object:
-        passes.append(len(parts))
-        return extend(parts)  # type: ignore[arg-type]
+    def count(chunks: Sequence[object]) -> object:
+        passes.append(len(chunks))
+        return extend(chunks)  # type: ignore[arg-type]
 
     monkeypatch.setattr(engine._engine, "extend", count)
     run(engine, answers(engine, PROMPTS, tokens=8))
@@ -67,7 +67,7 @@ def test_a_batch_is_one_pass(engine: OwnedEngine, monkeypatch: pytest.MonkeyPatc
     assert passes.count(4) >= 7
 
 
-def test_every_chat_keeps_its_cache(engine: OwnedEngine) -> None:
+def test_every_chat_keeps_its_cache(engine: EngineScheduler) -> None:
     chats = [list(prompt) for prompt in PROMPTS]
     for turn in range(3):
         for chat in chats:
@@ -78,7 +78,7 @@ def test_every_chat_keeps_its_cache(engine: OwnedEngine) -> None:
             chat += [*generation.answer, 301, 302, 303]
 
 
-def test_a_prompt_that_is_being_evaluated_is_not_evaluated_again(engine: OwnedEngine) -> None:
+def test_a_prompt_that_is_being_evaluated_is_not_evaluated_again(engine: EngineScheduler) -> None:
     choices = [
         Generation(engine, PROMPTS[3], AnswerOptions(4, SamplingOptions(temperature=1.0, seed=seed)))
         for seed in range(4)
@@ -87,7 +87,7 @@ def test_a_prompt_that_is_being_evaluated_is_not_evaluated_again(engine: OwnedEn
     assert sum(choice.stats.prefilled_tokens for choice in choices) == len(PROMPTS[3]) + 3
 
 
-def test_chats_that_share_a_beginning_do_not_disturb_each_other(engine: OwnedEngine) -> None:
+def test_chats_that_share_a_beginning_do_not_disturb_each_other(engine: EngineScheduler) -> None:
     shared = PROMPTS[3]
     prompts = [[*shared, 300 + index, 310 + index] for index in range(3)]
     alone, again = answers(engine, prompts), answers(engine, prompts)
@@ -108,7 +108,7 @@ def test_where_the_caches_are_full_the_youngest_waits(artefact: Path) -> None:
     ]
     alone = ["".join(Generation(engine, prompt, options)) for prompt, options in zip(prompts, forever, strict=True)]
     together = [Generation(engine, prompt, options) for prompt, options in zip(prompts, forever, strict=True)]
-    assert sum(len(prompt) + HEADROOM for prompt in prompts) <= engine.cache_slots < 4 * 210
+    assert sum(len(prompt) + RESERVED_TOKENS for prompt in prompts) <= engine.cache_slots < 4 * 210
     texts = run(engine, together)
     assert [len(generation.answer) for generation in together] == [150] * 4
     # what was evaluated anew may fall another way at near-ties
@@ -116,7 +116,7 @@ def test_where_the_caches_are_full_the_youngest_waits(artefact: Path) -> None:
     engine.close()
 
 
-def test_a_cancelled_answer_leaves_the_others_alone(engine: OwnedEngine) -> None:
+def test_a_cancelled_answer_leaves_the_others_alone(engine: EngineScheduler) -> None:
     alone = ["".join(generation) for generation in answers(engine, PROMPTS)]
     together = answers(engine, PROMPTS)
     together[1].cancel()
@@ -150,8 +150,8 @@ def test_engines_that_take_one_at_a_time_keep_a_cache_per_chat(
 
 
 def test_a_pass_serves_next_tokens_first_then_short_prompts() -> None:
-    assert shares([1, 1, 700, 1], 512) == [1, 1, SHARED_PREFILL, 1]
-    assert shares([3000, 40, 50], 512) == [512 - 90, 40, 50]
-    assert shares([3000, 400, 500, 300], 512) == [128, 84, 0, 300]
-    assert shares([1] * 8, 8) == [1] * 8
-    assert shares([600], 512) == [512]
+    assert split_pass([1, 1, 700, 1], 512) == [1, 1, PREFILL_BESIDE_DECODES, 1]
+    assert split_pass([3000, 40, 50], 512) == [512 - 90, 40, 50]
+    assert split_pass([3000, 400, 500, 300], 512) == [128, 84, 0, 300]
+    assert split_pass([1] * 8, 8) == [1] * 8
+    assert split_pass([600], 512) == [512]

@@ -52,7 +52,7 @@ def test_a_place_in_line_is_free_before_the_pass_of_others_ends(artefact: Path) 
     engine._extend = wait  # type: ignore[method-assign]
 
     async def go() -> None:
-        worker = EngineWorker(engine, waiting=4, when_idle=lambda: None)
+        worker = EngineWorker(engine, waiting=4, on_idle=lambda: None)
         answers = []
         for token in (5, 6):
             worker.enter()

@@ -101,7 +101,7 @@ def test_bytes_that_are_no_utf_8_are_one_line(exported: Callable[..., Path], kin
         assert run.returncode == 2, run.stderr
         lines = [line for line in run.stderr.splitlines() if not line.startswith(b"measuring which attention")]
         assert lines == [
-            b"error: the text holds what is no character: a byte that is no UTF-8, or half of a surrogate pair"
+            b"error: the text has an invalid character: a byte that is not UTF-8, or half of a surrogate pair; remove it"
         ]
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from efficientllm.runtime.base.errors import UnanswerableError
 from efficientllm.runtime.call_reader import Argued, Called, CallReader, Said
-from efficientllm.runtime.engines.owned import OwnedEngine
+from efficientllm.runtime.engines.scheduler import EngineScheduler
 from efficientllm.runtime.grammar import GrammarConstraint
 from efficientllm.runtime.prompt import ChatOptions, ToolUse, chat_prompt, tool_prompt
 from efficientllm.runtime.tool_format import GENERIC, ToolFormat, tool_format
@@ -87,7 +87,7 @@ TOOLS: list[dict[str, Any]] = [
 QUESTION = {"role": "user", "content": "How is Rome?"}
 
 
-def accepts(engine: OwnedEngine, use: ToolUse, text: str) -> bool:
+def accepts(engine: EngineScheduler, use: ToolUse, text: str) -> bool:
     prompt = tool_prompt(engine, [QUESTION], ChatOptions(use))
     constraint = GrammarConstraint(
         engine, prompt.format.grammar(use.tools, (), must_call=use.must_call, otherwise=use.otherwise)
@@ -123,17 +123,17 @@ ROME = call("weather", '{"city": "Rome"}')
         (f"{ROME} and more", False, False),
     ],
 )
-def test_calls_are_valid_where_there_are_any(engine: OwnedEngine, text: str, may: bool, must: bool) -> None:
+def test_calls_are_valid_where_there_are_any(engine: EngineScheduler, text: str, may: bool, must: bool) -> None:
     assert accepts(engine, ToolUse(TOOLS), text) == may
     assert accepts(engine, ToolUse(TOOLS, must_call=True), text) == must
 
 
-def test_an_answer_is_a_call_or_what_the_schema_says(engine: OwnedEngine) -> None:
+def test_an_answer_is_a_call_or_what_the_schema_says(engine: EngineScheduler) -> None:
     use = ToolUse(TOOLS, otherwise={"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]})
     assert [accepts(engine, use, text) for text in (ROME, '{"a": 1}', '{"b": 1}', "text")] == [True, True, False, False]
 
 
-def test_the_search_for_the_tool_that_is_refused_ends(engine: OwnedEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_search_for_the_tool_that_is_refused_ends(engine: EngineScheduler, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each tool is compiled alone, which can take long where all together were given up."""
     much = {"type": "object", "properties": {"a": {"type": "integer", "multipleOf": 9_999_991, "minimum": 1}}}
     grammar = GENERIC.grammar(
@@ -167,11 +167,11 @@ def test_text_that_only_begins_like_a_call_is_text() -> None:
     assert reader.finish() == [Said("<tool")]
 
 
-def text_of(engine: OwnedEngine, tokens: list[int]) -> str:
+def text_of(engine: EngineScheduler, tokens: list[int]) -> str:
     return b"".join(map(engine.token_bytes, tokens)).decode()
 
 
-def test_a_template_without_functions_is_told_of_them_in_words(engine: OwnedEngine) -> None:
+def test_a_template_without_functions_is_told_of_them_in_words(engine: EngineScheduler) -> None:
     calls = [{"id": "1", "type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}]
     messages = [
         {"role": "system", "content": "Be kind."},
@@ -191,7 +191,7 @@ def test_a_template_without_functions_is_told_of_them_in_words(engine: OwnedEngi
 class Picky:
     """An engine with another template."""
 
-    def __init__(self, engine: OwnedEngine, template: str) -> None:
+    def __init__(self, engine: EngineScheduler, template: str) -> None:
         self._engine, self.chat_template = engine, template
 
     def __getattr__(self, name: str) -> Any:
@@ -206,7 +206,7 @@ class Picky:
     ],
 )
 def test_templates_that_refuse_system_messages_get_their_text(
-    engine: OwnedEngine, condition: str, expected: str
+    engine: EngineScheduler, condition: str, expected: str
 ) -> None:
     template = (
         "{% for m in messages %}{% if CONDITION %}{{ raise_exception('no') }}{% endif %}"

@@ -242,7 +242,7 @@ def test_a_heap_in_pieces_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None
     held = iter([100, 109, 114, 116, 70, 80, 81])
     monkeypatch.setattr(heap, "memory_bytes", lambda: {"rss_bytes": next(held)})
     given_back = []
-    monkeypatch.setattr(heap, "give_back_freed_memory", lambda: given_back.append(True))
+    monkeypatch.setattr(heap, "trim_heap", lambda: given_back.append(True))
     watch = heap.HeapWatch()
     assert [watch.look() for _ in range(7)] == [False, False, False, True, False, False, True]
     assert len(given_back) == 2

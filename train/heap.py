@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..runtime.engines.memory import give_back_freed_memory, memory_bytes
+from ..runtime.engines.memory import memory_bytes, trim_heap
 
 
 class HeapWatch:
@@ -29,6 +29,6 @@ class HeapWatch:
         self._usual = self._usual or held
         if held <= self.GROWTH * self._usual:
             return False
-        give_back_freed_memory()
+        trim_heap()
         self._usual = 0
         return True

@@ -17,7 +17,7 @@ from ..runtime.base.errors import DiskFullError
 from ..runtime.base.files import write_text_atomically
 from ..runtime.base.output import locked_output
 from ..runtime.base.quantities import format_bytes, format_count
-from ..runtime.engines.memory import give_back_freed_memory
+from ..runtime.engines.memory import trim_heap
 from .compute.loss import TrainingLoss, make_teacher
 from .compute.teacher_cache import TeacherCache
 from .config import TrainConfig
@@ -143,7 +143,7 @@ def _make_trainer(plan: RunPlan, source: Any) -> Trainer:
     trainer = Trainer(plan, loss, stream, held_out)
     if plan.resume is not None:
         trainer.restore(plan.resume.checkpoint)
-    give_back_freed_memory()  # of reading: gradients do not fit there
+    trim_heap()  # of reading: gradients do not fit there
     return trainer
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..runtime.base.errors import DataError, TrainingDivergedError
 from ..runtime.base.progress import ProgressDisplay
 from ..runtime.base.quantities import format_bytes, format_count
-from ..runtime.engines.memory import give_back_freed_memory
+from ..runtime.engines.memory import trim_heap
 from . import training_state
 from .accumulation import accumulate_gradients
 from .compute.gather import shard_again
@@ -358,7 +358,7 @@ class Trainer:
             return
         self.callee = nn.Identity()  # DDP's hooks on the old parameters go with it
         self.loss, self.callee = self.pruner.compact(self.loss, self.optimizer)
-        give_back_freed_memory()  # tensors of the new widths do not fit where those of the old ones were
+        trim_heap()  # tensors of the new widths do not fit where those of the old ones were
         self.heap.begin_anew()
         self._configure_model()
 

@@ -14,7 +14,7 @@ import numpy as np
 from ...runtime.base.errors import UsageError
 from ...runtime.engines.engine import EngineOptions
 from ...runtime.engines.executorch import ExecuTorchEngine
-from ...runtime.engines.owned import OwnedEngine
+from ...runtime.engines.scheduler import EngineScheduler
 from ...train.model.architecture import Architecture
 from ..calibration import input_grams
 from ..checkpoint import Checkpoint
@@ -155,7 +155,7 @@ def _verify(
     request: ExportRequest[ExecutorchOptions], folder: Path, plan: ProgramPlan, sample: Sample
 ) -> dict[str, dict[str, object]]:
     """Prefill and teacher-forced decoding of the written file through our engine against torch eager."""
-    engine = OwnedEngine(ExecuTorchEngine(folder / MODEL_FILE, EngineOptions()))
+    engine = EngineScheduler(ExecuTorchEngine(folder / MODEL_FILE, EngineOptions()))
     written = Written("executorch", "program", plan.quantize, plan.weights.linear_bits)
     agreement = verify_stepwise(engine, sample, written, request)
     return {"exact" if plan.quantize == "f32" else "quantized": agreement.to_dict()}

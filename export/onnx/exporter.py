@@ -12,7 +12,7 @@ from ...runtime.base.errors import UsageError
 from ...runtime.base.extras import extra
 from ...runtime.engines.engine import EngineOptions
 from ...runtime.engines.onnx import OnnxEngine
-from ...runtime.engines.owned import OwnedEngine
+from ...runtime.engines.scheduler import EngineScheduler
 from ..calibration import input_grams
 from ..checkpoint import Checkpoint
 from ..manifest import Contents, bits_per_weight, copy_tokenizer, write_manifest
@@ -175,7 +175,7 @@ def _verify(
 ) -> dict[str, dict[str, object]]:
     """Prefill and teacher-forced decoding through our engine against torch."""
     sample = torch_sample(checkpoint)
-    engine = OwnedEngine(OnnxEngine(folder / MODEL_FILE, EngineOptions(context=len(sample.tokens) + 1)))
+    engine = EngineScheduler(OnnxEngine(folder / MODEL_FILE, EngineOptions(context=len(sample.tokens) + 1)))
     agreement = verify_stepwise(engine, sample, Written("onnx", "file", name, bits), request)
     if agreement.mean_kl > 0.2:
         request.say(f"warning: {name} costs this model a mean KL of {agreement.mean_kl:.2f}; int8 is the safe choice")

@@ -1,1 +1,1 @@
-"""Artefacts and the engines that run them, behind one interface."""
+"""Artefacts, the engines that run them behind one interface, and the scheduler of an engine."""

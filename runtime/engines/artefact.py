@@ -1,36 +1,84 @@
-"""An exported model as it lies on this machine: its engine, its files and what identifies it."""
+"""An exported model on this machine: its engine, its files and its hashes."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ..base.errors import ArtefactError
 from ..base.files import sha256_of
-from .manifest import GENAI_CONFIG, MANIFEST_NAME, GenaiConfig, Manifest, once
+from .file_cache import cached
+from .manifest import MANIFEST_NAME, Manifest
+
+GENAI_CONFIG = "genai_config.json"
 
 FILE_ENGINES = {".gguf": "llama.cpp", ".pte": "executorch"}
 """Suffix of a bare model file -> its engine."""
 
 
 @dataclass(frozen=True)
+class GenaiConfig:
+    """Fields of genai_config.json, the description of a model folder by onnxruntime-genai.
+
+    Its builder and our ONNX exporter write the file. A folder without it has the defaults.
+    """
+
+    model_file: str = ""
+    context_length: int = 0
+    """Tokens of prompt and answer together; 0 if not stated."""
+    vocab_size: int = 0
+    end_ids: frozenset[int] = frozenset()
+    """Tokens that end an answer."""
+    decoder: dict[str, Any] = field(default_factory=dict)
+    """Sizes and names of the graph's inputs and outputs."""
+    shares_cache: bool = True
+    """The attention operator writes into the past in place."""
+
+    @classmethod
+    def read(cls, folder: Path) -> GenaiConfig:
+        """Read FOLDER/genai_config.json. Raise ArtefactError if it is malformed."""
+        path = folder / GENAI_CONFIG
+        if not path.is_file():
+            return cls()
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            model, search = values.get("model", {}), values.get("search", {})
+            decoder, end_ids = model.get("decoder", {}), model.get("eos_token_id", [])
+            return cls(
+                decoder.get("filename", ""),
+                int(model.get("context_length", 0)),
+                int(model.get("vocab_size", 0)),
+                frozenset(end_ids if isinstance(end_ids, list) else [end_ids]),
+                decoder,
+                search.get("past_present_share_buffer", True),
+            )
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise ArtefactError(f"{path} is malformed: {error}; export the model again") from error
+
+
+@dataclass(frozen=True)
 class Artefact:
-    """A folder with a manifest or of onnxruntime-genai's own builder, or a bare file."""
+    """A folder with a manifest, a folder of onnxruntime-genai's own builder, or a bare model file."""
 
     path: Path
-    """As the user gave it; the folder where that was its manifest."""
+    """The path as the user gave it, or the folder of the manifest that the user gave."""
     engine: str
     model_file: Path
-    """What the engine opens."""
+    """The file that the engine opens."""
     files: tuple[Path, ...]
-    """Every file that running it needs, the manifest among them."""
+    """All files that the engine needs, and the manifest."""
     manifest: Manifest | None
 
     @classmethod
     def open(cls, path: str | Path) -> Artefact:
-        """ArtefactError where `path` is none or a file is missing or truncated; no weight is read (see `verify`)."""
+        """Return the artefact at `path` without reading its weights, see `verify`.
+
+        Raise ArtefactError if there is none, or a file is missing or truncated.
+        """
         path = Path(path)
         if path.name == MANIFEST_NAME and path.is_file():
             path = path.parent
@@ -41,7 +89,7 @@ class Artefact:
         if not path.exists():
             raise ArtefactError(f"{path} does not exist; {remedy}")
         if path.suffix not in FILE_ENGINES:
-            raise ArtefactError(f"{path} is no artefact: {remedy}")
+            raise ArtefactError(f"{path} is not an artefact; {remedy}")
         return cls(path, FILE_ENGINES[path.suffix], path, (path,), None)
 
     @classmethod
@@ -55,39 +103,39 @@ class Artefact:
     def _open_genai_folder(cls, folder: Path) -> Artefact:
         config = GenaiConfig.read(folder)
         if not config.model_file:
-            raise ArtefactError(f"{folder / GENAI_CONFIG} names no decoder")
+            raise ArtefactError(f"{folder / GENAI_CONFIG} names no decoder file; export the model again")
         files = tuple(sorted(path for path in folder.iterdir() if path.is_file()))
         return cls(folder, "onnxruntime", folder / config.model_file, files, None)
 
     @functools.cached_property
-    def witness(self) -> Manifest | None:
-        """The manifest that knows its files: its own, or the one of the folder that a bare file was exported into."""
+    def known_manifest(self) -> Manifest | None:
+        """Return the manifest that lists the files: the artefact's own, or the one in the folder of a bare file."""
         if self.manifest is not None or self.path != self.model_file:
             return self.manifest
         try:
             beside = Manifest.read(self.folder)
-        except ArtefactError:  # anybody's
+        except ArtefactError:  # a file of another program
             return None
         return beside if beside.model_file == self.model_file.name else None
 
     def verify(self) -> None:
-        """ArtefactError where a file is not the one that was exported; without a `witness` nothing is known of them.
+        """Raise ArtefactError if a file differs from the exported one. Without a `known_manifest`, nothing is checked.
 
-        Reads every file once (about 1.5 s per GB) and remembers what it found until the file changes.
+        Every file is read once, at about 1.5 s per GB. The hash is cached until the file changes.
         """
-        if self.witness is None:
+        if self.known_manifest is None:
             return
-        self.witness.check_files(self.folder)
-        for name, entry in self.witness.files.items():
+        self.known_manifest.check_files(self.folder)
+        for name, entry in self.known_manifest.files.items():
             file = self.folder / name
-            if once("sha256", [file], functools.partial(sha256_of, file)) != entry["sha256"]:
+            if cached("sha256", [file], functools.partial(sha256_of, file)) != entry["sha256"]:
                 raise ArtefactError(
-                    f"{file} is damaged: its content is not what was exported; copy the folder or export it again"
+                    f"{file} is damaged: its content is not the exported one; copy the folder or export it again"
                 )
 
     @functools.cached_property
     def sha256(self) -> str:
-        """Of the bare file, or of the list of files with their hashes, which are the manifest's where there is one."""
+        """Return the hash of the bare file, or of the list of all files with their hashes."""
         if self.path == self.model_file:
             return sha256_of(self.path)
         if self.manifest is not None:
@@ -99,18 +147,19 @@ class Artefact:
 
     @property
     def folder(self) -> Path:
-        """What holds all its files."""
+        """Return the folder that holds all files."""
         return self.path if self.path.is_dir() else self.path.parent
 
     @property
     def file_bytes(self) -> int:
+        """Return the size of all files."""
         return self.manifest.total_bytes if self.manifest else sum(file.stat().st_size for file in self.files)
 
     @property
     def context_length(self) -> int:
-        """0 where it is not known."""
+        """Return the tokens of prompt and answer together, 0 if unknown."""
         return self.manifest.context_length if self.manifest else 0
 
     def cache_bytes(self, slots: int, element_bytes: int) -> int:
-        """Key/value caches of `slots` tokens; 0 where there is no manifest to say."""
+        """Return the size of a KV cache of `slots` tokens, 0 without a manifest."""
         return self.manifest.cache_bytes(slots, element_bytes) if self.manifest else 0

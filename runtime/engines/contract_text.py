@@ -1,6 +1,6 @@
-"""The quality contract that manifests and training.json hold, as people read it: a table, a sentence.
+"""Format the quality contract of manifests and training.json as a table and as a sentence.
 
-What it is and how it is measured: `train/evaluation/quality`.
+`train/evaluation/quality` measures it.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from collections.abc import Mapping
 from typing import Any
 
 ALL_TEXTS = "all texts"
-"""The geometric mean over kinds, each with the same weight."""
+"""Name of the geometric mean over the kinds of text, each with the same weight."""
 BITS_PER_BYTE = "bits per byte, all texts (other tokens: perplexities are per token of the source)"
-"""Row of a table, where the two have different vocabularies."""
+"""Row of the table for models with different vocabularies."""
 
 
 def contract_rows(found: Mapping[str, Any]) -> list[list[str]]:
-    """The contract as a table: header, then a row per figure."""
+    """Return the contract as a table, with a header and a row for each figure."""
     rows = [["quality", "source", "this model", "ratio"]]
     for kind, each in found["texts"].items():
         rows.append([f"perplexity, {kind}", *_cells(each)])
@@ -41,7 +41,7 @@ def _cells(each: Mapping[str, float]) -> list[str]:
 
 
 def one_line(found: Mapping[str, Any]) -> str:
-    """The contract in a sentence."""
+    """Return the contract as a sentence."""
     every = found["texts"][ALL_TEXTS]
     parts = [f"perplexity x{every['ratio']:.2f} over {len(found['texts']) - 1} kinds of text"]
     if "chat_answers" in found:

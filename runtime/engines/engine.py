@@ -1,7 +1,8 @@
-"""The inference engines by name, and how an artefact is loaded into its own."""
+"""List the inference engines by name and load an artefact into its engine."""
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import importlib.metadata
 from collections.abc import Callable
@@ -12,10 +13,10 @@ from typing import Literal, get_args
 from ..base import flags
 from ..base.errors import ArtefactError, EfficientLLMError, UsageError
 from .artefact import Artefact
-from .memory import give_back_freed_memory
-from .owned import OwnedEngine
-from .probe import probe_once
+from .memory import trim_heap
+from .probe import probe_artefact
 from .protocol import Engine
+from .scheduler import EngineScheduler
 
 ENTRY_POINT_GROUP = "efficientllm.engines"
 
@@ -25,23 +26,23 @@ ENGINES = {
     "onnxruntime-genai": "efficientllm.runtime.engines.genai:GenaiEngine",
     "executorch": "efficientllm.runtime.engines.executorch:ExecuTorchEngine",
 }
-"""Engine name -> "module:class"; plug-ins join through entry points."""
+"""Engine name -> "module:class". Plug-ins add theirs by entry points."""
 
-OTHERS = {
-    "transformers": "AutoModelForCausalLM.from_pretrained reads it, and efficientllm-eval",
-    "wllama": "it is a page for browsers: efficientllm-serve-web shows it",
-    "litert-lm": "litert-lm run reads its .litertlm file",
+EXTERNAL_RUNTIMES = {
+    "transformers": "load it with AutoModelForCausalLM.from_pretrained or efficientllm-eval",
+    "wllama": "it is a page for browsers; show it with efficientllm-serve-web",
+    "litert-lm": "run its .litertlm file with litert-lm run",
 }
-"""What artefacts are for that no engine of ours runs."""
+"""Engine of an artefact that we export but do not run -> how to use the artefact."""
 
 CacheChoice = Literal["auto", "f16", "q8_0", "f32"]
-"""What keys and values are stored as."""
+"""Type of keys and values in the KV cache."""
 
 CACHE_CHOICES: dict[str, CacheChoice] = {name: name for name in get_args(CacheChoice)}
-"""Each by its name."""
+"""Name -> cache type."""
 
 DEFAULT_CONTEXT = 4096
-"""Largest context window allocated unless more is asked for."""
+"""Largest context window, in tokens, that is allocated by default."""
 
 
 @dataclass(frozen=True)
@@ -53,26 +54,26 @@ class EngineOptions:
     context: int = flags.number(0, at_least=0)
     """Context window in tokens; 0: the model's own, at most 4096."""
     memory_map: bool = False
-    """gguf: map the weights instead of reading them, for devices whose memory they hardly fit; they decode slower."""
+    """gguf: map the weights from the file instead of reading them. This needs less memory and decodes more slowly."""
     huge_pages: bool = True
-    """Linux: move what was read into huge pages, for faster decoding; loading takes up to a second longer, and malloc
+    """Linux: move the weights into huge pages, for faster decoding. Loading takes up to a second longer, and malloc
     keeps blocks of up to 32 MB in its heap from then on."""
     kv_cache: CacheChoice = "auto"
-    """gguf: what keys and values are stored as; auto: what is fastest, as is the attention kernel, by a measurement of
-    some seconds when a model is first loaded on a machine."""
+    """gguf: type of keys and values in the KV cache. auto: the fastest type and attention kernel, measured in some
+    seconds when a model is first loaded on a machine."""
     parallel: int = flags.number(0, at_least=0, at_most=64)
-    """Chats whose caches stand side by side, and that a server answers together; 0: one, but 16 for a server."""
+    """Number of chats with a KV cache, which a server answers together. 0: one, or 16 for a server."""
     cache_memory: int = flags.byte_count(0, at_least=0)
-    """gguf: room for the caches of all chats, such as 500MB; 0: two context windows, or one for a single chat."""
+    """gguf: size of the KV cache of all chats, such as 500MB. 0: two context windows, or one for a single chat."""
     warm_up: bool = False
-    """Evaluate one token after loading, so that the first answer does not wait for pages and buffers."""
+    """Evaluate one token after loading, so that memory is allocated before the first answer."""
 
     def __post_init__(self) -> None:
         flags.check_fields(self)
 
     @property
     def sequences(self) -> int:
-        """Caches side by side."""
+        """Return the number of sequences with a KV cache."""
         return self.parallel or 1
 
 
@@ -82,11 +83,11 @@ PACKAGES = {
     "onnxruntime-genai": "onnxruntime-genai",
     "executorch": "executorch",
 }
-"""Engine name -> the distribution that brings it."""
+"""Engine name -> its distribution."""
 
 
 def engine_version(name: str) -> str:
-    """ "PACKAGE VERSION" of the engine called `name`, "" where it is a plug-in's or not installed."""
+    """Return "PACKAGE VERSION" of an engine, "" for a plug-in's or one that is not installed."""
     package = PACKAGES.get(name)
     try:
         return f"{package} {importlib.metadata.version(package)}" if package else ""
@@ -94,52 +95,87 @@ def engine_version(name: str) -> str:
         return ""
 
 
+def _llama_cpp_build() -> str:
+    import llama_cpp
+
+    parts = [llama_cpp.llama_print_system_info().decode().strip(" |")]
+    for name in ("version", "commit"):
+        # Only ggml itself reports both, since 2025. The Python package has no function for them.
+        function = getattr(llama_cpp.llama_cpp._lib, f"ggml_{name}", None)
+        if function is not None:
+            function.restype = ctypes.c_char_p
+            parts.append(f"ggml {name} {function().decode()}")
+    return " | ".join(parts)
+
+
+def _onnxruntime_build() -> str:
+    import onnxruntime
+
+    return onnxruntime.get_build_info()
+
+
+def _executorch_build() -> str:
+    from executorch import version
+
+    return f"commit {version.git_version}"
+
+
+BUILDS = {"llama.cpp": _llama_cpp_build, "onnxruntime": _onnxruntime_build, "executorch": _executorch_build}
+
+
+def engine_build(name: str) -> str:
+    """Return the commit and instruction sets of an installed engine, "" for onnxruntime-genai and plug-ins."""
+    return BUILDS[name]() if name in BUILDS else ""
+
+
 def load_engine(
     model: str | Path | Artefact, options: EngineOptions | None = None, *, probe: bool = True
-) -> OwnedEngine:
-    """Load an artefact, or what lies at a path, in the engine its manifest names (or that its file type implies).
+) -> EngineScheduler:
+    """Load an artefact, or the one at a path, in the engine that its manifest or file type names.
 
-    Files that a manifest knows are compared with its hashes; without one, a child process loads them first, because
-    what is damaged can end a process (not with `probe=False`, for processes that may end). Both are remembered.
-    Raises ArtefactError for a missing, damaged or foreign artefact, MissingExtraError for a missing engine package.
-    On Linux it moves the weights into huge pages and lets malloc keep larger blocks in its heap from then on, in the
-    whole process (see `huge_pages`); EngineOptions(huge_pages=False) leaves both out.
+    Files in a manifest are compared with its hashes. Without a manifest a child process loads the file first, because
+    a damaged file can end the process (not with `probe=False`). Both results are cached. On Linux the weights
+    move into huge pages, and malloc keeps larger blocks in its heap in the whole process from then on (see
+    `huge_pages`). EngineOptions(huge_pages=False) leaves both out.
+
+    Raise ArtefactError for a missing, damaged or foreign artefact, MissingExtraError for a missing engine package.
     """
     artefact = model if isinstance(model, Artefact) else Artefact.open(model)
     engine_class = find_engine(artefact)
     options = options or EngineOptions()
     if options.kv_cache != "auto" and artefact.engine != "llama.cpp":
-        raise UsageError(f"--kv-cache {options.kv_cache}: the type of the cache is part of {artefact.path.name} itself")
-    artefact.verify()
-    if probe and artefact.witness is None:
-        probe_once(artefact, engine_version(artefact.engine), asdict(options))
-    try:
-        engine = OwnedEngine(
-            engine_class(artefact.model_file, options), artefact.witness.sampling if artefact.witness else {}
+        raise UsageError(
+            f"--kv-cache {options.kv_cache}: the export of {artefact.path.name} fixed its cache type; use auto"
         )
+    artefact.verify()
+    manifest = artefact.known_manifest
+    if probe and manifest is None:
+        probe_artefact(artefact, engine_version(artefact.engine), asdict(options))
+    try:
+        engine = EngineScheduler(engine_class(artefact.model_file, options), manifest.sampling if manifest else {})
     except (EfficientLLMError, OSError):
         raise
-    except Exception as error:  # whatever a library makes of a file that it does not expect
+    except Exception as error:  # libraries raise anything for a file that they do not expect
         reason = " ".join(f"{type(error).__name__} {error}".split())
         raise ArtefactError(f"{artefact.path}: {artefact.engine} cannot load it: {reason}") from error
     if options.warm_up:
         engine.prefill([0])
-    give_back_freed_memory()
+    trim_heap()
     return engine
 
 
 def check_engine(artefact: Artefact) -> dict[str, str]:
-    """Where all engines are, by name; ArtefactError where none of them runs `artefact`."""
+    """Return "module:class" of all engines by name. Raise ArtefactError if none of them runs `artefact`."""
     plugins = importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)
     known = ENGINES | {plugin.name: plugin.value for plugin in plugins}
     if artefact.engine not in known:
-        others = OTHERS.get(artefact.engine, f"known: {', '.join(known)}")
-        raise ArtefactError(f"{artefact.path} needs engine {artefact.engine!r}; {others}")
+        remedy = EXTERNAL_RUNTIMES.get(artefact.engine, f"known: {', '.join(known)}")
+        raise ArtefactError(f"{artefact.path} needs engine {artefact.engine!r}; {remedy}")
     return known
 
 
 def find_engine(artefact: Artefact) -> Callable[[Path, EngineOptions], Engine]:
-    """The class of engines that runs `artefact`; ArtefactError where neither we nor a plug-in has it."""
+    """Return the engine class that runs `artefact`. Raise ArtefactError if there is none."""
     known = check_engine(artefact)
     module, _, attribute = known[artefact.engine].partition(":")
     return getattr(importlib.import_module(module), attribute)

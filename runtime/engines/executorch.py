@@ -1,11 +1,7 @@
-"""The ExecuTorch engine: programs with static caches, as `efficientllm-export --target executorch` writes them.
+"""The ExecuTorch engine for programs with static caches, as `efficientllm-export --target executorch` writes them.
 
-A .pte of anybody's runs too, where it has the interface of ExecuTorch's own LLM runner: `forward(tokens int64 [1, S],
-input_pos int64 [1]) -> logits [1, V] or [1, S, V]`, its constant methods, and tokenizer.json beside it.
-
-Importing ExecuTorch's Python packages in the one order that works.
-
-What a native library writes straight to file descriptor 2, kept from the terminal.
+Other .pte files run as well if they have the interface of ExecuTorch's own LLM runner: `forward(tokens int64 [1, S],
+input_pos int64 [1]) -> logits [1, V] or [1, S, V]`, its constant methods, and tokenizer.json in the folder.
 """
 
 from __future__ import annotations
@@ -30,29 +26,36 @@ from ..base.errors import ArtefactError
 from ..base.extras import extra
 from .engine import EngineOptions
 from .manifest import manifest_cache_bytes
-from .memory import give_back_freed_memory, huge_pages
+from .memory import huge_pages, trim_heap
 from .stepwise import StepwiseEngine
 
-_IN_ORDER = (
+_IMPORT_ORDER = (
     "executorch.extension.pybindings.portable_lib",
     "executorch.runtime",
     "executorch.extension.llm.custom_ops.custom_ops",  # llama::update_cache, llama::custom_sdpa
-    "executorch.kernels.quantized",  # quantized_decomposed::embedding_*; before the others, XNNPACK fails to initialise
+    "executorch.kernels.quantized",  # quantized_decomposed::embedding_*
 )
+"""Modules that register operators. XNNPACK fails to initialise if `kernels.quantized` is imported before the others."""
+
+LOG_LINE = r"\[\w+\.\w+:\d+\]|(Error|Warning) in (XNNPACK|cpuinfo): "
+"""Pattern of the beginning of messages of ExecuTorch, such as [method.cpp:1247], and of the libraries in it."""
+
+MAX_CALL_TOKENS = 256
+"""Largest number of prompt tokens that one call evaluates. An interrupt takes effect after a call."""
 
 
 def import_executorch() -> None:
-    """Register ExecuTorch's operators, for export and for running; MissingExtraError where it is not installed."""
+    """Register ExecuTorch's operators for export and inference. Raise MissingExtraError if it is not installed."""
     with extra("executorch"), quiet_executorch():
-        for name in _IN_ORDER:
+        for name in _IMPORT_ORDER:
             importlib.import_module(name)
 
 
 @contextlib.contextmanager
 def quiet_executorch() -> Iterator[None]:
-    """Without the warnings and progress messages of ExecuTorch's Python code; errors are shown."""
+    """Hide the warnings and progress messages of ExecuTorch's Python code within the block, but not its errors."""
     ours = logging.getLogger(LOGGER)
-    wanted = {ours: ours.getEffectiveLevel()}  # else it would be the root's
+    wanted = {ours: ours.getEffectiveLevel()}  # otherwise our logger would inherit the root's new level
     wanted |= {logging.getLogger(name): logging.ERROR for name in (None, "executorch", "torch", "torchao")}
     levels = {logger: logger.level for logger in wanted}
     for logger, level in wanted.items():
@@ -68,10 +71,10 @@ def quiet_executorch() -> Iterator[None]:
 
 @contextlib.contextmanager
 def captured_native_log(own_line: str) -> Iterator[Callable[[], str]]:
-    """Catch the library's lines, which begin like the pattern `own_line`; yields a function that returns those so far.
+    """Keep the lines of a native library that begin with the pattern `own_line` off the terminal.
 
-    File descriptor 2 is the whole process's: what Python and other threads write to it meanwhile is shown when the
-    block ends, so keep it short.
+    Yield a function that returns these lines. The library writes to file descriptor 2 of the whole process, so lines of
+    Python and of other threads are captured as well. They are printed when the block ends; keep the block short.
     """
     sys.stderr.flush()
     terminal = os.dup(2)
@@ -91,15 +94,8 @@ def captured_native_log(own_line: str) -> Iterator[Callable[[], str]]:
             os.write(2, lines(own=False))
 
 
-LOG_LINE = r"\[\w+\.\w+:\d+\]|(Error|Warning) in (XNNPACK|cpuinfo): "
-"""How messages of ExecuTorch, as [method.cpp:1247], and of the libraries in it begin."""
-
-PIECE = 256
-"""Tokens of a prompt that one call of the program evaluates: an answer that nobody wants ends with a call."""
-
-
 class ExecuTorchEngine(StepwiseEngine):
-    """See runtime.engines.engine.Engine."""
+    """An ExecuTorch program, see `runtime.engines.protocol.Engine`."""
 
     def __init__(self, path: Path, options: EngineOptions) -> None:
         import_executorch()
@@ -114,15 +110,18 @@ class ExecuTorchEngine(StepwiseEngine):
             try:
                 self._program = Runtime.get().load_program(path)
                 self._forward: Any = self._program.load_method("forward")
-            except Exception as error:  # ExecuTorch's exceptions share no base
+            except Exception as error:  # ExecuTorch's exceptions have no common base
                 reason = (log().strip() or str(error)).splitlines()[-1]
                 raise ArtefactError(f"{path}: ExecuTorch cannot load it: {reason}") from error
         if self._forward is None or self._forward.metadata.num_inputs() != 2:
-            raise ArtefactError(f"{path} is not a language model: its forward does not take (tokens, input_pos)")
+            raise ArtefactError(
+                f"{path} is not a language model: its forward does not take (tokens, input_pos); export it again"
+            )
         longest = int(self._constant("get_max_seq_len", 128))
         slots = int(self._constant("get_max_context_len", longest))
-        # ExecuTorch's exporters, ours too, bound the tokens of one call by one less
-        self._chunk = max(1, min(longest - 1, PIECE)) if self._constant("enable_dynamic_shape", False) else 1
+        # ExecuTorch's exporters, and ours, limit the tokens of one call to one less than the longest sequence.
+        has_dynamic_shape = self._constant("enable_dynamic_shape", False)
+        self._call_tokens = max(1, min(longest - 1, MAX_CALL_TOKENS)) if has_dynamic_shape else 1
         if options.context > slots:
             raise ArtefactError(
                 f"{path} holds {slots} tokens, not {options.context}; export it again with --max-context "
@@ -136,7 +135,7 @@ class ExecuTorchEngine(StepwiseEngine):
         self.load_ms = (time.perf_counter() - began) * 1e3
 
     def _constants(self, name: str) -> list[Any]:
-        """What a constant method returns; nothing where the program lacks it."""
+        """Return the values of a constant method, [] if the program lacks it."""
         if name not in self._program.method_names:
             return []
         method: Any = self._program.load_method(name)
@@ -147,13 +146,13 @@ class ExecuTorchEngine(StepwiseEngine):
         return values[0] if values else default
 
     def _truncate(self, length: int) -> None:
-        """Positions beyond `length` are overwritten: nothing to do."""
+        """Do nothing, because positions beyond `length` are overwritten."""
 
     def _evaluate(self, tokens: list[int]) -> np.ndarray:
         logits = np.empty(0, np.float32)
-        for begin in range(0, len(tokens), self._chunk):
+        for begin in range(0, len(tokens), self._call_tokens):
             self._stop_if_interrupted()
-            logits = self._execute(tokens[begin : begin + self._chunk])
+            logits = self._execute(tokens[begin : begin + self._call_tokens])
         return logits
 
     def _execute(self, tokens: list[int]) -> np.ndarray:
@@ -161,8 +160,8 @@ class ExecuTorchEngine(StepwiseEngine):
         position = tensor([len(self._tokens)], dtype=self._torch.int64)
         logits = self._forward.execute([tensor([tokens], dtype=self._torch.int64), position])[0]
         self._tokens += tokens
-        return logits.reshape(-1, logits.shape[-1])[-1].float().numpy().copy()  # the next call reuses the memory
+        return logits.reshape(-1, logits.shape[-1])[-1].float().numpy().copy()  # the next call overwrites them
 
     def close(self) -> None:
         del self._forward, self._program
-        give_back_freed_memory()
+        trim_heap()

@@ -1,7 +1,7 @@
-"""The onnxruntime-genai engine: a folder of anybody's genai model in that package's own runtime.
+"""The onnxruntime-genai engine: a model folder of onnxruntime-genai in that package's own runtime.
 
-Folders of `efficientllm-export --target onnx` run here too; their manifest asks for onnxruntime, which is as fast and
-needs no further package. This engine is the other side of that comparison.
+It is the reference that our ONNX engine is compared with. Folders of `efficientllm-export --target onnx` run in it as
+well, but their manifest names onnxruntime, which is as fast and needs no further package.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ import numpy as np
 
 from ..base.errors import ArtefactError
 from ..base.extras import extra
+from .artefact import GENAI_CONFIG, GenaiConfig
 from .engine import DEFAULT_CONTEXT, EngineOptions
-from .manifest import GENAI_CONFIG, GenaiConfig, manifest_cache_bytes
-from .memory import give_back_freed_memory, huge_pages
+from .manifest import manifest_cache_bytes
+from .memory import huge_pages, trim_heap
 from .stepwise import StepwiseEngine
 
 
 class GenaiEngine(StepwiseEngine):
-    """See runtime.engines.engine.Engine."""
+    """A model of onnxruntime-genai, see `runtime.engines.protocol.Engine`."""
 
     def __init__(self, path: Path, options: EngineOptions) -> None:
         with extra("genai", "onnxruntime-genai"):
@@ -33,14 +34,14 @@ class GenaiEngine(StepwiseEngine):
         folder = path.parent
         config = GenaiConfig.read(folder)
         if not config.vocab_size:
-            raise ArtefactError(f"{folder / GENAI_CONFIG} names no vocab_size")
+            raise ArtefactError(f"{folder / GENAI_CONFIG} has no vocab_size; export the model again")
         session = {"session_options": {"intra_op_num_threads": options.threads or os.cpu_count() or 1}}
         try:
             with huge_pages(options.huge_pages):
                 settings = genai.Config(str(folder))
                 settings.overlay(json.dumps({"model": {"decoder": session}}))
                 self._model = genai.Model(settings)
-        except Exception as error:  # its exceptions share no base
+        except Exception as error:  # its exceptions have no common base
             raise ArtefactError(f"{folder}: onnxruntime-genai cannot load it: {str(error).splitlines()[0]}") from error
         self.context_length = options.context or min(DEFAULT_CONTEXT, config.context_length or DEFAULT_CONTEXT)
         parameters = genai.GeneratorParams(self._model)
@@ -62,4 +63,4 @@ class GenaiEngine(StepwiseEngine):
 
     def close(self) -> None:
         del self._generator, self._model
-        give_back_freed_memory()
+        trim_heap()

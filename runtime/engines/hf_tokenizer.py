@@ -1,4 +1,4 @@
-"""A tokenizer.json with its configuration, for engines whose files hold no tokenizer."""
+"""Read a tokenizer.json with its configuration, for engines whose files hold no tokenizer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..base.errors import ArtefactError
 
 @lru_cache(maxsize=1)
 def byte_alphabet() -> dict[str, int]:
-    """Byte-level BPE's printable character -> byte (GPT-2's bytes_to_unicode, inverted)."""
+    """Return printable character -> byte of byte-level BPE (GPT-2's bytes_to_unicode, inverted)."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(others)}
@@ -25,7 +25,7 @@ class HfTokenizer:
     """Token ids, token bytes and chat template of a folder with tokenizer.json."""
 
     def __init__(self, folder: Path) -> None:
-        """ArtefactError where its files are missing or damaged."""
+        """Read the files in `folder`. Raise ArtefactError if they are missing or damaged."""
         path = folder / "tokenizer.json"
         if not path.is_file():
             raise ArtefactError(f"{folder} has no tokenizer.json; copy the whole folder or export again")
@@ -42,20 +42,20 @@ class HfTokenizer:
             self.chat_template = read_chat_template(folder)
             bos = self._tokenizer.token_to_id(self.bos_token) if self.bos_token else None
             self.adds_bos = bos is not None and self._tokenizer.encode("x").ids[:1] == [bos]
-        except Exception as error:  # tokenizers raises plain Exception, whatever is wrong
+        except Exception as error:  # tokenizers raises plain Exception for every problem
             reason = " ".join(f"{type(error).__name__} {error}".split())
             raise ArtefactError(
                 f"{folder}: its tokenizer is damaged: {reason}; copy the folder or export it again"
             ) from error
 
     def tokenize(self, text: str, special: bool) -> list[int]:
-        """Token ids; without `special`, text that looks like a control token stays text."""
-        with self._lock:  # the setting is the tokenizer's, not the call's
+        """Return token ids; without `special`, text that looks like a control token stays text."""
+        with self._lock:  # the setting belongs to the tokenizer, not to the call
             self._tokenizer.encode_special_tokens = not special
             return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def token_bytes(self, token: int) -> bytes:
-        """UTF-8 bytes of a token; b"" for control tokens and unknown ids."""
+        """Return the UTF-8 bytes of a token, b"" for control tokens and unknown ids."""
         text = self._tokenizer.id_to_token(token)
         if text is None or token in self._special:
             return b""
@@ -69,19 +69,22 @@ class HfTokenizer:
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """Contents of FOLDER/tokenizer_config.json; {} where there is none."""
+    """Return the contents of FOLDER/tokenizer_config.json, {} without the file."""
     path = folder / "tokenizer_config.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def special_token(settings: dict[str, Any], name: str) -> str:
-    """Text of the token called `name` (bos, eos, unk, pad) in tokenizer_config.json; "" where there is none."""
+    """Return the text of token `name` (bos, eos, unk or pad) in tokenizer_config.json, "" if it has none."""
     token = settings.get(f"{name}_token")
     return (token.get("content") if isinstance(token, dict) else token) or ""
 
 
 def read_chat_template(folder: Path) -> str | None:
-    """The folder's chat template, of its own file or of tokenizer_config.json; None also for a list of named ones."""
+    """Return the chat template of chat_template.jinja or tokenizer_config.json.
+
+    None stands for no template and for a list of named ones.
+    """
     path = folder / "chat_template.jinja"
     template = path.read_text(encoding="utf-8") if path.is_file() else read_settings(folder).get("chat_template")
     return template if isinstance(template, str) else None

@@ -1,4 +1,4 @@
-"""The llama.cpp engine: any GGUF, through the C functions that llama-cpp-python brings."""
+"""The llama.cpp engine for any GGUF file, through the C functions of llama-cpp-python."""
 
 from __future__ import annotations
 
@@ -17,34 +17,33 @@ import numpy as np
 
 from ..base.errors import ArtefactError
 from ..base.extras import extra
-from .attention import choose_attention
-from .engine import DEFAULT_CONTEXT, EngineOptions, engine_version
+from .engine import DEFAULT_CONTEXT, EngineOptions, engine_build, engine_version
 from .llama_context import LlamaContext, embed
-from .manifest import Manifest, engine_build
-from .memory import give_back_freed_memory, huge_pages
-from .pass_sizes import measured_pass_times
-from .protocol import Part, PassTimes, Pooling
+from .manifest import Manifest
+from .memory import huge_pages, trim_heap
+from .protocol import Chunk, Pooling
+from .scheduling_policy import PassTimes
+from .tuning import choose_attention, measure_pass_times
 
-EVALUATED = 64
-"""Tokens evaluated in one pass when every token's logits are wanted."""
+LOGITS_PASS_TOKENS = 64
+"""Tokens per pass if the logits of every token are wanted."""
 
 SHARED_CONTEXTS = 2
-"""Whole context windows that the caches of several chats have room for together, where nothing else is asked for."""
-
+"""Number of whole context windows that the caches of several chats share by default."""
 
 _LOG_CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
 
 
 @_LOG_CALLBACK
 def _drop_log_line(level: int, text: bytes, data: object) -> None:
-    """Keep llama.cpp off stderr; what matters is raised."""
+    """Keep llama.cpp's log off stderr. Failures are raised as errors."""
 
 
 class LlamaCppEngine:
-    """See runtime.engines.protocol.Engine."""
+    """A GGUF model, see `runtime.engines.protocol.Engine`."""
 
     pass_times: PassTimes | None = None
-    """Of several sequences."""
+    """Measured times of passes, with several sequences."""
 
     def __init__(self, path: Path, options: EngineOptions) -> None:
         with extra("gguf", "llama-cpp-python"):
@@ -65,13 +64,13 @@ class LlamaCppEngine:
         self._read_vocabulary()
 
     def _make_context(self, path: Path, options: EngineOptions) -> None:
-        """Caches for as many chats as are asked for."""
+        """Choose the attention and create the caches."""
         threads = self._threads = options.threads or os.cpu_count() or 1
         trained = self._llama.llama_model_n_ctx_train(self._model) or DEFAULT_CONTEXT
         self.context_length = options.context or min(DEFAULT_CONTEXT, trained)
         self.num_sequences = options.sequences
         make = partial(LlamaContext, self._model, threads)
-        # kernels compiled for other instructions are another choice, of the same release
+        # A build for other instruction sets needs its own measurement, although it is the same release.
         build = hashlib.sha256(engine_build("llama.cpp").encode()).hexdigest()[:8]
         release = f"{engine_version('llama.cpp')}, build {build}, {threads} threads"
         attention = choose_attention(path, release, options.kv_cache, self.num_sequences, make)
@@ -79,13 +78,13 @@ class LlamaCppEngine:
         slots = self.context_length * min(self.num_sequences, SHARED_CONTEXTS)
         if options.cache_memory and bytes_per_token:
             slots = max(self.context_length, int(options.cache_memory / bytes_per_token))
-        began = time.perf_counter()  # what the choice took is not loading's: it is made once
+        began = time.perf_counter()  # the measurement is not part of load_ms, because it runs only once
         with huge_pages(options.huge_pages):
             self._context = make(attention, slots, self.num_sequences)
         self.load_ms += (time.perf_counter() - began) * 1e3
         self.settings, self.cache_slots, self.max_batch = str(attention), self._context.slots, self._context.max_batch
         if self.num_sequences > 1:
-            times = measured_pass_times(path, f"{release}, {attention}", self._context, self.num_sequences)
+            times = measure_pass_times(path, f"{release}, {attention}", self._context, self.num_sequences)
             self.pass_times, self.settings = times, f"{attention}; {times}"
         self.kv_cache_bytes = round(self.cache_slots * bytes_per_token)
 
@@ -104,7 +103,7 @@ class LlamaCppEngine:
         self.control_texts = frozenset(filter(None, map(self._text_of, itertools.compress(tokens, is_control))))
 
     def _metadata(self, key: str) -> str:
-        """A value of the file's header as text; "" where it is absent or a list."""
+        """Return a value of the file's header as text, "" if it is absent or a list."""
         value = ctypes.create_string_buffer(256)
         size = self._llama.llama_model_meta_val_str(self._model, key.encode(), value, len(value))
         return value.value.decode("utf-8", "replace") if size >= 0 else ""
@@ -114,24 +113,24 @@ class LlamaCppEngine:
 
     def tokenize(self, text: str, special: bool) -> list[int]:
         data = text.encode()
-        tokens = (self._llama.llama_token * (len(data) + 1))()  # no token is shorter than a byte
-        arguments = (self._vocab, data, len(data), tokens, len(tokens), False, special)
-        size = self._llama.llama_tokenize(*arguments)
-        if size < 0:  # a tokenizer that adds something
-            tokens = (self._llama.llama_token * -size)()
-            size = self._llama.llama_tokenize(self._vocab, data, len(data), tokens, len(tokens), False, special)
-        return tokens[:size]
+        capacity = len(data) + 1  # a token is at least a byte, unless the tokenizer adds some
+        while True:
+            tokens = (self._llama.llama_token * capacity)()
+            size = self._llama.llama_tokenize(self._vocab, data, len(data), tokens, capacity, False, special)
+            if size >= 0:
+                return tokens[:size]
+            capacity = -size
 
     def token_bytes(self, token: int) -> bytes:
         return self._piece(token, special=False)
 
     def _piece(self, token: int, special: bool) -> bytes:
-        piece = ctypes.create_string_buffer(256)  # of its own: servers call this from several threads
+        piece = ctypes.create_string_buffer(256)  # not shared, because servers call this from several threads
         size = self._llama.llama_token_to_piece(self._vocab, token, piece, len(piece), 0, special)
         return piece.raw[: max(size, 0)]
 
-    def extend(self, parts: Sequence[Part]) -> list[np.ndarray]:
-        return self._context.extend(parts)
+    def extend(self, chunks: Sequence[Chunk]) -> list[np.ndarray]:
+        return self._context.extend(chunks)
 
     def truncate(self, sequence: int, length: int) -> None:
         self._context.truncate(sequence, length)
@@ -147,9 +146,9 @@ class LlamaCppEngine:
 
     def evaluate(self, tokens: Sequence[int], first: int, held: int) -> Iterator[np.ndarray]:
         for begin in range(held, first, self.max_batch):
-            self._context.extend([Part(0, tokens[begin : min(begin + self.max_batch, first)], wants_logits=False)])
-        for begin in range(first, len(tokens), EVALUATED):
-            yield self._context.all_logits(0, tokens[begin : begin + EVALUATED])
+            self._context.extend([Chunk(0, tokens[begin : min(begin + self.max_batch, first)], wants_logits=False)])
+        for begin in range(first, len(tokens), LOGITS_PASS_TOKENS):
+            yield self._context.all_logits(0, tokens[begin : begin + LOGITS_PASS_TOKENS])
 
     def embed(self, tokens: Sequence[int], pooling: Pooling) -> np.ndarray:
         return embed(self._model, self._threads, tokens, pooling)
@@ -157,25 +156,27 @@ class LlamaCppEngine:
     def close(self) -> None:
         self._context.close()
         self._llama.llama_model_free(self._model)
-        give_back_freed_memory()
+        trim_heap()
 
 
 def _load(path: Path, memory_map: bool) -> Any:
-    """A llama_model pointer."""
+    """Load the file at `path` and return its llama_model pointer."""
     import llama_cpp
 
     parameters = llama_cpp.llama_model_default_params()
     parameters.load_mode = llama_cpp.LLAMA_LOAD_MODE_MMAP if memory_map else llama_cpp.LLAMA_LOAD_MODE_NONE
     model = llama_cpp.llama_model_load_from_file(str(path).encode(), parameters)
     if not model:
-        raise ArtefactError(f"{path} is damaged or of an architecture that this llama.cpp does not know")
+        raise ArtefactError(
+            f"{path} is damaged or of an architecture that this llama.cpp does not know; export it again"
+        )
     return model
 
 
 def _cache_shape(folder: Path, metadata: Callable[[str], str]) -> tuple[Sequence[int], int]:
-    """Key/value heads of every layer and their width; ([], 0) where neither manifest nor header tells.
+    """Return the key/value heads of every layer and their width, ([], 0) if neither manifest nor header has them.
 
-    The C functions show no lists of a header, which irregular models have.
+    The manifest is read first, because the C functions cannot read lists, which the header of an irregular model has.
     """
     with contextlib.suppress(ArtefactError):
         architecture = Manifest.read(folder).architecture
@@ -191,11 +192,11 @@ def _cache_shape(folder: Path, metadata: Callable[[str], str]) -> tuple[Sequence
 
 
 def check_gguf(path: Path) -> None:
-    """ArtefactError unless `path` begins like a GGUF file; llama.cpp itself only says 'failed to load'."""
+    """Raise ArtefactError if `path` does not begin like a GGUF file. llama.cpp only reports 'failed to load'."""
     try:
         with path.open("rb") as stream:
             magic = stream.read(4)
     except OSError as error:
-        raise ArtefactError(f"{path} cannot be read: {error}") from error
+        raise ArtefactError(f"{path} cannot be read: {error}; check the file") from error
     if magic != b"GGUF":
-        raise ArtefactError(f"{path} is not a GGUF file")
+        raise ArtefactError(f"{path} is not a GGUF file; give another file")

@@ -1,9 +1,8 @@
-"""Memory of this process: as the kernel counts it, and what is given back to it.
+"""Memory of this process: its size, heap trimming, and huge pages under an engine's buffers.
 
-Huge pages under an engine's buffers: every decoded token reads all weights, and small pages cost TLB misses.
-
-Linux 6.1 or newer (MADV_COLLAPSE, madvise(2)); elsewhere there is nothing to collapse. The engines allocate inside
-their own libraries, so what loading a model added is found in /proc/self/maps.
+Every decoded token reads all weights, and small pages cost TLB misses. Huge pages need Linux 6.1 or newer
+(MADV_COLLAPSE, madvise(2)); elsewhere nothing is collapsed. The engines allocate inside their own libraries, so the
+memory that loading added is found in /proc/self/maps.
 """
 
 from __future__ import annotations
@@ -18,11 +17,26 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+HUGE_PAGE_SIZE_PATH = Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size")
+"""File with the bytes of a huge page, on kernels that have them."""
+
+MADV_COLLAPSE = 25
+"""madvise(2) argument that copies a range into huge pages now, whatever the system's setting for new pages."""
+
+MIN_RESIDENT_SHARE = 0.75
+"""Least share of a huge page that must be resident already, because the rest becomes resident with it."""
+
+MAX_MMAP_THRESHOLD = 32 * 2**20
+"""Largest threshold, in bytes, above which glibc maps a block by itself."""
+
+MAX_COLLAPSE_SECONDS = 2.0
+"""Time limit. In fragmented memory the kernel searches long for every huge page."""
+
 
 def memory_bytes() -> dict[str, int]:
-    """peak_rss_bytes, rss_bytes and their split rss_anon_bytes (allocations) and rss_file_bytes (mapped files).
+    """Return peak_rss_bytes, rss_bytes, and its parts rss_anon_bytes (allocations) and rss_file_bytes (mapped files).
 
-    Linux only; elsewhere just the peak, from getrusage.
+    Outside Linux only the peak is known, from getrusage.
     """
     status = Path("/proc/self/status")
     if status.is_file():
@@ -41,7 +55,7 @@ def memory_bytes() -> dict[str, int]:
 
 
 def huge_page_bytes() -> int:
-    """Of this process's allocations what lies in huge pages; 0 where the system is not Linux or does not say."""
+    """Return the bytes of this process's allocations in huge pages, 0 if the system does not report them."""
     rollup = Path("/proc/self/smaps_rollup")
     try:
         found = re.search(r"^AnonHugePages:\s+(\d+) kB", rollup.read_text(), re.MULTILINE)
@@ -50,50 +64,34 @@ def huge_page_bytes() -> int:
     return 1024 * int(found[1]) if found else 0
 
 
-def give_back_freed_memory() -> None:
-    """Return freed memory to the system; glibc keeps it for later, and no other libc needs to be asked."""
+def trim_heap() -> None:
+    """Give freed memory back to the system, with glibc, which otherwise keeps it for later allocations."""
     trim: Any = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
 
 
-SIZE_FILE = Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size")
-"""Bytes of a huge page, where the kernel has them."""
-
-MADV_COLLAPSE = 25
-"""Copy a range into huge pages now, whatever the system's setting for new pages."""
-
-RESIDENT_SHARE = 0.75
-"""Least share of a huge page that must be in memory already: the rest becomes resident with it."""
-
-LARGEST_TOGETHER = 32 * 2**20
-"""The largest threshold that glibc takes, in bytes."""
-
-LONGEST_SECONDS = 2.0
-"""Where memory is too fragmented, the kernel searches long for every huge page."""
-
-
 @contextlib.contextmanager
 def huge_pages(wanted: bool) -> Iterator[None]:
-    """Move what the block allocates, and does not free, into huge pages at its end.
+    """Move the memory that the block allocates and does not free into huge pages when the block ends.
 
-    From its beginning on, glibc's malloc serves blocks of up to 32 MiB from its heap in the whole process, unless the
-    program set a threshold of its own (see `_allocate_together`).
+    From its start on, glibc's malloc serves blocks of up to 32 MiB from its heap in the whole process, unless the
+    program set a threshold of its own (see `_raise_mmap_threshold`).
     """
-    if not wanted or not _huge_page_bytes():
+    if not wanted or not _huge_page_size():
         yield
         return
-    _allocate_together()
-    give_back_freed_memory()  # else the model could be laid into what is resident already
+    _raise_mmap_threshold()
+    trim_heap()  # otherwise the model could be loaded into memory that is resident already, which is not collapsed
     before = resident_ranges()
     yield
-    give_back_freed_memory()
+    trim_heap()
     collapse(resident_ranges() - before)
 
 
 def resident_ranges() -> set[int]:
-    """Addresses of the huge pages' worth of this process's own memory that is resident, in huge pages or small ones."""
-    size = _huge_page_bytes()
+    """Return the addresses of this process's own resident memory in steps of a huge page, whatever its page size."""
+    size = _huge_page_size()
     if not size:
         return set()
     libc: Any = ctypes.CDLL(None)
@@ -102,54 +100,56 @@ def resident_ranges() -> set[int]:
     found = set()
     for start, end in _anonymous_ranges(maps):
         for address in range(-(-start // size) * size, end - size + 1, size):
-            # it fails for what was freed meanwhile
+            # mincore fails for a range that was freed since the file was read.
             if libc.mincore(ctypes.c_void_p(address), ctypes.c_size_t(size), vector) == 0:
-                resident = sum(byte & 1 for byte in vector)
-                if resident >= RESIDENT_SHARE * len(vector):
+                num_resident = sum(byte & 1 for byte in vector)
+                if num_resident >= MIN_RESIDENT_SHARE * len(vector):
                     found.add(address)
     return found
 
 
 def collapse(addresses: set[int]) -> int:
-    """Back `addresses` of `resident_ranges` with huge pages; bytes that are so now."""
+    """Move the ranges at `addresses`, of `resident_ranges`, into huge pages. Return the bytes that were moved."""
     if not addresses:
         return 0
-    size, covered = _huge_page_bytes(), 0
+    size, covered = _huge_page_size(), 0
     libc: Any = ctypes.CDLL(None)
     began = time.perf_counter()
     for address in sorted(addresses):
-        if time.perf_counter() - began > LONGEST_SECONDS:
+        if time.perf_counter() - began > MAX_COLLAPSE_SECONDS:
             break
-        covered += size * (libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), MADV_COLLAPSE) == 0)
+        if libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), MADV_COLLAPSE) == 0:
+            covered += size
     return covered
 
 
-def _allocate_together() -> None:
-    """Let glibc's malloc put a layer's matrices side by side instead of mapping each by itself; no other libc has it.
+def _raise_mmap_threshold() -> None:
+    """Let glibc's malloc place a layer's matrices next to each other instead of mapping each by itself.
 
-    5 % of onnxruntime's decode speed, whose packed matrices are smaller than a huge page. glibc maps blocks larger than
-    a threshold, and a mapped block that is freed raises the threshold to its size, for good (mallopt(3)): one block of
-    almost 32 MiB, never touched, brings the process where any program arrives that frees such an array.
+    This gains 5 % of onnxruntime's decode speed, because its packed matrices are smaller than a huge page. glibc maps
+    blocks larger than a threshold. A mapped block that is freed raises the threshold to its size for good (mallopt(3)).
+    So one block of almost 32 MiB is allocated and freed, untouched, as any program does that frees a large array.
 
-    Not by mallopt: it would overrule a threshold that the program or its user set, and from its first call on glibc
-    adapts nothing any more. Going back to the default, 128 KiB, would then map the logits of every token anew: 160 us
-    instead of 7 for the copy of 49,152 of them.
+    mallopt would override a threshold that the program or its user set, and it ends glibc's adaptation. With the
+    default of 128 KiB the logits of every token would then be mapped anew: a copy of 49,152 takes 160 us instead of 7.
     """
     libc: Any = ctypes.CDLL(None)
     libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
     libc.free.argtypes = [ctypes.c_void_p]
-    libc.free(libc.malloc(LARGEST_TOGETHER - 2 * mmap.PAGESIZE))  # its header, and the flags in its size, count too
+    # The header of the block and the flags in its size count as well, so it stays two pages below the limit.
+    libc.free(libc.malloc(MAX_MMAP_THRESHOLD - 2 * mmap.PAGESIZE))
 
 
-def _huge_page_bytes() -> int:
+def _huge_page_size() -> int:
+    """Return the bytes of a huge page, 0 on systems without them."""
     try:
-        return int(SIZE_FILE.read_text(encoding="ascii"))
+        return int(HUGE_PAGE_SIZE_PATH.read_text(encoding="ascii"))
     except (OSError, ValueError):
         return 0
 
 
 def _anonymous_ranges(maps: str) -> Iterator[tuple[int, int]]:
-    """Private, writable memory that no file backs, from the text of /proc/self/maps."""
+    """Yield the address ranges of private, writable memory without a file, from the text of /proc/self/maps."""
     for line in maps.splitlines():
         found = re.match(r"([0-9a-f]+)-([0-9a-f]+) rw.p \S+ \S+ 0\s*(.*)", line)
         if found and not found[3].startswith("[stack"):

@@ -1,4 +1,4 @@
-"""Loading a file of unknown origin in a child process first: a damaged one can abort the process it is loaded in."""
+"""Load a file of unknown origin in a child process first, because a damaged file can abort the process."""
 
 from __future__ import annotations
 
@@ -11,43 +11,42 @@ from collections.abc import Mapping, Sequence
 from ..base.child import Finished, run
 from ..base.errors import ArtefactError
 from .artefact import Artefact
-from .manifest import once
+from .file_cache import cached
 
 WORKS = "works"
 REFUSED = 3
-"""Exit code where loading ended in a clear error, which the caller will get when it loads the file itself."""
+"""Exit code of the child after a clear error of loading, which the parent gets when it loads the file itself."""
 
 
-def probe_once(artefact: Artefact, engine_version: str, options: Mapping[str, object]) -> None:
-    """ArtefactError where a child process cannot load and run `artefact`; those that can are remembered.
+def probe_artefact(artefact: Artefact, engine_version: str, options: Mapping[str, object]) -> None:
+    """Raise ArtefactError if a child process cannot load and run `artefact`. A success is cached.
 
-    The child loads with `options` (fields of EngineOptions), as its parent will: what it measures is known to both.
+    The child loads with the same `options` (fields of EngineOptions) as the parent, so both share its measurements.
     """
 
-    def probe() -> str:
+    def try_loading() -> str:
         done = run_probe([str(artefact.path), json.dumps(options)])
         if done.code not in (0, REFUSED):
-            raise ArtefactError(complaint(artefact, done))
+            raise ArtefactError(_describe_failure(artefact, done))
         return "" if done.code else WORKS
 
-    once(f"{WORKS} in {artefact.engine} ({engine_version})", artefact.files, probe)
+    cached(f"{WORKS} in {artefact.engine} ({engine_version})", artefact.files, try_loading)
 
 
 def run_probe(arguments: Sequence[str]) -> Finished:
-    """The child, `probe_child`, to its end."""
-    # ggml would start a debugger to print where it stopped
-    return run(
-        [sys.executable, "-m", f"{__package__}.probe_child", *arguments], env=os.environ | {"GGML_NO_BACKTRACE": "1"}
-    )
+    """Run the module `probe_child` to its end."""
+    command = [sys.executable, "-m", f"{__package__}.probe_child", *arguments]
+    # Without the variable, ggml starts a debugger to print a backtrace when it aborts.
+    return run(command, env=os.environ | {"GGML_NO_BACKTRACE": "1"})
 
 
-def complaint(artefact: Artefact, done: Finished) -> str:
-    """One line about a child that failed."""
+def _describe_failure(artefact: Artefact, done: Finished) -> str:
+    """Return an error message of one line for a child that failed."""
     if done.code > 0:
         message = done.last_error.removeprefix("error: ")
         return message if str(artefact.path) in message else f"{artefact.path}: {message}"
     if -done.code == signal.SIGKILL:
-        return f"{artefact.path}: the process that loaded it was killed, most likely for want of memory"
+        return f"{artefact.path}: the process that loaded it was killed, most likely for lack of memory; free some"
     try:
         name = signal.Signals(-done.code).name
     except ValueError:

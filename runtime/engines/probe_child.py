@@ -1,4 +1,4 @@
-"""The child of `probe`: loads the file PATH with OPTIONS, EngineOptions as JSON, and evaluates a few tokens."""
+"""Child process of `probe`: load the file PATH with OPTIONS (EngineOptions as JSON) and evaluate a few tokens."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ TEXT = "Hello"
 
 
 def body(argv: Sequence[str]) -> int:
-    """0 where the model works, REFUSED where loading it ends in a clear error."""
-    path, options = argv
+    """Return 0 if the model works, REFUSED if loading it ends in a clear error."""
+    path, options_json = argv
     artefact = Artefact.open(path)
     try:
-        engine = load_engine(artefact, EngineOptions(**json.loads(options) | {"huge_pages": False}), probe=False)
+        options = EngineOptions(**json.loads(options_json) | {"huge_pages": False})
+        engine = load_engine(artefact, options, probe=False)
     except EfficientLLMError:
         return REFUSED
     tokens = engine.tokenize(TEXT, special=True)[:4] or [0]
     logits = np.stack([engine.prefill(tokens), engine.decode(tokens[-1])])
-    if not np.isfinite(logits.max(axis=-1)).all():  # NaN, too
-        raise ArtefactError(f"{artefact.path} computes no numbers; it is damaged, export it again")
+    if not np.isfinite(logits.max(axis=-1)).all():  # a NaN becomes the maximum
+        raise ArtefactError(f"{artefact.path} computes NaN or infinite logits; it is damaged, export it again")
     engine.token_bytes(int(logits[-1].argmax()))
     engine.close()
     return 0

@@ -1,4 +1,4 @@
-"""What engines share whose files hold no tokenizer and whose programs take one sequence at a time."""
+"""Base class of engines with a separate tokenizer file and programs that take one sequence at a time."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 
 from .hf_tokenizer import HfTokenizer
-from .protocol import EvaluationInterrupted, Part
+from .protocol import Chunk, EvaluationInterrupted
 
 
 class StepwiseEngine(abc.ABC):
-    """Tokenizer beside the model, sequences that take turns, and `evaluate` as one pass per position.
+    """Reads the tokenizer in the model's folder, serves sequences in turn, and evaluates one position per pass.
 
-    An engine evaluates tokens in `_evaluate`, which appends them to `_tokens`, and forgets in `_truncate`. One that can
-    keep several caches sets `num_sequences`, goes to another one in `_select` and copies in `_copy`.
+    A subclass evaluates tokens in `_evaluate`, which appends them to `_tokens`, and shortens the cache in `_truncate`.
+    One with several caches also sets `num_sequences`, switches between them in `_select` and copies one in `_copy`.
     """
 
     context_length: int
@@ -32,7 +32,7 @@ class StepwiseEngine(abc.ABC):
         self._sequences: list[list[int]] = [[] for _ in range(self.num_sequences)]
         self._current = 0
         self._tokens = self._sequences[0]
-        """What the current sequence holds."""
+        """Tokens in the cache of the current sequence."""
         self._is_interrupted = False
 
     @property
@@ -45,35 +45,34 @@ class StepwiseEngine(abc.ABC):
     def token_bytes(self, token: int) -> bytes:
         return self.tokenizer.token_bytes(token)
 
-    def extend(self, parts: Sequence[Part]) -> list[np.ndarray]:
-        lengths, rows = [len(self._sequences[part.sequence]) for part in parts], []
+    def extend(self, chunks: Sequence[Chunk]) -> list[np.ndarray]:
+        lengths, rows = [len(self._sequences[chunk.sequence]) for chunk in chunks], []
         try:
-            for part in parts:
+            for chunk in chunks:
                 self._stop_if_interrupted()
-                self._go_to(part.sequence)
-                logits = self._evaluate(list(part.tokens))
-                if part.wants_logits:
+                self._switch_to(chunk.sequence)
+                logits = self._evaluate(list(chunk.tokens))
+                if chunk.wants_logits:
                     rows.append(logits)
         except Exception:
-            for part, length in zip(parts, lengths, strict=True):
-                self.truncate(part.sequence, length)
+            for chunk, length in zip(chunks, lengths, strict=True):
+                self.truncate(chunk.sequence, length)
             raise
         return rows
 
     def truncate(self, sequence: int, length: int) -> None:
         if length < len(self._sequences[sequence]):
-            self._go_to(sequence)
+            self._switch_to(sequence)
             self._truncate(length)
             del self._tokens[length:]
 
     def copy(self, source: int, target: int, length: int) -> None:
-        self._go_to(target)
+        self._switch_to(target)
         self._copy(source, length)
         self._tokens[:] = self._sequences[source][:length]
 
     def interrupt(self) -> None:
-        """Nothing that has not begun will: no other sequence, and no other piece of a prompt of an engine that takes it
-        by pieces. One that can also stops what has begun."""
+        """Start no further call of the program until `resume`. A subclass may also stop the call in progress."""
         self._is_interrupted = True
 
     def resume(self) -> None:
@@ -85,27 +84,27 @@ class StepwiseEngine(abc.ABC):
 
     def evaluate(self, tokens: Sequence[int], first: int, held: int) -> Iterator[np.ndarray]:
         self.resume()
-        self._go_to(0)
+        self._switch_to(0)
         yield self._evaluate(list(tokens[held : first + 1]))[None]
         for token in tokens[first + 1 :]:
             yield self._evaluate([token])[None]
 
-    def _go_to(self, sequence: int) -> None:
+    def _switch_to(self, sequence: int) -> None:
         if sequence != self._current:
             self._current, self._tokens = sequence, self._sequences[sequence]
             self._select(sequence)
 
-    def _select(self, sequence: int) -> None:  # noqa: B027  those that keep one cache have nothing to select
-        """Go to another sequence's cache."""
+    def _select(self, sequence: int) -> None:  # noqa: B027  engines with one cache have nothing to select
+        """Switch to the cache of `sequence`."""
 
     def _copy(self, source: int, length: int) -> None:
-        """Copy the first `length` positions of the cache of sequence `source` into the current one's."""
+        """Copy the first `length` positions of sequence `source` into the cache of the current sequence."""
         raise NotImplementedError
 
     @abc.abstractmethod
     def _truncate(self, length: int) -> None:
-        """Forget what the caches hold beyond `length`."""
+        """Keep the first `length` positions of the cache."""
 
     @abc.abstractmethod
     def _evaluate(self, tokens: list[int]) -> np.ndarray:
-        """Append `tokens`, at least one, and return the last one's logits, fp32 [V]."""
+        """Append at least one token and return the last one's logits, fp32 [V]."""

@@ -81,13 +81,13 @@ class Answer(abc.ABC):
                 has_begun = True
                 self.token_bytes |= piece.token_bytes
                 if piece.text:
-                    self.clock.piece(piece.tokens)
+                    self.clock.record_piece(piece.tokens)
                 yield piece
         finally:
             await source.aclose()
             if has_begun:
                 usage = self.usage()
-                self.clock.finished(usage["prompt_tokens"], usage["completion_tokens"])
+                self.clock.record_end(usage["prompt_tokens"], usage["completion_tokens"])
 
     def read(self, piece: Piece) -> list[Event]:
         """What a piece says and calls."""

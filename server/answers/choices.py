@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 
 from ...runtime.base.errors import ContextOverflowError, EfficientLLMError
 from ...runtime.call_reader import CallReader
-from ...runtime.engines.owned import OwnedEngine
+from ...runtime.engines.scheduler import EngineScheduler
 from ...runtime.generation import AnswerOptions, Generation, Overflow
 from ...runtime.grammar import GrammarConstraint
 from ...runtime.prompt import ChatOptions, ChatPrompt, text_prompt, tool_prompt
@@ -57,7 +57,7 @@ class Choice:
 
 
 def choices_of(
-    engine: OwnedEngine, request: CompletionRequest, overflow: Overflow, defaults: SamplingDefaults
+    engine: EngineScheduler, request: CompletionRequest, overflow: Overflow, defaults: SamplingDefaults
 ) -> list[Choice]:
     """The choices of every prompt; APIError 400 where the engine refuses what is asked."""
     try:
@@ -82,7 +82,7 @@ def choices_of(
         raise APIError(400, str(error)) from error
 
 
-def _chat_choices(engine: OwnedEngine, request: ChatRequest, each: Iterable[AnswerOptions]) -> Iterable[Choice]:
+def _chat_choices(engine: EngineScheduler, request: ChatRequest, each: Iterable[AnswerOptions]) -> Iterable[Choice]:
     shown = ChatOptions(request.tool_use, request.chat_template_kwargs)
     prompt: ChatPrompt = tool_prompt(engine, [message.flat() for message in request.messages], shown)
     constraint = prompt.constraint(engine) if request.tool_use else _constraint_of(engine, request)
@@ -92,7 +92,7 @@ def _chat_choices(engine: OwnedEngine, request: ChatRequest, each: Iterable[Answ
         yield Choice(Generation(engine, prompt.tokens, options, _copy_of(constraint)), prompt.reader())
 
 
-def _text_choices(engine: OwnedEngine, request: TextRequest, each: Iterable[AnswerOptions]) -> Iterable[Choice]:
+def _text_choices(engine: EngineScheduler, request: TextRequest, each: Iterable[AnswerOptions]) -> Iterable[Choice]:
     constraint = _constraint_of(engine, request)
     for prompt in request.prompts:
         tokens = text_prompt(engine, prompt) if isinstance(prompt, str) else prompt
@@ -105,7 +105,7 @@ def _text_choices(engine: OwnedEngine, request: TextRequest, each: Iterable[Answ
             yield Choice(Generation(engine, tokens, options, _copy_of(constraint)), echo=echo)
 
 
-def _constraint_of(engine: OwnedEngine, request: CompletionRequest) -> GrammarConstraint | None:
+def _constraint_of(engine: EngineScheduler, request: CompletionRequest) -> GrammarConstraint | None:
     """What the request says of its answers' form; UsageError where that is malformed."""
     grammar = request.response_format.grammar()
     return GrammarConstraint(engine, grammar) if grammar is not None else None
@@ -115,6 +115,6 @@ def _copy_of(constraint: GrammarConstraint | None) -> GrammarConstraint | None:
     return constraint.copy() if constraint is not None else None
 
 
-def text_of(engine: OwnedEngine, tokens: Iterable[int]) -> str:
+def text_of(engine: EngineScheduler, tokens: Iterable[int]) -> str:
     """The text of `tokens`, control tokens left out."""
     return b"".join(map(engine.token_bytes, tokens)).decode("utf-8", errors="replace")

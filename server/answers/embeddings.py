@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 
 from ...runtime.base.errors import ContextOverflowError, EfficientLLMError
-from ...runtime.engines.owned import OwnedEngine
+from ...runtime.engines.scheduler import EngineScheduler
 from ...runtime.prompt import text_prompt
 from ..schemas.embeddings import EmbeddingsRequest
 from ..schemas.error import APIError
 
 
-async def embeddings_of(engine: OwnedEngine, request: EmbeddingsRequest) -> dict[str, Any]:
+async def embeddings_of(engine: EngineScheduler, request: EmbeddingsRequest) -> dict[str, Any]:
     """The answer in one object; APIError 400 for a text that is empty or too long."""
     vectors, num_tokens = [], 0
     for text in request.texts:
@@ -30,7 +30,7 @@ async def embeddings_of(engine: OwnedEngine, request: EmbeddingsRequest) -> dict
     return {"object": "list", "model": request.model, "data": data, "usage": usage}
 
 
-def _embedded(engine: OwnedEngine, text: str | list[int], request: EmbeddingsRequest) -> tuple[np.ndarray, int]:
+def _embedded(engine: EngineScheduler, text: str | list[int], request: EmbeddingsRequest) -> tuple[np.ndarray, int]:
     """(vector, tokens) of one text"""
     try:
         tokens = text_prompt(engine, text) if isinstance(text, str) else text

@@ -1,1 +1,1 @@
-"""Loaded models: which ones there are, a worker for each, and what is counted of them."""
+"""Loaded models: the pool that loads and unloads them, a worker for each, and metrics."""

@@ -1,4 +1,4 @@
-"""What Prometheus scrapes from /metrics."""
+"""Metrics for Prometheus at /metrics."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from ...runtime.engines.memory import memory_bytes
 from .pool import ModelPool
 
-SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+BUCKET_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
 
 class Metrics:
-    """Counters of one server; they start at zero with it."""
+    """Counters and gauges of one server, zero at its start."""
 
     def __init__(self, pool: ModelPool) -> None:
         self.registry = registry = CollectorRegistry()
@@ -25,14 +25,14 @@ class Metrics:
             "efficientllm_time_to_first_token_seconds",
             "From the request to the first text, the queue included",
             ["model"],
-            buckets=SECONDS,
+            buckets=BUCKET_SECONDS,
             registry=registry,
         )
         self.between_tokens = Histogram(
             "efficientllm_inter_token_seconds",
             "Between one piece of text and the next, per token",
             ["model"],
-            buckets=SECONDS,
+            buckets=BUCKET_SECONDS,
             registry=registry,
         )
         self.speed = Gauge(
@@ -51,18 +51,18 @@ class Metrics:
         resident = Gauge("efficientllm_resident_memory_bytes", "Resident memory of the server", registry=registry)
         resident.set_function(lambda: memory_bytes().get("rss_bytes", 0))
 
-    def answered(self, status: int, endpoint: str = "other") -> None:
-        """Count a request, served or refused; what clients make up is no label."""
+    def count_request(self, status: int, endpoint: str = "other") -> None:
+        """Count a served or refused request. `endpoint` must not come from the client, because it is a label."""
         self.requests.labels(endpoint, str(status)).inc()
 
     def render(self) -> bytes:
-        """Prometheus' text format."""
+        """Return all metrics in Prometheus' text format."""
         return generate_latest(self.registry)
 
 
 @dataclass
 class AnswerClock:
-    """Times one answer into the metrics."""
+    """Records the times of one answer in the metrics."""
 
     metrics: Metrics
     model: str
@@ -71,8 +71,8 @@ class AnswerClock:
     _last: float = field(default=0.0, init=False)
     _tokens: int = field(default=0, init=False)
 
-    def piece(self, tokens: int) -> None:
-        """A piece of text has arrived; the choice has `tokens` so far."""
+    def record_piece(self, tokens: int) -> None:
+        """Record the arrival of a piece of text. `tokens`: tokens of the choice so far."""
         now = time.perf_counter()
         if not self._first:
             self._first = now
@@ -81,8 +81,8 @@ class AnswerClock:
             self.metrics.between_tokens.labels(self.model).observe((now - self._last) / (tokens - self._tokens))
         self._last, self._tokens = now, tokens
 
-    def finished(self, prompt_tokens: int, tokens: int) -> None:
-        """The whole answer is there, or the client is gone."""
+    def record_end(self, prompt_tokens: int, tokens: int) -> None:
+        """Record the tokens of an answer that is complete or whose client has disconnected."""
         self.metrics.prompt_tokens.labels(self.model).inc(prompt_tokens)
         self.metrics.tokens.labels(self.model).inc(tokens)
         if tokens > 1 and self._last > self._first:

@@ -1,4 +1,4 @@
-"""Several models behind one server: loaded on use, the least recently used unloaded where memory is short."""
+"""Load models on use, and unload the least recently used one if memory is short."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from ...runtime.base.progress import PROGRESS_LOGGER
 from ...runtime.base.quantities import format_bytes
 from ...runtime.engines.artefact import Artefact
 from ...runtime.engines.engine import DEFAULT_CONTEXT, EngineOptions, load_engine
-from ...runtime.engines.owned import OwnedEngine
+from ...runtime.engines.scheduler import EngineScheduler
 from ...runtime.grammar import read_vocabulary
-from ..schemas.error import APIError, stopping
+from ..schemas.api_error import APIError, shutdown_error
 from .worker import Deadline, EngineWorker
 
-PARALLEL = 16
-"""Answers of one model that are computed together, where nothing else is asked for."""
+DEFAULT_PARALLEL = 16
+"""Answers of one model that are computed together, unless --parallel is given."""
 
-CHAT = 2048
-"""Tokens of a chat, for saying how many there is room for."""
+CHAT_TOKENS = 2048
+"""Tokens of a typical chat, for the line that reports how many chats fit."""
 
 
 class ModelPool:
-    """Models by name; at most `max_memory` bytes of them are loaded at once (0: no limit)."""
+    """Models by name, of which at most `max_memory` bytes are loaded at once (0: no limit)."""
 
     def __init__(
         self,
@@ -38,23 +38,24 @@ class ModelPool:
         timeout: float = 600.0,
         max_memory: int = 0,
     ) -> None:
-        """Load the first of `artefacts` {name: path} and compare the others' files with their manifests.
+        """Compare the files of `artefacts` {name: path} with their manifests and load the first model.
 
-        ArtefactError where one is damaged.
+        Raise ArtefactError if one is damaged. `waiting`: requests per model in the queue. `timeout`: seconds of a
+        request.
         """
         self.artefacts = {name: Artefact.open(path) for name, path in artefacts.items()}
         for artefact in self.artefacts.values():
             artefact.verify()
-        self.options = replace(options, parallel=options.parallel or PARALLEL)
+        self.options = replace(options, parallel=options.parallel or DEFAULT_PARALLEL)
         self.waiting, self.timeout, self.max_memory = waiting, timeout, max_memory
         self._workers: dict[str, EngineWorker] = {}
         self._loading = asyncio.Lock()
         self._sizes = {name: artefact.file_bytes for name, artefact in self.artefacts.items()}
-        """Bytes that each takes in memory: its file, and once it was loaded its caches, too."""
+        """{name: bytes in memory}, of the file and, once the model was loaded, also of its caches."""
         self._arriving = Counter[str]()
-        """Requests on their way to a worker, by model."""
+        """{name: requests that do not have a worker yet}"""
         self._idle = asyncio.Event()
-        """Set when a model has become idle, and for those who wait for one when the server stops."""
+        """Set when a model has become idle or the server stops."""
         self._is_stopping = False
         first = next(iter(self.artefacts))
         self._workers[first] = self._load(first)
@@ -62,36 +63,38 @@ class ModelPool:
     def _load(self, name: str) -> EngineWorker:
         engine = load_engine(self.artefacts[name], self.options)
         self._sizes[name] = self.artefacts[name].file_bytes + engine.kv_cache_bytes
-        logging.getLogger(PROGRESS_LOGGER).info("%s: %s", name, capacity(engine))
-        # while nobody waits for a grammar: reading cannot be stopped, and would keep a place of a client that has gone
+        logging.getLogger(PROGRESS_LOGGER).info("%s: %s", name, describe_capacity(engine))
+        # Read before a request needs a grammar. Reading cannot be stopped and would keep the place of a lost client.
         threading.Thread(target=read_vocabulary, args=(engine,), daemon=True).start()
-        return EngineWorker(engine, self.waiting, when_idle=self._idle.set)
+        return EngineWorker(engine, self.waiting, on_idle=self._idle.set)
 
     @property
     def loaded(self) -> dict[str, EngineWorker]:
+        """Return the workers of the loaded models by name."""
         return dict(self._workers)
 
     @property
     def in_flight(self) -> int:
+        """Return the number of requests that wait or are being answered."""
         return sum(worker.in_flight for worker in self._workers.values()) + sum(self._arriving.values())
 
     def context_length(self, name: str) -> int | None:
-        """Tokens that fit, prompt and answer together; None where loading will tell."""
+        """Return the tokens of prompt and answer together, or None if only loading can tell."""
         if name in self._workers:
             return self._workers[name].engine.context_length
-        known = self.artefacts[name].context_length
-        return self.options.context or (min(DEFAULT_CONTEXT, known) if known else None)
+        trained = self.artefacts[name].context_length
+        return self.options.context or (min(DEFAULT_CONTEXT, trained) if trained else None)
 
     def deadline(self) -> Deadline:
-        """Of a request that comes now."""
+        """Return the deadline of a request that arrives now."""
         return Deadline.from_now(self.timeout)
 
     async def enter(self, name: str, deadline: Deadline) -> EngineWorker:
-        """The worker of a model, loaded now if need be, with a place in its queue, which keeps it from being unloaded.
+        """Take a place in the queue of a model, load the model if necessary, and return its worker.
 
-        APIError 404 for an unknown model, 429 where its queue is full, 503 where it does not fit beside models that
-        stay busy until `deadline`, or the server stops. Who does not wait any more keeps no place; a load that has
-        begun goes on, or nobody would know of its memory.
+        A model with a taken place is not unloaded. Raise APIError 404 for an unknown model, 429 if its queue is full,
+        503 if it does not fit beside models that are busy until `deadline`, or if the server stops. A cancelled call
+        keeps no place. A load that has started runs to its end even so, because its memory must be counted.
         """
         if name not in self.artefacts:
             known = ", ".join(repr(known) for known in self.artefacts)
@@ -101,12 +104,12 @@ class ModelPool:
         self._arriving[name] += 1
         try:
             async with asyncio.timeout_at(deadline.at) as waiting:
-                async with self._loading:  # in the order they came, so that no model keeps another one out for ever
+                async with self._loading:  # in the order of arrival, so that no model excludes another one for ever
                     self._refuse_if_stopping()
                     while name not in self._workers:
                         await self._make_room(name)
                         waiting.reschedule(None)
-                        await _to_its_end(self._load_into_room(name))
+                        await _run_to_completion(self._load_into_room(name))
                         self._refuse_if_stopping()
                         waiting.reschedule(deadline.at)
                     self._workers[name].enter()
@@ -119,7 +122,7 @@ class ModelPool:
             self._arriving[name] -= 1
 
     async def _make_room(self, name: str) -> None:
-        """Unload what was not used for longest; waits for a model that nobody needs."""
+        """Unload least recently used models until the model `name` fits. Wait for one that is idle."""
         while not self._fits(name):
             if not await self._unload_idle():
                 self._idle.clear()
@@ -127,8 +130,10 @@ class ModelPool:
             self._refuse_if_stopping()
 
     async def _load_into_room(self, name: str) -> None:
-        """Load a model. Where its caches, whose size is known now, do not fit beside what is loaded, that is unloaded
-        or, as long as it is busy, the model itself is, to wait for more room."""
+        """Load a model. The size of its caches is known only then.
+
+        If it does not fit after all, idle models are unloaded. If none is idle, the model itself is unloaded.
+        """
         try:
             worker = await asyncio.to_thread(self._load, name)
         except EfficientLLMError as error:
@@ -140,19 +145,19 @@ class ModelPool:
         self._workers[name] = worker
 
     async def _unload_idle(self) -> bool:
-        """Unload the model that was not used for longest; whether there was one that nobody uses."""
+        """Unload the least recently used idle model. Return False if none is idle."""
         idle = [(worker.last_used, key) for key, worker in self._workers.items() if not worker.in_flight]
         if idle:
             await asyncio.to_thread(self._workers.pop(min(idle)[1]).close)
         return bool(idle)
 
     def _fits(self, name: str) -> bool:
-        """Whether a model has room beside those that are loaded; alone, any has."""
+        """Return True if a model fits beside the loaded ones. Any model fits alone."""
         used = sum(self._sizes[each] for each in self._workers)
         return not self.max_memory or not self._workers or used + self._sizes[name] <= self.max_memory
 
     def abort(self) -> None:
-        """End every answer, and begin none: the server stops."""
+        """End every answer and refuse new ones, because the server stops."""
         self._is_stopping = True
         self._idle.set()
         for worker in self._workers.values():
@@ -160,32 +165,33 @@ class ModelPool:
 
     def _refuse_if_stopping(self) -> None:
         if self._is_stopping:
-            raise stopping()
+            raise shutdown_error()
 
     def close(self) -> None:
+        """Unload all models after the answers in progress."""
         for worker in self._workers.values():
             worker.close()
 
 
-def capacity(engine: OwnedEngine) -> str:
-    """How many chats the caches of a model have room for, in one line."""
+def describe_capacity(engine: EngineScheduler) -> str:
+    """Return one line on the number of chats that the caches of a model hold."""
     size = f" in {format_bytes(engine.kv_cache_bytes)}" if engine.kv_cache_bytes else ""
-    chats = min(engine.num_sequences, engine.cache_slots // CHAT)
-    found = f"{engine.num_sequences} answers at once, room for {engine.cache_slots:,} tokens{size}"
+    chats = min(engine.num_sequences, engine.cache_slots // CHAT_TOKENS)
+    answers = f"{engine.num_sequences} answers at once, room for {engine.cache_slots:,} tokens{size}"
     plural = "" if chats == 1 else "s"
-    chats_line = f"holds {chats} chat{plural} of {CHAT:,} tokens" if chats else f"less than a chat of {CHAT:,} tokens"
-    return "; ".join(part for part in (found, chats_line, engine.settings) if part)
+    held = f"holds {chats} chat{plural} of" if chats else "less than a chat of"
+    return "; ".join(filter(None, [answers, f"{held} {CHAT_TOKENS:,} tokens", engine.settings]))
 
 
-async def _to_its_end(work: Coroutine[Any, Any, None]) -> None:
-    """Await `work`, and its end also where nobody waits for that any more."""
+async def _run_to_completion(work: Coroutine[Any, Any, None]) -> None:
+    """Await `work` to its end, even if the caller is cancelled meanwhile."""
     task, cancellation = asyncio.ensure_future(work), None
     while not task.done():
         try:
             await asyncio.wait({task})
         except asyncio.CancelledError as error:
             cancellation = error
-    failure = task.exception()  # asked for in any case, or asyncio would complain that nobody saw it
+    failure = task.exception()  # always retrieved, otherwise asyncio logs an error
     if cancellation is not None:
         raise cancellation
     if failure is not None:

@@ -1,8 +1,7 @@
-"""One engine behind a bounded queue: a thread of its own computes all answers together, never on the event loop.
+"""Connect an engine to the event loop: a bounded queue of requests, and a thread that computes all answers together.
 
-The time that a request has, loading, waiting and answering together.
-
-Work in a thread of its own, for which the end of the process does not wait.
+A request takes a place (`enter`), prepares its answers in a thread (`prepare`), and reads their text (`stream`). The
+place is free again after `leave`, a failed `prepare`, or the end of the computation.
 """
 
 from __future__ import annotations
@@ -16,78 +15,81 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from ...runtime.base.errors import EfficientLLMError, UnanswerableError, UsageError
-from ...runtime.batch import Batch, Progress
-from ...runtime.engines.owned import CLOSED, OwnedEngine
+from ...runtime.batch import AnswerProgress, Batch
+from ...runtime.engines.scheduler import MODEL_CLOSED, EngineScheduler
 from ...runtime.generation import Generation, TokenLogprob
-from ..schemas.error import APIError, stopping
+from ..schemas.api_error import APIError, shutdown_error
 
 
 @dataclass(frozen=True)
 class Deadline:
-    """When a request has had its time."""
+    """End of the time of a request: loading, waiting and answering together."""
 
     seconds: float
-    """From its arrival."""
+    """Seconds from the arrival of the request."""
     at: float
-    """By the event loop's clock."""
+    """Time of the event loop's clock."""
 
     @classmethod
     def from_now(cls, seconds: float) -> Deadline:
+        """Return the deadline of a request that arrives now."""
         return cls(seconds, asyncio.get_running_loop().time() + seconds)
 
     def error(self) -> APIError:
-        """What the client is told."""
+        """Return the error for the client."""
         return APIError(408, f"the answer took longer than {self.seconds:g} s", "timeout_error", "timeout")
 
 
 T = TypeVar("T")
 
 
-def in_thread(make: Callable[[], T]) -> asyncio.Future[T]:
-    """What `make` returns or raises; unlike asyncio.to_thread's, the thread is no executor's, whose threads asyncio and
-    the interpreter join before they end."""
+def run_in_thread(compute: Callable[[], T]) -> asyncio.Future[T]:
+    """Return the future of compute(), run in a daemon thread.
+
+    asyncio.to_thread uses an executor, whose threads asyncio and the interpreter join before they end.
+    """
     loop = asyncio.get_running_loop()
-    made: asyncio.Future[T] = loop.create_future()
+    future: asyncio.Future[T] = loop.create_future()
 
     def work() -> None:
         try:
-            result = make()
-        except StopIteration as error:  # which a future cannot hold
-            tell(made.set_exception, RuntimeError(f"{error!r} was not caught"))
+            result = compute()
+        except StopIteration as error:  # a future cannot hold this exception
+            settle(future.set_exception, RuntimeError(f"{error!r} was not caught"))
         except BaseException as error:
-            tell(made.set_exception, error)
+            settle(future.set_exception, error)
         else:
-            tell(made.set_result, result)
+            settle(future.set_result, result)
 
-    def tell(settle: Callable[[Any], None], outcome: Any) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-            loop.call_soon_threadsafe(lambda: None if made.done() else settle(outcome))
+    def settle(set_outcome: Callable[[Any], None], outcome: Any) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed, so nothing waits for the future
+            loop.call_soon_threadsafe(lambda: None if future.done() else set_outcome(outcome))
 
     threading.Thread(target=work, daemon=True).start()
-    return made
+    return future
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of the answer."""
+    """Some text of one choice of the answer."""
 
     choice: int
     text: str
     logprobs: tuple[TokenLogprob, ...]
     token_bytes: Mapping[int, bytes]
-    """Of every token in `logprobs`: the engine may be unloaded while a slow client still reads."""
+    """UTF-8 bytes of every token in `logprobs`. The engine may be unloaded before a slow client reads them."""
     tokens: int
     """Tokens of this choice so far."""
     finish_reason: str | None = None
-    """Set on the last piece of a choice, which has no text."""
+    """Set in the last piece of a choice, which has no text."""
 
 
 Item = Piece | BaseException | None
-"""A piece, what went wrong, or the end."""
+"""A piece, an error, or None for the end of the answer."""
 
 
-class _Answer:
-    """One request's generations on their way through the batch."""
+class _Request:
+    """One request's generations in the batch, and the queue of their pieces."""
 
     def __init__(self, generations: Sequence[Generation]) -> None:
         self.choices = {id(generation): choice for choice, generation in enumerate(generations)}
@@ -97,26 +99,26 @@ class _Answer:
 
 
 class EngineWorker:
-    """Owns an engine: as many answers at once as it has sequences, and `waiting` more requests in line.
+    """Owns an engine, with a place for as many requests as it has sequences and for `waiting` more.
 
-    Used on one event loop.
+    All methods are called on one event loop.
     """
 
-    def __init__(self, engine: OwnedEngine, waiting: int, when_idle: Callable[[], None]) -> None:
-        """`when_idle` is called when it is."""
+    def __init__(self, engine: EngineScheduler, waiting: int, on_idle: Callable[[], None]) -> None:
+        """Start the thread. `on_idle` is called when the last place becomes free."""
         self.engine = engine
         self.capacity = waiting + engine.num_sequences
         self.embedding = asyncio.Lock()
-        """Held by the request whose texts are turned into vectors: each of them has an evaluation of its own."""
+        """Held by the request whose texts are being embedded, because each text has its own evaluation."""
         self.in_flight = 0
-        """Requests that have a place: waiting, or being computed."""
+        """Requests with a place, waiting or being computed."""
         self.last_used = time.monotonic()
-        self._when_idle = when_idle
-        self._read_now = set[_Answer]()
-        """Answers that somebody waits for."""
-        self._prepared_now = set[asyncio.Future[Any]]()
-        """What somebody waits for in `prepare`."""
-        self._arrived: list[tuple[_Answer, Sequence[Generation]]] = []
+        self._on_idle = on_idle
+        self._streamed = set[_Request]()
+        """Requests that a caller reads from."""
+        self._prepared = set[asyncio.Future[Any]]()
+        """Futures that callers of `prepare` wait for."""
+        self._arrived: list[tuple[_Request, Sequence[Generation]]] = []
         self._changed = threading.Condition()
         """Guards `_arrived` and `_is_closing`."""
         self._is_closing = False
@@ -126,7 +128,7 @@ class EngineWorker:
         self._thread.start()
 
     def enter(self) -> None:
-        """Take a place, which `leave` or the end of `stream`'s computation frees; APIError 429 where there is none."""
+        """Take a place, until `leave` or the end of `stream`'s computation. Raise APIError 429 if none is free."""
         if self.in_flight >= self.capacity:
             raise APIError(429, "the server is busy; try again later", "rate_limit_error", "rate_limit_exceeded")
         self.in_flight += 1
@@ -137,20 +139,20 @@ class EngineWorker:
         self.in_flight -= 1
         self.last_used = time.monotonic()
         if not self.in_flight:
-            self._when_idle()
+            self._on_idle()
 
-    async def prepare(self, make: Callable[[], T], deadline: Deadline) -> T:
-        """What `make` makes of a request, in a thread of its own and in a place that was taken.
+    async def prepare(self, compute: Callable[[], T], deadline: Deadline) -> T:
+        """Return compute(), run in a thread, for a request with a place.
 
-        Where this raises, APIError 408 at `deadline` say, the place is freed, but not before the thread has ended:
+        Raise APIError 408 at `deadline`. An error frees the place, but only after the thread has ended, because
         compiling a grammar takes seconds and cannot be stopped.
         """
         if self._is_aborted:
             self.leave()
-            raise stopping()
-        working = in_thread(make)
+            raise shutdown_error()
+        working = run_in_thread(compute)
         awaited = asyncio.shield(working)
-        self._prepared_now.add(awaited)
+        self._prepared.add(awaited)
         try:
             async with asyncio.timeout_at(deadline.at):
                 return await awaited
@@ -160,118 +162,124 @@ class EngineWorker:
                 raise deadline.error() from error
             raise
         finally:
-            self._prepared_now.discard(awaited)
+            self._prepared.discard(awaited)
 
     def _leave_after(self, done: asyncio.Future[Any]) -> None:
-        done.exception()  # else asyncio would complain that nobody saw it
+        done.exception()  # retrieved, otherwise asyncio logs an error
         self.leave()
 
     def stream(self, generations: Sequence[Generation], deadline: Deadline) -> AsyncGenerator[Piece]:
-        """Pieces of every generation, as they come, computed from now on in a place that was taken.
+        """Start computing the generations of a request with a place, and return an iterator over their pieces.
 
-        Leaving the iteration stops the work within a token, or amid a long prompt. Raises APIError 408 at `deadline`.
+        Closing the iterator stops the computation within a token, even in a long prompt. The iterator raises APIError
+        408 at `deadline`.
         """
-        answer = _Answer(generations)
-        self._read_now.add(answer)
+        request = _Request(generations)
+        self._streamed.add(request)
         if self._is_aborted:
-            answer.pieces.put_nowait(stopping())
+            request.pieces.put_nowait(shutdown_error())
         self._loop = asyncio.get_running_loop()
         with self._changed:
-            self._arrived.append((answer, generations))
+            self._arrived.append((request, generations))
             self._changed.notify()
-        return self._read(answer, generations, deadline)
+        return self._read(request, generations, deadline)
 
     async def _read(
-        self, answer: _Answer, generations: Sequence[Generation], deadline: Deadline
+        self, request: _Request, generations: Sequence[Generation], deadline: Deadline
     ) -> AsyncGenerator[Piece]:
         try:
             while True:
                 try:
-                    async with asyncio.timeout_at(deadline.at):  # wait_for of Python 3.11 may swallow a cancellation
-                        piece = await answer.pieces.get()
+                    async with asyncio.timeout_at(deadline.at):  # wait_for in Python 3.11 may lose a cancellation
+                        item = await request.pieces.get()
                 except TimeoutError as error:
                     raise deadline.error() from error
-                if isinstance(piece, APIError):
-                    raise piece
-                if isinstance(piece, BaseException):
-                    is_ours = isinstance(piece, EfficientLLMError)
-                    if isinstance(piece, UnanswerableError):
-                        raise APIError(400, str(piece)) from piece
-                    message = str(piece) if is_ours else f"the engine failed: {type(piece).__name__}: {piece}"
-                    raise APIError(500, message, "server_error") from piece
-                if piece is None:
+                if item is None:
                     return
-                yield piece
+                if isinstance(item, APIError):
+                    raise item
+                if isinstance(item, BaseException):
+                    raise _api_error(item) from item
+                yield item
         finally:
-            self._read_now.discard(answer)
+            self._streamed.discard(request)
             is_computed = [generation.cancel() for generation in generations]
-            if not any(is_computed):  # else when the pass has ended; others' passes may take long
-                self._free_place(answer)
+            if not any(is_computed):  # otherwise the end of the pass frees it; passes of others may take long
+                self._free_place(request)
 
     def _compute(self) -> None:
-        """The thread: passes of the engine as long as there are answers, then wait for one."""
-        batch, owners = Batch(self.engine), dict[int, _Answer]()
+        """Run passes of the engine while there are answers, then wait for one. This is the thread's function."""
+        batch, owners = Batch(self.engine), dict[int, _Request]()
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._arrived or self._is_closing or len(batch))
                 arrived, self._arrived = self._arrived, []
                 if self._is_closing and not arrived and not len(batch):
                     return
-            for answer, generations in arrived:
+            for request, generations in arrived:
                 for generation in generations:
-                    owners[id(generation)] = answer
-                    batch.add(generation, answer)
-            done = batch.abandon(UsageError(CLOSED)) if self._is_closing else []
+                    owners[id(generation)] = request
+                    batch.add(generation, request)
+            done = batch.abandon(UsageError(MODEL_CLOSED)) if self._is_closing else []
             self._deliver(owners, done + batch.step())
 
-    def _deliver(self, owners: dict[int, _Answer], progress: Sequence[Progress]) -> None:
-        """Send what a pass made to who reads it: the loop is woken once, not by every answer."""
-        items: list[tuple[_Answer, Item]] = []
+    def _deliver(self, owners: dict[int, _Request], progress: Sequence[AnswerProgress]) -> None:
+        """Send the results of a pass to the readers. The event loop is woken once for all of them."""
+        items: list[tuple[_Request, Item]] = []
         for one in progress:
-            answer = owners[id(one.generation)]
-            choice = answer.choices[id(one.generation)]
+            request = owners[id(one.generation)]
+            choice = request.choices[id(one.generation)]
             try:
                 if one.text:
-                    items.append((answer, _piece(choice, one.text, one.generation)))
+                    items.append((request, _piece(choice, one.text, one.generation)))
                 end = one.error or _piece(choice, "", one.generation, one.generation.stats.finish_reason)
             except EfficientLLMError as error:  # the engine was closed
                 end = error
             if one.is_over:
                 del owners[id(one.generation)]
-                answer.unfinished -= 1
-                items.append((answer, end))
-                if not answer.unfinished:
-                    items.append((answer, None))
+                request.unfinished -= 1
+                items.append((request, end))
+                if not request.unfinished:
+                    items.append((request, None))
         if items and self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._put, items)
 
-    def _put(self, items: Sequence[tuple[_Answer, Item]]) -> None:
-        for answer, item in items:
-            if item is None:  # the answer is whole, also where nobody reads it any more
-                self._free_place(answer)
-            answer.pieces.put_nowait(item)
+    def _put(self, items: Sequence[tuple[_Request, Item]]) -> None:
+        for request, item in items:
+            if item is None:  # the answer is complete, even if nothing reads it any more
+                self._free_place(request)
+            request.pieces.put_nowait(item)
 
-    def _free_place(self, answer: _Answer) -> None:
-        if answer.has_place:
-            answer.has_place = False
+    def _free_place(self, request: _Request) -> None:
+        if request.has_place:
+            request.has_place = False
             self.leave()
 
     def abort(self) -> None:
-        """Let every answer that somebody waits for, or will, end with an error that says why."""
+        """End every answer, now and later, with the error that the server stops."""
         self._is_aborted = True
-        for answer in self._read_now:
-            answer.pieces.put_nowait(stopping())
-        for awaited in self._prepared_now:
+        for request in self._streamed:
+            request.pieces.put_nowait(shutdown_error())
+        for awaited in self._prepared:
             if not awaited.done():
-                awaited.set_exception(stopping())
+                awaited.set_exception(shutdown_error())
 
     def close(self) -> None:
-        """Wait for the answers in progress, then free the engine."""
+        """Wait for the answers in progress and free the engine."""
         with self._changed:
             self._is_closing = True
             self._changed.notify()
         self._thread.join()
         self.engine.close()
+
+
+def _api_error(error: BaseException) -> APIError:
+    """Return the error of an engine or a generation as the client gets it."""
+    if isinstance(error, UnanswerableError):
+        return APIError(400, str(error))
+    is_ours = isinstance(error, EfficientLLMError)
+    message = str(error) if is_ours else f"the engine failed: {type(error).__name__}: {error}"
+    return APIError(500, message, "server_error")
 
 
 def _piece(choice: int, text: str, generation: Generation, finish_reason: str | None = None) -> Piece:

@@ -16,12 +16,12 @@ from efficientllm.runtime.base import flags
 from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.base.quantities import Figure, markdown_table
 from efficientllm.runtime.engines.artefact import Artefact
-from efficientllm.runtime.engines.attention import CANDIDATES
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
-from efficientllm.runtime.engines.llama_context import Attention, LlamaContext
+from efficientllm.runtime.engines.llama_context import AttentionSettings, LlamaContext
 from efficientllm.runtime.engines.llama_cpp import LlamaCppEngine
-from efficientllm.runtime.engines.owned import OwnedEngine
-from efficientllm.runtime.engines.protocol import Part
+from efficientllm.runtime.engines.protocol import Chunk
+from efficientllm.runtime.engines.scheduler import EngineScheduler
+from efficientllm.runtime.engines.tuning import CANDIDATES
 
 CONTEXT, DEPTH, CHAT, SUFFIX = 2048, 1536, 350, 24
 TOKENS = 8
@@ -50,21 +50,21 @@ class Side:
     close: Callable[[], object]
 
 
-def bare(engine: LlamaCppEngine, attention: Attention, threads: int) -> Side:
+def bare(engine: LlamaCppEngine, attention: AttentionSettings, threads: int) -> Side:
     """llama.cpp alone: sequence 0 is deep, sequence 1 a chat."""
     context = LlamaContext(engine._model, threads, attention, CONTEXT + CHAT + SUFFIX, 2)
     for sequence, length in ((0, DEPTH), (1, CHAT)):
         for begin in range(0, length, context.max_batch):
-            context.extend([Part(sequence, range(begin, min(begin + context.max_batch, length)))])
+            context.extend([Chunk(sequence, range(begin, min(begin + context.max_batch, length)))])
 
     def second_turn() -> None:
         context.truncate(1, CHAT)
-        context.extend([Part(1, range(CHAT, CHAT + SUFFIX))])
+        context.extend([Chunk(1, range(CHAT, CHAT + SUFFIX))])
 
-    return Side(str(attention), lambda: context.extend([Part(0, [5])]), second_turn, context.close)
+    return Side(str(attention), lambda: context.extend([Chunk(0, [5])]), second_turn, context.close)
 
 
-def ours(engine: OwnedEngine) -> Side:
+def ours(engine: EngineScheduler) -> Side:
     """The engine as everybody gets it."""
     deep, chat = engine.lease(), engine.lease()
     deep.begin(range(DEPTH))

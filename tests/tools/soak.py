@@ -22,7 +22,7 @@ from efficientllm.runtime.base import flags
 from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.base.quantities import Figure
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
-from efficientllm.runtime.engines.owned import OwnedEngine
+from efficientllm.runtime.engines.scheduler import EngineScheduler
 from efficientllm.server.app import AppOptions
 from efficientllm.server.models.pool import ModelPool
 
@@ -154,7 +154,7 @@ async def crowd(
     return Crowd(statuses, lost, crossed, memory, time.perf_counter() - began)
 
 
-def distinct_tokens(engine: OwnedEngine) -> dict[str, int]:
+def distinct_tokens(engine: EngineScheduler) -> dict[str, int]:
     """Tokens of letters, digits and "#": their texts tell them apart."""
     texts = ((token, engine.token_bytes(token)) for token in range(engine.vocab_size) if token not in engine.end_ids)
     return {data.decode(): token for token, data in texts if len(data) == 1 and (data.isalnum() or data == b"#")}

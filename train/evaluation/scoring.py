@@ -17,9 +17,8 @@ import numpy as np
 
 from ...runtime.base.errors import ModelError
 from ...runtime.base.files import sha256_of
-from ...runtime.engines.artefact import Artefact
+from ...runtime.engines.artefact import GENAI_CONFIG, Artefact
 from ...runtime.engines.engine import EngineOptions, load_engine
-from ...runtime.engines.manifest import GENAI_CONFIG
 from ...runtime.generation import AnswerOptions, Generation
 from ...runtime.sampling import log_softmax
 

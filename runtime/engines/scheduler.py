@@ -1,0 +1,349 @@
+"""Share one engine between threads and answers: leases of its sequences, and passes over their tokens.
+
+The sequence of an answer is in one of these states:
+
+    waiting  --step-->  leased  <--step-->  in a pass
+                         |  ^
+                 release |  | reacquire, or a prompt with the same prefix
+                         v  |
+                    idle (cached)  -->  evicted
+
+- waiting: the lease has tokens, but no sequence of the engine yet.
+- leased: the lease holds a sequence; its cache is kept until the release.
+- in a pass: the engine evaluates tokens of the sequence at this moment.
+- idle: no lease holds the sequence, but its tokens stay cached for later prompts.
+- evicted: the cache was emptied for other tokens. A lease whose sequence was taken is lost (`Lease.is_lost`).
+
+`scheduling_policy` decides which cache is taken or evicted and how many tokens a pass evaluates. `Batch`
+(`runtime/batch.py`) decides which answers take part. `EngineWorker` (`server/models/worker.py`) runs a batch in a
+thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from ..base.errors import ContextOverflowError, UsageError
+from .protocol import CacheFullError, Chunk, Embedder, Engine, EvaluationInterrupted, Pooling
+from .scheduling_policy import CachePool, PassTimes, SequenceCache, plan_pass
+
+MODEL_CLOSED = "the model is closed; load it again"
+SEQUENCE_LOST = (
+    "another answer started on this model; read one to its end first, load the model twice, or load it with "
+    "--parallel for several answers"
+)
+
+
+class EngineScheduler:
+    """A loaded `Engine` that any thread may use and any thread may close.
+
+    Threads take turns to evaluate. Closing waits for the calls in progress; later calls raise UsageError. Tokens are
+    evaluated under a lease. There may be more leases than sequences: a further one takes the sequence that was not used
+    for the longest time, and the lease that held it raises UsageError.
+
+    `_stepping` is the innermost lock, taken inside `_turn` or `_calls`. Those two are never held together.
+    """
+
+    def __init__(self, engine: Engine, sampling_defaults: Mapping[str, float] | None = None) -> None:
+        """Take over `engine`. `sampling_defaults`: fields of SamplingOptions that the model's maker chose."""
+        self._engine: Engine | None = engine
+        self.sampling_defaults = dict(sampling_defaults or {})
+        self._calls = threading.Condition()
+        """Guards `_engine` and `_num_calls`, the number of calls in progress."""
+        self._num_calls = 0
+        self._turn = threading.RLock()
+        """Held while tokens are evaluated. Reentrant, because garbage collection may release a lease meanwhile."""
+        self._caches = CachePool(engine)
+        self._stepping = threading.Lock()
+        """Guards `_in_pass`."""
+        self._in_pass: Sequence[Lease] = ()
+        """Leases whose tokens are being evaluated."""
+        self._own_lease = Lease(self)
+        """Sequence of `prefill` and `decode`. It is idle between two calls, because no call is known to be the last."""
+        self._own_turn = threading.RLock()
+        self.context_length, self.vocab_size, self.end_ids = engine.context_length, engine.vocab_size, engine.end_ids
+        self.chat_template, self.adds_bos = engine.chat_template, engine.adds_bos
+        self.bos_token, self.eos_token, self.control_texts = engine.bos_token, engine.eos_token, engine.control_texts
+        self.load_ms, self.kv_cache_bytes, self.settings = engine.load_ms, engine.kv_cache_bytes, engine.settings
+        self.num_sequences, self.cache_slots = engine.num_sequences, engine.cache_slots
+        self._pass_times: PassTimes | None = getattr(engine, "pass_times", None)
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[Engine]:
+        """Yield the engine, which is not closed before the block ends. Raise UsageError if it is closed."""
+        with self._calls:
+            if self._engine is None:
+                raise UsageError(MODEL_CLOSED)
+            engine = self._engine
+            self._num_calls += 1
+        try:
+            yield engine
+        finally:
+            with self._calls:
+                self._num_calls -= 1
+                self._calls.notify_all()
+
+    def tokenize(self, text: str, special: bool) -> list[int]:
+        """Return token ids, see `Engine.tokenize`. Raise UsageError for text that is not valid Unicode."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            reason = "a byte that is not UTF-8, or half of a surrogate pair"
+            raise UsageError(f"the text has an invalid character: {reason}; remove it") from error
+        with self._open() as engine:
+            return engine.tokenize(text, special)
+
+    def token_bytes(self, token: int) -> bytes:
+        """Return the UTF-8 bytes of a token, see `Engine.token_bytes`."""
+        with self._open() as engine:
+            return engine.token_bytes(token)
+
+    def vocabulary(self) -> list[bytes]:
+        """Return `token_bytes` of every token."""
+        with self._open() as engine:
+            return list(map(engine.token_bytes, range(self.vocab_size)))
+
+    def embed(self, tokens: Sequence[int], pooling: Pooling) -> np.ndarray:
+        """Return the embedding of a text, see `Embedder.embed`.
+
+        Raise UsageError if the engine has no embeddings, ContextOverflowError if the tokens do not fit.
+        """
+        if len(tokens) > self.context_length:
+            raise ContextOverflowError(
+                f"{len(tokens)} tokens do not fit the context window of {self.context_length}; "
+                "shorten the text or load with a larger --context"
+            )
+        with self._open() as engine:
+            if not isinstance(engine, Embedder):
+                raise UsageError("this engine has no embeddings; export the model with --target gguf")
+            return engine.embed(tokens, pooling)
+
+    def lease(self) -> Lease:
+        """Return a new lease without tokens."""
+        return Lease(self)
+
+    def prefill(self, tokens: Sequence[int]) -> np.ndarray:
+        """Make `tokens` the sequence of `decode` and return the last one's logits, fp32 [V].
+
+        A cached prefix is not evaluated again. Raise ContextOverflowError if the tokens do not fit.
+        """
+        with self._own_turn:
+            self._own_lease.begin(tokens)
+            logits = self._own_lease.evaluate()
+            self._own_lease.release(keep=True)
+            return logits
+
+    def decode(self, token: int) -> np.ndarray:
+        """Append one token to the sequence of `prefill` and return its logits, fp32 [V].
+
+        Raise UsageError if another answer took the sequence.
+        """
+        with self._own_turn:
+            self._own_lease.reacquire()
+            self._own_lease.append(token)
+            logits = self._own_lease.evaluate()
+            self._own_lease.release(keep=True)
+            return logits
+
+    def evaluate(self, tokens: Sequence[int], first: int) -> Iterator[np.ndarray]:
+        """Yield the logits of positions `first`, `first` + 1, ... of `tokens`, see `Engine.evaluate`.
+
+        All sequences of the engine are taken for it. Raise UsageError if another answer took one between two pieces.
+        """
+        holder, pieces, cache = object(), None, None
+        while True:
+            with self._open() as engine, self._turn:
+                if pieces is None or cache is None:
+                    self._check_length(tokens)
+                    cache = self._caches.hold_all(holder, tokens, first)
+                    pieces = engine.evaluate(tokens, first, len(cache.tokens))
+                    cache.tokens = []  # unknown until the last piece
+                if cache.holder is not holder:
+                    raise UsageError(SEQUENCE_LOST)
+                rows = next(pieces, None)
+                if rows is None:
+                    cache.tokens = list(tokens)
+                    self._caches.release_all(holder)
+                    return
+            yield rows
+
+    def step(self, leases: Sequence[Lease]) -> list[np.ndarray | None]:
+        """Evaluate tokens of the leases in one pass, chosen by `plan_pass`.
+
+        Return logits, fp32 [V], for every lease whose last token was evaluated, and None for the others. If a lease of
+        the pass is interrupted, nothing is evaluated and all are None. Raise UsageError if a lease lost its sequence,
+        ContextOverflowError if its tokens do not fit, CacheFullError if the tokens of all leases do not fit together.
+        """
+        with self._open() as engine, self._turn:
+            caches = [self._find_cache(lease) for lease in leases]
+            pending, last_used = [lease.num_pending for lease in leases], [cache.last_used for cache in caches]
+            counts = plan_pass(pending, last_used, engine.max_batch, self._pass_times)
+            planned = [(lease, count) for lease, count in zip(leases, counts, strict=True) if count]
+            chunks = [lease.next_chunk(count) for lease, count in planned]
+            self._caches.make_room(sum(counts))
+            try:
+                rows = iter(self._evaluate(engine, [lease for lease, _ in planned], chunks))
+            except EvaluationInterrupted:
+                return [None] * len(leases)
+            logits: dict[int, np.ndarray] = {}
+            for (lease, _), chunk in zip(planned, chunks, strict=True):
+                assert lease.cache is not None
+                lease.cache.tokens += chunk.tokens
+                self._caches.touch(lease.cache)
+                if chunk.wants_logits:
+                    logits[id(lease)] = next(rows)
+            return [logits.get(id(lease)) for lease in leases]
+
+    def _evaluate(self, engine: Engine, leases: Sequence[Lease], chunks: Sequence[Chunk]) -> list[np.ndarray]:
+        """Run one pass. Raise EvaluationInterrupted if one of `leases` is interrupted before or during it."""
+        with self._stepping:
+            if any(lease.is_interrupted for lease in leases):
+                raise EvaluationInterrupted
+            self._in_pass = leases
+            engine.resume()
+        try:
+            return self._extend(engine, chunks)
+        finally:
+            with self._stepping:
+                self._in_pass = ()
+
+    def _extend(self, engine: Engine, chunks: Sequence[Chunk]) -> list[np.ndarray]:
+        while True:
+            try:
+                return engine.extend(chunks)
+            except CacheFullError:  # sequences with a shared prefix can take more slots than they are counted for
+                if not self._caches.evict_idle():
+                    raise
+
+    def _find_cache(self, lease: Lease) -> SequenceCache:
+        """Return the cache of a lease, assigned now if it has none."""
+        if lease.cache is None:
+            self._check_length(lease.tokens)
+            lease.cache = self._caches.assign(lease, lease.tokens)
+            lease.cached_tokens = len(lease.cache.tokens)
+        elif lease.is_lost:
+            raise UsageError(SEQUENCE_LOST)
+        elif len(lease.tokens) > self.context_length:
+            raise ContextOverflowError(
+                f"the context window of {self.context_length} tokens is full; load with a larger --context"
+            )
+        return lease.cache
+
+    def _check_length(self, tokens: Sequence[int]) -> None:
+        if not tokens:
+            raise ValueError("the prompt has no tokens; give at least one")
+        if len(tokens) > self.context_length:
+            raise ContextOverflowError(
+                f"the prompt has {len(tokens)} tokens, the context window {self.context_length}; "
+                "shorten the prompt or load with a larger --context"
+            )
+
+    def release(self, lease: Lease, keep: bool) -> None:
+        """Make the sequence of `lease` idle, see `Lease.release`."""
+        with self._turn:
+            if lease.cache is not None and lease.cache.holder is lease:
+                lease.cache.holder = None
+            if not keep:
+                lease.cache = None
+
+    def reacquire(self, lease: Lease) -> None:
+        """Hold the sequence of `lease` again, see `Lease.reacquire`."""
+        with self._open(), self._turn:
+            cache = lease.cache
+            if cache is not None and (cache.holder is not None or cache.tokens != lease.tokens):
+                raise UsageError(SEQUENCE_LOST)
+            if cache is not None:
+                cache.holder = lease
+
+    def interrupt(self, lease: Lease) -> bool:
+        """End the pass in progress if `lease` takes part, see `Lease.interrupt`."""
+        with self._calls:  # keeps the engine from being closed between the check and the call
+            engine = self._engine
+            with self._stepping:
+                takes_part = engine is not None and any(one is lease for one in self._in_pass)
+                if engine is not None and takes_part:
+                    engine.interrupt()
+        return takes_part
+
+    @property
+    def used_slots(self) -> int:
+        """Return the number of tokens in the caches of answers in progress."""
+        return self._caches.held
+
+    def close(self) -> None:
+        """Free the model after the calls in progress. A second call does nothing."""
+        with self._calls:
+            engine, self._engine = self._engine, None
+            if engine is None:
+                return
+            self._calls.wait_for(lambda: not self._num_calls)
+        engine.close()
+
+
+class Lease:
+    """The right of one answer to a sequence of the engine, until `release` or until other answers need the sequence."""
+
+    def __init__(self, scheduler: EngineScheduler) -> None:
+        self._scheduler = scheduler
+        self.tokens: list[int] = []
+        """All tokens of the answer's sequence, evaluated or not."""
+        self.cache: SequenceCache | None = None
+        """The evaluated tokens. None before the first pass. Only the scheduler writes to it."""
+        self.cached_tokens = 0
+        """Number of tokens that were cached already when the sequence was assigned."""
+        self.is_interrupted = False
+
+    def begin(self, tokens: Sequence[int]) -> None:
+        """Replace the sequence by `tokens`, without evaluating them yet."""
+        self._scheduler.release(self, keep=False)
+        self.tokens = list(tokens)
+
+    def append(self, token: int) -> None:
+        """Append one token, without evaluating it yet."""
+        self.tokens.append(token)
+
+    @property
+    def num_pending(self) -> int:
+        """Return the number of tokens that are not evaluated yet."""
+        return len(self.tokens) - (0 if self.cache is None else len(self.cache.tokens))
+
+    @property
+    def is_lost(self) -> bool:
+        """Return True if another answer took the sequence."""
+        return self.cache is not None and self.cache.holder is not self
+
+    def next_chunk(self, count: int) -> Chunk:
+        """Return the first `count` pending tokens as part of a pass."""
+        assert self.cache is not None
+        begin = len(self.cache.tokens)
+        tokens = self.tokens[begin : begin + count]
+        return Chunk(self.cache.sequence, tokens, wants_logits=begin + count == len(self.tokens))
+
+    def evaluate(self) -> np.ndarray:
+        """Evaluate all pending tokens and return the last one's logits, fp32 [V]. See `EngineScheduler.step`."""
+        while (logits := self._scheduler.step([self])[0]) is None:
+            pass
+        return logits
+
+    def interrupt(self) -> bool:
+        """Evaluate no more tokens of this lease; may be called from any thread.
+
+        Return True if the lease takes part in the pass in progress, which then ends as soon as the engine can.
+        """
+        self.is_interrupted = True
+        return self._scheduler.interrupt(self)
+
+    def release(self, keep: bool = False) -> None:
+        """Make the sequence idle. Its tokens stay cached for prompts with the same prefix.
+
+        With `keep`, `reacquire` may continue it.
+        """
+        self._scheduler.release(self, keep)
+
+    def reacquire(self) -> None:
+        """Hold the sequence again after `release(keep=True)`. Raise UsageError if it was used in between."""
+        self._scheduler.reacquire(self)

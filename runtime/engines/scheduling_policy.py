@@ -1,0 +1,235 @@
+"""Decide which sequence of an engine serves a prompt, which cache is evicted, and how many tokens a pass evaluates.
+
+`EngineScheduler` carries these decisions out. `Batch` decides before them which answers are computed at all.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from .protocol import Engine
+
+MIN_REUSED_SHARE = 0.5
+"""Least share of a cache that a new prompt must begin with to take the cache over. Below it, the prefix is copied."""
+
+PREFILL_BESIDE_DECODES = 128
+"""Largest number of prompt tokens in a pass that also decodes. The decodes wait for them."""
+
+MIN_SPEED_SHARE = 0.97
+"""Share of the best throughput from which a larger pass is preferred, because fewer answers wait for the next pass."""
+
+MAX_RANGES = 3
+"""Largest number of ranges of pass sizes that are printed one by one. More of them are noise."""
+
+
+@dataclass(eq=False)
+class SequenceCache:
+    """Tokens in the KV cache of one sequence of the engine."""
+
+    sequence: int
+    tokens: list[int] = field(default_factory=list)
+    holder: object = None
+    """The lease that the sequence belongs to. None: the cache is idle."""
+    shared: int = 0
+    """Tokens at the beginning that are copies of another sequence's and take no slots of their own."""
+    last_used: int = 0
+    """Number of the last use. A smaller one is longer ago."""
+
+
+class CachePool:
+    """The caches of all sequences of one engine. The caller must have the engine to itself."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._caches = [SequenceCache(sequence) for sequence in range(engine.num_sequences)]
+        self._clock = itertools.count(1)
+
+    def assign(self, holder: object, tokens: Sequence[int]) -> SequenceCache:
+        """Return a cache for `holder` with the longest cached prefix of `tokens`.
+
+        The last token is always evaluated, because its logits are needed. A sequence of another holder is taken only if
+        all are held.
+        """
+        limit = len(tokens) - 1
+        common = {cache.sequence: common_length(cache.tokens, tokens, limit) for cache in self._caches}
+        best = max(self._caches, key=lambda cache: (common[cache.sequence], cache.holder is None))
+        length = common[best.sequence]
+        # Taking over a long cache for a short prefix would evict the rest of it. Then the prefix is copied instead.
+        is_reusable = best.holder is None and length >= MIN_REUSED_SHARE * len(best.tokens)
+        chosen = (
+            best if is_reusable else min(self._caches, key=lambda cache: (cache.holder is not None, cache.last_used))
+        )
+        if chosen is best:
+            self._truncate(chosen, length)
+        else:
+            self._truncate(chosen, 0)
+            if length:
+                self._engine.copy(best.sequence, chosen.sequence, length)
+                chosen.tokens, chosen.shared = best.tokens[:length], length
+        chosen.holder = holder
+        self.touch(chosen)
+        return chosen
+
+    def touch(self, cache: SequenceCache) -> None:
+        """Record a use of `cache`."""
+        cache.last_used = next(self._clock)
+
+    def make_room(self, num_tokens: int) -> None:
+        """Evict idle caches until `num_tokens` more fit or no cache is idle."""
+        while self.used + num_tokens > self._engine.cache_slots and self.evict_idle():
+            pass
+
+    def evict_idle(self) -> bool:
+        """Evict the least recently used idle cache. Return False if there is none."""
+        idle = [cache for cache in self._caches if cache.holder is None and cache.tokens]
+        if idle:
+            self._truncate(min(idle, key=lambda cache: cache.last_used), 0)
+        return bool(idle)
+
+    @property
+    def used(self) -> int:
+        """Return the number of cached tokens, with shared ones counted once."""
+        return sum(len(cache.tokens) - min(cache.shared, len(cache.tokens)) for cache in self._caches)
+
+    @property
+    def held(self) -> int:
+        """Return the number of cached tokens under a lease."""
+        return sum(len(cache.tokens) for cache in self._caches if cache.holder is not None)
+
+    def hold_all(self, holder: object, tokens: Sequence[int], limit: int) -> SequenceCache:
+        """Give all sequences to `holder`; return sequence 0 with at most `limit` cached tokens of `tokens`.
+
+        The other sequences are emptied, whoever held them.
+        """
+        for cache in self._caches:
+            cache.holder = holder
+            self._truncate(cache, 0 if cache.sequence else common_length(cache.tokens, tokens, limit))
+        return self._caches[0]
+
+    def release_all(self, holder: object) -> None:
+        """Make every sequence of `holder` idle."""
+        for cache in self._caches:
+            if cache.holder is holder:
+                cache.holder = None
+
+    def _truncate(self, cache: SequenceCache, length: int) -> None:
+        if length < len(cache.tokens):
+            self._engine.truncate(cache.sequence, length)
+            del cache.tokens[length:]
+        cache.shared = min(cache.shared, length)
+
+
+def common_length(cached: Sequence[int], tokens: Sequence[int], limit: int) -> int:
+    """Return the length of the common prefix, at most `limit`."""
+    limit = min(limit, len(cached))
+    if list(cached[:limit]) == list(tokens[:limit]):  # the next turn of a chat: one fast comparison
+        return limit
+    common = 0
+    while cached[common] == tokens[common]:
+        common += 1
+    return common
+
+
+@dataclass(frozen=True)
+class PassTimes:
+    """Measured times of passes that decode one token for each of 1, 2, ... sequences."""
+
+    milliseconds: tuple[float, ...]
+
+    @property
+    def largest(self) -> int:
+        """Return the largest number of sequences that was measured."""
+        return len(self.milliseconds)
+
+    def num_decodes(self, waiting: int, prompt_tokens: int = 0) -> int:
+        """Return how many of `waiting` decodes one pass serves beside `prompt_tokens` tokens of prompts.
+
+        That is the number with the most tokens per second. The other answers are served by the next pass.
+        """
+        speeds = {
+            number: (number + prompt_tokens) / self._ms(number + prompt_tokens) for number in range(1, waiting + 1)
+        }
+        least = MIN_SPEED_SHARE * max(speeds.values())
+        return max(number for number, speed in speeds.items() if speed >= least)
+
+    def _ms(self, num_tokens: int) -> float:
+        """Return the time of a pass. Beyond the measured sizes it grows in proportion to the tokens."""
+        if num_tokens <= self.largest:
+            return self.milliseconds[num_tokens - 1]
+        return self.milliseconds[-1] * num_tokens / self.largest
+
+    def __str__(self) -> str:
+        """Return the pass sizes in use, such as "1 or 8 to 10 answers a pass"."""
+        sizes = sorted({self.num_decodes(waiting) for waiting in range(1, self.largest + 1)})
+        starts = [size for size in sizes if size - 1 not in sizes]
+        ends = [size for size in sizes if size + 1 not in sizes]
+        if len(starts) > MAX_RANGES:
+            starts, ends = starts[:1], ends[-1:]
+        ranges = [f"{low}" if low == high else f"{low} to {high}" for low, high in zip(starts, ends, strict=True)]
+        listed = " or ".join([*filter(None, [", ".join(ranges[:-1])]), ranges[-1]])
+        return f"{listed} answer{'' if sizes == [1] else 's'} a pass"
+
+    @classmethod
+    def parse(cls, text: str, num_sequences: int) -> PassTimes | None:
+        """Return the times that `to_text` wrote for `num_sequences`, or None if `text` is anything else."""
+        try:
+            values = tuple(map(float, json.loads(text)))
+        except (ValueError, TypeError, RecursionError):
+            return None
+        is_valid = len(values) == num_sequences and all(math.isfinite(value) and value > 0 for value in values)
+        return cls(values) if is_valid else None
+
+    def to_text(self) -> str:
+        """Return the times as JSON, rounded to 0.1 microseconds."""
+        return json.dumps([max(round(value, 4), 1e-4) for value in self.milliseconds])
+
+
+def plan_pass(pending: Sequence[int], last_used: Sequence[int], max_tokens: int, times: PassTimes | None) -> list[int]:
+    """Return how many tokens of each sequence the next pass evaluates, `max_tokens` together.
+
+    `pending`: tokens of each sequence that are not evaluated yet; one of them is a decode, more are a prompt.
+    `last_used`: number of each sequence's last pass. `times`: measured times of passes, if the engine has them.
+
+    Without `times` every decode is in every pass. With them, a pass takes the number of decodes with the best measured
+    throughput. A larger pass is not always faster: on AVX-512, q8_0 takes four times as long for two tokens as for
+    one. The decodes that were served longest ago come first, so that all answers take turns.
+    """
+    counts = split_pass(pending, max_tokens)
+    if times is None:
+        return counts
+    decodes = [index for index, number in enumerate(pending) if number == 1]
+    prompts = [index for index, count in enumerate(counts) if count]
+    if decodes:
+        served = times.num_decodes(len(decodes), sum(counts) - len(decodes))
+        for index in sorted(decodes, key=last_used.__getitem__)[served:]:
+            counts[index] = 0
+    elif len(prompts) == 1 and counts[prompts[0]] <= times.largest:
+        # A short question on a long chat: a few tokens are faster in passes of a good size, too.
+        counts[prompts[0]] = times.num_decodes(counts[prompts[0]])
+    return counts
+
+
+def split_pass(pending: Sequence[int], max_tokens: int) -> list[int]:
+    """Return how many pending tokens of each sequence fit into a pass of `max_tokens`.
+
+    All decodes come first. Beside them, prompts share at most PREFILL_BESIDE_DECODES tokens. A quarter of the room is
+    for the prompt that came first, so that a long prompt is not starved by any number of short ones. The rest is for
+    the shortest prompts, which then reach their first token soonest.
+    """
+    counts = [int(number == 1) for number in pending]
+    room = max_tokens - sum(counts)
+    if any(counts):
+        room = min(room, PREFILL_BESIDE_DECODES)
+    prompts = [index for index, number in enumerate(pending) if number > 1]
+    if prompts:
+        counts[prompts[0]] = min(pending[prompts[0]], room // 4)
+        room -= counts[prompts[0]]
+    for index in sorted(prompts, key=pending.__getitem__):
+        more = min(pending[index] - counts[index], room)
+        counts[index] += more
+        room -= more
+    return counts

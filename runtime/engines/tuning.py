@@ -1,0 +1,208 @@
+"""Measure which llama.cpp settings are fastest for a model on this machine, when it is first loaded there.
+
+Two choices depend on the CPU in ways that no rule covers:
+
+- Attention kernel and cache type. The flash attention kernel for CPUs is slow for passes of fewer than 64 tokens over
+  an fp16 cache: on some CPUs by half, on others hardly. Over a Q8_0 cache it is as fast as the plain kernel, which pads
+  the values of an irregular model to its widest layer.
+- Pass size. A single token has kernels of its own. The kernels for several tokens gain nothing below eight rows on
+  some CPUs (with q8_0 on AVX-512, two tokens take four times as long as one). On others they need multiples of four
+  rows (q4_0). With AMX every row gains.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import platform
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ..base.errors import ArtefactError
+from ..base.progress import PROGRESS_LOGGER
+from .engine import CacheChoice
+from .file_cache import cached
+from .llama_context import AttentionSettings, LlamaContext
+from .protocol import Chunk
+from .scheduling_policy import PassTimes
+
+PLAIN = AttentionSettings("f16", False)
+FLASH = AttentionSettings("f16", True)
+FLASH_Q8_0 = AttentionSettings("q8_0", True)
+
+CANDIDATES: dict[CacheChoice, tuple[AttentionSettings, ...]] = {
+    "auto": (FLASH_Q8_0, PLAIN, FLASH),
+    "f16": (PLAIN, FLASH),
+    "q8_0": (FLASH_Q8_0,),
+    "f32": (AttentionSettings("f32", False), AttentionSettings("f32", True)),
+}
+"""Requested cache type -> settings to measure. Plain attention cannot read quantised values."""
+
+MAX_SECONDS = 4.0
+"""Time limit. An attention test fills the cache in about this time; pass sizes start no measurement after it."""
+
+DEEP_TOKENS = 512
+"""Cached tokens of the deep attention tests."""
+FAR_TOKENS = 1536
+"""Cached tokens that the deep attention tests are extrapolated to, on the line through the time of an empty cache."""
+MAX_CHATS = 8
+"""Largest number of chats of an attention test."""
+SUFFIX_TOKENS = 24
+"""Tokens of a short prompt on a long cache, such as the next turn of a chat."""
+OTHER_CHAT_TOKENS = 16
+"""Cached tokens of every other chat."""
+ATTENTION_REPETITIONS = 6
+"""Passes per attention test. The fastest counts, because other processes may use the machine."""
+ROUNDS = 2
+
+PASS_DEPTH = 256
+"""Cached tokens of each chat in the passes. The chats share this prefix."""
+PASS_REPETITIONS = 3
+"""Passes per size, of which the fastest counts."""
+
+
+def choose_attention(
+    path: Path,
+    release: str,
+    wanted: CacheChoice,
+    num_sequences: int,
+    make_context: Callable[[AttentionSettings, int, int], LlamaContext],
+) -> AttentionSettings:
+    """Return the fastest settings for the model file at `path`, as measured now or earlier on this machine.
+
+    `release`: version, build and threads that the result depends on. `make_context(settings, slots, num_sequences)`
+    makes a context of the model.
+    """
+    num_sequences = min(num_sequences, MAX_CHATS)
+    candidates = CANDIDATES[wanted]
+    if len(candidates) == 1:
+        return candidates[0]
+
+    def measure() -> str:
+        logging.getLogger(PROGRESS_LOGGER).info("measuring which attention is fastest for %s", path.name)
+        return str(fastest_attention(candidates, num_sequences, make_context))
+
+    names = {str(candidate): candidate for candidate in candidates}
+    beside = f" beside {num_sequences - 1} others" if num_sequences > 1 else ""
+    key = f"attention of {', '.join(names)}{beside} on {platform.node()} ({release})"
+    return names[cached(key, [path], measure, names.__contains__)]
+
+
+def fastest_attention(
+    candidates: Sequence[AttentionSettings],
+    num_sequences: int,
+    make_context: Callable[[AttentionSettings, int, int], LlamaContext],
+) -> AttentionSettings:
+    """Return the candidate with the least mean, over all tests, of its time relative to the best candidate's."""
+    with contextlib.ExitStack() as stack:
+        contexts: dict[AttentionSettings, LlamaContext] = {}
+        other_slots = num_sequences * (OTHER_CHAT_TOKENS + 2 * ATTENTION_REPETITIONS)
+        slots = DEEP_TOKENS + SUFFIX_TOKENS + 4 * ATTENTION_REPETITIONS + other_slots
+        for candidate in candidates:
+            with contextlib.suppress(ArtefactError):  # heads without whole Q8_0 blocks
+                contexts[candidate] = make_context(candidate, slots, num_sequences)
+                stack.callback(contexts[candidate].close)
+        if not contexts:
+            names = ", ".join(map(str, candidates))
+            raise ArtefactError(
+                f"llama.cpp makes no context of this model with any of: {names}; use another --kv-cache"
+            )
+        # The candidates take turns, so that other load on the machine affects all of them alike.
+        rounds = [[_attention_seconds(context, num_sequences) for context in contexts.values()] for _ in range(ROUNDS)]
+    times = np.min(rounds, axis=0)  # [candidates, tests]
+    relative = times / times.min(axis=0)
+    return list(contexts)[int(relative.mean(axis=1).argmin())]
+
+
+def _attention_seconds(context: LlamaContext, num_sequences: int) -> list[float]:
+    """Return the seconds of all tests of one candidate.
+
+    The tests are: a token on an empty cache, on a deep one and on FAR_TOKENS, and a short suffix on a deep cache. With
+    several sequences also: a token of each in one pass, and a token of one while the others' past fills the cache.
+    """
+
+    def fastest(sequences: Sequence[int]) -> float:
+        return min(_pass_seconds(context, sequences) for _ in range(ATTENTION_REPETITIONS))
+
+    def far(seconds: float) -> float:
+        return max(seconds, empty + (seconds - empty) * FAR_TOKENS / depth)
+
+    for sequence in range(num_sequences):
+        context.truncate(sequence, 0)
+    begun = _pass_seconds(context, [0], 64)
+    depth = min(DEEP_TOKENS, max(128, int(64 * MAX_SECONDS / begun)))
+    empty = fastest([0])
+    if rest := depth - 64 - ATTENTION_REPETITIONS:
+        _pass_seconds(context, [0], rest)
+    deep = fastest([0])
+    suffix = _pass_seconds(context, [0], SUFFIX_TOKENS)
+    seconds = [empty, deep, far(deep), suffix]
+    if num_sequences > 1:
+        _pass_seconds(context, range(1, num_sequences), OTHER_CHAT_TOKENS)
+        seconds.append(fastest(range(num_sequences)))
+        # The kernel also reads the slots of other chats, so their past costs time.
+        seconds.append(far(fastest([1])))
+    return seconds
+
+
+def measure_pass_times(path: Path, release: str, context: LlamaContext, num_sequences: int) -> PassTimes:
+    """Return the pass times of the model file at `path`, as measured now or earlier on this machine.
+
+    `release`: version, build, threads and attention that the result depends on. `context` is empty afterwards.
+    """
+
+    def measure() -> str:
+        logging.getLogger(PROGRESS_LOGGER).info("measuring how many answers a pass of %s should serve", path.name)
+        return PassTimes(tuple(_all_pass_ms(context, num_sequences))).to_text()
+
+    def is_valid(text: str) -> bool:
+        return PassTimes.parse(text, num_sequences) is not None
+
+    key = f"milliseconds of passes for {num_sequences} on {platform.node()} ({release})"
+    times = PassTimes.parse(cached(key, [path], measure, is_valid), num_sequences)
+    assert times is not None
+    return times
+
+
+def _all_pass_ms(context: LlamaContext, num_sequences: int) -> list[float]:
+    """Return the milliseconds of a pass over one token of 1, 2, ... sequences each.
+
+    Sizes that were not measured in time are interpolated linearly.
+    """
+    depth = min(PASS_DEPTH, context.slots // 2)
+    context.extend([Chunk(0, [0] * depth, wants_logits=False)])
+    for sequence in range(1, num_sequences):
+        context.copy(0, sequence, depth)
+    began, measured = time.perf_counter(), {}
+    for size in _sizes_to_measure(num_sequences):
+        if measured and time.perf_counter() - began > MAX_SECONDS:
+            break
+        measured[size] = min(_pass_ms(context, size, depth) for _ in range(PASS_REPETITIONS))
+    for sequence in range(num_sequences):
+        context.truncate(sequence, 0)
+    sizes = sorted(measured)
+    return list(np.interp(range(1, num_sequences + 1), sizes, [measured[size] for size in sizes]))
+
+
+def _sizes_to_measure(num_sequences: int) -> Sequence[int]:
+    """Return 1 to `num_sequences`: first the largest and 1, then multiples of the highest powers of two."""
+    ends = (1, num_sequences)
+    return sorted(range(1, num_sequences + 1), key=lambda size: (size not in ends, -(size & -size), size))
+
+
+def _pass_ms(context: LlamaContext, num_sequences: int, depth: int) -> float:
+    """Return the milliseconds of a pass over one token of each sequence, and cut the caches back to `depth` tokens."""
+    milliseconds = 1e3 * _pass_seconds(context, range(num_sequences))
+    for sequence in range(num_sequences):
+        context.truncate(sequence, depth)
+    return milliseconds
+
+
+def _pass_seconds(context: LlamaContext, sequences: Sequence[int], num_tokens: int = 1) -> float:
+    """Return the seconds of a pass that appends `num_tokens` tokens to each sequence."""
+    began = time.perf_counter()
+    context.extend([Chunk(sequence, [0] * num_tokens) for sequence in sequences])
+    return time.perf_counter() - began
