@@ -17,7 +17,7 @@ import torch
 from exporting import EVERY_KIND, EXACT, SHAPES, TOKENS
 from safetensors.torch import load_file, save_file
 from stored import STORED, STORED_WAYS, store
-from tiny import LLAMA3_ROPE, SIMILAR, UNEQUAL, tiny_architecture
+from tiny import LLAMA3_ROPE, SIMILAR, TWO_FACTORS, UNEQUAL, tiny_architecture
 from tokenizers import Tokenizer
 
 from efficientllm.runtime.base.errors import ArtefactError, ContextOverflowError
@@ -111,6 +111,16 @@ def test_calibration_brings_int4_closer(save_tiny: Callable[..., Path], corpus: 
         assert export(checkpoint, tmp_path / name, *flags) == 0
         kl.append(Manifest.read(tmp_path / name).verification["quantized"]["mean_kl"])
     assert kl[1] < kl[0]
+
+
+@pytest.mark.slow
+def test_ropes_that_differ_in_their_factor_have_tables_of_their_own(
+    save_tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    architecture = tiny_architecture("gemma3_text", UNEQUAL[:2])
+    checkpoint = save_tiny(architecture, rope_parameters=TWO_FACTORS, sliding_window_pattern=2)
+    assert export(checkpoint, tmp_path / "pte", "--quantize", "f32") == 0
+    assert Manifest.read(tmp_path / "pte").verification["exact"]["max_logit_difference"] < 1e-3
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from exporting import EVERY_KIND, EXACT, SHAPES, TOKENS, export
-from tiny import LLAMA3_ROPE, SIMILAR, UNEQUAL, tiny_architecture
+from tiny import LLAMA3_ROPE, SIMILAR, TWO_FACTORS, UNEQUAL, tiny_architecture
 
 from efficientllm.export.exporter_config import OnnxDecoderConfig
 from efficientllm.runtime.base.command import run_command
@@ -180,6 +180,18 @@ def test_tied_quantised_weights_are_stored_once(save_tiny: Callable[..., Path], 
 def test_llama3_rope_scaling(save_tiny: Callable[..., Path], tmp_path: Path) -> None:
     checkpoint = save_tiny(tiny_architecture(), rope_parameters=LLAMA3_ROPE)
     assert export(checkpoint, "onnx", tmp_path / "onnx", "--quantize", "f32") == 0
+
+
+def test_ropes_that_differ_in_their_factor_have_tables_of_their_own(
+    save_tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    import onnx
+
+    checkpoint = save_tiny(tiny_architecture("gemma3_text"), rope_parameters=TWO_FACTORS)
+    assert export(checkpoint, "onnx", tmp_path / "onnx", "--quantize", "f32") == 0
+    assert Manifest.read(tmp_path / "onnx").verification["exact"]["max_logit_difference"] < 1e-3
+    graph = onnx.load(tmp_path / "onnx" / "model.onnx", load_external_data=False).graph
+    assert sum(value.name.startswith("cos") for value in graph.initializer) == 2  # three layers share them
 
 
 def test_both_engines_give_the_same_text(artefact: Path, exported: Callable[..., Path]) -> None:

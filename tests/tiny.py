@@ -27,6 +27,9 @@ LLAMA3_ROPE = {
 }
 """Llama 3's rope scaling, with a context short enough for tiny models to notice."""
 
+TWO_FACTORS = {"full_attention": LLAMA3_ROPE, "sliding_attention": {**LLAMA3_ROPE, "factor": 2.0}}
+"""Rope parameters of a Gemma 3 whose layers with and without window differ in `factor` only."""
+
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "gpt_neox": {"rotary_pct": 0.5, "rotary_emb_base": 5000.0},

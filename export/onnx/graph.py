@@ -202,7 +202,7 @@ class GraphBuilder(GraphValues):
     def _rotary_tables(self, settings: LayerAttention) -> list[ir.Value]:
         """cos and sin [C, D / 2]; layers with one rotary embedding share them."""
         assert settings.rope is not None
-        key = (settings.rope["rope_theta"], settings.rope["rope_type"])
+        key = settings.rotary_key
         if key not in self.tables:
             name = f"_{len(self.tables)}" if self.tables else ""
             head_dim, length = self.architecture.head_dim, self.checkpoint.context_length

@@ -35,8 +35,8 @@ class GraphValues:
         self.dtype = np.float16 if bits.head == 16 else np.float32
         """Of activations, caches and matrices that are not quantised; logits are fp32."""
         self.element = ir.DataType.FLOAT16 if bits.head == 16 else ir.DataType.FLOAT
-        self.tables: dict[tuple[float, str], list[ir.Value]] = {}
-        """Of the rotary embeddings, by their parameters."""
+        self.tables: dict[str, list[ir.Value]] = {}
+        """Of the rotary embeddings, by LayerAttention.rotary_key."""
         self.nodes: list[ir.Node] = []
         self.initializers: list[ir.Value] = []
         self.inputs: list[ir.Value] = []

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...train.model.architecture import LayerShape
 from ..checkpoint import Checkpoint
-from ..decoder_modules import Attention, Decoder, rotary_key
+from ..decoder_modules import Attention, Decoder
 from ..layer_attention import LayerAttention
 
 
@@ -42,7 +42,7 @@ class PortableAttention(Attention):
         query, key, value = (part.transpose(1, 2) for part in self.project(x))
         settings, mask = self.settings, context.mask
         if settings.rope is not None:
-            cos, sin = context.rotary[rotary_key(settings)]
+            cos, sin = context.rotary[settings.rotary_key]
             rotary_dim = settings.rotary_dim if settings.rotary_dim < self.head_dim else 0
             query, key = (
                 torch.onnx.ops.rotary_embedding(part, cos, sin, context.positions, rotary_embedding_dim=rotary_dim)
