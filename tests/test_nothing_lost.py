@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -24,6 +25,7 @@ from efficientllm.runtime.base.errors import UsageError
 from efficientllm.runtime.base.files import folder_written_atomically
 from efficientllm.runtime.base.output import check_output, locked_output
 from efficientllm.train import OptimizerConfig, RunConfig, TrainConfig, trainer
+from efficientllm.train.measuring import Measuring
 from efficientllm.train.run_folder import damage, foreign_files
 
 ERRORS = pytest.CaptureFixture[str]
@@ -384,6 +386,84 @@ def test_a_damaged_config_and_odd_settings_are_one_line_or_read_back(
     assert "config.toml is damaged" in one_line(capsys)
     config = TrainConfig(run=RunConfig(output="runs/😀"), optimizer=OptimizerConfig(max_grad_norm=float("inf")))
     assert flags.merge(TrainConfig(), flags.read_toml(config.to_toml()), "") == config
+
+
+# -- the end of a run
+
+
+def stop_while_measuring(name: str, monkeypatch: pytest.MonkeyPatch, number: int = signal.SIGTERM) -> list[str]:
+    """Send a signal when a measurement of the final model begins; returns the folder's files at that time."""
+    measure, seen = getattr(Measuring, name), []
+
+    def stopping(self: Measuring, stage: str, *more: Any) -> None:
+        if stage == "final":
+            seen.extend(sorted(os.listdir(self.plan.folder)))
+            os.kill(os.getpid(), number)
+        measure(self, stage, *more)
+
+    monkeypatch.setattr(Measuring, name, stopping)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("measurement", "number", "more"),
+    [
+        ("stage", signal.SIGTERM, ("--qat", "q4_0", "--compact-every", "3", "--checkpoint-every", "0")),
+        ("quality", signal.SIGINT, ()),
+    ],
+)
+def test_a_stop_while_the_final_model_is_measured_keeps_it_and_only_the_measuring_is_repeated(
+    measurement: str,
+    number: int,
+    more: tuple[str, ...],
+    source_folder: Path,
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: ERRORS,
+) -> None:
+    straight = command(source_folder, corpus, tmp_path / "straight", *more, "--quality")
+    assert run(straight) == 0
+    folder = tmp_path / "stopped"
+    arguments = command(source_folder, corpus, folder, *more, "--quality")
+    with monkeypatch.context() as patch:
+        seen = stop_while_measuring(measurement, patch, number)
+        capsys.readouterr()
+        assert run(arguments) == 130
+    assert {"model", "checkpoints"} <= set(seen)
+    name = signal.Signals(number).name
+    expected = f"stopped by {name} while the final model was measured; {folder / 'model'} is written"
+    assert one_line_of(capsys) == f"{expected}; --resume repeats only the measuring"
+    assert same_weights(folder, tmp_path / "straight")
+    assert (folder / "checkpoints" / "step-00000020").is_dir()
+    assert foreign_files(folder) == []
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Trainer, "_step", lambda self: pytest.fail("it was trained to its end"))
+        assert run([*arguments, "--resume"]) == 0
+    assert metrics(folder) == metrics(tmp_path / "straight")
+    for file in sorted((tmp_path / "straight" / "model").iterdir()):
+        ours, theirs = (folder / "model" / file.name).read_bytes(), file.read_bytes()
+        if file.name == "training.json":
+            ours, theirs = (json.dumps(json.loads(each) | {"seconds": 0}).encode() for each in (ours, theirs))
+        assert ours == theirs or file.name == "README.md", file.name  # which says how many seconds it took
+    assert sorted(os.listdir(folder)) == sorted(os.listdir(tmp_path / "straight"))
+    assert run([*arguments, "--resume"]) == 2
+    assert "is finished; its model is" in one_line_of(capsys)
+
+
+def test_a_model_that_was_not_measured_and_has_no_checkpoint_is_not_trained_again(
+    source_folder: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: ERRORS
+) -> None:
+    """The disk had room for the model alone."""
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(trainer.shutil, "disk_usage", lambda path: usage._replace(free=1_000_000))
+    with monkeypatch.context() as patch:
+        stop_while_measuring("stage", patch)
+        assert run(command(source_folder, corpus, tmp_path / "run")) == 130
+    assert one_line_of(capsys).endswith("is written; measure it with efficientllm-eval")
+    assert run(command(source_folder, corpus, tmp_path / "run", "--resume")) == 2
+    assert "holds a model that was not measured and no checkpoint" in one_line_of(capsys)
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
 
 
 # -- the disk and the text

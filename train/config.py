@@ -106,7 +106,7 @@ class RunConfig:
     resume: bool = False
     """Continue from the last complete checkpoint in --output."""
     checkpoint_every: int = flags.number(200, at_least=0)
-    """Optimizer steps between checkpoints; 0 writes none."""
+    """Optimizer steps between checkpoints; 0: only after the last step and where a signal stops the run."""
     eval_every: int = flags.number(0, at_least=0)
     """Optimizer steps between measurements of the held-out loss along the run; 0: none."""
     keep: int = flags.number(2, at_least=1)

@@ -16,12 +16,11 @@ from ..runtime.base.progress import ProgressDisplay
 from ..runtime.engines.contract_text import one_line
 from .compute.loss import perplexity
 from .data.packing import held_out_windows
-from .evaluation.quality.contract import contract
-from .evaluation.quality.measure import Quality, measure_quality
+from .evaluation.quality.measure import Quality, contract, measure_quality
 from .evaluation.torch_model import TorchModel
-from .metrics import MetricsWriter
 from .plan import RunPlan
-from .progress import Progress
+from .reporting.metrics import MetricsWriter, Progress
+from .stop_signal import StopSignal
 from .vocabulary.recoding import Reading
 
 QUALITY_BATCH_TOKENS = 2048
@@ -31,9 +30,9 @@ QUALITY_BATCH_TOKENS = 2048
 class Measuring:
     """The measurements of one run; their values go into its progress and its metrics."""
 
-    def __init__(self, plan: RunPlan, held_out: np.ndarray, metrics: MetricsWriter) -> None:
-        """`held_out` are windows [n, S + 1]."""
-        self.plan, self.held_out, self.metrics = plan, held_out, metrics
+    def __init__(self, plan: RunPlan, held_out: np.ndarray, metrics: MetricsWriter, stop_signal: StopSignal) -> None:
+        """`held_out` are windows [n, S + 1]. Every measurement but `is_sound` raises StopRequested on a signal."""
+        self.plan, self.held_out, self.metrics, self.stop_signal = plan, held_out, metrics, stop_signal
         self.tokenizer = plan.tokenizer
 
     def read_with(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -55,7 +54,8 @@ class Measuring:
         return math.log2(perplexity) * predicted.size / max(1, size)
 
     def held_out_perplexity(self, loss: nn.Module) -> float:
-        return perplexity(loss, self.held_out, self.plan.config.optimizer.batch_size, self.plan.compute.parallel.device)
+        batch_size, device = self.plan.config.optimizer.batch_size, self.plan.compute.parallel.device
+        return perplexity(loss, self.held_out, batch_size, device, self.stop_signal.check)
 
     def is_sound(self, loss: nn.Module) -> bool:
         """Whether the weights as they are now give a finite loss: a checkpoint of others would only fail again."""
@@ -99,10 +99,12 @@ class Measuring:
         hardware, was_training = self.plan.compute.hardware, model.training
         is_bfloat16 = hardware.dtype == torch.bfloat16
         scored = TorchModel(model, self.tokenizer, hardware.device, is_bfloat16, QUALITY_BATCH_TOKENS)
+        hook = model.register_forward_pre_hook(lambda *_: self.stop_signal.check_alone())
         try:
             with torch.compiler.set_stance("force_eager"):  # every length would be compiled
                 return measure_quality(
                     scored, lambda what, done, total: display.update(f"{what} of the {name} model", done, total)
                 )
         finally:
+            hook.remove()
             model.train(was_training)

@@ -21,18 +21,24 @@ from .config import STEERING_CHANGES, TrainConfig, changed_settings
 from .corpora import data_specs, with_self_chats
 from .data.documents import DataSpec
 from .memory import check_memory, device_memory, estimate_memory
-from .metrics import check_loggers
 from .model.architecture import Architecture
-from .model.file_size import tokenizer_bytes
+from .model.file_types import tokenizer_bytes
 from .model.irregular import architecture_of
-from .model.source import load_source
-from .model.stored_type import shape_of_folder, stored_dtype
+from .model.source import load_source, shape_of_folder, stored_dtype
 from .pruning.config import PruneConfig
 from .pruning.criteria import uses_gradient
 from .pruning.plan import PruningPlan, make_pruning_plan
 from .quantisation.config import GGUF_TYPES
-from .run_folder import SETTINGS_FILE, foreign_files, newest_sound_checkpoint, saved_settings
-from .vocabulary.needs import pieces_of
+from .reporting.metrics import check_loggers
+from .run_folder import (
+    FINISHED_FILE,
+    SETTINGS_FILE,
+    foreign_files,
+    is_finished,
+    newest_sound_checkpoint,
+    saved_settings,
+)
+from .vocabulary.pieces import pieces_of
 
 _log = logging.getLogger("efficientllm.train")
 
@@ -135,7 +141,7 @@ def find_resume_point(config: TrainConfig) -> ResumePoint | None:
         raise UsageError(
             f"--resume: {', '.join(fixed)} differ from the run in {folder}; leave them out, or give its own"
         )
-    if (folder / "model").is_dir():
+    if is_finished(folder):
         raise UsageError(f"--resume: the run in {folder} is finished; its model is {folder / 'model'}")
     checkpoint, damaged = newest_sound_checkpoint(folder / "checkpoints")
     if checkpoint is not None:
@@ -145,7 +151,12 @@ def find_resume_point(config: TrainConfig) -> ResumePoint | None:
         raise UsageError(
             f"--resume: no checkpoint in {folder} can be used ({newest.name}: {reason}); --overwrite begins anew"
         )
-    if (folder / "architecture.json").is_file():
+    if (folder / "model").is_dir():
+        raise UsageError(
+            f"--resume: {folder} holds a model that was not measured and no checkpoint; measure it with "
+            f"efficientllm-eval {folder / 'model'}, or give --overwrite to begin anew"
+        )
+    if (folder / FINISHED_FILE).is_file():
         raise UsageError(
             f"--resume: the run in {folder} is finished, its model was moved away; --overwrite begins anew"
         )

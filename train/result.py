@@ -6,58 +6,67 @@ import json
 import logging
 import shutil
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..runtime.base.files import folder_written_atomically, write_json_atomically
+from ..runtime.base.files import folder_written_atomically, write_json_atomically, write_text_atomically
 from ..runtime.base.quantities import without_folders
 from .compute.gather import full
-from .evaluation.quality.contract import contract
-from .evaluation.quality.measure import Quality
-from .metrics import read_metrics
+from .evaluation.quality.measure import Quality, contract
 from .model.architecture import Architecture
 from .model.irregular import save_checkpoint
-from .model_card import model_card
-from .plots import plot_architecture, plot_pruning, plot_training
 from .pruning.pruner import kept_to_json
 from .replaced_run import drop_replaced
-from .run_folder import drop_checkpoints
+from .reporting.metrics import read_metrics
+from .reporting.model_card import model_card
+from .reporting.plots import plot_architecture, plot_pruning, plot_training
+from .run_folder import FINISHED_FILE, drop_checkpoints
 from .trainer import Trainer
 
 _log = logging.getLogger("efficientllm.train")
 
 
-def write_result(trainer: Trainer) -> None:
-    """Write everything (on the main rank), then drop the checkpoints."""
+def write_model(trainer: Trainer) -> None:
+    """Write the model folder with what is known before the model is measured; a collective call."""
     source, folder = trainer.plan.architecture, trainer.plan.folder
     state = stored_weights(trainer.model, trainer.plan.save_dtype)
-    if not trainer.parallel.is_main:
-        trainer.parallel.barrier()
-        return
-    final = trainer.architecture
-    summary = training_summary(trainer)
-    description: dict[str, Any] = {"source": source.to_dict(), "final": final.to_dict()}
-    if trainer.pruner is not None:
-        description["survivors"] = kept_to_json(trainer.pruner.survivors, source)
-    records = read_metrics(folder)
-    drop_replaced(folder)
-    plot_architecture(source, final, folder / "architecture.png")
-    plot_training(records, folder / "training.png")
-    if trainer.pruner is not None:
-        plot_pruning(records, source, folder / "pruning.png")
-    with folder_written_atomically(folder / "model") as temporary:
-        save_checkpoint(trainer.model, trainer.text.tokenizer, temporary, state)
-        if trainer.progress.quality:
-            (temporary / "quality.json").write_text(json.dumps(trainer.progress.quality) + "\n", encoding="utf-8")
-        (temporary / "training.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-        shutil.copy(folder / "architecture.png", temporary / "architecture.png")
-        card = model_card(trainer.config, summary, source, final)
-        (temporary / "README.md").write_text(card, encoding="utf-8")
-        write_json_atomically(folder / "architecture.json", description)  # last: it says that the run is finished
-    drop_checkpoints(folder / "checkpoints")
+    if trainer.parallel.is_main:
+        drop_replaced(folder)
+        plot_architecture(source, trainer.architecture, folder / "architecture.png")
+        with folder_written_atomically(folder / "model") as temporary:
+            save_checkpoint(trainer.model, trainer.text.tokenizer, temporary, state)
+            shutil.copy(folder / "architecture.png", temporary / "architecture.png")
+            _describe(trainer, temporary)
     trainer.parallel.barrier()
+
+
+def write_result(trainer: Trainer) -> None:
+    """Add the measurements and the plots to the written model, then drop the checkpoints; a collective call."""
+    source, folder = trainer.plan.architecture, trainer.plan.folder
+    if trainer.parallel.is_main:
+        records = read_metrics(folder)
+        plot_training(records, folder / "training.png")
+        description: dict[str, Any] = {"source": source.to_dict(), "final": trainer.architecture.to_dict()}
+        if trainer.pruner is not None:
+            description["survivors"] = kept_to_json(trainer.pruner.survivors, source)
+            plot_pruning(records, source, folder / "pruning.png")
+        _describe(trainer, folder / "model")
+        write_json_atomically(folder / FINISHED_FILE, description)  # last: it says that the run is finished
+        drop_checkpoints(folder / "checkpoints")
+    trainer.parallel.barrier()
+
+
+def _describe(trainer: Trainer, model: Path) -> None:
+    """Write the files of a model folder that say how it was trained and measured so far."""
+    summary = training_summary(trainer)
+    if trainer.progress.quality:
+        write_text_atomically(model / "quality.json", json.dumps(trainer.progress.quality) + "\n")
+    write_text_atomically(model / "training.json", json.dumps(summary, indent=2) + "\n")
+    card = model_card(trainer.config, summary, trainer.plan.architecture, trainer.architecture)
+    write_text_atomically(model / "README.md", card)
 
 
 def stored_weights(model: Any, dtype: torch.dtype) -> dict[str, Tensor]:

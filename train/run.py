@@ -6,6 +6,7 @@ import contextlib
 import logging
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from .model.irregular import architecture_of, build
 from .model.source import content_key
 from .plan import RunPlan, check_request, choose_compute, find_resume_point, make_plan
 from .replaced_run import put_back, recover, set_aside_run
-from .result import write_result
+from .result import write_model, write_result
 from .run_folder import DAMAGED_PREFIX, SETTINGS_FILE, checkpoint_folders, empty_run_folder, set_aside
 from .trainer import Trainer
 
@@ -83,7 +84,7 @@ def _run(plan: RunPlan, trainer: Trainer) -> Path | None:
             _prepare_folder(plan)
             _announce(plan, trainer.progress.tokens)
         parallel.barrier()
-        if not trainer.train():
+        if not trainer.train(partial(write_model, trainer)):
             return None
         write_result(trainer)
     except BaseException as error:

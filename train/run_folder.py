@@ -25,7 +25,9 @@ CONTENTS_NAME = "contents.json"
 """Of a checkpoint: {file: {"bytes", "sha256"}} of all its other files."""
 
 SETTINGS_FILE = "config.toml"
-RUN_FILES = (SETTINGS_FILE, "metrics.jsonl", "architecture.json", "architecture.png", "training.png", "pruning.png")
+FINISHED_FILE = "architecture.json"
+"""Written last: a model without it was not measured yet."""
+RUN_FILES = (SETTINGS_FILE, "metrics.jsonl", FINISHED_FILE, "architecture.png", "training.png", "pruning.png")
 RUN_FOLDERS = ("checkpoints", "model", "tensorboard", "wandb")
 MODEL_FILES = (
     *("config.json", "generation_config.json", "training.json", "quality.json", "README.md", "architecture.png"),
@@ -36,7 +38,7 @@ MODEL_FILES = (
 
 UNFINISHED = re.compile(
     r"\.(model|step-\d{8})\.efficientllm-(new|old)|"
-    r"\.(config\.toml|metrics\.jsonl|architecture\.json|\w+\.png)\.\d+\.tmp"
+    r"\.(config\.toml|metrics\.jsonl|\w+\.json|\w+\.png|README\.md)\.\d+\.tmp"
 )
 """What a write that was killed leaves."""
 
@@ -110,7 +112,8 @@ def foreign_files(folder: Path) -> list[str]:
     hidden = (LOCK_NAME, ASIDE, MOVING, DELETED)
     others = [entry.name for entry in folder.iterdir() if not _is_ours(entry) and entry.name not in hidden]
     for entry in _entries(folder / "model"):
-        if entry.is_dir() or not any(fnmatch.fnmatch(entry.name, pattern) for pattern in MODEL_FILES):
+        is_known = any(fnmatch.fnmatch(entry.name, pattern) for pattern in MODEL_FILES)
+        if entry.is_dir() or not (is_known or UNFINISHED.fullmatch(entry.name)):
             others.append(f"model/{entry.name}")
     for entry in _entries(folder / "checkpoints"):
         name = entry.name.removeprefix(DAMAGED_PREFIX)
@@ -154,6 +157,11 @@ def _entries(folder: Path) -> list[Path]:
 def run_entries(folder: Path) -> list[Path]:
     """What runs write into their folder, and nothing else."""
     return [entry for entry in _entries(folder) if _is_ours(entry)]
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the run in a folder wrote its model and measured it."""
+    return (folder / "model").is_dir() and (folder / FINISHED_FILE).is_file()
 
 
 def empty_run_folder(folder: Path) -> None:

@@ -7,7 +7,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,21 +28,20 @@ from .data.documents import corpus_fingerprint
 from .data.packing import PackedStream
 from .heap import HeapWatch
 from .measuring import Measuring
-from .metrics import MetricsWriter
 from .model.architecture import Architecture
 from .model.irregular import architecture_of
 from .plan import RunPlan
-from .progress import Progress, Speed
 from .pruning.criteria import uses_gradient
 from .pruning.probe import BlockProbe
 from .pruning.pruner import Pruner
 from .pruning.selection import Removal
 from .quantisation.weights import ShippedWeights
 from .replaced_run import drop_replaced, is_replacing
+from .reporting.metrics import MetricsWriter, Progress, Speed
 from .run_folder import checkpoint_folders
 from .run_text import RunText
 from .schedule import DroppingSchedule, learning_rate
-from .stop_signal import StopSignal
+from .stop_signal import StopRequested, StopSignal
 from .vocabulary.rewriting import Numbering, renumber_settings
 
 _log = logging.getLogger("efficientllm.train")
@@ -82,8 +81,10 @@ class Trainer:
         if self.config.quantisation.is_on:
             self.shipped = ShippedWeights(self.config.quantisation, self.parallel.mean_tensors)
         self.metrics = MetricsWriter(plan.folder, self.config.run, self.parallel.is_main)
-        self.measuring = Measuring(plan, held_out, self.metrics)
-        self.stop_signal = StopSignal()
+        self.stop_signal = StopSignal(self.parallel.any if self.parallel.world_size > 1 else None)
+        self.measuring = Measuring(plan, held_out, self.metrics, self.stop_signal)
+        self.saved_step: int | None = None
+        """Step of the newest checkpoint that this process wrote or read."""
         self.has_left_out = False
         """Whether a step of this process learned nothing, which is said once."""
         self.heap = HeapWatch()
@@ -107,11 +108,14 @@ class Trainer:
         if self.plan.stores_gradients_as_computed:
             store_gradients_as_computed(self.model)
 
-    def train(self) -> bool:
-        """Run to the last token; False when a signal stopped it early (its checkpoint is written)."""
+    def train(self, write_model: Callable[[], None]) -> bool:
+        """Run to the last token, write a checkpoint and (by `write_model`, a collective call) the model; measure it.
+
+        Return False when a signal stopped the run early; it says what is kept and what to do.
+        """
         try:
             with self.stop_signal, ProgressDisplay(silent=not self.parallel.is_main) as display:
-                return self._loop(display)
+                return self._loop(display) and self._finish(display, write_model)
         finally:
             self.metrics.close()
 
@@ -145,11 +149,26 @@ class Trainer:
             )
         if self.pruner is not None:
             self._compact()
+        return True
+
+    def _finish(self, display: ProgressDisplay, write_model: Callable[[], None]) -> bool:
+        """Write the last checkpoint and the model before the model is measured; False when a signal stopped that."""
+        if self.saved_step != self.progress.step:
+            self._save_if_there_is_room(display)
         if self.shipped is not None:
             shard_again(self.loss)
             self.shipped.settle(self.model)
-        self.measuring.stage("final", self.callee, self.progress, display)
-        self.measuring.quality("final", self.model, self.progress, display)
+        write_model()
+        try:
+            self.measuring.stage("final", self.callee, self.progress, display)
+            self.stop_signal.check()
+            self.measuring.quality("final", self.model, self.progress, display)
+        except StopRequested as request:
+            is_saved = self.saved_step == self.progress.step
+            remedy = "--resume repeats only the measuring" if is_saved else "measure it with efficientllm-eval"
+            model = self.plan.folder / "model"
+            display.say(f"stopped by {request} while the final model was measured; {model} is written; {remedy}")
+            return False
         return True
 
     def _way_on(self) -> str:
@@ -375,11 +394,13 @@ class Trainer:
             tensors["shipped"] = self.shipped.inputs.state_dict()
         state = training_state.TrainingState(self.progress, extra, tensors)
         folder, keep = self.plan.folder / "checkpoints", self.config.run.keep
+        self.saved_step = self.progress.step
         return training_state.save_training_state(folder, self.model, self.optimizer, state, keep, self.parallel)
 
     def restore(self, folder: Path) -> None:
         """Continue from a checkpoint; the model must already have its shape."""
         self.progress, extra = training_state.read_trainer_json(folder)
+        self.saved_step = self.progress.step
         tensors = training_state.load_training_state(folder, self.model, self.optimizer, self.parallel)
         for path, identity in extra.get("corpora", {}).items():
             if self.corpora.get(path, identity) != identity:

@@ -17,12 +17,13 @@ from efficientllm.runtime.base.errors import ArtefactError
 from efficientllm.runtime.base.files import write_json_atomically
 from efficientllm.runtime.engines.engine import EngineOptions
 from efficientllm.train.evaluation.evaluation import MeasureConfig, check
+from efficientllm.train.evaluation.harness import RequestCache
 from efficientllm.train.evaluation.quality.measure import measure_quality
 from efficientllm.train.evaluation.quality.sets import texts
-from efficientllm.train.evaluation.request_cache import RequestCache
 from efficientllm.train.evaluation.scoring import EngineModel
 from efficientllm.train.planning.points import Point, Recipe
 from efficientllm.train.run import run_training
+from efficientllm.train.run_folder import is_finished
 
 from .divergence import divergences
 
@@ -137,7 +138,7 @@ class FilesStudy:
         source: Path | str = self.config.source
         if job.point.training:
             source = folder / "run"
-            if not (folder / "run" / "model").is_dir():
+            if not is_finished(folder / "run"):
                 trained = run_training(self.config.recipe.train_config(job.point, str(source), job.seed))
                 if trained is None:
                     raise KeyboardInterrupt

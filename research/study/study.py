@@ -20,9 +20,7 @@ from efficientllm.train.compute.loss import TrainingLoss
 from efficientllm.train.config import OptimizerConfig, RunConfig, SourceConfig, TrainConfig
 from efficientllm.train.corpora import data_specs, windows_apart
 from efficientllm.train.evaluation.evaluation import ComputeConfig, Evaluation, MeasureConfig, check, evaluate
-from efficientllm.train.metrics import read_metrics
-from efficientllm.train.model.architecture import Architecture
-from efficientllm.train.model.flops import training_flops
+from efficientllm.train.model.architecture import Architecture, training_flops
 from efficientllm.train.model.irregular import save_checkpoint
 from efficientllm.train.model.source import load_source
 from efficientllm.train.pruning.budget import device_time
@@ -30,7 +28,9 @@ from efficientllm.train.pruning.config import PruneConfig
 from efficientllm.train.pruning.measures import DeviceTime
 from efficientllm.train.pruning.plan import make_pruning_plan
 from efficientllm.train.pruning.probe import BlockProbe
+from efficientllm.train.reporting.metrics import read_metrics
 from efficientllm.train.run import run_training
+from efficientllm.train.run_folder import is_finished
 
 from .arms import ARMS, Arm
 from .depth import best_contiguous
@@ -238,7 +238,7 @@ class Study:
             shutil.rmtree(folder / "model")
 
     def _train(self, job: Job, arm: Arm, folder: Path) -> Path | None:
-        if (folder / "model").is_dir():
+        if is_finished(folder):
             return folder / "model"
         is_begun = (folder / "config.toml").is_file() and (folder / "checkpoints").is_dir()
         return run_training(self.train_config(job, arm, folder, is_begun))

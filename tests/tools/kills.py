@@ -23,6 +23,7 @@ from pathlib import Path
 
 from efficientllm.runtime.base.command import run_command
 from efficientllm.train import cli
+from efficientllm.train.run_folder import is_finished
 
 LOADED_ONCE = ("torch", "torch.distributed.checkpoint", "efficientllm.train.run", "matplotlib.pyplot")
 """What every run imports; the runs are forked from a process that has it."""
@@ -54,7 +55,7 @@ def ended(child: int, seconds: float) -> bool:
 
 def state_of(run: Path) -> str:
     """What a killed run has left."""
-    if (run / "model").is_dir():
+    if is_finished(run):
         return "model"
     names = sorted(each.name for each in (run / "checkpoints").glob("*")) if run.is_dir() else []
     if any(not name.startswith("step-") for name in names):

@@ -240,16 +240,25 @@ def count_predicted(windows: Tensor) -> int:
 
 
 @torch.no_grad()
-def perplexity(loss: nn.Module, windows: np.ndarray, batch_size: int, device: torch.device) -> float:
+def perplexity(
+    loss: nn.Module,
+    windows: np.ndarray,
+    batch_size: int,
+    device: torch.device,
+    check: Callable[[], None] = lambda: None,
+) -> float:
     """exp(mean cross-entropy) over the predicted tokens of windows [n, S + 1], each read from its own start; there is
-    at least one."""
+    at least one. `check` is called before every batch and may raise."""
     was_training = loss.training
     loss.eval()
     total, count = 0.0, 0
-    for start in range(0, len(windows), batch_size):
-        batch = torch.from_numpy(windows[start : start + batch_size]).to(device)
-        predicted = count_predicted(batch)
-        total, count = total + float(loss(batch)[1]) * predicted, count + predicted
-    loss.train(was_training)
+    try:
+        for start in range(0, len(windows), batch_size):
+            check()
+            batch = torch.from_numpy(windows[start : start + batch_size]).to(device)
+            predicted = count_predicted(batch)
+            total, count = total + float(loss(batch)[1]) * predicted, count + predicted
+    finally:
+        loss.train(was_training)
     mean = total / count
     return math.exp(mean) if mean < 700 else math.inf
