@@ -72,12 +72,13 @@ def build_parser() -> ExportParser:
     parser = ExportParser(
         prog="efficientllm-export",
         description="Write a checkpoint as a file that stock runtimes load, and verify it against torch.",
-        epilog="efficientllm-export --target TARGET --help lists the flags of one target.",
+        epilog="%(prog)s --target TARGET --help lists the flags of one target.",
     )
     parser.add_argument(
         "checkpoint", help="run folder, Hugging Face folder or hub id, .gguf file, or 'demo' (the built-in source)"
     )
-    parser.add_argument("--target", required=True, metavar="TARGET", help=", ".join(known_targets()))
+    targets = "{" + ",".join(known_targets()) + "}"
+    parser.add_argument("--target", required=True, metavar=targets, help="format to write")
     parser.add_argument("--output", metavar="FOLDER", help="folder to write [CHECKPOINT-TARGET-QUANTIZE]")
     parser.add_argument("--overwrite", action="store_true", help="replace what is in --output")
     return parser

@@ -61,6 +61,8 @@ def commands(document: Path) -> Iterator[list[str]]:
     for block in blocks(document, "bash"):
         for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
+            if words[:1] == ["efficientllm"]:
+                words = [f"efficientllm-{words[1]}", *words[2:]]
             if words and words[0] in PARSERS:
                 yield words
 

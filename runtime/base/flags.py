@@ -142,7 +142,7 @@ def check_fields(options: object) -> None:
             holds = isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
             require(options, field.name, holds, f"must be of type {kind.__name__}", value=repr(value))
         if bounds := field.metadata.get("bounds"):
-            numbers = value if kind is tuple else (value,)
+            numbers: Sequence[float] = value if isinstance(value, tuple | list) else (value,)  # type: ignore[assignment]
             # NaN fails every comparison, so it is within no range
             holds = all(_COMPARISONS[name](each, bound) for each in numbers for name, bound in bounds.items())
             require(options, field.name, holds, f"must {_describe(bounds)}")

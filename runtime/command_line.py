@@ -1,0 +1,103 @@
+"""`efficientllm COMMAND ...`: all commands of the package under one name.
+
+Commands are named as text and imported on use, because this package imports none of the others.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .base import flags
+from .base.command import run_command
+from .base.errors import UsageError
+from .base.quantities import did_you_mean
+
+PROGRAM = "efficientllm"
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command."""
+
+    entry: str
+    """ "module:function" below the package efficientllm. The function reads sys.argv."""
+    summary: str
+    """One line for the help, which starts with a verb."""
+    variant_flag: str = ""
+    """Flag whose value adds further flags to the command."""
+
+
+GROUPS = {
+    "make": {
+        "train": Command("train.cli:main", "prune and train a model"),
+        "corpus": Command("train.data.corpus:main", "write a training corpus as one file"),
+        "fit": Command("train.planning.fit:main", "choose type and size for a budget of bytes or milliseconds"),
+        "plan": Command("train.planning.cli:main", "predict what a latency target leaves of a model"),
+    },
+    "ship": {
+        "export": Command("export.cli:main", "write a checkpoint as GGUF, ONNX, ExecuTorch, ...", "--target"),
+        "hub": Command("devices.hub_folder:main", "make a folder for a model hub"),
+    },
+    "run": {
+        "chat": Command("runtime.chat:main", "chat with an exported model in the terminal"),
+        "serve": Command("server.cli:main", "serve models with OpenAI's HTTP interface"),
+        "serve-web": Command("server.web:main", "serve an exported page to browsers"),
+    },
+    "know": {
+        "eval": Command("train.evaluation.cli:main", "measure the quality of models"),
+        "bench": Command("devices.cli:main", "measure speed and memory on a device"),
+        "report": Command("devices.report_cli:main", "collect the results of several benchmarks"),
+        "doctor": Command("runtime.doctor:main", "show this machine, its engines and missing packages"),
+    },
+    "shell": {
+        "completion": Command("runtime.completion:main", "print a completion script for bash, zsh or fish"),
+    },
+}
+"""Group -> command name -> command, in the order of the help."""
+
+COMMANDS = {name: command for group in GROUPS.values() for name, command in group.items()}
+
+
+def help_text() -> str:
+    """Return the help of `efficientllm` with the commands by group."""
+    width = max(map(len, COMMANDS)) + 2
+    lines = [f"usage: {PROGRAM} COMMAND [options]", "", "Prune, train, export, run and measure small language models."]
+    for group, commands in GROUPS.items():
+        lines += ["", f"{group}:", *(f"  {name:{width}}{each.summary}" for name, each in commands.items())]
+    lines += ["", f"{PROGRAM} COMMAND --help lists the options of a command; --version prints the version."]
+    return "\n".join(lines)
+
+
+def run(name: str, arguments: Sequence[str]) -> None:
+    """Import and run the command `name`. Its help and errors then show `efficientllm NAME` (see flags.Parser)."""
+    sys.argv = [f"{PROGRAM} {name}", *arguments]
+    module, _, function = COMMANDS[name].entry.partition(":")
+    getattr(importlib.import_module(f"efficientllm.{module}"), function)()
+
+
+def body(argv: Sequence[str]) -> int:
+    """Print the help or the version; raise UsageError for an unknown command."""
+    name = argv[0] if argv else "--help"
+    if name in ("--help", "-h"):
+        print(help_text())
+    elif name == "--version":
+        flags.Parser(prog=PROGRAM).parse(["--version"])
+    else:
+        rule = f"known: {', '.join(COMMANDS)}{did_you_mean(name, COMMANDS)}"
+        raise UsageError(f"{PROGRAM} {name}: unknown command; {rule}")
+    return 0
+
+
+def main() -> None:
+    """Run the command that the first argument names."""
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name in COMMANDS:
+        run(name, sys.argv[2:])
+    sys.exit(run_command(body))
+
+
+if __name__ == "__main__":
+    main()

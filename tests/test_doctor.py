@@ -1,0 +1,127 @@
+"""`efficientllm doctor`: machine, engines and missing extras."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from efficientllm.runtime import doctor
+from efficientllm.runtime.base.command import run_command
+from efficientllm.runtime.command_line import COMMANDS
+
+EXTRAS = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"][
+    "optional-dependencies"
+]
+
+
+def test_the_table_of_uses_has_every_extra_and_only_known_commands() -> None:
+    used = {extra for extras in doctor.USES.values() for extra in extras}
+    assert used == set(EXTRAS) - {"all", "grammar"}  # grammar comes with server
+    for use in doctor.USES:
+        names = use.partition(" -")[0].partition(" of ")[0].split(", ")
+        assert set(names) <= set(COMMANDS), use
+
+
+def test_requirements_resolve_extras_that_include_others() -> None:
+    found = doctor.requirements()
+    assert {"numpy", "rich"} <= found[""].keys()
+    assert {"litert-torch", "torch", "transformers"} <= found["litert"].keys()
+    assert "llguidance" in found["server"]
+    assert set(found) == {"", *EXTRAS}
+
+
+@pytest.mark.parametrize(
+    ("version", "version_range", "expected"),
+    [
+        ("5.24.0", "<6,>=5.24", True),
+        ("5.23.9", "<6,>=5.24", False),
+        ("6.0", "<6,>=5.24", False),
+        ("2.13.0+cpu", ">=2.6", True),
+        ("1.10", ">=1.9", True),
+        ("", "", False),
+        ("1", "", True),
+    ],
+)
+def test_versions_are_compared_by_number(version: str, version_range: str, expected: bool) -> None:
+    assert doctor.is_within(version, version_range) is expected
+
+
+def test_a_missing_or_old_package_is_named_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    versions = {"llama-cpp-python": "", "gguf": "0.10", "torch": "2.13.0+cpu"}
+    monkeypatch.setattr(doctor, "version_of", lambda name: versions.get(name, "99"))
+    monkeypatch.setattr(doctor, "requirements", lambda: {name: {} for name in EXTRAS} | GGUF)
+    found = doctor.needs()
+    expected = {"missing": ["gguf>=0.17", "llama-cpp-python>=0.3.36"], "install": "pip install 'efficientllm[gguf]'"}
+    assert found["export --target gguf, web"] == expected
+    assert found["export --target onnx"] == {"missing": [], "install": ""}
+
+
+GGUF = {"gguf": {"gguf": ">=0.17", "llama-cpp-python": ">=0.3.36"}, "export": {"torch": ">=2.6"}}
+
+X86 = "model name\t: Xeon 6\nflags\t\t: fpu avx2 amx_tile avx_vnni\n"
+ARM = "processor\t: 0\nFeatures\t: fp asimd asimddp i8mm\n"
+MACOS = "machdep.cpu.brand_string: Apple M2\nhw.optional.arm.FEAT_DotProd: 1\nhw.optional.arm.FEAT_I8MM: 0\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "machine", "model", "has"),
+    [
+        (X86, "x86_64", "Xeon 6", {"AVX2", "AMX", "VNNI"}),
+        (ARM, "aarch64", None, {"dotprod", "i8mm"}),
+        (MACOS, "arm64", "Apple M2", {"dotprod"}),
+        ("", "x86_64", None, set()),
+    ],
+)
+def test_features_of_a_cpu(text: str, machine: str, model: str | None, has: set[str]) -> None:
+    found = doctor.describe_cpu(text, machine)
+    assert model is None or found["model"] == model
+    assert {name for name, is_there in found["features"].items() if is_there} == has
+
+
+def test_gpus_are_those_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    cards = [{"name": "H100", "memory_bytes": 80_000_000_000}]
+    monkeypatch.setattr(doctor, "GPU_PROBE", f"print('a warning'); print({json.dumps(json.dumps(cards))})")
+    assert doctor.gpus() == cards
+    monkeypatch.setattr(doctor, "GPU_PROBE", "raise SystemExit(1)")
+    assert doctor.gpus() == []
+    monkeypatch.setattr(doctor, "GPU_PROBE", "import does_not_exist")
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(doctor, "run_python", lambda *arguments: pytest.fail("torch is not installed"))
+    assert doctor.gpus() == []
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    engines = {
+        "good": ("numpy", "numpy"),
+        "absent": ("no-such-package", "json"),
+        "damaged": ("rich", "rich.no_such_module"),
+        "crashes": ("numpy", "os; os.abort()"),
+    }
+    monkeypatch.setattr(doctor, "ENGINES", engines)
+    monkeypatch.setattr(doctor, "gpus", lambda: [{"name": "H100", "memory_bytes": 80_000_000_000}])
+
+
+@pytest.mark.usefixtures("machine")
+def test_text_and_json_show_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(doctor.body, ["--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert run_command(doctor.body, []) == 0
+    text = capsys.readouterr().out
+    assert found["engines"]["good"]["loads"] is True
+    assert found["engines"]["absent"] == {"package": "no-such-package", "version": "", "loads": False} | {
+        "error": "not installed"
+    }
+    assert "No module named 'rich.no_such_module'" in found["engines"]["damaged"]["error"]
+    assert found["engines"]["crashes"]["error"] == "exit code -6"
+    assert found["packages"]["numpy"]
+    for name, each in found["engines"].items():
+        line = next(line for line in text.splitlines() if line.startswith(f"  {name} "))
+        assert line.endswith("loads" if each["loads"] else each["error"])
+    assert "H100 (80.0 GB)" in text
+    for use, each in found["commands"].items():
+        assert f"  {use} " in text
+        assert not each["install"] or each["install"] in text
