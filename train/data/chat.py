@@ -9,13 +9,15 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from ...runtime.base.errors import ArtefactError, DataError, UsageError
 from ...runtime.chat_template import Message, render_chat
+
+if TYPE_CHECKING:  # efficientllm-corpus and the evaluation of artefacts need no transformers
+    from transformers import PreTrainedTokenizerBase
 
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>")
 """Document separators of the supported families, in order of preference. The EOS token replaces a missing one."""
