@@ -24,7 +24,7 @@ from efficientllm.runtime.engines import tuning
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
 from efficientllm.runtime.engines.llama_context import LlamaContext
 from efficientllm.runtime.engines.scheduler import EngineScheduler
-from efficientllm.train.evaluation.quality import measure, sets
+from efficientllm.train.evaluation.quality import contract, sets
 from efficientllm.train.model.architecture import Architecture, LayerShape
 from efficientllm.train.model.irregular import save_checkpoint
 
@@ -72,9 +72,9 @@ def small_quality_sets() -> Iterator[None]:
     """Runs measure quality on two documents of a kind, two chats and two questions."""
     small = {kind: documents[:2] for kind, documents in sets.texts().items()}
     with (
-        mock.patch.object(measure, "texts", return_value=small),
-        mock.patch.object(measure, "chats", return_value=sets.chats()[:2]),
-        mock.patch.object(measure, "facts", return_value=sets.facts()[:2]),
+        mock.patch.object(contract, "texts", return_value=small),
+        mock.patch.object(contract, "chats", return_value=sets.chats()[:2]),
+        mock.patch.object(contract, "facts", return_value=sets.facts()[:2]),
     ):
         yield
 

@@ -7,6 +7,8 @@ import json
 import math
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,20 +22,18 @@ from efficientllm.export import cli as export_cli
 from efficientllm.export.verification import sample_text
 from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.base.errors import DataError
-from efficientllm.runtime.engines.engine import CACHE_CHOICES, EngineOptions
+from efficientllm.runtime.engines.engine import CacheChoice, EngineOptions
 from efficientllm.runtime.engines.manifest import Manifest, describe_files
 from efficientllm.train.evaluation import cli, perplexity
-from efficientllm.train.evaluation.evaluation import ComputeConfig, MeasureConfig, evaluate
+from efficientllm.train.evaluation.cli import paired_difference, rows
+from efficientllm.train.evaluation.evaluate import ComputeConfig, MeasureConfig, evaluate
 from efficientllm.train.evaluation.harness import GOLD, run_task
-from efficientllm.train.evaluation.report import paired_difference, rows
-from efficientllm.train.evaluation.request_cache import RequestCache
-from efficientllm.train.evaluation.scoring import EngineModel, Request
-from efficientllm.train.evaluation.tasks import TASKS, open_task
+from efficientllm.train.evaluation.scoring import EngineModel, ScoreCache, ScoreRequest
+from efficientllm.train.evaluation.tasks import TASKS, TaskResult, open_task
 from efficientllm.train.evaluation.torch_model import TorchModel
-from efficientllm.train.model import installed_files
-from efficientllm.train.model.installed_files import demo_source_path
+from efficientllm.train.model import source
 from efficientllm.train.model.irregular import save_checkpoint
-from efficientllm.train.model.source import load_source
+from efficientllm.train.model.source import demo_source_path, load_source
 
 SHARED_DATA = Path(os.environ.get("EFFICIENTLLM_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
@@ -123,7 +123,7 @@ def score_by_lm_eval(folder: Path, task: str, data_dir: Path, limit: int) -> dic
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("task", ["arc_easy", "boolq", "hellaswag", "openbookqa", "piqa", "winogrande"])
 def test_scores_equal_those_of_lm_evals_own_model(checkpoint: Path, data_dir: Path, task: str) -> None:
-    ours = run_task(task, torch_model(checkpoint), data_dir, 0, RequestCache())
+    ours = run_task(task, torch_model(checkpoint), data_dir, 0, ScoreCache())
     theirs = score_by_lm_eval(checkpoint, task, data_dir, 0)
     for metric in set(ours.values) - {GOLD}:
         assert ours.mean(metric) == pytest.approx(theirs[metric])
@@ -136,14 +136,14 @@ def test_scores_of_the_real_source_equal_lm_evals(tmp_path: Path) -> None:
     if not (SHARED_DATA / "eval").is_dir():
         pytest.skip("no evaluation data; set EFFICIENTLLM_DATA to the folder that holds eval/")
     save_checkpoint(*load_source(str(demo_source_path())), tmp_path / "source")
-    ours = run_task("arc_easy", torch_model(tmp_path / "source"), SHARED_DATA / "eval", 12, RequestCache())
+    ours = run_task("arc_easy", torch_model(tmp_path / "source"), SHARED_DATA / "eval", 12, ScoreCache())
     theirs = score_by_lm_eval(tmp_path / "source", "arc_easy", SHARED_DATA / "eval", 12)
     metrics = set(ours.values) - {GOLD}
     assert {name: ours.mean(name) for name in metrics} == pytest.approx({name: theirs[name] for name in metrics})
 
 
 def test_mmlu_is_the_average_over_the_documents_of_all_subjects(checkpoint: Path, data_dir: Path) -> None:
-    result = run_task("mmlu", torch_model(checkpoint), data_dir, 4, RequestCache())
+    result = run_task("mmlu", torch_model(checkpoint), data_dir, 4, ScoreCache())
     assert len(result.documents) == 8
     assert result.mean() == sum(result.values["acc"]) / 8
 
@@ -151,7 +151,7 @@ def test_mmlu_is_the_average_over_the_documents_of_all_subjects(checkpoint: Path
 def test_score_is_the_log_softmax_of_the_full_forward(checkpoint: Path) -> None:
     model = torch_model(checkpoint)
     ids = model.tokenize(sample_text()[:300])
-    requests = [Request(tuple(ids[:40]), 10), Request(tuple(ids[5:20]), 1), Request((*ids[:39], 7), 38)]
+    requests = [ScoreRequest(tuple(ids[:40]), 10), ScoreRequest(tuple(ids[5:20]), 1), ScoreRequest((*ids[:39], 7), 38)]
     with torch.inference_mode():
         for index, score in model.score(requests):
             tokens, first = requests[index].tokens, requests[index].first
@@ -165,7 +165,7 @@ def test_only_tokens_with_enough_before_them_count_and_each_does_once(checkpoint
     """Windows of 12 tokens, of which the first 8 are only read."""
     model = torch_model(checkpoint)
     ids = model.tokenize(sample_text())[:length]
-    found = perplexity.measure(model, [ids, ids[:8]], 12, RequestCache(), min_context=8)
+    found = perplexity.measure_perplexity(model, [ids, ids[:8]], 12, ScoreCache(), min_context=8)
     nats = []
     with torch.inference_mode():
         for place in range(8, length):  # each from the start of its window, which the overlap moves by 12 - 8 + 1
@@ -204,7 +204,7 @@ def test_a_text_without_a_long_document_is_one_line(checkpoint: Path, tmp_path: 
     path.write_text(json.dumps({"text": "short"}) + "\n")
     with pytest.raises(DataError, match="no document has more than 200 tokens"):
         perplexity.corpus_documents(torch_model(checkpoint), str(path), 0, 0, 200)
-    with pytest.raises(ValueError, match="leaves nothing of 128 --document-tokens"):
+    with pytest.raises(ValueError, match="must be at most --document-tokens 128"):
         MeasureConfig(text=(str(path),), min_context=256, document_tokens=128)
 
 
@@ -247,7 +247,11 @@ def test_models_that_differ_in_their_weights_alone_share_no_answers(checkpoint: 
 def test_engine_scores_do_not_depend_on_what_was_evaluated_before(artefact: Path) -> None:
     model = EngineModel(artefact, EngineOptions())
     ids = model.tokenize(sample_text()[:800])
-    requests = [Request(tuple(ids[:90]), 80), Request(tuple(ids[:90]), 1), Request(tuple(ids[:50] + ids[60:]), 50)]
+    requests = [
+        ScoreRequest(tuple(ids[:90]), 80),
+        ScoreRequest(tuple(ids[:90]), 1),
+        ScoreRequest(tuple(ids[:50] + ids[60:]), 50),
+    ]
     together = dict(model.score(requests))
     for index, request in enumerate(requests):
         (alone,) = (score for _, score in EngineModel(artefact, EngineOptions()).score([request]))
@@ -255,8 +259,9 @@ def test_engine_scores_do_not_depend_on_what_was_evaluated_before(artefact: Path
 
 
 def test_quality_is_of_the_same_cache_on_every_machine(artefact: Path) -> None:
-    for asked, cache in (("auto", "f16"), ("q8_0", "q8_0")):
-        model = EngineModel(artefact, EngineOptions(threads=1, context=64, kv_cache=CACHE_CHOICES[asked]))
+    choices: dict[CacheChoice, str] = {"auto": "f16", "q8_0": "q8_0"}
+    for asked, cache in choices.items():
+        model = EngineModel(artefact, EngineOptions(threads=1, context=64, kv_cache=asked))
         assert model.engine.settings.startswith(f"{cache} cache")
         model.engine.close()
 
@@ -271,12 +276,12 @@ def test_an_interrupted_evaluation_asks_only_what_is_not_known(
     checkpoint: Path, data_dir: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "answers.jsonl"
-    first = run_task("piqa", torch_model(checkpoint), data_dir, 0, RequestCache(path))
+    first = run_task("piqa", torch_model(checkpoint), data_dir, 0, ScoreCache(path))
     lines = path.read_text(encoding="utf-8").splitlines()
     path.write_text("\n".join(lines[:7]) + "\n" + lines[7][:20], encoding="utf-8")  # killed in the middle of a line
     asked: list[int] = []
     again = run_task(
-        "piqa", torch_model(checkpoint), data_dir, 0, RequestCache(path), lambda done, total: asked.append(done)
+        "piqa", torch_model(checkpoint), data_dir, 0, ScoreCache(path), lambda done, total: asked.append(done)
     )
     assert again == first
     assert len(asked) == len(lines) - 7
@@ -299,9 +304,13 @@ def test_command_compares_models_with_paired_differences(
     assert data["evaluations"][0]["perplexity"]["wikitext2"]["tokens"] == 300
 
 
-def test_paired_difference_has_the_error_of_the_differences() -> None:
-    from efficientllm.train.evaluation.results import TaskResult
+def test_only_tasks_need_lm_eval() -> None:
+    """It is an extra, and perplexity and quality are measured without it."""
+    code = "import sys; sys.modules['lm_eval'] = None; import efficientllm.train.evaluation.cli"
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, capture_output=True)
 
+
+def test_paired_difference_has_the_error_of_the_differences() -> None:
     one = TaskResult("acc", ["a", "b", "c", "d"], {"acc": [1.0, 0.0, 1.0, 0.0]})
     other = TaskResult("acc", ["b", "a", "d", "c"], {"acc": [1.0, 1.0, 1.0, 1.0]})
     difference, error, count = paired_difference(one, other)
@@ -358,7 +367,7 @@ SaveTiny = Callable[..., Path]
 def test_demo_is_the_built_in_model(
     checkpoint: Path, tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(installed_files, "demo_source_path", lambda: checkpoint)
+    monkeypatch.setattr(source, "demo_source_path", lambda: checkpoint)
     arguments = ["demo", "--no-quality", "--text", f"ours={corpus}", "--text-tokens", "50", "--output", str(tmp_path)]
     assert run_command(cli.body, arguments) == 0
     assert "perplexity, ours" in capsys.readouterr().out

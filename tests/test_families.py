@@ -26,7 +26,7 @@ from efficientllm.export.verification import torch_logits
 from efficientllm.runtime.base.errors import ModelError
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
 from efficientllm.train.compute.loss import make_teacher
-from efficientllm.train.evaluation.evaluation import ComputeConfig, MeasureConfig, evaluate
+from efficientllm.train.evaluation.evaluate import ComputeConfig, MeasureConfig, evaluate
 from efficientllm.train.model import modeling_efficientllm as modeling
 from efficientllm.train.model.architecture import FAMILIES, Architecture, LayerShape
 from efficientllm.train.model.irregular import architecture_of, save_checkpoint

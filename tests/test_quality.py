@@ -20,9 +20,9 @@ from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.engines.contract_text import ALL_TEXTS, contract_rows
 from efficientllm.train.evaluation import cli
 from efficientllm.train.evaluation.cli import rows
-from efficientllm.train.evaluation.evaluation import ComputeConfig, Evaluation, MeasureConfig, evaluate
+from efficientllm.train.evaluation.evaluate import ComputeConfig, Evaluation, MeasureConfig, evaluate
 from efficientllm.train.evaluation.quality import sets
-from efficientllm.train.evaluation.quality.measure import Quality, contract, measure_quality
+from efficientllm.train.evaluation.quality.contract import Quality, contract, measure_quality
 from efficientllm.train.evaluation.torch_model import TorchModel
 
 

@@ -16,7 +16,7 @@ from ..runtime.base.progress import ProgressDisplay
 from ..runtime.engines.contract_text import one_line
 from .compute.loss import perplexity
 from .data.packing import held_out_windows
-from .evaluation.quality.measure import Quality, contract, measure_quality
+from .evaluation.quality.contract import Quality, contract, measure_quality
 from .evaluation.torch_model import TorchModel
 from .plan import RunPlan
 from .reporting.metrics import MetricsWriter, Progress

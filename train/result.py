@@ -15,7 +15,7 @@ from torch import Tensor
 from ..runtime.base.files import folder_written_atomically, write_json_atomically, write_text_atomically
 from ..runtime.base.quantities import without_folders
 from .compute.gather import full
-from .evaluation.quality.measure import Quality, contract
+from .evaluation.quality.contract import Quality, contract
 from .model.architecture import Architecture
 from .model.irregular import save_checkpoint
 from .pruning.pruner import kept_to_json

@@ -16,11 +16,10 @@ from efficientllm.runtime.base.child import run_python
 from efficientllm.runtime.base.errors import ArtefactError
 from efficientllm.runtime.base.files import write_json_atomically
 from efficientllm.runtime.engines.engine import EngineOptions
-from efficientllm.train.evaluation.evaluation import MeasureConfig, check
-from efficientllm.train.evaluation.harness import RequestCache
-from efficientllm.train.evaluation.quality.measure import measure_quality
+from efficientllm.train.evaluation.evaluate import MeasureConfig, check
+from efficientllm.train.evaluation.quality.contract import measure_quality
 from efficientllm.train.evaluation.quality.sets import texts
-from efficientllm.train.evaluation.scoring import EngineModel
+from efficientllm.train.evaluation.scoring import EngineModel, ScoreCache
 from efficientllm.train.planning.points import Point, Recipe
 from efficientllm.train.run import run_training
 from efficientllm.train.run_folder import is_finished
@@ -194,7 +193,7 @@ class FilesStudy:
         from efficientllm.train.evaluation.harness import run_task
 
         data_dir = Path(self.config.data_dir) if self.config.data_dir else None
-        return run_task(task, model, data_dir, self.config.limit, RequestCache(None)).mean()
+        return run_task(task, model, data_dir, self.config.limit, ScoreCache(None)).mean()
 
     def time(self) -> None:
         """Prefill, decode at depth and peak memory of every file, in turns; see efficientllm-bench."""

@@ -15,7 +15,7 @@ from efficientllm.runtime.base.files import write_json_atomically, write_text_at
 from efficientllm.runtime.base.quantities import format_count, markdown_table
 from efficientllm.runtime.base.user_cache import commit
 from efficientllm.train.compute.hardware import choose_hardware
-from efficientllm.train.evaluation.evaluation import Evaluation
+from efficientllm.train.evaluation.evaluate import Evaluation
 from efficientllm.train.model.architecture import Architecture
 from efficientllm.train.reporting.plots import plot_architecture
 

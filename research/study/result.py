@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from efficientllm.runtime.engines.contract_text import ALL_TEXTS
-from efficientllm.train.evaluation.evaluation import Evaluation
+from efficientllm.train.evaluation.evaluate import Evaluation
 from efficientllm.train.model.architecture import Architecture
 
 from .arms import ARMS

@@ -19,7 +19,7 @@ from efficientllm.train.compute.hardware import choose_hardware
 from efficientllm.train.compute.loss import TrainingLoss
 from efficientllm.train.config import OptimizerConfig, RunConfig, SourceConfig, TrainConfig
 from efficientllm.train.corpora import data_specs, windows_apart
-from efficientllm.train.evaluation.evaluation import ComputeConfig, Evaluation, MeasureConfig, check, evaluate
+from efficientllm.train.evaluation.evaluate import ComputeConfig, Evaluation, MeasureConfig, check, evaluate
 from efficientllm.train.model.architecture import Architecture, training_flops
 from efficientllm.train.model.irregular import save_checkpoint
 from efficientllm.train.model.source import load_source

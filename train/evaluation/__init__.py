@@ -1,1 +1,1 @@
-"""Measuring what quality a model kept: perplexity, and the paper's tasks through lm-evaluation-harness."""
+"""Measure a model: perplexity, chat answers, questions of fact, and tasks of lm-evaluation-harness."""

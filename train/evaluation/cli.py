@@ -1,7 +1,4 @@
-"""`efficientllm-eval`: perplexity and zero-shot tasks of a model folder or an exported artefact.
-
-Evaluations as tables: one model, or several side by side with paired differences.
-"""
+"""`efficientllm-eval`: measure one model, or several side by side with paired differences."""
 
 from __future__ import annotations
 
@@ -23,76 +20,33 @@ from ...runtime.base.progress import ProgressDisplay
 from ...runtime.base.quantities import markdown_table
 from ...runtime.engines.contract_text import BITS_PER_BYTE
 from ..model.source import source_path
-from .evaluation import ComputeConfig, Evaluation, MeasureConfig, check, evaluate
+from .evaluate import ComputeConfig, Evaluation, MeasureConfig, check, evaluate
 from .perplexity import Perplexity
-from .quality.measure import contract
-from .scoring import TaskResult
+from .quality.contract import contract
+from .scoring import mean_and_error
+from .tasks import TaskResult
 
 
-def _name(evaluation: Evaluation) -> str:
-    return Path(evaluation.model).name or evaluation.model
+@dataclass(frozen=True)
+class EvalConfig:
+    """Options of `efficientllm-eval`."""
 
-
-def _score(mean: float, stderr: float) -> str:
-    return f"{mean:.3f} ± {stderr:.3f}" if math.isfinite(stderr) else f"{mean:.3f}"
+    measures: MeasureConfig = field(default_factory=MeasureConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
 
 
 def paired_difference(first: TaskResult, other: TaskResult) -> tuple[float, float, int]:
-    """(mean, standard error, n) of other - first over the documents that both hold."""
+    """Return the mean of other - first over the n documents that both have, its standard error, and n."""
     before = dict(zip(first.documents, first.values[first.metric], strict=True))
     after = dict(zip(other.documents, other.values[other.metric], strict=True))
     differences = [after[document] - before[document] for document in after if document in before]
     if not differences:
         return math.nan, math.nan, 0
-    error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.nan
-    return statistics.fmean(differences), error, len(differences)
-
-
-def _perplexity(found: Perplexity) -> str:
-    error = f" ± {found.stderr:.2f}" if math.isfinite(found.stderr) else ""
-    return f"{found.perplexity:.2f}{error} ({found.bits_per_byte:.4f} bits/byte)"
-
-
-def _quality_rows(evaluations: Sequence[Evaluation]) -> list[list[str]]:
-    """Quality of the first model, and of every other one with its ratio to the first.
-
-    A model's bits per byte are told where perplexities are of other tokens than a reader may compare them with: another
-    model's beside it, or, of one alone, those of whatever it was pruned from.
-    """
-    reference = evaluations[0].quality
-    if reference is None:
-        return []
-    columns = [contract(e.quality, reference, _name(evaluations[0])) for e in evaluations if e.quality is not None]
-    sizes = {kind: f"{len(values)} documents" for kind, values in reference.texts.items()}
-    table = [
-        [f"perplexity, {kind}", sizes.get(kind, ""), *[_with_ratio(column["texts"][kind]) for column in columns]]
-        for kind in columns[0]["texts"]
-    ]
-    bits = [each.quality.bits_per_byte for each in evaluations if each.quality is not None]
-    if (len(bits) == 1 and math.isfinite(bits[0])) or any("bits_per_byte" in column for column in columns):
-        table.append([BITS_PER_BYTE, "", *[f"{each:.4f}" for each in bits]])
-    if all("chat_answers" in column for column in columns):
-        chats, ends = len(reference.chat_answers), [column["end_of_turn"] for column in columns]
-        cells = [_with_ratio(column["chat_answers"]) for column in columns]
-        table.append(["perplexity, chat answers", f"{chats} answers", *cells])
-        turns = [f"{ends[0]['nats']:.2f}"]
-        turns += [f"{end['nats']:.2f} ({end['difference']:+.2f} ± {end['difference_stderr']:.2f})" for end in ends[1:]]
-        table.append(["end of the turn, nats", f"{chats} answers", *turns])
-    if all("questions" in column for column in columns):
-        asked = [column["questions"] for column in columns]
-        cells = [str(asked[0]["right"])]
-        cells += [f"{each['right']} ({each['kept']} of {each['reference']})" for each in asked[1:]]
-        table.append(["questions answered right", f"{asked[0]['asked']} questions", *cells])
-    return table
-
-
-def _with_ratio(found: Mapping[str, float]) -> str:
-    ratio = "" if found["ratio"] == 1.0 else f" (x{found['ratio']:.3f} ± {found['ratio_stderr']:.3f})"
-    return f"{found['perplexity']:.2f}{ratio}"
+    return *mean_and_error(differences), len(differences)
 
 
 def rows(evaluations: Sequence[Evaluation]) -> list[list[str]]:
-    """Header and one row per measure; with several models, the change from the first in each further column."""
+    """Return a header and a row for each measure. Columns after the first model also show the change from it."""
     first = evaluations[0]
     table = [["measure", "size", *[_name(evaluation) for evaluation in evaluations]]]
     table += _quality_rows(evaluations)
@@ -112,12 +66,73 @@ def rows(evaluations: Sequence[Evaluation]) -> list[list[str]]:
     return table
 
 
+def _quality_rows(evaluations: Sequence[Evaluation]) -> list[list[str]]:
+    """Return rows of the first model's quality and that of the others with their ratio to it.
+
+    Bits per byte are shown for a single model, and for models with other tokens than the first, because their
+    perplexities are per token of the first.
+    """
+    reference = evaluations[0].quality
+    if reference is None:
+        return []
+    qualities = [each.quality for each in evaluations if each.quality is not None]
+    columns = [contract(each, reference, _name(evaluations[0])) for each in qualities]
+    table: list[list[str]] = []
+    for kind in columns[0]["texts"]:
+        size = f"{len(reference.texts[kind])} documents" if kind in reference.texts else ""
+        table.append([f"perplexity, {kind}", size, *[_with_ratio(column["texts"][kind]) for column in columns]])
+    bits = [each.bits_per_byte for each in qualities]
+    if (len(bits) == 1 and math.isfinite(bits[0])) or any("bits_per_byte" in column for column in columns):
+        table.append([BITS_PER_BYTE, "", *[f"{each:.4f}" for each in bits]])
+    if all("chat_answers" in column for column in columns):
+        size = f"{len(reference.chat_answers)} answers"
+        table.append(["perplexity, chat answers", size, *[_with_ratio(column["chat_answers"]) for column in columns]])
+        first, *others = [column["end_of_turn"] for column in columns]
+        cells = [f"{first['nats']:.2f}"]
+        cells += [f"{end['nats']:.2f} ({end['difference']:+.2f} ± {end['difference_stderr']:.2f})" for end in others]
+        table.append(["end of the turn, nats", size, *cells])
+    if all("questions" in column for column in columns):
+        first, *others = [column["questions"] for column in columns]
+        cells = [str(first["right"]), *[f"{each['right']} ({each['kept']} of {each['reference']})" for each in others]]
+        table.append(["questions answered right", f"{first['asked']} questions", *cells])
+    return table
+
+
+def _name(evaluation: Evaluation) -> str:
+    return Path(evaluation.model).name or evaluation.model
+
+
+def _score(mean: float, stderr: float) -> str:
+    return f"{mean:.3f} ± {stderr:.3f}" if math.isfinite(stderr) else f"{mean:.3f}"
+
+
+def _perplexity(found: Perplexity) -> str:
+    error = f" ± {found.stderr:.2f}" if math.isfinite(found.stderr) else ""
+    return f"{found.perplexity:.2f}{error} ({found.bits_per_byte:.4f} bits/byte)"
+
+
+def _with_ratio(found: Mapping[str, float]) -> str:
+    ratio = "" if found["ratio"] == 1.0 else f" (x{found['ratio']:.3f} ± {found['ratio_stderr']:.3f})"
+    return f"{found['perplexity']:.2f}{ratio}"
+
+
 def markdown(evaluations: Sequence[Evaluation]) -> str:
-    """The table with a line that says what ± and brackets are."""
+    """Return the table in Markdown with a line that explains ± and brackets."""
     note = "± is one standard error"
     if len(evaluations) > 1:
         note += f"; in brackets the change from {_name(evaluations[0])}, paired document by document"
     return f"{markdown_table(rows(evaluations))}\n\n{note}.\n"
+
+
+def _print_table(evaluations: Sequence[Evaluation]) -> None:
+    header, *body = rows(evaluations)
+    table = Table(box=None, pad_edge=False)
+    for index, name in enumerate(header):
+        table.add_column(name, justify="left" if index == 0 else "right")
+    for row in body:
+        table.add_row(*row)
+    console = Console()
+    (console if console.width >= 100 else Console(width=140)).print(table)
 
 
 def build_parser() -> flags.Parser:
@@ -129,22 +144,14 @@ def build_parser() -> flags.Parser:
     parser.add_argument(
         "model", help="Hugging Face folder, folder written by efficientllm-export, a .gguf file, or demo"
     )
-    parser.add_argument("--compare", nargs="+", default=[], metavar="MODEL", help="further models, put side by side")
+    parser.add_argument("--compare", nargs="+", default=[], metavar="MODEL", help="models to compare with the first")
     parser.add_argument(
         "--output",
         default="build/eval",
         metavar="FOLDER",
-        help="results.json, results.md and what is needed to go on after an interruption [build/eval]",
+        help="folder for results.json, results.md and the cache of an interrupted evaluation [build/eval]",
     )
     return parser
-
-
-@dataclass(frozen=True)
-class EvalConfig:
-    """Everything `efficientllm-eval` can be told."""
-
-    measures: MeasureConfig = field(default_factory=MeasureConfig)
-    compute: ComputeConfig = field(default_factory=ComputeConfig)
 
 
 def body(argv: Sequence[str]) -> int:
@@ -163,8 +170,8 @@ def body(argv: Sequence[str]) -> int:
         for model, path in paths.items():
             prefix = f"{Path(model).name}: " if len(models) > 1 else ""
 
-            def report(what: str, done: int, total: int, prefix: str = prefix) -> None:
-                display.update(f"{prefix}{what}", done, total)
+            def report(name: str, done: int, total: int, prefix: str = prefix) -> None:
+                display.update(f"{prefix}{name}", done, total)
 
             evaluations.append(evaluate(path, config.measures, config.compute, output, report))
             write_json_atomically(
@@ -174,17 +181,6 @@ def body(argv: Sequence[str]) -> int:
     _print_table(evaluations)
     print(f"\nresults: {output / 'results.json'}")
     return 0
-
-
-def _print_table(evaluations: Sequence[Evaluation]) -> None:
-    header, *body = rows(evaluations)
-    table = Table(box=None, pad_edge=False)
-    for index, name in enumerate(header):
-        table.add_column(name, justify="left" if index == 0 else "right")
-    for row in body:
-        table.add_row(*row)
-    console = Console()
-    (console if console.width >= 100 else Console(width=140)).print(table)
 
 
 def main() -> None:

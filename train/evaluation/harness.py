@@ -1,111 +1,53 @@
-"""lm-evaluation-harness around a ScoredModel: the adapter, and one task run through it.
-
-Answers a model gave already, on disk one by one: a killed evaluation that is started again loses nothing.
-"""
+"""Run a task of lm-evaluation-harness on an evaluated model."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
-import json
 import logging
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from lm_eval.api.model import TemplateLM
 from lm_eval.evaluator import evaluate
 
-from .scoring import Request, ScoredModel, TaskResult
-from .tasks import TASKS, open_task
+from .scoring import Advance, EvaluatedModel, ScoreCache, ScoreRequest, no_progress
+from .tasks import TASKS, TaskResult, open_task
 
-Answer = tuple[float, bool]
-"""(sum of the scored tokens' log-probabilities in nats, whether every one was the most likely)."""
-
-Advance = Callable[[int, int], None]
-"""advance(done, total), called after every answer."""
-
-
-def no_progress(done: int, total: int) -> None:
-    """An Advance that shows nothing."""
-
-
-class RequestCache:
-    """Answers by request, appended to a JSON-lines file."""
-
-    def __init__(self, path: Path | None = None) -> None:
-        """`path` None: remember for this process only."""
-        self.path = path
-        self._answers: dict[str, Answer] = {}
-        if path is not None and path.is_file():
-            for line in path.read_text(encoding="utf-8").split("\n"):
-                try:
-                    key, log_prob, greedy = json.loads(line)
-                except ValueError:  # the end of the file, or cut off by the kill
-                    continue
-                self._answers[key] = (log_prob, greedy)
-
-    def answers(self, model: ScoredModel, requests: Sequence[Request], advance: Advance = no_progress) -> list[Answer]:
-        """The answer to each request; only those not known yet are put to the model."""
-        keys = [hashlib.sha256(repr((r.tokens, r.first)).encode()).hexdigest()[:32] for r in requests]
-        open_places = [place for place, key in enumerate(keys) if key not in self._answers]
-        done = len(keys) - len(open_places)
-        for index, score in model.score([requests[place] for place in open_places]):
-            answer = (float(score.log_probs.sum()), bool(score.is_greedy.all()))
-            self._put(keys[open_places[index]], answer)
-            done += 1
-            advance(done, len(keys))
-        return [self._answers[key] for key in keys]
-
-    def _put(self, key: str, answer: Answer) -> None:
-        self._answers[key] = answer
-        if self.path is not None:
-            with self.path.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps([key, *answer]) + "\n")
-
-
-logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it greets, and warns of what does not concern the user
+logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its greeting and warnings do not concern the user
 
 GOLD = "gold_log_likelihood"
-"""Log-likelihood of the right choice in nats: far sharper between two models than accuracy, which counts the few
-documents whose order of choices changes."""
-
-
-def _gold_log_likelihood(task: Any, sample: dict[str, Any]) -> float:
-    """Of one of lm-eval's logged samples. Where choices stand before the answer (winogrande), the text is the index."""
-    gold = task.doc_to_text(sample["doc"]) if task.multiple_input else sample["target"]
-    log_likelihood, _ = sample["filtered_resps"][int(gold)]
-    return float(log_likelihood)
+"""Log-likelihood of the right choice in nats. Between two models it differs far more clearly than accuracy, which
+changes only with the few documents whose order of choices changes."""
 
 
 class HarnessModel(TemplateLM):
-    """lm-eval's view of a ScoredModel."""
+    """Adapter of an EvaluatedModel to lm-eval's interface."""
 
-    def __init__(self, model: ScoredModel, cache: RequestCache, advance: Advance) -> None:
+    def __init__(self, model: EvaluatedModel, cache: ScoreCache, advance: Advance) -> None:
         super().__init__()
-        self.scored = model
+        self.evaluated = model
         self.cache = cache
         self.advance = advance
 
     @property
     def eot_token_id(self) -> int:
-        return self.scored.separator
+        return self.evaluated.separator
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        return self.scored.tokenize(string)
+        return self.evaluated.tokenize(string)
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         return super().loglikelihood(requests, disable_tqdm=True)
 
     def _loglikelihood_tokens(self, requests: list[Any], **kwargs: Any) -> list[tuple[float, bool]]:
         wanted = [self._request(context, continuation) for _, context, continuation in requests]
-        return self.cache.answers(self.scored, wanted, self.advance)
+        return self.cache.totals(self.evaluated, wanted, self.advance)
 
-    def _request(self, context: list[int], continuation: list[int]) -> Request:
-        """The newest tokens that fit, as lm-eval's own models cut."""
-        tokens = (*context, *continuation)[-(self.scored.context_length + 1) :]
-        return Request(tokens, max(1, len(tokens) - len(continuation)))
+    def _request(self, context: list[int], continuation: list[int]) -> ScoreRequest:
+        """Return a request of the last tokens that fit the context, as lm-eval's own models truncate."""
+        tokens = (*context, *continuation)[-(self.evaluated.context_length + 1) :]
+        return ScoreRequest(tokens, max(1, len(tokens) - len(continuation)))
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
         raise NotImplementedError("perplexity is measured by efficientllm-eval itself")
@@ -116,13 +58,16 @@ class HarnessModel(TemplateLM):
 
 def run_task(
     name: str,
-    model: ScoredModel,
+    model: EvaluatedModel,
     data_dir: Path | None,
     limit: int,
-    cache: RequestCache,
+    cache: ScoreCache,
     advance: Advance = no_progress,
 ) -> TaskResult:
-    """Zero-shot score of a task; `limit` documents (of each of MMLU's subjects), 0: all."""
+    """Return the zero-shot scores of a task on its first `limit` documents, or on all if `limit` is 0.
+
+    For mmlu the limit holds for each subject.
+    """
     documents: list[str] = []
     values: dict[str, list[float]] = {}
     with contextlib.redirect_stderr(io.StringIO()), open_task(name, data_dir) as tasks:  # 57 progress bars for mmlu
@@ -136,3 +81,13 @@ def run_task(
                 values.setdefault(metric, []).append(float(sample[metric]))
             values.setdefault(GOLD, []).append(_gold_log_likelihood(task, sample))
     return TaskResult(TASKS[name].metric, documents, values)
+
+
+def _gold_log_likelihood(task: Any, sample: dict[str, Any]) -> float:
+    """Return the log-likelihood of the right choice in one of lm-eval's logged samples.
+
+    If the choices come before the answer (winogrande), the text of the document is the index of the choice.
+    """
+    gold = task.doc_to_text(sample["doc"]) if task.multiple_input else sample["target"]
+    log_likelihood, _ = sample["filtered_resps"][int(gold)]
+    return float(log_likelihood)

@@ -1,4 +1,4 @@
-"""Perplexity of a text: token count, nats per token, bits per byte."""
+"""Perplexity and bits per byte of a text."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ import numpy as np
 
 from ...runtime.base.errors import DataError
 from ..data.documents import DataSpec, is_held_out, open_texts
-from .harness import Advance, RequestCache, no_progress
-from .scoring import Request, ScoredModel
+from .scoring import Advance, EvaluatedModel, ScoreCache, ScoreRequest, no_progress
 
 WIKITEXT = "wikitext2"
 WIKITEXT_FILE = "wikitext2_raw_test.txt"
@@ -22,24 +21,24 @@ HELD_OUT_FRACTION = 0.05
 
 @dataclass(frozen=True)
 class Perplexity:
-    """How well a model predicts a text."""
+    """Perplexity of a model on a text."""
 
     perplexity: float
     bits_per_byte: float
-    """Comparable between tokenizers, which perplexity is not."""
+    """Comparable between tokenizers, unlike perplexity."""
     tokens: int
     """Tokens predicted."""
     window: int
     documents: int
     stderr: float
-    """Standard error of the perplexity over documents, or over the windows of a single one (delta method); NaN where
-    there is only one of them."""
+    """Standard error of the perplexity over documents, or over the windows of a single document (delta method). NaN
+    for a single window."""
     min_context: int = 1
-    """Tokens at least that stand before a predicted one in its window."""
+    """Fewest tokens before a predicted token in its window."""
 
     @property
     def behind(self) -> str:
-        """`behind 256 others`, to follow a number of tokens; "" where all count."""
+        """Return text such as `behind 256 others` to follow a number of tokens, or "" if all tokens count."""
         return f" behind {self.min_context} others" if self.min_context > 1 else ""
 
     def to_dict(self) -> dict[str, Any]:
@@ -47,18 +46,19 @@ class Perplexity:
 
 
 def read_wikitext(path: Path) -> str:
-    """The raw test file as the string everybody measures on: rows joined by a blank line, empty rows empty."""
+    """Return the raw test file in its usual form: rows joined by a blank line, with blank rows empty."""
     rows = path.read_text(encoding="utf-8").split("\n")
     return "\n\n".join("" if not row.strip() else f"{row}\n" for row in rows)
 
 
 def corpus_documents(
-    model: ScoredModel, path: str, document_tokens: int, limit: int, min_context: int = 1
+    model: EvaluatedModel, path: str, document_tokens: int, limit: int, min_context: int = 1
 ) -> list[list[int]]:
-    """Ids of a corpus' documents: `document_tokens` + 1 of each (0: all), until `limit` are predicted (0: all).
+    """Return token ids of a corpus' documents until `limit` tokens are to be predicted (0: all).
 
-    The first `min_context` of a document are not predicted, so documents without more are left out. Of the demo corpus
-    only the documents that training never sees. DataError where nothing is left.
+    Each document is cut after `document_tokens` + 1 tokens (0: no cut). Its first `min_context` tokens are not
+    predicted, so documents of no more tokens are skipped. Only the held-out part of the demo corpus is used. Raises
+    DataError if no document remains.
     """
     documents: list[list[int]] = []
     predicted = 0
@@ -79,34 +79,36 @@ def corpus_documents(
     return documents
 
 
-def measure(
-    model: ScoredModel,
+def measure_perplexity(
+    model: EvaluatedModel,
     documents: Sequence[Sequence[int]],
     window: int,
-    cache: RequestCache,
+    cache: ScoreCache,
     advance: Advance = no_progress,
     min_context: int = 1,
 ) -> Perplexity:
-    """Perplexity over the documents' windows; every token of a document but its first `min_context` is predicted once,
-    from its window's start, where as many stand before it. DataError where there is nothing to predict.
+    """Return the perplexity over all tokens of the documents but the first `min_context` of each.
+
+    Every token is predicted once, from the start of its window and at least `min_context` tokens. Windows overlap by
+    as many. Raises DataError if there is nothing to predict.
     """
     window = min(window, model.context_length)
     if min_context > window:
-        raise DataError(f"--min-context {min_context}: the context is of {window} tokens; give fewer")
+        raise DataError(f"--min-context {min_context} exceeds the context of {window} tokens; give a smaller one")
     documents = [tokens for tokens in documents if len(tokens) > min_context]
-    requests: list[Request] = []
+    requests: list[ScoreRequest] = []
     owners: list[int] = []
     for owner, tokens in enumerate(documents):
         starts = range(0, len(tokens) - min_context, window - min_context + 1)
-        requests += [Request(tuple(tokens[at : at + window + 1]), min_context) for at in starts]
+        requests += [ScoreRequest(tuple(tokens[at : at + window + 1]), min_context) for at in starts]
         owners += [owner] * len(starts)
     if not requests:
         raise DataError(f"no document of the text has more than {min_context} tokens; give longer ones")
-    losses = [-log_prob for log_prob, _ in cache.answers(model, requests, advance)]
+    losses = [-log_prob for log_prob, _ in cache.totals(model, requests, advance)]
     counts = [len(request.tokens) - request.first for request in requests]
     count = sum(counts)
     mean = sum(losses) / count
-    # each unit's loss around its share of the mean: the ratio estimator's variance
+    # variance of a ratio estimator: deviation of each unit's loss from its share of the mean
     units = owners if len(documents) > 1 else list(range(len(requests)))
     deviations = np.bincount(units, np.asarray(losses) - mean * np.asarray(counts))
     size = len(deviations)

@@ -1,17 +1,15 @@
-"""What evaluation asks of a model: token ids, and log-probabilities of tokens given those before them.
-
-What an evaluation found: scores of tasks and perplexities of texts, with their errors. Imports no lm-eval.
-"""
+"""Models under evaluation: scores of tokens, answers to prompts, and a cache of scores. Imports no lm-eval."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -22,10 +20,17 @@ from ...runtime.engines.engine import EngineOptions, load_engine
 from ...runtime.generation import AnswerOptions, Generation
 from ...runtime.sampling import log_softmax
 
+Advance = Callable[[int, int], None]
+"""advance(done, total), called after every score."""
+
+
+def no_progress(done: int, total: int) -> None:
+    """Ignore progress."""
+
 
 @dataclass(frozen=True)
-class Request:
-    """Score tokens[first:], each given all tokens before it; first is at least 1."""
+class ScoreRequest:
+    """A request to score tokens[first:], each given all tokens before it. `first` is at least 1."""
 
     tokens: tuple[int, ...]
     first: int
@@ -33,52 +38,54 @@ class Request:
 
 @dataclass(frozen=True)
 class Score:
-    """Log-probabilities (nats) of a request's scored tokens, fp64 [n], and whether each was the most likely one."""
+    """Scores of the n tokens of a request."""
 
     log_probs: np.ndarray
+    """fp64 [n], nats."""
     is_greedy: np.ndarray
+    """bool [n], true if the token was the most likely one."""
 
 
-class ScoredModel(Protocol):
-    """A model under evaluation."""
+class EvaluatedModel(Protocol):
+    """A model under evaluation. It scores tokens and answers prompts."""
 
     context_length: int
     """Longest request that can be scored, in tokens."""
     vocab_size: int
     separator: int
-    """End-of-text token: stands between documents and in place of an empty context."""
+    """End-of-text token, which separates documents and replaces an empty context."""
     chat_template: str | None
     bos_token: str
     eos_token: str
 
     def tokenize(self, text: str) -> list[int]:
-        """Ids as the model was trained to read text: with BOS where its tokenizer adds one."""
+        """Return the ids of a text as the model was trained to read it, with BOS if its tokenizer adds one."""
         ...
 
     def encode_markup(self, text: str) -> list[int]:
-        """Ids of what a chat template wrote: control tokens where it names them, nothing added."""
+        """Return the ids of a rendered chat template. Control tokens are parsed and nothing is added."""
         ...
 
     def num_bytes(self, tokens: Sequence[int]) -> int:
-        """UTF-8 bytes of the tokens' text."""
+        """Return the number of UTF-8 bytes of the tokens' text."""
         ...
 
     def answer(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> Iterator[str]:
         """Yield the greedy answer to each prompt, up to its end of turn or `max_tokens`."""
         ...
 
-    def score(self, requests: Sequence[Request]) -> Iterator[tuple[int, Score]]:
-        """Yield (index of the request, its score), in an order that suits the model."""
+    def score(self, requests: Sequence[ScoreRequest]) -> Iterator[tuple[int, Score]]:
+        """Yield (index of the request, its score) in the order that is fastest for the model."""
         ...
 
 
 class EngineModel:
-    """An exported artefact, scored by the runtime's engine: what is measured is the file that ships."""
+    """An exported artefact in the runtime's engine, so that the figures are those of the shipped file."""
 
     def __init__(self, path: Path, options: EngineOptions) -> None:
         artefact = Artefact.open(path)
         if options.kv_cache == "auto" and artefact.engine == "llama.cpp":
-            # the fastest cache differs between machines, which figures of quality must not
+            # the fastest cache differs between machines, and figures of quality must not
             options = replace(options, kv_cache="f16")
         self.engine = load_engine(artefact, options)
         self.context_length, self.vocab_size = self.engine.context_length, self.engine.vocab_size
@@ -102,12 +109,12 @@ class EngineModel:
     def num_bytes(self, tokens: Sequence[int]) -> int:
         return sum(len(self.engine.token_bytes(token)) for token in tokens)
 
-    def score(self, requests: Sequence[Request]) -> Iterator[tuple[int, Score]]:
-        # in token order, so that neighbours share what the KV cache holds of their common prefix
+    def score(self, requests: Sequence[ScoreRequest]) -> Iterator[tuple[int, Score]]:
+        # in token order, so that neighbours share their common prefix in the KV cache
         for index in sorted(range(len(requests)), key=lambda index: requests[index].tokens):
             yield index, self._score(requests[index])
 
-    def _score(self, request: Request) -> Score:
+    def _score(self, request: ScoreRequest) -> Score:
         targets = np.asarray(request.tokens[request.first :])
         log_probs, greedy, done = np.empty(len(targets)), np.empty(len(targets), dtype=bool), 0
         for logits in self.engine.evaluate(request.tokens[:-1], request.first - 1):
@@ -118,8 +125,47 @@ class EngineModel:
         return Score(log_probs, greedy)
 
 
+Total = tuple[float, bool]
+"""Sum of the scored tokens' log-probabilities in nats, and true if each token was the most likely one."""
+
+
+class ScoreCache:
+    """Totals of requests, appended to a JSON-lines file so that an interrupted evaluation continues."""
+
+    def __init__(self, path: Path | None = None) -> None:
+        """Load the file at `path`. Without a path the totals are kept in memory only."""
+        self.path = path
+        self._totals: dict[str, Total] = {}
+        if path is not None and path.is_file():
+            for line in path.read_text(encoding="utf-8").split("\n"):
+                try:
+                    key, log_prob, greedy = json.loads(line)
+                except ValueError:  # the end of the file, or a line that was cut when the process was killed
+                    continue
+                self._totals[key] = (log_prob, greedy)
+
+    def totals(
+        self, model: EvaluatedModel, requests: Sequence[ScoreRequest], advance: Advance = no_progress
+    ) -> list[Total]:
+        """Return the total of each request. The model scores only requests that are not cached."""
+        keys = [hashlib.sha256(repr((r.tokens, r.first)).encode()).hexdigest()[:32] for r in requests]
+        missing = [index for index, key in enumerate(keys) if key not in self._totals]
+        done = len(keys) - len(missing)
+        for index, score in model.score([requests[index] for index in missing]):
+            self._put(keys[missing[index]], (float(score.log_probs.sum()), bool(score.is_greedy.all())))
+            done += 1
+            advance(done, len(keys))
+        return [self._totals[key] for key in keys]
+
+    def _put(self, key: str, total: Total) -> None:
+        self._totals[key] = total
+        if self.path is not None:
+            with self.path.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps([key, *total]) + "\n")
+
+
 def fingerprint(path: Path) -> str:
-    """sha256 over the weight files of a model folder, or over all files of an artefact as they are now."""
+    """Return a SHA-256 over the weight files of a model folder, or over the present files of an artefact."""
     if is_checkpoint(path):
         files = sorted([*path.glob("*.safetensors"), *path.glob("*.bin")])
         if not files:
@@ -130,32 +176,11 @@ def fingerprint(path: Path) -> str:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether `path` is a Hugging Face folder: ONNX artefacts have a config.json, too, for transformers.js."""
+    """Return True for a Hugging Face folder. ONNX artefacts also have a config.json, for transformers.js."""
     return (path / "config.json").is_file() and not (path / GENAI_CONFIG).is_file()
 
 
-@dataclass(frozen=True)
-class TaskResult:
-    """A task's score."""
-
-    metric: str
-    documents: list[str]
-    """Hash of each document, to pair results of several models."""
-    values: dict[str, list[float]]
-    """Score of every document under each of the task's metrics."""
-
-    def mean(self, metric: str = "") -> float:
-        return statistics.fmean(self.values[metric or self.metric])
-
-    def stderr(self, metric: str = "") -> float:
-        """Standard error of the mean over documents."""
-        values = self.values[metric or self.metric]
-        return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-
-    def to_dict(self) -> dict[str, Any]:
-        scores = {name: {"mean": self.mean(name), "stderr": self.stderr(name)} for name in self.values}
-        return {"metric": self.metric, "num_documents": len(self.documents), "scores": scores, "samples": vars(self)}
-
-    @classmethod
-    def from_dict(cls, value: dict[str, Any]) -> TaskResult:
-        return cls(**value["samples"])
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Return the mean of some values and its standard error, which is NaN for a single value."""
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return statistics.fmean(values), error

@@ -1,8 +1,12 @@
-"""The paper's eight tasks, as lm-evaluation-harness defines them, read from local JSONL or from the hub."""
+"""The paper's eight zero-shot tasks, as lm-evaluation-harness defines them, and their results.
+
+Rows are read from local JSONL or from the hub. Importing this module imports no lm-eval.
+"""
 
 from __future__ import annotations
 
 import json
+import statistics
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,16 +18,17 @@ from typing import Any
 from ...runtime.base.errors import DataError
 from ...runtime.base.extras import extra
 from ...runtime.base.quantities import unknown_name
+from .scoring import mean_and_error
 
 
 @dataclass(frozen=True)
 class TaskFile:
-    """Where a task is defined in lm-eval, and where its rows are in a data folder."""
+    """Location of a task's definition in lm-eval and of its rows in a data folder."""
 
     definition: str
     rows: str
     metric: str
-    """The one that tables show: acc_norm where choices differ in length, as is usual for the task."""
+    """Metric shown in tables. It is acc_norm for tasks whose choices differ in length, as is usual."""
 
 
 TASKS = {
@@ -39,7 +44,35 @@ TASKS = {
 """Zero-shot tasks of EfficientLLM's tables."""
 
 
+@dataclass(frozen=True)
+class TaskResult:
+    """Scores of a task."""
+
+    metric: str
+    documents: list[str]
+    """Hash of each document, to pair results of several models."""
+    values: dict[str, list[float]]
+    """Score of every document under each of the task's metrics."""
+
+    def mean(self, metric: str = "") -> float:
+        """Return the mean over documents, of the task's own metric by default."""
+        return statistics.fmean(self.values[metric or self.metric])
+
+    def stderr(self, metric: str = "") -> float:
+        """Return the standard error of `mean`."""
+        return mean_and_error(self.values[metric or self.metric])[1]
+
+    def to_dict(self) -> dict[str, Any]:
+        scores = {name: {"mean": self.mean(name), "stderr": self.stderr(name)} for name in self.values}
+        return {"metric": self.metric, "num_documents": len(self.documents), "scores": scores, "samples": vars(self)}
+
+    @classmethod
+    def from_dict(cls, value: dict[str, Any]) -> TaskResult:
+        return cls(**value["samples"])
+
+
 def check_names(names: Sequence[str]) -> None:
+    """Raise UsageError for the first unknown task."""
     unknown = [name for name in names if name not in TASKS]
     if unknown:
         raise unknown_name("--tasks", unknown[0], (*TASKS, "all", "none"))
@@ -47,7 +80,10 @@ def check_names(names: Sequence[str]) -> None:
 
 @contextmanager
 def open_task(name: str, data_dir: Path | None) -> Iterator[dict[str, Any]]:
-    """The zero-shot lm-eval tasks of `name`, by name (57 for mmlu); DataError where rows are missing or malformed."""
+    """Yield {name: zero-shot lm-eval task} of a task, which for mmlu are 57.
+
+    Rows come from the hub if `data_dir` is None. Raises DataError for missing or malformed rows.
+    """
     with extra("eval", "lm-eval"):
         from lm_eval.tasks import TaskManager
     with tempfile.TemporaryDirectory(prefix="efficientllm-") as temporary:
@@ -64,12 +100,12 @@ def open_task(name: str, data_dir: Path | None) -> Iterator[dict[str, Any]]:
 
 
 def _write_definitions(name: str, data_dir: Path, folder: Path) -> list[str]:
-    """Task files that include lm-eval's own and read our rows; returns the task names."""
-    task, source = TASKS[name], data_dir / TASKS[name].rows
-    rows = _read_rows(source)
+    """Write task files that include lm-eval's own and read local rows. Returns the task names."""
+    task = TASKS[name]
+    rows = _read_rows(data_dir / task.rows)
     root = Path(str(resources.files("lm_eval.tasks")))
     if name != "mmlu":
-        # HellaSwag's rows may be raw, or what lm-eval's process_docs makes of them
+        # HellaSwag's rows may be raw, or the output of lm-eval's process_docs
         changes = {"process_docs": None, "doc_to_target": "gold"} if "gold" in rows[0] else {}
         _write_definition(folder, name, root / task.definition, rows, changes)
         return [name]
@@ -97,7 +133,7 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _write_definition(folder: Path, name: str, base: Path, rows: list[dict[str, Any]], changes: dict[str, Any]) -> None:
-    """JSON is YAML: lm-eval reads it, `include` and all."""
+    """Write a task definition as JSON. JSON is YAML, so lm-eval reads it and resolves `include`."""
     data = folder / f"{name}.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     definition = {

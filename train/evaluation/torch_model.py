@@ -1,4 +1,4 @@
-"""A Hugging Face folder under evaluation: ours or anybody's, in torch.
+"""A Hugging Face model under evaluation in torch.
 
 Shapes: B requests, S tokens, V vocabulary.
 """
@@ -14,22 +14,24 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from ..compute.hardware import choose_hardware
-from ..data.chat import end_of_text_id, chat_template_of
+from ..data.chat import chat_template_of, end_of_text_id
 from ..model.continuation import continuations
 from ..model.folder_files import check_folder
 from ..model.source import loading, quiet_loading
-from .scoring import Request, Score
+from .scoring import Score, ScoreRequest
 
 ANSWER_BATCH = 50
-"""Prompts answered side by side."""
+"""Prompts answered in one batch."""
 
 
 class TorchModel:
-    """See scoring.ScoredModel."""
+    """A Hugging Face model as a scoring.EvaluatedModel."""
 
     def __init__(self, model: Any, tokenizer: Any, device: torch.device, autocast: bool, batch_tokens: int) -> None:
-        """`model` takes its inputs on `device`. `batch_tokens`: padded tokens per forward pass; `autocast`: matrix
-        products in bfloat16."""
+        """Set `model` to eval mode. It takes its inputs on `device`.
+
+        `batch_tokens` limits the padded tokens per forward pass. `autocast` selects matrix products in bfloat16.
+        """
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.device = device
@@ -43,7 +45,7 @@ class TorchModel:
 
     @classmethod
     def load(cls, folder: Path, device: str, dtype: str, threads: int, batch_tokens: int) -> TorchModel:
-        """Load a folder in fp32; ModelError where transformers cannot."""
+        """Load a folder in fp32. Raises ModelError if transformers cannot load it."""
         hardware = choose_hardware(device, dtype, threads)
         check_folder(folder)
         with loading(str(folder)), quiet_loading():
@@ -62,8 +64,8 @@ class TorchModel:
         text = self.tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return len(text.encode("utf-8"))
 
-    def score(self, requests: Sequence[Request]) -> Iterator[tuple[int, Score]]:
-        # requests that differ in their last token only share one row: it is never an input
+    def score(self, requests: Sequence[ScoreRequest]) -> Iterator[tuple[int, Score]]:
+        # requests that differ only in their last token share one row, as the last token is never an input
         rows: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for index, request in enumerate(requests):
             rows[request.tokens[:-1]].append(index)
@@ -90,19 +92,21 @@ class TorchModel:
             pad_token_id=self.separator,
         )
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast):
-            found = continuations(self.model, prompts, settings, self.device)
-        return [self.tokenizer.decode(row, skip_special_tokens=True) for row in found]
+            rows = continuations(self.model, prompts, settings, self.device)
+        return [self.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
 
     def _end_ids(self) -> set[int]:
-        """Tokens that end an answer: the tokenizer's and those of the model's generation settings."""
+        """Return the tokens that end an answer, by the tokenizer and the model's generation settings."""
         ends = self.model.generation_config.eos_token_id
-        found = {self.separator, *(ends if isinstance(ends, list) else [ends] if ends is not None else [])}
-        return found | ({self.tokenizer.eos_token_id} if self.tokenizer.eos_token_id is not None else set())
+        ends = ends if isinstance(ends, list) else [ends]
+        return {end for end in (self.separator, self.tokenizer.eos_token_id, *ends) if end is not None}
 
     @torch.inference_mode()
     def _logits(self, batch: list[tuple[int, ...]], first: int) -> torch.Tensor:
-        """Logits [B, S - first, V] of positions first and later; shorter rows are padded on the right, where a causal
-        model cannot see them."""
+        """Return the logits of position `first` and later ones, [B, S - first, V].
+
+        Shorter rows are padded on the right, where a causal model cannot attend to the padding.
+        """
         width = len(batch[0])
         padded = [[*row, *[self.separator] * (width - len(row))] for row in batch]
         inputs = torch.tensor(padded, device=self.device)
@@ -111,8 +115,8 @@ class TorchModel:
 
 
 @torch.inference_mode()
-def _score(logits: torch.Tensor, request: Request) -> Score:
-    """Score of logits [n, V], one row per scored token."""
+def _score(logits: torch.Tensor, request: ScoreRequest) -> Score:
+    """Return the score of a request from its logits [n, V], one row per scored token."""
     targets = torch.tensor(request.tokens[request.first :], device=logits.device)
     log_probs = torch.log_softmax(logits.float(), -1).gather(1, targets[:, None])[:, 0]
     is_greedy = logits.argmax(-1) == targets

@@ -1,1 +1,1 @@
-"""What a model keeps of its source, measured on texts that nobody trains on: see measure.py and contract.py."""
+"""Quality relative to the source, on texts that no run trains on. sets.py has them and contract.py compares."""

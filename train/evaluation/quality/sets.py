@@ -1,6 +1,8 @@
-"""The texts, chats and questions that ship: written for this package, in the public domain, trained on by no run.
+"""The texts, chats and questions that ship. They were written for this package and are in the public domain.
 
-Six kinds of text with ten documents each, eighty questions with a reference answer, a hundred questions of fact."""
+There are six kinds of text with ten documents each, 80 questions with a reference answer and 100 questions of fact. No
+run trains on them.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,8 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Chat:
-    """A question and an answer as a helpful assistant would give it."""
+class ReferenceChat:
+    """A question, and the answer of a helpful assistant."""
 
     question: str
     answer: str
@@ -26,10 +28,10 @@ class Fact:
 
     question: str
     accept: tuple[re.Pattern[str], ...]
-    """One of these is found in a right answer."""
+    """Patterns of accepted answers."""
 
     def is_right(self, answer: str) -> bool:
-        """Whether the first sentence that says anything holds an accepted answer."""
+        """Return True if a pattern matches in the answer's first sentence."""
         sentence = re.split(r"(?<=[.!?])\s|\n", answer.strip(), maxsplit=1)[0]
         return any(pattern.search(sentence) for pattern in self.accept)
 
@@ -41,7 +43,7 @@ def _rows(name: str) -> list[dict[str, Any]]:
 
 @cache
 def texts() -> dict[str, tuple[str, ...]]:
-    """{kind: documents}"""
+    """Return {kind of text: its documents}."""
     found: dict[str, tuple[str, ...]] = {}
     for row in _rows("texts.jsonl"):
         found[row["kind"]] = (*found.get(row["kind"], ()), row["text"])
@@ -49,8 +51,8 @@ def texts() -> dict[str, tuple[str, ...]]:
 
 
 @cache
-def chats() -> tuple[Chat, ...]:
-    return tuple(Chat(row["question"], row["answer"]) for row in _rows("chat.jsonl"))
+def chats() -> tuple[ReferenceChat, ...]:
+    return tuple(ReferenceChat(row["question"], row["answer"]) for row in _rows("chat.jsonl"))
 
 
 @cache

@@ -1,9 +1,10 @@
-"""One model through every measurement asked for."""
+"""Run the measurements that a user asks for on one model."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,50 +14,47 @@ from ...runtime.base.extras import extra
 from ...runtime.base.files import write_json_atomically
 from ...runtime.engines.engine import EngineOptions
 from ..data.documents import DataSpec, check_documents
-from . import perplexity
-from .perplexity import WIKITEXT, WIKITEXT_FILE, Perplexity
-from .quality.measure import Quality, Report, measure_quality, silent
-from .request_cache import RequestCache
-from .results import TaskResult
-from .scoring import EngineModel, ScoredModel, fingerprint, is_checkpoint
-from .tasks import TASKS, check_names
+from .perplexity import WIKITEXT, WIKITEXT_FILE, Perplexity, corpus_documents, measure_perplexity, read_wikitext
+from .quality.contract import Quality, Report, measure_quality, silent
+from .scoring import EngineModel, EvaluatedModel, ScoreCache, fingerprint, is_checkpoint
+from .tasks import TASKS, TaskResult, check_names
 
 
 @dataclass(frozen=True)
 class MeasureConfig:
-    """what is measured"""
+    """measurements"""
 
     quality: bool = True
-    """Perplexity on six kinds of text, chat answers and a hundred questions of fact, all of which ship with the package
-    and are trained on by no run."""
+    """Measure perplexity on six kinds of text, chat answers and a hundred questions of fact. They ship with the package
+    and no run trains on them."""
     tasks: tuple[str, ...] = flags.comma_separated("none")
-    """Zero-shot tasks, comma-separated, of arc_challenge, arc_easy, boolq, hellaswag, openbookqa, piqa, winogrande and
-    mmlu; or all, or none."""
+    """Zero-shot tasks, comma-separated: arc_challenge, arc_easy, boolq, hellaswag, openbookqa, piqa, winogrande, mmlu,
+    or all, or none."""
     data_dir: str = ""
-    """Folder with the tasks' rows as JSONL and WikiText-2 as wikitext2_raw_test.txt; empty: tasks come from the hub."""
+    """Folder with the tasks' rows as JSONL and WikiText-2 as wikitext2_raw_test.txt. Empty: tasks come from the hub."""
     limit: int = flags.number(0, at_least=0)
-    """Documents per task (per subject of mmlu); 0: all."""
+    """Documents per task (per subject of mmlu). 0: all."""
     text: tuple[str, ...] = ()
-    """Text to measure perplexity on, [NAME=]PATH, repeatable: anything --data of efficientllm-train reads (of 'demo'
-    only the held-out part), or 'wikitext2' from --data-dir."""
+    """Text to measure perplexity on, [NAME=]PATH, repeatable: any --data of efficientllm-train (of 'demo' only the
+    held-out part), or 'wikitext2' from --data-dir."""
     text_tokens: int = flags.count(0, at_least=0)
-    """Tokens of each text to predict; 0: all."""
+    """Tokens of each text to predict. 0: all."""
     document_tokens: int = flags.count(512, at_least=0)
-    """Of each document of a text, its first tokens; 0: all."""
+    """First tokens of each document of a text to use. 0: all."""
     window: int = flags.number(512, at_least=2)
-    """Context of a perplexity: tokens are predicted from the start of their window of this many."""
+    """Context of a perplexity in tokens. Each token is predicted from the start of its window."""
     min_context: int = flags.number(1, at_least=1)
-    """Of a perplexity: only tokens that have as many before them in their window count (256: what a model makes of long
-    text); windows overlap by as many."""
+    """Count only tokens with at least this many before them in their window, such as 256 to measure long text. Windows
+    overlap by as many."""
 
     def __post_init__(self) -> None:
         flags.check_fields(self)
         is_within = self.min_context <= self.window
         flags.require(self, "min_context", is_within, f"must be at most the window of {self.window}")
         is_left = not self.document_tokens or self.min_context <= self.document_tokens
-        flags.require(self, "min_context", is_left, f"leaves nothing of {self.document_tokens} --document-tokens")
-        is_something = self.quality or bool(self.task_names) or bool(self.text)
-        flags.require(self, "quality", is_something, "give --text or --tasks: nothing else is left to measure")
+        flags.require(self, "min_context", is_left, f"must be at most --document-tokens {self.document_tokens}")
+        has_measure = self.quality or bool(self.task_names) or bool(self.text)
+        flags.require(self, "quality", has_measure, "there is nothing to measure; give --text or --tasks")
 
     @property
     def task_names(self) -> tuple[str, ...]:
@@ -65,18 +63,18 @@ class MeasureConfig:
 
 @dataclass(frozen=True)
 class ComputeConfig:
-    """how it is computed"""
+    """computation"""
 
     device: str = "auto"
-    """For Hugging Face folders: auto, cpu, cuda or cuda:N."""
+    """Device for Hugging Face folders: auto, cpu, cuda or cuda:N."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """For Hugging Face folders: precision of matrix products."""
+    """Precision of matrix products for Hugging Face folders."""
     batch_tokens: int = flags.number(2048, at_least=1)
-    """For Hugging Face folders: tokens per forward pass, padding included."""
+    """Tokens per forward pass for Hugging Face folders, with padding."""
     threads: int = flags.number(0, at_least=0)
-    """CPU threads; 0: all cores."""
+    """CPU threads. 0: all cores."""
     context: int = 0
-    """Context window of an artefact in tokens; 0: the model's own, at most 4096."""
+    """Context window of an artefact in tokens. 0: the model's own, at most 4096."""
 
     def __post_init__(self) -> None:
         flags.check_fields(self)
@@ -84,11 +82,11 @@ class ComputeConfig:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured of one model."""
+    """Measurements of one model."""
 
     model: str
     fingerprint: str
-    """sha256 over its weights."""
+    """SHA-256 over its weights."""
     perplexity: dict[str, Perplexity]
     tasks: dict[str, TaskResult]
     quality: Quality | None = None
@@ -113,8 +111,8 @@ class Evaluation:
         )
 
 
-def open_model(path: Path, compute: ComputeConfig) -> ScoredModel:
-    """A Hugging Face folder in torch, anything else in the engine its manifest names."""
+def open_model(path: Path, compute: ComputeConfig) -> EvaluatedModel:
+    """Open a Hugging Face folder in torch, or an artefact in the engine that its manifest names."""
     if not is_checkpoint(path):
         return EngineModel(path, EngineOptions(threads=compute.threads, context=compute.context))
     with extra("train"):
@@ -123,7 +121,7 @@ def open_model(path: Path, compute: ComputeConfig) -> ScoredModel:
 
 
 def check(config: MeasureConfig) -> None:
-    """UsageError or MissingExtraError for what would only fail after hours."""
+    """Raise UsageError or MissingExtraError for settings that would only fail after hours."""
     check_names(config.task_names)
     data_dir = Path(config.data_dir)
     if config.data_dir and not data_dir.is_dir():
@@ -135,7 +133,7 @@ def check(config: MeasureConfig) -> None:
             import lm_eval  # noqa: F401
     for text in config.text:
         if text != WIKITEXT:
-            check_documents(DataSpec(_named(text)[1]))
+            check_documents(DataSpec(_name_and_path(text)[1]))
     for name in config.task_names:
         rows = data_dir / TASKS[name].rows
         if config.data_dir and not rows.is_file():
@@ -149,63 +147,55 @@ def evaluate(
     cache_folder: Path | None = None,
     report: Report = silent,
 ) -> Evaluation:
-    """Measure the model at `path`; with a `cache_folder`, a second call goes on where the first was stopped."""
+    """Measure the model at `path`. A call with the `cache_folder` of an interrupted one continues it."""
     check(measures)
     digest = fingerprint(path)
     precision = compute.dtype if is_checkpoint(path) else "engine"
-    known = f"{digest[:16]}-{precision}"
-    cache = RequestCache(cache_folder / f"{known}.jsonl" if cache_folder is not None else None)
+
+    def cache_path(suffix: str) -> Path | None:
+        return cache_folder / f"{digest[:16]}-{precision}{suffix}" if cache_folder is not None else None
+
     model = open_model(path, compute)
-    quality = None
-    if measures.quality:
-        quality = _quality(model, cache_folder / f"{known}-quality.json" if cache_folder is not None else None, report)
+    quality = _measure_quality(model, cache_path("-quality.json"), report) if measures.quality else None
+    cache = ScoreCache(cache_path(".jsonl"))
     perplexities: dict[str, Perplexity] = {}
     for name, documents in _texts(model, measures).items():
-        what = f"perplexity of {name}"
-        perplexities[name] = perplexity.measure(
-            model,
-            documents,
-            measures.window,
-            cache,
-            lambda done, total, what=what: report(what, done, total),
-            measures.min_context,
-        )
+        advance = partial(report, f"perplexity of {name}")
+        perplexities[name] = measure_perplexity(model, documents, measures.window, cache, advance, measures.min_context)
     tasks: dict[str, TaskResult] = {}
-    data_dir = Path(measures.data_dir) if measures.data_dir else None
-    for name in measures.task_names:
+    if measures.task_names:
         from .harness import run_task
 
-        tasks[name] = run_task(
-            name, model, data_dir, measures.limit, cache, lambda done, total, name=name: report(name, done, total)
-        )
+        data_dir = Path(measures.data_dir) if measures.data_dir else None
+        for name in measures.task_names:
+            tasks[name] = run_task(name, model, data_dir, measures.limit, cache, partial(report, name))
     return Evaluation(str(path), digest, perplexities, tasks, quality)
 
 
-def _quality(model: ScoredModel, known: Path | None, report: Report) -> Quality:
-    """Measured, or what an earlier call left in the file `known`."""
-    if known is not None and known.is_file():
-        return Quality.from_dict(json.loads(known.read_text(encoding="utf-8")))
+def _measure_quality(model: EvaluatedModel, path: Path | None, report: Report) -> Quality:
+    """Read the quality of a model from a file, or measure it and write the file."""
+    if path is not None and path.is_file():
+        return Quality.from_dict(json.loads(path.read_text(encoding="utf-8")))
     quality = measure_quality(model, report)
-    if known is not None:
-        write_json_atomically(known, quality.to_dict())
+    if path is not None:
+        write_json_atomically(path, quality.to_dict())
     return quality
 
 
-def _texts(model: ScoredModel, config: MeasureConfig) -> dict[str, list[list[int]]]:
-    """Token ids of each text's documents by its name."""
+def _texts(model: EvaluatedModel, config: MeasureConfig) -> dict[str, list[list[int]]]:
+    """Return {name: token ids of its documents} of each --text."""
     texts: dict[str, list[list[int]]] = {}
-    for spec in config.text:
-        name, path = _named(spec)
-        if spec == WIKITEXT:
-            ids = model.tokenize(perplexity.read_wikitext(Path(config.data_dir) / WIKITEXT_FILE))
+    for text in config.text:
+        if text == WIKITEXT:
+            ids = model.tokenize(read_wikitext(Path(config.data_dir) / WIKITEXT_FILE))
             texts[WIKITEXT] = [ids[: config.text_tokens + 1] if config.text_tokens else ids]
-            continue
-        limits = (config.document_tokens, config.text_tokens, config.min_context)
-        texts[name] = perplexity.corpus_documents(model, path, *limits)
+        else:
+            name, path = _name_and_path(text)
+            limits = (config.document_tokens, config.text_tokens, config.min_context)
+            texts[name] = corpus_documents(model, path, *limits)
     return texts
 
 
-def _named(text: str) -> tuple[str, str]:
-    """(name, path) of a --text."""
+def _name_and_path(text: str) -> tuple[str, str]:
     name, separator, path = text.partition("=")
     return (name, path) if separator else (Path(text).name.split(".")[0], text)
