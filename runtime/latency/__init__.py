@@ -1,1 +1,1 @@
-"""What a decoder of any shape takes on a device that was measured: the latency table and the workload."""
+"""Predict the time of a decoder shape on a measured device: latency table and workload."""

@@ -1,7 +1,4 @@
-"""The profile of a device: milliseconds of every part of a decoder as it runs there, and what they were measured on.
-
-Where the milliseconds of a workload go.
-"""
+"""Device profile: measured milliseconds of every part of a decoder, and the conditions of the measurement."""
 
 from __future__ import annotations
 
@@ -24,13 +21,13 @@ class Breakdown:
     """Milliseconds of a workload by part."""
 
     attention_ms: tuple[float, ...]
-    """Of each layer."""
+    """Attention of each layer."""
     ffn_ms: tuple[float, ...]
-    """Of each layer."""
+    """FFN of each layer."""
     head_ms: float
-    """The LM head."""
+    """LM head."""
     token_ms: float
-    """What every token costs beside layers and head: embedding, last norm, the engine's own work."""
+    """Cost of a token outside layers and head: embedding, last norm and the engine's own work."""
 
     @property
     def total_ms(self) -> float:
@@ -43,36 +40,36 @@ KIND = "device_profile"
 
 @dataclass(frozen=True)
 class MeasuredOn:
-    """What the milliseconds are of."""
+    """Conditions of the measurement."""
 
     device: str
-    """As it was given to --device, or the name that its user gave it."""
+    """Value of --device, or a name that the user gave."""
     cpu: str
     engine: str
-    """Runtime engine, as a manifest names it: llama.cpp, onnxruntime or executorch."""
+    """Runtime engine: llama.cpp, onnxruntime or executorch."""
     engine_version: str
     quantization: str
-    """Weight type, as a manifest names it: q4_0, int4, 8da4w, ..."""
+    """Weight type: q4_0, int4, 8da4w, ..."""
     threads: int
     clock: str
-    """ "cpu": CPU time of all threads of the process, which other processes do not add to; "wall": the clock's."""
+    """ "cpu" for CPU time of all threads of the process, "wall" for elapsed time. CPU time excludes other processes."""
     measured_at: str
-    """UTC, as ISO 8601."""
+    """UTC time in ISO 8601."""
     engine_settings: str = ""
-    """What the engine ran with, such as the attention kernel and the type of the cache."""
+    """Settings of the engine, such as the attention kernel and the cache type."""
     efficientllm_version: str = ""
     emulated: bool = False
-    """Whether instructions were translated: then no figure says anything about the device."""
+    """Whether instructions were translated. Figures then say nothing about the device."""
 
 
 @dataclass(frozen=True)
 class HeldOutError:
-    """How well the table predicts irregular random models that took no part in it, at one depth."""
+    """Prediction error for irregular random models outside the table, at one depth."""
 
     depth: int
     models: int
     median: float
-    """Of |predicted / measured - 1|."""
+    """Median of |predicted / measured - 1|."""
     worst: float
     r2: float
     """Share of the variance of the measured milliseconds that is predicted."""
@@ -80,7 +77,7 @@ class HeldOutError:
 
 @dataclass(frozen=True)
 class Saving:
-    """Milliseconds of a decoded token that one removal from the source saves."""
+    """Milliseconds that one removal from the source saves per decoded token."""
 
     removed: str
     depth: int
@@ -90,32 +87,32 @@ class Saving:
 
 @dataclass(frozen=True)
 class DeviceProfile:
-    """Prices decoders in milliseconds on the device, engine, weight type and threads that it was measured on."""
+    """Predict times of decoders on the measured device, engine, weight type and threads."""
 
     measured_on: MeasuredOn
     table: LatencyTable
     errors: tuple[HeldOutError, ...] = ()
-    """Its own, by depth."""
+    """Prediction errors by depth."""
     held_out: tuple[dict[str, Any], ...] = ()
-    """The models behind `errors`: widths, measured and predicted milliseconds by depth."""
+    """Models behind `errors`: widths, measured and predicted milliseconds by depth."""
     savings: tuple[Saving, ...] = ()
-    """Single removals from the source, where they were measured."""
+    """Measured single removals from the source."""
     _prices: dict[tuple[object, ...], float] = field(default_factory=dict, repr=False, compare=False)
 
     def decode_ms(self, shape: DecoderShape, depth: int) -> float:
-        """Milliseconds of one decoded token after `depth` others."""
+        """Return the milliseconds of one decoded token after `depth` others."""
         return self.workload_ms(shape, Workload.at_depth(depth))
 
     def prefill_ms(self, shape: DecoderShape, tokens: int) -> float:
-        """Milliseconds of a prompt of `tokens`, until its last logits are there."""
+        """Return the milliseconds of a prompt of `tokens` until its last logits."""
         return self.workload_ms(shape, Workload(prompt_tokens=tokens))
 
     def workload_ms(self, shape: DecoderShape, workload: Workload) -> float:
-        """Milliseconds of the whole workload; UsageError for heads of another size than were measured."""
+        """Return the milliseconds of the whole workload. Raises UsageError for another head size."""
         return self.breakdown(shape, workload).total_ms
 
     def breakdown(self, shape: DecoderShape, workload: Workload) -> Breakdown:
-        """Where the milliseconds of a workload go; a layer that lost attention and FFN costs nothing."""
+        """Return the milliseconds of a workload by part. An empty layer costs nothing."""
         self._check_head_dim(shape)
         hidden = shape.hidden_size
         more = self._surcharge(shape, workload)
@@ -135,7 +132,7 @@ class DeviceProfile:
         )
 
     def _surcharge(self, shape: DecoderShape, workload: Workload) -> Callable[[int, int], float]:
-        """Milliseconds more in the workload of a part of this model: of its weights, and rows of odd lengths."""
+        """Return a function of (weights, odd rows) that gives the surcharge of a part in milliseconds."""
         surcharge, weights = self.table.surcharge, self.table.weights(workload)
         if surcharge is None:
             return lambda num_weights, odd_rows: 0.0
@@ -144,8 +141,10 @@ class DeviceProfile:
         return lambda num_weights, odd_rows: per_weight * num_weights + per_row * odd_rows
 
     def attention_ms(self, layer: LayerShape, hidden_size: int, workload: Workload) -> float:
-        """Milliseconds of a layer's attention in the workload, without the surcharge: what an absent one still costs
-        where there are none."""
+        """Return the milliseconds of a layer's attention without the surcharge.
+
+        An absent one still has a small cost.
+        """
         if layer.is_absent:
             return 0.0
         if not layer.num_attention_heads:
@@ -154,8 +153,7 @@ class DeviceProfile:
         return self._price("attention", hidden_size, (groups, layer.num_attention_heads / groups), workload)
 
     def ffn_ms(self, layer: LayerShape, hidden_size: int, workload: Workload) -> float:
-        """Milliseconds of a layer's FFN in the workload, without the surcharge: what an absent one still costs where it
-        has no channels."""
+        """Return the milliseconds of a layer's FFN without the surcharge. An absent one still has a small cost."""
         if layer.is_absent:
             return 0.0
         if not layer.intermediate_size:
@@ -163,7 +161,7 @@ class DeviceProfile:
         return self._price("ffn", hidden_size, (layer.intermediate_size,), workload)
 
     def check(self, *, engine: str | None = None, quantization: str | None = None, threads: int | None = None) -> None:
-        """UsageError where the profile was measured on another engine, weight type or number of threads."""
+        """Raise UsageError if the profile was measured on another engine, weight type or number of threads."""
         asked = {"engine": engine, "quantization": quantization, "threads": threads}
         for name, value in asked.items():
             measured = getattr(self.measured_on, name)
@@ -181,7 +179,7 @@ class DeviceProfile:
             )
 
     def _price(self, part: str, hidden_size: int, widths: Sequence[float], workload: Workload) -> float:
-        """Remembered: a ranking asks for the same widths again and again."""
+        """Return a cached price. A ranking requests the same widths many times."""
         key = (part, hidden_size, *widths, workload)
         found = self._prices.get(key)
         if found is None:
@@ -190,7 +188,7 @@ class DeviceProfile:
         return found
 
     def save(self, path: Path) -> None:
-        """Write the profile as JSON; the file is whole or absent."""
+        """Write the profile as JSON, atomically."""
         write_json_atomically(
             path,
             {
@@ -206,7 +204,7 @@ class DeviceProfile:
 
     @classmethod
     def load(cls, path: Path) -> DeviceProfile:
-        """Read what `save` wrote; UsageError where the file is missing, damaged or something else."""
+        """Read the file of `save`. Raises UsageError if it is missing, damaged or of another kind."""
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError as error:

@@ -1,7 +1,4 @@
-"""The widths that decide how long a decoder takes.
-
-What a device is asked to do: a prompt and its answer, or one token at a depth.
-"""
+"""Decoder widths that determine its time, and the workload: a prompt with its answer, or one token at a depth."""
 
 from __future__ import annotations
 
@@ -14,12 +11,12 @@ from ..base.errors import UsageError
 
 @dataclass(frozen=True)
 class LayerShape:
-    """Widths of one decoder layer; 0 where the part is absent."""
+    """Widths of one decoder layer; 0 for an absent part."""
 
     num_attention_heads: int
     """Query heads."""
     num_key_value_heads: int
-    """Key/value groups; divides num_attention_heads."""
+    """Key/value heads; a divisor of num_attention_heads."""
     intermediate_size: int
     """FFN channels."""
 
@@ -32,15 +29,15 @@ class LayerShape:
 
     @property
     def is_absent(self) -> bool:
-        """Whether nothing is left of the layer: exporters leave it out, and it costs nothing."""
+        """Tell whether the layer has no blocks. Exporters leave it out."""
         return not self.num_attention_heads and not self.intermediate_size
 
     def attention_weights(self, hidden_size: int, head_dim: int) -> int:
-        """Weights in the four matrices of the attention."""
+        """Count the weights of the attention's four matrices."""
         return 2 * hidden_size * head_dim * (self.num_attention_heads + self.num_key_value_heads)
 
     def ffn_weights(self, hidden_size: int) -> int:
-        """Weights in the three matrices of the FFN."""
+        """Count the weights of the FFN's three matrices."""
         return 3 * hidden_size * self.intermediate_size
 
 
@@ -63,7 +60,7 @@ class DecoderShape:
 
     @classmethod
     def from_dict(cls, architecture: Mapping[str, Any]) -> DecoderShape:
-        """Of an architecture's JSON values (Architecture.to_dict), as manifests hold them."""
+        """Read an architecture's JSON values (Architecture.to_dict), as stored in manifests."""
         names = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
         layers = zip(*(architecture[name] for name in names), strict=True)
         return cls(
@@ -75,17 +72,17 @@ class DecoderShape:
 
     @property
     def present_layers(self) -> tuple[LayerShape, ...]:
-        """Those of which something is left."""
+        """Return the layers with at least one block."""
         return tuple(layer for layer in self.layers if not layer.is_absent)
 
     @property
     def head_weights(self) -> int:
-        """Weights in the LM head."""
+        """Count the weights of the LM head."""
         return self.hidden_size * self.vocab_size
 
     @property
     def num_weights(self) -> int:
-        """Weights in all matrices that a token is multiplied with."""
+        """Count the weights of all matrices that multiply a token."""
         hidden, head_dim = self.hidden_size, self.head_dim
         layers = (layer.attention_weights(hidden, head_dim) + layer.ffn_weights(hidden) for layer in self.layers)
         return self.head_weights + sum(layers)
@@ -100,11 +97,11 @@ class Workload:
     """Tokens to evaluate, one sequence at a time."""
 
     prompt_tokens: int = 0
-    """Evaluated at once, from an empty cache."""
+    """Tokens evaluated at once from an empty cache."""
     answer_tokens: int = 0
-    """Decoded one by one after the prompt."""
+    """Tokens decoded one by one after the prompt."""
     depth: int = 0
-    """Tokens already in the cache before the answer, where there is no prompt."""
+    """Tokens in the cache before the answer if there is no prompt."""
 
     def __post_init__(self) -> None:
         if min(self.prompt_tokens, self.answer_tokens, self.depth) < 0:
@@ -116,12 +113,12 @@ class Workload:
 
     @classmethod
     def at_depth(cls, depth: int) -> Workload:
-        """One decoded token after `depth` others: milliseconds per token."""
+        """Return the workload of one decoded token after `depth` others."""
         return cls(answer_tokens=1, depth=depth)
 
     @classmethod
     def parse(cls, text: str) -> Workload:
-        """ "prompt=256,answer=128" or "depth=512" (one token there); UsageError for anything else."""
+        """Parse "prompt=256,answer=128" or "depth=512" (one token). Raises UsageError otherwise."""
         values: dict[str, int] = {}
         for part in text.split(","):
             name, _, number = (piece.strip() for piece in part.partition("="))
@@ -134,7 +131,7 @@ class Workload:
 
     @property
     def first_depth(self) -> int:
-        """Tokens in the cache when the first token of the answer is evaluated."""
+        """Return the tokens in the cache when the first token of the answer is evaluated."""
         return self.prompt_tokens or self.depth
 
     def __str__(self) -> str:

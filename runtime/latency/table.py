@@ -1,12 +1,9 @@
-"""The latency table: a grid of measured milliseconds for every part of a decoder.
+"""Latency table: a grid of measured milliseconds for every part of a decoder.
 
-The last axis of every grid is the condition: first decoding one token at each of `depths`, then evaluating a prompt of
-each of `prompts` tokens. A workload is a weight for each condition, since milliseconds between two depths are
-interpolated linearly, and those between lengths of a prompt by a parabola: attention's grow with the square.
-
-What weights and rows cost that no grid of widths can hold: beyond the CPU's cache, and beside a kernel's stride.
-
-Values measured at the nodes of a grid, and everything between them.
+The last axis of every grid is the condition: decoding one token at each of `depths`, then evaluating a prompt of each
+of `prompts` tokens. A workload is a weight for each condition. Between two depths, milliseconds are interpolated
+linearly. Between prompt lengths a parabola is used, because attention grows with the square. The surcharge covers costs
+that no grid of widths can hold.
 """
 
 from __future__ import annotations
@@ -21,24 +18,24 @@ import numpy as np
 from .shape import DecoderShape, LayerShape, Workload
 
 BLOCK = 32
-"""Weights in a quantised block; exporters pad rows to whole ones."""
+"""Weights in a quantised block; exporters pad rows to whole blocks."""
 
 
 @dataclass(frozen=True)
 class Surcharge:
-    """Arrays are by condition, as the table's grids.
+    """Cost beyond the CPU's cache and of odd rows; arrays by condition, as in the table's grids.
 
-    Weights are read in turn, token after token: a cache of some size holds all of a smaller model's and none of one
-    that is twice as large, in between a part. Deep decoding leaves less room for weights, and a prompt reads them once
-    for many tokens. Kernels that take two blocks at a time (SSE) finish rows of an odd number one by one.
+    Weights are read in order, token after token. A cache holds all weights of a small model, none of a model twice its
+    size, and a part in between. Deep decoding leaves less room for weights, and a prompt reads them once for many
+    tokens. Kernels that take two blocks at a time (SSE) compute rows with an odd number of blocks one by one.
     """
 
     capacity: np.ndarray
-    """Weights that fit the cache, at least one."""
+    """Weights that fit into the cache, at least one."""
     spill_ms: np.ndarray
-    """Milliseconds more of a million weights where none is found in the cache."""
+    """Further milliseconds of a million weights outside the cache."""
     odd_ms: np.ndarray
-    """Milliseconds more of a thousand rows of an odd number of blocks."""
+    """Further milliseconds of a thousand rows with an odd number of blocks."""
 
     def __post_init__(self) -> None:
         arrays = (self.capacity, self.spill_ms, self.odd_ms)
@@ -48,11 +45,11 @@ class Surcharge:
             raise ValueError("a surcharge holds a value that is no size or no time")
 
     def per_weight(self, num_weights: float) -> np.ndarray:
-        """Milliseconds more [conditions] of each weight of a model that has so many."""
+        """Return the further milliseconds [conditions] of each weight of a model with this number of weights."""
         return 1e-6 * self.spill_ms * missed(num_weights, self.capacity)
 
     def of(self, shape: DecoderShape) -> np.ndarray:
-        """Milliseconds more [conditions] of a whole model."""
+        """Return the further milliseconds [conditions] of a whole model."""
         return shape.num_weights * self.per_weight(shape.num_weights) + 1e-3 * self.odd_ms * odd_rows(shape)
 
     def to_json(self) -> dict[str, Any]:
@@ -64,45 +61,45 @@ class Surcharge:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Surcharge:
-        """The inverse of `to_json`."""
+        """Read the values of `to_json`."""
         return cls(*(np.array(values[name], float) for name in ("capacity", "spill_ms", "odd_ms")))
 
 
 def missed(num_weights: np.ndarray | float, capacity: np.ndarray | float) -> np.ndarray:
-    """Share of a model's weights that are not found in a cache with room for `capacity`."""
+    """Return the share of a model's weights outside a cache with room for `capacity`."""
     return np.clip((num_weights - capacity) / capacity, 0.0, 1.0)
 
 
 def is_odd(width: int) -> bool:
-    """Whether rows of so many weights are an odd number of blocks, as they are exported."""
+    """Tell whether rows of this width have an odd number of blocks as exported."""
     return -(-width // BLOCK) % 2 == 1
 
 
 def head_odd_rows(shape: DecoderShape) -> int:
-    """Rows of the LM head of an odd number of blocks."""
+    """Count the rows of the LM head with an odd number of blocks."""
     return shape.vocab_size * is_odd(shape.hidden_size)
 
 
 def attention_odd_rows(layer: LayerShape, shape: DecoderShape) -> int:
-    """Rows of an attention's matrices of an odd number of blocks."""
+    """Count the rows of an attention's matrices with an odd number of blocks."""
     hidden, heads, groups = shape.hidden_size, layer.num_attention_heads, layer.num_key_value_heads
     reading = shape.head_dim * (heads + 2 * groups) * is_odd(hidden)
     return reading + hidden * is_odd(heads * shape.head_dim)
 
 
 def ffn_odd_rows(layer: LayerShape, shape: DecoderShape) -> int:
-    """Rows of an FFN's matrices of an odd number of blocks."""
+    """Count the rows of an FFN's matrices with an odd number of blocks."""
     return 2 * layer.intermediate_size * is_odd(shape.hidden_size) + shape.hidden_size * is_odd(layer.intermediate_size)
 
 
 def odd_rows(shape: DecoderShape) -> int:
-    """Rows of all of a model's matrices of an odd number of blocks."""
+    """Count the rows of all matrices with an odd number of blocks."""
     layers = (attention_odd_rows(layer, shape) + ffn_odd_rows(layer, shape) for layer in shape.present_layers)
     return head_odd_rows(shape) + sum(layers)
 
 
 def weights_between(nodes: Sequence[float], value: float) -> np.ndarray:
-    """Weights [N] of ascending `nodes` that interpolate at `value`: linear, and on along the last piece outside."""
+    """Return weights [N] of ascending `nodes` for linear interpolation at `value`, extrapolated outside."""
     weights = np.zeros(len(nodes))
     if len(nodes) == 1:
         weights[0] = 1.0
@@ -114,8 +111,11 @@ def weights_between(nodes: Sequence[float], value: float) -> np.ndarray:
 
 
 def parabola_weights(nodes: Sequence[float], value: float) -> np.ndarray:
-    """Weights [N] of ascending `nodes` that give the parabola through three of them at `value`, by Lagrange: the two
-    around it and the next below, or the first or last three; with fewer nodes a line or a constant."""
+    """Return weights [N] of ascending `nodes` for the parabola through three of them at `value` (Lagrange).
+
+    The three are the two around the value and the next below, or the first or last three. With fewer nodes it is a line
+    or a constant.
+    """
     last = int(np.clip(np.searchsorted(nodes, value, side="left"), min(2, len(nodes) - 1), len(nodes) - 1))
     used = range(max(0, last - 2), last + 1)
     weights = np.zeros(len(nodes))
@@ -130,7 +130,7 @@ class Grid:
     """Values [N1, ..., Nk, C] over k axes: C figures, such as milliseconds by depth, at every node."""
 
     axes: tuple[tuple[int, ...], ...]
-    """Nodes of each axis, ascending."""
+    """Ascending nodes of each axis."""
     values: np.ndarray
 
     def __post_init__(self) -> None:
@@ -141,7 +141,7 @@ class Grid:
             raise ValueError("a grid holds a value that is no number")
 
     def at(self, *point: float) -> np.ndarray:
-        """The figures [C] at a point: multilinear between nodes."""
+        """Return the figures [C] at a point, multilinear between nodes."""
         values = self.values
         for nodes, coordinate in zip(self.axes, point, strict=True):
             values = np.tensordot(weights_between(nodes, coordinate), values, axes=1)
@@ -156,23 +156,23 @@ PARTS = {
     "ffn": ("hidden_size", "intermediate_size"),
     "no_ffn": ("hidden_size",),
 }
-"""Part -> the axes of its grid. no_attention and no_ffn: what a layer still costs where it lacks that part alone."""
+"""Part -> the axes of its grid. no_attention and no_ffn are the remaining costs of a layer without that part."""
 
 
 @dataclass(frozen=True)
 class LatencyTable:
-    """Milliseconds of each part, by the widths that decide them and by condition."""
+    """Milliseconds of each part by widths and condition."""
 
     head_dim: int
-    """Channels of one attention head of all that was measured."""
+    """Channels of one attention head in all measurements."""
     depths: tuple[int, ...]
-    """Tokens in the cache at which decoding was measured, ascending."""
+    """Tokens in the cache at the measured decodes, ascending."""
     prompts: tuple[int, ...]
-    """Lengths at which prefill was measured, ascending."""
+    """Lengths of the measured prompts, ascending."""
     parts: dict[str, Grid]
-    """One for each of PARTS, without what a surcharge adds."""
+    """Grid of each of PARTS, without the surcharge."""
     surcharge: Surcharge | None = None
-    """None: an earlier release's table, which has none."""
+    """None in tables of an earlier release."""
 
     def __post_init__(self) -> None:
         if not self.depths or not self.prompts or self.head_dim < 1:
@@ -192,15 +192,15 @@ class LatencyTable:
         return len(self.depths) + len(self.prompts)
 
     def figures(self, part: str, hidden_size: int, *widths: float) -> np.ndarray:
-        """Milliseconds [conditions] of a part, never negative."""
+        """Return the milliseconds [conditions] of a part, never negative."""
         return np.maximum(self.parts[part].at(hidden_size, *widths), 0.0)
 
     def weights(self, workload: Workload) -> np.ndarray:
-        """Weight [conditions] of each condition in a workload."""
+        """Return the weight [conditions] of each condition in a workload."""
         return _weights(self.depths, self.prompts, workload)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, milliseconds rounded to a tenth of a microsecond."""
+        """Return plain values, with milliseconds rounded to a tenth of a microsecond."""
         parts = {
             part: {name: list(nodes) for name, nodes in zip(PARTS[part], grid.axes, strict=True)}
             | {"ms": np.round(grid.values, 7).tolist()}
@@ -211,7 +211,7 @@ class LatencyTable:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> LatencyTable:
-        """The inverse of `to_json`; KeyError, TypeError or ValueError where something is missing or malformed."""
+        """Read the values of `to_json`. Raises KeyError, TypeError or ValueError for missing or malformed ones."""
         parts = {}
         for part, axes in PARTS.items():
             entry = values["parts"][part]

@@ -1,1 +1,1 @@
-"""What a model is: its shape, its tensors, its classes, and reading and writing its folder. Export enters here."""
+"""Model shapes, tensors and classes, and reading and writing model folders. The export package imports this one."""

@@ -1,6 +1,6 @@
-"""The one description of a model's shape, used by training, export and the artefact manifests. Imports no torch.
+"""Describe the shape of a model for training, export and the artefact manifests.
 
-Floating-point operations of a run, from what it logged.
+Imports no torch.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ class LayerShape:
     """Widths of one decoder layer."""
 
     num_attention_heads: int
-    """Query heads; 0 makes the layer attention-free."""
+    """Query heads; 0 if the layer has no attention."""
     num_key_value_heads: int
     """Key/value heads; divides num_attention_heads."""
     intermediate_size: int
-    """FFN channels; 0 makes the layer FFN-free."""
+    """FFN channels; 0 if the layer has no FFN."""
 
     @property
     def queries_per_group(self) -> int:
@@ -33,17 +33,17 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class Architecture:
-    """Shape of a decoder whose layers may differ."""
+    """Shape of a decoder with possibly unequal layers."""
 
     family: str
     """Base model type, a key of FAMILIES."""
     hidden_size: int
-    """Channels of the transformer stem."""
+    """Stem channels."""
     head_dim: int
-    """Channels of one attention head, the same in every layer."""
+    """Channels of one attention head, equal in every layer."""
     vocab_size: int
     tie_word_embeddings: bool
-    """Whether the LM head is the embedding matrix."""
+    """Whether the LM head shares the embedding matrix."""
     layers: tuple[LayerShape, ...]
 
     def __post_init__(self) -> None:
@@ -69,7 +69,7 @@ class Architecture:
 
     @property
     def parts(self) -> Family:
-        """What its layers are made of."""
+        """Return the description of the family's layers."""
         return FAMILIES[self.family]
 
     @property
@@ -77,7 +77,7 @@ class Architecture:
         return len(set(self.layers)) == 1
 
     def attention_parameters(self, layer: LayerShape) -> int:
-        """Projections, their biases and norms, and the norms around them; 0 without heads."""
+        """Count the parameters of a layer's attention: projections, biases and norms. Zero without heads."""
         if layer.num_attention_heads == 0:
             return 0
         q, kv, parts = layer.num_attention_heads * self.head_dim, layer.num_key_value_heads * self.head_dim, self.parts
@@ -86,7 +86,7 @@ class Architecture:
         return self.hidden_size * (2 * q + 2 * kv) + biases + norms + self._norm_parameters("attention")
 
     def ffn_parameters(self, layer: LayerShape) -> int:
-        """Gate, up and down, their biases, and the norms around them; 0 without channels."""
+        """Count the parameters of a layer's FFN: projections, biases and norms. Zero without channels."""
         width, parts = layer.intermediate_size, self.parts
         if width == 0:
             return 0
@@ -94,29 +94,29 @@ class Architecture:
         return self.hidden_size * (2 + parts.is_gated) * width + biases + self._norm_parameters("ffn")
 
     def _norm_parameters(self, half: str) -> int:
-        """Of a block's norms; "" is the final norm."""
+        """Count the norm parameters of a block (`half`), or of the final norm for an empty string."""
         count = sum(place.endswith(half) for place in self.parts.norms) if half else 1
         return count * self.hidden_size * len(self.parts.norm.tensors)
 
     @property
     def embedding_parameters(self) -> int:
-        """Token embedding and, where untied, the LM head."""
+        """Count the parameters of the token embedding and of an untied LM head."""
         return self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
 
     @property
     def num_parameters(self) -> int:
-        """Stored parameters; a tied LM head counts once."""
+        """Count the stored parameters. A tied LM head counts once."""
         layers = sum(self.attention_parameters(layer) + self.ffn_parameters(layer) for layer in self.layers)
         return self.embedding_parameters + layers + self._norm_parameters("")
 
     def with_layer(self, index: int, **widths: int) -> Architecture:
-        """The shape with other `widths` (fields of LayerShape) in layer `index`."""
+        """Return the shape with other `widths` (fields of LayerShape) in layer `index`."""
         layers = list(self.layers)
         layers[index] = replace(layers[index], **widths)
         return replace(self, layers=tuple(layers))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; layer widths as three parallel lists."""
+        """Return plain JSON values, with the layer widths as three parallel lists."""
         return {
             "family": self.family,
             "hidden_size": self.hidden_size,
@@ -131,7 +131,7 @@ class Architecture:
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Architecture:
-        """The inverse of to_dict; ModelError where a field is missing or malformed."""
+        """Read the values of `to_dict`. Raises ModelError for a missing or malformed field."""
         try:
             layers = tuple(
                 LayerShape(heads, groups, width)
@@ -151,7 +151,7 @@ class Architecture:
     def from_hf_config(cls, config: Mapping[str, Any]) -> Architecture:
         """Read a Hugging Face config.json (as a dict), irregular (`per_layer_config`) or uniform.
 
-        Raises ModelError for what no part of families.py describes.
+        Raises ModelError for a part that families.py does not describe.
         """
         family = family_of(config)
         FAMILIES[family].check(config)
@@ -185,7 +185,7 @@ class Architecture:
 
 
 def _overrides(config: Mapping[str, Any]) -> dict[int, Mapping[str, Any]]:
-    """{layer: its own settings} of an irregular config.json; {} of a uniform one."""
+    """Return {layer: its own settings} of a config.json; empty for a uniform model."""
     values = config.get("per_layer_config") or {}
     try:
         layers = {int(index): value for index, value in values.items()}
@@ -198,7 +198,7 @@ def _overrides(config: Mapping[str, Any]) -> dict[int, Mapping[str, Any]]:
 
 
 def matmul_parameters(architecture: Architecture, num_parameters: int) -> int:
-    """Parameters that multiply activations: all but the embedding table, which counts once where the head shares it."""
+    """Count the parameters that multiply activations. An untied embedding table does not count."""
     table = 0 if architecture.tie_word_embeddings else architecture.vocab_size * architecture.hidden_size
     return num_parameters - table
 
@@ -206,10 +206,11 @@ def matmul_parameters(architecture: Architecture, num_parameters: int) -> int:
 def training_flops(
     records: list[dict[str, Any]], initial_parameters: int, source: Architecture, with_teacher: bool
 ) -> float:
-    """FLOPs of the steps in a run's metrics, which began with a model of `initial_parameters`.
+    """Return the FLOPs of the steps in a run's metrics. The run started with `initial_parameters`.
 
-    6 N per token for forward and backward (Kaplan et al., 2020), 2 N more for a teacher; attention scores are left
-    out, which at 256 tokens are less than 3 % of a 135M model's."""
+    Forward and backward take 6 N per token (Kaplan et al., 2020), and a teacher 2 N more. Attention scores are
+    excluded. At 256 tokens they are less than 3 % of a 135M model.
+    """
     total, before, parameters = 0.0, 0, initial_parameters
     teacher = 2 * matmul_parameters(source, source.num_parameters) if with_teacher else 0
     for record in records:

@@ -1,4 +1,4 @@
-"""What a model says after several prompts at once."""
+"""Sample continuations of several prompts in one batch."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 STRETCH = 16
-"""Tokens between two looks at which rows have ended: they leave the batch, and the others get faster."""
+"""Tokens between two checks for finished rows. Finished rows leave the batch, which speeds up the others."""
 
 
 @dataclass(frozen=True)
 class Warmth:
-    """How freely the tokens of a row are sampled."""
+    """Sampling temperature and cut of a row."""
 
     temperature: float = 1.0
     min_p: float = 0.0
-    """Tokens of less than this times the likeliest one's probability are never sampled."""
+    """Tokens with less than this share of the likeliest token's probability are never sampled."""
 
 
 @torch.inference_mode()
@@ -31,9 +31,10 @@ def continuations(
     device: torch.device,
     warmths: Sequence[Warmth] = (),
 ) -> list[list[int]]:
-    """Token ids after each prompt, computed on `device`; what ends early may be filled with the padding token.
+    """Return the token ids after each prompt, computed on `device`.
 
-    `warmths` of the rows, if they are sampled and not alike.
+    Rows that end early may be filled with the padding token. `warmths` gives the sampling settings of each row if rows
+    differ.
     """
     width, pad = max(map(len, prompts)), settings.pad_token_id
     padded = [[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts]

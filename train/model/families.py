@@ -1,8 +1,8 @@
-"""What a family's decoder is made of, as data that training, surgery, padding and all exporters read. Imports no torch.
+"""Describe the decoder of each family as data for training, surgery, padding and all exporters.
 
-A family of parts that are known here costs one entry of FAMILIES (docs/architecture.md has a worked example). Inside,
-every family has Llama's names for its matrices; a checkpoint that calls or fuses them otherwise says so in `StockNames`
-and is translated where it is read and where a stock one is written.
+Imports no torch. A family of known parts needs one entry of FAMILIES (docs/architecture.md has an example). Inside the
+project, every family uses Llama's names for its matrices. `StockNames` translates checkpoints with other or fused names
+when they are read or written.
 """
 
 from __future__ import annotations
@@ -18,87 +18,87 @@ Place = Literal["before_attention", "after_attention", "before_ffn", "after_ffn"
 
 @dataclass(frozen=True)
 class Norm:
-    """The normalisation of the stem: RMS, g x / sqrt(mean(x^2) + eps), or LayerNorm, which takes the mean off first."""
+    """Normalisation of the stem: RMS, g x / sqrt(mean(x^2) + eps), or LayerNorm, which subtracts the mean first."""
 
     takes_mean: bool = False
-    """LayerNorm."""
+    """Whether the mean is subtracted, as in LayerNorm."""
     has_gain: bool = True
     has_bias: bool = False
     gain_offset: float = 0.0
-    """What is added to the stored gain: 1 in Gemma."""
+    """Constant added to the stored gain; 1 in Gemma."""
     eps_setting: str = "rms_norm_eps"
-    """Of config.json."""
+    """Name of eps in config.json."""
     stock_eps: float | None = None
-    """Where the stock class has no such setting: what it takes."""
+    """eps of a stock class without such a setting."""
 
     @property
     def tensors(self) -> tuple[str, ...]:
-        """What is stored of one norm."""
+        """Return the names of the stored tensors of one norm."""
         return ("weight",) * self.has_gain + ("bias",) * self.has_bias
 
 
 @dataclass(frozen=True)
 class StockNames:
-    """What stock checkpoints call the tensors that have another name here."""
+    """Names of tensors in stock checkpoints that differ from ours."""
 
     renamed: Mapping[str, str]
-    """{our name without the layer and ".weight": theirs}; a file may have ours all the same"""
+    """{our name without the layer and ".weight": stock name}. A file may use ours as well."""
     layers: str
-    """Prefix of a layer, before its number."""
+    """Prefix of a layer name before its number."""
     fused: str = ""
-    """One matrix of q, k and v, [heads, 3, head_dim] rows; "" where they are apart."""
+    """Name of a fused q, k and v matrix with [heads, 3, head_dim] rows; empty if they are separate."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """One family. The defaults are Llama."""
+    """Description of one family. The defaults are Llama's."""
 
     stock_class: str
-    """transformers' causal LM."""
+    """Name of the causal LM class in transformers."""
     gguf: str
     """llama.cpp architecture of a uniform model."""
     norm: Norm = Norm()
     norms: Mapping[Place, str] = field(
         default_factory=lambda: {"before_attention": "input_layernorm", "before_ffn": "post_attention_layernorm"}
     )
-    """Where a layer normalises its stem, and what the module is called there."""
+    """Places of the norms on the stem, and the module names there."""
     is_parallel: bool = False
-    """Whether attention and FFN both read the layer's input; otherwise the FFN reads what attention left."""
+    """Whether attention and FFN both read the layer's input. Otherwise the FFN reads the output of the attention."""
     is_gated: bool = True
     """Whether the FFN has a gate matrix."""
     activation: Literal["silu", "gelu", "gelu_pytorch_tanh"] = "silu"
-    """transformers' name of the FFN's activation."""
+    """Name of the FFN's activation in transformers."""
     activation_setting: str = "hidden_act"
     qkv_bias: bool = False
     output_bias: bool = False
-    """Of o_proj."""
+    """Whether o_proj has a bias."""
     ffn_bias: bool = False
     qk_norm: Literal["", "head", "width"] = ""
-    """Whether q and k are RMS-normalised before the rotary embedding, over each head's channels or over all heads'."""
+    """RMS norm of q and k before the rotary embedding: over each head's channels, or over all heads."""
     has_partial_rotary: bool = False
-    """Whether the rotary embedding turns a part of each head (partial_rotary_factor of rope_parameters)."""
+    """Whether the rotary embedding rotates only a part of each head (partial_rotary_factor of rope_parameters)."""
     has_rotary_layers: bool = False
     """Whether no_rope_layers names layers without rotary embedding."""
     has_window_layers: bool = False
-    """Whether layer_types names layers with a sliding window, which have a rotary base of their own."""
+    """Whether layer_types names layers with a sliding window, which have their own rotary base."""
     scale_setting: str = ""
-    """Setting whose inverse square root multiplies attention scores instead of head_dim's."""
+    """Name of the setting whose inverse square root scales attention scores; head_dim if empty."""
     scales_embedding: bool = False
     """Whether embeddings are multiplied by sqrt(hidden_size)."""
     has_groups: bool = True
     """Whether query heads may share a key/value head in the stock class."""
     heads_fill_hidden: bool = False
-    """Whether the stock class has no head_dim: its heads times head_dim are the hidden size."""
+    """Whether the stock class has no head_dim, so that heads times head_dim equal the hidden size."""
     derives_head_dim: bool = False
-    """Whether its stock config has no head_dim: readers other than transformers take hidden_size / heads."""
+    """Whether the stock config has no head_dim. Other readers then compute hidden_size / heads."""
     ties_by_default: bool = False
-    """Whether a config.json that does not say so has a tied head."""
+    """Default of a tied head if config.json does not say."""
     stock_names: StockNames | None = None
     described: Mapping[str, Any] = field(default_factory=dict)
-    """Settings that must have this value (or be absent): no part describes another."""
+    """Settings that must have this value or be absent, because no part describes another."""
 
     def check(self, config: Mapping[str, Any]) -> None:
-        """ModelError where a config.json asks for what no part describes."""
+        """Raise ModelError if a config.json needs a part that is not described."""
         name = self.activation_setting
         if config.get(name, self.activation) != self.activation:
             raise ModelError(f"{name}={config[name]!r} is not supported; only {self.activation} is")
@@ -111,7 +111,7 @@ class Family:
 
 
 UNDESCRIBED: dict[str, Any] = {"attention_bias": False, "mlp_bias": False}
-"""Settings of any family that must be so unless the family says otherwise."""
+"""Settings with a required value in every family, unless the family says otherwise."""
 
 MISSING_PARTS = {
     ("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size"): "a mixture of experts",
@@ -119,7 +119,7 @@ MISSING_PARTS = {
     ("state_size", "ssm_cfg", "mamba_d_state", "conv_kernel", "conv_L_cache", "time_step_rank"): "a state-space layer",
     ("vision_config", "audio_config"): "a vision or audio tower",
 }
-"""Settings that give away what no part describes."""
+"""Settings that reveal a part without a description."""
 
 FAMILIES: dict[str, Family] = {
     "llama": Family("LlamaForCausalLM", gguf="llama"),
@@ -203,7 +203,7 @@ FAMILIES: dict[str, Family] = {
 
 
 def family_of(config: Mapping[str, Any]) -> str:
-    """The family of a config.json; ModelError, naming the missing part where it can be told, for another one."""
+    """Return the family of a config.json. Raises ModelError for an unsupported one, with the missing part if known."""
     name = str(config.get("model_type", "")).removeprefix("efficientllm_")
     if name in FAMILIES:
         return name

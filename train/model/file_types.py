@@ -1,14 +1,10 @@
-"""Which type every tensor of a GGUF has: llama.cpp's rules, from the architecture alone. Imports no torch.
+"""Types and sizes of the tensors in a GGUF, from the architecture alone.
 
-As of llama-quant.cpp in llama-cpp-python 0.3.36: a file type is the type of most matrices; some get more bits, the LM
-head (or the tied embedding) is Q6_K, norms and biases stay fp32, and rows that a type's blocks do not divide fall back
-to another type. Widths are padded to whole blocks of 32 (64) first, as the exporter does.
-
-Bytes of an exported file, from the architecture alone: see file_types. Imports no torch.
-
-Which of llama.cpp's architectures with widths per layer holds a model. Imports no torch.
-
-llama.cpp's names for the pre-tokenizers of byte-level BPE, in both directions. Imports no torch.
+The rules are those of llama-quant.cpp in llama-cpp-python 0.3.36. A file type is the type of most matrices. Some
+matrices get more bits, the LM head (or the tied embedding) is Q6_K, norms and biases stay fp32. Rows that are not whole
+blocks fall back to another type. Widths are padded to whole blocks of 32 (64) first, as in the exporter. The module
+also maps families to llama.cpp architectures with per-layer widths, and pre-tokenizers to llama.cpp's names. Imports no
+torch.
 """
 
 from __future__ import annotations
@@ -45,7 +41,7 @@ TENSOR_BLOCKS = {
 """Tensor type -> (weights, bytes) of a block."""
 
 FALLBACKS = {"q2_0": "q4_0", "q2_k": "q4_0", "q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
-"""What a tensor becomes whose rows are no whole blocks; f16 where they are none of that type either."""
+"""Type of a tensor whose rows are not whole blocks; f16 if its fallback does not fit either."""
 
 BODY = {name: name for name in ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl", "q2_0")} | {
     "q6_k": "q6_k",
@@ -59,43 +55,45 @@ BODY = {name: name for name in ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q
 """File type -> type of most of its matrices."""
 
 HEAD = "q6_k"
-"""Type of the LM head of every file of fewer bits."""
+"""Type of the LM head in files of fewer bits."""
 
 
 @dataclass(frozen=True)
 class _Place:
-    """A tensor among those of its kind."""
+    """Position of a tensor among the tensors of its kind."""
 
     index: int
     count: int
 
     @property
     def wants_more_bits(self) -> bool:
-        """llama.cpp's use_more_bits: the first and last eighth, and every third between them."""
+        """Tell whether llama.cpp's use_more_bits selects it: the first and last eighth, and every third between."""
         first, last = self.count // 8, 7 * self.count // 8
         return self.index < first or self.index >= last or (self.index - first) % 3 == 2
 
 
 def depends_on_place(file_type: str) -> bool:
-    """Whether a layer's types depend on where it stands, or on the layers before it."""
+    """Tell whether a layer's types depend on its position or on earlier layers."""
     return BODY[file_type].endswith("_k") or file_type == "iq4_nl"
 
 
 def bits_of(kind: str) -> float:
-    """Bits per weight of a tensor type."""
+    """Return the bits per weight of a tensor type."""
     weights, size = TENSOR_BLOCKS[kind]
     return 8 * size / weights
 
 
 def row_multiple(file_type: str) -> int:
-    """What the exporter pads widths to. K-quants want 256 and fall back to blocks of 32, which is smaller than padding
-    576 to 768 would be."""
+    """Return the multiple that the exporter pads widths to.
+
+    K-quants need 256 and fall back to blocks of 32, which is smaller than padding 576 to 768.
+    """
     block = TENSOR_BLOCKS[BODY[file_type]][0] if file_type in BODY else 32
     return 32 if block > 64 else block
 
 
 def fitting(kind: str, columns: int) -> str:
-    """The type that a tensor with rows of `columns` gets where `kind` is wanted."""
+    """Return the type of a tensor with rows of `columns` if `kind` is requested."""
     for candidate in (kind, FALLBACKS.get(kind, kind)):
         if columns % TENSOR_BLOCKS[candidate][0] == 0:
             return candidate
@@ -103,15 +101,12 @@ def fitting(kind: str, columns: int) -> str:
 
 
 BLOCK = 32
-"""Weights in a block of Q8_0, Q4_0 and their kin."""
+"""Weights in a block of Q8_0, Q4_0 and similar types."""
 
 LEAST_ROW = 64
-"""Weights in the shortest row that a GGUF of ours has in whole blocks.
-
-On a CPU with AMX, llama.cpp multiplies 32 tokens by rows of one block of Q8_0, Q4_0 or Q4_1 wrongly: it adds the
-product to memory that it never set (tinygemm_kernel_amx of ggml-cpu/amx/mmq.cpp, llama-cpp-python 0.3.36). Longer rows
-are right, and so are rows of one block of a K type.
-"""
+"""Weights in the shortest row with whole blocks in our GGUF files. On a CPU with AMX, llama.cpp multiplies 32 tokens by
+rows of one block of Q8_0, Q4_0 or Q4_1 wrongly: it adds the product to uninitialised memory (tinygemm_kernel_amx of
+ggml-cpu/amx/mmq.cpp, llama-cpp-python 0.3.36). Longer rows are right, and so are rows of one block of a K type."""
 
 
 def padded_architecture(architecture: Architecture, multiple: int) -> Architecture:
@@ -143,9 +138,9 @@ def _padded_layer(architecture: Architecture, layer: LayerShape, multiple: int) 
 def file_types(
     architecture: Architecture, file_type: str, output_type: str = "", embedding_type: str = ""
 ) -> dict[str, str]:
-    """{tensor: its type} of a GGUF in `file_type`, without an importance matrix.
+    """Return {tensor: type} of a GGUF in `file_type` without an importance matrix.
 
-    `output_type` and `embedding_type`: as the exporter's flags. KeyError for a file type outside BODY.
+    `output_type` and `embedding_type` are the exporter's flags. Raises KeyError for a file type outside BODY.
     """
     names = tensor_names(architecture)
     places: dict[str, _Place] = {}
@@ -167,7 +162,7 @@ def file_types(
 def _wanted(
     architecture: Architecture, name: str, file_type: str, places: Mapping[str, _Place], asked: tuple[str, str]
 ) -> str:
-    """The type of a matrix before its rows are looked at."""
+    """Return the type of a matrix before its row length is considered."""
     body = BODY[file_type]
     if name == "lm_head.weight" or (architecture.tie_word_embeddings and "embed_tokens" in name):
         return asked[0] or (HEAD if bits_of(body) < 8 else body)
@@ -177,7 +172,7 @@ def _wanted(
 
 
 def _with_more_bits(architecture: Architecture, name: str, file_type: str, places: Mapping[str, _Place]) -> str | None:
-    """What a K file gives a layer's matrix beyond its body's type; None where it gives nothing."""
+    """Return the larger type that a K file gives to a layer's matrix, or None."""
     place = places.get(name)
     if name.endswith("o_proj.weight"):
         return {"q2_k": "q3_k", "q3_k_m": "q4_k"}.get(file_type)
@@ -210,9 +205,9 @@ def gguf_bytes(
     output_type: str = "",
     embedding_type: str = "",
 ) -> int:
-    """Bytes of the GGUF of `architecture` in type `quantize` (a key of file_types.BODY).
+    """Return the bytes of the GGUF of `architecture` in type `quantize` (a key of BODY).
 
-    `vocabulary`: bytes of the tokenizer in the file; `output_type`, `embedding_type`: as the exporter's flags.
+    `vocabulary` is the bytes of the tokenizer in the file. `output_type` and `embedding_type` are the exporter's flags.
     """
     padded = padded_architecture(architecture, row_multiple(quantize))
     total = vocabulary
@@ -223,7 +218,7 @@ def gguf_bytes(
 
 
 def has_known_size(quantize: str) -> bool:
-    """Whether `gguf_bytes` knows a type."""
+    """Tell whether `gguf_bytes` supports a type."""
     return quantize in BODY
 
 
@@ -232,24 +227,24 @@ def _aligned(size: int) -> int:
 
 
 def tokenizer_bytes(tokenizer: Any) -> int:
-    """Bytes of a transformers tokenizer's vocabulary in an exported file."""
+    """Return the bytes of a transformers tokenizer's vocabulary in an exported file."""
     merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"].get("merges", [])
     texts = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
     return vocabulary_bytes(list(tokenizer.get_vocab()), texts)
 
 
 def vocabulary_bytes(vocabulary: list[str], merges: list[str]) -> int:
-    """Bytes of a vocabulary in GGUF: length-prefixed strings and one 32-bit type per token."""
+    """Return the bytes of a vocabulary in GGUF: length-prefixed strings and one 32-bit type per token."""
     strings = sum(8 + len(text.encode("utf-8")) for text in (*vocabulary, *merges))
     return strings + 4 * len(vocabulary)
 
 
 PER_LAYER_NORMS = {"before_attention", "before_ffn"}
-"""Where the architectures with widths per layer have norms."""
+"""Places of the norms in the architectures with per-layer widths."""
 
 
 def irregular_gguf(architecture: Architecture) -> str:
-    """llama.cpp's architecture with widths per layer that computes what a family's parts do; "" where there is none.
+    """Return llama.cpp's architecture with per-layer widths for a family, or an empty string.
 
     A LayerNorm without bias can be written as an RMS norm (rescaling.py).
     """
@@ -271,11 +266,11 @@ _WORDS = r"|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 _DIGITS = {"llama-bpe": r"\p{N}{1,3}", "qwen2": r"\p{N}"}
-"""How those that split by one pattern take numbers; a pattern with the first also contains the second."""
+"""Number patterns of pre-tokenizers that split by one pattern. The first also contains the second."""
 
 
 def build_pre_tokenizer(name: str) -> pre_tokenizers.PreTokenizer | None:
-    """The pre-tokenizer of the family's own tokenizer.json; None where llama.cpp's `name` is not among ours."""
+    """Return the pre-tokenizer of the family's tokenizer.json, or None if llama.cpp's `name` is unknown."""
     if name == "smollm":
         steps: list[Any] = [
             pre_tokenizers.Digits(individual_digits=True),
@@ -293,7 +288,7 @@ def build_pre_tokenizer(name: str) -> pre_tokenizers.PreTokenizer | None:
 
 
 def pre_tokenizer_name(data: dict[str, Any]) -> str:
-    """llama.cpp's name for the pre-tokenizer of a tokenizer.json; ModelError where it has none that we know."""
+    """Return llama.cpp's name for the pre-tokenizer of a tokenizer.json. Raises ModelError if there is none."""
     steps = steps_of(data.get("pre_tokenizer"), "pretokenizers")
     kinds = [step["type"] for step in steps]
     patterns = [step["pattern"].get("Regex", "") for step in steps if step["type"] == "Split"]
@@ -309,7 +304,7 @@ def pre_tokenizer_name(data: dict[str, Any]) -> str:
 
 
 def steps_of(value: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
-    """The steps of a normalizer or pre-tokenizer in tokenizer.json; `key` is where a Sequence keeps them."""
+    """Return the steps of a normalizer or pre-tokenizer in tokenizer.json. `key` names the list of a Sequence."""
     if not value:
         return []
     return value[key] if value.get("type") == "Sequence" else [value]

@@ -1,11 +1,9 @@
-"""The files of a Hugging Face folder, each read and checked before a library reads them: theirs raise what they like.
+"""Read, check and write the small files of a Hugging Face folder.
 
-Every check raises a ModelError that names the file. Imports no torch.
-
-What the files of a Hugging Face folder must say so that older and other readers understand it. Imports no torch.
-
-transformers 5 moved settings and gave its tokenizer base class a new name; it still reads the old ones. Releases before
-it, mlx-lm and others read only the old ones and take a default where they find none: nobody notices a wrong base.
+Every file is checked before a library reads it, and a failed check raises a ModelError that names the file.
+transformers 5 moved settings and renamed its tokenizer base class, and it still reads the old names. Older releases,
+mlx-lm and others read only the old names and silently use a default otherwise. Both are therefore written. Imports no
+torch.
 """
 
 from __future__ import annotations
@@ -20,12 +18,12 @@ from tokenizers import Tokenizer
 from ...runtime.base.errors import ModelError
 
 JSON_FILES = ("tokenizer_config.json", "generation_config.json", "special_tokens_map.json", "training.json")
-"""Those that a folder may lack."""
+"""Files that a folder may lack."""
 TEMPLATE_FILE = "chat_template.jinja"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = f"{WEIGHTS_FILE}.index.json"
 READABLE_TYPES = ("F64", "F32", "F16", "BF16")
-"""Of weights, as safetensors calls them."""
+"""Types of weights, by safetensors' names."""
 REMEDY = "copy or download it again"
 
 
@@ -42,7 +40,7 @@ def check_folder(folder: Path) -> None:
 
 
 def read_text(path: Path) -> str:
-    """The text of a file in UTF-8."""
+    """Read a text file in UTF-8."""
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -52,7 +50,7 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file."""
+    """Read the object in a JSON file."""
     try:
         value = json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
@@ -63,7 +61,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
-    """FOLDER/tokenizer.json; also where there is none, a ModelError."""
+    """Read FOLDER/tokenizer.json. Raises ModelError if it is missing or damaged."""
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise ModelError(f"{folder} has no tokenizer.json; save it with a fast tokenizer")
@@ -75,7 +73,7 @@ def read_tokenizer(folder: Path) -> Tokenizer:
 
 
 def check_token_ids(vocab: Mapping[str, int], vocab_size: int, called: str) -> None:
-    """ModelError where a token of the tokenizer has no row in an embedding of `vocab_size` rows."""
+    """Raise ModelError if a token id of the tokenizer has no row in an embedding of `vocab_size` rows."""
     beyond = {token: index for token, index in vocab.items() if index >= vocab_size}
     if beyond:
         token = min(beyond, key=lambda each: beyond[each])
@@ -86,7 +84,7 @@ def check_token_ids(vocab: Mapping[str, int], vocab_size: int, called: str) -> N
 
 
 def read_template(folder: Path) -> str | None:
-    """The chat template, of its own file or of tokenizer_config.json; None also for a list of named ones."""
+    """Return the chat template from its own file or from tokenizer_config.json; None for a list of named templates."""
     path = folder / TEMPLATE_FILE
     settings_path = folder / "tokenizer_config.json"
     settings = read_json(settings_path) if settings_path.is_file() else {}
@@ -102,7 +100,7 @@ def read_template(folder: Path) -> str | None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The .safetensors files that transformers would load: the single one, else those of the index; [] if none."""
+    """Return the .safetensors files that transformers would load: the single one, or those of the index."""
     if (folder / WEIGHTS_FILE).is_file():
         return [folder / WEIGHTS_FILE]
     index = folder / INDEX_FILE
@@ -119,7 +117,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def locate_tensors(folder: Path) -> dict[str, Path]:
-    """{tensor name: file} of a folder's .safetensors files, whose types are ones that can be read."""
+    """Return {tensor name: file} of a folder's .safetensors files, after checking their types."""
     from safetensors import SafetensorError, safe_open
 
     location: dict[str, Path] = {}
@@ -135,7 +133,7 @@ def locate_tensors(folder: Path) -> dict[str, Path]:
 
 
 def refuse_quantized(config: Mapping[str, Any], called: str) -> None:
-    """ModelError where config.json says that the weights are stored in codes of few bits."""
+    """Raise ModelError if config.json says that the weights are quantised."""
     settings = config.get("quantization_config")
     if settings:
         method = settings.get("quant_method", "unknown") if isinstance(settings, Mapping) else settings
@@ -146,7 +144,7 @@ def refuse_quantized(config: Mapping[str, Any], called: str) -> None:
 
 
 def whole_number(values: Mapping[str, Any], name: str, default: Any = None, least: int = 0) -> int:
-    """Setting `name` of config.json, `default` where it is absent or null; ModelError below `least`."""
+    """Return setting `name` of config.json, or `default` if it is absent or null. Raises ModelError below `least`."""
     value = values.get(name)
     value = default if value is None else value
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
@@ -155,7 +153,7 @@ def whole_number(values: Mapping[str, Any], name: str, default: Any = None, leas
 
 
 def positive_number(values: Mapping[str, Any], name: str, default: Any = None) -> float:
-    """Setting `name` of config.json or of its rope parameters, `default` where it is absent or null."""
+    """Return setting `name` of config.json or of its rope parameters, or `default` if it is absent or null."""
     value = values.get(name)
     value = default if value is None else value
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
@@ -184,14 +182,14 @@ def _check_special_token(settings: Mapping[str, Any], name: str, folder: Path) -
 
 
 OLD_TOKENIZER_CLASS = "PreTrainedTokenizerFast"
-"""Any tokenizer.json, by the name that transformers 4 has, too."""
+"""Tokenizer class for any tokenizer.json that transformers 4 also has."""
 
 LOADING_NOTES = ("backend", "is_local", "local_files_only")
-"""What transformers 5 writes into tokenizer_config.json about how the tokenizer was loaded."""
+"""Fields of tokenizer_config.json in which transformers 5 notes how the tokenizer was loaded."""
 
 
 def with_old_names(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json in which every value that has an old and a new home stands in both."""
+    """Return a config.json in which every moved value stands in its old and its new place."""
     rope = dict(config.get("rope_parameters") or {})
     old: dict[str, Any] = {}
     if "full_attention" in rope:  # Gemma: one for each kind of layer
@@ -209,16 +207,17 @@ def with_old_names(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_config(config: Mapping[str, Any], folder: Path) -> None:
-    """Write FOLDER/config.json for every reader; what has its own modeling file needs a release with the new names.
+    """Write FOLDER/config.json for every reader.
 
-    AutoTokenizer, where it must not run that file, fails on the old name of a scaled rope (transformers 5.24).
+    A folder with its own modeling file gets only the new names. There, AutoTokenizer without remote code fails on the
+    old name of a scaled rope (transformers 5.24).
     """
     text = json.dumps(dict(config) if "auto_map" in config else with_old_names(config), indent=2)
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")
 
 
 def mend_tokenizer_config(folder: Path) -> None:
-    """Let FOLDER/tokenizer_config.json, where there is one, name a class that older releases know."""
+    """Name a tokenizer class in FOLDER/tokenizer_config.json that older releases have."""
     path = folder / "tokenizer_config.json"
     if not path.is_file():
         return

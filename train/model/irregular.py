@@ -1,11 +1,9 @@
-"""Irregular models: from and to stock classes, built from a shape, and saved so that anybody can load them.
+"""Build irregular models, convert them from and to stock classes, and save them in a loadable form.
 
-Closing up a model whose layers lost blocks: what is left moves together into as few layers as hold it.
-
-A decoder adds one block after the other to the residual stream, attention and FFN in turn, each with its own norms.
-So a layer that lost both disappears, and the attention of a layer without FFN and the FFN of a later layer without
-attention, with nothing between them, are one layer (not where attention and FFN are parallel: there the FFN would no
-longer read what the attention wrote). The function stays exactly the same. Imports no torch.
+A decoder adds one block after the other to the residual stream, attention and FFN in turn, each with its own norms. A
+layer without both is therefore removed. The attention of a layer without FFN and the FFN of a later layer without
+attention, with nothing between them, form one layer. Parallel blocks are excluded, because the FFN would no longer read
+the output of the attention. The function stays exactly the same.
 """
 
 from __future__ import annotations
@@ -32,16 +30,15 @@ from .tensors import EMBEDDING, HEAD, from_stock, is_of_attention, tensor_names,
 
 @dataclass(frozen=True)
 class Packed:
-    """A closed-up shape and where its layers come from."""
+    """A compacted shape and the origins of its layers."""
 
     architecture: Architecture
     origins: tuple[tuple[int, int], ...]
-    """(layer that the attention comes from, layer that the FFN comes from) of every layer; the same where one of them
-    is absent."""
+    """(layer of the attention, layer of the FFN) in the source for every layer; equal if one of them is absent."""
 
     @property
     def names(self) -> dict[str, str]:
-        """{tensor of the packed model: the same tensor of the model before}"""
+        """Return {tensor of the packed model: the same tensor in the source}."""
         found, parts = {}, self.architecture.parts
         for name in tensor_names(self.architecture):
             head, _, rest = name.removeprefix("model.layers.").partition(".")
@@ -53,7 +50,10 @@ class Packed:
 
 
 def packed(architecture: Architecture) -> Packed:
-    """The same blocks in the same order in as few layers as hold them; a model of nothing keeps one empty layer."""
+    """Return the same blocks in the same order in as few layers as possible.
+
+    A model without blocks keeps one empty layer.
+    """
     layers: list[LayerShape] = []
     origins: list[tuple[int, int]] = []
     for index, layer in enumerate(architecture.layers):
@@ -90,7 +90,7 @@ def _per_layer_overrides(architecture: Architecture) -> dict[int, dict[str, int]
 
 
 def apply_architecture(config: Any, architecture: Architecture) -> None:
-    """Set an irregular config's widths in place; the global values become the widest layer's."""
+    """Set an irregular config's widths in place. The global values become those of the widest layer."""
     config.per_layer_config = None
     widest = LayerShape(
         max(max(layer.num_attention_heads for layer in architecture.layers), 1),
@@ -107,7 +107,7 @@ def apply_architecture(config: Any, architecture: Architecture) -> None:
 
 
 def irregular_config(config: Any, architecture: Architecture) -> Any:
-    """The efficientllm config of `architecture` that keeps everything else of `config` (of any supported family)."""
+    """Return the efficientllm config of `architecture` with the other settings of `config`."""
     values = config.to_dict()
     for name in ("model_type", "architectures", "per_layer_config", "auto_map", "quantization_config"):
         values.pop(name, None)
@@ -119,12 +119,12 @@ def irregular_config(config: Any, architecture: Architecture) -> Any:
 
 
 def build(config: Any, architecture: Architecture) -> torch.nn.Module:
-    """A randomly initialised irregular model of `architecture`; other settings come from `config`."""
+    """Return a randomly initialised irregular model of `architecture` with the other settings of `config`."""
     return modeling.CAUSAL_LM_CLASSES[architecture.family](irregular_config(config, architecture))
 
 
 def to_irregular(model: torch.nn.Module) -> torch.nn.Module:
-    """The same function as an irregular class (weights are shared, not copied)."""
+    """Return the model as an irregular class with the same function. Weights are shared, not copied."""
     config: Any = model.config
     if config.model_type.startswith("efficientllm_"):
         return model
@@ -142,7 +142,7 @@ def to_irregular(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def share_buffers(model: Any, source: Any) -> None:
-    """Give a model built without memory what the one that it comes of has and does not store."""
+    """Copy the unstored buffers of `source` to a model that was built without memory."""
     theirs = source.base_model
     model.model.rotary_emb = theirs.rotary_emb
     for name, buffer in theirs.get_input_embeddings().named_buffers():
@@ -150,8 +150,10 @@ def share_buffers(model: Any, source: Any) -> None:
 
 
 def plain_config(config: Any, architecture: Architecture) -> Any | None:
-    """The stock family's config of a uniform architecture; None where stock transformers refuses the widths, or would
-    hold a tied head only as a second matrix."""
+    """Return the stock family's config of a uniform architecture.
+
+    Returns None if stock transformers refuses the widths, or could store a tied head only as a second matrix.
+    """
     layer, parts = architecture.layers[0], architecture.parts
     if not architecture.is_uniform or not layer.num_attention_heads or not layer.intermediate_size:
         return None
@@ -172,7 +174,7 @@ def plain_config(config: Any, architecture: Architecture) -> Any | None:
 
 
 def stock_state(state: dict[str, torch.Tensor], config: Any, architecture: Architecture) -> dict[str, torch.Tensor]:
-    """The tensors of an irregular model as its stock class has them."""
+    """Return the tensors of an irregular model as its stock class stores them."""
     have = Scales.of(config.to_dict(), architecture)
     found = {}
     for name, tensor in state.items():
@@ -182,7 +184,7 @@ def stock_state(state: dict[str, torch.Tensor], config: Any, architecture: Archi
 
 
 def packed_config(config: Any, closed: Packed) -> Any:
-    """The irregular config of a closed-up model."""
+    """Return the irregular config of a compacted model."""
     new = copy.deepcopy(config)
     for name in ("layer_types", "no_rope_layers"):  # one for each layer, and a matter of its attention
         if getattr(new, name, None):
@@ -196,10 +198,10 @@ def packed_config(config: Any, closed: Packed) -> Any:
 def save_checkpoint(
     model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, state: dict[str, torch.Tensor] | None = None
 ) -> None:
-    """Write a Hugging Face folder: plain where stock transformers can hold it, with its own modeling file otherwise.
+    """Write a Hugging Face folder: plain if stock transformers can load it, with its own modeling file otherwise.
 
-    `state` replaces the model's own state dict (whole tensors of a sharded model). Layers that lost blocks are closed
-    up (packing.py).
+    `state` replaces the model's own state dict (whole tensors of a sharded model). Layers without blocks are merged
+    (see `packed`).
     """
     folder.mkdir(parents=True, exist_ok=True)
     closed = packed(architecture_of(model.config))

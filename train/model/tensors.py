@@ -1,16 +1,10 @@
-"""Which axis of which tensor carries what: the one table that saliency, surgery, padding and export read.
+"""Map each tensor dimension to its axis. Saliency, surgery, padding and export read this table.
 
-An axis is one of
-    "hidden"  the transformer stem [hidden_size]
-    "query"   query heads of a layer [num_attention_heads * head_dim]
-    "kv"      key/value heads of a layer [num_key_value_heads * head_dim]
-    "ffn"     FFN channels of a layer [intermediate_size]
-    "vocab"   tokens
-    "head"    one head's channels: never pruned
-Matrices have the same names in every family; which of them, and which norms and biases there are, follows from its
-description (families.py). Imports no torch.
-
-Our names of tensors and those of stock checkpoints, where a family has others. Works on torch and numpy alike.
+The axes are "hidden" (the stem, [hidden_size]), "query" (query heads of a layer, [num_attention_heads * head_dim]),
+"kv" (key/value heads of a layer, [num_key_value_heads * head_dim]), "ffn" (FFN channels of a layer,
+[intermediate_size]), "vocab" (tokens) and "head" (one head's channels, never pruned). Matrices have the same names in
+every family. The family's description says which matrices, norms and biases exist. Stock names are translated for torch
+and numpy tensors alike. Imports no torch.
 """
 
 from __future__ import annotations
@@ -33,14 +27,14 @@ _LAYER_NAME = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
 @cache
 def _model_tensors(family: str) -> dict[str, tuple[str, ...]]:
-    """{name: axes} of what lies outside the layers; the head is there where it is not tied."""
+    """Return {name: axes} of the tensors outside the layers, with the head if it is untied."""
     norms = {f"{FINAL_NORM}.{part}": ("hidden",) for part in FAMILIES[family].norm.tensors}
     return {EMBEDDING: ("vocab", "hidden"), **norms, HEAD: ("vocab", "hidden")}
 
 
 @cache
 def _layer_tensors(family: str) -> dict[str, tuple[str, ...]]:
-    """{name within a layer: axes}, in file order: attention with its norms, then the FFN with its own."""
+    """Return {name within a layer: axes} in file order: attention with its norms, then the FFN with its norms."""
     parts = FAMILIES[family]
     return {
         **_norm_tensors(parts, "before_attention"),
@@ -80,7 +74,7 @@ def _ffn_tensors(parts: Family) -> dict[str, tuple[str, ...]]:
 
 
 def same_input(parts: Family) -> dict[str, tuple[str, ...]]:
-    """{matrix whose input is observed: matrices of its layer that read that input, itself included}"""
+    """Return {matrix whose input is observed: matrices of its layer with the same input, itself included}."""
     wide = ("mlp.gate_proj", "mlp.up_proj") if parts.is_gated else ("mlp.up_proj",)
     return {
         "self_attn.q_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -91,35 +85,35 @@ def same_input(parts: Family) -> dict[str, tuple[str, ...]]:
 
 
 def axes_of(name: str, architecture: Architecture) -> tuple[int | None, tuple[str, ...]]:
-    """(layer index or None, axis names) of a parameter; KeyError for a tensor outside the table."""
+    """Return (layer index or None, axis names) of a parameter. Raises KeyError outside the table."""
     layer, suffix = split_name(name)
     table = _model_tensors if layer is None else _layer_tensors
     return layer, table(architecture.family)[suffix]
 
 
 def split_name(name: str) -> tuple[int | None, str]:
-    """(layer index, name within the layer), or (None, name) outside the layers."""
+    """Return (layer index, name within the layer), or (None, name) outside the layers."""
     match = _LAYER_NAME.fullmatch(name)
     return (None, name) if match is None else (int(match.group(1)), match.group(2))
 
 
 def is_of_attention(suffix: str, parts: Family) -> bool:
-    """Whether a layer's tensor, as "self_attn.q_proj.weight", belongs to its attention block; else to its FFN."""
+    """Tell whether a layer's tensor, such as "self_attn.q_proj.weight", belongs to its attention; else to its FFN."""
     return suffix.startswith(("self_attn.", *(f"{name}." for name in block_norms(parts, "attention"))))
 
 
 def block_norms(parts: Family, half: str) -> tuple[str, ...]:
-    """Names of the norms around a layer's attention or FFN (`half`: attention, ffn)."""
+    """Return the names of the norms around a layer's attention or FFN (`half`: attention, ffn)."""
     return tuple(name for place, name in parts.norms.items() if place.endswith(half))
 
 
 def is_stem_norm(name: str, architecture: Architecture) -> bool:
-    """Whether a tensor is part of a norm over the hidden axis."""
+    """Tell whether a tensor is part of a norm over the hidden axis."""
     return split_name(name)[1].rpartition(".")[0] in (FINAL_NORM, *architecture.parts.norms.values())
 
 
 def stem_norms(architecture: Architecture) -> list[str]:
-    """Modules of the norms over the hidden axis, the final one last."""
+    """Return the modules of the norms over the hidden axis, the final one last."""
     found = []
     for index, layer in enumerate(architecture.layers):
         halves = {"attention": layer.num_attention_heads, "ffn": layer.intermediate_size}
@@ -129,12 +123,12 @@ def stem_norms(architecture: Architecture) -> list[str]:
 
 
 def input_axis(matrix: str) -> str:
-    """Axis of the input of a layer's matrix, as "mlp.down_proj"."""
+    """Return the input axis of a layer's matrix, such as "mlp.down_proj"."""
     return _layer_tensors("llama")[f"{matrix}.weight"][1]
 
 
 def axis_size(architecture: Architecture, layer: int | None, axis: str) -> int:
-    """Length of an axis in `architecture`."""
+    """Return the length of an axis in `architecture`."""
     if axis == "hidden":
         return architecture.hidden_size
     if axis == "vocab":
@@ -151,7 +145,7 @@ def axis_size(architecture: Architecture, layer: int | None, axis: str) -> int:
 
 
 def tensor_names(architecture: Architecture) -> list[str]:
-    """Names of every stored tensor of a model of this shape, in file order."""
+    """Return the names of all stored tensors of this shape in file order."""
     outside = list(_model_tensors(architecture.family))
     names = [EMBEDDING]
     for index, shape in enumerate(architecture.layers):
@@ -165,7 +159,7 @@ def tensor_names(architecture: Architecture) -> list[str]:
 
 
 def tensor_shape(architecture: Architecture, name: str) -> tuple[int, ...]:
-    """Shape of a stored tensor; KeyError for a name outside the table."""
+    """Return the shape of a stored tensor. Raises KeyError outside the table."""
     layer, axes = axes_of(name, architecture)
     return tuple(axis_size(architecture, layer, axis) for axis in axes)
 
@@ -175,14 +169,14 @@ _FUSED = re.compile(r"self_attn\.([qkv])_proj\.(weight|bias)")
 
 @dataclass(frozen=True)
 class StockTensor:
-    """Where a stock checkpoint has one of our tensors."""
+    """Location of one of our tensors in a stock checkpoint."""
 
     name: str
     part: int | None = None
-    """0, 1, 2: q, k or v of a fused matrix; None: it is the tensor."""
+    """0, 1 or 2 for q, k or v of a fused matrix; None for a whole tensor."""
 
     def take(self, tensor: Any, head_dim: int) -> Any:
-        """Our tensor of what is stored."""
+        """Return our tensor from the stored one."""
         if self.part is None:
             return tensor
         rows = tensor.reshape(-1, 3, head_dim, *tensor.shape[1:])[:, self.part]
@@ -190,7 +184,7 @@ class StockTensor:
 
 
 def stock_tensor(architecture: Architecture, name: str) -> StockTensor:
-    """Of our tensor `name`."""
+    """Return the stock location of our tensor `name`."""
     names = architecture.parts.stock_names
     if names is None:
         return StockTensor(name)
@@ -203,13 +197,13 @@ def stock_tensor(architecture: Architecture, name: str) -> StockTensor:
 
 
 def locate(architecture: Architecture, name: str, known: Container[str]) -> StockTensor:
-    """Where our tensor `name` is among names that are `known`, some of which may be ours."""
+    """Return the location of our tensor `name` among the `known` names, some of which may be ours."""
     stock = stock_tensor(architecture, name)
     return StockTensor(name) if stock.name not in known and name in known else stock
 
 
 def from_stock(state: Mapping[str, Any], architecture: Architecture) -> dict[str, Any]:
-    """The tensors of a stock checkpoint by our names."""
+    """Return the tensors of a stock checkpoint under our names."""
     found = {name: locate(architecture, name, state) for name in tensor_names(architecture)}
     return {name: each.take(state[each.name], architecture.head_dim) for name, each in found.items()}
 
@@ -217,7 +211,7 @@ def from_stock(state: Mapping[str, Any], architecture: Architecture) -> dict[str
 def to_stock(
     state: Mapping[str, Any], architecture: Architecture, stack: Callable[[list[Any], int], Any]
 ) -> dict[str, Any]:
-    """The inverse; `stack(parts, dim)` is torch.stack or numpy.stack."""
+    """Return our tensors under stock names. `stack(parts, dim)` is torch.stack or numpy.stack."""
     found: dict[str, Any] = {}
     fused: dict[str, list[Any]] = {}
     for name, tensor in state.items():

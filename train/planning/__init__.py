@@ -1,1 +1,1 @@
-"""`efficientllm-plan`: what pruning a model buys on a device, before anything is trained."""
+"""`efficientllm-plan` and `efficientllm-fit`: predict costs before training."""

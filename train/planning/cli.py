@@ -1,4 +1,4 @@
-"""`efficientllm-plan`: what pruning a model buys on measured devices, and how many tokens it takes, before training."""
+"""`efficientllm-plan`: predict the gain of pruning on measured devices, and the tokens it needs, before training."""
 
 from __future__ import annotations
 
@@ -29,26 +29,25 @@ class PlanConfig:
     """plan"""
 
     device_profile: tuple[str, ...] = ()
-    """Profile of a device, as efficientllm-bench --profile writes it; repeatable."""
+    """Latency profile of a device, written by efficientllm-bench --profile; repeatable."""
     workload: str = "depth=512"
-    """What is timed: prompt=256,answer=128 (tokens) a whole answer, depth=512 one token after 512."""
+    """Workload: prompt=256,answer=128 (tokens) for a whole answer, depth=512 for one token after 512."""
     target: tuple[str, ...] = flags.comma_separated("0.8x", "0.6x")
-    """Targets to look at, comma-separated: shares of the source's time (0.6x), or milliseconds (8ms)."""
+    """Targets, comma-separated: shares of the source's time (0.6x), or milliseconds (8ms)."""
     prune: tuple[str, ...] = flags.comma_separated("attention", "ffn")
-    """Pruning space, comma-separated, as of efficientllm-train."""
+    """Pruning space, comma-separated, as in efficientllm-train."""
     width_multiple: int = 32
-    """FFN and hidden widths stay multiples of this many channels."""
+    """Multiple of FFN and hidden widths, in channels."""
     after: str = ""
-    """Run folder, or JSON file of an architecture, that the picture shows instead of the last target."""
+    """Run folder or JSON file of an architecture to draw instead of the last target."""
     run: tuple[str, ...] = ()
-    """Finished run of efficientllm-train; repeatable: runs of one pruning at several lengths make a law of what more
-    tokens bring."""
+    """Finished run of efficientllm-train; repeatable. Runs of one pruning with several lengths give a law of tokens."""
     within: float = flags.number(1.1, above=1)
     """Perplexity to reach, as a multiple of the source's; with --run."""
     tflops: float = flags.number(0.0, at_least=0)
-    """Peak of a GPU in TFLOP/s: how long it would take, too; with --run."""
+    """Peak of a GPU in TFLOP/s, to predict its hours; with --run."""
     picture: str = ""
-    """PNG file to write: where the milliseconds go, before and after; with --run, the law."""
+    """PNG file to write: milliseconds by part before and after; with --run, the law."""
 
     def __post_init__(self) -> None:
         flags.check_fields(self)
@@ -62,7 +61,7 @@ class PlanConfig:
 
     @property
     def space(self) -> PruneConfig:
-        """The pruning space as a run's settings."""
+        """Return the pruning space as settings of a run."""
         return PruneConfig(prune=self.prune, width_multiple=self.width_multiple)
 
 
@@ -78,13 +77,12 @@ def build_parser() -> flags.Parser:
 
 
 def source_shape(source: str) -> Architecture:
-    """The shape of whatever --source of efficientllm-train takes, or of a finished run; a hub's weights stay there."""
+    """Return the shape of a --source of efficientllm-train, or of a finished run. Hub weights are not downloaded."""
     with extra("train"):
         from transformers import AutoConfig
 
         from ..model.irregular import architecture_of
-        from ..model.source import load_source, loading
-        from ..model.stored_type import shape_of_folder
+        from ..model.source import load_source, loading, shape_of_folder
     shape = shape_of_folder(source) or shape_of_folder(str(Path(source) / "model"))
     if shape is not None:
         return shape
@@ -95,7 +93,7 @@ def source_shape(source: str) -> Architecture:
 
 
 def shape_after(text: str) -> Architecture:
-    """The final shape of a run folder or of an architecture file."""
+    """Return the final shape of a run folder or of an architecture file."""
     from ..pruning.budget import read_architecture
 
     path = Path(text)
@@ -124,7 +122,7 @@ def body(argv: Sequence[str]) -> int:
 
 
 def _plan_tokens(name: str, config: PlanConfig) -> int:
-    """Print what more tokens bring, and draw it where that was asked for."""
+    """Print the law of tokens, and draw it if requested."""
     from .token_law import fit, read_point
     from .token_report import draw_law, law_lines
 
@@ -139,10 +137,11 @@ def _plan_tokens(name: str, config: PlanConfig) -> int:
 def _plan(
     name: str, source: Architecture, times: Sequence[DeviceTime], config: PlanConfig, after: Architecture | None
 ) -> None:
-    """Print the plan, and draw it where that was asked for."""
+    """Print the plan, and draw it if requested."""
     from ..pruning.selection import SelectionRules
-    from . import prices, report
-    from .picture import draw
+    from . import report
+    from . import targets as prices
+    from .report import draw
     from .targets import meaning
 
     print(f"{name}: {format_count(source.num_parameters)} parameters, {len(source.layers)} layers\n")

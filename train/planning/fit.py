@@ -1,4 +1,4 @@
-"""`efficientllm-fit`: the best file of a source for a budget of bytes, and of time, by the measured front."""
+"""`efficientllm-fit`: propose the best file of a source within a budget of bytes and time, from measured files."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from ...runtime.base.quantities import format_bytes
 from ...runtime.latency.profile import DeviceProfile
 from ...runtime.latency.shape import Workload
 from ..model.architecture import Architecture
-from ..model.file_size import gguf_bytes, tokenizer_bytes
-from ..model_card import command_line
+from ..model.file_types import gguf_bytes, tokenizer_bytes
 from ..pruning.config import PruneConfig
+from ..reporting.model_card import command_line
 from .points import Point, Recipe
 
 FRONT = "front.jsonl"
-"""What the study measured of SmolLM2-135M-Instruct, as its report writes it; ships with the package."""
+"""Measured files of SmolLM2-135M-Instruct, as the study writes them; shipped with the package."""
 
 STEP = 0.98
-"""From one size that is tried against --max-ms to the next."""
+"""Ratio between two sizes that are tried against --max-ms."""
 
 
 @dataclass(frozen=True)
@@ -36,21 +36,21 @@ class FitConfig:
     """fit"""
 
     max_bytes: int | None = flags.byte_count(None)
-    """Largest file, as 60MB."""
+    """Largest file, such as 60MB."""
     max_ms: float | None = flags.number(None, above=0)
-    """Longest time of --workload on the device of --device-profile."""
+    """Longest time of --workload on the device of --device-profile, in milliseconds."""
     device_profile: str = ""
-    """Profile of the device that --max-ms means, as efficientllm-bench --profile writes it."""
+    """Latency profile of the device of --max-ms, written by efficientllm-bench --profile."""
     workload: str = "depth=512"
-    """What is timed: prompt=256,answer=128 (tokens) a whole answer, depth=512 one token after 512."""
+    """Workload: prompt=256,answer=128 (tokens) for a whole answer, depth=512 for one token after 512."""
     front: str = ""
-    """Measured files, as the study's report writes them; default: those that ship, of SmolLM2-135M-Instruct."""
+    """Measured files of the study; default: the shipped ones of SmolLM2-135M-Instruct."""
     tokens: int = flags.count(30_720)
-    """Tokens to train on in the proposed run."""
+    """Training tokens of the proposed run."""
     learning_rate: float = flags.number(3e-4, above=0)
-    """Its peak learning rate. The files that ship were trained with the default; larger models want less."""
+    """Peak learning rate of the proposed run. The shipped files used the default; larger models need less."""
     output: str = "fitted"
-    """Folder of the proposed file; its run is beside it, OUTPUT-run."""
+    """Folder of the proposed file; its run is in OUTPUT-run."""
 
     def __post_init__(self) -> None:
         flags.check_fields(self)
@@ -61,7 +61,7 @@ class FitConfig:
 
 @dataclass(frozen=True)
 class Measured:
-    """A file of the front."""
+    """A measured file."""
 
     point: Point
     file_bytes: int
@@ -70,17 +70,17 @@ class Measured:
 
 @dataclass(frozen=True)
 class Proposal:
-    """What to make of a source."""
+    """A proposed file of a source."""
 
     point: Point
     file_bytes: float
     kl: float
-    """Of the front at this share of the whole file, between two measured ones by their bytes."""
+    """KL in nats per token, interpolated between two measured files at this share of the whole file's bytes."""
     ms: float | None = None
 
 
 def read_front(path: str) -> list[Measured]:
-    """UsageError where the file is missing or something else."""
+    """Read the measured files. Raises UsageError if the file is missing or of another kind."""
     try:
         file = Path(path) if path else resources.files("efficientllm.train.planning").joinpath(FRONT)
         lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -92,7 +92,7 @@ def read_front(path: str) -> list[Measured]:
 
 
 def families(front: Iterable[Measured]) -> list[list[Measured]]:
-    """Measured files that differ in how much was pruned only, largest first; the first of each is the whole model."""
+    """Group measured files that differ only in the pruned size, largest first. The first of each is the whole model."""
     found: dict[tuple[str, str, str, bool], list[Measured]] = {}
     for each in front:
         point = each.point
@@ -103,7 +103,7 @@ def families(front: Iterable[Measured]) -> list[list[Measured]]:
 
 
 def kl_at(family: Sequence[Measured], share: float) -> float | None:
-    """KL at a share of the whole file's bytes, between two measured files; None beyond the smallest."""
+    """Return the KL at a share of the whole file's bytes, interpolated; None beyond the smallest file."""
     whole = family[0].file_bytes
     for larger, smaller in itertools.pairwise(family):
         high, low = larger.file_bytes / whole, smaller.file_bytes / whole
@@ -120,9 +120,9 @@ def propose(
     ms_of: Callable[[Point, float], float | None],
     max_ms: float | None = None,
 ) -> Proposal | None:
-    """The file of the least KL within the budget; None where no family reaches it.
+    """Return the file of least KL within the budget, or None if no family reaches it.
 
-    `ms_of`: predicted time of a point pruned to so many bytes, None where pruning does not reach them.
+    `ms_of` predicts the time of a point pruned to a number of bytes, or None if pruning does not reach it.
     """
     best: Proposal | None = None
     for family in families(front):
@@ -143,7 +143,7 @@ def propose(
 
 
 def commands(source: str, config: FitConfig, point: Point) -> list[str]:
-    """What makes the proposed file, one command a line."""
+    """Return the commands that make the proposed file."""
     run = f"{config.output}-run"
     lines = []
     if point.training:
@@ -155,8 +155,10 @@ def commands(source: str, config: FitConfig, point: Point) -> list[str]:
 
 
 def _timer(shape: Architecture, config: FitConfig) -> Callable[[Point, float], float | None]:
-    """Predicts the time of what pruning to a size leaves, in the type that the profile is of: the most bytes that
-    rankings leave per group."""
+    """Return a function that predicts the time of a pruned point in the type of the profile.
+
+    It assumes the ranking that keeps the most bytes per group.
+    """
     if not config.device_profile:
         return lambda point, size: None
     from ..pruning.measures import DeviceTime
@@ -217,7 +219,7 @@ def body(argv: Sequence[str]) -> int:
 
 
 def _read(source: str) -> tuple[Architecture, int]:
-    """(shape, bytes of the tokenizer in a file)."""
+    """Return (shape, bytes of the tokenizer in a file) of a source."""
     with extra("train"):
         from ..model.irregular import architecture_of
         from ..model.source import load_source

@@ -1,4 +1,4 @@
-"""The points of the study of files: a type, a size and what was done to the weights. Imports no torch."""
+"""Points of the study of files: a type, a size and a training. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from ..pruning.config import PruneConfig
 from ..quantisation.config import GGUF_TYPES, QuantisationConfig
 
 TRAININGS = ("train", "qat")
-"""The same tokens with the same loss, on the weights as they are or on the grid of the file."""
+"""Training on the weights as they are, or on the grid of the file."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """One file, as TYPE[/HEAD][@BYTES][+train | +qat][+imatrix]."""
+    """One file, written TYPE[/HEAD][@BYTES][+train | +qat][+imatrix]."""
 
     kind: str
-    """As --quantize of the exporter."""
+    """Type of --quantize."""
     head: str = ""
-    """Type of LM head and embedding; "" for llama.cpp's default."""
+    """Type of LM head and embedding; empty for llama.cpp's default."""
     target_bytes: int | None = None
-    """What it is pruned to; None for the whole model."""
+    """Target of pruning in bytes; None for the whole model."""
     training: str = ""
-    """One of TRAININGS; "" for the source as it is."""
+    """One of TRAININGS; empty for the untrained source."""
     importance: bool = False
     """Whether an importance matrix guides the rounding."""
 
     @classmethod
     def parse(cls, text: str) -> Point:
-        """ValueError says what is wrong."""
+        """Parse the text form. Raises ValueError with the reason."""
         rest, *marks = text.split("+")
         rest, _, size = rest.partition("@")
         kind, _, head = rest.partition("/")
@@ -55,7 +55,7 @@ class Point:
 
     @property
     def folder(self) -> str:
-        """Its name on disk."""
+        """Return its folder name."""
         return str(self).replace("/", "-")
 
     @property
@@ -67,7 +67,10 @@ class Point:
 
     @property
     def pruning(self) -> PruneConfig:
-        """At once, after a tenth of the tokens, with a fit: what serves best in few tokens (research/log)."""
+        """Return the pruning settings: one removal after a tenth of the tokens, with a fit.
+
+        This is best for few tokens (research/log).
+        """
         if self.target_bytes is None:
             return PruneConfig(prune=("none",))
         is_qat = self.training == "qat"
@@ -83,7 +86,7 @@ class Point:
 
     @property
     def export_flags(self) -> list[str]:
-        """Of `efficientllm-export RUN --target gguf`; a trained type is the default there."""
+        """Return the flags of `efficientllm-export RUN --target gguf`. A trained type is the default there."""
         if self.training == "qat":
             return []
         flags = ["--quantize", self.kind]
@@ -93,7 +96,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What every trained point has in common."""
+    """Settings that all trained points share."""
 
     source: str = "demo"
     data: tuple[str, ...] = ("demo:0.7", "self-chat:0.3")
@@ -103,8 +106,10 @@ class Recipe:
     learning_rate: float = 1e-4
 
     def train_config(self, point: Point, output: str, seed: int = 0) -> TrainConfig:
-        """Distillation from the unquantised source, and where something is pruned a little cross-entropy, without which
-        saliency has no gradient to see."""
+        """Return the training settings of a point: distillation from the unquantised source.
+
+        Pruned points add a little cross-entropy, because saliency needs its gradient.
+        """
         return TrainConfig(
             source=SourceConfig(
                 source=self.source, data=self.data, sequence_length=self.sequence_length, eval_tokens=8192

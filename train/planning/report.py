@@ -1,7 +1,4 @@
-"""The plan as people read it.
-
-Where the milliseconds of a workload go, before and after.
-"""
+"""Text and picture of a plan."""
 
 from __future__ import annotations
 
@@ -19,13 +16,13 @@ PARTS = ("attention", "FFN", "LM head", "rest")
 
 
 def parts_ms(architecture: Architecture, time: DeviceTime) -> tuple[float, float, float, float]:
-    """Milliseconds of attention, FFN, LM head and the rest of a workload."""
+    """Return the milliseconds of attention, FFN, LM head and the rest of a workload."""
     found = time.profile.breakdown(decoder_shape(architecture), time.workload)
     return sum(found.attention_ms), sum(found.ffn_ms), found.head_ms, found.token_ms
 
 
 def device_lines(source: Architecture, time: DeviceTime) -> list[str]:
-    """The device, how far its profile is to be trusted, and where the source's milliseconds go."""
+    """Describe the device, the error of its profile, and the source's milliseconds by part."""
     parts = ", ".join(f"{name} {ms:.2f}" for name, ms in zip(PARTS, parts_ms(source, time), strict=True))
     lines = [f"{time.describe()}: {time.measure.of(source):.2f} ms ({parts})"]
     for error in time.profile.errors:
@@ -39,7 +36,7 @@ def device_lines(source: Architecture, time: DeviceTime) -> list[str]:
 
 
 def price_table(source: Architecture, found: Sequence[Candidate], times: Sequence[DeviceTime]) -> str:
-    """What goes with each candidate, on every device: milliseconds, and microseconds per million parameters."""
+    """Return the table of candidates with milliseconds, and microseconds per million parameters, by device."""
     header = ["what goes", "parameters"]
     for time in times:
         name = time.profile.measured_on.device if len(times) > 1 else ""
@@ -56,7 +53,7 @@ def price_table(source: Architecture, found: Sequence[Candidate], times: Sequenc
 
 
 def target_table(source: Architecture, found: Sequence[tuple[str, DeviceTime, Meaning]]) -> str:
-    """What each target leaves: parameters (and bytes of weights where the type is GGUF's)."""
+    """Return the table of targets with remaining parameters (and bytes of weights for GGUF types)."""
     rows = [["target", "device", "ms", "leaves at most", "in equal layers"]]
     for target, time, meaning in found:
         device = time.profile.measured_on.device
@@ -78,7 +75,7 @@ COLORS = ("#e08a3c", "#2f6db3", "#4f9d69", "#d5dae3")
 
 
 def draw(rows: Sequence[tuple[str, DeviceTime, Architecture]], path: Path) -> None:
-    """One stacked bar a row, (what it is, the device, the shape), the first on top."""
+    """Draw one stacked bar per row of (label, device, shape), the first on top."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 0.5 * len(rows) + 1.3), layout="constrained")

@@ -1,7 +1,4 @@
-"""What a target in milliseconds means: how many parameters it leaves at most, and in equal layers.
-
-What each kind of group costs on a device: predicted milliseconds that go with it. Imports no torch.
-"""
+"""Evaluate targets in milliseconds, and the cost of each kind of group on a device. Imports no torch."""
 
 from __future__ import annotations
 
@@ -23,18 +20,18 @@ from ..pruning.selection import SelectionRules, select_removal, smallest_archite
 
 @dataclass(frozen=True)
 class Meaning:
-    """What reaching a target leaves."""
+    """Shapes that reach a target."""
 
     ms: float
     largest: Architecture
-    """The most parameters that a ranking leaves: what frees most milliseconds per parameter goes first. A run weighs
-    saliency against the milliseconds, so it ends with fewer."""
+    """The shape with the most parameters, from a ranking by milliseconds per parameter. A run also weighs saliency, so
+    it ends with fewer."""
     equal: Architecture | None
-    """The same with equal layers; None where the source's are not."""
+    """The same with equal layers; None if the source's layers differ."""
 
 
 def meaning(source: Architecture, time: DeviceTime, target: LatencyTarget, rules: SelectionRules) -> Meaning:
-    """Of a target on a device, in a pruning space; UsageError where it cannot be reached there."""
+    """Return the shapes that reach a target on a device. Raises UsageError if it cannot be reached."""
     rules, ms = replace(rules, measure=time.measure), target.of(time.measure.of(source))
     least = time.measure.of(smallest_architecture(source, rules))
     if ms < least:
@@ -48,7 +45,7 @@ def meaning(source: Architecture, time: DeviceTime, target: LatencyTarget, rules
 
 
 def group_sizes(source: Architecture, rules: SelectionRules) -> Scores:
-    """Parameters of every group as its score."""
+    """Return the parameters of every group as its score."""
     scores: Scores = {}
     for name in rules.kinds:
         step = KINDS[name].step
@@ -69,34 +66,34 @@ def _block_size(source: Architecture, name: str, layer: int) -> float:
 
 
 def weight_bytes(architecture: Architecture, time: DeviceTime) -> int | None:
-    """Bytes of the weights as GGUF in the profile's type; None for a type of another engine."""
+    """Return the bytes of the weights as GGUF in the profile's type; None for another engine's type."""
     quantization = time.profile.measured_on.quantization
     return gguf_bytes(architecture, quantization, 0) if has_known_size(quantization) else None
 
 
 FFN_CHANNELS, STEM_CHANNELS = 256, 64
-"""Taken at once: enough to see beyond the steps of a kernel."""
+"""Channels removed at once, enough to exceed the step of a kernel."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """Something that may go, and the shapes that remain where it went (from one layer after the other, or once)."""
+    """A removable part, and the shapes without it (one per layer, or one)."""
 
     title: str
     remaining: tuple[Architecture, ...]
 
     def parameters(self, source: Architecture) -> float:
-        """That go with it; the mean over layers."""
+        """Return its parameters, the mean over layers."""
         return statistics.fmean(source.num_parameters - shape.num_parameters for shape in self.remaining)
 
     def milliseconds(self, source: Architecture, time: DeviceTime) -> float:
-        """That go with it; the mean over layers."""
+        """Return its milliseconds, the mean over layers."""
         before = time.measure.of(source)
         return statistics.fmean(before - time.measure.of(shape) for shape in self.remaining)
 
 
 def candidates(source: Architecture) -> list[Candidate]:
-    """Every kind of group and of block, where the source has more than one of them."""
+    """Return candidates for every kind of group and block of which the source has more than one."""
     found = [
         Candidate("a key/value group of every layer", _everywhere(source, "kv_group", lambda shape, layer: 1)),
         Candidate(
@@ -118,7 +115,7 @@ def candidates(source: Architecture) -> list[Candidate]:
 
 
 def _everywhere(source: Architecture, name: str, count: Callable[[Architecture, int], int]) -> tuple[Architecture, ...]:
-    """(what is left once every layer that has more lost so many,), or () where none has more."""
+    """Return (the shape with that many removed in every layer that has more), or () if none has."""
     smaller = source
     for layer in range(len(source.layers)):
         groups = count(source, layer)

@@ -1,12 +1,10 @@
-"""What more tokens bring: a power law through finished runs of one pruning at several lengths. Imports no torch.
+"""Fit a power law of quality against tokens through finished runs of one pruning.
 
-    gap(T) = A * T^-b
-
-`gap` is what a pruned model loses on text that it was not trained on, in nats per token beyond its source (the log of
-the quality contract's ratio over all kinds of text), T the tokens of its run from start to end. A fit goes through
-whole runs and not along one: a learning rate that has not come down yet hides a part of what was learned. Kaplan et al.
-(2020, arXiv 2001.08361) found such laws for models trained from scratch; that pruned ones follow one is our observation
-(research/log), and beyond the longest run it is an extrapolation.
+gap(T) = A * T^-b. `gap` is the loss on unseen text in nats per token beyond the source (the logarithm of the quality
+contract's ratio over all kinds of text), and T the tokens of the run. A fit uses whole runs, because along one run the
+learning rate hides a part of the progress. Kaplan et al. (2020, arXiv 2001.08361) found such laws for training from
+scratch. For pruned models it is our observation (research/log), and an extrapolation beyond the longest run. Imports no
+torch.
 """
 
 from __future__ import annotations
@@ -24,14 +22,14 @@ from ..model.architecture import Architecture, training_flops
 from ..reporting.metrics import read_metrics
 
 SAME_SHARE = 0.02
-"""Runs of one law keep the same share of their source's parameters to this much."""
+"""Tolerance of the share of the source's parameters between runs of one law."""
 GPU_UTILISATION = 0.4
 """Share of its peak that a GPU reaches in training; 0.3 to 0.5 is common for dense models."""
 
 
 @dataclass(frozen=True)
 class RunPoint:
-    """A finished run, as a point of the law."""
+    """A finished run as a point of the law."""
 
     folder: str
     tokens: int
@@ -40,13 +38,13 @@ class RunPoint:
     gap: float
     """Nats per token beyond the source."""
     gap_error: float
-    """Its standard error over documents."""
+    """Standard error of the gap over documents."""
     seconds_per_token: float
     flops_per_token: float
 
     @property
     def share(self) -> float:
-        """Of the source's parameters that is left."""
+        """Return the remaining share of the source's parameters."""
         return self.parameters / self.source_parameters
 
 
@@ -57,21 +55,21 @@ class TokenLaw:
     log_scale: float
     exponent: float
     points: tuple[RunPoint, ...]
-    """Shortest run first."""
+    """Points, shortest run first."""
 
     def gap(self, tokens: float) -> float:
-        """Expected, in nats per token."""
+        """Return the expected gap in nats per token."""
         return math.exp(self.log_scale - self.exponent * math.log(tokens))
 
     def tokens(self, gap: float) -> float:
-        """After which that gap is expected; infinite where more tokens bring nothing."""
+        """Return the tokens for an expected gap; infinite if more tokens do not help."""
         if self.exponent <= 0:
             return math.inf
         return math.exp(min(700.0, (self.log_scale - math.log(gap)) / self.exponent))
 
 
 def read_point(folder: str) -> RunPoint:
-    """A finished run's point; UsageError where the folder holds none, or one whose quality was not measured."""
+    """Read the point of a finished run. Raises UsageError if the folder has none, or without measured quality."""
     path = Path(folder)
     try:
         summary = json.loads((path / "model" / "training.json").read_text(encoding="utf-8"))
@@ -97,7 +95,7 @@ def read_point(folder: str) -> RunPoint:
 
 
 def fit(points: Sequence[RunPoint]) -> TokenLaw:
-    """The least-squares line through the logarithms; UsageError where the points do not make one."""
+    """Fit the least-squares line through the logarithms. Raises UsageError if the points do not allow it."""
     points = sorted(points, key=lambda point: point.tokens)
     first = points[0]
     for point in points:

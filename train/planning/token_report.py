@@ -1,4 +1,4 @@
-"""The token law as people read it."""
+"""Text and picture of the law of tokens."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from .token_law import GPU_UTILISATION, TokenLaw
 
 MEASURED, WANTED = "#2f6db3", "#e08a3c"
 FURTHEST = 1000
-"""Times the longest run beyond which no prediction is made."""
+"""Largest multiple of the longest run with a prediction."""
 
 
 def law_lines(law: TokenLaw, within: float, tflops: float) -> list[str]:
-    """The runs, the law, and what it says of a perplexity of `within` times the source's."""
+    """Return lines on the runs, the law, and the tokens for a perplexity of `within` times the source's."""
     last = law.points[-1]
     rows = [["run", "tokens", "parameters", "perplexity / source", "by the law"]]
     for point in law.points:
@@ -48,7 +48,7 @@ def _answer(law: TokenLaw, within: float, tflops: float, seconds_per_token: floa
 
 
 def draw_law(law: TokenLaw, within: float, path: Path) -> None:
-    """Gap against tokens, both logarithmic: the runs with their errors, the law, and what is wanted."""
+    """Draw gap against tokens on logarithmic axes: the runs with their errors, the law, and the target."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
