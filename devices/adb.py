@@ -9,7 +9,7 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 
-from ..runtime.base.child import Finished
+from ..runtime.base.child import ProcessResult
 from ..runtime.base.errors import DeviceError, UsageError
 from ..runtime.base.files import sha256_of
 from ..runtime.engines.artefact import Artefact
@@ -196,7 +196,7 @@ class AdbDevice:
         found = re.search(rf"^{name}:\s+(\d+) kB", self._run("cat /proc/meminfo").output, re.MULTILINE)
         return 1024 * int(found[1]) if found else 0
 
-    def _run(self, line: str) -> Finished:
+    def _run(self, line: str) -> ProcessResult:
         answer = run_program(["adb", "-s", self._serial, "shell", line])
         if answer.code != 0 and re.match(r"(adb: |error: )", answer.errors):  # adb's own complaint, not the command's
             raise DeviceError(f"{self._serial} cannot be reached: {answer.last_error}")

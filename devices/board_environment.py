@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
-from ..runtime.base.child import Finished, run
+from ..runtime.base.child import ProcessResult, run
 from ..runtime.base.errors import DeviceError, UsageError
 from ..runtime.base.files import sha256_of
 
@@ -111,7 +111,7 @@ class Board(Protocol):
         """What it told of itself; `features` are those of /proc/cpuinfo."""
         ...
 
-    def run(self, line: str) -> Finished:
+    def run(self, line: str) -> ProcessResult:
         """Run a line of shell in the home folder."""
         ...
 

@@ -30,7 +30,7 @@ from ..runtime.base import flags
 from ..runtime.base.command import run_command
 from ..runtime.base.errors import ArtefactError, OptionError, UsageError
 from ..runtime.base.files import sha256_of
-from ..runtime.base.output import others_in, replaced_whole
+from ..runtime.base.output import atomic_output, unknown_files
 from ..runtime.base.quantities import format_bytes, format_count, markdown_table
 from ..runtime.engines.artefact import Artefact
 from ..runtime.engines.contract_text import contract_rows
@@ -146,7 +146,7 @@ def write_hub_folder(
         if not any(_result(part, [run]) for part in parts):
             raise UsageError(f"--bench {path} measured none of these artefacts; leave it out, or measure them")
     remedy = "give another --output, or --overwrite to replace it"
-    with replaced_whole(output, overwrite, _foreign, [*artefacts, *bench], remedy) as folder:
+    with atomic_output(output, overwrite, _foreign, [*artefacts, *bench], remedy) as folder:
         for part in parts:
             _put(part, folder)
         text = card(parts, runs, settings) + "\n"
@@ -231,7 +231,7 @@ def _link(source: Path, target: Path) -> None:
 def _foreign(folder: Path) -> list[str]:
     """What this command has not written, or somebody has changed since: everything where the card does not say."""
     known = _written(folder)
-    return others_in(folder, known, lambda path, name: _hash_of(path) == known[name])
+    return unknown_files(folder, known, lambda path, name: _hash_of(path) == known[name])
 
 
 def _written(folder: Path) -> dict[str, str]:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from ..runtime.base.child import Finished, run_python
+from ..runtime.base.child import ProcessResult, run_python
 from ..runtime.base.errors import ArtefactError
 from ..runtime.engines.artefact import Artefact
 from . import measure
@@ -85,7 +85,7 @@ def request_context(artefact: Artefact, options: BenchOptions) -> int:
     return min(options.context, artefact.context_length or options.context)
 
 
-def parse_measurement(name: str, child: Finished) -> Measurement:
+def parse_measurement(name: str, child: ProcessResult) -> Measurement:
     """The measurement that `child` printed; ArtefactError with its last line where it failed."""
     if child.code in (-9, 137):  # 137 is what a shell makes of it
         raise ArtefactError(f"{name}: the process was killed, most likely for want of memory")

@@ -6,7 +6,7 @@ import shlex
 import subprocess
 from collections.abc import Callable, Sequence
 
-from ..runtime.base.child import Finished, run
+from ..runtime.base.child import ProcessResult, run
 from ..runtime.base.errors import DeviceError
 from ..runtime.base.quantities import format_bytes
 from ..runtime.engines.artefact import Artefact
@@ -17,7 +17,7 @@ MARK = "--efficientllm--"
 """A line between the parts of what a device prints."""
 
 
-def run_program(command: Sequence[str], timeout: float | None = None, stdin: int = subprocess.DEVNULL) -> Finished:
+def run_program(command: Sequence[str], timeout: float | None = None, stdin: int = subprocess.DEVNULL) -> ProcessResult:
     """Run a program of this machine; DeviceError where it is missing or does not come back in `timeout` seconds."""
     try:
         return run(command, timeout=timeout, stdin=stdin)
@@ -30,7 +30,7 @@ def run_program(command: Sequence[str], timeout: float | None = None, stdin: int
 class RemoteShell:
     """`sensors.Shell` over `run`, which runs a line of shell on the device."""
 
-    def __init__(self, run: Callable[[str], Finished]) -> None:
+    def __init__(self, run: Callable[[str], ProcessResult]) -> None:
         self._run = run
 
     def read(self, pattern: str) -> list[str]:

@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
-from ..runtime.base.child import Finished
+from ..runtime.base.child import ProcessResult
 from ..runtime.base.errors import DeviceError, UsageError
 from ..runtime.base.files import sha256_of
 from ..runtime.engines.artefact import Artefact
@@ -193,7 +193,7 @@ class SshDevice:
                 run_program([*self._ssh, "-O", "exit", self._host])
             self._sockets.cleanup()
 
-    def run(self, line: str, stdin: int = subprocess.DEVNULL, tries: int = 0) -> Finished:
+    def run(self, line: str, stdin: int = subprocess.DEVNULL, tries: int = 0) -> ProcessResult:
         """Run a line of shell in the home folder; DeviceError where the board cannot be reached (any more).
 
         `tries` 0: again and again where that can help: half a stream cannot be sent again as it is, and a host that

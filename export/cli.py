@@ -12,7 +12,7 @@ from typing import Any
 
 from ..runtime.base import flags
 from ..runtime.base.command import run_command
-from ..runtime.base.output import replaced_whole
+from ..runtime.base.output import atomic_output
 from .checkpoint import open_checkpoint
 from .manifest import foreign_files
 from .request import ExportRequest, VerifyOptions, log
@@ -39,7 +39,7 @@ def export(checkpoint: str | Path, target: str, output: str | Path, *, overwrite
 
     remedy = "give another --output, or --overwrite to replace it"
     with (
-        replaced_whole(folder, overwrite, foreign_files, inputs, remedy) as temporary,
+        atomic_output(folder, overwrite, foreign_files, inputs, remedy) as temporary,
         open_checkpoint(str(checkpoint)) as opened,
     ):
         exporter.write(opened, ExportRequest(chosen, folder), temporary)

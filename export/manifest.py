@@ -13,8 +13,8 @@ from typing import Any
 
 from ..runtime.base.errors import ArtefactError
 from ..runtime.base.files import sha256_of
-from ..runtime.base.output import others_in
-from ..runtime.base.quantities import format_bytes, without_folders
+from ..runtime.base.output import unknown_files
+from ..runtime.base.quantities import display_name, format_bytes
 from ..runtime.engines.manifest import MANIFEST_NAME, Manifest, describe_files
 from .checkpoint import Checkpoint
 from .request import ExportRequest
@@ -76,7 +76,7 @@ def write_manifest(checkpoint: Checkpoint, request: ExportRequest[Any], folder: 
         bits_per_weight=round(bits, 3),
         architecture=checkpoint.architecture.to_dict(),
         context_length=checkpoint.context_length,
-        source=without_folders(checkpoint.name),
+        source=display_name(checkpoint.name),
         verification=contents.verification,
         training=training,
         sampling=checkpoint.sampling,
@@ -102,7 +102,7 @@ def foreign_files(folder: Path) -> list[str]:
             is_binary = b"\0" in stream.read(BEGINNING)
         return is_binary or name not in hashes or sha256_of(path) == hashes[name]
 
-    return others_in(folder, [*hashes, MANIFEST_NAME], is_ours)
+    return unknown_files(folder, [*hashes, MANIFEST_NAME], is_ours)
 
 
 def bits_per_weight(checkpoint: Checkpoint, weight_bytes: int) -> float:

@@ -79,7 +79,7 @@ def run(name: str, arguments: Sequence[str]) -> None:
 
 
 def body(argv: Sequence[str]) -> int:
-    """Print the help or the version; raise UsageError for an unknown command."""
+    """Print the help or the version, and raise UsageError for an unknown command."""
     name = argv[0] if argv else "--help"
     if name in ("--help", "-h"):
         print(help_text())

@@ -21,7 +21,7 @@ Flags = dict[str, list[str]]
 
 
 def help_of(name: str, *arguments: str) -> str:
-    """Return the help of a command; "" if a package is missing that the command needs to print it."""
+    """Return the help of a command, "" if a package is missing that the command needs to print it."""
     output = io.StringIO()
     argv = sys.argv
     try:

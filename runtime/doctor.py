@@ -115,7 +115,7 @@ def requirements() -> dict[str, dict[str, str]]:
 
 
 def is_within(version: str, version_range: str) -> bool:
-    """Return whether `version` is in a range such as "<6,>=5.24"; "" is in none. Suffixes such as +cpu do not count."""
+    """Return whether `version` is in a range such as "<6,>=5.24". Suffixes such as +cpu do not count."""
     parts = re.findall(r"(>=|<)([\d.]+)", version_range)
     return bool(version) and all(COMPARISONS[sign](_numbers(version), _numbers(bound)) for sign, bound in parts)
 

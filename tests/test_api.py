@@ -127,13 +127,13 @@ def test_tokens_outside_the_vocabulary_are_refused(model: Model, tokens: list[in
 
 
 WRONG_OPTIONS: list[tuple[Any, dict[str, Any], str]] = [
-    (PruneConfig, {"layout": "unifrom"}, "--layout unifrom: is none of per-layer, uniform; did you mean uniform?"),
+    (PruneConfig, {"layout": "unifrom"}, "--layout unifrom: is not one of per-layer, uniform; did you mean uniform?"),
     (PruneConfig, {"target_ratio": "0.8"}, "--target-ratio '0.8': must be of type float"),
     (PruneConfig, {"target_params": "100M"}, "--target-params '100M': must be of type int"),
     (PruneConfig, {"target_ratio": 80.0}, "--target-ratio 80.0: must be above 0 and at most 1"),
     (SourceConfig, {"data": "corpus.jsonl"}, "--data 'corpus.jsonl': must be of type tuple"),
     (OptimizerConfig, {"tokens": "1B"}, "--tokens '1B': must be of type int"),
-    (RunConfig, {"dtype": "bf16"}, "--dtype bf16: is none of auto, bfloat16, float32"),
+    (RunConfig, {"dtype": "bf16"}, "--dtype bf16: is not one of auto, bfloat16, float32"),
     (EngineOptions, {"threads": "2"}, "--threads '2': must be of type int"),
     (EngineOptions, {"context": -1}, "--context -1: must not be negative"),
     (SamplingOptions, {"temperature": "hot"}, "--temperature 'hot': must be of type float"),

@@ -8,7 +8,7 @@ import pytest
 
 from efficientllm.devices import board_environment
 from efficientllm.devices.board_environment import Requirement, engine_wheel, make_environment
-from efficientllm.runtime.base.child import Finished
+from efficientllm.runtime.base.child import ProcessResult
 from efficientllm.runtime.base.errors import DeviceError, UsageError
 
 PI = {"machine": "aarch64", "system": "Linux 6.6", "features": "fp asimd crc32"}
@@ -24,9 +24,9 @@ class Board:
         self.lines: list[str] = []
         self.copied: list[str] = []
 
-    def run(self, line: str) -> Finished:
+    def run(self, line: str) -> ProcessResult:
         self.lines.append(line)
-        return Finished(0, "", "")
+        return ProcessResult(0, "", "")
 
     def require(self, line: str) -> None:
         self.run(line)

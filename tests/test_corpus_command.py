@@ -190,7 +190,7 @@ def test_an_output_that_is_none_is_one_line(folder: Path, tmp_path: Path, capsys
     (tmp_path / "circle.jsonl").symlink_to("circle.jsonl")
     (tmp_path / "folder.jsonl").mkdir()
     for name, said in (
-        ("circle.jsonl", "names no place"),
+        ("circle.jsonl", "is not a usable path"),
         ("folder.jsonl", "is a folder; name a file"),
         ("\udcff.jsonl", "is not UTF-8"),
     ):

@@ -224,7 +224,7 @@ def test_unknown_pre_tokenizer_is_refused(save_tiny: Callable[..., Path], tmp_pa
 BAD_INPUT = [
     (["--quantize", "q9"], "--quantize q9: unknown for gguf; known: f32, f16"),
     (["--output-type", "q9"], "--output-type q9: unknown tensor type"),
-    (["--pad", "some"], "'some' is none of auto, none"),
+    (["--pad", "some"], "'some' is not one of auto, none"),
 ]
 
 

@@ -103,7 +103,7 @@ def test_python_exports_what_the_command_does(
     assert export(str(checkpoint), "gguf", str(folder), overwrite=True, verify=False) == folder
     with pytest.raises(UsageError, match="--recipe: --target gguf does not read it, executorch does"):
         export(checkpoint, "gguf", tmp_path / "other", recipe="xnnpack")
-    with pytest.raises(UsageError, match="--pad: 'some' is none of auto, none"):
+    with pytest.raises(UsageError, match="--pad: 'some' is not one of auto, none"):
         export(checkpoint, "gguf", tmp_path / "other", pad="some")
 
 
@@ -205,11 +205,11 @@ def test_printed_commands_run_as_they_are(
 SLOW_EXPORT = """
 import sys, time
 from efficientllm.runtime.base.command import run_command
-from efficientllm.runtime.base.output import replaced_whole
+from efficientllm.runtime.base.output import atomic_output
 from pathlib import Path
 
 def body(argv):
-    with replaced_whole(Path(argv[0]), False, lambda folder: [], [], ""):
+    with atomic_output(Path(argv[0]), False, lambda folder: [], [], ""):
         print("writing", flush=True)
         time.sleep(60)
     return 0

@@ -115,7 +115,7 @@ def test_the_current_folder_the_home_and_the_root_are_never_written(
 
 def test_a_file_is_no_output_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(UsageError, match="is no folder; name one"):
+    with pytest.raises(UsageError, match="is not a folder; name one"):
         check_output(tmp_path / "file", True, lambda folder: [], [], "")
 
 

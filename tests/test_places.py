@@ -98,7 +98,7 @@ def test_an_export_does_not_take_the_place_of_a_mounted_folder(
 ) -> None:
     with small_disk(tmp_path / "disk", 20_000) as folder:
         assert export(source_folder, folder) == 2
-        assert "is a mount point, which nothing can take the place of; name a folder in it" in error_line(capsys)
+        assert "is a mount point, which cannot be replaced; name a folder in it" in error_line(capsys)
 
 
 def test_a_place_that_cannot_be_written_is_found_before_anything_is_done(

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from training import SETTINGS
 
-from efficientllm.runtime.base.child import Finished, run
+from efficientllm.runtime.base.child import ProcessResult, run
 
 PLUGIN = Path(__file__).with_name("plugin")
 MAIN = "import importlib, sys; importlib.import_module(sys.argv.pop(1)).main()"
@@ -28,7 +28,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return site
 
 
-def command(site: Path | None, module: str, *arguments: str) -> Finished:
+def command(site: Path | None, module: str, *arguments: str) -> ProcessResult:
     path = os.pathsep.join([*([str(site)] if site else []), *sys.path])
     return run(
         [sys.executable, "-c", MAIN, f"efficientllm.{module}", *arguments], env=os.environ | {"PYTHONPATH": path}

@@ -9,7 +9,7 @@ import pytest
 
 from efficientllm.devices import sensors
 from efficientllm.devices.remote import MARK, RemoteShell
-from efficientllm.runtime.base.child import Finished
+from efficientllm.runtime.base.child import ProcessResult
 
 PMIC = """\
        3V7_WL_SW_A current(0)=0.10000000A
@@ -83,9 +83,9 @@ def test_energy_from_sampled_power(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_a_remote_shell_reads_the_same() -> None:
     asked: list[str] = []
 
-    def run(line: str) -> Finished:
+    def run(line: str) -> ProcessResult:
         asked.append(line)
-        return Finished(0, f"41500\n{MARK}\r\n62000\n{MARK}\n", "")
+        return ProcessResult(0, f"41500\n{MARK}\r\n62000\n{MARK}\n", "")
 
     assert sensors.temperature_celsius(RemoteShell(run)) == 62.0
     assert "/sys/class/thermal/thermal_zone*/temp" in asked[0]

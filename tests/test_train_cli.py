@@ -152,7 +152,7 @@ BAD_INPUT = [
     (["--sequence-length", "9999"], "the source's context is 512 tokens"),
     (["--device", "tpu9"], "--device tpu9"),
     (["--saliency", "Fischer"], "flap, wanda, minitron; did you mean fisher?"),
-    (["--lr-schedule", "cosin"], "'cosin' is none of wsd, cosine, constant; did you mean cosine?"),
+    (["--lr-schedule", "cosin"], "'cosin' is not one of wsd, cosine, constant; did you mean cosine?"),
     (["--nonsense"], "unrecognized arguments: --nonsense"),
     (["--learnig-rate", "1e-4"], "unrecognized arguments: --learnig-rate 1e-4; did you mean --learning-rate?"),
     (["--batch-size", "0"], "--batch-size 0: must be positive"),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..runtime.base.files import folder_written_atomically, write_json_atomically, write_text_atomically
-from ..runtime.base.quantities import without_folders
+from ..runtime.base.quantities import display_name
 from .compute.gather import full
 from .evaluation.quality.contract import Quality, contract
 from .model.architecture import Architecture
@@ -85,10 +85,10 @@ def stored_weights(model: Any, dtype: torch.dtype) -> dict[str, Tensor]:
 def training_summary(trainer: Trainer) -> dict[str, Any]:
     """Contents of training.json, which exporters copy into their manifests."""
     measured = {name: Quality.from_dict(values) for name, values in trainer.progress.quality.items()}
-    source = without_folders(trainer.config.source.source)
+    source = display_name(trainer.config.source.source)
     return {
         "source": source,
-        "data": [without_folders(each) for each in trainer.config.source.data],
+        "data": [display_name(each) for each in trainer.config.source.data],
         "tokens": trainer.progress.tokens,
         "seconds": round(trainer.progress.seconds, 1),
         "source_parameters": trainer.plan.architecture.num_parameters,

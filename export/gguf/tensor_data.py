@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ...runtime.base.errors import ArtefactError
-from ...runtime.base.gguf_header import TensorPlace, read_header
+from ...runtime.base.gguf_header import TensorInfo, read_header
 from ...train.model.file_types import LEAST_ROW
 from . import q2_0
 
@@ -22,7 +22,7 @@ def tensor_bytes(path: Path) -> int:
     return sum(num_bytes(tensor) for tensor in read_header(path).tensors)
 
 
-def num_bytes(tensor: TensorPlace) -> int:
+def num_bytes(tensor: TensorInfo) -> int:
     weights, size = _block_of(tensor.kind)
     return tensor.num_elements // weights * size
 
@@ -36,17 +36,17 @@ def _block_of(kind: int) -> tuple[int, int]:
     return gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
 
 
-def _raw(path: Path, tensor: TensorPlace) -> np.ndarray:
+def _raw(path: Path, tensor: TensorInfo) -> np.ndarray:
     """uint8 [rows, bytes]"""
     data = np.memmap(path, np.uint8, "r", tensor.offset, (num_bytes(tensor),))
     return data.reshape(-1 if len(tensor.shape) > 1 else 1, num_bytes(tensor) // _rows(tensor))
 
 
-def _rows(tensor: TensorPlace) -> int:
+def _rows(tensor: TensorInfo) -> int:
     return tensor.num_elements // tensor.shape[-1]
 
 
-def values(path: Path, tensor: TensorPlace) -> np.ndarray:
+def values(path: Path, tensor: TensorInfo) -> np.ndarray:
     """fp32 [rows, columns], as llama.cpp reads the tensor."""
     import gguf
 

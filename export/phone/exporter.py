@@ -20,7 +20,7 @@ from typing import Literal
 
 from ...runtime.base import flags
 from ...runtime.base.files import write_json_atomically, write_text_atomically
-from ...runtime.base.quantities import format_bytes, format_count, markdown_table, none_of
+from ...runtime.base.quantities import format_bytes, format_count, markdown_table, not_one_of
 from ...runtime.engines.manifest import cache_bytes
 from ...runtime.latency.profile import DeviceProfile
 from ...runtime.latency.shape import DecoderShape
@@ -265,7 +265,7 @@ class PhoneOptions(GgufOptions):
     def __post_init__(self) -> None:
         flags.check_fields(self)
         for name in self.formats:
-            flags.require(self, "formats", name in FORMATS, none_of(name, FORMATS), value=name)
+            flags.require(self, "formats", name in FORMATS, not_one_of(name, FORMATS), value=name)
         flags.require(self, "formats", bool(self.formats), f"must name one of {', '.join(FORMATS)}")
 
 

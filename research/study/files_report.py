@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from efficientllm.runtime.base.files import write_text_atomically
-from efficientllm.runtime.base.quantities import format_bytes, format_count, markdown_table, without_folders
+from efficientllm.runtime.base.quantities import display_name, format_bytes, format_count, markdown_table
 from efficientllm.train.planning.points import Point
 from efficientllm.train.reporting.plots import GROUP_COLOR, KEPT_COLOR, SOURCE_COLOR
 
@@ -123,7 +123,7 @@ def write_files_report(study: FilesStudy, path: Path) -> None:
 
 def _heading(config: FilesConfig, path: Path) -> list[str]:
     """What the table is of."""
-    data = ", ".join(without_folders(each) for each in config.data)
+    data = ", ".join(display_name(each) for each in config.data)
     tasks = f"; tasks: {config.limit or 'all'} documents" if config.tasks != ("none",) else ""
     return [
         "# Files by bytes",
@@ -132,7 +132,7 @@ def _heading(config: FilesConfig, path: Path) -> list[str]:
         "EMBEDDING][@BYTES that it was pruned to], rounded by an importance matrix (+imatrix) or trained on its grid "
         "(+qat); on the front (bold) is what no file that is as small is closer to the source than.",
         "",
-        f"- source: {without_folders(config.source)}; trained: {config.tokens:,} tokens of {data}; batch "
+        f"- source: {display_name(config.source)}; trained: {config.tokens:,} tokens of {data}; batch "
         f"{config.batch_size} x {config.sequence_length}, peak learning rate {config.learning_rate:g}",
         f"- KL: nats per token from the fp32 source, in llama.cpp, mean of {' and '.join(KINDS)} (first 256 tokens of "
         f"{config.documents} each), ± its standard error",

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from efficientllm.runtime.base import flags
 from efficientllm.runtime.base.errors import UsageError
 from efficientllm.runtime.base.files import write_json_atomically
-from efficientllm.runtime.base.quantities import none_of
+from efficientllm.runtime.base.quantities import not_one_of
 from efficientllm.runtime.latency.profile import DeviceProfile
 from efficientllm.train.compute.distributed import Parallel
 from efficientllm.train.compute.hardware import choose_hardware
@@ -98,7 +98,7 @@ class StudyConfig:
     def __post_init__(self) -> None:
         flags.check_fields(self)
         for name in self.arms:
-            flags.require(self, "arms", name in ARMS, none_of(name, ARMS), value=name)
+            flags.require(self, "arms", name in ARMS, not_one_of(name, ARMS), value=name)
             needs = ARMS[name].is_for_device and not self.device_profile
             flags.require(self, "arms", not needs, "needs --device-profile", value=name)
         self._check_ranking_profiles()

@@ -1,1 +1,1 @@
-"""What all five packages use: errors, files, flags, commands. Imports nothing of ours and no engine."""
+"""Errors, files, flags and commands for all five packages. Imports no other package of ours and no engine."""

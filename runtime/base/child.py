@@ -1,4 +1,4 @@
-"""Running other programs to their end: what they printed, and the line that says why they failed."""
+"""Run other programs to their end and keep their output."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from pathlib import Path
 
 
 @dataclass(frozen=True)
-class Finished:
-    """What a program left."""
+class ProcessResult:
+    """The result of a program."""
 
     code: int
-    """Exit code; -N where signal N killed it."""
+    """Exit code, or -N if signal N ended the program."""
     output: str
     errors: str
 
     @property
     def last_error(self) -> str:
-        """The last line it printed, of stderr where there is any; the exit code of a silent program."""
+        """Return the last line of stderr, of stdout if stderr is empty, or the exit code of a silent program."""
         lines = [line.strip() for line in (self.errors.strip() or self.output).splitlines() if line.strip()]
         return lines[-1] if lines else f"exit code {self.code}"
 
@@ -32,8 +32,8 @@ def run(
     timeout: float | None = None,
     cwd: Path | str | None = None,
     env: Mapping[str, str] | None = None,
-) -> Finished:
-    """Run `command`, whatever its exit code; `timeout` in seconds.
+) -> ProcessResult:
+    """Run `command` and return its result, whatever its exit code. `timeout` is in seconds.
 
     Raises FileNotFoundError and subprocess.TimeoutExpired as subprocess.run does.
     """
@@ -48,9 +48,9 @@ def run(
         cwd=cwd,
         env=env,
     )
-    return Finished(done.returncode, done.stdout, done.stderr)
+    return ProcessResult(done.returncode, done.stdout, done.stderr)
 
 
-def run_python(*arguments: str, cwd: Path | str | None = None) -> Finished:
-    """Run this Python with `arguments`, as ("-m", module, ...)."""
+def run_python(*arguments: str, cwd: Path | str | None = None) -> ProcessResult:
+    """Run this Python with `arguments`, such as ("-m", module)."""
     return run([sys.executable, *arguments], cwd=cwd)

@@ -1,6 +1,6 @@
-"""What every command shares: one clear line for bad input, exit code 2, a traceback only with --debug.
+"""Run a command: print bad input as one line with exit code 2, and show a traceback only with --debug.
 
-The packages report through `logging.getLogger("efficientllm")`; a command shows what they say as plain lines.
+The packages report through `logging.getLogger("efficientllm")`. A command prints these messages as plain lines.
 """
 
 from __future__ import annotations
@@ -21,23 +21,22 @@ from .files import REASONS
 from .progress import PROGRESS_LOGGER
 
 LOGGER = "efficientllm"
-"""Logger of all our packages: what a command prints below its command line is said to it."""
+"""Logger of all our packages, which receives every message that a command prints."""
 
 NOISY_LOGGERS = ("torchao", "torch.utils._pytree")
-"""transformers imports torchao where it is installed, which then warns of CUDA libraries that a CPU build lacks."""
+"""Loggers that are silent without --debug. transformers imports torchao, which warns of CUDA libraries on CPUs."""
 
-
-OTHERS_WAIT_SECONDS = 5
-"""torchrun looks at its processes every tenth of a second."""
+RANK_WAIT_SECONDS = 5
+"""Seconds before a failed rank other than the first prints its error. torchrun checks its processes every 0.1 s."""
 
 
 def is_main_process() -> bool:
-    """Whether this process speaks for all that torchrun started; alone, it does."""
+    """Return True in the process that prints for all that torchrun started, and without torchrun."""
     return os.environ.get("RANK", "0") == "0"
 
 
 class _PlainLines(logging.Handler):
-    """Messages as they are, on the stream that is `stdout` or `stderr` at that moment."""
+    """Prints messages without decoration to the current sys.stdout or sys.stderr."""
 
     def __init__(self, stream: str) -> None:
         super().__init__()
@@ -48,7 +47,7 @@ class _PlainLines(logging.Handler):
 
 
 def _show_messages() -> None:
-    """Reports on standard output, progress on standard error, from one process of all that torchrun started."""
+    """Print reports on standard output and progress on standard error, from the main process only."""
     for name, stream in ((LOGGER, "stdout"), (PROGRESS_LOGGER, "stderr")):
         logger = logging.getLogger(name)
         logger.setLevel(logging.INFO if is_main_process() else logging.ERROR)
@@ -58,12 +57,12 @@ def _show_messages() -> None:
 
 
 class _Terminated(KeyboardInterrupt):
-    """SIGTERM, which ends a command as Ctrl-C does: what it has half written goes with it."""
+    """Raised by SIGTERM, so that a command removes its unfinished files as it does after Ctrl-C."""
 
 
 @contextlib.contextmanager
 def _terminating() -> Iterator[None]:
-    """Within, SIGTERM raises _Terminated; behind it the process ends by the signal, as whoever sent it expects."""
+    """Raise _Terminated on SIGTERM inside the block, then end the process by the same signal."""
     is_ours = (
         threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     )
@@ -86,9 +85,9 @@ def _terminating() -> Iterator[None]:
 
 
 def run_command(body: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> int:
-    """Run `body(argv)`; an EfficientLLMError or an OS error becomes one line on stderr and exit code 2.
+    """Run `body(argv)` and return its exit code. An EfficientLLMError or OSError becomes one line on stderr and code 2.
 
-    `--debug`, accepted by every command, is taken out of argv and lets the traceback through.
+    `--debug`, which every command accepts, is removed from argv and lets the traceback through.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
@@ -108,12 +107,12 @@ def run_command(body: Callable[[Sequence[str]], int], argv: Sequence[str] | None
     except (EfficientLLMError, OSError) as error:
         if debug:
             raise
-        _say_once(f"error: {' '.join(_said(error).split())}")
+        _print_once(f"error: {' '.join(_describe(error).split())}")
         return 2
 
 
-def _said(error: Exception) -> str:
-    """The system's own words say what is wrong, but not what to do."""
+def _describe(error: Exception) -> str:
+    """Return the text of `error`, with a remedy for the OS errors that name none."""
     code = error.errno if isinstance(error, OSError) else None
     remedy = {
         errno.ENAMETOOLONG: "give a shorter name",
@@ -122,13 +121,14 @@ def _said(error: Exception) -> str:
     return f"{error}; {remedy}" if remedy else str(error)
 
 
-def _say_once(line: str) -> None:
-    """On stderr, once for all that torchrun started on this machine where they fail alike.
+def _print_once(line: str) -> None:
+    """Print `line` on stderr, once if all processes that torchrun started on this machine fail alike.
 
-    When the first of them has failed, torchrun ends the others, which wait for that; one that failed alone speaks.
+    torchrun ends the other ranks when the first one has failed, and they wait for that. A rank that fails alone prints
+    its error after the wait.
     """
     rank = os.environ.get("LOCAL_RANK", "0")
     if rank != "0":
-        time.sleep(OTHERS_WAIT_SECONDS)
+        time.sleep(RANK_WAIT_SECONDS)
         line = f"rank {os.environ.get('RANK', rank)}: {line}"
     print(line, file=sys.stderr)

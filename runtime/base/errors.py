@@ -1,22 +1,23 @@
-"""The one exception tree of efficientllm."""
+"""Exceptions of efficientllm."""
 
 from __future__ import annotations
 
 
 class EfficientLLMError(Exception):
-    """Base of every error a user can cause; commands print it as one line and exit with code 2.
+    """Base of every error that a user can cause. Commands print it as one line and exit with code 2.
 
     EfficientLLMError
     ├── UsageError            a flag, path or value that cannot be used as given
-    │   ├── OptionError       an option's value that is of the wrong type or breaks its rule
+    │   ├── UnanswerableError a grammar or forbidden tokens that exclude every output
+    │   ├── OptionError       a value of an option that has the wrong type or is not allowed
     │   └── MissingExtraError an optional dependency is not installed
     ├── ModelError            a source model or checkpoint that is unsupported or damaged
     ├── DataError             a corpus that is missing, empty, too short or malformed
     ├── ArtefactError         an exported file that is missing, foreign, truncated or fails verification
-    ├── DiskFullError         a disk that does not hold what is to be written
-    ├── DeviceError           a device that cannot be reached, refuses, or lacks what a measurement needs
+    ├── DiskFullError         a disk without room for a file
+    ├── DeviceError           a device that cannot be reached or cannot run a measurement
     ├── ContextOverflowError  a prompt that does not fit the context window
-    └── TrainingDivergedError the loss stayed non-finite
+    └── TrainingDivergedError a loss or gradients that stayed non-finite
     """
 
 
@@ -25,11 +26,11 @@ class UsageError(EfficientLLMError):
 
 
 class UnanswerableError(UsageError):
-    """A question whose own conditions, a grammar or forbidden tokens, leave no answer."""
+    """A request whose grammar or forbidden tokens exclude every output."""
 
 
 class OptionError(UsageError, ValueError):
-    """An option's value that is of the wrong type or breaks its rule."""
+    """A value of an option that has the wrong type or is not allowed."""
 
 
 class MissingExtraError(UsageError):
@@ -52,7 +53,7 @@ class ArtefactError(EfficientLLMError):
 
 
 class DiskFullError(EfficientLLMError):
-    """A disk that does not hold what is to be written."""
+    """A disk without room for a file."""
 
     def __init__(self, path: object, reason: str, remedy: str = "make room") -> None:
         super().__init__(f"{path} cannot be written: the disk is full ({reason}); {remedy}")
@@ -60,7 +61,7 @@ class DiskFullError(EfficientLLMError):
 
 
 class DeviceError(EfficientLLMError):
-    """A device that cannot be reached, refuses, or lacks what a measurement needs."""
+    """A device that cannot be reached or cannot run a measurement."""
 
 
 class ContextOverflowError(EfficientLLMError):
@@ -68,4 +69,4 @@ class ContextOverflowError(EfficientLLMError):
 
 
 class TrainingDivergedError(EfficientLLMError):
-    """The loss or the gradients stayed non-finite."""
+    """A loss or gradients that stayed non-finite."""

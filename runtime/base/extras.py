@@ -1,7 +1,4 @@
-"""Optional dependencies: importing them, and saying which extra of the package brings what is missing.
-
-Names of a package that are imported on first use, so that importing it costs nothing and needs no extra.
-"""
+"""Import optional dependencies, and the names of our packages, on first use."""
 
 from __future__ import annotations
 
@@ -15,20 +12,20 @@ from .errors import MissingExtraError
 
 @contextlib.contextmanager
 def extra(name: str, package: str = "") -> Iterator[None]:
-    """Around imports of what `pip install 'efficientllm[name]'` brings: MissingExtraError where it is not installed.
+    """Turn a failed import in the block into a MissingExtraError that names the extra.
 
-    `package` is what the message calls it; without it, the module that was not found.
+    The message names `package`, by default the module that was not found.
     """
     try:
         yield
     except ModuleNotFoundError as error:
-        if (error.name or "").startswith("efficientllm"):  # a fault of ours, which no extra mends
+        if (error.name or "").startswith("efficientllm"):  # a fault of ours that no extra fixes
             raise
         raise MissingExtraError(package or error.name or name, name) from error
 
 
 def lazy_names(package: str, names: Mapping[str, str]) -> Callable[[str], Any]:
-    """The `__getattr__` of `package` for `names`, {name: "module:attribute" relative to it}."""
+    """Return a `__getattr__` for `package` that imports `names`, {name: "module:attribute" relative to it}."""
 
     def get(name: str) -> Any:
         if name not in names:

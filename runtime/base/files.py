@@ -1,6 +1,7 @@
-"""Files that are whole or absent: write beside, sync, rename.
+"""Write files and folders atomically, and report a full disk in one line.
 
-A disk that is full, said in one line whatever the library that met it makes of it.
+Every file is written beside its path, synced and renamed. Libraries report a full disk in different ways, so the cause
+is found from the error, the free bytes and a test write.
 """
 
 from __future__ import annotations
@@ -32,27 +33,27 @@ REASONS = {
     errno.EDQUOT: "the quota of its owner is used up",
     errno.EFBIG: "files may not be as large here (ulimit -f, or the file system's limit)",
 }
-"""What is in the way although the disk has room."""
+"""Reasons why a write fails although the disk has room."""
 
 LAST_BYTES = 65_536
-"""A disk with fewer free is full: torch, numpy and llama.cpp write until nothing fits and then say something else."""
+"""A disk with fewer free bytes counts as full. torch, numpy and llama.cpp fill it and then report other errors."""
 
 
 def free_bytes(path: Path) -> int:
-    """What the disk still holds on which `path` lies or will lie; boundless where nothing is kept (/proc)."""
+    """Return the free bytes of the disk of `path`, which need not exist. A file system without a size has no limit."""
     usage = shutil.disk_usage(_existing(path))
     return usage.free if usage.total else sys.maxsize
 
 
 def _existing(path: Path) -> Path:
-    """The folder in which `path` lies or will lie, as far as there is one."""
+    """Return the nearest existing folder of `path`."""
     return next(place for place in (path, *path.absolute().parents) if place.is_dir())
 
 
 def require_room(path: Path, needed: int) -> None:
-    """DiskFullError where the disk of `path` has fewer than `needed` bytes free.
+    """Raise DiskFullError if the disk of `path` has fewer than `needed` bytes free.
 
-    Before writes whose failure says no more: safetensors and numpy reserve the whole file first, and take it back.
+    safetensors and numpy reserve the whole file and remove it after a failure, so the disk shows no cause afterwards.
     """
     free = free_bytes(path)
     if free < needed:
@@ -61,33 +62,33 @@ def require_room(path: Path, needed: int) -> None:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Around what writes `path`: DiskFullError, of this path, where it fails for a full disk."""
+    """Raise DiskFullError for `path` if the block fails because the disk is full."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
-    except DiskFullError as error:  # of a part of it, which may have another name by then
+    except DiskFullError as error:  # of a temporary file below `path`
         raise DiskFullError(path, error.reason) from error
-    except BaseException as error:  # torch's CheckpointException is no Exception
-        reason = _full_because(path, error)
+    except BaseException as error:  # torch's CheckpointException is not an Exception
+        reason = _full_disk_reason(path, error)
         if not reason:
             raise
         raise DiskFullError(path, reason) from error
 
 
-def _full_because(path: Path, error: BaseException) -> str:
-    """Why what failed with `error` failed for a full disk or a quota; "" where it did not."""
+def _full_disk_reason(path: Path, error: BaseException) -> str:
+    """Return why the disk or a quota caused `error`, "" if it did not."""
     free = free_bytes(path)
     if free < LAST_BYTES:
         return f"{format_bytes(free)} are free"
-    code = _full_disk_error(error) or _refusal(path) or _limit(error)
+    code = _errno_of(error) or _test_write(path) or _size_limit(error)
     if code in REASONS:
         return REASONS[code]
     return f"{format_bytes(free)} are free" if code else ""
 
 
-def _full_disk_error(error: BaseException | None) -> int:
-    """The system's own word for it, in an error or in what led to it; 0 where it said nothing of the kind."""
+def _errno_of(error: BaseException | None) -> int:
+    """Return the errno of a full disk in `error` or its causes, 0 if there is none."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in FULL:
             return int(error.errno)
@@ -95,42 +96,42 @@ def _full_disk_error(error: BaseException | None) -> int:
     return 0
 
 
-def _limit(error: BaseException) -> int:
-    """A limit of files' sizes, which numpy met: it says how much it wrote, and not why no more."""
-    says_nothing = isinstance(error, OSError) and error.errno is None
+def _size_limit(error: BaseException) -> int:
+    """Return EFBIG if numpy reached a limit of file sizes, else 0. Its error has no errno."""
+    has_no_errno = isinstance(error, OSError) and error.errno is None
     is_limited = resource is not None and resource.getrlimit(resource.RLIMIT_FSIZE)[0] != resource.RLIM_INFINITY
-    return errno.EFBIG if says_nothing and is_limited else 0
+    return errno.EFBIG if has_no_errno and is_limited else 0
 
 
-def _refusal(path: Path) -> int:
-    """The same, by writing LAST_BYTES beside `path`: torch's writer does not say that a quota ended it."""
+def _test_write(path: Path) -> int:
+    """Return the errno of writing LAST_BYTES beside `path`, 0 if that works. torch's writer does not report a quota."""
     try:
         with tempfile.TemporaryFile(dir=_existing(path)) as stream:
             stream.write(bytes(LAST_BYTES))
             stream.flush()
             os.fsync(stream.fileno())
     except OSError as error:
-        return _full_disk_error(error)
+        return _errno_of(error)
     return 0
 
 
 def write_text_atomically(path: Path, text: str) -> None:
-    """`write_bytes_atomically` of UTF-8."""
+    """Write `text` as UTF-8 with `write_bytes_atomically`."""
     write_bytes_atomically(path, text.encode())
 
 
 def write_bytes_atomically(path: Path, content: bytes) -> None:
-    """As `written_atomically`."""
+    """Write `content` with `written_atomically`."""
     with written_atomically(path) as stream:
         stream.write(content)
 
 
 @contextlib.contextmanager
 def written_atomically(path: Path) -> Iterator[IO[bytes]]:
-    """Write beside `path`, fsync, rename: after a power cut there is the old file or the new one. A link stays one: the
-    file that it names is replaced.
+    """Yield a stream to a temporary file that replaces `path` after fsync. A link stays, and its target is replaced.
 
-    Raises DiskFullError or OSError; where that or the block fails, nothing is left behind.
+    After a power failure the path holds the old or the new file. If the block fails, the temporary file is removed.
+    Raises DiskFullError or OSError.
     """
     place = path.resolve()
     temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
@@ -146,22 +147,22 @@ def written_atomically(path: Path) -> Iterator[IO[bytes]]:
         raise
 
 
-def remove_left_beside(path: Path) -> None:
-    """Remove what `written_atomically` of `path` left in processes that were killed; nobody else writes it now."""
+def remove_stale_temporaries(path: Path) -> None:
+    """Remove temporary files of `path` that killed processes left. No other process may write `path` meanwhile."""
     place = path.resolve()
-    left = re.compile(re.escape(f".{place.name}.") + r"\d+\.tmp")
-    for beside in place.parent.iterdir():
-        if left.fullmatch(beside.name) and beside.is_file():
-            beside.unlink()
+    pattern = re.compile(re.escape(f".{place.name}.") + r"\d+\.tmp")
+    for entry in place.parent.iterdir():
+        if pattern.fullmatch(entry.name) and entry.is_file():
+            entry.unlink()
 
 
 def write_json_atomically(path: Path, value: Any) -> None:
-    """`json_text` of `value`, as `write_text_atomically` writes it."""
+    """Write `json_text(value)` with `write_text_atomically`."""
     write_text_atomically(path, json_text(value) + "\n")
 
 
 def json_text(value: Any, depth: int = 0) -> str:
-    """Objects are indented, lists stay on one line: widths per layer are read side by side."""
+    """Return JSON with indented objects and each list on one line, so that widths per layer stand side by side."""
     if not isinstance(value, dict) or not value:
         return json.dumps(value, ensure_ascii=False)
     indent = "  " * (depth + 1)
@@ -173,10 +174,10 @@ def json_text(value: Any, depth: int = 0) -> str:
 def folder_written_atomically(
     path: Path, is_main: bool = True, barrier: Callable[[], None] = lambda: None
 ) -> Iterator[Path]:
-    """Yield a temporary sibling folder that takes the place of `path` only if the block succeeds.
+    """Yield a temporary sibling folder that replaces `path` if the block succeeds.
 
-    Where several processes write into it, only the main one makes and renames it; `barrier` waits for all. A link stays
-    one: the folder that it names is replaced. DiskFullError where the block fails for that.
+    A link stays, and its target is replaced. If several processes write into it, only the main one creates and renames
+    it, and `barrier` waits for all. Raises DiskFullError if the disk is full.
     """
     place = path.resolve()
     temporary, replaced = (place.with_name(f".{place.name}.efficientllm-{what}") for what in ("new", "old"))
@@ -199,7 +200,7 @@ def folder_written_atomically(
 
 
 def _put_in_place(new: Path, path: Path, replaced: Path) -> None:
-    """Renames only, until the new folder is there: what cannot be renamed (a mount point) is not emptied either."""
+    """Rename `new` to `path` and remove the old folder. Nothing is deleted before both renames have succeeded."""
     if path.exists():
         shutil.rmtree(replaced, ignore_errors=True)
         path.rename(replaced)
@@ -222,6 +223,6 @@ def _sync_tree(folder: Path) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file; about 1.5 s per GB."""
+    """Return the hexadecimal SHA-256 of a file, in about 1.5 s per GB."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

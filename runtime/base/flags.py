@@ -28,7 +28,7 @@ from importlib.metadata import version
 from typing import Any, NoReturn, TypedDict, TypeVar, Unpack
 
 from .errors import OptionError, UsageError
-from .quantities import did_you_mean, none_of, parse_bytes, parse_count
+from .quantities import did_you_mean, not_one_of, parse_bytes, parse_count
 
 T = TypeVar("T")
 
@@ -72,7 +72,7 @@ class _HelpFormatter(argparse.HelpFormatter):
 
 
 class Bounds(TypedDict, total=False):
-    """The range of a number. A bound that is not given does not exist; `below=inf` requires a finite number."""
+    """The range of a number. A bound that is not given does not exist. `below=inf` requires a finite number."""
 
     at_least: float
     above: float
@@ -127,7 +127,7 @@ def require(options: object, name: str, holds: bool, rule: str, value: object = 
 def check_fields(options: object) -> None:
     """Raise OptionError if a field of a dataclass has the wrong type or is outside its declared range.
 
-    The parser checks types of its own; options made in Python are only checked here.
+    The parser checks types as well, but options made in Python are only checked here.
     """
     hints = typing.get_type_hints(type(options))
     for field in dataclasses.fields(options):  # type: ignore[arg-type]
@@ -136,7 +136,7 @@ def check_fields(options: object) -> None:
             continue
         kind, choices = typing.get_origin(annotation) or annotation, typing.get_args(annotation)
         if kind is typing.Literal:
-            require(options, field.name, value in choices, none_of(value, choices))
+            require(options, field.name, value in choices, not_one_of(value, choices))
         elif kind in (tuple, bool, int, float, str):
             accepted = {float: (int, float), tuple: (tuple, list)}.get(kind, kind)
             holds = isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
@@ -162,7 +162,7 @@ def _describe(bounds: Bounds) -> str:
 
 @functools.cache
 def field_docs(cls: type) -> dict[str, str]:
-    """Return the string literal after each field in the source of `cls` and its bases; {} if there is no source."""
+    """Return the string literal after each field in the source of `cls` and its bases, {} without a source."""
     try:
         source = inspect.getsource(cls)
     except OSError:  # a frozen program
@@ -245,9 +245,9 @@ def _parse_whole_numbers(text: str) -> tuple[int, ...]:
 
 
 def _one_of(names: Sequence[str], text: str) -> str:
-    """Return `text` if it is one of `names`; raise ArgumentTypeError otherwise."""
+    """Return `text` if it is one of `names`, and raise ArgumentTypeError otherwise."""
     if text not in names:
-        raise argparse.ArgumentTypeError(f"{text!r} {none_of(text, names)}")
+        raise argparse.ArgumentTypeError(f"{text!r} {not_one_of(text, names)}")
     return text
 
 
@@ -282,8 +282,8 @@ def take(arguments: dict[str, Any], cls: type[T]) -> T:
 def merge(config: T, values: Mapping[str, Any], origin: str) -> T:
     """Return a copy of `config` with flat field `values` replaced, those of its sections included.
 
-    Values may be typed (from argparse) or raw TOML scalars and lists. Raises UsageError for unknown names; the message
-    starts with `origin`.
+    Values may be typed (from argparse) or raw TOML scalars and lists. Raises UsageError for unknown names. The
+    message starts with `origin`.
     """
     remaining = dict(values)
     merged = _merge(config, remaining)
@@ -308,7 +308,7 @@ def _merge(config: Any, remaining: dict[str, Any]) -> Any:
 
 
 def _coerce(value: Any, annotation: Any, field: dataclasses.Field[Any]) -> Any:
-    """Return `value` as the type of its field; raise UsageError if it cannot be converted."""
+    """Return `value` as the type of its field, and raise UsageError if it cannot be converted."""
     name = flag_name(field.name)
     if value is None:
         return None
@@ -322,7 +322,7 @@ def _coerce(value: Any, annotation: Any, field: dataclasses.Field[Any]) -> Any:
         return tuple(value) if isinstance(value, list | tuple) else tuple(_split_commas(str(value)))
     if typing.get_origin(annotation) is typing.Literal:
         if value not in typing.get_args(annotation):
-            raise UsageError(f"{name}: {value!r} {none_of(value, typing.get_args(annotation))}")
+            raise UsageError(f"{name}: {value!r} {not_one_of(value, typing.get_args(annotation))}")
         return value
     if annotation is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)

@@ -1,6 +1,6 @@
-"""The header of a .gguf file, read with no package: its values, and where each tensor lies.
+"""Read the header of a .gguf file: its metadata and the shape, type and offset of each tensor.
 
-The format: ggml's docs/gguf.md. The gguf package refuses files with a tensor type that it does not know yet.
+The format is described in ggml's docs/gguf.md. The gguf package rejects files with tensor types newer than itself.
 """
 
 from __future__ import annotations
@@ -13,24 +13,24 @@ from pathlib import Path
 from typing import Any
 
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-"""Type of a value -> its struct format, little-endian."""
+"""Value type -> struct format, little-endian."""
 STRING, ARRAY = 8, 9
 
 READ_ERRORS = (OSError, ValueError, KeyError, struct.error, OverflowError, RecursionError)
-"""What `read_header` raises for a file that is damaged or none."""
+"""Errors that `read_header` raises for a file that is damaged or not GGUF."""
 
 
 @dataclass(frozen=True)
-class TensorPlace:
-    """A tensor of a file."""
+class TensorInfo:
+    """Name, shape, type and offset of a tensor."""
 
     name: str
     shape: tuple[int, ...]
-    """Rows last to first as torch has them: (out, in)."""
+    """Shape in torch's order, (out, in). The file has the reverse order."""
     kind: int
-    """Number of its type (ggml_type)."""
+    """Type as a number of ggml_type."""
     offset: int
-    """Of its first byte in the file."""
+    """Position of the first byte in the file."""
 
     @property
     def num_elements(self) -> int:
@@ -39,15 +39,15 @@ class TensorPlace:
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """What stands before the data."""
+    """Metadata and tensor table of a file."""
 
     values: dict[str, Any]
-    """Metadata; None for an array."""
-    tensors: tuple[TensorPlace, ...]
+    """Metadata. An array has the value None."""
+    tensors: tuple[TensorInfo, ...]
 
 
 class _Reader:
-    """Reads one value after the other; struct.error at the end of the file."""
+    """Reads one value after the other. Raises struct.error at the end of the file."""
 
     def __init__(self, data: mmap.mmap) -> None:
         self.data, self.at = data, 4
@@ -64,7 +64,7 @@ class _Reader:
         return value.decode("utf-8", "replace")
 
     def value(self, kind: int) -> Any:
-        """None for an array, which is passed over."""
+        """Read a value of type `kind`. An array is skipped and returns None."""
         if kind == STRING:
             return self.text()
         if kind != ARRAY:
@@ -79,12 +79,12 @@ class _Reader:
 
 
 def read_header(path: Path) -> GgufHeader:
-    """In about a tenth of a second; one of READ_ERRORS where the file is damaged or no GGUF."""
+    """Read the header in about 0.1 s. Raises one of READ_ERRORS if the file is damaged or not GGUF."""
     with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
         if data[:4] != b"GGUF":
             raise ValueError(f"{path}: not a GGUF file")
         reader = _Reader(data)
-        reader.scalar("I")  # version: since the second, lengths are of 64 bits
+        reader.scalar("I")  # version; lengths have 64 bits since version 2
         num_tensors, num_values = reader.scalar("Q"), reader.scalar("Q")
         values = {reader.text(): reader.value(reader.scalar("I")) for _ in range(num_values)}
         found = []
@@ -94,5 +94,5 @@ def read_header(path: Path) -> GgufHeader:
             found.append((name, tuple(reversed(sizes)), reader.scalar("I"), reader.scalar("Q")))
         alignment = values.get("general.alignment", 32)
         start = -(-reader.at // alignment) * alignment
-        tensors = tuple(TensorPlace(name, shape, kind, start + offset) for name, shape, kind, offset in found)
+        tensors = tuple(TensorInfo(name, shape, kind, start + offset) for name, shape, kind, offset in found)
         return GgufHeader(values, tensors)

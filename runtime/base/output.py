@@ -1,4 +1,4 @@
-"""The folder that a command writes: what it may replace, and that nobody else writes it meanwhile."""
+"""Check and lock the output folder of a command, so that nothing is lost and two commands never write it at once."""
 
 from __future__ import annotations
 
@@ -19,28 +19,29 @@ except ImportError:  # Windows
     fcntl = None
 
 LOCK_NAME = ".efficientllm-lock"
-"""Of the lock that lies in the output folder itself, where nothing can be written beside it."""
+"""Name of the lock inside the output folder, used if its parent cannot be written."""
 
 Foreign = Callable[[Path], list[str]]
-"""(folder) -> names of what lies in it and the command has not written."""
+"""(folder) -> names of the entries that the command has not written."""
 
 
 def check_output(path: Path, overwrite: bool, foreign: Foreign, inputs: Iterable[str | Path], remedy: str) -> None:
-    """UsageError unless a command may write the folder `path` anew without losing anything.
+    """Raise UsageError unless a command may replace the folder `path` without losing anything.
 
-    Absent and empty folders may be written, others with `overwrite` where everything in them was written by the same
-    command. Never the current folder, the home, a root, one of the `inputs`, or a folder that holds one of these.
+    Absent and empty folders may be written. Others need `overwrite`, and the same command must have written everything
+    in them. The current folder, the home folder, the `inputs` and folders that contain one of these are refused. The
+    message for a folder that is not empty ends with `remedy`.
     """
     inputs = list(inputs)
     for name in (path, *inputs):
         _check_name(str(name))
     if path.exists() and not path.is_dir():  # a file, a device, a socket
-        raise UsageError(f"--output {path} is no folder; name one")
+        raise UsageError(f"--output {path} is not a folder; name one")
     target = _resolved(path)
     places = {"the current folder": Path.cwd(), "the home folder": Path.home()}
-    for what, place in places.items():
+    for description, place in places.items():
         if target == place.resolve() or target in place.resolve().parents:
-            raise UsageError(f"--output {path} is or holds {what}; name a folder of its own")
+            raise UsageError(f"--output {path} is or holds {description}; name another folder")
     for name in inputs:
         source = Path(name)
         if source.exists() and (target == source.resolve() or target in source.resolve().parents):
@@ -58,8 +59,8 @@ def check_output(path: Path, overwrite: bool, foreign: Foreign, inputs: Iterable
         )
 
 
-def others_in(folder: Path, files: Collection[str], is_ours: Callable[[Path, str], bool]) -> list[str]:
-    """Relative names of what lies in `folder`, at any depth, but `files` that `is_ours` knows, and their folders."""
+def unknown_files(folder: Path, files: Collection[str], is_ours: Callable[[Path, str], bool]) -> list[str]:
+    """Return the relative names of all entries of `folder` except `files` that `is_ours` accepts, and their folders."""
     kept = {parent.as_posix() for name in files for parent in PurePosixPath(name).parents}
     names = {path: path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.name != LOCK_NAME}
 
@@ -72,8 +73,10 @@ def others_in(folder: Path, files: Collection[str], is_ours: Callable[[Path, str
 
 
 def check_file(flag: str, path: Path, inputs: Iterable[str | Path] = ()) -> None:
-    """UsageError unless a command may write the file `path`: its folder is there, it is none itself, and neither one of
-    `inputs` nor in one of them."""
+    """Raise UsageError unless a command may write the file `path`.
+
+    Its folder must exist. It must not be a folder, one of `inputs`, or inside one of them. `flag` is for the message.
+    """
     if not path.absolute().parent.is_dir():
         raise UsageError(f"{flag} {path}: its folder does not exist")
     if path.is_dir():
@@ -82,29 +85,29 @@ def check_file(flag: str, path: Path, inputs: Iterable[str | Path] = ()) -> None
     for name in inputs:
         source = Path(name)
         if source.exists() and (target == source.resolve() or source.resolve() in target.parents):
-            raise UsageError(f"{flag} {path} is or lies in {name}, which is read; name another file")
+            raise UsageError(f"{flag} {path} is or is inside {name}, which is read; name another file")
 
 
 def check_place(path: Path, is_renamed: bool) -> None:
-    """UsageError unless the folder `path` can be made or written; its parent too where `is_renamed`: it comes whole."""
+    """Raise UsageError unless the folder `path` can be created or written, or renamed into if `is_renamed`."""
     place = _resolved(path)
     if is_renamed and os.path.ismount(place):
-        raise UsageError(f"--output {path} is a mount point, which nothing can take the place of; name a folder in it")
+        raise UsageError(f"--output {path} is a mount point, which cannot be replaced; name a folder in it")
     written = place.parent if is_renamed or not place.exists() else place
     existing = next(folder for folder in (written, *written.parents) if folder.exists())
     if not existing.is_dir():
-        raise UsageError(f"--output {path}: {existing} is no folder; name another one")
+        raise UsageError(f"--output {path}: {existing} is not a folder; name another one")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UsageError(f"--output {path}: {existing} cannot be written; name another folder")
 
 
 @contextlib.contextmanager
-def replaced_whole(
+def atomic_output(
     path: Path, overwrite: bool, foreign: Foreign, inputs: Iterable[str | Path], remedy: str
 ) -> Iterator[Path]:
-    """A folder to write what `path` holds afterwards: all of it, or what it held before where the body raises.
+    """Yield a temporary folder that replaces `path` if the block succeeds. If it raises, `path` stays as it was.
 
-    UsageError as of `check_output` and `check_place`, before anything is done and again once nobody else writes there.
+    Raises UsageError as `check_output` and `check_place` do, before and after the lock is taken.
     """
     inputs = list(inputs)
 
@@ -114,13 +117,13 @@ def replaced_whole(
 
     check()
     with locked_output(path):
-        check()  # again: another command may have ended since
+        check()  # again, because another command may have ended since
         with folder_written_atomically(path) as temporary:
             yield temporary
 
 
 def _check_name(name: str) -> None:
-    """Names are written into files, in UTF-8; bytes of an argument that are none arrive as surrogates."""
+    """Raise UsageError if a path is not UTF-8. Python passes such bytes of an argument as surrogates."""
     try:
         name.encode()
     except UnicodeEncodeError as error:
@@ -131,15 +134,15 @@ def _resolved(path: Path) -> Path:
     try:
         return path.resolve()
     except (RuntimeError, ValueError) as error:  # links in a circle, a zero byte
-        raise UsageError(f"{str(path)!a} names no place: {error}") from error
+        raise UsageError(f"{str(path)!a} is not a usable path: {error}") from error
 
 
 @contextlib.contextmanager
 def locked_output(path: Path) -> Iterator[None]:
-    """Hold the output folder `path` for the block; UsageError names the process that holds it already.
+    """Lock the output folder `path` during the block. Raises UsageError that names the process with the lock.
 
-    The lock is a file beside the folder, or in it where that is a volume below a read-only folder. The kernel releases
-    it with the process, however that ends.
+    The lock is a file beside the folder, or inside it if its parent cannot be written. The kernel releases it when the
+    process ends.
     """
     _check_name(str(path))
     folder = _resolved(path)
@@ -164,7 +167,7 @@ def _acquire(lock_path: Path, path: Path) -> IO[str]:
             holder = lock.read().strip() or "another process"
             lock.close()
             raise UsageError(f"--output {path} is being written by {holder}; wait for it or name another folder")
-        # whoever held it last may have removed the file between our opening and locking it
+        # the process that had the lock may have removed the file after we opened it
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(lock.fileno()), lock_path.stat()):
                 break

@@ -1,4 +1,4 @@
-"""Showing how far long work has come: bars in a terminal, one line now and then elsewhere."""
+"""Show the progress of long work: bars in a terminal, a line every 15 seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -13,36 +13,34 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from .quantities import format_duration
 
 PROGRESS_LOGGER = "efficientllm.progress"
-"""Its lines are for whoever is waiting, not for whoever reads the result."""
+"""Logger of progress messages, which a command prints on stderr."""
 
 LINE_SECONDS = 15.0
-"""Seconds between lines where there is no terminal."""
+"""Seconds between lines without a terminal."""
 
 _log = logging.getLogger(PROGRESS_LOGGER)
 
 
 @dataclass
 class _Task:
-    """One thing under way."""
+    """A task in progress."""
 
     began: float
-    start: int
-    """What was done already when it was first shown."""
+    """Time of the first update, as time.monotonic."""
+    first_done: int
+    """Amount done at the first update."""
     bar: TaskID | None = None
 
 
 class ProgressDisplay:
-    """Progress of one or several things after each other, on stderr as it was when the display was made.
-
-    A program that did not ask to see messages (see `logging`) sees nothing.
-    """
+    """Shows the progress of tasks on stderr. Without a handler of PROGRESS_LOGGER nothing is shown."""
 
     def __init__(self, silent: bool = False) -> None:
-        """`silent`: show nothing, as on all ranks but the main one."""
+        """Start without tasks. A `silent` display shows nothing, as on all ranks except the main one."""
         self._silent = silent
         self._tasks: dict[str, _Task] = {}
         self._last_line = -LINE_SECONDS
-        console = Console(file=sys.stderr)  # tools that capture stderr for a while do not catch the bar
+        console = Console(file=sys.stderr)  # the present stderr, because tools may redirect it later
         shows_bars = console.is_terminal and not silent and _log.isEnabledFor(logging.INFO)
         self._bars: Progress | None = None
         if shows_bars:
@@ -67,22 +65,22 @@ class ProgressDisplay:
             self._bars.stop()
 
     def update(self, name: str, done: int, total: int, text: str = "") -> None:
-        """`done` of `total` of what is called `name`; `text` is shown in place of the name and the count."""
+        """Show `done` of `total` of the task `name`. `text` replaces the name and the count."""
         now = time.monotonic()
         task = self._tasks.setdefault(name, _Task(now, done))
         if self._bars is not None:
             if task.bar is None:
                 task.bar = self._bars.add_task(name, total=total)
-            # a total may grow: mmlu's 57 subjects arrive one after the other under one name
+            # a total may grow: the 57 subjects of mmlu are one task
             self._bars.update(task.bar, completed=done, total=total, description=text or f"{name} {done}/{total}")
         elif now - self._last_line >= LINE_SECONDS or done >= total:
             self._last_line = now
-            speed = (done - task.start) / (now - task.began) if now > task.began else 0.0
+            speed = (done - task.first_done) / (now - task.began) if now > task.began else 0.0
             remaining = f"  ETA {format_duration(max(0, total - done) / speed)}" if speed else ""
             self.say(f"{text or f'{name}: {done}/{total}'}{remaining}")
 
     def say(self, text: str) -> None:
-        """One line, above the bars where there are any."""
+        """Print one line, above the bars if there are any."""
         if self._silent:
             return
         if self._bars is not None:

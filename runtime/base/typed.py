@@ -1,4 +1,4 @@
-"""Whether values read from a file are what the fields of a dataclass say."""
+"""Check that values read from a file have the types of a dataclass's fields."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 
 
 def check_value(value: object, kind: Any, where: str, variables: Mapping[Any, Any] | None = None) -> None:
-    """ValueError, naming the place below `where`, unless `value` is of the type `kind`, all that it holds included.
+    """Raise ValueError unless `value` and everything in it has the type `kind`. Numbers must be finite.
 
-    `variables`: what type variables stand for. Numbers are finite.
+    The message names the place, below `where`. `variables` maps type variables to types.
     """
     variables = variables or {}
     kind = variables.get(kind, kind)
@@ -51,4 +51,4 @@ def check_value(value: object, kind: Any, where: str, variables: Mapping[Any, An
 
 def _require(holds: bool, where: str) -> None:
     if not holds:
-        raise ValueError(f"{where} is of another kind")
+        raise ValueError(f"{where} has another type")

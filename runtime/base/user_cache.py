@@ -1,7 +1,4 @@
-"""Where this user's caches lie: what is kept there saves time and may be deleted at any moment.
-
-The commit that this code is at, where it runs from its repository.
-"""
+"""The cache folder of this user, and the commit of this code."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ FOLDER_VARIABLE = "EFFICIENTLLM_CACHE"
 
 
 def cache_folder() -> Path:
-    """Where the system wants this user's caches; it need not exist yet."""
+    """Return the folder for files that save time and may be deleted at any moment. It may not exist yet."""
     if named := os.environ.get(FOLDER_VARIABLE):
         return Path(named)
     home = {"darwin": "~/Library/Caches", "win32": os.environ.get("LOCALAPPDATA", "~")}.get(sys.platform, "~/.cache")
@@ -24,9 +21,9 @@ def cache_folder() -> Path:
 
 
 def commit() -> str:
-    """Short, with + where files differ from it; "" outside a repository."""
+    """Return the short commit of this repository, with + for changed files, and "" outside a repository."""
     tree = Path(__file__).resolve().parents[2]
-    if not (tree / ".git").exists():  # installed: a repository around it is the user's
+    if not (tree / ".git").exists():  # an installed package may lie in a repository of the user
         return ""
     try:
         done = run(["git", "-C", str(tree), "describe", "--always", "--dirty=+", "--exclude=*"])

@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Mapping, Sequence
 
-from ..base.child import Finished, run
+from ..base.child import ProcessResult, run
 from ..base.errors import ArtefactError
 from .artefact import Artefact
 from .file_cache import cached
@@ -33,14 +33,14 @@ def probe_artefact(artefact: Artefact, engine_version: str, options: Mapping[str
     cached(f"{WORKS} in {artefact.engine} ({engine_version})", artefact.files, try_loading)
 
 
-def run_probe(arguments: Sequence[str]) -> Finished:
+def run_probe(arguments: Sequence[str]) -> ProcessResult:
     """Run the module `probe_child` to its end."""
     command = [sys.executable, "-m", f"{__package__}.probe_child", *arguments]
     # Without the variable, ggml starts a debugger to print a backtrace when it aborts.
     return run(command, env=os.environ | {"GGML_NO_BACKTRACE": "1"})
 
 
-def _describe_failure(artefact: Artefact, done: Finished) -> str:
+def _describe_failure(artefact: Artefact, done: ProcessResult) -> str:
     """Return an error message of one line for a child that failed."""
     if done.code > 0:
         message = done.last_error.removeprefix("error: ")

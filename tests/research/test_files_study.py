@@ -42,9 +42,9 @@ def test_a_point_is_what_its_commands_make() -> None:
     ("text", "message"),
     [
         ("q4_1+qat", "+qat trains for q8_0, q4_0, q2_0"),
-        ("q9_9", "q9_9 is none of f32"),
-        ("q4_0/q9", "q9 is none of"),
-        ("q4_0+prune", "+prune is none of"),
+        ("q9_9", "q9_9 is not one of f32"),
+        ("q4_0/q9", "q9 is not one of"),
+        ("q4_0+prune", "+prune is not one of"),
         ("q4_0@much", "much"),
     ],
 )

@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from efficientllm.runtime.base.child import Finished
+from efficientllm.runtime.base.child import ProcessResult
 from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.base.errors import EfficientLLMError
 from efficientllm.runtime.engines import probe, probe_child
@@ -173,12 +173,12 @@ def use(path: Path) -> int:
     return 0
 
 
-def forked_probe(arguments: Sequence[str]) -> Finished:
+def forked_probe(arguments: Sequence[str]) -> ProcessResult:
     """probe.run_probe without the start of another Python."""
     with tempfile.TemporaryDirectory() as scratch:
         errors = Path(scratch) / "errors"
         code = in_child(lambda: run_command(probe_child.body, list(arguments)), errors)
-        return Finished(code, "", errors.read_text(encoding="utf-8", errors="replace"))
+        return ProcessResult(code, "", errors.read_text(encoding="utf-8", errors="replace"))
 
 
 def run(folder: Path, bare: bool, numbers: range, seed: int) -> collections.Counter[str]:

@@ -20,7 +20,7 @@ from typing import IO, cast
 from ...runtime.base import flags
 from ...runtime.base.command import run_command
 from ...runtime.base.errors import UsageError
-from ...runtime.base.files import remove_left_beside, written_atomically
+from ...runtime.base.files import remove_stale_temporaries, written_atomically
 from ...runtime.base.output import locked_output
 from ...runtime.base.progress import ProgressDisplay
 from ...runtime.base.quantities import format_bytes, markdown_table
@@ -89,7 +89,7 @@ def write_corpus(
             raise UsageError(f"{output} is a folder; name a file")
         if output.exists() and not overwrite:
             raise UsageError(f"{output} already exists; give another name, or --overwrite to replace it")
-        remove_left_beside(output)
+        remove_stale_temporaries(output)
         inputs = [CorpusInput(spec, _documents(spec, output)) for spec in specs]
         with written_atomically(output) as file:
             with _gzipped(file) if output.name.endswith(".gz") else contextlib.nullcontext(file) as stream:

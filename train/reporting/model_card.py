@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ...runtime.base import flags
-from ...runtime.base.quantities import format_count, markdown_table, without_folders
+from ...runtime.base.quantities import display_name, format_count, markdown_table
 from ...runtime.engines.contract_text import contract_rows
 from ..config import TrainConfig
 from ..data.documents import DataSpec
@@ -84,9 +84,9 @@ def command_line(config: TrainConfig) -> str:
             if isinstance(value, bool):
                 words.append(name if value else name.replace("--", "--no-", 1))
             elif isinstance(value, tuple) and not item.metadata.get("comma_separated"):
-                words += [word for each in value for word in (name, without_folders(str(each)))]
+                words += [word for each in value for word in (name, display_name(str(each)))]
             else:
-                words += [name, ",".join(value) if isinstance(value, tuple) else without_folders(str(value))]
+                words += [name, ",".join(value) if isinstance(value, tuple) else display_name(str(value))]
     return shlex.join(words)
 
 
@@ -168,7 +168,7 @@ def model_card(config: TrainConfig, summary: dict[str, Any], source: Architectur
         [
             *header,
             "",
-            f"# {format_count(final.num_parameters)} parameters, {how} {without_folders(config.source.source)}",
+            f"# {format_count(final.num_parameters)} parameters, {how} {display_name(config.source.source)}",
             "",
             f"{source.num_parameters:,} parameters became {final.num_parameters:,} over {summary['tokens']:,} tokens "
             f"of {', '.join(summary['data'])} ({summary['seconds']:.0f} s of training).",
