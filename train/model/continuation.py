@@ -11,7 +11,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 STRETCH = 16
-"""Tokens between two checks for finished rows. ProcessResult rows leave the batch, which speeds up the others."""
+"""Tokens between two checks for finished rows. Finished rows leave the batch, which speeds up the others."""
 
 
 @dataclass(frozen=True)
