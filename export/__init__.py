@@ -1,4 +1,4 @@
-"""From a checkpoint to a file that stock runtimes run, verified.
+"""Export a checkpoint to a file that stock runtimes run, verified.
 
 from efficientllm.export import export
 

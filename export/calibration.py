@@ -1,7 +1,7 @@
-"""What calibration text says about the inputs of each matrix, collected from the checkpoint in torch.
+"""Collect statistics of the inputs of each matrix on calibration text, with the checkpoint in torch.
 
-`column_importance` is llama.cpp's importance matrix, the mean square of each input; llama.cpp's Python bindings take
-one but cannot collect it. `input_grams` are the second moments that error-compensated rounding needs.
+`column_importance` is llama.cpp's importance matrix, the mean square of each input. llama.cpp's Python bindings accept
+one but cannot collect it. `input_grams` are the second moments for error-compensated rounding.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ WINDOW = 512
 
 
 def column_importance(checkpoint: Checkpoint, text_path: str) -> dict[str, np.ndarray]:
-    """{parameter name: mean square of each input, fp32 [in]} for every matrix, from the first tokens of a corpus.
+    """Return {parameter name: mean square of each input, fp32 [in]} for every matrix.
 
-    Raises DataError where the text has less than one window of tokens.
+    The inputs are those of the first tokens of a corpus. Raises DataError if the text has less than one window of tokens.
     """
     return _collect(checkpoint, text_path, lambda x: x.double().square().sum(0))
 
 
 def input_grams(checkpoint: Checkpoint, text_path: str) -> dict[str, np.ndarray]:
-    """{parameter name: X^T X / n of its inputs, fp32 [in, in]} for every matrix; those with one input share the array.
+    """Return {parameter name: X^T X / n of its inputs, fp32 [in, in]} for every matrix.
 
-    Raises DataError as `column_importance`.
+    Matrices with the same input share the array. Raises DataError as `column_importance`.
     """
     return _collect(checkpoint, text_path, lambda x: x.T @ x)
 
 
 def _collect(checkpoint: Checkpoint, text_path: str, statistic: Callable[[Any], Any]) -> dict[str, np.ndarray]:
-    """Mean over tokens of `statistic`, a sum over the rows of inputs [n, in]."""
+    """Return the mean over tokens of `statistic`, a sum over the rows of inputs [n, in]."""
     with extra("train"):
         import torch
 
@@ -62,7 +62,7 @@ def _collect(checkpoint: Checkpoint, text_path: str, statistic: Callable[[Any], 
 
 
 def _calibration_tokens(checkpoint: Checkpoint, text_path: str, window: int) -> list[int]:
-    """The first CALIBRATION_TOKENS ids of a corpus; DataError where there are fewer than `window`."""
+    """Return the first CALIBRATION_TOKENS ids of a corpus. Raises DataError for fewer than `window`."""
     with extra("train"):
         from ..train.data.documents import DataSpec, open_texts
     ids: list[int] = []
@@ -88,7 +88,7 @@ def _observer(
 def _spread(
     means: dict[str, np.ndarray], same: dict[str, tuple[str, ...]], checkpoint: Checkpoint
 ) -> dict[str, np.ndarray]:
-    """Parameter names, with what was observed once given to every matrix that reads it."""
+    """Return the observations under parameter names, one for every matrix with the same input."""
     result: dict[str, np.ndarray] = {}
     for name, value in means.items():
         observed = next((matrix for matrix in same if name.endswith(matrix)), "")
@@ -105,6 +105,6 @@ def save_for_gguf(
     pad: Callable[[str, np.ndarray], np.ndarray],
     path: Path,
 ) -> None:
-    """Write {GGUF tensor name: importance} as .npz; `pad` gives columns that are padded, and multiply zeros, a zero."""
+    """Write {GGUF tensor name: importance} as .npz. `pad` gives zero importance to padded columns."""
     arrays = {rename(name): pad(name, value).astype(np.float32) for name, value in importance.items()}
     np.savez(path, **arrays)  # type: ignore[arg-type]

@@ -1,6 +1,6 @@
-"""Reading a checkpoint for export: config, tokenizer files and tensors as numpy. Imports no torch.
+"""Read a checkpoint for export: config, tokenizer files and tensors as numpy.
 
-The type that a checkpoint was trained for (`--qat`): its weights are on that type's grid. Imports no torch.
+Also choose the type to export in: a checkpoint trained with `--qat` is on the grid of its type. Imports no torch.
 """
 
 from __future__ import annotations
@@ -38,14 +38,17 @@ from .layer_attention import LayerAttention, context_length, layer_attention, ro
 from .request import ExportRequest
 
 QUESTION = {"role": "user", "content": "Hello"}
-"""What a chat template must be able to render."""
+"""Message that a chat template must be able to render."""
 
 
 class Checkpoint:
     """A Hugging Face folder of a supported family, irregular or plain."""
 
     def __init__(self, folder: Path, name: str) -> None:
-        """`name` is what the user called it. Raises ModelError for an unsupported or damaged folder."""
+        """Check and open the folder.
+
+        `name` is the user's name of it. Raises ModelError if it is unsupported or damaged.
+        """
         self.folder = folder
         self.name = name
         check_folder(folder)
@@ -59,7 +62,7 @@ class Checkpoint:
         self._location = self._locate_tensors()
 
     def _check_settings(self) -> None:
-        """Everything else that a target reads is there and of its type, whatever the target."""
+        """Check that all other settings of any target exist and have the right type."""
         _ = self.scales, self.context_length, self.attention, self.bos_id, self.end_of_generation_ids
         if self.chat_template is not None:
             _check_template(self.chat_template, self.folder)
@@ -82,7 +85,10 @@ class Checkpoint:
         return location
 
     def tensor(self, name: str) -> np.ndarray:
-        """One tensor as fp32, a gain as what multiplies; ModelError where its shape disagrees with the config."""
+        """Return one tensor as fp32, a gain with its offset added.
+
+        Raises ModelError if its shape disagrees with the config.
+        """
         from safetensors import safe_open
 
         stored = self._stored(name)
@@ -98,58 +104,61 @@ class Checkpoint:
         return self._stored(name).name in self._location
 
     def _stored(self, name: str) -> StockTensor:
-        """Where one of our tensors is in the files."""
+        """Return the location of one of our tensors in the files."""
         return locate(self.architecture, name, self._location)
 
     @property
     def scales(self) -> Scales:
-        """eps of the norms and what else changes with the widths."""
+        """Return eps of the norms and the other numbers that change with the widths."""
         return Scales.of(self.config, self.architecture)
 
     @property
     def rms_norm_eps(self) -> float:
-        """eps of the norms of the stem."""
+        """Return eps of the norms of the stem."""
         return self.scales.stem_eps
 
     @property
     def attention(self) -> tuple[LayerAttention, ...]:
-        """What the attention of each layer does beside its matrices."""
+        """Return the attention settings of each layer."""
         return layer_attention(self.config, self.architecture)
 
     @property
     def context_length(self) -> int:
-        """Tokens over which all runtimes agree."""
+        """Return the number of tokens over which all runtimes agree."""
         return context_length(self.config, self.architecture)
 
     @property
     def rope(self) -> dict[str, Any]:
-        """RoPE parameters of the layers that see all tokens: rope_theta, rope_type and, where scaled, the rest."""
+        """Return the RoPE parameters of layers without a window: rope_theta, rope_type and scaling."""
         return rope_parameters(self.config)
 
     def json_file(self, name: str) -> dict[str, Any]:
-        """A JSON file of the folder, {} where it is absent."""
+        """Return a JSON file of the folder, {} if it is absent."""
         path = self.folder / name
         return read_json(path) if path.is_file() else {}
 
     @property
     def tokenizer_data(self) -> dict[str, Any]:
-        """tokenizer.json, whatever its age, as the tokenizers library would write it today."""
+        """Return tokenizer.json in the current format of the tokenizers library."""
         return json.loads(self.tokenizer.to_str())
 
     @property
     def bos_id(self) -> int | None:
-        """Token id that begins a text, from config.json."""
+        """Return the token id that begins a text, from config.json."""
         return next(iter(self._token_ids(self.config, "bos_token_id")), None)
 
     @property
     def end_of_generation_ids(self) -> list[int]:
-        """Token ids that end an answer, from generation_config.json or config.json."""
+        """Return the token ids that end an answer, from generation_config.json or config.json."""
         settings = self.json_file("generation_config.json")
         return self._token_ids(settings if "eos_token_id" in settings else self.config, "eos_token_id")
 
     @property
     def sampling(self) -> dict[str, float]:
-        """How generation_config.json samples, as fields of SamplingOptions; what is no such value is left out."""
+        """Return the sampling settings of generation_config.json as fields of SamplingOptions.
+
+        Invalid values are left out.
+        """
         settings, found = self.json_file("generation_config.json"), {}
         for name in LLAMA_CPP_DEFAULTS:
             with contextlib.suppress(ValueError):
@@ -168,7 +177,7 @@ class Checkpoint:
 
 
 def _check_template(template: str, folder: Path) -> None:
-    """ModelError where a chat template cannot be rendered; it may refuse the messages, which is its right."""
+    """Raise ModelError if a chat template cannot be rendered. A template may refuse the messages."""
     settings = read_settings(folder)
     try:
         render_chat(template, [QUESTION], special_token(settings, "bos"), special_token(settings, "eos"))
@@ -181,9 +190,9 @@ def _check_template(template: str, folder: Path) -> None:
 
 @contextlib.contextmanager
 def open_checkpoint(name: str) -> Iterator[Checkpoint]:
-    """Open a run folder, a Hugging Face folder, or anything `efficientllm-train --source` takes.
+    """Open a run folder, a Hugging Face folder, or any `--source` of efficientllm-train.
 
-    What is not a local folder is loaded with torch and held in a temporary folder meanwhile.
+    Other sources than local folders are loaded with torch into a temporary folder.
     """
     path = Path(name)
     if (path / "model" / "config.json").is_file():
@@ -203,23 +212,23 @@ def open_checkpoint(name: str) -> Iterator[Checkpoint]:
 
 
 NAMES = {"int4-block32": "int4"}
-"""--qat -> what the target's --quantize calls it, where that is another name."""
+"""--qat -> the target's --quantize, if the names differ."""
 
 
 @dataclass(frozen=True)
 class TrainedType:
-    """What training.json says."""
+    """Trained type of a checkpoint, from training.json."""
 
     kind: str
-    """As the target's --quantize."""
+    """The target's --quantize."""
     head: str
-    """Of embedding and LM head in a GGUF."""
+    """Type of embedding and LM head in a GGUF."""
     target: str
-    """The export target whose files have this type."""
+    """Export target whose files have this type."""
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> TrainedType | None:
-        """None for a checkpoint of another training, and of none."""
+        """Read the trained type; None for a checkpoint without one."""
         values = checkpoint.json_file("training.json").get("quantisation")
         if not isinstance(values, dict):
             return None
@@ -228,7 +237,7 @@ class TrainedType:
 
 
 def choose_type(checkpoint: Checkpoint, request: ExportRequest[Any], target: str, asked: str, default: str) -> str:
-    """What to export in: as asked, else the type that the checkpoint was trained for. Says where they differ."""
+    """Return the requested type, or the trained one. Reports a difference."""
     trained = TrainedType.of(checkpoint)
     if trained is None:
         return asked or default

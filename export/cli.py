@@ -1,7 +1,4 @@
-"""`efficientllm-export`: from a checkpoint to an artefact.
-
-One export from beginning to end: what `efficientllm-export` runs, for Python.
-"""
+"""`efficientllm-export`: write a checkpoint as an artefact, from the command line or from Python."""
 
 from __future__ import annotations
 
@@ -20,14 +17,15 @@ from .targets import known_targets, load_exporter, option_names, refuse_option
 
 
 def export(checkpoint: str | Path, target: str, output: str | Path, *, overwrite: bool = False, **options: Any) -> Path:
-    """Write `checkpoint` as an artefact of `target` into the folder `output`, which is returned.
+    """Write `checkpoint` as an artefact of `target` into the folder `output` and return the folder.
 
-    `checkpoint`: run folder, Hugging Face folder or hub id, .gguf file, or "demo". `options`: the target's, by the
-    names of its flags (`quantize="q8_0"`, `max_kl=0.3`). Raises UsageError for what cannot be used as given (an option
-    that the target does not read), ModelError for an unsupported or damaged checkpoint and ArtefactError where the
-    file does not verify; the folder is whole or absent. Reports to `logging.getLogger("efficientllm.export")`.
+    `checkpoint` is a run folder, a Hugging Face folder or hub id, a .gguf file, or "demo". `options` are the target's
+    flags by name (`quantize="q8_0"`, `max_kl=0.3`).
 
-        export("runs/small", "gguf", "small", quantize="q8_0")
+    Raises UsageError for unusable arguments, ModelError for an unsupported or damaged checkpoint, and ArtefactError if
+    the file does not verify. The folder is whole or absent. Reports to `logging.getLogger("efficientllm.export")`.
+
+    export("runs/small", "gguf", "small", quantize="q8_0")
     """
     exporter, known = load_exporter(target), option_names(target)
     for name in options:
@@ -48,10 +46,10 @@ def export(checkpoint: str | Path, target: str, output: str | Path, *, overwrite
 
 
 class ExportParser(flags.Parser):
-    """Has the flags of the target that the arguments name; without one, those that every target has."""
+    """Parser with the flags of the target in the arguments; without a target, the flags that all targets share."""
 
     def parse(self, argv: Sequence[str]) -> dict[str, Any]:
-        """All values by name; UsageError for a flag that the target does not read."""
+        """Return all values by name. Raises UsageError for a flag that the target does not have."""
         target = _named_target(argv)
         flags.add_section(self, load_exporter(target).options if target else VerifyOptions)
         _, unknown = self.parse_known_intermixed_args(argv)

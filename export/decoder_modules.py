@@ -1,7 +1,7 @@
-"""Parts of the decoders that we trace: a model of any family with irregular widths, without its attention kernel.
+"""Parts of traced decoders: a model of any family with irregular widths, without its attention kernel.
 
-S new tokens, H hidden, Q query heads, G key/value heads, D head_dim, V vocabulary. Parameters carry the checkpoint's
-names without their "model." prefix.
+S new tokens, H hidden, Q query heads, G key/value heads, D head_dim, V vocabulary. Parameters have the checkpoint's
+names without the prefix "model.".
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .padding import padded_scales, padded_tensors
 
 
 class RmsNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis."""
+    """RMS norm: x / sqrt(mean(x^2) + eps) * weight over the last axis."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class RmsNorm(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """(x - mean(x)) / sqrt(var(x) + eps) * weight + bias over the last axis; `scale` where there is no weight."""
+    """LayerNorm (x - mean(x)) / sqrt(var(x) + eps) * weight + bias over the last axis; `scale` replaces a missing weight."""
 
     def __init__(self, width: int, parts: Family, scales: Scales) -> None:
         super().__init__()
@@ -54,13 +54,13 @@ class LayerNorm(nn.Module):
 
 
 def stem_norm(architecture: Architecture, scales: Scales) -> nn.Module:
-    """A norm over the hidden axis."""
+    """Return a norm over the hidden axis."""
     parts, width = architecture.parts, architecture.hidden_size
     return LayerNorm(width, parts, scales) if parts.norm.takes_mean else RmsNorm(width, scales.stem_eps)
 
 
 class Attention(nn.Module):
-    """Projections of grouped-query attention; a subclass attends in `forward(x [B, S, H], context) -> [B, S, H]`."""
+    """Projections of grouped-query attention. A subclass implements `forward(x [B, S, H], context) -> [B, S, H]`."""
 
     def __init__(self, architecture: Architecture, layer: LayerShape, settings: LayerAttention, scales: Scales) -> None:
         super().__init__()
@@ -78,19 +78,19 @@ class Attention(nn.Module):
         )
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [B, S, Q, D], keys and values [B, S, G, D], before the rotary embedding."""
+        """Return queries [B, S, Q, D], keys and values [B, S, G, D], before the rotary embedding."""
         query = self._normed(self.q_norm, self.q_proj(x), self.heads)
         key = self._normed(self.k_norm, self.k_proj(x), self.groups)
         return query, key, self.v_proj(x).view(*x.shape[:2], self.groups, self.head_dim)
 
     def _normed(self, norm: nn.Module, x: Tensor, heads: int) -> Tensor:
-        """[B, S, heads * D] -> [B, S, heads, D]"""
+        """Normalise heads: [B, S, heads * D] -> [B, S, heads, D]."""
         shape = (*x.shape[:2], heads, self.head_dim)
         return norm(x.view(shape)) if self.norms_heads else norm(x).view(shape)
 
 
 class FeedForward(nn.Module):
-    """down(act(gate(x)) * up(x)), or down(act(up(x))) without a gate"""
+    """FFN: down(act(gate(x)) * up(x)), or down(act(up(x))) without a gate."""
 
     def __init__(self, hidden_size: int, width: int, parts: Family) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ class FeedForward(nn.Module):
 
 
 def tanh_gelu(x: Tensor) -> Tensor:
-    """GELU by its tanh formula."""
+    """Compute GELU by its tanh formula."""
     if torch.onnx.is_in_onnx_export():
         return functional.gelu(x, approximate="tanh")
     # ExecuTorch: XNNPACK (of executorch 1.5.1) computes every gelu by the other formula, 5e-4 away
@@ -121,7 +121,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Layer(nn.Module):
-    """A decoder layer; either half may be absent."""
+    """A decoder layer; attention or FFN may be absent."""
 
     def __init__(self, architecture: Architecture, scales: Scales, attention: Attention | None, width: int) -> None:
         super().__init__()
@@ -148,10 +148,10 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module, abc.ABC):
-    """Embedding, layers, head and weights; a subclass provides `attention` and `forward`."""
+    """Embedding, layers, head and weights. A subclass implements `attention` and `forward`."""
 
     def __init__(self, checkpoint: Checkpoint, architecture: Architecture, dtype: torch.dtype = torch.float32) -> None:
-        """`architecture`: the checkpoint's or a zero-padded one; `dtype`: of weights and activations."""
+        """Build the decoder in a shape of the checkpoint's widths or wider, in `dtype`."""
         super().__init__()
         self.architecture = architecture
         self.scales = scales = padded_scales(checkpoint, architecture)
@@ -176,15 +176,15 @@ class Decoder(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def attention(self, layer: LayerShape, settings: LayerAttention) -> Attention:
-        """A layer's attention, called while the default device is "meta"."""
+        """Return a layer's attention. Called while the default device is "meta"."""
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """What the first layer reads."""
+        """Return the input of the first layer."""
         x = self.embed_tokens(tokens)
         return x if self.scales.embedding == 1.0 else x * self.scales.embedding
 
     def rotary_tables(self, checkpoint: Checkpoint, length: int) -> dict[str, tuple[Tensor, Tensor]]:
-        """{rotary_key of a layer: (cos, sin), fp32 [length, rotary_dim / 2]} of every rotary embedding there is."""
+        """Return {rotary_key of a layer: (cos, sin), fp32 [length, rotary_dim / 2]} of every rotary embedding."""
         found: dict[str, tuple[Tensor, Tensor]] = {}
         for settings in checkpoint.attention:
             if settings.rope is not None and settings.rotary_key not in found:

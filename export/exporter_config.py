@@ -1,8 +1,8 @@
 """Inputs, outputs, dynamic axes and dummy inputs of exported decoders, on optimum's exporter base classes.
 
-One declaration for everything that traces a model: `OnnxDecoderConfig` for decoders whose caches are inputs and
-outputs, `ExecutorchDecoderConfig` for decoders that hold their caches. Both are registered with optimum's TasksManager
-for the irregular model types, so that `TasksManager.get_exporter_config_constructor("onnx", ...)` finds them.
+`OnnxDecoderConfig` describes decoders whose caches are inputs and outputs, `ExecutorchDecoderConfig` decoders with
+caches inside. Both are registered with optimum's TasksManager for the irregular model types, so that
+`TasksManager.get_exporter_config_constructor("onnx", ...)` finds them.
 
 B batch, S new tokens, P past tokens, T = P + S, G_i key/value heads of layer i, D head_dim, V vocabulary.
 """
@@ -23,7 +23,7 @@ TASKS = ("text-generation", "text-generation-with-past")
 
 
 class NormalizedIrregularConfig(NormalizedTextConfig):
-    """A model's config with its layers' own widths."""
+    """Config of a model with per-layer widths."""
 
     def __init__(self, config: Any, **kwargs: Any) -> None:
         super().__init__(config, **kwargs)
@@ -31,7 +31,7 @@ class NormalizedIrregularConfig(NormalizedTextConfig):
 
 
 class DummyDecoderGenerator(DummyInputGenerator):
-    """Tokens, their mask and their position."""
+    """Dummy tokens, their mask and their position."""
 
     SUPPORTED_INPUT_NAMES = ("input_ids", "attention_mask", "tokens", "input_pos")
 
@@ -59,7 +59,7 @@ class DummyDecoderGenerator(DummyInputGenerator):
 
 
 class DummyPerLayerPastGenerator(DummyPastKeyValuesGenerator):
-    """Caches [B, G_i, P, D], one pair for every layer with attention."""
+    """Dummy caches [B, G_i, P, D], one pair for every layer with attention."""
 
     def __init__(
         self,
@@ -84,7 +84,7 @@ class DummyPerLayerPastGenerator(DummyPastKeyValuesGenerator):
 
 
 class DecoderConfig(ExporterConfig):
-    """What both kinds of decoder share."""
+    """Common part of both decoder configs."""
 
     NORMALIZED_CONFIG_CLASS = NormalizedIrregularConfig
     ATOL_FOR_VALIDATION = 1e-3
@@ -92,7 +92,10 @@ class DecoderConfig(ExporterConfig):
     SUPPORTS_PAST = True
 
     def __init__(self, config: Any, task: str = "text-generation", use_past: bool = True, **kwargs: Any) -> None:
-        """`config`: a transformers config or the contents of a config.json. `use_past`: optimum's "-with-past"."""
+        """Read `config`, a transformers config or the contents of a config.json.
+
+        `use_past` is optimum's "-with-past".
+        """
         super().__init__(config, task, **kwargs)
         self.use_past = use_past
 
@@ -102,7 +105,10 @@ class DecoderConfig(ExporterConfig):
 
 
 class OnnxDecoderConfig(DecoderConfig):
-    """forward(input_ids, attention_mask, past_key_values.i.key/value) -> logits [B, 1, V], present.i.key/value."""
+    """Config of a decoder with caches outside.
+
+    forward(input_ids, attention_mask, past_key_values.i.key/value) -> logits [B, 1, V], present.i.key/value.
+    """
 
     @property
     def inputs(self) -> dict[str, dict[int, str]]:
@@ -116,7 +122,7 @@ class OnnxDecoderConfig(DecoderConfig):
         }
 
     def _caches(self) -> list[str]:
-        """Names of the caches, layers without attention left out."""
+        """Return the names of the caches of layers with attention."""
         if not self.use_past:
             return []
         layers = enumerate(self.architecture.layers)
@@ -124,7 +130,7 @@ class OnnxDecoderConfig(DecoderConfig):
 
 
 class ExecutorchDecoderConfig(DecoderConfig):
-    """forward(tokens [1, S], input_pos [1]) -> logits [1, V]; the caches are inside the program."""
+    """Config of forward(tokens [1, S], input_pos [1]) -> logits [1, V], with the caches inside the program."""
 
     @property
     def inputs(self) -> dict[str, dict[int, str]]:
@@ -136,7 +142,7 @@ class ExecutorchDecoderConfig(DecoderConfig):
 
 
 def register() -> None:
-    """Tell optimum's TasksManager about the irregular model types; idempotent."""
+    """Register the irregular model types with optimum's TasksManager. Idempotent."""
     for backend, config in (("onnx", OnnxDecoderConfig), ("executorch", ExecutorchDecoderConfig)):
         for family in FAMILIES:
             register_type: Any = TasksManager.create_register(backend, overwrite_existing=True)

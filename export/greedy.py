@@ -1,4 +1,4 @@
-"""The first greedy tokens of an exported file on this machine: what another device must say, too."""
+"""Record the first greedy tokens of an exported file on this machine, for comparison on another device."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..runtime.prompt import chat_prompt, text_prompt
 
 CHECKED_TOKENS = 32
 CONTEXT = 256
-"""Tokens of context: question, template and answer fit many times over."""
+"""Tokens of context, several times the length of question, template and answer."""
 
 QUESTIONS = (
     "What are the months of the year?",
@@ -22,38 +22,40 @@ QUESTIONS = (
     "Count from one to thirty.",
     "What is the capital of France?",
 )
-"""Of those that are answered in whole characters (engines show half ones each in its way), the one that leaves least
-doubt is asked: kernels of other processors round otherwise."""
+"""Candidates. Among questions answered in whole characters (engines show half ones differently), the one with the
+widest margin is used, because kernels of other processors round differently."""
 TEXTS = (
     "The months of the year are January, February, March,",
     "Monday, Tuesday, Wednesday,",
     "1, 2, 3, 4, 5, 6,",
     "The capital of France is",
 )
-"""For models without a chat template."""
+"""Prompts for models without a chat template."""
 
 
 @dataclass(frozen=True)
 class GreedyCheck:
-    """A prompt and how the model goes on with it when it always takes the most likely token."""
+    """A prompt and the model's greedy continuation."""
 
     question: str
-    """What was asked, before the chat template."""
+    """Question before the chat template."""
     prompt: str
-    """Rendered, control tokens as text, without the token that llama.cpp itself begins every text with."""
+    """Rendered prompt with control tokens as text, without the token that llama.cpp adds to every text."""
     prompt_tokens: list[int]
-    """All that the model reads."""
+    """All tokens that the model reads."""
     tokens: list[int]
-    """As many as were asked for, fewer where the model ended its answer."""
+    """The requested number of tokens, or fewer if the answer ended."""
     text: str
     margin: float
-    """Nats between the likeliest token and the next, where they are nearest: another machine says the same if its
-    rounding is smaller. 4-bit and 8-bit kernels differ by a tenth."""
+    """Smallest distance in nats between the likeliest token and the next. Another machine agrees if its rounding is
+    smaller. 4-bit and 8-bit kernels differ by a tenth."""
 
 
 def greedy_check(model: Path, context: int = CONTEXT, count: int = CHECKED_TOKENS) -> GreedyCheck:
-    """Run the file `model`, which holds `context` tokens or more, in our engine, on one thread, for `count` tokens; of
-    a few questions, the one that compares best."""
+    """Run the file `model` on one thread for `count` tokens, and return the question with the widest margin.
+
+    The file must support `context` tokens.
+    """
     with contextlib.closing(load_engine(model, EngineOptions(threads=1, context=min(context, CONTEXT)))) as engine:
         questions = TEXTS if engine.chat_template is None else QUESTIONS
         checks = [_answered(engine, question, count) for question in questions]

@@ -1,8 +1,8 @@
-"""Rounding matrices to few bits with one symmetric scale per group of inputs. Imports no torch.
+"""Round matrices to few bits with one symmetric scale per group of inputs.
 
-What onnxruntime's MatMulNBits and XNNPACK's blockwise kernels store: weight[n, k] = codes[n, k] * scales[n, k // group]
-with codes from -2^(bits-1) to 2^(bits-1) - 1. N outputs, K inputs, G = K / group. Our own, so that
-one rounding serves both targets and needs no graph that runs.
+This is the storage of onnxruntime's MatMulNBits and XNNPACK's blockwise kernels: weight[n, k] = codes[n, k] * scales[n,
+k // group] with codes from -2^(bits-1) to 2^(bits-1) - 1. N outputs, K inputs, G = K / group. The code is our own, so
+that one rounding serves both targets and needs no executable graph. Imports no torch.
 """
 
 from __future__ import annotations
@@ -12,21 +12,22 @@ from collections.abc import Callable
 import numpy as np
 
 SHARES = np.linspace(1.0, 0.7, 7, dtype=np.float32)
-"""Scales tried, as shares of the one that reaches the largest weight: clipping it makes all others finer."""
+"""Tried scales, as shares of the one that reaches the largest weight. Clipping that weight makes all others finer."""
 
 SIGNED_SHARES = [*np.linspace(1.0, 0.82, 4, dtype=np.float32).tolist(), 1.06, 1.12]
-"""The same where scales may be negative, so that the largest weight can have the lowest code: there is one more code
+"""The same for scales that may be negative, so that the largest weight can have the lowest code. There is one more code
 below zero than above."""
 
 SEARCHED_BITS = 4
-"""Above, the largest weight's scale is taken: clipping gains nothing."""
+"""Largest number of bits with a scale search; above, clipping gains nothing."""
 
 DAMPING = 0.01
 """Share of the mean diagonal added to the Gram matrix, as in the GPTQ paper."""
 
 SHRINKAGE = 0.5
-"""Share of the off-diagonal moments dropped. They are noisy, and later layers see the inputs of a model that is already
-rounded: on SmolLM2-135M held-out KL is 0.17 with 0.3 to 0.7, 0.22 without, 0.36 without calibration (research/log)."""
+"""Share of the off-diagonal moments that is dropped. They are noisy, and later layers see the inputs of an already
+rounded model. On SmolLM2-135M, held-out KL is 0.17 with 0.3 to 0.7, 0.22 without, 0.36 without calibration
+(research/log)."""
 
 SMALLEST = 1e-10
 """Scale of a group of zeros."""
@@ -35,7 +36,7 @@ Rounding = Callable[[np.ndarray], np.ndarray]
 
 
 def round_to_bfloat16(scales: np.ndarray) -> np.ndarray:
-    """fp32 values rounded to the nearest bfloat16, ties to even."""
+    """Round fp32 values to the nearest bfloat16, ties to even."""
     bits = scales.astype(np.float32).view(np.uint32)
     rounded = bits + 0x7FFF + ((bits >> 16) & 1)
     return (rounded & 0xFFFF0000).astype(np.uint32).view(np.float32)
@@ -52,10 +53,10 @@ def search_scales(
     rounding: Rounding = keep_scale,
     signed: bool = False,
 ) -> np.ndarray:
-    """Scales fp32 [..., 1] of `groups` [..., group] with the least squared rounding error.
+    """Return scales fp32 [..., 1] of `groups` [..., group] with the least squared rounding error.
 
-    `importance` [..., group], broadcast, weighs the squares. `rounding` is applied to every candidate, so that what is
-    chosen is what the file format can hold; `signed`: it can hold negative scales.
+    `importance` [..., group], broadcast, weights the squares. `rounding` is applied to every candidate, so that the
+    file format can store the result. `signed` allows negative scales.
     """
     if signed:
         largest = np.abs(groups).argmax(-1)[..., None]
@@ -82,7 +83,7 @@ def quantize_groups(
     rounding: Rounding = keep_scale,
     signed: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(codes int8 [N, K], scales fp32 [N, G]) of fp32 [N, K]; K must be a multiple of `group`.
+    """Return (codes int8 [N, K], scales fp32 [N, G]) of fp32 [N, K]. K must be a multiple of `group`.
 
     With the second moments X^T X / n [K, K] of the layer's inputs, scales minimise the error of the products, and
     rounding errors are carried into the inputs not yet rounded, most active first (GPTQ, arXiv 2210.17323, act-order).
@@ -107,7 +108,7 @@ BLOCK = 32
 
 
 def _round_compensated(weight: np.ndarray, scales: np.ndarray, bits: int, gram: np.ndarray) -> np.ndarray:
-    """Codes [N, K] of `weight` for given scales [N, K]."""
+    """Return codes [N, K] of `weight` for given scales [N, K]."""
     columns = weight.shape[1]
     diagonal = np.diag(gram).astype(np.float64)
     order = np.argsort(-diagonal)

@@ -1,5 +1,7 @@
-"""`--target hf-uniform`: a plain, zero-padded model of the same function and family, for servers that know no irregular
-shapes."""
+"""`--target hf-uniform`: a plain, zero-padded model of the same function and family.
+
+It serves servers without support for irregular shapes.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,7 @@ from .verification import MAX_LOGIT_DIFFERENCE, compare_logits, torch_logits, to
 MODEL_FILE = "model.safetensors"
 
 OWN_SETTINGS = ("per_layer_config", "auto_map", "qk_norm_eps", "norm_scale", "embedding_scale")
-"""Of config.json, known to our modeling file only."""
+"""Settings of config.json that only our modeling file reads."""
 
 
 @dataclass(frozen=True)
@@ -71,14 +73,14 @@ EXPORTER = Exporter(HfUniformOptions, export_hf_uniform)
 
 
 def _stored_gains(checkpoint: Checkpoint, after: Architecture) -> dict[str, np.ndarray]:
-    """Tensors in shape `after`, gains less what the family adds to them."""
+    """Return the tensors in shape `after`, with the family's offset subtracted from gains."""
     offset = after.parts.norm.gain_offset
     tensors = padded_tensors(checkpoint, after, stock_scales(checkpoint, after))
     return {name: array - offset if offset and name.endswith("norm.weight") else array for name, array in tensors}
 
 
 def uniform_config(checkpoint: Checkpoint, after: Architecture) -> dict[str, Any]:
-    """config.json of the stock class that holds `after`."""
+    """Return config.json of the stock class in shape `after`."""
     dropped = (*OWN_SETTINGS, "model_type", "architectures", "dtype", "torch_dtype")
     config = {name: value for name, value in checkpoint.config.items() if name not in dropped}
     layer = after.layers[0]
@@ -102,7 +104,7 @@ def uniform_config(checkpoint: Checkpoint, after: Architecture) -> dict[str, Any
 def _verify(
     checkpoint: Checkpoint, request: ExportRequest[HfUniformOptions], folder: Path
 ) -> dict[str, dict[str, object]]:
-    """The padded model against the checkpoint, both in torch."""
+    """Compare the padded model with the checkpoint, both in torch."""
     sample = torch_sample(checkpoint)
     agreement = compare_logits(sample.logits, torch_logits(folder, sample.tokens), sample.tokens)
     difference = agreement.max_logit_difference

@@ -1,8 +1,6 @@
-"""What a layer's attention does beside its matrices, read from config.json: rotary embedding, window, scale.
+"""Read the attention settings of each layer from config.json: rotary embedding, window, scale.
 
-Imports no torch.
-
-Rotary embedding: tables from a checkpoint's rope parameters, and its orders of rows. Imports no torch.
+Also compute rotary tables and convert the order of rows of q and k. Imports no torch.
 """
 
 from __future__ import annotations
@@ -29,16 +27,16 @@ FULL, WINDOW = "full_attention", "sliding_attention"
 
 @dataclass(frozen=True)
 class LayerAttention:
-    """One layer's."""
+    """Attention settings of one layer."""
 
     rope: dict[str, Any] | None
     """Parameters of the rotary embedding; None without."""
     rotary_dim: int
-    """Channels of a head that are rotated, its first ones."""
+    """Rotated channels at the beginning of a head."""
     window: int
-    """Tokens that one sees, itself included; 0: all before it."""
+    """Number of visible tokens, itself included; 0 for all earlier tokens."""
     scale: float
-    """Of the scores."""
+    """Factor of the scores."""
 
     @property
     def rotary_key(self) -> str:
@@ -48,7 +46,7 @@ class LayerAttention:
 
 
 def layer_attention(config: Mapping[str, Any], architecture: Architecture) -> tuple[LayerAttention, ...]:
-    """Of every layer."""
+    """Return the settings of every layer."""
     parts, head_dim = architecture.parts, architecture.head_dim
     count = len(architecture.layers)
     ropes = {kind: rope_parameters(config, kind) for kind in (FULL, WINDOW)}
@@ -72,7 +70,7 @@ def layer_attention(config: Mapping[str, Any], architecture: Architecture) -> tu
 
 
 def layer_kinds(config: Mapping[str, Any], has_windows: bool, count: int) -> list[str]:
-    """FULL or WINDOW of `count` layers; as transformers fills in what an older config.json leaves out."""
+    """Return FULL or WINDOW of `count` layers, with transformers' defaults for older config.json files."""
     if not has_windows:
         return [FULL] * count
     every = whole_number(config, "sliding_window_pattern", config.get("_sliding_window_pattern", 6), least=1)
@@ -96,7 +94,7 @@ def _of_layers(name: str, values: Any, count: int, known: tuple[Any, ...]) -> li
 
 
 def rope_parameters(config: Mapping[str, Any], kind: str = FULL) -> dict[str, Any]:
-    """rope_theta, rope_type, partial_rotary_factor and, where scaled, factor and the rest, of layers of a kind."""
+    """Return rope_theta, rope_type, partial_rotary_factor and the scaling parameters of layers of a kind."""
     values = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(values, dict):
         raise ModelError(f"config.json: rope_parameters is {values!r}, but must be an object")
@@ -113,8 +111,10 @@ def rope_parameters(config: Mapping[str, Any], kind: str = FULL) -> dict[str, An
 
 
 def context_length(config: Mapping[str, Any], architecture: Architecture) -> int:
-    """Tokens over which all runtimes agree: up to the window of a family that has one everywhere (Mistral), which not
-    all of them implement."""
+    """Return the number of tokens over which all runtimes agree.
+
+    It ends at the window of a family with a window in every layer (Mistral), because some runtimes ignore it.
+    """
     positions = whole_number(config, "max_position_embeddings", least=1)
     if architecture.parts.has_window_layers:
         return positions
@@ -122,9 +122,9 @@ def context_length(config: Mapping[str, Any], architecture: Architecture) -> int
 
 
 def frequency_factors(rope: dict[str, Any], head_dim: int) -> np.ndarray | None:
-    """What frequencies are divided by, fp32 [head_dim / 2]; None without scaling.
+    """Return the divisors of the frequencies, fp32 [head_dim / 2]; None without scaling.
 
-    Llama 3's rule (transformers' `_compute_llama3_parameters`); ModelError for any other.
+    Only Llama 3's rule is supported (transformers' `_compute_llama3_parameters`). Raises ModelError for any other.
     """
     kind = rope["rope_type"]
     if kind == "default":
@@ -148,7 +148,7 @@ def _frequencies(rope: dict[str, Any], head_dim: int) -> np.ndarray:
 
 
 def rope_tables(rope: dict[str, Any], head_dim: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """(cos, sin), fp32 [length, head_dim / 2]."""
+    """Return (cos, sin), fp32 [length, head_dim / 2]."""
     factors = frequency_factors(rope, head_dim)
     frequencies = _frequencies(rope, head_dim) / (1.0 if factors is None else factors)
     angles = np.arange(length, dtype=np.float64)[:, None] * frequencies
@@ -156,16 +156,21 @@ def rope_tables(rope: dict[str, Any], head_dim: int, length: int) -> tuple[np.nd
 
 
 def widened_tables(rope: dict[str, Any], rotary_dim: int, head_dim: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """(cos, sin), fp32 [length, head_dim / 2], that leave all channels but the first `rotary_dim` as they are, once the
-    rows of q and k are in the order of `widen_rotary`."""
+    """Return (cos, sin), fp32 [length, head_dim / 2], that rotate only the first `rotary_dim` channels.
+
+    The rows of q and k must be in the order of `widen_rotary`.
+    """
     cos, sin = rope_tables(rope, rotary_dim, length)
     missing = ((0, 0), (0, (head_dim - rotary_dim) // 2))
     return np.pad(cos, missing, constant_values=1.0), np.pad(sin, missing)
 
 
 def widen_rotary(array: np.ndarray, head_dim: int, rotary_dim: int) -> np.ndarray:
-    """Rows of q or k, [heads * D, ...], so that a rotation of whole heads in halves turns each rotated channel with the
-    one that a rotation of `rotary_dim` channels would have turned it with. Scores stay the same."""
+    """Reorder rows of q or k, [heads * D, ...], for a rotation of whole heads in halves.
+
+    Each rotated channel is paired with the same channel as in a rotation of `rotary_dim` channels. Scores stay the
+    same.
+    """
     heads = array.reshape(-1, head_dim, *array.shape[1:])
     rotated, half = heads[:, :rotary_dim], (head_dim - rotary_dim) // 2
     left = heads[:, rotary_dim:]
@@ -174,10 +179,10 @@ def widen_rotary(array: np.ndarray, head_dim: int, rotary_dim: int) -> np.ndarra
 
 
 def permute_rope(array: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of q or k, [heads * D, ...], from half-split to interleaved rotary order.
+    """Reorder rows of q or k, [heads * D, ...], from half-split to interleaved rotary order.
 
-    Hugging Face rotates channel i with i + D/2, Meta's code and llama.cpp's NORM rope rotate 2i with 2i + 1. Scores
-    stay the same as long as q and k are permuted alike; v and o are not rotated and keep their order.
+    Hugging Face rotates channel i with i + D/2. Meta's code and llama.cpp's NORM rope rotate 2i with 2i + 1. Scores
+    stay the same if q and k are permuted alike. v and o are not rotated and keep their order.
     """
     halves = array.reshape(heads, 2, array.shape[0] // heads // 2, *array.shape[1:])  # [heads, half, D / 2, ...]
     return halves.swapaxes(1, 2).reshape(array.shape)

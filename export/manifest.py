@@ -1,7 +1,4 @@
-"""What every exporter that writes an artefact does at the end: describe it.
-
-How a checkpoint asks to be sampled: its generation_config.json under the names of our own options.
-"""
+"""Write the manifest of an artefact, and find files that an export did not write."""
 
 from __future__ import annotations
 
@@ -21,14 +18,14 @@ from .request import ExportRequest
 
 TOKENIZER_SETTINGS = "tokenizer_config.json"
 BEGINNING = 8000
-"""Bytes in which a file that is no text has a zero, as git tells them apart."""
+"""Bytes at the beginning in which a binary file has a zero, as in git."""
 TOKENIZER_FILES = ("tokenizer.json", TOKENIZER_SETTINGS, "special_tokens_map.json", "chat_template.jinja")
 
 
 def copy_tokenizer(checkpoint: Checkpoint, folder: Path) -> list[str]:
-    """Copy the tokenizer's files and the chat template; returns the names of those that exist.
+    """Copy the tokenizer's files and the chat template, and return the names of the existing ones.
 
-    The template stands in tokenizer_config.json, too: transformers.js' tokenizers read it nowhere else.
+    The template is also put into tokenizer_config.json, where transformers.js' tokenizers read it.
     """
     names = [name for name in TOKENIZER_FILES if (checkpoint.folder / name).is_file()]
     for name in names:
@@ -42,24 +39,24 @@ def copy_tokenizer(checkpoint: Checkpoint, folder: Path) -> list[str]:
 
 @dataclass(frozen=True)
 class Contents:
-    """What an exporter wrote."""
+    """Files that an exporter wrote."""
 
     engine: str
-    """The runtime engine that loads it."""
+    """Runtime engine that loads them."""
     files: list[str]
-    """The model first."""
+    """File names, the model first."""
     quantization: str
     weight_bytes: int
-    """Of all tensors."""
+    """Bytes of all tensors."""
     layout: str
-    """What the format calls this kind of model."""
+    """The format's name for this kind of model."""
     verification: dict[str, Any]
     editable: tuple[str, ...] = ()
-    """Files that lie there, too, and are their owner's to change."""
+    """Files in the folder that the user may change."""
 
 
 def write_manifest(checkpoint: Checkpoint, request: ExportRequest[Any], folder: Path, contents: Contents) -> None:
-    """Write the manifest of an artefact and say how large it is."""
+    """Write the manifest of an artefact and report its size."""
     bits = bits_per_weight(checkpoint, contents.weight_bytes)
     training = checkpoint.json_file("training.json")
     pruned_for = training.get("latency", {}).get("of", {})
@@ -89,8 +86,10 @@ def write_manifest(checkpoint: Checkpoint, request: ExportRequest[Any], folder: 
 
 
 def foreign_files(folder: Path) -> list[str]:
-    """What lies in an artefact's folder and no export has written, or somebody has changed since: everything where its
-    manifest cannot be read. Damaged weights are nobody's work, and may be replaced."""
+    """Return the files in an artefact's folder that no export wrote, or that somebody changed since.
+
+    If the manifest cannot be read, these are all files. Damaged weights may be replaced.
+    """
     try:
         manifest = Manifest.read(folder)
     except ArtefactError:
@@ -106,18 +105,18 @@ def foreign_files(folder: Path) -> list[str]:
 
 
 def bits_per_weight(checkpoint: Checkpoint, weight_bytes: int) -> float:
-    """Bits of all tensors over the checkpoint's parameters, so that padding counts as overhead."""
+    """Return the bits of all tensors per parameter of the checkpoint, with padding as overhead."""
     return 8 * weight_bytes / checkpoint.architecture.num_parameters
 
 
 CHAT_DEFAULTS = {"temperature": 0.7, "top_p": 0.95, "repetition_penalty": 1.1}
-"""Those of the server's chat page, where the checkpoint says nothing."""
+"""Defaults of the server's chat page if the checkpoint has none."""
 
 RANGES = {"temperature": (0.0, 2.0), "top_p": (0.01, 1.0), "repetition_penalty": (0.5, 2.0)}
 
 
 def generation_defaults(checkpoint: Checkpoint) -> dict[str, float]:
-    """{temperature, top_p, repetition_penalty}; what is missing, of another type or out of range is ours."""
+    """Return {temperature, top_p, repetition_penalty} with our defaults for missing or invalid values."""
     given = checkpoint.sampling
     chosen = {name: float(given[name]) for name, (low, high) in RANGES.items() if low <= given.get(name, -1) <= high}
     return CHAT_DEFAULTS | chosen

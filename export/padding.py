@@ -1,9 +1,9 @@
-"""Exact zero padding: the same function in wider tensors. Imports no torch.
+"""Exact zero padding: the same function in wider tensors.
 
 FFN channels: zero rows in gate and up, zero columns in down. Heads: zero rows in q, k, v and zero columns in o. Stem
-channels: zeros everywhere, and norms rescaled (train/model/rescaling.py). A format may want other scales than the model
-has (one eps for all norms, norms without gains, embeddings times sqrt(H)): `stock_scales` says which, and the factors
-move into the matrices beside them.
+channels: zeros everywhere, and rescaled norms (train/model/rescaling.py). A format may need other scales than the model
+has (one eps for all norms, norms without gains, embeddings times sqrt(H)). `stock_scales` returns them, and the factors
+move into the neighbouring matrices. Imports no torch.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def round_up(value: int, multiple: int) -> int:
 
 
 def pad_rows(architecture: Architecture, multiple: int) -> Architecture:
-    """Widths rounded up to `multiple`; head widths are left alone."""
+    """Return the shape with widths rounded up to `multiple`. Head widths stay."""
     layers = tuple(
         replace(layer, intermediate_size=round_up(layer.intermediate_size, multiple)) for layer in architecture.layers
     )
@@ -32,7 +32,7 @@ def pad_rows(architecture: Architecture, multiple: int) -> Architecture:
 
 
 def widened(architecture: Architecture, hidden_size: int, layers: tuple[LayerShape, ...]) -> Architecture:
-    """With other widths; a tied head that must not be centred with the embedding becomes a matrix of its own."""
+    """Return the shape with other widths. A tied head that must not be centred with the embedding is untied."""
     norm, grows = architecture.parts.norm, hidden_size != architecture.hidden_size
     unties = grows and norm.takes_mean and (norm.has_gain or norm.has_bias)
     tied = architecture.tie_word_embeddings and not unties
@@ -40,7 +40,7 @@ def widened(architecture: Architecture, hidden_size: int, layers: tuple[LayerSha
 
 
 def padding_notes(before: Architecture, after: Architecture) -> tuple[str, ...]:
-    """What the user should know about padding; nothing where there is none."""
+    """Return notes on padding for the user, empty without padding."""
     if before == after:
         return ()
     pairs, layers = list(zip(before.layers, after.layers, strict=True)), len(before.layers)
@@ -57,7 +57,7 @@ def padding_notes(before: Architecture, after: Architecture) -> tuple[str, ...]:
 
 
 def pad_tensor(name: str, array: np.ndarray, before: Architecture, after: Architecture) -> np.ndarray:
-    """`array` of a model of shape `before` with zeros where `after` is wider."""
+    """Return `array` of the shape `before`, with zeros added for `after`."""
     layer, axes = axes_of(name, before)
     for dim, axis in enumerate(axes):
         if axis_size(before, layer, axis) != axis_size(after, layer, axis) or axis == "query":
@@ -66,23 +66,23 @@ def pad_tensor(name: str, array: np.ndarray, before: Architecture, after: Archit
 
 
 def pad_inputs(name: str, values: np.ndarray, before: Architecture, after: Architecture) -> np.ndarray:
-    """One number for each input of a matrix of a model of shape `before`, with zeros where `after` has more inputs."""
+    """Return one number per input of a matrix of the shape `before`, with zeros for the further inputs of `after`."""
     layer, axes = axes_of(name, before)
     return _pad_axis(values, 0, axes[1], layer, before, after)
 
 
 def padded_scales(checkpoint: Checkpoint, after: Architecture) -> Scales:
-    """Scales of the checkpoint's function in shape `after`."""
+    """Return the scales of the checkpoint's function in shape `after`."""
     return checkpoint.scales.at(checkpoint.architecture, after)
 
 
 def stock_scales(checkpoint: Checkpoint, after: Architecture) -> Scales:
-    """What the stock class of the family takes in shape `after`."""
+    """Return the scales of the family's stock class in shape `after`."""
     return padded_scales(checkpoint, after).stock(after)
 
 
 def stock_architecture(checkpoint: Checkpoint) -> Architecture:
-    """The uniform shape of the stock class."""
+    """Return the uniform shape of the stock class."""
     uniform = uniform_architecture(checkpoint.architecture)
     return untied(uniform, padded_scales(checkpoint, uniform))
 
@@ -90,9 +90,9 @@ def stock_architecture(checkpoint: Checkpoint) -> Architecture:
 def padded_tensors(
     checkpoint: Checkpoint, after: Architecture, scales: Scales | None = None, is_centred: bool = False
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, fp32 array) of every tensor of the checkpoint's function in shape `after`, in file order.
+    """Yield (name, fp32 array) of every tensor of the checkpoint's function in shape `after`, in file order.
 
-    `scales`: those of the reader where they are not padded_scales. `is_centred`: whether the stem must have no mean.
+    `scales` are the reader's, by default padded_scales. `is_centred` removes the mean of the stem.
     """
     before, have = checkpoint.architecture, padded_scales(checkpoint, after)
     takes_mean = before.parts.norm.takes_mean
@@ -112,7 +112,7 @@ def padded_tensors(
 
 
 def _centred(array: np.ndarray, name: str, before: Architecture) -> np.ndarray:
-    """A writer without the mean over its outputs."""
+    """Return a tensor that writes to the stem without the mean over its outputs."""
     axis = axes_of(name, before)[1].index("hidden")
     return array - array.mean(axis, keepdims=True, dtype=np.float64).astype(np.float32)
 
@@ -141,16 +141,16 @@ def _pad_axis(
 
 
 def missing_tensor(name: str, after: Architecture) -> np.ndarray:
-    """A tensor that only the padded model has (attention or FFN of a layer without): zeros, ones for norm gains."""
+    """Return a tensor that only the padded model has: zeros, or ones for norm gains."""
     shape = tensor_shape(after, name)
     return np.ones(shape, np.float32) if name.endswith("norm.weight") else np.zeros(shape, np.float32)
 
 
 def uniform_architecture(architecture: Architecture) -> Architecture:
-    """The smallest uniform shape that holds every layer and that stock readers accept.
+    """Return the smallest uniform shape that contains every layer and that stock readers accept.
 
-    Stock Llama wants hidden_size to be a multiple of the query heads, and a family whose config has no head_dim wants
-    it to be the heads times head_dim. Where the stock class has no groups, every head has its own keys and values.
+    Stock Llama needs hidden_size to be a multiple of the query heads, and a family without head_dim in its config needs
+    it to be the heads times head_dim. If the stock class has no groups, every head has its own keys and values.
     """
     layers, hidden, head_dim = architecture.layers, architecture.hidden_size, architecture.head_dim
     groups = max(max(layer.num_key_value_heads for layer in layers), 1)

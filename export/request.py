@@ -1,4 +1,4 @@
-"""What the user asked an exporter for, and how it answers."""
+"""The user's request to an exporter, and the channel for notes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Generic, Literal, TypeVar
 
 log = logging.getLogger("efficientllm.export")
-"""What a command prints: see runtime/base/command.py."""
+"""Logger of the command's output: see runtime/base/command.py."""
 
 OptionsT_co = TypeVar("OptionsT_co", covariant=True)
 
@@ -18,7 +18,7 @@ class VerifyOptions:
     """every target"""
 
     verify: bool = True
-    """Compare the file with torch and refuse it past the limits."""
+    """Compare the file with torch and refuse it beyond the limits."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class RoundingOptions(VerifyOptions):
     """targets that round weights to few bits"""
 
     calibrate: str = ""
-    """Text (as efficientllm-train's --data) whose activations guide the rounding: in gguf as llama.cpp's importance
-    matrix, elsewhere as error-compensated rounding (GPTQ) of int4 matrices."""
+    """Text (as efficientllm-train's --data) that guides the rounding by its activations: llama.cpp's importance matrix
+    for gguf, error-compensated rounding (GPTQ) of int4 matrices elsewhere."""
     max_kl: float | None = None
     """Largest mean KL divergence (nats per token) of the quantised file from the exact one; default by bits. The
     perplexity of the sample may grow by a factor of its exponential."""
@@ -38,18 +38,18 @@ class PaddingOptions(RoundingOptions):
     """targets whose formats want widths in multiples"""
 
     pad: Literal["auto", "none"] = "auto"
-    """auto: zero-pad widths (exactly) where the quantised format would otherwise fall back to a larger type."""
+    """auto: zero-pad widths (exactly) if the quantised format would otherwise fall back to a larger type."""
 
 
 @dataclass(frozen=True)
 class ExportRequest(Generic[OptionsT_co]):
-    """The target's options plus a channel for what the user should know."""
+    """The target's options and a channel for notes to the user."""
 
     options: OptionsT_co
     output: Path
-    """Where the artefact will be once it is whole."""
+    """Final folder of the artefact."""
     notes: list[str] = field(default_factory=list)
-    """What was said, for the manifest."""
+    """Reported notes, for the manifest."""
 
     def say(self, text: str) -> None:
         """Report a line and keep it for the manifest."""

@@ -1,4 +1,4 @@
-"""The export targets: a table of names to "module:exporter", ours and those of installed plug-ins."""
+"""Export targets: a table of names to "module:exporter", extended by installed plug-ins."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ OptionsT = TypeVar("OptionsT")
 
 @dataclass(frozen=True)
 class Exporter(Generic[OptionsT]):
-    """One target: the options it reads and what writes its artefact."""
+    """One target: its options and its writer."""
 
     options: type[OptionsT]
-    """Frozen dataclass with a default for every field; its fields are the target's flags, and there are no others."""
+    """Frozen dataclass with a default for every field. Its fields are the target's flags."""
     write: Callable[[Checkpoint, ExportRequest[OptionsT], Path], None]
-    """Writes a checkpoint as an artefact into an empty folder. Raises an EfficientLLMError where the export fails or
-    does not verify; the folder is then discarded."""
+    """Write a checkpoint as an artefact into an empty folder. Raises an EfficientLLMError if the export fails or does
+    not verify; the folder is then discarded."""
 
 
 EXPORTERS = {
@@ -51,7 +51,7 @@ def known_targets() -> dict[str, str]:
 
 
 def load_exporter(target: str) -> Exporter[Any]:
-    """The exporter of `target`; UsageError lists the known ones."""
+    """Return the exporter of `target`. Raises UsageError with the known ones."""
     targets = known_targets()
     if target not in targets:
         raise unknown_name("--target", target, targets)
@@ -66,19 +66,19 @@ def load_exporter(target: str) -> Exporter[Any]:
 
 
 def option_names(target: str) -> set[str]:
-    """Names of the options that a target reads."""
+    """Return the names of a target's options."""
     return {field.name for field in dataclasses.fields(load_exporter(target).options)}
 
 
 def _reads(target: str, name: str) -> bool:
-    """Whether a target reads option `name`; a plug-in that cannot be loaded reads nothing."""
+    """Tell whether a target has option `name`. A plug-in that cannot be loaded has none."""
     with contextlib.suppress(UsageError):
         return name in option_names(target)
     return False
 
 
 def refuse_option(target: str, name: str) -> NoReturn:
-    """UsageError for option `name`, which `target` does not read; says which targets do."""
+    """Raise UsageError for option `name`, which `target` does not have, and name the targets that do."""
     readers = [other for other in known_targets() if _reads(other, name)]
     hint = f"{', '.join(readers)} {'do' if len(readers) > 1 else 'does'}" if readers else "no target does"
     raise UsageError(

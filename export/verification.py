@@ -1,4 +1,4 @@
-"""Comparing an exported model with torch eager: what is compared, and the limits.
+"""Compare an exported model with torch eager within limits.
 
 S sample tokens, V vocabulary; logits are fp32 [S, V].
 """
@@ -25,7 +25,7 @@ MAX_LOGIT_DIFFERENCE = 1e-4
 """Largest |logit difference| of a zero-padded model in torch itself."""
 
 MAX_EXACT_DIFFERENCE = 1e-3
-"""Largest |logit difference| of an fp32 file in another engine; their sums run in another order."""
+"""Largest |logit difference| of an fp32 file in another engine, whose sums run in another order."""
 
 MAX_KL_BY_BITS = ((12.0, 0.02), (7.0, 0.3), (4.9, 0.7), (3.5, 1.5), (0.0, 4.0))
 """(at least this many bits per weight, largest mean KL from the exact file in nats per token)."""
@@ -33,24 +33,24 @@ MAX_KL_BY_BITS = ((12.0, 0.02), (7.0, 0.3), (4.9, 0.7), (3.5, 1.5), (0.0, 4.0))
 SAMPLE_TOKENS = 256
 
 Activation = Callable[[Any], Any]
-"""Of an FFN, as a program other than torch computes it: a function of a tensor."""
+"""Activation of an FFN as another program computes it: a function of a tensor."""
 
 
 @cache
 def sample_text() -> str:
-    """Prose in several languages and code, shipped with the package."""
+    """Return prose in several languages and code, shipped with the package."""
     return resources.files("efficientllm.export").joinpath("sample.txt").read_text(encoding="utf-8")
 
 
 def sample_tokens(checkpoint: Checkpoint, limit: int = SAMPLE_TOKENS) -> list[int]:
-    """Token ids of the sample text under the checkpoint's tokenizer, at most `limit`."""
+    """Return token ids of the sample text under the checkpoint's tokenizer, at most `limit`."""
     ids = checkpoint.tokenizer.encode(sample_text(), add_special_tokens=False).ids
     return ids[: min(limit, checkpoint.context_length)]
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Tokens of the sample text and what torch makes of them: the reference of a verification."""
+    """Tokens of the sample text and torch's logits: the reference of a verification."""
 
     tokens: list[int]
     logits: np.ndarray
@@ -58,15 +58,15 @@ class Sample:
 
 
 def torch_sample(checkpoint: Checkpoint, limit: int = SAMPLE_TOKENS, activation: Activation | None = None) -> Sample:
-    """At most `limit` tokens with the checkpoint's logits in torch; `activation`: as of torch_logits."""
+    """Return at most `limit` tokens with the checkpoint's logits in torch. `activation` is that of torch_logits."""
     tokens = sample_tokens(checkpoint, limit)
     return Sample(tokens, torch_logits(checkpoint.folder, tokens, activation))
 
 
 def torch_logits(folder: Path, tokens: list[int], activation: Activation | None = None) -> np.ndarray:
-    """Logits [S, V] of the Hugging Face model in `folder`, fp32, eager.
+    """Return logits [S, V] of the Hugging Face model in `folder`, fp32, eager.
 
-    `activation`: what takes the place of the model's own.
+    `activation` replaces the model's own.
     """
     with extra("export"):
         import torch
@@ -87,12 +87,12 @@ def _replace_activation(model: Any, activation: Activation) -> None:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How two sets of logits over the same tokens agree."""
+    """Agreement of two sets of logits over the same tokens."""
 
     tokens: int
     max_logit_difference: float
     argmax_agreement: float
-    """Share of positions whose most likely token is the same."""
+    """Share of positions with the same most likely token."""
     mean_kl: float
     """Mean KL(reference || file) in nats per token."""
     perplexity_ratio: float
@@ -118,9 +118,9 @@ def compare_logits(reference: np.ndarray, logits: np.ndarray, tokens: list[int])
 
 
 def check_exact(agreement: Agreement, reference: np.ndarray, target: str, most: float = MAX_EXACT_DIFFERENCE) -> None:
-    """ArtefactError where an fp32 file is not the checkpoint's function.
+    """Raise ArtefactError if an fp32 file is not the checkpoint's function.
 
-    The limit grows with the logits' size: fp32 rounding is relative.
+    The limit grows with the logits' size, because fp32 rounding is relative.
     """
     limit = most * max(1.0, float(np.abs(reference).max()) / 32)
     if not agreement.max_logit_difference <= limit:
@@ -131,9 +131,9 @@ def check_exact(agreement: Agreement, reference: np.ndarray, target: str, most: 
 
 
 def check_quantized(agreement: Agreement, bits_per_weight: float, max_kl: float | None, target: str) -> None:
-    """ArtefactError where quantisation moved the model further than its bits explain.
+    """Raise ArtefactError if quantisation changed the model more than its bits explain.
 
-    On text that the model itself would write, a KL of k multiplies the perplexity by exp(k): that is its budget.
+    On text that the model would write, a KL of k multiplies the perplexity by exp(k), which is its limit.
     """
     limit = max_kl if max_kl is not None else next(kl for bits, kl in MAX_KL_BY_BITS if bits_per_weight >= bits)
     if not agreement.mean_kl <= limit:
@@ -150,7 +150,7 @@ def check_quantized(agreement: Agreement, bits_per_weight: float, max_kl: float 
 
 
 PREFILL_TOKENS = 64
-"""Of the verification sample; the rest is decoded token by token."""
+"""Tokens of the verification sample in the prefill; the rest is decoded token by token."""
 
 
 @dataclass(frozen=True)
@@ -159,22 +159,22 @@ class Written:
 
     target: str
     kind: str
-    """What the target calls its file."""
+    """The target's name of its file."""
     quantize: str
-    """Its weight type: f32 must be exact."""
+    """Weight type; f32 must be exact."""
     bits: float
-    """Bits per weight that explain its distance from the exact model."""
+    """Bits per weight, which determine the limit."""
 
 
 class Stepwise(Protocol):
-    """What runs a written file token by token: an engine, or a library that shows logits."""
+    """Runner of a written file, token by token: an engine, or a library that gives logits."""
 
     def prefill(self, tokens: Sequence[int]) -> np.ndarray:
-        """Begin with `tokens`; returns the last one's logits, fp32 [V]."""
+        """Start with `tokens` and return the last one's logits, fp32 [V]."""
         ...
 
     def decode(self, token: int) -> np.ndarray:
-        """Append one token; returns its logits."""
+        """Append one token and return its logits."""
         ...
 
     def close(self) -> None: ...
@@ -183,9 +183,9 @@ class Stepwise(Protocol):
 def verify_stepwise(
     engine: Stepwise, sample: Sample, written: Written, request: ExportRequest[RoundingOptions]
 ) -> Agreement:
-    """Compare the prefill and teacher-forced decoding of a written file with torch's logits of all positions.
+    """Compare prefill and teacher-forced decoding of a written file with torch's logits at all positions.
 
-    Closes the engine; ArtefactError past the limits.
+    Closes the engine. Raises ArtefactError beyond the limits.
     """
     tokens = sample.tokens
     start = min(PREFILL_TOKENS, len(tokens) - 1)

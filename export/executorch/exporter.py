@@ -1,11 +1,11 @@
-"""`--target executorch`: a .pte that ExecuTorch's own LLM runner takes, verified. Imports no torch until it runs."""
+"""`--target executorch`: a .pte for ExecuTorch's own LLM runner, verified. Imports no torch until it runs."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from ...runtime.base.extras import extra
-from ...runtime.engines.executorch_loader import import_executorch, quiet_executorch
+from ...runtime.engines.executorch import import_executorch, quiet_executorch
 from ..checkpoint import Checkpoint
 from ..manifest import Contents, write_manifest
 from ..request import ExportRequest
@@ -19,7 +19,7 @@ def export_executorch(checkpoint: Checkpoint, request: ExportRequest[ExecutorchO
 
 
 def write_program(checkpoint: Checkpoint, request: ExportRequest[ExecutorchOptions], folder: Path) -> Contents:
-    """Write FOLDER/model.pte and the tokenizer's files; other targets, which ship such a program, do the same."""
+    """Write FOLDER/model.pte and the tokenizer's files, for this target and others that ship the program."""
     import_executorch()
     with quiet_executorch():
         with extra("executorch"):  # which brings optimum and torchao, too

@@ -1,4 +1,4 @@
-"""torch.export, partitioning and serialising of a StaticDecoder."""
+"""Export, partition and serialise a StaticDecoder."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ Stage = Callable[[str], contextlib.AbstractContextManager[None]]
 
 @dataclass(frozen=True)
 class LoweredProgram:
-    """A serialised program and what is in it."""
+    """A serialised program and its contents."""
 
     buffer: bytes
     delegates: int
     operators: tuple[str, ...]
-    """Operators that run outside the delegates: a runtime must have registered them."""
+    """Operators outside the delegates, which a runtime must register."""
 
     def describe(self) -> str:
         return f"{self.delegates} delegated parts; outside them {', '.join(self.operators) or 'nothing'}"
@@ -40,7 +40,7 @@ def lower(
 ) -> LoweredProgram:
     """Export `model` with the dynamic axes of `config` (or one token), lower it and serialise it.
 
-    `stage(title)` is a context around each step.
+    `stage(title)` is a context manager around each step.
     """
     with torch.no_grad():
         with stage("tracing"):

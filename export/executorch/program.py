@@ -1,4 +1,4 @@
-"""From a checkpoint to an ExecuTorch program: shape and formats, the decoder, its lowering, verification."""
+"""Turn a checkpoint into an ExecuTorch program: shape and formats, the decoder, its lowering, verification."""
 
 from __future__ import annotations
 
@@ -34,23 +34,23 @@ MODEL_FILE = "model.pte"
 
 @dataclass(frozen=True)
 class ProgramPlan:
-    """What a checkpoint becomes; settled before any work."""
+    """Settled properties of the program."""
 
     recipe: Recipe
     partitioners: list[Any]
     quantize: str
-    """Weight type, the recipe's own where none was asked for."""
+    """Weight type, by default the recipe's."""
     weights: WeightFormat
     context: int
     """Slots of the caches."""
     custom_ops: bool
-    """Whether the program holds ExecuTorch's LLM operators."""
+    """Whether the program has ExecuTorch's LLM operators."""
     architecture: Architecture
     """Shape in the program, after padding."""
 
 
 def write_program(checkpoint: Checkpoint, request: ExportRequest[ExecutorchOptions], folder: Path) -> Contents:
-    """Write FOLDER/model.pte and the tokenizer's files; other targets, which ship such a program, do the same."""
+    """Write FOLDER/model.pte and the tokenizer's files, for this target and others that ship the program."""
     plan = _plan(checkpoint, request.options)
     for note in padding_notes(checkpoint.architecture, plan.architecture):
         request.say(note)
@@ -73,7 +73,7 @@ def write_program(checkpoint: Checkpoint, request: ExportRequest[ExecutorchOptio
 
 
 def _plan(checkpoint: Checkpoint, options: ExecutorchOptions) -> ProgramPlan:
-    """UsageError where the recipe does not take what was asked for, or its packages are not installed."""
+    """Return the plan. Raises UsageError if the recipe does not support the request or its packages are missing."""
     recipe = load_recipe(options.recipe)
     name = options.quantize or recipe.formats[0]
     weights = weight_format(name, options)
@@ -93,7 +93,7 @@ def _plan(checkpoint: Checkpoint, options: ExecutorchOptions) -> ProgramPlan:
 
 
 def _build(checkpoint: Checkpoint, request: ExportRequest[ExecutorchOptions], plan: ProgramPlan) -> bytes:
-    """The serialised program; says how long each step took and what the program holds."""
+    """Return the serialised program, and report the time of each step and the contents."""
     with _stage("building"):
         model: Any = StaticDecoder(
             checkpoint,
@@ -121,7 +121,7 @@ def _build(checkpoint: Checkpoint, request: ExportRequest[ExecutorchOptions], pl
 
 
 def _grams(checkpoint: Checkpoint, text_path: str) -> dict[str, np.ndarray] | None:
-    """Second moments of every matrix's inputs on the calibration text, by StaticDecoder's module names."""
+    """Return the second moments of every matrix's inputs on the calibration text, by StaticDecoder's module names."""
     if not text_path:
         return None
     grams = input_grams(checkpoint, text_path)
@@ -129,7 +129,7 @@ def _grams(checkpoint: Checkpoint, text_path: str) -> dict[str, np.ndarray] | No
 
 
 def _constant_methods(checkpoint: Checkpoint, plan: ProgramPlan) -> dict[str, Any]:
-    """What ExecuTorch's TextLLMRunner asks a program for."""
+    """Return the constant methods that ExecuTorch's TextLLMRunner reads."""
     bos = checkpoint.bos_id
     return {
         "get_max_seq_len": 1 if plan.recipe.static_length else plan.context,
@@ -154,7 +154,7 @@ def _stage(title: str) -> Iterator[None]:
 def _verify(
     request: ExportRequest[ExecutorchOptions], folder: Path, plan: ProgramPlan, sample: Sample
 ) -> dict[str, dict[str, object]]:
-    """Prefill and teacher-forced decoding of the written file through our engine against torch eager."""
+    """Compare prefill and teacher-forced decoding of the written file in our engine with torch eager."""
     engine = EngineScheduler(ExecuTorchEngine(folder / MODEL_FILE, EngineOptions()))
     written = Written("executorch", "program", plan.quantize, plan.weights.linear_bits)
     agreement = verify_stepwise(engine, sample, written, request)

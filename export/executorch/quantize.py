@@ -1,4 +1,4 @@
-"""Weight formats of `--target executorch` and how a StaticDecoder is brought into them."""
+"""Weight formats of `--target executorch`, and the quantisation of a StaticDecoder."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from ...runtime.base.errors import UsageError
-from ...runtime.base.names import unknown_name
+from ...runtime.base.quantities import unknown_name
 from ..group_quantization import keep_scale, quantize_groups, round_to_bfloat16
 from .options import GROUP_SIZES, ExecutorchOptions
 
 ALIGNMENT = 32
-"""What the inputs of an int4 matrix must be a multiple of: XNNPACK's smallest group."""
+"""Multiple of the inputs of an int4 matrix: XNNPACK's smallest group."""
 
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """How each part of the model is stored: f32, f16, int8 (per output) or int4 (per group of inputs).
+    """Storage of each part of the model: f32, f16, int8 (per output) or int4 (per group of inputs).
 
-    Products with int8 and int4 weights take activations that are rounded to int8 per token at run time.
+    Products with int8 and int4 weights round activations to int8 per token at run time.
     """
 
     linear: str
@@ -31,12 +31,12 @@ class WeightFormat:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of activations, caches and whatever is not quantised."""
+        """Return the type of activations, caches and unquantised parts."""
         return torch.float16 if self.linear == "f16" else torch.float32
 
     @property
     def linear_bits(self) -> float:
-        """Bits per weight of the layers' matrices, scales included."""
+        """Return the bits per weight of the layers' matrices with scales."""
         return {"f32": 32.0, "f16": 16.0, "int8": 8.0, "int4": 4.5}[self.linear]
 
 
@@ -50,7 +50,7 @@ FORMATS = {
 
 
 def weight_format(name: str, options: ExecutorchOptions) -> WeightFormat:
-    """Format `name` with the types that the options ask for; UsageError where ExecuTorch has no such format."""
+    """Return format `name` with the types of the options. Raises UsageError if ExecuTorch has no such format."""
     if name not in FORMATS:
         raise unknown_name("--quantize", name, FORMATS, of=" for executorch")
     chosen = FORMATS[name]
@@ -63,13 +63,13 @@ def weight_format(name: str, options: ExecutorchOptions) -> WeightFormat:
 
 
 class QuantizedEmbedding(nn.Module):
-    """A table of int8 rows with one scale each, or int4 rows with one scale per group."""
+    """Table of int8 rows with one scale each, or int4 rows with one scale per group."""
 
     codes: Tensor
     scales: Tensor
 
     def __init__(self, codes: np.ndarray, scales: np.ndarray, bits: int) -> None:
-        """`codes` int8 [V, H], `scales` fp32 [V, groups]."""
+        """Build the table from `codes` int8 [V, H] and `scales` fp32 [V, groups]."""
         super().__init__()
         self.bits = bits
         if bits == 4:  # two to a byte, the even column in the upper half
@@ -88,10 +88,10 @@ class QuantizedEmbedding(nn.Module):
 def quantize_decoder(
     model: Any, weights: WeightFormat, options: ExecutorchOptions, grams: dict[str, np.ndarray] | None = None
 ) -> list[str]:
-    """Replace the matrices of a StaticDecoder in place; returns what the user should know.
+    """Replace the matrices of a StaticDecoder in place and return notes for the user.
 
-    `grams`: {module name: X^T X of its inputs}, for error-compensated rounding to int4. UsageError for a matrix that
-    int4 cannot hold, unless --allow-fp32.
+    `grams` is {module name: X^T X of its inputs}, for error-compensated rounding to int4. Raises UsageError for a
+    matrix that int4 cannot store, unless --allow-fp32 is set.
     """
     unfit: list[str] = []
     smaller: list[str] = []
@@ -115,7 +115,7 @@ def quantize_decoder(
 
 
 def _rounding_notes(unfit: list[str], smaller: list[str], options: ExecutorchOptions) -> list[str]:
-    """What to say of matrices that int4 cannot hold, and of those with smaller groups than asked for."""
+    """Return notes on matrices that int4 cannot store, and on those with smaller groups than requested."""
     notes = []
     if unfit and not options.allow_fp32:
         raise UsageError(
@@ -130,14 +130,14 @@ def _rounding_notes(unfit: list[str], smaller: list[str], options: ExecutorchOpt
 
 
 def group_for(inputs: int, largest: int) -> int | None:
-    """The largest group up to `largest` that divides `inputs`."""
+    """Return the largest group up to `largest` that divides `inputs`."""
     return next((size for size in reversed(GROUP_SIZES) if size <= largest and inputs % size == 0), None)
 
 
 def _quantized(weight: Tensor, kind: str, group: int, gram: np.ndarray | None) -> Tensor:
-    """torchao's tensor of dynamically quantised products, rounded by us.
+    """Return torchao's tensor of dynamically quantised products, rounded by our code.
 
-    `gram` may be that of fewer inputs, where the others are zero padding.
+    `gram` may cover fewer inputs if the others are zero padding.
     """
     from torchao.quantization.quantize_.workflows.intx.intx_unpacked_to_int8_tensor import (
         IntxUnpackedToInt8Tensor,

@@ -1,7 +1,8 @@
 """A decoder with static key/value caches inside, as ExecuTorch's LLM runner calls it.
 
-`forward(tokens int64 [1, S], input_pos int64 [1]) -> logits fp32 [1, V]` of the last token. Every layer owns caches of
-its own size, [1, C, G_i, D], C slots; layers without attention have none. See decoder_modules for the other letters.
+`forward(tokens int64 [1, S], input_pos int64 [1]) -> logits fp32 [1, V]` of the last token. Every layer has caches of
+its own size, [1, C, G_i, D], with C slots. Layers without attention have none. See decoder_modules for the other
+letters.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from ..layer_attention import LayerAttention
 
 @dataclass(frozen=True)
 class Position:
-    """Where the new tokens stand."""
+    """Position of the new tokens."""
 
     rotary: Mapping[str, tuple[Tensor, Tensor]]
-    """{rotary_key: cos and sin [S, 1, rotary_dim]}; the sine's first half has the rotation's minus sign."""
+    """{rotary_key: cos and sin [S, 1, rotary_dim]}. The first half of the sine has the minus sign of the rotation."""
     start: Any
     """Symbolic integer."""
     input_pos: Tensor
@@ -43,7 +44,7 @@ class FusedCache(nn.Module):
         self.register_buffer("values", torch.zeros(shape, dtype=dtype, device="cpu"), persistent=False)
 
     def forward(self, qkv: tuple[Tensor, Tensor, Tensor], position: Position, settings: LayerAttention) -> Tensor:
-        """Attention of [1, S, Q, D] over the cache and the new keys and values [1, S, G, D] -> [1, S, Q, D]."""
+        """Attend with [1, S, Q, D] over the cache and the new keys and values [1, S, G, D] -> [1, S, Q, D]."""
         query, key, value = qkv
         torch.ops.llama.update_cache(key, self.keys, position.start)
         torch.ops.llama.update_cache(value, self.values, position.start)
@@ -57,13 +58,13 @@ class FusedCache(nn.Module):
         )
 
     def is_hidden(self, length: int, position: Position, window: int) -> Tensor:
-        """bool [S, C]: which slots each new token does not see."""
+        """Return bool [S, C]: the slots hidden from each new token."""
         distance = torch.arange(length)[:, None] + position.input_pos - torch.arange(self.keys.shape[1])
         return (distance < 0) | (distance >= window) if window else distance < 0
 
 
 class PlainCache(FusedCache):
-    """Core operators only, for runtimes without ExecuTorch's: attends to all slots, masked."""
+    """Core operators only, for runtimes without ExecuTorch's. It attends to all slots with a mask."""
 
     def forward(self, qkv: tuple[Tensor, Tensor, Tensor], position: Position, settings: LayerAttention) -> Tensor:
         query, key, value = qkv
@@ -99,7 +100,7 @@ class StaticAttention(Attention):
 
 
 class StaticDecoder(Decoder):
-    """See the module's docstring."""
+    """Decoder with the interface of the module's docstring."""
 
     def __init__(
         self,
@@ -111,10 +112,10 @@ class StaticDecoder(Decoder):
         static_length: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        """`context`: C, the slots of every cache.
+        """Build the decoder with C = `context` slots in every cache.
 
-        `custom_ops` needs ExecuTorch's operators registered. `static_length` exports one token per call, for delegates
-        without dynamic shapes.
+        `custom_ops` needs ExecuTorch's operators. `static_length` exports one token per call, for delegates without
+        dynamic shapes.
         """
         super().__init__(checkpoint, architecture, dtype)
         self.context, self.static_length = context, static_length
@@ -132,7 +133,7 @@ class StaticDecoder(Decoder):
         return StaticAttention(self.architecture, layer, settings, self.scales)
 
     def _rotary(self, part: Callable[[Tensor], Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-        """`part` of every table."""
+        """Return `part` of every table."""
         return {key: (part(getattr(self, f"cos_{key}")), part(getattr(self, f"sin_{key}"))) for key in self.rotary_keys}
 
     def forward(self, tokens: Tensor, input_pos: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ from .writer import gguf_name, write_gguf
 
 MODEL_FILE = "model.gguf"
 MAX_TABLE_DIFFERENCE = 1e-2
-"""Largest |logit difference| where GELU is a table: a number between two of fp16 may be rounded either way."""
+"""Largest |logit difference| if GELU is a table. A number between two fp16 values may be rounded either way."""
 DEFAULT = "f16"
 
 
@@ -51,15 +51,15 @@ class GgufOptions(PaddingOptions):
 
     quantize: str = ""
     """Weight type: f32, f16, bf16, q8_0, q6_k, q5_k_m, q5_k_s, q5_1, q5_0, q4_k_m, q4_k_s, q4_1, q4_0, iq4_nl, iq4_xs,
-    q3_k_m, q2_k, q2_0; default: what the checkpoint was trained for (--qat), else f16."""
+    q3_k_m, q2_k, q2_0; default: the trained type (--qat), else f16."""
     output_type: str = ""
-    """Type of the LM head where the default is not wanted, as --quantize."""
+    """Type of the LM head, a value of --quantize."""
     embedding_type: str = ""
-    """Type of the token embedding where the default is not wanted, as --quantize."""
+    """Type of the token embedding, a value of --quantize."""
 
 
 def export_gguf(checkpoint: Checkpoint, request: ExportRequest[GgufOptions], folder: Path) -> None:
-    """Write FOLDER/model.gguf, its manifest and a Modelfile; raises before anything is left behind."""
+    """Write FOLDER/model.gguf, its manifest and a Modelfile. A failure leaves nothing behind."""
     contents = write_model(checkpoint, request, folder)
     write_text_atomically(folder / OLLAMA_FILE, modelfile(checkpoint, MODEL_FILE))
     # people may write other defaults into it
@@ -71,9 +71,9 @@ def export_gguf(checkpoint: Checkpoint, request: ExportRequest[GgufOptions], fol
 def write_model(
     checkpoint: Checkpoint, request: ExportRequest[GgufOptions], folder: Path, default: str = DEFAULT
 ) -> Contents:
-    """Write FOLDER/model.gguf and verify it; other targets, which ship such a file, begin with it.
+    """Write FOLDER/model.gguf and verify it, for this target and others that ship the file.
 
-    `default`: type of a checkpoint that was trained for none, where none is asked for.
+    `default` is the type of a checkpoint without a trained type if none is requested.
     """
     require_llama_cpp()
     options, types = request.options, _choose_types(checkpoint, request, default)
@@ -115,18 +115,18 @@ def write_model(
 
 @dataclass(frozen=True)
 class _Types:
-    """What the file's tensors are to be."""
+    """Types of the file's tensors."""
 
     file_type: str
     output: int | None
     """ggml type of the LM head; None for llama.cpp's default."""
     embedding: int | None
     are_trained: bool
-    """Whether the checkpoint was trained for exactly these: its weights are then kept to the bit."""
+    """Whether the checkpoint was trained for exactly these types, so that its weights are kept to the bit."""
 
 
 def _choose_types(checkpoint: Checkpoint, request: ExportRequest[GgufOptions], default: str) -> _Types:
-    """As the flags say, else as the checkpoint was trained, else the defaults."""
+    """Return the requested types, or the trained ones, or the defaults."""
     options, trained = request.options, TrainedType.of(checkpoint)
     name = choose_type(checkpoint, request, "gguf", options.quantize, default)
     file_type(name)
@@ -161,7 +161,7 @@ def _importance(checkpoint: Checkpoint, request: ExportRequest[GgufOptions], pla
 
 
 def run_hints(folder: Path, context_length: int, head_dim: int) -> list[str]:
-    """How other programs run the file: llama.cpp's server, Ollama."""
+    """Return commands that run the file in llama.cpp's server and Ollama."""
     context = min(context_length, MAX_CONTEXT)
     # flash attention over fp16 is slow on many CPUs; Q8_0 has blocks of 32
     attention = "-fa off" if head_dim % 32 else "-fa on -ctk q8_0 -ctv q8_0"
@@ -174,7 +174,7 @@ def run_hints(folder: Path, context_length: int, head_dim: int) -> list[str]:
 def _verify(
     checkpoint: Checkpoint, request: ExportRequest[GgufOptions], exact: Path, target: Path, name: str, bits: float
 ) -> dict[str, dict[str, object]]:
-    """F32 file against torch, tokenizer against tokenizer.json, quantised file against the F32 one."""
+    """Compare the F32 file with torch, the tokenizer with tokenizer.json, and the quantised file with the F32 one."""
     texts = [sample_text(), *sample_text().splitlines(), *_rendered_chat(checkpoint)]
     uses_table = checkpoint.architecture.parts.activation.startswith("gelu")
     sample = torch_sample(checkpoint, activation=table_gelu if uses_table else None)
@@ -207,7 +207,7 @@ def _verify(
 
 
 def table_gelu(x: Any) -> Any:
-    """GELU as ggml computes it on a CPU: the tanh formula of fp16 numbers, rounded to fp16."""
+    """Compute GELU as ggml does on a CPU: the tanh formula of fp16 numbers, rounded to fp16."""
     import torch
 
     rounded = torch.nn.functional.gelu(x.half().float(), approximate="tanh").half().float()
@@ -215,7 +215,7 @@ def table_gelu(x: Any) -> Any:
 
 
 def _rendered_chat(checkpoint: Checkpoint) -> list[str]:
-    """A chat under the checkpoint's template, with its control tokens; nothing where there is no template."""
+    """Return a chat under the checkpoint's template with its control tokens; nothing without a template."""
     if checkpoint.chat_template is None:
         return []
     messages = [{"role": "user", "content": sample_text()[:300]}, {"role": "assistant", "content": "Ça va 🙂"}]

@@ -1,15 +1,15 @@
-"""Which llama.cpp architecture holds a model, and in which shape. Imports no torch.
+"""Choose the llama.cpp architecture and shape of a model.
 
-Irregular layers fit `deci` (heads and FFN widths per layer; RMS norms before gated SiLU blocks) and `openelm` (the same
-with a norm over each head of q and k, tied heads only). A LayerNorm without bias is an RMS norm where the stem has no
-mean, which is a matter of centring what writes to it (train/model/rescaling.py): so OLMo fits `deci`, too. Where
-neither holds the parts of a family, its own architecture does, with every layer zero-padded to the widest: the same
-function, but no faster than the widest layer everywhere. A layout whose mathematics is another one is not taken.
+Irregular layers fit `deci` (heads and FFN widths per layer, RMS norms before gated SiLU blocks) and `openelm` (the same
+with a norm over each head of q and k, tied heads only). A LayerNorm without bias is an RMS norm if the stem has no
+mean, which centring its writers achieves (train/model/rescaling.py). OLMo therefore fits `deci`. Other families use
+their own architecture, with every layer zero-padded to the widest: the same function, but each layer costs as much as
+the widest. An architecture with other mathematics is never used.
 
-Two shapes that `deci` cannot hold are written as their exact equivalents: a layer without FFN gets zero channels
-(`deci` would silently drop the layer's attention), a first layer without attention gets zero heads (it would not load).
-Their rows have the LEAST_ROW weights that llama.cpp needs.
-All of this was measured with llama-cpp-python 0.3.36.
+Two shapes that `deci` cannot store are written as exact equivalents. A layer without FFN gets zero channels, because
+`deci` would silently drop the layer's attention. A first layer without attention gets zero heads, because the file
+would not load. Their rows have the LEAST_ROW weights that llama.cpp needs. All of this was measured with
+llama-cpp-python 0.3.36. Imports no torch.
 """
 
 from __future__ import annotations
@@ -27,32 +27,32 @@ MAX_LAYERS = 512
 """LLAMA_MAX_LAYERS"""
 
 INTERLEAVED = ("llama", "deci", "olmo", "smollm3")
-"""Architectures of NORM rope, which wants rows of q and k interleaved."""
+"""Architectures with NORM rope, which need interleaved rows of q and k."""
 FUSED_QKV = ("openelm", "gptneox")
 PER_LAYER_WIDTHS = ("deci", "openelm")
 SQUARE_ATTENTION = ("qwen2", "gptneox", "olmo", "olmo2")
-"""Architectures whose query heads times head_dim are the hidden size."""
+"""Architectures whose query heads times head_dim equal the hidden size."""
 UNTIED_HEAD = ("gptneox", "olmo2")
-"""Architectures that want a head of its own."""
+"""Architectures that need an untied head."""
 NO_ROPE_EVERY = 4
-"""Of `smollm3`: the last of so many layers has no rotary embedding."""
+"""In `smollm3`, the last of this many layers has no rotary embedding."""
 
 
 @dataclass(frozen=True)
 class GgufPlan:
-    """How a checkpoint is laid out in GGUF."""
+    """Layout of a checkpoint in GGUF."""
 
     name: str
     """llama.cpp architecture."""
     architecture: Architecture
-    """Shape in the file, after padding; of family llama where LayerNorms became RMS norms."""
+    """Shape in the file, after padding; of family llama if LayerNorms became RMS norms."""
     scales: Scales
-    """What the architecture takes."""
+    """Scales of the architecture."""
     notes: tuple[str, ...] = ()
 
     @property
     def permutes_rope(self) -> bool:
-        """Whether q and k rows go from half-split to interleaved order (llama.cpp's NORM rope)."""
+        """Tell whether q and k rows change from half-split to interleaved order (llama.cpp's NORM rope)."""
         return self.name in INTERLEAVED
 
     @property
@@ -63,8 +63,8 @@ class GgufPlan:
 def plan_layout(checkpoint: Checkpoint, row_multiple: int) -> GgufPlan:
     """Choose llama.cpp architecture and padding.
 
-    `row_multiple` is what quantised rows must divide by (1: no padding). ModelError where no stock llama.cpp
-    architecture holds the model.
+    Quantised rows must be multiples of `row_multiple` (1: no padding). Raises ModelError if no stock llama.cpp
+    architecture fits the model.
     """
     original = checkpoint.architecture
     if len(original.layers) > MAX_LAYERS:
@@ -93,7 +93,7 @@ def _padded(architecture: Architecture, row_multiple: int) -> Architecture:
 
 
 def _stock_plan(checkpoint: Checkpoint, shape: Architecture, notes: tuple[str, ...]) -> GgufPlan:
-    """The family's own architecture, which has a setting for the eps of any family."""
+    """Return the plan of the family's own architecture, which has a setting for eps."""
     name, have = shape.parts.gguf, padded_scales(checkpoint, shape)
     if name == "smollm3":
         _check_rope_layers(checkpoint)
@@ -104,7 +104,7 @@ def _stock_plan(checkpoint: Checkpoint, shape: Architecture, notes: tuple[str, .
 
 
 def _holds(name: str, checkpoint: Checkpoint, shape: Architecture) -> bool:
-    """Whether a family's own architecture holds a uniform shape as it is."""
+    """Tell whether a family's own architecture fits a uniform shape unchanged."""
     width = shape.layers[0].num_attention_heads * shape.head_dim
     return (name not in SQUARE_ATTENTION or width == shape.hidden_size) and (
         shape.parts.norm.has_gain or padded_scales(checkpoint, shape).stem_gain == 1.0
@@ -121,7 +121,7 @@ def _uniform_note(before: Architecture, after: Architecture) -> str:
 
 
 def _check_rope_layers(checkpoint: Checkpoint) -> None:
-    """ModelError unless every fourth layer, and no other, is without rotary embedding."""
+    """Raise ModelError unless every fourth layer, and no other, has no rotary embedding."""
     for index, (settings, layer) in enumerate(zip(checkpoint.attention, checkpoint.architecture.layers, strict=True)):
         if layer.num_attention_heads and (settings.rope is None) != ((index + 1) % NO_ROPE_EVERY == 0):
             raise ModelError(

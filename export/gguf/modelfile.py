@@ -1,10 +1,8 @@
-"""What Ollama reads beside a GGUF: its chat template, its context, how it is sampled, where an answer ends.
+"""Write Ollama's Modelfile: chat template, context, sampling and stop tokens.
 
-A chat template in Ollama's language, Go's text/template: derived from what the model's own says of conversations.
-
-Ollama does not run the template in a GGUF: it compares its text with those that it knows and otherwise sends the bare
-question. A template that writes one turn after the other, which most do, is found by its answers; what is found is then
-compared with the model's own on other conversations, and nothing is said where one differs.
+Ollama does not run the template in a GGUF. It compares its text with known templates and otherwise sends the bare
+question. The template in Ollama's language, Go's text/template, is therefore derived from rendered conversations of the
+model's own template. It is then compared with that template on other conversations, and omitted if one differs.
 """
 
 from __future__ import annotations
@@ -21,7 +19,7 @@ from ..checkpoint import Checkpoint
 from ..manifest import generation_defaults
 
 Rendered = Callable[[Sequence[Message], bool], str]
-"""(messages, whether an answer follows) -> what the template writes."""
+"""(messages, whether an answer follows) -> rendered text."""
 ROLES: tuple[str, ...] = ("system", "user", "assistant")
 
 
@@ -30,21 +28,21 @@ class Turns:
     """A conversation written turn by turn."""
 
     head: str
-    """Before conversations that have no system message."""
+    """Text before conversations without a system message."""
     before: dict[str, str]
-    """Role -> what stands before its text."""
+    """Role -> text before its message."""
     after: dict[str, str]
     answer: str
-    """What an answer follows."""
+    """Text before an answer."""
 
     def render(self, messages: Sequence[Message]) -> str:
-        """The prompt for the next answer."""
+        """Render the prompt for the next answer."""
         turns = (self.before[each["role"]] + each["content"] + self.after[each["role"]] for each in messages)
         head = "" if messages[0]["role"] == "system" else self.head
         return head + "".join(turns) + self.answer
 
     def go(self) -> str:
-        """As a Go template over Ollama's .Messages; an answer that has begun is gone on with."""
+        """Return a Go template over Ollama's .Messages that continues a started answer."""
         system, user, assistant = (
             (_literal(self.before[role]), "{{ .Content }}", _literal(self.after[role])) for role in ROLES
         )
@@ -63,13 +61,15 @@ class Turns:
 
 
 def _literal(text: str) -> str:
-    """A Go string as an action: nothing in it is read as template, no space around it is trimmed."""
+    """Return a Go string as an action, so that nothing in it is parsed and no space around it is trimmed."""
     return "{{ " + json.dumps(text, ensure_ascii=False) + " }}" if text else ""
 
 
 def derive_turns(template: str, bos: str, eos: str, *, adds_bos: bool) -> Turns | None:
-    """What `template` (Jinja) writes; None where it is no such template. `adds_bos`: the runtime begins every prompt
-    with that token itself."""
+    """Derive the turns that `template` (Jinja) writes; None for other kinds of template.
+
+    `adds_bos` means that the runtime begins every prompt with that token.
+    """
     if "strftime_now" in template:  # the day of the export would be every day's
         return None
 
@@ -86,8 +86,11 @@ def derive_turns(template: str, bos: str, eos: str, *, adds_bos: bool) -> Turns 
 
 
 def _read_prompts(rendered: Rendered) -> Turns | None:
-    """The turns of four prompts, for a template that writes otherwise what no answer follows; None where they are not
-    written alike. What all turns begin with may be read as the end of those before."""
+    """Derive turns from four prompts, for a template that writes closed conversations in another way.
+
+    Returns None if the turns are not written alike. A common beginning of all turns may be read as the end of the turns
+    before.
+    """
     system, user, reply, second = ASKED
     begin, tail = _around(rendered([user], True), user)
     between_users = _around(_around(rendered([user, second], True), user)[1], second)[0]
@@ -106,7 +109,7 @@ def _read_prompts(rendered: Rendered) -> Turns | None:
 
 
 def _read_conversations(rendered: Rendered) -> Turns | None:
-    """The turns of four conversations; None where they are not written alike."""
+    """Derive turns from four conversations; None if they are not written alike."""
     system, user, reply, second = ASKED
     asked, prompt = rendered([user], False), rendered([user], True)
     begin, after_user = _around(asked, user)
@@ -134,7 +137,7 @@ def _around(text: str, message: Message) -> tuple[str, str]:
 
 
 def _conversation(*turns: str) -> list[Message]:
-    """ "s", "u" and "a" and what is said."""
+    """Return messages of turns such as "u text", with the roles "s", "u" and "a"."""
     roles = {role[0]: role for role in ROLES}
     return [{"role": roles[turn[0]], "content": turn} for turn in turns]
 
@@ -151,18 +154,18 @@ PROBES = [
         ["s 20", *("u 21", "a 22") * 8, "u 23"],
     )
 ]
-"""What a derived template must write as the model's own does."""
+"""Conversations that a derived template must render as the model's own template does."""
 
 
 MAX_CONTEXT = 4096
-"""Tokens; Ollama and llama-server allocate the caches of all of them."""
+"""Tokens of context. Ollama and llama-server allocate the caches of all of them."""
 
 NAMES = {"temperature": "temperature", "top_p": "top_p", "repetition_penalty": "repeat_penalty"}
 """Our options -> Ollama's."""
 
 
 def modelfile(checkpoint: Checkpoint, model_file: str) -> str:
-    """The text of a Modelfile for `model_file`, which lies beside it."""
+    """Return the text of a Modelfile for `model_file` in the same folder."""
     lines = [f"FROM ./{model_file}", f"PARAMETER num_ctx {min(checkpoint.context_length, MAX_CONTEXT)}"]
     lines += [f"PARAMETER {NAMES[name]} {value:g}" for name, value in generation_defaults(checkpoint).items()]
     ends = [checkpoint.tokenizer.id_to_token(token) for token in checkpoint.end_of_generation_ids]
@@ -171,7 +174,7 @@ def modelfile(checkpoint: Checkpoint, model_file: str) -> str:
 
 
 def _template(checkpoint: Checkpoint) -> list[str]:
-    """In Ollama's language; a remark where the model's says more than one turn after the other."""
+    """Return the template lines, or a remark if the model's template does more than write turns."""
     tokenizer = HfTokenizer(checkpoint.folder)
     if tokenizer.chat_template is None:
         return []

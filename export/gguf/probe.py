@@ -1,7 +1,7 @@
 """Child process that loads a new GGUF with llama.cpp, so that an assert of ggml cannot end the user's process.
 
-`python -m efficientllm.export.gguf.probe REQUEST.json` writes logits [S, V] (fp32 .npy) and token ids (.json) where the
-request says.
+`python -m efficientllm.export.gguf.probe REQUEST.json` writes logits [S, V] (fp32 .npy) and token ids (.json) to the
+paths in the request.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ...runtime.base.errors import ArtefactError
 
 @dataclass(frozen=True)
 class Probe:
-    """What llama.cpp made of a file."""
+    """Results of llama.cpp for a file."""
 
     logits: np.ndarray
     """fp32 [S, V]"""
@@ -29,7 +29,10 @@ class Probe:
 
 
 def probe(path: Path, tokens: list[int], texts: list[str]) -> Probe:
-    """Load `path`, evaluate `tokens` with an F32 cache and tokenise `texts`; ArtefactError where llama.cpp fails."""
+    """Load `path`, evaluate `tokens` with an F32 cache and tokenise `texts`.
+
+    Raises ArtefactError if llama.cpp fails.
+    """
     with tempfile.TemporaryDirectory(prefix="efficientllm-") as name:
         folder = Path(name)
         request = {"path": str(path), "tokens": tokens, "texts": texts, "output": str(folder)}

@@ -1,8 +1,8 @@
-"""Q2_0 blocks: 64 weights, each -1, 0, 1 or 2 times one fp16 scale that may be negative. Imports no torch.
+"""Encode and decode Q2_0 blocks: 64 weights, each -1, 0, 1 or 2 times one fp16 scale that may be negative.
 
-llama.cpp's quantiser (ggml-quants.c, quantize_row_q2_0_ref, of llama-cpp-python 0.3.36) takes the largest weight for
-the scale and never gives 2, which loses half of the weights' squares; its reader takes any scale. Blocks are rows of
-[N, 64] here.
+llama.cpp's quantiser (ggml-quants.c, quantize_row_q2_0_ref, of llama-cpp-python 0.3.36) uses the largest weight as the
+scale and never gives 2, which loses half of the squared weights. Its reader accepts any scale. Blocks are rows of [N,
+64] here. Imports no torch.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ TENSOR_TYPE = 42
 """GGML_TYPE_Q2_0"""
 
 OF_LARGEST = (1.0, 0.5)
-"""Scales tried, in largest weights: one of them is a rounded block's own, whose error is 0."""
+"""Tried scales, in largest weights. One of them is the scale of an already rounded block, with error 0."""
 
 OF_RMS = (0.85, 0.95, 1.05, 1.15, 1.3)
-"""Scales tried, in root mean squares."""
+"""Tried scales, in root mean squares."""
 
 ROWS = 16_384
 """Blocks that are rounded at once."""
 
 
 def encode(weight: np.ndarray, importance: np.ndarray | None = None) -> np.ndarray:
-    """uint8 [rows, bytes] of fp32 [rows, columns], columns whole blocks, by the least squared error.
+    """Encode fp32 [rows, columns] with whole blocks as uint8 [rows, bytes] by the least squared error.
 
-    `importance` fp32 [columns] weighs the squares.
+    `importance` fp32 [columns] weights the squares.
     """
     rows, columns = weight.shape
     blocks = np.ascontiguousarray(weight, np.float32).reshape(-1, BLOCK)
@@ -43,7 +43,7 @@ def encode(weight: np.ndarray, importance: np.ndarray | None = None) -> np.ndarr
 
 
 def decode(data: np.ndarray) -> np.ndarray:
-    """fp32 [rows, columns] of uint8 [rows, bytes], as llama.cpp reads it."""
+    """Decode uint8 [rows, bytes] to fp32 [rows, columns], as llama.cpp reads it."""
     blocks = data.reshape(-1, BLOCK_BYTES)
     scales = blocks[:, :2].copy().view(np.float16).astype(np.float32)
     codes = (blocks[:, 2:, None] >> np.arange(0, 8, 2, dtype=np.uint8)) & 3

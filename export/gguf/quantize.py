@@ -1,4 +1,4 @@
-"""Quantising a GGUF with llama.cpp's own quantiser, and saying what each tensor became."""
+"""Quantise a GGUF with llama.cpp's own quantiser, and report the type of each tensor."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ FILE_TYPES = (
 """`--quantize` values of `--target gguf`."""
 
 NEWER_FILE_TYPES = {"q2_0": 41}
-"""llama_ftype of what the gguf package (0.19) does not know and llama-cpp-python 0.3.36 does."""
+"""llama_ftype of types that the gguf package (0.19) does not have and llama-cpp-python 0.3.36 has."""
 
 NEWER_TENSOR_TYPES = {"q2_0": q2_0.TENSOR_TYPE}
-"""The same of ggml_type."""
+"""The same for ggml_type."""
 
 
 def file_type(name: str) -> int:
-    """llama.cpp's number (llama_ftype) of a `--quantize` value; UsageError lists the known ones."""
+    """Return llama.cpp's number (llama_ftype) of a `--quantize` value. Raises UsageError with the known values."""
     with extra("gguf"):
         import gguf
     if name not in FILE_TYPES:
@@ -43,7 +43,7 @@ def file_type(name: str) -> int:
 
 
 def tensor_type(flag: str, name: str) -> int | None:
-    """ggml type of a `--output-type` or `--embedding-type` value; None where unset."""
+    """Return the ggml type of an `--output-type` or `--embedding-type` value; None if unset."""
     import gguf
 
     if not name:
@@ -65,10 +65,10 @@ def quantize_gguf(
     embedding_type: int | None,
     importance: Path | None = None,
 ) -> list[Fallback]:
-    """Quantise in a child process (ggml aborts on some errors); ArtefactError where llama.cpp refuses.
+    """Quantise in a child process, because ggml aborts on some errors. Return the tensors with a fallback type.
 
-    Returns the tensors that could not take their type. `importance`: .npz of fp32 column weights by tensor name
-    (llama.cpp's importance matrix).
+    `importance` is an .npz of fp32 column weights by tensor name (llama.cpp's importance matrix). Raises ArtefactError
+    if llama.cpp refuses.
     """
     request = {
         "importance": str(importance) if importance else None,
@@ -86,12 +86,12 @@ def quantize_gguf(
 
 @dataclass(frozen=True)
 class Fallback:
-    """A tensor that could not take the type asked for."""
+    """A tensor with another type than requested."""
 
     tensor: str
     wanted: str
     multiple: int
-    """What rows of the wanted type must divide by."""
+    """Multiple that rows of the requested type need."""
     got: str
 
 
@@ -99,11 +99,11 @@ _FALLBACK = re.compile(
     r"(?P<tensor>[\w.]+)\s+- ncols\s+\d+ not divisible by\s+(?P<multiple>\d+) "
     r"\(required for type\s+(?P<wanted>\w+)\).*falling back to\s+(?P<got>\w+)"
 )
-"""A line of llama.cpp's quantiser, as of llama-cpp-python 0.3.36."""
+"""A line of llama.cpp's quantiser in llama-cpp-python 0.3.36."""
 
 
 def parse_fallbacks(log: str) -> list[Fallback]:
-    """Fallbacks in the quantiser's log; llama.cpp reports a second step (to F16) as one line."""
+    """Return the fallbacks in the quantiser's log. llama.cpp reports a second step (to F16) as one line."""
     return [
         Fallback(match["tensor"], match["wanted"].lower(), int(match["multiple"]), match["got"].lower())
         for match in _FALLBACK.finditer(log)
@@ -111,7 +111,7 @@ def parse_fallbacks(log: str) -> list[Fallback]:
 
 
 def describe_fallbacks(fallbacks: list[Fallback]) -> list[str]:
-    """One sentence per (wanted, got) pair, with the tensors by kind."""
+    """Return one sentence per (requested, actual) pair, with the tensors by kind."""
     groups: dict[tuple[str, str, int], list[str]] = {}
     for each in fallbacks:
         groups.setdefault((each.wanted, each.got, each.multiple), []).append(each.tensor)
@@ -144,7 +144,7 @@ def _main(argument: str) -> None:
 
 
 def _importance_matrix(path: Path) -> tuple[Any, list[Any]]:
-    """(null-terminated llama_model_imatrix_data array, what must outlive it)."""
+    """Return (null-terminated llama_model_imatrix_data array, objects that must stay alive)."""
     import llama_cpp
     import numpy as np
 
@@ -161,7 +161,7 @@ def _importance_matrix(path: Path) -> tuple[Any, list[Any]]:
 
 
 def require_llama_cpp() -> None:
-    """MissingExtraError where llama-cpp-python is not installed; it is not loaded here, see `quantize_gguf`."""
+    """Raise MissingExtraError if llama-cpp-python is not installed, without loading it."""
     if importlib.util.find_spec("llama_cpp") is None:
         raise MissingExtraError("llama-cpp-python", "gguf")
 

@@ -1,6 +1,7 @@
-"""The tensors of a written GGUF: read back as numbers, and filled with blocks that llama.cpp's quantiser cannot make.
+"""Read the tensors of a written GGUF as numbers, and write blocks that llama.cpp's quantiser cannot make.
 
-Imports no torch."""
+Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ F32 = 0
 
 
 def tensor_bytes(path: Path) -> int:
-    """Bytes of all tensors, without the header and the vocabulary."""
+    """Return the bytes of all tensors, without the header and the vocabulary."""
     return sum(num_bytes(tensor) for tensor in read_header(path).tensors)
 
 
@@ -28,7 +29,7 @@ def num_bytes(tensor: TensorInfo) -> int:
 
 
 def _block_of(kind: int) -> tuple[int, int]:
-    """(weights, bytes) of a block; the gguf package does not know Q2_0 yet (0.19)."""
+    """Return (weights, bytes) of a block. The gguf package (0.19) does not have Q2_0."""
     import gguf
 
     if kind == q2_0.TENSOR_TYPE:
@@ -37,7 +38,7 @@ def _block_of(kind: int) -> tuple[int, int]:
 
 
 def _raw(path: Path, tensor: TensorInfo) -> np.ndarray:
-    """uint8 [rows, bytes]"""
+    """Return uint8 [rows, bytes]."""
     data = np.memmap(path, np.uint8, "r", tensor.offset, (num_bytes(tensor),))
     return data.reshape(-1 if len(tensor.shape) > 1 else 1, num_bytes(tensor) // _rows(tensor))
 
@@ -47,7 +48,7 @@ def _rows(tensor: TensorInfo) -> int:
 
 
 def values(path: Path, tensor: TensorInfo) -> np.ndarray:
-    """fp32 [rows, columns], as llama.cpp reads the tensor."""
+    """Return fp32 [rows, columns], as llama.cpp reads the tensor."""
     import gguf
 
     data = _raw(path, tensor)
@@ -57,7 +58,7 @@ def values(path: Path, tensor: TensorInfo) -> np.ndarray:
 
 
 def fill_q2_0(exact: Path, target: Path, importance: Mapping[str, np.ndarray]) -> None:
-    """Write the Q2_0 tensors of `target` anew from the fp32 ones in `exact`, with the scales of q2_0.encode."""
+    """Rewrite the Q2_0 tensors of `target` from the fp32 ones in `exact`, with the scales of q2_0.encode."""
     originals = {tensor.name: tensor for tensor in read_header(exact).tensors}
     with target.open("r+b") as stream:
         for tensor in read_header(target).tensors:
@@ -68,7 +69,7 @@ def fill_q2_0(exact: Path, target: Path, importance: Mapping[str, np.ndarray]) -
 
 
 def changed_tensors(exact: Path, target: Path) -> Iterator[tuple[str, float]]:
-    """(name, largest difference) of every tensor that is not the same number by number in both files."""
+    """Yield (name, largest difference) of every tensor that differs between the files."""
     originals = {tensor.name: tensor for tensor in read_header(exact).tensors}
     for tensor in read_header(target).tensors:
         difference = float(np.abs(values(exact, originals[tensor.name]) - values(target, tensor)).max())
@@ -91,7 +92,7 @@ def check_rows(path: Path) -> None:
 
 
 def check_kept(exact: Path, target: Path, kind: str) -> None:
-    """ArtefactError unless the file holds the trained weights to the bit."""
+    """Raise ArtefactError unless the file has the trained weights to the bit."""
     first = next(changed_tensors(exact, target), None)
     if first is not None:
         raise ArtefactError(

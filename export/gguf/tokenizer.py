@@ -1,4 +1,4 @@
-"""A Hugging Face tokenizer.json as GGUF tokenizer fields. Imports no torch."""
+"""Convert a Hugging Face tokenizer.json to GGUF tokenizer fields. Imports no torch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class GgufTokenizer:
     """llama.cpp's name of the pre-tokenizer."""
     tokens: list[str]
     token_types: list[int]
-    """gguf.TokenType of each."""
+    """gguf.TokenType of each token."""
     merges: list[str] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
     bos_id: int | None = None
@@ -30,14 +30,14 @@ class GgufTokenizer:
     unk_id: int | None = None
     pad_id: int | None = None
     eot_id: int | None = None
-    """A second end-of-generation token, where the model has one."""
+    """A second end-of-generation token, if the model has one."""
     add_bos: bool = False
     add_space_prefix: bool = False
     chat_template: str | None = None
 
 
 def read_tokenizer(checkpoint: Checkpoint) -> GgufTokenizer:
-    """Translate the checkpoint's tokenizer; ModelError where llama.cpp has no equivalent."""
+    """Convert the checkpoint's tokenizer. Raises ModelError if llama.cpp has no equivalent."""
     data = checkpoint.tokenizer_data
     if data["model"]["type"] != "BPE":
         raise ModelError(f"tokenizer type {data['model']['type']} is not supported for gguf; BPE and SentencePiece are")
@@ -63,7 +63,7 @@ def read_tokenizer(checkpoint: Checkpoint) -> GgufTokenizer:
 
 
 def _tokens(data: dict[str, Any], vocab_size: int) -> tuple[list[str], list[int]]:
-    """(texts, gguf.TokenType) by id, `vocab_size` each: a model may have more rows than its tokenizer has tokens."""
+    """Return (texts, gguf.TokenType) by id, `vocab_size` each. A model may have more rows than tokens."""
     with extra("gguf"):
         from gguf import TokenType
     tokens = [f"[PAD{index}]" for index in range(vocab_size)]
@@ -92,7 +92,7 @@ def _special_ids(checkpoint: Checkpoint, tokens: list[str]) -> dict[str, int | N
 
 
 def _adds_bos(data: dict[str, Any], tokens: list[str], bos_id: int | None) -> bool:
-    """Whether the post-processor puts BOS first."""
+    """Tell whether the post-processor adds BOS at the beginning."""
     processors = data.get("post_processor") or {}
     for processor in processors.get("processors", [processors]):
         if processor.get("type") == "TemplateProcessing":
@@ -103,7 +103,7 @@ def _adds_bos(data: dict[str, Any], tokens: list[str], bos_id: int | None) -> bo
 
 
 def _adds_space(data: dict[str, Any]) -> bool:
-    """Whether a space is put before the text (SentencePiece's dummy prefix)."""
+    """Tell whether a space is added before the text (SentencePiece's dummy prefix)."""
     for step in steps_of(data.get("normalizer"), "normalizers"):
         if step.get("type") == "Prepend":
             return True

@@ -1,7 +1,4 @@
-"""Writing an F32 GGUF that stock llama.cpp loads, as layout.py plans it. Imports no torch.
-
-general.*: what a GGUF says of itself, by the class that llama.cpp's own converter says it with.
-"""
+"""Write an F32 GGUF that stock llama.cpp loads, in the layout of layout.py. Imports no torch."""
 
 from __future__ import annotations
 
@@ -25,9 +22,9 @@ from .tokenizer import GgufTokenizer, read_tokenizer
 
 
 def add_metadata(writer: Any, checkpoint: Checkpoint) -> None:
-    """Type, name, size and what the header of the checkpoint's README.md tells: licence, tags, base model, data sets.
+    """Write general.*: type, name, size, and the licence, tags, base model and data sets of the checkpoint's README.md.
 
-    The folder's own name is left out, from which the converter guesses where there is no card: ours may be temporary.
+    The class is the one that llama.cpp's converter uses. The folder's name is left out, because it may be temporary.
     """
     import gguf
     import yaml
@@ -68,7 +65,7 @@ NAMES = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
-"""llama.cpp's names of everything else, which all architectures share."""
+"""llama.cpp's names of all other tensors, equal in all architectures."""
 
 
 def write_gguf(checkpoint: Checkpoint, plan: GgufPlan, path: Path) -> None:
@@ -93,7 +90,7 @@ def write_gguf(checkpoint: Checkpoint, plan: GgufPlan, path: Path) -> None:
 
 
 def _tensors(checkpoint: Checkpoint, plan: GgufPlan) -> Iterator[tuple[str, np.ndarray]]:
-    """(llama.cpp's name, fp32 array) of every tensor as the plan lays it out."""
+    """Yield (llama.cpp's name, fp32 array) of every tensor in the plan's layout."""
     architecture = plan.architecture
     is_centred = checkpoint.architecture.parts.norm.takes_mean and not architecture.parts.norm.takes_mean
     waiting: list[np.ndarray] = []
@@ -113,7 +110,7 @@ def _tensors(checkpoint: Checkpoint, plan: GgufPlan) -> Iterator[tuple[str, np.n
 
 
 def gguf_name(name: str, plan: GgufPlan) -> str:
-    """'model.layers.3.mlp.up_proj.weight' -> 'blk.3.ffn_up.weight'."""
+    """Return llama.cpp's name: 'model.layers.3.mlp.up_proj.weight' -> 'blk.3.ffn_up.weight'."""
     layer, suffix = split_name(name)
     module, _, part = suffix.rpartition(".")
     if plan.fuses_qkv and suffix.endswith(QKV):
@@ -124,7 +121,7 @@ def gguf_name(name: str, plan: GgufPlan) -> str:
 
 
 def _permuted(name: str, array: np.ndarray, architecture: Architecture) -> np.ndarray:
-    """`array` with the rows of q and k (and of their biases) permuted, head by head."""
+    """Return `array` with the rows of q and k (and of their biases) permuted, head by head."""
     if ".q_proj." not in name and ".k_proj." not in name:
         return array
     layer = architecture.layers[int(name.split(".")[2])]
@@ -166,7 +163,7 @@ def _add_fields(writer: Any, checkpoint: Checkpoint, plan: GgufPlan) -> None:
 
 
 def _rotary_dim(checkpoint: Checkpoint) -> int:
-    """Channels of a head that rotate, in the layers where any do."""
+    """Return the rotated channels of a head, in layers with a rotary embedding."""
     return max(settings.rotary_dim for settings in checkpoint.attention)
 
 

@@ -1,7 +1,7 @@
-"""Google's own exporter (litert-torch) on a checkpoint, and what stands in its way here.
+"""Run Google's exporter (litert-torch) on a checkpoint, with corrections for irregular models.
 
-It traces the model as transformers loads it and sizes the caches layer by layer, by `per_layer_config`; only layers
-without heads it does not know.
+It traces the model as transformers loads it and sizes the caches by `per_layer_config`. Only layers without heads need
+a correction.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from ..checkpoint import Checkpoint
 from ..request import log
 
 IMAGE_GENERATION = "litert_torch.generative.export_hf.model_ext.bonsai_flux2.bonsai_flux2"
-"""A module of litert-torch 0.10 that imports a TensorFlow which the package does not ask for."""
+"""Module of litert-torch 0.10 that imports a TensorFlow outside the package's requirements."""
 
 SAMPLER = ("top_k", "top_p", "temperature")
-"""What the file can say of sampling."""
+"""Sampling settings that the file can store."""
 
 
 @dataclass(frozen=True)
 class Program:
-    """What the exporter wrote."""
+    """Output of the exporter."""
 
     tflite: Path
     """The graph with the weights."""
     bundle: Path
-    """The same with tokenizer, chat template and metadata: what LiteRT-LM loads."""
+    """The same with tokenizer, chat template and metadata, which LiteRT-LM loads."""
 
 
 def _import_exporter() -> Any:
-    """litert-torch's exporter; MissingExtraError where it is not installed."""
+    """Return litert-torch's exporter. Raises MissingExtraError if it is not installed."""
     if importlib.util.find_spec("tensorflow") is None and IMAGE_GENERATION not in sys.modules:
         stand_in = types.ModuleType(IMAGE_GENERATION)
         stand_in.BonsaiFlux2 = type("BonsaiFlux2", (), {})  # type: ignore[attr-defined]
@@ -53,7 +53,7 @@ def _import_exporter() -> Any:
 def convert(checkpoint: Checkpoint, work: Path, recipe: str, context: int, prefill_lengths: Sequence[int]) -> Program:
     """Write the program of a checkpoint into the folder `work`, quantised by `recipe` ("none": fp32).
 
-    ArtefactError where the exporter fails, with what it said last.
+    Raises ArtefactError with the last message if the exporter fails.
     """
     exporter, said = _import_exporter(), io.StringIO()
     log.info("tracing the model with litert-torch, which takes a minute or more")
@@ -91,7 +91,7 @@ def _no_input() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _layers_without_heads() -> Iterator[None]:
-    """Their caches hold the one zero a token that our modeling file leaves there."""
+    """Size the caches of layers without heads for the one zero per token that our modeling file stores there."""
     from litert_torch.generative.export_hf.core import cache  # type: ignore[import-not-found]
 
     layer_class: Any = cache.LiteRTLMCacheLayer
@@ -111,6 +111,6 @@ def _layers_without_heads() -> Iterator[None]:
 
 
 def _with_one(export_config: Any, time_axis: int) -> tuple[int, int, int, int]:
-    """Shape of a cache with one head of one channel."""
+    """Return the shape of a cache with one head of one channel."""
     batch, slots = export_config.batch_size, export_config.cache_length
     return (batch, 1, slots, 1) if time_axis == 2 else (batch, 1, 1, slots)

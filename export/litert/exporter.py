@@ -1,10 +1,8 @@
-"""`--target litert`: a .litertlm that stock LiteRT-LM runs, verified. Imports no torch until it runs.
+"""`--target litert`: a .litertlm that stock LiteRT-LM runs, verified.
 
-The .tflite inside a .litertlm, run token by token in LiteRT's interpreter: what a verification asks.
-
-T tokens of the longest prefill signature, C slots of the caches, V vocabulary.
-
-The finished file in LiteRT-LM itself: does it write what the program inside it computes?
+The .tflite inside is run token by token in LiteRT's interpreter and compared with torch. LiteRT-LM then runs the
+finished file and must write the same text. T tokens of the longest prefill signature, C slots of the caches, V
+vocabulary. Imports no torch until it runs.
 """
 
 from __future__ import annotations
@@ -30,10 +28,10 @@ from ..verification import SAMPLE_TOKENS, Written, torch_sample, verify_stepwise
 MODEL_FILE = "model.litertlm"
 
 RECIPES = {"f32": "none", "int8": "dynamic_wi8_afp32"}
-"""--quantize -> ai-edge-quantizer's recipe: int8 weights, activations rounded as they come."""
+"""--quantize -> ai-edge-quantizer's recipe: int8 weights, activations rounded dynamically."""
 
 PREFILL_LENGTHS = (16, 128)
-"""Tokens of a prompt that one call takes; LiteRT-LM cuts and pads prompts to these."""
+"""Prompt tokens of one call; LiteRT-LM cuts and pads prompts to these."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +79,7 @@ def export_litert(checkpoint: Checkpoint, request: ExportRequest[LitertOptions],
 def _verify(
     checkpoint: Checkpoint, request: ExportRequest[LitertOptions], tflite: Path, folder: Path
 ) -> dict[str, dict[str, object]]:
-    """The program against torch, logit by logit, and LiteRT-LM's own greedy text against the program's."""
+    """Compare the program with torch, logit by logit, and LiteRT-LM's greedy text with the program's."""
 
     quantize = request.options.quantize
     bits = bits_per_weight(checkpoint, tflite.stat().st_size)
@@ -121,7 +119,7 @@ class TfliteDecoder:
         self._length = 0
 
     def prefill(self, tokens: Sequence[int]) -> np.ndarray:
-        """Begin with `tokens`; returns the last one's logits, fp32 [V]."""
+        """Start with `tokens` and return the last one's logits, fp32 [V]."""
         self._length = 0
         for start in range(0, len(tokens) - 1, self.prefill_length):
             part = tokens[start : min(start + self.prefill_length, len(tokens) - 1)]
@@ -132,13 +130,13 @@ class TfliteDecoder:
         return self.decode(tokens[-1])
 
     def decode(self, token: int) -> np.ndarray:
-        """Append one token; returns its logits, fp32 [V]."""
+        """Append one token and return its logits, fp32 [V]."""
         found = self._run(self._decode, np.array([[token]], dtype=np.int32))
         self._length += 1
         return np.asarray(found["logits"], dtype=np.float32).reshape(-1)
 
     def _run(self, signature: Any, tokens: np.ndarray) -> dict[str, np.ndarray]:
-        """One call; the caches are those that it gives."""
+        """Call the program once and keep the caches that it returns."""
         positions = np.arange(self._length, self._length + tokens.shape[1], dtype=np.int32)
         is_hidden = np.arange(self._slots)[None] > positions[:, None]
         mask = np.where(is_hidden, np.float32(MASKED), np.float32(0))[None, None]
@@ -155,13 +153,15 @@ PROMPTS = (
     "Once upon a time, in a small village by the sea, there lived an old fisherman who every morning",
     "The three largest cities of the country are",
 )
-"""The second is asked where nothing follows the first."""
+"""Prompts; the second is used if nothing follows the first."""
 TOKENS = 24
 
 
 def check_greedy_text(model: Path, decoder: TfliteDecoder, tokenizer: Any) -> int:
-    """Characters that LiteRT-LM writes greedily after a prompt; ArtefactError where `decoder`, which is closed, goes
-    on in another way."""
+    """Return the number of characters that LiteRT-LM writes greedily after a prompt.
+
+    Raises ArtefactError if `decoder`, which is closed, continues differently.
+    """
     import litert_lm  # type: ignore[import-not-found]
 
     litert_lm.set_min_log_severity(litert_lm.LogSeverity.ERROR)
@@ -194,7 +194,7 @@ def check_greedy_text(model: Path, decoder: TfliteDecoder, tokenizer: Any) -> in
 
 
 def _texts(decoder: TfliteDecoder, tokenizer: Any, prompt: list[int], ends: set[int]) -> set[str]:
-    """What the program writes greedily after a prompt, with and without special tokens."""
+    """Return the program's greedy texts after a prompt, with and without special tokens."""
     answer: list[int] = []
     logits = decoder.prefill(prompt)
     while len(answer) < TOKENS and int(logits.argmax()) not in ends:

@@ -7,24 +7,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...runtime.base.disk import require_room
 from ...runtime.base.errors import UsageError
 from ...runtime.base.extras import extra
+from ...runtime.base.files import require_room
 from ...runtime.engines.engine import EngineOptions
 from ...runtime.engines.onnx import OnnxEngine
 from ...runtime.engines.scheduler import EngineScheduler
 from ..calibration import input_grams
-from ..checkpoint import Checkpoint
+from ..checkpoint import Checkpoint, choose_type
 from ..manifest import Contents, bits_per_weight, copy_tokenizer, write_manifest
 from ..request import ExportRequest, RoundingOptions
 from ..targets import Exporter
-from ..trained_type import choose_type
 from ..verification import Written, torch_sample, verify_stepwise
 from .quantize import Bits, preset
 
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx_data"
-"""The name that transformers.js asks for."""
+"""File name that transformers.js requests."""
 CONFIG_FILES = ("genai_config.json", "generation_config.json", "config.json")
 DEFAULT = "int8"
 
@@ -34,10 +33,10 @@ class OnnxOptions(RoundingOptions):
     """--target onnx"""
 
     quantize: str = ""
-    """Weight type: f32, f16, int8, mixed, int4, web; default: what the checkpoint was trained for (--qat), else int8;
-    with --portable f32."""
+    """Weight type: f32, f16, int8, mixed, int4, web; default: the trained type (--qat), else int8; with --portable f32.
+    """
     portable: bool = False
-    """Standard operators (opset 23) instead of onnxruntime's fused ones; f32, slower in onnxruntime."""
+    """Use standard operators (opset 23) instead of onnxruntime's fused ones; f32, slower in onnxruntime."""
 
 
 def export_onnx(checkpoint: Checkpoint, request: ExportRequest[OnnxOptions], folder: Path) -> None:
@@ -72,7 +71,7 @@ EXPORTER = Exporter(OnnxOptions, export_onnx)
 
 
 def _write_model(checkpoint: Checkpoint, options: OnnxOptions, bits: Bits, folder: Path) -> None:
-    """The graph and its external data, by one of the two routes."""
+    """Write the graph and its external data by one of the two routes."""
     with extra("onnx"):
         import onnx_ir as ir
         import onnxruntime  # noqa: F401  the quantiser and the verification need it
@@ -95,9 +94,9 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def genai_config(checkpoint: Checkpoint, shares_cache: bool) -> dict[str, Any]:
-    """onnxruntime-genai's description; its runtime reads each layer's key/value heads from the graph itself.
+    """Return onnxruntime-genai's config. Its runtime reads each layer's key/value heads from the graph.
 
-    `shares_cache`: whether the attention operator can write into the past in place.
+    `shares_cache` tells whether the attention operator can write into the past in place.
     """
     architecture = checkpoint.architecture
     ends = checkpoint.end_of_generation_ids
@@ -143,7 +142,7 @@ def genai_config(checkpoint: Checkpoint, shares_cache: bool) -> dict[str, Any]:
 
 
 def generation_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The checkpoint's own generation_config.json, else the special tokens that transformers would read from it."""
+    """Return the checkpoint's generation_config.json, or the special tokens that transformers would read."""
     own = checkpoint.json_file("generation_config.json")
     if own:
         return own
@@ -152,7 +151,7 @@ def generation_config(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def browser_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """A config.json for transformers.js: a family that it knows; the caches' sizes it reads from the graph itself."""
+    """Return a config.json for transformers.js with a known family. It reads the caches' sizes from the graph."""
     architecture = checkpoint.architecture
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -173,7 +172,7 @@ def browser_config(checkpoint: Checkpoint) -> dict[str, Any]:
 def _verify(
     checkpoint: Checkpoint, request: ExportRequest[OnnxOptions], folder: Path, name: str, bits: float
 ) -> dict[str, dict[str, object]]:
-    """Prefill and teacher-forced decoding through our engine against torch."""
+    """Compare prefill and teacher-forced decoding in our engine with torch."""
     sample = torch_sample(checkpoint)
     engine = EngineScheduler(OnnxEngine(folder / MODEL_FILE, EngineOptions(context=len(sample.tokens) + 1)))
     agreement = verify_stepwise(engine, sample, Written("onnx", "file", name, bits), request)

@@ -1,10 +1,10 @@
-"""A decoder with KV cache as an ONNX graph of onnxruntime's fused operators, built straight from the weights.
+"""Build a decoder with KV cache as an ONNX graph of onnxruntime's fused operators, from the weights.
 
-Imports no torch. Shapes: B batch, S new tokens, P past tokens, T = P + S, H hidden, Q query heads, G key/value heads,
-D head_dim, V vocabulary. Inputs: input_ids [B, S], attention_mask [B, T], past_key_values.i.key/value [B, G_i, P, D];
-outputs: logits [B, 1, V] of the last valid token, present.i.key/value [B, G_i, T, D]. Layers without attention have no
-cache. Prompts of a batch may be padded on the right, where their mask is 0; the fused attention takes no padding on the
-left.
+Shapes: B batch, S new tokens, P past tokens, T = P + S, H hidden, Q query heads, G key/value heads, D head_dim, V
+vocabulary. Inputs: input_ids [B, S], attention_mask [B, T], past_key_values.i.key/value [B, G_i, P, D]. Outputs: logits
+[B, 1, V] of the last valid token, present.i.key/value [B, G_i, T, D]. Layers without attention have no cache. Prompts
+of a batch may be padded on the right, with zeros in their mask. The fused attention does not support padding on the
+left. Imports no torch.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ OPSET = {"": 21, "com.microsoft": 1}
 
 @dataclass(frozen=True)
 class Stem:
-    """The residual stream as a sum that may not have been formed yet."""
+    """The residual stream as a sum that may be still pending."""
 
     total: ir.Value
     added: ir.Value | None = None
 
 
 class GraphBuilder(GraphValues):
-    """Builds one model."""
+    """Builder of one model."""
 
     def build(self) -> ir.Model:
-        """The whole model in memory."""
+        """Return the whole model in memory."""
         input_ids = self._input("input_ids", ir.DataType.INT64, ["batch_size", "sequence"])
         mask = self._input("attention_mask", ir.DataType.INT64, ["batch_size", "total"])
         self.last_position, self.total_length = self._lengths(mask)
@@ -60,7 +60,7 @@ class GraphBuilder(GraphValues):
         return ir.Model(graph, ir_version=10, producer_name="efficientllm")
 
     def _lengths(self, mask: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """(index of the last valid token per sequence [B], total length), both int32."""
+        """Return (index of the last valid token per sequence [B], total length), both int32."""
         valid = self._node("ReduceSum", [mask, self._ints(1)], keepdims=0)
         last = self._node("Cast", [self._node("Sub", [valid, self._ints(1)])], to=int(ir.DataType.INT32))
         total = self._node("Gather", [self._node("Shape", [mask]), self._scalar(1)])
@@ -91,14 +91,14 @@ class GraphBuilder(GraphValues):
         return self._node("Slice", [embedded, self._ints(0), self._ints(matrix.columns), self._ints(2)])
 
     def _embed_columns(self, matrix: IntegerMatrix, input_ids: ir.Value) -> ir.Value:
-        """Columns of the matrix as the head multiplies it, in standard operators."""
+        """Return columns of the head's matrix as embeddings, in standard operators."""
         columns = self._node("Gather", [matrix.codes, input_ids], axis=1)
         codes = self._node("Transpose", [columns], perm=[1, 2, 0])
         scale = self._node("Unsqueeze", [self._node("Gather", [matrix.scales, input_ids], axis=0), self._ints(2)])
         return self._node("Mul", [self._node("Cast", [codes], to=int(ir.DataType.FLOAT)), scale])
 
     def _layer(self, index: int, layer: LayerShape, stem: Stem) -> Stem:
-        """The stem behind a layer."""
+        """Return the stem after a layer."""
         prefix, parallel = f"model.layers.{index}", self.parts.is_parallel
         before = None
         if layer.num_attention_heads:
@@ -114,7 +114,7 @@ class GraphBuilder(GraphValues):
         return stem.total if stem.added is None else self._node("Add", [stem.total, stem.added])
 
     def _read(self, prefix: str, place: Place, stem: Stem) -> tuple[ir.Value, Stem]:
-        """(what a block reads of the stem, the stem with nothing pending)."""
+        """Return (input of a block, the stem without a pending addition)."""
         name = self.parts.norms.get(place)
         if name is not None:
             return self._norm(f"{prefix}.{name}", stem)
@@ -122,12 +122,12 @@ class GraphBuilder(GraphValues):
         return total, Stem(total)
 
     def _written(self, prefix: str, place: Place, x: ir.Value) -> ir.Value:
-        """What a block adds to the stem."""
+        """Return the output of a block, normalised if the family does so."""
         name = self.parts.norms.get(place)
         return x if name is None else self._norm(f"{prefix}.{name}", Stem(x))[0]
 
     def _norm(self, name: str, stem: Stem) -> tuple[ir.Value, Stem]:
-        """(normalised, the stem with nothing pending): the pending addition is done by the same kernel."""
+        """Return (normalised, the stem without a pending addition). One kernel does the addition and the norm."""
         total, added, eps = stem.total, stem.added, self.scales.stem_eps
         if self.parts.norm.takes_mean:
             total = self._sum(stem)
@@ -186,9 +186,9 @@ class GraphBuilder(GraphValues):
         return self._project(f"{prefix}.o_proj", attended, self.bits.attention)
 
     def _queries_keys_values(self, names: list[str], x: ir.Value) -> list[Any]:
-        """The three products, or all of them in the first: GroupQueryAttention takes them packed.
+        """Return the three products, or all of them packed in the first, as GroupQueryAttention accepts them.
 
-        One product quantises the activations once and wakes the threads once; norms of q and k want them apart.
+        One product quantises the activations once and wakes the threads once. Norms of q and k need them apart.
         """
         bits = self.bits.attention
         if bits >= 16 or self.bits.dynamic or self.parts.qk_norm:
@@ -200,7 +200,7 @@ class GraphBuilder(GraphValues):
         return [product, None, None]
 
     def _rotary_tables(self, settings: LayerAttention) -> list[ir.Value]:
-        """cos and sin [C, D / 2]; layers with one rotary embedding share them."""
+        """Return cos and sin [C, D / 2]. Layers with the same rotary embedding share them."""
         assert settings.rope is not None
         key = settings.rotary_key
         if key not in self.tables:
@@ -235,10 +235,10 @@ class GraphBuilder(GraphValues):
         return self._node("Gelu", [x], approximate="tanh" if self.parts.activation == "gelu_pytorch_tanh" else "none")
 
     def _last_valid(self, x: ir.Value, input_ids: ir.Value) -> ir.Value:
-        """Return the rows of x [B, S, H] that belong to the last valid tokens, [B, H].
+        """Return the rows of x [B, S, H] of the last valid tokens, [B, H].
 
-        Rows are counted over the flat batch, since every execution provider has a plain Gather. The last valid token is
-        new, so that its row is S - 1 where there is a past: the attention takes padding in a first call only.
+        Rows are counted over the flat batch, because every execution provider has a plain Gather. The last valid token
+        is new, so its row is S - 1 with a past. The attention supports padding in the first call only.
         """
         length = self._node("Gather", [self._node("Shape", [input_ids]), self._scalar(1)])
         position = self._node("Cast", [self.last_position], to=int(ir.DataType.INT64))

@@ -17,13 +17,13 @@ MICROSOFT = "com.microsoft"
 BLOCK = 32
 """Weights per quantisation block."""
 ACCURACY_LEVEL = 4
-"""MatMulNBits multiplies in int8; same KL as fp32 activations and 1.5 times as fast (measured, 135M model)."""
+"""MatMulNBits multiplies in int8, with the same KL as fp32 activations and 1.5 times as fast (measured, 135M model)."""
 
 
 class GraphValues:
-    """A graph to which nodes are added; `bits` says how each matrix is stored.
+    """A graph with methods to add nodes. `bits` gives the storage of each matrix.
 
-    `grams`: {parameter name: second moments of its inputs}, for error-compensated rounding of 4-bit matrices.
+    `grams` is {parameter name: second moments of its inputs}, for error-compensated rounding of 4-bit matrices.
     """
 
     def __init__(self, checkpoint: Checkpoint, bits: Bits, grams: dict[str, np.ndarray] | None = None) -> None:
@@ -33,10 +33,10 @@ class GraphValues:
         self.bits = bits
         self.grams = grams or {}
         self.dtype = np.float16 if bits.head == 16 else np.float32
-        """Of activations, caches and matrices that are not quantised; logits are fp32."""
+        """Type of activations, caches and unquantised matrices; logits are fp32."""
         self.element = ir.DataType.FLOAT16 if bits.head == 16 else ir.DataType.FLOAT
         self.tables: dict[str, list[ir.Value]] = {}
-        """Of the rotary embeddings, by LayerAttention.rotary_key."""
+        """Rotary tables by LayerAttention.rotary_key."""
         self.nodes: list[ir.Node] = []
         self.initializers: list[ir.Value] = []
         self.inputs: list[ir.Value] = []
@@ -59,7 +59,10 @@ class GraphValues:
         return value
 
     def _tensor(self, name: str) -> np.ndarray:
-        """A tensor of the checkpoint; GroupQueryAttention turns parts of a head only in multiples of 16 channels."""
+        """Return a tensor of the checkpoint.
+
+        GroupQueryAttention rotates parts of a head only in multiples of 16 channels.
+        """
         array, (layer, _) = self.checkpoint.tensor(name), split_name(name)
         if layer is None or qk_axis(name) is None or not self.parts.has_partial_rotary:
             return array
@@ -90,7 +93,10 @@ class GraphValues:
         unused: tuple[int, ...] = (),
         **attributes: Any,
     ) -> Any:
-        """The node's output, or its `count` outputs; `unused` ones get no name, so that kernels need not write them."""
+        """Return the node's output, or its `count` outputs.
+
+        `unused` outputs get no name, so that kernels need not write them.
+        """
         node = ir.node(kind, inputs, attributes, domain=domain, num_outputs=count, name=f"{kind}_{len(self.nodes)}")
         for position, output in enumerate(node.outputs):
             output.name = "" if position in unused else f"{node.name}_{position}"
@@ -98,7 +104,7 @@ class GraphValues:
         return node.outputs[0] if count == 1 else node.outputs
 
     def _matrix(self, name: str | list[str], bits: int) -> Any:
-        """[rows, columns] as stored, or its quantised form; several matrices below each other where there is a list."""
+        """Return the matrix [rows, columns] as stored, or its quantised form. A list is stacked by rows."""
         names = [name] if isinstance(name, str) else name
         if bits >= 16:
             return self._weights(names[0])
@@ -114,7 +120,7 @@ class GraphValues:
         return QuantizedMatrix(*stored, rows=len(data), columns=arrays[0].shape[1], bits=bits, block=BLOCK)
 
     def _project(self, name: str, x: ir.Value, bits: int) -> ir.Value:
-        """x W^T (+ b) of a linear layer."""
+        """Return x W^T (+ b) of a linear layer."""
         if bits >= 16:
             weight = self._constant(f"{name}.weight", self._tensor(f"{name}.weight").T.astype(self.dtype))
             product = self._node("MatMul", [x, weight])
@@ -139,7 +145,7 @@ class GraphValues:
         )
 
     def _multiply_integers(self, x: ir.Value, matrix: IntegerMatrix) -> ir.Value:
-        """x W^T in int8: onnxruntime fuses these nodes into one."""
+        """Return x W^T in int8. onnxruntime fuses these nodes into one."""
         quantized, scale, zero = self._node("DynamicQuantizeLinear", [x], count=3)
         product = self._node("MatMulInteger", [quantized, matrix.codes, zero])
         factor = self._node("Mul", [scale, matrix.scales])

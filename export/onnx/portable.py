@@ -1,7 +1,7 @@
 """`--target onnx --portable`: standard ONNX operators only, traced by torch.onnx.
 
-Runs wherever opset 23 does, without onnxruntime's own fused operators; slower there, and fp32 only. It shares no code
-with graph.py, which makes each the other's check.
+It runs wherever opset 23 does, without onnxruntime's fused operators. It is slower there, and fp32 only. It shares no
+code with graph.py, so that each checks the other.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
-from ...runtime.base.disk import require_room
+from ...runtime.base.files import require_room
 from ..checkpoint import Checkpoint
 from ..exporter_config import OnnxDecoderConfig
 from .portable_decoder import PortableDecoder
 
 OPSET = 23
-"""The first with Attention, RotaryEmbedding and RMSNormalization."""
+"""The first opset with Attention, RotaryEmbedding and RMSNormalization."""
 
 
 def write_portable(checkpoint: Checkpoint, path: Path) -> None:
@@ -57,11 +57,11 @@ def write_portable(checkpoint: Checkpoint, path: Path) -> None:
 
 
 def _drop_metadata(model: ir.Model) -> None:
-    """Without the stack traces that torch notes at every node: they name folders of the machine that exports."""
+    """Remove the stack traces that torch notes at every node, because they name folders of this machine."""
     for item in (model, model.graph, *model.graph, *(value for node in model.graph for value in node.outputs)):
         item.metadata_props.clear()
 
 
 def _dim(title: str, dims: Mapping[str, object]) -> object:
-    """The symbol of a dynamic axis; the mask's length is the sum of two, which torch finds itself."""
+    """Return the symbol of a dynamic axis. The mask's length is a sum that torch derives itself."""
     return dims.get(title, torch.export.Dim.AUTO)

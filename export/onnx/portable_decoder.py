@@ -1,8 +1,9 @@
 """A decoder whose caches are inputs and outputs, traced into standard ONNX operators (opset 23).
 
-`forward(input_ids [B, S], attention_mask [B, T], *past) -> (logits fp32 [B, 1, V], *present)`; past [B, G_i, P, D] and
-present [B, G_i, T, D], key and value of every layer with attention, T = P + S. Logits are those of the last valid new
-token. Prompts of a batch may be padded on either side, where their mask is 0. decoder_modules has the other letters.
+`forward(input_ids [B, S], attention_mask [B, T], *past) -> (logits fp32 [B, 1, V], *present)`. past [B, G_i, P, D] and
+present [B, G_i, T, D] are key and value of every layer with attention, T = P + S. Logits are those of the last valid
+new token. Prompts of a batch may be padded on either side, with zeros in their mask. See decoder_modules for the other
+letters.
 """
 
 from __future__ import annotations
@@ -21,22 +22,22 @@ from ..layer_attention import LayerAttention
 
 @dataclass
 class Caches:
-    """What the layers of one call share."""
+    """Values that the layers of one call share."""
 
     rotary: Mapping[str, tuple[Tensor, Tensor]]
     """{rotary_key: cos and sin [C, rotary_dim / 2]}"""
     positions: Tensor
     """int64 [B, S]"""
     mask: Tensor
-    """bool [B, 1, S, T]: which tokens each new one may see."""
+    """bool [B, 1, S, T]: the visible tokens of each new token."""
     distance: Tensor
-    """int64 [S, T]: how far before each new token the others stand."""
+    """int64 [S, T]: distance of each token before each new one."""
     past: Iterator[Tensor]
     present: list[Tensor] = field(default_factory=list)
 
 
 class PortableAttention(Attention):
-    """ONNX's own RotaryEmbedding and Attention."""
+    """Attention with ONNX's own RotaryEmbedding and Attention."""
 
     def forward(self, x: Tensor, context: Caches) -> Tensor:
         query, key, value = (part.transpose(1, 2) for part in self.project(x))
@@ -66,7 +67,7 @@ class PortableAttention(Attention):
 
 
 class PortableDecoder(Decoder):
-    """See the module's docstring."""
+    """Decoder with the interface of the module's docstring."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__(checkpoint, checkpoint.architecture)

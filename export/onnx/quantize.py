@@ -1,4 +1,4 @@
-"""Block-wise weight quantisation as onnxruntime's MatMulNBits stores it: symmetric, blocks of 32 inputs."""
+"""Quantise weights in blocks of 32 inputs as onnxruntime's MatMulNBits stores them, symmetric."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from ...runtime.base.names import unknown_name
+from ...runtime.base.quantities import unknown_name
 from ..group_quantization import quantize_groups
 
 
 @dataclass(frozen=True)
 class Bits:
-    """Bits per weight of each part of the model; 32 is fp32, 16 fp16 (then activations and caches are, too)."""
+    """Bits per weight of each part of the model; 32 is fp32, 16 is fp16 with fp16 activations and caches."""
 
     attention: int
     gate_up: int
@@ -21,7 +21,8 @@ class Bits:
     head: int
     """LM head and token embedding."""
     dynamic: bool = False
-    """Whether 8-bit matrices have one scale per output and meet activations quantised on the fly (MatMulInteger)."""
+    """Whether 8-bit matrices have one scale per output and multiply dynamically quantised activations (MatMulInteger).
+    """
 
 
 PRESETS = {
@@ -63,7 +64,7 @@ class QuantizedMatrix:
 
 @dataclass(frozen=True)
 class IntegerMatrix:
-    """A matrix [rows, columns] in the graph as MatMulInteger reads it."""
+    """A matrix [rows, columns] in the graph in the layout of MatMulInteger."""
 
     codes: Any
     """int8 [columns, rows]"""
@@ -72,7 +73,7 @@ class IntegerMatrix:
 
 
 def quantize_rows(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(int8 [rows, columns], fp32 scales [rows]) of fp32 [rows, columns]: one scale per row."""
+    """Return (int8 [rows, columns], fp32 scales [rows]) of fp32 [rows, columns], with one scale per row."""
     codes, scales = quantize_groups(weight, 8, weight.shape[1])
     return codes, scales[:, 0]
 
@@ -80,9 +81,9 @@ def quantize_rows(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def quantize_matrix(
     weight: np.ndarray, bits: int, block: int, gram: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(uint8 [rows, blocks, block * bits / 8], fp32 scales [rows, blocks]) of fp32 [rows, columns].
+    """Return (uint8 [rows, blocks, block * bits / 8], fp32 scales [rows, blocks]) of fp32 [rows, columns].
 
-    Columns are padded to whole blocks with zeros. `gram`: see quantize_groups.
+    Columns are padded to whole blocks with zeros. `gram` is that of `quantize_groups`.
     """
     rows, columns = weight.shape
     blocks = -(-columns // block)

@@ -1,11 +1,4 @@
-"""`--target android` and `--target ios`: the model in both formats, code that runs it, what it must answer, a card.
-
-What a kit is made of.
-
-Code for apps, with this model's constants in it.
-
-The kit's README: what is in it, what it needs and gives on a phone, and how to tell that it works there.
-"""
+"""`--target android` and `--target ios`: the model in both formats, code that runs it, checks and a card."""
 
 from __future__ import annotations
 
@@ -39,22 +32,22 @@ Platform = Literal["android", "ios"]
 
 @dataclass(frozen=True)
 class Kit:
-    """What is known once the models are written."""
+    """Contents of a kit, once the models are written."""
 
     platform: Platform
     checkpoint: Checkpoint
     models: Sequence[Contents]
-    """One for each format."""
+    """One entry per format."""
     checks: Mapping[str, GreedyCheck]
-    """Engine -> what its model answers."""
+    """Engine -> the answer of its model."""
     context: int
     """Tokens of a conversation."""
     snippets: Sequence[str]
-    """Files of code."""
+    """Code files."""
     pushed: Sequence[str]
-    """Files that belong on the phone."""
+    """Files for the phone."""
     executorch: str
-    """The release that exported the program: its runtime on the phone should be the same; "" without a program."""
+    """ExecuTorch release of the program, which its runtime on the phone should match; empty without a program."""
 
     @property
     def name(self) -> str:
@@ -63,10 +56,10 @@ class Kit:
 
 LLAMA_RN = "0.12.9"
 REACT_NATIVE_EXECUTORCH = "0.10.2"
-"""The releases whose type declarations the code was written against."""
+"""Releases whose type declarations the code was written against."""
 
 LLAMA_CPP = "0c1e57098"
-"""The commit that llama-cpp-python 0.3.36 is built from, whose header the code was written against."""
+"""Commit of llama.cpp in llama-cpp-python 0.3.36, whose header the code was written against."""
 
 CONVERSATIONS = {
     "Chat.kt": "executorch",
@@ -74,7 +67,7 @@ CONVERSATIONS = {
     "LlamaChat.kt": "llama.cpp",
     "LlamaChat.swift": "llama.cpp",
 }
-"""Code that writes a conversation itself -> the engine that reads it."""
+"""Code that renders conversations itself -> the engine that reads it."""
 
 
 def write_snippets(kit: Kit, folder: Path) -> None:
@@ -110,17 +103,17 @@ def write_snippets(kit: Kit, folder: Path) -> None:
 
 
 def _quoted(text: str) -> str:
-    """As a literal of Swift, whose escapes of quotes, backslashes, tabs and ends of lines are JSON's."""
+    """Return a Swift literal, whose escapes of quotes, backslashes, tabs and line ends are JSON's."""
     return json.dumps(text, ensure_ascii=False)
 
 
 def _kotlin(text: str) -> str:
-    """As a literal of Kotlin, where a dollar begins a template."""
+    """Return a Kotlin literal, in which a dollar starts a template."""
     return _quoted(text).replace("$", "\\$")
 
 
 PROMPT, DEPTH = 128, 512
-"""Tokens of the prompt and before the decoded token that the expected speed is of."""
+"""Prompt tokens, and tokens before the decoded one, for the expected speed."""
 
 USES = {
     "Chat.kt": "Kotlin on ExecuTorch; needs `build.gradle.kts`' line in the app's",
@@ -142,20 +135,20 @@ CACHE_ELEMENT_BYTES = {"llama.cpp": 2, "executorch": 4}
 
 @dataclass(frozen=True)
 class ExpectedSpeed:
-    """What a profile predicts of the model."""
+    """Predicted speed of the model."""
 
     device: str
     engine: str
     quantization: str
     prefill_tokens_per_second: float
-    """Of a prompt of PROMPT tokens."""
+    """For a prompt of PROMPT tokens."""
     decode_tokens_per_second: float
     """After DEPTH tokens."""
     is_emulated: bool
 
 
 def expected_speed(profile: DeviceProfile, architecture: Architecture) -> ExpectedSpeed:
-    """On the device of `profile`; UsageError where it cannot price the model."""
+    """Predict the speed on the device of `profile`. Raises UsageError if the profile does not fit the model."""
     shape = DecoderShape.from_dict(architecture.to_dict())
     on = profile.measured_on
     return ExpectedSpeed(
@@ -169,7 +162,7 @@ def expected_speed(profile: DeviceProfile, architecture: Architecture) -> Expect
 
 
 def card(kit: Kit, folder: Path, speed: ExpectedSpeed | None) -> str:
-    """The text of README.md; the models lie in `folder` already."""
+    """Return the text of README.md for the models in `folder`."""
     size = format_count(kit.checkpoint.architecture.num_parameters)
     parts = [
         f"# {kit.name} for {SYSTEMS[kit.platform]}",
@@ -242,7 +235,7 @@ SNIPPETS: dict[Platform, dict[str, tuple[str, ...]]] = {
         "": (),
     },
 }
-"""Platform -> format of the model -> the code that takes it ("": any)."""
+"""Platform -> format of the model -> code for it ("": any)."""
 
 CHECK_FILE = "check.json"
 DEFAULTS_FILE = "generation.json"
@@ -254,13 +247,13 @@ class PhoneOptions(GgufOptions):
     """--target android, ios"""
 
     quantize: str = ""
-    """Weight type of the GGUF, as of --target gguf; default: what the checkpoint was trained for (--qat), else q8_0."""
+    """Weight type of the GGUF, as of --target gguf; default: the trained type (--qat), else q8_0."""
     formats: tuple[str, ...] = flags.comma_separated(*FORMATS)
     """Formats of the model, comma-separated: gguf (llama.cpp), pte (ExecuTorch, 8da4w)."""
     max_context: int = flags.count(2048, at_least=2)
     """Tokens of a conversation, at most the model's context."""
     device_profile: str = ""
-    """Profile of the phone, as efficientllm-bench --profile writes it: the card then says what speed to expect."""
+    """Latency profile of the phone, written by efficientllm-bench --profile; the card then predicts the speed."""
 
     def __post_init__(self) -> None:
         flags.check_fields(self)
@@ -270,12 +263,12 @@ class PhoneOptions(GgufOptions):
 
 
 def export_android(checkpoint: Checkpoint, request: ExportRequest[PhoneOptions], folder: Path) -> None:
-    """Write a kit for Android apps; raises before anything is left behind."""
+    """Write a kit for Android apps. A failure leaves nothing behind."""
     _export("android", checkpoint, request, folder)
 
 
 def export_ios(checkpoint: Checkpoint, request: ExportRequest[PhoneOptions], folder: Path) -> None:
-    """Write a kit for iOS apps; raises before anything is left behind."""
+    """Write a kit for iOS apps. A failure leaves nothing behind."""
     _export("ios", checkpoint, request, folder)
 
 
@@ -306,14 +299,14 @@ def _export(platform: Platform, checkpoint: Checkpoint, request: ExportRequest[P
 
 
 def _check_profile(profile: DeviceProfile, models: Sequence[Contents]) -> None:
-    """UsageError where the profile was measured of a file that is not in the kit."""
+    """Raise UsageError if the profile was measured for a file outside the kit."""
     measured = profile.measured_on.engine
     same = next((each for each in models if each.engine == measured), models[0])
     profile.check(engine=same.engine, quantization=same.quantization)
 
 
 def _write_models(checkpoint: Checkpoint, request: ExportRequest[PhoneOptions], folder: Path) -> Sequence[Contents]:
-    """The model in every format asked for, each verified."""
+    """Write the model in every format, each verified."""
     options = request.options
     found = []
     if "gguf" in options.formats:
@@ -329,7 +322,7 @@ def _write_models(checkpoint: Checkpoint, request: ExportRequest[PhoneOptions], 
 
 
 def _executorch_version(formats: Sequence[str]) -> str:
-    """Of the installed release; "" without a program."""
+    """Return the installed release; empty without a program."""
     if "pte" not in formats:
         return ""
     return importlib.metadata.version("executorch").partition("+")[0]

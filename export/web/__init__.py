@@ -1,1 +1,1 @@
-"""`--target web`: a static folder that a browser opens and chats with, offline after the first visit."""
+"""`--target web`: a static folder with a chat page that works offline after the first visit."""

@@ -1,4 +1,4 @@
-"""`--target web`: the GGUF in parts, llama.cpp in WebAssembly, and a page that chats with it."""
+"""`--target web`: the GGUF in parts, llama.cpp in WebAssembly, and a chat page."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from .wllama import COMPAT, VERSION, WLLAMA, copy_wllama
 DEFAULT = "q8_0"
 
 PAGE_FILES = ("index.html", "app.css", "app.js", "parts.js", "icon.svg", "sw.js")
-"""Ours, copied as they are but for the two marks in the service worker."""
+"""Our files, copied unchanged except for two marks in the service worker."""
 
 SETTINGS_FILE = "model.json"
 WEB_MANIFEST = "app.webmanifest"
 MAX_CONTEXT = 2048
-"""Tokens of context that the page asks for: caches of a phone's size."""
+"""Tokens of context that the page requests, for the memory of a phone."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class WebOptions(GgufOptions):
     """--target web"""
 
     quantize: str = ""
-    """Weight type as of --target gguf; default: what the checkpoint was trained for (--qat), else q8_0."""
+    """Weight type as of --target gguf; default: the trained type (--qat), else q8_0."""
     wllama: str = ""
     """Folder with wllama's two npm tarballs, for machines without npm or network; default: `npm pack`, once."""
 
@@ -44,7 +44,7 @@ CHECKED_TOKENS = 64
 
 
 def export_web(checkpoint: Checkpoint, request: ExportRequest[WebOptions], folder: Path) -> None:
-    """Write a folder that any file server can serve; raises before anything is left behind."""
+    """Write a folder for any file server. A failure leaves nothing behind."""
     runtime_files = copy_wllama(folder, request.options.wllama)  # first: what it lacks is known before minutes of work
     contents = write_model(checkpoint, request, folder, DEFAULT)
     model = folder / contents.files[0]
@@ -75,7 +75,7 @@ EXPORTER = Exporter(WebOptions, export_web)
 
 
 def web_manifest(name: str) -> dict[str, Any]:
-    """What lets a browser install the page as an app (https://www.w3.org/TR/appmanifest/)."""
+    """Return the web app manifest, with which a browser installs the page (https://www.w3.org/TR/appmanifest/)."""
     icon = {"src": "icon.svg", "sizes": "any", "type": "image/svg+xml", "purpose": "any maskable"}
     return {
         "name": name,
@@ -90,7 +90,7 @@ def web_manifest(name: str) -> dict[str, Any]:
 
 
 def _write_page(folder: Path, parts: list[Part]) -> None:
-    """Copy the page; its service worker learns what to keep, and a version that changes with any of it."""
+    """Copy the page. Its service worker gets the list of files and a version that changes with any of them."""
     source = resources.files(__name__.rpartition(".")[0])
     for name in PAGE_FILES:
         (folder / name).write_text(source.joinpath(name).read_text(encoding="utf-8"), encoding="utf-8")

@@ -1,15 +1,12 @@
 """SIMD dot products for wllama's build of llama.cpp, which has only the portable ones.
 
-Emscripten calls its processor x86, so that ggml's CMake file compiles arch/x86 and leaves arch/wasm out: q8_0 and q4_0
-then go through loops for any processor (90 % of the time, measured with perf). What stands here are those two functions
-as arch/wasm would have them, in instructions of fixed-width SIMD, which every browser that runs wllama has.
+Emscripten calls its processor x86, so ggml's CMake file compiles arch/x86 and skips arch/wasm. q8_0 and q4_0 then use
+generic loops (90 % of the time, measured with perf). This module has the two functions in fixed-width SIMD, which every
+browser with wllama supports. Blocks have 32 weights: q8_0 2 bytes of fp16 scale and 32 int8; q4_0 the scale and 16
+bytes, low nibbles first. Parameters: 0 n, 1 s (result), 3 x, 5 y.
 
-Blocks have 32 weights: q8_0 2 bytes of fp16 scale and 32 int8; q4_0 the scale and 16 bytes, low nibbles first.
-Parameters: 0 n, 1 s (result), 3 x, 5 y.
-
-Just enough of the WebAssembly binary format to give a function of a compiled module another body.
-
-Sections, LEB128 numbers and opcodes as in https://webassembly.github.io/spec/core/binary/.
+The assembler covers the part of the WebAssembly binary format that replaces a function's body. Sections, LEB128 numbers
+and opcodes follow https://webassembly.github.io/spec/core/binary/.
 """
 
 from __future__ import annotations
@@ -23,7 +20,7 @@ MAGIC = b"\0asm\1\0\0\0"
 
 
 def leb(value: int) -> bytes:
-    """Unsigned LEB128."""
+    """Encode an unsigned LEB128 number."""
     out = bytearray()
     while value > 0x7F:
         out.append(value & 0x7F | 0x80)
@@ -32,7 +29,7 @@ def leb(value: int) -> bytes:
 
 
 def signed_leb(value: int) -> bytes:
-    """Signed LEB128, as constants are written."""
+    """Encode a signed LEB128 number, as in constants."""
     out = bytearray()
     while not -64 <= value < 64:
         out.append(value & 0x7F | 0x80)
@@ -41,7 +38,7 @@ def signed_leb(value: int) -> bytes:
 
 
 class Reader:
-    """A position in bytes."""
+    """Reader with a position in bytes."""
 
     def __init__(self, data: bytes, at: int = 0) -> None:
         self.data, self.at = data, at
@@ -80,7 +77,7 @@ class Section:
 
 
 def read_sections(module: bytes) -> list[Section]:
-    """ArtefactError where `module` is no WebAssembly."""
+    """Split a module into sections. Raises ArtefactError if it is not WebAssembly."""
     if module[: len(MAGIC)] != MAGIC:
         raise ArtefactError("this is no WebAssembly module")
     reader, sections = Reader(module, len(MAGIC)), []
@@ -95,7 +92,7 @@ def write_sections(sections: list[Section]) -> bytes:
 
 
 def imported_functions(sections: list[Section]) -> int:
-    """How many functions are imported: they have the first indices."""
+    """Count the imported functions, which have the first indices."""
     content = next((each.content for each in sections if each.id == IMPORT), b"\0")
     reader, count = Reader(content), 0
     for _ in range(reader.number()):
@@ -115,7 +112,7 @@ def imported_functions(sections: list[Section]) -> int:
 
 
 def function_index(sections: list[Section], name: str) -> int:
-    """Index of the function called `name` in the module's name section; ArtefactError where there is none."""
+    """Return the index of the function `name` in the name section. Raises ArtefactError if it is missing."""
     for section in sections:
         reader = Reader(section.content)
         if section.id or reader.text() != "name":
@@ -131,13 +128,13 @@ def function_index(sections: list[Section], name: str) -> int:
 
 
 def function_bodies(sections: list[Section]) -> list[bytes]:
-    """Code of the module's own functions."""
+    """Return the code of the module's own functions."""
     reader = Reader(next(each.content for each in sections if each.id == CODE))
     return [reader.take(reader.number()) for _ in range(reader.number())]
 
 
 def with_bodies(sections: list[Section], bodies: list[bytes]) -> list[Section]:
-    """The same module with other code."""
+    """Return the module with other code."""
     code = leb(len(bodies)) + b"".join(leb(len(body)) + body for body in bodies)
     return [Section(CODE, code) if each.id == CODE else each for each in sections]
 
@@ -163,7 +160,7 @@ SIMPLE = {
     "f32x4.mul": "fd e6 01",
     "f32x4.convert_i32x4_s": "fd fa 01",
 }
-"""Instructions without operands of their own."""
+"""Instructions without operands."""
 
 WITH_NUMBER = {"local.get": "20", "local.set": "21", "local.tee": "22", "br_if": "0d", "f32x4.extract_lane": "fd 1f"}
 MEMORY = {"f32.load": ("2a", 2), "f32.store": ("38", 2), "v128.load": ("fd 00", 0), "v128.load8x8_s": ("fd 01", 0)}
@@ -175,17 +172,17 @@ POINTER = {
     "ptr.const": ("41", "42"),
     "ptr.load16_u": ("2f 01 00", "33 01 00"),
 }
-"""Instructions on addresses: of 32 and of 64 bits."""
+"""Instructions on addresses, of 32 and of 64 bits."""
 
 X, Y, SUM, LOW, HIGH = 3, 5, 8, 9, 10
 """Local variables: two parameters, three vectors."""
 
 LOCALS = bytes((1, 3, 0x7B))
-"""One run of three v128."""
+"""One group of three v128."""
 
 
 def _scale(of: int, table: int) -> str:
-    """fp16 at the beginning of a block -> f32, through ggml's table of all 65,536 values."""
+    """Return code that converts the fp16 scale of a block to f32 through ggml's table of 65,536 values."""
     return f"local.get {of}; ptr.load16_u; ptr.const 2; ptr.shl; f32.load {table}"
 
 
@@ -217,7 +214,7 @@ def _sum_of(products: list[str]) -> str:
 
 
 def _loop(integers: str, x_bytes: int, table: int) -> str:
-    """Per block: SUM += float(integers) * scale of x * scale of y; then the sum over its lanes is stored."""
+    """Return the loop over blocks: SUM += float(integers) * scale of x * scale of y, and the store of the lane sum."""
     first, *others = [f"local.get {SUM}; f32x4.extract_lane {lane}" for lane in range(4)]
     lanes = "; ".join([first, *(f"{lane}; f32.add" for lane in others)])
     return (
@@ -235,7 +232,7 @@ KERNELS = {"ggml_vec_dot_q8_0_q8_0": _dot_q8_0, "ggml_vec_dot_q4_0_q8_0": _dot_q
 
 
 def assemble(text: str, is_64: bool) -> bytes:
-    """Instructions, separated by semicolons, as bytes; `is_64`: addresses have 64 bits."""
+    """Assemble instructions, separated by semicolons. `is_64` selects 64-bit addresses."""
     code = bytearray()
     for line in filter(None, (part.strip() for part in text.split(";"))):
         name, _, operand = line.partition(" ")
@@ -254,7 +251,7 @@ def assemble(text: str, is_64: bool) -> bytes:
 
 
 def _table_offset(body: bytes) -> int:
-    """Address of ggml's fp16 table, which the function to be replaced reads scales from."""
+    """Return the address of ggml's fp16 table from the function to be replaced."""
     marker, found = bytes.fromhex("2a02"), set()
     at = body.find(marker)
     while at >= 0:
@@ -267,7 +264,7 @@ def _table_offset(body: bytes) -> int:
 
 
 def with_simd_kernels(module: bytes, is_64: bool) -> bytes:
-    """wllama's module with the two dot products in SIMD; ArtefactError where it is built otherwise than expected."""
+    """Return wllama's module with the two dot products in SIMD. Raises ArtefactError for an unexpected build."""
     sections = read_sections(module)
     bodies, first = function_bodies(sections), imported_functions(sections)
     for name, kernel in KERNELS.items():

@@ -1,4 +1,4 @@
-"""A model file cut into parts that a browser downloads one by one, so that a broken download goes on where it was."""
+"""Split a model file into parts, so that a browser can continue an interrupted download."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from ...runtime.base.files import sha256_of
 
 PART_BYTES = 8 << 20
-"""What a phone loses at most where its connection breaks; hosts of static files take 25 to 100 MB."""
+"""Largest loss of an interrupted download. Hosts of static files accept 25 to 100 MB."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Part:
 
 
 def split_file(path: Path, folder: Path, part_bytes: int) -> list[Part]:
-    """Cut `path` into FOLDER/model-000.part and so on, which in that order are the file again."""
+    """Split `path` into FOLDER/model-000.part and so on, which concatenate to the file."""
     parts = []
     with path.open("rb") as stream:
         while content := stream.read(part_bytes):

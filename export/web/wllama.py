@@ -1,4 +1,4 @@
-"""llama.cpp as WebAssembly: wllama's npm packages, pinned, fetched by npm at export time or given as tarballs."""
+"""Copy wllama's npm packages (llama.cpp as WebAssembly), pinned, from npm or from given tarballs."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from ...runtime.base.user_cache import cache_folder
 from .kernels import with_simd_kernels
 
 VERSION = "3.13.0"
-"""Of both packages; its llama.cpp is b12211-7d7f028."""
+"""Version of both packages; its llama.cpp is b12211-7d7f028."""
 
 
 @dataclass(frozen=True)
 class NpmPackage:
-    """A package of the npm registry and what the page needs of it."""
+    """A package of the npm registry and the files that the page needs."""
 
     name: str
     sha256: str
-    """Of the tarball, so that nothing else is ever copied."""
+    """SHA-256 of the tarball, so that nothing else is ever copied."""
     files: dict[str, str]
-    """Member of the tarball -> its name in the exported folder."""
+    """Member of the tarball -> name in the exported folder."""
 
     @property
     def tarball(self) -> str:
-        """File name that `npm pack` gives it."""
+        """Return the file name that `npm pack` gives it."""
         return f"{self.name.lstrip('@').replace('/', '-')}-{VERSION}.tgz"
 
 
@@ -50,14 +50,14 @@ COMPAT = NpmPackage(
     "4114beb68a61a0ab14ac3fe4416648b45d8a940e2e6aed5fe91eb6328ba6479d",
     {"package/wasm/wllama.js": "wllama-compat.js", "package/wasm/wllama.wasm": "wllama-compat.wasm"},
 )
-"""For browsers without JSPI or 64-bit memory (Safari): the page loads it there only. Same licence."""
+"""Package for browsers without JSPI or 64-bit memory (Safari), loaded only there. It has the same licence."""
 
 
 def copy_wllama(folder: Path, given: str) -> list[str]:
-    """Put the runtime's files into `folder`, its modules with SIMD kernels (kernels.py); returns their names.
+    """Copy the runtime's files into `folder`, with SIMD kernels, and return their names.
 
-    `given`: folder with both tarballs as `npm pack` leaves them; "" asks npm once and keeps them in the user's cache.
-    UsageError where they cannot be had, ArtefactError where they are not the pinned ones.
+    `given` is a folder with both tarballs of `npm pack`. If it is empty, npm is called once and the tarballs are kept
+    in the user's cache. Raises UsageError if they are not available, ArtefactError if they are not the pinned ones.
     """
     names = []
     for package in (WLLAMA, COMPAT):
@@ -80,7 +80,7 @@ def _member(tarball: bytes, name: str) -> bytes:
 
 
 def _tarball(package: NpmPackage, given: Path | None) -> bytes:
-    """The pinned tarball's content."""
+    """Return the pinned tarball's content."""
     path = (given or cache_folder() / "npm") / package.tarball
     if path.is_file():
         content = path.read_bytes()
@@ -103,7 +103,7 @@ def _is_pinned(package: NpmPackage, content: bytes) -> bool:
 
 
 def _npm_pack(package: NpmPackage) -> bytes:
-    """What `npm pack` downloads; no script of the package is run."""
+    """Run `npm pack` without scripts and return its download."""
     npm = shutil.which("npm")
     remedy = f"or give --wllama FOLDER with the tarballs of: npm pack {WLLAMA.name}@{VERSION} {COMPAT.name}@{VERSION}"
     if npm is None:

@@ -1,4 +1,4 @@
-"""ExecuTorch backends: one module each, with its RECIPE."""
+"""ExecuTorch backends, one module each with its RECIPE."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ....runtime.base.names import unknown_name
+from ....runtime.base.quantities import unknown_name
 
 NAMES = ("xnnpack", "portable", "vulkan", "coreml", "openvino")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a program is lowered to one backend."""
+    """Lowering of a program to one backend."""
 
     name: str
     partitioners: Callable[[], list[Any]]
-    """ExecuTorch partitioners; UsageError names what is not installed."""
+    """Return ExecuTorch partitioners. Raises UsageError with the missing package."""
     formats: tuple[str, ...]
-    """`--quantize` values that the backend takes; the first is its default."""
+    """Supported `--quantize` values; the first is the default."""
     custom_ops: bool = True
-    """Whether the program may hold ExecuTorch's own LLM operators."""
+    """Whether the program may have ExecuTorch's own LLM operators."""
     static_length: bool = False
-    """Whether the backend needs fixed shapes: one token per call, the prompt too."""
+    """Whether the backend needs fixed shapes: one token per call, also for the prompt."""
     runs_here: bool = True
     """Whether the Python runtime can execute the program, so that it can be verified."""
 

@@ -1,7 +1,7 @@
-"""Apple's neural engine and GPU; fixed shapes, one token per call.
+"""Apple's neural engine and GPU, with fixed shapes and one token per call.
 
-The program is handed over in fp32 and computes in fp16, CoreML's default: with an fp16 program coremltools 9 refuses
-the update of the caches.
+The program is passed in fp32 and computes in fp16, CoreML's default. With an fp16 program, coremltools 9 refuses the
+update of the caches.
 """
 
 from __future__ import annotations

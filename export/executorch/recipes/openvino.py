@@ -1,4 +1,4 @@
-"""Intel CPUs, GPUs and NPUs; fixed shapes, one token per call."""
+"""Intel CPUs, GPUs and NPUs, with fixed shapes and one token per call."""
 
 from __future__ import annotations
 

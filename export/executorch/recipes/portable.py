@@ -1,4 +1,4 @@
-"""No backend: ExecuTorch's portable kernels, for any processor and for checking the others."""
+"""ExecuTorch's portable kernels without a backend, for any processor and for checking the others."""
 
 from __future__ import annotations
 
