@@ -1,10 +1,10 @@
-"""`efficientllm-bench --profile`: measure the stacks, take them apart, check the table on models it has not seen."""
+"""`efficientllm-bench --profile`: measure random models, fit the latency table, and check it on held-out models."""
 
 from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,30 +14,29 @@ import numpy as np
 
 from ..runtime.base import flags
 from ..runtime.base.errors import DeviceError
-from ..runtime.latency.profile import DeviceProfile, MeasuredOn, Saving
+from ..runtime.latency.profile import DeviceProfile, HeldOutError, MeasuredOn, Saving
 from ..runtime.latency.shape import DecoderShape
 from .bench import bench
 from .device import Device
-from .profiling.artefacts import DEFAULT_TYPES, make_artefacts
-from .profiling.held_out import error_of, irregular_shapes, removals
-from .profiling.regression import assemble
-from .profiling.stacks import Design, Widths
+from .profiling.random_models import DEFAULT_TYPES, make_artefacts
+from .profiling.random_shapes import Design, Widths, irregular_shapes, removals
+from .profiling.regression import assemble, nnls_solver
 from .results import BenchOptions, Result, Run
 
-DECODED = 32
-"""Tokens decoded per measurement."""
+DECODED_TOKENS = 32
+"""Tokens to decode per measurement."""
 DEPTH = 512
-"""Tokens in the cache when the decode is measured again."""
+"""Tokens in the KV cache of the second decode."""
 SHORT_PROMPT, LONG_PROMPT = 32, 512
-DEPTHS = (DECODED // 2, DEPTH + DECODED // 2)
-"""Where the middle of each decode lies: the table's depths."""
+MEAN_DEPTHS = (DECODED_TOKENS // 2, DEPTH + DECODED_TOKENS // 2)
+"""Depth in the middle of each decode, which is the depth in the table."""
 DESIGNS = {"llama.cpp": Design.full, "onnxruntime": Design.full, "executorch": Design.thin}
-"""Engine -> which stacks are measured."""
-CALIBRATION = 10
-"""Irregular random models that the table is made to agree with; none of them is held out."""
-CALIBRATION_SEED = 1_000
+"""Maps an engine to the stacks that are measured."""
+NUM_FITTED_IRREGULAR = 10
+"""Irregular random models that the table is fitted to. None of them is held out."""
+FITTED_SEED = 1_000
 CONTEXT = 2048
-"""Tokens that the random models are made for."""
+"""Context of the random models in tokens."""
 
 
 @dataclass(frozen=True)
@@ -47,17 +46,17 @@ class ProfileOptions:
     profile_engine: Literal["llama.cpp", "onnxruntime", "executorch"] = "llama.cpp"
     """Engine to measure."""
     profile_type: str = ""
-    """Weight type, as efficientllm-export --quantize; default: q4_0, int4 and 8da4w by engine."""
+    """Weight type, as in efficientllm-export --quantize; default: q4_0, int4 or 8da4w by engine."""
     profile_like: str = ""
-    """Model folder whose pruned shapes are to be priced; default: the widths of SmolLM2-135M."""
+    """Model folder whose pruned shapes the profile must cover; default: the widths of SmolLM2-135M."""
     profile_held_out: int = flags.number(6, at_least=2)
-    """Irregular random models that the table is checked on, by which its error is said."""
+    """Number of irregular random models that measure the error of the profile."""
     profile_savings: bool = False
-    """Also measure what single removals from the source save, beside what the table says."""
+    """Also measure the time saved by single removals from the source, beside the predictions."""
     profile_name: str = ""
-    """What to call the device in the profile; default: its --device."""
+    """Name of the device in the profile; default: the value of --device."""
     profile_work: str = ""
-    """Folder that keeps the random models for the next profile; default: none is kept."""
+    """Folder that keeps the random models for the next profile; default: they are deleted."""
 
     def __post_init__(self) -> None:
         flags.check_fields(self)
@@ -68,36 +67,44 @@ class ProfileOptions:
 
 
 def profile(
-    device: Device, options: BenchOptions, settings: ProfileOptions, path: Path, say: Callable[[str], None]
+    device: Device, options: BenchOptions, settings: ProfileOptions, path: Path, log: Callable[[str], None]
 ) -> DeviceProfile:
-    """Measure the table of `device` and write it to `path`; MissingExtraError and DeviceError say what is missing."""
+    """Measure the latency profile of `device` and write it to `path`.
+
+    Raises MissingExtraError for a missing package, and DeviceError for a failed measurement.
+    """
+    nnls_solver()  # raises before the measurement, which takes minutes
     widths = Widths.of_model(settings.profile_like) if settings.profile_like else Widths()
     design = DESIGNS[settings.profile_engine](widths)
-    stacks, unseen = design.stacks(), irregular_shapes(widths, settings.profile_held_out)
-    whole = [*irregular_shapes(widths, CALIBRATION, CALIBRATION_SEED), *design.neighbours]
-    single = removals(widths) if settings.profile_savings else {}
-    timed = dataclasses.replace(
+    fitted = [
+        *design.stacks(),
+        *irregular_shapes(widths, NUM_FITTED_IRREGULAR, FITTED_SEED),
+        *design.neighbours,
+    ]
+    held_out = irregular_shapes(widths, settings.profile_held_out)
+    removed = removals(widths) if settings.profile_savings else {}
+    is_llama_cpp = settings.profile_engine == "llama.cpp"
+    bench_options = dataclasses.replace(
         options,
         prompt_tokens=(SHORT_PROMPT, LONG_PROMPT),
-        decode_tokens=(DECODED,),
+        decode_tokens=(DECODED_TOKENS,),
         depths=(DEPTH,),
         repetitions=1,
-        # one for all: with "auto", each model would be tried for seconds, and might end with another than the last
-        kv_cache="q8_0" if settings.profile_engine == "llama.cpp" and options.kv_cache == "auto" else options.kv_cache,
+        # "auto" would take seconds per model, and might choose different types for different models.
+        kv_cache="q8_0" if is_llama_cpp and options.kv_cache == "auto" else options.kv_cache,
     )
     with _work_folder(settings) as folder:
-        shapes = list(dict.fromkeys([*stacks, *whole, *unseen, *single.values()]))
-        artefacts = make_artefacts(shapes, settings.profile_engine, settings.weight_type, CONTEXT, Path(folder), say)
-        run = bench(device, artefacts, timed, say, path.with_suffix(".bench.json"))
-    found = dict(zip(shapes, run.results, strict=True))
-    measured_on = _measured_on(run, timed, settings)
+        shapes = list(dict.fromkeys([*fitted, *held_out, *removed.values()]))
+        artefacts = make_artefacts(shapes, settings.profile_engine, settings.weight_type, CONTEXT, Path(folder), log)
+        run = bench(device, artefacts, bench_options, log, path.with_suffix(".bench.json"))
+    measured_on = _measured_on(run, bench_options, settings)
+    results = zip(shapes, run.results, strict=True)
+    measured_ms = {shape: _milliseconds(result, measured_on.clock) for shape, result in results}
     prompts = (1, SHORT_PROMPT, LONG_PROMPT)
-    times = {shape: _milliseconds(result, measured_on.clock) for shape, result in found.items()}
-    table = assemble(design, DEPTHS, prompts, {shape: times[shape] for shape in [*stacks, *whole]})
-    made = _checked(DeviceProfile(measured_on, table), {shape: times[shape] for shape in unseen})
-    made = dataclasses.replace(
-        made, savings=_savings(made, {name: (shape, times[shape]) for name, shape in single.items()})
-    )
+    table = assemble(design, MEAN_DEPTHS, prompts, {shape: measured_ms[shape] for shape in fitted})
+    made = _with_errors(DeviceProfile(measured_on, table), {shape: measured_ms[shape] for shape in held_out})
+    savings = _savings(made, {name: (shape, measured_ms[shape]) for name, shape in removed.items()})
+    made = dataclasses.replace(made, savings=savings)
     made.save(path)
     return made
 
@@ -110,11 +117,16 @@ def _work_folder(settings: ProfileOptions) -> AbstractContextManager[str]:
 
 
 def _measured_on(run: Run, options: BenchOptions, settings: ProfileOptions) -> MeasuredOn:
-    """CPU time is the clock of one thread, where the device tells it; several threads wait for each other."""
+    """Return the description of the measurement.
+
+    The clock is CPU time for one thread, if the device reports it. Several threads wait for each other, so their
+    clock is wall time.
+    """
     first, threads = run.results[0], options.threads or run.device.cores
-    chosen = {result.engine_settings for result in run.results}
-    if len(chosen) > 1:
-        raise DeviceError(f"models ran with different settings: {'; '.join(sorted(chosen))}; give --kv-cache q8_0")
+    engine_settings = {result.engine_settings for result in run.results}
+    if len(engine_settings) > 1:
+        different = "; ".join(sorted(engine_settings))
+        raise DeviceError(f"models ran with different settings: {different}; give --kv-cache q8_0")
     return MeasuredOn(
         device=settings.profile_name or run.device.name,
         cpu=run.device.cpu,
@@ -131,48 +143,55 @@ def _measured_on(run: Run, options: BenchOptions, settings: ProfileOptions) -> M
 
 
 def _milliseconds(result: Result, clock: str) -> np.ndarray:
-    """Milliseconds [conditions] of a model; DeviceError where a test is missing."""
+    """Return the milliseconds [conditions] of a model. Raises DeviceError if a test is missing."""
 
     def per_token(test: str) -> float:
         if test not in result.speeds:
-            raise DeviceError(f"the device measured no {test}: {result.skipped.get(test, 'see the messages above')}")
+            reason = result.skipped.get(test, "see the messages above")
+            raise DeviceError(f"the device did not measure {test}: {reason}")
         return result.quiet_ms(test, clock)
 
-    first, deep = per_token(f"tg{DECODED}"), per_token(f"tg{DECODED}@d{DEPTH}")
-    return np.array(
-        [first, deep, first, *(length * per_token(f"pp{length}") for length in (SHORT_PROMPT, LONG_PROMPT))]
-    )
+    decode, deep_decode = per_token(f"tg{DECODED_TOKENS}"), per_token(f"tg{DECODED_TOKENS}@d{DEPTH}")
+    prompts = [length * per_token(f"pp{length}") for length in (SHORT_PROMPT, LONG_PROMPT)]
+    return np.array([decode, deep_decode, decode, *prompts])  # a prompt of one token is a decode
 
 
-def _checked(profile: DeviceProfile, measured_ms: dict[DecoderShape, np.ndarray]) -> DeviceProfile:
-    """The profile with its error on models that took no part in it."""
-    predicted = {shape: [profile.decode_ms(shape, depth) for depth in DEPTHS] for shape in measured_ms}
+def _with_errors(profile: DeviceProfile, measured_ms: dict[DecoderShape, np.ndarray]) -> DeviceProfile:
+    """Return the profile with its errors on held-out models."""
+    predicted_ms = {shape: [profile.decode_ms(shape, depth) for depth in MEAN_DEPTHS] for shape in measured_ms}
     errors = tuple(
-        error_of(depth, [ms[index] for ms in measured_ms.values()], [ms[index] for ms in predicted.values()])
+        error_of(depth, [ms[index] for ms in measured_ms.values()], [ms[index] for ms in predicted_ms.values()])
         for index, depth in enumerate((0, DEPTH))
     )
     models = tuple(
-        asdict(shape) | {"measured_ms": ms[: len(DEPTHS)].tolist(), "predicted_ms": predicted[shape]}
+        asdict(shape) | {"measured_ms": ms[: len(MEAN_DEPTHS)].tolist(), "predicted_ms": predicted_ms[shape]}
         for shape, ms in measured_ms.items()
     )
     return dataclasses.replace(profile, errors=errors, held_out=models)
 
 
+def error_of(depth: int, measured_ms: Sequence[float], predicted_ms: Sequence[float]) -> HeldOutError:
+    """Return the error over several models at one depth."""
+    measured, predicted = np.array(measured_ms), np.array(predicted_ms)
+    relative = np.abs(predicted / measured - 1)
+    variance = float(((measured - measured.mean()) ** 2).sum())
+    r2 = 1 - float(((measured - predicted) ** 2).sum()) / variance if variance else 0.0
+    return HeldOutError(depth, len(measured), float(np.median(relative)), float(relative.max()), r2)
+
+
 def _savings(profile: DeviceProfile, models: dict[str, tuple[DecoderShape, np.ndarray]]) -> tuple[Saving, ...]:
-    """What each model saves against the first."""
-    found = []
-    for index, (named, depth) in enumerate(zip((0, DEPTH), DEPTHS, strict=True)):
-        pairs = {name: (ms[index], profile.decode_ms(shape, depth)) for name, (shape, ms) in models.items()}
-        whole = next(iter(pairs.values()), (0.0, 0.0))
-        found += [
-            Saving(name, named, float(whole[0] - measured), float(whole[1] - predicted))
-            for name, (measured, predicted) in list(pairs.items())[1:]
-        ]
-    return tuple(found)
+    """Return the milliseconds that each model saves compared with the first, measured and predicted."""
+    savings = []
+    for index, (depth, mean_depth) in enumerate(zip((0, DEPTH), MEAN_DEPTHS, strict=True)):
+        pairs = [(name, ms[index], profile.decode_ms(shape, mean_depth)) for name, (shape, ms) in models.items()]
+        for name, measured, predicted in pairs[1:]:
+            _, source_measured, source_predicted = pairs[0]
+            savings.append(Saving(name, depth, float(source_measured - measured), float(source_predicted - predicted)))
+    return tuple(savings)
 
 
 def summary(profile: DeviceProfile) -> str:
-    """The profile's error for the terminal."""
+    """Return the errors and savings of a profile for the terminal."""
     on = profile.measured_on
     lines = ["EMULATED: no figure here is the device's"] if on.emulated else []
     lines.append(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +14,11 @@ from latency import HEAD_DIM, MEASURED_ON, true_ms
 from priced import tiny_profile, tiny_time
 from tiny import tiny_architecture
 
-from efficientllm.devices import cli
-from efficientllm.devices import profiler as profiling
-from efficientllm.devices.profiling.checkpoint import write_checkpoint
-from efficientllm.devices.profiling.held_out import error_of, irregular_shapes, removals
-from efficientllm.devices.profiling.regression import assemble
-from efficientllm.devices.profiling.stacks import Design, Widths, neighbours
+from efficientllm.devices import cli, profiler
+from efficientllm.devices.profiler import error_of
+from efficientllm.devices.profiling.random_models import write_checkpoint
+from efficientllm.devices.profiling.random_shapes import Design, Widths, irregular_shapes, neighbours, removals
+from efficientllm.devices.profiling.regression import FEATURES, assemble, features
 from efficientllm.export.checkpoint import Checkpoint
 from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.base.errors import UsageError
@@ -51,6 +51,25 @@ def test_stacks_are_taken_apart_into_what_they_are_made_of(build: Callable[[Widt
         assert profile.prefill_ms(shape, 32) == pytest.approx(32 * true_ms(shape, 0))
 
 
+def test_a_feature_of_another_name_is_refused() -> None:
+    row = features(attention=1, heads=3)
+    assert dict(zip(FEATURES, row, strict=True)) == dict.fromkeys(FEATURES, 0.0) | {"attention": 1.0, "heads": 3.0}
+    with pytest.raises(ValueError, match="head: not among the features token, attention"):
+        features(attention=1, head=3)
+
+
+def test_a_profile_without_scipy_names_its_extra_before_it_measures(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    monkeypatch.setitem(sys.modules, "scipy.optimize", None)
+    assert run_command(cli.body, ["--profile", str(tmp_path / "profile.json")]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert "scipy" in error
+    assert "efficientllm[bench]" in error
+    assert not list(tmp_path.iterdir())
+
+
 def test_noise_of_single_models_hardly_reaches_the_table() -> None:
     """Every model is off by a few per cent, and some by half."""
     design, random = Design.full(Widths()), np.random.default_rng(3)
@@ -76,7 +95,7 @@ def test_a_step_of_a_kernel_is_in_the_table() -> None:
     profile = DeviceProfile(MEASURED_ON, assemble(design, (0,), (1,), stacks))
     step = (
         profile.ffn_ms(design.ffn(width), 576, Workload.at_depth(0)) - 3e-7 * 576 * width - 0.02
-    ) * design.num_on_top
+    ) * design.num_top_layers
     assert step == pytest.approx(0.03 / 1.03 * stacks[stepped][0], rel=0.2)
 
 
@@ -245,7 +264,7 @@ def test_a_bench_shows_what_a_profile_predicts(
 def test_a_profile_of_this_machine_prices_what_it_measured(
     engine: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(profiling, "Widths", lambda: SMALL)
+    monkeypatch.setattr(profiler, "Widths", lambda: SMALL)
     file = tmp_path / "profile.json"
     command = ["--profile", str(file), "--profile-engine", engine, "--rounds", "1", "--threads", "1"]
     assert (
@@ -262,7 +281,7 @@ def test_a_profile_of_this_machine_prices_what_it_measured(
     assert profile.measured_on.device == "a stand-in"
     assert profile.measured_on.clock == "cpu"
     assert [error.depth for error in profile.errors] == [0, 512]
-    whole = DecoderShape(64, 32, 1024, (SMALL.whole,) * 3)
+    whole = DecoderShape(64, 32, 1024, (SMALL.source_layer,) * 3)
     assert profile.decode_ms(whole, 512) > profile.decode_ms(whole, 0) > 0
     stacks = json.loads((tmp_path / "profile.bench.json").read_text())["results"]
     models = {*Design.full(SMALL).stacks(), *irregular_shapes(SMALL, 2), *removals(SMALL).values(), *neighbours(SMALL)}

@@ -1,1 +1,1 @@
-"""Measuring a device's latency table: stacks of layers are exported, timed in turn, and taken apart into parts."""
+"""Measurement of a latency profile: export stacks of layers, time them in turn, and fit the cost of each part."""

@@ -1,49 +1,85 @@
-"""From the milliseconds of stacks and whole models to the table of parts.
+"""Fit of a latency table to the measured milliseconds of random models.
 
-A difference of two stacks holds the noise of both, and a model of many layers finds less of itself in the caches than
-a stack of twelve. So every condition gets a formula of eleven rates of parts, one for weights that the CPU's cache has
-no room for and one for rows of an odd number of blocks, fitted to all models at once; a node that a stack measures
-keeps what the formula leaves of that stack, which is where other steps of a kernel are.
+A difference of two stacks contains the noise of both. A model of many layers also finds a smaller share of its weights
+in the CPU's caches than a stack of twelve layers. So each condition has one linear formula over FEATURES, with two
+surcharges: for weights that exceed the CPU's cache, and for rows of an odd number of blocks. It is fitted to all models
+at once. A node that a stack measures also keeps the residual of that stack, which contains the steps of kernels.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from ...runtime.latency.shape import DecoderShape, LayerShape
+from ...runtime.base.extras import extra
+from ...runtime.latency.shape import DecoderShape
 from ...runtime.latency.table import PARTS, Grid, LatencyTable, Surcharge, missed, odd_rows
-from .stacks import Design
+from .random_shapes import Design
 
-TERMS = 11
-"""Of the parts."""
+FEATURES = (
+    "token",
+    "attention",
+    "ffn",
+    "attention_mweights",
+    "ffn_mweights",
+    "head_mweights",
+    "heads",
+    "groups",
+    "no_ffn",
+    "ffn_kchannels",
+    "head_krows",
+)
+"""Features of a model: numbers of parts, millions of weights, heads, and thousands of FFN channels and LM head rows."""
+SURCHARGES = ("odd_krows", "spilled_mweights")
+"""Further columns of the fit: thousands of odd rows, and millions of weights that exceed the cache."""
 OUTLIER = 0.05
-"""Relative error beyond which a model counts less: something else ran beside it."""
+"""Relative error above which a model has less weight, because other work probably disturbed its measurement."""
 NOISE = 2.0
-"""What the formula leaves of a stack counts beyond so many medians of what it leaves of all models."""
-CAPACITIES = 16
-"""Sizes of the cache that are tried."""
-WORTH_A_TERM = 0.8
-"""Share of the squared errors without it that a spill may leave: one more rate fits a little better by chance."""
+"""The residual of a stack counts from this multiple of the median residual of all models."""
+NUM_CAPACITIES = 16
+"""Number of cache sizes to try."""
+MAX_SPILL_LOSS = 0.8
+"""Largest loss with spilled weights, relative to without, that justifies them. Any further column fits a bit better."""
 PASSES = 20
-"""Of fitting and weighing again."""
+"""Fits with weights from the errors of the fit before."""
+MAX_ITERATIONS = 10_000
+"""Limit of the NNLS solver, far above the few dozen iterations that it needs."""
+
+Solver = Callable[..., tuple[np.ndarray, float]]
+
+
+def nnls_solver() -> Solver:
+    """Return scipy's solver of non-negative least squares. Raises MissingExtraError without scipy."""
+    with extra("bench"):
+        from scipy.optimize import nnls
+    return nnls
+
+
+def features(**values: float) -> np.ndarray:
+    """Return a row [FEATURES] with the named values and 0 elsewhere. Raises ValueError for an unknown name."""
+    unknown = values.keys() - set(FEATURES)
+    if unknown:
+        raise ValueError(f"{', '.join(sorted(unknown))}: not among the features {', '.join(FEATURES)}")
+    return np.array([float(values.get(name, 0)) for name in FEATURES])
 
 
 def assemble(
     design: Design, depths: tuple[int, ...], prompts: tuple[int, ...], measured_ms: Mapping[DecoderShape, np.ndarray]
 ) -> LatencyTable:
-    """The table of a device, of the milliseconds [depths and prompts] of the design's stacks and other models."""
+    """Return the latency table of a device.
+
+    `measured_ms` holds the milliseconds [conditions] of the design's stacks and of other models. The conditions are
+    a decode at each of `depths`, then a prompt of each of `prompts` tokens.
+    """
+    shapes = list(measured_ms)
     measured = np.array(list(measured_ms.values()))
-    rates, surcharge = _fit_all(list(measured_ms), measured)
-    fitted = np.array([_model_features(shape) @ rates + surcharge.of(shape) for shape in measured_ms])
-    noise = NOISE * np.median(np.abs(fitted / measured - 1), axis=0)
-    left = {
-        shape: _left(ms, values, noise) / design.num_on_top
-        for (shape, ms), values in zip(measured_ms.items(), fitted, strict=True)
-    }
-    axes = {
+    rates, surcharge = _fit_conditions(shapes, measured)
+    fitted = np.array([_model_features(shape) @ rates + surcharge.of(shape) for shape in shapes])
+    residuals = _significant_residuals(measured, fitted) / design.num_top_layers
+    layer_residuals = dict(zip(shapes, residuals, strict=True))
+    nodes_by_axis = {
         "hidden_size": design.hidden_sizes,
         "vocab_size": (1, design.widths.vocab_size),
         "num_key_value_heads": design.groups,
@@ -52,110 +88,118 @@ def assemble(
     }
     parts = {}
     for part, names in PARTS.items():
-        nodes = list(itertools.product(*(axes[name] for name in names)))
+        axes = tuple(nodes_by_axis[name] for name in names)
         ms = [
-            _part_features(part, design.widths.head_dim, *node) @ rates + _kept(design, part, node, left)
-            for node in nodes
+            _part_features(part, design.widths.head_dim, *node) @ rates
+            + _node_residual(design, part, node, layer_residuals)
+            for node in itertools.product(*axes)
         ]
-        shape = (*(len(axes[name]) for name in names), measured.shape[1])
-        parts[part] = Grid(tuple(axes[name] for name in names), np.array(ms).reshape(shape))
+        parts[part] = Grid(axes, np.array(ms).reshape(*map(len, axes), measured.shape[1]))
     return LatencyTable(design.widths.head_dim, depths, prompts, parts, surcharge)
 
 
-def _left(measured: np.ndarray, formula: np.ndarray, noise: np.ndarray) -> np.ndarray:
-    """What the formula leaves of a stack [conditions] beyond the `noise` of all, relative; nothing where that is more
-    than a step: a disturbance. A layer's share of it counts for every layer of a model, so noise would count thirty
-    times."""
-    left = measured - formula
-    beyond = np.sign(left) * np.maximum(np.abs(left) - noise * measured, 0.0)
-    return np.where(np.abs(left / measured) < OUTLIER, beyond, 0.0)
+def _significant_residuals(measured: np.ndarray, fitted: np.ndarray) -> np.ndarray:
+    """Return the residuals [models, conditions] beyond the noise of all models.
+
+    A layer's share of the residual is added for each layer of a model, so noise would be added up to thirty times. A
+    relative residual above OUTLIER is 0, because it is a disturbance and not the step of a kernel.
+    """
+    noise = NOISE * np.median(np.abs(fitted / measured - 1), axis=0)
+    residuals = measured - fitted
+    beyond_noise = np.sign(residuals) * np.maximum(np.abs(residuals) - noise * measured, 0.0)
+    return np.where(np.abs(residuals / measured) < OUTLIER, beyond_noise, 0.0)
 
 
-def _kept(
-    design: Design, part: str, node: tuple[int, ...], left: Mapping[DecoderShape, np.ndarray]
+def _node_residual(
+    design: Design, part: str, node: tuple[int, ...], layer_residuals: Mapping[DecoderShape, np.ndarray]
 ) -> np.ndarray | float:
-    """The share of one layer on top of a stack that measures the node."""
+    """Return the residual of one layer in the stack that measures the node, and 0 if none does."""
     hidden, *widths = node
     if part not in ("attention", "ffn"):
         return 0.0
     layer = design.attention(widths[0], widths[1]) if part == "attention" else design.ffn(widths[0])
-    if layer == design.widths.whole:  # as much the one as the other's
-        return left.get(design.stack(hidden, layer), np.zeros(1)) / 2
-    return left.get(design.stack(hidden, layer), 0.0)
+    residual = layer_residuals.get(design.stack(hidden, layer), 0.0)
+    # Both parts share the residual of the source's own layer.
+    return residual / 2 if layer == design.widths.source_layer else residual
 
 
 def _part_features(part: str, head_dim: int, hidden: float, *widths: float) -> np.ndarray:
-    """One per token, attention and FFN; millions of weights in each and the head; heads; groups; one per absent FFN;
-    thousands of FFN channels and of the head's rows, each a product of its own."""
+    """Return the features of one part of a model."""
     if part == "token":
-        return np.array([1.0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0])
+        return features(token=1)
     if part == "head":
-        return np.array([0, 0, 0, 0, 0, hidden * widths[0] / 1e6, 0, 0, 0, 0, widths[0] / 1e3])
+        (rows,) = widths
+        return features(head_mweights=hidden * rows / 1e6, head_krows=rows / 1e3)
     if part == "attention":
-        groups, heads = widths[0], widths[0] * widths[1]
-        return np.array([0, 1.0, 0, 2e-6 * hidden * head_dim * (heads + groups), 0, 0, heads, groups, 0, 0, 0])
+        groups, ratio = widths
+        heads = groups * ratio
+        mweights = 2e-6 * hidden * head_dim * (heads + groups)
+        return features(attention=1, attention_mweights=mweights, heads=heads, groups=groups)
     if part == "ffn":
-        return np.array([0, 0, 1.0, 0, 3e-6 * hidden * widths[0], 0, 0, 0, 0, widths[0] / 1e3, 0])
-    return np.array([0, 0, 0, 0, 0, 0, 0, 0, part == "no_ffn", 0, 0], float)
+        (channels,) = widths
+        return features(ffn=1, ffn_mweights=3e-6 * hidden * channels, ffn_kchannels=channels / 1e3)
+    return features(no_ffn=part == "no_ffn")
 
 
 def _model_features(shape: DecoderShape) -> np.ndarray:
-    """Sums of the terms over a whole model."""
-    once = [("token", ()), ("head", (shape.vocab_size,))]
-    parts = once + [part for layer in shape.present_layers for part in _layer_parts(layer)]
-    return np.sum([_part_features(part, shape.head_dim, shape.hidden_size, *widths) for part, widths in parts], axis=0)
+    """Return the sum of the features of all parts of a model."""
+    rows = [_part_features(part, shape.head_dim, shape.hidden_size, *widths) for part, *widths in _model_parts(shape)]
+    return np.sum(rows, axis=0)
 
 
-def _layer_parts(layer: LayerShape) -> Sequence[tuple[str, tuple[float, ...]]]:
-    groups, width = layer.num_key_value_heads, layer.intermediate_size
-    attention = [("attention", (groups, layer.num_attention_heads / groups))] if groups else []
-    return [*attention, ("ffn", (width,)) if width else ("no_ffn", ())]
+def _model_parts(shape: DecoderShape) -> Iterator[tuple[str, *tuple[float, ...]]]:
+    """Yield the name and the widths of each part of a model."""
+    yield ("token",)
+    yield ("head", shape.vocab_size)
+    for layer in shape.present_layers:
+        groups = layer.num_key_value_heads
+        if groups:
+            yield ("attention", groups, layer.num_attention_heads / groups)
+        yield ("ffn", layer.intermediate_size) if layer.intermediate_size else ("no_ffn",)
 
 
-def _fit_all(shapes: Sequence[DecoderShape], measured: np.ndarray) -> tuple[np.ndarray, Surcharge]:
-    """Rates [TERMS, conditions] of the parts, and the surcharge, of the cache that fits each condition best."""
-    sizes = np.array([shape.num_weights for shape in shapes], float)
-    features = np.array([[*_model_features(shape), 1e-3 * odd_rows(shape)] for shape in shapes])
-    capacities = np.geomspace(sizes.min(), sizes.max() / 2, CAPACITIES)
-    found = [_fit_one(features, sizes, capacities, ms) for ms in measured.T]
-    rates = np.array([fit[:TERMS] for fit, _ in found]).T
-    odd_ms, spill_ms = (np.array([fit[index] for fit, _ in found]) for index in (TERMS, TERMS + 1))
-    return rates, Surcharge(np.array([capacity for _, capacity in found]), spill_ms, odd_ms)
+def _fit_conditions(shapes: Sequence[DecoderShape], measured: np.ndarray) -> tuple[np.ndarray, Surcharge]:
+    """Return the rates [FEATURES, conditions] and the surcharge, with the best cache size of each condition."""
+    num_weights = np.array([shape.num_weights for shape in shapes], float)
+    columns = np.array([[*_model_features(shape), 1e-3 * odd_rows(shape)] for shape in shapes])
+    capacities = np.geomspace(num_weights.min(), num_weights.max() / 2, NUM_CAPACITIES)
+    fits = [_fit_condition(columns, num_weights, capacities, ms) for ms in measured.T]
+    rates = np.array([rates for rates, _ in fits]).T
+    odd_ms, spill_ms = rates[len(FEATURES) :]
+    return rates[: len(FEATURES)], Surcharge(np.array([capacity for _, capacity in fits]), spill_ms, odd_ms)
 
 
-def _fit_one(
-    features: np.ndarray, sizes: np.ndarray, capacities: np.ndarray, ms: np.ndarray
+def _fit_condition(
+    columns: np.ndarray, num_weights: np.ndarray, capacities: np.ndarray, ms: np.ndarray
 ) -> tuple[np.ndarray, float]:
-    """Rates of the features and of spilt weights, and the capacity from which they spill."""
-    without = np.append(_fit(features, ms), 0.0)
+    """Return the rates [FEATURES and SURCHARGES] of one condition, and the cache size in weights."""
+    without_spill = _fit(columns, ms)
     fits = []
     for capacity in capacities:
-        columns = np.column_stack([features, 1e-6 * sizes * missed(sizes, capacity)])
-        fit = _fit(columns, ms)
-        fits.append((_loss(columns @ fit, ms), fit, float(capacity)))
-    loss, fit, capacity = min(fits, key=lambda each: each[0])
-    is_worth_it = loss < WORTH_A_TERM * _loss(features @ without[:-1], ms)
-    return (fit, capacity) if is_worth_it else (without, 1.0)
+        spilled = np.column_stack([columns, 1e-6 * num_weights * missed(num_weights, capacity)])
+        rates = _fit(spilled, ms)
+        fits.append((_loss(spilled @ rates, ms), rates, float(capacity)))
+    loss, rates, capacity = min(fits, key=lambda fit: fit[0])
+    if loss < MAX_SPILL_LOSS * _loss(columns @ without_spill, ms):
+        return rates, capacity
+    return np.append(without_spill, 0.0), 1.0
 
 
 def _loss(predicted: np.ndarray, measured: np.ndarray) -> float:
-    """Squares of relative errors; those of outliers count as OUTLIER."""
+    """Return the sum of squared relative errors, each limited to OUTLIER."""
     return float((np.minimum(np.abs(predicted / measured - 1), OUTLIER) ** 2).sum())
 
 
-def _fit(features: np.ndarray, measured: np.ndarray) -> np.ndarray:
-    """Rates, none negative, for small relative errors: least squares again and again, with less of the outliers."""
+def _fit(columns: np.ndarray, measured: np.ndarray) -> np.ndarray:
+    """Return non-negative rates with small relative errors, by iteratively reweighted least squares.
+
+    Models with errors above OUTLIER have less weight in the next pass.
+    """
+    solve = nnls_solver()
     weights = 1 / measured
-    rates = np.zeros(features.shape[1])
+    rates = np.zeros(columns.shape[1])
     for _ in range(PASSES):
-        active = list(range(features.shape[1]))
-        while True:
-            solution, *_ = np.linalg.lstsq(features[:, active] * weights[:, None], measured * weights, rcond=None)
-            if solution.min() >= 0 or len(active) == 1:
-                break
-            del active[int(solution.argmin())]
-        rates[:] = 0
-        rates[active] = np.maximum(solution, 0)
-        off = np.abs(features @ rates / measured - 1)
-        weights = np.sqrt(np.minimum(1, OUTLIER / np.maximum(off, 1e-9))) / measured
+        rates, _ = solve(columns * weights[:, None], measured * weights, maxiter=MAX_ITERATIONS)
+        errors = np.abs(columns @ rates / measured - 1)
+        weights = np.sqrt(np.minimum(1, OUTLIER / np.maximum(errors, 1e-9))) / measured
     return rates
