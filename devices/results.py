@@ -1,4 +1,4 @@
-"""The one schema of benchmark results: what was asked for, on which device, and what came out."""
+"""Schema of benchmark results: the options, the device and the figures of a run."""
 
 from __future__ import annotations
 
@@ -18,10 +18,13 @@ from ..runtime.base.typed import check_value
 from ..runtime.engines.engine import CacheChoice
 
 SCHEMA_VERSION = 3
+THROTTLING_DROP = 0.15
+"""Smallest relative drop of the clock between warm-up and end that is reported as throttling."""
+PAIRS = ("temperature_celsius", "clock_mhz")
+"""Fields of `Readings` that are tuples, which JSON stores as lists."""
 
 
 def _with_tuples(values: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """JSON has lists only."""
     return values | {name: tuple(values[name]) for name in names if values.get(name) is not None}
 
 
@@ -30,25 +33,25 @@ class BenchOptions:
     """measurement"""
 
     prompt_tokens: tuple[int, ...] = flags.whole_numbers(128, 512, at_least=1)
-    """Lengths of the timed prefills: pp128, pp512 as llama-bench names them."""
+    """Prompt lengths of the timed prefills, named pp128 and pp512 as in llama-bench."""
     decode_tokens: tuple[int, ...] = flags.whole_numbers(64, 128, at_least=1)
-    """Tokens decoded one by one from an empty context: tg64, tg128."""
+    """Numbers of tokens to decode one by one from an empty context, named tg64 and tg128."""
     depths: tuple[int, ...] = flags.whole_numbers(512, 1536, at_least=0)
-    """Contexts already filled when the shortest decode is timed again: tg64@d512; 0: none."""
+    """Tokens already in the context when the shortest decode is timed again, named tg64@d512; 0: none."""
     repetitions: int = flags.number(3, at_least=1)
     """Timed repetitions per process, after one that warms up."""
     rounds: int = flags.number(3, at_least=1)
-    """Processes per artefact; artefacts take turns, so that drift of the machine hits all alike."""
+    """Processes per artefact. Artefacts take turns, so that a drift of the machine affects all of them alike."""
     threads: int = flags.number(0, at_least=0)
     """CPU threads; 0: all cores."""
     kv_cache: CacheChoice = "auto"
-    """gguf: what keys and values are stored as; auto: what is fastest, as measured on the device."""
+    """gguf: storage type of keys and values; auto: the fastest, as measured on the device."""
     huge_pages: bool = True
-    """Linux: move what was read into huge pages, as efficientllm-chat and -serve do."""
+    """Linux: move the loaded model into huge pages, as efficientllm-chat and -serve do."""
     max_temp: float = flags.number(0.0, at_least=0)
-    """Degrees Celsius the device must have cooled to before each process; 0: do not wait."""
+    """Degrees Celsius to which the device must cool before each process; 0: do not wait."""
     cool_down_minutes: float = flags.number(15.0, at_least=0)
-    """Longest wait for that."""
+    """Longest wait for --max-temp, in minutes."""
 
     def __post_init__(self) -> None:
         flags.check_fields(self)
@@ -61,7 +64,7 @@ class BenchOptions:
 
     @property
     def context(self) -> int:
-        """Tokens of context that the longest test needs."""
+        """Return the tokens of context that the longest test needs."""
         decode = min(self.decode_tokens) + max(self.depths, default=0)
         return max(*self.prompt_tokens, max(self.decode_tokens) + 1, decode) + 1
 
@@ -71,91 +74,94 @@ class DeviceInfo:
     """The machine that ran the artefacts."""
 
     name: str
-    """As it was given to --device."""
+    """Value of --device."""
     system: str
     """Operating system and release."""
     machine: str
-    """Instruction set: x86_64, aarch64, ..."""
+    """Instruction set, such as x86_64 or aarch64."""
     cpu: str
     cores: int
     ram_bytes: int
-    """0 where the device does not tell."""
+    """0 if the device does not report it."""
     board: str = ""
     """Model of the board or phone."""
     known: dict[str, Any] = field(default_factory=dict)
-    """Entry of the table of known devices: SoC, cores, RAM."""
+    """Always empty. Earlier releases wrote an entry of a table of devices, and readers may expect the field."""
     virtual: str = ""
-    """What lies between programs and hardware: qemu-user, virtual machine (kvm), ...; "" where nothing was found."""
+    """Layer between programs and hardware, such as qemu-user or virtual machine (kvm); "" if none was found."""
     emulated: bool = False
-    """Whether it translates instructions: then no figure says anything about the device."""
+    """True if that layer translates instructions. No figure describes the device then."""
 
 
-Sample = TypeVar("Sample")
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
-class Readings(Generic[Sample]):
-    """What is read of one artefact; a Sample is what one process or several say of one figure."""
+class Readings(Generic[Value]):
+    """Readings of one artefact. A Value holds one figure, of one process or pooled over several."""
 
-    speeds: dict[str, Sample]
+    speeds: dict[str, Value]
     """Tokens per second by test: pp128, tg64, tg64@d512, ..."""
-    cpu_ms_per_token: dict[str, Sample] = field(default_factory=dict)
-    """CPU time of all threads by test, beside the wall time that `speeds` counts: other processes do not add to it.
+    cpu_ms_per_token: dict[str, Value] = field(default_factory=dict)
+    """CPU time of all threads by test, to which other processes do not add. Empty if the program does not report it."""
+    quiet_ms_per_token: dict[str, Value] = field(default_factory=dict)
+    """First quartile over the tokens of a decode, by test: wall time, and CPU time as "TEST CPU".
 
-    Empty where the program on the device does not tell.
+    Other work of the machine disturbs some tokens, and the first quartile hardly. Empty as `cpu_ms_per_token`.
     """
-    quiet_ms_per_token: dict[str, Sample] = field(default_factory=dict)
-    """First quartile over the tokens of a decode, by test, of wall time, and of CPU time under "TEST CPU".
-
-    What the machine does beside it disturbs some tokens, and these hardly. Empty as above.
-    """
-    load_ms: Sample | None = None
-    time_to_first_token_ms: Sample | None = None
-    """From the first test's prompt to its first token."""
-    joules_per_token: Sample | None = None
-    """Of the whole package, system on chip or battery, over the longest decode."""
+    load_ms: Value | None = None
+    time_to_first_token_ms: Value | None = None
+    """Time from the first test's prompt to its first token."""
+    joules_per_token: Value | None = None
+    """Energy of the whole package, system on chip or battery during the longest decode."""
     engine_version: str = ""
     engine_build: str = ""
-    """What it says of its build: commit, instruction sets."""
+    """Commit and instruction sets of the engine, as it reports them."""
     threads: int = 0
     peak_rss_bytes: int = 0
-    """Weights are read, not mapped, so that they are counted once."""
+    """Peak resident memory. Weights are read, not mapped, so that they are counted once."""
     rss_anon_bytes: int = 0
-    """Allocations at the end; 0 where the system does not say."""
+    """Allocations at the end; 0 if the system does not report them."""
     rss_file_bytes: int = 0
-    """Mapped files at the end (libraries)."""
+    """Mapped files at the end, which are libraries."""
     huge_page_bytes: int = 0
-    """Of the allocations at the end, what lies in huge pages; 0 where the system does not say."""
+    """Part of the allocations in huge pages at the end; 0 if the system does not report it."""
     baseline_rss_bytes: int = 0
     """Resident memory of Python and its libraries before the model was loaded."""
     kv_cache_bytes: int = 0
-    """Key/value caches at the context measured; 0 where the file does not tell."""
+    """Bytes of the KV cache at the measured context; 0 if unknown."""
     engine_settings: str = ""
-    """What the engine chose for the device, such as the attention kernel."""
-    memory_bytes_per_second: Sample | None = None
-    """What as many threads read of a buffer as large as the artefact, in the same process: no decoded token can be
-    faster than that takes for all weights."""
+    """Settings that the engine chose for the device, such as the attention kernel."""
+    memory_bytes_per_second: Value | None = None
+    """Speed at which the same number of threads read a buffer of the artefact's size, in the same process.
+
+    A decoded token takes at least the time of reading all weights at this speed.
+    """
     temperature_celsius: tuple[float, float] | None = None
-    """Before the first repetition and after the last."""
+    """Temperature before the first repetition and after the last."""
     clock_mhz: tuple[float, float] | None = None
-    """Mean over the cores that work, the moment a decode has ended: after warming up (on a phone: while it measures, at
-    the beginning) and after the last repetition; of several processes the one whose clock fell most."""
+    """Mean clock of the working cores at the end of a decode: after warm-up, and after the last repetition.
+
+    On a phone the first value is from the beginning of the measurement. Of several processes, the one whose clock
+    dropped most.
+    """
     skipped: dict[str, str] = field(default_factory=dict)
-    """Tests that do not fit the artefact, with the reason."""
+    """Maps each test that does not fit the artefact to the reason."""
 
 
 @dataclass(frozen=True)
 class Measurement(Readings[list[float]]):
-    """What one process measured; lists have one entry per repetition."""
+    """Readings of one process. Lists have one entry per repetition."""
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Measurement:
-        """TypeError, AttributeError or ValueError where it is none."""
-        found = cls(**_with_tuples(values, ("temperature_celsius", "clock_mhz")))
-        check_value(found, Measurement, "it", {Sample: list[float]})
-        if not all(value > 0 for values in found.speeds.values() for value in values) or 0 in (found.clock_mhz or ()):
+        """Return the measurement in `values`. Raises TypeError, AttributeError or ValueError for other content."""
+        measurement = cls(**_with_tuples(values, PAIRS))
+        check_value(measurement, Measurement, "it", {Value: list[float]})
+        speeds = [speed for samples in measurement.speeds.values() for speed in samples]
+        if not all(speed > 0 for speed in speeds) or 0 in (measurement.clock_mhz or ()):
             raise ValueError("a speed or a clock is not positive")
-        return found
+        return measurement
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,67 +170,71 @@ class Result(Readings[Figure]):
 
     artefact: str
     sha256: str
-    """Of the model file, or of the list of files with their hashes where there are several."""
+    """SHA-256 of the model file, or of the list of files and hashes if there are several."""
     engine: str
     file_bytes: int
     manifest: dict[str, Any]
     """Contents of the artefact's manifest; empty for a bare file."""
     throttled: str
-    """The drop of the clock that was seen, "" where there was none."""
+    """Description of a drop of the clock; "" if none was seen."""
     process_medians: dict[str, list[float]] = field(default_factory=dict)
-    """Median of each process by test of `speeds`: where a process came to lie in memory is part of its speed."""
+    """Median of each process by test of `speeds`. The placement of a process in memory affects its speed."""
     num_parameters: int = 0
-    """0 where the artefact does not tell."""
+    """0 if the artefact does not contain it."""
     quantization: str = ""
-    """As its exporter calls it; "" where the artefact does not tell."""
+    """Weight type, as its exporter calls it; "" if the artefact does not contain it."""
 
     def check(self) -> None:
-        """ValueError where a figure is none that a measurement gives."""
+        """Raise ValueError if a figure is impossible for a measurement."""
         figures = [*self.speeds.values(), *self.cpu_ms_per_token.values(), *self.quiet_ms_per_token.values()]
-        figures += filter(None, [self.memory_bytes_per_second])
+        if self.memory_bytes_per_second:
+            figures.append(self.memory_bytes_per_second)
         if any(min(figure.low, figure.median, figure.high) <= 0 for figure in figures):
             raise ValueError(f"{self.artefact}: a figure is not positive")
         if self.file_bytes <= 0 or self.num_parameters < 0 or not all(self.clock_mhz or (1.0,)):
-            raise ValueError(f"{self.artefact}: bytes, parameters or clock cannot be")
+            raise ValueError(f"{self.artefact}: bytes, parameters or clock are out of range")
 
     @property
     def spread_of_processes(self) -> dict[str, float]:
-        """By how much of the slowest process the fastest is faster, by test; nothing of a single process."""
+        """Return by test the relative gap between the fastest and the slowest process. Empty for one process."""
         medians = {test: values for test, values in self.process_medians.items() if len(values) > 1}
         return {test: max(values) / min(values) - 1 for test, values in medians.items()}
 
     def share_of_bandwidth(self, test: str) -> float | None:
-        """How near a decode is to the limit of reading every byte of the artefact once per token: 1 is at it."""
+        """Return the speed of a decode relative to reading the whole artefact once per token, at most about 1."""
         if self.memory_bytes_per_second is None or test not in self.speeds:
             return None
         return self.speeds[test].median * self.file_bytes / self.memory_bytes_per_second.median
 
     def quiet_ms(self, test: str, clock: str) -> float:
-        """Milliseconds per token of a test, of CPU ("cpu") or wall time: whatever else the machine does only adds to
-        what a token takes, so the better quartile, of a decode that over its tokens."""
-        named = f"{test} CPU" if clock == "cpu" else test
-        if named in self.quiet_ms_per_token:
-            return self.quiet_ms_per_token[named].median
+        """Return the milliseconds per token of a test, of CPU time ("cpu") or wall time.
+
+        Other work of the machine only adds time, so this is the better quartile: over the tokens of a decode, else
+        over the repetitions.
+        """
+        name = f"{test} CPU" if clock == "cpu" else test
+        if name in self.quiet_ms_per_token:
+            return self.quiet_ms_per_token[name].median
         return self.cpu_ms_per_token[test].low if clock == "cpu" else 1000 / self.speeds[test].high
 
 
 def mean_context(test: str) -> float | None:
-    """Tokens before one that a decode computes (tg64, tg64@d512), on average: a decode of n has (n - 1) / 2 of its own;
-    None for a prefill."""
+    """Return the mean number of tokens before a decoded one (tg64, tg64@d512), and None for a prefill."""
     match = re.fullmatch(r"tg(\d+)(?:@d(\d+))?", test)
     return int(match[2] or 0) + (int(match[1]) - 1) / 2 if match else None
 
 
 def labels(results: Sequence[Result]) -> list[str]:
-    """A name for each: as much of its path's end as tells it from the others, its engine where only that differs."""
+    """Return a unique name per result: the shortest distinct end of its path, with its engine version if needed."""
     paths = {result.artefact for result in results}
     names = [_shortest_end(result.artefact, paths) for result in results]
     for name in {name for name in names if names.count(name) > 1}:
-        same = [index for index, other in enumerate(names) if other == name]
-        versions = [results[index].engine_version for index in same]
-        tell_apart = versions if len(set(versions)) == len(versions) else map(str, range(1, len(same) + 1))
-        for index, text in zip(same, tell_apart, strict=True):
-            names[index] = f"{name} ({text})"
+        indices = [index for index, other in enumerate(names) if other == name]
+        versions = [results[index].engine_version for index in indices]
+        is_distinct = len(set(versions)) == len(versions)
+        suffixes = versions if is_distinct else map(str, range(1, len(indices) + 1))
+        for index, suffix in zip(indices, suffixes, strict=True):
+            names[index] = f"{name} ({suffix})"
     return names
 
 
@@ -237,19 +247,20 @@ def _shortest_end(path: str, paths: Collection[str]) -> str:
     return path
 
 
-THROTTLING_DROP = 0.15
-"""Share of the clock whose loss between warm-up and end is reported."""
-
-
 def summarize(
     artefact: str, sha256: str, engine: str, file_bytes: int, manifest: dict[str, Any], runs: Sequence[Measurement]
 ) -> Result:
-    """Pool the repetitions of all processes; memory is that of the process with the largest peak."""
+    """Pool the repetitions of all processes. Memory figures are those of the process with the largest peak."""
     largest = max(runs, key=lambda run: run.peak_rss_bytes)
     temperatures = [run.temperature_celsius for run in runs if run.temperature_celsius]
     clocks = [run.clock_mhz for run in runs if run.clock_mhz]
     clock = min(clocks, key=lambda pair: pair[1] / pair[0], default=None)
     return Result(
+        artefact=artefact,
+        sha256=sha256,
+        engine=engine,
+        file_bytes=file_bytes,
+        manifest=manifest,
         speeds=_pool_by_test([run.speeds for run in runs]),
         cpu_ms_per_token=_pool_by_test([run.cpu_ms_per_token for run in runs]),
         quiet_ms_per_token=_pool_by_test([run.quiet_ms_per_token for run in runs]),
@@ -268,15 +279,10 @@ def summarize(
         baseline_rss_bytes=max(run.baseline_rss_bytes for run in runs),
         kv_cache_bytes=largest.kv_cache_bytes,
         temperature_celsius=(temperatures[0][0], temperatures[-1][1]) if temperatures else None,
-        skipped={name: reason for run in runs for name, reason in run.skipped.items()},
-        process_medians=_medians_by_test([run.speeds for run in runs]),
-        artefact=artefact,
-        sha256=sha256,
-        engine=engine,
-        file_bytes=file_bytes,
-        manifest=manifest,
         clock_mhz=clock,
         throttled=_throttling(*clock) if clock else "",
+        skipped={name: reason for run in runs for name, reason in run.skipped.items()},
+        process_medians=_medians_by_test([run.speeds for run in runs]),
     )
 
 
@@ -297,7 +303,7 @@ def _medians_by_test(samples: Sequence[dict[str, list[float]]]) -> dict[str, lis
 
 
 def _throttling(first: float, last: float) -> str:
-    """A large drop in words, "" for a small one."""
+    """Return a description of a large drop of the clock, and "" for a small one."""
     return f"clock fell from {first:.0f} to {last:.0f} MHz" if last < (1 - THROTTLING_DROP) * first else ""
 
 
@@ -308,25 +314,30 @@ class Run:
     device: DeviceInfo
     options: BenchOptions
     results: list[Result]
-    """In the order asked for; measurements of one artefact by several engine versions are results of their own."""
+    """Results in the order of the arguments. Each engine version of an artefact has a result of its own."""
     measured_at: str = ""
-    """End of the run: date and time, UTC, as ISO 8601."""
+    """End of the run in UTC, as ISO 8601."""
     efficientllm_version: str = ""
     efficientllm_commit: str = ""
-    """"" where it was not run from its repository."""
+    """Commit of the repository; "" if it was not run from there."""
     schema_version: int = SCHEMA_VERSION
 
     @property
     def labels(self) -> list[str]:
-        """A name for each result that no other has."""
+        """Return a unique name for each result."""
         return labels(self.results)
+
+    @property
+    def labelled(self) -> list[tuple[str, Result]]:
+        """Return the results with their labels."""
+        return list(zip(self.labels, self.results, strict=True))
 
     def write(self, path: Path) -> None:
         write_json_atomically(path, asdict(self))
 
     @classmethod
     def read(cls, path: Path) -> Run:
-        """Read what --json wrote; UsageError where the file is missing or something else."""
+        """Read a file of --json. Raises UsageError if it is missing or holds other content."""
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
@@ -340,12 +351,12 @@ class Run:
             run = cls(
                 DeviceInfo(**values["device"]),
                 BenchOptions.from_json(values["options"]),
-                [_result(entry) for entry in values["results"]],
+                [_read_result(entry) for entry in values["results"]],
                 values.get("measured_at", ""),
                 values.get("efficientllm_version", ""),
                 values.get("efficientllm_commit", ""),
             )
-            check_value(run, Run, "it", {Sample: Figure})
+            check_value(run, Run, "it", {Value: Figure})
             for result in run.results:
                 result.check()
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -353,17 +364,15 @@ class Run:
         return run
 
 
-def _result(values: dict[str, Any]) -> Result:
-    read: dict[str, Any] = _with_tuples(values, ("temperature_celsius", "clock_mhz"))
+def _read_result(values: dict[str, Any]) -> Result:
+    fields = _with_tuples(values, PAIRS)
     for name in ("load_ms", "time_to_first_token_ms", "joules_per_token", "memory_bytes_per_second"):
-        read[name] = Figure(**values[name]) if values.get(name) else None
-    manifest = values["manifest"]  # older files have these there alone
-    read.setdefault("num_parameters", manifest.get("architecture", {}).get("num_parameters", 0))
-    read.setdefault("quantization", manifest.get("quantization", ""))
-    for name, figures in (
-        ("speeds", values["speeds"]),
-        ("cpu_ms_per_token", values["cpu_ms_per_token"]),
-        ("quiet_ms_per_token", values.get("quiet_ms_per_token", {})),  # older files lack them
-    ):
-        read[name] = {test: Figure(**entry) for test, entry in figures.items()}
-    return Result(**read)
+        fields[name] = Figure(**values[name]) if values.get(name) else None
+    # Older files lack quiet_ms_per_token, and hold the parameters and the type in the manifest only.
+    for name in ("speeds", "cpu_ms_per_token", "quiet_ms_per_token"):
+        figures = values.get(name, {}) if name == "quiet_ms_per_token" else values[name]
+        fields[name] = {test: Figure(**entry) for test, entry in figures.items()}
+    manifest = values["manifest"]
+    fields.setdefault("num_parameters", manifest.get("architecture", {}).get("num_parameters", 0))
+    fields.setdefault("quantization", manifest.get("quantization", ""))
+    return Result(**fields)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,10 +11,10 @@ from pathlib import Path
 import pytest
 from made_up import LAPTOP, FakeDevice, speed
 
-from efficientllm.devices import cli, report
-from efficientllm.devices import compare as comparison
+from efficientllm.devices import cli, compare, run_table
 from efficientllm.devices.bench import Journal, bench
 from efficientllm.devices.compare import pairs
+from efficientllm.devices.report_page import write_page
 from efficientllm.devices.results import BenchOptions, DeviceInfo, Result, Run, summarize
 from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.base.errors import DeviceError, UsageError
@@ -59,7 +60,7 @@ def test_artefacts_are_matched_by_what_they_hold_then_by_where_they_lie() -> Non
     assert matched([result("x/gguf", "11"), b], [result("y/gguf", "22")]) == [(0, 0)]  # the only one of that name
     assert matched([a, b], [result("c/model.gguf", "dd")]) == []  # which one it replaces, nobody can say
     with pytest.raises(UsageError, match=r"no artefact in common: a/model.gguf, b/model.gguf; model.gguf$"):
-        comparison.changes(run_of(a, b), run_of(result("c/model.gguf", "dd")))
+        compare.changes(run_of(a, b), run_of(result("c/model.gguf", "dd")))
     assert matched([result("m", ""), result("n", "")], [result("n", "")]) == [(1, 0)]  # no hash is no identity
     versions = [result("m", "aa", version="engine 1"), result("m", "aa", version="engine 2")]
     assert matched(versions, versions[::-1]) == [(1, 0), (0, 1)]
@@ -69,7 +70,7 @@ def test_compare_says_what_else_differs() -> None:
     old = run_of(result("a/model.gguf", "aa"), result("gone.gguf", "bb"))
     phone = dataclasses.replace(LAPTOP, virtual="qemu-user", emulated=True)
     new = run_of(result("a/model.gguf", "cc", version="engine 2"), result("come.gguf", "dd"), device=phone)
-    assert comparison.differences(old, new) == [
+    assert compare.other_differences(old, new) == [
         "device virtual differs:  and qemu-user",
         "model.gguf: engine differs: engine 1 and engine 2",
         "model.gguf: the files differ: a/model.gguf (SHA-256 aa...) and a/model.gguf (SHA-256 cc...)",
@@ -77,7 +78,7 @@ def test_compare_says_what_else_differs() -> None:
         "the new run is EMULATED, no figure of it is the device's",
         "come.gguf: in the new run only",
     ]
-    assert "the old run is EMULATED, no figure of it is the device's" in comparison.differences(new, new)
+    assert "the old run is EMULATED, no figure of it is the device's" in compare.other_differences(new, new)
 
 
 def test_every_artefact_has_a_label_of_its_own() -> None:
@@ -93,7 +94,7 @@ def test_every_artefact_has_a_label_of_its_own() -> None:
 
 def test_ratios_are_those_to_the_first_artefact() -> None:
     run = run_of(result("source", "1", 10, size=200), result("pruned", "2", 21, size=150))
-    assert "pruned against source: 0.75 of the bytes, tg4 x2.00" in report.notes(run)
+    assert "pruned against source: 0.75 of the bytes, tg4 x2.00" in run_table.notes(run)
 
 
 def interrupted(artefact: Path, output: Path) -> list[Artefact]:
@@ -110,7 +111,7 @@ def test_a_line_that_was_cut_off_costs_its_round_alone(artefact: Path, tmp_path:
     partial.write_bytes(partial.read_bytes()[:-30])
     with pytest.raises(DeviceError, match="gone"):
         bench(FakeDevice(speed(3), None), artefacts, OPTIONS, said.append, output)
-    assert said[0] == f"{partial}: line 2 was cut off or damaged; what it held is measured again"
+    assert said[0] == f"{partial}: line 2 is incomplete or damaged; its measurement is repeated"
     assert ["before" in line for line in said[1:]] == [True, False, False]
     said.clear()
     run = bench(FakeDevice(speed(4)), artefacts, OPTIONS, said.append, output)
@@ -136,7 +137,7 @@ def test_a_damaged_line_is_dropped_with_a_word(tmp_path: Path, damage: bytes) ->
     Journal(path, "key", said.append).add(("aa", 0, 0), speed(1))
     path.write_bytes(damage + b"\n" + path.read_bytes())
     assert Journal(path, "key", said.append).get(("aa", 0, 0)) == speed(1)
-    assert said == [f"{path}: line 1 was cut off or damaged; what it held is measured again"]
+    assert said == [f"{path}: line 1 is incomplete or damaged; its measurement is repeated"]
 
 
 def test_engine_versions_are_not_pooled(artefact: Path, tmp_path: Path) -> None:
@@ -178,13 +179,16 @@ def test_an_artefact_given_twice_keeps_its_measurements_apart(artefact: Path, tm
 def test_emulated_figures_are_marked_wherever_they_stand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     emulated = dataclasses.replace(LAPTOP, virtual="qemu-user", emulated=True)
     run, page = run_of(result("m", "aa"), device=emulated), tmp_path / "run.html"
-    report.print_table(run)
+    run_table.print_table(run)
     printed = capsys.readouterr().out
     assert "artefact, EMULATED" in printed
     assert "EMULATED (qemu-user), no figure here is the device's" in printed
-    assert report.markdown(run).startswith("| artefact, EMULATED |")
-    report.write_html(page, [run])
-    assert '<p class="warning">EMULATED (qemu-user): no figure here' in page.read_text()
-    assert "m, EMULATED" in page.read_text()  # in the plots
-    virtual = report.device_line(dataclasses.replace(LAPTOP, virtual="virtual machine (kvm)"), 1)
+    assert run_table.markdown(run).startswith("| artefact, EMULATED |")
+    write_page(page, [(run, None)])
+    text = html.unescape(page.read_text())
+    assert "<summary>EMULATED (qemu-user), no figure here is the device's" in text
+    assert "artefact, EMULATED" in text
+    assert "EMULATED a CPU" in text  # in the table of all artefacts
+    assert "No decode speed of a real device." in text
+    virtual = run_table.device_line(dataclasses.replace(LAPTOP, virtual="virtual machine (kvm)"), 1)
     assert virtual.endswith("1 thread; virtual machine (kvm)")

@@ -12,7 +12,7 @@ from conftest import Exported
 from huggingface_hub import ModelCard
 from made_up import LAPTOP, speed
 
-from efficientllm.devices import hub_folder as hub_cli
+from efficientllm.devices import hub_folder
 from efficientllm.devices.hub_folder import ollama_files
 from efficientllm.devices.results import BenchOptions, Run, summarize
 from efficientllm.runtime import load
@@ -30,7 +30,7 @@ def onnx(exported: Exported) -> Path:
 
 
 def hub(*arguments: str | Path) -> int:
-    return run_command(hub_cli.body, [str(each) for each in arguments])
+    return run_command(hub_folder.body, [str(each) for each in arguments])
 
 
 def test_the_folder_is_a_repository_whose_files_run(artefact: Path, onnx: Path, tmp_path: Path) -> None:
@@ -210,7 +210,7 @@ def test_what_makes_no_repository_is_one_line(
     assert hub(tmp_path / "small", artefact, "--license", "apache\nevil: true") == 2
     assert "--license" in capsys.readouterr().err
     assert hub(tmp_path / "my model", artefact) == 2
-    assert "its name is the model's and must be one plain word; or give --name" in capsys.readouterr().err
+    assert "is not one plain word; rename the folder, or give --name" in capsys.readouterr().err
     assert hub(tmp_path / "small", artefact, "--name", "..") == 2
     assert "--name" in capsys.readouterr().err
     assert not (tmp_path / "small").exists()

@@ -22,8 +22,8 @@ import numpy as np
 from efficientllm.devices.device import DeviceOptions
 from efficientllm.devices.local import LocalDevice, parse_measurement
 from efficientllm.devices.measure import measure_engine
-from efficientllm.devices.report import markdown
 from efficientllm.devices.results import BenchOptions, Measurement, Run, summarize
+from efficientllm.devices.run_table import markdown
 from efficientllm.runtime.base import flags
 from efficientllm.runtime.base.child import run_python
 from efficientllm.runtime.base.command import run_command

@@ -1,0 +1,298 @@
+"""The results page: a headline, a sortable table of all artefacts and devices, and speed against quality."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment
+
+from ..runtime.base.files import write_text_atomically
+from ..runtime.base.quantities import Figure, format_bytes, format_count
+from . import run_table
+from .results import Result, Run
+
+NamedRun = tuple[Run, Path | None]
+"""A run and its JSON file, if it was written."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One artefact on one device."""
+
+    label: str
+    result: Result
+    run: Run
+    json_path: Path | None
+
+    @property
+    def device(self) -> str:
+        """Return the board or processor. The value of --device is often "local" and identifies nothing."""
+        device = self.run.device
+        name = device.board or device.cpu or device.name
+        return f"EMULATED {name}" if device.emulated else name
+
+    @property
+    def mean_kl(self) -> float | None:
+        """Return the KL from the exact file in nats per token, as the export measured it, and None if unknown."""
+        stages = ("quantized", "exact")
+        values = (_number_at(self.result.manifest, "verification", stage, "mean_kl") for stage in stages)
+        return next((value for value in values if value is not None), None)
+
+    @property
+    def perplexity_ratio(self) -> float | None:
+        """Return the checkpoint's perplexity relative to its source's, on text it was not trained on.
+
+        An untrained checkpoint has 1. Returns None if the ratio is unknown.
+        """
+        if not self.result.manifest.get("training"):
+            return 1.0
+        return _number_at(self.result.manifest, "training", "quality", "texts", "all texts", "ratio") or None
+
+    @property
+    def nats_lost(self) -> float | None:
+        """Return the nats per token lost from the source to the file, and None if a part of them is unknown."""
+        ratio, kl = self.perplexity_ratio, self.mean_kl
+        return None if ratio is None or kl is None else math.log(ratio) + kl
+
+    def speed(self, kind: str) -> Figure | None:
+        """Return the figure of the first test of `kind` ("pp" or "tg") without a context before it."""
+        names = (name for name in self.result.speeds if name.startswith(kind) and "@" not in name)
+        name = next(names, None)
+        return self.result.speeds[name] if name else None
+
+    @property
+    def decode_median(self) -> float:
+        """Return the median decode speed in tokens per second, and 0 if none was measured."""
+        figure = self.speed("tg")
+        return figure.median if figure else 0.0
+
+    @property
+    def threads(self) -> int:
+        """Return the threads that the measuring process reported, or those of the options."""
+        return self.result.threads or self.run.options.threads
+
+
+def _number_at(values: Any, *keys: str) -> float | None:
+    """Return a non-negative number nested in a manifest, and None for any other content."""
+    for key in keys:
+        values = values.get(key) if isinstance(values, dict) else None
+    is_number = isinstance(values, int | float) and math.isfinite(values) and values >= 0
+    return float(values) if is_number else None
+
+
+def entries(runs: Sequence[NamedRun]) -> list[Entry]:
+    """Return all results of the runs. Equal labels on one device are distinguished by the number of the run."""
+    found = [
+        (number, Entry(label, result, run, json_path))
+        for number, (run, json_path) in enumerate(runs, 1)
+        for label, result in run.labelled
+    ]
+    counts = Counter((entry.label, entry.device) for _, entry in found)
+    return [
+        Entry(f"{entry.label} (run {number})", entry.result, entry.run, entry.json_path)
+        if counts[entry.label, entry.device] > 1
+        else entry
+        for number, entry in found
+    ]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell of the table."""
+
+    text: str
+    order: float | str | None = None
+    """Value to sort by. Cells with None come last."""
+    spread: str = ""
+    """Quartiles, shown in small print."""
+
+
+def _number_cell(value: float | None, digits: int) -> Cell:
+    return Cell("-" if value is None else f"{value:.{digits}f}", value)
+
+
+def _figure_cell(figure: Figure | None) -> Cell:
+    if figure is None:
+        return Cell("-")
+    digits = figure.digits
+    spread = f"{figure.low:.{digits}f}-{figure.high:.{digits}f}" if figure.n > 1 else ""
+    return Cell(f"{figure.median:.{digits}f}", figure.median, spread)
+
+
+def _bytes_cell(count: int) -> Cell:
+    return Cell(format_bytes(count), count) if count else Cell("-")
+
+
+def _text_cell(text: str) -> Cell:
+    return Cell(text or "-", text or None)
+
+
+TEXT_COLUMNS = ("artefact", "device", "type", "engine", "measured", "remarks")
+
+
+def cells(entry: Entry) -> dict[str, Cell]:
+    """Return one row of the table by column."""
+    result, run = entry.result, entry.run
+    parameters = result.num_parameters
+    throttled = f"THROTTLED: {result.throttled}" if result.throttled else ""
+    return {
+        "artefact": _text_cell(entry.label),
+        "device": _text_cell(entry.device),
+        "decode t/s": _figure_cell(entry.speed("tg")),
+        "prefill t/s": _figure_cell(entry.speed("pp")),
+        "on disk": _bytes_cell(result.file_bytes),
+        "peak memory": _bytes_cell(result.peak_rss_bytes),
+        "mean KL": _number_cell(entry.mean_kl, 4),
+        "nats lost": _number_cell(entry.nats_lost, 3),
+        "J/token": _figure_cell(result.joules_per_token),
+        "first token ms": _figure_cell(result.time_to_first_token_ms),
+        "parameters": Cell(format_count(parameters), parameters) if parameters else Cell("-"),
+        "type": _text_cell(result.quantization),
+        "threads": Cell(str(entry.threads) if entry.threads else "all", entry.threads or math.inf),
+        "engine": _text_cell(result.engine_version or result.engine),
+        "measured": Cell(run.measured_at[:10] or "-", run.measured_at or None),
+        "remarks": _text_cell("; ".join(filter(None, [throttled, run.device.virtual]))),
+    }
+
+
+def headline(found: Sequence[Entry]) -> str:
+    """Return a sentence on the fastest decode of a real device, and on the slowest of the same device."""
+    real = [entry for entry in found if not entry.run.device.emulated and entry.speed("tg")]
+    if not real:
+        return "No decode speed of a real device."
+    fastest = max(real, key=lambda entry: entry.decode_median)
+    slowest = min((entry for entry in real if entry.device == fastest.device), key=lambda entry: entry.decode_median)
+    size, speed = fastest.result.file_bytes, fastest.decode_median
+    text = f"{fastest.label} decodes {speed:.0f} tokens a second on {fastest.device}, {format_bytes(size)}"
+    if slowest is not fastest:
+        text += f": {speed / slowest.decode_median:.2f} times as fast as {slowest.label}"
+        text += f", at {size / slowest.result.file_bytes:.2f} of its bytes"
+    return f"{text}.{_quality_sentence(fastest)}"
+
+
+def _quality_sentence(entry: Entry) -> str:
+    """Return a sentence on the lost quality, and "" if the manifest contains none."""
+    ratio, kl = entry.perplexity_ratio, entry.mean_kl
+    losses = []
+    if ratio and entry.result.manifest.get("training"):
+        losses.append(f"its checkpoint has {ratio:.2f} times the perplexity of its source")
+    if kl is not None:
+        losses.append(f"the file has a mean KL of {kl:.2g} from its checkpoint")
+    return f" The cost: {' and '.join(losses)}." if losses else ""
+
+
+@dataclass(frozen=True)
+class Point:
+    """A circle of the plot, in its coordinates (WIDTH x HEIGHT)."""
+
+    x: float
+    y: float
+    radius: float
+    title: str
+    series: int
+    """Index of the device."""
+
+
+@dataclass(frozen=True)
+class Tick:
+    """A tick of an axis."""
+
+    at: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Plot:
+    """Decode speed over nats lost. The area of a circle is the size of the file."""
+
+    points: list[Point]
+    x_ticks: list[Tick]
+    y_ticks: list[Tick]
+    devices: list[str]
+    left_out: list[str]
+    """Artefacts without a decode speed or nats lost."""
+
+
+WIDTH, HEIGHT, MARGIN = 640, 360, 48
+LARGEST_RADIUS = 18.0
+TICKS = 5
+"""Approximate number of ticks of an axis."""
+
+
+def _round_steps(high: float) -> list[float]:
+    """Return 0 and round numbers up to at least `high`."""
+    raw = (high or 1.0) / TICKS
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= raw)
+    return [step * index for index in range(math.ceil((high or 1.0) / step) + 1)]
+
+
+def plot(found: Sequence[Entry]) -> Plot | None:
+    """Return the plot, and None if no artefact has both a decode speed and nats lost."""
+    shown: list[tuple[Entry, float]] = []
+    left_out: list[str] = []
+    for entry in found:
+        lost = entry.nats_lost
+        if entry.speed("tg") and lost is not None:
+            shown.append((entry, lost))
+        else:
+            left_out.append(entry.label)
+    if not shown:
+        return None
+    x_steps = _round_steps(max(lost for _, lost in shown))
+    y_steps = _round_steps(max(entry.decode_median for entry, _ in shown))
+    devices = list(dict.fromkeys(entry.device for entry, _ in shown))
+    largest = max(entry.result.file_bytes for entry, _ in shown)
+
+    def x(value: float) -> float:
+        return round(MARGIN + LARGEST_RADIUS + value / x_steps[-1] * (WIDTH - 2 * MARGIN - LARGEST_RADIUS), 1)
+
+    def y(value: float) -> float:
+        return round(HEIGHT - MARGIN - value / y_steps[-1] * (HEIGHT - 2 * MARGIN), 1)
+
+    points = []
+    for entry, lost in shown:
+        size, speed = entry.result.file_bytes, entry.decode_median
+        radius = round(LARGEST_RADIUS * math.sqrt(size / largest), 1)
+        title = f"{entry.label}, {entry.device}: {speed:.1f} tokens/s, {lost:.3f} nats lost, {format_bytes(size)}"
+        points.append(Point(x(lost), y(speed), radius, title, devices.index(entry.device)))
+    x_ticks = [Tick(x(value), f"{value:g}") for value in x_steps]
+    y_ticks = [Tick(y(value), f"{value:g}") for value in y_steps]
+    return Plot(points, x_ticks, y_ticks, devices, left_out)
+
+
+def write_page(path: Path, runs: Sequence[NamedRun]) -> None:
+    """Write one self-contained HTML file, without external scripts, fonts or images."""
+
+    def link(json_path: Path | None) -> str:
+        return Path(os.path.relpath(json_path, path.absolute().parent)).as_posix() if json_path else ""
+
+    found = entries(runs)
+    table = [cells(entry) for entry in found]
+    columns = [name for name in table[0] if any(row[name].order is not None for row in table)] if table else []
+    values = {
+        "headline": headline(found),
+        "columns": [(name, name in TEXT_COLUMNS) for name in columns],
+        "rows": [
+            (link(entry.json_path), [row[name] for name in columns]) for entry, row in zip(found, table, strict=True)
+        ],
+        "plot": plot(found),
+        "width": WIDTH,
+        "height": HEIGHT,
+        "margin": MARGIN,
+        "runs": [(link(json_path), _narrow(run_table.rows(run)), run_table.notes(run)) for run, json_path in runs],
+    }
+    template = resources.files("efficientllm.devices").joinpath("report_page.html").read_text(encoding="utf-8")
+    write_text_atomically(path, Environment(autoescape=True).from_string(template).render(values))
+
+
+def _narrow(table: list[list[str]]) -> list[tuple[str, ...]]:
+    """Return the table, transposed if that makes it narrower."""
+    return list(zip(*table, strict=True)) if len(table) < len(table[0]) else [tuple(row) for row in table]

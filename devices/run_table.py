@@ -1,0 +1,154 @@
+"""The table of one run, for the terminal, for Markdown and for the results page."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from ..runtime.base.quantities import Figure, format_bytes, format_count, markdown_table
+from .results import DeviceInfo, Result, Run
+
+
+def device_line(device: DeviceInfo, threads: int) -> str:
+    """Return one line that describes the device. It names an emulator first."""
+    memory = format_bytes(device.ram_bytes) if device.ram_bytes else ""
+    parts = (device.board, device.cpu, f"{device.cores} cores", memory, device.system, device.machine)
+    threads_text = "all threads" if threads == 0 else "1 thread" if threads == 1 else f"{threads} threads"
+    text = f"{device.name}: {', '.join(part for part in parts if part)}; {threads_text}"
+    if device.emulated:
+        return f"EMULATED ({device.virtual or 'unknown'}), no figure here is the device's. {text}"
+    return f"{text}; {device.virtual}" if device.virtual else text
+
+
+def origin_lines(run: Run) -> list[str]:
+    """Return a line with the date and the versions of the run, and none if they are unknown."""
+    engines = dict.fromkeys(result.engine_version for result in run.results if result.engine_version)
+    release = f"efficientllm {run.efficientllm_version}" if run.efficientllm_version else ""
+    release += f" at commit {run.efficientllm_commit}" if run.efficientllm_commit else ""
+    facts = ", ".join(part for part in (run.measured_at, release, *engines) if part)
+    return [f"measured: {facts}"] if facts else []
+
+
+def tests_of(run: Run) -> list[str]:
+    """Return the names of the tests in the order of the run, prefill first."""
+    names = dict.fromkeys(test for result in run.results for test in result.speeds)
+    return sorted(names, key=lambda name: name.startswith("tg"))
+
+
+def rows(run: Run) -> list[list[str]]:
+    """Return the header and one row per artefact.
+
+    Speeds are tokens per second as median (first-third quartile). CPU time is milliseconds of all threads per token.
+    """
+    results = run.results
+    tests = tests_of(run)
+    first_prefill, first_decode = f"pp{run.options.prompt_tokens[0]}", f"tg{min(run.options.decode_tokens)}"
+    timed = [
+        test for test in (first_prefill, first_decode) if any(test in result.cpu_ms_per_token for result in results)
+    ]
+    has_energy = any(result.joules_per_token for result in results)
+    has_bandwidth = any(result.memory_bytes_per_second for result in results)
+    header = ["artefact, EMULATED" if run.device.emulated else "artefact", "parameters", "quant", "on disk"]
+    header += [f"{test} t/s" for test in tests]
+    header += [f"{test} CPU ms" for test in timed]
+    header += [f"{first_decode} of bandwidth"] if has_bandwidth else []
+    header += ["first token ms", "load ms", "peak RSS", "KV cache"]
+    header += ["J/token"] if has_energy else []
+    table = [header]
+    for name, result in run.labelled:
+        row = [
+            name,
+            format_count(result.num_parameters) if result.num_parameters else "?",
+            result.quantization or "?",
+            format_bytes(result.file_bytes),
+        ]
+        row += [_format_figure(result.speeds.get(test)) for test in tests]
+        row += [_format_figure(result.cpu_ms_per_token.get(test)) for test in timed]
+        if has_bandwidth:
+            share = result.share_of_bandwidth(first_decode)
+            row.append("-" if share is None else f"{100 * share:.0f} %")
+        row += [_format_figure(result.time_to_first_token_ms), _format_figure(result.load_ms)]
+        row.append(format_bytes(result.peak_rss_bytes))
+        row.append(format_bytes(result.kv_cache_bytes) if result.kv_cache_bytes else "?")
+        row += [_format_figure(result.joules_per_token)] if has_energy else []
+        table.append(row)
+    return table
+
+
+def _format_figure(figure: Figure | None) -> str:
+    return "-" if figure is None else figure.describe(figure.digits)
+
+
+def notes(run: Run) -> list[str]:
+    """Return the notes below the table: the device first, then origin, ratios and remarks on each artefact."""
+    lines = [device_line(run.device, run.options.threads), *origin_lines(run), *_ratio_lines(run)]
+    for name, result in run.labelled:
+        if result.engine_settings:
+            lines.append(f"{name}: {result.engine_settings}")
+        if result.spread_of_processes:
+            spreads = ", ".join(f"{test} {100 * share:.0f} %" for test, share in result.spread_of_processes.items())
+            lines.append(f"{name}: processes differ by {spreads}")
+        if result.throttled:
+            lines.append(f"{name}: THROTTLED, {result.throttled}; cool the device or use --max-temp")
+        if result.temperature_celsius:
+            lines.append(f"{name}: {result.temperature_celsius[0]:.1f} to {result.temperature_celsius[1]:.1f} C")
+        if result.clock_mhz:
+            lines.append(f"{name}: cores at {result.clock_mhz[0]:.0f} to {result.clock_mhz[1]:.0f} MHz")
+        lines += [f"{name}: {test} skipped: {reason}" for test, reason in result.skipped.items()]
+    return lines + _perplexity_lines(run.results)
+
+
+def _ratio_lines(run: Run) -> list[str]:
+    """Return bytes and speeds of each further artefact relative to the first."""
+    if not run.results:
+        return []
+    (first_name, first), *others = run.labelled
+    lines = []
+    for name, result in others:
+        tests = [test for test in tests_of(run) if test in first.speeds and test in result.speeds]
+        speeds = [f"{test} x{result.speeds[test].median / first.speeds[test].median:.2f}" for test in tests]
+        share = f"{result.file_bytes / first.file_bytes:.2f} of the bytes"
+        lines.append(f"{name} against {first_name}: {', '.join([share, *speeds])}")
+    return lines
+
+
+def _perplexity_lines(results: Sequence[Result]) -> list[str]:
+    """Return a line with the held-out perplexities of the first trained model, and none without one."""
+    for result in results:
+        training = result.manifest.get("training")
+        if not isinstance(training, dict) or not training.get("perplexity"):
+            continue
+        try:
+            stages = [f"{name.replace('_', ' ')} {value:.2f}" for name, value in training["perplexity"].items()]
+            return [
+                f"held-out perplexity ({training['held_out_tokens']:,} tokens): {', '.join(stages)}; "
+                f"trained on {training['tokens']:,} tokens in {training['seconds']:.0f} s"
+            ]
+        except (AttributeError, KeyError, TypeError, ValueError):  # a manifest of another kind
+            continue
+    return []
+
+
+def print_rows(rows: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> None:
+    """Print a table with a header, at least 100 characters wide. Columns outside `left` are right-aligned."""
+    header, *body = rows
+    table = Table(box=None, pad_edge=False)
+    for index, name in enumerate(header):
+        table.add_column(name, justify="left" if index in left else "right", overflow="fold")
+    for row in body:
+        table.add_row(*row)
+    Console(width=max(Console().width, 100), markup=False).print(table)
+
+
+def print_table(run: Run) -> None:
+    """Print one line per figure and one column per artefact, because terminals are narrow, and the notes."""
+    print_rows(list(zip(*rows(run), strict=True)))
+    for line in notes(run):
+        print(line)
+
+
+def markdown(run: Run) -> str:
+    """Return the table and the notes as Markdown."""
+    return f"{markdown_table(rows(run))}\n\n" + "\n".join(f"- {line}" for line in notes(run)) + "\n"
