@@ -1,4 +1,4 @@
-"""Measuring artefacts on devices.
+"""Measure artefacts on devices.
 
 from efficientllm.devices import benchmark
 

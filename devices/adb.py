@@ -1,4 +1,4 @@
-"""Android phones, through the user's own adb: a runner binary and the artefact are pushed, run and timed there."""
+"""Measurement on Android phones over adb: a runner program and the artefact are pushed and run there."""
 
 from __future__ import annotations
 
@@ -13,23 +13,22 @@ from ..runtime.base.child import ProcessResult
 from ..runtime.base.errors import DeviceError, UsageError
 from ..runtime.base.files import sha256_of
 from ..runtime.engines.artefact import Artefact
-from . import watch
 from .device import DeviceOptions
-from .emulation import look_up, recognise_android
+from .emulation import detect_android_layer
 from .local import request_context
+from .phone_monitor import ProgramRecord, RunnerCall, monitor_script, parse_record, summarize_calls
 from .remote import RemoteShell, require_room, run_program
 from .results import BenchOptions, DeviceInfo, Measurement
 from .runners import RUNNERS, Runner
 from .sensors import battery_celsius, temperature_celsius
-from .watch import Call, summarize_calls
 
 FOLDER = "/data/local/tmp/efficientllm"
-"""The folder below which adb's shell may run programs."""
+"""Folder in which adb's shell may run programs."""
 DEFAULT_RUNNER = Path("build/android-runner/llama-bench")
-"""Where `make android-runner` leaves it."""
+"""Output of `make android-runner`."""
 ELF_MACHINES = {"arm64-v8a": 183, "x86_64": 62}
-"""Android's name of an instruction set -> e_machine of its ELF files."""
-STATES = {
+"""Maps Android's name of an instruction set to e_machine of its ELF files."""
+STATE_REMEDIES = {
     "unauthorized": "unlock the phone and accept this computer's key",
     "authorizing": "unlock the phone and accept this computer's key",
     "offline": "unplug the phone, or run: adb reconnect",
@@ -37,46 +36,47 @@ STATES = {
     "recovery": "restart the phone into Android",
     "bootloader": "restart the phone into Android",
 }
-"""State that `adb devices` shows -> the way on."""
+"""Maps a state of `adb devices` to its remedy."""
 
 
 def find_serial(text: str, wanted: str) -> str:
-    """Serial of the one usable device in the output of `adb devices -l`; DeviceError says what is in the way."""
+    """Return the serial of the only usable device in the output of `adb devices -l`.
+
+    Raises DeviceError with the remedy if there is none, or several.
+    """
     devices = {}
     for line in text.splitlines():
         match = re.match(r"(\S+)\s+(no permissions|[a-z]+)\b", line)
         if match and not line.startswith(("List of devices", "*", "adb")):
             devices[match[1]] = match[2]
     if wanted and wanted not in devices:
-        raise DeviceError(f"adb knows no device {wanted}; it has: {', '.join(devices) or 'none'} (see: adb devices)")
+        raise DeviceError(f"adb has no device {wanted}; it has: {', '.join(devices) or 'none'} (see: adb devices)")
     if not devices:
         raise DeviceError(
-            "adb sees no device: connect the phone, switch on USB debugging in its developer options (see: adb devices)"
+            "adb has no device: connect the phone and enable USB debugging in its developer options (see: adb devices)"
         )
     if len(devices) > 1 and not wanted:
-        raise DeviceError(
-            f"adb sees several devices; name one: {', '.join(f'--device adb:{name}' for name in devices)}"
-        )
+        raise DeviceError(f"adb has several devices; name one: {', '.join(f'--device adb:{name}' for name in devices)}")
     serial = wanted or next(iter(devices))
     if devices[serial] != "device":
-        raise DeviceError(f"{serial} is {devices[serial]}: {STATES.get(devices[serial], 'see: adb devices')}")
+        raise DeviceError(f"{serial} is {devices[serial]}: {STATE_REMEDIES.get(devices[serial], 'see: adb devices')}")
     return serial
 
 
 def elf_machine(path: Path) -> int:
-    """e_machine of an ELF file; UsageError where it is none."""
+    """Return e_machine of an ELF file. Raises UsageError for other files."""
     with path.open("rb") as stream:
         header = stream.read(20)
     if len(header) < 20 or header[:4] != b"\x7fELF":
-        raise UsageError(f"--runner {path}: is no Linux or Android program (ELF)")
+        raise UsageError(f"--runner {path} is not a Linux or Android program (ELF); {RUNNERS['llama.cpp'].origin}")
     return struct.unpack_from("<H", header, 18)[0]
 
 
 class AdbDevice:
-    """Measures with programs made for the phone: it has no Python."""
+    """A phone. Programs built for it measure, because it has no Python."""
 
-    def __init__(self, options: DeviceOptions, say: Callable[[str], None]) -> None:
-        self._options, self._say = options, say
+    def __init__(self, options: DeviceOptions, log: Callable[[str], None]) -> None:
+        self._options, self._log = options, log
         _, _, wanted = options.device.partition(":")
         listing = run_program(["adb", "devices", "-l"], timeout=60)
         if listing.code != 0:
@@ -95,7 +95,7 @@ class AdbDevice:
 
         board = f"{prop('ro.product.manufacturer')} {prop('ro.product.model')}".strip()
         abi = prop("ro.product.cpu.abi")
-        layer = recognise_android(self._shell, abi, prop)
+        layer = detect_android_layer(self._shell, abi, prop)
         return DeviceInfo(
             name=f"adb:{self._serial}",
             system=f"Android {prop('ro.build.version.release')}",
@@ -104,7 +104,6 @@ class AdbDevice:
             cores=int(self._run("nproc").output.strip() or 1),
             ram_bytes=self._memory("MemTotal"),
             board=board,
-            known=look_up(board),
             virtual=layer.name,
             emulated=layer.translates,
         )
@@ -140,8 +139,8 @@ class AdbDevice:
         commands, skipped = runner.commands(artefact, options, context)
         calls = []
         for arguments in commands:
-            watched = self._watch(artefact, [self._runner_path, *arguments])
-            calls.append(Call(runner.parse(watched.output), watched))
+            record = self._run_monitored(artefact, [self._runner_path, *arguments])
+            calls.append(RunnerCall(runner.parse(record.output), record))
         return summarize_calls(calls, artefact.cache_bytes(context, 2), options, skipped)
 
     def close(self) -> None:
@@ -150,34 +149,34 @@ class AdbDevice:
 
     def _runner(self, engine: str) -> tuple[Runner, Path]:
         if engine not in RUNNERS:
-            raise UsageError(f"a phone is measured with .gguf or .pte artefacts; {engine} has no runner")
+            raise UsageError(f"a phone has no runner for {engine}; give .gguf or .pte artefacts")
         runner = RUNNERS[engine]
         path = Path(self._options.runner) if self._options.runner else DEFAULT_RUNNER
         if not self._options.runner and engine != "llama.cpp":
-            raise UsageError(f"give the phone's program with --runner: {runner.origin}")
+            raise UsageError(f"--runner is missing; {runner.origin} and give its path")
         if not path.is_file():
-            raise UsageError(f"--runner {path} does not exist: {runner.origin}")
+            raise UsageError(f"--runner {path} does not exist; {runner.origin}")
         return runner, path
 
     def _folder(self, artefact: Artefact) -> str:
         return f"{FOLDER}/{artefact.sha256[:32]}"
 
-    def _watch(self, artefact: Artefact, command: list[str]) -> watch.Watched:
-        """Run a program in the artefact's folder."""
-        answer = self._run(watch.script(self._folder(artefact), command))
-        watched = watch.parse(answer.output)
-        if watched.code != 0:
-            lines = watched.errors.strip().splitlines() or [answer.last_error]
-            killed = "; the phone ran out of memory" if watched.code == 137 else ""
+    def _run_monitored(self, artefact: Artefact, command: list[str]) -> ProgramRecord:
+        """Run a program in the artefact's folder and return its record. Raises DeviceError if it fails."""
+        answer = self._run(monitor_script(self._folder(artefact), command))
+        record = parse_record(answer.output)
+        if record.code != 0:
+            lines = record.errors.strip().splitlines() or [answer.last_error]
+            killed = "; the phone ran out of memory" if record.code == 137 else ""
             raise DeviceError(f"{artefact.path} on {self._serial}: {lines[-1]}{killed}")
-        return watched
+        return record
 
     def _push(self, file: Path, target: str) -> None:
-        """Push under another name, compare hashes there, rename: a half-pushed file is never taken for whole."""
+        """Push a file under another name, compare the hashes there, and rename it, so that no partial file is used."""
         digest = sha256_of(file)
         if self._sha256(target) == digest:
             return
-        self._say(f"pushing {file.name}")
+        self._log(f"pushing {file.name}")
         self._require(f"mkdir -p {shlex.quote(target.rpartition('/')[0])}")
         answer = run_program(["adb", "-s", self._serial, "push", str(file), f"{target}.part"])
         if answer.code != 0:
@@ -198,7 +197,8 @@ class AdbDevice:
 
     def _run(self, line: str) -> ProcessResult:
         answer = run_program(["adb", "-s", self._serial, "shell", line])
-        if answer.code != 0 and re.match(r"(adb: |error: )", answer.errors):  # adb's own complaint, not the command's
+        # These prefixes are errors of adb itself, not of the command.
+        if answer.code != 0 and re.match(r"(adb: |error: )", answer.errors):
             raise DeviceError(f"{self._serial} cannot be reached: {answer.last_error}")
         return answer
 

@@ -1,7 +1,4 @@
-"""The benchmark itself: artefacts take turns on a device, and a run that was cut short goes on where it stopped.
-
-What an unfinished run has measured, kept beside its --json file, one line of JSON each.
-"""
+"""The benchmark: artefacts take turns on a device, and an interrupted run resumes from its journal."""
 
 from __future__ import annotations
 
@@ -13,51 +10,69 @@ import json
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from ..runtime.base.gguf_header import READ_ERRORS, read_header
 from ..runtime.base.progress import PROGRESS_LOGGER
 from ..runtime.base.user_cache import commit
 from ..runtime.engines.artefact import Artefact
-from ..runtime.engines.engine import check_engine
-from .bare_gguf import Described, describe_gguf
+from ..runtime.engines.engine import find_engine
 from .device import Device, DeviceOptions, open_device
 from .results import BenchOptions, DeviceInfo, Measurement, Result, Run, summarize
 
-Place = tuple[str, int, int]
-"""Of a measurement: SHA-256 of the artefact, how many before it in the run have the same, the round from 0."""
+POLL_SECONDS = 5.0
+"""Seconds between two temperature readings of a device that cools down."""
+MeasurementKey = tuple[str, int, int]
+"""SHA-256 of the artefact, number of equal artefacts before it in the run, and round from 0."""
+GGUF_FILE_TYPES = {
+    0: "f32", 1: "f16", 2: "q4_0", 3: "q4_1", 7: "q8_0", 8: "q5_0", 9: "q5_1", 10: "q2_k", 11: "q3_k_s", 12: "q3_k_m",
+    13: "q3_k_l", 14: "q4_k_s", 15: "q4_k_m", 16: "q5_k_s", 17: "q5_k_m", 18: "q6_k", 21: "q2_k_s", 25: "iq4_nl",
+    30: "iq4_xs", 32: "bf16", 41: "q2_0",
+}  # fmt: skip
+"""Maps general.file_type (llama.h: llama_ftype) to the name that llama.cpp's quantiser uses for the whole file."""
+GGUF_TENSOR_TYPES = {
+    0: "f32", 1: "f16", 2: "q4_0", 3: "q4_1", 6: "q5_0", 7: "q5_1", 8: "q8_0", 10: "q2_k", 11: "q3_k", 12: "q4_k",
+    13: "q5_k", 14: "q6_k", 20: "iq4_nl", 23: "iq4_xs", 30: "bf16", 42: "q2_0",
+}  # fmt: skip
+"""Maps the type of a tensor (ggml.h: ggml_type) to its name."""
 
 
 class Journal:
-    """Lines of another device, of other options and of another release stay as they are and do not count."""
+    """Measurements of an unfinished run, one JSON object a line, beside its --json file.
 
-    def __init__(self, path: Path | None, key: str, say: Callable[[str], None]) -> None:
-        """Read what `path`, if it exists, holds; `say` is told about lines that were cut off or damaged."""
+    Lines with another key belong to another device, other options or another release. They stay and are ignored.
+    """
+
+    def __init__(self, path: Path | None, key: str, log: Callable[[str], None]) -> None:
+        """Read `path` if it exists. `log` is told about incomplete and damaged lines."""
         self._path, self._key = path, key
-        self._done: dict[Place, Measurement] = {}
+        self._done: dict[MeasurementKey, Measurement] = {}
         if path is not None and path.is_file():
-            self._read(path, say)
+            self._read(path, log)
 
-    def _read(self, path: Path, say: Callable[[str], None]) -> None:
-        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+    def _read(self, path: Path, log: Callable[[str], None]) -> None:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        for number, line in enumerate(lines, 1):
             try:
                 entry = json.loads(line)
-                place = (entry["sha256"], entry["copy"], entry["round"])
+                key = (entry["sha256"], entry["copy"], entry["round"])
                 if entry["key"] == self._key:
-                    self._done[place] = Measurement.from_json(entry["measurement"])
+                    self._done[key] = Measurement.from_json(entry["measurement"])
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                say(f"{path}: line {number} was cut off or damaged; what it held is measured again")
+                log(f"{path}: line {number} is incomplete or damaged; its measurement is repeated")
 
-    def get(self, place: Place) -> Measurement | None:
-        """What an interrupted run measured there."""
-        return self._done.get(place)
+    def get(self, key: MeasurementKey) -> Measurement | None:
+        """Return the measurement of an interrupted run, if there is one."""
+        return self._done.get(key)
 
-    def add(self, place: Place, measurement: Measurement) -> None:
-        """Write a line, to the disk; a line that was cut off before it is ended first."""
+    def add(self, key: MeasurementKey, measurement: Measurement) -> None:
+        """Write a line and flush it to disk, after terminating an incomplete line before it."""
         if self._path is None:
             return
-        sha256, copy, turn = place
+        sha256, copy, turn = key
         entry = {"key": self._key, "sha256": sha256, "copy": copy, "round": turn, "measurement": asdict(measurement)}
         with self._path.open("ab+") as stream:
             if stream.tell():
@@ -74,25 +89,21 @@ class Journal:
 
 
 def journal_path(json_path: Path) -> Path:
-    """Beside the file that the run will write."""
+    """Return the path of the journal beside the file that a run writes."""
     return json_path.with_name(f"{json_path.name}.partial")
 
 
-def journal_for(
-    json_path: Path | None, device: DeviceInfo, options: BenchOptions, release: str, say: Callable[[str], None]
+def open_journal(
+    json_path: Path | None, device: DeviceInfo, options: BenchOptions, release: str, log: Callable[[str], None]
 ) -> Journal:
-    """The journal of a run on `device` by `release` of this package."""
+    """Return the journal of a run on `device` by `release` of this package."""
     path = journal_path(json_path) if json_path else None
     text = json.dumps([asdict(device), asdict(options), release], sort_keys=True)
-    return Journal(path, hashlib.sha256(text.encode()).hexdigest()[:16], say)
-
-
-POLL_SECONDS = 5.0
-"""Between two looks at the temperature of a device that is to cool down."""
+    return Journal(path, hashlib.sha256(text.encode()).hexdigest()[:16], log)
 
 
 def log_progress(line: str) -> None:
-    """Tell whoever waits for the run; a program that did not ask to see messages sees nothing."""
+    """Log a line of progress, which is shown only if the program enabled these messages."""
     logging.getLogger(PROGRESS_LOGGER).info(line)
 
 
@@ -107,12 +118,12 @@ def benchmark(
         run = benchmark(["source-gguf", "pruned-gguf"], BenchOptions(rounds=1), device="ssh://pi@raspberrypi")
         print(run.results[0].speeds["tg64"].median, "tokens/s")
 
-    `device` is --device, or all options of the device; with `json_path` the run is written there, and goes on from
-    where an earlier one was cut short. Raises ArtefactError, DeviceError and UsageError.
+    `device` is the value of --device, or all options of the device. With `json_path`, the run is written to that
+    file, and an interrupted run resumes. Raises ArtefactError, DeviceError and UsageError.
     """
     opened = [path if isinstance(path, Artefact) else Artefact.open(path) for path in artefacts]
-    where = DeviceOptions(device=device) if isinstance(device, str) else device
-    with contextlib.closing(open_device(where, log_progress)) as target:
+    device_options = DeviceOptions(device=device) if isinstance(device, str) else device
+    with contextlib.closing(open_device(device_options, log_progress)) as target:
         return bench(target, opened, options or BenchOptions(), log_progress, json_path)
 
 
@@ -120,77 +131,98 @@ def bench(
     device: Device,
     artefacts: Sequence[Artefact],
     options: BenchOptions,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
     json_path: Path | None = None,
 ) -> Run:
-    """Measure every artefact `options.rounds` times, in turn; `say` is told about every process."""
+    """Measure each artefact `options.rounds` times, in turn. `log` is told about each process."""
     for artefact in artefacts:
-        check_engine(artefact)
+        find_engine(artefact)
         artefact.verify()
     info, release = device.describe(), importlib.metadata.version("efficientllm")
     device.prepare(list(artefacts), options)
-    journal = journal_for(json_path, info, options, release, say)
-    raw: list[list[Measurement]] = [[] for _ in artefacts]
+    journal = open_journal(json_path, info, options, release, log)
+    measurements: list[list[Measurement]] = [[] for _ in artefacts]
     hashes = [artefact.sha256 for artefact in artefacts]
     for turn in range(options.rounds):
         for index, artefact in enumerate(artefacts):
-            place = (hashes[index], hashes[:index].count(hashes[index]), turn)
-            done = journal.get(place)
+            key = (hashes[index], hashes[:index].count(hashes[index]), turn)
+            measurement = journal.get(key)
             label = f"round {turn + 1}/{options.rounds}: {artefact.path}"
-            if done is None:
-                cool_down(device, options, say)
-                say(label)
-                done = device.measure(artefact, options)
-                journal.add(place, done)
+            if measurement is None:
+                cool_down(device, options, log)
+                log(label)
+                measurement = device.measure(artefact, options)
+                journal.add(key, measurement)
             else:
-                say(f"{label} (measured before the interruption)")
-            raw[index].append(done)
-    results = [result for artefact, runs in zip(artefacts, raw, strict=True) for result in results_of(artefact, runs)]
-    ended = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    run = Run(info, options, results, ended, release, commit())
+                log(f"{label} (measured before the interruption)")
+            measurements[index].append(measurement)
+    pairs = zip(artefacts, measurements, strict=True)
+    results = [result for artefact, group in pairs for result in results_of(artefact, group)]
+    measured_at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    run = Run(info, options, results, measured_at, release, commit())
     if json_path:
         run.write(json_path)
     journal.remove()
     return run
 
 
-def results_of(artefact: Artefact, runs: Sequence[Measurement]) -> list[Result]:
-    """One result per version of the engine: where it was updated before a run went on, figures are not pooled."""
-    manifest, described = asdict(artefact.manifest) if artefact.manifest else {}, describe(artefact)
+def results_of(artefact: Artefact, measurements: Sequence[Measurement]) -> list[Result]:
+    """Return one result per version of the engine, which may be updated before a run resumes."""
+    manifest = asdict(artefact.manifest) if artefact.manifest else {}
+    num_parameters, quantization = describe(artefact)
     by_version: dict[str, list[Measurement]] = {}
-    for measured in runs:
-        by_version.setdefault(measured.engine_version, []).append(measured)
+    for measurement in measurements:
+        by_version.setdefault(measurement.engine_version, []).append(measurement)
     pooled = (
         summarize(str(artefact.path), artefact.sha256, artefact.engine, artefact.file_bytes, manifest, group)
         for group in by_version.values()
     )
-    return [replace(result, **asdict(described)) for result in pooled]
+    return [replace(result, num_parameters=num_parameters, quantization=quantization) for result in pooled]
 
 
-def describe(artefact: Artefact) -> Described:
-    """Parameters and type, by the manifest or by the header of a bare .gguf file."""
+def describe(artefact: Artefact) -> tuple[int, str]:
+    """Return parameters and weight type from the manifest, or from the header of a bare .gguf file."""
     if artefact.manifest is not None:
-        return Described(artefact.manifest.architecture.get("num_parameters", 0), artefact.manifest.quantization)
-    return describe_gguf(artefact.model_file) if artefact.model_file.suffix == ".gguf" else Described()
+        return artefact.manifest.architecture.get("num_parameters", 0), artefact.manifest.quantization
+    return describe_gguf(artefact.model_file) if artefact.model_file.suffix == ".gguf" else (0, "")
+
+
+def describe_gguf(path: Path) -> tuple[int, str]:
+    """Return parameters and weight type from the header of a .gguf file, and (0, "") if it is damaged.
+
+    A file without general.file_type has the type that most of its weights have.
+    """
+    try:
+        header = read_header(path)
+    except READ_ERRORS:
+        return 0, ""
+    weights_by_type: Counter[int] = Counter()
+    for tensor in header.tensors:
+        weights_by_type[tensor.kind] += tensor.num_elements
+    if not weights_by_type:
+        return 0, ""
+    commonest = max(weights_by_type, key=weights_by_type.__getitem__)
+    file_type = GGUF_FILE_TYPES.get(header.values.get("general.file_type", -1))
+    return weights_by_type.total(), file_type or GGUF_TENSOR_TYPES.get(commonest, "")
 
 
 def cool_down(
     device: Device,
     options: BenchOptions,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
     sleep: Callable[[float], None] = time.sleep,
 ) -> None:
-    """Wait until the device is at most --max-temp warm, --cool-down-minutes at the longest."""
+    """Wait until the device has cooled to --max-temp, for at most --cool-down-minutes."""
     if not options.max_temp:
         return
     waited = 0.0
     while (degrees := device.temperature_celsius()) is not None and degrees > options.max_temp:
         if waited >= 60 * options.cool_down_minutes:
-            say(f"still at {degrees:.1f} C after {options.cool_down_minutes:g} minutes; measuring nevertheless")
+            log(f"still at {degrees:.1f} C after {options.cool_down_minutes:g} minutes; measuring nevertheless")
             return
         if waited == 0:
-            say(f"waiting for the device to cool from {degrees:.1f} to {options.max_temp:g} C")
+            log(f"waiting for the device to cool from {degrees:.1f} to {options.max_temp:g} C")
         sleep(POLL_SECONDS)
         waited += POLL_SECONDS
     if degrees is None:
-        say("the device does not tell its temperature; --max-temp has no effect")
+        log("the device does not report its temperature; --max-temp has no effect")

@@ -1,6 +1,6 @@
-"""The Python environments of a board: this release and one engine, from wheels that are sent or that pip finds.
+"""The Python environments of a board: this release and one engine, from wheels that are copied or that pip finds.
 
-The distribution a board installs: this source tree's wheel, or what is installed here, packed again.
+The wheel of this release is built from the source tree, or packed from the installed package.
 """
 
 from __future__ import annotations
@@ -23,53 +23,94 @@ from ..runtime.base.child import ProcessResult, run
 from ..runtime.base.errors import DeviceError, UsageError
 from ..runtime.base.files import sha256_of
 
-SOURCE = Path(__file__).resolve().parents[1]
-"""The source tree, where this is an editable install, which may link to it."""
+SOURCE_ROOT = Path(__file__).resolve().parents[1]
+"""Root of the source tree in an editable install, which may be a tree of links to it."""
 REPRODUCIBLE_DATE = "946684800"
-"""SOURCE_DATE_EPOCH of built wheels, so that the same source gives the same hash."""
+"""SOURCE_DATE_EPOCH of built wheels, so that equal sources give equal hashes."""
+EXTRAS = {"llama.cpp": "gguf", "onnxruntime": "onnx", "onnxruntime-genai": "genai", "executorch": "executorch"}
+"""Maps an engine to the extra that installs it."""
+ENVIRONMENT_BYTES = {"gguf": 600_000_000, "onnx": 600_000_000, "genai": 700_000_000, "executorch": 2_500_000_000}
+"""Upper limit of the disk space of an environment by extra. ExecuTorch's includes torch."""
+COMPILED_PACKAGES = {"gguf": "llama_cpp_python"}
+"""Maps an extra to its package without a wheel for 64-bit ARM on PyPI, which a board would have to compile."""
+DEFAULT_WHEELS = SOURCE_ROOT / "build/board-wheel"
+"""Output folder of `make board-wheel`."""
 
 
 @dataclass(frozen=True)
-class Requirement:
-    """What pip is asked for."""
+class RuntimeWheel:
+    """The wheel of efficientllm that a board installs."""
 
     key: str
-    """Changes whenever the distribution does."""
-    wheel: Path
+    """Changes with the contents of the wheel."""
+    path: Path
 
 
-def runtime_requirement(wheel: str, scratch: Path, say: Callable[[str], None]) -> Requirement:
-    """The wheel the user named, else one made in `scratch`: of the source tree, else of what is installed here."""
+@dataclass(frozen=True)
+class EngineWheel:
+    """The wheel of a compiled package that a board installs."""
+
+    path: Path
+    required_features: tuple[str, ...]
+    """Features in the board's /proc/cpuinfo without which the package crashes."""
+
+
+class Board(Protocol):
+    """The access to a board that `make_environment` needs."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def facts(self) -> Mapping[str, str]:
+        """Return the board's description. `features` are those of /proc/cpuinfo."""
+        ...
+
+    def run(self, line: str) -> ProcessResult:
+        """Run a shell command line in the home folder."""
+        ...
+
+    def require(self, line: str) -> None:
+        """Run a shell command line in the home folder. Raises DeviceError if it fails."""
+        ...
+
+    def copy(self, file: Path, target: PurePosixPath) -> None:
+        """Copy a file to the board, unless it is there."""
+        ...
+
+
+def runtime_wheel(wheel: str, scratch: Path, log: Callable[[str], None]) -> RuntimeWheel:
+    """Return the wheel that the user named, or make one in `scratch` from the source tree or the installed package."""
     if wheel:
         path = Path(wheel)
         if not path.is_file() or path.suffix != ".whl":
-            raise UsageError(f"--wheel {wheel}: is no wheel file")
-    elif (SOURCE / "pyproject.toml").is_file():
-        say("building the wheel of this source tree")
-        path = build_wheel(SOURCE, scratch)
+            raise UsageError(f"--wheel {wheel} is not a wheel file; give a .whl file of efficientllm")
+    elif (SOURCE_ROOT / "pyproject.toml").is_file():
+        log("building the wheel of this source tree")
+        path = build_wheel(SOURCE_ROOT, scratch)
     else:
         path = pack_installed(importlib.metadata.distribution("efficientllm"), scratch)
-    return Requirement(sha256_of(path)[:12], path)
+    return RuntimeWheel(sha256_of(path)[:12], path)
 
 
 def build_wheel(source: Path, output: Path) -> Path:
-    """Build in a copy: setuptools would pick up stale files of a build folder in the tree."""
+    """Build a wheel in a copy of the tree, because setuptools would include stale files of its build folder."""
     with tempfile.TemporaryDirectory() as scratch:
         tree = Path(scratch) / "source"
         shutil.copytree(source, tree, ignore=shutil.ignore_patterns(".*", "build", "dist", "runs", "tests", "docs"))
         command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(output), str(tree)]
-        environment = os.environ | {"SOURCE_DATE_EPOCH": REPRODUCIBLE_DATE}
-        done = run(command, env=environment)
+        finished = run(command, env=os.environ | {"SOURCE_DATE_EPOCH": REPRODUCIBLE_DATE})
     wheels = sorted(output.glob("*.whl"))
-    if done.code != 0 or not wheels:
-        raise DeviceError(f"the wheel could not be built: {done.last_error}")
+    if finished.code != 0 or not wheels:
+        raise DeviceError(f"the wheel could not be built: {finished.last_error}; give one with --wheel")
     return wheels[0]
 
 
 def pack_installed(distribution: importlib.metadata.Distribution, output: Path) -> Path:
-    """The wheel that an installed distribution of pure Python came from, in the folder `output`.
+    """Pack an installed distribution of pure Python into a wheel in the folder `output`.
 
-    What the installation added (commands, bytecode, pip's own notes) is left out. The same files give the same wheel.
+    Files that the installation added (commands, bytecode, pip's records) are excluded. Equal files give an equal
+    wheel.
     """
     name, records = f"{distribution.name}-{distribution.version}", []
     added = {f"{name}.dist-info/{file}" for file in ("RECORD", "INSTALLER", "REQUESTED", "direct_url.json")}
@@ -78,99 +119,56 @@ def pack_installed(distribution: importlib.metadata.Distribution, output: Path) 
         for file in sorted(distribution.files or [], key=str):
             if file.parts[0] != ".." and "__pycache__" not in file.parts and file.as_posix() not in added:
                 content = Path(str(distribution.locate_file(file))).read_bytes()
-                archive.writestr(_entry(file.as_posix()), content)
+                archive.writestr(_archive_entry(file.as_posix()), content)
                 digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()
                 records.append(f"{file.as_posix()},sha256={digest},{len(content)}\n")
         record = f"{name}.dist-info/RECORD"
-        archive.writestr(_entry(record), "".join([*records, f"{record},,\n"]))
+        archive.writestr(_archive_entry(record), "".join([*records, f"{record},,\n"]))
     return wheel
 
 
-def _entry(name: str) -> zipfile.ZipInfo:
+def _archive_entry(name: str) -> zipfile.ZipInfo:
     return zipfile.ZipInfo(name, (2000, 1, 1, 0, 0, 0))
 
 
-EXTRAS = {"llama.cpp": "gguf", "onnxruntime": "onnx", "onnxruntime-genai": "genai", "executorch": "executorch"}
-"""Engine -> the extra that brings it."""
-ENVIRONMENT_BYTES = {"gguf": 600_000_000, "onnx": 600_000_000, "genai": 700_000_000, "executorch": 2_500_000_000}
-"""Free disk that an environment with one extra needs at most; ExecuTorch's brings torch."""
-COMPILED = {"gguf": "llama_cpp_python"}
-"""Extra -> the package that PyPI has no wheel of for 64-bit ARM, so that a board compiles it unless it is sent."""
-DEFAULT_WHEELS = SOURCE / "build/board-wheel"
-"""Where `make board-wheel` leaves its wheel."""
-
-
-class Board(Protocol):
-    """What an environment is made through."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def facts(self) -> Mapping[str, str]:
-        """What it told of itself; `features` are those of /proc/cpuinfo."""
-        ...
-
-    def run(self, line: str) -> ProcessResult:
-        """Run a line of shell in the home folder."""
-        ...
-
-    def require(self, line: str) -> None:
-        """The same; DeviceError where it fails."""
-        ...
-
-    def copy(self, file: Path, target: PurePosixPath) -> None:
-        """Copy a file there, unless it is there."""
-        ...
-
-
-@dataclass(frozen=True)
-class EngineWheel:
-    """A compiled package for a board."""
-
-    wheel: Path
-    needs: tuple[str, ...]
-    """Features in the board's /proc/cpuinfo without which it would end at its first instruction."""
-
-
 def engine_wheel(extra: str, facts: Mapping[str, str], folder: str) -> EngineWheel | None:
-    """The wheel to send: of the folder that the user named, or of `make board-wheel`; None where pip will have to find
-    one. UsageError where the named folder holds none."""
-    package = COMPILED.get(extra)
+    """Return the compiled wheel for a board from `folder`, or from the output of `make board-wheel`.
+
+    Returns None if pip can find the package, or if there is no wheel. Raises UsageError if a named `folder` has none.
+    """
+    package = COMPILED_PACKAGES.get(extra)
     if package is None or facts["machine"] != "aarch64" or not facts["system"].startswith("Linux"):
         return None
-    place = Path(folder) if folder else DEFAULT_WHEELS
-    wheels = sorted(place.glob(f"{package}-*_aarch64.whl"))
+    wheels_path = Path(folder) if folder else DEFAULT_WHEELS
+    wheels = sorted(wheels_path.glob(f"{package}-*_aarch64.whl"))
     if not wheels:
         if folder:
-            raise UsageError(f"--engine-wheels {folder}: holds no {package}-*_aarch64.whl; see: make board-wheel")
+            raise UsageError(f"--engine-wheels {folder} contains no {package}-*_aarch64.whl; see: make board-wheel")
         return None
-    needs = place / "needs"
-    return EngineWheel(
-        max(wheels, key=lambda wheel: wheel.stat().st_mtime),
-        tuple(needs.read_text(encoding="utf-8").split()) if needs.is_file() else (),
-    )
+    needs_path = wheels_path / "needs"
+    features = tuple(needs_path.read_text(encoding="utf-8").split()) if needs_path.is_file() else ()
+    return EngineWheel(max(wheels, key=lambda wheel: wheel.stat().st_mtime), features)
 
 
 def make_environment(
-    board: Board, extra: str, requirement: Requirement, sent: EngineWheel | None, python: str, folder: str
+    board: Board, extra: str, wheel: RuntimeWheel, compiled: EngineWheel | None, python: str, folder: str
 ) -> None:
-    """Make the environment `folder` of this release and `extra` on the board; DeviceError with pip's own reason."""
-    if sent is not None and (lacking := set(sent.needs) - set(board.facts["features"].split())):
+    """Create the environment `folder` with this release and `extra`. Raises DeviceError with pip's own reason."""
+    if compiled is not None and (missing := set(compiled.required_features) - set(board.facts["features"].split())):
         raise DeviceError(
-            f"{board.name}: its processor lacks {', '.join(sorted(lacking))}, which {sent.wheel.name} needs; build it "
-            "for an older one: BOARD_CPU=cortex_a72 BOARD_NEEDS= make board-wheel"
+            f"{board.name}: its processor lacks {', '.join(sorted(missing))}, which {compiled.path.name} needs; build "
+            "it for an older one: BOARD_CPU=cortex_a72 BOARD_NEEDS= make board-wheel"
         )
     board.require(f"rm -rf {folder} && {shlex.quote(python)} -m venv {folder}")
-    place = PurePosixPath(folder)
-    board.copy(requirement.wheel, place / requirement.wheel.name)
-    asked = [f'"$HOME/{place / requirement.wheel.name}[{extra}]"']
-    if sent is not None:
-        board.copy(sent.wheel, place / sent.wheel.name)
-        asked.append(f'"$HOME/{place / sent.wheel.name}"')
-    # without the notice of a newer pip, which would be the last line of every failure
+    remote = PurePosixPath(folder)
+    board.copy(wheel.path, remote / wheel.path.name)
+    packages = [f'"$HOME/{remote / wheel.path.name}[{extra}]"']
+    if compiled is not None:
+        board.copy(compiled.path, remote / compiled.path.name)
+        packages.append(f'"$HOME/{remote / compiled.path.name}"')
+    # The version check is disabled, because its notice would be the last line of each failure.
     pip = f"PIP_DISABLE_PIP_VERSION_CHECK=1 {folder}/bin/python -m pip"
-    answer = board.run(f"{pip} install --quiet {' '.join(asked)}")
+    answer = board.run(f"{pip} install --quiet {' '.join(packages)}")
     if answer.code != 0:
         lines = [line for line in answer.errors.splitlines() if line.startswith("ERROR: ")] or [answer.last_error]
         raise DeviceError(

@@ -1,4 +1,4 @@
-"""What a device does for the benchmark, and how --device names one."""
+"""The interface of a measured device, and the options that select one."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from .results import BenchOptions, DeviceInfo, Measurement
 
 
 class Device(Protocol):
-    """Where artefacts are measured. Every method raises DeviceError with one line that says what to do."""
+    """A machine that measures artefacts. Each method raises a DeviceError of one line with the remedy."""
 
     def describe(self) -> DeviceInfo:
-        """What it is, asked once: part of the key under which an interrupted run is found again."""
+        """Return the device's description, which is part of the key that identifies an interrupted run."""
         ...
 
     def prepare(self, artefacts: list[Artefact], options: BenchOptions) -> None:
-        """Check that the device can take the artefacts, and bring there what is missing."""
+        """Check that the device can run the artefacts, and copy the missing files."""
         ...
 
     def temperature_celsius(self) -> float | None:
-        """The hottest zone now, of a phone its battery; None where the device does not tell."""
+        """Return the temperature of the hottest zone, of a phone its battery's. Returns None without a sensor."""
         ...
 
     def measure(self, artefact: Artefact, options: BenchOptions) -> Measurement:
-        """Every test, `options.repetitions` times after one that warms up, in a fresh process."""
+        """Run each test `options.repetitions` times in a new process, after one warm-up repetition."""
         ...
 
     def close(self) -> None:
-        """Let go of connections; what was copied stays unless the user asked for clean-up."""
+        """Close connections. Copied files stay unless the user asked for clean-up."""
         ...
 
 
@@ -41,39 +41,34 @@ class DeviceOptions:
     """device"""
 
     device: str = "local"
-    """Where to measure: local, ssh://USER@HOST[:PORT], or adb[:SERIAL]."""
+    """Device to measure on: local, ssh://USER@HOST[:PORT], or adb[:SERIAL]."""
     runner: str = ""
-    """Program an Android phone runs: llama-bench (see `make android-runner`) or ExecuTorch's llama_main."""
+    """Program to run on an Android phone: llama-bench (see `make android-runner`) or ExecuTorch's llama_main."""
     wheel: str = ""
-    """efficientllm wheel for a board; default: built from this source tree, else what is installed here."""
+    """Wheel of efficientllm for a board; default: built from this source tree, or packed from the installed package."""
     engine_wheels: str = ""
-    """Folder of the llama-cpp-python wheel that a 64-bit ARM board installs, which PyPI does not have (see
-    `make board-wheel`); default: build/board-wheel where there is one."""
+    """Folder with a llama-cpp-python wheel for 64-bit ARM boards, which PyPI does not offer (see `make board-wheel`);
+    default: build/board-wheel if it exists."""
     board_python: str = "python3"
-    """Python, 3.11 or newer, that makes the board's environment."""
+    """Python 3.11 or newer on the board, used to create its environment."""
     ssh: str = "ssh"
     """OpenSSH client with its options, e.g. "ssh -F FILE -J JUMPHOST"."""
     clean_up: bool = False
-    """Remove from the device what was copied there."""
+    """Remove the copied files from the device afterwards."""
 
 
-KINDS = {
+DEVICE_CLASSES = {
     "local": "efficientllm.devices.local:LocalDevice",
     "ssh": "efficientllm.devices.ssh:SshDevice",
     "adb": "efficientllm.devices.adb:AdbDevice",
 }
-"""What --device begins with -> "module:class"."""
+"""Maps the prefix of --device to "module:class"."""
 
 
-def open_device(options: DeviceOptions, say: Callable[[str], None]) -> Device:
-    """The device that --device names; UsageError where the name means nothing."""
-    kind, _, _ = options.device.partition(":")
-    if kind not in KINDS:
-        raise UsageError(f"--device {options.device!r}: give local, ssh://USER@HOST[:PORT] or adb[:SERIAL]")
-    module, _, attribute = KINDS[kind].partition(":")
-    return getattr(importlib.import_module(module), attribute)(options, say)
-
-
-def estimated_ram_bytes(artefact: Artefact, options: BenchOptions) -> int:
-    """Weights, caches of 16-bit elements at the measured context, and a process with its buffers (0.2 GB)."""
-    return artefact.file_bytes + artefact.cache_bytes(options.context, 2) + 200_000_000
+def open_device(options: DeviceOptions, log: Callable[[str], None]) -> Device:
+    """Return the device that --device names. Raises UsageError for an unknown prefix."""
+    prefix, _, _ = options.device.partition(":")
+    if prefix not in DEVICE_CLASSES:
+        raise UsageError(f"--device {options.device!r} is unknown; use local, ssh://USER@HOST[:PORT] or adb[:SERIAL]")
+    module, _, name = DEVICE_CLASSES[prefix].partition(":")
+    return getattr(importlib.import_module(module), name)(options, log)

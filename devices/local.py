@@ -1,4 +1,4 @@
-"""This machine: a laptop, or a board one is logged in to."""
+"""Measurement on this machine, in child processes of this Python."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from ..runtime.base.errors import ArtefactError
 from ..runtime.engines.artefact import Artefact
 from . import measure
 from .device import DeviceOptions
-from .emulation import RUNNING_PROGRAM, look_up, recognise
+from .emulation import EXECUTABLE_LINK, detect_layer
 from .results import BenchOptions, DeviceInfo, Measurement
 from .sensors import LocalShell, temperature_celsius
 
 
 def local_device_info(name: str) -> DeviceInfo:
-    """What this machine is, as far as it tells; a board runs this too."""
+    """Return a description of this machine, with empty fields for unreadable facts."""
     shell = LocalShell()
     models = [
         line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith(("model name", "Model"))
     ]
     memory = [int(line.split()[1]) * 1024 for line in _lines("/proc/meminfo") if line.startswith("MemTotal")]
     board = (shell.read("/proc/device-tree/model") or shell.read("/sys/class/dmi/id/product_name") or [""])[0]
-    layer = recognise(shell, platform.machine(), running_program())
+    layer = detect_layer(shell, platform.machine(), executable_path())
     return DeviceInfo(
         name=name,
         system=f"{platform.system()} {platform.release()}",
@@ -36,16 +36,15 @@ def local_device_info(name: str) -> DeviceInfo:
         cores=os.cpu_count() or 1,
         ram_bytes=memory[0] if memory else 0,
         board=board,
-        known=look_up(board),
         virtual=layer.name,
         emulated=layer.translates,
     )
 
 
-def running_program() -> str:
-    """The executable that runs this Python, an emulator's where there is one; "" where the system is not Linux."""
+def executable_path() -> str:
+    """Return the executable that runs this Python, which is an emulator's under emulation. Returns "" outside Linux."""
     try:
-        return os.readlink(RUNNING_PROGRAM)
+        return os.readlink(EXECUTABLE_LINK)
     except OSError:
         return ""
 
@@ -58,9 +57,9 @@ def _lines(path: str) -> list[str]:
 
 
 class LocalDevice:
-    """Measures in child processes of this Python."""
+    """The local machine. Each measurement is a child process of this Python."""
 
-    def __init__(self, options: DeviceOptions, say: Callable[[str], None]) -> None:
+    def __init__(self, options: DeviceOptions, log: Callable[[str], None]) -> None:
         pass
 
     def describe(self) -> DeviceInfo:
@@ -81,14 +80,14 @@ class LocalDevice:
 
 
 def request_context(artefact: Artefact, options: BenchOptions) -> int:
-    """The window to allocate: what the tests need, at most what the artefact holds."""
+    """Return the context to allocate in tokens: the need of the tests, up to the artefact's limit."""
     return min(options.context, artefact.context_length or options.context)
 
 
 def parse_measurement(name: str, child: ProcessResult) -> Measurement:
-    """The measurement that `child` printed; ArtefactError with its last line where it failed."""
-    if child.code in (-9, 137):  # 137 is what a shell makes of it
-        raise ArtefactError(f"{name}: the process was killed, most likely for want of memory")
+    """Return the measurement that `child` printed. Raises ArtefactError with its last line if it failed."""
+    if child.code in (-9, 137):  # a shell reports a SIGKILL as 137
+        raise ArtefactError(f"{name}: the process was killed, probably because memory ran out; export a smaller type")
     if child.code != 0:
         message = child.last_error.removeprefix("error: ")
         raise ArtefactError(message if name in message else f"{name}: {message}")

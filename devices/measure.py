@@ -1,7 +1,7 @@
 """Child process that measures one artefact in its engine: `python -m efficientllm.devices.measure REQUEST`.
 
-REQUEST is JSON (see `Request`); the result, a `Measurement` as JSON, is the last line of standard output. A fresh
-process per artefact keeps peak memory and caches apart. A board runs this module in its own environment.
+REQUEST is JSON (see `Request`). The result, a `Measurement` as JSON, is the last line of standard output. A new
+process per artefact separates peak memory and caches. A board runs this module in its own environment.
 """
 
 from __future__ import annotations
@@ -22,41 +22,41 @@ from ..runtime.engines.artefact import Artefact
 from ..runtime.engines.engine import EngineOptions, engine_build, engine_version, load_engine
 from ..runtime.engines.memory import huge_page_bytes, memory_bytes
 from .results import BenchOptions, Measurement
-from .sensors import LocalShell, both, clock_mhz, energy_meter, temperature_celsius
+from .sensors import LocalShell, clock_mhz, energy_meter, pair_of, temperature_celsius
 
 READ_PASSES = 5
-"""Timed readings of as much memory as the artefact takes, after one that warms up."""
+"""Timed passes over a buffer of the artefact's size, after one that warms up."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to measure."""
+    """The artefact to measure, and the settings."""
 
     artefact: str
     context: int
-    """Window to allocate; 0: what the tests need."""
+    """Context to allocate, in tokens; 0: the need of the tests."""
     options: dict[str, Any]
     """Fields of BenchOptions."""
 
 
-class Span(NamedTuple):
-    """Seconds since a test began."""
+class Elapsed(NamedTuple):
+    """Seconds since a stopwatch started."""
 
     wall: float
     cpu: float
-    """Of all threads of this process: what other processes take does not count."""
+    """CPU time of all threads of this process."""
 
 
 class Stopwatch:
     def __init__(self) -> None:
         self._wall, self._cpu = time.perf_counter(), time.process_time()
 
-    def read(self) -> Span:
-        return Span(time.perf_counter() - self._wall, time.process_time() - self._cpu)
+    def read(self) -> Elapsed:
+        return Elapsed(time.perf_counter() - self._wall, time.process_time() - self._cpu)
 
 
 class Decoder(Protocol):
-    """What the tests ask of an engine, ours or a peer's."""
+    """The part of an engine that the tests use."""
 
     context_length: int
     vocab_size: int
@@ -71,30 +71,34 @@ class Decoder(Protocol):
     def close(self) -> None: ...
 
 
-class Bench:
-    """The tests of one loaded engine, on random tokens: speed does not depend on what they mean."""
+class EngineTests:
+    """The tests of one loaded engine. Tokens are random, because the speed does not depend on their meaning."""
 
     def __init__(self, engine: Decoder, options: BenchOptions) -> None:
         self._engine = engine
         self._options = options
         self._random = np.random.default_rng(0)
         self._first_token = 0
+        self.skipped: dict[str, str] = {}
+        self.reset()
+
+    def reset(self) -> None:
+        """Discard all readings, as after the warm-up."""
         self.speeds: dict[str, list[float]] = {}
         self.cpu_ms_per_token: dict[str, list[float]] = {}
         self.quiet_ms_per_token: dict[str, list[float]] = {}
         self.first_token_ms: list[float] = []
         self.joules_per_token: list[float] = []
-        self.skipped: dict[str, str] = {}
 
     def repeat(self) -> None:
-        """One repetition of every test."""
+        """Run one repetition of each test."""
         shortest, longest = min(self._options.decode_tokens), max(self._options.decode_tokens)
         for number, length in enumerate(self._options.prompt_tokens):
             if self._fits(f"pp{length}", length):
-                span = self._prefill(length)
-                self._record(f"pp{length}", length, span)
+                elapsed = self._prefill(length)
+                self._record(f"pp{length}", length, elapsed)
                 if number == 0:
-                    self.first_token_ms.append(1000 * span.wall)
+                    self.first_token_ms.append(1000 * elapsed.wall)
         decodes = [length for length in self._options.decode_tokens if self._fits(f"tg{length}", length + 1)]
         if decodes:
             self._prefill(1)
@@ -107,50 +111,45 @@ class Bench:
                 self._prefill(depth)
                 self._record_decode(name, self._decode(shortest))
 
-    def forget(self) -> None:
-        """Drop what the repetition that warms up recorded."""
-        self.speeds, self.cpu_ms_per_token, self.quiet_ms_per_token = {}, {}, {}
-        self.first_token_ms, self.joules_per_token = [], []
-
     def _fits(self, test: str, tokens: int) -> bool:
         if tokens <= self._engine.context_length:
             return True
         self.skipped[test] = f"needs a context of {tokens} tokens, the artefact holds {self._engine.context_length}"
         return False
 
-    def _record(self, test: str, tokens: int, span: Span) -> None:
-        self.speeds.setdefault(test, []).append(tokens / span.wall)
-        self.cpu_ms_per_token.setdefault(test, []).append(1000 * span.cpu / tokens)
+    def _record(self, test: str, tokens: int, elapsed: Elapsed) -> None:
+        self.speeds.setdefault(test, []).append(tokens / elapsed.wall)
+        self.cpu_ms_per_token.setdefault(test, []).append(1000 * elapsed.cpu / tokens)
 
-    def _record_decode(self, test: str, ends: list[Span]) -> None:
+    def _record_decode(self, test: str, ends: list[Elapsed]) -> None:
         self._record(test, len(ends), ends[-1])
         for name, seconds in ((test, [end.wall for end in ends]), (f"{test} CPU", [end.cpu for end in ends])):
             quartile = np.quantile(np.diff(seconds, prepend=0.0), 0.25)
             self.quiet_ms_per_token.setdefault(name, []).append(1000 * float(quartile))
 
-    def _tokens(self, count: int) -> list[int]:
+    def _random_tokens(self, count: int) -> list[int]:
         return self._random.integers(self._engine.vocab_size, size=count).tolist()
 
-    def _prefill(self, length: int) -> Span:
-        """A full prefill: another first token than the last time, so nothing cached is reused."""
+    def _prefill(self, length: int) -> Elapsed:
+        """Evaluate a prompt whose first token differs from the last prompt's, so that no cached token is reused."""
         self._first_token = (self._first_token + 1) % self._engine.vocab_size
-        tokens = [self._first_token, *self._tokens(length - 1)]
+        tokens = [self._first_token, *self._random_tokens(length - 1)]
         watch = Stopwatch()
         self._engine.prefill(tokens)
         return watch.read()
 
-    def _decode(self, length: int, measure_energy: bool = False) -> list[Span]:
-        """From the first token to the end of each."""
-        tokens, ends = self._tokens(length), []
+    def _decode(self, length: int, measure_energy: bool = False) -> list[Elapsed]:
+        """Decode `length` tokens and return the time from the start to the end of each."""
+        tokens = self._random_tokens(length)
         if not measure_energy:
-            return self._timed(tokens)
+            return self._timed_decode(tokens)
         with energy_meter(LocalShell(), time.perf_counter) as energy:
-            ends = self._timed(tokens)
+            ends = self._timed_decode(tokens)
         if energy.joules is not None:
             self.joules_per_token.append(energy.joules / length)
         return ends
 
-    def _timed(self, tokens: list[int]) -> list[Span]:
+    def _timed_decode(self, tokens: list[int]) -> list[Elapsed]:
         ends = []
         watch = Stopwatch()
         for token in tokens:
@@ -160,39 +159,39 @@ class Bench:
 
 
 def measure(request: Request) -> Measurement:
-    """Load and time every test; weights are read, not mapped, so that RSS counts them once."""
+    """Load an artefact and time each test. Weights are read, not mapped, so that RSS counts them once."""
     options = BenchOptions.from_json(request.options)
-    baseline = memory_bytes().get("rss_bytes", 0)
-    context = request.context or options.context
+    baseline_rss_bytes = memory_bytes().get("rss_bytes", 0)
     artefact = Artefact.open(request.artefact)
+    context = request.context or options.context
     settings = EngineOptions(options.threads, context, huge_pages=options.huge_pages, kv_cache=options.kv_cache)
     engine = load_engine(artefact, settings, probe=False)
-    measured = measure_engine(engine, options, engine_version(artefact.engine), baseline)
-    # after everything else, whose peak of memory it would raise
-    read = read_speed(artefact.file_bytes, options.threads)
-    return replace(measured, engine_build=engine_build(artefact.engine), memory_bytes_per_second=read)
+    measurement = measure_engine(engine, options, engine_version(artefact.engine), baseline_rss_bytes)
+    # Last, because the buffer raises the peak of memory.
+    speeds = read_speed(artefact.file_bytes, options.threads)
+    return replace(measurement, engine_build=engine_build(artefact.engine), memory_bytes_per_second=speeds)
 
 
 def measure_engine(engine: Decoder, options: BenchOptions, version: str, baseline_rss_bytes: int) -> Measurement:
-    """Time every test of a loaded engine, after a repetition that warms up, and close it."""
-    shell, bench = LocalShell(), Bench(engine, options)
-    degrees_before = temperature_celsius(shell)
-    bench.repeat()
-    bench.forget()
+    """Time each test of a loaded engine after a warm-up repetition, and close it."""
+    shell, tests = LocalShell(), EngineTests(engine, options)
+    celsius_before = temperature_celsius(shell)
+    tests.repeat()
+    tests.reset()
     clock_before = clock_mhz(shell, options.threads)
     for _ in range(options.repetitions):
-        bench.repeat()
-    clock_after, degrees_after = clock_mhz(shell, options.threads), temperature_celsius(shell)
+        tests.repeat()
+    clock_after, celsius_after = clock_mhz(shell, options.threads), temperature_celsius(shell)
     memory, huge_pages = memory_bytes(), huge_page_bytes()
     engine.close()
     return Measurement(
-        speeds=bench.speeds,
-        cpu_ms_per_token=bench.cpu_ms_per_token,
-        quiet_ms_per_token=bench.quiet_ms_per_token,
+        speeds=tests.speeds,
+        cpu_ms_per_token=tests.cpu_ms_per_token,
+        quiet_ms_per_token=tests.quiet_ms_per_token,
         engine_version=version,
         threads=options.threads or os.cpu_count() or 1,
         load_ms=[engine.load_ms],
-        time_to_first_token_ms=bench.first_token_ms,
+        time_to_first_token_ms=tests.first_token_ms,
         peak_rss_bytes=memory["peak_rss_bytes"],
         rss_anon_bytes=memory.get("rss_anon_bytes", 0),
         rss_file_bytes=memory.get("rss_file_bytes", 0),
@@ -200,23 +199,24 @@ def measure_engine(engine: Decoder, options: BenchOptions, version: str, baselin
         baseline_rss_bytes=baseline_rss_bytes,
         kv_cache_bytes=engine.kv_cache_bytes,
         engine_settings=engine.settings,
-        temperature_celsius=both(degrees_before, degrees_after),
-        clock_mhz=both(clock_before, clock_after),
-        joules_per_token=bench.joules_per_token,
-        skipped=bench.skipped,
+        temperature_celsius=pair_of(celsius_before, celsius_after),
+        clock_mhz=pair_of(clock_before, clock_after),
+        joules_per_token=tests.joules_per_token,
+        skipped=tests.skipped,
     )
 
 
-def read_speed(size: int, threads: int) -> list[float]:
-    """Bytes per second at which `threads` (0: all cores) read a buffer of `size` bytes, READ_PASSES times."""
+def read_speed(num_bytes: int, threads: int) -> list[float]:
+    """Return the bytes per second of READ_PASSES reads of a buffer by `threads` threads (0: all cores)."""
     count = threads or os.cpu_count() or 1
-    parts = np.array_split(np.ones(max(size // 4, count), np.float32), count)  # ones: zeros would all be one page
+    # Ones, because all pages of zeros would be one page of memory.
+    parts = np.array_split(np.ones(max(num_bytes // 4, count), np.float32), count)
     speeds = []
     with ThreadPoolExecutor(count) as pool:
         for _ in range(1 + READ_PASSES):
             watch = Stopwatch()
-            list(pool.map(np.max, parts))  # it lets go of the interpreter
-            speeds.append(size / watch.read().wall)
+            list(pool.map(np.max, parts))  # numpy releases the interpreter lock
+            speeds.append(num_bytes / watch.read().wall)
     return speeds[1:]
 
 

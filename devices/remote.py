@@ -1,4 +1,4 @@
-"""What boards and phones have in common: a POSIX shell at the other end of a command, and files checked by hash."""
+"""Functions shared by boards and phones: running commands, and checking disk and memory."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from ..runtime.base.child import ProcessResult, run
 from ..runtime.base.errors import DeviceError
 from ..runtime.base.quantities import format_bytes
 from ..runtime.engines.artefact import Artefact
-from .device import estimated_ram_bytes
 from .results import BenchOptions
 
 MARK = "--efficientllm--"
-"""A line between the parts of what a device prints."""
+"""Line that separates the parts of a device's output."""
+PROCESS_BYTES = 200_000_000
+"""Memory of a process and its buffers, without weights and caches."""
 
 
 def run_program(command: Sequence[str], timeout: float | None = None, stdin: int = subprocess.DEVNULL) -> ProcessResult:
-    """Run a program of this machine; DeviceError where it is missing or does not come back in `timeout` seconds."""
+    """Run a local program. Raises DeviceError if it is missing or takes longer than `timeout` seconds."""
     try:
         return run(command, timeout=timeout, stdin=stdin)
     except FileNotFoundError as error:
@@ -28,7 +29,7 @@ def run_program(command: Sequence[str], timeout: float | None = None, stdin: int
 
 
 class RemoteShell:
-    """`sensors.Shell` over `run`, which runs a line of shell on the device."""
+    """A `sensors.Shell` over `run`, which executes a shell command line on the device."""
 
     def __init__(self, run: Callable[[str], ProcessResult]) -> None:
         self._run = run
@@ -42,10 +43,15 @@ class RemoteShell:
         return answer.output if answer.code == 0 else None
 
 
-def require_room(artefacts: list[Artefact], options: BenchOptions, free_disk: int, free_ram: int, name: str) -> None:
-    """DeviceError where the disk or memory of the device `name` cannot take the artefacts.
+def estimated_ram_bytes(artefact: Artefact, options: BenchOptions) -> int:
+    """Return the bytes of weights, of a 16-bit KV cache at the measured context, and of the process."""
+    return artefact.file_bytes + artefact.cache_bytes(options.context, 2) + PROCESS_BYTES
 
-    Free disk and memory in bytes; 0: the device does not tell.
+
+def require_room(artefacts: list[Artefact], options: BenchOptions, free_disk: int, free_ram: int, name: str) -> None:
+    """Raise DeviceError if the artefacts exceed the free disk or memory of device `name`.
+
+    `free_disk` and `free_ram` are bytes. 0 means that the device does not report them.
     """
     needed = sum(artefact.file_bytes for artefact in artefacts)
     if free_disk and needed * 1.05 > free_disk:

@@ -1,4 +1,4 @@
-"""Programs that measure a model on a phone: how they are called and how their output is read."""
+"""Programs that measure a model on a phone: their command lines, and the parsers of their output."""
 
 from __future__ import annotations
 
@@ -13,51 +13,51 @@ from .results import BenchOptions
 
 
 @dataclass(frozen=True)
-class Parsed:
+class RunnerOutput:
     """Figures of one call."""
 
     speeds: dict[str, list[float]]
-    """Tokens per second by test in the order of the tests, one entry per repetition."""
+    """Tokens per second by test, in the order of the tests, with one entry per repetition."""
     version: str = ""
     threads: int = 0
 
     @property
     def last(self) -> str:
-        """The test that was done last."""
+        """Return the name of the last test."""
         return list(self.speeds)[-1]
 
     def seconds(self, *tests: str) -> float:
-        """How long all repetitions of `tests` took."""
+        """Return the total time of all repetitions of `tests`."""
         lengths = [(int(re.split(r"\D+", test)[1]), self.speeds[test]) for test in tests]
         return sum(tokens / speed for tokens, speeds in lengths for speed in speeds)
 
 
 class Runner(Protocol):
-    """A program for one engine. It runs in the folder that holds the artefact's files."""
+    """A program for one engine. It runs in the folder of the artefact's files."""
 
     name: str
     """File name on the phone."""
     origin: str
-    """Where the program comes from, as a hint."""
+    """Hint how to get the program."""
 
     def commands(
         self, artefact: Artefact, options: BenchOptions, context: int
     ) -> tuple[list[list[str]], dict[str, str]]:
-        """Arguments of every call, and {test left out: reason}; `context` is the window in tokens to stay within.
+        """Return the arguments of each call, and {skipped test: reason}. `context` is the limit in tokens.
 
-        The first call's last test is a decode of the most tokens asked for: that is what energy is measured over.
+        The last test of the first call is the longest decode, over which the energy is measured.
         """
         ...
 
-    def parse(self, output: str) -> Parsed:
-        """DeviceError where the output is not the program's."""
+    def parse(self, output: str) -> RunnerOutput:
+        """Parse the program's output. Raises DeviceError for other text."""
         ...
 
 
 class LlamaBench:
-    """llama.cpp's llama-bench: one call for all prompts and decodes, one for the decodes at a depth.
+    """llama.cpp's llama-bench: one call for all prompts and decodes, and one for the decodes at a depth.
 
-    Its caches are as long as each test needs, so the context is not passed on and no test is left out.
+    It allocates the context that each test needs. So `context` is not passed on, and no test is skipped.
     """
 
     name = "llama-bench"
@@ -67,7 +67,7 @@ class LlamaBench:
         self, artefact: Artefact, options: BenchOptions, context: int
     ) -> tuple[list[list[str]], dict[str, str]]:
         model = artefact.manifest.model_file if artefact.manifest else artefact.path.name
-        # weights are read, not mapped, as on other devices; llama-bench warms up by itself
+        # "none" reads the weights instead of mapping them, as on other devices. llama-bench has its own warm-up.
         common = ["-m", model, "-r", str(options.repetitions), "-o", "json", "-lm", "none"]
         common += ["-t", str(options.threads)] if options.threads else []
         prompts = ",".join(map(str, options.prompt_tokens))
@@ -78,25 +78,26 @@ class LlamaBench:
             calls.append([*common, "-p", "0", "-n", str(min(options.decode_tokens)), "-d", ",".join(depths)])
         return calls, {}
 
-    def parse(self, output: str) -> Parsed:
+    def parse(self, output: str) -> RunnerOutput:
         try:
             entries = json.loads(output)
-            speeds = {_test(entry): [float(value) for value in entry["samples_ts"]] for entry in entries}
-            return Parsed(speeds, f"llama.cpp {entries[0]['build_commit']}", int(entries[0]["n_threads"]))
+            speeds = {_test_name(entry): [float(value) for value in entry["samples_ts"]] for entry in entries}
+            return RunnerOutput(speeds, f"llama.cpp {entries[0]['build_commit']}", int(entries[0]["n_threads"]))
         except (ValueError, KeyError, IndexError, TypeError) as error:
             raise DeviceError(f"llama-bench printed no result: {output[-200:].strip() or 'nothing'}") from error
 
 
-def _test(entry: dict[str, int]) -> str:
-    """pp128, tg64 or tg64@d512, from the lengths in llama-bench's JSON."""
+def _test_name(entry: dict[str, int]) -> str:
+    """Return pp128, tg64 or tg64@d512 from the lengths in llama-bench's JSON."""
     name = f"pp{entry['n_prompt']}" if entry["n_prompt"] else f"tg{entry['n_gen']}"
     return f"{name}@d{entry['n_depth']}" if entry.get("n_depth") else name
 
 
 class LlamaMain:
-    """ExecuTorch's llama_main, which the user builds: it times one prompt and its answer, so a decode has a depth.
+    """ExecuTorch's llama_main, which the user builds. It times one prompt and its answer, so a decode has a depth.
 
-    It tells no version and no thread count. Output: a line of JSON in milliseconds, extension/llm/runner/stats.h.
+    It reports no version and no thread count. Its output is a line of JSON in milliseconds, defined in ExecuTorch's
+    extension/llm/runner/stats.h.
     """
 
     name = "llama_main"
@@ -106,7 +107,9 @@ class LlamaMain:
         self, artefact: Artefact, options: BenchOptions, context: int
     ) -> tuple[list[list[str]], dict[str, str]]:
         if artefact.manifest is None:
-            raise DeviceError(f"{artefact.path}: llama_main needs the tokenizer too; give the artefact's folder")
+            raise DeviceError(
+                f"{artefact.path} has no tokenizer, which llama_main needs; give the folder of the artefact"
+            )
         common = ["--model_path", artefact.manifest.model_file, "--tokenizer_path", "tokenizer.json"]
         common += ["--temperature", "0", "--warmup"]
         common += ["--cpu_threads", str(options.threads)] if options.threads else []
@@ -116,12 +119,12 @@ class LlamaMain:
             if prompt + answer > context:
                 skipped[f"pp{prompt}"] = f"needs a context of {prompt + answer} tokens, the artefact holds {context}"
                 continue
-            # " a" is one token of the usual tokenizers; the program counts what it really read and wrote
+            # " a" is one token in common tokenizers. The program reports the actual numbers of tokens.
             call = [*common, "--prompt", " a" * prompt, "--seq_len", str(prompt + answer)]
             calls += [call] * options.repetitions
         return calls, skipped
 
-    def parse(self, output: str) -> Parsed:
+    def parse(self, output: str) -> RunnerOutput:
         found = re.search(r"PyTorchObserver (\{.*\})", output)
         if found is None:
             raise DeviceError(f"llama_main printed no PyTorchObserver line: {output[-200:].strip() or 'nothing'}")
@@ -130,11 +133,10 @@ class LlamaMain:
         prefill_ms = times["prompt_eval_end_ms"] - times["inference_start_ms"]
         decode_ms = times["inference_end_ms"] - times["prompt_eval_end_ms"]
         if min(prompt, answer, prefill_ms, decode_ms) <= 0:
-            raise DeviceError(f"llama_main measured nothing: {found[1]}")
-        return Parsed(
-            {f"pp{prompt}": [1000 * prompt / prefill_ms], f"tg{answer}@d{prompt}": [1000 * answer / decode_ms]}
-        )
+            raise DeviceError(f"llama_main printed no positive times: {found[1]}")
+        speeds = {f"pp{prompt}": [1000 * prompt / prefill_ms], f"tg{answer}@d{prompt}": [1000 * answer / decode_ms]}
+        return RunnerOutput(speeds)
 
 
 RUNNERS: dict[str, Runner] = {"llama.cpp": LlamaBench(), "executorch": LlamaMain()}
-"""Engine -> the program that stands for it on a phone."""
+"""Maps an engine to its program on a phone."""

@@ -1,6 +1,6 @@
-"""Temperature, clock and energy, where a Linux or Android device tells them.
+"""Temperature, clock and energy of a Linux or Android device.
 
-Everything is read through `Shell`, so that the same code looks at this machine and, over adb, at a phone.
+All readings use a `Shell`, so that the same code reads this machine and, over adb, a phone.
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ from typing import Protocol
 from ..runtime.base import child
 
 SAMPLE_SECONDS = 0.5
-"""Between two readings of a power that has no counter."""
+"""Seconds between two readings of the power, on devices without an energy counter."""
 BATTERY = "/sys/class/power_supply/battery"
-"""Of Android."""
+"""Folder of the battery's files on Android."""
 ZONES = "/sys/class/thermal/thermal_zone*/temp"
 CLOCKS = "/sys/devices/system/cpu/cpu[0-9]*/cpufreq/scaling_cur_freq"
 
 
 class Shell(Protocol):
-    """How a device is looked at."""
+    """Read access to a device."""
 
     def read(self, pattern: str) -> list[str]:
-        """Contents of the readable files that match an absolute glob pattern, sorted by name."""
+        """Return the contents of the readable files that match an absolute glob pattern, sorted by name."""
         ...
 
     def run(self, command: Sequence[str]) -> str | None:
-        """Standard output, None where the command is missing or fails."""
+        """Return the standard output, and None if the command is missing or fails."""
         ...
 
 
 class LocalShell:
-    """This machine; `root` stands in for / in tests."""
+    """A shell of this machine. Tests pass another `root` than /."""
 
     def __init__(self, root: Path = Path("/")) -> None:
         self._root = root
@@ -46,42 +46,42 @@ class LocalShell:
         for path in sorted(self._root.glob(pattern.lstrip("/"))):
             try:
                 contents.append(path.read_text(encoding="utf-8", errors="replace").strip("\0\n "))
-            except OSError:  # RAPL counters are for root on many systems
+            except OSError:  # on many systems only root may read RAPL counters
                 continue
         return contents
 
     def run(self, command: Sequence[str]) -> str | None:
         try:
-            done = child.run(command, timeout=10)
+            finished = child.run(command, timeout=10)
         except (OSError, subprocess.TimeoutExpired):
             return None
-        return done.output if done.code == 0 else None
+        return finished.output if finished.code == 0 else None
 
 
 def _numbers(texts: Sequence[str]) -> list[float]:
     return [float(text) for text in texts if re.fullmatch(r"-?\d+(\.\d+)?", text)]
 
 
-def both(before: float | None, after: float | None) -> tuple[float, float] | None:
-    """A reading before and after; None where either is missing."""
+def pair_of(before: float | None, after: float | None) -> tuple[float, float] | None:
+    """Return the readings before and after, and None if either is missing."""
     return None if before is None or after is None else (before, after)
 
 
 def temperature_celsius(shell: Shell) -> float | None:
-    """The hottest plausible thermal zone: sysfs counts millidegrees."""
+    """Return the temperature of the hottest plausible thermal zone. The unit of sysfs is millidegrees."""
     degrees = [value / 1000 for value in _numbers(shell.read(ZONES))]
     plausible = [value for value in degrees if 0 < value < 150]
     return max(plausible, default=None)
 
 
 def battery_celsius(shell: Shell) -> float | None:
-    """An Android battery's temperature, which is how warm the phone feels: tenths of a degree."""
+    """Return the temperature of an Android battery. The unit of sysfs is tenths of a degree."""
     values = _numbers(shell.read(f"{BATTERY}/temp"))
     return values[0] / 10 if values else None
 
 
 def clock_mhz(shell: Shell, cores: int = 0) -> float | None:
-    """Mean clock now of the `cores` fastest cores, which are those that work; 0: of all."""
+    """Return the mean clock of the `cores` fastest cores, which are those that work. 0 means all cores."""
     clocks = [value / 1000 for value in _numbers(shell.read(CLOCKS))]
     if not clocks:
         cpuinfo = "\n".join(shell.read("/proc/cpuinfo"))
@@ -91,7 +91,7 @@ def clock_mhz(shell: Shell, cores: int = 0) -> float | None:
 
 
 def rapl_joules(shell: Shell) -> list[tuple[float, float]]:
-    """(counter, its range) of every processor package."""
+    """Return (counter, range) in joules of each processor package."""
     counters = _numbers(shell.read("/sys/class/powercap/intel-rapl:[0-9]/energy_uj"))
     ranges = _numbers(shell.read("/sys/class/powercap/intel-rapl:[0-9]/max_energy_range_uj"))
     if len(counters) != len(ranges):
@@ -100,7 +100,7 @@ def rapl_joules(shell: Shell) -> list[tuple[float, float]]:
 
 
 def pmic_watts(text: str) -> float | None:
-    """Power of a Raspberry Pi 5 from `vcgencmd pmic_read_adc`: sum over the rails of current times voltage."""
+    """Return the power of a Raspberry Pi 5 from `vcgencmd pmic_read_adc`: current times voltage, summed over rails."""
     rails: dict[str, dict[str, float]] = {}
     for name, kind, value in re.findall(r"(\w+)_([AV])\s+(?:current|volt)\(\d+\)=([\d.]+)", text):
         rails.setdefault(name, {})[kind] = float(value)
@@ -109,7 +109,10 @@ def pmic_watts(text: str) -> float | None:
 
 
 def battery_watts(shell: Shell) -> float | None:
-    """Power drawn from an Android battery: microamperes times microvolts; None while it charges or hides them."""
+    """Return the power drawn from an Android battery, and None while it charges or without a meter.
+
+    The units of sysfs are microamperes and microvolts.
+    """
     status = shell.read(f"{BATTERY}/status")
     current = _numbers(shell.read(f"{BATTERY}/current_now"))
     voltage = _numbers(shell.read(f"{BATTERY}/voltage_now"))
@@ -119,34 +122,37 @@ def battery_watts(shell: Shell) -> float | None:
 
 
 def power_watts(shell: Shell) -> float | None:
-    """Power now, from the sources that have no counter."""
+    """Return the current power from a meter without a counter, and None without one."""
     text = shell.run(["vcgencmd", "pmic_read_adc"])
     return (pmic_watts(text) if text else None) or battery_watts(shell)
 
 
 class Energy:
-    """Energy of a block: `joules` is None where the device has no meter or the block ended before a first reading."""
+    """Energy of a block. `joules` is None without a meter, or if the block ended before the first reading."""
 
     joules: float | None = None
 
 
 @contextmanager
 def energy_meter(shell: Shell, seconds: Callable[[], float]) -> Iterator[Energy]:
-    """Measure the block's energy with RAPL's counters, else by sampling the power; `seconds` is a monotonic clock."""
+    """Measure the energy of a block with RAPL's counters, else by sampling the power.
+
+    `seconds` is a monotonic clock.
+    """
     energy = Energy()
     before = rapl_joules(shell)
     if before:
         yield energy
         after = rapl_joules(shell)
-        # a counter that wrapped ends below where it began
-        energy.joules = sum((end - begin) % size for (begin, size), (end, _) in zip(before, after, strict=True))
+        # The modulo handles a counter that wrapped.
+        energy.joules = sum((end - start) % size for (start, size), (end, _) in zip(before, after, strict=True))
         return
     if power_watts(shell) is None:
         yield energy
         return
-    # what was drawn before the block says nothing about it
+    # The power before the block is not a sample of it.
     watts: list[float] = []
-    stop, began = threading.Event(), seconds()
+    stop, start = threading.Event(), seconds()
 
     def sample() -> None:
         while not stop.wait(SAMPLE_SECONDS):
@@ -161,4 +167,4 @@ def energy_meter(shell: Shell, seconds: Callable[[], float]) -> Iterator[Energy]
     finally:
         stop.set()
         thread.join()
-    energy.joules = sum(watts) / len(watts) * (seconds() - began) if watts else None
+    energy.joules = sum(watts) / len(watts) * (seconds() - start) if watts else None

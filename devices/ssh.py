@@ -1,4 +1,4 @@
-"""Raspberry Pi and other boards, through the user's own OpenSSH."""
+"""Measurement on a Raspberry Pi or another board, with the user's own OpenSSH client."""
 
 from __future__ import annotations
 
@@ -22,29 +22,22 @@ from ..runtime.base.errors import DeviceError, UsageError
 from ..runtime.base.files import sha256_of
 from ..runtime.engines.artefact import Artefact
 from . import measure
-from .board_environment import (
-    ENVIRONMENT_BYTES,
-    EXTRAS,
-    Requirement,
-    engine_wheel,
-    make_environment,
-    runtime_requirement,
-)
+from .board_environment import ENVIRONMENT_BYTES, EXTRAS, RuntimeWheel, engine_wheel, make_environment, runtime_wheel
 from .device import DeviceOptions
-from .emulation import RUNNING_PROGRAM, look_up, recognise
+from .emulation import EXECUTABLE_LINK, detect_layer
 from .local import parse_measurement, request_context
 from .remote import RemoteShell, require_room, run_program
 from .results import BenchOptions, DeviceInfo, Measurement
 from .sensors import temperature_celsius
 
 FOLDER = ".cache/efficientllm-bench"
-"""On the board, below the home folder: environments and artefacts, each under its hash."""
-PAUSES = (2.0, 10.0, 30.0)
-"""Seconds before a step is tried again whose connection dropped: Wi-Fi comes back in its own time."""
-BLOCK = 65_536
-"""Bytes of a file in whose multiples an interrupted copy is gone on with."""
-DROPPED = 255
-"""ssh's own exit code: it could not connect, or lost the connection."""
+"""Folder on the board, below the home folder, with environments and artefacts by hash."""
+RETRY_SECONDS = (2.0, 10.0, 30.0)
+"""Waits before a step with a lost connection is tried again, long enough for Wi-Fi to reconnect."""
+BLOCK_BYTES = 65_536
+"""An interrupted copy resumes at a multiple of this many bytes."""
+CONNECTION_LOST = 255
+"""Exit code of ssh itself: it could not connect, or lost the connection."""
 MACHINES = ("aarch64", "arm64", "x86_64", "amd64")
 
 PROBE = r"""
@@ -78,15 +71,17 @@ kill $watcher 2> /dev/null
 rm -f $pid_file
 exit $code
 """
-"""Ends the measurement when standard input does, which is when the connection drops; one that outlived its connection
-before the board noticed is ended first. Nothing is timed beside another measurement of this computer's."""
+"""Shell script that kills the measurement when standard input ends, which happens when the connection drops.
+
+It first kills a measurement that survived its connection, so that this computer never times two at once.
+"""
 
 
 class SshDevice:
-    """Measures in the board's own Python: an environment with this release and one engine is made there."""
+    """A board. Its own Python measures, in an environment with this release and one engine."""
 
-    def __init__(self, options: DeviceOptions, say: Callable[[str], None]) -> None:
-        self._options, self._say = options, say
+    def __init__(self, options: DeviceOptions, log: Callable[[str], None]) -> None:
+        self._options, self._log = options, log
         url = urlsplit(options.device)
         if not url.hostname or url.path.strip("/"):
             raise UsageError(f"--device {options.device!r}: give ssh://USER@HOST or ssh://USER@HOST:PORT")
@@ -96,7 +91,7 @@ class SshDevice:
             *shlex.split(options.ssh),
             *(["-p", str(url.port)] if url.port else []),
             *("-o", "ConnectTimeout=15", "-o", "ServerAliveInterval=15"),
-            # one connection for all commands, so that a password or a token is asked for once
+            # One connection for all commands, so that ssh asks once for a password or a token.
             *("-o", "ControlMaster=auto", "-o", f"ControlPath={self._sockets.name}/%C", "-o", "ControlPersist=60"),
             *([] if sys.stdin.isatty() else ["-o", "BatchMode=yes"]),
         ]
@@ -105,25 +100,25 @@ class SshDevice:
 
     @property
     def name(self) -> str:
-        """Of the board, in messages."""
+        """Return the board's name in messages."""
         return self._host
 
     @property
     def facts(self) -> dict[str, str]:
-        """What it told of itself, asked once."""
+        """Return the output of PROBE by name. The board is asked once."""
         if not self._facts:
             python = shlex.quote(self._options.board_python)
-            answer = self.run(PROBE.replace("PYTHON", python).replace("PROGRAM", RUNNING_PROGRAM))
+            answer = self.run(PROBE.replace("PYTHON", python).replace("PROGRAM", EXECUTABLE_LINK))
             pairs = (line.partition("=") for line in answer.output.splitlines())
             self._facts = {name: value.strip() for name, _, value in pairs}
             if "machine" not in self._facts:
-                raise DeviceError(f"{self._host} gave no usable answer: {answer.last_error}")
+                raise DeviceError(f"{self._host} gave no usable answer ({answer.last_error}); try: ssh {self._host}")
         return self._facts
 
     def describe(self) -> DeviceInfo:
         facts = self.facts
         machine = facts["python_machine"] or facts["machine"]
-        layer = recognise(RemoteShell(self.run), machine, facts["python_runs_in"])
+        layer = detect_layer(RemoteShell(self.run), machine, facts["python_runs_in"])
         return DeviceInfo(
             name=f"ssh://{self._host}",
             system=facts["system"],
@@ -132,7 +127,6 @@ class SshDevice:
             cores=int(facts["cores"] or 1),
             ram_bytes=1024 * int(facts["ram_kb"] or 0),
             board=facts["board"],
-            known=look_up(facts["board"]),
             virtual=layer.name,
             emulated=layer.translates,
         )
@@ -145,7 +139,7 @@ class SshDevice:
                 "install a 64-bit operating system"
             )
         if facts["python_bits"] == "32":  # 32-bit systems of a Raspberry Pi run on a 64-bit kernel
-            raise DeviceError(f"{self._host}: its Python is of 32 bits, the engines of 64; install a 64-bit system")
+            raise DeviceError(f"{self._host} has a 32-bit Python, the engines need 64 bits; install a 64-bit system")
         version = facts["python"]
         if not version or tuple(map(int, version.split("."))) < (3, 11):
             raise DeviceError(
@@ -154,14 +148,14 @@ class SshDevice:
             )
         free_ram, free_disk = 1024 * int(facts["free_ram_kb"] or 0), 1024 * int(facts["free_disk_kb"] or 0)
         extras = {EXTRAS[artefact.engine] for artefact in artefacts if artefact.engine in EXTRAS}
-        taken = sum(ENVIRONMENT_BYTES[extra] for extra in extras)
-        require_room(artefacts, options, max(free_disk - taken, 1), free_ram, self._host)
+        reserved = sum(ENVIRONMENT_BYTES[extra] for extra in extras)
+        require_room(artefacts, options, max(free_disk - reserved, 1), free_ram, self._host)
         for artefact in artefacts:
             self._copy(artefact)
         with tempfile.TemporaryDirectory() as scratch:
-            requirement = runtime_requirement(self._options.wheel, Path(scratch), self._say)
+            wheel = runtime_wheel(self._options.wheel, Path(scratch), self._log)
             for engine in dict.fromkeys(artefact.engine for artefact in artefacts):
-                self._environments[engine] = self._environment(engine, requirement)
+                self._environments[engine] = self._environment(engine, wheel)
 
     def temperature_celsius(self) -> float | None:
         return temperature_celsius(RemoteShell(self.run))
@@ -170,15 +164,15 @@ class SshDevice:
         path = self._remote_path(artefact, artefact.path)
         request = measure.Request(str(path), request_context(artefact, options), asdict(options))
         python = f"{self._environments[artefact.engine]}/bin/python"
-        measure_it = f"{python} -m {measure.__name__} {shlex.quote(json.dumps(asdict(request)))}"
+        command = f"{python} -m {measure.__name__} {shlex.quote(json.dumps(asdict(request)))}"
         line = MEASURE.format(
-            command=f"EFFICIENTLLM_CACHE={FOLDER} {measure_it}",  # cleaning up takes it along
+            command=f"EFFICIENTLLM_CACHE={FOLDER} {command}",  # --clean-up removes the cache too
             module=measure.__name__,
             pid_file=shlex.quote(f"{FOLDER}/measuring-{platform.node()}"),
         )
         idle, held = os.pipe()
         try:
-            answer = self.run(line, stdin=idle, tries=1 + len(PAUSES))
+            answer = self.run(line, stdin=idle, tries=1 + len(RETRY_SECONDS))
         finally:
             os.close(idle)
             os.close(held)
@@ -189,70 +183,75 @@ class SshDevice:
             if self._options.clean_up and self._facts:
                 self.run(f"rm -rf {FOLDER}")
         finally:
-            with contextlib.suppress(DeviceError):  # without ssh there is no connection to end
+            with contextlib.suppress(DeviceError):  # without ssh there is no connection to close
                 run_program([*self._ssh, "-O", "exit", self._host])
             self._sockets.cleanup()
 
     def run(self, line: str, stdin: int = subprocess.DEVNULL, tries: int = 0) -> ProcessResult:
-        """Run a line of shell in the home folder; DeviceError where the board cannot be reached (any more).
+        """Run a shell command line in the home folder. Raises DeviceError if the board cannot be reached.
 
-        `tries` 0: again and again where that can help: half a stream cannot be sent again as it is, and a host that
-        never answered will not answer now.
+        With `tries` 0, a lost connection is retried if a retry can help. A partly sent stream cannot be sent again,
+        and a host that never answered will not answer now.
         """
         command = [*self._ssh, self._host, "--", f"sh -c {shlex.quote(line)}"]
         answer = run_program(command, stdin=stdin)
-        tries = tries or (1 + len(PAUSES) if stdin == subprocess.DEVNULL and self._facts else 1)
-        for attempt, pause in enumerate(PAUSES[: tries - 1], 2):
-            if answer.code != DROPPED:
+        tries = tries or (1 + len(RETRY_SECONDS) if stdin == subprocess.DEVNULL and self._facts else 1)
+        for attempt, seconds in enumerate(RETRY_SECONDS[: tries - 1], 2):
+            if answer.code != CONNECTION_LOST:
                 break
-            self._say(f"{self._host}: {answer.last_error}; trying again in {pause:g} s ({attempt}/{tries})")
-            time.sleep(pause)
+            self._log(f"{self._host}: {answer.last_error}; trying again in {seconds:g} s ({attempt}/{tries})")
+            time.sleep(seconds)
             answer = run_program(command, stdin=stdin)
-        if answer.code == DROPPED:
+        if answer.code == CONNECTION_LOST:
             raise DeviceError(f"{self._host} cannot be reached: {answer.last_error}; try: ssh {self._host}")
         return answer
 
+    def require(self, line: str) -> None:
+        """Run a shell command line. Raises DeviceError if it fails."""
+        answer = self.run(line)
+        if answer.code != 0:
+            raise DeviceError(f"{self._host}: {answer.last_error}")
+
     def _remote_path(self, artefact: Artefact, file: Path) -> PurePosixPath:
-        """Where a file of the artefact, or its folder, lies on the board."""
+        """Return the path on the board of a file of the artefact, or of its folder."""
         folder = PurePosixPath(FOLDER) / "artefacts" / artefact.sha256[:32]
         return folder / file.relative_to(artefact.folder).as_posix()
 
     def _copy(self, artefact: Artefact) -> None:
-        """Copy the files whose hash differs there. An interrupted file stays as NAME.part and is gone on with."""
         for file in artefact.files:
             self.copy(file, self._remote_path(artefact, file))
 
     def copy(self, file: Path, target: PurePosixPath) -> None:
-        """Copy a file, unless it is there; an interrupted one is gone on with."""
+        """Copy a file unless the board has it. An interrupted copy stays as NAME.part and is resumed."""
         digest, size, quoted = sha256_of(file), file.stat().st_size, shlex.quote(str(target))
         if self._remote_sha256(quoted) == digest:
             return
         part = shlex.quote(f"{target}.part")
         self.require(f"mkdir -p {shlex.quote(str(target.parent))}")
-        for pause in (*PAUSES, None):
-            there = int(self.run(f"wc -c < {part} 2>/dev/null || echo 0").output.split()[-1])
-            if there > size:
+        for seconds in (*RETRY_SECONDS, None):
+            part_bytes = int(self.run(f"wc -c < {part} 2>/dev/null || echo 0").output.split()[-1])
+            if part_bytes > size:
                 self.require(f"rm -f {part}")
-                there = 0
-            blocks = there // BLOCK
-            copied = blocks * BLOCK
-            self._say(f"copying {file.name}" + (f" from byte {copied:,} on" if copied else ""))
+                part_bytes = 0
+            blocks = part_bytes // BLOCK_BYTES
+            copied = blocks * BLOCK_BYTES
+            self._log(f"copying {file.name}" + (f" from byte {copied:,} on" if copied else ""))
             try:
                 with file.open("rb", buffering=0) as stream:
                     os.lseek(stream.fileno(), copied, os.SEEK_SET)
-                    # at its own place, not at the end: what an interrupted one still writes are the same bytes there
-                    self.run(f"dd of={part} bs={BLOCK} seek={blocks} conv=notrunc", stdin=stream.fileno())
+                    # dd seeks instead of appending, because an interrupted copy may still write. Its bytes are equal.
+                    self.run(f"dd of={part} bs={BLOCK_BYTES} seek={blocks} conv=notrunc", stdin=stream.fileno())
             except DeviceError:
-                if pause is None:
+                if seconds is None:
                     raise
-                time.sleep(pause)
+                time.sleep(seconds)
                 continue
             if self._remote_sha256(part) == digest:
                 self.require(f"mv {part} {quoted}")
                 return
-            self.require(f"rm -f {part}")  # complete, but not what was sent
+            self.require(f"rm -f {part}")  # complete but damaged
         raise DeviceError(
-            f"{file} arrived damaged {1 + len(PAUSES)} times; check the board's disk (dmesg) and run again"
+            f"{file} arrived damaged {1 + len(RETRY_SECONDS)} times; check the board's disk (dmesg) and run again"
         )
 
     def _remote_sha256(self, quoted: str) -> str:
@@ -260,21 +259,15 @@ class SshDevice:
         found = re.match(r"\\?([0-9a-f]{64})", answer.output)
         return found[1] if found else ""
 
-    def require(self, line: str) -> None:
-        """Run a line of shell; DeviceError where it fails."""
-        answer = self.run(line)
-        if answer.code != 0:
-            raise DeviceError(f"{self._host}: {answer.last_error}")
-
-    def _environment(self, engine: str, requirement: Requirement) -> str:
-        """Folder of the environment with this release and `engine`, made where it is not complete."""
+    def _environment(self, engine: str, wheel: RuntimeWheel) -> str:
+        """Return the folder of the environment with this release and `engine`, and create it if needed."""
         if engine not in EXTRAS:
-            raise DeviceError(f"engine {engine!r} is a plug-in's; boards run {', '.join(EXTRAS)}")
+            raise DeviceError(f"engine {engine!r} belongs to a plug-in; boards run {', '.join(EXTRAS)}")
         extra = EXTRAS[engine]
-        sent = engine_wheel(extra, self.facts, self._options.engine_wheels)
-        key = f"{requirement.key}-{sha256_of(sent.wheel)[:8]}" if sent is not None else requirement.key
+        compiled = engine_wheel(extra, self.facts, self._options.engine_wheels)
+        key = f"{wheel.key}-{sha256_of(compiled.path)[:8]}" if compiled is not None else wheel.key
         folder = f"{FOLDER}/env-{extra}-{key}"
         if self.run(f"test -f {folder}/complete").code != 0:
-            self._say(f"installing efficientllm[{extra}] on {self._host}; this may take minutes")
-            make_environment(self, extra, requirement, sent, self._options.board_python, folder)
+            self._log(f"installing efficientllm[{extra}] on {self._host}; this may take minutes")
+            make_environment(self, extra, wheel, compiled, self._options.board_python, folder)
         return folder

@@ -17,8 +17,7 @@ from pathlib import Path
 import pytest
 from board import SSHD, Board, DroppingProxy, board
 
-from efficientllm.devices import board_environment as wheel
-from efficientllm.devices import cli, ssh
+from efficientllm.devices import board_environment, cli, ssh
 from efficientllm.devices.device import DeviceOptions
 from efficientllm.devices.results import BenchOptions, Measurement
 from efficientllm.devices.ssh import SshDevice
@@ -106,7 +105,7 @@ def test_a_cut_connection_leaves_no_measurement_behind(
     reached: Board, artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What went on at the board would be timed beside the second try."""
-    monkeypatch.setattr(ssh, "PAUSES", (0.2, 0.2))
+    monkeypatch.setattr(ssh, "RETRY_SECONDS", (0.2, 0.2))
     said: list[str] = []
     proxy = DroppingProxy(reached.port, limit=0)
     reached.configure(proxy.port)
@@ -155,7 +154,7 @@ def test_a_measurement_that_the_board_thinks_is_wanted_is_ended(reached: Board, 
 def test_why_pip_failed_is_what_pip_says(
     reached: Board, artefact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(wheel, "SOURCE", tmp_path)  # as from an installed wheel
+    monkeypatch.setattr(board_environment, "SOURCE_ROOT", tmp_path)  # as from an installed wheel
     pip = write_program(tmp_path / "pip", FAILING_PIP)
     python = f'#!/bin/sh\n[ "$2" = venv ] || exec {sys.executable} "$@"\nmkdir -p $3/bin && cp {pip} $3/bin/python\n'
     fake = write_program(tmp_path / "fake-python", python)
@@ -176,7 +175,7 @@ def test_an_emulated_board_says_so(reached: Board) -> None:
 
 
 def test_an_interrupted_copy_goes_on(reached: Board, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ssh, "PAUSES", (0.2, 0.2))
+    monkeypatch.setattr(ssh, "RETRY_SECONDS", (0.2, 0.2))
     file = tmp_path / "model.gguf"
     file.write_bytes(os.urandom(3_000_000))
     said: list[str] = []
@@ -223,10 +222,10 @@ def test_bad_boards_are_one_line(
         return line
 
     assert "give ssh://USER@HOST" in fails("ssh:board")
-    assert "give local, ssh://USER@HOST[:PORT] or adb[:SERIAL]" in fails("telnet://board")
+    assert "is unknown; use local, ssh://USER@HOST[:PORT] or adb[:SERIAL]" in fails("telnet://board")
     assert "nowhere.invalid cannot be reached: " in fails("ssh://nowhere.invalid")
     assert "board: no-python is missing" in fails("ssh://board", "--board-python", "no-python")
-    assert "--wheel nothing.whl: is no wheel file" in fails("ssh://board", "--wheel", "nothing.whl")
+    assert "--wheel nothing.whl is not a wheel file" in fails("ssh://board", "--wheel", "nothing.whl")
     assert not list(reached.store.glob("env*"))
     (reached.folder / "user.pub").write_text("")
     assert "Permission denied" in fails("ssh://board")
@@ -238,7 +237,7 @@ def test_bad_boards_are_one_line(
     [
         ({"machine": "armv7l"}, "install a 64-bit operating system"),
         ({"python": "3.9"}, "python3 is 3.9"),
-        ({"python_bits": "32"}, "its Python is of 32 bits"),
+        ({"python_bits": "32"}, "has a 32-bit Python"),
         ({"free_disk_kb": "585940"}, "of free disk"),
         ({"free_ram_kb": "1000"}, "of memory, the device has"),
     ],

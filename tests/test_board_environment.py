@@ -7,15 +7,15 @@ from pathlib import Path, PurePosixPath
 import pytest
 
 from efficientllm.devices import board_environment
-from efficientllm.devices.board_environment import Requirement, engine_wheel, make_environment
+from efficientllm.devices.board_environment import RuntimeWheel, engine_wheel, make_environment
 from efficientllm.runtime.base.child import ProcessResult
 from efficientllm.runtime.base.errors import DeviceError, UsageError
 
 PI = {"machine": "aarch64", "system": "Linux 6.6", "features": "fp asimd crc32"}
 
 
-class Board:
-    """Notes what it is asked for."""
+class RecordingBoard:
+    """A board that records its commands and copies."""
 
     name = "pi"
 
@@ -54,7 +54,7 @@ def wheels(tmp_path: Path) -> Path:
 def test_only_what_the_index_lacks_is_sent(extra: str, facts: dict[str, str], is_sent: bool, wheels: Path) -> None:
     sent = engine_wheel(extra, facts, str(wheels))
     assert (sent is not None) == is_sent
-    assert sent is None or (sent.wheel.parent, sent.needs) == (wheels, ("asimddp",))
+    assert sent is None or (sent.path.parent, sent.required_features) == (wheels, ("asimddp",))
 
 
 def test_a_named_folder_without_a_wheel_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,9 +66,9 @@ def test_a_named_folder_without_a_wheel_is_one_line(tmp_path: Path, monkeypatch:
 
 @pytest.mark.parametrize(("features", "installs"), [("fp asimd", False), ("fp asimd asimddp", True)])
 def test_a_processor_that_lacks_what_the_wheel_needs_is_named(features: str, installs: bool, wheels: Path) -> None:
-    board = Board(features)
+    board = RecordingBoard(features)
     sent = engine_wheel("gguf", board.facts, str(wheels))
-    arguments = ("gguf", Requirement("key", wheels / "ours.whl"), sent, "python3", "folder")
+    arguments = ("gguf", RuntimeWheel("key", wheels / "ours.whl"), sent, "python3", "folder")
     if installs:
         make_environment(board, *arguments)
         assert board.copied == ["ours.whl", "llama_cpp_python-0.3.36-py3-none-linux_aarch64.whl"]

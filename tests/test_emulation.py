@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from efficientllm.devices.emulation import RUNNING_PROGRAM, Layer, recognise, recognise_android
-from efficientllm.devices.local import local_device_info, running_program
+from efficientllm.devices.emulation import EXECUTABLE_LINK, Layer, detect_android_layer, detect_layer
+from efficientllm.devices.local import executable_path, local_device_info
 
 X86 = "processor : 0\nflags\t\t: fpu sse2 {}\n"
 ARM = "processor : 0\nFeatures : fp asimd\n"
 
 
-class System:
+class FakeShell:
     """`sensors.Shell` over made-up files and commands."""
 
     def __init__(self, files: dict[str, str] | None = None, commands: dict[str, str] | None = None) -> None:
@@ -44,17 +44,17 @@ class System:
     ],
 )
 def test_a_program_that_runs_others_is_an_emulator(program: str, emulator: str) -> None:
-    assert recognise(System(), "aarch64", program) == Layer(emulator, bool(emulator))
+    assert detect_layer(FakeShell(), "aarch64", program) == Layer(emulator, bool(emulator))
 
 
 def test_programs_of_another_instruction_set_than_the_kernel_are_translated() -> None:
-    kernel = System({"/proc/sys/kernel/arch": "x86_64"})
-    assert recognise(kernel, "aarch64") == Layer("programs for aarch64 on a kernel for x86_64", True)
-    assert recognise(kernel, "i686") == recognise(kernel, "AMD64") == Layer()
-    older = System(commands={"uname -m": "aarch64\n"})  # Linux before 6.1, macOS
-    assert recognise(older, "x86_64").translates
-    assert recognise(older, "armv7l") == Layer()
-    assert recognise(older, "arm64") == Layer()
+    kernel = FakeShell({"/proc/sys/kernel/arch": "x86_64"})
+    assert detect_layer(kernel, "aarch64") == Layer("programs for aarch64 on a kernel for x86_64", True)
+    assert detect_layer(kernel, "i686") == detect_layer(kernel, "AMD64") == Layer()
+    older = FakeShell(commands={"uname -m": "aarch64\n"})  # Linux before 6.1, macOS
+    assert detect_layer(older, "x86_64").translates
+    assert detect_layer(older, "armv7l") == Layer()
+    assert detect_layer(older, "arm64") == Layer()
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_programs_of_another_instruction_set_than_the_kernel_are_translated() ->
     ],
 )
 def test_systems_are_told_by_their_signs(files: dict[str, str], commands: dict[str, str], expected: Layer) -> None:
-    assert recognise(System(files, commands), "") == expected
+    assert detect_layer(FakeShell(files, commands), "") == expected
 
 
 @pytest.mark.parametrize(
@@ -108,15 +108,15 @@ def test_systems_are_told_by_their_signs(files: dict[str, str], commands: dict[s
     ],
 )
 def test_android_that_is_no_phone(properties: dict[str, str], kernel: str, expected: Layer) -> None:
-    system = System({"/proc/sys/kernel/arch": kernel})
-    assert recognise_android(system, "arm64-v8a", lambda name: properties.get(name, "")) == expected
+    system = FakeShell({"/proc/sys/kernel/arch": kernel})
+    assert detect_android_layer(system, "arm64-v8a", lambda name: properties.get(name, "")) == expected
 
 
 def test_this_machine_is_no_emulator() -> None:
     info = local_device_info("local")
     assert not info.emulated, info.virtual
     if platform.system() == "Linux":
-        assert Path(running_program()).is_file()
+        assert Path(executable_path()).is_file()
 
 
 def aarch64_program(path: Path) -> Path:
@@ -150,5 +150,5 @@ def test_a_real_qemu_hides_behind_one_name_only(tmp_path: Path) -> None:
         command = ["qemu-aarch64-static", str(file), path]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
-    assert recognise(System(), "aarch64", link("/proc/self/exe")) == Layer()
-    assert recognise(System(), "aarch64", link(RUNNING_PROGRAM)) == Layer("qemu-user", True)
+    assert detect_layer(FakeShell(), "aarch64", link("/proc/self/exe")) == Layer()
+    assert detect_layer(FakeShell(), "aarch64", link(EXECUTABLE_LINK)) == Layer("qemu-user", True)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from efficientllm.devices import board_environment as wheel
+from efficientllm.devices import board_environment
 from efficientllm.runtime.base.child import run
 
 FILES = {
@@ -41,7 +41,7 @@ def installed(tmp_path: Path) -> importlib.metadata.Distribution:
 def test_an_installed_distribution_is_packed_as_pip_takes_it(
     installed: importlib.metadata.Distribution, tmp_path: Path
 ) -> None:
-    packed = wheel.pack_installed(installed, tmp_path)
+    packed = board_environment.pack_installed(installed, tmp_path)
     assert packed.name == "small-1.0-py3-none-any.whl"
     with zipfile.ZipFile(packed) as archive:
         assert set(archive.namelist()) == {*FILES, "small-1.0.dist-info/RECORD"}
@@ -56,10 +56,10 @@ def test_an_installed_distribution_is_packed_as_pip_takes_it(
 def test_a_board_is_sent_what_is_installed_here_where_there_is_no_source_tree(
     installed: importlib.metadata.Distribution, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(wheel, "SOURCE", tmp_path)
+    monkeypatch.setattr(board_environment, "SOURCE_ROOT", tmp_path)
     monkeypatch.setattr(importlib.metadata, "distribution", lambda name: installed)
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    first, again = (wheel.runtime_requirement("", tmp_path / name, print) for name in ("a", "b"))
-    assert first.wheel.name == "small-1.0-py3-none-any.whl"
+    first, again = (board_environment.runtime_wheel("", tmp_path / name, print) for name in ("a", "b"))
+    assert first.path.name == "small-1.0-py3-none-any.whl"
     assert first.key == again.key  # the board's environment is found again

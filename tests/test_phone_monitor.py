@@ -1,4 +1,4 @@
-"""What a phone tells while its program runs: power and clock are those of the work, not those of the rest after it."""
+"""Monitoring of a program on a phone: power and clock are those of the work, not of the idle phone after it."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from pathlib import Path
 import pytest
 from phone import entry, program, sysfs
 
-from efficientllm.devices import watch
+from efficientllm.devices import phone_monitor
+from efficientllm.devices.phone_monitor import ProgramRecord, RunnerCall, monitor_script, parse_record, summarize_calls
 from efficientllm.devices.results import BenchOptions, summarize
-from efficientllm.devices.runners import LlamaBench, Parsed
-from efficientllm.devices.watch import Call, summarize_calls
+from efficientllm.devices.runners import LlamaBench, RunnerOutput
 from efficientllm.runtime.engines.artefact import Artefact
 
 OPTIONS = BenchOptions(prompt_tokens=(16,), decode_tokens=(8, 24), depths=(), repetitions=2)
 
 
-def run_watched(folder: Path, path: Path, root: Path, shell: str) -> watch.Watched:
-    text = watch.script(str(folder), ["sh", str(path)]).replace("/sys/", f"{root}/")
+def run_monitored(folder: Path, path: Path, root: Path, shell: str) -> ProgramRecord:
+    text = monitor_script(str(folder), ["sh", str(path)]).replace("/sys/", f"{root}/")
     environment = {"SYS": str(root), "PATH": os.environ["PATH"]}
     done = subprocess.run([shell, "-c", text], capture_output=True, text=True, check=True, env=environment)
     assert sorted(file.name for file in folder.iterdir()) == [path.name]  # nothing of the script's is left
-    return watch.parse(done.stdout.replace(f"{root}/", "/sys/"))
+    return parse_record(done.stdout.replace(f"{root}/", "/sys/"))
 
 
 @pytest.mark.parametrize("shell", ["sh", "mksh"])
@@ -39,10 +39,10 @@ def test_energy_and_clock_are_those_of_the_work(tmp_path: Path, shell: str) -> N
     folder.mkdir()
     steps = "set_phone -3000000 2400000\nsleep 1.2\nset_phone -2000000 1800000\nsleep 2.3"
     path = program(folder / "program.sh", steps, [entry(16, 0, 40.0), entry(0, 8, 40.0), entry(0, 24, 27.0)])
-    watched = run_watched(folder, path, root, shell)
-    assert watched.code == 0
-    assert watched.peak_rss_bytes > 100_000
-    measured = summarize_calls([Call(LlamaBench().parse(watched.output), watched)], 0, OPTIONS, {})
+    record = run_monitored(folder, path, root, shell)
+    assert record.code == 0
+    assert record.peak_rss_bytes > 100_000
+    measured = summarize_calls([RunnerCall(LlamaBench().parse(record.output), record)], 0, OPTIONS, {})
     assert measured.joules_per_token == [pytest.approx(8 / 27, rel=0.05)] * 2
     assert measured.clock_mhz == (2400.0, 1800.0)
     assert measured.temperature_celsius == (31.5, 31.5)
@@ -50,19 +50,25 @@ def test_energy_and_clock_are_those_of_the_work(tmp_path: Path, shell: str) -> N
     assert summarize("m", "", "", 1, {}, [measured]).throttled == "clock fell from 2400 to 1800 MHz"
 
 
-def watched(watts: float, seconds: float, status: str = "Discharging", clock: int = 1_000_000) -> watch.Watched:
+def record_of(watts: float, seconds: float, status: str = "Discharging", clock: int = 1_000_000) -> ProgramRecord:
     contents = {
-        f"{watch.BATTERY}/status": status,
-        f"{watch.BATTERY}/current_now": str(round(-watts * 250_000)),
-        f"{watch.BATTERY}/voltage_now": "4000000",
+        f"{phone_monitor.BATTERY}/status": status,
+        f"{phone_monitor.BATTERY}/current_now": str(round(-watts * 250_000)),
+        f"{phone_monitor.BATTERY}/voltage_now": "4000000",
         "/sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq": str(clock),
     }
-    count = round(seconds / watch.SAMPLE_SECONDS) + 1
-    return watch.Watched(0, 1, "", "", tuple(watch.Moment(watch.SAMPLE_SECONDS * i, contents) for i in range(count)))
+    count = round(seconds / phone_monitor.SAMPLE_SECONDS) + 1
+    return ProgramRecord(
+        0,
+        1,
+        "",
+        "",
+        tuple(phone_monitor.SensorSample(phone_monitor.SAMPLE_SECONDS * i, contents) for i in range(count)),
+    )
 
 
 def test_a_steady_clock_is_no_throttling() -> None:
-    call = Call(Parsed({"pp16": [8.0], "tg24": [12.0]}, "llama.cpp 1", 1), watched(8, 4))
+    call = RunnerCall(RunnerOutput({"pp16": [8.0], "tg24": [12.0]}, "llama.cpp 1", 1), record_of(8, 4))
     measured = summarize_calls([call], 0, OPTIONS, {})
     assert measured.clock_mhz == (1000.0, 1000.0)
     assert measured.joules_per_token == [pytest.approx(8 / 12)]
@@ -70,21 +76,23 @@ def test_a_steady_clock_is_no_throttling() -> None:
 
 
 def test_energy_that_cannot_be_measured_says_why() -> None:
-    def reason(seen: watch.Watched, speed: float) -> str:
-        measured = summarize_calls([Call(Parsed({"tg24": [speed]}), seen)], 0, OPTIONS, {"pp16": "too long"})
+    def reason(record: ProgramRecord, speed: float) -> str:
+        measured = summarize_calls(
+            [RunnerCall(RunnerOutput({"tg24": [speed]}), record)], 0, OPTIONS, {"pp16": "too long"}
+        )
         assert measured.joules_per_token == []
         assert measured.skipped.pop("pp16") == "too long"
         return measured.skipped.get("J/token", "")
 
-    assert "tg24 was over in 0.2 s, the battery's meter needs 1 s" in reason(watched(8, 4), 100.0)
-    assert "the battery was not discharging" in reason(watched(8, 4, "Charging"), 4.0)
-    assert reason(watch.Watched(0, 1, "", "", ()), 4.0) == ""  # no meter: no column, no word
+    assert "tg24 was over in 0.2 s, the battery's meter needs 1 s" in reason(record_of(8, 4), 100.0)
+    assert "the battery was not discharging" in reason(record_of(8, 4, "Charging"), 4.0)
+    assert reason(ProgramRecord(0, 1, "", "", ()), 4.0) == ""  # no meter: no column, no word
 
 
 def test_every_repetition_of_a_program_that_does_one_counts() -> None:
     """ExecuTorch's llama_main: a call per prompt and repetition; energy is that of the first prompt's answers."""
     calls = [
-        Call(Parsed({f"pp{prompt}": [100.0], f"tg24@d{prompt}": [12.0]}), watched(watts, 4))
+        RunnerCall(RunnerOutput({f"pp{prompt}": [100.0], f"tg24@d{prompt}": [12.0]}), record_of(watts, 4))
         for prompt, watts in ((16, 6.0), (16, 12.0), (32, 24.0))
     ]
     measured = summarize_calls(calls, 0, OPTIONS, {})
@@ -110,19 +118,19 @@ def test_a_program_that_outlived_its_connection_is_ended(tmp_path: Path) -> None
     runner.chmod(0o755)
     orphan = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", str(runner)])
     (tmp_path / "measuring").write_text(f"{orphan.pid}\n")
-    text = watch.script(str(folder), [str(runner)])
+    text = monitor_script(str(folder), [str(runner)])
     done = subprocess.run(["sh", "-c", text], capture_output=True, text=True, check=False)
     assert orphan.wait(timeout=20) == -signal.SIGTERM
-    assert watch.parse(done.stdout).output == "done\n"
+    assert parse_record(done.stdout).output == "done\n"
     assert not (tmp_path / "measuring").exists()
 
 
 def test_a_program_that_cannot_be_started_has_no_figures(tmp_path: Path) -> None:
-    text = watch.script(str(tmp_path / "missing"), ["true"])
+    text = monitor_script(str(tmp_path / "missing"), ["true"])
     done = subprocess.run(["sh", "-c", text], capture_output=True, text=True, check=False)
-    assert watch.parse(done.stdout) == watch.Watched(None, 0, "", "", ())
+    assert parse_record(done.stdout) == ProgramRecord(None, 0, "", "", ())
     folder = tmp_path / "artefact"
     folder.mkdir()
-    text = watch.script(str(folder), ["sh", "-c", "echo no such model >&2; exit 3"])
+    text = monitor_script(str(folder), ["sh", "-c", "echo no such model >&2; exit 3"])
     done = subprocess.run(["sh", "-c", text], capture_output=True, text=True, check=False)
-    assert (watch.parse(done.stdout).code, watch.parse(done.stdout).errors) == (3, "no such model\n")
+    assert (parse_record(done.stdout).code, parse_record(done.stdout).errors) == (3, "no such model\n")
