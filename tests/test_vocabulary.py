@@ -34,8 +34,8 @@ from efficientllm.train.pruning.selection import SelectionRules, select_removal
 from efficientllm.train.pruning.surgery import remove_groups
 from efficientllm.train.vocabulary.frequency import expected_splits, with_parts
 from efficientllm.train.vocabulary.pieces import pieces_of, read_pieces, tokenizer_data
-from efficientllm.train.vocabulary.recoding import Reading, Recoder, TwoReadings
-from efficientllm.train.vocabulary.rewriting import smaller_tokenizer
+from efficientllm.train.vocabulary.retokenization import ByteTokenizer, Retokenizer, TokenAligner
+from efficientllm.train.vocabulary.tokenizer_pruning import prune_tokenizer
 
 CPU = torch.device("cpu")
 ODD = [
@@ -126,7 +126,7 @@ def smaller(name: str, seed: int, share: float) -> tuple[PreTrainedTokenizerFast
     order = np.argsort(splits)
     gone = order[: int(share * np.isfinite(splits).sum())]
     kept = tuple(np.setdiff1d(np.arange(len(tokenizer)), gone).tolist())
-    return smaller_tokenizer(tokenizer, kept), kept  # type: ignore[return-value]
+    return prune_tokenizer(tokenizer, kept), kept  # type: ignore[return-value]
 
 
 TEXTS = st.one_of(st.text(), st.sampled_from(sample_text().splitlines()), st.sampled_from(ODD))
@@ -185,14 +185,14 @@ def test_the_chat_template_and_the_settings_keep_their_tokens(tokenizer: PreTrai
 
 @PROPERTY
 @given(NAMES, st.sampled_from([0.3, 1.0]), TEXTS, st.integers(0, 3), st.integers(0, 3))
-def test_recoding_gives_the_same_bytes(name: str, share: float, text: str, left: int, right: int) -> None:
+def test_retokenizing_gives_the_same_bytes(name: str, share: float, text: str, left: int, right: int) -> None:
     """Also of a piece of a text that begins and ends within a character; and a whole text as it would be encoded."""
     before, (after, _) = tokenizer_named(name), smaller(name, 0, share)
-    ours, theirs = Reading(before), Reading(after)
+    ours, theirs = ByteTokenizer(before), ByteTokenizer(after)
     whole = before.encode(text, add_special_tokens=False)
-    assert Recoder(ours, theirs).recode(whole) == after.encode(text, add_special_tokens=False)
+    assert Retokenizer(ours, theirs).retokenize(whole) == after.encode(text, add_special_tokens=False)
     ids = whole[left : len(whole) - right]
-    found = Recoder(ours, theirs).recode(ids)
+    found = Retokenizer(ours, theirs).retokenize(ids)
     assert [
         theirs.bytes.get(each, after.convert_ids_to_tokens(each)) for each in found if each not in theirs.bytes
     ] == [before.convert_ids_to_tokens(each) for each in ids if each not in ours.bytes]
@@ -210,7 +210,7 @@ def test_a_text_is_longer_by_what_splits_say() -> None:
     order = np.argsort(splits)
     for count, tolerance in ((1, 1e-3), (100, 0.1)):
         kept = sorted(order[count:].tolist())
-        longer = len(smaller_tokenizer(tokenizer, kept).encode(sample_text())) / len(ids) - 1
+        longer = len(prune_tokenizer(tokenizer, kept).encode(sample_text())) / len(ids) - 1
         assert longer == pytest.approx(splits[order[:count]].sum(), rel=tolerance, abs=1e-6)
 
 
@@ -222,7 +222,7 @@ def test_rows_without_a_token_go_first() -> None:
     assert not splits[600:].any()
     assert set(order[:40].tolist()) == set(range(600, 640))
     kept = sorted(order[32:].tolist())  # some of them stay where a multiple asks for it
-    after = smaller_tokenizer(tokenizer, kept)
+    after = prune_tokenizer(tokenizer, kept)
     assert after.encode(sample_text()) == tokenizer.encode(sample_text())
 
 
@@ -271,7 +271,7 @@ def test_rows_that_must_stay_are_the_floor() -> None:
 def test_the_source_says_what_is_written_first() -> None:
     """By hand: the source's tokens, each rewritten on its own, their probabilities added up."""
     tokenizer, (after, kept) = tokenizer_named("byte-level"), smaller("byte-level", 0, 0.8)
-    text = TwoReadings(after, tokenizer, kept, 600)(torch.tensor([after.encode("The heat of the sun")]))
+    text = TokenAligner(after, tokenizer, kept, 600)(torch.tensor([after.encode("The heat of the sun")]))
     assert text.tokens[0].tolist() == tokenizer.encode("The heat of the sun")
     for old, token in enumerate(tokenizer.convert_ids_to_tokens(list(range(600)))):
         backend: Any = after.backend_tokenizer
@@ -281,8 +281,8 @@ def test_the_source_says_what_is_written_first() -> None:
 def test_both_stand_at_the_same_byte_where_they_are_compared() -> None:
     tokenizer, (after, kept) = tokenizer_named("byte-level"), smaller("byte-level", 0, 0.8)
     rows = [after.encode(line)[:30] for line in sample_text().splitlines() if len(after.encode(line)) >= 30][:3]
-    text = TwoReadings(after, tokenizer, kept, 600)(torch.tensor(rows))
-    ours, theirs = Reading(after), Reading(tokenizer)
+    text = TokenAligner(after, tokenizer, kept, 600)(torch.tensor(rows))
+    ours, theirs = ByteTokenizer(after), ByteTokenizer(tokenizer)
     places = text.places.view(len(rows), -1)
     for row, tokens in enumerate(rows):
         for at in range(len(tokens)):
@@ -301,9 +301,9 @@ def test_the_loss_is_that_of_its_definition() -> None:
     model = tiny_model(Architecture.from_dict({**shape.to_dict(), "vocab_size": len(kept)}), seed=1)
     windows = torch.tensor([after.encode(sample_text())[:25], after.encode(sample_text())[40:65]])
     loss = TrainingLoss(model, torch.float32, LossWeights(0.0, 1.0), make_teacher(source, torch.float32, CPU))
-    readings = TwoReadings(after, tokenizer, kept, 600)
-    loss.source_text = readings
-    text = readings(windows[:, :-1])
+    aligner = TokenAligner(after, tokenizer, kept, 600)
+    loss.source_text = aligner
+    text = aligner(windows[:, :-1])
     with torch.no_grad():
         theirs = torch.softmax(source(text.tokens).logits, -1).flatten(0, 1)
         ours = torch.log_softmax(model(windows[:, :-1]).logits, -1).flatten(0, 1)
@@ -325,7 +325,7 @@ def test_with_all_tokens_it_is_distillation_as_ever() -> None:
     plain = loss(windows)[0]
     plain.backward()
     gradient, model.model.norm.weight.grad = model.model.norm.weight.grad.clone(), None
-    loss.source_text = TwoReadings(tokenizer, tokenizer, range(600), 600)
+    loss.source_text = TokenAligner(tokenizer, tokenizer, range(600), 600)
     other = loss(windows)[0]
     other.backward()
     torch.testing.assert_close(other, plain, atol=1e-5, rtol=1e-5)
@@ -340,7 +340,7 @@ def test_the_price_is_what_the_text_costs_without_the_rows() -> None:
     model = tiny_model(Architecture.from_dict({**tiny_architecture().to_dict(), "vocab_size": 600}))
     windows = np.asarray([tokenizer.encode(sample_text())[at : at + 40] for at in (0, 40)])
     probe_ = RowProbe(TrainingLoss(model, torch.float32), tokenizer, np.ones(600), windows, Parallel("ddp", CPU))
-    recoder = Recoder(Reading(tokenizer), Reading(after))
+    retokenizer = Retokenizer(ByteTokenizer(tokenizer), ByteTokenizer(after))
     start = tokenizer.convert_tokens_to_ids("<|endoftext|>")
 
     def nats(ids: list[int], rows: list[int]) -> float:
@@ -351,7 +351,7 @@ def test_the_price_is_what_the_text_costs_without_the_rows() -> None:
 
     whole = sum(nats(row, list(range(600))) for row in windows.tolist())
     assert probe_.price == pytest.approx(whole / 80, rel=1e-4)
-    written = [[kept[each] for each in recoder.recode(row)] for row in windows.tolist()]
+    written = [[kept[each] for each in retokenizer.retokenize(row)] for row in windows.tolist()]
     probe_.measure(kept)
     expected = (sum(nats(row, list(kept)) for row in written) - whole) / (sum(map(len, written)) - 80)
     assert probe_.price == pytest.approx(expected, rel=1e-3)

@@ -21,7 +21,7 @@ from .evaluation.torch_model import TorchModel
 from .plan import RunPlan
 from .reporting.metrics import MetricsWriter, Progress
 from .stop_signal import StopSignal
-from .vocabulary.recoding import Reading
+from .vocabulary.retokenization import ByteTokenizer
 
 QUALITY_BATCH_TOKENS = 2048
 """Tokens per forward pass."""
@@ -49,7 +49,7 @@ class Measuring:
     def bits_per_byte(self, perplexity: float) -> float:
         """Of what the held-out windows predict: comparable where a vocabulary shrinks, which perplexity is not."""
         tokens = self.held_out[:, 1:]
-        predicted, reading = tokens[tokens >= 0], Reading(self.tokenizer)
+        predicted, reading = tokens[tokens >= 0], ByteTokenizer(self.tokenizer)
         size = sum(len(reading.bytes.get(int(token), b"")) for token in predicted)
         return math.log2(perplexity) * predicted.size / max(1, size)
 

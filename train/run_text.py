@@ -14,8 +14,8 @@ from .data.packing import PackedStream
 from .plan import RunPlan
 from .pruning.rows import RowProbe
 from .vocabulary.frequency import count_tokens, expected_splits
-from .vocabulary.recoding import TwoReadings
-from .vocabulary.rewriting import smaller_tokenizer
+from .vocabulary.retokenization import TokenAligner
+from .vocabulary.tokenizer_pruning import prune_tokenizer
 
 
 class RunText:
@@ -53,9 +53,9 @@ class RunText:
     def go_on_without_rows(self, kept: Sequence[int], loss: TrainingLoss) -> None:
         """Read on with the tokens that stay, the source's `kept`; the teacher of `loss` goes on reading its own."""
         source = self.plan.tokenizer
-        self.tokenizer = smaller_tokenizer(source, kept)
+        self.tokenizer = prune_tokenizer(source, kept)
         self.stream.switch_tokenizer(self.tokenizer)
         for name in ("block_windows", "recovery_windows"):
             self.__dict__.pop(name, None)  # made anew from the same text
         if self.plan.config.optimizer.distill:
-            loss.source_text = TwoReadings(self.tokenizer, source, kept, self.plan.architecture.vocab_size)
+            loss.source_text = TokenAligner(self.tokenizer, source, kept, self.plan.architecture.vocab_size)

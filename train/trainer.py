@@ -42,7 +42,7 @@ from .run_folder import checkpoint_folders
 from .run_text import RunText
 from .schedule import DroppingSchedule, learning_rate
 from .stop_signal import StopRequested, StopSignal
-from .vocabulary.rewriting import Numbering, renumber_settings
+from .vocabulary.tokenizer_pruning import renumber_settings
 
 _log = logging.getLogger("efficientllm.train")
 
@@ -409,7 +409,7 @@ class Trainer:
             self.pruner.load_state(extra["pruner"], tensors["pruner"], self.model)
             survivors = self.pruner.survivors["vocabulary"][0]
             if len(survivors) < self.plan.architecture.vocab_size:
-                renumber_settings(self.model.generation_config, Numbering(survivors.tolist()))  # it is the source's
+                renumber_settings(self.model.generation_config, survivors.tolist())  # it is the source's
                 self._read_on_without_rows()
         if self.shipped is not None:
             self.shipped.inputs.load_state_dict(tensors.get("shipped", {}))  # none in an earlier release's

@@ -39,7 +39,7 @@ class LossWeights:
 
 @dataclass(frozen=True)
 class SourceText:
-    """What the model reads in the tokens of a source that has others (see vocabulary/two_readings.py)."""
+    """What the model reads in the tokens of a source that has others (see vocabulary/retokenization.py)."""
 
     tokens: Tensor
     """[B, T]"""

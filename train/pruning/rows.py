@@ -27,8 +27,8 @@ from transformers import PreTrainedTokenizerBase
 from ..compute.distributed import Parallel
 from ..compute.loss import TrainingLoss
 from ..data.chat import end_of_text_id
-from ..vocabulary.recoding import Reading, Recoder
-from ..vocabulary.rewriting import smaller_tokenizer
+from ..vocabulary.retokenization import ByteTokenizer, Retokenizer
+from ..vocabulary.tokenizer_pruning import prune_tokenizer
 
 
 class RowProbe:
@@ -58,9 +58,9 @@ class RowProbe:
 
     def measure(self, kept: Sequence[int]) -> None:
         """Set the price to what the model without the other rows has for it; a collective call."""
-        smaller = smaller_tokenizer(self._tokenizer, kept)
-        recoder = Recoder(Reading(self._tokenizer), Reading(smaller))
-        texts = [recoder.recode(text) for text in self._texts]
+        smaller = prune_tokenizer(self._tokenizer, kept)
+        retokenizer = Retokenizer(ByteTokenizer(self._tokenizer), ByteTokenizer(smaller))
+        texts = [retokenizer.retokenize(text) for text in self._texts]
         more = sum(map(len, texts)) - sum(map(len, self._texts))
         rows = torch.tensor(list(kept), device=self._parallel.device)
         written = [rows[torch.tensor(text)].tolist() for text in texts]

@@ -21,7 +21,7 @@ from ..model.irregular import apply_architecture, architecture_of
 from ..model.modeling_efficientllm import NoAttention, NoFeedForward, set_eps
 from ..model.rescaling import Scales, rescaled, width_factor
 from ..model.tensors import axes_of, block_norms, stem_norms, tensor_names
-from ..vocabulary.rewriting import Numbering, renumber_settings
+from ..vocabulary.tokenizer_pruning import renumber_settings
 from .groups import KIND_OF_AXIS, KINDS
 from .selection import Kept, Removal
 
@@ -140,9 +140,9 @@ def _update_modules(model: Any, removal: Removal) -> None:
         elif isinstance(module, nn.Embedding):
             module.num_embeddings, module.embedding_dim = module.weight.shape
     if removal.after.vocab_size != removal.before.vocab_size:
-        numbering = Numbering(removal.kept["vocabulary"][0].tolist())
-        renumber_settings(model.config, numbering)
-        renumber_settings(model.generation_config, numbering)
+        kept = removal.kept["vocabulary"][0].tolist()
+        renumber_settings(model.config, kept)
+        renumber_settings(model.generation_config, kept)
         model.model.embed_tokens.padding_idx = model.config.pad_token_id
     set_survivors(model, None)
     update_config(model.config, removal)

@@ -1,1 +1,1 @@
-"""A model's vocabulary as something that can be made smaller: its tokens, its tokenizer, and text in two of them."""
+"""Prune a vocabulary: rank its tokens, rewrite its tokenizer, and align text in two tokenizers."""

@@ -1,10 +1,10 @@
-"""What the tokens of a tokenizer.json are made of, which of them must stay, and in what order the others may go.
+"""The tokens of a tokenizer.json: their parts, those that must stay, and how often each is expected. Imports no torch.
 
-Byte-pair encoding makes a token by merging two others, so a token is of no use without its parts: whatever goes, all
-that is made of it went before. Kept tokens then keep their whole derivations, and every kept token is still made of its
-own text in the same way: of the merges that are left, the first to apply to it are those that were. Imports no torch.
+Byte-pair encoding makes a token by merging two others, its parts. A token is useless without them, so it is removed
+before its parts are. Every kept token then keeps its whole derivation and is still made of its own text in the same
+way: among the kept merges, those that apply first to its text are the same as before.
 
-Which tokens a model cannot do without: those of its tokenizer, of its settings and of its chat template.
+A model cannot do without the tokens that its tokenizer, its settings or its chat template names.
 """
 
 from __future__ import annotations
@@ -22,81 +22,114 @@ from transformers import PreTrainedTokenizerBase
 from ...runtime.base.errors import ModelError, UsageError
 from ...runtime.engines.hf_tokenizer import byte_alphabet
 from ..data.chat import ChatFormat, end_of_text_id, tokenize
-from .rewriting import named_tokens
+from .tokenizer_pruning import merges_of, named_token_ids
 
 SPACE = "▁"
-"""What SentencePiece writes for a space; bytes in its place would be decoded to the sign itself."""
+"""SentencePiece's sign for a space. It has no spelling in bytes, which would decode to the sign itself."""
+
+PLACEHOLDER = "?"
+"""Stands for the content of a chat's turns."""
 
 
 @dataclass(frozen=True)
 class Pieces:
-    """The tokens of a tokenizer, by id; rows of the embedding without a token are none."""
+    """The tokens of a tokenizer by id. Rows of the embedding without a token are not included."""
 
     size: int
     """Rows of the embedding."""
     texts: dict[int, str]
-    """As tokenizer.json writes them."""
+    """Texts as tokenizer.json writes them."""
     parts: dict[int, tuple[int, ...]]
-    """What a token becomes where it goes: what its last merge joins, or its bytes. None of Unigram's longer pieces,
-    which becomes what is likeliest then."""
+    """Tokens that replace a removed token: the two that its last merge joins, or its bytes. Longer pieces of Unigram
+    have none, since the likeliest segmentation replaces them."""
     fixed: frozenset[int]
-    """Those that must stay whatever they cost."""
+    """Tokens that must stay at any cost."""
     prior: np.ndarray
-    """fp64 [size]: how often each is to be expected before any text is seen. Sums to 1, positive where a token is."""
+    """Expected frequency before any text is counted, fp64 [size]. It sums to 1 and is positive for each token."""
+
+
+def pieces_of(model: Any, tokenizer: PreTrainedTokenizerBase) -> Pieces:
+    """Return the tokens of a model. Raises ModelError for a tokenizer of an unsupported kind."""
+    pieces = read_pieces(tokenizer_data(tokenizer), int(model.config.vocab_size))
+    named = named_token_ids(model.config) | named_token_ids(model.generation_config)
+    fixed = pieces.fixed | named | _template_tokens(tokenizer) | {end_of_text_id(tokenizer)}
+    return replace(pieces, fixed=frozenset(fixed))
+
+
+def tokenizer_data(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Return the contents of a tokenizer's tokenizer.json."""
+    backend: Any = tokenizer.backend_tokenizer
+    return json.loads(backend.to_str())
+
+
+def _template_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Return the tokens that the chat template writes around the content. Empty without a usable template."""
+    chat_format = ChatFormat.of_tokenizer(tokenizer)
+    if chat_format is None:
+        return set()
+    turns = [{"role": role, "content": PLACEHOLDER} for role in ("system", "user", "assistant", "user")]
+    texts = [chat_format.prompt(turns[1:2])]
+    try:
+        texts.append(chat_format.prompt(turns))
+    except UsageError:  # some templates reject the role system
+        texts.append(chat_format.prompt(turns[1:]))
+    return {index for ids in tokenize(tokenizer, texts) for index in ids}
 
 
 def read_pieces(data: Mapping[str, Any], num_rows: int) -> Pieces:
-    """Of the contents of a tokenizer.json and an embedding of `num_rows` rows.
+    """Return the tokens of a tokenizer.json for an embedding of `num_rows` rows.
 
-    What must stay: added tokens (control tokens among them), the unknown token, and what any text can be written in,
-    which is byte-level BPE's alphabet, or SentencePiece's bytes, its space and ASCII; without bytes, every character.
+    Added tokens (with the control tokens) and the unknown token must stay. So must an alphabet that can write any text:
+    the one of byte-level BPE, or SentencePiece's bytes, its space and ASCII, or every character if there are no bytes.
+    Raises ModelError for a tokenizer of an unsupported kind.
     """
     model = data["model"]
     _check(model)
     is_unigram = model["type"] == "Unigram"
-    vocab: dict[str, int] = {piece: i for i, (piece, _) in enumerate(model["vocab"])} if is_unigram else model["vocab"]
+    vocab = {text: index for index, text in _texts_of(model).items()}
     added = {each["id"]: each["content"] for each in data.get("added_tokens", [])}
     texts = {index: text for text, index in vocab.items()} | added
     fixed = {*added, *_unknown(model, vocab)}
-    parts = {} if is_unigram else _parts_of_merges(_merges(model), vocab)
+    parts = {} if is_unigram else _parts_of_merges(merges_of(model), vocab)
     for text, index in vocab.items():
-        if is_byte(text):
+        if _is_byte(text):
             fixed.add(index)
         elif len(text) == 1:
-            spelt = _spelt_in_bytes(text, vocab) if model.get("byte_fallback") else None
-            if spelt is None or text == SPACE or text.isascii():
+            spelling = _byte_spelling(text, vocab) if model.get("byte_fallback") else None
+            if spelling is None or text == SPACE or text.isascii():
                 fixed.add(index)
             else:
-                parts[index] = spelt
-    prior = _scores(model, num_rows) if is_unigram else _by_merge_order(parts, texts, num_rows)
+                parts[index] = spelling
+    prior = _unigram_prior(model, num_rows) if is_unigram else _merge_order_prior(parts, texts, num_rows)
     return Pieces(num_rows, texts, parts, frozenset(fixed), prior / prior.sum())
 
 
-def is_byte(text: str) -> bool:
-    """Whether a SentencePiece token is a byte, as <0x0A>."""
-    return len(text) == 6 and text.startswith("<0x") and text.endswith(">")
-
-
 def bytes_of_tokens(data: Mapping[str, Any]) -> dict[int, bytes]:
-    """{id: UTF-8 bytes of its text} of a tokenizer.json; added tokens, whose text is markup, are left out."""
-    model = data["model"]
-    pairs = enumerate(piece for piece, _ in model["vocab"]) if model["type"] == "Unigram" else None
-    vocab = dict(pairs) if pairs is not None else {index: text for text, index in model["vocab"].items()}
+    """Return {id: UTF-8 bytes of the text} of a tokenizer.json. Added tokens are omitted, as their text is markup."""
     added = {each["id"] for each in data.get("added_tokens", [])}
-    alphabet = byte_alphabet() if is_byte_level(data) else None
-    return {index: _bytes_of(text, alphabet) for index, text in vocab.items() if index not in added}
-
-
-def is_byte_level(data: Mapping[str, Any]) -> bool:
-    """Whether a token's characters stand for bytes, as GPT-2's do."""
     steps = data.get("decoder") or {}
-    return any(step.get("type") == "ByteLevel" for step in (steps, *steps.get("decoders", ())))
+    is_byte_level = any(step.get("type") == "ByteLevel" for step in (steps, *steps.get("decoders", ())))
+    alphabet = byte_alphabet() if is_byte_level else None
+    return {index: _bytes_of(text, alphabet) for index, text in _texts_of(data["model"]).items() if index not in added}
 
 
 def _bytes_of(text: str, alphabet: Mapping[str, int] | None) -> bytes:
+    """Return the bytes of a token's text. In byte-level BPE each character of `alphabet` stands for a byte."""
     if alphabet is not None and all(character in alphabet for character in text):
         return bytes(alphabet[character] for character in text)
-    return bytes([int(text[3:5], 16)]) if is_byte(text) else text.replace(SPACE, " ").encode()
+    return bytes([int(text[3:5], 16)]) if _is_byte(text) else text.replace(SPACE, " ").encode()
+
+
+def _texts_of(model: Mapping[str, Any]) -> dict[int, str]:
+    """Return {id: text} of the vocabulary of BPE or Unigram."""
+    if model["type"] == "Unigram":
+        return {index: text for index, (text, _) in enumerate(model["vocab"])}
+    return {index: text for text, index in model["vocab"].items()}
+
+
+def _is_byte(text: str) -> bool:
+    """Return True if a SentencePiece token is a byte such as <0x0A>."""
+    return len(text) == 6 and text.startswith("<0x") and text.endswith(">")
 
 
 def _check(model: Mapping[str, Any]) -> None:
@@ -114,25 +147,23 @@ def _unknown(model: Mapping[str, Any], vocab: Mapping[str, int]) -> list[int]:
     return [vocab[model["unk_token"]]] if model.get("unk_token") in vocab else []
 
 
-def _spelt_in_bytes(character: str, vocab: Mapping[str, int]) -> tuple[int, ...] | None:
-    """The byte tokens of a character; None where one of them is missing."""
+def _byte_spelling(character: str, vocab: Mapping[str, int]) -> tuple[int, ...] | None:
+    """Return the byte tokens of a character, or None if one of them is missing."""
     names = [f"<0x{byte:02X}>" for byte in character.encode()]
     return tuple(vocab[name] for name in names) if all(name in vocab for name in names) else None
 
 
-def _merges(model: Mapping[str, Any]) -> list[tuple[str, str]]:
-    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
-    return [(left, right) for left, right in pairs]
-
-
 def _parts_of_merges(merges: list[tuple[str, str]], vocab: Mapping[str, int]) -> dict[int, tuple[int, ...]]:
-    """{token: the two that the last merge of its own text joins}; SentencePiece's files have every split as a merge."""
+    """Return {token: the two that the last merge of its own text joins}.
+
+    A token may have several merges, since SentencePiece's files list every split of a piece.
+    """
     ranks = {pair: rank for rank, pair in enumerate(merges)}
-    ways: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    pairs_of: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for pair in merges:
-        ways["".join(pair)].append(pair)
+        pairs_of["".join(pair)].append(pair)
     parts: dict[int, tuple[int, ...]] = {}
-    for text, pairs in ways.items():
+    for text, pairs in pairs_of.items():
         pair = pairs[0] if len(pairs) == 1 else _last_merge(text, ranks)
         if pair is not None and text in vocab:
             parts[vocab[text]] = (vocab[pair[0]], vocab[pair[1]])
@@ -140,14 +171,12 @@ def _parts_of_merges(merges: list[tuple[str, str]], vocab: Mapping[str, int]) ->
 
 
 def _last_merge(text: str, ranks: Mapping[tuple[str, str], int]) -> tuple[str, str] | None:
-    """What byte-pair encoding of a token's text joins last; None where it does not end in one token."""
+    """Return the last pair that byte-pair encoding of a text joins, or None if the result is not one token."""
     symbols = list(text)
     pair: tuple[str, str] | None = None
     while len(symbols) > 1:
-        pairs = [
-            (ranks.get((left, right), len(ranks)), at) for at, (left, right) in enumerate(itertools.pairwise(symbols))
-        ]
-        rank, at = min(pairs)
+        pairs = enumerate(itertools.pairwise(symbols))
+        rank, at = min((ranks.get(each, len(ranks)), position) for position, each in pairs)
         if rank == len(ranks):
             return None
         pair = (symbols[at], symbols[at + 1])
@@ -155,52 +184,23 @@ def _last_merge(text: str, ranks: Mapping[tuple[str, str], int]) -> tuple[str, s
     return pair
 
 
-def _by_merge_order(parts: Mapping[int, tuple[int, ...]], texts: Mapping[int, str], num_rows: int) -> np.ndarray:
-    """Zipf's law over the order of the ids, which is that of merges: each was the most frequent pair of the text that
-    the tokenizer was trained on (on six kinds of English, it tells the length of a text without a third of SmolLM2's
-    tokens as 1.036, which is 1.018 to 1.033). Tokens that no merge makes are last."""
-    made = sorted(index for index, each in parts.items() if index in texts)
+def _merge_order_prior(parts: Mapping[int, tuple[int, ...]], texts: Mapping[int, str], num_rows: int) -> np.ndarray:
+    """Return Zipf's law over the order of the ids, fp64 [num_rows]. Tokens that no merge makes are last.
+
+    The ids follow the order of merges, and each merge was the most frequent pair of the tokenizer's training text. On
+    six kinds of English without a third of SmolLM2's tokens, it predicts 1.036 times the length. Measured lengths are
+    1.018 to 1.033.
+    """
+    merged = sorted(index for index, each in parts.items() if index in texts)
     prior = np.zeros(num_rows)
     prior[list(texts)] = 1e-3 / num_rows
-    prior[made] = 1.0 / np.arange(1, len(made) + 1)
+    prior[merged] = 1.0 / np.arange(1, len(merged) + 1)
     return prior
 
 
-def _scores(model: Mapping[str, Any], num_rows: int) -> np.ndarray:
-    """Unigram's own probabilities."""
+def _unigram_prior(model: Mapping[str, Any], num_rows: int) -> np.ndarray:
+    """Return Unigram's own probabilities, fp64 [num_rows]."""
     prior = np.zeros(num_rows)
     scores = np.asarray([score for _, score in model["vocab"]])
     prior[: len(scores)] = np.exp(np.maximum(scores, -50.0))
     return prior
-
-
-CONTENT = "?"
-"""Stands for what is said in a chat."""
-
-
-def tokenizer_data(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """The contents of a tokenizer's tokenizer.json."""
-    backend: Any = tokenizer.backend_tokenizer
-    return json.loads(backend.to_str())
-
-
-def pieces_of(model: Any, tokenizer: PreTrainedTokenizerBase) -> Pieces:
-    """The tokens of a model; ModelError where its tokenizer is of a kind whose tokens cannot go."""
-    pieces = read_pieces(tokenizer_data(tokenizer), int(model.config.vocab_size))
-    named = named_tokens(model.config) | named_tokens(model.generation_config)
-    fixed = pieces.fixed | named | template_tokens(tokenizer) | {end_of_text_id(tokenizer)}
-    return replace(pieces, fixed=frozenset(fixed))
-
-
-def template_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Tokens that the chat template writes around what is said; none without one that writes a plain chat."""
-    chat = ChatFormat.of_tokenizer(tokenizer)
-    if chat is None:
-        return set()
-    turns = [{"role": role, "content": CONTENT} for role in ("system", "user", "assistant", "user")]
-    texts = [chat.prompt(turns[1:2])]
-    try:
-        texts.append(chat.prompt(turns))
-    except UsageError:  # some know no system
-        texts.append(chat.prompt(turns[1:]))
-    return {index for ids in tokenize(tokenizer, texts) for index in ids}
