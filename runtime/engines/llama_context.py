@@ -86,9 +86,9 @@ class LlamaContext:
         """Create a context of `model`, a llama_model pointer that must outlive it."""
         import llama_cpp
 
-        self._llama: Any = llama_cpp
         llama: Any = llama_cpp
-        parameters = llama_cpp.llama_context_default_params()
+        self._llama = llama
+        parameters = llama.llama_context_default_params()
         slots = -(-slots // SLOT_MULTIPLE) * SLOT_MULTIPLE
         parameters.n_ctx, parameters.n_seq_max, parameters.kv_unified = slots, num_sequences, True
         self.max_batch = min(MAX_PASS_TOKENS, slots)
@@ -97,67 +97,61 @@ class LlamaContext:
         parameters.n_threads = parameters.n_threads_batch = threads
         parameters.type_k = parameters.type_v = _GGML_TYPES[attention.cache]
         parameters.flash_attn_type = _ENABLED if attention.flash else _DISABLED
-        self._context: Any = llama_cpp.llama_init_from_model(model, parameters)
+        self._context = llama.llama_init_from_model(model, parameters)
         if not self._context:
-            raise ArtefactError(
-                f"llama.cpp makes no context of {slots} tokens with {attention}; use another --kv-cache"
-            )
-        self._memory: Any = llama_cpp.llama_get_memory(self._context)
-        self.slots: int = llama_cpp.llama_n_ctx(self._context)
+            raise ArtefactError(f"llama.cpp makes no context of {slots} tokens with {attention}; set --kv-cache")
+        self._memory = llama.llama_get_memory(self._context)
+        self.slots: int = llama.llama_n_ctx(self._context)
         """Tokens that the caches of all sequences hold together."""
         self.vocab_size: int = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(model))
-        self._batch: Any = llama_cpp.llama_batch_init(MAX_PASS_TOKENS, 0, 1)
+        self._batch = llama.llama_batch_init(MAX_PASS_TOKENS, 0, 1)
         self._lengths = [0] * num_sequences
         self._thread = TorchFreeThread()
-        # asked between two operations of a pass, with the address of this text: whether it is longer than nothing.
-        # C's own strlen needs no Python, which another thread may be holding up
-        self._stop_wish = ctypes.create_string_buffer(2)
+        # llama.cpp calls the callback between two operations of a pass and aborts if the result is not 0. The callback
+        # is C's strlen on this text, because a Python function would wait for the GIL.
+        self._abort_text = ctypes.create_string_buffer(2)
         library = ctypes.cdll.msvcrt if sys.platform == "win32" else ctypes.CDLL(None)
-        self._is_stop_wished: Any = llama.ggml_abort_callback(ctypes.cast(library.strlen, ctypes.c_void_p).value)
-        llama_cpp.llama_set_abort_callback(
-            self._context, self._is_stop_wished, ctypes.cast(self._stop_wish, ctypes.c_void_p)
-        )
+        self._abort_callback = llama.ggml_abort_callback(ctypes.cast(library.strlen, ctypes.c_void_p).value)
+        address = ctypes.cast(self._abort_text, ctypes.c_void_p)
+        llama.llama_set_abort_callback(self._context, self._abort_callback, address)
 
     def interrupt(self) -> None:
         """End the pass in progress with EvaluationInterrupted, and every later one until `resume`."""
-        self._stop_wish[0] = b"!"
+        self._abort_text[0] = b"!"
 
     def resume(self) -> None:
         """Undo `interrupt`."""
-        self._stop_wish[0] = b"\0"
+        self._abort_text[0] = b"\0"
 
     def extend(self, chunks: Sequence[Chunk]) -> list[np.ndarray]:
         """Append tokens to sequences, see `Engine.extend`."""
-        rows = self._decode([(chunk.sequence, chunk.tokens, [chunk.wants_logits]) for chunk in chunks])
-        return [self._logits(row) for row in rows]
+        return [self._logits(row) for row in self._decode(chunks)]
 
     def all_logits(self, sequence: int, tokens: Sequence[int]) -> np.ndarray:
         """Append at most `max_batch` tokens and return the logits after each, fp32 [n, V]."""
-        rows = self._decode([(sequence, tokens, [True] * len(tokens))])
+        rows = self._decode([Chunk(sequence, tokens)], wants_all=True)
         return np.stack([self._logits(row) for row in rows])
 
-    def _decode(self, chunks: Sequence[tuple[int, Sequence[int], Sequence[bool]]]) -> list[int]:
-        """Evaluate (sequence, tokens, flags of the last tokens). Return the batch rows whose flag is True."""
-        batch, count, rows = self._batch, 0, []
-        for sequence, tokens, wanted in chunks:
-            position, first_wanted = self._lengths[sequence], len(tokens) - len(wanted)
-            for index, token in enumerate(tokens):
-                batch.token[count], batch.pos[count] = token, position + index
-                batch.n_seq_id[count], batch.seq_id[count][0] = 1, sequence
-                wants = index >= first_wanted and wanted[index - first_wanted]
-                batch.logits[count] = wants
-                if wants:
-                    rows.append(count)
-                count += 1
-        batch.n_tokens = count
-        status = self._thread.run(self._llama.llama_decode, self._context, batch)
+    def _decode(self, chunks: Sequence[Chunk], wants_all: bool = False) -> list[int]:
+        """Run a pass. Return the batch rows with logits: of all tokens, or of each chunk's last token if wanted."""
+        num_rows, wanted_rows = 0, []
+        for chunk in chunks:
+            begin = self._lengths[chunk.sequence]
+            for index, token in enumerate(chunk.tokens, start=1):
+                wants_logits = wants_all or (chunk.wants_logits and index == len(chunk.tokens))
+                _fill_row(self._batch, num_rows, token, begin + index - 1, chunk.sequence, wants_logits)
+                if wants_logits:
+                    wanted_rows.append(num_rows)
+                num_rows += 1
+        self._batch.n_tokens = num_rows
+        status = self._thread.run(self._llama.llama_decode, self._context, self._batch)
         if status:
-            for sequence, _, _ in chunks:
-                self.truncate(sequence, self._lengths[sequence])
+            for chunk in chunks:
+                self.truncate(chunk.sequence, self._lengths[chunk.sequence])
             raise {1: CacheFullError, 2: EvaluationInterrupted}.get(status, RuntimeError)(f"llama_decode: {status}")
-        for sequence, tokens, _ in chunks:
-            self._lengths[sequence] += len(tokens)
-        return rows
+        for chunk in chunks:
+            self._lengths[chunk.sequence] += len(chunk.tokens)
+        return wanted_rows
 
     def _logits(self, row: int) -> np.ndarray:
         pointer = self._llama.llama_get_logits_ith(self._context, row)
@@ -189,25 +183,26 @@ def embed(model: Any, threads: int, tokens: Sequence[int], pooling: Pooling) -> 
 
     llama: Any = llama_cpp
     parameters = llama.llama_context_default_params()
-    parameters.n_ctx, parameters.n_batch, parameters.n_ubatch = (
-        len(tokens),
-        EMBEDDING_PASS_TOKENS,
-        EMBEDDING_PASS_TOKENS,
-    )
+    parameters.n_ctx = len(tokens)
+    parameters.n_batch = parameters.n_ubatch = EMBEDDING_PASS_TOKENS
     parameters.n_threads = parameters.n_threads_batch = threads
     parameters.embeddings, parameters.pooling_type = True, llama.LLAMA_POOLING_TYPE_NONE
     context = llama.llama_init_from_model(model, parameters)
     if not context:
         raise ArtefactError(f"llama.cpp makes no context of {len(tokens)} tokens; shorten the text")
-    batch, hidden_size = llama.llama_batch_init(EMBEDDING_PASS_TOKENS, 0, 1), llama.llama_model_n_embd(model)
-    thread = TorchFreeThread()
+    batch, thread = llama.llama_batch_init(EMBEDDING_PASS_TOKENS, 0, 1), TorchFreeThread()
+    hidden_size = llama.llama_model_n_embd(model)
     total = np.zeros(hidden_size, dtype=np.float64)
     try:
         for start in range(0, len(tokens), EMBEDDING_PASS_TOKENS):
-            _fill_batch(batch, tokens[start : start + EMBEDDING_PASS_TOKENS], start)
+            part = tokens[start : start + EMBEDDING_PASS_TOKENS]
+            for row, token in enumerate(part):
+                _fill_row(batch, row, token, start + row, sequence=0, wants_logits=True)
+            batch.n_tokens = len(part)
             if status := thread.run(llama.llama_decode, context, batch):
                 raise ArtefactError(f"llama.cpp cannot evaluate the text (status {status}); shorten it")
-            states = _states(llama, context, batch.n_tokens, hidden_size)
+            pointers = [llama.llama_get_embeddings_ith(context, row) for row in range(len(part))]
+            states = np.stack([np.ctypeslib.as_array(one, shape=(hidden_size,)) for one in pointers]).astype(np.float64)
             total = states[-1] if pooling == "last" else total + states.sum(axis=0)
     finally:
         thread.close()
@@ -216,15 +211,8 @@ def embed(model: Any, threads: int, tokens: Sequence[int], pooling: Pooling) -> 
     return (total / max(float(np.linalg.norm(total)), 1e-12)).astype(np.float32)
 
 
-def _fill_batch(batch: Any, tokens: Sequence[int], start: int) -> None:
-    """Put `tokens` into the batch, at positions from `start` on."""
-    batch.n_tokens = len(tokens)
-    for index, token in enumerate(tokens):
-        batch.token[index], batch.pos[index] = token, start + index
-        batch.n_seq_id[index], batch.seq_id[index][0], batch.logits[index] = 1, 0, 1
-
-
-def _states(llama: Any, context: Any, count: int, hidden_size: int) -> np.ndarray:
-    """Return the hidden states of the last pass, fp64 [count, H]."""
-    rows = [llama.llama_get_embeddings_ith(context, index) for index in range(count)]
-    return np.stack([np.ctypeslib.as_array(row, shape=(hidden_size,)).astype(np.float64) for row in rows])
+def _fill_row(batch: Any, row: int, token: int, position: int, sequence: int, wants_logits: bool) -> None:
+    """Set one token of a llama_batch. In a context for embeddings, `wants_logits` asks for its state."""
+    batch.token[row], batch.pos[row] = token, position
+    batch.n_seq_id[row], batch.seq_id[row][0] = 1, sequence
+    batch.logits[row] = wants_logits
