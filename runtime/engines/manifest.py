@@ -138,10 +138,10 @@ def cache_bytes(slots: int, heads: int, head_dim: int, element_bytes: int) -> in
     return 2 * element_bytes * slots * heads * head_dim
 
 
-def manifest_cache_bytes(folder: Path, slots: int, element_bytes: int = 0) -> int:
+def manifest_cache_bytes(folder: Path, slots: int) -> int:
     """Return `Manifest.cache_bytes` of the artefact in `folder`, 0 without a manifest."""
     try:
-        return Manifest.read(folder).cache_bytes(slots, element_bytes)
+        return Manifest.read(folder).cache_bytes(slots)
     except ArtefactError:
         return 0
 

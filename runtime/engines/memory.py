@@ -40,12 +40,8 @@ def memory_bytes() -> dict[str, int]:
     """
     status = Path("/proc/self/status")
     if status.is_file():
-        names = {
-            "VmHWM": "peak_rss_bytes",
-            "VmRSS": "rss_bytes",
-            "RssAnon": "rss_anon_bytes",
-            "RssFile": "rss_file_bytes",
-        }
+        names = {"VmHWM": "peak_rss_bytes", "VmRSS": "rss_bytes"}
+        names |= {"RssAnon": "rss_anon_bytes", "RssFile": "rss_file_bytes"}
         lines = (line.partition(":") for line in status.read_text().splitlines())
         return {names[key]: int(value.split()[0]) * 1024 for key, _, value in lines if key in names}
     import resource  # absent on Windows

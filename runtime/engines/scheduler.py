@@ -242,32 +242,13 @@ class EngineScheduler:
                 "shorten the prompt or load with a larger --context"
             )
 
-    def release(self, lease: Lease, keep: bool) -> None:
-        """Make the sequence of `lease` idle, see `Lease.release`."""
-        with self._turn:
-            if lease.cache is not None and lease.cache.holder is lease:
-                lease.cache.holder = None
-            if not keep:
-                lease.cache = None
-
-    def reacquire(self, lease: Lease) -> None:
-        """Hold the sequence of `lease` again, see `Lease.reacquire`."""
-        with self._open(), self._turn:
-            cache = lease.cache
-            if cache is not None and (cache.holder is not None or cache.tokens != lease.tokens):
-                raise UsageError(SEQUENCE_LOST)
-            if cache is not None:
-                cache.holder = lease
-
-    def interrupt(self, lease: Lease) -> bool:
+    def _interrupt(self, lease: Lease) -> bool:
         """End the pass in progress if `lease` takes part, see `Lease.interrupt`."""
-        with self._calls:  # keeps the engine from being closed between the check and the call
-            engine = self._engine
-            with self._stepping:
-                takes_part = engine is not None and any(one is lease for one in self._in_pass)
-                if engine is not None and takes_part:
-                    engine.interrupt()
-        return takes_part
+        with self._calls, self._stepping:  # `_calls` keeps the engine open between the check and the call
+            if self._engine is None or not any(one is lease for one in self._in_pass):
+                return False
+            self._engine.interrupt()
+            return True
 
     @property
     def used_slots(self) -> int:
@@ -299,7 +280,7 @@ class Lease:
 
     def begin(self, tokens: Sequence[int]) -> None:
         """Replace the sequence by `tokens`, without evaluating them yet."""
-        self._scheduler.release(self, keep=False)
+        self.release()
         self.tokens = list(tokens)
 
     def append(self, token: int) -> None:
@@ -335,15 +316,24 @@ class Lease:
         Return True if the lease takes part in the pass in progress, which then ends as soon as the engine can.
         """
         self.is_interrupted = True
-        return self._scheduler.interrupt(self)
+        return self._scheduler._interrupt(self)
 
     def release(self, keep: bool = False) -> None:
         """Make the sequence idle. Its tokens stay cached for prompts with the same prefix.
 
         With `keep`, `reacquire` may continue it.
         """
-        self._scheduler.release(self, keep)
+        with self._scheduler._turn:
+            if self.cache is not None and self.cache.holder is self:
+                self.cache.holder = None
+            if not keep:
+                self.cache = None
 
     def reacquire(self) -> None:
         """Hold the sequence again after `release(keep=True)`. Raise UsageError if it was used in between."""
-        self._scheduler.reacquire(self)
+        with self._scheduler._open(), self._scheduler._turn:
+            if self.cache is None:
+                return
+            if self.cache.holder is not None or self.cache.tokens != self.tokens:
+                raise UsageError(SEQUENCE_LOST)
+            self.cache.holder = self

@@ -55,21 +55,17 @@ class CachePool:
         all are held.
         """
         limit = len(tokens) - 1
-        common = {cache.sequence: common_length(cache.tokens, tokens, limit) for cache in self._caches}
+        common = [common_length(cache.tokens, tokens, limit) for cache in self._caches]
         best = max(self._caches, key=lambda cache: (common[cache.sequence], cache.holder is None))
         length = common[best.sequence]
+        chosen = best
         # Taking over a long cache for a short prefix would evict the rest of it. Then the prefix is copied instead.
-        is_reusable = best.holder is None and length >= MIN_REUSED_SHARE * len(best.tokens)
-        chosen = (
-            best if is_reusable else min(self._caches, key=lambda cache: (cache.holder is not None, cache.last_used))
-        )
-        if chosen is best:
-            self._truncate(chosen, length)
-        else:
-            self._truncate(chosen, 0)
-            if length:
-                self._engine.copy(best.sequence, chosen.sequence, length)
-                chosen.tokens, chosen.shared = best.tokens[:length], length
+        if best.holder is not None or length < MIN_REUSED_SHARE * len(best.tokens):
+            chosen = min(self._caches, key=lambda cache: (cache.holder is not None, cache.last_used))
+        self._truncate(chosen, length if chosen is best else 0)
+        if chosen is not best and length:
+            self._engine.copy(best.sequence, chosen.sequence, length)
+            chosen.tokens, chosen.shared = best.tokens[:length], length
         chosen.holder = holder
         self.touch(chosen)
         return chosen
@@ -150,11 +146,12 @@ class PassTimes:
 
         That is the number with the most tokens per second. The other answers are served by the next pass.
         """
-        speeds = {
-            number: (number + prompt_tokens) / self._ms(number + prompt_tokens) for number in range(1, waiting + 1)
-        }
-        least = MIN_SPEED_SHARE * max(speeds.values())
-        return max(number for number, speed in speeds.items() if speed >= least)
+        speeds = []
+        for number in range(1, waiting + 1):
+            num_tokens = number + prompt_tokens
+            speeds.append(num_tokens / self._ms(num_tokens))
+        least = MIN_SPEED_SHARE * max(speeds)
+        return max(number for number, speed in enumerate(speeds, start=1) if speed >= least)
 
     def _ms(self, num_tokens: int) -> float:
         """Return the time of a pass. Beyond the measured sizes it grows in proportion to the tokens."""
@@ -170,7 +167,7 @@ class PassTimes:
         if len(starts) > MAX_RANGES:
             starts, ends = starts[:1], ends[-1:]
         ranges = [f"{low}" if low == high else f"{low} to {high}" for low, high in zip(starts, ends, strict=True)]
-        listed = " or ".join([*filter(None, [", ".join(ranges[:-1])]), ranges[-1]])
+        listed = f"{', '.join(ranges[:-1])} or {ranges[-1]}" if len(ranges) > 1 else ranges[0]
         return f"{listed} answer{'' if sizes == [1] else 's'} a pass"
 
     @classmethod
@@ -208,7 +205,7 @@ def plan_pass(pending: Sequence[int], last_used: Sequence[int], max_tokens: int,
         for index in sorted(decodes, key=last_used.__getitem__)[served:]:
             counts[index] = 0
     elif len(prompts) == 1 and counts[prompts[0]] <= times.largest:
-        # A short question on a long chat: a few tokens are faster in passes of a good size, too.
+        # A short question on a long chat is faster in passes of a good size as well.
         counts[prompts[0]] = times.num_decodes(counts[prompts[0]])
     return counts
 
