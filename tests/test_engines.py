@@ -17,7 +17,7 @@ from efficientllm.runtime.base.files import sha256_of
 from efficientllm.runtime.engines import artefact as artefacts
 from efficientllm.runtime.engines import tuning
 from efficientllm.runtime.engines.artefact import GENAI_CONFIG, Artefact, GenaiConfig
-from efficientllm.runtime.engines.engine import CACHE_CHOICES, EngineOptions, load_engine
+from efficientllm.runtime.engines.engine import CacheChoice, EngineOptions, load_engine
 from efficientllm.runtime.engines.executorch import captured_native_log
 from efficientllm.runtime.engines.llama_context import AttentionSettings, LlamaContext
 from efficientllm.runtime.engines.manifest import Manifest
@@ -110,8 +110,10 @@ def test_the_fastest_attention_is_measured_once(unseen: Path, monkeypatch: pytes
 
     monkeypatch.setattr(LlamaContext, "__init__", remember)
     monkeypatch.setattr(tuning, "_attention_seconds", measure)
-    for kv_cache, expected in (("auto", FLASH), ("f16", FLASH), ("q8_0", FLASH_Q8_0), ("auto", FLASH)):
-        engine = load_engine(unseen, EngineOptions(threads=1, context=64, kv_cache=CACHE_CHOICES[kv_cache]))
+    choices: list[tuple[CacheChoice, AttentionSettings]]
+    choices = [("auto", FLASH), ("f16", FLASH), ("q8_0", FLASH_Q8_0), ("auto", FLASH)]
+    for kv_cache, expected in choices:
+        engine = load_engine(unseen, EngineOptions(threads=1, context=64, kv_cache=kv_cache))
         assert engine.settings == str(expected)
         engine.close()
     assert len(measured) == ROUNDS * (3 + 2)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-import importlib
-import importlib.metadata
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, version
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 from ..base import flags
 from ..base.errors import ArtefactError, EfficientLLMError, UsageError
@@ -37,9 +36,6 @@ EXTERNAL_RUNTIMES = {
 
 CacheChoice = Literal["auto", "f16", "q8_0", "f32"]
 """Type of keys and values in the KV cache."""
-
-CACHE_CHOICES: dict[str, CacheChoice] = {name: name for name in get_args(CacheChoice)}
-"""Name -> cache type."""
 
 DEFAULT_CONTEXT = 4096
 """Largest context window, in tokens, that is allocated by default."""
@@ -90,8 +86,8 @@ def engine_version(name: str) -> str:
     """Return "PACKAGE VERSION" of an engine, "" for a plug-in's or one that is not installed."""
     package = PACKAGES.get(name)
     try:
-        return f"{package} {importlib.metadata.version(package)}" if package else ""
-    except importlib.metadata.PackageNotFoundError:
+        return f"{package} {version(package)}" if package else ""
+    except PackageNotFoundError:
         return ""
 
 
@@ -115,9 +111,9 @@ def _onnxruntime_build() -> str:
 
 
 def _executorch_build() -> str:
-    from executorch import version
+    import executorch.version
 
-    return f"commit {version.git_version}"
+    return f"commit {executorch.version.git_version}"
 
 
 BUILDS = {"llama.cpp": _llama_cpp_build, "onnxruntime": _onnxruntime_build, "executorch": _executorch_build}
@@ -141,7 +137,7 @@ def load_engine(
     Raise ArtefactError for a missing, damaged or foreign artefact, MissingExtraError for a missing engine package.
     """
     artefact = model if isinstance(model, Artefact) else Artefact.open(model)
-    engine_class = find_engine(artefact)
+    engine_class: Callable[[Path, EngineOptions], Engine] = find_engine(artefact).load()
     options = options or EngineOptions()
     if options.kv_cache != "auto" and artefact.engine != "llama.cpp":
         raise UsageError(
@@ -164,18 +160,11 @@ def load_engine(
     return engine
 
 
-def check_engine(artefact: Artefact) -> dict[str, str]:
-    """Return "module:class" of all engines by name. Raise ArtefactError if none of them runs `artefact`."""
-    plugins = importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)
-    known = ENGINES | {plugin.name: plugin.value for plugin in plugins}
+def find_engine(artefact: Artefact) -> EntryPoint:
+    """Return the entry point of the engine that runs `artefact`. Raise ArtefactError if there is none."""
+    own = [EntryPoint(name, value, ENTRY_POINT_GROUP) for name, value in ENGINES.items()]
+    known = {entry.name: entry for entry in [*own, *entry_points(group=ENTRY_POINT_GROUP)]}
     if artefact.engine not in known:
         remedy = EXTERNAL_RUNTIMES.get(artefact.engine, f"known: {', '.join(known)}")
         raise ArtefactError(f"{artefact.path} needs engine {artefact.engine!r}; {remedy}")
-    return known
-
-
-def find_engine(artefact: Artefact) -> Callable[[Path, EngineOptions], Engine]:
-    """Return the engine class that runs `artefact`. Raise ArtefactError if there is none."""
-    known = check_engine(artefact)
-    module, _, attribute = known[artefact.engine].partition(":")
-    return getattr(importlib.import_module(module), attribute)
+    return known[artefact.engine]

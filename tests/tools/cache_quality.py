@@ -18,16 +18,19 @@ from efficientllm.runtime.base import flags
 from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.base.errors import UsageError
 from efficientllm.runtime.base.quantities import markdown_table
-from efficientllm.runtime.engines.engine import CACHE_CHOICES, EngineOptions, load_engine
+from efficientllm.runtime.engines.engine import CacheChoice, EngineOptions, load_engine
 from efficientllm.runtime.sampling import log_softmax
 
+CACHES: tuple[CacheChoice, ...] = ("f16", "q8_0")
 DEPTHS = (0, 256, 512, 1024, 1536, 2048)
 """Bounds of the ranges of positions that are shown apart."""
 
 
-def log_probabilities(artefact: str, kv_cache: str, text: str, threads: int) -> tuple[list[int], np.ndarray, str]:
+def log_probabilities(
+    artefact: str, kv_cache: CacheChoice, text: str, threads: int
+) -> tuple[list[int], np.ndarray, str]:
     """Tokens of the text, fp16 log-probabilities [n, V] after each, and what the engine ran with."""
-    options = EngineOptions(threads=threads, context=DEPTHS[-1], kv_cache=CACHE_CHOICES[kv_cache])
+    options = EngineOptions(threads=threads, context=DEPTHS[-1], kv_cache=kv_cache)
     engine = load_engine(artefact, options)
     tokens = engine.tokenize(text, special=False)[: DEPTHS[-1]]
     if len(tokens) < DEPTHS[-1]:
@@ -56,7 +59,7 @@ def body(argv: Sequence[str]) -> int:
     tokens, exact, settings = log_probabilities(arguments["artefact"], "f32", text, arguments["threads"])
     ranges = [f"KL, {low} to {high}" for low, high in itertools.pairwise(DEPTHS)]
     rows = [["cache", *ranges, "same argmax", "perplexity"], row(settings, tokens, exact, exact)]
-    for kv_cache in ("f16", "q8_0"):
+    for kv_cache in CACHES:
         _, found, settings = log_probabilities(arguments["artefact"], kv_cache, text, arguments["threads"])
         rows.append(row(settings, tokens, exact, found))
     print(markdown_table(rows))
