@@ -84,7 +84,7 @@ class Batch:
         """Give an answer the logits of its next token, fp32 [V]."""
         try:
             text = generation.accept(logits)
-        except Exception as error:  # for example of its constraint; the other answers go on
+        except Exception as error:  # for example of its constraint. The other answers go on.
             return self._fail([generation], error)
         if generation.is_over:
             return self._end(generation, text)
@@ -111,6 +111,7 @@ class Batch:
             generation = self._next_waiting(passed_over)
             if generation is None:
                 return
+            # The first answer starts in any case, because it cannot wait for slots that nothing will free.
             if self._active and self._needed_slots([*self._active, generation]) > self._engine.cache_slots:
                 return
             if self._shares_running_prefill(generation):

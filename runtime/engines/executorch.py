@@ -74,7 +74,7 @@ def captured_native_log(own_line: str) -> Iterator[Callable[[], str]]:
     """Keep the lines of a native library that begin with the pattern `own_line` off the terminal.
 
     Yield a function that returns these lines. The library writes to file descriptor 2 of the whole process, so lines of
-    Python and of other threads are captured as well. They are printed when the block ends; keep the block short.
+    Python and of other threads are captured as well. They are printed when the block ends, so keep it short.
     """
     sys.stderr.flush()
     terminal = os.dup(2)

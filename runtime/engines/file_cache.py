@@ -36,10 +36,12 @@ def cached(key: str, files: Sequence[Path], compute: Callable[[], str], is_valid
     if stored is not None and is_valid(stored):
         return stored
     result = compute()
+    # A file that changed during the computation, or may still change unnoticed, gets no stored result.
     changed = max(max(state.st_mtime, state.st_ctime) for state in map(Path.stat, files))
     if result and time.time() - changed > SETTLED_SECONDS and _identity(files) == before:
         with contextlib.suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
+            # Read again: another process may have stored results meanwhile.
             results = [*_read_results(path).items(), (key, result)][-MAX_RESULTS:]
             write_json_atomically(path, dict(results))
     return result

@@ -107,7 +107,7 @@ class Manifest:
                 raise ValueError(f"files: {name!r} has no valid size and hash")
         if type(self.context_length) is not int or not isinstance(self.engine, str):
             raise ValueError("context_length must be a whole number and engine a name")
-        self.cache_bytes(1)
+        self.cache_bytes(1)  # fails for widths of a wrong type
         if not all(isinstance(value, (int, float)) for value in self.sampling.values()):
             raise ValueError("sampling must have numbers only")
         if not all(isinstance(value, str) for value in self.editable.values()):
@@ -129,6 +129,7 @@ def _is_as_written(data: bytes, values: dict[str, Any]) -> bool:
     digest = values.get("sha256")
     if digest is None:
         return values["format_version"] == 1
+    # The hash was computed of the text with the placeholder, see `write`.
     text = data.replace(str(digest).encode(), NO_HASH.encode())
     return hashlib.sha256(text).hexdigest() == digest
 

@@ -1,7 +1,7 @@
 """Memory of this process: its size, heap trimming, and huge pages under an engine's buffers.
 
 Every decoded token reads all weights, and small pages cost TLB misses. Huge pages need Linux 6.1 or newer
-(MADV_COLLAPSE, madvise(2)); elsewhere nothing is collapsed. The engines allocate inside their own libraries, so the
+(MADV_COLLAPSE, madvise(2)). Elsewhere nothing is collapsed. The engines allocate inside their own libraries, so the
 memory that loading added is found in /proc/self/maps.
 """
 

@@ -47,7 +47,7 @@ class CacheInput:
 def cache_inputs(items: Sequence[Any], decoder: dict[str, Any]) -> list[CacheInput]:
     """Return the caches among graph inputs.
 
-    The graphs of onnxruntime-genai's builder have no sizes; they are in `decoder` of genai_config.json. Raise
+    The graphs of onnxruntime-genai's builder have no sizes. They are in `decoder` of genai_config.json. Raise
     ArtefactError if both lack a size.
     """
     caches = []
@@ -179,7 +179,7 @@ class OnnxEngine(StepwiseEngine):
     def _evaluate(self, tokens: list[int]) -> np.ndarray:
         binding = self._bindings[self._current]
         rows = 1 if self._last_row_only else len(tokens)
-        if self._logits.shape[1] != rows:
+        if self._logits.shape[1] != rows:  # a prompt, if the graph returns the logits of all its tokens
             self._logits = self._bind_logits(rows)
         total = len(self._tokens) + len(tokens)
         binding.bind_cpu_input("input_ids", np.asarray([tokens], dtype=np.int64))

@@ -22,6 +22,7 @@ def body(argv: Sequence[str]) -> int:
     path, options_json = argv
     artefact = Artefact.open(path)
     try:
+        # Huge pages would cost up to a second for a process that ends at once.
         options = EngineOptions(**json.loads(options_json) | {"huge_pages": False})
         engine = load_engine(artefact, options, probe=False)
     except EfficientLLMError:

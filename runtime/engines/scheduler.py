@@ -9,7 +9,7 @@ The sequence of an answer is in one of these states:
                     idle (cached)  -->  evicted
 
 - waiting: the lease has tokens, but no sequence of the engine yet.
-- leased: the lease holds a sequence; its cache is kept until the release.
+- leased: the lease holds a sequence, whose cache is kept until the release.
 - in a pass: the engine evaluates tokens of the sequence at this moment.
 - idle: no lease holds the sequence, but its tokens stay cached for later prompts.
 - evicted: the cache was emptied for other tokens. A lease whose sequence was taken is lost (`Lease.is_lost`).
@@ -41,9 +41,9 @@ SEQUENCE_LOST = (
 class EngineScheduler:
     """A loaded `Engine` that any thread may use and any thread may close.
 
-    Threads take turns to evaluate. Closing waits for the calls in progress; later calls raise UsageError. Tokens are
-    evaluated under a lease. There may be more leases than sequences: a further one takes the sequence that was not used
-    for the longest time, and the lease that held it raises UsageError.
+    Threads take turns to evaluate. Closing waits for the calls in progress, and later calls raise UsageError. Tokens
+    are evaluated under a lease. There may be more leases than sequences: a further one takes the sequence that was not
+    used for the longest time, and the lease that held it raises UsageError.
 
     `_stepping` is the innermost lock, taken inside `_turn` or `_calls`. Those two are never held together.
     """
@@ -157,7 +157,7 @@ class EngineScheduler:
         holder, pieces, cache = object(), None, None
         while True:
             with self._open() as engine, self._turn:
-                if pieces is None or cache is None:
+                if pieces is None or cache is None:  # the first piece; the lock is free between two pieces
                     self._check_length(tokens)
                     cache = self._caches.hold_all(holder, tokens, first)
                     pieces = engine.evaluate(tokens, first, len(cache.tokens))
@@ -184,6 +184,7 @@ class EngineScheduler:
             counts = plan_pass(pending, last_used, engine.max_batch, self._pass_times)
             planned = [(lease, count) for lease, count in zip(leases, counts, strict=True) if count]
             chunks = [lease.next_chunk(count) for lease, count in planned]
+            # Idle caches are evicted only now, so that they serve as prefixes as long as possible.
             self._caches.make_room(sum(counts))
             try:
                 rows = iter(self._evaluate(engine, [lease for lease, _ in planned], chunks))
@@ -261,7 +262,7 @@ class EngineScheduler:
             engine, self._engine = self._engine, None
             if engine is None:
                 return
-            self._calls.wait_for(lambda: not self._num_calls)
+            self._calls.wait_for(lambda: not self._num_calls)  # no call can start any more
         engine.close()
 
 

@@ -64,6 +64,7 @@ class CachePool:
             chosen = min(self._caches, key=lambda cache: (cache.holder is not None, cache.last_used))
         self._truncate(chosen, length if chosen is best else 0)
         if chosen is not best and length:
+            # llama.cpp shares the slots of a copy. Other engines have a cache of fixed size per sequence.
             self._engine.copy(best.sequence, chosen.sequence, length)
             chosen.tokens, chosen.shared = best.tokens[:length], length
         chosen.holder = holder
@@ -150,6 +151,7 @@ class PassTimes:
         for number in range(1, waiting + 1):
             num_tokens = number + prompt_tokens
             speeds.append(num_tokens / self._ms(num_tokens))
+        # Noise of 3 % decides nothing: among equally fast passes the largest lets the fewest answers wait.
         least = MIN_SPEED_SHARE * max(speeds)
         return max(number for number, speed in enumerate(speeds, start=1) if speed >= least)
 
@@ -188,7 +190,7 @@ class PassTimes:
 def plan_pass(pending: Sequence[int], last_used: Sequence[int], max_tokens: int, times: PassTimes | None) -> list[int]:
     """Return how many tokens of each sequence the next pass evaluates, `max_tokens` together.
 
-    `pending`: tokens of each sequence that are not evaluated yet; one of them is a decode, more are a prompt.
+    `pending`: tokens of each sequence that are not evaluated yet. One is a decode, more are a prompt.
     `last_used`: number of each sequence's last pass. `times`: measured times of passes, if the engine has them.
 
     Without `times` every decode is in every pass. With them, a pass takes the number of decodes with the best measured
@@ -219,7 +221,7 @@ def split_pass(pending: Sequence[int], max_tokens: int) -> list[int]:
     """
     counts = [int(number == 1) for number in pending]
     room = max_tokens - sum(counts)
-    if any(counts):
+    if any(counts):  # answers in progress must not wait for a long prefill
         room = min(room, PREFILL_BESIDE_DECODES)
     prompts = [index for index, number in enumerate(pending) if number > 1]
     if prompts:

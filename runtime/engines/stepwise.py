@@ -54,7 +54,7 @@ class StepwiseEngine(abc.ABC):
                 logits = self._evaluate(list(chunk.tokens))
                 if chunk.wants_logits:
                     rows.append(logits)
-        except Exception:
+        except Exception:  # `extend` must change all sequences or none
             for chunk, length in zip(chunks, lengths, strict=True):
                 self.truncate(chunk.sequence, length)
             raise

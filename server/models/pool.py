@@ -108,7 +108,7 @@ class ModelPool:
                     self._refuse_if_stopping()
                     while name not in self._workers:
                         await self._make_room(name)
-                        waiting.reschedule(None)
+                        waiting.reschedule(None)  # the deadline does not end a load that has started
                         await _run_to_completion(self._load_into_room(name))
                         self._refuse_if_stopping()
                         waiting.reschedule(deadline.at)

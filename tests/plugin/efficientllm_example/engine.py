@@ -12,7 +12,7 @@ from efficientllm.runtime.engines.stepwise import StepwiseEngine
 
 
 class BigramEngine(StepwiseEngine):
-    """See efficientllm.runtime.engines.engine.Engine."""
+    """See efficientllm.runtime.engines.protocol.Engine."""
 
     def __init__(self, path: Path, options: EngineOptions) -> None:
         began = time.perf_counter()
