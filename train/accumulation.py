@@ -1,4 +1,4 @@
-"""The gradients of one optimizer step: over microbatches and ranks, and in samples where saliency asks for them."""
+"""Gradients of one optimizer step over microbatches and ranks, in samples if saliency needs them."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ from .pruning.pruner import Pruner
 def accumulate_gradients(
     callee: nn.Module, model: Any, microbatches: Sequence[Tensor], pruner: Pruner | None, parallel: Parallel
 ) -> float:
-    """Leave the gradients of the mean loss over all learned tokens of all microbatches [B, S + 1] and ranks in .grad of
-    the model's parameters. Return this rank's share of the step's cross-entropy: its mean over ranks is the mean over
-    all learned tokens.
+    """Leave the gradients of the mean loss over all learned tokens of the step in .grad of the parameters.
 
-    A saliency that is not linear in the gradient (taylor2, fisher) must see every microbatch of every rank alone.
-    Then .grad is emptied after each one and DDP averages nothing: the sums are kept aside and averaged at the end.
-    FSDP reduces gradients in its own backward pass, so there a sample is a microbatch of all ranks.
+    The mean covers all microbatches [B, S + 1] and ranks. Returns this rank's share of the step's cross-entropy; its
+    mean over ranks is the mean over all learned tokens.
+
+    A saliency that is not linear in the gradient (taylor2, fisher) needs every microbatch of every rank alone. Then
+    .grad is emptied after each one and DDP averages nothing. The sums are kept aside and averaged at the end. FSDP
+    reduces gradients in its own backward pass, so a sample is a microbatch of all ranks there.
     """
     steps = len(microbatches)
     needs_samples = pruner is not None and pruner.wants_microbatches
@@ -58,36 +59,39 @@ def accumulate_gradients(
 
 @dataclass(frozen=True)
 class _Share:
-    """How much one microbatch of one rank counts in a step. Where all microbatches of all ranks have as many learned
-    tokens, the divisors and weights are whole numbers: nothing is rounded."""
+    """Weight of one microbatch of one rank in a step.
+
+    If all microbatches of all ranks have the same number of learned tokens, the divisors and weights are whole numbers,
+    and nothing is rounded.
+    """
 
     tokens: int
     """Learned tokens of the microbatch."""
     sample_tokens: float
-    """The same of the sample that it is a part of: a mean over ranks where that is a microbatch of all ranks."""
+    """Learned tokens of its sample: a mean over ranks if the sample is a microbatch of all ranks."""
     mean_tokens: float
-    """Learned tokens of a rank in the step, a mean over ranks; 1 where there are none."""
+    """Learned tokens of a rank in the step, a mean over ranks; 1 if there are none."""
     steps: int
     """Microbatches of a rank in the step."""
 
     @property
     def divisor(self) -> float:
-        """What turns the mean loss of the microbatch into its part of the step's, which ranks average."""
+        """Return the divisor that turns the microbatch's mean loss into its part of the step's, which ranks average."""
         return self.mean_tokens / self.tokens if self.tokens else math.inf
 
     @property
     def sample_divisor(self) -> float:
-        """What turns the mean loss of the microbatch into its part of the sample's, which ranks average."""
+        """Return the divisor from the microbatch's mean loss to its part of the sample's, which ranks average."""
         return self.sample_tokens / self.tokens if self.tokens else math.inf
 
     @property
     def sample_weight(self) -> float:
-        """Weight of the sample; 1 on the average over the samples of a step."""
+        """Return the weight of the sample; 1 on average over the samples of a step."""
         return self.sample_tokens * self.steps / self.mean_tokens
 
 
 def _shares(microbatches: Sequence[Tensor], parallel: Parallel) -> list[_Share]:
-    """One share per microbatch of this rank; a collective call."""
+    """Return one share per microbatch of this rank (a collective call)."""
     tokens = [count_predicted(windows) for windows in microbatches]
     over_ranks = torch.tensor(tokens, dtype=torch.float64, device=parallel.device)
     parallel.mean_tensors([over_ranks])

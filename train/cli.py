@@ -1,4 +1,4 @@
-"""`efficientllm-train`: from a source model and a corpus to a smaller model."""
+"""`efficientllm-train`: prune a source model while training it on a corpus."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The configuration of a training run: one frozen dataclass per section, every field a flag. Imports no torch."""
+"""Configuration of a training run: one frozen dataclass per section, every field a flag. Imports no torch."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ class SourceConfig:
     source: str = "demo"
     """Model to start from: a Hugging Face folder or hub id, a .gguf file, or 'demo' (SmolLM2-135M-Instruct)."""
     data: tuple[str, ...] = ("demo",)
-    """Text to train on, PATH[:WEIGHT], repeatable: .txt, .jsonl, .json, .csv (each also .gz or .zst), .parquet, a
-    folder of them, a hub dataset id (owner/name[@config]), 'demo' (Wikipedia lead sections) or 'self-chat' (questions
-    and answers sampled from the source itself). Records with "messages" instead of text are chats: written with the
-    source's chat template, their answers and ends of turns are learned."""
+    """Training text, PATH[:WEIGHT], repeatable: .txt, .jsonl, .json, .csv (each also .gz or .zst), .parquet, a folder
+    of them, a hub dataset id (owner/name[@config]), 'demo' (Wikipedia lead sections) or 'self-chat' (chats sampled from
+    the source). Records with "messages" instead of text are chats: they use the source's chat template, and only the
+    answers and ends of turns are learned."""
     text_field: str = "text"
-    """Field (of JSON) or column (of .csv, .parquet and hub datasets) that holds the text."""
+    """Field (of JSON) or column (of .csv, .parquet and hub datasets) with the text."""
     skip_bad_lines: int = flags.number(0, at_least=0)
-    """Malformed lines of each corpus that may be left out; one more ends the run."""
+    """Malformed lines of each corpus that may be skipped; one more ends the run."""
     held_out_fraction: float = flags.number(0.05, above=0, below=1)
     """Share of the documents, chosen by hash, that is never trained on and measures perplexity."""
     eval_tokens: int = flags.count(16_384, at_least=1)
     """Held-out tokens per evaluation."""
     init: Literal["source", "random"] = "source"
-    """random: forget the source's weights and train its shape from scratch (the baseline)."""
+    """random: train the source's shape from scratch, as a baseline."""
     sequence_length: int = flags.count(512, at_least=8)
     """Tokens per training sequence."""
 
@@ -44,8 +44,8 @@ class SourceConfig:
 
 
 SLOWEST_BFLOAT16_DECAY = 0.98
-"""A bf16 number has 8 bits: a change of less than 1/512 is rounded away. A moment with decay b moves by (1 - b) of the
-distance to its input, so it may stay off by 1/512 / (1 - b) of that: here a tenth."""
+"""A bf16 number has 8 bits, so a change of less than 1/512 is rounded away. A moment with decay b moves by (1 - b) of
+the distance to its input. It may therefore stay off by 1/512 / (1 - b) of that distance, a tenth here."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class OptimizerConfig:
     """optimisation"""
 
     tokens: int = flags.count(1_000_000, at_least=1)
-    """Tokens to train on in all."""
+    """Training tokens in total."""
     batch_size: int = flags.number(4, at_least=1)
     """Sequences per microbatch and process."""
     gradient_accumulation: int = flags.number(1, at_least=1)
@@ -75,14 +75,14 @@ class OptimizerConfig:
     beta2: float = flags.number(0.95, at_least=0, below=1)
     """Decay of AdamW's second moment."""
     optimizer_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type in which AdamW's moments are stored; bfloat16 saves 4 bytes a parameter. Updates are computed in float32."""
+    """Type of AdamW's stored moments; bfloat16 saves 4 bytes a parameter. Updates are computed in float32."""
     max_grad_norm: float = flags.number(1.0, above=0)
     """Gradients are clipped to this global norm."""
     distill: float = flags.number(0.0, at_least=0, below=math.inf)
     """Weight of the KL divergence from the unpruned source's predictions, added to the loss; 0: off."""
     cross_entropy: float = flags.number(1.0, at_least=0, below=math.inf)
-    """Weight of the next-token cross-entropy; 0 leaves distillation alone. At least 1 while groups are ranked by
-    gradients, which are its."""
+    """Weight of the next-token cross-entropy; 0 for distillation only. At least 1 counts while groups are ranked by
+    gradients."""
 
     def __post_init__(self) -> None:
         flags.check_fields(self)
@@ -102,40 +102,40 @@ class RunConfig:
     output: str = ""
     """Folder of the run: checkpoints, metrics and the final model."""
     overwrite: bool = False
-    """Start anew; the run in --output is deleted when the new one writes its first checkpoint or its model."""
+    """Start a new run. The run in --output is deleted when the new one writes its first checkpoint or its model."""
     resume: bool = False
     """Continue from the last complete checkpoint in --output."""
     checkpoint_every: int = flags.number(200, at_least=0)
-    """Optimizer steps between checkpoints; 0: only after the last step and where a signal stops the run."""
+    """Optimizer steps between checkpoints; 0: only after the last step and when a signal stops the run."""
     eval_every: int = flags.number(0, at_least=0)
-    """Optimizer steps between measurements of the held-out loss along the run; 0: none."""
+    """Optimizer steps between measurements of the held-out loss; 0: none."""
     keep: int = flags.number(2, at_least=1)
     """Complete checkpoints to keep."""
     save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type in which the final model is stored; auto: the source's (bfloat16 for a quantised GGUF file)."""
+    """Type of the stored final model; auto: the source's (bfloat16 for a quantised GGUF file)."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Precision of matrix products (weights and sums stay fp32); auto: bfloat16 where the hardware has it."""
+    """Precision of matrix products (weights and sums stay fp32); auto: bfloat16 if the hardware supports it."""
     threads: int = flags.number(0, at_least=0, at_most=1024)
     """CPU threads; 0: all cores."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """Under torchrun: ddp keeps the whole model on every rank, fsdp shards it (FSDP2)."""
     offload: bool = False
-    """With --parallel fsdp: weights, gradients and optimizer state stay in host memory, layers visit the GPU."""
+    """With --parallel fsdp: keep weights, gradients and optimizer state in host memory and move layers to the GPU."""
     compile: bool = False
-    """Compile the decoder with torch.compile; it is compiled again after every physical removal."""
+    """Compile the decoder with torch.compile, again after every physical removal."""
     activation_checkpointing: bool = False
     """Recompute each layer in the backward pass instead of keeping its activations."""
     quality: bool = True
     """Measure source and final model on texts, chats and questions that no run trains on (see efficientllm-eval)."""
     teacher_cache: str = ""
-    """With --distill: folder in which what the source makes of the text is kept, for runs that read the same text
-    (SmolLM2-135M: 1.2 kB a token, a fifth of a step saved)."""
+    """With --distill: folder of cached teacher states for runs that read the same text (SmolLM2-135M: 1.2 kB a token, a
+    fifth of a step saved)."""
     tensorboard: bool = False
     """Write TensorBoard events beside metrics.jsonl."""
     wandb: bool = False
-    """Log to Weights & Biases, where it is installed and configured."""
+    """Log to Weights & Biases, if it is installed and configured."""
     seed: int = flags.number(0, at_least=0, below=2**63)
     """Seed of the data order and of random initialisation."""
 
@@ -147,7 +147,7 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything `efficientllm-train` can be told."""
+    """All settings of `efficientllm-train`."""
 
     source: SourceConfig = field(default_factory=SourceConfig)
     pruning: PruneConfig = field(default_factory=PruneConfig)
@@ -156,7 +156,7 @@ class TrainConfig:
     quantisation: QuantisationConfig = field(default_factory=QuantisationConfig)
 
     def to_toml(self) -> str:
-        """The configuration as TOML that `--config` reads back; unset values are left out."""
+        """Return the configuration as TOML for `--config`. Unset values are left out."""
         lines: list[str] = []
         for section, values in flags.flatten(self).items():
             lines.append(f"[{section}]")
@@ -166,7 +166,7 @@ class TrainConfig:
 
 
 def _toml(value: object) -> str:
-    """JSON scalars and arrays of strings are TOML values, but for infinity and characters written as surrogates."""
+    """Return a TOML value. JSON scalars and arrays of strings are TOML, except infinity and surrogate characters."""
     is_infinite = isinstance(value, float) and not math.isfinite(value)
     return str(value) if is_infinite else json.dumps(value, ensure_ascii=False)
 
@@ -177,15 +177,15 @@ RESUMABLE_CHANGES = frozenset(
         *("skip_bad_lines", "eval_every", "save_dtype", "teacher_cache"),
     }
 )
-"""Settings a resumed run may change without changing its result."""
+"""Settings that a resumed run may change without changing its result."""
 
 
 STEERING_CHANGES = frozenset({"--learning-rate", "--max-grad-norm"})
-"""Flags that a resumed run may change although its result changes with them: the way on of a run that diverged."""
+"""Flags that a resumed run may change although the result changes, as a remedy for divergence."""
 
 
 def changed_settings(before: TrainConfig, after: TrainConfig) -> list[str]:
-    """Flags whose values differ and would change the result of a resumed run."""
+    """Return the flags whose values differ and would change the result of a resumed run."""
     changed = []
     for section in fields(TrainConfig):
         old, new = getattr(before, section.name), getattr(after, section.name)

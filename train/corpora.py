@@ -1,4 +1,4 @@
-"""The corpora of a run: those that its configuration names, and the chats that are sampled from its source."""
+"""Corpora of a run: those of its configuration, and chats sampled from its source."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from .data.packing import PackedStream
 from .data.self_chat import MAX_TOKENS, MIN_SEQUENCES, SELF_CHAT, self_chat_file
 
 RECOVERY_SEED = 1_000_003
-"""Added to the run's seed where text is drawn that training does not see in this order."""
+"""Added to the run's seed for text in an order that training does not see."""
 
 
 def data_specs(config: TrainConfig) -> tuple[DataSpec, ...]:
-    """The corpora of a run."""
+    """Return the corpora of a run."""
     settings = config.source
     return tuple(DataSpec.parse(text, settings.skip_bad_lines, settings.text_field) for text in settings.data)
 
@@ -31,8 +31,10 @@ def data_specs(config: TrainConfig) -> tuple[DataSpec, ...]:
 def windows_apart(
     config: TrainConfig, data: tuple[DataSpec, ...], tokenizer: PreTrainedTokenizerBase, ranks: int, tokens: int
 ) -> np.ndarray:
-    """Windows [n, S + 1] of about `tokens` of the training text, drawn apart from training's; as many for every rank:
-    what --recover fits to and blocks are measured on."""
+    """Return windows [n, S + 1] of about `tokens` of the training text, in another order than training.
+
+    Their number is a multiple of the ranks. They serve --recover and the measurement of blocks.
+    """
     settings = config.source
     seed = config.run.seed + RECOVERY_SEED
     stream = PackedStream(data, tokenizer, settings.sequence_length, settings.held_out_fraction, seed)
@@ -42,7 +44,7 @@ def windows_apart(
 def with_self_chats(
     config: TrainConfig, source: Any, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, parallel: Parallel
 ) -> tuple[DataSpec, ...]:
-    """The corpora, the source's chats with itself (sampled in `dtype`) as the file they are sampled to."""
+    """Return the corpora, with self-chats (sampled in `dtype`) as the file that stores them."""
     specs = data_specs(config)
     shares = [spec.weight for spec in specs if spec.path == SELF_CHAT]
     if not shares:

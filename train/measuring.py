@@ -19,7 +19,7 @@ from .data.packing import held_out_windows
 from .evaluation.quality.contract import Quality, contract, measure_quality
 from .evaluation.torch_model import TorchModel
 from .plan import RunPlan
-from .reporting.metrics import MetricsWriter, Progress
+from .reporting.metrics import MetricsWriter, RunProgress
 from .stop_signal import StopSignal
 from .vocabulary.retokenization import ByteTokenizer
 
@@ -62,7 +62,7 @@ class Measuring:
         rows = self.held_out[(self.held_out[:, 1:] >= 0).any(1)][: self.plan.config.optimizer.batch_size]
         return math.isfinite(perplexity(loss, rows, len(rows), self.plan.compute.parallel.device))
 
-    def stage(self, name: str, loss: nn.Module, progress: Progress, display: ProgressDisplay) -> None:
+    def stage(self, name: str, loss: nn.Module, progress: RunProgress, display: ProgressDisplay) -> None:
         """Held-out perplexity at one of the run's stages: source, after_pruning or final."""
         value = progress.perplexity[name] = self.held_out_perplexity(loss)
         found, said = {f"perplexity_{name}": value}, f"{value:.2f}"
@@ -72,14 +72,14 @@ class Measuring:
         self.metrics.write({"step": progress.step, "tokens": progress.tokens, **found})
         display.say(f"held-out perplexity, {name.replace('_', ' ')}: {said}")
 
-    def held_out_loss_if_due(self, loss: nn.Module, progress: Progress) -> None:
+    def held_out_loss_if_due(self, loss: nn.Module, progress: RunProgress) -> None:
         """Along the run, every --eval-every steps; its end is measured anyway."""
         every, step, tokens = self.plan.config.run.eval_every, progress.step, progress.tokens
         if every and step % every == 0 and tokens < self.plan.config.optimizer.tokens:
             value = math.log(self.held_out_perplexity(loss))
             self.metrics.write({"step": step, "tokens": tokens, "held_out_loss": value})
 
-    def quality(self, name: str, model: Any, progress: Progress, display: ProgressDisplay) -> None:
+    def quality(self, name: str, model: Any, progress: RunProgress, display: ProgressDisplay) -> None:
         """Quality of the source, or of the final model; said and left out where its context is too short for it.
 
         To be called after `stage`: its forward pass leaves FSDP's root weights whole, which the model needs here.

@@ -1,6 +1,6 @@
-"""What a run takes of memory at its peak, from its shape alone, and what there is of it.
+"""Estimate the peak memory of a run from its shape, and read the memory of the machine.
 
-The peak is one of two moments of a step at the source's size: the end of the forward pass (weights, moments,
+The peak is at one of two moments of a step at the source's size: the end of the forward pass (weights, moments,
 activations, bf16 copies of the weights, the head's gradient) or of the backward pass (weights, moments, gradients).
 """
 
@@ -21,10 +21,10 @@ PROCESS_BYTES = 500_000_000
 """Python, torch and transformers before anything is loaded."""
 
 FRAGMENTS = 0.09
-"""What a heap holds beyond what is in use at its peak, as a share of that: measured, see docs/method.md, "Memory"."""
+"""Fragmentation of the heap as a share of the peak in use: measured, see docs/method.md, "Memory"."""
 
 CONTROL_GROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
-"""Where Linux says how much a container may have, by version of control groups."""
+"""Memory limits of a Linux container, by version of control groups."""
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,13 @@ class MemoryEstimate:
     weights: int
     gradients: int
     moments: int
-    """AdamW's two."""
+    """AdamW's two moments."""
     rest: int
-    """Whatever else there is at the peak: activations, copies, a teacher, Gram matrices, the process, fragments."""
+    """Everything else at the peak: activations, copies, a teacher, Gram matrices, the process, fragmentation."""
 
     @property
     def kept(self) -> int:
-        """What no setting but those of the three makes smaller."""
+        """Return the bytes of weights, gradients and moments."""
         return self.weights + self.gradients + self.moments
 
     @property
@@ -59,10 +59,10 @@ def estimate_memory(
     shards: int = 1,
     keeps_products: bool = False,
 ) -> MemoryEstimate:
-    """Of a model of this shape.
+    """Estimate the memory of a model of this shape.
 
-    `products`: the type of matrix products; `shards`: ranks that share weights, gradients and moments;
-    `keeps_products`: whether the layers' gradients are stored in that type.
+    `products` is the type of matrix products, `shards` the ranks that share weights, gradients and moments.
+    `keeps_products` stores the layers' gradients in that type.
     """
     size, settings = architecture.num_parameters, config.optimizer
     is_bf16 = products == torch.bfloat16
@@ -88,7 +88,7 @@ def estimate_memory(
 
 
 def _kept_for_backward(config: TrainConfig, architecture: Architecture, tokens: int, is_bf16: bool) -> int:
-    """Activations of `tokens` and bf16 copies of the layers' weights."""
+    """Return the bytes of activations of `tokens` and bf16 copies of the layers' weights."""
     activations = [tokens * activation_bytes(architecture, layer, is_bf16) for layer in architecture.layers]
     parameters = [
         architecture.attention_parameters(each) + architecture.ffn_parameters(each) for each in architecture.layers
@@ -100,11 +100,11 @@ def _kept_for_backward(config: TrainConfig, architecture: Architecture, tokens: 
 
 
 def activation_bytes(architecture: Architecture, layer: LayerShape, is_bf16: bool) -> int:
-    """What a layer keeps of a token for its backward pass.
+    """Return the bytes that a layer keeps of a token for its backward pass.
 
-    Norms keep their fp32 input and normalised input (one before each block is counted with the block, one behind it
-    apart); products their inputs, bf16 ones a copy each; attention queries, keys, values and its output; the FFN gate,
-    its activation, up, and their product, or without a gate up and its activation.
+    Norms keep their fp32 input and normalised input (one before each block is counted with the block, one after it
+    apart). Products keep their inputs, bf16 ones a copy each. Attention keeps queries, keys, values and its output. The
+    FFN keeps gate, its activation, up and their product, or up and its activation without a gate.
     """
     width, hidden, parts = 2 if is_bf16 else 4, architecture.hidden_size, architecture.parts
     behind = 8 * hidden if "after_attention" in parts.norms else 0
@@ -115,7 +115,7 @@ def activation_bytes(architecture: Architecture, layer: LayerShape, is_bf16: boo
 
 
 def _gram_bytes(config: TrainConfig, architecture: Architecture) -> int:
-    """Of the OBS update's matrices."""
+    """Return the bytes of the OBS update's matrices."""
     widest = config.pruning.obs_max_width or architecture.num_parameters
     widths = []
     for layer in architecture.layers:
@@ -127,14 +127,14 @@ def _gram_bytes(config: TrainConfig, architecture: Architecture) -> int:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a device, for each of the processes that share it."""
+    """Bytes of a device for each of the processes that share it."""
 
     total: int
     free: int
 
 
 def device_memory(device: torch.device, processes: int = 1) -> Memory | None:
-    """Of a GPU, or of this machine or container with its swap space; None where nobody says."""
+    """Return the memory of a GPU, or of this machine or container with its swap; None if unknown."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return Memory(total, free)
@@ -153,7 +153,7 @@ def device_memory(device: torch.device, processes: int = 1) -> Memory | None:
 
 
 def check_memory(estimate: MemoryEstimate, memory: Memory, config: TrainConfig) -> str:
-    """A warning where the peak may not fit, "" where it does; UsageError where what is kept cannot fit at all."""
+    """Return a warning if the peak may not fit, else an empty string. Raises UsageError if it cannot fit."""
     remedies = []
     if config.optimizer.optimizer_dtype != "bfloat16":
         remedies.append("--optimizer-dtype bfloat16")

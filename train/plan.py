@@ -1,4 +1,4 @@
-"""A training run resolved: everything that follows from its configuration, settled once before training."""
+"""Resolve a training run: everything that follows from its configuration, settled once before training."""
 
 from __future__ import annotations
 
@@ -45,18 +45,18 @@ _log = logging.getLogger("efficientllm.train")
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """Where an interrupted run goes on."""
+    """Checkpoint to resume from."""
 
     checkpoint: Path
     damaged: dict[Path, str]
     """Newer checkpoints that cannot be used, with the reason."""
     changed: tuple[str, ...]
-    """Flags that differ from the interrupted run's and may."""
+    """Changed flags that a resumed run may change."""
 
 
 @dataclass(frozen=True)
 class Compute:
-    """What the run computes on, and where this process stands among the others."""
+    """Hardware and rank of the run."""
 
     hardware: Hardware
     parallel: Parallel
@@ -64,31 +64,31 @@ class Compute:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What Trainer, Pruner and the announcement go by. It does not hold the source's weights: they are trained."""
+    """Settled properties of a run. It does not hold the source's weights, because they are trained."""
 
     config: TrainConfig
     folder: Path
-    """Of the run."""
+    """Folder of the run."""
     resume: ResumePoint | None
     """None for a new run."""
     compute: Compute
     architecture: Architecture
-    """Of the source."""
+    """Shape of the source."""
     tokenizer: PreTrainedTokenizerBase
     data: tuple[DataSpec, ...]
     pruning: PruningPlan | None
-    """None for a run that only trains."""
+    """None for a run without pruning."""
     save_dtype: torch.dtype
-    """Of the final model's weights."""
+    """Type of the final model's weights."""
 
     @property
     def stores_gradients_as_computed(self) -> bool:
-        """Whether the layers' gradients stay in the bf16 that matrix products gave."""
+        """Tell whether the layers' gradients stay in the bf16 of the matrix products."""
         return _stores_gradients_as_computed(self.config, self.compute)
 
 
 def check_request(config: TrainConfig) -> None:
-    """Refuse what can be refused before anything is loaded."""
+    """Check everything that needs no loaded model. Raises UsageError."""
     if not config.run.output:
         raise UsageError("--output is missing; name a folder for the run")
     cache = config.run.teacher_cache
@@ -114,7 +114,7 @@ def check_request(config: TrainConfig) -> None:
 
 
 def _check_target(settings: PruneConfig) -> None:
-    """UsageError where flags of pruning would do nothing, for want of a target or of groups."""
+    """Raise UsageError for pruning flags without effect, because a target or groups are missing."""
     if settings.targets and settings.prune == ("none",):
         target = flags.flag_name(settings.targets[0])
         raise UsageError(f"--prune none: there is a {target}; leave one of them out")
@@ -130,7 +130,7 @@ def _check_target(settings: PruneConfig) -> None:
 
 
 def find_resume_point(config: TrainConfig) -> ResumePoint | None:
-    """Where to go on under --resume; None for a new run, and where the run was killed before its first checkpoint."""
+    """Return the checkpoint of --resume; None for a new run, or one without a checkpoint yet."""
     if not config.run.resume:
         return None
     folder = Path(config.run.output)
@@ -168,13 +168,13 @@ def find_resume_point(config: TrainConfig) -> ResumePoint | None:
 
 
 def choose_compute(config: TrainConfig) -> Compute:
-    """Hardware and process group; `compute.parallel.close()` leaves the group again."""
+    """Return hardware and process group. `compute.parallel.close()` leaves the group."""
     hardware = choose_hardware(config.run.device, config.run.dtype, config.run.threads)
     return Compute(hardware, Parallel(config.run.parallel, hardware.device, config.run.offload))
 
 
 def make_plan(config: TrainConfig, resume: ResumePoint | None, compute: Compute) -> tuple[RunPlan, Any]:
-    """(the plan, the loaded source model); UsageError or ModelError for what cannot be trained as asked."""
+    """Return (the plan, the loaded source model). Raises UsageError or ModelError if it cannot be trained."""
     if compute.parallel.mode == "fsdp" and config.pruning.compact_every > 1:
         raise UsageError("--compact-every works with --parallel ddp only: fsdp removes physically at every event")
     if compute.parallel.mode == "fsdp" and config.pruning.recover != "none":
@@ -206,7 +206,7 @@ def make_plan(config: TrainConfig, resume: ResumePoint | None, compute: Compute)
 
 
 def _check_removals(config: TrainConfig, compute: Compute) -> None:
-    """UsageError where the steps between the first and the last removal are fewer than --removals asks for."""
+    """Raise UsageError if there are fewer steps between the first and the last removal than --removals."""
     settings, optimizer = config.pruning, config.optimizer
     step = config.source.sequence_length * optimizer.batch_size * optimizer.gradient_accumulation
     steps = (settings.prune_end - settings.prune_start) * optimizer.tokens / (step * compute.parallel.world_size)
@@ -218,7 +218,7 @@ def _check_removals(config: TrainConfig, compute: Compute) -> None:
 
 
 def _check_grid(config: TrainConfig, architecture: Architecture) -> None:
-    """UsageError where a GGUF of the family holds other weights than the checkpoint, so that no grid is kept."""
+    """Raise UsageError if a GGUF of the family stores other weights than the checkpoint, so that no grid is kept."""
     parts, kind = architecture.parts, config.quantisation.qat
     if kind in GGUF_TYPES and (parts.norm.takes_mean or parts.scales_embedding or parts.qk_norm == "width"):
         raise UsageError(
@@ -228,7 +228,7 @@ def _check_grid(config: TrainConfig, architecture: Architecture) -> None:
 
 
 def shipped_pruning(config: TrainConfig) -> PruneConfig:
-    """The pruning settings with the type of --qat, where --target-bytes is not told another; UsageError where it is."""
+    """Return the pruning settings with the type of --qat for --target-bytes. Raises UsageError for a conflict."""
     settings, shipped = config.pruning, config.quantisation
     if settings.target_bytes is None or shipped.qat not in GGUF_TYPES:
         return settings
@@ -240,7 +240,7 @@ def shipped_pruning(config: TrainConfig) -> PruneConfig:
 
 
 def _save_dtype(config: TrainConfig) -> torch.dtype:
-    """Of the final model: a 16-bit scale times a code has more digits than 16-bit numbers."""
+    """Return the type of the final model. A 16-bit scale times a code does not fit into 16-bit numbers."""
     asked = config.run.save_dtype
     if config.quantisation.is_on:
         if asked not in ("auto", "float32"):
@@ -250,13 +250,13 @@ def _save_dtype(config: TrainConfig) -> torch.dtype:
 
 
 def _stores_gradients_as_computed(config: TrainConfig, compute: Compute) -> bool:
-    """Sums of gradients, over microbatches or ranks, are fp32."""
+    """Tell whether gradients stay in bf16. Sums over microbatches or ranks are fp32."""
     is_one_pass = compute.parallel.mode == "none" and config.optimizer.gradient_accumulation == 1
     return is_one_pass and compute.hardware.dtype == torch.bfloat16
 
 
 def _announce_memory(config: TrainConfig, resume: ResumePoint | None, compute: Compute, source: Architecture) -> None:
-    """Say what a run from a source of this shape will take; UsageError where this machine does not have it."""
+    """Report the memory of a run from a source of this shape. Raises UsageError if the machine has too little."""
     architecture = source if resume is None else Architecture.from_folder(resume.checkpoint)
     parallel, is_summed = compute.parallel, not _stores_gradients_as_computed(config, compute)
     shards = parallel.world_size if parallel.mode == "fsdp" else 1

@@ -1,4 +1,4 @@
-"""Named starting points for `efficientllm-train --preset NAME`. Imports no torch."""
+"""Presets of `efficientllm-train --preset NAME`. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ SMOLLM_CORPUS = "HuggingFaceTB/smollm-corpus@fineweb-edu-dedup"
 
 
 def cpu_quickstart() -> TrainConfig:
-    """SmolLM2-135M to 85 % on two CPU cores in minutes: what sixty thousand tokens can do.
+    """Return settings that prune SmolLM2-135M to 85 % on two CPU cores in ten minutes.
 
-    With so few steps the groups go at once, by the gradients of the first, and what they did is fitted again; the
-    source's own chats are three tenths of the text, so that the model goes on chatting. Tokens of the vocabulary go
-    first, which keeps the most of chats and facts, by prices that are measured on little text.
+    With so few steps, all groups are removed in one event by the gradients of the first steps and refitted. The
+    source's own chats are 30 % of the text, so that the model keeps chatting. Vocabulary rows come first, because they
+    cost chats and facts the least. Their prices are measured on little text.
     """
     return TrainConfig(
         source=SourceConfig(data=("demo:0.7", "self-chat:0.3"), sequence_length=256, eval_tokens=8192),
@@ -36,9 +36,11 @@ def cpu_quickstart() -> TrainConfig:
 
 
 def recover() -> TrainConfig:
-    """What lost least at -20 % in our trials (research/log): heads, FFN channels and tokens of the vocabulary by
-    `token-fisher`, all at once after a fifth of the tokens, a fit to the source's residual stream, distillation, half
-    a cosine."""
+    """Return the settings that lost the least at -20 % in our trials (research/log).
+
+    Heads, FFN channels and vocabulary rows are ranked by `token-fisher` and removed in one event after a fifth of the
+    tokens, with a least-squares fit, distillation and a cosine schedule.
+    """
     return TrainConfig(
         pruning=PruneConfig(
             prune=("attention", "ffn", "vocabulary"),
@@ -52,11 +54,11 @@ def recover() -> TrainConfig:
 
 
 def gpu24_469m() -> TrainConfig:
-    """SmolLM-1.7B to 469M on one GPU of 24 GB and 32 GB of host memory, half a million tokens a step.
+    """Return settings for SmolLM-1.7B to 469M on one GPU of 24 GB and 32 GB of host memory.
 
-    Weights, gradients and AdamW's moments take 16 bytes a parameter, 27 GB at the start; they stay in host memory and
-    layers visit the GPU (start it with `torchrun --nproc-per-node 1 -m efficientllm.train.cli`). Not yet run on such a
-    GPU. The paper's 469M model saw 50B tokens.
+    A step has half a million tokens. Weights, gradients and AdamW's moments take 16 bytes a parameter, 27 GB at the
+    start. They stay in host memory, and layers move to the GPU (start it with `torchrun --nproc-per-node 1 -m
+    efficientllm.train.cli`). Not run on such a GPU yet. The paper's 469M model saw 50B tokens.
     """
     return TrainConfig(
         source=SourceConfig(
@@ -71,9 +73,10 @@ def gpu24_469m() -> TrainConfig:
 
 
 def node8_1b() -> TrainConfig:
-    """SmolLM-1.7B to 1.1B on one node of eight 80 GB GPUs, a million tokens a step, 50B tokens as in the paper.
+    """Return settings for SmolLM-1.7B to 1.1B on one node of eight 80 GB GPUs, a million tokens a step.
 
-    Start it with `torchrun --nproc-per-node 8 -m efficientllm.train.cli`. Not yet run on such a node.
+    It uses 50B tokens as in the paper. Start it with `torchrun --nproc-per-node 8 -m efficientllm.train.cli`. Not run
+    on such a node yet.
     """
     return TrainConfig(
         source=SourceConfig(

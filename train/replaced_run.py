@@ -1,7 +1,7 @@
-"""The run that --overwrite replaces: it lies aside until the new one has something to put in its place.
+"""Keep the run that --overwrite replaces until the new one has something to write.
 
-Everything is renamed within the run's folder. Where a run is killed, the next command finds what it left: the whole old
-run aside, some of it on its way, or a rest that was being deleted. Imports no torch.
+Everything is renamed within the run's folder. After a kill, the next command finds the whole old run, a partly moved
+one, or a partly deleted one. Imports no torch.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from .run_folder import ASIDE, DELETED, MOVING, SETTINGS_FILE, empty_run_folder,
 
 
 def set_aside_run(folder: Path) -> None:
-    """Move what runs wrote out of the way of a new one."""
+    """Move the entries of the old run out of the way."""
     entries = run_entries(folder)
     if not entries:
         return
@@ -25,12 +25,12 @@ def set_aside_run(folder: Path) -> None:
 
 
 def is_replacing(folder: Path) -> bool:
-    """Whether the run in `folder` has nothing yet that is worth more than the one it replaces."""
+    """Tell whether the new run in `folder` has not yet replaced the old one."""
     return (folder / ASIDE).is_dir()
 
 
 def put_back(folder: Path) -> bool:
-    """Delete what the new run wrote and bring the old one back; False where none lies aside."""
+    """Delete the entries of the new run and restore the old one. Returns False without an old run."""
     aside, moving = folder / ASIDE, folder / MOVING
     shutil.rmtree(folder / DELETED, ignore_errors=True)
     if aside.is_dir():
@@ -45,13 +45,13 @@ def put_back(folder: Path) -> bool:
 
 
 def recover(folder: Path, resumes: bool) -> None:
-    """Put back what a killed run was to replace; one that is resumed goes on replacing it."""
+    """Restore the run that a killed run was to replace. A resumed one continues to replace it."""
     if not (resumes and is_replacing(folder) and (folder / SETTINGS_FILE).is_file()):
         put_back(folder)
 
 
 def drop_replaced(folder: Path) -> None:
-    """Delete the old run: the new one is about to write its first checkpoint or its model."""
+    """Delete the old run, before the new one writes its first checkpoint or its model."""
     if is_replacing(folder):
         (folder / ASIDE).rename(folder / DELETED)
     shutil.rmtree(folder / DELETED, ignore_errors=True)

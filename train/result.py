@@ -1,4 +1,4 @@
-"""What a finished run leaves behind: model, training.json, architecture.json, model card, plots."""
+"""Write the results of a run: model, training.json, architecture.json, model card, plots."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _log = logging.getLogger("efficientllm.train")
 
 
 def write_model(trainer: Trainer) -> None:
-    """Write the model folder with what is known before the model is measured; a collective call."""
+    """Write the model folder before the model is measured (a collective call)."""
     source, folder = trainer.plan.architecture, trainer.plan.folder
     state = stored_weights(trainer.model, trainer.plan.save_dtype)
     if trainer.parallel.is_main:
@@ -44,7 +44,7 @@ def write_model(trainer: Trainer) -> None:
 
 
 def write_result(trainer: Trainer) -> None:
-    """Add the measurements and the plots to the written model, then drop the checkpoints; a collective call."""
+    """Add the measurements and the plots to the written model, then delete the checkpoints (a collective call)."""
     source, folder = trainer.plan.architecture, trainer.plan.folder
     if trainer.parallel.is_main:
         records = read_metrics(folder)
@@ -60,7 +60,7 @@ def write_result(trainer: Trainer) -> None:
 
 
 def _describe(trainer: Trainer, model: Path) -> None:
-    """Write the files of a model folder that say how it was trained and measured so far."""
+    """Write the files of a model folder that describe its training and measurements."""
     summary = training_summary(trainer)
     if trainer.progress.quality:
         write_text_atomically(model / "quality.json", json.dumps(trainer.progress.quality) + "\n")
@@ -70,9 +70,9 @@ def _describe(trainer: Trainer, model: Path) -> None:
 
 
 def stored_weights(model: Any, dtype: torch.dtype) -> dict[str, Tensor]:
-    """{name: whole tensor} as the final model holds them, a tied head and embedding once; a collective call.
+    """Return {name: whole tensor} of the final model, with a tied head once (a collective call).
 
-    In `dtype`, or all in fp32 where one of them has a number beyond it (fp16 ends at 65504).
+    The type is `dtype`, or fp32 if a number exceeds it (fp16 ends at 65504).
     """
     weights = {name: full(parameter.detach()).to(dtype) for name, parameter in model.named_parameters()}
     beyond = next((name for name, weight in weights.items() if not torch.isfinite(weight).all()), None)
@@ -83,7 +83,7 @@ def stored_weights(model: Any, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def training_summary(trainer: Trainer) -> dict[str, Any]:
-    """Contents of training.json, which exporters copy into their manifests."""
+    """Return the contents of training.json, which exporters copy into their manifests."""
     measured = {name: Quality.from_dict(values) for name, values in trainer.progress.quality.items()}
     source = display_name(trainer.config.source.source)
     return {
@@ -103,7 +103,7 @@ def training_summary(trainer: Trainer) -> dict[str, Any]:
 
 
 def _latency(trainer: Trainer) -> dict[str, Any]:
-    """What the device that the run pruned for takes, before and after, by its profile; {} where there is none."""
+    """Return the predicted times before and after on the run's device; {} without one."""
     time = trainer.plan.pruning.time if trainer.plan.pruning is not None else None
     if time is None:
         return {}

@@ -1,4 +1,4 @@
-"""A whole training run: plan it, train, and leave a model and what is known about it behind."""
+"""Run a whole training: plan, train, and write the model with its description."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from .trainer import Trainer
 _log = logging.getLogger("efficientllm.train")
 
 CHECKPOINTS = 3
-"""Of 12 bytes a parameter: room that the teacher's states leave on their disk; two lie there while one is written."""
+"""Checkpoints of 12 bytes a parameter that fit beside the teacher's states; two exist while one is written."""
 
 NO_CHATS = (
     "the source chats, and there are no chats in the text: the model may forget to end its turns; "
@@ -46,9 +46,9 @@ NO_CHATS = (
 
 
 def run_training(config: TrainConfig) -> Path | None:
-    """Train as `config` says; returns the folder of the final model, or None when a signal stopped the run.
+    """Train with `config` and return the folder of the final model, or None if a signal stopped the run.
 
-    Raises an EfficientLLMError for anything the user can put right, before any work is lost.
+    Raises an EfficientLLMError for anything that the user can correct, before any work is lost.
     """
     with _held_output(config) if is_main_process() else contextlib.nullcontext():
         resume = find_resume_point(config)
@@ -65,7 +65,7 @@ def run_training(config: TrainConfig) -> Path | None:
 
 @contextlib.contextmanager
 def _held_output(config: TrainConfig) -> Iterator[None]:
-    """Hold the folder of the run, checked; the other processes of torchrun write in it, too."""
+    """Check and lock the folder of the run. The other processes of torchrun write in it as well."""
     check_request(config)
     for spec in data_specs(config):
         if spec.path != SELF_CHAT:
@@ -116,7 +116,7 @@ def _announce(plan: RunPlan, tokens: int) -> None:
 
 
 def _prepare_folder(plan: RunPlan) -> None:
-    """Make room for a new run, put a resumed one's damaged checkpoints aside; note the settings."""
+    """Make room for a new run or set damaged checkpoints of a resumed one aside, and write the settings."""
     if plan.resume is None:
         if plan.config.run.overwrite:
             set_aside_run(plan.folder)
@@ -129,7 +129,7 @@ def _prepare_folder(plan: RunPlan) -> None:
 
 
 def _make_trainer(plan: RunPlan, source: Any) -> Trainer:
-    """The trainer of a loaded source, continued from the plan's checkpoint where it has one."""
+    """Return the trainer of a loaded source, restored from the plan's checkpoint if there is one."""
     settings, optimizer, dtype = plan.config.source, plan.config.optimizer, plan.compute.hardware.dtype
     length, fraction, device = settings.sequence_length, settings.held_out_fraction, plan.compute.parallel.device
     held_out = held_out_windows(plan.data, plan.tokenizer, length, fraction, settings.eval_tokens)
@@ -149,7 +149,7 @@ def _make_trainer(plan: RunPlan, source: Any) -> Trainer:
 
 
 def _teacher_cache(plan: RunPlan, source: Any) -> TeacherCache:
-    """Where what this source makes of text in this precision is kept, with room left for the run's checkpoints."""
+    """Return the cache of this source's states in this precision, with room left for checkpoints."""
     dtype = plan.compute.hardware.dtype
     name = f"{content_key(source)}-{str(dtype).removeprefix('torch.')}"
     cache = TeacherCache(Path(plan.config.run.teacher_cache) / name, dtype, CHECKPOINTS * 12 * source.num_parameters())
@@ -160,7 +160,7 @@ def _teacher_cache(plan: RunPlan, source: Any) -> TeacherCache:
 
 
 def _make_model(plan: RunPlan, source: Any) -> Any:
-    """What is trained: the source itself, its shape with new weights, or the shape that a checkpoint had."""
+    """Return the model to train: the source, its shape with new weights, or the shape of a checkpoint."""
     model = source
     if plan.resume is not None or plan.config.source.init == "random":
         source.to("meta")  # others still hold it; its weights go

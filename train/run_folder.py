@@ -1,4 +1,4 @@
-"""The files of a run's folder. Imports no torch."""
+"""Files of a run's folder. Imports no torch."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from ..runtime.engines.manifest import describe_files
 
 CHECKPOINT_NAME = re.compile(r"step-(\d{8})")
 DAMAGED_PREFIX = "damaged-"
-"""Before the name of a checkpoint that could not be read and is kept aside."""
+"""Name prefix of a checkpoint that could not be read and is kept aside."""
 
 CONTENTS_NAME = "contents.json"
-"""Of a checkpoint: {file: {"bytes", "sha256"}} of all its other files."""
+"""File of a checkpoint with {file: {"bytes", "sha256"}} of all its other files."""
 
 SETTINGS_FILE = "config.toml"
 FINISHED_FILE = "architecture.json"
-"""Written last: a model without it was not measured yet."""
+"""File that is written last. A model without it was not measured yet."""
 RUN_FILES = (SETTINGS_FILE, "metrics.jsonl", FINISHED_FILE, "architecture.png", "training.png", "pruning.png")
 RUN_FOLDERS = ("checkpoints", "model", "tensorboard", "wandb")
 MODEL_FILES = (
@@ -34,26 +34,26 @@ MODEL_FILES = (
     *("modeling_*.py", "*.safetensors", "model.safetensors.index.json", "chat_template.jinja"),
     *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model"),
 )
-"""Patterns of what `save_checkpoint` and transformers' tokenizers write."""
+"""Patterns of files that `save_checkpoint` and transformers' tokenizers write."""
 
 UNFINISHED = re.compile(
     r"\.(model|step-\d{8})\.efficientllm-(new|old)|"
     r"\.(config\.toml|metrics\.jsonl|\w+\.json|\w+\.png|README\.md)\.\d+\.tmp"
 )
-"""What a write that was killed leaves."""
+"""Files of a killed write."""
 
 CHECKPOINT_ENTRIES = ("config.json", "tensors.pt", "trainer.json", "state")
-"""Of a checkpoint, beside its contents.json."""
+"""Entries of a checkpoint beside contents.json."""
 
 ASIDE, MOVING, DELETED = (f".efficientllm-{what}" for what in ("replaced", "moving", "deleted"))
 """Folders for the run that a new one replaces (see replaced_run.py)."""
 
 LOG_FILES = ("events.out.tfevents.*", "run-*", "offline-run-*", "latest-run", "debug*.log", "settings")
-"""Patterns of what TensorBoard and Weights & Biases write."""
+"""Patterns of files that TensorBoard and Weights & Biases write."""
 
 
 def saved_settings(folder: Path) -> dict[str, Any]:
-    """The settings of the run in a folder, as TOML has them; UsageError where it holds none."""
+    """Return the settings of the run in a folder, as in TOML. Raises UsageError if there is none."""
     path = folder / SETTINGS_FILE
     if not path.is_file():
         raise UsageError(f"--resume: {folder} holds no run (no {SETTINGS_FILE})")
@@ -64,20 +64,20 @@ def saved_settings(folder: Path) -> dict[str, Any]:
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:
-    """Complete checkpoints under a run's `checkpoints` folder, oldest first."""
+    """Return the complete checkpoints under a run's `checkpoints` folder, oldest first."""
     if not folder.is_dir():
         return []
     return sorted(e for e in folder.iterdir() if CHECKPOINT_NAME.fullmatch(e.name) and _is_checkpoint(e))
 
 
 def write_contents(checkpoint: Path) -> None:
-    """Note size and hash of every file of a checkpoint, so that damage is found before anything is loaded."""
+    """Write size and hash of every file of a checkpoint, so that damage is found before loading."""
     files = [file.relative_to(checkpoint).as_posix() for file in checkpoint.rglob("*") if file.is_file()]
     write_json_atomically(checkpoint / CONTENTS_NAME, describe_files(checkpoint, sorted(files)))
 
 
 def damage(checkpoint: Path) -> str:
-    """What is wrong with a checkpoint's files; "" where they are as they were written."""
+    """Return the damage of a checkpoint's files, or an empty string."""
     try:
         contents = json.loads((checkpoint / CONTENTS_NAME).read_text(encoding="utf-8"))
         missing = {name for name in CHECKPOINT_ENTRIES if name != "state"} - contents.keys()
@@ -97,7 +97,7 @@ def damage(checkpoint: Path) -> str:
 
 
 def newest_sound_checkpoint(folder: Path) -> tuple[Path | None, dict[Path, str]]:
-    """(the newest checkpoint whose files are whole, newer ones with their damage)."""
+    """Return (the newest sound checkpoint, newer ones with their damage)."""
     damaged: dict[Path, str] = {}
     for checkpoint in reversed(checkpoint_folders(folder)):
         reason = damage(checkpoint)
@@ -108,7 +108,7 @@ def newest_sound_checkpoint(folder: Path) -> tuple[Path | None, dict[Path, str]]
 
 
 def foreign_files(folder: Path) -> list[str]:
-    """What lies in a run's folder and no run has written."""
+    """Return the files in a run's folder that no run wrote."""
     hidden = (LOCK_NAME, ASIDE, MOVING, DELETED)
     others = [entry.name for entry in folder.iterdir() if not _is_ours(entry) and entry.name not in hidden]
     for entry in _entries(folder / "model"):
@@ -131,12 +131,12 @@ def foreign_files(folder: Path) -> list[str]:
 
 
 def _is_checkpoint(folder: Path) -> bool:
-    """Whether nothing lies in it that a checkpoint does not hold."""
+    """Tell whether a folder has only entries of a checkpoint."""
     return folder.is_dir() and {entry.name for entry in folder.iterdir()} <= {*CHECKPOINT_ENTRIES, CONTENTS_NAME}
 
 
 def drop_checkpoints(folder: Path) -> None:
-    """Delete the checkpoints of a finished run; damaged ones and what somebody added stay."""
+    """Delete the checkpoints of a finished run. Damaged ones and added files stay."""
     for checkpoint in checkpoint_folders(folder):
         shutil.rmtree(checkpoint)
     with contextlib.suppress(OSError):
@@ -144,7 +144,7 @@ def drop_checkpoints(folder: Path) -> None:
 
 
 def _is_ours(entry: Path) -> bool:
-    """Whether an entry of a run's folder is one that runs write; links are somebody's."""
+    """Tell whether runs write this entry of a run's folder. Links belong to somebody else."""
     if entry.is_symlink():
         return False
     return entry.name in (RUN_FOLDERS if entry.is_dir() else RUN_FILES) or bool(UNFINISHED.fullmatch(entry.name))
@@ -155,24 +155,24 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def run_entries(folder: Path) -> list[Path]:
-    """What runs write into their folder, and nothing else."""
+    """Return the entries of a folder that runs write."""
     return [entry for entry in _entries(folder) if _is_ours(entry)]
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether the run in a folder wrote its model and measured it."""
+    """Tell whether the run in a folder wrote its model and measured it."""
     return (folder / "model").is_dir() and (folder / FINISHED_FILE).is_file()
 
 
 def empty_run_folder(folder: Path) -> None:
-    """Delete what runs write into their folder; make it where it is absent."""
+    """Delete the entries that runs write, and create a missing folder."""
     for entry in run_entries(folder):
         shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     folder.resolve().mkdir(parents=True, exist_ok=True)  # of a link that leads nowhere, what it names
 
 
 def set_aside(checkpoint: Path) -> None:
-    """Rename a damaged checkpoint, so that no resumed run looks at it again."""
+    """Rename a damaged checkpoint, so that no resumed run reads it again."""
     aside = checkpoint.with_name(f"{DAMAGED_PREFIX}{checkpoint.name}")
     shutil.rmtree(aside, ignore_errors=True)
     checkpoint.rename(aside)

@@ -1,4 +1,4 @@
-"""How many parameters and which learning rate, as functions of the tokens seen. Imports no torch."""
+"""Size and learning rate as functions of the tokens. Imports no torch."""
 
 from __future__ import annotations
 
@@ -10,20 +10,22 @@ from .config import OptimizerConfig
 
 @dataclass(frozen=True)
 class DroppingSchedule:
-    """Continuous parameter dropping: the budget's measure (parameters, bytes of the exported file or milliseconds)
-    falls linearly in tokens (EfficientLLM, figure 2c), or in equal steps."""
+    """Continuous parameter dropping (EfficientLLM, figure 2c), or dropping in equal steps.
+
+    The budget's measure (parameters, bytes of the exported file or milliseconds) falls linearly in tokens.
+    """
 
     source: float
     target: float
     start_tokens: int
-    """Tokens seen before the first removal, so that saliency is an average."""
+    """Tokens before the first removal, so that saliency is an average."""
     end_tokens: int
-    """Tokens by which the target is reached."""
+    """Tokens at which the target is reached."""
     removals: int = 0
-    """Equal steps in which it falls, the first at the start and the last at the end; 0: without steps."""
+    """Number of equal steps, the first at the start and the last at the end; 0: continuous."""
 
     def target_at(self, tokens: int) -> float:
-        """Largest size allowed once `tokens` have been seen."""
+        """Return the largest allowed size after `tokens`."""
         if tokens >= self.end_tokens:
             return self.target
         if tokens < self.start_tokens:
@@ -35,10 +37,10 @@ class DroppingSchedule:
 
 
 def learning_rate_factor(tokens: int, total: int, warmup: int, decay_start: int, shape: str, floor: float) -> float:
-    """Multiplier of the peak learning rate after `tokens` of `total`.
+    """Return the factor of the peak learning rate after `tokens` of `total`.
 
     Linear warm-up over `warmup` tokens. 'wsd' (warmup-stable-decay) then stays at 1 until `decay_start` and falls
-    linearly to `floor`; 'cosine' follows half a cosine from the end of the warm-up to `floor`; 'constant' stays.
+    linearly to `floor`. 'cosine' follows half a cosine from the end of the warm-up to `floor`. 'constant' stays.
     """
     if tokens < warmup:
         return tokens / warmup
@@ -52,7 +54,10 @@ def learning_rate_factor(tokens: int, total: int, warmup: int, decay_start: int,
 
 
 def learning_rate(settings: OptimizerConfig, tokens: int) -> float:
-    """The learning rate of the step that ends after `tokens`: the first is not zero, and the last is the floor."""
+    """Return the learning rate of the step that ends after `tokens`.
+
+    The first is not zero, and the last is the floor.
+    """
     total = settings.tokens
     warmup, decay_start = round(settings.lr_warmup * total), round((1 - settings.lr_decay) * total)
     factor = learning_rate_factor(tokens, total, warmup, decay_start, settings.lr_schedule, settings.lr_floor)

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as a request that a run answers where it can. Imports no torch."""
+"""Handle SIGINT and SIGTERM as a request that a run answers at safe points. Imports no torch."""
 
 from __future__ import annotations
 
@@ -10,16 +10,19 @@ from typing import Any
 
 
 class StopRequested(KeyboardInterrupt):
-    """A signal asked the run to stop, and it is at a place where it can."""
+    """A signal requested a stop, and the run is at a safe point."""
 
 
 class StopSignal:
-    """Remembers the first signal of the block, for `check` to answer; a second one interrupts at once."""
+    """Record the first signal in the block for `check`. A second one interrupts at once."""
 
     def __init__(self, any_rank: Callable[[bool], bool] | None = None) -> None:
-        """`any_rank` returns whether a flag is set on any rank, a collective call; None where there is one process."""
+        """Create the handler.
+
+        `any_rank` tells whether a flag is set on any rank (a collective call); None for one process.
+        """
         self.name = ""
-        """SIGINT or SIGTERM once it has come."""
+        """SIGINT or SIGTERM after the signal."""
         self._any_rank = any_rank
         self._is_held = False
         self._previous: dict[int, Any] = {}
@@ -40,20 +43,20 @@ class StopSignal:
         self.name = signal.Signals(number).name
 
     def check(self) -> None:
-        """Raise StopRequested where a signal came to any rank; a collective call."""
+        """Raise StopRequested if any rank received a signal (a collective call)."""
         if self._is_held:
             return
         if self._any_rank(bool(self.name)) if self._any_rank is not None else self.name:
             raise StopRequested(self.name or "a signal to another rank")
 
     def check_alone(self) -> None:
-        """`check` for places where ranks do not wait for each other: under several ranks, do nothing."""
+        """Call `check` with one rank only, for places where ranks do not synchronise."""
         if self._any_rank is None:
             self.check()
 
     @contextlib.contextmanager
     def held(self, condition: bool = True) -> Iterator[None]:
-        """Answer no signal within, where `condition` holds."""
+        """Ignore signals in this block if `condition` holds."""
         before, self._is_held = self._is_held, self._is_held or condition
         try:
             yield

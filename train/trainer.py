@@ -37,7 +37,7 @@ from .pruning.pruner import Pruner
 from .pruning.selection import Removal
 from .quantisation.weights import ShippedWeights
 from .replaced_run import drop_replaced, is_replacing
-from .reporting.metrics import MetricsWriter, Progress, Speed
+from .reporting.metrics import MetricsWriter, RunProgress, Throughput
 from .run_folder import checkpoint_folders
 from .run_text import RunText
 from .schedule import DroppingSchedule, learning_rate
@@ -60,7 +60,7 @@ class Trainer:
         self.text = RunText(plan, stream)
         self.corpora = {spec.path: corpus_fingerprint(spec.path) for spec in plan.data}
         """What is read, and what it is now."""
-        self.progress, self.speed = Progress(), Speed()
+        self.progress, self.speed = RunProgress(), Throughput()
         self._configure_model()
         self.callee = self.parallel.wrap(loss)
         """What is called in a step: the loss itself, or DDP around it."""

@@ -1,4 +1,4 @@
-"""Checkpoints of a running training: whole or absent, a few kept, everything needed to continue bit-identically."""
+"""Checkpoints of a running training: whole or absent, a few kept, with everything to continue bit-identically."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ import torch.distributed.checkpoint as dcp
 
 from ..runtime.base.files import folder_written_atomically
 from .compute.distributed import Parallel
-from .reporting.metrics import Progress
+from .reporting.metrics import RunProgress
 from .run_folder import checkpoint_folders, write_contents
 
 
 @dataclass(frozen=True)
 class TrainingState:
-    """What a checkpoint holds beside the model and the optimizer."""
+    """Contents of a checkpoint beside the model and the optimizer."""
 
-    progress: Progress
+    progress: RunProgress
     extra: dict[str, Any]
-    """JSON values: surviving groups."""
+    """JSON values, such as the surviving groups."""
     tensors: dict[str, Any]
     """Nested tensors and numbers: data position, saliency, Gram matrices."""
 
@@ -40,7 +40,7 @@ def save_training_state(
     keep: int,
     parallel: Parallel,
 ) -> Path:
-    """Write checkpoint step-N atomically, then drop all but the newest `keep`; every rank writes its own shards."""
+    """Write checkpoint step-N atomically, then delete all but the newest `keep`. Every rank writes its own shards."""
     target = folder / f"step-{state.progress.step:08d}"
     with folder_written_atomically(target, parallel.is_main, parallel.barrier) as temporary:
         with _single_process_is_meant():
@@ -59,7 +59,7 @@ def save_training_state(
 
 
 def _weights_and_moments(model: Any, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
-    """The very tensors of model and optimizer by parameter; a tied head and embedding are one."""
+    """Return the tensors of model and optimizer by parameter; a tied head and embedding are one."""
     model.state_dict()  # under FSDP it puts shards back where an evaluation left whole tensors, which have no moments
     parameters = dict(model.named_parameters())
     weights = {name: parameter.detach() for name, parameter in parameters.items()}
@@ -67,7 +67,7 @@ def _weights_and_moments(model: Any, optimizer: torch.optim.Optimizer) -> dict[s
 
 
 def state_bytes(model: Any, optimizer: torch.optim.Optimizer) -> int:
-    """About what a checkpoint takes on disk, over all ranks: weights and moments."""
+    """Estimate the bytes of a checkpoint on disk over all ranks: weights and moments."""
     state = _weights_and_moments(model, optimizer)
     moments = (tensor for each in state["optimizer"].values() for tensor in each.values())
     size = sum(tensor.numel() * tensor.element_size() for tensor in (*state["model"].values(), *moments))
@@ -75,7 +75,7 @@ def state_bytes(model: Any, optimizer: torch.optim.Optimizer) -> int:
 
 
 def as_tensors(value: Any) -> Any:
-    """Nested values with numpy arrays copied to tensors: of a view, torch would save all that it is a view of."""
+    """Copy numpy arrays in nested values to tensors. torch would save the whole base of a view."""
     if isinstance(value, np.ndarray):
         return torch.tensor(value)
     if isinstance(value, dict):
@@ -84,7 +84,7 @@ def as_tensors(value: Any) -> Any:
 
 
 def as_arrays(value: Any) -> Any:
-    """The inverse of `as_tensors`."""
+    """Convert the values of `as_tensors` back."""
     if torch.is_tensor(value):
         return value.cpu().numpy()
     if isinstance(value, dict):
@@ -95,7 +95,7 @@ def as_arrays(value: Any) -> Any:
 def load_training_state(
     folder: Path, model: Any, optimizer: torch.optim.Optimizer, parallel: Parallel
 ) -> dict[str, Any]:
-    """Fill model and optimizer (already of the checkpoint's shape) and return the other tensors; set the RNGs."""
+    """Fill model and optimizer (already of the checkpoint's shape), set the RNGs, and return the other tensors."""
     with _single_process_is_meant(), torch.no_grad():
         tensors = _weights_and_moments(model, optimizer)
         dcp.load(tensors, checkpoint_id=folder / "state", no_dist=parallel.world_size == 1)
@@ -106,16 +106,16 @@ def load_training_state(
 
 @contextlib.contextmanager
 def _single_process_is_meant() -> Iterator[None]:
-    """Keep torch from warning that there is no process group; a single process needs none."""
+    """Suppress torch's warning about a missing process group for a single process."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
 
 
-def read_trainer_json(folder: Path) -> tuple[Progress, dict[str, Any]]:
-    """(progress, extra) of a sound checkpoint (see run_folder.damage)."""
+def read_trainer_json(folder: Path) -> tuple[RunProgress, dict[str, Any]]:
+    """Return (progress, extra) of a sound checkpoint (see run_folder.damage)."""
     values = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
-    return Progress(**values.pop("progress")), values
+    return RunProgress(**values.pop("progress")), values
 
 
 def _rng_state() -> dict[str, Any]:

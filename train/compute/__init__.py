@@ -1,1 +1,1 @@
-"""What a step computes on and with: hardware, data parallelism, the loss."""
+"""Hardware, data parallelism, the loss and the optimizer of a step."""

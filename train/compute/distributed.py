@@ -1,6 +1,6 @@
-"""Data parallelism under torchrun: DDP, and FSDP2 for models that do not fit; both survive physical removal.
+"""Data parallelism under torchrun: DDP, and FSDP2 for models that do not fit. Both survive physical removal.
 
-Every rank sees the same global sequence of windows and takes its own rows; gradients are averaged, so every rank
+Every rank sees the same global sequence of windows and takes its own rows. Gradients are averaged, so every rank
 computes the same saliency and removes the same groups.
 """
 
@@ -21,17 +21,17 @@ from .loss import TrainingLoss
 
 
 def without_sync(callee: nn.Module, condition: bool) -> contextlib.AbstractContextManager[None]:
-    """Around a backward pass whose gradients DDP is not to average yet, where `condition` holds."""
+    """Return a context in which DDP does not average gradients, if `condition` holds."""
     if condition and isinstance(callee, DistributedDataParallel):
         return callee.no_sync()
     return contextlib.nullcontext()
 
 
 class Parallel:
-    """Where this process stands among the others; alone where torchrun did not start it."""
+    """Rank of this process among the others; a single rank without torchrun."""
 
     def __init__(self, mode: str, device: torch.device, offload: bool = False) -> None:
-        """Joins the process group that torchrun's environment describes (gloo on CPUs, nccl on GPUs).
+        """Join the process group of torchrun's environment (gloo on CPUs, nccl on GPUs).
 
         `offload` keeps FSDP's shards, gradients and optimizer state in host memory.
         """
@@ -52,12 +52,12 @@ class Parallel:
         return self.rank == 0
 
     def my_rows(self, windows: Any) -> Any:
-        """This rank's share [B, ...] of the global batch [world_size * B, ...]."""
+        """Return this rank's share [B, ...] of the global batch [world_size * B, ...]."""
         size = len(windows) // self.world_size
         return windows[self.rank * size : (self.rank + 1) * size]
 
     def wrap(self, loss: TrainingLoss) -> nn.Module:
-        """What to call in a training step: DDP around the loss, or FSDP2 on every decoder layer and the rest."""
+        """Return the callable of a training step: DDP around the loss, or FSDP2 on every decoder layer and the rest."""
         if self.mode == "ddp":
             return DistributedDataParallel(loss)
         if self.mode == "fsdp":
@@ -70,7 +70,7 @@ class Parallel:
         return loss
 
     def mean(self, value: float) -> float:
-        """Over ranks; a collective call, as every method below but `close`."""
+        """Return the mean over ranks. Collective, as every method below except `close`."""
         if self.world_size == 1:
             return value
         tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
@@ -85,7 +85,7 @@ class Parallel:
                 tensor /= self.world_size
 
     def any(self, flag: bool) -> bool:
-        """Whether it is set on any rank."""
+        """Tell whether the flag is set on any rank."""
         return self.mean(float(flag)) > 0
 
     def barrier(self) -> None:
@@ -95,10 +95,10 @@ class Parallel:
 
     @property
     def storage_device(self) -> torch.device:
-        """Where parameters are kept between uses."""
+        """Return the device of parameters between uses."""
         return torch.device("cpu") if self.offload else self.device
 
     def close(self) -> None:
-        """Leave the process group, where there is one."""
+        """Leave the process group, if there is one."""
         if dist.is_initialized():
             dist.destroy_process_group()

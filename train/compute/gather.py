@@ -1,4 +1,4 @@
-"""Whole tensors from shards and back; a tensor that is not sharded passes through."""
+"""Convert between whole tensors and shards. Unsharded tensors pass through."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def full(tensor: Tensor) -> Tensor:
-    """The whole tensor of a shard (a collective call); a plain tensor is returned as it is."""
+    """Return the whole tensor of a shard (a collective call). A plain tensor is returned unchanged."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor, in its own memory; a plain tensor is returned as it is."""
+    """Return this rank's part of a tensor, in its own memory. A plain tensor is returned unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -29,6 +29,6 @@ def scatter(parameter: Any, value: Tensor) -> None:
 
 
 def shard_again(module: nn.Module) -> None:
-    """Drop the whole weights that a forward pass without a backward one leaves in FSDP's root; else nothing."""
+    """Free the whole weights that a forward pass without a backward one leaves in FSDP's root."""
     if isinstance(module, FSDPModule):
         module.reshard()

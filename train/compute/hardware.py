@@ -1,4 +1,4 @@
-"""What the machine offers: device, precision, threads, and an allocator that keeps its pages."""
+"""Hardware of a run: device, precision, threads, and an allocator that keeps its pages."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from ...runtime.base.errors import UsageError
 
 @dataclass(frozen=True)
 class Hardware:
-    """What a run computes on."""
+    """Device and precision of a run."""
 
     device: torch.device
     dtype: torch.dtype
     """Precision of matrix products."""
     reason: str
-    """Why this precision was chosen, for the log."""
+    """Reason of the precision, for the log."""
 
     def describe(self) -> str:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
@@ -28,7 +28,7 @@ class Hardware:
 
 
 def choose_hardware(device: str, dtype: str, threads: int) -> Hardware:
-    """Resolve --device, --dtype and --threads; UsageError for a device that is not there."""
+    """Resolve --device, --dtype and --threads. Raises UsageError for a missing device."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -61,10 +61,10 @@ def _bfloat16_support(device: torch.device) -> tuple[bool, str]:
 
 
 def keep_freed_pages() -> None:
-    """Tell glibc to keep freed memory instead of returning it to the kernel; elsewhere do nothing.
+    """Tell glibc to keep freed memory instead of returning it to the kernel. Other systems do nothing.
 
-    A training step frees and reallocates the same large tensors; faulting their pages in again took a third of the
-    step (1024 tokens of SmolLM2-135M on 2 cores: median 2.67 s with glibc's defaults, 1.89 s with this).
+    A training step frees and reallocates the same large tensors. Faulting their pages in again took a third of the step
+    (1024 tokens of SmolLM2-135M on 2 cores: median 2.67 s with glibc's defaults, 1.89 s with this).
     """
     if not sys.platform.startswith("linux"):
         return

@@ -1,4 +1,4 @@
-"""Next-token cross-entropy (and distillation) without a full copy of the logits, and perplexity on held-out windows.
+"""Next-token cross-entropy and distillation without a full copy of the logits, and perplexity on held-out windows.
 
 Shapes: B sequences, S tokens, N = B*S, H hidden, V vocabulary.
 """
@@ -18,15 +18,15 @@ from torch import Tensor, nn
 from .teacher_cache import TeacherCache
 
 CHUNK_TOKENS = 512
-"""Rows of logits alive at once. torch 2.13's own chunked `linear_cross_entropy` took 6.3 s where this takes 0.55 s
-(1024 tokens, V 49152, bf16, 2 CPU cores), and its bf16 loss was off by 0.6."""
+"""Rows of logits alive at once. torch 2.13's own chunked `linear_cross_entropy` took 6.3 s instead of 0.55 s (1024
+tokens, V 49152, bf16, 2 CPU cores), and its bf16 loss was off by 0.6."""
 
 ROWS_IN_CACHE = 4
-"""Rows of a chunk that one thread of a CPU takes through softmax and gradient before the next, which keeps them in its
-cache: with distillation 0.74 s where whole chunks take 1.33 s (1024 tokens, V 49152, bf16, 1 core)."""
+"""Rows of a chunk that one CPU thread processes at a time, which keeps them in its cache. With distillation this takes
+0.74 s instead of 1.33 s for whole chunks (1024 tokens, V 49152, bf16, 1 core)."""
 
 HEAD_ROWS = 8192
-"""Rows of the head's gradient that one product gives, so that there is no second tensor of its size."""
+"""Rows of the head's gradient per product, which avoids a second tensor of its size."""
 
 
 @dataclass(frozen=True)
@@ -39,33 +39,35 @@ class LossWeights:
 
 @dataclass(frozen=True)
 class SourceText:
-    """What the model reads in the tokens of a source that has others (see vocabulary/retokenization.py)."""
+    """The model's text in the tokens of a source with another vocabulary (see vocabulary/retokenization.py)."""
 
     tokens: Tensor
     """[B, T]"""
     places: Tensor
-    """int64 [B * S]: for each of the model's tokens the place in [B * T] of the source's that ends where it ends, -1
-    where there is none."""
+    """int64 [B * S]: for each of the model's tokens, the position in [B * T] of the source's token with the same end,
+    or -1."""
     first: Tensor
-    """int64 [V of the source]: the model's token that is written first where the source writes each of its own."""
+    """int64 [V of the source]: the first of the model's tokens that encode each source token."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What distillation learns from, for N predicted tokens."""
+    """Teacher signal of distillation for N predicted tokens."""
 
     hidden: Tensor
     """[N, Ht]"""
     weight: Tensor
-    """[Vt, Ht], of the same type."""
+    """[Vt, Ht], in the same type."""
     first: Tensor | None = None
-    """As of SourceText, where the vocabularies differ."""
+    """As in SourceText, if the vocabularies differ."""
     is_known: Tensor | None = None
-    """bool [N]: where the source says anything; everywhere by default."""
+    """bool [N]: positions with a teacher signal; all by default."""
 
     def in_our_tokens(self, theirs: Tensor, rows: slice, ours: Tensor) -> Tensor:
-        """fp32 [rows, V]: the source's probabilities [rows, Vt] of what comes next, as the model would write it; the
-        model's own, `ours` [rows, V], where the source says nothing."""
+        """Return fp32 [rows, V]: the source's probabilities [rows, Vt] converted to the model's tokens.
+
+        Positions without a teacher signal get the model's own, `ours` [rows, V].
+        """
         assert self.first is not None
         found = torch.zeros_like(ours).scatter_add_(1, self.first.expand(theirs.shape), theirs)
         return found if self.is_known is None else torch.where(self.is_known[rows, None], found, ours)
@@ -147,10 +149,10 @@ def cross_entropy(
     weights: LossWeights = LossWeights(),
     reference: Reference | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(loss to minimise, its cross-entropy part), means over tokens in nats; 0 of no tokens.
+    """Return (loss to minimise, its cross-entropy), means over tokens in nats; 0 without tokens.
 
-    hidden [N, H], LM-head weight [V, H], targets [N] int64; matrix products in `dtype`, sums in fp32. `reference` is in
-    `dtype`.
+    hidden [N, H], LM-head weight [V, H], targets [N] int64. Matrix products are in `dtype`, sums in fp32. `reference`
+    is in `dtype`.
     """
     if not torch.is_grad_enabled():  # which the function itself cannot see: it would form gradients
         hidden, weight = hidden.detach(), weight.detach()
@@ -159,34 +161,34 @@ def cross_entropy(
 
 
 class TrainingLoss(nn.Module):
-    """The model with its loss: what is called in a training step, and what DDP and FSDP wrap."""
+    """The model with its loss: the callable of a training step, which DDP and FSDP wrap."""
 
     def __init__(
         self, model: Any, dtype: torch.dtype, weights: LossWeights = LossWeights(), teacher: Any | None = None
     ) -> None:
-        """`teacher`: what distillation learns from; kept out of the parameters and the state dict."""
+        """Wrap `model`. `teacher` is kept out of the parameters and the state dict."""
         super().__init__()
         self.model = model
         self.dtype = dtype
         self.weights = weights
         self._teacher = (teacher,)
         self.source_text: Callable[[Tensor], SourceText] | None = None
-        """What the model's tokens [B, S] are in the teacher's, where that has others."""
+        """Function from the model's tokens [B, S] to the teacher's, if their vocabularies differ."""
         self.teacher_cache: TeacherCache | None = None
-        """Where what the teacher makes of text is kept."""
+        """Cache of the teacher's states."""
 
     def around(self, model: Any) -> TrainingLoss:
-        """The same loss of another model."""
+        """Return the same loss of another model."""
         loss = TrainingLoss(model, self.dtype, self.weights, self._teacher[0])
         loss.source_text, loss.teacher_cache = self.source_text, self.teacher_cache
         return loss
 
     def forward(self, windows: Tensor, states: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(loss to minimise, cross-entropy) of windows [B, S + 1]; tokens given as ~token are read, not predicted. In
-        eval mode no teacher is asked: the loss is its part of the cross-entropy.
+        """Return (loss to minimise, cross-entropy) of windows [B, S + 1]; tokens given as ~token are not predicted.
 
-        `states`: last hidden states [N, H] of the predicted tokens before something was taken out of the decoder. Then
-        the loss is KL(before ‖ now) alone.
+        In eval mode the teacher is not used, and the loss is its cross-entropy part. With `states`, the last hidden
+        states [N, H] of the predicted tokens before a part of the decoder was removed, the loss is KL(before ‖ now)
+        alone.
         """
         is_predicted = (windows[:, 1:] >= 0).flatten()
         tokens = torch.where(windows < 0, ~windows, windows)
@@ -206,7 +208,7 @@ class TrainingLoss(nn.Module):
 
     @torch.no_grad()
     def _reference(self, teacher: Any, inputs: Tensor, is_predicted: Tensor) -> Reference:
-        """What the teacher says of the tokens that follow `inputs` [B, S] and are predicted, bool [B * S]."""
+        """Return the teacher signal for the predicted tokens, bool [B * S], after `inputs` [B, S]."""
         text = self.source_text(inputs) if self.source_text is not None else None
         tokens = inputs if text is None else text.tokens
         hidden = self._teacher_states(teacher, tokens).flatten(0, 1)
@@ -217,7 +219,7 @@ class TrainingLoss(nn.Module):
         return Reference(hidden[places.clamp(min=0)], weight, text.first, places >= 0)
 
     def _teacher_states(self, teacher: Any, tokens: Tensor) -> Tensor:
-        """Last hidden states [B, S, H] of the teacher in `dtype`, from its cache where that has them."""
+        """Return the last hidden states [B, S, H] of the teacher in `dtype`, cached or computed."""
         cache = self.teacher_cache
         known = cache.find(tokens, teacher.config.hidden_size) if cache is not None else None
         if known is not None:
@@ -229,13 +231,13 @@ class TrainingLoss(nn.Module):
 
 
 def make_teacher(source: Any, dtype: torch.dtype, device: torch.device) -> Any:
-    """A frozen copy of the model as it is, in eval mode, stored in `dtype`."""
+    """Return a frozen copy of the model in eval mode, stored in `dtype`."""
     teacher = copy.deepcopy(source).to(device=device, dtype=dtype).eval()
     return teacher.requires_grad_(False)
 
 
 def count_predicted(windows: Tensor) -> int:
-    """Tokens of windows [n, S + 1] that are predicted, not only read."""
+    """Count the predicted tokens of windows [n, S + 1]."""
     return int((windows[:, 1:] >= 0).sum())
 
 
@@ -247,8 +249,10 @@ def perplexity(
     device: torch.device,
     check: Callable[[], None] = lambda: None,
 ) -> float:
-    """exp(mean cross-entropy) over the predicted tokens of windows [n, S + 1], each read from its own start; there is
-    at least one. `check` is called before every batch and may raise."""
+    """Return exp(mean cross-entropy) over the predicted tokens of windows [n, S + 1], at least one.
+
+    Each window is read from its own start. `check` is called before every batch and may raise.
+    """
     was_training = loss.training
     loss.eval()
     total, count = 0.0, 0

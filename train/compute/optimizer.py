@@ -1,6 +1,6 @@
-"""AdamW whose moments and gradients may be stored in bf16, and the type in which gradients are stored.
+"""AdamW whose moments and gradients may be stored in bf16.
 
-Arithmetic is fp32 throughout. A tensor that is stored in another type is converted in pieces of `PIECE` elements.
+Arithmetic is fp32 throughout. A tensor of another type is converted in pieces of `PIECE` elements.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from torch import Tensor
 from .gather import full, local
 
 EPSILON = 1e-8
-"""Added to the root of the second moment."""
+"""Constant added to the root of the second moment."""
 
 PIECE = 2**20
 """Elements of a tensor that are converted at once."""
 
 
 class AdamW(torch.optim.Optimizer):
-    """AdamW (Loshchilov and Hutter, arXiv 1711.05101) on torch's fused kernel; the moments exist from the start."""
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101) on torch's fused kernel, with moments allocated at the start."""
 
     def __init__(
         self, groups: list[dict[str, Any]], learning_rate: float, betas: tuple[float, float], moments: torch.dtype
     ) -> None:
-        """`moments`: the type of both moments, fp32 or bf16 (rounded to nearest; see config.SLOWEST_BFLOAT16_DECAY)."""
+        """Create the optimizer with both moments in `moments`, fp32 or bf16 (see config.SLOWEST_BFLOAT16_DECAY)."""
         super().__init__(groups, {"lr": learning_rate, "betas": betas})
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -39,7 +39,7 @@ class AdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None, gradient_scale: Tensor | None = None) -> None:  # type: ignore[override]
-        """Update every parameter that has a gradient, from that times `gradient_scale` (which changes fp32 .grad)."""
+        """Update every parameter with a gradient, scaled by `gradient_scale` (which changes fp32 .grad)."""
         for group in self.param_groups:
             held = [_local_tensors(each, self.state[each]) for each in group["params"] if each.grad is not None]
             plain = [each for each in held if each.is_of_one_type]
@@ -56,12 +56,12 @@ class AdamW(torch.optim.Optimizer):
 
 @dataclass(frozen=True, eq=False)
 class _Held:
-    """What this rank holds of a parameter."""
+    """Tensors of a parameter on this rank."""
 
     tensors: tuple[Tensor, ...]
     """Weights, gradient, first and second moment, of one shape."""
     step: Tensor
-    """[] fp32: how many updates there were, this one included."""
+    """[] fp32: number of updates, this one included."""
 
     @property
     def is_of_one_type(self) -> bool:
@@ -74,7 +74,7 @@ def _local_tensors(parameter: Any, state: dict[str, Any]) -> _Held:
 
 
 def _fused(group: dict[str, Any], held: Sequence[_Held]) -> None:
-    """torch's kernel, for tensors of one type."""
+    """Run torch's kernel on tensors of one type."""
     parameters, gradients, first, second = (list(each) for each in zip(*(each.tensors for each in held), strict=True))
     beta1, beta2 = group["betas"]
     torch._fused_adamw_(
@@ -90,7 +90,7 @@ def _fused(group: dict[str, Any], held: Sequence[_Held]) -> None:
 
 
 def _update_in_pieces(group: dict[str, Any], held: _Held, gradient_scale: Tensor | None) -> None:
-    """The same of one parameter whose gradient or moments are stored in bf16."""
+    """Update one parameter with a gradient or moments in bf16, piece by piece."""
     row = held.tensors[0][:1].numel()
     rows = max(1, PIECE // max(1, row))
     for parameter, gradient, first, second in zip(*(tensor.split(rows) for tensor in held.tensors), strict=True):
@@ -108,7 +108,7 @@ def make_optimizer(
     weight_decay: float,
     moments: torch.dtype = torch.float32,
 ) -> AdamW:
-    """AdamW with its moments in `moments`; weight decay on matrices only."""
+    """Return AdamW with its moments in `moments` and weight decay on matrices only."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -116,7 +116,10 @@ def make_optimizer(
 
 
 def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
-    """Norm [] fp32 of all gradients together, over all shards: a collective call. A bf16 norm would be off by 0.4 %."""
+    """Return the norm [] fp32 of all gradients, over all shards (a collective call).
+
+    A bf16 norm would be off by 0.4 %.
+    """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
     if not norms:
@@ -125,15 +128,15 @@ def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
 
 
 def clip_factor(norm: Tensor, longest: float) -> Tensor:
-    """[] fp32: what shortens gradients of `norm` to `longest`, 1 where they are no longer."""
+    """Return [] fp32: the factor that clips gradients of `norm` to `longest`, at most 1."""
     return torch.clamp(longest / (norm + 1e-6), max=1.0)
 
 
 def store_gradients_as_computed(model: Any) -> None:
-    """Store the gradients of the layers' matrices in bf16, which is what a bf16 matrix product gives: nothing is lost.
+    """Store the gradients of the layers' matrices in bf16, the type of a bf16 matrix product, without loss.
 
-    Only for steps of one backward pass in one process: sums of gradients are formed in fp32. A torch without
-    `grad_dtype` stores all of them in fp32.
+    Use it only for steps of one backward pass in one process, because sums of gradients are formed in fp32. A torch
+    without `grad_dtype` stores all of them in fp32.
     """
     for layer in model.model.layers:
         for parameter in layer.parameters():

@@ -1,4 +1,4 @@
-"""What averages over the ranks of a run."""
+"""Averages over the ranks of a run."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable
 from torch import Tensor
 
 MeanOverRanks = Callable[[Iterable[Tensor]], None]
-"""Averages tensors over ranks, in place."""
+"""Average tensors over ranks, in place."""
 
 
 def alone(tensors: Iterable[Tensor]) -> None:
-    """The mean over ranks of a run that has one."""
+    """Do nothing: the mean over a single rank."""

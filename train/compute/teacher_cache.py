@@ -1,9 +1,8 @@
-"""What a teacher made of text, kept on disk: runs that read the same text with the same teacher compute it once.
+"""Cache of teacher states on disk, so that runs with the same text and teacher compute them once.
 
-Last hidden states are kept, not logits: they are smaller than the few best of them, and the LM head makes all of
-those from them. One file a window, named by its tokens, which several runs may write and read at once.
-
-Shapes: B windows of S tokens, H hidden.
+Last hidden states are stored instead of logits. They are smaller than the few best logits, and the LM head computes all
+logits from them. Each window is one file, named by its tokens, which several runs may write and read at once. Shapes: B
+windows of S tokens, H hidden.
 """
 
 from __future__ import annotations
@@ -28,25 +27,25 @@ CHECKSUM_BYTES = 4
 
 
 class TeacherCache:
-    """The last hidden states of one teacher, of windows that it read before."""
+    """Cached last hidden states of one teacher."""
 
     def __init__(self, folder: Path, dtype: torch.dtype, reserve_bytes: int = 0) -> None:
-        """`folder` is of this teacher in this type alone; so much of its disk is left to others."""
+        """Use `folder`, which belongs to this teacher in this type, and leave `reserve_bytes` of its disk free."""
         self.folder, self.dtype, self._reserve_bytes = folder, dtype, reserve_bytes
         self._keeps = True
         folder.mkdir(parents=True, exist_ok=True)
 
     def find(self, tokens: Tensor, hidden_size: int) -> Tensor | None:
-        """[B, S, H] of `tokens` [B, S], on their device; None unless every window is here and whole.
+        """Return [B, S, H] of `tokens` [B, S] on their device; None unless every window is cached and whole.
 
-        All or none: a pass over a part of a batch need not give what a pass over all of it gives to the last bit.
+        A pass over a part of a batch may differ from a pass over all of it in the last bit.
         """
         found = [self._read(path, (tokens.shape[1], hidden_size)) for path in self._paths(tokens)]
         known = [states for states in found if states is not None]
         return torch.stack(known).to(tokens.device) if len(known) == len(found) else None
 
     def keep(self, tokens: Tensor, hidden: Tensor) -> None:
-        """Keep `hidden` [B, S, H] of `tokens` [B, S]. What is in the way is said once; the rest is computed again."""
+        """Store `hidden` [B, S, H] of `tokens` [B, S]. A failure is reported once, and states are computed again."""
         if not self._keeps:
             return
         rows = hidden.to("cpu", self.dtype).contiguous().view(torch.uint8).numpy()
@@ -62,12 +61,12 @@ class TeacherCache:
             _log.warning(f"{error}; the teacher's states are not kept any more")
 
     def _paths(self, tokens: Tensor) -> list[Path]:
-        """One of each window; 256 folders, so that none becomes too long to list."""
+        """Return the file of each window, in 256 folders."""
         names = [hashlib.sha256(row.tobytes()).hexdigest()[:32] for row in tokens.cpu().to(torch.int32).numpy()]
         return [self.folder / name[:2] / name[2:] for name in names]
 
     def _read(self, path: Path, shape: tuple[int, int]) -> Tensor | None:
-        """[S, H]; None where it is not there, or not whole."""
+        """Return [S, H]; None if the file is missing or damaged."""
         try:
             content = path.read_bytes()
         except OSError:

@@ -1,1 +1,1 @@
-"""Parameter groups: their saliency, which ones go, and taking them out of a model."""
+"""Parameter groups: saliency, selection, and removal from a model."""

@@ -1,11 +1,12 @@
-"""Saliency from activations, as the peers of this method measure it: what o_proj and down_proj read, and their columns.
+"""Saliency from activations, as the baselines measure it: the inputs of o_proj and down_proj, and their columns.
 
 Shapes: C input channels of a matrix (query heads times D, or FFN channels), H its outputs. For a channel x_c and its
 column w_c, over the tokens of the forward passes since the last step (`--saliency NAME`):
-    flap      var(x_c) |w_c|_2^2, divided by its mean over the matrix (FLAP, arXiv 2312.11983, eq. 5 and 6; there
-              standardised to z-scores, which here would make costs count backwards where they are negative)
-    wanda     sqrt(mean x_c^2) |w_c|_1                              (Wanda, arXiv 2306.11695, summed over outputs)
-    minitron  mean |x_c|                                            (Minitron, arXiv 2407.14679, eq. 1 and 2)
+
+flap: var(x_c) |w_c|_2^2, divided by its mean over the matrix (FLAP, arXiv 2312.11983, eq. 5 and 6). The paper
+standardises to z-scores, whose negative values would invert costs here. wanda: sqrt(mean x_c^2) |w_c|_1 (Wanda, arXiv
+2306.11695, summed over outputs). minitron: mean |x_c| (Minitron, arXiv 2407.14679, eq. 1 and 2).
+
 A head's score is the sum over its channels, a key/value group's that of its query heads.
 """
 
@@ -34,7 +35,7 @@ class Moments:
 
     @classmethod
     def of(cls, inputs: Tensor) -> Moments:
-        """Of inputs [..., C]."""
+        """Compute the sums of inputs [..., C]."""
         x = inputs.detach().flatten(0, -2).float()
         return cls(len(x), x.sum(0), x.abs().sum(0), x.square().sum(0))
 
@@ -70,7 +71,7 @@ ACTIVATION_CRITERIA: dict[str, Callable[[Moments, Tensor], Tensor]] = {
 
 
 class ActivationScores(ReaderScores):
-    """Scores by one of ACTIVATION_CRITERIA; it watches the model's forward passes in training."""
+    """Scores by one of ACTIVATION_CRITERIA, from the forward passes of training."""
 
     def __init__(
         self,
@@ -80,7 +81,7 @@ class ActivationScores(ReaderScores):
         decay: float,
         mean_over_ranks: MeanOverRanks = alone,
     ) -> None:
-        """UsageError where the stem is to be pruned: it has no channel that these criteria look at."""
+        """Raise UsageError if the stem is in the pruning space, because these criteria do not cover it."""
         super().__init__(name, kinds, architecture, decay, mean_over_ranks)
         self.criterion = ACTIVATION_CRITERIA[name]
         self._seen: dict[str, Moments] = {}

@@ -1,5 +1,4 @@
-"""What a run prunes towards: parameters, the bytes of an exported file, milliseconds on a device, or an explicit
-architecture."""
+"""Target of a run: parameters, bytes of an exported file, milliseconds on a device, or an explicit architecture."""
 
 from __future__ import annotations
 
@@ -16,18 +15,18 @@ from .measures import PARAMETERS, DeviceTime, Measure, bytes_of_file
 from .selection import SelectionRules, fastest_of_the_smallest
 
 DEFAULT_TYPE = "q8_0"
-"""What --target-bytes is measured in where neither --quantize nor --qat says."""
+"""Type of --target-bytes if neither --quantize nor --qat says."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """A target and how an architecture is measured against it."""
+    """A target and the measure of an architecture."""
 
     target: float
     measure: Measure
 
     def describe(self) -> str:
-        """The target as people read it."""
+        """Return the target in words."""
         return self.measure.describe(self.target)
 
     def is_met(self, architecture: Architecture) -> bool:
@@ -35,7 +34,7 @@ class Budget:
 
 
 def read_architecture(path: Path, flag: str = "--target-architecture") -> Architecture:
-    """An architecture file: Architecture.to_dict as JSON, or a run's architecture.json (its `final`)."""
+    """Read an architecture file: Architecture.to_dict as JSON, or the `final` of a run's architecture.json."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -52,10 +51,10 @@ def make_budget(
     vocabulary_bytes: int,
     time: DeviceTime | None = None,
 ) -> Budget | None:
-    """The budget that the settings ask for; None where nothing is to be pruned.
+    """Return the budget of the settings; None without pruning.
 
-    `floor`: the explicit target architecture, where there is one. `vocabulary_bytes`: bytes of the tokenizer in an
-    exported file. `time`: see device_time.
+    `floor` is the explicit target architecture, `vocabulary_bytes` the bytes of the tokenizer in an exported file,
+    `time` the result of `device_time`.
     """
     if floor is not None:
         return Budget(floor.num_parameters, PARAMETERS)
@@ -74,7 +73,10 @@ def make_budget(
 
 
 def device_time(settings: PruneConfig, profile: str | None) -> DeviceTime | None:
-    """What --target-latency times on the device of a profile; None without one. UsageError where it cannot be read."""
+    """Return the device and workload of --target-latency; None without one.
+
+    Raises UsageError if they cannot be read.
+    """
     workload = settings.asked_workload
     if profile is None or workload is None:
         return None
@@ -82,7 +84,7 @@ def device_time(settings: PruneConfig, profile: str | None) -> DeviceTime | None
 
 
 def check_budget(budget: Budget, source: Architecture, rules: SelectionRules) -> None:
-    """UsageError where the target is more than the source has or less than pruning may leave."""
+    """Raise UsageError if the target is above the source's size or below the smallest possible one."""
     measure = budget.measure
     if budget.target > measure.of(source):
         raise UsageError(

@@ -1,7 +1,7 @@
-"""Criteria of saliency: how a weight and its gradient become one score per group. A registry that plug-ins join.
+"""Saliency criteria: the score of a group from its weights and gradients, with a registry for plug-ins.
 
-A criterion gives each parameter one or more elementwise terms; terms are summed in fp32 over the parameters of a piece
-of a group; the sums become the piece's score, and those of its pieces the group's (see saliency.py).
+A criterion gives each parameter one or more element-wise terms. The terms are summed in fp32 over the parameters of a
+piece of a group. The sums become the piece's score, and the pieces' scores add up to the group's (see saliency.py).
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ Terms = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Criterion:
-    """One way to score groups."""
+    """One formula of scores."""
 
     elementwise: Callable[[Tensor, Tensor], Terms]
     """(weight, gradient) -> terms of the same shape, summed over a group's parameters."""
     combine: Callable[..., Tensor]
-    """(sum of term 1, sum of term 2, ...) -> scores, elementwise. The sums are of a piece of a group (a head's channel,
-    a layer's part of a stem channel); a group's score is the sum of its pieces' (see saliency.FOLDS)."""
+    """(sum of term 1, sum of term 2, ...) -> scores, element-wise. The sums are of a piece of a group (a head's
+    channel, a layer's part of a stem channel); a group's score is the sum over its pieces (see saliency.FOLDS)."""
     uses_gradient: bool = True
     per_microbatch: bool = False
-    """Whether the terms must see each microbatch's own gradient (samples of the empirical Fisher)."""
+    """Whether the terms need each microbatch's own gradient (samples of the empirical Fisher)."""
     combine_each_sample: bool = False
-    """Whether `combine` is applied to every sample and its results averaged, not to the averaged sums."""
+    """Whether `combine` is applied to every sample and its results averaged, instead of to the averaged sums."""
     is_energy: bool = False
-    """Whether scores are squares of changes, whose roots tell groups' shares of a block (see blocks.py)."""
+    """Whether scores are squares of changes, whose roots give groups' shares of a block (see blocks.py)."""
 
 
 CRITERIA: dict[str, Criterion] = {
@@ -58,22 +58,22 @@ CRITERIA: dict[str, Criterion] = {
 
 
 def register_criterion(name: str, criterion: Criterion) -> None:
-    """Make `criterion` available as `--saliency name`."""
+    """Register `criterion` as `--saliency name`."""
     CRITERIA[name] = criterion
 
 
 ENTRY_POINT_GROUP = "efficientllm.criteria"
-"""Installed packages add criteria here: name = "module:criterion"."""
+"""Entry point group for criteria of installed packages: name = "module:criterion"."""
 
 
 TOKEN_FISHER = "token-fisher"
 RANDOM = "random"
 OTHERS = (TOKEN_FISHER, RANDOM, "flap", "wanda", "minitron")
-"""Values of `--saliency` that no sum over weights gives: see gates.py, running_scores.py and activation.py."""
+"""Values of `--saliency` that are not sums over weights: see gates.py, running_scores.py and activation.py."""
 
 
 def criterion_named(name: str) -> Criterion:
-    """A criterion of the registry or of an installed plug-in; UsageError lists what --saliency takes."""
+    """Return a criterion of the registry or of an installed plug-in. Raises UsageError with the known names."""
     plugins = importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)
     for plugin in plugins.select(name=name):
         try:
@@ -90,10 +90,10 @@ def criterion_named(name: str) -> Criterion:
 
 
 def uses_gradient(name: str) -> bool:
-    """Whether `--saliency name` looks at gradients; UsageError where it is unknown."""
+    """Tell whether `--saliency name` uses gradients. Raises UsageError if it is unknown."""
     return name == TOKEN_FISHER or (name not in OTHERS and criterion_named(name).uses_gradient)
 
 
 def is_energy(name: str) -> bool:
-    """Whether the scores of `--saliency name` are squares of changes; UsageError where it is unknown."""
+    """Tell whether the scores of `--saliency name` are squares of changes. Raises UsageError if it is unknown."""
     return name in (TOKEN_FISHER, "flap") or (name not in OTHERS and criterion_named(name).is_energy)

@@ -1,15 +1,11 @@
-"""Saliency of a group as the Fisher information of a gate in front of it (`--saliency token-fisher`).
+"""Saliency of a group as the Fisher information of a gate before it (`--saliency token-fisher`).
 
-For an input channel c of o_proj or down_proj, x_tc at token t, and the gradient of the loss g_tc at it, closing a gate
-on a head (its D channels together) or on an FFN channel changes the loss by about
-
-    1/2 sum_t (sum_c g_tc x_tc)^2
-
-(Fisher pruning: Theis et al. 2018, arXiv 1801.05787, eq. 7, with every token a sample of its own). `fisher` forms the
-same square over a whole microbatch, of which a step has few; the tokens of a step are hundreds of samples, so its
-ranking is far less noise: a one-shot removal fitted again ends at 0.41 nats instead of 0.49 (research/log).
-
-A stem channel has a gate after every norm that reads it, and its score is the square of the sum of their roots.
+For an input channel c of o_proj or down_proj, x_tc at token t, and the gradient of the loss g_tc there, closing a gate
+on a head (its D channels together) or on an FFN channel changes the loss by about 1/2 sum_t (sum_c g_tc x_tc)^2 (Fisher
+pruning: Theis et al. 2018, arXiv 1801.05787, eq. 7, with every token as a sample). `fisher` forms the same square over
+a whole microbatch, of which a step has few. The tokens of a step are hundreds of samples, so this ranking has much less
+noise: a one-shot removal with a fit ends at 0.41 nats instead of 0.49 (research/log). A stem channel has a gate after
+every norm that reads it. Its score is the square of the sum of their roots.
 """
 
 from __future__ import annotations
@@ -25,8 +21,11 @@ from .readers import ReaderScores, is_attention
 
 
 class GateScores(ReaderScores):
-    """Scores by the Fisher information of gates. It keeps the inputs of o_proj and down_proj until their backward pass
-    (under activation checkpointing too, which would drop them)."""
+    """Scores by the Fisher information of gates.
+
+    It keeps the inputs of o_proj and down_proj until their backward pass, also under activation checkpointing, which
+    would drop them.
+    """
 
     sees_stem = True
 

@@ -1,9 +1,9 @@
-"""The kinds of parameter groups: the tables that configuration, ranking, surgery and plots read.
+"""Kinds of parameter groups: tables for configuration, ranking, surgery and plots.
 
-A minimal group (KINDS) is the least that can be taken out of a model and leave a model: positions along one axis of
-model/tensors.py. A block (BLOCKS) is all minimal groups of some kinds that a layer has left, taken at once.
-A further kind costs one entry here, its score in saliency.py and, where other groups go with it, a line in
-selection.py; a new axis, which is a new width of the model, costs more (docs/architecture.md). Imports no torch.
+A minimal group (KINDS) is the smallest set of weights that can be removed: positions along one axis of
+model/tensors.py. A block (BLOCKS) is all remaining groups of some kinds in a layer. A further kind needs one entry
+here, its score in saliency.py and, if other groups are removed with it, a line in selection.py. A new axis is a new
+width of the model and needs more (docs/architecture.md). Imports no torch.
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ from ..model.architecture import Architecture
 
 @dataclass(frozen=True)
 class GroupKind:
-    """One kind of group. Where it is one of the whole model, the layer is ignored (callers give 0)."""
+    """One kind of group. For a kind of the whole model, the layer is ignored (callers pass 0)."""
 
     flag: str
-    """Value of --prune that lets it go; kinds of one flag live in the same tensors."""
+    """Value of --prune that selects it; kinds of one flag live in the same tensors."""
     axis: str
-    """Axis of model/tensors.py whose positions its survivors are."""
+    """Axis of model/tensors.py whose positions are its survivors."""
     scored_axes: tuple[str, ...]
-    """Axes whose sums of elementwise saliency make its score; none where it is measured (see rows.py)."""
+    """Axes whose sums of element-wise saliency make its score; empty if it is measured (see rows.py)."""
     count: Callable[[Architecture, int], int]
-    """(shape, layer) -> groups there are."""
+    """(shape, layer) -> number of groups."""
     shrink: Callable[[Architecture, int, int], Architecture]
-    """(shape, layer, n) -> the shape once n groups are gone."""
+    """(shape, layer, n) -> the shape after the removal of n groups."""
     step: Callable[[Architecture, int, int], int]
-    """(shape, layer, width multiple) -> what the number of groups stays a multiple of: so many go at once."""
+    """(shape, layer, width multiple) -> number of groups removed at once; the count stays a multiple."""
     least: Callable[[Architecture, int, Architecture], int]
-    """(shape, layer, floor) -> groups that must stay, so that the shape does not fall below the floor."""
+    """(shape, layer, floor) -> number of groups that must stay to keep the floor."""
     title: str
     color: str
     is_whole_model: bool = False
     is_head: bool = False
-    """Whether a group is head_dim channels of its axis, not one."""
+    """Whether a group is head_dim channels of its axis instead of one."""
 
 
 def _key_value_groups(shape: Architecture, layer: int) -> int:
@@ -60,7 +60,7 @@ def _rows(shape: Architecture, layer: int) -> int:
 
 
 def _without_key_value_groups(shape: Architecture, layer: int, count: int) -> Architecture:
-    """Their query heads go with them."""
+    """Return the shape without key/value groups and their query heads."""
     old = shape.layers[layer]
     groups = old.num_key_value_heads - count
     heads = groups * old.queries_per_group
@@ -137,26 +137,26 @@ KINDS: dict[str, GroupKind] = {
         is_whole_model=True,
     ),
 }
-"""By the name that scores, logs and architecture.json use; in the order in which ties are offered."""
+"""Kinds by their name in scores, logs and architecture.json; ties are resolved in this order."""
 
 
 @dataclass(frozen=True)
 class BlockKind:
-    """One kind of whole block of a layer. Its score is measured (see blocks.py), not the sum of its groups' scores."""
+    """One kind of whole block of a layer. Its score is measured (see blocks.py)."""
 
     flags: tuple[str, ...]
-    """Values of --prune that let it go."""
+    """Values of --prune that select it."""
     takes: tuple[str, ...]
-    """Kinds whose groups all go with it."""
+    """Kinds whose groups are all removed with it."""
     title: str
     color: str
 
     def is_in(self, shape: Architecture, layer: int) -> bool:
-        """Whether the layer has all that the block consists of."""
+        """Tell whether the layer has all parts of the block."""
         return all(KINDS[name].count(shape, layer) for name in self.takes)
 
     def without(self, shape: Architecture, layer: int) -> Architecture:
-        """The shape once the block is gone."""
+        """Return the shape without the block."""
         for name in self.takes:
             shape = KINDS[name].shrink(shape, layer, KINDS[name].count(shape, layer))
         return shape
@@ -169,7 +169,7 @@ BLOCKS: dict[str, BlockKind] = {
     # both at once: what a layer does together is not the sum of what its halves do alone
     "layer": BlockKind(("blocks", "layers"), ("kv_group", "ffn"), "layers", "#5b5f6b"),
 }
-"""By the name that scores, logs and architecture.json use."""
+"""Blocks by their name in scores, logs and architecture.json."""
 
 PRUNE_TYPES = tuple(
     dict.fromkeys(
@@ -184,7 +184,7 @@ assert len(KIND_OF_AXIS) == len(KINDS), "two kinds share an axis"
 
 
 def counts(name: str, architecture: Architecture) -> list[int]:
-    """Groups of a kind in every layer; one number where it is one of the whole model."""
+    """Return the groups of a kind in every layer; one number for a kind of the whole model."""
     kind = KINDS[name]
     layers = range(1 if kind.is_whole_model else len(architecture.layers))
     return [kind.count(architecture, layer) for layer in layers]

@@ -10,14 +10,14 @@ EXAMPLE = "give a share of the source's time as 0.6x, or milliseconds as 8ms"
 
 @dataclass(frozen=True)
 class LatencyTarget:
-    """A share, or milliseconds; one of them is given."""
+    """A share, or milliseconds; exactly one of them."""
 
     share: float | None = None
     ms: float | None = None
 
     @classmethod
     def parse(cls, text: str) -> LatencyTarget:
-        """0.6x or 8ms; ValueError for anything else."""
+        """Parse 0.6x or 8ms. Raises ValueError for anything else."""
         match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(x|ms)\s*", text)
         if match is None or float(match.group(1)) <= 0:
             raise ValueError(EXAMPLE)
@@ -29,5 +29,5 @@ class LatencyTarget:
         return cls(share=amount)
 
     def of(self, source_ms: float) -> float:
-        """Milliseconds, of a source that takes `source_ms`."""
+        """Return the milliseconds for a source that takes `source_ms`."""
         return self.ms if self.ms is not None else (self.share or 1.0) * source_ms

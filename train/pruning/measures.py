@@ -1,6 +1,6 @@
-"""What a model's size is measured in: parameters, bytes of the exported file, milliseconds on a device.
+"""Measures of a model's size: parameters, bytes of the exported file, milliseconds on a device.
 
-Budget, schedule and ranking of a run share one measure: groups compete on expected loss per unit of it. Imports no
+Budget, schedule and ranking of a run share one measure. Groups compete by expected loss per unit of it. Imports no
 torch.
 """
 
@@ -19,33 +19,32 @@ from ..model.file_types import depends_on_place, gguf_bytes
 from ..model.irregular import packed
 
 RUN_UNITS = 8
-"""Steps of a kind in one layer that are priced together at most, where the measure has steps of its own: of 32 FFN
-channels each, up to the 256 that K-quants and the widest kernels work in."""
+"""Most steps of a kind in one layer that are priced together: 8 steps of 32 FFN channels reach the 256 of K-quants and
+of the widest kernels."""
 
 
 NO_LAYERS = (LayerShape(0, 0, 0),)
-"""Of a model without any: it has at least one."""
+"""Layers of a model without blocks, which has at least one layer."""
 
 
 @dataclass(frozen=True)
 class Measure:
-    """A size of an architecture, and how people read it."""
+    """A size of an architecture and its text form."""
 
     unit: str
     """parameters, bytes or ms"""
     of: Callable[[Architecture], float]
     longest_run: int = 1
-    """Steps of one kind in one layer that the ranking prices together at most; 1 where a step's price is always the
-    same, so that longer runs never are the better bargain."""
+    """Most steps of one kind in one layer that the ranking prices together; 1 if every step has the same price."""
 
     def show(self, amount: float) -> str:
-        """An amount, to the last digit that matters."""
+        """Return an amount with all significant digits."""
         if self.unit == "parameters":
             return f"{amount:,.0f} parameters"
         return format_bytes(amount) if self.unit == "bytes" else f"{amount:.3f} ms"
 
     def describe(self, amount: float) -> str:
-        """An amount in short."""
+        """Return an amount in short."""
         return f"{format_count(amount)} parameters" if self.unit == "parameters" else self.show(amount)
 
 
@@ -54,15 +53,15 @@ def _count(architecture: Architecture) -> float:
 
 
 PARAMETERS = Measure("parameters", _count)
-"""Stored parameters, tied heads counted once."""
+"""Stored parameters; a tied head counts once."""
 
 
 def bytes_of_file(quantize: str, vocabulary_bytes: int, num_rows: int | None = None, head_type: str = "") -> Measure:
-    """Bytes of the GGUF in type `quantize`; rows are padded to blocks, so single channels may save nothing.
+    """Return the measure of bytes of a GGUF in type `quantize`.
 
-    `vocabulary_bytes`: bytes of the tokenizer in an exported file, of `num_rows` tokens where some may go: each then
-    counts alike (those that go are longer than the mean: the file is a little smaller than said). `head_type`: of
-    embedding and LM head, where it is not the exporter's default.
+    Rows are padded to blocks, so single channels may save nothing. `vocabulary_bytes` is the bytes of the tokenizer in an exported file, of `num_rows` tokens if rows may be removed.
+    Each counts alike; removed tokens are longer, so the file is slightly smaller. `head_type` is the type of embedding
+    and LM head if it is not the exporter's default.
     """
 
     @lru_cache(maxsize=65_536)  # a ranking asks for the same shapes again and again
@@ -85,7 +84,7 @@ def bytes_of_file(quantize: str, vocabulary_bytes: int, num_rows: int | None = N
 
 
 def decoder_shape(architecture: Architecture) -> DecoderShape:
-    """The shape as it is exported: blocks that are gone are closed up."""
+    """Return the shape as exported, with absent blocks merged."""
     closed = packed(architecture).architecture
     layers = tuple(
         DecoderLayer(layer.num_attention_heads, layer.num_key_value_heads, layer.intermediate_size)
@@ -96,14 +95,14 @@ def decoder_shape(architecture: Architecture) -> DecoderShape:
 
 @dataclass(frozen=True)
 class DeviceTime:
-    """A profiled device and what it is asked to do: what --target-latency means."""
+    """A profiled device and a workload: the meaning of --target-latency."""
 
     profile: DeviceProfile
     workload: Workload
 
     @property
     def measure(self) -> Measure:
-        """Predicted milliseconds of the workload."""
+        """Return the measure of predicted milliseconds."""
 
         @lru_cache(maxsize=65_536)  # a ranking asks for the same shapes again and again
         def predicted(architecture: Architecture) -> float:
@@ -112,7 +111,7 @@ class DeviceTime:
         return Measure("ms", predicted, RUN_UNITS)
 
     def describe(self) -> str:
-        """The device and the workload as people read them."""
+        """Return the device and the workload in words."""
         on = self.profile.measured_on
         threads = "1 thread" if on.threads == 1 else f"{on.threads} threads"
         return f"{self.workload} on {on.device} ({on.cpu}, {on.engine} {on.quantization}, {threads})"

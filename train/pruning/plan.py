@@ -1,4 +1,4 @@
-"""What a run prunes, and towards what: settled once, before training."""
+"""Settled pruning of a run: groups, rules and budget."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ class PruningPlan:
     rules: SelectionRules
     budget: Budget
     time: DeviceTime | None = None
-    """What --target-latency times."""
+    """Device and workload of --target-latency."""
     pieces: Pieces | None = None
-    """The source's tokens, where some may go."""
+    """Tokens of the source, if rows may be removed."""
 
     def tracker(self, architecture: Architecture, seed: int, mean_over_ranks: MeanOverRanks) -> RunningScores:
-        """Saliency of the groups of a model of this shape, none seen yet; see trackers.tracker_named."""
+        """Return an empty tracker of the groups' saliency for a model of this shape; see trackers.tracker_named."""
         settings = self.settings
         kinds = tuple(name for name in self.rules.kinds if KINDS[name].scored_axes)
         return tracker_named(settings.saliency, kinds, architecture, settings.saliency_decay, seed, mean_over_ranks)
@@ -43,10 +43,10 @@ class PruningPlan:
 def make_pruning_plan(
     settings: PruneConfig, source: Architecture, vocabulary_bytes: int, pieces: Pieces | None = None
 ) -> PruningPlan | None:
-    """The plan for a source of this shape; None where nothing is to be pruned.
+    """Return the plan for a source of this shape; None without pruning.
 
-    `vocabulary_bytes`: bytes of the tokenizer in an exported file; `pieces`: its tokens, where some may go. UsageError
-    where the target is out of reach.
+    `vocabulary_bytes` is the bytes of the tokenizer in an exported file, `pieces` its tokens if rows may be removed.
+    Raises UsageError if the target is out of reach.
     """
     path = settings.target_architecture
     floor = read_architecture(Path(path)) if path is not None else None
@@ -72,7 +72,7 @@ def make_pruning_plan(
 
 
 def _price(settings: PruneConfig) -> Measure | None:
-    """What groups compete for, where it is not what the budget is in."""
+    """Return the cost in the ranking if it differs from the budget's measure."""
     if settings.rank_by == "parameters":
         return PARAMETERS
     other = device_time(settings, settings.ranking_profile)
@@ -80,7 +80,7 @@ def _price(settings: PruneConfig) -> Measure | None:
 
 
 def _check_family(settings: PruneConfig, source: Architecture) -> None:
-    """UsageError for what the parts of the source's family rule out."""
+    """Raise UsageError for settings that the source's family does not support."""
     parts = source.parts
     if settings.recover != "none" and (parts.is_parallel or "after_attention" in parts.norms):
         raise UsageError(

@@ -1,10 +1,9 @@
-"""The loss without whole blocks, measured: KL(model ‖ model without them) on text, in nats per token.
+"""Measure the loss without whole blocks: KL(model ‖ model without them) on text, in nats per token.
 
-To second order in what is removed both this and the expected rise of the cross-entropy are 1/2 d^T F d (F: the Fisher
-information), but this has no first-order term, which on a few thousand tokens is noise as large as what is measured.
-
-What lies below the first missing block is computed once per batch. The model is called through its training loss, as
-in a step, so that it may be sharded. Shapes: n windows of S tokens, H hidden.
+To second order in the removed part, this and the expected rise of the cross-entropy are both 1/2 d^T F d (F: the Fisher
+information). The KL has no first-order term, which on a few thousand tokens is noise as large as the effect. Layers
+below the first absent block are computed once per batch. The model is called through its training loss, as in a step,
+so it may be sharded. Shapes: n windows of S tokens, H hidden.
 """
 
 from __future__ import annotations
@@ -25,21 +24,21 @@ from ..model.modeling_efficientllm import NoAttention, NoFeedForward
 Half = Literal["attention", "ffn"]
 
 Absence = tuple[tuple[int, Half], ...]
-"""Blocks that are missing at once, (layer, half)."""
+"""Blocks that are absent at once, (layer, half)."""
 
 
 class BlockProbe:
-    """Measures what blocks of a model are worth on fixed windows."""
+    """Measure prices of a model's blocks on fixed windows."""
 
     def __init__(self, loss: TrainingLoss, windows: np.ndarray, batch_size: int, parallel: Parallel) -> None:
-        """`windows` [n, S + 1], the same on every rank; each takes its share, `batch_size` at a time."""
+        """Use `windows` [n, S + 1], the same on every rank. Each rank takes its share, `batch_size` at a time."""
         self._loss, self._parallel = loss, parallel
         rows = torch.from_numpy(parallel.my_rows(windows)).to(parallel.device)
         self._batches = rows.split(batch_size)
 
     @torch.no_grad()
     def losses(self, absences: Sequence[Absence]) -> list[float]:
-        """Nats per token that each absence costs by itself; a collective call."""
+        """Return the nats per token that each absence costs (a collective call)."""
         was_training = self._loss.training
         self._loss.eval()
         total = torch.zeros(len(absences), dtype=torch.float64)
@@ -53,7 +52,7 @@ class BlockProbe:
         return mean.tolist()
 
     def _of_batch(self, batch: Tensor, absences: Sequence[Absence]) -> Tensor:
-        """fp64 [absences]"""
+        """Return fp64 [absences] of one batch."""
         streams, states = self._whole(batch)
         found = []
         for absence in absences:
@@ -67,7 +66,7 @@ class BlockProbe:
         return self._loss.model.model
 
     def _whole(self, batch: Tensor) -> tuple[list[Tensor], Tensor]:
-        """(what every layer reads [n, S, H], last hidden states of the predicted tokens [m, H]) of the whole model."""
+        """Return (inputs [n, S, H] of every layer, last hidden states [m, H] of the predicted tokens)."""
         streams: list[Tensor] = []
         states: list[Tensor] = []
         handles = [
@@ -85,7 +84,7 @@ class BlockProbe:
 
 @contextlib.contextmanager
 def _without(decoder: Any, absence: Absence) -> Iterator[None]:
-    """The decoder without some blocks, as it would be built."""
+    """Run the decoder without some blocks in this context."""
     taken: list[tuple[Any, str, nn.Module]] = []
     for index, half in absence:
         layer = decoder.layers[index]
@@ -101,7 +100,7 @@ def _without(decoder: Any, absence: Absence) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _from_layer(decoder: Any, first: int, stream: Tensor) -> Iterator[None]:
-    """The decoder with `stream` given for what comes out below layer `first`."""
+    """Run the decoder with `stream` as the output below layer `first` in this context."""
     layers = decoder.layers
     if first:
         passed = [_Passed() for _ in range(first - 1)]
@@ -113,7 +112,7 @@ def _from_layer(decoder: Any, first: int, stream: Tensor) -> Iterator[None]:
 
 
 class _Passed(nn.Module):
-    """Stands for a layer that is not computed again."""
+    """Placeholder of a layer that is not computed again."""
 
     def __init__(self, stream: Tensor | None = None) -> None:
         super().__init__()

@@ -58,7 +58,7 @@ class Pruner:
 
     @property
     def rules(self) -> SelectionRules:
-        """What may be removed now."""
+        """Return the current rules of removal."""
         rules = self.plan.rules
         if self.wants_rows:
             return rules
@@ -290,14 +290,14 @@ class Pruner:
 
 
 def _those_kept(vectors: list[Tensor], kept: list[Tensor] | None) -> list[Tensor]:
-    """Scores of surviving groups; None for blocks, of which every layer keeps its score."""
+    """Return the scores of surviving groups. Every layer keeps the scores of its blocks."""
     if kept is None:
         return vectors
     return [vector[survivors.to(vector.device)] for vector, survivors in zip(vectors, kept, strict=True)]
 
 
 def kept_to_json(kept: Kept, before: Architecture) -> dict[str, list[list[int]]]:
-    """Positions in a model of shape `before`; a vocabulary that is all there is left out."""
+    """Return positions in a model of shape `before` as JSON. A complete vocabulary is left out."""
     is_whole = len(kept["vocabulary"][0]) == before.vocab_size
     return {
         kind: [layer.tolist() for layer in layers]
@@ -307,6 +307,6 @@ def kept_to_json(kept: Kept, before: Architecture) -> dict[str, list[list[int]]]
 
 
 def kept_from_json(values: dict[str, list[list[int]]], before: Architecture) -> Kept:
-    """The inverse of `kept_to_json`."""
+    """Read the values of `kept_to_json`."""
     kept = {kind: [torch.tensor(layer, dtype=torch.int64) for layer in layers] for kind, layers in values.items()}
     return {"vocabulary": all_groups(before)["vocabulary"]} | kept

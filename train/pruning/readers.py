@@ -1,4 +1,4 @@
-"""Scores of heads and FFN channels from what o_proj and down_proj read: what all saliency from their inputs shares."""
+"""Scores of heads and FFN channels from the inputs of o_proj and down_proj: the common base of such criteria."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from .groups import counts
 from .running_scores import RunningScores
 
 READERS = ("self_attn.o_proj", "mlp.down_proj")
-"""Matrices whose input channels are heads' and the FFN's."""
+"""Matrices whose input channels belong to heads and to the FFN."""
 
 
 def is_attention(name: str) -> bool:
-    """Whether a matrix of READERS is an attention's."""
+    """Tell whether a matrix of READERS belongs to an attention."""
     return name.endswith(READERS[0])
 
 
 class ReaderScores(RunningScores):
-    """Sees the inputs of every matrix of READERS in training, and has one score per FFN channel and query head."""
+    """Observer of the inputs of every matrix of READERS in training, with one score per FFN channel and query head."""
 
     sees_stem = False
-    """Whether what the norms over the stem give is seen, too."""
+    """Whether the outputs of the stem's norms are observed as well."""
 
     def __init__(
         self,
@@ -38,7 +38,7 @@ class ReaderScores(RunningScores):
         decay: float,
         mean_over_ranks: MeanOverRanks,
     ) -> None:
-        """UsageError where the stem is to be pruned and nothing here looks at it."""
+        """Raise UsageError if the stem is in the pruning space and not observed."""
         super().__init__(kinds, architecture, decay)
         if "stem" in self.kinds and not self.sees_stem:
             raise UsageError(f"--saliency {name} ranks attention and ffn only; leave stem out of --prune")
@@ -49,15 +49,15 @@ class ReaderScores(RunningScores):
             )
         self.mean_over_ranks = mean_over_ranks
         self.weights: dict[str, Any] = {}
-        """Weight [H, C] of every matrix that is watched."""
+        """Weight [H, C] of every observed matrix."""
         self._handles: list[Any] = []
 
     def look(self, name: str, inputs: Tensor) -> None:
-        """A forward pass in training gives the matrix of this name inputs [..., C]."""
+        """Observe inputs [..., C] of the named matrix in a training forward pass."""
         raise NotImplementedError
 
     def sums(self) -> dict[str, Tensor]:
-        """What was seen since the last call, forgotten with it: {matrix: scores of FFN channels [I] or heads}."""
+        """Return and forget the observations since the last call: {matrix: scores of FFN channels [I] or heads}."""
         raise NotImplementedError
 
     def attach(self, model: Any) -> None:
@@ -102,13 +102,14 @@ class ReaderScores(RunningScores):
         self._average({kind: [self._scores(kind, layer, found) for layer in layers[kind]] for kind in self.kinds})
 
     def per_head(self, channels: Tensor) -> Tensor:
-        """Channels [..., heads * D] summed over each head's: [..., heads]."""
+        """Sum channels [..., heads * D] over each head: [..., heads]."""
         return channels.unflatten(-1, (-1, self.architecture.head_dim)).sum(-1)
 
     def _scores(self, kind: str, layer: int, found: dict[str, Tensor]) -> Tensor:
-        """One score per group of a kind in a layer, [0] where it has none; a key/value group's is that of its heads.
+        """Return one score per group of a kind in a layer, [0] if it has none.
 
-        A stem channel's gates are one before each reader of the stream. They close together: amplitudes add up.
+        A key/value group's score is that of its heads. A stem channel has a gate before each reader of the stream. The
+        gates close together, so amplitudes add up.
         """
         if kind == "stem":
             parts = [scores.sqrt() for name, scores in found.items() if self._is_stem_norm(name)]

@@ -1,16 +1,14 @@
-"""Closed-form recovery after a removal (`--recover least-squares`): what writes to the residual stream is fitted again,
-so that after each layer the pruned model's residual stream is where it was in the whole model, before the removal.
+"""Closed-form recovery after a removal (`--recover least-squares`): refit the writers of the residual stream.
 
-For a matrix W [H, C] (o_proj, down_proj), its inputs X [n, C] as the pruned model computes them for n tokens, and Y
-[n, H], what is missing between the pruned model's stream before it and the whole model's stream after its own matrix,
-the ridge regression towards the W at hand is
+After each layer, the pruned model's residual stream should equal that of the model before the removal. For a matrix W
+[H, C] (o_proj, down_proj), X [n, C] are its inputs for n tokens in the pruned model. Y [n, H] is the difference between
+the former model's stream after the same matrix and the pruned model's stream before it. The ridge regression towards
+the current W is W <- W + (Y - X W^T)^T D X (X^T D X + lambda I)^-1, lambda = damping * mean(diag(X^T D X)). D weights
+token t by 1 / (|y_t|^2 + median |y|^2). Without it, the few tokens of massive activations (arXiv 2402.17762) dominate.
 
-    W <- W + (Y - X W^T)^T D X (X^T D X + lambda I)^-1,    lambda = damping * mean(diag(X^T D X)).
-
-D weighs token t by 1 / (|y_t|^2 + median |y|^2): without it the few tokens of massive activations (arXiv 2402.17762)
-are all that is fitted. Layers are taken in order, so each makes up for what those before it could not. Fitting a
-matrix to its own former output, all of them at once, or a trained model to its source recovers less or does harm
-(research/log). It takes forward passes only, and the whole model beside the pruned one.
+Layers are fitted in order, so each compensates errors of earlier ones. Fitting a matrix to its own former output, all
+at once, or a trained model to its source recovers less or does harm (research/log). The fit needs forward passes only,
+and the former model beside the pruned one.
 """
 
 from __future__ import annotations
@@ -25,23 +23,26 @@ from ..compute.distributed import Parallel
 BATCH = 8
 """Windows per forward pass of a layer."""
 ROWS_PER_INPUT = 16
-"""Tokens per input of a matrix that its regression sees at most (5 recover less, research/log)."""
+"""Most tokens per input of a matrix in its regression (5 recover less, research/log)."""
 
 
 class LeastSquares:
-    """The refit of a pruned model to what it was."""
+    """Refit of a pruned model to its earlier function."""
 
     def __init__(
         self, model: Any, whole: Any, stem: Tensor, damping: float, dtype: torch.dtype, rows: Tensor | None = None
     ) -> None:
-        """`stem`: surviving hidden channels as positions in `whole`; `rows`: the same of the vocabulary, where some
-        went; products in `dtype`, solutions in fp64."""
+        """Prepare the fit.
+
+        `stem` are the surviving hidden channels as positions in `whole`, `rows` the same of the vocabulary. Products
+        are in `dtype`, solutions in fp64.
+        """
         self.model, self.whole, self.damping, self.dtype = model.model, whole.model, damping, dtype
         self.stem, self.rows = stem, rows
 
     @torch.no_grad()
     def fit(self, windows: Tensor, parallel: Parallel) -> None:
-        """Fit every layer on windows [n, S] of token ids, this rank's share of them."""
+        """Fit every layer on windows [n, S] of token ids, this rank's share."""
         same_text = windows if self.rows is None else self.rows.to(windows.device)[windows]
         ours, theirs = self.model.embed_tokens(windows).float(), self.whole.embed_tokens(same_text).float()
         for layer, original in zip(self.model.layers, self.whole.layers, strict=True):
@@ -54,7 +55,7 @@ class LeastSquares:
                 ours += (read.to(self.dtype) @ matrix.weight.T.to(self.dtype)).float()
 
     def _run(self, part: Any, stream: Tensor) -> tuple[Tensor, Tensor]:
-        """(what the part's matrix reads [n, S, C], what it adds to the residual stream [n, S, H] in fp32)."""
+        """Return (inputs of the part's matrix [n, S, C], its output to the residual stream [n, S, H] in fp32)."""
         read: list[Tensor] = []
         matrix, written = part.matrix(part.layer), []
         hook = matrix.register_forward_pre_hook(lambda module, arguments: read.append(arguments[0])) if matrix else None
@@ -66,7 +67,7 @@ class LeastSquares:
         return torch.cat(read) if read else stream.new_empty(0), torch.cat(written)
 
     def _solve(self, matrix: Any, read: Tensor, wanted: Tensor, parallel: Parallel) -> None:
-        """Change `matrix` so that what it reads gives what is wanted; one of its biases is left as it is."""
+        """Change `matrix` so that its inputs give the wanted outputs. A bias stays unchanged."""
         stride = max(1, read[..., 0].numel() // (ROWS_PER_INPUT * read.shape[-1]))
         x, y = read.flatten(0, 1)[::stride].float(), wanted.flatten(0, 1)[::stride]
         weight = matrix.weight.float()
@@ -81,7 +82,7 @@ class LeastSquares:
 
 
 class _Attention:
-    """A layer's attention as what it adds to the residual stream."""
+    """A layer's attention as its addition to the residual stream."""
 
     def __init__(self, layer: Any, model: Any) -> None:
         self.layer, self.model = layer, model
@@ -91,7 +92,7 @@ class _Attention:
         return getattr(layer.self_attn, "o_proj", None)
 
     def __call__(self, stream: Tensor) -> Tensor:
-        """[n, S, H] -> [n, S, H]"""
+        """Map the stream [n, S, H] -> [n, S, H]."""
         length = stream.shape[1]
         positions = torch.arange(length, device=stream.device)[None]
         return self.layer.self_attn(
@@ -102,7 +103,7 @@ class _Attention:
 
 
 class _FeedForward:
-    """A layer's FFN as what it adds to the residual stream."""
+    """A layer's FFN as its addition to the residual stream."""
 
     def __init__(self, layer: Any, model: Any) -> None:
         self.layer, self.model = layer, model
@@ -112,5 +113,5 @@ class _FeedForward:
         return getattr(layer.mlp, "down_proj", None)
 
     def __call__(self, stream: Tensor) -> Tensor:
-        """[n, S, H] -> [n, S, H]"""
+        """Map the stream [n, S, H] -> [n, S, H]."""
         return self.layer.mlp(self.layer.post_attention_layernorm(stream))

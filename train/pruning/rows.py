@@ -1,17 +1,14 @@
-"""What tokens are worth: the loss that is to be expected where their rows go and text is written without them.
+"""Scores of vocabulary rows: the expected loss when rows are removed and text is encoded without them.
 
-A token that goes is written in its parts from then on. With splits(v) tokens more for each token of text (see
-vocabulary/frequency.py), that costs
+The text of a removed token is encoded with its parts. With splits(v) further tokens per token of text (see
+vocabulary/frequency.py), this costs loss(v) = price * splits(v) nats per token of text, on the scale of blocks.py. The
+price, in nats per further token, is measured on the same text: once in the current tokens, and once without the rows of
+a first ranking, with a softmax over the remaining rows.
 
-    loss(v) = price * splits(v)
-
-nats for each token of text, on the scale of blocks.py. The price, in nats for one token more, is measured: on the same
-text, once as it is written and once as it would be without the rows that a first ranking takes, softmax over the rows
-that stay. Its frequency tells what a token costs better than the saliency of its row: zeroing a row stands for no
-removal (the token's logit becomes 0, not minus infinity), and a sample of gradients holds a twentieth of the tokens.
-
-Rows go at one point of a run, the first removal, as many as the whole budget makes of the ranking at that time: what is
-gone then is written in its parts from there on, in the training text too.
+The frequency of a token predicts its cost better than the saliency of its row. Zeroing a row is not a removal (the
+logit becomes 0, not minus infinity), and a sample of gradients has a twentieth of the tokens. Rows are removed once, in
+the first removal, as many as the whole budget takes from the ranking. From then on all text, including the training
+text, is encoded with the parts.
 """
 
 from __future__ import annotations
@@ -32,7 +29,7 @@ from ..vocabulary.tokenizer_pruning import prune_tokenizer
 
 
 class RowProbe:
-    """Scores of the rows of a model at hand."""
+    """Scores of the rows of the current model."""
 
     def __init__(
         self,
@@ -42,22 +39,22 @@ class RowProbe:
         windows: np.ndarray,
         parallel: Parallel,
     ) -> None:
-        """`splits` of every row; `windows` [n, S + 1] of text to measure on, the same on every rank."""
+        """Use `splits` of every row and `windows` [n, S + 1] of text, the same on every rank."""
         self._loss, self._tokenizer, self._parallel = loss, tokenizer, parallel
         self.splits = torch.from_numpy(splits)
         self._separator = end_of_text_id(tokenizer)
         self._texts = [row.tolist() for row in parallel.my_rows(np.where(windows < 0, ~windows, windows))]
         self._whole = self._nats(self._texts, None)
         self.price = self._mean(self._whole, sum(map(len, self._texts)))
-        """Nats for one token more. Before anything is measured what a token costs on the average: rarely less."""
+        """Nats per further token. Before the measurement it is the average cost of a token, which is rarely less."""
 
     @property
     def scores(self) -> Tensor:
-        """fp64 [rows], nats for each token of text."""
+        """Return fp64 [rows], nats per token of text."""
         return self.price * self.splits
 
     def measure(self, kept: Sequence[int]) -> None:
-        """Set the price to what the model without the other rows has for it; a collective call."""
+        """Set the price to that of the model without the other rows (a collective call)."""
         smaller = prune_tokenizer(self._tokenizer, kept)
         retokenizer = Retokenizer(ByteTokenizer(self._tokenizer), ByteTokenizer(smaller))
         texts = [retokenizer.retokenize(text) for text in self._texts]
@@ -69,21 +66,21 @@ class RowProbe:
             self.price = price
 
     def describe(self, kept: Tensor) -> dict[str, float]:
-        """What to log of a removal that keeps these rows."""
+        """Return the log fields of a removal that keeps these rows."""
         gone = torch.ones(len(self.splits), dtype=torch.bool)
         gone[kept] = False
         more = float(self.splits[gone].sum())
         return {"rows": len(kept), "nats_per_token_more": self.price, "tokens_more_per_token": more}
 
     def _mean(self, nats: float, count: int) -> float:
-        """nats / count over all ranks; NaN of nothing."""
+        """Return nats / count over all ranks; NaN for no tokens."""
         total = torch.tensor([nats, float(count)], dtype=torch.float64, device=self._parallel.device)
         self._parallel.mean_tensors([total])
         return float(total[0] / total[1]) if total[1] > 0 else math.nan
 
     @torch.no_grad()
     def _nats(self, texts: Sequence[Sequence[int]], rows: Tensor | None) -> float:
-        """Of all tokens of some texts, each text after an end of text; `rows` of the head count, all by default."""
+        """Return the nats of all tokens of some texts, each after an end of text, over `rows` of the head."""
         was_training = self._loss.training
         self._loss.eval()
         model, dtype, device = self._loss.model, self._loss.dtype, self._parallel.device
@@ -105,7 +102,7 @@ class RowProbe:
 
 
 def choose_rows(probe: RowProbe, select: Callable[[Tensor], Sequence[int]]) -> Tensor:
-    """fp64 [rows]: scores at the price of what goes; `select` gives the rows that scores would leave."""
+    """Return fp64 [rows]: scores at the price of the removed rows. `select` returns the rows that scores would keep."""
     kept = select(probe.scores)
     if len(kept) < len(probe.splits):
         probe.measure(kept)

@@ -1,4 +1,4 @@
-"""Scores of every prunable group as a run goes on: what all kinds of saliency share, and the one that knows nothing."""
+"""Running scores of every prunable group: the common base of all kinds of saliency, and the random one."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from ..model.architecture import Architecture
 from .groups import counts
 
 Scores = dict[str, list[Tensor]]
-"""{kind: [score vector of layer 0, ...]}, one vector where the kind is one of the whole model (see groups.KINDS)."""
+"""{kind: [score vector of layer 0, ...]}, with one vector for a kind of the whole model (see groups.KINDS)."""
 
 
 class RunningScores:
-    """Scores of every prunable group, averaged exponentially over the optimizer steps seen so far."""
+    """Scores of every prunable group, averaged exponentially over past optimizer steps."""
 
     wants_microbatches = False
-    """Whether `accumulate` must see each microbatch's own gradient."""
+    """Whether `accumulate` needs each microbatch's own gradient."""
 
     def __init__(self, kinds: Iterable[str], architecture: Architecture, decay: float) -> None:
-        """`decay` is the weight of the past, per optimizer step."""
+        """Start without scores. `decay` is the weight of the past per optimizer step."""
         self.kinds = tuple(kinds)
         self.architecture = architecture
         self.decay = decay
@@ -30,27 +30,30 @@ class RunningScores:
         self.scores: Scores = {}
 
     def attach(self, model: Any) -> None:
-        """Watch the forward passes of `model` (again, where it was rebuilt), if scores need them."""
+        """Observe the forward passes of `model` if scores need them, again after it is rebuilt."""
 
     def detach(self) -> None:
-        """Watch no model any more."""
+        """Stop observing."""
 
     def accumulate(self, named_parameters: Iterable[tuple[str, Tensor]], sample_weight: float = 1.0) -> None:
-        """Look at the gradients at hand; call after backward and before gradients are clipped or cleared.
+        """Read the current gradients. Call it after backward and before gradients are clipped or cleared.
 
-        `sample_weight`: how much this sample counts among those of the step, 1 on the average.
+        `sample_weight` is the weight of this sample in the step, 1 on average.
         """
 
     def finish_step(self) -> None:
-        """Turn what one optimizer step showed into scores and average them in."""
+        """Turn the observations of one optimizer step into scores and average them in."""
         raise NotImplementedError
 
     def discard_step(self) -> None:
-        """Forget a step whose gradients were not finite."""
+        """Discard the observations of a step with non-finite gradients."""
 
     def _average(self, observed: Scores) -> None:
-        """The exponential average with its start corrected for, as Adam's moments are: step i of n weighs
-        decay^(n-i) (1 - decay) / (1 - decay^n), so the first three count alike and no step outweighs a later one."""
+        """Update the exponential average with bias correction, as for Adam's moments.
+
+        Step i of n has the weight decay^(n-i) (1 - decay) / (1 - decay^n). Early steps thus count alike, and no step
+        outweighs a later one.
+        """
         self.num_observations += 1
         if not self.scores:
             self.scores = observed
@@ -61,7 +64,7 @@ class RunningScores:
                 average.lerp_(new, share)
 
     def keep(self, architecture: Architecture, kept: dict[str, list[Tensor]]) -> None:
-        """Drop the scores of removed groups; `kept[kind][layer]` are the surviving positions."""
+        """Drop the scores of removed groups. `kept[kind][layer]` are the surviving positions."""
         self.architecture = architecture
         for name, vectors in self.scores.items():
             self.scores[name] = [
@@ -77,7 +80,7 @@ class RunningScores:
 
 
 class RandomScores(RunningScores):
-    """Uniform noise, drawn anew at every step: the baseline that knows nothing (`--saliency random`)."""
+    """Uniform noise, drawn at every step: the random baseline (`--saliency random`)."""
 
     def __init__(self, kinds: Iterable[str], architecture: Architecture, decay: float, seed: int) -> None:
         super().__init__(kinds, architecture, decay)

@@ -1,7 +1,7 @@
-"""Saliency of minimal parameter groups, from the weights and the gradients of the training steps themselves.
+"""Saliency of minimal parameter groups from the weights and gradients of the training steps.
 
-Shapes: L layers, H hidden, G key/value heads, R query heads per key/value head, D head_dim, I FFN channels.
-A criterion's elementwise terms are summed in fp32 over every parameter of a group; the sums become one score per group.
+Shapes: L layers, H hidden, G key/value heads, R query heads per key/value head, D head_dim, I FFN channels. A
+criterion's element-wise terms are summed in fp32 over every parameter of a group. The sums become one score per group.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Sums = dict[tuple[int | str | None, str], list[Tensor]]
 
 
 def _stem_piece(layer: int | None, name: str, architecture: Architecture) -> str:
-    """The part of a stem channel that a tensor belongs to: a layer's attention or FFN, or the final norm."""
+    """Return the piece of a stem channel of a tensor: a layer's attention or FFN, or the final norm."""
     if layer is None:
         return "final norm"
     return f"{layer} attention" if is_of_attention(split_name(name)[1], architecture.parts) else f"{layer} ffn"
@@ -36,7 +36,7 @@ def _add(sums: Sums, key: tuple[int | str | None, str], terms: list[Tensor]) -> 
 
 
 def _add_blocks(sums: Sums, name: str, terms: Terms, rows: int) -> None:
-    """Sums over blocks of `rows` tokens of an embedding (or LM head) [V, H]: pieces as large as a layer's."""
+    """Add sums over blocks of `rows` tokens of an embedding (or LM head) [V, H], so that pieces have a layer's size."""
     blocks = [[block.sum(0) for block in full(term).split(rows)] for term in terms]
     for index, block in enumerate(zip(*blocks, strict=True)):
         _add(sums, (f"{name} {index}", "hidden"), list(block))
@@ -53,7 +53,10 @@ class SaliencyTracker(RunningScores):
         decay: float,
         mean_over_ranks: MeanOverRanks = alone,
     ) -> None:
-        """`mean_over_ranks` averages tensors in place; it is called where the samples are a rank's own microbatches."""
+        """Start without scores.
+
+        `mean_over_ranks` averages tensors in place if samples are a rank's own microbatches.
+        """
         super().__init__(kinds, architecture, decay)
         self.mean_over_ranks = mean_over_ranks
         self.criterion = criterion
@@ -63,13 +66,15 @@ class SaliencyTracker(RunningScores):
 
     @property
     def axes(self) -> frozenset[str]:
-        """Axes whose sums the kinds need."""
+        """Return the axes whose sums the kinds need."""
         return frozenset(axis for name in self.kinds for axis in KINDS[name].scored_axes)
 
     @torch.no_grad()
     def accumulate(self, named_parameters: Iterable[tuple[str, Tensor]], sample_weight: float = 1.0) -> None:
-        """Add the gradients at hand: once per step, or once per microbatch where the criterion asks for samples. A
-        sample is the gradient of the mean loss over its tokens, and counts by how many there are."""
+        """Add the current gradients: once per step, or once per microbatch if the criterion needs samples.
+
+        A sample is the gradient of the mean loss over its tokens, weighted by their number.
+        """
         sums: Sums = {}
         for name, parameter in named_parameters:
             layer, axes = axes_of(name, self.architecture)
@@ -113,12 +118,12 @@ class SaliencyTracker(RunningScores):
         self._samples = []
 
     def _mean(self, values: Sequence[Tensor]) -> Tensor:
-        """Weighted mean over the step's samples."""
+        """Return the weighted mean over the step's samples."""
         weighted = [value * weight for value, (_, weight) in zip(values, self._samples, strict=True)]
         return torch.stack(weighted).mean(0)
 
     def _group_scores(self, sums: Sums) -> Scores:
-        """Fold axis sums into one score per group of each kind, no score [0] where a layer has no such group."""
+        """Fold axis sums into one score per group of each kind, [0] for a layer without such groups."""
         scores: Scores = {}
         device = next((terms[0].device for terms in sums.values()), None)  # running averages are kept on one device
         for name in self.kinds:
@@ -131,14 +136,13 @@ class SaliencyTracker(RunningScores):
 
 
 Fold = Callable[[Criterion, Sums, Architecture, int], Tensor]
-"""(criterion, axis sums, shape, layer) -> scores of a layer's groups.
-
-Scores are formed in pieces of about an FFN channel's size and added up: in one signed sum over a large group, unrelated
-parts cancel and large groups look cheap (research/log)."""
+"""(criterion, axis sums, shape, layer) -> scores of a layer's groups. Scores are formed in pieces of about an FFN
+channel's size and added. In one signed sum over a large group, unrelated parts cancel and large groups look cheap
+(research/log)."""
 
 
 def _fold_key_value_groups(criterion: Criterion, sums: Sums, architecture: Architecture, layer: int) -> Tensor:
-    """[G]: a piece is one of the head's D channels, of key and value and of all R query heads together."""
+    """Return [G]: a piece is one of the head's D channels, of key and value and of all R query heads together."""
     groups, head_dim = architecture.layers[layer].num_key_value_heads, architecture.head_dim
     queries = [term.view(groups, -1, head_dim).sum(1) for term in sums[layer, "query"]]  # [G, R, D] -> [G, D]
     keys_values = [term.view(groups, head_dim) for term in sums[layer, "kv"]]
@@ -146,18 +150,18 @@ def _fold_key_value_groups(criterion: Criterion, sums: Sums, architecture: Archi
 
 
 def _fold_query_heads(criterion: Criterion, sums: Sums, architecture: Architecture, layer: int) -> Tensor:
-    """[G * R]: a piece is one of the head's D channels."""
+    """Return [G * R]: a piece is one of the head's D channels."""
     heads, head_dim = architecture.layers[layer].num_attention_heads, architecture.head_dim
     return criterion.combine(*(term.view(heads, -1, head_dim).sum(1) for term in sums[layer, "query"])).sum(1)
 
 
 def _fold_ffn_channels(criterion: Criterion, sums: Sums, architecture: Architecture, layer: int) -> Tensor:
-    """[I]: a channel is one piece."""
+    """Return [I]: a channel is one piece."""
     return criterion.combine(*sums[layer, "ffn"])
 
 
 def _fold_stem_channels(criterion: Criterion, sums: Sums, architecture: Architecture, layer: int) -> Tensor:
-    """[H]: a piece is what `_stem_piece` and `_add_blocks` name."""
+    """Return [H]: the pieces are those of `_stem_piece` and `_add_blocks`."""
     return torch.stack([criterion.combine(*terms) for (_, axis), terms in sums.items() if axis == "hidden"]).sum(0)
 
 
@@ -167,4 +171,4 @@ FOLDS: dict[str, Fold] = {
     "ffn": _fold_ffn_channels,
     "stem": _fold_stem_channels,
 }
-"""How each kind of groups.KINDS gets its scores."""
+"""Fold of each kind of groups.KINDS."""

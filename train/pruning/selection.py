@@ -1,11 +1,10 @@
-"""Which groups go next: one global ranking over layers and group types, by expected loss per unit of the measure.
+"""Select groups by one ranking over layers and kinds: expected loss per unit of the measure.
 
-A *step* is the least that goes at once: `width_multiple` FFN or stem channels or vocabulary rows, one key/value group,
-or one query head of every key/value group of a layer; with the uniform layout, the least salient of these in every
-layer at once. A
-*unit* is what one removal takes away: a step, a whole block of a layer, or, where the measure has steps of its own (a
-kernel that works in 256 channels), the run of steps that is the best bargain. Its score is the loss expected from its
-removal divided by what that frees of the measure: parameters, bytes or milliseconds.
+A *step* is the smallest removal: `width_multiple` FFN or stem channels or vocabulary rows, one key/value group, or one
+query head of every key/value group of a layer. In the uniform layout it is the least salient of these in every layer at
+once. A *unit* is one removal: a step, a whole block of a layer, or the best run of steps if the measure has steps of
+its own (a kernel that works on 256 channels). Its score is the expected loss of its removal divided by the freed amount
+of the measure: parameters, bytes or milliseconds.
 """
 
 from __future__ import annotations
@@ -25,59 +24,59 @@ from .measures import PARAMETERS, Measure
 from .running_scores import Scores
 
 Kept = dict[str, list[Tensor]]
-"""{kind: [sorted positions that survive in layer 0, ...]}; 'stem' has one entry."""
+"""{kind: [sorted surviving positions in layer 0, ...]}; 'stem' has one entry."""
 
 Part = tuple[int | None, tuple[int, ...]]
-"""(layer, positions of the groups that go); the layer is None for groups of the whole model. A block is position 0."""
+"""(layer, positions of the removed groups); the layer is None for groups of the whole model. A block is position 0."""
 
 
 @dataclass(frozen=True)
 class Unit:
-    """A candidate for removal; positions refer to the shape that the ranking began with."""
+    """A candidate for removal; positions refer to the shape at the start of the ranking."""
 
     kind: str
     parts: tuple[Part, ...]
     """One part, or one per layer in the uniform layout."""
     freed: float
-    """What this frees of the measure: parameters, bytes or milliseconds."""
+    """Freed amount of the measure: parameters, bytes or milliseconds."""
     score: float
-    """Expected loss per unit of the measure freed."""
+    """Expected loss per freed unit of the measure."""
 
     @property
     def layer(self) -> int:
-        """The first it takes from."""
+        """Return the first layer of its parts."""
         return self.parts[0][0] or 0
 
 
 @dataclass(frozen=True)
 class SelectionRules:
-    """What may be removed."""
+    """Rules of removal."""
 
     kinds: tuple[str, ...]
     width_multiple: int = 32
-    """FFN and hidden widths stay multiples of this many channels."""
+    """Multiple of FFN and hidden widths, in channels."""
     uniform: bool = False
     """Whether every layer loses a unit at once, so that equal layers stay equal."""
     floor: Architecture | None = None
-    """Never go below these widths, layer by layer (an explicit target architecture)."""
+    """Smallest widths, layer by layer (an explicit target architecture)."""
     blocks: tuple[str, ...] = ()
-    """Whole blocks that may go (see groups.BLOCKS)."""
+    """Whole blocks that may be removed (see groups.BLOCKS)."""
     measure: Measure = PARAMETERS
-    """What a target is in."""
+    """Measure of the target."""
     price: Measure | None = None
-    """What groups compete for, where it is something else."""
+    """Measure in the ranking, if it differs."""
     fixed_rows: int = 0
-    """Vocabulary rows that must stay."""
+    """Number of vocabulary rows that must stay."""
 
     @property
     def competed_for(self) -> Measure:
-        """What a unit's score is divided by."""
+        """Return the measure that divides a unit's score."""
         return self.price or self.measure
 
 
 @dataclass(frozen=True)
 class Removal:
-    """What one pruning event takes away."""
+    """The removal of one pruning event."""
 
     before: Architecture
     after: Architecture
@@ -87,18 +86,20 @@ class Removal:
 
 
 def all_groups(architecture: Architecture) -> Kept:
-    """The identity: every group of every kind."""
+    """Return the identity: every group of every kind."""
     return {name: [torch.arange(count) for count in counts(name, architecture)] for name in KINDS}
 
 
 def compose(first: Kept, then: Kept) -> Kept:
-    """Survivors of two removals in a row, as positions before the first."""
+    """Return the survivors of two removals in sequence, as positions before the first."""
     return {kind: [a[b] for a, b in zip(layers, then[kind], strict=True)] for kind, layers in first.items()}
 
 
 def smallest_architecture(architecture: Architecture, rules: SelectionRules) -> Architecture:
-    """The least that pruning may leave: one step of every kind in every layer that has any, or in one layer where the
-    others may go as a whole."""
+    """Return the smallest shape that pruning may reach.
+
+    It has one step of every kind in every layer that has any, or in one layer if the others may be removed as a whole.
+    """
     if rules.floor is not None:
         return rules.floor
     for name in rules.kinds:
@@ -115,8 +116,10 @@ def smallest_architecture(architecture: Architecture, rules: SelectionRules) -> 
 
 
 def fastest_of_the_smallest(architecture: Architecture, rules: SelectionRules) -> Architecture:
-    """The best of the smallest shape and those of one step more FFN, more stem, or both: in milliseconds the smallest
-    is not the least where a kernel takes two steps of a width at once."""
+    """Return the fastest of the smallest shape and those with one step more FFN, more stem, or both.
+
+    In milliseconds, the smallest shape is not the fastest if a kernel takes two steps of a width at once.
+    """
     least = smallest_architecture(architecture, rules)
     if rules.floor is not None:
         return least
@@ -127,7 +130,7 @@ def fastest_of_the_smallest(architecture: Architecture, rules: SelectionRules) -
 
 
 def _a_step_wider(shape: Architecture, name: str, source: Architecture, step: int) -> Architecture:
-    """As far as the source goes."""
+    """Return the shape one step wider, within the source's width."""
     if name == "stem":
         return replace(shape, hidden_size=min(shape.hidden_size + step, source.hidden_size))
     layers = tuple(
@@ -140,7 +143,7 @@ def _a_step_wider(shape: Architecture, name: str, source: Architecture, step: in
 
 
 def may_go(name: str, architecture: Architecture, layer: int) -> bool:
-    """Whether a layer has such a block and is not the last that has one."""
+    """Tell whether a layer has such a block and is not the last one with it."""
     kind = BLOCKS[name]
     if not kind.is_in(architecture, layer):
         return False
@@ -149,7 +152,7 @@ def may_go(name: str, architecture: Architecture, layer: int) -> bool:
 
 
 def check_floor(architecture: Architecture, floor: Architecture) -> None:
-    """UsageError unless `floor` can be reached from `architecture` by removing groups."""
+    """Raise UsageError unless `floor` can be reached from `architecture` by removing groups."""
     if len(floor.layers) != len(architecture.layers):
         raise UsageError(
             f"--target-architecture has {len(floor.layers)} layers, the source {len(architecture.layers)}; "
@@ -173,43 +176,43 @@ def check_floor(architecture: Architecture, floor: Architecture) -> None:
 
 
 class Ranking:
-    """What goes next, again and again, and the shape that remains.
+    """Repeated selection of the next unit, with the shape that remains.
 
-    A unit is priced again where its price may have changed: the measure is a sum over layers at a given hidden size.
+    A unit is priced again when its price may have changed. The measure is a sum over layers at a given hidden size.
     """
 
     def __init__(self, architecture: Architecture, scores: Scores, rules: SelectionRules) -> None:
-        """`scores` of every kind and block in the rules."""
+        """Start with the scores of every kind and block in the rules."""
         self.architecture = architecture
         self.rules = rules
         self.floor = smallest_architecture(architecture, replace(rules, blocks=()))
-        """What steps may leave; blocks go as a whole."""
+        """Smallest shape for steps; blocks are removed as a whole."""
         self._scores = {kind: [vector.double().cpu() for vector in vectors] for kind, vectors in scores.items()}
         # equal ones stay in order, so that every rank and every resumed run agrees
         self._order = {
             kind: [vector.argsort(stable=True) for vector in vectors] for kind, vectors in self._scores.items()
         }
         self.kept = all_groups(architecture)
-        """Surviving groups of every kind (also those outside the rules), as positions in the shape given."""
+        """Surviving groups of every kind (also outside the rules), as positions in the given shape."""
         self._cache: dict[tuple[str, int | None], Unit | None] = {}
         self._size: float | None = None
-        """Of the shape at hand, in what groups compete for; None until it is asked for."""
+        """Size of the current shape in the ranking's measure; None until it is needed."""
 
     def compete_for_the_measure(self) -> None:
-        """From now on for what the budget is in, whatever it was for."""
+        """Rank by the budget's measure from now on."""
         self.rules = replace(self.rules, price=None)
         self._cache.clear()
         self._size = None
 
     def peek(self, kind: str | None = None) -> Unit | None:
-        """The unit that would go next, of any kind or of one."""
+        """Return the next unit, of any kind or of one."""
         keys = [key for key in self._keys() if kind is None or key[0] == kind]
         candidates = [unit for key in keys if (unit := self._candidate(*key)) is not None]
         # Ties (all-zero scores) are broken by position, so every rank and every resumed run agrees.
         return min(candidates, key=lambda unit: (unit.score, unit.kind, unit.layer), default=None)
 
     def _keys(self) -> list[tuple[str, int | None]]:
-        """(kind, layer) of every candidate; the layer is None where all of them, or the whole model, lose at once."""
+        """Return (kind, layer) of every candidate; the layer is None if all layers lose at once."""
         layers = range(len(self.architecture.layers))
         keys: list[tuple[str, int | None]] = []
         for name in self.rules.kinds:
@@ -234,7 +237,7 @@ class Ranking:
         return self._unit(name, ((layer, (0,)),), loss, BLOCKS[name].without(self.architecture, layer))
 
     def _unit(self, name: str, parts: tuple[Part, ...], loss: float, smaller: Architecture) -> Unit | None:
-        """What leaves `smaller`; None where that frees nothing: it would only cost."""
+        """Return the unit that leaves `smaller`; None if it frees nothing."""
         price = self.rules.competed_for
         if self._size is None:
             self._size = price.of(self.architecture)
@@ -242,7 +245,7 @@ class Ranking:
         return Unit(name, parts, freed, loss / freed) if freed > 0 else None
 
     def _best_run(self, name: str, layer: int | None) -> Unit | None:
-        """The run of steps with the lowest score; runs are followed on where shorter ones free nothing."""
+        """Return the run of steps with the lowest score. Runs are extended while shorter ones free nothing."""
         best: Unit | None = None
         for length in itertools.count(1):
             run = self._run(name, layer, length)
@@ -257,7 +260,7 @@ class Ranking:
         return best
 
     def _run(self, name: str, layer: int | None, length: int) -> tuple[tuple[Part, ...], float, Architecture] | None:
-        """(parts, summed scores, shape that is left) of the next `length` steps; None beyond the floor."""
+        """Return (parts, summed scores, remaining shape) of the next `length` steps; None beyond the floor."""
         kind, layers = KINDS[name], [layer]
         if layer is None and not kind.is_whole_model:
             layers = list(range(len(self.architecture.layers)))
@@ -273,8 +276,7 @@ class Ranking:
         return tuple(parts), total, smaller
 
     def _lowest(self, name: str, layer: int, length: int) -> Tensor | None:
-        """Surviving groups of a layer that the next `length` steps take; None where the last of them takes nothing, at
-        the floor."""
+        """Return the surviving groups of a layer that the next `length` steps take; None at the floor."""
         kind, shape = KINDS[name], self.architecture
         count = kind.count(shape, layer)
         if not count:
@@ -294,7 +296,7 @@ class Ranking:
         return self._order[name][layer][gone : gone + size].sort().values
 
     def take(self, unit: Unit) -> None:
-        """Remove a unit that `peek` gave."""
+        """Remove a unit that `peek` returned."""
         self._size = None
         if unit.kind in BLOCKS:
             self._take_block(unit.kind, unit.layer)
@@ -329,14 +331,14 @@ class Ranking:
             self.architecture = KINDS[unit.kind].shrink(self.architecture, row, len(positions))
 
     def _take_query_heads(self, layer: int, removed: Tensor) -> None:
-        """Query heads go with their key/value group. They lie group by group, [G, R], before and after."""
+        """Remove the query heads of removed key/value groups. They lie group by group, [G, R], before and after."""
         groups, heads = self.kept["kv_group"][layer], self.kept["query_head"][layer]
         survives = ~torch.isin(groups, removed)
         self.kept["query_head"][layer] = heads.view(len(groups), -1)[survives].flatten()
 
 
 def _without_values(values: Tensor, removed: Tensor) -> Tensor:
-    """Of sorted values, some of which are removed; by numpy, as threads cost more than they bring here."""
+    """Return sorted values without the removed ones. numpy avoids torch's thread overhead here."""
     return torch.from_numpy(np.delete(values.numpy(), np.searchsorted(values.numpy(), removed.numpy())))
 
 
@@ -348,10 +350,10 @@ def select_removal(
     max_units: int | None = None,
     stop_before: Callable[[Unit, Sequence[Unit]], bool] = lambda unit, taken: False,
 ) -> Removal:
-    """Take the lowest-scored units, in order, until the rules' measure is at most `target`.
+    """Take the units with the lowest scores in order until the rules' measure is at most `target`.
 
-    Stops earlier after `max_units`, before a unit for which `stop_before` (unit, those taken) holds, or when nothing
-    more may go.
+    It stops earlier after `max_units`, before a unit for which `stop_before` (unit, taken units) holds, or when nothing
+    more may be removed.
     """
     ranking = Ranking(architecture, scores, rules)
     units: list[Unit] = []

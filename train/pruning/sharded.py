@@ -1,4 +1,4 @@
-"""Physical removal under FSDP2: every tensor is gathered, sliced, and sharded again in a smaller model."""
+"""Physical removal under FSDP2: gather every tensor, slice it, and shard it again in a smaller model."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from .surgery import slice_state, slice_tensor, update_config
 def rebuild_sharded(
     loss: TrainingLoss, removal: Removal, optimizer: torch.optim.Optimizer, parallel: Parallel
 ) -> tuple[TrainingLoss, nn.Module]:
-    """Physical removal under FSDP2: gather one tensor at a time, slice it, and shard it again in a new, smaller model.
+    """Gather one tensor at a time, slice it, and shard it again in a new, smaller model.
 
-    Returns the new loss and what to call; the optimizer's parameters and state are replaced in place.
+    Returns the new loss and the callable of a step. The optimizer's parameters and state are replaced in place.
     """
     model = loss.model
     config = copy.deepcopy(model.config)

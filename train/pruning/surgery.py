@@ -1,10 +1,9 @@
-"""Taking groups out of a model: physically (smaller tensors, weights and optimizer state alike) or by zeroing.
+"""Remove groups from a model: physically (smaller weights and optimizer state) or by zeroing.
 
-A removed group's weights are all zero or all gone, so both give the same function. Zeroed weights stay zero as long as
-their gradients are zeroed too, since AdamW leaves a weight with zero gradient and moments alone. (Most of these
-gradients vanish by themselves, but not those of a query head's o_proj columns: its values belong to the whole group.)
-
-Norms over the channels that remain are rescaled so that they give what the wider ones gave (model/rescaling.py).
+The weights of a removed group are all zero or all absent, so both give the same function. Zeroed weights stay zero if
+their gradients are zeroed as well, because AdamW leaves a weight with zero gradient and moments unchanged. Most of
+these gradients vanish anyway, but not those of a query head's o_proj columns: its values belong to the whole group.
+Norms over the remaining channels are rescaled to give the same output (model/rescaling.py).
 """
 
 from __future__ import annotations
@@ -27,12 +26,12 @@ from .selection import Kept, Removal
 
 
 def expand_heads(heads: Tensor, head_dim: int) -> Tensor:
-    """Head positions [n] -> channel positions [n * head_dim]."""
+    """Convert head positions [n] to channel positions [n * head_dim]."""
     return (heads[:, None] * head_dim + torch.arange(head_dim)).flatten()
 
 
 def kept_channels(kept: Kept, architecture: Architecture, layer: int | None, axis: str) -> Tensor | None:
-    """Surviving positions along an axis of `architecture`, or None where nothing was removed."""
+    """Return the surviving positions along an axis of `architecture`, or None if nothing was removed."""
     if axis not in KIND_OF_AXIS:
         return None
     name = KIND_OF_AXIS[axis]
@@ -44,7 +43,7 @@ def kept_channels(kept: Kept, architecture: Architecture, layer: int | None, axi
 
 
 def slice_tensor(name: str, tensor: Tensor, removal: Removal) -> Tensor:
-    """The part of a parameter (or of optimizer state of its shape) that survives."""
+    """Return the surviving part of a parameter (or of optimizer state of its shape)."""
     layer, axes = axes_of(name, removal.before)
     for dim, axis in enumerate(axes):
         survivors = kept_channels(removal.kept, removal.before, layer, axis)
@@ -54,7 +53,7 @@ def slice_tensor(name: str, tensor: Tensor, removal: Removal) -> Tensor:
 
 
 def _parents(model: nn.Module, name: str) -> list[tuple[nn.Module, str]]:
-    """Every (module, attribute) that holds a parameter; a tied LM head shares the embedding's."""
+    """Return every (module, attribute) with a parameter. A tied LM head shares the embedding's."""
     path, _, attribute = name.rpartition(".")
     parents = [(model.get_submodule(path), attribute)]
     if name == "model.embed_tokens.weight" and model.lm_head.weight is model.model.embed_tokens.weight:  # type: ignore[union-attr]
@@ -87,7 +86,7 @@ def remove_groups(model: Any, removal: Removal, optimizer: torch.optim.Optimizer
 
 
 def _remove_blocks(model: Any, after: Architecture, optimizer: torch.optim.Optimizer | None) -> None:
-    """Put what stands for an absent block where `after` has none, and let its parameters go."""
+    """Replace blocks that `after` lacks by their absent forms, and free their parameters."""
     staying = set(tensor_names(after))
     gone = {parameter for name, parameter in model.named_parameters() if name not in staying}
     for index, (layer, shape) in enumerate(zip(model.model.layers, after.layers, strict=True)):
@@ -111,13 +110,16 @@ def _drop_norms(layer: Any, names: tuple[str, ...]) -> None:
 
 
 def _slots(optimizer: torch.optim.Optimizer | None) -> dict[Tensor, tuple[list[Tensor], int]]:
-    """{parameter: (parameters of its group, place among them)}."""
+    """Return {parameter: (parameters of its group, its index)}."""
     groups = [group["params"] for group in optimizer.param_groups] if optimizer is not None else []
     return {parameter: (group, index) for group in groups for index, parameter in enumerate(group)}
 
 
 def slice_state(name: str, state: dict[str, Any], removal: Removal, factor: float) -> dict[str, Any]:
-    """Adam moments of the surviving weights; of what grew by c, gradients shrink by c, their squares by c^2."""
+    """Return Adam moments of the surviving weights.
+
+    If a weight grew by c, its gradient shrinks by c and the square by c^2.
+    """
     new = {}
     for key, value in state.items():
         if torch.is_tensor(value) and value.dim() > 0:
@@ -129,7 +131,7 @@ def slice_state(name: str, state: dict[str, Any], removal: Removal, factor: floa
 
 
 def _update_modules(model: Any, removal: Removal) -> None:
-    """Make module attributes and the config agree with the new tensor shapes."""
+    """Update module attributes and the config to the new tensor shapes."""
     after = removal.after
     for layer, shape in zip(model.model.layers, after.layers, strict=True):
         if shape.num_attention_heads:
@@ -155,7 +157,7 @@ def _update_modules(model: Any, removal: Removal) -> None:
 
 
 def update_config(config: Any, removal: Removal) -> None:
-    """Widths, norm eps and other scales of the smaller model, in place."""
+    """Update widths, norm eps and other scales of the smaller model, in place."""
     if removal.before.hidden_size != removal.after.hidden_size:
         scales = Scales.of(config.to_dict(), removal.before).at(removal.before, removal.after)
         for name, value in scales.settings(removal.before).items():
@@ -164,7 +166,7 @@ def update_config(config: Any, removal: Removal) -> None:
 
 
 def set_survivors(model: Any, stem: Tensor | None) -> None:
-    """Tell the norms that take a mean of the stem which of its channels are not zeroed (None: all are there)."""
+    """Tell norms with a mean over the stem which channels are not zeroed (None: all)."""
     architecture = architecture_of(model.config)
     if architecture.parts.norm.takes_mean:
         for name in stem_norms(architecture):
@@ -173,7 +175,7 @@ def set_survivors(model: Any, stem: Tensor | None) -> None:
 
 @torch.no_grad()
 def zero_groups(model: Any, removal: Removal, optimizer: torch.optim.Optimizer | None = None) -> None:
-    """Remove the same groups by zeroing every weight and optimizer moment that would go; shapes stay."""
+    """Remove the same groups by zeroing their weights and optimizer moments. Shapes stay."""
     set_survivors(model, kept_channels(removal.kept, removal.before, None, "hidden"))
     for name, parameter in model.named_parameters():
         for dim, index in _gone(name, parameter, removal):
@@ -193,7 +195,7 @@ def zero_gradients(model: Any, removal: Removal) -> None:
 
 
 def _fill_zero(tensor: Tensor, dim: int, index: Tensor) -> None:
-    """Zero positions `index` along `dim`; of a tensor that FSDP2 shards by rows, those that this rank has."""
+    """Zero positions `index` along `dim`. Of a tensor that FSDP2 shards by rows, this rank's rows are zeroed."""
     if isinstance(tensor, DTensor):
         local = tensor.to_local()
         if dim == 0:
@@ -205,7 +207,7 @@ def _fill_zero(tensor: Tensor, dim: int, index: Tensor) -> None:
 
 
 def _gone(name: str, parameter: Tensor, removal: Removal) -> Iterator[tuple[int, Tensor]]:
-    """(dimension, removed positions) of a parameter."""
+    """Yield (dimension, removed positions) of a parameter."""
     layer, axes = axes_of(name, removal.before)
     if name.endswith("_proj.bias") and name not in tensor_names(removal.after):  # it would be all that a block adds
         yield 0, torch.arange(parameter.shape[0], device=parameter.device)

@@ -1,4 +1,4 @@
-"""What `--saliency NAME` ranks by: gradients, activations, or nothing."""
+"""Trackers of `--saliency NAME`: by gradients, activations, or noise."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def tracker_named(
     seed: int = 0,
     mean_over_ranks: MeanOverRanks = alone,
 ) -> RunningScores:
-    """The tracker of `--saliency name`; UsageError where there is none."""
+    """Return the tracker of `--saliency name`. Raises UsageError if there is none."""
     if name == RANDOM:
         return RandomScores(kinds, architecture, decay, seed)
     if name == TOKEN_FISHER:

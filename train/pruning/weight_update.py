@@ -1,11 +1,10 @@
-"""Second-order update of the weights that remain (`--weight-update obs`; the paper's EfficientLLM-B).
+"""Second-order update of the remaining weights (`--weight-update obs`; the paper's EfficientLLM-B).
 
-For y = W x with inputs x split into removed P and kept Q, the least-squares compensation of the lost W_P x_P is
-    W_Q <- W_Q + W_P H_PQ (H_QQ + lambda I)^-1,    H = E[x x^T], lambda = damping * mean(diag H_QQ)
-(optimal brain surgeon for a linear layer; SparseGPT, arXiv 2301.00774). H is the Gram matrix of the layer's own inputs,
-a running average over the training steps: a local Hessian, decoupled from the global one that ranks the groups.
-
-Inputs: o_proj reads heads [Q*D], down_proj FFN channels [I], and q, k, v (gate, up) the normalised stem [H].
+For y = W x with inputs x split into removed P and kept Q, the least-squares compensation of the lost W_P x_P is W_Q <-
+W_Q + W_P H_PQ (H_QQ + lambda I)^-1, H = E[x x^T], lambda = damping * mean(diag H_QQ) (optimal brain surgeon for a
+linear layer; SparseGPT, arXiv 2301.00774). H is the Gram matrix of the layer's own inputs, a running average over the
+training steps: a local Hessian, independent of the global ranking. Inputs: o_proj reads heads [Q*D], down_proj FFN
+channels [I], and q, k, v (gate, up) the normalised stem [H].
 """
 
 from __future__ import annotations
@@ -24,10 +23,10 @@ from .surgery import kept_channels
 
 
 class InputGrams:
-    """Running averages of H = E[x x^T], one per observed input, and the update that uses them."""
+    """Running averages of H = E[x x^T], one per observed input, and the update from them."""
 
     def __init__(self, model: Any, axes: set[str], decay: float, damping: float, max_width: int, rows: int) -> None:
-        """Observe inputs along `axes` that are at most `max_width` wide (0: any), `rows` tokens per step (0: all)."""
+        """Observe inputs along `axes` up to `max_width` wide (0: any), `rows` tokens per step (0: all)."""
         self.model = model
         self.axes = axes
         self.decay = decay
@@ -41,7 +40,7 @@ class InputGrams:
         self.attach(model)
 
     def attach(self, model: Any) -> None:
-        """Watch `model` (again, where it was rebuilt)."""
+        """Observe `model`, again after it is rebuilt."""
         self.detach()
         self.model = model
         for name, module in model.named_modules():
@@ -50,7 +49,7 @@ class InputGrams:
                 self._handles.append(module.register_forward_pre_hook(self._observer(name)))
 
     def detach(self) -> None:
-        """Watch no model; what was seen is kept."""
+        """Stop observing and keep the averages."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -74,7 +73,7 @@ class InputGrams:
 
     @torch.no_grad()
     def update_weights(self, removal: Removal) -> None:
-        """Let the kept inputs of every affected layer absorb the removed ones; call before the removal itself."""
+        """Let the kept inputs of every affected layer absorb the removed ones. Call it before the removal."""
         for name, gram in self.grams.items():
             prefix, suffix = name.rsplit(".", 2)[0], ".".join(name.rsplit(".", 2)[1:])
             layer = int(name.split(".")[2])
@@ -91,7 +90,7 @@ class InputGrams:
                 scatter(parameter.data, weight)
 
     def keep(self, removal: Removal) -> None:
-        """Drop the rows and columns of removed inputs, after the physical removal."""
+        """Drop the rows and columns of removed inputs after the physical removal."""
         for name, gram in list(self.grams.items()):
             axis = input_axis(".".join(name.rsplit(".", 2)[1:]))
             kept = kept_channels(removal.kept, removal.before, int(name.split(".")[2]), axis)
@@ -103,7 +102,7 @@ class InputGrams:
 
     @property
     def num_bytes(self) -> int:
-        """Memory of the Gram matrices."""
+        """Return the bytes of the Gram matrices."""
         return sum(gram.numel() * gram.element_size() for gram in self.grams.values())
 
 
@@ -114,7 +113,10 @@ def removed_positions(kept: Tensor, size: int) -> Tensor:
 
 
 def compensation(gram: Tensor, kept: Tensor, damping: float) -> Tensor:
-    """H_PQ (H_QQ + lambda I)^-1, fp64 [P, Q], for kept inputs Q and all others P. `gram` is H [n, n]."""
+    """Return H_PQ (H_QQ + lambda I)^-1, fp64 [P, Q], for kept inputs Q and all others P.
+
+    `gram` is H [n, n].
+    """
     removed = removed_positions(kept, gram.shape[0]).to(gram.device)
     hessian = gram.double()  # fp64: H is often close to singular
     h_qq = hessian[kept][:, kept]

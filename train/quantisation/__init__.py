@@ -1,1 +1,1 @@
-"""Training on the grid of the file that ships."""
+"""Quantisation-aware training on the grid of the exported file."""

@@ -1,4 +1,4 @@
-"""The `[quantisation]` section of a training run: the type it trains for. Imports no torch."""
+"""`[quantisation]` section of a training run. Imports no torch."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Literal
 from ...runtime.base import flags
 
 GGUF_TYPES = ("q8_0", "q4_0", "q2_0")
-"""Those of llama.cpp's files."""
+"""Types of llama.cpp's files."""
 
 TARGETS = dict.fromkeys(GGUF_TYPES, "gguf") | {"int4-block32": "onnx", "8da4w": "executorch"}
-"""Type -> export target whose files have it."""
+"""Type -> export target of its files."""
 
 
 @dataclass(frozen=True)
@@ -19,11 +19,11 @@ class QuantisationConfig:
     """quantisation-aware training"""
 
     qat: Literal["none", "q8_0", "q4_0", "q2_0", "int4-block32", "8da4w"] = "none"
-    """Train on the grid of a file's type: q8_0, q4_0, q2_0 of GGUF, int4-block32 of ONNX (--quantize int4), 8da4w of
-    ExecuTorch. Forward and backward see the rounded weights, the unrounded ones are updated, and the final model has
+    """Train on the grid of a file type: q8_0, q4_0, q2_0 of GGUF, int4-block32 of ONNX (--quantize int4), 8da4w of
+    ExecuTorch. Forward and backward use the rounded weights, the unrounded ones are updated, and the final model has
     the grid's values, which the export keeps to the bit."""
     qat_start: float = flags.number(0.0, at_least=0, below=1)
-    """Share of the tokens seen before that begins."""
+    """Share of the tokens before quantisation-aware training starts."""
     qat_head: Literal["same", "q8_0", "q4_0"] = "same"
     """Type of token embedding and LM head in a GGUF: same as --qat, or more bits (llama.cpp keeps them at q8_0)."""
 
@@ -39,15 +39,15 @@ class QuantisationConfig:
 
     @property
     def head_type(self) -> str:
-        """Type of embedding and head in a GGUF."""
+        """Return the type of embedding and head in a GGUF."""
         return self.qat if self.qat_head == "same" else self.qat_head
 
     @property
     def shipped_as(self) -> tuple[str, str]:
-        """(engine that loads such a file, what it calls the type)"""
+        """Return (engine of such a file, the engine's name of the type)."""
         engine = {"gguf": "llama.cpp", "onnx": "onnxruntime", "executorch": "executorch"}[TARGETS[self.qat]]
         return engine, self.qat.removesuffix("-block32")
 
     def to_dict(self) -> dict[str, str]:
-        """What training.json tells the exporters; read by export/trained_type.py."""
+        """Return the fields of training.json for the exporters; export/checkpoint.py reads them."""
         return {"type": self.qat, "head": self.head_type, "target": TARGETS[self.qat]}

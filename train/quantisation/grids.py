@@ -1,7 +1,7 @@
-"""Rounding weights onto the grids of shipped types, to the bit as the exporters write and the runtimes read them.
+"""Round weights onto the grids of shipped types, to the bit as the exporters write and the runtimes read them.
 
-A row [in] is cut into blocks of G weights with one scale d each; a weight becomes d times a small whole number. Blocks
-are rows of a matrix [N, G] here. Every grid but that of q2_0 keeps its own values: rounding twice is rounding once.
+A row [in] is split into blocks of G weights with one scale d each. A weight becomes d times a small whole number.
+Blocks are rows of a matrix [N, G] here. For every grid except q2_0, rounding twice equals rounding once.
 """
 
 from __future__ import annotations
@@ -14,35 +14,35 @@ from torch import Tensor
 from torch.nn import functional
 
 PIECE = 2**18
-"""Weights that are rounded at once, so that they stay in the cache: 0.46 s for 135M of them on one core, weighed, 0.84
-with twice as many."""
+"""Weights that are rounded at once, so that they stay in the cache: 0.46 s for 135M of them on one core with weighting,
+0.84 s with twice as many."""
 
 FINER = 0.9
-"""Of the scale that has the largest weight at -8: what is tried beside it. KL of SmolLM2-135M, rounded alone: 0.412
-with llama.cpp's scales, 0.289 with the best ones for the same codes, 0.266 with these codes, too, 0.247 with five."""
+"""Second candidate scale, as a share of the scale with the largest weight at -8. KL of SmolLM2-135M, rounded alone:
+0.412 with llama.cpp's scales, 0.289 with the best ones for the same codes, 0.266 with these codes as well, 0.247 with
+five."""
 
 Q2_0_SCALE = 1.05
-"""Scale in root mean squares of a block. Squared error on SmolLM2-135M: 0.142 of the weights' squares; 0.134 for the
-best of 48 scales, 0.529 for the largest weight, which llama.cpp's own quantiser takes (research/log)."""
+"""Scale in root mean squares of a block. Squared error on SmolLM2-135M: 0.142 of the squared weights; 0.134 for the
+best of 48 scales, 0.529 for llama.cpp's quantiser, which uses the largest weight (research/log)."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """How a type stores a block."""
+    """Storage of a block in a type."""
 
     block: int
     """Weights that share a scale; 0: a whole row."""
     round_blocks: Callable[[Tensor, Tensor], None]
-    """Rounds fp32 [N, G] into the second tensor."""
+    """Round fp32 [N, G] into the second tensor."""
     round_weighed: Callable[[Tensor, Tensor, Tensor], None] | None = None
-    """The same where squared errors are weighed, by the third tensor [N / out, G] those of every row's blocks. None:
-    nothing is left to choose."""
+    """The same with squared errors weighted by the third tensor [N / out, G]. None if the grid has no choice."""
 
     @torch.no_grad()
     def round(self, weight: Tensor, importance: Tensor | None = None) -> Tensor:
-        """fp32 [out, in] rounded; where blocks do not divide rows, as if these were padded with zeros.
+        """Return fp32 [out, in] rounded, padded with zeros if blocks do not divide rows.
 
-        `importance` fp32 [in] weighs the squared errors of each column, where the grid's scale can heed them.
+        `importance` fp32 [in] weights the squared errors of each column, if the grid's scale has a choice.
         """
         rows, columns = weight.shape
         block = self.block or columns
@@ -65,7 +65,7 @@ class Grid:
 
 
 def _largest(blocks: Tensor) -> Tensor:
-    """[N, 1]: the weight of the largest magnitude, the first of two."""
+    """Return [N, 1]: the weight of the largest magnitude, the first of two."""
     high, low = blocks.amax(1, keepdim=True), blocks.amin(1, keepdim=True)
     largest = torch.where(-low > high, low, high)
     is_tied = (-low == high).flatten()
@@ -84,7 +84,7 @@ def _as_fp16(scales: Tensor) -> Tensor:
 
 
 def round_q4_0(blocks: Tensor, out: Tensor) -> None:
-    """Codes -8 to 7, the largest weight at -8, scale in fp16 (ggml-quants.c, quantize_row_q4_0_ref)."""
+    """Round to codes -8 to 7, the largest weight at -8, scale in fp16 (ggml-quants.c, quantize_row_q4_0_ref)."""
     scales = _largest(blocks) / -8
     torch.mul(blocks, _inverse(scales), out=out)
     out.add_(8.5).trunc_().clamp_(0, 15).sub_(8)
@@ -92,10 +92,9 @@ def round_q4_0(blocks: Tensor, out: Tensor) -> None:
 
 
 def round_q4_0_weighed(blocks: Tensor, out: Tensor, weights: Tensor) -> None:
-    """As round_q4_0 with the best scale for the codes, or codes of a finer scale, which cuts the largest weight off.
+    """Round as `round_q4_0` with the best scale for the codes, or with codes of a finer, clipping scale.
 
-    The largest magnitude of a rounded block is always 8 scales, so that llama.cpp's quantiser finds scale and codes
-    again.
+    The largest magnitude of a rounded block is always 8 scales, so llama.cpp's quantiser reproduces scale and codes.
     """
     coarsest = _largest(blocks) / -8
     _nearest_codes(blocks, coarsest, out)
@@ -109,14 +108,16 @@ def round_q4_0_weighed(blocks: Tensor, out: Tensor, weights: Tensor) -> None:
 
 
 def _nearest_codes(blocks: Tensor, scales: Tensor, out: Tensor) -> None:
-    """Codes -8 to 7."""
+    """Round to codes -8 to 7."""
     torch.mul(blocks, _inverse(scales), out=out)
     out.round_().clamp_(-8, 7)
 
 
 def _best_scales(blocks: Tensor, codes: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """[N, 1] each: scales of least weighted squared error for codes c [N, G], w x c / w c^2, both summed over a block,
-    and by how much that error is below that of zeros."""
+    """Return scales [N, 1] of least weighted squared error for codes c [N, G], and the error reduction [N, 1].
+
+    The scale is w x c / w c^2, both summed over a block. The reduction is relative to zeros.
+    """
     weighed = (codes.view(-1, *weights.shape) * weights).view(codes.shape)
     squares = (weighed * codes).sum(1, keepdim=True)
     products = weighed.mul_(blocks).sum(1, keepdim=True)
@@ -125,7 +126,7 @@ def _best_scales(blocks: Tensor, codes: Tensor, weights: Tensor) -> tuple[Tensor
 
 
 def round_q8_0(blocks: Tensor, out: Tensor) -> None:
-    """Codes -127 to 127, half away from zero, scale in fp16 (ggml-quants.c, quantize_row_q8_0_ref)."""
+    """Round to codes -127 to 127, half away from zero, scale in fp16 (ggml-quants.c, quantize_row_q8_0_ref)."""
     scales = _magnitude(blocks) / 127
     torch.mul(blocks, _inverse(scales), out=out)
     torch.copysign(out.abs().add_(0.5).floor_(), out, out=out)
@@ -133,10 +134,10 @@ def round_q8_0(blocks: Tensor, out: Tensor) -> None:
 
 
 def round_q2_0(blocks: Tensor, out: Tensor) -> None:
-    """Codes -1 to 2, scale in fp16 and of the largest weight's sign, so that this one can be at 2.
+    """Round to codes -1 to 2, scale in fp16 with the sign of the largest weight, so that it can be at 2.
 
-    The format, not llama.cpp's way to fill it: its quantiser takes the largest weight for the scale and never gives 2.
-    export/gguf/q2_0.py finds scale and codes again: the scale is the largest magnitude of a rounded block, or half.
+    llama.cpp's quantiser uses the largest weight as the scale and never gives 2. export/gguf/q2_0.py recovers scale and
+    codes: the scale is the largest magnitude of a rounded block, or half of it.
     """
     largest = _largest(blocks)
     scales = Q2_0_SCALE * blocks.square().mean(1, keepdim=True).sqrt()
@@ -146,27 +147,26 @@ def round_q2_0(blocks: Tensor, out: Tensor) -> None:
 
 
 def _magnitude(blocks: Tensor) -> Tensor:
-    """[N, 1]: the largest magnitude."""
+    """Return [N, 1]: the largest magnitude."""
     return torch.maximum(blocks.amax(1, keepdim=True), -blocks.amin(1, keepdim=True))
 
 
 def round_int4(blocks: Tensor, out: Tensor) -> None:
-    """Codes -8 to 7, the largest weight at -8, scale in fp32: MatMulNBits as export/onnx fills it."""
+    """Round to codes -8 to 7, the largest weight at -8, scale in fp32: MatMulNBits as export/onnx fills it."""
     scales = _largest(blocks) / -8
     _nearest_codes(blocks, scales, out)
     out.mul_(scales)
 
 
 def round_int4_bfloat16(blocks: Tensor, out: Tensor) -> None:
-    """Codes -8 to 7, the largest magnitude at 7, scale in bf16: XNNPACK's blockwise kernels as export/executorch fills
-    them."""
+    """Round to codes -8 to 7, the largest magnitude at 7, scale in bf16, as export/executorch does for XNNPACK."""
     scales = (_magnitude(blocks) / 7).bfloat16().float()
     _nearest_codes(blocks, scales, out)
     out.mul_(scales)
 
 
 def round_int8(blocks: Tensor, out: Tensor) -> None:
-    """Codes -127 to 127, scale in fp32."""
+    """Round to codes -127 to 127, scale in fp32."""
     scales = _magnitude(blocks) / 127
     torch.mul(blocks, _inverse(scales), out=out)
     out.round_().mul_(scales)

@@ -1,8 +1,7 @@
-"""A model whose matrices are, for a while or for good, what its file will hold.
+"""Replace a model's matrices by their rounded values, temporarily or for good.
 
-How much an error of each column of a matrix matters: the mean squares of what the model multiplies it with.
-
-Activations as dynamically quantised products see them.
+The mean squares of the inputs weight the rounding errors of each column. For 8da4w, activations are rounded as
+dynamically quantised products see them.
 """
 
 from __future__ import annotations
@@ -24,28 +23,27 @@ from .config import GGUF_TYPES, QuantisationConfig
 from .grids import GRIDS, Grid
 
 DECAY = 0.9
-"""Weight of the past, per optimizer step."""
+"""Decay of the average, per optimizer step."""
 
 
 class InputSquares:
-    """Mean squares of the inputs of every matrix over the training steps seen so far: llama.cpp's importance matrix,
-    of the model as it changes."""
+    """Mean squares of the inputs of every matrix over past steps, as in llama.cpp's importance matrix."""
 
     def __init__(self, mean_over_ranks: MeanOverRanks = alone) -> None:
         self._mean_over_ranks = mean_over_ranks
         self._means: dict[str, Tensor] = {}
-        """{module whose input is observed: fp32 [in]}; of the final norm its output, which the head reads."""
+        """{observed module: fp32 [in]}; for the final norm its output, which the head reads."""
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
 
     def of(self, parameter: str, columns: int) -> Tensor | None:
-        """fp32 [in] for a matrix of so many columns; None where nothing was seen of it, or of another width."""
+        """Return fp32 [in] for a matrix with that many columns; None if nothing, or another width, was observed."""
         found = next((self._means[name] for name in _observed_for(parameter) if name in self._means), None)
         return found if found is not None and len(found) == columns else None
 
     @contextlib.contextmanager
     def watching(self, model: Any) -> Iterator[None]:
-        """Average in what the matrices of `model` read within, in training; nothing where that fails."""
+        """Average the inputs of the matrices of `model` during training in this block; a failed block adds nothing."""
         handles = [module.register_forward_pre_hook(self._input_of(name)) for name, module in _watched(model)]
         norm = model.get_submodule(FINAL_NORM)
         handles.append(norm.register_forward_hook(self._output_of(FINAL_NORM)))
@@ -93,13 +91,13 @@ class InputSquares:
 
 
 def _watched(model: Any) -> Iterator[tuple[str, nn.Module]]:
-    """Modules whose input is that of one matrix or several."""
+    """Yield the modules whose input is that of one or more matrices."""
     names = tuple(same_input(architecture_of(model.config).parts))
     return ((name, module) for name, module in model.named_modules() if name.endswith(names))
 
 
 def _observed_for(parameter: str) -> Sequence[str]:
-    """The module that shows what a matrix reads: the first of these that is watched."""
+    """Return the observed modules for a matrix; the first watched one counts."""
     if parameter == HEAD:
         return (FINAL_NORM,)
     name = parameter.removesuffix(".weight")
@@ -112,11 +110,11 @@ def _observed_for(parameter: str) -> Sequence[str]:
 
 LOWEST, HIGHEST = -128, 127
 SMALLEST = torch.finfo(torch.float32).eps
-"""Of a scale, as in torchao."""
+"""Smallest scale, as in torchao."""
 
 
 class _RoundToInt8(torch.autograd.Function):
-    """Straight-through rounding: the gradient passes as it comes."""
+    """Straight-through rounding: the gradient passes unchanged."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> Tensor:
@@ -133,8 +131,10 @@ class _RoundToInt8(torch.autograd.Function):
 
 
 def round_to_int8(values: Tensor) -> Tensor:
-    """[..., H] rounded token by token to 256 steps between its least and its largest value (0 among them): XNNPACK's
-    dynamically quantised products, torchao's per-token asymmetric int8."""
+    """Round [..., H] token by token to 256 steps between the least and the largest value, with 0 included.
+
+    This is XNNPACK's dynamically quantised product, torchao's per-token asymmetric int8.
+    """
     return _RoundToInt8.apply(values)  # type: ignore[return-value]
 
 
@@ -143,10 +143,10 @@ OTHER_TYPES = {"int4-block32": ("int4", "int4"), "8da4w": ("int4-bf16", "int8")}
 
 
 class ShippedWeights:
-    """What `--qat` does to a model: rounds its matrices in place.
+    """Effect of `--qat` on a model: round its matrices in place.
 
-    Gradients are straight-through: of the rounded weights, applied to the unrounded ones. A block's scale heeds what
-    its columns are multiplied with, as far as training saw (`inputs`), where the grid leaves it a choice.
+    Gradients are straight-through: those of the rounded weights are applied to the unrounded ones. If the grid leaves a
+    choice, a block's scale depends on the observed inputs of its columns (`inputs`).
     """
 
     def __init__(self, settings: QuantisationConfig, mean_over_ranks: MeanOverRanks = alone) -> None:
@@ -154,7 +154,7 @@ class ShippedWeights:
         self.inputs = InputSquares(mean_over_ranks)
 
     def grids(self, model: Any) -> dict[str, Grid]:
-        """{parameter: its grid} of a model of any shape; what stays in 16 or 32 bits is left out."""
+        """Return {parameter: its grid} of a model of any shape; tensors in 16 or 32 bits are left out."""
         architecture, settings = architecture_of(model.config), self.settings
         if settings.qat in GGUF_TYPES:
             head = settings.head_type
@@ -167,7 +167,7 @@ class ShippedWeights:
 
     @contextlib.contextmanager
     def applied(self, model: Any) -> Iterator[None]:
-        """Within, the model's matrices are the rounded ones; their gradients stay when the others are back."""
+        """Use the rounded matrices in this block. Their gradients stay after the others are restored."""
         grids = self.grids(model)
         weighs = any(grid.round_weighed is not None for grid in grids.values())
         unrounded: dict[nn.Parameter, Tensor] = {}
@@ -197,7 +197,7 @@ class ShippedWeights:
 
     @contextlib.contextmanager
     def _rounded_activations(self, model: Any) -> Iterator[None]:
-        """What 8da4w's products see: their inputs in int8. Elsewhere nothing."""
+        """Round the inputs of products to int8 for 8da4w; do nothing for other types."""
         handles = []
         if self.settings.qat == "8da4w":
             for name, module in model.named_modules():
@@ -214,7 +214,7 @@ class ShippedWeights:
 
 @torch.no_grad()
 def _exchange(parameter: nn.Parameter, values: Tensor) -> Tensor:
-    """Give this rank's rows of a parameter other values; what they were."""
+    """Exchange this rank's rows of a parameter and return the old values."""
     if not isinstance(parameter.data, DTensor):
         before, parameter.data = parameter.data, values
         return before
