@@ -25,7 +25,7 @@ WINDOW = 512
 def column_importance(checkpoint: Checkpoint, text_path: str) -> dict[str, np.ndarray]:
     """Return {parameter name: mean square of each input, fp32 [in]} for every matrix.
 
-    The inputs are those of the first tokens of a corpus. Raises DataError if the text has less than one window of tokens.
+    The inputs are those of the first tokens of a corpus. Raises DataError if the text has less than one window.
     """
     return _collect(checkpoint, text_path, lambda x: x.double().square().sum(0))
 

@@ -78,7 +78,7 @@ def build_parser() -> ExportParser:
     targets = "{" + ",".join(known_targets()) + "}"
     parser.add_argument("--target", required=True, metavar=targets, help="format to write")
     parser.add_argument("--output", metavar="FOLDER", help="folder to write [CHECKPOINT-TARGET-QUANTIZE]")
-    parser.add_argument("--overwrite", action="store_true", help="replace what is in --output")
+    parser.add_argument("--overwrite", action="store_true", help="replace the contents of --output")
     return parser
 
 

@@ -40,7 +40,7 @@ class RmsNorm(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """LayerNorm (x - mean(x)) / sqrt(var(x) + eps) * weight + bias over the last axis; `scale` replaces a missing weight."""
+    """LayerNorm over the last axis; `scale` replaces a missing weight."""
 
     def __init__(self, width: int, parts: Family, scales: Scales) -> None:
         super().__init__()

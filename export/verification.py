@@ -126,7 +126,7 @@ def check_exact(agreement: Agreement, reference: np.ndarray, target: str, most: 
     if not agreement.max_logit_difference <= limit:
         raise ArtefactError(
             f"{target}: the fp32 file's logits differ from torch's by {agreement.max_logit_difference:.2e} (limit "
-            f"{limit:.0e}); nothing was written. Please report this model; --no-verify exports it all the same"
+            f"{limit:.0e}); nothing was written. Please report this model; --no-verify exports it anyway"
         )
 
 
@@ -138,7 +138,7 @@ def check_quantized(agreement: Agreement, bits_per_weight: float, max_kl: float 
     limit = max_kl if max_kl is not None else next(kl for bits, kl in MAX_KL_BY_BITS if bits_per_weight >= bits)
     if not agreement.mean_kl <= limit:
         raise ArtefactError(
-            f"{target}: quantisation costs a mean KL of {agreement.mean_kl:.3f} nats per token, more than {limit}; "
+            f"{target}: quantisation gives a mean KL of {agreement.mean_kl:.3f} nats per token, more than {limit}; "
             "nothing was written. Choose a larger type, raise --max-kl, or export with --no-verify"
         )
     if not agreement.perplexity_ratio <= math.exp(limit):

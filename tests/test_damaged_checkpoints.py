@@ -125,7 +125,7 @@ SETTINGS: list[tuple[str, dict[str, Any], str]] = [
     ("config.json", {"num_hidden_layers": None}, "num_hidden_layers is missing"),
     ("config.json", {"num_attention_heads": -4}, "num_attention_heads is -4"),
     ("config.json", {"intermediate_size": 96.0}, "intermediate_size is 96.0"),
-    ("config.json", {"per_layer_config": [1]}, "per_layer_config is no object of layer numbers"),
+    ("config.json", {"per_layer_config": [1]}, "per_layer_config is not an object of layer numbers"),
     ("config.json", {"per_layer_config": {"0": 3}}, "per_layer_config of layer 0 is 3"),
     ("config.json", {"rms_norm_eps": None}, "rms_norm_eps is missing"),
     ("config.json", {"rms_norm_eps": "small"}, "rms_norm_eps is 'small'"),
@@ -136,8 +136,8 @@ SETTINGS: list[tuple[str, dict[str, Any], str]] = [
     ("config.json", {"bos_token_id": 400}, "bos_token_id is 400, but the model has tokens 0 to 399"),
     ("config.json", {"quantization_config": {"quant_method": "fp8"}}, "the weights are quantised (fp8)"),
     ("generation_config.json", {"eos_token_id": [2, "end"]}, "eos_token_id is [2, 'end']"),
-    ("tokenizer_config.json", {"eos_token": 5}, "eos_token is 5, which is no text"),
-    ("tokenizer_config.json", {"bos_token": {"content": [1]}}, "bos_token is [1], which is no text"),
+    ("tokenizer_config.json", {"eos_token": 5}, "eos_token is 5, which is not text"),
+    ("tokenizer_config.json", {"bos_token": {"content": [1]}}, "bos_token is [1], which is not text"),
 ]
 
 

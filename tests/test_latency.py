@@ -129,7 +129,7 @@ def test_a_file_that_is_no_profile_is_named_in_one_line(tmp_path: Path) -> None:
     whole = json.loads(file.read_text())
     for change in ({"kind": "latency_model"}, {"schema_version": 99}):
         file.write_text(json.dumps(whole | change))
-        with pytest.raises(UsageError, match="is no device profile of schema 1; measure it again"):
+        with pytest.raises(UsageError, match="is not a device profile of schema 1; measure it again"):
             DeviceProfile.load(file)
     del whole["table"]["parts"]["ffn"]["ms"][0]
     for change in ({"table": whole["table"]}, {"measured_on": {}}, {"errors": 3}, {"held_out": []}):

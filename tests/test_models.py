@@ -81,7 +81,7 @@ def test_a_transformers_without_layer_widths_is_told_so_in_one_line(monkeypatch:
 
     monkeypatch.setitem(sys.modules, "transformers.integrations.heterogeneity", None)
     code = compile(Path(modeling_efficientllm.__file__).read_text(encoding="utf-8"), "modeling_efficientllm", "exec")
-    message = r"layers of their own width need transformers 5\.14 or newer, and this is .*; run: pip install .*\)$"
+    message = r"layers of unequal width need transformers 5\.14 or newer, and this is .*; run: pip install .*\)$"
     with pytest.raises(ImportError, match=message):
         exec(code, {"__name__": "modeling_efficientllm"})
 
@@ -96,7 +96,7 @@ def test_uniform_model_is_saved_as_plain_llama(save_tiny: Callable[..., Path]) -
 
 
 def test_uniform_model_that_stock_llama_refuses_keeps_its_own_type(save_tiny: Callable[..., Path]) -> None:
-    folder = save_tiny(tiny_architecture(layers=(LayerShape(3, 1, 96),) * 2))  # 64 is no multiple of 3
+    folder = save_tiny(tiny_architecture(layers=(LayerShape(3, 1, 96),) * 2))  # 64 is not a multiple of 3
     assert json.loads((folder / "config.json").read_text())["model_type"] == "efficientllm_llama"
 
 

@@ -180,7 +180,5 @@ def _template(checkpoint: Checkpoint) -> list[str]:
         return []
     turns = derive_turns(tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token, adds_bos=tokenizer.adds_bos)
     if turns is None:
-        return [
-            "# no TEMPLATE: the model's writes more than one turn after the other; Ollama looks for one that it knows"
-        ]
+        return ["# no TEMPLATE: the model's template does more than write turns; Ollama uses a similar one that it has"]
     return [f'TEMPLATE """{turns.go()}"""']

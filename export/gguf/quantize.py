@@ -120,7 +120,7 @@ def describe_fallbacks(fallbacks: list[Fallback]) -> list[str]:
         kinds = Counter(tensor.split(".")[-2] for tensor in tensors)
         names = ", ".join(f"{kind} x{count}" if count > 1 else kind for kind, count in kinds.items())
         hint = " (--pad auto avoids that)" if multiple == 32 else ""
-        reason = f"their rows are no multiple of {multiple}{hint}"
+        reason = f"their rows are not multiples of {multiple}{hint}"
         sentences.append(f"{len(tensors)} tensors became {got}, not {wanted}: {reason}: {names}")
     return sentences
 

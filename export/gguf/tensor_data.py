@@ -97,5 +97,5 @@ def check_kept(exact: Path, target: Path, kind: str) -> None:
     if first is not None:
         raise ArtefactError(
             f"gguf: the checkpoint says that it was trained for {kind}, but {first[0]} is not on that grid (off by "
-            f"{first[1]:.1e}); was it changed after training? --quantize with another type exports it all the same"
+            f"{first[1]:.1e}); was it changed after training? --quantize with another type exports it anyway"
         )

@@ -46,7 +46,7 @@ class LitertOptions(RoundingOptions):
     def __post_init__(self) -> None:
         flags.check_fields(self)
         flags.require(self, "quantize", self.quantize in RECIPES, f"must be one of {', '.join(RECIPES)}")
-        flags.require(self, "calibrate", not self.calibrate, "LiteRT's recipes round without text; leave it out")
+        flags.require(self, "calibrate", not self.calibrate, "LiteRT's recipes round without text; remove it")
 
 
 def export_litert(checkpoint: Checkpoint, request: ExportRequest[LitertOptions], folder: Path) -> None:
@@ -182,8 +182,8 @@ def check_greedy_text(model: Path, decoder: TfliteDecoder, tokenizer: Any) -> in
             spoken = _texts(decoder, tokenizer, [*begin, *tokenizer.encode(prompt, add_special_tokens=False).ids], ends)
             if text not in spoken:
                 raise ArtefactError(
-                    f"litert: LiteRT-LM goes on with {text!r}, the program in its file with {min(spoken)!r}; nothing "
-                    "was written. Please report this model; --no-verify exports it all the same"
+                    f"litert: LiteRT-LM continues with {text!r}, the program in its file with {min(spoken)!r}; nothing "
+                    "was written. Please report this model; --no-verify exports it anyway"
                 )
             if text:
                 break

@@ -177,5 +177,5 @@ def _verify(
     engine = EngineScheduler(OnnxEngine(folder / MODEL_FILE, EngineOptions(context=len(sample.tokens) + 1)))
     agreement = verify_stepwise(engine, sample, Written("onnx", "file", name, bits), request)
     if agreement.mean_kl > 0.2:
-        request.say(f"warning: {name} costs this model a mean KL of {agreement.mean_kl:.2f}; int8 is the safe choice")
+        request.say(f"warning: {name} has a mean KL of {agreement.mean_kl:.2f}; int8 is the safe choice")
     return {"exact" if name == "f32" else "quantized": agreement.to_dict()}

@@ -176,7 +176,7 @@ def card(kit: Kit, folder: Path, speed: ExpectedSpeed | None) -> str:
         "`generation.json` has the context and how answers are sampled; `chat_template.jinja`, where the model has "
         "one, how a conversation is written. The code was written against the declarations of the releases it names; "
         "our tests parse it and run `llama_chat.cpp`. No phone ran it.",
-        "## Does it work there?",
+        "## Check it on the phone",
         "`check.json` holds, for each runtime, a prompt and the first greedy tokens of the exporting machine. "
         "`check()` in the Kotlin, the Swift and llama-rn.ts asks the phone the same and returns null (nil) where the "
         f"answers agree. The nearest two candidates are {_margins(kit)} apart; another processor's kernels round "
@@ -207,7 +207,7 @@ def _margins(kit: Kit) -> str:
 def _speed(speed: ExpectedSpeed | None) -> str:
     if speed is None:
         return (
-            "What speed to expect is not known: measure the phone once with `efficientllm-bench --profile FILE "
+            "The expected speed is unknown. Measure the phone once with `efficientllm-bench --profile FILE "
             "--device adb` and export with `--device-profile FILE`."
         )
     text = (

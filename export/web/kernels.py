@@ -79,7 +79,7 @@ class Section:
 def read_sections(module: bytes) -> list[Section]:
     """Split a module into sections. Raises ArtefactError if it is not WebAssembly."""
     if module[: len(MAGIC)] != MAGIC:
-        raise ArtefactError("this is no WebAssembly module")
+        raise ArtefactError("not a WebAssembly module")
     reader, sections = Reader(module, len(MAGIC)), []
     while reader.at < len(module):
         number = reader.take(1)[0]
@@ -124,7 +124,7 @@ def function_index(sections: list[Section], name: str) -> int:
                 index = inner.number()
                 if inner.text() == name:
                     return index
-    raise ArtefactError(f"the module names no function {name}")
+    raise ArtefactError(f"the module has no function {name}")
 
 
 def function_bodies(sections: list[Section]) -> list[bytes]:

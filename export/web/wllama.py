@@ -75,7 +75,7 @@ def _member(tarball: bytes, name: str) -> bytes:
     with tarfile.open(fileobj=io.BytesIO(tarball)) as archive:
         source = archive.extractfile(name)
         if source is None:
-            raise ArtefactError(f"wllama's tarball holds no file {name}")
+            raise ArtefactError(f"wllama's tarball has no file {name}")
         return source.read()
 
 
@@ -87,12 +87,12 @@ def _tarball(package: NpmPackage, given: Path | None) -> bytes:
         if _is_pinned(package, content):
             return content
         if given:
-            raise ArtefactError(f"{path} is not {package.name}@{VERSION} as this release pins it; fetch it again")
+            raise ArtefactError(f"{path} is not {package.name}@{VERSION} that this release pins; fetch it again")
     if given:
-        raise UsageError(f"--wllama {given}: holds no {package.tarball}; run there: npm pack {package.name}@{VERSION}")
+        raise UsageError(f"--wllama {given}: has no {package.tarball}; run in it: npm pack {package.name}@{VERSION}")
     content = _npm_pack(package)
     if not _is_pinned(package, content):
-        raise ArtefactError(f"npm gave another {package.name}@{VERSION} than this release pins")
+        raise ArtefactError(f"npm returned another {package.name}@{VERSION} than this release pins")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes_atomically(path, content)
     return content

@@ -212,7 +212,7 @@ class DeviceProfile:
         except (OSError, ValueError, RecursionError) as error:
             raise UsageError(f"{path} cannot be read as JSON: {error}") from error
         if not isinstance(values, dict) or values.get("kind") != KIND or values.get("schema_version") != SCHEMA_VERSION:
-            raise UsageError(f"{path} is no device profile of schema {SCHEMA_VERSION}; measure it again")
+            raise UsageError(f"{path} is not a device profile of schema {SCHEMA_VERSION}; measure it again")
         try:
             return cls(
                 MeasuredOn(**_known(MeasuredOn, values["measured_on"])),

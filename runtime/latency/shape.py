@@ -23,9 +23,9 @@ class LayerShape:
     def __post_init__(self) -> None:
         heads, groups = self.num_attention_heads, self.num_key_value_heads
         if min(heads, groups, self.intermediate_size) < 0 or (heads == 0) != (groups == 0):
-            raise UsageError(f"a layer of {heads} query heads over {groups} key/value groups cannot be priced")
+            raise UsageError(f"a layer of {heads} query heads over {groups} key/value groups has no predicted time")
         if groups and heads % groups:
-            raise UsageError(f"{heads} query heads are no multiple of {groups} key/value groups")
+            raise UsageError(f"{heads} query heads are not multiples of {groups} key/value groups")
 
     @property
     def is_absent(self) -> bool:
@@ -56,7 +56,7 @@ class DecoderShape:
     def __post_init__(self) -> None:
         for name in ("hidden_size", "head_dim", "vocab_size"):
             if getattr(self, name) < 1:
-                raise UsageError(f"a decoder with {name} {getattr(self, name)} cannot be priced")
+                raise UsageError(f"a decoder with {name} {getattr(self, name)} has no predicted time")
 
     @classmethod
     def from_dict(cls, architecture: Mapping[str, Any]) -> DecoderShape:
@@ -107,7 +107,7 @@ class Workload:
         if min(self.prompt_tokens, self.answer_tokens, self.depth) < 0:
             raise UsageError(f"workload {self}: tokens must not be negative; {EXAMPLE}")
         if not self.prompt_tokens and not self.answer_tokens:
-            raise UsageError(f"workload {self}: there is nothing to evaluate; {EXAMPLE}")
+            raise UsageError(f"workload {self}: it has no tokens to evaluate; {EXAMPLE}")
         if self.prompt_tokens and self.depth:
             raise UsageError(f"workload {self}: a prompt begins with an empty cache; {EXAMPLE}")
 

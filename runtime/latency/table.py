@@ -42,7 +42,7 @@ class Surcharge:
         if len({array.shape for array in arrays}) > 1 or self.capacity.ndim != 1:
             raise ValueError("a surcharge needs a capacity and milliseconds of every condition")
         if not all(np.isfinite(array).all() and (array >= 0).all() for array in arrays) or (self.capacity < 1).any():
-            raise ValueError("a surcharge holds a value that is no size or no time")
+            raise ValueError("a surcharge has a value that is not a size or a time")
 
     def per_weight(self, num_weights: float) -> np.ndarray:
         """Return the further milliseconds [conditions] of each weight of a model with this number of weights."""
@@ -138,7 +138,7 @@ class Grid:
         if self.values.shape[:-1] != sizes or any(list(axis) != sorted(set(axis)) or not axis for axis in self.axes):
             raise ValueError(f"a grid of axes {sizes} holds values of shape {self.values.shape}")
         if not np.isfinite(self.values).all():
-            raise ValueError("a grid holds a value that is no number")
+            raise ValueError("a grid has a value that is not a number")
 
     def at(self, *point: float) -> np.ndarray:
         """Return the figures [C] at a point, multilinear between nodes."""
@@ -183,9 +183,9 @@ class LatencyTable:
         for part, axes in PARTS.items():
             grid = self.parts.get(part)
             if grid is None or len(grid.axes) != len(axes) or grid.values.shape[-1] != self.num_conditions:
-                raise ValueError(f"part {part!r} is missing or of other axes than {axes}")
+                raise ValueError(f"part {part!r} is missing or has other axes than {axes}")
         if self.surcharge is not None and len(self.surcharge.capacity) != self.num_conditions:
-            raise ValueError("the surcharge is of other conditions than the parts")
+            raise ValueError("the surcharge has other conditions than the parts")
 
     @property
     def num_conditions(self) -> int:

@@ -1,7 +1,7 @@
 """Print the seeded loss of a tiny run and the SHA-256 of a tiny model in four formats.
 
-`python tests/tools/fingerprint.py FOLDER [TARGET ...]` makes the inputs in FOLDER when they are missing, so that two commits
-read the same ones. A change that must not alter behaviour prints the same lines before and after.
+`python tests/tools/fingerprint.py FOLDER [TARGET ...]` makes the inputs in FOLDER when they are missing, so that two
+commits read the same ones. A change that must not alter behaviour prints the same lines before and after.
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ class Architecture:
             if groups != heads and not self.parts.has_groups:
                 raise ModelError(
                     f"architecture: layer {index} has {heads} query heads over {groups} key/value heads; "
-                    f"{self.family} has keys and values for each query head"
+                    f"{self.family} needs a key/value head for each query head"
                 )
             if min(heads, groups, layer.intermediate_size) < 0:
                 raise ModelError(f"architecture: layer {index} has a negative width")
@@ -190,7 +190,7 @@ def _overrides(config: Mapping[str, Any]) -> dict[int, Mapping[str, Any]]:
     try:
         layers = {int(index): value for index, value in values.items()}
     except (AttributeError, TypeError, ValueError) as error:
-        raise ModelError(f"config.json: per_layer_config is no object of layer numbers: {error}") from error
+        raise ModelError(f"config.json: per_layer_config is not an object of layer numbers: {error}") from error
     odd = next((index for index, value in layers.items() if not isinstance(value, Mapping)), None)
     if odd is not None:
         raise ModelError(f"config.json: per_layer_config of layer {odd} is {layers[odd]!r}, but must be an object")

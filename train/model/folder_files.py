@@ -44,7 +44,7 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ModelError(f"{path} is damaged: no UTF-8 at byte {error.start}; {REMEDY}") from error
+        raise ModelError(f"{path} is damaged: not UTF-8 at byte {error.start}; {REMEDY}") from error
     except OSError as error:
         raise ModelError(f"{path} cannot be read: {error.strerror}") from error
 
@@ -54,7 +54,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path} is damaged: no JSON ({error}); {REMEDY}") from error
+        raise ModelError(f"{path} is damaged: not JSON ({error}); {REMEDY}") from error
     if not isinstance(value, dict):
         raise ModelError(f"{path} is damaged: a {type(value).__name__} where an object should be; {REMEDY}")
     return value
@@ -95,7 +95,7 @@ def read_template(folder: Path) -> str | None:
     if template is None or isinstance(template, list):
         return None
     if not isinstance(template, str) or not template.strip():
-        raise ModelError(f"{path} is damaged: the chat template is {template!r}, which is no text; {REMEDY}")
+        raise ModelError(f"{path} is damaged: the chat template is {template!r}, which is not text; {REMEDY}")
     return template
 
 
@@ -178,7 +178,7 @@ def _check_special_token(settings: Mapping[str, Any], name: str, folder: Path) -
     value = value.get("content") if isinstance(value, dict) else value
     if value is not None and not isinstance(value, str):
         path = folder / "tokenizer_config.json"
-        raise ModelError(f"{path} is damaged: {name}_token is {value!r}, which is no text; {REMEDY}")
+        raise ModelError(f"{path} is damaged: {name}_token is {value!r}, which is not text; {REMEDY}")
 
 
 OLD_TOKENIZER_CLASS = "PreTrainedTokenizerFast"

@@ -15,8 +15,8 @@ try:
     from transformers.integrations.heterogeneity import HeterogeneousConfigMixin  # noqa: F401  config.per_layer_config
 except ImportError as error:
     raise ImportError(
-        f"layers of their own width need transformers 5.14 or newer, and this is {__version__}; "
-        "run: pip install 'transformers>=5.14' (or take the model as efficientllm-export --target hf-uniform writes it)"
+        f"layers of unequal width need transformers 5.14 or newer, and this is {__version__}; "
+        "run: pip install 'transformers>=5.14' (or use the output of efficientllm-export --target hf-uniform)"
     ) from error
 from torch.nn import functional
 from transformers.activations import ACT2FN
@@ -83,7 +83,7 @@ class IrregularConfigMixin(_Base):
         for index, layer in enumerate(self.per_layer_config or ()):  # None: equal layers, transformers 5.14
             heads, groups = layer.num_attention_heads, layer.num_key_value_heads
             if (heads == 0) != (groups == 0) or (groups and heads % groups):
-                raise ValueError(f"layer {index}: {heads} query heads are no multiple of {groups} key/value heads")
+                raise ValueError(f"layer {index}: {heads} query heads are not multiples of {groups} key/value heads")
 
 
 class IrregularModelMixin(_Base):

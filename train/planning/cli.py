@@ -56,7 +56,7 @@ class PlanConfig:
                 LatencyTarget.parse(text)
             except ValueError as error:
                 flags.require(self, "target", False, str(error), value=text)
-        rule = "vocabulary rows are ranked by text, which a plan has none of; leave it out"
+        rule = "vocabulary rows are ranked by text, which a plan does not have; remove it"
         flags.require(self, "prune", not self.space.prunes_vocabulary, rule, value=",".join(self.prune))
 
     @property

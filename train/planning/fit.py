@@ -88,7 +88,7 @@ def read_front(path: str) -> list[Measured]:
     except OSError as error:
         raise UsageError(f"--front {path}: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"--front {path}: no front that the study wrote: {error}") from error
+        raise UsageError(f"--front {path}: not a front of the study: {error}") from error
 
 
 def families(front: Iterable[Measured]) -> list[list[Measured]]:
@@ -200,13 +200,13 @@ def body(argv: Sequence[str]) -> int:
     source = arguments.pop("source")
     config = flags.take(arguments, FitConfig)
     if config.max_bytes is None:
-        raise UsageError("--max-bytes is missing; give the largest file, as 60MB")
+        raise UsageError("--max-bytes is missing; give the largest file, such as 60MB")
     front = read_front(config.front)
     shape, vocabulary = _read(source)
     found = propose(shape, vocabulary, front, config.max_bytes, _timer(shape, config), config.max_ms)
     if found is None:
         limit = format_bytes(config.max_bytes) + (f" and {config.max_ms:g} ms" if config.max_ms is not None else "")
-        raise UsageError(f"{source}: nothing that was measured reaches {limit}; raise the budget, or measure a --front")
+        raise UsageError(f"{source}: no measured file fits into {limit}; raise the budget, or measure a --front")
     pruned = "pruned" if found.point.target_bytes else "whole"
     trained = ", trained on its grid" if found.point.training == "qat" else ""
     weighed = ", rounded by an importance matrix" if found.point.importance else ""

@@ -37,7 +37,7 @@ class Point:
         kind, _, head = rest.partition("/")
         unknown = [mark for mark in marks if mark not in (*TRAININGS, "imatrix")]
         if unknown:
-            raise ValueError(f"+{unknown[0]} is none of +train, +qat, +imatrix")
+            raise ValueError(f"+{unknown[0]} is not one of +train, +qat, +imatrix")
         if kind not in BODY:
             raise ValueError(f"{kind} is none of {', '.join(BODY)}")
         if head and head not in TENSOR_BLOCKS:
