@@ -23,17 +23,17 @@ from efficientllm.runtime.base.quantities import Figure, format_count, markdown_
 from efficientllm.train.compute.hardware import choose_hardware
 from efficientllm.train.compute.loss import TrainingLoss
 from efficientllm.train.compute.optimizer import clip_factor, gradient_norm, make_optimizer, store_gradients_as_computed
+from efficientllm.train.config.sections.quantisation import TARGETS, QuantisationConfig
 from efficientllm.train.data.documents import DataSpec
 from efficientllm.train.data.packing import PackedStream
 from efficientllm.train.model.irregular import architecture_of
 from efficientllm.train.model.source import load_source
+from efficientllm.train.pruning.plan import tracker_named
+from efficientllm.train.pruning.recovery import InputGrams
 from efficientllm.train.pruning.running_scores import RunningScores
 from efficientllm.train.pruning.saliency import FOLDS
 from efficientllm.train.pruning.selection import SelectionRules, select_removal
 from efficientllm.train.pruning.surgery import remove_groups
-from efficientllm.train.pruning.trackers import tracker_named
-from efficientllm.train.pruning.weight_update import InputGrams
-from efficientllm.train.quantisation.config import TARGETS, QuantisationConfig
 from efficientllm.train.quantisation.weights import ShippedWeights
 from efficientllm.train.reporting.metrics import read_metrics
 

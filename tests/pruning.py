@@ -6,7 +6,7 @@ import torch
 from tiny import UNEQUAL
 
 from efficientllm.train.model.architecture import Architecture, LayerShape
-from efficientllm.train.pruning.groups import BLOCKS, KINDS
+from efficientllm.train.model.groups import BLOCKS, KINDS
 from efficientllm.train.pruning.running_scores import Scores
 from efficientllm.train.pruning.selection import Removal, SelectionRules, select_removal
 

@@ -14,8 +14,8 @@ from torch import Tensor, multiprocessing
 from efficientllm.train.accumulation import accumulate_gradients
 from efficientllm.train.compute.distributed import Parallel
 from efficientllm.train.compute.loss import LossWeights, TrainingLoss, make_teacher
+from efficientllm.train.pruning.activation import GateScores
 from efficientllm.train.pruning.criteria import CRITERIA
-from efficientllm.train.pruning.gates import GateScores
 from efficientllm.train.pruning.running_scores import RunningScores
 from efficientllm.train.pruning.saliency import SaliencyTracker
 

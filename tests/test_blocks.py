@@ -14,10 +14,9 @@ from tiny import tiny_architecture, tiny_model
 from efficientllm.train.compute.distributed import Parallel
 from efficientllm.train.compute.loss import TrainingLoss
 from efficientllm.train.model.architecture import FAMILIES, Architecture, LayerShape
+from efficientllm.train.model.groups import BLOCKS, KINDS
 from efficientllm.train.model.irregular import architecture_of
-from efficientllm.train.pruning.blocks import BlockScores, absence_of
-from efficientllm.train.pruning.groups import BLOCKS, KINDS
-from efficientllm.train.pruning.probe import BlockProbe
+from efficientllm.train.pruning.blocks import BlockProbe, BlockScores, absence_of
 from efficientllm.train.pruning.selection import (
     Ranking,
     Removal,

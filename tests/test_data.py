@@ -13,11 +13,11 @@ import pyarrow.parquet
 import pytest
 
 from efficientllm.runtime.base.errors import DataError, UsageError
+from efficientllm.train.checkpoint.state import as_arrays, as_tensors
 from efficientllm.train.data import packing
 from efficientllm.train.data.chat import tokenize
 from efficientllm.train.data.documents import DataSpec, is_held_out, open_documents, open_texts, text_of
 from efficientllm.train.data.packing import LANES, PackedStream, held_out_windows
-from efficientllm.train.training_state import as_arrays, as_tensors
 
 TEXTS = [f"text number {index}, with a few words" for index in range(30)]
 

@@ -20,10 +20,10 @@ from efficientllm.runtime.base import files as disk
 from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.base.errors import DiskFullError
 from efficientllm.runtime.base.files import folder_written_atomically
-from efficientllm.train import training_state
-from efficientllm.train.config import RunConfig
+from efficientllm.train.checkpoint import state as training_state
+from efficientllm.train.checkpoint.run_folder import damage
+from efficientllm.train.config.sections.sections import RunConfig
 from efficientllm.train.reporting.metrics import MetricsWriter
-from efficientllm.train.run_folder import damage
 
 ERRORS = pytest.CaptureFixture[str]
 

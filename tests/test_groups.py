@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from tiny import tiny_architecture
 
+from efficientllm.train.config.sections.pruning import PruneConfig
 from efficientllm.train.model.architecture import LayerShape
+from efficientllm.train.model.groups import KIND_OF_AXIS, KINDS, counts
 from efficientllm.train.model.tensors import axes_of, tensor_names
-from efficientllm.train.pruning.config import PruneConfig
-from efficientllm.train.pruning.groups import KIND_OF_AXIS, KINDS, counts
 from efficientllm.train.pruning.saliency import FOLDS
 
 LAYERS = (LayerShape(6, 2, 96), LayerShape(0, 0, 64), LayerShape(8, 4, 0))

@@ -20,14 +20,13 @@ from efficientllm.runtime.engines.manifest import Manifest
 from efficientllm.runtime.latency.profile import DeviceProfile
 from efficientllm.runtime.latency.shape import Workload
 from efficientllm.runtime.latency.table import Surcharge
+from efficientllm.train.config.sections.pruning import LatencyTarget, PruneConfig
 from efficientllm.train.model.architecture import Architecture, LayerShape
 from efficientllm.train.model.file_types import gguf_bytes
+from efficientllm.train.model.groups import BLOCKS, KINDS, counts
 from efficientllm.train.pruning.blocks import BlockScores
-from efficientllm.train.pruning.budget import Budget, check_budget
-from efficientllm.train.pruning.config import PruneConfig
-from efficientllm.train.pruning.groups import BLOCKS, KINDS, counts
-from efficientllm.train.pruning.latency_target import LatencyTarget
 from efficientllm.train.pruning.measures import PARAMETERS, Measure, bytes_of_file, decoder_shape
+from efficientllm.train.pruning.plan import Budget, check_budget
 from efficientllm.train.pruning.selection import Ranking, SelectionRules, select_removal, smallest_architecture
 
 SPACE = ("--prune", "attention,ffn,blocks")

@@ -25,8 +25,8 @@ from efficientllm.runtime.base.errors import UsageError
 from efficientllm.runtime.base.files import folder_written_atomically
 from efficientllm.runtime.base.output import check_output, locked_output
 from efficientllm.train import OptimizerConfig, RunConfig, TrainConfig, trainer
+from efficientllm.train.checkpoint.run_folder import damage, foreign_files
 from efficientllm.train.measuring import Measuring
-from efficientllm.train.run_folder import damage, foreign_files
 
 ERRORS = pytest.CaptureFixture[str]
 

@@ -13,9 +13,15 @@ from training import command, run
 
 from efficientllm.train import run as training_run
 from efficientllm.train import trainer
+from efficientllm.train.checkpoint.run_folder import (
+    ASIDE,
+    drop_replaced,
+    foreign_files,
+    put_back,
+    recover,
+    set_aside_run,
+)
 from efficientllm.train.data import packing
-from efficientllm.train.replaced_run import ASIDE, drop_replaced, put_back, recover, set_aside_run
-from efficientllm.train.run_folder import foreign_files
 
 ERRORS = pytest.CaptureFixture[str]
 

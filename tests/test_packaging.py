@@ -15,7 +15,8 @@ ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 RUNTIME = {"runtime", "runtime/base", "runtime/engines", "runtime/latency"}
 SOURCES = {"train/model", "train/data"}
-"""What export enters of train: reading models and text."""
+"""Rooms of train that export imports: reading models and text."""
+TRAINED = {"train/model", "train/compute", "train/data"}
 
 MAY_IMPORT = {
     "runtime/base": set(),
@@ -23,20 +24,27 @@ MAY_IMPORT = {
     "runtime/latency": {"runtime/base"},
     "runtime": {"runtime/base", "runtime/engines"},
     "train/model": {"runtime/base"},
-    "train/compute": {"runtime/base"},
+    "train/config": {"runtime/base", "runtime/latency", "train/model"},
+    "train/compute": {"runtime/base", "runtime/engines"},
     "train/data": {"runtime", "runtime/base", "train/model"},
-    "train/vocabulary": {"runtime/base", "runtime/engines", "train/model", "train/compute", "train/data"},
-    "train/pruning": {
-        *("runtime/base", "runtime/latency", "train/model", "train/compute", "train/data", "train/vocabulary")
-    },
-    "train/quantisation": {"runtime/base", "train/model", "train/compute"},
+    "train/reporting": {"runtime/base", "runtime/engines", "train/config", "train/model", "train/data"},
+    "train/checkpoint": {"runtime/base", "runtime/engines", "train/compute", "train/reporting"},
+    "train/vocabulary": {"runtime/base", "runtime/engines", "train/compute", "train/data"},
+    "train/pruning": {"runtime/base", "runtime/latency", "train/config", *TRAINED, "train/vocabulary"},
+    "train/quantisation": {"train/config", "train/model", "train/compute"},
     "train/planning": {
-        *("runtime/base", "runtime/latency", "train", "train/model", "train/pruning", "train/quantisation")
+        "runtime/base",
+        "runtime/latency",
+        "train/config",
+        "train/model",
+        "train/pruning",
+        "train/reporting",
     },
-    "train": {"runtime/base", "runtime/engines", "runtime/latency"}
-    | SOURCES
-    | {"train/compute", "train/pruning", "train/quantisation", "train/evaluation", "train/vocabulary"},
-    "train/evaluation": RUNTIME | {"train/model", "train/compute", "train/data"},
+    "train/evaluation": RUNTIME | TRAINED,
+    "train": RUNTIME
+    | {"runtime/latency", "train/config", "train/reporting", "train/checkpoint", "train/vocabulary", "train/pruning"}
+    | {"train/quantisation", "train/evaluation"}
+    | TRAINED,
     "export": RUNTIME | SOURCES,
     "export/gguf": RUNTIME | SOURCES | {"export"},
     "export/onnx": RUNTIME | SOURCES | {"export"},
@@ -133,6 +141,7 @@ MISSING = [
     ("efficientllm.export.cli", ["CHECKPOINT", "--target", "litert", "--output", "x"], "litert_torch", "litert"),
     ("efficientllm.runtime.chat", ["MODEL.gguf", "Hi"], "llama_cpp", "gguf"),
     ("efficientllm.server.cli", ["MODEL.gguf"], "fastapi", "server"),
+    ("efficientllm.server.cli", ["MODEL.gguf"], "uvicorn", "server"),
     ("research.server_cost", ["MODEL.gguf"], "httpx", "bench"),
 ]
 

@@ -12,11 +12,11 @@ from priced import tiny_profile, tiny_time
 from tiny import tiny_architecture
 
 from efficientllm.runtime.base.command import run_command
+from efficientllm.train.config.sections.pruning import LatencyTarget
 from efficientllm.train.model.architecture import Architecture, LayerShape
+from efficientllm.train.model.groups import KINDS
 from efficientllm.train.planning import cli
 from efficientllm.train.planning.targets import candidates, meaning
-from efficientllm.train.pruning.groups import KINDS
-from efficientllm.train.pruning.latency_target import LatencyTarget
 from efficientllm.train.pruning.selection import SelectionRules
 
 SOURCE = tiny_architecture(layers=(LayerShape(4, 2, 512),) * 3)

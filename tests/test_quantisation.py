@@ -23,10 +23,10 @@ from efficientllm.export.gguf import q2_0
 from efficientllm.export.group_quantization import quantize_groups, round_to_bfloat16
 from efficientllm.runtime.base.gguf_header import read_header
 from efficientllm.runtime.engines.manifest import Manifest
+from efficientllm.train.config.sections.quantisation import QuantisationConfig
 from efficientllm.train.model.architecture import LayerShape
 from efficientllm.train.model.families import FAMILIES
 from efficientllm.train.model.tensors import EMBEDDING, HEAD
-from efficientllm.train.quantisation.config import QuantisationConfig
 from efficientllm.train.quantisation.grids import GRIDS
 from efficientllm.train.quantisation.weights import InputSquares, ShippedWeights
 from efficientllm.train.trainer import Trainer

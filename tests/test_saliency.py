@@ -10,15 +10,19 @@ from tiny import tiny_architecture, tiny_model
 
 from efficientllm.runtime.base.errors import UsageError
 from efficientllm.train.model.architecture import LayerShape
-from efficientllm.train.pruning.activation import ACTIVATION_CRITERIA, ActivationScores, Moments
+from efficientllm.train.pruning.activation import (
+    ACTIVATION_CRITERIA,
+    ActivationScores,
+    GateScores,
+    Moments,
+    is_attention,
+)
 from efficientllm.train.pruning.criteria import CRITERIA, OTHERS, RANDOM, TOKEN_FISHER, criterion_named
-from efficientllm.train.pruning.gates import GateScores
-from efficientllm.train.pruning.readers import is_attention
+from efficientllm.train.pruning.plan import tracker_named
 from efficientllm.train.pruning.running_scores import RandomScores
 from efficientllm.train.pruning.saliency import FOLDS, SaliencyTracker
 from efficientllm.train.pruning.selection import Removal, all_groups
 from efficientllm.train.pruning.surgery import zero_groups
-from efficientllm.train.pruning.trackers import tracker_named
 
 ALL_KINDS = tuple(FOLDS)
 

@@ -7,7 +7,7 @@ from tiny import tiny_architecture
 
 from efficientllm.runtime.base.errors import UsageError
 from efficientllm.train.model.architecture import LayerShape
-from efficientllm.train.pruning.groups import KINDS
+from efficientllm.train.model.groups import KINDS
 from efficientllm.train.pruning.selection import (
     SelectionRules,
     check_floor,

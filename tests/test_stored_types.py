@@ -15,7 +15,7 @@ from training import command, run, weights
 from efficientllm.runtime.base.command import run_command
 from efficientllm.train.evaluation import cli as eval_cli
 from efficientllm.train.model.source import shape_of_folder, stored_dtype
-from efficientllm.train.result import stored_weights
+from efficientllm.train.run import stored_weights
 
 TYPES = [torch.float32, torch.bfloat16, torch.float16]
 

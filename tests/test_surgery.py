@@ -9,9 +9,9 @@ from pruning import LAYERS, some_removal
 from tiny import tiny_architecture, tiny_model
 
 from efficientllm.train.model.architecture import FAMILIES
+from efficientllm.train.model.groups import BLOCKS
 from efficientllm.train.model.irregular import architecture_of
 from efficientllm.train.model.rescaling import width_factor
-from efficientllm.train.pruning.groups import BLOCKS
 from efficientllm.train.pruning.saliency import FOLDS
 from efficientllm.train.pruning.selection import Removal
 from efficientllm.train.pruning.surgery import remove_groups, slice_tensor, zero_gradients, zero_groups

@@ -15,9 +15,9 @@ from training import command, metrics, run, stopped_between_compactions, unprune
 
 from efficientllm.export import cli as export_cli
 from efficientllm.runtime.base.command import run_command
-from efficientllm.train import training_state
+from efficientllm.train.checkpoint import state as training_state
+from efficientllm.train.config.sections.presets import PRESETS
 from efficientllm.train.model.architecture import Architecture, LayerShape
-from efficientllm.train.presets import PRESETS
 from efficientllm.train.schedule import DroppingSchedule
 
 

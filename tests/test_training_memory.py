@@ -17,11 +17,12 @@ from tiny import tiny_architecture, tiny_model
 from training import command, metrics, run, weights
 
 from efficientllm.runtime.base.errors import UsageError
-from efficientllm.train import heap, memory
+from efficientllm.train import memory
+from efficientllm.train.compute import hardware as heap
 from efficientllm.train.compute.loss import TrainingLoss
 from efficientllm.train.compute.optimizer import AdamW, clip_factor, gradient_norm, make_optimizer
 from efficientllm.train.compute.optimizer import store_gradients_as_computed as store_as_computed
-from efficientllm.train.config import OptimizerConfig, RunConfig, SourceConfig, TrainConfig
+from efficientllm.train.config.sections.sections import OptimizerConfig, RunConfig, SourceConfig, TrainConfig
 from efficientllm.train.model.architecture import LayerShape
 from efficientllm.train.pruning import surgery
 
@@ -29,7 +30,7 @@ FRAGMENTS = """
 import torch
 from efficientllm.runtime.engines.memory import memory_bytes
 from efficientllm.train.compute.hardware import keep_freed_pages
-from efficientllm.train.heap import HeapWatch
+from efficientllm.train.compute.hardware import HeapWatch
 
 keep_freed_pages()
 watch = HeapWatch()

@@ -25,10 +25,10 @@ from efficientllm.runtime.base.errors import ModelError, OptionError
 from efficientllm.runtime.engines.hf_tokenizer import HfTokenizer
 from efficientllm.train.compute.distributed import Parallel
 from efficientllm.train.compute.loss import LossWeights, TrainingLoss, make_teacher
+from efficientllm.train.config.sections.pruning import PruneConfig
 from efficientllm.train.data.documents import DataSpec
 from efficientllm.train.data.packing import PackedStream
 from efficientllm.train.model.architecture import FAMILIES, Architecture
-from efficientllm.train.pruning.config import PruneConfig
 from efficientllm.train.pruning.rows import RowProbe
 from efficientllm.train.pruning.selection import SelectionRules, select_removal
 from efficientllm.train.pruning.surgery import remove_groups

@@ -7,8 +7,8 @@ import torch
 from pruning import LAYERS, some_removal
 from tiny import tiny_architecture, tiny_model
 
+from efficientllm.train.pruning.recovery import InputGrams, compensation
 from efficientllm.train.pruning.surgery import zero_groups
-from efficientllm.train.pruning.weight_update import InputGrams, compensation
 
 TOKENS = torch.randint(0, 400, (4, 40), generator=torch.Generator().manual_seed(7))
 AXES = {"query", "ffn", "hidden"}

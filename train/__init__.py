@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from ..runtime.base.extras import lazy_names
 
 if TYPE_CHECKING:
-    from .config import OptimizerConfig, RunConfig, SourceConfig, TrainConfig
-    from .pruning.config import PruneConfig
+    from .config.pruning import PruneConfig
+    from .config.sections import OptimizerConfig, RunConfig, SourceConfig, TrainConfig
     from .run import run_training as train
 
 __all__ = ["OptimizerConfig", "PruneConfig", "RunConfig", "SourceConfig", "TrainConfig", "train"]

@@ -12,9 +12,9 @@ from ..runtime.base import flags
 from ..runtime.base.command import run_command
 from ..runtime.base.errors import UsageError
 from ..runtime.base.extras import extra
-from .config import TrainConfig
-from .presets import PRESETS, preset
-from .run_folder import SETTINGS_FILE, saved_settings
+from .checkpoint.run_folder import SETTINGS_FILE, saved_settings
+from .config.presets import PRESETS, preset
+from .config.sections import TrainConfig
 
 _log = logging.getLogger("efficientllm.train")
 

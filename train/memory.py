@@ -14,7 +14,7 @@ import torch
 from ..runtime.base.errors import UsageError
 from ..runtime.base.quantities import format_bytes
 from .compute.loss import CHUNK_TOKENS
-from .config import TrainConfig
+from .config.sections import TrainConfig
 from .model.architecture import Architecture, LayerShape
 
 PROCESS_BYTES = 500_000_000

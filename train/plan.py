@@ -1,36 +1,27 @@
-"""Resolve a training run: everything that follows from its configuration, settled once before training."""
+"""Resolve a training run: everything that follows from its configuration, settled once before training.
+
+Corpora of a run: those of its configuration, and chats sampled from its source.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..runtime.base import flags
 from ..runtime.base.errors import UsageError
 from ..runtime.base.output import check_output, check_place
+from ..runtime.base.progress import ProgressDisplay
 from ..runtime.latency.profile import DeviceProfile
-from .compute.distributed import Parallel
-from .compute.hardware import Hardware, choose_hardware
-from .config import STEERING_CHANGES, TrainConfig, changed_settings
-from .corpora import data_specs, with_self_chats
-from .data.documents import DataSpec
-from .memory import check_memory, device_memory, estimate_memory
-from .model.architecture import Architecture
-from .model.file_types import tokenizer_bytes
-from .model.irregular import architecture_of
-from .model.source import load_source, shape_of_folder, stored_dtype
-from .pruning.config import PruneConfig
-from .pruning.criteria import uses_gradient
-from .pruning.plan import PruningPlan, make_pruning_plan
-from .quantisation.config import GGUF_TYPES
-from .reporting.metrics import check_loggers
-from .run_folder import (
+from .checkpoint.run_folder import (
     FINISHED_FILE,
     SETTINGS_FILE,
     foreign_files,
@@ -38,7 +29,68 @@ from .run_folder import (
     newest_sound_checkpoint,
     saved_settings,
 )
+from .compute.distributed import Parallel
+from .compute.hardware import Hardware, choose_hardware
+from .compute.loss import make_teacher
+from .config.pruning import PruneConfig
+from .config.quantisation import GGUF_TYPES
+from .config.sections import STEERING_CHANGES, TrainConfig, changed_settings
+from .data.documents import DataSpec
+from .data.packing import PackedStream
+from .data.self_chat import MAX_TOKENS, MIN_SEQUENCES, SELF_CHAT, self_chat_file
+from .memory import check_memory, device_memory, estimate_memory
+from .model.architecture import Architecture
+from .model.file_types import tokenizer_bytes
+from .model.irregular import architecture_of
+from .model.source import load_source, shape_of_folder, stored_dtype
+from .pruning.criteria import uses_gradient
+from .pruning.plan import PruningPlan, make_pruning_plan
+from .reporting.metrics import check_loggers
 from .vocabulary.pieces import pieces_of
+
+RECOVERY_SEED = 1_000_003
+"""Added to the run's seed for text in an order that training does not see."""
+
+
+def data_specs(config: TrainConfig) -> tuple[DataSpec, ...]:
+    """Return the corpora of a run."""
+    settings = config.source
+    return tuple(DataSpec.parse(text, settings.skip_bad_lines, settings.text_field) for text in settings.data)
+
+
+def windows_apart(
+    config: TrainConfig, data: tuple[DataSpec, ...], tokenizer: PreTrainedTokenizerBase, ranks: int, tokens: int
+) -> np.ndarray:
+    """Return windows [n, S + 1] of about `tokens` of the training text, in another order than training.
+
+    Their number is a multiple of the ranks. They serve --recover and the measurement of blocks.
+    """
+    settings = config.source
+    seed = config.run.seed + RECOVERY_SEED
+    stream = PackedStream(data, tokenizer, settings.sequence_length, settings.held_out_fraction, seed)
+    return stream.next_windows(max(1, tokens // settings.sequence_length // ranks) * ranks)
+
+
+def with_self_chats(
+    config: TrainConfig, source: Any, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, parallel: Parallel
+) -> tuple[DataSpec, ...]:
+    """Return the corpora, with self-chats (sampled in `dtype`) as the file that stores them."""
+    specs = data_specs(config)
+    shares = [spec.weight for spec in specs if spec.path == SELF_CHAT]
+    if not shares:
+        return specs
+    wanted = round(config.optimizer.tokens * sum(shares) / sum(spec.weight for spec in specs))
+    tokens = min(MAX_TOKENS, max(wanted, MIN_SEQUENCES * config.source.sequence_length))
+    with ProgressDisplay(silent=not parallel.is_main) as display:
+        path = None
+        for is_mine in (parallel.is_main, not parallel.is_main):  # the main process samples, the others read it
+            if is_mine:
+                report = partial(display.update, "sampling the source's chats")
+                load_model = partial(make_teacher, source, dtype, parallel.device)
+                path = self_chat_file(source, load_model, tokenizer, tokens, config.run.seed, report)
+            parallel.barrier()
+    return tuple(replace(spec, path=str(path)) if spec.path == SELF_CHAT else spec for spec in specs)
+
 
 _log = logging.getLogger("efficientllm.train")
 

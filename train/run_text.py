@@ -8,10 +8,9 @@ from functools import cached_property
 import numpy as np
 
 from .compute.loss import TrainingLoss
-from .corpora import windows_apart
 from .data.chat import Encoder
 from .data.packing import PackedStream
-from .plan import RunPlan
+from .plan import RunPlan, windows_apart
 from .pruning.rows import RowProbe
 from .vocabulary.frequency import count_tokens, expected_splits
 from .vocabulary.retokenization import TokenAligner

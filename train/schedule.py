@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from .config import OptimizerConfig
+from .config.sections import OptimizerConfig
 
 
 @dataclass(frozen=True)

@@ -19,26 +19,25 @@ from ..runtime.base.errors import DataError, TrainingDivergedError
 from ..runtime.base.progress import ProgressDisplay
 from ..runtime.base.quantities import format_bytes, format_count
 from ..runtime.engines.memory import trim_heap
-from . import training_state
 from .accumulation import accumulate_gradients
-from .compute.gather import shard_again
+from .checkpoint import state as training_state
+from .checkpoint.run_folder import checkpoint_folders, drop_replaced, is_replacing
+from .compute.distributed import shard_again
+from .compute.hardware import HeapWatch
 from .compute.loss import LossWeights, TrainingLoss, count_predicted, make_teacher
 from .compute.optimizer import clip_factor, gradient_norm, make_optimizer, store_gradients_as_computed
 from .data.documents import corpus_fingerprint
 from .data.packing import PackedStream
-from .heap import HeapWatch
 from .measuring import Measuring
 from .model.architecture import Architecture
 from .model.irregular import architecture_of
 from .plan import RunPlan
+from .pruning.blocks import BlockProbe
 from .pruning.criteria import uses_gradient
-from .pruning.probe import BlockProbe
 from .pruning.pruner import Pruner
 from .pruning.selection import Removal
 from .quantisation.weights import ShippedWeights
-from .replaced_run import drop_replaced, is_replacing
 from .reporting.metrics import MetricsWriter, RunProgress, Throughput
-from .run_folder import checkpoint_folders
 from .run_text import RunText
 from .schedule import DroppingSchedule, learning_rate
 from .stop_signal import StopRequested, StopSignal

@@ -6,8 +6,8 @@ import itertools
 from dataclasses import replace
 
 from efficientllm.train.model.architecture import Architecture, LayerShape
+from efficientllm.train.pruning.blocks import Absence, BlockProbe
 from efficientllm.train.pruning.measures import Measure
-from efficientllm.train.pruning.probe import Absence, BlockProbe
 
 GONE = LayerShape(0, 0, 0)
 

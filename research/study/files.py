@@ -16,13 +16,13 @@ from efficientllm.runtime.base.child import run_python
 from efficientllm.runtime.base.errors import ArtefactError
 from efficientllm.runtime.base.files import write_json_atomically
 from efficientllm.runtime.engines.engine import EngineOptions
+from efficientllm.train.checkpoint.run_folder import is_finished
 from efficientllm.train.evaluation.evaluate import MeasureConfig, check
 from efficientllm.train.evaluation.quality.contract import measure_quality
 from efficientllm.train.evaluation.quality.sets import texts
 from efficientllm.train.evaluation.scoring import EngineModel, ScoreCache
 from efficientllm.train.planning.points import Point, Recipe
 from efficientllm.train.run import run_training
-from efficientllm.train.run_folder import is_finished
 
 from .divergence import divergences
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from efficientllm.train.model.architecture import Architecture
-from efficientllm.train.pruning.groups import KINDS, counts
+from efficientllm.train.model.groups import KINDS, counts
 
 Survivors = Mapping[str, Sequence[Sequence[int]]]
 """{kind: [positions of the source that survive in layer 0, ...]}, as in a run's architecture.json."""

@@ -14,23 +14,22 @@ from efficientllm.runtime.base.errors import UsageError
 from efficientllm.runtime.base.files import write_json_atomically
 from efficientllm.runtime.base.quantities import not_one_of
 from efficientllm.runtime.latency.profile import DeviceProfile
+from efficientllm.train.checkpoint.run_folder import is_finished
 from efficientllm.train.compute.distributed import Parallel
 from efficientllm.train.compute.hardware import choose_hardware
 from efficientllm.train.compute.loss import TrainingLoss
-from efficientllm.train.config import OptimizerConfig, RunConfig, SourceConfig, TrainConfig
-from efficientllm.train.corpora import data_specs, windows_apart
+from efficientllm.train.config.sections.pruning import PruneConfig
+from efficientllm.train.config.sections.sections import OptimizerConfig, RunConfig, SourceConfig, TrainConfig
 from efficientllm.train.evaluation.evaluate import ComputeConfig, Evaluation, MeasureConfig, check, evaluate
 from efficientllm.train.model.architecture import Architecture, training_flops
 from efficientllm.train.model.irregular import save_checkpoint
 from efficientllm.train.model.source import load_source
-from efficientllm.train.pruning.budget import device_time
-from efficientllm.train.pruning.config import PruneConfig
+from efficientllm.train.plan import data_specs, windows_apart
+from efficientllm.train.pruning.blocks import BlockProbe
 from efficientllm.train.pruning.measures import DeviceTime
-from efficientllm.train.pruning.plan import make_pruning_plan
-from efficientllm.train.pruning.probe import BlockProbe
+from efficientllm.train.pruning.plan import device_time, make_pruning_plan
 from efficientllm.train.reporting.metrics import read_metrics
 from efficientllm.train.run import run_training
-from efficientllm.train.run_folder import is_finished
 
 from .arms import ARMS, Arm
 from .depth import best_contiguous

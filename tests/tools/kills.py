@@ -23,7 +23,7 @@ from pathlib import Path
 
 from efficientllm.runtime.base.command import run_command
 from efficientllm.train import cli
-from efficientllm.train.run_folder import is_finished
+from efficientllm.train.checkpoint.run_folder import is_finished
 
 LOADED_ONCE = ("torch", "torch.distributed.checkpoint", "efficientllm.train.run", "matplotlib.pyplot")
 """What every run imports; the runs are forked from a process that has it."""

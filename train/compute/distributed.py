@@ -2,19 +2,24 @@
 
 Every rank sees the same global sequence of windows and takes its own rows. Gradients are averaged, so every rank
 computes the same saliency and removes the same groups.
+
+Averages over the ranks of a run.
+
+Convert between whole tensors and shards. Unsharded tensors pass through.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from .loss import TrainingLoss
@@ -102,3 +107,36 @@ class Parallel:
         """Leave the process group, if there is one."""
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+MeanOverRanks = Callable[[Iterable[Tensor]], None]
+"""Average tensors over ranks, in place."""
+
+
+def alone(tensors: Iterable[Tensor]) -> None:
+    """Do nothing: the mean over a single rank."""
+
+
+def full(tensor: Tensor) -> Tensor:
+    """Return the whole tensor of a shard (a collective call). A plain tensor is returned unchanged."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a tensor, in its own memory. A plain tensor is returned unchanged."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def scatter(parameter: Any, value: Tensor) -> None:
+    """Fill a parameter, or this rank's shard of it, from the whole tensor."""
+    if isinstance(parameter, DTensor):
+        sharded: Any = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+        local(parameter).copy_(local(sharded))
+    else:
+        parameter.copy_(value)
+
+
+def shard_again(module: nn.Module) -> None:
+    """Free the whole weights that a forward pass without a backward one leaves in FSDP's root."""
+    if isinstance(module, FSDPModule):
+        module.reshard()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .gather import full, local
+from .distributed import full, local
 
 EPSILON = 1e-8
 """Constant added to the root of the second moment."""

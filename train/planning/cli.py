@@ -16,8 +16,7 @@ from ...runtime.base.output import check_file
 from ...runtime.base.quantities import format_count
 from ...runtime.latency.profile import DeviceProfile
 from ...runtime.latency.shape import Workload
-from ..pruning.config import PruneConfig
-from ..pruning.latency_target import LatencyTarget
+from ..config.pruning import LatencyTarget, PruneConfig
 
 if TYPE_CHECKING:
     from ..model.architecture import Architecture
@@ -94,7 +93,7 @@ def source_shape(source: str) -> Architecture:
 
 def shape_after(text: str) -> Architecture:
     """Return the final shape of a run folder or of an architecture file."""
-    from ..pruning.budget import read_architecture
+    from ..pruning.plan import read_architecture
 
     path = Path(text)
     return read_architecture(path / "architecture.json" if path.is_dir() else path, "--after")

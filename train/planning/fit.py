@@ -18,9 +18,9 @@ from ...runtime.base.extras import extra
 from ...runtime.base.quantities import format_bytes
 from ...runtime.latency.profile import DeviceProfile
 from ...runtime.latency.shape import Workload
+from ..config.pruning import PruneConfig
 from ..model.architecture import Architecture
 from ..model.file_types import gguf_bytes, tokenizer_bytes
-from ..pruning.config import PruneConfig
 from ..reporting.model_card import command_line
 from .points import Point, Recipe
 

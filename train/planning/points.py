@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...runtime.base.quantities import parse_bytes
-from ..config import OptimizerConfig, RunConfig, SourceConfig, TrainConfig
+from ..config.pruning import PruneConfig
+from ..config.quantisation import GGUF_TYPES, QuantisationConfig
+from ..config.sections import OptimizerConfig, RunConfig, SourceConfig, TrainConfig
 from ..model.file_types import BODY, TENSOR_BLOCKS
-from ..pruning.config import PruneConfig
-from ..quantisation.config import GGUF_TYPES, QuantisationConfig
 
 TRAININGS = ("train", "qat")
 """Training on the weights as they are, or on the grid of the file."""

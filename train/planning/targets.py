@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from ...runtime.base.errors import UsageError
+from ..config.pruning import LatencyTarget
 from ..model.architecture import Architecture
 from ..model.file_types import gguf_bytes, has_known_size
-from ..pruning.groups import BLOCKS, KINDS, counts
-from ..pruning.latency_target import LatencyTarget
+from ..model.groups import BLOCKS, KINDS, counts
 from ..pruning.measures import DeviceTime
 from ..pruning.running_scores import Scores
 from ..pruning.selection import SelectionRules, select_removal, smallest_architecture

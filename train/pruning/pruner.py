@@ -17,18 +17,15 @@ from torch import Tensor, nn
 from ..compute.distributed import Parallel
 from ..compute.loss import TrainingLoss
 from ..model.architecture import Architecture
+from ..model.groups import KINDS
 from ..model.irregular import architecture_of
-from .blocks import BlockScores
-from .groups import KINDS
+from .blocks import BlockProbe, BlockScores
 from .plan import PruningPlan
-from .probe import BlockProbe
-from .recovery import LeastSquares
+from .recovery import InputGrams, LeastSquares
 from .rows import RowProbe, choose_rows
 from .running_scores import Scores
 from .selection import Kept, Ranking, Removal, SelectionRules, Unit, all_groups, compose, select_removal
-from .sharded import rebuild_sharded
-from .surgery import kept_channels, remove_groups, set_survivors, zero_gradients, zero_groups
-from .weight_update import InputGrams
+from .surgery import kept_channels, rebuild_sharded, remove_groups, set_survivors, zero_gradients, zero_groups
 
 
 class Pruner:

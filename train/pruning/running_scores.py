@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..model.architecture import Architecture
-from .groups import counts
+from ..model.groups import counts
 
 Scores = dict[str, list[Tensor]]
 """{kind: [score vector of layer 0, ...]}, with one vector for a kind of the whole model (see groups.KINDS)."""

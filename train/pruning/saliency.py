@@ -11,12 +11,11 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from ..compute.gather import full
-from ..compute.ranks import MeanOverRanks, alone
+from ..compute.distributed import MeanOverRanks, alone, full
 from ..model.architecture import Architecture
+from ..model.groups import KINDS, counts
 from ..model.tensors import axes_of, is_of_attention, split_name
 from .criteria import Criterion, Terms
-from .groups import KINDS, counts
 from .running_scores import RunningScores, Scores
 
 Sums = dict[tuple[int | str | None, str], list[Tensor]]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ...runtime.base.errors import UsageError
 from ..model.architecture import Architecture
-from .groups import BLOCKS, KINDS, counts
+from ..model.groups import BLOCKS, KINDS, counts
 from .measures import PARAMETERS, Measure
 from .running_scores import Scores
 

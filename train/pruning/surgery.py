@@ -4,24 +4,29 @@ The weights of a removed group are all zero or all absent, so both give the same
 their gradients are zeroed as well, because AdamW leaves a weight with zero gradient and moments unchanged. Most of
 these gradients vanish anyway, but not those of a query head's o_proj columns: its values belong to the whole group.
 Norms over the remaining channels are rescaled to give the same output (model/rescaling.py).
+
+Physical removal under FSDP2: gather every tensor, slice it, and shard it again in a smaller model.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
+from ..compute.distributed import Parallel, full, scatter
+from ..compute.loss import TrainingLoss
 from ..model.architecture import Architecture
-from ..model.irregular import apply_architecture, architecture_of
+from ..model.groups import KIND_OF_AXIS, KINDS
+from ..model.irregular import apply_architecture, architecture_of, build, share_buffers
 from ..model.modeling_efficientllm import NoAttention, NoFeedForward, set_eps
 from ..model.rescaling import Scales, rescaled, width_factor
 from ..model.tensors import axes_of, block_norms, stem_norms, tensor_names
 from ..vocabulary.tokenizer_pruning import renumber_settings
-from .groups import KIND_OF_AXIS, KINDS
 from .selection import Kept, Removal
 
 
@@ -218,3 +223,45 @@ def _gone(name: str, parameter: Tensor, removal: Removal) -> Iterator[tuple[int,
             mask = torch.ones(parameter.shape[dim], dtype=torch.bool)
             mask[survivors] = False
             yield dim, mask.nonzero().flatten().to(parameter.device)
+
+
+@torch.no_grad()
+def rebuild_sharded(
+    loss: TrainingLoss, removal: Removal, optimizer: torch.optim.Optimizer, parallel: Parallel
+) -> tuple[TrainingLoss, nn.Module]:
+    """Gather one tensor at a time, slice it, and shard it again in a new, smaller model.
+
+    Returns the new loss and the callable of a step. The optimizer's parameters and state are replaced in place.
+    """
+    model = loss.model
+    config = copy.deepcopy(model.config)
+    update_config(config, removal)
+    with torch.device("meta"):
+        smaller: Any = build(config, removal.after)
+    new_loss = loss.around(smaller)
+    wrapped = parallel.wrap(new_loss)
+    smaller.to_empty(device=parallel.storage_device)
+    smaller.tie_weights()
+    share_buffers(smaller, model)
+    smaller.generation_config = model.generation_config
+    renamed: dict[Tensor, Any] = {}
+    new_parameters = dict(smaller.named_parameters())
+    for name, old in model.named_parameters():
+        new: Any = new_parameters.get(name)
+        if new is None:  # of a block that is gone
+            optimizer.state.pop(old, None)
+            continue
+        factor = width_factor(name, removal.before, removal.after)
+        value = slice_tensor(name, full(old.detach()), removal)
+        scatter(new, value if factor == 1.0 else rescaled(name, value, factor, removal.before))
+        renamed[old] = new
+        if old in optimizer.state:
+            gathered = {key: full(item) for key, item in optimizer.state.pop(old).items()}
+            sliced = slice_state(name, gathered, removal, factor)
+            optimizer.state[new] = {
+                key: distribute_tensor(item, new.device_mesh, new.placements) if item.dim() else item
+                for key, item in sliced.items()
+            }
+    for group in optimizer.param_groups:
+        group["params"] = [renamed[parameter] for parameter in group["params"] if parameter in renamed]
+    return new_loss, wrapped

@@ -14,12 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ..compute.gather import local
-from ..compute.ranks import MeanOverRanks, alone
+from ..compute.distributed import MeanOverRanks, alone, local
+from ..config.quantisation import GGUF_TYPES, QuantisationConfig
 from ..model.file_types import file_types
 from ..model.irregular import architecture_of
 from ..model.tensors import EMBEDDING, FINAL_NORM, HEAD, same_input, tensor_names
-from .config import GGUF_TYPES, QuantisationConfig
 from .grids import GRIDS, Grid
 
 DECAY = 0.9

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
 
-from ..runtime.base.files import folder_written_atomically
-from .compute.distributed import Parallel
-from .reporting.metrics import RunProgress
+from ...runtime.base.files import folder_written_atomically
+from ..compute.distributed import Parallel
+from ..reporting.metrics import RunProgress
 from .run_folder import checkpoint_folders, write_contents
 
 

@@ -7,9 +7,9 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
-from ..runtime.base import flags
-from .pruning.config import PruneConfig
-from .quantisation.config import QuantisationConfig
+from ...runtime.base import flags
+from .pruning import PruneConfig
+from .quantisation import QuantisationConfig
 
 
 @dataclass(frozen=True)

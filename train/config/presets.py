@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ..runtime.base.quantities import unknown_name
-from .config import OptimizerConfig, RunConfig, SourceConfig, TrainConfig
-from .pruning.config import PruneConfig
+from ...runtime.base.quantities import unknown_name
+from .pruning import PruneConfig
+from .sections import OptimizerConfig, RunConfig, SourceConfig, TrainConfig
 
 SMOLLM_CORPUS = "HuggingFaceTB/smollm-corpus@fineweb-edu-dedup"
 

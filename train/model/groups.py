@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from ..model.architecture import Architecture
+from .architecture import Architecture
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,10 @@
-"""Files of a run's folder. Imports no torch."""
+"""Keep the run that --overwrite replaces until the new one has something to write.
+
+Everything is renamed within the run's folder. After a kill, the next command finds the whole old run, a partly moved
+one, or a partly deleted one. Imports no torch.
+
+Files of a run's folder. Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +17,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ..runtime.base import flags
-from ..runtime.base.errors import UsageError
-from ..runtime.base.files import sha256_of, write_json_atomically
-from ..runtime.base.output import LOCK_NAME
-from ..runtime.engines.manifest import describe_files
+from ...runtime.base import flags
+from ...runtime.base.errors import UsageError
+from ...runtime.base.files import sha256_of, write_json_atomically
+from ...runtime.base.output import LOCK_NAME
+from ...runtime.engines.manifest import describe_files
 
 CHECKPOINT_NAME = re.compile(r"step-(\d{8})")
 DAMAGED_PREFIX = "damaged-"
@@ -176,3 +182,48 @@ def set_aside(checkpoint: Path) -> None:
     aside = checkpoint.with_name(f"{DAMAGED_PREFIX}{checkpoint.name}")
     shutil.rmtree(aside, ignore_errors=True)
     checkpoint.rename(aside)
+
+
+def set_aside_run(folder: Path) -> None:
+    """Move the entries of the old run out of the way."""
+    entries = run_entries(folder)
+    if not entries:
+        return
+    moving = folder / MOVING
+    moving.mkdir()
+    for entry in entries:
+        entry.rename(moving / entry.name)
+    moving.rename(folder / ASIDE)
+
+
+def is_replacing(folder: Path) -> bool:
+    """Tell whether the new run in `folder` has not yet replaced the old one."""
+    return (folder / ASIDE).is_dir()
+
+
+def put_back(folder: Path) -> bool:
+    """Delete the entries of the new run and restore the old one. Returns False without an old run."""
+    aside, moving = folder / ASIDE, folder / MOVING
+    shutil.rmtree(folder / DELETED, ignore_errors=True)
+    if aside.is_dir():
+        empty_run_folder(folder)
+        aside.rename(moving)
+    if not moving.is_dir():
+        return False
+    for entry in moving.iterdir():
+        entry.rename(folder / entry.name)
+    moving.rmdir()
+    return True
+
+
+def recover(folder: Path, resumes: bool) -> None:
+    """Restore the run that a killed run was to replace. A resumed one continues to replace it."""
+    if not (resumes and is_replacing(folder) and (folder / SETTINGS_FILE).is_file()):
+        put_back(folder)
+
+
+def drop_replaced(folder: Path) -> None:
+    """Delete the old run, before the new one writes its first checkpoint or its model."""
+    if is_replacing(folder):
+        (folder / ASIDE).rename(folder / DELETED)
+    shutil.rmtree(folder / DELETED, ignore_errors=True)
