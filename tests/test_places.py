@@ -16,7 +16,7 @@ from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.base.errors import UsageError
 from efficientllm.runtime.base.output import LOCK_NAME, check_output, check_place, locked_output
 from efficientllm.train import RunConfig, trainer
-from efficientllm.train.reporting.metrics import MetricsWriter, Progress, read_metrics
+from efficientllm.train.reporting.metrics import MetricsWriter, RunProgress, read_metrics
 
 ERRORS = pytest.CaptureFixture[str]
 
@@ -142,9 +142,9 @@ def test_damaged_records_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureF
     mixed = [line for pair in zip(lines, NOISE, strict=False) for line in pair]
     (tmp_path / "metrics.jsonl").write_bytes(b"\n".join([*mixed, NOISE[-1], b'{"step": 6, "tokens": 60, "lo']))
     assert read_metrics(tmp_path) == sound
-    MetricsWriter(tmp_path, RunConfig(), is_main=True).truncate(Progress(step=3))
+    MetricsWriter(tmp_path, RunConfig(), is_main=True).truncate(RunProgress(step=3))
     assert metrics(tmp_path) == sound[:3]
-    assert caplog.messages == [f"{tmp_path / 'metrics.jsonl'}: 6 damaged lines are left out"]
+    assert caplog.messages == [f"{tmp_path / 'metrics.jsonl'}: 6 damaged lines are skipped"]
 
 
 def test_a_run_goes_on_with_records_that_are_no_text(
@@ -163,5 +163,5 @@ def test_a_run_goes_on_with_records_that_are_no_text(
         assert run(arguments) == 130
     (tmp_path / "run" / "metrics.jsonl").write_bytes(b"\xff\x00" * 500 + b"\n")
     assert run([*arguments, "--resume"]) == 0
-    assert "metrics.jsonl: 1 damaged lines are left out" in capsys.readouterr().out
+    assert "metrics.jsonl: 1 damaged lines are skipped" in capsys.readouterr().out
     assert [record["step"] for record in metrics(tmp_path / "run") if "loss" in record] == [*range(11, 21)]

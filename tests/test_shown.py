@@ -22,8 +22,8 @@ from efficientllm.runtime.base.errors import ModelError
 from efficientllm.train.config import SourceConfig, TrainConfig
 from efficientllm.train.model import source
 from efficientllm.train.model.architecture import LayerShape
-from efficientllm.train.reporting import model_card as source_card
-from efficientllm.train.reporting.metrics import Speed
+from efficientllm.train.reporting import model_card as cards
+from efficientllm.train.reporting.metrics import Throughput
 from efficientllm.train.reporting.model_card import model_card
 from efficientllm.train.reporting.plots import held_out_losses, plot_training, smoothed
 
@@ -57,7 +57,7 @@ def test_losses_are_smoothed_around_steps_that_were_skipped(tmp_path: Path) -> N
 
 
 def test_the_speed_is_that_of_the_last_minute() -> None:
-    speed = Speed()
+    speed = Throughput()
     assert speed.tokens_per_second == 0.0
     for seconds in [30.0] * 4 + [10.0] * 6:  # the slow steps are over a minute ago
         speed.add(1000, seconds)
@@ -130,7 +130,7 @@ def test_the_card_names_what_is_on_a_hub_and_no_local_path(
     assert str(corpus.parent) not in local
     assert f"--data {corpus.name} " in local
     (tmp_path / "models" / "tiny" / "README.md").write_text("---\nlicense: mit\n---\n")
-    monkeypatch.setattr(source_card, "_hub_file", lambda name: tmp_path / "models" / "tiny" / "README.md")
+    monkeypatch.setattr(cards, "_hub_file", lambda name: tmp_path / "models" / "tiny" / "README.md")
     hub = card(SourceConfig("owner/model", ("owner/data@en:0.5", "demo")))
     assert "base_model: owner/model\ndatasets: [owner/data]\n" in hub
     assert "license: mit\n" in hub
@@ -145,7 +145,7 @@ def test_the_card_names_what_is_on_a_hub_and_no_local_path(
 )
 def test_a_card_of_anybody_ends_no_run(tmp_path: Path, text: str) -> None:
     (tmp_path / "README.md").write_text(text)
-    assert source_card.source_card(str(tmp_path)) == source_card.SourceCard()
+    assert cards.source_card(str(tmp_path)) == cards.SourceCard()
 
 
 def test_the_card_says_which_transformers_reads_it() -> None:

@@ -1,0 +1,1 @@
+"""Records, plots and model card of a run."""

@@ -1,6 +1,6 @@
-"""Where a run stands. Imports no torch.
+"""Progress of a run, and its metrics: metrics.jsonl always, TensorBoard and Weights & Biases on request.
 
-What a run logs: metrics.jsonl always, TensorBoard and Weights & Biases on request.
+Imports no torch unless TensorBoard is used.
 """
 
 from __future__ import annotations
@@ -15,59 +15,58 @@ from typing import Any
 
 from ...runtime.base.errors import MissingExtraError, UsageError
 from ...runtime.base.files import write_text_atomically, writing
-from ..config import RunConfig
+from ..config.sections import RunConfig
+
+FILE_NAME = "metrics.jsonl"
 
 SPEED_SECONDS = 60.0
-"""What a shown speed is the mean of."""
+"""Length of the period that a displayed speed is averaged over."""
+
+_log = logging.getLogger("efficientllm.train")
 
 
 @dataclass
-class Progress:
-    """Where a run stands."""
+class RunProgress:
+    """Progress of a run, which its checkpoints store."""
 
     step: int = 0
     """Optimizer steps done."""
     tokens: int = 0
     """Tokens trained on."""
     skipped_in_a_row: int = 0
-    """Steps just skipped for a non-finite loss or gradient."""
+    """Latest consecutive steps that were skipped for a non-finite loss or gradient."""
     perplexity: dict[str, float] = field(default_factory=dict)
-    """Held-out perplexities: source, after_pruning, final."""
+    """Held-out perplexities by stage: source, after_pruning, final."""
     bits_per_byte: dict[str, float] = field(default_factory=dict)
-    """The same text's, where the vocabulary may shrink."""
+    """Bits per byte of the same text by stage, if the vocabulary may shrink."""
     quality: dict[str, Any] = field(default_factory=dict)
     """Quality (see evaluation.quality) of source and final, as JSON values."""
     seconds: float = 0.0
     """Wall time spent training, over all resumed parts."""
 
 
-class Speed:
-    """Of the steps of the last minute; what lies between them (evaluation, checkpoints) does not count."""
+class Throughput:
+    """Measures the speed of the steps of the last minute. The time between steps is not counted."""
 
     def __init__(self) -> None:
         self._steps: deque[tuple[int, float]] = deque()
-        """(tokens, seconds)"""
+        """Tokens and seconds of each step."""
 
     def add(self, tokens: int, seconds: float) -> None:
-        """One step."""
+        """Add one step."""
         self._steps.append((tokens, seconds))
         while sum(each for _, each in self._steps) - self._steps[0][1] >= SPEED_SECONDS:
             self._steps.popleft()
 
     @property
     def tokens_per_second(self) -> float:
-        """0 before the first step."""
+        """Return the speed, or 0 before the first step."""
         seconds = sum(each for _, each in self._steps)
         return sum(tokens for tokens, _ in self._steps) / seconds if seconds else 0.0
 
 
-FILE_NAME = "metrics.jsonl"
-
-_log = logging.getLogger("efficientllm.train")
-
-
 def check_loggers(settings: RunConfig) -> None:
-    """UsageError where what --tensorboard or --wandb logs to is not installed."""
+    """Raise UsageError if a library that --tensorboard or --wandb needs is not installed."""
     if settings.tensorboard and find_spec("tensorboard") is None:
         raise MissingExtraError("tensorboard", "tensorboard")
     if settings.wandb and find_spec("wandb") is None:
@@ -75,7 +74,7 @@ def check_loggers(settings: RunConfig) -> None:
 
 
 class MetricsWriter:
-    """Writes one record per step; only the main rank writes anything."""
+    """Writes one record per step. Ranks other than the main one write nothing."""
 
     def __init__(self, folder: Path, settings: RunConfig, is_main: bool) -> None:
         self.path = folder / FILE_NAME
@@ -84,25 +83,8 @@ class MetricsWriter:
         self._tensorboard: Any = None
         self._wandb: Any = None
 
-    def _open(self) -> None:
-        if self.settings.tensorboard and self._tensorboard is None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._tensorboard = SummaryWriter(str(self.path.parent / "tensorboard"))
-        if self.settings.wandb and self._wandb is None:
-            import wandb  # type: ignore[import-not-found]
-
-            folder = self.path.parent
-            try:
-                self._wandb = wandb.init(project="efficientllm", dir=str(folder), name=folder.name)
-            except OSError:  # of the disk
-                raise
-            except Exception as error:  # not logged in, no network, an account without room: it raises what it likes
-                reason = " ".join(str(error).split()) or type(error).__name__
-                raise UsageError(f"--wandb: wandb does not start: {reason}; WANDB_MODE=offline logs here") from error
-
     def write(self, record: dict[str, Any]) -> None:
-        """Log one record; DiskFullError leaves the file as it was."""
+        """Log one record. A DiskFullError leaves the file unchanged."""
         if not self.is_main:
             return
         with writing(self.path):
@@ -121,6 +103,23 @@ class MetricsWriter:
                 stream.truncate(size)
                 raise
 
+    def _open(self) -> None:
+        if self.settings.tensorboard and self._tensorboard is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(self.path.parent / "tensorboard"))
+        if self.settings.wandb and self._wandb is None:
+            import wandb  # type: ignore[import-not-found]
+
+            folder = self.path.parent
+            try:
+                self._wandb = wandb.init(project="efficientllm", dir=str(folder), name=folder.name)
+            except OSError:  # of the disk
+                raise
+            except Exception as error:  # no login, no network, a full account: wandb raises various types
+                reason = " ".join(str(error).split()) or type(error).__name__
+                raise UsageError(f"--wandb: wandb does not start: {reason}; WANDB_MODE=offline logs here") from error
+
     def _send(self, record: dict[str, Any]) -> None:
         numbers = {key: value for key, value in record.items() if isinstance(value, int | float)}
         numbers |= {f"next_saliency/{kind}": value for kind, value in record.get("next_saliency", {}).items()}
@@ -130,18 +129,18 @@ class MetricsWriter:
         if self._wandb is not None:
             self._wandb.log(numbers, step=record["step"])
 
-    def truncate(self, progress: Progress) -> None:
-        """Drop what a killed run logged after the checkpoint that is resumed, and lines that are damaged."""
+    def truncate(self, progress: RunProgress) -> None:
+        """Remove damaged lines, and records that a killed run wrote after the checkpoint that is resumed."""
         if not self.is_main or not self.path.is_file():
             return
         records, num_damaged = _read(self.path)
         if num_damaged:
-            _log.warning(f"{self.path}: {num_damaged} damaged lines are left out")
+            _log.warning(f"{self.path}: {num_damaged} damaged lines are skipped")
         kept = [record for record in records if _is_before(record, progress)]
         write_text_atomically(self.path, "".join(f"{json.dumps(record)}\n" for record in kept))
 
     def close(self) -> None:
-        """Finish what was begun; DiskFullError where its last records do not fit."""
+        """Write pending records. Raises DiskFullError if they do not fit."""
         with writing(self.path.parent):
             if self._tensorboard is not None:
                 self._tensorboard.close()
@@ -149,20 +148,24 @@ class MetricsWriter:
                 self._wandb.finish()
 
 
-def _is_before(record: dict[str, Any], progress: Progress) -> bool:
-    """Whether a record was made no later than the checkpoint of `progress`."""
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Return the records of a run without damaged lines."""
+    return _read(folder / FILE_NAME)[0]
+
+
+def _is_before(record: dict[str, Any], progress: RunProgress) -> bool:
+    """Return True if a record is not later than the checkpoint of `progress`."""
     stage = next((key for key in record if key.startswith("perplexity_")), None)
     is_measured = stage is None or stage.removeprefix("perplexity_") in progress.perplexity
     return record["step"] <= progress.step and is_measured
 
 
 def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """(the records, how many lines are none); the last line of a killed run is cut off and not counted."""
-    *lines, cut_off = path.read_bytes().split(b"\n")
-    parsed = [_parse(line) for line in lines]
-    parsed += [record] if (record := _parse(cut_off)) is not None else []
-    records = [record for record in parsed if record is not None]
-    return records, len(parsed) - len(records)
+    """Return the records and the number of damaged lines, without the last line if a killed run cut it."""
+    *lines, last = path.read_bytes().split(b"\n")
+    records = [_parse(line) for line in lines]
+    num_damaged = records.count(None)
+    return [record for record in (*records, _parse(last)) if record is not None], num_damaged
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
@@ -172,8 +175,3 @@ def _parse(line: bytes) -> dict[str, Any] | None:
         return None
     is_record = isinstance(record, dict) and all(isinstance(record.get(name), int) for name in ("step", "tokens"))
     return record if is_record else None
-
-
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The records of a run, less the lines that are damaged."""
-    return _read(folder / FILE_NAME)[0]

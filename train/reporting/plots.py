@@ -1,4 +1,4 @@
-"""Pictures of a run."""
+"""Plots of a run: widths per layer, training and pruning."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 
 from ...runtime.base.files import write_bytes_atomically
 from ..model.architecture import Architecture
-from ..pruning.groups import BLOCKS, KINDS, counts
+from ..model.groups import BLOCKS, KINDS, counts
 
 SOURCE_COLOR, KEPT_COLOR, GROUP_COLOR = "#d5dae3", "#2f6db3", "#e08a3c"
 
 
 def plot_architecture(source: Architecture, final: Architecture, path: Path) -> None:
-    """FFN width and heads per layer, what remains in front of what the source had."""
+    """Plot the FFN channels and heads of each layer of the final model in front of those of the source."""
     layers = range(len(source.layers))
     figure, (ffn, heads) = _new_figure(2, "layer")
     ffn.bar(layers, [layer.intermediate_size for layer in source.layers], color=SOURCE_COLOR, label="source")
@@ -24,17 +24,12 @@ def plot_architecture(source: Architecture, final: Architecture, path: Path) -> 
     ffn.set_ylabel("FFN channels")
     heads.bar(layers, [layer.num_attention_heads for layer in source.layers], color=SOURCE_COLOR, label="source")
     heads.bar(layers, [layer.num_attention_heads for layer in final.layers], color=KEPT_COLOR, label="query heads kept")
-    heads.bar(
-        layers,
-        [layer.num_key_value_heads for layer in final.layers],
-        width=0.4,
-        color=GROUP_COLOR,
-        label="KV heads kept",
-    )
+    key_value_heads = [layer.num_key_value_heads for layer in final.layers]
+    heads.bar(layers, key_value_heads, width=0.4, color=GROUP_COLOR, label="KV heads kept")
     heads.set_ylabel("attention heads")
     heads.yaxis.get_major_locator().set_params(integer=True)
     for axes in (ffn, heads):
-        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+        _add_legend(axes)
     ratio = final.num_parameters / source.num_parameters
     rows = f", {source.vocab_size:,} to {final.vocab_size:,} tokens" if final.vocab_size != source.vocab_size else ""
     figure.suptitle(
@@ -44,14 +39,8 @@ def plot_architecture(source: Architecture, final: Architecture, path: Path) -> 
     _save(figure, path)
 
 
-def _save(figure: Any, path: Path) -> None:
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=110)
-    write_bytes_atomically(path, picture.getvalue())
-
-
 def _new_figure(rows: int, x_label: str) -> tuple[Any, Any]:
-    """(figure, its panels below each other)"""
+    """Return a figure and its panels from top to bottom."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 2.5 * rows), layout="constrained")
@@ -62,9 +51,21 @@ def _new_figure(rows: int, x_label: str) -> tuple[Any, Any]:
     return figure, panels
 
 
+def _add_legend(axes: Any) -> None:
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+
+
+def _save(figure: Any, path: Path) -> None:
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=110)
+    write_bytes_atomically(path, picture.getvalue())
+
+
 def plot_training(records: list[dict[str, Any]], path: Path) -> None:
-    """Loss (each step's, their running mean, what was measured on held-out text) and parameters against tokens; where
-    the run prunes for a device, also its milliseconds."""
+    """Plot the loss and the parameters against tokens, and predicted milliseconds if the run prunes for a device.
+
+    The loss has three series: every step, the running mean, and held-out text.
+    """
     steps = [record for record in records if "loss" in record]
     tokens, losses = [record["tokens"] for record in steps], [record["loss"] for record in steps]
     is_timed = bool(steps) and "ms" in steps[0]
@@ -75,7 +76,7 @@ def plot_training(records: list[dict[str, Any]], path: Path) -> None:
     if measured:
         loss.plot(*zip(*measured, strict=True), "o", color=GROUP_COLOR, markersize=4, label="held-out")
     loss.set_ylabel("loss (nats per token)")
-    loss.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+    _add_legend(loss)
     parameters.plot(tokens, [record["parameters"] / 1e6 for record in steps], color=GROUP_COLOR)
     parameters.set_ylabel("parameters (millions)")
     for axes in rest:
@@ -85,7 +86,7 @@ def plot_training(records: list[dict[str, Any]], path: Path) -> None:
 
 
 def smoothed(losses: list[float]) -> list[float]:
-    """Mean of the steps around each, a fiftieth of all of them; skipped ones, which have no loss, do not count."""
+    """Return the mean of the losses around each step, over a fiftieth of all steps. Skipped steps have no loss."""
     reach = max(1, len(losses) // 100)
     means = []
     for index in range(len(losses)):
@@ -95,7 +96,7 @@ def smoothed(losses: list[float]) -> list[float]:
 
 
 def held_out_losses(records: list[dict[str, Any]]) -> list[tuple[int, float]]:
-    """(tokens, nats per token) wherever held-out text was measured."""
+    """Return (tokens, nats per token) of each measurement of held-out text."""
     points = []
     for record in records:
         perplexity = next((value for name, value in record.items() if name.startswith("perplexity_")), None)
@@ -106,7 +107,10 @@ def held_out_losses(records: list[dict[str, Any]]) -> list[tuple[int, float]]:
 
 
 def plot_pruning(records: list[dict[str, Any]], source: Architecture, path: Path) -> None:
-    """Share of each group type that is gone, and saliency of the next to go, against tokens (the paper's figure A0)."""
+    """Plot the removed share of each kind of group and the saliency of its next group against tokens.
+
+    This is figure A0 of the paper.
+    """
     steps = [record for record in records if "loss" in record]
     tokens = [record["tokens"] for record in steps]
     figure, (ratio, saliency) = _new_figure(2, "tokens")
@@ -127,11 +131,11 @@ def plot_pruning(records: list[dict[str, Any]], source: Architecture, path: Path
     saliency.set_yscale("log")
     for axes in (ratio, saliency):
         if axes.get_legend_handles_labels()[0]:
-            axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+            _add_legend(axes)
     _save(figure, path)
 
 
 def _removed_shares(steps: list[dict[str, Any]], name: str, total: int) -> list[float]:
-    """Share of the groups of a kind that is gone after each step."""
+    """Return the share of the groups of a kind that has been removed after each step."""
     removed = [sum(len(positions) for kind, _, positions in step.get("removed", []) if kind == name) for step in steps]
     return [count / total if total else 0.0 for count in itertools.accumulate(removed)]
