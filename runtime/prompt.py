@@ -1,4 +1,4 @@
-"""From a conversation or a text to the tokens that an answer follows."""
+"""Convert a conversation or a text into the tokens of a prompt."""
 
 from __future__ import annotations
 
@@ -9,42 +9,42 @@ from typing import Any, Literal
 
 from .base.errors import UsageError
 from .call_reader import CallReader
-from .chat_template import Message, render_chat
+from .chat_template import Message, MessageEscape, render_chat
 from .engines.scheduler import EngineScheduler
 from .grammar import GrammarConstraint
-from .tool_format import GENERIC, INSTRUCTIONS, Disguise, ToolFormat, tool_format
+from .tool_format import GENERIC, INSTRUCTIONS, ToolFormat, tool_format
 
 ToolChoice = Literal["auto", "required"]
 
 
 @dataclass(frozen=True)
 class ToolUse:
-    """Functions that an answer may call."""
+    """Functions that an answer may call, and how."""
 
     tools: Sequence[Mapping[str, Any]]
-    """OpenAI's: {"type": "function", "function": {"name", "description", "parameters"}}."""
+    """Functions in OpenAI's form, {"type": "function", "function": {"name", "description", "parameters"}}."""
     must_call: bool = False
-    """Whether the answer has to be a call."""
+    """True if the answer must be a call."""
     only: str = ""
-    """The one function that it may call; the model is shown all of them."""
+    """Name of the only function that may be called. The model sees all of them."""
     parallel: bool = True
-    """Whether an answer may call more than once."""
+    """True if an answer may have several calls."""
     otherwise: Mapping[str, Any] | None = None
-    """JSON schema of an answer that calls nothing; None: any text."""
+    """JSON schema of an answer without calls. None: any text."""
 
 
 @dataclass(frozen=True)
 class ChatPrompt:
-    """The tokens of a conversation, and what its answer is like."""
+    """Tokens of a conversation, and the format of calls in its answer."""
 
     tokens: list[int]
     tool_use: ToolUse | None = None
     format: ToolFormat = GENERIC
     control: tuple[int, ...] = ()
-    """Control tokens that a call begins with, which are no text."""
+    """Control tokens at the start of a call, which have no text."""
 
     def constraint(self, engine: EngineScheduler) -> GrammarConstraint | None:
-        """What keeps an answer's calls valid; None where there is nothing to call."""
+        """Return the constraint that keeps calls valid, None without functions."""
         use = self.tool_use
         if use is None:
             return None
@@ -55,66 +55,72 @@ class ChatPrompt:
         return GrammarConstraint(engine, grammar, self.control)
 
     def reader(self) -> CallReader | None:
-        """What tells calls from text in an answer."""
+        """Return the reader that separates calls from text, None without functions."""
         return CallReader(self.format) if self.tool_use is not None else None
 
 
 @dataclass(frozen=True)
-class ChatOptions:
-    """How a conversation is shown to the model."""
+class PromptOptions:
+    """Options of the chat template."""
 
     tool_use: ToolUse | None = None
     variables: Mapping[str, Any] = field(default_factory=dict)
-    """Further variables of the template, such as enable_thinking."""
+    """Additional variables of the template, such as enable_thinking."""
 
 
-def chat_prompt(engine: EngineScheduler, messages: Sequence[Message], options: ChatOptions | None = None) -> list[int]:
-    """Token ids of a chat, ready for the assistant's answer."""
+def chat_prompt(
+    engine: EngineScheduler, messages: Sequence[Message], options: PromptOptions | None = None
+) -> list[int]:
+    """Return the token ids of a chat up to the assistant's answer."""
     return tool_prompt(engine, messages, options).tokens
 
 
-def tool_prompt(engine: EngineScheduler, messages: Sequence[Message], options: ChatOptions | None = None) -> ChatPrompt:
-    """A chat, ready for the assistant's answer, which goes on with the last message where that is the assistant's.
+def tool_prompt(
+    engine: EngineScheduler, messages: Sequence[Message], options: PromptOptions | None = None
+) -> ChatPrompt:
+    """Return the prompt of a chat. The answer continues the last message if that is the assistant's.
 
-    UsageError where the model's template refuses the messages; ArtefactError where it has none.
+    Raises UsageError if the chat template refuses the messages, and ArtefactError without a template.
     """
-    options = options or ChatOptions()
+    options = options or PromptOptions()
     if not messages:
         raise UsageError("there are no messages")
     use, format, control = options.tool_use, GENERIC, ()
     shown: Sequence[Mapping[str, Any]] = use.tools if use else ()
     if use or any(message["role"] == "tool" or message.get("tool_calls") for message in messages):
-        found = tool_format(engine.chat_template, engine.bos_token, engine.eos_token).as_read(engine)
+        found = tool_format(engine.chat_template, engine.bos_token, engine.eos_token).readable_by(engine)
         control, format = found or ((), GENERIC)
-        if not format.is_template_s:
-            messages, shown = _in_plain_roles(messages, shown), ()
-        # a model that was not trained to call does not know when it has called enough
-        is_single = use is not None and (use.only or not use.parallel or (use.must_call and not format.is_template_s))
+        if not format.is_from_template:
+            messages, shown = in_plain_roles(messages, shown), ()
+        # a model that was not trained to call functions may repeat a call without end
+        is_single = use is not None and (
+            use.only or not use.parallel or (use.must_call and not format.is_from_template)
+        )
         format = replace(format, between="") if is_single else format
-    disguise = Disguise(engine, messages, shown, options.variables)
-    text = _render(engine, disguise, messages, tools=shown, variables=options.variables)
-    tokens = disguise.encode(text)
+    escape = MessageEscape(engine, messages, shown, options.variables)
+    text = _render(engine, escape, messages, tools=shown, variables=options.variables)
+    tokens = escape.encode(text)
     if engine.adds_bos and not text.startswith(engine.bos_token):
         tokens = engine.tokenize(engine.bos_token, special=True) + tokens
     return ChatPrompt(tokens, use, format, control)
 
 
 def text_prompt(engine: EngineScheduler, text: str) -> list[int]:
-    """Token ids of a text that is to go on; what looks like a control token is text. [] where there is nothing."""
+    """Return the token ids of a text to continue, [] if it is empty. Control tokens in it are plain text."""
     tokens = engine.tokenize(text, special=False)
-    # a model that knows no BOS by habit still needs one token to begin with
+    # a model that usually has no BOS token still needs one token of input
     begins = engine.tokenize(engine.bos_token, special=True) if engine.adds_bos or not tokens else []
     return begins + tokens
 
 
-def _in_plain_roles(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Messages for a template that knows no functions: they are told of, called and answered in plain text."""
+def in_plain_roles(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return messages for a template without functions: descriptions, calls and results become plain text."""
     plain: list[dict[str, Any]] = []
     for message in messages:
         content = message.get("content") or ""
         if message["role"] == "tool":
             content = f"<tool_response>\n{content}\n</tool_response>"
-            if plain and plain[-1].get("is_result"):  # answers of one turn are one message
+            if plain and plain[-1].get("is_result"):  # results of one turn are one message
                 plain[-1]["content"] += f"\n{content}"
             else:
                 plain.append({"role": "user", "content": content, "is_result": True})
@@ -132,29 +138,33 @@ def _in_plain_roles(messages: Sequence[Message], tools: Sequence[Mapping[str, An
     return [{"role": message["role"], "content": message["content"]} for message in plain]
 
 
-def _render(engine: EngineScheduler, disguise: Disguise, messages: Sequence[Message], **how: Any) -> str:
-    """The template's text, up to where the answer goes on, with what `disguise` hides."""
-    messages, how = disguise.hide(messages), {name: disguise.hide(value) for name, value in how.items()}
+def _render(engine: EngineScheduler, escape: MessageEscape, messages: Sequence[Message], **options: Any) -> str:
+    """Return the rendered template up to the start of the answer, with the messages escaped."""
+    messages = escape.apply(messages)
+    options = {name: escape.apply(value) for name, value in options.items()}
     *earlier, last = messages
     if last["role"] != "assistant" or last.get("tool_calls"):
-        return _rendered_somehow(engine, messages, {**how, "add_generation_prompt": True})
-    marked = [*earlier, {**last, "content": (last.get("content") or "") + disguise.end}]
-    text, mark, _ = _rendered_somehow(engine, marked, {**how, "add_generation_prompt": False}).rpartition(disguise.end)
+        return _render_with_fallbacks(engine, messages, add_generation_prompt=True, **options)
+    marked = {**last, "content": (last.get("content") or "") + escape.end_mark}
+    text = _render_with_fallbacks(engine, [*earlier, marked], add_generation_prompt=False, **options)
+    text, mark, _ = text.rpartition(escape.end_mark)
     if not mark:
-        raise UsageError("the model's chat template does not show the assistant's last message; ask with a user's")
+        raise UsageError("the model's chat template does not show the assistant's last message; end with a user's")
     return text
 
 
-def _rendered_somehow(engine: EngineScheduler, messages: Sequence[Message], how: Mapping[str, Any]) -> str:
-    """As the template has it; one that refuses several system messages, or any, gets one, or its text in the first
-    question."""
+def _render_with_fallbacks(engine: EngineScheduler, messages: Sequence[Message], **options: Any) -> str:
+    """Return the rendered template.
+
+    If the template refuses the system messages, they become one, or their text goes to the start of the first question.
+    """
     refusal: UsageError | None = None
     for arrange in (list, _one_system_message, _no_system_message):
         arranged = arrange(messages)
         if refusal is not None and arranged == list(messages):
             continue
         try:
-            return render_chat(engine.chat_template, arranged, engine.bos_token, engine.eos_token, **how)
+            return render_chat(engine.chat_template, arranged, engine.bos_token, engine.eos_token, **options)
         except UsageError as error:
             refusal = refusal or error
     assert refusal is not None

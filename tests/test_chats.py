@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +17,14 @@ from training import command, metrics, run
 from transformers import PreTrainedTokenizerFast
 
 from efficientllm.runtime.base.errors import DataError, UsageError
+from efficientllm.runtime.engines.engine import EngineOptions, load_engine
+from efficientllm.runtime.prompt import PromptOptions, ToolUse, chat_prompt
 from efficientllm.train.compute.loss import LossWeights, TrainingLoss
 from efficientllm.train.data.chat import Chat, ChatFormat, Encoder
 from efficientllm.train.data.documents import DataSpec, is_held_out, open_documents, open_texts
 from efficientllm.train.data.self_chat import OPENINGS, sample_chats
 
-CHAT = Chat((("system", "Be kind."), ("user", "Hi"), ("assistant", "Hello."), ("user", "Bye"), ("assistant", "Ciao")))
+CHAT = Chat.of(("system", "Be kind."), ("user", "Hi"), ("assistant", "Hello."), ("user", "Bye"), ("assistant", "Ciao"))
 
 
 @pytest.fixture
@@ -49,7 +53,7 @@ def test_answers_and_ends_of_turns_are_learned_the_rest_is_read(tokenizer: PreTr
 
 
 def test_an_answer_that_was_cut_has_no_end_to_learn(tokenizer: PreTrainedTokenizerFast) -> None:
-    cut = Chat(CHAT.turns, is_cut=True)
+    cut = Chat(CHAT.messages, is_cut=True)
     ids = Encoder(tokenizer).encode([cut])[0]
     assert text_of(tokenizer, ids[ids >= 0]) == "Hello.<|im_end|>\nCiao"
 
@@ -80,7 +84,7 @@ def test_records_with_messages_are_chats(chats: Path, suffix: str, tmp_path: Pat
         chats = tmp_path / "chats.parquet"
         parquet.write_table(pyarrow.Table.from_pylist(rows), chats)
     documents = list(open_documents(DataSpec(str(chats))))
-    assert documents[7] == Chat((("user", "What is 7?"), ("assistant", "It is 7.")))
+    assert documents[7] == Chat.of(("user", "What is 7?"), ("assistant", "It is 7."))
     assert next(iter(open_texts(DataSpec(str(chats))))) == "What is 0?\n\nIt is 0."
     assert 20 < sum(is_held_out(document, 0.2) for document in documents) < 60
 
@@ -89,8 +93,8 @@ def test_records_with_messages_are_chats(chats: Path, suffix: str, tmp_path: Pat
     ("messages", "reason"),
     [
         ("hello", "must be a list of"),
-        ([{"role": "user"}], "must be a list of"),
-        ([{"role": "user", "content": "Hi"}], "none has the role assistant"),
+        ([{"role": "user"}], r'message 1 of line 1 must be \{"role": ..., "content": ...\}'),
+        ([{"role": "user", "content": "Hi"}], "no message has the role assistant"),
         ([{"role": "assistant", "content": "\ud800"}], "not Unicode"),
     ],
 )
@@ -110,22 +114,41 @@ def answer(**fields: object) -> dict[str, object]:
     return {"messages": [ASKED, {**ANSWERED, **fields}]}
 
 
-NOT_LEARNED: dict[str, tuple[dict[str, object], str]] = {
-    "tools": ({"messages": [ASKED, ANSWERED], "tools": [TOOL]}, '{} 2 has "tools", and functions cannot be trained'),
-    "functions": ({"messages": [ASKED, ANSWERED], "functions": [TOOL["function"]]}, '{} 2 has "functions", and'),
-    "calls": (answer(tool_calls=CALLS), 'message 2 of {} 2 has "tool_calls", and calls cannot be trained yet; write'),
-    "calls alone": (answer(content=None, tool_calls=CALLS), 'message 2 of {} 2 has "tool_calls"'),
-    "a call": (answer(content=None, function_call=CALLS[0]["function"]), 'message 2 of {} 2 has "function_call"'),
-    "results": (
-        {"messages": [ASKED, {"role": "tool", "content": "8 am"}, ANSWERED]},
-        'message 2 of {} 2 has the "role" tool, and results of calls cannot be trained yet; give it the role user',
+REFUSED: dict[str, tuple[dict[str, object], str]] = {
+    "older functions": (
+        {"messages": [ASKED, ANSWERED], "functions": [TOOL["function"]]},
+        '{} 2 has the older field "functions"; convert it to "tools"',
+    ),
+    "an older call": (
+        answer(content=None, function_call=CALLS[0]["function"]),
+        'message 2 of {} 2 has the older field "function_call"; convert it to "tool_calls"',
+    ),
+    "an older result": (
+        {"messages": [ASKED, {"role": "function", "content": "8 am"}, ANSWERED]},
+        'message 2 of {} 2 has the "role" function; name it tool',
     ),
     "null": (answer(content=None), 'message 2 of {} 2 has a "content" that is null; give it a text'),
     "null of a question": ({"messages": [{"role": "user", "content": None}, ANSWERED]}, 'message 1 of {} 2 has a "con'),
     "nothing": (answer(content=""), 'message 2 of {} 2 has an empty "content", which is no answer; give it a text'),
     "blank": (answer(content=" \n"), 'message 2 of {} 2 has an empty "content"'),
+    "a call of a user": (
+        {"messages": [{**ASKED, "tool_calls": CALLS}, ANSWERED]},
+        'message 1 of {} 2 has "tool_calls", which only an assistant\'s message can have',
+    ),
+    "a call without a name": (
+        answer(tool_calls=[{"type": "function", "function": {"arguments": "{}"}}]),
+        'a call in message 2 of {} 2 must be {"function": {"name": ..., "arguments": ...}}',
+    ),
+    "arguments that are not JSON": (
+        answer(tool_calls=[{"type": "function", "function": {"name": "now", "arguments": "{"}}]),
+        'the "arguments" of a call in message 2 of {} 2 is not JSON',
+    ),
+    "tools without names": (
+        {"messages": [ASKED, ANSWERED], "tools": [{"type": "function"}]},
+        'the "tools" of {} 2 must be a list of',
+    ),
 }
-"""What training would leave out in silence, or learn as an answer of nothing, and what is said of it."""
+"""Records that training would misread, and the message about them."""
 
 
 everywhere = pytest.mark.parametrize("place", ["line", "document", "row", "hub row"])
@@ -149,19 +172,20 @@ def written(rows: list[dict[str, object]], place: str, folder: Path, monkeypatch
 
 
 @everywhere
-@pytest.mark.parametrize("case", NOT_LEARNED)
-def test_a_chat_with_functions_or_an_empty_answer_is_refused_by_field(
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_malformed_chat_is_refused_by_field(
     case: str, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    record, message = NOT_LEARNED[case]
+    record, message = REFUSED[case]
     name = written([{"messages": [ASKED, ANSWERED]}, record, answer(content="Bye.")], place, tmp_path, monkeypatch)
     with pytest.raises(DataError) as caught:
         list(open_documents(DataSpec(name)))
     said = str(caught.value)
-    assert said.startswith(f"--data {name}: {message.format(place.removeprefix('hub '))}")
-    assert said.endswith("or remove the record; --skip-bad-lines N leaves out up to N such lines")
+    expected = message.replace("{} 2", f"{place.removeprefix('hub ')} 2")
+    assert said.startswith(f"--data {name}: {expected}")
+    assert said.endswith("; --skip-bad-lines N leaves out up to N such lines")
     assert "\n" not in said
-    kept = [Chat((("user", "Hi"), ("assistant", text))) for text in ("Hello.", "Bye.")]
+    kept = [Chat.of(("user", "Hi"), ("assistant", text)) for text in ("Hello.", "Bye.")]
     assert list(open_documents(DataSpec(name, skip_bad_lines=1))) == kept
     assert len(caplog.messages) == 1
 
@@ -174,7 +198,130 @@ def test_fields_for_functions_that_are_empty_leave_a_chat_as_it_is(
     message = {**ANSWERED, "tool_calls": None, "function_call": None}
     rows = [{"messages": [ASKED, message], "tools": value} for value in (None, [])]
     name = written(rows, place, tmp_path, monkeypatch)
-    assert list(open_documents(DataSpec(name))) == [Chat((("user", "Hi"), ("assistant", "Hello.")))] * 2
+    assert list(open_documents(DataSpec(name))) == [Chat.of(("user", "Hi"), ("assistant", "Hello."))] * 2
+
+
+CALLED = {
+    "messages": [
+        {"role": "system", "content": "Be brief."},
+        ASKED,
+        {"role": "assistant", "content": None, "tool_calls": CALLS},
+        {"role": "tool", "tool_call_id": "1", "content": "8 am"},
+        {"role": "assistant", "content": "It is 8."},
+    ],
+    "tools": [TOOL],
+}
+NATIVE_TEMPLATE = (
+    "{% if tools %}<|im_start|>tools\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}"
+    "{% for call in message.tool_calls %}<call>{{ call.function.name }}|{{ call.function.arguments | tojson }}</call>"
+    "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""A template with functions of its own format."""
+
+
+def read_one(record: dict[str, object], folder: Path) -> Chat:
+    path = folder / "one.jsonl"
+    path.write_text(json.dumps(record), encoding="utf-8")
+    (document,) = open_documents(DataSpec(str(path)))
+    assert isinstance(document, Chat)
+    return document
+
+
+def learned(tokenizer: PreTrainedTokenizerFast, chat: Chat) -> tuple[str, str]:
+    """Return the whole text of an encoded chat, and its learned part."""
+    ids = Encoder(tokenizer).encode([chat])[0]
+    return text_of(tokenizer, np.where(ids < 0, ~ids, ids)), text_of(tokenizer, ids[ids >= 0])
+
+
+def test_calls_are_learned_as_text_where_the_template_has_no_functions(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    whole, answers = learned(tokenizer, read_one(CALLED, tmp_path))
+    call = '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
+    assert answers == f"{call}<|im_end|>\nIt is 8.<|im_end|>\n"
+    assert "Be brief." in whole
+    assert '{"name": "now", "description": "The time."}' in whole
+    assert "<tool_response>\n8 am\n</tool_response>" in whole
+
+
+def test_calls_are_learned_in_the_format_of_the_template(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    template, tokenizer.chat_template = tokenizer.chat_template, NATIVE_TEMPLATE
+    try:
+        whole, answers = learned(tokenizer, read_one(CALLED, tmp_path))
+    finally:
+        tokenizer.chat_template = template
+    assert answers == "<call>now|{}</call><|im_end|>\nIt is 8.<|im_end|>\n"
+    assert whole.startswith('<|im_start|>tools\n[{"type": "function", "function": {"name": "now"')
+
+
+def test_a_trained_prompt_is_the_served_one(tokenizer: PreTrainedTokenizerFast, artefact: Path, tmp_path: Path) -> None:
+    chat = read_one({**CALLED, "messages": CALLED["messages"][:3]}, tmp_path)  # type: ignore[index]
+    ids = Encoder(tokenizer).encode([chat])[0]
+    prompt = [int(~each) for each in ids if each < 0]
+    with contextlib.closing(load_engine(artefact, EngineOptions(threads=1))) as engine:
+        served = chat_prompt(engine, chat.messages[:2], PromptOptions(ToolUse(chat.tools)))
+    assert prompt == served
+
+
+FORMS = {
+    "prompt and completion": {"prompt": "Hi", "completion": "Hello."},
+    "prompt and completion as messages": {"prompt": [ASKED], "completion": [ANSWERED]},
+    "alpaca": {"instruction": "Hi", "input": "", "output": "Hello."},
+    "sharegpt": {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]},
+    "openai": {"messages": [ASKED, ANSWERED]},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_record_is_the_same_chat(form: str, tmp_path: Path) -> None:
+    assert read_one(FORMS[form], tmp_path) == Chat.of(("user", "Hi"), ("assistant", "Hello."))
+
+
+def test_an_input_follows_its_instruction(tmp_path: Path) -> None:
+    chat = read_one({"instruction": "Translate.", "input": "Hallo", "output": "Hello"}, tmp_path)
+    assert chat == Chat.of(("user", "Translate.\n\nHallo"), ("assistant", "Hello"))
+
+
+def test_sharegpt_calls_and_results_are_calls_and_results(tmp_path: Path) -> None:
+    turns = [
+        {"from": "human", "value": "Hi"},
+        {"from": "function_call", "value": '{"name": "now", "arguments": {}}'},
+        {"from": "observation", "value": "8 am"},
+        {"from": "gpt", "value": "It is 8."},
+    ]
+    record = {"conversations": turns, "system": "Be brief.", "tools": json.dumps([TOOL])}
+    assert read_one(record, tmp_path) == read_one(CALLED, tmp_path)
+
+
+def test_prompts_and_completions_are_read_from_tables(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("prompt,completion\nHi,Hello.\n", encoding="utf-8")
+    assert list(open_documents(DataSpec(str(tmp_path / "a.csv")))) == [Chat.of(("user", "Hi"), ("assistant", "Hello."))]
+    parquet.write_table(pyarrow.table({"instruction": ["Hi"], "output": ["Hello."]}), tmp_path / "a.parquet")
+    found = list(open_documents(DataSpec(str(tmp_path / "a.parquet"))))
+    assert found == [Chat.of(("user", "Hi"), ("assistant", "Hello."))]
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({"prompt": "Hi"}, 'has a "prompt" without a "completion"'),
+        ({"instruction": "Hi"}, 'has an "instruction" without an "output"'),
+        ({"conversations": [{"from": "dog", "value": "Wau"}]}, "has a turn \"from\" 'dog'; known are"),
+        ({"chosen": "a"}, 'has no field "text"'),
+    ],
+)
+def test_a_record_that_is_not_understood_names_its_field(
+    record: dict[str, object], reason: str, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match=re.escape(reason)):
+        read_one(record, tmp_path)
+
+
+def test_a_corpus_keeps_functions(tmp_path: Path) -> None:
+    chat = read_one(CALLED, tmp_path)
+    (tmp_path / "two.jsonl").write_text(chat.to_json(), encoding="utf-8")
+    assert list(open_documents(DataSpec(str(tmp_path / "two.jsonl")))) == [chat]
 
 
 def test_a_source_without_a_template_cannot_learn_chats(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -252,13 +399,13 @@ def test_a_model_chats_with_itself_the_same_for_a_seed(tokenizer: PreTrainedToke
     first = list(sample_chats(model, tokenizer, 200, seed=1))
     assert first == list(sample_chats(model, tokenizer, 200, seed=1))
     assert first != list(sample_chats(model, tokenizer, 200, seed=2))
-    assert all([role for role, _ in chat.turns] == ["user", "assistant"] for chat in first)
-    questions = [chat.turns[0][1] for chat in first]
+    assert all([message["role"] for message in chat.messages] == ["user", "assistant"] for chat in first)
+    questions = [chat.messages[0]["content"] for chat in first]
     assert len(set(questions)) == len(questions)
     begun = [question.startswith(OPENINGS) for question in questions]
     assert any(begun)
     assert not all(begun)
-    assert all(content.strip() for chat in first for _, content in chat.turns)
+    assert all(message["content"].strip() for chat in first for message in chat.messages)
     assert all(torch.equal(one, other) for one, other in zip(before, model.parameters(), strict=True))
 
 

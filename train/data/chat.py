@@ -7,7 +7,7 @@ read but not learned is encoded as `~token`.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,8 @@ import numpy as np
 
 from ...runtime.base.errors import ArtefactError, DataError, UsageError
 from ...runtime.chat_template import Message, render_chat
+from ...runtime.prompt import in_plain_roles
+from ...runtime.tool_format import tool_format
 
 if TYPE_CHECKING:  # efficientllm-corpus and the evaluation of artefacts need no transformers
     from transformers import PreTrainedTokenizerBase
@@ -27,26 +29,39 @@ _ANSWER = "Yes"
 
 @dataclass(frozen=True)
 class Chat:
-    """A document that is a conversation."""
+    """A document that is a conversation, possibly with functions."""
 
-    turns: tuple[tuple[str, str], ...]
-    """Pairs of role (system, user or assistant) and content."""
+    messages: tuple[Message, ...]
+    """Messages in OpenAI's form. The content is text, and the arguments of calls are objects."""
+    tools: tuple[Mapping[str, Any], ...] = ()
+    """Functions that the assistant may call, {"type": "function", "function": {...}}."""
     is_cut: bool = False
     """True if the last answer was cut, so that its turn has no end to learn."""
 
-    @property
-    def messages(self) -> list[Message]:
-        return [{"role": role, "content": content} for role, content in self.turns]
+    @classmethod
+    def of(cls, *turns: tuple[str, str], is_cut: bool = False) -> Chat:
+        """Return a chat of (role, content) pairs."""
+        return cls(tuple({"role": role, "content": content} for role, content in turns), is_cut=is_cut)
 
     @property
     def text(self) -> str:
-        """Return the contents of all turns without the roles."""
-        return "\n\n".join(content for _, content in self.turns)
+        """Return the contents and calls of all messages without the roles."""
+        contents = []
+        for message in self.messages:
+            contents += [message["content"]] if message["content"] else []
+            contents += [json.dumps(call["function"], ensure_ascii=False) for call in message.get("tool_calls", ())]
+        return "\n\n".join(contents)
+
+    @property
+    def has_functions(self) -> bool:
+        """Return True if the chat describes, calls or answers for functions."""
+        return bool(self.tools) or any(each["role"] == "tool" or "tool_calls" in each for each in self.messages)
 
     def to_json(self) -> str:
-        """Return the record that readers.py parses to this chat, in one line."""
+        """Return the record that records.py parses to this chat, in one line."""
+        tools = {"tools": self.tools} if self.tools else {}
         cut = {"cut": True} if self.is_cut else {}
-        return json.dumps({"messages": self.messages, **cut}, ensure_ascii=False)
+        return json.dumps({"messages": self.messages, **tools, **cut}, ensure_ascii=False)
 
 
 Document = str | Chat
@@ -109,26 +124,41 @@ class ChatFormat:
         Raises DataError if the template rejects the chat or changes earlier turns.
         """
         spans: list[Span] = []
-        rendered, messages = "", chat.messages
+        rendered = ""
         try:
-            for index, (role, _) in enumerate(chat.turns):
-                if role != "assistant":
+            for index, message in enumerate(chat.messages):
+                if message["role"] != "assistant":
                     continue
-                prompt = self.prompt(messages[:index])
-                answered = self._render(messages[: index + 1])
+                prompt = self._render(chat, index, add_generation_prompt=True)
+                answered = self._render(chat, index + 1, add_generation_prompt=False)
                 if not (prompt.startswith(rendered) and answered.startswith(prompt)):
                     raise DataError("the source's chat template rewrites earlier turns; give chats of one question")
                 spans += [Span(prompt[len(rendered) :], False), Span(answered[len(prompt) :], True)]
                 rendered = answered
         except UsageError as error:
-            raise DataError(f"a chat of {len(chat.turns)} turns: {error}") from error
+            raise DataError(f"a chat of {len(chat.messages)} turns: {error}") from error
         if chat.is_cut and spans:
-            answer, content = spans[-1].text, chat.turns[-1][1].strip()
+            answer, content = spans[-1].text, chat.messages[-1]["content"].strip()
             spans[-1] = Span(answer[: answer.rfind(content) + len(content)], True)
         return spans
 
-    def _render(self, messages: Sequence[Message]) -> str:
-        return render_chat(self.template, messages, self.bos_token, self.eos_token, add_generation_prompt=False)
+    def _render(self, chat: Chat, count: int, *, add_generation_prompt: bool) -> str:
+        """Render the first `count` messages as the runtime renders them for an answer.
+
+        If the template has no functions, their descriptions, calls and results become text, as in the server.
+        """
+        messages: Sequence[Message] = chat.messages[:count]
+        tools = chat.tools
+        if chat.has_functions and not tool_format(self.template, self.bos_token, self.eos_token).is_from_template:
+            messages, tools = in_plain_roles(messages, tools), ()
+        return render_chat(
+            self.template,
+            messages,
+            self.bos_token,
+            self.eos_token,
+            add_generation_prompt=add_generation_prompt,
+            tools=tools,
+        )
 
 
 def end_of_text_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -26,7 +26,8 @@ from ...runtime.base.progress import ProgressDisplay
 from ...runtime.base.quantities import format_bytes, markdown_table
 from .chat import Chat, Document
 from .documents import DataSpec, check_documents, open_documents, text_of
-from .readers import KNOWN_FILES, BadLines, reader_of
+from .readers import KNOWN_FILES, reader_of
+from .records import BadLines
 
 SUFFIXES = (".jsonl.gz", ".jsonl")
 GZIP_LEVEL = 6

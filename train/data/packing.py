@@ -13,7 +13,7 @@ Otherwise the first windows of a run would all be beginnings of documents.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,56 +37,6 @@ TOKENIZE_BATCH = 32
 """Documents tokenised in one call, in parallel inside tokenizers."""
 
 
-class Lanes:
-    """Endless windows of one corpus, read from several lanes of documents. A function of the seed alone."""
-
-    def __init__(self, next_document: Callable[[], np.ndarray], count: int, window: int, seed: tuple[int, ...]) -> None:
-        """Create `count` empty lanes of windows [S + 1] with S = `window`.
-
-        `next_document` returns token ids int32 [n] with the end-of-text token, n > 0.
-        """
-        self._next_document = next_document
-        self._seed = seed
-        self.window = window
-        self.buffers = [np.empty(0, np.int32)] * count
-        """Tokens of each lane that no window has used."""
-        self.drawn = 0
-        """Number of windows returned."""
-
-    def next_window(self) -> np.ndarray:
-        """Return a window, int32 [S + 1].
-
-        Its last token is the first of the lane's next window, so every token is predicted once.
-        """
-        visit, turn = divmod(self.drawn, len(self.buffers))
-        lane = int(self._order(visit)[turn])
-        parts, size = [self.buffers[lane]], len(self.buffers[lane])
-        while size <= self.window:
-            document = self._next_document()
-            if not visit and not size and len(document) > self.window:
-                document = np.roll(document, self._random(START, lane).integers(len(document)))
-            parts.append(document)
-            size += len(document)
-        tokens = np.concatenate(parts)
-        self.buffers[lane] = tokens[self.window :]
-        self.drawn += 1
-        return tokens[: self.window + 1]
-
-    def _order(self, visit: int) -> np.ndarray:
-        return self._random(ORDER, visit).permutation(len(self.buffers))
-
-    def _random(self, *purpose: int) -> np.random.Generator:
-        """Return a generator that depends on the seed and the purpose, not on numbers drawn before."""
-        return np.random.default_rng([*self._seed, *purpose])
-
-    def state(self) -> dict[str, Any]:
-        """Return the position. This is cheap: the arrays are shared, and none is ever modified."""
-        return {"buffers": list(self.buffers), "drawn": self.drawn}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        self.buffers, self.drawn = list(state["buffers"]), state["drawn"]
-
-
 @dataclass
 class CorpusPosition:
     """Position in one corpus."""
@@ -108,13 +58,12 @@ class ShuffledDocuments:
         self.state = CorpusPosition()
         self._blocks: Iterator[list[Document]] | None = None
         self._current: list[Document] = []
-        self._first_block_size = 0
 
-    def first_block_size(self) -> int:
-        """Return the number of documents in the first block, which is all of a small corpus."""
+    def block_size(self) -> int:
+        """Return the number of documents in the current block, which is all of a small corpus."""
         if self._blocks is None:
             self._open()
-        return self._first_block_size
+        return len(self._current)
 
     def seek(self, state: CorpusPosition) -> None:
         """Continue from another position."""
@@ -125,7 +74,9 @@ class ShuffledDocuments:
         if self._blocks is None:
             self._open()
         if self.state.offset >= len(self._current):
-            self._next_block()
+            self.state.block += 1
+            self.state.offset = 0
+            self._load_block()
         start = self.state.offset
         documents = self._current[start : start + count]
         self.state.offset = start + len(documents)
@@ -144,67 +95,83 @@ class ShuffledDocuments:
         if block is None:
             if self.state.block == 0:
                 raise DataError(f"--data {self.spec.path}: no documents to train on")
-            self.state.epoch, self.state.block, self.state.offset = self.state.epoch + 1, 0, 0
-            return self._open()
+            self.state = CorpusPosition(self.state.epoch + 1)
+            self._open()
+            return
         order = np.random.default_rng([*self.seed, self.state.epoch, self.state.block]).permutation(len(block))
         self._current = [block[i] for i in order]
-        self._first_block_size = self._first_block_size or len(block)
-        return None
-
-    def _next_block(self) -> None:
-        self.state.block += 1
-        self.state.offset = 0
-        self._load_block()
 
 
 class CorpusWindows:
-    """Endless windows of one corpus."""
+    """Endless windows [S + 1] of one corpus, read from several lanes of documents. They depend on the seed alone."""
 
     def __init__(self, documents: ShuffledDocuments, encoder: Encoder, window: int) -> None:
+        """Read windows of S = `window` tokens and the one after them."""
         self.documents = documents
         self.encoder = encoder
+        self.window = window
+        self.drawn = 0
+        """Number of windows returned."""
+        self._buffers: list[np.ndarray] | None = None
         self._queue: list[np.ndarray] = []
         """Tokenised documents that are in no lane yet."""
-        self._window = window
-        self._lanes: Lanes | None = None
 
     @property
-    def lanes(self) -> Lanes:
-        """Return the lanes, created on first use because their number depends on the number of documents."""
-        if self._lanes is None:
+    def buffers(self) -> list[np.ndarray]:
+        """Return the tokens of each lane that no window has used, int32. The first call sets the number of lanes."""
+        if self._buffers is None:
             # at least two documents a lane, so that a small corpus is read completely before any of it is repeated
-            self._lanes = self._new_lanes(max(1, min(LANES, self.documents.first_block_size() // 2)))
-        return self._lanes
-
-    def _new_lanes(self, count: int) -> Lanes:
-        return Lanes(self._next_document, count, self._window, self.documents.seed)
+            self._buffers = [np.empty(0, np.int32)] * max(1, min(LANES, self.documents.block_size() // 2))
+        return self._buffers
 
     def next_window(self) -> np.ndarray:
-        """Return a window, int32 [S + 1]."""
-        return self.lanes.next_window()
+        """Return a window, int32 [S + 1].
+
+        Its last token is the first of the lane's next window, so every token is predicted once.
+        """
+        visit, turn = divmod(self.drawn, len(self.buffers))
+        lane = int(self._order(visit)[turn])
+        parts, size = [self.buffers[lane]], len(self.buffers[lane])
+        while size <= self.window:
+            document = self._next_document()
+            if not visit and not size and len(document) > self.window:
+                document = np.roll(document, self._random(START, lane).integers(len(document)))
+            parts.append(document)
+            size += len(document)
+        tokens = np.concatenate(parts)
+        self.buffers[lane] = tokens[self.window :]
+        self.drawn += 1
+        return tokens[: self.window + 1]
 
     def _next_document(self) -> np.ndarray:
         if not self._queue:
             self._queue = self.encoder.encode(self.documents.next_documents(TOKENIZE_BATCH))
         return self._queue.pop(0)
 
+    def _order(self, visit: int) -> np.ndarray:
+        return self._random(ORDER, visit).permutation(len(self.buffers))
+
+    def _random(self, *purpose: int) -> np.random.Generator:
+        """Return a generator that depends on the seed and the purpose, not on numbers drawn before."""
+        return np.random.default_rng([*self.documents.seed, *purpose])
+
     def switch_encoder(self, encoder: Encoder) -> None:
         """Continue with another encoder and empty lanes. The rest of the documents in lanes is dropped."""
-        count = len(self.lanes.buffers)
         self.encoder = encoder
         # documents in the queue are the last ones taken, all from the current block, and are read again
         self.documents.state.offset -= len(self._queue)
         self._queue = []
-        self._lanes = self._new_lanes(count)
+        self._buffers, self.drawn = [np.empty(0, np.int32)] * len(self.buffers), 0
 
     def state(self) -> dict[str, Any]:
-        return {"documents": vars(self.documents.state).copy(), "queue": list(self._queue), "lanes": self.lanes.state()}
+        """Return the position. This is cheap: the arrays are shared, and none is ever modified."""
+        lanes = {"buffers": list(self.buffers), "drawn": self.drawn}
+        return {"documents": vars(self.documents.state).copy(), "queue": list(self._queue), "lanes": lanes}
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.documents.seek(CorpusPosition(**state["documents"]))
         self._queue = list(state["queue"])
-        self._lanes = self._new_lanes(len(state["lanes"]["buffers"]))
-        self._lanes.load_state(state["lanes"])
+        self._buffers, self.drawn = list(state["lanes"]["buffers"]), state["lanes"]["drawn"]
 
 
 class PackedStream:
@@ -256,7 +223,7 @@ class PackedStream:
         """Return the corpus with the fewest windows for its weight. Each stays within one window of its share."""
 
         def progress(corpus: CorpusWindows) -> float:
-            return (corpus.lanes.drawn + 0.5) / corpus.documents.spec.weight
+            return (corpus.drawn + 0.5) / corpus.documents.spec.weight
 
         return min(self.corpora, key=progress)
 

@@ -1,6 +1,6 @@
 """Readers of corpus files: each format yields its documents one at a time.
 
-A DataError names the file and the place of a malformed record. RECORD_FORMS maps the forms of a record to documents.
+A DataError names the file and the place of a malformed record. records.py converts a record to its document.
 """
 
 from __future__ import annotations
@@ -14,161 +14,21 @@ import json
 import logging
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
 
 from ...runtime.base.errors import DataError
 from ...runtime.base.extras import extra
-from .chat import Chat, Document
+from .chat import Document
+from .records import RECORD_FORMS, ReadContext, document_of
 
 _log = logging.getLogger("efficientllm.train")
 
 TEXT_DOCUMENT_CHARACTERS = 4096
 """A .txt or .md file is split into documents at the first blank line after this many characters."""
 
-MESSAGES = "messages"
-"""Field that holds a chat."""
-
-TOOL_FIELDS, CALL_FIELDS = ("tools", "functions"), ("tool_calls", "function_call")
-"""Fields of a record and of a message that describe and call functions, in OpenAI's newer and older form."""
-
-RESULT_ROLES = ("tool", "function")
-"""Roles of messages that hold the result of a call."""
-
 CSV_FIELD_BYTES = 2**31 - 1
 """The largest limit that Python's csv accepts on all platforms. Its default, 128 KiB, is less than a long document."""
-
-
-class BadLines:
-    """Counts the malformed records of one reading of a corpus."""
-
-    def __init__(self, allowed: int, silent: bool = False) -> None:
-        self.allowed = allowed
-        self.count = 0
-        self._silent = silent
-
-    def add(self, error: DataError) -> None:
-        """Count and log a record that is skipped. Raises DataError if it is one more than allowed."""
-        self.count += 1
-        if self.count > self.allowed:
-            hint = "" if self.allowed else "; --skip-bad-lines N leaves out up to N such lines"
-            raise DataError(f"{error}{hint}") from error
-        if not self._silent:
-            _log.warning(f"skipped: {error}")
-
-
-@dataclass(frozen=True)
-class ReadContext:
-    """The settings of a reading, and the errors that name its input."""
-
-    name: str
-    """The path or dataset as the user typed it, or the path of a file within a folder."""
-    field: str
-    """JSON field or table column that holds the text."""
-    bad_lines: BadLines
-
-    def error(self, reason: str) -> DataError:
-        return DataError(f"--data {self.name}: {reason}")
-
-    def missing(self, place: str, names: Iterable[str]) -> DataError:
-        """Return the error of a place whose fields or columns, `names`, lack the text field."""
-        shown = ", ".join(itertools.islice(names, 12))
-        return self.error(f'{place} "{self.field}"; it has {shown or "none"} (--text-field NAME reads another)')
-
-    def not_utf8(self, error: UnicodeDecodeError, place: str = "") -> DataError:
-        """Return the error of bytes that are not UTF-8, with the encoding that they seem to have."""
-        if error.object[:2] in (b"\xff\xfe", b"\xfe\xff"):
-            return self.error(f"{place}not UTF-8 but UTF-16; convert it: iconv -f utf-16 -t utf-8")
-        if b"\0" in error.object:
-            return self.error(f"{place}not UTF-8 but binary; give a text file")
-        return self.error(f"{place}not UTF-8 ({error.reason}); convert it, as with: iconv -f latin1 -t utf-8")
-
-
-def document_of(context: ReadContext, record: Any, place: str) -> Document:
-    """Return the document of one record: its text field, or the first of RECORD_FORMS whose field it has.
-
-    `place` names the record in errors. Raises DataError for a record of no known form or with malformed values.
-    """
-    field = context.field
-    if not isinstance(record, dict):
-        raise context.error(f'{place} is not a JSON object with a "{field}" field')
-    if field in record:
-        if not isinstance(record[field], str):
-            raise context.error(f'the "{field}" of {place} is not a string (--text-field NAME reads another)')
-        return _checked_unicode(context, record[field], f'the "{field}" of {place}')
-    for form in RECORD_FORMS:
-        if form.field in record:
-            return form.parse(context, record, place)
-    raise context.missing(f"{place} has no field", record)
-
-
-def _chat_of(context: ReadContext, record: dict[str, Any], place: str) -> Chat:
-    """Return the chat of a record with messages, as in chat datasets and the OpenAI API.
-
-    Raises DataError for descriptions of functions, a malformed message, or a chat without an answer.
-    """
-    for name in TOOL_FIELDS:
-        if record.get(name):
-            remedy = f'write them into a system message and delete "{name}", or remove the record'
-            raise context.error(f'{place} has "{name}", and functions cannot be trained yet; {remedy}')
-    messages = record[MESSAGES]
-    malformed = context.error(f'the "{MESSAGES}" of {place} must be a list of {{"role": ..., "content": ...}}')
-    if not isinstance(messages, list):
-        raise malformed
-    turns: list[tuple[str, str]] = []
-    for number, message in enumerate(messages, 1):
-        if not isinstance(message, dict):
-            raise malformed
-        _check_message(context, message, f"message {number} of {place}")
-        role, content = message.get("role"), message.get("content")
-        if not (isinstance(role, str) and isinstance(content, str)):
-            raise malformed
-        turns.append((role, _checked_unicode(context, content, f"a message of {place}")))
-    if not any(role == "assistant" for role, _ in turns):
-        raise context.error(f'the "{MESSAGES}" of {place} have no answer: none has the role assistant')
-    return Chat(tuple(turns), record.get("cut") is True)
-
-
-def _check_message(context: ReadContext, message: dict[str, Any], place: str) -> None:
-    """Raise DataError for calls and results of functions, for content that is null and for an empty answer."""
-    role, content = message.get("role"), message.get("content", "missing")
-    for name in CALL_FIELDS:
-        if message.get(name):
-            remedy = f'write them into its "content" and delete "{name}", or remove the record'
-            raise context.error(f'{place} has "{name}", and calls cannot be trained yet; {remedy}')
-    if role in RESULT_ROLES:
-        remedy = "give it the role user, or remove the record"
-        raise context.error(f'{place} has the "role" {role}, and results of calls cannot be trained yet; {remedy}')
-    if content is None:
-        raise context.error(f'{place} has a "content" that is null; give it a text, or remove the record')
-    if role == "assistant" and isinstance(content, str) and not content.strip():
-        raise context.error(f'{place} has an empty "content", which is no answer; give it a text, or remove the record')
-
-
-def _checked_unicode(context: ReadContext, text: str, name: str) -> str:
-    """Return the text. Raises DataError for an escaped lone surrogate, which tokenizers reject."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise context.error(f"{name} is not Unicode: {error.reason}") from error
-    return text
-
-
-@dataclass(frozen=True)
-class RecordForm:
-    """A form of record that holds a document in other fields than a text."""
-
-    field: str
-    """Field by which a record of this form is recognised."""
-    optional_fields: tuple[str, ...]
-    """Further columns of a table that `parse` reads."""
-    parse: Callable[[ReadContext, dict[str, Any], str], Document]
-    """Function that returns the document of a record and raises DataError. It gets the record's place for errors."""
-
-
-RECORD_FORMS = (RecordForm(MESSAGES, TOOL_FIELDS, _chat_of),)
-"""Forms that are tried in this order on a record without the text field."""
 
 
 def _parse_json(context: ReadContext, content: bytes, place: str) -> Any:
@@ -230,11 +90,14 @@ def _decoded(stream: IO[bytes], context: ReadContext, newline: str | None = None
         raise context.not_utf8(error) from error
 
 
-def _read_csv(stream: IO[bytes], context: ReadContext) -> Iterator[str]:
+def _read_csv(stream: IO[bytes], context: ReadContext) -> Iterator[Document]:
     csv.field_size_limit(CSV_FIELD_BYTES)
     with _decoded(stream, context, newline="") as lines:
         rows = csv.DictReader(lines, strict=True)
         try:
+            if any(form.field in (rows.fieldnames or ()) for form in RECORD_FORMS):
+                yield from read_records(rows, context, "row")
+                return
             if context.field not in (rows.fieldnames or ()):
                 raise context.missing("no column", rows.fieldnames or ())
             for row in rows:
@@ -272,7 +135,7 @@ def _read_parquet(stream: IO[bytes], context: ReadContext) -> Iterator[Document]
         names = file.schema_arrow.names
         form = next((form for form in RECORD_FORMS if names.count(form.field) == 1), None)
         if context.field not in names and form is not None:
-            columns = [name for name in names if name in (form.field, *form.optional_fields)]
+            columns = [name for name in names if name in (form.field, *form.other_fields)]
             batches = file.iter_batches(columns=columns)
             rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
             yield from read_records(rows, context, "row")

@@ -96,7 +96,7 @@ def sample_chats(
         num_chats = 0
         for question, answer in zip(questions, answers, strict=True):
             if text := answer.text.strip():
-                yield Chat((("user", question), ("assistant", text)), is_cut=not answer.is_whole)
+                yield Chat.of(("user", question), ("assistant", text), is_cut=not answer.is_whole)
                 done += len(tokenizer.encode(question + text, add_special_tokens=False))
                 num_chats += 1
         batch += 1

@@ -1,0 +1,257 @@
+"""Convert records to documents: the fields of a JSON object or of a table's row.
+
+RECORD_FORMS lists the forms besides a text field. Chats keep their functions and calls in OpenAI's form. A record that
+is not understood is refused by the name of its field.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ...runtime.base.errors import DataError
+from ...runtime.chat_template import Message
+from .chat import Chat, Document
+
+_log = logging.getLogger("efficientllm.train")
+
+OLDER_FIELDS = {"functions": "tools", "function_call": "tool_calls"}
+"""OpenAI's older fields for functions and calls, and the fields that replace them."""
+
+SHAREGPT_ROLES = {
+    **{"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"},
+    **{"function_call": "call", "observation": "tool", "tool": "tool"},
+}
+"""Values of "from" in ShareGPT's records. "call" is an assistant's message whose value is a call in JSON."""
+
+
+class BadLines:
+    """Counts the malformed records of one reading of a corpus."""
+
+    def __init__(self, allowed: int, silent: bool = False) -> None:
+        self.allowed = allowed
+        self.count = 0
+        self._silent = silent
+
+    def add(self, error: DataError) -> None:
+        """Count and log a record that is skipped. Raises DataError if it is one more than allowed."""
+        self.count += 1
+        if self.count > self.allowed:
+            hint = "" if self.allowed else "; --skip-bad-lines N leaves out up to N such lines"
+            raise DataError(f"{error}{hint}") from error
+        if not self._silent:
+            _log.warning(f"skipped: {error}")
+
+
+@dataclass(frozen=True)
+class ReadContext:
+    """The settings of a reading, and the errors that name its input."""
+
+    name: str
+    """The path or dataset as the user typed it, or the path of a file within a folder."""
+    field: str
+    """JSON field or table column that holds the text."""
+    bad_lines: BadLines
+
+    def error(self, reason: str) -> DataError:
+        return DataError(f"--data {self.name}: {reason}")
+
+    def missing(self, place: str, names: Iterable[str]) -> DataError:
+        """Return the error of a place whose fields or columns, `names`, lack the text field."""
+        shown = ", ".join(itertools.islice(names, 12))
+        return self.error(f'{place} "{self.field}"; it has {shown or "none"} (--text-field NAME reads another)')
+
+    def not_utf8(self, error: UnicodeDecodeError, place: str = "") -> DataError:
+        """Return the error of bytes that are not UTF-8, with the encoding that they seem to have."""
+        if error.object[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            return self.error(f"{place}not UTF-8 but UTF-16; convert it: iconv -f utf-16 -t utf-8")
+        if b"\0" in error.object:
+            return self.error(f"{place}not UTF-8 but binary; give a text file")
+        return self.error(f"{place}not UTF-8 ({error.reason}); convert it, as with: iconv -f latin1 -t utf-8")
+
+
+def document_of(context: ReadContext, record: Any, place: str) -> Document:
+    """Return the document of one record: its text field, or the first of RECORD_FORMS whose field it has.
+
+    `place` names the record in errors. Raises DataError for a record of no known form or with malformed values.
+    """
+    field = context.field
+    if not isinstance(record, dict):
+        raise context.error(f'{place} is not a JSON object with a "{field}" field')
+    if field in record:
+        if not isinstance(record[field], str):
+            raise context.error(f'the "{field}" of {place} is not a string (--text-field NAME reads another)')
+        return _checked_unicode(context, record[field], f'the "{field}" of {place}')
+    for form in RECORD_FORMS:
+        if form.field in record:
+            return form.parse(context, record, place)
+    raise context.missing(f"{place} has no field", record)
+
+
+def _checked_unicode(context: ReadContext, text: str, name: str) -> str:
+    """Return the text. Raises DataError for an escaped lone surrogate, which tokenizers reject."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise context.error(f"{name} is not Unicode: {error.reason}") from error
+    return text
+
+
+def _chat(context: ReadContext, record: Mapping[str, Any], messages: list[Message], place: str) -> Chat:
+    """Return a chat of checked messages with the record's functions. Raises DataError without an answer."""
+    if not any(message["role"] == "assistant" for message in messages):
+        raise context.error(f"{place} has no answer to learn: no message has the role assistant")
+    return Chat(tuple(messages), _tools(context, record, place), record.get("cut") is True)
+
+
+def _tools(context: ReadContext, record: Mapping[str, Any], place: str) -> tuple[dict[str, Any], ...]:
+    """Return the functions of a record in OpenAI's form. A list in JSON text is accepted, as in tables."""
+    _refuse_older_field(context, record, "functions", place)
+    tools = record.get("tools") or ()
+    if isinstance(tools, str):
+        tools = _parsed(context, tools, f'the "tools" of {place}')
+    malformed = f'the "tools" of {place} must be a list of {{"type": "function", "function": {{"name": ..., ...}}}}'
+    if not isinstance(tools, list | tuple):
+        raise context.error(malformed)
+    found = []
+    for tool in tools:
+        function = tool.get("function", tool) if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise context.error(malformed)
+        found.append({"type": "function", "function": function})
+    return tuple(found)
+
+
+def _message(context: ReadContext, message: Any, place: str) -> Message:
+    """Return a message in OpenAI's form with text as content and calls whose arguments are objects."""
+    malformed = context.error(f'{place} must be {{"role": ..., "content": ...}}')
+    if not isinstance(message, dict):
+        raise malformed
+    _refuse_older_field(context, message, "function_call", place)
+    role, content, calls = message.get("role"), message.get("content", "missing"), message.get("tool_calls")
+    if not isinstance(role, str):
+        raise malformed
+    if role == "function":
+        raise context.error(f'{place} has the "role" function; name it tool')
+    if calls:
+        if role != "assistant":
+            raise context.error(f'{place} has "tool_calls", which only an assistant\'s message can have')
+        calls = [_call(context, call, f"a call in {place}") for call in calls] if isinstance(calls, list) else None
+        if calls is None:
+            raise context.error(f'the "tool_calls" of {place} must be a list')
+        content = content if isinstance(content, str) and content != "missing" else ""
+        return {"role": role, "content": _checked_unicode(context, content, place), "tool_calls": calls}
+    if content is None:
+        raise context.error(f'{place} has a "content" that is null; give it a text, or remove the record')
+    if not isinstance(content, str) or "content" not in message:
+        raise malformed
+    if role == "assistant" and not content.strip():
+        raise context.error(f'{place} has an empty "content", which is no answer; give it a text, or remove the record')
+    return {"role": role, "content": _checked_unicode(context, content, place)}
+
+
+def _call(context: ReadContext, call: Any, place: str) -> dict[str, Any]:
+    """Return a call in OpenAI's form. Arguments may be JSON text, as OpenAI writes them, or an object."""
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise context.error(f'{place} must be {{"function": {{"name": ..., "arguments": ...}}}}')
+    arguments = function.get("arguments", {})
+    if isinstance(arguments, str):
+        arguments = _parsed(context, arguments or "{}", f'the "arguments" of {place}')
+    if not isinstance(arguments, dict):
+        raise context.error(f'the "arguments" of {place} must be an object')
+    return {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
+
+
+def _refuse_older_field(context: ReadContext, values: Mapping[str, Any], name: str, place: str) -> None:
+    if values.get(name):
+        raise context.error(f'{place} has the older field "{name}"; convert it to "{OLDER_FIELDS[name]}"')
+
+
+def _parsed(context: ReadContext, text: str, name: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise context.error(f"{name} is not JSON: {error}") from error
+
+
+def _openai_chat(context: ReadContext, record: Mapping[str, Any], place: str) -> Document:
+    """Return the chat of OpenAI's fine-tuning format: messages, and functions in `tools`."""
+    messages = record["messages"]
+    if not isinstance(messages, list):
+        raise context.error(f'the "messages" of {place} must be a list of {{"role": ..., "content": ...}}')
+    checked = [_message(context, each, f"message {number} of {place}") for number, each in enumerate(messages, 1)]
+    return _chat(context, record, checked, place)
+
+
+def _sharegpt_chat(context: ReadContext, record: Mapping[str, Any], place: str) -> Document:
+    """Return the chat of ShareGPT's format: conversations of {"from": ..., "value": ...}."""
+    turns = record["conversations"]
+    malformed = f'the "conversations" of {place} must be a list of {{"from": ..., "value": ...}}'
+    if not isinstance(turns, list):
+        raise context.error(malformed)
+    messages = [{"role": "system", "content": record["system"]}] if record.get("system") else []
+    for turn in turns:
+        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
+            raise context.error(malformed)
+        role = SHAREGPT_ROLES.get(turn.get("from", ""))
+        if role is None:
+            known = ", ".join(SHAREGPT_ROLES)
+            raise context.error(f'{place} has a turn "from" {turn.get("from")!r}; known are {known}')
+        if role == "call":
+            calls = _parsed(context, turn["value"], f"a call of {place}")
+            calls = calls if isinstance(calls, list) else [calls]
+            messages.append({"role": "assistant", "content": "", "tool_calls": calls})
+        else:
+            messages.append({"role": role, "content": turn["value"]})
+    checked = [_message(context, each, f"turn {number} of {place}") for number, each in enumerate(messages, 1)]
+    return _chat(context, record, checked, place)
+
+
+def _completion(context: ReadContext, record: Mapping[str, Any], place: str) -> Document:
+    """Return the chat of a prompt and its completion: texts, or lists of messages."""
+    if record.get("completion") is None:
+        raise context.error(f'{place} has a "prompt" without a "completion"')
+    sides = {"prompt": "user", "completion": "assistant"}
+    messages = []
+    for name, role in sides.items():
+        value = record[name]
+        messages += value if isinstance(value, list) else [{"role": role, "content": value}]
+    return _chat(context, record, [_message(context, each, f"a message of {place}") for each in messages], place)
+
+
+def _alpaca(context: ReadContext, record: Mapping[str, Any], place: str) -> Document:
+    """Return the chat of Alpaca's format: an instruction with an optional input, and an output."""
+    if record.get("output") is None:
+        raise context.error(f'{place} has an "instruction" without an "output"')
+    question = record["instruction"]
+    if record.get("input"):
+        question = f"{question}\n\n{record['input']}"
+    messages = [{"role": "system", "content": record["system"]}] if record.get("system") else []
+    messages += [{"role": "user", "content": question}, {"role": "assistant", "content": record["output"]}]
+    return _chat(context, record, [_message(context, each, f"a message of {place}") for each in messages], place)
+
+
+@dataclass(frozen=True)
+class RecordForm:
+    """A form of record that holds a document in other fields than a text."""
+
+    field: str
+    """Field by which a record of this form is recognised."""
+    other_fields: tuple[str, ...]
+    """Further columns of a table that `parse` reads."""
+    parse: Callable[[ReadContext, dict[str, Any], str], Document]
+    """Function that returns the document of a record and raises DataError. It gets the record's place for errors."""
+
+
+RECORD_FORMS = (
+    RecordForm("messages", ("tools", "functions"), _openai_chat),
+    RecordForm("conversations", ("tools", "system"), _sharegpt_chat),
+    RecordForm("prompt", ("completion", "tools"), _completion),
+    RecordForm("instruction", ("input", "output", "system"), _alpaca),
+)
+"""Forms that are tried in this order on a record without the text field."""
