@@ -1,1 +1,1 @@
-"""An OpenAI-style endpoint over the runtime's engines."""
+"""An HTTP server with OpenAI's API over the engines of the runtime."""

@@ -1,13 +1,14 @@
-"""The FastAPI application: who may call it, and how refusals are answered."""
+"""The FastAPI application: access options, error handlers and the OpenAPI document."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -23,10 +24,8 @@ from .answers.choices import SamplingDefaults
 from .endpoints import Endpoints
 from .models.metrics import Metrics
 from .models.pool import ModelPool
-from .page.reference import reference_page
-from .schemas.error import APIError
-from .schemas.invalid import said_of, unread
-from .schemas.openapi import document
+from .page.html_pages import reference_page
+from .schemas.api_error import APIError, unreadable_message, validation_message
 
 
 @dataclass(frozen=True)
@@ -34,32 +33,32 @@ class AppOptions:
     """access"""
 
     api_key: str = ""
-    """Key that clients must send; empty: that of --api-key-file, or else of EFFICIENTLLM_API_KEY, if any."""
+    """Key that clients must send; empty: the key in --api-key-file, else in EFFICIENTLLM_API_KEY, if any."""
     api_key_file: str = ""
-    """File that holds the key: a flag can be read in the list of processes."""
+    """File that holds the key. It is safer than --api-key, which the list of processes shows."""
     allow_host: tuple[str, ...] = ()
-    """Name that the server is called by, repeatable; matters without a key. Where other machines may call it and names
-    are given, it answers to no others but this machine's own."""
+    """Host name of the server, repeatable. Without a key, a server that listens on a local address or has such names
+    refuses requests with any other host name, except the local ones."""
     cors_origin: tuple[str, ...] = ()
-    """Web page's origin that may call the endpoint from a browser, repeatable; none by default."""
+    """Origin of a web page that may call the server from a browser (CORS), repeatable; none by default."""
     max_body_bytes: int = 1_000_000
-    """Largest request."""
+    """Largest body of a request, in bytes."""
     body_timeout: float = flags.number(30.0, above=0)
-    """Seconds a client has to send a request."""
+    """Longest time to receive a request, in seconds."""
     overflow: Overflow = "error"
-    """Where a chat outgrows the context window: error, or slide (forget the oldest tokens)."""
+    """Action when a chat exceeds the context window: error, or slide (remove the oldest tokens)."""
 
     def __post_init__(self) -> None:
         flags.check_fields(self)
 
     @property
     def key(self) -> str:
-        """The key, wherever it is given; UsageError for a file without one."""
+        """Return the key from the flag, the file or the environment. UsageError if the file is empty."""
         if self.api_key or not self.api_key_file:
             return self.api_key or os.environ.get("EFFICIENTLLM_API_KEY", "")
         key = Path(self.api_key_file).read_text(encoding="utf-8").strip()
         if not key:
-            raise UsageError(f"--api-key-file {self.api_key_file}: is empty")
+            raise UsageError(f"--api-key-file {self.api_key_file}: is empty; write the key into it")
         return key
 
 
@@ -69,9 +68,9 @@ def create_app(
     is_local: bool = False,
     sampling: SamplingDefaults | None = None,
 ) -> FastAPI:
-    """An application that serves `pool`; it closes the pool when it shuts down.
+    """Return an application that serves `pool` and closes it at shutdown.
 
-    `is_local`: only this machine may call it; without a key, other names than its own are refused then.
+    `is_local`: only this machine can reach the server. Without a key, other host names are refused then.
     """
     options = options or AppOptions()
     metrics = Metrics(pool)
@@ -81,27 +80,46 @@ def create_app(
         yield
         await asyncio.to_thread(pool.close)
 
-    app = FastAPI(title="efficientllm", lifespan=lifespan, docs_url=None, redoc_url=None)  # they load from elsewhere
+    app = FastAPI(
+        title="efficientllm", lifespan=lifespan, docs_url=None, redoc_url=None
+    )  # both load scripts from a CDN
     is_named = (is_local or options.allow_host) and not options.key
     names = frozenset((*LOCAL_HOSTS, *options.allow_host) if is_named else ())
     limits = {"max_body_bytes": options.max_body_bytes, "body_timeout": options.body_timeout}
-    app.add_middleware(Guard, api_key=options.key, hosts=names, count=metrics.count_request, **limits)
+    app.add_middleware(Guard, api_key=options.key, hosts=names, count_refusal=metrics.count_request, **limits)
     if options.cors_origin:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(options.cors_origin), allow_methods=["*"], allow_headers=["*"]
         )
     _add_error_handlers(app, metrics)
     app.include_router(Endpoints(pool, metrics, options.overflow, sampling or SamplingDefaults()).router)
-    document(app, () if options.key else pool.artefacts)  # anybody may read it
+    _complete_document(app, () if options.key else pool.artefacts)  # the document needs no key
     app.get("/docs", include_in_schema=False)(lambda: reference_page(app.openapi()))
     return app
 
 
+def _complete_document(app: FastAPI, models: Iterable[str]) -> None:
+    """Add the names of the served models to the OpenAPI document and remove the answer 422, which is never sent."""
+    derive, names = app.openapi, list(models)
+
+    def openapi() -> dict[str, Any]:
+        document = derive()
+        for request in ("ChatRequest", "TextRequest", "ResponsesRequest", "EmbeddingsRequest") if names else ():
+            schema = document["components"]["schemas"][request]
+            schema["properties"]["model"] = {"type": "string", "enum": names}
+        for operations in document["paths"].values():
+            for operation in operations.values():
+                operation["responses"].pop("422", None)
+        return document
+
+    app.openapi = openapi  # type: ignore[method-assign]
+
+
 def _add_error_handlers(app: FastAPI, metrics: Metrics) -> None:
-    """Answer every refusal in OpenAI's shape and count it."""
+    """Answer every error in OpenAI's shape and count it."""
 
     def refuse(request: Request, error: APIError) -> JSONResponse:
-        route = request.scope.get("route")  # its pattern: what clients make up must not become labels
+        route = request.scope.get("route")  # a label is the route's pattern, not the path that the client sent
         metrics.count_request(error.status, route.path if route else "other")
         headers = {"Retry-After": "1"} if error.status in (429, 503) else None
         return JSONResponse(error.body, error.status, headers)
@@ -112,12 +130,12 @@ def _add_error_handlers(app: FastAPI, metrics: Metrics) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def answer_validation_error(request: Request, error: RequestValidationError) -> JSONResponse:
-        return refuse(request, APIError(400, said_of(error.errors())))
+        return refuse(request, APIError(400, validation_message(error.errors())))
 
     @app.exception_handler(HTTPException)
     async def answer_http_error(request: Request, error: HTTPException) -> JSONResponse:
-        if error.status_code == 400 and error.__cause__ is not None:  # FastAPI could not read the body, and keeps why
-            return refuse(request, APIError(400, f"the body is no JSON that can be read: {unread(error.__cause__)}"))
+        if error.status_code == 400 and error.__cause__ is not None:  # FastAPI could not parse the body
+            return refuse(request, APIError(400, unreadable_message(error.__cause__)))
         metrics.count_request(error.status_code)
         body = APIError(error.status_code, str(error.detail)).body
         return JSONResponse(body, error.status_code, error.headers)

@@ -1,4 +1,4 @@
-"""OpenAI's endpoints, tokens, health, metrics and the chat page."""
+"""The routes: OpenAI's endpoints, tokens, health, metrics and the chat page."""
 
 from __future__ import annotations
 
@@ -16,199 +16,212 @@ from ..runtime.engines.scheduler import EngineScheduler
 from ..runtime.generation import Overflow
 from ..runtime.prompt import text_prompt
 from .access.guard import TRUSTED
-from .answers.answer import Answer, ChatAnswer, TextAnswer
-from .answers.choices import Choice, SamplingDefaults, choices_of, text_of
-from .answers.embeddings import embeddings_of
-from .answers.responses import ResponsesAnswer
+from .answers.builders import ChatBuilder, CompletionBuilder, TextBuilder
+from .answers.choices import Choice, SamplingDefaults, make_choices, text_of
+from .answers.embeddings import embed_texts
+from .answers.responses_builder import ResponsesBuilder
 from .models.metrics import AnswerClock, Metrics
 from .models.pool import ModelPool
-from .page.files import page_file
-from .schemas.completions import ChatRequest, CompletionRequest, DetokenizeRequest, TextRequest, TokenizeRequest
-from .schemas.embeddings import EmbeddingsRequest
-from .schemas.error import APIError
-from .schemas.openapi import (
-    ERRORS,
+from .page.html_pages import page_file
+from .schemas.api_error import APIError
+from .schemas.completions import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    EmbeddingsRequest,
+    TextRequest,
+    TokenizeRequest,
+)
+from .schemas.response_models import (
     ChatCompletion,
     Detokenized,
     Embeddings,
+    ErrorAnswer,
     Health,
+    LoadedModel,
     ModelCard,
     ModelList,
     ResponseAnswer,
+    ResponseModel,
     TextCompletion,
     Tokenized,
-    answer_or_events,
 )
-from .schemas.responses import ResponsesRequest
+from .schemas.responses_api import ResponsesRequest
 
-MakeAnswer = Callable[[Sequence[Choice], AnswerClock], Answer]
+MakeBuilder = Callable[[Sequence[Choice], AnswerClock], CompletionBuilder]
+Responses = dict[int | str, dict[str, Any]]
+"""Possible answers of an endpoint by status, for the OpenAPI document."""
 
-CLIENT_GONE = 499
-"""nginx's status for it: nobody reads the answer, but metrics count it."""
+CLIENT_CLOSED_REQUEST = 499
+"""nginx's status for a request whose client is gone. Nobody reads the answer, but the metrics count it."""
+
+ERROR_DESCRIPTIONS = {
+    400: "the request is wrong",
+    401: "the key is wrong",
+    404: "no such model",
+    408: "the answer took too long",
+    413: "the body is too large",
+    415: "the content type is not JSON",
+    429: "the queue is full",
+    503: "the model does not fit",
+}
+ERRORS: Responses = {
+    status: {"description": description, "model": ErrorAnswer} for status, description in ERROR_DESCRIPTIONS.items()
+}
 
 
 class Endpoints:
-    """The routes; what they send is written here and in `answers`, so FastAPI is given no response_model to apply."""
+    """The routes of one server. POST endpoints send what `answers` builds, and FastAPI does not validate it again."""
 
     def __init__(self, pool: ModelPool, metrics: Metrics, overflow: Overflow, sampling: SamplingDefaults) -> None:
         self._pool, self._metrics, self._sampling = pool, metrics, sampling
         self._overflow: Overflow = overflow
         self.router = router = APIRouter()
-        seen = ["GET", "HEAD"]
-        router.api_route("/", methods=seen, response_class=HTMLResponse, include_in_schema=False)(self.page)
+        methods = ["GET", "HEAD"]
+        router.api_route("/", methods=methods, response_class=HTMLResponse, include_in_schema=False)(self.page)
         router.get("/page/{name}", include_in_schema=False)(page_file)
-        router.get("/health", response_model=None, responses={200: {"model": Health}})(self.health)
+        router.get("/health")(self.health)
         router.head("/health", include_in_schema=False)(self.health)
         router.get("/metrics", response_class=Response)(self.prometheus)
-        router.get("/v1/models", response_model=None, responses={200: {"model": ModelList}})(self.models)
-        one_model = {200: {"model": ModelCard}, **ERRORS}
-        router.get("/v1/models/{name:path}", response_model=None, responses=one_model)(self.model)
-        for path, endpoint, answer in (
-            ("/v1/chat/completions", self.chat_completions, ChatCompletion),
-            ("/v1/completions", self.completions, TextCompletion),
-            ("/v1/responses", self.responses, ResponseAnswer),
+        router.get("/v1/models")(self.models)
+        router.get("/v1/models/{name:path}", responses=ERRORS)(self.model)
+        # OpenAPI 3.1 has no schema for single events
+        events = {"description": "the answer, whole or as events", "content": {"text/event-stream": {}}}
+        for path, endpoint, model, details in (
+            ("/v1/chat/completions", self.chat_completions, ChatCompletion, events),
+            ("/v1/completions", self.completions, TextCompletion, events),
+            ("/v1/responses", self.responses, ResponseAnswer, events),
+            ("/v1/embeddings", self.embeddings, Embeddings, {}),
+            ("/tokenize", self.tokenize, Tokenized, {}),
+            ("/detokenize", self.detokenize, Detokenized, {}),
         ):
-            router.post(path, response_model=None, responses=answer_or_events(answer))(endpoint)
-        for path, endpoint, answer in (
-            ("/v1/embeddings", self.embeddings, Embeddings),
-            ("/tokenize", self.tokenize, Tokenized),
-            ("/detokenize", self.detokenize, Detokenized),
-        ):
-            router.post(path, response_model=None, responses={200: {"model": answer}, **ERRORS})(endpoint)
+            responses: Responses = {200: {"model": model, **details}, **ERRORS}
+            router.post(path, responses=responses)(endpoint)
 
     async def page(self) -> Response:
         return page_file("index.html")
 
-    async def health(self, http: Request) -> dict[str, Any]:
+    async def health(self, http: Request) -> Health:
         workers = self._pool.loaded.items() if http.scope.get(TRUSTED) else ()
-        loaded = {name: {"kv_cache_bytes": worker.engine.kv_cache_bytes} for name, worker in workers}
-        return {"status": "ok", "in_flight": self._pool.in_flight, "loaded": loaded, **memory_bytes()}
+        loaded = {name: LoadedModel(kv_cache_bytes=worker.engine.kv_cache_bytes) for name, worker in workers}
+        memory: dict[str, Any] = memory_bytes()
+        return Health(in_flight=self._pool.in_flight, loaded=loaded, **memory)
 
     async def prometheus(self) -> Response:
         return Response(self._metrics.render(), media_type="text/plain; version=0.0.4")
 
-    async def models(self) -> dict[str, Any]:
-        return {"object": "list", "data": [self._card(name) for name in self._pool.artefacts]}
+    async def models(self) -> ModelList:
+        return ModelList(data=[self._card(name) for name in self._pool.artefacts])
 
-    async def model(self, name: str) -> dict[str, Any]:
+    async def model(self, name: str) -> ModelCard:
         if name not in self._pool.artefacts:
             raise APIError(404, f"model {name!r} does not exist", code="model_not_found")
         return self._card(name)
 
-    def _card(self, name: str) -> dict[str, Any]:
-        card = {"id": name, "object": "model", "created": 0, "owned_by": "efficientllm"}
-        return {**card, "max_model_len": self._pool.context_length(name)}
+    def _card(self, name: str) -> ModelCard:
+        return ModelCard(id=name, max_model_len=self._pool.context_length(name))
 
     async def embeddings(self, request: EmbeddingsRequest, http: Request) -> Response:
-        return await self._unless_gone(http, self._embed(request))
+        return await self._until_disconnect(http, self._embed(request))
 
-    async def _embed(self, request: EmbeddingsRequest) -> Response:
-        """One text after the other, so that it ends with the one that is being read where nobody waits any more."""
+    async def _embed(self, request: EmbeddingsRequest) -> Embeddings:
         deadline = self._pool.deadline()
         worker = await self._pool.enter(request.model, deadline)
         try:
             async with asyncio.timeout_at(deadline.at), worker.embedding:
-                body = await embeddings_of(worker.engine, request)
+                return await embed_texts(worker.engine, request)
         except TimeoutError as error:
             raise deadline.error() from error
         finally:
             worker.leave()
-        return JSONResponse(body)
 
     async def tokenize(self, request: TokenizeRequest, http: Request) -> Response:
-        def tokens_of(engine: EngineScheduler) -> list[int]:
+        def compute(engine: EngineScheduler) -> Tokenized:
             if request.add_special and not request.parse_special:
-                return text_prompt(engine, request.content) if request.content else []
-            begin = engine.bos_token if request.add_special and engine.adds_bos else ""
-            begins = engine.tokenize(begin, special=True) if begin else []
-            return begins + engine.tokenize(request.content, special=request.parse_special)
+                return Tokenized(tokens=text_prompt(engine, request.content) if request.content else [])
+            bos_text = engine.bos_token if request.add_special and engine.adds_bos else ""
+            bos = engine.tokenize(bos_text, special=True) if bos_text else []
+            return Tokenized(tokens=bos + engine.tokenize(request.content, special=request.parse_special))
 
-        return await self._with_engine(http, request.model, "tokens", tokens_of)
+        return await self._until_disconnect(http, self._with_engine(request.model, compute))
 
     async def detokenize(self, request: DetokenizeRequest, http: Request) -> Response:
-        def content_of(engine: EngineScheduler) -> str:
+        def compute(engine: EngineScheduler) -> Detokenized:
             if request.tokens and max(request.tokens) >= engine.vocab_size:
                 raise APIError(400, f"tokens: {max(request.tokens)} is outside the vocabulary of {engine.vocab_size}")
-            return text_of(engine, request.tokens)
+            return Detokenized(content=text_of(engine, request.tokens))
 
-        return await self._with_engine(http, request.model, "content", content_of)
+        return await self._until_disconnect(http, self._with_engine(request.model, compute))
 
-    async def _with_engine(
-        self, http: Request, model: str, name: str, use: Callable[[EngineScheduler], Any]
-    ) -> Response:
-        """{`name`: what `use` makes of a model's engine in a thread}; "" is the first model."""
-
-        async def answer() -> Response:
-            deadline = self._pool.deadline()
-            worker = await self._pool.enter(model or next(iter(self._pool.artefacts)), deadline)
-            try:
-                made = await worker.prepare(partial(use, worker.engine), deadline)
-            except EfficientLLMError as error:
-                raise APIError(400, str(error)) from error
-            worker.leave()
-            return JSONResponse({name: made})
-
-        return await self._unless_gone(http, answer())
+    async def _with_engine(self, model: str, compute: Callable[[EngineScheduler], ResponseModel]) -> ResponseModel:
+        """Return the result of `compute` in a thread with the engine of `model`, "" for the first model."""
+        deadline = self._pool.deadline()
+        worker = await self._pool.enter(model or next(iter(self._pool.artefacts)), deadline)
+        try:
+            result = await worker.prepare(partial(compute, worker.engine), deadline)
+        except EfficientLLMError as error:
+            raise APIError(400, str(error)) from error
+        worker.leave()  # an error has freed the place already
+        return result
 
     async def chat_completions(self, request: ChatRequest, http: Request) -> Response:
-        return await self._answer(http, request, partial(ChatAnswer, request))
+        return await self._until_disconnect(http, self._answer(request, partial(ChatBuilder, request)))
 
     async def completions(self, request: TextRequest, http: Request) -> Response:
-        return await self._answer(http, request, partial(TextAnswer, request))
+        return await self._until_disconnect(http, self._answer(request, partial(TextBuilder, request)))
 
     async def responses(self, request: ResponsesRequest, http: Request) -> Response:
-        return await self._answer(http, request.as_chat(), partial(ResponsesAnswer, request))
+        return await self._until_disconnect(http, self._answer(request.as_chat(), partial(ResponsesBuilder, request)))
 
-    async def _answer(self, http: Request, request: CompletionRequest, make: MakeAnswer) -> Response:
-        return await self._unless_gone(http, self._answer_now(request, make))
+    async def _answer(self, request: CompletionRequest, make_builder: MakeBuilder) -> ResponseModel | Response:
+        clock, deadline = AnswerClock(self._metrics, request.model), self._pool.deadline()
+        worker = await self._pool.enter(request.model, deadline)
+        # in a thread, because a long prompt or a large grammar takes long
+        prepare = partial(make_choices, worker.engine, request, self._overflow, self._sampling)
+        choices = await worker.prepare(prepare, deadline)
+        builder = make_builder(choices, clock)
+        pieces = builder.pieces(worker.stream([choice.generation for choice in choices], deadline))
+        if request.stream:
+            # the first piece is awaited here, so that an error before it is answered with its own status
+            first = await anext(pieces, None)
+            return _EventStreamResponse(builder.events(first, pieces), pieces)
+        return await builder.whole(pieces)
 
-    async def _unless_gone(self, http: Request, answering: Coroutine[Any, Any, Response]) -> Response:
-        """The answer, whose work is stopped where the client goes away before it is there."""
-        work = asyncio.ensure_future(answering)
-        gone = asyncio.ensure_future(_disconnection(http))
+    async def _until_disconnect(self, http: Request, work: Coroutine[Any, Any, ResponseModel | Response]) -> Response:
+        """Return the response of `work`, and cancel `work` if the client disconnects before it ends."""
+        answer = asyncio.ensure_future(work)
+        disconnect = asyncio.ensure_future(_wait_for_disconnect(http))
         try:
-            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
-            # what it raises is counted where it is told
-            response = work.result() if work.done() else Response(status_code=CLIENT_GONE)
+            await asyncio.wait({answer, disconnect}, return_when=asyncio.FIRST_COMPLETED)
+            # the error handlers of the app count the errors that result() raises
+            result = answer.result() if answer.done() else Response(status_code=CLIENT_CLOSED_REQUEST)
+            response = JSONResponse(result.model_dump()) if isinstance(result, ResponseModel) else result
             self._metrics.count_request(response.status_code, http.scope["route"].path)
             return response
         finally:
-            for task in (work, gone):
+            for task in (answer, disconnect):
                 task.cancel()
-            await asyncio.wait({work, gone})
-
-    async def _answer_now(self, request: CompletionRequest, make: MakeAnswer) -> Response:
-        clock, deadline = AnswerClock(self._metrics, request.model), self._pool.deadline()
-        worker = await self._pool.enter(request.model, deadline)
-        make_choices = partial(choices_of, worker.engine, request, self._overflow, self._sampling)
-        choices = await worker.prepare(make_choices, deadline)  # a long prompt or a large grammar takes a while
-        answered = make(choices, clock)
-        pieces = answered.pieces(worker.stream([choice.generation for choice in choices], deadline))
-        if request.stream:
-            # the first piece is awaited here, so that a full queue is answered with its own status
-            first = await anext(pieces, None)
-            return _EventStream(answered.events(first, pieces), pieces)
-        return JSONResponse(await answered.whole(pieces))
+            await asyncio.wait({answer, disconnect})
 
 
-async def _disconnection(http: Request) -> None:
-    """Return when the client is gone; the body has been read."""
+async def _wait_for_disconnect(http: Request) -> None:
+    """Return when the client is gone. The body must have been read."""
     while (await http.receive())["type"] != "http.disconnect":
         pass
 
 
-class _EventStream(StreamingResponse):
-    """Server-sent events that stop the computation as soon as the client is gone."""
+class _EventStreamResponse(StreamingResponse):
+    """Server-sent events. The computation stops as soon as the client is gone."""
 
     def __init__(self, events: AsyncGenerator[str], pieces: AsyncGenerator[Any]) -> None:
         super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-        self.generators = (events, pieces)
+        self._generators = (events, pieces)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            # Starlette drops the generators where they stand; closing them frees the engine now, not when they are
-            # collected (and `events` may not even have begun).
-            for generator in self.generators:
+            # Starlette does not close the generators. Closing them frees the engine now instead of when they are
+            # collected. `pieces` is closed as well, because `events` may not have started.
+            for generator in self._generators:
                 await generator.aclose()

@@ -25,7 +25,7 @@ from efficientllm.runtime.engines.memory import memory_bytes
 from efficientllm.server import cli
 from efficientllm.server.app import AppOptions
 from efficientllm.server.models.pool import ModelPool
-from efficientllm.server.schemas import openapi
+from efficientllm.server.schemas import response_models
 
 MESSAGES: Any = [{"role": "user", "content": "Hello"}]
 
@@ -207,13 +207,13 @@ def test_answers_are_what_the_document_says(address: str) -> None:
     """The models forbid further fields, so they describe the whole answer."""
     for logprobs in (False, True):
         chat = post(address, messages=MESSAGES, max_tokens=4, n=2, logprobs=logprobs)
-        openapi.ChatCompletion.model_validate(chat.json())
+        response_models.ChatCompletion.model_validate(chat.json())
     text = post(address, "completions", prompt="Hi", max_tokens=4, logprobs=2)
-    openapi.TextCompletion.model_validate(text.json())
-    openapi.ErrorAnswer.model_validate(post(address, messages=[]).json())
-    openapi.ModelList.model_validate(httpx.get(f"{address}/v1/models").json())
-    openapi.ModelCard.model_validate(httpx.get(f"{address}/v1/models/tiny").json())
-    openapi.Health.model_validate(httpx.get(f"{address}/health").json())
+    response_models.TextCompletion.model_validate(text.json())
+    response_models.ErrorAnswer.model_validate(post(address, messages=[]).json())
+    response_models.ModelList.model_validate(httpx.get(f"{address}/v1/models").json())
+    response_models.ModelCard.model_validate(httpx.get(f"{address}/v1/models/tiny").json())
+    response_models.Health.model_validate(httpx.get(f"{address}/health").json())
     paths = httpx.get(f"{address}/openapi.json").json()["paths"]
     for path, method, name in (
         ("/v1/chat/completions", "post", "ChatCompletion"),
@@ -336,5 +336,5 @@ def test_bad_models_are_one_line(artefact: Path, tmp_path: Path, capsys: pytest.
     assert "--model nothing: must be NAME=PATH" in capsys.readouterr().err
     assert run_command(cli.body, []) == 2
     assert "give an artefact" in capsys.readouterr().err
-    with pytest.raises(UsageError, match="two models have one name"):
+    with pytest.raises(UsageError, match="two models have the same name"):
         cli.named_artefacts(str(artefact), [f"gguf={artefact}"])

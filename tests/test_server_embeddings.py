@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from efficientllm.runtime.engines.engine import EngineOptions
 from efficientllm.server.app import AppOptions
 from efficientllm.server.models.pool import ModelPool
-from efficientllm.server.schemas import openapi
+from efficientllm.server.schemas import response_models
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 4
 """More than one pass of the engine's."""
@@ -54,10 +54,10 @@ def test_numbers_and_bytes_say_the_same_and_bad_texts_are_refused(client: openai
         return httpx.post(f"{client.base_url}embeddings", json={"model": "tiny", **body}, timeout=60)
 
     numbers = post(input="Hello").json()
-    openapi.Embeddings.model_validate(numbers)
+    response_models.Embeddings.model_validate(numbers)
     packed = client.embeddings.create(model="tiny", input="Hello", encoding_format="base64").data[0].embedding
     assert isinstance(packed, str | list)
-    openapi.Embeddings.model_validate(post(input="Hello", encoding_format="base64").json())
+    response_models.Embeddings.model_validate(post(input="Hello", encoding_format="base64").json())
     assert client.embeddings.create(model="tiny", input="Hello").data[0].embedding == numbers["data"][0]["embedding"]
     assert post(input="word " * 2000).json()["error"]["code"] == "context_length_exceeded"
     assert (

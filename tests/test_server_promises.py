@@ -31,7 +31,7 @@ from efficientllm.server.answers.choices import SamplingDefaults
 from efficientllm.server.app import AppOptions, create_app
 from efficientllm.server.models.pool import ModelPool
 from efficientllm.server.models.worker import EngineWorker
-from efficientllm.server.schemas.error import APIError
+from efficientllm.server.schemas.api_error import APIError
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
 LONG: dict[str, Any] = {"max_tokens": 100_000, "temperature": 0, "logit_bias": {"0": -100, "2": -100, "50": 100}}
@@ -123,7 +123,7 @@ def test_waiting_for_a_model_counts_as_time_of_the_request(artefact: Path) -> No
             {"response_format": {"type": "json_schema", "json_schema": {"scheme": {"type": "object"}}}},
             "response_format.json_schema: scheme is not served here",
         ),
-        ("chat/completions", {"response_format": {"type": "text", "regex": "z"}}, "regex: goes with type regex"),
+        ("chat/completions", {"response_format": {"type": "text", "regex": "z"}}, "regex: needs type regex"),
         ("responses", {"input": [{"role": "user", "content": "x", "cache": 1}]}, "cache is not served here"),
     ],
 )
@@ -188,12 +188,12 @@ def test_a_stop_cuts_no_call_that_may_be_made(address: str) -> None:
         ({"seed": 1e300}, "seed: must be a whole number of 64 bits"),
         ({"seed": 10**30}, "seed: must be a whole number of 64 bits"),
         ({"logit_bias": {"٣": 1}}, "logit_bias.٣"),
-        ({"logit_bias": {"01": 1}}, "must be a token's number"),
+        ({"logit_bias": {"01": 1}}, "must be the number of a token"),
         ({"tool_choice": {}, "tools": []}, "tool_choice.type: Field required"),
         ({"best_of": True}, "best_of is not served here"),
         ({"stop": ["x"] * 17}, "stop: List should have at most 16 items"),
         ({"stop": ["x", 1]}, "stop.1: Input should be a valid string"),
-        ({"stream_options": {"include_usage": True}}, "stream_options.include_usage: goes with stream"),
+        ({"stream_options": {"include_usage": True}}, "stream_options.include_usage: needs stream"),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}, "json_schema.schema: is missing"),
     ],
 )
@@ -238,9 +238,9 @@ def test_what_is_wrong_with_an_item_is_said(address: str, item: dict[str, Any], 
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"", "the body is no JSON object"),
-        (b"[]", "the body is no JSON object"),
-        (b'{"model": ', "the body is no JSON: "),
+        (b"", "the body is not a JSON object"),
+        (b"[]", "the body is not a JSON object"),
+        (b'{"model": ', "the body is not JSON: "),
     ],
 )
 def test_what_is_wrong_with_a_body_is_said(address: str, content: bytes, said: str) -> None:

@@ -15,7 +15,7 @@ from serving import serve
 from efficientllm.runtime.engines.engine import EngineOptions
 from efficientllm.server.app import AppOptions
 from efficientllm.server.models.pool import ModelPool
-from efficientllm.server.schemas import openapi
+from efficientllm.server.schemas import response_models
 
 TOOL: Any = {"type": "function", "name": "weather", "parameters": Weather.model_json_schema(), "strict": True}
 
@@ -40,7 +40,7 @@ def test_a_response_is_the_chat_s_answer(client: openai.OpenAI) -> None:
     assert chat.usage is not None
     assert answer.usage.total_tokens == chat.usage.total_tokens
     assert (answer.status, answer.incomplete_details.reason) == ("incomplete", "max_output_tokens")  # type: ignore[union-attr]
-    openapi.ResponseAnswer.model_validate(json.loads(answer.model_dump_json(exclude_unset=True)))
+    response_models.ResponseAnswer.model_validate(json.loads(answer.model_dump_json(exclude_unset=True)))
     kinds, text = [], ""
     for event in client.responses.create(**common, input=messages, max_output_tokens=8, stream=True):
         kinds.append(event.type)

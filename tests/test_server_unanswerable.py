@@ -60,7 +60,7 @@ def rules(links: int, name: str, form: str = "{}") -> str:
 
 LINKS = chain(3900)
 PARAMETERS = {"type": "object", "properties": {"a": {"$ref": LINKS["$ref"]}}, "$defs": LINKS["$defs"]}
-SMALL = "no answer can keep to it|leaves no room in the context window"
+SMALL = "no output can satisfy this grammar|leaves no room in the context window"
 OPTIONAL = "(" * 20 + '{} "b"' + ")?" * 20
 
 DEEP: dict[str, dict[str, Any]] = {
@@ -82,15 +82,18 @@ DEEP: dict[str, dict[str, Any]] = {
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a long schema": (schema(chain(6000)), "json_schema: has 1"),
-    "long rules": (lark(rules(12_000, "r")), "characters, at most 131,072 are taken"),
+    "long rules": (lark(rules(12_000, "r")), "characters; the limit is 131,072"),
     "half a character": (schema({"const": "\ud800"}), "json_schema.schema: text must not contain lone surrogates"),
     "a number of 400 digits": (schema({"type": "integer", "maximum": 10**400}), "json_schema: "),
-    "a schema of itself": (schema({"$ref": "#"}), "json_schema: no answer can keep to it: nothing may come next"),
+    "a schema of itself": (
+        schema({"$ref": "#"}),
+        "json_schema: no output can satisfy this grammar: nothing may come next",
+    ),
     "a regex that nothing matches": (
         {"response_format": {"type": "regex", "regex": r"[^\s\S]"}},
-        "regex: no answer can keep to it: ",
+        "regex: no output can satisfy this grammar: ",
     ),
-    "a rule of itself": (lark('start: start "a"'), "lark: no answer can keep to it: "),
+    "a rule of itself": (lark('start: start "a"'), "lark: no output can satisfy this grammar: "),
     "every token forbidden": ({"logit_bias": {str(n): -100 for n in range(400)}}, "forbids every token"),
     "a field of half a character": ({"\ud800": 1}, "\\ud800 is not served here"),
     "a field of a megabyte": ({"x" * 900_000: 1}, "xxx"),
@@ -125,7 +128,7 @@ NAMED: dict[str, tuple[dict[str, Any], str]] = {
     "a type": ({"type": "thing"}, "Invalid type: thing"),
     "too much to compute": (
         {"type": "integer", "multipleOf": 9_999_991, "minimum": 1},
-        "no answer can keep to it: fuel exhausted",
+        "no output can satisfy this grammar: fuel exhausted",
     ),
 }
 """Parameters that are refused, the last only when they are compiled for a vocabulary, and what is said of them."""
@@ -172,4 +175,4 @@ def test_a_schema_that_goes_with_nothing_is_not_ignored(address: str) -> None:
     format = {"type": "json_object", "schema": {"const": {"a": 1}}}
     answer = ask(address, {"input": "Hi", "text": {"format": format}}, "responses")
     assert answer.status_code == 400
-    assert "schema: goes with type json_schema" in answer.json()["error"]["message"]
+    assert "schema: needs type json_schema" in answer.json()["error"]["message"]

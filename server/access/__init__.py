@@ -1,1 +1,1 @@
-"""Who may call, how often, and with what."""
+"""Access control: checks of requests and limits of connections."""

@@ -1,7 +1,4 @@
-"""What every request passes first: the host it names, the key, and the size, kind and time of its body.
-
-Names of this machine for itself. Imports nothing of the web.
-"""
+"""Checks of every request before its endpoint: host name, key, and content type, size and time of its body."""
 
 from __future__ import annotations
 
@@ -13,20 +10,26 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
-from ..schemas.error import APIError
+from ..schemas.api_error import APIError
 
 Receive = Callable[[], Awaitable[dict[str, Any]]]
 
+LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1", "[::1]")
+"""Host names of this machine, as flags and browsers write them."""
+
 OPEN_PATHS = re.compile(r"/|/page/[^/]*|/health|/docs|/openapi\.json")
-"""What is answered without the key, and names no model then."""
+"""Paths that need no key. Without it their answers name no model."""
 
 TRUSTED = "efficientllm.trusted"
-"""Key of the ASGI scope: whether the request brought the key, or none is set."""
+"""Key of the ASGI scope for whether the request has the key or no key is set."""
 
 
 class Guard:
-    """ASGI middleware: 403 for a foreign Host, 401 without the key, 415 for a body that does not say that it is JSON,
-    413 for one that is too large, whether or not it says its length, 408 for one that does not come."""
+    """ASGI middleware that refuses requests.
+
+    403 for a foreign Host, 401 without the key. For a body: 415 if its content type is not JSON, 413 if it is too
+    large, with or without Content-Length, and 408 if it does not arrive in time.
+    """
 
     def __init__(
         self,
@@ -35,14 +38,16 @@ class Guard:
         max_body_bytes: int,
         hosts: frozenset[str] = frozenset(),
         body_timeout: float = 30.0,
-        count: Callable[[int], None] = lambda status: None,
+        count_refusal: Callable[[int], None] = lambda status: None,
     ) -> None:
-        """`hosts`: names that the server is called by; none: any. A page whose name was bound to this machine's address
-        (DNS rebinding) may read what it is answered, but its browser sends that name. `count` is told every status that
-        something is refused with."""
+        """Protect `app`. An empty `api_key` means no key, empty `hosts` any host name.
+
+        Host names protect against DNS rebinding: a foreign page whose name is bound to this machine's address could
+        read answers, but its browser sends that name. `count_refusal` is called with the status of every refusal.
+        """
         self.app, self.api_key, self.max_body_bytes, self.hosts = app, api_key, max_body_bytes, hosts
         self.body_timeout = body_timeout
-        self.count = count
+        self.count_refusal = count_refusal
 
     async def __call__(self, scope: Any, receive: Receive, send: Any) -> None:
         if scope["type"] != "http":
@@ -50,53 +55,38 @@ class Guard:
             return
         headers = {name.lower(): value for name, value in scope["headers"]}
         scope[TRUSTED] = self._has_key(headers)
-        error = self._refusal(scope, headers)
-        if error is not None:
-            challenge = {"WWW-Authenticate": "Bearer"} if error.status == 401 else {"Connection": "close"}
-            self.count(error.status)
-            await JSONResponse(error.body, error.status, challenge)(scope, receive, send)
-            return
-        if scope["method"] != "POST":
-            await self.app(scope, receive, send)
-            return
         try:
-            body = await self._read(receive, int(headers.get(b"content-length", b"0") or 0))
+            self._check_head(scope, headers)
+            if scope["method"] == "POST":
+                body = await self._read(receive, int(headers.get(b"content-length", b"0") or 0))
+                receive = _replay(body, receive)
         except APIError as error:
-            self.count(error.status)
-            await JSONResponse(error.body, error.status, {"Connection": "close"})(scope, receive, send)
+            self.count_refusal(error.status)
+            answer_headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else {"Connection": "close"}
+            await JSONResponse(error.body, error.status, answer_headers)(scope, receive, send)
             return
-        is_read = False
-
-        async def replay() -> dict[str, Any]:
-            nonlocal is_read
-            if is_read:
-                return await receive()  # http.disconnect, when it comes
-            is_read = True
-            return {"type": "http.request", "body": body, "more_body": False}
-
-        await self.app(scope, replay, send)
+        await self.app(scope, receive, send)
 
     def _has_key(self, headers: Mapping[bytes, bytes]) -> bool:
         scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
         is_key = hmac.compare_digest(given.strip(), self.api_key.encode()) and scheme.lower() == b"bearer"
         return is_key or not self.api_key
 
-    def _refusal(self, scope: Any, headers: Mapping[bytes, bytes]) -> APIError | None:
-        """What the head of the request is refused for."""
+    def _check_head(self, scope: Any, headers: Mapping[bytes, bytes]) -> None:
+        """Raise APIError if the head of the request is refused."""
         if self.hosts and (name := _host(headers)) not in self.hosts:
-            return APIError(403, f"this server is not {name!r}; let it in with --allow-host, or set an --api-key")
+            raise APIError(403, f"this server is not {name!r}; allow the name with --allow-host, or set an --api-key")
         if scope["method"] == "OPTIONS":
-            return None
+            return
         if not scope[TRUSTED] and not OPEN_PATHS.fullmatch(scope["path"]):
-            return APIError(401, "invalid API key", code="invalid_api_key")
-        kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
-        # other kinds a page from anywhere may send without asking first
-        if scope["method"] == "POST" and kind != b"application/json":
-            return APIError(415, "the body must be JSON and say so: Content-Type: application/json")
-        return None
+            raise APIError(401, "invalid API key", code="invalid_api_key")
+        content_type = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+        # browsers let any page send other content types without a preflight request
+        if scope["method"] == "POST" and content_type != b"application/json":
+            raise APIError(415, "the body must be JSON with the header Content-Type: application/json")
 
     async def _read(self, receive: Receive, announced: int) -> bytes:
-        """The whole body; APIError 413 where it is too large, 408 where it does not come."""
+        """Return the whole body. APIError 413 if it is too large, 408 if it does not arrive in time."""
         try:
             async with asyncio.timeout(self.body_timeout):
                 body, is_whole = bytearray(), False
@@ -105,17 +95,27 @@ class Guard:
                     body += message.get("body", b"")
                     is_whole = not message.get("more_body", False)
         except TimeoutError as error:
-            reason = f"the body did not come within {self.body_timeout:g} s"
+            reason = f"the body did not arrive within {self.body_timeout:g} s"
             raise APIError(408, reason, "timeout_error", "timeout") from error
         if max(announced, len(body)) > self.max_body_bytes:
             raise APIError(413, f"the body may have at most {self.max_body_bytes} bytes")
         return bytes(body)
 
 
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """Return a `receive` that returns `body` first, and then waits for http.disconnect."""
+    is_read = False
+
+    async def replay() -> dict[str, Any]:
+        nonlocal is_read
+        if is_read:
+            return await receive()
+        is_read = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replay
+
+
 def _host(headers: Mapping[bytes, bytes]) -> str:
-    """The name that the client called, without its port."""
+    """Return the host name of the request, without its port."""
     return re.sub(r":\d+$", "", headers.get(b"host", b"").decode("latin-1")).lower()
-
-
-LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1", "[::1]")
-"""As flags and browsers write them."""

@@ -1,1 +1,1 @@
-"""From a request to its answer, whole or as events."""
+"""Build answers, whole or as events, from the pieces that the engine generates."""

@@ -1,7 +1,4 @@
-"""From a request to the generations that answer it, one for each choice.
-
-How a server samples where a request says nothing.
-"""
+"""Turn a request into its choices, each with a generation, and fill in the server's sampling defaults."""
 
 from __future__ import annotations
 
@@ -13,15 +10,15 @@ from ...runtime.call_reader import CallReader
 from ...runtime.engines.scheduler import EngineScheduler
 from ...runtime.generation import AnswerOptions, Generation, Overflow
 from ...runtime.grammar import GrammarConstraint
-from ...runtime.prompt import ChatOptions, ChatPrompt, text_prompt, tool_prompt
+from ...runtime.prompt import ChatPrompt, PromptOptions, text_prompt, tool_prompt
 from ...runtime.sampling import SamplingOptions
+from ..schemas.api_error import APIError
 from ..schemas.completions import ChatRequest, CompletionRequest, TextRequest
-from ..schemas.error import APIError
 
 
 @dataclass(frozen=True)
 class SamplingDefaults:
-    """sampling, where a request says nothing; by default the model's own, else llama.cpp's"""
+    """sampling defaults for requests that set nothing; else the model's own, else llama.cpp's"""
 
     temperature: float | None = None
     """0: always the most likely token."""
@@ -35,31 +32,29 @@ class SamplingDefaults:
     """Divide the logits of tokens already in the sequence by this; 1: off."""
 
     def __post_init__(self) -> None:
-        SamplingOptions(**asdict(self))  # which says what is wrong
+        SamplingOptions(**asdict(self))  # checks the ranges
 
-    def fill(self, asked: SamplingOptions) -> SamplingOptions:
-        """`asked`, with what it leaves open from here, as far as it is said here."""
-        open_names = [
-            name for name, value in asdict(self).items() if value is not None and getattr(asked, name) is None
-        ]
-        return replace(asked, **{name: getattr(self, name) for name in open_names})
+    def fill(self, options: SamplingOptions) -> SamplingOptions:
+        """Return `options` with these defaults for those that are None."""
+        missing = {name: value for name, value in asdict(self).items() if getattr(options, name) is None}
+        return replace(options, **missing)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One of a request's answers."""
+    """One of the answers to a request."""
 
     generation: Generation
     reader: CallReader | None = None
-    """Tells its calls from its text; None where there is nothing to call."""
+    """Separates calls from text. None if the request has no functions."""
     echo: str = ""
-    """What it begins with."""
+    """Prompt that the answer begins with."""
 
 
-def choices_of(
+def make_choices(
     engine: EngineScheduler, request: CompletionRequest, overflow: Overflow, defaults: SamplingDefaults
 ) -> list[Choice]:
-    """The choices of every prompt; APIError 400 where the engine refuses what is asked."""
+    """Return the choices of every prompt. APIError 400 if the engine refuses the request."""
     try:
         options = AnswerOptions(
             request.token_limit,
@@ -69,7 +64,7 @@ def choices_of(
             top_logprobs=request.top_count,
             overflow=overflow,
         )
-        # every choice of a seeded request draws its own numbers
+        # each choice of a seeded request has its own random numbers
         seeds = [None if request.seed is None else request.seed + index for index in range(request.n)]
         each = [replace(options, sampling=replace(options.sampling, seed=seed)) for seed in seeds]
         if isinstance(request, ChatRequest):
@@ -83,10 +78,10 @@ def choices_of(
 
 
 def _chat_choices(engine: EngineScheduler, request: ChatRequest, each: Iterable[AnswerOptions]) -> Iterable[Choice]:
-    shown = ChatOptions(request.tool_use, request.chat_template_kwargs)
-    prompt: ChatPrompt = tool_prompt(engine, [message.flat() for message in request.messages], shown)
+    shown = PromptOptions(request.tool_use, request.chat_template_kwargs)
+    prompt: ChatPrompt = tool_prompt(engine, [message.as_template_value() for message in request.messages], shown)
     constraint = prompt.constraint(engine) if request.tool_use else _constraint_of(engine, request)
-    stop_until = prompt.format.begin if request.tool_use else ""  # a part of a call is no call
+    stop_until = prompt.format.begin if request.tool_use else ""  # a stop text must not cut a call
     for options in each:
         options = replace(options, stop_until=stop_until)
         yield Choice(Generation(engine, prompt.tokens, options, _copy_of(constraint)), prompt.reader())
@@ -97,7 +92,7 @@ def _text_choices(engine: EngineScheduler, request: TextRequest, each: Iterable[
     for prompt in request.prompts:
         tokens = text_prompt(engine, prompt) if isinstance(prompt, str) else prompt
         if not tokens:
-            raise APIError(400, "prompt: is empty")
+            raise APIError(400, "prompt: must not be empty")
         if max(tokens) >= engine.vocab_size:
             raise APIError(400, f"prompt: token {max(tokens)} is outside the vocabulary of {engine.vocab_size}")
         echo = (prompt if isinstance(prompt, str) else text_of(engine, tokens)) if request.echo else ""
@@ -106,7 +101,7 @@ def _text_choices(engine: EngineScheduler, request: TextRequest, each: Iterable[
 
 
 def _constraint_of(engine: EngineScheduler, request: CompletionRequest) -> GrammarConstraint | None:
-    """What the request says of its answers' form; UsageError where that is malformed."""
+    """Return the constraint of the response format, None for any text. UsageError if the grammar is malformed."""
     grammar = request.response_format.grammar()
     return GrammarConstraint(engine, grammar) if grammar is not None else None
 
@@ -116,5 +111,5 @@ def _copy_of(constraint: GrammarConstraint | None) -> GrammarConstraint | None:
 
 
 def text_of(engine: EngineScheduler, tokens: Iterable[int]) -> str:
-    """The text of `tokens`, control tokens left out."""
+    """Return the text of `tokens` without control tokens."""
     return b"".join(map(engine.token_bytes, tokens)).decode("utf-8", errors="replace")

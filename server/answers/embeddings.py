@@ -1,41 +1,40 @@
-"""Texts as vectors, by the states of a model that was made to write."""
+"""Embeddings of texts: hidden states of a language model, pooled to one vector."""
 
 from __future__ import annotations
 
 import asyncio
 import base64
-from typing import Any
 
 import numpy as np
 
 from ...runtime.base.errors import ContextOverflowError, EfficientLLMError
 from ...runtime.engines.scheduler import EngineScheduler
 from ...runtime.prompt import text_prompt
-from ..schemas.embeddings import EmbeddingsRequest
-from ..schemas.error import APIError
+from ..schemas.api_error import APIError
+from ..schemas.completions import EmbeddingsRequest
+from ..schemas.response_models import Embedding, Embeddings, EmbeddingsUsage
 
 
-async def embeddings_of(engine: EngineScheduler, request: EmbeddingsRequest) -> dict[str, Any]:
-    """The answer in one object; APIError 400 for a text that is empty or too long."""
-    vectors, num_tokens = [], 0
-    for text in request.texts:
-        vector, tokens = await asyncio.to_thread(_embedded, engine, text, request)
-        vectors.append(vector)
-        num_tokens += tokens
-    data = [
-        {"object": "embedding", "index": index, "embedding": _encoded(vector, request.encoding_format)}
-        for index, vector in enumerate(vectors)
-    ]
-    usage = {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
-    return {"object": "list", "model": request.model, "data": data, "usage": usage}
+async def embed_texts(engine: EngineScheduler, request: EmbeddingsRequest) -> Embeddings:
+    """Return the embeddings of all texts of a request. APIError 400 for a text that is empty or too long.
+
+    Texts are evaluated one after the other, so that a request whose client is gone ends with the current text.
+    """
+    data, num_tokens = [], 0
+    for index, text in enumerate(request.texts):
+        vector, num_text_tokens = await asyncio.to_thread(_embed, engine, text, request)
+        data.append(Embedding(index=index, embedding=_encode(vector, request.encoding_format)))
+        num_tokens += num_text_tokens
+    usage = EmbeddingsUsage(prompt_tokens=num_tokens, total_tokens=num_tokens)
+    return Embeddings(model=request.model, data=data, usage=usage)
 
 
-def _embedded(engine: EngineScheduler, text: str | list[int], request: EmbeddingsRequest) -> tuple[np.ndarray, int]:
-    """(vector, tokens) of one text"""
+def _embed(engine: EngineScheduler, text: str | list[int], request: EmbeddingsRequest) -> tuple[np.ndarray, int]:
+    """Return the vector of one text, [hidden_size], and the number of its tokens."""
     try:
         tokens = text_prompt(engine, text) if isinstance(text, str) else text
         if not text or not tokens or max(tokens) >= engine.vocab_size:
-            raise APIError(400, f"input: tokens are 0 to {engine.vocab_size - 1}, and at least one")
+            raise APIError(400, f"input: needs at least one token, each from 0 to {engine.vocab_size - 1}")
         return engine.embed(tokens, request.pooling), len(tokens)
     except ContextOverflowError as error:
         raise APIError(400, f"input: {error}", code="context_length_exceeded") from error
@@ -43,7 +42,7 @@ def _embedded(engine: EngineScheduler, text: str | list[int], request: Embedding
         raise APIError(400, f"input: {error}") from error
 
 
-def _encoded(vector: np.ndarray, encoding: str) -> list[float] | str:
+def _encode(vector: np.ndarray, encoding: str) -> list[float] | str:
     if encoding == "base64":
         return base64.b64encode(vector.astype("<f4").tobytes()).decode()
     return vector.tolist()

@@ -204,7 +204,7 @@ class EngineWorker:
         finally:
             self._streamed.discard(request)
             is_computed = [generation.cancel() for generation in generations]
-            if not any(is_computed):  # otherwise the end of the pass frees it; passes of others may take long
+            if not any(is_computed):  # otherwise the end of the pass frees the place
                 self._free_place(request)
 
     def _compute(self) -> None:
@@ -283,7 +283,7 @@ def _api_error(error: BaseException) -> APIError:
 
 
 def _piece(choice: int, text: str, generation: Generation, finish_reason: str | None = None) -> Piece:
-    records = tuple(generation.take_logprobs())
+    records = tuple(generation.pop_logprobs())
     tokens = {token for record in records for token in (record.token, *(other for other, _ in record.top))}
     token_bytes = {token: generation.engine.token_bytes(token) for token in tokens}
     return Piece(choice, text, records, token_bytes, generation.stats.completion_tokens, finish_reason)

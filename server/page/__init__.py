@@ -1,1 +1,1 @@
-"""What browsers show: the chat page and the reference of the endpoint."""
+"""Pages for browsers: the chat page and the reference of the API."""

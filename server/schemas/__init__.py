@@ -1,1 +1,1 @@
-"""What clients send and are answered, in OpenAI's JSON."""
+"""Models of requests and answers in OpenAI's JSON."""

@@ -1,8 +1,9 @@
-"""Requests for chats, texts and tokens, as OpenAI's clients send them."""
+"""Request models of the endpoints for chats, texts, embeddings and tokens."""
 
 from __future__ import annotations
 
 import abc
+import dataclasses
 import re
 from typing import Annotated, Any, Literal
 
@@ -19,43 +20,51 @@ from .messages import (
     Int,
     Json,
     NamedTool,
+    RequestPart,
     ResponseFormat,
-    Sent,
     Text,
     Tool,
-    ToolChoice,
+    ToolChoiceOption,
 )
 
 MAX_MESSAGES = 512
 MAX_STOPS = 16
 MAX_PROMPTS = 16
-DEFAULT_TOKENS = 512
-LEAST_TOP_P = 1e-30
+MAX_INPUTS = 2048
+"""Most texts of an embeddings request. OpenAI has the same limit."""
+DEFAULT_CHAT_TOKENS = 512
+DEFAULT_TEXT_TOKENS = 16
+MIN_TOP_P = 1e-30
 
-TEMPLATE_VALUES = ("messages", "tools", "bos_token", "eos_token")
-"""Variables of a chat template that are not the client's to set."""
+TEMPLATE_VARIABLES = ("messages", "tools", "bos_token", "eos_token")
+"""Variables of a chat template that a client may not set."""
 
 Token = Annotated[int, Field(ge=0, strict=True)]
 Tokens = Annotated[list[Token], Field(min_length=1, max_length=MAX_CHARACTERS)]
 
 
-def _token_text(text: str) -> str:
+def _check_token_key(text: str) -> str:
     if not re.fullmatch(r"0|[1-9][0-9]{0,8}", text):
-        raise ValueError("must be a token's number")
+        raise ValueError("must be the number of a token")
     return text
 
 
-TokenText = Annotated[str, AfterValidator(_token_text)]
-"""A key of JSON."""
+def _texts_of(value: Any) -> list[str | list[int]]:
+    """Return `value`, which is one text, the token ids of one text, or a list of either, as a list."""
+    return [value] if isinstance(value, str) or isinstance(value[0], int) else value
+
+
+TokenKey = Annotated[str, AfterValidator(_check_token_key)]
+"""A token id as a key of a JSON object."""
 Bias = Annotated[Float, Field(ge=-100, le=100)]
 
 
-class StreamOptions(Sent):
+class StreamOptions(RequestPart):
     include_usage: Bool = False
     include_obfuscation: Literal[False] = False
 
 
-NEUTRAL: dict[str, tuple[Any, ...]] = {
+NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "functions": ([],),
     "function_call": ("none", "auto"),
     "suffix": ("",),
@@ -69,54 +78,55 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "stream_options": ({}, {"include_obfuscation": False}),
     "with_pieces": (False,),
 }
-"""Fields of OpenAI's that are not served -> the values that ask for nothing."""
+"""OpenAI's fields that are not served, each with the values that request nothing."""
 
 WITHOUT_EFFECT = (
     *("user", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
     "prediction",
 )
-"""Fields of OpenAI's that say who asks, or how fast it may be: the answer is the same without them."""
+"""OpenAI's fields that name the user or a priority. The answer is the same without them."""
 
-INSTEAD = {
-    "functions": "say tools",
-    "function_call": "say tool_choice",
-    "max_output_tokens": "say max_tokens",
-    "grammar": "say response_format with type lark",
-    "json_schema": "say response_format with type json_schema",
-    "guided_json": "say response_format with type json_schema",
-    "guided_regex": "say response_format with type regex",
-    "guided_grammar": "say response_format with type lark",
+ALTERNATIVES = {
+    "functions": "use tools",
+    "function_call": "use tool_choice",
+    "max_output_tokens": "use max_tokens",
+    "grammar": "use response_format with type lark",
+    "json_schema": "use response_format with type json_schema",
+    "guided_json": "use response_format with type json_schema",
+    "guided_regex": "use response_format with type regex",
+    "guided_grammar": "use response_format with type lark",
 }
-"""Names that other servers have for what this one has, too."""
+"""Names that other servers have for fields that are served here."""
 
 
-class Asked(Sent):
-    """A body; of its fields only those of NEUTRAL may be there for nothing."""
+class RequestBody(RequestPart):
+    """A whole request body. Unknown fields are refused unless NEUTRAL_VALUES lists their value."""
 
     without_effect = WITHOUT_EFFECT
 
     @classmethod
-    def asks_for_nothing(cls, name: str, value: Any) -> bool:
-        return value is None or any(type(value) is type(each) and value == each for each in NEUTRAL.get(name, ()))
+    def is_neutral(cls, name: str, value: Any) -> bool:
+        neutral_values = NEUTRAL_VALUES.get(name, ())
+        return value is None or any(type(value) is type(each) and value == each for each in neutral_values)
 
     @classmethod
-    def instead_of(cls, name: str) -> str:
-        return INSTEAD.get(name, "leave it out")
+    def remedy(cls, name: str) -> str:
+        return ALTERNATIVES.get(name, "remove it")
 
 
-class CompletionRequest(Asked, abc.ABC):
-    """What both endpoints take; null stands for the default, which for sampling is the model's own."""
+class CompletionRequest(RequestBody, abc.ABC):
+    """The fields of both completion endpoints. Null means the default, which for sampling is the model's own."""
 
     model: Text
     max_tokens: Annotated[Int | None, Field(ge=1, le=1_000_000)] = None
     temperature: Annotated[Float | None, Field(ge=0, le=2)] = None
-    top_p: Annotated[Float | None, Field(ge=LEAST_TOP_P, le=1)] = None
+    top_p: Annotated[Float | None, Field(ge=MIN_TOP_P, le=1)] = None
     top_k: Annotated[Int | None, Field(ge=0, le=1_000_000)] = None
     min_p: Annotated[Float | None, Field(ge=0, le=1)] = None
     repetition_penalty: Annotated[Float | None, Field(ge=0.01, le=100)] = None
     frequency_penalty: Annotated[Float, Field(ge=-2, le=2)] = 0.0
     presence_penalty: Annotated[Float, Field(ge=-2, le=2)] = 0.0
-    logit_bias: Annotated[dict[TokenText, Bias], Field(max_length=1024)] = Field({})
+    logit_bias: Annotated[dict[TokenKey, Bias], Field(max_length=1024)] = Field({})
     n: Annotated[Int, Field(ge=1, le=8)] = 1
     seed: Int | None = None
     stop: Text | Annotated[list[Text], Field(max_length=MAX_STOPS)] | None = None
@@ -127,54 +137,46 @@ class CompletionRequest(Asked, abc.ABC):
     @model_validator(mode="after")
     def _check_stream(self) -> CompletionRequest:
         if self.stream_options is not None and self.stream_options.include_usage and not self.stream:
-            raise ValueError("stream_options.include_usage: goes with stream")
+            raise ValueError("stream_options.include_usage: needs stream")
         return self
 
     @property
     def sampling(self) -> SamplingOptions:
-        """How tokens are drawn; what the client leaves open is None."""
-        return SamplingOptions(
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            min_p=self.min_p,
-            repetition_penalty=self.repetition_penalty,
-            frequency_penalty=self.frequency_penalty,
-            presence_penalty=self.presence_penalty,
-            seed=self.seed,
-        )
+        """Return the sampling options, None for those that the client does not set."""
+        names = {field.name for field in dataclasses.fields(SamplingOptions)}
+        return SamplingOptions(**self.model_dump(include=names))
 
     @property
     def biases(self) -> dict[int, float]:
-        """{token: bias}; OpenAI's -100 forbids a token."""
+        """Return {token: bias}. OpenAI's -100 forbids a token."""
         return {int(token): bias if bias > -100 else -float("inf") for token, bias in self.logit_bias.items()}
 
     @property
     def token_limit(self) -> int:
-        """Tokens an answer may have."""
-        return self.max_tokens or DEFAULT_TOKENS
+        """Return the most tokens of an answer."""
+        return self.max_tokens or DEFAULT_CHAT_TOKENS
 
     @property
     def stops(self) -> list[str]:
-        """Texts that end the answer, which they are no part of."""
+        """Return texts that end the answer and are not part of it."""
         stops = [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
         return [text for text in stops if text]
 
     @property
     @abc.abstractmethod
     def top_count(self) -> int | None:
-        """Log-probabilities wanted beside the chosen token's; None: none at all."""
+        """Return the requested number of most likely tokens with log-probabilities, None for no log-probabilities."""
 
 
 class ChatRequest(CompletionRequest):
-    """POST /v1/chat/completions; where the last message is the assistant's, the answer goes on with it."""
+    """POST /v1/chat/completions. If the last message is the assistant's, the answer continues it."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: Annotated[Int | None, Field(ge=1, le=1_000_000)] = None
     logprobs: Bool = False
     top_logprobs: Annotated[Int, Field(ge=0, le=20)] = 0
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] = Field([])
-    tool_choice: ToolChoice = "auto"
+    tool_choice: ToolChoiceOption = "auto"
     parallel_tool_calls: Bool = True
     chat_template_kwargs: Json = Field({})
     """Further variables of the chat template, such as enable_thinking."""
@@ -183,41 +185,41 @@ class ChatRequest(CompletionRequest):
     def _check_together(self) -> ChatRequest:
         names = [tool.function.name for tool in self.tools]
         if len(set(names)) < len(names):
-            raise ValueError("tools: two functions have one name")
+            raise ValueError("tools: two functions have the same name; rename one")
         if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
             raise ValueError(f"tool_choice: there is no function {self.tool_choice.function.name!r} in tools")
         if self.tool_choice == "required" and not names:
             raise ValueError("tool_choice: required needs tools")
         if self.tool_use is not None and self.response_format.type in ("regex", "lark"):
-            raise ValueError(f"response_format: {self.response_format.type} does not go with tools")
+            raise ValueError(f"response_format: {self.response_format.type} cannot be combined with tools")
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs: needs logprobs")
-        goes_on = self.messages[-1].role == "assistant"
-        said = {"add_generation_prompt": not goes_on, "continue_final_message": goes_on}
+        continues = self.messages[-1].role == "assistant"
+        implied = {"add_generation_prompt": not continues, "continue_final_message": continues}
         for name, value in self.chat_template_kwargs.items():
-            if name in TEMPLATE_VALUES or said.get(name, value) != value:
-                raise ValueError(f"chat_template_kwargs: {name} is what the other fields and the model make it")
+            if name in TEMPLATE_VARIABLES or implied.get(name, value) != value:
+                raise ValueError(f"chat_template_kwargs: {name} is set by the other fields and the model; remove it")
         return self
 
     @property
     def tool_use(self) -> ToolUse | None:
-        """What the answer may call."""
+        """Return the functions that the answer may call, None if there are none."""
         if not self.tools or self.tool_choice == "none":
             return None
         only = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else ""
-        tools = [tool.shown() for tool in self.tools]
-        otherwise = self.response_format.schema_of_answer()
+        tools = [tool.as_template_value() for tool in self.tools]
+        otherwise = self.response_format.answer_schema()
         return ToolUse(tools, self.tool_choice == "required", only, self.parallel_tool_calls, otherwise)
 
     @property
     def stops(self) -> list[str]:
-        """None where an answer can only be calls: they are no text, and a part of one is no call."""
+        """Return no texts if the answer must be calls, because a part of a call is not a call."""
         tools = self.tool_use
         return [] if tools is not None and (tools.must_call or tools.only) else super().stops
 
     @property
     def token_limit(self) -> int:
-        return self.max_completion_tokens or self.max_tokens or DEFAULT_TOKENS
+        return self.max_completion_tokens or self.max_tokens or DEFAULT_CHAT_TOKENS
 
     @property
     def top_count(self) -> int | None:
@@ -235,45 +237,56 @@ class TextRequest(CompletionRequest):
     )
     logprobs: Annotated[Int | None, Field(ge=0, le=20)] = None
     echo: Bool = False
-    """Begin the answer with the prompt."""
+    """Whether the answer begins with the prompt."""
 
     @model_validator(mode="after")
     def _check_echo(self) -> TextRequest:
         if self.echo and self.logprobs is not None:
-            raise ValueError("logprobs: the prompt's, which echo asks for, are not served here")
+            raise ValueError("logprobs: cannot be combined with echo, because those of the prompt are not served here")
         return self
 
     @property
     def token_limit(self) -> int:
-        return self.max_tokens or 16
+        return self.max_tokens or DEFAULT_TEXT_TOKENS
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        """Texts or token ids; each has `n` choices of its own."""
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        if isinstance(self.prompt[0], int):
-            return [[token for token in self.prompt if isinstance(token, int)]]
-        return [prompt for prompt in self.prompt if not isinstance(prompt, int)]
+        """Return texts or token ids. Each has `n` choices of its own."""
+        return _texts_of(self.prompt)
 
     @property
     def top_count(self) -> int | None:
         return self.logprobs
 
 
-class TokenizeRequest(Asked):
+class TokenizeRequest(RequestBody):
     """POST /tokenize"""
 
     model: Text = ""
     content: Text
     add_special: Bool = False
-    """Begin with the token that the model's texts begin with, if they do."""
+    """Whether to begin with the model's BOS token, if it adds one."""
     parse_special: Bool = True
-    """Let text such as <|im_end|> be its control token."""
+    """Whether text such as <|im_end|> becomes its control token."""
 
 
-class DetokenizeRequest(Asked):
+class DetokenizeRequest(RequestBody):
     """POST /detokenize"""
 
     model: Text = ""
     tokens: Annotated[list[Token], Field(max_length=MAX_CHARACTERS)]
+
+
+class EmbeddingsRequest(RequestBody):
+    """POST /v1/embeddings"""
+
+    model: Text
+    input: Text | Tokens | Annotated[list[Text | Tokens], Field(min_length=1, max_length=MAX_INPUTS)]
+    encoding_format: Literal["float", "base64"] = "float"
+    pooling: Literal["mean", "last"] = "mean"
+    """The mean of the states of all tokens, or the state of the last one."""
+
+    @property
+    def texts(self) -> list[str | list[int]]:
+        """Return texts or token ids."""
+        return _texts_of(self.input)

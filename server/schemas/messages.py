@@ -1,4 +1,4 @@
-"""Messages, functions and forms of answers, as OpenAI's clients send them."""
+"""Parts of request models: messages, functions, and formats of answers, with the checks of their values."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ MAX_CHARACTERS = 200_000
 MAX_TOOLS = 128
 
 
-def _encodable(text: str) -> str:
-    """Text that a tokenizer can take: no NUL, no half of a surrogate pair."""
+def _check_text(text: str) -> str:
+    """Return text that a tokenizer accepts. It has no NUL and no lone surrogate."""
     if "\0" in text:
         raise ValueError("text must not contain NUL")
-    return _whole_characters(text)
+    return _without_surrogates(text)
 
 
-def _whole_characters(text: str) -> str:
+def _without_surrogates(text: str) -> str:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -28,10 +28,10 @@ def _whole_characters(text: str) -> str:
     return text
 
 
-def _json(value: Any) -> Any:
-    """What any reader of JSON reads again: no NaN, no infinity, no half of a surrogate pair."""
+def _check_json(value: Any) -> Any:
+    """Return a value that every JSON parser can read. It has no NaN, infinity or lone surrogate."""
     try:
-        _whole_characters(json.dumps(value, ensure_ascii=False, allow_nan=False))
+        _without_surrogates(json.dumps(value, ensure_ascii=False, allow_nan=False))
     except RecursionError as error:
         raise ValueError("is nested too deeply") from error
     except ValueError as error:
@@ -39,16 +39,16 @@ def _json(value: Any) -> Any:
     return value
 
 
-def _number(value: Any) -> Any:
-    """A number, which pydantic would read out of true and "3", too."""
+def _check_number(value: Any) -> Any:
+    """Return a number. Without this check pydantic would also accept true and "3"."""
     if isinstance(value, bool | str):
         raise ValueError("must be a number")
     return value
 
 
-def _whole(value: Any) -> Any:
-    """What JSON may write as 3.0, too; of 64 bits, as engines take it."""
-    if isinstance(_number(value), float):
+def _check_whole_number(value: Any) -> Any:
+    """Return a whole number of 64 bits, which engines need. JSON may also write it as 3.0."""
+    if isinstance(_check_number(value), float):
         if not value.is_integer():
             raise ValueError("must be a whole number")
         value = int(value)
@@ -57,24 +57,23 @@ def _whole(value: Any) -> Any:
     return value
 
 
-Int = Annotated[int, BeforeValidator(_whole)]
-Float = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
+Int = Annotated[int, BeforeValidator(_check_whole_number)]
+Float = Annotated[float, BeforeValidator(_check_number), Field(allow_inf_nan=False)]
 Bool = Annotated[bool, Strict()]
-Text = Annotated[str, Field(max_length=MAX_CHARACTERS), AfterValidator(_encodable)]
+Text = Annotated[str, Field(max_length=MAX_CHARACTERS), AfterValidator(_check_text)]
 Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")]
-Json = Annotated[dict[str, JsonValue], AfterValidator(_json)]
-"""An object."""
-
+Json = Annotated[dict[str, JsonValue], AfterValidator(_check_json)]
+"""A JSON object."""
 
 EMPTY: tuple[Any, ...] = (None, "", [], {})
-"""Values that ask for nothing, whatever their field is."""
+"""Values that request nothing, in any field."""
 
 
-class Sent(BaseModel):
-    """What clients send; a field that is null has its default, one that is not served is refused unless it is empty."""
+class RequestPart(BaseModel):
+    """A JSON object of a request. Null means a field's default. An unknown field is refused unless it is neutral."""
 
     without_effect: ClassVar[tuple[str, ...]] = ()
-    """Fields that clients send, and that change nothing about an answer."""
+    """Unknown fields that clients send and that do not change an answer."""
 
     @model_validator(mode="before")
     @classmethod
@@ -83,63 +82,63 @@ class Sent(BaseModel):
             return values
         known = {field.alias or name for name, field in cls.model_fields.items()} | {*cls.without_effect}
         for name, value in values.items():
-            if name not in known and not cls.asks_for_nothing(name, value):
+            if name not in known and not cls.is_neutral(name, value):
                 shown = json.dumps(str(name), ensure_ascii=False)[1:-1].encode("utf-8", "backslashreplace").decode()
-                raise ValueError(f"{shown} is not served here; {cls.instead_of(name)}")
+                raise ValueError(f"{shown} is not served here; {cls.remedy(name)}")
         return {name: value for name, value in values.items() if value is not None}
 
     @classmethod
-    def asks_for_nothing(cls, name: str, value: Any) -> bool:
-        """Whether an unknown field has a value that changes nothing."""
+    def is_neutral(cls, name: str, value: Any) -> bool:
+        """Return whether `value` of an unknown field requests nothing."""
         return value in EMPTY
 
     @classmethod
-    def instead_of(cls, name: str) -> str:
-        """What to do about an unknown field."""
-        return "leave it out"
+    def remedy(cls, name: str) -> str:
+        """Return the advice for an unknown field."""
+        return "remove it"
 
 
-class TextPart(Sent):
-    without_effect = ("cache_control",)  # Anthropic's, which gateways pass on
+class TextPart(RequestPart):
+    without_effect = ("cache_control",)  # Anthropic's field, which gateways pass on
     type: Literal["text"]
     text: Text
 
 
-class CalledFunction(Sent):
+class CalledFunction(RequestPart):
     name: Name
     arguments: Text
     """A JSON object."""
 
     def parsed(self) -> dict[str, Any]:
-        """Name and arguments as chat templates know them."""
+        """Return name and parsed arguments, as chat templates need them."""
         try:
-            arguments = _json(json.loads(self.arguments or "{}"))
+            arguments = _check_json(json.loads(self.arguments or "{}"))
         except json.JSONDecodeError:
-            raise self._refused("must be a JSON object") from None
-        except ValueError as error:  # a number of thousands of digits, NaN, half a character
-            raise self._refused(str(error)) from error
+            raise self._argument_error("must be a JSON object") from None
+        except ValueError as error:  # a number of thousands of digits, NaN or a lone surrogate
+            raise self._argument_error(str(error)) from error
         except RecursionError as error:
-            raise self._refused("are nested too deeply") from error
+            raise self._argument_error("are nested too deeply") from error
         if not isinstance(arguments, dict):
-            raise self._refused("must be a JSON object")
+            raise self._argument_error("must be a JSON object")
         return {"name": self.name, "arguments": arguments}
 
-    def _refused(self, reason: str) -> ValueError:
+    def _argument_error(self, reason: str) -> ValueError:
         return ValueError(f"arguments of the call of {self.name!r}: {reason}")
 
 
-class ToolCall(Sent):
-    without_effect = ("index",)  # of a call that was put together from a stream
+class ToolCall(RequestPart):
+    without_effect = ("index",)  # clients keep it when they join a call from a stream
     id: Text
     type: Literal["function"] = "function"
     function: CalledFunction
 
 
-class ChatMessage(Sent):
+class ChatMessage(RequestPart):
     without_effect = ("annotations", "reasoning", "reasoning_content", "provider_specific_fields", "cache_control")
-    """What clients keep of an answer and send again with it."""
+    """Fields of an answer that clients send back with it."""
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    """OpenAI's newer models call their system messages the developer's."""
+    """For OpenAI's newer models, the role of system messages is developer."""
     content: Text | list[TextPart] = ""
     tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS)] = []
     tool_call_id: Text = ""
@@ -150,13 +149,13 @@ class ChatMessage(Sent):
         if "content" not in self.model_fields_set and not self.tool_calls:
             raise ValueError("content: is missing")
         if self.tool_calls and self.role != "assistant":
-            raise ValueError("tool_calls: are the assistant's")
+            raise ValueError("tool_calls: need the role assistant")
         for call in self.tool_calls:
             call.function.parsed()
         return self
 
-    def flat(self) -> dict[str, Any]:
-        """As chat templates know it: {"role", "content"}, the content as one string, and the calls."""
+    def as_template_value(self) -> dict[str, Any]:
+        """Return the message as chat templates need it, with its content as one string and its calls parsed."""
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         message: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": text}
         if self.tool_calls:
@@ -168,13 +167,13 @@ class ChatMessage(Sent):
         return {**message, "name": self.name} if self.name else message
 
 
-class Function(Sent):
+class Function(RequestPart):
     name: Name
     description: Text = ""
     parameters: Json = {}
     """JSON schema of an object."""
     strict: Bool = True
-    """Arguments always keep to the parameters."""
+    """Accepted for compatibility. Arguments always match the parameters."""
 
     @model_validator(mode="after")
     def _check_parameters(self) -> Function:
@@ -183,44 +182,43 @@ class Function(Sent):
         return self
 
 
-class Tool(Sent):
+class Tool(RequestPart):
     type: Literal["function"]
     function: Function
 
-    def shown(self) -> dict[str, Any]:
-        """As chat templates show it."""
-        function = self.function
-        shown = {"name": function.name, "description": function.description, "parameters": function.parameters}
-        return {"type": "function", "function": {name: value for name, value in shown.items() if value}}
+    def as_template_value(self) -> dict[str, Any]:
+        """Return the tool as chat templates need it, without empty fields."""
+        fields = self.function.model_dump(exclude={"strict"})
+        return {"type": "function", "function": {name: value for name, value in fields.items() if value}}
 
 
-class NamedFunction(Sent):
+class NamedFunction(RequestPart):
     name: Name
 
 
-class NamedTool(Sent):
+class NamedTool(RequestPart):
     type: Literal["function"]
     function: NamedFunction
 
 
-ToolChoice = Literal["none", "auto", "required"] | NamedTool
+ToolChoiceOption = Literal["none", "auto", "required"] | NamedTool
 
 
-class JsonSchema(Sent):
+class JsonSchema(RequestPart):
     name: Text = ""
     description: Text = ""
     strict: Bool = True
-    """The answer always keeps to the schema."""
+    """Accepted for compatibility. The answer always matches the schema."""
     schema_: Annotated[Json, Field(alias="schema")] = {}
 
 
-class ResponseFormat(Sent):
-    """Text, any JSON object, or OpenAI's json_schema; beyond it a regular expression or a Lark grammar."""
+class ResponseFormat(RequestPart):
+    """Text, any JSON object or OpenAI's json_schema. Not from OpenAI: a regular expression or a Lark grammar."""
 
     type: Literal["text", "json_object", "json_schema", "regex", "lark"] = "text"
     json_schema: JsonSchema | None = None
     schema_: Annotated[Json | None, Field(alias="schema")] = None
-    """Of a json_object, as llama-server takes it."""
+    """Schema of a json_object, as llama-server accepts it."""
     regex: Text | None = None
     lark: Text | None = None
 
@@ -230,22 +228,22 @@ class ResponseFormat(Sent):
             if self.type == name and getattr(self, name) is None:
                 raise ValueError(f"{name}: is missing")
             if self.type != name and getattr(self, name) is not None:
-                raise ValueError(f"{name}: goes with type {name}")
+                raise ValueError(f"{name}: needs type {name}")
         if self.json_schema is not None and "schema_" not in self.json_schema.model_fields_set:
             raise ValueError("json_schema.schema: is missing")
         if self.schema_ is not None and self.type != "json_object":
-            raise ValueError("schema: goes with type json_object")
+            raise ValueError("schema: needs type json_object")
         return self
 
-    def schema_of_answer(self) -> dict[str, Any] | None:
-        """JSON schema of the answer; None where it is no JSON."""
+    def answer_schema(self) -> dict[str, Any] | None:
+        """Return the JSON schema of the answer, None if it is not JSON."""
         if self.type == "json_object":
             return self.schema_ or {"type": "object"}
         return dict(self.json_schema.schema_) if self.type == "json_schema" and self.json_schema else None
 
     def grammar(self) -> Grammar | None:
-        """What the answer must be; UsageError where that is malformed."""
-        schema = self.schema_of_answer()
+        """Return the grammar of the answer, None for any text. UsageError if it is malformed."""
+        schema = self.answer_schema()
         if schema is not None:
             return Grammar.json_schema(schema)
         if self.regex is not None:

@@ -1,4 +1,7 @@
-"""POST /v1/responses: OpenAI's newer form of a chat, taken as the chat that it is. Nothing is stored."""
+"""Request model of POST /v1/responses, OpenAI's newer form of a chat. It is converted to a ChatRequest.
+
+Nothing is stored.
+"""
 
 from __future__ import annotations
 
@@ -6,30 +9,30 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, JsonValue, Tag, ValidationError, model_validator
 
-from .completions import LEAST_TOP_P, MAX_MESSAGES, Asked, ChatRequest
-from .invalid import text_of
-from .messages import MAX_TOOLS, Bool, ChatMessage, Float, Function, Int, JsonSchema, Name, Sent, Text
+from .api_error import message_of
+from .completions import MAX_MESSAGES, MIN_TOP_P, ChatRequest, RequestBody
+from .messages import MAX_TOOLS, Bool, ChatMessage, Float, Function, Int, JsonSchema, Name, RequestPart, Text
 
 
-class ItemPart(Sent):
-    without_effect = ("annotations", "logprobs")  # of an answer that is sent again
+class ItemPart(RequestPart):
+    without_effect = ("annotations", "logprobs")  # clients send them back with an answer
     type: Literal["input_text", "output_text"]
     text: Text
 
 
-class MessageItem(Sent):
+class MessageItem(RequestPart):
     without_effect = ("id", "status")
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
     content: Text | list[ItemPart]
 
     def as_message(self) -> dict[str, Any]:
-        """The chat's message."""
+        """Return the same as a chat message."""
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         return {"role": self.role, "content": text}
 
 
-class CallItem(Sent):
+class CallItem(RequestPart):
     without_effect = ("id", "status")
     type: Literal["function_call"]
     call_id: Text
@@ -37,19 +40,19 @@ class CallItem(Sent):
     arguments: Text
 
     def as_message(self) -> dict[str, Any]:
-        """The chat's message."""
+        """Return the same as a chat message."""
         function = {"name": self.name, "arguments": self.arguments}
         return {"role": "assistant", "content": "", "tool_calls": [{"id": self.call_id, "function": function}]}
 
 
-class ResultItem(Sent):
+class ResultItem(RequestPart):
     without_effect = ("id", "status")
     type: Literal["function_call_output"]
     call_id: Text
     output: Text
 
     def as_message(self) -> dict[str, Any]:
-        """The chat's message."""
+        """Return the same as a chat message."""
         return {"role": "tool", "tool_call_id": self.call_id, "content": self.output}
 
 
@@ -57,7 +60,7 @@ class FlatTool(Function):
     type: Literal["function"]
 
 
-class NamedFlatTool(Sent):
+class NamedFlatTool(RequestPart):
     type: Literal["function"]
     name: Name
 
@@ -68,43 +71,43 @@ class TextFormat(JsonSchema):
     @model_validator(mode="after")
     def _check_schema(self) -> TextFormat:
         if self.type != "json_schema" and "schema_" in self.model_fields_set:
-            raise ValueError("schema: goes with type json_schema")
+            raise ValueError("schema: needs type json_schema")
         if self.type == "json_schema" and "schema_" not in self.model_fields_set:
             raise ValueError("schema: is missing")
         return self
 
 
-class TextOptions(Sent):
-    without_effect = ("verbosity",)  # a wish that only some of OpenAI's models know
+class TextOptions(RequestPart):
+    without_effect = ("verbosity",)  # only some of OpenAI's models follow it
     format: TextFormat = TextFormat()
 
 
-def _kind(item: Any) -> str:
-    """What an item of the input is; a message may leave it out."""
+def _type_of(item: Any) -> str:
+    """Return the type of an input item. Messages may omit it."""
     return (item.get("type") if isinstance(item, dict) else getattr(item, "type", None)) or "message"
 
 
-Item = Annotated[
+InputItem = Annotated[
     Annotated[MessageItem, Tag("message")]
     | Annotated[CallItem, Tag("function_call")]
     | Annotated[ResultItem, Tag("function_call_output")],
     Discriminator(
-        _kind,
+        _type_of,
         custom_error_type="item_type",
         custom_error_message="the type of an item must be message, function_call or function_call_output",
     ),
 ]
 
 
-class ResponsesRequest(Asked):
+class ResponsesRequest(RequestBody):
     """POST /v1/responses"""
 
     model: Text
-    input: Text | Annotated[list[Item], Field(min_length=1, max_length=MAX_MESSAGES)]
+    input: Text | Annotated[list[InputItem], Field(min_length=1, max_length=MAX_MESSAGES)]
     instructions: Text | None = None
     max_output_tokens: Annotated[Int | None, Field(ge=1, le=1_000_000)] = None
     temperature: Annotated[Float | None, Field(ge=0, le=2)] = None
-    top_p: Annotated[Float | None, Field(ge=LEAST_TOP_P, le=1)] = None
+    top_p: Annotated[Float | None, Field(ge=MIN_TOP_P, le=1)] = None
     tools: Annotated[list[FlatTool], Field(max_length=MAX_TOOLS)] = Field([])
     tool_choice: Literal["none", "auto", "required"] | NamedFlatTool = "auto"
     parallel_tool_calls: Bool = True
@@ -117,41 +120,40 @@ class ResponsesRequest(Asked):
     def _check_chat(self) -> ResponsesRequest:
         try:
             self.as_chat()
-        except ValidationError as error:  # its own text has several lines
+        except ValidationError as error:  # the text of `error` has several lines
             first = error.errors()[0]
             is_input = error.title == ChatMessage.__name__ or first["loc"][:1] == ("messages",)
             place = "input: " if is_input else ""
             place += "calls of one turn: " if first["loc"][-1:] == ("tool_calls",) else ""
-            raise ValueError(place + text_of(first)) from error
+            raise ValueError(place + message_of(first)) from error
         return self
 
     def as_chat(self) -> ChatRequest:
-        """The chat that it asks for; a ValueError where that is refused."""
+        """Return the chat with the same meaning. ValueError if a chat with these values is refused."""
         items = [MessageItem(role="user", content=self.input)] if isinstance(self.input, str) else self.input
         instructions = [{"role": "system", "content": self.instructions}] if self.instructions else []
         choice: Any = self.tool_choice
         if isinstance(choice, NamedFlatTool):
             choice = {"type": "function", "function": {"name": choice.name}}
         format = self.text.format
-        schema = (
-            {"json_schema": format.model_dump(by_alias=True, exclude={"type"})} if format.type == "json_schema" else {}
-        )
+        schema = format.model_dump(by_alias=True, exclude={"type"})
+        response_format = {"type": format.type, "json_schema": schema if format.type == "json_schema" else None}
         return ChatRequest(
             model=self.model,
-            messages=[ChatMessage(**message) for message in [*instructions, *_joined(items)]],
+            messages=[ChatMessage(**message) for message in [*instructions, *_messages_of(items)]],
             max_completion_tokens=self.max_output_tokens,
             temperature=self.temperature,
             top_p=self.top_p,
             tools=[{"type": "function", "function": tool.model_dump(exclude={"type"})} for tool in self.tools],  # type: ignore[list-item]
             tool_choice=choice,
             parallel_tool_calls=self.parallel_tool_calls,
-            response_format={"type": format.type, **schema},  # type: ignore[arg-type]
+            response_format=response_format,  # type: ignore[arg-type]
             stream=self.stream,
         )
 
 
-def _joined(items: list[Any]) -> list[dict[str, Any]]:
-    """The items as messages; calls of one turn, which are items of their own here, are one message there."""
+def _messages_of(items: list[Any]) -> list[dict[str, Any]]:
+    """Return the items as chat messages. Calls of one turn are several items, but one message."""
     messages: list[dict[str, Any]] = []
     for message in (item.as_message() for item in items):
         if message.get("tool_calls") and messages and messages[-1]["role"] == "assistant":

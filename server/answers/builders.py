@@ -1,0 +1,268 @@
+"""Build answers in OpenAI's JSON, whole or as server-sent events: chat and text completions.
+
+Whole answers are instances of the response models. Events are not part of the OpenAPI document. They are plain dicts
+with response models inside, because an event is built for every token.
+"""
+
+from __future__ import annotations
+
+import abc
+import itertools
+import json
+import time
+import uuid
+from collections.abc import AsyncGenerator, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ...runtime.call_reader import ArgumentsEvent, CallEvent, Event, TextEvent
+from ...runtime.generation import TokenLogprob
+from ..models.metrics import AnswerClock
+from ..models.worker import Piece
+from ..schemas.api_error import APIError
+from ..schemas.completions import ChatRequest, CompletionRequest
+from ..schemas.response_models import (
+    AnsweredCall,
+    AnsweredFunction,
+    AssistantMessage,
+    CandidateToken,
+    ChatChoice,
+    ChatCompletion,
+    ChatLogprobs,
+    ChosenToken,
+    PromptTokensDetails,
+    ResponseModel,
+    TextChoice,
+    TextCompletion,
+    TextLogprobs,
+    Usage,
+)
+from .choices import Choice
+
+
+@dataclass
+class CollectedChoice:
+    """The content of one choice, collected from its pieces."""
+
+    text: str
+    calls: list[AnsweredCall] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: Any = None
+
+    def add(self, event: Event) -> None:
+        """Append the text or the part of a call that `event` carries."""
+        if isinstance(event, TextEvent):
+            self.text += event.text
+        elif isinstance(event, CallEvent):
+            self.calls.append(new_call(event))
+        else:
+            self.calls[event.index].function.arguments += event.text
+
+
+def new_call(event: CallEvent) -> AnsweredCall:
+    """Return a call with a new id and no arguments yet."""
+    return AnsweredCall(id=f"call_{uuid.uuid4().hex[:24]}", function=AnsweredFunction(name=event.name, arguments=""))
+
+
+class CompletionBuilder(abc.ABC):
+    """Builds the answer to one request from the pieces of its choices."""
+
+    id_prefix: str
+    chunk_object: str
+
+    def __init__(self, request: CompletionRequest, choices: Sequence[Choice], clock: AnswerClock) -> None:
+        self.request, self.choices, self.clock = request, choices, clock
+        self.token_bytes: dict[int, bytes] = {}
+        identity = f"{self.id_prefix}-{uuid.uuid4().hex}"
+        self.base: dict[str, Any] = {"id": identity, "created": int(time.time()), "model": request.model}
+
+    def usage(self) -> Usage:
+        """Return the token counts. A prompt counts once for all its choices; its first choice tells its cached part."""
+        stats = [choice.generation.stats for choice in self.choices]
+        prompts = stats[:: self.request.n]
+        prompt_tokens = sum(each.prompt_tokens for each in prompts)
+        completion_tokens = sum(each.completion_tokens for each in stats)
+        return Usage(
+            prompt_tokens=prompt_tokens,
+            completion_tokens=completion_tokens,
+            total_tokens=prompt_tokens + completion_tokens,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=sum(each.cached_tokens for each in prompts)),
+        )
+
+    async def pieces(self, source: AsyncGenerator[Piece]) -> AsyncGenerator[Piece]:
+        """Yield the pieces of `source`, measure their times and keep the bytes of their tokens."""
+        has_begun = False
+        try:
+            async for piece in source:
+                has_begun = True
+                self.token_bytes |= piece.token_bytes
+                if piece.text:
+                    self.clock.record_piece(piece.tokens)
+                yield piece
+        finally:
+            await source.aclose()
+            if has_begun:
+                usage = self.usage()
+                self.clock.record_end(usage.prompt_tokens, usage.completion_tokens)
+
+    def read(self, piece: Piece) -> list[Event]:
+        """Return the text and the parts of calls in a piece."""
+        reader = self.choices[piece.choice].reader
+        if reader is None:
+            return [TextEvent(piece.text)] if piece.text else []
+        return reader.push(piece.text) + (reader.finish() if piece.finish_reason else [])
+
+    def finish_reason(self, piece: Piece) -> str | None:
+        """Return the reason for the end of a choice, None unless `piece` is its last."""
+        reader = self.choices[piece.choice].reader
+        has_calls = reader is not None and reader.num_calls > 0
+        return "tool_calls" if has_calls and piece.finish_reason == "stop" else piece.finish_reason
+
+    async def whole(self, pieces: AsyncGenerator[Piece]) -> ResponseModel:
+        """Return the answer in one object, after the last piece."""
+        collected = [CollectedChoice(choice.echo) for choice in self.choices]
+        async for piece in pieces:
+            choice = collected[piece.choice]
+            for event in self.read(piece):
+                choice.add(event)
+            choice.logprobs += piece.logprobs
+            choice.finish_reason = self.finish_reason(piece) or choice.finish_reason
+        return self._completion(collected)
+
+    async def events(self, first: Piece | None, pieces: AsyncGenerator[Piece]) -> AsyncGenerator[str]:
+        """Yield server-sent events of `first` and of the rest of `pieces`."""
+        try:
+            for choice in self._openings():
+                yield self._event(choices=[choice])
+            if first is not None:
+                for choice in self._piece_choices(first):
+                    yield self._event(choices=[choice])
+            async for piece in pieces:
+                for choice in self._piece_choices(piece):
+                    yield self._event(choices=[choice])
+        except APIError as error:
+            yield f"data: {json.dumps(error.body)}\n\n"
+            return
+        if self.request.stream_options is not None and self.request.stream_options.include_usage:
+            yield self._event(choices=[], usage=self.usage().model_dump())
+        yield "data: [DONE]\n\n"
+
+    def _piece_choices(self, piece: Piece) -> Iterable[dict[str, Any]]:
+        """Yield the choice of an event for each part of a piece.
+
+        Log-probabilities are sent with the first part, the finish reason with the last.
+        """
+        events = self.read(piece)
+        deltas = [self._delta(event) for event in events] or [self._delta(None)]
+        for index, delta in enumerate(deltas):
+            records = piece.logprobs if index == 0 else ()
+            reason = self.finish_reason(piece) if index == len(deltas) - 1 else None
+            if not events and not records and reason is None:
+                continue
+            logprobs = self._logprobs(piece.choice, records)
+            shown = logprobs.model_dump() if logprobs is not None else None
+            yield {**delta, "index": piece.choice, "finish_reason": reason, "logprobs": shown}
+
+    def _event(self, **fields: Any) -> str:
+        return f"data: {json.dumps({**self.base, 'object': self.chunk_object, **fields})}\n\n"
+
+    def _text_of(self, token: int) -> str:
+        return self.token_bytes[token].decode("utf-8", errors="replace")
+
+    @abc.abstractmethod
+    def _completion(self, collected: Sequence[CollectedChoice]) -> ResponseModel:
+        """Return the whole answer."""
+
+    @abc.abstractmethod
+    def _openings(self) -> Iterable[dict[str, Any]]:
+        """Yield the choices of the events that come before the first piece."""
+
+    @abc.abstractmethod
+    def _delta(self, event: Event | None) -> dict[str, Any]:
+        """Return the part of an event's choice that carries new text or a part of a call."""
+
+    @abc.abstractmethod
+    def _logprobs(self, choice: int, records: Sequence[TokenLogprob]) -> ResponseModel | None:
+        """Return the log-probabilities of the next tokens of a choice, None if the request asks for none."""
+
+
+class ChatBuilder(CompletionBuilder):
+    """Builds chat completions."""
+
+    id_prefix, chunk_object = "chatcmpl", "chat.completion.chunk"
+
+    def _completion(self, collected: Sequence[CollectedChoice]) -> ChatCompletion:
+        choices = []
+        for index, each in enumerate(collected):
+            content = each.text.strip() or None if each.calls else each.text
+            message = AssistantMessage(content=content, tool_calls=each.calls)
+            logprobs = self._logprobs(index, each.logprobs)
+            choices.append(
+                ChatChoice(message=message, index=index, finish_reason=each.finish_reason, logprobs=logprobs)
+            )
+        return ChatCompletion(**self.base, choices=choices, usage=self.usage())
+
+    def _openings(self) -> Iterable[dict[str, Any]]:
+        for index in range(len(self.choices)):
+            yield {"index": index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
+
+    def _delta(self, event: Event | None) -> dict[str, Any]:
+        if isinstance(event, TextEvent):
+            return {"delta": {"content": event.text}}
+        if isinstance(event, CallEvent):
+            return {"delta": {"tool_calls": [{"index": event.index, **new_call(event).model_dump()}]}}
+        if isinstance(event, ArgumentsEvent):
+            return {"delta": {"tool_calls": [{"index": event.index, "function": {"arguments": event.text}}]}}
+        return {"delta": {}}
+
+    def _logprobs(self, choice: int, records: Sequence[TokenLogprob]) -> ChatLogprobs | None:
+        assert isinstance(self.request, ChatRequest)
+        if not self.request.logprobs:
+            return None
+        content = []
+        for record in records:
+            top = [CandidateToken(**self._token(token, logprob)) for token, logprob in record.top]
+            content.append(ChosenToken(**self._token(record.token, record.logprob), top_logprobs=top))
+        return ChatLogprobs(content=content)
+
+    def _token(self, token: int, logprob: float) -> dict[str, Any]:
+        return {"token": self._text_of(token), "logprob": logprob, "bytes": list(self.token_bytes[token])}
+
+
+class TextBuilder(CompletionBuilder):
+    """Builds text completions."""
+
+    id_prefix, chunk_object = "cmpl", "text_completion"
+
+    def __init__(self, request: CompletionRequest, choices: Sequence[Choice], clock: AnswerClock) -> None:
+        super().__init__(request, choices, clock)
+        self._num_characters = [0] * len(choices)
+        """Characters of the tokens so far, by choice."""
+
+    def _completion(self, collected: Sequence[CollectedChoice]) -> TextCompletion:
+        choices = []
+        for index, each in enumerate(collected):
+            logprobs = self._logprobs(index, each.logprobs)
+            choices.append(TextChoice(text=each.text, index=index, finish_reason=each.finish_reason, logprobs=logprobs))
+        return TextCompletion(**self.base, choices=choices, usage=self.usage())
+
+    def _openings(self) -> Iterable[dict[str, Any]]:
+        for index, choice in enumerate(self.choices):
+            if choice.echo:
+                yield {"index": index, "text": choice.echo, "finish_reason": None, "logprobs": None}
+
+    def _delta(self, event: Event | None) -> dict[str, Any]:
+        return {"text": event.text if isinstance(event, TextEvent) else ""}
+
+    def _logprobs(self, choice: int, records: Sequence[TokenLogprob]) -> TextLogprobs | None:
+        if self.request.top_count is None:
+            return None
+        texts = [self._text_of(record.token) for record in records]
+        offsets = list(itertools.accumulate(map(len, texts), initial=self._num_characters[choice]))
+        self._num_characters[choice] = offsets.pop()
+        return TextLogprobs(
+            tokens=texts,
+            token_logprobs=[record.logprob for record in records],
+            top_logprobs=[{self._text_of(token): logprob for token, logprob in record.top} for record in records],
+            text_offset=offsets,
+        )

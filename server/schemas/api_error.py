@@ -1,0 +1,73 @@
+"""Errors of the API in OpenAI's shape, and one-line messages for bodies that pydantic refuses."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .response_models import ErrorAnswer, ErrorDetail
+
+MAX_MESSAGE_CHARACTERS = 2000
+"""Longest error message. It may quote text of the request."""
+
+MAX_FIELD_PARTS = 6
+"""Most parts of a field's name that a message shows, from the beginning."""
+
+NOT_FIELDS = re.compile(r"[A-Z]\w*(Item|Tool|Part|Schema|Function|Request)|.*\W.*|body|(Mapping|Sequence)\w*")
+"""Names of classes and types that pydantic puts between fields, as in messages.0.content.list[TextPart].0."""
+
+
+class APIError(Exception):
+    """An error that is answered in OpenAI's shape."""
+
+    def __init__(self, status: int, message: str, kind: str = "invalid_request_error", code: str | None = None) -> None:
+        if len(message) > MAX_MESSAGE_CHARACTERS:
+            message = message[:MAX_MESSAGE_CHARACTERS] + " ..."
+        message = message.encode("utf-8", "backslashreplace").decode()  # a request may contain lone surrogates
+        super().__init__(message)
+        self.status = status
+        self.body = ErrorAnswer(error=ErrorDetail(message=message, type=kind, code=code)).model_dump()
+
+
+def shutdown_error() -> APIError:
+    """Return the error for requests that are unfinished when the server's grace period ends."""
+    return APIError(503, "the server stops", "server_error")
+
+
+def validation_message(errors: Sequence[Mapping[str, Any]]) -> str:
+    """Return the most specific of pydantic's `errors()` of one body as one line that names the field."""
+    error = min(errors, key=_vagueness)
+    if error["type"] == "json_invalid":
+        return f"the body is not JSON: {error['ctx']['error']} at character {error['loc'][-1]}"
+    if error["loc"] == ("body",):
+        return "the body is not a JSON object" if error["type"] != "value_error" else message_of(error)
+    parts = [str(part) for part in error["loc"] if not NOT_FIELDS.fullmatch(str(part))]
+    field = ".".join(parts[:MAX_FIELD_PARTS] + ["..."] * (len(parts) > MAX_FIELD_PARTS))
+    return f"{field}: {message_of(error)}" if field else message_of(error)
+
+
+def unreadable_message(cause: BaseException) -> str:
+    """Return in one line why a body could not be parsed although its syntax is right."""
+    if isinstance(cause, UnicodeDecodeError):
+        reason = "it is not UTF-8"
+    elif isinstance(cause, RecursionError):
+        reason = "it is nested too deeply"
+    else:
+        reason = str(cause).partition("; use sys")[0]  # Python's advice about its limit of digits
+    return f"the body cannot be read as JSON: {reason}"
+
+
+def message_of(error: Mapping[str, Any]) -> str:
+    """Return pydantic's message of one error, without the prefix that it puts before ours."""
+    return error["msg"].removeprefix("Value error, ")
+
+
+def _vagueness(error: Mapping[str, Any]) -> tuple[bool, bool, int]:
+    """Return a key that sorts specific errors first.
+
+    For a field of several forms, pydantic reports an error for each form, most of which the client did not mean. Our
+    own messages are the most specific, errors of a type the least, and errors of deeper fields more than of outer ones.
+    """
+    kind, location = error["type"], error["loc"]
+    return kind != "value_error", kind.endswith("_type"), -len(location)
