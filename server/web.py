@@ -1,4 +1,4 @@
-"""`efficientllm-serve-web`: a folder of `efficientllm-export --target web` over HTTP, with the headers it needs."""
+"""`efficientllm-serve-web`: serve a folder of `efficientllm-export --target web` with the headers that it needs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HEADERS = {
     "Cache-Control": "no-cache",
     "X-Content-Type-Options": "nosniff",
 }
-"""The first two isolate the page, for which browsers give it threads, exact clocks and its own memory's size."""
+"""The first two isolate the page. Only isolated pages have threads, exact clocks and the size of their memory."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class WebServerOptions:
     """server"""
 
     host: str = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 lets other machines in. Browsers keep pages for use offline from this machine's own
-    address and over HTTPS only."""
+    """Address to listen on. With 0.0.0.0 other machines can reach the server, but browsers keep pages for offline use
+    only from a local address or over HTTPS."""
     port: int = flags.number(8080, at_least=0, at_most=65535)
     """Port to listen on; 0: any free one."""
 
@@ -38,7 +38,7 @@ class WebServerOptions:
 
 
 class WebHandler(SimpleHTTPRequestHandler):
-    """Files of one folder; a list of its files is given to nobody."""
+    """Serves the files of one folder, but not a list of them."""
 
     extensions_map = SimpleHTTPRequestHandler.extensions_map | {
         ".js": "text/javascript",
@@ -56,20 +56,20 @@ class WebHandler(SimpleHTTPRequestHandler):
         self.send_error(404)
 
     def log_message(self, format: str, *args: object) -> None:
-        """A visit is nobody's business."""
+        """Log nothing."""
 
 
 def web_server(folder: Path, options: WebServerOptions | None = None) -> ThreadingHTTPServer:
-    """A server of `folder` that listens already; ArtefactError where it holds no page, UsageError for a taken port."""
+    """Return a server of `folder` that is listening. ArtefactError without a page, UsageError if it cannot listen."""
     options = options or WebServerOptions()
     if not (folder / "index.html").is_file():
-        raise ArtefactError(f"{folder} holds no page; write one with efficientllm-export --target web")
+        raise ArtefactError(f"{folder} has no index.html; write a page with efficientllm-export --target web")
     handler = functools.partial(WebHandler, directory=str(folder))
     try:
         return ThreadingHTTPServer((options.host, options.port), handler)
     except OSError as error:
         raise UsageError(
-            f"--host {options.host} --port {options.port}: cannot be listened on: {error.strerror}"
+            f"--host {options.host} --port {options.port}: cannot listen: {error.strerror}; choose another address"
         ) from error
 
 
@@ -77,7 +77,7 @@ def build_parser() -> flags.Parser:
     parser = flags.Parser(
         WebServerOptions,
         prog="efficientllm-serve-web",
-        description="Serve a folder of efficientllm-export --target web, and isolate the page from others.",
+        description="Serve a folder of efficientllm-export --target web with the headers that isolate its page.",
     )
     parser.add_argument("folder", help="folder written by efficientllm-export --target web")
     return parser

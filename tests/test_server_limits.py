@@ -57,7 +57,7 @@ def test_a_body_that_does_not_come_is_given_up(address: str) -> None:
     with connected(address, 1, HEAD + b'{"model"') as (connection,):
         answer = received(connection)
     assert answer.startswith(b"HTTP/1.1 408")
-    assert b"the body did not come within 0.5 s" in answer
+    assert b"the body did not arrive within 0.5 s" in answer
 
 
 def test_a_connection_that_says_nothing_is_closed(address: str) -> None:

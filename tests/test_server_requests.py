@@ -92,13 +92,13 @@ def test_several_system_messages_are_the_template_s_business(address: str) -> No
 
 
 UNSERVED = {
-    "suffix": ("x", "leave it out"),
-    "functions": ([{"name": "f"}], "say tools"),
-    "best_of": (3, "leave it out"),
-    "store": (True, "leave it out"),
-    "reasoning_effort": ("high", "leave it out"),
-    "guided_json": ({}, "say response_format with type json_schema"),
-    "repeat_penalty": (1.1, "leave it out"),
+    "suffix": ("x", "remove it"),
+    "functions": ([{"name": "f"}], "use tools"),
+    "best_of": (3, "remove it"),
+    "store": (True, "remove it"),
+    "reasoning_effort": ("high", "remove it"),
+    "guided_json": ({}, "use response_format with type json_schema"),
+    "repeat_penalty": (1.1, "remove it"),
 }
 
 
@@ -156,13 +156,13 @@ TOOL = '"tools": [{"type": "function", "function": {"name": "f", "description": 
     [
         (
             with_fields('"max_tokens": ' + "9" * 5000),
-            "the body is no JSON that can be read: Exceeds the limit (4300 digits)",
+            "the body cannot be read as JSON: Exceeds the limit (4300 digits)",
         ),
         (
             with_fields('"user": ' + "[" * 5000 + "]" * 5000),
-            "the body is no JSON that can be read: it is nested too deeply",
+            "the body cannot be read as JSON: it is nested too deeply",
         ),
-        (b'{"model": "\xff"}', "the body is no JSON that can be read: it is not UTF-8"),
+        (b'{"model": "\xff"}', "the body cannot be read as JSON: it is not UTF-8"),
         (with_fields('"a\\nb": 1'), "a\\nb is not served here"),
         (with_fields('"top_p": 1e-320'), "top_p: "),
         (
@@ -175,7 +175,7 @@ TOOL = '"tools": [{"type": "function", "function": {"name": "f", "description": 
         (called('{"a": NaN}'), "messages.1: arguments of the call of 'f': NaN and Infinity are not JSON"),
         (called('{"a": %s}' % ("9" * 5000)), "messages.1: arguments of the call of 'f': Exceeds the limit"),
         (called('{"a": %s}' % ("[" * 5000 + "]" * 5000)), "messages.1: arguments of the call of 'f': are nested"),
-        (with_fields('"chat_template_kwargs": {"messages": []}'), "chat_template_kwargs: messages is what the other"),
+        (with_fields('"chat_template_kwargs": {"messages": []}'), "chat_template_kwargs: messages is set by the other"),
         (with_fields('"chat_template_kwargs": {"add_generation_prompt": false}'), "chat_template_kwargs: add_gen"),
         (with_fields('"chat_template_kwargs": {"x": "\\ud800"}'), "chat_template_kwargs: text must not contain"),
     ],
@@ -364,9 +364,9 @@ def test_a_port_in_use_is_one_line(artefact: Path, capsys: pytest.CaptureFixture
         assert run_command(cli.body, [str(artefact), "--port", str(port)]) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert printed.err == f"error: --port {port}: another program listens there on 127.0.0.1; give another --port\n"
-    with pytest.raises(UsageError, match=r"--host 192\.0\.2\.1 --port 8000: cannot be listened on"):
-        cli.bound_socket("192.0.2.1", 8000)
+    assert printed.err == f"error: --port {port}: another program listens on it at 127.0.0.1; choose another --port\n"
+    with pytest.raises(UsageError, match=r"--host 192\.0\.2\.1 --port 8000: cannot listen"):
+        cli.bind_socket("192.0.2.1", 8000)
 
 
 def test_small_pieces_are_sent_at_once() -> None:
@@ -379,7 +379,7 @@ def test_small_pieces_are_sent_at_once() -> None:
             found.set_result(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
             writer.close()
 
-        with cli.bound_socket("127.0.0.1", 0) as listener:
+        with cli.bind_socket("127.0.0.1", 0) as listener:
             server = await asyncio.start_server(look, sock=listener)
             _, writer = await asyncio.open_connection(*listener.getsockname())
             try:
@@ -415,7 +415,7 @@ def test_a_name_that_was_bound_to_this_machine_is_refused(artefact: Path) -> Non
         ):
             answer = client.get("/v1/models", headers={"Host": host})
             assert answer.status_code == status, host
-    assert "this server is not '127.0.0.1.evil.example'; let it in with --allow-host" in answer.text
+    assert "this server is not '127.0.0.1.evil.example'; allow the name with --allow-host" in answer.text
 
 
 def test_the_key_may_come_from_a_file_or_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

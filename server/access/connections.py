@@ -1,25 +1,36 @@
-"""Limits of the connections that clients hold: how many, and how long one may stay silent before its request."""
+"""uvicorn with limits: how many connections, how long one may wait for a request, and how long answers may end."""
 
 from __future__ import annotations
 
 import asyncio
+import socket
+from collections.abc import Callable
 from typing import Any
 
+import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 KEEP_ALIVE_SECONDS = 30
-"""How long a connection may wait for its next request. uvicorn's 5 seconds are also httpx', and so OpenAI's client's: a
-request could be sent just as the connection is closed, and be lost."""
+"""Longest time that a connection waits for its next request.
+
+uvicorn's default of 5 seconds is also the client's in httpx, which OpenAI's client uses. A request could then be sent
+just as its connection is closed, and be lost.
+"""
+
+CLOSE_SECONDS = 5
+"""Time for clients to read why their answers end, before uvicorn closes their connections."""
 
 
 def limited_protocol(max_connections: int, head_timeout: float) -> type[H11Protocol]:
-    """uvicorn's protocol, which closes connections beyond `max_connections` at once and those that have sent no whole
-    request head after `head_timeout` seconds: uvicorn itself waits for ever, and out of files it cannot answer anybody.
+    """Return uvicorn's protocol with limits.
+
+    It closes connections beyond `max_connections` at once, and those without a whole request head after `head_timeout`
+    seconds. uvicorn itself waits forever, and a server without free file descriptors cannot answer anybody.
     """
 
     class LimitedProtocol(H11Protocol):
         _head_timer: asyncio.TimerHandle | None = None
-        """Runs from the connection, or the first bytes after an answer, until a request's head is whole."""
+        """Runs from the connection, or the first bytes after an answer, until the head of a request is whole."""
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
@@ -27,28 +38,45 @@ def limited_protocol(max_connections: int, head_timeout: float) -> type[H11Proto
                 transport.write(b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\n\r\n")
                 transport.close()
             else:
-                self._await_head()
+                self._start_timer()
 
         def data_received(self, data: bytes) -> None:
-            self._await_head()
+            self._start_timer()
             super().data_received(data)
-            if self._is_asked():
-                self._stop_waiting()
+            if self._has_request():
+                self._stop_timer()
 
         def connection_lost(self, exc: Exception | None) -> None:
-            self._stop_waiting()
+            self._stop_timer()
             super().connection_lost(exc)
 
-        def _is_asked(self) -> bool:
+        def _has_request(self) -> bool:
             return self.cycle is not None and not self.cycle.response_complete
 
-        def _await_head(self) -> None:
-            if self._head_timer is None and not self._is_asked():
+        def _start_timer(self) -> None:
+            if self._head_timer is None and not self._has_request():
                 self._head_timer = self.loop.call_later(head_timeout, self.transport.close)
 
-        def _stop_waiting(self) -> None:
+        def _stop_timer(self) -> None:
             if self._head_timer is not None:
                 self._head_timer.cancel()
                 self._head_timer = None
 
     return LimitedProtocol
+
+
+class GracefulServer(uvicorn.Server):
+    """uvicorn's server with a grace period for answers in progress. uvicorn itself cancels them in mid-response."""
+
+    def __init__(self, app: Any, end_answers: Callable[[], None], grace_seconds: int, **settings: Any) -> None:
+        """Serve `app`, and call `end_answers` `grace_seconds` after the signal to stop. `settings` are uvicorn's."""
+        timeout = grace_seconds + CLOSE_SECONDS
+        super().__init__(uvicorn.Config(app, timeout_graceful_shutdown=timeout, **settings))
+        self._end_answers, self._grace_seconds = end_answers, grace_seconds
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        timer = asyncio.get_running_loop().call_later(self._grace_seconds, self._end_answers)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            timer.cancel()
