@@ -1,8 +1,8 @@
-"""What the server costs: `python -m research.server_cost ARTEFACT`.
+"""Measure the cost of the server: `python -m research.server_cost ARTEFACT`.
 
-The same prompts are answered by the engine in this process and by a server in a child process, in turn; the
-second turn of a chat is timed with and without its cached beginning, sampled answers and JSON beside greedy ones; then
-the server's memory is watched over many short requests.
+The engine in this process and a server in a child process answer the same prompts in turn. The second turn of a chat is
+timed with and without its cached beginning. Sampled answers and JSON are compared with greedy answers. At last the
+server's memory is measured over many short requests.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ TEXT = "Tell a story about a lighthouse keeper, number {number}."
 
 
 @dataclass(frozen=True)
-class BenchmarkOptions:
+class ServerCostOptions:
     """measurement"""
 
     threads: int = 1
     """CPU threads; 0: all cores."""
     rounds: int = flags.number(20, at_least=1)
-    """Pairs of answers, after one that warms up."""
+    """Pairs of answers, after one warm-up pair."""
     tokens: int = flags.number(128, at_least=2)
     """Tokens per answer."""
     requests: int = 0
-    """Short requests of the memory run; 0: none."""
+    """Short requests of the memory measurement; 0: none."""
 
     def __post_init__(self) -> None:
         flags.check_fields(self)
@@ -56,15 +56,15 @@ class BenchmarkOptions:
 
 @dataclass(frozen=True)
 class Timing:
-    """One answer."""
+    """Times of one answer."""
 
     first_token_ms: float
     decode_tokens_per_second: float
 
 
 @contextmanager
-def served(artefact: str, threads: int) -> Iterator[httpx.Client]:
-    """A client of a server of `artefact` in a child process."""
+def serve_in_child(artefact: str, threads: int) -> Iterator[httpx.Client]:
+    """Yield a client of a server of `artefact` in a child process."""
     with extra("bench"):
         import httpx
     with socket.socket() as probe:
@@ -94,6 +94,7 @@ def served(artefact: str, threads: int) -> Iterator[httpx.Client]:
 
 
 def timing(began: float, arrivals: list[float]) -> Timing:
+    """Return the times of an answer whose tokens arrived at `arrivals`, in seconds of the clock of `began`."""
     return Timing(1000 * (arrivals[0] - began), (len(arrivals) - 1) / (arrivals[-1] - arrivals[0]))
 
 
@@ -118,15 +119,15 @@ def ask_server(client: httpx.Client, text: str, tokens: int) -> Timing:
 
 
 def overhead(artefact: str, threads: int, rounds: int, tokens: int) -> None:
-    """Print both sides' medians and the median difference of the pairs."""
+    """Print the medians of engine and server, and the median difference of the pairs."""
     pairs = []
-    with served(artefact, threads) as client:
+    with serve_in_child(artefact, threads) as client:
         engine = load_engine(artefact, EngineOptions(threads=threads, context=CONTEXT))
         for number in range(rounds + 1):
             text = TEXT.format(number=number)
             sides = [lambda: ask_engine(engine, text, tokens), lambda: ask_server(client, text, tokens)]  # noqa: B023
             timings = [side() for side in (sides if number % 2 else sides[::-1])]
-            if number:  # the first pair warms up
+            if number:  # the first pair is the warm-up
                 pairs.append(timings if number % 2 else timings[::-1])
         engine.close()
     for index, name in enumerate(("engine", "server")):
@@ -141,8 +142,10 @@ def overhead(artefact: str, threads: int, rounds: int, tokens: int) -> None:
 
 
 def prefix_reuse(artefact: str, threads: int, rounds: int) -> None:
-    """Print the time to the first token of a chat's second turn: with the first turn cached, after another chat's turn,
-    and without a cache."""
+    """Print the time to the first token of the second turn of a chat.
+
+    It is measured with the first turn cached, after a turn of another chat, and without a cache.
+    """
     engine = load_engine(artefact, EngineOptions(threads=threads, context=CONTEXT, parallel=2, warm_up=True))
     print(engine.settings)
     times: tuple[list[float], ...] = ([], [], [])
@@ -165,11 +168,10 @@ def prefix_reuse(artefact: str, threads: int, rounds: int) -> None:
 
 
 def answer_cost(artefact: str, threads: int, rounds: int, tokens: int) -> None:
-    """Print how much slower than greedy answers those of the same length are that are sampled, with all that can be
-    asked for, or that keep to a schema."""
+    """Print how much slower sampled answers and JSON of a schema are than greedy answers of the same length."""
     engine = load_engine(artefact, EngineOptions(threads=threads, context=CONTEXT, warm_up=True))
     prompt = chat_prompt(engine, [{"role": "user", "content": TEXT.format(number=0)}])
-    text = {"type": "string", "minLength": 100 * tokens}  # which no answer comes to the end of
+    text = {"type": "string", "minLength": 100 * tokens}  # longer than any answer
     schema = Grammar.json_schema({"type": "object", "properties": {"text": text}, "required": ["text"]})
     sides: dict[str, tuple[SamplingOptions, Grammar | None]] = {
         "greedy": (SamplingOptions(), None),
@@ -191,21 +193,21 @@ def answer_cost(artefact: str, threads: int, rounds: int, tokens: int) -> None:
                 pass
             seconds[name].append(generation.stats.decode_seconds)
     engine.close()
-    greedy, *others = (values[1:] for values in seconds.values())  # the first round warms up
+    greedy, *others = (values[1:] for values in seconds.values())  # the first round is the warm-up
     for name, values in zip(list(sides)[1:], others, strict=True):
         slower = [100 * (one / other - 1) for one, other in zip(values, greedy, strict=True)]
         print(f"{name}, {engine.vocab_size:,} tokens of vocabulary: slower than greedy by {spread(slower, '%')}")
 
 
 def spread(values: list[float], unit: str) -> str:
-    """'median unit (first to third quartile, n)'."""
+    """Return the text "median unit (first to third quartile, n)"."""
     figure = Figure.of(values)
     return f"{figure.median:.1f} {unit} ({figure.low:.1f} to {figure.high:.1f}, n = {figure.n})"
 
 
 def memory(artefact: str, threads: int, requests: int) -> None:
-    """Print the server's allocations along `requests` short requests."""
-    with served(artefact, threads) as client:
+    """Print the allocated memory of a server at intervals over `requests` short requests."""
+    with serve_in_child(artefact, threads) as client:
         for number in range(requests + 1):
             if number in (0, requests // 10) or (number and number % (requests // 5) == 0):
                 anonymous = client.get("/health").json()["rss_anon_bytes"]
@@ -216,10 +218,10 @@ def memory(artefact: str, threads: int, requests: int) -> None:
 
 
 def body(argv: Sequence[str]) -> int:
-    parser = flags.Parser(BenchmarkOptions, prog="python -m research.server_cost", description=__doc__)
+    parser = flags.Parser(ServerCostOptions, prog="python -m research.server_cost", description=__doc__)
     parser.add_argument("artefact", help="folder written by efficientllm-export, or a .gguf or .pte file")
     arguments = parser.parse(argv)
-    artefact, options = arguments.pop("artefact"), flags.take(arguments, BenchmarkOptions)
+    artefact, options = arguments.pop("artefact"), flags.take(arguments, ServerCostOptions)
     overhead(artefact, options.threads, options.rounds, options.tokens)
     prefix_reuse(artefact, options.threads, options.rounds)
     answer_cost(artefact, options.threads, options.rounds, options.tokens)

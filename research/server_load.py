@@ -1,7 +1,8 @@
-"""Endpoints under load, in turn: `python -m research.server_load http://127.0.0.1:8000/v1 http://127.0.0.1:8081/v1`.
+"""Measure endpoints under load: `python -m research.server_load http://127.0.0.1:8000/v1 http://127.0.0.1:8081/v1`.
 
-Clients ask the same short questions of every endpoint, each the next one when it has its answer, greedily and streamed;
-endpoints take turns, so that drift of the machine hits all alike. Any OpenAI-style server can be measured.
+Clients send the same short questions to every endpoint and read greedy, streamed answers. Each client sends its next
+question after an answer. The endpoints are measured in turn, so that drift of the machine affects all of them. Any
+server with OpenAI's API can be measured.
 """
 
 from __future__ import annotations
@@ -30,17 +31,17 @@ class LoadOptions:
     """measurement"""
 
     clients: tuple[int, ...] = flags.whole_numbers(1, 4, 8, 16, at_least=1)
-    """Clients that ask at the same time."""
+    """Concurrent clients."""
     requests: int = flags.number(3, at_least=1)
-    """Answers that each client reads in a round."""
+    """Answers per client and round."""
     rounds: int = flags.number(3, at_least=1)
-    """Rounds, in which the endpoints take turns."""
+    """Rounds. Each measures every endpoint once."""
     tokens: int = flags.number(24, at_least=1)
-    """Longest answer."""
+    """Most tokens of an answer."""
     model: str = "model"
     """Name of the model in the requests."""
     api_key: str = ""
-    """Key that the endpoints want."""
+    """API key of the endpoints."""
 
     def __post_init__(self) -> None:
         flags.check_fields(self)
@@ -48,31 +49,31 @@ class LoadOptions:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """One answer."""
+class AnswerTimes:
+    """Times of one answer."""
 
     first_token_s: float
-    """From the request to the first text; 0 where it failed."""
+    """From the request to the first text, 0 if there was none."""
     tokens: int
     whole_s: float
 
 
 @dataclass(frozen=True)
-class Served:
-    """What one endpoint did for a number of clients in one round."""
+class RoundResult:
+    """The answers of one endpoint to a number of clients in one round."""
 
-    answers: tuple[Asked, ...]
+    answers: tuple[AnswerTimes, ...]
     lost: int
     seconds: float
 
     @property
     def tokens_per_second(self) -> float:
-        """Of all clients together."""
+        """Return the throughput of all clients together."""
         return sum(answer.tokens for answer in self.answers) / self.seconds
 
 
-async def ask(client: httpx.AsyncClient, options: LoadOptions, number: int) -> Asked:
-    """One streamed answer."""
+async def time_answer(client: httpx.AsyncClient, options: LoadOptions, number: int) -> AnswerTimes:
+    """Read one streamed answer and return its times."""
     body: dict[str, Any] = {
         "model": options.model,
         "messages": [{"role": "user", "content": QUESTION.format(number=number)}],
@@ -91,51 +92,51 @@ async def ask(client: httpx.AsyncClient, options: LoadOptions, number: int) -> A
             if not first and has_text(event):
                 first = time.perf_counter() - began
             tokens = (event.get("usage") or {}).get("completion_tokens", tokens)
-    return Asked(first, tokens, time.perf_counter() - began)
+    return AnswerTimes(first, tokens, time.perf_counter() - began)
 
 
 def has_text(event: Mapping[str, Any]) -> bool:
-    """Whether an event of a stream brings a piece of the answer."""
+    """Return whether an event of a stream carries text of the answer."""
     return any(choice["delta"].get("content") for choice in event["choices"])
 
 
-async def load(address: str, options: LoadOptions, clients: int, first_number: int) -> Served:
-    """`clients` at once, each asking `options.requests` questions of its own."""
+async def load(address: str, options: LoadOptions, clients: int, first_number: int) -> RoundResult:
+    """Send `options.requests` different questions from each of `clients` concurrent clients."""
     with extra("bench"):
         import httpx
-    answers: list[Asked] = []
+    answers: list[AnswerTimes] = []
     headers = {"Authorization": f"Bearer {options.api_key}"} if options.api_key else {}
     limits = httpx.Limits(max_connections=clients)
 
-    async def ask_all(client: httpx.AsyncClient, index: int) -> None:
+    async def send_all(client: httpx.AsyncClient, index: int) -> None:
         for turn in range(options.requests):
             try:
-                answers.append(await ask(client, options, first_number + index * options.requests + turn))
+                answers.append(await time_answer(client, options, first_number + index * options.requests + turn))
             except (httpx.HTTPError, ValueError):
                 continue
 
     async with httpx.AsyncClient(base_url=address, timeout=600, headers=headers, limits=limits) as client:
         began = time.perf_counter()
-        await asyncio.gather(*[ask_all(client, index) for index in range(clients)])
+        await asyncio.gather(*[send_all(client, index) for index in range(clients)])
         seconds = time.perf_counter() - began
-    return Served(tuple(answers), clients * options.requests - len(answers), seconds)
+    return RoundResult(tuple(answers), clients * options.requests - len(answers), seconds)
 
 
 def compare(addresses: Sequence[str], options: LoadOptions) -> list[list[str]]:
-    """Header and a row per number of clients and endpoint."""
-    served: dict[tuple[int, str], list[Served]] = {}
+    """Return a header and a row for each number of clients and endpoint."""
+    results: dict[tuple[int, str], list[RoundResult]] = {}
     number = 0
     for _ in range(options.rounds):
         for clients in options.clients:
             for address in addresses:
-                one = asyncio.run(load(address, options, clients, number))
-                served.setdefault((clients, address), []).append(one)
-            number += clients * options.requests  # the same questions to all, new ones in every round
+                result = asyncio.run(load(address, options, clients, number))
+                results.setdefault((clients, address), []).append(result)
+            number += clients * options.requests  # the same questions to all endpoints, new ones in every round
     header = ["clients", "endpoint", "tokens/s, all", "first token p50, s", "p95, s", "answers", "lost"]
-    return [header, *(_row(clients, address, rounds) for (clients, address), rounds in sorted(served.items()))]
+    return [header, *(_row(clients, address, rounds) for (clients, address), rounds in sorted(results.items()))]
 
 
-def _row(clients: int, address: str, rounds: Sequence[Served]) -> list[str]:
+def _row(clients: int, address: str, rounds: Sequence[RoundResult]) -> list[str]:
     speed = Figure.of([one.tokens_per_second for one in rounds])
     firsts = sorted(answer.first_token_s for one in rounds for answer in one.answers if answer.first_token_s) or [0.0]
     shown = (f"{firsts[int(share * (len(firsts) - 1))]:.3f}" for share in (0.5, 0.95))

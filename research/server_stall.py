@@ -1,8 +1,8 @@
-"""What a long prompt does to an answer under way: `python -m research.server_stall http://127.0.0.1:8000/v1 ...`.
+"""Measure how a long prompt delays another answer: `python -m research.server_stall http://127.0.0.1:8000/v1 ...`.
 
-One client reads a streamed answer; in the middle of it another sends a long prompt. Told are the pauses between the
-pieces of the answer before and meanwhile, and how long the prompt took. Endpoints take turns; any OpenAI-style server
-can be measured.
+One client reads a streamed answer, and another sends a long prompt in the middle of it. The result is the pauses
+between the pieces of the answer before the prompt and during its evaluation, and the time of the prompt. The endpoints
+are measured in turn. Any server with OpenAI's API can be measured.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ class StallOptions:
     """measurement"""
 
     rounds: int = flags.number(5, at_least=1)
-    """Answers that are disturbed, of each endpoint."""
+    """Disturbed answers per endpoint."""
     tokens: int = flags.number(160, at_least=1)
-    """Longest answer."""
+    """Most tokens of the disturbed answer."""
     undisturbed: int = flags.number(32, at_least=2)
-    """Pieces of it that are read before the prompt is sent."""
+    """Pieces of the answer before the prompt is sent."""
     sentences: int = flags.number(80, at_least=1)
-    """Of the long prompt, some 17 tokens each."""
+    """Sentences of the long prompt, about 17 tokens each."""
     model: str = "model"
     """Name of the model in the requests."""
 
@@ -52,19 +52,19 @@ class StallOptions:
 
 
 @dataclass(frozen=True)
-class Disturbed:
-    """One answer; seconds."""
+class DisturbedAnswer:
+    """Times of one answer, in seconds."""
 
     before: tuple[float, ...]
     """Pauses between pieces before the prompt was sent."""
-    meanwhile: tuple[float, ...]
-    """And until it was answered."""
+    during: tuple[float, ...]
+    """Pauses from then until the prompt was answered."""
     prompt: float
-    """From the long prompt to its answer of one token."""
+    """Time from the long prompt to its answer of one token."""
 
 
-async def disturb(address: str, options: StallOptions, number: int) -> Disturbed:
-    """Read one answer and send a prompt amid it."""
+async def disturb(address: str, options: StallOptions, number: int) -> DisturbedAnswer:
+    """Read one answer, send a long prompt during it, and return the times."""
     with extra("bench"):
         import httpx
     arrivals: list[float] = []
@@ -77,18 +77,18 @@ async def disturb(address: str, options: StallOptions, number: int) -> Disturbed
                 if line.startswith("data: {") and has_text(json.loads(line[6:])):
                     arrivals.append(time.perf_counter())
                 if len(arrivals) == options.undisturbed and other is None:
-                    other = asyncio.create_task(_ask(client, options, number))
-        if other is None:  # it said less than that
-            return Disturbed((), (), 0.0)
+                    other = asyncio.create_task(_send_long_prompt(client, options, number))
+        if other is None:  # the answer was too short
+            return DisturbedAnswer((), (), 0.0)
         began, ended = await other
     pauses = [(end, end - start) for start, end in itertools.pairwise(arrivals)]
     before = tuple(pause for end, pause in pauses if end <= began)
-    meanwhile = tuple(pause for end, pause in pauses if began < end and end - pause < ended)
-    return Disturbed(before, meanwhile, ended - began)
+    during = tuple(pause for end, pause in pauses if began < end and end - pause < ended)
+    return DisturbedAnswer(before, during, ended - began)
 
 
-async def _ask(client: httpx.AsyncClient, options: StallOptions, number: int) -> tuple[float, float]:
-    """When the long prompt was sent and answered."""
+async def _send_long_prompt(client: httpx.AsyncClient, options: StallOptions, number: int) -> tuple[float, float]:
+    """Send the long prompt and return the times at which it was sent and answered."""
     text = "".join(SENTENCE.format(number=number, count=count) for count in range(options.sentences))
     began = time.perf_counter()
     answer = await client.post("chat/completions", json=_body(options, text, 1))
@@ -102,30 +102,30 @@ def _body(options: StallOptions, text: str, tokens: int) -> dict[str, Any]:
 
 
 def compare(addresses: Sequence[str], options: StallOptions) -> list[list[str]]:
-    """Header and a row per endpoint."""
-    found: dict[str, list[Disturbed]] = {address: [] for address in addresses}
+    """Return a header and a row for each endpoint."""
+    answers: dict[str, list[DisturbedAnswer]] = {address: [] for address in addresses}
     with extra("bench"):
         import httpx
     for number in range(options.rounds):
         for address in addresses:
             try:
-                found[address].append(asyncio.run(disturb(address, options, number)))
+                answers[address].append(asyncio.run(disturb(address, options, number)))
             except httpx.HTTPError as error:
                 raise UsageError(f"{address}: {error}") from error
     header = ["endpoint", "answers", "pause before, ms", "meanwhile, ms", "longest, ms", "long prompt, s"]
-    return [header, *(_row(address, rounds) for address, rounds in found.items())]
+    return [header, *(_row(address, each) for address, each in answers.items())]
 
 
-def _row(address: str, rounds: Sequence[Disturbed]) -> list[str]:
-    told = [each for each in rounds if each.before and each.meanwhile]
-    if not told:
+def _row(address: str, answers: Sequence[DisturbedAnswer]) -> list[str]:
+    complete = [answer for answer in answers if answer.before and answer.during]
+    if not complete:
         return [address, "0", "", "", "", ""]
-    before = Figure.of([1000 * pause for each in told for pause in each.before])
-    meanwhile = Figure.of([1000 * pause for each in told for pause in each.meanwhile])
-    longest = Figure.of([1000 * max(each.meanwhile) for each in told])
-    prompt = Figure.of([each.prompt for each in told])
-    figures = [before.describe(1), meanwhile.describe(1), longest.describe(0), prompt.describe(2)]
-    return [address, str(len(told)), *figures]
+    before_ms = Figure.of([1000 * pause for answer in complete for pause in answer.before])
+    during_ms = Figure.of([1000 * pause for answer in complete for pause in answer.during])
+    longest_ms = Figure.of([1000 * max(answer.during) for answer in complete])
+    prompt = Figure.of([answer.prompt for answer in complete])
+    figures = [before_ms.describe(1), during_ms.describe(1), longest_ms.describe(0), prompt.describe(2)]
+    return [address, str(len(complete)), *figures]
 
 
 def body(argv: Sequence[str]) -> int:
@@ -141,9 +141,5 @@ def body(argv: Sequence[str]) -> int:
     return 0
 
 
-def main() -> None:
-    sys.exit(run_command(body))
-
-
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(body))
