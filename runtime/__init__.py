@@ -1,4 +1,4 @@
-"""Running exported models: engines, sampling, chat. Imports no torch.
+"""Run exported models: engines, sampling, chat. Imports no torch.
 
 from efficientllm.runtime import load
 

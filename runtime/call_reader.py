@@ -1,42 +1,42 @@
-"""Telling calls of functions from what else an answer says, while it is being written."""
+"""Separate function calls from text in an answer while it is generated."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-from .text_stream import unfinished
+from .text_stream import partial_length
 from .tool_format import ToolFormat
 
 
 @dataclass(frozen=True)
-class Said:
-    """Text for the user."""
+class TextEvent:
+    """A part of the text for the user."""
 
     text: str
 
 
 @dataclass(frozen=True)
-class Called:
-    """A call begins, the answer's `index`-th."""
+class CallEvent:
+    """The start of the call number `index` of the answer, counted from 0."""
 
     index: int
     name: str
 
 
 @dataclass(frozen=True)
-class Argued:
-    """A part of the JSON object of a call's arguments."""
+class ArgumentsEvent:
+    """A part of the JSON object with the arguments of a call."""
 
     index: int
     text: str
 
 
-Event = Said | Called | Argued
+Event = TextEvent | CallEvent | ArgumentsEvent
 
 
 class CallReader:
-    """Reads an answer in a ToolFormat, piece by piece as it comes."""
+    """Reads an answer in a ToolFormat piece by piece."""
 
     def __init__(self, format: ToolFormat) -> None:
         self.format = format
@@ -46,7 +46,7 @@ class CallReader:
         self._object = _ObjectEnd()
 
     def push(self, text: str) -> list[Event]:
-        """What is known after this piece; a text that may still become the beginning of a call is held back."""
+        """Add a piece and return the events that are certain now. Text that may begin a call is held back."""
         self._unread += text
         events: list[Event] = []
         step = {"text": self._text, "name": self._name, "arguments": self._arguments, "after": self._after}
@@ -55,9 +55,9 @@ class CallReader:
         return events
 
     def finish(self) -> list[Event]:
-        """What was held back, once nothing more comes."""
+        """Return the text that was held back, at the end of the answer."""
         rest, self._unread = self._unread, ""
-        return [Said(rest)] if rest and self._state == "text" else []
+        return [TextEvent(rest)] if rest and self._state == "text" else []
 
     def _take(self, length: int) -> str:
         taken, self._unread = self._unread[:length], self._unread[length:]
@@ -65,13 +65,11 @@ class CallReader:
 
     def _text(self, events: list[Event]) -> bool:
         start = self._unread.find(self.format.begin)
-        if start < 0:
-            start = len(self._unread) - unfinished(self._unread, (self.format.begin,))
-            has_call = False
-        else:
-            has_call = True
-        if said := self._take(start):
-            events.append(Said(said))
+        has_call = start >= 0
+        if not has_call:
+            start = len(self._unread) - partial_length(self._unread, (self.format.begin,))
+        if text := self._take(start):
+            events.append(TextEvent(text))
         if has_call:
             self._take(len(self.format.begin))
             self._state = "name"
@@ -81,7 +79,7 @@ class CallReader:
         end = self._unread.find(self.format.middle)
         if end < 0:
             return False
-        events.append(Called(self.num_calls, self._take(end)))
+        events.append(CallEvent(self.num_calls, self._take(end)))
         self._take(len(self.format.middle))
         self.num_calls += 1
         self._state, self._object = "arguments", _ObjectEnd()
@@ -90,7 +88,7 @@ class CallReader:
     def _arguments(self, events: list[Event]) -> bool:
         length = self._object.push(self._unread)
         if text := self._take(length):
-            events.append(Argued(self.num_calls - 1, text))
+            events.append(ArgumentsEvent(self.num_calls - 1, text))
         if self._object.is_over:
             self._state = "after"
         return self._object.is_over
@@ -106,20 +104,20 @@ class CallReader:
             self._take(len(end))
             self._state = "text"
             return bool(self._unread)
-        if not is_undecided:  # a text of the model's own
+        if not is_undecided:  # text that belongs to no call
             self._state = "text"
         return not is_undecided
 
 
 class _ObjectEnd:
-    """Finds where a JSON object ends."""
+    """Finds the end of a JSON object."""
 
     def __init__(self) -> None:
         self.is_over = False
         self._depth, self._in_string, self._is_escaped = 0, False, False
 
     def push(self, text: str) -> int:
-        """How much of `text` belongs to the object."""
+        """Return the number of characters of `text` that belong to the object."""
         for index, character in enumerate(text):
             if self._in_string:
                 if self._is_escaped:

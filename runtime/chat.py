@@ -1,4 +1,4 @@
-"""`efficientllm-chat`: talk to an artefact in the terminal, or ask it one thing."""
+"""`efficientllm-chat`: chat with an exported model in the terminal, or ask it one question."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def build_parser() -> flags.Parser:
         SamplingOptions,
         EngineOptions,
         prog="efficientllm-chat",
-        description="Chat with an exported model. With a prompt (or a pipe) it answers once; else it is interactive.",
+        description="Chat with an exported model. With a prompt or a pipe it answers once, otherwise interactively.",
     )
     parser.add_argument("artefact", help="folder written by efficientllm-export, or a .gguf or .pte file")
-    parser.add_argument("prompt", nargs="?", help="a question to answer once")
+    parser.add_argument("prompt", nargs="?", help="question to answer once")
     return parser
 
 
@@ -33,7 +33,7 @@ def body(argv: Sequence[str]) -> int:
     options, sampling = flags.take(arguments, ChatOptions), flags.take(arguments, SamplingOptions)
     engine_options = flags.take(arguments, EngineOptions)
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # as arguments are read: what is no UTF-8 is told by the engine
+        sys.stdin.reconfigure(errors="surrogateescape")  # as in arguments; the engine refuses text that is not UTF-8
     if prompt is None and not sys.stdin.isatty():
         prompt = sys.stdin.read().strip()
         if not prompt:
@@ -43,7 +43,7 @@ def body(argv: Sequence[str]) -> int:
         conversation = Conversation(engine, options, sampling)
         if prompt is not None:
             if not conversation.ask(prompt):
-                raise KeyboardInterrupt  # as everywhere else
+                raise KeyboardInterrupt  # for the exit code of an interrupted command
         else:
             Terminal(conversation).run()
     finally:

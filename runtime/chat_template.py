@@ -1,13 +1,17 @@
-"""Rendering a tokenizer's chat template, sandboxed: templates come with models and are not to be trusted."""
+"""Render chat templates in a sandbox, and escape control tokens in messages.
+
+Templates come with models and are not trusted. Only a template may write control tokens: text in a message that looks
+like one stays text.
+"""
 
 from __future__ import annotations
 
 import datetime
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 from jinja2.ext import Extension
@@ -15,8 +19,20 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from .base.errors import ArtefactError, UsageError
 
-STAND_IN = re.compile(r"\\ud83e\\udf[0-9a-c][0-9a-f]")
-"""One of `markers.SPARE` in ASCII's JSON."""
+if TYPE_CHECKING:
+    from .engines.scheduler import EngineScheduler
+
+PLACEHOLDERS = "".join(filter(str.isprintable, map(chr, range(0x1FB00, 0x1FBCB))))
+"""Characters that are rare in text: Unicode's symbols for legacy computing.
+
+They are not letters and have no case. Python prints them unchanged in a mapping, unlike private characters.
+"""
+JSON_PLACEHOLDER = re.compile(r"\\ud83e\\udf[0-9a-c][0-9a-f]")
+"""A placeholder in JSON that is restricted to ASCII."""
+TAG = r"</?[A-Za-z]\w{0,30}>"
+"""Tags such as </think>, which templates search for in messages."""
+NOTHING = "(?!)"
+"""Pattern that matches nothing."""
 
 Message = Mapping[str, Any]
 """{"role": "system" | "user" | "assistant" | "tool", "content": text}; an assistant's may have "tool_calls"
@@ -28,13 +44,15 @@ def _raise_exception(message: str) -> None:
 
 
 def _to_json(value: Any, **options: Any) -> str:
-    """transformers' filter; characters that stand for others (`markers`) stay as they are."""
+    """Return JSON as the filter of transformers does, with placeholders unchanged."""
     text = json.dumps(value, **{"ensure_ascii": False, **options})
-    return STAND_IN.sub(lambda found: json.loads(f'"{found[0]}"'), text) if options.get("ensure_ascii") else text
+    if options.get("ensure_ascii"):
+        text = JSON_PLACEHOLDER.sub(lambda found: json.loads(f'"{found[0]}"'), text)
+    return text
 
 
 class _GenerationTag(Extension):
-    """{% generation %}...{% endgeneration %}: tells transformers what to train on; here only the text counts."""
+    """The tag {% generation %} of transformers, which marks text to train on. Only the text is rendered here."""
 
     tags = {"generation"}  # noqa: RUF012  as jinja2 declares it
 
@@ -64,12 +82,12 @@ def render_chat(
     tools: Sequence[Mapping[str, Any]] = (),
     variables: Mapping[str, Any] | None = None,
 ) -> str:
-    """The prompt for the next answer to `messages`, as transformers' apply_chat_template would build it.
+    """Return the prompt for the next answer to `messages`, as transformers' apply_chat_template does.
 
-    Without a generation prompt: the conversation as it stands. `tools` are OpenAI's; `variables` are what else the
-    template knows, such as enable_thinking.
+    Without a generation prompt it is the conversation only. `tools` have OpenAI's form. `variables` are further
+    variables of the template, such as enable_thinking.
 
-    ArtefactError where the model has no template or one that fails, UsageError where the template refuses the messages.
+    Raises ArtefactError without a template or if it fails, and UsageError if it refuses the messages.
     """
     if template is None:
         raise ArtefactError("the model has no chat template; use plain completion")
@@ -87,6 +105,119 @@ def render_chat(
         raise ArtefactError(f"the model's chat template is malformed: {error}") from error
     except jinja2.TemplateError as error:
         raise UsageError(f"the model's chat template refuses these messages: {error}") from error
-    except Exception as error:  # a template computes what it likes
+    except Exception as error:  # a template is a program that may raise anything
         reason = f"{type(error).__name__} {error}"
         raise ArtefactError(f"the model's chat template fails on these messages: {reason}") from error
+
+
+class MessageEscape:
+    """Replaces the first characters of control tokens in messages while a template is rendered.
+
+    A placeholder is one character that occurs in no message, and a template copies it like the character it replaces.
+    All control tokens in the rendered text are therefore the template's own, also if it joins or repeats messages.
+    """
+
+    def __init__(self, engine: EngineScheduler, *inputs: Any) -> None:
+        """Choose placeholders for `inputs`, the template's variables: texts in nested mappings and sequences.
+
+        Raises UsageError if the texts use up all placeholders.
+        """
+        self._engine = engine
+        self._controls = _ControlTokens.of(engine.control_texts)
+        used = set("".join(_texts(inputs)))
+        free = (character for character in PLACEHOLDERS if character not in used)
+        needed = ["", *sorted(used & self._controls.firsts)]
+        self._placeholders = dict(zip(needed, free, strict=False))
+        if len(self._placeholders) < len(needed):
+            raise UsageError("the messages use up all of Unicode's symbols for legacy computing; leave some out")
+        self.end_mark = self._placeholders.pop("")
+        """A character that marks a position in the rendered text."""
+        self._originals = str.maketrans({placeholder: first for first, placeholder in self._placeholders.items()})
+
+    def apply(self, value: Any) -> Any:
+        """Return `value` with placeholders in all of its texts."""
+        if not self._placeholders:
+            return value
+        if isinstance(value, str):
+            return self._controls.beginnings.sub(self._replace, value)
+        if isinstance(value, Mapping):
+            return {self.apply(key): self.apply(each) for key, each in value.items()}
+        return [self.apply(each) for each in value] if isinstance(value, Sequence) else value
+
+    def _replace(self, found: re.Match[str]) -> str:
+        text = found[0]
+        is_tag = len(text) > 1 and text not in self._controls.texts
+        return text if is_tag or text[0] not in self._placeholders else self._placeholders[text[0]] + text[1:]
+
+    def encode(self, rendered: str) -> list[int]:
+        """Return the token ids of a rendered template: its control tokens, and the text between them."""
+        text = rendered.translate(self._originals)
+        if self._controls.positions(text) == self._controls.positions(rendered):  # no message has control tokens
+            return self._tokenize(text, special=True)
+        tokens: list[int] = []
+        pending = ""
+        for piece in self._controls.split(rendered):
+            if (original := piece.translate(self._originals)) == piece:
+                pending += piece
+            else:
+                tokens += self._tokenize(pending, special=True) + self._tokenize(original, special=False)
+                pending = ""
+        return tokens + self._tokenize(pending, special=True)
+
+    def _tokenize(self, text: str, special: bool) -> list[int]:
+        return self._engine.tokenize(text, special) if text else []
+
+
+class _ControlTokens:
+    """Finds the control tokens of a vocabulary in texts."""
+
+    def __init__(self, texts: frozenset[str]) -> None:
+        self.texts = texts
+        self.firsts = {text[0] for text in texts}
+        firsts = f"[{''.join(map(re.escape, sorted(self.firsts)))}]" if texts else NOTHING
+        self.beginnings = re.compile(f"{TAG}|{firsts}")
+        """A tag, or the first character of a control token."""
+        self._all = re.compile(f"({_any_of(sorted(texts)) if texts else NOTHING})")
+
+    @staticmethod
+    @lru_cache(maxsize=8)
+    def of(texts: frozenset[str]) -> _ControlTokens:
+        """Return the cached object for `texts`, which may be thousands."""
+        return _ControlTokens(texts)
+
+    def positions(self, text: str) -> list[int]:
+        """Return the start of every control token in `text`."""
+        return [found.start() for found in self._all.finditer(text)]
+
+    def split(self, text: str) -> list[str]:
+        """Return the control tokens of `text` and the texts between them."""
+        return self._all.split(text)
+
+
+def _any_of(texts: Sequence[str], start: int = 0) -> str:
+    """Return a pattern without groups for sorted `texts`, longest match first, from character `start`.
+
+    Common beginnings are matched once, so that a search takes time linear in the text.
+    """
+    branches: dict[str, list[str]] = {}
+    for text in texts:
+        if len(text) > start:
+            branches.setdefault(text[start], []).append(text)
+    is_end = len(texts[0]) == start
+    if not branches:
+        return ""
+    patterns = [re.escape(first) + _any_of(others, start + 1) for first, others in branches.items()]
+    joined = patterns[0] if len(patterns) == 1 and not is_end else f"(?:{'|'.join(patterns)})"
+    return joined + "?" if is_end else joined
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield all texts in nested mappings and sequences."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _texts(list(value))
+        yield from _texts(list(value.values()))
+    elif isinstance(value, Sequence):
+        for each in value:
+            yield from _texts(each)

@@ -1,7 +1,4 @@
-"""Generating text with an engine: the loop of prefill, sample, decode, and what it measured.
-
-What an answer may be, token by token: the seam between the loop of `generation` and grammars.
-"""
+"""Generate text with an engine in a loop of prefill, sampling and decode, and measure it. V is the vocabulary size."""
 
 from __future__ import annotations
 
@@ -20,63 +17,63 @@ from .text_stream import TextStream
 
 
 class Constraint(Protocol):
-    """The tokens that one answer may go on with; it is asked and told between two tokens. V is the vocabulary size."""
+    """Restricts the next token of one answer. Grammars implement it."""
 
     @property
     def is_complete(self) -> bool:
-        """Whether nothing can follow: the answer ends here, without an end token."""
+        """Return True if no token can follow. The answer then ends without an end token."""
         ...
 
     def mask(self, logits: np.ndarray) -> None:
-        """Set what may not come next in the fp32 `logits` [V] to -inf, in place: everything where nothing may.
+        """Set forbidden tokens in the fp32 `logits` [V] to -inf, in place.
 
-        The end tokens are to be left alone only where the answer may end.
+        The end tokens are forbidden unless the answer may end here. All tokens may be forbidden.
         """
         ...
 
     def push(self, token: int) -> None:
-        """`token`, which the mask allowed and which does not end the answer, was chosen."""
+        """Add the chosen `token`, which the mask allowed and which is not an end token."""
         ...
 
 
 Overflow = Literal["error", "slide"]
 
 SINK_TOKENS = 32
-"""Tokens at the start that a sliding window keeps: attention leans on the first ones (arXiv 2309.17453)."""
+"""First tokens that a sliding window keeps, because they act as attention sinks (arXiv 2309.17453)."""
 
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A generated token and how likely the model found it, before sampling options."""
+    """Log-probability of a generated token, before sampling options."""
 
     token: int
     logprob: float
     top: tuple[tuple[int, float], ...]
-    """(token, log-probability) of the most likely ones, best first."""
+    """(token, log-probability) of the most likely tokens, best first."""
 
 
 @dataclass
 class GenerationStats:
-    """Figures of one answer."""
+    """Token counts and times of one answer."""
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
-    """Of the prompt, what the cache held already."""
+    """Prompt tokens that were in the KV cache already."""
     prefilled_tokens: int = 0
-    """Of the prompt, what was evaluated: neither cached nor slid out of the window."""
+    """Prompt tokens that were evaluated, neither cached nor dropped from the window."""
     completion_tokens: int = 0
     time_to_first_token_ms: float = 0.0
-    """From the call to the first token: the prefill and its choice."""
+    """Time from the call to the first token: the prefill and the sampling."""
     decode_seconds: float = 0.0
-    """Time spent on the tokens after the first: evaluating, masking, choosing, making text of them."""
+    """Time for the tokens after the first: evaluation, mask, sampling and detokenization."""
     mask_seconds: float = 0.0
-    """Of all tokens, what the constraint took to say what may come next."""
+    """Time of the constraint for the masks of all tokens."""
     finish_reason: str = ""
-    """stop (end token or stop string) or length."""
+    """"stop" (end token or stop string) or "length"."""
 
     @property
     def prefill_tokens_per_second(self) -> float:
-        """Of the tokens that were evaluated."""
+        """Return the speed of the prefill, over the tokens that were evaluated."""
         return self.prefilled_tokens / (self.time_to_first_token_ms / 1e3) if self.time_to_first_token_ms else 0.0
 
     @property
@@ -86,32 +83,32 @@ class GenerationStats:
 
 @dataclass(frozen=True)
 class AnswerOptions:
-    """What an answer may be."""
+    """Options of one answer."""
 
     max_tokens: int = flags.number(256, at_least=1)
-    """Tokens generated at most."""
+    """Largest number of generated tokens."""
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
-    """What it leaves open is the model's own (`EngineScheduler.sampling_defaults`)."""
+    """Sampling options. Those that are None have the model's values (`EngineScheduler.sampling_defaults`)."""
     stop: Sequence[str] = ()
-    """Texts that end the answer and are not part of it."""
+    """Strings that end the answer and are not part of it."""
     stop_until: str = ""
-    """Where this text begins, a call's marker say, `stop` counts no more."""
+    """Text, such as the marker of a call, after which `stop` is ignored."""
     top_logprobs: int | None = None
-    """Record every token's log-probability and those of this many best ones (see `Generation.take_logprobs`)."""
+    """Record the log-probability of every token and of this many best ones (see `Generation.pop_logprobs`)."""
     overflow: Overflow = "error"
-    """Where the context window ends: "error" refuses a prompt that leaves no room and ends the answer there, "slide"
-    forgets the oldest tokens but the first few."""
+    """At the end of the context window, "error" refuses a prompt without room for an answer and ends the answer.
+    "slide" drops the oldest tokens except the first few."""
     logit_bias: Mapping[int, float] = field(default_factory=dict)
-    """{token: number added to its logit}; -inf forbids it."""
+    """{token: number added to its logit}. -inf forbids the token."""
 
     def __post_init__(self) -> None:
         flags.check_fields(self)
 
 
 class Generation:
-    """One answer, streamed: iterate for pieces of text, then read `answer` and `stats`.
+    """One streamed answer: iterate for pieces of text, then read `answer` and `stats`.
 
-    UsageError where another answer is begun on the engine before this one ends, or the engine is closed.
+    Iteration raises UsageError if another answer takes the engine first, or if the engine is closed.
     """
 
     def __init__(
@@ -121,10 +118,10 @@ class Generation:
         options: AnswerOptions | None = None,
         constraint: Constraint | None = None,
     ) -> None:
-        """`prompt` are token ids. `constraint`: only tokens it accepts.
+        """Prepare an answer to the token ids `prompt`, restricted by `constraint`.
 
-        ContextOverflowError where the prompt does not fit, unless it may slide; UsageError for a bias on a token that
-        there is not.
+        Raises ContextOverflowError if the prompt does not fit and may not slide. Raises UsageError for a bias on a
+        token outside the vocabulary.
         """
         options = options or AnswerOptions()
         if len(prompt) >= engine.context_length and options.overflow == "error":
@@ -136,21 +133,21 @@ class Generation:
             raise UsageError(f"logit_bias: token {unknown[0]} is outside the vocabulary of {engine.vocab_size}")
         self.engine = engine
         self.is_cancelled = False
-        """See `cancel`."""
+        """True after `cancel`."""
         self.is_over = False
-        """Whether no further token is wanted."""
+        """True if no further token is needed."""
         self.lease = engine.lease()
-        """Asked for `tokens`; whoever evaluates it gives the logits to `accept`."""
-        self._marked = 0.0
+        """Requests the evaluation of `tokens`. The caller that evaluates it passes the logits to `accept`."""
+        self._token_start = 0.0
         self.tokens = list(prompt)
-        """What the next token is computed from: the prompt and the answer, less what has slid out of the window."""
+        """Input of the next token: prompt and answer without the tokens that were dropped from the window."""
         self.answer: list[int] = []
         self.top_logprobs = options.top_logprobs
         self.constraint = constraint
         self._logprobs: list[TokenLogprob] = []
         room = engine.context_length - len(prompt)
         self.max_tokens = options.max_tokens if options.overflow == "slide" else min(options.max_tokens, room)
-        self.sampler = Sampler(options.sampling.filled(engine.sampling_defaults), prompt, options.logit_bias)
+        self.sampler = Sampler(options.sampling.with_defaults(engine.sampling_defaults), prompt, options.logit_bias)
         self.text = TextStream(options.stop, options.stop_until)
         self.stats = GenerationStats(prompt_tokens=len(prompt), finish_reason="length")
 
@@ -161,52 +158,52 @@ class Generation:
                 piece = self.accept(logits)
                 if piece:
                     yield piece
-                    self.mark()
+                    self.restart_clock()
             if piece := self.text.finish():
                 yield piece
         finally:
             self.lease.release()
 
     def _evaluate(self) -> np.ndarray | None:
-        """Logits after `tokens`; None where no more are wanted."""
+        """Return the logits after `tokens`, None if no further token is needed."""
         while not self.is_over:
             if (logits := self.engine.step([self.lease])[0]) is not None:
                 return logits
         return None
 
     def begin(self) -> None:
-        """Ask the lease for the prompt, or again for all there is so far, where its cache was lost."""
+        """Request the evaluation of all tokens so far, at the start or after the KV cache was lost."""
         if len(self.tokens) >= self.engine.context_length:
             self._slide()
         self.lease.begin(self.tokens)
-        self.mark()
+        self.restart_clock()
 
-    def mark(self) -> None:
-        """The next token's time counts from now."""
-        self._marked = time.perf_counter()
+    def restart_clock(self) -> None:
+        """Start the time of the next token."""
+        self._token_start = time.perf_counter()
 
     def cancel(self) -> bool:
-        """End the answer within a token, or amid a long prompt; from any thread.
+        """End the answer within one token, also during a long prefill. Any thread may call it.
 
-        Whether a pass of the engine is still computing for it, which ends as soon as it can.
+        Return True if a pass of the engine still computes for the answer. It ends as soon as possible.
         """
         self.is_cancelled = self.is_over = True
         return self.lease.interrupt()
 
     def accept(self, logits: np.ndarray) -> str:
-        """Choose the token after `tokens` from its fp32 logits [V], which it may overwrite; text to be shown now.
+        """Sample the next token from fp32 logits [V], which may be overwritten, and return the text to show.
 
-        The lease is asked for the token, unless the answer `is_over`.
+        Requests the evaluation of the token unless the answer `is_over`.
         """
         token = None if self.is_cancelled else self._choose(logits)
         if not self.answer:
             self.stats.cached_tokens = self.lease.cached_tokens
             self.stats.prefilled_tokens = len(self.tokens) - self.stats.cached_tokens
-        piece = self._take(token) if token is not None else self._stop()
+        piece = self._append(token) if token is not None else self._stop()
         self._count_time()
         return piece
 
-    def _take(self, token: int) -> str:
+    def _append(self, token: int) -> str:
         if token in self.engine.end_ids:
             return self._stop()
         self.tokens.append(token)
@@ -234,7 +231,7 @@ class Generation:
         return ""
 
     def _choose(self, logits: np.ndarray) -> int | None:
-        """The next token; None where the constraint accepts none."""
+        """Return the next token, None if the constraint forbids all."""
         changes = self.constraint is not None or self.sampler.changes_logits
         found = logits.copy() if self.top_logprobs is not None and changes else logits
         if self.constraint is not None:
@@ -249,28 +246,27 @@ class Generation:
         return token
 
     def _count_time(self) -> None:
-        """What the token took."""
         now = time.perf_counter()
-        seconds, self._marked = now - self._marked, now
+        seconds, self._token_start = now - self._token_start, now
         if self.stats.completion_tokens > 1:
             self.stats.decode_seconds += seconds
         elif not self.stats.time_to_first_token_ms:
             self.stats.time_to_first_token_ms = 1e3 * seconds
 
     def _slide(self) -> None:
-        """Forget the oldest half of the window, but for its first tokens."""
+        """Drop the oldest half of the window except its first tokens."""
         room = self.engine.context_length // 2
         sink = min(SINK_TOKENS, room // 2)
         self.tokens = self.tokens[:sink] + self.tokens[len(self.tokens) - (room - sink) :]
 
-    def take_logprobs(self) -> list[TokenLogprob]:
-        """Records of the tokens since the last call."""
-        taken, self._logprobs = self._logprobs, []
-        return taken
+    def pop_logprobs(self) -> list[TokenLogprob]:
+        """Return and clear the records of the tokens since the last call."""
+        records, self._logprobs = self._logprobs, []
+        return records
 
 
 def token_logprob(logits: np.ndarray, token: int, top: int) -> TokenLogprob:
-    """Log-probability of `token` under fp32 `logits` [V], and the `top` best ones."""
+    """Return the log-probability of `token` under fp32 `logits` [V], and those of the `top` best tokens."""
     best = ranked(logits, top) if top else np.empty(0, np.intp)
     values = logits[[token, *best]].astype(np.float64) - log_sum(logits)
     return TokenLogprob(token, float(values[0]), tuple(zip(best.tolist(), values[1:].tolist(), strict=True)))

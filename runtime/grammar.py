@@ -1,4 +1,4 @@
-"""Answers that follow a grammar of llguidance's: JSON, a schema's JSON, a regular expression, a Lark grammar."""
+"""Restrict answers by a grammar of llguidance: JSON, a JSON schema, a regular expression, or a Lark grammar."""
 
 from __future__ import annotations
 
@@ -27,43 +27,48 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-MOST_CHARACTERS = 1 << 17
-"""Of a grammar."""
-STACK, STACK_PER_CHARACTER = 8 << 20, 2048
-"""Bytes of stack that a grammar is read on. llguidance follows references and rules by recursion, and chains of them
-that outgrow the stack end the process; 560 bytes for each character of the source is the most that one was seen to
-take."""
-PAGE = 1 << 16
-"""What a stack is a multiple of, whatever the system's pages are."""
-MESSAGE = 500
-"""Characters of llguidance's messages that are passed on, at most."""
+MAX_CHARACTERS = 1 << 17
+"""Largest length of a grammar."""
+BASE_STACK_BYTES, STACK_BYTES_PER_CHARACTER = 8 << 20, 2048
+"""Stack on which a grammar is parsed.
+
+llguidance follows references and rules by recursion, and a stack overflow ends the process. The largest need that was
+measured is 560 bytes for each character of the source.
+"""
+STACK_UNIT = 1 << 16
+"""Unit of stack sizes, a multiple of the page size of every system."""
+MAX_MESSAGE_CHARACTERS = 500
+"""Largest length of a message of llguidance in an error."""
 
 JSON: Any = {"whitespace_pattern": r"( |\n {0,16})?", "json_allow_general_unicode_escapes": True}
-"""How JSON may be written: indented or not (a small model that may write any amount of space writes nothing else)."""
+"""Format of JSON, with limited white space: a small model that may write any amount of space writes nothing else."""
 
-NAMING_SECONDS = 1.0
-"""How long the parts of a refused grammar are compiled, at most, to name the one that is refused alone, too."""
+MAX_NAMING_SECONDS = 1.0
+"""Longest time to compile the parts of a refused grammar, to find the part that is refused by itself."""
 
 
 @dataclass(frozen=True)
 class Grammar:
-    """What an answer must look like, from its first character to its last."""
+    """A grammar of a whole answer."""
 
     source: str
-    """In one of llguidance's forms."""
+    """Source in one of llguidance's formats."""
     name: str
-    """What a client calls it, for messages."""
+    """Name of the request field, for messages."""
     parts: tuple[Grammar, ...] = ()
-    """Grammars within it. Where it is refused and one of them is, too, the error names that one."""
+    """Grammars that this one contains. If it is refused and one of them as well, the error names that one."""
 
     @classmethod
     def json_object(cls) -> Grammar:
-        """Any JSON object."""
+        """Return the grammar of any JSON object."""
         return cls.json_schema({"type": "object"})
 
     @classmethod
     def json_schema(cls, schema: Mapping[str, Any]) -> Grammar:
-        """JSON that `schema` describes; UsageError where it is none, or uses what llguidance does not enforce."""
+        """Return the grammar of a JSON `schema`.
+
+        Raises UsageError if it is malformed or has keywords that llguidance does not enforce.
+        """
         with extra("grammar"):
             from llguidance import LLMatcher
         try:
@@ -74,42 +79,44 @@ class Grammar:
 
     @classmethod
     def regex(cls, pattern: str) -> Grammar:
-        """Text that a regular expression (Rust's syntax) matches as a whole."""
+        """Return the grammar of texts that a regular expression in Rust's syntax matches as a whole."""
         with extra("grammar"):
             from llguidance import LLMatcher
         return cls(LLMatcher.grammar_from_regex(pattern), "regex").checked()
 
     @classmethod
     def lark(cls, text: str) -> Grammar:
-        """Lark's syntax, with llguidance's additions, such as %json and %regex."""
+        """Return the grammar of a text in Lark's syntax with llguidance's extensions, such as %json and %regex."""
         return cls(text, "lark").checked()
 
     def checked(self) -> Grammar:
-        """Itself; UsageError where it is malformed or too long."""
+        """Return this grammar. Raises UsageError if it is malformed or too long."""
         with extra("grammar"):
             from llguidance import LLMatcher
-        if len(self.source) > MOST_CHARACTERS:
-            raise UsageError(f"{self.name}: has {len(self.source):,} characters, at most {MOST_CHARACTERS:,} are taken")
-        is_wrong, messages = self.on_its_stack(lambda: LLMatcher.validate_grammar_with_warnings(self.source))
+        if len(self.source) > MAX_CHARACTERS:
+            raise UsageError(f"{self.name}: has {len(self.source):,} characters; the limit is {MAX_CHARACTERS:,}")
+        is_wrong, messages = self.parse_on_large_stack(lambda: LLMatcher.validate_grammar_with_warnings(self.source))
         if is_wrong:
             for part in self.parts:
                 part.checked()
             raise self.refusal(messages[0])
         return self
 
-    def on_its_stack(self, read: Callable[[], T]) -> T:
-        """What `read` makes of the source, in a thread whose stack its recursion does not outgrow."""
+    def parse_on_large_stack(self, parse: Callable[[], T]) -> T:
+        """Call `parse` in a thread with a stack for its recursion, and return its result."""
         outcome = Future[T]()
 
         def work() -> None:
             try:
-                outcome.set_result(read())
+                outcome.set_result(parse())
             except BaseException as error:
                 outcome.set_exception(error)
 
-        thread = threading.Thread(target=work, daemon=True)  # no end of the process waits for a large grammar
+        thread = threading.Thread(target=work, daemon=True)  # the process may end before a large grammar is parsed
         with _STACK_SIZE:
-            before = threading.stack_size(STACK + STACK_PER_CHARACTER * len(self.source) // PAGE * PAGE)
+            before = threading.stack_size(
+                BASE_STACK_BYTES + STACK_BYTES_PER_CHARACTER * len(self.source) // STACK_UNIT * STACK_UNIT
+            )
             try:
                 thread.start()
             finally:
@@ -117,21 +124,21 @@ class Grammar:
         return outcome.result()
 
     def refusal(self, message: str) -> UsageError:
-        """What llguidance says of it."""
+        """Return a UsageError with llguidance's message."""
         return UsageError(f"{self.name}: {_in_one_line(message)}")
 
 
 def _in_one_line(message: str) -> str:
-    """llguidance's message without the lines that repeat the grammar, and without its state."""
+    """Return llguidance's message without the lines that repeat the grammar, and without its state."""
     lines = re.split("<state>|<backtrace>", message)[0].splitlines()
     lines = [line for line in lines if not re.match(r"\s*(\d+ \||\^+\s*$)", line)]
     text = " ".join(" ".join(lines).split())
     text = _with_remedy(text)
-    return text if len(text) <= MESSAGE else text[:MESSAGE] + " ..."
+    return text if len(text) <= MAX_MESSAGE_CHARACTERS else text[:MAX_MESSAGE_CHARACTERS] + " ..."
 
 
 def _with_remedy(text: str) -> str:
-    """Return llguidance 1.x's message; where it is about a keyword of a JSON schema, say what to do about it."""
+    """Return a message of llguidance 1.x, with a remedy if it is about a keyword of a JSON schema."""
     if found := re.search(r"Unimplemented keys: \[(.*?)\]", text):
         keywords = re.findall(r'"(.*?)"', found[1])
         listed = " and ".join(f"`{keyword}`" for keyword in keywords)
@@ -152,67 +159,67 @@ def schema_part(schema: Mapping[str, Any], name: str) -> Grammar:
 
 
 def embedded_schema(schema: Mapping[str, Any]) -> str:
-    """A JSON schema as a part of a Lark rule."""
+    """Return a JSON schema as a part of a Lark rule."""
     return "%json " + json.dumps({**schema, "x-guidance": JSON})
 
 
 class GrammarConstraint:
-    """A `Constraint`: the tokens that keep one answer within a grammar."""
+    """A `Constraint` that keeps one answer within a grammar."""
 
     def __init__(self, engine: EngineScheduler, grammar: Grammar, control_tokens: Iterable[int] = ()) -> None:
-        """UsageError for a grammar that is wrong or too large; `control_tokens` are those it names by number.
+        """Compile `grammar`, which refers to `control_tokens` by number.
 
-        An engine's first constraint takes some tenths of a second, in which its vocabulary is read, unless
-        `read_vocabulary` was there before.
+        Raises UsageError for a grammar that is wrong or too large. The first constraint of an engine reads its
+        vocabulary in some tenths of a second, unless `read_vocabulary` was called before.
         """
         from llguidance import LLMatcher
 
         self._size = engine.vocab_size
         self._name = grammar.name
         tokenizer = _tokenizer_of(engine, frozenset(control_tokens))
-        self._matcher = grammar.on_its_stack(lambda: LLMatcher(tokenizer, grammar.source, log_level=0))
+        self._matcher = grammar.parse_on_large_stack(lambda: LLMatcher(tokenizer, grammar.source, log_level=0))
         if self._matcher.is_error():
-            until = time.monotonic() + NAMING_SECONDS
+            until = time.monotonic() + MAX_NAMING_SECONDS
             for part in itertools.takewhile(lambda _: time.monotonic() < until, grammar.parts):
                 GrammarConstraint(engine, part, control_tokens)
         self._require(not self._matcher.is_error())
         self._bits = np.zeros((tokenizer.vocab_size + 31) // 32, dtype=np.int32)
 
     def copy(self) -> GrammarConstraint:
-        """One for another answer, at the same place of the grammar, which is not compiled again."""
+        """Return a constraint for another answer in the same state, without compiling again."""
         other = copy.copy(self)
         other._matcher, other._bits = self._matcher.deep_copy(), self._bits.copy()
         return other
 
     @property
     def is_complete(self) -> bool:
-        """Whether nothing can follow."""
+        """Return True if no token can follow."""
         return self._matcher.is_stopped()
 
     @property
     def is_accepting(self) -> bool:
-        """Whether the answer may end here."""
+        """Return True if the answer may end here."""
         return self._matcher.is_accepting()
 
     def mask(self, logits: np.ndarray) -> None:
-        """Set tokens that may not come next to -inf in the fp32 `logits` [V], in place."""
+        """Set forbidden tokens to -inf in the fp32 `logits` [V], in place."""
         self._matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
-        self._require(not self._matcher.is_error())  # nothing fits, or it grew too large on the way
+        self._require(not self._matcher.is_error())  # no token is allowed, or the state grew too large
         allowed = np.unpackbits(self._bits.view(np.uint8), count=self._size, bitorder="little").view(bool)
         logits[~allowed] = -np.inf
 
     def push(self, token: int) -> None:
-        """`token` was chosen."""
+        """Add the chosen `token`."""
         self._require(self._matcher.consume_token(token))
 
     def _require(self, holds: bool) -> None:
         if not holds:
             reason = _in_one_line(self._matcher.get_error()).replace("NoExtensionBias", "nothing may come next")
-            raise UnanswerableError(f"{self._name}: no answer can keep to it: {reason}")
+            raise UnanswerableError(f"{self._name}: no output can satisfy this grammar: {reason}")
 
 
 class _Vocabulary:
-    """An engine's vocabulary as llguidance's TokenizerWrapper wants it."""
+    """The vocabulary of an engine in the form of llguidance's TokenizerWrapper."""
 
     bos_token_id = None
 
@@ -221,7 +228,7 @@ class _Vocabulary:
         ends = sorted(engine.end_ids)
         self.eos_token_id = ends[0] if ends else engine.vocab_size
         self.special_token_ids = sorted({*ends, *control_tokens})
-        # what ends an answer is control, and control has no bytes; llguidance wants names
+        # control tokens, such as end tokens, have no bytes, but llguidance needs a name for each
         names = {token: f"<|{token}|>".encode() for token in self.special_token_ids}
         self.tokens = [names.get(token) or text for token, text in enumerate(engine.vocabulary())]
         if not ends:
@@ -238,12 +245,12 @@ class _Vocabulary:
 _TOKENIZERS: weakref.WeakKeyDictionary[EngineScheduler, dict[frozenset[int], LLTokenizer]] = weakref.WeakKeyDictionary()
 _LOCK = threading.Lock()
 _STACK_SIZE = threading.Lock()
-"""Threads that start meanwhile would get the same."""
+"""Held while the default stack size is changed, which affects every thread that starts."""
 
 
 def read_vocabulary(engine: EngineScheduler) -> None:
-    """What an engine's first constraint does otherwise; nothing where llguidance is not installed."""
-    with contextlib.suppress(EfficientLLMError):  # or the engine was closed meanwhile
+    """Prepare the vocabulary of an engine for its first constraint. Do nothing without llguidance."""
+    with contextlib.suppress(EfficientLLMError):  # llguidance is missing, or the engine was closed
         _tokenizer_of(engine, frozenset())
 
 

@@ -1,4 +1,4 @@
-"""A loaded artefact for programs: text in, text out."""
+"""The Python interface of a loaded artefact."""
 
 from __future__ import annotations
 
@@ -18,32 +18,35 @@ from .prompt import chat_prompt, text_prompt
 from .sampling import SamplingOptions
 
 Question = str | Sequence[Message]
-"""What the user says, or the whole conversation up to it."""
+"""A question of the user, or a whole conversation that ends with it."""
 
 
 class Model:
-    """A model that answers. Close it, or use it in a `with` block.
+    """A loaded model. Close it, or use it in a `with` block.
 
-    It has room for one answer, or for `EngineOptions.parallel`. Threads that ask `chat`, `complete` or `generate` take
-    turns; an answer that is read piece by piece from `stream` ends in a UsageError where one too many was begun. Any
-    thread may close it: an answer in progress then ends in a UsageError.
+    It computes one answer at a time, or `EngineOptions.parallel` answers. Threads that call `chat`, `complete` or
+    `generate` take turns. An answer that is read from `stream` ends with a UsageError if another one takes its place.
+    Any thread may close the model, and an answer in progress then ends with a UsageError.
 
-    The methods take the same options: `max_tokens` [256]; `stop`, a string or several that end the answer and are not
-    part of it; `overflow` ("error", or "slide": forget the oldest tokens where the context window ends); `logit_bias`
-    {token: number}; the fields of SamplingOptions: `temperature` [0: always the most likely token; None: the model's
-    own], `top_k`, `top_p`, `min_p`, `repetition_penalty` [the model's own], `frequency_penalty`, `presence_penalty`,
-    `seed`. A UsageError names an option that does not exist. `chat`, `stream` and `complete` also take `grammar`, a
-    `runtime.grammar.Grammar` that the answer keeps to.
+    All methods take the same keyword options, and raise UsageError for an unknown one:
+
+    - `max_tokens` [256], `seed`.
+    - `stop`: a string or several that end the answer and are not part of it.
+    - `overflow`: "error", or "slide" to drop the oldest tokens at the end of the context window.
+    - `logit_bias`: {token: number}.
+    - `temperature` [0: always the most likely token, None: the model's default].
+    - `top_k`, `top_p`, `min_p`, `repetition_penalty` [the model's defaults], `frequency_penalty`, `presence_penalty`.
+    - `grammar`: a `runtime.grammar.Grammar` that restricts the answer (not in `generate`).
     """
 
     def __init__(self, engine: EngineScheduler) -> None:
-        """Usually made by `load`; `engine` is closed with the model."""
+        """Wrap `engine`, which is closed with the model. Use `load` instead."""
         self.engine = engine
-        """Token ids in, logits out; UsageError once the model is closed."""
+        """Computes logits from token ids. Raises UsageError after the model is closed."""
         self._turn = threading.BoundedSemaphore(engine.num_sequences)
-        """Held during an answer that is asked for as a whole."""
+        """Held during `chat`, `complete` and `generate`."""
         self.stats: GenerationStats | None = None
-        """Figures of the last answer: tokens, times, why it ended."""
+        """Token counts, times and finish reason of the last answer."""
 
     def __enter__(self) -> Model:
         return self
@@ -52,11 +55,11 @@ class Model:
         self.close()
 
     def close(self) -> None:
-        """Free the engine's memory when the token in progress is computed; a second time does nothing."""
+        """Free the engine's memory after the token in progress. A second call does nothing."""
         self.engine.close()
 
     def chat(self, question: Question, **options: Any) -> str:
-        """The answer under the model's own chat template; ArtefactError where it has none.
+        """Return the answer, using the model's chat template. Raises ArtefactError without a template.
 
         model.chat("What is the capital of France?", temperature=0.7, seed=1)
         """
@@ -64,7 +67,7 @@ class Model:
             return "".join(self.stream(question, **options))
 
     def stream(self, question: Question, **options: Any) -> Iterator[str]:
-        """`chat`, piece by piece as it is computed.
+        """Yield the answer of `chat` in pieces as they are generated.
 
         for piece in model.stream([{"role": "user", "content": "Hi"}], stop=["\\n"]):
             print(piece, end="", flush=True)
@@ -73,24 +76,24 @@ class Model:
         return self._answer(chat_prompt(self.engine, messages), options)
 
     def complete(self, text: str, **options: Any) -> str:
-        """How `text` goes on, without a chat template.
+        """Return a continuation of `text`, without a chat template.
 
         model.complete("Paris is the capital of", max_tokens=8)
         """
         prompt = text_prompt(self.engine, text)
         if not prompt:
-            raise UsageError("the text is empty, and this model has no token to begin with")
+            raise UsageError("the text is empty, and this model has no BOS token; give a text")
         with self._turn:
             return "".join(self._answer(prompt, options))
 
     def generate(self, tokens: Sequence[int], **options: Any) -> list[int]:
-        """Token ids that follow `tokens`, without the one that ends the answer.
+        """Return the token ids that follow `tokens`, without the end token.
 
         model.generate(model.tokenize("Paris is"), max_tokens=8)
         """
         self._check_tokens(tokens)
         if not tokens:
-            raise UsageError("there are no tokens to go on from")
+            raise UsageError("the list of tokens is empty; give at least one")
         generation = Generation(self.engine, tokens, _answer_options(options))
         with self._turn:
             for _ in generation:
@@ -99,16 +102,16 @@ class Model:
         return generation.answer
 
     def tokenize(self, text: str, *, special: bool = False) -> list[int]:
-        """Token ids of `text`; `special` turns text such as <|im_end|> into its control token."""
+        """Return the token ids of `text`. `special` turns text such as <|im_end|> into its control token."""
         return self.engine.tokenize(text, special)
 
     def detokenize(self, tokens: Sequence[int]) -> str:
-        """The text of `tokens`, control tokens left out."""
+        """Return the text of `tokens` without control tokens."""
         self._check_tokens(tokens)
         return b"".join(map(self.engine.token_bytes, tokens)).decode("utf-8", errors="replace")
 
     def _check_tokens(self, tokens: Sequence[int]) -> None:
-        """Engines do not all survive an id that is none."""
+        """Raise UsageError for an id outside the vocabulary, which crashes some engines."""
         size = self.engine.vocab_size
         for token in tokens:
             if not 0 <= token < size:
@@ -117,14 +120,14 @@ class Model:
     def _answer(self, prompt: Sequence[int], options: dict[str, Any]) -> Iterator[str]:
         grammar = options.pop("grammar", None)
         constraint = GrammarConstraint(self.engine, grammar) if grammar is not None else None
-        # refuses a bad prompt here and now
+        # not in the iterator, so that a bad prompt is refused before the first piece is read
         generation = Generation(self.engine, prompt, _answer_options(options), constraint)
         self.stats = generation.stats
         return iter(generation)
 
 
 def _answer_options(given: dict[str, Any]) -> AnswerOptions:
-    """AnswerOptions of keyword arguments that may also be SamplingOptions' fields."""
+    """Return AnswerOptions of keyword arguments, which may be fields of SamplingOptions as well."""
     sampling = {field.name for field in fields(SamplingOptions)}
     answer = {field.name for field in fields(AnswerOptions)} - {"sampling", "top_logprobs"}
     unknown = given.keys() - sampling - answer
@@ -137,7 +140,7 @@ def _answer_options(given: dict[str, Any]) -> AnswerOptions:
 
 
 def load(path: str | Path, options: EngineOptions | None = None) -> Model:
-    """Load what efficientllm-export wrote (or a bare .gguf or .pte file) in the engine that runs it.
+    """Load a folder of efficientllm-export, or a bare .gguf or .pte file, in its engine.
 
     Raises ArtefactError for a missing, damaged or foreign artefact, MissingExtraError for a missing engine package.
 

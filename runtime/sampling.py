@@ -1,4 +1,4 @@
-"""Choosing the next token from logits; the same for every engine. V is the vocabulary size."""
+"""Choose the next token from logits, alike for every engine. V is the vocabulary size."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from .base import flags
 from .base.errors import UnanswerableError
 
 LLAMA_CPP_DEFAULTS = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.05, "repetition_penalty": 1.0}
-"""What llama.cpp's programs sample with where nothing is said: for what a model's own generation_config.json leaves
-open."""
+"""Defaults of llama.cpp's programs, for options that a model's generation_config.json does not set."""
 
 
 @dataclass(frozen=True)
@@ -21,41 +20,41 @@ class SamplingOptions:
     """sampling"""
 
     temperature: float | None = flags.number(0.0, at_least=0, at_most=1e30)
-    """0: always the most likely token."""
+    """Divisor of the logits. 0: always the most likely token."""
     top_k: int | None = flags.number(None, at_least=0)
-    """Keep the k most likely tokens; 0: all. Default: the model's own (its generation_config.json), else 40."""
+    """Keep the k most likely tokens. 0: all. Default: the model's own (its generation_config.json), else 40."""
     top_p: float | None = flags.number(None, above=0, at_most=1)
     """Keep the smallest set of tokens whose probabilities reach this sum. Default: the model's own, else 0.95."""
     min_p: float | None = flags.number(None, at_least=0, at_most=1)
     """Drop tokens less likely than this share of the most likely one. Default: the model's own, else 0.05."""
     repetition_penalty: float | None = flags.number(None, at_least=0.01, at_most=100)
-    """Divide the logits of tokens already in the sequence by this (arXiv 1909.05858); 1: off. Default: the model's
+    """Divide the logits of tokens already in the sequence by this (arXiv 1909.05858). 1: off. Default: the model's
     own, else 1."""
     frequency_penalty: float = flags.number(0.0, at_least=-100, at_most=100)
-    """Take this from a token's logit for every time it is in the answer."""
+    """Subtract this from a token's logit for every occurrence in the answer."""
     presence_penalty: float = flags.number(0.0, at_least=-100, at_most=100)
-    """Take this from a token's logit once it is in the answer."""
+    """Subtract this from a token's logit if it occurs in the answer."""
     seed: int | None = None
-    """Makes sampling repeatable."""
+    """Seed of the sampling, which makes it repeatable."""
 
     def __post_init__(self) -> None:
         flags.check_fields(self)
 
-    def filled(self, defaults: Mapping[str, float]) -> SamplingOptions:
-        """These options, with what is None taken from `defaults`, else from LLAMA_CPP_DEFAULTS."""
+    def with_defaults(self, defaults: Mapping[str, float]) -> SamplingOptions:
+        """Return these options with None replaced by `defaults`, else by LLAMA_CPP_DEFAULTS."""
         known = {**LLAMA_CPP_DEFAULTS, **defaults}
-        open_names = [field.name for field in fields(self) if getattr(self, field.name) is None]
-        return replace(self, **{name: known[name] for name in open_names if name in known})
+        unset = [field.name for field in fields(self) if getattr(self, field.name) is None]
+        return replace(self, **{name: known[name] for name in unset if name in known})
 
 
 class Sampler:
-    """Draws the tokens of one answer as its options say; what they leave open must be filled (`filled`)."""
+    """Draws the tokens of one answer."""
 
     def __init__(
         self, options: SamplingOptions, prompt: Sequence[int] = (), logit_bias: Mapping[int, float] | None = None
     ) -> None:
-        """`logit_bias` {token: number}: added to its logit before anything else; -inf forbids it."""
-        options = options.filled({})
+        """Start an answer to `prompt`. `logit_bias` {token: number} is added to logits first. -inf forbids a token."""
+        options = options.with_defaults({})
         self.options = options
         self.random = np.random.default_rng(None if options.seed is None else options.seed % 2**63)
         self._biased = np.array(sorted(logit_bias or {}), dtype=np.intp)
@@ -63,19 +62,19 @@ class Sampler:
         self._counts = Counter[int]()
         """Tokens of the answer."""
         self._seen = _GrowingSet(prompt if options.repetition_penalty != 1.0 else ())
-        """Tokens of prompt and answer, once each."""
+        """Distinct tokens of prompt and answer."""
 
     @property
     def changes_logits(self) -> bool:
-        """Whether `choose` writes into the logits that it is given."""
+        """Return True if `choose` changes the logits in place."""
         options = self.options
         penalties = (options.frequency_penalty, options.presence_penalty, options.repetition_penalty != 1.0)
         return bool(self._biased.size) or any(penalties)
 
     def choose(self, logits: np.ndarray) -> int:
-        """The next token from fp32 logits [V], which biases and penalties change in place; -inf is never drawn.
+        """Return the next token from fp32 logits [V]. Biases and penalties change the logits in place.
 
-        UnanswerableError where all are.
+        A token with -inf is never drawn. Raises UnanswerableError if all have it.
         """
         self._bias_and_penalize(logits)
         temperature = self.options.temperature
@@ -86,7 +85,7 @@ class Sampler:
         return best if temperature == 0.0 else self._draw(logits, float(logits[best]), temperature)
 
     def push(self, token: int) -> None:
-        """`token` belongs to the answer: penalties count it from now on."""
+        """Add `token` to the answer, so that penalties count it."""
         if self.options.frequency_penalty or self.options.presence_penalty:
             self._counts[token] += 1
         if self.options.repetition_penalty != 1.0:
@@ -104,9 +103,9 @@ class Sampler:
             logits[tokens] -= times * options.frequency_penalty + options.presence_penalty
 
     def _draw(self, logits: np.ndarray, best: float, temperature: float) -> int:
-        """One of the tokens that top_k, top_p of those and min_p leave, as likely as the temperature makes it.
+        """Draw a token by its probability at `temperature`, among those that top_k, then top_p, then min_p keep.
 
-        Only those are sorted: sorting all V would take as long as evaluating the token.
+        Only kept tokens are sorted, because sorting all V takes as long as evaluating the token.
         """
         top_k, top_p, min_p = self.options.top_k or 0, self.options.top_p or 1.0, self.options.min_p or 0.0
         if 0 < top_k < len(logits):
@@ -127,7 +126,7 @@ class Sampler:
         return int(kept[np.searchsorted(sums, self.random.random() * sums[-1], side="right")])
 
     def _draw_of_all(self, weights: np.ndarray) -> int:
-        """A block by its weight, then a token of it: one cumulative sum over all V would cost more than the rest."""
+        """Draw a block by its weight, then a token in it. A cumulative sum over all V would cost more than the rest."""
         starts = np.arange(0, len(weights), BLOCK)
         sums = np.cumsum(np.add.reduceat(weights, starts), dtype=np.float64)
         start = BLOCK * int(np.searchsorted(sums, self.random.random() * sums[-1], side="right"))
@@ -139,11 +138,11 @@ BLOCK = 256
 """Tokens whose weights are summed together."""
 
 SMALLEST = 1e-30
-"""Temperature that leaves the most likely token alone; smaller ones are no fp32."""
+"""Least divisor of logits, at which the most likely token has all weight. Smaller values are not exact in fp32."""
 
 
 class _GrowingSet:
-    """Token ids, each once, as an array that grows."""
+    """A set of token ids that is stored as a growing array."""
 
     def __init__(self, tokens: Sequence[int]) -> None:
         self._known = set(tokens)
@@ -168,17 +167,17 @@ class _GrowingSet:
 
 
 def _weights(logits: np.ndarray, best: float, temperature: float) -> np.ndarray:
-    """exp((logits - best) / temperature), fp32: a draw among V needs no more."""
+    """Return exp((logits - best) / temperature) in fp32, which suffices for a draw among V."""
     shifted = logits - np.float32(best)
     shifted /= np.float32(max(temperature, SMALLEST))
     return np.exp(shifted, out=shifted)
 
 
 def _largest(values: np.ndarray, count: int) -> np.ndarray:
-    """Positions of the `count` largest of `values` [V], and perhaps of more.
+    """Return the positions of at least the `count` largest of `values` [V].
 
-    The count-th largest of the maxima of V / 64 columns is at most the count-th largest of all, so what reaches it
-    holds them: two passes, without a sort.
+    The count-th largest of the maxima of V / 64 columns is at most the count-th largest of all values. Every value that
+    reaches it is returned. This takes two passes and no sort.
     """
     columns = len(values) // 64
     if count >= columns:
@@ -188,13 +187,13 @@ def _largest(values: np.ndarray, count: int) -> np.ndarray:
 
 
 def ranked(values: np.ndarray, count: int) -> np.ndarray:
-    """Positions of the `count` >= 1 largest of `values` [V], the largest first."""
+    """Return the positions of the `count` >= 1 largest of `values` [V], the largest first."""
     found = _largest(values, count)
     return found[np.argsort(-values[found], kind="stable")][:count]
 
 
 def _nucleus(weights: np.ndarray, wanted: float) -> np.ndarray:
-    """Positions of the largest of `weights` [V], more than `wanted` together."""
+    """Return the positions of the largest `weights` [V] whose sum is above `wanted`."""
     count = 64
     while count < len(weights):
         kept = _largest(weights, count)
@@ -205,18 +204,18 @@ def _nucleus(weights: np.ndarray, wanted: float) -> np.ndarray:
 
 
 def penalize(logits: np.ndarray, tokens: np.ndarray, penalty: float) -> None:
-    """Make `tokens`, each once, less likely in place: positive logits are divided, negative ones multiplied."""
+    """Make distinct `tokens` less likely in place: divide positive logits by `penalty`, multiply negative ones."""
     values = logits[tokens]
     logits[tokens] = np.where(values > 0, values / penalty, values * penalty)
 
 
 def log_sum(logits: np.ndarray) -> float:
-    """log Σ exp of fp32 `logits` [V] in nats, the sum in fp64."""
+    """Return log Σ exp of fp32 `logits` [V] in nats, with the sum in fp64."""
     best = logits.max()
     return float(best) + float(np.log(np.exp(logits - best).sum(dtype=np.float64)))
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Log-probabilities (nats) along the last axis, fp64: differences of nearly equal models survive in it."""
+    """Return log-probabilities in nats along the last axis, in fp64 to compare nearly equal models."""
     shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))

@@ -1,7 +1,4 @@
-"""The interactive terminal: questions of several lines, commands, and the questions of earlier sessions.
-
-A conversation in the terminal: its messages, and streaming the next answer.
-"""
+"""The interactive chat of `efficientllm-chat`: a conversation, its commands, and the history of questions."""
 
 from __future__ import annotations
 
@@ -32,22 +29,22 @@ class ChatOptions:
     """chat"""
 
     max_tokens: int = flags.number(256, at_least=1)
-    """Longest answer in tokens."""
+    """Largest number of tokens of an answer."""
     system: str = ""
-    """System prompt; the template's own where empty."""
+    """System prompt. Empty: that of the chat template."""
     stats: bool = False
-    """Print the figures of each answer to stderr."""
+    """Print token counts and speeds of each answer to stderr."""
     overflow: Overflow = "error"
-    """Where the chat outgrows the context window: error, or slide (forget the oldest tokens)."""
+    """At the end of the context window: error, or slide (drop the oldest tokens)."""
     history: bool = True
-    """Keep questions for the next session (arrow up), in the cache folder."""
+    """Store questions in the cache folder for the next session (arrow up)."""
 
     def __post_init__(self) -> None:
         flags.check_fields(self)
 
 
 class Conversation:
-    """Messages so far, and answering the next one."""
+    """Messages of a chat, and the generation of the next answer."""
 
     def __init__(self, engine: EngineScheduler, options: ChatOptions, sampling: SamplingOptions) -> None:
         self.engine = engine
@@ -56,20 +53,20 @@ class Conversation:
         self.system = options.system
         self.last_stats: GenerationStats | None = None
         self.messages: list[dict[str, str]] = []
-        """Questions and answers in turn."""
+        """Questions and answers, alternating."""
 
     def ask(self, text: str) -> bool:
-        """Stream the answer to stdout and remember it; a refused question leaves the conversation as it was.
+        """Stream the answer to stdout and store it. Return True unless Ctrl-C ended it.
 
-        Ctrl-C ends the answer, of which what is there is kept; without any, the question is forgotten. Returns whether
-        the answer came to its end.
+        An answer that Ctrl-C ends is stored as far as it was generated. An empty one removes the question as well. A
+        refused question leaves the conversation unchanged.
         """
         messages = [*self.messages, {"role": "user", "content": text}]
         system = [{"role": "system", "content": self.system}] if self.system else []
         options = AnswerOptions(self.options.max_tokens, self.sampling, overflow=self.options.overflow)
         generation = Generation(self.engine, chat_prompt(self.engine, [*system, *messages]), options)
         pieces = []
-        with _ended_by_interrupt(generation):
+        with _cancelled_by_interrupt(generation):
             for piece in generation:
                 pieces.append(piece)
                 print(piece, end="", flush=True)
@@ -82,19 +79,19 @@ class Conversation:
         return not generation.is_cancelled
 
     def ask_again(self) -> bool:
-        """Answer the last question anew, as `ask`; the answer that it had stays until there is another."""
+        """Answer the last question again as `ask` does. The old answer is kept until a new one exists."""
         before = self.messages
-        question = self.forget_last()
+        question = self.remove_last()
         try:
             return self.ask(question)
         finally:
             if len(self.messages) < len(before):
                 self.messages = before
 
-    def forget_last(self) -> str:
-        """Take back the last question and its answer; UsageError where there is none."""
+    def remove_last(self) -> str:
+        """Remove the last question and its answer, and return the question. Raises UsageError without one."""
         if not self.messages:
-            raise UsageError("nothing was asked yet")
+            raise UsageError("there is no question yet; ask one first")
         question = self.messages[-2]["content"]
         self.messages = self.messages[:-2]
         return question
@@ -105,30 +102,30 @@ class Conversation:
         path.write_text("\n".join(parts), encoding="utf-8")
 
     def describe_stats(self) -> str:
-        """The last answer's figures in one line."""
+        """Return load time, token counts, speeds and memory of the last answer in one line."""
         stats = self.last_stats
         if stats is None:
             return f"load {self.engine.load_ms:.0f} ms; no answer yet"
-        return (
-            f"load {self.engine.load_ms:.0f} ms, time to first token {stats.time_to_first_token_ms:.0f} ms "
-            f"({stats.prompt_tokens} prompt tokens, {stats.cached_tokens} of them cached), "
+        parts = [
+            f"load {self.engine.load_ms:.0f} ms",
+            f"time to first token {stats.time_to_first_token_ms:.0f} ms "
+            f"({stats.prompt_tokens} prompt tokens, {stats.cached_tokens} of them cached)",
             f"decode {stats.decode_tokens_per_second:.1f} tokens/s "
-            f"({stats.completion_tokens} tokens, {stats.finish_reason}), "
-            f"prefill {stats.prefill_tokens_per_second:.0f} tokens/s, "
-            f"peak RSS {format_bytes(memory_bytes()['peak_rss_bytes'])}, "
-            f"KV cache {format_bytes(self.engine.kv_cache_bytes)}"
-            + (f", {self.engine.settings}" if self.engine.settings else "")
-            + (
-                f", grammar {1e3 * stats.mask_seconds / stats.completion_tokens:.3f} ms a token"
-                if stats.mask_seconds
-                else ""
-            )
-        )
+            f"({stats.completion_tokens} tokens, {stats.finish_reason})",
+            f"prefill {stats.prefill_tokens_per_second:.0f} tokens/s",
+            f"peak RSS {format_bytes(memory_bytes()['peak_rss_bytes'])}",
+            f"KV cache {format_bytes(self.engine.kv_cache_bytes)}",
+        ]
+        if self.engine.settings:
+            parts.append(self.engine.settings)
+        if stats.mask_seconds:
+            parts.append(f"grammar {1e3 * stats.mask_seconds / stats.completion_tokens:.3f} ms a token")
+        return ", ".join(parts)
 
 
 @contextlib.contextmanager
-def _ended_by_interrupt(generation: Generation) -> Iterator[None]:
-    """Ctrl-C ends `generation` at its next token instead of raising amid an engine's work; a second one raises."""
+def _cancelled_by_interrupt(generation: Generation) -> Iterator[None]:
+    """Let Ctrl-C end `generation` at its next token instead of raising inside an engine. A second one raises."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -146,25 +143,25 @@ def _ended_by_interrupt(generation: Generation) -> Iterator[None]:
 
 
 QUOTES = '"""'
-"""Alone on a line, it begins and ends a question of several lines."""
+"""Line that begins and ends a question of several lines."""
 
 HISTORY_LENGTH = 1000
 PASTE_SECONDS = 0.02
-"""What comes this soon after a line was pasted with it."""
+"""Input that follows a line within this time belongs to the same paste."""
 
-HELP = f"""/again      answer the last question anew
-/undo       take back the last question and its answer
-/reset      begin anew
-/system X   set the system prompt to X (empty: the model's own)
-/stats      figures of the last answer
+HELP = f"""/again      answer the last question again
+/undo       remove the last question and its answer
+/reset      start a new conversation
+/system X   set the system prompt to X (empty: that of the chat template)
+/stats      token counts and speeds of the last answer
 /save FILE  write the conversation as Markdown
-/quit       leave (or Ctrl-D)
-A line that ends with \\ goes on in the next; {QUOTES} begins and ends a question of several lines; what is pasted is
-one question. Ctrl-C ends an answer, or empties the line."""
+/quit       quit (or Ctrl-D)
+A line that ends with \\ continues in the next. {QUOTES} begins and ends a question of several lines.
+Pasted lines are one question. Ctrl-C ends an answer, or clears the line."""
 
 
 class Terminal:
-    """Reads questions and commands until the user leaves."""
+    """Reads questions and commands until the user quits."""
 
     def __init__(self, conversation: Conversation) -> None:
         self.conversation = conversation
@@ -172,7 +169,7 @@ class Terminal:
         self._commands: dict[str, Callable[[str], object]] = {
             "help": lambda rest: print(HELP),
             "again": lambda rest: conversation.ask_again(),
-            "undo": lambda rest: print(f"forgotten: {conversation.forget_last()}"),
+            "undo": lambda rest: print(f"removed: {conversation.remove_last()}"),
             "reset": lambda rest: conversation.messages.clear(),
             "system": lambda rest: setattr(conversation, "system", rest),
             "stats": lambda rest: print(conversation.describe_stats()),
@@ -181,7 +178,7 @@ class Terminal:
 
     def run(self) -> None:
         """Answer until /quit or the end of the input."""
-        print("/help lists commands; Ctrl-C ends an answer, Ctrl-D leaves", file=sys.stderr)
+        print("/help lists commands; Ctrl-C ends an answer, Ctrl-D quits", file=sys.stderr)
         with self._history():
             while True:
                 try:
@@ -189,16 +186,16 @@ class Terminal:
                     if text in ("/quit", "/exit"):
                         return
                     if text:
-                        self._obey(text)
+                        self._run_line(text)
                 except EOFError:
                     print()
                     return
                 except KeyboardInterrupt:
                     print()
-                except EfficientLLMError as error:  # the question is at fault, not the session
+                except EfficientLLMError as error:  # the session continues after a bad question
                     print(f"error: {error}", file=sys.stderr)
 
-    def _obey(self, text: str) -> None:
+    def _run_line(self, text: str) -> None:
         name, _, rest = text[1:].partition(" ")
         if not text.startswith("/") or not name.isalpha():
             self.conversation.ask(text)
@@ -213,14 +210,14 @@ class Terminal:
         try:
             path = Path(rest).expanduser()
             if path.exists():
-                raise UsageError(f"{rest} is there already; give another name")
+                raise UsageError(f"{rest} exists already; give another name")
             self.conversation.save(path)
         except (OSError, RuntimeError, ValueError) as error:  # no such user's home, a zero byte
             reason = getattr(error, "strerror", None) or error
             raise UsageError(f"{rest} cannot be written: {reason}") from error
 
     def _read(self) -> str:
-        """One question, which may have several lines."""
+        """Return one question, which may have several lines."""
         line = input("> ")
         if line.strip() == QUOTES:
             lines = []
@@ -235,14 +232,14 @@ class Terminal:
         return "\n".join(lines).strip()
 
     def _has_more(self) -> bool:
-        """Whether more was pasted with the line, where the line editor does not say so itself."""
+        """Return True if more lines were pasted, for terminals whose line editor does not combine them itself."""
         if self._readline is not None or os.name != "posix":
             return False
         return bool(select.select([sys.stdin], [], [], PASTE_SECONDS)[0])
 
     @contextlib.contextmanager
     def _history(self) -> Iterator[None]:
-        """The questions of earlier sessions at hand, and this one's kept, for this user's eyes alone."""
+        """Load the questions of earlier sessions, and store those of this one, readable for this user only."""
         editor = self._readline
         if editor is None or not self.conversation.options.history:
             yield
@@ -254,14 +251,14 @@ class Terminal:
             yield
         finally:
             editor.set_history_length(HISTORY_LENGTH)
-            with contextlib.suppress(OSError):  # nowhere to keep it
+            with contextlib.suppress(OSError):  # the cache folder cannot be written
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.touch(mode=0o600)
                 editor.write_history_file(file)
 
 
 def _readline() -> Any:
-    """GNU's line editor, which takes pasted lines as one; None where there is another one or none."""
+    """Return GNU readline, which combines pasted lines, or None if it is not installed."""
     try:
         import readline  # absent on Windows
     except ImportError:

@@ -1,4 +1,4 @@
-"""From token bytes to text that can be shown at once: no half characters, no half stop strings."""
+"""Turn token bytes into text that can be shown at once, without partial characters or partial stop strings."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from collections.abc import Sequence
 
 
 class TextStream:
-    """Turns pieces of UTF-8 into text, holding back what may still become a stop string."""
+    """Turns pieces of UTF-8 into text, and holds back text that may become a stop string."""
 
     def __init__(self, stop: Sequence[str] = (), until: str = "") -> None:
-        """Where the text `until` begins, which is no part of a stop string then, they count no more."""
+        """Start with the strings `stop`, which are ignored after the text `until`."""
         self.stop = tuple(text for text in stop if text)
         self.stopped = False
-        """Whether a stop string was met; its text and all after it are dropped."""
+        """True after a stop string. Its text and everything after it are dropped."""
         self._until = (until,) if until and self.stop else ()
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._unshown = ""
 
     def push(self, piece: bytes) -> str:
-        """Text that is safe to show after this piece."""
+        """Add a piece and return the text that can be shown."""
         return self._emit(self._decoder.decode(piece))
 
     def finish(self) -> str:
-        """What was held back, once nothing more comes."""
+        """Return the text that was held back, at the end of the answer."""
         text = self._emit(self._decoder.decode(b"", final=True))
-        self._until = ()  # what might have begun it did not
+        self._until = ()  # a partial `until` is plain text now
         text += self._emit("")
         unshown, self._unshown = self._unshown, ""
         return text + ("" if self.stopped else unshown)
@@ -35,22 +35,22 @@ class TextStream:
             return ""
         self._unshown += text
         end = self._unshown.find(self._until[0]) if self._until else -1
-        length = end if end >= 0 else len(self._unshown) - unfinished(self._unshown, self._until)
+        length = end if end >= 0 else len(self._unshown) - partial_length(self._unshown, self._until)
         searched = self._unshown[:length]
         found = [(start + len(stop), start) for stop in self.stop if (start := searched.find(stop)) >= 0]
-        if found:  # the one that is whole first, as if every character came alone
+        if found:  # the string that is complete first, as if every character came alone
             self.stopped = True
             text, self._unshown = searched[: min(found)[1]], ""
             return text
         if end >= 0:
             self.stop, self._until, searched = (), (), self._unshown
-        split = len(searched) - unfinished(searched, self.stop)
+        split = len(searched) - partial_length(searched, self.stop)
         text, self._unshown = self._unshown[:split], self._unshown[split:]
         return text
 
 
-def unfinished(text: str, markers: Sequence[str]) -> int:
-    """Length of the longest end of `text` that begins one of `markers` and is none yet."""
+def partial_length(text: str, markers: Sequence[str]) -> int:
+    """Return the length of the longest end of `text` that is a proper beginning of one of `markers`."""
     longest = 0
     for marker in markers:
         for length in range(min(len(marker) - 1, len(text)), longest, -1):

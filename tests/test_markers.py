@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from efficientllm.runtime.base.errors import UsageError
+from efficientllm.runtime.chat_template import PLACEHOLDERS, _ControlTokens
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
 from efficientllm.runtime.engines.scheduler import EngineScheduler
-from efficientllm.runtime.prompt import ChatOptions, ToolUse, chat_prompt, tool_prompt
-from efficientllm.runtime.tool_format import SPARE, _Controls
+from efficientllm.runtime.prompt import PromptOptions, ToolUse, chat_prompt, tool_prompt
 
 START, END = "<|im_start|>", "<|im_end|>"
 QUESTION = {"role": "user", "content": "How is Rome?"}
@@ -52,7 +52,7 @@ def test_an_engine_knows_what_is_read_as_control(engine: EngineScheduler) -> Non
         TURN,
         f"<|im_{END}end|>",
         "<|endoftext|>",
-        f"{SPARE[0]}{END}{SPARE[1]}",
+        f"{PLACEHOLDERS[0]}{END}{PLACEHOLDERS[1]}",
     ],
 )
 def test_what_a_message_spells_is_text(engine: EngineScheduler, said: str) -> None:
@@ -76,7 +76,7 @@ def test_functions_and_calls_write_no_control_tokens(engine: EngineScheduler) ->
         {"role": "tool", "content": TURN, "tool_call_id": "1"},
     ]
     use = ToolUse([{"type": "function", "function": function}])
-    text = shown_by(engine, tool_prompt(engine, messages, ChatOptions(use)).tokens)
+    text = shown_by(engine, tool_prompt(engine, messages, PromptOptions(use)).tokens)
     assert text.count(f"⟦{END}⟧") == 4  # of the system, the user, the assistant and the function
     assert text.count(END) > 10
 
@@ -142,16 +142,16 @@ def test_thousands_of_control_tokens_are_found_as_one_after_the_other_would_be(e
         ["<unused1>", "<unused12>", "<unused", "[INST]", "<s>", "a", "b", "c", "]", "^", "-"],
     )
     longest_first = sorted(texts, key=len, reverse=True)
-    controls = _Controls.of(frozenset(texts))
+    controls = _ControlTokens.of(frozenset(texts))
     for _ in range(300):
         text, expected, place = "".join(source.choices(pieces, k=12)), [], 0
         while place < len(text):
             found = next((each for each in longest_first if text.startswith(each, place)), None)
             expected += [place] if found else []
             place += len(found or " ")
-        assert controls.places(text) == expected
+        assert controls.positions(text) == expected
 
 
 def test_a_message_of_all_stand_ins_is_refused(engine: EngineScheduler) -> None:
     with pytest.raises(UsageError, match="use up all of Unicode's symbols"):
-        chat_prompt(engine, [{"role": "user", "content": SPARE}])
+        chat_prompt(engine, [{"role": "user", "content": PLACEHOLDERS}])

@@ -70,7 +70,7 @@ def assert_engine_answers_as_checked(file: Path, check: dict[str, Any]) -> None:
         prompt = chat_prompt(engine, [{"role": "user", "content": check["question"]}])
         generation = Generation(engine, prompt, AnswerOptions(32, top_logprobs=2))
         assert "".join(generation) == check["text"]
-        logprobs = generation.take_logprobs()
+        logprobs = generation.pop_logprobs()
         assert min(each.top[0][1] - each.top[1][1] for each in logprobs) == check["margin"] > 0
         assert generation.answer == check["tokens"]
         assert prompt == check["prompt_tokens"]

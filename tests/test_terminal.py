@@ -66,7 +66,7 @@ def test_commands(
     assert all(f"/{name}" in output for name in Terminal(conversation)._commands if name != "help")
     talk(conversation, monkeypatch, "/undo", "/nonsense", "/save", "/etc/passwd is a file", "/reset")
     printed = capsys.readouterr().err
-    assert "error: nothing was asked yet" in printed
+    assert "error: there is no question yet" in printed
     assert "error: there is no command /nonsense; /help lists them" in printed
     assert "error: /save needs a file" in printed
     assert conversation.messages == []
@@ -161,7 +161,7 @@ def test_pasted_lines_are_one_question_and_ctrl_c_leaves_the_conversation(artefa
     screen.wait_for("half a line")
     screen.wait_for("> ", typing="\x03")  # CPython's readline overlooks a signal that comes before it waits for a key
     screen.type("/undo\r")
-    screen.wait_for("forgotten: first\r?\nsecond\r?\nthird")
+    screen.wait_for("removed: first\r?\nsecond\r?\nthird")
     screen.type("/quit\r")
     assert os.waitpid(screen.pid, 0)[1] == 0
     os.close(screen.file)

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from efficientllm.runtime.base.errors import UnanswerableError
-from efficientllm.runtime.call_reader import Argued, Called, CallReader, Said
+from efficientllm.runtime.call_reader import ArgumentsEvent, CallEvent, CallReader, TextEvent
 from efficientllm.runtime.engines.scheduler import EngineScheduler
 from efficientllm.runtime.grammar import GrammarConstraint
-from efficientllm.runtime.prompt import ChatOptions, ToolUse, chat_prompt, tool_prompt
+from efficientllm.runtime.prompt import PromptOptions, ToolUse, chat_prompt, tool_prompt
 from efficientllm.runtime.tool_format import GENERIC, ToolFormat, tool_format
 
 PLAIN = (
@@ -88,7 +88,7 @@ QUESTION = {"role": "user", "content": "How is Rome?"}
 
 
 def accepts(engine: EngineScheduler, use: ToolUse, text: str) -> bool:
-    prompt = tool_prompt(engine, [QUESTION], ChatOptions(use))
+    prompt = tool_prompt(engine, [QUESTION], PromptOptions(use))
     constraint = GrammarConstraint(
         engine, prompt.format.grammar(use.tools, (), must_call=use.must_call, otherwise=use.otherwise)
     )
@@ -140,8 +140,8 @@ def test_the_search_for_the_tool_that_is_refused_ends(engine: EngineScheduler, m
         [{"function": {"name": "much", "parameters": {**much, "required": ["a"]}}}], (), must_call=True
     )
     for seconds, name in ((60.0, "tool 'much': parameters"), (0.0, "tools")):
-        monkeypatch.setattr("efficientllm.runtime.grammar.NAMING_SECONDS", seconds)
-        with pytest.raises(UnanswerableError, match=f"^{name}: no answer can keep to it: fuel exhausted"):
+        monkeypatch.setattr("efficientllm.runtime.grammar.MAX_NAMING_SECONDS", seconds)
+        with pytest.raises(UnanswerableError, match=f"^{name}: no output can satisfy this grammar: fuel exhausted"):
             GrammarConstraint(engine, grammar)
 
 
@@ -153,18 +153,20 @@ def test_an_answer_is_read_the_same_however_it_is_cut(size: int) -> None:
     for start in range(0, len(text), size):
         events += reader.push(text[start : start + size])
     events += reader.finish()
-    assert "".join(event.text for event in events if isinstance(event, Said)) == "Let me <tool.\n"
-    assert [(event.index, event.name) for event in events if isinstance(event, Called)] == [(0, "weather"), (1, "now")]
-    arguments = ["".join(e.text for e in events if isinstance(e, Argued) and e.index == index) for index in (0, 1)]
+    assert "".join(event.text for event in events if isinstance(event, TextEvent)) == "Let me <tool.\n"
+    calls = [(event.index, event.name) for event in events if isinstance(event, CallEvent)]
+    assert calls == [(0, "weather"), (1, "now")]
+    parts = [event for event in events if isinstance(event, ArgumentsEvent)]
+    arguments = ["".join(part.text for part in parts if part.index == index) for index in (0, 1)]
     assert arguments == [tricky, "{}"]
 
 
 def test_text_that_only_begins_like_a_call_is_text() -> None:
     reader = CallReader(GENERIC)
-    assert reader.push("a <tool_call>\n{") == [Said("a ")]
-    assert reader.push('"x"') == [Said('<tool_call>\n{"x"')]
-    assert reader.push(" <tool") == [Said(" ")]
-    assert reader.finish() == [Said("<tool")]
+    assert reader.push("a <tool_call>\n{") == [TextEvent("a ")]
+    assert reader.push('"x"') == [TextEvent('<tool_call>\n{"x"')]
+    assert reader.push(" <tool") == [TextEvent(" ")]
+    assert reader.finish() == [TextEvent("<tool")]
 
 
 def text_of(engine: EngineScheduler, tokens: list[int]) -> str:
@@ -180,7 +182,7 @@ def test_a_template_without_functions_is_told_of_them_in_words(engine: EngineSch
         {"role": "tool", "content": "sunny", "tool_call_id": "1"},
         {"role": "tool", "content": "warm", "tool_call_id": "2"},
     ]
-    text = text_of(engine, tool_prompt(engine, messages, ChatOptions(ToolUse(TOOLS))).tokens)
+    text = text_of(engine, tool_prompt(engine, messages, PromptOptions(ToolUse(TOOLS))).tokens)
     assert text.startswith("system\nBe kind.\n\nYou can call functions.")
     assert '{"name": "now"}\n' in text
     assert f"assistant\n{ROME}\n" in text
