@@ -1,11 +1,11 @@
 #!/bin/sh
-# Build llama.cpp's llama-bench as one static aarch64 program, for Android phones and 64-bit boards (no NDK needed).
-# usage: build_android_runner.sh PYTHON OUTPUT_FOLDER; RUNNER_ARCH overrides the instruction set. The sources are those
-# that the installed llama-cpp-python vendors, so that phone and laptop run the same release.
+# Build llama.cpp's llama-bench as a static aarch64 program for Android phones and 64-bit boards, without an NDK.
+# Usage: build_android_runner.sh PYTHON OUTPUT_FOLDER. RUNNER_ARCH overrides the instruction set. The sources are those in
+# the installed llama-cpp-python, so that phone and laptop run the same release.
 set -eu
 python=$1
 output=$2
-# dotprod: every phone since about 2018 and the Raspberry Pi 5. A Raspberry Pi 4 needs RUNNER_ARCH=armv8-a.
+# dotprod: all phones since about 2018 and the Raspberry Pi 5. A Raspberry Pi 4 needs RUNNER_ARCH=armv8-a.
 arch=${RUNNER_ARCH:-armv8.2-a+dotprod}
 
 for program in cmake aarch64-linux-gnu-g++; do

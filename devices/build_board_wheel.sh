@@ -1,7 +1,7 @@
 #!/bin/sh
-# Build llama-cpp-python's wheel for 64-bit ARM, which PyPI does not have: a board that installs it needs no compiler.
-# usage: build_board_wheel.sh PYTHON OUTPUT_FOLDER; BOARD_CPU overrides the processor (zig's name), BOARD_NEEDS the features of
-# /proc/cpuinfo without which it would not run. Compiled by Zig (PyPI's ziglang) against the C library of Debian 10 (glibc 2.28).
+# Build a wheel of llama-cpp-python for 64-bit ARM, which PyPI does not offer. A board that installs it needs no compiler.
+# Usage: build_board_wheel.sh PYTHON OUTPUT_FOLDER. BOARD_CPU overrides the processor (Zig's name), BOARD_NEEDS the required
+# features of /proc/cpuinfo. Zig (ziglang on PyPI) compiles against the C library of Debian 10 (glibc 2.28).
 set -eu
 python=$1
 mkdir -p "$2"
@@ -14,10 +14,10 @@ needs=${BOARD_NEEDS-asimddp}
 zig=${ZIG_VERSION-0.17.1}
 
 version=$("$here/llama_cpp_source.sh" "$python" "$output/source")
-said="$output: llama-cpp-python $version for aarch64 ($cpu), by Zig $zig"
+summary="$output: llama-cpp-python $version for aarch64 ($cpu), by Zig $zig"
 echo "$needs" > "$output/needs"
-[ "$(cat "$output/built" 2> /dev/null)" != "$said" ] || {
-  echo "$said"
+[ "$(cat "$output/built" 2> /dev/null)" != "$summary" ] || {
+  echo "$summary"
   exit
 }
 rm -f "$output/built" "$output"/*.whl
@@ -31,7 +31,7 @@ for tool in "cc -target aarch64-linux-gnu.2.28 -mcpu=$cpu" "c++ -target aarch64-
   chmod +x "$name"
 done
 
-# OpenMP is none of what Zig brings
+# Zig does not include OpenMP.
 _PYTHON_HOST_PLATFORM=linux-aarch64 \
 CMAKE_ARGS="-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_C_COMPILER=$output/bin/cc \
   -DCMAKE_CXX_COMPILER=$output/bin/c++ -DCMAKE_AR=$output/bin/ar -DCMAKE_RANLIB=$output/bin/ranlib -DGGML_NATIVE=OFF \
@@ -40,4 +40,4 @@ CMAKE_ARGS="-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_C
   tail -n 20 "$output/build.log" >&2
   exit 1
 }
-echo "$said" | tee "$output/built"
+echo "$summary" | tee "$output/built"

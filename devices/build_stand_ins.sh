@@ -1,7 +1,7 @@
 #!/bin/sh
 # Build ggml's CPU kernels for older instruction sets, so that one x86 machine stands in for several devices.
-# usage: build_stand_ins.sh PYTHON OUTPUT_FOLDER; makes OUTPUT_FOLDER/{sse42,avx2,avx512}, each the libraries of the installed
-# llama-cpp-python with kernels built of the sources that it vendors. Used with LLAMA_CPP_LIB_PATH=OUTPUT_FOLDER/avx2.
+# Usage: build_stand_ins.sh PYTHON OUTPUT_FOLDER. Creates OUTPUT_FOLDER/{sse42,avx2,avx512}, each with the libraries of the
+# installed llama-cpp-python and kernels from its sources. Use: LLAMA_CPP_LIB_PATH=OUTPUT_FOLDER/avx2.
 set -eu
 python=$1
 output=$2
@@ -13,7 +13,7 @@ command -v cmake > /dev/null || {
 version=$("$(dirname "$0")/llama_cpp_source.sh" "$python" "$output/source")
 libraries=$("$python" -c 'import importlib.util as u; print(u.find_spec("llama_cpp").submodule_search_locations[0])')/lib
 
-# NAME FLAGS...: each set holds the one before it
+# build NAME FLAGS...
 build() {
   name=$1
   shift
@@ -31,7 +31,7 @@ build() {
     cp "$output/cmake-$name/bin/libggml-cpu.so" "$file"
   done
   rm -rf "$output/cmake-$name"
-  echo "$output/$name: ggml's kernels for $name, from llama-cpp-python $version"
+  echo "$output/$name: ggml kernels for $name, from llama-cpp-python $version"
 }
 
 AVX2="-DGGML_AVX=ON -DGGML_AVX2=ON -DGGML_BMI2=ON -DGGML_FMA=ON -DGGML_F16C=ON"

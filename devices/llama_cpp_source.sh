@@ -1,6 +1,6 @@
 #!/bin/sh
-# Unpack the sources of the installed llama-cpp-python, with llama.cpp's in vendor/, into FOLDER unless they are there.
-# usage: llama_cpp_source.sh PYTHON FOLDER; prints the version.
+# Unpack the sources of the installed llama-cpp-python, with llama.cpp in vendor/, into FOLDER unless it has them.
+# Usage: llama_cpp_source.sh PYTHON FOLDER. Prints the version.
 set -eu
 python=$1
 folder=$2
