@@ -1,8 +1,8 @@
-"""optimum-onnx beside our engine: `python -m research.peers.optimum_onnx CHECKPOINT ARTEFACT`.
+"""Compare optimum-onnx with our ONNX engine: `python -m research.peers.optimum_onnx CHECKPOINT ARTEFACT`.
 
-optimum-onnx pins an older transformers, so it has an environment of its own, where this package needs no extra:
+optimum-onnx pins an older transformers, so it needs a separate environment, in which this package needs no extra:
 `pip install efficientllm 'optimum-onnx[onnxruntime]'`. CHECKPOINT is a uniform Hugging Face folder (`--target
-hf-uniform`), which optimum exports in fp32 with a cache; ARTEFACT is ours of the same model. Both run in that
+hf-uniform`), which optimum exports in fp32 with a KV cache. ARTEFACT is our export of the same model. Both run in that
 environment's onnxruntime.
 """
 
@@ -40,13 +40,13 @@ MEASURE = f"import sys; from {__spec__.name} import print_measurement; print_mea
 
 
 class OptimumEngine:
-    """ORTModelForCausalLM as far as the benchmark asks: prefill, decode, close."""
+    """A `measure.Decoder` over ORTModelForCausalLM."""
 
     def __init__(self, folder: str, options: BenchOptions) -> None:
         import onnxruntime
         from optimum.onnxruntime import ORTModelForCausalLM  # type: ignore[import-not-found]
 
-        began = time.perf_counter()
+        start = time.perf_counter()
         settings = onnxruntime.SessionOptions()
         settings.intra_op_num_threads = options.threads
         self._model: Any = ORTModelForCausalLM.from_pretrained(folder, session_options=settings)
@@ -55,7 +55,7 @@ class OptimumEngine:
         self.kv_cache_bytes, self.settings = 0, ""
         self._past: Any = None
         self._count = 0
-        self.load_ms = (time.perf_counter() - began) * 1e3
+        self.load_ms = (time.perf_counter() - start) * 1e3
 
     def _evaluate(self, tokens: Sequence[int]) -> np.ndarray:
         import torch
@@ -78,50 +78,50 @@ class OptimumEngine:
 
 
 def print_measurement(folder: str, options_json: str) -> None:
-    """The child's part: measure an exported folder and print a Measurement as JSON."""
+    """Measure an exported folder and print a Measurement as JSON, in a child process."""
     options = BenchOptions.from_json(json.loads(options_json))
-    baseline = memory_bytes().get("rss_bytes", 0)
+    baseline_rss_bytes = memory_bytes().get("rss_bytes", 0)
     engine: Any = OptimumEngine(folder, options)
-    print(json.dumps(asdict(measure_engine(engine, options, "optimum-onnx", baseline))))
+    print(json.dumps(asdict(measure_engine(engine, options, "optimum-onnx", baseline_rss_bytes))))
 
 
 def measure_peer(folder: str, options: BenchOptions) -> Measurement:
-    """One process of optimum's side."""
+    """Return the measurement of a child process that runs optimum-onnx."""
     return parse_measurement(folder, run_python("-c", MEASURE, folder, json.dumps(asdict(options))))
 
 
 def export_peer(checkpoint: str, folder: str) -> None:
-    """Let optimum export the checkpoint; prints what that took."""
-    began = time.perf_counter()
-    done = run_python("-c", EXPORT, checkpoint, folder)
-    if done.code:
-        raise ArtefactError(f"optimum-onnx failed: {done.last_error}")
+    """Export the checkpoint with optimum, and print time and memory."""
+    start = time.perf_counter()
+    finished = run_python("-c", EXPORT, checkpoint, folder)
+    if finished.code:
+        raise ArtefactError(f"optimum-onnx failed: {finished.last_error}")
     import resource  # absent on Windows
 
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    print(f"export: {time.perf_counter() - began:.0f} s, {used.ru_utime:.0f} s CPU, peak {used.ru_maxrss / 1e6:.2f} GB")
+    print(f"export: {time.perf_counter() - start:.0f} s, {used.ru_utime:.0f} s CPU, peak {used.ru_maxrss / 1e6:.2f} GB")
 
 
 def body(argv: Sequence[str]) -> int:
     parser = flags.Parser(prog="python -m research.peers.optimum_onnx", description=__doc__)
     parser.add_argument("checkpoint", help="uniform Hugging Face folder")
-    parser.add_argument("artefact", help="ours of the same model, --target onnx --quantize f32")
+    parser.add_argument("artefact", help="our export of the same model, --target onnx --quantize f32")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads [1]")
-    parser.add_argument("--rounds", type=int, default=3, help="processes per side, in turn [3]")
+    parser.add_argument("--rounds", type=int, default=3, help="processes per engine, in turn [3]")
     arguments = parser.parse(argv)
     rounds, threads = arguments["rounds"], arguments["threads"]
-    # without huge pages, which optimum's side does not ask for
+    # Without huge pages, which optimum does not use.
     options = BenchOptions((128,), (64,), (), 2, rounds, threads, huge_pages=False)
     ours, device = Artefact.open(arguments["artefact"]), LocalDevice(DeviceOptions(), print)
-    sides: dict[str, list[Measurement]] = {"optimum-onnx": [], ours.path.name: []}
+    measurements: dict[str, list[Measurement]] = {"optimum-onnx": [], ours.path.name: []}
     with tempfile.TemporaryDirectory() as folder:
         export_peer(arguments["checkpoint"], folder)
         size = sum(path.stat().st_size for path in Path(folder).iterdir())
         for _ in range(options.rounds):
-            sides["optimum-onnx"].append(measure_peer(folder, options))
-            sides[ours.path.name].append(device.measure(ours, options))
+            measurements["optimum-onnx"].append(measure_peer(folder, options))
+            measurements[ours.path.name].append(device.measure(ours, options))
     sizes = {"optimum-onnx": size, ours.path.name: ours.file_bytes}
-    results = [summarize(name, "", "onnxruntime", sizes[name], {}, runs) for name, runs in sides.items()]
+    results = [summarize(name, "", "onnxruntime", sizes[name], {}, runs) for name, runs in measurements.items()]
     print(markdown(Run(device.describe(), options, results)))
     return 0
 
