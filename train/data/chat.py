@@ -142,6 +142,10 @@ class ChatFormat:
             spans[-1] = Span(answer[: answer.rfind(content) + len(content)], True)
         return spans
 
+    def chat_prompt(self, chat: Chat) -> str:
+        """Render a whole chat, with its functions, up to the start of the assistant's next answer."""
+        return self._render(chat, len(chat.messages), add_generation_prompt=True)
+
     def _render(self, chat: Chat, count: int, *, add_generation_prompt: bool) -> str:
         """Render the first `count` messages as the runtime renders them for an answer.
 

@@ -21,6 +21,7 @@ from ...runtime.base.quantities import markdown_table
 from ...runtime.engines.contract_text import BITS_PER_BYTE
 from ..model.source import source_path
 from .evaluate import ComputeConfig, Evaluation, MeasureConfig, check, evaluate
+from .jobs import misses_page, read_examples
 from .perplexity import Perplexity
 from .quality.contract import contract
 from .scoring import mean_and_error
@@ -60,6 +61,7 @@ def rows(evaluations: Sequence[Evaluation]) -> list[list[str]]:
             difference, error, _ = paired_difference(result, other)
             cells.append(f"{_score(other.mean(), other.stderr())} ({difference:+.3f} ± {error:.3f})")
         table.append([f"{name} ({result.metric})", f"{len(result.documents)} documents", *cells])
+    table += _job_rows(evaluations)
     if len(first.tasks) > 1:
         averages = [statistics.fmean(r.mean() for r in evaluation.tasks.values()) for evaluation in evaluations]
         table.append(["average of tasks", "", *[f"{average:.3f}" for average in averages]])
@@ -95,6 +97,25 @@ def _quality_rows(evaluations: Sequence[Evaluation]) -> list[list[str]]:
         first, *others = [column["questions"] for column in columns]
         cells = [str(first["right"]), *[f"{each['right']} ({each['kept']} of {each['reference']})" for each in others]]
         table.append(["questions answered right", f"{first['asked']} questions", *cells])
+    return table
+
+
+def _job_rows(evaluations: Sequence[Evaluation]) -> list[list[str]]:
+    """Return a row per value of a job's metric, with paired differences from the first model, and answer lengths."""
+    jobs = [each.job for each in evaluations if each.job is not None]
+    if not jobs:
+        return []
+    first, *others = jobs
+    table = []
+    for name, values in first.values.items():
+        size = f"{sum(not math.isnan(value) for value in values)} examples"
+        cells = [_score(first.mean(name), first.stderr(name))]
+        for other in others:
+            difference, error = first.difference(other, name)
+            cells.append(f"{_score(other.mean(name), other.stderr(name))} ({difference:+.3f} ± {error:.3f})")
+        table.append([f"job, {name}", size, *cells])
+    table.append(["tokens per answer", "", *[f"{job.tokens_per_answer:.1f}" for job in jobs]])
+    table.append(["ms per answer", "", *[f"{job.ms_per_answer:.0f}" for job in jobs]])
     return table
 
 
@@ -139,7 +160,7 @@ def build_parser() -> flags.Parser:
     parser = flags.Parser(
         EvalConfig,
         prog="efficientllm-eval",
-        description="Measure perplexity and zero-shot accuracy of a Hugging Face folder or an exported artefact.",
+        description="Measure perplexity, zero-shot accuracy or a job of a model folder or an exported artefact.",
     )
     parser.add_argument(
         "model", help="Hugging Face folder, folder written by efficientllm-export, a .gguf file, or demo"
@@ -178,6 +199,11 @@ def body(argv: Sequence[str]) -> int:
                 output / "results.json", {"schema_version": 1, "evaluations": [e.to_dict() for e in evaluations]}
             )
     write_text_atomically(output / "results.md", markdown(evaluations))
+    for number, each in enumerate(evaluations, 1):
+        if each.job is not None:
+            examples = read_examples(Path(config.measures.task), config.measures.task_limit)
+            page = misses_page(_name(each), examples, each.job)
+            write_text_atomically(output / f"misses-{number}-{_name(each)}.md", page)
     _print_table(evaluations)
     print(f"\nresults: {output / 'results.json'}")
     return 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -14,8 +14,9 @@ from ...runtime.base.extras import extra
 from ...runtime.base.files import write_json_atomically
 from ...runtime.engines.engine import EngineOptions
 from ..data.documents import DataSpec, check_documents
+from .jobs import JobResult, metric_named, read_examples, run_job
 from .perplexity import WIKITEXT, WIKITEXT_FILE, Perplexity, corpus_documents, measure_perplexity, read_wikitext
-from .quality.contract import Quality, Report, measure_quality, silent
+from .quality.contract import Quality, Report, measure_quality
 from .scoring import EngineModel, EvaluatedModel, ScoreCache, fingerprint, is_checkpoint
 from .tasks import TASKS, TaskResult, check_names
 
@@ -41,6 +42,17 @@ class MeasureConfig:
     """Tokens of each text to predict. 0: all."""
     document_tokens: int = flags.count(512, at_least=0)
     """First tokens of each document of a text to use. 0: all."""
+    task: str = ""
+    """Held-out examples of a job to answer and score, a .jsonl or .jsonl.gz of chats. Nothing else is measured then,
+    unless --text or --tasks ask for it."""
+    metric: str = "exact"
+    """Score of an answer to --task: exact, json, call, label, sql, contains, chrf, rouge, or python:MODULE:FUNCTION."""
+    task_limit: int = flags.number(0, at_least=0)
+    """Examples of --task to answer. 0: all."""
+    task_tokens: int = flags.count(256, at_least=1)
+    """Longest answer to an example of --task, in tokens."""
+    constrain: bool = False
+    """With --task: limit calls to the functions of each example by a grammar. For exported files."""
     window: int = flags.number(512, at_least=2)
     """Context of a perplexity in tokens. Each token is predicted from the start of its window."""
     min_context: int = flags.number(1, at_least=1)
@@ -53,8 +65,13 @@ class MeasureConfig:
         flags.require(self, "min_context", is_within, f"must be at most the window of {self.window}")
         is_left = not self.document_tokens or self.min_context <= self.document_tokens
         flags.require(self, "min_context", is_left, f"must be at most --document-tokens {self.document_tokens}")
-        has_measure = self.quality or bool(self.task_names) or bool(self.text)
+        has_measure = self.quality or bool(self.task_names) or bool(self.text) or bool(self.task)
         flags.require(self, "quality", has_measure, "there is nothing to measure; give --text or --tasks")
+
+    @property
+    def measures_quality(self) -> bool:
+        """Return True if the quality contract is measured, which a job replaces."""
+        return self.quality and not self.task
 
     @property
     def task_names(self) -> tuple[str, ...]:
@@ -90,14 +107,16 @@ class Evaluation:
     perplexity: dict[str, Perplexity]
     tasks: dict[str, TaskResult]
     quality: Quality | None = None
+    job: JobResult | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "model": self.model,
             "fingerprint": self.fingerprint,
-            "perplexity": {name: value.to_dict() for name, value in self.perplexity.items()},
+            "perplexity": {name: asdict(value) for name, value in self.perplexity.items()},
             "tasks": {name: value.to_dict() for name, value in self.tasks.items()},
-            "quality": self.quality.to_dict() if self.quality is not None else None,
+            "quality": asdict(self.quality) if self.quality is not None else None,
+            "job": self.job.to_dict() if self.job is not None else None,
         }
 
     @classmethod
@@ -107,7 +126,8 @@ class Evaluation:
             value["fingerprint"],
             {name: Perplexity(**entry) for name, entry in value["perplexity"].items()},
             {name: TaskResult.from_dict(entry) for name, entry in value["tasks"].items()},
-            Quality.from_dict(value["quality"]) if value.get("quality") else None,
+            Quality(**value["quality"]) if value.get("quality") else None,
+            JobResult.from_dict(value["job"]) if value.get("job") else None,
         )
 
 
@@ -123,6 +143,9 @@ def open_model(path: Path, compute: ComputeConfig) -> EvaluatedModel:
 def check(config: MeasureConfig) -> None:
     """Raise UsageError or MissingExtraError for settings that would only fail after hours."""
     check_names(config.task_names)
+    if config.task:
+        metric_named(config.metric)
+        read_examples(Path(config.task), config.task_limit)
     data_dir = Path(config.data_dir)
     if config.data_dir and not data_dir.is_dir():
         raise UsageError(f"--data-dir {data_dir}: no such folder")
@@ -145,7 +168,7 @@ def evaluate(
     measures: MeasureConfig,
     compute: ComputeConfig,
     cache_folder: Path | None = None,
-    report: Report = silent,
+    report: Report = lambda name, done, total: None,
 ) -> Evaluation:
     """Measure the model at `path`. A call with the `cache_folder` of an interrupted one continues it."""
     check(measures)
@@ -156,7 +179,7 @@ def evaluate(
         return cache_folder / f"{digest[:16]}-{precision}{suffix}" if cache_folder is not None else None
 
     model = open_model(path, compute)
-    quality = _measure_quality(model, cache_path("-quality.json"), report) if measures.quality else None
+    quality = _measure_quality(model, cache_path("-quality.json"), report) if measures.measures_quality else None
     cache = ScoreCache(cache_path(".jsonl"))
     perplexities: dict[str, Perplexity] = {}
     for name, documents in _texts(model, measures).items():
@@ -169,16 +192,26 @@ def evaluate(
         data_dir = Path(measures.data_dir) if measures.data_dir else None
         for name in measures.task_names:
             tasks[name] = run_task(name, model, data_dir, measures.limit, cache, partial(report, name))
-    return Evaluation(str(path), digest, perplexities, tasks, quality)
+    job = None
+    if measures.task:
+        job = run_job(
+            model,
+            read_examples(Path(measures.task), measures.task_limit),
+            measures.metric,
+            max_tokens=measures.task_tokens,
+            constrain=measures.constrain,
+            advance=partial(report, "answers"),
+        )
+    return Evaluation(str(path), digest, perplexities, tasks, quality, job)
 
 
 def _measure_quality(model: EvaluatedModel, path: Path | None, report: Report) -> Quality:
     """Read the quality of a model from a file, or measure it and write the file."""
     if path is not None and path.is_file():
-        return Quality.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        return Quality(**json.loads(path.read_text(encoding="utf-8")))
     quality = measure_quality(model, report)
     if path is not None:
-        write_json_atomically(path, quality.to_dict())
+        write_json_atomically(path, asdict(quality))
     return quality
 
 

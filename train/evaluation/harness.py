@@ -11,7 +11,7 @@ from typing import Any
 from lm_eval.api.model import TemplateLM
 from lm_eval.evaluator import evaluate
 
-from .scoring import Advance, EvaluatedModel, ScoreCache, ScoreRequest, no_progress
+from .scoring import Advance, EvaluatedModel, ScoreCache, ScoreRequest
 from .tasks import TASKS, TaskResult, open_task
 
 logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its greeting and warnings do not concern the user
@@ -62,7 +62,7 @@ def run_task(
     data_dir: Path | None,
     limit: int,
     cache: ScoreCache,
-    advance: Advance = no_progress,
+    advance: Advance = lambda done, total: None,
 ) -> TaskResult:
     """Return the zero-shot scores of a task on its first `limit` documents, or on all if `limit` is 0.
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from ...runtime.base.errors import DataError
 from ..data.documents import DataSpec, is_held_out, open_texts
-from .scoring import Advance, EvaluatedModel, ScoreCache, ScoreRequest, no_progress
+from .scoring import Advance, EvaluatedModel, ScoreCache, ScoreRequest
 
 WIKITEXT = "wikitext2"
 WIKITEXT_FILE = "wikitext2_raw_test.txt"
@@ -40,9 +39,6 @@ class Perplexity:
     def behind(self) -> str:
         """Return text such as `behind 256 others` to follow a number of tokens, or "" if all tokens count."""
         return f" behind {self.min_context} others" if self.min_context > 1 else ""
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def read_wikitext(path: Path) -> str:
@@ -84,7 +80,7 @@ def measure_perplexity(
     documents: Sequence[Sequence[int]],
     window: int,
     cache: ScoreCache,
-    advance: Advance = no_progress,
+    advance: Advance = lambda done, total: None,
     min_context: int = 1,
 ) -> Perplexity:
     """Return the perplexity over all tokens of the documents but the first `min_context` of each.

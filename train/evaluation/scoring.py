@@ -18,14 +18,12 @@ from ...runtime.base.files import sha256_of
 from ...runtime.engines.artefact import GENAI_CONFIG, Artefact
 from ...runtime.engines.engine import EngineOptions, load_engine
 from ...runtime.generation import AnswerOptions, Generation
+from ...runtime.prompt import PromptOptions, ToolUse, tool_prompt
 from ...runtime.sampling import log_softmax
+from ..data.chat import Chat
 
 Advance = Callable[[int, int], None]
 """advance(done, total), called after every score."""
-
-
-def no_progress(done: int, total: int) -> None:
-    """Ignore progress."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +104,14 @@ class EngineModel:
         for prompt in prompts:
             yield "".join(Generation(self.engine, prompt, AnswerOptions(max_tokens=max_tokens)))
 
+    def answer_with_tools(self, chats: Sequence[Chat], max_tokens: int) -> Iterator[str]:
+        """Yield the greedy answer to each chat, whose calls a grammar limits to the chat's functions."""
+        for chat in chats:
+            options = PromptOptions(ToolUse(chat.tools)) if chat.tools else None
+            prompt = tool_prompt(self.engine, chat.messages, options)
+            limits = AnswerOptions(max_tokens=max_tokens)
+            yield "".join(Generation(self.engine, prompt.tokens, limits, prompt.constraint(self.engine)))
+
     def num_bytes(self, tokens: Sequence[int]) -> int:
         return sum(len(self.engine.token_bytes(token)) for token in tokens)
 
@@ -145,7 +151,7 @@ class ScoreCache:
                 self._totals[key] = (log_prob, greedy)
 
     def totals(
-        self, model: EvaluatedModel, requests: Sequence[ScoreRequest], advance: Advance = no_progress
+        self, model: EvaluatedModel, requests: Sequence[ScoreRequest], advance: Advance = lambda done, total: None
     ) -> list[Total]:
         """Return the total of each request. The model scores only requests that are not cached."""
         keys = [hashlib.sha256(repr((r.tokens, r.first)).encode()).hexdigest()[:32] for r in requests]

@@ -29,10 +29,6 @@ Report = Callable[[str, int, int], None]
 """report(name of the measurement, done, total)."""
 
 
-def silent(name: str, done: int, total: int) -> None:
-    """Ignore progress."""
-
-
 @dataclass(frozen=True)
 class Quality:
     """Figures of each document, chat and question, so that two models can be compared pair by pair."""
@@ -90,15 +86,8 @@ class Quality:
         """Return for each question of fact whether it was answered right."""
         return [fact.is_right(answer) for fact, answer in zip(facts(), self.answers, strict=False)]
 
-    def to_dict(self) -> dict[str, Any]:
-        return vars(self).copy()
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Quality:
-        return cls(**values)
-
-
-def measure_quality(model: EvaluatedModel, report: Report = silent) -> Quality:
+def measure_quality(model: EvaluatedModel, report: Report = lambda name, done, total: None) -> Quality:
     """Measure a model on all sets, or on the texts alone if it has no chat template.
 
     This scores about 25,000 tokens of a tokenizer with 49,000 words, and generates a hundred short answers. Raises

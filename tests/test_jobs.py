@@ -1,0 +1,186 @@
+"""Scores of a job: metrics, and `efficientllm-eval --task` on checkpoints and exported files."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from efficientllm.runtime.base.command import run_command
+from efficientllm.runtime.base.errors import DataError, EfficientLLMError, UsageError
+from efficientllm.train.data.chat import Chat
+from efficientllm.train.evaluation import cli, jobs
+from efficientllm.train.evaluation.jobs import Example, JobResult, calls_in, metric_named, read_examples
+
+CALL = {"name": "set_light", "arguments": {"area": "loft", "level": 3}}
+TOOL = {"type": "function", "function": {"name": "set_light", "parameters": {"type": "object", "properties": {}}}}
+
+
+def example(expected: str, **record: Any) -> Example:
+    return Example(Chat.of(("user", "Hi"), ("assistant", expected)), record)
+
+
+def called(*calls: dict[str, Any]) -> Example:
+    message = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": c} for c in calls]}
+    return Example(Chat(({"role": "user", "content": "Hi"}, message)), {})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        json.dumps(CALL),
+        f"<tool_call>\n{json.dumps(CALL)}\n</tool_call>",
+        json.dumps({"name": "set_light", "parameters": CALL["arguments"]}),
+        f"[TOOL_CALLS]set_light{json.dumps(CALL['arguments'])}",
+        f"Sure. {json.dumps(CALL)} Done {{not json}}.",
+    ],
+)
+def test_calls_are_read_in_every_format_of_templates(text: str) -> None:
+    assert calls_in(text) == [("set_light", {"area": "loft", "level": 3})]
+
+
+def test_a_call_is_compared_by_name_and_arguments() -> None:
+    score = metric_named("call")
+    right = score(json.dumps(CALL), called(CALL))
+    assert right == pytest.approx(
+        {"exact": 1, "function": 1, "argument_f1": 1, "valid": 1, "refused": math.nan}, nan_ok=True
+    )
+    near = score(json.dumps({"name": "set_light", "arguments": {"area": "attic", "level": 3}}), called(CALL))
+    assert (near["exact"], near["function"], near["argument_f1"]) == (0, 1, 0.5)
+    nothing = score("I cannot.", called(CALL))
+    assert (nothing["exact"], nothing["valid"], nothing["argument_f1"]) == (0, 0, 0)
+
+
+def test_calls_may_be_expected_as_json_text() -> None:
+    assert metric_named("call")(json.dumps(CALL), example(json.dumps(CALL)))["exact"] == 1
+
+
+def test_a_refusal_is_right_without_a_call() -> None:
+    refusal = example("Sorry, I can only control the home.")
+    assert metric_named("call")("No.", refusal)["refused"] == 1
+    assert metric_named("call")(json.dumps(CALL), refusal)["refused"] == 0
+
+
+@pytest.mark.parametrize(
+    ("metric", "answer", "expected", "value"),
+    [
+        ("exact", " a  b\n", "a b", 1),
+        ("exact", "a", "b", 0),
+        ("contains", "It is PARIS.", "Paris", 1),
+        ("json", '{"b": 1, "a": 2}', '{"a": 2, "b": 1}', 1),
+        ("json", "{", "{}", 0),
+        ("label", "Translate\nmore", "translate", 1),
+        ("sql", "select A from T where B = 'X' ;", "SELECT a FROM t WHERE b = 'X'", 1),
+        ("sql", "SELECT a FROM t WHERE b = 'x'", "SELECT a FROM t WHERE b = 'X'", 0),
+    ],
+)
+def test_metrics_of_texts(metric: str, answer: str, expected: str, value: float) -> None:
+    assert next(iter(metric_named(metric)(answer, example(expected)).values())) == value
+
+
+@pytest.mark.parametrize("metric", ["chrf", "rouge"])
+def test_metrics_of_libraries_take_the_best_reference(metric: str) -> None:
+    pytest.importorskip("sacrebleu" if metric == "chrf" else "rouge_score")
+    score = metric_named(metric)
+    several = example("", references=["a green lamp", "the lamp is green"])
+    (right,), (wrong,) = (score(text, several).values() for text in ("the lamp is green", "nothing of it"))
+    assert right > 0.99
+    assert wrong < 0.5
+
+
+def test_a_metric_may_be_a_function_of_a_module() -> None:
+    assert metric_named("python:operator:eq")("x", example("y")) == {"eq": 0.0}
+    for name in ("bleu", "python:no_module_of_this_name:f", "python:json:nothing"):
+        with pytest.raises(UsageError, match=re.escape(f"--metric {name}: ")):
+            metric_named(name)
+
+
+def test_errors_are_bootstrapped_and_differences_are_paired() -> None:
+    first = JobResult("exact", {"exact": [0.0, 1.0] * 50}, [""] * 100, 1, 1)
+    other = JobResult("exact", {"exact": [1.0, 1.0] + [0.0, 1.0] * 49}, [""] * 100, 1, 1)
+    assert first.stderr("exact") == pytest.approx(0.05, rel=0.1)
+    difference, error = first.difference(other, "exact")
+    assert difference == pytest.approx(0.01)
+    assert error < 0.02
+    assert JobResult.from_dict(json.loads(json.dumps(first.to_dict()))) == first
+
+
+@pytest.fixture
+def task(tmp_path: Path) -> Path:
+    rows = [
+        {"messages": [{"role": "user", "content": f"Turn on lamp {index}"}, {"role": "assistant", "content": "ok"}]}
+        for index in range(3)
+    ]
+    rows += [{"messages": [{"role": "user", "content": "Light"}, called(CALL).chat.messages[1]], "tools": [TOOL]}]
+    path = tmp_path / "test.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "file", "constrained file"])
+def test_a_job_is_scored_on_checkpoints_and_files(
+    kind: str, task: Path, artefact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = artefact.parent / "checkpoint" if kind == "checkpoint" else artefact
+    arguments = [str(model), "--task", str(task), "--metric", "call", "--task-tokens", "8", "--threads", "1"]
+    arguments += ["--constrain"] if kind == "constrained file" else []
+    assert run_command(cli.body, [*arguments, "--output", str(tmp_path / "out")]) == 0
+    shown = capsys.readouterr().out
+    assert "job, exact" in shown
+    assert "perplexity" not in shown
+    (found,) = json.loads((tmp_path / "out" / "results.json").read_text())["evaluations"]
+    assert len(found["job"]["answers"]) == 4
+    assert found["job"]["scores"]["exact"]["mean"] <= 1
+    (page,) = (tmp_path / "out").glob("misses-1-*.md")
+    assert "# Misses of" in page.read_text()
+
+
+def test_two_models_are_compared_example_by_example(
+    task: Path, artefact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    models = [str(artefact), "--compare", str(artefact.parent / "checkpoint")]
+    limits = ["--metric", "exact", "--task-tokens", "4", "--task-limit", "2", "--threads", "1"]
+    assert run_command(cli.body, [*models, "--task", str(task), *limits, "--output", str(tmp_path / "out")]) == 0
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("job, exact"))
+    assert "2 examples" in row
+    assert "(+0.000 ± 0.000)" in row
+
+
+def test_the_page_of_misses_shows_request_expected_and_answer(task: Path) -> None:
+    examples = read_examples(task)
+    result = JobResult("exact", {"exact": [1.0, 0.0, 1.0, 1.0]}, ["ok", "no", "ok", "ok"], 1, 1)
+    page = jobs.misses_page("model", examples, result)
+    assert "## Example 2: 0.00" in page
+    assert all(text in page for text in ("    Turn on lamp 1", "    ok", "    no"))
+    assert "Example 1:" not in page
+
+
+BAD = {
+    "not a file": (None, "give a .jsonl or .jsonl.gz file of chats"),
+    "not JSON": ("{", "line 1 is not JSON"),
+    "a text": ('{"text": "a"}', "line 1 does not end with an answer of the assistant"),
+    "no answer": ('{"messages": [{"role": "user", "content": "a"}]}', "line 1 has no answer to learn"),
+    "nothing": ("\n", "the file has no examples"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_examples_are_one_line(case: str, tmp_path: Path) -> None:
+    content, reason = BAD[case]
+    path = tmp_path / "bad.jsonl"
+    if content is not None:
+        path.write_text(content, encoding="utf-8")
+    with pytest.raises(EfficientLLMError, match=re.escape(reason)) as caught:
+        read_examples(path)
+    assert str(caught.value).startswith(f"--task {path}: ")
+    assert isinstance(caught.value, UsageError | DataError)
+
+
+def test_constraints_need_an_exported_file(task: Path, artefact: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [str(artefact.parent / "checkpoint"), "--task", str(task), "--constrain"]
+    assert run_command(cli.body, [*arguments, "--output", str(task.parent / "out")]) == 2
+    assert "--constrain needs an exported file" in capsys.readouterr().err

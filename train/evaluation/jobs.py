@@ -1,0 +1,328 @@
+"""Score a model's answers on the held-out examples of a job: calls, labels, JSON, SQL or text.
+
+An example is a chat whose last answer is expected. The model answers greedily after the messages before it. A metric
+returns one or more values in [0, 1] for an answer; the first one is its score.
+"""
+
+from __future__ import annotations
+
+import gzip
+import importlib
+import json
+import math
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...runtime.base.errors import DataError, UsageError
+from ...runtime.base.extras import extra
+from ..data.chat import Chat, ChatFormat
+from ..data.records import BadLines, ReadContext, document_of
+from .scoring import Advance, EngineModel, EvaluatedModel
+
+BOOTSTRAP_SAMPLES = 1000
+"""Resamplings of the examples for a standard error."""
+
+WORST = 20
+"""Missed examples on the page of misses."""
+
+Values = dict[str, float]
+"""{name: value in [0, 1]}; NaN if the value does not apply to the example."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A held-out example of a job."""
+
+    chat: Chat
+    """The conversation with the expected answer as its last message."""
+    record: Mapping[str, Any]
+    """The whole record, for metrics that read further fields."""
+
+    @property
+    def expected(self) -> str:
+        """Return the expected answer as text. Calls are JSON."""
+        message = self.chat.messages[-1]
+        calls = [json.dumps(call["function"], ensure_ascii=False) for call in message.get("tool_calls", ())]
+        return "\n".join([*([message["content"]] if message["content"] else []), *calls])
+
+    @property
+    def references(self) -> list[str]:
+        """Return all right answers: the field `references`, or the expected answer."""
+        return list(self.record.get("references") or [self.expected])
+
+    @property
+    def prompt(self) -> Chat:
+        """Return the conversation before the expected answer."""
+        return Chat(self.chat.messages[:-1], self.chat.tools)
+
+
+def read_examples(path: Path, limit: int = 0) -> list[Example]:
+    """Read the examples of a .jsonl or .jsonl.gz file, at most `limit` (0: all).
+
+    Raises UsageError for a missing file or another kind of file, and DataError for a malformed record.
+    """
+    if not path.is_file() or not path.name.removesuffix(".gz").endswith(".jsonl"):
+        raise UsageError(f"--task {path}: give a .jsonl or .jsonl.gz file of chats")
+    context = ReadContext(str(path), "text", BadLines(0))
+    examples: list[Example] = []
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as stream:
+        for number, line in enumerate(stream, 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+                chat = document_of(context, record, f"line {number}")
+            except ValueError as error:
+                raise DataError(f"--task {path}: line {number} is not JSON: {error}") from error
+            except DataError as error:
+                raise DataError(str(error).replace("--data", "--task", 1)) from error
+            if not isinstance(chat, Chat) or chat.messages[-1]["role"] != "assistant":
+                raise DataError(f"--task {path}: line {number} does not end with an answer of the assistant")
+            examples.append(Example(chat, record))
+            if len(examples) == limit:
+                break
+    if not examples:
+        raise DataError(f"--task {path}: the file has no examples")
+    return examples
+
+
+def calls_in(text: str) -> list[tuple[str, dict[str, Any]]]:
+    """Return the (name, arguments) of all calls in an answer.
+
+    A call is a JSON object with a name and arguments (or parameters), or a name before a JSON object, as templates
+    write them. Other objects are ignored.
+    """
+    decoder = json.JSONDecoder()
+    found: list[tuple[str, dict[str, Any]]] = []
+    position = text.find("{")
+    while position >= 0:
+        try:
+            value, end = decoder.raw_decode(text, position)
+        except ValueError:
+            position = text.find("{", position + 1)
+            continue
+        if isinstance(value, dict):
+            arguments = value.get("arguments", value.get("parameters"))
+            if isinstance(value.get("name"), str) and isinstance(arguments, dict | None):
+                found.append((value["name"], arguments or {}))
+            elif name := re.search(r"([A-Za-z_][\w.-]*)\W*$", text[:position]):
+                found.append((name[1], value))
+        position = text.find("{", end)
+    return found
+
+
+def _normalised(text: str) -> str:
+    return " ".join(text.split())
+
+
+def exact(answer: str, example: Example) -> Values:
+    """Return 1 if the answer equals a reference except for white space."""
+    return {"exact": float(_normalised(answer) in map(_normalised, example.references))}
+
+
+def contains(answer: str, example: Example) -> Values:
+    """Return 1 if the answer contains a reference, ignoring case and white space."""
+    text = _normalised(answer).casefold()
+    return {"contains": float(any(_normalised(each).casefold() in text for each in example.references))}
+
+
+def json_value(answer: str, example: Example) -> Values:
+    """Return whether the answer is the expected JSON value, and whether it is JSON."""
+    try:
+        value = json.loads(answer)
+    except ValueError:
+        return {"exact": 0.0, "valid_json": 0.0}
+    return {"exact": float(value == json.loads(example.expected)), "valid_json": 1.0}
+
+
+def call(answer: str, example: Example) -> Values:
+    """Compare calls: exact match, function names, F1 of the arguments, and whether a call can be read.
+
+    An example without a call expects a refusal, which is right if the answer has no call.
+    """
+    expected, found = calls_in(example.expected), calls_in(answer)
+    if not expected:
+        refused = float(not found)
+        return {"exact": refused, "function": refused, "argument_f1": math.nan, "valid": math.nan, "refused": refused}
+    wanted, given = (Counter(_arguments(calls)) for calls in (expected, found))
+    shared, total = (wanted & given).total(), wanted.total() + given.total()
+    return {
+        "exact": float(expected == found),
+        "function": float([name for name, _ in expected] == [name for name, _ in found]),
+        "argument_f1": 2 * shared / total if total else 1.0,
+        "valid": float(bool(found)),
+        "refused": math.nan,
+    }
+
+
+def _arguments(calls: Sequence[tuple[str, dict[str, Any]]]) -> Iterator[tuple[str, str]]:
+    for _, arguments in calls:
+        for name, value in arguments.items():
+            yield name, json.dumps(value, sort_keys=True)
+
+
+def label(answer: str, example: Example) -> Values:
+    """Return 1 if the first line of the answer is the expected label, ignoring case."""
+    first = (answer.strip().splitlines() or [""])[0]
+    return {"accuracy": float(_normalised(first).casefold() == _normalised(example.expected).casefold())}
+
+
+def sql(answer: str, example: Example) -> Values:
+    """Return 1 if the query equals the expected one, ignoring white space and case outside quotes."""
+    return {"exact": float(_normalised_sql(answer) == _normalised_sql(example.expected))}
+
+
+def _normalised_sql(query: str) -> str:
+    parts = re.split(r"""("[^"]*"|'[^']*')""", _normalised(query).rstrip("; "))
+    return "".join(part if index % 2 else part.casefold() for index, part in enumerate(parts))
+
+
+def chrf(answer: str, example: Example) -> Values:
+    """Return chrF (Popovic 2015) against all references, by sacrebleu."""
+    with extra("eval", "sacrebleu"):
+        import sacrebleu
+    return {"chrf": sacrebleu.sentence_chrf(answer, example.references).score / 100}
+
+
+def rouge(answer: str, example: Example) -> Values:
+    """Return the F-measure of ROUGE-L (Lin 2004) against the best reference, by rouge-score."""
+    with extra("eval", "rouge-score"):
+        from rouge_score import rouge_scorer
+    scorer = rouge_scorer.RougeScorer(["rougeL"])
+    return {"rouge_l": max(scorer.score(each, answer)["rougeL"].fmeasure for each in example.references)}
+
+
+Metric = Callable[[str, Example], Values]
+METRICS: dict[str, Metric] = {
+    **{"exact": exact, "contains": contains, "json": json_value, "call": call, "label": label, "sql": sql},
+    **{"chrf": chrf, "rouge": rouge},
+}
+"""Values of `--metric`, besides python:MODULE:FUNCTION."""
+
+
+def metric_named(name: str) -> Metric:
+    """Return a metric of METRICS, or a function (answer, record) -> number of an importable module.
+
+    Raises UsageError with the known names.
+    """
+    if name in METRICS:
+        return METRICS[name]
+    kind, _, target = name.partition(":")
+    module, _, function = target.partition(":")
+    if kind != "python" or not function:
+        raise UsageError(f"--metric {name}: known are {', '.join(METRICS)} and python:MODULE:FUNCTION")
+    try:
+        score = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise UsageError(f"--metric {name}: cannot be imported: {error}") from error
+    return lambda answer, example: {function: float(score(answer, dict(example.record)))}
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """Answers of one model to the examples of a job, with their values."""
+
+    metric: str
+    values: dict[str, list[float]]
+    """{name: value of each example}, the score first."""
+    answers: list[str]
+    tokens_per_answer: float
+    ms_per_answer: float
+    """Elapsed time, of a batch divided by its answers for a Hugging Face folder."""
+
+    @property
+    def score_name(self) -> str:
+        return next(iter(self.values))
+
+    def mean(self, name: str) -> float:
+        """Return the mean over the examples to which the value applies."""
+        return float(np.nanmean(self.values[name])) if not np.all(np.isnan(self.values[name])) else math.nan
+
+    def stderr(self, name: str) -> float:
+        """Return the bootstrap standard error of the mean."""
+        return bootstrap_error(self.values[name])
+
+    def difference(self, other: JobResult, name: str) -> tuple[float, float]:
+        """Return the mean of other - self, paired by example, and its bootstrap standard error."""
+        pairs = np.subtract(other.values[name], self.values[name])
+        return float(np.nanmean(pairs)), bootstrap_error(pairs)
+
+    def to_dict(self) -> dict[str, Any]:
+        means = {name: {"mean": self.mean(name), "stderr": self.stderr(name)} for name in self.values}
+        return {**asdict(self), "scores": means}
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> JobResult:
+        return cls(**{name: value[name] for name in cls.__dataclass_fields__})
+
+
+def bootstrap_error(values: Sequence[float] | np.ndarray, seed: int = 0) -> float:
+    """Return the standard deviation of the mean over seeded resamplings; NaN for fewer than two values."""
+    known = np.asarray(values)[~np.isnan(values)]
+    if len(known) < 2:
+        return math.nan
+    draws = np.random.default_rng(seed).integers(len(known), size=(BOOTSTRAP_SAMPLES, len(known)))
+    return float(known[draws].mean(axis=1).std(ddof=1))
+
+
+def run_job(
+    model: EvaluatedModel,
+    examples: Sequence[Example],
+    metric: str,
+    *,
+    max_tokens: int = 256,
+    constrain: bool = False,
+    advance: Advance = lambda done, total: None,
+) -> JobResult:
+    """Answer all examples greedily and score the answers.
+
+    With `constrain`, a grammar limits calls to the functions of each example; only engines support it. Raises
+    UsageError for a model without a chat template.
+    """
+    score = metric_named(metric)
+    chat_format = ChatFormat.of(model.chat_template, model.bos_token, model.eos_token)
+    if chat_format is None:
+        raise UsageError("--task needs a model with a chat template")
+    if constrain and not isinstance(model, EngineModel):
+        raise UsageError("--constrain needs an exported file; a Hugging Face folder answers freely")
+    began = time.perf_counter()
+    if constrain and isinstance(model, EngineModel):
+        answered = model.answer_with_tools([each.prompt for each in examples], max_tokens)
+    else:
+        prompts = [model.encode_markup(chat_format.chat_prompt(each.prompt)) for each in examples]
+        answered = model.answer(prompts, max_tokens)
+    answers: list[str] = []
+    for text in answered:
+        answers.append(text)
+        advance(len(answers), len(examples))
+    elapsed_ms = 1e3 * (time.perf_counter() - began)
+    found = [score(answer, example) for answer, example in zip(answers, examples, strict=True)]
+    values = {name: [each[name] for each in found] for name in found[0]}
+    tokens = sum(len(model.tokenize(answer)) for answer in answers)
+    return JobResult(metric, values, answers, tokens / len(answers), elapsed_ms / len(answers))
+
+
+def misses_page(name: str, examples: Sequence[Example], result: JobResult) -> str:
+    """Return a Markdown page of the worst missed examples: request, expected answer and given answer."""
+    scores = result.values[result.score_name]
+    order = sorted(range(len(examples)), key=lambda index: (scores[index], index))
+    missed = [index for index in order if scores[index] < 1][:WORST]
+    lines = [
+        f"# Misses of {name}",
+        "",
+        f"{result.score_name} {result.mean(result.score_name):.3f} on {len(examples)} examples.",
+    ]
+    for index in missed:
+        request = examples[index].chat.messages[-2]["content"] if len(examples[index].chat.messages) > 1 else ""
+        fields = {"request": request, "expected": examples[index].expected, "answered": result.answers[index]}
+        lines += ["", f"## Example {index + 1}: {scores[index]:.2f}"]
+        for field, text in fields.items():
+            lines += ["", f"{field}:", "", *(f"    {line}" for line in (text or "(nothing)").splitlines())]
+    return "\n".join(lines) + "\n"
