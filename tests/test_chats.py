@@ -22,6 +22,7 @@ from efficientllm.runtime.prompt import PromptOptions, ToolUse, chat_prompt
 from efficientllm.train.compute.loss import LossWeights, TrainingLoss
 from efficientllm.train.data.chat import Chat, ChatFormat, Encoder
 from efficientllm.train.data.documents import DataSpec, is_held_out, open_documents, open_texts
+from efficientllm.train.data.packing import PackedStream
 from efficientllm.train.data.self_chat import OPENINGS, sample_chats
 
 CHAT = Chat.of(("system", "Be kind."), ("user", "Hi"), ("assistant", "Hello."), ("user", "Bye"), ("assistant", "Ciao"))
@@ -322,6 +323,23 @@ def test_a_corpus_keeps_functions(tmp_path: Path) -> None:
     chat = read_one(CALLED, tmp_path)
     (tmp_path / "two.jsonl").write_text(chat.to_json(), encoding="utf-8")
     assert list(open_documents(DataSpec(str(tmp_path / "two.jsonl")))) == [chat]
+
+
+def test_a_chat_is_never_cut_by_a_window(tokenizer: PreTrainedTokenizerFast, chats: Path) -> None:
+    """The rest of an answer without its request would teach the model to make things up."""
+    stream = PackedStream([DataSpec(str(chats))], tokenizer, 60, 0.05, seed=0)
+    learned = [window[window >= 0] for window in stream.next_windows(100)]
+    texts = [text_of(tokenizer, window) for window in learned if len(window)]
+    assert len(texts) > 90
+    for text in texts:
+        assert re.fullmatch(r"(It is \d+\.<\|im_end\|>\n)+", text), text
+
+
+def test_windows_without_cut_chats_resume_where_they_stopped(tokenizer: PreTrainedTokenizerFast, chats: Path) -> None:
+    stream, other = (PackedStream([DataSpec(str(chats))], tokenizer, 60, 0.05, seed=0) for _ in range(2))
+    stream.next_windows(7)
+    other.load_state(stream.state())
+    assert np.array_equal(stream.next_windows(30), other.next_windows(30))
 
 
 def test_a_source_without_a_template_cannot_learn_chats(tokenizer: PreTrainedTokenizerFast) -> None:

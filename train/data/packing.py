@@ -6,7 +6,8 @@ weight gives the next one.
 
 Each corpus is read through many lanes. A lane packs documents end to end and is read window by window. All lanes are
 visited in a new random order before any is visited again, so neighbouring windows come from as many documents as there
-are lanes, whatever their lengths. The first document of a lane starts at a random place if it is longer than a window.
+are lanes, whatever their lengths. A chat that fits a window is never cut: the rest of the window before it holds
+tokens that are read and not learned. The first document of a lane starts at a random place if it is longer than a window.
 Otherwise the first windows of a run would all be beginnings of documents.
 """
 
@@ -134,6 +135,11 @@ class CorpusWindows:
         parts, size = [self.buffers[lane]], len(self.buffers[lane])
         while size <= self.window:
             document = self._next_document()
+            room = self.window + 1 - size
+            if size and room < len(document) <= self.window and document.min() < 0:
+                # a chat that is cut would teach the rest of its answer without its request
+                self._queue.insert(0, document)
+                document = np.full(room, ~np.int32(self.encoder.separator), np.int32)
             if not visit and not size and len(document) > self.window:
                 document = np.roll(document, self._random(START, lane).integers(len(document)))
             parts.append(document)
