@@ -33,7 +33,8 @@ from efficientllm.train.evaluation.tasks import TASKS, TaskResult, open_task
 from efficientllm.train.evaluation.torch_model import TorchModel
 from efficientllm.train.model import source
 from efficientllm.train.model.irregular import save_checkpoint
-from efficientllm.train.model.source import demo_source_path, load_source
+from efficientllm.train.model.source import load_source
+from efficientllm.train.model.source_names import demo_source_path
 
 SHARED_DATA = Path(os.environ.get("EFFICIENTLLM_DATA", Path(__file__).parents[2] / "shared" / "data"))
 

@@ -183,7 +183,7 @@ def test_the_missing_demo_packages_are_named(monkeypatch: pytest.MonkeyPatch) ->
     import importlib.metadata
 
     from efficientllm.runtime.base.errors import MissingExtraError
-    from efficientllm.train.model.source import demo_source_path
+    from efficientllm.train.model.source_names import demo_source_path
 
     def missing(name: str) -> None:
         raise importlib.metadata.PackageNotFoundError(name)

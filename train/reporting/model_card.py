@@ -19,7 +19,7 @@ from ...runtime.engines.contract_text import contract_rows
 from ..config.sections import TrainConfig
 from ..data.documents import DataSpec
 from ..model.architecture import Architecture
-from ..model.source import hub_answers, may_be_hub_id
+from ..model.source_names import hub_answers, may_be_hub_id
 
 CARD = "README.md"
 TEMPLATE = "model_card.md.jinja"
