@@ -38,7 +38,7 @@ class Device(Protocol):
 
 @dataclass(frozen=True)
 class DeviceOptions:
-    """device"""
+    """Device."""
 
     device: str = "local"
     """Device to measure on: local, ssh://USER@HOST[:PORT], or adb[:SERIAL]."""

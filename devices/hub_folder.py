@@ -56,7 +56,7 @@ MODELFILE_COMMAND = re.compile(
 
 @dataclass(frozen=True)
 class CardSettings:
-    """model card"""
+    """Model card."""
 
     name: str = ""
     """Name of the model and of its GGUF files; default: the name of the output folder."""

@@ -41,7 +41,7 @@ CONTEXT = 2048
 
 @dataclass(frozen=True)
 class ProfileOptions:
-    """device profile (--profile)"""
+    """Device profile (--profile)."""
 
     profile_engine: Literal["llama.cpp", "onnxruntime", "executorch"] = "llama.cpp"
     """Engine to measure."""

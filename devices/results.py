@@ -30,7 +30,7 @@ def _with_tuples(values: dict[str, Any], names: Sequence[str]) -> dict[str, Any]
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """measurement"""
+    """Measurement."""
 
     prompt_tokens: tuple[int, ...] = flags.whole_numbers(128, 512, at_least=1)
     """Prompt lengths of the timed prefills, named pp128 and pp512 as in llama-bench."""

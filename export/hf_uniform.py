@@ -32,7 +32,7 @@ OWN_SETTINGS = ("per_layer_config", "auto_map", "qk_norm_eps", "norm_scale", "em
 
 @dataclass(frozen=True)
 class HfUniformOptions(VerifyOptions):
-    """--target hf-uniform"""
+    """--target hf-uniform."""
 
 
 def export_hf_uniform(checkpoint: Checkpoint, request: ExportRequest[HfUniformOptions], folder: Path) -> None:

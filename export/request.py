@@ -15,7 +15,7 @@ OptionsT_co = TypeVar("OptionsT_co", covariant=True)
 
 @dataclass(frozen=True)
 class VerifyOptions:
-    """every target"""
+    """Every target."""
 
     verify: bool = True
     """Compare the file with torch and refuse it beyond the limits."""
@@ -23,7 +23,7 @@ class VerifyOptions:
 
 @dataclass(frozen=True)
 class RoundingOptions(VerifyOptions):
-    """targets that round weights to few bits"""
+    """Targets that round weights to few bits."""
 
     calibrate: str = ""
     """Text (as efficientllm-train's --data) that guides the rounding by its activations: llama.cpp's importance matrix
@@ -35,7 +35,7 @@ class RoundingOptions(VerifyOptions):
 
 @dataclass(frozen=True)
 class PaddingOptions(RoundingOptions):
-    """targets whose formats want widths in multiples"""
+    """Targets whose formats want widths in multiples."""
 
     pad: Literal["auto", "none"] = "auto"
     """auto: zero-pad widths (exactly) if the quantised format would otherwise fall back to a larger type."""

@@ -39,7 +39,7 @@ TEXT = "Tell a story about a lighthouse keeper, number {number}."
 
 @dataclass(frozen=True)
 class ServerCostOptions:
-    """measurement"""
+    """Measurement."""
 
     threads: int = 1
     """CPU threads; 0: all cores."""

@@ -28,7 +28,7 @@ QUESTION = "Tell a story about lighthouse keeper number {number}."
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """measurement"""
+    """Measurement."""
 
     clients: tuple[int, ...] = flags.whole_numbers(1, 4, 8, 16, at_least=1)
     """Concurrent clients."""

@@ -33,7 +33,7 @@ SENTENCE = "Keeper {number} wrote of ship {count} in the book of the tower. "
 
 @dataclass(frozen=True)
 class StallOptions:
-    """measurement"""
+    """Measurement."""
 
     rounds: int = flags.number(5, at_least=1)
     """Disturbed answers per endpoint."""

@@ -45,7 +45,7 @@ WITHOUT_STEM = tuple(name for name in FOLDS if name != "stem")
 
 @dataclass(frozen=True)
 class BenchmarkOptions:
-    """benchmark"""
+    """Benchmark."""
 
     source: str = "demo"
     """Model, as --source of efficientllm-train."""

@@ -17,7 +17,7 @@ LLAMA_CPP_DEFAULTS = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """sampling"""
+    """Sampling."""
 
     temperature: float | None = flags.number(0.0, at_least=0, at_most=1e30)
     """Divisor of the logits. 0: always the most likely token."""

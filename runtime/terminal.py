@@ -26,7 +26,7 @@ from .sampling import SamplingOptions
 
 @dataclass(frozen=True)
 class ChatOptions:
-    """chat"""
+    """Chat."""
 
     max_tokens: int = flags.number(256, at_least=1)
     """Largest number of tokens of an answer."""

@@ -30,7 +30,7 @@ from .schemas.api_error import APIError, unreadable_message, validation_message
 
 @dataclass(frozen=True)
 class AppOptions:
-    """access"""
+    """Access."""
 
     api_key: str = ""
     """Key that clients must send; empty: the key in --api-key-file, else in EFFICIENTLLM_API_KEY, if any."""

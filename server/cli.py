@@ -19,7 +19,7 @@ from ..runtime.engines.engine import EngineOptions
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """server"""
+    """Server."""
 
     host: str = "127.0.0.1"
     """Address to listen on. With 0.0.0.0 other machines can reach the server."""

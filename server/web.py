@@ -25,7 +25,7 @@ HEADERS = {
 
 @dataclass(frozen=True)
 class WebServerOptions:
-    """server"""
+    """Server."""
 
     host: str = "127.0.0.1"
     """Address to listen on. With 0.0.0.0 other machines can reach the server, but browsers keep pages for offline use

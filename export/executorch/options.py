@@ -12,7 +12,7 @@ GROUP_SIZES = (32, 64, 128)
 
 @dataclass(frozen=True)
 class ExecutorchOptions(PaddingOptions):
-    """--target executorch"""
+    """--target executorch."""
 
     quantize: str = ""
     """Weight type: f32, f16, 8da4w, int8; default: the recipe's, 8da4w for xnnpack and vulkan, f32 for the others."""

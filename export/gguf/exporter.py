@@ -47,7 +47,7 @@ DEFAULT = "f16"
 
 @dataclass(frozen=True)
 class GgufOptions(PaddingOptions):
-    """--target gguf"""
+    """--target gguf."""
 
     quantize: str = ""
     """Weight type: f32, f16, bf16, q8_0, q6_k, q5_k_m, q5_k_s, q5_1, q5_0, q4_k_m, q4_k_s, q4_1, q4_0, iq4_nl, iq4_xs,

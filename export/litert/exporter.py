@@ -36,7 +36,7 @@ PREFILL_LENGTHS = (16, 128)
 
 @dataclass(frozen=True)
 class LitertOptions(RoundingOptions):
-    """--target litert"""
+    """--target litert."""
 
     quantize: str = "int8"
     """Weight type: int8 or f32."""

@@ -30,7 +30,7 @@ DEFAULT = "int8"
 
 @dataclass(frozen=True)
 class OnnxOptions(RoundingOptions):
-    """--target onnx"""
+    """--target onnx."""
 
     quantize: str = ""
     """Weight type: f32, f16, int8, mixed, int4, web; default: the trained type (--qat), else int8; with --portable f32.

@@ -244,7 +244,7 @@ CARD_FILE = "README.md"
 
 @dataclass(frozen=True)
 class PhoneOptions(GgufOptions):
-    """--target android, ios"""
+    """--target android, ios."""
 
     quantize: str = ""
     """Weight type of the GGUF, as of --target gguf; default: the trained type (--qat), else q8_0."""

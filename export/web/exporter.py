@@ -31,7 +31,7 @@ MAX_CONTEXT = 2048
 
 @dataclass(frozen=True)
 class WebOptions(GgufOptions):
-    """--target web"""
+    """--target web."""
 
     quantize: str = ""
     """Weight type as of --target gguf; default: the trained type (--qat), else q8_0."""

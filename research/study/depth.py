@@ -13,14 +13,16 @@ GONE = LayerShape(0, 0, 0)
 
 
 def without_layers(architecture: Architecture, first: int, count: int) -> Architecture:
-    """The shape whose layers `first` to `first + count - 1` are empty."""
+    """Return the shape whose layers `first` to `first + count - 1` are empty."""
     layers = architecture.layers
     return replace(architecture, layers=(*layers[:first], *(GONE,) * count, *layers[first + count :]))
 
 
 def best_contiguous(source: Architecture, probe: BlockProbe, measure: Measure, target: float) -> Architecture:
-    """The source without the fewest neighbouring layers that bring `measure` to `target`; of all such runs, the one
-    without which the model's predictions change least (as in Minitron, arXiv 2407.14679, by the loss)."""
+    """Return the source without the fewest neighbouring layers that bring `measure` to `target`.
+
+    Of all such runs of layers, it is the one with the lowest loss.
+    """
     depth = len(source.layers)
     for count in range(1, depth):
         shapes = {first: without_layers(source, first, count) for first in range(depth - count + 1)}

@@ -1,6 +1,7 @@
 """The study of files: one model by pruning and by bits, at equal bytes.
 
-Every point is trained (where it is), exported, measured in llama.cpp against the unquantised source, and timed."""
+Every point is trained (where it is), exported, measured in llama.cpp against the unquantised source, and timed.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +42,7 @@ EXPORT, BENCH = (f"from efficientllm.{room}.cli import main; main()" for room in
 
 @dataclass(frozen=True)
 class FilesConfig:
-    """study of files at equal bytes"""
+    """Study of files at equal bytes."""
 
     source: str = "demo"
     """Model to start from, as --source of efficientllm-train."""

@@ -122,7 +122,7 @@ def write_files_report(study: FilesStudy, path: Path) -> None:
 
 
 def _heading(config: FilesConfig, path: Path) -> list[str]:
-    """What the table is of."""
+    """Return the lines that describe the settings of the table."""
     data = ", ".join(display_name(each) for each in config.data)
     tasks = f"; tasks: {config.limit or 'all'} documents" if config.tasks != ("none",) else ""
     return [

@@ -23,7 +23,7 @@ def removed(survivors: Survivors, source: Architecture) -> set[tuple[str, int, i
 
 
 def jaccard_of_removed(one: Survivors, other: Survivors, source: Architecture) -> float:
-    """|A and B| / |A or B| of what two runs removed; 1 where neither removed anything."""
+    """Return |A and B| / |A or B| of the groups that two runs removed; 1 if neither removed any."""
     first, second = removed(one, source), removed(other, source)
     union = first | second
     return len(first & second) / len(union) if union else 1.0

@@ -39,7 +39,7 @@ def _ours(arms: Iterable[str]) -> list[str]:
 
 
 def best_of_ours(results: Results, keep: float) -> str | None:
-    """The arm of ours with the lowest mean."""
+    """Return the arm of ours with the lowest mean."""
     nats = nats_of_arms(results, keep)
     return min(_ours(nats), key=lambda arm: statistics.fmean(nats[arm]), default=None)
 
@@ -77,7 +77,7 @@ def _in_common(some: Results, others: Results, source: Architecture) -> str:
 
 
 def _untouched(results: Results) -> StudyResult | None:
-    """The source as it was, where it was measured."""
+    """Return the untouched source, if it was measured."""
     return next((result for result in results if not ARMS[result.arm].trains), None)
 
 
@@ -119,7 +119,7 @@ def table(results: Results, keep: float, source: Architecture) -> str:
 
 
 def transfer_table(results: Results, keep: float, source: Architecture) -> str:
-    """A row per arm and device that its groups competed for, the study's own first; "" where there is no other."""
+    """Return a row per arm and ranking device, the study's own device first; its name is empty without others."""
     untouched = _untouched(results)
     devices = dict.fromkeys(result.ranked_for for result in results if result.ranked_for is not None)
     header = ["arm", "ranked for", "seeds", "parameters", "predicted ms"]
@@ -163,7 +163,7 @@ def verdict(results: Results, keep: float) -> str:
 
 
 def _significance(ours: Sequence[float], rivals: Sequence[float]) -> str:
-    """The difference in standard errors over seeds, where both have several."""
+    """Return the difference in standard errors over seeds, if both arms have several."""
     if len(ours) < 2 or len(rivals) < 2:
         return " (too few seeds for an error)"
     error = math.sqrt(statistics.variance(ours) / len(ours) + statistics.variance(rivals) / len(rivals))
@@ -183,7 +183,7 @@ def seeds_paragraph(results: Results, keep: float, source: Architecture) -> str:
 
 
 def markdown(study: Study, results: Results, folder_name: str) -> str:
-    """The whole page."""
+    """Return the whole page."""
     config = study.config
     hardware = choose_hardware(config.device, "auto", config.threads)
     chips = platform.machine() if hardware.device.type == "cpu" else ""
@@ -232,7 +232,7 @@ def markdown(study: Study, results: Results, folder_name: str) -> str:
 
 
 def _device_line(study: Study) -> list[str]:
-    """What the arms are equally fast on."""
+    """Return the description of the device on which all arms are equally fast."""
     time = study.time
     if time is None:
         return []

@@ -43,8 +43,7 @@ class StudyResult:
 
     @property
     def perplexities(self) -> dict[str, float]:
-        """{text: perplexity}: the geometric mean over the kinds of text that nobody trains on comes first, then chat
-        answers, then the texts that the study was given."""
+        """Return {text: perplexity}, with the geometric mean over the kinds of untrained text first."""
         found: dict[str, float] = {}
         if (quality := self.evaluation.quality) is not None:
             found[ALL_TEXTS] = math.exp(quality.nats)
@@ -82,7 +81,9 @@ Results = Sequence[StudyResult]
 
 
 def of_arm(results: Results, arm: str, keep: float, ranked_for: str | None = None) -> list[StudyResult]:
-    """Every seed of an arm at a ratio (or of an arm that is the same at all ratios), ranked for the study's own device
-    or another."""
+    """Return every seed of an arm at a ratio (or of an arm that is equal at all ratios).
+
+    Only results ranked for the device `ranked_for` count; None is the study's own.
+    """
     wanted = 1.0 if ARMS[arm].same_for_all_ratios else keep
     return [one for one in results if (one.arm, one.keep, one.ranked_for) == (arm, wanted, ranked_for)]

@@ -18,18 +18,19 @@ from efficientllm.train.checkpoint.run_folder import is_finished
 from efficientllm.train.compute.distributed import Parallel
 from efficientllm.train.compute.hardware import choose_hardware
 from efficientllm.train.compute.loss import TrainingLoss
-from efficientllm.train.config.sections.pruning import PruneConfig
-from efficientllm.train.config.sections.sections import OptimizerConfig, RunConfig, SourceConfig, TrainConfig
+from efficientllm.train.config.pruning import PruneConfig
+from efficientllm.train.config.sections import OptimizerConfig, RunConfig, SourceConfig, TrainConfig
 from efficientllm.train.evaluation.evaluate import ComputeConfig, Evaluation, MeasureConfig, check, evaluate
 from efficientllm.train.model.architecture import Architecture, training_flops
 from efficientllm.train.model.irregular import save_checkpoint
 from efficientllm.train.model.source import load_source
-from efficientllm.train.plan import data_specs, windows_apart
+from efficientllm.train.plan import data_specs
 from efficientllm.train.pruning.blocks import BlockProbe
 from efficientllm.train.pruning.measures import DeviceTime
 from efficientllm.train.pruning.plan import device_time, make_pruning_plan
 from efficientllm.train.reporting.metrics import read_metrics
 from efficientllm.train.run import run_training
+from efficientllm.train.run_text import extra_windows
 
 from .arms import ARMS, Arm
 from .depth import best_contiguous
@@ -41,7 +42,7 @@ LARGEST_TEACHER_CACHE = 4_000_000_000
 
 @dataclass(frozen=True)
 class StudyConfig:
-    """study"""
+    """Study."""
 
     source: str = "demo"
     """Model to start from, as --source of efficientllm-train."""
@@ -144,7 +145,7 @@ class Job:
 
 
 def jobs(config: StudyConfig) -> list[Job]:
-    """What to run, the first seed of everything first."""
+    """Return the jobs of the study, the first seed of everything first."""
     found: list[Job] = []
     for seed in range(config.seeds):
         for index, keep in enumerate(map(float, config.keep)):
@@ -166,7 +167,7 @@ def target_parameters(source: Architecture, keep: float) -> int:
 
 
 def _settings(config: StudyConfig) -> dict[str, Any]:
-    """What makes a study another one, as JSON reads it; more of what is left out only adds jobs."""
+    """Return the settings that distinguish studies, as JSON values. Other settings only add jobs."""
     free = ("output", "device", "threads", "arms", "seeds", "keep", "ranking_profile")
     return json.loads(json.dumps({name: value for name, value in vars(config).items() if name not in free}))
 
@@ -243,7 +244,7 @@ class Study:
         return run_training(self.train_config(job, arm, folder, is_begun))
 
     def train_config(self, job: Job, arm: Arm, folder: Path, resume: bool) -> TrainConfig:
-        """The arm's training run."""
+        """Return the configuration of the arm's run."""
         settings = self.config
         source = SourceConfig(
             source=str(self.source_folder),
@@ -287,7 +288,7 @@ class Study:
         return tokens * itemsize * self.source.hidden_size <= LARGEST_TEACHER_CACHE
 
     def common_pruning(self, keep: float) -> PruneConfig:
-        """What every arm ends with, ranked by parameters unless it says otherwise."""
+        """Return the target of every arm, ranked by parameters unless the arm says otherwise."""
         settings = self.config
         if not settings.device_profile:
             target = target_parameters(self.source, keep)
@@ -301,7 +302,7 @@ class Study:
         )
 
     def _without_best_layers(self, config: TrainConfig) -> TrainConfig:
-        """The run that prunes towards the best contiguous layers of the same target."""
+        """Return the run that prunes towards the best contiguous layers of the same target."""
         path = Path(config.run.output).with_suffix(".shape.json")
         if not path.is_file():
             plan = make_pruning_plan(config.pruning, self.source, 0)
@@ -310,7 +311,8 @@ class Study:
             hardware = choose_hardware(config.run.device, config.run.dtype, config.run.threads)
             parallel = Parallel("ddp", hardware.device)
             loss = TrainingLoss(model.to(hardware.device), hardware.dtype)
-            windows = windows_apart(config, data_specs(config), tokenizer, 1, config.pruning.block_tokens)
+            specs, num_tokens = data_specs(config), config.pruning.block_tokens
+            windows = extra_windows(specs, tokenizer, config.source, config.run.seed, 1, num_tokens)
             probe = BlockProbe(loss, windows, config.optimizer.batch_size, parallel)
             shape = best_contiguous(self.source, probe, plan.budget.measure, plan.budget.target)
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -193,12 +193,13 @@ def _unwrap_optional(annotation: Any) -> Any:
 
 
 def add_section(parser: argparse.ArgumentParser, cls: type) -> None:
-    """Add the flags of dataclass `cls` with the first line of its docstring as their heading."""
+    """Add the flags of dataclass `cls` with the first line of its docstring, without the period, as their heading."""
     is_configuration = all(dataclasses.is_dataclass(hint) for hint in typing.get_type_hints(cls).values())
     if is_configuration:
         _add_flags(parser, cls)
     else:
-        _add_flags(parser.add_argument_group((inspect.getdoc(cls) or "").splitlines()[0]), cls)
+        title = (inspect.getdoc(cls) or "").splitlines()[0].removesuffix(".")
+        _add_flags(parser.add_argument_group(title), cls)
 
 
 def _add_flags(parser: argparse._ActionsContainer, cls: type) -> None:

@@ -43,7 +43,7 @@ DEFAULT_CONTEXT = 4096
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """loading"""
+    """Loading."""
 
     threads: int = flags.number(0, at_least=0)
     """CPU threads; 0: all cores."""

@@ -18,7 +18,7 @@ from ..schemas.completions import ChatRequest, CompletionRequest, TextRequest
 
 @dataclass(frozen=True)
 class SamplingDefaults:
-    """sampling defaults for requests that set nothing; else the model's own, else llama.cpp's"""
+    """Sampling defaults for requests that set nothing; else the model's own, else llama.cpp's."""
 
     temperature: float | None = None
     """0: always the most likely token."""

@@ -128,7 +128,7 @@ class CompletionRequest(RequestBody, abc.ABC):
     presence_penalty: Annotated[Float, Field(ge=-2, le=2)] = 0.0
     logit_bias: Annotated[dict[TokenKey, Bias], Field(max_length=1024)] = Field({})
     n: Annotated[Int, Field(ge=1, le=8)] = 1
-    seed: Int | None = None
+    seed: Annotated[Int | None, Field(ge=-(2**63), lt=2**63)] = None
     stop: Text | Annotated[list[Text], Field(max_length=MAX_STOPS)] | None = None
     stream: Bool = False
     stream_options: StreamOptions | None = None
@@ -227,7 +227,7 @@ class ChatRequest(CompletionRequest):
 
 
 class TextRequest(CompletionRequest):
-    """POST /v1/completions"""
+    """POST /v1/completions."""
 
     prompt: (
         Text
@@ -260,7 +260,7 @@ class TextRequest(CompletionRequest):
 
 
 class TokenizeRequest(RequestBody):
-    """POST /tokenize"""
+    """POST /tokenize."""
 
     model: Text = ""
     content: Text
@@ -271,14 +271,14 @@ class TokenizeRequest(RequestBody):
 
 
 class DetokenizeRequest(RequestBody):
-    """POST /detokenize"""
+    """POST /detokenize."""
 
     model: Text = ""
     tokens: Annotated[list[Token], Field(max_length=MAX_CHARACTERS)]
 
 
 class EmbeddingsRequest(RequestBody):
-    """POST /v1/embeddings"""
+    """POST /v1/embeddings."""
 
     model: Text
     input: Text | Tokens | Annotated[list[Text | Tokens], Field(min_length=1, max_length=MAX_INPUTS)]

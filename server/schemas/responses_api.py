@@ -100,7 +100,7 @@ InputItem = Annotated[
 
 
 class ResponsesRequest(RequestBody):
-    """POST /v1/responses"""
+    """POST /v1/responses."""
 
     model: Text
     input: Text | Annotated[list[InputItem], Field(min_length=1, max_length=MAX_MESSAGES)]

@@ -45,7 +45,7 @@ class LatencyTarget:
 
 @dataclass(frozen=True)
 class PruneConfig:
-    """pruning"""
+    """Pruning."""
 
     prune: tuple[str, ...] = flags.comma_separated("attention", "ffn")
     """Pruning space, comma-separated: attention (heads and key/value heads), ffn, stem (hidden channels), vocabulary
@@ -145,7 +145,7 @@ class PruneConfig:
         is_spread = self.removals <= 1 or self.prune_start < self.prune_end
         flags.require(self, "removals", is_spread, "need --prune-end after --prune-start")
         one_spacing = not self.removals or self.prune_every == 1
-        flags.require(self, "removals", one_spacing, "are evenly spread; leave out --prune-every")
+        flags.require(self, "removals", one_spacing, "are evenly spread; omit --prune-every")
         at_once = self.recover == "none" or self.compact_every == 1
         flags.require(self, "compact_every", at_once, "must be 1 with --recover, which fits what is left")
 
@@ -162,7 +162,7 @@ class PruneConfig:
         flags.require(self, "target_latency", self.device_profile is not None, "needs --device-profile FILE")
         asked = [name for name in ("workload", "at_depth") if getattr(self, name) is not None]
         is_for_time = self.ranking_profile is None or self.rank_by == "target"
-        flags.require(self, "ranking_profile", is_for_time, "ranks by milliseconds; leave out --rank-by")
+        flags.require(self, "ranking_profile", is_for_time, "ranks by milliseconds; omit --rank-by")
         rule = "needs either --workload prompt=256,answer=128 or --at-depth 512"
         flags.require(self, "target_latency", len(asked) == 1, rule)
         _ = self.asked_workload
@@ -178,7 +178,7 @@ class PruneConfig:
             rule = "needs layers that may differ: use --layout per-layer"
             flags.require(self, "prune", self.layout == "per-layer", rule, value=shown)
             flags.require(self, "score_scale", self.score_scale != "saliency", "blocks need scores in one unit")
-            rule = "--target-architecture says which blocks go; leave them out"
+            rule = "--target-architecture determines the blocks; omit them"
             flags.require(self, "prune", self.target_architecture is None, rule, value=shown)
 
     @property

@@ -16,7 +16,7 @@ TARGETS = dict.fromkeys(GGUF_TYPES, "gguf") | {"int4-block32": "onnx", "8da4w": 
 
 @dataclass(frozen=True)
 class QuantisationConfig:
-    """quantisation-aware training"""
+    """Quantisation-aware training."""
 
     qat: Literal["none", "q8_0", "q4_0", "q2_0", "int4-block32", "8da4w"] = "none"
     """Train on the grid of a file type: q8_0, q4_0, q2_0 of GGUF, int4-block32 of ONNX (--quantize int4), 8da4w of

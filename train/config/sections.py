@@ -14,7 +14,7 @@ from .quantisation import QuantisationConfig
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """source model and text"""
+    """Source model and text."""
 
     source: str = "demo"
     """Model to start from: a Hugging Face folder or hub id, a .gguf file, or 'demo' (SmolLM2-135M-Instruct)."""
@@ -50,7 +50,7 @@ the distance to its input. It may therefore stay off by 1/512 / (1 - b) of that 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """optimisation"""
+    """Optimisation."""
 
     tokens: int = flags.count(1_000_000, at_least=1)
     """Training tokens in total."""
@@ -97,7 +97,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """run"""
+    """Run."""
 
     output: str = ""
     """Folder of the run: checkpoints, metrics and the final model."""

@@ -35,7 +35,7 @@ GZIP_LEVEL = 6
 
 @dataclass(frozen=True)
 class CorpusConfig:
-    """corpus"""
+    """Corpus."""
 
     data: tuple[str, ...] = ()
     """Source of documents, PATH[:WEIGHT], repeatable: a file, a folder with its subfolders, or a hub dataset
@@ -69,16 +69,12 @@ class CorpusInput:
     """True once all documents have been read."""
 
 
-Report = Callable[[int, int], None]
-"""Called with the bytes taken so far and the bytes wanted."""
-
-
 def write_corpus(
-    output: Path, config: CorpusConfig, overwrite: bool, report: Report = lambda done, total: None
+    output: Path, config: CorpusConfig, overwrite: bool, report: Callable[[int, int], None]
 ) -> list[CorpusInput]:
     """Write `output` completely or not at all, and return its inputs with their counts.
 
-    Raises UsageError, DataError or DiskFullError.
+    `report` is called with the bytes taken and wanted. Raises UsageError, DataError or DiskFullError.
     """
     if not config.data:
         raise UsageError("--data is missing: name a file, a folder or a hub dataset")
@@ -158,7 +154,9 @@ def _files_of(folder: Path) -> list[Path]:
     return sorted(found)
 
 
-def _interleave(inputs: Sequence[CorpusInput], config: CorpusConfig, report: Report) -> Iterator[Document]:
+def _interleave(
+    inputs: Sequence[CorpusInput], config: CorpusConfig, report: Callable[[int, int], None]
+) -> Iterator[Document]:
     """Yield distinct documents of the inputs until there are `max_bytes`, and count them.
 
     The next document comes from the input with the fewest bytes for its weight. Inputs that have ended do not count.
@@ -168,24 +166,22 @@ def _interleave(inputs: Sequence[CorpusInput], config: CorpusConfig, report: Rep
     while total < config.max_bytes and (open_inputs := [each for each in inputs if not each.has_ended]):
         source = min(open_inputs, key=lambda each: each.num_bytes / each.spec.weight)
         document = next(source.documents, None)
-        if document is None:
-            source.has_ended = True
-            continue
-        text = text_of(document)
-        if len(text) < config.min_characters:
-            source.num_short += 1
-            continue
+        text = text_of(document) if document is not None else ""
         content = text.encode()
         digest = hashlib.blake2b(content, digest_size=16).digest()
-        if digest in digests:
+        if document is None:
+            source.has_ended = True
+        elif len(text) < config.min_characters:
+            source.num_short += 1
+        elif digest in digests:
             source.num_repeated += 1
-            continue
-        digests.add(digest)
-        source.num_taken += 1
-        source.num_bytes += len(content)
-        total += len(content)
-        report(min(total, config.max_bytes), config.max_bytes)
-        yield document
+        else:
+            digests.add(digest)
+            source.num_taken += 1
+            source.num_bytes += len(content)
+            total += len(content)
+            report(min(total, config.max_bytes), config.max_bytes)
+            yield document
 
 
 def build_parser() -> flags.Parser:

@@ -7,8 +7,8 @@ weight gives the next one.
 Each corpus is read through many lanes. A lane packs documents end to end and is read window by window. All lanes are
 visited in a new random order before any is visited again, so neighbouring windows come from as many documents as there
 are lanes, whatever their lengths. A chat that fits a window is never cut: the rest of the window before it holds
-tokens that are read and not learned. The first document of a lane starts at a random place if it is longer than a window.
-Otherwise the first windows of a run would all be beginnings of documents.
+tokens that are read and not learned. The first document of a lane starts at a random place if it is longer than a
+window. Otherwise the first windows of a run would all be beginnings of documents.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from .tasks import TASKS, TaskResult, check_names
 
 @dataclass(frozen=True)
 class MeasureConfig:
-    """measurements"""
+    """Measurements."""
 
     quality: bool = True
     """Measure perplexity on six kinds of text, chat answers and a hundred questions of fact. They ship with the package
@@ -80,7 +80,7 @@ class MeasureConfig:
 
 @dataclass(frozen=True)
 class ComputeConfig:
-    """computation"""
+    """Computation."""
 
     device: str = "auto"
     """Device for Hugging Face folders: auto, cpu, cuda or cuda:N."""

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PlanConfig:
-    """plan"""
+    """Plan."""
 
     device_profile: tuple[str, ...] = ()
     """Latency profile of a device, written by efficientllm-bench --profile; repeatable."""

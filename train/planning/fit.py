@@ -33,7 +33,7 @@ STEP = 0.98
 
 @dataclass(frozen=True)
 class FitConfig:
-    """fit"""
+    """Fit."""
 
     max_bytes: int | None = flags.byte_count(None)
     """Largest file, such as 60MB."""
