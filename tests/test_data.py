@@ -91,10 +91,10 @@ def test_windows_of_a_lane_are_its_documents_end_to_end(corpus: Path, tokenizer:
     windows = packed.next_windows(40 * LANES)
     assert windows.shape == (40 * LANES, 17)
     known = {text for text in open_documents(DataSpec(str(corpus))) if not is_held_out(text, 0.2)}
-    count = len(packed.corpora[0].lanes.buffers)
+    count = len(packed.corpora[0].buffers)
     assert count == LANES
     # a window begins with the token that another one ends with: follow one lane from its first window
-    rng_order = [packed.corpora[0].lanes._order(visit) for visit in range(40)]
+    rng_order = [packed.corpora[0]._order(visit) for visit in range(40)]
     lane = [windows[visit * count + int(np.flatnonzero(rng_order[visit] == 5)[0])] for visit in range(40)]
     assert all(one[-1] == other[0] for one, other in itertools.pairwise(lane))
     texts = tokenizer.decode(np.concatenate([lane[0], *[window[1:] for window in lane[1:]]])).split("<|endoftext|>")
@@ -187,9 +187,9 @@ def test_the_first_thirty_thousand_tokens_of_real_corpora_are_stirred(tokenizer:
     specs = [DataSpec(str(DATA / f"{name}.jsonl.gz"), weight) for name, weight in names.items()]
     packed = PackedStream(specs, tokenizer, 256, 0.05, 0)
     packed.next_windows(120)
-    shares = [source.lanes.drawn for source in packed.corpora]
+    shares = [source.drawn for source in packed.corpora]
     assert shares == [60, 36, 24]
-    begun = [len([each for each in source.lanes.buffers if len(each)]) for source in packed.corpora]
+    begun = [len([each for each in source.buffers if len(each)]) for source in packed.corpora]
     assert sum(begun) >= 110
 
 

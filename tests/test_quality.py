@@ -150,7 +150,7 @@ def test_a_run_leaves_its_contract_in_card_summary_and_manifest(
     assert found["texts"][ALL_TEXTS]["ratio"] > 0
     assert "perplexity, all texts" in (model / "README.md").read_text()
     both = json.loads((model / "quality.json").read_text())
-    again = contract(Quality.from_dict(both["final"]), Quality.from_dict(both["source"]), found["reference"])
+    again = contract(Quality(**both["final"]), Quality(**both["source"]), found["reference"])
     for kind, figures in found["texts"].items():
         assert again["texts"][kind] == pytest.approx(figures)
     arguments = [str(tmp_path / "run"), "--target", "gguf", "--quantize", "f32", "--output", str(tmp_path / "gguf")]

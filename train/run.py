@@ -114,7 +114,7 @@ def stored_weights(model: Any, dtype: torch.dtype) -> dict[str, Tensor]:
 
 def training_summary(trainer: Trainer) -> dict[str, Any]:
     """Return the contents of training.json, which exporters copy into their manifests."""
-    measured = {name: Quality.from_dict(values) for name, values in trainer.progress.quality.items()}
+    measured = {name: Quality(**values) for name, values in trainer.progress.quality.items()}
     source = display_name(trainer.config.source.source)
     return {
         "source": source,
