@@ -23,7 +23,7 @@ from efficientllm.runtime.base.quantities import Figure, format_count, markdown_
 from efficientllm.train.compute.hardware import choose_hardware
 from efficientllm.train.compute.loss import TrainingLoss
 from efficientllm.train.compute.optimizer import clip_factor, gradient_norm, make_optimizer, store_gradients_as_computed
-from efficientllm.train.config.sections.quantisation import TARGETS, QuantisationConfig
+from efficientllm.train.config.quantisation import TARGETS, QuantisationConfig
 from efficientllm.train.data.documents import DataSpec
 from efficientllm.train.data.packing import PackedStream
 from efficientllm.train.model.irregular import architecture_of

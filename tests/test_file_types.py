@@ -18,7 +18,7 @@ from efficientllm.export.gguf.quantize import quantize_gguf, tensor_type
 from efficientllm.export.gguf.tensor_data import num_bytes
 from efficientllm.export.gguf.writer import gguf_name, write_gguf
 from efficientllm.runtime.base.gguf_header import read_header
-from efficientllm.train.config.sections.pruning import PruneConfig
+from efficientllm.train.config.pruning import PruneConfig
 from efficientllm.train.model.architecture import LayerShape
 from efficientllm.train.model.file_types import BODY, file_types, gguf_bytes, row_multiple
 from efficientllm.train.model.irregular import save_checkpoint

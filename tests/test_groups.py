@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from tiny import tiny_architecture
 
-from efficientllm.train.config.sections.pruning import PruneConfig
+from efficientllm.train.config.pruning import PruneConfig
 from efficientllm.train.model.architecture import LayerShape
 from efficientllm.train.model.groups import KIND_OF_AXIS, KINDS, counts
 from efficientllm.train.model.tensors import axes_of, tensor_names

@@ -12,7 +12,7 @@ from priced import tiny_profile, tiny_time
 from tiny import tiny_architecture
 
 from efficientllm.runtime.base.command import run_command
-from efficientllm.train.config.sections.pruning import LatencyTarget
+from efficientllm.train.config.pruning import LatencyTarget
 from efficientllm.train.model.architecture import Architecture, LayerShape
 from efficientllm.train.model.groups import KINDS
 from efficientllm.train.planning import cli

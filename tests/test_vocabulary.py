@@ -25,7 +25,7 @@ from efficientllm.runtime.base.errors import ModelError, OptionError
 from efficientllm.runtime.engines.hf_tokenizer import HfTokenizer
 from efficientllm.train.compute.distributed import Parallel
 from efficientllm.train.compute.loss import LossWeights, TrainingLoss, make_teacher
-from efficientllm.train.config.sections.pruning import PruneConfig
+from efficientllm.train.config.pruning import PruneConfig
 from efficientllm.train.data.documents import DataSpec
 from efficientllm.train.data.packing import PackedStream
 from efficientllm.train.model.architecture import FAMILIES, Architecture

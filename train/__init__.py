@@ -19,11 +19,11 @@ __all__ = ["OptimizerConfig", "PruneConfig", "RunConfig", "SourceConfig", "Train
 __getattr__ = lazy_names(
     __name__,
     {
-        "OptimizerConfig": ".config:OptimizerConfig",
-        "PruneConfig": ".pruning.config:PruneConfig",
-        "RunConfig": ".config:RunConfig",
-        "SourceConfig": ".config:SourceConfig",
-        "TrainConfig": ".config:TrainConfig",
+        "OptimizerConfig": ".config.sections:OptimizerConfig",
+        "PruneConfig": ".config.pruning:PruneConfig",
+        "RunConfig": ".config.sections:RunConfig",
+        "SourceConfig": ".config.sections:SourceConfig",
+        "TrainConfig": ".config.sections:TrainConfig",
         "train": ".run:run_training",
     },
 )

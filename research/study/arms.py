@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from efficientllm.train.config.sections.sections import TrainConfig
+from efficientllm.train.config.sections import TrainConfig
 
 ONE_SHOT_AT = 0.05
 """Share of the tokens at which one-shot pruning happens: until then its saliency is averaged, as long as the
