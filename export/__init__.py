@@ -14,4 +14,4 @@ if TYPE_CHECKING:
 
 __all__ = ["export"]
 
-__getattr__ = lazy_names(__name__, {"export": ".run:export"})
+__getattr__ = lazy_names(__name__, {"export": ".cli:export"})
