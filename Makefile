@@ -12,7 +12,7 @@ PYTEST := $(BIN)/python -m pytest -n auto --dist loadgroup $(PYTEST_OPTIONS)
 # Per cent of the lines that the tests which are not slow run.
 COVERAGE_FLOOR := 80
 
-.PHONY: install quickstart clients litert mlx readers android-runner board-wheel arm64-root test-arm64 stand-ins test test-fast coverage lint types measure rooms clean FORCE
+.PHONY: install quickstart clients litert mlx readers android-runner board-wheel arm64-root test-arm64 stand-ins test test-fast coverage lint types measure imports clean FORCE
 
 install: $(VENV)/.installed
 
@@ -131,8 +131,8 @@ measure: $(BIN)/python
 	@$(BIN)/python tests/tools/measure_code.py
 
 # The import graph in docs/architecture.md and its picture.
-rooms: $(BIN)/python
-	@$(BIN)/python tests/tools/rooms.py
+imports: $(BIN)/python
+	@$(BIN)/python tests/tools/import_graph.py
 
 clean:
 	rm -rf build $(VENV)

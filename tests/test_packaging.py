@@ -8,14 +8,14 @@ import sys
 import tomllib
 from pathlib import Path
 
+import import_graph
 import pytest
-import rooms
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 RUNTIME = {"runtime", "runtime/base", "runtime/engines", "runtime/latency"}
 SOURCES = {"train/model", "train/data"}
-"""Rooms of train that export imports: reading models and text."""
+"""Sub-packages of train that export imports."""
 TRAINED = {"train/model", "train/compute", "train/data"}
 
 MAY_IMPORT = {
@@ -61,7 +61,7 @@ MAY_IMPORT = {
     "devices": RUNTIME | {"devices/profiling"},
     "devices/profiling": RUNTIME | {"devices"},
 }
-"""The arrows of docs/architecture.md; "train" stands for the modules that lie directly in it."""
+"""The allowed imports of docs/architecture.md. "train" stands for the modules directly in it."""
 
 WITHOUT_TORCH = """
 import importlib, pkgutil, sys
@@ -80,7 +80,7 @@ for package in sys.argv[1:]:
 
 
 def test_every_shipped_folder_is_listed() -> None:
-    expected = {".".join(["efficientllm", *module[:-1]]) for module, _ in rooms.modules(ROOT)}
+    expected = {".".join(["efficientllm", *module[:-1]]) for module, _ in import_graph.modules(ROOT)}
     folders_of_data = set(PROJECT["tool"]["setuptools"]["package-data"]) - {"*"}
     assert expected | folders_of_data == set(PROJECT["tool"]["setuptools"]["packages"])
 
@@ -105,26 +105,26 @@ def test_help_works_without_torch(command: str) -> None:
 
 
 def test_imports_point_one_way() -> None:
-    arrows = rooms.packages_and_sub_packages(ROOT)
+    arrows = import_graph.packages_and_sub_packages(ROOT)
     assert arrows.keys() == MAY_IMPORT.keys()
-    for room, imported in arrows.items():
-        assert imported <= MAY_IMPORT[room], f"{room} imports {sorted(imported - MAY_IMPORT[room])}"
+    for node, imported in arrows.items():
+        assert imported <= MAY_IMPORT[node], f"{node} imports {sorted(imported - MAY_IMPORT[node])}"
 
 
 def test_no_module_leads_back_to_itself(tmp_path: Path) -> None:
-    assert len(rooms.floors(rooms.all_modules(ROOT))) > 100
+    assert len(import_graph.depths(import_graph.all_modules(ROOT))) > 100
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / "one.py").write_text("from .two import name\n")
     (tmp_path / "train" / "two.py").write_text("def function():\n    from . import one\n")
     with pytest.raises(graphlib.CycleError):
-        rooms.floors(rooms.all_modules(tmp_path))
+        import_graph.depths(import_graph.all_modules(tmp_path))
 
 
 def test_the_architecture_page_shows_the_code_as_it_is() -> None:
-    stale = "run: python tests/tools/rooms.py"
-    page = rooms.PAGE.read_text(encoding="utf-8")
-    assert rooms.with_table(page, ROOT) == page, stale
-    assert rooms.PICTURE.read_text(encoding="utf-8") == rooms.picture(ROOT), stale
+    stale = "run: python tests/tools/import_graph.py"
+    page = import_graph.PAGE.read_text(encoding="utf-8")
+    assert import_graph.with_table(page, ROOT) == page, stale
+    assert import_graph.PICTURE.read_text(encoding="utf-8") == import_graph.picture(ROOT), stale
 
 
 def test_version_and_changelog_agree() -> None:

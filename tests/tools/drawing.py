@@ -1,4 +1,4 @@
-"""A layered drawing of a graph without cycles as SVG: boxes on floors, arrows down."""
+"""A layered drawing of a graph without cycles as SVG: boxes in rows, arrows down."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ COLORS = {
     "server": "#ece3f3",
     "devices": "#f6dfe0",
 }
-WIDTH, GAP, FLOOR_GAP, LINE, MARGIN = 200, 24, 46, 15, 16
-"""Pixels: of a box, between boxes, between floors, of a line of text, around the drawing."""
+WIDTH, GAP, ROW_GAP, LINE, MARGIN = 200, 24, 46, 15, 16
+"""Pixels: of a box, between boxes, between rows, of a line of text, around the drawing."""
 CHARACTERS = 31
 """Of a line inside a box."""
 LANE = 16
-"""Pixels: width of the gap through which an arrow passes a floor."""
+"""Pixels: width of the gap through which an arrow passes a row."""
 
 
 @dataclass(eq=False)
 class Box:
-    """A room, or the lane of an arrow on a floor that it passes (no lines)."""
+    """A node, or the lane of an arrow in a row that it passes (no lines)."""
 
-    floor: int
+    row: int
     lines: list[str]
     below: list[Box] = field(default_factory=list)
     above: list[Box] = field(default_factory=list)
@@ -39,34 +39,34 @@ class Box:
         return WIDTH if self.title else LANE
 
 
-def draw(arrows: dict[str, set[str]], floors: dict[str, int], contents: dict[str, list[str]]) -> str:
-    """`arrows` are {room: rooms below it}, `contents` what is written in a room's box."""
+def draw(arrows: dict[str, set[str]], depths: dict[str, int], contents: dict[str, list[str]]) -> str:
+    """Draw `arrows`, {node: nodes below it}, with the `contents` of each box, and return SVG."""
     boxes = {
-        room: Box(floors[room], textwrap.wrap(", ".join(contents[room]), CHARACTERS), title=room)
-        for room in sorted(arrows)
+        node: Box(depths[node], textwrap.wrap(", ".join(contents[node]), CHARACTERS), title=node)
+        for node in sorted(arrows)
     }
-    rows: list[list[Box]] = [[] for _ in range(max(floors.values()) + 1)]
+    rows: list[list[Box]] = [[] for _ in range(max(depths.values()) + 1)]
     for box in boxes.values():
-        rows[box.floor].append(box)
-    for room, below in sorted(arrows.items()):
+        rows[box.row].append(box)
+    for node, below in sorted(arrows.items()):
         for other in sorted(below):
-            _connect(boxes[room], boxes[other], rows)
+            _connect(boxes[node], boxes[other], rows)
     _arrange(rows)
     return _svg(rows)
 
 
 def _connect(upper: Box, lower: Box, rows: list[list[Box]]) -> None:
-    """One arrow, with a lane on every floor between."""
-    chain = [upper, *(Box(floor, []) for floor in range(upper.floor - 1, lower.floor, -1)), lower]
+    """Add one arrow with a lane in every row between."""
+    chain = [upper, *(Box(row, []) for row in range(upper.row - 1, lower.row, -1)), lower]
     for lane in chain[1:-1]:
-        rows[lane.floor].append(lane)
+        rows[lane.row].append(lane)
     for one, other in itertools.pairwise(chain):
         one.below.append(other)
         other.above.append(one)
 
 
 def _arrange(rows: list[list[Box]]) -> None:
-    """Order each floor by the mean place of its neighbors, down and up in turn, so that few arrows cross."""
+    """Order each row by the mean place of its neighbors, down and up in turn, so that few arrows cross."""
     for row in rows:
         _spread(row)
     for sweep in range(24):
@@ -95,7 +95,7 @@ def _svg(rows: list[list[Box]]) -> str:
     left = min(box.x - box.width / 2 for row in rows for box in row) - MARGIN
     right = max(box.x + box.width / 2 for row in rows for box in row) + MARGIN
     heights = [(max(len(box.lines) for box in row) + 1) * LINE + 14 for row in rows]
-    tops = [MARGIN + sum(height + FLOOR_GAP for height in heights[floor + 1 :]) for floor in range(len(rows))]
+    tops = [MARGIN + sum(height + ROW_GAP for height in heights[row + 1 :]) for row in range(len(rows))]
     size = f"{right - left:.0f} {tops[0] + heights[0] + MARGIN}"
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size}" font-family="sans-serif" font-size="12">',
@@ -103,23 +103,23 @@ def _svg(rows: list[list[Box]]) -> str:
         '<path d="M0 0L8 4L0 8z" fill="#555"/></marker></defs>',
         f'<rect width="{size.split()[0]}" height="{size.split()[1]}" fill="white"/>',
     ]
-    rooms = [box for row in rows for box in row if box.title]
-    parts += [_arrow(box, below, left, tops, heights) for box in rooms for below in box.below]
-    parts += [_room(box, left, tops[box.floor], heights[box.floor]) for box in rooms]
+    nodes = [box for row in rows for box in row if box.title]
+    parts += [_arrow(box, below, left, tops, heights) for box in nodes for below in box.below]
+    parts += [_node(box, left, tops[box.row], heights[box.row]) for box in nodes]
     return "\n".join([*parts, "</svg>", ""])
 
 
 def _arrow(upper: Box, lower: Box, left: float, tops: list[int], heights: list[int]) -> str:
-    """A curve through the lanes to the room at their end; arrows that reach a box side by side keep apart."""
-    path = f"M{_port(upper, lower, upper.below) - left:.0f} {tops[upper.floor] + heights[upper.floor]}"
+    """A curve through the lanes to the node at their end. Arrows that reach a box side by side keep apart."""
+    path = f"M{_port(upper, lower, upper.below) - left:.0f} {tops[upper.row] + heights[upper.row]}"
     while True:
-        x, y = _port(lower, upper, lower.above) - left, tops[lower.floor]
-        start = tops[upper.floor] + heights[upper.floor]
+        x, y = _port(lower, upper, lower.above) - left, tops[lower.row]
+        start = tops[upper.row] + heights[upper.row]
         from_x = _port(upper, lower, upper.below) - left
-        path += f"C{from_x:.0f} {start + FLOOR_GAP / 2:.0f} {x:.0f} {y - FLOOR_GAP / 2:.0f} {x:.0f} {y}"
+        path += f"C{from_x:.0f} {start + ROW_GAP / 2:.0f} {x:.0f} {y - ROW_GAP / 2:.0f} {x:.0f} {y}"
         if lower.title:
             return f'<path d="{path}" fill="none" stroke="#555" stroke-width="1.3" marker-end="url(#tip)"/>'
-        path += f"V{y + heights[lower.floor]}"
+        path += f"V{y + heights[lower.row]}"
         upper, lower = lower, lower.below[0]
 
 
@@ -130,7 +130,7 @@ def _port(box: Box, other: Box, neighbors: list[Box]) -> float:
     return box.x + share * (box.width if box.title else 0)
 
 
-def _room(box: Box, left: float, top: int, height: int) -> str:
+def _node(box: Box, left: float, top: int, height: int) -> str:
     x = box.x - WIDTH / 2 - left
     color = COLORS[box.title.split("/")[0]]
     lines = "".join(

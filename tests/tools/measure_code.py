@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rooms import PACKAGES, ROOT
+from import_graph import PACKAGES, ROOT
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 MANY_PARAMETERS = 6

@@ -14,7 +14,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rooms import ROOT
+from import_graph import ROOT
 
 SECTIONS = "config|settings|run|source|optimizer|pruning|quantisation|compute|budget|data"
 CARRIER = re.compile(rf"(^|\.)_?(config|plan|settings|pruning)(\.({SECTIONS}))*$")

@@ -1,0 +1,142 @@
+"""Measure and draw the import graph: the table and the picture of docs/architecture.md.
+
+`python tests/tools/import_graph.py` rewrites both. With a folder, it prints the table of the tree in it. A node of a
+package is a module or a sub-package directly in it. An edge means "imports", wherever in a file the import stands. The
+depth of a node is the length of the longest path of imports from it. A cycle has no depth and is an error.
+"""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from drawing import draw
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "architecture.md"
+PICTURE = ROOT / "docs" / "images" / "imports.svg"
+PACKAGES = ("train", "export", "runtime", "server", "devices")
+
+BEFORE = {
+    "train": (34, 12, 113),
+    "export": (29, 5, 68),
+    "runtime": (27, 6, 59),
+    "server": (10, 7, 16),
+    "devices": (19, 5, 47),
+}
+"""Counts of commit f93a1ba, where only `train` and `export` had sub-packages."""
+
+Graph = dict[str, set[str]]
+"""{node: nodes that it imports}"""
+Module = tuple[str, ...]
+"""("train", "model", "tensors")"""
+
+
+def modules(root: Path) -> Iterator[tuple[Module, list[Module]]]:
+    """Yield every module of the packages with its imports from them. The last part of an import may be a name."""
+    for path in sorted(path for package in PACKAGES for path in (root / package).rglob("*.py")):
+        module = path.relative_to(root).with_suffix("").parts
+        imported = []
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                folder = (*module[: len(module) - node.level], *(node.module or "").split("."))
+                imported += [(*folder, name.name) if node.module else (*folder[:-1], name.name) for name in node.names]
+        yield module, imported
+
+
+def graph(root: Path, node_of: Callable[[Module], str]) -> Graph:
+    """Return the nodes that `node_of` names ("" for none) and the edges between them."""
+    edges: Graph = {}
+    for module, imported in modules(root):
+        if node := node_of(module):
+            edges.setdefault(node, set()).update({node_of(other) for other in imported} - {"", node})
+    return edges
+
+
+def nodes_within(root: Path, package: str) -> Graph:
+    """Return the graph of the modules and sub-packages directly in a package."""
+    return graph(root, lambda module: module[1] if module[0] == package and module[1] != "__init__" else "")
+
+
+def packages_and_sub_packages(root: Path) -> Graph:
+    """Return the graph of "train/model" and the like. "train" stands for the modules directly in it."""
+    return graph(root, lambda module: "/".join(module[:2]) if root.joinpath(*module[:2]).is_dir() else module[0])
+
+
+def all_modules(root: Path) -> Graph:
+    """Return the graph of "train/model/tensors" and the like. A package stands for its `__init__`."""
+
+    def module_of(name: Module) -> str:
+        path = root.joinpath(*name)
+        inner = path.is_dir() or path.with_suffix(".py").is_file()
+        return "/".join(name if inner else name[:-1]).removesuffix("/__init__")
+
+    return graph(root, module_of)
+
+
+def depths(edges: Graph) -> dict[str, int]:
+    """Return {node: depth}, 0 without imports. Raises graphlib.CycleError if nodes import each other."""
+    depth: dict[str, int] = {}
+    for node in graphlib.TopologicalSorter(edges).static_order():
+        depth[node] = max((depth[below] + 1 for below in edges[node]), default=0)
+    return depth
+
+
+def without_detours(edges: Graph) -> Graph:
+    """Return the edges that do not follow from others (the transitive reduction)."""
+
+    def reached(node: str) -> set[str]:
+        return edges[node].union(*map(reached, edges[node]))
+
+    return {node: below - set().union(*map(reached, below)) for node, below in edges.items()}
+
+
+def counts(root: Path) -> dict[str, tuple[int, int, int]]:
+    """Return {package: (nodes, depth, edges)}."""
+    nodes = {package: nodes_within(root, package) for package in PACKAGES}
+    return {
+        package: (len(edges), max(depths(edges).values()) + 1, sum(map(len, edges.values())))
+        for package, edges in nodes.items()
+    }
+
+
+def table(root: Path) -> str:
+    """Return the Markdown table of the counts."""
+    lines = ["| | nodes | depth | edges | cycles |", "| --- | ---: | ---: | ---: | ---: |"]
+    for package, now in counts(root).items():
+        pairs = [f"{before} → {after}" for before, after in zip(BEFORE[package], now, strict=True)]
+        lines.append(f"| {package} | {' | '.join(pairs)} | 0 → 0 |")
+    return "\n".join(lines)
+
+
+def picture(root: Path) -> str:
+    """Return an SVG of the packages and sub-packages with the names of their modules."""
+    edges = packages_and_sub_packages(root)
+    contents: dict[str, list[str]] = {node: [] for node in edges}
+    for module, _ in modules(root):
+        folder = root.joinpath(*module[:2]).is_dir()
+        if module[-1] != "__init__":
+            contents["/".join(module[:2]) if folder else module[0]].append("/".join(module[2 if folder else 1 :]))
+    return draw(without_detours(edges), depths(edges), contents)
+
+
+def with_table(page: str, root: Path) -> str:
+    """Return the page's text with a current table."""
+    return re.sub(r"(?s)(<!-- imports -->\n\n).*(\n\n<!-- /imports -->)", rf"\g<1>{table(root)}\g<2>", page)
+
+
+def main() -> None:
+    """Rewrite the table and the picture, or print the table of another tree."""
+    if len(sys.argv) > 1:
+        print(table(Path(sys.argv[1])))
+        return
+    PICTURE.write_text(picture(ROOT), encoding="utf-8")
+    PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8"), ROOT), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
