@@ -189,7 +189,7 @@ def test_weights_that_are_not_trained_are_not_kept(
     arguments = command(source_folder, corpus, tmp_path / "run", *(more if more != ["--resume"] else []))
     if more == ["--resume"]:
         with monkeypatch.context() as patch:
-            patch.setattr(run_module.Trainer, "train", lambda self: bool(self.save()) and False)
+            patch.setattr(run_module.Trainer, "train", lambda self, write_model: bool(self.save()) and False)
             assert run(arguments) == 130
     held = []
     make_model = run_module._make_model

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,12 @@ from .pruning.pruner import Pruner
 
 
 def accumulate_gradients(
-    callee: nn.Module, model: Any, microbatches: Sequence[Tensor], pruner: Pruner | None, parallel: Parallel
+    callee: nn.Module,
+    model: Any,
+    microbatches: Sequence[Tensor],
+    pruner: Pruner | None,
+    parallel: Parallel,
+    check: Callable[[], None] = lambda: None,
 ) -> float:
     """Leave the gradients of the mean loss over all learned tokens of the step in .grad of the parameters.
 
@@ -26,6 +31,8 @@ def accumulate_gradients(
     A saliency that is not linear in the gradient (taylor2, fisher) needs every microbatch of every rank alone. Then
     .grad is emptied after each one and DDP averages nothing. The sums are kept aside and averaged at the end. FSDP
     reduces gradients in its own backward pass, so a sample is a microbatch of all ranks there.
+
+    `check` is called between microbatches and may raise.
     """
     steps = len(microbatches)
     needs_samples = pruner is not None and pruner.wants_microbatches
@@ -34,6 +41,8 @@ def accumulate_gradients(
     accumulated: dict[Tensor, Tensor] = {}
     total = 0.0
     for place, (windows, share) in enumerate(zip(microbatches, shares, strict=True)):
+        if place:
+            check()
         is_last = place == steps - 1
         with without_sync(callee, per_microbatch or not is_last):
             loss, cross_entropy = callee(windows)

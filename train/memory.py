@@ -115,14 +115,18 @@ def activation_bytes(architecture: Architecture, layer: LayerShape, is_bf16: boo
 
 
 def _gram_bytes(config: TrainConfig, architecture: Architecture) -> int:
-    """Return the bytes of the OBS update's matrices."""
+    """Return the bytes of the OBS update's matrices, and of the copies that undo a step.
+
+    Copies are made where a signal may stop a step between its microbatches.
+    """
+    copies = 2 if config.optimizer.gradient_accumulation > 1 else 1
     widest = config.pruning.obs_max_width or architecture.num_parameters
     widths = []
     for layer in architecture.layers:
         widths += [layer.num_attention_heads * architecture.head_dim] if "attention" in config.pruning.prune else []
         widths += [layer.intermediate_size] if "ffn" in config.pruning.prune else []
         widths += [architecture.hidden_size] * 2 if "stem" in config.pruning.prune else []
-    return sum(4 * width**2 for width in widths if width <= widest)
+    return sum(4 * copies * width**2 for width in widths if width <= widest)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from .data.chat import Encoder
 from .data.packing import PackedStream
 from .plan import RunPlan, windows_apart
 from .pruning.rows import RowProbe
+from .stop_signal import StopSignal
 from .vocabulary.frequency import count_tokens, expected_splits
 from .vocabulary.retokenization import TokenAligner
 from .vocabulary.tokenizer_pruning import prune_tokenizer
@@ -39,15 +40,17 @@ class RunText:
         plan = self.plan
         return windows_apart(plan.config, plan.data, self.tokenizer, plan.compute.parallel.world_size, tokens)
 
-    def row_probe(self, loss: TrainingLoss) -> RowProbe:
+    def row_probe(self, loss: TrainingLoss, stop_signal: StopSignal) -> RowProbe:
         """Measures vocabulary rows of the model as it is, by how often the run's text has their tokens."""
         plan, settings = self.plan, self.plan.config.pruning
         assert plan.pruning is not None
         pieces, fraction = plan.pruning.pieces, plan.config.source.held_out_fraction
         assert pieces is not None
-        counts = count_tokens(plan.data, Encoder(plan.tokenizer), fraction, pieces.size, settings.vocabulary_tokens)
+        encoder, tokens = Encoder(plan.tokenizer), settings.vocabulary_tokens
+        counts = count_tokens(plan.data, encoder, fraction, pieces.size, tokens, stop_signal.check_alone)
         splits = expected_splits(pieces, counts, settings.vocabulary_prior)
-        return RowProbe(loss, plan.tokenizer, splits, self.block_windows, plan.compute.parallel)
+        windows, parallel = self.block_windows, plan.compute.parallel
+        return RowProbe(loss, plan.tokenizer, splits, windows, parallel, stop_signal.check)
 
     def go_on_without_rows(self, kept: Sequence[int], loss: TrainingLoss) -> None:
         """Read on with the tokens that stay, the source's `kept`; the teacher of `loss` goes on reading its own."""

@@ -8,6 +8,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,18 @@ MAX_SKIPPED_IN_A_ROW = 10
 """Steps with a non-finite loss or gradient before a run gives up."""
 
 
+@dataclass(frozen=True)
+class UnfinishedStep:
+    """A step whose weights are updated. A signal may stop the run before the rest of it is done."""
+
+    record: dict[str, Any] | None
+    """What is known of its record before its removal; None where it is written and only measurements are missing."""
+    is_usable: bool = True
+    """Whether it changed the weights."""
+    seconds: float = 0.0
+    """That it took."""
+
+
 class Trainer:
     """One run. The caller has loaded (or rebuilt) the model; `train` does the rest."""
 
@@ -82,8 +95,13 @@ class Trainer:
         self.metrics = MetricsWriter(plan.folder, self.config.run, self.parallel.is_main)
         self.stop_signal = StopSignal(self.parallel.any if self.parallel.world_size > 1 else None)
         self.measuring = Measuring(plan, held_out, self.metrics, self.stop_signal)
+        self.display = ProgressDisplay(silent=not self.parallel.is_main)
         self.saved_step: int | None = None
         """Step of the newest checkpoint that this process wrote or read."""
+        self.unfinished: UnfinishedStep | None = None
+        """The step whose weights are updated, while its removal or its measurements are still to be done."""
+        self.removal_checkpoint: Path | None = None
+        """Checkpoint from before the removal at hand, where that changes the model before all of it is computed."""
         self.has_left_out = False
         """Whether a step of this process learned nothing, which is said once."""
         self.heap = HeapWatch()
@@ -113,31 +131,31 @@ class Trainer:
         Return False when a signal stopped the run early; it says what is kept and what to do.
         """
         try:
-            with self.stop_signal, ProgressDisplay(silent=not self.parallel.is_main) as display:
-                return self._loop(display) and self._finish(display, write_model)
+            with self.stop_signal, self.display as display:
+                try:
+                    self._loop(display)
+                except StopRequested as request:
+                    self._save_stopped(request, display)
+                    return False
+                return self._finish(display, write_model)
         finally:
             self.metrics.close()
 
-    def _loop(self, display: ProgressDisplay) -> bool:
+    def _loop(self, display: ProgressDisplay) -> None:
+        """Train to the last token; StopRequested where a signal came."""
         every = self.config.run.checkpoint_every
         if "source" not in self.progress.perplexity:
             self.measuring.stage("source", self.callee, self.progress, display)
+            self.stop_signal.check()
             self.measuring.quality("source", self.model, self.progress, display)
+        if self.unfinished is not None:
+            if self.unfinished.record is not None:
+                self._note(self._with_removal(self.unfinished), display)
+            self._measure(display)
         while self.progress.tokens < self.config.optimizer.tokens:
-            record = self._step_or_save()
-            self.heap.look()
-            self.metrics.write(record)
-            self._show(display, record)
-            if self.pruner is not None and self.pruner.is_done and "after_pruning" not in self.progress.perplexity:
-                with self._as_shipped():
-                    self.measuring.stage("after_pruning", self.callee, self.progress, display)
-            with self._as_shipped():
-                self.measuring.held_out_loss_if_due(self.callee, self.progress)
-            if self.parallel.any(bool(self.stop_signal.name)):
-                outcome = f"checkpoint {self.save().name} is written" if self._is_sound() else "the weights went bad"
-                name = self.stop_signal.name or "a signal to another rank"
-                display.say(f"stopped by {name}; {outcome}; continue with --resume")
-                return False
+            self._note(self._step_or_save(), display)
+            self._measure(display)
+            self.stop_signal.check()
             is_due = every and self.progress.step % every == 0 and self.progress.tokens < self.config.optimizer.tokens
             if is_due and self._is_sound():
                 self._save_if_there_is_room(display)
@@ -148,7 +166,31 @@ class Trainer:
             )
         if self.pruner is not None:
             self._compact()
-        return True
+
+    def _note(self, record: dict[str, Any], display: ProgressDisplay) -> None:
+        """Log and show a step whose removal is done."""
+        self.unfinished, self.saved_step = UnfinishedStep(None), None
+        self.heap.look()
+        self.metrics.write(record)
+        self._show(display, record)
+
+    def _measure(self, display: ProgressDisplay) -> None:
+        """Measure what is due after a step; StopRequested leaves it to the resumed run."""
+        with self._as_shipped():
+            if self.pruner is not None and self.pruner.is_done and "after_pruning" not in self.progress.perplexity:
+                self.measuring.stage("after_pruning", self.callee, self.progress, display)
+            self.measuring.held_out_loss_if_due(self.callee, self.progress)
+        self.unfinished = None
+
+    def _save_stopped(self, request: StopRequested, display: ProgressDisplay) -> None:
+        """Write the checkpoint of a run that a signal stopped, unless there is one of this place; say what is kept."""
+        if self.removal_checkpoint is not None:
+            outcome = f"checkpoint {self.removal_checkpoint.name}, before its removal, is written"
+        elif not self.progress.step:
+            outcome = "nothing was trained yet"
+        else:
+            outcome = f"checkpoint {self.save().name} is written" if self._is_sound() else "the weights went bad"
+        display.say(f"stopped by {request}; {outcome}; continue with --resume")
 
     def _finish(self, display: ProgressDisplay, write_model: Callable[[], None]) -> bool:
         """Write the last checkpoint and the model before the model is measured; False when a signal stopped that."""
@@ -177,20 +219,47 @@ class Trainer:
         return "begin anew with a lower --learning-rate"
 
     def _step_or_save(self) -> dict[str, Any]:
-        """One step; where the text cannot be read on, what was trained so far is saved first.
+        """Take one step and return its record.
 
-        Unless it would take the place of an old run: then that one is worth more.
+        Where a signal comes before the weights are updated, the run is as before the step. Where the text cannot be read on, what was trained so far is saved first, unless it would take the place of an
+        old run: then that one is worth more.
         """
-        position = self.text.stream.state()
+        undo = self._undo_of_step()
         try:
             return self._step()
+        except StopRequested:
+            if self.unfinished is None:
+                undo()
+            raise
         except DataError as error:
             if is_replacing(self.plan.folder):
                 raise
-            self.text.stream.load_state(position)
-            self.optimizer.zero_grad(set_to_none=True)
-            name = self.save().name
+            if self.unfinished is None:
+                undo()
+            name = (self.removal_checkpoint or self.save()).name
             raise DataError(f"{error}; checkpoint {name} is written: mend the text and --resume") from error
+
+    def _undo_of_step(self) -> Callable[[], None]:
+        """Return what puts everything back that a step changes before it updates the weights."""
+        position, random = self.text.stream.state(), torch.get_rng_state()
+        of_gpu = torch.cuda.get_rng_state(self.parallel.device) if self.parallel.device.type == "cuda" else None
+        grams = self.pruner.copy_of_grams() if self.pruner is not None and self._checks_amid_steps else None
+
+        def undo() -> None:
+            self.text.stream.load_state(position)
+            torch.set_rng_state(random)
+            if of_gpu is not None:
+                torch.cuda.set_rng_state(of_gpu, self.parallel.device)
+            self.optimizer.zero_grad(set_to_none=True)
+            if self.pruner is not None:
+                self.pruner.discard_step(grams)
+
+        return undo
+
+    @property
+    def _checks_amid_steps(self) -> bool:
+        """Whether a signal is answered between the microbatches of a step."""
+        return self.config.optimizer.gradient_accumulation > 1 and self.parallel.world_size == 1
 
     def _is_sound(self) -> bool:
         """Whether a checkpoint of the weights as they are now is worth writing."""
@@ -219,7 +288,7 @@ class Trainer:
         display.update("training", done, total, text)
 
     def _step(self) -> dict[str, Any]:
-        """One optimizer step and, where one is due, one pruning event."""
+        """Take one optimizer step and, where one is due, one pruning event; returns the step's record."""
         began = time.monotonic()
         microbatches = [self._next_rows() for _ in range(self.config.optimizer.gradient_accumulation)]
         loss = self.parallel.mean(self._accumulate_gradients(microbatches))
@@ -236,18 +305,21 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.progress.step += 1
         self.progress.tokens += self.tokens_per_step
-        removed = self._prune() if is_usable else {}
+        record |= {"tokens": self.progress.tokens, "learning_rate": self.optimizer.param_groups[0]["lr"]}
+        seconds = time.monotonic() - began
+        self.progress.seconds += seconds
+        self.unfinished = UnfinishedStep(record, is_usable, seconds)
+        return self._with_removal(self.unfinished)
+
+    def _with_removal(self, step: UnfinishedStep) -> dict[str, Any]:
+        """Remove what is due after a step; returns the step's record."""
+        assert step.record is not None
+        began = time.monotonic()
+        removed = self._prune() if step.is_usable else {}
         elapsed = time.monotonic() - began
         self.progress.seconds += elapsed
-        record |= {
-            "tokens": self.progress.tokens,
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
-            "parameters": self.architecture.num_parameters,
-            **self._milliseconds(),
-            **removed,
-            "seconds": round(elapsed, 4),
-        }
-        return record
+        sizes = {"parameters": self.architecture.num_parameters, **self._milliseconds()}
+        return {**step.record, **sizes, **removed, "seconds": round(step.seconds + elapsed, 4)}
 
     def _milliseconds(self) -> dict[str, float]:
         """What the device that the run prunes for takes by now, by its profile; {} where there is none."""
@@ -264,7 +336,8 @@ class Trainer:
         """Gradients of windows [B, S + 1]; returns this rank's loss."""
         self.loss.weights = self._loss_weights()
         with self._as_shipped():
-            return accumulate_gradients(self.callee, self.model, microbatches, self.pruner, self.parallel)
+            check = self.stop_signal.check_alone
+            return accumulate_gradients(self.callee, self.model, microbatches, self.pruner, self.parallel, check)
 
     def _loss_weights(self) -> LossWeights:
         """As configured; while groups are ranked by gradients, with at least the whole cross-entropy: the gradient of
@@ -281,9 +354,11 @@ class Trainer:
         if self.shipped is None or self.progress.tokens < start:
             yield
             return
-        with self.shipped.applied(self.model):
-            yield
-        shard_again(self.loss)  # what was gathered is rounded
+        try:
+            with self.shipped.applied(self.model):
+                yield
+        finally:
+            shard_again(self.loss)  # what was gathered is rounded
 
     def _next_rows(self) -> Tensor:
         """This rank's windows [B, S + 1] of the next microbatch."""
@@ -324,7 +399,11 @@ class Trainer:
         self.has_left_out = True
 
     def _prune(self) -> dict[str, Any]:
-        """Remove what the schedule asks for by now; returns what to log of it."""
+        """Remove what the schedule asks for by now; returns what to log of it.
+
+        A signal is answered where the run can go on from exactly here: while the model is as it was, between two rounds
+        of one ranking, and, where more follows once the model is changed, from a checkpoint that is written before.
+        """
         pruner, settings = self.pruner, self.config.pruning
         if pruner is None or pruner.is_done or self.schedule is None:
             return {}
@@ -333,6 +412,19 @@ class Trainer:
         target = self.schedule.target_at(self.progress.tokens)
         if not pruner.is_above(target):
             return {}
+        needs_checkpoint = settings.recover != "none" or pruner.wants_rows
+        if needs_checkpoint and self.saved_step != self.progress.step and self._is_sound():
+            self._save_if_there_is_room(self.display)
+        if needs_checkpoint and self.saved_step == self.progress.step:
+            self.removal_checkpoint = training_state.checkpoint_folder(self.plan.folder, self.progress)
+        with self.stop_signal.held(needs_checkpoint and self.removal_checkpoint is None):
+            found = self._removed(pruner, target)
+        self.removal_checkpoint = None
+        return found
+
+    def _removed(self, pruner: Pruner, target: float) -> dict[str, Any]:
+        """Remove until the budget's measure is at most `target`, and recover; returns what to log of it."""
+        settings = self.config.pruning
         whole = make_teacher(self.model, self.loss.dtype, self.parallel.device) if settings.recover != "none" else None
         rows = self._prune_rows() if pruner.wants_rows else None
         removal = pruner.remove(target, self.optimizer, self._block_probe())
@@ -340,7 +432,8 @@ class Trainer:
             self._compact()
         if removal is not None and whole is not None:
             kept = rows.kept["vocabulary"][0] if rows is not None else None
-            pruner.recover(whole, removal, self.text.recovery_windows, self.loss.dtype, kept)
+            windows, check = self.text.recovery_windows, self.stop_signal.check
+            pruner.recover(whole, removal, windows, self.loss.dtype, kept, check)
         units = [unit for each in (rows, removal) if each is not None for unit in each.units]
         removed = [[unit.kind, *part] for unit in units for part in unit.parts]
         return {"removed": removed, "next_saliency": pruner.next_saliency} if units else {}
@@ -348,7 +441,7 @@ class Trainer:
     def _prune_rows(self) -> Removal | None:
         """Remove vocabulary rows, and read on without them; None where the ranking takes none."""
         assert self.pruner is not None
-        rows = self.text.row_probe(self.loss)
+        rows = self.text.row_probe(self.loss, self.stop_signal)
         removal = self.pruner.remove_rows(rows, self._block_probe())
         if removal is not None:
             self._compact()
@@ -367,7 +460,8 @@ class Trainer:
         """Measures blocks of the model as it is; None where none are to be measured."""
         if self.pruner is None or self.pruner.blocks is None:
             return None
-        return BlockProbe(self.loss, self.text.block_windows, self.config.optimizer.batch_size, self.parallel)
+        windows, batch_size = self.text.block_windows, self.config.optimizer.batch_size
+        return BlockProbe(self.loss, windows, batch_size, self.parallel, self.stop_signal.check)
 
     def _compact(self) -> None:
         """Make zeroed groups disappear from the tensors."""
@@ -385,6 +479,8 @@ class Trainer:
         if self.parallel.is_main:
             drop_replaced(self.plan.folder)
         extra: dict[str, Any] = {"corpora": self.corpora}
+        if self.unfinished is not None:
+            extra["unfinished"] = asdict(self.unfinished)
         tensors: dict[str, Any] = {"stream": training_state.as_tensors(self.text.stream.state())}
         if self.pruner is not None:
             extra["pruner"] = self.pruner.state_json()
@@ -392,9 +488,10 @@ class Trainer:
         if self.shipped is not None:
             tensors["shipped"] = self.shipped.inputs.state_dict()
         state = training_state.TrainingState(self.progress, extra, tensors)
-        folder, keep = self.plan.folder / "checkpoints", self.config.run.keep
+        folder, keep = training_state.checkpoint_folder(self.plan.folder, self.progress), self.config.run.keep
+        written = training_state.save_training_state(folder, self.model, self.optimizer, state, keep, self.parallel)
         self.saved_step = self.progress.step
-        return training_state.save_training_state(folder, self.model, self.optimizer, state, keep, self.parallel)
+        return written
 
     def restore(self, folder: Path) -> None:
         """Continue from a checkpoint; the model must already have its shape."""
@@ -413,4 +510,7 @@ class Trainer:
         if self.shipped is not None:
             self.shipped.inputs.load_state_dict(tensors.get("shipped", {}))  # none in an earlier release's
         self.text.stream.load_state(training_state.as_arrays(tensors["stream"]))
-        self.metrics.truncate(self.progress)
+        if "unfinished" in extra:
+            self.unfinished = UnfinishedStep(**extra["unfinished"])
+        is_recorded = self.unfinished is None or self.unfinished.record is None
+        self.metrics.truncate(self.progress, is_recorded)

@@ -32,16 +32,23 @@ class TrainingState:
     """Nested tensors and numbers: data position, saliency, Gram matrices."""
 
 
+def checkpoint_folder(run: Path, progress: RunProgress) -> Path:
+    """Return the checkpoint folder of this step in the folder of a run."""
+    return run / "checkpoints" / f"step-{progress.step:08d}"
+
+
 def save_training_state(
-    folder: Path,
+    target: Path,
     model: Any,
     optimizer: torch.optim.Optimizer,
     state: TrainingState,
     keep: int,
     parallel: Parallel,
 ) -> Path:
-    """Write checkpoint step-N atomically, then delete all but the newest `keep`. Every rank writes its own shards."""
-    target = folder / f"step-{state.progress.step:08d}"
+    """Write the checkpoint `target` atomically, then delete all but the newest `keep` beside it.
+
+    Every rank writes its own shards.
+    """
     with folder_written_atomically(target, parallel.is_main, parallel.barrier) as temporary:
         with _single_process_is_meant():
             tensors = _weights_and_moments(model, optimizer)
@@ -53,7 +60,7 @@ def save_training_state(
             (temporary / "trainer.json").write_text(json.dumps(values), encoding="utf-8")
             write_contents(temporary)  # dcp.save returned, so every rank's shards are there
     if parallel.is_main:
-        for stale in checkpoint_folders(folder)[:-keep]:
+        for stale in checkpoint_folders(target.parent)[:-keep]:
             shutil.rmtree(stale)
     return target
 

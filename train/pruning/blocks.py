@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -49,9 +49,19 @@ Absence = tuple[tuple[int, Half], ...]
 class BlockProbe:
     """Measure prices of a model's blocks on fixed windows."""
 
-    def __init__(self, loss: TrainingLoss, windows: np.ndarray, batch_size: int, parallel: Parallel) -> None:
-        """Use `windows` [n, S + 1], the same on every rank. Each rank takes its share, `batch_size` at a time."""
-        self._loss, self._parallel = loss, parallel
+    def __init__(
+        self,
+        loss: TrainingLoss,
+        windows: np.ndarray,
+        batch_size: int,
+        parallel: Parallel,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Use `windows` [n, S + 1], the same on every rank. Each rank takes its share, `batch_size` at a time.
+
+        `check` is called before every forward pass without blocks, equally often on every rank. It may raise.
+        """
+        self._loss, self._parallel, self._check = loss, parallel, check
         rows = torch.from_numpy(parallel.my_rows(windows)).to(parallel.device)
         self._batches = rows.split(batch_size)
 
@@ -61,11 +71,13 @@ class BlockProbe:
         was_training = self._loss.training
         self._loss.eval()
         total = torch.zeros(len(absences), dtype=torch.float64)
-        with torch.compiler.set_stance("force_eager"):  # every shape of what is left would be compiled
-            for batch in self._batches:
-                total += count_predicted(batch) * self._of_batch(batch, absences)
-        shard_again(self._loss)  # an optimizer knows shards
-        self._loss.train(was_training)
+        try:
+            with torch.compiler.set_stance("force_eager"):  # every shape of what is left would be compiled
+                for batch in self._batches:
+                    total += count_predicted(batch) * self._of_batch(batch, absences)
+        finally:
+            shard_again(self._loss)  # an optimizer knows shards
+            self._loss.train(was_training)
         mean = (total / max(1, sum(map(count_predicted, self._batches)))).to(self._parallel.device)
         self._parallel.mean_tensors([mean])
         return mean.tolist()
@@ -75,6 +87,7 @@ class BlockProbe:
         streams, states = self._whole(batch)
         found = []
         for absence in absences:
+            self._check()
             first = min(layer for layer, _ in absence)
             with _without(self._decoder, absence), _from_layer(self._decoder, first, streams[first]):
                 found.append(float(self._loss(batch, states)[0]))
@@ -190,9 +203,10 @@ class BlockScores:
             for layer in range(len(architecture.layers))
             if BLOCKS[name].is_in(architecture, layer)
         ]
+        losses = probe.losses([absence_of(*key) for key in keys])  # may raise, and leaves what is known as it is
         for vector in self._losses.values():
             vector.zero_()
-        for (name, layer), loss in zip(keys, probe.losses([absence_of(*key) for key in keys]), strict=True):
+        for (name, layer), loss in zip(keys, losses, strict=True):
             self._losses[name][layer] = loss
         for name, half in HALF_OF_BLOCK.items():
             whole, _ = HALVES[half]
@@ -250,10 +264,12 @@ class BlockScores:
             "losses": self._losses,
             "factors": self._factors,
             "renewed_at": self._renewed_at,
+            "confirmed": sorted(self._confirmed),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Continue from the values of `state`. Nothing is confirmed between two events."""
+        """Continue from the values of `state`."""
         self._losses = {name: vector.cpu() for name, vector in state["losses"].items()}
         self._factors = {half: vector.cpu() for half, vector in state["factors"].items()}
         self._renewed_at = state["renewed_at"]
+        self._confirmed = {(name, layer) for name, layer in state.get("confirmed", [])}

@@ -6,8 +6,8 @@ out of the tensors. The *logical* shape is what remains after the first, the *ph
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -45,6 +45,8 @@ class Pruner:
         self.pending: Removal | None = None
         """Zeroed but not yet physically removed groups; `before` is the physical shape."""
         self.events_since_compaction = 0
+        self.taken: list[Unit] | None = None
+        """Units that the event at hand has zeroed so far; None between two events."""
         self.next_saliency: dict[str, float] = {}
         """Score (see selection.Unit) of the unit of each kind that would go next."""
         self.tracker = plan.tracker(self.physical, seed, parallel.mean_tensors)
@@ -94,9 +96,15 @@ class Pruner:
         if not self.is_done:
             self.tracker.finish_step()
 
-    def discard_step(self) -> None:
-        """Forget the saliency of a step whose gradients were not finite."""
+    def copy_of_grams(self) -> dict[str, Tensor] | None:
+        """Return what `discard_step` takes to forget what a step's forward passes add to the Gram matrices."""
+        return self.grams.copies() if self.grams is not None else None
+
+    def discard_step(self, grams: dict[str, Tensor] | None = None) -> None:
+        """Forget the saliency of a step, and where they are given, go back to these Gram matrices."""
         self.tracker.discard_step()
+        if self.grams is not None and grams is not None:
+            self.grams.grams = grams
 
     def mask_gradients(self) -> None:
         """Keep zeroed groups at zero: drop their gradients."""
@@ -140,25 +148,30 @@ class Pruner:
     ) -> Removal | None:
         """Zero the lowest-scored units until the budget's measure is at most `target`; None where nothing goes.
 
-        `probe` measures blocks, where that is wanted; then it is a collective call.
+        `probe` measures blocks, where that is wanted; then it is a collective call. Where `probe` raises, the next call
+        goes on with the event, in this process or after `load_state`; what it returns then has all units of the event,
+        and shapes since it went on.
         """
         if not self.is_above(target):
             return None
-        before, units, kept = self.architecture, [], all_groups(self.architecture)
-        if self.blocks is not None:
-            self.blocks.forget()
+        before, kept = self.architecture, all_groups(self.architecture)
+        if self.taken is None:
+            self.taken = []
+            if self.blocks is not None:
+                self.blocks.forget()
         while True:
             scores = self._scores_to_rank_by(probe)
             until = target if self.blocks is None else max(target, self.blocks.next_renewal)
             removal = select_removal(self.architecture, scores, self.rules, until, stop_before=self._is_doubtful)
             if removal.units:
                 self._zero(removal, optimizer)
-                units += removal.units
+                self.taken += removal.units
                 kept = compose(kept, removal.kept)
             following = self._next_unit(removal, scores)
             if not self.is_above(target) or following is None:
                 break
             self._confirm(following, removal, probe)
+        units, self.taken = self.taken, None
         if not units:
             return None
         self.events_since_compaction += 1
@@ -230,16 +243,23 @@ class Pruner:
         return loss, callee
 
     def recover(
-        self, whole: Any, removal: Removal, windows: np.ndarray, dtype: torch.dtype, rows: Tensor | None = None
+        self,
+        whole: Any,
+        removal: Removal,
+        windows: np.ndarray,
+        dtype: torch.dtype,
+        rows: Tensor | None = None,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         """Fit the model to what it was before `removal` (--recover) on windows [n, S + 1], the same on every rank.
 
-        `rows`: those of `whole` that the model has, where some went before `removal`.
+        `rows`: those of `whole` that the model has, where some went before `removal`. `check`: see LeastSquares.fit.
         """
         tokens = torch.from_numpy(self.parallel.my_rows(windows)).to(self.parallel.device)
         tokens = torch.where(tokens < 0, ~tokens, tokens)[:, :-1]
         stem = removal.kept["stem"][0]
-        LeastSquares(self.model, whole, stem, self.settings.recover_damping, dtype, rows).fit(tokens, self.parallel)
+        fit = LeastSquares(self.model, whole, stem, self.settings.recover_damping, dtype, rows).fit
+        fit(tokens, self.parallel, check)
 
     def _drop_grams_when_done(self) -> None:
         """Once nothing more goes, nothing needs to be absorbed."""
@@ -255,6 +275,7 @@ class Pruner:
             "wants_rows": self.wants_rows,
             "logical": self.architecture.to_dict(),
             "events_since_compaction": self.events_since_compaction,
+            "taken": [asdict(unit) for unit in self.taken] if self.taken is not None else None,
         }
 
     def state_tensors(self) -> dict[str, Any]:
@@ -270,6 +291,10 @@ class Pruner:
         self.survivors = kept_from_json(values["survivors"], self.plan.source)
         self.wants_rows = values["wants_rows"]
         self.events_since_compaction = values["events_since_compaction"]
+        if (taken := values.get("taken")) is not None:
+            self.taken = [
+                Unit(**unit | {"parts": tuple((layer, tuple(at)) for layer, at in unit["parts"])}) for unit in taken
+            ]
         logical = Architecture.from_dict(values["logical"])
         if values["pending"] is not None:
             kept = kept_from_json(values["pending"], self.physical)

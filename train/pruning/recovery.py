@@ -54,12 +54,16 @@ class LeastSquares:
         self.stem, self.rows = stem, rows
 
     @torch.no_grad()
-    def fit(self, windows: Tensor, parallel: Parallel) -> None:
-        """Fit every layer on windows [n, S] of token ids, this rank's share."""
+    def fit(self, windows: Tensor, parallel: Parallel, check: Callable[[], None] = lambda: None) -> None:
+        """Fit every layer on windows [n, S] of token ids, this rank's share.
+
+        `check` is called before every matrix and may raise.
+        """
         same_text = windows if self.rows is None else self.rows.to(windows.device)[windows]
         ours, theirs = self.model.embed_tokens(windows).float(), self.whole.embed_tokens(same_text).float()
         for layer, original in zip(self.model.layers, self.whole.layers, strict=True):
             for part in (_Attention, _FeedForward):
+                check()
                 theirs += self._run(part(original, self.whole), theirs)[1]
                 if (matrix := part.matrix(layer)) is None:
                     continue
@@ -146,6 +150,10 @@ class InputGrams:
         self._handles: list[Any] = []
         self.readers = same_input(architecture_of(model.config).parts)
         self.attach(model)
+
+    def copies(self) -> dict[str, Tensor]:
+        """Return copies of the Gram matrices as they are."""
+        return {name: gram.clone() for name, gram in self.grams.items()}
 
     def attach(self, model: Any) -> None:
         """Observe `model`, again after it is rebuilt."""

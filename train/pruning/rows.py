@@ -38,9 +38,13 @@ class RowProbe:
         splits: np.ndarray,
         windows: np.ndarray,
         parallel: Parallel,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
-        """Use `splits` of every row and `windows` [n, S + 1] of text, the same on every rank."""
-        self._loss, self._tokenizer, self._parallel = loss, tokenizer, parallel
+        """Use `splits` of every row and `windows` [n, S + 1] of text, the same on every rank.
+
+        `check` is called before every text that is measured and may raise.
+        """
+        self._loss, self._tokenizer, self._parallel, self._check = loss, tokenizer, parallel, check
         self.splits = torch.from_numpy(splits)
         self._separator = end_of_text_id(tokenizer)
         self._texts = [row.tolist() for row in parallel.my_rows(np.where(windows < 0, ~windows, windows))]
@@ -89,15 +93,18 @@ class RowProbe:
         if rows is not None:
             place[rows] = torch.arange(len(rows), device=device)
         total = 0.0
-        with torch.compiler.set_stance("force_eager"):  # every length would be compiled
-            for text in texts:
-                inputs = torch.tensor([[self._separator, *text[:-1]]], device=device)
-                with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-                    hidden = model.model(input_ids=inputs, use_cache=False).last_hidden_state[0]
-                logits = (hidden.to(dtype) @ weight.to(dtype).T).float()
-                targets = place[torch.tensor(text, device=device)]
-                total += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
-        self._loss.train(was_training)
+        try:
+            with torch.compiler.set_stance("force_eager"):  # every length would be compiled
+                for text in texts:
+                    self._check()
+                    inputs = torch.tensor([[self._separator, *text[:-1]]], device=device)
+                    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+                        hidden = model.model(input_ids=inputs, use_cache=False).last_hidden_state[0]
+                    logits = (hidden.to(dtype) @ weight.to(dtype).T).float()
+                    targets = place[torch.tensor(text, device=device)]
+                    total += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
+        finally:
+            self._loss.train(was_training)
         return total
 
 

@@ -129,14 +129,18 @@ class MetricsWriter:
         if self._wandb is not None:
             self._wandb.log(numbers, step=record["step"])
 
-    def truncate(self, progress: RunProgress) -> None:
-        """Remove damaged lines, and records that a killed run wrote after the checkpoint that is resumed."""
+    def truncate(self, progress: RunProgress, is_recorded: bool = True) -> None:
+        """Remove damaged lines, and records that a killed run wrote after the checkpoint that is resumed.
+
+        `is_recorded`: whether the step of the checkpoint was logged before it.
+        """
         if not self.is_main or not self.path.is_file():
             return
         records, num_damaged = _read(self.path)
         if num_damaged:
             _log.warning(f"{self.path}: {num_damaged} damaged lines are skipped")
-        kept = [record for record in records if _is_before(record, progress)]
+        last = progress.step if is_recorded else progress.step - 1
+        kept = [record for record in records if _is_before(record, last, progress)]
         write_text_atomically(self.path, "".join(f"{json.dumps(record)}\n" for record in kept))
 
     def close(self) -> None:
@@ -153,11 +157,11 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return _read(folder / FILE_NAME)[0]
 
 
-def _is_before(record: dict[str, Any], progress: RunProgress) -> bool:
-    """Return True if a record is not later than the checkpoint of `progress`."""
+def _is_before(record: dict[str, Any], last: int, progress: RunProgress) -> bool:
+    """Return True if a record is of step `last` or before and no measurement that `progress` does not know."""
     stage = next((key for key in record if key.startswith("perplexity_")), None)
     is_measured = stage is None or stage.removeprefix("perplexity_") in progress.perplexity
-    return record["step"] <= progress.step and is_measured
+    return record["step"] <= last and is_measured
 
 
 def _read(path: Path) -> tuple[list[dict[str, Any]], int]:

@@ -17,7 +17,7 @@ to 7 % longer. The third that both together select makes it 3 to 4 % longer (res
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -30,11 +30,17 @@ BATCH = 256
 
 
 def count_tokens(
-    specs: Sequence[DataSpec], encoder: Encoder, held_out_fraction: float, num_rows: int, tokens: int
+    specs: Sequence[DataSpec],
+    encoder: Encoder,
+    held_out_fraction: float,
+    num_rows: int,
+    tokens: int,
+    check: Callable[[], None] = lambda: None,
 ) -> np.ndarray:
     """Return how often each token occurs in about `tokens` tokens of the corpora's training part, fp64 [num_rows].
 
     A corpus that is too short for its share is read once, and its counts are scaled up to the share.
+    `check` is called after every batch of documents and may raise.
     """
     total = sum(spec.weight for spec in specs)
     frequencies = np.zeros(num_rows)
@@ -42,6 +48,7 @@ def count_tokens(
     for spec in specs:
         counts = np.zeros(num_rows)
         for ids in _batches_of_ids(spec, encoder, held_out_fraction):
+            check()
             counts += np.bincount(np.where(ids < 0, ~ids, ids), minlength=num_rows)
             if counts.sum() >= tokens * spec.weight / total:
                 break

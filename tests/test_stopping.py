@@ -1,0 +1,187 @@
+"""A signal in any phase of a run is answered there, and the resumed run is the uninterrupted one, to the bit."""
+
+from __future__ import annotations
+
+import collections
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from training import command, metrics, run, weights, without
+
+from efficientllm.train import trainer
+from efficientllm.train.stop_signal import StopSignal
+
+PLAIN = ["--checkpoint-every", "0", "--eval-every", "5"]
+RUNS: dict[str, list[str]] = {
+    "samples": [
+        *("--batch-size", "2", "--gradient-accumulation", "2", "--saliency", "taylor2", "--weight-update", "obs"),
+        *("--qat", "q4_0", "--compact-every", "3"),
+    ],
+    "blocks": [
+        *("--prune", "attention,ffn,blocks", "--block-tokens", "256", "--compact-every", "2", "--removals", "3")
+    ],
+    "rows": [
+        *("--prune", "attention,ffn,vocabulary", "--block-tokens", "256", "--vocabulary-tokens", "20000"),
+        *("--target-ratio", "0.7", "--removals", "2", "--prune-start", "0.3", "--distill", "1"),
+        *("--recover", "least-squares", "--recover-tokens", "512"),
+    ],
+}
+"""Flags of runs that have every phase between them."""
+
+STOPS = [
+    ("samples", "accumulate_gradients", 7),
+    ("samples", "accumulate_gradients", 14),
+    ("samples", "perplexity", 1),
+    ("samples", "perplexity", 5),
+    ("samples", "<lambda>", 3),
+    ("blocks", "_of_batch", 1),
+    ("blocks", "_of_batch", 5),
+    ("blocks", "_of_batch", -1),
+    ("blocks", "_of_batch", -7),
+    ("blocks", "perplexity", -3),
+    ("rows", "count_tokens", 1),
+    ("rows", "_nats", 3),
+    ("rows", "_nats", -2),
+    ("rows", "_of_batch", -1),
+    ("rows", "fit", 3),
+    ("rows", "fit", -1),
+]
+"""(run, function that asks whether to stop, which of the times that it asks; from the end where negative)."""
+
+
+def arguments(name: str, source: Path, corpus: Path, folder: Path) -> list[str]:
+    more = RUNS[name]
+    given = command(source, corpus, folder, *PLAIN)
+    for flag in ("--prune", "--target-ratio"):
+        given = without(given, flag) if flag in more else given
+    return [*given, *more, "--quality" if name == "samples" else "--no-quality"]
+
+
+class Asked:
+    """Counts who asks whether to stop, and sends the signal at one of these times."""
+
+    def __init__(self) -> None:
+        self.times = collections.Counter[str]()
+        self.stop_at: tuple[str, int] | None = None
+
+    def look(self, place: str) -> None:
+        self.times[place] += 1
+        if (place, self.times[place]) == self.stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
+    found, check = Asked(), StopSignal.check
+
+    def counting(self: StopSignal) -> None:
+        frame: Any = sys._getframe(1)
+        found.look((frame.f_back if frame.f_code.co_name == "check_alone" else frame).f_code.co_name)
+        check(self)
+
+    monkeypatch.setattr(StopSignal, "check", counting)
+    return found
+
+
+@pytest.fixture(scope="module")
+def whole(source_folder: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """{run: (its folder, how often each function asked)} of the runs that were made so far, without a stop."""
+    return {}
+
+
+def uninterrupted(name: str, whole: dict[str, Any], asked: Asked, source: Path, corpus: Path, folder: Path) -> Path:
+    if name not in whole:
+        assert run(arguments(name, source, corpus, folder / "straight")) == 0
+        whole[name] = folder / "straight", asked.times.copy()
+        asked.times.clear()
+    return whole[name][0]
+
+
+def same(one: Path, other: Path) -> None:
+    assert metrics(one) == metrics(other)
+    ours, theirs = weights(one), weights(other)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize(("name", "place", "time"), STOPS, ids=[f"{a}-{b}-{c}" for a, b, c in STOPS])
+def test_a_run_that_is_stopped_anywhere_is_resumed_bit_identically(
+    name: str,
+    place: str,
+    time: int,
+    asked: Asked,
+    whole: dict[str, Any],
+    source_folder: Path,
+    corpus: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    straight = uninterrupted(name, whole, asked, source_folder, corpus, tmp_path)
+    times = whole[name][1][place]
+    asked.stop_at = (place, time if time > 0 else times + 1 + time)
+    assert 0 < asked.stop_at[1] <= times
+    given = arguments(name, source_folder, corpus, tmp_path / "stopped")
+    assert run(given) == 130
+    assert asked.times[place] == asked.stop_at[1]  # it was answered there
+    assert "stopped by SIGTERM" in capsys.readouterr().err.strip().splitlines()[-1]
+    asked.stop_at = None
+    assert run([*given, "--resume"]) == 0
+    same(tmp_path / "stopped", straight)
+
+
+def test_a_removal_that_cannot_be_saved_before_is_done_before_the_run_stops(
+    asked: Asked,
+    whole: dict[str, Any],
+    source_folder: Path,
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The disk has no room for the checkpoint from before it."""
+    straight = uninterrupted("rows", whole, asked, source_folder, corpus, tmp_path)
+    asked.stop_at = ("fit", 2)
+    given = arguments("rows", source_folder, corpus, tmp_path / "stopped")
+    usage = shutil.disk_usage(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.shutil, "disk_usage", lambda path: usage._replace(free=1_000_000))
+        assert run(given) == 130
+    assert asked.times["fit"] > 2
+    assert "checkpoint step-000000" in capsys.readouterr().err.strip().splitlines()[-1]
+    asked.stop_at = None
+    assert run([*given, "--resume"]) == 0
+    same(tmp_path / "stopped", straight)
+
+
+def test_a_second_signal_interrupts_at_once(
+    source_folder: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, steps = trainer.Trainer._step, []
+
+    def stopping(self: trainer.Trainer) -> dict[str, Any]:
+        steps.append(self.progress.step)
+        if len(steps) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+            pytest.fail("it went on")
+        return step(self)
+
+    monkeypatch.setattr(trainer.Trainer, "_step", stopping)
+    assert run(command(source_folder, corpus, tmp_path / "run", *PLAIN)) == 130
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_ranks_stop_together() -> None:
+    """A rank that got no signal stops where another one did, and only where all of them ask."""
+    ours = StopSignal(any_rank=lambda flag: True)
+    ours.check_alone()
+    with ours.held(False), pytest.raises(KeyboardInterrupt, match="a signal to another rank"):
+        ours.check()
+    with ours.held():
+        ours.check()
