@@ -99,10 +99,8 @@ def test_bytes_that_are_no_utf_8_are_one_line(exported: Callable[..., Path], kin
     system = subprocess.run([*command, "--system", b"a\xffb", "Hi"], capture_output=True)
     for run in (piped, given, system):
         assert run.returncode == 2, run.stderr
-        lines = [line for line in run.stderr.splitlines() if not line.startswith(b"measuring which attention")]
-        assert lines == [
-            b"error: the text has an invalid character: a byte that is not UTF-8, or half of a surrogate pair; remove it"
-        ]
+        (line,) = [line for line in run.stderr.splitlines() if not line.startswith(b"measuring which attention")]
+        assert line.startswith(b"error: the text has an invalid character: a byte that is not UTF-8, ")
 
 
 def test_an_interrupt_ends_the_answer_and_keeps_what_is_there(artefact: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,10 +73,14 @@ class Prose:
         )
 
 
+NOT_PROSE = ("|", "<", "![", ">>>", "#", "├", "│", "└")
+"""First characters of lines of tables, pictures, examples, headings and trees."""
+
+
 def _without_code(text: str) -> str:
-    """Drop fenced code, comments, tables, pictures and quoted code of Markdown."""
+    """Drop fenced code, comments, tables, trees, pictures and quoted code."""
     text = re.sub(r"```.*?```|<!--.*?-->", " ", text, flags=re.DOTALL)
-    kept = [line for line in text.splitlines() if not line.lstrip().startswith(("|", "<", "![", ">>>", "#"))]
+    kept = [line for line in text.splitlines() if not line.lstrip().startswith(NOT_PROSE)]
     return re.sub(r"`[^`]*`", "X", "\n".join(kept))
 
 

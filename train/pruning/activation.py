@@ -13,12 +13,12 @@ Scores of heads and FFN channels from the inputs of o_proj and down_proj: the co
 
 Saliency of a group as the Fisher information of a gate before it (`--saliency token-fisher`).
 
-For an input channel c of o_proj or down_proj, x_tc at token t, and the gradient of the loss g_tc there, closing a gate
-on a head (its D channels together) or on an FFN channel changes the loss by about 1/2 sum_t (sum_c g_tc x_tc)^2 (Fisher
-pruning: Theis et al. 2018, arXiv 1801.05787, eq. 7, with every token as a sample). `fisher` forms the same square over
-a whole microbatch, of which a step has few. The tokens of a step are hundreds of samples, so this ranking has much less
-noise: a one-shot removal with a fit ends at 0.41 nats instead of 0.49 (research/log). A stem channel has a gate after
-every norm that reads it. Its score is the square of the sum of their roots.
+Let x_tc be an input channel c of o_proj or down_proj at token t, and g_tc the gradient of the loss there. Closing a
+gate on a head (its D channels together) or on an FFN channel changes the loss by about 1/2 sum_t (sum_c g_tc x_tc)^2
+(Fisher pruning: Theis et al. 2018, arXiv 1801.05787, eq. 7, with every token as a sample). `fisher` forms the same
+square over a whole microbatch, of which a step has few. The tokens of a step are hundreds of samples, so this ranking
+has much less noise: a one-shot removal with a fit ends at 0.41 nats instead of 0.49 (research/log). A stem channel has
+a gate after every norm that reads it. Its score is the square of the sum of their roots.
 """
 
 from __future__ import annotations
