@@ -152,14 +152,14 @@ def test_a_block_is_measured_again_once_another_went(measured: tuple[BlockScores
     scores, found = measured
     first, second = (Unit("ffn_block", ((layer, (0,)),), 1.0, 1.0) for layer in (0, 1))
     group = Unit("ffn", ((0, (0,)),), 1.0, 1.0)
-    assert not scores.is_doubtful(first)
-    assert not scores.is_doubtful(second, [group])
-    assert scores.is_doubtful(second, [first])
-    assert not scores.is_doubtful(group, [first])
-    scores.forget([first])
-    assert scores.is_doubtful(second)
-    scores.confirm(found, "ffn_block", 1)
-    assert not scores.is_doubtful(second)
+    assert not scores.is_outdated(first)
+    assert not scores.is_outdated(second, [group])
+    assert scores.is_outdated(second, [first])
+    assert not scores.is_outdated(group, [first])
+    scores.invalidate([first])
+    assert scores.is_outdated(second)
+    scores.measure(found, "ffn_block", 1)
+    assert not scores.is_outdated(second)
 
 
 # -- the ranking

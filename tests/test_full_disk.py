@@ -22,7 +22,6 @@ from efficientllm.runtime.base.errors import DiskFullError
 from efficientllm.runtime.base.files import folder_written_atomically
 from efficientllm.train.checkpoint import state as training_state
 from efficientllm.train.checkpoint.run_folder import damage
-from efficientllm.train.config.sections.sections import RunConfig
 from efficientllm.train.reporting.metrics import MetricsWriter
 
 ERRORS = pytest.CaptureFixture[str]
@@ -66,7 +65,7 @@ def test_a_run_on_a_full_disk_ends_in_one_line_and_goes_on_when_there_is_room(
         error = error_line(capsys)
         assert f"{WHERE[kilobytes]} cannot be written: the disk is full (" in error
         kept = [*(folder / "run" / "checkpoints").glob("*")]
-        assert f"make room and {f'--resume from {kept[-1].name}' if kept else 'begin anew'}" in error
+        assert f"make room and {f'--resume from {kept[-1].name}' if kept else 'start again'}" in error
         assert [damage(checkpoint) for checkpoint in kept] == [""] * len(kept)
         grow(folder, 20_000)
         assert run([*arguments, "--resume"]) == 0
@@ -149,7 +148,7 @@ def test_what_does_not_fit_is_refused_before_it_is_written(tmp_path: Path) -> No
 
 def test_a_record_that_does_not_fit_leaves_the_others_whole(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", 8) as folder:
-        writer = MetricsWriter(folder, RunConfig(), is_main=True)
+        writer = MetricsWriter(folder, is_main=True)
         record: dict[str, Any] = {"step": 1, "tokens": 1, "text": "x" * 1000}
         for _ in range(7):
             writer.write(record)

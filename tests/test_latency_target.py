@@ -20,7 +20,7 @@ from efficientllm.runtime.engines.manifest import Manifest
 from efficientllm.runtime.latency.profile import DeviceProfile
 from efficientllm.runtime.latency.shape import Workload
 from efficientllm.runtime.latency.table import Surcharge
-from efficientllm.train.config.sections.pruning import LatencyTarget, PruneConfig
+from efficientllm.train.config.pruning import LatencyTarget, PruneConfig
 from efficientllm.train.model.architecture import Architecture, LayerShape
 from efficientllm.train.model.file_types import gguf_bytes
 from efficientllm.train.model.groups import BLOCKS, KINDS, counts
@@ -151,13 +151,13 @@ def test_other_targets_are_refused(text: str) -> None:
                 "ranking_profile": "b",
                 "rank_by": "parameters",
             },
-            "ranks by milliseconds; leave out --rank-by",
+            "ranks by milliseconds; omit --rank-by",
         ),
         ({"target_latency": "0.6x", "target_params": 5, "device_profile": "a", "at_depth": 1}, "are both given"),
         ({"target_latency": "0.6x", "device_profile": "a", "workload": "tokens=3"}, "cannot read 'tokens=3'"),
         ({"prune": ("blocks",), "layout": "uniform"}, "needs layers that may differ"),
         ({"prune": ("ffn", "blocks"), "score_scale": "saliency"}, "blocks need scores in one unit"),
-        ({"prune": ("ffn", "layers"), "target_architecture": "a.json"}, "says which blocks go"),
+        ({"prune": ("ffn", "layers"), "target_architecture": "a.json"}, "determines the blocks"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(settings: dict[str, object], message: str) -> None:

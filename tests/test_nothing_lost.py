@@ -172,11 +172,11 @@ def test_resume_begins_nothing_anew_over_somebody_s_files(
     for checkpoint in list((copy / "checkpoints").iterdir()):
         checkpoint.rename(checkpoint.with_name(f"{checkpoint.name}.bak"))
     assert run(command(source_folder, corpus, copy, "--resume")) == 2
-    assert "has no checkpoint yet and holds checkpoints/step-00000005.bak" in one_line(capsys)
+    assert "has no checkpoint and holds checkpoints/step-00000005.bak" in one_line(capsys)
     finished = Path(shutil.copytree(straight, tmp_path / "finished"))
     (finished / "model").rename(tmp_path / "elsewhere")
     assert run(command(source_folder, corpus, finished, "--resume")) == 2
-    assert "is finished, its model was moved away" in one_line(capsys)
+    assert "is finished, and its model was moved away" in one_line(capsys)
 
 
 def test_what_cannot_be_renamed_is_not_emptied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -324,9 +324,9 @@ def test_resume_without_any_sound_checkpoint_says_so(
 def test_nothing_is_removed_in_a_skipped_step(
     source_folder: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    accumulate = trainer.Trainer._accumulate_gradients
+    accumulate = trainer.TrainingStep._accumulate_gradients
     monkeypatch.setattr(
-        trainer.Trainer,
+        trainer.TrainingStep,
         "_accumulate_gradients",
         lambda self, rows: float("nan") if 4 <= self.progress.step < 9 else accumulate(self, rows),
     )
@@ -357,7 +357,7 @@ def test_a_diverged_run_goes_on_with_a_lower_learning_rate(
     assert run([*arguments, "--resume", "--learning-rate", "1e18", "--max-grad-norm", "1e30"]) == 2
     assert "--resume with a lower --learning-rate" in one_line_of(capsys)
     assert run([*arguments, "--resume", "--learning-rate", "1e-4"]) == 0
-    assert "--learning-rate is not what it was" in capsys.readouterr().out
+    assert "--learning-rate has changed" in capsys.readouterr().out
     assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path / "run").values())
 
 
@@ -374,7 +374,7 @@ def test_a_run_that_ends_in_nonsense_writes_no_model(
     wild[wild.index("--learning-rate") + 1] = "1e18"
     wild[wild.index("--tokens") + 1] = "768"
     assert run([*wild, "--checkpoint-every", "0"]) == 2
-    assert "no model is written: begin anew with a lower --learning-rate" in one_line_of(capsys)
+    assert "no model is written: start again with a lower --learning-rate" in one_line_of(capsys)
     assert not (tmp_path / "run" / "model").exists()
 
 
@@ -397,7 +397,7 @@ def stop_while_measuring(name: str, monkeypatch: pytest.MonkeyPatch, number: int
 
     def stopping(self: Measuring, stage: str, *more: Any) -> None:
         if stage == "final":
-            seen.extend(sorted(os.listdir(self.plan.folder)))
+            seen.extend(sorted(os.listdir(self.metrics.path.parent)))
             os.kill(os.getpid(), number)
         measure(self, stage, *more)
 
@@ -508,7 +508,7 @@ def test_a_bad_line_late_in_the_text_loses_nothing_that_was_trained(
     error = one_line_of(capsys)
     assert "line 201 is not a JSON object" in error
     assert "--skip-bad-lines N leaves out up to N such lines" in error
-    assert "is written: mend the text and --resume" in error
+    assert "is written: repair the text and --resume" in error
     (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
     assert json.loads((checkpoint / "trainer.json").read_text())["progress"]["step"] > 0
     assert run([*arguments, "--resume", "--skip-bad-lines", "1"]) == 0

@@ -15,7 +15,7 @@ from efficientllm.export import cli as export_cli
 from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.base.errors import UsageError
 from efficientllm.runtime.base.output import LOCK_NAME, check_output, check_place, locked_output
-from efficientllm.train import RunConfig, trainer
+from efficientllm.train import trainer
 from efficientllm.train.reporting.metrics import MetricsWriter, RunProgress, read_metrics
 
 ERRORS = pytest.CaptureFixture[str]
@@ -142,7 +142,7 @@ def test_damaged_records_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureF
     mixed = [line for pair in zip(lines, NOISE, strict=False) for line in pair]
     (tmp_path / "metrics.jsonl").write_bytes(b"\n".join([*mixed, NOISE[-1], b'{"step": 6, "tokens": 60, "lo']))
     assert read_metrics(tmp_path) == sound
-    MetricsWriter(tmp_path, RunConfig(), is_main=True).truncate(RunProgress(step=3))
+    MetricsWriter(tmp_path, is_main=True).truncate(RunProgress(step=3))
     assert metrics(tmp_path) == sound[:3]
     assert caplog.messages == [f"{tmp_path / 'metrics.jsonl'}: 6 damaged lines are skipped"]
 

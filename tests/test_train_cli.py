@@ -157,7 +157,7 @@ BAD_INPUT = [
     (["--learnig-rate", "1e-4"], "unrecognized arguments: --learnig-rate 1e-4; did you mean --learning-rate?"),
     (["--batch-size", "0"], "--batch-size 0: must be positive"),
     (["--learning-rate", "inf"], "--learning-rate inf: must be above 0 and finite"),
-    (["--prune", "none"], "--prune none: there is a --target-ratio; leave one of them out"),
+    (["--prune", "none"], "--prune none conflicts with --target-ratio; remove one of them"),
     (["--quantize", "q4_0"], "--quantize q4_0: is for --target-bytes; give one"),
     (["--qat-start", "0.5"], "--qat-start 0.5: goes with --qat; give a type"),
     (["--distill", "1", "--teacher-cache", __file__], "is no folder; name one"),
@@ -211,7 +211,7 @@ def test_a_corpus_that_changed_meanwhile_is_said(
     process.wait()
     text.write_text(text.read_text(encoding="utf-8").replace("a", "b"), encoding="utf-8")
     assert run(["--resume", "--output", str(tmp_path / "run")]) == 0
-    assert f"--data {text} is not what it was; the result is not that of" in capsys.readouterr().out
+    assert f"--data {text} has changed; the result is not that of" in capsys.readouterr().out
 
 
 def test_a_logger_that_does_not_start_is_one_line(

@@ -16,7 +16,7 @@ from training import command, metrics, run, stopped_between_compactions, unprune
 from efficientllm.export import cli as export_cli
 from efficientllm.runtime.base.command import run_command
 from efficientllm.train.checkpoint import state as training_state
-from efficientllm.train.config.sections.presets import PRESETS
+from efficientllm.train.config.presets import PRESETS
 from efficientllm.train.model.architecture import Architecture, LayerShape
 from efficientllm.train.schedule import DroppingSchedule
 
@@ -211,7 +211,7 @@ BAD_INPUT = [
     (["--quantize", "iq4_xs"], "--quantize iq4_xs: --target-bytes knows f32, f16"),
     (["--distill", "-1"], "--distill -1.0: must not be negative"),
     (["--removals", "3", "--prune-start", "0.1", "--prune-end", "0.1"], "--removals 3: need --prune-end after"),
-    (["--removals", "3", "--prune-every", "2"], "--removals 3: are evenly spread; leave out --prune-every"),
+    (["--removals", "3", "--prune-every", "2"], "--removals 3: are evenly spread; omit --prune-every"),
     (["--removals", "300"], "--removals 300: there are "),
     (["--saliency", "tailor1"], "tailor1"),
     (["--compact-every", "0"], "--compact-every 0: must be positive"),

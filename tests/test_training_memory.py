@@ -22,7 +22,7 @@ from efficientllm.train.compute import hardware as heap
 from efficientllm.train.compute.loss import TrainingLoss
 from efficientllm.train.compute.optimizer import AdamW, clip_factor, gradient_norm, make_optimizer
 from efficientllm.train.compute.optimizer import store_gradients_as_computed as store_as_computed
-from efficientllm.train.config.sections.sections import OptimizerConfig, RunConfig, SourceConfig, TrainConfig
+from efficientllm.train.config.sections import OptimizerConfig, RunConfig, SourceConfig, TrainConfig
 from efficientllm.train.model.architecture import LayerShape
 from efficientllm.train.pruning import surgery
 
@@ -34,13 +34,13 @@ from efficientllm.train.compute.hardware import HeapWatch
 
 keep_freed_pages()
 watch = HeapWatch()
-watch.look()
+watch.trim_if_grown()
 before = memory_bytes()["rss_bytes"]
 tensors = [torch.ones(2**21 if index % 2 else 2**14) for index in range(200)]
 small = tensors[::2]
 del tensors
 held = memory_bytes()["rss_bytes"] - before
-assert watch.look()
+assert watch.trim_if_grown()
 print(held, memory_bytes()["rss_bytes"] - before)
 """
 """Prints what a heap with holes between small tensors holds, and what is left of that after a look."""
@@ -245,7 +245,7 @@ def test_a_heap_in_pieces_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None
     given_back = []
     monkeypatch.setattr(heap, "trim_heap", lambda: given_back.append(True))
     watch = heap.HeapWatch()
-    assert [watch.look() for _ in range(7)] == [False, False, False, True, False, False, True]
+    assert [watch.trim_if_grown() for _ in range(7)] == [False, False, False, True, False, False, True]
     assert len(given_back) == 2
 
 

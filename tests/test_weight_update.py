@@ -56,7 +56,7 @@ def test_the_update_brings_the_outputs_closer(kind: str) -> None:
     removal = some_removal(architecture, (kind,), units=4)
     plain, updated = copy.deepcopy(original), copy.deepcopy(original)
     grams = observed(updated)
-    grams.update_weights(removal)
+    grams.update_weights(updated, removal)
     zero_groups(plain, removal)
     zero_groups(updated, removal)
     with torch.inference_mode():
@@ -70,6 +70,6 @@ def test_only_affected_layers_change() -> None:
     model = tiny_model(architecture)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     removal = some_removal(architecture, ("ffn",), units=1)
-    observed(model).update_weights(removal)
+    observed(model).update_weights(model, removal)
     changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
     assert changed == {f"model.layers.{removal.units[0].parts[0][0]}.mlp.down_proj.weight"}

@@ -65,7 +65,7 @@ def stopped_between_compactions(
 
     def stopping(self: Trainer) -> dict[str, Any]:
         record = step(self)
-        if self.pruner is not None and self.pruner.pending is not None and not stopped:
+        if self.pruner is not None and self.pruner.zeroed is not None and not stopped:
             stopped.append(self.progress.step)
             self.stop_signal.name = "SIGTERM"
         return record

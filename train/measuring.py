@@ -1,25 +1,21 @@
-"""What is measured of a run's model on the way: held-out perplexity, and at both ends what it keeps of its source."""
+"""Measurements of a run's model: held-out perplexity on the way, and the quality of the source and the final model."""
 
 from __future__ import annotations
 
 import math
-from functools import cached_property
-from typing import Any
+from dataclasses import asdict
 
-import numpy as np
 import torch
-from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from ..runtime.base.errors import DataError
 from ..runtime.base.progress import ProgressDisplay
 from ..runtime.engines.contract_text import one_line
 from .compute.loss import perplexity
-from .data.packing import held_out_windows
+from .compute.trained_model import TrainedModel
 from .evaluation.quality.contract import Quality, contract, measure_quality
 from .evaluation.torch_model import TorchModel
-from .plan import RunPlan
 from .reporting.metrics import MetricsWriter, RunProgress
+from .run_text import RunText
 from .stop_signal import StopSignal
 from .vocabulary.retokenization import ByteTokenizer
 
@@ -28,83 +24,87 @@ QUALITY_BATCH_TOKENS = 2048
 
 
 class Measuring:
-    """The measurements of one run; their values go into its progress and its metrics."""
+    """The measurements of one run. All but `is_sound` raise StopRequested on a signal."""
 
-    def __init__(self, plan: RunPlan, held_out: np.ndarray, metrics: MetricsWriter, stop_signal: StopSignal) -> None:
-        """`held_out` are windows [n, S + 1]. Every measurement but `is_sound` raises StopRequested on a signal."""
-        self.plan, self.held_out, self.metrics, self.stop_signal = plan, held_out, metrics, stop_signal
-        self.tokenizer = plan.tokenizer
+    def __init__(
+        self,
+        trained: TrainedModel,
+        text: RunText,
+        progress: RunProgress,
+        metrics: MetricsWriter,
+        display: ProgressDisplay,
+        stop_signal: StopSignal,
+        batch_size: int,
+        prunes_vocabulary: bool,
+    ) -> None:
+        """Write values to `progress` and `metrics`, and show them in `display`."""
+        self.trained, self.text, self.progress, self.metrics = trained, text, progress, metrics
+        self.display, self.stop_signal, self.batch_size = display, stop_signal, batch_size
+        self.prunes_vocabulary = prunes_vocabulary
 
-    def read_with(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Go on with windows of the same text in another tokenizer."""
-        settings = self.plan.config.source
-        length, fraction, tokens = settings.sequence_length, settings.held_out_fraction, settings.eval_tokens
-        self.tokenizer = tokenizer
-        self.held_out = held_out_windows(self.plan.data, tokenizer, length, fraction, tokens)
+    def stage(self, name: str) -> None:
+        """Measure held-out perplexity at a stage of the run: source, after_pruning or final."""
+        value = self.progress.perplexity[name] = self._held_out_perplexity()
+        record, shown = {f"perplexity_{name}": value}, f"{value:.2f}"
+        if self.prunes_vocabulary:
+            bits = self.progress.bits_per_byte[name] = record[f"bits_per_byte_{name}"] = self._bits_per_byte(value)
+            shown += f" ({bits:.3f} bits per byte)"
+        self._write(record)
+        self.display.say(f"held-out perplexity, {name.replace('_', ' ')}: {shown}")
 
-    @cached_property
-    def _prunes_vocabulary(self) -> bool:
-        return self.plan.pruning is not None and self.plan.pruning.pieces is not None
+    def held_out_loss(self) -> None:
+        """Measure the held-out loss between stages."""
+        self._write({"held_out_loss": math.log(self._held_out_perplexity())})
 
-    def bits_per_byte(self, perplexity: float) -> float:
-        """Of what the held-out windows predict: comparable where a vocabulary shrinks, which perplexity is not."""
-        tokens = self.held_out[:, 1:]
-        predicted, reading = tokens[tokens >= 0], ByteTokenizer(self.tokenizer)
-        size = sum(len(reading.bytes.get(int(token), b"")) for token in predicted)
-        return math.log2(perplexity) * predicted.size / max(1, size)
+    def _write(self, record: dict[str, float]) -> None:
+        self.metrics.write({"step": self.progress.step, "tokens": self.progress.tokens, **record})
 
-    def held_out_perplexity(self, loss: nn.Module) -> float:
-        batch_size, device = self.plan.config.optimizer.batch_size, self.plan.compute.parallel.device
-        return perplexity(loss, self.held_out, batch_size, device, self.stop_signal.check)
+    def _held_out_perplexity(self) -> float:
+        device, check = self.trained.parallel.device, self.stop_signal.check
+        return perplexity(self.trained.wrapped_loss, self.text.held_out, self.batch_size, device, check)
 
-    def is_sound(self, loss: nn.Module) -> bool:
-        """Whether the weights as they are now give a finite loss: a checkpoint of others would only fail again."""
-        rows = self.held_out[(self.held_out[:, 1:] >= 0).any(1)][: self.plan.config.optimizer.batch_size]
-        return math.isfinite(perplexity(loss, rows, len(rows), self.plan.compute.parallel.device))
+    def _bits_per_byte(self, perplexity: float) -> float:
+        """Return the bits per byte of the held-out text. Unlike perplexity, it is comparable between vocabularies."""
+        tokens = self.text.held_out[:, 1:]
+        predicted, byte_tokenizer = tokens[tokens >= 0], ByteTokenizer(self.text.tokenizer)
+        num_bytes = sum(len(byte_tokenizer.bytes.get(int(token), b"")) for token in predicted)
+        return math.log2(perplexity) * predicted.size / max(1, num_bytes)
 
-    def stage(self, name: str, loss: nn.Module, progress: RunProgress, display: ProgressDisplay) -> None:
-        """Held-out perplexity at one of the run's stages: source, after_pruning or final."""
-        value = progress.perplexity[name] = self.held_out_perplexity(loss)
-        found, said = {f"perplexity_{name}": value}, f"{value:.2f}"
-        if self._prunes_vocabulary:
-            bits = progress.bits_per_byte[name] = found[f"bits_per_byte_{name}"] = self.bits_per_byte(value)
-            said += f" ({bits:.3f} bits per byte)"
-        self.metrics.write({"step": progress.step, "tokens": progress.tokens, **found})
-        display.say(f"held-out perplexity, {name.replace('_', ' ')}: {said}")
+    def is_sound(self) -> bool:
+        """Tell whether the current weights give a finite loss. A checkpoint of other weights would only fail again."""
+        held_out = self.text.held_out
+        rows = held_out[(held_out[:, 1:] >= 0).any(1)][: self.batch_size]
+        return math.isfinite(perplexity(self.trained.wrapped_loss, rows, len(rows), self.trained.parallel.device))
 
-    def held_out_loss_if_due(self, loss: nn.Module, progress: RunProgress) -> None:
-        """Along the run, every --eval-every steps; its end is measured anyway."""
-        every, step, tokens = self.plan.config.run.eval_every, progress.step, progress.tokens
-        if every and step % every == 0 and tokens < self.plan.config.optimizer.tokens:
-            value = math.log(self.held_out_perplexity(loss))
-            self.metrics.write({"step": step, "tokens": tokens, "held_out_loss": value})
+    def quality(self, name: str) -> None:
+        """Measure the quality of the source or the final model, unless its context is too short for it.
 
-    def quality(self, name: str, model: Any, progress: RunProgress, display: ProgressDisplay) -> None:
-        """Quality of the source, or of the final model; said and left out where its context is too short for it.
-
-        To be called after `stage`: its forward pass leaves FSDP's root weights whole, which the model needs here.
+        Call it after `stage`, whose forward pass leaves FSDP's root weights whole, as the model needs them here.
         """
-        if not self.plan.config.run.quality or name in progress.quality:
+        if name in self.progress.quality:
             return
         try:
-            progress.quality[name] = self._quality(model, name, display).to_dict()
+            self.progress.quality[name] = asdict(self._quality(name))
         except DataError as error:
-            display.say(f"quality is not measured: {error}")
+            self.display.say(f"quality is not measured: {error}")
             return
-        measured = {stage: Quality.from_dict(values) for stage, values in progress.quality.items()}
+        measured = {stage: Quality(**values) for stage, values in self.progress.quality.items()}
         if name == "final" and "source" in measured:
-            display.say(f"of the source's quality: {one_line(contract(measured[name], measured['source'], 'source'))}")
+            kept = contract(measured[name], measured["source"], "source")
+            self.display.say(f"of the source's quality: {one_line(kept)}")
 
-    def _quality(self, model: Any, name: str, display: ProgressDisplay) -> Quality:
-        hardware, was_training = self.plan.compute.hardware, model.training
-        is_bfloat16 = hardware.dtype == torch.bfloat16
-        scored = TorchModel(model, self.tokenizer, hardware.device, is_bfloat16, QUALITY_BATCH_TOKENS)
+    def _quality(self, name: str) -> Quality:
+        model, device = self.trained.model, self.trained.parallel.device
+        was_training, is_bfloat16 = model.training, self.trained.loss.dtype == torch.bfloat16
+        evaluated = TorchModel(model, self.text.tokenizer, device, is_bfloat16, QUALITY_BATCH_TOKENS)
         hook = model.register_forward_pre_hook(lambda *_: self.stop_signal.check_alone())
+
+        def report(task: str, done: int, total: int) -> None:
+            self.display.update(f"{task} of the {name} model", done, total)
+
         try:
-            with torch.compiler.set_stance("force_eager"):  # every length would be compiled
-                return measure_quality(
-                    scored, lambda what, done, total: display.update(f"{what} of the {name} model", done, total)
-                )
+            with torch.compiler.set_stance("force_eager"):  # otherwise every length would be compiled
+                return measure_quality(evaluated, report)
         finally:
             hook.remove()
             model.train(was_training)

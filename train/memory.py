@@ -115,10 +115,7 @@ def activation_bytes(architecture: Architecture, layer: LayerShape, is_bf16: boo
 
 
 def _gram_bytes(config: TrainConfig, architecture: Architecture) -> int:
-    """Return the bytes of the OBS update's matrices, and of the copies that undo a step.
-
-    Copies are made where a signal may stop a step between its microbatches.
-    """
+    """Return the bytes of the OBS update's matrices, and of the copies that undo an interrupted step."""
     copies = 2 if config.optimizer.gradient_accumulation > 1 else 1
     widest = config.pruning.obs_max_width or architecture.num_parameters
     widths = []

@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -36,7 +35,6 @@ from .config.pruning import PruneConfig
 from .config.quantisation import GGUF_TYPES
 from .config.sections import STEERING_CHANGES, TrainConfig, changed_settings
 from .data.documents import DataSpec
-from .data.packing import PackedStream
 from .data.self_chat import MAX_TOKENS, MIN_SEQUENCES, SELF_CHAT, self_chat_file
 from .memory import check_memory, device_memory, estimate_memory
 from .model.architecture import Architecture
@@ -48,27 +46,11 @@ from .pruning.plan import PruningPlan, make_pruning_plan
 from .reporting.metrics import check_loggers
 from .vocabulary.pieces import pieces_of
 
-RECOVERY_SEED = 1_000_003
-"""Added to the run's seed for text in an order that training does not see."""
-
 
 def data_specs(config: TrainConfig) -> tuple[DataSpec, ...]:
     """Return the corpora of a run."""
     settings = config.source
     return tuple(DataSpec.parse(text, settings.skip_bad_lines, settings.text_field) for text in settings.data)
-
-
-def windows_apart(
-    config: TrainConfig, data: tuple[DataSpec, ...], tokenizer: PreTrainedTokenizerBase, ranks: int, tokens: int
-) -> np.ndarray:
-    """Return windows [n, S + 1] of about `tokens` of the training text, in another order than training.
-
-    Their number is a multiple of the ranks. They serve --recover and the measurement of blocks.
-    """
-    settings = config.source
-    seed = config.run.seed + RECOVERY_SEED
-    stream = PackedStream(data, tokenizer, settings.sequence_length, settings.held_out_fraction, seed)
-    return stream.next_windows(max(1, tokens // settings.sequence_length // ranks) * ranks)
 
 
 def with_self_chats(
@@ -153,7 +135,7 @@ def check_request(config: TrainConfig) -> None:
         engine, quantization = config.quantisation.shipped_as
         DeviceProfile.load(Path(config.pruning.device_profile)).check(engine=engine, quantization=quantization)
     uses_gradient(config.pruning.saliency)  # UsageError where it is unknown
-    check_loggers(config.run)
+    check_loggers(config.run.tensorboard, config.run.wandb)
     replaceable = config.run.overwrite or config.run.resume
     inputs = [config.source.source, *(spec.path for spec in data_specs(config))]
     pruning = config.pruning
@@ -169,7 +151,7 @@ def _check_target(settings: PruneConfig) -> None:
     """Raise UsageError for pruning flags without effect, because a target or groups are missing."""
     if settings.targets and settings.prune == ("none",):
         target = flags.flag_name(settings.targets[0])
-        raise UsageError(f"--prune none: there is a {target}; leave one of them out")
+        raise UsageError(f"--prune none conflicts with {target}; remove one of them")
     if settings.targets or settings.prune == ("none",):
         others = () if settings.target_bytes is not None else ("quantize", "output_type")
         rule = "is for --target-bytes; give one"
@@ -191,7 +173,7 @@ def find_resume_point(config: TrainConfig) -> ResumePoint | None:
     fixed = [name for name in changed if name not in STEERING_CHANGES]
     if fixed:
         raise UsageError(
-            f"--resume: {', '.join(fixed)} differ from the run in {folder}; leave them out, or give its own"
+            f"--resume: {', '.join(fixed)} differ from the run in {folder}; omit them, or give the run's values"
         )
     if is_finished(folder):
         raise UsageError(f"--resume: the run in {folder} is finished; its model is {folder / 'model'}")
@@ -201,21 +183,21 @@ def find_resume_point(config: TrainConfig) -> ResumePoint | None:
     if damaged:
         newest, reason = next(iter(damaged.items()))
         raise UsageError(
-            f"--resume: no checkpoint in {folder} can be used ({newest.name}: {reason}); --overwrite begins anew"
+            f"--resume: no checkpoint in {folder} can be used ({newest.name}: {reason}); --overwrite starts a new run"
         )
     if (folder / "model").is_dir():
         raise UsageError(
             f"--resume: {folder} holds a model that was not measured and no checkpoint; measure it with "
-            f"efficientllm-eval {folder / 'model'}, or give --overwrite to begin anew"
+            f"efficientllm-eval {folder / 'model'}, or give --overwrite to start a new run"
         )
     if (folder / FINISHED_FILE).is_file():
         raise UsageError(
-            f"--resume: the run in {folder} is finished, its model was moved away; --overwrite begins anew"
+            f"--resume: the run in {folder} is finished, and its model was moved away; --overwrite starts a new run"
         )
     others = foreign_files(folder)
     if others:
-        raise UsageError(f"--resume: {folder} has no checkpoint yet and holds {others[0]}; --overwrite begins anew")
-    _log.info("no checkpoint was written yet: the run begins anew")
+        raise UsageError(f"--resume: {folder} has no checkpoint and holds {others[0]}; --overwrite starts a new run")
+    _log.info("no checkpoint was written yet: the run starts again")
     return None
 
 
@@ -275,7 +257,7 @@ def _check_grid(config: TrainConfig, architecture: Architecture) -> None:
     if kind in GGUF_TYPES and (parts.norm.takes_mean or parts.scales_embedding or parts.qk_norm == "width"):
         raise UsageError(
             f"--qat {kind}: a GGUF of {architecture.family} holds rescaled weights, off the grid that was trained; "
-            "leave it out, or use a type of --target onnx or executorch"
+            "omit it, or use a type of --target onnx or executorch"
         )
 
 
@@ -287,7 +269,7 @@ def shipped_pruning(config: TrainConfig) -> PruneConfig:
     for name, trained in (("quantize", shipped.qat), ("output_type", shipped.head_type)):
         asked = getattr(settings, name)
         if asked not in ("", trained):
-            raise UsageError(f"{flags.flag_name(name)} {asked}: the run trains for {trained}; leave it out")
+            raise UsageError(f"{flags.flag_name(name)} {asked}: the run trains for {trained}; omit it")
     return replace(settings, quantize=shipped.qat, output_type=shipped.head_type)
 
 

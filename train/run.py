@@ -43,7 +43,6 @@ from .compute.loss import TrainingLoss, make_teacher
 from .compute.teacher_cache import TeacherCache
 from .config.sections import TrainConfig
 from .data.documents import check_documents
-from .data.packing import PackedStream, held_out_windows
 from .data.self_chat import SELF_CHAT
 from .evaluation.quality.contract import Quality, contract
 from .model.architecture import Architecture
@@ -54,6 +53,7 @@ from .pruning.pruner import kept_to_json
 from .reporting.metrics import read_metrics
 from .reporting.model_card import model_card
 from .reporting.plots import plot_architecture, plot_pruning, plot_training
+from .run_text import RunText
 from .trainer import Trainer
 
 _log = logging.getLogger("efficientllm.train")
@@ -124,7 +124,7 @@ def training_summary(trainer: Trainer) -> dict[str, Any]:
         "source_parameters": trainer.plan.architecture.num_parameters,
         "parameters": trainer.architecture.num_parameters,
         **_latency(trainer),
-        "held_out_tokens": int(trainer.measuring.held_out.shape[0] * trainer.config.source.sequence_length),
+        "held_out_tokens": int(trainer.text.held_out.shape[0] * trainer.config.source.sequence_length),
         "perplexity": trainer.progress.perplexity,
         **({"quantisation": trainer.config.quantisation.to_dict()} if trainer.shipped is not None else {}),
         **({"bits_per_byte": trainer.progress.bits_per_byte} if trainer.progress.bits_per_byte else {}),
@@ -203,7 +203,7 @@ def _run(plan: RunPlan, trainer: Trainer) -> Path | None:
             _log.info(f"{plan.folder} holds the run that was there before")
         if isinstance(error, DiskFullError):
             checkpoints = [] if is_put_back else checkpoint_folders(plan.folder / "checkpoints")
-            remedy = f"--resume from {checkpoints[-1].name}" if checkpoints else "begin anew"
+            remedy = f"--resume from {checkpoints[-1].name}" if checkpoints else "start again"
             raise DiskFullError(error.path, error.reason, f"make room and {remedy}") from error
         raise
     return plan.folder / "model"
@@ -222,7 +222,7 @@ def _announce(plan: RunPlan, tokens: int) -> None:
             _log.info(f"{checkpoint.name} is damaged ({reason}); it is kept as {DAMAGED_PREFIX}{checkpoint.name}")
         _log.info(f"resuming from {plan.resume.checkpoint.name} at {format_count(tokens)} tokens")
         for flag in plan.resume.changed:
-            _log.info(f"{flag} is not what it was; the result is not that of the uninterrupted run")
+            _log.info(f"{flag} has changed; the result is not that of the uninterrupted run")
 
 
 def _prepare_folder(plan: RunPlan) -> None:
@@ -240,21 +240,17 @@ def _prepare_folder(plan: RunPlan) -> None:
 
 def _make_trainer(plan: RunPlan, source: Any) -> Trainer:
     """Return the trainer of a loaded source, restored from the plan's checkpoint if there is one."""
-    settings, optimizer, dtype = plan.config.source, plan.config.optimizer, plan.compute.hardware.dtype
-    length, fraction, device = settings.sequence_length, settings.held_out_fraction, plan.compute.parallel.device
-    held_out = held_out_windows(plan.data, plan.tokenizer, length, fraction, settings.eval_tokens)
-    stream = PackedStream(plan.data, plan.tokenizer, length, fraction, plan.config.run.seed)
-    stream.check()
-    if plan.compute.parallel.is_main and stream.encoder.chat_format is not None and not stream.has_chats:
+    parallel, run, dtype = plan.compute.parallel, plan.config.run, plan.compute.hardware.dtype
+    text = RunText(plan.data, plan.tokenizer, plan.config.source, run.seed, parallel.world_size)
+    if parallel.is_main and text.stream.encoder.chat_format is not None and not text.stream.has_chats:
         _log.warning(NO_CHATS)
-    teacher = make_teacher(source, dtype, device) if optimizer.distill else None
-    cache = _teacher_cache(plan, source) if optimizer.distill and plan.config.run.teacher_cache else None
-    loss = TrainingLoss(_make_model(plan, source).to(device), dtype, teacher=teacher)  # weighed in each step
+    distills = plan.config.optimizer.distill > 0
+    teacher = make_teacher(source, dtype, parallel.device) if distills else None
+    cache = _teacher_cache(plan, source) if distills and run.teacher_cache else None
+    loss = TrainingLoss(_make_model(plan, source).to(parallel.device), dtype, teacher=teacher)
     loss.teacher_cache = cache
-    trainer = Trainer(plan, loss, stream, held_out)
-    if plan.resume is not None:
-        trainer.restore(plan.resume.checkpoint)
-    trim_heap()  # of reading: gradients do not fit there
+    trainer = Trainer(plan, loss, text)
+    trim_heap()  # gradients do not fit into the gaps that loading left
     return trainer
 
 

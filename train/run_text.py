@@ -1,63 +1,81 @@
-"""The text of a run in the model's tokens: what it trains on, is measured on and is fitted to."""
+"""The text of a run in the model's tokens: for training, for measurements and for the refit after a removal."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Callable, Sequence
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
-from .compute.loss import TrainingLoss
+from .config.sections import SourceConfig
 from .data.chat import Encoder
-from .data.packing import PackedStream
-from .plan import RunPlan, windows_apart
-from .pruning.rows import RowProbe
-from .stop_signal import StopSignal
-from .vocabulary.frequency import count_tokens, expected_splits
-from .vocabulary.retokenization import TokenAligner
+from .data.documents import DataSpec
+from .data.packing import PackedStream, held_out_windows
+from .vocabulary.frequency import count_tokens
 from .vocabulary.tokenizer_pruning import prune_tokenizer
+
+EXTRA_SEED = 1_000_003
+"""Added to the run's seed for text in an order that training does not see."""
+
+
+def extra_windows(
+    data: Sequence[DataSpec],
+    tokenizer: PreTrainedTokenizerBase,
+    settings: SourceConfig,
+    seed: int,
+    num_ranks: int,
+    num_tokens: int,
+) -> np.ndarray:
+    """Return windows [n, S + 1] of about `num_tokens` of the training text, in another order than training.
+
+    Their number is a multiple of the ranks. They serve the refit after a removal and the measurement of blocks.
+    """
+    length = settings.sequence_length
+    stream = PackedStream(data, tokenizer, length, settings.held_out_fraction, seed + EXTRA_SEED)
+    return stream.next_windows(max(1, num_tokens // length // num_ranks) * num_ranks)
 
 
 class RunText:
-    """The stream of a run, and text drawn apart from it."""
+    """All text of a run in the tokens of its model, which a removal of vocabulary rows replaces."""
 
-    def __init__(self, plan: RunPlan, stream: PackedStream) -> None:
-        self.plan, self.stream = plan, stream
-        self.tokenizer = plan.tokenizer
-        """The model's: the source's without the tokens that are gone."""
+    def __init__(
+        self,
+        data: Sequence[DataSpec],
+        tokenizer: PreTrainedTokenizerBase,
+        settings: SourceConfig,
+        seed: int,
+        num_ranks: int,
+    ) -> None:
+        """Open the corpora with the source's tokenizer. Raises DataError for too little text."""
+        self.data, self.settings, self.seed, self.num_ranks = data, settings, seed, num_ranks
+        self.source_tokenizer = self.tokenizer = tokenizer
+        """Tokenizers of source and model. The model's lacks removed tokens."""
+        self.held_out = self._held_out_windows()
+        """Windows [n, S + 1]."""
+        self.stream = PackedStream(data, tokenizer, settings.sequence_length, settings.held_out_fraction, seed)
+        self.stream.check()
+        self._extra_windows: dict[int, np.ndarray] = {}
 
-    @cached_property
-    def block_windows(self) -> np.ndarray:
-        """Windows [n, S + 1], the same for every measurement of blocks and rows."""
-        return self._apart(self.plan.config.pruning.block_tokens)
+    def _held_out_windows(self) -> np.ndarray:
+        settings = self.settings
+        length, fraction = settings.sequence_length, settings.held_out_fraction
+        return held_out_windows(self.data, self.tokenizer, length, fraction, settings.eval_tokens)
 
-    @cached_property
-    def recovery_windows(self) -> np.ndarray:
-        """Windows [n, S + 1], the same for every fit."""
-        return self._apart(self.plan.config.pruning.recover_tokens)
+    def extra_windows(self, num_tokens: int) -> np.ndarray:
+        """Return windows [n, S + 1] apart from training, the same for every call with the same vocabulary."""
+        if num_tokens not in self._extra_windows:
+            windows = extra_windows(self.data, self.tokenizer, self.settings, self.seed, self.num_ranks, num_tokens)
+            self._extra_windows[num_tokens] = windows
+        return self._extra_windows[num_tokens]
 
-    def _apart(self, tokens: int) -> np.ndarray:
-        plan = self.plan
-        return windows_apart(plan.config, plan.data, self.tokenizer, plan.compute.parallel.world_size, tokens)
+    def count_tokens(self, num_rows: int, num_tokens: int, check: Callable[[], None]) -> np.ndarray:
+        """Return the frequency of each of the source's tokens in the training text, fp64 [rows]."""
+        fraction = self.settings.held_out_fraction
+        return count_tokens(self.data, Encoder(self.source_tokenizer), fraction, num_rows, num_tokens, check)
 
-    def row_probe(self, loss: TrainingLoss, stop_signal: StopSignal) -> RowProbe:
-        """Measures vocabulary rows of the model as it is, by how often the run's text has their tokens."""
-        plan, settings = self.plan, self.plan.config.pruning
-        assert plan.pruning is not None
-        pieces, fraction = plan.pruning.pieces, plan.config.source.held_out_fraction
-        assert pieces is not None
-        encoder, tokens = Encoder(plan.tokenizer), settings.vocabulary_tokens
-        counts = count_tokens(plan.data, encoder, fraction, pieces.size, tokens, stop_signal.check_alone)
-        splits = expected_splits(pieces, counts, settings.vocabulary_prior)
-        windows, parallel = self.block_windows, plan.compute.parallel
-        return RowProbe(loss, plan.tokenizer, splits, windows, parallel, stop_signal.check)
-
-    def go_on_without_rows(self, kept: Sequence[int], loss: TrainingLoss) -> None:
-        """Read on with the tokens that stay, the source's `kept`; the teacher of `loss` goes on reading its own."""
-        source = self.plan.tokenizer
-        self.tokenizer = prune_tokenizer(source, kept)
+    def prune_vocabulary(self, kept: Sequence[int]) -> None:
+        """Read all text with the source's tokens `kept` from now on."""
+        self.tokenizer = prune_tokenizer(self.source_tokenizer, kept)
         self.stream.switch_tokenizer(self.tokenizer)
-        for name in ("block_windows", "recovery_windows"):
-            self.__dict__.pop(name, None)  # made anew from the same text
-        if self.plan.config.optimizer.distill:
-            loss.source_text = TokenAligner(self.tokenizer, source, kept, self.plan.architecture.vocab_size)
+        self.held_out = self._held_out_windows()
+        self._extra_windows.clear()

@@ -32,9 +32,9 @@ class TrainingState:
     """Nested tensors and numbers: data position, saliency, Gram matrices."""
 
 
-def checkpoint_folder(run: Path, progress: RunProgress) -> Path:
-    """Return the checkpoint folder of this step in the folder of a run."""
-    return run / "checkpoints" / f"step-{progress.step:08d}"
+def checkpoint_path(run_folder: Path, progress: RunProgress) -> Path:
+    """Return the folder of the checkpoint of a run's current step."""
+    return run_folder / "checkpoints" / f"step-{progress.step:08d}"
 
 
 def save_training_state(
@@ -44,8 +44,8 @@ def save_training_state(
     state: TrainingState,
     keep: int,
     parallel: Parallel,
-) -> Path:
-    """Write the checkpoint `target` atomically, then delete all but the newest `keep` beside it.
+) -> None:
+    """Write checkpoint `target` atomically, then delete all but the newest `keep` beside it.
 
     Every rank writes its own shards.
     """
@@ -62,7 +62,6 @@ def save_training_state(
     if parallel.is_main:
         for stale in checkpoint_folders(target.parent)[:-keep]:
             shutil.rmtree(stale)
-    return target
 
 
 def _weights_and_moments(model: Any, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:

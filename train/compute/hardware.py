@@ -93,16 +93,16 @@ class HeapWatch:
         self._usual = 0
         """Resident bytes at the end of the first step after a trim; 0: unknown."""
 
-    def begin_anew(self) -> None:
-        """Forget the usual size, after the model changed."""
+    def reset(self) -> None:
+        """Trim the heap and forget its usual size, as after a change of the model's widths."""
+        trim_heap()
         self._usual = 0
 
-    def look(self) -> bool:
+    def trim_if_grown(self) -> bool:
         """Trim if needed at the end of a step, and tell whether memory was returned."""
         held = memory_bytes().get("rss_bytes", 0)  # Linux only
         self._usual = self._usual or held
-        if held <= self.GROWTH * self._usual:
-            return False
-        trim_heap()
-        self._usual = 0
-        return True
+        has_grown = held > self.GROWTH * self._usual
+        if has_grown:
+            self.reset()
+        return has_grown

@@ -31,7 +31,7 @@ HEAD_ROWS = 8192
 
 @dataclass(frozen=True)
 class LossWeights:
-    """loss = cross_entropy * cross-entropy + distill * KL(teacher || student)"""
+    """Weights of loss = cross_entropy * cross-entropy + distill * KL(teacher || student)."""
 
     cross_entropy: float = 1.0
     distill: float = 0.0
@@ -176,6 +176,10 @@ class TrainingLoss(nn.Module):
         """Function from the model's tokens [B, S] to the teacher's, if their vocabularies differ."""
         self.teacher_cache: TeacherCache | None = None
         """Cache of the teacher's states."""
+
+    @property
+    def has_teacher(self) -> bool:
+        return self._teacher[0] is not None
 
     def around(self, model: Any) -> TrainingLoss:
         """Return the same loss of another model."""

@@ -59,7 +59,7 @@ class BlockProbe:
     ) -> None:
         """Use `windows` [n, S + 1], the same on every rank. Each rank takes its share, `batch_size` at a time.
 
-        `check` is called before every forward pass without blocks, equally often on every rank. It may raise.
+        `check` is called before every forward pass without blocks, equally often on every rank, and may raise.
         """
         self._loss, self._parallel, self._check = loss, parallel, check
         rows = torch.from_numpy(parallel.my_rows(windows)).to(parallel.device)
@@ -72,11 +72,11 @@ class BlockProbe:
         self._loss.eval()
         total = torch.zeros(len(absences), dtype=torch.float64)
         try:
-            with torch.compiler.set_stance("force_eager"):  # every shape of what is left would be compiled
+            with torch.compiler.set_stance("force_eager"):  # otherwise every remaining shape would be compiled
                 for batch in self._batches:
                     total += count_predicted(batch) * self._of_batch(batch, absences)
         finally:
-            shard_again(self._loss)  # an optimizer knows shards
+            shard_again(self._loss)  # the optimizer updates shards
             self._loss.train(was_training)
         mean = (total / max(1, sum(map(count_predicted, self._batches)))).to(self._parallel.device)
         self._parallel.mean_tensors([mean])
@@ -88,6 +88,7 @@ class BlockProbe:
         found = []
         for absence in absences:
             self._check()
+            # below the first absent block the stream is that of the whole model, which is computed once per batch
             first = min(layer for layer, _ in absence)
             with _without(self._decoder, absence), _from_layer(self._decoder, first, streams[first]):
                 found.append(float(self._loss(batch, states)[0]))
@@ -135,15 +136,17 @@ def _from_layer(decoder: Any, first: int, stream: Tensor) -> Iterator[None]:
     """Run the decoder with `stream` as the output below layer `first` in this context."""
     layers = decoder.layers
     if first:
-        passed = [_Passed() for _ in range(first - 1)]
-        decoder.layers = nn.ModuleList([*passed, _Passed(stream), *layers[first:]])
+        # placeholders keep the indices of the others, by which some families select a layer's mask; each returns its
+        # input, and the last one `stream`
+        skipped = [_SkippedLayer() for _ in range(first - 1)]
+        decoder.layers = nn.ModuleList([*skipped, _SkippedLayer(stream), *layers[first:]])
     try:
         yield
     finally:
         decoder.layers = layers
 
 
-class _Passed(nn.Module):
+class _SkippedLayer(nn.Module):
     """Placeholder of a layer that is not computed again."""
 
     def __init__(self, stream: Tensor | None = None) -> None:
@@ -184,8 +187,8 @@ class BlockScores:
         prices."""
         self._factors = {half: torch.zeros(num_layers, dtype=torch.float64) for half in HALVES}
         """Nats per unit of amplitude in each half of each layer."""
-        self._confirmed: set[tuple[str, int]] = set()
-        """Blocks measured since the last removal."""
+        self._current: set[tuple[str, int]] = set()
+        """Blocks measured since the last removal of a block."""
         self._renewed_at: float | None = None
         """The budget's measure when all blocks were last measured."""
 
@@ -203,7 +206,7 @@ class BlockScores:
             for layer in range(len(architecture.layers))
             if BLOCKS[name].is_in(architecture, layer)
         ]
-        losses = probe.losses([absence_of(*key) for key in keys])  # may raise, and leaves what is known as it is
+        losses = probe.losses([absence_of(*key) for key in keys])  # may raise, so nothing changes before it
         for vector in self._losses.values():
             vector.zero_()
         for (name, layer), loss in zip(keys, losses, strict=True):
@@ -213,31 +216,31 @@ class BlockScores:
             for layer, loss in enumerate(self._losses[name]):
                 amplitude = float(self._amplitudes(scores[whole][layer]).sum()) if whole in scores else 0.0
                 self._factors[half][layer] = loss / amplitude if amplitude > 0 else 0.0
-        self._confirmed, self._renewed_at = set(keys), size
+        self._current, self._renewed_at = set(keys), size
 
-    def keep_at(self, size: float) -> None:
+    def shift_renewal(self, size: float) -> None:
         """Record that the budget's measure fell to `size` without changes to blocks."""
         if self._renewed_at is not None:
             self._renewed_at = size
 
-    def confirm(self, probe: BlockProbe, name: str, layer: int) -> None:
+    def measure(self, probe: BlockProbe, name: str, layer: int) -> None:
         """Measure one block again (a collective call)."""
         self._losses[name][layer] = probe.losses([absence_of(name, layer)])[0]
-        self._confirmed.add((name, layer))
+        self._current.add((name, layer))
 
-    def is_doubtful(self, unit: Unit, taken: Sequence[Unit] = ()) -> bool:
+    def is_outdated(self, unit: Unit, taken: Sequence[Unit] = ()) -> bool:
         """Tell whether a unit is a block that must be measured again before its removal, with `taken` removed."""
         if unit.kind not in BLOCKS:
             return False
-        return (unit.kind, unit.layer) not in self._confirmed or any(other.kind in BLOCKS for other in taken)
+        return (unit.kind, unit.layer) not in self._current or any(other.kind in BLOCKS for other in taken)
 
-    def forget(self, units: Sequence[Unit] | None = None) -> None:
+    def invalidate(self, units: Sequence[Unit] | None = None) -> None:
         """Require a new measurement of every block.
 
         Only blocks among the removed `units` count; None means that the model was trained.
         """
         if units is None or any(unit.kind in BLOCKS for unit in units):
-            self._confirmed = set()
+            self._current = set()
 
     def in_nats(self, scores: Scores) -> Scores:
         """Return the scores of groups as expected loss, together with those of the blocks."""
@@ -264,7 +267,7 @@ class BlockScores:
             "losses": self._losses,
             "factors": self._factors,
             "renewed_at": self._renewed_at,
-            "confirmed": sorted(self._confirmed),
+            "confirmed": sorted(self._current),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -272,4 +275,4 @@ class BlockScores:
         self._losses = {name: vector.cpu() for name, vector in state["losses"].items()}
         self._factors = {half: vector.cpu() for half, vector in state["factors"].items()}
         self._renewed_at = state["renewed_at"]
-        self._confirmed = {(name, layer) for name, layer in state.get("confirmed", [])}
+        self._current = {(name, layer) for name, layer in state.get("confirmed", [])}

@@ -26,7 +26,7 @@ from .criteria import RANDOM, TOKEN_FISHER, criterion_named
 from .measures import PARAMETERS, DeviceTime, Measure, bytes_of_file
 from .running_scores import RandomScores, RunningScores
 from .saliency import SaliencyTracker
-from .selection import SelectionRules, check_floor, fastest_of_the_smallest
+from .selection import SelectionRules, check_floor, fastest_small_architecture
 
 DEFAULT_TYPE = "q8_0"
 """Type of --target-bytes if neither --quantize nor --qat says."""
@@ -105,7 +105,7 @@ def check_budget(budget: Budget, source: Architecture, rules: SelectionRules) ->
             f"the target of {measure.show(budget.target)} is larger than the source's "
             f"{measure.show(measure.of(source))}; choose a smaller one"
         )
-    least = measure.of(fastest_of_the_smallest(source, rules))
+    least = measure.of(fastest_small_architecture(source, rules))
     if budget.target < least:
         raise UsageError(
             f"the target of {measure.show(budget.target)} is too small: one group per layer already takes "
@@ -196,7 +196,7 @@ def _check_family(settings: PruneConfig, source: Architecture) -> None:
     if settings.recover != "none" and (parts.is_parallel or "after_attention" in parts.norms):
         raise UsageError(
             f"--recover {settings.recover} fits matrices that add to the residual stream one after the other; those of "
-            f"{source.family} do not: leave it out"
+            f"{source.family} do not; omit it"
         )
     if settings.target_bytes is not None and settings.layout == "per-layer" and not irregular_gguf(source):
         raise UsageError(

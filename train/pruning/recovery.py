@@ -12,11 +12,11 @@ and the former model beside the pruned one.
 
 Second-order update of the remaining weights (`--weight-update obs`; the paper's EfficientLLM-B).
 
-For y = W x with inputs x split into removed P and kept Q, the least-squares compensation of the lost W_P x_P is W_Q <-
-W_Q + W_P H_PQ (H_QQ + lambda I)^-1, H = E[x x^T], lambda = damping * mean(diag H_QQ) (optimal brain surgeon for a
-linear layer; SparseGPT, arXiv 2301.00774). H is the Gram matrix of the layer's own inputs, a running average over the
-training steps: a local Hessian, independent of the global ranking. Inputs: o_proj reads heads [Q*D], down_proj FFN
-channels [I], and q, k, v (gate, up) the normalised stem [H].
+Let y = W x with inputs x split into removed P and kept Q. The least-squares compensation of the lost W_P x_P is
+W_Q <- W_Q + W_P H_PQ (H_QQ + lambda I)^-1 with H = E[x x^T] and lambda = damping * mean(diag H_QQ) (optimal brain
+surgeon for a linear layer; SparseGPT, arXiv 2301.00774). H is the Gram matrix of the layer's own inputs, a running
+average over the training steps. It is a local Hessian and independent of the global ranking. Inputs: o_proj reads heads
+[Q*D], down_proj FFN channels [I], and q, k, v (gate, up) the normalised stem [H].
 """
 
 from __future__ import annotations
@@ -139,7 +139,6 @@ class InputGrams:
 
     def __init__(self, model: Any, axes: set[str], decay: float, damping: float, max_width: int, rows: int) -> None:
         """Observe inputs along `axes` up to `max_width` wide (0: any), `rows` tokens per step (0: all)."""
-        self.model = model
         self.axes = axes
         self.decay = decay
         self.damping = damping
@@ -158,7 +157,6 @@ class InputGrams:
     def attach(self, model: Any) -> None:
         """Observe `model`, again after it is rebuilt."""
         self.detach()
-        self.model = model
         for name, module in model.named_modules():
             suffix = name.split(".", 3)[-1]
             if suffix in self.readers and input_axis(suffix) in self.axes and isinstance(module, nn.Linear):
@@ -188,7 +186,7 @@ class InputGrams:
         return observe
 
     @torch.no_grad()
-    def update_weights(self, removal: Removal) -> None:
+    def update_weights(self, model: Any, removal: Removal) -> None:
         """Let the kept inputs of every affected layer absorb the removed ones. Call it before the removal."""
         for name, gram in self.grams.items():
             prefix, suffix = name.rsplit(".", 2)[0], ".".join(name.rsplit(".", 2)[1:])
@@ -199,7 +197,7 @@ class InputGrams:
             matrix = compensation(gram, kept.to(gram.device), self.damping)
             removed = removed_positions(kept, gram.shape[0]).to(gram.device)
             for reader in self.readers[suffix]:
-                parameter = self.model.get_submodule(f"{prefix}.{reader}").weight
+                parameter = model.get_submodule(f"{prefix}.{reader}").weight
                 weight = full(parameter.detach()).clone()
                 absorbed = weight[:, removed].to(matrix.dtype) @ matrix
                 weight[:, kept.to(weight.device)] += absorbed.to(weight.dtype)

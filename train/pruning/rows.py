@@ -42,7 +42,7 @@ class RowProbe:
     ) -> None:
         """Use `splits` of every row and `windows` [n, S + 1] of text, the same on every rank.
 
-        `check` is called before every text that is measured and may raise.
+        `check` is called before every measured text and may raise.
         """
         self._loss, self._tokenizer, self._parallel, self._check = loss, tokenizer, parallel, check
         self.splits = torch.from_numpy(splits)
@@ -94,7 +94,7 @@ class RowProbe:
             place[rows] = torch.arange(len(rows), device=device)
         total = 0.0
         try:
-            with torch.compiler.set_stance("force_eager"):  # every length would be compiled
+            with torch.compiler.set_stance("force_eager"):  # otherwise every length would be compiled
                 for text in texts:
                     self._check()
                     inputs = torch.tensor([[self._separator, *text[:-1]]], device=device)

@@ -15,6 +15,13 @@ Scores = dict[str, list[Tensor]]
 """{kind: [score vector of layer 0, ...]}, with one vector for a kind of the whole model (see groups.KINDS)."""
 
 
+def scores_of_kept(vectors: list[Tensor], kept: list[Tensor] | None) -> list[Tensor]:
+    """Return the scores of surviving groups. Blocks have no `kept`: every layer keeps their scores."""
+    if kept is None:
+        return vectors
+    return [vector[survivors.to(vector.device)] for vector, survivors in zip(vectors, kept, strict=True)]
+
+
 class RunningScores:
     """Scores of every prunable group, averaged exponentially over past optimizer steps."""
 
@@ -67,9 +74,7 @@ class RunningScores:
         """Drop the scores of removed groups. `kept[kind][layer]` are the surviving positions."""
         self.architecture = architecture
         for name, vectors in self.scores.items():
-            self.scores[name] = [
-                vector[survivors.to(vector.device)] for vector, survivors in zip(vectors, kept[name], strict=True)
-            ]
+            self.scores[name] = scores_of_kept(vectors, kept[name])
 
     def state_dict(self) -> dict[str, Any]:
         return {"scores": self.scores, "num_observations": self.num_observations}

@@ -69,7 +69,7 @@ class SelectionRules:
     """Number of vocabulary rows that must stay."""
 
     @property
-    def competed_for(self) -> Measure:
+    def ranking_measure(self) -> Measure:
         """Return the measure that divides a unit's score."""
         return self.price or self.measure
 
@@ -110,12 +110,12 @@ def smallest_architecture(architecture: Architecture, rules: SelectionRules) -> 
             architecture = kind.shrink(architecture, layer, max(0, count - least))
     for name in rules.blocks:
         for layer in range(len(architecture.layers)):
-            if may_go(name, architecture, layer):
+            if can_remove_block(name, architecture, layer):
                 architecture = BLOCKS[name].without(architecture, layer)
     return architecture
 
 
-def fastest_of_the_smallest(architecture: Architecture, rules: SelectionRules) -> Architecture:
+def fastest_small_architecture(architecture: Architecture, rules: SelectionRules) -> Architecture:
     """Return the fastest of the smallest shape and those with one step more FFN, more stem, or both.
 
     In milliseconds, the smallest shape is not the fastest if a kernel takes two steps of a width at once.
@@ -125,11 +125,11 @@ def fastest_of_the_smallest(architecture: Architecture, rules: SelectionRules) -
         return least
     found = [least]
     for name in (name for name in ("ffn", "stem") if name in rules.kinds):
-        found += [_a_step_wider(shape, name, architecture, rules.width_multiple) for shape in found]
+        found += [_one_step_wider(shape, name, architecture, rules.width_multiple) for shape in found]
     return min(found, key=rules.measure.of)
 
 
-def _a_step_wider(shape: Architecture, name: str, source: Architecture, step: int) -> Architecture:
+def _one_step_wider(shape: Architecture, name: str, source: Architecture, step: int) -> Architecture:
     """Return the shape one step wider, within the source's width."""
     if name == "stem":
         return replace(shape, hidden_size=min(shape.hidden_size + step, source.hidden_size))
@@ -142,7 +142,7 @@ def _a_step_wider(shape: Architecture, name: str, source: Architecture, step: in
     return replace(shape, layers=layers)
 
 
-def may_go(name: str, architecture: Architecture, layer: int) -> bool:
+def can_remove_block(name: str, architecture: Architecture, layer: int) -> bool:
     """Tell whether a layer has such a block and is not the last one with it."""
     kind = BLOCKS[name]
     if not kind.is_in(architecture, layer):
@@ -198,7 +198,7 @@ class Ranking:
         self._size: float | None = None
         """Size of the current shape in the ranking's measure; None until it is needed."""
 
-    def compete_for_the_measure(self) -> None:
+    def rank_by_measure(self) -> None:
         """Rank by the budget's measure from now on."""
         self.rules = replace(self.rules, price=None)
         self._cache.clear()
@@ -231,14 +231,14 @@ class Ranking:
         return self._cache[key]
 
     def _block(self, name: str, layer: int) -> Unit | None:
-        if not may_go(name, self.architecture, layer):
+        if not can_remove_block(name, self.architecture, layer):
             return None
         loss = float(self._scores[name][layer].sum())
         return self._unit(name, ((layer, (0,)),), loss, BLOCKS[name].without(self.architecture, layer))
 
     def _unit(self, name: str, parts: tuple[Part, ...], loss: float, smaller: Architecture) -> Unit | None:
         """Return the unit that leaves `smaller`; None if it frees nothing."""
-        price = self.rules.competed_for
+        price = self.rules.ranking_measure
         if self._size is None:
             self._size = price.of(self.architecture)
         freed = self._size - price.of(smaller)
@@ -254,7 +254,7 @@ class Ranking:
             unit = self._unit(name, *run)
             if unit is not None and (best is None or unit.score < best.score):
                 best = unit
-            longest = 1 if name == "vocabulary" else self.rules.competed_for.longest_run  # every row costs the same
+            longest = 1 if name == "vocabulary" else self.rules.ranking_measure.longest_run  # every row costs the same
             if length >= longest and best is not None:
                 break
         return best
@@ -296,25 +296,31 @@ class Ranking:
         return self._order[name][layer][gone : gone + size].sort().values
 
     def take(self, unit: Unit) -> None:
-        """Remove a unit that `peek` returned."""
+        """Remove a unit that `peek` returned, and drop the cached candidates that it may have changed."""
         self._size = None
         if unit.kind in BLOCKS:
             self._take_block(unit.kind, unit.layer)
         else:
             self._take_groups(unit)
-        if unit.kind == "vocabulary":  # which no other price depends on but those of the whole model
-            self._cache = {key: found for key, found in self._cache.items() if key[1] is not None}
-            return
-        if unit.parts[0][0] is None or self.rules.uniform:
-            self._cache.clear()
-            return
-        if unit.kind in BLOCKS:  # the last of its kind must stay, wherever that is
-            self._cache = {key: found for key, found in self._cache.items() if key[0] not in BLOCKS}
-        # the parts of a layer share its price, and every layer has a part in that of a stem channel, none in a row's
-        stale = (unit.layer, None)
-        self._cache = {
-            key: found for key, found in self._cache.items() if key[1] not in stale or key[0] == "vocabulary"
-        }
+        self._cache = {key: found for key, found in self._cache.items() if not self._is_stale(*key, unit)}
+
+    def _is_stale(self, name: str, layer: int | None, taken: Unit) -> bool:
+        """Tell whether the candidate of a kind in a layer may differ after the removal of `taken`.
+
+        Pricing every candidate again for every unit would dominate the selection, so only those are priced whose
+        groups or price changed. The measure is a sum over layers at a given hidden size, plus rows times hidden size.
+        """
+        if taken.kind == "vocabulary":  # rows are a factor in the price of stem channels, but of no layer's groups
+            return layer is None
+        if taken.parts[0][0] is None or self.rules.uniform:  # the hidden size or every layer changed
+            return True
+        if taken.kind in BLOCKS and name in BLOCKS:  # `can_remove_block` depends on the blocks of all layers
+            return True
+        if name == "vocabulary":  # the price of a row depends on the hidden size alone
+            return False
+        # groups of one layer share its kernels and padding, so their prices change together; a stem channel (None)
+        # has a part in every layer
+        return layer in (taken.layer, None)
 
     def _take_block(self, name: str, layer: int) -> None:
         for taken in BLOCKS[name].takes:
@@ -359,8 +365,8 @@ def select_removal(
     units: list[Unit] = []
     while rules.measure.of(ranking.architecture) > target and (max_units is None or len(units) < max_units):
         unit = ranking.peek()
-        if unit is None and ranking.rules.price is not None:  # nothing more frees what groups competed for
-            ranking.compete_for_the_measure()
+        if unit is None and ranking.rules.price is not None:  # no unit frees any of the ranking measure
+            ranking.rank_by_measure()
             unit = ranking.peek()
         if unit is None or stop_before(unit, units):
             break

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ..compute.distributed import Parallel, full, scatter
+from ..compute.distributed import full, scatter
 from ..compute.loss import TrainingLoss
+from ..compute.trained_model import TrainedModel
 from ..model.architecture import Architecture
 from ..model.groups import KIND_OF_AXIS, KINDS
 from ..model.irregular import apply_architecture, architecture_of, build, share_buffers
@@ -225,20 +226,28 @@ def _gone(name: str, parameter: Tensor, removal: Removal) -> Iterator[tuple[int,
             yield dim, mask.nonzero().flatten().to(parameter.device)
 
 
+def compact_model(trained: TrainedModel, removal: Removal) -> None:
+    """Physically remove groups from model, loss and optimizer of a run, in place (a collective call)."""
+    trained.wrapped_loss = nn.Identity()  # frees DDP's hooks on the old parameters
+    if trained.parallel.mode == "fsdp":
+        trained.replace(*_rebuild_sharded(trained, removal))
+    else:
+        remove_groups(trained.model, removal, trained.optimizer)
+        trained.replace(trained.loss, trained.parallel.wrap(trained.loss))
+
+
 @torch.no_grad()
-def rebuild_sharded(
-    loss: TrainingLoss, removal: Removal, optimizer: torch.optim.Optimizer, parallel: Parallel
-) -> tuple[TrainingLoss, nn.Module]:
+def _rebuild_sharded(trained: TrainedModel, removal: Removal) -> tuple[TrainingLoss, nn.Module]:
     """Gather one tensor at a time, slice it, and shard it again in a new, smaller model.
 
     Returns the new loss and the callable of a step. The optimizer's parameters and state are replaced in place.
     """
-    model = loss.model
+    model, optimizer, parallel = trained.model, trained.optimizer, trained.parallel
     config = copy.deepcopy(model.config)
     update_config(config, removal)
     with torch.device("meta"):
         smaller: Any = build(config, removal.after)
-    new_loss = loss.around(smaller)
+    new_loss = trained.loss.around(smaller)
     wrapped = parallel.wrap(new_loss)
     smaller.to_empty(device=parallel.storage_device)
     smaller.tie_weights()

@@ -15,7 +15,6 @@ from typing import Any
 
 from ...runtime.base.errors import MissingExtraError, UsageError
 from ...runtime.base.files import write_text_atomically, writing
-from ..config.sections import RunConfig
 
 FILE_NAME = "metrics.jsonl"
 
@@ -65,21 +64,20 @@ class Throughput:
         return sum(tokens for tokens, _ in self._steps) / seconds if seconds else 0.0
 
 
-def check_loggers(settings: RunConfig) -> None:
+def check_loggers(tensorboard: bool, wandb: bool) -> None:
     """Raise UsageError if a library that --tensorboard or --wandb needs is not installed."""
-    if settings.tensorboard and find_spec("tensorboard") is None:
+    if tensorboard and find_spec("tensorboard") is None:
         raise MissingExtraError("tensorboard", "tensorboard")
-    if settings.wandb and find_spec("wandb") is None:
+    if wandb and find_spec("wandb") is None:
         raise UsageError("--wandb: wandb is not installed; run: pip install wandb")
 
 
 class MetricsWriter:
     """Writes one record per step. Ranks other than the main one write nothing."""
 
-    def __init__(self, folder: Path, settings: RunConfig, is_main: bool) -> None:
-        self.path = folder / FILE_NAME
-        self.is_main = is_main
-        self.settings = settings
+    def __init__(self, folder: Path, is_main: bool, tensorboard: bool = False, wandb: bool = False) -> None:
+        self.path, self.is_main = folder / FILE_NAME, is_main
+        self.uses_tensorboard, self.uses_wandb = tensorboard, wandb
         self._tensorboard: Any = None
         self._wandb: Any = None
 
@@ -104,11 +102,11 @@ class MetricsWriter:
                 raise
 
     def _open(self) -> None:
-        if self.settings.tensorboard and self._tensorboard is None:
+        if self.uses_tensorboard and self._tensorboard is None:
             from torch.utils.tensorboard import SummaryWriter
 
             self._tensorboard = SummaryWriter(str(self.path.parent / "tensorboard"))
-        if self.settings.wandb and self._wandb is None:
+        if self.uses_wandb and self._wandb is None:
             import wandb  # type: ignore[import-not-found]
 
             folder = self.path.parent
@@ -129,18 +127,18 @@ class MetricsWriter:
         if self._wandb is not None:
             self._wandb.log(numbers, step=record["step"])
 
-    def truncate(self, progress: RunProgress, is_recorded: bool = True) -> None:
+    def truncate(self, progress: RunProgress, is_logged: bool = True) -> None:
         """Remove damaged lines, and records that a killed run wrote after the checkpoint that is resumed.
 
-        `is_recorded`: whether the step of the checkpoint was logged before it.
+        `is_logged` tells whether the checkpoint was written after the record of its step.
         """
         if not self.is_main or not self.path.is_file():
             return
         records, num_damaged = _read(self.path)
         if num_damaged:
             _log.warning(f"{self.path}: {num_damaged} damaged lines are skipped")
-        last = progress.step if is_recorded else progress.step - 1
-        kept = [record for record in records if _is_before(record, last, progress)]
+        last_step = progress.step if is_logged else progress.step - 1
+        kept = [record for record in records if _is_before(record, last_step, progress)]
         write_text_atomically(self.path, "".join(f"{json.dumps(record)}\n" for record in kept))
 
     def close(self) -> None:
@@ -157,11 +155,11 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return _read(folder / FILE_NAME)[0]
 
 
-def _is_before(record: dict[str, Any], last: int, progress: RunProgress) -> bool:
-    """Return True if a record is of step `last` or before and no measurement that `progress` does not know."""
+def _is_before(record: dict[str, Any], last_step: int, progress: RunProgress) -> bool:
+    """Return True if a record is of `last_step` or before, and no stage that `progress` has not measured."""
     stage = next((key for key in record if key.startswith("perplexity_")), None)
     is_measured = stage is None or stage.removeprefix("perplexity_") in progress.perplexity
-    return record["step"] <= last and is_measured
+    return record["step"] <= last_step and is_measured
 
 
 def _read(path: Path) -> tuple[list[dict[str, Any]], int]:

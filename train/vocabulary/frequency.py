@@ -39,8 +39,8 @@ def count_tokens(
 ) -> np.ndarray:
     """Return how often each token occurs in about `tokens` tokens of the corpora's training part, fp64 [num_rows].
 
-    A corpus that is too short for its share is read once, and its counts are scaled up to the share.
-    `check` is called after every batch of documents and may raise.
+    A corpus that is too short for its share is read once, and its counts are scaled up to the share. `check` is
+    called for every batch of documents and may raise.
     """
     total = sum(spec.weight for spec in specs)
     frequencies = np.zeros(num_rows)

@@ -11,13 +11,13 @@ import torch
 from tiny import tiny_architecture, tiny_model
 from torch import Tensor, multiprocessing
 
-from efficientllm.train.accumulation import accumulate_gradients
 from efficientllm.train.compute.distributed import Parallel
 from efficientllm.train.compute.loss import LossWeights, TrainingLoss, make_teacher
 from efficientllm.train.pruning.activation import GateScores
 from efficientllm.train.pruning.criteria import CRITERIA
 from efficientllm.train.pruning.running_scores import RunningScores
 from efficientllm.train.pruning.saliency import SaliencyTracker
+from efficientllm.train.training_step import accumulate_gradients
 
 CPU = torch.device("cpu")
 KINDS = ("kv_group", "ffn")
@@ -37,17 +37,16 @@ class Scores:
 
     def __init__(self, tracker: RunningScores) -> None:
         self.tracker = tracker
-        self.named: Any = None
 
     @property
     def wants_microbatches(self) -> bool:
         return self.tracker.wants_microbatches
 
-    def mask_gradients(self) -> None:
+    def mask_gradients(self, model: Any) -> None:
         pass
 
-    def observe_gradients(self, sample_weight: float = 1.0) -> None:
-        self.tracker.accumulate(self.named(), sample_weight)
+    def observe_gradients(self, model: Any, sample_weight: float = 1.0) -> None:
+        self.tracker.accumulate(model.named_parameters(), sample_weight)
 
 
 def gradients(
@@ -62,7 +61,6 @@ def gradients(
     if tracker is not None:
         tracker.attach(model)
         scores = Scores(tracker)
-        scores.named = model.named_parameters
     found = accumulate_gradients(parallel.wrap(loss), model, microbatches, scores, parallel)  # type: ignore[arg-type]
     if tracker is not None:
         tracker.finish_step()

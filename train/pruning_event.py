@@ -1,0 +1,203 @@
+"""One removal of a run, from its ranking to compaction and recovery.
+
+An event removes vocabulary rows first, once in a run. Then it zeroes the units with the lowest scores until the target
+is met, compacts the tensors and refits the rest. If block prices scale the scores, zeroing goes in rounds: after each
+round the next block is measured again, because a price from before its neighbours were removed is too low or too high.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .compute.loss import make_teacher
+from .compute.trained_model import TrainedModel
+from .pruning.blocks import BlockProbe
+from .pruning.pruner import Pruner
+from .pruning.recovery import LeastSquares
+from .pruning.rows import RowProbe, choose_rows
+from .pruning.running_scores import Scores, scores_of_kept
+from .pruning.selection import Ranking, Removal, Unit, all_groups, compose, select_removal
+from .pruning.surgery import zero_groups
+from .run_text import RunText
+from .stop_signal import StopSignal
+from .vocabulary.frequency import expected_splits
+from .vocabulary.retokenization import TokenAligner
+
+
+@dataclass(frozen=True)
+class PruningOutcome:
+    """Result of one event."""
+
+    units: Sequence[Unit] = ()
+    """Removed units."""
+    next_saliency: dict[str, float] = field(default_factory=dict)
+    """Score of the next unit of each kind."""
+    vocabulary: dict[str, float] | None = None
+    """Log fields of a removal of vocabulary rows."""
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """Return the log fields of the step; {} if nothing was removed."""
+        removed = [[unit.kind, *part] for unit in self.units for part in unit.parts]
+        return {"removed": removed, "next_saliency": self.next_saliency} if removed else {}
+
+
+def switch_vocabulary(pruner: Pruner, trained: TrainedModel, text: RunText) -> None:
+    """Read all text without the removed vocabulary rows. A teacher still reads the source's tokens."""
+    kept = pruner.survivors["vocabulary"][0].tolist()
+    text.prune_vocabulary(kept)
+    if trained.loss.has_teacher:
+        num_rows = pruner.plan.source.vocab_size
+        trained.loss.source_text = TokenAligner(text.tokenizer, text.source_tokenizer, kept, num_rows)
+
+
+class PruningEvent:
+    """One removal. All of its calls are collective.
+
+    A stop signal is answered while blocks, rows or the refit are computed. If the event `needs_restart`, it must then
+    start again from a checkpoint before it. Otherwise the same event continues with the next call of `run`, also in
+    another process after `Pruner.load_state`.
+    """
+
+    def __init__(
+        self, pruner: Pruner, trained: TrainedModel, text: RunText, batch_size: int, stop_signal: StopSignal
+    ) -> None:
+        """Prune `trained`; `batch_size` is the number of windows of a rank in one forward pass."""
+        self.pruner, self.trained, self.text = pruner, trained, text
+        self.batch_size, self.stop_signal = batch_size, stop_signal
+        self.parallel, self.settings = trained.parallel, pruner.settings
+        self.needs_restart = self.settings.recover != "none" or pruner.is_vocabulary_due
+        """Whether an interrupted event cannot be continued: a refit needs the model from before it."""
+
+    def run(self, target: float) -> PruningOutcome:
+        """Remove groups until the budget's measure is at most `target`."""
+        pruner, trained = self.pruner, self.trained
+        former = None
+        if self.settings.recover != "none":
+            former = make_teacher(trained.model, trained.loss.dtype, self.parallel.device)
+        rows = vocabulary = None
+        if pruner.is_vocabulary_due:
+            rows, vocabulary = self._prune_vocabulary()
+        groups = self._prune_groups(target)
+        is_compacting = pruner.is_done or pruner.events_since_compaction >= self.settings.compact_every
+        if groups is not None and is_compacting:
+            pruner.compact(trained)
+        if groups is not None and former is not None:
+            self._recover(former, groups, rows.kept["vocabulary"][0] if rows is not None else None)
+        units = [unit for removal in (rows, groups) if removal is not None for unit in removal.units]
+        return PruningOutcome(units, pruner.next_saliency, vocabulary)
+
+    def _prune_vocabulary(self) -> tuple[Removal | None, dict[str, float] | None]:
+        """Remove the vocabulary rows that the current ranking takes on the way to the whole budget.
+
+        Returns (the removal, its log fields), None if no row is selected. Text is read without the rows from then on.
+        """
+        pruner = self.pruner
+        probe = self._row_probe()
+        scores, shape = self._ranking_scores(), pruner.architecture
+
+        def select(row_scores: Tensor) -> Removal:
+            return select_removal(shape, scores | {"vocabulary": [row_scores]}, pruner.rules, pruner.budget.target)
+
+        selected = select(choose_rows(probe, lambda row_scores: select(row_scores).kept["vocabulary"][0].tolist()))
+        pruner.is_vocabulary_due = False
+        units = tuple(unit for unit in selected.units if unit.kind == "vocabulary")
+        if not units:
+            return None, None
+        rows = selected.kept["vocabulary"]
+        after = replace(shape, vocab_size=len(rows[0]))
+        removal = pruner.add(Removal(shape, after, all_groups(shape) | {"vocabulary": rows}, units))
+        if pruner.blocks is not None:
+            pruner.blocks.shift_renewal(pruner.size)
+        pruner.compact(self.trained)
+        switch_vocabulary(pruner, self.trained, self.text)
+        return removal, probe.describe(rows[0])
+
+    def _row_probe(self) -> RowProbe:
+        """Return a probe of the current rows. It scores tokens by their frequency in the training text."""
+        pieces, settings, text = self.pruner.plan.pieces, self.settings, self.text
+        assert pieces is not None
+        counts = text.count_tokens(pieces.size, settings.vocabulary_tokens, self.stop_signal.check_alone)
+        splits = expected_splits(pieces, counts, settings.vocabulary_prior)
+        windows = text.extra_windows(settings.block_tokens)
+        return RowProbe(self.trained.loss, text.tokenizer, splits, windows, self.parallel, self.stop_signal.check)
+
+    def _prune_groups(self, target: float) -> Removal | None:
+        """Zero the lowest-scored units until the budget's measure is at most `target`; None if nothing is removed."""
+        pruner, blocks = self.pruner, self.pruner.blocks
+        if not pruner.is_above(target):
+            return None
+        before, kept = pruner.architecture, all_groups(pruner.architecture)
+        if pruner.units_of_event is None:  # a new event: training has changed the prices of all blocks
+            pruner.units_of_event = []
+            if blocks is not None:
+                blocks.invalidate()
+        while True:
+            scores = self._ranking_scores()
+            until = target if blocks is None else max(target, blocks.next_renewal)
+            removal = select_removal(pruner.architecture, scores, pruner.rules, until, stop_before=self._is_outdated)
+            if removal.units:
+                self._zero(removal)
+                pruner.units_of_event += removal.units
+                kept = compose(kept, removal.kept)
+            next_unit = self._next_unit(removal, scores)
+            if next_unit is None or not pruner.is_above(target):
+                break
+            if blocks is not None:
+                blocks.invalidate(removal.units)
+                if blocks.is_outdated(next_unit):
+                    blocks.measure(self._block_probe(), next_unit.kind, next_unit.layer)
+        units, pruner.units_of_event = pruner.units_of_event, None
+        if not units:
+            return None
+        pruner.events_since_compaction += 1
+        return Removal(before, pruner.architecture, kept, tuple(units))
+
+    def _ranking_scores(self) -> Scores:
+        """Return the scores to rank by: in nats, with blocks, if blocks are measured; else the plain saliency."""
+        pruner, blocks = self.pruner, self.pruner.blocks
+        scores = pruner.scores()
+        if blocks is None:
+            return scores
+        if pruner.size <= blocks.next_renewal:
+            blocks.renew(self._block_probe(), pruner.architecture, scores, pruner.size)
+        return blocks.in_nats(scores)
+
+    def _is_outdated(self, unit: Unit, taken: Sequence[Unit] = ()) -> bool:
+        """Tell whether a unit is a block whose price must be measured again before its removal."""
+        return self.pruner.blocks is not None and self.pruner.blocks.is_outdated(unit, taken)
+
+    def _block_probe(self) -> BlockProbe:
+        windows = self.text.extra_windows(self.settings.block_tokens)
+        return BlockProbe(self.trained.loss, windows, self.batch_size, self.parallel, self.stop_signal.check)
+
+    def _next_unit(self, removal: Removal, scores: Scores) -> Unit | None:
+        """Return the next unit after `removal` by the same scores, and note the next score of every kind."""
+        rules = self.pruner.rules
+        remaining = {kind: scores_of_kept(vectors, removal.kept.get(kind)) for kind, vectors in scores.items()}
+        ranking = Ranking(removal.after, remaining, rules)
+        next_units = {name: ranking.peek(name) for name in (*rules.kinds, *rules.blocks)}
+        self.pruner.next_saliency = {name: unit.score for name, unit in next_units.items() if unit is not None}
+        return ranking.peek()
+
+    def _zero(self, removal: Removal) -> None:
+        """Zero the selected groups, after the remaining weights absorbed them if --weight-update is on."""
+        zeroed, grams, model = self.pruner.add(removal), self.pruner.grams, self.trained.model
+        if grams is not None:
+            self.parallel.mean_tensors(grams.grams.values())
+            grams.update_weights(model, zeroed)
+        zero_groups(model, zeroed, self.trained.optimizer)
+
+    def _recover(self, former: Any, groups: Removal, rows: Tensor | None) -> None:
+        """Refit the model to `former`, its copy from before the event. `rows` are the surviving rows of `former`."""
+        windows = self.text.extra_windows(self.settings.recover_tokens)
+        tokens = torch.from_numpy(self.parallel.my_rows(windows)).to(self.parallel.device)
+        tokens = torch.where(tokens < 0, ~tokens, tokens)[:, :-1]
+        model, damping, dtype = self.trained.model, self.settings.recover_damping, self.trained.loss.dtype
+        refit = LeastSquares(model, former, groups.kept["stem"][0], damping, dtype, rows)
+        refit.fit(tokens, self.parallel, self.stop_signal.check)

@@ -1,0 +1,244 @@
+"""One optimizer step: gradients over microbatches and ranks, saliency from the same gradients, and the update."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..runtime.base.errors import DataError
+from .compute.distributed import Parallel, without_sync
+from .compute.loss import LossWeights, count_predicted
+from .compute.optimizer import clip_factor, gradient_norm
+from .compute.trained_model import TrainedModel
+from .config.sections import OptimizerConfig
+from .data.packing import PackedStream
+from .pruning.pruner import Pruner
+from .reporting.metrics import RunProgress
+from .schedule import learning_rate
+from .stop_signal import StopRequested, StopSignal
+
+_log = logging.getLogger("efficientllm.train")
+
+
+class TrainingStep:
+    """The optimizer steps of a run."""
+
+    def __init__(
+        self,
+        trained: TrainedModel,
+        stream: PackedStream,
+        progress: RunProgress,
+        settings: OptimizerConfig,
+        pruner: Pruner | None,
+        stop_signal: StopSignal,
+    ) -> None:
+        """Train on windows of `stream` and advance `progress`."""
+        self.trained, self.stream, self.progress, self.settings = trained, stream, progress, settings
+        self.pruner, self.stop_signal, self.parallel = pruner, stop_signal, trained.parallel
+        self.tokens = settings.batch_size * settings.gradient_accumulation * self.parallel.world_size
+        self.tokens *= stream.sequence_length
+        """Tokens of all ranks in a step."""
+        self._has_warned = False
+
+    def run(self, rounded_weights: contextlib.AbstractContextManager[None]) -> tuple[dict[str, Any], bool]:
+        """Take one step and return (its log record, whether it changed the weights).
+
+        Gradients are computed within `rounded_weights`. A stop signal or unreadable text raises before the weights
+        change. Then everything is as before the step.
+        """
+        undo, progress = self._undo(), self.progress
+        try:
+            microbatches = [self._next_windows() for _ in range(self.settings.gradient_accumulation)]
+            self.trained.loss.weights = self._loss_weights()
+            with rounded_weights:
+                own_loss = self._accumulate_gradients(microbatches)
+        except (StopRequested, DataError):
+            undo()
+            raise
+        loss = self.parallel.mean(own_loss)
+        grad_norm = gradient_norm(self.trained.model.parameters())
+        record: dict[str, Any] = {"step": progress.step + 1, "loss": loss, "grad_norm": float(grad_norm)}
+        is_usable = False
+        if not (math.isfinite(loss) and math.isfinite(record["grad_norm"])):
+            record["skipped"] = True
+            progress.skipped_in_a_row += 1
+        elif not self.parallel.any(any(map(count_predicted, microbatches))):
+            self._skip_untargeted_step(record)
+        else:
+            is_usable = True
+            self._update_weights(grad_norm)
+        if not is_usable and self.pruner is not None:
+            self.pruner.discard_step()
+        self.trained.optimizer.zero_grad(set_to_none=True)
+        progress.step += 1
+        progress.tokens += self.tokens
+        record |= {"tokens": progress.tokens, "learning_rate": self.trained.optimizer.param_groups[0]["lr"]}
+        return record, is_usable
+
+    def _undo(self) -> Callable[[], None]:
+        """Return a function that undoes all effects of a step before its update."""
+        device = self.parallel.device
+        position, cpu_state = self.stream.state(), torch.get_rng_state()
+        gpu_state = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        is_checked = self.settings.gradient_accumulation > 1 and self.parallel.world_size == 1
+        grams = self.pruner.copy_grams() if self.pruner is not None and is_checked else None
+
+        def undo() -> None:
+            self.stream.load_state(position)
+            torch.set_rng_state(cpu_state)
+            if gpu_state is not None:
+                torch.cuda.set_rng_state(gpu_state, device)
+            self.trained.optimizer.zero_grad(set_to_none=True)
+            if self.pruner is not None:
+                self.pruner.discard_step(grams)
+
+        return undo
+
+    def _next_windows(self) -> Tensor:
+        """Return this rank's windows [B, S + 1] of the next microbatch."""
+        windows = self.stream.next_windows(self.settings.batch_size * self.parallel.world_size)
+        return torch.from_numpy(self.parallel.my_rows(windows)).to(self.parallel.device)
+
+    def _loss_weights(self) -> LossWeights:
+        """Return the configured weights, with at least the whole cross-entropy while gradients rank groups.
+
+        The gradient of distillation is zero at the source, and its rounding errors rank nothing.
+        """
+        cross_entropy, distill = self.settings.cross_entropy, self.settings.distill
+        if self.pruner is not None and self.pruner.ranks_by_gradients and not self.pruner.is_done:
+            cross_entropy = max(1.0, cross_entropy)
+        return LossWeights(cross_entropy, distill)
+
+    def _accumulate_gradients(self, microbatches: Sequence[Tensor]) -> float:
+        """Compute the gradients of windows [B, S + 1] and return this rank's loss."""
+        trained, check = self.trained, self.stop_signal.check_alone
+        model = trained.model
+        return accumulate_gradients(trained.wrapped_loss, model, microbatches, self.pruner, self.parallel, check)
+
+    def _update_weights(self, grad_norm: Tensor) -> None:
+        if self.pruner is not None:
+            self.pruner.finish_step()
+        for group in self.trained.optimizer.param_groups:
+            group["lr"] = learning_rate(self.settings, self.progress.tokens + self.tokens)
+        self.trained.optimizer.step(gradient_scale=clip_factor(grad_norm, self.settings.max_grad_norm))
+        self.progress.skipped_in_a_row = 0
+
+    def _skip_untargeted_step(self, record: dict[str, Any]) -> None:
+        """Record that no token of a step's windows is a training target, and warn the first time."""
+        record["nothing_to_learn"] = True
+        if not self._has_warned:
+            _log.warning(
+                f"step {record['step']}: its windows hold no answer's token to learn; such steps change nothing, and a "
+                "longer --sequence-length or larger --batch-size makes fewer of them"
+            )
+        self._has_warned = True
+
+
+def accumulate_gradients(
+    wrapped_loss: nn.Module,
+    model: Any,
+    microbatches: Sequence[Tensor],
+    pruner: Pruner | None,
+    parallel: Parallel,
+    check: Callable[[], None] = lambda: None,
+) -> float:
+    """Leave the gradients of the mean loss over all learned tokens of the step in .grad of the parameters.
+
+    The mean covers all microbatches [B, S + 1] and ranks. Returns this rank's share of the step's cross-entropy; its
+    mean over ranks is the mean over all learned tokens.
+
+    A saliency that is not linear in the gradient (taylor2, fisher) needs every microbatch of every rank alone. Then
+    .grad is emptied after each one and DDP averages nothing. The sums are kept aside and averaged at the end. FSDP
+    reduces gradients in its own backward pass, so a sample is a microbatch of all ranks there.
+    `check` is called between microbatches and may raise.
+    """
+    steps = len(microbatches)
+    needs_samples = pruner is not None and pruner.wants_microbatches
+    per_microbatch = needs_samples and (steps > 1 or parallel.world_size > 1)
+    shares = _shares(microbatches, parallel)
+    accumulated: dict[Tensor, Tensor] = {}
+    total = 0.0
+    for place, (windows, share) in enumerate(zip(microbatches, shares, strict=True)):
+        if place:
+            check()
+        is_last = place == steps - 1
+        with without_sync(wrapped_loss, per_microbatch or not is_last):
+            loss, cross_entropy = wrapped_loss(windows)
+            # a sample keeps the scale of a mean over its own tokens; its share of the step is taken below
+            (loss / (share.sample_divisor if per_microbatch else share.divisor)).backward()
+        total += float(cross_entropy) * share.tokens
+        if pruner is not None:
+            pruner.mask_gradients(model)
+            if per_microbatch:
+                pruner.observe_gradients(model, share.sample_weight)
+        if per_microbatch:
+            _move_gradients(model.parameters(), accumulated, share.sample_weight)
+    if per_microbatch:
+        for parameter, gradient in accumulated.items():
+            parameter.grad = gradient.div_(steps)
+        if parallel.mode == "ddp":
+            parallel.mean_tensors(accumulated.values())
+    elif pruner is not None:
+        pruner.observe_gradients(model)
+    tokens = sum(share.tokens for share in shares)
+    return total / max(1, tokens) * (tokens / shares[0].mean_tokens)
+
+
+@dataclass(frozen=True)
+class _Share:
+    """Weight of one microbatch of one rank in a step.
+
+    If all microbatches of all ranks have the same number of learned tokens, the divisors and weights are whole numbers,
+    and nothing is rounded.
+    """
+
+    tokens: int
+    """Learned tokens of the microbatch."""
+    sample_tokens: float
+    """Learned tokens of its sample: a mean over ranks if the sample is a microbatch of all ranks."""
+    mean_tokens: float
+    """Learned tokens of a rank in the step, a mean over ranks; 1 if there are none."""
+    steps: int
+    """Microbatches of a rank in the step."""
+
+    @property
+    def divisor(self) -> float:
+        """Return the divisor that turns the microbatch's mean loss into its part of the step's, which ranks average."""
+        return self.mean_tokens / self.tokens if self.tokens else math.inf
+
+    @property
+    def sample_divisor(self) -> float:
+        """Return the divisor from the microbatch's mean loss to its part of the sample's, which ranks average."""
+        return self.sample_tokens / self.tokens if self.tokens else math.inf
+
+    @property
+    def sample_weight(self) -> float:
+        """Return the weight of the sample; 1 on average over the samples of a step."""
+        return self.sample_tokens * self.steps / self.mean_tokens
+
+
+def _shares(microbatches: Sequence[Tensor], parallel: Parallel) -> list[_Share]:
+    """Return one share per microbatch of this rank (a collective call)."""
+    tokens = [count_predicted(windows) for windows in microbatches]
+    over_ranks = torch.tensor(tokens, dtype=torch.float64, device=parallel.device)
+    parallel.mean_tensors([over_ranks])
+    means = over_ranks.tolist()
+    of_samples = means if parallel.mode == "fsdp" else tokens
+    mean_tokens, steps = sum(means) or 1.0, len(tokens)
+    return [_Share(each, sample, mean_tokens, steps) for each, sample in zip(tokens, of_samples, strict=True)]
+
+
+def _move_gradients(parameters: Iterable[Tensor], accumulated: dict[Tensor, Tensor], weight: float) -> None:
+    """Add `weight` times .grad of every parameter to `accumulated` and empty it."""
+    for parameter in parameters:
+        gradient, parameter.grad = parameter.grad, None
+        if gradient is not None:
+            gradient = gradient.mul_(weight) if weight != 1.0 else gradient
+            accumulated[parameter] = gradient if parameter not in accumulated else accumulated[parameter].add_(gradient)
