@@ -85,19 +85,19 @@ def sample_chats(
         prompts = [before + style.opening for style in STYLES]
         turns = sampler.sample(prompts, QUESTION_TOKENS, [style.question for style in STYLES], [seed, batch, 0])
         styles: dict[str, ChatStyle] = {}
-        for style, turn in zip(STYLES, turns, strict=True):
-            question = (style.opening + turn.text).strip()
-            if turn.is_whole and question and question not in known:
+        for style, (text, is_whole) in zip(STYLES, turns, strict=True):
+            question = (style.opening + text).strip()
+            if is_whole and question and question not in known:
                 styles[question] = style
         known.update(styles)
         questions = [question + (SHORT_ANSWER_REQUEST if batch % 2 else "") for question in styles]
         prompts = [before + question + after for question in questions]
         answers = sampler.sample(prompts, ANSWER_TOKENS, [style.answer for style in styles.values()], [seed, batch, 1])
         num_chats = 0
-        for question, answer in zip(questions, answers, strict=True):
-            if text := answer.text.strip():
-                yield Chat.of(("user", question), ("assistant", text), is_cut=not answer.is_whole)
-                done += len(tokenizer.encode(question + text, add_special_tokens=False))
+        for question, (text, is_whole) in zip(questions, answers, strict=True):
+            if answer := text.strip():
+                yield Chat.of(("user", question), ("assistant", answer), is_cut=not is_whole)
+                done += len(tokenizer.encode(question + answer, add_special_tokens=False))
                 num_chats += 1
         batch += 1
         num_empty_batches = 0 if num_chats else num_empty_batches + 1
@@ -129,15 +129,6 @@ def self_chat_file(
     return path
 
 
-@dataclass(frozen=True)
-class SampledTurn:
-    """The text that a model generates after a prompt."""
-
-    text: str
-    is_whole: bool
-    """False if it was cut before the model ended it."""
-
-
 class TurnSampler:
     """Samples the turns that a model generates after prompts."""
 
@@ -147,8 +138,8 @@ class TurnSampler:
 
     def sample(
         self, prompts: Sequence[str], max_tokens: int, warmths: Sequence[Warmth], seed: Sequence[int]
-    ) -> list[SampledTurn]:
-        """Return a turn after each prompt, cut if it does not end within `max_tokens`."""
+    ) -> list[tuple[str, bool]]:
+        """Return the text after each prompt, and whether the model ended its turn within `max_tokens`."""
         if not prompts:
             return []
         ids = [self.tokenizer.encode(prompt, add_special_tokens=False) for prompt in prompts]
@@ -164,9 +155,9 @@ class TurnSampler:
         with torch.random.fork_rng():
             torch.manual_seed(hash(tuple(seed)) % 2**63)  # hashes of integers are the same in every process
             rows = continuations(self.model, ids, settings, self.model.device, warmths)
-        turns: list[SampledTurn] = []
+        turns: list[tuple[str, bool]] = []
         for row in rows:
             is_whole = self.end in row
             text = self.tokenizer.decode(row[: row.index(self.end)] if is_whole else row, skip_special_tokens=True)
-            turns.append(SampledTurn(str(text), is_whole))
+            turns.append((str(text), is_whole))
         return turns

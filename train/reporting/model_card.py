@@ -96,15 +96,11 @@ def command_line(config: TrainConfig) -> str:
     return shlex.join(words)
 
 
-def _is_on_hub(name: str) -> bool:
-    """Return True if a corpus came from a hub, which is so if no local path has its name."""
-    return name != "demo" and not Path(name).exists()
-
-
 def model_card(config: TrainConfig, summary: dict[str, Any], source: Architecture, final: Architecture) -> str:
     """Return the card as Markdown with a YAML header. `summary` holds the values of training.json."""
     card = source_card(config.source.source)
     corpora = [DataSpec.parse(text).path for text in config.source.data]
+    from_hub = [corpus for corpus in corpora if corpus != "demo" and not Path(corpus).exists()]
     perplexities = [[f"held-out perplexity ({summary['held_out_tokens']:,} tokens of the training corpora)", ""]]
     bits = summary.get("bits_per_byte", {})
     for stage, value in summary["perplexity"].items():
@@ -120,7 +116,7 @@ def model_card(config: TrainConfig, summary: dict[str, Any], source: Architectur
     return templates.from_string(text).render(
         license=card.license,
         base_model=card.base_model,
-        datasets=[corpus.partition("@")[0] for corpus in corpora if _is_on_hub(corpus)],
+        datasets=[corpus.partition("@")[0] for corpus in from_hub],
         origin="trained from scratch in the shape of" if is_random else "pruned while training from",
         source_name=display_name(config.source.source),
         source=source,
