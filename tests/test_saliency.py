@@ -15,10 +15,9 @@ from efficientllm.train.pruning.activation import (
     ActivationScores,
     GateScores,
     Moments,
-    is_attention,
 )
 from efficientllm.train.pruning.criteria import CRITERIA, OTHERS, RANDOM, TOKEN_FISHER, criterion_named
-from efficientllm.train.pruning.plan import tracker_named
+from efficientllm.train.pruning.plan import make_tracker
 from efficientllm.train.pruning.running_scores import RandomScores
 from efficientllm.train.pruning.saliency import FOLDS, SaliencyTracker
 from efficientllm.train.pruning.selection import Removal, all_groups
@@ -176,9 +175,7 @@ def test_average_decays_per_step() -> None:
 
 
 def test_unknown_criterion_lists_the_known_ones() -> None:
-    with pytest.raises(
-        UsageError, match="--saliency best: unknown; known: taylor1, taylor2, fisher, magnitude, token-fisher, random"
-    ):
+    with pytest.raises(UsageError, match=f"--saliency best: unknown; known: {', '.join((*CRITERIA, *OTHERS))}"):
         criterion_named("best")
 
 
@@ -301,17 +298,17 @@ def test_scores_of_a_layer_without_groups_are_on_the_device_of_the_others(name: 
     architecture = tiny_architecture(layers=(LayerShape(4, 2, 96), LayerShape(0, 0, 64), LayerShape(2, 1, 0)))
     kinds = ("kv_group", "query_head", "ffn")
     model = tiny_model(architecture).to("meta").train()
-    tracker = tracker_named(name, kinds, architecture, decay=0.5)
+    tracker = make_tracker(name, kinds, architecture, decay=0.5)
     tracker.attach(model)
     for _ in range(2):
         if name == "wanda":
-            tracker._seen = {  # type: ignore[attr-defined]
+            tracker._moments = {  # type: ignore[attr-defined]
                 each: Moments(8, *(torch.ones(weight.shape[1], device="meta") for _ in range(3)))
                 for each, weight in tracker.weights.items()  # type: ignore[attr-defined]
             }
         elif name == TOKEN_FISHER:
             tracker._squares = {  # type: ignore[attr-defined]
-                each: torch.ones(weight.shape[1] // (32 if is_attention(each) else 1), device="meta")
+                each: torch.ones(weight.shape[1] // (32 if each.endswith("o_proj") else 1), device="meta")
                 for each, weight in tracker.weights.items()  # type: ignore[attr-defined]
             }
         for parameter in model.parameters():

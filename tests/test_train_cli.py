@@ -46,6 +46,15 @@ def test_parameters_fall_step_by_step_and_loss_falls(straight: Path) -> None:
     assert len({unit[0] for record in records for unit in record.get("removed", [])}) > 1  # several group types
 
 
+def test_the_log_says_why_a_group_was_removed(straight: Path) -> None:
+    events = [record for record in metrics(straight) if "removed" in record]
+    assert events
+    for record in events:
+        assert len(record["removed"]) == len(record["scores"]) == len(record["freed"])
+        assert min(record["freed"]) > 0
+        assert record["parameters"] <= record["target"]
+
+
 def test_killed_run_resumes_bit_identically(straight: Path, source_folder: Path, corpus: Path, tmp_path: Path) -> None:
     """kill -9 after step 10 (mid-pruning: a checkpoint at 5, one at 10), then --resume."""
     output = tmp_path / "run"

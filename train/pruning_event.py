@@ -1,8 +1,8 @@
 """One removal of a run, from its ranking to compaction and recovery.
 
 An event removes vocabulary rows first, once in a run. Then it zeroes the units with the lowest scores until the target
-is met, compacts the tensors and refits the rest. If block prices scale the scores, zeroing goes in rounds: after each
-round the next block is measured again, because a price from before its neighbours were removed is too low or too high.
+is met, compacts the tensors and refits the remaining weights. If block prices scale the scores, it zeroes in rounds.
+After each round the next block is measured again, because its price from before the removal of its neighbours is wrong.
 """
 
 from __future__ import annotations
@@ -35,16 +35,26 @@ class PruningOutcome:
 
     units: Sequence[Unit] = ()
     """Removed units."""
+    target: float = 0.0
+    """Upper limit of the budget's measure after the event."""
     next_saliency: dict[str, float] = field(default_factory=dict)
-    """Score of the next unit of each kind."""
+    """Score of the unit of each kind that would be removed next."""
     vocabulary: dict[str, float] | None = None
     """Log fields of a removal of vocabulary rows."""
 
     @property
     def record(self) -> dict[str, Any]:
-        """Return the log fields of the step; {} if nothing was removed."""
-        removed = [[unit.kind, *part] for unit in self.units for part in unit.parts]
-        return {"removed": removed, "next_saliency": self.next_saliency} if removed else {}
+        """Return the log fields of the step, or {} if nothing was removed."""
+        parts = [(unit, part) for unit in self.units for part in unit.parts]
+        if not parts:
+            return {}
+        return {
+            "removed": [[unit.kind, *part] for unit, part in parts],
+            "scores": [unit.score for unit, _ in parts],
+            "freed": [unit.freed for unit, _ in parts],
+            "target": self.target,
+            "next_saliency": self.next_saliency,
+        }
 
 
 def switch_vocabulary(pruner: Pruner, trained: TrainedModel, text: RunText) -> None:
@@ -67,7 +77,7 @@ class PruningEvent:
     def __init__(
         self, pruner: Pruner, trained: TrainedModel, text: RunText, batch_size: int, stop_signal: StopSignal
     ) -> None:
-        """Prune `trained`; `batch_size` is the number of windows of a rank in one forward pass."""
+        """Prepare an event on `trained`. `batch_size` is the number of windows of a rank in one forward pass."""
         self.pruner, self.trained, self.text = pruner, trained, text
         self.batch_size, self.stop_signal = batch_size, stop_signal
         self.parallel, self.settings = trained.parallel, pruner.settings
@@ -90,7 +100,7 @@ class PruningEvent:
         if groups is not None and former is not None:
             self._recover(former, groups, rows.kept["vocabulary"][0] if rows is not None else None)
         units = [unit for removal in (rows, groups) if removal is not None for unit in removal.units]
-        return PruningOutcome(units, pruner.next_saliency, vocabulary)
+        return PruningOutcome(units, target, pruner.next_saliency, vocabulary)
 
     def _prune_vocabulary(self) -> tuple[Removal | None, dict[str, float] | None]:
         """Remove the vocabulary rows that the current ranking takes on the way to the whole budget.
@@ -101,6 +111,7 @@ class PruningEvent:
         probe = self._row_probe()
         scores, shape = self._ranking_scores(), pruner.architecture
 
+        # rows compete with all other groups for the whole budget, but only the rows of this selection are removed
         def select(row_scores: Tensor) -> Removal:
             return select_removal(shape, scores | {"vocabulary": [row_scores]}, pruner.rules, pruner.budget.target)
 
@@ -137,6 +148,7 @@ class PruningEvent:
             pruner.units_of_event = []
             if blocks is not None:
                 blocks.invalidate()
+        # A round ends at the target, at the next renewal of all prices, or before a block whose price is outdated.
         while True:
             scores = self._ranking_scores()
             until = target if blocks is None else max(target, blocks.next_renewal)
@@ -159,7 +171,7 @@ class PruningEvent:
         return Removal(before, pruner.architecture, kept, tuple(units))
 
     def _ranking_scores(self) -> Scores:
-        """Return the scores to rank by: in nats, with blocks, if blocks are measured; else the plain saliency."""
+        """Return the scores to rank by. They are in nats and include blocks if these are measured."""
         pruner, blocks = self.pruner, self.pruner.blocks
         scores = pruner.scores()
         if blocks is None:
@@ -196,7 +208,7 @@ class PruningEvent:
     def _recover(self, former: Any, groups: Removal, rows: Tensor | None) -> None:
         """Refit the model to `former`, its copy from before the event. `rows` are the surviving rows of `former`."""
         windows = self.text.extra_windows(self.settings.recover_tokens)
-        tokens = torch.from_numpy(self.parallel.my_rows(windows)).to(self.parallel.device)
+        tokens = torch.from_numpy(self.parallel.own_rows(windows)).to(self.parallel.device)
         tokens = torch.where(tokens < 0, ~tokens, tokens)[:, :-1]
         model, damping, dtype = self.trained.model, self.settings.recover_damping, self.trained.loss.dtype
         refit = LeastSquares(model, former, groups.kept["stem"][0], damping, dtype, rows)

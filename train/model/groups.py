@@ -137,7 +137,7 @@ KINDS: dict[str, GroupKind] = {
         is_whole_model=True,
     ),
 }
-"""Kinds by their name in scores, logs and architecture.json; ties are resolved in this order."""
+"""Kinds by their name in scores, logs and architecture.json."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ BLOCKS: dict[str, BlockKind] = {
     # both at once: what a layer does together is not the sum of what its halves do alone
     "layer": BlockKind(("blocks", "layers"), ("kv_group", "ffn"), "layers", "#5b5f6b"),
 }
-"""Blocks by their name in scores, logs and architecture.json."""
+"""Blocks by their name in scores and logs."""
 
 PRUNE_TYPES = tuple(
     dict.fromkeys(
@@ -179,8 +179,8 @@ PRUNE_TYPES = tuple(
 """Values of --prune."""
 
 KIND_OF_AXIS = {kind.axis: name for name, kind in KINDS.items()}
-assert len(KIND_OF_AXIS) == len(KINDS), "two kinds share an axis"
 """Axis -> name of the kind whose survivors are its positions."""
+assert len(KIND_OF_AXIS) == len(KINDS), "two kinds share an axis"
 
 
 def counts(name: str, architecture: Architecture) -> list[int]:

@@ -1,7 +1,7 @@
 """Scores of whole blocks, and the common unit of blocks and groups: expected loss in nats per token.
 
-A block's score is measured (probe.py). A group's saliency is a Taylor estimate. It ranks the groups of one block well,
-but its scale depends on the criterion, the batch and the block. The groups of a block therefore share the block's
+A block's score is measured (BlockProbe). A group's saliency is a Taylor estimate. It ranks the groups of one block
+well, but its scale depends on the criterion, the batch and the block. The groups of a block therefore share the block's
 price: loss(group) = loss(block) * amplitude(group) / sum of the amplitudes of the block's groups. This is exact if the
 effects of a block's groups add up. An amplitude is the saliency, or its root if the criterion is an energy (a square of
 changes). Shares of first-order saliency are near the cost of removing parts of a block. Shares of energies are a fifth
@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..compute.distributed import Parallel, shard_again
+from ..compute.distributed import Parallel, reshard
 from ..compute.loss import TrainingLoss, count_predicted
 from ..model.architecture import Architecture
 from ..model.groups import BLOCKS, KINDS
@@ -62,7 +62,7 @@ class BlockProbe:
         `check` is called before every forward pass without blocks, equally often on every rank, and may raise.
         """
         self._loss, self._parallel, self._check = loss, parallel, check
-        rows = torch.from_numpy(parallel.my_rows(windows)).to(parallel.device)
+        rows = torch.from_numpy(parallel.own_rows(windows)).to(parallel.device)
         self._batches = rows.split(batch_size)
 
     @torch.no_grad()
@@ -76,7 +76,7 @@ class BlockProbe:
                 for batch in self._batches:
                     total += count_predicted(batch) * self._of_batch(batch, absences)
         finally:
-            shard_again(self._loss)  # the optimizer updates shards
+            reshard(self._loss)  # the optimizer updates shards
             self._loss.train(was_training)
         mean = (total / max(1, sum(map(count_predicted, self._batches)))).to(self._parallel.device)
         self._parallel.mean_tensors([mean])

@@ -23,17 +23,18 @@ class Criterion:
     """One formula of scores."""
 
     elementwise: Callable[[Tensor, Tensor], Terms]
-    """(weight, gradient) -> terms of the same shape, summed over a group's parameters."""
+    """(weight, gradient) -> terms of the same shape, summed over the parameters of a piece of a group."""
     combine: Callable[..., Tensor]
     """(sum of term 1, sum of term 2, ...) -> scores, element-wise. The sums are of a piece of a group (a head's
-    channel, a layer's part of a stem channel); a group's score is the sum over its pieces (see saliency.FOLDS)."""
+    channel, a layer's part of a stem channel). A group's score is the sum over its pieces (see saliency.FOLDS)."""
     uses_gradient: bool = True
     per_microbatch: bool = False
     """Whether the terms need each microbatch's own gradient (samples of the empirical Fisher)."""
     combine_each_sample: bool = False
     """Whether `combine` is applied to every sample and its results averaged, instead of to the averaged sums."""
     is_energy: bool = False
-    """Whether scores are squares of changes, whose roots give groups' shares of a block (see blocks.py)."""
+    """Whether scores are squares of changes, so that their roots give the groups' shares of a block (see blocks.py).
+    False suits scores that are linear in the weights."""
 
 
 CRITERIA: dict[str, Criterion] = {
@@ -69,7 +70,7 @@ ENTRY_POINT_GROUP = "efficientllm.criteria"
 TOKEN_FISHER = "token-fisher"
 RANDOM = "random"
 OTHERS = (TOKEN_FISHER, RANDOM, "flap", "wanda", "minitron")
-"""Values of `--saliency` that are not sums over weights: see gates.py, running_scores.py and activation.py."""
+"""Values of `--saliency` that are not sums over weights (see activation.py and running_scores.py)."""
 
 
 def criterion_named(name: str) -> Criterion:

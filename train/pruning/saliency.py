@@ -1,7 +1,8 @@
 """Saliency of minimal parameter groups from the weights and gradients of the training steps.
 
 Shapes: L layers, H hidden, G key/value heads, R query heads per key/value head, D head_dim, I FFN channels. A
-criterion's element-wise terms are summed in fp32 over every parameter of a group. The sums become one score per group.
+criterion's element-wise terms are summed in fp32 over the parameters of each piece of a group. The sums become the
+score of the piece. The score of a group is the sum over its pieces (FOLDS).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from ..compute.distributed import MeanOverRanks, alone, full
+from ..compute.distributed import MeanOverRanks, full, single_rank
 from ..model.architecture import Architecture
 from ..model.groups import KINDS, counts
 from ..model.tensors import axes_of, is_of_attention, split_name
@@ -19,7 +20,7 @@ from .criteria import Criterion, Terms
 from .running_scores import RunningScores, Scores
 
 Sums = dict[tuple[int | str | None, str], list[Tensor]]
-"""{(layer, axis): [sum of term 1 along that axis, ...]}; the hidden axis has one entry per piece of the stem."""
+"""{(layer, axis): [sum of term 1 along that axis, ...]}. The hidden axis has one entry per piece of the stem."""
 
 
 def _stem_piece(layer: int | None, name: str, architecture: Architecture) -> str:
@@ -42,7 +43,7 @@ def _add_blocks(sums: Sums, name: str, terms: Terms, rows: int) -> None:
 
 
 class SaliencyTracker(RunningScores):
-    """Scores by a criterion."""
+    """Scores by an element-wise criterion."""
 
     def __init__(
         self,
@@ -50,7 +51,7 @@ class SaliencyTracker(RunningScores):
         kinds: Iterable[str],
         architecture: Architecture,
         decay: float,
-        mean_over_ranks: MeanOverRanks = alone,
+        mean_over_ranks: MeanOverRanks = single_rank,
     ) -> None:
         """Start without scores.
 
@@ -59,7 +60,7 @@ class SaliencyTracker(RunningScores):
         super().__init__(kinds, architecture, decay)
         self.mean_over_ranks = mean_over_ranks
         self.criterion = criterion
-        self.wants_microbatches = criterion.per_microbatch
+        self.needs_microbatches = criterion.per_microbatch
         self._samples: list[tuple[Sums, float]] = []
         """(sums, weight) of this step's samples so far: one, or one per microbatch."""
 
