@@ -41,8 +41,8 @@ class AppOptions:
     refuses requests with any other host name, except the local ones."""
     cors_origin: tuple[str, ...] = ()
     """Origin of a web page that may call the server from a browser (CORS), repeatable; none by default."""
-    max_body_bytes: int = 1_000_000
-    """Largest body of a request, in bytes."""
+    max_body_bytes: int = flags.byte_count(1_000_000, at_least=1)
+    """Largest body of a request."""
     body_timeout: float = flags.number(30.0, above=0)
     """Longest time to receive a request, in seconds."""
     overflow: Overflow = "error"
