@@ -1,0 +1,1 @@
+"""Jobs: generators of training and test examples for one narrow task."""
