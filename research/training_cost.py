@@ -28,13 +28,13 @@ from efficientllm.train.data.documents import DataSpec
 from efficientllm.train.data.packing import PackedStream
 from efficientllm.train.model.irregular import architecture_of
 from efficientllm.train.model.source import load_source
-from efficientllm.train.pruning.plan import tracker_named
+from efficientllm.train.pruning.plan import make_tracker
 from efficientllm.train.pruning.recovery import InputGrams
 from efficientllm.train.pruning.running_scores import RunningScores
 from efficientllm.train.pruning.saliency import FOLDS
 from efficientllm.train.pruning.selection import SelectionRules, select_removal
 from efficientllm.train.pruning.surgery import remove_groups
-from efficientllm.train.quantisation.weights import ShippedWeights
+from efficientllm.train.quantisation.weights import RoundedWeights
 from efficientllm.train.reporting.metrics import read_metrics
 
 TRAINED_TYPES = tuple(TARGETS)
@@ -85,14 +85,14 @@ class StepBenchmark:
         self.grams: InputGrams | None = None
 
     def tracker(self, criterion: str, kinds: tuple[str, ...]) -> RunningScores:
-        return tracker_named(criterion, kinds, self.architecture, 0.9)
+        return make_tracker(criterion, kinds, self.architecture, 0.9)
 
-    def step(self, tracker: RunningScores | None = None, shipped: ShippedWeights | None = None) -> float:
+    def step(self, tracker: RunningScores | None = None, rounded: RoundedWeights | None = None) -> float:
         """Seconds of one step."""
         windows = torch.from_numpy(self.stream.next_windows(self.batch_size)).to(self.device)
         self._wait()
         began = time.perf_counter()
-        with shipped.applied(self.model) if shipped is not None else contextlib.nullcontext():
+        with rounded.applied(self.model) if rounded is not None else contextlib.nullcontext():
             self.loss(windows)[0].backward()
         if tracker is not None:
             tracker.accumulate(self.model.named_parameters())
@@ -125,7 +125,7 @@ def compare_steps(bench: StepBenchmark, rounds: int, wanted: Sequence[str]) -> N
         "taylor1, with stem": lambda: bench.step(trackers["taylor1, with stem"]),
         "taylor2": lambda: bench.step(trackers["taylor2"]),
         "fisher": lambda: bench.step(trackers["fisher"]),
-        **{f"qat {each}": lambda each=each: bench.step(shipped=shipped[each]) for each in TRAINED_TYPES},
+        **{f"qat {each}": lambda each=each: bench.step(rounded=rounded[each]) for each in TRAINED_TYPES},
         "obs Gram matrices": lambda: bench.step_with_grams({"query", "ffn"}),
     }
     trackers = {
@@ -134,7 +134,7 @@ def compare_steps(bench: StepBenchmark, rounds: int, wanted: Sequence[str]) -> N
         "taylor2": bench.tracker("taylor2", WITHOUT_STEM),
         "fisher": bench.tracker("fisher", WITHOUT_STEM),
     }
-    shipped = {each: ShippedWeights(QuantisationConfig(qat=each)) for each in TRAINED_TYPES}  # type: ignore[arg-type]
+    rounded = {each: RoundedWeights(QuantisationConfig(qat=each)) for each in TRAINED_TYPES}  # type: ignore[arg-type]
     if wanted != ("all",):
         unknown = next((name for name in wanted if name not in variants), None)
         if unknown is not None:
@@ -153,7 +153,8 @@ def compare_steps(bench: StepBenchmark, rounds: int, wanted: Sequence[str]) -> N
         speed = bench.tokens / statistics.median(values)
         rows.append([name, Figure.of(values).describe(3, "s"), f"{speed:.0f}", f"{ratio:.3f}"])
     print(f"\n{markdown_table(rows)}")
-    print(f"\nplain step {plain:.3f} s; Gram matrices hold {bench.grams.num_bytes / 1e6:.0f} MB" if bench.grams else "")
+    gram_bytes = sum(gram.nbytes for gram in bench.grams.grams.values()) if bench.grams else 0
+    print(f"\nplain step {plain:.3f} s; Gram matrices hold {gram_bytes / 1e6:.0f} MB")
 
 
 def time_events(bench: StepBenchmark) -> None:

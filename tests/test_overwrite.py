@@ -15,11 +15,11 @@ from efficientllm.train import run as training_run
 from efficientllm.train import trainer
 from efficientllm.train.checkpoint.run_folder import (
     ASIDE,
-    drop_replaced,
+    delete_replaced_run,
     foreign_files,
-    put_back,
+    restore_replaced_run,
     recover,
-    set_aside_run,
+    stash_run,
 )
 from efficientllm.train.data import packing
 
@@ -124,7 +124,7 @@ def killed_before_its_first_checkpoint(arguments: list[str], monkeypatch: pytest
 
     with monkeypatch.context() as patch:
         patch.setattr(trainer.Trainer, "_step", kill)
-        patch.setattr(training_run, "put_back", lambda folder: False)  # a killed process does not
+        patch.setattr(training_run, "restore_replaced_run", lambda folder: False)  # a killed process does not
         assert run(arguments) == 130
 
 
@@ -166,9 +166,9 @@ def test_a_kill_at_any_rename_loses_nothing(old: Path, monkeypatch: pytest.Monke
     for moment in range(25):
         left[:] = [moment]
         try:
-            set_aside_run(old)
+            stash_run(old)
             (old / "metrics.jsonl").write_text("of the new run")
-            put_back(old)
+            restore_replaced_run(old)
         except KeyboardInterrupt:
             pass
         left[:] = [100]
@@ -177,10 +177,10 @@ def test_a_kill_at_any_rename_loses_nothing(old: Path, monkeypatch: pytest.Monke
 
 
 def test_a_kill_while_the_old_run_is_deleted_keeps_the_new_one(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    set_aside_run(old)
+    stash_run(old)
     (old / "config.toml").write_text("of the new run")
     monkeypatch.setattr(shutil, "rmtree", lambda folder, **options: None)
-    drop_replaced(old)
+    delete_replaced_run(old)
     monkeypatch.undo()
     recover(old, resumes=False)
     assert os.listdir(old) == ["config.toml"]

@@ -28,7 +28,7 @@ from efficientllm.train.model.architecture import LayerShape
 from efficientllm.train.model.families import FAMILIES
 from efficientllm.train.model.tensors import EMBEDDING, HEAD
 from efficientllm.train.quantisation.grids import GRIDS
-from efficientllm.train.quantisation.weights import InputSquares, ShippedWeights
+from efficientllm.train.quantisation.weights import InputSquares, RoundedWeights
 from efficientllm.train.trainer import Trainer
 
 WEIGHT = torch.randn(96, 192, generator=torch.Generator().manual_seed(0)) * 0.05
@@ -116,14 +116,14 @@ def test_rows_that_blocks_do_not_divide_are_rounded_as_if_padded() -> None:
 def test_gradients_are_those_of_the_rounded_weights() -> None:
     model = tiny_model(tiny_architecture())
     tokens = torch.randint(3, 400, (2, 16))
-    shipped = ShippedWeights(QuantisationConfig(qat="q8_0"))
+    rounded = RoundedWeights(QuantisationConfig(qat="q8_0"))
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    with shipped.applied(model):
+    with rounded.applied(model):
         model(tokens, labels=tokens).loss.backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
     model.zero_grad()
-    shipped.settle(model)
+    rounded.make_permanent(model)
     model(tokens, labels=tokens).loss.backward()
     for name, parameter in model.named_parameters():
         assert torch.equal(gradients[name], parameter.grad), name
@@ -147,7 +147,7 @@ def test_scales_of_q4_0_heed_what_columns_are_multiplied_with() -> None:
 def test_every_matrix_of_every_family_has_its_inputs(family: str) -> None:
     model = tiny_model(tiny_architecture(family)).train()
     inputs = InputSquares()
-    with inputs.watching(model):
+    with inputs.observing(model):
         model(torch.randint(3, 400, (2, 16)))
     for name, parameter in model.named_parameters():
         if parameter.dim() == 2 and name != EMBEDDING:
@@ -158,14 +158,14 @@ def test_every_matrix_of_every_family_has_its_inputs(family: str) -> None:
 @pytest.mark.parametrize("tied", [True, False])
 def test_an_embedding_heeds_what_it_is_multiplied_with_where_it_is_the_head_too(tied: bool) -> None:
     model = tiny_model(replace(tiny_architecture(), tie_word_embeddings=tied)).train()
-    shipped = ShippedWeights(QuantisationConfig(qat="q4_0"))
-    with shipped.applied(model):
+    rounded = RoundedWeights(QuantisationConfig(qat="q4_0"))
+    with rounded.applied(model):
         model(torch.randint(3, 400, (2, 16)))
     weight = model.get_parameter(EMBEDDING).detach()
-    importance = shipped.inputs.of(HEAD, weight.shape[1])
+    importance = rounded.inputs.of(HEAD, weight.shape[1])
     plain, heeding = GRIDS["q4_0"].round(weight), GRIDS["q4_0"].round(weight, importance)
     assert not torch.equal(plain, heeding)
-    with shipped.applied(model):
+    with rounded.applied(model):
         assert torch.equal(model.get_parameter(EMBEDDING), heeding if tied else plain)
 
 
@@ -176,7 +176,7 @@ def test_inputs_are_watched_in_training_alone() -> None:
         module = model.get_submodule(name)
         module.register_forward_pre_hook(lambda _, inputs, name=name: seen.update({name: inputs[0].detach()}))
     inputs, tokens = InputSquares(), torch.randint(3, 400, (2, 16))
-    with inputs.watching(model):
+    with inputs.observing(model):
         model(tokens)
     means = {name: values.flatten(0, -2).square().mean(0) for name, values in seen.items()}
     for parameter, name in (
@@ -187,18 +187,18 @@ def test_inputs_are_watched_in_training_alone() -> None:
     assert inputs.of("model.layers.1.mlp.down_proj.weight", 5) is None  # it was pruned since
     assert inputs.of(HEAD, model.config.hidden_size) is not None
     first = {name: mean.clone() for name, mean in inputs.state_dict().items()}
-    with inputs.watching(model.eval()):
+    with inputs.observing(model.eval()):
         model(tokens)
 
     def failing() -> None:
-        with inputs.watching(model.train()):
+        with inputs.observing(model.train()):
             model(tokens)
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         failing()
     assert all(torch.equal(first[name], mean) for name, mean in inputs.state_dict().items())
-    with inputs.watching(model):
+    with inputs.observing(model):
         model(torch.full((2, 16), 7))
     changed = [name for name, mean in inputs.state_dict().items() if not torch.equal(first[name], mean)]
     assert len(changed) == len(first) == 4 * model.config.num_hidden_layers + 1
@@ -207,7 +207,7 @@ def test_inputs_are_watched_in_training_alone() -> None:
 def test_what_fails_within_leaves_the_unrounded_weights() -> None:
     model = tiny_model(tiny_architecture())
     before = [parameter.detach().clone() for parameter in model.parameters()]
-    with pytest.raises(KeyboardInterrupt), ShippedWeights(QuantisationConfig(qat="8da4w")).applied(model):
+    with pytest.raises(KeyboardInterrupt), RoundedWeights(QuantisationConfig(qat="8da4w")).applied(model):
         raise KeyboardInterrupt
     assert all(torch.equal(one, other) for one, other in zip(before, model.parameters(), strict=True))
     assert not any(module._forward_pre_hooks for module in model.modules())

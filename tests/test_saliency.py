@@ -279,7 +279,7 @@ def test_token_fisher_forgets_a_step_that_was_skipped() -> None:
 
 
 def test_activation_criteria_do_not_rank_the_stem() -> None:
-    with pytest.raises(UsageError, match="leave stem out of --prune"):
+    with pytest.raises(UsageError, match="remove stem from --prune"):
         ActivationScores("flap", ("ffn", "stem"), tiny_architecture(), 0.9, lambda tensors: None)
 
 
@@ -288,7 +288,7 @@ def test_activation_criteria_are_listed() -> None:
 
 
 def test_gates_see_no_stem_whose_norms_stand_behind_the_blocks() -> None:
-    with pytest.raises(UsageError, match="olmo2 has norms behind its blocks; leave stem out"):
+    with pytest.raises(UsageError, match="olmo2 has norms after its blocks; remove stem"):
         GateScores(("stem",), tiny_architecture("olmo2"), decay=0.9)
 
 

@@ -39,8 +39,8 @@ class Scores:
         self.tracker = tracker
 
     @property
-    def wants_microbatches(self) -> bool:
-        return self.tracker.wants_microbatches
+    def needs_microbatches(self) -> bool:
+        return self.tracker.needs_microbatches
 
     def mask_gradients(self, model: Any) -> None:
         pass
@@ -142,7 +142,7 @@ def _rank(rank: int, mode: str, criterion: str, port: int, folder: str) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     parallel = Parallel(mode, CPU)
-    mine = list(parallel.my_rows(unequal_windows()).split(1))
+    mine = list(parallel.own_rows(unequal_windows()).split(1))
     tracker = SaliencyTracker(CRITERIA[criterion], KINDS, tiny_architecture(), 0.5, parallel.mean_tensors)
     found = gradients(mine, mode, 0.7, tracker)
     if rank == 0:

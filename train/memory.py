@@ -135,7 +135,7 @@ class Memory:
 
 
 def device_memory(device: torch.device, processes: int = 1) -> Memory | None:
-    """Return the memory of a GPU, or of this machine or container with its swap; None if unknown."""
+    """Return the memory of a GPU, or of this machine or container with its swap, or None if unknown."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return Memory(total, free)

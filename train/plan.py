@@ -1,7 +1,4 @@
-"""Resolve a training run: everything that follows from its configuration, settled once before training.
-
-Corpora of a run: those of its configuration, and chats sampled from its source.
-"""
+"""Resolve a training run: everything that follows from its configuration, once before training."""
 
 from __future__ import annotations
 
@@ -33,7 +30,7 @@ from .compute.hardware import Hardware, choose_hardware
 from .compute.loss import make_teacher
 from .config.pruning import PruneConfig
 from .config.quantisation import GGUF_TYPES
-from .config.sections import STEERING_CHANGES, TrainConfig, changed_settings
+from .config.sections import STEERING_CHANGES, OptimizerConfig, TrainConfig, changed_settings
 from .data.documents import DataSpec
 from .data.self_chat import MAX_TOKENS, MIN_SEQUENCES, SELF_CHAT, self_chat_file
 from .memory import check_memory, device_memory, estimate_memory
@@ -45,6 +42,8 @@ from .pruning.criteria import uses_gradient
 from .pruning.plan import PruningPlan, make_pruning_plan
 from .reporting.metrics import check_loggers
 from .vocabulary.pieces import pieces_of
+
+_log = logging.getLogger("efficientllm.train")
 
 
 def data_specs(config: TrainConfig) -> tuple[DataSpec, ...]:
@@ -74,9 +73,6 @@ def with_self_chats(
     return tuple(replace(spec, path=str(path)) if spec.path == SELF_CHAT else spec for spec in specs)
 
 
-_log = logging.getLogger("efficientllm.train")
-
-
 @dataclass(frozen=True)
 class ResumePoint:
     """Checkpoint to resume from."""
@@ -95,10 +91,15 @@ class Compute:
     hardware: Hardware
     parallel: Parallel
 
+    def stores_gradients_as_computed(self, settings: OptimizerConfig) -> bool:
+        """Tell whether the layers' gradients stay in bf16. Sums over microbatches or ranks are fp32."""
+        is_one_pass = self.parallel.mode == "none" and settings.gradient_accumulation == 1
+        return is_one_pass and self.hardware.dtype == torch.bfloat16
+
 
 @dataclass(frozen=True)
 class RunPlan:
-    """Settled properties of a run. It does not hold the source's weights, because they are trained."""
+    """Resolved properties of a run. It does not hold the source's weights, because they are trained."""
 
     config: TrainConfig
     folder: Path
@@ -115,11 +116,6 @@ class RunPlan:
     save_dtype: torch.dtype
     """Type of the final model's weights."""
 
-    @property
-    def stores_gradients_as_computed(self) -> bool:
-        """Tell whether the layers' gradients stay in the bf16 of the matrix products."""
-        return _stores_gradients_as_computed(self.config, self.compute)
-
 
 def check_request(config: TrainConfig) -> None:
     """Check everything that needs no loaded model. Raises UsageError."""
@@ -132,7 +128,7 @@ def check_request(config: TrainConfig) -> None:
         raise UsageError(f"--teacher-cache {cache} is no folder; name one")
     _check_target(config.pruning)
     if config.pruning.device_profile and config.quantisation.is_on:
-        engine, quantization = config.quantisation.shipped_as
+        engine, quantization = config.quantisation.export_format
         DeviceProfile.load(Path(config.pruning.device_profile)).check(engine=engine, quantization=quantization)
     uses_gradient(config.pruning.saliency)  # UsageError where it is unknown
     check_loggers(config.run.tensorboard, config.run.wandb)
@@ -164,7 +160,7 @@ def _check_target(settings: PruneConfig) -> None:
 
 
 def find_resume_point(config: TrainConfig) -> ResumePoint | None:
-    """Return the checkpoint of --resume; None for a new run, or one without a checkpoint yet."""
+    """Return the checkpoint of --resume, or None for a new run, or one without a checkpoint yet."""
     if not config.run.resume:
         return None
     folder = Path(config.run.output)
@@ -228,7 +224,7 @@ def make_plan(config: TrainConfig, resume: ResumePoint | None, compute: Compute)
     _check_grid(config, architecture)
     vocabulary_bytes = tokenizer_bytes(tokenizer) if config.pruning.target_bytes is not None else 0
     pieces = pieces_of(source, tokenizer) if config.pruning.prunes_vocabulary and config.pruning.prunes else None
-    pruning = make_pruning_plan(shipped_pruning(config), architecture, vocabulary_bytes, pieces)
+    pruning = make_pruning_plan(pruning_settings(config), architecture, vocabulary_bytes, pieces)
     if length > longest:
         raise UsageError(f"--sequence-length {length}: the source's context is {longest} tokens")
     data, folder = (
@@ -261,7 +257,7 @@ def _check_grid(config: TrainConfig, architecture: Architecture) -> None:
         )
 
 
-def shipped_pruning(config: TrainConfig) -> PruneConfig:
+def pruning_settings(config: TrainConfig) -> PruneConfig:
     """Return the pruning settings with the type of --qat for --target-bytes. Raises UsageError for a conflict."""
     settings, shipped = config.pruning, config.quantisation
     if settings.target_bytes is None or shipped.qat not in GGUF_TYPES:
@@ -283,18 +279,13 @@ def _save_dtype(config: TrainConfig) -> torch.dtype:
     return stored_dtype(config.source.source) if asked == "auto" else getattr(torch, asked)
 
 
-def _stores_gradients_as_computed(config: TrainConfig, compute: Compute) -> bool:
-    """Tell whether gradients stay in bf16. Sums over microbatches or ranks are fp32."""
-    is_one_pass = compute.parallel.mode == "none" and config.optimizer.gradient_accumulation == 1
-    return is_one_pass and compute.hardware.dtype == torch.bfloat16
-
-
 def _announce_memory(config: TrainConfig, resume: ResumePoint | None, compute: Compute, source: Architecture) -> None:
     """Report the memory of a run from a source of this shape. Raises UsageError if the machine has too little."""
     architecture = source if resume is None else Architecture.from_folder(resume.checkpoint)
-    parallel, is_summed = compute.parallel, not _stores_gradients_as_computed(config, compute)
+    parallel = compute.parallel
+    keeps_bf16 = compute.stores_gradients_as_computed(config.optimizer)
     shards = parallel.world_size if parallel.mode == "fsdp" else 1
-    estimate = estimate_memory(config, architecture, compute.hardware.dtype, shards, not is_summed)
+    estimate = estimate_memory(config, architecture, compute.hardware.dtype, shards, keeps_bf16)
     memory = device_memory(parallel.storage_device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     warning = check_memory(estimate, memory, config) if memory is not None else ""
     if parallel.is_main:

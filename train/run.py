@@ -1,7 +1,4 @@
-"""Run a whole training: plan, train, and write the model with its description.
-
-Write the results of a run: model, training.json, architecture.json, model card, plots.
-"""
+"""Run a whole training: plan, train, and write the model with training.json, architecture.json, card and plots."""
 
 from __future__ import annotations
 
@@ -30,13 +27,13 @@ from .checkpoint.run_folder import (
     FINISHED_FILE,
     SETTINGS_FILE,
     checkpoint_folders,
+    clear_run_folder,
+    delete_replaced_run,
     drop_checkpoints,
-    drop_replaced,
-    empty_run_folder,
-    put_back,
     recover,
-    set_aside,
-    set_aside_run,
+    rename_damaged,
+    restore_replaced_run,
+    stash_run,
 )
 from .compute.distributed import full
 from .compute.loss import TrainingLoss, make_teacher
@@ -45,7 +42,6 @@ from .config.sections import TrainConfig
 from .data.documents import check_documents
 from .data.self_chat import SELF_CHAT
 from .evaluation.quality.contract import Quality, contract
-from .model.architecture import Architecture
 from .model.irregular import architecture_of, build, save_checkpoint
 from .model.source import content_key
 from .plan import RunPlan, check_request, choose_compute, data_specs, find_resume_point, make_plan
@@ -58,13 +54,145 @@ from .trainer import Trainer
 
 _log = logging.getLogger("efficientllm.train")
 
+CHECKPOINTS = 3
+"""Checkpoints of 12 bytes a parameter that fit beside the teacher's states. Two exist while one is written."""
+
+NO_CHATS = (
+    "the source is a chat model and the text has no chats: the model may forget to end its turns; "
+    "add some, as with --data self-chat:0.3"
+)
+
+
+def run_training(config: TrainConfig) -> Path | None:
+    """Train with `config` and return the folder of the final model, or None if a signal stopped the run.
+
+    Raises an EfficientLLMError for anything that the user can correct, before any work is lost.
+    """
+    with _locked_output_folder(config) if is_main_process() else contextlib.nullcontext():
+        resume = find_resume_point(config)
+        compute = choose_compute(config)
+        try:
+            torch.manual_seed(config.run.seed)
+            plan, source = make_plan(config, resume, compute)
+            trainer = _make_trainer(plan, source)
+            del source  # trained in place, or replaced by the checkpoint's model
+            return _run(plan, trainer)
+        finally:
+            compute.parallel.close()
+
+
+@contextlib.contextmanager
+def _locked_output_folder(config: TrainConfig) -> Iterator[None]:
+    """Check and lock the folder of the run. The other processes of torchrun write in it as well."""
+    check_request(config)
+    for spec in data_specs(config):
+        if spec.path != SELF_CHAT:
+            check_documents(spec)
+    folder = Path(config.run.output)
+    with locked_output(folder):
+        recover(folder, config.run.resume)
+        check_request(config)  # again: another run may have ended since
+        yield
+
+
+def _run(plan: RunPlan, trainer: Trainer) -> Path | None:
+    parallel = plan.compute.parallel
+    try:
+        if parallel.is_main:
+            _prepare_folder(plan)
+            _announce(plan, trainer.progress.tokens)
+        parallel.barrier()
+        if not trainer.train(partial(write_model, trainer)):
+            return None
+        write_result(trainer)
+    except BaseException as error:
+        is_put_back = parallel.is_main and restore_replaced_run(plan.folder)
+        if is_put_back:
+            _log.info(f"{plan.folder} holds the earlier run again")
+        if isinstance(error, DiskFullError):
+            checkpoints = [] if is_put_back else checkpoint_folders(plan.folder / "checkpoints")
+            remedy = f"--resume from {checkpoints[-1].name}" if checkpoints else "start again"
+            raise DiskFullError(error.path, error.reason, f"make room and {remedy}") from error
+        raise
+    return plan.folder / "model"
+
+
+def _announce(plan: RunPlan, tokens: int) -> None:
+    parallel, source = plan.compute.parallel, plan.config.source.source
+    ranks = "" if parallel.mode == "none" else f", {parallel.world_size} ranks ({parallel.mode})"
+    _log.info(f"source: {source}, {format_count(plan.architecture.num_parameters)} parameters")
+    _log.info(f"device: {plan.compute.hardware.describe()}{ranks}")
+    if plan.pruning is not None:
+        time = f" for {plan.pruning.time.describe()}" if plan.pruning.time is not None else ""
+        _log.info(f"target: {plan.pruning.budget.describe()}{time}")
+    if plan.resume is not None:
+        for checkpoint, reason in plan.resume.damaged.items():
+            _log.info(f"{checkpoint.name} is damaged ({reason}); it is kept as {DAMAGED_PREFIX}{checkpoint.name}")
+        _log.info(f"resuming from {plan.resume.checkpoint.name} at {format_count(tokens)} tokens")
+        for flag in plan.resume.changed:
+            _log.info(f"{flag} has changed; the result is not that of the uninterrupted run")
+
+
+def _prepare_folder(plan: RunPlan) -> None:
+    """Make room for a new run or set damaged checkpoints of a resumed one aside, and write the settings."""
+    if plan.resume is None:
+        if plan.config.run.overwrite:
+            stash_run(plan.folder)
+        clear_run_folder(plan.folder)
+    else:
+        for checkpoint in plan.resume.damaged:
+            rename_damaged(checkpoint)
+    kept = replace(plan.config, run=replace(plan.config.run, overwrite=False, resume=False))
+    write_text_atomically(plan.folder / SETTINGS_FILE, kept.to_toml())
+
+
+def _make_trainer(plan: RunPlan, source: Any) -> Trainer:
+    """Return the trainer of a loaded source, restored from the plan's checkpoint if there is one."""
+    parallel, run, dtype = plan.compute.parallel, plan.config.run, plan.compute.hardware.dtype
+    text = RunText(plan.data, plan.tokenizer, plan.config.source, run.seed, parallel.world_size)
+    if parallel.is_main and text.stream.encoder.chat_format is not None and not text.stream.has_chats:
+        _log.warning(NO_CHATS)
+    distills = plan.config.optimizer.distill > 0
+    teacher = make_teacher(source, dtype, parallel.device) if distills else None
+    cache = _teacher_cache(plan, source) if distills and run.teacher_cache else None
+    loss = TrainingLoss(_make_model(plan, source).to(parallel.device), dtype, teacher=teacher)
+    loss.teacher_cache = cache
+    trainer = Trainer(plan, loss, text)
+    trim_heap()  # gradients do not fit into the gaps that loading left
+    return trainer
+
+
+def _teacher_cache(plan: RunPlan, source: Any) -> TeacherCache:
+    """Return the cache of this source's states in this precision, with room left for checkpoints."""
+    dtype = plan.compute.hardware.dtype
+    name = f"{content_key(source)}-{str(dtype).removeprefix('torch.')}"
+    cache = TeacherCache(Path(plan.config.run.teacher_cache) / name, dtype, CHECKPOINTS * 12 * source.num_parameters())
+    if plan.compute.parallel.is_main:
+        size = format_bytes(plan.config.optimizer.tokens * plan.architecture.hidden_size * dtype.itemsize)
+        _log.info(f"the teacher's states are cached in {cache.folder}: {size} for text that is not cached yet")
+    return cache
+
+
+def _make_model(plan: RunPlan, source: Any) -> Any:
+    """Return the model to train: the source, its shape with new weights, or the shape of a checkpoint."""
+    model = source
+    if plan.resume is not None or plan.config.source.init == "random":
+        source.to("meta")  # frees its weights, although others still refer to it
+    if plan.resume is not None:
+        saved = AutoConfig.from_pretrained(plan.resume.checkpoint)
+        model = build(saved, architecture_of(saved))
+    elif plan.config.source.init == "random":
+        model = build(source.config, plan.architecture)
+    model.generation_config = source.generation_config
+    return model
+
 
 def write_model(trainer: Trainer) -> None:
     """Write the model folder before the model is measured (a collective call)."""
     source, folder = trainer.plan.architecture, trainer.plan.folder
     state = stored_weights(trainer.model, trainer.plan.save_dtype)
     if trainer.parallel.is_main:
-        drop_replaced(folder)
+        delete_replaced_run(folder)
         plot_architecture(source, trainer.architecture, folder / "architecture.png")
         with folder_written_atomically(folder / "model") as temporary:
             save_checkpoint(trainer.model, trainer.text.tokenizer, temporary, state)
@@ -126,154 +254,18 @@ def training_summary(trainer: Trainer) -> dict[str, Any]:
         **_latency(trainer),
         "held_out_tokens": int(trainer.text.held_out.shape[0] * trainer.config.source.sequence_length),
         "perplexity": trainer.progress.perplexity,
-        **({"quantisation": trainer.config.quantisation.to_dict()} if trainer.shipped is not None else {}),
+        **({"quantisation": trainer.config.quantisation.to_dict()} if trainer.rounding is not None else {}),
         **({"bits_per_byte": trainer.progress.bits_per_byte} if trainer.progress.bits_per_byte else {}),
         "quality": contract(measured["final"], measured["source"], source) if len(measured) == 2 else None,
     }
 
 
 def _latency(trainer: Trainer) -> dict[str, Any]:
-    """Return the predicted times before and after on the run's device; {} without one."""
+    """Return the predicted times before and after on the run's device, or {} without one."""
     time = trainer.plan.pruning.time if trainer.plan.pruning is not None else None
     if time is None:
         return {}
-    ms = {name: time.measure.of(shape) for name, shape in _ends(trainer).items()}
+    shapes = {"source_ms": trainer.plan.architecture, "ms": trainer.architecture}
+    ms = {name: time.measure.of(shape) for name, shape in shapes.items()}
     errors = [asdict(error) for error in time.profile.errors]
     return {"latency": {"workload": str(time.workload), **ms, "of": asdict(time.profile.measured_on), "errors": errors}}
-
-
-def _ends(trainer: Trainer) -> dict[str, Architecture]:
-    return {"source_ms": trainer.plan.architecture, "ms": trainer.architecture}
-
-
-CHECKPOINTS = 3
-"""Checkpoints of 12 bytes a parameter that fit beside the teacher's states; two exist while one is written."""
-
-NO_CHATS = (
-    "the source chats, and there are no chats in the text: the model may forget to end its turns; "
-    "mix some in, as with --data self-chat:0.3"
-)
-
-
-def run_training(config: TrainConfig) -> Path | None:
-    """Train with `config` and return the folder of the final model, or None if a signal stopped the run.
-
-    Raises an EfficientLLMError for anything that the user can correct, before any work is lost.
-    """
-    with _held_output(config) if is_main_process() else contextlib.nullcontext():
-        resume = find_resume_point(config)
-        compute = choose_compute(config)
-        try:
-            torch.manual_seed(config.run.seed)
-            plan, source = make_plan(config, resume, compute)
-            trainer = _make_trainer(plan, source)
-            del source  # trained in place, or replaced by the checkpoint's model
-            return _run(plan, trainer)
-        finally:
-            compute.parallel.close()
-
-
-@contextlib.contextmanager
-def _held_output(config: TrainConfig) -> Iterator[None]:
-    """Check and lock the folder of the run. The other processes of torchrun write in it as well."""
-    check_request(config)
-    for spec in data_specs(config):
-        if spec.path != SELF_CHAT:
-            check_documents(spec)
-    folder = Path(config.run.output)
-    with locked_output(folder):
-        recover(folder, config.run.resume)
-        check_request(config)  # again: another run may have ended since
-        yield
-
-
-def _run(plan: RunPlan, trainer: Trainer) -> Path | None:
-    parallel = plan.compute.parallel
-    try:
-        if parallel.is_main:
-            _prepare_folder(plan)
-            _announce(plan, trainer.progress.tokens)
-        parallel.barrier()
-        if not trainer.train(partial(write_model, trainer)):
-            return None
-        write_result(trainer)
-    except BaseException as error:
-        is_put_back = parallel.is_main and put_back(plan.folder)
-        if is_put_back:
-            _log.info(f"{plan.folder} holds the run that was there before")
-        if isinstance(error, DiskFullError):
-            checkpoints = [] if is_put_back else checkpoint_folders(plan.folder / "checkpoints")
-            remedy = f"--resume from {checkpoints[-1].name}" if checkpoints else "start again"
-            raise DiskFullError(error.path, error.reason, f"make room and {remedy}") from error
-        raise
-    return plan.folder / "model"
-
-
-def _announce(plan: RunPlan, tokens: int) -> None:
-    parallel, source = plan.compute.parallel, plan.config.source.source
-    ranks = "" if parallel.mode == "none" else f", {parallel.world_size} ranks ({parallel.mode})"
-    _log.info(f"source: {source}, {format_count(plan.architecture.num_parameters)} parameters")
-    _log.info(f"device: {plan.compute.hardware.describe()}{ranks}")
-    if plan.pruning is not None:
-        time = f" for {plan.pruning.time.describe()}" if plan.pruning.time is not None else ""
-        _log.info(f"target: {plan.pruning.budget.describe()}{time}")
-    if plan.resume is not None:
-        for checkpoint, reason in plan.resume.damaged.items():
-            _log.info(f"{checkpoint.name} is damaged ({reason}); it is kept as {DAMAGED_PREFIX}{checkpoint.name}")
-        _log.info(f"resuming from {plan.resume.checkpoint.name} at {format_count(tokens)} tokens")
-        for flag in plan.resume.changed:
-            _log.info(f"{flag} has changed; the result is not that of the uninterrupted run")
-
-
-def _prepare_folder(plan: RunPlan) -> None:
-    """Make room for a new run or set damaged checkpoints of a resumed one aside, and write the settings."""
-    if plan.resume is None:
-        if plan.config.run.overwrite:
-            set_aside_run(plan.folder)
-        empty_run_folder(plan.folder)
-    else:
-        for checkpoint in plan.resume.damaged:
-            set_aside(checkpoint)
-    kept = replace(plan.config, run=replace(plan.config.run, overwrite=False, resume=False))
-    write_text_atomically(plan.folder / SETTINGS_FILE, kept.to_toml())
-
-
-def _make_trainer(plan: RunPlan, source: Any) -> Trainer:
-    """Return the trainer of a loaded source, restored from the plan's checkpoint if there is one."""
-    parallel, run, dtype = plan.compute.parallel, plan.config.run, plan.compute.hardware.dtype
-    text = RunText(plan.data, plan.tokenizer, plan.config.source, run.seed, parallel.world_size)
-    if parallel.is_main and text.stream.encoder.chat_format is not None and not text.stream.has_chats:
-        _log.warning(NO_CHATS)
-    distills = plan.config.optimizer.distill > 0
-    teacher = make_teacher(source, dtype, parallel.device) if distills else None
-    cache = _teacher_cache(plan, source) if distills and run.teacher_cache else None
-    loss = TrainingLoss(_make_model(plan, source).to(parallel.device), dtype, teacher=teacher)
-    loss.teacher_cache = cache
-    trainer = Trainer(plan, loss, text)
-    trim_heap()  # gradients do not fit into the gaps that loading left
-    return trainer
-
-
-def _teacher_cache(plan: RunPlan, source: Any) -> TeacherCache:
-    """Return the cache of this source's states in this precision, with room left for checkpoints."""
-    dtype = plan.compute.hardware.dtype
-    name = f"{content_key(source)}-{str(dtype).removeprefix('torch.')}"
-    cache = TeacherCache(Path(plan.config.run.teacher_cache) / name, dtype, CHECKPOINTS * 12 * source.num_parameters())
-    if plan.compute.parallel.is_main:
-        size = format_bytes(plan.config.optimizer.tokens * plan.architecture.hidden_size * dtype.itemsize)
-        _log.info("what the source makes of the text is kept in %s: %s where all of it is new", cache.folder, size)
-    return cache
-
-
-def _make_model(plan: RunPlan, source: Any) -> Any:
-    """Return the model to train: the source, its shape with new weights, or the shape of a checkpoint."""
-    model = source
-    if plan.resume is not None or plan.config.source.init == "random":
-        source.to("meta")  # others still hold it; its weights go
-    if plan.resume is not None:
-        saved = AutoConfig.from_pretrained(plan.resume.checkpoint)
-        model = build(saved, architecture_of(saved))
-    elif plan.config.source.init == "random":
-        model = build(source.config, plan.architecture)
-    model.generation_config = source.generation_config
-    return model

@@ -22,7 +22,7 @@ class DroppingSchedule:
     end_tokens: int
     """Tokens at which the target is reached."""
     removals: int = 0
-    """Number of equal steps, the first at the start and the last at the end; 0: continuous."""
+    """Number of equal steps, the first at the start and the last at the end. 0: continuous."""
 
     def target_at(self, tokens: int) -> float:
         """Return the largest allowed size after `tokens`."""
@@ -36,29 +36,20 @@ class DroppingSchedule:
         return self.source + share * (self.target - self.source)
 
 
-def learning_rate_factor(tokens: int, total: int, warmup: int, decay_start: int, shape: str, floor: float) -> float:
-    """Return the factor of the peak learning rate after `tokens` of `total`.
+def learning_rate(settings: OptimizerConfig, tokens: int) -> float:
+    """Return the learning rate of the step that ends after `tokens`. The first is not zero, the last is the floor.
 
-    Linear warm-up over `warmup` tokens. 'wsd' (warmup-stable-decay) then stays at 1 until `decay_start` and falls
-    linearly to `floor`. 'cosine' follows half a cosine from the end of the warm-up to `floor`. 'constant' stays.
+    It rises linearly over the warm-up. 'wsd' (warmup-stable-decay) then stays at the peak and falls linearly to the
+    floor in the last part of the run. 'cosine' follows half a cosine to the floor. 'constant' stays.
     """
+    total, peak, floor, shape = settings.tokens, settings.learning_rate, settings.lr_floor, settings.lr_schedule
+    warmup = round(settings.lr_warmup * total)
     if tokens < warmup:
-        return tokens / warmup
-    start = decay_start if shape == "wsd" else warmup
+        return peak * (tokens / warmup)
+    start = round((1 - settings.lr_decay) * total) if shape == "wsd" else warmup
     if shape == "constant" or tokens <= start or total <= start:
-        return 1.0
+        return peak
     progress = min(1.0, (tokens - start) / (total - start))
     if shape == "cosine":
-        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
-    return 1.0 - (1.0 - floor) * progress
-
-
-def learning_rate(settings: OptimizerConfig, tokens: int) -> float:
-    """Return the learning rate of the step that ends after `tokens`.
-
-    The first is not zero, and the last is the floor.
-    """
-    total = settings.tokens
-    warmup, decay_start = round(settings.lr_warmup * total), round((1 - settings.lr_decay) * total)
-    factor = learning_rate_factor(tokens, total, warmup, decay_start, settings.lr_schedule, settings.lr_floor)
-    return settings.learning_rate * factor
+        return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
+    return peak * (1.0 - (1.0 - floor) * progress)

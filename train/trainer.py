@@ -18,11 +18,11 @@ from ..runtime.base.errors import DataError, TrainingDivergedError
 from ..runtime.base.progress import ProgressDisplay
 from ..runtime.base.quantities import format_bytes, format_count
 from .checkpoint import state as training_state
-from .checkpoint.run_folder import checkpoint_folders, drop_replaced, is_replacing
-from .compute.distributed import shard_again
+from .checkpoint.run_folder import checkpoint_folders, delete_replaced_run, has_stashed_run
+from .compute.distributed import reshard
 from .compute.loss import TrainingLoss
 from .compute.optimizer import make_optimizer
-from .compute.trained_model import Execution, TrainedModel
+from .compute.trained_model import TrainedModel, configure
 from .data.documents import corpus_fingerprint
 from .measuring import Measuring
 from .model.architecture import Architecture
@@ -30,7 +30,7 @@ from .model.irregular import architecture_of
 from .plan import RunPlan
 from .pruning.pruner import Pruner
 from .pruning_event import PruningEvent, switch_vocabulary
-from .quantisation.weights import ShippedWeights
+from .quantisation.weights import RoundedWeights
 from .reporting.metrics import MetricsWriter, RunProgress, Throughput
 from .run_text import RunText
 from .schedule import DroppingSchedule
@@ -49,7 +49,7 @@ class UnfinishedStep:
     """A step whose weights are updated and whose removal or measurements may still be missing."""
 
     record: dict[str, Any] | None
-    """Its log record before the removal; None if it is logged and only measurements are missing."""
+    """Its log record before the removal, or None if it is logged and only measurements are missing."""
     is_usable: bool = True
     """Whether it changed the weights."""
     seconds: float = 0.0
@@ -72,7 +72,12 @@ class Trainer:
         self.trained = TrainedModel(
             loss,
             self.parallel,
-            Execution(run.activation_checkpointing, run.compile, plan.stores_gradients_as_computed),
+            partial(
+                configure,
+                activation_checkpointing=run.activation_checkpointing,
+                compiles=run.compile,
+                stores_gradients_as_computed=plan.compute.stores_gradients_as_computed(optimizer),
+            ),
             partial(
                 make_optimizer,
                 learning_rate=optimizer.learning_rate,
@@ -86,24 +91,23 @@ class Trainer:
         if plan.pruning is not None:
             self.pruner = Pruner(plan.pruning, self.trained.model, self.parallel, run.seed)
             self.schedule = self._make_schedule(self.pruner)
-        self.shipped: ShippedWeights | None = None
+        self.rounding: RoundedWeights | None = None
         """Rounds the weights to the type that the run trains for."""
         if self.config.quantisation.is_on:
-            self.shipped = ShippedWeights(self.config.quantisation, self.parallel.mean_tensors)
+            self.rounding = RoundedWeights(self.config.quantisation, self.parallel.mean_tensors)
         self.metrics = MetricsWriter(plan.folder, self.parallel.is_main, run.tensorboard, run.wandb)
         self.display, self.throughput = ProgressDisplay(silent=not self.parallel.is_main), Throughput()
-        self.stop_signal = StopSignal(self.parallel.any if self.parallel.world_size > 1 else None)
+        self.stop_signal = signal = StopSignal(self.parallel.any if self.parallel.world_size > 1 else None)
         self.measuring = Measuring(
             self.trained,
             text,
             self.progress,
             self.metrics,
             self.display,
-            self.stop_signal,
+            signal,
             optimizer.batch_size,
             prunes_vocabulary=plan.pruning is not None and plan.pruning.pieces is not None,
         )
-        signal = self.stop_signal
         self.training_step = TrainingStep(self.trained, text.stream, self.progress, optimizer, self.pruner, signal)
         self.unfinished: UnfinishedStep | None = None
         """The latest step until its removal and measurements are done."""
@@ -203,9 +207,9 @@ class Trainer:
         """Write the last checkpoint and the model, then measure it. Returns False if a signal stopped that."""
         if self.saved_step != self.progress.step:
             self._save_if_there_is_room()
-        if self.shipped is not None:
-            shard_again(self.trained.loss)
-            self.shipped.settle(self.model)
+        if self.rounding is not None:
+            reshard(self.trained.loss)
+            self.rounding.make_permanent(self.model)
         write_model()
         try:
             self._measure_stage("final")
@@ -228,13 +232,13 @@ class Trainer:
         try:
             return self._step()
         except DataError as error:
-            if is_replacing(self.plan.folder):
+            if has_stashed_run(self.plan.folder):
                 raise
             name = (self.removal_checkpoint or self.save()).name
             raise DataError(f"{error}; checkpoint {name} is written: repair the text and --resume") from error
 
     def _step(self) -> dict[str, Any]:
-        """Take one optimizer step and the pruning event that is due after it; return the step's log record."""
+        """Take one optimizer step and the pruning event that is due after it. Return the step's log record."""
         start = time.monotonic()
         record, is_usable = self.training_step.run(self._rounded_weights())
         if self.progress.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
@@ -264,14 +268,14 @@ class Trainer:
     def _rounded_weights(self) -> Iterator[None]:
         """Round the weights as in the exported file in this block, once quantisation-aware training has started."""
         start = self.config.quantisation.qat_start * self.config.optimizer.tokens
-        if self.shipped is None or self.progress.tokens < start:
+        if self.rounding is None or self.progress.tokens < start:
             yield
             return
         try:
-            with self.shipped.applied(self.model):
+            with self.rounding.applied(self.model):
                 yield
         finally:
-            shard_again(self.trained.loss)  # FSDP gathered rounded weights
+            reshard(self.trained.loss)  # FSDP gathered rounded weights
 
     def _prune(self) -> dict[str, Any]:
         """Run the pruning event that is due, and return its log fields."""
@@ -326,7 +330,7 @@ class Trainer:
     def save(self) -> Path:
         """Write a checkpoint of the run and return its folder. A run that --overwrite replaces is deleted first."""
         if self.parallel.is_main:
-            drop_replaced(self.plan.folder)
+            delete_replaced_run(self.plan.folder)
         extra: dict[str, Any] = {"corpora": self.corpora}
         tensors: dict[str, Any] = {"stream": training_state.as_tensors(self.text.stream.state())}
         if self.unfinished is not None:
@@ -334,8 +338,8 @@ class Trainer:
         if self.pruner is not None:
             extra["pruner"] = self.pruner.state_json()
             tensors["pruner"] = self.pruner.state_tensors()
-        if self.shipped is not None:
-            tensors["shipped"] = self.shipped.inputs.state_dict()
+        if self.rounding is not None:
+            tensors["shipped"] = self.rounding.inputs.state_dict()
         state = training_state.TrainingState(self.progress, extra, tensors)
         folder, keep = training_state.checkpoint_path(self.plan.folder, self.progress), self.config.run.keep
         optimizer = self.trained.optimizer
@@ -356,8 +360,8 @@ class Trainer:
             if len(survivors) < self.plan.architecture.vocab_size:
                 renumber_settings(self.model.generation_config, survivors.tolist())  # these are still the source's
                 switch_vocabulary(self.pruner, self.trained, self.text)
-        if self.shipped is not None:
-            self.shipped.inputs.load_state_dict(tensors.get("shipped", {}))  # absent in earlier releases
+        if self.rounding is not None:
+            self.rounding.inputs.load_state_dict(tensors.get("shipped", {}))  # absent in earlier releases
         self.text.stream.load_state(training_state.as_arrays(tensors["stream"]))
         if "unfinished" in saved:
             self.unfinished = UnfinishedStep(**saved["unfinished"])

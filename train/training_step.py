@@ -6,7 +6,6 @@ import contextlib
 import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -104,7 +103,7 @@ class TrainingStep:
     def _next_windows(self) -> Tensor:
         """Return this rank's windows [B, S + 1] of the next microbatch."""
         windows = self.stream.next_windows(self.settings.batch_size * self.parallel.world_size)
-        return torch.from_numpy(self.parallel.my_rows(windows)).to(self.parallel.device)
+        return torch.from_numpy(self.parallel.own_rows(windows)).to(self.parallel.device)
 
     def _loss_weights(self) -> LossWeights:
         """Return the configured weights, with at least the whole cross-entropy while gradients rank groups.
@@ -157,29 +156,39 @@ def accumulate_gradients(
     A saliency that is not linear in the gradient (taylor2, fisher) needs every microbatch of every rank alone. Then
     .grad is emptied after each one and DDP averages nothing. The sums are kept aside and averaged at the end. FSDP
     reduces gradients in its own backward pass, so a sample is a microbatch of all ranks there.
+
     `check` is called between microbatches and may raise.
     """
     steps = len(microbatches)
-    needs_samples = pruner is not None and pruner.wants_microbatches
+    needs_samples = pruner is not None and pruner.needs_microbatches
     per_microbatch = needs_samples and (steps > 1 or parallel.world_size > 1)
-    shares = _shares(microbatches, parallel)
+    tokens = [count_predicted(windows) for windows in microbatches]
+    over_ranks = torch.tensor(tokens, dtype=torch.float64, device=parallel.device)
+    parallel.mean_tensors([over_ranks])
+    means = over_ranks.tolist()
+    step_tokens = sum(means) or 1.0  # a mean over ranks
+    tokens_of_samples = means if parallel.mode == "fsdp" else tokens
     accumulated: dict[Tensor, Tensor] = {}
     total = 0.0
-    for place, (windows, share) in enumerate(zip(microbatches, shares, strict=True)):
+    for place, (windows, count, sample_tokens) in enumerate(zip(microbatches, tokens, tokens_of_samples, strict=True)):
         if place:
             check()
+        # The mean loss of the microbatch becomes its part of the step's mean loss, or of its sample's. A sample's
+        # gradient is weighted afterwards, by 1 on average. With equal counts, nothing is rounded.
+        whole = sample_tokens if per_microbatch else step_tokens
+        divisor = whole / count if count else math.inf
+        weight = sample_tokens * steps / step_tokens
         is_last = place == steps - 1
         with without_sync(wrapped_loss, per_microbatch or not is_last):
             loss, cross_entropy = wrapped_loss(windows)
-            # a sample keeps the scale of a mean over its own tokens; its share of the step is taken below
-            (loss / (share.sample_divisor if per_microbatch else share.divisor)).backward()
-        total += float(cross_entropy) * share.tokens
+            (loss / divisor).backward()
+        total += float(cross_entropy) * count
         if pruner is not None:
             pruner.mask_gradients(model)
             if per_microbatch:
-                pruner.observe_gradients(model, share.sample_weight)
+                pruner.observe_gradients(model, weight)
         if per_microbatch:
-            _move_gradients(model.parameters(), accumulated, share.sample_weight)
+            _move_gradients(model.parameters(), accumulated, weight)
     if per_microbatch:
         for parameter, gradient in accumulated.items():
             parameter.grad = gradient.div_(steps)
@@ -187,52 +196,7 @@ def accumulate_gradients(
             parallel.mean_tensors(accumulated.values())
     elif pruner is not None:
         pruner.observe_gradients(model)
-    tokens = sum(share.tokens for share in shares)
-    return total / max(1, tokens) * (tokens / shares[0].mean_tokens)
-
-
-@dataclass(frozen=True)
-class _Share:
-    """Weight of one microbatch of one rank in a step.
-
-    If all microbatches of all ranks have the same number of learned tokens, the divisors and weights are whole numbers,
-    and nothing is rounded.
-    """
-
-    tokens: int
-    """Learned tokens of the microbatch."""
-    sample_tokens: float
-    """Learned tokens of its sample: a mean over ranks if the sample is a microbatch of all ranks."""
-    mean_tokens: float
-    """Learned tokens of a rank in the step, a mean over ranks; 1 if there are none."""
-    steps: int
-    """Microbatches of a rank in the step."""
-
-    @property
-    def divisor(self) -> float:
-        """Return the divisor that turns the microbatch's mean loss into its part of the step's, which ranks average."""
-        return self.mean_tokens / self.tokens if self.tokens else math.inf
-
-    @property
-    def sample_divisor(self) -> float:
-        """Return the divisor from the microbatch's mean loss to its part of the sample's, which ranks average."""
-        return self.sample_tokens / self.tokens if self.tokens else math.inf
-
-    @property
-    def sample_weight(self) -> float:
-        """Return the weight of the sample; 1 on average over the samples of a step."""
-        return self.sample_tokens * self.steps / self.mean_tokens
-
-
-def _shares(microbatches: Sequence[Tensor], parallel: Parallel) -> list[_Share]:
-    """Return one share per microbatch of this rank (a collective call)."""
-    tokens = [count_predicted(windows) for windows in microbatches]
-    over_ranks = torch.tensor(tokens, dtype=torch.float64, device=parallel.device)
-    parallel.mean_tensors([over_ranks])
-    means = over_ranks.tolist()
-    of_samples = means if parallel.mode == "fsdp" else tokens
-    mean_tokens, steps = sum(means) or 1.0, len(tokens)
-    return [_Share(each, sample, mean_tokens, steps) for each, sample in zip(tokens, of_samples, strict=True)]
+    return total / max(1, sum(tokens)) * (sum(tokens) / step_tokens)
 
 
 def _move_gradients(parameters: Iterable[Tensor], accumulated: dict[Tensor, Tensor], weight: float) -> None:

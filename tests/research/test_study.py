@@ -270,7 +270,7 @@ def test_overlap_counts_what_is_gone_from_both() -> None:
 
 @pytest.mark.parametrize(
     ("flag", "value", "message"),
-    [("--arms", "ours", "--arms ours: is none of"), ("--keep", "1.5", "--keep 1.5"), ("--seeds", "0", "--seeds 0")],
+    [("--arms", "ours", "--arms ours: is not one of"), ("--keep", "1.5", "--keep 1.5"), ("--seeds", "0", "--seeds 0")],
 )
 def test_bad_settings_are_one_line(
     flag: str, value: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -1,9 +1,7 @@
-"""Keep the run that --overwrite replaces until the new one has something to write.
+"""Files of a run's folder, and the older run that --overwrite replaces. Imports no torch.
 
-Everything is renamed within the run's folder. After a kill, the next command finds the whole old run, a partly moved
-one, or a partly deleted one. Imports no torch.
-
-Files of a run's folder. Imports no torch.
+The older run is kept until the new one has something to write. It is renamed within the folder, so the next command
+after a kill finds it whole, partly moved, or partly deleted.
 """
 
 from __future__ import annotations
@@ -51,8 +49,8 @@ UNFINISHED = re.compile(
 CHECKPOINT_ENTRIES = ("config.json", "tensors.pt", "trainer.json", "state")
 """Entries of a checkpoint beside contents.json."""
 
-ASIDE, MOVING, DELETED = (f".efficientllm-{what}" for what in ("replaced", "moving", "deleted"))
-"""Folders for the run that a new one replaces (see replaced_run.py)."""
+ASIDE, MOVING, DELETED = (f".efficientllm-{name}" for name in ("replaced", "moving", "deleted"))
+"""Folders of the replaced run: whole, while it is moved, and while it is deleted."""
 
 LOG_FILES = ("events.out.tfevents.*", "run-*", "offline-run-*", "latest-run", "debug*.log", "settings")
 """Patterns of files that TensorBoard and Weights & Biases write."""
@@ -116,7 +114,7 @@ def newest_sound_checkpoint(folder: Path) -> tuple[Path | None, dict[Path, str]]
 def foreign_files(folder: Path) -> list[str]:
     """Return the files in a run's folder that no run wrote."""
     hidden = (LOCK_NAME, ASIDE, MOVING, DELETED)
-    others = [entry.name for entry in folder.iterdir() if not _is_ours(entry) and entry.name not in hidden]
+    others = [entry.name for entry in folder.iterdir() if not _is_run_entry(entry) and entry.name not in hidden]
     for entry in _entries(folder / "model"):
         is_known = any(fnmatch.fnmatch(entry.name, pattern) for pattern in MODEL_FILES)
         if entry.is_dir() or not (is_known or UNFINISHED.fullmatch(entry.name)):
@@ -149,7 +147,7 @@ def drop_checkpoints(folder: Path) -> None:
         folder.rmdir()
 
 
-def _is_ours(entry: Path) -> bool:
+def _is_run_entry(entry: Path) -> bool:
     """Tell whether runs write this entry of a run's folder. Links belong to somebody else."""
     if entry.is_symlink():
         return False
@@ -162,7 +160,7 @@ def _entries(folder: Path) -> list[Path]:
 
 def run_entries(folder: Path) -> list[Path]:
     """Return the entries of a folder that runs write."""
-    return [entry for entry in _entries(folder) if _is_ours(entry)]
+    return [entry for entry in _entries(folder) if _is_run_entry(entry)]
 
 
 def is_finished(folder: Path) -> bool:
@@ -170,21 +168,21 @@ def is_finished(folder: Path) -> bool:
     return (folder / "model").is_dir() and (folder / FINISHED_FILE).is_file()
 
 
-def empty_run_folder(folder: Path) -> None:
+def clear_run_folder(folder: Path) -> None:
     """Delete the entries that runs write, and create a missing folder."""
     for entry in run_entries(folder):
         shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     folder.resolve().mkdir(parents=True, exist_ok=True)  # of a link that leads nowhere, what it names
 
 
-def set_aside(checkpoint: Path) -> None:
+def rename_damaged(checkpoint: Path) -> None:
     """Rename a damaged checkpoint, so that no resumed run reads it again."""
     aside = checkpoint.with_name(f"{DAMAGED_PREFIX}{checkpoint.name}")
     shutil.rmtree(aside, ignore_errors=True)
     checkpoint.rename(aside)
 
 
-def set_aside_run(folder: Path) -> None:
+def stash_run(folder: Path) -> None:
     """Move the entries of the old run out of the way."""
     entries = run_entries(folder)
     if not entries:
@@ -196,17 +194,17 @@ def set_aside_run(folder: Path) -> None:
     moving.rename(folder / ASIDE)
 
 
-def is_replacing(folder: Path) -> bool:
+def has_stashed_run(folder: Path) -> bool:
     """Tell whether the new run in `folder` has not yet replaced the old one."""
     return (folder / ASIDE).is_dir()
 
 
-def put_back(folder: Path) -> bool:
+def restore_replaced_run(folder: Path) -> bool:
     """Delete the entries of the new run and restore the old one. Returns False without an old run."""
     aside, moving = folder / ASIDE, folder / MOVING
     shutil.rmtree(folder / DELETED, ignore_errors=True)
     if aside.is_dir():
-        empty_run_folder(folder)
+        clear_run_folder(folder)
         aside.rename(moving)
     if not moving.is_dir():
         return False
@@ -218,12 +216,12 @@ def put_back(folder: Path) -> bool:
 
 def recover(folder: Path, resumes: bool) -> None:
     """Restore the run that a killed run was to replace. A resumed one continues to replace it."""
-    if not (resumes and is_replacing(folder) and (folder / SETTINGS_FILE).is_file()):
-        put_back(folder)
+    if not (resumes and has_stashed_run(folder) and (folder / SETTINGS_FILE).is_file()):
+        restore_replaced_run(folder)
 
 
-def drop_replaced(folder: Path) -> None:
+def delete_replaced_run(folder: Path) -> None:
     """Delete the old run, before the new one writes its first checkpoint or its model."""
-    if is_replacing(folder):
+    if has_stashed_run(folder):
         (folder / ASIDE).rename(folder / DELETED)
     shutil.rmtree(folder / DELETED, ignore_errors=True)

@@ -6,7 +6,7 @@ import contextlib
 import json
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ def save_training_state(
     Every rank writes its own shards.
     """
     with folder_written_atomically(target, parallel.is_main, parallel.barrier) as temporary:
-        with _single_process_is_meant():
+        with _no_process_group_warning():
             tensors = _weights_and_moments(model, optimizer)
             dcp.save(tensors, checkpoint_id=temporary / "state", no_dist=parallel.world_size == 1)
         if parallel.is_main:
@@ -65,7 +65,7 @@ def save_training_state(
 
 
 def _weights_and_moments(model: Any, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
-    """Return the tensors of model and optimizer by parameter; a tied head and embedding are one."""
+    """Return the tensors of model and optimizer by parameter. A tied head and embedding are one."""
     model.state_dict()  # under FSDP it puts shards back where an evaluation left whole tensors, which have no moments
     parameters = dict(model.named_parameters())
     weights = {name: parameter.detach() for name, parameter in parameters.items()}
@@ -82,27 +82,25 @@ def state_bytes(model: Any, optimizer: torch.optim.Optimizer) -> int:
 
 def as_tensors(value: Any) -> Any:
     """Copy numpy arrays in nested values to tensors. torch would save the whole base of a view."""
-    if isinstance(value, np.ndarray):
-        return torch.tensor(value)
-    if isinstance(value, dict):
-        return {name: as_tensors(item) for name, item in value.items()}
-    return [as_tensors(item) for item in value] if isinstance(value, list) else value
+    return _map_leaves(value, lambda leaf: torch.tensor(leaf) if isinstance(leaf, np.ndarray) else leaf)
 
 
 def as_arrays(value: Any) -> Any:
     """Convert the values of `as_tensors` back."""
-    if torch.is_tensor(value):
-        return value.cpu().numpy()
+    return _map_leaves(value, lambda leaf: leaf.cpu().numpy() if torch.is_tensor(leaf) else leaf)
+
+
+def _map_leaves(value: Any, convert: Callable[[Any], Any]) -> Any:
     if isinstance(value, dict):
-        return {name: as_arrays(item) for name, item in value.items()}
-    return [as_arrays(item) for item in value] if isinstance(value, list) else value
+        return {name: _map_leaves(item, convert) for name, item in value.items()}
+    return [_map_leaves(item, convert) for item in value] if isinstance(value, list) else convert(value)
 
 
 def load_training_state(
     folder: Path, model: Any, optimizer: torch.optim.Optimizer, parallel: Parallel
 ) -> dict[str, Any]:
     """Fill model and optimizer (already of the checkpoint's shape), set the RNGs, and return the other tensors."""
-    with _single_process_is_meant(), torch.no_grad():
+    with _no_process_group_warning(), torch.no_grad():
         tensors = _weights_and_moments(model, optimizer)
         dcp.load(tensors, checkpoint_id=folder / "state", no_dist=parallel.world_size == 1)
     small = torch.load(folder / "tensors.pt", weights_only=True, map_location=parallel.device)
@@ -111,7 +109,7 @@ def load_training_state(
 
 
 @contextlib.contextmanager
-def _single_process_is_meant() -> Iterator[None]:
+def _no_process_group_warning() -> Iterator[None]:
     """Suppress torch's warning about a missing process group for a single process."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")

@@ -2,10 +2,6 @@
 
 Every rank sees the same global sequence of windows and takes its own rows. Gradients are averaged, so every rank
 computes the same saliency and removes the same groups.
-
-Averages over the ranks of a run.
-
-Convert between whole tensors and shards. Unsharded tensors pass through.
 """
 
 from __future__ import annotations
@@ -33,7 +29,7 @@ def without_sync(callee: nn.Module, condition: bool) -> contextlib.AbstractConte
 
 
 class Parallel:
-    """Rank of this process among the others; a single rank without torchrun."""
+    """Rank of this process among the others, or a single rank without torchrun."""
 
     def __init__(self, mode: str, device: torch.device, offload: bool = False) -> None:
         """Join the process group of torchrun's environment (gloo on CPUs, nccl on GPUs).
@@ -56,7 +52,7 @@ class Parallel:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def my_rows(self, windows: Any) -> Any:
+    def own_rows(self, windows: Any) -> Any:
         """Return this rank's share [B, ...] of the global batch [world_size * B, ...]."""
         size = len(windows) // self.world_size
         return windows[self.rank * size : (self.rank + 1) * size]
@@ -113,7 +109,7 @@ MeanOverRanks = Callable[[Iterable[Tensor]], None]
 """Average tensors over ranks, in place."""
 
 
-def alone(tensors: Iterable[Tensor]) -> None:
+def single_rank(tensors: Iterable[Tensor]) -> None:
     """Do nothing: the mean over a single rank."""
 
 
@@ -136,7 +132,7 @@ def scatter(parameter: Any, value: Tensor) -> None:
         parameter.copy_(value)
 
 
-def shard_again(module: nn.Module) -> None:
+def reshard(module: nn.Module) -> None:
     """Free the whole weights that a forward pass without a backward one leaves in FSDP's root."""
     if isinstance(module, FSDPModule):
         module.reshard()

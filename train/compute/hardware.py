@@ -1,7 +1,4 @@
-"""Hardware of a run: device, precision, threads, and an allocator that keeps its pages.
-
-Trim the heap of a long run, which large tensors fragment.
-"""
+"""Hardware of a run: device, precision, threads, and the memory of its heap."""
 
 from __future__ import annotations
 
@@ -91,7 +88,7 @@ class HeapWatch:
 
     def __init__(self) -> None:
         self._usual = 0
-        """Resident bytes at the end of the first step after a trim; 0: unknown."""
+        """Resident bytes at the end of the first step after a trim. 0: unknown."""
 
     def reset(self) -> None:
         """Trim the heap and forget its usual size, as after a change of the model's widths."""

@@ -61,7 +61,7 @@ class Reference:
     first: Tensor | None = None
     """As in SourceText, if the vocabularies differ."""
     is_known: Tensor | None = None
-    """bool [N]: positions with a teacher signal; all by default."""
+    """bool [N]: positions with a teacher signal, by default all."""
 
     def in_our_tokens(self, theirs: Tensor, rows: slice, ours: Tensor) -> Tensor:
         """Return fp32 [rows, V]: the source's probabilities [rows, Vt] converted to the model's tokens.
@@ -188,7 +188,7 @@ class TrainingLoss(nn.Module):
         return loss
 
     def forward(self, windows: Tensor, states: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return (loss to minimise, cross-entropy) of windows [B, S + 1]; tokens given as ~token are not predicted.
+        """Return (loss to minimise, cross-entropy) of windows [B, S + 1]. Tokens given as ~token are not predicted.
 
         In eval mode the teacher is not used, and the loss is its cross-entropy part. With `states`, the last hidden
         states [N, H] of the predicted tokens before a part of the decoder was removed, the loss is KL(before ‖ now)

@@ -41,21 +41,21 @@ class AdamW(torch.optim.Optimizer):
     def step(self, closure: None = None, gradient_scale: Tensor | None = None) -> None:  # type: ignore[override]
         """Update every parameter with a gradient, scaled by `gradient_scale` (which changes fp32 .grad)."""
         for group in self.param_groups:
-            held = [_local_tensors(each, self.state[each]) for each in group["params"] if each.grad is not None]
-            plain = [each for each in held if each.is_of_one_type]
-            if held:
-                torch._foreach_add_([each.step for each in held], 1)
+            updated = [_local_tensors(each, self.state[each]) for each in group["params"] if each.grad is not None]
+            plain = [each for each in updated if each.is_of_one_type]
+            if updated:
+                torch._foreach_add_([each.step for each in updated], 1)
             if plain:
                 if gradient_scale is not None:
                     torch._foreach_mul_([each.tensors[1] for each in plain], gradient_scale)
                 _fused(group, plain)
-            for each in held:
+            for each in updated:
                 if not each.is_of_one_type:
                     _update_in_pieces(group, each, gradient_scale)
 
 
 @dataclass(frozen=True, eq=False)
-class _Held:
+class _LocalTensors:
     """Tensors of a parameter on this rank."""
 
     tensors: tuple[Tensor, ...]
@@ -68,17 +68,18 @@ class _Held:
         return len({tensor.dtype for tensor in self.tensors}) == 1
 
 
-def _local_tensors(parameter: Any, state: dict[str, Any]) -> _Held:
+def _local_tensors(parameter: Any, state: dict[str, Any]) -> _LocalTensors:
     values = (parameter.detach(), parameter.grad, state["exp_avg"], state["exp_avg_sq"])
-    return _Held(tuple(map(local, values)), state["step"])
+    return _LocalTensors(tuple(map(local, values)), state["step"])
 
 
-def _fused(group: dict[str, Any], held: Sequence[_Held]) -> None:
+def _fused(group: dict[str, Any], updated: Sequence[_LocalTensors]) -> None:
     """Run torch's kernel on tensors of one type."""
-    parameters, gradients, first, second = (list(each) for each in zip(*(each.tensors for each in held), strict=True))
+    columns = zip(*(each.tensors for each in updated), strict=True)
+    parameters, gradients, first, second = (list(column) for column in columns)
     beta1, beta2 = group["betas"]
     torch._fused_adamw_(
-        *(parameters, gradients, first, second, [], [each.step for each in held]),
+        *(parameters, gradients, first, second, [], [each.step for each in updated]),
         lr=group["lr"],
         beta1=beta1,
         beta2=beta2,
@@ -89,14 +90,14 @@ def _fused(group: dict[str, Any], held: Sequence[_Held]) -> None:
     )
 
 
-def _update_in_pieces(group: dict[str, Any], held: _Held, gradient_scale: Tensor | None) -> None:
+def _update_in_pieces(group: dict[str, Any], whole: _LocalTensors, gradient_scale: Tensor | None) -> None:
     """Update one parameter with a gradient or moments in bf16, piece by piece."""
-    row = held.tensors[0][:1].numel()
+    row = whole.tensors[0][:1].numel()
     rows = max(1, PIECE // max(1, row))
-    for parameter, gradient, first, second in zip(*(tensor.split(rows) for tensor in held.tensors), strict=True):
+    for parameter, gradient, first, second in zip(*(tensor.split(rows) for tensor in whole.tensors), strict=True):
         scaled = gradient.float() if gradient_scale is None else gradient.float() * gradient_scale
         moments = first.float(), second.float()
-        _fused(group, [_Held((parameter, scaled, *moments), held.step)])
+        _fused(group, [_LocalTensors((parameter, scaled, *moments), whole.step)])
         first.copy_(moments[0])
         second.copy_(moments[1])
 
@@ -127,9 +128,9 @@ def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
     return full(torch.linalg.vector_norm(torch.stack(norms)))
 
 
-def clip_factor(norm: Tensor, longest: float) -> Tensor:
-    """Return [] fp32: the factor that clips gradients of `norm` to `longest`, at most 1."""
-    return torch.clamp(longest / (norm + 1e-6), max=1.0)
+def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
+    """Return [] fp32: the factor that clips gradients of `norm` to `max_norm`, at most 1."""
+    return torch.clamp(max_norm / (norm + 1e-6), max=1.0)
 
 
 def store_gradients_as_computed(model: Any) -> None:

@@ -66,7 +66,7 @@ class TeacherCache:
         return [self.folder / name[:2] / name[2:] for name in names]
 
     def _read(self, path: Path, shape: tuple[int, int]) -> Tensor | None:
-        """Return [S, H]; None if the file is missing or damaged."""
+        """Return [S, H], or None if the file is missing or damaged."""
         try:
             content = path.read_bytes()
         except OSError:

@@ -1,7 +1,4 @@
-"""`[pruning]` section of a training run: groups, budget, schedule and criterion. Imports no torch.
-
-`--target-latency`: a share of the source's time, or milliseconds. Imports no torch.
-"""
+"""`[pruning]` section of a training run: groups, budget, schedule and criterion. Imports no torch."""
 
 from __future__ import annotations
 
@@ -20,7 +17,7 @@ EXAMPLE = "give a share of the source's time as 0.6x, or milliseconds as 8ms"
 
 @dataclass(frozen=True)
 class LatencyTarget:
-    """A share, or milliseconds; exactly one of them."""
+    """A share or milliseconds, exactly one of them."""
 
     share: float | None = None
     ms: float | None = None
@@ -88,14 +85,14 @@ class PruneConfig:
     prune_start: float = flags.number(0.05, at_least=0, at_most=1)
     """Share of the tokens seen before the first removal."""
     prune_end: float = 0.5
-    """Share of the tokens at which the target is reached; the rest trains the final architecture."""
+    """Share of the tokens at which the target is reached. The rest trains the final architecture."""
     prune_every: int = flags.number(1, at_least=1)
     """Optimizer steps per pruning event (the paper's N)."""
     removals: int = flags.number(0, at_least=0)
     """Total number of removals, evenly spread from --prune-start to --prune-end, each of an equal part of the budget;
     replaces --prune-every."""
     compact_every: int = flags.number(1, at_least=1)
-    """Pruning events between physical removals; groups removed in between are only zeroed."""
+    """Pruning events between physical removals. Groups removed in between are only zeroed."""
     weight_update: Literal["none", "obs"] = "none"
     """obs: the remaining weights of a layer compensate the removed ones (second order)."""
     obs_decay: float = flags.number(0.95, at_least=0, below=1)
@@ -103,9 +100,9 @@ class PruneConfig:
     obs_damping: float = flags.number(0.01, above=0)
     """Damping of the Gram matrix, relative to the mean of its diagonal."""
     obs_max_width: int = flags.number(0, at_least=0)
-    """Largest input width with an update; 0: no limit."""
+    """Largest input width with an update. 0: no limit."""
     obs_rows: int = flags.count(512, at_least=0)
-    """Tokens per forward pass for the Gram matrices; 0: all."""
+    """Tokens per forward pass for the Gram matrices. 0: all."""
 
     score_scale: Literal["auto", "blocks", "saliency"] = "auto"
     """blocks: a group's saliency is its share of its block's measured price; saliency: unscaled; auto: blocks if whole
@@ -197,7 +194,7 @@ class PruneConfig:
 
     @property
     def asked_workload(self) -> Workload | None:
-        """Return the workload of --target-latency; None without one."""
+        """Return the workload of --target-latency, or None without one."""
         if self.at_depth is not None:
             return Workload.at_depth(self.at_depth)
         return Workload.parse(self.workload) if self.workload is not None else None

@@ -43,7 +43,7 @@ class QuantisationConfig:
         return self.qat if self.qat_head == "same" else self.qat_head
 
     @property
-    def shipped_as(self) -> tuple[str, str]:
+    def export_format(self) -> tuple[str, str]:
         """Return (engine of such a file, the engine's name of the type)."""
         engine = {"gguf": "llama.cpp", "onnx": "onnxruntime", "executorch": "executorch"}[TARGETS[self.qat]]
         return engine, self.qat.removesuffix("-block32")

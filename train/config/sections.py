@@ -26,7 +26,7 @@ class SourceConfig:
     text_field: str = "text"
     """Field (of JSON) or column (of .csv, .parquet and hub datasets) with the text."""
     skip_bad_lines: int = flags.number(0, at_least=0)
-    """Malformed lines of each corpus that may be skipped; one more ends the run."""
+    """Malformed lines of each corpus that may be skipped. One more ends the run."""
     held_out_fraction: float = flags.number(0.05, above=0, below=1)
     """Share of the documents, chosen by hash, that is never trained on and measures perplexity."""
     eval_tokens: int = flags.count(16_384, at_least=1)
@@ -79,7 +79,7 @@ class OptimizerConfig:
     max_grad_norm: float = flags.number(1.0, above=0)
     """Gradients are clipped to this global norm."""
     distill: float = flags.number(0.0, at_least=0, below=math.inf)
-    """Weight of the KL divergence from the unpruned source's predictions, added to the loss; 0: off."""
+    """Weight of the KL divergence from the unpruned source's predictions, added to the loss. 0: off."""
     cross_entropy: float = flags.number(1.0, at_least=0, below=math.inf)
     """Weight of the next-token cross-entropy; 0 for distillation only. At least 1 counts while groups are ranked by
     gradients."""
@@ -106,9 +106,9 @@ class RunConfig:
     resume: bool = False
     """Continue from the last complete checkpoint in --output."""
     checkpoint_every: int = flags.number(200, at_least=0)
-    """Optimizer steps between checkpoints; 0: only after the last step and when a signal stops the run."""
+    """Optimizer steps between checkpoints. 0: only after the last step and when a signal stops the run."""
     eval_every: int = flags.number(0, at_least=0)
-    """Optimizer steps between measurements of the held-out loss; 0: none."""
+    """Optimizer steps between measurements of the held-out loss. 0: none."""
     keep: int = flags.number(2, at_least=1)
     """Complete checkpoints to keep."""
     save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -118,7 +118,7 @@ class RunConfig:
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Precision of matrix products (weights and sums stay fp32); auto: bfloat16 if the hardware supports it."""
     threads: int = flags.number(0, at_least=0, at_most=1024)
-    """CPU threads; 0: all cores."""
+    """CPU threads. 0: all cores."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """Under torchrun: ddp keeps the whole model on every rank, fsdp shards it (FSDP2)."""
     offload: bool = False

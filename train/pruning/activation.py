@@ -1,24 +1,20 @@
-"""Saliency from activations, as the baselines measure it: the inputs of o_proj and down_proj, and their columns.
+"""Saliency of heads and FFN channels from the inputs of o_proj and down_proj (`--saliency NAME`).
 
-Shapes: C input channels of a matrix (query heads times D, or FFN channels), H its outputs. For a channel x_c and its
-column w_c, over the tokens of the forward passes since the last step (`--saliency NAME`):
+Shapes: C input channels of a matrix (query heads times D, or FFN channels), H its outputs. A head's score is the sum
+over its channels, a key/value group's that of its query heads. Criteria from activations x_c and the column w_c of a
+channel, over the tokens since the last step:
 
 flap: var(x_c) |w_c|_2^2, divided by its mean over the matrix (FLAP, arXiv 2312.11983, eq. 5 and 6). The paper
 standardises to z-scores, whose negative values would invert costs here. wanda: sqrt(mean x_c^2) |w_c|_1 (Wanda, arXiv
 2306.11695, summed over outputs). minitron: mean |x_c| (Minitron, arXiv 2407.14679, eq. 1 and 2).
 
-A head's score is the sum over its channels, a key/value group's that of its query heads.
-
-Scores of heads and FFN channels from the inputs of o_proj and down_proj: the common base of such criteria.
-
-Saliency of a group as the Fisher information of a gate before it (`--saliency token-fisher`).
-
-Let x_tc be an input channel c of o_proj or down_proj at token t, and g_tc the gradient of the loss there. Closing a
-gate on a head (its D channels together) or on an FFN channel changes the loss by about 1/2 sum_t (sum_c g_tc x_tc)^2
-(Fisher pruning: Theis et al. 2018, arXiv 1801.05787, eq. 7, with every token as a sample). `fisher` forms the same
-square over a whole microbatch, of which a step has few. The tokens of a step are hundreds of samples, so this ranking
-has much less noise: a one-shot removal with a fit ends at 0.41 nats instead of 0.49 (research/log). A stem channel has
-a gate after every norm that reads it. Its score is the square of the sum of their roots.
+token-fisher is the Fisher information of a gate before a group. Let x_tc be the input of channel c at token t, and g_tc
+the gradient of the loss there. Closing a gate on a head (its D channels together) or on an FFN channel changes the loss
+by about 1/2 sum_t (sum_c g_tc x_tc)^2 (Fisher pruning: Theis et al. 2018, arXiv 1801.05787, eq. 7, with every token as
+a sample). `fisher` forms the same square over a whole microbatch, of which a step has few. The tokens of a step are
+hundreds of samples, so this ranking has much less noise: a one-shot removal with a fit ends at 0.41 nats instead of
+0.49 (research/log). A stem channel has a gate after every norm that reads it. Its score is the square of the sum of
+their roots.
 """
 
 from __future__ import annotations
@@ -31,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from ...runtime.base.errors import UsageError
-from ..compute.distributed import MeanOverRanks, alone, full
+from ..compute.distributed import MeanOverRanks, full, single_rank
 from ..model.architecture import Architecture
 from ..model.groups import counts
 from ..model.tensors import is_stem_norm
@@ -42,58 +38,46 @@ READERS = ("self_attn.o_proj", "mlp.down_proj")
 """Matrices whose input channels belong to heads and to the FFN."""
 
 
-def is_attention(name: str) -> bool:
-    """Tell whether a matrix of READERS belongs to an attention."""
-    return name.endswith(READERS[0])
-
-
 class ReaderScores(RunningScores):
     """Observer of the inputs of every matrix of READERS in training, with one score per FFN channel and query head."""
 
-    sees_stem = False
+    observes_stem = False
     """Whether the outputs of the stem's norms are observed as well."""
 
     def __init__(
-        self,
-        name: str,
-        kinds: Iterable[str],
-        architecture: Architecture,
-        decay: float,
-        mean_over_ranks: MeanOverRanks,
+        self, name: str, kinds: Iterable[str], architecture: Architecture, decay: float, mean_over_ranks: MeanOverRanks
     ) -> None:
         """Raise UsageError if the stem is in the pruning space and not observed."""
         super().__init__(kinds, architecture, decay)
-        if "stem" in self.kinds and not self.sees_stem:
-            raise UsageError(f"--saliency {name} ranks attention and ffn only; leave stem out of --prune")
+        if "stem" in self.kinds and not self.observes_stem:
+            raise UsageError(f"--saliency {name} ranks attention and ffn only; remove stem from --prune")
         if "stem" in self.kinds and not {"before_attention", "before_ffn"} >= architecture.parts.norms.keys():
             raise UsageError(
-                f"--saliency {name} sees the stem where norms read it, and {architecture.family} has norms behind its "
-                "blocks; leave stem out of --prune, or use --saliency taylor1"
+                f"--saliency {name} observes the stem before each block, and {architecture.family} has norms after its "
+                "blocks; remove stem from --prune, or use --saliency taylor1"
             )
         self.mean_over_ranks = mean_over_ranks
         self.weights: dict[str, Any] = {}
         """Weight [H, C] of every observed matrix."""
         self._handles: list[Any] = []
 
-    def look(self, name: str, inputs: Tensor) -> None:
-        """Observe inputs [..., C] of the named matrix in a training forward pass."""
+    def observe(self, name: str, values: Tensor) -> None:
+        """Observe values [..., C] of the named module in a training forward pass."""
         raise NotImplementedError
 
-    def sums(self) -> dict[str, Tensor]:
-        """Return and forget the observations since the last call: {matrix: scores of FFN channels [I] or heads}."""
+    def pop_scores(self) -> dict[str, Tensor]:
+        """Return and discard the scores since the last call: {module: [FFN channels, heads or stem channels]}."""
         raise NotImplementedError
 
     def attach(self, model: Any) -> None:
         self.detach()
-        modules = {name: module for name, module in model.named_modules() if name.endswith(READERS)}
-        self._handles = [module.register_forward_pre_hook(self._observer(name)) for name, module in modules.items()]
-        self.weights = {name: module.weight for name, module in modules.items()}
-        if "stem" in self.kinds:
-            self._handles += [
-                module.register_forward_hook(self._output_observer(name))
-                for name, module in model.named_modules()
-                if self._is_stem_norm(name) and not isinstance(module, nn.Identity)
-            ]
+        modules = dict(model.named_modules())
+        readers = {name: module for name, module in modules.items() if name.endswith(READERS)}
+        self.weights = {name: module.weight for name, module in readers.items()}
+        self._handles = [each.register_forward_pre_hook(self._input_hook(name)) for name, each in readers.items()]
+        for name, module in modules.items() if "stem" in self.kinds else ():
+            if self._is_stem_norm(name) and not isinstance(module, nn.Identity):
+                self._handles.append(module.register_forward_hook(self._output_hook(name)))
 
     def detach(self) -> None:
         for handle in self._handles:
@@ -103,36 +87,29 @@ class ReaderScores(RunningScores):
     def _is_stem_norm(self, module: str) -> bool:
         return is_stem_norm(f"{module}.weight", self.architecture)
 
-    def _observer(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def observe(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            if module.training:
-                self.look(name, arguments[0])
+    def _input_hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda module, arguments: self.observe(name, arguments[0]) if module.training else None
 
-        return observe
-
-    def _output_observer(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def observe(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-            if module.training:
-                self.look(name, output)
-
-        return observe
+    def _output_hook(self, name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        return lambda module, _, output: self.observe(name, output) if module.training else None
 
     @torch.no_grad()
     def finish_step(self) -> None:
-        found = self.sums()
+        found = self.pop_scores()
         self.mean_over_ranks(found.values())
         layers = {kind: range(len(counts(kind, self.architecture))) for kind in self.kinds}
         self._average({kind: [self._scores(kind, layer, found) for layer in layers[kind]] for kind in self.kinds})
 
-    def per_head(self, channels: Tensor) -> Tensor:
-        """Sum channels [..., heads * D] over each head: [..., heads]."""
+    def sum_channels(self, name: str, channels: Tensor) -> Tensor:
+        """Sum the channels [..., heads * D] of each head to [..., heads]. FFN and stem channels are unchanged."""
+        if not name.endswith(READERS[0]):
+            return channels
         return channels.unflatten(-1, (-1, self.architecture.head_dim)).sum(-1)
 
     def _scores(self, kind: str, layer: int, found: dict[str, Tensor]) -> Tensor:
         """Return one score per group of a kind in a layer, [0] if it has none.
 
-        A key/value group's score is that of its heads. A stem channel has a gate before each reader of the stream. The
-        gates close together, so amplitudes add up.
+        A stem channel has a gate before each reader of the stream. The gates close together, so amplitudes add up.
         """
         if kind == "stem":
             parts = [scores.sqrt() for name, scores in found.items() if self._is_stem_norm(name)]
@@ -140,11 +117,9 @@ class ReaderScores(RunningScores):
         scores = found.get(f"model.layers.{layer}.{READERS[kind == 'ffn']}")
         if scores is None:
             return torch.zeros(0, device=next((each.device for each in found.values()), None))
-        return (
-            scores.view(self.architecture.layers[layer].num_key_value_heads, -1).sum(1)
-            if kind == "kv_group"
-            else scores
-        )
+        if kind == "kv_group":
+            return scores.view(self.architecture.layers[layer].num_key_value_heads, -1).sum(1)
+        return scores
 
 
 @dataclass
@@ -163,26 +138,21 @@ class Moments:
         return cls(len(x), x.sum(0), x.abs().sum(0), x.square().sum(0))
 
     def __add__(self, other: Moments) -> Moments:
-        return Moments(
-            self.count + other.count,
-            self.total + other.total,
-            self.absolute + other.absolute,
-            self.squares + other.squares,
-        )
+        return Moments(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
 
 
-def _flap(seen: Moments, weight: Tensor) -> Tensor:
-    variance = seen.squares / seen.count - (seen.total / seen.count).square()
+def _flap(moments: Moments, weight: Tensor) -> Tensor:
+    variance = moments.squares / moments.count - (moments.total / moments.count).square()
     scores = variance.clamp(min=0) * weight.square().sum(0)
     return scores / scores.mean().clamp(min=torch.finfo(torch.float32).tiny)
 
 
-def _wanda(seen: Moments, weight: Tensor) -> Tensor:
-    return (seen.squares / seen.count).sqrt() * weight.abs().sum(0)
+def _wanda(moments: Moments, weight: Tensor) -> Tensor:
+    return (moments.squares / moments.count).sqrt() * weight.abs().sum(0)
 
 
-def _minitron(seen: Moments, weight: Tensor) -> Tensor:
-    return seen.absolute / seen.count
+def _minitron(moments: Moments, weight: Tensor) -> Tensor:
+    return moments.absolute / moments.count
 
 
 ACTIVATION_CRITERIA: dict[str, Callable[[Moments, Tensor], Tensor]] = {
@@ -202,61 +172,61 @@ class ActivationScores(ReaderScores):
         kinds: Iterable[str],
         architecture: Architecture,
         decay: float,
-        mean_over_ranks: MeanOverRanks = alone,
+        mean_over_ranks: MeanOverRanks = single_rank,
     ) -> None:
         """Raise UsageError if the stem is in the pruning space, because these criteria do not cover it."""
         super().__init__(name, kinds, architecture, decay, mean_over_ranks)
         self.criterion = ACTIVATION_CRITERIA[name]
-        self._seen: dict[str, Moments] = {}
+        self._moments: dict[str, Moments] = {}
 
-    def look(self, name: str, inputs: Tensor) -> None:
-        found = Moments.of(inputs)
-        self._seen[name] = self._seen[name] + found if name in self._seen else found
+    def observe(self, name: str, values: Tensor) -> None:
+        moments = Moments.of(values)
+        self._moments[name] = self._moments[name] + moments if name in self._moments else moments
 
-    def sums(self) -> dict[str, Tensor]:
-        found = {
-            name: self.criterion(seen, full(self.weights[name].detach()).float()) for name, seen in self._seen.items()
-        }
-        self._seen = {}
-        return {name: self.per_head(channels) if is_attention(name) else channels for name, channels in found.items()}
+    def pop_scores(self) -> dict[str, Tensor]:
+        found = {}
+        for name, moments in self._moments.items():
+            channels = self.criterion(moments, full(self.weights[name].detach()).float())
+            found[name] = self.sum_channels(name, channels)
+        self._moments = {}
+        return found
 
     def discard_step(self) -> None:
-        self._seen = {}
+        self._moments = {}
 
 
 class GateScores(ReaderScores):
     """Scores by the Fisher information of gates.
 
-    It keeps the inputs of o_proj and down_proj until their backward pass, also under activation checkpointing, which
-    would drop them.
+    It keeps the observed values until their backward pass, also under activation checkpointing, which would drop them.
     """
 
-    sees_stem = True
+    observes_stem = True
 
     def __init__(
         self,
         kinds: Iterable[str],
         architecture: Architecture,
         decay: float,
-        mean_over_ranks: MeanOverRanks = alone,
+        mean_over_ranks: MeanOverRanks = single_rank,
     ) -> None:
         super().__init__(TOKEN_FISHER, kinds, architecture, decay, mean_over_ranks)
         self._squares: dict[str, Tensor] = {}
 
-    def look(self, name: str, inputs: Tensor) -> None:
-        if inputs.requires_grad:
-            inputs.register_hook(self._gradient_observer(name, inputs.detach()))
+    def observe(self, name: str, values: Tensor) -> None:
+        if values.requires_grad:
+            values.register_hook(self._gradient_hook(name, values.detach()))
 
-    def _gradient_observer(self, name: str, inputs: Tensor) -> Callable[[Tensor], None]:
-        def observe(gradient: Tensor) -> None:
-            changes = gradient.float() * inputs.float()  # of the loss, by closing a channel at a token [..., C]
-            changes = self.per_head(changes) if is_attention(name) else changes
+    def _gradient_hook(self, name: str, values: Tensor) -> Callable[[Tensor], None]:
+        def add_squares(gradient: Tensor) -> None:
+            # changes of the loss when a channel is closed at a token, [..., C]
+            changes = self.sum_channels(name, gradient.float() * values.float())
             squares = changes.flatten(0, -2).square().sum(0)
             self._squares[name] = self._squares[name] + squares if name in self._squares else squares
 
-        return observe
+        return add_squares
 
-    def sums(self) -> dict[str, Tensor]:
+    def pop_scores(self) -> dict[str, Tensor]:
         squares, self._squares = self._squares, {}
         return squares
 

@@ -48,20 +48,17 @@ class Measure:
         return f"{format_count(amount)} parameters" if self.unit == "parameters" else self.show(amount)
 
 
-def _count(architecture: Architecture) -> float:
-    return architecture.num_parameters
-
-
-PARAMETERS = Measure("parameters", _count)
-"""Stored parameters; a tied head counts once."""
+PARAMETERS = Measure("parameters", lambda architecture: architecture.num_parameters)
+"""Stored parameters. A tied head counts once."""
 
 
 def bytes_of_file(quantize: str, vocabulary_bytes: int, num_rows: int | None = None, head_type: str = "") -> Measure:
     """Return the measure of bytes of a GGUF in type `quantize`.
 
     Rows are padded to blocks, so single channels may save nothing. `vocabulary_bytes` is the bytes of the tokenizer in
-    an exported file, of `num_rows` tokens if rows may be removed. Each counts alike; removed tokens are longer, so the
-    file is slightly smaller. `head_type` is the type of embedding and LM head if it is not the exporter's default.
+    an exported file, of `num_rows` tokens if rows may be removed. Each counts alike. Removed tokens are longer than
+    average, so the file is slightly smaller. `head_type` is the type of embedding and LM head if it is not the
+    exporter's default.
     """
 
     @lru_cache(maxsize=65_536)  # a ranking asks for the same shapes again and again

@@ -1,9 +1,4 @@
-"""Settled pruning of a run: groups, rules and budget.
-
-Target of a run: parameters, bytes of an exported file, milliseconds on a device, or an explicit architecture.
-
-Trackers of `--saliency NAME`: by gradients, activations, or noise.
-"""
+"""Resolve the pruning of a run: its groups, rules, budget and the tracker of `--saliency`."""
 
 from __future__ import annotations
 
@@ -14,7 +9,7 @@ from pathlib import Path
 
 from ...runtime.base.errors import UsageError
 from ...runtime.latency.profile import DeviceProfile
-from ..compute.distributed import MeanOverRanks, alone
+from ..compute.distributed import MeanOverRanks, single_rank
 from ..config.pruning import LatencyTarget, PruneConfig
 from ..model.architecture import Architecture
 from ..model.file_types import irregular_gguf
@@ -29,7 +24,7 @@ from .saliency import SaliencyTracker
 from .selection import SelectionRules, check_floor, fastest_small_architecture
 
 DEFAULT_TYPE = "q8_0"
-"""Type of --target-bytes if neither --quantize nor --qat says."""
+"""Type of --target-bytes if neither --quantize nor --qat gives one."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +60,7 @@ def make_budget(
     vocabulary_bytes: int,
     time: DeviceTime | None = None,
 ) -> Budget | None:
-    """Return the budget of the settings; None without pruning.
+    """Return the budget of the settings, or None without pruning.
 
     `floor` is the explicit target architecture, `vocabulary_bytes` the bytes of the tokenizer in an exported file,
     `time` the result of `device_time`.
@@ -87,7 +82,7 @@ def make_budget(
 
 
 def device_time(settings: PruneConfig, profile: str | None) -> DeviceTime | None:
-    """Return the device and workload of --target-latency; None without one.
+    """Return the device and workload of --target-latency, or None without one.
 
     Raises UsageError if they cannot be read.
     """
@@ -113,13 +108,13 @@ def check_budget(budget: Budget, source: Architecture, rules: SelectionRules) ->
         )
 
 
-def tracker_named(
+def make_tracker(
     name: str,
     kinds: Iterable[str],
     architecture: Architecture,
     decay: float,
     seed: int = 0,
-    mean_over_ranks: MeanOverRanks = alone,
+    mean_over_ranks: MeanOverRanks = single_rank,
 ) -> RunningScores:
     """Return the tracker of `--saliency name`. Raises UsageError if there is none."""
     if name == RANDOM:
@@ -145,16 +140,16 @@ class PruningPlan:
     """Tokens of the source, if rows may be removed."""
 
     def tracker(self, architecture: Architecture, seed: int, mean_over_ranks: MeanOverRanks) -> RunningScores:
-        """Return an empty tracker of the groups' saliency for a model of this shape; see trackers.tracker_named."""
+        """Return an empty tracker of the groups' saliency for a model of this shape."""
         settings = self.settings
         kinds = tuple(name for name in self.rules.kinds if KINDS[name].scored_axes)
-        return tracker_named(settings.saliency, kinds, architecture, settings.saliency_decay, seed, mean_over_ranks)
+        return make_tracker(settings.saliency, kinds, architecture, settings.saliency_decay, seed, mean_over_ranks)
 
 
 def make_pruning_plan(
     settings: PruneConfig, source: Architecture, vocabulary_bytes: int, pieces: Pieces | None = None
 ) -> PruningPlan | None:
-    """Return the plan for a source of this shape; None without pruning.
+    """Return the plan for a source of this shape, or None without pruning.
 
     `vocabulary_bytes` is the bytes of the tokenizer in an exported file, `pieces` its tokens if rows may be removed.
     Raises UsageError if the target is out of reach.

@@ -42,7 +42,7 @@ class Pruner:
         self.is_vocabulary_due = "vocabulary" in plan.rules.kinds
         """Whether vocabulary rows are still to be removed: once, before all other groups."""
         self.units_of_event: list[Unit] | None = None
-        """Units that an unfinished event has zeroed; None between two events."""
+        """Units that an unfinished event has zeroed, or None between two events."""
         self.next_saliency: dict[str, float] = {}
         """Score (see selection.Unit) of the next unit of each kind."""
         self.tracker = plan.tracker(self.architecture, seed, parallel.mean_tensors)
@@ -86,9 +86,9 @@ class Pruner:
         return self.tracker.num_observations > 0 and self.size > target
 
     @property
-    def wants_microbatches(self) -> bool:
+    def needs_microbatches(self) -> bool:
         """Tell whether saliency needs each microbatch's own gradient."""
-        return not self.is_done and self.tracker.wants_microbatches
+        return not self.is_done and self.tracker.needs_microbatches
 
     def observe_gradients(self, model: Any, sample_weight: float = 1.0) -> None:
         """Add the current gradients to the saliency, as a sample of this weight, until the target is reached."""
@@ -112,7 +112,7 @@ class Pruner:
             self.grams.grams = grams
 
     def copy_grams(self) -> dict[str, Tensor] | None:
-        """Return copies of the Gram matrices for `discard_step`; None without a second-order update."""
+        """Return copies of the Gram matrices for `discard_step`, or None without a second-order update."""
         return self.grams.copies() if self.grams is not None else None
 
     def scores(self) -> Scores:

@@ -22,6 +22,7 @@ average over the training steps. It is a local Hessian and independent of the gl
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ from ..compute.distributed import Parallel, full, scatter
 from ..model.irregular import architecture_of
 from ..model.tensors import input_axis, same_input
 from .selection import Removal
-from .surgery import kept_channels
+from .surgery import kept_channels, removed_positions
 
 BATCH = 8
 """Windows per forward pass of a layer."""
@@ -43,14 +44,14 @@ class LeastSquares:
     """Refit of a pruned model to its earlier function."""
 
     def __init__(
-        self, model: Any, whole: Any, stem: Tensor, damping: float, dtype: torch.dtype, rows: Tensor | None = None
+        self, model: Any, former: Any, stem: Tensor, damping: float, dtype: torch.dtype, rows: Tensor | None = None
     ) -> None:
         """Prepare the fit.
 
-        `stem` are the surviving hidden channels as positions in `whole`, `rows` the same of the vocabulary. Products
+        `stem` are the surviving hidden channels as positions in `former`, `rows` the same of the vocabulary. Products
         are in `dtype`, solutions in fp64.
         """
-        self.model, self.whole, self.damping, self.dtype = model.model, whole.model, damping, dtype
+        self.model, self.former, self.damping, self.dtype = model.model, former.model, damping, dtype
         self.stem, self.rows = stem, rows
 
     @torch.no_grad()
@@ -60,25 +61,24 @@ class LeastSquares:
         `check` is called before every matrix and may raise.
         """
         same_text = windows if self.rows is None else self.rows.to(windows.device)[windows]
-        ours, theirs = self.model.embed_tokens(windows).float(), self.whole.embed_tokens(same_text).float()
-        for layer, original in zip(self.model.layers, self.whole.layers, strict=True):
-            for part in (_Attention, _FeedForward):
+        ours, theirs = self.model.embed_tokens(windows).float(), self.former.embed_tokens(same_text).float()
+        for layer, former_layer in zip(self.model.layers, self.former.layers, strict=True):
+            for block, name, forward in PARTS:
                 check()
-                theirs += self._run(part(original, self.whole), theirs)[1]
-                if (matrix := part.matrix(layer)) is None:
+                former_matrix, matrix = (getattr(getattr(each, block), name, None) for each in (former_layer, layer))
+                theirs += self._run(partial(forward, former_layer, self.former), former_matrix, theirs)[1]
+                if matrix is None:
                     continue
-                read, _ = self._run(part(layer, self.model), ours)
+                read, _ = self._run(partial(forward, layer, self.model), matrix, ours)
                 self._solve(matrix, read, theirs.index_select(-1, self.stem.to(theirs.device)) - ours, parallel)
                 ours += (read.to(self.dtype) @ matrix.weight.T.to(self.dtype)).float()
 
-    def _run(self, part: Any, stream: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (inputs of the part's matrix [n, S, C], its output to the residual stream [n, S, H] in fp32)."""
+    def _run(self, forward: Callable[[Tensor], Tensor], matrix: Any, stream: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (inputs of `matrix` [n, S, C], the part's output to the residual stream [n, S, H] in fp32)."""
         read: list[Tensor] = []
-        matrix, written = part.matrix(part.layer), []
         hook = matrix.register_forward_pre_hook(lambda module, arguments: read.append(arguments[0])) if matrix else None
         with torch.autocast(stream.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            for rows in stream.split(BATCH):
-                written.append(part(rows).float())
+            written = [forward(rows).float() for rows in stream.split(BATCH)]
         if hook is not None:
             hook.remove()
         return torch.cat(read) if read else stream.new_empty(0), torch.cat(written)
@@ -98,40 +98,24 @@ class LeastSquares:
         matrix.weight += torch.linalg.solve(gram, cross.double()).T.to(matrix.weight.dtype)
 
 
-class _Attention:
-    """A layer's attention as its addition to the residual stream."""
-
-    def __init__(self, layer: Any, model: Any) -> None:
-        self.layer, self.model = layer, model
-
-    @staticmethod
-    def matrix(layer: Any) -> Any | None:
-        return getattr(layer.self_attn, "o_proj", None)
-
-    def __call__(self, stream: Tensor) -> Tensor:
-        """Map the stream [n, S, H] -> [n, S, H]."""
-        length = stream.shape[1]
-        positions = torch.arange(length, device=stream.device)[None]
-        return self.layer.self_attn(
-            hidden_states=self.layer.input_layernorm(stream),
-            position_embeddings=self.model.rotary_emb(stream, positions),
-            attention_mask=torch.ones(1, 1, length, length, dtype=torch.bool, device=stream.device).tril(),
-        )[0]
+def _attention(layer: Any, model: Any, stream: Tensor) -> Tensor:
+    """Return the addition of a layer's attention to the residual stream [n, S, H]."""
+    length = stream.shape[1]
+    positions = torch.arange(length, device=stream.device)[None]
+    return layer.self_attn(
+        hidden_states=layer.input_layernorm(stream),
+        position_embeddings=model.rotary_emb(stream, positions),
+        attention_mask=torch.ones(1, 1, length, length, dtype=torch.bool, device=stream.device).tril(),
+    )[0]
 
 
-class _FeedForward:
-    """A layer's FFN as its addition to the residual stream."""
+def _feed_forward(layer: Any, model: Any, stream: Tensor) -> Tensor:
+    """Return the addition of a layer's FFN to the residual stream [n, S, H]."""
+    return layer.mlp(layer.post_attention_layernorm(stream))
 
-    def __init__(self, layer: Any, model: Any) -> None:
-        self.layer, self.model = layer, model
 
-    @staticmethod
-    def matrix(layer: Any) -> Any | None:
-        return getattr(layer.mlp, "down_proj", None)
-
-    def __call__(self, stream: Tensor) -> Tensor:
-        """Map the stream [n, S, H] -> [n, S, H]."""
-        return self.layer.mlp(self.layer.post_attention_layernorm(stream))
+PARTS = (("self_attn", "o_proj", _attention), ("mlp", "down_proj", _feed_forward))
+"""(block, its matrix that writes to the residual stream, its forward pass) in the order of a layer."""
 
 
 class InputGrams:
@@ -213,17 +197,6 @@ class InputGrams:
             elif kept is not None:
                 index = kept.to(gram.device)
                 self.grams[name] = gram[index][:, index].contiguous()
-
-    @property
-    def num_bytes(self) -> int:
-        """Return the bytes of the Gram matrices."""
-        return sum(gram.numel() * gram.element_size() for gram in self.grams.values())
-
-
-def removed_positions(kept: Tensor, size: int) -> Tensor:
-    mask = torch.ones(size, dtype=torch.bool)
-    mask[kept.cpu()] = False
-    return mask.nonzero().flatten()
 
 
 def compensation(gram: Tensor, kept: Tensor, damping: float) -> Tensor:

@@ -26,6 +26,7 @@ from ..compute.loss import TrainingLoss
 from ..data.chat import end_of_text_id
 from ..vocabulary.retokenization import ByteTokenizer, Retokenizer
 from ..vocabulary.tokenizer_pruning import prune_tokenizer
+from .surgery import removed_positions
 
 
 class RowProbe:
@@ -47,7 +48,7 @@ class RowProbe:
         self._loss, self._tokenizer, self._parallel, self._check = loss, tokenizer, parallel, check
         self.splits = torch.from_numpy(splits)
         self._separator = end_of_text_id(tokenizer)
-        self._texts = [row.tolist() for row in parallel.my_rows(np.where(windows < 0, ~windows, windows))]
+        self._texts = [row.tolist() for row in parallel.own_rows(np.where(windows < 0, ~windows, windows))]
         self._whole = self._nats(self._texts, None)
         self.price = self._mean(self._whole, sum(map(len, self._texts)))
         """Nats per further token. Before the measurement it is the average cost of a token, which is rarely less."""
@@ -71,13 +72,11 @@ class RowProbe:
 
     def describe(self, kept: Tensor) -> dict[str, float]:
         """Return the log fields of a removal that keeps these rows."""
-        gone = torch.ones(len(self.splits), dtype=torch.bool)
-        gone[kept] = False
-        more = float(self.splits[gone].sum())
+        more = float(self.splits[removed_positions(kept, len(self.splits))].sum())
         return {"rows": len(kept), "nats_per_token_more": self.price, "tokens_more_per_token": more}
 
     def _mean(self, nats: float, count: int) -> float:
-        """Return nats / count over all ranks; NaN for no tokens."""
+        """Return nats / count over all ranks, or NaN for no tokens."""
         total = torch.tensor([nats, float(count)], dtype=torch.float64, device=self._parallel.device)
         self._parallel.mean_tensors([total])
         return float(total[0] / total[1]) if total[1] > 0 else math.nan

@@ -25,7 +25,7 @@ def scores_of_kept(vectors: list[Tensor], kept: list[Tensor] | None) -> list[Ten
 class RunningScores:
     """Scores of every prunable group, averaged exponentially over past optimizer steps."""
 
-    wants_microbatches = False
+    needs_microbatches = False
     """Whether `accumulate` needs each microbatch's own gradient."""
 
     def __init__(self, kinds: Iterable[str], architecture: Architecture, decay: float) -> None:

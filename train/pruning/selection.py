@@ -27,12 +27,12 @@ Kept = dict[str, list[Tensor]]
 """{kind: [sorted surviving positions in layer 0, ...]}; 'stem' has one entry."""
 
 Part = tuple[int | None, tuple[int, ...]]
-"""(layer, positions of the removed groups); the layer is None for groups of the whole model. A block is position 0."""
+"""(layer, positions of the removed groups). The layer is None for groups of the whole model. A block is position 0."""
 
 
 @dataclass(frozen=True)
 class Unit:
-    """A candidate for removal; positions refer to the shape at the start of the ranking."""
+    """A candidate for removal. Positions refer to the shape at the start of the ranking."""
 
     kind: str
     parts: tuple[Part, ...]
@@ -186,7 +186,7 @@ class Ranking:
         self.architecture = architecture
         self.rules = rules
         self.floor = smallest_architecture(architecture, replace(rules, blocks=()))
-        """Smallest shape for steps; blocks are removed as a whole."""
+        """Smallest shape for steps. Blocks are removed as a whole."""
         self._scores = {kind: [vector.double().cpu() for vector in vectors] for kind, vectors in scores.items()}
         # equal ones stay in order, so that every rank and every resumed run agrees
         self._order = {
@@ -196,7 +196,7 @@ class Ranking:
         """Surviving groups of every kind (also outside the rules), as positions in the given shape."""
         self._cache: dict[tuple[str, int | None], Unit | None] = {}
         self._size: float | None = None
-        """Size of the current shape in the ranking's measure; None until it is needed."""
+        """Size of the current shape in the ranking's measure, or None until it is needed."""
 
     def rank_by_measure(self) -> None:
         """Rank by the budget's measure from now on."""
@@ -212,7 +212,7 @@ class Ranking:
         return min(candidates, key=lambda unit: (unit.score, unit.kind, unit.layer), default=None)
 
     def _keys(self) -> list[tuple[str, int | None]]:
-        """Return (kind, layer) of every candidate; the layer is None if all layers lose at once."""
+        """Return (kind, layer) of every candidate. The layer is None if all layers lose at once."""
         layers = range(len(self.architecture.layers))
         keys: list[tuple[str, int | None]] = []
         for name in self.rules.kinds:
@@ -237,7 +237,7 @@ class Ranking:
         return self._unit(name, ((layer, (0,)),), loss, BLOCKS[name].without(self.architecture, layer))
 
     def _unit(self, name: str, parts: tuple[Part, ...], loss: float, smaller: Architecture) -> Unit | None:
-        """Return the unit that leaves `smaller`; None if it frees nothing."""
+        """Return the unit that leaves `smaller`, or None if it frees nothing."""
         price = self.rules.ranking_measure
         if self._size is None:
             self._size = price.of(self.architecture)
@@ -260,7 +260,7 @@ class Ranking:
         return best
 
     def _run(self, name: str, layer: int | None, length: int) -> tuple[tuple[Part, ...], float, Architecture] | None:
-        """Return (parts, summed scores, remaining shape) of the next `length` steps; None beyond the floor."""
+        """Return (parts, summed scores, remaining shape) of the next `length` steps, or None beyond the floor."""
         kind, layers = KINDS[name], [layer]
         if layer is None and not kind.is_whole_model:
             layers = list(range(len(self.architecture.layers)))
@@ -276,7 +276,7 @@ class Ranking:
         return tuple(parts), total, smaller
 
     def _lowest(self, name: str, layer: int, length: int) -> Tensor | None:
-        """Return the surviving groups of a layer that the next `length` steps take; None at the floor."""
+        """Return the surviving groups of a layer that the next `length` steps take, or None at the floor."""
         kind, shape = KINDS[name], self.architecture
         count = kind.count(shape, layer)
         if not count:

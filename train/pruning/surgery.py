@@ -48,6 +48,13 @@ def kept_channels(kept: Kept, architecture: Architecture, layer: int | None, axi
     return expand_heads(survivors, architecture.head_dim) if kind.is_head else survivors
 
 
+def removed_positions(kept: Tensor, size: int) -> Tensor:
+    """Return the positions below `size` that are not in `kept`, on the CPU."""
+    mask = torch.ones(size, dtype=torch.bool)
+    mask[kept.cpu()] = False
+    return mask.nonzero().flatten()
+
+
 def slice_tensor(name: str, tensor: Tensor, removal: Removal) -> Tensor:
     """Return the surviving part of a parameter (or of optimizer state of its shape)."""
     layer, axes = axes_of(name, removal.before)
@@ -73,7 +80,8 @@ def remove_groups(model: Any, removal: Removal, optimizer: torch.optim.Optimizer
     _remove_blocks(model, removal.after, optimizer)
     slots = _slots(optimizer)
     for name in [name for name, _ in model.named_parameters()]:
-        # each old tensor goes before the next new one comes: nothing but the loop's own names may hold it
+        # The peak of memory is the model and one tensor: each old tensor is freed before the next one is sliced, so
+        # only the names of this loop may refer to it.
         parameter = model.get_parameter(name)
         factor = width_factor(name, removal.before, removal.after)
         sliced = slice_tensor(name, parameter.detach(), removal)
@@ -96,23 +104,21 @@ def _remove_blocks(model: Any, after: Architecture, optimizer: torch.optim.Optim
     staying = set(tensor_names(after))
     gone = {parameter for name, parameter in model.named_parameters() if name not in staying}
     for index, (layer, shape) in enumerate(zip(model.model.layers, after.layers, strict=True)):
+        norms: tuple[str, ...] = ()
         if not shape.num_attention_heads and not isinstance(layer.self_attn, NoAttention):
             layer.self_attn = NoAttention(index)
-            _drop_norms(layer, block_norms(after.parts, "attention"))
+            norms += block_norms(after.parts, "attention")
         if not shape.intermediate_size and not isinstance(layer.mlp, NoFeedForward):
             layer.mlp = NoFeedForward()
-            _drop_norms(layer, block_norms(after.parts, "ffn"))
+            norms += block_norms(after.parts, "ffn")
+        for name in norms:
+            setattr(layer, name, nn.Identity())
     if optimizer is None or not gone:
         return
     for group in optimizer.param_groups:
         group["params"] = [parameter for parameter in group["params"] if parameter not in gone]
     for parameter in gone:
         optimizer.state.pop(parameter, None)
-
-
-def _drop_norms(layer: Any, names: tuple[str, ...]) -> None:
-    for name in names:
-        setattr(layer, name, nn.Identity())
 
 
 def _slots(optimizer: torch.optim.Optimizer | None) -> dict[Tensor, tuple[list[Tensor], int]]:
@@ -184,7 +190,7 @@ def zero_groups(model: Any, removal: Removal, optimizer: torch.optim.Optimizer |
     """Remove the same groups by zeroing their weights and optimizer moments. Shapes stay."""
     set_survivors(model, kept_channels(removal.kept, removal.before, None, "hidden"))
     for name, parameter in model.named_parameters():
-        for dim, index in _gone(name, parameter, removal):
+        for dim, index in _removed_channels(name, parameter, removal):
             state = optimizer.state.get(parameter, {}) if optimizer is not None else {}
             for tensor in (parameter.data, *state.values()):
                 if torch.is_tensor(tensor) and tensor.dim() > 0:
@@ -196,7 +202,7 @@ def zero_gradients(model: Any, removal: Removal) -> None:
     """Zero the gradients of zeroed groups, so that the next optimizer step leaves them at zero."""
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
-            for dim, index in _gone(name, parameter, removal):
+            for dim, index in _removed_channels(name, parameter, removal):
                 _fill_zero(parameter.grad, dim, index)
 
 
@@ -212,7 +218,7 @@ def _fill_zero(tensor: Tensor, dim: int, index: Tensor) -> None:
     tensor.index_fill_(dim, index.to(tensor.device), 0.0)
 
 
-def _gone(name: str, parameter: Tensor, removal: Removal) -> Iterator[tuple[int, Tensor]]:
+def _removed_channels(name: str, parameter: Tensor, removal: Removal) -> Iterator[tuple[int, Tensor]]:
     """Yield (dimension, removed positions) of a parameter."""
     layer, axes = axes_of(name, removal.before)
     if name.endswith("_proj.bias") and name not in tensor_names(removal.after):  # it would be all that a block adds
@@ -221,9 +227,7 @@ def _gone(name: str, parameter: Tensor, removal: Removal) -> Iterator[tuple[int,
     for dim, axis in enumerate(axes):
         survivors = kept_channels(removal.kept, removal.before, layer, axis)
         if survivors is not None:
-            mask = torch.ones(parameter.shape[dim], dtype=torch.bool)
-            mask[survivors] = False
-            yield dim, mask.nonzero().flatten().to(parameter.device)
+            yield dim, removed_positions(survivors, parameter.shape[dim]).to(parameter.device)
 
 
 def compact_model(trained: TrainedModel, removal: Removal) -> None:
@@ -257,7 +261,7 @@ def _rebuild_sharded(trained: TrainedModel, removal: Removal) -> tuple[TrainingL
     new_parameters = dict(smaller.named_parameters())
     for name, old in model.named_parameters():
         new: Any = new_parameters.get(name)
-        if new is None:  # of a block that is gone
+        if new is None:  # of a removed block
             optimizer.state.pop(old, None)
             continue
         factor = width_factor(name, removal.before, removal.after)

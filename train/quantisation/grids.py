@@ -32,10 +32,10 @@ class Grid:
     """Storage of a block in a type."""
 
     block: int
-    """Weights that share a scale; 0: a whole row."""
+    """Weights that share a scale. 0: a whole row."""
     round_blocks: Callable[[Tensor, Tensor], None]
     """Round fp32 [N, G] into the second tensor."""
-    round_weighed: Callable[[Tensor, Tensor, Tensor], None] | None = None
+    round_weighted: Callable[[Tensor, Tensor, Tensor], None] | None = None
     """The same with squared errors weighted by the third tensor [N / out, G]. None if the grid has no choice."""
 
     @torch.no_grad()
@@ -57,10 +57,10 @@ class Grid:
         for start in range(0, rows, step):
             piece = slice(start, start + step)
             blocks, out = weight[piece].reshape(-1, block), rounded[piece].view(-1, block)
-            if weights is None or self.round_weighed is None:
+            if weights is None or self.round_weighted is None:
                 self.round_blocks(blocks, out)
             else:
-                self.round_weighed(blocks, out, weights)
+                self.round_weighted(blocks, out, weights)
         return rounded[:, :columns].contiguous() if width != columns else rounded
 
 
@@ -91,7 +91,7 @@ def round_q4_0(blocks: Tensor, out: Tensor) -> None:
     out.mul_(_as_fp16(scales))
 
 
-def round_q4_0_weighed(blocks: Tensor, out: Tensor, weights: Tensor) -> None:
+def round_q4_0_weighted(blocks: Tensor, out: Tensor, weights: Tensor) -> None:
     """Round as `round_q4_0` with the best scale for the codes, or with codes of a finer, clipping scale.
 
     The largest magnitude of a rounded block is always 8 scales, so llama.cpp's quantiser reproduces scale and codes.
@@ -174,7 +174,7 @@ def round_int8(blocks: Tensor, out: Tensor) -> None:
 
 GRIDS = {
     "q8_0": Grid(32, round_q8_0),
-    "q4_0": Grid(32, round_q4_0, round_q4_0_weighed),
+    "q4_0": Grid(32, round_q4_0, round_q4_0_weighted),
     "q2_0": Grid(64, round_q2_0),
     "int4": Grid(32, round_int4),
     "int4-bf16": Grid(32, round_int4_bfloat16),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ..compute.distributed import MeanOverRanks, alone, local
+from ..compute.distributed import MeanOverRanks, local, single_rank
 from ..config.quantisation import GGUF_TYPES, QuantisationConfig
 from ..model.file_types import file_types
 from ..model.irregular import architecture_of
@@ -24,28 +24,36 @@ from .grids import GRIDS, Grid
 DECAY = 0.9
 """Decay of the average, per optimizer step."""
 
+LOWEST, HIGHEST = -128, 127
+SMALLEST = torch.finfo(torch.float32).eps
+"""Smallest scale, as in torchao."""
+
+OTHER_TYPES = {"int4-block32": ("int4", "int4"), "8da4w": ("int4-bf16", "int8")}
+"""Type -> grids of the layers' matrices and of embedding and head."""
+
 
 class InputSquares:
     """Mean squares of the inputs of every matrix over past steps, as in llama.cpp's importance matrix."""
 
-    def __init__(self, mean_over_ranks: MeanOverRanks = alone) -> None:
+    def __init__(self, mean_over_ranks: MeanOverRanks = single_rank) -> None:
         self._mean_over_ranks = mean_over_ranks
         self._means: dict[str, Tensor] = {}
-        """{observed module: fp32 [in]}; for the final norm its output, which the head reads."""
+        """{observed module: fp32 [in]}. For the final norm its output, which the head reads."""
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
 
     def of(self, parameter: str, columns: int) -> Tensor | None:
-        """Return fp32 [in] for a matrix with that many columns; None if nothing, or another width, was observed."""
+        """Return fp32 [in] for a matrix with that many columns, or None if nothing, or another width, was observed."""
         found = next((self._means[name] for name in _observed_for(parameter) if name in self._means), None)
         return found if found is not None and len(found) == columns else None
 
     @contextlib.contextmanager
-    def watching(self, model: Any) -> Iterator[None]:
-        """Average the inputs of the matrices of `model` during training in this block; a failed block adds nothing."""
-        handles = [module.register_forward_pre_hook(self._input_of(name)) for name, module in _watched(model)]
+    def observing(self, model: Any) -> Iterator[None]:
+        """Average the inputs of the matrices of `model` during training in this block. A failed block adds nothing."""
+        modules = _observed_modules(model)
+        handles = [module.register_forward_pre_hook(self._input_hook(name)) for name, module in modules]
         norm = model.get_submodule(FINAL_NORM)
-        handles.append(norm.register_forward_hook(self._output_of(FINAL_NORM)))
+        handles.append(norm.register_forward_hook(lambda module, _, output: self._observe(FINAL_NORM, module, output)))
         try:
             yield
             self._average()
@@ -54,14 +62,11 @@ class InputSquares:
             for handle in handles:
                 handle.remove()
 
-    def _input_of(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda module, arguments: self._look(name, module, arguments[0])
-
-    def _output_of(self, name: str) -> Callable[[nn.Module, Any, Tensor], None]:
-        return lambda module, _, output: self._look(name, module, output)
+    def _input_hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda module, inputs: self._observe(name, module, inputs[0])
 
     @torch.no_grad()
-    def _look(self, name: str, module: nn.Module, values: Tensor) -> None:
+    def _observe(self, name: str, module: nn.Module, values: Tensor) -> None:
         if module.training:
             rows = values.detach().flatten(0, -2)
             squares = rows.square().sum(0, dtype=torch.float32)
@@ -89,14 +94,14 @@ class InputSquares:
         self._means = dict(state)
 
 
-def _watched(model: Any) -> Iterator[tuple[str, nn.Module]]:
+def _observed_modules(model: Any) -> Iterator[tuple[str, nn.Module]]:
     """Yield the modules whose input is that of one or more matrices."""
     names = tuple(same_input(architecture_of(model.config).parts))
     return ((name, module) for name, module in model.named_modules() if name.endswith(names))
 
 
 def _observed_for(parameter: str) -> Sequence[str]:
-    """Return the observed modules for a matrix; the first watched one counts."""
+    """Return the observed modules for a matrix. The first observed one counts."""
     if parameter == HEAD:
         return (FINAL_NORM,)
     name = parameter.removesuffix(".weight")
@@ -105,11 +110,6 @@ def _observed_for(parameter: str) -> Sequence[str]:
         return (f"{layer}.self_attn.q_proj",)
     layer, _, matrix = name.rpartition(".mlp.")
     return (f"{layer}.mlp.gate_proj", name) if layer and matrix == "up_proj" else (name,)
-
-
-LOWEST, HIGHEST = -128, 127
-SMALLEST = torch.finfo(torch.float32).eps
-"""Smallest scale, as in torchao."""
 
 
 class _RoundToInt8(torch.autograd.Function):
@@ -137,23 +137,19 @@ def round_to_int8(values: Tensor) -> Tensor:
     return _RoundToInt8.apply(values)  # type: ignore[return-value]
 
 
-OTHER_TYPES = {"int4-block32": ("int4", "int4"), "8da4w": ("int4-bf16", "int8")}
-"""Type -> grids of the layers' matrices and of embedding and head."""
-
-
-class ShippedWeights:
+class RoundedWeights:
     """Effect of `--qat` on a model: round its matrices in place.
 
     Gradients are straight-through: those of the rounded weights are applied to the unrounded ones. If the grid leaves a
     choice, a block's scale depends on the observed inputs of its columns (`inputs`).
     """
 
-    def __init__(self, settings: QuantisationConfig, mean_over_ranks: MeanOverRanks = alone) -> None:
+    def __init__(self, settings: QuantisationConfig, mean_over_ranks: MeanOverRanks = single_rank) -> None:
         self.settings = settings
         self.inputs = InputSquares(mean_over_ranks)
 
     def grids(self, model: Any) -> dict[str, Grid]:
-        """Return {parameter: its grid} of a model of any shape; tensors in 16 or 32 bits are left out."""
+        """Return {parameter: its grid} of a model of any shape. Tensors in 16 or 32 bits are not included."""
         architecture, settings = architecture_of(model.config), self.settings
         if settings.qat in GGUF_TYPES:
             head = settings.head_type
@@ -168,22 +164,23 @@ class ShippedWeights:
     def applied(self, model: Any) -> Iterator[None]:
         """Use the rounded matrices in this block. Their gradients stay after the others are restored."""
         grids = self.grids(model)
-        weighs = any(grid.round_weighed is not None for grid in grids.values())
+        uses_inputs = any(grid.round_weighted is not None for grid in grids.values())
+        observing = self.inputs.observing(model) if uses_inputs else contextlib.nullcontext()
         unrounded: dict[nn.Parameter, Tensor] = {}
         try:
             for name, parameter in model.named_parameters():
                 if name in grids:
                     rounded = self._round(model, grids[name], name, local(parameter.data))
                     unrounded[parameter] = _exchange(parameter, rounded)
-            with self._rounded_activations(model), self.inputs.watching(model) if weighs else contextlib.nullcontext():
+            with self._rounded_activations(model), observing:
                 yield
         finally:
             for parameter, weight in unrounded.items():
                 _exchange(parameter, weight)
 
     @torch.no_grad()
-    def settle(self, model: Any) -> None:
-        """Give the model the rounded weights for good."""
+    def make_permanent(self, model: Any) -> None:
+        """Replace the weights of the model by the rounded ones."""
         grids = self.grids(model)
         for name, parameter in model.named_parameters():
             if name in grids:
@@ -196,7 +193,7 @@ class ShippedWeights:
 
     @contextlib.contextmanager
     def _rounded_activations(self, model: Any) -> Iterator[None]:
-        """Round the inputs of products to int8 for 8da4w; do nothing for other types."""
+        """Round the inputs of products to int8 for 8da4w. Do nothing for other types."""
         handles = []
         if self.settings.qat == "8da4w":
             for name, module in model.named_modules():
