@@ -397,7 +397,7 @@ def test_steps_without_an_answer_change_nothing(
     assert 0 < len(empty) < len(records)
     assert not any(record.get("removed") for record in empty)
     assert any(record.get("removed") for record in records)
-    assert "hold no answer's token to learn; such steps change nothing" in capsys.readouterr().out
+    assert "contain no tokens to learn; such steps are skipped" in capsys.readouterr().out
 
 
 def test_text_without_chats_is_warned_of(

@@ -25,7 +25,7 @@ from efficientllm.export.gguf.probe import probe
 from efficientllm.export.verification import torch_logits
 from efficientllm.runtime.base.errors import ModelError
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
-from efficientllm.train.compute.loss import make_teacher
+from efficientllm.train.compute.loss import frozen_copy
 from efficientllm.train.evaluation.evaluate import ComputeConfig, MeasureConfig, evaluate
 from efficientllm.train.model import modeling_efficientllm as modeling
 from efficientllm.train.model.architecture import FAMILIES, Architecture, LayerShape
@@ -93,7 +93,7 @@ def test_a_stock_model_is_pruned_distilled_stopped_and_resumed(
 @pytest.mark.parametrize("family", NEW)
 def test_a_teacher_in_bfloat16_says_nearly_the_same(family: str) -> None:
     model = tiny_model(tiny_architecture(family, LAYERS))
-    teacher = make_teacher(model, torch.bfloat16, torch.device("cpu"))
+    teacher = frozen_copy(model, torch.bfloat16, torch.device("cpu"))
     with torch.inference_mode():
         p, q = (torch.log_softmax(each(torch.tensor([TOKENS])).logits.float(), -1) for each in (model, teacher))
     assert float((p.exp() * (p - q)).sum(-1).mean()) < 0.02

@@ -141,8 +141,8 @@ def test_other_targets_are_refused(text: str) -> None:
         ({"target_latency": "0.6x", "at_depth": 1}, "needs --device-profile FILE"),
         ({"target_latency": "0.6x", "device_profile": "a"}, "needs either --workload .* or --at-depth"),
         ({"target_latency": "1ms", "device_profile": "a", "at_depth": 1, "workload": "depth=1"}, "needs either"),
-        ({"device_profile": "a"}, "--device-profile a: is for --target-latency"),
-        ({"ranking_profile": "a"}, "--ranking-profile a: is for --target-latency"),
+        ({"device_profile": "a"}, "--device-profile a: applies only to --target-latency"),
+        ({"ranking_profile": "a"}, "--ranking-profile a: applies only to --target-latency"),
         (
             {
                 "target_latency": "1ms",

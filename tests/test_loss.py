@@ -13,7 +13,7 @@ from efficientllm.train.compute.loss import (
     Reference,
     TrainingLoss,
     cross_entropy,
-    make_teacher,
+    frozen_copy,
     perplexity,
 )
 
@@ -56,7 +56,7 @@ def test_model_loss_equals_transformers() -> None:
 def test_distilling_into_the_teacher_itself_changes_nothing() -> None:
     model = tiny_model(tiny_architecture())
     windows = torch.randint(0, 400, (3, 20))
-    teacher = make_teacher(model, torch.float32, torch.device("cpu"))
+    teacher = frozen_copy(model, torch.float32, torch.device("cpu"))
     total, entropy = TrainingLoss(model, torch.float32, LossWeights(distill=2.0), teacher)(windows)
     torch.testing.assert_close(total.detach(), entropy)
     assert not any(parameter.requires_grad for parameter in teacher.parameters())

@@ -481,7 +481,7 @@ def test_a_disk_that_is_too_small_for_a_checkpoint_stops_no_run(
     monkeypatch.setattr(trainer.shutil, "disk_usage", lambda path: usage._replace(free=1_000_000))
     assert run(command(source_folder, corpus, tmp_path / "run")) == 0
     assert "no checkpoint of step 5: it takes " in (said := capsys.readouterr().err)
-    assert "the disk has 1.0 MB; the run goes on" in said
+    assert "the disk has 1.0 MB; the run continues" in said
     assert same_weights(tmp_path / "run", straight)
 
 

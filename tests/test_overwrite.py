@@ -17,8 +17,8 @@ from efficientllm.train.checkpoint.run_folder import (
     ASIDE,
     delete_replaced_run,
     foreign_files,
-    restore_replaced_run,
     recover,
+    restore_replaced_run,
     stash_run,
 )
 from efficientllm.train.data import packing

@@ -325,7 +325,7 @@ def test_errors_are_one_line(source_folder: Path, corpus: Path, tmp_path: Path, 
     for flags, message in (
         (("--qat", "q4_k"), "q4_k"),
         (("--qat", "q4_0", "--save-dtype", "bfloat16"), "--save-dtype bfloat16: the grid of --qat q4_0 needs float32"),
-        (("--qat", "int4-block32", "--qat-head", "q8_0"), "--qat-head q8_0: goes with"),
+        (("--qat", "int4-block32", "--qat-head", "q8_0"), "--qat-head q8_0: needs --qat"),
         (("--qat", "q4_0", "--qat-start", "1"), "--qat-start 1"),
     ):
         assert run(command(source_folder, corpus, tmp_path / "run", *flags)) == 2
@@ -348,4 +348,4 @@ def test_families_whose_file_holds_other_weights_are_refused(
 ) -> None:
     source = save_tiny(tiny_architecture(family, (LayerShape(4, 4, 128),) * 2, head_dim=16))
     assert run(command(source, corpus, tmp_path / "run", "--qat", "q4_0")) == 2
-    assert f"--qat q4_0: a GGUF of {family} holds rescaled weights" in capsys.readouterr().err
+    assert f"--qat q4_0: a GGUF of {family} stores rescaled weights" in capsys.readouterr().err

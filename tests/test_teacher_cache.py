@@ -16,7 +16,7 @@ from training import command, metrics, run, weights
 from efficientllm.runtime.base.errors import DiskFullError
 from efficientllm.train import run as training_run
 from efficientllm.train.compute import teacher_cache
-from efficientllm.train.compute.loss import LossWeights, TrainingLoss, make_teacher
+from efficientllm.train.compute.loss import LossWeights, TrainingLoss, frozen_copy
 from efficientllm.train.compute.teacher_cache import TeacherCache
 from efficientllm.train.model.source import content_key
 
@@ -33,11 +33,11 @@ def teachers_passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     passes: list[int] = []
 
     def counted(source: Any, dtype: torch.dtype, device: torch.device) -> nn.Module:
-        teacher = make_teacher(source, dtype, device)
+        teacher = frozen_copy(source, dtype, device)
         teacher.model.register_forward_pre_hook(lambda module, arguments: passes.append(1))
         return teacher
 
-    monkeypatch.setattr(training_run, "make_teacher", counted)
+    monkeypatch.setattr(training_run, "frozen_copy", counted)
     return passes
 
 
@@ -138,12 +138,12 @@ def test_a_full_disk_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         cache.keep(TOKENS, some_states())
         cache.keep(TOKENS + 1, some_states())
     assert len(caplog.records) == 1
-    assert "not kept any more" in caplog.text
+    assert "no longer cached" in caplog.text
 
 
 def test_no_teacher_is_asked_where_nothing_is_learned() -> None:
     model = tiny_model(tiny_architecture())
-    teacher = make_teacher(tiny_model(tiny_architecture(), seed=5), torch.float32, torch.device("cpu"))
+    teacher = frozen_copy(tiny_model(tiny_architecture(), seed=5), torch.float32, torch.device("cpu"))
     passes: list[int] = []
     teacher.model.register_forward_pre_hook(lambda module, arguments: passes.append(1))
     loss = TrainingLoss(model, torch.float32, LossWeights(1.0, 1.0), teacher)

@@ -167,9 +167,9 @@ BAD_INPUT = [
     (["--batch-size", "0"], "--batch-size 0: must be positive"),
     (["--learning-rate", "inf"], "--learning-rate inf: must be above 0 and finite"),
     (["--prune", "none"], "--prune none conflicts with --target-ratio; remove one of them"),
-    (["--quantize", "q4_0"], "--quantize q4_0: is for --target-bytes; give one"),
-    (["--qat-start", "0.5"], "--qat-start 0.5: goes with --qat; give a type"),
-    (["--distill", "1", "--teacher-cache", __file__], "is no folder; name one"),
+    (["--quantize", "q4_0"], "--quantize q4_0: applies only to --target-bytes; set it"),
+    (["--qat-start", "0.5"], "--qat-start 0.5: needs --qat; give a type"),
+    (["--distill", "1", "--teacher-cache", __file__], "is not a folder; name one"),
     (["--config", "nothere.toml"], "--config nothere.toml: cannot be read: No such file or directory"),
 ]
 

@@ -12,7 +12,7 @@ from tiny import tiny_architecture, tiny_model
 from torch import Tensor, multiprocessing
 
 from efficientllm.train.compute.distributed import Parallel
-from efficientllm.train.compute.loss import LossWeights, TrainingLoss, make_teacher
+from efficientllm.train.compute.loss import LossWeights, TrainingLoss, frozen_copy
 from efficientllm.train.pruning.activation import GateScores
 from efficientllm.train.pruning.criteria import CRITERIA
 from efficientllm.train.pruning.running_scores import RunningScores
@@ -54,7 +54,7 @@ def gradients(
 ) -> tuple[float, dict[str, Tensor]]:
     """(cross-entropy over all ranks, {parameter: gradient}) of one step of a tiny model."""
     model = tiny_model(tiny_architecture()).train()
-    teacher = make_teacher(tiny_model(tiny_architecture(), seed=1), torch.float32, CPU) if distill else None
+    teacher = frozen_copy(tiny_model(tiny_architecture(), seed=1), torch.float32, CPU) if distill else None
     loss = TrainingLoss(model, torch.float32, LossWeights(0.5, distill), teacher)
     parallel = Parallel(mode, CPU)
     scores = None

@@ -24,7 +24,7 @@ from efficientllm.export.verification import sample_text
 from efficientllm.runtime.base.errors import ModelError, OptionError
 from efficientllm.runtime.engines.hf_tokenizer import HfTokenizer
 from efficientllm.train.compute.distributed import Parallel
-from efficientllm.train.compute.loss import LossWeights, TrainingLoss, make_teacher
+from efficientllm.train.compute.loss import LossWeights, TrainingLoss, frozen_copy
 from efficientllm.train.config.pruning import PruneConfig
 from efficientllm.train.data.documents import DataSpec
 from efficientllm.train.data.packing import PackedStream
@@ -300,7 +300,7 @@ def test_the_loss_is_that_of_its_definition() -> None:
     source = tiny_model(Architecture.from_dict({**shape.to_dict(), "vocab_size": 600}))
     model = tiny_model(Architecture.from_dict({**shape.to_dict(), "vocab_size": len(kept)}), seed=1)
     windows = torch.tensor([after.encode(sample_text())[:25], after.encode(sample_text())[40:65]])
-    loss = TrainingLoss(model, torch.float32, LossWeights(0.0, 1.0), make_teacher(source, torch.float32, CPU))
+    loss = TrainingLoss(model, torch.float32, LossWeights(0.0, 1.0), frozen_copy(source, torch.float32, CPU))
     aligner = TokenAligner(after, tokenizer, kept, 600)
     loss.source_text = aligner
     text = aligner(windows[:, :-1])
@@ -321,7 +321,7 @@ def test_with_all_tokens_it_is_distillation_as_ever() -> None:
     shape = Architecture.from_dict({**tiny_architecture().to_dict(), "vocab_size": 600})
     model, source = tiny_model(shape), tiny_model(shape, seed=1)
     windows = torch.tensor([tokenizer.encode(sample_text())[:25]])
-    loss = TrainingLoss(model, torch.float32, LossWeights(1.0, 1.0), make_teacher(source, torch.float32, CPU))
+    loss = TrainingLoss(model, torch.float32, LossWeights(1.0, 1.0), frozen_copy(source, torch.float32, CPU))
     plain = loss(windows)[0]
     plain.backward()
     gradient, model.model.norm.weight.grad = model.model.norm.weight.grad.clone(), None
@@ -362,7 +362,7 @@ def test_the_price_is_what_the_text_costs_without_the_rows() -> None:
     ("changes", "message"),
     [
         ({"score_scale": "saliency"}, "vocabulary rows need scores in one unit"),
-        ({"target_ratio": None, "target_architecture": "x.json"}, "give another target"),
+        ({"target_ratio": None, "target_architecture": "x.json"}, "use another target"),
         ({"vocabulary_prior": 0.0}, "must be above 0 and at most 1"),
     ],
 )

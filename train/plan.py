@@ -27,7 +27,7 @@ from .checkpoint.run_folder import (
 )
 from .compute.distributed import Parallel
 from .compute.hardware import Hardware, choose_hardware
-from .compute.loss import make_teacher
+from .compute.loss import frozen_copy
 from .config.pruning import PruneConfig
 from .config.quantisation import GGUF_TYPES
 from .config.sections import STEERING_CHANGES, OptimizerConfig, TrainConfig, changed_settings
@@ -67,7 +67,7 @@ def with_self_chats(
         for is_mine in (parallel.is_main, not parallel.is_main):  # the main process samples, the others read it
             if is_mine:
                 report = partial(display.update, "sampling the source's chats")
-                load_model = partial(make_teacher, source, dtype, parallel.device)
+                load_model = partial(frozen_copy, source, dtype, parallel.device)
                 path = self_chat_file(source, load_model, tokenizer, tokens, config.run.seed, report)
             parallel.barrier()
     return tuple(replace(spec, path=str(path)) if spec.path == SELF_CHAT else spec for spec in specs)
@@ -123,9 +123,9 @@ def check_request(config: TrainConfig) -> None:
         raise UsageError("--output is missing; name a folder for the run")
     cache = config.run.teacher_cache
     if cache and not config.optimizer.distill:
-        raise UsageError(f"--teacher-cache {cache}: no source teaches; give --distill 1")
+        raise UsageError(f"--teacher-cache {cache}: there is no teacher without distillation; add --distill 1")
     if cache and Path(cache).exists() and not Path(cache).is_dir():
-        raise UsageError(f"--teacher-cache {cache} is no folder; name one")
+        raise UsageError(f"--teacher-cache {cache} is not a folder; name one")
     _check_target(config.pruning)
     if config.pruning.device_profile and config.quantisation.is_on:
         engine, quantization = config.quantisation.export_format
@@ -150,7 +150,7 @@ def _check_target(settings: PruneConfig) -> None:
         raise UsageError(f"--prune none conflicts with {target}; remove one of them")
     if settings.targets or settings.prune == ("none",):
         others = () if settings.target_bytes is not None else ("quantize", "output_type")
-        rule = "is for --target-bytes; give one"
+        rule = "applies only to --target-bytes; set it"
     else:
         others = tuple(vars(settings))
         rule = "prunes nothing without a target; give --target-ratio 0.8, or --prune none"
@@ -206,11 +206,11 @@ def choose_compute(config: TrainConfig) -> Compute:
 def make_plan(config: TrainConfig, resume: ResumePoint | None, compute: Compute) -> tuple[RunPlan, Any]:
     """Return (the plan, the loaded source model). Raises UsageError or ModelError if it cannot be trained."""
     if compute.parallel.mode == "fsdp" and config.pruning.compact_every > 1:
-        raise UsageError("--compact-every works with --parallel ddp only: fsdp removes physically at every event")
+        raise UsageError("--compact-every works with --parallel ddp only: fsdp compacts after every event")
     if compute.parallel.mode == "fsdp" and config.pruning.recover != "none":
-        raise UsageError("--recover works with --parallel ddp only: it needs a layer's weights whole on every rank")
+        raise UsageError("--recover works with --parallel ddp only: it needs whole weights on every rank")
     if compute.parallel.mode == "fsdp" and config.pruning.prunes_vocabulary:
-        raise UsageError("--prune vocabulary works with --parallel ddp only: it measures a model whole on every rank")
+        raise UsageError("--prune vocabulary works with --parallel ddp only: it measures a whole model on every rank")
     _check_removals(config, compute)
     source: Any
     shape = shape_of_folder(config.source.source)
@@ -243,7 +243,7 @@ def _check_removals(config: TrainConfig, compute: Compute) -> None:
     if settings.prunes and settings.removals - 1 > steps:
         raise UsageError(
             f"--removals {settings.removals}: there are {int(steps)} steps between --prune-start and --prune-end; "
-            "give fewer, or more --tokens"
+            "use fewer, or more --tokens"
         )
 
 
@@ -252,7 +252,7 @@ def _check_grid(config: TrainConfig, architecture: Architecture) -> None:
     parts, kind = architecture.parts, config.quantisation.qat
     if kind in GGUF_TYPES and (parts.norm.takes_mean or parts.scales_embedding or parts.qk_norm == "width"):
         raise UsageError(
-            f"--qat {kind}: a GGUF of {architecture.family} holds rescaled weights, off the grid that was trained; "
+            f"--qat {kind}: a GGUF of {architecture.family} stores rescaled weights, which are not on the grid; "
             "omit it, or use a type of --target onnx or executorch"
         )
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .compute.loss import make_teacher
+from .compute.loss import frozen_copy
 from .compute.trained_model import TrainedModel
 from .pruning.blocks import BlockProbe
 from .pruning.pruner import Pruner
@@ -89,7 +89,7 @@ class PruningEvent:
         pruner, trained = self.pruner, self.trained
         former = None
         if self.settings.recover != "none":
-            former = make_teacher(trained.model, trained.loss.dtype, self.parallel.device)
+            former = frozen_copy(trained.model, trained.loss.dtype, self.parallel.device)
         rows = vocabulary = None
         if pruner.is_vocabulary_due:
             rows, vocabulary = self._prune_vocabulary()

@@ -36,7 +36,7 @@ from .checkpoint.run_folder import (
     stash_run,
 )
 from .compute.distributed import full
-from .compute.loss import TrainingLoss, make_teacher
+from .compute.loss import TrainingLoss, frozen_copy
 from .compute.teacher_cache import TeacherCache
 from .config.sections import TrainConfig
 from .data.documents import check_documents
@@ -153,7 +153,7 @@ def _make_trainer(plan: RunPlan, source: Any) -> Trainer:
     if parallel.is_main and text.stream.encoder.chat_format is not None and not text.stream.has_chats:
         _log.warning(NO_CHATS)
     distills = plan.config.optimizer.distill > 0
-    teacher = make_teacher(source, dtype, parallel.device) if distills else None
+    teacher = frozen_copy(source, dtype, parallel.device) if distills else None
     cache = _teacher_cache(plan, source) if distills and run.teacher_cache else None
     loss = TrainingLoss(_make_model(plan, source).to(parallel.device), dtype, teacher=teacher)
     loss.teacher_cache = cache

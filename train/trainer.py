@@ -312,7 +312,7 @@ class Trainer:
         if self.parallel.any(self.parallel.is_main and free < needed):
             self.display.say(
                 f"no checkpoint of step {self.progress.step}: it takes {format_bytes(needed)}, the disk has "
-                f"{format_bytes(free)}; the run goes on"
+                f"{format_bytes(free)}; the run continues"
             )
             return
         self.save()

@@ -134,8 +134,8 @@ class TrainingStep:
         record["nothing_to_learn"] = True
         if not self._has_warned:
             _log.warning(
-                f"step {record['step']}: its windows hold no answer's token to learn; such steps change nothing, and a "
-                "longer --sequence-length or larger --batch-size makes fewer of them"
+                f"step {record['step']}: its windows contain no tokens to learn; such steps are skipped, and a "
+                "longer --sequence-length or larger --batch-size makes them rarer"
             )
         self._has_warned = True
 

@@ -234,7 +234,7 @@ class TrainingLoss(nn.Module):
         return states
 
 
-def make_teacher(source: Any, dtype: torch.dtype, device: torch.device) -> Any:
+def frozen_copy(source: Any, dtype: torch.dtype, device: torch.device) -> Any:
     """Return a frozen copy of the model in eval mode, stored in `dtype`."""
     teacher = copy.deepcopy(source).to(device=device, dtype=dtype).eval()
     return teacher.requires_grad_(False)

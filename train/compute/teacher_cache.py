@@ -58,7 +58,7 @@ class TeacherCache:
                 write_bytes_atomically(path, content + zlib.crc32(content).to_bytes(CHECKSUM_BYTES, "little"))
         except (OSError, DiskFullError) as error:
             self._keeps = False
-            _log.warning(f"{error}; the teacher's states are not kept any more")
+            _log.warning(f"{error}; teacher states are no longer cached")
 
     def _paths(self, tokens: Tensor) -> list[Path]:
         """Return the file of each window, in 256 folders."""

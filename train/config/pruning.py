@@ -133,24 +133,24 @@ class PruneConfig:
         if len(self.targets) > 1:
             raise ValueError(f"{' and '.join(map(flags.flag_name, self.targets))} are both given; choose one")
         is_known = not self.quantize or self.quantize in BODY
-        flags.require(self, "quantize", is_known, f"--target-bytes knows {', '.join(BODY)}")
+        flags.require(self, "quantize", is_known, f"--target-bytes supports {', '.join(BODY)}")
         is_known = not self.output_type or self.output_type in TENSOR_BLOCKS
-        flags.require(self, "output_type", is_known, f"--target-bytes knows {', '.join(TENSOR_BLOCKS)}")
+        flags.require(self, "output_type", is_known, f"--target-bytes supports {', '.join(TENSOR_BLOCKS)}")
         self._check_latency()
         self._check_blocks()
         flags.require(self, "prune_end", self.prune_start <= self.prune_end <= 1, "must be in [--prune-start, 1]")
         is_spread = self.removals <= 1 or self.prune_start < self.prune_end
-        flags.require(self, "removals", is_spread, "need --prune-end after --prune-start")
+        flags.require(self, "removals", is_spread, "needs --prune-end after --prune-start")
         one_spacing = not self.removals or self.prune_every == 1
         flags.require(self, "removals", one_spacing, "are evenly spread; omit --prune-every")
         at_once = self.recover == "none" or self.compact_every == 1
-        flags.require(self, "compact_every", at_once, "must be 1 with --recover, which fits what is left")
+        flags.require(self, "compact_every", at_once, "must be 1 with --recover, which refits the remaining weights")
 
     def _check_latency(self) -> None:
         """Raise OptionError unless the flags of --target-latency are complete and readable."""
         if self.target_latency is None:
             for name in ("device_profile", "workload", "at_depth", "ranking_profile"):
-                flags.require(self, name, getattr(self, name) is None, "is for --target-latency; give one")
+                flags.require(self, name, getattr(self, name) is None, "applies only to --target-latency; set it")
             return
         try:
             LatencyTarget.parse(self.target_latency)
@@ -168,7 +168,7 @@ class PruneConfig:
         if self.prunes_vocabulary:
             rule = "vocabulary rows need scores in one unit"
             flags.require(self, "score_scale", self.score_scale != "saliency", rule)
-            rule = "vocabulary rows have no place in --target-architecture; give another target"
+            rule = "--target-architecture does not support vocabulary rows; use another target"
             flags.require(self, "prune", self.target_architecture is None, rule, value=",".join(self.prune))
         if self.blocks:
             shown = ",".join(self.prune)

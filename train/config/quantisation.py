@@ -29,9 +29,9 @@ class QuantisationConfig:
 
     def __post_init__(self) -> None:
         flags.check_fields(self)
-        flags.require(self, "qat_start", not self.qat_start or self.is_on, "goes with --qat; give a type")
+        flags.require(self, "qat_start", not self.qat_start or self.is_on, "needs --qat; give a type")
         is_known = self.qat_head == "same" or self.qat in GGUF_TYPES
-        flags.require(self, "qat_head", is_known, f"goes with --qat {', '.join(GGUF_TYPES)}")
+        flags.require(self, "qat_head", is_known, f"needs --qat {', '.join(GGUF_TYPES)}")
 
     @property
     def is_on(self) -> bool:

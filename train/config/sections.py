@@ -92,7 +92,7 @@ class OptimizerConfig:
                 self, name, is_followed, f"must be at most {SLOWEST_BFLOAT16_DECAY} with --optimizer-dtype bfloat16"
             )
         has_loss = self.cross_entropy > 0 or self.distill > 0
-        flags.require(self, "cross_entropy", has_loss, "give --distill something to train on")
+        flags.require(self, "cross_entropy", has_loss, "nothing is trained; raise it or --distill")
 
 
 @dataclass(frozen=True)

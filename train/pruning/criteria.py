@@ -82,7 +82,7 @@ def criterion_named(name: str) -> Criterion:
         except (ImportError, AttributeError) as error:
             raise UsageError(f"--saliency {name}: its plug-in, {plugin.value}, cannot be loaded: {error}") from error
         if not isinstance(criterion, Criterion):
-            raise UsageError(f"--saliency {name}: its plug-in, {plugin.value}, is no Criterion")
+            raise UsageError(f"--saliency {name}: its plug-in, {plugin.value}, is not a Criterion")
         register_criterion(name, criterion)
     if name not in CRITERIA:
         known = dict.fromkeys([*CRITERIA, *OTHERS, *(plugin.name for plugin in plugins)])

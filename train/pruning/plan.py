@@ -195,6 +195,6 @@ def _check_family(settings: PruneConfig, source: Architecture) -> None:
         )
     if settings.target_bytes is not None and settings.layout == "per-layer" and not irregular_gguf(source):
         raise UsageError(
-            "--target-bytes counts a GGUF's, and llama.cpp has no architecture for irregular layers of "
-            f"{source.family}: they are zero-padded; add --layout uniform, or use --target-params"
+            "--target-bytes counts the bytes of a GGUF, and llama.cpp has no architecture for irregular layers of "
+            f"{source.family}, which are zero-padded; add --layout uniform, or use --target-params"
         )

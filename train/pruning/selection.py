@@ -156,7 +156,7 @@ def check_floor(architecture: Architecture, floor: Architecture) -> None:
     if len(floor.layers) != len(architecture.layers):
         raise UsageError(
             f"--target-architecture has {len(floor.layers)} layers, the source {len(architecture.layers)}; "
-            "a layer that is to go has 0 heads and 0 FFN channels there"
+            "a removed layer has 0 heads and 0 FFN channels in it"
         )
     for name in ("family", "head_dim", "vocab_size", "tie_word_embeddings"):
         if getattr(floor, name) != getattr(architecture, name):
