@@ -21,7 +21,7 @@ from .base.errors import EfficientLLMError, UnanswerableError, UsageError
 from .base.extras import extra
 
 if TYPE_CHECKING:
-    from llguidance import LLTokenizer
+    from llguidance import LLMatcher, LLTokenizer
 
     from .engines.scheduler import EngineScheduler
 
@@ -69,10 +69,8 @@ class Grammar:
 
         Raises UsageError if it is malformed or has keywords that llguidance does not enforce.
         """
-        with extra("grammar"):
-            from llguidance import LLMatcher
         try:
-            source = LLMatcher.grammar_from_json_schema(dict(schema), defaults=JSON)
+            source = _matcher().grammar_from_json_schema(dict(schema), defaults=JSON)
         except (ValueError, RecursionError) as error:  # half of a surrogate pair, a number of hundreds of digits
             raise UsageError(f"json_schema: {_in_one_line(str(error))}") from error
         return cls(source, "json_schema").checked()
@@ -80,9 +78,7 @@ class Grammar:
     @classmethod
     def regex(cls, pattern: str) -> Grammar:
         """Return the grammar of texts that a regular expression in Rust's syntax matches as a whole."""
-        with extra("grammar"):
-            from llguidance import LLMatcher
-        return cls(LLMatcher.grammar_from_regex(pattern), "regex").checked()
+        return cls(_matcher().grammar_from_regex(pattern), "regex").checked()
 
     @classmethod
     def lark(cls, text: str) -> Grammar:
@@ -91,11 +87,9 @@ class Grammar:
 
     def checked(self) -> Grammar:
         """Return this grammar. Raises UsageError if it is malformed or too long."""
-        with extra("grammar"):
-            from llguidance import LLMatcher
         if len(self.source) > MAX_CHARACTERS:
             raise UsageError(f"{self.name}: has {len(self.source):,} characters; the limit is {MAX_CHARACTERS:,}")
-        is_wrong, messages = self.parse_on_large_stack(lambda: LLMatcher.validate_grammar_with_warnings(self.source))
+        is_wrong, messages = self.parse_on_large_stack(lambda: _matcher().validate_grammar_with_warnings(self.source))
         if is_wrong:
             for part in self.parts:
                 part.checked()
@@ -152,6 +146,13 @@ def _with_remedy(text: str) -> str:
     return text[: found.start()] + said
 
 
+def _matcher() -> type[LLMatcher]:
+    """Return llguidance's class. Raises MissingExtraError without llguidance."""
+    with extra("grammar"):
+        from llguidance import LLMatcher
+    return LLMatcher
+
+
 def schema_part(schema: Mapping[str, Any], name: str) -> Grammar:
     """Return the grammar of `embedded_schema` alone, unchecked. Errors call it `name`."""
     content = {**schema, "x-guidance": JSON}
@@ -172,12 +173,10 @@ class GrammarConstraint:
         Raises UsageError for a grammar that is wrong or too large. The first constraint of an engine reads its
         vocabulary in some tenths of a second, unless `read_vocabulary` was called before.
         """
-        from llguidance import LLMatcher
-
         self._size = engine.vocab_size
         self._name = grammar.name
         tokenizer = _tokenizer_of(engine, frozenset(control_tokens))
-        self._matcher = grammar.parse_on_large_stack(lambda: LLMatcher(tokenizer, grammar.source, log_level=0))
+        self._matcher = grammar.parse_on_large_stack(lambda: _matcher()(tokenizer, grammar.source, log_level=0))
         if self._matcher.is_error():
             until = time.monotonic() + MAX_NAMING_SECONDS
             for part in itertools.takewhile(lambda _: time.monotonic() < until, grammar.parts):

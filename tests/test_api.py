@@ -122,7 +122,7 @@ def test_tokens_outside_the_vocabulary_are_refused(model: Model, tokens: list[in
     for use in (model.detokenize, model.generate):
         with pytest.raises(EfficientLLMError, match="is outside the vocabulary of 400"):
             use(tokens)
-    with pytest.raises(EfficientLLMError, match="no tokens to go on from"):
+    with pytest.raises(EfficientLLMError, match="the list of tokens is empty"):
         model.generate([])
 
 

@@ -42,18 +42,20 @@ def parse_bytes(text: str) -> int:
 
 def format_count(count: float) -> str:
     """Return '134.5M' for 134515008."""
-    for unit, scale in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if abs(count) >= scale:
-            return f"{count / scale:.1f}{unit}"
-    return f"{count:.0f}"
+    return _format(count, {"T": 1e12, "B": 1e9, "M": 1e6, "k": 1e3}, "")
 
 
 def format_bytes(count: float) -> str:
     """Return '98.4 MB' for 98362432, in decimal units as file managers and model hubs use them."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+    return _format(count, {" GB": 1e9, " MB": 1e6, " kB": 1e3}, " B")
+
+
+def _format(count: float, units: dict[str, float], base: str) -> str:
+    """Return `count` in the first of `units` that it reaches, else in `base`."""
+    for unit, scale in units.items():
         if abs(count) >= scale:
-            return f"{count / scale:.1f} {unit}"
-    return f"{count:.0f} B"
+            return f"{count / scale:.1f}{unit}"
+    return f"{count:.0f}{base}"
 
 
 def format_duration(seconds: float) -> str:
