@@ -25,11 +25,9 @@ from ..schemas.response_models import (
     AnsweredCall,
     AnsweredFunction,
     AssistantMessage,
-    CandidateToken,
     ChatChoice,
     ChatCompletion,
     ChatLogprobs,
-    ChosenToken,
     PromptTokensDetails,
     ResponseModel,
     TextChoice,
@@ -69,6 +67,7 @@ class CompletionBuilder(abc.ABC):
 
     id_prefix: str
     chunk_object: str
+    response_model: type[ResponseModel]
 
     def __init__(self, request: CompletionRequest, choices: Sequence[Choice], clock: AnswerClock) -> None:
         self.request, self.choices, self.clock = request, choices, clock
@@ -127,7 +126,12 @@ class CompletionBuilder(abc.ABC):
                 choice.add(event)
             choice.logprobs += piece.logprobs
             choice.finish_reason = self.finish_reason(piece) or choice.finish_reason
-        return self._completion(collected)
+        choices = []
+        for index, each in enumerate(collected):
+            logprobs = self._logprobs(index, each.logprobs)
+            common = {"index": index, "finish_reason": each.finish_reason, "logprobs": logprobs}
+            choices.append(self._choice(each, common))
+        return self.response_model.model_validate({**self.base, "choices": choices, "usage": self.usage()})
 
     async def events(self, first: Piece | None, pieces: AsyncGenerator[Piece]) -> AsyncGenerator[str]:
         """Yield server-sent events of `first` and of the rest of `pieces`."""
@@ -170,8 +174,8 @@ class CompletionBuilder(abc.ABC):
         return self.token_bytes[token].decode("utf-8", errors="replace")
 
     @abc.abstractmethod
-    def _completion(self, collected: Sequence[CollectedChoice]) -> ResponseModel:
-        """Return the whole answer."""
+    def _choice(self, collected: CollectedChoice, common: dict[str, Any]) -> ResponseModel:
+        """Return a choice of a whole answer. `common` are the fields that both endpoints have."""
 
     @abc.abstractmethod
     def _openings(self) -> Iterable[dict[str, Any]]:
@@ -189,18 +193,12 @@ class CompletionBuilder(abc.ABC):
 class ChatBuilder(CompletionBuilder):
     """Builds chat completions."""
 
-    id_prefix, chunk_object = "chatcmpl", "chat.completion.chunk"
+    id_prefix, chunk_object, response_model = "chatcmpl", "chat.completion.chunk", ChatCompletion
 
-    def _completion(self, collected: Sequence[CollectedChoice]) -> ChatCompletion:
-        choices = []
-        for index, each in enumerate(collected):
-            content = each.text.strip() or None if each.calls else each.text
-            message = AssistantMessage(content=content, tool_calls=each.calls)
-            logprobs = self._logprobs(index, each.logprobs)
-            choices.append(
-                ChatChoice(message=message, index=index, finish_reason=each.finish_reason, logprobs=logprobs)
-            )
-        return ChatCompletion(**self.base, choices=choices, usage=self.usage())
+    def _choice(self, collected: CollectedChoice, common: dict[str, Any]) -> ChatChoice:
+        calls = collected.calls
+        content = collected.text.strip() or None if calls else collected.text
+        return ChatChoice(message=AssistantMessage(content=content, tool_calls=calls), **common)
 
     def _openings(self) -> Iterable[dict[str, Any]]:
         for index in range(len(self.choices)):
@@ -221,9 +219,9 @@ class ChatBuilder(CompletionBuilder):
             return None
         content = []
         for record in records:
-            top = [CandidateToken(**self._token(token, logprob)) for token, logprob in record.top]
-            content.append(ChosenToken(**self._token(record.token, record.logprob), top_logprobs=top))
-        return ChatLogprobs(content=content)
+            top = [self._token(token, logprob) for token, logprob in record.top]
+            content.append({**self._token(record.token, record.logprob), "top_logprobs": top})
+        return ChatLogprobs.model_validate({"content": content})  # faster than an instance for each token
 
     def _token(self, token: int, logprob: float) -> dict[str, Any]:
         return {"token": self._text_of(token), "logprob": logprob, "bytes": list(self.token_bytes[token])}
@@ -232,19 +230,15 @@ class ChatBuilder(CompletionBuilder):
 class TextBuilder(CompletionBuilder):
     """Builds text completions."""
 
-    id_prefix, chunk_object = "cmpl", "text_completion"
+    id_prefix, chunk_object, response_model = "cmpl", "text_completion", TextCompletion
 
     def __init__(self, request: CompletionRequest, choices: Sequence[Choice], clock: AnswerClock) -> None:
         super().__init__(request, choices, clock)
         self._num_characters = [0] * len(choices)
         """Characters of the tokens so far, by choice."""
 
-    def _completion(self, collected: Sequence[CollectedChoice]) -> TextCompletion:
-        choices = []
-        for index, each in enumerate(collected):
-            logprobs = self._logprobs(index, each.logprobs)
-            choices.append(TextChoice(text=each.text, index=index, finish_reason=each.finish_reason, logprobs=logprobs))
-        return TextCompletion(**self.base, choices=choices, usage=self.usage())
+    def _choice(self, collected: CollectedChoice, common: dict[str, Any]) -> TextChoice:
+        return TextChoice(text=collected.text, **common)
 
     def _openings(self) -> Iterable[dict[str, Any]]:
         for index, choice in enumerate(self.choices):

@@ -39,26 +39,14 @@ def _check_json(value: Any) -> Any:
     return value
 
 
-def _check_number(value: Any) -> Any:
-    """Return a number. Without this check pydantic would also accept true and "3"."""
-    if isinstance(value, bool | str):
-        raise ValueError("must be a number")
-    return value
+def _to_int(value: Any) -> Any:
+    """Return a float such as 3.0 as an int, because many JSON writers do not distinguish them."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _check_whole_number(value: Any) -> Any:
-    """Return a whole number of 64 bits, which engines need. JSON may also write it as 3.0."""
-    if isinstance(_check_number(value), float):
-        if not value.is_integer():
-            raise ValueError("must be a whole number")
-        value = int(value)
-    if isinstance(value, int) and not -(2**63) <= value < 2**63:
-        raise ValueError("must be a whole number of 64 bits")
-    return value
-
-
-Int = Annotated[int, BeforeValidator(_check_whole_number)]
-Float = Annotated[float, BeforeValidator(_check_number), Field(allow_inf_nan=False)]
+# without Strict, pydantic would also accept true and "3" as numbers
+Int = Annotated[int, Strict(), BeforeValidator(_to_int)]
+Float = Annotated[float, Strict(), Field(allow_inf_nan=False)]
 Bool = Annotated[bool, Strict()]
 Text = Annotated[str, Field(max_length=MAX_CHARACTERS), AfterValidator(_check_text)]
 Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")]
@@ -111,20 +99,18 @@ class CalledFunction(RequestPart):
 
     def parsed(self) -> dict[str, Any]:
         """Return name and parsed arguments, as chat templates need them."""
+        reason = "must be a JSON object"
         try:
             arguments = _check_json(json.loads(self.arguments or "{}"))
+            if isinstance(arguments, dict):
+                return {"name": self.name, "arguments": arguments}
         except json.JSONDecodeError:
-            raise self._argument_error("must be a JSON object") from None
+            pass
         except ValueError as error:  # a number of thousands of digits, NaN or a lone surrogate
-            raise self._argument_error(str(error)) from error
-        except RecursionError as error:
-            raise self._argument_error("are nested too deeply") from error
-        if not isinstance(arguments, dict):
-            raise self._argument_error("must be a JSON object")
-        return {"name": self.name, "arguments": arguments}
-
-    def _argument_error(self, reason: str) -> ValueError:
-        return ValueError(f"arguments of the call of {self.name!r}: {reason}")
+            reason = str(error)
+        except RecursionError:
+            reason = "are nested too deeply"
+        raise ValueError(f"arguments of the call of {self.name!r}: {reason}")
 
 
 class ToolCall(RequestPart):

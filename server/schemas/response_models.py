@@ -100,23 +100,23 @@ class TextChoice(ResponseModel):
     logprobs: TextLogprobs | None
 
 
-class ChatCompletion(ResponseModel):
-    """Answer of POST /v1/chat/completions without `stream`."""
-
+class Completion(ResponseModel):
     id: str
     created: int
     model: str
+
+
+class ChatCompletion(Completion):
+    """Answer of POST /v1/chat/completions without `stream`."""
+
     object: Literal["chat.completion"] = "chat.completion"
     choices: list[ChatChoice]
     usage: Usage
 
 
-class TextCompletion(ResponseModel):
+class TextCompletion(Completion):
     """Answer of POST /v1/completions without `stream`."""
 
-    id: str
-    created: int
-    model: str
     object: Literal["text_completion"] = "text_completion"
     choices: list[TextChoice]
     usage: Usage
