@@ -129,7 +129,7 @@ def test_answers_are_regenerated_and_questions_edited(page: Any) -> None:
     assert page.locator(".message").count() == 2
     page.click(".user >> text=Edit")
     assert page.input_value("#question") == "One"
-    expect(page.locator("#figures")).to_have_text(re.compile("Esc leaves it as it was"))
+    expect(page.locator("#figures")).to_have_text(re.compile("Esc cancels"))
     page.keyboard.press("Escape")
     assert page.input_value("#question") == ""
     assert page.locator(".message").count() == 2

@@ -1,10 +1,10 @@
-// Conversations and settings, kept in this browser.
+// Conversations and settings, stored in the browser.
 
-const STORE = "efficientllm.chats";
-const BEFORE = "efficientllm.chat"; // one conversation, until there were several
-const MOST = 100;
+const STORAGE_KEY = "efficientllm.chats";
+const OLD_STORAGE_KEY = "efficientllm.chat"; // from versions that stored one conversation
+const MAX_CHATS = 100;
 
-function fresh() {
+function newChat() {
   return { id: crypto.randomUUID?.() ?? String(Math.random()), messages: [], changed: Date.now() };
 }
 
@@ -15,23 +15,23 @@ function isChat(chat) {
 export class Chats {
   constructor() {
     let stored = null;
-    try { stored = JSON.parse(localStorage.getItem(STORE)) ?? this.#before(); } catch { stored = null; }
+    try { stored = JSON.parse(localStorage.getItem(STORAGE_KEY)) ?? this.#readOld(); } catch { stored = null; }
     this.all = Array.isArray(stored?.all) ? stored.all.filter(isChat) : [];
     this.settings = stored?.settings ?? {};
     this.current = this.all.find((chat) => chat.id === stored?.current) ?? this.begin();
   }
 
-  #before() {
-    const old = JSON.parse(localStorage.getItem(BEFORE));
+  #readOld() {
+    const old = JSON.parse(localStorage.getItem(OLD_STORAGE_KEY));
     if (!Array.isArray(old?.messages)) return null;
-    const chat = { ...fresh(), messages: old.messages };
+    const chat = { ...newChat(), messages: old.messages };
     return { all: [chat], current: chat.id, settings: { ...old.settings, model: old.model } };
   }
 
-  // Another conversation, or the current one where nothing is in it yet.
+  // Start a conversation, unless the current one is empty.
   begin() {
     if (!this.current || this.current.messages.length) {
-      this.current = fresh();
+      this.current = newChat();
       this.all.unshift(this.current);
     }
     return this.current;
@@ -46,24 +46,24 @@ export class Chats {
     if (this.current.id === id) { this.current = this.all[0]; this.current ?? this.begin(); }
   }
 
-  isKeptAs(key) {
-    return key === STORE;
+  isStoredUnder(key) {
+    return key === STORAGE_KEY;
   }
 
-  // What another tab has written: all conversations but the current one, which is this tab's.
+  // Read the conversations that another tab has written, except the current one of this tab.
   readOthers() {
     let stored = null;
-    try { stored = JSON.parse(localStorage.getItem(STORE)); } catch { return; }
+    try { stored = JSON.parse(localStorage.getItem(STORAGE_KEY)); } catch { return; }
     if (!Array.isArray(stored?.all)) return;
     const others = stored.all.filter((chat) => isChat(chat) && chat.id !== this.current.id);
     this.all = [this.current, ...others].sort((one, other) => (other.changed ?? 0) - (one.changed ?? 0));
   }
 
-  // False where the browser has no room for it.
+  // Return false if the browser's storage is full.
   save() {
-    this.all = this.all.filter((chat) => chat === this.current || chat.messages.length).slice(0, MOST);
+    this.all = this.all.filter((chat) => chat === this.current || chat.messages.length).slice(0, MAX_CHATS);
     try {
-      localStorage.setItem(STORE, JSON.stringify({ all: this.all, current: this.current.id, settings: this.settings }));
+      localStorage.setItem(STORAGE_KEY, JSON.stringify({ all: this.all, current: this.current.id, settings: this.settings }));
       return true;
     } catch { return false; }
   }

@@ -1,4 +1,4 @@
-// Markdown as DOM nodes. Text only ever becomes text nodes, so nothing that a model writes is markup or script.
+// Convert Markdown to DOM nodes. Text becomes text nodes only, so nothing that a model writes is markup or script.
 
 const FENCE = /^ {0,3}(`{3,}|~{3,})\s*([\w+#.-]*)/;
 const HEADING = /^(#{1,6})\s+(.*?)\s*#*$/;
@@ -65,7 +65,7 @@ function table(head, rows) {
   return element("table", element("thead", row(head, "th")), element("tbody", ...rows.map((line) => row(line, "td"))));
 }
 
-// The lines of a list from `start`; returns the node and the line after it. Deeper items are lists of their own.
+// Convert the list that begins in line `start`. Return its node and the next line. Deeper items become nested lists.
 function list(lines, start, depth) {
   const first = ITEM.exec(lines[start]);
   const indent = first[1].length;

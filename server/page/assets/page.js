@@ -1,4 +1,4 @@
-// The chat page: shows the current conversation and asks for answers to it.
+// The chat page: show the current conversation and request answers.
 
 import { chatEvents, modelNames, residentBytes } from "./api.js";
 import { Chats, titleOf } from "./chats.js";
@@ -7,15 +7,15 @@ import { markdown } from "./markdown.js";
 const byId = (id) => document.getElementById(id);
 const SETTINGS = ["system", "temperature", "top_p", "max_tokens", "repetition_penalty", "seed"];
 const NUMBERS = SETTINGS.slice(1);
-const FOLLOW = 48; // pixels above the end within which the view follows an answer
+const FOLLOW_PIXELS = 48; // the view follows an answer if it is this close to the end
 const chats = new Chats();
 const isTouch = matchMedia("(pointer: coarse)").matches;
-let running = null; // { chat, controller } of the answer that is being written
-let editing = null; // { chat, index } of the question that is being changed; what follows goes when it is asked
+let running = null; // { chat, controller } of the answer in progress
+let editing = null; // { chat, index } of the question being edited; sending it removes the messages after it
 
 function save() {
   chats.settings = { ...Object.fromEntries(SETTINGS.map((id) => [id, byId(id).value])), model: byId("model").value };
-  if (!chats.save()) byId("figures").textContent = "the browser's storage is full: this conversation is not kept";
+  if (!chats.save()) byId("figures").textContent = "The browser's storage is full: this conversation is not saved.";
 }
 
 function button(label, title, act) {
@@ -35,17 +35,17 @@ async function copy(text, node) {
 
 function isAtEnd() {
   const log = byId("log");
-  return log.scrollHeight - log.scrollTop - log.clientHeight < FOLLOW;
+  return log.scrollHeight - log.scrollTop - log.clientHeight < FOLLOW_PIXELS;
 }
 
-// Make a change; the view goes on showing the end where it did, and stays where it is otherwise.
-function following(change) {
+// Change the log. The view stays at the end if it was there, and does not move otherwise.
+function keepView(change) {
   const follows = isAtEnd();
   change();
   if (follows) byId("log").scrollTop = byId("log").scrollHeight;
 }
 
-function block(role) {
+function addMessage(role) {
   const node = document.createElement("div");
   node.className = `message ${role}`;
   const text = document.createElement("div");
@@ -56,7 +56,7 @@ function block(role) {
   return node;
 }
 
-function fill(node, message) {
+function showContent(node, message) {
   const text = node.querySelector(".text");
   if (message.role !== "assistant") { text.textContent = message.content; return; }
   text.replaceChildren(...markdown(message.content));
@@ -66,7 +66,7 @@ function fill(node, message) {
   }
 }
 
-function addTools(node, message, index) {
+function addButtons(node, message, index) {
   const tools = document.createElement("div");
   tools.className = "tools";
   tools.append(button("Copy", "Copy this message", (clicked) => copy(message.content, clicked)));
@@ -78,43 +78,43 @@ function addTools(node, message, index) {
 }
 
 function showError(message) {
-  following(() => { block("error").querySelector(".text").textContent = message; });
+  keepView(() => { addMessage("error").querySelector(".text").textContent = message; });
 }
 
 function redraw(toEnd = true) {
-  const place = byId("log").scrollTop;
+  const scrollTop = byId("log").scrollTop;
   byId("log").textContent = "";
   const { messages } = chats.current;
   if (!messages.length) {
-    const node = block("empty");
+    const node = addMessage("empty");
     node.querySelector(".text").textContent = "Ask something. Everything stays on this machine.";
   }
   messages.forEach((message, index) => {
-    const node = block(message.role);
-    fill(node, message);
-    if (running?.chat !== chats.current) addTools(node, message, index);
+    const node = addMessage(message.role);
+    showContent(node, message);
+    if (running?.chat !== chats.current) addButtons(node, message, index);
   });
-  byId("log").scrollTop = toEnd ? byId("log").scrollHeight : place;
+  byId("log").scrollTop = toEnd ? byId("log").scrollHeight : scrollTop;
   listChats();
 }
 
 function listChats() {
   byId("chats").replaceChildren(...chats.all.map((chat) => {
     const row = document.createElement("div");
-    const title = button(titleOf(chat), titleOf(chat), () => leaveTo(() => chats.open(chat.id)));
+    const title = button(titleOf(chat), titleOf(chat), () => switchChat(() => chats.open(chat.id)));
     title.className = "title";
     if (chat === chats.current) title.setAttribute("aria-current", "true");
-    const away = button("×", `Delete "${titleOf(chat)}"`, () => leaveTo(() => chats.remove(chat.id)));
+    const away = button("×", `Delete "${titleOf(chat)}"`, () => switchChat(() => chats.remove(chat.id)));
     away.setAttribute("aria-label", away.title);
     row.append(title, away);
     return row;
   }));
 }
 
-// Go to another conversation; an answer that is being written ends there, and what it has stays where it belongs.
-function leaveTo(change) {
+// Change to another conversation. An answer in progress ends, and its text stays in its conversation.
+function switchChat(change) {
   stop();
-  leaveEditing();
+  cancelEditing();
   change();
   save();
   redraw();
@@ -131,11 +131,11 @@ function edit(index) {
   if (running) return;
   editing = { chat: chats.current, index };
   byId("question").value = chats.current.messages[index].content;
-  byId("figures").textContent = "changing an earlier question: what follows it goes when it is sent, Esc leaves it as it was";
+  byId("figures").textContent = "Editing an earlier question: sending it removes the messages after it, Esc cancels";
   byId("question").focus();
 }
 
-function leaveEditing() {
+function cancelEditing() {
   if (!editing) return;
   editing = null;
   byId("question").value = byId("figures").textContent = "";
@@ -172,7 +172,7 @@ function stop() {
   byId("stop").disabled = true;
 }
 
-// What an answer has taken, in words.
+// Times and token count of an answer.
 class Figures {
   began = performance.now();
   first = 0;
@@ -193,23 +193,23 @@ class Figures {
   }
 }
 
-// Ask for an answer to the current conversation; where none comes, `undo` makes it what it was. `chat` is its own: the page
-// may show another one before it is whole.
+// Request an answer to the current conversation. Without an answer, `undo` restores the conversation. The page may show
+// another conversation before the answer is whole, so `chat` is kept.
 async function answer(undo) {
   const chat = chats.current;
-  const mine = running = { chat, controller: new AbortController() };
+  const current = running = { chat, controller: new AbortController() };
   byId("send").disabled = true;
   byId("stop").disabled = false;
   byId("status").textContent = "Answering";
   const message = { role: "assistant", content: "" };
-  const node = block("assistant");
+  const node = addMessage("assistant");
   const figures = new Figures();
   let drawing = 0;
-  const draw = () => { drawing = 0; following(() => fill(node, message)); byId("figures").textContent = String(figures); };
+  const draw = () => { drawing = 0; keepView(() => showContent(node, message)); byId("figures").textContent = String(figures); };
   byId("log").scrollTop = byId("log").scrollHeight;
   let error = null;
   try {
-    for await (const event of chatEvents(requestFor(chat), byId("key").value, mine.controller.signal)) {
+    for await (const event of chatEvents(requestFor(chat), byId("key").value, current.controller.signal)) {
       if (event.usage) figures.usage = event.usage;
       const piece = event.choices[0]?.delta.content;
       if (!piece) continue;
@@ -224,26 +224,26 @@ async function answer(undo) {
   message.figures = String(figures);
   if (message.content) chat.messages.push(message);
   else undo();
-  if (running === mine) stop();
-  await settle(chat, message, error);
+  if (running === current) stop();
+  await finish(chat, message, error);
 }
 
-// After an answer: keep it, and show how it went if its conversation is still on the page.
-async function settle(chat, message, error) {
+// Save the conversation after an answer, and show the result if the conversation is still on the page.
+async function finish(chat, message, error) {
   chat.changed = Date.now();
   if (chat === chats.current) {
     redraw(!message.content || isAtEnd());
-    if (error) refuse(error);
-    byId("status").textContent = message.content ? "The answer is there" : "No answer";
+    if (error) showRefusal(error);
+    byId("status").textContent = message.content ? "Answer complete" : "No answer";
   }
   save();
   const bytes = await residentBytes(byId("key").value).catch(() => 0);
   if (!running) byId("figures").textContent = [message.figures, bytes ? `${(bytes / 1e6).toFixed(0)} MB resident` : ""].filter(Boolean).join(", ");
 }
 
-function refuse(error) {
+function showRefusal(error) {
   if (error.status === 401) { byId("panel").open = true; byId("key").focus(); }
-  showError(error.message + (error.status === 401 ? ": give it under Settings" : ""));
+  showError(error.message + (error.status === 401 ? ": enter it under Settings" : ""));
 }
 
 async function start(preferred) {
@@ -251,7 +251,7 @@ async function start(preferred) {
     const names = await modelNames(byId("key").value);
     byId("model").replaceChildren(...names.map((name) => new Option(name, name)));
     if (names.includes(preferred)) byId("model").value = preferred;
-  } catch (error) { refuse(error); }
+  } catch (error) { showRefusal(error); }
 }
 
 byId("ask").addEventListener("submit", (event) => {
@@ -279,18 +279,18 @@ byId("question").addEventListener("keydown", (event) => {
   byId("ask").requestSubmit();
 });
 document.addEventListener("keydown", (event) => {
-  if (event.key === "Escape") { leaveEditing(); running?.controller.abort(); }
+  if (event.key === "Escape") { cancelEditing(); running?.controller.abort(); }
   if (event.key.toLowerCase() === "k" && event.ctrlKey && event.shiftKey) { event.preventDefault(); byId("new").click(); }
 });
 byId("stop").addEventListener("click", () => running?.controller.abort());
-byId("new").addEventListener("click", () => leaveTo(() => chats.begin()));
+byId("new").addEventListener("click", () => switchChat(() => chats.begin()));
 byId("list").addEventListener("click", () => openList(!byId("chats").classList.contains("open")));
 byId("key").addEventListener("change", () => start(byId("model").value));
 byId("settings").addEventListener("submit", (event) => event.preventDefault());
-addEventListener("storage", (event) => { if (chats.isKeptAs(event.key)) { chats.readOthers(); listChats(); } });
+addEventListener("storage", (event) => { if (chats.isStoredUnder(event.key)) { chats.readOthers(); listChats(); } });
 for (const id of [...SETTINGS, "model"]) byId(id).addEventListener("change", save);
 
-byId("question").placeholder = isTouch ? "Message" : "Message (Enter sends, Shift+Enter begins a line, Esc stops)";
+byId("question").placeholder = isTouch ? "Message" : "Message (Enter sends, Shift+Enter starts a line, Esc stops)";
 for (const id of SETTINGS) if (chats.settings[id] !== undefined) byId(id).value = chats.settings[id];
 redraw();
 start(chats.settings.model);
