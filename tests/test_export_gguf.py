@@ -94,7 +94,7 @@ def test_padding_is_exact_and_said(
     assert "zero-padded (exact): hidden 75 -> 96, FFN width of 2 of 3 layers" in capsys.readouterr().out
     assert export(checkpoint, "gguf", tmp_path / "plain", "--quantize", "q8_0", "--pad", "none") == 0
     printed = capsys.readouterr().out
-    assert "tensors became f16, not q8_0: their rows are no multiple of 32 (--pad auto avoids that): " in printed
+    assert "tensors became f16, not q8_0: their rows are not multiples of 32 (--pad auto avoids that): " in printed
     assert "attn_q x3" in printed
 
 
@@ -158,7 +158,7 @@ def test_k_quants_say_what_fell_back(
     save_tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert export(save_tiny(tiny_architecture()), "gguf", tmp_path / "gguf", "--quantize", "q4_k_m") == 0
-    assert "tensors became q5_0, not q4_k: their rows are no multiple of 256: " in capsys.readouterr().out
+    assert "tensors became q5_0, not q4_k: their rows are not multiples of 256: " in capsys.readouterr().out
     assert any("became q5_0" in note for note in Manifest.read(tmp_path / "gguf").notes)
 
 
@@ -168,7 +168,7 @@ def test_export_past_the_limit_is_refused_and_leaves_nothing(
     checkpoint = save_tiny(tiny_architecture())
     limit = ["--quantize", "q4_0", "--max-kl", "1e-6"]
     assert export(checkpoint, "gguf", tmp_path / "out" / "gguf", *limit) == 2
-    assert "quantisation costs a mean KL of" in capsys.readouterr().err
+    assert "quantisation gives a mean KL of" in capsys.readouterr().err
     assert list((tmp_path / "out").iterdir()) == []
     assert export(checkpoint, "gguf", tmp_path / "out" / "gguf", *limit, "--no-verify") == 0
     assert Manifest.read(tmp_path / "out" / "gguf").verification == {}

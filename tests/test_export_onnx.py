@@ -116,7 +116,7 @@ def test_quantised_models_stay_close(
 
 
 def test_calibration_brings_int4_closer(save_tiny: Callable[..., Path], corpus: Path, tmp_path: Path) -> None:
-    """Widths that are no multiple of the block, so that the moments of the inputs are padded too."""
+    """Widths that are not multiples of the block, so that the moments of the inputs are padded too."""
     checkpoint = save_tiny(tiny_architecture("qwen2", SHAPES["odd FFN widths"], hidden_size=76, tied=False))
     kl = []
     for name, flags in {"plain": [], "calibrated": ["--calibrate", str(corpus)]}.items():

@@ -19,7 +19,7 @@ from training import command, metrics, run, weights
 
 from efficientllm.runtime.base.command import is_main_process, run_command
 from efficientllm.runtime.base.errors import ModelError
-from efficientllm.train.config import SourceConfig, TrainConfig
+from efficientllm.train.config.sections import SourceConfig, TrainConfig
 from efficientllm.train.model import source
 from efficientllm.train.model.architecture import LayerShape
 from efficientllm.train.reporting import model_card as cards

@@ -123,7 +123,7 @@ def _rounding_notes(unfit: list[str], smaller: list[str], options: ExecutorchOpt
             "use --pad auto, --quantize int8, or --allow-fp32 to leave them in fp32"
         )
     if unfit:
-        notes.append(f"{len(unfit)} matrices stay in fp32: their inputs are no multiple of {ALIGNMENT}")
+        notes.append(f"{len(unfit)} matrices stay in fp32: their inputs are not multiples of {ALIGNMENT}")
     if smaller:
         notes.append(f"{len(smaller)} matrices have smaller groups: {options.group_size} does not divide their inputs")
     return notes
