@@ -31,7 +31,7 @@ from efficientllm.train.evaluation.harness import GOLD, run_task
 from efficientllm.train.evaluation.scoring import EngineModel, ScoreCache, ScoreRequest
 from efficientllm.train.evaluation.tasks import TASKS, TaskResult, open_task
 from efficientllm.train.evaluation.torch_model import TorchModel
-from efficientllm.train.model import source
+from efficientllm.train.model import source_names
 from efficientllm.train.model.irregular import save_checkpoint
 from efficientllm.train.model.source import load_source
 from efficientllm.train.model.source_names import demo_source_path
@@ -368,7 +368,7 @@ SaveTiny = Callable[..., Path]
 def test_demo_is_the_built_in_model(
     checkpoint: Path, tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(source, "demo_source_path", lambda: checkpoint)
+    monkeypatch.setattr(source_names, "demo_source_path", lambda: checkpoint)
     arguments = ["demo", "--no-quality", "--text", f"ours={corpus}", "--text-tokens", "50", "--output", str(tmp_path)]
     assert run_command(cli.body, arguments) == 0
     assert "perplexity, ours" in capsys.readouterr().out

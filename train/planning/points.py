@@ -39,9 +39,9 @@ class Point:
         if unknown:
             raise ValueError(f"+{unknown[0]} is not one of +train, +qat, +imatrix")
         if kind not in BODY:
-            raise ValueError(f"{kind} is none of {', '.join(BODY)}")
+            raise ValueError(f"{kind} is not one of {', '.join(BODY)}")
         if head and head not in TENSOR_BLOCKS:
-            raise ValueError(f"{head} is none of {', '.join(TENSOR_BLOCKS)}")
+            raise ValueError(f"{head} is not one of {', '.join(TENSOR_BLOCKS)}")
         training = next((mark for mark in marks if mark in TRAININGS), "train" if size else "")
         if training == "qat" and (kind not in GGUF_TYPES or head not in ("", kind, "q8_0", "q4_0")):
             raise ValueError(f"+qat trains for {', '.join(GGUF_TYPES)} with a head of the same type, q8_0 or q4_0")
