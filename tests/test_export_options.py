@@ -71,7 +71,7 @@ def test_help_shows_the_flags_of_the_named_target(capsys: pytest.CaptureFixture[
     assert "--target hf-uniform:" in uniform
     assert "every target:" not in uniform
     common = help_of(capsys=capsys)
-    assert "gguf, onnx, executorch, hf-uniform" in common
+    assert "gguf,onnx,executorch,hf-uniform" in common
     assert "--verify" in common
     assert "--quantize" not in common
 
