@@ -21,7 +21,7 @@ LAYERS = (LayerShape(4, 2, 96), LayerShape(0, 0, 64), LayerShape(2, 1, 0), Layer
 """Own heads and widths everywhere, a layer without attention and one without FFN."""
 
 EXPORT = "from efficientllm.export.cli import main; main()"
-UNMASKED = "from efficientllm.export.litert import interpreter; interpreter.MASKED = 0.0; "
+UNMASKED = "from efficientllm.export.litert import exporter; exporter.MASKED = 0.0; "
 """The program then sees slots of the caches that hold nothing yet."""
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("litert")]
