@@ -92,7 +92,7 @@ def test_a_kit_with_a_gguf(kit: Path) -> None:
         assert engine.context_length == manifest.context_length
     text = (kit / "README.md").read_text()
     assert "| model.gguf | llama.cpp | f32 |" in text
-    assert "What speed to expect is not known" in text
+    assert "The expected speed is unknown" in text
     assert re.search(r"candidates are \d\.\d\d nats \(llama\.cpp\) apart", text)
 
 
