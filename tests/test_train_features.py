@@ -210,7 +210,7 @@ BAD_INPUT = [
     (["--target-params", "100k"], "--target-ratio and --target-params are both given; choose one"),
     (["--quantize", "iq4_xs"], "--quantize iq4_xs: --target-bytes supports f32, f16"),
     (["--distill", "-1"], "--distill -1.0: must be at least 0 and finite"),
-    (["--removals", "3", "--prune-start", "0.1", "--prune-end", "0.1"], "--removals 3: need --prune-end after"),
+    (["--removals", "3", "--prune-start", "0.1", "--prune-end", "0.1"], "--removals 3: needs --prune-end after"),
     (["--removals", "3", "--prune-every", "2"], "--removals 3: are evenly spread; omit --prune-every"),
     (["--removals", "300"], "--removals 300: there are "),
     (["--saliency", "tailor1"], "tailor1"),
