@@ -161,7 +161,7 @@ def test_the_server_isolates_the_page_and_shows_no_more_than_the_folder(folder: 
 
 def test_a_folder_without_a_page_is_not_served(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(web.body, [str(tmp_path)]) == 2
-    assert "holds no page; write one with efficientllm-export --target web" in capsys.readouterr().err
+    assert "has no index.html; write a page with efficientllm-export --target web" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
