@@ -174,7 +174,7 @@ def time_events(bench: StepBenchmark) -> None:
     removal = timed("selection", lambda: select_removal(bench.architecture, tracker.scores, rules, target))
     grams = bench.grams
     assert grams is not None
-    timed("obs weight update", lambda: grams.update_weights(removal))
+    timed("obs weight update", lambda: grams.update_weights(bench.model, removal))
     timed("physical removal", lambda: remove_groups(bench.model, removal, bench.optimizer))
     layers = {part[0] for unit in removal.units for part in unit.parts}
     print(f"\none event of {len(removal.units)} units in {len(layers)} layers (1 % of the parameters):")
