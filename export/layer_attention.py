@@ -156,26 +156,45 @@ def rope_tables(rope: dict[str, Any], head_dim: int, length: int) -> tuple[np.nd
 
 
 def widened_tables(rope: dict[str, Any], rotary_dim: int, head_dim: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return (cos, sin), fp32 [length, head_dim / 2], that rotate only the first `rotary_dim` channels.
+    """Return (cos, sin), fp32 [length, head_dim / 2], that rotate only `rotary_dim` channels of a head.
 
-    The rows of q and k must be in the order of `widen_rotary`.
+    The rows of q and k must have the places of `rotary_places`.
     """
     cos, sin = rope_tables(rope, rotary_dim, length)
     missing = ((0, 0), (0, (head_dim - rotary_dim) // 2))
     return np.pad(cos, missing, constant_values=1.0), np.pad(sin, missing)
 
 
-def widen_rotary(array: np.ndarray, head_dim: int, rotary_dim: int) -> np.ndarray:
-    """Reorder rows of q or k, [heads * D, ...], for a rotation of whole heads in halves.
+@dataclass(frozen=True)
+class HeadPlaces:
+    """Places of the channels of a head in a head of `width` channels. The other channels are zero."""
+
+    width: int
+    places: np.ndarray
+    """int [D]"""
+
+    def widen(self, array: np.ndarray) -> np.ndarray:
+        """Return rows [heads * D, ...] as rows [heads * width, ...]."""
+        heads = array.reshape(-1, len(self.places), *array.shape[1:])
+        wide = np.zeros((len(heads), self.width, *array.shape[1:]), array.dtype)
+        wide[:, self.places] = heads
+        return wide.reshape(-1, *array.shape[1:])
+
+    def narrow(self, array: np.ndarray) -> np.ndarray:
+        """Return rows [heads * width, ...] as rows [heads * D, ...], the inverse of `widen`."""
+        return array.reshape(-1, self.width, *array.shape[1:])[:, self.places].reshape(-1, *array.shape[1:])
+
+
+def rotary_places(head_dim: int, rotary_dim: int, width: int) -> HeadPlaces:
+    """Return the places of q's and k's channels for a rotation of all `width` channels in halves.
 
     Each rotated channel is paired with the same channel as in a rotation of `rotary_dim` channels. Scores stay the
     same.
     """
-    heads = array.reshape(-1, head_dim, *array.shape[1:])
-    rotated, half = heads[:, :rotary_dim], (head_dim - rotary_dim) // 2
-    left = heads[:, rotary_dim:]
-    parts = (rotated[:, : rotary_dim // 2], left[:, :half], rotated[:, rotary_dim // 2 :], left[:, half:])
-    return np.concatenate(parts, axis=1).reshape(array.shape)
+    half = rotary_dim // 2
+    rotated = [*range(half), *range(width // 2, width // 2 + half)]
+    others = [place for place in range(width) if place not in rotated]
+    return HeadPlaces(width, np.array([*rotated, *others[: head_dim - rotary_dim]]))
 
 
 def permute_rope(array: np.ndarray, heads: int) -> np.ndarray:

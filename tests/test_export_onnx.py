@@ -83,6 +83,27 @@ def test_a_batch_of_unequal_prompts_gives_each_ones_logits(
     check_a_padded_batch(checkpoint, tmp_path / "onnx")
 
 
+ODD_HEADS = [
+    ("llama", 20, {}),
+    ("qwen2", 8, {}),
+    ("qwen3", 24, {}),
+    ("gpt_neox", 40, {}),
+    ("olmo2", 40, {}),
+    ("gemma3_text", 24, {}),
+    ("smollm3", 20, {"no_rope_layer_interval": 2}),
+]
+"""Families with a head_dim that is no multiple of 16. Whole-head norms, head norms and partial ropes are among them."""
+
+
+@pytest.mark.parametrize(("family", "head_dim", "settings"), ODD_HEADS)
+def test_heads_of_any_width_give_torchs_logits(
+    family: str, head_dim: int, settings: dict[str, Any], save_tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    checkpoint = save_tiny(tiny_architecture(family, head_dim=head_dim), **settings)
+    assert export(checkpoint, "onnx", tmp_path / "onnx", "--quantize", "f32") == 0
+    check_a_padded_batch(checkpoint, tmp_path / "onnx")
+
+
 @pytest.mark.slow
 def test_a_portable_batch_may_be_padded_on_either_side(save_tiny: Callable[..., Path], tmp_path: Path) -> None:
     pytest.importorskip("onnxscript", reason="onnxscript is not installed")

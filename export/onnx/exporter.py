@@ -19,7 +19,7 @@ from ..manifest import Contents, bits_per_weight, copy_tokenizer, write_manifest
 from ..request import ExportRequest, RoundingOptions
 from ..targets import Exporter
 from ..verification import Written, torch_sample, verify_stepwise
-from .quantize import Bits, preset
+from .quantize import Bits, preset, stored_head_dim
 
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx_data"
@@ -48,9 +48,9 @@ def export_onnx(checkpoint: Checkpoint, request: ExportRequest[OnnxOptions], fol
     if options.portable and name != "f32":
         raise UsageError(f"--portable takes --quantize f32, not {name}: standard operators hold no packed weights")
     _write_model(checkpoint, options, bits, folder)
-    _write_json(folder / "genai_config.json", genai_config(checkpoint, shares_cache=not options.portable))
+    _write_json(folder / "genai_config.json", genai_config(checkpoint, options.portable))
     _write_json(folder / "generation_config.json", generation_config(checkpoint))
-    _write_json(folder / "config.json", browser_config(checkpoint))
+    _write_json(folder / "config.json", browser_config(checkpoint, options.portable))
     weight_bytes = (folder / DATA_FILE).stat().st_size
     # with int8 activations, the matrices that stay in fp32 do not make the rest any closer
     stored = min(bits_per_weight(checkpoint, weight_bytes), 8.0 if bits.dynamic else 32.0)
@@ -93,10 +93,10 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def genai_config(checkpoint: Checkpoint, shares_cache: bool) -> dict[str, Any]:
+def genai_config(checkpoint: Checkpoint, is_portable: bool) -> dict[str, Any]:
     """Return onnxruntime-genai's config. Its runtime reads each layer's key/value heads from the graph.
 
-    `shares_cache` tells whether the attention operator can write into the past in place.
+    The attention operator of a portable file cannot write into the past in place.
     """
     architecture = checkpoint.architecture
     ends = checkpoint.end_of_generation_ids
@@ -105,7 +105,7 @@ def genai_config(checkpoint: Checkpoint, shares_cache: bool) -> dict[str, Any]:
     decoder = {
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
         "filename": MODEL_FILE,
-        "head_size": architecture.head_dim,
+        "head_size": architecture.head_dim if is_portable else stored_head_dim(checkpoint),
         "hidden_size": architecture.hidden_size,
         "inputs": {
             "input_ids": "input_ids",
@@ -136,7 +136,7 @@ def genai_config(checkpoint: Checkpoint, shares_cache: bool) -> dict[str, Any]:
         "search": {
             "max_length": checkpoint.context_length,
             "do_sample": False,
-            "past_present_share_buffer": shares_cache,
+            "past_present_share_buffer": not is_portable,
         },
     }
 
@@ -150,7 +150,7 @@ def generation_config(checkpoint: Checkpoint) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value not in (None, [])}
 
 
-def browser_config(checkpoint: Checkpoint) -> dict[str, Any]:
+def browser_config(checkpoint: Checkpoint, is_portable: bool) -> dict[str, Any]:
     """Return a config.json for transformers.js with a known family. It reads the caches' sizes from the graph."""
     architecture = checkpoint.architecture
     return {
@@ -158,7 +158,7 @@ def browser_config(checkpoint: Checkpoint) -> dict[str, Any]:
         "model_type": "llama",
         "vocab_size": architecture.vocab_size,
         "hidden_size": architecture.hidden_size,
-        "head_dim": architecture.head_dim,
+        "head_dim": architecture.head_dim if is_portable else stored_head_dim(checkpoint),
         "num_hidden_layers": len(architecture.layers),
         "num_attention_heads": max(layer.num_attention_heads for layer in architecture.layers),
         "num_key_value_heads": max(layer.num_key_value_heads for layer in architecture.layers),

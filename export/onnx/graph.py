@@ -1,10 +1,10 @@
 """Build a decoder with KV cache as an ONNX graph of onnxruntime's fused operators, from the weights.
 
-Shapes: B batch, S new tokens, P past tokens, T = P + S, H hidden, Q query heads, G key/value heads, D head_dim, V
-vocabulary. Inputs: input_ids [B, S], attention_mask [B, T], past_key_values.i.key/value [B, G_i, P, D]. Outputs: logits
-[B, 1, V] of the last valid token, present.i.key/value [B, G_i, T, D]. Layers without attention have no cache. Prompts
-of a batch may be padded on the right, with zeros in their mask. The fused attention does not support padding on the
-left. Imports no torch.
+Shapes: B batch, S new tokens, P past tokens, T = P + S, H hidden, Q query heads, G key/value heads, D head_dim (padded
+to 16), V vocabulary. Inputs: input_ids [B, S], attention_mask [B, T], past_key_values.i.key/value [B, G_i, P, D].
+Outputs: logits [B, 1, V] of the last valid token, present.i.key/value [B, G_i, T, D]. Layers without attention have no
+cache. Prompts of a batch may be padded on the right, with zeros in their mask. The fused attention does not support
+padding on the left. Imports no torch.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ class GraphBuilder(GraphValues):
         return x if factor == 1.0 else self._node("Mul", [x, self._constant("scale", np.asarray(factor, self.dtype))])
 
     def _attention(self, index: int, layer: LayerShape, x: ir.Value) -> ir.Value:
-        prefix, head_dim = f"model.layers.{index}.self_attn", self.architecture.head_dim
+        prefix = f"model.layers.{index}.self_attn"
         projections = [f"{prefix}.{name}_proj" for name in "qkv"]
         query, key, value = self._queries_keys_values(projections, x)
         if self.parts.qk_norm:
@@ -166,7 +166,7 @@ class GraphBuilder(GraphValues):
         settings = self.checkpoint.attention[index]
         tables = self._rotary_tables(settings) if settings.rope is not None else []
         window: dict[str, Any] = {"local_window_size": settings.window} if settings.window else {}
-        shape: list[int | str] = ["batch_size", layer.num_key_value_heads, "past", head_dim]
+        shape: list[int | str] = ["batch_size", layer.num_key_value_heads, "past", self.head_dim]
         past = [self._input(f"past_key_values.{index}.{part}", self.element, shape) for part in ("key", "value")]
         attended, present_key, present_value = self._node(
             "GroupQueryAttention",
@@ -205,22 +205,23 @@ class GraphBuilder(GraphValues):
         key = settings.rotary_key
         if key not in self.tables:
             name = f"_{len(self.tables)}" if self.tables else ""
-            head_dim, length = self.architecture.head_dim, self.checkpoint.context_length
-            arrays = widened_tables(settings.rope, settings.rotary_dim, head_dim, length)
+            arrays = widened_tables(settings.rope, settings.rotary_dim, self.head_dim, self.checkpoint.context_length)
             parts = zip(("cos", "sin"), arrays, strict=True)
             self.tables[key] = [self._constant(part + name, array.astype(self.dtype)) for part, array in parts]
         return self.tables[key]
 
     def _width_norm(self, name: str, x: ir.Value, heads: int) -> ir.Value:
         gain = self._weights(f"{name}.weight")
-        return self._node("SimplifiedLayerNormalization", [x, gain], axis=-1, epsilon=self.scales.qk_eps)
+        return self._qk_norm(x, gain)
 
     def _head_norm(self, name: str, x: ir.Value, heads: int) -> ir.Value:
-        head_dim = self.architecture.head_dim
-        split = self._node("Reshape", [x, self._ints(0, 0, heads, head_dim)])
-        gain = self._weights(f"{name}.weight")
-        normed = self._node("SimplifiedLayerNormalization", [split, gain], axis=-1, epsilon=self.scales.qk_eps)
-        return self._node("Reshape", [normed, self._ints(0, 0, heads * head_dim)])
+        split = self._node("Reshape", [x, self._ints(0, 0, heads, self.head_dim)])
+        normed = self._qk_norm(split, self._weights(f"{name}.weight"))
+        return self._node("Reshape", [normed, self._ints(0, 0, heads * self.head_dim)])
+
+    def _qk_norm(self, x: ir.Value, gain: ir.Value) -> ir.Value:
+        eps = self.scales.qk_eps / self.head_growth
+        return self._node("SimplifiedLayerNormalization", [x, gain], axis=-1, epsilon=eps)
 
     def _feed_forward(self, prefix: str, x: ir.Value) -> ir.Value:
         names = ("gate_proj", "up_proj") if self.parts.is_gated else ("up_proj",)

@@ -7,11 +7,17 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from ...train.model.rescaling import qk_axis
 from ...train.model.tensors import split_name
 from ..checkpoint import Checkpoint
-from ..layer_attention import widen_rotary
-from .quantize import Bits, IntegerMatrix, QuantizedMatrix, quantize_matrix, quantize_rows
+from .quantize import (
+    Bits,
+    IntegerMatrix,
+    QuantizedMatrix,
+    head_places,
+    quantize_matrix,
+    quantize_rows,
+    stored_head_dim,
+)
 
 MICROSOFT = "com.microsoft"
 BLOCK = 32
@@ -30,6 +36,9 @@ class GraphValues:
         self.checkpoint = checkpoint
         self.architecture = checkpoint.architecture
         self.parts, self.scales = checkpoint.architecture.parts, checkpoint.scales
+        self.head_dim = stored_head_dim(checkpoint)
+        self.head_growth = self.head_dim / self.architecture.head_dim
+        """Norms over heads divide by the padded width, which their gains and eps correct (train/model/rescaling.py)."""
         self.bits = bits
         self.grams = grams or {}
         self.dtype = np.float16 if bits.head == 16 else np.float32
@@ -59,14 +68,23 @@ class GraphValues:
         return value
 
     def _tensor(self, name: str) -> np.ndarray:
-        """Return a tensor of the checkpoint.
-
-        GroupQueryAttention rotates parts of a head only in multiples of 16 channels.
-        """
-        array, (layer, _) = self.checkpoint.tensor(name), split_name(name)
-        if layer is None or qk_axis(name) is None or not self.parts.has_partial_rotary:
+        """Return a tensor of the checkpoint with the heads of the graph."""
+        array, (layer, suffix) = self.checkpoint.tensor(name), split_name(name)
+        if layer is None or not suffix.startswith("self_attn."):
             return array
-        return widen_rotary(array, self.architecture.head_dim, self.checkpoint.attention[layer].rotary_dim)
+        module = suffix.split(".")[1]
+        places = head_places(self.checkpoint, layer, module[0])
+        if module == "o_proj":
+            return places.widen(array.T).T if array.ndim > 1 else array
+        return places.widen(array) / np.float32(self.head_growth**0.5 if module.endswith("norm") else 1)
+
+    def _gram(self, name: str) -> np.ndarray | None:
+        """Return the second moments of a matrix's inputs with the heads of the graph, or None."""
+        gram, (layer, suffix) = self.grams.get(name), split_name(name)
+        if gram is None or layer is None or not suffix.endswith("o_proj.weight"):
+            return gram
+        places = head_places(self.checkpoint, layer, "o")
+        return places.widen(places.widen(gram).T)
 
     def _weights(self, name: str) -> ir.Value:
         return self._constant(name, self._tensor(name).astype(self.dtype))
@@ -113,7 +131,7 @@ class GraphValues:
             stored = [self._constant(f"{names[0]}.q8", codes.T), self._constant(f"{names[0]}.scales", scales)]
             return IntegerMatrix(*stored)
         arrays = [self._tensor(part) for part in names]
-        grams = [self.grams.get(part) if bits == 4 else None for part in names]
+        grams = [self._gram(part) if bits == 4 else None for part in names]
         parts = [quantize_matrix(array, bits, BLOCK, gram) for array, gram in zip(arrays, grams, strict=True)]
         data, scales = (np.concatenate(stacked) for stacked in zip(*parts, strict=True))
         stored = [self._constant(f"{names[0]}.q{bits}", data), self._constant(f"{names[0]}.scales", scales)]

@@ -1,4 +1,4 @@
-"""Quantise weights in blocks of 32 inputs as onnxruntime's MatMulNBits stores them, symmetric."""
+"""Storage of weights in a graph: whole heads of 16 channels, symmetric blocks of 32 inputs (MatMulNBits)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,24 @@ from typing import Any
 import numpy as np
 
 from ...runtime.base.quantities import unknown_name
+from ..checkpoint import Checkpoint
 from ..group_quantization import quantize_groups
+from ..layer_attention import HeadPlaces, rotary_places
+from ..padding import round_up
+
+HEAD_MULTIPLE = 16
+"""GroupQueryAttention rotates heads only in multiples of 16 channels (onnxruntime 1.32)."""
+
+
+def stored_head_dim(checkpoint: Checkpoint) -> int:
+    """Return the channels of a head in the graph: head_dim, zero-padded to HEAD_MULTIPLE."""
+    return round_up(checkpoint.architecture.head_dim, HEAD_MULTIPLE)
+
+
+def head_places(checkpoint: Checkpoint, layer: int, part: str) -> HeadPlaces:
+    """Return the places in the graph of the head channels of a layer's q, k, v or o (`part`)."""
+    head_dim, width = checkpoint.architecture.head_dim, stored_head_dim(checkpoint)
+    return rotary_places(head_dim, checkpoint.attention[layer].rotary_dim if part in "qk" else 0, width)
 
 
 @dataclass(frozen=True)
