@@ -10,6 +10,7 @@ from typing import Any, Literal
 from .base.errors import UsageError
 from .call_reader import CallReader
 from .chat_template import Message, MessageEscape, render_chat
+from .copied_arguments import CopiedArguments
 from .engines.scheduler import EngineScheduler
 from .grammar import GrammarConstraint
 from .tool_format import GENERIC, INSTRUCTIONS, ToolFormat, tool_format
@@ -31,6 +32,8 @@ class ToolUse:
     """True if an answer may have several calls."""
     otherwise: Mapping[str, Any] | None = None
     """JSON schema of an answer without calls. None: any text."""
+    copies: bool = False
+    """True if free texts in arguments must be runs of words of the messages of user and tools."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,8 @@ class ChatPrompt:
     format: ToolFormat = GENERIC
     control: tuple[int, ...] = ()
     """Control tokens at the start of a call, which have no text."""
+    texts: Sequence[str] = ()
+    """Messages of user and tools, from which arguments are copied."""
 
     def constraint(self, engine: EngineScheduler) -> GrammarConstraint | None:
         """Return the constraint that keeps calls valid, None without functions."""
@@ -49,9 +54,9 @@ class ChatPrompt:
         if use is None:
             return None
         tools = [tool for tool in use.tools if use.only in ("", tool["function"]["name"])]
-        grammar = self.format.grammar(
-            tools, self.control, must_call=use.must_call or bool(use.only), otherwise=use.otherwise
-        )
+        copied = CopiedArguments(self.texts) if use.copies else None
+        must_call = use.must_call or bool(use.only)
+        grammar = self.format.grammar(tools, self.control, must_call=must_call, otherwise=use.otherwise, copied=copied)
         return GrammarConstraint(engine, grammar, self.control)
 
     def reader(self) -> CallReader | None:
@@ -87,6 +92,7 @@ def tool_prompt(
         raise UsageError("there are no messages")
     use, format, control = options.tool_use, GENERIC, ()
     shown: Sequence[Mapping[str, Any]] = use.tools if use else ()
+    texts = [message.get("content") or "" for message in messages if message["role"] in ("user", "tool")]
     if use or any(message["role"] == "tool" or message.get("tool_calls") for message in messages):
         found = tool_format(engine.chat_template, engine.bos_token, engine.eos_token).readable_by(engine)
         control, format = found or ((), GENERIC)
@@ -102,7 +108,7 @@ def tool_prompt(
     tokens = escape.encode(text)
     if engine.adds_bos and not text.startswith(engine.bos_token):
         tokens = engine.tokenize(engine.bos_token, special=True) + tokens
-    return ChatPrompt(tokens, use, format, control)
+    return ChatPrompt(tokens, use, format, control, texts)
 
 
 def text_prompt(engine: EngineScheduler, text: str) -> list[int]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from .base.errors import EfficientLLMError
 from .chat_template import Message, render_chat
+from .copied_arguments import CopiedArguments
 from .engines.scheduler import EngineScheduler
 from .grammar import Grammar, embedded_schema, schema_part
 
@@ -60,12 +61,13 @@ class ToolFormat:
         *,
         must_call: bool,
         otherwise: Mapping[str, Any] | None = None,
+        copied: CopiedArguments | None = None,
     ) -> Grammar:
         """Return the grammar of calls of `tools`, in OpenAI's form, with arguments that follow their schemas.
 
         Without `must_call`, the answer may also be text, or text that ends with calls. With a schema `otherwise`, it is
-        JSON of that schema, or calls. Calls begin with the tokens `control`. Raises UsageError with the name of the
-        tool if its schema cannot be enforced.
+        JSON of that schema, or calls. Calls begin with the tokens `control`. With `copied`, it writes the arguments.
+        Raises UsageError with the name of the tool if its schema cannot be enforced.
         """
         calls = "{0,%d}" % (MAX_CALLS - 1)  # noqa: UP031  braces
         rules = [f"(BETWEEN call){calls}" if self.between else "", "END" if self.end else ""]
@@ -86,11 +88,17 @@ class ToolFormat:
             *([f"BETWEEN: {json.dumps(self.between)}"] if self.between else []),
             *([f"END: {json.dumps(self.end)}"] if self.end else []),
         ]
-        for index, function in enumerate(functions):
-            opening = json.dumps(function["name"] + self.middle)
-            lines.append(f"call_{index}: {opening} {embedded_schema(parameters_of(function))}")
         parts = [schema_part(parameters_of(each), f"tool {each['name']!r}: parameters") for each in functions]
         parts += [schema_part(otherwise, "json_schema")] if otherwise is not None else []
+        if copied:
+            for part in parts:
+                part.checked()
+        for index, function in enumerate(functions):
+            opening = json.dumps(function["name"] + self.middle)
+            parameters = parameters_of(function)
+            arguments = copied.add(f"call_{index}", parameters) if copied else embedded_schema(parameters)
+            lines.append(f"call_{index}: {opening} {arguments}")
+        lines += copied.rules if copied else []
         return Grammar("\n".join(lines) + "\n", "tools", tuple(parts)).checked()
 
     def write(self, calls: Sequence[Mapping[str, Any]]) -> str:

@@ -86,6 +86,25 @@ def test_a_required_call_is_valid(client: openai.OpenAI, model: str, seed: int) 
 
 
 @both
+def test_arguments_are_copied_from_the_request(client: openai.OpenAI, model: str) -> None:
+    parameters = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+    tools: Any = [{"type": "function", "function": {"name": "weather", "parameters": parameters}}]
+    settings: Any = {
+        "model": model,
+        "messages": QUESTION,
+        "tools": tools,
+        "tool_choice": "required",
+        "temperature": 1.5,
+    }
+    for seed in range(3):
+        answer = client.chat.completions.create(
+            **settings, seed=seed, max_tokens=300, parallel_tool_calls=False, extra_body={"tool_arguments": "copy"}
+        )
+        (call,) = answer.choices[0].message.tool_calls or []
+        assert json.loads(call.function.arguments)["city"].casefold() in "how is rome?"
+
+
+@both
 def test_the_named_function_is_called_and_its_result_goes_on(client: openai.OpenAI, model: str) -> None:
     settings: Any = {"model": model, "tools": TOOLS, "max_tokens": 200, "temperature": 0}
     message = client.chat.completions.create(**settings, messages=QUESTION, tool_choice=NAMED).choices[0].message

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 
-from efficientllm.runtime.base.errors import UnanswerableError
+from efficientllm.runtime.base.errors import UnanswerableError, UsageError
 from efficientllm.runtime.call_reader import ArgumentsEvent, CallEvent, CallReader, TextEvent
+from efficientllm.runtime.chat_template import Message
 from efficientllm.runtime.engines.scheduler import EngineScheduler
 from efficientllm.runtime.grammar import GrammarConstraint
 from efficientllm.runtime.prompt import PromptOptions, ToolUse, chat_prompt, tool_prompt
@@ -87,11 +89,9 @@ TOOLS: list[dict[str, Any]] = [
 QUESTION = {"role": "user", "content": "How is Rome?"}
 
 
-def accepts(engine: EngineScheduler, use: ToolUse, text: str) -> bool:
-    prompt = tool_prompt(engine, [QUESTION], PromptOptions(use))
-    constraint = GrammarConstraint(
-        engine, prompt.format.grammar(use.tools, (), must_call=use.must_call, otherwise=use.otherwise)
-    )
+def accepts(engine: EngineScheduler, use: ToolUse, text: str, messages: Sequence[Message] = (QUESTION,)) -> bool:
+    constraint = tool_prompt(engine, messages, PromptOptions(use)).constraint(engine)
+    assert constraint is not None
     for token in engine.tokenize(text, special=False):
         logits = np.zeros(engine.vocab_size, np.float32)
         constraint.mask(logits)
@@ -143,6 +143,88 @@ def test_the_search_for_the_tool_that_is_refused_ends(engine: EngineScheduler, m
         monkeypatch.setattr("efficientllm.runtime.grammar.MAX_NAMING_SECONDS", seconds)
         with pytest.raises(UnanswerableError, match=f"^{name}: no output can satisfy this grammar: fuel exhausted"):
             GrammarConstraint(engine, grammar)
+
+
+REMIND = {
+    "name": "remind",
+    "parameters": {
+        "type": "object",
+        "properties": {
+            "room": {"type": "string", "examples": ["hall", 'the "Den"'], "default": "attic"},
+            "who": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+            "what": {"type": "string", "description": "Free."},
+            "when": {"type": ["string", "integer"]},
+            "mode": {"enum": ["loud", "soft"]},
+            "code": {"type": "string", "pattern": "^[0-9]{2}$"},
+            "tags": {"type": "array", "items": {"$ref": "#/$defs/tag"}},
+            "anything": True,
+        },
+        "required": ["what"],
+        "$defs": {"tag": {"type": "string"}},
+    },
+}
+REQUEST = 'Tell Ann\tto call "Größe & Co" at\nnoon'
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"what": "call"}, True),
+        ({"what": 'call "Größe & Co" at'}, True),
+        ({"what": 'call "größe & co"'}, True),
+        ({"what": "Tell Ann to"}, True),
+        ({"what": ""}, True),
+        ({"what": "tell Ann"}, False),
+        ({"what": "cal"}, False),
+        ({"what": "Ann "}, False),
+        ({"what": "at noon"}, False),
+        ({"what": "noon number 7"}, False),
+        ({"what": "number 7"}, True),
+        ({"what": "secret"}, False),
+        ({"who": "Ann"}, False),
+        ({"who": None, "what": "call"}, True),
+        ({"who": "Bob", "what": "call"}, False),
+        ({"room": "hall", "what": "call"}, True),
+        ({"room": 'the "Den"', "what": "call"}, True),
+        ({"room": "attic", "what": "call"}, True),
+        ({"room": "Ann", "what": "call"}, True),
+        ({"room": "cellar", "what": "call"}, False),
+        ({"what": "call", "when": 12}, True),
+        ({"what": "call", "when": "noon"}, True),
+        ({"what": "call", "when": "dawn"}, False),
+        ({"what": "call", "mode": "soft"}, True),
+        ({"what": "call", "mode": "noon"}, False),
+        ({"what": "call", "code": "42"}, True),
+        ({"what": "call", "tags": ["any", "tag"]}, True),
+        ({"what": "call", "anything": {"x": "dawn"}}, True),
+        ({"what": "call", "more": 1}, False),
+    ],
+)
+def test_arguments_are_copied_from_the_request(
+    engine: EngineScheduler, arguments: dict[str, Any], expected: bool
+) -> None:
+    use = ToolUse([{"type": "function", "function": REMIND}], must_call=True, copies=True)
+    contents = (("system", "secret"), ("user", REQUEST), ("assistant", "secret"), ("tool", "number 7"))
+    messages = [{"role": role, "content": content} for role, content in contents]
+    for indent in (None, 1):
+        text = call("remind", json.dumps(arguments, ensure_ascii=False, indent=indent))
+        assert accepts(engine, use, text, messages) == expected
+
+
+def test_arguments_without_free_texts_follow_their_schema(engine: EngineScheduler) -> None:
+    assert accepts(engine, ToolUse(TOOLS, must_call=True, copies=True), ROME)
+    assert accepts(engine, ToolUse(TOOLS, copies=True), call("now", "{}"))
+    nested = {"type": "object", "properties": {"a": {"type": "string"}}, "propertyNames": {"maxLength": 3}}
+    use = ToolUse([{"type": "function", "function": {"name": "nested", "parameters": nested}}], copies=True)
+    with pytest.raises(UsageError, match=r"^tool 'nested': parameters: `propertyNames` cannot be enforced"):
+        tool_prompt(engine, [QUESTION], PromptOptions(use)).constraint(engine)
+
+
+@pytest.mark.parametrize("wrong", [{"properties": [1]}, {"properties": {"a": 1}}, {"required": [{}]}, {"required": 1}])
+def test_a_malformed_schema_is_refused_when_arguments_are_copied(engine: EngineScheduler, wrong: Any) -> None:
+    use = ToolUse([{"type": "function", "function": {"name": "odd", "parameters": wrong}}], copies=True)
+    with pytest.raises(UsageError, match=r"^tool 'odd': parameters: "):
+        tool_prompt(engine, [QUESTION], PromptOptions(use)).constraint(engine)
 
 
 @pytest.mark.parametrize("size", [1, 3, 1000])

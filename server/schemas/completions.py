@@ -178,6 +178,8 @@ class ChatRequest(CompletionRequest):
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] = Field([])
     tool_choice: ToolChoiceOption = "auto"
     parallel_tool_calls: Bool = True
+    tool_arguments: Literal["any", "copy"] = "any"
+    """With copy, free texts in arguments are runs of words of the messages, or examples of their schemas."""
     chat_template_kwargs: Json = Field({})
     """Further variables of the chat template, such as enable_thinking."""
 
@@ -209,7 +211,8 @@ class ChatRequest(CompletionRequest):
         only = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else ""
         tools = [tool.as_template_value() for tool in self.tools]
         otherwise = self.response_format.answer_schema()
-        return ToolUse(tools, self.tool_choice == "required", only, self.parallel_tool_calls, otherwise)
+        copies = self.tool_arguments == "copy"
+        return ToolUse(tools, self.tool_choice == "required", only, self.parallel_tool_calls, otherwise, copies)
 
     @property
     def stops(self) -> list[str]:
