@@ -12,9 +12,12 @@ import pytest
 
 from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.base.errors import DataError, EfficientLLMError, UsageError
+from efficientllm.runtime.engines.engine import EngineOptions
+from efficientllm.runtime.prompt import ToolUse
 from efficientllm.train.data.chat import Chat
 from efficientllm.train.evaluation import cli, jobs
-from efficientllm.train.evaluation.jobs import Example, JobResult, calls_in, metric_named, read_examples
+from efficientllm.train.evaluation.jobs import JSON_CALL, Example, JobResult, calls_in, metric_named, read_examples
+from efficientllm.train.evaluation.scoring import EngineModel
 
 CALL = {"name": "set_light", "arguments": {"area": "loft", "level": 3}}
 TOOL = {"type": "function", "function": {"name": "set_light", "parameters": {"type": "object", "properties": {}}}}
@@ -121,13 +124,13 @@ def task(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("kind", ["checkpoint", "file", "constrained file"])
+@pytest.mark.parametrize("kind", ["checkpoint", "file", "schema", "copy"])
 def test_a_job_is_scored_on_checkpoints_and_files(
     kind: str, task: Path, artefact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = artefact.parent / "checkpoint" if kind == "checkpoint" else artefact
     arguments = [str(model), "--task", str(task), "--metric", "call", "--task-tokens", "8", "--threads", "1"]
-    arguments += ["--constrain"] if kind == "constrained file" else []
+    arguments += ["--constrain", kind] if kind in ("schema", "copy") else []
     assert run_command(cli.body, [*arguments, "--output", str(tmp_path / "out")]) == 0
     shown = capsys.readouterr().out
     assert "job, exact" in shown
@@ -180,7 +183,26 @@ def test_bad_examples_are_one_line(case: str, tmp_path: Path) -> None:
     assert isinstance(caught.value, UsageError | DataError)
 
 
+@pytest.mark.parametrize("shown", [False, True], ids=["hidden functions", "functions of the prompt"])
+def test_calls_as_json_copy_their_texts_from_the_request(shown: bool, artefact: Path) -> None:
+    text = {"type": "string"}
+    parameters = {"type": "object", "properties": {"area": text, "name": text}, "required": ["area", "name"]}
+    tool = {"type": "function", "function": {"name": "set_light", "parameters": parameters}}
+    model = EngineModel(artefact, EngineOptions(threads=1))
+    chat = Chat(({"role": "user", "content": "Light the Loft lamp"},), (tool,) if shown else ())
+    (answer,) = model.answer_constrained([(chat, ToolUse([tool], must_call=True, copies=True))], 200, JSON_CALL)
+    call = json.loads(answer)
+    assert call["name"] == "set_light"
+    assert call["arguments"].keys() == {"area", "name"}
+    assert all(value.casefold() in "light the loft lamp" for value in call["arguments"].values())
+
+
+def test_functions_may_be_hidden_from_the_prompt() -> None:
+    hidden = example(json.dumps(CALL), hidden_tools=[TOOL])
+    assert (list(hidden.tools), hidden.prompt.tools) == ([TOOL], ())
+
+
 def test_constraints_need_an_exported_file(task: Path, artefact: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = [str(artefact.parent / "checkpoint"), "--task", str(task), "--constrain"]
+    arguments = [str(artefact.parent / "checkpoint"), "--task", str(task), "--constrain", "copy"]
     assert run_command(cli.body, [*arguments, "--output", str(task.parent / "out")]) == 2
-    assert "--constrain needs an exported file" in capsys.readouterr().err
+    assert "--constrain copy needs an exported file" in capsys.readouterr().err

@@ -751,7 +751,9 @@ def write_job(folder: Path, train: int, test: int, seed: int, tools_per_row: int
         chance = random.Random(f"tools {name} {seed}")
         chats = [as_tool_chat(request, tools, tools_per_row, chance) for request in requests]
         _write_lines(folder / f"{name}.jsonl", chats)
-        _write_lines(folder / f"{name}.text.jsonl", map(as_text_chat, requests))
+        # The grammar of an evaluation needs the functions, which the prompt of a compact chat does not show.
+        hidden = {"hidden_tools": list(tools.values())} if name == "test" else {}
+        _write_lines(folder / f"{name}.text.jsonl", (as_text_chat(request) | hidden for request in requests))
         if name == "test":
             about = [{"template": each.template, "is_new_template": each.is_new_template} for each in requests]
             _write_lines(folder / "test.about.jsonl", about)

@@ -14,7 +14,7 @@ from ...runtime.base.extras import extra
 from ...runtime.base.files import write_json_atomically
 from ...runtime.engines.engine import EngineOptions
 from ..data.documents import DataSpec, check_documents
-from .jobs import JobResult, metric_named, read_examples, run_job
+from .jobs import Constrain, JobResult, metric_named, read_examples, run_job
 from .perplexity import WIKITEXT, WIKITEXT_FILE, Perplexity, corpus_documents, measure_perplexity, read_wikitext
 from .quality.contract import Quality, Report, measure_quality
 from .scoring import EngineModel, EvaluatedModel, ScoreCache, fingerprint, is_checkpoint
@@ -51,8 +51,9 @@ class MeasureConfig:
     """Examples of --task to answer. 0: all."""
     task_tokens: int = flags.count(256, at_least=1)
     """Longest answer to an example of --task, in tokens."""
-    constrain: bool = False
-    """With --task: limit calls to the functions of each example by a grammar. For exported files."""
+    constrain: Constrain = "none"
+    """With --task: limit calls by a grammar to the functions of each example (schema), and free texts in arguments to
+    words of the request (copy). For exported files."""
     window: int = flags.number(512, at_least=2)
     """Context of a perplexity in tokens. Each token is predicted from the start of its window."""
     min_context: int = flags.number(1, at_least=1)

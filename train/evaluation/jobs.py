@@ -16,12 +16,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from ...runtime.base.errors import DataError, UsageError
 from ...runtime.base.extras import extra
+from ...runtime.prompt import ToolUse
+from ...runtime.tool_format import ToolFormat
 from ..data.chat import Chat, ChatFormat
 from ..data.records import BadLines, ReadContext, document_of
 from .scoring import Advance, EngineModel, EvaluatedModel
@@ -31,6 +33,12 @@ BOOTSTRAP_SAMPLES = 1000
 
 WORST = 20
 """Missed examples on the page of misses."""
+
+JSON_CALL = ToolFormat('{"name": "', '", "arguments": ', "", "}")
+"""Format of calls in answers that are JSON text."""
+
+Constrain = Literal["none", "schema", "copy"]
+"""Grammar of calls: none, the functions and their schemas, or in addition texts that are copied from the request."""
 
 Values = dict[str, float]
 """{name: value in [0, 1]}; NaN if the value does not apply to the example."""
@@ -61,6 +69,11 @@ class Example:
     def prompt(self) -> Chat:
         """Return the conversation before the expected answer."""
         return Chat(self.chat.messages[:-1], self.chat.tools)
+
+    @property
+    def tools(self) -> Sequence[Mapping[str, Any]]:
+        """Return the functions that may be called: those of the prompt, or those of the field `hidden_tools`."""
+        return self.chat.tools or self.record.get("hidden_tools", ())
 
 
 def read_examples(path: Path, limit: int = 0) -> list[Example]:
@@ -278,23 +291,27 @@ def run_job(
     metric: str,
     *,
     max_tokens: int = 256,
-    constrain: bool = False,
+    constrain: Constrain = "none",
     advance: Advance = lambda done, total: None,
 ) -> JobResult:
     """Answer all examples greedily and score the answers.
 
-    With `constrain`, a grammar limits calls to the functions of each example; only engines support it. Raises
-    UsageError for a model without a chat template.
+    With `constrain`, a grammar limits calls to the functions of each example, for engines only. Raises UsageError for a
+    model without a chat template.
     """
     score = metric_named(metric)
     chat_format = ChatFormat.of(model.chat_template, model.bos_token, model.eos_token)
     if chat_format is None:
         raise UsageError("--task needs a model with a chat template")
-    if constrain and not isinstance(model, EngineModel):
-        raise UsageError("--constrain needs an exported file; a Hugging Face folder answers freely")
+    if constrain != "none" and not isinstance(model, EngineModel):
+        raise UsageError(f"--constrain {constrain} needs an exported file; a Hugging Face folder answers freely")
     began = time.perf_counter()
-    if constrain and isinstance(model, EngineModel):
-        answered = model.answer_with_tools([each.prompt for each in examples], max_tokens)
+    if constrain != "none" and isinstance(model, EngineModel):
+        uses = ((each.prompt, ToolUse(each.tools, copies=constrain == "copy")) for each in examples)
+        is_json = any(
+            each.expected.startswith(JSON_CALL.begin) for each in examples if each.chat.messages[-1]["content"]
+        )
+        answered = model.answer_constrained(uses, max_tokens, JSON_CALL if is_json else None)
     else:
         prompts = [model.encode_markup(chat_format.chat_prompt(each.prompt)) for each in examples]
         answered = model.answer(prompts, max_tokens)
