@@ -88,7 +88,7 @@ def uniform_config(checkpoint: Checkpoint, after: Architecture) -> dict[str, Any
     eps = {norm.eps_setting: stock_scales(checkpoint, after).stem_eps} if norm.stock_eps is None else {}
     return {
         "architectures": [after.parts.stock_class],
-        "model_type": after.family,
+        "model_type": after.model_type,
         "dtype": "float32",
         **config,
         "hidden_size": after.hidden_size,

@@ -32,6 +32,7 @@ TWO_FACTORS = {"full_attention": LLAMA3_ROPE, "sliding_attention": {**LLAMA3_ROP
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
+    "llama_bias": {"attention_bias": True, "mlp_bias": True},
     "gpt_neox": {"rotary_pct": 0.5, "rotary_emb_base": 5000.0},
     # a window that is shorter than sequences of tests, a scale that is not head_dim's
     "gemma3_text": {"sliding_window": 16, "sliding_window_pattern": 3, "query_pre_attn_scalar": 20},
@@ -77,7 +78,7 @@ def tiny_model(architecture: Architecture, seed: int = 0, **settings: Any) -> An
         **settings,
     }
     torch.manual_seed(seed)
-    model: Any = build(AutoConfig.for_model(architecture.family, **values), architecture)
+    model: Any = build(AutoConfig.for_model(architecture.model_type, **values), architecture)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("norm.weight"):

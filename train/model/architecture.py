@@ -73,6 +73,11 @@ class Architecture:
         return FAMILIES[self.family]
 
     @property
+    def model_type(self) -> str:
+        """Return the Hugging Face model type of the family's stock class."""
+        return self.parts.model_type or self.family
+
+    @property
     def is_uniform(self) -> bool:
         return len(set(self.layers)) == 1
 

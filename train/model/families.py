@@ -57,6 +57,8 @@ class Family:
     """Name of the causal LM class in transformers."""
     gguf: str
     """llama.cpp architecture of a uniform model."""
+    model_type: str = ""
+    """Hugging Face model type of the stock class if it is not the family's name."""
     norm: Norm = Norm()
     norms: Mapping[Place, str] = field(
         default_factory=lambda: {"before_attention": "input_layernorm", "before_ffn": "post_attention_layernorm"}
@@ -123,6 +125,15 @@ MISSING_PARTS = {
 
 FAMILIES: dict[str, Family] = {
     "llama": Family("LlamaForCausalLM", gguf="llama"),
+    "llama_bias": Family(
+        "LlamaForCausalLM",
+        gguf="llama",
+        model_type="llama",
+        qkv_bias=True,
+        output_bias=True,
+        ffn_bias=True,
+        described={"attention_bias": True, "mlp_bias": True},
+    ),
     "mistral": Family("MistralForCausalLM", gguf="llama"),
     "qwen2": Family("Qwen2ForCausalLM", gguf="qwen2", qkv_bias=True, derives_head_dim=True),
     "qwen3": Family("Qwen3ForCausalLM", gguf="qwen3", qk_norm="head"),
@@ -205,6 +216,8 @@ FAMILIES: dict[str, Family] = {
 def family_of(config: Mapping[str, Any]) -> str:
     """Return the family of a config.json. Raises ModelError for an unsupported one, with the missing part if known."""
     name = str(config.get("model_type", "")).removeprefix("efficientllm_")
+    if name == "llama" and config.get("attention_bias") and config.get("mlp_bias"):
+        return "llama_bias"
     if name in FAMILIES:
         return name
     missing = [part for settings, part in MISSING_PARTS.items() if any(config.get(setting) for setting in settings)]

@@ -251,7 +251,7 @@ def irregular_gguf(architecture: Architecture) -> str:
     parts = architecture.parts
     is_foreign = (
         (parts.is_parallel, parts.has_partial_rotary, parts.has_rotary_layers, parts.has_window_layers),
-        (parts.output_bias, parts.ffn_bias, parts.norm.has_bias, parts.scales_embedding, bool(parts.scale_setting)),
+        (parts.norm.has_bias, parts.scales_embedding, bool(parts.scale_setting)),
         (not parts.is_gated, parts.activation != "silu", parts.qk_norm == "width", set(parts.norms) != PER_LAYER_NORMS),
     )
     if any(map(any, is_foreign)):

@@ -168,7 +168,7 @@ def plain_config(config: Any, architecture: Architecture) -> Any | None:
     if parts.norm.stock_eps is None:
         values[parts.norm.eps_setting] = scales.stem_eps
     try:
-        return AutoConfig.for_model(architecture.family, **values)
+        return AutoConfig.for_model(architecture.model_type, **values)
     except (StrictDataclassError, ValueError):
         return None
 

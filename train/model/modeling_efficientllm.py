@@ -272,6 +272,13 @@ class EfficientLlamaConfig(IrregularConfigMixin, LlamaConfig):
 
 
 @strict
+class EfficientLlamaBiasConfig(IrregularConfigMixin, LlamaConfig):
+    model_type = "efficientllm_llama_bias"
+    attention_bias: bool = True
+    mlp_bias: bool = True
+
+
+@strict
 class EfficientMistralConfig(IrregularConfigMixin, MistralConfig):
     model_type = "efficientllm_mistral"
 
@@ -348,6 +355,9 @@ _llama, _mistral, _qwen2, _qwen3 = modeling_llama, modeling_mistral, modeling_qw
 _olmo, _olmo2, _smollm3, _gemma3 = modeling_olmo, modeling_olmo2, modeling_smollm3, modeling_gemma3
 CAUSAL_LM_CLASSES = {
     "llama": define(EfficientLlamaConfig, _llama.LlamaModel, _llama.LlamaForCausalLM, _llama.LlamaDecoderLayer),
+    "llama_bias": define(
+        EfficientLlamaBiasConfig, _llama.LlamaModel, _llama.LlamaForCausalLM, _llama.LlamaDecoderLayer
+    ),
     "mistral": define(
         EfficientMistralConfig, _mistral.MistralModel, _mistral.MistralForCausalLM, _mistral.MistralDecoderLayer
     ),
