@@ -6,6 +6,7 @@ import contextlib
 import copy
 import itertools
 import json
+import math
 import re
 import threading
 import time
@@ -13,6 +14,7 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -42,6 +44,12 @@ MAX_MESSAGE_CHARACTERS = 500
 
 JSON: Any = {"whitespace_pattern": r"( |\n {0,16})?", "json_allow_general_unicode_escapes": True}
 """Format of JSON, with limited white space: a small model that may write any amount of space writes nothing else."""
+
+MAX_MULTIPLE = 20_000
+"""Largest least common multiple of all `multipleOf` of a grammar, without trailing zeros.
+
+llguidance has a state for each remainder, and its limits of fuel and states do not count them: 9,999,991 takes minutes.
+"""
 
 MAX_NAMING_SECONDS = 1.0
 """Longest time to compile the parts of a refused grammar, to find the part that is refused by itself."""
@@ -90,6 +98,8 @@ class Grammar:
         if len(self.source) > MAX_CHARACTERS:
             raise UsageError(f"{self.name}: has {len(self.source):,} characters; the limit is {MAX_CHARACTERS:,}")
         is_wrong, messages = self.parse_on_large_stack(lambda: _matcher().validate_grammar_with_warnings(self.source))
+        if not is_wrong and (numbers := _too_large_multiples(self.source)):
+            is_wrong, messages = True, [f"`multipleOf` {numbers} takes too long to enforce; remove it"]
         if is_wrong:
             for part in self.parts:
                 part.checked()
@@ -129,6 +139,16 @@ def _in_one_line(message: str) -> str:
     text = " ".join(" ".join(lines).split())
     text = _with_remedy(text)
     return text if len(text) <= MAX_MESSAGE_CHARACTERS else text[:MAX_MESSAGE_CHARACTERS] + " ..."
+
+
+def _too_large_multiples(source: str) -> str:
+    """Return the `multipleOf` of a grammar if their least common multiple exceeds MAX_MULTIPLE, else ""."""
+    plain = re.sub(r"\\u00([0-7][0-9a-fA-F])", lambda found: chr(int(found[1], 16)), source)
+    numbers: list[str] = list(
+        dict.fromkeys(re.findall(r'"multipleOf"\s*:\s*(-?[0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)', plain))
+    )
+    multiple = math.lcm(*(int("".join(map(str, Decimal(number).normalize().as_tuple().digits))) for number in numbers))
+    return " and ".join(numbers) if multiple > MAX_MULTIPLE else ""
 
 
 def _with_remedy(text: str) -> str:

@@ -52,6 +52,30 @@ def test_what_is_no_object_is_refused_and_so_is_endless_space(engine: EngineSche
     assert not accepts(engine, Grammar.json_object(), text)
 
 
+@pytest.mark.parametrize(
+    ("schema", "numbers"),
+    [
+        ({"type": "integer", "multipleOf": 9_999_991}, "9999991"),
+        ({"type": "number", "multipleOf": 99.9991}, "99.9991"),
+        ({"allOf": [{"type": "integer", "multipleOf": 997}, {"multipleOf": 991}]}, "997 and 991"),
+    ],
+)
+def test_multiples_that_would_compute_for_minutes_are_refused(schema: dict[str, Any], numbers: str) -> None:
+    said = f"`multipleOf` {re.escape(numbers)} takes too long to enforce; remove it"
+    with pytest.raises(UsageError, match=f"^json_schema: {said}"):
+        Grammar.json_schema(schema)
+    text = json.dumps(schema).replace("O", "\\u004f")
+    with pytest.raises(UsageError, match=f"^lark: {said}"):
+        Grammar.lark(f"start: %json {text}")
+
+
+@pytest.mark.parametrize("number", [0.01, 60, 86_400_000, 0.00125, 16_384])
+def test_usual_multiples_are_enforced(engine: EngineScheduler, number: float) -> None:
+    grammar = Grammar.json_schema({"type": "number", "multipleOf": number})
+    assert accepts(engine, grammar, f"{3 * number:f}".rstrip("0").rstrip("."))
+    assert not accepts(engine, grammar, f"{number}7" if isinstance(number, float) else str(number + 1))
+
+
 def test_regular_expressions_and_lark_grammars_hold_from_end_to_end(engine: EngineScheduler) -> None:
     regex, lark = Grammar.regex("(yes|no)!?"), Grammar.lark('start: "a" DIGITS\nDIGITS: /[0-9]{2}/')
     assert [accepts(engine, regex, text) for text in ("yes", "no!", "maybe", "yes!!")] == [True, True, False, False]

@@ -135,7 +135,7 @@ def test_an_answer_is_a_call_or_what_the_schema_says(engine: EngineScheduler) ->
 
 def test_the_search_for_the_tool_that_is_refused_ends(engine: EngineScheduler, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each tool is compiled alone, which can take long where all together were given up."""
-    much = {"type": "object", "properties": {"a": {"type": "integer", "multipleOf": 9_999_991, "minimum": 1}}}
+    much = {"type": "object", "properties": {"a": {"type": "integer", "multipleOf": 19_997, "minimum": 1}}}
     grammar = GENERIC.grammar(
         [{"function": {"name": "much", "parameters": {**much, "required": ["a"]}}}], (), must_call=True
     )
