@@ -33,6 +33,7 @@ class Command:
 GROUPS = {
     "make": {
         "train": Command("train.cli:main", "prune and train a model"),
+        "data": Command("train.data.check:main", "check files of examples before training"),
         "corpus": Command("train.data.corpus:main", "write a training corpus as one file"),
         "fit": Command("train.planning.fit:main", "choose type and size for a budget of bytes or milliseconds"),
         "plan": Command("train.planning.cli:main", "predict what a latency target leaves of a model"),

@@ -298,9 +298,52 @@ def test_sharegpt_calls_and_results_are_calls_and_results(tmp_path: Path) -> Non
 def test_prompts_and_completions_are_read_from_tables(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("prompt,completion\nHi,Hello.\n", encoding="utf-8")
     assert list(open_documents(DataSpec(str(tmp_path / "a.csv")))) == [Chat.of(("user", "Hi"), ("assistant", "Hello."))]
-    parquet.write_table(pyarrow.table({"instruction": ["Hi"], "output": ["Hello."]}), tmp_path / "a.parquet")
-    found = list(open_documents(DataSpec(str(tmp_path / "a.parquet"))))
-    assert found == [Chat.of(("user", "Hi"), ("assistant", "Hello."))]
+    for table in ({"instruction": ["Hi"], "output": ["Hello."]}, {"prompt": ["Hi"], "completion": ["Hello."]}):
+        parquet.write_table(pyarrow.table(table), tmp_path / "a.parquet")
+        found = list(open_documents(DataSpec(str(tmp_path / "a.parquet"))))
+        assert found == [Chat.of(("user", "Hi"), ("assistant", "Hello."))]
+
+
+@pytest.mark.parametrize("place", ["row", "hub row"])
+def test_functions_of_a_table_do_not_get_the_arguments_of_others(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A column of Arrow has the fields of all of its objects, null where a row has none."""
+    rows = []
+    for name, argument in (("dim", "level"), ("play", "song")):
+        parameters = {"type": "object", "properties": {argument: {"type": "string"}}}
+        call = {"function": {"name": name, "arguments": {argument: "7"}}}
+        tool = {"type": "function", "function": {"name": name, "parameters": parameters}}
+        rows.append(
+            {"messages": [ASKED, {"role": "assistant", "content": None, "tool_calls": [call]}], "tools": [tool]}
+        )
+    table = pyarrow.Table.from_pylist(rows)
+    assert table.to_pylist() != rows
+    expected = [read_one(row, tmp_path) for row in rows]
+    if place == "row":
+        parquet.write_table(table, tmp_path / "a.parquet")
+        found = list(open_documents(DataSpec(str(tmp_path / "a.parquet"))))
+    else:
+        monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: table.to_pylist())
+        found = list(open_documents(DataSpec("owner/name")))
+    assert found == expected
+
+
+def test_two_jobs_are_mixed_by_their_weights(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """Chats of one file and calls of another, each whole in its window."""
+    call = {"role": "assistant", "content": None, "tool_calls": CALLS}
+    calls = [{"messages": [{"role": "user", "content": f"Time {n}?"}, call], "tools": [TOOL]} for n in range(60)]
+    texts = [{"prompt": f"Say {n}", "completion": "hello"} for n in range(60)]
+    paths = [tmp_path / "calls.jsonl", tmp_path / "texts.csv"]
+    paths[0].write_text("\n".join(map(json.dumps, calls)), encoding="utf-8")
+    paths[1].write_text("prompt,completion\n" + "\n".join(",".join(each.values()) for each in texts), encoding="utf-8")
+    specs = [DataSpec.parse(f"{path}:{weight}") for path, weight in zip(paths, (0.7, 0.3), strict=True)]
+    stream = PackedStream(specs, tokenizer, 600, 0.05, seed=0)
+    stream.check()
+    assert stream.has_chats
+    answers = [text_of(tokenizer, window[window >= 0]) for window in stream.next_windows(50)]
+    has_call, has_text = (sum(part in answer for answer in answers) for part in ("<tool_call>", "hello"))
+    assert (has_call, has_text) == (35, 15)
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from efficientllm.server.models.pool import ModelPool
 from efficientllm.server.web import build_parser as web_parser
 from efficientllm.train.cli import build_parser as train_parser
 from efficientllm.train.cli import configuration
+from efficientllm.train.data.check import build_parser as data_parser
 from efficientllm.train.data.corpus import build_parser as corpus_parser
 from efficientllm.train.evaluation.cli import build_parser as eval_parser
 from efficientllm.train.planning.cli import build_parser as plan_parser
@@ -38,6 +39,7 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PLUGIN = ROOT / "tests" / "plugin"
 PARSERS = {
     "efficientllm-train": train_parser,
+    "efficientllm-data": data_parser,
     "efficientllm-corpus": corpus_parser,
     "efficientllm-plan": plan_parser,
     "efficientllm-fit": fit_parser,

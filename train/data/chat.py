@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -37,6 +37,10 @@ class Chat:
     """Functions that the assistant may call, {"type": "function", "function": {...}}."""
     is_cut: bool = False
     """True if the last answer was cut, so that its turn has no end to learn."""
+    form: str = field(default="", compare=False)
+    """Name of the form of its record, see records.RECORD_FORMS."""
+    place: str = field(default="", compare=False)
+    """Place of its record for errors, such as "chats.jsonl: line 3"."""
 
     @classmethod
     def of(cls, *turns: tuple[str, str], is_cut: bool = False) -> Chat:
@@ -206,7 +210,10 @@ class Encoder:
     def _encode_chat(self, chat: Chat) -> np.ndarray:
         if self.chat_format is None:
             raise DataError("the text holds chats (messages), and the source has no chat template to write them with")
-        spans = self.chat_format.spans(chat)
+        try:
+            spans = self.chat_format.spans(chat)
+        except DataError as error:
+            raise DataError(f"--data {chat.place}: {error}" if chat.place else str(error)) from error
         if not spans:
             raise DataError("a chat has no answer to learn: no message of the role assistant")
         ids = [np.asarray(each, np.int32) for each in tokenize(self.tokenizer, [span.text for span in spans])]

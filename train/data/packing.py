@@ -16,14 +16,16 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from ...runtime.base.errors import DataError
 from .chat import Chat, Document, Encoder
 from .documents import DataSpec, is_held_out, open_documents
+
+if TYPE_CHECKING:  # the help of efficientllm-data needs no transformers
+    from transformers import PreTrainedTokenizerBase
 
 LANES = 64
 """Documents of a corpus that are read side by side."""
@@ -103,6 +105,14 @@ class ShuffledDocuments:
         self._current = [block[i] for i in order]
 
 
+def is_kept_whole(ids: np.ndarray, window: int) -> bool:
+    """Return True for the ids of a chat that fits a window, so that no window cuts it.
+
+    A chat that is cut would teach the rest of its answer without its request. Longer chats cannot be kept whole.
+    """
+    return len(ids) <= window and bool(ids.min() < 0)
+
+
 class CorpusWindows:
     """Endless windows [S + 1] of one corpus, read from several lanes of documents. They depend on the seed alone."""
 
@@ -136,8 +146,7 @@ class CorpusWindows:
         while size <= self.window:
             document = self._next_document()
             room = self.window + 1 - size
-            if size and room < len(document) <= self.window and document.min() < 0:
-                # a chat that is cut would teach the rest of its answer without its request
+            if size and room < len(document) and is_kept_whole(document, self.window):
                 self._queue.insert(0, document)
                 document = np.full(room, ~np.int32(self.encoder.separator), np.int32)
             if not visit and not size and len(document) > self.window:

@@ -81,6 +81,20 @@ def read_records(values: Iterable[Any], context: ReadContext, kind: str) -> Iter
             context.bad_lines.add(error)
 
 
+def without_added_nulls(value: Any, is_inside: bool = False) -> Any:
+    """Return a row of an Arrow table without the null fields of its functions and calls.
+
+    Objects of an Arrow column have the fields of all rows, so a function would get the parameters of all others.
+    """
+    if isinstance(value, dict):
+        return {
+            name: without_added_nulls(each, is_inside or name in ("tools", "tool_calls"))
+            for name, each in value.items()
+            if each is not None or not is_inside
+        }
+    return [without_added_nulls(each, is_inside) for each in value] if isinstance(value, list) else value
+
+
 @contextlib.contextmanager
 def _decoded(stream: IO[bytes], context: ReadContext, newline: str | None = None) -> Iterator[IO[str]]:
     try:
@@ -138,7 +152,7 @@ def _read_parquet(stream: IO[bytes], context: ReadContext) -> Iterator[Document]
             columns = [name for name in names if name in (form.field, *form.other_fields)]
             batches = file.iter_batches(columns=columns)
             rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
-            yield from read_records(rows, context, "row")
+            yield from read_records(map(without_added_nulls, rows), context, "row")
             return
         if names.count(context.field) != 1:
             raise context.missing("no column", names)

@@ -10,7 +10,7 @@ import itertools
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ...runtime.base.errors import DataError
@@ -27,6 +27,10 @@ SHAREGPT_ROLES = {
     **{"function_call": "call", "observation": "tool", "tool": "tool"},
 }
 """Values of "from" in ShareGPT's records. "call" is an assistant's message whose value is a call in JSON."""
+
+
+class EmptyAnswerError(DataError):
+    """An answer without text and calls."""
 
 
 class BadLines:
@@ -57,8 +61,11 @@ class ReadContext:
     """JSON field or table column that holds the text."""
     bad_lines: BadLines
 
-    def error(self, reason: str) -> DataError:
-        return DataError(f"--data {self.name}: {reason}")
+    flag: str = "--data"
+    """Flag that named the input."""
+
+    def error(self, reason: str, kind: type[DataError] = DataError) -> DataError:
+        return kind(f"{self.flag} {self.name}: {reason}")
 
     def missing(self, place: str, names: Iterable[str]) -> DataError:
         """Return the error of a place whose fields or columns, `names`, lack the text field."""
@@ -88,7 +95,7 @@ def document_of(context: ReadContext, record: Any, place: str) -> Document:
         return _checked_unicode(context, record[field], f'the "{field}" of {place}')
     for form in RECORD_FORMS:
         if form.field in record:
-            return form.parse(context, record, place)
+            return replace(form.parse(context, record, place), form=form.name, place=f"{context.name}: {place}")
     raise context.missing(f"{place} has no field", record)
 
 
@@ -146,11 +153,13 @@ def _message(context: ReadContext, message: Any, place: str) -> Message:
         content = content if isinstance(content, str) and content != "missing" else ""
         return {"role": role, "content": _checked_unicode(context, content, place), "tool_calls": calls}
     if content is None:
-        raise context.error(f'{place} has a "content" that is null; give it a text, or remove the record')
+        error = f'{place} has a "content" that is null; give it a text, or remove the record'
+        raise context.error(error, EmptyAnswerError if role == "assistant" else DataError)
     if not isinstance(content, str) or "content" not in message:
         raise malformed
     if role == "assistant" and not content.strip():
-        raise context.error(f'{place} has an empty "content", which is no answer; give it a text, or remove the record')
+        error = f'{place} has an empty "content", which is no answer; give it a text, or remove the record'
+        raise context.error(error, EmptyAnswerError)
     return {"role": role, "content": _checked_unicode(context, content, place)}
 
 
@@ -179,7 +188,7 @@ def _parsed(context: ReadContext, text: str, name: str) -> Any:
         raise context.error(f"{name} is not JSON: {error}") from error
 
 
-def _openai_chat(context: ReadContext, record: Mapping[str, Any], place: str) -> Document:
+def _openai_chat(context: ReadContext, record: Mapping[str, Any], place: str) -> Chat:
     """Return the chat of OpenAI's fine-tuning format: messages, and functions in `tools`."""
     messages = record["messages"]
     if not isinstance(messages, list):
@@ -188,7 +197,7 @@ def _openai_chat(context: ReadContext, record: Mapping[str, Any], place: str) ->
     return _chat(context, record, checked, place)
 
 
-def _sharegpt_chat(context: ReadContext, record: Mapping[str, Any], place: str) -> Document:
+def _sharegpt_chat(context: ReadContext, record: Mapping[str, Any], place: str) -> Chat:
     """Return the chat of ShareGPT's format: conversations of {"from": ..., "value": ...}."""
     turns = record["conversations"]
     malformed = f'the "conversations" of {place} must be a list of {{"from": ..., "value": ...}}'
@@ -212,7 +221,7 @@ def _sharegpt_chat(context: ReadContext, record: Mapping[str, Any], place: str) 
     return _chat(context, record, checked, place)
 
 
-def _completion(context: ReadContext, record: Mapping[str, Any], place: str) -> Document:
+def _completion(context: ReadContext, record: Mapping[str, Any], place: str) -> Chat:
     """Return the chat of a prompt and its completion: texts, or lists of messages."""
     if record.get("completion") is None:
         raise context.error(f'{place} has a "prompt" without a "completion"')
@@ -224,7 +233,7 @@ def _completion(context: ReadContext, record: Mapping[str, Any], place: str) -> 
     return _chat(context, record, [_message(context, each, f"a message of {place}") for each in messages], place)
 
 
-def _alpaca(context: ReadContext, record: Mapping[str, Any], place: str) -> Document:
+def _alpaca(context: ReadContext, record: Mapping[str, Any], place: str) -> Chat:
     """Return the chat of Alpaca's format: an instruction with an optional input, and an output."""
     if record.get("output") is None:
         raise context.error(f'{place} has an "instruction" without an "output"')
@@ -238,20 +247,21 @@ def _alpaca(context: ReadContext, record: Mapping[str, Any], place: str) -> Docu
 
 @dataclass(frozen=True)
 class RecordForm:
-    """A form of record that holds a document in other fields than a text."""
+    """A form of record that holds a chat in other fields than a text."""
 
+    name: str
     field: str
     """Field by which a record of this form is recognised."""
     other_fields: tuple[str, ...]
     """Further columns of a table that `parse` reads."""
-    parse: Callable[[ReadContext, dict[str, Any], str], Document]
-    """Function that returns the document of a record and raises DataError. It gets the record's place for errors."""
+    parse: Callable[[ReadContext, dict[str, Any], str], Chat]
+    """Function that returns the chat of a record and raises DataError. It gets the record's place for errors."""
 
 
 RECORD_FORMS = (
-    RecordForm("messages", ("tools", "functions"), _openai_chat),
-    RecordForm("conversations", ("tools", "system"), _sharegpt_chat),
-    RecordForm("prompt", ("completion", "tools"), _completion),
-    RecordForm("instruction", ("input", "output", "system"), _alpaca),
+    RecordForm("chat", "messages", ("tools", "functions"), _openai_chat),
+    RecordForm("ShareGPT", "conversations", ("tools", "system"), _sharegpt_chat),
+    RecordForm("prompt and completion", "prompt", ("completion", "tools"), _completion),
+    RecordForm("Alpaca", "instruction", ("input", "output", "system"), _alpaca),
 )
 """Forms that are tried in this order on a record without the text field."""

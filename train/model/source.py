@@ -104,20 +104,8 @@ def load_source(source: str, called: str = "") -> tuple[torch.nn.Module, PreTrai
     """
     called = called or f"--source {source}"
     path = source_path(source)
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise UsageError(f"{called}: no such file")
-        folder, options = str(path.parent), _gguf_options(path.name)
-    else:
-        if path.is_dir() and not (path / "config.json").is_file():
-            raise UsageError(f"{called}: the folder has no config.json; give a Hugging Face model folder")
-        if not path.is_dir() and not may_be_hub_id(source):
-            raise UsageError(f"{called}: no such folder, and not a hub id (owner/name); 'demo' is the built-in source")
-        folder, options = source, {}
-        if not path.is_dir() and not hub_answers("model", source):
-            options = {"local_files_only": True}  # what was downloaded before, without asking for something newer
+    folder, options = _located(source, path, called)
     if path.is_dir():
-        check_folder(path)
         locate_tensors(path)
     with loading(called):
         if path.suffix != ".gguf":  # look at the family before gigabytes of weights are read
@@ -128,16 +116,46 @@ def load_source(source: str, called: str = "") -> tuple[torch.nn.Module, PreTrai
                 snapshot_download(source, allow_patterns=WEIGHT_FILES)  # apart, so that the hub's bars are seen
         with quiet_loading():
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
-        tokenizer_options = {name: value for name, value in options.items() if name != "quantization_config"}
-        tokenizer = AutoTokenizer.from_pretrained(folder, **tokenizer_options)
+    tokenizer = _tokenizer(path, folder, options, called)
     check_token_ids(tokenizer.get_vocab(), model.config.vocab_size, called)
     if path.suffix == ".gguf":  # the file's own name and storage type mean nothing in a converted model
         model.config._name_or_path = source
-        restore_pre_tokenizer(tokenizer, path)
         tie_what_is_stored_twice(model, path)
         if tokenizer.model_max_length > 1e9:
             tokenizer.model_max_length = model.config.max_position_embeddings
     return to_irregular(model), tokenizer
+
+
+def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of `source` as `load_source` does, but no weights. Raises UsageError or ModelError."""
+    called, path = f"--source {source}", source_path(source)
+    return _tokenizer(path, *_located(source, path, called), called)
+
+
+def _located(source: str, path: Path, called: str) -> tuple[str, dict[str, Any]]:
+    """Return the folder or hub id of a source at `path`, and transformers' options to load it. Raises UsageError."""
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise UsageError(f"{called}: no such file")
+        return str(path.parent), _gguf_options(path.name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UsageError(f"{called}: the folder has no config.json; give a Hugging Face model folder")
+        check_folder(path)
+        return source, {}
+    if not may_be_hub_id(source):
+        raise UsageError(f"{called}: no such folder, and not a hub id (owner/name); 'demo' is the built-in source")
+    # without an answer: what was downloaded before, without asking for something newer
+    return source, {} if hub_answers("model", source) else {"local_files_only": True}
+
+
+def _tokenizer(path: Path, folder: str, options: dict[str, Any], called: str) -> PreTrainedTokenizerBase:
+    own = {name: value for name, value in options.items() if name != "quantization_config"}
+    with loading(called):
+        tokenizer = AutoTokenizer.from_pretrained(folder, **own)
+    if path.suffix == ".gguf":
+        restore_pre_tokenizer(tokenizer, path)
+    return tokenizer
 
 
 @contextlib.contextmanager

@@ -1,0 +1,234 @@
+"""`efficientllm-data check`: report how training reads files of examples, before anything is trained.
+
+Records, token ids and windows come from the functions that training uses, so the report cannot differ from a run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ...runtime.base import flags
+from ...runtime.base.command import run_command
+from ...runtime.base.errors import DataError
+from ...runtime.base.extras import extra
+from ...runtime.base.progress import ProgressDisplay
+from ...runtime.base.quantities import display_name, markdown_table
+from .chat import Chat, Document, Encoder
+from .documents import DataSpec, open_documents
+from .packing import is_kept_whole
+from .records import BadLines, EmptyAnswerError
+
+if TYPE_CHECKING:  # the help needs no transformers
+    from transformers import PreTrainedTokenizerBase
+
+SHOWN_EXAMPLES = 5
+"""Rendered examples in a report."""
+
+SHOWN_ERRORS = 5
+"""Refused records of a file that a report names."""
+
+Encoded = tuple[bytes, np.ndarray]
+"""Hash of a record, and its token ids."""
+
+REVERSE, NORMAL = "\x1b[7m", "\x1b[0m"
+"""Codes of a terminal around learned text."""
+
+
+@dataclass(frozen=True)
+class CheckConfig:
+    """Check."""
+
+    source: str = "demo"
+    """Model whose tokenizer and chat template are used, as in efficientllm-train."""
+    sequence_length: int = flags.count(512, at_least=8)
+    """Tokens per training sequence."""
+    test: tuple[str, ...] = ()
+    """File of held-out examples, repeatable. Its requests should not occur in the training files."""
+    text_field: str = "text"
+    """JSON field or table column that holds the text."""
+
+    def __post_init__(self) -> None:
+        flags.check_fields(self)
+
+
+class Refusals(BadLines):
+    """Keeps the errors of all records that training refuses."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+        self.errors: list[DataError] = []
+
+    def add(self, error: DataError) -> None:
+        self.errors.append(error)
+
+
+@dataclass
+class FileReport:
+    """Counts of one file, folder or hub dataset."""
+
+    name: str
+    refusals: Refusals = field(default_factory=Refusals)
+    forms: Counter[str] = field(default_factory=Counter)
+    """{name of a form of record: records}."""
+    num_repeated: int = 0
+    """Records that occur before in the same file."""
+    num_cut: int = 0
+    """Chats that are longer than a sequence."""
+    prompt_tokens: list[int] = field(default_factory=list)
+    learned_tokens: list[int] = field(default_factory=list)
+    requests: Counter[bytes] = field(default_factory=Counter)
+    """{hash of a request: records}."""
+    examples: list[Encoded] = field(default_factory=list)
+    """SHOWN_EXAMPLES records, chosen by their hashes."""
+
+    @property
+    def num_empty(self) -> int:
+        return sum(isinstance(error, EmptyAnswerError) for error in self.refusals.errors)
+
+
+def request_of(document: Document) -> str:
+    """Return a chat's messages before its last answer as JSON, and the whole of a text."""
+    if not isinstance(document, Chat):
+        return document
+    last = max(index for index, message in enumerate(document.messages) if message["role"] == "assistant")
+    return json.dumps(document.messages[:last], sort_keys=True)
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+def _encoded(report: FileReport, spec: DataSpec, encoder: Encoder) -> Iterator[tuple[Document, np.ndarray]]:
+    """Yield the documents of a file with their token ids. A chat that the template rejects is a refusal."""
+    for document in open_documents(spec, report.refusals):
+        try:
+            yield document, encoder.encode([document])[0]
+        except DataError as error:
+            report.refusals.add(error)
+
+
+def check_file(spec: DataSpec, encoder: Encoder, sequence_length: int) -> FileReport:
+    """Read all records of a corpus as training does and return their counts.
+
+    Raises UsageError or DataError for a file that cannot be read. Records that are refused are in the report.
+    """
+    report = FileReport(spec.path)
+    known: set[bytes] = set()
+    for document, ids in _encoded(report, spec, encoder):
+        if isinstance(document, Chat):
+            report.forms[document.form + (" with functions" if document.has_functions else "")] += 1
+            report.num_cut += not is_kept_whole(ids, sequence_length)
+            digest = _digest(document.to_json())
+        else:
+            report.forms["text"] += 1
+            digest = _digest(document)
+        report.num_repeated += digest in known
+        known.add(digest)
+        report.requests[_digest(request_of(document))] += 1
+        learned = int((ids >= 0).sum())
+        report.learned_tokens.append(learned)
+        report.prompt_tokens.append(len(ids) - learned)
+        report.examples = _first_by_hash([*report.examples, (digest, ids)])
+    return report
+
+
+def _first_by_hash(examples: Iterable[Encoded]) -> list[Encoded]:
+    return heapq.nsmallest(SHOWN_EXAMPLES, examples, key=lambda example: example[0])
+
+
+def _lengths(tokens: Sequence[int]) -> str:
+    """Return median, 95th percentile and maximum."""
+    if not tokens:
+        return "-"
+    middle, high = np.percentile(tokens, [50, 95])
+    return f"{middle:,.0f} / {high:,.0f} / {max(tokens):,}"
+
+
+def rows(files: Sequence[FileReport], tests: Sequence[FileReport], sequence_length: int) -> list[list[str]]:
+    """Return a table with a column for each file, those of `tests` last."""
+    everything = [*files, *tests]
+    names = dict.fromkeys(form for each in everything for form in each.forms)
+    table = [["", *(display_name(each.name) for each in everything)]]
+    table += [[f"records, {name}", *(f"{each.forms[name]:,}" for each in everything)] for name in names]
+    table.append(["refused", *(f"{len(each.refusals.errors):,}" for each in everything)])
+    table.append(["refused for an empty answer", *(f"{each.num_empty:,}" for each in everything)])
+    table.append(["repeated in the file", *(f"{each.num_repeated:,}" for each in everything)])
+    if tests:
+        held_out = {request for each in tests for request in each.requests}
+        shared = [sum(each.requests[request] for request in held_out) for each in files]
+        table.append(["requests that are also in --test", *(f"{count:,}" for count in shared), *("" for _ in tests)])
+    title = "tokens, median / 95 % / maximum"
+    table.append([f"prompt {title}", *(_lengths(each.prompt_tokens) for each in everything)])
+    table.append([f"learned {title}", *(_lengths(each.learned_tokens) for each in everything)])
+    cut = f"chats over {sequence_length} tokens, which windows cut"
+    table.append([cut, *(f"{each.num_cut:,}" for each in everything)])
+    return table
+
+
+def rendered(ids: np.ndarray, tokenizer: PreTrainedTokenizerBase, marks: tuple[str, str]) -> str:
+    """Return the text of token ids with `marks` around the learned parts. Control characters are escaped."""
+    parts = []
+    for run in np.split(ids, np.flatnonzero(np.diff(ids >= 0)) + 1):
+        is_learned = bool(run[0] >= 0)
+        text = str(tokenizer.decode((run if is_learned else ~run).tolist()))
+        text = "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+        parts.append(f"{marks[0]}{text}{marks[1]}" if is_learned else text)
+    return "".join(parts)
+
+
+def build_parser() -> flags.Parser:
+    parser = flags.Parser(
+        CheckConfig,
+        prog="efficientllm-data",
+        description="Show how training reads files of examples: forms, lengths, repetitions, and five examples with "
+        "the learned text marked. Exit code 2 if a record is refused.",
+    )
+    parser.add_argument("action", choices=("check",), help="check: print the report")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="file, folder or hub dataset, as --data takes them")
+    return parser
+
+
+def body(argv: Sequence[str]) -> int:
+    arguments = build_parser().parse(argv)
+    names = arguments.pop("files")
+    del arguments["action"]
+    config = flags.take(arguments, CheckConfig)
+    with extra("train"):
+        from ..model.source import load_tokenizer
+    encoder = Encoder(load_tokenizer(config.source))
+    reports: list[FileReport] = []
+    with ProgressDisplay() as display:
+        for name in (*names, *config.test):
+            display.update(f"reading {name}", len(reports), len(names) + len(config.test))
+            spec = DataSpec.parse(name, text_field=config.text_field)
+            reports.append(check_file(spec, encoder, config.sequence_length))
+    files, tests = reports[: len(names)], reports[len(names) :]
+    print(markdown_table(rows(files, tests, config.sequence_length)))
+    marks = (REVERSE, NORMAL) if sys.stdout.isatty() else ("[[", "]]")
+    chosen = _first_by_hash(example for report in files for example in report.examples)
+    for number, (_, ids) in enumerate(chosen, 1):
+        shown = rendered(ids[: config.sequence_length], encoder.tokenizer, marks)
+        print(f"\nexample {number} of {len(ids)} tokens:\n{shown}{'...' if len(ids) > config.sequence_length else ''}")
+    errors = [error for report in reports for error in report.refusals.errors]
+    for error in errors[:SHOWN_ERRORS]:
+        print(f"\nrefused: {error}")
+    if errors:
+        raise DataError(f"training refuses {len(errors)} of the records; correct or remove them")
+    return 0
+
+
+def main() -> None:
+    sys.exit(run_command(body))
+
+
+if __name__ == "__main__":
+    main()
