@@ -21,7 +21,7 @@ from ...runtime.base.quantities import markdown_table
 from ...runtime.engines.contract_text import BITS_PER_BYTE
 from ..model.source_names import source_path
 from .evaluate import ComputeConfig, Evaluation, MeasureConfig, check, evaluate
-from .jobs import misses_page, read_examples
+from .jobs import misses_page
 from .perplexity import Perplexity
 from .quality.contract import contract
 from .scoring import mean_and_error
@@ -201,8 +201,7 @@ def body(argv: Sequence[str]) -> int:
     write_text_atomically(output / "results.md", markdown(evaluations))
     for number, each in enumerate(evaluations, 1):
         if each.job is not None:
-            examples = read_examples(Path(config.measures.task), config.measures.task_limit)
-            page = misses_page(_name(each), examples, each.job)
+            page = misses_page(_name(each), config.measures.examples, each.job)
             write_text_atomically(output / f"misses-{number}-{_name(each)}.md", page)
     _print_table(evaluations)
     print(f"\nresults: {output / 'results.json'}")

@@ -14,7 +14,7 @@ from ...runtime.base.extras import extra
 from ...runtime.base.files import write_json_atomically
 from ...runtime.engines.engine import EngineOptions
 from ..data.documents import DataSpec, check_documents
-from .jobs import Constrain, JobResult, metric_named, read_examples, run_job
+from .jobs import Constrain, Example, JobResult, check_examples, read_examples, run_job
 from .perplexity import WIKITEXT, WIKITEXT_FILE, Perplexity, corpus_documents, measure_perplexity, read_wikitext
 from .quality.contract import Quality, Report, measure_quality
 from .scoring import EngineModel, EvaluatedModel, ScoreCache, fingerprint, is_checkpoint
@@ -47,6 +47,9 @@ class MeasureConfig:
     unless --text or --tasks ask for it."""
     metric: str = "exact"
     """Score of an answer to --task: exact, json, call, label, sql, contains, chrf, rouge, or python:MODULE:FUNCTION."""
+    database: str = ""
+    """SQLite file for --metric sql: queries are compared by their rows. An example may name its own: "database" or
+    "schema"."""
     task_limit: int = flags.number(0, at_least=0)
     """Examples of --task to answer. 0: all."""
     task_tokens: int = flags.count(256, at_least=1)
@@ -73,6 +76,11 @@ class MeasureConfig:
     def measures_quality(self) -> bool:
         """Return True if the quality contract is measured, which a job replaces."""
         return self.quality and not self.task
+
+    @property
+    def examples(self) -> list[Example]:
+        """Read the examples of the job. Raises UsageError or DataError."""
+        return read_examples(Path(self.task), self.task_limit, self.database)
 
     @property
     def task_names(self) -> tuple[str, ...]:
@@ -145,8 +153,7 @@ def check(config: MeasureConfig) -> None:
     """Raise UsageError or MissingExtraError for settings that would only fail after hours."""
     check_names(config.task_names)
     if config.task:
-        metric_named(config.metric)
-        read_examples(Path(config.task), config.task_limit)
+        check_examples(config.examples, config.metric)
     data_dir = Path(config.data_dir)
     if config.data_dir and not data_dir.is_dir():
         raise UsageError(f"--data-dir {data_dir}: no such folder")
@@ -197,7 +204,7 @@ def evaluate(
     if measures.task:
         job = run_job(
             model,
-            read_examples(Path(measures.task), measures.task_limit),
+            measures.examples,
             measures.metric,
             max_tokens=measures.task_tokens,
             constrain=measures.constrain,

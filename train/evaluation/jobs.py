@@ -27,6 +27,7 @@ from ...runtime.tool_format import ToolFormat
 from ..data.chat import Chat, ChatFormat
 from ..data.records import BadLines, ReadContext, document_of
 from .scoring import Advance, EngineModel, EvaluatedModel
+from .sql import gives_same_rows, has_database, normalised
 
 BOOTSTRAP_SAMPLES = 1000
 """Resamplings of the examples for a standard error."""
@@ -76,14 +77,15 @@ class Example:
         return self.chat.tools or self.record.get("hidden_tools", ())
 
 
-def read_examples(path: Path, limit: int = 0) -> list[Example]:
+def read_examples(path: Path, limit: int = 0, database: str = "") -> list[Example]:
     """Read the examples of a .jsonl or .jsonl.gz file, at most `limit` (0: all).
 
+    A record's `database` is relative to the file's folder. `database` is that of records without one.
     Raises UsageError for a missing file or another kind of file, and DataError for a malformed record.
     """
     if not path.is_file() or not path.name.removesuffix(".gz").endswith(".jsonl"):
         raise UsageError(f"--task {path}: give a .jsonl or .jsonl.gz file of chats")
-    context = ReadContext(str(path), "text", BadLines(0))
+    context = ReadContext(str(path), "text", BadLines(0), "--task")
     examples: list[Example] = []
     with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as stream:
         for number, line in enumerate(stream, 1):
@@ -94,10 +96,12 @@ def read_examples(path: Path, limit: int = 0) -> list[Example]:
                 chat = document_of(context, record, f"line {number}")
             except ValueError as error:
                 raise DataError(f"--task {path}: line {number} is not JSON: {error}") from error
-            except DataError as error:
-                raise DataError(str(error).replace("--data", "--task", 1)) from error
             if not isinstance(chat, Chat) or chat.messages[-1]["role"] != "assistant":
                 raise DataError(f"--task {path}: line {number} does not end with an answer of the assistant")
+            if record.get("database"):
+                record["database"] = str(path.parent / record["database"])
+            elif database and not record.get("schema"):
+                record["database"] = database
             examples.append(Example(chat, record))
             if len(examples) == limit:
                 break
@@ -148,11 +152,12 @@ def contains(answer: str, example: Example) -> Values:
 
 def json_value(answer: str, example: Example) -> Values:
     """Return whether the answer is the expected JSON value, and whether it is JSON."""
+    expected = json.loads(example.expected)
     try:
         value = json.loads(answer)
     except ValueError:
         return {"exact": 0.0, "valid_json": 0.0}
-    return {"exact": float(value == json.loads(example.expected)), "valid_json": 1.0}
+    return {"exact": float(value == expected), "valid_json": 1.0}
 
 
 def call(answer: str, example: Example) -> Values:
@@ -188,13 +193,14 @@ def label(answer: str, example: Example) -> Values:
 
 
 def sql(answer: str, example: Example) -> Values:
-    """Return 1 if the query equals the expected one, ignoring white space and case outside quotes."""
-    return {"exact": float(_normalised_sql(answer) == _normalised_sql(example.expected))}
+    """Return whether the query gives the rows of the expected one, if there is a database, and whether it is the same.
 
-
-def _normalised_sql(query: str) -> str:
-    parts = re.split(r"""("[^"]*"|'[^']*')""", _normalised(query).rstrip("; "))
-    return "".join(part if index % 2 else part.casefold() for index, part in enumerate(parts))
+    White space and case outside quotes do not count.
+    """
+    exact = float(normalised(answer) == normalised(example.expected))
+    if not has_database(example.record):
+        return {"exact": exact}
+    return {"execution": float(gives_same_rows(answer, example.expected, example.record)), "exact": exact}
 
 
 def chrf(answer: str, example: Example) -> Values:
@@ -236,6 +242,19 @@ def metric_named(name: str) -> Metric:
     except (ImportError, AttributeError) as error:
         raise UsageError(f"--metric {name}: cannot be imported: {error}") from error
     return lambda answer, example: {function: float(score(answer, dict(example.record)))}
+
+
+def check_examples(examples: Sequence[Example], metric: str) -> None:
+    """Score the expected answers, so that what a metric cannot read is refused before a model is loaded.
+
+    Raises UsageError, DataError or MissingExtraError.
+    """
+    score = metric_named(metric)
+    for number, example in enumerate(examples, 1):
+        try:
+            score(example.expected, example)
+        except (ValueError, DataError) as error:
+            raise DataError(f"--metric {metric}: example {number} of --task cannot be scored: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -321,7 +340,8 @@ def run_job(
         advance(len(answers), len(examples))
     elapsed_ms = 1e3 * (time.perf_counter() - began)
     found = [score(answer, example) for answer, example in zip(answers, examples, strict=True)]
-    values = {name: [each[name] for each in found] for name in found[0]}
+    names = dict.fromkeys(name for each in found for name in each)
+    values = {name: [each.get(name, math.nan) for each in found] for name in names}
     tokens = sum(len(model.tokenize(answer)) for answer in answers)
     return JobResult(metric, values, answers, tokens / len(answers), elapsed_ms / len(answers))
 
