@@ -27,7 +27,7 @@ from ..runtime.base.files import sha256_of
 from ..runtime.base.output import atomic_output, unknown_files
 from ..runtime.base.quantities import format_bytes, format_count, markdown_table
 from ..runtime.engines.artefact import Artefact
-from ..runtime.engines.contract_text import contract_rows
+from ..runtime.engines.contract_text import JOBS_NOTE, contract_rows, job_rows
 from ..runtime.engines.manifest import MANIFEST_NAME, OLLAMA_FILE, Manifest
 from .results import Result, Run
 from .run_table import device_line, origin_lines
@@ -280,6 +280,9 @@ def model_card(entries: Sequence[HubEntry], runs: Sequence[Run], settings: CardS
     if training.get("quality"):
         note = "Of the checkpoint, on texts, chats and questions that no run trains on; ± is one standard error."
         lines += ["## Quality", "", markdown_table(contract_rows(training["quality"])), "", note, ""]
+    jobs = [[entry.target, *row] for entry in entries for row in job_rows(entry.manifest.jobs)[1:]]
+    if jobs:
+        lines += ["## Jobs", "", markdown_table([["file", *job_rows(())[0]], *jobs], left=(0, 1, 2)), "", JOBS_NOTE, ""]
     lines += ["## Running it", "", "```bash", *[_command(entry) for entry in entries], "```", ""]
     licence = f"{settings.license}, the source's." if settings.license else "The source's licence applies."
     return "\n".join([*lines, f"## Licence\n\n{licence}", ""])

@@ -134,6 +134,19 @@ def _text_cell(text: str) -> Cell:
     return Cell(text or "-", text or None)
 
 
+def _job_cell(manifest: dict[str, Any]) -> Cell:
+    """Return the scores of jobs in a manifest, one for each job and metric: the last, which is of the file itself."""
+    scores: dict[str, float] = {}
+    jobs = manifest.get("jobs")
+    for each in jobs if isinstance(jobs, list | tuple) else ():
+        name = str(each.get("score")) if isinstance(each, dict) else ""
+        mean = _number_at(each, "values", name, "mean")
+        if mean is not None:
+            scores[f"{each.get('task')}, {name}"] = mean
+    text = "; ".join(f"{mean:.3f} ({name})" for name, mean in scores.items())
+    return Cell(text or "-", next(iter(scores.values()), None))
+
+
 TEXT_COLUMNS = ("artefact", "device", "type", "engine", "measured", "remarks")
 
 
@@ -151,6 +164,7 @@ def cells(entry: Entry) -> dict[str, Cell]:
         "peak memory": _bytes_cell(result.peak_rss_bytes),
         "mean KL": _number_cell(entry.mean_kl, 4),
         "nats lost": _number_cell(entry.nats_lost, 3),
+        "job": _job_cell(result.manifest),
         "J/token": _figure_cell(result.joules_per_token),
         "first token ms": _figure_cell(result.time_to_first_token_ms),
         "parameters": Cell(format_count(parameters), parameters) if parameters else Cell("-"),

@@ -12,7 +12,7 @@ from ..runtime.base.errors import ArtefactError
 from ..runtime.base.files import sha256_of
 from ..runtime.base.output import unknown_files
 from ..runtime.base.quantities import display_name, format_bytes
-from ..runtime.engines.manifest import MANIFEST_NAME, Manifest, describe_files
+from ..runtime.engines.manifest import JOB_FILE, MANIFEST_NAME, Manifest, describe_files
 from .checkpoint import Checkpoint
 from .request import ExportRequest
 
@@ -76,6 +76,7 @@ def write_manifest(checkpoint: Checkpoint, request: ExportRequest[Any], folder: 
         source=display_name(checkpoint.name),
         verification=contents.verification,
         training=training,
+        jobs=tuple(checkpoint.json_file(JOB_FILE).get("jobs", ())),
         sampling=checkpoint.sampling,
         notes=tuple(request.notes),
         editable={name: sha256_of(folder / name) for name in contents.editable},

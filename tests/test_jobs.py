@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import re
+import shutil
 import sqlite3
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from efficientllm.devices import hub_folder, report_page
+from efficientllm.export import cli as export_cli
 from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.base.errors import DataError, EfficientLLMError, UsageError
+from efficientllm.runtime.engines.artefact import Artefact
+from efficientllm.runtime.engines.contract_text import job_rows, with_jobs
 from efficientllm.runtime.engines.engine import EngineOptions
+from efficientllm.runtime.engines.manifest import Manifest
 from efficientllm.runtime.prompt import ToolUse
 from efficientllm.train.data.chat import Chat
 from efficientllm.train.evaluation import cli, jobs, sql
+from efficientllm.train.evaluation.job_score import stored_scores
 from efficientllm.train.evaluation.jobs import JSON_CALL, Example, JobResult, calls_in, metric_named, read_examples
 from efficientllm.train.evaluation.scoring import EngineModel
 
@@ -281,6 +289,67 @@ def test_calls_as_json_copy_their_texts_from_the_request(shown: bool, artefact: 
 def test_functions_may_be_hidden_from_the_prompt() -> None:
     hidden = example(json.dumps(CALL), hidden_tools=[TOOL])
     assert (list(hidden.tools), hidden.prompt.tools) == ([TOOL], ())
+
+
+def test_a_score_travels_to_cards_manifests_and_pages(
+    task: Path, straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From a checkpoint through its export to the hub's folder and the page of results."""
+    model, artefact = tmp_path / "model", tmp_path / "small"
+    shutil.copytree(straight / "model", model)
+    score = ["--task", str(task), "--metric", "contains", "--task-tokens", "4", "--threads", "1", "--write"]
+    score += ["--output", str(tmp_path / "out")]
+    for _ in range(2):  # the second one replaces the first
+        assert run_command(cli.body, [str(model), *score]) == 0
+    (stored,) = stored_scores(model)
+    digest = hashlib.sha256(task.read_bytes()).hexdigest()
+    assert (stored["task"], stored["task_sha256"], stored["examples"]) == ("test.jsonl", digest, 4)
+    assert stored["source"] is None
+    card = (model / "README.md").read_text(encoding="utf-8")
+    assert card.count(f"| test.jsonl ({digest[:12]}) | contains: contains | 4 | 0.") == card.count("## Jobs") == 1
+    assert card.partition("## Licence")[2] == (straight / "model/README.md").read_text().partition("## Licence")[2]
+
+    settings = ["--target", "gguf", "--quantize", "f32", "--no-verify", "--output", str(artefact)]
+    assert run_command(export_cli.body, [str(model), *settings]) == 0
+    assert Manifest.read(artefact).jobs == [stored]
+    assert run_command(cli.body, [str(model), "--compare", str(artefact), *score]) == 0
+    assert stored_scores(model) == [stored]  # the source of a comparison is only compared with
+    _, own = Manifest.read(artefact).jobs
+    assert own["measured_on"].startswith("llama.cpp f32, 1 threads of ")
+    assert own["source"]["model"] == "model"
+    assert own["source"]["difference"] == own["values"]["contains"]["mean"] - stored["values"]["contains"]["mean"]
+    Artefact.open(artefact).verify()
+    assert run_command(export_cli.body, [str(model), *settings, "--overwrite"]) == 0  # nothing in it is foreign
+    assert Manifest.read(artefact).jobs == [stored]
+
+    assert run_command(hub_folder.body, [str(tmp_path / "Small"), str(artefact)]) == 0
+    card = (tmp_path / "Small" / "README.md").read_text(encoding="utf-8")
+    assert f"| Small-F32.gguf | test.jsonl ({digest[:12]}) | contains: contains | 4 |" in card
+    manifest = json.loads((artefact / "manifest.json").read_text(encoding="utf-8"))
+    cell = report_page._job_cell(manifest)
+    assert cell.text == f"{stored['values']['contains']['mean']:.3f} (test.jsonl, contains)"
+
+
+def test_a_score_needs_a_folder_and_a_job(task: Path, artefact: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(cli.body, [str(artefact), "--write"]) == 2
+    assert "--write stores the score of a job; give --task" in capsys.readouterr().err
+    (file,) = artefact.glob("*.gguf")
+    assert run_command(cli.body, [str(file), "--task", str(task), "--write"]) == 2
+    assert "is no model folder and no folder written by efficientllm-export" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("jobs", [None, 3, [3], [{}], [{"score": [], "values": {}}], [{"score": "a", "values": 3}]])
+def test_a_page_shows_nothing_for_a_manifest_without_scores(jobs: object) -> None:
+    assert report_page._job_cell({"jobs": jobs}).text == "-"
+
+
+def test_one_example_has_no_error_and_a_card_of_others_stays() -> None:
+    score = {"task": "a.jsonl", "task_sha256": "0" * 64, "metric": "call", "constrain": "copy", "examples": 1}
+    score |= {"score": "exact", "values": {"exact": {"mean": 1.0, "stderr": None}}, "source": None}
+    score |= {"ms_per_answer": 7.4, "tokens_per_answer": 9.0, "measured_on": "torch float32, 2 threads of a CPU"}
+    _, row = job_rows([score])
+    assert row[1:6] == ["call, copy: exact", "1", "1.000", "unknown", "7"]
+    assert with_jobs("# A card\n", [score]) == "# A card\n"
 
 
 def test_constraints_need_an_exported_file(task: Path, artefact: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,12 +1,14 @@
-"""Format the quality contract of manifests and training.json as a table and as a sentence.
+"""Format the quality contract and the scores of jobs, which manifests and model folders contain.
 
-`train/evaluation/quality` measures it.
+`train/evaluation` measures both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from ..base.quantities import markdown_table
 
 ALL_TEXTS = "all texts"
 """Name of the geometric mean over the kinds of text, each with the same weight."""
@@ -33,6 +35,59 @@ def contract_rows(found: Mapping[str, Any]) -> list[list[str]]:
         kept = f"{asked['kept']} of the source's {asked['reference']}"
         rows.append([f"right of {asked['asked']} questions", str(asked["reference"]), str(asked["right"]), kept])
     return rows
+
+
+JOBS_START, JOBS_END = "<!-- scores of jobs -->", "<!-- end of the scores of jobs -->"
+"""Lines of a model card around the scores of jobs, which a later evaluation replaces."""
+
+
+def with_error(figure: str, error: float | None) -> str:
+    """Return a figure with its standard error, if that is known."""
+    return figure if error is None else f"{figure} ± {error:.3f}"
+
+
+def job_rows(scores: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Return the scores of jobs (train.evaluation.job_score) as a table, with a header and a row for each."""
+    rows = [["job", "metric", "examples", "score", "source", "ms an answer", "tokens an answer", "measured on"]]
+    for each in scores:
+        score = each["values"][each["score"]]
+        source, metric = (
+            each["source"],
+            each["metric"] + ("" if each["constrain"] == "none" else f", {each['constrain']}"),
+        )
+        change = with_error(f"{source['difference']:+.3f}", source["difference_stderr"]) if source else ""
+        rows.append(
+            [
+                f"{each['task']} ({each['task_sha256'][:12]})",
+                f"{metric}: {each['score']}",
+                str(each["examples"]),
+                with_error(f"{score['mean']:.3f}", score["stderr"]),
+                f"{source['mean']:.3f} ({change})" if source else "unknown",
+                f"{each['ms_per_answer']:.0f}",
+                f"{each['tokens_per_answer']:.1f}",
+                each["measured_on"],
+            ]
+        )
+    return rows
+
+
+JOBS_NOTE = (
+    "Each job is named by its file of examples and the start of that file's SHA-256. ± is one standard error over "
+    "examples. In brackets: the change from the source, paired."
+)
+
+
+def jobs_section(scores: Sequence[Mapping[str, Any]]) -> str:
+    """Return the lines of a model card with the scores of jobs, between JOBS_START and JOBS_END."""
+    text = f"## Jobs\n\n{markdown_table(job_rows(scores))}\n\n{JOBS_NOTE}\n\n" if scores else ""
+    return f"{JOBS_START}\n{text}{JOBS_END}"
+
+
+def with_jobs(card: str, scores: Sequence[Mapping[str, Any]]) -> str:
+    """Return a model card with other scores of jobs. A card without JOBS_START is returned as it is."""
+    before, start, rest = card.partition(JOBS_START)
+    _, end, after = rest.partition(JOBS_END)
+    return before + jobs_section(scores) + after if start and end else card
 
 
 def _cells(each: Mapping[str, float]) -> list[str]:

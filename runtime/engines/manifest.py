@@ -13,6 +13,8 @@ from ..base.errors import ArtefactError
 from ..base.files import json_text, sha256_of, write_text_atomically
 
 MANIFEST_NAME = "manifest.json"
+JOB_FILE = "job.json"
+"""File of a checkpoint with {"jobs": scores of jobs}, which exporters copy into the manifest."""
 OLLAMA_FILE = "Modelfile"
 """File beside a GGUF that its owner may change. It does not count as a file of the artefact."""
 FORMAT_VERSION = 2
@@ -47,6 +49,8 @@ class Manifest:
     """Comparison with eager torch; empty with --no-verify."""
     training: dict[str, Any] = field(default_factory=dict)
     """The checkpoint's training.json with tokens and perplexities; empty for a model of others."""
+    jobs: tuple[dict[str, Any], ...] = ()
+    """Scores of jobs (train.evaluation.job_score), of the checkpoint and of these files."""
     sampling: dict[str, float] = field(default_factory=dict)
     """Sampling defaults of the model's maker: temperature, top_k, ... of the checkpoint's generation_config.json."""
     notes: tuple[str, ...] = ()
@@ -110,6 +114,8 @@ class Manifest:
         self.cache_bytes(1)  # fails for widths of a wrong type
         if not all(isinstance(value, (int, float)) for value in self.sampling.values()):
             raise ValueError("sampling must have numbers only")
+        if not all(isinstance(value, dict) for value in self.jobs):
+            raise ValueError("jobs must be a list of scores")
         if not all(isinstance(value, str) for value in self.editable.values()):
             raise ValueError("editable must have names and hashes only")
 

@@ -19,7 +19,7 @@ from ...runtime.base import flags
 from ...runtime.base.errors import UsageError
 from ...runtime.base.files import sha256_of, write_json_atomically
 from ...runtime.base.output import LOCK_NAME
-from ...runtime.engines.manifest import describe_files
+from ...runtime.engines.manifest import JOB_FILE, describe_files
 
 CHECKPOINT_NAME = re.compile(r"step-(\d{8})")
 DAMAGED_PREFIX = "damaged-"
@@ -35,6 +35,7 @@ RUN_FILES = (SETTINGS_FILE, "metrics.jsonl", FINISHED_FILE, "architecture.png", 
 RUN_FOLDERS = ("checkpoints", "model", "tensorboard", "wandb")
 MODEL_FILES = (
     *("config.json", "generation_config.json", "training.json", "quality.json", "README.md", "architecture.png"),
+    JOB_FILE,
     *("modeling_*.py", "*.safetensors", "model.safetensors.index.json", "chat_template.jinja"),
     *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model"),
 )

@@ -21,6 +21,7 @@ from ...runtime.base.quantities import markdown_table
 from ...runtime.engines.contract_text import BITS_PER_BYTE
 from ..model.source_names import source_path
 from .evaluate import ComputeConfig, Evaluation, MeasureConfig, check, evaluate
+from .job_score import check_target, job_score, write_score
 from .jobs import misses_page
 from .perplexity import Perplexity
 from .quality.contract import contract
@@ -172,6 +173,12 @@ def build_parser() -> flags.Parser:
         metavar="FOLDER",
         help="folder for results.json, results.md and the cache of an interrupted evaluation [build/eval]",
     )
+    parser.add_argument(
+        "--write",
+        action="store_true",
+        help="store the score of --task in the model's folder: in its card, and in the manifest of an artefact. With "
+        "--compare, the first model is the source, and the others store their scores beside its",
+    )
     return parser
 
 
@@ -180,11 +187,17 @@ def body(argv: Sequence[str]) -> int:
     models = [arguments.pop("model"), *arguments.pop("compare")]
     output = Path(arguments.pop("output"))
     config = flags.take(arguments, EvalConfig)
+    store = arguments.pop("write")
+    if store and not config.measures.task:
+        raise UsageError("--write stores the score of a job; give --task")
     check(config.measures)
     paths = {model: Path(model) if Path(model).exists() else source_path(model) for model in models}
     for model, path in paths.items():
         if not path.exists():
             raise UsageError(f"{model}: no such folder or file, and not demo, the built-in model")
+    written = list(paths.values())[len(paths) > 1 :] if store else []
+    for path in written:
+        check_target(path)
     output.mkdir(parents=True, exist_ok=True)
     evaluations: list[Evaluation] = []
     with ProgressDisplay() as display:
@@ -203,6 +216,9 @@ def body(argv: Sequence[str]) -> int:
         if each.job is not None:
             page = misses_page(_name(each), config.measures.examples, each.job)
             write_text_atomically(output / f"misses-{number}-{_name(each)}.md", page)
+    for path, each in zip(written, evaluations[len(evaluations) > 1 :], strict=store):
+        source = evaluations[0] if each is not evaluations[0] else None
+        write_score(path, job_score(each, source, config.measures, config.compute))
     _print_table(evaluations)
     print(f"\nresults: {output / 'results.json'}")
     return 0

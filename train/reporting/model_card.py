@@ -15,7 +15,7 @@ from jinja2 import Environment, StrictUndefined
 
 from ...runtime.base import flags
 from ...runtime.base.quantities import display_name, format_count, markdown_table
-from ...runtime.engines.contract_text import contract_rows
+from ...runtime.engines.contract_text import contract_rows, jobs_section
 from ..config.sections import TrainConfig
 from ..data.documents import DataSpec
 from ..model.architecture import Architecture
@@ -128,4 +128,5 @@ def model_card(config: TrainConfig, summary: dict[str, Any], source: Architectur
         format_count=format_count,
         markdown_table=markdown_table,
         contract_rows=contract_rows,
+        jobs_section=jobs_section(summary.get("jobs", ())),
     )
