@@ -184,6 +184,15 @@ def test_metrics_of_libraries_take_the_best_reference(metric: str) -> None:
     assert wrong < 0.5
 
 
+def test_macro_f1_gives_rare_labels_the_same_weight() -> None:
+    expected, answers = ["a", "a", "a", "b"], ["A", "a\nmore", "b", "x"]
+    # a: 2 right of 3 expected and 2 given, b: none right
+    assert jobs.macro_f1(expected, answers) == pytest.approx((2 * 2 / 5 + 0) / 2)
+    everything = pytest.importorskip("sklearn.metrics")
+    given = ["a", "a", "b", "a"]
+    assert jobs.macro_f1(expected, given) == pytest.approx(everything.f1_score(expected, given, average="macro"))
+
+
 def test_a_metric_may_be_a_function_of_a_module() -> None:
     assert metric_named("python:operator:eq")("x", example("y")) == {"eq": 0.0}
     for name in ("bleu", "python:no_module_of_this_name:f", "python:json:nothing"):
@@ -223,6 +232,7 @@ def test_a_job_is_scored_on_checkpoints_and_files(
     assert run_command(cli.body, [*arguments, "--output", str(tmp_path / "out")]) == 0
     shown = capsys.readouterr().out
     assert "job, exact" in shown
+    assert "macro F1" not in shown
     assert "perplexity" not in shown
     (found,) = json.loads((tmp_path / "out" / "results.json").read_text())["evaluations"]
     assert len(found["job"]["answers"]) == 4
@@ -235,10 +245,12 @@ def test_two_models_are_compared_example_by_example(
     task: Path, artefact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     models = [str(artefact), "--compare", str(artefact.parent / "checkpoint")]
-    limits = ["--metric", "exact", "--task-tokens", "4", "--task-limit", "2", "--threads", "1"]
+    limits = ["--metric", "label", "--task-tokens", "4", "--task-limit", "2", "--threads", "1"]
     assert run_command(cli.body, [*models, "--task", str(task), *limits, "--output", str(tmp_path / "out")]) == 0
-    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("job, exact"))
+    lines = capsys.readouterr().out.splitlines()
+    row = next(line for line in lines if line.startswith("job, accuracy"))
     assert "2 examples" in row
+    assert [line.split()[-2:] for line in lines if line.startswith("job, macro F1")] == [["0.000", "0.000"]]
     assert "(+0.000 ± 0.000)" in row
 
 

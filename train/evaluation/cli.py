@@ -115,6 +115,7 @@ def _job_rows(evaluations: Sequence[Evaluation]) -> list[list[str]]:
             difference, error = first.difference(other, name)
             cells.append(f"{_score(other.mean(name), other.stderr(name))} ({difference:+.3f} ± {error:.3f})")
         table.append([f"job, {name}", size, *cells])
+    table += [[f"job, {name}", "", *[f"{job.whole[name]:.3f}" for job in jobs]] for name in first.whole]
     table.append(["tokens per answer", "", *[f"{job.tokens_per_answer:.1f}" for job in jobs]])
     table.append(["ms per answer", "", *[f"{job.ms_per_answer:.0f}" for job in jobs]])
     return table

@@ -47,6 +47,8 @@ def job_score(
         difference, error = source.job.difference(job, name)
         beside = {"model": display_name(source.model), **_mean_and_error(source.job, name)}
         beside |= {"difference": difference, "difference_stderr": _known(error)}
+    values = {each: _mean_and_error(job, each) for each in job.values if not math.isnan(job.mean(each))}
+    values |= {each: {"mean": value, "stderr": None} for each, value in job.whole.items()}
     path = Path(evaluation.model)
     engine = f"torch {compute.dtype}"
     if (path / MANIFEST_NAME).is_file():
@@ -62,7 +64,7 @@ def job_score(
         "constrain": measures.constrain,
         "examples": len(job.answers),
         "score": name,
-        "values": {each: _mean_and_error(job, each) for each in job.values if not math.isnan(job.mean(each))},
+        "values": values,
         "source": beside,
         "ms_per_answer": job.ms_per_answer,
         "tokens_per_answer": job.tokens_per_answer,

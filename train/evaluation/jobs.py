@@ -11,10 +11,11 @@ import importlib
 import json
 import math
 import re
+import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -188,8 +189,19 @@ def _arguments(calls: Sequence[tuple[str, dict[str, Any]]]) -> Iterator[tuple[st
 
 def label(answer: str, example: Example) -> Values:
     """Return 1 if the first line of the answer is the expected label, ignoring case."""
-    first = (answer.strip().splitlines() or [""])[0]
-    return {"accuracy": float(_normalised(first).casefold() == _normalised(example.expected).casefold())}
+    return {"accuracy": float(_label(answer) == _label(example.expected))}
+
+
+def _label(answer: str) -> str:
+    return _normalised((answer.strip().splitlines() or [""])[0]).casefold()
+
+
+def macro_f1(expected: Sequence[str], answers: Sequence[str]) -> float:
+    """Return the mean over all expected labels of the F1 of each label."""
+    pairs = [(_label(one), _label(other)) for one, other in zip(expected, answers, strict=True)]
+    right = Counter(one for one, other in pairs if one == other)
+    wanted, given = (Counter(label) for label in zip(*pairs, strict=True))
+    return statistics.fmean(2 * right[label] / (wanted[label] + given[label]) for label in wanted)
 
 
 def sql(answer: str, example: Example) -> Values:
@@ -268,6 +280,8 @@ class JobResult:
     tokens_per_answer: float
     ms_per_answer: float
     """Elapsed time, of a batch divided by its answers for a Hugging Face folder."""
+    whole: dict[str, float] = field(default_factory=dict)
+    """{name: value of all answers together}, such as the macro F1 of labels."""
 
     @property
     def score_name(self) -> str:
@@ -343,7 +357,8 @@ def run_job(
     names = dict.fromkeys(name for each in found for name in each)
     values = {name: [each.get(name, math.nan) for each in found] for name in names}
     tokens = sum(len(model.tokenize(answer)) for answer in answers)
-    return JobResult(metric, values, answers, tokens / len(answers), elapsed_ms / len(answers))
+    whole = {"macro F1": macro_f1([each.expected for each in examples], answers)} if metric == "label" else {}
+    return JobResult(metric, values, answers, tokens / len(answers), elapsed_ms / len(answers), whole)
 
 
 def misses_page(name: str, examples: Sequence[Example], result: JobResult) -> str:
@@ -360,6 +375,6 @@ def misses_page(name: str, examples: Sequence[Example], result: JobResult) -> st
         request = examples[index].chat.messages[-2]["content"] if len(examples[index].chat.messages) > 1 else ""
         fields = {"request": request, "expected": examples[index].expected, "answered": result.answers[index]}
         lines += ["", f"## Example {index + 1}: {scores[index]:.2f}"]
-        for field, text in fields.items():
-            lines += ["", f"{field}:", "", *(f"    {line}" for line in (text or "(nothing)").splitlines())]
+        for title, text in fields.items():
+            lines += ["", f"{title}:", "", *(f"    {line}" for line in (text or "(nothing)").splitlines())]
     return "\n".join(lines) + "\n"
