@@ -51,10 +51,8 @@ def job_rows(scores: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     rows = [["job", "metric", "examples", "score", "source", "ms an answer", "tokens an answer", "measured on"]]
     for each in scores:
         score = each["values"][each["score"]]
-        source, metric = (
-            each["source"],
-            each["metric"] + ("" if each["constrain"] == "none" else f", {each['constrain']}"),
-        )
+        source, limit = each["source"], each["constrain"]
+        metric = each["metric"] + ("" if limit == "none" else f", {limit}")
         change = with_error(f"{source['difference']:+.3f}", source["difference_stderr"]) if source else ""
         rows.append(
             [
