@@ -65,6 +65,29 @@ def slice_tensor(name: str, tensor: Tensor, removal: Removal) -> Tensor:
     return tensor
 
 
+def _shrunk_parameter(name: str, tensor: Tensor, removal: Removal) -> Tensor:
+    """Return the surviving part of a parameter for the new widths, or `tensor` itself if nothing changes."""
+    value = slice_tensor(name, tensor, removal)
+    factor = width_factor(name, removal.before, removal.after)
+    return value if factor == 1.0 else rescaled(name, value, factor, removal.before)
+
+
+def _shrunk_state(name: str, state: dict[str, Any], removal: Removal) -> dict[str, Any]:
+    """Return Adam moments of the surviving weights.
+
+    If a weight grew by c, its gradient shrinks by c and the square by c^2.
+    """
+    factor = width_factor(name, removal.before, removal.after)
+    new = {}
+    for key, value in state.items():
+        if torch.is_tensor(value) and value.dim() > 0:
+            value = slice_tensor(name, value, removal)
+            if factor != 1.0:
+                value = value / (factor if key == "exp_avg" else factor**2)
+        new[key] = value
+    return new
+
+
 def _parents(model: nn.Module, name: str) -> list[tuple[nn.Module, str]]:
     """Return every (module, attribute) with a parameter. A tied LM head shares the embedding's."""
     path, _, attribute = name.rpartition(".")
@@ -80,23 +103,31 @@ def remove_groups(model: Any, removal: Removal, optimizer: torch.optim.Optimizer
     _remove_blocks(model, removal.after, optimizer)
     slots = _slots(optimizer)
     for name in [name for name, _ in model.named_parameters()]:
-        # The peak of memory is the model and one tensor: each old tensor is freed before the next one is sliced, so
-        # only the names of this loop may refer to it.
-        parameter = model.get_parameter(name)
-        factor = width_factor(name, removal.before, removal.after)
-        sliced = slice_tensor(name, parameter.detach(), removal)
-        if sliced.shape == parameter.shape and factor == 1.0:
-            continue
-        value = sliced if factor == 1.0 else rescaled(name, sliced, factor, removal.before)
-        new = nn.Parameter(value, requires_grad=parameter.requires_grad)
-        for module, attribute in _parents(model, name):
-            setattr(module, attribute, new)
-        if optimizer is not None and parameter in slots:
-            group, index = slots.pop(parameter)
-            group[index] = new
-            if parameter in optimizer.state:
-                optimizer.state[new] = slice_state(name, optimizer.state.pop(parameter), removal, factor)
+        _shrink_in_place(model, name, removal, optimizer, slots)
     _update_modules(model, removal)
+
+
+def _shrink_in_place(
+    model: Any, name: str, removal: Removal, optimizer: torch.optim.Optimizer | None, slots: Slots
+) -> None:
+    """Replace a parameter and its optimizer state by their surviving parts.
+
+    The old tensor is freed on return, so the peak of memory is the model and one tensor.
+    """
+    old = model.get_parameter(name)
+    whole = old.detach()
+    value = _shrunk_parameter(name, whole, removal)
+    if value is whole:
+        return
+    new = nn.Parameter(value, requires_grad=old.requires_grad)
+    for module, attribute in _parents(model, name):
+        setattr(module, attribute, new)
+    if optimizer is None or old not in slots:
+        return
+    parameters, index = slots.pop(old)
+    parameters[index] = new
+    if old in optimizer.state:
+        optimizer.state[new] = _shrunk_state(name, optimizer.state.pop(old), removal)
 
 
 def _remove_blocks(model: Any, after: Architecture, optimizer: torch.optim.Optimizer | None) -> None:
@@ -121,25 +152,14 @@ def _remove_blocks(model: Any, after: Architecture, optimizer: torch.optim.Optim
         optimizer.state.pop(parameter, None)
 
 
-def _slots(optimizer: torch.optim.Optimizer | None) -> dict[Tensor, tuple[list[Tensor], int]]:
-    """Return {parameter: (parameters of its group, its index)}."""
+Slots = dict[Tensor, tuple[list[Tensor], int]]
+"""{parameter: (parameters of its optimizer group, its index)}"""
+
+
+def _slots(optimizer: torch.optim.Optimizer | None) -> Slots:
+    """Return the place of every parameter in the optimizer."""
     groups = [group["params"] for group in optimizer.param_groups] if optimizer is not None else []
     return {parameter: (group, index) for group in groups for index, parameter in enumerate(group)}
-
-
-def slice_state(name: str, state: dict[str, Any], removal: Removal, factor: float) -> dict[str, Any]:
-    """Return Adam moments of the surviving weights.
-
-    If a weight grew by c, its gradient shrinks by c and the square by c^2.
-    """
-    new = {}
-    for key, value in state.items():
-        if torch.is_tensor(value) and value.dim() > 0:
-            value = slice_tensor(name, value, removal)
-            if factor != 1.0:
-                value = value / (factor if key == "exp_avg" else factor**2)
-        new[key] = value
-    return new
 
 
 def _update_modules(model: Any, removal: Removal) -> None:
@@ -190,11 +210,11 @@ def zero_groups(model: Any, removal: Removal, optimizer: torch.optim.Optimizer |
     """Remove the same groups by zeroing their weights and optimizer moments. Shapes stay."""
     set_survivors(model, kept_channels(removal.kept, removal.before, None, "hidden"))
     for name, parameter in model.named_parameters():
+        state = optimizer.state.get(parameter, {}) if optimizer is not None else {}
+        moments = [value for value in state.values() if torch.is_tensor(value) and value.dim() > 0]
         for dim, index in _removed_channels(name, parameter, removal):
-            state = optimizer.state.get(parameter, {}) if optimizer is not None else {}
-            for tensor in (parameter.data, *state.values()):
-                if torch.is_tensor(tensor) and tensor.dim() > 0:
-                    _fill_zero(tensor, dim, index)
+            for tensor in (parameter.data, *moments):
+                _fill_zero(tensor, dim, index)
 
 
 @torch.no_grad()
@@ -246,7 +266,7 @@ def _rebuild_sharded(trained: TrainedModel, removal: Removal) -> tuple[TrainingL
 
     Returns the new loss and the callable of a step. The optimizer's parameters and state are replaced in place.
     """
-    model, optimizer, parallel = trained.model, trained.optimizer, trained.parallel
+    model, parallel = trained.model, trained.parallel
     config = copy.deepcopy(model.config)
     update_config(config, removal)
     with torch.device("meta"):
@@ -257,24 +277,27 @@ def _rebuild_sharded(trained: TrainedModel, removal: Removal) -> tuple[TrainingL
     smaller.tie_weights()
     share_buffers(smaller, model)
     smaller.generation_config = model.generation_config
-    renamed: dict[Tensor, Any] = {}
+    _move_shards(model, smaller, removal, trained.optimizer)
+    return new_loss, wrapped
+
+
+def _move_shards(model: Any, smaller: Any, removal: Removal, optimizer: torch.optim.Optimizer) -> None:
+    """Fill the shards of `smaller` with the surviving parts of `model`, and give its parameters to the optimizer."""
+    replaced: dict[Tensor, Any] = {}
     new_parameters = dict(smaller.named_parameters())
     for name, old in model.named_parameters():
+        state = optimizer.state.pop(old, None)
         new: Any = new_parameters.get(name)
         if new is None:  # of a removed block
-            optimizer.state.pop(old, None)
             continue
-        factor = width_factor(name, removal.before, removal.after)
-        value = slice_tensor(name, full(old.detach()), removal)
-        scatter(new, value if factor == 1.0 else rescaled(name, value, factor, removal.before))
-        renamed[old] = new
-        if old in optimizer.state:
-            gathered = {key: full(item) for key, item in optimizer.state.pop(old).items()}
-            sliced = slice_state(name, gathered, removal, factor)
+        replaced[old] = new
+        scatter(new, _shrunk_parameter(name, full(old.detach()), removal))
+        if state is not None:
+            whole = {key: full(value) for key, value in state.items()}
+            shrunk = _shrunk_state(name, whole, removal)
             optimizer.state[new] = {
-                key: distribute_tensor(item, new.device_mesh, new.placements) if item.dim() else item
-                for key, item in sliced.items()
+                key: distribute_tensor(value, new.device_mesh, new.placements) if value.dim() else value
+                for key, value in shrunk.items()
             }
     for group in optimizer.param_groups:
-        group["params"] = [renamed[parameter] for parameter in group["params"] if parameter in renamed]
-    return new_loss, wrapped
+        group["params"] = [replaced[parameter] for parameter in group["params"] if parameter in replaced]
