@@ -101,6 +101,39 @@ def test_the_last_matrix_is_the_ridge_regression_of_its_definition() -> None:
     torch.testing.assert_close((weighted.T @ (y - x @ weight.T)).T / damping, weight - before, atol=1e-3, rtol=1e-2)
 
 
+def test_a_fit_with_products_in_bf16_is_as_good() -> None:
+    source = tiny_model(tiny_architecture()).eval()
+    divergences = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model, stem = pruned(source, ("ffn",))
+        LeastSquares(model, source, stem, damping=0.03, dtype=dtype).fit(WINDOWS, ALONE)
+        divergences.append(divergence(source, model))
+    assert divergences[1] < 1.02 * divergences[0]
+
+
+def test_a_singular_fit_leaves_finite_weights() -> None:
+    """Rounding may leave X^T D X with an eigenvalue below -lambda, where it has no Cholesky factor."""
+    source = tiny_model(tiny_architecture()).eval()
+    model, stem = pruned(source, ("ffn",))
+    LeastSquares(model, source, stem, damping=1e-12, dtype=torch.bfloat16).fit(WINDOWS[:2], ALONE)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_a_stop_signal_ends_the_fit_between_forward_passes() -> None:
+    source = tiny_model(tiny_architecture()).eval()
+    model, stem = pruned(source, ("ffn",))
+    checks: list[int] = []
+
+    def check() -> None:
+        checks.append(1)
+        if len(checks) == 4:  # in the first FFN, whose matrix is set aside
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        LeastSquares(model, source, stem, damping=0.03, dtype=torch.float32).fit(WINDOWS[:8], ALONE, check)
+    assert isinstance(model.model.layers[0].mlp.down_proj, torch.nn.Linear)
+
+
 def stream_error(source: Any, model: Any) -> float:
     """Mean square distance of the last hidden states on the tokens of the fit."""
     with torch.no_grad():

@@ -22,7 +22,7 @@ average over the training steps. It is a local Hessian and independent of the gl
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,14 +30,16 @@ from torch import Tensor, nn
 
 from ..compute.distributed import Parallel, full, scatter
 from ..model.irregular import architecture_of
-from ..model.tensors import input_axis, same_input
+from ..model.tensors import input_axis, same_input, split_name
 from .selection import Removal
 from .surgery import kept_channels, removed_positions
 
-BATCH = 8
+WINDOWS_AT_ONCE = 8
 """Windows per forward pass of a layer."""
 ROWS_PER_INPUT = 16
 """Most tokens per input of a matrix in its regression (5 recover less, research/log)."""
+ROWS_PER_PRODUCT = 512
+"""Tokens per product. A bf16 product is rounded to bf16, so the products of few tokens are added in fp32."""
 
 
 class LeastSquares:
@@ -49,53 +51,93 @@ class LeastSquares:
         """Prepare the fit.
 
         `stem` are the surviving hidden channels as positions in `former`, `rows` the same of the vocabulary. Products
-        are in `dtype`, solutions in fp64.
+        are in `dtype`, sums of products in fp32 and solutions in fp64.
         """
-        self.model, self.former, self.damping, self.dtype = model.model, former.model, damping, dtype
-        self.stem, self.rows = stem, rows
+        self.model, self.former = model.model, former.model
+        self.damping, self.dtype = damping, dtype
+        device = self.model.embed_tokens.weight.device
+        self.stem = stem.to(device)
+        self.rows = rows.to(device) if rows is not None else None
 
     @torch.no_grad()
     def fit(self, windows: Tensor, parallel: Parallel, check: Callable[[], None] = lambda: None) -> None:
         """Fit every layer on windows [n, S] of token ids, this rank's share.
 
-        `check` is called before every matrix and may raise.
+        `check` is called before every forward pass of a part and may raise.
         """
-        same_text = windows if self.rows is None else self.rows.to(windows.device)[windows]
-        ours, theirs = self.model.embed_tokens(windows).float(), self.former.embed_tokens(same_text).float()
+        former_windows = windows if self.rows is None else self.rows[windows]
+        stream = self.model.embed_tokens(windows).float()
+        former_stream = self.former.embed_tokens(former_windows).float()
         for layer, former_layer in zip(self.model.layers, self.former.layers, strict=True):
-            for block, name, forward in PARTS:
-                check()
-                former_matrix, matrix = (getattr(getattr(each, block), name, None) for each in (former_layer, layer))
-                theirs += self._run(partial(forward, former_layer, self.former), former_matrix, theirs)[1]
-                if matrix is None:
+            for part in PARTS:
+                former_stream += self._run(part, self.former, former_layer, former_stream, check)
+                block = getattr(layer, part.block)
+                matrix = getattr(block, part.matrix, None)
+                if matrix is None:  # the block was removed
                     continue
-                read, _ = self._run(partial(forward, layer, self.model), matrix, ours)
-                self._solve(matrix, read, theirs.index_select(-1, self.stem.to(theirs.device)) - ours, parallel)
-                ours += (read.to(self.dtype) @ matrix.weight.T.to(self.dtype)).float()
+                setattr(block, part.matrix, nn.Identity())  # the part then returns the inputs of the matrix
+                try:
+                    inputs = self._run(part, self.model, layer, stream, check)
+                finally:
+                    setattr(block, part.matrix, matrix)
+                self._fit_matrix(matrix, inputs, self._without_stem_channels(former_stream) - stream, parallel)
+                stream += self._outputs(matrix, inputs)
 
-    def _run(self, forward: Callable[[Tensor], Tensor], matrix: Any, stream: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (inputs of `matrix` [n, S, C], the part's output to the residual stream [n, S, H] in fp32)."""
-        read: list[Tensor] = []
-        hook = matrix.register_forward_pre_hook(lambda module, arguments: read.append(arguments[0])) if matrix else None
-        with torch.autocast(stream.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            written = [forward(rows).float() for rows in stream.split(BATCH)]
-        if hook is not None:
-            hook.remove()
-        return torch.cat(read) if read else stream.new_empty(0), torch.cat(written)
+    def _without_stem_channels(self, former_stream: Tensor) -> Tensor:
+        """Return the surviving channels of the former model's stream."""
+        is_whole = len(self.stem) == former_stream.shape[-1]
+        return former_stream if is_whole else former_stream.index_select(-1, self.stem)
 
-    def _solve(self, matrix: Any, read: Tensor, wanted: Tensor, parallel: Parallel) -> None:
-        """Change `matrix` so that its inputs give the wanted outputs. A bias stays unchanged."""
-        stride = max(1, read[..., 0].numel() // (ROWS_PER_INPUT * read.shape[-1]))
-        x, y = read.flatten(0, 1)[::stride].float(), wanted.flatten(0, 1)[::stride]
-        weight = matrix.weight.float()
-        error = y - x @ weight.T if matrix.bias is None else y - x @ weight.T - matrix.bias.float()
+    def _run(self, part: Part, model: Any, layer: Any, stream: Tensor, check: Callable[[], None]) -> Tensor:
+        """Return the output of a part of `layer` [n, S, ...] for the residual stream [n, S, H]."""
+        outputs = []
+        with self._autocast():
+            for rows in stream.split(WINDOWS_AT_ONCE):
+                check()
+                outputs.append(part.forward(layer, model, rows))
+        return torch.cat(outputs)
+
+    def _outputs(self, matrix: nn.Linear, inputs: Tensor) -> Tensor:
+        """Return matrix(inputs) in fp32, computed as in training."""
+        with self._autocast():
+            return matrix(inputs).float()
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.stem.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+
+    def _fit_matrix(self, matrix: nn.Linear, inputs: Tensor, wanted: Tensor, parallel: Parallel) -> None:
+        """Change `matrix` so that its inputs [n, S, C] give the wanted outputs [n, S, H]. A bias stays unchanged.
+
+        The regression is on the error of the current outputs, so a matrix without error stays exactly as it is.
+        """
+        stride = max(1, inputs[..., 0].numel() // (ROWS_PER_INPUT * inputs.shape[-1]))
+        x = inputs.flatten(0, 1)[::stride]
+        y = wanted.flatten(0, 1)[::stride]
+        error = y - self._outputs(matrix, x)
         energy = y.square().mean(1)
-        weighted = x / (energy + energy.median().clamp(min=1e-12))[:, None]
-        gram, cross = weighted.T @ x, weighted.T @ error
-        parallel.mean_tensors([gram, cross])
-        gram = gram.double()  # fp64: often close to singular
+        weights = 1.0 / (energy + energy.median().clamp(min=1e-12))
+        gram, cross = self._sums_of_products(x, error, weights, parallel)
         gram.diagonal().add_(self.damping * gram.diagonal().mean().clamp(min=1e-12))
-        matrix.weight += torch.linalg.solve(gram, cross.double()).T.to(matrix.weight.dtype)
+        factor, has_failed = torch.linalg.cholesky_ex(gram)
+        # `solve` takes three times as long, and also a matrix that rounding leaves not quite positive
+        change = torch.linalg.solve(gram, cross) if has_failed else torch.cholesky_solve(cross, factor)
+        matrix.weight += change.T
+
+    def _sums_of_products(self, x: Tensor, error: Tensor, weights: Tensor, parallel: Parallel) -> tuple[Tensor, Tensor]:
+        """Return (X^T D X [C, C], X^T D E [C, H]) in fp64 for the diagonal D of `weights` [n].
+
+        The matrices are often close to singular. The root of D on both sides keeps the first one symmetric and its
+        eigenvalues positive although X is rounded to bf16. One product gives both.
+        """
+        roots = weights.sqrt()[:, None]
+        num_inputs = x.shape[1]
+        both = torch.cat([x * roots, error * roots], dim=1).to(self.dtype)
+        sums = torch.zeros(num_inputs, both.shape[1], device=x.device)
+        for rows in both.split(ROWS_PER_PRODUCT):
+            sums += rows[:, :num_inputs].T @ rows
+        parallel.mean_tensors([sums])
+        gram, cross = sums.double().split([num_inputs, error.shape[1]], dim=1)
+        return gram, cross
 
 
 def _attention(layer: Any, model: Any, stream: Tensor) -> Tensor:
@@ -114,8 +156,19 @@ def _feed_forward(layer: Any, model: Any, stream: Tensor) -> Tensor:
     return layer.mlp(layer.post_attention_layernorm(stream))
 
 
-PARTS = (("self_attn", "o_proj", _attention), ("mlp", "down_proj", _feed_forward))
-"""(block, its matrix that writes to the residual stream, its forward pass) in the order of a layer."""
+@dataclass(frozen=True)
+class Part:
+    """Half of a layer, which adds to the residual stream."""
+
+    block: str
+    matrix: str
+    """Matrix of the block that writes to the stream."""
+    forward: Callable[[Any, Any, Tensor], Tensor]
+    """(layer, model, stream [n, S, H]) -> the addition to the stream."""
+
+
+PARTS = (Part("self_attn", "o_proj", _attention), Part("mlp", "down_proj", _feed_forward))
+"""The parts of a layer in their order."""
 
 
 class InputGrams:
@@ -142,7 +195,7 @@ class InputGrams:
         """Observe `model`, again after it is rebuilt."""
         self.detach()
         for name, module in model.named_modules():
-            suffix = name.split(".", 3)[-1]
+            suffix = split_name(name)[1]
             if suffix in self.readers and input_axis(suffix) in self.axes and isinstance(module, nn.Linear):
                 self._handles.append(module.register_forward_pre_hook(self._observer(name)))
 
@@ -173,30 +226,36 @@ class InputGrams:
     def update_weights(self, model: Any, removal: Removal) -> None:
         """Let the kept inputs of every affected layer absorb the removed ones. Call it before the removal."""
         for name, gram in self.grams.items():
-            prefix, suffix = name.rsplit(".", 2)[0], ".".join(name.rsplit(".", 2)[1:])
-            layer = int(name.split(".")[2])
-            kept = kept_channels(removal.kept, removal.before, layer, input_axis(suffix))
-            if kept is None or len(kept) == 0:
+            kept = _kept_inputs(name, removal)
+            if kept is None or not len(kept):
                 continue
-            matrix = compensation(gram, kept.to(gram.device), self.damping)
-            removed = removed_positions(kept, gram.shape[0]).to(gram.device)
+            kept = kept.to(gram.device)
+            removed = removed_positions(kept, len(gram)).to(gram.device)
+            absorption = compensation(gram, kept, self.damping)
+            layer, suffix = split_name(name)
             for reader in self.readers[suffix]:
-                parameter = model.get_submodule(f"{prefix}.{reader}").weight
+                parameter = model.get_parameter(f"model.layers.{layer}.{reader}.weight")
                 weight = full(parameter.detach()).clone()
-                absorbed = weight[:, removed].to(matrix.dtype) @ matrix
-                weight[:, kept.to(weight.device)] += absorbed.to(weight.dtype)
+                absorbed = weight[:, removed].to(absorption.dtype) @ absorption
+                weight[:, kept] += absorbed.to(weight.dtype)
                 scatter(parameter.data, weight)
 
     def keep(self, removal: Removal) -> None:
         """Drop the rows and columns of removed inputs after the physical removal."""
         for name, gram in list(self.grams.items()):
-            axis = input_axis(".".join(name.rsplit(".", 2)[1:]))
-            kept = kept_channels(removal.kept, removal.before, int(name.split(".")[2]), axis)
-            if kept is not None and not len(kept):  # the block is gone
+            kept = _kept_inputs(name, removal)
+            if kept is None:
+                continue
+            index = kept.to(gram.device)
+            self.grams[name] = gram[index][:, index].contiguous()
+            if not len(kept):  # the block was removed
                 del self.grams[name]
-            elif kept is not None:
-                index = kept.to(gram.device)
-                self.grams[name] = gram[index][:, index].contiguous()
+
+
+def _kept_inputs(name: str, removal: Removal) -> Tensor | None:
+    """Return the surviving inputs of a matrix such as "model.layers.0.mlp.down_proj", or None if all survive."""
+    layer, suffix = split_name(name)
+    return kept_channels(removal.kept, removal.before, layer, input_axis(suffix))
 
 
 def compensation(gram: Tensor, kept: Tensor, damping: float) -> Tensor:
