@@ -162,6 +162,19 @@ def test_a_block_is_measured_again_once_another_went(measured: tuple[BlockScores
     assert not scores.is_outdated(second)
 
 
+def test_a_layer_is_ranked_by_its_halves_and_measured_before_its_removal() -> None:
+    scores = BlockScores(tuple(BLOCKS), "taylor1", len(LAYERS), renewals=4, span=100.0)
+    found = probe(tiny_model(ARCHITECTURE))
+    scores.renew(found, ARCHITECTURE, random_scores(ARCHITECTURE), size=1000.0)
+    nats = scores.in_nats({})
+    layer = Unit("layer", ((1, (0,)),), 1.0, 1.0)
+    assert float(nats["layer"][1]) == pytest.approx(float(nats["attention_block"][1] + nats["ffn_block"][1]))
+    assert scores.is_outdated(layer)
+    scores.measure(found, "layer", 1)
+    assert not scores.is_outdated(layer)
+    assert float(scores.in_nats({})["layer"][1]) == found.losses([absence_of("layer", 1)])[0]
+
+
 # -- the ranking
 
 

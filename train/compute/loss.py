@@ -187,12 +187,11 @@ class TrainingLoss(nn.Module):
         loss.source_text, loss.teacher_cache = self.source_text, self.teacher_cache
         return loss
 
-    def forward(self, windows: Tensor, states: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, windows: Tensor, read: Callable[[Tensor, Tensor], Any] | None = None) -> Any:
         """Return (loss to minimise, cross-entropy) of windows [B, S + 1]. Tokens given as ~token are not predicted.
 
-        In eval mode the teacher is not used, and the loss is its cross-entropy part. With `states`, the last hidden
-        states [N, H] of the predicted tokens before a part of the decoder was removed, the loss is KL(before ‖ now)
-        alone.
+        In eval mode the teacher is not used, and the loss is its cross-entropy part. With `read`, return instead
+        read(last hidden states [N, H] of the predicted tokens, LM-head weight [V, H]), both in the type of products.
         """
         is_predicted = (windows[:, 1:] >= 0).flatten()
         tokens = torch.where(windows < 0, ~windows, windows)
@@ -201,14 +200,13 @@ class TrainingLoss(nn.Module):
         # each weight is used once in a pass: a cache would only keep its copy, which backward may make anew
         with torch.autocast(windows.device.type, **autocast, cache_enabled=False):
             hidden = self.model.model(input_ids=inputs, use_cache=False).last_hidden_state
-        weight, teacher, weights = self.model.lm_head.weight, self._teacher[0], self.weights
+        rows, weight, teacher = hidden.flatten(0, 1)[is_predicted], self.model.lm_head.weight, self._teacher[0]
+        if read is not None:
+            return read(rows.to(self.dtype), weight.to(self.dtype))
         reference = None
-        if states is not None:
-            reference, weights = Reference(states.to(self.dtype), weight.to(self.dtype)), LossWeights(0.0, 1.0)
-        elif teacher is not None and self.training:
+        if teacher is not None and self.training:
             reference = self._reference(teacher, inputs, is_predicted)
-        rows = hidden.flatten(0, 1)[is_predicted]
-        return cross_entropy(rows, weight, targets, self.dtype, weights, reference)
+        return cross_entropy(rows, weight, targets, self.dtype, self.weights, reference)
 
     @torch.no_grad()
     def _reference(self, teacher: Any, inputs: Tensor, is_predicted: Tensor) -> Reference:

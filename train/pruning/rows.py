@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
 from ..compute.distributed import Parallel
@@ -26,7 +27,11 @@ from ..compute.loss import TrainingLoss
 from ..data.chat import end_of_text_id
 from ..vocabulary.retokenization import ByteTokenizer, Retokenizer
 from ..vocabulary.tokenizer_pruning import prune_tokenizer
+from .blocks import LOGIT_ROWS
 from .surgery import removed_positions
+
+TEXTS_AT_ONCE = 4
+"""Texts per forward pass."""
 
 
 class RowProbe:
@@ -49,8 +54,9 @@ class RowProbe:
         self.splits = torch.from_numpy(splits)
         self._separator = end_of_text_id(tokenizer)
         self._texts = [row.tolist() for row in parallel.own_rows(np.where(windows < 0, ~windows, windows))]
-        self._whole = self._nats(self._texts, None)
-        self.price = self._mean(self._whole, sum(map(len, self._texts)))
+        self._all_rows = torch.arange(len(splits), device=parallel.device)
+        self._nats_before = self._nats(self._texts, self._all_rows)
+        self.price = self._mean(self._nats_before, _num_tokens(self._texts))
         """Nats per further token. Before the measurement it is the average cost of a token, which is rarely less."""
 
     @property
@@ -63,10 +69,8 @@ class RowProbe:
         smaller = prune_tokenizer(self._tokenizer, kept)
         retokenizer = Retokenizer(ByteTokenizer(self._tokenizer), ByteTokenizer(smaller))
         texts = [retokenizer.retokenize(text) for text in self._texts]
-        more = sum(map(len, texts)) - sum(map(len, self._texts))
-        rows = torch.tensor(list(kept), device=self._parallel.device)
-        written = [rows[torch.tensor(text)].tolist() for text in texts]
-        price = self._mean(self._nats(written, rows) - self._whole, more)
+        further_nats = self._nats(texts, self._all_rows[torch.tensor(kept)]) - self._nats_before
+        price = self._mean(further_nats, _num_tokens(texts) - _num_tokens(self._texts))
         if math.isfinite(price) and price > 0:
             self.price = price
 
@@ -82,29 +86,42 @@ class RowProbe:
         return float(total[0] / total[1]) if total[1] > 0 else math.nan
 
     @torch.no_grad()
-    def _nats(self, texts: Sequence[Sequence[int]], rows: Tensor | None) -> float:
-        """Return the nats of all tokens of some texts, each after an end of text, over `rows` of the head."""
+    def _nats(self, texts: Sequence[Sequence[int]], rows: Tensor) -> float:
+        """Return the nats of all tokens of some texts, as positions in `rows`, over these rows of the LM head."""
         was_training = self._loss.training
         self._loss.eval()
-        model, dtype, device = self._loss.model, self._loss.dtype, self._parallel.device
-        weight = model.lm_head.weight if rows is None else model.lm_head.weight[rows]
-        place = torch.arange(model.lm_head.weight.shape[0], device=device)
-        if rows is not None:
-            place[rows] = torch.arange(len(rows), device=device)
         total = 0.0
         try:
             with torch.compiler.set_stance("force_eager"):  # otherwise every length would be compiled
-                for text in texts:
+                for start in range(0, len(texts), TEXTS_AT_ONCE):
                     self._check()
-                    inputs = torch.tensor([[self._separator, *text[:-1]]], device=device)
-                    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-                        hidden = model.model(input_ids=inputs, use_cache=False).last_hidden_state[0]
-                    logits = (hidden.to(dtype) @ weight.to(dtype).T).float()
-                    targets = place[torch.tensor(text, device=device)]
-                    total += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
+                    total += self._nats_of_batch(texts[start : start + TEXTS_AT_ONCE], rows)
         finally:
             self._loss.train(was_training)
         return total
+
+    def _nats_of_batch(self, texts: Sequence[Sequence[int]], rows: Tensor) -> float:
+        """Return the nats of some texts in one forward pass. Each text follows an end of text."""
+        targets = [torch.tensor(text, device=rows.device) for text in texts]
+        # ~0 pads the end: a token that is not predicted, and that no earlier one reads
+        windows = torch.full((len(texts), 1 + max(map(len, texts))), ~0, device=rows.device)
+        windows[:, 0] = self._separator
+        for window, target in zip(windows, targets, strict=True):
+            window[1 : 1 + len(target)] = rows[target]
+
+        def read(states: Tensor, head: Tensor) -> float:
+            nats, kept_head = 0.0, head[rows]
+            pairs = zip(states.split(LOGIT_ROWS), torch.cat(targets).split(LOGIT_ROWS), strict=True)
+            for some_states, some_targets in pairs:
+                logits = (some_states @ kept_head.T).float()
+                nats += float(functional.cross_entropy(logits, some_targets, reduction="sum"))
+            return nats
+
+        return self._loss(windows, read)
+
+
+def _num_tokens(texts: Sequence[Sequence[int]]) -> int:
+    return sum(len(text) for text in texts)
 
 
 def choose_rows(probe: RowProbe, select: Callable[[Tensor], Sequence[int]]) -> Tensor:
