@@ -11,7 +11,7 @@ import pytest
 import torch
 from exporting import export
 from priced import cheap_attention_profile, stepped_profile, tiny_profile, tiny_time
-from pruning import LAYERS, random_scores
+from pruning import LAYERS, past, random_scores
 from tiny import tiny_architecture
 from training import command, metrics, run, weights, without
 
@@ -39,7 +39,7 @@ ARCHITECTURE = tiny_architecture(layers=LAYERS)
 @pytest.mark.parametrize("measure", [PARAMETERS, bytes_of_file("q4_0", 0), tiny_time().measure], ids=lambda m: m.unit)
 def test_what_a_unit_frees_is_what_the_shape_loses(measure: Measure) -> None:
     rules = SelectionRules(tuple(KINDS), 32, blocks=tuple(BLOCKS), measure=measure)
-    removal = select_removal(ARCHITECTURE, random_scores(ARCHITECTURE), rules, 0, max_units=6)
+    removal = select_removal(ARCHITECTURE, random_scores(ARCHITECTURE), rules, 0, stop_before=past(6))
     total = measure.of(ARCHITECTURE) - measure.of(removal.after)
     assert sum(unit.freed for unit in removal.units) == pytest.approx(total)
 

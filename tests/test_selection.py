@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from pruning import random_scores
+from pruning import past, random_scores
 from tiny import tiny_architecture
 
 from efficientllm.runtime.base.errors import UsageError
@@ -26,7 +26,7 @@ def test_takes_the_least_salient_channels_first() -> None:
     scores = random_scores(ARCHITECTURE)
     scores["ffn"][1][:] += 10
     scores["ffn"][1][[3, 50, 51, 90]] = 0.0
-    removal = select_removal(ARCHITECTURE, {"ffn": scores["ffn"]}, SelectionRules(("ffn",), 4), 0, max_units=1)
+    removal = select_removal(ARCHITECTURE, {"ffn": scores["ffn"]}, SelectionRules(("ffn",), 4), 0, stop_before=past(1))
     assert removal.units[0].parts == ((1, (3, 50, 51, 90)),)
     assert removal.after.layers[1].intermediate_size == 92
 
@@ -39,10 +39,10 @@ def test_ranks_by_saliency_per_parameter_across_types() -> None:
         scores["kv_group"][layer] *= 100 * group
     scores["kv_group"][0][1] = 8 * group / cheap * 0.99
     rules = SelectionRules(("kv_group", "ffn"), 8)
-    first = select_removal(ARCHITECTURE, scores, rules, 0, max_units=1).units[0]
+    first = select_removal(ARCHITECTURE, scores, rules, 0, stop_before=past(1)).units[0]
     assert (first.kind, first.parts) == ("kv_group", ((0, (1,)),))
     scores["kv_group"][0] *= 2
-    assert select_removal(ARCHITECTURE, scores, rules, 0, max_units=1).units[0].kind == "ffn"
+    assert select_removal(ARCHITECTURE, scores, rules, 0, stop_before=past(1)).units[0].kind == "ffn"
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -58,7 +58,7 @@ def test_down_to_the_floor_and_no_further(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(5))
 def test_surviving_heads_belong_to_surviving_groups(seed: int) -> None:
     rules = SelectionRules(("kv_group", "query_head"), 32)
-    removal = select_removal(ARCHITECTURE, random_scores(ARCHITECTURE, seed), rules, 0, max_units=4)
+    removal = select_removal(ARCHITECTURE, random_scores(ARCHITECTURE, seed), rules, 0, stop_before=past(4))
     for layer, before, after in zip(range(3), ARCHITECTURE.layers, removal.after.layers, strict=True):
         groups = removal.kept["kv_group"][layer].repeat_interleave(after.queries_per_group)
         assert torch.equal(removal.kept["query_head"][layer] // before.queries_per_group, groups)
@@ -67,7 +67,7 @@ def test_surviving_heads_belong_to_surviving_groups(seed: int) -> None:
 def test_a_width_that_is_no_multiple_becomes_one() -> None:
     architecture = tiny_architecture(layers=(LayerShape(2, 1, 75),))
     rules = SelectionRules(("ffn",), 32)
-    removal = select_removal(architecture, {"ffn": [torch.rand(75)]}, rules, 0, max_units=1)
+    removal = select_removal(architecture, {"ffn": [torch.rand(75)]}, rules, 0, stop_before=past(1))
     assert removal.after.layers[0].intermediate_size == 64
 
 
@@ -117,10 +117,10 @@ def test_an_architecture_out_of_reach_is_refused(layers: tuple[LayerShape, ...],
 def test_two_removals_compose_to_one() -> None:
     scores = random_scores(ARCHITECTURE)
     rules = SelectionRules(ALL_KINDS, 8)
-    whole = select_removal(ARCHITECTURE, scores, rules, 0, max_units=9)
-    first = select_removal(ARCHITECTURE, scores, rules, 0, max_units=4)
+    whole = select_removal(ARCHITECTURE, scores, rules, 0, stop_before=past(9))
+    first = select_removal(ARCHITECTURE, scores, rules, 0, stop_before=past(4))
     remaining = {kind: [v[k] for v, k in zip(scores[kind], first.kept[kind], strict=True)] for kind in KINDS}
-    second = select_removal(first.after, remaining, rules, 0, max_units=5)
+    second = select_removal(first.after, remaining, rules, 0, stop_before=past(5))
     composed = compose(first.kept, second.kept)
     assert second.after == whole.after
     for kind, layers in whole.kept.items():

@@ -13,7 +13,7 @@ import torch
 from exporting import export
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from pruning import random_scores
+from pruning import past, random_scores
 from tiny import tiny_architecture, tiny_model
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from training import command, metrics, run, weights, without
@@ -245,7 +245,9 @@ def test_logits_are_those_of_the_rows_that_stay(family: str, tied: bool) -> None
     optimizer.step()
     scores = {"vocabulary": random_scores(architecture)["vocabulary"]}
     scores["vocabulary"][0][:3] = torch.inf
-    removal = select_removal(architecture, scores, SelectionRules(("vocabulary",), fixed_rows=3), 0, max_units=9)
+    removal = select_removal(
+        architecture, scores, SelectionRules(("vocabulary",), fixed_rows=3), 0, stop_before=past(9)
+    )
     remove_groups(model, removal, optimizer)
     kept = removal.kept["vocabulary"][0]
     assert len(kept) == model.config.vocab_size == 400 - 9 * 32 + 16  # the first brings 400 to a multiple of 32

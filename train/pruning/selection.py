@@ -353,17 +353,16 @@ def select_removal(
     scores: Scores,
     rules: SelectionRules,
     target: float,
-    max_units: int | None = None,
     stop_before: Callable[[Unit, Sequence[Unit]], bool] = lambda unit, taken: False,
 ) -> Removal:
     """Take the units with the lowest scores in order until the rules' measure is at most `target`.
 
-    It stops earlier after `max_units`, before a unit for which `stop_before` (unit, taken units) holds, or when nothing
-    more may be removed.
+    It stops earlier before a unit for which `stop_before` (unit, taken units) holds, or when nothing more may be
+    removed.
     """
     ranking = Ranking(architecture, scores, rules)
     units: list[Unit] = []
-    while rules.measure.of(ranking.architecture) > target and (max_units is None or len(units) < max_units):
+    while rules.measure.of(ranking.architecture) > target:
         unit = ranking.peek()
         if unit is None and ranking.rules.price is not None:  # no unit frees any of the ranking measure
             ranking.rank_by_measure()
