@@ -71,12 +71,12 @@ class ReaderScores(RunningScores):
 
     def attach(self, model: Any) -> None:
         self.detach()
-        modules = dict(model.named_modules())
-        readers = {name: module for name, module in modules.items() if name.endswith(READERS)}
-        self.weights = {name: module.weight for name, module in readers.items()}
-        self._handles = [each.register_forward_pre_hook(self._input_hook(name)) for name, each in readers.items()]
-        for name, module in modules.items() if "stem" in self.kinds else ():
-            if self._is_stem_norm(name) and not isinstance(module, nn.Identity):
+        self.weights = {}
+        for name, module in model.named_modules():
+            if name.endswith(READERS):
+                self.weights[name] = module.weight
+                self._handles.append(module.register_forward_pre_hook(self._input_hook(name)))
+            elif "stem" in self.kinds and self._is_stem_norm(name) and not isinstance(module, nn.Identity):
                 self._handles.append(module.register_forward_hook(self._output_hook(name)))
 
     def detach(self) -> None:

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from ..compute.distributed import Parallel, reshard
 from ..compute.loss import TrainingLoss, count_predicted
 from ..model.architecture import Architecture
-from ..model.groups import BLOCKS, KINDS
+from ..model.groups import BLOCKS
 from ..model.modeling_efficientllm import NoAttention, NoFeedForward
 from .criteria import is_energy
 from .running_scores import Scores
@@ -278,17 +278,20 @@ class BlockScores:
 
     def in_nats(self, scores: Scores) -> Scores:
         """Return the scores of groups as expected loss, together with those of the blocks."""
-        known = torch.cat([factors[factors > 0] for factors in self._factors.values()])
-        typical = float(known.median()) if len(known) else 1.0  # where only the stem is scored, its scale is no matter
+        all_factors = torch.cat(list(self._factors.values()))
+        known = all_factors[all_factors > 0]
+        typical = float(known.median()) if len(known) else 1.0  # the scale does not matter if only the stem is scored
         found: Scores = {}
         for name, vectors in scores.items():
-            if KINDS[name].is_whole_model:  # in all blocks at once
-                found[name] = [self._amplitudes(vector) * typical for vector in vectors]
-                continue
-            half: Half = next(half for half, (_, kinds) in HALVES.items() if name in kinds)
-            pairs = zip(vectors, self._factors[half], strict=True)
-            found[name] = [self._amplitudes(vector) * factor for vector, factor in pairs]
-        return found | {name: list(self._losses[name].split(1)) for name in self.names}
+            factors = torch.full((len(vectors),), typical, dtype=torch.float64)  # of groups in all blocks at once
+            for half, (_, kinds) in HALVES.items():
+                if name in kinds:
+                    factors = self._factors[half]
+            amplitudes = [self._amplitudes(vector) for vector in vectors]
+            found[name] = [amplitude * factor for amplitude, factor in zip(amplitudes, factors, strict=True)]
+        for name in self.names:
+            found[name] = list(self._losses[name].split(1))
+        return found
 
     def _amplitudes(self, saliency: Tensor) -> Tensor:
         """Return fp64 amplitudes on the CPU."""

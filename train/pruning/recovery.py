@@ -195,8 +195,9 @@ class InputGrams:
         """Observe `model`, again after it is rebuilt."""
         self.detach()
         for name, module in model.named_modules():
-            suffix = split_name(name)[1]
-            if suffix in self.readers and input_axis(suffix) in self.axes and isinstance(module, nn.Linear):
+            _, suffix = split_name(name)
+            is_observed = suffix in self.readers and input_axis(suffix) in self.axes
+            if is_observed and isinstance(module, nn.Linear):
                 self._handles.append(module.register_forward_pre_hook(self._observer(name)))
 
     def detach(self) -> None:
@@ -208,11 +209,13 @@ class InputGrams:
     def _observer(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         @torch.no_grad()
         def observe(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            if not module.training or (self.max_width and arguments[0].shape[-1] > self.max_width):
-                return
             x = arguments[0].detach().flatten(0, -2)
-            x = (x[:: max(1, len(x) // self.rows)] if self.rows else x).float()  # fp32: bf16 sums would cancel
+            if not module.training or (self.max_width and x.shape[1] > self.max_width):
+                return
+            if self.rows:
+                x = x[:: max(1, len(x) // self.rows)]
             with torch.autocast(x.device.type, enabled=False):
+                x = x.float()  # bf16 sums would cancel
                 gram = x.T @ x / len(x)
             average = self.grams.get(name)
             if average is None or average.shape != gram.shape:

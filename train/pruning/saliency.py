@@ -143,10 +143,12 @@ channel's size and added. In one signed sum over a large group, unrelated parts 
 
 def _fold_key_value_groups(criterion: Criterion, sums: Sums, architecture: Architecture, layer: int) -> Tensor:
     """Return [G]: a piece is one of the head's D channels, of key and value and of all R query heads together."""
-    groups, head_dim = architecture.layers[layer].num_key_value_heads, architecture.head_dim
-    queries = [term.view(groups, -1, head_dim).sum(1) for term in sums[layer, "query"]]  # [G, R, D] -> [G, D]
-    keys_values = [term.view(groups, head_dim) for term in sums[layer, "kv"]]
-    return criterion.combine(*(q + kv for q, kv in zip(queries, keys_values, strict=True))).sum(1)
+    groups = architecture.layers[layer].num_key_value_heads
+    terms = []
+    for queries, keys_values in zip(sums[layer, "query"], sums[layer, "kv"], strict=True):
+        of_queries = queries.view(groups, -1, architecture.head_dim).sum(1)  # [G, R, D] -> [G, D]
+        terms.append(of_queries + keys_values.view(groups, architecture.head_dim))
+    return criterion.combine(*terms).sum(1)
 
 
 def _fold_query_heads(criterion: Criterion, sums: Sums, architecture: Architecture, layer: int) -> Tensor:

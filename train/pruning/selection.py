@@ -206,19 +206,25 @@ class Ranking:
 
     def peek(self, kind: str | None = None) -> Unit | None:
         """Return the next unit, of any kind or of one."""
-        keys = [key for key in self._keys() if kind is None or key[0] == kind]
-        candidates = [unit for key in keys if (unit := self._candidate(*key)) is not None]
+        candidates = []
+        for name, layer in self._keys():
+            if kind is None or name == kind:
+                candidates.append(self._candidate(name, layer))
+        units = [unit for unit in candidates if unit is not None]
         # Ties (all-zero scores) are broken by position, so every rank and every resumed run agrees.
-        return min(candidates, key=lambda unit: (unit.score, unit.kind, unit.layer), default=None)
+        return min(units, key=lambda unit: (unit.score, unit.kind, unit.layer), default=None)
 
     def _keys(self) -> list[tuple[str, int | None]]:
         """Return (kind, layer) of every candidate. The layer is None if all layers lose at once."""
         layers = range(len(self.architecture.layers))
         keys: list[tuple[str, int | None]] = []
-        for name in self.rules.kinds:
-            at_once = KINDS[name].is_whole_model or self.rules.uniform
-            keys += [(name, None)] if at_once else [(name, layer) for layer in layers]
-        return keys + [(name, layer) for name in self.rules.blocks for layer in layers]
+        for name in (*self.rules.kinds, *self.rules.blocks):
+            is_group = name in KINDS
+            if is_group and (KINDS[name].is_whole_model or self.rules.uniform):
+                keys.append((name, None))
+            else:
+                keys += [(name, layer) for layer in layers]
+        return keys
 
     def _candidate(self, name: str, layer: int | None) -> Unit | None:
         key = (name, layer)
@@ -291,9 +297,11 @@ class Ranking:
         if name == "query_head":  # as many of every key/value group, [G * R] -> [G, n], so that groups stay equal
             per_group = self._scores[name][layer][kept].view(step, -1)
             lowest = per_group.argsort(dim=1, stable=True)[:, : size // step]
-            return kept[(lowest + torch.arange(step)[:, None] * per_group.shape[1]).flatten().sort().values]
-        gone = len(self._order[name][layer]) - len(kept)  # always the lowest
-        return self._order[name][layer][gone : gone + size].sort().values
+            first_of_group = torch.arange(step)[:, None] * per_group.shape[1]
+            return kept[(lowest + first_of_group).flatten().sort().values]
+        order = self._order[name][layer]
+        num_removed = len(order) - len(kept)  # always the lowest
+        return order[num_removed : num_removed + size].sort().values
 
     def take(self, unit: Unit) -> None:
         """Remove a unit that `peek` returned, and drop the cached candidates that it may have changed."""
@@ -329,12 +337,14 @@ class Ranking:
         self.architecture = BLOCKS[name].without(self.architecture, layer)
 
     def _take_groups(self, unit: Unit) -> None:
+        kept, kind = self.kept[unit.kind], KINDS[unit.kind]
         for layer, positions in unit.parts:
-            row, removed = layer or 0, torch.tensor(positions)
+            row = layer or 0
+            removed = torch.tensor(positions)
             if unit.kind == "kv_group":
                 self._take_query_heads(row, removed)
-            self.kept[unit.kind][row] = _without_values(self.kept[unit.kind][row], removed)
-            self.architecture = KINDS[unit.kind].shrink(self.architecture, row, len(positions))
+            kept[row] = _without_values(kept[row], removed)
+            self.architecture = kind.shrink(self.architecture, row, len(positions))
 
     def _take_query_heads(self, layer: int, removed: Tensor) -> None:
         """Remove the query heads of removed key/value groups. They lie group by group, [G, R], before and after."""

@@ -80,12 +80,17 @@ def _shrunk_state(name: str, state: dict[str, Any], removal: Removal) -> dict[st
     factor = width_factor(name, removal.before, removal.after)
     new = {}
     for key, value in state.items():
-        if torch.is_tensor(value) and value.dim() > 0:
+        if _is_per_weight(value):
             value = slice_tensor(name, value, removal)
             if factor != 1.0:
                 value = value / (factor if key == "exp_avg" else factor**2)
         new[key] = value
     return new
+
+
+def _is_per_weight(value: Any) -> bool:
+    """Tell whether a value of an optimizer's state has the shape of its parameter; the number of steps has not."""
+    return torch.is_tensor(value) and value.dim() > 0
 
 
 def _parents(model: nn.Module, name: str) -> list[tuple[nn.Module, str]]:
@@ -210,10 +215,12 @@ def zero_groups(model: Any, removal: Removal, optimizer: torch.optim.Optimizer |
     """Remove the same groups by zeroing their weights and optimizer moments. Shapes stay."""
     set_survivors(model, kept_channels(removal.kept, removal.before, None, "hidden"))
     for name, parameter in model.named_parameters():
-        state = optimizer.state.get(parameter, {}) if optimizer is not None else {}
-        moments = [value for value in state.values() if torch.is_tensor(value) and value.dim() > 0]
+        tensors = [parameter.data]
+        if optimizer is not None:
+            state = optimizer.state.get(parameter, {})
+            tensors += [value for value in state.values() if _is_per_weight(value)]
         for dim, index in _removed_channels(name, parameter, removal):
-            for tensor in (parameter.data, *moments):
+            for tensor in tensors:
                 _fill_zero(tensor, dim, index)
 
 
