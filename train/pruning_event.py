@@ -193,8 +193,11 @@ class PruningEvent:
         rules = self.pruner.rules
         remaining = {kind: scores_of_kept(vectors, removal.kept.get(kind)) for kind, vectors in scores.items()}
         ranking = Ranking(removal.after, remaining, rules)
-        next_units = {name: ranking.peek(name) for name in (*rules.kinds, *rules.blocks)}
-        self.pruner.next_saliency = {name: unit.score for name, unit in next_units.items() if unit is not None}
+        self.pruner.next_saliency = {}
+        for name in (*rules.kinds, *rules.blocks):
+            unit = ranking.peek(name)
+            if unit is not None:
+                self.pruner.next_saliency[name] = unit.score
         return ranking.peek()
 
     def _zero(self, removal: Removal) -> None:
@@ -207,9 +210,10 @@ class PruningEvent:
 
     def _recover(self, former: Any, groups: Removal, rows: Tensor | None) -> None:
         """Refit the model to `former`, its copy from before the event. `rows` are the surviving rows of `former`."""
+        model, dtype = self.trained.model, self.trained.loss.dtype
+        stem = groups.kept["stem"][0]
+        refit = LeastSquares(model, former, stem, self.settings.recover_damping, dtype, rows)
         windows = self.text.extra_windows(self.settings.recover_tokens)
         tokens = torch.from_numpy(self.parallel.own_rows(windows)).to(self.parallel.device)
-        tokens = torch.where(tokens < 0, ~tokens, tokens)[:, :-1]
-        model, damping, dtype = self.trained.model, self.settings.recover_damping, self.trained.loss.dtype
-        refit = LeastSquares(model, former, groups.kept["stem"][0], damping, dtype, rows)
-        refit.fit(tokens, self.parallel, self.stop_signal.check)
+        inputs = torch.where(tokens < 0, ~tokens, tokens)[:, :-1]  # ~token is a token that is not predicted
+        refit.fit(inputs, self.parallel, self.stop_signal.check)

@@ -107,10 +107,12 @@ def read_pieces(data: Mapping[str, Any], num_rows: int) -> Pieces:
 def bytes_of_tokens(data: Mapping[str, Any]) -> dict[int, bytes]:
     """Return {id: UTF-8 bytes of the text} of a tokenizer.json. Added tokens are omitted, as their text is markup."""
     added = {each["id"] for each in data.get("added_tokens", [])}
-    steps = data.get("decoder") or {}
-    is_byte_level = any(step.get("type") == "ByteLevel" for step in (steps, *steps.get("decoders", ())))
+    decoder = data.get("decoder") or {}
+    steps = [decoder, *decoder.get("decoders", ())]
+    is_byte_level = any(step.get("type") == "ByteLevel" for step in steps)
     alphabet = byte_alphabet() if is_byte_level else None
-    return {index: _bytes_of(text, alphabet) for index, text in _texts_of(data["model"]).items() if index not in added}
+    texts = _texts_of(data["model"])
+    return {index: _bytes_of(text, alphabet) for index, text in texts.items() if index not in added}
 
 
 def _bytes_of(text: str, alphabet: Mapping[str, int] | None) -> bytes:

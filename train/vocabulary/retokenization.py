@@ -139,15 +139,19 @@ class TokenAligner:
         """Return the source's tokens for the text of the model's tokens [B, S], and their alignment."""
         rows = [self._align(row) for row in tokens.tolist()]
         width = max(len(ids) for ids, _ in rows)
-        ids = torch.tensor([row + [0] * (width - len(row)) for row, _ in rows])  # padding after the text is never read
-        places = torch.tensor(
-            [[place if place < 0 else place + at * width for place in each] for at, (_, each) in enumerate(rows)]
-        )
+        padded, places = [], []
+        for index, (ids, places_in_row) in enumerate(rows):
+            padded.append(ids + [0] * (width - len(ids)))  # padding after the text is never read
+            places += [place if place < 0 else index * width + place for place in places_in_row]
         device = tokens.device
-        return SourceText(ids.to(device), places.flatten().to(device), self._first.to(device))
+        return SourceText(
+            torch.tensor(padded, device=device), torch.tensor(places, device=device), self._first.to(device)
+        )
 
     def _align(self, row: Sequence[int]) -> tuple[list[int], list[int]]:
         """Return the source's tokens, and for each of the model's the index of the one with the same end, or -1."""
         ids = self._retokenizer.retokenize(row)
-        ends = {end: place for place, end in enumerate(itertools.accumulate(map(self._source.length, ids)))}
-        return ids, [ends.get(end, -1) for end in itertools.accumulate(map(self._model.length, row))]
+        source_ends = itertools.accumulate(self._source.length(index) for index in ids)
+        place_of_end = {end: place for place, end in enumerate(source_ends)}
+        model_ends = itertools.accumulate(self._model.length(index) for index in row)
+        return ids, [place_of_end.get(end, -1) for end in model_ends]
