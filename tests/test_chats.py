@@ -96,6 +96,7 @@ def test_records_with_messages_are_chats(chats: Path, suffix: str, tmp_path: Pat
         ("hello", "must be a list of"),
         ([{"role": "user"}], r'message 1 of line 1 must be \{"role": ..., "content": ...\}'),
         ([{"role": "user", "content": "Hi"}], "no message has the role assistant"),
+        ([{"role": "assistant", "content": "Hi", "weight": 0}], "no message has the role assistant and a weight of 1"),
         ([{"role": "assistant", "content": "\ud800"}], "not Unicode"),
     ],
 )
@@ -132,6 +133,10 @@ REFUSED: dict[str, tuple[dict[str, object], str]] = {
     "null of a question": ({"messages": [{"role": "user", "content": None}, ANSWERED]}, 'message 1 of {} 2 has a "con'),
     "nothing": (answer(content=""), 'message 2 of {} 2 has an empty "content", which is no answer; give it a text'),
     "blank": (answer(content=" \n"), 'message 2 of {} 2 has an empty "content"'),
+    "another weight": (
+        answer(weight=0.5),
+        'message 2 of {} 2 has the "weight" 0.5; give 0 for an answer that is not learned, or 1',
+    ),
     "a call of a user": (
         {"messages": [{**ASKED, "tool_calls": CALLS}, ANSWERED]},
         'message 1 of {} 2 has "tool_calls", which only an assistant\'s message can have',
@@ -212,6 +217,22 @@ CALLED = {
     ],
     "tools": [TOOL],
 }
+
+
+@pytest.mark.parametrize("kind", ["text", "call"])
+def test_an_answer_of_weight_0_is_read_and_not_learned(
+    kind: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """OpenAI's field for earlier turns."""
+    earlier = ANSWERED if kind == "text" else {"role": "assistant", "content": None, "tool_calls": CALLS}
+    last = {"role": "assistant", "content": "Ciao", "weight": 1}
+    chat = read_one({"messages": [ASKED, {**earlier, "weight": 0}, ASKED, last]}, tmp_path)
+    whole, answers = learned(tokenizer, chat)
+    assert answers == "Ciao<|im_end|>\n"
+    assert ("Hello." if kind == "text" else "<tool_call>") in whole
+    assert read_one(json.loads(chat.to_json()), tmp_path) == chat
+
+
 NATIVE_TEMPLATE = (
     "{% if tools %}<|im_start|>tools\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}"

@@ -32,7 +32,8 @@ class Chat:
     """A document that is a conversation, possibly with functions."""
 
     messages: tuple[Message, ...]
-    """Messages in OpenAI's form. The content is text, and the arguments of calls are objects."""
+    """Messages in OpenAI's form. The content is text, and the arguments of calls are objects. An answer with a weight
+    of 0 is read and not learned."""
     tools: tuple[Mapping[str, Any], ...] = ()
     """Functions that the assistant may call, {"type": "function", "function": {...}}."""
     is_cut: bool = False
@@ -77,7 +78,7 @@ class Span:
 
     text: str
     is_answer: bool
-    """True for an answer of the assistant, which includes the end of its turn."""
+    """True for an answer of the assistant that is learned. It includes the end of its turn."""
 
 
 def chat_template_of(tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -137,7 +138,8 @@ class ChatFormat:
                 answered = self._render(chat, index + 1, add_generation_prompt=False)
                 if not (prompt.startswith(rendered) and answered.startswith(prompt)):
                     raise DataError("the source's chat template rewrites earlier turns; give chats of one question")
-                spans += [Span(prompt[len(rendered) :], False), Span(answered[len(prompt) :], True)]
+                is_learned = message.get("weight", 1) != 0
+                spans += [Span(prompt[len(rendered) :], False), Span(answered[len(prompt) :], is_learned)]
                 rendered = answered
         except UsageError as error:
             raise DataError(f"a chat of {len(chat.messages)} turns: {error}") from error

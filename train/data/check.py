@@ -167,6 +167,8 @@ def rows(files: Sequence[FileReport], tests: Sequence[FileReport], sequence_leng
         shared = [sum(each.requests[request] for request in held_out) for each in files]
         table.append(["requests that are also in --test", *(f"{count:,}" for count in shared), *("" for _ in tests)])
     title = "tokens, median / 95 % / maximum"
+    whole = [list(map(sum, zip(each.prompt_tokens, each.learned_tokens, strict=True))) for each in everything]
+    table.append([f"whole {title}", *map(_lengths, whole)])
     table.append([f"prompt {title}", *(_lengths(each.prompt_tokens) for each in everything)])
     table.append([f"learned {title}", *(_lengths(each.learned_tokens) for each in everything)])
     cut = f"chats over {sequence_length} tokens, which windows cut"

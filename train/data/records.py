@@ -110,8 +110,8 @@ def _checked_unicode(context: ReadContext, text: str, name: str) -> str:
 
 def _chat(context: ReadContext, record: Mapping[str, Any], messages: list[Message], place: str) -> Chat:
     """Return a chat of checked messages with the record's functions. Raises DataError without an answer."""
-    if not any(message["role"] == "assistant" for message in messages):
-        raise context.error(f"{place} has no answer to learn: no message has the role assistant")
+    if not any(message["role"] == "assistant" and message.get("weight", 1) for message in messages):
+        raise context.error(f"{place} has no answer to learn: no message has the role assistant and a weight of 1")
     return Chat(tuple(messages), _tools(context, record, place), record.get("cut") is True)
 
 
@@ -139,6 +139,10 @@ def _message(context: ReadContext, message: Any, place: str) -> Message:
     if not isinstance(message, dict):
         raise malformed
     _refuse_older_field(context, message, "function_call", place)
+    weight = message.get("weight")
+    if weight not in (None, 0, 1):
+        raise context.error(f'{place} has the "weight" {weight!r}; give 0 for an answer that is not learned, or 1')
+    own = {"weight": 0} if weight == 0 else {}
     role, content, calls = message.get("role"), message.get("content", "missing"), message.get("tool_calls")
     if not isinstance(role, str):
         raise malformed
@@ -151,7 +155,7 @@ def _message(context: ReadContext, message: Any, place: str) -> Message:
         if calls is None:
             raise context.error(f'the "tool_calls" of {place} must be a list')
         content = content if isinstance(content, str) and content != "missing" else ""
-        return {"role": role, "content": _checked_unicode(context, content, place), "tool_calls": calls}
+        return {"role": role, "content": _checked_unicode(context, content, place), "tool_calls": calls, **own}
     if content is None:
         error = f'{place} has a "content" that is null; give it a text, or remove the record'
         raise context.error(error, EmptyAnswerError if role == "assistant" else DataError)
@@ -160,7 +164,7 @@ def _message(context: ReadContext, message: Any, place: str) -> Message:
     if role == "assistant" and not content.strip():
         error = f'{place} has an empty "content", which is no answer; give it a text, or remove the record'
         raise context.error(error, EmptyAnswerError)
-    return {"role": role, "content": _checked_unicode(context, content, place)}
+    return {"role": role, "content": _checked_unicode(context, content, place), **own}
 
 
 def _call(context: ReadContext, call: Any, place: str) -> dict[str, Any]:
