@@ -25,7 +25,7 @@ SIDES = (((6, 6), "left"), ((6, -6), "left"), ((-6, 6), "right"), ((-6, -6), "ri
 
 
 def over_seeds(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row a point: means over seeds; the error of the KL over documents, or over seeds where there are several."""
+    """Return a row per point with means over seeds. The error of the KL is over seeds or documents."""
     by_point: dict[str, list[dict[str, Any]]] = {}
     for result in results:
         by_point.setdefault(result["point"], []).append(result)
@@ -56,7 +56,7 @@ def over_seeds(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _tasks_of(found: Sequence[dict[str, Any]]) -> list[str]:
-    """Names of those that all of `found` were measured on."""
+    """Return the tasks that all of `found` were measured on."""
     return [name for name in found[0].get("tasks", {}) if all(name in each.get("tasks", {}) for each in found)]
 
 
@@ -66,14 +66,14 @@ def _mean_of(found: Sequence[dict[str, Any]], name: str) -> float | None:
 
 
 def is_on_front(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> bool:
-    """Whether no file that is at most as large is closer to the source."""
+    """Return whether no file of at most the same size is closer to the source."""
     return not any(
         other["kl"] < row["kl"] and other["file_bytes"] <= row["file_bytes"] for other in rows if other is not row
     )
 
 
 def timings(study: FilesStudy) -> dict[str, dict[str, Any]]:
-    """{point: what efficientllm-bench measured of its file}; {} where nothing was timed."""
+    """Return {point: result of efficientllm-bench for its file}, {} if nothing was timed."""
     path = study.folder / "bench.json"
     if not path.is_file():
         return {}
@@ -83,7 +83,7 @@ def timings(study: FilesStudy) -> dict[str, dict[str, Any]]:
 
 
 def table(rows: Sequence[dict[str, Any]], timed: dict[str, dict[str, Any]]) -> str:
-    """Markdown; a file on the front is bold."""
+    """Return the table in Markdown. Files on the front are bold."""
     kinds = list(rows[0]["bits_per_byte"])
     speeds = list(next(iter(timed.values()))["speeds"]) if timed else []
     header = ["file", "on disk", "parameters", "KL from the source", *(f"bits per byte, {kind}" for kind in kinds)]
@@ -107,7 +107,7 @@ def table(rows: Sequence[dict[str, Any]], timed: dict[str, dict[str, Any]]) -> s
 
 
 def write_files_report(study: FilesStudy, path: Path) -> None:
-    """FILE.md, FILE.png and FILE.jsonl (the front's points and the others)."""
+    """Write FILE.md, FILE.png and FILE.jsonl, which has all points."""
     rows = over_seeds(study.results())
     if not rows:
         return
@@ -124,20 +124,22 @@ def write_files_report(study: FilesStudy, path: Path) -> None:
 def _heading(config: FilesConfig, path: Path) -> list[str]:
     """Return the lines that describe the settings of the table."""
     data = ", ".join(display_name(each) for each in config.data)
-    tasks = f"; tasks: {config.limit or 'all'} documents" if config.tasks != ("none",) else ""
+    tasks = f" Tasks have {config.limit or 'all'} documents each." if config.tasks != ("none",) else ""
     return [
         "# Files by bytes",
         "",
-        "Written by `python -m research.study --equal-bytes`. A file is TYPE[/TYPE OF HEAD AND "
-        "EMBEDDING][@BYTES that it was pruned to], rounded by an importance matrix (+imatrix) or trained on its grid "
-        "(+qat); on the front (bold) is what no file that is as small is closer to the source than.",
+        "Written by `python -m research.study --equal-bytes`. The name of a file is its type, the type of its head "
+        "and embedding after `/`, and the bytes that it was pruned to after `@`. Files with `+imatrix` are rounded by "
+        "an importance matrix. Files with `+qat` are trained on their grid. Bold files are on the front: no file of "
+        "at most their size is closer to the source.",
         "",
-        f"- source: {display_name(config.source)}; trained: {config.tokens:,} tokens of {data}; batch "
-        f"{config.batch_size} x {config.sequence_length}, peak learning rate {config.learning_rate:g}",
-        f"- KL: nats per token from the fp32 source, in llama.cpp, mean of {' and '.join(KINDS)} (first 256 tokens of "
-        f"{config.documents} each), ± its standard error",
-        f"- chat answers: perplexity; questions: right of a hundred{tasks}",
-        f"- speeds: tokens per second, efficientllm-bench; threads: {config.threads or 'all'}, rounds: {config.rounds}",
+        f"- The source is {display_name(config.source)}. Training takes {config.tokens:,} tokens of {data}. The batch "
+        f"is {config.batch_size} x {config.sequence_length}, the peak learning rate {config.learning_rate:g}.",
+        f"- KL is in nats per token from the fp32 source, in llama.cpp. It is the mean of {' and '.join(KINDS)} (first "
+        f"256 tokens of {config.documents} each), ± its standard error.",
+        f"- *Chat answers* is a perplexity. *Questions* counts right answers of a hundred.{tasks}",
+        f"- Speeds are in tokens per second, by efficientllm-bench with {config.threads or 'all'} threads in "
+        f"{config.rounds} rounds.",
         "",
         f"![KL and bytes]({path.with_suffix('.png').name})",
         "",
@@ -145,7 +147,7 @@ def _heading(config: FilesConfig, path: Path) -> list[str]:
 
 
 def draw_front(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """KL against megabytes: whole models grey, pruned ones blue, filled where they were trained on their grid."""
+    """Draw KL against megabytes: whole models grey, pruned ones blue, and filled if trained on their grid."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8.4, 5.2), layout="constrained")
@@ -177,7 +179,7 @@ def draw_front(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def _name_points(axes: Any, named: Sequence[tuple[tuple[float, float], str]]) -> None:
-    """Every name beside its point, on the side where it covers the fewest points and names."""
+    """Write every name beside its point, on the side where it covers the fewest points and names."""
     from matplotlib.transforms import Bbox
 
     axes.figure.draw_without_rendering()

@@ -27,13 +27,13 @@ from .study import Study
 
 
 def nats_of_arms(results: Results, keep: float) -> dict[str, list[float]]:
-    """{arm: nats on the study's first text, one for each seed}, of the arms that train at a ratio."""
+    """Return {arm: nats on the study's first text by seed} of the arms that train at a ratio."""
     found = {arm: of_arm(results, arm, keep) for arm, description in ARMS.items() if description.trains}
     return {arm: [result.nats for result in seeds] for arm, seeds in found.items() if seeds}
 
 
 def _ours(arms: Iterable[str]) -> list[str]:
-    """Those of ours: those that rank by a device where there are any."""
+    """Return our arms, only those that rank by a device if there are any."""
     arms = list(arms)
     return [arm for arm in arms if ARMS[arm].is_for_device] or [arm for arm in arms if ARMS[arm].is_ours]
 
@@ -50,28 +50,28 @@ def _over_seeds(values: Sequence[float], digits: int) -> str:
 
 
 def _task_cell(evaluations: Sequence[Evaluation], name: str) -> str:
-    """Mean over seeds; the error is that of one seed's documents, which seeds share."""
+    """Return the mean over seeds. The error is that of one seed's documents, which seeds share."""
     scores = [evaluation.tasks[name] for evaluation in evaluations]
     error = statistics.fmean(score.stderr() for score in scores)
     return f"{statistics.fmean(score.mean() for score in scores):.3f} ± {error:.3f}"
 
 
 def _chat_cells(evaluations: Sequence[Evaluation]) -> list[str]:
-    """Nats of the end of a turn, and questions of fact answered right."""
+    """Return the nats of the end of a turn, and the number of questions answered right."""
     measured = [evaluation.quality for evaluation in evaluations if evaluation.quality is not None]
     ends = [statistics.fmean(quality.turn_ends) for quality in measured]
     return [_over_seeds(ends, 2), _over_seeds([sum(quality.right) for quality in measured], 0)]
 
 
 def _overlap(results: Results, arm: str, reference: str | None, keep: float, source: Architecture) -> str:
-    """Jaccard index of what two arms removed; nothing for an arm and itself."""
+    """Return the Jaccard index of the groups that two arms removed, "" for an arm and itself."""
     if reference is None or arm == reference:
         return ""
     return _in_common(of_arm(results, arm, keep), of_arm(results, reference, keep), source)
 
 
 def _in_common(some: Results, others: Results, source: Architecture) -> str:
-    """Jaccard index of what the first of each removed; nothing where one of them is not there or removed nothing."""
+    """Return the Jaccard index of the groups that the first of each removed, "" if one of them removed nothing."""
     first, second = (found[0].survivors if found else None for found in (some, others))
     return f"{jaccard_of_removed(first, second, source):.2f}" if first is not None and second is not None else ""
 
@@ -82,7 +82,7 @@ def _untouched(results: Results) -> StudyResult | None:
 
 
 def table(results: Results, keep: float, source: Architecture) -> str:
-    """One row per arm at a ratio."""
+    """Return a table with one row per arm at a ratio."""
     texts, tasks = list(results[0].perplexities), list(results[0].evaluation.tasks)
     chats = all(result.evaluation.quality is not None and result.evaluation.quality.answers for result in results)
     is_timed = results[0].ms is not None
@@ -145,7 +145,7 @@ def transfer_table(results: Results, keep: float, source: Architecture) -> str:
 
 
 def verdict(results: Results, keep: float) -> str:
-    """Which arm has the lowest perplexity on the study's first text, and where ours stand."""
+    """Return sentences that compare our best arm with the best baseline on the study's first text."""
     text = next(iter(results[0].perplexities))
     nats = {arm: seeds for arm, seeds in nats_of_arms(results, keep).items() if not ARMS[arm].same_for_all_ratios}
     means = {arm: statistics.fmean(values) for arm, values in nats.items()}
@@ -155,24 +155,24 @@ def verdict(results: Results, keep: float) -> str:
         return ""
     best, rival = min(ours, key=lambda arm: means[arm]), min(others, key=lambda arm: means[arm])
     is_first = means[best] <= means[rival]
-    relation = "the best of ours leads" if is_first else "**a baseline is ahead of ours**"
+    relation = "our best arm has the lowest perplexity" if is_first else "**a baseline has the lowest perplexity**"
     return (
-        f"On {text}, {relation}: {ARMS[best].title} {math.exp(means[best]):.2f}, best baseline "
-        f"({ARMS[rival].title}) {math.exp(means[rival]):.2f}{_significance(nats[best], nats[rival])}."
+        f"On {text}, {relation}. Ours has {math.exp(means[best]):.2f} ({ARMS[best].title}). The best baseline has "
+        f"{math.exp(means[rival]):.2f} ({ARMS[rival].title}). {_significance(nats[best], nats[rival])}"
     )
 
 
 def _significance(ours: Sequence[float], rivals: Sequence[float]) -> str:
-    """Return the difference in standard errors over seeds, if both arms have several."""
+    """Return a sentence with the difference and its standard error over seeds, if both arms have several."""
     if len(ours) < 2 or len(rivals) < 2:
-        return " (too few seeds for an error)"
+        return "There are too few seeds for an error."
     error = math.sqrt(statistics.variance(ours) / len(ours) + statistics.variance(rivals) / len(rivals))
     difference = statistics.fmean(rivals) - statistics.fmean(ours)
-    return f" ({difference:+.3f} ± {error:.3f} nats over seeds)"
+    return f"The difference is {difference:+.3f} ± {error:.3f} nats over seeds."
 
 
 def seeds_paragraph(results: Results, keep: float, source: Architecture) -> str:
-    """How much of what is removed two seeds of an arm agree on."""
+    """Return lines with the Jaccard index of the groups that two seeds of an arm removed."""
     lines = []
     for arm in ARMS:
         found = [result.survivors for result in of_arm(results, arm, keep) if result.survivors is not None]
@@ -193,22 +193,23 @@ def markdown(study: Study, results: Results, folder_name: str) -> str:
     parts = [
         "# The study at equal time" if config.device_profile else "# The study",
         "",
-        "Written by `python -m research.study`; the figures of every run are in "
+        "Written by `python -m research.study`. The figures of every run are in "
         f"[{folder_name}/results.json]({folder_name}/results.json).",
         "",
-        f"- source: {config.source}, {format_count(study.source.num_parameters)} parameters; all arms start from it",
-        f"- {config.tokens:,} tokens an arm, the same in the same order: {data}; batch {config.batch_size} x "
-        f"{config.sequence_length}, peak learning rate {config.learning_rate:g}",
-        f"- perplexity on text that no arm trains on (six kinds and chat answers that ship with the package{sizes}); "
-        "end of turn: nats of the token that ends an answer; questions: of a hundred, answered right",
-        *([f"- tasks zero-shot on the first {config.limit or 'all'} documents"] if results[0].evaluation.tasks else []),
-        "- ± is the standard error over documents, brackets are the range over seeds; matrix products in "
-        f"{config.eval_dtype}",
-        f"- commit {commit() or 'unknown'}, {hardware.describe()} {chips}".rstrip(),
+        f"- All arms start from {config.source}, {format_count(study.source.num_parameters)} parameters. Each trains "
+        f"on the same {config.tokens:,} tokens of {data}. The batch is {config.batch_size} x {config.sequence_length}, "
+        f"the peak learning rate {config.learning_rate:g}.",
+        "- Perplexity is measured on text that no arm trains on: six kinds and chat answers that ship with the "
+        f"package{sizes}. *End of turn* is the nats of the token that ends an answer. *Questions* counts right answers "
+        "of a hundred.",
+        *([f"- Tasks are zero-shot, {config.limit or 'all'} documents each."] if results[0].evaluation.tasks else []),
+        "- ± is the standard error over documents. Brackets are the range over seeds. Matrix products are in "
+        f"{config.eval_dtype}.",
+        f"- Commit {commit() or 'unknown'}, {hardware.describe()} {chips}".rstrip() + ".",
         *_device_line(study),
-        "- nats above the source: of the mean over those kinds of text; TFLOP: 6 per parameter and token, 2 more per "
-        "parameter of the source for a teacher; 'removed as ours': Jaccard index of the removed FFN channels and heads "
-        "with the best arm of ours, seed 0",
+        "- *Nats above the source* is the mean over those kinds of text. TFLOP counts 6 per parameter and token, and 2 "
+        "more per parameter of the source for a teacher. *Removed as ours* is the Jaccard index of the removed FFN "
+        "channels and heads with our best arm, seed 0.",
         "",
     ]
     for keep in map(float, config.keep):
@@ -221,13 +222,13 @@ def markdown(study: Study, results: Results, folder_name: str) -> str:
         if line:
             parts += [line, ""]
         if transfer := transfer_table(results, keep, study.source):
-            parts += ["Groups that competed for another device's milliseconds, as fast here:", "", transfer, ""]
+            parts += ["Groups ranked for another device, with the same time on this one:", "", transfer, ""]
         parts += [f"![Perplexity of every arm]({folder_name}/perplexity-{keep:g}.png)", ""]
-        parts += [f"What remains of *{ARMS[reference].title}*:", ""]
-        parts += [f"![What remains]({folder_name}/architecture-{keep:g}.png)", ""]
+        parts += [f"Shape after *{ARMS[reference].title}*:", ""]
+        parts += [f"![Shape after pruning]({folder_name}/architecture-{keep:g}.png)", ""]
         agreement = seeds_paragraph(results, keep, study.source)
         if agreement:
-            parts += ["Agreement of seeds (Jaccard index of what they removed):", "", agreement, ""]
+            parts += ["Jaccard index of the groups that two seeds removed:", "", agreement, ""]
     return "\n".join(parts)
 
 
@@ -238,8 +239,8 @@ def _device_line(study: Study) -> list[str]:
         return []
     errors = ", ".join(f"{error.median:.1%} at depth {error.depth}" for error in time.profile.errors)
     return [
-        f"- all arms end at the same predicted time of {time.describe()}; median error of its profile: {errors}; arms "
-        "rank by parameters unless they say otherwise"
+        f"- All arms end at the same predicted time of {time.describe()}. The median error of its profile is {errors}. "
+        "Arms rank by parameters unless their name says otherwise."
     ]
 
 
@@ -270,7 +271,7 @@ def write_report(study: Study, path: Path) -> None:
 
 
 def _public(value: Any) -> Any:
-    """JSON values without the folders of the machine they are from."""
+    """Return JSON values without the folders of the machine that they are from."""
     if isinstance(value, dict):
         return {name: _public(item) for name, item in value.items()}
     if isinstance(value, str) and "/" in value:

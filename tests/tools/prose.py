@@ -102,9 +102,8 @@ def docstrings(root: Path) -> Iterator[tuple[str, bool]]:
 
 
 def documents(root: Path) -> list[Path]:
-    """Return README.md and the pages of docs/ that people write; pages that a study writes are left out."""
-    written = [page for page in sorted((root / "docs").rglob("*.md")) if "results" not in page.parts]
-    return [root / "README.md", *(page for page in written if page.name != "results.md")]
+    """Return README.md, SECURITY.md and the pages of docs/."""
+    return [root / "README.md", root / "SECURITY.md", *sorted((root / "docs").rglob("*.md"))]
 
 
 def first_word(docstring: str) -> str:
