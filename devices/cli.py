@@ -12,6 +12,7 @@ from ..runtime.base import flags
 from ..runtime.base.command import run_command
 from ..runtime.base.errors import UsageError
 from ..runtime.base.output import check_file
+from ..runtime.engines.artefact import ARTEFACT_HELP
 from ..runtime.latency.profile import DeviceProfile
 from . import compare, run_table
 from .bench import benchmark, journal_path, log_progress
@@ -32,9 +33,7 @@ def build_parser() -> flags.Parser:
         description="Measure artefacts on this machine, a board or a phone: bytes, load time, time to first token, "
         "prefill (pp) and decode (tg) speed as llama-bench names them, memory, temperature and energy.",
     )
-    parser.add_argument(
-        "artefacts", nargs="*", metavar="ARTEFACT", help="folder of efficientllm-export, or a .gguf or .pte file"
-    )
+    parser.add_argument("artefacts", nargs="*", metavar="ARTEFACT", help=ARTEFACT_HELP)
     output = parser.add_argument_group("output")
     output.add_argument("--json", metavar="FILE", help="write all figures as JSON; an interrupted run resumes from it")
     output.add_argument("--html", metavar="FILE", help="write a self-contained page, as efficientllm-report")

@@ -133,8 +133,11 @@ def _with_name(settings: CardSettings, output: Path) -> CardSettings:
 def _hub_entries(artefacts: Sequence[Path], name: str) -> list[HubEntry]:
     entries: list[HubEntry] = []
     for path in artefacts:
-        manifest = Manifest.read(path)
-        Artefact.open(path).verify()
+        artefact = Artefact.open(path)
+        artefact.verify()
+        manifest = artefact.manifest
+        if manifest is None:
+            raise UsageError(f"{path} has no {MANIFEST_NAME}; give a folder written by efficientllm-export")
         library, targets = _library(manifest), [entry.target for entry in entries]
         if manifest.engine == "llama.cpp":
             target = f"{name}-{manifest.quantization.upper()}.gguf"
@@ -145,7 +148,7 @@ def _hub_entries(artefacts: Sequence[Path], name: str) -> list[HubEntry]:
         kind = (manifest.engine, manifest.quantization)
         if target in targets or kind in [(entry.manifest.engine, entry.manifest.quantization) for entry in entries]:
             raise UsageError(f"{path}: a second {' in '.join(kind)}; give one artefact of each runtime and type")
-        entries.append(HubEntry(path, manifest, target))
+        entries.append(HubEntry(artefact.path, manifest, target))
     return entries
 
 

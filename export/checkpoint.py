@@ -17,6 +17,8 @@ import numpy as np
 
 from ..runtime.base.errors import ModelError, UsageError
 from ..runtime.base.extras import extra
+from ..runtime.base.files import require_room
+from ..runtime.base.model_names import check_source
 from ..runtime.chat_template import render_chat
 from ..runtime.engines.hf_tokenizer import read_settings, special_token
 from ..runtime.sampling import LLAMA_CPP_DEFAULTS, SamplingOptions
@@ -194,14 +196,12 @@ def open_checkpoint(name: str) -> Iterator[Checkpoint]:
 
     Other sources than local folders are loaded with torch into a temporary folder.
     """
-    path = Path(name)
-    if (path / "model" / "config.json").is_file():
-        path = path / "model"
+    path = check_source(name, name)
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise UsageError(f"{name}: the folder has no config.json; give a run or a Hugging Face model folder")
         yield Checkpoint(path, name)
         return
+    if path.is_file():  # at least its bytes, which is known before the seconds of loading
+        require_room(Path(tempfile.gettempdir()), path.stat().st_size)
     with extra("train"):
         from ..train.model.irregular import save_checkpoint
         from ..train.model.source import load_source

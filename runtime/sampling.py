@@ -16,13 +16,14 @@ LLAMA_CPP_DEFAULTS = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0
 
 
 @dataclass(frozen=True)
-class SamplingOptions:
-    """Sampling."""
+class SamplingDefaults:
+    """Sampling defaults for requests that set nothing; else the model's own, else llama.cpp's."""
 
-    temperature: float | None = flags.number(0.0, at_least=0, at_most=1e30)
-    """Divisor of the logits. 0: always the most likely token."""
+    temperature: float | None = flags.number(None, at_least=0, at_most=1e30)
+    """Divisor of the logits. 0: always the most likely token. Default: the model's own (its generation_config.json),
+    else 0.8."""
     top_k: int | None = flags.number(None, at_least=0)
-    """Keep the k most likely tokens. 0: all. Default: the model's own (its generation_config.json), else 40."""
+    """Keep the k most likely tokens. 0: all. Default: the model's own, else 40."""
     top_p: float | None = flags.number(None, above=0, at_most=1)
     """Keep the smallest set of tokens whose probabilities reach this sum. Default: the model's own, else 0.95."""
     min_p: float | None = flags.number(None, at_least=0, at_most=1)
@@ -30,6 +31,22 @@ class SamplingOptions:
     repetition_penalty: float | None = flags.number(None, at_least=0.01, at_most=100)
     """Divide the logits of tokens already in the sequence by this (arXiv 1909.05858). 1: off. Default: the model's
     own, else 1."""
+
+    def __post_init__(self) -> None:
+        flags.check_fields(self)
+
+    def fill(self, options: SamplingOptions) -> SamplingOptions:
+        """Return `options` with these defaults for those that are None."""
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(options, **{name: value for name, value in given.items() if getattr(options, name) is None})
+
+
+@dataclass(frozen=True)
+class SamplingOptions(SamplingDefaults):
+    """Sampling."""
+
+    temperature: float | None = flags.number(0.0, at_least=0, at_most=1e30)
+    """Divisor of the logits. 0: always the most likely token."""
     frequency_penalty: float = flags.number(0.0, at_least=-100, at_most=100)
     """Subtract this from a token's logit for every occurrence in the answer."""
     presence_penalty: float = flags.number(0.0, at_least=-100, at_most=100)
@@ -37,14 +54,10 @@ class SamplingOptions:
     seed: int | None = None
     """Seed of the sampling, which makes it repeatable."""
 
-    def __post_init__(self) -> None:
-        flags.check_fields(self)
-
     def with_defaults(self, defaults: Mapping[str, float]) -> SamplingOptions:
         """Return these options with None replaced by `defaults`, else by LLAMA_CPP_DEFAULTS."""
-        known = {**LLAMA_CPP_DEFAULTS, **defaults}
-        unset = [field.name for field in fields(self) if getattr(self, field.name) is None]
-        return replace(self, **{name: known[name] for name in unset if name in known})
+        known = {name: defaults.get(name, value) for name, value in LLAMA_CPP_DEFAULTS.items()}
+        return SamplingDefaults(**known).fill(self)
 
 
 class Sampler:

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 from collections.abc import AsyncIterator, Iterable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -16,50 +13,14 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from ..runtime.base import flags
-from ..runtime.base.errors import UsageError
-from ..runtime.generation import Overflow
+from ..runtime.sampling import SamplingDefaults
 from .access.guard import LOCAL_HOSTS, Guard
-from .answers.choices import SamplingDefaults
 from .endpoints import Endpoints
 from .models.metrics import Metrics
 from .models.pool import ModelPool
+from .options import AppOptions
 from .page.html_pages import reference_page
 from .schemas.api_error import APIError, unreadable_message, validation_message
-
-
-@dataclass(frozen=True)
-class AppOptions:
-    """Access."""
-
-    api_key: str = ""
-    """Key that clients must send; empty: the key in --api-key-file, else in EFFICIENTLLM_API_KEY, if any."""
-    api_key_file: str = ""
-    """File that holds the key. It is safer than --api-key, which the list of processes shows."""
-    allow_host: tuple[str, ...] = ()
-    """Host name of the server, repeatable. Without a key, a server that listens on a local address or has such names
-    refuses requests with any other host name, except the local ones."""
-    cors_origin: tuple[str, ...] = ()
-    """Origin of a web page that may call the server from a browser (CORS), repeatable; none by default."""
-    max_body_bytes: int = flags.byte_count(1_000_000, at_least=1)
-    """Largest body of a request."""
-    body_timeout: float = flags.number(30.0, above=0)
-    """Longest time to receive a request, in seconds."""
-    overflow: Overflow = "error"
-    """Action when a chat exceeds the context window: error, or slide (remove the oldest tokens)."""
-
-    def __post_init__(self) -> None:
-        flags.check_fields(self)
-
-    @property
-    def key(self) -> str:
-        """Return the key from the flag, the file or the environment. UsageError if the file is empty."""
-        if self.api_key or not self.api_key_file:
-            return self.api_key or os.environ.get("EFFICIENTLLM_API_KEY", "")
-        key = Path(self.api_key_file).read_text(encoding="utf-8").strip()
-        if not key:
-            raise UsageError(f"--api-key-file {self.api_key_file}: is empty; write the key into it")
-        return key
 
 
 def create_app(

@@ -7,53 +7,28 @@ import os
 import socket
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from ..runtime.base import flags
 from ..runtime.base.command import run_command
 from ..runtime.base.errors import UsageError
 from ..runtime.base.extras import extra
-from ..runtime.engines.engine import EngineOptions
+from ..runtime.engines.artefact import ARTEFACT_HELP, Artefact
+from ..runtime.engines.engine import EngineOptions, find_engine
+from ..runtime.sampling import SamplingDefaults
+from .options import AppOptions, ServeOptions
 
 
-@dataclass(frozen=True)
-class ServeOptions:
-    """Server."""
-
-    host: str = "127.0.0.1"
-    """Address to listen on. With 0.0.0.0 other machines can reach the server."""
-    port: int = flags.number(8000, at_least=1, at_most=65535)
-    """Port to listen on."""
-    model: tuple[str, ...] = ()
-    """A further model, NAME=PATH, repeatable. It is loaded on its first request."""
-    max_memory: int = flags.byte_count(0)
-    """Memory limit of all loaded models, in bytes, such as 2GB; 0: none. Above it the least recently used model is
-    unloaded."""
-    waiting: int = flags.number(8, at_least=0)
-    """Requests per model that may wait for a place. Further ones are refused with status 429."""
-    timeout: float = flags.number(600.0, above=0)
-    """Longest time of a request in seconds, including its wait."""
-    grace: int = flags.number(10, at_least=0)
-    """Time that answers in progress have at shutdown, in seconds."""
-    max_connections: int = flags.number(512, at_least=1)
-    """Most connections at once, idle ones included. Most systems limit a process to 1024 open files."""
-
-    def __post_init__(self) -> None:
-        flags.check_fields(self)
-        for text in self.model:
-            flags.require(self, "model", all(text.partition("=")), "must be NAME=PATH", value=text)
-
-
-def build_parser(sections: Sequence[type]) -> flags.Parser:
+def build_parser() -> flags.Parser:
     parser = flags.Parser(
-        *sections,
+        ServeOptions,
+        AppOptions,
+        SamplingDefaults,
+        EngineOptions,
         prog="efficientllm-serve",
         description="Serve exported models to any OpenAI client, with a chat page at /.",
     )
-    parser.add_argument(
-        "artefact", nargs="?", help="folder written by efficientllm-export, or a .gguf or .pte file; see also --model"
-    )
+    parser.add_argument("artefact", nargs="?", help=f"{ARTEFACT_HELP}; see also --model")
     return parser
 
 
@@ -92,23 +67,23 @@ def bind_socket(host: str, port: int) -> socket.socket:
 
 
 def body(argv: Sequence[str]) -> int:
-    with extra("server"):
-        from .access.connections import KEEP_ALIVE_SECONDS, GracefulServer, limited_protocol
-        from .access.guard import LOCAL_HOSTS
-        from .answers.choices import SamplingDefaults
-        from .app import AppOptions, create_app
-        from .models.pool import ModelPool
-    sections = (ServeOptions, AppOptions, SamplingDefaults, EngineOptions)
-    arguments = build_parser(sections).parse(argv)
+    arguments = build_parser().parse(argv)
     artefact = arguments.pop("artefact")
     options, app_options = flags.take(arguments, ServeOptions), flags.take(arguments, AppOptions)
     engine_options, sampling = flags.take(arguments, EngineOptions), flags.take(arguments, SamplingDefaults)
     artefacts = named_artefacts(artefact, options.model)
-    is_local = options.host in LOCAL_HOSTS
-    if not app_options.key and not is_local:
-        reason = f"other machines may reach --host {options.host} and use the server"
-        print(f"warning: {reason}; set an --api-key to prevent it", file=sys.stderr)
-    with bind_socket(options.host, options.port) as listener:  # fails before the models are loaded, which takes time
+    for path in artefacts.values():
+        find_engine(Artefact.open(path))
+    with bind_socket(options.host, options.port) as listener:  # before packages and models are loaded
+        with extra("server"):
+            from .access.connections import KEEP_ALIVE_SECONDS, GracefulServer, limited_protocol
+            from .access.guard import LOCAL_HOSTS
+            from .app import create_app
+            from .models.pool import ModelPool
+        is_local = options.host in LOCAL_HOSTS
+        if not app_options.key and not is_local:
+            reason = f"other machines may reach --host {options.host} and use the server"
+            print(f"warning: {reason}; set an --api-key to prevent it", file=sys.stderr)
         pool = ModelPool(artefacts, engine_options, options.waiting, options.timeout, options.max_memory)
         names = ", ".join(artefacts)
         print(f"{names} at http://{options.host}:{options.port}/v1 (chat: /, documentation: /docs)", flush=True)

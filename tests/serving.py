@@ -12,8 +12,9 @@ from typing import Any
 import uvicorn
 
 from efficientllm.server.access.connections import KEEP_ALIVE_SECONDS
-from efficientllm.server.app import AppOptions, create_app
+from efficientllm.server.app import create_app
 from efficientllm.server.models.pool import ModelPool
+from efficientllm.server.options import AppOptions
 
 
 @contextlib.contextmanager

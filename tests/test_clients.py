@@ -17,8 +17,8 @@ from python_clients import CLIENTS
 from serving import serve
 
 from efficientllm.runtime.engines.engine import EngineOptions
-from efficientllm.server.app import AppOptions
 from efficientllm.server.models.pool import ModelPool
+from efficientllm.server.options import AppOptions
 
 ROOT = Path(__file__).parents[1]
 PYTHON = Path(os.environ.get("EFFICIENTLLM_CLIENTS") or ROOT / "build/clients/bin/python")

@@ -20,11 +20,9 @@ from efficientllm.export.targets import load_exporter
 from efficientllm.runtime.base.child import run_python
 from efficientllm.runtime.chat import build_parser as chat_parser
 from efficientllm.runtime.engines.engine import EngineOptions
-from efficientllm.server.answers.choices import SamplingDefaults
-from efficientllm.server.app import AppOptions
-from efficientllm.server.cli import ServeOptions
 from efficientllm.server.cli import build_parser as serve_parser
 from efficientllm.server.models.pool import ModelPool
+from efficientllm.server.options import AppOptions
 from efficientllm.server.web import build_parser as web_parser
 from efficientllm.train.cli import build_parser as train_parser
 from efficientllm.train.cli import configuration
@@ -45,7 +43,7 @@ PARSERS = {
     "efficientllm-fit": fit_parser,
     "efficientllm-export": export_parser,
     "efficientllm-chat": chat_parser,
-    "efficientllm-serve": lambda: serve_parser((ServeOptions, AppOptions, SamplingDefaults, EngineOptions)),
+    "efficientllm-serve": serve_parser,
     "efficientllm-eval": eval_parser,
     "efficientllm-bench": bench_parser,
     "efficientllm-report": report_parser,

@@ -20,8 +20,10 @@ from transformers import PreTrainedTokenizerFast
 
 from efficientllm.export import cli as export_cli
 from efficientllm.export.verification import sample_text
+from efficientllm.runtime.base import model_names
 from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.base.errors import DataError
+from efficientllm.runtime.base.model_names import demo_source_path
 from efficientllm.runtime.engines.engine import CacheChoice, EngineOptions
 from efficientllm.runtime.engines.manifest import Manifest, describe_files
 from efficientllm.train.evaluation import cli, perplexity
@@ -31,10 +33,8 @@ from efficientllm.train.evaluation.harness import GOLD, run_task
 from efficientllm.train.evaluation.scoring import EngineModel, ScoreCache, ScoreRequest
 from efficientllm.train.evaluation.tasks import TASKS, TaskResult, open_task
 from efficientllm.train.evaluation.torch_model import TorchModel
-from efficientllm.train.model import source_names
 from efficientllm.train.model.irregular import save_checkpoint
 from efficientllm.train.model.source import load_source
-from efficientllm.train.model.source_names import demo_source_path
 
 SHARED_DATA = Path(os.environ.get("EFFICIENTLLM_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
@@ -368,7 +368,7 @@ SaveTiny = Callable[..., Path]
 def test_demo_is_the_built_in_model(
     checkpoint: Path, tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(source_names, "demo_source_path", lambda: checkpoint)
+    monkeypatch.setattr(model_names, "demo_source_path", lambda: checkpoint)
     arguments = ["demo", "--no-quality", "--text", f"ours={corpus}", "--text-tokens", "50", "--output", str(tmp_path)]
     assert run_command(cli.body, arguments) == 0
     assert "perplexity, ours" in capsys.readouterr().out

@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from efficientllm.export.gguf.probe import probe
 from efficientllm.export.verification import sample_text
+from efficientllm.runtime.base.model_names import demo_source_path
 from efficientllm.train.model.architecture import LayerShape
 from efficientllm.train.model.source import load_source
-from efficientllm.train.model.source_names import demo_source_path
 
 SHARED_TEXT = Path(__file__).parent.parent.parent / "shared" / "data" / "text" / "heldout" / "openstax_ccby.jsonl.gz"
 

@@ -17,6 +17,8 @@ from efficientllm.devices.hub_folder import ollama_files
 from efficientllm.devices.results import BenchOptions, Run, summarize
 from efficientllm.runtime import load
 from efficientllm.runtime.base.command import run_command
+from efficientllm.runtime.base.errors import ArtefactError
+from efficientllm.runtime.engines.artefact import Artefact
 from efficientllm.runtime.engines.manifest import Manifest, describe_files
 
 OLLAMA = ("params", "template")
@@ -68,6 +70,10 @@ def test_the_folder_is_a_repository_whose_files_run(artefact: Path, onnx: Path, 
         with load(output / place) as model:
             answers.append(model.complete("The", max_tokens=8, temperature=0.0))
     assert answers[0] == answers[1]
+    with pytest.raises(ArtefactError, match=r"has several models; name one: .*F32\.gguf, .*onnx$"):
+        Artefact.open(output)
+    shutil.rmtree(output / "onnx")
+    assert Artefact.open(output).model_file == output / "Small-1M-F32.gguf"
 
 
 def test_a_file_for_litert_lm_is_run_by_litert_lm(artefact: Path, tmp_path: Path) -> None:

@@ -63,12 +63,19 @@ MAY_IMPORT = {
 }
 """The allowed imports of docs/architecture.md. "train" stands for the modules directly in it."""
 
-WITHOUT_TORCH = """
+EXTRAS = (
+    *("torch", "transformers", "gguf", "llama_cpp", "onnx", "onnxruntime", "executorch", "torchao", "optimum"),
+    *("safetensors", "ml_dtypes", "datasets", "huggingface_hub", "accelerate", "matplotlib", "lm_eval", "scipy"),
+    *("httpx", "fastapi", "starlette", "pydantic", "uvicorn", "prometheus_client", "llguidance"),
+)
+"""Modules that only extras install."""
+
+WITHOUT = """
 import importlib, pkgutil, sys
 
 class Block:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("torch", "transformers"):
+        if name.split(".")[0] in HEAVY:
             raise ModuleNotFoundError(f"No module named {name!r}")
 
 sys.meta_path.insert(0, Block())
@@ -90,14 +97,15 @@ def test_runtime_and_devices_import_without_torch() -> None:
         name for name in PROJECT["tool"]["setuptools"]["packages"] if ".train" not in name and ".export" not in name
     ]
     assert {"efficientllm.runtime", "efficientllm.devices"} <= set(packages)
-    subprocess.run([sys.executable, "-c", WITHOUT_TORCH, *packages], check=True)
+    script = f"HEAVY = {('torch', 'transformers')}" + WITHOUT
+    subprocess.run([sys.executable, "-c", script, *packages], check=True)
 
 
 @pytest.mark.parametrize("command", PROJECT["project"]["scripts"])
-def test_help_works_without_torch(command: str) -> None:
+def test_help_works_without_extras(command: str) -> None:
     """Of the command's module, which `python -m` runs as well."""
     module, _, _ = PROJECT["project"]["scripts"][command].partition(":")
-    script = WITHOUT_TORCH + f"\nimport runpy\nsys.argv = ['{command}', '--help']\n"
+    script = f"HEAVY = {EXTRAS}" + WITHOUT + f"\nimport runpy\nsys.argv = ['{command}', '--help']\n"
     script += f"runpy.run_module('{module}', run_name='__main__', alter_sys=True)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -183,7 +191,7 @@ def test_the_missing_demo_packages_are_named(monkeypatch: pytest.MonkeyPatch) ->
     import importlib.metadata
 
     from efficientllm.runtime.base.errors import MissingExtraError
-    from efficientllm.train.model.source_names import demo_source_path
+    from efficientllm.runtime.base.model_names import demo_source_path
 
     def missing(name: str) -> None:
         raise importlib.metadata.PackageNotFoundError(name)

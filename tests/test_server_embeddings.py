@@ -16,8 +16,8 @@ from tiny import tiny_architecture, tiny_model
 from transformers import PreTrainedTokenizerFast
 
 from efficientllm.runtime.engines.engine import EngineOptions
-from efficientllm.server.app import AppOptions
 from efficientllm.server.models.pool import ModelPool
+from efficientllm.server.options import AppOptions
 from efficientllm.server.schemas import response_models
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 4

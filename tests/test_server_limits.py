@@ -18,8 +18,8 @@ from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.engines.engine import EngineOptions
 from efficientllm.server import cli
 from efficientllm.server.access.connections import limited_protocol
-from efficientllm.server.app import AppOptions
 from efficientllm.server.models.pool import ModelPool
+from efficientllm.server.options import AppOptions
 
 MOST = 8
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n"

@@ -13,8 +13,8 @@ from chromium import CHROMIUM, chromium
 from serving import serve
 
 from efficientllm.runtime.engines.engine import EngineOptions
-from efficientllm.server.app import AppOptions
 from efficientllm.server.models.pool import ModelPool
+from efficientllm.server.options import AppOptions
 
 expect: Any = pytest.importorskip("playwright.sync_api", reason="playwright is not installed").expect
 

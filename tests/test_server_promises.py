@@ -25,12 +25,12 @@ from efficientllm.runtime.engines.artefact import Artefact
 from efficientllm.runtime.engines.engine import EngineOptions
 from efficientllm.runtime.generation import token_logprob
 from efficientllm.runtime.grammar import Grammar, GrammarConstraint
-from efficientllm.runtime.sampling import SamplingOptions, log_softmax
+from efficientllm.runtime.sampling import SamplingDefaults, SamplingOptions, log_softmax
 from efficientllm.server.access.connections import limited_protocol
-from efficientllm.server.answers.choices import SamplingDefaults
-from efficientllm.server.app import AppOptions, create_app
+from efficientllm.server.app import create_app
 from efficientllm.server.models.pool import ModelPool
 from efficientllm.server.models.worker import EngineWorker
+from efficientllm.server.options import AppOptions
 from efficientllm.server.schemas.api_error import APIError
 
 MESSAGES = [{"role": "user", "content": "Hi"}]

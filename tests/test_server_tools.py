@@ -20,8 +20,8 @@ from transformers import PreTrainedTokenizerFast
 from efficientllm.export import cli as export_cli
 from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.engines.engine import EngineOptions
-from efficientllm.server.app import AppOptions
 from efficientllm.server.models.pool import ModelPool
+from efficientllm.server.options import AppOptions
 from efficientllm.train.model.irregular import save_checkpoint
 
 QUESTION: Any = [{"role": "user", "content": "How is Rome?"}]

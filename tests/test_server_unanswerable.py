@@ -13,8 +13,8 @@ import pytest
 from serving import serve
 
 from efficientllm.runtime.engines.engine import EngineOptions
-from efficientllm.server.app import AppOptions
 from efficientllm.server.models.pool import ModelPool
+from efficientllm.server.options import AppOptions
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,9 @@ from serving import serve
 
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
 from efficientllm.runtime.generation import AnswerOptions, Generation
-from efficientllm.server.app import AppOptions
 from efficientllm.server.models.pool import ModelPool
 from efficientllm.server.models.worker import Deadline, EngineWorker
+from efficientllm.server.options import AppOptions
 
 OPTIONS = EngineOptions(threads=1, context=1024, parallel=2)
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..base.errors import ArtefactError
 from ..base.files import sha256_of
+from ..base.model_names import demo_source_path, may_be_hub_id, source_path
 from .file_cache import cached
 from .manifest import MANIFEST_NAME, Manifest
 
@@ -18,6 +20,10 @@ GENAI_CONFIG = "genai_config.json"
 
 FILE_ENGINES = {".gguf": "llama.cpp", ".pte": "executorch"}
 """Suffix of a bare model file -> its engine."""
+
+
+ARTEFACT_HELP = "folder written by efficientllm-export or efficientllm-hub, a .gguf or .pte file, or demo"
+"""Help of the commands that run a model."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,27 @@ class GenaiConfig:
             raise ArtefactError(f"{path} is malformed: {error}; export the model again") from error
 
 
+def _locate(path: Path) -> Path:
+    """Return the path of the artefact at `path` or in it. Raise ArtefactError for a checkpoint or several models."""
+    if path.name == MANIFEST_NAME and path.is_file():
+        return path.parent
+    if str(path) == "demo" and not path.exists():
+        return demo_source_path()
+    if not path.is_dir() or (path / MANIFEST_NAME).exists() or (path / GENAI_CONFIG).is_file():
+        return path
+    inside = [*sorted(path.glob("*.gguf")), *sorted(each.parent for each in path.glob(f"*/{MANIFEST_NAME}"))]
+    if len(inside) > 1:
+        raise ArtefactError(f"{path} has several models; name one: {', '.join(map(str, inside))}")
+    if not inside and (source_path(str(path)) / "config.json").is_file():
+        raise ArtefactError(f"{path} is a checkpoint; {_export_hint(path)}")
+    return inside[0] if inside else path
+
+
+def _export_hint(path: Path) -> str:
+    name = shlex.quote(str(path))
+    return f"export it first: efficientllm export {name} --target gguf --output {shlex.quote(path.name)}-gguf"
+
+
 @dataclass(frozen=True)
 class Artefact:
     """A folder with a manifest, a folder of onnxruntime-genai's own builder, or a bare model file."""
@@ -77,16 +104,16 @@ class Artefact:
     def open(cls, path: str | Path) -> Artefact:
         """Return the artefact at `path` without reading its weights, see `verify`.
 
+        `path` may be demo, the built-in model, or a folder that holds one artefact, such as one of efficientllm-hub.
         Raise ArtefactError if there is none, or a file is missing or truncated.
         """
-        path = Path(path)
-        if path.name == MANIFEST_NAME and path.is_file():
-            path = path.parent
+        path = _locate(Path(path))
         if path.is_dir():
             has_manifest = (path / MANIFEST_NAME).exists() or not (path / GENAI_CONFIG).is_file()
             return cls._open_folder(path) if has_manifest else cls._open_genai_folder(path)
         remedy = "give a folder written by efficientllm-export, or a .gguf or .pte file"
         if not path.exists():
+            remedy = _export_hint(path) if may_be_hub_id(str(path)) else remedy
             raise ArtefactError(f"{path} does not exist; {remedy}")
         if path.suffix not in FILE_ENGINES:
             raise ArtefactError(f"{path} is not an artefact; {remedy}")

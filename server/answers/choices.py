@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 from ...runtime.base.errors import ContextOverflowError, EfficientLLMError
 from ...runtime.call_reader import CallReader
@@ -11,33 +11,9 @@ from ...runtime.engines.scheduler import EngineScheduler
 from ...runtime.generation import AnswerOptions, Generation, Overflow
 from ...runtime.grammar import GrammarConstraint
 from ...runtime.prompt import ChatPrompt, PromptOptions, text_prompt, tool_prompt
-from ...runtime.sampling import SamplingOptions
+from ...runtime.sampling import SamplingDefaults
 from ..schemas.api_error import APIError
 from ..schemas.completions import ChatRequest, CompletionRequest, TextRequest
-
-
-@dataclass(frozen=True)
-class SamplingDefaults:
-    """Sampling defaults for requests that set nothing; else the model's own, else llama.cpp's."""
-
-    temperature: float | None = None
-    """0: always the most likely token."""
-    top_k: int | None = None
-    """Keep the k most likely tokens; 0: all."""
-    top_p: float | None = None
-    """Keep the smallest set of tokens whose probabilities reach this sum."""
-    min_p: float | None = None
-    """Drop tokens less likely than this share of the most likely one."""
-    repetition_penalty: float | None = None
-    """Divide the logits of tokens already in the sequence by this; 1: off."""
-
-    def __post_init__(self) -> None:
-        SamplingOptions(**asdict(self))  # checks the ranges
-
-    def fill(self, options: SamplingOptions) -> SamplingOptions:
-        """Return `options` with these defaults for those that are None."""
-        missing = {name: value for name, value in asdict(self).items() if getattr(options, name) is None}
-        return replace(options, **missing)
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from chromium import chromium
 from serving import serve
 
 from efficientllm.runtime.engines.engine import EngineOptions
-from efficientllm.server.app import AppOptions
 from efficientllm.server.models.pool import ModelPool
+from efficientllm.server.options import AppOptions
 from efficientllm.server.web import WebServerOptions, web_server
 
 QUESTIONS = ("Name three planets.", "Write a Python function that adds two numbers.")

@@ -23,8 +23,8 @@ from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.base.quantities import Figure
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
 from efficientllm.runtime.engines.scheduler import EngineScheduler
-from efficientllm.server.app import AppOptions
 from efficientllm.server.models.pool import ModelPool
+from efficientllm.server.options import AppOptions
 
 LONG = 900
 """Tokens of an answer that would go on."""

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from ...runtime.base.errors import DataError, UsageError
 from ...runtime.base.extras import extra
-from ..model.source_names import distribution_file, hub_answers, may_be_hub_id
+from ...runtime.base.model_names import distribution_file, hub_answers, may_be_hub_id
 from .chat import Chat, Document
 from .readers import KNOWN_FILES, read_documents, read_records, reader_of, without_added_nulls
 from .records import BadLines, ReadContext

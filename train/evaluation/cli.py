@@ -16,10 +16,10 @@ from ...runtime.base import flags
 from ...runtime.base.command import run_command
 from ...runtime.base.errors import UsageError
 from ...runtime.base.files import write_json_atomically, write_text_atomically
+from ...runtime.base.model_names import may_be_hub_id, source_path
 from ...runtime.base.progress import ProgressDisplay
 from ...runtime.base.quantities import markdown_table
 from ...runtime.engines.contract_text import BITS_PER_BYTE
-from ..model.source_names import source_path
 from .evaluate import ComputeConfig, Evaluation, MeasureConfig, check, evaluate
 from .job_score import check_target, job_score, write_score
 from .jobs import misses_page
@@ -192,10 +192,11 @@ def body(argv: Sequence[str]) -> int:
     if store and not config.measures.task:
         raise UsageError("--write stores the score of a job; give --task")
     check(config.measures)
-    paths = {model: Path(model) if Path(model).exists() else source_path(model) for model in models}
+    paths = {model: source_path(model) for model in models}
     for model, path in paths.items():
         if not path.exists():
-            raise UsageError(f"{model}: no such folder or file, and not demo, the built-in model")
+            remedy = f"; download it first: hf download {model} --local-dir {path.name}" if may_be_hub_id(model) else ""
+            raise UsageError(f"{model}: no such folder or file, and not demo, the built-in model{remedy}")
     written = list(paths.values())[len(paths) > 1 :] if store else []
     for path in written:
         check_target(path)

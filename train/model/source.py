@@ -21,13 +21,13 @@ from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from ...runtime.base.errors import EfficientLLMError, ModelError, UsageError
+from ...runtime.base.errors import EfficientLLMError, ModelError
 from ...runtime.base.extras import extra
+from ...runtime.base.model_names import check_source, hub_answers, source_path
 from .architecture import Architecture
 from .file_types import build_pre_tokenizer
 from .folder_files import check_folder, check_token_ids, locate_tensors, refuse_quantized
 from .irregular import architecture_of, to_irregular
-from .source_names import hub_answers, may_be_hub_id, source_path
 
 SAME_TABLE = 0.3
 """Relative difference of embedding and head below which they are one table, rounded twice. Rounding to 4 bits gives
@@ -88,7 +88,7 @@ def stored_dtype(source: str) -> torch.dtype:
             from gguf import GGUFReader
         field = GGUFReader(path).fields.get("general.file_type")
         return GGUF_FILE_TYPES.get(int(field.contents()), torch.bfloat16) if field is not None else torch.bfloat16
-    dtype = AutoConfig.from_pretrained(source).dtype
+    dtype = AutoConfig.from_pretrained(str(path)).dtype
     return dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else torch.float32
 
 
@@ -103,8 +103,8 @@ def load_source(source: str, called: str = "") -> tuple[torch.nn.Module, PreTrai
     if the family is not supported.
     """
     called = called or f"--source {source}"
-    path = source_path(source)
-    folder, options = _located(source, path, called)
+    path = check_source(source, called)
+    folder, options = _located(source, path)
     if path.is_dir():
         locate_tensors(path)
     with loading(called):
@@ -128,23 +128,18 @@ def load_source(source: str, called: str = "") -> tuple[torch.nn.Module, PreTrai
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer of `source` as `load_source` does, but no weights. Raises UsageError or ModelError."""
-    called, path = f"--source {source}", source_path(source)
-    return _tokenizer(path, *_located(source, path, called), called)
+    called = f"--source {source}"
+    path = check_source(source, called)
+    return _tokenizer(path, *_located(source, path), called)
 
 
-def _located(source: str, path: Path, called: str) -> tuple[str, dict[str, Any]]:
-    """Return the folder or hub id of a source at `path`, and transformers' options to load it. Raises UsageError."""
+def _located(source: str, path: Path) -> tuple[str, dict[str, Any]]:
+    """Return the folder or hub id of a source at `path`, and transformers' options to load it."""
     if path.suffix == ".gguf":
-        if not path.is_file():
-            raise UsageError(f"{called}: no such file")
         return str(path.parent), _gguf_options(path.name)
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise UsageError(f"{called}: the folder has no config.json; give a Hugging Face model folder")
         check_folder(path)
-        return source, {}
-    if not may_be_hub_id(source):
-        raise UsageError(f"{called}: no such folder, and not a hub id (owner/name); 'demo' is the built-in source")
+        return str(path), {}
     # without an answer: what was downloaded before, without asking for something newer
     return source, {} if hub_answers("model", source) else {"local_files_only": True}
 

@@ -14,12 +14,12 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from ...runtime.base import flags
+from ...runtime.base.model_names import hub_answers, may_be_hub_id
 from ...runtime.base.quantities import display_name, format_count, markdown_table
 from ...runtime.engines.contract_text import contract_rows, jobs_section
 from ..config.sections import TrainConfig
 from ..data.documents import DataSpec
 from ..model.architecture import Architecture
-from ..model.source_names import hub_answers, may_be_hub_id
 
 CARD = "README.md"
 TEMPLATE = "model_card.md.jinja"

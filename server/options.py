@@ -1,0 +1,73 @@
+"""Flags of `efficientllm-serve`. They import no web framework, so that its help works without one."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..runtime.base import flags
+from ..runtime.base.errors import UsageError
+from ..runtime.generation import Overflow
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """Server."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on. With 0.0.0.0 other machines can reach the server."""
+    port: int = flags.number(8000, at_least=1, at_most=65535)
+    """Port to listen on."""
+    model: tuple[str, ...] = ()
+    """A further model, NAME=PATH, repeatable. It is loaded on its first request."""
+    max_memory: int = flags.byte_count(0)
+    """Memory limit of all loaded models, in bytes, such as 2GB; 0: none. Above it the least recently used model is
+    unloaded."""
+    waiting: int = flags.number(8, at_least=0)
+    """Requests per model that may wait for a place. Further ones are refused with status 429."""
+    timeout: float = flags.number(600.0, above=0)
+    """Longest time of a request in seconds, including its wait."""
+    grace: int = flags.number(10, at_least=0)
+    """Time that answers in progress have at shutdown, in seconds."""
+    max_connections: int = flags.number(512, at_least=1)
+    """Most connections at once, idle ones included. Most systems limit a process to 1024 open files."""
+
+    def __post_init__(self) -> None:
+        flags.check_fields(self)
+        for text in self.model:
+            flags.require(self, "model", all(text.partition("=")), "must be NAME=PATH", value=text)
+
+
+@dataclass(frozen=True)
+class AppOptions:
+    """Access."""
+
+    api_key: str = ""
+    """Key that clients must send; empty: the key in --api-key-file, else in EFFICIENTLLM_API_KEY, if any."""
+    api_key_file: str = ""
+    """File that holds the key. It is safer than --api-key, which the list of processes shows."""
+    allow_host: tuple[str, ...] = ()
+    """Host name of the server, repeatable. Without a key, a server that listens on a local address or has such names
+    refuses requests with any other host name, except the local ones."""
+    cors_origin: tuple[str, ...] = ()
+    """Origin of a web page that may call the server from a browser (CORS), repeatable; none by default."""
+    max_body_bytes: int = flags.byte_count(1_000_000, at_least=1)
+    """Largest body of a request."""
+    body_timeout: float = flags.number(30.0, above=0)
+    """Longest time to receive a request, in seconds."""
+    overflow: Overflow = "error"
+    """Action when a chat exceeds the context window: error, or slide (remove the oldest tokens)."""
+
+    def __post_init__(self) -> None:
+        flags.check_fields(self)
+
+    @property
+    def key(self) -> str:
+        """Return the key from the flag, the file or the environment. UsageError if the file is empty."""
+        if self.api_key or not self.api_key_file:
+            return self.api_key or os.environ.get("EFFICIENTLLM_API_KEY", "")
+        key = Path(self.api_key_file).read_text(encoding="utf-8").strip()
+        if not key:
+            raise UsageError(f"--api-key-file {self.api_key_file}: is empty; write the key into it")
+        return key
