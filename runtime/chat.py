@@ -5,32 +5,49 @@ from __future__ import annotations
 import io
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from .base import flags
 from .base.command import run_command
 from .base.errors import UsageError
+from .engines.artefact import ARTEFACT_HELP, Artefact
 from .engines.engine import EngineOptions, load_engine
 from .sampling import SamplingOptions
 from .terminal import ChatOptions, Conversation, Terminal
+
+SMALL_MODEL_BYTES = 1_000_000_000
+SMALL_MODEL_PENALTY = 1.1
+"""Default penalty for models with smaller files, which repeat themselves. It is that of our pages and Modelfiles."""
+
+
+@dataclass(frozen=True)
+class ChatSampling(SamplingOptions):
+    """Sampling."""
+
+    temperature: float | None = flags.number(None, at_least=0, at_most=1e30)
+    """Divisor of the logits. 0: always the most likely token. Default: the model's own, else 0.8."""
+    repetition_penalty: float | None = flags.number(None, at_least=0.01, at_most=100)
+    """Divide the logits of tokens already in the sequence by this (arXiv 1909.05858). 1: off. Default: the model's
+    own, else 1.1 for files below 1 GB and 1 for larger ones."""
 
 
 def build_parser() -> flags.Parser:
     parser = flags.Parser(
         ChatOptions,
-        SamplingOptions,
+        ChatSampling,
         EngineOptions,
         prog="efficientllm-chat",
         description="Chat with an exported model. With a prompt or a pipe it answers once, otherwise interactively.",
     )
-    parser.add_argument("artefact", help="folder written by efficientllm-export, or a .gguf or .pte file")
+    parser.add_argument("artefact", help=ARTEFACT_HELP)
     parser.add_argument("prompt", nargs="?", help="question to answer once")
     return parser
 
 
 def body(argv: Sequence[str]) -> int:
     arguments = build_parser().parse(argv)
-    artefact, prompt = arguments.pop("artefact"), arguments.pop("prompt")
-    options, sampling = flags.take(arguments, ChatOptions), flags.take(arguments, SamplingOptions)
+    artefact, prompt = Artefact.open(arguments.pop("artefact")), arguments.pop("prompt")
+    options, sampling = flags.take(arguments, ChatOptions), flags.take(arguments, ChatSampling)
     engine_options = flags.take(arguments, EngineOptions)
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # as in arguments; the engine refuses text that is not UTF-8
@@ -39,6 +56,8 @@ def body(argv: Sequence[str]) -> int:
         if not prompt:
             raise UsageError("the prompt on standard input is empty")
     engine = load_engine(artefact, engine_options)
+    if artefact.file_bytes < SMALL_MODEL_BYTES:
+        engine.sampling_defaults.setdefault("repetition_penalty", SMALL_MODEL_PENALTY)
     try:
         conversation = Conversation(engine, options, sampling)
         if prompt is not None:

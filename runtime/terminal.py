@@ -155,7 +155,7 @@ HELP = f"""/again      answer the last question again
 /system X   set the system prompt to X (empty: that of the chat template)
 /stats      token counts and speeds of the last answer
 /save FILE  write the conversation as Markdown
-/quit       quit (or Ctrl-D)
+/quit       quit (or exit, quit, Ctrl-D)
 A line that ends with \\ continues in the next. {QUOTES} begins and ends a question of several lines.
 Pasted lines are one question. Ctrl-C ends an answer, or clears the line."""
 
@@ -183,7 +183,7 @@ class Terminal:
             while True:
                 try:
                     text = self._read()
-                    if text in ("/quit", "/exit"):
+                    if text in ("/quit", "/exit", "quit", "exit"):
                         return
                     if text:
                         self._run_line(text)

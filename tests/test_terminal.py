@@ -54,6 +54,12 @@ def test_a_question_may_have_several_lines(conversation: Conversation, monkeypat
     assert questions(conversation) == ["one \ntwo", "three\n\nfour"]
 
 
+@pytest.mark.parametrize("word", ["/quit", "/exit", "quit", "exit"])
+def test_a_word_ends_the_chat(conversation: Conversation, monkeypatch: pytest.MonkeyPatch, word: str) -> None:
+    talk(conversation, monkeypatch, word, "a question")
+    assert questions(conversation) == []
+
+
 def test_commands(
     conversation: Conversation, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
