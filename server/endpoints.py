@@ -15,9 +15,10 @@ from ..runtime.engines.memory import memory_bytes
 from ..runtime.engines.scheduler import EngineScheduler
 from ..runtime.generation import Overflow
 from ..runtime.prompt import text_prompt
+from ..runtime.sampling import SamplingDefaults
 from .access.guard import TRUSTED
 from .answers.builders import ChatBuilder, CompletionBuilder, TextBuilder
-from .answers.choices import Choice, SamplingDefaults, make_choices, text_of
+from .answers.choices import Choice, make_choices, text_of
 from .answers.embeddings import embed_texts
 from .answers.responses_builder import ResponsesBuilder
 from .models.metrics import AnswerClock, Metrics
@@ -125,6 +126,7 @@ class Endpoints:
         return await self._until_disconnect(http, self._embed(request))
 
     async def _embed(self, request: EmbeddingsRequest) -> Embeddings:
+        self._name_model(request)
         deadline = self._pool.deadline()
         worker = await self._pool.enter(request.model, deadline)
         try:
@@ -171,9 +173,19 @@ class Endpoints:
         return await self._until_disconnect(http, self._answer(request, partial(TextBuilder, request)))
 
     async def responses(self, request: ResponsesRequest, http: Request) -> Response:
+        self._name_model(request)
         return await self._until_disconnect(http, self._answer(request.as_chat(), partial(ResponsesBuilder, request)))
 
+    def _name_model(self, request: CompletionRequest | EmbeddingsRequest | ResponsesRequest) -> None:
+        """Name the only model in a request without one. APIError 400 if the server has several."""
+        if not request.model:
+            name, *others = self._pool.artefacts
+            if others:
+                raise APIError(400, f"model: is missing; this server has {', '.join(self._pool.artefacts)}")
+            request.model = name
+
     async def _answer(self, request: CompletionRequest, make_builder: MakeBuilder) -> ResponseModel | Response:
+        self._name_model(request)
         clock, deadline = AnswerClock(self._metrics, request.model), self._pool.deadline()
         worker = await self._pool.enter(request.model, deadline)
         # in a thread, because a long prompt or a large grammar takes long

@@ -23,8 +23,8 @@ from efficientllm.runtime.engines.artefact import Artefact
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
 from efficientllm.runtime.engines.memory import memory_bytes
 from efficientllm.server import cli
-from efficientllm.server.app import AppOptions
 from efficientllm.server.models.pool import ModelPool
+from efficientllm.server.options import AppOptions
 from efficientllm.server.schemas import response_models
 
 MESSAGES: Any = [{"role": "user", "content": "Hello"}]
@@ -293,6 +293,7 @@ def test_models_are_loaded_on_use_and_the_oldest_leaves(artefact: Path) -> None:
         assert loaded() == ["first", "third"]
         assert ask("second") == 200
         assert loaded() == ["third", "second"]
+        assert ask("") == 400  # which of them?
 
 
 def test_an_answer_has_its_time(artefact: Path) -> None:

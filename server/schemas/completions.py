@@ -117,7 +117,8 @@ class RequestBody(RequestPart):
 class CompletionRequest(RequestBody, abc.ABC):
     """The fields of both completion endpoints. Null means the default, which for sampling is the model's own."""
 
-    model: Text
+    model: Text = ""
+    """May be left out if the server has one model."""
     max_tokens: Annotated[Int | None, Field(ge=1, le=1_000_000)] = None
     temperature: Annotated[Float | None, Field(ge=0, le=2)] = None
     top_p: Annotated[Float | None, Field(ge=MIN_TOP_P, le=1)] = None
@@ -283,7 +284,7 @@ class DetokenizeRequest(RequestBody):
 class EmbeddingsRequest(RequestBody):
     """POST /v1/embeddings."""
 
-    model: Text
+    model: Text = ""
     input: Text | Tokens | Annotated[list[Text | Tokens], Field(min_length=1, max_length=MAX_INPUTS)]
     encoding_format: Literal["float", "base64"] = "float"
     pooling: Literal["mean", "last"] = "mean"

@@ -102,7 +102,7 @@ InputItem = Annotated[
 class ResponsesRequest(RequestBody):
     """POST /v1/responses."""
 
-    model: Text
+    model: Text = ""
     input: Text | Annotated[list[InputItem], Field(min_length=1, max_length=MAX_MESSAGES)]
     instructions: Text | None = None
     max_output_tokens: Annotated[Int | None, Field(ge=1, le=1_000_000)] = None
