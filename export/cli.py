@@ -9,6 +9,8 @@ from typing import Any
 
 from ..runtime.base import flags
 from ..runtime.base.command import run_command
+from ..runtime.base.extras import require_extra
+from ..runtime.base.model_names import check_source
 from ..runtime.base.output import atomic_output
 from .checkpoint import open_checkpoint
 from .manifest import foreign_files
@@ -28,10 +30,15 @@ def export(checkpoint: str | Path, target: str, output: str | Path, *, overwrite
     export("runs/small", "gguf", "small", quantize="q8_0")
     """
     exporter, known = load_exporter(target), option_names(target)
+    check_source(str(checkpoint), str(checkpoint))
     for name in options:
         if name not in known:
             refuse_option(target, name)
     chosen = flags.merge(exporter.options(), options, f"--target {target}")
+    exporter.check(chosen)
+    require_extra(
+        "export", "ml_dtypes", "safetensors", *(("torch", "transformers") if getattr(chosen, "verify", False) else ())
+    )
     folder = Path(output)
     inputs = [checkpoint, *filter(None, [getattr(chosen, "calibrate", "")])]
 

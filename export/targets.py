@@ -31,6 +31,8 @@ class Exporter(Generic[OptionsT]):
     write: Callable[[Checkpoint, ExportRequest[OptionsT], Path], None]
     """Write a checkpoint as an artefact into an empty folder. Raises an EfficientLLMError if the export fails or does
     not verify; the folder is then discarded."""
+    check: Callable[[OptionsT], None] = lambda options: None
+    """Raise UsageError for options and missing packages that can be found without importing a package."""
 
 
 EXPORTERS = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import json
 import logging
 import shlex
 import signal
@@ -21,13 +22,14 @@ from efficientllm.devices import cli as bench_cli
 from efficientllm.export import cli
 from efficientllm.export.checkpoint import Checkpoint
 from efficientllm.export.cli import export
+from efficientllm.export.gguf.exporter import GgufOptions
 from efficientllm.export.gguf.quantize import FILE_TYPES
 from efficientllm.export.onnx.quantize import PRESETS
 from efficientllm.export.request import ExportRequest
 from efficientllm.export.targets import ENTRY_POINT_GROUP, EXPORTERS, Exporter, load_exporter
 from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.base.errors import UsageError
-from efficientllm.runtime.base.flags import field_docs
+from efficientllm.runtime.base.flags import field_docs, merge
 from efficientllm.runtime.engines.manifest import Manifest
 
 FOREIGN = [
@@ -240,3 +242,64 @@ def test_a_broken_plug_in_harms_only_its_own_target(
         targets.refuse_option("gguf", "level")
     with pytest.raises(UsageError, match=r"--target broken: its plug-in, .*, cannot be loaded: .*NOTHING"):
         targets.load_exporter("broken")
+
+
+EXPORT_FIRST = "MODEL is a checkpoint; export it first: efficientllm export MODEL --target gguf --output NAME-gguf"
+
+REFUSED = {
+    "export MODEL --target gguf --quantize q4": "--quantize q4: unknown for gguf; known: f32, ",
+    "export MODEL --target onnx --quantize q4": "--quantize q4: unknown for onnx; known: f32, ",
+    "export MODEL --target executorch --quantize q4": "--quantize q4: unknown for executorch; known: f32, ",
+    "export MODEL --target executorch --recipe portable --quantize int8": "--recipe portable takes --quantize f32",
+    "export MODEL --target onnx --portable --quantize INT8": "--portable takes --quantize f32, not int8",
+    "export no-such-folder --target gguf": "no-such-folder: no such folder, and not a hub id",
+    "export MODEL --target gguf": "llama-cpp-python is not installed; run: pip install 'efficientllm[gguf]'",
+    "export MODEL --target web": "llama-cpp-python is not installed; run: pip install 'efficientllm[gguf]'",
+    "export MODEL --target ios --formats pte": "executorch is not installed; run: pip install ",
+    "export MODEL --target onnx": "onnxruntime is not installed; run: pip install 'efficientllm[onnx]'",
+    "export MODEL --target litert": "litert_torch is not installed; run: pip install 'efficientllm[litert]'",
+    "export MODEL --target hf-uniform": "torch is not installed; run: pip install 'efficientllm[export]'",
+    "serve MODEL": EXPORT_FIRST,
+    "chat MODEL Hi": EXPORT_FIRST,
+    "bench owner/name": "owner/name does not exist; export it first: efficientllm export owner/name --target gguf",
+    "eval owner/name": "download it first: hf download owner/name --local-dir name",
+    "hub hub-folder MODEL": "MODEL is a checkpoint; export it first: ",
+}
+"""Command -> part of its error."""
+
+RUN_ALL = """
+import contextlib, io, json, sys
+commands, heavy = json.loads(sys.argv[1])
+sys.modules |= dict.fromkeys(heavy)
+from efficientllm.runtime import command_line
+found = []
+for name, *arguments in commands:
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            command_line.run(name, arguments)
+    except SystemExit as ended:
+        found.append([ended.code, errors.getvalue()])
+print(json.dumps(found))
+"""
+
+
+def test_what_cannot_work_is_refused_before_a_library_is_imported(
+    save_tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    checkpoint = str(save_tiny(tiny_architecture()))
+    commands = [[checkpoint if word == "MODEL" else word for word in command.split()] for command in REFUSED]
+    heavy = ["torch", "transformers", "llama_cpp", "onnxruntime", "executorch", "litert_torch", "uvicorn", "fastapi"]
+    script = [sys.executable, "-c", RUN_ALL, json.dumps([commands, heavy])]
+    done = subprocess.run(script, capture_output=True, text=True, check=True, cwd=tmp_path)
+    for (code, error), expected in zip(json.loads(done.stdout), REFUSED.values(), strict=True):
+        assert code == 2
+        assert expected.replace("MODEL", checkpoint).replace("NAME", Path(checkpoint).name) in error
+        assert error.count("\n") == 1
+
+
+def test_types_are_read_in_either_case() -> None:
+    arguments = ["x", "--target", "gguf", "--quantize", "Q4_K_M", "--pad", "None"]
+    values = cli.build_parser().parse(arguments)
+    assert (values["quantize"], values["pad"]) == ("q4_k_m", "none")
+    assert merge(GgufOptions(), {"quantize": "Q8_0"}, "").quantize == "q8_0"

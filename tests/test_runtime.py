@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from efficientllm.runtime import chat
+from efficientllm.runtime import chat, load
 from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.base.errors import ArtefactError, ContextOverflowError, EfficientLLMError, UsageError
 from efficientllm.runtime.chat_template import render_chat
@@ -199,9 +199,12 @@ def test_sampling_options_are_checked(name: str, value: float) -> None:
 def test_chat_answers_once_and_from_a_pipe(
     artefact: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments = [str(artefact), "--max-tokens", "8", "--threads", "1", "--stats"]
+    arguments = [str(artefact), "--max-tokens", "8", "--threads", "1", "--stats", "--seed", "1"]
     assert run_command(chat.body, [*arguments, "Hello"]) == 0
     asked = capsys.readouterr()
+    with load(artefact, EngineOptions(threads=1)) as model:  # a small model without settings of its own
+        options = {"temperature": 0.8, "repetition_penalty": 1.1, "seed": 1}
+        assert asked.out == model.chat("Hello", max_tokens=8, **options) + "\n"
     monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n"))
     assert run_command(chat.body, arguments) == 0
     assert capsys.readouterr().out == asked.out
@@ -238,5 +241,6 @@ def test_bad_artefacts_get_one_line(artefact: Path, tmp_path: Path, capsys: pyte
     assert "copy it again" in capsys.readouterr().err
     assert run_command(chat.body, [str(tmp_path / "nowhere"), "Hi"]) == 2
     assert "does not exist" in capsys.readouterr().err
-    assert run_command(chat.body, [str(tmp_path), "Hi"]) == 2
+    (tmp_path / "empty").mkdir()
+    assert run_command(chat.body, [str(tmp_path / "empty"), "Hi"]) == 2
     assert "holds no manifest.json" in capsys.readouterr().err

@@ -23,8 +23,9 @@ from efficientllm.runtime.engines.artefact import Artefact
 from efficientllm.runtime.engines.engine import EngineOptions
 from efficientllm.server import cli
 from efficientllm.server.access.guard import Guard
-from efficientllm.server.app import AppOptions, create_app
+from efficientllm.server.app import create_app
 from efficientllm.server.models.pool import ModelPool
+from efficientllm.server.options import AppOptions
 
 MESSAGES: Any = [{"role": "user", "content": "Hello"}]
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 6}
@@ -52,6 +53,20 @@ def until(condition: Callable[[], bool], seconds: float = 5) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("chat/completions", {"messages": MESSAGES, "max_tokens": 2}),
+        ("completions", {"prompt": "Hi", "max_tokens": 2}),
+        ("responses", {"input": "Hi", "max_output_tokens": 16}),
+        ("embeddings", {"input": "Hi"}),
+    ],
+)
+def test_a_request_without_model_is_for_the_only_one(address: str, path: str, body: dict[str, Any]) -> None:
+    answer = httpx.post(f"{address}/v1/{path}", json=body, timeout=60)
+    assert (answer.status_code, answer.json()["model"]) == (200, "tiny")
 
 
 NULLS = ["top_p", "top_k", "min_p", "repetition_penalty", "n", "seed", "stop", "stream", "stream_options", "logit_bias"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ...runtime.base.extras import extra
+from ...runtime.base.extras import extra, require_extra
 from ...runtime.engines.executorch import import_executorch, quiet_executorch
 from ..checkpoint import Checkpoint
 from ..manifest import Contents, write_manifest
@@ -27,4 +27,13 @@ def write_program(checkpoint: Checkpoint, request: ExportRequest[ExecutorchOptio
         return write(checkpoint, request, folder)
 
 
-EXPORTER = Exporter(ExecutorchOptions, export_executorch)
+MODULES = ("executorch", "optimum", "torchao")
+"""Modules of the extra."""
+
+
+def check_executorch(options: ExecutorchOptions) -> None:
+    """Raise MissingExtraError without ExecuTorch."""
+    require_extra("executorch", *MODULES)
+
+
+EXPORTER = Exporter(ExecutorchOptions, export_executorch, check_executorch)

@@ -5,24 +5,29 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...runtime.base import flags
+from ...runtime.base.errors import UsageError
+from ...runtime.base.quantities import unknown_name
 from ..request import PaddingOptions
+from .recipes import load_recipe
 
 GROUP_SIZES = (32, 64, 128)
+TYPES = ("f32", "f16", "8da4w", "int8")
+"""`--quantize` values of all recipes."""
 
 
 @dataclass(frozen=True)
 class ExecutorchOptions(PaddingOptions):
     """--target executorch."""
 
-    quantize: str = ""
+    quantize: str = flags.type_name()
     """Weight type: f32, f16, 8da4w, int8; default: the recipe's, 8da4w for xnnpack and vulkan, f32 for the others."""
-    output_type: str = ""
+    output_type: str = flags.type_name()
     """Type of the LM head: int8, int4."""
-    embedding_type: str = ""
+    embedding_type: str = flags.type_name()
     """Type of the token embedding: int8, int4."""
     group_size: int = 32
     """Weights per scale of 8da4w: 32, 64 or 128."""
-    recipe: str = "xnnpack"
+    recipe: str = flags.type_name("xnnpack")
     """Backend, one of xnnpack, portable, vulkan, coreml, openvino."""
     custom_ops: bool = True
     """Use ExecuTorch's LLM operators; turn off for runtimes without them (decoding is several times slower)."""
@@ -35,3 +40,18 @@ class ExecutorchOptions(PaddingOptions):
         flags.check_fields(self)
         sizes = ", ".join(map(str, GROUP_SIZES))
         flags.require(self, "group_size", self.group_size in GROUP_SIZES, f"XNNPACK takes {sizes}")
+        formats, name = load_recipe(self.recipe).formats, self.weight_type
+        if name not in TYPES:
+            raise unknown_name("--quantize", name, TYPES, of=" for executorch")
+        for flag, value in (("--output-type", self.output_type), ("--embedding-type", self.embedding_type)):
+            if value not in ("", "int8", "int4"):
+                raise UsageError(f"{flag} {value}: executorch takes int8 or int4")
+            if value and name not in ("8da4w", "int8"):
+                raise UsageError(f"{flag} {value} goes with --quantize 8da4w or int8, not {name}")
+        if name not in formats:
+            raise UsageError(f"--recipe {self.recipe} takes --quantize {', '.join(formats)}, not {name}")
+
+    @property
+    def weight_type(self) -> str:
+        """Return the weight type, by default the recipe's."""
+        return self.quantize or load_recipe(self.recipe).formats[0]

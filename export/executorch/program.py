@@ -145,18 +145,15 @@ def write_program(checkpoint: Checkpoint, request: ExportRequest[ExecutorchOptio
 
 
 def _plan(checkpoint: Checkpoint, options: ExecutorchOptions) -> ProgramPlan:
-    """Return the plan. Raises UsageError if the recipe does not support the request or its packages are missing."""
+    """Return the plan. Raises UsageError if a package of the recipe is missing."""
     recipe = load_recipe(options.recipe)
-    name = options.quantize or recipe.formats[0]
-    weights = weight_format(name, options)
-    if name not in recipe.formats:
-        raise UsageError(f"--recipe {recipe.name} takes --quantize {', '.join(recipe.formats)}, not {name}")
+    weights = weight_format(options)
     original = checkpoint.architecture
     needs_padding = "int4" in (weights.linear, weights.head, weights.embedding) and options.pad == "auto"
     return ProgramPlan(
         recipe=recipe,
         partitioners=recipe.partitioners(),
-        quantize=name,
+        quantize=options.weight_type,
         weights=weights,
         context=min(options.max_context, checkpoint.context_length),
         custom_ops=options.custom_ops and recipe.custom_ops,

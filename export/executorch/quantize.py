@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from ...runtime.base.errors import UsageError
-from ...runtime.base.quantities import unknown_name
 from ..group_quantization import keep_scale, quantize_groups, round_to_bfloat16
 from .options import GROUP_SIZES, ExecutorchOptions
 
@@ -49,16 +48,9 @@ FORMATS = {
 """`--quantize` values of `--target executorch`."""
 
 
-def weight_format(name: str, options: ExecutorchOptions) -> WeightFormat:
-    """Return format `name` with the types of the options. Raises UsageError if ExecuTorch has no such format."""
-    if name not in FORMATS:
-        raise unknown_name("--quantize", name, FORMATS, of=" for executorch")
-    chosen = FORMATS[name]
-    for flag, value in (("--output-type", options.output_type), ("--embedding-type", options.embedding_type)):
-        if value and value not in ("int8", "int4"):
-            raise UsageError(f"{flag} {value}: executorch takes int8 or int4")
-        if value and not chosen.linear.startswith("int"):
-            raise UsageError(f"{flag} {value} goes with --quantize 8da4w or int8, not {name}")
+def weight_format(options: ExecutorchOptions) -> WeightFormat:
+    """Return the format of the options."""
+    chosen = FORMATS[options.weight_type]
     return WeightFormat(chosen.linear, options.output_type or chosen.head, options.embedding_type or chosen.embedding)
 
 

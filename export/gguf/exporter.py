@@ -10,8 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from ...runtime.base import flags
 from ...runtime.base.errors import ArtefactError
+from ...runtime.base.extras import require_extra
 from ...runtime.base.files import write_text_atomically
+from ...runtime.base.quantities import unknown_name
 from ...runtime.chat_template import render_chat
 from ...runtime.engines.hf_tokenizer import read_settings, special_token
 from ...runtime.engines.manifest import OLLAMA_FILE
@@ -35,27 +38,39 @@ from ..verification import (
 from .layout import GgufPlan, plan_layout
 from .modelfile import MAX_CONTEXT, modelfile
 from .probe import probe
-from .quantize import describe_fallbacks, file_type, quantize_gguf, require_llama_cpp, tensor_type
+from .quantize import FILE_TYPES, describe_fallbacks, quantize_gguf, tensor_type
 from .tensor_data import check_kept, check_rows, fill_q2_0, tensor_bytes
 from .writer import gguf_name, write_gguf
 
 MODEL_FILE = "model.gguf"
 MAX_TABLE_DIFFERENCE = 1e-2
 """Largest |logit difference| if GELU is a table. A number between two fp16 values may be rounded either way."""
-DEFAULT = "f16"
+DEFAULT = "q8_0"
 
 
 @dataclass(frozen=True)
 class GgufOptions(PaddingOptions):
     """--target gguf."""
 
-    quantize: str = ""
+    quantize: str = flags.type_name()
     """Weight type: f32, f16, bf16, q8_0, q6_k, q5_k_m, q5_k_s, q5_1, q5_0, q4_k_m, q4_k_s, q4_1, q4_0, iq4_nl, iq4_xs,
-    q3_k_m, q2_k, q2_0; default: the trained type (--qat), else f16."""
-    output_type: str = ""
+    q3_k_m, q2_k, q2_0; default: the trained type (--qat), else q8_0."""
+    output_type: str = flags.type_name()
     """Type of the LM head, a value of --quantize."""
-    embedding_type: str = ""
+    embedding_type: str = flags.type_name()
     """Type of the token embedding, a value of --quantize."""
+
+    def __post_init__(self) -> None:
+        flags.check_fields(self)
+        if self.quantize not in ("", *FILE_TYPES):
+            raise unknown_name("--quantize", self.quantize, FILE_TYPES, of=" for gguf")
+
+
+def check_gguf(options: GgufOptions) -> None:
+    """Raise UsageError for an unknown tensor type, and MissingExtraError without llama.cpp."""
+    require_extra("gguf", "gguf", "llama_cpp")
+    tensor_type("--output-type", options.output_type)
+    tensor_type("--embedding-type", options.embedding_type)
 
 
 def export_gguf(checkpoint: Checkpoint, request: ExportRequest[GgufOptions], folder: Path) -> None:
@@ -68,15 +83,9 @@ def export_gguf(checkpoint: Checkpoint, request: ExportRequest[GgufOptions], fol
         log.info("run it with: %s", hint)
 
 
-def write_model(
-    checkpoint: Checkpoint, request: ExportRequest[GgufOptions], folder: Path, default: str = DEFAULT
-) -> Contents:
-    """Write FOLDER/model.gguf and verify it, for this target and others that ship the file.
-
-    `default` is the type of a checkpoint without a trained type if none is requested.
-    """
-    require_llama_cpp()
-    options, types = request.options, _choose_types(checkpoint, request, default)
+def write_model(checkpoint: Checkpoint, request: ExportRequest[GgufOptions], folder: Path) -> Contents:
+    """Write FOLDER/model.gguf and verify it, for this target and others that ship the file."""
+    options, types = request.options, _choose_types(checkpoint, request)
     name = types.file_type
     plan = plan_layout(checkpoint, row_multiple(name) if options.pad == "auto" else 1)
     for note in plan.notes:
@@ -125,11 +134,10 @@ class _Types:
     """Whether the checkpoint was trained for exactly these types, so that its weights are kept to the bit."""
 
 
-def _choose_types(checkpoint: Checkpoint, request: ExportRequest[GgufOptions], default: str) -> _Types:
+def _choose_types(checkpoint: Checkpoint, request: ExportRequest[GgufOptions]) -> _Types:
     """Return the requested types, or the trained ones, or the defaults."""
     options, trained = request.options, TrainedType.of(checkpoint)
-    name = choose_type(checkpoint, request, "gguf", options.quantize, default)
-    file_type(name)
+    name = choose_type(checkpoint, request, "gguf", options.quantize, DEFAULT)
     is_trained = trained is not None and (trained.target, trained.kind) == ("gguf", name)
     head = trained.head if trained is not None and is_trained else ""
     output, embedding = options.output_type or head, options.embedding_type or head
@@ -141,7 +149,7 @@ def _choose_types(checkpoint: Checkpoint, request: ExportRequest[GgufOptions], d
     )
 
 
-EXPORTER = Exporter(GgufOptions, export_gguf)
+EXPORTER = Exporter(GgufOptions, export_gguf, check_gguf)
 
 
 def _importance(checkpoint: Checkpoint, request: ExportRequest[GgufOptions], plan: GgufPlan, folder: Path) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import json
 import re
 import sys
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ...runtime.base.child import run_python
-from ...runtime.base.errors import ArtefactError, MissingExtraError
+from ...runtime.base.errors import ArtefactError
 from ...runtime.base.extras import extra
 from ...runtime.base.quantities import unknown_name
 from . import q2_0
@@ -158,12 +157,6 @@ def _importance_matrix(path: Path) -> tuple[Any, list[Any]]:
     entry_type = llama_cpp.llama_cpp.llama_model_imatrix_data
     matrix = (entry_type * (len(entries) + 1))(*entries)  # the last entry stays zero: the end
     return ctypes.cast(matrix, ctypes.POINTER(entry_type)), [matrix, arrays]
-
-
-def require_llama_cpp() -> None:
-    """Raise MissingExtraError if llama-cpp-python is not installed, without loading it."""
-    if importlib.util.find_spec("llama_cpp") is None:
-        raise MissingExtraError("llama-cpp-python", "gguf")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import numpy as np
 
 from ...runtime.base import flags
 from ...runtime.base.errors import ArtefactError
-from ...runtime.base.extras import extra
+from ...runtime.base.extras import require_extra
 from ..checkpoint import Checkpoint
 from ..manifest import Contents, bits_per_weight, write_manifest
 from ..request import ExportRequest, RoundingOptions, log
@@ -38,7 +38,7 @@ PREFILL_LENGTHS = (16, 128)
 class LitertOptions(RoundingOptions):
     """--target litert."""
 
-    quantize: str = "int8"
+    quantize: str = flags.type_name("int8")
     """Weight type: int8 or f32."""
     max_context: int = flags.count(2048, at_least=max(PREFILL_LENGTHS) + 1)
     """Slots of the key/value caches, at most the model's context."""
@@ -54,10 +54,6 @@ def export_litert(checkpoint: Checkpoint, request: ExportRequest[LitertOptions],
     from .conversion import convert
 
     options = request.options
-    if options.verify:  # asked before a minute of conversion
-        with extra("litert"):
-            import ai_edge_litert  # type: ignore[import-not-found]  # noqa: F401
-            import litert_lm  # type: ignore[import-not-found]  # noqa: F401
     context = min(options.max_context, checkpoint.context_length)
     with tempfile.TemporaryDirectory(dir=folder) as work:
         program = convert(checkpoint, Path(work), RECIPES[options.quantize], context, PREFILL_LENGTHS)
@@ -92,7 +88,12 @@ def _verify(
     return {key: agreement.to_dict(), "litert_lm": {"same_characters": characters}}
 
 
-EXPORTER = Exporter(LitertOptions, export_litert)
+def check_litert(options: LitertOptions) -> None:
+    """Raise MissingExtraError without Google's exporter, or without the runtime that verifies its file."""
+    require_extra("litert", "litert_torch", *(("ai_edge_litert", "litert_lm") if options.verify else ()))
+
+
+EXPORTER = Exporter(LitertOptions, export_litert, check_litert)
 
 
 MASKED = -1e9

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...runtime.base import flags
 from ...runtime.base.errors import UsageError
-from ...runtime.base.extras import extra
+from ...runtime.base.extras import extra, require_extra
 from ...runtime.base.files import require_room
 from ...runtime.engines.engine import EngineOptions
 from ...runtime.engines.onnx import OnnxEngine
@@ -32,11 +33,26 @@ DEFAULT = "int8"
 class OnnxOptions(RoundingOptions):
     """--target onnx."""
 
-    quantize: str = ""
+    quantize: str = flags.type_name()
     """Weight type: f32, f16, int8, mixed, int4, web; default: the trained type (--qat), else int8; with --portable f32.
     """
     portable: bool = False
     """Use standard operators (opset 23) instead of onnxruntime's fused ones; f32, slower in onnxruntime."""
+
+    def __post_init__(self) -> None:
+        flags.check_fields(self)
+        if self.quantize:
+            preset(self.quantize)
+        if self.portable and self.quantize not in ("", "f32"):
+            rule = "standard operators hold no packed weights"
+            raise UsageError(f"--portable takes --quantize f32, not {self.quantize}: {rule}")
+
+
+def check_onnx(options: OnnxOptions) -> None:
+    """Raise MissingExtraError without onnxruntime, and for a portable graph without torch's exporter."""
+    require_extra("onnx", "onnx", "onnx_ir", "onnxruntime")
+    if options.portable:
+        require_extra("onnx-portable", "onnxscript", "optimum")
 
 
 def export_onnx(checkpoint: Checkpoint, request: ExportRequest[OnnxOptions], folder: Path) -> None:
@@ -45,8 +61,6 @@ def export_onnx(checkpoint: Checkpoint, request: ExportRequest[OnnxOptions], fol
     asked = options.quantize or ("f32" if options.portable else "")
     name = choose_type(checkpoint, request, "onnx", asked, DEFAULT)
     bits = preset(name)
-    if options.portable and name != "f32":
-        raise UsageError(f"--portable takes --quantize f32, not {name}: standard operators hold no packed weights")
     _write_model(checkpoint, options, bits, folder)
     _write_json(folder / "genai_config.json", genai_config(checkpoint, options.portable))
     _write_json(folder / "generation_config.json", generation_config(checkpoint))
@@ -67,7 +81,7 @@ def export_onnx(checkpoint: Checkpoint, request: ExportRequest[OnnxOptions], fol
     write_manifest(checkpoint, request, folder, contents)
 
 
-EXPORTER = Exporter(OnnxOptions, export_onnx)
+EXPORTER = Exporter(OnnxOptions, export_onnx, check_onnx)
 
 
 def _write_model(checkpoint: Checkpoint, options: OnnxOptions, bits: Bits, folder: Path) -> None:

@@ -19,9 +19,9 @@ from ...runtime.latency.profile import DeviceProfile
 from ...runtime.latency.shape import DecoderShape
 from ...train.model.architecture import Architecture
 from ..checkpoint import Checkpoint
-from ..executorch.exporter import write_program
+from ..executorch.exporter import check_executorch, write_program
 from ..executorch.options import ExecutorchOptions
-from ..gguf.exporter import GgufOptions, write_model
+from ..gguf.exporter import GgufOptions, check_gguf, write_model
 from ..greedy import GreedyCheck, greedy_check
 from ..manifest import Contents, generation_defaults, write_manifest
 from ..request import ExportRequest, log
@@ -221,7 +221,6 @@ def _speed(speed: ExpectedSpeed | None) -> str:
 
 
 FORMATS = ("gguf", "pte")
-DEFAULT = "q8_0"
 
 SNIPPETS: dict[Platform, dict[str, tuple[str, ...]]] = {
     "android": {
@@ -246,8 +245,6 @@ CARD_FILE = "README.md"
 class PhoneOptions(GgufOptions):
     """--target android, ios."""
 
-    quantize: str = ""
-    """Weight type of the GGUF, as of --target gguf; default: the trained type (--qat), else q8_0."""
     formats: tuple[str, ...] = flags.comma_separated(*FORMATS)
     """Formats of the model, comma-separated: gguf (llama.cpp), pte (ExecuTorch, 8da4w)."""
     max_context: int = flags.count(2048, at_least=2)
@@ -256,7 +253,7 @@ class PhoneOptions(GgufOptions):
     """Latency profile of the phone, written by efficientllm-bench --profile; the card then predicts the speed."""
 
     def __post_init__(self) -> None:
-        flags.check_fields(self)
+        super().__post_init__()
         for name in self.formats:
             flags.require(self, "formats", name in FORMATS, not_one_of(name, FORMATS), value=name)
         flags.require(self, "formats", bool(self.formats), f"must name one of {', '.join(FORMATS)}")
@@ -272,13 +269,23 @@ def export_ios(checkpoint: Checkpoint, request: ExportRequest[PhoneOptions], fol
     _export("ios", checkpoint, request, folder)
 
 
-ANDROID = Exporter(PhoneOptions, export_android)
-IOS = Exporter(PhoneOptions, export_ios)
+def check_phone(options: PhoneOptions) -> None:
+    """Raise UsageError for a damaged profile, and MissingExtraError without the packages of a format."""
+    if "gguf" in options.formats:
+        check_gguf(options)
+    if "pte" in options.formats:
+        check_executorch(ExecutorchOptions())
+    if options.device_profile:
+        DeviceProfile.load(Path(options.device_profile))
+
+
+ANDROID = Exporter(PhoneOptions, export_android, check_phone)
+IOS = Exporter(PhoneOptions, export_ios, check_phone)
 
 
 def _export(platform: Platform, checkpoint: Checkpoint, request: ExportRequest[PhoneOptions], folder: Path) -> None:
     options = request.options
-    profile = DeviceProfile.load(Path(options.device_profile)) if options.device_profile else None  # before the work
+    profile = DeviceProfile.load(Path(options.device_profile)) if options.device_profile else None
     speed = expected_speed(profile, checkpoint.architecture) if profile is not None else None
     models = _write_models(checkpoint, request, folder)
     if profile is not None:
@@ -310,7 +317,7 @@ def _write_models(checkpoint: Checkpoint, request: ExportRequest[PhoneOptions], 
     options = request.options
     found = []
     if "gguf" in options.formats:
-        found.append(write_model(checkpoint, request, folder, DEFAULT))
+        found.append(write_model(checkpoint, request, folder))
     if "pte" in options.formats:
         program = ExecutorchOptions(
             verify=options.verify, calibrate=options.calibrate, max_kl=options.max_kl, max_context=options.max_context

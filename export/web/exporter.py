@@ -10,15 +10,13 @@ from typing import Any
 
 from ...runtime.base.files import write_json_atomically
 from ..checkpoint import Checkpoint
-from ..gguf.exporter import GgufOptions, write_model
+from ..gguf.exporter import GgufOptions, check_gguf, write_model
 from ..greedy import greedy_check
 from ..manifest import generation_defaults, write_manifest
 from ..request import ExportRequest, log
 from ..targets import Exporter
 from .parts import PART_BYTES, Part, split_file
 from .wllama import COMPAT, VERSION, WLLAMA, copy_wllama
-
-DEFAULT = "q8_0"
 
 PAGE_FILES = ("index.html", "app.css", "app.js", "parts.js", "icon.svg", "sw.js")
 """Our files, copied unchanged except for two marks in the service worker."""
@@ -33,8 +31,6 @@ MAX_CONTEXT = 2048
 class WebOptions(GgufOptions):
     """--target web."""
 
-    quantize: str = ""
-    """Weight type as of --target gguf; default: the trained type (--qat), else q8_0."""
     wllama: str = ""
     """Folder with wllama's two npm tarballs, for machines without npm or network; default: `npm pack`, once."""
 
@@ -46,7 +42,7 @@ CHECKED_TOKENS = 64
 def export_web(checkpoint: Checkpoint, request: ExportRequest[WebOptions], folder: Path) -> None:
     """Write a folder for any file server. A failure leaves nothing behind."""
     runtime_files = copy_wllama(folder, request.options.wllama)  # first: what it lacks is known before minutes of work
-    contents = write_model(checkpoint, request, folder, DEFAULT)
+    contents = write_model(checkpoint, request, folder)
     model = folder / contents.files[0]
     check = greedy_check(model, count=CHECKED_TOKENS)
     parts = split_file(model, folder, PART_BYTES)
@@ -71,7 +67,7 @@ def export_web(checkpoint: Checkpoint, request: ExportRequest[WebOptions], folde
     log.info("open it with: efficientllm-serve-web %s", request.output)
 
 
-EXPORTER = Exporter(WebOptions, export_web)
+EXPORTER = Exporter(WebOptions, export_web, check_gguf)
 
 
 def web_manifest(name: str) -> dict[str, Any]:

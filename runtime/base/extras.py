@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -22,6 +23,17 @@ def extra(name: str, package: str = "") -> Iterator[None]:
         if (error.name or "").startswith("efficientllm"):  # a fault of ours that no extra fixes
             raise
         raise MissingExtraError(package or error.name or name, name) from error
+
+
+PACKAGES = {"llama_cpp": "llama-cpp-python"}
+"""Module -> its distribution, if the names differ."""
+
+
+def require_extra(name: str, *modules: str) -> None:
+    """Raise MissingExtraError if one of the top-level `modules` of extra `name` is not installed. Import nothing."""
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            raise MissingExtraError(PACKAGES.get(module, module), name)
 
 
 def lazy_names(package: str, names: Mapping[str, str]) -> Callable[[str], Any]:

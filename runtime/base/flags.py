@@ -98,6 +98,11 @@ def byte_count(default: int | None, **bounds: Unpack[Bounds]) -> Any:
     return dataclasses.field(default=default, metadata={"parse": parse_bytes, "bounds": bounds})
 
 
+def type_name(default: str = "") -> Any:
+    """Return a dataclass field of a name in lower case, which may be typed in either case, such as Q4_K_M."""
+    return dataclasses.field(default=default, metadata={"parse": str.lower})
+
+
 def whole_numbers(*default: int, **bounds: Unpack[Bounds]) -> Any:
     """Return a dataclass field of whole numbers, each within `bounds`, typed with commas between them."""
     return dataclasses.field(default=default, metadata={"parse": _parse_whole_numbers, "bounds": bounds})
@@ -246,10 +251,11 @@ def _parse_whole_numbers(text: str) -> tuple[int, ...]:
 
 
 def _one_of(names: Sequence[str], text: str) -> str:
-    """Return `text` if it is one of `names`, and raise ArgumentTypeError otherwise."""
-    if text not in names:
+    """Return the one of `names` that is `text` in either case, and raise ArgumentTypeError if there is none."""
+    found = next((name for name in names if name.lower() == text.lower()), None)
+    if found is None:
         raise argparse.ArgumentTypeError(f"{text!r} {not_one_of(text, names)}")
-    return text
+    return found
 
 
 def _converter(parse: Any) -> Any:
