@@ -23,7 +23,7 @@ from efficientllm.runtime.engines.llama_context import AttentionSettings, LlamaC
 from efficientllm.runtime.engines.manifest import Manifest
 from efficientllm.runtime.engines.onnx import OnnxEngine
 from efficientllm.runtime.engines.protocol import Chunk, EvaluationInterrupted
-from efficientllm.runtime.engines.tuning import CANDIDATES, FLASH, FLASH_Q8_0, ROUNDS
+from efficientllm.runtime.engines.tuning import CANDIDATES, FLASH, FLASH_Q8_0, PLAIN, ROUNDS
 
 
 def test_opening_an_artefact_reads_no_weights(artefact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,7 +93,9 @@ def test_room_for_chats_is_what_was_asked_for_in_bytes(artefact: Path) -> None:
     engine.close()
 
 
-def test_the_fastest_attention_is_measured_once(unseen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fastest_attention_is_measured_once(
+    unseen: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     times = {"f16 cache, without flash attention": 0.002, "f16 cache, with flash attention": 0.001}
     measured: list[str] = []
 
@@ -110,6 +112,10 @@ def test_the_fastest_attention_is_measured_once(unseen: Path, monkeypatch: pytes
 
     monkeypatch.setattr(LlamaContext, "__init__", remember)
     monkeypatch.setattr(tuning, "_attention_seconds", measure)
+    options = EngineOptions(threads=1, context=64, parallel=2, tune=False)
+    with contextlib.closing(load_engine(unseen, options)) as engine:
+        assert engine.settings == str(PLAIN)
+    assert not measured
     choices: list[tuple[CacheChoice, AttentionSettings]]
     choices = [("auto", FLASH), ("f16", FLASH), ("q8_0", FLASH_Q8_0), ("auto", FLASH)]
     for kv_cache, expected in choices:
@@ -117,6 +123,8 @@ def test_the_fastest_attention_is_measured_once(unseen: Path, monkeypatch: pytes
         assert engine.settings == str(expected)
         engine.close()
     assert len(measured) == ROUNDS * (3 + 2)
+    announced = "first load of model.gguf here: timing its attention kernels, usually 5 to 30 s"
+    assert sum(announced in message for message in caplog.messages) == 2
 
 
 def test_the_attention_of_a_new_model_is_timed(

@@ -12,19 +12,17 @@ from ..base.quantities import markdown_table
 
 ALL_TEXTS = "all texts"
 """Name of the geometric mean over the kinds of text, each with the same weight."""
-BITS_PER_BYTE = "bits per byte, all texts (other tokens: perplexities are per token of the source)"
-"""Row of the table for models with different vocabularies."""
 
 
 def contract_rows(found: Mapping[str, Any]) -> list[list[str]]:
     """Return the contract as a table, with a header and a row for each figure."""
     rows = [["quality", "source", "this model", "ratio"]]
+    bits = found.get("bits_per_byte")  # of models with different vocabularies
     for kind, each in found["texts"].items():
-        rows.append([f"perplexity, {kind}", *_cells(each)])
-    if "bits_per_byte" in found:
-        bits = found["bits_per_byte"]
-        cells = [f"{bits['reference']:.4f}", f"{bits['bits_per_byte']:.4f}"]
-        rows.append([BITS_PER_BYTE, *cells, f"{bits['bits_per_byte'] / bits['reference']:.3f}"])
+        cells = _cells(each)
+        if bits and kind == ALL_TEXTS:
+            cells[:2] = with_bits(cells[:2], [bits["reference"], bits["bits_per_byte"]])
+        rows.append([f"perplexity{' per token of the source' if bits else ''}, {kind}", *cells])
     if "chat_answers" in found:
         rows.append(["perplexity, chat answers", *_cells(found["chat_answers"])])
         end = found["end_of_turn"]
@@ -33,7 +31,8 @@ def contract_rows(found: Mapping[str, Any]) -> list[list[str]]:
     if "questions" in found:
         asked = found["questions"]
         kept = f"{asked['kept']} of the source's {asked['reference']}"
-        rows.append([f"right of {asked['asked']} questions", str(asked["reference"]), str(asked["right"]), kept])
+        others = f"and {asked['right'] - asked['kept']} others"
+        rows.append([f"right of {asked['asked']} questions", str(asked["reference"]), kept, others])
     return rows
 
 
@@ -86,6 +85,11 @@ def with_jobs(card: str, scores: Sequence[Mapping[str, Any]]) -> str:
     before, start, rest = card.partition(JOBS_START)
     _, end, after = rest.partition(JOBS_END)
     return before + jobs_section(scores) + after if start and end else card
+
+
+def with_bits(perplexities: Sequence[str], bits: Sequence[float]) -> list[str]:
+    """Return perplexities with the bits per byte beside them, which compare models of different vocabularies."""
+    return [f"{shown} ({each:.4f} bits per byte)" for shown, each in zip(perplexities, bits, strict=True)]
 
 
 def _cells(each: Mapping[str, float]) -> list[str]:

@@ -55,8 +55,10 @@ class EngineOptions:
     """Linux: move the weights into huge pages, for faster decoding. Loading takes up to a second longer, and malloc
     keeps blocks of up to 32 MB in its heap from then on."""
     kv_cache: CacheChoice = "auto"
-    """gguf: type of keys and values in the KV cache. auto: the fastest type and attention kernel, measured in some
-    seconds when a model is first loaded on a machine."""
+    """gguf: type of keys and values in the KV cache. auto: the fastest type and attention kernel, see --tune."""
+    tune: bool = True
+    """gguf: time attention kernels and passes when a model is first loaded on a machine, in 5 to 30 seconds. The result
+    is stored. --no-tune takes plain attention over an f16 cache."""
     parallel: int = flags.number(0, at_least=0, at_most=64)
     """Number of chats with a KV cache, which a server answers together. 0: one, or 16 for a server."""
     cache_memory: int = flags.byte_count(0, at_least=0)
@@ -146,7 +148,7 @@ def load_engine(
     artefact.verify()
     manifest = artefact.known_manifest
     if probe and manifest is None:
-        probe_artefact(artefact, engine_version(artefact.engine), asdict(options))
+        probe_artefact(artefact, engine_version(artefact.engine), asdict(options) | {"tune": False})
     try:
         engine = EngineScheduler(engine_class(artefact.model_file, options), manifest.sampling if manifest else {})
     except (EfficientLLMError, OSError):

@@ -73,7 +73,7 @@ class LlamaCppEngine:
         # A build for other instruction sets needs its own measurement, although it is the same release.
         build = hashlib.sha256(engine_build("llama.cpp").encode()).hexdigest()[:8]
         release = f"{engine_version('llama.cpp')}, build {build}, {threads} threads"
-        attention = choose_attention(path, release, options.kv_cache, self.num_sequences, make)
+        attention = choose_attention(path, release, options.kv_cache, self.num_sequences, make, options.tune)
         bytes_per_token = attention.bytes_per_token(*_cache_shape(path.parent, self._metadata))
         slots = self.context_length * min(self.num_sequences, SHARED_CONTEXTS)
         if options.cache_memory and bytes_per_token:
@@ -83,7 +83,7 @@ class LlamaCppEngine:
             self._context = make(attention, slots, self.num_sequences)
         self.load_ms += (time.perf_counter() - began) * 1e3
         self.settings, self.cache_slots, self.max_batch = str(attention), self._context.slots, self._context.max_batch
-        if self.num_sequences > 1:
+        if self.num_sequences > 1 and options.tune:
             times = measure_pass_times(path, f"{release}, {attention}", self._context, self.num_sequences)
             self.pass_times, self.settings = times, f"{attention}; {times}"
         self.kv_cache_bytes = round(self.cache_slots * bytes_per_token)

@@ -21,7 +21,7 @@ REFUSED = 3
 def probe_artefact(artefact: Artefact, engine_version: str, options: Mapping[str, object]) -> None:
     """Raise ArtefactError if a child process cannot load and run `artefact`. A success is cached.
 
-    The child loads with the same `options` (fields of EngineOptions) as the parent, so both share its measurements.
+    The child loads with `options`, fields of EngineOptions.
     """
 
     def try_loading() -> str:

@@ -70,25 +70,33 @@ def choose_attention(
     wanted: CacheChoice,
     num_sequences: int,
     make_context: Callable[[AttentionSettings, int, int], LlamaContext],
+    may_measure: bool = True,
 ) -> AttentionSettings:
     """Return the fastest settings for the model file at `path`, as measured now or earlier on this machine.
 
-    `release`: version, build and threads that the result depends on. `make_context(settings, slots, num_sequences)`
-    makes a context of the model.
+    Without `may_measure` the choice is plain attention over an f16 cache, unless `wanted` is another type. `release`
+    has the version, build and threads that the result depends on. `make_context(settings, slots, num_sequences)` makes
+    a context of the model.
     """
     num_sequences = min(num_sequences, MAX_CHATS)
     candidates = CANDIDATES[wanted]
-    if len(candidates) == 1:
-        return candidates[0]
+    if len(candidates) == 1 or not may_measure:
+        return PLAIN if PLAIN in candidates else candidates[0]
 
     def measure() -> str:
-        logging.getLogger(PROGRESS_LOGGER).info("measuring which attention is fastest for %s", path.name)
+        _announce(path, "attention kernels")
         return str(fastest_attention(candidates, num_sequences, make_context))
 
     names = {str(candidate): candidate for candidate in candidates}
     beside = f" beside {num_sequences - 1} others" if num_sequences > 1 else ""
     key = f"attention of {', '.join(names)}{beside} on {platform.node()} ({release})"
     return names[cached(key, [path], measure, names.__contains__)]
+
+
+def _announce(path: Path, subject: str) -> None:
+    """Report a measurement, also in a program that configures no logging."""
+    text = "first load of %s here: timing its %s, usually 5 to 30 s; the result is stored (--no-tune skips it)"
+    logging.getLogger(PROGRESS_LOGGER).warning(text, path.name, subject)
 
 
 def fastest_attention(
@@ -155,7 +163,7 @@ def measure_pass_times(path: Path, release: str, context: LlamaContext, num_sequ
     """
 
     def measure() -> str:
-        logging.getLogger(PROGRESS_LOGGER).info("measuring how many answers a pass of %s should serve", path.name)
+        _announce(path, "passes over several answers")
         return PassTimes(tuple(_all_pass_ms(context, num_sequences))).to_text()
 
     def is_valid(text: str) -> bool:
