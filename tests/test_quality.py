@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -101,14 +102,16 @@ def test_models_of_other_tokens_are_compared_by_bytes() -> None:
     assert found["chat_answers"]["ratio"] == pytest.approx(math.exp(0.2))
     bits = (1 / 4 + 3 / 6) / 2 / math.log(2)
     assert found["bits_per_byte"] == pytest.approx({"bits_per_byte": bits, "reference": bits})
-    assert any(row[0].startswith("bits per byte") for row in contract_rows(found))
+    (line,) = [row for row in contract_rows(found) if row[0] == f"perplexity per token of the source, {ALL_TEXTS}"]
+    assert all(cell.endswith(f"({bits:.4f} bits per byte)") for cell in line[1:3])
 
 
 def test_bits_per_byte_are_told_of_one_model_and_of_models_of_other_tokens() -> None:
     def told(*sizes: int) -> bool:
         qualities = [Quality({"a": [1.0]}, [], [], [], {"a": [4.0]}, size) for size in sizes]
         table = rows([Evaluation(f"m{index}", "", {}, {}, each) for index, each in enumerate(qualities)])
-        return any(row[0].startswith("bits per byte") for row in table)
+        (line,) = [row for row in table if row[0] == f"perplexity, {ALL_TEXTS}"]
+        return all("bits per byte" in cell for cell in line[2:])
 
     assert told(300)
     assert told(400, 300)
@@ -173,7 +176,7 @@ def test_eval_shows_a_model_beside_the_first(save_tiny: Callable[..., Path], tmp
     assert run_command(cli.body, arguments) == 0
     table = (tmp_path / "out" / "results.md").read_text(encoding="utf-8")
     assert "perplexity, all texts" in table
-    assert "questions answered right" in table
+    assert re.search(r"questions answered right .* \| \d+ of first's \d+, \d+ in all \|", table)
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert len(results["evaluations"][1]["quality"]["answers"]) == 2
     assert results["evaluations"][0]["perplexity"] == {}

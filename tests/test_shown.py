@@ -129,9 +129,11 @@ def test_the_card_names_what_is_on_a_hub_and_no_local_path(
     assert "datasets" not in local
     assert str(corpus.parent) not in local
     assert f"--data {corpus.name} " in local
+    assert f"over 1 tokens of text: 50% {corpus.name.partition('.')[0]}, 50% Wikipedia summaries (" in local
     (tmp_path / "models" / "tiny" / "README.md").write_text("---\nlicense: mit\n---\n")
     monkeypatch.setattr(cards, "_hub_file", lambda name: tmp_path / "models" / "tiny" / "README.md")
     hub = card(SourceConfig("owner/model", ("owner/data@en:0.5", "demo")))
+    assert "text: 33% owner/data@en, 67% Wikipedia summaries (" in hub
     assert "base_model: owner/model\ndatasets: [owner/data]\n" in hub
     assert "license: mit\n" in hub
     assert "The source's licence, mit, applies." in card(SourceConfig("models/tiny"))

@@ -19,7 +19,7 @@ from ...runtime.base.files import write_json_atomically, write_text_atomically
 from ...runtime.base.model_names import may_be_hub_id, source_path
 from ...runtime.base.progress import ProgressDisplay
 from ...runtime.base.quantities import markdown_table
-from ...runtime.engines.contract_text import BITS_PER_BYTE
+from ...runtime.engines.contract_text import ALL_TEXTS, with_bits
 from .evaluate import ComputeConfig, Evaluation, MeasureConfig, check, evaluate
 from .job_score import check_target, job_score, write_score
 from .jobs import misses_page
@@ -81,12 +81,13 @@ def _quality_rows(evaluations: Sequence[Evaluation]) -> list[list[str]]:
     qualities = [each.quality for each in evaluations if each.quality is not None]
     columns = [contract(each, reference, _name(evaluations[0])) for each in qualities]
     table: list[list[str]] = []
+    bits = [each.bits_per_byte for each in qualities]
+    shows_bits = (len(bits) == 1 and math.isfinite(bits[0])) or any("bits_per_byte" in column for column in columns)
     for kind in columns[0]["texts"]:
         size = f"{len(reference.texts[kind])} documents" if kind in reference.texts else ""
-        table.append([f"perplexity, {kind}", size, *[_with_ratio(column["texts"][kind]) for column in columns]])
-    bits = [each.bits_per_byte for each in qualities]
-    if (len(bits) == 1 and math.isfinite(bits[0])) or any("bits_per_byte" in column for column in columns):
-        table.append([BITS_PER_BYTE, "", *[f"{each:.4f}" for each in bits]])
+        cells = [_with_ratio(column["texts"][kind]) for column in columns]
+        cells = with_bits(cells, bits) if shows_bits and kind == ALL_TEXTS else cells
+        table.append([f"perplexity, {kind}", size, *cells])
     if all("chat_answers" in column for column in columns):
         size = f"{len(reference.chat_answers)} answers"
         table.append(["perplexity, chat answers", size, *[_with_ratio(column["chat_answers"]) for column in columns]])
@@ -96,7 +97,9 @@ def _quality_rows(evaluations: Sequence[Evaluation]) -> list[list[str]]:
         table.append(["end of the turn, nats", size, *cells])
     if all("questions" in column for column in columns):
         first, *others = [column["questions"] for column in columns]
-        cells = [str(first["right"]), *[f"{each['right']} ({each['kept']} of {each['reference']})" for each in others]]
+        cells = [str(first["right"])]
+        name = _name(evaluations[0])
+        cells += [f"{each['kept']} of {name}'s {each['reference']}, {each['right']} in all" for each in others]
         table.append(["questions answered right", f"{first['asked']} questions", *cells])
     return table
 

@@ -6,6 +6,7 @@ The card repeats two facts of its source's card: the licence and the name of the
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from importlib import resources
 from pathlib import Path
@@ -20,6 +21,9 @@ from ...runtime.engines.contract_text import contract_rows, jobs_section
 from ..config.sections import TrainConfig
 from ..data.documents import DataSpec
 from ..model.architecture import Architecture
+
+CORPUS_NAMES = {"demo": "Wikipedia summaries", "self-chat": "chats of the source with itself"}
+"""`--data` value -> its name in the card."""
 
 CARD = "README.md"
 TEMPLATE = "model_card.md.jinja"
@@ -96,6 +100,15 @@ def command_line(config: TrainConfig) -> str:
     return shlex.join(words)
 
 
+def corpora_in_words(data: Sequence[str]) -> str:
+    """Return the corpora of `--data` values by name, with their shares if there are several."""
+    specs = [DataSpec.parse(text) for text in data]
+    total = sum(spec.weight for spec in specs)
+    names = [CORPUS_NAMES.get(spec.path, display_name(spec.path).partition(".")[0]) for spec in specs]
+    shares = [f"{spec.weight / total:.0%} {name}" for spec, name in zip(specs, names, strict=True)]
+    return ", ".join(shares) if len(shares) > 1 else names[0]
+
+
 def model_card(config: TrainConfig, summary: dict[str, Any], source: Architecture, final: Architecture) -> str:
     """Return the card as Markdown with a YAML header. `summary` holds the values of training.json."""
     card = source_card(config.source.source)
@@ -123,6 +136,7 @@ def model_card(config: TrainConfig, summary: dict[str, Any], source: Architectur
         final=final,
         summary={"latency": None, "quality": None, **summary},
         command=command_line(config),
+        corpora=corpora_in_words(config.source.data),
         perplexities=perplexities,
         widths=widths,
         format_count=format_count,
