@@ -18,6 +18,7 @@ from typing import Any
 from .base import flags
 from .base.child import run, run_python
 from .base.command import run_command
+from .base.errors import install_command
 from .base.files import json_text
 from .base.quantities import format_bytes
 from .base.user_cache import commit
@@ -137,7 +138,7 @@ def needs() -> dict[str, dict[str, Any]]:
             if lacks:
                 lacking.append(extra)
                 missing |= lacks
-        install = f"pip install 'efficientllm[{','.join(lacking)}]'" if lacking else ""
+        install = install_command(",".join(lacking)) if lacking else ""
         found[use] = {"missing": [name + wanted for name, wanted in missing.items()], "install": install}
     return found
 

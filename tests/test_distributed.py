@@ -56,7 +56,7 @@ def test_two_processes_remove_the_same_groups_as_one(
     shared += ["--block-tokens", "256", *more]
     one = command(source_folder, corpus, tmp_path / "one", *shared, "--gradient-accumulation", "2")
     assert run(one) == 0
-    two = command(source_folder, corpus, tmp_path / "two", *shared, "--parallel", *mode.split())
+    two = command(source_folder, corpus, tmp_path / "two", *shared, "--data-parallel", *mode.split())
     done = torchrun(two)
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"2 ranks ({mode.split()[0]})" in done.stdout
@@ -79,7 +79,7 @@ def test_stopped_distributed_run_resumes_bit_identically(
     mode: str, source_folder: Path, corpus: Path, tmp_path: Path
 ) -> None:
     """Steps 1 to 10 in one run and the rest in another, against all in one."""
-    shared = ["--batch-size", "2", "--parallel", mode, "--weight-update", "obs", "--qat", "q4_0"]
+    shared = ["--batch-size", "2", "--data-parallel", mode, "--weight-update", "obs", "--qat", "q4_0"]
     shared += ["--eval-every", "5"]  # right before the checkpoint, too: a forward pass that no backward one follows
     straight = command(source_folder, corpus, tmp_path / "straight", *shared)
     done = torchrun(straight)
@@ -110,7 +110,7 @@ def test_nothing_of_the_source_is_alive_at_the_end(
 ) -> None:
     # a stem channel is in every tensor, so each is replaced where one goes
     more = ["--prune", "stem", "--target-ratio", "0.8"]
-    arguments = command(source_folder, corpus, tmp_path / "run", "--batch-size", "2", "--parallel", mode, *more)
+    arguments = command(source_folder, corpus, tmp_path / "run", "--batch-size", "2", "--data-parallel", mode, *more)
     launcher = [
         sys.executable,
         "-m",

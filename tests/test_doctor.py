@@ -5,16 +5,35 @@ from __future__ import annotations
 import json
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from efficientllm.runtime import doctor
 from efficientllm.runtime.base.command import run_command
+from efficientllm.runtime.base.errors import install_command
 from efficientllm.runtime.command_line import COMMANDS
 
 EXTRAS = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"][
     "optional-dependencies"
 ]
+
+
+@pytest.mark.parametrize(
+    ("origin", "command"),
+    [
+        (None, "pip install 'efficientllm[gguf]'"),
+        ('{"url": "file:///a/b%20c", "dir_info": {}}', "pip install '/a/b c[gguf]'"),
+        ('{"url": "file:///a/b", "dir_info": {"editable": true}}', "pip install -e '/a/b[gguf]'"),
+        ('{"url": "file:///a/b.whl", "archive_info": {}}', "pip install 'efficientllm[gguf]'"),
+    ],
+)
+def test_a_missing_extra_names_the_command_that_works(
+    origin: str | None, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed = SimpleNamespace(read_text=lambda name: origin)
+    monkeypatch.setattr("efficientllm.runtime.base.errors.distribution", lambda name: installed)
+    assert install_command("gguf") == command
 
 
 def test_the_table_of_uses_has_every_extra_and_only_known_commands() -> None:
@@ -54,7 +73,7 @@ def test_a_missing_or_old_package_is_named_with_the_command_that_installs_it(mon
     monkeypatch.setattr(doctor, "version_of", lambda name: versions.get(name, "99"))
     monkeypatch.setattr(doctor, "requirements", lambda: {name: {} for name in EXTRAS} | GGUF)
     found = doctor.needs()
-    expected = {"missing": ["gguf>=0.17", "llama-cpp-python>=0.3.36"], "install": "pip install 'efficientllm[gguf]'"}
+    expected = {"missing": ["gguf>=0.17", "llama-cpp-python>=0.3.36"], "install": install_command("gguf")}
     assert found["export --target gguf, web"] == expected
     assert found["export --target onnx"] == {"missing": [], "install": ""}
 

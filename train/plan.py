@@ -200,17 +200,19 @@ def find_resume_point(config: TrainConfig) -> ResumePoint | None:
 def choose_compute(config: TrainConfig) -> Compute:
     """Return hardware and process group. `compute.parallel.close()` leaves the group."""
     hardware = choose_hardware(config.run.device, config.run.dtype, config.run.threads)
-    return Compute(hardware, Parallel(config.run.parallel, hardware.device, config.run.offload))
+    return Compute(hardware, Parallel(config.run.data_parallel, hardware.device, config.run.offload))
 
 
 def make_plan(config: TrainConfig, resume: ResumePoint | None, compute: Compute) -> tuple[RunPlan, Any]:
     """Return (the plan, the loaded source model). Raises UsageError or ModelError if it cannot be trained."""
     if compute.parallel.mode == "fsdp" and config.pruning.compact_every > 1:
-        raise UsageError("--compact-every works with --parallel ddp only: fsdp compacts after every event")
+        raise UsageError("--compact-every works with --data-parallel ddp only: fsdp compacts after every event")
     if compute.parallel.mode == "fsdp" and config.pruning.recover != "none":
-        raise UsageError("--recover works with --parallel ddp only: it needs whole weights on every rank")
+        raise UsageError("--recover works with --data-parallel ddp only: it needs whole weights on every rank")
     if compute.parallel.mode == "fsdp" and config.pruning.prunes_vocabulary:
-        raise UsageError("--prune vocabulary works with --parallel ddp only: it measures a whole model on every rank")
+        raise UsageError(
+            "--prune vocabulary works with --data-parallel ddp only: it measures a whole model on every rank"
+        )
     _check_removals(config, compute)
     source: Any
     shape = shape_of_folder(config.source.source)

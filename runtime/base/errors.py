@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import shlex
+from importlib.metadata import PackageNotFoundError, distribution
+from urllib.parse import urlparse
+from urllib.request import url2pathname
+
 
 class EfficientLLMError(Exception):
     """Base of every error that a user can cause. Commands print it as one line and exit with code 2.
@@ -33,11 +39,23 @@ class OptionError(UsageError, ValueError):
     """A value of an option that has the wrong type or is not allowed."""
 
 
+def install_command(extras: str) -> str:
+    """Return the pip command that adds `extras`, from the folder of a clone if efficientllm was installed from one."""
+    try:
+        origin = json.loads(distribution("efficientllm").read_text("direct_url.json") or "{}")
+    except PackageNotFoundError:
+        origin = {}
+    is_clone = "dir_info" in origin
+    place = url2pathname(urlparse(origin["url"]).path) if is_clone else "efficientllm"
+    editable = "-e " if is_clone and origin["dir_info"].get("editable") else ""
+    return f"pip install {editable}{shlex.quote(f'{place}[{extras}]')}"
+
+
 class MissingExtraError(UsageError):
     """An optional dependency is not installed."""
 
     def __init__(self, module: str, extra: str) -> None:
-        super().__init__(f"{module} is not installed; run: pip install 'efficientllm[{extra}]'")
+        super().__init__(f"{module} is not installed; run: {install_command(extra)}")
 
 
 class ModelError(EfficientLLMError):

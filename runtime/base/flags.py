@@ -108,6 +108,11 @@ def whole_numbers(*default: int, **bounds: Unpack[Bounds]) -> Any:
     return dataclasses.field(default=default, metadata={"parse": _parse_whole_numbers, "bounds": bounds})
 
 
+def renamed(old_name: str, default: Any) -> Any:
+    """Return a dataclass field that is also read under its name of an earlier release, which the help does not show."""
+    return dataclasses.field(default=default, metadata={"old_name": old_name})
+
+
 def comma_separated(*default: str) -> Any:
     """Return a dataclass field of names typed with commas between them. Other flags of tuples are repeatable."""
     return dataclasses.field(default=default, metadata={"comma_separated": True})
@@ -237,6 +242,8 @@ def _add_flags(parser: argparse._ActionsContainer, cls: type) -> None:
         else:
             options |= {"type": _converter(parse or annotation), "metavar": field.name.upper()}
         parser.add_argument(flag_name(field.name), **options)
+        if old_name := field.metadata.get("old_name"):
+            parser.add_argument(flag_name(old_name), **(options | {"help": argparse.SUPPRESS}))
 
 
 def _split_commas(text: str) -> list[str]:
@@ -303,6 +310,8 @@ def _merge(config: Any, remaining: dict[str, Any]) -> Any:
     changes: dict[str, Any] = {}
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
+        if (old_name := field.metadata.get("old_name")) in remaining:
+            remaining.setdefault(field.name, remaining.pop(old_name))
         annotation = _unwrap_optional(hints[field.name])
         if dataclasses.is_dataclass(annotation):
             changes[field.name] = _merge(getattr(config, field.name), remaining)

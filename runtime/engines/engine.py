@@ -60,7 +60,7 @@ class EngineOptions:
     """gguf: time attention kernels and passes when a model is first loaded on a machine, in 5 to 30 seconds. The result
     is stored. --no-tune takes plain attention over an f16 cache."""
     parallel: int = flags.number(0, at_least=0, at_most=64)
-    """Number of chats with a KV cache, which a server answers together. 0: one, or 16 for a server."""
+    """Number of chats with a KV cache, which a server answers together. 0: one, or the server's default."""
     cache_memory: int = flags.byte_count(0, at_least=0)
     """gguf: size of the KV cache of all chats, such as 500MB. 0: two context windows, or one for a single chat."""
     warm_up: bool = False

@@ -21,7 +21,7 @@ from ..schemas.api_error import APIError, shutdown_error
 from .worker import Deadline, EngineWorker
 
 DEFAULT_PARALLEL = 16
-"""Answers of one model that are computed together, unless --parallel is given (also in the help of `EngineOptions`)."""
+"""Answers of one model that are computed together, unless --parallel is given."""
 
 CHAT_TOKENS = 2048
 """Tokens of a typical chat, for the line that reports how many chats fit."""

@@ -67,7 +67,7 @@ def gpu24_469m() -> TrainConfig:
         pruning=PruneConfig(prune=("attention", "ffn", "stem"), target_params=469_000_000, prune_end=0.25),
         optimizer=OptimizerConfig(tokens=5_000_000_000, batch_size=2, gradient_accumulation=128, learning_rate=3e-4),
         run=RunConfig(
-            parallel="fsdp", offload=True, activation_checkpointing=True, checkpoint_every=500, tensorboard=True
+            data_parallel="fsdp", offload=True, activation_checkpointing=True, checkpoint_every=500, tensorboard=True
         ),
     )
 
@@ -84,7 +84,7 @@ def node8_1b() -> TrainConfig:
         ),
         pruning=PruneConfig(prune=("attention", "ffn", "stem"), target_params=1_100_000_000, prune_end=0.2),
         optimizer=OptimizerConfig(tokens=50_000_000_000, batch_size=8, gradient_accumulation=8, learning_rate=3e-4),
-        run=RunConfig(parallel="ddp", activation_checkpointing=True, checkpoint_every=1000, tensorboard=True),
+        run=RunConfig(data_parallel="ddp", activation_checkpointing=True, checkpoint_every=1000, tensorboard=True),
     )
 
 

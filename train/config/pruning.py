@@ -76,8 +76,7 @@ class PruneConfig:
     layout: Literal["per-layer", "uniform"] = "per-layer"
     """per-layer: every layer its own widths; uniform: every layer loses its own least salient group at once."""
     saliency: str = "taylor1"
-    """Criterion: taylor1, taylor2, fisher, token-fisher, magnitude, random, an activation criterion (flap, wanda,
-    minitron), or a plug-in."""
+    """Criterion, such as token-fisher. docs/method.md describes all. An unknown name lists those that are installed."""
     saliency_decay: float = flags.number(0.9, at_least=0, below=1)
     """Decay of the saliency's exponential average, per optimizer step."""
     width_multiple: int = flags.number(32, at_least=1)

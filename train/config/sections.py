@@ -119,10 +119,10 @@ class RunConfig:
     """Precision of matrix products (weights and sums stay fp32); auto: bfloat16 if the hardware supports it."""
     threads: int = flags.number(0, at_least=0, at_most=1024)
     """CPU threads. 0: all cores."""
-    parallel: Literal["ddp", "fsdp"] = "ddp"
+    data_parallel: Literal["ddp", "fsdp"] = flags.renamed("parallel", "ddp")
     """Under torchrun: ddp keeps the whole model on every rank, fsdp shards it (FSDP2)."""
     offload: bool = False
-    """With --parallel fsdp: keep weights, gradients and optimizer state in host memory and move layers to the GPU."""
+    """With --data-parallel fsdp: keep weights, gradients and optimizer state in host memory, not on the GPU."""
     compile: bool = False
     """Compile the decoder with torch.compile, again after every physical removal."""
     activation_checkpointing: bool = False
@@ -142,7 +142,9 @@ class RunConfig:
     def __post_init__(self) -> None:
         flags.check_fields(self)
         flags.require(self, "resume", not (self.overwrite and self.resume), "cannot be combined with --overwrite")
-        flags.require(self, "offload", not self.offload or self.parallel == "fsdp", "works with --parallel fsdp only")
+        flags.require(
+            self, "offload", not self.offload or self.data_parallel == "fsdp", "works with --data-parallel fsdp only"
+        )
 
 
 @dataclass(frozen=True)
