@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime.base import flags
-from ..runtime.base.command import run_command
+from ..runtime.base.command import is_main_process, run_command
 from ..runtime.base.errors import UsageError
 from ..runtime.base.extras import extra
 from .checkpoint.run_folder import SETTINGS_FILE, saved_settings
 from .config.presets import PRESETS, preset
 from .config.sections import TrainConfig
+from .request import check_request
 
 _log = logging.getLogger("efficientllm.train")
 
@@ -60,6 +61,8 @@ def body(argv: Sequence[str]) -> int:
         return 0
     if config.run.resume:
         saved_settings(Path(config.run.output))  # UsageError where there is no run
+    if is_main_process():
+        check_request(config)
     _log.info(f"loading {config.source.source}, to train on {', '.join(config.source.data)}")  # torch takes seconds
     with extra("train"):
         from .run import run_training

@@ -14,9 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..runtime.base import flags
 from ..runtime.base.errors import UsageError
-from ..runtime.base.output import check_output, check_place
 from ..runtime.base.progress import ProgressDisplay
-from ..runtime.latency.profile import DeviceProfile
 from .checkpoint.run_folder import (
     FINISHED_FILE,
     SETTINGS_FILE,
@@ -38,18 +36,11 @@ from .model.architecture import Architecture
 from .model.file_types import tokenizer_bytes
 from .model.irregular import architecture_of
 from .model.source import load_source, shape_of_folder, stored_dtype
-from .pruning.criteria import uses_gradient
 from .pruning.plan import PruningPlan, make_pruning_plan
-from .reporting.metrics import check_loggers
+from .request import data_specs
 from .vocabulary.pieces import pieces_of
 
 _log = logging.getLogger("efficientllm.train")
-
-
-def data_specs(config: TrainConfig) -> tuple[DataSpec, ...]:
-    """Return the corpora of a run."""
-    settings = config.source
-    return tuple(DataSpec.parse(text, settings.skip_bad_lines, settings.text_field) for text in settings.data)
 
 
 def with_self_chats(
@@ -115,48 +106,6 @@ class RunPlan:
     """None for a run without pruning."""
     save_dtype: torch.dtype
     """Type of the final model's weights."""
-
-
-def check_request(config: TrainConfig) -> None:
-    """Check everything that needs no loaded model. Raises UsageError."""
-    if not config.run.output:
-        raise UsageError("--output is missing; name a folder for the run")
-    cache = config.run.teacher_cache
-    if cache and not config.optimizer.distill:
-        raise UsageError(f"--teacher-cache {cache}: there is no teacher without distillation; add --distill 1")
-    if cache and Path(cache).exists() and not Path(cache).is_dir():
-        raise UsageError(f"--teacher-cache {cache} is not a folder; name one")
-    _check_target(config.pruning)
-    if config.pruning.device_profile and config.quantisation.is_on:
-        engine, quantization = config.quantisation.export_format
-        DeviceProfile.load(Path(config.pruning.device_profile)).check(engine=engine, quantization=quantization)
-    uses_gradient(config.pruning.saliency)  # UsageError where it is unknown
-    check_loggers(config.run.tensorboard, config.run.wandb)
-    replaceable = config.run.overwrite or config.run.resume
-    inputs = [config.source.source, *(spec.path for spec in data_specs(config))]
-    pruning = config.pruning
-    inputs += filter(None, [pruning.target_architecture, pruning.device_profile, pruning.ranking_profile])
-    remedy = "give --overwrite to replace it or --resume to continue it"
-    # a resumed run leaves alone what is not a run's
-    foreign = foreign_files if config.run.overwrite else lambda folder: []
-    check_output(Path(config.run.output), replaceable, foreign, inputs, remedy)
-    check_place(Path(config.run.output), is_renamed=False)
-
-
-def _check_target(settings: PruneConfig) -> None:
-    """Raise UsageError for pruning flags without effect, because a target or groups are missing."""
-    if settings.targets and settings.prune == ("none",):
-        target = flags.flag_name(settings.targets[0])
-        raise UsageError(f"--prune none conflicts with {target}; remove one of them")
-    if settings.targets or settings.prune == ("none",):
-        others = () if settings.target_bytes is not None else ("quantize", "output_type")
-        rule = "applies only to --target-bytes; set it"
-    else:
-        others = tuple(vars(settings))
-        rule = "prunes nothing without a target; give --target-ratio 0.8, or --prune none"
-    default = PruneConfig()
-    for name in others:
-        flags.require(settings, name, getattr(settings, name) == getattr(default, name), rule)
 
 
 def find_resume_point(config: TrainConfig) -> ResumePoint | None:

@@ -44,11 +44,12 @@ from .data.self_chat import SELF_CHAT
 from .evaluation.quality.contract import Quality, contract
 from .model.irregular import architecture_of, build, save_checkpoint
 from .model.source import content_key
-from .plan import RunPlan, check_request, choose_compute, data_specs, find_resume_point, make_plan
+from .plan import RunPlan, choose_compute, find_resume_point, make_plan
 from .pruning.pruner import kept_to_json
 from .reporting.metrics import read_metrics
 from .reporting.model_card import model_card
 from .reporting.plots import plot_architecture, plot_pruning, plot_training
+from .request import check_request, data_specs
 from .run_text import RunText
 from .trainer import Trainer
 

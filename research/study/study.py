@@ -24,11 +24,11 @@ from efficientllm.train.evaluation.evaluate import ComputeConfig, Evaluation, Me
 from efficientllm.train.model.architecture import Architecture, training_flops
 from efficientllm.train.model.irregular import save_checkpoint
 from efficientllm.train.model.source import load_source
-from efficientllm.train.plan import data_specs
 from efficientllm.train.pruning.blocks import BlockProbe
 from efficientllm.train.pruning.measures import DeviceTime
 from efficientllm.train.pruning.plan import device_time, make_pruning_plan
 from efficientllm.train.reporting.metrics import read_metrics
+from efficientllm.train.request import data_specs
 from efficientllm.train.run import run_training
 from efficientllm.train.run_text import extra_windows
 

@@ -9,13 +9,15 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Callable
 from dataclasses import dataclass
-
-from torch import Tensor
+from typing import TYPE_CHECKING, TypeAlias
 
 from ...runtime.base.errors import UsageError
 from ...runtime.base.quantities import unknown_name
 
-Terms = tuple[Tensor, ...]
+if TYPE_CHECKING:  # a command checks the name of a criterion before it imports torch
+    from torch import Tensor
+
+Terms: TypeAlias = "tuple[Tensor, ...]"
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,66 @@
+"""Check a run's configuration before torch is imported and a model is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..runtime.base import flags
+from ..runtime.base.errors import UsageError
+from ..runtime.base.model_names import check_source
+from ..runtime.base.output import check_output, check_place
+from ..runtime.latency.profile import DeviceProfile
+from .checkpoint.run_folder import foreign_files
+from .config.pruning import PruneConfig
+from .config.sections import TrainConfig
+from .data.documents import DataSpec
+from .pruning.criteria import uses_gradient
+from .reporting.metrics import check_loggers
+
+
+def data_specs(config: TrainConfig) -> tuple[DataSpec, ...]:
+    """Return the corpora of a run."""
+    settings = config.source
+    return tuple(DataSpec.parse(text, settings.skip_bad_lines, settings.text_field) for text in settings.data)
+
+
+def check_request(config: TrainConfig) -> None:
+    """Check everything that needs no loaded model. Raises UsageError."""
+    if not config.run.output:
+        raise UsageError("--output is missing; name a folder for the run")
+    check_source(config.source.source, f"--source {config.source.source}")
+    cache = config.run.teacher_cache
+    if cache and not config.optimizer.distill:
+        raise UsageError(f"--teacher-cache {cache}: there is no teacher without distillation; add --distill 1")
+    if cache and Path(cache).exists() and not Path(cache).is_dir():
+        raise UsageError(f"--teacher-cache {cache} is not a folder; name one")
+    _check_target(config.pruning)
+    if config.pruning.device_profile and config.quantisation.is_on:
+        engine, quantization = config.quantisation.export_format
+        DeviceProfile.load(Path(config.pruning.device_profile)).check(engine=engine, quantization=quantization)
+    uses_gradient(config.pruning.saliency)  # UsageError where it is unknown
+    check_loggers(config.run.tensorboard, config.run.wandb)
+    replaceable = config.run.overwrite or config.run.resume
+    inputs = [config.source.source, *(spec.path for spec in data_specs(config))]
+    pruning = config.pruning
+    inputs += filter(None, [pruning.target_architecture, pruning.device_profile, pruning.ranking_profile])
+    remedy = "give --overwrite to replace it or --resume to continue it"
+    # a resumed run leaves alone what is not a run's
+    foreign = foreign_files if config.run.overwrite else lambda folder: []
+    check_output(Path(config.run.output), replaceable, foreign, inputs, remedy)
+    check_place(Path(config.run.output), is_renamed=False)
+
+
+def _check_target(settings: PruneConfig) -> None:
+    """Raise UsageError for pruning flags without effect, because a target or groups are missing."""
+    if settings.targets and settings.prune == ("none",):
+        target = flags.flag_name(settings.targets[0])
+        raise UsageError(f"--prune none conflicts with {target}; remove one of them")
+    if settings.targets or settings.prune == ("none",):
+        others = () if settings.target_bytes is not None else ("quantize", "output_type")
+        rule = "applies only to --target-bytes; set it"
+    else:
+        others = tuple(vars(settings))
+        rule = "prunes nothing without a target; give --target-ratio 0.8, or --prune none"
+    default = PruneConfig()
+    for name in others:
+        flags.require(settings, name, getattr(settings, name) == getattr(default, name), rule)
