@@ -110,8 +110,8 @@ def write_hub_folder(
     for path, run in zip(bench, runs, strict=True):
         if not any(_result_of(entry, [run]) for entry in entries):
             raise UsageError(f"--bench {path} measured none of these artefacts; remove it, or measure them")
-    remedy = "give another --output, or --overwrite to replace it"
-    with atomic_output(output, overwrite, _foreign_files, [*artefacts, *bench], remedy) as folder:
+    remedy = "name another folder, or give --overwrite to replace it"
+    with atomic_output(output, overwrite, _foreign_files, [*artefacts, *bench], remedy, "OUTPUT") as folder:
         for entry in entries:
             _add_files(entry, folder)
         text = model_card(entries, runs, settings) + "\n"

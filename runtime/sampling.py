@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 
@@ -56,7 +57,7 @@ class SamplingOptions(SamplingDefaults):
 
     def with_defaults(self, defaults: Mapping[str, float]) -> SamplingOptions:
         """Return these options with None replaced by `defaults`, else by LLAMA_CPP_DEFAULTS."""
-        known = {name: defaults.get(name, value) for name, value in LLAMA_CPP_DEFAULTS.items()}
+        known: dict[str, Any] = {name: defaults.get(name, value) for name, value in LLAMA_CPP_DEFAULTS.items()}
         return SamplingDefaults(**known).fill(self)
 
 

@@ -94,7 +94,8 @@ def test_only_what_the_command_wrote_is_replaced(
     output = tmp_path / "small"
     assert hub(output, artefact) == 0
     assert hub(output, artefact) == 2
-    assert "is not empty" in capsys.readouterr().err
+    expected = f"error: OUTPUT {output} is not empty; name another folder, or give --overwrite to replace it\n"
+    assert capsys.readouterr().err == expected
     assert hub(output, artefact, "--overwrite", "--name", "Other") == 0
     assert {path.name for path in output.iterdir()} == {"README.md", "Other-F32.gguf", *OLLAMA}
     (output / "notes.txt").write_text("mine", encoding="utf-8")

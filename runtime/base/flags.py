@@ -243,7 +243,8 @@ def _add_flags(parser: argparse._ActionsContainer, cls: type) -> None:
             options |= {"type": _converter(parse or annotation), "metavar": field.name.upper()}
         parser.add_argument(flag_name(field.name), **options)
         if old_name := field.metadata.get("old_name"):
-            parser.add_argument(flag_name(old_name), **(options | {"help": argparse.SUPPRESS}))
+            options["help"] = argparse.SUPPRESS
+            parser.add_argument(flag_name(old_name), **options)
 
 
 def _split_commas(text: str) -> list[str]:

@@ -25,36 +25,43 @@ Foreign = Callable[[Path], list[str]]
 """(folder) -> names of the entries that the command has not written."""
 
 
-def check_output(path: Path, overwrite: bool, foreign: Foreign, inputs: Iterable[str | Path], remedy: str) -> None:
+def check_output(
+    path: Path,
+    overwrite: bool,
+    foreign: Foreign,
+    inputs: Iterable[str | Path],
+    remedy: str,
+    flag: str = "--output",
+) -> None:
     """Raise UsageError unless a command may replace the folder `path` without losing anything.
 
     Absent and empty folders may be written. Others need `overwrite`, and the same command must have written everything
     in them. The current folder, the home folder, the `inputs` and folders that contain one of these are refused. The
-    message for a folder that is not empty ends with `remedy`.
+    message for a folder that is not empty ends with `remedy`. `flag` is the argument's name in messages.
     """
     inputs = list(inputs)
     for name in (path, *inputs):
         _check_name(str(name))
     if path.exists() and not path.is_dir():  # a file, a device, a socket
-        raise UsageError(f"--output {path} is not a folder; name one")
+        raise UsageError(f"{flag} {path} is not a folder; name one")
     target = _resolved(path)
     places = {"the current folder": Path.cwd(), "the home folder": Path.home()}
     for description, place in places.items():
         if target == place.resolve() or target in place.resolve().parents:
-            raise UsageError(f"--output {path} is or holds {description}; name another folder")
+            raise UsageError(f"{flag} {path} is or holds {description}; name another folder")
     for name in inputs:
         source = Path(name)
         if source.exists() and (target == source.resolve() or target in source.resolve().parents):
-            raise UsageError(f"--output {path} is or holds {name}, which is read; name another folder")
+            raise UsageError(f"{flag} {path} is or holds {name}, which is read; name another folder")
     if not path.is_dir() or not any(entry.name != LOCK_NAME for entry in path.iterdir()):
         return
     if not overwrite:
-        raise UsageError(f"--output {path} is not empty; {remedy}")
+        raise UsageError(f"{flag} {path} is not empty; {remedy}")
     others = foreign(path)
     if others:
         more = f" and {len(others) - 1} more" if len(others) > 1 else ""
         raise UsageError(
-            f"--output {path} holds {others[0]}{more}, not written by this command; --overwrite deletes only what was: "
+            f"{flag} {path} holds {others[0]}{more}, not written by this command; --overwrite deletes only what was: "
             "move it away or name another folder"
         )
 
@@ -88,22 +95,27 @@ def check_file(flag: str, path: Path, inputs: Iterable[str | Path] = ()) -> None
             raise UsageError(f"{flag} {path} is or is inside {name}, which is read; name another file")
 
 
-def check_place(path: Path, is_renamed: bool) -> None:
+def check_place(path: Path, is_renamed: bool, flag: str = "--output") -> None:
     """Raise UsageError unless the folder `path` can be created or written, or renamed into if `is_renamed`."""
     place = _resolved(path)
     if is_renamed and os.path.ismount(place):
-        raise UsageError(f"--output {path} is a mount point, which cannot be replaced; name a folder in it")
+        raise UsageError(f"{flag} {path} is a mount point, which cannot be replaced; name a folder in it")
     written = place.parent if is_renamed or not place.exists() else place
     existing = next(folder for folder in (written, *written.parents) if folder.exists())
     if not existing.is_dir():
-        raise UsageError(f"--output {path}: {existing} is not a folder; name another one")
+        raise UsageError(f"{flag} {path}: {existing} is not a folder; name another one")
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise UsageError(f"--output {path}: {existing} cannot be written; name another folder")
+        raise UsageError(f"{flag} {path}: {existing} cannot be written; name another folder")
 
 
 @contextlib.contextmanager
 def atomic_output(
-    path: Path, overwrite: bool, foreign: Foreign, inputs: Iterable[str | Path], remedy: str
+    path: Path,
+    overwrite: bool,
+    foreign: Foreign,
+    inputs: Iterable[str | Path],
+    remedy: str,
+    flag: str = "--output",
 ) -> Iterator[Path]:
     """Yield a temporary folder that replaces `path` if the block succeeds. If it raises, `path` stays as it was.
 
@@ -112,11 +124,11 @@ def atomic_output(
     inputs = list(inputs)
 
     def check() -> None:
-        check_output(path, overwrite, foreign, inputs, remedy)
-        check_place(path, is_renamed=True)
+        check_output(path, overwrite, foreign, inputs, remedy, flag)
+        check_place(path, is_renamed=True, flag=flag)
 
     check()
-    with locked_output(path):
+    with locked_output(path, flag):
         check()  # again, because another command may have ended since
         with folder_written_atomically(path) as temporary:
             yield temporary
@@ -138,7 +150,7 @@ def _resolved(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def locked_output(path: Path) -> Iterator[None]:
+def locked_output(path: Path, flag: str = "--output") -> Iterator[None]:
     """Lock the output folder `path` during the block. Raises UsageError that names the process with the lock.
 
     The lock is a file beside the folder, or inside it if its parent cannot be written. The kernel releases it when the
@@ -151,7 +163,7 @@ def locked_output(path: Path) -> Iterator[None]:
     if folder.is_dir() and not os.access(folder.parent, os.W_OK):
         lock_path = folder / LOCK_NAME
     with writing(path):
-        lock = _acquire(lock_path, path)
+        lock = _acquire(lock_path, f"{flag} {path}")
     try:
         yield
     finally:
@@ -159,14 +171,14 @@ def locked_output(path: Path) -> Iterator[None]:
         lock.close()
 
 
-def _acquire(lock_path: Path, path: Path) -> IO[str]:
+def _acquire(lock_path: Path, shown: str) -> IO[str]:
     while True:
         lock = lock_path.open("a+", encoding="utf-8")
         if not _try_lock(lock):
             lock.seek(0)
             holder = lock.read().strip() or "another process"
             lock.close()
-            raise UsageError(f"--output {path} is being written by {holder}; wait for it or name another folder")
+            raise UsageError(f"{shown} is being written by {holder}; wait for it or name another folder")
         # the process that had the lock may have removed the file after we opened it
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(lock.fileno()), lock_path.stat()):
