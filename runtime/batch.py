@@ -66,6 +66,8 @@ class Batch:
         if done := self._remove_ended():
             return done  # reported at once, before the next pass
         self._admit()
+        if done := self._remove_ended():
+            return done  # a grammar forces all of an answer
         if not self._active:
             return []
         try:
@@ -162,7 +164,7 @@ class Batch:
 
     def _end(self, generation: Generation, text: str) -> list[AnswerProgress]:
         self._remove(generation)
-        return [AnswerProgress(generation, text + generation.text.finish(), is_over=True)]
+        return [AnswerProgress(generation, text + generation.finish(), is_over=True)]
 
     def _fail(self, generations: Iterable[Generation], error: BaseException) -> list[AnswerProgress]:
         failed = list(generations)

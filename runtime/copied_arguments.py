@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .grammar import embedded_schema
+from .grammar import CALL_JSON, embedded_schema
 
 MAX_TEXT_CHARACTERS = 1 << 14
 """Largest length of the text to copy from. The end of a longer one is used."""
@@ -22,8 +22,6 @@ DEFINITIONS = ("$defs", "definitions")
 
 OBJECT_KEYWORDS = ANNOTATIONS | {"type", "properties", "required", "additionalProperties", "$schema"} | {*DEFINITIONS}
 """Keywords of parameters whose arguments may be copied."""
-
-SPACE = r"( |\n {0,16})?"
 
 
 class CopiedArguments:
@@ -41,10 +39,6 @@ class CopiedArguments:
             f"WORDS: %regex {json.dumps({'substring_chunks': chunks})}",
             r"RUN: WORDS & /([^ \n](.*[^ \n])?)?/",
             r'COPIED: "\"" RUN "\""',
-            f"OPEN: /\\{{{SPACE}/",
-            f"CLOSE: /{SPACE}\\}}/",
-            f"COMMA: /{SPACE},{SPACE}/",
-            f"COLON: /{SPACE}:{SPACE}/",
         ]
         """The rules so far, to which `add` appends those of a function."""
 
@@ -55,7 +49,7 @@ class CopiedArguments:
         """
         properties, required = parameters.get("properties"), parameters.get("required", [])
         if not set(parameters) <= OBJECT_KEYWORDS or not properties or not set(required) <= set(properties):
-            return embedded_schema(parameters)
+            return embedded_schema(parameters, CALL_JSON)
         definitions = {key: parameters[key] for key in DEFINITIONS if key in parameters}
         starts: list[str] = []
         for index, (key, schema) in enumerate(properties.items()):
@@ -63,10 +57,10 @@ class CopiedArguments:
             if not any(earlier in required for earlier in list(properties)[:index]):
                 starts.append(f"{pair} {rest}")
             mark = "" if key in required else "?"
-            self.rules.append(f"{pair}: {_quoted(key)} COLON {self._value(schema, definitions)}")
-            self.rules.append(f"{name}_rest_{index}: (COMMA {pair}){mark} {rest}")
+            self.rules.append(f'{pair}: {_quoted(key)} ": " {self._value(schema, definitions)}')
+            self.rules.append(f'{name}_rest_{index}: (", " {pair}){mark} {rest}')
         self.rules.append(f'{name}_rest_{len(properties)}: ""')
-        return f"OPEN ({' | '.join(starts)}){'' if required else '?'} CLOSE"
+        return f'"{{" ({" | ".join(starts)}){"" if required else "?"} "}}"'
 
     def _value(self, schema: Any, definitions: Mapping[str, Any]) -> str:
         """Return the expression of one argument."""
@@ -78,7 +72,7 @@ class CopiedArguments:
         types = schema.get("type")
         types = types if isinstance(types, list) else [types]
         if keywords != {"type"} or "string" not in types:
-            return embedded_schema({**definitions, **schema})
+            return embedded_schema({**definitions, **schema}, CALL_JSON)
         text, examples = "COPIED", schema.get("examples")
         listed = [*(examples if isinstance(examples, list) else ()), schema.get("default")]
         if given := [value for value in listed if isinstance(value, str)]:
@@ -86,7 +80,7 @@ class CopiedArguments:
             choices = " | ".join(["RUN", *(json.dumps(_escaped(value)) for value in given)])
             self.rules.append(f'{text}: "\\"" ({choices}) "\\""')
         others = [each for each in types if each != "string"]
-        return f"({text} | {embedded_schema({'type': others})})" if others else text
+        return f"({text} | {embedded_schema({'type': others}, CALL_JSON)})" if others else text
 
 
 def _escaped(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -35,6 +36,10 @@ class Constraint(Protocol):
         """Add the chosen `token`, which the mask allowed and which is not an end token."""
         ...
 
+    def forced_tokens(self) -> list[int]:
+        """Return the tokens that must follow, [] if there is a choice. They are appended without their logits."""
+        ...
+
 
 Overflow = Literal["error", "slide"]
 
@@ -62,10 +67,14 @@ class GenerationStats:
     prefilled_tokens: int = 0
     """Prompt tokens that were evaluated, neither cached nor dropped from the window."""
     completion_tokens: int = 0
+    passes: int = 0
+    """Evaluations whose logits chose a token. The tokens that a grammar forces need none."""
+    first_tokens: int = 0
+    """Tokens that the first pass made known: the chosen one and forced ones."""
     time_to_first_token_ms: float = 0.0
     """Time from the call to the first token: the prefill and the sampling."""
     decode_seconds: float = 0.0
-    """Time for the tokens after the first: evaluation, mask, sampling and detokenization."""
+    """Time for the tokens of later passes: evaluation, mask, sampling and detokenization."""
     mask_seconds: float = 0.0
     """Time of the constraint for the masks of all tokens."""
     finish_reason: str = ""
@@ -78,7 +87,8 @@ class GenerationStats:
 
     @property
     def decode_tokens_per_second(self) -> float:
-        return (self.completion_tokens - 1) / self.decode_seconds if self.decode_seconds > 0 else 0.0
+        later_tokens = self.completion_tokens - self.first_tokens
+        return later_tokens / self.decode_seconds if self.decode_seconds > 0 else 0.0
 
 
 @dataclass(frozen=True)
@@ -144,6 +154,10 @@ class Generation:
         self.answer: list[int] = []
         self.top_logprobs = options.top_logprobs
         self.constraint = constraint
+        # Log-probabilities need the logits of every token, and a bias may forbid a forced one.
+        self._may_force = constraint is not None and options.top_logprobs is None and not options.logit_bias
+        self._opening = ""
+        """Text of forced tokens that precede the first pass."""
         self._logprobs: list[TokenLogprob] = []
         room = engine.context_length - len(prompt)
         self.max_tokens = options.max_tokens if options.overflow == "slide" else min(options.max_tokens, room)
@@ -159,7 +173,7 @@ class Generation:
                 if piece:
                     yield piece
                     self.restart_clock()
-            if piece := self.text.finish():
+            if piece := self.finish():
                 yield piece
         finally:
             self.lease.release()
@@ -172,10 +186,15 @@ class Generation:
         return None
 
     def begin(self) -> None:
-        """Request the evaluation of all tokens so far, at the start or after the KV cache was lost."""
+        """Request the evaluation of all tokens so far, at the start or after the KV cache was lost.
+
+        The answer `is_over` already if a grammar forces all of it.
+        """
         if len(self.tokens) >= self.engine.context_length:
             self._slide()
         self.lease.begin(self.tokens)
+        if not self.answer:
+            self._opening = self._append_forced()
         self.restart_clock()
 
     def restart_clock(self) -> None:
@@ -196,12 +215,25 @@ class Generation:
         Requests the evaluation of the token unless the answer `is_over`.
         """
         token = None if self.is_cancelled else self._choose(logits)
-        if not self.answer:
+        if not self.stats.passes:
             self.stats.cached_tokens = self.lease.cached_tokens
-            self.stats.prefilled_tokens = len(self.tokens) - self.stats.cached_tokens
+            self.stats.prefilled_tokens = len(self.tokens) - len(self.answer) - self.stats.cached_tokens
         piece = self._append(token) if token is not None else self._stop()
+        piece += self._append_forced()
         self._count_time()
+        piece, self._opening = self._opening + piece, ""
         return piece
+
+    def _append_forced(self) -> str:
+        """Append the tokens that the constraint forces, and return the text to show."""
+        if self.is_over or self.constraint is None or not self._may_force:
+            return ""
+        tokens = iter(self.constraint.forced_tokens())
+        return "".join(self._append(token) for token in itertools.takewhile(lambda _: not self.is_over, tokens))
+
+    def finish(self) -> str:
+        """Return the text that was held back, at the end of the answer."""
+        return self._opening + self.text.finish()
 
     def _append(self, token: int) -> str:
         if token in self.engine.end_ids:
@@ -248,10 +280,12 @@ class Generation:
     def _count_time(self) -> None:
         now = time.perf_counter()
         seconds, self._token_start = now - self._token_start, now
-        if self.stats.completion_tokens > 1:
-            self.stats.decode_seconds += seconds
-        elif not self.stats.time_to_first_token_ms:
+        self.stats.passes += 1
+        if self.stats.passes == 1:
+            self.stats.first_tokens = self.stats.completion_tokens
             self.stats.time_to_first_token_ms = 1e3 * seconds
+        else:
+            self.stats.decode_seconds += seconds
 
     def _slide(self) -> None:
         """Drop the oldest half of the window except its first tokens."""

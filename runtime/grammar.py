@@ -45,6 +45,11 @@ MAX_MESSAGE_CHARACTERS = 500
 JSON: Any = {"whitespace_pattern": r"( |\n {0,16})?", "json_allow_general_unicode_escapes": True}
 """Format of JSON, with limited white space: a small model that may write any amount of space writes nothing else."""
 
+CALL_JSON: Any = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False} | {
+    "json_allow_general_unicode_escapes": True
+}
+"""Format of arguments of calls, with the white space of chat templates. Fewer choices leave more tokens forced."""
+
 MAX_MULTIPLE = 20_000
 """Largest least common multiple of all `multipleOf` of a grammar, without trailing zeros.
 
@@ -174,14 +179,14 @@ def _matcher() -> type[LLMatcher]:
 
 
 def schema_part(schema: Mapping[str, Any], name: str) -> Grammar:
-    """Return the grammar of `embedded_schema` alone, unchecked. Errors call it `name`."""
+    """Return the grammar of a JSON schema alone, unchecked. Errors call it `name`."""
     content = {**schema, "x-guidance": JSON}
     return Grammar(json.dumps({"grammars": [{"json_schema": content}]}), name)
 
 
-def embedded_schema(schema: Mapping[str, Any]) -> str:
-    """Return a JSON schema as a part of a Lark rule."""
-    return "%json " + json.dumps({**schema, "x-guidance": JSON})
+def embedded_schema(schema: Mapping[str, Any], format: Any = JSON) -> str:
+    """Return a JSON schema as a part of a Lark rule. The text has a `format` of llguidance."""
+    return "%json " + json.dumps({**schema, "x-guidance": format})
 
 
 class GrammarConstraint:
@@ -226,6 +231,14 @@ class GrammarConstraint:
         self._require(not self._matcher.is_error())  # no token is allowed, or the state grew too large
         allowed = np.unpackbits(self._bits.view(np.uint8), count=self._size, bitorder="little").view(bool)
         logits[~allowed] = -np.inf
+
+    def forced_tokens(self) -> list[int]:
+        """Return the tokens that must follow, in the tokenization of their text.
+
+        llguidance leaves out last tokens whose text a longer token may contain, see its docs/fast_forward.md.
+        """
+        tokens = self._matcher.compute_ff_tokens()
+        return tokens if self._matcher.validate_tokens(tokens) == len(tokens) else []
 
     def push(self, token: int) -> None:
         """Add the chosen `token`."""

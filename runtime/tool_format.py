@@ -13,7 +13,7 @@ from .base.errors import EfficientLLMError
 from .chat_template import Message, render_chat
 from .copied_arguments import CopiedArguments
 from .engines.scheduler import EngineScheduler
-from .grammar import Grammar, embedded_schema, schema_part
+from .grammar import CALL_JSON, Grammar, embedded_schema, schema_part
 
 MAX_CALLS = 16
 """Largest number of calls in one answer, because a small model may repeat calls without end."""
@@ -96,7 +96,7 @@ class ToolFormat:
         for index, function in enumerate(functions):
             opening = json.dumps(function["name"] + self.middle)
             parameters = parameters_of(function)
-            arguments = copied.add(f"call_{index}", parameters) if copied else embedded_schema(parameters)
+            arguments = copied.add(f"call_{index}", parameters) if copied else embedded_schema(parameters, CALL_JSON)
             lines.append(f"call_{index}: {opening} {arguments}")
         lines += copied.rules if copied else []
         return Grammar("\n".join(lines) + "\n", "tools", tuple(parts)).checked()

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from efficientllm.runtime.base.errors import UsageError
+from efficientllm.runtime.batch import Batch
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
 from efficientllm.runtime.engines.scheduler import EngineScheduler
 from efficientllm.runtime.generation import AnswerOptions, Generation
@@ -128,6 +129,93 @@ def test_a_biased_token_stays_within_the_grammar(engine: EngineScheduler) -> Non
     options = AnswerOptions(200, SamplingOptions(temperature=0), logit_bias={comma: 100.0})
     generation = Generation(engine, [1, 5], options, GrammarConstraint(engine, Grammar.regex("[a-f]{3,5}")))
     assert re.fullmatch("[a-f]{3,5}", "".join(generation))
+
+
+def one_token_a_pass(engine: EngineScheduler, prompt: list[int], grammar: Grammar, max_tokens: int) -> str:
+    """Return the greedy answer that evaluates every token in a pass of its own, forced ones as well."""
+    constraint, answer = GrammarConstraint(engine, grammar), list[int]()
+    logits = engine.prefill(prompt)
+    while len(answer) < max_tokens and not constraint.is_complete:
+        forced = constraint.forced_tokens()
+        constraint.mask(logits)
+        token = forced[0] if forced else int(logits.argmax())
+        assert logits[token] > -np.inf
+        if token in engine.end_ids:
+            break
+        constraint.push(token)
+        answer.append(token)
+        logits = engine.decode(token)
+    return b"".join(map(engine.token_bytes, answer)).decode("utf-8", "replace")
+
+
+FORCING: dict[str, dict[str, Any]] = {
+    "names": SCHEMA,
+    "choices": {"enum": ["a long constant text", "a long constant word", "another"]},
+    "nested": {
+        "type": "object",
+        "properties": {"outer_value": SCHEMA, "is_finished": {"type": "boolean"}, "text": {"type": "string"}},
+        "required": ["outer_value", "is_finished", "text"],
+        "additionalProperties": False,
+    },
+    "optional": {
+        "type": "object",
+        "properties": {"order_number": {"type": "integer"}, "order_name": {"type": "string", "maxLength": 5}},
+        "additionalProperties": False,
+    },
+}
+
+
+def check_forced_tokens(engine: EngineScheduler, name: str, prompts: int) -> None:
+    """Compare greedy answers with forced tokens in one pass with those of one token a pass."""
+    grammar, chance = Grammar.json_schema(FORCING[name]), np.random.default_rng(0)
+    tokens = passes = 0
+    for _ in range(prompts):
+        prompt = chance.integers(1, engine.vocab_size - 1, size=int(chance.integers(2, 20))).tolist()
+        options = AnswerOptions(60, SamplingOptions(temperature=0, repetition_penalty=1))
+        generation = Generation(engine, prompt, options, GrammarConstraint(engine, grammar))
+        assert "".join(generation) == one_token_a_pass(engine, prompt, grammar, 60), prompt
+        tokens += generation.stats.completion_tokens
+        passes += generation.stats.passes
+    assert passes < 0.95 * tokens
+
+
+@pytest.mark.parametrize("name", FORCING)
+def test_forced_tokens_of_one_pass_change_no_greedy_answer(engine: EngineScheduler, name: str) -> None:
+    check_forced_tokens(engine, name, prompts=10)
+
+
+@pytest.mark.parametrize("max_tokens", [3, 200])
+def test_an_answer_that_is_forced_needs_no_pass(engine: EngineScheduler, max_tokens: int) -> None:
+    """Alone and in a batch."""
+    text = "the only answer there is"
+    for together in (False, True):
+        constraint = GrammarConstraint(engine, Grammar.regex(text))
+        generation = Generation(engine, [1, 5], AnswerOptions(max_tokens), constraint)
+        if together:
+            batch = Batch(engine)
+            batch.add(generation)
+            (progress,) = batch.step()
+            assert progress.is_over
+            answer = progress.text
+        else:
+            answer = "".join(generation)
+        assert answer == text if max_tokens == 200 else text.startswith(answer)
+        assert generation.stats.finish_reason == ("stop" if max_tokens == 200 else "length")
+        assert generation.stats.passes == 0
+
+
+def test_a_stop_text_ends_an_answer_within_forced_tokens(engine: EngineScheduler) -> None:
+    constraint = GrammarConstraint(engine, Grammar.regex("[ab]the only answer there is"))
+    generation = Generation(engine, [1, 5], AnswerOptions(99, stop=["ans"]), constraint)
+    assert re.fullmatch("[ab]the only ", "".join(generation))
+
+
+def test_log_probabilities_and_biases_take_a_pass_for_every_token(engine: EngineScheduler) -> None:
+    for options in (AnswerOptions(99, top_logprobs=1), AnswerOptions(99, logit_bias={7: 1.0})):
+        generation = Generation(engine, [1, 5], options, GrammarConstraint(engine, Grammar.regex("the only answer")))
+        assert "".join(generation) == "the only answer"
+        assert generation.stats.passes == generation.stats.completion_tokens
+        assert len(generation.pop_logprobs()) == (generation.stats.passes if options.top_logprobs else 0)
 
 
 @pytest.mark.parametrize(

@@ -102,6 +102,8 @@ def test_arguments_are_copied_from_the_request(client: openai.OpenAI, model: str
         )
         (call,) = answer.choices[0].message.tool_calls or []
         assert json.loads(call.function.arguments)["city"].casefold() in "how is rome?"
+        usage = answer.model_dump()["usage"]
+        assert 0 < usage["completion_tokens_details"]["passes"] < 0.7 * usage["completion_tokens"]
 
 
 @both

@@ -28,6 +28,7 @@ from ..schemas.response_models import (
     ChatChoice,
     ChatCompletion,
     ChatLogprobs,
+    CompletionTokensDetails,
     PromptTokensDetails,
     ResponseModel,
     TextChoice,
@@ -86,6 +87,7 @@ class CompletionBuilder(abc.ABC):
             completion_tokens=completion_tokens,
             total_tokens=prompt_tokens + completion_tokens,
             prompt_tokens_details=PromptTokensDetails(cached_tokens=sum(each.cached_tokens for each in prompts)),
+            completion_tokens_details=CompletionTokensDetails(passes=sum(each.passes for each in stats)),
         )
 
     async def pieces(self, source: AsyncGenerator[Piece]) -> AsyncGenerator[Piece]:
@@ -102,7 +104,9 @@ class CompletionBuilder(abc.ABC):
             await source.aclose()
             if has_begun:
                 usage = self.usage()
-                self.clock.record_end(usage.prompt_tokens, usage.completion_tokens)
+                self.clock.record_end(
+                    usage.prompt_tokens, usage.completion_tokens, usage.completion_tokens_details.passes
+                )
 
     def read(self, piece: Piece) -> list[Event]:
         """Return the text and the parts of calls in a piece."""

@@ -21,6 +21,7 @@ class Metrics:
         self.requests = Counter("efficientllm_requests", "Requests answered", ["endpoint", "status"], registry=registry)
         self.prompt_tokens = Counter("efficientllm_prompt_tokens", "Prompt tokens", ["model"], registry=registry)
         self.tokens = Counter("efficientllm_generated_tokens", "Generated tokens", ["model"], registry=registry)
+        self.passes = Counter("efficientllm_passes", "Passes of answers", ["model"], registry=registry)
         self.first_token = Histogram(
             "efficientllm_time_to_first_token_seconds",
             "From the request to the first text, the queue included",
@@ -81,9 +82,10 @@ class AnswerClock:
             self.metrics.between_tokens.labels(self.model).observe((now - self._last) / (tokens - self._tokens))
         self._last, self._tokens = now, tokens
 
-    def record_end(self, prompt_tokens: int, tokens: int) -> None:
+    def record_end(self, prompt_tokens: int, tokens: int, passes: int) -> None:
         """Record the tokens of an answer that is complete or whose client has disconnected."""
         self.metrics.prompt_tokens.labels(self.model).inc(prompt_tokens)
+        self.metrics.passes.labels(self.model).inc(passes)
         self.metrics.tokens.labels(self.model).inc(tokens)
         if tokens > 1 and self._last > self._first:
             self.metrics.speed.labels(self.model).set((tokens - 1) / (self._last - self._first))
