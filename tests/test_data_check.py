@@ -11,8 +11,9 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from efficientllm.runtime.base.command import run_command
+from efficientllm.train.config.sections import SourceConfig
 from efficientllm.train.data.chat import Chat, Encoder
-from efficientllm.train.data.check import body, check_file, rendered, rows
+from efficientllm.train.data.check import CheckConfig, body, check_file, rendered, rows
 from efficientllm.train.data.documents import DataSpec
 
 TOOL = {"type": "function", "function": {"name": "now"}}
@@ -35,6 +36,10 @@ def write(path: Path, records: Sequence[Mapping[str, object]]) -> Path:
 
 def cells(table: list[list[str]]) -> dict[str, list[str]]:
     return {name: values for name, *values in table}
+
+
+def test_the_default_sequence_is_that_of_training() -> None:
+    assert CheckConfig().sequence_length == SourceConfig().sequence_length
 
 
 def test_records_are_counted_by_form(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
