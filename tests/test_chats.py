@@ -372,6 +372,12 @@ def test_two_jobs_are_mixed_by_their_weights(tokenizer: PreTrainedTokenizerFast,
     [
         ({"prompt": "Hi"}, 'has a "prompt" without a "completion"'),
         ({"instruction": "Hi"}, 'has an "instruction" without an "output"'),
+        ({"conversations": [{"from": ["dog"], "value": "Wau"}]}, "has a turn \"from\" ['dog']; known are"),
+        (
+            {"instruction": "Add.", "input": [1, 2], "output": "3"},
+            'the "instruction" and the "input" of line 1 must be',
+        ),
+        ({"messages": [ASKED, ANSWERED], "tools": [{"function": {"name": "\ud800"}}]}, "line 1 is not Unicode"),
         ({"conversations": [{"from": "dog", "value": "Wau"}]}, "has a turn \"from\" 'dog'; known are"),
         ({"chosen": "a"}, 'has no field "text"'),
     ],

@@ -112,7 +112,9 @@ def _chat(context: ReadContext, record: Mapping[str, Any], messages: list[Messag
     """Return a chat of checked messages with the record's functions. Raises DataError without an answer."""
     if not any(message["role"] == "assistant" and message.get("weight", 1) for message in messages):
         raise context.error(f"{place} has no answer to learn: no message has the role assistant and a weight of 1")
-    return Chat(tuple(messages), _tools(context, record, place), record.get("cut") is True)
+    chat = Chat(tuple(messages), _tools(context, record, place), record.get("cut") is True)
+    _checked_unicode(context, chat.to_json(), place)
+    return chat
 
 
 def _tools(context: ReadContext, record: Mapping[str, Any], place: str) -> tuple[dict[str, Any], ...]:
@@ -155,7 +157,7 @@ def _message(context: ReadContext, message: Any, place: str) -> Message:
         if calls is None:
             raise context.error(f'the "tool_calls" of {place} must be a list')
         content = content if isinstance(content, str) and content != "missing" else ""
-        return {"role": role, "content": _checked_unicode(context, content, place), "tool_calls": calls, **own}
+        return {"role": role, "content": content, "tool_calls": calls, **own}
     if content is None:
         error = f'{place} has a "content" that is null; give it a text, or remove the record'
         raise context.error(error, EmptyAnswerError if role == "assistant" else DataError)
@@ -164,7 +166,7 @@ def _message(context: ReadContext, message: Any, place: str) -> Message:
     if role == "assistant" and not content.strip():
         error = f'{place} has an empty "content", which is no answer; give it a text, or remove the record'
         raise context.error(error, EmptyAnswerError)
-    return {"role": role, "content": _checked_unicode(context, content, place), **own}
+    return {"role": role, "content": content, **own}
 
 
 def _call(context: ReadContext, call: Any, place: str) -> dict[str, Any]:
@@ -211,7 +213,7 @@ def _sharegpt_chat(context: ReadContext, record: Mapping[str, Any], place: str) 
     for turn in turns:
         if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
             raise context.error(malformed)
-        role = SHAREGPT_ROLES.get(turn.get("from", ""))
+        role = SHAREGPT_ROLES.get(str(turn.get("from")))
         if role is None:
             known = ", ".join(SHAREGPT_ROLES)
             raise context.error(f'{place} has a turn "from" {turn.get("from")!r}; known are {known}')
@@ -243,6 +245,8 @@ def _alpaca(context: ReadContext, record: Mapping[str, Any], place: str) -> Chat
         raise context.error(f'{place} has an "instruction" without an "output"')
     question = record["instruction"]
     if record.get("input"):
+        if not isinstance(question, str) or not isinstance(record["input"], str):
+            raise context.error(f'the "instruction" and the "input" of {place} must be texts')
         question = f"{question}\n\n{record['input']}"
     messages = [{"role": "system", "content": record["system"]}] if record.get("system") else []
     messages += [{"role": "user", "content": question}, {"role": "assistant", "content": record["output"]}]
