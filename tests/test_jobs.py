@@ -72,6 +72,11 @@ def test_calls_may_be_expected_as_json_text() -> None:
     assert metric_named("call")(json.dumps(CALL), example(json.dumps(CALL)))["exact"] == 1
 
 
+@pytest.mark.parametrize("metric", ["call", "json"])
+def test_an_answer_that_only_opens_brackets_is_wrong(metric: str) -> None:
+    assert next(iter(metric_named(metric)('{"a":' * 2000, example(json.dumps(CALL))).values())) == 0
+
+
 def test_a_refusal_is_right_without_a_call() -> None:
     refusal = example("Sorry, I can only control the home.")
     assert metric_named("call")("No.", refusal)["refused"] == 1

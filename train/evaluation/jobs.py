@@ -123,7 +123,7 @@ def calls_in(text: str) -> list[tuple[str, dict[str, Any]]]:
     while position >= 0:
         try:
             value, end = decoder.raw_decode(text, position)
-        except ValueError:
+        except (ValueError, RecursionError):
             position = text.find("{", position + 1)
             continue
         if isinstance(value, dict):
@@ -156,7 +156,7 @@ def json_value(answer: str, example: Example) -> Values:
     expected = json.loads(example.expected)
     try:
         value = json.loads(answer)
-    except ValueError:
+    except (ValueError, RecursionError):  # an answer that repeats itself has thousands of brackets
         return {"exact": 0.0, "valid_json": 0.0}
     return {"exact": float(value == expected), "valid_json": 1.0}
 
