@@ -204,7 +204,7 @@ class Generation:
     def cancel(self) -> bool:
         """End the answer within one token, also during a long prefill. Any thread may call it.
 
-        Return True if a pass of the engine still computes for the answer. It ends as soon as possible.
+        Return True if a pass of the engine still computes for the answer, see `Lease.interrupt`.
         """
         self.is_cancelled = self.is_over = True
         return self.lease.interrupt()

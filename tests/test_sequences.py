@@ -11,6 +11,7 @@ from exporting import export
 
 from efficientllm.runtime.batch import RESERVED_TOKENS, Batch
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
+from efficientllm.runtime.engines.protocol import Chunk
 from efficientllm.runtime.engines.scheduler import EngineScheduler
 from efficientllm.runtime.engines.scheduling_policy import PREFILL_BESIDE_DECODES, split_pass
 from efficientllm.runtime.generation import AnswerOptions, Generation
@@ -155,3 +156,22 @@ def test_a_pass_serves_next_tokens_first_then_short_prompts() -> None:
     assert split_pass([3000, 400, 500, 300], 512) == [128, 84, 0, 300]
     assert split_pass([1] * 8, 8) == [1] * 8
     assert split_pass([600], 512) == [512]
+
+
+@pytest.mark.parametrize("cancelled", [1, 2])
+def test_a_pass_ends_early_only_if_all_its_answers_are_cancelled(
+    engine: EngineScheduler, monkeypatch: pytest.MonkeyPatch, cancelled: int
+) -> None:
+    generations = answers(engine, PROMPTS[:2])
+    for generation in generations:
+        generation.begin()
+    assert engine._engine is not None
+    extend = engine._engine.extend
+
+    def cancel_and_extend(chunks: Sequence[Chunk]) -> list[np.ndarray]:
+        assert all(generation.cancel() for generation in generations[:cancelled])
+        return extend(chunks)
+
+    monkeypatch.setattr(engine._engine, "extend", cancel_and_extend)
+    rows = engine.step([generation.lease for generation in generations])
+    assert [row is None for row in rows] == [cancelled == 2] * 2

@@ -175,8 +175,9 @@ class EngineScheduler:
         """Evaluate tokens of the leases in one pass, chosen by `plan_pass`.
 
         Return logits, fp32 [V], for every lease whose last token was evaluated, and None for the others. If a lease of
-        the pass is interrupted, nothing is evaluated and all are None. Raise UsageError if a lease lost its sequence,
-        ContextOverflowError if its tokens do not fit, CacheFullError if the tokens of all leases do not fit together.
+        the pass is interrupted before it, or all during it, nothing is evaluated and all are None. Raise UsageError if
+        a lease lost its sequence, ContextOverflowError if its tokens do not fit, CacheFullError if the tokens of all
+        leases do not fit together.
         """
         with self._open() as engine, self._turn:
             caches = [self._find_cache(lease) for lease in leases]
@@ -200,7 +201,7 @@ class EngineScheduler:
             return [logits.get(id(lease)) for lease in leases]
 
     def _evaluate(self, engine: Engine, leases: Sequence[Lease], chunks: Sequence[Chunk]) -> list[np.ndarray]:
-        """Run one pass. Raise EvaluationInterrupted if one of `leases` is interrupted before or during it."""
+        """Run one pass. Raise EvaluationInterrupted if one of `leases` is interrupted before it, or all during it."""
         with self._stepping:
             if any(lease.is_interrupted for lease in leases):
                 raise EvaluationInterrupted
@@ -244,11 +245,12 @@ class EngineScheduler:
             )
 
     def _interrupt(self, lease: Lease) -> bool:
-        """End the pass in progress if `lease` takes part, see `Lease.interrupt`."""
+        """End the pass in progress if `lease` takes part and nobody else needs it, see `Lease.interrupt`."""
         with self._calls, self._stepping:  # `_calls` keeps the engine open between the check and the call
             if self._engine is None or not any(one is lease for one in self._in_pass):
                 return False
-            self._engine.interrupt()
+            if all(one.is_interrupted for one in self._in_pass):
+                self._engine.interrupt()
             return True
 
     @property
@@ -314,7 +316,8 @@ class Lease:
     def interrupt(self) -> bool:
         """Evaluate no more tokens of this lease; may be called from any thread.
 
-        Return True if the lease takes part in the pass in progress, which then ends as soon as the engine can.
+        Return True if the lease takes part in the pass in progress. The pass ends as soon as the engine can if all of
+        its leases are interrupted. Otherwise it ends as planned, because the others would lose their tokens.
         """
         self.is_interrupted = True
         return self._scheduler._interrupt(self)
