@@ -26,7 +26,7 @@ from ..model.groups import KIND_OF_AXIS, KINDS
 from ..model.irregular import apply_architecture, architecture_of, build, share_buffers
 from ..model.modeling_efficientllm import NoAttention, NoFeedForward, set_eps
 from ..model.rescaling import Scales, rescaled, width_factor
-from ..model.tensors import axes_of, block_norms, stem_norms, tensor_names
+from ..model.tensors import EMBEDDING, axes_of, block_norms, stem_norms, tensor_names
 from ..vocabulary.tokenizer_pruning import renumber_settings
 from .selection import Kept, Removal
 
@@ -93,12 +93,12 @@ def _is_per_weight(value: Any) -> bool:
     return torch.is_tensor(value) and value.dim() > 0
 
 
-def _parents(model: nn.Module, name: str) -> list[tuple[nn.Module, str]]:
+def _parents(model: Any, name: str) -> list[tuple[nn.Module, str]]:
     """Return every (module, attribute) with a parameter. A tied LM head shares the embedding's."""
     path, _, attribute = name.rpartition(".")
     parents = [(model.get_submodule(path), attribute)]
-    if name == "model.embed_tokens.weight" and model.lm_head.weight is model.model.embed_tokens.weight:  # type: ignore[union-attr]
-        parents.append((model.lm_head, attribute))  # type: ignore[arg-type]
+    if name == EMBEDDING and model.lm_head.weight is model.get_parameter(EMBEDDING):
+        parents.append((model.lm_head, attribute))
     return parents
 
 
@@ -140,14 +140,14 @@ def _remove_blocks(model: Any, after: Architecture, optimizer: torch.optim.Optim
     staying = set(tensor_names(after))
     gone = {parameter for name, parameter in model.named_parameters() if name not in staying}
     for index, (layer, shape) in enumerate(zip(model.model.layers, after.layers, strict=True)):
-        norms: tuple[str, ...] = ()
+        removed_norms: list[str] = []
         if not shape.num_attention_heads and not isinstance(layer.self_attn, NoAttention):
             layer.self_attn = NoAttention(index)
-            norms += block_norms(after.parts, "attention")
+            removed_norms += block_norms(after.parts, "attention")
         if not shape.intermediate_size and not isinstance(layer.mlp, NoFeedForward):
             layer.mlp = NoFeedForward()
-            norms += block_norms(after.parts, "ffn")
-        for name in norms:
+            removed_norms += block_norms(after.parts, "ffn")
+        for name in removed_norms:
             setattr(layer, name, nn.Identity())
     if optimizer is None or not gone:
         return
@@ -248,13 +248,15 @@ def _fill_zero(tensor: Tensor, dim: int, index: Tensor) -> None:
 def _removed_channels(name: str, parameter: Tensor, removal: Removal) -> Iterator[tuple[int, Tensor]]:
     """Yield (dimension, removed positions) of a parameter."""
     layer, axes = axes_of(name, removal.before)
-    if name.endswith("_proj.bias") and name not in tensor_names(removal.after):  # it would be all that a block adds
+    is_bias_of_removed_block = name.endswith("_proj.bias") and name not in tensor_names(removal.after)
+    if is_bias_of_removed_block:  # the block would still add it to the stream
         yield 0, torch.arange(parameter.shape[0], device=parameter.device)
         return
     for dim, axis in enumerate(axes):
         survivors = kept_channels(removal.kept, removal.before, layer, axis)
         if survivors is not None:
-            yield dim, removed_positions(survivors, parameter.shape[dim]).to(parameter.device)
+            removed = removed_positions(survivors, parameter.shape[dim])
+            yield dim, removed.to(parameter.device)
 
 
 def compact_model(trained: TrainedModel, removal: Removal) -> None:

@@ -79,10 +79,12 @@ def _prune_data(data: dict[str, Any], new_ids: Mapping[int, int]) -> dict[str, A
         model["vocab"] = [piece for index, piece in enumerate(model["vocab"]) if index in new_ids]
         model["unk_id"] = _renumbered(model.get("unk_id"), new_ids)
     else:
-        model["vocab"] = {text: new_ids[index] for text, index in model["vocab"].items() if index in new_ids}
-        texts = model["vocab"].keys()
-        model["merges"] = [pair for pair in merges_of(model) if {*pair, "".join(pair)} <= texts]
-    data["added_tokens"] = [{**each, "id": new_ids[each["id"]]} for each in data.get("added_tokens", [])]
+        vocab = {text: new_ids[index] for text, index in model["vocab"].items() if index in new_ids}
+        model["vocab"] = vocab
+        pairs = merges_of(model)
+        model["merges"] = [(a, b) for a, b in pairs if a in vocab and b in vocab and a + b in vocab]
+    for token in data.get("added_tokens", []):
+        token["id"] = new_ids[token["id"]]
     if data.get("padding"):
         data["padding"]["pad_id"] = _renumbered(data["padding"]["pad_id"], new_ids)
     if data.get("post_processor"):
