@@ -46,11 +46,11 @@ STOPS = [
     ("blocks", "_of_batch", -7),
     ("blocks", "perplexity", -3),
     ("rows", "count_tokens", 1),
-    ("rows", "_nats", 3),
-    ("rows", "_nats", -2),
+    ("rows", "_nats", 1),
+    ("rows", "_nats", -1),
     ("rows", "_of_batch", -1),
-    ("rows", "fit", 3),
-    ("rows", "fit", -1),
+    ("rows", "_forward", 3),
+    ("rows", "_forward", -1),
 ]
 """(run, function that asks whether to stop, which of the times that it asks; from the end where negative)."""
 
@@ -146,13 +146,13 @@ def test_a_removal_that_cannot_be_saved_before_is_done_before_the_run_stops(
 ) -> None:
     """The disk has no room for the checkpoint from before it."""
     straight = uninterrupted("rows", whole, asked, source_folder, corpus, tmp_path)
-    asked.stop_at = ("fit", 2)
+    asked.stop_at = ("_forward", 2)
     given = arguments("rows", source_folder, corpus, tmp_path / "stopped")
     usage = shutil.disk_usage(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(trainer.shutil, "disk_usage", lambda path: usage._replace(free=1_000_000))
         assert run(given) == 130
-    assert asked.times["fit"] > 2
+    assert asked.times["_forward"] > 2
     assert "checkpoint step-000000" in capsys.readouterr().err.strip().splitlines()[-1]
     asked.stop_at = None
     assert run([*given, "--resume"]) == 0

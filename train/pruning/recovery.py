@@ -70,14 +70,14 @@ class LeastSquares:
         former_stream = self.former.embed_tokens(former_windows).float()
         for layer, former_layer in zip(self.model.layers, self.former.layers, strict=True):
             for part in PARTS:
-                former_stream += self._run(part, self.former, former_layer, former_stream, check)
+                former_stream += self._forward(part, self.former, former_layer, former_stream, check)
                 block = getattr(layer, part.block)
                 matrix = getattr(block, part.matrix, None)
                 if matrix is None:  # the block was removed
                     continue
                 setattr(block, part.matrix, nn.Identity())  # the part then returns the inputs of the matrix
                 try:
-                    inputs = self._run(part, self.model, layer, stream, check)
+                    inputs = self._forward(part, self.model, layer, stream, check)
                 finally:
                     setattr(block, part.matrix, matrix)
                 self._fit_matrix(matrix, inputs, self._without_stem_channels(former_stream) - stream, parallel)
@@ -88,7 +88,7 @@ class LeastSquares:
         is_whole = len(self.stem) == former_stream.shape[-1]
         return former_stream if is_whole else former_stream.index_select(-1, self.stem)
 
-    def _run(self, part: Part, model: Any, layer: Any, stream: Tensor, check: Callable[[], None]) -> Tensor:
+    def _forward(self, part: Part, model: Any, layer: Any, stream: Tensor, check: Callable[[], None]) -> Tensor:
         """Return the output of a part of `layer` [n, S, ...] for the residual stream [n, S, H]."""
         outputs = []
         with self._autocast():
