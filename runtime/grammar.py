@@ -11,10 +11,12 @@ import re
 import threading
 import time
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from decimal import Decimal
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -31,6 +33,8 @@ T = TypeVar("T")
 
 MAX_CHARACTERS = 1 << 17
 """Largest length of a grammar."""
+CACHED_GRAMMARS, MAX_CACHED_CHARACTERS = 16, 1 << 15
+"""Number and largest length of the grammars that stay compiled."""
 BASE_STACK_BYTES, STACK_BYTES_PER_CHARACTER = 8 << 20, 2048
 """Stack on which a grammar is parsed.
 
@@ -102,13 +106,10 @@ class Grammar:
         """Return this grammar. Raises UsageError if it is malformed or too long."""
         if len(self.source) > MAX_CHARACTERS:
             raise UsageError(f"{self.name}: has {len(self.source):,} characters; the limit is {MAX_CHARACTERS:,}")
-        is_wrong, messages = self.parse_on_large_stack(lambda: _matcher().validate_grammar_with_warnings(self.source))
-        if not is_wrong and (numbers := _too_large_multiples(self.source)):
-            is_wrong, messages = True, [f"`multipleOf` {numbers} takes too long to enforce; remove it"]
-        if is_wrong:
+        if message := _message_about(self):
             for part in self.parts:
                 part.checked()
-            raise self.refusal(messages[0])
+            raise self.refusal(message)
         return self
 
     def parse_on_large_stack(self, parse: Callable[[], T]) -> T:
@@ -135,6 +136,16 @@ class Grammar:
     def refusal(self, message: str) -> UsageError:
         """Return a UsageError with llguidance's message."""
         return UsageError(f"{self.name}: {_in_one_line(message)}")
+
+
+@lru_cache(maxsize=CACHED_GRAMMARS)
+def _message_about(grammar: Grammar) -> str:
+    """Return the reason why a grammar is refused, "" if it is not."""
+    is_wrong, messages = grammar.parse_on_large_stack(lambda: _matcher().validate_grammar_with_warnings(grammar.source))
+    if is_wrong:
+        return messages[0]
+    numbers = _too_large_multiples(grammar.source)
+    return f"`multipleOf` {numbers} takes too long to enforce; remove it" if numbers else ""
 
 
 def _in_one_line(message: str) -> str:
@@ -201,7 +212,7 @@ class GrammarConstraint:
         self._size = engine.vocab_size
         self._name = grammar.name
         tokenizer = _tokenizer_of(engine, frozenset(control_tokens))
-        self._matcher = grammar.parse_on_large_stack(lambda: _matcher()(tokenizer, grammar.source, log_level=0))
+        self._matcher = _compiled(engine, frozenset(control_tokens), grammar)
         if self._matcher.is_error():
             until = time.monotonic() + MAX_NAMING_SECONDS
             for part in itertools.takewhile(lambda _: time.monotonic() < until, grammar.parts):
@@ -275,6 +286,10 @@ class _Vocabulary:
 
 
 _TOKENIZERS: weakref.WeakKeyDictionary[EngineScheduler, dict[frozenset[int], LLTokenizer]] = weakref.WeakKeyDictionary()
+_COMPILED: weakref.WeakKeyDictionary[EngineScheduler, OrderedDict[tuple[str, frozenset[int]], LLMatcher]] = (
+    weakref.WeakKeyDictionary()
+)
+"""Matchers of the last grammars of each engine, in the order of their use."""
 _LOCK = threading.Lock()
 _STACK_SIZE = threading.Lock()
 """Held while the default stack size is changed, which affects every thread that starts."""
@@ -284,6 +299,23 @@ def read_vocabulary(engine: EngineScheduler) -> None:
     """Prepare the vocabulary of an engine for its first constraint. Do nothing without llguidance."""
     with contextlib.suppress(EfficientLLMError):  # llguidance is missing, or the engine was closed
         _tokenizer_of(engine, frozenset())
+
+
+def _compiled(engine: EngineScheduler, control_tokens: frozenset[int], grammar: Grammar) -> LLMatcher:
+    """Return a matcher at the start of `grammar`. Requests with the same functions share its compilation."""
+    tokenizer, key = _tokenizer_of(engine, control_tokens), (grammar.source, control_tokens)
+    with _LOCK:
+        known = _COMPILED.setdefault(engine, OrderedDict())
+        if key in known:
+            known.move_to_end(key)
+            return known[key].deep_copy()
+    matcher = grammar.parse_on_large_stack(lambda: _matcher()(tokenizer, grammar.source, log_level=0))
+    if not matcher.is_error() and len(grammar.source) <= MAX_CACHED_CHARACTERS:
+        with _LOCK:
+            known[key] = matcher.deep_copy()
+            while len(known) > CACHED_GRAMMARS:
+                known.popitem(last=False)
+    return matcher
 
 
 def _tokenizer_of(engine: EngineScheduler, control_tokens: frozenset[int]) -> LLTokenizer:

@@ -247,6 +247,27 @@ def test_a_vocabulary_goes_with_its_engine(artefact: Path) -> None:
     assert len(grammar._TOKENIZERS) == before
 
 
+def test_a_grammar_is_compiled_once_and_freed_after_others(
+    engine: EngineScheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from efficientllm.runtime import grammar
+
+    parsed = []
+    parse = Grammar.parse_on_large_stack
+    monkeypatch.setattr(
+        Grammar, "parse_on_large_stack", lambda self, work: parsed.append(self.source) or parse(self, work)
+    )
+    for _ in range(2):
+        assert accepts(engine, Grammar.regex("(yes|no)!{7}"), "no!!!!!!!")
+    assert len(parsed) == 2  # one to validate it, one to compile it
+    for number in range(grammar.CACHED_GRAMMARS):
+        GrammarConstraint(engine, Grammar.regex(f"a{{{number + 1}}}"))
+    assert len(grammar._COMPILED[engine]) == grammar.CACHED_GRAMMARS
+    del parsed[:]
+    assert not accepts(engine, Grammar.regex("(yes|no)!{7}"), "yes!")
+    assert len(parsed) == 2
+
+
 def test_a_vocabulary_is_read_once(artefact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a server does when a model is loaded, so that no answer waits for it."""
     read = []
