@@ -28,7 +28,7 @@ HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/j
 @pytest.fixture(scope="module")
 def address(artefact: Path) -> Iterator[str]:
     pool = ModelPool({"tiny": str(artefact)}, EngineOptions(threads=1, context=64))
-    with serve(pool, AppOptions(body_timeout=0.5), http=limited_protocol(MOST, head_timeout=0.5)) as address:
+    with serve(pool, AppOptions(body_timeout=0.5), http=limited_protocol(MOST, timeout=0.5)) as address:
         yield address
 
 
@@ -72,6 +72,44 @@ def test_connections_beyond_the_limit_are_told_so_and_the_rest_is_served(address
             assert received(late).startswith(b"HTTP/1.1 503")
         assert all(received(connection).startswith(b"HTTP/1.1 408") for connection in held)
     assert httpx.get(f"{address}/health").json()["status"] == "ok"
+
+
+def is_served(address: str) -> bool:
+    try:
+        return httpx.get(f"{address}/health").status_code == 200
+    except httpx.TransportError:  # the refusal was cut off by the close
+        return False
+
+
+def test_clients_that_read_nothing_are_let_go(address: str) -> None:
+    """Their answers fill the buffers of both systems, and closing would wait for them."""
+    where = urlsplit(address)
+    with contextlib.ExitStack() as stack:
+        for _ in range(MOST):
+            client = stack.enter_context(socket.socket())
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.connect((where.hostname, where.port))
+            client.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * 200)
+        assert not is_served(address)
+        until = time.monotonic() + 15
+        while not is_served(address):
+            assert time.monotonic() < until
+            time.sleep(0.1)
+
+
+def test_a_slow_reader_gets_its_whole_answer(address: str) -> None:
+    whole = httpx.get(f"{address}/openapi.json").content
+    where = urlsplit(address)
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect((where.hostname, where.port))
+        client.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * 10)
+        read = b""
+        while read.count(whole) < 10:
+            part = client.recv(1 << 14)
+            assert part
+            read += part
+            time.sleep(0.05)
 
 
 def test_connections_are_kept_longer_than_clients_use_them(artefact: Path, monkeypatch: pytest.MonkeyPatch) -> None:

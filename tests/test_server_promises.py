@@ -436,7 +436,7 @@ def test_a_named_host_shuts_others_out_of_an_open_server(artefact: Path) -> None
 
 def test_a_second_head_that_does_not_come_is_given_up_as_the_first(artefact: Path) -> None:
     pool = ModelPool({"tiny": str(artefact)}, EngineOptions(threads=1, context=64))
-    with serve(pool, AppOptions(), http=limited_protocol(4, head_timeout=0.5)) as address:
+    with serve(pool, AppOptions(), http=limited_protocol(4, timeout=0.5)) as address:
         host, port = address.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port)), timeout=20) as connection:
             connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")

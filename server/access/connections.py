@@ -21,19 +21,23 @@ CLOSE_SECONDS = 5
 """Time for clients to read why their answers end, before uvicorn closes their connections."""
 
 
-def limited_protocol(max_connections: int, head_timeout: float) -> type[H11Protocol]:
+def limited_protocol(max_connections: int, timeout: float) -> type[H11Protocol]:
     """Return uvicorn's protocol with limits.
 
-    It closes connections beyond `max_connections` at once, and those without a whole request head after `head_timeout`
-    seconds. uvicorn itself waits forever, and a server without free file descriptors cannot answer anybody.
+    It closes connections beyond `max_connections` at once, and those without a whole request head after `timeout`
+    seconds. It aborts those whose client reads nothing for as long. uvicorn itself waits forever, and a server without
+    free file descriptors cannot answer anybody.
     """
 
     class LimitedProtocol(H11Protocol):
         _head_timer: asyncio.TimerHandle | None = None
         """Runs from the connection, or the first bytes after an answer, until the head of a request is whole."""
+        _write_timer: asyncio.TimerHandle | None = None
+        """Runs while the client has not read all that was written."""
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
+            transport.set_write_buffer_limits(0)  # also a short answer that nobody reads pauses writing
             if len(self.connections) > max_connections:
                 transport.write(b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\n\r\n")
                 transport.close()
@@ -46,8 +50,33 @@ def limited_protocol(max_connections: int, head_timeout: float) -> type[H11Proto
             if self._has_request():
                 self._stop_timer()
 
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self._await_reader()
+
+        def resume_writing(self) -> None:
+            super().resume_writing()
+            self._stop_write_timer()
+
+        def _await_reader(self, unread: float = float("inf")) -> None:
+            """Abort the connection if no byte of the `unread` ones was read, else look again later.
+
+            `close` would wait for the reader.
+            """
+            left = self.transport.get_write_buffer_size()
+            if left >= unread:
+                self.transport.abort()
+            else:
+                self._write_timer = self.loop.call_later(timeout, self._await_reader, left)
+
+        def _stop_write_timer(self) -> None:
+            if self._write_timer is not None:
+                self._write_timer.cancel()
+                self._write_timer = None
+
         def connection_lost(self, exc: Exception | None) -> None:
             self._stop_timer()
+            self._stop_write_timer()
             super().connection_lost(exc)
 
         def _has_request(self) -> bool:
@@ -55,7 +84,7 @@ def limited_protocol(max_connections: int, head_timeout: float) -> type[H11Proto
 
         def _start_timer(self) -> None:
             if self._head_timer is None and not self._has_request():
-                self._head_timer = self.loop.call_later(head_timeout, self.transport.close)
+                self._head_timer = self.loop.call_later(timeout, self.transport.close)
 
         def _stop_timer(self) -> None:
             if self._head_timer is not None:
