@@ -97,7 +97,7 @@ def tool_prompt(
         found = tool_format(engine.chat_template, engine.bos_token, engine.eos_token).readable_by(engine)
         control, format = found or ((), GENERIC)
         if not format.is_from_template:
-            messages, shown = in_plain_roles(messages, shown), ()
+            messages, shown = in_plain_roles(messages, shown, format), ()
         # a model that was not trained to call functions may repeat a call without end
         is_single = use is not None and (
             use.only or not use.parallel or (use.must_call and not format.is_from_template)
@@ -119,8 +119,13 @@ def text_prompt(engine: EngineScheduler, text: str) -> list[int]:
     return begins + tokens
 
 
-def in_plain_roles(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return messages for a template without functions: descriptions, calls and results become plain text."""
+def in_plain_roles(
+    messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], format: ToolFormat
+) -> list[dict[str, Any]]:
+    """Return messages for a template without functions: descriptions, calls and results become plain text.
+
+    A model that was trained on its functions gets no descriptions.
+    """
     plain: list[dict[str, Any]] = []
     for message in messages:
         content = message.get("content") or ""
@@ -132,9 +137,9 @@ def in_plain_roles(messages: Sequence[Message], tools: Sequence[Mapping[str, Any
                 plain.append({"role": "user", "content": content, "is_result": True})
         else:
             if calls := message.get("tool_calls"):
-                content = f"{content}\n{GENERIC.write(calls)}".strip()
+                content = f"{content}\n{format.write(calls)}".strip()
             plain.append({"role": message["role"], "content": content})
-    if tools:
+    if tools and not format.is_learned:
         listed = "\n".join(_json(tool["function"]) for tool in tools)
         instructions = INSTRUCTIONS.format(tools=listed)
         if plain[0]["role"] == "system":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -38,6 +38,8 @@ class ToolFormat:
     end: str
     is_from_template: bool = True
     """True if the chat template describes functions, writes earlier calls and has the role tool."""
+    is_learned: bool = False
+    """True if the model was trained on its functions and needs no description of them in the prompt."""
 
     def readable_by(self, engine: EngineScheduler) -> tuple[tuple[int, ...], ToolFormat] | None:
         """Return the control tokens at the start of calls, and the format without control tokens.
@@ -52,7 +54,7 @@ class ToolFormat:
             return None
         between = self.between if _is_plain(engine, self.between) else ""
         end = _text(engine, _until_control(engine, engine.tokenize(self.end, special=True)))
-        return tuple(tokens[:num_control]), ToolFormat(begin, self.middle, between, end, self.is_from_template)
+        return tuple(tokens[:num_control]), replace(self, begin=begin, between=between, end=end)
 
     def grammar(
         self,
@@ -120,6 +122,13 @@ GENERIC = ToolFormat(
 """The format that most open models were trained on."""
 
 
+LEARNED = ToolFormat('{"name": "', '", "arguments": ', '}\n{"name": "', "}", is_from_template=False, is_learned=True)
+"""The short format of a model that was trained on its functions: one JSON object a line."""
+
+LEARNED_MARK = "{#- efficientllm: the model was trained on its functions -#}"
+"""Start of the chat template of such a model."""
+
+
 def parameters_of(function: Mapping[str, Any]) -> dict[str, Any]:
     """Return the JSON schema of a function's arguments, which is an object. Without parameters it has no properties."""
     nothing = {"properties": {}, "additionalProperties": False}
@@ -146,6 +155,8 @@ def _is_plain(engine: EngineScheduler, text: str) -> bool:
 @lru_cache(maxsize=16)
 def tool_format(template: str | None, bos_token: str, eos_token: str) -> ToolFormat:
     """Return the format of a chat template, found by rendering example calls, or GENERIC if it writes none."""
+    if template and template.startswith(LEARNED_MARK):
+        return LEARNED
     try:
         found = _TemplateProbe(template, bos_token, eos_token).format()
     except EfficientLLMError:  # the template refuses messages with calls

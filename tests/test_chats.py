@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from efficientllm.runtime.base.errors import DataError, UsageError
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
 from efficientllm.runtime.prompt import PromptOptions, ToolUse, chat_prompt
+from efficientllm.runtime.tool_format import tool_format
 from efficientllm.train.compute.loss import LossWeights, TrainingLoss
 from efficientllm.train.data.chat import Chat, ChatFormat, Encoder
 from efficientllm.train.data.documents import DataSpec, is_held_out, open_documents, open_texts
@@ -275,6 +276,35 @@ def test_calls_are_learned_in_the_format_of_the_template(tokenizer: PreTrainedTo
         tokenizer.chat_template = template
     assert answers == "<call>now|{}</call><|im_end|>\nIt is 8.<|im_end|>\n"
     assert whole.startswith('<|im_start|>tools\n[{"type": "function", "function": {"name": "now"')
+
+
+def test_a_model_trained_on_its_functions_reads_only_the_request(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    template = tokenizer.chat_template
+    tokenizer.chat_template = ChatFormat.of_tokenizer(tokenizer).knowing_functions().template  # type: ignore[union-attr]
+    try:
+        whole, answers = learned(tokenizer, read_one(CALLED, tmp_path))
+        assert tool_format(tokenizer.chat_template, "", "").is_learned
+    finally:
+        tokenizer.chat_template = template
+    assert answers == '{"name": "now", "arguments": {}}<|im_end|>\nIt is 8.<|im_end|>\n'
+    assert "Be brief." in whole
+    assert "The time." not in whole
+
+
+def test_a_long_system_message_of_the_template_becomes_an_empty_one() -> None:
+    talkative = (
+        "{% if messages[0]['role'] != 'system' %}<system>You are a helpful assistant.</system>{% endif %}"
+        "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}</{{ message['role'] }}>"
+        "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    format = ChatFormat.of(talkative, "", "")
+    assert format is not None
+    question = [{"role": "user", "content": "Hi"}]
+    assert format.knowing_functions().prompt(question) == "<system></system><user>Hi</user><assistant>"
+    told = [{"role": "system", "content": "Be brief."}, *question]
+    assert format.knowing_functions().prompt(told) == "<system>Be brief.</system><user>Hi</user><assistant>"
 
 
 def test_a_trained_prompt_is_the_served_one(tokenizer: PreTrainedTokenizerFast, artefact: Path, tmp_path: Path) -> None:

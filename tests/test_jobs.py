@@ -22,11 +22,13 @@ from efficientllm.runtime.engines.artefact import Artefact
 from efficientllm.runtime.engines.contract_text import job_rows, with_jobs
 from efficientllm.runtime.engines.engine import EngineOptions
 from efficientllm.runtime.engines.manifest import Manifest
-from efficientllm.runtime.prompt import ToolUse
+from efficientllm.runtime.generation import AnswerOptions, Generation
+from efficientllm.runtime.prompt import PromptOptions, ToolUse, chat_prompt, tool_prompt
+from efficientllm.runtime.tool_format import LEARNED_MARK
 from efficientllm.train.data.chat import Chat
 from efficientllm.train.evaluation import cli, jobs, sql
 from efficientllm.train.evaluation.job_score import stored_scores
-from efficientllm.train.evaluation.jobs import JSON_CALL, Example, JobResult, calls_in, metric_named, read_examples
+from efficientllm.train.evaluation.jobs import Example, JobResult, calls_in, metric_named, read_examples
 from efficientllm.train.evaluation.scoring import EngineModel
 
 CALL = {"name": "set_light", "arguments": {"area": "loft", "level": 3}}
@@ -289,23 +291,19 @@ def test_bad_examples_are_one_line(case: str, tmp_path: Path) -> None:
     assert isinstance(caught.value, UsageError | DataError)
 
 
-@pytest.mark.parametrize("shown", [False, True], ids=["hidden functions", "functions of the prompt"])
-def test_calls_as_json_copy_their_texts_from_the_request(shown: bool, artefact: Path) -> None:
+def test_copied_texts_of_a_model_that_knows_its_functions(artefact: Path) -> None:
     text = {"type": "string"}
     parameters = {"type": "object", "properties": {"area": text, "name": text}, "required": ["area", "name"]}
     tool = {"type": "function", "function": {"name": "set_light", "parameters": parameters}}
     model = EngineModel(artefact, EngineOptions(threads=1))
-    chat = Chat(({"role": "user", "content": "Light the Loft lamp"},), (tool,) if shown else ())
-    (answer,) = model.answer_constrained([(chat, ToolUse([tool], must_call=True, copies=True))], 200, JSON_CALL)
-    call = json.loads(answer)
-    assert call["name"] == "set_light"
+    model.engine.chat_template = LEARNED_MARK + str(model.chat_template)
+    chat = [{"role": "user", "content": "Light the Loft lamp"}]
+    prompt = tool_prompt(model.engine, chat, PromptOptions(ToolUse([tool], must_call=True, copies=True)))
+    assert prompt.tokens == chat_prompt(model.engine, chat)  # it does not describe the function
+    limits = AnswerOptions(max_tokens=200)
+    call = json.loads("".join(Generation(model.engine, prompt.tokens, limits, prompt.constraint(model.engine))))
     assert call["arguments"].keys() == {"area", "name"}
     assert all(value.casefold() in "light the loft lamp" for value in call["arguments"].values())
-
-
-def test_functions_may_be_hidden_from_the_prompt() -> None:
-    hidden = example(json.dumps(CALL), hidden_tools=[TOOL])
-    assert (list(hidden.tools), hidden.prompt.tools) == ([TOOL], ())
 
 
 def test_a_score_travels_to_cards_manifests_and_pages(

@@ -366,6 +366,7 @@ def test_the_price_is_what_the_text_costs_without_the_rows() -> None:
         ({"score_scale": "saliency"}, "vocabulary rows need scores in one unit"),
         ({"target_ratio": None, "target_architecture": "x.json"}, "use another target"),
         ({"vocabulary_prior": 0.0}, "must be above 0 and at most 1"),
+        ({"prune": ("ffn",), "vocabulary_rows": 512}, "needs --prune with vocabulary"),
     ],
 )
 def test_settings_that_do_not_go_with_rows_are_refused(changes: dict[str, Any], message: str) -> None:
@@ -435,6 +436,25 @@ def test_resumed_before_or_after_it_is_the_same_run(
         assert torch.equal(weights(tmp_path / "run")[name], tensor)
     for name in ("tokenizer.json", "tokenizer_config.json", "config.json", "generation_config.json"):
         assert (tmp_path / "run" / "model" / name).read_text() == (pruned / "model" / name).read_text()
+
+
+def test_a_number_of_rows_stays_and_nothing_competes_with_them(
+    source_folder: Path, corpus: Path, tmp_path: Path
+) -> None:
+    source = Architecture.from_folder(source_folder)
+    rows = source.vocab_size - 40
+    arguments = command(source_folder, corpus, tmp_path / "run", "--vocabulary-tokens", "20000", "--removals", "2")
+    arguments = [*without(arguments, "--prune"), "--prune", "ffn,vocabulary", "--vocabulary-rows", str(rows)]
+    assert run(arguments) == 0
+    records = metrics(tmp_path / "run")
+    first, *others = [record for record in records if record.get("removed")]
+    assert first["step"] == 1
+    assert {kind for kind, *_ in first["removed"]} == {"vocabulary"}
+    assert {kind for event in others for kind, *_ in event["removed"]} == {"ffn"}
+    final = Architecture.from_folder(tmp_path / "run" / "model")
+    assert final.vocab_size == rows
+    assert final.num_parameters <= 0.6 * source.num_parameters
+    assert not any("nats_per_token_more" in record for record in records)  # no price was measured
 
 
 def test_a_stream_goes_on_with_the_documents_that_come_next(corpus: Path) -> None:

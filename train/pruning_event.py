@@ -11,12 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .compute.loss import frozen_copy
 from .compute.trained_model import TrainedModel
 from .pruning.blocks import BlockProbe
+from .pruning.measures import PARAMETERS
 from .pruning.pruner import Pruner
 from .pruning.recovery import LeastSquares
 from .pruning.rows import RowProbe, choose_rows
@@ -58,11 +60,14 @@ class PruningOutcome:
 
 
 def switch_vocabulary(pruner: Pruner, trained: TrainedModel, text: RunText) -> None:
-    """Read all text without the removed vocabulary rows. A teacher still reads the source's tokens."""
+    """Read all text without the removed vocabulary rows.
+
+    A teacher with the source's vocabulary still reads the source's tokens.
+    """
     kept = pruner.survivors["vocabulary"][0].tolist()
     text.prune_vocabulary(kept)
-    if trained.loss.has_teacher:
-        num_rows = pruner.plan.source.vocab_size
+    num_rows, teacher = pruner.plan.source.vocab_size, trained.loss.teacher
+    if teacher is not None and teacher.config.vocab_size == num_rows:
         trained.loss.source_text = TokenAligner(text.tokenizer, text.source_tokenizer, kept, num_rows)
 
 
@@ -93,6 +98,7 @@ class PruningEvent:
         rows = vocabulary = None
         if pruner.is_vocabulary_due:
             rows, vocabulary = self._prune_vocabulary()
+            pruner.is_vocabulary_due = False
         groups = self._prune_groups(target)
         is_compacting = pruner.is_done or pruner.events_since_compaction >= self.settings.compact_every
         if groups is not None and is_compacting:
@@ -103,23 +109,35 @@ class PruningEvent:
         return PruningOutcome(units, target, pruner.next_saliency, vocabulary)
 
     def _prune_vocabulary(self) -> tuple[Removal | None, dict[str, float] | None]:
-        """Remove the vocabulary rows that the current ranking takes on the way to the whole budget.
+        """Remove vocabulary rows: all but a given number, or those that the ranking takes on the way to the budget.
 
         Returns (the removal, its log fields), None if no row is selected. Text is read without the rows from then on.
         """
-        pruner = self.pruner
-        probe = self._row_probe()
-        scores, shape = self._ranking_scores(), pruner.architecture
+        pruner, settings, shape = self.pruner, self.settings, self.pruner.architecture
+        splits = self._expected_splits()
+        if settings.vocabulary_rows is not None:
+            rules = replace(pruner.rules, kinds=("vocabulary",), blocks=(), measure=PARAMETERS, price=None)
+            selected = select_removal(shape, {"vocabulary": [torch.from_numpy(splits)]}, rules, 0)
+            return self._remove_rows(selected), {"rows": selected.after.vocab_size}
+        windows = self.text.extra_windows(settings.block_tokens)
+        tokenizer, check = self.text.tokenizer, self.stop_signal.check
+        probe = RowProbe(self.trained.loss, tokenizer, splits, windows, self.parallel, check)
+        scores = self._ranking_scores()
 
         # rows compete with all other groups for the whole budget, but only the rows of this selection are removed
         def select(row_scores: Tensor) -> Removal:
             return select_removal(shape, scores | {"vocabulary": [row_scores]}, pruner.rules, pruner.budget.target)
 
         selected = select(choose_rows(probe, lambda row_scores: select(row_scores).kept["vocabulary"][0].tolist()))
-        pruner.is_vocabulary_due = False
+        removal = self._remove_rows(selected)
+        return removal, probe.describe(selected.kept["vocabulary"][0]) if removal is not None else None
+
+    def _remove_rows(self, selected: Removal) -> Removal | None:
+        """Remove the vocabulary rows of a selection, and no other group of it. Returns None if it has none."""
+        pruner, shape = self.pruner, self.pruner.architecture
         units = tuple(unit for unit in selected.units if unit.kind == "vocabulary")
         if not units:
-            return None, None
+            return None
         rows = selected.kept["vocabulary"]
         after = replace(shape, vocab_size=len(rows[0]))
         removal = pruner.add(Removal(shape, after, all_groups(shape) | {"vocabulary": rows}, units))
@@ -127,16 +145,14 @@ class PruningEvent:
             pruner.blocks.shift_renewal(pruner.size)
         pruner.compact(self.trained)
         switch_vocabulary(pruner, self.trained, self.text)
-        return removal, probe.describe(rows[0])
+        return removal
 
-    def _row_probe(self) -> RowProbe:
-        """Return a probe of the current rows. It scores tokens by their frequency in the training text."""
-        pieces, settings, text = self.pruner.plan.pieces, self.settings, self.text
+    def _expected_splits(self) -> np.ndarray:
+        """Return the additional tokens per token of text without each row, fp64 [rows], by its frequency."""
+        pieces, settings = self.pruner.plan.pieces, self.settings
         assert pieces is not None
-        counts = text.count_tokens(pieces.size, settings.vocabulary_tokens, self.stop_signal.check_alone)
-        splits = expected_splits(pieces, counts, settings.vocabulary_prior)
-        windows = text.extra_windows(settings.block_tokens)
-        return RowProbe(self.trained.loss, text.tokenizer, splits, windows, self.parallel, self.stop_signal.check)
+        counts = self.text.count_tokens(pieces.size, settings.vocabulary_tokens, self.stop_signal.check_alone)
+        return expected_splits(pieces, counts, settings.vocabulary_prior)
 
     def _prune_groups(self, target: float) -> Removal | None:
         """Zero the lowest-scored units until the budget's measure is at most `target`; None if nothing is removed."""

@@ -153,7 +153,7 @@ def _make_trainer(plan: RunPlan, source: Any) -> Trainer:
     text = RunText(plan.data, plan.tokenizer, plan.config.source, run.seed, parallel.world_size)
     if parallel.is_main and text.stream.encoder.chat_format is not None and not text.stream.has_chats:
         _log.warning(NO_CHATS)
-    distills = plan.config.optimizer.distill > 0
+    distills = plan.config.optimizer.distill > 0 and plan.config.optimizer.teacher == "source"
     teacher = frozen_copy(source, dtype, parallel.device) if distills else None
     cache = _teacher_cache(plan, source) if distills and run.teacher_cache else None
     loss = TrainingLoss(_make_model(plan, source).to(parallel.device), dtype, teacher=teacher)

@@ -7,7 +7,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,18 +15,20 @@ from typing import Any
 import torch
 
 from ..runtime.base.errors import DataError, TrainingDivergedError
+from ..runtime.base.files import folder_written_atomically
 from ..runtime.base.progress import ProgressDisplay
 from ..runtime.base.quantities import format_bytes, format_count
 from .checkpoint import state as training_state
-from .checkpoint.run_folder import checkpoint_folders, delete_replaced_run, has_stashed_run
+from .checkpoint.run_folder import TEACHER_FOLDER, checkpoint_folders, delete_replaced_run, has_stashed_run
 from .compute.distributed import reshard
-from .compute.loss import TrainingLoss
+from .compute.loss import TrainingLoss, frozen_copy
 from .compute.optimizer import make_optimizer
 from .compute.trained_model import TrainedModel, configure
 from .data.documents import corpus_fingerprint
 from .measuring import Measuring
 from .model.architecture import Architecture
-from .model.irregular import architecture_of
+from .model.irregular import architecture_of, save_checkpoint
+from .model.source import load_source
 from .plan import RunPlan
 from .pruning.pruner import Pruner
 from .pruning_event import PruningEvent, switch_vocabulary
@@ -121,7 +123,10 @@ class Trainer:
     def _make_schedule(self, pruner: Pruner) -> DroppingSchedule:
         settings, tokens = pruner.settings, self.config.optimizer.tokens
         start, end = round(settings.prune_start * tokens), round(settings.prune_end * tokens)
-        size = pruner.budget.measure.of(pruner.plan.source)
+        source = pruner.plan.source
+        if settings.vocabulary_rows is not None:  # these are removed before the schedule starts
+            source = replace(source, vocab_size=min(settings.vocabulary_rows, source.vocab_size))
+        size = pruner.budget.measure.of(source)
         return DroppingSchedule(size, pruner.budget.target, start, end, settings.removals)
 
     @property
@@ -284,9 +289,13 @@ class Trainer:
             return {}
         if progress.step % pruner.settings.prune_every and progress.tokens < self.schedule.end_tokens:
             return {}
-        target = self.schedule.target_at(progress.tokens)
-        if not pruner.is_above(target):
-            return {}
+        removes_only_rows = pruner.is_vocabulary_due and pruner.settings.vocabulary_rows is not None
+        target = pruner.size if removes_only_rows else self.schedule.target_at(progress.tokens)
+        if not removes_only_rows:
+            if not pruner.is_above(target):
+                return {}
+            if self.config.optimizer.teacher == "self" and self.trained.loss.teacher is None:
+                self._take_teacher()
         event = PruningEvent(pruner, self.trained, self.text, self.config.optimizer.batch_size, self.stop_signal)
         if event.needs_restart:
             if self.saved_step != progress.step and self._is_sound():
@@ -300,6 +309,16 @@ class Trainer:
         if outcome.vocabulary is not None:
             self.metrics.write({"step": progress.step, "tokens": progress.tokens, **outcome.vocabulary})
         return outcome.record
+
+    def _take_teacher(self) -> None:
+        """Make the current model the teacher, and write it into the run's folder (a collective call)."""
+        loss = self.trained.loss
+        loss.set_teacher(frozen_copy(self.model, loss.dtype, self.parallel.device))
+        if self.parallel.is_main:
+            delete_replaced_run(self.plan.folder)
+            with folder_written_atomically(self.plan.folder / TEACHER_FOLDER) as temporary:
+                save_checkpoint(loss.teacher, self.text.tokenizer, temporary)
+        self.parallel.barrier()
 
     def _is_sound(self) -> bool:
         """Tell whether a checkpoint of the current weights is worth writing."""
@@ -331,7 +350,8 @@ class Trainer:
         """Write a checkpoint of the run and return its folder. A run that --overwrite replaces is deleted first."""
         if self.parallel.is_main:
             delete_replaced_run(self.plan.folder)
-        extra: dict[str, Any] = {"corpora": self.corpora}
+        is_own_teacher = self.config.optimizer.teacher == "self" and self.trained.loss.teacher is not None
+        extra: dict[str, Any] = {"corpora": self.corpora, "has_own_teacher": is_own_teacher}
         tensors: dict[str, Any] = {"stream": training_state.as_tensors(self.text.stream.state())}
         if self.unfinished is not None:
             extra["unfinished"] = asdict(self.unfinished)
@@ -354,6 +374,9 @@ class Trainer:
         for path, identity in saved.get("corpora", {}).items():
             if self.corpora.get(path, identity) != identity:
                 _log.warning(f"--data {path} has changed; the result is not that of the uninterrupted run")
+        if saved.get("has_own_teacher"):
+            teacher, _ = load_source(str(self.plan.folder / TEACHER_FOLDER), "the teacher of the run")
+            self.trained.loss.set_teacher(frozen_copy(teacher, self.trained.loss.dtype, self.parallel.device))
         if self.pruner is not None:
             self.pruner.load_state(saved["pruner"], tensors["pruner"], self.model)
             survivors = self.pruner.survivors["vocabulary"][0]

@@ -32,7 +32,9 @@ SETTINGS_FILE = "config.toml"
 FINISHED_FILE = "architecture.json"
 """File that is written last. A model without it was not measured yet."""
 RUN_FILES = (SETTINGS_FILE, "metrics.jsonl", FINISHED_FILE, "architecture.png", "training.png", "pruning.png")
-RUN_FOLDERS = ("checkpoints", "model", "tensorboard", "wandb")
+TEACHER_FOLDER = "teacher"
+"""Folder of the model that --teacher self distils from."""
+RUN_FOLDERS = ("checkpoints", "model", TEACHER_FOLDER, "tensorboard", "wandb")
 MODEL_FILES = (
     *("config.json", "generation_config.json", "training.json", "quality.json", "README.md", "architecture.png"),
     JOB_FILE,
@@ -42,7 +44,7 @@ MODEL_FILES = (
 """Patterns of files that `save_checkpoint` and transformers' tokenizers write."""
 
 UNFINISHED = re.compile(
-    r"\.(model|step-\d{8})\.efficientllm-(new|old)|"
+    r"\.(model|teacher|step-\d{8})\.efficientllm-(new|old)|"
     r"\.(config\.toml|metrics\.jsonl|\w+\.json|\w+\.png|README\.md)\.\d+\.tmp"
 )
 """Files of a killed write."""

@@ -178,8 +178,12 @@ class TrainingLoss(nn.Module):
         """Cache of the teacher's states."""
 
     @property
-    def has_teacher(self) -> bool:
-        return self._teacher[0] is not None
+    def teacher(self) -> Any | None:
+        return self._teacher[0]
+
+    def set_teacher(self, model: Any) -> None:
+        """Distil from `model` from now on. A property would make it a submodule with parameters to train."""
+        self._teacher = (model,)
 
     def around(self, model: Any) -> TrainingLoss:
         """Return the same loss of another model."""

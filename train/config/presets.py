@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from ...runtime.base.quantities import unknown_name
 from .pruning import PruneConfig
+from .quantisation import QuantisationConfig
 from .sections import OptimizerConfig, RunConfig, SourceConfig, TrainConfig
 
 SMOLLM_CORPUS = "HuggingFaceTB/smollm-corpus@fineweb-edu-dedup"
@@ -53,6 +54,32 @@ def recover() -> TrainConfig:
     )
 
 
+def job() -> TrainConfig:
+    """Return the settings for one job: 40 MB in q4_0 from SmolLM2-135M, from chats or examples in --data.
+
+    The vocabulary shrinks after the first step. The whole model then learns the job for a third of the tokens. Heads
+    and FFN channels are removed in three events, and the rest is trained on the grid of q4_0.
+    """
+    return TrainConfig(
+        source=SourceConfig(functions="learned", sequence_length=256, eval_tokens=4096),
+        pruning=PruneConfig(
+            prune=("attention", "ffn", "vocabulary"),
+            target_bytes=40_000_000,
+            saliency="token-fisher",
+            vocabulary_rows=8192,
+            vocabulary_tokens=300_000,
+            prune_start=0.35,
+            prune_end=0.55,
+            removals=3,
+            recover="least-squares",
+            recover_tokens=4096,
+        ),
+        optimizer=OptimizerConfig(tokens=196_608, learning_rate=4e-4),
+        run=RunConfig(quality=False),
+        quantisation=QuantisationConfig(qat="q4_0", qat_start=0.75),
+    )
+
+
 def gpu24_469m() -> TrainConfig:
     """Return settings for SmolLM-1.7B to 469M on one GPU of 24 GB and 32 GB of host memory.
 
@@ -91,6 +118,7 @@ def node8_1b() -> TrainConfig:
 PRESETS: dict[str, Callable[[], TrainConfig]] = {
     "cpu-quickstart": cpu_quickstart,
     "recover": recover,
+    "job": job,
     "gpu24-469m": gpu24_469m,
     "node8-1b": node8_1b,
 }

@@ -111,6 +111,9 @@ class PruneConfig:
     block_renewals: int = flags.number(8, at_least=1)
     """Measurements of all blocks while the budget falls. The next block to be removed is always measured again."""
 
+    vocabulary_rows: int | None = flags.count(None, at_least=1)
+    """Vocabulary rows to keep, by frequency alone, such as 8192. The others are removed after the first step, and other
+    groups do not compete with them (with --prune vocabulary)."""
     vocabulary_tokens: int = flags.count(2_000_000, at_least=1)
     """Tokens of the corpora that are counted for token frequencies (with --prune vocabulary)."""
     vocabulary_prior: float = flags.number(0.5, above=0, at_most=1)
@@ -164,9 +167,12 @@ class PruneConfig:
         _ = self.asked_workload
 
     def _check_blocks(self) -> None:
+        rule = "needs --prune with vocabulary"
+        flags.require(self, "vocabulary_rows", self.vocabulary_rows is None or self.prunes_vocabulary, rule)
         if self.prunes_vocabulary:
             rule = "vocabulary rows need scores in one unit"
-            flags.require(self, "score_scale", self.score_scale != "saliency", rule)
+            is_in_one_unit = self.score_scale != "saliency" or self.vocabulary_rows is not None
+            flags.require(self, "score_scale", is_in_one_unit, rule)
             rule = "--target-architecture does not support vocabulary rows; use another target"
             flags.require(self, "prune", self.target_architecture is None, rule, value=",".join(self.prune))
         if self.blocks:
@@ -182,7 +188,7 @@ class PruneConfig:
         """Tell whether block prices scale the groups' saliency."""
         if self.score_scale != "auto":
             return self.score_scale == "blocks"
-        if self.prunes_vocabulary:  # unless rows are all that may go
+        if self.prunes_vocabulary and self.vocabulary_rows is None:  # unless nothing competes with the rows
             return self.prune != ("vocabulary",)
         return bool(self.blocks) or (self.target_latency is not None and self.rank_by == "target")
 

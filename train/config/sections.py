@@ -33,6 +33,9 @@ class SourceConfig:
     """Held-out tokens per evaluation."""
     init: Literal["source", "random"] = "source"
     """random: train the source's shape from scratch, as a baseline."""
+    functions: Literal["described", "learned"] = "described"
+    """learned: leave the descriptions of functions out of prompts, because the model is trained on its functions. Its
+    chat template says so, and its calls are one line of JSON."""
     sequence_length: int = flags.count(512, at_least=8)
     """Tokens per training sequence."""
 
@@ -80,6 +83,9 @@ class OptimizerConfig:
     """Gradients are clipped to this global norm."""
     distill: float = flags.number(0.0, at_least=0, below=math.inf)
     """Weight of the KL divergence from the unpruned source's predictions, added to the loss. 0: off."""
+    teacher: Literal["source", "self"] = "source"
+    """Teacher of --distill. self: this run's model before its first removal of heads, channels or blocks, fine-tuned so
+    far and kept in the folder `teacher` of the run."""
     cross_entropy: float = flags.number(1.0, at_least=0, below=math.inf)
     """Weight of the next-token cross-entropy; 0 for distillation only. At least 1 counts while groups are ranked by
     gradients."""
@@ -93,6 +99,9 @@ class OptimizerConfig:
             )
         has_loss = self.cross_entropy > 0 or self.distill > 0
         flags.require(self, "cross_entropy", has_loss, "nothing is trained; raise it or --distill")
+        if self.teacher == "self":
+            flags.require(self, "teacher", self.distill > 0, "needs distillation; add --distill 1")
+            flags.require(self, "cross_entropy", self.cross_entropy > 0, "trains nothing before the teacher exists")
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +16,7 @@ import numpy as np
 from ...runtime.base.errors import ArtefactError, DataError, UsageError
 from ...runtime.chat_template import Message, render_chat
 from ...runtime.prompt import in_plain_roles
-from ...runtime.tool_format import tool_format
+from ...runtime.tool_format import LEARNED_MARK, tool_format
 
 if TYPE_CHECKING:  # efficientllm-corpus and the evaluation of artefacts need no transformers
     from transformers import PreTrainedTokenizerBase
@@ -119,6 +119,26 @@ class ChatFormat:
         """Return the format of a tokenizer's chat template. See `of`."""
         return cls.of(chat_template_of(tokenizer), str(tokenizer.bos_token or ""), str(tokenizer.eos_token or ""))
 
+    def knowing_functions(self) -> ChatFormat:
+        """Return the format of a model that is trained on its functions: prompts do not describe them.
+
+        A template that adds a long system message of its own gets an empty one instead.
+        """
+        question: Message = {"role": "user", "content": "Well?"}
+        silent = self._with_empty_system_message()
+        try:
+            is_shorter = len(silent.prompt([question])) < len(self.prompt([question]))
+        except (ArtefactError, UsageError):  # the template has no system messages
+            is_shorter = False
+        return replace(self, template=LEARNED_MARK + (silent.template if is_shorter else self.template))
+
+    def _with_empty_system_message(self) -> ChatFormat:
+        added = """{%- if messages[0]['role'] != 'system' -%}
+{%- set messages = [{'role': 'system', 'content': ''}] + messages -%}
+{%- endif -%}
+"""
+        return replace(self, template=added + self.template)
+
     def prompt(self, messages: Sequence[Message]) -> str:
         """Render messages up to the start of the assistant's next answer."""
         return render_chat(self.template, messages, self.bos_token, self.eos_token)
@@ -159,8 +179,9 @@ class ChatFormat:
         """
         messages: Sequence[Message] = chat.messages[:count]
         tools = chat.tools
-        if chat.has_functions and not tool_format(self.template, self.bos_token, self.eos_token).is_from_template:
-            messages, tools = in_plain_roles(messages, tools), ()
+        format = tool_format(self.template, self.bos_token, self.eos_token)
+        if chat.has_functions and not format.is_from_template:
+            messages, tools = in_plain_roles(messages, tools, format), ()
         return render_chat(
             self.template,
             messages,

@@ -23,8 +23,6 @@ import numpy as np
 
 from ...runtime.base.errors import DataError, UsageError
 from ...runtime.base.extras import extra
-from ...runtime.prompt import ToolUse
-from ...runtime.tool_format import ToolFormat
 from ..data.chat import Chat, ChatFormat
 from ..data.records import BadLines, ReadContext, document_of
 from .scoring import Advance, EngineModel, EvaluatedModel
@@ -35,9 +33,6 @@ BOOTSTRAP_SAMPLES = 1000
 
 WORST = 20
 """Missed examples on the page of misses."""
-
-JSON_CALL = ToolFormat('{"name": "', '", "arguments": ', "", "}")
-"""Format of calls in answers that are JSON text."""
 
 Constrain = Literal["none", "schema", "copy"]
 """Grammar of calls: none, the functions and their schemas, or in addition texts that are copied from the request."""
@@ -71,11 +66,6 @@ class Example:
     def prompt(self) -> Chat:
         """Return the conversation before the expected answer."""
         return Chat(self.chat.messages[:-1], self.chat.tools)
-
-    @property
-    def tools(self) -> Sequence[Mapping[str, Any]]:
-        """Return the functions that may be called: those of the prompt, or those of the field `hidden_tools`."""
-        return self.chat.tools or self.record.get("hidden_tools", ())
 
 
 def read_examples(path: Path, limit: int = 0, database: str = "") -> list[Example]:
@@ -340,11 +330,8 @@ def run_job(
         raise UsageError(f"--constrain {constrain} needs an exported file; a Hugging Face folder answers freely")
     began = time.perf_counter()
     if constrain != "none" and isinstance(model, EngineModel):
-        uses = ((each.prompt, ToolUse(each.tools, copies=constrain == "copy")) for each in examples)
-        is_json = any(
-            each.expected.startswith(JSON_CALL.begin) for each in examples if each.chat.messages[-1]["content"]
-        )
-        answered = model.answer_constrained(uses, max_tokens, JSON_CALL if is_json else None)
+        chats = [each.prompt for each in examples]
+        answered = model.answer_with_tools(chats, constrain == "copy", max_tokens)
     else:
         prompts = [model.encode_markup(chat_format.chat_prompt(each.prompt)) for each in examples]
         answered = model.answer(prompts, max_tokens)

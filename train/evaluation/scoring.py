@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -20,7 +20,6 @@ from ...runtime.engines.engine import EngineOptions, load_engine
 from ...runtime.generation import AnswerOptions, Generation
 from ...runtime.prompt import PromptOptions, ToolUse, tool_prompt
 from ...runtime.sampling import log_softmax
-from ...runtime.tool_format import ToolFormat
 from ..data.chat import Chat
 
 Advance = Callable[[int, int], None]
@@ -105,18 +104,14 @@ class EngineModel:
         for prompt in prompts:
             yield "".join(Generation(self.engine, prompt, AnswerOptions(max_tokens=max_tokens)))
 
-    def answer_constrained(
-        self, chats: Iterable[tuple[Chat, ToolUse]], max_tokens: int, format: ToolFormat | None
-    ) -> Iterator[str]:
-        """Yield the greedy answer to each chat, whose calls a grammar limits to those of its ToolUse.
+    def answer_with_tools(self, chats: Sequence[Chat], copies: bool, max_tokens: int) -> Iterator[str]:
+        """Yield the greedy answer to each chat, whose calls a grammar limits to its functions.
 
-        Calls have `format`, by default that of the model's chat template. The prompt shows the functions of the chat.
+        With `copies`, free texts in arguments are words of the request.
         """
-        for chat, use in chats:
-            prompt = tool_prompt(self.engine, chat.messages, PromptOptions(use) if chat.tools else None)
-            prompt = replace(prompt, tool_use=use if use.tools else None)
-            if format is not None:
-                prompt = replace(prompt, format=format, control=())
+        for chat in chats:
+            options = PromptOptions(ToolUse(chat.tools, copies=copies)) if chat.tools else None
+            prompt = tool_prompt(self.engine, chat.messages, options)
             limits = AnswerOptions(max_tokens=max_tokens)
             yield "".join(Generation(self.engine, prompt.tokens, limits, prompt.constraint(self.engine)))
 

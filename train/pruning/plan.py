@@ -165,6 +165,7 @@ def make_pruning_plan(
     # an explicit shape is reached channel by channel, whatever its widths are multiples of
     multiple = settings.width_multiple if floor is None else 1
     fixed_rows = len(with_parts(pieces, pieces.fixed)) if pieces is not None else 0
+    fixed_rows = max(fixed_rows, settings.vocabulary_rows or 0)
     measures = budget.measure, _price(settings)
     rules = SelectionRules(settings.kinds, multiple, uniform, floor, settings.blocks, *measures, fixed_rows)
     if rules.price is not None:
