@@ -2,8 +2,8 @@
 
     python -m research.jobs.home FOLDER --train 16000 --test 1000
 
-writes train.jsonl and test.jsonl (OpenAI fine-tuning chats with `tools` and `tool_calls`) and train.text.jsonl and
-test.text.jsonl (the same as plain chats whose answer is the call as JSON). Everything follows from the seed.
+writes train.jsonl and test.jsonl: OpenAI fine-tuning chats whose answers are `tool_calls`. The chats of the test have
+all functions in `tools`. Those of training have none, for --functions learned. Everything follows from the seed.
 
 A fifth of the templates of every intent is kept for the test, and rooms, devices and items of the test are others than
 in training, so that the test measures unseen phrasing and unseen names. Training names are many and mostly made up: a
@@ -25,9 +25,6 @@ from typing import Any, Protocol
 
 from hassil.expression import Alternative, Expression, Group, ListReference, Permutation, RuleReference, TextChunk
 from hassil.parse_expression import parse_sentence
-
-SYSTEM = "home"
-"""System message of the compact chats. Without one, the template of the source adds its own long one."""
 
 REFUSAL = "Sorry, I can only control the home."
 """The answer to a request that fits no intent."""
@@ -706,57 +703,26 @@ def _description(intent: str) -> str:
     return words.strip().capitalize()
 
 
-def call_text(request: Request) -> str:
-    """Return the answer of a compact chat."""
-    return REFUSAL if request.call is None else json.dumps(request.call, ensure_ascii=False)
-
-
-def as_text_chat(request: Request) -> dict[str, Any]:
-    """Make a chat of the request and its call as JSON."""
-    return {
-        "messages": [
-            {"role": "system", "content": SYSTEM},
-            {"role": "user", "content": request.text},
-            {"role": "assistant", "content": call_text(request)},
-        ]
-    }
-
-
-def as_tool_chat(request: Request, tools: Mapping[str, Any], number: int, chance: random.Random) -> dict[str, Any]:
-    """Make OpenAI's fine-tuning chat: the right tool among `number` of them, in any order."""
+def as_chat(request: Request) -> dict[str, Any]:
+    """Make OpenAI's fine-tuning chat of a request and its call."""
     answer: dict[str, Any] = {"role": "assistant", "content": REFUSAL}
-    offered = chance.sample(sorted(tools), min(number, len(tools)))
     if request.call is not None:
-        name = request.call["name"]
-        offered = [*[each for each in offered if each != name][: number - 1], name]
         arguments = json.dumps(request.call["arguments"], ensure_ascii=False)
-        function = {"name": name, "arguments": arguments}
-        answer = {
-            "role": "assistant",
-            "content": None,
-            "tool_calls": [{"id": "call_0", "type": "function", "function": function}],
-        }
-    chance.shuffle(offered)
-    return {
-        "messages": [{"role": "user", "content": request.text}, answer],
-        "tools": [tools[name] for name in offered],
-    }
+        function = {"name": request.call["name"], "arguments": arguments}
+        call = {"id": "call_0", "type": "function", "function": function}
+        answer = {"role": "assistant", "content": None, "tool_calls": [call]}
+    return {"messages": [{"role": "user", "content": request.text}, answer]}
 
 
-def write_job(folder: Path, train: int, test: int, seed: int, tools_per_row: int) -> None:
-    """Write the four files of a job."""
+def write_job(folder: Path, train: int, test: int, seed: int) -> None:
+    """Write train.jsonl and test.jsonl. Rows of the test also name their template."""
     folder.mkdir(parents=True, exist_ok=True)
-    tools = make_tools(Language.load())
-    for name, requests in zip(("train", "test"), make_job(train, test, seed), strict=True):
-        chance = random.Random(f"tools {name} {seed}")
-        chats = [as_tool_chat(request, tools, tools_per_row, chance) for request in requests]
-        _write_lines(folder / f"{name}.jsonl", chats)
-        # The grammar of an evaluation needs the functions, which the prompt of a compact chat does not show.
-        hidden = {"hidden_tools": list(tools.values())} if name == "test" else {}
-        _write_lines(folder / f"{name}.text.jsonl", (as_text_chat(request) | hidden for request in requests))
-        if name == "test":
-            about = [{"template": each.template, "is_new_template": each.is_new_template} for each in requests]
-            _write_lines(folder / "test.about.jsonl", about)
+    tools = list(make_tools(Language.load()).values())
+    training, held_out = make_job(train, test, seed)
+    _write_lines(folder / "train.jsonl", map(as_chat, training))
+    about = [{"tools": tools, "template": each.template, "is_new_template": each.is_new_template} for each in held_out]
+    rows = zip(held_out, about, strict=True)
+    _write_lines(folder / "test.jsonl", [{**as_chat(request), **more} for request, more in rows])
 
 
 def _write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -772,9 +738,8 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=16000, help="requests to train on [16000]")
     parser.add_argument("--test", type=int, default=1000, help="requests of the test [1000]")
     parser.add_argument("--seed", type=int, default=0, help="[0]")
-    parser.add_argument("--tools-per-row", type=int, default=4, help="tools that an OpenAI chat offers [4]")
     arguments = parser.parse_args()
-    write_job(arguments.folder, arguments.train, arguments.test, arguments.seed, arguments.tools_per_row)
+    write_job(arguments.folder, arguments.train, arguments.test, arguments.seed)
 
 
 if __name__ == "__main__":

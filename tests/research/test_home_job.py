@@ -21,33 +21,34 @@ def rows(path: Path) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("home")
-    home.write_job(folder, 300, 80, 1, 4)
+    home.write_job(folder, 300, 80, 1)
     return folder
 
 
 def test_the_job_follows_from_the_seed(job: Path, tmp_path: Path) -> None:
-    home.write_job(tmp_path / "same", 300, 80, 1, 4)
-    home.write_job(tmp_path / "other", 300, 80, 2, 4)
+    home.write_job(tmp_path / "same", 300, 80, 1)
+    home.write_job(tmp_path / "other", 300, 80, 2)
     for file in job.iterdir():
         assert (tmp_path / "same" / file.name).read_bytes() == file.read_bytes()
     assert (tmp_path / "other" / "test.jsonl").read_bytes() != (job / "test.jsonl").read_bytes()
 
 
 def test_every_call_is_of_an_offered_tool(job: Path) -> None:
-    for row in rows(job / "train.jsonl") + rows(job / "test.jsonl"):
-        offered = {tool["function"]["name"]: tool["function"]["parameters"] for tool in row["tools"]}
+    test = rows(job / "test.jsonl")
+    offered = {tool["function"]["name"]: tool["function"]["parameters"] for tool in test[0]["tools"]}
+    for row in rows(job / "train.jsonl") + test:
         for call in row["messages"][-1].get("tool_calls", []):
             arguments = json.loads(call["function"]["arguments"])
             assert set(arguments) <= set(offered[call["function"]["name"]]["properties"])
 
 
 def test_training_and_test_share_no_request(job: Path) -> None:
-    asked = [{row["messages"][-2]["content"] for row in rows(job / f"{name}.text.jsonl")} for name in ("train", "test")]
+    asked = [{row["messages"][-2]["content"] for row in rows(job / f"{name}.jsonl")} for name in ("train", "test")]
     assert len(asked[0]) == 300
     assert len(asked[1]) == 80
     assert not asked[0] & asked[1]
 
 
 def test_most_test_requests_have_unseen_phrasing(job: Path) -> None:
-    about = rows(job / "test.about.jsonl")
-    assert sum(row["is_new_template"] for row in about) >= 0.75 * len(about)
+    test = rows(job / "test.jsonl")
+    assert sum(row["is_new_template"] for row in test) >= 0.75 * len(test)
