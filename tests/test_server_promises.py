@@ -318,6 +318,24 @@ def test_a_load_that_has_begun_ends_though_nobody_waits_for_it(artefact: Path, m
     asyncio.run(asyncio.wait_for(go(), 60))
 
 
+def test_a_loaded_model_is_entered_while_another_one_loads(artefact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = ModelPool({"a": str(artefact), "b": str(artefact)}, EngineOptions(threads=1, context=64), timeout=30)
+    load, may_end = pool._load, threading.Event()
+    monkeypatch.setattr(pool, "_load", lambda name: load(name) if may_end.wait(30) else None)
+
+    async def go() -> None:
+        entering = asyncio.ensure_future(pool.enter("b", pool.deadline()))
+        await asyncio.sleep(0.05)
+        async with asyncio.timeout(5):
+            (await pool.enter("a", pool.deadline())).leave()
+        assert not entering.done()
+        may_end.set()
+        (await entering).leave()
+        pool.close()
+
+    asyncio.run(asyncio.wait_for(go(), 60))
+
+
 def test_who_waits_for_a_model_when_the_server_stops_is_told(artefact: Path) -> None:
     pool = two_models(artefact, timeout=30)
 

@@ -56,6 +56,8 @@ class ModelPool:
         """{name: requests that do not have a worker yet}"""
         self._idle = asyncio.Event()
         """Set when a model has become idle or the server stops."""
+        self._needs_room = False
+        """True while a load waits until a model is idle. Then all requests take their turn, or it might never be."""
         self._is_stopping = False
         first = next(iter(self.artefacts))
         self._workers[first] = self._load(first)
@@ -101,6 +103,10 @@ class ModelPool:
             raise APIError(404, f"model {name!r} does not exist; this server has {known}", code="model_not_found")
         if self._arriving[name] >= self.waiting + self.options.parallel:
             raise APIError(429, "the server is busy; try again later", "rate_limit_error", "rate_limit_exceeded")
+        if name in self._workers and not self._needs_room:  # another model may be loading
+            self._refuse_if_stopping()
+            self._workers[name].enter()
+            return self._workers[name]
         self._arriving[name] += 1
         try:
             async with asyncio.timeout_at(deadline.at) as waiting:
@@ -123,11 +129,15 @@ class ModelPool:
 
     async def _make_room(self, name: str) -> None:
         """Unload least recently used models until the model `name` fits. Wait for one that is idle."""
-        while not self._fits(name):
-            if not await self._unload_idle():
-                self._idle.clear()
-                await self._idle.wait()
-            self._refuse_if_stopping()
+        self._needs_room = True
+        try:
+            while not self._fits(name):
+                if not await self._unload_idle():
+                    self._idle.clear()
+                    await self._idle.wait()
+                self._refuse_if_stopping()
+        finally:
+            self._needs_room = False
 
     async def _load_into_room(self, name: str) -> None:
         """Load a model. The size of its caches is known only then.
