@@ -34,6 +34,7 @@ from ..train.model.folder_files import (
     read_tokenizer,
     refuse_quantized,
 )
+from ..train.model.foreign_configs import DEFAULTS, ImportOptions, is_foreign
 from ..train.model.rescaling import Scales
 from ..train.model.tensors import StockTensor, locate, tensor_names, tensor_shape
 from .layer_attention import LayerAttention, context_length, layer_attention, rope_parameters
@@ -46,13 +47,15 @@ QUESTION = {"role": "user", "content": "Hello"}
 class Checkpoint:
     """A Hugging Face folder of a supported family, irregular or plain."""
 
-    def __init__(self, folder: Path, name: str) -> None:
+    def __init__(self, folder: Path, name: str, notes: tuple[str, ...] = ()) -> None:
         """Check and open the folder.
 
-        `name` is the user's name of it. Raises ModelError if it is unsupported or damaged.
+        `name` is the user's name of it, and `notes` are lines about its import for the manifest. Raises ModelError if
+        it is unsupported or damaged.
         """
         self.folder = folder
         self.name = name
+        self.notes = notes
         check_folder(folder)
         self.config = read_json(folder / "config.json")
         refuse_quantized(self.config, name)
@@ -191,24 +194,32 @@ def _check_template(template: str, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def open_checkpoint(name: str) -> Iterator[Checkpoint]:
+def open_checkpoint(name: str, foreign: ImportOptions = DEFAULTS) -> Iterator[Checkpoint]:
     """Open a run folder, a Hugging Face folder, or any `--source` of efficientllm-train.
 
-    Other sources than local folders are loaded with torch into a temporary folder.
+    Folders of other pruning tools, and sources that are no local folders, are loaded with torch into a temporary
+    folder. `foreign` applies to the former.
     """
     path = check_source(name, name)
     if path.is_dir():
-        yield Checkpoint(path, name)
-        return
+        check_folder(path)
+        if not is_foreign(path):
+            yield Checkpoint(path, name)
+            return
     if path.is_file():  # at least its bytes, which is known before the seconds of loading
         require_room(Path(tempfile.gettempdir()), path.stat().st_size)
     with extra("train"):
         from ..train.model.irregular import save_checkpoint
-        from ..train.model.source import load_source
-    model, tokenizer = load_source(name, name)
+        from ..train.model.source import load_foreign, load_source
+    notes: tuple[str, ...] = ()
+    if path.is_dir():
+        imported, tokenizer = load_foreign(path, name, foreign)
+        model, notes = imported.model, (imported.table[0], imported.comparison)
+    else:
+        model, tokenizer = load_source(name, name)
     with tempfile.TemporaryDirectory(prefix="efficientllm-") as folder:
         save_checkpoint(model, tokenizer, Path(folder))
-        yield Checkpoint(Path(folder), name)
+        yield Checkpoint(Path(folder), name, notes)
 
 
 NAMES = {"int4-block32": "int4"}

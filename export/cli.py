@@ -12,17 +12,28 @@ from ..runtime.base.command import run_command
 from ..runtime.base.extras import require_extra
 from ..runtime.base.model_names import check_source
 from ..runtime.base.output import atomic_output
+from ..train.model.foreign_configs import ImportOptions
 from .checkpoint import open_checkpoint
 from .manifest import foreign_files
 from .request import ExportRequest, VerifyOptions, log
 from .targets import known_targets, load_exporter, option_names, refuse_option
 
 
-def export(checkpoint: str | Path, target: str, output: str | Path, *, overwrite: bool = False, **options: Any) -> Path:
+def export(
+    checkpoint: str | Path,
+    target: str,
+    output: str | Path,
+    *,
+    overwrite: bool = False,
+    head_dim: int | None = None,
+    trust_remote_code: bool = False,
+    **options: Any,
+) -> Path:
     """Write `checkpoint` as an artefact of `target` into the folder `output` and return the folder.
 
     `checkpoint` is a run folder, a Hugging Face folder or hub id, a .gguf file, or "demo". `options` are the target's
-    flags by name (`quantize="q8_0"`, `max_kl=0.3`).
+    flags by name (`quantize="q8_0"`, `max_kl=0.3`). `head_dim` and `trust_remote_code` apply to checkpoints of other
+    pruning tools.
 
     Raises UsageError for unusable arguments, ModelError for an unsupported or damaged checkpoint, and ArtefactError if
     the file does not verify. The folder is whole or absent. Reports to `logging.getLogger("efficientllm.export")`.
@@ -45,9 +56,9 @@ def export(checkpoint: str | Path, target: str, output: str | Path, *, overwrite
     remedy = "give another --output, or --overwrite to replace it"
     with (
         atomic_output(folder, overwrite, foreign_files, inputs, remedy) as temporary,
-        open_checkpoint(str(checkpoint)) as opened,
+        open_checkpoint(str(checkpoint), ImportOptions(head_dim, trust_remote_code)) as opened,
     ):
-        exporter.write(opened, ExportRequest(chosen, folder), temporary)
+        exporter.write(opened, ExportRequest(chosen, folder, list(opened.notes)), temporary)
     log.info("artefact: %s", folder)
     return folder
 
@@ -75,6 +86,7 @@ def _named_target(argv: Sequence[str]) -> str | None:
 
 def build_parser() -> ExportParser:
     parser = ExportParser(
+        ImportOptions,
         prog="efficientllm-export",
         description="Write a checkpoint as a file that stock runtimes load, and verify it against torch.",
         epilog="%(prog)s --target TARGET --help lists the flags of one target.",

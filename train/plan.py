@@ -170,7 +170,7 @@ def make_plan(config: TrainConfig, resume: ResumePoint | None, compute: Compute)
     shape = shape_of_folder(config.source.source)
     if shape is not None:  # before it is read, as it may not fit
         _announce_memory(config, resume, compute, shape)
-    source, tokenizer = load_source(config.source.source)
+    source, tokenizer = load_source(config.source.source, "", config.foreign)
     if config.source.functions == "learned":
         tokenizer.chat_template = _template_knowing_functions(tokenizer)
     length, longest = config.source.sequence_length, source.config.max_position_embeddings

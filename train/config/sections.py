@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from ...runtime.base import flags
+from ..model.foreign_configs import ImportOptions
 from .pruning import PruneConfig
 from .quantisation import QuantisationConfig
 
@@ -165,6 +166,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     run: RunConfig = field(default_factory=RunConfig)
     quantisation: QuantisationConfig = field(default_factory=QuantisationConfig)
+    foreign: ImportOptions = field(default_factory=ImportOptions)
 
     def to_toml(self) -> str:
         """Return the configuration as TOML for `--config`. Unset values are left out."""

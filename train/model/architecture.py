@@ -166,7 +166,7 @@ class Architecture:
             "num_key_value_heads": whole_number(config, "num_key_value_heads", heads),
             "intermediate_size": whole_number(config, "intermediate_size"),
         }
-        overrides = _overrides(config)
+        overrides = layer_overrides(config)
         layers = tuple(
             LayerShape(
                 **{name: whole_number(overrides.get(index, {}), name, value) for name, value in defaults.items()}
@@ -189,7 +189,7 @@ class Architecture:
         return cls.from_hf_config(read_json(folder / "config.json"))
 
 
-def _overrides(config: Mapping[str, Any]) -> dict[int, Mapping[str, Any]]:
+def layer_overrides(config: Mapping[str, Any]) -> dict[int, Mapping[str, Any]]:
     """Return {layer: its own settings} of a config.json; empty for a uniform model."""
     values = config.get("per_layer_config") or {}
     try:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ JSON_FILES = ("tokenizer_config.json", "generation_config.json", "special_tokens
 """Files that a folder may lack."""
 TEMPLATE_FILE = "chat_template.jinja"
 WEIGHTS_FILE = "model.safetensors"
+PICKLE_FILE = "pytorch_model.bin"
 INDEX_FILE = f"{WEIGHTS_FILE}.index.json"
 READABLE_TYPES = ("F64", "F32", "F16", "BF16")
 """Types of weights, by safetensors' names."""
@@ -99,37 +101,66 @@ def read_template(folder: Path) -> str | None:
     return template
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """Return the .safetensors files that transformers would load: the single one, or those of the index."""
-    if (folder / WEIGHTS_FILE).is_file():
-        return [folder / WEIGHTS_FILE]
-    index = folder / INDEX_FILE
+def weight_files(folder: Path, single: str = WEIGHTS_FILE) -> list[Path]:
+    """Return the weight files that transformers would load: the `single` one, or those of its index."""
+    if (folder / single).is_file():
+        return [folder / single]
+    index = folder / f"{single}.index.json"
     if not index.is_file():
         return []
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
         raise ModelError(f"{index} is damaged: no weight_map of tensor names to file names; {REMEDY}")
+    outside = next((name for name in names.values() if Path(name).is_absolute() or ".." in Path(name).parts), None)
+    if outside is not None:
+        raise ModelError(f"{index} is damaged: {outside} is outside the folder; {REMEDY}")
     files = [folder / name for name in sorted(set(names.values()))]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
-        raise ModelError(f"{folder} lacks {missing[0]}, which {INDEX_FILE} names ({len(missing)} missing); {REMEDY}")
+        raise ModelError(f"{folder} lacks {missing[0]}, which {index.name} names ({len(missing)} missing); {REMEDY}")
     return files
 
 
-def locate_tensors(folder: Path) -> dict[str, Path]:
-    """Return {tensor name: file} of a folder's .safetensors files, after checking their types."""
+@dataclass(frozen=True)
+class TensorHeader:
+    """Place, shape and type of a tensor in a folder."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+    """Type by safetensors' names."""
+
+    def check_type(self, name: str) -> None:
+        """Raise ModelError if tensor `name` is stored in a type that cannot be read."""
+        if self.dtype not in READABLE_TYPES:
+            raise ModelError(
+                f"{self.file}: tensor {name} is stored as {self.dtype}; only {', '.join(READABLE_TYPES)} can be read: "
+                "give the model in one of them"
+            )
+
+
+def tensor_headers(folder: Path) -> dict[str, TensorHeader]:
+    """Return {tensor name: header} of a folder's .safetensors files."""
     from safetensors import SafetensorError, safe_open
 
-    location: dict[str, Path] = {}
+    found: dict[str, TensorHeader] = {}
     for file in weight_files(folder):
         try:
             with safe_open(file, framework="np") as stream:
                 for name in stream.keys():  # noqa: SIM118  it is no mapping
-                    _check_type(stream.get_slice(name).get_dtype(), name, file)
-                    location[name] = file
+                    tensor = stream.get_slice(name)
+                    found[name] = TensorHeader(file, tuple(tensor.get_shape()), tensor.get_dtype())
         except SafetensorError as error:
             raise ModelError(f"{file} is damaged: {error}; {REMEDY}") from error
-    return location
+    return found
+
+
+def locate_tensors(folder: Path) -> dict[str, Path]:
+    """Return {tensor name: file} of a folder's .safetensors files, after checking their types."""
+    headers = tensor_headers(folder)
+    for name, header in headers.items():
+        header.check_type(name)
+    return {name: header.file for name, header in headers.items()}
 
 
 def refuse_quantized(config: Mapping[str, Any], called: str) -> None:
@@ -163,14 +194,6 @@ def positive_number(values: Mapping[str, Any], name: str, default: Any = None) -
 
 def _shown(value: Any) -> str:
     return "missing" if value is None else repr(value)
-
-
-def _check_type(dtype: str, name: str, file: Path) -> None:
-    if dtype not in READABLE_TYPES:
-        raise ModelError(
-            f"{file}: tensor {name} is stored as {dtype}; only {', '.join(READABLE_TYPES)} can be read: give the model "
-            "in one of them"
-        )
 
 
 def _check_special_token(settings: Mapping[str, Any], name: str, folder: Path) -> None:

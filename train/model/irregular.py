@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -108,13 +109,18 @@ def apply_architecture(config: Any, architecture: Architecture) -> None:
 
 def irregular_config(config: Any, architecture: Architecture) -> Any:
     """Return the efficientllm config of `architecture` with the other settings of `config`."""
-    values = config.to_dict()
+    return config_of(config.to_dict(), architecture, getattr(config, "_attn_implementation", None))
+
+
+def config_of(settings: Mapping[str, Any], architecture: Architecture, attention: str | None = None) -> Any:
+    """Return the efficientllm config of `architecture` with other `settings` and an implementation of attention."""
+    values = dict(settings)
     for name in ("model_type", "architectures", "per_layer_config", "auto_map", "quantization_config"):
         values.pop(name, None)
     values["head_dim"] = architecture.head_dim
     new = modeling.CAUSAL_LM_CLASSES[architecture.family].config_class(**values)
     apply_architecture(new, architecture)
-    new._attn_implementation = getattr(config, "_attn_implementation", None) or "sdpa"
+    new._attn_implementation = attention or "sdpa"
     return new
 
 

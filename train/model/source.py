@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import io
 import json
+import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from ...runtime.base.errors import EfficientLLMError, ModelError
@@ -26,7 +27,9 @@ from ...runtime.base.extras import extra
 from ...runtime.base.model_names import check_source, hub_answers, source_path
 from .architecture import Architecture
 from .file_types import build_pre_tokenizer
-from .folder_files import check_folder, check_token_ids, locate_tensors, refuse_quantized
+from .folder_files import check_folder, check_token_ids, locate_tensors, read_json, refuse_quantized
+from .foreign_configs import DEFAULTS, ImportOptions, is_foreign
+from .importing import Imported, import_folder
 from .irregular import architecture_of, to_irregular
 
 SAME_TABLE = 0.3
@@ -64,6 +67,8 @@ def tie_what_is_stored_twice(model: Any, path: Path) -> None:
     model.tie_weights()
 
 
+_log = logging.getLogger("efficientllm.train")
+
 GGUF_FILE_TYPES = {0: torch.float32, 1: torch.float16}
 """`general.file_type` of GGUF files (llama.cpp's LLAMA_FTYPE) with fp32 or fp16 matrices."""
 
@@ -71,7 +76,8 @@ GGUF_FILE_TYPES = {0: torch.float32, 1: torch.float16}
 def shape_of_folder(source: str) -> Architecture | None:
     """Return the shape of a local folder; None for other sources and for folders that `load_source` refuses."""
     try:
-        return Architecture.from_folder(Path(source)) if (Path(source) / "config.json").is_file() else None
+        path = Path(source)
+        return Architecture.from_folder(path) if (path / "config.json").is_file() and not is_foreign(path) else None
     except (EfficientLLMError, OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
@@ -88,7 +94,11 @@ def stored_dtype(source: str) -> torch.dtype:
             from gguf import GGUFReader
         field = GGUFReader(path).fields.get("general.file_type")
         return GGUF_FILE_TYPES.get(int(field.contents()), torch.bfloat16) if field is not None else torch.bfloat16
-    dtype = AutoConfig.from_pretrained(str(path)).dtype
+    if path.is_dir():
+        values = read_json(path / "config.json")
+        dtype = getattr(torch, str(values.get("dtype") or values.get("torch_dtype")), None)
+    else:
+        dtype = AutoConfig.from_pretrained(str(path), trust_remote_code=False).dtype
     return dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else torch.float32
 
 
@@ -96,26 +106,33 @@ WEIGHT_FILES = ["model.safetensors", "model-*.safetensors", "model.safetensors.i
 """Patterns of the weight files that transformers loads from a hub."""
 
 
-def load_source(source: str, called: str = "") -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
+def load_source(
+    source: str, called: str = "", foreign: ImportOptions = DEFAULTS
+) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
     """Load `source` (demo, a .gguf file, a folder or a hub id) as its irregular class in fp32, with its tokenizer.
 
-    `called` is the name in messages, by default `--source NAME`. Raises UsageError if nothing is found and ModelError
-    if the family is not supported.
+    `called` is the name in messages, by default `--source NAME`. `foreign` applies to folders of other pruning tools
+    (see `is_foreign`). Raises UsageError if nothing is found and ModelError if the family is not supported.
     """
     called = called or f"--source {source}"
     path = check_source(source, called)
     folder, options = _located(source, path)
     if path.is_dir():
+        if is_foreign(path):
+            imported, tokenizer = load_foreign(path, called, foreign)
+            return imported.model, tokenizer
         locate_tensors(path)
     with loading(called):
         if path.suffix != ".gguf":  # look at the family before gigabytes of weights are read
-            config = AutoConfig.from_pretrained(folder, **options)
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **options)
             refuse_quantized(config.to_dict(), called)
             architecture_of(config)
             if not path.is_dir() and not options and sys.stderr.isatty():
                 snapshot_download(source, allow_patterns=WEIGHT_FILES)  # apart, so that the hub's bars are seen
         with quiet_loading():
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, trust_remote_code=False, **options
+            )
     tokenizer = _tokenizer(path, folder, options, called)
     check_token_ids(tokenizer.get_vocab(), model.config.vocab_size, called)
     if path.suffix == ".gguf":  # the file's own name and storage type mean nothing in a converted model
@@ -146,11 +163,24 @@ def _located(source: str, path: Path) -> tuple[str, dict[str, Any]]:
 
 def _tokenizer(path: Path, folder: str, options: dict[str, Any], called: str) -> PreTrainedTokenizerBase:
     own = {name: value for name, value in options.items() if name != "quantization_config"}
+    if path.is_dir() and is_foreign(path):
+        own["config"] = PreTrainedConfig()  # transformers may refuse the folder's
     with loading(called):
-        tokenizer = AutoTokenizer.from_pretrained(folder, **own)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **own)
     if path.suffix == ".gguf":
         restore_pre_tokenizer(tokenizer, path)
     return tokenizer
+
+
+def load_foreign(path: Path, called: str, options: ImportOptions) -> tuple[Imported, PreTrainedTokenizerBase]:
+    """Import the folder of another tool. Reports its shape and the comparison with its original."""
+    with loading(called), quiet_loading():
+        imported = import_folder(path, called, options)
+    tokenizer = _tokenizer(path, str(path), {}, called)
+    check_token_ids(tokenizer.get_vocab(), imported.model.config.vocab_size, called)
+    for line in (*imported.table, imported.comparison):
+        _log.info(line)
+    return imported, tokenizer
 
 
 @contextlib.contextmanager

@@ -33,7 +33,7 @@ def _model_tensors(family: str) -> dict[str, tuple[str, ...]]:
 
 
 @cache
-def _layer_tensors(family: str) -> dict[str, tuple[str, ...]]:
+def layer_tensors(family: str) -> dict[str, tuple[str, ...]]:
     """Return {name within a layer: axes} in file order: attention with its norms, then the FFN with its norms."""
     parts = FAMILIES[family]
     return {
@@ -87,7 +87,7 @@ def same_input(parts: Family) -> dict[str, tuple[str, ...]]:
 def axes_of(name: str, architecture: Architecture) -> tuple[int | None, tuple[str, ...]]:
     """Return (layer index or None, axis names) of a parameter. Raises KeyError outside the table."""
     layer, suffix = split_name(name)
-    table = _model_tensors if layer is None else _layer_tensors
+    table = _model_tensors if layer is None else layer_tensors
     return layer, table(architecture.family)[suffix]
 
 
@@ -124,7 +124,7 @@ def stem_norms(architecture: Architecture) -> list[str]:
 
 def input_axis(matrix: str) -> str:
     """Return the input axis of a layer's matrix, such as "mlp.down_proj"."""
-    return _layer_tensors("llama")[f"{matrix}.weight"][1]
+    return layer_tensors("llama")[f"{matrix}.weight"][1]
 
 
 def axis_size(architecture: Architecture, layer: int | None, axis: str) -> int:
@@ -149,7 +149,7 @@ def tensor_names(architecture: Architecture) -> list[str]:
     outside = list(_model_tensors(architecture.family))
     names = [EMBEDDING]
     for index, shape in enumerate(architecture.layers):
-        for suffix in _layer_tensors(architecture.family):
+        for suffix in layer_tensors(architecture.family):
             is_there = (
                 shape.num_attention_heads if is_of_attention(suffix, architecture.parts) else shape.intermediate_size
             )

@@ -1,0 +1,275 @@
+"""Checkpoints of other pruning tools are read by their tensors, compared with their originals, and exported."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from exporting import export
+from foreign_tools import TOKENS, TOOLS, change_config, flap, gaps, llm_pruner, nemotron_nas, rename, wanda_sp
+from safetensors.torch import load_file, save_file
+from training import command, run
+from transformers import PreTrainedTokenizerFast
+
+from efficientllm.export.gguf.probe import probe
+from efficientllm.runtime.base.errors import EfficientLLMError
+from efficientllm.runtime.engines.engine import EngineOptions, load_engine
+from efficientllm.runtime.engines.manifest import Manifest
+from efficientllm.train.model.architecture import Architecture
+from efficientllm.train.model.foreign_configs import ImportOptions
+from efficientllm.train.model.source import load_source
+
+NOT_COMPARED = ("darwinlm", "nemotron_nas", "openelm", "fused")
+"""Fixtures whose original is another class than a stock one, or has groups that no stock class runs."""
+
+
+@pytest.fixture
+def made(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Callable[..., tuple[Path, torch.Tensor]]:
+    """made(maker) -> (folder of a tool with a tokenizer, logits of its model)."""
+
+    def make(maker: Callable[[Path], torch.Tensor]) -> tuple[Path, torch.Tensor]:
+        folder = tmp_path / maker.__name__
+        tokenizer.save_pretrained(folder)
+        return folder, maker(folder)
+
+    return make
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_gguf_and_onnx_of_a_tools_checkpoint_equal_its_model(
+    tool: str, made: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, expected = made(TOOLS[tool])
+    tokens = TOKENS[0].tolist()
+    for target in ("gguf", "onnx"):
+        assert export(folder, target, tmp_path / target, "--quantize", "f32") == 0
+    if tool != "mergekit":  # a plain folder
+        note = "not compared with its original" if tool in NOT_COMPARED else "with these tensors: largest logit diff"
+        said = capsys.readouterr().out
+        assert "read by shape: " in said
+        assert note in said
+        assert any(note in each for each in Manifest.read(tmp_path / "onnx").notes)
+    assert not (folder / "ran").exists()  # no code of the folder was run
+    found = probe(tmp_path / "gguf" / "model.gguf", tokens, []).logits
+    assert np.abs(found - expected.numpy()).max() < (0.05 if tool == "gpt_neox" else 1e-3)  # llama.cpp's table of GELU
+    engine = load_engine(tmp_path / "onnx", EngineOptions(threads=1, context=64))
+    rows = [engine.prefill(tokens[:24]), *(engine.decode(token) for token in tokens[24:])]
+    engine.close()
+    assert np.abs(np.stack(rows) - expected[23:].numpy()).max() < 1e-3
+
+
+def test_a_foreign_checkpoint_is_pruned_further_with_itself_as_teacher(
+    made: Callable[..., Any], corpus: Path, tmp_path: Path
+) -> None:
+    folder, _ = made(flap)
+    assert run(command(folder, corpus, tmp_path / "run", "--distill", "1", "--tokens", "768")) == 0
+    before = load_source(str(folder))[0]
+    after = Architecture.from_folder(tmp_path / "run" / "model")
+    assert after.family == "llama_bias"
+    assert after.num_parameters < sum(each.numel() for each in before.parameters())
+
+
+def lacking_head_dim(folder: Path) -> None:
+    change_config(folder, head_dim=None)
+
+
+def test_a_head_dim_that_nothing_gives_is_asked_for(
+    made: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Five of eight heads in every layer: 80 rows are five heads of 16, or ten (a divisor of 8 x 10) of 8."""
+    folder, expected = made(wanda_sp)
+    change_config(folder, head_dim=None, num_attention_heads=10, hidden_size=160)
+    assert export(folder, "onnx", tmp_path / "out") == 2
+    assert "head_dim is not in config.json and may be 8 or 16; give --head-dim" in capsys.readouterr().err
+    assert export(folder, "onnx", tmp_path / "out", "--head-dim", "16") == 0
+    model: Any = load_source(str(folder), foreign=ImportOptions(head_dim=16))[0]
+    with torch.inference_mode():
+        torch.testing.assert_close(model(TOKENS).logits[0], expected)
+    assert export(folder, "onnx", tmp_path / "out2", "--head-dim", "48") == 2
+    assert "head_dim 48 (--head-dim) does not divide" in capsys.readouterr().err
+
+
+def test_a_rotary_table_gives_head_dim(made: Callable[..., Any]) -> None:
+    folder, expected = made(wanda_sp)
+    change_config(folder, head_dim=None, num_attention_heads=10, hidden_size=160)
+    rename(folder, lambda tensors: {**tensors, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)})
+    model: Any = load_source(str(folder))[0]
+    with torch.inference_mode():
+        torch.testing.assert_close(model(TOKENS).logits[0], expected)
+
+
+def test_zero_sized_tensors_are_an_absent_block_and_its_bias_stays(made: Callable[..., Any]) -> None:
+    """FLAP without any head or channel in a layer: what is left of the block is a constant."""
+    folder, _ = made(flap)
+    bias = load_file(folder / "model.safetensors")["model.layers.1.self_attn.o_proj.bias"]
+
+    def cut(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        for part in "qkv":
+            tensors[f"model.layers.1.self_attn.{part}_proj.weight"] = torch.zeros(0, 128)
+        tensors["model.layers.1.self_attn.o_proj.weight"] = torch.zeros(128, 0)
+        tensors["model.layers.2.mlp.down_proj.weight"] = torch.zeros(128, 0)
+        tensors["model.layers.2.mlp.down_proj.bias"] = torch.zeros(128)
+        return tensors | {f"model.layers.2.mlp.{part}_proj.weight": torch.zeros(0, 128) for part in ("gate", "up")}
+
+    rename(folder, cut)
+    model: Any = load_source(str(folder))[0]
+    assert torch.equal(
+        model.model.layers[1].self_attn(
+            torch.ones(1, 1, 128), model.model.rotary_emb(torch.ones(1, 1, 128), torch.zeros(1, 1, dtype=torch.long))
+        )[0][0, 0],
+        bias,
+    )
+    assert not list(model.model.layers[2].mlp.parameters())
+
+
+def slicegpt(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """microsoft/TransformerCompression 6b12cde: rotations beside every block."""
+    return {**tensors, "model.layers.0.attn_shortcut_Q": torch.eye(128)}
+
+
+NAMES = {
+    "attn_shortcut_Q": "SliceGPT's rotations between blocks",
+    "self_attn.q_u_proj.weight": "the low-rank factors of a matrix",
+    "self_attn.q_proj.lora_A.default.weight": "LoRA adapters",
+    "mlp.up_proj.weight_mask": "masks beside the weights (2:4 or unstructured sparsity)",
+    "mlp.up_proj.bitmask": "packed 2:4 sparse weights",
+    "mlp.experts.0.up_proj.weight": "a mixture of experts",
+    "self_attn.q_proj.qweight": "quantised weights",
+    "self_attn.sinks": "belongs to no part of llama",
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_method_that_no_family_computes_is_refused_by_name(
+    name: str, made: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, _ = made(llm_pruner)
+    rename(folder, lambda tensors: {**tensors, f"model.layers.0.{name}": torch.ones(2, 2)})
+    assert export(folder, "onnx", tmp_path / "out") == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("error: ")
+    assert NAMES[name] in line
+
+
+CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
+    "another width": ({"layer_inter_size": [96, 70, 71, 96]}, "gives layer 2 a intermediate_size of 71"),
+    "a linear block": (
+        {"block_configs": [{"attention": {"replace_with_linear": True}}]},
+        "replace_with_linear in block_configs is not supported",
+    ),
+    "another kind of list": ({"block_configs": [1]}, "block_configs is not a list of objects"),
+    "a block that cannot be absent": ({"per_layer_config": {"0": {"skip": ["norm"]}}}, "skips 'norm'"),
+    "quantised": ({"quantization_config": {"quant_method": "fp8"}}, "the weights are quantised (fp8)"),
+}
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_a_config_that_contradicts_the_tensors_is_refused(
+    case: str, made: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, _ = made(llm_pruner)
+    change_config(folder, **CONFIGS[case][0])
+    assert export(folder, "onnx", tmp_path / "out") == 2
+    assert CONFIGS[case][1] in capsys.readouterr().err
+
+
+def test_sliced_groups_without_a_list_of_heads_are_refused(
+    made: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, _ = made(TOOLS["darwinlm"])
+    change_config(folder, pruned_heads=None)
+    assert export(folder, "onnx", tmp_path / "out") == 2
+    assert "layer 0 has 5 query heads over 4 key/value heads, and nothing says" in capsys.readouterr().err
+
+
+class Hostile:
+    def __reduce__(self) -> Any:
+        return (Path.touch, (Path("ran"),))
+
+
+def test_a_pickle_of_objects_is_refused_and_not_run(
+    made: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """LLM-Pruner 128a07d saves {"model": model, "tokenizer": tokenizer} as pytorch_model.bin."""
+    monkeypatch.chdir(tmp_path)
+    folder, _ = made(gaps)
+    torch.save({"model": Hostile()}, folder / "pytorch_model.bin")
+    assert export(folder, "onnx", tmp_path / "out") == 2
+    assert "pytorch_model.bin is not read: it holds objects, and reading them would run code; where you trust it, " in (
+        capsys.readouterr().err
+    )
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_folders_code_runs_only_with_the_flag(
+    made: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder, _ = made(nemotron_nas)
+    touched = tmp_path / "touched"
+    (folder / "remote.py").write_text(f"import pathlib\npathlib.Path({str(touched)!r}).touch()\n")
+    assert export(folder, "onnx", tmp_path / "out") == 0
+    assert not touched.exists()
+    assert export(folder, "onnx", tmp_path / "out2", "--trust-remote-code") == 0
+    assert touched.exists()
+    assert "not compared with its original, which does not run here: " in capsys.readouterr().out
+
+
+def mutate(folder: Path, seed: int) -> None:
+    """Damage a folder: bytes, settings, names, shapes, or whole tensors."""
+    chance = random.Random(seed)
+    file = folder / chance.choice(["config.json", "model.safetensors", "tokenizer.json"])
+    match chance.randrange(6 if file.suffix == ".safetensors" else 2):
+        case 0:
+            file.write_bytes(file.read_bytes()[: chance.randrange(file.stat().st_size)])
+        case 1:
+            data = bytearray(file.read_bytes())
+            for _ in range(chance.randrange(1, 30)):
+                data[chance.randrange(len(data))] = chance.randrange(256)
+            file.write_bytes(data)
+        case how:
+            tensors = load_file(file)
+            name = chance.choice(sorted(tensors))
+            tensor = tensors.pop(name)
+            if how == 3:
+                tensors[name + chance.choice(["_x", ".lora_A", ".0"])] = tensor
+            elif how == 4:
+                tensors[name] = tensor[: chance.randrange(len(tensor))].clone()
+            elif how == 5:
+                tensors[name] = tensor.flatten()[None].clone()
+            save_file(tensors, file)
+    if chance.random() < 0.3 and file.name != "config.json":
+        config = json.loads((folder / "config.json").read_text())
+        name = chance.choice(sorted(config))
+        change_config(folder, **{name: chance.choice([-1, "x", [], {}, 10**9, 0.5])})
+
+
+def check_mutations(seeds: range, folder: Path, tmp_path: Path) -> None:
+    """Expect an import or one line from every damaged copy of `folder`, and no file beside it."""
+    whole = {path: path.read_bytes() for path in folder.iterdir()}
+    for seed in seeds:
+        for path, data in whole.items():
+            path.write_bytes(data)
+        mutate(folder, seed)
+        before = sorted(tmp_path.rglob("*"))
+        with contextlib.suppress(EfficientLLMError):
+            load_source(str(folder))
+        assert sorted(tmp_path.rglob("*")) == before, seed
+
+
+def test_a_damaged_foreign_folder_is_one_line(made: Callable[..., Any], tmp_path: Path) -> None:
+    folder, _ = made(llm_pruner)
+    check_mutations(range(60), folder, tmp_path)
+
+
+@pytest.mark.slow
+def test_two_hundred_damaged_foreign_folders_are_one_line_each(made: Callable[..., Any], tmp_path: Path) -> None:
+    folder, _ = made(flap)
+    check_mutations(range(1000, 1200), folder, tmp_path)
