@@ -17,7 +17,8 @@ from ..compute.hardware import choose_hardware
 from ..data.chat import chat_template_of, end_of_text_id
 from ..model.continuation import continuations
 from ..model.folder_files import check_folder
-from ..model.source import loading, quiet_loading
+from ..model.foreign_configs import DEFAULTS, is_foreign
+from ..model.source import load_foreign, loading, quiet_loading
 from .scoring import Score, ScoreRequest
 
 ANSWER_BATCH = 50
@@ -48,9 +49,14 @@ class TorchModel:
         """Load a folder in fp32. Raises ModelError if transformers cannot load it."""
         hardware = choose_hardware(device, dtype, threads)
         check_folder(folder)
-        with loading(str(folder)), quiet_loading():
-            model: Any = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32)
-            tokenizer = AutoTokenizer.from_pretrained(str(folder))
+        model: Any
+        if is_foreign(folder):
+            imported, tokenizer = load_foreign(folder, str(folder), DEFAULTS)
+            model = imported.model
+        else:
+            with loading(str(folder)), quiet_loading():
+                model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, trust_remote_code=False)
+                tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
         autocast = hardware.dtype == torch.bfloat16
         return cls(model.to(hardware.device), tokenizer, hardware.device, autocast, batch_tokens)
 
