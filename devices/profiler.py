@@ -14,12 +14,12 @@ import numpy as np
 
 from ..runtime.base import flags
 from ..runtime.base.errors import DeviceError
-from ..runtime.latency.profile import DeviceProfile, HeldOutError, MeasuredOn, Saving
+from ..runtime.latency.profile import DeviceProfile, HeldOutError, MeasuredOn
 from ..runtime.latency.shape import DecoderShape
 from .bench import bench
 from .device import Device
 from .profiling.random_models import DEFAULT_TYPES, make_artefacts
-from .profiling.random_shapes import Design, Widths, irregular_shapes, removals
+from .profiling.random_shapes import Design, Widths, irregular_shapes
 from .profiling.regression import assemble, nnls_solver
 from .results import BenchOptions, Result, Run
 
@@ -51,8 +51,6 @@ class ProfileOptions:
     """Model folder whose pruned shapes the profile must cover; default: the widths of SmolLM2-135M."""
     profile_held_out: int = flags.number(6, at_least=2)
     """Number of irregular random models that measure the error of the profile."""
-    profile_savings: bool = False
-    """Also measure the time saved by single removals from the source, beside the predictions."""
     profile_name: str = ""
     """Name of the device in the profile; default: the value of --device."""
     profile_work: str = ""
@@ -82,7 +80,6 @@ def profile(
         *design.neighbours,
     ]
     held_out = irregular_shapes(widths, settings.profile_held_out)
-    removed = removals(widths) if settings.profile_savings else {}
     is_llama_cpp = settings.profile_engine == "llama.cpp"
     bench_options = dataclasses.replace(
         options,
@@ -94,7 +91,7 @@ def profile(
         kv_cache="q8_0" if is_llama_cpp and options.kv_cache == "auto" else options.kv_cache,
     )
     with _work_folder(settings) as folder:
-        shapes = list(dict.fromkeys([*fitted, *held_out, *removed.values()]))
+        shapes = list(dict.fromkeys([*fitted, *held_out]))
         artefacts = make_artefacts(shapes, settings.profile_engine, settings.weight_type, CONTEXT, Path(folder), log)
         run = bench(device, artefacts, bench_options, log, path.with_suffix(".bench.json"))
     measured_on = _measured_on(run, bench_options, settings)
@@ -103,8 +100,6 @@ def profile(
     prompts = (1, SHORT_PROMPT, LONG_PROMPT)
     table = assemble(design, MEAN_DEPTHS, prompts, {shape: measured_ms[shape] for shape in fitted})
     made = _with_errors(DeviceProfile(measured_on, table), {shape: measured_ms[shape] for shape in held_out})
-    savings = _savings(made, {name: (shape, measured_ms[shape]) for name, shape in removed.items()})
-    made = dataclasses.replace(made, savings=savings)
     made.save(path)
     return made
 
@@ -179,19 +174,8 @@ def error_of(depth: int, measured_ms: Sequence[float], predicted_ms: Sequence[fl
     return HeldOutError(depth, len(measured), float(np.median(relative)), float(relative.max()), r2)
 
 
-def _savings(profile: DeviceProfile, models: dict[str, tuple[DecoderShape, np.ndarray]]) -> tuple[Saving, ...]:
-    """Return the milliseconds that each model saves compared with the first, measured and predicted."""
-    savings = []
-    for index, (depth, mean_depth) in enumerate(zip((0, DEPTH), MEAN_DEPTHS, strict=True)):
-        pairs = [(name, ms[index], profile.decode_ms(shape, mean_depth)) for name, (shape, ms) in models.items()]
-        for name, measured, predicted in pairs[1:]:
-            _, source_measured, source_predicted = pairs[0]
-            savings.append(Saving(name, depth, float(source_measured - measured), float(source_predicted - predicted)))
-    return tuple(savings)
-
-
 def summary(profile: DeviceProfile) -> str:
-    """Return the errors and savings of a profile for the terminal."""
+    """Return the errors of a profile for the terminal."""
     on = profile.measured_on
     lines = ["EMULATED: no figure here is the device's"] if on.emulated else []
     lines.append(
@@ -201,10 +185,5 @@ def summary(profile: DeviceProfile) -> str:
         f"error on {error.models} held-out models, decoding at depth {error.depth}: median {100 * error.median:.1f} %, "
         f"worst {100 * error.worst:.1f} %, R2 {error.r2:.3f}"
         for error in profile.errors
-    ]
-    lines += [
-        f"without {saving.removed}, at depth {saving.depth}: {saving.measured_ms:.3f} ms saved, predicted "
-        f"{saving.predicted_ms:.3f} ({100 * (saving.predicted_ms / saving.measured_ms - 1):+.0f} %)"
-        for saving in profile.savings
     ]
     return "\n".join(lines)

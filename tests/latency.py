@@ -6,7 +6,7 @@ import itertools
 
 import numpy as np
 
-from efficientllm.runtime.latency.profile import DeviceProfile, HeldOutError, MeasuredOn, Saving
+from efficientllm.runtime.latency.profile import DeviceProfile, HeldOutError, MeasuredOn
 from efficientllm.runtime.latency.shape import DecoderShape
 from efficientllm.runtime.latency.table import Grid, LatencyTable
 
@@ -69,5 +69,4 @@ def made_up_profile() -> DeviceProfile:
         table,
         (HeldOutError(0, 3, 0.02, 0.05, 0.99),),
         ({"hidden_size": 576},),
-        (Saving("the head", 512, 1.0, 1.1),),
     )

@@ -97,7 +97,6 @@ def test_a_profile_survives_its_file(tmp_path: Path) -> None:
     assert again.measured_on == MEASURED_ON
     assert again.errors == profile.errors
     assert again.held_out == profile.held_out
-    assert again.savings == profile.savings
     assert again.table.depths == DEPTHS
     for depth in DEPTHS:
         assert again.decode_ms(IRREGULAR, depth) == pytest.approx(profile.decode_ms(IRREGULAR, depth), rel=1e-6)

@@ -17,7 +17,7 @@ from tiny import tiny_architecture
 from efficientllm.devices import cli, profiler
 from efficientllm.devices.profiler import error_of
 from efficientllm.devices.profiling.random_models import write_checkpoint
-from efficientllm.devices.profiling.random_shapes import Design, Widths, irregular_shapes, neighbours, removals
+from efficientllm.devices.profiling.random_shapes import Design, Widths, irregular_shapes, neighbours
 from efficientllm.devices.profiling.regression import FEATURES, assemble, features
 from efficientllm.export.checkpoint import Checkpoint
 from efficientllm.runtime.base.command import run_command
@@ -176,9 +176,9 @@ def test_a_damaged_surcharge_is_refused(surcharge: dict[str, list[float]], tmp_p
 
 def test_neighbours_of_the_source_lack_much_of_one_part() -> None:
     source, *others = neighbours(Widths())
-    assert source == removals(Widths())["nothing"]
+    assert source == DecoderShape(576, 64, 49152, (LayerShape(9, 3, 1536),) * 30)
     assert len(set(others)) == 6
-    assert not set(others) & {*removals(Widths()).values(), *irregular_shapes(Widths(), 20)}
+    assert not set(others) & set(irregular_shapes(Widths(), 20))
     assert all(shape.num_weights < 0.95 * source.num_weights for shape in others)
     assert neighbours(Widths(num_layers=1, num_key_value_heads=1, num_attention_heads=1))[0].layers
 
@@ -200,20 +200,6 @@ def test_held_out_models_are_irregular_and_within_the_source() -> None:
     assert {layer.intermediate_size % 256 for layer in layers} == set(range(0, 256, 32))
     assert max(shape.hidden_size for shape in shapes) <= 576
     assert any(not layer.intermediate_size for layer in layers)
-
-
-def test_single_removals_leave_what_they_say() -> None:
-    source, *rest = removals(Widths()).items()
-    assert source == ("nothing", DecoderShape(576, 64, 49152, (LayerShape(9, 3, 1536),) * 30))
-    left = {name: (shape.hidden_size, len(shape.layers), shape.layers[-1]) for name, shape in rest}
-    assert left == {
-        "a key/value group of every layer": (576, 30, LayerShape(6, 2, 1536)),
-        "the attention of 10 layers": (576, 30, LayerShape(0, 0, 1536)),
-        "10 whole layers": (576, 20, LayerShape(9, 3, 1536)),
-        "256 FFN channels of every layer": (576, 30, LayerShape(9, 3, 1280)),
-        "the FFN of 10 layers": (576, 30, LayerShape(9, 3, 0)),
-        "96 stem channels": (480, 30, LayerShape(9, 3, 1536)),
-    }
 
 
 def test_random_checkpoints_are_models_of_their_shape(tmp_path: Path) -> None:
@@ -267,15 +253,9 @@ def test_a_profile_of_this_machine_prices_what_it_measured(
     monkeypatch.setattr(profiler, "Widths", lambda: SMALL)
     file = tmp_path / "profile.json"
     command = ["--profile", str(file), "--profile-engine", engine, "--rounds", "1", "--threads", "1"]
-    assert (
-        run_command(
-            cli.body, [*command, "--profile-held-out", "2", "--profile-name", "a stand-in", "--profile-savings"]
-        )
-        == 0
-    )
+    assert run_command(cli.body, [*command, "--profile-held-out", "2", "--profile-name", "a stand-in"]) == 0
     printed = capsys.readouterr().out
     assert "error on 2 held-out models, decoding at depth 512: median" in printed
-    assert "without 1 whole layers, at depth 512: " in printed
     profile = DeviceProfile.load(file)
     profile.check(engine=engine, quantization={"llama.cpp": "q4_0"}.get(engine, "int4"), threads=1)
     assert profile.measured_on.device == "a stand-in"
@@ -284,6 +264,5 @@ def test_a_profile_of_this_machine_prices_what_it_measured(
     whole = DecoderShape(64, 32, 1024, (SMALL.source_layer,) * 3)
     assert profile.decode_ms(whole, 512) > profile.decode_ms(whole, 0) > 0
     stacks = json.loads((tmp_path / "profile.bench.json").read_text())["results"]
-    models = {*Design.full(SMALL).stacks(), *irregular_shapes(SMALL, 2), *removals(SMALL).values(), *neighbours(SMALL)}
+    models = {*Design.full(SMALL).stacks(), *irregular_shapes(SMALL, 2), *neighbours(SMALL)}
     assert len(stacks) > len(models)  # and those that the table was made to agree with
-    assert len(profile.savings) == 2 * (len(removals(SMALL)) - 1)

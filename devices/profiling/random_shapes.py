@@ -215,21 +215,3 @@ def _irregular_layer(widths: Widths, random: np.random.Generator) -> LayerShape:
     if draw < ABSENT_SHARE:
         return LayerShape(0, 0, width)
     return LayerShape(groups * ratio, groups, 0 if draw > 1 - ABSENT_SHARE else width)
-
-
-def removals(widths: Widths) -> dict[str, DecoderShape]:
-    """Return the source as "nothing", and the shapes after single removals from it by name."""
-    layer, count = widths.source_layer, widths.num_layers
-    heads, groups, ffn = layer.num_attention_heads, layer.num_key_value_heads, layer.intermediate_size
-    third, channels, stem = count // 3, ffn // 6, widths.hidden_size // 6
-    rest = (layer,) * (count - third)
-    fewer_groups = LayerShape(heads - widths.queries_per_group, groups - 1, ffn)
-    return {
-        "nothing": widths.decoder((layer,) * count),
-        "a key/value group of every layer": widths.decoder((fewer_groups,) * count),
-        f"the attention of {third} layers": widths.decoder(rest + (LayerShape(0, 0, ffn),) * third),
-        f"{third} whole layers": widths.decoder(rest),
-        f"{channels} FFN channels of every layer": widths.decoder((LayerShape(heads, groups, ffn - channels),) * count),
-        f"the FFN of {third} layers": widths.decoder(rest + (LayerShape(heads, groups, 0),) * third),
-        f"{stem} stem channels": widths.decoder((layer,) * count, widths.hidden_size - stem),
-    }

@@ -76,16 +76,6 @@ class HeldOutError:
 
 
 @dataclass(frozen=True)
-class Saving:
-    """Milliseconds that one removal from the source saves per decoded token."""
-
-    removed: str
-    depth: int
-    measured_ms: float
-    predicted_ms: float
-
-
-@dataclass(frozen=True)
 class DeviceProfile:
     """Predict times of decoders on the measured device, engine, weight type and threads."""
 
@@ -95,8 +85,6 @@ class DeviceProfile:
     """Prediction errors by depth."""
     held_out: tuple[dict[str, Any], ...] = ()
     """Models behind `errors`: widths, measured and predicted milliseconds by depth."""
-    savings: tuple[Saving, ...] = ()
-    """Measured single removals from the source."""
     _prices: dict[tuple[object, ...], float] = field(default_factory=dict, repr=False, compare=False)
 
     def decode_ms(self, shape: DecoderShape, depth: int) -> float:
@@ -198,7 +186,6 @@ class DeviceProfile:
                 "errors": [asdict(error) for error in self.errors],
                 "table": self.table.to_json(),
                 "held_out": {str(index): model for index, model in enumerate(self.held_out)},
-                "savings": {str(index): asdict(saving) for index, saving in enumerate(self.savings)},
             },
         )
 
@@ -219,7 +206,6 @@ class DeviceProfile:
                 LatencyTable.from_json(values["table"]),
                 tuple(HeldOutError(**_known(HeldOutError, error)) for error in values["errors"]),
                 tuple(values["held_out"].values()),
-                tuple(Saving(**_known(Saving, saving)) for saving in values["savings"].values()),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UsageError(f"{path} is damaged ({error}); measure it again") from error
