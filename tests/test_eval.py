@@ -327,17 +327,21 @@ def test_paired_difference_has_the_error_of_the_differences() -> None:
         (["--window", "1"], "--window 1: must be at least 2"),
         (["--min-context", "513"], "--min-context 513: must be at most the window of 512"),
         (["--limit", "-1"], "--limit -1: must not be negative"),
-        (["--tasks", "none", "--text", "missing.txt"], "missing.txt"),
+        (["--tasks", "none", "--text", "missing.txt"], "error: --text missing.txt: no such file or folder, and not"),
+        (["--tasks", "none", "--text", "a=BAD"], 'a.jsonl: line 1 has no field "text"; it has x\n'),
         (["--tasks", "none", "--compare", "no-model"], "no-model: no such folder or file"),
     ],
 )
 def test_bad_input_is_one_line(
     checkpoint: Path, tmp_path: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    bad = tmp_path / "a.jsonl"
+    bad.write_text('{"x": 1}\n')
+    arguments = [argument.replace("BAD", str(bad)) for argument in arguments]
     assert run_command(cli.body, [str(checkpoint), "--output", str(tmp_path / "out"), *arguments]) == 2
-    error = capsys.readouterr().err.strip()
+    error = capsys.readouterr().err
     assert message in error
-    assert "\n" not in error
+    assert error.count("\n") == 1
 
 
 def test_help_names_every_task_in_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,6 +34,8 @@ class DataSpec:
     """Malformed lines to skip in one reading. One more is a DataError."""
     text_field: str = "text"
     """Field or column that holds the text."""
+    flag: str = "--data"
+    """Flag that named the corpus, for messages."""
 
     @classmethod
     def parse(cls, text: str, skip_bad_lines: int = 0, text_field: str = "text") -> DataSpec:
@@ -55,7 +57,9 @@ def open_documents(spec: DataSpec, bad_lines: BadLines | None = None) -> Iterato
 
     `bad_lines` counts over several corpora that are one reading. Raises UsageError here and DataError while reading.
     """
-    documents = itertools.chain.from_iterable(_open_files(spec, bad_lines or BadLines(spec.skip_bad_lines)))
+    documents = itertools.chain.from_iterable(
+        _open_files(spec, bad_lines or BadLines(spec.skip_bad_lines, flag=spec.flag))
+    )
     return (each for each in documents if (text := text_of(each)) and not text.isspace())
 
 
@@ -75,9 +79,11 @@ def check_documents(spec: DataSpec) -> None:
     """
     if _is_hub_dataset(spec.path):
         if not hub_answers("dataset", spec.path.partition("@")[0]):
-            raise DataError(f"--data {spec.path}: no such file or folder, and no hub that may have it can be reached")
+            raise DataError(
+                f"{spec.flag} {spec.path}: no such file or folder, and no hub that may have it can be reached"
+            )
         return
-    for documents in _open_files(spec, BadLines(spec.skip_bad_lines, silent=True)):
+    for documents in _open_files(spec, BadLines(spec.skip_bad_lines, silent=True, flag=spec.flag)):
         next(documents, None)
 
 
@@ -94,13 +100,13 @@ def local_files(name: str) -> list[Path]:
 def _open_files(spec: DataSpec, bad_lines: BadLines) -> list[Iterator[Document]]:
     """Return one iterator over documents for each file of a corpus. Raises UsageError."""
     name, path = spec.path, Path(spec.path)
-    context = ReadContext(name, spec.text_field, bad_lines)
+    context = ReadContext(name, spec.text_field, bad_lines, spec.flag)
     if name == "demo":
         return [_demo()]
     if path.is_dir():
         files = local_files(name)
         if not files:
-            raise UsageError(f"--data {name}: the folder holds no {KNOWN_FILES} file")
+            raise UsageError(f"{spec.flag} {name}: the folder holds no {KNOWN_FILES} file")
         return [
             read_documents(file, reader, replace(context, name=str(file)))
             for file in files
@@ -109,11 +115,11 @@ def _open_files(spec: DataSpec, bad_lines: BadLines) -> list[Iterator[Document]]
     if path.is_file():
         reader = reader_of(path)
         if reader is None:
-            raise UsageError(f"--data {name}: unknown file type; known: {KNOWN_FILES}")
+            raise UsageError(f"{spec.flag} {name}: unknown file type; known: {KNOWN_FILES}")
         return [read_documents(path, reader, context)]
     if _is_hub_dataset(name):
         return [_hub(context)]
-    raise UsageError(f"--data {name}: no such file or folder, and not a hub dataset id (owner/name)")
+    raise UsageError(f"{spec.flag} {name}: no such file or folder, and not a hub dataset id (owner/name)")
 
 
 def _demo() -> Iterator[str]:

@@ -159,7 +159,7 @@ def _read_parquet(stream: IO[bytes], context: ReadContext) -> Iterator[Document]
         kind = file.schema_arrow.field(context.field).type
         kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
         if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-            raise context.error(f'column "{context.field}" has type {kind}, not text (--text-field NAME reads another)')
+            raise context.error(f'column "{context.field}" has type {kind}, not text{context.field_hint}')
         for batch in file.iter_batches(columns=[context.field]):
             yield from batch.column(0).to_pylist()
     except UnicodeDecodeError as error:

@@ -36,8 +36,10 @@ class EmptyAnswerError(DataError):
 class BadLines:
     """Counts the malformed records of one reading of a corpus."""
 
-    def __init__(self, allowed: int, silent: bool = False) -> None:
+    def __init__(self, allowed: int, silent: bool = False, flag: str = "--data") -> None:
+        """Allow `allowed` records. `flag` named the corpus. `silent` logs nothing."""
         self.allowed = allowed
+        self._flag = flag
         self.count = 0
         self._silent = silent
 
@@ -45,7 +47,9 @@ class BadLines:
         """Count and log a record that is skipped. Raises DataError if it is one more than allowed."""
         self.count += 1
         if self.count > self.allowed:
-            hint = "" if self.allowed else "; --skip-bad-lines N leaves out up to N such lines"
+            hint = (
+                "" if self.allowed or self._flag != "--data" else "; --skip-bad-lines N leaves out up to N such lines"
+            )
             raise DataError(f"{error}{hint}") from error
         if not self._silent:
             _log.warning(f"skipped: {error}")
@@ -64,13 +68,18 @@ class ReadContext:
     flag: str = "--data"
     """Flag that named the input."""
 
+    @property
+    def field_hint(self) -> str:
+        """Return the flag that reads another field, "" for commands without it."""
+        return " (--text-field NAME reads another)" if self.flag == "--data" else ""
+
     def error(self, reason: str, kind: type[DataError] = DataError) -> DataError:
         return kind(f"{self.flag} {self.name}: {reason}")
 
     def missing(self, place: str, names: Iterable[str]) -> DataError:
         """Return the error of a place whose fields or columns, `names`, lack the text field."""
         shown = ", ".join(itertools.islice(names, 12))
-        return self.error(f'{place} "{self.field}"; it has {shown or "none"} (--text-field NAME reads another)')
+        return self.error(f'{place} "{self.field}"; it has {shown or "none"}{self.field_hint}')
 
     def not_utf8(self, error: UnicodeDecodeError, place: str = "") -> DataError:
         """Return the error of bytes that are not UTF-8, with the encoding that they seem to have."""
@@ -91,7 +100,7 @@ def document_of(context: ReadContext, record: Any, place: str) -> Document:
         raise context.error(f'{place} is not a JSON object with a "{field}" field')
     if field in record:
         if not isinstance(record[field], str):
-            raise context.error(f'the "{field}" of {place} is not a string (--text-field NAME reads another)')
+            raise context.error(f'the "{field}" of {place} is not a string{context.field_hint}')
         return _checked_unicode(context, record[field], f'the "{field}" of {place}')
     for form in RECORD_FORMS:
         if form.field in record:

@@ -164,7 +164,7 @@ def check(config: MeasureConfig) -> None:
             import lm_eval  # noqa: F401
     for text in config.text:
         if text != WIKITEXT:
-            check_documents(DataSpec(_name_and_path(text)[1]))
+            check_documents(DataSpec(_name_and_path(text)[1], flag="--text"))
     for name in config.task_names:
         rows = data_dir / TASKS[name].rows
         if config.data_dir and not rows.is_file():

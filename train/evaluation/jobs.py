@@ -76,7 +76,7 @@ def read_examples(path: Path, limit: int = 0, database: str = "") -> list[Exampl
     """
     if not path.is_file() or not path.name.removesuffix(".gz").endswith(".jsonl"):
         raise UsageError(f"--task {path}: give a .jsonl or .jsonl.gz file of chats")
-    context = ReadContext(str(path), "text", BadLines(0), "--task")
+    context = ReadContext(str(path), "text", BadLines(0, flag="--task"), "--task")
     examples: list[Example] = []
     with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as stream:
         for number, line in enumerate(stream, 1):

@@ -58,7 +58,7 @@ def corpus_documents(
     """
     documents: list[list[int]] = []
     predicted = 0
-    for text in open_texts(DataSpec(path)):
+    for text in open_texts(DataSpec(path, flag="--text")):
         if path == "demo" and not is_held_out(text, HELD_OUT_FRACTION):
             continue
         ids = model.tokenize(text)
