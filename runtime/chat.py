@@ -25,7 +25,7 @@ class ChatSampling(SamplingOptions):
     """Sampling."""
 
     temperature: float | None = flags.number(None, at_least=0, at_most=1e30)
-    """Divisor of the logits. 0: always the most likely token. Default: the model's own, else 0.8."""
+    """Divisor of the logits. 0: always the most likely token. Default: the model's own, else 0."""
     repetition_penalty: float | None = flags.number(None, at_least=0.01, at_most=100)
     """Divide the logits of tokens already in the sequence by this (arXiv 1909.05858). 1: off. Default: the model's
     own, else 1.1 for files below 1 GB and 1 for larger ones."""
@@ -56,6 +56,7 @@ def body(argv: Sequence[str]) -> int:
         if not prompt:
             raise UsageError("the prompt on standard input is empty")
     engine = load_engine(artefact, engine_options)
+    engine.sampling_defaults.setdefault("temperature", 0.0)
     if artefact.file_bytes < SMALL_MODEL_BYTES:
         engine.sampling_defaults.setdefault("repetition_penalty", SMALL_MODEL_PENALTY)
     try:
