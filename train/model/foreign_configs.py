@@ -5,7 +5,7 @@ Configurations of other tools are translated into settings of a family. No code 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,10 @@ from ...runtime.base import flags
 from ...runtime.base.errors import ModelError
 from .architecture import Architecture, layer_overrides
 from .families import FAMILIES
-from .folder_files import PICKLE_FILE, read_json, tensor_headers, weight_files, whole_number
+from .folder_files import PICKLE_FILE, positive_number, read_json, tensor_headers, weight_files, whole_number
 from .tensors import layer_tensors, locate, split_name, tensor_names, tensor_shape
 
-FAMILY_OF = {
-    "deci": "llama",
-    "decilm": "llama",
-    "nemotron-nas": "llama",
-    "darwinlm": "llama",
+FAMILY_OF = dict.fromkeys(("deci", "decilm", "nemotron-nas", "darwinlm"), "llama") | {
     "openelm": "qwen3",
     "phi3": "mistral",
 }
@@ -29,17 +25,8 @@ FAMILY_OF = {
 
 WIDTHS = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
 NOT_SETTINGS = (
-    "model_type",
-    "architectures",
-    "auto_map",
-    "transformers_version",
-    "_name_or_path",
-    "torch_dtype",
-    "dtype",
-    "quantization_config",
-    "per_layer_config",
-    "block_configs",
-    "pruned_heads",
+    *("model_type", "architectures", "auto_map", "transformers_version", "_name_or_path", "torch_dtype", "dtype"),
+    *("quantization_config", "per_layer_config", "block_configs", "pruned_heads"),
 )
 """Settings of a foreign config.json that ours must not have."""
 
@@ -123,10 +110,6 @@ def stated_widths(config: Mapping[str, Any]) -> dict[int, Widths]:
     for name, width in lists.items():
         for index, number in enumerate(_numbers(config, name)):
             found.setdefault(index, {})[width] = number
-    if config.get("ffn_multipliers"):
-        hidden, divisor = whole_number(config, "model_dim"), whole_number(config, "ffn_dim_divisor", 256, least=1)
-        for index, multiple in enumerate(_floats(config, "ffn_multipliers")):
-            found.setdefault(index, {})[WIDTHS[2]] = _divisible(multiple * hidden, divisor)
     return found
 
 
@@ -181,15 +164,9 @@ def _of_block(config: Mapping[str, Any], block: Mapping[str, Any]) -> Widths:
     elif ffn.get("intermediate_size"):
         found[WIDTHS[2]] = whole_number(ffn, "intermediate_size")
     elif ffn.get("ffn_mult"):
-        width = int(2 * _float(ffn["ffn_mult"], "ffn_mult") * whole_number(config, "hidden_size") / 3)
+        width = int(2 * positive_number(ffn, "ffn_mult") * whole_number(config, "hidden_size") / 3)
         found[WIDTHS[2]] = -(-width // 256) * 256
     return found
-
-
-def _divisible(width: float, divisor: int) -> int:
-    """Return OpenELM's rounding of a width: to the nearest multiple, and never below 90 % of it."""
-    rounded = max(divisor, int(width + divisor / 2) // divisor * divisor)
-    return rounded + divisor if rounded < 0.9 * width else rounded
 
 
 def _numbers(config: Mapping[str, Any], name: str) -> list[int]:
@@ -199,17 +176,6 @@ def _numbers(config: Mapping[str, Any], name: str) -> list[int]:
     if not isinstance(values, list) or not all(isinstance(value, int) and value >= 0 for value in values):
         raise ModelError(f"config.json: {name} is {values!r}, but must be a list of whole numbers")
     return values
-
-
-def _floats(config: Mapping[str, Any], name: str) -> list[float]:
-    values = config[name] if isinstance(config[name], Sequence) else [config[name]]
-    return [_float(value, name) for value in values]
-
-
-def _float(value: Any, name: str) -> float:
-    if not isinstance(value, int | float) or not 0 < value < 1e6:
-        raise ModelError(f"config.json: {name} is {value!r}, but must be a positive number")
-    return float(value)
 
 
 def _objects(config: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:

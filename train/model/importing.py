@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from ...runtime.base.errors import ModelError
 from . import modeling_efficientllm as modeling
 from .folder_files import read_json
-from .foreign import ForeignModel, read_foreign
+from .foreign import MAY_GAIN_BIASES, ForeignModel, read_foreign
 from .foreign_configs import ImportOptions
 from .irregular import config_of
 from .tensors import EMBEDDING, HEAD, block_norms, to_stock
@@ -74,7 +74,7 @@ def _comparison(
         if options.trust_remote_code and "auto_map" in read_json(folder / "config.json"):
             original: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=True)
             name = f"{type(original).__name__} of the folder"
-        elif found.added_heads or found.model_type not in (found.architecture.family, *STOCK_OF_BIASED):
+        elif found.added_heads or found.model_type not in (found.architecture.family, *MAY_GAIN_BIASES):
             return NOT_COMPARED
         else:
             original = stock_model(found, state)
@@ -94,9 +94,6 @@ def _comparison(
             f"{folder}: the imported logits differ from {name} by {difference:.1e}; please report this model"
         )
     return f"compared with {name}: largest logit difference {difference:.1e} over {PROBE_TOKENS} tokens"
-
-
-STOCK_OF_BIASED = ("llama", "mistral", "qwen2")
 
 
 def stock_model(found: ForeignModel, state: dict[str, torch.Tensor]) -> Any:
