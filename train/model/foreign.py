@@ -81,7 +81,8 @@ def read_foreign(folder: Path, called: str, given_head_dim: int | None = None) -
     if foreign_biases:
         if family not in MAY_GAIN_BIASES:
             raise ModelError(f"{called}: {family} has no bias {foreign_biases[0]}, and no other family has its parts")
-        config = _without_window(config) if family == "mistral" else _without(config, WINDOW_SETTINGS)
+        has_window = family == "mistral" or config.get("use_sliding_window")
+        config = _without_window(config) if has_window else _without(config, WINDOW_SETTINGS)
         family, tensors = "llama_bias", _with_biases(tensors, head_dim)
     config |= {name: FAMILIES[family].described.get(name, value) for name, value in UNDESCRIBED.items()}
     FAMILIES[family].check(config)
