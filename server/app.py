@@ -18,6 +18,7 @@ from .access.guard import LOCAL_HOSTS, Guard
 from .endpoints import Endpoints
 from .models.metrics import Metrics
 from .models.pool import ModelPool
+from .ollama import OllamaEndpoints
 from .options import AppOptions
 from .page.html_pages import reference_page
 from .schemas.api_error import APIError, unreadable_message, validation_message
@@ -53,7 +54,9 @@ def create_app(
             CORSMiddleware, allow_origins=list(options.cors_origin), allow_methods=["*"], allow_headers=["*"]
         )
     _add_error_handlers(app, metrics)
-    app.include_router(Endpoints(pool, metrics, options.overflow, sampling or SamplingDefaults()).router)
+    endpoints = Endpoints(pool, metrics, options.overflow, sampling or SamplingDefaults())
+    app.include_router(endpoints.router)
+    app.include_router(OllamaEndpoints(endpoints, pool).router)
     _complete_document(app, () if options.key else pool.artefacts)  # the document needs no key
     app.get("/docs", include_in_schema=False)(lambda: reference_page(app.openapi()))
     return app
@@ -77,13 +80,15 @@ def _complete_document(app: FastAPI, models: Iterable[str]) -> None:
 
 
 def _add_error_handlers(app: FastAPI, metrics: Metrics) -> None:
-    """Answer every error in OpenAI's shape and count it."""
+    """Answer every error in the shape of OpenAI's or Ollama's API and count it."""
 
     def refuse(request: Request, error: APIError) -> JSONResponse:
         route = request.scope.get("route")  # a label is the route's pattern, not the path that the client sent
         metrics.count_request(error.status, route.path if route else "other")
         headers = {"Retry-After": "1"} if error.status in (429, 503) else None
-        return JSONResponse(error.body, error.status, headers)
+        is_ollama = request.url.path.startswith("/api/")
+        body = {"error": error.body["error"]["message"]} if is_ollama else error.body
+        return JSONResponse(body, error.status, headers)
 
     @app.exception_handler(APIError)
     async def answer_api_error(request: Request, error: APIError) -> JSONResponse:

@@ -167,14 +167,18 @@ class Endpoints:
         return result
 
     async def chat_completions(self, request: ChatRequest, http: Request) -> Response:
-        return await self._until_disconnect(http, self._answer(request, partial(ChatBuilder, request)))
+        return await self.answer(request, partial(ChatBuilder, request), http)
 
     async def completions(self, request: TextRequest, http: Request) -> Response:
-        return await self._until_disconnect(http, self._answer(request, partial(TextBuilder, request)))
+        return await self.answer(request, partial(TextBuilder, request), http)
 
     async def responses(self, request: ResponsesRequest, http: Request) -> Response:
         self._name_model(request)
-        return await self._until_disconnect(http, self._answer(request.as_chat(), partial(ResponsesBuilder, request)))
+        return await self.answer(request.as_chat(), partial(ResponsesBuilder, request), http)
+
+    async def answer(self, request: CompletionRequest, make_builder: MakeBuilder, http: Request) -> Response:
+        """Return the answer to `request` in the form of a builder."""
+        return await self._until_disconnect(http, self._answer(request, make_builder))
 
     def _name_model(self, request: CompletionRequest | EmbeddingsRequest | ResponsesRequest) -> None:
         """Name the only model in a request without one. APIError 400 if the server has several."""
@@ -196,7 +200,7 @@ class Endpoints:
         if request.stream:
             # the first piece is awaited here, so that an error before it is answered with its own status
             first = await anext(pieces, None)
-            return _EventStreamResponse(builder.events(first, pieces), pieces)
+            return _EventStreamResponse(builder.events(first, pieces), pieces, builder.media_type)
         return await builder.whole(pieces)
 
     async def _until_disconnect(self, http: Request, work: Coroutine[Any, Any, ResponseModel | Response]) -> Response:
@@ -223,10 +227,10 @@ async def _wait_for_disconnect(http: Request) -> None:
 
 
 class _EventStreamResponse(StreamingResponse):
-    """Server-sent events. The computation stops as soon as the client is gone."""
+    """A stream of events. The computation stops as soon as the client is gone."""
 
-    def __init__(self, events: AsyncGenerator[str], pieces: AsyncGenerator[Any]) -> None:
-        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+    def __init__(self, events: AsyncGenerator[str], pieces: AsyncGenerator[Any], media_type: str) -> None:
+        super().__init__(events, media_type=media_type, headers={"Cache-Control": "no-store"})
         self._generators = (events, pieces)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:

@@ -66,6 +66,7 @@ def new_call(event: CallEvent) -> AnsweredCall:
 class CompletionBuilder(abc.ABC):
     """Builds the answer to one request from the pieces of its choices."""
 
+    media_type = "text/event-stream"
     id_prefix: str
     chunk_object: str
     response_model: type[ResponseModel]

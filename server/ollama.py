@@ -1,0 +1,360 @@
+"""Ollama's API: chat, generate, tags, show and version, with streams of JSON lines and calls of functions."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from functools import partial
+from importlib.metadata import version
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+from pydantic import Field, ValidationError, model_validator
+
+from ..runtime.engines.artefact import Artefact
+from .answers.builders import ChatBuilder, CollectedChoice
+from .answers.choices import Choice
+from .endpoints import Endpoints
+from .models.metrics import AnswerClock
+from .models.pool import ModelPool
+from .models.worker import Piece
+from .schemas.api_error import APIError, validation_message
+from .schemas.completions import MAX_MESSAGES, MAX_STOPS, ChatRequest, CompletionRequest, TextRequest
+from .schemas.messages import MAX_TOOLS, Bool, Float, Int, Json, Name, RequestPart, Text, Tool
+from .schemas.response_models import ResponseModel
+
+DEFAULT_TAG = ":latest"
+"""Tag that Ollama's clients add to the name of a model."""
+
+MAX_TOKENS = 1_000_000
+"""Tokens of an answer without `num_predict`. The context window ends it first, as in Ollama."""
+
+NANOSECONDS = 10**9
+
+UNLESS_NONE: Any = Field(exclude_if=lambda value: value is None)
+
+
+class Options(RequestPart):
+    """Sampling options. Those of Ollama's engine, such as the size of the context, have no effect."""
+
+    without_effect = (
+        *("num_ctx", "num_keep", "num_batch", "num_gpu", "main_gpu", "num_thread", "use_mmap", "use_mlock", "numa"),
+        *("low_vram", "vocab_only", "f16_kv", "repeat_last_n", "penalize_newline"),
+    )
+    temperature: Float | None = None
+    top_k: Int | None = None
+    top_p: Float | None = None
+    min_p: Float | None = None
+    seed: Int | None = None
+    num_predict: Int = -1
+    stop: Annotated[list[Text], Field(max_length=MAX_STOPS)] | Text = Field([])
+    repeat_penalty: Float | None = None
+    presence_penalty: Float = 0.0
+    frequency_penalty: Float = 0.0
+
+    def as_fields(self) -> dict[str, Any]:
+        """Return the same as fields of a CompletionRequest."""
+        fields = self.model_dump(exclude={"num_predict", "repeat_penalty"})
+        limit = self.num_predict if self.num_predict > 0 else MAX_TOKENS
+        return {**fields, "repetition_penalty": self.repeat_penalty, "max_tokens": limit}
+
+
+class CalledFunction(RequestPart):
+    without_effect = ("index",)
+    name: Name
+    arguments: Json = Field({})
+
+
+class Call(RequestPart):
+    without_effect = ("id", "type")
+    function: CalledFunction
+
+
+class Message(RequestPart):
+    without_effect = ("thinking", "tool_call_id")
+    role: Literal["system", "user", "assistant", "tool"]
+    content: Text = ""
+    tool_calls: Annotated[list[Call], Field(max_length=MAX_TOOLS)] = Field([])
+    tool_name: Text = ""
+
+    def as_message(self) -> dict[str, Any]:
+        """Return the same as a message of OpenAI's API."""
+        calls = [
+            {
+                "id": f"call_{index}",
+                "function": {"name": call.function.name, "arguments": json.dumps(call.function.arguments)},
+            }
+            for index, call in enumerate(self.tool_calls)
+        ]
+        named = {"name": self.tool_name} if self.tool_name else {}
+        return {"role": self.role, "content": self.content, **named, **({"tool_calls": calls} if calls else {})}
+
+
+class OllamaRequest(RequestPart):
+    """The fields of both endpoints."""
+
+    without_effect = ("keep_alive", "context", "truncate", "shift")
+    model: Text
+    format: Literal["", "json"] | Json = ""
+    """The text json, or a JSON schema."""
+    options: Options = Options()
+    stream: Bool = True
+    think: Bool | None = None
+    """Sets the variable enable_thinking of the chat template."""
+
+    @model_validator(mode="after")
+    def _check_request(self) -> OllamaRequest:
+        try:
+            self.as_request()
+        except ValidationError as error:
+            raise ValueError(validation_message(error.errors())) from error
+        return self
+
+    @property
+    def is_load(self) -> bool:
+        """Return True for a request without content, which only loads the model."""
+        raise NotImplementedError
+
+    def as_request(self) -> CompletionRequest:
+        """Return the request of OpenAI's API with the same meaning."""
+        raise NotImplementedError
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], **fields: Any) -> ChatRequest:
+        """Return a chat with these options."""
+        format: dict[str, Any] = {"type": "json_object"} if self.format else {}
+        if isinstance(self.format, dict) and self.format:
+            format["schema"] = self.format
+        variables = {} if self.think is None else {"enable_thinking": self.think}
+        values = {
+            "model": self.model,
+            "messages": messages,
+            "stream": self.stream,
+            **self.options.as_fields(),
+            **fields,
+        }
+        return ChatRequest.model_validate({**values, "response_format": format, "chat_template_kwargs": variables})
+
+
+class OllamaChat(OllamaRequest):
+    """POST /api/chat."""
+
+    messages: Annotated[list[Message], Field(max_length=MAX_MESSAGES)] = Field([])
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] = Field([])
+
+    @property
+    def is_load(self) -> bool:
+        return not self.messages
+
+    def as_request(self) -> CompletionRequest:
+        messages = [message.as_message() for message in self.messages] or [{"role": "user", "content": ""}]
+        return self.chat(messages, tools=[tool.model_dump() for tool in self.tools])
+
+
+class OllamaPrompt(OllamaRequest):
+    """POST /api/generate."""
+
+    prompt: Text = ""
+    system: Text = ""
+    raw: Bool = False
+    """Whether the prompt is continued as it is, without the chat template."""
+
+    @property
+    def is_load(self) -> bool:
+        return not self.prompt
+
+    def as_request(self) -> CompletionRequest:
+        if self.raw:
+            fields = {"model": self.model, "prompt": self.prompt, "stream": self.stream, **self.options.as_fields()}
+            return TextRequest.model_validate(fields)
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        return self.chat([*system, {"role": "user", "content": self.prompt}])
+
+
+class ModelName(RequestPart):
+    """POST /api/show."""
+
+    without_effect = ("verbose",)
+    model: Text = ""
+    name: Text = ""
+    """The older name of the field `model`."""
+
+
+class OllamaFunction(ResponseModel):
+    name: str
+    arguments: dict[str, Any]
+
+
+class OllamaCall(ResponseModel):
+    function: OllamaFunction
+
+
+class OllamaMessage(ResponseModel):
+    role: Literal["assistant"] = "assistant"
+    content: str
+    tool_calls: Annotated[list[OllamaCall] | None, UNLESS_NONE] = None
+
+
+class OllamaAnswer(ResponseModel):
+    """An answer or one line of its stream. Only the last line has a reason and counts."""
+
+    model: str
+    created_at: str
+    message: Annotated[OllamaMessage | None, UNLESS_NONE] = None
+    response: Annotated[str | None, UNLESS_NONE] = None
+    done: bool
+    done_reason: Annotated[str | None, UNLESS_NONE] = None
+    total_duration: Annotated[int | None, UNLESS_NONE] = None
+    load_duration: Annotated[int | None, UNLESS_NONE] = None
+    prompt_eval_count: Annotated[int | None, UNLESS_NONE] = None
+    prompt_eval_duration: Annotated[int | None, UNLESS_NONE] = None
+    eval_count: Annotated[int | None, UNLESS_NONE] = None
+    eval_duration: Annotated[int | None, UNLESS_NONE] = None
+
+
+class OllamaBuilder(ChatBuilder):
+    """Builds the answer to a request of Ollama's API, whole or as JSON lines."""
+
+    media_type = "application/x-ndjson"
+
+    def __init__(self, request: OllamaRequest, choices: Sequence[Choice], clock: AnswerClock) -> None:
+        super().__init__(request.as_request(), choices, clock)
+        self._has_messages = isinstance(request, OllamaChat)
+        self._collected = CollectedChoice("")
+
+    async def whole(self, pieces: AsyncGenerator[Piece]) -> OllamaAnswer:
+        """Return the answer in one object, after the last piece."""
+        async for piece in pieces:
+            self._add(piece)
+        return self._end(self._collected.text)
+
+    async def events(self, first: Piece | None, pieces: AsyncGenerator[Piece]) -> AsyncGenerator[str]:
+        """Yield the JSON lines of `first` and of the rest of `pieces`. Calls are in the last one."""
+        try:
+            for line in self._lines(first) if first is not None else ():
+                yield line
+            async for piece in pieces:
+                for line in self._lines(piece):
+                    yield line
+        except APIError as error:
+            yield json.dumps({"error": error.body["error"]["message"]}) + "\n"
+            return
+        yield self._end("").model_dump_json() + "\n"
+
+    def _add(self, piece: Piece) -> str:
+        """Collect a piece and return its text."""
+        before = len(self._collected.text)
+        for event in self.read(piece):
+            self._collected.add(event)
+        self._collected.finish_reason = piece.finish_reason or self._collected.finish_reason
+        return self._collected.text[before:]
+
+    def _lines(self, piece: Piece) -> Iterator[str]:
+        if text := self._add(piece):
+            yield self._answer(text, done=False).model_dump_json() + "\n"
+
+    def _answer(self, text: str, calls: list[OllamaCall] | None = None, **fields: Any) -> OllamaAnswer:
+        message = OllamaMessage(content=text, tool_calls=calls) if self._has_messages else None
+        response = None if self._has_messages else text
+        now = datetime.now(UTC).isoformat().replace("+00:00", "Z")
+        return OllamaAnswer(model=self.base["model"], created_at=now, message=message, response=response, **fields)
+
+    def _end(self, text: str) -> OllamaAnswer:
+        """Return the last line, or the whole answer."""
+        stats = self.choices[0].generation.stats
+        calls = [call.function for call in self._collected.calls]
+        if self._collected.finish_reason == "length" and calls and not _is_json(calls[-1].arguments):
+            calls.pop()  # the limit cut it
+        parsed = [
+            OllamaCall(function=OllamaFunction(name=call.name, arguments=json.loads(call.arguments))) for call in calls
+        ]
+        first_seconds = stats.time_to_first_token_ms / 1e3
+        return self._answer(
+            text,
+            parsed or None,
+            done=True,
+            done_reason=self._collected.finish_reason,
+            total_duration=int(NANOSECONDS * (time.perf_counter() - self.clock.began)),
+            load_duration=0,
+            prompt_eval_count=stats.prompt_tokens,
+            prompt_eval_duration=int(NANOSECONDS * first_seconds),
+            eval_count=stats.completion_tokens,
+            eval_duration=int(NANOSECONDS * stats.decode_seconds),
+        )
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
+
+
+class OllamaEndpoints:
+    """The routes of Ollama's API, which answer like those of OpenAI's."""
+
+    def __init__(self, endpoints: Endpoints, pool: ModelPool) -> None:
+        self._endpoints, self._pool = endpoints, pool
+        self.router = router = APIRouter(prefix="/api", include_in_schema=False)
+        router.get("/version")(self.version)
+        router.get("/tags")(self.tags)
+        router.post("/show")(self.show)
+        router.post("/chat")(self.chat)
+        router.post("/generate")(self.generate)
+
+    async def version(self) -> dict[str, str]:
+        return {"version": version("efficientllm")}
+
+    def tags(self) -> dict[str, Any]:
+        return {"models": [_card(name, artefact) for name, artefact in self._pool.artefacts.items()]}
+
+    async def show(self, request: ModelName) -> dict[str, Any]:
+        name = self._name(request.model or request.name)
+        if name not in self._pool.artefacts:
+            raise APIError(404, f"model {name!r} does not exist", code="model_not_found")
+        details = _details(self._pool.artefacts[name])
+        information = {
+            "general.architecture": details["family"],
+            f"{details['family']}.context_length": self._pool.context_length(name),
+        }
+        return {"details": details, "model_info": information, "capabilities": ["completion", "tools"]}
+
+    async def chat(self, request: OllamaChat, http: Request) -> Response:
+        return await self._answer(request, http)
+
+    async def generate(self, request: OllamaPrompt, http: Request) -> Response:
+        return await self._answer(request, http)
+
+    async def _answer(self, request: OllamaRequest, http: Request) -> Response:
+        named = request.model_copy(update={"model": self._name(request.model)})
+        if request.is_load:
+            (await self._pool.enter(named.model, self._pool.deadline())).leave()
+            return JSONResponse({"model": request.model, "done": True, "done_reason": "load"})
+        return await self._endpoints.answer(named.as_request(), partial(OllamaBuilder, named), http)
+
+    def _name(self, name: str) -> str:
+        """Return the name of a model without the tag that clients add."""
+        return name if name in self._pool.artefacts else name.removesuffix(DEFAULT_TAG)
+
+
+def _details(artefact: Artefact) -> dict[str, Any]:
+    manifest = artefact.known_manifest
+    family = str((manifest.architecture if manifest else {}).get("model_type", "")) or "unknown"
+    return {
+        "parent_model": "",
+        "format": artefact.model_file.suffix.removeprefix("."),
+        "family": family,
+        "families": [family],
+        "parameter_size": "",
+        "quantization_level": manifest.quantization if manifest else "",
+    }
+
+
+def _card(name: str, artefact: Artefact) -> dict[str, Any]:
+    modified = datetime.fromtimestamp(artefact.model_file.stat().st_mtime, UTC).isoformat()
+    tagged = name if ":" in name else name + DEFAULT_TAG
+    described = {"size": artefact.file_bytes, "digest": artefact.sha256, "details": _details(artefact)}
+    return {"name": tagged, "model": tagged, "modified_at": modified, **described}

@@ -1,0 +1,138 @@
+"""Ollama's API over HTTP: the same answers as OpenAI's, whole and as JSON lines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from serving import serve
+
+from efficientllm.runtime.engines.engine import EngineOptions
+from efficientllm.runtime.engines.scheduler import EngineScheduler
+from efficientllm.runtime.grammar import GrammarConstraint
+from efficientllm.runtime.prompt import ChatPrompt
+from efficientllm.server.models.pool import ModelPool
+from efficientllm.server.options import AppOptions
+
+MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello there"}]
+GREEDY = {"temperature": 0, "num_predict": 12, "num_ctx": 2048}
+SCHEMA = {
+    "type": "object",
+    "properties": {"room": {"enum": ["den", "hall"]}},
+    "required": ["room"],
+    "additionalProperties": False,
+}
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "set_light",
+        "description": "Set a light.",
+        "parameters": SCHEMA,
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def client(artefact: Path) -> Iterator[httpx.Client]:
+    pool = ModelPool({"tiny": str(artefact)}, EngineOptions(threads=1, context=1024))
+    with serve(pool, AppOptions()) as address, httpx.Client(base_url=address, timeout=60) as client:
+        yield client
+
+
+def ask(client: httpx.Client, path: str, **body: Any) -> list[dict[str, Any]]:
+    """Return the lines of an answer."""
+    answer = client.post(f"/api/{path}", json={"model": "tiny:latest", **body})
+    assert answer.status_code == 200, answer.text
+    return [json.loads(line) for line in answer.text.splitlines()]
+
+
+def test_a_chat_is_that_of_openai_s_api(client: httpx.Client) -> None:
+    settings = {"model": "tiny", "messages": MESSAGES, "temperature": 0, "max_tokens": 12}
+    expected = client.post("/v1/chat/completions", json=settings).json()
+    (whole,) = ask(client, "chat", messages=MESSAGES, options=GREEDY, stream=False, keep_alive="5m")
+    assert whole["message"] == {"role": "assistant", "content": expected["choices"][0]["message"]["content"]}
+    assert (whole["done"], whole["done_reason"], whole["model"]) == (True, "length", "tiny")
+    usage = expected["usage"]
+    assert (whole["prompt_eval_count"], whole["eval_count"]) == (usage["prompt_tokens"], usage["completion_tokens"])
+    assert whole["total_duration"] >= whole["eval_duration"] > 0
+    *lines, last = ask(client, "chat", messages=MESSAGES, options=GREEDY)
+    assert "".join(line["message"]["content"] for line in lines) == whole["message"]["content"]
+    assert not any(line["done"] or "eval_count" in line for line in lines)
+    assert (last["message"]["content"], last["done"], last["eval_count"]) == ("", True, 12)
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_a_prompt_is_continued_or_asked(client: httpx.Client, raw: bool) -> None:
+    if raw:
+        settings = {"model": "tiny", "prompt": "Hello", "temperature": 0, "max_tokens": 12}
+        expected = client.post("/v1/completions", json=settings).json()["choices"][0]["text"]
+    else:
+        settings = {"model": "tiny", "messages": [MESSAGES[0], {"role": "user", "content": "Hello"}]}
+        answer = client.post("/v1/chat/completions", json={**settings, "temperature": 0, "max_tokens": 12}).json()
+        expected = answer["choices"][0]["message"]["content"]
+    asked = {"prompt": "Hello", "options": GREEDY, **({"raw": True} if raw else {"system": "Be brief."})}
+    (whole,) = ask(client, "generate", **asked, stream=False)
+    assert whole["response"] == expected
+    assert "message" not in whole
+    assert "".join(line["response"] for line in ask(client, "generate", **asked)) == expected
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_may_be_json(client: httpx.Client, stream: bool) -> None:
+    lines = ask(client, "chat", messages=MESSAGES, format=SCHEMA, options={"temperature": 0}, stream=stream)
+    assert json.loads("".join(line["message"]["content"] for line in lines))["room"] in ("den", "hall")
+
+
+def test_calls_are_objects_of_the_last_line(client: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The grammar must call, because a random model would not."""
+    constraint = ChatPrompt.constraint
+
+    def must_call(prompt: ChatPrompt, engine: EngineScheduler) -> GrammarConstraint | None:
+        use = prompt.tool_use
+        return constraint(replace(prompt, tool_use=replace(use, must_call=True)) if use else prompt, engine)
+
+    monkeypatch.setattr(ChatPrompt, "constraint", must_call)
+    called = {"role": "assistant", "tool_calls": [{"function": {"name": "set_light", "arguments": {"room": "den"}}}]}
+    messages = [*MESSAGES, called, {"role": "tool", "tool_name": "set_light", "content": "done"}, MESSAGES[1]]
+    for stream in (False, True):
+        *lines, last = ask(client, "chat", messages=messages, tools=[TOOL], options={"temperature": 0}, stream=stream)
+        assert not any("tool_calls" in line["message"] for line in lines)
+        assert last["message"]["tool_calls"]
+        for call in last["message"]["tool_calls"]:
+            assert call["function"]["name"] == "set_light"
+            assert call["function"]["arguments"]["room"] in ("den", "hall")
+
+
+def test_models_are_listed_and_shown(client: httpx.Client) -> None:
+    assert client.get("/api/version").json()["version"]
+    (card,) = client.get("/api/tags").json()["models"]
+    assert (card["name"], card["model"], len(card["digest"])) == ("tiny:latest", "tiny:latest", 64)
+    assert card["size"] > 1000
+    shown = client.post("/api/show", json={"model": card["name"]}).json()
+    assert shown["capabilities"] == ["completion", "tools"]
+    assert 1024 in shown["model_info"].values()
+    assert ask(client, "generate") == [{"model": "tiny:latest", "done": True, "done_reason": "load"}]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "message"),
+    [
+        ("chat", {"model": "other", "messages": MESSAGES}, 404, "model 'other' does not exist"),
+        ("show", {"model": "other"}, 404, "model 'other' does not exist"),
+        ("chat", {"messages": [{"role": "user", "content": "a", "images": ["x"]}]}, 400, "images is not served here"),
+        ("chat", {"messages": MESSAGES, "options": {"temperature": 3}}, 400, "temperature: Input should be less than"),
+        ("generate", {"prompt": "a", "suffix": "b"}, 400, "suffix is not served here; remove it"),
+        ("generate", {"prompt": "a " * 2000}, 400, "context window"),
+    ],
+)
+def test_errors_have_ollama_s_shape(
+    client: httpx.Client, path: str, body: dict[str, Any], status: int, message: str
+) -> None:
+    answer = client.post(f"/api/{path}", json={"model": "tiny", **body})
+    assert answer.status_code == status
+    assert message in answer.json()["error"]
