@@ -22,6 +22,7 @@ from efficientllm.export.gguf.probe import probe
 from efficientllm.runtime.base.errors import EfficientLLMError
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
 from efficientllm.runtime.engines.manifest import Manifest
+from efficientllm.train.evaluation.torch_model import TorchModel
 from efficientllm.train.model.architecture import Architecture
 from efficientllm.train.model.foreign_configs import ImportOptions
 from efficientllm.train.model.source import load_source
@@ -135,6 +136,13 @@ NAMES = {  # the first is of microsoft/TransformerCompression 6b12cde
     "self_attn.q_proj.qweight": "quantised weights",
     "self_attn.sinks": "belongs to no part of llama",
 }
+
+
+def test_evaluation_imports_instead_of_filling_a_cut_layer_with_random_weights(made: Callable[..., Any]) -> None:
+    folder, expected = made(TOOLS["shortgpt"])
+    model = TorchModel.load(folder, "cpu", "float32", 1, 1024).model
+    with torch.inference_mode():
+        torch.testing.assert_close(model(TOKENS).logits[0], expected)
 
 
 @pytest.mark.parametrize("name", NAMES)
