@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .grammar import CALL_JSON, embedded_schema
+from .grammar import embedded_schema
 
 MAX_TEXT_CHARACTERS = 1 << 14
 """Largest length of the text to copy from. The end of a longer one is used."""
@@ -42,14 +42,14 @@ class CopiedArguments:
         ]
         """The rules so far, to which `add` appends those of a function."""
 
-    def add(self, name: str, parameters: Mapping[str, Any]) -> str:
+    def add(self, name: str, parameters: Mapping[str, Any], format: Any) -> str:
         """Return the expression of the arguments of one function, whose new rules begin with `name`.
 
-        llguidance must have accepted `parameters`, a JSON schema.
+        llguidance must have accepted `parameters`, a JSON schema. JSON has its `format`.
         """
         properties, required = parameters.get("properties"), parameters.get("required", [])
         if not set(parameters) <= OBJECT_KEYWORDS or not properties or not set(required) <= set(properties):
-            return embedded_schema(parameters, CALL_JSON)
+            return embedded_schema(parameters, format)
         definitions = {key: parameters[key] for key in DEFINITIONS if key in parameters}
         starts: list[str] = []
         for index, (key, schema) in enumerate(properties.items()):
@@ -57,22 +57,22 @@ class CopiedArguments:
             if not any(earlier in required for earlier in list(properties)[:index]):
                 starts.append(f"{pair} {rest}")
             mark = "" if key in required else "?"
-            self.rules.append(f'{pair}: {_quoted(key)} ": " {self._value(schema, definitions)}')
+            self.rules.append(f'{pair}: {_quoted(key)} ": " {self._value(schema, definitions, format)}')
             self.rules.append(f'{name}_rest_{index}: (", " {pair}){mark} {rest}')
         self.rules.append(f'{name}_rest_{len(properties)}: ""')
         return f'"{{" ({" | ".join(starts)}){"" if required else "?"} "}}"'
 
-    def _value(self, schema: Any, definitions: Mapping[str, Any]) -> str:
+    def _value(self, schema: Any, definitions: Mapping[str, Any], format: Any) -> str:
         """Return the expression of one argument."""
         if isinstance(schema, bool):
             return f"%json {json.dumps(schema)}"
         keywords = set(schema) - ANNOTATIONS
         if keywords == {"anyOf"}:
-            return f"({' | '.join(self._value(each, definitions) for each in schema['anyOf'])})"
+            return f"({' | '.join(self._value(each, definitions, format) for each in schema['anyOf'])})"
         types = schema.get("type")
         types = types if isinstance(types, list) else [types]
         if keywords != {"type"} or "string" not in types:
-            return embedded_schema({**definitions, **schema}, CALL_JSON)
+            return embedded_schema({**definitions, **schema}, format)
         text, examples = "COPIED", schema.get("examples")
         listed = [*(examples if isinstance(examples, list) else ()), schema.get("default")]
         if given := [value for value in listed if isinstance(value, str)]:
@@ -80,7 +80,7 @@ class CopiedArguments:
             choices = " | ".join(["RUN", *(json.dumps(_escaped(value)) for value in given)])
             self.rules.append(f'{text}: "\\"" ({choices}) "\\""')
         others = [each for each in types if each != "string"]
-        return f"({text} | {embedded_schema({'type': others}, CALL_JSON)})" if others else text
+        return f"({text} | {embedded_schema({'type': others}, format)})" if others else text
 
 
 def _escaped(text: str) -> str:

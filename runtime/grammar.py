@@ -54,6 +54,9 @@ CALL_JSON: Any = {"item_separator": ", ", "key_separator": ": ", "whitespace_fle
 }
 """Format of arguments of calls, with the white space of chat templates. Fewer choices leave more tokens forced."""
 
+LENIENT_CALL_JSON: Any = {**CALL_JSON, "lenient": True}
+"""The same, without keywords that llguidance does not enforce."""
+
 MAX_MULTIPLE = 20_000
 """Largest least common multiple of all `multipleOf` of a grammar, without trailing zeros.
 
@@ -189,9 +192,9 @@ def _matcher() -> type[LLMatcher]:
     return LLMatcher
 
 
-def schema_part(schema: Mapping[str, Any], name: str) -> Grammar:
+def schema_part(schema: Mapping[str, Any], name: str, format: Any = JSON) -> Grammar:
     """Return the grammar of a JSON schema alone, unchecked. Errors call it `name`."""
-    content = {**schema, "x-guidance": JSON}
+    content = {**schema, "x-guidance": format}
     return Grammar(json.dumps({"grammars": [{"json_schema": content}]}), name)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -34,6 +34,9 @@ class ToolUse:
     """JSON schema of an answer without calls. None: any text."""
     copies: bool = False
     """True if free texts in arguments must be runs of words of the messages of user and tools."""
+    strict: Collection[str] | None = None
+    """Names of functions whose keywords must all be enforced. Those of others are ignored if they cannot be. None:
+    all."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,9 @@ class ChatPrompt:
         tools = [tool for tool in use.tools if use.only in ("", tool["function"]["name"])]
         copied = CopiedArguments(self.texts) if use.copies else None
         must_call = use.must_call or bool(use.only)
-        grammar = self.format.grammar(tools, self.control, must_call=must_call, otherwise=use.otherwise, copied=copied)
+        grammar = self.format.grammar(
+            tools, self.control, must_call=must_call, otherwise=use.otherwise, copied=copied, strict=use.strict
+        )
         return GrammarConstraint(engine, grammar, self.control)
 
     def reader(self) -> CallReader | None:

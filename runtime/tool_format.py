@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -13,7 +13,7 @@ from .base.errors import EfficientLLMError
 from .chat_template import Message, render_chat
 from .copied_arguments import CopiedArguments
 from .engines.scheduler import EngineScheduler
-from .grammar import CALL_JSON, Grammar, embedded_schema, schema_part
+from .grammar import CALL_JSON, LENIENT_CALL_JSON, Grammar, embedded_schema, schema_part
 
 MAX_CALLS = 16
 """Largest number of calls in one answer, because a small model may repeat calls without end."""
@@ -64,12 +64,14 @@ class ToolFormat:
         must_call: bool,
         otherwise: Mapping[str, Any] | None = None,
         copied: CopiedArguments | None = None,
+        strict: Collection[str] | None = None,
     ) -> Grammar:
         """Return the grammar of calls of `tools`, in OpenAI's form, with arguments that follow their schemas.
 
         Without `must_call`, the answer may also be text, or text that ends with calls. With a schema `otherwise`, it is
         JSON of that schema, or calls. Calls begin with the tokens `control`. With `copied`, it writes the arguments.
-        Raises UsageError with the name of the tool if its schema cannot be enforced.
+        Keywords that cannot be enforced are ignored, except in the functions named in `strict` (None: all). Raises
+        UsageError with the name of the tool if its schema cannot be enforced.
         """
         calls = "{0,%d}" % (MAX_CALLS - 1)  # noqa: UP031  braces
         rules = [f"(BETWEEN call){calls}" if self.between else "", "END" if self.end else ""]
@@ -90,7 +92,12 @@ class ToolFormat:
             *([f"BETWEEN: {json.dumps(self.between)}"] if self.between else []),
             *([f"END: {json.dumps(self.end)}"] if self.end else []),
         ]
-        parts = [schema_part(parameters_of(each), f"tool {each['name']!r}: parameters") for each in functions]
+        is_strict = [strict is None or function["name"] in strict for function in functions]
+        formats = [CALL_JSON if each else LENIENT_CALL_JSON for each in is_strict]
+        parts = [
+            schema_part(parameters_of(each), f"tool {each['name']!r}: parameters", format)
+            for each, format in zip(functions, formats, strict=True)
+        ]
         parts += [schema_part(otherwise, "json_schema")] if otherwise is not None else []
         if copied:
             for part in parts:
@@ -98,7 +105,10 @@ class ToolFormat:
         for index, function in enumerate(functions):
             opening = json.dumps(function["name"] + self.middle)
             parameters = parameters_of(function)
-            arguments = copied.add(f"call_{index}", parameters) if copied else embedded_schema(parameters, CALL_JSON)
+            format = formats[index]
+            arguments = (
+                copied.add(f"call_{index}", parameters, format) if copied else embedded_schema(parameters, format)
+            )
             lines.append(f"call_{index}: {opening} {arguments}")
         lines += copied.rules if copied else []
         return Grammar("\n".join(lines) + "\n", "tools", tuple(parts)).checked()

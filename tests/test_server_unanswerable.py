@@ -145,11 +145,16 @@ def test_the_tool_whose_parameters_cannot_be_enforced_is_named(address: str, nam
     fine, wrong = ({"type": "object", "properties": {"a": value}} for value in ({"type": "integer"}, refused))
     wrong["required"] = ["a"]
     named = {"now": fine, "set_timer": wrong, "weather": fine}
-    tools = [{"type": "function", "function": {"name": tool, "parameters": named[tool]}} for tool in named]
+    tools: list[dict[str, Any]] = [
+        {"type": "function", "function": {"name": tool, "parameters": named[tool], "strict": True}} for tool in named
+    ]
     answer = ask(address, {"tools": tools, "tool_choice": choice})
     assert answer.status_code == 400, answer.text[:300]
     assert answer.json()["error"]["message"].startswith(f"tool 'set_timer': parameters: {said}")
     assert ask(address, {"tools": [tools[0], tools[2]], "tool_choice": choice}).status_code == 200
+    tools[1]["function"]["strict"] = False
+    is_ignored = name in ("a keyword", "keywords", "alternatives", "a format")
+    assert ask(address, {"tools": tools, "tool_choice": choice}).status_code == (200 if is_ignored else 400)
 
 
 def test_a_schema_beside_tools_is_named_itself(address: str) -> None:

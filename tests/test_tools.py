@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -217,6 +218,20 @@ def test_arguments_without_free_texts_follow_their_schema(engine: EngineSchedule
     use = ToolUse([{"type": "function", "function": {"name": "nested", "parameters": nested}}], copies=True)
     with pytest.raises(UsageError, match=r"^tool 'nested': parameters: `propertyNames` cannot be enforced"):
         tool_prompt(engine, [QUESTION], PromptOptions(use)).constraint(engine)
+
+
+@pytest.mark.parametrize("copies", [False, True])
+def test_keywords_that_cannot_be_enforced_are_ignored_unless_the_function_is_strict(
+    engine: EngineScheduler, copies: bool
+) -> None:
+    tags = {"type": "array", "items": {"type": "integer"}, "uniqueItems": True}
+    parameters = {"type": "object", "properties": {"tags": tags}, "additionalProperties": False}
+    tools = [{"type": "function", "function": {"name": "tag", "parameters": parameters}}]
+    use = ToolUse(tools, must_call=True, copies=copies, strict=())
+    assert accepts(engine, use, call("tag", '{"tags": [1, 1]}'))
+    assert not accepts(engine, use, call("tag", '{"tags": ["a"]}'))
+    with pytest.raises(UsageError, match=r"^tool 'tag': parameters: `uniqueItems` cannot be enforced"):
+        accepts(engine, replace(use, strict=("tag",)), "")
 
 
 @pytest.mark.parametrize("wrong", [{"properties": [1]}, {"properties": {"a": 1}}, {"required": [{}]}, {"required": 1}])

@@ -212,8 +212,9 @@ class ChatRequest(CompletionRequest):
         only = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else ""
         tools = [tool.as_template_value() for tool in self.tools]
         otherwise = self.response_format.answer_schema()
+        strict = {tool.function.name for tool in self.tools if tool.function.strict}
         copies = self.tool_arguments == "copy"
-        return ToolUse(tools, self.tool_choice == "required", only, self.parallel_tool_calls, otherwise, copies)
+        return ToolUse(tools, self.tool_choice == "required", only, self.parallel_tool_calls, otherwise, copies, strict)
 
     @property
     def stops(self) -> list[str]:

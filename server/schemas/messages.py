@@ -158,8 +158,8 @@ class Function(RequestPart):
     description: Text = ""
     parameters: Json = {}
     """JSON schema of an object."""
-    strict: Bool = True
-    """Accepted for compatibility. Arguments always match the parameters."""
+    strict: Bool = False
+    """Whether parameters with keywords that cannot be enforced are refused. Otherwise such keywords are ignored."""
 
     @model_validator(mode="after")
     def _check_parameters(self) -> Function:
