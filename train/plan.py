@@ -165,6 +165,8 @@ def make_plan(config: TrainConfig, resume: ResumePoint | None, compute: Compute)
         )
     if compute.parallel.mode == "fsdp" and config.optimizer.teacher == "self":
         raise UsageError("--teacher self works with --data-parallel ddp only: it copies a whole model on every rank")
+    if compute.parallel.world_size > 1 and config.score.task:
+        raise UsageError("--task works on one process: the others would wait for the answers; omit it")
     _check_removals(config, compute)
     source: Any
     shape = shape_of_folder(config.source.source)

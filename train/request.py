@@ -37,6 +37,10 @@ def check_request(config: TrainConfig) -> None:
         raise UsageError("--teacher self: the teacher is the model before pruning, and nothing is pruned; omit it")
     if cache and Path(cache).exists() and not Path(cache).is_dir():
         raise UsageError(f"--teacher-cache {cache} is not a folder; name one")
+    if config.score.task and not Path(config.score.task).is_file():
+        raise UsageError(f"--task {config.score.task}: no such file; give a .jsonl file of chats")
+    if config.score.task and not config.pruning.prunes:
+        raise UsageError(f"--task {config.score.task}: a run without pruning is scored by efficientllm-eval; omit it")
     _check_target(config.pruning)
     if config.pruning.device_profile and config.quantisation.is_on:
         engine, quantization = config.quantisation.export_format

@@ -43,14 +43,15 @@ from .data.documents import check_documents
 from .data.self_chat import SELF_CHAT
 from .evaluation.quality.contract import Quality, contract
 from .model.irregular import architecture_of, build, save_checkpoint
-from .model.source import content_key
-from .plan import RunPlan, choose_compute, find_resume_point, make_plan
+from .model.source import content_key, load_source
+from .plan import ResumePoint, RunPlan, choose_compute, find_resume_point, make_plan
 from .pruning.pruner import kept_to_json
 from .reporting.metrics import read_metrics
 from .reporting.model_card import model_card
 from .reporting.plots import plot_architecture, plot_pruning, plot_training
 from .request import check_request, data_specs
 from .run_text import RunText
+from .score_keeper import ScoreTooLowError, with_kept_size
 from .trainer import Trainer
 
 _log = logging.getLogger("efficientllm.train")
@@ -75,9 +76,16 @@ def run_training(config: TrainConfig) -> Path | None:
         try:
             torch.manual_seed(config.run.seed)
             plan, source = make_plan(config, resume, compute)
-            trainer = _make_trainer(plan, source)
-            del source  # trained in place, or replaced by the checkpoint's model
-            return _run(plan, trainer)
+            while True:
+                plan = with_kept_size(plan)
+                trainer = _make_trainer(plan, source)
+                del source  # trained in place, or replaced by the checkpoint's model
+                try:
+                    return _run(plan, trainer)
+                except ScoreTooLowError as error:
+                    plan = replace(plan, resume=ResumePoint(error.checkpoint, {}, ()))
+                    del trainer
+                    source, _ = load_source(config.source.source)
         finally:
             compute.parallel.close()
 

@@ -36,6 +36,7 @@ from .quantisation.weights import RoundedWeights
 from .reporting.metrics import MetricsWriter, RunProgress, Throughput
 from .run_text import RunText
 from .schedule import DroppingSchedule
+from .score_keeper import ScoreKeeper, SizeScore
 from .stop_signal import StopRequested, StopSignal
 from .training_step import TrainingStep
 from .vocabulary.tokenizer_pruning import renumber_settings
@@ -117,6 +118,11 @@ class Trainer:
         """Step of the newest checkpoint that this process wrote or read."""
         self.removal_checkpoint: Path | None = None
         """Checkpoint from before the current removal, if an interrupted one must start again."""
+        self.score_keeper: ScoreKeeper | None = None
+        self.kept_checkpoint: Path | None = None
+        """Checkpoint of the last score that was kept."""
+        if self.config.score.task:
+            self.score_keeper = ScoreKeeper(self.config.score, plan.folder, plan.resume is not None, self.display)
         if plan.resume is not None:
             self._restore(plan.resume.checkpoint, saved)
 
@@ -177,6 +183,7 @@ class Trainer:
             )
         if self.pruner is not None:
             self.pruner.compact(self.trained)
+        self._check_score()
 
     def _measure_stage(self, name: str) -> None:
         """Measure the source or the final model."""
@@ -294,6 +301,7 @@ class Trainer:
         if not removes_only_rows:
             if not pruner.is_above(target):
                 return {}
+            self._check_score()
             if self.config.optimizer.teacher == "self" and self.trained.loss.teacher is None:
                 self._take_teacher()
         event = PruningEvent(pruner, self.trained, self.text, self.config.optimizer.batch_size, self.stop_signal)
@@ -309,6 +317,19 @@ class Trainer:
         if outcome.vocabulary is not None:
             self.metrics.write({"step": progress.step, "tokens": progress.tokens, **outcome.vocabulary})
         return outcome.record
+
+    def _check_score(self) -> None:
+        """Score the model before a removal, and write a checkpoint to return to. Raises ScoreTooLowError."""
+        keeper, pruner = self.score_keeper, self.pruner
+        if keeper is None or pruner is None:
+            return
+        size = SizeScore(self.progress.step, self.architecture.num_parameters, pruner.size, 0.0, 0.0)
+        is_bfloat16 = self.trained.loss.dtype == torch.bfloat16
+        with self._rounded_weights():
+            keeper.check(self.model, self.text.tokenizer, is_bfloat16, size, self.stop_signal.check_alone)
+        if self.saved_step != self.progress.step:
+            self.save()
+        self.kept_checkpoint = training_state.checkpoint_path(self.plan.folder, self.progress)
 
     def _take_teacher(self) -> None:
         """Make the current model the teacher, and write it into the run's folder (a collective call)."""
@@ -363,7 +384,8 @@ class Trainer:
         state = training_state.TrainingState(self.progress, extra, tensors)
         folder, keep = training_state.checkpoint_path(self.plan.folder, self.progress), self.config.run.keep
         optimizer = self.trained.optimizer
-        training_state.save_training_state(folder, self.model, optimizer, state, keep, self.parallel)
+        kept = self.kept_checkpoint
+        training_state.save_training_state(folder, self.model, optimizer, state, keep, self.parallel, kept)
         self.saved_step = self.progress.step
         return folder
 

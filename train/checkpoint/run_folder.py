@@ -31,7 +31,17 @@ CONTENTS_NAME = "contents.json"
 SETTINGS_FILE = "config.toml"
 FINISHED_FILE = "architecture.json"
 """File that is written last. A model without it was not measured yet."""
-RUN_FILES = (SETTINGS_FILE, "metrics.jsonl", FINISHED_FILE, "architecture.png", "training.png", "pruning.png")
+SCORES_FILE = "scores.json"
+"""File with the score of a job at every size of a run."""
+RUN_FILES = (
+    SETTINGS_FILE,
+    SCORES_FILE,
+    "metrics.jsonl",
+    FINISHED_FILE,
+    "architecture.png",
+    "training.png",
+    "pruning.png",
+)
 TEACHER_FOLDER = "teacher"
 """Folder of the model that --teacher self distils from."""
 RUN_FOLDERS = ("checkpoints", "model", TEACHER_FOLDER, "tensorboard", "wandb")

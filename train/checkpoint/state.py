@@ -44,8 +44,9 @@ def save_training_state(
     state: TrainingState,
     keep: int,
     parallel: Parallel,
+    kept: Path | None = None,
 ) -> None:
-    """Write checkpoint `target` atomically, then delete all but the newest `keep` beside it.
+    """Write checkpoint `target` atomically, then delete all but the newest `keep` and `kept` beside it.
 
     Every rank writes its own shards.
     """
@@ -61,7 +62,8 @@ def save_training_state(
             write_contents(temporary)  # dcp.save returned, so every rank's shards are there
     if parallel.is_main:
         for stale in checkpoint_folders(target.parent)[:-keep]:
-            shutil.rmtree(stale)
+            if stale != kept:
+                shutil.rmtree(stale)
 
 
 def _weights_and_moments(model: Any, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:

@@ -158,6 +158,28 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
+class ScoreConfig:
+    """Score of a job."""
+
+    task: str = ""
+    """Held-out examples of a job, .jsonl or .jsonl.gz of chats (see efficientllm-eval). They are scored before every
+    removal and at the end."""
+    metric: str = "exact"
+    """Metric of the score, as of efficientllm-eval."""
+    task_limit: int = flags.number(200, at_least=0)
+    """Scored examples. 0: all."""
+    task_tokens: int = flags.number(128, at_least=1)
+    """Longest answer."""
+    keep_score: float | None = flags.number(None, above=0, at_most=1)
+    """Share of the whole model's score to keep, such as 0.98. Below it the run returns to the size before its last
+    removal, and trains that to the end."""
+
+    def __post_init__(self) -> None:
+        flags.check_fields(self)
+        flags.require(self, "keep_score", self.keep_score is None or bool(self.task), "needs examples; add --task")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """All settings of `efficientllm-train`."""
 
@@ -167,6 +189,7 @@ class TrainConfig:
     run: RunConfig = field(default_factory=RunConfig)
     quantisation: QuantisationConfig = field(default_factory=QuantisationConfig)
     foreign: ImportOptions = field(default_factory=ImportOptions)
+    score: ScoreConfig = field(default_factory=ScoreConfig)
 
     def to_toml(self) -> str:
         """Return the configuration as TOML for `--config`. Unset values are left out."""

@@ -1,0 +1,130 @@
+"""The score of a job at every size of a run: the run returns to the last size that kept it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from training import command, metrics, run, weights
+
+from efficientllm.train import trainer
+from efficientllm.train.model.architecture import Architecture
+from efficientllm.train.score_keeper import ScoreKeeper, SizeScore
+
+SIZES = ["--removals", "4", "--prune-start", "0.2", "--prune-end", "0.6", "--checkpoint-every", "2"]
+
+
+@pytest.fixture
+def task(tmp_path: Path) -> Path:
+    path = tmp_path / "test.jsonl"
+    rows = [
+        {"messages": [{"role": "user", "content": f"Lamp {index}"}, {"role": "assistant", "content": "o"}]}
+        for index in range(3)
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return path
+
+
+def scored(source: Path, corpus: Path, output: Path, task: Path, *more: str) -> list[str]:
+    return command(source, corpus, output, *SIZES, "--task", str(task), "--metric", "contains", *more)
+
+
+def sizes(folder: Path) -> list[dict[str, Any]]:
+    return json.loads((folder / "scores.json").read_text(encoding="utf-8"))["sizes"]
+
+
+@pytest.fixture
+def falling(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Score 1 until the second removal and 0.5 after it. Returns the parameters that were scored."""
+    found: list[int] = []
+
+    def measured(self: ScoreKeeper, model: Any, tokenizer: Any, is_bfloat16: bool, size: SizeScore, _: Any) -> Any:
+        found.append(size.parameters)
+        return replace(size, score=1.0 if len(set(found)) <= 2 or size.parameters >= sorted(set(found))[-2] else 0.5)
+
+    monkeypatch.setattr(ScoreKeeper, "_measured", measured)
+    return found
+
+
+def test_every_size_is_scored(source_folder: Path, corpus: Path, task: Path, tmp_path: Path) -> None:
+    arguments = scored(source_folder, corpus, tmp_path / "run", task, "--task-tokens", "4", "--checkpoint-every", "0")
+    assert run(arguments) == 0
+    found = sizes(tmp_path / "run")
+    assert len(found) == 5  # before four removals, and at the end
+    assert found[0]["parameters"] == Architecture.from_folder(source_folder).num_parameters
+    assert found[-1]["parameters"] == Architecture.from_folder(tmp_path / "run" / "model").num_parameters
+    assert [each["size"] for each in found] == sorted((each["size"] for each in found), reverse=True)
+    assert all(0 <= each["score"] <= 1 for each in found)
+
+
+def test_a_run_returns_to_the_last_size_that_kept_the_score(
+    source_folder: Path,
+    corpus: Path,
+    task: Path,
+    tmp_path: Path,
+    falling: list[int],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run(scored(source_folder, corpus, tmp_path / "run", task, "--keep-score", "0.9")) == 0
+    assert "the run returns to" in capsys.readouterr().err
+    final = Architecture.from_folder(tmp_path / "run" / "model")
+    assert final.num_parameters == falling[1]
+    assert falling[2] < falling[1]
+    records = [each for each in metrics(tmp_path / "run") if "loss" in each]
+    assert [each["step"] for each in records] == list(range(1, 21))
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
+
+
+def test_a_run_that_returned_is_resumed_bit_identically(
+    source_folder: Path,
+    corpus: Path,
+    task: Path,
+    tmp_path: Path,
+    falling: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert run(scored(source_folder, corpus, tmp_path / "straight", task, "--keep-score", "0.9")) == 0
+    falling.clear()
+    step = trainer.Trainer._step
+
+    def stopping(self: trainer.Trainer) -> dict[str, Any]:
+        record = step(self)
+        if self.progress.step == 15:
+            self.stop_signal.name = "SIGTERM"
+        return record
+
+    monkeypatch.setattr(trainer.Trainer, "_step", stopping)
+    arguments = scored(source_folder, corpus, tmp_path / "stopped", task, "--keep-score", "0.9")
+    assert run(arguments) == 130
+    shutil.copytree(tmp_path / "stopped", tmp_path / "resumed")
+    monkeypatch.setattr(trainer.Trainer, "_step", step)
+    arguments[arguments.index("--output") + 1] = str(tmp_path / "resumed")
+    assert run([*arguments, "--resume"]) == 0
+    assert metrics(tmp_path / "resumed") == metrics(tmp_path / "straight")
+    ours, theirs = weights(tmp_path / "resumed"), weights(tmp_path / "straight")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--keep-score", "0.9"], "--keep-score 0.9: needs examples; add --task"),
+        (["--task", "nothere.jsonl"], "--task nothere.jsonl: no such file"),
+    ],
+)
+def test_bad_input_is_one_line(
+    more: list[str],
+    message: str,
+    source_folder: Path,
+    corpus: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run(command(source_folder, corpus, tmp_path / "run", *more)) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,123 @@
+"""Keep the score of a job while pruning: measure it before every removal, and return to the last size that kept it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..runtime.base.files import write_json_atomically
+from ..runtime.base.progress import ProgressDisplay
+from ..runtime.base.quantities import format_count
+from .checkpoint.run_folder import SCORES_FILE, checkpoint_folders
+from .config.sections import ScoreConfig
+from .evaluation.jobs import read_examples, run_job
+from .evaluation.torch_model import TorchModel
+from .plan import RunPlan
+
+BATCH_TOKENS = 2048
+"""Tokens per forward pass."""
+
+
+class ScoreTooLowError(Exception):
+    """The score fell below its limit. The run continues from `checkpoint` without further removals."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        super().__init__(f"the score is kept by {checkpoint.name}")
+        self.checkpoint = checkpoint
+
+
+@dataclass(frozen=True)
+class SizeScore:
+    """The score of the model of one step."""
+
+    step: int
+    parameters: int
+    size: float
+    """Size in the unit of the budget: parameters, bytes of the exported file or milliseconds."""
+    score: float
+    stderr: float
+
+
+def smallest_kept_size(folder: Path) -> float | None:
+    """Return the size to which a run has returned, or None while it may still remove groups."""
+    path = folder / SCORES_FILE
+    return json.loads(path.read_text(encoding="utf-8"))["smallest"] if path.is_file() else None
+
+
+def with_kept_size(plan: RunPlan) -> RunPlan:
+    """Return the plan with the size to which its run has returned as the target."""
+    smallest = smallest_kept_size(plan.folder) if plan.resume is not None else None
+    if smallest is None or plan.pruning is None:
+        return plan
+    budget = replace(plan.pruning.budget, target=smallest)
+    return replace(plan, pruning=replace(plan.pruning, budget=budget))
+
+
+class ScoreKeeper:
+    """The scores of one run, in its file scores.json."""
+
+    def __init__(self, settings: ScoreConfig, folder: Path, is_resumed: bool, display: ProgressDisplay) -> None:
+        """Read the examples, and the scores of a resumed run. Raises DataError for a malformed example."""
+        self.settings, self.display, self.path = settings, display, folder / SCORES_FILE
+        self.examples = read_examples(Path(settings.task), settings.task_limit)
+        self.sizes: list[SizeScore] = []
+        self.smallest: float | None = None
+        if is_resumed and self.path.is_file():
+            values = json.loads(self.path.read_text(encoding="utf-8"))
+            self.sizes, self.smallest = [SizeScore(**each) for each in values["sizes"]], values["smallest"]
+
+    def check(
+        self, model: Any, tokenizer: Any, is_bfloat16: bool, size: SizeScore, check_stop: Callable[[], None]
+    ) -> None:
+        """Score `model`, the one of `size`. Raises ScoreTooLowError below the limit.
+
+        A score of the same step from before a resume is used again.
+        """
+        found = next((each for each in self.sizes if each.step == size.step and each.size == size.size), None)
+        if found is None:
+            found = self._measured(model, tokenizer, is_bfloat16, size, check_stop)
+            self.sizes.append(found)
+            self._write()
+        first, share = self.sizes[0], self.settings.keep_score
+        self.display.say(
+            f"score before a removal, {format_count(found.parameters)} parameters: {found.score:.3f} ± "
+            f"{found.stderr:.3f}, the whole model has {first.score:.3f}"
+        )
+        if share is None or self.smallest is not None or found.score >= share * first.score:
+            return
+        kept = [each for each in self.sizes if each.step < found.step and each.score >= share * first.score][-1]
+        checkpoints = checkpoint_folders(self.path.parent / "checkpoints")
+        newer = [each for each in checkpoints if int(each.name.removeprefix("step-")) > kept.step]
+        for checkpoint in newer:  # before the file says so: a killed run then measures the same again
+            shutil.rmtree(checkpoint)
+        self.smallest = kept.size
+        self._write()
+        self.display.say(
+            f"that is below {share:g} of it: the run returns to {format_count(kept.parameters)} parameters"
+        )
+        raise ScoreTooLowError(self.path.parent / "checkpoints" / f"step-{kept.step:08d}")
+
+    def _measured(
+        self, model: Any, tokenizer: Any, is_bfloat16: bool, size: SizeScore, check_stop: Callable[[], None]
+    ) -> SizeScore:
+        was_training = model.training
+        evaluated = TorchModel(model, tokenizer, next(model.parameters()).device, is_bfloat16, BATCH_TOKENS)
+        hook = model.register_forward_pre_hook(lambda *_: check_stop())
+        try:
+            with torch.compiler.set_stance("force_eager"):
+                limit = self.settings.task_tokens
+                result = run_job(evaluated, self.examples, self.settings.metric, max_tokens=limit)
+        finally:
+            hook.remove()
+            model.train(was_training)
+        return replace(size, score=result.mean(result.score_name), stderr=result.stderr(result.score_name))
+
+    def _write(self) -> None:
+        values = {"sizes": [asdict(each) for each in self.sizes], "smallest": self.smallest}
+        write_json_atomically(self.path, values)
