@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OUT := build/quickstart
-QUESTION := What is the capital of France?
+REQUEST := please switch the reading lamp in the loft on
+SCORED := --metric call --task-tokens 96
 # More for pytest, as: make test PYTEST_OPTIONS="-k gguf"
 PYTEST_OPTIONS ?=
 # llama-cpp-python is compiled without what it does not load: 82 s on two cores instead of five to six minutes.
@@ -78,16 +79,22 @@ $(LITERT)/.installed: pyproject.toml
 $(VENV)/.quickstart: pyproject.toml build/modules.txt | $(BIN)/python
 	@if [ -f $(VENV)/.installed ]; then $(MAKE) --no-print-directory install; else \
 	  echo "installing into $(VENV); llama-cpp-python is compiled the first time, which takes some minutes"; \
-	  $(COMPILED) PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --no-compile --editable '.[train,export,gguf,bench,demo]' --config-settings editable_mode=strict; \
+	  $(COMPILED) PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --no-compile --group job --editable '.[train,export,gguf,server,bench,demo]' --config-settings editable_mode=strict; \
 	fi
 	@touch $@
 
+# One job: home control. Data, one run, files, scores, and a request through the server.
 quickstart: $(VENV)/.quickstart
-	$(BIN)/efficientllm-train --preset cpu-quickstart --output $(OUT)/run --overwrite
+	$(BIN)/python -m research.jobs.home $(OUT)/data --train 30000 --test 1000
+	$(BIN)/efficientllm-train --preset job --data $(OUT)/data/train.jsonl --output $(OUT)/run --overwrite
+	$(BIN)/efficientllm-export $(OUT)/run --target gguf --quantize q4_0 --output $(OUT)/home --overwrite
 	$(BIN)/efficientllm-export demo --target gguf --quantize q8_0 --output $(OUT)/source --overwrite
-	$(BIN)/efficientllm-export $(OUT)/run --target gguf --quantize q8_0 --output $(OUT)/pruned --overwrite
-	$(BIN)/efficientllm-chat $(OUT)/pruned "$(QUESTION)"
-	$(BIN)/efficientllm-bench $(OUT)/source $(OUT)/pruned --rounds 2 --json $(OUT)/bench.json
+	$(BIN)/efficientllm-eval $(OUT)/home --task $(OUT)/data/test.jsonl $(SCORED) --task-limit 300 --output $(OUT)/free
+	$(BIN)/efficientllm-eval $(OUT)/home --task $(OUT)/data/test.jsonl $(SCORED) --task-limit 300 --constrain copy --output $(OUT)/copied
+	$(BIN)/efficientllm-eval $(OUT)/source --task $(OUT)/data/test.jsonl $(SCORED) --task-limit 30 --output $(OUT)/described
+	$(BIN)/efficientllm-bench $(OUT)/source $(OUT)/home --prompt-tokens 22 --decode-tokens 25 --depths 0 --rounds 2 --json $(OUT)/bench.json
+	$(BIN)/python -m research.jobs.table $(OUT)/data --scores $(OUT)/*/results.json --bench $(OUT)/bench.json --output $(OUT)
+	$(BIN)/python -m research.jobs.ask $(OUT)/home $(OUT)/data/test.jsonl "$(REQUEST)"
 
 # The program that efficientllm-bench --device adb pushes to a phone.
 android-runner: install

@@ -1,0 +1,127 @@
+"""Write the table and the picture of the home-control job from the files of its measurements.
+
+    python -m research.jobs.table DATA --scores RESULTS... --bench BENCH --output FOLDER
+
+DATA is a folder of `research.jobs.home`, RESULTS are files of `efficientllm-eval --task`, and BENCH is a file of
+`efficientllm-bench --json` of the same artefacts. A row is named after its artefact and the folder of its results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from efficientllm.devices.results import Result, Run
+from efficientllm.runtime.base.files import write_text_atomically
+from efficientllm.runtime.base.quantities import markdown_table
+from efficientllm.train.evaluation.evaluate import Evaluation
+from efficientllm.train.evaluation.jobs import JobResult, read_examples
+from efficientllm.train.reporting.plots import KEPT_COLOR, SOURCE_COLOR
+
+from .baselines import classifier_answers, matcher_answers, request_of, score
+
+PROMPT_TOKENS, ANSWER_TOKENS = 22, 25
+"""Tokens of a call of the job: median prompt and answer of a model that is trained on its functions."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to answer the requests."""
+
+    name: str
+    result: JobResult
+    speed: Result | None = None
+
+    @property
+    def mb(self) -> float | None:
+        return self.speed.file_bytes / 1e6 if self.speed is not None else None
+
+    @property
+    def ms(self) -> float | None:
+        """Return the milliseconds of a call: the prompt by its prefill speed and the answer by its decode speed."""
+        if self.speed is None:
+            return None
+        prefill = self.speed.speeds[f"pp{PROMPT_TOKENS}"].median
+        decode = self.speed.speeds[f"tg{ANSWER_TOKENS}"].median
+        return 1e3 * (PROMPT_TOKENS / prefill + ANSWER_TOKENS / decode)
+
+    def cells(self) -> list[str]:
+        """Return the cells of the table."""
+        names = ("exact", "function", "argument_f1", "refused")
+        exact = f"{self.result.mean('exact'):.3f} ± {self.result.stderr('exact'):.3f}"
+        others = [f"{self.result.mean(name):.3f}" for name in names[1:]]
+        memory = f"{self.speed.peak_rss_bytes / 1e6:.0f}" if self.speed is not None else ""
+        numbers = [f"{value:.{digits}f}" if value is not None else "" for value, digits in ((self.mb, 1), (self.ms, 0))]
+        return [self.name, str(len(self.result.answers)), exact, *others, *numbers, memory]
+
+
+HEADER = ["", "requests", "exact calls", "function", "F1 of arguments", "refusals", "MB", "ms a call", "peak MB"]
+
+
+def rows_of_models(scores: Sequence[Path], bench: Path) -> list[Row]:
+    """Return a row for every model of every results file."""
+    speeds = {Path(each.artefact).resolve(): each for each in Run.read(bench).results}
+    rows = []
+    for path in scores:
+        for values in json.loads(path.read_text(encoding="utf-8"))["evaluations"]:
+            evaluation = Evaluation.from_dict(values)
+            if evaluation.job is not None:
+                name = f"{Path(evaluation.model).name}, {path.parent.name}"
+                rows.append(Row(name, evaluation.job, speeds.get(Path(evaluation.model).resolve())))
+    return rows
+
+
+def rows_of_baselines(data: Path, limit: int) -> list[Row]:
+    """Return the rows of hassil's matcher and of a linear classifier on the first `limit` requests."""
+    examples = read_examples(data / "test.jsonl", limit)
+    requests = [request_of(each) for each in examples]
+    found = classifier_answers(data / "train.jsonl", requests)
+    return [
+        Row("hassil, templates of training", score(matcher_answers(requests), examples)),
+        Row("linear classifier", score(found, examples)),
+    ]
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """Draw exact calls against bytes. Methods without a file are lines."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for row in rows:
+        exact, error = row.result.mean("exact"), row.result.stderr("exact")
+        if row.mb is None:
+            axes.axhline(exact, color=SOURCE_COLOR, linewidth=1)
+            axes.annotate(row.name, (0, exact), xytext=(4, 3), textcoords="offset points", size=8)
+        else:
+            axes.errorbar(row.mb, exact, yerr=error, fmt="o", color=KEPT_COLOR, capsize=3)
+            axes.annotate(row.name, (row.mb, exact), xytext=(6, 4), textcoords="offset points", size=8)
+    axes.set_xlim(0, 1.35 * max((row.mb for row in rows if row.mb is not None), default=1))
+    axes.set_ylim(0, 1)
+    axes.set_xlabel("MB of the file")
+    axes.set_ylabel("exact calls of held-out requests")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    """Write job.md and job.png and print the table."""
+    parser = argparse.ArgumentParser(description="Write the table and the picture of the home-control job.")
+    parser.add_argument("data", type=Path, help="folder of research.jobs.home")
+    parser.add_argument("--scores", type=Path, nargs="+", required=True, help="files of efficientllm-eval --task")
+    parser.add_argument("--bench", type=Path, required=True, help="file of efficientllm-bench --json")
+    parser.add_argument("--output", type=Path, required=True, help="folder for job.md and job.png")
+    arguments = parser.parse_args()
+    rows = rows_of_models(arguments.scores, arguments.bench)
+    rows += rows_of_baselines(arguments.data, max(len(row.result.answers) for row in rows))
+    table = markdown_table([HEADER, *(row.cells() for row in rows)])
+    write_text_atomically(arguments.output / "job.md", table + "\n")
+    draw(rows, arguments.output / "job.png")
+    print(table)
+
+
+if __name__ == "__main__":
+    main()
