@@ -12,14 +12,27 @@ import numpy as np
 import pytest
 import torch
 from exporting import export
-from foreign_tools import TOKENS, TOOLS, change_config, flap, gaps, llm_pruner, nemotron_nas, rename, wanda_sp
+from foreign_tools import (
+    TOKENS,
+    TOOLS,
+    change_config,
+    flap,
+    gaps,
+    llm_pruner,
+    logits,
+    nemotron_nas,
+    rename,
+    save_without_run,
+    stock_model,
+    wanda_sp,
+)
 from safetensors.torch import load_file, save_file
 from training import command, run
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.integrations.heterogeneity import AmbiguousGlobalPerLayerAttributeError
 
 from efficientllm.export.gguf.probe import probe
-from efficientllm.runtime.base.errors import EfficientLLMError
+from efficientllm.runtime.base.errors import EfficientLLMError, ModelError
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
 from efficientllm.runtime.engines.manifest import Manifest
 from efficientllm.train.evaluation.torch_model import TorchModel
@@ -124,6 +137,32 @@ def test_zero_sized_tensors_are_an_absent_block_and_its_bias_stays(made: Callabl
         bias,
     )
     assert not list(model.model.layers[2].mlp.parameters())
+
+
+LISTS: dict[str, dict[str, Any]] = {
+    "smollm3": {"no_rope_layers": [1, 1, 1, 1]},
+    "gemma3_text": {"layer_types": ["full_attention"] * 4, "query_pre_attn_scalar": 20},
+}
+
+
+@pytest.mark.parametrize("family", LISTS)
+def test_equal_attention_of_all_layers_survives_a_removed_one(family: str, made: Callable[..., Any]) -> None:
+    """The classes' own pattern, which applies without a list, gives some layers another attention."""
+
+    def cut(folder: Path) -> torch.Tensor:
+        model = stock_model(family, **LISTS[family])
+        del model.model.layers[0]
+        expected = logits(model)
+        save_without_run(model, folder)
+        return expected
+
+    folder, expected = made(cut)
+    model: Any = load_source(str(folder))[0]
+    with torch.inference_mode():
+        torch.testing.assert_close(model(TOKENS).logits[0], expected, atol=1e-5, rtol=1e-5)
+    change_config(folder, **dict.fromkeys(LISTS[family]))
+    with pytest.raises(ModelError, match="layers of unequal attention"):
+        load_source(str(folder))
 
 
 NAMES = {  # the first is of microsoft/TransformerCompression 6b12cde

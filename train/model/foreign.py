@@ -277,14 +277,14 @@ def _settings(config: Mapping[str, Any], architecture: Architecture) -> dict[str
     """Return the settings for a class of the family, with the lists of layers as long as the model."""
     values, count = _without(config, NOT_SETTINGS), len(architecture.layers)
     before = whole_number(config, "num_hidden_layers", count)
-    parts = architecture.parts
+    parts, is_unequal = architecture.parts, dict.fromkeys(LISTS, True)
     for name in LISTS:
-        listed = values.get(name)
-        if isinstance(listed, list) and len(set(map(str, listed))) > 1:
-            values[name] = listed[:count]
-        else:
-            values.pop(name, None)
-    if (parts.has_window_layers or parts.has_rotary_layers) and count < before:
+        listed = values.pop(name, None)
+        if isinstance(listed, list) and listed:
+            is_unequal[name] = len(set(map(str, listed))) > 1
+            values[name] = listed[:count] if is_unequal[name] else listed[:1] * count
+    matters = {"layer_types": parts.has_window_layers, "no_rope_layers": parts.has_rotary_layers}
+    if count < before and any(matters[name] and is_unequal[name] for name in LISTS):
         raise ModelError(
             f"config.json has {before} layers of unequal attention and the file {count}: nothing says which were "
             "removed; set num_hidden_layers and layer_types (no_rope_layers) to those of the remaining ones"
