@@ -25,6 +25,7 @@ from efficientllm.runtime.engines.manifest import Manifest
 from efficientllm.runtime.generation import AnswerOptions, Generation
 from efficientllm.runtime.prompt import PromptOptions, ToolUse, chat_prompt, tool_prompt
 from efficientllm.runtime.tool_format import LEARNED_MARK
+from efficientllm.train.checkpoint.run_folder import foreign_files
 from efficientllm.train.data.chat import Chat
 from efficientllm.train.evaluation import cli, jobs, sql
 from efficientllm.train.evaluation.job_score import stored_scores
@@ -316,6 +317,7 @@ def test_a_score_travels_to_cards_manifests_and_pages(
     score += ["--output", str(tmp_path / "out")]
     for _ in range(2):  # the second one replaces the first
         assert run_command(cli.body, [str(model), *score]) == 0
+    assert set(foreign_files(tmp_path)) == {"out", task.name}  # --overwrite of the run may delete the score
     (stored,) = stored_scores(model)
     digest = hashlib.sha256(task.read_bytes()).hexdigest()
     assert (stored["task"], stored["task_sha256"], stored["examples"]) == ("test.jsonl", digest, 4)
