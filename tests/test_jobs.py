@@ -28,6 +28,7 @@ from efficientllm.runtime.tool_format import LEARNED_MARK
 from efficientllm.train.checkpoint.run_folder import foreign_files
 from efficientllm.train.data.chat import Chat
 from efficientllm.train.evaluation import cli, jobs, sql
+from efficientllm.train.evaluation.evaluate import Evaluation
 from efficientllm.train.evaluation.job_score import stored_scores
 from efficientllm.train.evaluation.jobs import Example, JobResult, calls_in, metric_named, read_examples
 from efficientllm.train.evaluation.scoring import EngineModel
@@ -69,6 +70,12 @@ def test_a_call_is_compared_by_name_and_arguments() -> None:
     assert (near["exact"], near["function"], near["argument_f1"]) == (0, 1, 0.5)
     nothing = score("I cannot.", called(CALL))
     assert (nothing["exact"], nothing["valid"], nothing["argument_f1"]) == (0, 0, 0)
+
+
+def test_no_call_has_none_of_the_arguments_of_a_call_without_any() -> None:
+    bare = {"name": "stop", "arguments": {}}
+    found = [metric_named("call")(answer, called(bare))["argument_f1"] for answer in ("Sorry.", json.dumps(bare))]
+    assert found == [0, 1]
 
 
 def test_calls_may_be_expected_as_json_text() -> None:
@@ -216,6 +223,12 @@ def test_errors_are_bootstrapped_and_differences_are_paired() -> None:
     assert difference == pytest.approx(0.01)
     assert error < 0.02
     assert JobResult.from_dict(json.loads(json.dumps(first.to_dict()))) == first
+
+
+def test_values_that_apply_to_no_example_are_not_shown() -> None:
+    job = JobResult("call", {"exact": [1.0], "refused": [math.nan]}, ["x"], 1, 1)
+    names = [row[0] for row in cli.rows([Evaluation("model", "", {}, {}, None, job)])]
+    assert names == ["measure", "job, exact", "tokens per answer", "ms per answer"]
 
 
 @pytest.fixture

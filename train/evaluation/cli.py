@@ -112,6 +112,8 @@ def _job_rows(evaluations: Sequence[Evaluation]) -> list[list[str]]:
     first, *others = jobs
     table = []
     for name, values in first.values.items():
+        if all(map(math.isnan, values)):  # such as refusals in a job without any
+            continue
         size = f"{sum(not math.isnan(value) for value in values)} examples"
         cells = [_score(first.mean(name), first.stderr(name))]
         for other in others:

@@ -165,7 +165,7 @@ def call(answer: str, example: Example) -> Values:
     return {
         "exact": float(expected == found),
         "function": float([name for name, _ in expected] == [name for name, _ in found]),
-        "argument_f1": 2 * shared / total if total else 1.0,
+        "argument_f1": 2 * shared / total if total else float(bool(found)),
         "valid": float(bool(found)),
         "refused": math.nan,
     }
