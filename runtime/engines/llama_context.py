@@ -103,6 +103,8 @@ class LlamaContext:
         self._memory = llama.llama_get_memory(self._context)
         self.slots: int = llama.llama_n_ctx(self._context)
         """Tokens that the caches of all sequences hold together."""
+        self.cuts_sequences = not (llama.llama_model_is_recurrent(model) or llama.llama_model_is_hybrid(model))
+        """False if the state of a sequence holds all of its tokens, as in Mamba, so that none can be removed."""
         self.vocab_size: int = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(model))
         self._batch = llama.llama_batch_init(MAX_PASS_TOKENS, 0, 1)
         self._lengths = [0] * num_sequences
@@ -116,8 +118,12 @@ class LlamaContext:
         llama.llama_set_abort_callback(self._context, self._abort_callback, address)
 
     def interrupt(self) -> None:
-        """End the pass in progress with EvaluationInterrupted, and every later one until `resume`."""
-        self._abort_text[0] = b"!"
+        """End the pass in progress with EvaluationInterrupted, and every later one until `resume`.
+
+        A pass of a recurrent model ends as planned, because its state could not be restored.
+        """
+        if self.cuts_sequences:
+            self._abort_text[0] = b"!"
 
     def resume(self) -> None:
         """Undo `interrupt`."""
@@ -158,9 +164,9 @@ class LlamaContext:
         return np.ctypeslib.as_array(pointer, shape=(self.vocab_size,)).astype(np.float32, copy=True)
 
     def truncate(self, sequence: int, length: int) -> None:
-        """Remove all but the first `length` tokens of `sequence`."""
-        self._llama.llama_memory_seq_rm(self._memory, sequence, length, -1)
-        self._lengths[sequence] = min(length, self._lengths[sequence])
+        """Remove all but the first `length` tokens of `sequence`, or none if its state cannot be cut."""
+        if self._llama.llama_memory_seq_rm(self._memory, sequence, length, -1):
+            self._lengths[sequence] = min(length, self._lengths[sequence])
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` tokens of `source` into the empty sequence `target`, without taking more slots."""

@@ -82,6 +82,7 @@ class LlamaCppEngine:
         with huge_pages(options.huge_pages):
             self._context = make(attention, slots, self.num_sequences)
         self.load_ms += (time.perf_counter() - began) * 1e3
+        self.cuts_sequences = self._context.cuts_sequences
         self.settings, self.cache_slots, self.max_batch = str(attention), self._context.slots, self._context.max_batch
         if self.num_sequences > 1 and options.tune:
             times = measure_pass_times(path, f"{release}, {attention}", self._context, self.num_sequences)
@@ -185,6 +186,8 @@ def _cache_shape(folder: Path, metadata: Callable[[str], str]) -> tuple[Sequence
     try:
         layers, heads = (int(metadata(f"{name}.{key}")) for key in ("block_count", "attention.head_count"))
         groups = int(metadata(f"{name}.attention.head_count_kv") or heads)
+        if not heads:  # a recurrent model, whose state does not grow with the tokens
+            return [], 0
         width = int(metadata(f"{name}.attention.key_length") or int(metadata(f"{name}.embedding_length")) // heads)
     except ValueError:
         return [], 0

@@ -34,6 +34,7 @@ class Engine(Protocol):
     evaluates.
 
     An engine with a `pass_times: PassTimes` attribute decodes as many sequences in a pass as are fastest, others all.
+    The sequences of an engine with a false `cuts_sequences` attribute, a recurrent model, are emptied or kept whole.
     """
 
     context_length: int

@@ -45,6 +45,7 @@ class CachePool:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self._cuts = getattr(engine, "cuts_sequences", True)
         self._caches = [SequenceCache(sequence) for sequence in range(engine.num_sequences)]
         self._clock = itertools.count(1)
 
@@ -55,7 +56,7 @@ class CachePool:
         all are held.
         """
         limit = len(tokens) - 1
-        common = [common_length(cache.tokens, tokens, limit) for cache in self._caches]
+        common = [self._common_length(cache, tokens, limit) for cache in self._caches]
         best = max(self._caches, key=lambda cache: (common[cache.sequence], cache.holder is None))
         length = common[best.sequence]
         chosen = best
@@ -104,7 +105,7 @@ class CachePool:
         """
         for cache in self._caches:
             cache.holder = holder
-            self._truncate(cache, 0 if cache.sequence else common_length(cache.tokens, tokens, limit))
+            self._truncate(cache, 0 if cache.sequence else self._common_length(cache, tokens, limit))
         return self._caches[0]
 
     def release_all(self, holder: object) -> None:
@@ -112,6 +113,11 @@ class CachePool:
         for cache in self._caches:
             if cache.holder is holder:
                 cache.holder = None
+
+    def _common_length(self, cache: SequenceCache, tokens: Sequence[int], limit: int) -> int:
+        """Return the length of the prefix of `tokens` that `cache` can serve."""
+        length = common_length(cache.tokens, tokens, limit)
+        return length if self._cuts or length == len(cache.tokens) else 0
 
     def _truncate(self, cache: SequenceCache, length: int) -> None:
         if length < len(cache.tokens):
