@@ -109,7 +109,7 @@ def test_another_export_changes_what_the_browser_keeps(folder: Path, checkpoint:
         return found[1]
 
     assert version(copy) != version(folder)
-    assert Manifest.read(copy).quantization == exporter.DEFAULT
+    assert Manifest.read(copy).quantization == "q8_0"
     assert len(list(copy.glob("*.part"))) == 1
 
 
