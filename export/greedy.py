@@ -56,7 +56,8 @@ def greedy_check(model: Path, context: int = CONTEXT, count: int = CHECKED_TOKEN
 
     The file must support `context` tokens.
     """
-    with contextlib.closing(load_engine(model, EngineOptions(threads=1, context=min(context, CONTEXT)))) as engine:
+    options = EngineOptions(threads=1, context=min(context, CONTEXT), tune=False)  # the same answer on every machine
+    with contextlib.closing(load_engine(model, options)) as engine:
         questions = TEXTS if engine.chat_template is None else QUESTIONS
         checks = [_answered(engine, question, count) for question in questions]
         return max(checks, key=lambda check: ("\N{REPLACEMENT CHARACTER}" not in check.text, check.margin))
