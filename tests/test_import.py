@@ -251,6 +251,9 @@ def test_a_pickle_of_objects_is_refused_and_not_run(
     assert "pytorch_model.bin is not read: it holds objects, and reading them would run code; where you trust it, " in (
         capsys.readouterr().err
     )
+    (folder / "pytorch_model.bin").rename(folder / "pruned_model.pt")
+    assert export(folder, "onnx", tmp_path / "out") == 2
+    assert "pruned_model.pt is not read: transformers' weights are named pytorch_model.bin" in capsys.readouterr().err
     assert not (tmp_path / "ran").exists()
 
 

@@ -121,6 +121,11 @@ def weight_files(folder: Path, single: str = WEIGHTS_FILE) -> list[Path]:
     return files
 
 
+def pickles(folder: Path) -> list[Path]:
+    """Return the files of a folder whose names are those of pickled weights."""
+    return sorted(path for ending in ("bin", "pt", "pth", "pkl") for path in folder.glob(f"*.{ending}"))
+
+
 @dataclass(frozen=True)
 class TensorHeader:
     """Place, shape and type of a tensor in a folder."""

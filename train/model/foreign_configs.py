@@ -14,7 +14,7 @@ from ...runtime.base import flags
 from ...runtime.base.errors import ModelError
 from .architecture import Architecture, layer_overrides
 from .families import FAMILIES
-from .folder_files import PICKLE_FILE, positive_number, read_json, tensor_headers, weight_files, whole_number
+from .folder_files import PICKLE_FILE, pickles, positive_number, read_json, tensor_headers, weight_files, whole_number
 from .tensors import layer_tensors, locate, split_name, tensor_names, tensor_shape
 
 FAMILY_OF = dict.fromkeys(("deci", "decilm", "nemotron-nas", "darwinlm"), "llama") | {
@@ -57,7 +57,7 @@ def is_foreign(folder: Path) -> bool:
         return False
     headers = tensor_headers(folder)
     if not headers:
-        return bool(weight_files(folder, PICKLE_FILE))
+        return bool(weight_files(folder, PICKLE_FILE) or pickles(folder))
     try:
         architecture = Architecture.from_hf_config(config)
     except ModelError:

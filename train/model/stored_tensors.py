@@ -17,9 +17,8 @@ import torch
 
 from ...runtime.base.errors import ModelError
 from .families import StockNames
-from .folder_files import PICKLE_FILE, TensorHeader, tensor_headers, weight_files
+from .folder_files import PICKLE_FILE, TensorHeader, pickles, tensor_headers, weight_files
 
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl")
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 """Parts of names from DataParallel, torch.compile, FSDP and gradient checkpointing."""
 IGNORED = re.compile(r"rotary_emb\.(cos|sin)_cached|\.attention\.(masked_)?bias$|position_ids$")
@@ -47,7 +46,6 @@ REFUSED = {
         "give the model that they were made from",
     ),
     r"\.experts\.|\.router\.": ("a mixture of experts", "no part of a family describes it"),
-    r"(linear_attn|linear_mlp)\.": ("a block replaced by one matrix", "no part of a family describes it"),
 }
 """Pattern of a name -> (what it shows, what to do)."""
 
@@ -97,10 +95,7 @@ def read_stored(folder: Path) -> dict[str, Stored]:
         return {name: _stored(name, header) for name, header in headers.items() if not IGNORED.search(name)}
     files = weight_files(folder, PICKLE_FILE)
     if not files:
-        pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
-        if pickles:
-            raise _refused_pickle(folder / pickles[0], "its name is not that of transformers' weights")
-        raise ModelError(f"{folder} has no model.safetensors and no {PICKLE_FILE}; save the model with safetensors")
+        raise _refused_pickle(pickles(folder)[0], f"transformers' weights are named {PICKLE_FILE}")
     found: dict[str, Stored] = {}
     for file in files:
         for name, tensor in _unpickled(file).items():
