@@ -66,7 +66,7 @@ def assert_code_parses(kit: Path, platform: Platform, formats: tuple[str, ...]) 
 
 
 def assert_engine_answers_as_checked(file: Path, check: dict[str, Any]) -> None:
-    with contextlib.closing(load_engine(file, EngineOptions(threads=1, context=128))) as engine:
+    with contextlib.closing(load_engine(file, EngineOptions(threads=1, context=128, tune=False))) as engine:
         prompt = chat_prompt(engine, [{"role": "user", "content": check["question"]}])
         generation = Generation(engine, prompt, AnswerOptions(32, top_logprobs=2))
         assert "".join(generation) == check["text"]
