@@ -23,6 +23,7 @@ from ..runtime.chat_template import render_chat
 from ..runtime.engines.hf_tokenizer import read_settings, special_token
 from ..runtime.sampling import LLAMA_CPP_DEFAULTS, SamplingOptions
 from ..train.model.architecture import Architecture
+from ..train.model.attention import LayerAttention, context_length, layer_attention, rope_parameters
 from ..train.model.folder_files import (
     INDEX_FILE,
     WEIGHTS_FILE,
@@ -37,7 +38,6 @@ from ..train.model.folder_files import (
 from ..train.model.foreign_configs import DEFAULTS, ImportOptions, is_foreign
 from ..train.model.rescaling import Scales
 from ..train.model.tensors import StockTensor, locate, tensor_names, tensor_shape
-from .layer_attention import LayerAttention, context_length, layer_attention, rope_parameters
 from .request import ExportRequest
 
 QUESTION = {"role": "user", "content": "Hello"}
@@ -56,6 +56,8 @@ class Checkpoint:
         self.folder = folder
         self.name = name
         self.notes = notes
+        self.context_limit: int | None = None
+        """Tokens at which the context ends if the target cannot store a window of the model."""
         check_folder(folder)
         self.config = read_json(folder / "config.json")
         refuse_quantized(self.config, name)
@@ -130,7 +132,8 @@ class Checkpoint:
     @property
     def context_length(self) -> int:
         """Return the number of tokens over which all runtimes agree."""
-        return context_length(self.config, self.architecture)
+        length = context_length(self.config, self.architecture)
+        return min(length, self.context_limit or length)
 
     @property
     def rope(self) -> dict[str, Any]:

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..train.model.architecture import Architecture, LayerShape
+from ..train.model.attention import LayerAttention
 from ..train.model.families import Family, Place
 from ..train.model.rescaling import Scales
 from ..train.model.tensors import block_norms
 from .checkpoint import Checkpoint
-from .layer_attention import LayerAttention, rope_tables
 from .padding import padded_scales, padded_tensors
+from .rotary import rope_tables
 
 
 class RmsNorm(nn.Module):

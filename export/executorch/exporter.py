@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ...runtime.base.extras import extra, require_extra
 from ...runtime.engines.executorch import import_executorch, quiet_executorch
+from ...train.model.target_rules import check_target
 from ..checkpoint import Checkpoint
 from ..manifest import Contents, write_manifest
 from ..request import ExportRequest
@@ -20,6 +21,7 @@ def export_executorch(checkpoint: Checkpoint, request: ExportRequest[ExecutorchO
 
 def write_program(checkpoint: Checkpoint, request: ExportRequest[ExecutorchOptions], folder: Path) -> Contents:
     """Write FOLDER/model.pte and the tokenizer's files, for this target and others that ship the program."""
+    check_target("executorch", checkpoint.config, checkpoint.architecture)
     import_executorch()
     with quiet_executorch():
         with extra("executorch"):  # which brings optimum and torchao, too

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from ...train.model.architecture import Architecture, LayerShape
+from ...train.model.attention import LayerAttention
 from ..checkpoint import Checkpoint
 from ..decoder_modules import Attention, Decoder
-from ..layer_attention import LayerAttention
 
 
 @dataclass(frozen=True)

@@ -16,15 +16,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from ...runtime.base.errors import ModelError
 from ...train.model.architecture import Architecture, LayerShape
 from ...train.model.file_types import LEAST_ROW, irregular_gguf, padded_architecture
 from ...train.model.rescaling import Scales
+from ...train.model.target_rules import GGUF_FREQUENCIES, GGUF_WINDOWS, check_gguf
 from ..checkpoint import Checkpoint
 from ..padding import padded_scales, padding_notes, stock_scales, uniform_architecture, widened
-
-MAX_LAYERS = 512
-"""LLAMA_MAX_LAYERS"""
 
 INTERLEAVED = ("llama", "deci", "olmo", "smollm3")
 """Architectures with NORM rope, which need interleaved rows of q and k."""
@@ -34,8 +31,6 @@ SQUARE_ATTENTION = ("qwen2", "gptneox", "olmo", "olmo2")
 """Architectures whose query heads times head_dim equal the hidden size."""
 UNTIED_HEAD = ("gptneox", "olmo2")
 """Architectures that need an untied head."""
-NO_ROPE_EVERY = 4
-"""In `smollm3`, the last of this many layers has no rotary embedding."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +54,11 @@ class GgufPlan:
     def fuses_qkv(self) -> bool:
         return self.name in FUSED_QKV
 
+    def window(self, checkpoint: Checkpoint) -> int:
+        """Return the smallest window that the file cannot store, at which its context ends; 0 without one."""
+        windows = [settings.window for settings in checkpoint.attention if settings.window]
+        return 0 if self.name in GGUF_WINDOWS else min(windows, default=0)
+
 
 def plan_layout(checkpoint: Checkpoint, row_multiple: int) -> GgufPlan:
     """Choose llama.cpp architecture and padding.
@@ -66,9 +66,13 @@ def plan_layout(checkpoint: Checkpoint, row_multiple: int) -> GgufPlan:
     Quantised rows must be multiples of `row_multiple` (1: no padding). Raises ModelError if no stock llama.cpp
     architecture fits the model.
     """
+    plan = _plan_layout(checkpoint, row_multiple)
+    check_gguf(plan.name, checkpoint.attention, checkpoint.architecture)
+    return plan
+
+
+def _plan_layout(checkpoint: Checkpoint, row_multiple: int) -> GgufPlan:
     original = checkpoint.architecture
-    if len(original.layers) > MAX_LAYERS:
-        raise ModelError(f"gguf holds at most {MAX_LAYERS} layers; the model has {len(original.layers)}")
     padded = _padded(original, row_multiple)
     notes = padding_notes(original, padded)
     has_gaps = any(not (layer.num_attention_heads and layer.intermediate_size) for layer in original.layers)
@@ -95,8 +99,6 @@ def _padded(architecture: Architecture, row_multiple: int) -> Architecture:
 def _stock_plan(checkpoint: Checkpoint, shape: Architecture, notes: tuple[str, ...]) -> GgufPlan:
     """Return the plan of the family's own architecture, which has a setting for eps."""
     name, have = shape.parts.gguf, padded_scales(checkpoint, shape)
-    if name == "smollm3":
-        _check_rope_layers(checkpoint)
     if name in UNTIED_HEAD:
         shape = replace(shape, tie_word_embeddings=False)
     want = replace(stock_scales(checkpoint, shape), stem_eps=have.stem_eps, qk_eps=have.stem_eps)
@@ -106,8 +108,11 @@ def _stock_plan(checkpoint: Checkpoint, shape: Architecture, notes: tuple[str, .
 def _holds(name: str, checkpoint: Checkpoint, shape: Architecture) -> bool:
     """Tell whether a family's own architecture fits a uniform shape unchanged."""
     width = shape.layers[0].num_attention_heads * shape.head_dim
-    return (name not in SQUARE_ATTENTION or width == shape.hidden_size) and (
-        shape.parts.norm.has_gain or padded_scales(checkpoint, shape).stem_gain == 1.0
+    has_frequencies = checkpoint.rope["rope_type"] == "llama3" and bool(irregular_gguf(shape))
+    return (
+        (name not in SQUARE_ATTENTION or width == shape.hidden_size)
+        and (shape.parts.norm.has_gain or padded_scales(checkpoint, shape).stem_gain == 1.0)
+        and (name in GGUF_FREQUENCIES or not has_frequencies)
     )
 
 
@@ -118,16 +123,6 @@ def _uniform_note(before: Architecture, after: Architecture) -> str:
         f"uniform {before.parts.gguf}, {before.num_parameters:,} -> {after.num_parameters:,} parameters, as fast as "
         "its widest layer everywhere (--layout uniform in training avoids that)"
     )
-
-
-def _check_rope_layers(checkpoint: Checkpoint) -> None:
-    """Raise ModelError unless every fourth layer, and no other, has no rotary embedding."""
-    for index, (settings, layer) in enumerate(zip(checkpoint.attention, checkpoint.architecture.layers, strict=True)):
-        if layer.num_attention_heads and (settings.rope is None) != ((index + 1) % NO_ROPE_EVERY == 0):
-            raise ModelError(
-                f"gguf: llama.cpp's smollm3 has no rotary embedding in every fourth layer, and layer {index} of the "
-                "model disagrees (layers were removed?); export it to onnx or executorch"
-            )
 
 
 def _fill_gaps(architecture: Architecture, attention_everywhere: bool) -> Architecture:

@@ -12,10 +12,11 @@ from ...runtime.base.extras import extra
 from ...runtime.base.files import require_room
 from ...train.model.architecture import Architecture
 from ...train.model.families import Place
+from ...train.model.target_rules import GGUF_WINDOWS
 from ...train.model.tensors import split_name
 from ..checkpoint import Checkpoint
-from ..layer_attention import frequency_factors, permute_rope
 from ..padding import padded_tensors
+from ..rotary import frequency_factors, permute_rope
 from .layout import PER_LAYER_WIDTHS, GgufPlan
 from .quantize import file_type
 from .tokenizer import GgufTokenizer, read_tokenizer
@@ -81,7 +82,7 @@ def write_gguf(checkpoint: Checkpoint, plan: GgufPlan, path: Path) -> None:
         num_bytes += array.nbytes
     require_room(path, num_bytes)
     factors = frequency_factors(checkpoint.rope, _rotary_dim(checkpoint))
-    if factors is not None:
+    if factors is not None and checkpoint.rope["rope_type"] == "llama3":
         writer.add_tensor("rope_freqs.weight", factors)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -97,8 +98,8 @@ def _tensors(checkpoint: Checkpoint, plan: GgufPlan) -> Iterator[tuple[str, np.n
     for name, array in padded_tensors(checkpoint, architecture, plan.scales, is_centred):
         if plan.permutes_rope:
             array = _permuted(name, array, architecture)
-        if plan.name == "gemma3" and name.endswith("q_norm.weight"):  # it multiplies scores by head_dim's scale
-            array = array * np.float32(checkpoint.attention[0].scale * architecture.head_dim**0.5)
+        if name.endswith("q_norm.weight"):
+            array = array * query_gain(checkpoint, plan)
         if plan.fuses_qkv and name.endswith(QKV):
             # tensors come in file order: q, k and v of one layer after each other, as llama.cpp splits the rows
             waiting.append(array)
@@ -107,6 +108,12 @@ def _tensors(checkpoint: Checkpoint, plan: GgufPlan) -> Iterator[tuple[str, np.n
                 waiting = []
         else:
             yield gguf_name(name, plan), array
+
+
+def query_gain(checkpoint: Checkpoint, plan: GgufPlan) -> np.float32:
+    """Return the factor of q's norm in the file. llama.cpp's gemma3 multiplies scores by head_dim's scale."""
+    scale = checkpoint.attention[0].scale * plan.architecture.head_dim**0.5
+    return np.float32(scale if plan.name == "gemma3" else 1)
 
 
 def gguf_name(name: str, plan: GgufPlan) -> str:
@@ -129,6 +136,8 @@ def _permuted(name: str, array: np.ndarray, architecture: Architecture) -> np.nd
 
 
 def _add_fields(writer: Any, checkpoint: Checkpoint, plan: GgufPlan) -> None:
+    import gguf
+
     architecture, layers = plan.architecture, plan.architecture.layers
     add_metadata(writer, checkpoint)
     writer.add_file_type(file_type("f32"))
@@ -148,13 +157,16 @@ def _add_fields(writer: Any, checkpoint: Checkpoint, plan: GgufPlan) -> None:
     writer.add_value_length(architecture.head_dim)
     writer.add_rope_dimension_count(_rotary_dim(checkpoint))
     writer.add_rope_freq_base(float(checkpoint.rope["rope_theta"]))
+    if checkpoint.rope["rope_type"] == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(checkpoint.rope["factor"])
     if architecture.parts.norm.takes_mean:
         writer.add_layer_norm_eps(plan.scales.stem_eps)
     else:
         writer.add_layer_norm_rms_eps(plan.scales.stem_eps)
     if architecture.parts.is_parallel:
         writer.add_parallel_residual(True)
-    if architecture.parts.has_window_layers:
+    if plan.name in GGUF_WINDOWS:
         windows = [settings.window for settings in checkpoint.attention]
         writer.add_sliding_window(max(windows))
         writer.add_sliding_window_pattern([window > 0 for window in windows])

@@ -16,9 +16,10 @@ import numpy as np
 import onnx_ir as ir
 
 from ...train.model.architecture import LayerShape
+from ...train.model.attention import LayerAttention
 from ...train.model.families import Place
 from ...train.model.tensors import FINAL_NORM
-from ..layer_attention import LayerAttention, widened_tables
+from ..rotary import widened_tables
 from .graph_values import BLOCK, MICROSOFT, GraphValues
 from .quantize import IntegerMatrix, QuantizedMatrix
 

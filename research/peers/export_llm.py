@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from efficientllm.export.checkpoint import Checkpoint, open_checkpoint
-from efficientllm.export.layer_attention import permute_rope
 from efficientllm.export.manifest import copy_tokenizer, foreign_files
+from efficientllm.export.rotary import permute_rope
 from efficientllm.runtime.base import flags
 from efficientllm.runtime.base.child import run_python
 from efficientllm.runtime.base.command import run_command

@@ -82,7 +82,9 @@ class Family:
     has_rotary_layers: bool = False
     """Whether no_rope_layers names layers without rotary embedding."""
     has_window_layers: bool = False
-    """Whether layer_types names layers with a sliding window, which have their own rotary base."""
+    """Whether layer_types may name layers with a sliding window."""
+    has_window_rope: bool = False
+    """Whether layers with a sliding window have their own rotary base."""
     scale_setting: str = ""
     """Name of the setting whose inverse square root scales attention scores; head_dim if empty."""
     scales_embedding: bool = False
@@ -135,8 +137,8 @@ FAMILIES: dict[str, Family] = {
         described={"attention_bias": True, "mlp_bias": True},
     ),
     "mistral": Family("MistralForCausalLM", gguf="llama"),
-    "qwen2": Family("Qwen2ForCausalLM", gguf="qwen2", qkv_bias=True, derives_head_dim=True),
-    "qwen3": Family("Qwen3ForCausalLM", gguf="qwen3", qk_norm="head"),
+    "qwen2": Family("Qwen2ForCausalLM", gguf="qwen2", qkv_bias=True, has_window_layers=True, derives_head_dim=True),
+    "qwen3": Family("Qwen3ForCausalLM", gguf="qwen3", qk_norm="head", has_window_layers=True),
     "gpt_neox": Family(
         "GPTNeoXForCausalLM",
         gguf="gptneox",
@@ -200,6 +202,7 @@ FAMILIES: dict[str, Family] = {
         activation_setting="hidden_activation",
         qk_norm="head",
         has_window_layers=True,
+        has_window_rope=True,
         scale_setting="query_pre_attn_scalar",
         scales_embedding=True,
         ties_by_default=True,

@@ -250,7 +250,7 @@ def irregular_gguf(architecture: Architecture) -> str:
     """
     parts = architecture.parts
     is_foreign = (
-        (parts.is_parallel, parts.has_partial_rotary, parts.has_rotary_layers, parts.has_window_layers),
+        (parts.is_parallel, parts.has_partial_rotary, parts.has_rotary_layers, parts.has_window_rope),
         (parts.norm.has_bias, parts.scales_embedding, bool(parts.scale_setting)),
         (not parts.is_gated, parts.activation != "silu", parts.qk_norm == "width", set(parts.norms) != PER_LAYER_NORMS),
     )
