@@ -29,8 +29,8 @@ class RoundingOptions(VerifyOptions):
     """Text (as efficientllm-train's --data) that guides the rounding by its activations: llama.cpp's importance matrix
     for gguf, error-compensated rounding (GPTQ) of int4 matrices elsewhere."""
     max_kl: float | None = None
-    """Largest mean KL divergence (nats per token) of the quantised file from the exact one; default by bits. The
-    perplexity of the sample may grow by a factor of its exponential."""
+    """Largest mean KL divergence (nats per token) of the quantised file from the exact one; default: reported only.
+    The perplexity of the sample may grow by a factor of its exponential."""
 
 
 @dataclass(frozen=True)

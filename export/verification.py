@@ -5,8 +5,10 @@ S sample tokens, V vocabulary; logits are fp32 [S, V].
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib import resources
@@ -18,6 +20,8 @@ import numpy as np
 from ..runtime.base.errors import ArtefactError
 from ..runtime.base.extras import extra
 from ..runtime.sampling import log_softmax
+from ..train.model.architecture import Architecture
+from ..train.model.rescaling import Scales
 from .checkpoint import Checkpoint
 from .request import ExportRequest, RoundingOptions
 
@@ -27,10 +31,10 @@ MAX_LOGIT_DIFFERENCE = 1e-4
 MAX_EXACT_DIFFERENCE = 1e-3
 """Largest |logit difference| of an fp32 file in another engine, whose sums run in another order."""
 
-MAX_KL_BY_BITS = ((12.0, 0.02), (7.0, 0.3), (4.9, 0.7), (3.5, 1.5), (0.0, 4.0))
-"""(at least this many bits per weight, largest mean KL from the exact file in nats per token)."""
-
 SAMPLE_TOKENS = 256
+"""Tokens of the sample of a model without windows."""
+BEYOND_WINDOW = 64
+"""Tokens of the sample behind the longest window."""
 
 Activation = Callable[[Any], Any]
 """Activation of an FFN as another program computes it: a function of a tensor."""
@@ -42,10 +46,15 @@ def sample_text() -> str:
     return resources.files("efficientllm.export").joinpath("sample.txt").read_text(encoding="utf-8")
 
 
-def sample_tokens(checkpoint: Checkpoint, limit: int = SAMPLE_TOKENS) -> list[int]:
-    """Return token ids of the sample text under the checkpoint's tokenizer, at most `limit`."""
+def sample_tokens(checkpoint: Checkpoint, slots: int = sys.maxsize) -> list[int]:
+    """Return token ids of the sample text under the checkpoint's tokenizer, at most `slots`.
+
+    A model with windows gets more, the text repeated, so that every window ends within them.
+    """
     ids = checkpoint.tokenizer.encode(sample_text(), add_special_tokens=False).ids
-    return ids[: min(limit, checkpoint.context_length)]
+    window = max(settings.window for settings in checkpoint.attention)
+    count = max(min(SAMPLE_TOKENS, len(ids)), window + BEYOND_WINDOW if window else 0)
+    return (ids * -(-count // len(ids)))[: min(count, slots, checkpoint.context_length)]
 
 
 @dataclass(frozen=True)
@@ -57,9 +66,9 @@ class Sample:
     """fp32 [S, V]"""
 
 
-def torch_sample(checkpoint: Checkpoint, limit: int = SAMPLE_TOKENS, activation: Activation | None = None) -> Sample:
-    """Return at most `limit` tokens with the checkpoint's logits in torch. `activation` is that of torch_logits."""
-    tokens = sample_tokens(checkpoint, limit)
+def torch_sample(checkpoint: Checkpoint, slots: int = sys.maxsize, activation: Activation | None = None) -> Sample:
+    """Return at most `slots` tokens with the checkpoint's logits in torch. `activation` is that of torch_logits."""
+    tokens = sample_tokens(checkpoint, slots)
     return Sample(tokens, torch_logits(checkpoint.folder, tokens, activation))
 
 
@@ -74,15 +83,30 @@ def torch_logits(folder: Path, tokens: list[int], activation: Activation | None 
         from ..train.model.source import load_for_inference
     model = load_for_inference(folder)
     if activation is not None:
-        _replace_activation(model, activation)
+        replace_activation(model, activation)
     with torch.inference_mode():
         return model(torch.tensor([tokens])).logits[0].float().numpy()
 
 
-def _replace_activation(model: Any, activation: Activation) -> None:
+def replace_activation(model: Any, activation: Activation) -> None:
+    """Let every FFN of a transformers model use `activation`."""
     for name, module in model.named_modules():
         if name.endswith(("mlp.act_fn", "mlp.act")):  # transformers has both names
             module.register_forward_hook(lambda module, inputs, output: activation(inputs[0]))
+
+
+@dataclass(frozen=True)
+class StoredWeights:
+    """Dequantised weights of a file, in a shape of the checkpoint's family or of Llama's."""
+
+    architecture: Architecture
+    scales: Scales
+    tensors: Mapping[str, np.ndarray]
+    """{our name: fp32 array}, gains with their offset."""
+    roundings: Mapping[str, str]
+    """{matrix: key of parity.ROUNDINGS} of the matrices whose inputs the engine rounds."""
+    origin: str
+    """Where the weights were read, for the manifest."""
 
 
 @dataclass(frozen=True)
@@ -130,23 +154,34 @@ def check_exact(agreement: Agreement, reference: np.ndarray, target: str, most: 
         )
 
 
-def check_quantized(agreement: Agreement, bits_per_weight: float, max_kl: float | None, target: str) -> None:
-    """Raise ArtefactError if quantisation changed the model more than its bits explain.
+def check_distance(agreement: Agreement, max_kl: float | None, target: str) -> None:
+    """Raise ArtefactError if quantisation changed the model more than --max-kl, if that is set.
 
     On text that the model would write, a KL of k multiplies the perplexity by exp(k), which is its limit.
     """
-    limit = max_kl if max_kl is not None else next(kl for bits, kl in MAX_KL_BY_BITS if bits_per_weight >= bits)
-    if not agreement.mean_kl <= limit:
+    if max_kl is None:
+        return
+    if not agreement.mean_kl <= max_kl:
         raise ArtefactError(
-            f"{target}: quantisation gives a mean KL of {agreement.mean_kl:.3f} nats per token, more than {limit}; "
-            "nothing was written. Choose a larger type, raise --max-kl, or export with --no-verify"
+            f"{target}: quantisation gives a mean KL of {agreement.mean_kl:.3f} nats per token, more than --max-kl "
+            f"{max_kl}; nothing was written. Choose a larger type or raise --max-kl"
         )
-    if not agreement.perplexity_ratio <= math.exp(limit):
+    if not agreement.perplexity_ratio <= math.exp(max_kl):
         raise ArtefactError(
             f"{target}: quantisation multiplies the sample's perplexity by {agreement.perplexity_ratio:.3f}, more than "
-            f"{math.exp(limit):.3f} (exp of --max-kl); nothing was written. Choose a larger type, raise --max-kl, or "
-            "export with --no-verify"
+            f"{math.exp(max_kl):.3f} (exp of --max-kl); nothing was written. Choose a larger type or raise --max-kl"
         )
+
+
+@dataclass(frozen=True)
+class EngineRun:
+    """Logits of an engine at some positions of the sample."""
+
+    title: str
+    """How the tokens were passed to the engine."""
+    positions: list[int]
+    logits: np.ndarray
+    """fp32 [positions, V]"""
 
 
 PREFILL_TOKENS = 64
@@ -162,8 +197,6 @@ class Written:
     """The target's name of its file."""
     quantize: str
     """Weight type; f32 must be exact."""
-    bits: float
-    """Bits per weight, which determine the limit."""
 
 
 class Stepwise(Protocol):
@@ -180,27 +213,44 @@ class Stepwise(Protocol):
     def close(self) -> None: ...
 
 
-def verify_stepwise(
-    engine: Stepwise, sample: Sample, written: Written, request: ExportRequest[RoundingOptions]
-) -> Agreement:
-    """Compare prefill and teacher-forced decoding of a written file with torch's logits at all positions.
-
-    Closes the engine. Raises ArtefactError beyond the limits.
-    """
-    tokens = sample.tokens
+def step_through(engine: Stepwise, tokens: list[int]) -> EngineRun:
+    """Return the logits of a prefill and of teacher-forced decoding. Closes the engine."""
     start = min(PREFILL_TOKENS, len(tokens) - 1)
-    # logits of the prompt's last token, then one row for every token fed: torch's rows from start - 1 on
+    # logits of the prompt's last token, then one row for every token fed
     rows = [engine.prefill(tokens[:start]), *(engine.decode(token) for token in tokens[start:])]
     engine.close()
-    expected = sample.logits[start - 1 :]
-    agreement = compare_logits(expected, np.stack(rows), tokens[start - 1 :])
+    title = f"a prefill of {start}, then {len(tokens) - start} decode steps"
+    return EngineRun(title, list(range(start - 1, len(tokens))), np.stack(rows))
+
+
+CHUNKS = (33, 1, 64, 7, 2)
+"""Tokens of the passes of a run in uneven chunks, repeated."""
+
+
+def run_chunks(engine: Stepwise, tokens: list[int]) -> EngineRun:
+    """Return the logits after each of several prefills, each of which continues the last. Closes the engine."""
+    ends = [end for end in itertools.accumulate(CHUNKS * len(tokens)) if end < len(tokens)][: len(tokens)]
+    rows = [engine.prefill(tokens[:end]) for end in ends]
+    engine.close()
+    return EngineRun(f"in chunks of {', '.join(map(str, CHUNKS))}", [end - 1 for end in ends], np.stack(rows))
+
+
+def check_stepwise(
+    run: EngineRun, sample: Sample, written: Written, request: ExportRequest[RoundingOptions]
+) -> Agreement:
+    """Compare a run of a written file with torch's logits at its positions, which follow each other.
+
+    Raises ArtefactError beyond the limits.
+    """
+    expected = sample.logits[run.positions]
+    agreement = compare_logits(expected, run.logits, sample.tokens[run.positions[0] :])
     if written.quantize == "f32":
         check_exact(agreement, expected, written.target)
     else:
-        check_quantized(agreement, written.bits, request.options.max_kl, written.target)
+        check_distance(agreement, request.options.max_kl, written.target)
     request.say(
-        f"verified {written.quantize} {written.kind} against torch (prefill {start}, then {len(tokens) - start} decode "
-        f"steps): max |logit difference| {agreement.max_logit_difference:.1e}, same argmax "
+        f"{'verified ' if written.quantize == 'f32' else ''}{written.quantize} {written.kind} against torch "
+        f"({run.title}): max |logit difference| {agreement.max_logit_difference:.1e}, same argmax "
         f"{agreement.argmax_agreement:.1%}, mean KL {agreement.mean_kl:.4f}, "
         f"perplexity x{agreement.perplexity_ratio:.3f}"
     )

@@ -226,7 +226,7 @@ def test_bad_input(save_tiny: Callable[..., Path], tmp_path: Path, capsys: pytes
         ("--group-size", "48"): "--group-size 48: XNNPACK takes 32, 64, 128",
         ("--embedding-type", "q4_0"): "--embedding-type q4_0: executorch takes int8 or int4",
         ("--quantize", "f32", "--output-type", "int4"): "goes with --quantize 8da4w or int8, not f32",
-        ("--pad", "auto"): "the first layers.0.self_attn.o_proj (48 inputs)",
+        ("--pad", "none"): "the first layers.0.self_attn.o_proj (48 inputs)",
     }.items():
         assert export(checkpoint, tmp_path / "pte", *flags) == 2, flags
         assert message in capsys.readouterr().err
@@ -238,7 +238,9 @@ def test_matrices_that_int4_cannot_hold_stay_in_fp32_only_when_allowed(
     save_tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoint = save_tiny(tiny_architecture(layers=(*UNEQUAL[:1], LayerShape(3, 1, 96)), head_dim=16))
-    assert export(checkpoint, tmp_path / "pte", "--allow-fp32") == 0
+    assert export(checkpoint, tmp_path / "padded") == 0  # zeros behind the heads fill the last group
+    assert "stay in fp32" not in capsys.readouterr().out
+    assert export(checkpoint, tmp_path / "pte", "--allow-fp32", "--pad", "none") == 0
     assert "1 matrices stay in fp32" in capsys.readouterr().out
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,9 +16,9 @@ from tiny import LLAMA3_ROPE, SIMILAR, UNEQUAL, tiny_architecture
 
 from efficientllm.export import verification
 from efficientllm.export.checkpoint import Checkpoint
-from efficientllm.export.gguf import layout
+from efficientllm.export.gguf import exporter, layout, tensor_data
 from efficientllm.export.gguf.layout import plan_layout
-from efficientllm.export.gguf.probe import probe
+from efficientllm.export.gguf.probe import RUNS, probe
 from efficientllm.runtime.base.errors import ArtefactError
 from efficientllm.runtime.base.gguf_header import read_header
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
@@ -38,7 +39,7 @@ def test_f32_logits_equal_torch(family: str, shape: str, save_tiny: Callable[...
     assert export(checkpoint, "gguf", tmp_path / "gguf", "--quantize", "f32") == 0
     with torch.inference_mode():
         ours = load_for_inference(checkpoint)(torch.tensor([TOKENS])).logits[0].numpy()
-    theirs = probe(tmp_path / "gguf" / "model.gguf", TOKENS, []).logits
+    theirs = probe(tmp_path / "gguf" / "model.gguf", TOKENS).logits[0]
     assert np.abs(ours - theirs).max() < 1e-3
     assert (ours.argmax(-1) == theirs.argmax(-1)).all()
 
@@ -58,6 +59,59 @@ def test_untied_heads_and_odd_hidden_sizes(
 def test_llama3_rope_scaling(save_tiny: Callable[..., Path], tmp_path: Path) -> None:
     checkpoint = save_tiny(tiny_architecture(), rope_parameters=LLAMA3_ROPE)
     assert export(checkpoint, "gguf", tmp_path / "gguf", "--quantize", "f32") == 0
+
+
+LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+ROPES: dict[str, dict[str, Any]] = {
+    "llama": LINEAR_ROPE,
+    "olmo2": LINEAR_ROPE,
+    "gemma3_text": {"full_attention": LINEAR_ROPE, "sliding_attention": {"rope_type": "default", "rope_theta": 500.0}},
+}
+
+
+@pytest.mark.parametrize("family", ROPES)
+def test_linear_rope_scaling(family: str, save_tiny: Callable[..., Path], tmp_path: Path) -> None:
+    checkpoint = save_tiny(tiny_architecture(family), rope_parameters=ROPES[family])
+    for target in ("gguf", "onnx"):
+        assert export(checkpoint, target, tmp_path / target, "--quantize", "f32") == 0
+
+
+UNSTORABLE = [
+    ("gemma3_text", {"full_attention": LLAMA3_ROPE, "sliding_attention": LINEAR_ROPE | {"rope_type": "default"}}),
+    ("gemma3_text", {"full_attention": LINEAR_ROPE, "sliding_attention": LINEAR_ROPE}),
+    ("qwen3", LLAMA3_ROPE),
+    ("llama", {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 128}),
+]
+
+
+@pytest.mark.parametrize(("family", "rope"), UNSTORABLE)
+def test_ropes_that_llama_cpp_cannot_store_are_refused_at_once(
+    family: str,
+    rope: dict[str, Any],
+    save_tiny: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(exporter, "write_gguf", lambda *args: pytest.fail("a refused file was written"))
+    checkpoint = save_tiny(tiny_architecture(family))
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | {"rope_parameters": rope}))
+    assert export(checkpoint, "gguf", tmp_path / "gguf") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: gguf: layer 0 has ") or "error: gguf: layer 2 has a llama3 rope" in error
+    assert len(error.splitlines()) == 1
+
+
+def test_a_window_that_llama_cpp_ignores_ends_the_context(save_tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """ONNX has the windows and the whole context."""
+    windows = {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1}
+    checkpoint = save_tiny(tiny_architecture("qwen3"), **windows)
+    contexts = {}
+    for target in ("gguf", "onnx"):
+        assert export(checkpoint, target, tmp_path / target, "--quantize", "f32") == 0
+        contexts[target] = Manifest.read(tmp_path / target).context_length
+    assert contexts == {"gguf": 24, "onnx": 512}
 
 
 @pytest.mark.parametrize("quantize", ["f16", "bf16", "q8_0", "q5_k_m", "q4_k_m", "q4_0", "iq4_nl"])
@@ -127,7 +181,7 @@ def test_every_layout_has_at_least_two_blocks_in_a_row(
         ("q4_1", [], 0.5),
         ("q4_0", [], 0.5),
         ("q4_k_m", [], 0.5),
-        ("q2_0", ["--max-kl", "5"], 5),
+        ("q2_0", [], 5),
     ],
     ids=lambda each: "-".join(each) if isinstance(each, list) else None,
 )
@@ -174,14 +228,52 @@ def test_export_past_the_limit_is_refused_and_leaves_nothing(
     assert Manifest.read(tmp_path / "out" / "gguf").verification == {}
 
 
-def test_budgets_of_kl_and_perplexity() -> None:
+def test_the_limit_of_kl_and_perplexity_is_the_users() -> None:
     fine = verification.Agreement(192, 1.0, 0.9, mean_kl=0.2, perplexity_ratio=1.2)
-    verification.check_quantized(fine, 8.5, None, "gguf")
     further, worse = dataclasses.replace(fine, mean_kl=0.31), dataclasses.replace(fine, perplexity_ratio=1.36)
     for agreement, message in ((further, "a mean KL of 0.310"), (worse, "perplexity by 1.36")):
+        verification.check_distance(agreement, None, "gguf")
+        verification.check_distance(agreement, 0.5, "gguf")
         with pytest.raises(ArtefactError, match=message):
-            verification.check_quantized(agreement, 8.5, None, "gguf")
-        verification.check_quantized(agreement, 8.5, 0.5, "gguf")
+            verification.check_distance(agreement, 0.3, "gguf")
+
+
+@pytest.mark.parametrize("family", ["olmo", "gpt_neox", "gemma3_text", "qwen3"])
+@pytest.mark.parametrize("quantize", ["q4_0", "q4_k_m"])
+def test_the_engine_computes_the_codes_of_the_file(
+    family: str, quantize: str, save_tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Also where weights are centred, fused, permuted, padded or rescaled in the file."""
+    checkpoint = save_tiny(tiny_architecture(family, hidden_size=75))
+    assert export(checkpoint, "gguf", tmp_path / "gguf", "--quantize", quantize) == 0
+    codes = Manifest.read(tmp_path / "gguf").verification["codes"]
+    assert set(codes["distances"]) == {run.title for run in RUNS}
+    assert max(codes["distances"].values()) <= codes["limit"]
+    assert codes["cpu"]["model"]
+
+
+@pytest.mark.parametrize("quantize", ["q4_0", "f16"])
+def test_a_file_with_other_weights_is_refused(
+    quantize: str,
+    save_tiny: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """llama.cpp computes the codes of the file, but the file has those of another model."""
+
+    def damage(exact: Path, target: Path, importance: Any) -> None:
+        tensor = next(each for each in read_header(target).tensors if each.name == "blk.1.ffn_up.weight")
+        with target.open("r+b") as stream:
+            stream.seek(tensor.offset)
+            data = stream.read(tensor_data.num_bytes(tensor))
+            stream.seek(tensor.offset)
+            stream.write(data[len(data) // 2 :] + data[: len(data) // 2])
+
+    monkeypatch.setattr(exporter, "fill_q2_0", damage)
+    assert export(save_tiny(tiny_architecture()), "gguf", tmp_path / "gguf", "--quantize", quantize) == 2
+    assert "the stored model.layers.1.mlp.up_proj.weight is 1" in capsys.readouterr().err
+    assert not (tmp_path / "gguf").exists()
 
 
 def test_wrong_weights_are_caught(
@@ -199,12 +291,8 @@ def test_wrong_weights_are_caught(
 def test_what_llama_cpp_cannot_load_is_one_line_and_leaves_nothing(
     save_tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from dataclasses import replace
-
-    from efficientllm.export.gguf import exporter
-
     plan_layout = exporter.plan_layout
-    monkeypatch.setattr(exporter, "plan_layout", lambda *args: replace(plan_layout(*args), name="llama"))
+    monkeypatch.setattr(exporter, "plan_layout", lambda *args: dataclasses.replace(plan_layout(*args), name="llama"))
     assert export(save_tiny(tiny_architecture()), "gguf", tmp_path / "gguf", "--quantize", "f32") == 2
     error = capsys.readouterr().err
     assert error.startswith("error: llama.cpp cannot run model.gguf: ")

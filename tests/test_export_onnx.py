@@ -20,6 +20,7 @@ from efficientllm.runtime.engines.engine import EngineOptions, load_engine
 from efficientllm.runtime.engines.manifest import Manifest
 from efficientllm.runtime.generation import AnswerOptions, Generation
 from efficientllm.runtime.prompt import chat_prompt
+from efficientllm.train.model.attention import LayerAttention
 from efficientllm.train.model.source import load_for_inference
 
 
@@ -213,6 +214,30 @@ def test_ropes_that_differ_in_their_factor_have_tables_of_their_own(
     assert Manifest.read(tmp_path / "onnx").verification["exact"]["max_logit_difference"] < 1e-3
     graph = onnx.load(tmp_path / "onnx" / "model.onnx", load_external_data=False).graph
     assert sum(value.name.startswith("cos") for value in graph.initializer) == 2  # three layers share them
+
+
+def test_a_wrong_graph_of_few_bits_is_refused(
+    save_tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two ropes share a table. The distance from the checkpoint is that of int4, but the graph is another function."""
+    checkpoint = save_tiny(tiny_architecture("gemma3_text"), rope_parameters=TWO_FACTORS)
+    monkeypatch.setattr(LayerAttention, "rotary_key", "one")
+    assert export(checkpoint, "onnx", tmp_path / "onnx", "--quantize", "int4") == 2
+    assert "differ by" in (error := capsys.readouterr().err)
+    assert "from torch's with the file's own weights" in error
+    assert not (tmp_path / "onnx").exists()
+
+
+@pytest.mark.parametrize("quantize", ["int8", "int4", "web"])
+def test_the_engine_computes_the_codes_of_the_file(
+    quantize: str, save_tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Packed matrices, biases, padded heads and blocks, untied heads."""
+    shape = tiny_architecture("qwen2", SHAPES["odd FFN widths"], hidden_size=76, head_dim=20, tied=False)
+    assert export(save_tiny(shape), "onnx", tmp_path / "onnx", "--quantize", quantize) == 0
+    codes = Manifest.read(tmp_path / "onnx").verification["codes"]
+    assert len(codes["distances"]) == 3
+    assert max(codes["distances"].values()) <= codes["limit"] < 0.1
 
 
 def test_both_engines_give_the_same_text(artefact: Path, exported: Callable[..., Path]) -> None:

@@ -27,11 +27,12 @@ from ..calibration import input_grams
 from ..checkpoint import Checkpoint
 from ..exporter_config import ExecutorchDecoderConfig
 from ..manifest import Contents, copy_tokenizer
-from ..padding import pad_rows, padding_notes
+from ..padding import pad_rows, padded_tensors, padding_notes
+from ..parity import Reference, check_runs, check_weights, reference_logits
 from ..request import ExportRequest, log
-from ..verification import SAMPLE_TOKENS, Sample, Written, torch_sample, verify_stepwise
+from ..verification import StoredWeights, Written, check_stepwise, run_chunks, step_through, torch_sample
 from .options import ExecutorchOptions
-from .quantize import ALIGNMENT, WeightFormat, quantize_decoder, weight_format
+from .quantize import ALIGNMENT, WeightFormat, given_weights, quantize_decoder, weight_format
 from .recipes import Recipe, load_recipe
 from .static_decoder import StaticDecoder
 
@@ -127,11 +128,10 @@ def write_program(checkpoint: Checkpoint, request: ExportRequest[ExecutorchOptio
     for note in padding_notes(checkpoint.architecture, plan.architecture):
         request.say(note)
     verifies = request.options.verify and plan.recipe.runs_here
-    sample = torch_sample(checkpoint, min(SAMPLE_TOKENS, plan.context)) if verifies else None
-    program = _build(checkpoint, request, plan)
+    program, stored = _build(checkpoint, request, plan)
     (folder / MODEL_FILE).write_bytes(program)
     files = [MODEL_FILE, *copy_tokenizer(checkpoint, folder)]  # our engine reads the tokenizer's, too
-    verification = _verify(request, folder, plan, sample) if sample else {}
+    verification = _verify(checkpoint, request, folder, plan, stored) if verifies else {}
     if request.options.verify and not verifies:
         request.say(f"not verified: programs of recipe {plan.recipe.name} run only on its devices")
     return Contents(
@@ -161,8 +161,10 @@ def _plan(checkpoint: Checkpoint, options: ExecutorchOptions) -> ProgramPlan:
     )
 
 
-def _build(checkpoint: Checkpoint, request: ExportRequest[ExecutorchOptions], plan: ProgramPlan) -> bytes:
-    """Return the serialised program, and report the time of each step and the contents."""
+def _build(
+    checkpoint: Checkpoint, request: ExportRequest[ExecutorchOptions], plan: ProgramPlan
+) -> tuple[bytes, StoredWeights]:
+    """Return the serialised program and its weights, and report the time of each step and the contents."""
     with _stage("building"):
         model: Any = StaticDecoder(
             checkpoint,
@@ -175,6 +177,7 @@ def _build(checkpoint: Checkpoint, request: ExportRequest[ExecutorchOptions], pl
         grams = _grams(checkpoint, request.options.calibrate) if plan.weights.linear == "int4" else None
         for note in quantize_decoder(model, plan.weights, request.options, grams):
             request.say(note)
+        stored = given_weights(model, plan.weights)
     constants, config = _constant_methods(checkpoint, plan), ExecutorchDecoderConfig(checkpoint.config)
     try:
         lowered = lower(model, config, plan.partitioners, constants, _stage)
@@ -186,7 +189,7 @@ def _build(checkpoint: Checkpoint, request: ExportRequest[ExecutorchOptions], pl
             f"--recipe {plan.recipe.name} cannot lower this model: {reason} (--debug shows more)"
         ) from error
     request.say(f"{plan.recipe.name}: {lowered.describe()}")
-    return lowered.buffer
+    return lowered.buffer, stored
 
 
 def _grams(checkpoint: Checkpoint, text_path: str) -> dict[str, np.ndarray] | None:
@@ -221,10 +224,25 @@ def _stage(title: str) -> Iterator[None]:
 
 
 def _verify(
-    request: ExportRequest[ExecutorchOptions], folder: Path, plan: ProgramPlan, sample: Sample
+    checkpoint: Checkpoint,
+    request: ExportRequest[ExecutorchOptions],
+    folder: Path,
+    plan: ProgramPlan,
+    stored: StoredWeights,
 ) -> dict[str, dict[str, object]]:
-    """Compare prefill and teacher-forced decoding of the written file in our engine with torch eager."""
-    engine = EngineScheduler(ExecuTorchEngine(folder / MODEL_FILE, EngineOptions()))
-    written = Written("executorch", "program", plan.quantize, plan.weights.linear_bits)
-    agreement = verify_stepwise(engine, sample, written, request)
-    return {"exact" if plan.quantize == "f32" else "quantized": agreement.to_dict()}
+    """Compare the written file in our engine with torch, on the source's weights (f32) or on the program's own."""
+    sample = torch_sample(checkpoint, plan.context)
+
+    def load() -> EngineScheduler:
+        return EngineScheduler(ExecuTorchEngine(folder / MODEL_FILE, EngineOptions()))
+
+    runs = [step_through(load(), sample.tokens), run_chunks(load(), sample.tokens)]
+    agreement = check_stepwise(runs[0], sample, Written("executorch", "program", plan.quantize), request)
+    if plan.quantize == "f32":
+        source = Reference(sample.logits, sample.logits)
+        return {"exact": agreement.to_dict(), "codes": check_runs(source, runs, "the checkpoint's", "executorch")}
+    weights = check_weights(padded_tensors(checkpoint, plan.architecture), stored, "executorch")
+    own_weights = reference_logits(checkpoint, stored, sample.tokens)
+    codes = check_runs(own_weights, runs, stored.origin, "executorch")
+    request.say(f"verified {plan.quantize} program against torch on its own weights, {len(runs)} runs")
+    return {"weights": weights, "codes": codes, "quantized": agreement.to_dict()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ...runtime.base.errors import UsageError
+from ...train.model.tensors import tensor_names, tensor_shape
 from ..group_quantization import keep_scale, quantize_groups, round_to_bfloat16
+from ..verification import StoredWeights
 from .options import GROUP_SIZES, ExecutorchOptions
 
 ALIGNMENT = 32
@@ -32,11 +34,6 @@ class WeightFormat:
     def dtype(self) -> torch.dtype:
         """Return the type of activations, caches and unquantised parts."""
         return torch.float16 if self.linear == "f16" else torch.float32
-
-    @property
-    def linear_bits(self) -> float:
-        """Return the bits per weight of the layers' matrices with scales."""
-        return {"f32": 32.0, "f16": 16.0, "int8": 8.0, "int4": 4.5}[self.linear]
 
 
 FORMATS = {
@@ -70,6 +67,12 @@ class QuantizedEmbedding(nn.Module):
         self.register_buffer("codes", torch.from_numpy(codes))
         self.register_buffer("scales", torch.from_numpy(scales[:, 0] if scales.shape[1] == 1 else scales).clone())
 
+    def dequantized(self) -> Tensor:
+        """Return the table, fp32 [V, H]."""
+        codes = torch.stack([self.codes >> 4, self.codes & 15], -1).flatten(1) - 8.0 if self.bits == 4 else self.codes
+        scales = self.scales.reshape(len(codes), -1, 1).float()
+        return (codes.unflatten(1, (scales.shape[1], -1)) * scales).flatten(1)
+
     def forward(self, tokens: Tensor) -> Tensor:
         operators = torch.ops.quantized_decomposed
         if self.bits == 4:
@@ -91,6 +94,8 @@ def quantize_decoder(
         kind = weights.head if name == "lm_head" else weights.linear
         if not isinstance(module, nn.Linear) or kind not in ("int8", "int4"):
             continue
+        if kind == "int4" and options.pad == "auto" and module.in_features % ALIGNMENT:
+            module = _padded_inputs(model, name, module)
         group = module.in_features if kind == "int8" else group_for(module.in_features, options.group_size)
         if group is None:
             unfit.append(f"{name} ({module.in_features} inputs)")
@@ -104,6 +109,43 @@ def quantize_decoder(
     if weights.embedding in ("int8", "int4"):
         model.embed_tokens = _quantized_embedding(model.embed_tokens.weight.numpy(), weights.embedding)
     return notes
+
+
+def _padded_inputs(model: nn.Module, name: str, module: nn.Linear) -> nn.Linear:
+    """Replace a matrix by one with zero columns for zeros behind its inputs, and return the new one.
+
+    The heads of an attention need not fill ALIGNMENT. Widths of the stem and of FFNs are padded by padding.py.
+    """
+    padding = (0, -module.in_features % ALIGNMENT)
+    wide = nn.Linear(module.in_features + padding[1], module.out_features, device="meta")
+    wide.weight = nn.Parameter(nn.functional.pad(module.weight, padding), requires_grad=False)
+    wide.bias = module.bias
+    model.set_submodule(name, nn.Sequential(nn.ConstantPad1d(padding, 0.0), wide))
+    return wide
+
+
+def given_weights(model: Any, weights: WeightFormat) -> StoredWeights:
+    """Return the dequantised weights of a StaticDecoder as they are given to the backend.
+
+    A tied head may be rounded otherwise than the embedding, so the two are apart here.
+    """
+    from torchao.quantization.quantize_.workflows.intx.intx_unpacked_to_int8_tensor import IntxUnpackedToInt8Tensor
+
+    architecture = replace(model.architecture, tie_word_embeddings=False)
+    tensors, roundings, modules = {}, {}, dict(model.named_modules())
+    for name in tensor_names(architecture):
+        path, _, kind = name.removeprefix("model.").rpartition(".")
+        module = modules[path]
+        if isinstance(module, nn.Sequential):  # zeros behind the inputs, then the matrix
+            module = module[1]
+        value: Any = module.dequantized() if isinstance(module, QuantizedEmbedding) else getattr(module, kind)
+        is_integer = isinstance(value, IntxUnpackedToInt8Tensor)
+        array = (value.dequantize() if is_integer else value).float().numpy()
+        tensors[name] = array[tuple(slice(count) for count in tensor_shape(architecture, name))]
+        if is_integer or (weights.dtype == torch.float16 and array.ndim > 1):
+            roundings[name] = "int8 per token" if is_integer else "f16 throughout"
+    origin = "codes as they were given to the backend, which ExecuTorch cannot read back"
+    return StoredWeights(architecture, model.scales, tensors, roundings, origin)
 
 
 def _rounding_notes(unfit: list[str], smaller: list[str], options: ExecutorchOptions) -> list[str]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from ...runtime.base import flags
 from ...runtime.base.errors import ArtefactError
-from ...runtime.base.extras import require_extra
+from ...runtime.base.extras import extra, require_extra
 from ...runtime.base.files import write_text_atomically
 from ...runtime.base.quantities import unknown_name
 from ...runtime.chat_template import render_chat
@@ -22,23 +22,24 @@ from ...train.model.file_types import row_multiple
 from ...train.model.tensors import EMBEDDING, HEAD
 from ..calibration import column_importance, save_for_gguf
 from ..checkpoint import Checkpoint, TrainedType, choose_type
-from ..manifest import Contents, bits_per_weight, write_manifest
-from ..padding import pad_inputs
+from ..manifest import Contents, write_manifest
+from ..padding import pad_inputs, padded_tensors
 from ..request import ExportRequest, PaddingOptions, log
 from ..targets import Exporter
 from ..verification import (
     MAX_EXACT_DIFFERENCE,
-    Agreement,
+    EngineRun,
+    check_distance,
     check_exact,
-    check_quantized,
     compare_logits,
     sample_text,
     torch_sample,
 )
 from .layout import GgufPlan, plan_layout
 from .modelfile import MAX_CONTEXT, modelfile
-from .probe import probe
+from .probe import RUNS, probe
 from .quantize import FILE_TYPES, describe_fallbacks, quantize_gguf, tensor_type
+from .reader import read_weights
 from .tensor_data import check_kept, check_rows, fill_q2_0, tensor_bytes
 from .writer import gguf_name, write_gguf
 
@@ -90,6 +91,9 @@ def write_model(checkpoint: Checkpoint, request: ExportRequest[GgufOptions], fol
     plan = plan_layout(checkpoint, row_multiple(name) if options.pad == "auto" else 1)
     for note in plan.notes:
         request.say(note)
+    if window := plan.window(checkpoint):
+        checkpoint.context_limit = window
+        request.say(f"llama.cpp's {plan.name} has no windows: the context ends at the model's window, {window} tokens")
     target, exact = folder / MODEL_FILE, folder / (MODEL_FILE if name == "f32" else "exact.gguf")
     write_gguf(checkpoint, plan, exact)
     if exact != target:
@@ -108,8 +112,7 @@ def write_model(checkpoint: Checkpoint, request: ExportRequest[GgufOptions], fol
         check_kept(exact, target, name)
         request.say(f"every weight is the trained one to the bit: the checkpoint was trained for {name}")
     weight_bytes = tensor_bytes(target)
-    bits = bits_per_weight(checkpoint, weight_bytes)
-    verification = _verify(checkpoint, request, exact, target, name, bits) if options.verify else {}
+    verification = _verify(checkpoint, request, plan, exact, target, name) if options.verify else {}
     if exact != target:
         exact.unlink()
     return Contents(
@@ -180,38 +183,54 @@ def run_hints(folder: Path, context_length: int, head_dim: int) -> list[str]:
 
 
 def _verify(
-    checkpoint: Checkpoint, request: ExportRequest[GgufOptions], exact: Path, target: Path, name: str, bits: float
+    checkpoint: Checkpoint, request: ExportRequest[GgufOptions], plan: GgufPlan, exact: Path, target: Path, name: str
 ) -> dict[str, dict[str, object]]:
-    """Compare the F32 file with torch, the tokenizer with tokenizer.json, and the quantised file with the F32 one."""
+    """Compare the F32 file with torch, its tokens with tokenizer.json, and the file with its own weights in torch."""
+    with extra("train"):
+        from ..parity import check_runs, check_weights, reference_logits
     texts = [sample_text(), *sample_text().splitlines(), *_rendered_chat(checkpoint)]
     uses_table = checkpoint.architecture.parts.activation.startswith("gelu")
-    sample = torch_sample(checkpoint, activation=table_gelu if uses_table else None)
+    activation = table_gelu if uses_table else None
+    sample = torch_sample(checkpoint, activation=activation)
     tokens, reference = sample.tokens, sample.logits
-    first = probe(exact, tokens, texts)
+    first = probe(exact, tokens, texts, RUNS if target == exact else RUNS[:1])
     _check_token_ids(checkpoint, texts, first.token_ids)
-    agreement = compare_logits(reference, first.logits, tokens)
-    check_exact(agreement, reference, "gguf", MAX_TABLE_DIFFERENCE if uses_table else MAX_EXACT_DIFFERENCE)
+    for logits in first.logits:
+        agreement = compare_logits(reference, logits, tokens)
+        check_exact(agreement, reference, "gguf", MAX_TABLE_DIFFERENCE if uses_table else MAX_EXACT_DIFFERENCE)
     request.say(
         f"verified f32 file against torch: max |logit difference| {agreement.max_logit_difference:.1e}, "
         f"same argmax {agreement.argmax_agreement:.1%}, {agreement.tokens} tokens"
     )
-    results: dict[str, Agreement] = {"exact": agreement}
+    results: dict[str, dict[str, object]] = {"exact": agreement.to_dict()}
     if uses_table:
-        results["exact"] = own = compare_logits(torch_sample(checkpoint).logits, first.logits, tokens)
+        own = compare_logits(torch_sample(checkpoint).logits, first.logits[0], tokens)
+        results["exact"] = own.to_dict()
         request.say(
             f"llama.cpp's GELU is a table of fp16 numbers (the reference above is torch with that table): from the "
             f"model's own {checkpoint.architecture.parts.activation}, max |logit difference| "
             f"{own.max_logit_difference:.1e}, mean KL {own.mean_kl:.1e}"
         )
-    if target != exact:
-        quantized = compare_logits(first.logits, probe(target, tokens, []).logits, tokens)
-        check_quantized(quantized, bits, request.options.max_kl, "gguf")
-        request.say(
-            f"{name} against f32: mean KL {quantized.mean_kl:.4f}, same argmax "
-            f"{quantized.argmax_agreement:.1%}, perplexity x{quantized.perplexity_ratio:.3f}"
-        )
-        results["quantized"] = quantized
-    return {stage: result.to_dict() for stage, result in results.items()}
+    if target == exact:
+        return results
+    stored = read_weights(target, checkpoint, plan)
+    is_centred = checkpoint.architecture.parts.norm.takes_mean and not plan.architecture.parts.norm.takes_mean
+    source = padded_tensors(checkpoint, plan.architecture, plan.scales, is_centred)
+    results["weights"] = check_weights(source, stored, "gguf")
+    found = probe(target, tokens, runs=RUNS)
+    positions = list(range(len(tokens)))
+    runs = [EngineRun(run.title, positions, logits) for run, logits in zip(RUNS, found.logits, strict=True)]
+    own_weights = reference_logits(checkpoint, stored, tokens, activation)
+    results["codes"] = check_runs(own_weights, runs, stored.origin, "gguf")
+    quantized = compare_logits(first.logits[0], found.logits[0], tokens)
+    check_distance(quantized, request.options.max_kl, "gguf")
+    request.say(
+        f"verified {name} file against torch on the file's own weights, {len(runs)} runs; from f32: mean KL "
+        f"{quantized.mean_kl:.4f}, same argmax {quantized.argmax_agreement:.1%}, perplexity "
+        f"x{quantized.perplexity_ratio:.3f}"
+    )
+    results["quantized"] = quantized.to_dict()
+    return results
 
 
 def table_gelu(x: Any) -> Any:

@@ -1,15 +1,19 @@
 """Child process that loads a new GGUF with llama.cpp, so that an assert of ggml cannot end the user's process.
 
-`python -m efficientllm.export.gguf.probe REQUEST.json` writes logits [S, V] (fp32 .npy) and token ids (.json) to the
-paths in the request.
+`python -m efficientllm.export.gguf.probe REQUEST.json` writes the logits of each run [S, V] (fp32 .npy) and token ids
+(.json) to the folder in the request.
 """
 
 from __future__ import annotations
 
+import ctypes
+import itertools
 import json
+import os
 import sys
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,52 +23,99 @@ from ...runtime.base.errors import ArtefactError
 
 
 @dataclass(frozen=True)
+class Run:
+    """A pass of the sample through llama.cpp."""
+
+    chunks: tuple[int, ...]
+    """Tokens of the passes, repeated until the sample ends."""
+    extra_buffers: bool = True
+    """Whether weights may be repacked for this CPU, or multiplied by AMX."""
+
+    @property
+    def title(self) -> str:
+        how = "with" if self.extra_buffers else "without"
+        return f"in chunks of {', '.join(map(str, self.chunks))} {how} extra buffers"
+
+
+WHOLE = Run((512,))
+RUNS = (WHOLE, Run((33, 1, 64, 7, 2)), Run((512,), extra_buffers=False))
+"""Kernels for one token and for many, which quantise and tile differently, and without the CPU's own formats."""
+
+
+@dataclass(frozen=True)
 class Probe:
     """Results of llama.cpp for a file."""
 
-    logits: np.ndarray
-    """fp32 [S, V]"""
+    logits: list[np.ndarray]
+    """fp32 [S, V] of each run"""
     token_ids: list[list[int]]
     """Ids of each text."""
 
 
-def probe(path: Path, tokens: list[int], texts: list[str]) -> Probe:
-    """Load `path`, evaluate `tokens` with an F32 cache and tokenise `texts`.
+def probe(path: Path, tokens: list[int], texts: Sequence[str] = (), runs: Sequence[Run] = (WHOLE,)) -> Probe:
+    """Load `path`, evaluate `tokens` with an F32 cache in every run, and tokenise `texts`.
 
     Raises ArtefactError if llama.cpp fails.
     """
     with tempfile.TemporaryDirectory(prefix="efficientllm-") as name:
         folder = Path(name)
-        request = {"path": str(path), "tokens": tokens, "texts": texts, "output": str(folder)}
+        request = {
+            "path": str(path),
+            "tokens": tokens,
+            "texts": list(texts),
+            "runs": [asdict(run) for run in runs],
+            "output": str(folder),
+        }
         (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
         done = run_python("-m", __spec__.name, str(folder / "request.json"))
         if done.code:
             complaints = (line for line in done.errors.splitlines() if "error" in line.lower() or "GGML_ASSERT" in line)
             raise ArtefactError(f"llama.cpp cannot run {path.name}: {next(complaints, done.last_error).strip()}")
         token_ids = json.loads((folder / "token_ids.json").read_text(encoding="utf-8"))
-        return Probe(np.load(folder / "logits.npy"), token_ids)
+        return Probe([np.load(folder / f"{index}.npy") for index in range(len(runs))], token_ids)
 
 
 def _main(request_path: str) -> None:
     import llama_cpp
 
+    from ...runtime.engines.llama_context import AttentionSettings, LlamaContext
+
     request = json.loads(Path(request_path).read_text(encoding="utf-8"))
-    tokens = request["tokens"]
-    model = llama_cpp.Llama(
-        request["path"],
-        n_ctx=max(len(tokens), 32),
-        n_batch=max(len(tokens), 32),
-        logits_all=True,
-        type_k=llama_cpp.GGML_TYPE_F32,  # exact, where the default F16 moves logits by up to 0.07
-        type_v=llama_cpp.GGML_TYPE_F32,
-        flash_attn=False,
-        verbose=True,  # its log is where the reason of a failure stands
-    )
-    model.eval(tokens)
-    output = Path(request["output"])
-    np.save(output / "logits.npy", model.scores[: len(tokens)].astype(np.float32))
-    ids = [model.tokenize(text.encode("utf-8"), add_bos=False, special=True) for text in request["texts"]]
-    (output / "token_ids.json").write_text(json.dumps(ids), encoding="utf-8")
+    tokens, output = request["tokens"], Path(request["output"])
+    for index, values in enumerate(request["runs"]):
+        run = Run(tuple(values["chunks"]), values["extra_buffers"])
+        parameters = llama_cpp.llama_model_default_params()
+        parameters.use_extra_bufts = run.extra_buffers
+        model = llama_cpp.llama_model_load_from_file(request["path"].encode(), parameters)
+        if not model:
+            sys.exit(1)  # its log is where the reason stands
+        # an F32 cache is exact, where the default F16 moves logits by up to 0.07
+        context = LlamaContext(model, os.cpu_count() or 1, AttentionSettings("f32", flash=False), len(tokens), 1)
+        rows = [context.all_logits(0, chunk) for chunk in _chunks(tokens, run.chunks)]
+        np.save(output / f"{index}.npy", np.concatenate(rows))
+        if index == 0:
+            vocab = llama_cpp.llama_model_get_vocab(model)
+            ids = [_tokenize(vocab, text.encode("utf-8")) for text in request["texts"]]
+            (output / "token_ids.json").write_text(json.dumps(ids), encoding="utf-8")
+        context.close()
+        llama_cpp.llama_model_free(model)
+
+
+def _chunks(tokens: list[int], sizes: Sequence[int]) -> Iterator[list[int]]:
+    start = 0
+    for size in itertools.cycle(sizes):
+        if start >= len(tokens):
+            return
+        yield tokens[start : start + size]
+        start += size
+
+
+def _tokenize(vocab: ctypes.c_void_p, text: bytes) -> list[int]:
+    import llama_cpp
+
+    room = (llama_cpp.llama_token * (len(text) + 2))()
+    count = llama_cpp.llama_tokenize(vocab, text, len(text), room, len(room), False, True)
+    return room[:count]
 
 
 if __name__ == "__main__":

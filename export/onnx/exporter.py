@@ -14,12 +14,13 @@ from ...runtime.base.files import require_room
 from ...runtime.engines.engine import EngineOptions
 from ...runtime.engines.onnx import OnnxEngine
 from ...runtime.engines.scheduler import EngineScheduler
+from ...train.model.target_rules import check_target
 from ..calibration import input_grams
 from ..checkpoint import Checkpoint, choose_type
-from ..manifest import Contents, bits_per_weight, copy_tokenizer, write_manifest
+from ..manifest import Contents, copy_tokenizer, write_manifest
 from ..request import ExportRequest, RoundingOptions
 from ..targets import Exporter
-from ..verification import Written, torch_sample, verify_stepwise
+from ..verification import Written, check_stepwise, run_chunks, step_through, torch_sample
 from .quantize import Bits, preset, stored_head_dim
 
 MODEL_FILE = "model.onnx"
@@ -57,6 +58,7 @@ def check_onnx(options: OnnxOptions) -> None:
 
 def export_onnx(checkpoint: Checkpoint, request: ExportRequest[OnnxOptions], folder: Path) -> None:
     """Write the model with external data, tokenizer files, genai_config.json and manifest."""
+    check_target("onnx", checkpoint.config, checkpoint.architecture)
     options = request.options
     asked = options.quantize or ("f32" if options.portable else "")
     name = choose_type(checkpoint, request, "onnx", asked, DEFAULT)
@@ -66,10 +68,8 @@ def export_onnx(checkpoint: Checkpoint, request: ExportRequest[OnnxOptions], fol
     _write_json(folder / "generation_config.json", generation_config(checkpoint))
     _write_json(folder / "config.json", browser_config(checkpoint, options.portable))
     weight_bytes = (folder / DATA_FILE).stat().st_size
-    # with int8 activations, the matrices that stay in fp32 do not make the rest any closer
-    stored = min(bits_per_weight(checkpoint, weight_bytes), 8.0 if bits.dynamic else 32.0)
     tokenizer_files = copy_tokenizer(checkpoint, folder)  # which our engine reads, too
-    verification = _verify(checkpoint, request, folder, name, stored) if options.verify else {}
+    verification = _verify(checkpoint, request, folder, name, bits) if options.verify else {}
     contents = Contents(
         engine="onnxruntime",
         files=[MODEL_FILE, DATA_FILE, *CONFIG_FILES, *tokenizer_files],
@@ -184,12 +184,28 @@ def browser_config(checkpoint: Checkpoint, is_portable: bool) -> dict[str, Any]:
 
 
 def _verify(
-    checkpoint: Checkpoint, request: ExportRequest[OnnxOptions], folder: Path, name: str, bits: float
+    checkpoint: Checkpoint, request: ExportRequest[OnnxOptions], folder: Path, name: str, bits: Bits
 ) -> dict[str, dict[str, object]]:
-    """Compare prefill and teacher-forced decoding in our engine with torch."""
-    sample = torch_sample(checkpoint)
-    engine = EngineScheduler(OnnxEngine(folder / MODEL_FILE, EngineOptions(context=len(sample.tokens) + 1)))
-    agreement = verify_stepwise(engine, sample, Written("onnx", "file", name, bits), request)
+    """Compare our engine and a padded batch with torch, on the source's weights (f32) or on the file's own."""
+    with extra("train"):
+        from ..parity import Reference, check_runs, check_weights, reference_logits
+    from .reader import read_weights, run_padded_batch
+
+    sample, path = torch_sample(checkpoint), folder / MODEL_FILE
+    tokens = sample.tokens
+
+    def load() -> EngineScheduler:
+        return EngineScheduler(OnnxEngine(path, EngineOptions(context=len(tokens) + 1)))
+
+    runs = [step_through(load(), tokens), run_chunks(load(), tokens), run_padded_batch(path, tokens)]
+    agreement = check_stepwise(runs[0], sample, Written("onnx", "file", name), request)
+    if name == "f32":
+        source = Reference(sample.logits, sample.logits)
+        return {"exact": agreement.to_dict(), "codes": check_runs(source, runs, "the checkpoint's", "onnx")}
+    stored = read_weights(path, checkpoint, bits)
+    weights = check_weights(((each, checkpoint.tensor(each)) for each in stored.tensors), stored, "onnx")
+    codes = check_runs(reference_logits(checkpoint, stored, tokens), runs, stored.origin, "onnx")
+    request.say(f"verified {name} file against torch on the file's own weights, {len(runs)} runs")
     if agreement.mean_kl > 0.2:
         request.say(f"warning: {name} has a mean KL of {agreement.mean_kl:.2f}; int8 is the safe choice")
-    return {"exact" if name == "f32" else "quantized": agreement.to_dict()}
+    return {"weights": weights, "codes": codes, "quantized": agreement.to_dict()}

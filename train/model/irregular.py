@@ -118,6 +118,7 @@ def config_of(settings: Mapping[str, Any], architecture: Architecture, attention
     for name in ("model_type", "architectures", "per_layer_config", "auto_map", "quantization_config"):
         values.pop(name, None)
     values["head_dim"] = architecture.head_dim
+    values["num_attention_heads"] = values["num_key_value_heads"] = 1  # the widest layers' need not fit each other
     new = modeling.CAUSAL_LM_CLASSES[architecture.family].config_class(**values)
     apply_architecture(new, architecture)
     new._attn_implementation = attention or "sdpa"

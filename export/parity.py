@@ -1,0 +1,176 @@
+"""Compare an engine with torch on the very weights that a file stores.
+
+The reference is transformers' model with the file's dequantised weights. An engine also rounds the inputs of its
+products, to 8-bit blocks or to 16 bits. The reference is therefore computed twice, with exact inputs and with inputs
+rounded in the same way. The distance between the two is the size of that rounding. It is the limit for the distance of
+the engine, so no limit depends on a type. S sample tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..runtime.base.errors import ArtefactError
+from ..runtime.doctor import cpu
+from ..train.model.irregular import irregular_config, share_buffers
+from ..train.model.modeling_efficientllm import CAUSAL_LM_CLASSES
+from ..train.model.source import load_for_inference
+from ..train.model.tensors import EMBEDDING, HEAD
+from .checkpoint import Checkpoint
+from .verification import MAX_EXACT_DIFFERENCE, Activation, EngineRun, StoredWeights, replace_activation
+
+ROUNDING_FACTOR = 2.0
+"""Allowed distance of the engine, in distances of the two references. Another order of sums moves a few inputs to the
+other side of a rounding, and a kernel without rounded inputs is one distance away."""
+
+
+def _to_blocks(block: int, stores_half: bool = False) -> Callable[[Tensor], Tensor]:
+    """Return the rounding to 127 levels up to the largest magnitude in blocks of `block` inputs.
+
+    `stores_half` tells whether the product uses a scale of fp16.
+    """
+
+    def rounded(x: Tensor) -> Tensor:
+        missing = -x.shape[-1] % block
+        blocks = torch.nn.functional.pad(x, (0, missing)).unflatten(-1, (-1, block))
+        scale = (blocks.abs().amax(-1, keepdim=True) / 127).clamp(min=1e-30)
+        codes = (blocks / scale).round()
+        return (codes * (scale.half().float() if stores_half else scale)).flatten(-2)[..., : x.shape[-1]]
+
+    return rounded
+
+
+def _asymmetric(axes: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
+    """Return the rounding to 256 levels between the smallest and the largest input over `axes`, zero included."""
+
+    def rounded(x: Tensor) -> Tensor:
+        low, high = x.amin(axes, keepdim=True).clamp(max=0), x.amax(axes, keepdim=True).clamp(min=0)
+        scale = ((high - low) / 255).clamp(min=1e-30)
+        zero = (-low / scale).round()
+        return (((x / scale).round() + zero).clamp(0, 255) - zero) * scale
+
+    return rounded
+
+
+ROUNDINGS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "f16": lambda x: x.half().float(),
+    "f16 throughout": lambda x: x.half().float(),
+    "bf16": lambda x: x.bfloat16().float(),
+    "int8 in blocks of 32": _to_blocks(32),
+    "q8_0": _to_blocks(32, stores_half=True),
+    "q8_k": _to_blocks(256),
+    "int8 per token": _asymmetric((-1,)),
+    "int8 per tensor": _asymmetric((-2, -1)),
+}
+"""Roundings of the inputs of a product in our engines."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Logits fp32 [S, V] of a file's weights in torch."""
+
+    exact: np.ndarray
+    rounded: np.ndarray
+    """With inputs of products rounded as the engine does."""
+
+
+def reference_logits(
+    checkpoint: Checkpoint, stored: StoredWeights, tokens: list[int], activation: Activation | None = None
+) -> Reference:
+    """Return the logits of a file's weights. `activation` is that of `torch_logits`."""
+    model = _build(checkpoint, stored)
+    if activation is not None:
+        replace_activation(model, activation)
+    with torch.inference_mode():
+        exact = model(torch.tensor([tokens])).logits[0].float().numpy()
+        tied = stored.architecture.tie_word_embeddings
+        for name, module in model.named_modules():
+            matrix = EMBEDDING if tied and name == HEAD.removesuffix(".weight") else f"{name}.weight"
+            if isinstance(module, torch.nn.Linear) and matrix in stored.roundings:
+                module.register_forward_pre_hook(_rounding_hook(ROUNDINGS[stored.roundings[matrix]]))
+                if stored.roundings[matrix] == "f16 throughout":
+                    module.register_forward_hook(lambda module, inputs, output: output.half().float())
+        return Reference(exact, model(torch.tensor([tokens])).logits[0].float().numpy())
+
+
+def _rounding_hook(rounding: Callable[[Tensor], Tensor]) -> Callable[[Any, tuple[Any, ...]], tuple[Tensor]]:
+    return lambda module, inputs: (rounding(inputs[0]),)
+
+
+def _build(checkpoint: Checkpoint, stored: StoredWeights) -> Any:
+    """Return the irregular model of the file's shape with the file's weights."""
+    source, architecture = load_for_inference(checkpoint.folder), stored.architecture
+    config = irregular_config(source.config, architecture)
+    for name, value in stored.scales.settings(architecture).items():
+        setattr(config, name, value)
+    with torch.device("meta"):
+        model: Any = CAUSAL_LM_CLASSES[architecture.family](config)
+    offset = architecture.parts.norm.gain_offset
+    state = {
+        name: torch.from_numpy(np.require(array - offset if name.endswith("norm.weight") else array, requirements="CW"))
+        for name, array in stored.tensors.items()
+    }
+    if architecture.tie_word_embeddings:
+        state[HEAD] = state[EMBEDDING]
+    model.load_state_dict(state, assign=True)
+    share_buffers(model, source)
+    if architecture.parts.scales_embedding:
+        model.model.embed_tokens.embed_scale = torch.tensor(stored.scales.embedding)
+    return model.eval()
+
+
+def check_runs(reference: Reference, runs: list[EngineRun], origin: str, target: str) -> dict[str, object]:
+    """Return the distances of the runs from the reference, for the manifest. Raises ArtefactError beyond the limit.
+
+    `origin` says where the weights were read. A distance is the largest root mean square of a position's differences
+    over the vocabulary.
+    """
+    floor = MAX_EXACT_DIFFERENCE * max(1.0, float(np.abs(reference.exact).max()) / 32)
+    limit = ROUNDING_FACTOR * _distance(reference.exact, reference.rounded) + floor
+    found = {}
+    for run in runs:
+        distance = _distance(reference.rounded[run.positions], run.logits)
+        found[run.title] = distance
+        if not distance <= limit:  # NaN is no distance
+            exact = _distance(reference.exact[run.positions], run.logits)
+            raise ArtefactError(
+                f"{target}: {run.title}, the engine's logits differ by {distance:.2e} from torch's with the file's own "
+                f"weights (limit {limit:.2e}, by the rounding of inputs; {exact:.2e} with exact inputs); nothing was "
+                "written. Please report this model; --no-verify exports it anyway"
+            )
+    return {"weights": origin, "limit": limit, "distances": found, "cpu": _describe_cpu()}
+
+
+def _describe_cpu() -> dict[str, object]:
+    """Return this CPU's model and the features that select kernels."""
+    found = cpu()
+    return {"model": found["model"], "features": [name for name, has in found["features"].items() if has]}
+
+
+def _distance(first: np.ndarray, second: np.ndarray) -> float:
+    return float(np.sqrt(np.square(first - second).mean(-1)).max())
+
+
+def check_weights(source: Iterable[tuple[str, np.ndarray]], stored: StoredWeights, target: str) -> dict[str, object]:
+    """Return the largest relative error of a matrix, for the manifest.
+
+    Raises ArtefactError for a matrix that is as far from the exact one as zeros are.
+    """
+    errors = {
+        name: float(np.linalg.norm(stored.tensors[name] - array) / max(float(np.linalg.norm(array)), 1e-30))
+        for name, array in source
+        if array.ndim > 1
+    }
+    worst = max(errors, key=lambda name: errors[name])
+    if not errors[worst] < 1:
+        raise ArtefactError(
+            f"{target}: the stored {worst} is {errors[worst]:.0%} of its size away from the checkpoint's; nothing was "
+            "written. Please report this model; --no-verify exports it anyway"
+        )
+    return {"matrix": worst, "relative_error": errors[worst]}
