@@ -15,8 +15,7 @@ import exporting
 import pytest
 import training
 from shared import made_once
-from tiny import tiny_architecture, tiny_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tiny import tiny_architecture, tiny_model, tiny_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from efficientllm.export.verification import sample_text
@@ -27,12 +26,6 @@ from efficientllm.runtime.engines.scheduler import EngineScheduler
 from efficientllm.train.evaluation.quality import contract, sets
 from efficientllm.train.model.architecture import Architecture, LayerShape
 from efficientllm.train.model.irregular import save_checkpoint
-
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-
 
 pytest_plugins = ["figures", "skips"]
 
@@ -112,27 +105,7 @@ def passes_of_all() -> Iterator[Callable[[LlamaContext, int, int], float]]:
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE with SmolLM's pre-tokenizer, 400 tokens."""
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator([sample_text()], trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token="<|im_start|>",
-        eos_token="<|im_end|>",
-        unk_token="<|endoftext|>",
-        pad_token="<|im_end|>",
-        chat_template=CHAT_TEMPLATE,
-    )
+    return tiny_tokenizer()
 
 
 @pytest.fixture

@@ -6,10 +6,17 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from transformers import AutoConfig
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, PreTrainedTokenizerFast
 
+from efficientllm.export.verification import sample_text
 from efficientllm.train.model.architecture import FAMILIES, Architecture, LayerShape
 from efficientllm.train.model.irregular import build
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 
 SIMILAR = ("llama", "mistral", "qwen2", "qwen3")
 """Families that differ by little: what takes long is tested with these, and test_families.py has the others."""
@@ -88,3 +95,27 @@ def tiny_model(architecture: Architecture, seed: int = 0, **settings: Any) -> An
             else:
                 parameter.normal_(std=0.08)
     return model.eval()
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE with SmolLM's pre-tokenizer, 400 tokens."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator([sample_text()], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        unk_token="<|endoftext|>",
+        pad_token="<|im_end|>",
+        chat_template=CHAT_TEMPLATE,
+    )

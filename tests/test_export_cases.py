@@ -1,0 +1,38 @@
+"""Generated models in stock engines against transformers; tests/tools/export_cases.py runs any number of them."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import export_cases
+import pytest
+
+from efficientllm.export.gguf import exporter, writer
+
+SEED = 1
+CASES = [("gguf", index) for index in range(12)] + [("onnx", index) for index in range(48)]
+REFUSALS = ("cannot store; choose onnx", "no rotary embedding in every fourth layer")
+"""Parts of the messages about models that llama.cpp's architectures cannot hold."""
+
+
+@pytest.mark.parametrize(("target", "index"), CASES)
+def test_a_generated_model_is_right_or_refused_with_its_cause(target: str, index: int, tmp_path: Path) -> None:
+    logging.getLogger("efficientllm").setLevel(logging.ERROR)
+    outcome = export_cases.run_case(target, export_cases.generate(target, SEED, index), tmp_path)
+    is_expected = outcome.kind == "refused" and target == "gguf" and any(text in outcome.detail for text in REFUSALS)
+    assert outcome.kind == "right" or is_expected, f"{export_cases.command(target, SEED, index)}: {outcome}"
+
+
+def test_the_comparer_notices_a_wrong_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of q and k in the order of another rope, with the exporter's own verification off."""
+
+    def unpermuted(array: Any, heads: int) -> Any:
+        return array
+
+    monkeypatch.setattr(exporter, "_verify", lambda *arguments: {})
+    monkeypatch.setattr(writer, "permute_rope", unpermuted)
+    cases = (export_cases.generate("gguf", SEED, index) for index in range(100))
+    case = next(each for each in cases if each.family == "llama" and each.layers[0].num_attention_heads)
+    assert export_cases.run_case("gguf", case, tmp_path).kind == "wrong"
