@@ -9,10 +9,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from tiny import LLAMA3_ROPE, tiny_architecture
 from training import command, metrics, run, unpruned, weights, without
 
 from efficientllm.train.compute.loss import TrainingLoss
@@ -224,6 +227,32 @@ def test_a_corpus_that_changed_meanwhile_is_said(
     text.write_text(text.read_text(encoding="utf-8").replace("a", "b"), encoding="utf-8")
     assert run(["--resume", "--output", str(tmp_path / "run")]) == 0
     assert f"--data {text} has changed; the result is not that of" in capsys.readouterr().out
+
+
+UNHELD = [
+    ("qwen3", {"rope_parameters": LLAMA3_ROPE}, ("--for", "onnx,gguf"), "gguf: layer 0 has a llama3 rope"),
+    ("gpt_neox", {}, ("--for", "gguf"), "gguf: llama.cpp holds irregular layers of gpt_neox only zero-padded"),
+    ("mistral", {}, ("--for", "litert"), "litert: litert-torch cannot trace Mistral's mask"),
+]
+
+
+@pytest.mark.parametrize(("family", "settings", "flags", "message"), UNHELD)
+def test_a_model_that_a_target_cannot_hold_is_not_trained(
+    family: str,
+    settings: dict[str, Any],
+    flags: tuple[str, ...],
+    message: str,
+    save_tiny: Callable[..., Path],
+    corpus: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    source, output = save_tiny(tiny_architecture(family), **settings), tmp_path / "run"
+    assert run([*command(source, corpus, output), *flags]) == 2
+    assert f"error: --for {message}" in capsys.readouterr().err
+    assert not output.exists()
+    assert run([*command(source, corpus, output), "--for", "gguf,pdf"]) == 2
+    assert "--for pdf: choose from gguf, web, onnx, executorch, litert, hf-uniform" in capsys.readouterr().err
 
 
 def test_a_logger_that_does_not_start_is_one_line(

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..runtime.base import flags
-from ..runtime.base.errors import UsageError
+from ..runtime.base.errors import ModelError, UsageError
 from ..runtime.base.progress import ProgressDisplay
 from .checkpoint.run_folder import (
     FINISHED_FILE,
@@ -37,6 +37,7 @@ from .model.architecture import Architecture
 from .model.file_types import tokenizer_bytes
 from .model.irregular import architecture_of
 from .model.source import load_source, shape_of_folder, stored_dtype
+from .model.target_rules import check_target
 from .pruning.plan import PruningPlan, make_pruning_plan
 from .request import data_specs
 from .vocabulary.pieces import pieces_of
@@ -179,6 +180,7 @@ def make_plan(config: TrainConfig, resume: ResumePoint | None, compute: Compute)
     architecture = architecture_of(source.config)
     if shape is None:
         _announce_memory(config, resume, compute, architecture)
+    _check_targets(config, source.config.to_dict(), architecture)
     _check_grid(config, architecture)
     vocabulary_bytes = tokenizer_bytes(tokenizer) if config.pruning.target_bytes is not None else 0
     pieces = pieces_of(source, tokenizer) if config.pruning.prunes_vocabulary and config.pruning.prunes else None
@@ -210,6 +212,17 @@ def _check_removals(config: TrainConfig, compute: Compute) -> None:
             f"--removals {settings.removals}: there are {int(steps)} steps between --prune-start and --prune-end; "
             "use fewer, or more --tokens"
         )
+
+
+def _check_targets(config: TrainConfig, source: dict[str, Any], architecture: Architecture) -> None:
+    """Raise UsageError if a target of --for cannot hold the final model."""
+    settings = config.pruning
+    is_irregular = settings.prunes and settings.layout == "per-layer"
+    for target in config.run.for_:
+        try:
+            check_target(target, source, architecture, is_irregular)
+        except ModelError as error:
+            raise UsageError(f"--for {error}") from error
 
 
 def _check_grid(config: TrainConfig, architecture: Architecture) -> None:

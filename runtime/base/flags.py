@@ -119,8 +119,8 @@ def comma_separated(*default: str) -> Any:
 
 
 def flag_name(field_name: str) -> str:
-    """Return the flag of a field, such as --batch-size."""
-    return "--" + field_name.replace("_", "-")
+    """Return the flag of a field, such as --batch-size. A field named like a keyword of Python ends in "_"."""
+    return "--" + field_name.rstrip("_").replace("_", "-")
 
 
 def require(options: object, name: str, holds: bool, rule: str, value: object = None) -> None:
@@ -235,7 +235,7 @@ def _add_flags(parser: argparse._ActionsContainer, cls: type) -> None:
             else:
                 separated = field.metadata.get("comma_separated")
                 options |= {"type": _split_commas} if separated else {"action": "append"}
-            options["metavar"] = field.name.upper()
+            options["metavar"] = field.name.rstrip("_").upper()
         elif typing.get_origin(annotation) is typing.Literal:
             names = typing.get_args(annotation)
             options |= {"type": functools.partial(_one_of, names), "metavar": "{" + ",".join(names) + "}"}

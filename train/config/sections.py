@@ -9,6 +9,7 @@ from typing import Literal
 
 from ...runtime.base import flags
 from ..model.foreign_configs import ImportOptions
+from ..model.target_rules import TARGETS
 from .pruning import PruneConfig
 from .quantisation import QuantisationConfig
 
@@ -142,6 +143,9 @@ class RunConfig:
     teacher_cache: str = ""
     """With --distill: folder of cached teacher states for runs that read the same text (SmolLM2-135M: 1.2 kB a token, a
     fifth of a step saved)."""
+    for_: tuple[str, ...] = flags.comma_separated()
+    """Export targets, comma-separated, that must be able to hold the final model: gguf, web, onnx, executorch, litert,
+    hf-uniform. A model that one of them cannot hold is refused before it is trained."""
     tensorboard: bool = False
     """Write TensorBoard events beside metrics.jsonl."""
     wandb: bool = False
@@ -151,6 +155,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         flags.check_fields(self)
+        for target in self.for_:
+            flags.require(self, "for_", target in TARGETS, f"choose from {', '.join(TARGETS)}", value=target)
         flags.require(self, "resume", not (self.overwrite and self.resume), "cannot be combined with --overwrite")
         flags.require(
             self, "offload", not self.offload or self.data_parallel == "fsdp", "works with --data-parallel fsdp only"
@@ -210,7 +216,7 @@ def _toml(value: object) -> str:
 RESUMABLE_CHANGES = frozenset(
     {
         *("output", "overwrite", "resume", "checkpoint_every", "keep", "device", "threads", "tensorboard", "wandb"),
-        *("skip_bad_lines", "eval_every", "save_dtype", "teacher_cache"),
+        *("skip_bad_lines", "eval_every", "save_dtype", "teacher_cache", "for_"),
     }
 )
 """Settings that a resumed run may change without changing its result."""
