@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import AutoConfig
 
 from ..runtime.base.errors import ArtefactError
 from ..runtime.doctor import cpu
-from ..train.model.irregular import irregular_config, share_buffers
+from ..train.model.irregular import irregular_config
 from ..train.model.modeling_efficientllm import CAUSAL_LM_CLASSES
-from ..train.model.source import load_for_inference
 from ..train.model.tensors import EMBEDDING, HEAD
 from .checkpoint import Checkpoint
 from .verification import MAX_EXACT_DIFFERENCE, Activation, EngineRun, StoredWeights, replace_activation
@@ -105,8 +105,9 @@ def _rounding_hook(rounding: Callable[[Tensor], Tensor]) -> Callable[[Any, tuple
 
 def _build(checkpoint: Checkpoint, stored: StoredWeights) -> Any:
     """Return the irregular model of the file's shape with the file's weights."""
-    source, architecture = load_for_inference(checkpoint.folder), stored.architecture
-    config = irregular_config(source.config, architecture)
+    architecture = stored.architecture
+    config = irregular_config(AutoConfig.from_pretrained(checkpoint.folder), architecture)
+    config._attn_implementation = "eager"
     for name, value in stored.scales.settings(architecture).items():
         setattr(config, name, value)
     with torch.device("meta"):
@@ -119,7 +120,7 @@ def _build(checkpoint: Checkpoint, stored: StoredWeights) -> Any:
     if architecture.tie_word_embeddings:
         state[HEAD] = state[EMBEDDING]
     model.load_state_dict(state, assign=True)
-    share_buffers(model, source)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its buffers are not stored
     if architecture.parts.scales_embedding:
         model.model.embed_tokens.embed_scale = torch.tensor(stored.scales.embedding)
     return model.eval()

@@ -82,22 +82,24 @@ def _main(request_path: str) -> None:
 
     request = json.loads(Path(request_path).read_text(encoding="utf-8"))
     tokens, output = request["tokens"], Path(request["output"])
-    for index, values in enumerate(request["runs"]):
-        run = Run(tuple(values["chunks"]), values["extra_buffers"])
+    runs = [Run(tuple(each["chunks"]), each["extra_buffers"]) for each in request["runs"]]
+    for extra_buffers, group in itertools.groupby(enumerate(runs), lambda item: item[1].extra_buffers):
         parameters = llama_cpp.llama_model_default_params()
-        parameters.use_extra_bufts = run.extra_buffers
+        parameters.use_extra_bufts = extra_buffers
         model = llama_cpp.llama_model_load_from_file(request["path"].encode(), parameters)
         if not model:
             sys.exit(1)  # its log is where the reason stands
-        # an F32 cache is exact, where the default F16 moves logits by up to 0.07
-        context = LlamaContext(model, os.cpu_count() or 1, AttentionSettings("f32", flash=False), len(tokens), 1)
-        rows = [context.all_logits(0, chunk) for chunk in _chunks(tokens, run.chunks)]
-        np.save(output / f"{index}.npy", np.concatenate(rows))
-        if index == 0:
+        for index, run in group:
+            # an F32 cache is exact, where the default F16 moves logits by up to 0.07
+            attention = AttentionSettings("f32", flash=False)
+            context = LlamaContext(model, os.cpu_count() or 1, attention, len(tokens), 1)
+            rows = [context.all_logits(0, chunk) for chunk in _chunks(tokens, run.chunks)]
+            np.save(output / f"{index}.npy", np.concatenate(rows))
+            context.close()
+        if extra_buffers:
             vocab = llama_cpp.llama_model_get_vocab(model)
             ids = [_tokenize(vocab, text.encode("utf-8")) for text in request["texts"]]
             (output / "token_ids.json").write_text(json.dumps(ids), encoding="utf-8")
-        context.close()
         llama_cpp.llama_model_free(model)
 
 
