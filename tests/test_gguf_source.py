@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 import torch
 from exporting import export
-from tiny import tiny_architecture
+from tiny import UNEQUAL, tiny_architecture
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from efficientllm.export.gguf.probe import probe
 from efficientllm.export.verification import sample_text
+from efficientllm.runtime.base.errors import ModelError
 from efficientllm.runtime.base.model_names import demo_source_path
+from efficientllm.train.model import source
 from efficientllm.train.model.architecture import LayerShape
 from efficientllm.train.model.source import load_source
 
@@ -68,3 +70,14 @@ def test_the_demo_source_keeps_its_tokenizer() -> None:
     expected = probe(path, [1, 2, 3], texts).token_ids
     for text, ids in zip(texts, expected, strict=True):
         assert tokenizer(text, add_special_tokens=False)["input_ids"] == ids
+
+
+@pytest.mark.parametrize("layers", [UNEQUAL, (LayerShape(2, 2, 96),) * 2], ids=["deci", "olmo2"])
+def test_a_gguf_that_cannot_be_read_is_refused_before_it_is(
+    layers: tuple[LayerShape, ...], save_tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family = "llama" if layers == UNEQUAL else "olmo2"
+    assert export(save_tiny(tiny_architecture(family, layers)), "gguf", tmp_path / "gguf", "--no-verify") == 0
+    monkeypatch.setattr(source, "_located", lambda *arguments: pytest.fail("the file was read"))
+    with pytest.raises(ModelError, match=r"GGUF files of architecture '(deci|olmo2)' cannot be read, only llama, "):
+        source.load_source(str(tmp_path / "gguf" / "model.gguf"))

@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from ...runtime.base.errors import EfficientLLMError, ModelError
 from ...runtime.base.extras import extra
+from ...runtime.base.gguf_header import read_header
 from ...runtime.base.model_names import check_source, hub_answers, source_path
 from .architecture import Architecture
 from .file_types import build_pre_tokenizer
@@ -68,6 +69,9 @@ def tie_what_is_stored_twice(model: Any, path: Path) -> None:
 
 
 _log = logging.getLogger("efficientllm.train")
+
+READABLE_GGUF = ("llama", "qwen2", "qwen3", "gemma3")
+"""llama.cpp architectures of supported families that transformers 5.24 reads."""
 
 GGUF_FILE_TYPES = {0: torch.float32, 1: torch.float16}
 """`general.file_type` of GGUF files (llama.cpp's LLAMA_FTYPE) with fp32 or fp16 matrices."""
@@ -116,6 +120,8 @@ def load_source(
     """
     called = called or f"--source {source}"
     path = check_source(source, called)
+    if path.suffix == ".gguf":
+        check_gguf_source(path, called)
     folder, options = _located(source, path)
     if path.is_dir():
         if is_foreign(path):
@@ -141,6 +147,17 @@ def load_source(
         if tokenizer.model_max_length > 1e9:
             tokenizer.model_max_length = model.config.max_position_embeddings
     return to_irregular(model), tokenizer
+
+
+def check_gguf_source(path: Path, called: str) -> None:
+    """Raise ModelError, before anything is read, for a GGUF of an architecture that `load_source` cannot read."""
+    with loading(called):
+        name = read_header(path).values.get("general.architecture")
+    if name not in READABLE_GGUF:
+        raise ModelError(
+            f"{called}: GGUF files of architecture {name!r} cannot be read, only {', '.join(READABLE_GGUF)}; give the "
+            "Hugging Face folder that the file was made from"
+        )
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
