@@ -126,7 +126,9 @@ def _build(checkpoint: Checkpoint, stored: StoredWeights) -> Any:
         model: Any = CAUSAL_LM_CLASSES[architecture.family](config)
     offset = architecture.parts.norm.gain_offset
     state = {
-        name: torch.from_numpy(np.require(array - offset if name.endswith("norm.weight") else array, requirements="CW"))
+        name: torch.from_numpy(
+            np.require(array - offset if name.endswith("norm.weight") else array, requirements=["C", "W"])
+        )
         for name, array in stored.tensors.items()
     }
     if architecture.tie_word_embeddings:

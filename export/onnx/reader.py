@@ -96,5 +96,5 @@ def run_padded_batch(path: Path, tokens: list[int]) -> EngineRun:
     for value in session.get_inputs()[2:]:
         dtype = np.float16 if value.type == "tensor(float16)" else np.float32
         feeds[value.name] = np.zeros((2, value.shape[1], 0, value.shape[3]), dtype)
-    (logits,) = session.run(["logits"], feeds)
+    logits: Any = session.run(["logits"], feeds)[0]
     return EngineRun(BATCH_TITLE, [length - 1 for length in lengths], logits[:, 0])
