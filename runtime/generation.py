@@ -181,7 +181,7 @@ class Generation:
     def _evaluate(self) -> np.ndarray | None:
         """Return the logits after `tokens`, None if no further token is needed."""
         while not self.is_over:
-            if (logits := self.engine.step([self.lease])[0]) is not None:
+            if (logits := self.engine.step_together(self.lease)) is not None:
                 return logits
         return None
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -175,3 +177,20 @@ def test_a_pass_ends_early_only_if_all_its_answers_are_cancelled(
     monkeypatch.setattr(engine._engine, "extend", cancel_and_extend)
     rows = engine.step([generation.lease for generation in generations])
     assert [row is None for row in rows] == [cancelled == 2] * 2
+
+
+def test_threads_share_passes(engine: EngineScheduler, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = ["".join(generation) for generation in answers(engine, PROMPTS)]
+    assert engine._engine is not None
+    extend, sizes = engine._engine.extend, list[int]()
+
+    def slow_extend(chunks: Sequence[Chunk]) -> list[np.ndarray]:
+        sizes.append(len(chunks))
+        time.sleep(0.01)  # all other threads wait for their next pass meanwhile
+        return extend(chunks)
+
+    monkeypatch.setattr(engine._engine, "extend", slow_extend)
+    monkeypatch.setattr(engine, "_pass_times", None)  # else the measured times may ask for passes of one answer
+    with ThreadPoolExecutor(len(PROMPTS)) as threads:
+        assert list(threads.map("".join, answers(engine, PROMPTS))) == alone
+    assert len(sizes) < 0.7 * sum(sizes)

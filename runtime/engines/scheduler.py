@@ -24,12 +24,16 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from ..base.errors import ContextOverflowError, UsageError
 from .protocol import CacheFullError, Chunk, Embedder, Engine, EvaluationInterrupted, Pooling
 from .scheduling_policy import CachePool, PassTimes, SequenceCache, plan_pass
+
+TOGETHER_SECONDS = 0.001
+"""Longest time that a pass waits for the threads of the pass before."""
 
 MODEL_CLOSED = "the model is closed; load it again"
 SEQUENCE_LOST = (
@@ -45,7 +49,8 @@ class EngineScheduler:
     are evaluated under a lease. There may be more leases than sequences: a further one takes the sequence that was not
     used for the longest time, and the lease that held it raises UsageError.
 
-    `_stepping` is the innermost lock, taken inside `_turn` or `_calls`. Those two are never held together.
+    `_stepping` is the innermost lock, taken inside `_turn` or `_calls`. Those two are never held together. `_served` is
+    the outermost one, in which garbage collection may take `_turn`.
     """
 
     def __init__(self, engine: Engine, sampling_defaults: Mapping[str, float] | None = None) -> None:
@@ -60,8 +65,13 @@ class EngineScheduler:
         self._caches = CachePool(engine)
         self._stepping = threading.Lock()
         """Guards `_in_pass`."""
+        self._served = threading.Condition()
+        """Guards the fields of `step_together`. Notified after a pass, and when a thread asks for one."""
+        self._is_serving, self._num_together = False, 1
         self._in_pass: Sequence[Lease] = ()
         """Leases whose tokens are being evaluated."""
+        self._requests: list[_StepRequest] = []
+        """Passes that threads wait for."""
         self._own_lease = Lease(self)
         """Sequence of `prefill` and `decode`. It is idle between two calls, because no call is known to be the last."""
         self._own_turn = threading.RLock()
@@ -171,6 +181,56 @@ class EngineScheduler:
                     return
             yield rows
 
+    def step_together(self, lease: Lease) -> np.ndarray | None:
+        """Evaluate tokens of `lease` in one pass with those that other threads wait for, see `step`.
+
+        One of the threads evaluates for all. A prompt without a sequence has a pass of its own, because it may take
+        the sequence of another lease.
+        """
+        request = _StepRequest(lease)
+        is_leader = False
+        try:
+            with self._served:
+                self._requests.append(request)
+                self._served.notify_all()
+                self._served.wait_for(lambda: request.is_done or not self._is_serving)
+                if not request.is_done:
+                    is_leader = self._is_serving = True
+            if is_leader:
+                self._serve(self._choose_together(request))
+        finally:
+            with self._served:
+                self._requests = [one for one in self._requests if one is not request]
+                self._is_serving = self._is_serving and not is_leader
+                self._served.notify_all()
+        if request.error is not None:
+            raise request.error
+        return request.logits
+
+    def _choose_together(self, request: _StepRequest) -> list[_StepRequest]:
+        """Return the requests of the next pass, of which `request` is one."""
+        with self._served:
+            # The threads of the last pass are choosing their tokens now.
+            self._served.wait_for(lambda: len(self._requests) >= self._num_together, TOGETHER_SECONDS)
+            has_sequence = request.lease.has_sequence
+            together = [one for one in self._requests if one.lease.has_sequence and has_sequence] or [request]
+            self._requests = [one for one in self._requests if one not in together]
+            self._num_together = len(together)
+            return together
+
+    def _serve(self, requests: Sequence[_StepRequest]) -> None:
+        try:
+            rows = self.step([request.lease for request in requests])
+        except Exception as error:  # of one lease, or of all together
+            for request in requests:
+                if len(requests) > 1:
+                    self._serve([request])
+                else:
+                    request.error, request.is_done = error, True
+        else:
+            for request, row in zip(requests, rows, strict=True):
+                request.logits, request.is_done = row, True
+
     def step(self, leases: Sequence[Lease]) -> list[np.ndarray | None]:
         """Evaluate tokens of the leases in one pass, chosen by `plan_pass`.
 
@@ -268,6 +328,16 @@ class EngineScheduler:
         engine.close()
 
 
+@dataclass(eq=False)
+class _StepRequest:
+    """A pass that a thread waits for, and its result."""
+
+    lease: Lease
+    logits: np.ndarray | None = None
+    error: Exception | None = None
+    is_done: bool = False
+
+
 class Lease:
     """The right of one answer to a sequence of the engine, until `release` or until other answers need the sequence."""
 
@@ -296,9 +366,14 @@ class Lease:
         return len(self.tokens) - (0 if self.cache is None else len(self.cache.tokens))
 
     @property
+    def has_sequence(self) -> bool:
+        """Return True if the lease holds a sequence."""
+        return self.cache is not None and self.cache.holder is self
+
+    @property
     def is_lost(self) -> bool:
         """Return True if another answer took the sequence."""
-        return self.cache is not None and self.cache.holder is not self
+        return self.cache is not None and not self.has_sequence
 
     def next_chunk(self, count: int) -> Chunk:
         """Return the first `count` pending tokens as part of a pass."""
