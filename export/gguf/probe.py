@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import json
 import os
@@ -15,6 +14,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -112,7 +112,7 @@ def _chunks(tokens: list[int], sizes: Sequence[int]) -> Iterator[list[int]]:
         start += size
 
 
-def _tokenize(vocab: ctypes.c_void_p, text: bytes) -> list[int]:
+def _tokenize(vocab: Any, text: bytes) -> list[int]:
     import llama_cpp
 
     room = (llama_cpp.llama_token * (len(text) + 2))()
