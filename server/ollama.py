@@ -50,7 +50,7 @@ class Options(RequestPart):
     min_p: Float | None = None
     seed: Int | None = None
     num_predict: Int = -1
-    stop: Annotated[list[Text], Field(max_length=MAX_STOPS)] | Text = Field([])
+    stop: Annotated[list[Text], Field(max_length=MAX_STOPS)] | Text = Field(default=[])
     repeat_penalty: Float | None = None
     presence_penalty: Float = 0.0
     frequency_penalty: Float = 0.0
@@ -65,7 +65,7 @@ class Options(RequestPart):
 class CalledFunction(RequestPart):
     without_effect = ("index",)
     name: Name
-    arguments: Json = Field({})
+    arguments: Json = Field(default={})
 
 
 class Call(RequestPart):
@@ -77,7 +77,7 @@ class Message(RequestPart):
     without_effect = ("thinking", "tool_call_id")
     role: Literal["system", "user", "assistant", "tool"]
     content: Text = ""
-    tool_calls: Annotated[list[Call], Field(max_length=MAX_TOOLS)] = Field([])
+    tool_calls: Annotated[list[Call], Field(max_length=MAX_TOOLS)] = Field(default=[])
     tool_name: Text = ""
 
     def as_message(self) -> dict[str, Any]:
@@ -141,8 +141,8 @@ class OllamaRequest(RequestPart):
 class OllamaChat(OllamaRequest):
     """POST /api/chat."""
 
-    messages: Annotated[list[Message], Field(max_length=MAX_MESSAGES)] = Field([])
-    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] = Field([])
+    messages: Annotated[list[Message], Field(max_length=MAX_MESSAGES)] = Field(default=[])
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] = Field(default=[])
 
     @property
     def is_load(self) -> bool:
