@@ -36,7 +36,7 @@ import torch
 from torch import Tensor, nn
 
 from ..compute.distributed import Parallel, reshard
-from ..compute.loss import TrainingLoss, count_predicted
+from ..compute.loss import CHUNK_TOKENS, ROWS_IN_CACHE, TrainingLoss, count_predicted
 from ..model.architecture import Architecture
 from ..model.groups import BLOCKS
 from ..model.modeling_efficientllm import NoAttention, NoFeedForward
@@ -50,7 +50,7 @@ Absence = tuple[tuple[int, Half], ...]
 """Blocks that are absent at once, (layer, half)."""
 
 LOGIT_ROWS = 64
-"""Rows of logits at once, few enough for the processor's cache."""
+"""Rows of fp32 logits at once."""
 EXACT_LOGITS = 8
 """Likeliest tokens whose logits are not rounded to bf16."""
 
@@ -135,34 +135,34 @@ class WholeModel:
     @classmethod
     def of(cls, states: Tensor, head: Tensor) -> WholeModel:
         """Read the last hidden states [N, H] and the LM head [V, H], both in the type of products."""
-        likely, log_sums, mean_rows = [], [], []
+        likely, mean_rows = [], []
         for rows in states.split(LOGIT_ROWS):
-            tokens = (rows @ head.T).topk(min(EXACT_LOGITS, len(head)), dim=-1).indices
-            logits = _logits(rows, head, tokens)
-            log_sums.append(logits.logsumexp(dim=-1))
-            probabilities = (logits - log_sums[-1][:, None]).exp_()
-            mean_rows.append(probabilities.to(head.dtype) @ head)
-            likely.append(tokens)
-        return cls(states.float(), torch.cat(likely), torch.cat(log_sums), torch.cat(mean_rows).float())
+            logits = (rows @ head.T).float()
+            likely.append(logits.topk(min(EXACT_LOGITS, len(head)), dim=-1).indices)
+            mean_rows.append(logits.softmax(dim=-1).to(head.dtype) @ head)
+        log_sums = _log_sums(states, head, torch.cat(likely))
+        return cls(states.float(), torch.cat(likely), log_sums, torch.cat(mean_rows).float())
 
     def divergence(self, states: Tensor, head: Tensor) -> float:
         """Return KL(whole model ‖ model with these states) over all tokens, in nats."""
-        pairs = zip(states.split(LOGIT_ROWS), self.likely.split(LOGIT_ROWS), strict=True)
-        log_sums = torch.cat([_logits(rows, head, tokens).logsumexp(dim=-1) for rows, tokens in pairs])
+        log_sums = _log_sums(states, head, self.likely)
         expected = ((states.float() - self.states) * self.mean_rows).sum(-1)
         return float((log_sums - self.log_sums - expected).double().sum())
 
 
-def _logits(states: Tensor, head: Tensor, likely: Tensor) -> Tensor:
-    """Return logits in fp32 [n, V], exact for the `likely` tokens [n, k].
+def _log_sums(states: Tensor, head: Tensor, likely: Tensor) -> Tensor:
+    """Return log sum exp of the logits of states [N, H], fp32 [N]. The logits of `likely` tokens [N, k] are exact.
 
     A product in bf16 is rounded to bf16. A large logit is then off by up to 0.06, more than a block may cost.
     """
-    logits = (states @ head.T).float()
-    if head.dtype != torch.float32:
-        exact = torch.einsum("nh,nkh->nk", states.float(), head[likely].float())
-        logits.scatter_(1, likely, exact)
-    return logits
+    rows_at_once = ROWS_IN_CACHE * torch.get_num_threads() if states.device.type == "cpu" else CHUNK_TOKENS
+    found = []
+    for rows, tokens in zip(states.split(CHUNK_TOKENS), likely.split(CHUNK_TOKENS), strict=True):
+        exact = torch.einsum("nh,nkh->nk", rows.float(), head[tokens].float())
+        parts = (each.split(rows_at_once) for each in (rows @ head.T, tokens, exact))
+        for logits, some_tokens, values in zip(*parts, strict=True):
+            found.append(logits.float().scatter_(1, some_tokens, values).logsumexp(dim=-1))
+    return torch.cat(found)
 
 
 @contextlib.contextmanager
