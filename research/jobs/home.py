@@ -703,12 +703,17 @@ def _description(intent: str) -> str:
     return words.strip().capitalize()
 
 
-def as_chat(request: Request) -> dict[str, Any]:
-    """Make OpenAI's fine-tuning chat of a request and its call."""
+def as_chat(request: Request, tools: Mapping[str, Any]) -> dict[str, Any]:
+    """Make OpenAI's fine-tuning chat of a request and its call.
+
+    Arguments are in the order of the function's properties, as grammars of JSON schemas want them.
+    """
     answer: dict[str, Any] = {"role": "assistant", "content": REFUSAL}
     if request.call is not None:
-        arguments = json.dumps(request.call["arguments"], ensure_ascii=False)
-        function = {"name": request.call["name"], "arguments": arguments}
+        name, values = request.call["name"], request.call["arguments"]
+        properties = tools[name]["function"]["parameters"]["properties"]
+        arguments = {key: values[key] for key in properties if key in values}
+        function = {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)}
         call = {"id": "call_0", "type": "function", "function": function}
         answer = {"role": "assistant", "content": None, "tool_calls": [call]}
     return {"messages": [{"role": "user", "content": request.text}, answer]}
@@ -717,12 +722,15 @@ def as_chat(request: Request) -> dict[str, Any]:
 def write_job(folder: Path, train: int, test: int, seed: int) -> None:
     """Write train.jsonl and test.jsonl. Rows of the test also name their template."""
     folder.mkdir(parents=True, exist_ok=True)
-    tools = list(make_tools(Language.load()).values())
+    tools = make_tools(Language.load())
     training, held_out = make_job(train, test, seed)
-    _write_lines(folder / "train.jsonl", map(as_chat, training))
-    about = [{"tools": tools, "template": each.template, "is_new_template": each.is_new_template} for each in held_out]
+    _write_lines(folder / "train.jsonl", [as_chat(request, tools) for request in training])
+    about = [
+        {"tools": [*tools.values()], "template": each.template, "is_new_template": each.is_new_template}
+        for each in held_out
+    ]
     rows = zip(held_out, about, strict=True)
-    _write_lines(folder / "test.jsonl", [{**as_chat(request), **more} for request, more in rows])
+    _write_lines(folder / "test.jsonl", [{**as_chat(request, tools), **more} for request, more in rows])
 
 
 def _write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

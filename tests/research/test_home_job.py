@@ -39,7 +39,8 @@ def test_every_call_is_of_an_offered_tool(job: Path) -> None:
     for row in rows(job / "train.jsonl") + test:
         for call in row["messages"][-1].get("tool_calls", []):
             arguments = json.loads(call["function"]["arguments"])
-            assert set(arguments) <= set(offered[call["function"]["name"]]["properties"])
+            properties = list(offered[call["function"]["name"]]["properties"])
+            assert list(arguments) == sorted(arguments, key=properties.index)
 
 
 def test_training_and_test_share_no_request(job: Path) -> None:
