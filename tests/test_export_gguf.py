@@ -247,8 +247,8 @@ def test_the_engine_computes_the_codes_of_the_file(
     checkpoint = save_tiny(tiny_architecture(family, hidden_size=75))
     assert export(checkpoint, "gguf", tmp_path / "gguf", "--quantize", quantize) == 0
     codes = Manifest.read(tmp_path / "gguf").verification["codes"]
-    assert set(codes["distances"]) == {run.title for run in RUNS}
-    assert max(codes["distances"].values()) <= codes["limit"]
+    assert set(codes["distances"]["mean"]) == {run.title for run in RUNS}
+    assert max(codes["distances"]["mean"].values()) <= codes["limits"]["mean"]
     assert codes["cpu"]["model"]
 
 

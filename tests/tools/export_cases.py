@@ -129,7 +129,7 @@ def build(case: Case) -> Any:
                 rows, columns = parameter.shape
                 chosen = torch.rand(rows, columns, generator=dice) < 0.5
                 sign = torch.randint(0, 2, (rows, 1), generator=dice) * 2 - 1
-                size = 2.0 ** torch.randint(-1, 2, (rows, 1), generator=dice) * 0.125
+                size = 2.0 ** (torch.randint(-1, 2, (rows, 1), generator=dice) - round(math.log2(columns) / 2))
                 parameter.copy_(chosen * sign * size)
     return model
 
