@@ -35,6 +35,8 @@ MAX_CHARACTERS = 1 << 17
 """Largest length of a grammar."""
 CACHED_GRAMMARS, MAX_CACHED_CHARACTERS = 16, 1 << 15
 """Number and largest length of the grammars that stay compiled."""
+CHECKED_GRAMMARS = 128
+"""Number of grammars whose check is remembered. A request checks the schema of each of its functions."""
 BASE_STACK_BYTES, STACK_BYTES_PER_CHARACTER = 8 << 20, 2048
 """Stack on which a grammar is parsed.
 
@@ -141,7 +143,7 @@ class Grammar:
         return UsageError(f"{self.name}: {_in_one_line(message)}")
 
 
-@lru_cache(maxsize=CACHED_GRAMMARS)
+@lru_cache(maxsize=CHECKED_GRAMMARS)
 def _message_about(grammar: Grammar) -> str:
     """Return the reason why a grammar is refused, "" if it is not."""
     is_wrong, messages = grammar.parse_on_large_stack(lambda: _matcher().validate_grammar_with_warnings(grammar.source))
