@@ -86,12 +86,12 @@ $(VENV)/.quickstart: pyproject.toml build/modules.txt | $(BIN)/python
 # One job: home control. Data, one run, files, scores, and a request through the server.
 quickstart: $(VENV)/.quickstart
 	$(BIN)/python -m research.jobs.home $(OUT)/data --train 30000 --test 1000
-	$(BIN)/efficientllm-train --preset job --data $(OUT)/data/train.jsonl --output $(OUT)/run --overwrite
+	$(BIN)/efficientllm-train --preset job --tokens 114688 --data $(OUT)/data/train.jsonl --output $(OUT)/run --overwrite
 	$(BIN)/efficientllm-export $(OUT)/run --target gguf --quantize q4_0 --output $(OUT)/home --overwrite
 	$(BIN)/efficientllm-export demo --target gguf --quantize q8_0 --output $(OUT)/source --overwrite
-	$(BIN)/efficientllm-eval $(OUT)/home --task $(OUT)/data/test.jsonl $(SCORED) --task-limit 300 --output $(OUT)/free
-	$(BIN)/efficientllm-eval $(OUT)/home --task $(OUT)/data/test.jsonl $(SCORED) --task-limit 300 --constrain copy --output $(OUT)/copied
-	$(BIN)/efficientllm-eval $(OUT)/source --task $(OUT)/data/test.jsonl $(SCORED) --task-limit 30 --output $(OUT)/described
+	$(BIN)/efficientllm-eval $(OUT)/home --task $(OUT)/data/test.jsonl $(SCORED) --task-limit 200 --output $(OUT)/free
+	$(BIN)/efficientllm-eval $(OUT)/home --task $(OUT)/data/test.jsonl $(SCORED) --task-limit 200 --constrain copy --output $(OUT)/copied
+	$(BIN)/efficientllm-eval $(OUT)/source --task $(OUT)/data/test.jsonl $(SCORED) --task-limit 20 --output $(OUT)/described
 	$(BIN)/efficientllm-bench $(OUT)/source $(OUT)/home --prompt-tokens 22 --decode-tokens 25 --depths 0 --rounds 2 --json $(OUT)/bench.json
 	$(BIN)/python -m research.jobs.table $(OUT)/data --scores $(OUT)/*/results.json --bench $(OUT)/bench.json --output $(OUT)
 	$(BIN)/python -m research.jobs.ask $(OUT)/home $(OUT)/data/test.jsonl "$(REQUEST)"
