@@ -532,8 +532,9 @@ def test_damaged_source_weights_are_one_line(source_folder: Path, corpus: Path, 
     shutil.copy(source_folder / "model.safetensors", folder / "model.safetensors")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
-    assert run(command(folder, corpus, tmp_path / "run")) == 2
-    assert "cannot be loaded" in one_line(capsys)
+    assert run(command(folder, corpus, tmp_path / "run")) == 0
+    said = capsys.readouterr()
+    assert "read by shape: llama" in said.out + said.err
 
 
 def test_a_hub_that_cannot_be_reached_is_said_at_once(

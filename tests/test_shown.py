@@ -64,13 +64,16 @@ def test_the_speed_is_that_of_the_last_minute() -> None:
     assert speed.tokens_per_second == 100.0
 
 
-def test_the_first_line_comes_before_anything_is_loaded() -> None:
+def test_the_first_line_comes_before_anything_is_loaded(tmp_path: Path) -> None:
     """Also before torch; a second is what a person waits without a doubt, the interpreter's own start included."""
-    arguments = [sys.executable, "-m", "efficientllm.train.cli", "--source", "nowhere.gguf", "--output", "nowhere"]
+    source = tmp_path / "damaged.gguf"
+    source.write_bytes(b"GGUF")
+    arguments = [sys.executable, "-m", "efficientllm.train.cli", "--source", str(source), "--prune", "none"]
+    arguments += ["--output", str(tmp_path / "run")]
     began = time.monotonic()
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        assert process.stdout.readline() == "loading nowhere.gguf, to train on demo\n"
+        assert process.stdout.readline() == f"loading {source}, to train on demo\n"
         first = time.monotonic() - began
         process.communicate()
     assert time.monotonic() - began > 2 * first  # what follows takes longer, on a busy machine too
@@ -98,7 +101,7 @@ def test_downloads_are_seen_in_a_terminal(
 ) -> None:
     monkeypatch.setattr(source, "hub_answers", lambda kind, name: True)
     from_pretrained = source.AutoConfig.from_pretrained
-    monkeypatch.setattr(source.AutoConfig, "from_pretrained", lambda name: from_pretrained(source_folder))
+    monkeypatch.setattr(source.AutoConfig, "from_pretrained", lambda name, **_: from_pretrained(source_folder))
 
     def download(name: str, allow_patterns: list[str]) -> None:
         assert name == "owner/name"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from importlib.metadata import PackageNotFoundError, distribution
+from importlib.metadata import distributions
 from urllib.parse import urlparse
 from urllib.request import url2pathname
 
@@ -41,10 +41,9 @@ class OptionError(UsageError, ValueError):
 
 def install_command(extras: str) -> str:
     """Return the pip command that adds `extras`, from the folder of a clone if efficientllm was installed from one."""
-    try:
-        origin = json.loads(distribution("efficientllm").read_text("direct_url.json") or "{}")
-    except PackageNotFoundError:
-        origin = {}
+    # a clone also has a folder .egg-info, which comes first where its root is on the path and does not tell the origin
+    texts = (each.read_text("direct_url.json") for each in distributions(name="efficientllm"))
+    origin = json.loads(next(filter(None, texts), "{}"))
     is_clone = "dir_info" in origin
     place = url2pathname(urlparse(origin["url"]).path) if is_clone else "efficientllm"
     editable = "-e " if is_clone and origin["dir_info"].get("editable") else ""
