@@ -156,9 +156,9 @@ def test_arms_for_a_device_end_at_the_same_time(arguments: list[str], source_fol
     assert sum(gone) == 1
     text = (tmp_path / "results.md").read_text(encoding="utf-8")
     assert "-30% of the time of depth=512" in text
-    assert "arms end at the same predicted time of depth=512 on local" in text
+    assert "All arms end at the same predicted time of depth=512 on local" in text
     assert "predicted ms" in text
-    assert "competed for another device's milliseconds" in text
+    assert "Groups ranked for another device" in text
     assert text.count("| other |") == 2
 
 
