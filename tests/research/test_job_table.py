@@ -1,0 +1,65 @@
+"""The table of the home-control job: its baselines and its rows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("hassil")
+pytest.importorskip("home_assistant_intents")
+pytest.importorskip("sklearn")
+
+from efficientllm.devices.results import Measurement, summarize
+from efficientllm.train.evaluation.jobs import JobResult, calls_in, read_examples
+from research.jobs import home
+from research.jobs.baselines import classifier_answers, matcher_answers, request_of, score
+from research.jobs.table import HEADER, Row, draw
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("home")
+    home.write_job(folder, 400, 20, 1)
+    return folder
+
+
+def test_the_matcher_fills_arguments_of_templates_that_it_has() -> None:
+    answers = matcher_answers(["add oat milk to my shopping list", "what is the capital of lisbon"])
+    assert calls_in(answers[0]) == [("HassShoppingListAddItem", {"item": "oat milk"})]
+    assert answers[1] == ""
+
+
+def test_the_classifier_chooses_a_function_and_no_arguments(job: Path) -> None:
+    examples = read_examples(job / "test.jsonl")
+    answers = classifier_answers(job / "train.jsonl", list(map(request_of, examples)))
+    result = score(answers, examples)
+    assert result.mean("function") > 0.3
+    assert all(not arguments for answer in answers for _, arguments in calls_in(answer))
+
+
+def test_a_row_has_the_time_of_a_call(tmp_path: Path) -> None:
+    values = {"exact": [1.0, 0.0], "function": [1.0, 1.0], "argument_f1": [1.0, 0.5], "refused": [0.0, 1.0]}
+    result = JobResult("call", values, ["", ""], 1.0, 1.0)
+    measured = Measurement({"pp22": [440.0], "tg25": [250.0]}, peak_rss_bytes=200_000_000)
+    speed = summarize("home", "0", "llama.cpp", 40_000_000, {}, [measured])
+    rows = [Row("home", result, speed), Row("nothing", result)]
+    assert rows[0].ms == pytest.approx(150)
+    assert rows[0].cells()[-3:] == ["40.0", "150", "200"]
+    assert rows[1].cells()[-3:] == ["", "", ""]
+    assert {len(row.cells()) for row in rows} == {len(HEADER)}
+    draw(rows, tmp_path / "job.png")
+    assert (tmp_path / "job.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_seed_decides_on_the_templates_of_the_matcher(job: Path) -> None:
+    rows = [json.loads(line) for line in (job / "test.jsonl").read_text(encoding="utf-8").splitlines()]
+    new = [row["messages"][0]["content"] for row in rows if row["is_new_template"]][:8]
+    expected = [row["messages"][1].get("tool_calls") for row in rows if row["is_new_template"]][:8]
+    found = [calls_in(answer) for answer in matcher_answers(new, seed=1)]
+    wanted = [
+        [(call["function"]["name"], json.loads(call["function"]["arguments"])) for call in calls or ()]
+        for calls in expected
+    ]
+    assert sum(one == other for one, other in zip(found, wanted, strict=True)) < len(new)
