@@ -230,6 +230,7 @@ CHUNKS = (33, 1, 64, 7, 2)
 def run_chunks(engine: Stepwise, tokens: list[int]) -> EngineRun:
     """Return the logits after each of several prefills, each of which continues the last. Closes the engine."""
     ends = [end for end in itertools.accumulate(CHUNKS * len(tokens)) if end < len(tokens)][: len(tokens)]
+    ends = ends or [len(tokens) // 2, len(tokens) - 1]  # a context shorter than the first chunk
     rows = [engine.prefill(tokens[:end]) for end in ends]
     engine.close()
     return EngineRun(f"in chunks of {', '.join(map(str, CHUNKS))}", [end - 1 for end in ends], np.stack(rows))
