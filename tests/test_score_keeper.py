@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,10 @@ import torch
 from training import command, metrics, run, weights
 
 from efficientllm.train import trainer
+from efficientllm.train.evaluation.torch_model import TorchModel
 from efficientllm.train.model.architecture import Architecture
-from efficientllm.train.score_keeper import ScoreKeeper, SizeScore
+from efficientllm.train.model.irregular import architecture_of
+from efficientllm.train.score_keeper import ScoreKeeper
 
 SIZES = ["--removals", "4", "--prune-start", "0.2", "--prune-end", "0.6", "--checkpoint-every", "2"]
 
@@ -43,11 +44,12 @@ def falling(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Score 1 until the second removal and 0.5 after it. Returns the parameters that were scored."""
     found: list[int] = []
 
-    def measured(self: ScoreKeeper, model: Any, tokenizer: Any, is_bfloat16: bool, size: SizeScore, _: Any) -> Any:
-        found.append(size.parameters)
-        return replace(size, score=1.0 if len(set(found)) <= 2 or size.parameters >= sorted(set(found))[-2] else 0.5)
+    def measure(self: ScoreKeeper, model: TorchModel) -> tuple[float, float]:
+        parameters = architecture_of(model.model.config).num_parameters
+        found.append(parameters)
+        return 1.0 if len(set(found)) <= 2 or parameters >= sorted(set(found))[-2] else 0.5, 0.0
 
-    monkeypatch.setattr(ScoreKeeper, "_measured", measured)
+    monkeypatch.setattr(ScoreKeeper, "_measure", measure)
     return found
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 
 import torch
@@ -19,8 +21,22 @@ from .run_text import RunText
 from .stop_signal import StopSignal
 from .vocabulary.retokenization import ByteTokenizer
 
-QUALITY_BATCH_TOKENS = 2048
+EVALUATION_BATCH_TOKENS = 2048
 """Tokens per forward pass."""
+
+
+@contextlib.contextmanager
+def evaluated(trained: TrainedModel, text: RunText, check: Callable[[], None]) -> Iterator[TorchModel]:
+    """Yield the model of a run for evaluations. `check` is called before every forward pass and may raise."""
+    model, is_bfloat16 = trained.model, trained.loss.dtype == torch.bfloat16
+    was_training = model.training
+    hook = model.register_forward_pre_hook(lambda *_: check())
+    try:
+        with torch.compiler.set_stance("force_eager"):  # otherwise every length would be compiled
+            yield TorchModel(model, text.tokenizer, trained.parallel.device, is_bfloat16, EVALUATION_BATCH_TOKENS)
+    finally:
+        hook.remove()
+        model.train(was_training)
 
 
 class Measuring:
@@ -94,17 +110,8 @@ class Measuring:
             self.display.say(f"of the source's quality: {one_line(kept)}")
 
     def _quality(self, name: str) -> Quality:
-        model, device = self.trained.model, self.trained.parallel.device
-        was_training, is_bfloat16 = model.training, self.trained.loss.dtype == torch.bfloat16
-        evaluated = TorchModel(model, self.text.tokenizer, device, is_bfloat16, QUALITY_BATCH_TOKENS)
-        hook = model.register_forward_pre_hook(lambda *_: self.stop_signal.check_alone())
-
         def report(task: str, done: int, total: int) -> None:
             self.display.update(f"{task} of the {name} model", done, total)
 
-        try:
-            with torch.compiler.set_stance("force_eager"):  # otherwise every length would be compiled
-                return measure_quality(evaluated, report)
-        finally:
-            hook.remove()
-            model.train(was_training)
+        with evaluated(self.trained, self.text, self.stop_signal.check_alone) as model:
+            return measure_quality(model, report)

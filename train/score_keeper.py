@@ -4,24 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from ..runtime.base.files import write_json_atomically
 from ..runtime.base.progress import ProgressDisplay
 from ..runtime.base.quantities import format_count
 from .checkpoint.run_folder import SCORES_FILE, checkpoint_folders
+from .checkpoint.state import checkpoint_path
 from .config.sections import ScoreConfig
 from .evaluation.jobs import read_examples, run_job
 from .evaluation.torch_model import TorchModel
 from .plan import RunPlan
-
-BATCH_TOKENS = 2048
-"""Tokens per forward pass."""
 
 
 class ScoreTooLowError(Exception):
@@ -72,51 +66,39 @@ class ScoreKeeper:
             values = json.loads(self.path.read_text(encoding="utf-8"))
             self.sizes, self.smallest = [SizeScore(**each) for each in values["sizes"]], values["smallest"]
 
-    def check(
-        self, model: Any, tokenizer: Any, is_bfloat16: bool, size: SizeScore, check_stop: Callable[[], None]
-    ) -> None:
-        """Score `model`, the one of `size`. Raises ScoreTooLowError below the limit.
+    def check(self, model: TorchModel, step: int, parameters: int, size: float) -> None:
+        """Score `model`, the one of a step, with its parameters and its size in the unit of the budget.
 
-        A score of the same step from before a resume is used again.
+        A score of the same step from before a resume is used again. Raises ScoreTooLowError below the limit.
         """
-        found = next((each for each in self.sizes if each.step == size.step and each.size == size.size), None)
+        found = next((each for each in self.sizes if (each.step, each.size) == (step, size)), None)
         if found is None:
-            found = self._measured(model, tokenizer, is_bfloat16, size, check_stop)
+            found = SizeScore(step, parameters, size, *self._measure(model))
             self.sizes.append(found)
             self._write()
         first, share = self.sizes[0], self.settings.keep_score
         self.display.say(
-            f"score before a removal, {format_count(found.parameters)} parameters: {found.score:.3f} ± "
-            f"{found.stderr:.3f}, the whole model has {first.score:.3f}"
+            f"score at {format_count(found.parameters)} parameters: {found.score:.3f} ± {found.stderr:.3f}, the whole "
+            f"model has {first.score:.3f}"
         )
         if share is None or self.smallest is not None or found.score >= share * first.score:
             return
-        kept = [each for each in self.sizes if each.step < found.step and each.score >= share * first.score][-1]
-        checkpoints = checkpoint_folders(self.path.parent / "checkpoints")
-        newer = [each for each in checkpoints if int(each.name.removeprefix("step-")) > kept.step]
-        for checkpoint in newer:  # before the file says so: a killed run then measures the same again
-            shutil.rmtree(checkpoint)
+        kept = [each for each in self.sizes if each.step < step and each.score >= share * first.score][-1]
+        checkpoint = checkpoint_path(self.path.parent, kept.step)
+        for newer in checkpoint_folders(checkpoint.parent):  # before the file says so: a killed run measures again
+            if newer.name > checkpoint.name:
+                shutil.rmtree(newer)
         self.smallest = kept.size
         self._write()
         self.display.say(
             f"that is below {share:g} of it: the run returns to {format_count(kept.parameters)} parameters"
         )
-        raise ScoreTooLowError(self.path.parent / "checkpoints" / f"step-{kept.step:08d}")
+        raise ScoreTooLowError(checkpoint)
 
-    def _measured(
-        self, model: Any, tokenizer: Any, is_bfloat16: bool, size: SizeScore, check_stop: Callable[[], None]
-    ) -> SizeScore:
-        was_training = model.training
-        evaluated = TorchModel(model, tokenizer, next(model.parameters()).device, is_bfloat16, BATCH_TOKENS)
-        hook = model.register_forward_pre_hook(lambda *_: check_stop())
-        try:
-            with torch.compiler.set_stance("force_eager"):
-                limit = self.settings.task_tokens
-                result = run_job(evaluated, self.examples, self.settings.metric, max_tokens=limit)
-        finally:
-            hook.remove()
-            model.train(was_training)
-        return replace(size, score=result.mean(result.score_name), stderr=result.stderr(result.score_name))
+    def _measure(self, model: TorchModel) -> tuple[float, float]:
+        """Return the score of a model and its standard error."""
+        result = run_job(model, self.examples, self.settings.metric, max_tokens=self.settings.task_tokens)
+        return result.mean(result.score_name), result.stderr(result.score_name)
 
     def _write(self) -> None:
         values = {"sizes": [asdict(each) for each in self.sizes], "smallest": self.smallest}

@@ -25,7 +25,7 @@ from .compute.loss import TrainingLoss, frozen_copy
 from .compute.optimizer import make_optimizer
 from .compute.trained_model import TrainedModel, configure
 from .data.documents import corpus_fingerprint
-from .measuring import Measuring
+from .measuring import Measuring, evaluated
 from .model.architecture import Architecture
 from .model.irregular import architecture_of, save_checkpoint
 from .model.source import load_source
@@ -36,7 +36,7 @@ from .quantisation.weights import RoundedWeights
 from .reporting.metrics import MetricsWriter, RunProgress, Throughput
 from .run_text import RunText
 from .schedule import DroppingSchedule
-from .score_keeper import ScoreKeeper, SizeScore
+from .score_keeper import ScoreKeeper
 from .stop_signal import StopRequested, StopSignal
 from .training_step import TrainingStep
 from .vocabulary.tokenizer_pruning import renumber_settings
@@ -309,7 +309,7 @@ class Trainer:
             if self.saved_step != progress.step and self._is_sound():
                 self._save_if_there_is_room()
             if self.saved_step == progress.step:
-                self.removal_checkpoint = training_state.checkpoint_path(self.plan.folder, progress)
+                self.removal_checkpoint = training_state.checkpoint_path(self.plan.folder, progress.step)
         # without room for that checkpoint, a signal waits for the end of the event
         with self.stop_signal.held(event.needs_restart and self.removal_checkpoint is None):
             outcome = event.run(target)
@@ -319,17 +319,15 @@ class Trainer:
         return outcome.record
 
     def _check_score(self) -> None:
-        """Score the model before a removal, and write a checkpoint to return to. Raises ScoreTooLowError."""
-        keeper, pruner = self.score_keeper, self.pruner
+        """Score the model, and write a checkpoint to return to. Raises ScoreTooLowError."""
+        keeper, pruner, step = self.score_keeper, self.pruner, self.progress.step
         if keeper is None or pruner is None:
             return
-        size = SizeScore(self.progress.step, self.architecture.num_parameters, pruner.size, 0.0, 0.0)
-        is_bfloat16 = self.trained.loss.dtype == torch.bfloat16
-        with self._rounded_weights():
-            keeper.check(self.model, self.text.tokenizer, is_bfloat16, size, self.stop_signal.check_alone)
-        if self.saved_step != self.progress.step:
+        with self._rounded_weights(), evaluated(self.trained, self.text, self.stop_signal.check_alone) as model:
+            keeper.check(model, step, self.architecture.num_parameters, pruner.size)
+        if self.saved_step != step:
             self.save()
-        self.kept_checkpoint = training_state.checkpoint_path(self.plan.folder, self.progress)
+        self.kept_checkpoint = training_state.checkpoint_path(self.plan.folder, self.progress.step)
 
     def _take_teacher(self) -> None:
         """Make the current model the teacher, and write it into the run's folder (a collective call)."""
@@ -382,7 +380,7 @@ class Trainer:
         if self.rounding is not None:
             tensors["shipped"] = self.rounding.inputs.state_dict()
         state = training_state.TrainingState(self.progress, extra, tensors)
-        folder, keep = training_state.checkpoint_path(self.plan.folder, self.progress), self.config.run.keep
+        folder, keep = training_state.checkpoint_path(self.plan.folder, self.progress.step), self.config.run.keep
         optimizer = self.trained.optimizer
         kept = self.kept_checkpoint
         training_state.save_training_state(folder, self.model, optimizer, state, keep, self.parallel, kept)

@@ -32,9 +32,9 @@ class TrainingState:
     """Nested tensors and numbers: data position, saliency, Gram matrices."""
 
 
-def checkpoint_path(run_folder: Path, progress: RunProgress) -> Path:
-    """Return the folder of the checkpoint of a run's current step."""
-    return run_folder / "checkpoints" / f"step-{progress.step:08d}"
+def checkpoint_path(run_folder: Path, step: int) -> Path:
+    """Return the folder of the checkpoint of a run's step. Later steps have later names."""
+    return run_folder / "checkpoints" / f"step-{step:08d}"
 
 
 def save_training_state(
