@@ -11,9 +11,11 @@ import pytest
 import torch
 from training import command, metrics, run, weights
 
+from efficientllm.train import run as run_module
 from efficientllm.train import trainer
 from efficientllm.train.evaluation.torch_model import TorchModel
 from efficientllm.train.model.architecture import Architecture
+from efficientllm.train.model.foreign_configs import DEFAULTS, ImportOptions
 from efficientllm.train.model.irregular import architecture_of
 from efficientllm.train.score_keeper import ScoreKeeper
 
@@ -70,9 +72,20 @@ def test_a_run_returns_to_the_last_size_that_kept_the_score(
     task: Path,
     tmp_path: Path,
     falling: list[int],
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert run(scored(source_folder, corpus, tmp_path / "run", task, "--keep-score", "0.9")) == 0
+    loaded: list[ImportOptions] = []
+    load_source = run_module.load_source
+
+    def loading(source: str, called: str = "", foreign: ImportOptions = DEFAULTS) -> Any:
+        loaded.append(foreign)
+        return load_source(source, called, foreign)
+
+    monkeypatch.setattr(run_module, "load_source", loading)
+    arguments = scored(source_folder, corpus, tmp_path / "run", task, "--keep-score", "0.9", "--head-dim", "8")
+    assert run(arguments) == 0
+    assert [options.head_dim for options in loaded] == [8]  # the source is read again as at the start
     assert "the run returns to" in capsys.readouterr().err
     final = Architecture.from_folder(tmp_path / "run" / "model")
     assert final.num_parameters == falling[1]

@@ -85,7 +85,7 @@ def run_training(config: TrainConfig) -> Path | None:
                 except ScoreTooLowError as error:
                     plan = replace(plan, resume=ResumePoint(error.checkpoint, {}, ()))
                     del trainer
-                    source, _ = load_source(config.source.source)
+                    source, _ = load_source(config.source.source, "", config.foreign)
         finally:
             compute.parallel.close()
 
