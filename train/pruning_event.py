@@ -93,7 +93,7 @@ class PruningEvent:
         """Remove groups until the budget's measure is at most `target`."""
         pruner, trained = self.pruner, self.trained
         former = None
-        if self.settings.recover != "none":
+        if self.settings.recover != "none" and pruner.is_above(target):
             former = frozen_copy(trained.model, trained.loss.dtype, self.parallel.device)
         rows = vocabulary = None
         if pruner.is_vocabulary_due:
