@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -77,9 +77,9 @@ class MeasureConfig:
         """Return True if the quality contract is measured, which a job replaces."""
         return self.quality and not self.task
 
-    @property
+    @cached_property
     def examples(self) -> list[Example]:
-        """Read the examples of the job. Raises UsageError or DataError."""
+        """Read the examples of the job, once. Raises UsageError or DataError."""
         return read_examples(Path(self.task), self.task_limit, self.database)
 
     @property
