@@ -164,7 +164,10 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer of `source` as `load_source` does, but no weights. Raises UsageError or ModelError."""
     called = f"--source {source}"
     path = check_source(source, called)
-    return _tokenizer(path, *_located(source, path), called)
+    folder, options = _located(source, path)
+    if path.is_dir() and is_foreign(path):
+        options = _foreign_options()
+    return _tokenizer(path, folder, options, called)
 
 
 def _located(source: str, path: Path) -> tuple[str, dict[str, Any]]:
@@ -178,10 +181,13 @@ def _located(source: str, path: Path) -> tuple[str, dict[str, Any]]:
     return source, {} if hub_answers("model", source) else {"local_files_only": True}
 
 
+def _foreign_options() -> dict[str, Any]:
+    """Return transformers' options for the tokenizer of a foreign folder, whose own config it may refuse."""
+    return {"config": PreTrainedConfig()}
+
+
 def _tokenizer(path: Path, folder: str, options: dict[str, Any], called: str) -> PreTrainedTokenizerBase:
     own = {name: value for name, value in options.items() if name != "quantization_config"}
-    if path.is_dir() and is_foreign(path):
-        own["config"] = PreTrainedConfig()  # transformers may refuse the folder's
     with loading(called):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **own)
     if path.suffix == ".gguf":
@@ -193,7 +199,7 @@ def load_foreign(path: Path, called: str, options: ImportOptions) -> tuple[Impor
     """Import the folder of another tool. Reports its shape and the comparison with its original."""
     with loading(called), quiet_loading():
         imported = import_folder(path, called, options)
-    tokenizer = _tokenizer(path, str(path), {}, called)
+    tokenizer = _tokenizer(path, str(path), _foreign_options(), called)
     check_token_ids(tokenizer.get_vocab(), imported.model.config.vocab_size, called)
     for line in (*imported.table, imported.comparison):
         _log.info(line)
