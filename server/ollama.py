@@ -159,7 +159,7 @@ class OllamaPrompt(OllamaRequest):
     prompt: Text = ""
     system: Text = ""
     raw: Bool = False
-    """Whether the prompt is continued as it is, without the chat template."""
+    """True if the prompt is continued as it is, without the chat template."""
 
     @property
     def is_load(self) -> bool:
@@ -219,9 +219,12 @@ class OllamaBuilder(ChatBuilder):
 
     media_type = "application/x-ndjson"
 
-    def __init__(self, request: OllamaRequest, choices: Sequence[Choice], clock: AnswerClock) -> None:
-        super().__init__(request.as_request(), choices, clock)
-        self._has_messages = isinstance(request, OllamaChat)
+    def __init__(
+        self, request: CompletionRequest, has_messages: bool, choices: Sequence[Choice], clock: AnswerClock
+    ) -> None:
+        """Answer `request`, one of /api/chat if it `has_messages`."""
+        super().__init__(request, choices, clock)
+        self._has_messages = has_messages
         self._collected = CollectedChoice("")
 
     async def whole(self, pieces: AsyncGenerator[Piece]) -> OllamaAnswer:
@@ -333,7 +336,9 @@ class OllamaEndpoints:
         if request.is_load:
             (await self._pool.enter(named.model, self._pool.deadline())).leave()
             return JSONResponse({"model": request.model, "done": True, "done_reason": "load"})
-        return await self._endpoints.answer(named.as_request(), partial(OllamaBuilder, named), http)
+        completion = named.as_request()
+        make_builder = partial(OllamaBuilder, completion, isinstance(named, OllamaChat))
+        return await self._endpoints.answer(completion, make_builder, http)
 
     def _name(self, name: str) -> str:
         """Return the name of a model without the tag that clients add."""
