@@ -106,7 +106,7 @@ class StoredWeights:
     roundings: Mapping[str, str]
     """{matrix: key of parity.ROUNDINGS} of the matrices whose inputs the engine rounds."""
     origin: str
-    """Where the weights were read, for the manifest."""
+    """Origin of the weights, for the manifest."""
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ class EngineRun:
     """Logits of an engine at some positions of the sample."""
 
     title: str
-    """How the tokens were passed to the engine."""
+    """Passes of the tokens through the engine, in words."""
     positions: list[int]
     logits: np.ndarray
     """fp32 [positions, V]"""

@@ -29,7 +29,7 @@ class Run:
     chunks: tuple[int, ...]
     """Tokens of the passes, repeated until the sample ends."""
     extra_buffers: bool = True
-    """Whether weights may be repacked for this CPU, or multiplied by AMX."""
+    """True if weights may be repacked for this CPU, or multiplied by AMX."""
 
     @property
     def title(self) -> str:

@@ -159,7 +159,7 @@ class Function(RequestPart):
     parameters: Json = {}
     """JSON schema of an object."""
     strict: Bool = False
-    """Whether parameters with keywords that cannot be enforced are refused. Otherwise such keywords are ignored."""
+    """True if parameters with keywords that cannot be enforced are refused. Otherwise such keywords are ignored."""
 
     @model_validator(mode="after")
     def _check_parameters(self) -> Function:

@@ -82,9 +82,9 @@ class Family:
     has_rotary_layers: bool = False
     """Whether no_rope_layers names layers without rotary embedding."""
     has_window_layers: bool = False
-    """Whether layer_types may name layers with a sliding window."""
+    """True if layer_types may name layers with a sliding window."""
     has_window_rope: bool = False
-    """Whether layers with a sliding window have their own rotary base."""
+    """True if layers with a sliding window have their own rotary base."""
     scale_setting: str = ""
     """Name of the setting whose inverse square root scales attention scores; head_dim if empty."""
     scales_embedding: bool = False
