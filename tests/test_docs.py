@@ -9,6 +9,7 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
+import prose
 import pytest
 from serving import serve
 
@@ -118,9 +119,19 @@ def test_the_plug_in_of_the_architecture_page_is_the_one_that_is_tested() -> Non
         assert {line.removesuffix(" ...") for line in block.splitlines()} <= lines
 
 
-def test_readme_shows_every_command() -> None:
-    shown = {words[0] for words in commands(ROOT / "README.md")}
+def test_the_page_of_commands_shows_each() -> None:
+    shown = {words[0] for words in commands(ROOT / "docs" / "commands.md")}
     assert shown == set(PARSERS)
+
+
+def test_readme_is_short_and_starts_with_a_command() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.split()) <= 1200
+    assert len(text.partition("efficientllm chat demo")[0].split()) <= 100
+    sentences = prose.Prose.of([text])
+    assert sentences.words_per_sentence <= 16
+    tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
+    assert [table.count("\n") - 2 <= 6 for table in tables] == [True]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
