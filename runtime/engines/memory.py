@@ -91,15 +91,17 @@ def resident_ranges() -> set[int]:
     if not size:
         return set()
     libc: Any = ctypes.CDLL(None)
-    vector = (ctypes.c_ubyte * (size // mmap.PAGESIZE))()
+    num_pages = size // mmap.PAGESIZE
+    vector = (ctypes.c_ubyte * num_pages)()
+    residence_bits = int.from_bytes(b"\1" * num_pages)
     maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
     found = set()
     for start, end in _anonymous_ranges(maps):
         for address in range(-(-start // size) * size, end - size + 1, size):
             # mincore fails for a range that was freed since the file was read.
             if libc.mincore(ctypes.c_void_p(address), ctypes.c_size_t(size), vector) == 0:
-                num_resident = sum(byte & 1 for byte in vector)
-                if num_resident >= MIN_RESIDENT_SHARE * len(vector):
+                num_resident = (int.from_bytes(vector) & residence_bits).bit_count()
+                if num_resident >= MIN_RESIDENT_SHARE * num_pages:
                     found.add(address)
     return found
 
