@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
 import json
 import os
 import shutil
@@ -19,6 +21,7 @@ from tiny import tiny_architecture, tiny_model, tiny_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from efficientllm.export.verification import sample_text
+from efficientllm.runtime.engines import engine as engine_module
 from efficientllm.runtime.engines import tuning
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
 from efficientllm.runtime.engines.llama_context import LlamaContext
@@ -50,14 +53,27 @@ def pytest_configure(config: pytest.Config) -> None:
         config.add_cleanup(cache.cleanup)
         os.environ["EFFICIENTLLM_CACHE"] = cache.name
     if workers := getattr(config.option, "numprocesses", None):
-        # workers and their children inherit it: threads of two processes on one core wait for each other
+        # workers and their children inherit it: threads of two processes on one core wait for each other, without
+        # spinning
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // workers)))
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Long tests first where there are workers, so that none is left with one when the others are done."""
     if "PYTEST_XDIST_WORKER" in os.environ:
         items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def plugins_read_once() -> Iterator[None]:
+    """The entry points of all packages, which every export and every load asks for, are read once."""
+    read_once = functools.cache(importlib.metadata.entry_points)
+    with (
+        mock.patch.object(importlib.metadata, "entry_points", read_once),
+        mock.patch.object(engine_module, "entry_points", read_once),
+    ):
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -163,7 +163,7 @@ def test_the_type_of_a_cache_is_llama_cpp_s_to_choose(source_folder: Path, tmp_p
         load_engine(tmp_path / "onnx", EngineOptions(kv_cache="q8_0"))
 
 
-@pytest.mark.parametrize("target", ["onnx", "executorch", "gguf"])
+@pytest.mark.parametrize("target", ["onnx", pytest.param("executorch", marks=pytest.mark.slow), "gguf"])
 def test_an_interrupted_pass_changes_nothing(exported: Callable[..., Path], target: str) -> None:
     folder = exported(target, *(EXACT if target == "executorch" else EXACT[:2]))
     options = EngineOptions(threads=1, context=128)
