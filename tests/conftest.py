@@ -26,9 +26,11 @@ from efficientllm.runtime.engines import tuning
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
 from efficientllm.runtime.engines.llama_context import LlamaContext
 from efficientllm.runtime.engines.scheduler import EngineScheduler
+from efficientllm.train import run as run_module
 from efficientllm.train.evaluation.quality import contract, sets
 from efficientllm.train.model.architecture import Architecture, LayerShape
 from efficientllm.train.model.irregular import save_checkpoint
+from efficientllm.train.reporting import plots
 
 pytest_plugins = ["figures", "skips"]
 
@@ -74,6 +76,27 @@ def plugins_read_once() -> Iterator[None]:
         mock.patch.object(engine_module, "entry_points", read_once),
     ):
         yield
+
+
+PICTURES = ("plot_architecture", "plot_pruning", "plot_training")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def empty_pictures() -> Iterator[None]:
+    """Runs write empty pictures: to draw them takes as long as the rest of a tiny run."""
+
+    def write_nothing(*arguments: Any) -> None:
+        arguments[-1].write_bytes(b"")
+
+    with mock.patch.multiple(run_module, **dict.fromkeys(PICTURES, write_nothing)):
+        yield
+
+
+@pytest.fixture
+def drawn_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of this test draw their pictures."""
+    for name in PICTURES:
+        monkeypatch.setattr(run_module, name, getattr(plots, name))
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -48,6 +48,7 @@ WHERE = {
 # Python 3.13 shows what torch's writer cannot flush when it is collected
 @pytest.mark.filterwarnings("ignore:.*NoCloseWriter:pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("kilobytes", WHERE)
+@pytest.mark.usefixtures("drawn_pictures")
 def test_a_run_on_a_full_disk_ends_in_one_line_and_goes_on_when_there_is_room(
     kilobytes: int,
     straight: Path,

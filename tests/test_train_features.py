@@ -144,6 +144,7 @@ def test_compiled_run_removes_the_same_groups(source_folder: Path, corpus: Path,
         torch.testing.assert_close(weights(tmp_path / "compiled")[name], tensor, atol=2e-3, rtol=1e-2)
 
 
+@pytest.mark.usefixtures("drawn_pictures")
 def test_run_leaves_its_description(source_folder: Path, corpus: Path, tmp_path: Path) -> None:
     assert run(command(source_folder, corpus, tmp_path / "run", "--tensorboard")) == 0
     for name in ("architecture.png", "training.png", "pruning.png", "model/architecture.png"):
