@@ -67,6 +67,10 @@ class GenerationStats:
     prefilled_tokens: int = 0
     """Prompt tokens that were evaluated, neither cached nor dropped from the window."""
     completion_tokens: int = 0
+    drafted_tokens: int = 0
+    """Proposed tokens that passes checked."""
+    accepted_tokens: int = 0
+    """Proposed tokens that became part of the answer."""
     passes: int = 0
     """Evaluations whose logits chose a token. The tokens that a grammar forces need none."""
     first_tokens: int = 0
@@ -163,6 +167,7 @@ class Generation:
         self.max_tokens = options.max_tokens if options.overflow == "slide" else min(options.max_tokens, room)
         self.sampler = Sampler(options.sampling.with_defaults(engine.sampling_defaults), prompt, options.logit_bias)
         self.text = TextStream(options.stop, options.stop_until)
+        self._lookup = engine.prompt_lookup(prompt)
         self.stats = GenerationStats(prompt_tokens=len(prompt), finish_reason="length")
 
     def __iter__(self) -> Iterator[str]:
@@ -212,17 +217,39 @@ class Generation:
     def accept(self, logits: np.ndarray) -> str:
         """Sample the next token from fp32 logits [V], which may be overwritten, and return the text to show.
 
-        Requests the evaluation of the token unless the answer `is_over`.
+        With n proposed tokens the logits are [1 + n, V]. A row is used if the answer has all proposed tokens before it.
+        Requests the evaluation of the last token unless the answer `is_over`.
         """
-        token = None if self.is_cancelled else self._choose(logits)
+        rows, draft, begin = np.atleast_2d(logits), self.lease.draft, len(self.lease.tokens)
         if not self.stats.passes:
             self.stats.cached_tokens = self.lease.cached_tokens
             self.stats.prefilled_tokens = len(self.tokens) - len(self.answer) - self.stats.cached_tokens
-        piece = self._append(token) if token is not None else self._stop()
-        piece += self._append_forced()
+        piece, num_right = self._accept_row(rows[0]), 0
+        while not self.is_over and 0 < (number := len(self.lease.tokens) - begin) <= len(draft):
+            if self.lease.tokens[begin + num_right :] != draft[num_right:number]:
+                break
+            num_right = number
+            piece += self._accept_row(rows[number])
+        self.stats.drafted_tokens += len(draft)
+        self.stats.accepted_tokens += num_right
+        self._propose()
         self._count_time()
         piece, self._opening = self._opening + piece, ""
         return piece
+
+    def _accept_row(self, logits: np.ndarray) -> str:
+        """Sample a token from fp32 logits [V] and return the text of it and of forced tokens after it."""
+        token = None if self.is_cancelled else self._choose(logits)
+        piece = self._append(token) if token is not None else self._stop()
+        return piece + self._append_forced()
+
+    def _propose(self) -> None:
+        """Let the next pass check proposed tokens if that is expected to be faster."""
+        self.lease.draft = []
+        if self._lookup is not None and not self.is_over:
+            room = self.engine.context_length - len(self.tokens)
+            left = self.max_tokens - self.stats.completion_tokens - 1
+            self.lease.draft = self.engine.draft(self._lookup, min(room, left))
 
     def _append_forced(self) -> str:
         """Append the tokens that the constraint forces, and return the text to show."""
@@ -241,6 +268,8 @@ class Generation:
         self.tokens.append(token)
         self.answer.append(token)
         self.sampler.push(token)
+        if self._lookup is not None:
+            self._lookup.push(token)
         if self.constraint is not None:
             self.constraint.push(token)
         self.stats.completion_tokens += 1

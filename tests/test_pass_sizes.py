@@ -69,7 +69,7 @@ def test_what_is_no_finding_is_measured_anew(text: str, unseen: Path, tmp_path: 
 
 @pytest.fixture
 def engine(artefact: Path) -> Iterator[EngineScheduler]:
-    engine = load_engine(artefact, EngineOptions(threads=1, context=256, parallel=4, kv_cache="f32"))
+    engine = load_engine(artefact, EngineOptions(threads=1, context=256, parallel=4, kv_cache="f32", lookup=False))
     yield engine
     engine.close()
 

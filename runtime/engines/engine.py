@@ -63,6 +63,9 @@ class EngineOptions:
     """Number of chats with a KV cache, which a server answers together. 0: one, or the server's default."""
     cache_memory: int = flags.byte_count(0, at_least=0)
     """gguf: size of the KV cache of all chats, such as 500MB. 0: two context windows, or one for a single chat."""
+    lookup: bool = True
+    """gguf: propose tokens that followed the last ones earlier in prompt or answer, and check several in one pass. The
+    answer is as without it. Where this is measured to be slower, nothing is proposed."""
     warm_up: bool = False
     """Evaluate one token after loading, so that memory is allocated before the first answer."""
 

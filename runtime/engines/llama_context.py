@@ -131,7 +131,14 @@ class LlamaContext:
 
     def extend(self, chunks: Sequence[Chunk]) -> list[np.ndarray]:
         """Append tokens to sequences, see `Engine.extend`."""
-        return [self._logits(row) for row in self._decode(chunks)]
+        rows = iter(self._decode(chunks))
+        return [
+            np.stack([self._logits(next(rows)) for _ in range(1 + chunk.num_drafted)])
+            if chunk.num_drafted
+            else self._logits(next(rows))
+            for chunk in chunks
+            if chunk.wants_logits
+        ]
 
     def all_logits(self, sequence: int, tokens: Sequence[int]) -> np.ndarray:
         """Append at most `max_batch` tokens and return the logits after each, fp32 [n, V]."""
@@ -139,12 +146,12 @@ class LlamaContext:
         return np.stack([self._logits(row) for row in rows])
 
     def _decode(self, chunks: Sequence[Chunk], wants_all: bool = False) -> list[int]:
-        """Run a pass. Return the batch rows with logits: of all tokens, or of each chunk's last token if wanted."""
+        """Run a pass. Return the batch rows with logits: of all tokens, or of each chunk's last ones if wanted."""
         num_rows, wanted_rows = 0, []
         for chunk in chunks:
             begin = self._lengths[chunk.sequence]
             for index, token in enumerate(chunk.tokens, start=1):
-                wants_logits = wants_all or (chunk.wants_logits and index == len(chunk.tokens))
+                wants_logits = wants_all or (chunk.wants_logits and index >= len(chunk.tokens) - chunk.num_drafted)
                 _fill_row(self._batch, num_rows, token, begin + index - 1, chunk.sequence, wants_logits)
                 if wants_logits:
                     wanted_rows.append(num_rows)

@@ -83,6 +83,7 @@ class LlamaCppEngine:
             self._context = make(attention, slots, self.num_sequences)
         self.load_ms += (time.perf_counter() - began) * 1e3
         self.cuts_sequences = self._context.cuts_sequences
+        self.checks_drafts = options.lookup and self.cuts_sequences
         self.settings, self.cache_slots, self.max_batch = str(attention), self._context.slots, self._context.max_batch
         if self.num_sequences > 1 and options.tune:
             times = measure_pass_times(path, f"{release}, {attention}", self._context, self.num_sequences)

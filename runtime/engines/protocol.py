@@ -15,6 +15,8 @@ class Chunk(NamedTuple):
     tokens: Sequence[int]
     wants_logits: bool = True
     """Return the logits of the last token."""
+    num_drafted: int = 0
+    """Number of last tokens that are only proposed. The logits of each, and of the token before, are wanted."""
 
 
 class CacheFullError(Exception):
@@ -35,6 +37,7 @@ class Engine(Protocol):
 
     An engine with a `pass_times: PassTimes` attribute decodes as many sequences in a pass as are fastest, others all.
     The sequences of an engine with a false `cuts_sequences` attribute, a recurrent model, are emptied or kept whole.
+    Only an engine with a true `checks_drafts` attribute gets chunks with drafted tokens.
     """
 
     context_length: int
@@ -75,6 +78,8 @@ class Engine(Protocol):
 
     def extend(self, chunks: Sequence[Chunk]) -> list[np.ndarray]:
         """Append tokens to sequences; return logits, fp32 [V], of the chunks that want them, in order.
+
+        Those of a chunk with n drafted tokens are [1 + n, V].
 
         The chunks have different sequences and at most `max_batch` tokens together. Raise CacheFullError, or
         EvaluationInterrupted after `interrupt`. In both cases no sequence has changed.

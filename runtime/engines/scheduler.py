@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -30,7 +31,8 @@ import numpy as np
 
 from ..base.errors import ContextOverflowError, UsageError
 from .protocol import CacheFullError, Chunk, Embedder, Engine, EvaluationInterrupted, Pooling
-from .scheduling_policy import CachePool, PassTimes, SequenceCache, plan_pass
+from .scheduling_policy import CachePool, PassTimes, SequenceCache, common_length, plan_pass
+from .speculation import PromptLookup, Speculation
 
 TOGETHER_SECONDS = 0.001
 """Longest time that a pass waits for the threads of the pass before."""
@@ -81,6 +83,9 @@ class EngineScheduler:
         self.load_ms, self.kv_cache_bytes, self.settings = engine.load_ms, engine.kv_cache_bytes, engine.settings
         self.num_sequences, self.cache_slots = engine.num_sequences, engine.cache_slots
         self._pass_times: PassTimes | None = getattr(engine, "pass_times", None)
+        self._speculation = Speculation(self._pass_times) if getattr(engine, "checks_drafts", False) else None
+        self._num_leases = 0
+        """Leases of the last pass."""
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[Engine]:
@@ -131,6 +136,10 @@ class EngineScheduler:
             if not isinstance(engine, Embedder):
                 raise UsageError("this engine has no embeddings; export the model with --target gguf")
             return engine.embed(tokens, pooling)
+
+    def prompt_lookup(self, prompt: Sequence[int]) -> PromptLookup | None:
+        """Return the look-up for an answer to `prompt`, None if the engine checks no proposals."""
+        return None if self._speculation is None else PromptLookup(self._speculation, prompt)
 
     def lease(self) -> Lease:
         """Return a new lease without tokens."""
@@ -234,23 +243,29 @@ class EngineScheduler:
     def step(self, leases: Sequence[Lease]) -> list[np.ndarray | None]:
         """Evaluate tokens of the leases in one pass, chosen by `plan_pass`.
 
-        Return logits, fp32 [V], for every lease whose last token was evaluated, and None for the others. If a lease of
-        the pass is interrupted before it, or all during it, nothing is evaluated and all are None. Raise UsageError if
-        a lease lost its sequence, ContextOverflowError if its tokens do not fit, CacheFullError if the tokens of all
-        leases do not fit together.
+        Return logits, fp32 [V], for every lease whose last token was evaluated, and None for the others. Those of a
+        lease with n proposed tokens (`Lease.draft`) are [1 + n, V]. If a lease of the pass is interrupted before it, or
+        all during it, nothing is evaluated and all are None. Raise UsageError if a lease lost its sequence,
+        ContextOverflowError if its tokens do not fit, CacheFullError if the tokens of all leases do not fit together.
         """
         with self._open() as engine, self._turn:
             caches = [self._find_cache(lease) for lease in leases]
-            pending, last_used = [lease.num_pending for lease in leases], [cache.last_used for cache in caches]
+            pending = [lease.num_pending + len(lease.draft) for lease in leases]
+            last_used = [cache.last_used for cache in caches]
             counts = plan_pass(pending, last_used, engine.max_batch, self._pass_times)
             planned = [(lease, count) for lease, count in zip(leases, counts, strict=True) if count]
+            is_decoding = all(lease.num_pending == 1 for lease, _ in planned)
             chunks = [lease.next_chunk(count) for lease, count in planned]
             # Idle caches are evicted only now, so that they serve as prefixes as long as possible.
             self._caches.make_room(sum(counts))
+            began = time.perf_counter()
             try:
                 rows = iter(self._evaluate(engine, [lease for lease, _ in planned], chunks))
             except EvaluationInterrupted:
                 return [None] * len(leases)
+            self._num_leases = len(planned)
+            if self._speculation is not None and is_decoding:
+                self._speculation.record_pass(sum(counts), 1e3 * (time.perf_counter() - began))
             logits: dict[int, np.ndarray] = {}
             for (lease, _), chunk in zip(planned, chunks, strict=True):
                 assert lease.cache is not None
@@ -293,7 +308,15 @@ class EngineScheduler:
             raise ContextOverflowError(
                 f"the context window of {self.context_length} tokens is full; load with a larger --context"
             )
+        elif lease.draft_start:
+            self._remove_wrong_draft(lease, lease.cache)
         return lease.cache
+
+    def _remove_wrong_draft(self, lease: Lease, cache: SequenceCache) -> None:
+        """Remove the proposed tokens of the last pass that the answer does not have."""
+        begin, lease.draft_start = lease.draft_start, 0
+        right = common_length(cache.tokens[begin:], lease.tokens[begin:], len(lease.tokens) - begin)
+        self._caches.truncate(cache, begin + right)
 
     def _check_length(self, tokens: Sequence[int]) -> None:
         if not tokens:
@@ -312,6 +335,11 @@ class EngineScheduler:
             if all(one.is_interrupted for one in self._in_pass):
                 self._engine.interrupt()
             return True
+
+    def draft(self, lookup: PromptLookup, longest: int) -> list[int]:
+        """Return at most `longest` tokens that the next pass checks, [] if that gains nothing or they may not fit."""
+        room = self.cache_slots - self._caches.held - self.num_sequences
+        return lookup.draft(min(longest, room), self._num_leases)
 
     @property
     def used_slots(self) -> int:
@@ -350,11 +378,15 @@ class Lease:
         self.cached_tokens = 0
         """Number of tokens that were cached already when the sequence was assigned."""
         self.is_interrupted = False
+        self.draft: list[int] = []
+        """Proposed tokens after `tokens`. The next pass evaluates those that fit and removes the others from here."""
+        self.draft_start = 0
+        """Number of tokens before a proposal that was evaluated, 0 if the cache has none but `tokens`."""
 
     def begin(self, tokens: Sequence[int]) -> None:
         """Replace the sequence by `tokens`, without evaluating them yet."""
         self.release()
-        self.tokens = list(tokens)
+        self.tokens, self.draft, self.draft_start = list(tokens), [], 0
 
     def append(self, token: int) -> None:
         """Append one token, without evaluating it yet."""
@@ -362,7 +394,7 @@ class Lease:
 
     @property
     def num_pending(self) -> int:
-        """Return the number of tokens that are not evaluated yet."""
+        """Return the number of tokens that are not evaluated yet, without proposed ones."""
         return len(self.tokens) - (0 if self.cache is None else len(self.cache.tokens))
 
     @property
@@ -376,11 +408,13 @@ class Lease:
         return self.cache is not None and not self.has_sequence
 
     def next_chunk(self, count: int) -> Chunk:
-        """Return the first `count` pending tokens as part of a pass."""
+        """Return the first `count` pending and proposed tokens as part of a pass."""
         assert self.cache is not None
         begin = len(self.cache.tokens)
-        tokens = self.tokens[begin : begin + count]
-        return Chunk(self.cache.sequence, tokens, wants_logits=begin + count == len(self.tokens))
+        self.draft = self.draft[: max(0, count - self.num_pending)]
+        self.draft_start = len(self.tokens) if self.draft else 0
+        tokens = self.tokens[begin : begin + count] + self.draft
+        return Chunk(self.cache.sequence, tokens, begin + count >= len(self.tokens), len(self.draft))
 
     def evaluate(self) -> np.ndarray:
         """Evaluate all pending tokens and return the last one's logits, fp32 [V]. See `EngineScheduler.step`."""

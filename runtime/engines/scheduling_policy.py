@@ -63,7 +63,7 @@ class CachePool:
         # Taking over a long cache for a short prefix would evict the rest of it. Then the prefix is copied instead.
         if best.holder is not None or length < MIN_REUSED_SHARE * len(best.tokens):
             chosen = min(self._caches, key=lambda cache: (cache.holder is not None, cache.last_used))
-        self._truncate(chosen, length if chosen is best else 0)
+        self.truncate(chosen, length if chosen is best else 0)
         if chosen is not best and length:
             # llama.cpp shares the slots of a copy. Other engines have a cache of fixed size per sequence.
             self._engine.copy(best.sequence, chosen.sequence, length)
@@ -85,7 +85,7 @@ class CachePool:
         """Evict the least recently used idle cache. Return False if there is none."""
         idle = [cache for cache in self._caches if cache.holder is None and cache.tokens]
         if idle:
-            self._truncate(min(idle, key=lambda cache: cache.last_used), 0)
+            self.truncate(min(idle, key=lambda cache: cache.last_used), 0)
         return bool(idle)
 
     @property
@@ -105,7 +105,7 @@ class CachePool:
         """
         for cache in self._caches:
             cache.holder = holder
-            self._truncate(cache, 0 if cache.sequence else self._common_length(cache, tokens, limit))
+            self.truncate(cache, 0 if cache.sequence else self._common_length(cache, tokens, limit))
         return self._caches[0]
 
     def release_all(self, holder: object) -> None:
@@ -119,7 +119,8 @@ class CachePool:
         length = common_length(cache.tokens, tokens, limit)
         return length if self._cuts or length == len(cache.tokens) else 0
 
-    def _truncate(self, cache: SequenceCache, length: int) -> None:
+    def truncate(self, cache: SequenceCache, length: int) -> None:
+        """Remove all but the first `length` tokens of `cache`."""
         if length < len(cache.tokens):
             self._engine.truncate(cache.sequence, length)
             del cache.tokens[length:]

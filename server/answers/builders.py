@@ -83,12 +83,17 @@ class CompletionBuilder(abc.ABC):
         prompts = stats[:: self.request.n]
         prompt_tokens = sum(each.prompt_tokens for each in prompts)
         completion_tokens = sum(each.completion_tokens for each in stats)
+        accepted = sum(each.accepted_tokens for each in stats)
         return Usage(
             prompt_tokens=prompt_tokens,
             completion_tokens=completion_tokens,
             total_tokens=prompt_tokens + completion_tokens,
             prompt_tokens_details=PromptTokensDetails(cached_tokens=sum(each.cached_tokens for each in prompts)),
-            completion_tokens_details=CompletionTokensDetails(passes=sum(each.passes for each in stats)),
+            completion_tokens_details=CompletionTokensDetails(
+                passes=sum(each.passes for each in stats),
+                accepted_prediction_tokens=accepted,
+                rejected_prediction_tokens=sum(each.drafted_tokens for each in stats) - accepted,
+            ),
         )
 
     async def pieces(self, source: AsyncGenerator[Piece]) -> AsyncGenerator[Piece]:
@@ -104,10 +109,7 @@ class CompletionBuilder(abc.ABC):
         finally:
             await source.aclose()
             if has_begun:
-                usage = self.usage()
-                self.clock.record_end(
-                    usage.prompt_tokens, usage.completion_tokens, usage.completion_tokens_details.passes
-                )
+                self.clock.record_end(self.usage())
 
     def read(self, piece: Piece) -> list[Event]:
         """Return the text and the parts of calls in a piece."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from ...runtime.engines.memory import memory_bytes
+from ..schemas.response_models import Usage
 from .pool import ModelPool
 
 BUCKET_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
@@ -22,6 +23,9 @@ class Metrics:
         self.prompt_tokens = Counter("efficientllm_prompt_tokens", "Prompt tokens", ["model"], registry=registry)
         self.tokens = Counter("efficientllm_generated_tokens", "Generated tokens", ["model"], registry=registry)
         self.passes = Counter("efficientllm_passes", "Passes of answers", ["model"], registry=registry)
+        self.proposed = Counter(
+            "efficientllm_proposed_tokens", "Tokens proposed by look-up", ["model", "outcome"], registry=registry
+        )
         self.first_token = Histogram(
             "efficientllm_time_to_first_token_seconds",
             "From the request to the first text, the queue included",
@@ -82,10 +86,13 @@ class AnswerClock:
             self.metrics.between_tokens.labels(self.model).observe((now - self._last) / (tokens - self._tokens))
         self._last, self._tokens = now, tokens
 
-    def record_end(self, prompt_tokens: int, tokens: int, passes: int) -> None:
+    def record_end(self, usage: Usage) -> None:
         """Record the tokens of an answer that is complete or whose client has disconnected."""
-        self.metrics.prompt_tokens.labels(self.model).inc(prompt_tokens)
-        self.metrics.passes.labels(self.model).inc(passes)
+        tokens, details = usage.completion_tokens, usage.completion_tokens_details
+        self.metrics.prompt_tokens.labels(self.model).inc(usage.prompt_tokens)
+        self.metrics.passes.labels(self.model).inc(details.passes)
         self.metrics.tokens.labels(self.model).inc(tokens)
+        self.metrics.proposed.labels(self.model, "accepted").inc(details.accepted_prediction_tokens)
+        self.metrics.proposed.labels(self.model, "rejected").inc(details.rejected_prediction_tokens)
         if tokens > 1 and self._last > self._first:
             self.metrics.speed.labels(self.model).set((tokens - 1) / (self._last - self._first))

@@ -41,7 +41,11 @@ class PromptTokensDetails(ResponseModel):
 
 class CompletionTokensDetails(ResponseModel):
     passes: int
-    """Passes of the model. Fewer than tokens if a grammar forces some."""
+    """Passes of the model. Fewer than tokens if a grammar forces some or proposals were right."""
+    accepted_prediction_tokens: int
+    """Proposed tokens that became part of the answer."""
+    rejected_prediction_tokens: int
+    """Proposed tokens that a pass checked in vain."""
 
 
 class Usage(ResponseModel):
