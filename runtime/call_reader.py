@@ -1,4 +1,4 @@
-"""Separate function calls from text in an answer while it is generated."""
+"""Separate reasoning, text and function calls in an answer while it is generated."""
 
 from __future__ import annotations
 
@@ -12,6 +12,13 @@ from .tool_format import ToolFormat
 @dataclass(frozen=True)
 class TextEvent:
     """A part of the text for the user."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class ReasoningEvent:
+    """A part of the model's reasoning, which precedes the text for the user."""
 
     text: str
 
@@ -32,7 +39,66 @@ class ArgumentsEvent:
     text: str
 
 
-Event = TextEvent | CallEvent | ArgumentsEvent
+Event = TextEvent | ReasoningEvent | CallEvent | ArgumentsEvent
+
+BEGIN_REASONING, END_REASONING = "<think>", "</think>"
+"""Marks of reasoning in the chat templates of Qwen3, SmolLM3, DeepSeek-R1 and others."""
+
+
+class ReasoningReader:
+    """Reads an answer piece by piece. What precedes </think> is reasoning, and `rest` reads what follows."""
+
+    def __init__(self, is_begun: bool, rest: CallReader | None) -> None:
+        """Expect <think> at the start of the answer, unless the prompt ends with it (`is_begun`).
+
+        Without `rest` all that follows </think> is text.
+        """
+        self._rest = rest
+        self._state: Literal["start", "reasoning", "text"] = "reasoning" if is_begun else "start"
+        self._unread = ""
+        self._is_blank = True
+        """True until the reasoning, or the text after it, has a visible character. Space before it is dropped."""
+
+    @property
+    def num_calls(self) -> int:
+        """Return the number of calls so far."""
+        return self._rest.num_calls if self._rest is not None else 0
+
+    def push(self, text: str) -> list[Event]:
+        """Add a piece and return the events that are certain now. Text that may end the reasoning is held back."""
+        self._unread += text
+        events: list[Event] = []
+        if self._state == "start":
+            begin = self._unread.lstrip()
+            if begin.startswith(BEGIN_REASONING):
+                self._state, self._unread = "reasoning", begin.removeprefix(BEGIN_REASONING)
+            elif not BEGIN_REASONING.startswith(begin):
+                self._state, self._is_blank = "text", False
+        if self._state == "reasoning":
+            reasoning, mark, after = self._unread.partition(END_REASONING)
+            shown = reasoning[: len(reasoning) - (0 if mark else partial_length(reasoning, (END_REASONING,)))].rstrip()
+            self._unread = after if mark else self._unread[len(shown) :]
+            events += [ReasoningEvent(visible)] if (visible := self._without_space(shown)) else []
+            if mark:
+                self._state, self._is_blank = "text", True
+        if self._state == "text" and (visible := self._without_space(self._unread)):
+            self._unread = ""
+            events += self._rest.push(visible) if self._rest is not None else [TextEvent(visible)]
+        return events
+
+    def _without_space(self, text: str) -> str:
+        """Return `text`, without the space that begins the reasoning or the text after it."""
+        text = text.lstrip() if self._is_blank else text
+        self._is_blank = self._is_blank and not text
+        return text
+
+    def finish(self) -> list[Event]:
+        """Return the text that was held back, at the end of the answer."""
+        kept = self._unread.rstrip() if self._state == "reasoning" else self._unread
+        if self._state == "reasoning":
+            return [ReasoningEvent(kept)] if kept else []
+        shown: list[Event] = [TextEvent(kept)] if kept and self._state == "start" else []
+        return shown + (self._rest.finish() if self._rest is not None else [])
 
 
 class CallReader:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from .base.errors import UsageError
-from .call_reader import CallReader
+from .call_reader import BEGIN_REASONING, END_REASONING, CallReader, ReasoningReader
 from .chat_template import Message, MessageEscape, render_chat
 from .copied_arguments import CopiedArguments
 from .engines.scheduler import EngineScheduler
@@ -50,6 +50,8 @@ class ChatPrompt:
     """Control tokens at the start of a call, which have no text."""
     texts: Sequence[str] = ()
     """Messages of user and tools, from which arguments are copied."""
+    reasoning: Literal["none", "possible", "begun"] = "none"
+    """Whether the answer may begin with reasoning, or the prompt ends with its mark."""
 
     def constraint(self, engine: EngineScheduler) -> GrammarConstraint | None:
         """Return the constraint that keeps calls valid, None without functions."""
@@ -64,9 +66,17 @@ class ChatPrompt:
         )
         return GrammarConstraint(engine, grammar, self.control)
 
-    def reader(self) -> CallReader | None:
-        """Return the reader that separates calls from text, None without functions."""
-        return CallReader(self.format) if self.tool_use is not None else None
+    def reader(self, is_free: bool = True) -> CallReader | ReasoningReader | None:
+        """Return the reader that separates reasoning and calls from text, None if an answer can have neither.
+
+        An answer that is not `is_free` follows a response format and has no reasoning.
+        """
+        use = self.tool_use
+        calls = CallReader(self.format) if use is not None else None
+        must_call = use is not None and (use.must_call or use.only or use.otherwise is not None)
+        if self.reasoning == "none" or not is_free or must_call:
+            return calls
+        return ReasoningReader(self.reasoning == "begun", calls)
 
 
 @dataclass(frozen=True)
@@ -113,7 +123,17 @@ def tool_prompt(
     tokens = escape.encode(text)
     if engine.adds_bos and not text.startswith(engine.bos_token):
         tokens = engine.tokenize(engine.bos_token, special=True) + tokens
-    return ChatPrompt(tokens, use, format, control, texts)
+    return ChatPrompt(tokens, use, format, control, texts, _reasoning(engine, messages[-1], text))
+
+
+def _reasoning(engine: EngineScheduler, last: Message, text: str) -> Literal["none", "possible", "begun"]:
+    """Return whether the answer to `last` may begin with reasoning. `text` is the rendered prompt."""
+    if END_REASONING not in (engine.chat_template or ""):
+        return "none"
+    if last["role"] == "assistant":  # the answer continues it
+        content = last.get("content") or ""
+        return "begun" if content.rfind(BEGIN_REASONING) > content.rfind(END_REASONING) else "none"
+    return "begun" if text.rstrip().endswith(BEGIN_REASONING) else "possible"
 
 
 def text_prompt(engine: EngineScheduler, text: str) -> list[int]:

@@ -74,9 +74,10 @@ class Call(RequestPart):
 
 
 class Message(RequestPart):
-    without_effect = ("thinking", "tool_call_id")
+    without_effect = ("tool_call_id",)
     role: Literal["system", "user", "assistant", "tool"]
     content: Text = ""
+    thinking: Text = ""
     tool_calls: Annotated[list[Call], Field(max_length=MAX_TOOLS)] = Field(default=[])
     tool_name: Text = ""
 
@@ -90,7 +91,8 @@ class Message(RequestPart):
             for index, call in enumerate(self.tool_calls)
         ]
         named = {"name": self.tool_name} if self.tool_name else {}
-        return {"role": self.role, "content": self.content, **named, **({"tool_calls": calls} if calls else {})}
+        said = {"role": self.role, "content": self.content, "reasoning_content": self.thinking}
+        return {**said, **named, **({"tool_calls": calls} if calls else {})}
 
 
 class OllamaRequest(RequestPart):
@@ -102,8 +104,8 @@ class OllamaRequest(RequestPart):
     """The text json, or a JSON schema."""
     options: Options = Options()
     stream: Bool = True
-    think: Bool | None = None
-    """Sets the variable enable_thinking of the chat template."""
+    think: Bool | Literal["low", "medium", "high"] | None = None
+    """Sets enable_thinking of the chat template, and its variable reasoning_effort if it is a text."""
 
     @model_validator(mode="after")
     def _check_request(self) -> OllamaRequest:
@@ -127,10 +129,11 @@ class OllamaRequest(RequestPart):
         format: dict[str, Any] = {"type": "json_object"} if self.format else {}
         if isinstance(self.format, dict) and self.format:
             format["schema"] = self.format
-        variables = {} if self.think is None else {"enable_thinking": self.think}
+        variables = {"enable_thinking": self.think} if isinstance(self.think, bool) else {}
         values = {
             "model": self.model,
             "messages": messages,
+            "reasoning_effort": self.think if isinstance(self.think, str) else None,
             "stream": self.stream,
             **self.options.as_fields(),
             **fields,
@@ -194,6 +197,7 @@ class OllamaCall(ResponseModel):
 class OllamaMessage(ResponseModel):
     role: Literal["assistant"] = "assistant"
     content: str
+    thinking: Annotated[str | None, UNLESS_NONE] = None
     tool_calls: Annotated[list[OllamaCall] | None, UNLESS_NONE] = None
 
 
@@ -204,6 +208,7 @@ class OllamaAnswer(ResponseModel):
     created_at: str
     message: Annotated[OllamaMessage | None, UNLESS_NONE] = None
     response: Annotated[str | None, UNLESS_NONE] = None
+    thinking: Annotated[str | None, UNLESS_NONE] = None
     done: bool
     done_reason: Annotated[str | None, UNLESS_NONE] = None
     total_duration: Annotated[int | None, UNLESS_NONE] = None
@@ -231,7 +236,7 @@ class OllamaBuilder(ChatBuilder):
         """Return the answer in one object, after the last piece."""
         async for piece in pieces:
             self._add(piece)
-        return self._end(self._collected.text)
+        return self._end(self._collected.text, self._collected.reasoning)
 
     async def events(self, first: Piece | None, pieces: AsyncGenerator[Piece]) -> AsyncGenerator[str]:
         """Yield the JSON lines of `first` and of the rest of `pieces`. Calls are in the last one."""
@@ -246,25 +251,27 @@ class OllamaBuilder(ChatBuilder):
             return
         yield self._end("").model_dump_json() + "\n"
 
-    def _add(self, piece: Piece) -> str:
-        """Collect a piece and return its text."""
-        before = len(self._collected.text)
+    def _add(self, piece: Piece) -> tuple[str, str]:
+        """Collect a piece and return its text and reasoning."""
+        before = len(self._collected.text), len(self._collected.reasoning)
         for event in self.read(piece):
             self._collected.add(event)
         self._collected.finish_reason = piece.finish_reason or self._collected.finish_reason
-        return self._collected.text[before:]
+        return self._collected.text[before[0] :], self._collected.reasoning[before[1] :]
 
     def _lines(self, piece: Piece) -> Iterator[str]:
-        if text := self._add(piece):
-            yield self._answer(text, done=False).model_dump_json() + "\n"
+        text, reasoning = self._add(piece)
+        if text or reasoning:
+            yield self._answer(text, reasoning, done=False).model_dump_json() + "\n"
 
-    def _answer(self, text: str, calls: list[OllamaCall] | None = None, **fields: Any) -> OllamaAnswer:
-        message = OllamaMessage(content=text, tool_calls=calls) if self._has_messages else None
-        response = None if self._has_messages else text
+    def _answer(self, text: str, reasoning: str, calls: list[OllamaCall] | None = None, **fields: Any) -> OllamaAnswer:
+        message = OllamaMessage(content=text, thinking=reasoning or None, tool_calls=calls)
+        said: dict[str, Any] = {"response": text, "thinking": reasoning or None}
+        said = {"message": message} if self._has_messages else said
         now = datetime.now(UTC).isoformat().replace("+00:00", "Z")
-        return OllamaAnswer(model=self.base["model"], created_at=now, message=message, response=response, **fields)
+        return OllamaAnswer(model=self.base["model"], created_at=now, **said, **fields)
 
-    def _end(self, text: str) -> OllamaAnswer:
+    def _end(self, text: str, reasoning: str = "") -> OllamaAnswer:
         """Return the last line, or the whole answer."""
         stats = self.choices[0].generation.stats
         calls = [call.function for call in self._collected.calls]
@@ -276,6 +283,7 @@ class OllamaBuilder(ChatBuilder):
         first_seconds = stats.time_to_first_token_ms / 1e3
         return self._answer(
             text,
+            reasoning,
             parsed or None,
             done=True,
             done_reason=self._collected.finish_reason,

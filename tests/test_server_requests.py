@@ -111,7 +111,6 @@ UNSERVED = {
     "functions": ([{"name": "f"}], "use tools"),
     "best_of": (3, "remove it"),
     "store": (True, "remove it"),
-    "reasoning_effort": ("high", "remove it"),
     "guided_json": ({}, "use response_format with type json_schema"),
     "repeat_penalty": (1.1, "remove it"),
 }

@@ -15,7 +15,7 @@ from collections.abc import AsyncGenerator, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...runtime.call_reader import ArgumentsEvent, CallEvent, Event, TextEvent
+from ...runtime.call_reader import ArgumentsEvent, CallEvent, Event, ReasoningEvent, TextEvent
 from ...runtime.generation import TokenLogprob
 from ..models.metrics import AnswerClock
 from ..models.worker import Piece
@@ -44,6 +44,7 @@ class CollectedChoice:
     """The content of one choice, collected from its pieces."""
 
     text: str
+    reasoning: str = ""
     calls: list[AnsweredCall] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: Any = None
@@ -52,6 +53,8 @@ class CollectedChoice:
         """Append the text or the part of a call that `event` carries."""
         if isinstance(event, TextEvent):
             self.text += event.text
+        elif isinstance(event, ReasoningEvent):
+            self.reasoning += event.text
         elif isinstance(event, CallEvent):
             self.calls.append(new_call(event))
         else:
@@ -112,7 +115,7 @@ class CompletionBuilder(abc.ABC):
                 self.clock.record_end(self.usage())
 
     def read(self, piece: Piece) -> list[Event]:
-        """Return the text and the parts of calls in a piece."""
+        """Return the reasoning, the text and the parts of calls in a piece."""
         reader = self.choices[piece.choice].reader
         if reader is None:
             return [TextEvent(piece.text)] if piece.text else []
@@ -205,7 +208,8 @@ class ChatBuilder(CompletionBuilder):
     def _choice(self, collected: CollectedChoice, common: dict[str, Any]) -> ChatChoice:
         calls = collected.calls
         content = collected.text.strip() or None if calls else collected.text
-        return ChatChoice(message=AssistantMessage(content=content, tool_calls=calls), **common)
+        message = AssistantMessage(reasoning_content=collected.reasoning, content=content, tool_calls=calls)
+        return ChatChoice(message=message, **common)
 
     def _openings(self) -> Iterable[dict[str, Any]]:
         for index in range(len(self.choices)):
@@ -214,6 +218,8 @@ class ChatBuilder(CompletionBuilder):
     def _delta(self, event: Event | None) -> dict[str, Any]:
         if isinstance(event, TextEvent):
             return {"delta": {"content": event.text}}
+        if isinstance(event, ReasoningEvent):
+            return {"delta": {"reasoning_content": event.text}}
         if isinstance(event, CallEvent):
             return {"delta": {"tool_calls": [{"index": event.index, **new_call(event).model_dump()}]}}
         if isinstance(event, ArgumentsEvent):

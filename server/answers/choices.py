@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 
 from ...runtime.base.errors import ContextOverflowError, EfficientLLMError
-from ...runtime.call_reader import CallReader
+from ...runtime.call_reader import CallReader, ReasoningReader
 from ...runtime.engines.scheduler import EngineScheduler
 from ...runtime.generation import AnswerOptions, Generation, Overflow
 from ...runtime.grammar import GrammarConstraint
 from ...runtime.prompt import ChatPrompt, PromptOptions, text_prompt, tool_prompt
 from ...runtime.sampling import SamplingDefaults
 from ..schemas.api_error import APIError
-from ..schemas.completions import ChatRequest, CompletionRequest, TextRequest
+from ..schemas.completions import REASONING_VARIABLES, ChatRequest, CompletionRequest, TextRequest
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,8 @@ class Choice:
     """One of the answers to a request."""
 
     generation: Generation
-    reader: CallReader | None = None
-    """Separates calls from text. None if the request has no functions."""
+    reader: CallReader | ReasoningReader | None = None
+    """Separates reasoning and calls from text. None if the answer can have neither."""
     echo: str = ""
     """Prompt that the answer begins with."""
 
@@ -54,13 +55,17 @@ def make_choices(
 
 
 def _chat_choices(engine: EngineScheduler, request: ChatRequest, each: Iterable[AnswerOptions]) -> Iterable[Choice]:
-    shown = PromptOptions(request.tool_use, request.chat_template_kwargs)
+    shown = PromptOptions(request.tool_use, request.template_variables)
+    known = engine.chat_template or ""
+    if request.reasoning_effort not in (None, "none") and not any(name in known for name in REASONING_VARIABLES):
+        raise APIError(400, "reasoning_effort: the chat template of this model knows no reasoning; remove it")
     prompt: ChatPrompt = tool_prompt(engine, [message.as_template_value() for message in request.messages], shown)
     constraint = prompt.constraint(engine) if request.tool_use else _constraint_of(engine, request)
     stop_until = prompt.format.begin if request.tool_use else ""  # a stop text must not cut a call
+    reader = partial(prompt.reader, is_free=request.tool_use is not None or constraint is None)
     for options in each:
         options = replace(options, stop_until=stop_until)
-        yield Choice(Generation(engine, prompt.tokens, options, _copy_of(constraint)), prompt.reader())
+        yield Choice(Generation(engine, prompt.tokens, options, _copy_of(constraint)), reader())
 
 
 def _text_choices(engine: EngineScheduler, request: TextRequest, each: Iterable[AnswerOptions]) -> Iterable[Choice]:

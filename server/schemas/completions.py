@@ -39,6 +39,11 @@ MIN_TOP_P = 1e-30
 TEMPLATE_VARIABLES = ("messages", "tools", "bos_token", "eos_token")
 """Variables of a chat template that a client may not set."""
 
+REASONING_VARIABLES = ("enable_thinking", "reasoning_effort")
+"""Variables of chat templates of models that reason."""
+
+ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
+
 Token = Annotated[int, Field(ge=0, strict=True)]
 Tokens = Annotated[list[Token], Field(min_length=1, max_length=MAX_CHARACTERS)]
 
@@ -73,7 +78,6 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "store": (False,),
     "background": (False,),
     "reasoning_effort": ("none",),
-    "reasoning": ({}, {"effort": None}, {"effort": "none"}),
     "top_logprobs": (0,),
     "stream_options": ({}, {"include_obfuscation": False}),
     "with_pieces": (False,),
@@ -181,6 +185,8 @@ class ChatRequest(CompletionRequest):
     parallel_tool_calls: Bool = True
     tool_arguments: Literal["any", "copy"] = "any"
     """With copy, free texts in arguments are runs of words of the messages, or examples of their schemas."""
+    reasoning_effort: ReasoningEffort | None = None
+    """Sets enable_thinking of the chat template, false for none, and its variable reasoning_effort."""
     chat_template_kwargs: Json = Field({})
     """Further variables of the chat template, such as enable_thinking."""
 
@@ -203,6 +209,13 @@ class ChatRequest(CompletionRequest):
             if name in TEMPLATE_VARIABLES or implied.get(name, value) != value:
                 raise ValueError(f"chat_template_kwargs: {name} is set by the other fields and the model; remove it")
         return self
+
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        """Return the further variables of the chat template."""
+        effort = self.reasoning_effort
+        implied = {} if effort is None else {"enable_thinking": effort != "none", "reasoning_effort": effort}
+        return {**implied, **self.chat_template_kwargs}
 
     @property
     def tool_use(self) -> ToolUse | None:

@@ -121,13 +121,15 @@ class ToolCall(RequestPart):
 
 
 class ChatMessage(RequestPart):
-    without_effect = ("annotations", "reasoning", "reasoning_content", "provider_specific_fields", "cache_control")
+    without_effect = ("annotations", "reasoning", "provider_specific_fields", "cache_control")
     """Fields of an answer that clients send back with it."""
     role: Literal["system", "developer", "user", "assistant", "tool"]
     """For OpenAI's newer models, the role of system messages is developer."""
     content: Text | list[TextPart] = ""
     tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS)] = []
     tool_call_id: Text = ""
+    reasoning_content: Text = ""
+    """Reasoning of an earlier answer, which chat templates show or leave out."""
     name: Text = ""
 
     @model_validator(mode="after")
@@ -148,6 +150,8 @@ class ChatMessage(RequestPart):
             message["tool_calls"] = [
                 {"id": call.id, "type": "function", "function": call.function.parsed()} for call in self.tool_calls
             ]
+        if self.reasoning_content:
+            message["reasoning_content"] = self.reasoning_content
         if self.role == "tool":
             message["tool_call_id"] = self.tool_call_id
         return {**message, "name": self.name} if self.name else message

@@ -84,6 +84,8 @@ class AnsweredCall(ResponseModel):
 
 class AssistantMessage(ResponseModel):
     role: Literal["assistant"] = "assistant"
+    reasoning_content: Annotated[str, UNLESS_EMPTY] = ""
+    """Reasoning before the answer, if the model and its chat template have it."""
     content: str | None
     refusal: None = None
     tool_calls: Annotated[list[AnsweredCall], UNLESS_EMPTY, Field(json_schema_extra={"minItems": 1})] = []

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, JsonValue, Tag, ValidationError, model_validator
 
 from .api_error import message_of
-from .completions import MAX_MESSAGES, MIN_TOP_P, ChatRequest, RequestBody
+from .completions import MAX_MESSAGES, MIN_TOP_P, ChatRequest, ReasoningEffort, RequestBody
 from .messages import MAX_TOOLS, Bool, ChatMessage, Float, Function, Int, JsonSchema, Name, RequestPart, Text
 
 
@@ -77,6 +77,11 @@ class TextFormat(JsonSchema):
         return self
 
 
+class Reasoning(RequestPart):
+    without_effect = ("summary", "generate_summary")
+    effort: ReasoningEffort | None = None
+
+
 class TextOptions(RequestPart):
     without_effect = ("verbosity",)  # only some of OpenAI's models follow it
     format: TextFormat = TextFormat()
@@ -111,6 +116,8 @@ class ResponsesRequest(RequestBody):
     tools: Annotated[list[FlatTool], Field(max_length=MAX_TOOLS)] = Field([])
     tool_choice: Literal["none", "auto", "required"] | NamedFlatTool = "auto"
     parallel_tool_calls: Bool = True
+    reasoning: Reasoning = Reasoning()
+    """Its effort sets variables of the chat template. The answer has no items for reasoning."""
     text: TextOptions = TextOptions()
     truncation: Literal["disabled"] = "disabled"
     include: list[JsonValue] = Field([], max_length=0)
@@ -147,6 +154,7 @@ class ResponsesRequest(RequestBody):
             tools=[{"type": "function", "function": tool.model_dump(exclude={"type"})} for tool in self.tools],  # type: ignore[list-item]
             tool_choice=choice,
             parallel_tool_calls=self.parallel_tool_calls,
+            reasoning_effort=self.reasoning.effort,
             response_format=response_format,  # type: ignore[arg-type]
             stream=self.stream,
         )

@@ -59,7 +59,7 @@ function addMessage(role) {
 function showContent(node, message) {
   const text = node.querySelector(".text");
   if (message.role !== "assistant") { text.textContent = message.content; return; }
-  text.replaceChildren(...markdown(message.content));
+  text.replaceChildren(...(message.reasoning ? [reasoningOf(message)] : []), ...markdown(message.content));
   for (const code of text.querySelectorAll("pre")) {
     const source = code.textContent;
     code.prepend(button("Copy", "Copy this code", (node) => copy(source, node)));
@@ -96,6 +96,16 @@ function redraw(toEnd = true) {
   });
   byId("log").scrollTop = toEnd ? byId("log").scrollHeight : scrollTop;
   listChats();
+}
+
+// Reasoning is plain text, open until the answer begins.
+function reasoningOf(message) {
+  const node = document.createElement("details");
+  const title = document.createElement("summary");
+  title.textContent = "Reasoning";
+  node.open = !message.content;
+  node.append(title, message.reasoning);
+  return node;
 }
 
 function listChats() {
@@ -201,7 +211,7 @@ async function answer(undo) {
   byId("send").disabled = true;
   byId("stop").disabled = false;
   byId("status").textContent = "Answering";
-  const message = { role: "assistant", content: "" };
+  const message = { role: "assistant", content: "", reasoning: "" };
   const node = addMessage("assistant");
   const figures = new Figures();
   let drawing = 0;
@@ -211,10 +221,11 @@ async function answer(undo) {
   try {
     for await (const event of chatEvents(requestFor(chat), byId("key").value, current.controller.signal)) {
       if (event.usage) figures.usage = event.usage;
-      const piece = event.choices[0]?.delta.content;
-      if (!piece) continue;
+      const { content = "", reasoning_content: reasoning = "" } = event.choices[0]?.delta ?? {};
+      if (!content && !reasoning) continue;
       figures.piece();
-      message.content += piece;
+      message.content += content;
+      message.reasoning += reasoning;
       drawing ||= requestAnimationFrame(draw);
     }
   } catch (caught) {
