@@ -192,7 +192,7 @@ def straight(source_folder: Path, corpus: Path, tmp_path_factory: pytest.TempPat
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Exported:
     """exported(target, *flags) -> folder of a tiny unequal model exported so; `checkpoint` lies beside it."""
-    model = tiny_model(tiny_architecture())
+    model = tiny_model(tiny_architecture(), max_position_embeddings=4096)
 
     def export(target: str, *flags: str) -> Path:
         def make(folder: Path) -> None:

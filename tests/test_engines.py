@@ -189,3 +189,12 @@ def test_onnxruntime_stops_amid_a_pass(exported: Callable[..., Path]) -> None:
             engine.extend([Chunk(0, [5, 6, 7], True)])
         engine.resume()
         assert engine.extend([Chunk(0, [5, 6, 7], True)])[0].shape == (engine.vocab_size,)
+
+
+@pytest.mark.parametrize("target", ["gguf", "onnx", "bare"])
+def test_a_context_beyond_training_is_refused(target: str, exported: Callable[..., Path]) -> None:
+    folder = exported("onnx" if target == "onnx" else "gguf", "--quantize", "f32")
+    path = folder / "model.gguf" if target == "bare" else folder
+    with pytest.raises(UsageError, match=r"^--context 4097: the model was trained on 4096 tokens; use at most 4096$"):
+        load_engine(path, EngineOptions(threads=1, context=4097))
+    load_engine(path, EngineOptions(threads=1, context=4096)).close()

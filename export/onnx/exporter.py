@@ -195,7 +195,8 @@ def _verify(
     tokens = sample.tokens
 
     def load() -> EngineScheduler:
-        return EngineScheduler(OnnxEngine(path, EngineOptions(context=len(tokens) + 1)))
+        context = min(len(tokens) + 1, checkpoint.context_length)
+        return EngineScheduler(OnnxEngine(path, EngineOptions(context=context)))
 
     runs = [step_through(load(), tokens), run_chunks(load(), tokens), run_padded_batch(path, tokens)]
     agreement = check_stepwise(runs[0], sample, Written("onnx", "file", name), request)

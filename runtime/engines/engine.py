@@ -41,6 +41,16 @@ DEFAULT_CONTEXT = 4096
 """Largest context window, in tokens, that is allocated by default."""
 
 
+def context_length(wanted: int, trained: int) -> int:
+    """Return the context window for `--context` and the `trained` one, 0 if that is unknown.
+
+    Raise UsageError if `wanted` is longer, because a model is wrong at positions that it has not seen.
+    """
+    if trained and wanted > trained:
+        raise UsageError(f"--context {wanted}: the model was trained on {trained} tokens; use at most {trained}")
+    return wanted or min(DEFAULT_CONTEXT, trained or DEFAULT_CONTEXT)
+
+
 @dataclass(frozen=True)
 class EngineOptions:
     """Loading."""
@@ -48,7 +58,7 @@ class EngineOptions:
     threads: int = flags.number(0, at_least=0)
     """CPU threads; 0: all cores."""
     context: int = flags.number(0, at_least=0)
-    """Context window in tokens; 0: the model's own, at most 4096."""
+    """Context window in tokens, at most the model's own; 0: the model's own, at most 4096."""
     memory_map: bool = False
     """gguf: map the weights from the file instead of reading them. This needs less memory and decodes more slowly."""
     huge_pages: bool = True

@@ -18,7 +18,7 @@ import numpy as np
 from ..base.errors import ArtefactError
 from ..base.extras import extra
 from .artefact import GENAI_CONFIG, GenaiConfig
-from .engine import DEFAULT_CONTEXT, EngineOptions
+from .engine import EngineOptions, context_length
 from .manifest import manifest_cache_bytes
 from .memory import huge_pages, trim_heap
 from .stepwise import StepwiseEngine
@@ -43,7 +43,7 @@ class GenaiEngine(StepwiseEngine):
                 self._model = genai.Model(settings)
         except Exception as error:  # its exceptions have no common base
             raise ArtefactError(f"{folder}: onnxruntime-genai cannot load it: {str(error).splitlines()[0]}") from error
-        self.context_length = options.context or min(DEFAULT_CONTEXT, config.context_length or DEFAULT_CONTEXT)
+        self.context_length = context_length(options.context, config.context_length)
         parameters = genai.GeneratorParams(self._model)
         parameters.set_search_options(max_length=self.context_length, do_sample=False)
         self._generator: Any = genai.Generator(self._model, parameters)

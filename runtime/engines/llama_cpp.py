@@ -17,7 +17,7 @@ import numpy as np
 
 from ..base.errors import ArtefactError
 from ..base.extras import extra
-from .engine import DEFAULT_CONTEXT, EngineOptions, engine_build, engine_version
+from .engine import EngineOptions, context_length, engine_build, engine_version
 from .llama_context import LlamaContext, embed
 from .manifest import Manifest
 from .memory import huge_pages, trim_heap
@@ -66,8 +66,7 @@ class LlamaCppEngine:
     def _make_context(self, path: Path, options: EngineOptions) -> None:
         """Choose the attention and create the caches."""
         threads = self._threads = options.threads or os.cpu_count() or 1
-        trained = self._llama.llama_model_n_ctx_train(self._model) or DEFAULT_CONTEXT
-        self.context_length = options.context or min(DEFAULT_CONTEXT, trained)
+        self.context_length = context_length(options.context, self._llama.llama_model_n_ctx_train(self._model))
         self.num_sequences = options.sequences
         make = partial(LlamaContext, self._model, threads)
         # A build for other instruction sets needs its own measurement, although it is the same release.

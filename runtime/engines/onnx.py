@@ -19,7 +19,7 @@ import numpy as np
 from ..base.errors import ArtefactError
 from ..base.extras import extra
 from .artefact import GenaiConfig
-from .engine import DEFAULT_CONTEXT, EngineOptions
+from .engine import EngineOptions, context_length
 from .memory import huge_pages, trim_heap
 from .protocol import EvaluationInterrupted
 from .stepwise import StepwiseEngine
@@ -141,7 +141,7 @@ class OnnxEngine(StepwiseEngine):
         logits = next((item for item in self._session.get_outputs() if item.name == "logits"), None)
         if others != {"input_ids", "attention_mask"} or logits is None:
             raise ArtefactError(f"{path} is not a decoder of efficientllm-export --target onnx; export it with that")
-        self.context_length = options.context or min(DEFAULT_CONTEXT, config.context_length or DEFAULT_CONTEXT)
+        self.context_length = context_length(options.context, config.context_length)
         self.num_sequences = options.sequences
         self._bindings = [self._session.io_binding() for _ in range(options.sequences)]
         self._caches: list[Any] = [
