@@ -61,7 +61,7 @@ def test_the_folder_is_a_repository_whose_files_run(artefact: Path, onnx: Path, 
 
     parameters = json.loads((output / "params").read_text(encoding="utf-8"))
     assert parameters["stop"] == ["<|im_end|>"]
-    assert parameters["num_ctx"] == 512
+    assert parameters["num_ctx"] == 4096
     template = (output / "template").read_text(encoding="utf-8")
     assert f'TEMPLATE """{template}"""' in (artefact / "Modelfile").read_text(encoding="utf-8")
 
