@@ -2,25 +2,46 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from several_runs import MARK
 from training import command, metrics, run, weights
 
 from efficientllm.train.model.architecture import Architecture
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("distributed")]
+
+MODES = ("ddp", "fsdp")
+ONE_AND_TWO = {
+    "gradients": ("ddp", "taylor1", "attention,ffn,stem", ()),
+    "curvature": ("ddp", "taylor2", "attention,ffn,stem", ()),
+    "rounded": ("ddp", "fisher", "attention,ffn,stem", ("--qat", "q4_0")),
+    "gates": ("ddp", "token-fisher", "attention,ffn", ()),
+    "blocks": ("ddp", "taylor1", "ffn,blocks", ()),
+    "sharded": ("fsdp", "taylor1", "attention,ffn,stem", ()),
+    "sharded and rounded blocks": ("fsdp", "taylor1", "ffn,blocks", ("--qat", "q4_0")),
+    "offloaded": ("fsdp --offload", "taylor1", "attention,ffn,stem,blocks", ()),
+}
+"""Name -> mode, criterion, removed groups and other flags of a run that one process and two make alike."""
 
 
-def torchrun(arguments: list[str], processes: int = 2) -> subprocess.CompletedProcess[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+def torchrun(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
     return subprocess.run(
-        [*launcher, "-m", "efficientllm.train.cli", *arguments],
+        [*launcher, "-m", *map(str, arguments)],
         capture_output=True,
         text=True,
         env=environment,
@@ -29,100 +50,105 @@ def torchrun(arguments: list[str], processes: int = 2) -> subprocess.CompletedPr
     )
 
 
-@pytest.mark.parametrize(
-    ("mode", "saliency", "space", "more"),
-    [
-        ("ddp", "taylor1", "attention,ffn,stem", ()),
-        ("ddp", "taylor2", "attention,ffn,stem", ()),
-        ("ddp", "fisher", "attention,ffn,stem", ("--qat", "q4_0")),
-        ("ddp", "token-fisher", "attention,ffn", ()),
-        ("ddp", "taylor1", "ffn,blocks", ()),
-        ("fsdp", "taylor1", "attention,ffn,stem", ()),
-        ("fsdp", "taylor1", "ffn,blocks", ("--qat", "q4_0")),
-        ("fsdp --offload", "taylor1", "attention,ffn,stem,blocks", ()),
-    ],
-)
+def several(folder: Path, runs: dict[str, list[str]]) -> dict[str, tuple[str, dict[str, Any]]]:
+    """{name: (output, exit code and parameters that are alive)} of runs in two processes."""
+    file = folder / "runs.json"
+    file.write_text(json.dumps(runs), encoding="utf-8")
+    done = torchrun("several_runs", file)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = {}
+    for part in done.stdout.split(MARK)[1:]:
+        name, _, said = part.strip().partition("\n")
+        found[name] = said, json.loads(said.splitlines()[-1])
+    (folder / "stderr.txt").write_text(done.stderr, encoding="utf-8")
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("distributed")
+
+
+def shared_flags(name: str) -> list[str]:
+    """Flags that the runs of one process and of two have in common."""
+    _, saliency, space, more = ONE_AND_TWO[name]
+    flags = ["--batch-size", "2", "--saliency", saliency, "--checkpoint-every", "0", "--prune", space]
+    return [*flags, "--block-tokens", "256", *more]
+
+
+def resumable_flags(mode: str) -> list[str]:
+    flags = ["--batch-size", "2", "--data-parallel", mode, "--weight-update", "obs", "--qat", "q4_0"]
+    # right before the checkpoint, too: a forward pass that no backward one follows
+    return [*flags, "--eval-every", "5"]
+
+
+@pytest.fixture(scope="module")
+def ended(folder: Path, source_folder: Path, corpus: Path) -> dict[str, tuple[str, dict[str, Any]]]:
+    runs = {
+        name: command(source_folder, corpus, folder / name, *shared_flags(name), "--data-parallel", *mode.split())
+        for name, (mode, *_) in ONE_AND_TWO.items()
+    }
+    for mode in MODES:
+        for name in (f"straight {mode}", f"stopped {mode}"):
+            runs[name] = command(source_folder, corpus, folder / name, *resumable_flags(mode))
+        # a stem channel is in every tensor, so each is replaced where one goes
+        more = ["--prune", "stem", "--target-ratio", "0.8", "--tokens", "640", "--data-parallel", mode]
+        runs[f"stem {mode}"] = command(source_folder, corpus, folder / f"stem {mode}", "--batch-size", "2", *more)
+    return several(folder, runs)
+
+
+@pytest.mark.parametrize("name", ONE_AND_TWO)
 def test_two_processes_remove_the_same_groups_as_one(
-    mode: str,
-    saliency: str,
-    space: str,
-    more: tuple[str, ...],
+    name: str,
+    ended: dict[str, tuple[str, dict[str, Any]]],
+    folder: Path,
     source_folder: Path,
     corpus: Path,
     tmp_path: Path,
 ) -> None:
     """Global batch of 4: two ranks of 2, or one process that accumulates 2 microbatches of 2."""
-    shared = ["--batch-size", "2", "--saliency", saliency, "--checkpoint-every", "0", "--prune", space]
-    shared += ["--block-tokens", "256", *more]
-    one = command(source_folder, corpus, tmp_path / "one", *shared, "--gradient-accumulation", "2")
+    one = command(source_folder, corpus, tmp_path / "one", *shared_flags(name), "--gradient-accumulation", "2")
     assert run(one) == 0
-    two = command(source_folder, corpus, tmp_path / "two", *shared, "--data-parallel", *mode.split())
-    done = torchrun(two)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert f"2 ranks ({mode.split()[0]})" in done.stdout
-    removed = [[record.get("removed") for record in metrics(tmp_path / name)] for name in ("one", "two")]
-    assert removed[0] == removed[1]
-    assert Architecture.from_folder(tmp_path / "one" / "model") == Architecture.from_folder(tmp_path / "two" / "model")
-    ours, theirs = weights(tmp_path / "two"), weights(tmp_path / "one")
-    for name, tensor in theirs.items():  # sums run in another order, and Adam amplifies rounding where gradients vanish
-        assert (ours[name] - tensor).abs().mean() < 1e-4, name
+    said, outcome = ended[name]
+    assert outcome["code"] == 0
+    assert f"2 ranks ({ONE_AND_TWO[name][0].split()[0]})" in said
+    assert [each.get("removed") for each in metrics(folder / name)] == [
+        each.get("removed") for each in metrics(tmp_path / "one")
+    ]
+    ours, theirs = (Architecture.from_folder(run / "model") for run in (folder / name, tmp_path / "one"))
+    assert ours == theirs
+    found, expected = weights(folder / name), weights(tmp_path / "one")
+    for tensor in expected:  # sums run in another order, and Adam amplifies rounding where gradients vanish
+        assert (found[tensor] - expected[tensor]).abs().mean() < 1e-4, tensor
 
 
 def test_what_every_rank_refuses_is_said_once(source_folder: Path, corpus: Path, tmp_path: Path) -> None:
-    done = torchrun(command(source_folder, corpus, tmp_path / "run", "--saliency", "best"))
+    done = torchrun("efficientllm.train.cli", *command(source_folder, corpus, tmp_path / "run", "--saliency", "best"))
     errors = [line for line in done.stderr.splitlines() if "error: " in line]
     assert [error.partition(";")[0] for error in errors] == ["error: --saliency best: unknown"], done.stderr
 
 
-@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
 def test_stopped_distributed_run_resumes_bit_identically(
-    mode: str, source_folder: Path, corpus: Path, tmp_path: Path
+    ended: dict[str, tuple[str, dict[str, Any]]], folder: Path, source_folder: Path, corpus: Path
 ) -> None:
-    """Steps 1 to 10 in one run and the rest in another, against all in one."""
-    shared = ["--batch-size", "2", "--data-parallel", mode, "--weight-update", "obs", "--qat", "q4_0"]
-    shared += ["--eval-every", "5"]  # right before the checkpoint, too: a forward pass that no backward one follows
-    straight = command(source_folder, corpus, tmp_path / "straight", *shared)
-    done = torchrun(straight)
-    assert done.returncode == 0, done.stderr[-3000:]
-    resumed = command(source_folder, corpus, tmp_path / "resumed", *shared)
-    stopping = subprocess.run(
-        [
-            *[sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"],
-            *["-m", "stop_at_ten", *resumed],
-        ],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-        check=False,
-        timeout=300,
-    )
-    assert "checkpoint step-00000010 is written" in stopping.stderr, stopping.stderr[-3000:]
-    done = torchrun([*resumed, "--resume"])
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert metrics(tmp_path / "resumed") == metrics(tmp_path / "straight")
-    ours, theirs = weights(tmp_path / "resumed"), weights(tmp_path / "straight")
-    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+    """Steps 1 to 10 in one run and the rest in another, in other processes, against all in one."""
+    for mode in MODES:
+        assert ended[f"straight {mode}"][1]["code"] == 0
+        assert ended[f"stopped {mode}"][1]["code"] == 130
+        checkpoints = [path.name for path in (folder / f"stopped {mode}" / "checkpoints").iterdir()]
+        assert max(checkpoints) == "step-00000010"
+    runs = {
+        mode: [*command(source_folder, corpus, folder / f"stopped {mode}", *resumable_flags(mode)), "--resume"]
+        for mode in MODES
+    }
+    for mode, (_, outcome) in several(folder, runs).items():
+        assert outcome["code"] == 0
+        stopped, straight = folder / f"stopped {mode}", folder / f"straight {mode}"
+        assert metrics(stopped) == metrics(straight)
+        ours, theirs = weights(stopped), weights(straight)
+        assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
 
 
-@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
-def test_nothing_of_the_source_is_alive_at_the_end(
-    mode: str, source_folder: Path, corpus: Path, tmp_path: Path
-) -> None:
-    # a stem channel is in every tensor, so each is replaced where one goes
-    more = ["--prune", "stem", "--target-ratio", "0.8"]
-    arguments = command(source_folder, corpus, tmp_path / "run", "--batch-size", "2", "--data-parallel", mode, *more)
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=1",
-        "-m",
-        "source_alive",
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [*launcher, *arguments, "--tokens", "640"], capture_output=True, text=True, env=environment, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "0 of 29 alive" in done.stdout
+@pytest.mark.parametrize("mode", MODES)
+def test_nothing_of_the_source_is_alive_at_the_end(mode: str, ended: dict[str, tuple[str, dict[str, Any]]]) -> None:
+    assert ended[f"stem {mode}"][1] == {"code": 0, "alive": [0], "of": 29}
