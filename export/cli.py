@@ -9,7 +9,7 @@ from typing import Any
 
 from ..runtime.base import flags
 from ..runtime.base.command import run_command
-from ..runtime.base.extras import require_extra
+from ..runtime.base.extras import extra, require_extra
 from ..runtime.base.model_names import check_source
 from ..runtime.base.output import atomic_output
 from ..train.model.foreign_configs import ImportOptions
@@ -97,15 +97,22 @@ def build_parser() -> ExportParser:
     targets = "{" + ",".join(known_targets()) + "}"
     parser.add_argument("--target", required=True, metavar=targets, help="format to write")
     parser.add_argument("--output", metavar="FOLDER", help="folder to write [CHECKPOINT-TARGET-QUANTIZE]")
+    parser.add_argument(
+        "--size", metavar="SIZE", help="size of a run with --sizes: 0.65, 80M, 60MB or 8ms; cut where it is not trained"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace the contents of --output")
     return parser
 
 
 def body(argv: Sequence[str]) -> int:
     arguments = build_parser().parse(argv)
-    checkpoint, target, output = (arguments.pop(name) for name in ("checkpoint", "target", "output"))
-    suffix = f"-{arguments['quantize']}" if arguments.get("quantize") else ""
-    output = f"{Path(checkpoint).name}-{target}{suffix}" if output is None else output
+    checkpoint, target, output, size = (arguments.pop(name) for name in ("checkpoint", "target", "output", "size"))
+    parts = [Path(checkpoint).name, size, target, arguments.get("quantize")]
+    output = "-".join(filter(None, parts)) if output is None else output
+    if size is not None:
+        with extra("train"):
+            from ..train.slices import model_of_size
+        checkpoint = str(model_of_size(Path(checkpoint), size))
     export(checkpoint, target, output, **arguments)
     return 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from ..runtime.base.errors import UsageError
 from ..runtime.base.extras import extra
 from .checkpoint.run_folder import SETTINGS_FILE, saved_settings
 from .config.presets import PRESETS, preset
+from .config.pruning import TARGET_FIELDS
 from .config.sections import TrainConfig
 from .request import check_request
 
@@ -38,6 +40,8 @@ def configuration(arguments: dict[str, Any]) -> TrainConfig:
     """Resolve preset, --config file and flags into one configuration."""
     name, file = arguments.pop("preset", None), arguments.pop("config", None)
     config = preset(name) if name else TrainConfig()
+    if name and any(arguments.get(field) is not None for field in TARGET_FIELDS):  # it replaces that of the preset
+        config = replace(config, pruning=replace(config.pruning, **dict.fromkeys(TARGET_FIELDS[1:])))
     settings = Path(arguments.get("output", "")) / SETTINGS_FILE
     if arguments.get("resume") and not name and not file and settings.is_file():  # a resumed run knows its own
         config = flags.merge(config, saved_settings(settings.parent), str(settings))

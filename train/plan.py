@@ -168,6 +168,8 @@ def make_plan(config: TrainConfig, resume: ResumePoint | None, compute: Compute)
         raise UsageError("--teacher self works with --data-parallel ddp only: it copies a whole model on every rank")
     if compute.parallel.world_size > 1 and config.score.task:
         raise UsageError("--task works on one process: the others would wait for the answers; omit it")
+    if compute.parallel.world_size > 1 and config.pruning.sizes:
+        raise UsageError("--sizes works on one process: its branches are finished one after the other; omit it")
     _check_removals(config, compute)
     source: Any
     shape = shape_of_folder(config.source.source)
@@ -182,7 +184,8 @@ def make_plan(config: TrainConfig, resume: ResumePoint | None, compute: Compute)
         _announce_memory(config, resume, compute, architecture)
     _check_targets(config, source.config.to_dict(), architecture)
     _check_grid(config, architecture)
-    vocabulary_bytes = tokenizer_bytes(tokenizer) if config.pruning.target_bytes is not None else 0
+    counts_bytes = config.pruning.of_smallest_size.target_bytes is not None
+    vocabulary_bytes = tokenizer_bytes(tokenizer) if counts_bytes else 0
     pieces = pieces_of(source, tokenizer) if config.pruning.prunes_vocabulary and config.pruning.prunes else None
     pruning = make_pruning_plan(pruning_settings(config), architecture, vocabulary_bytes, pieces)
     if length > longest:
@@ -238,7 +241,7 @@ def _check_grid(config: TrainConfig, architecture: Architecture) -> None:
 def pruning_settings(config: TrainConfig) -> PruneConfig:
     """Return the pruning settings with the type of --qat for --target-bytes. Raises UsageError for a conflict."""
     settings, shipped = config.pruning, config.quantisation
-    if settings.target_bytes is None or shipped.qat not in GGUF_TYPES:
+    if settings.of_smallest_size.target_bytes is None or shipped.qat not in GGUF_TYPES:
         return settings
     for name, trained in (("quantize", shipped.qat), ("output_type", shipped.head_type)):
         asked = getattr(settings, name)

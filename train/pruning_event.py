@@ -17,13 +17,14 @@ from torch import Tensor
 
 from .compute.loss import frozen_copy
 from .compute.trained_model import TrainedModel
+from .model.groups import BLOCKS
 from .pruning.blocks import BlockProbe
 from .pruning.measures import PARAMETERS
 from .pruning.pruner import Pruner
 from .pruning.recovery import LeastSquares
 from .pruning.rows import RowProbe, choose_rows
 from .pruning.running_scores import Scores, scores_of_kept
-from .pruning.selection import Ranking, Removal, Unit, all_groups, compose, select_removal
+from .pruning.selection import Kept, Ranking, Removal, Unit, all_groups, compose, select_removal
 from .pruning.surgery import zero_groups
 from .run_text import RunText
 from .stop_signal import StopSignal
@@ -36,7 +37,7 @@ class PruningOutcome:
     """Result of one event."""
 
     units: Sequence[Unit] = ()
-    """Removed units."""
+    """Removed units, with positions in the source model."""
     target: float = 0.0
     """Upper limit of the budget's measure after the event."""
     next_saliency: dict[str, float] = field(default_factory=dict)
@@ -69,6 +70,15 @@ def switch_vocabulary(pruner: Pruner, trained: TrainedModel, text: RunText) -> N
     num_rows, teacher = pruner.plan.source.vocab_size, trained.loss.teacher
     if teacher is not None and teacher.config.vocab_size == num_rows:
         trained.loss.source_text = TokenAligner(text.tokenizer, text.source_tokenizer, kept, num_rows)
+
+
+def _in_source(unit: Unit, survivors: Kept) -> Unit:
+    """Return a unit with positions in the source model, whose `survivors` its own positions count."""
+    if unit.kind in BLOCKS:
+        return unit
+    vectors = survivors[unit.kind]
+    parts = ((layer, tuple(vectors[layer or 0][list(positions)].tolist())) for layer, positions in unit.parts)
+    return replace(unit, parts=tuple(parts))
 
 
 class PruningEvent:
@@ -170,8 +180,8 @@ class PruningEvent:
             until = target if blocks is None else max(target, blocks.next_renewal)
             removal = select_removal(pruner.architecture, scores, pruner.rules, until, stop_before=self._is_outdated)
             if removal.units:
+                pruner.units_of_event += [_in_source(unit, pruner.survivors) for unit in removal.units]
                 self._zero(removal)
-                pruner.units_of_event += removal.units
                 kept = compose(kept, removal.kept)
             next_unit = self._next_unit(removal, scores)
             if next_unit is None or not pruner.is_above(target):

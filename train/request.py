@@ -41,7 +41,9 @@ def check_request(config: TrainConfig) -> None:
         raise UsageError(f"--task {config.score.task}: no such file; give a .jsonl file of chats")
     if config.score.task and not config.pruning.prunes:
         raise UsageError(f"--task {config.score.task}: a run without pruning is scored by efficientllm-eval; omit it")
-    _check_target(config.pruning)
+    if config.pruning.sizes:
+        _check_sizes(config)
+    _check_target(config.pruning.of_smallest_size)
     if config.pruning.device_profile and config.quantisation.is_on:
         engine, quantization = config.quantisation.export_format
         DeviceProfile.load(Path(config.pruning.device_profile)).check(engine=engine, quantization=quantization)
@@ -56,6 +58,20 @@ def check_request(config: TrainConfig) -> None:
     foreign = foreign_files if config.run.overwrite else lambda folder: []
     check_output(Path(config.run.output), replaceable, foreign, inputs, remedy)
     check_place(Path(config.run.output), is_renamed=False)
+
+
+def _check_sizes(config: TrainConfig) -> None:
+    """Raise UsageError for settings that leave a larger size nothing to finish with."""
+    pruning, optimizer, shown = config.pruning, config.optimizer, ",".join(config.pruning.sizes)
+    if optimizer.lr_schedule != "wsd":
+        raise UsageError(f"--sizes {shown}: every size decays from the same peak; use --lr-schedule wsd")
+    if pruning.prune_end > 1 - optimizer.lr_decay + 1e-9:
+        raise UsageError(
+            f"--sizes {shown}: the last removal at --prune-end {pruning.prune_end:g} comes after the decay of the "
+            f"learning rate has begun; use --prune-end {1 - optimizer.lr_decay:g} or less"
+        )
+    if config.score.keep_score is not None:
+        raise UsageError(f"--sizes {shown}: the sizes are given, and --keep-score finds one; omit it")
 
 
 def _check_target(settings: PruneConfig) -> None:

@@ -30,6 +30,7 @@ from .checkpoint.run_folder import (
     clear_run_folder,
     delete_replaced_run,
     drop_checkpoints,
+    is_finished,
     recover,
     rename_damaged,
     restore_replaced_run,
@@ -52,6 +53,7 @@ from .reporting.plots import plot_architecture, plot_pruning, plot_training
 from .request import check_request, data_specs
 from .run_text import RunText
 from .score_keeper import ScoreTooLowError, with_kept_size
+from .sizes import branch_folder, resumed_branch, unfinished_sizes, write_sizes
 from .trainer import Trainer
 
 _log = logging.getLogger("efficientllm.train")
@@ -70,6 +72,24 @@ def run_training(config: TrainConfig) -> Path | None:
 
     Raises an EfficientLLMError for anything that the user can correct, before any work is lost.
     """
+    folder = Path(config.run.output)
+    if config.run.resume and is_finished(folder) and unfinished_sizes(folder):
+        model: Path | None = folder / "model"
+    else:
+        model = _train(config)
+    if model is None or not config.pruning.sizes:
+        return model
+    for size in unfinished_sizes(folder):
+        _log.info(f"size {size}: the run continues in {branch_folder(folder, size)}")
+        if _train(resumed_branch(folder, size)) is None:
+            return None
+    write_sizes(folder)
+    _log.info(f"sizes: {folder / 'sizes.md'}")
+    return model
+
+
+def _train(config: TrainConfig) -> Path | None:
+    """Train one model and return its folder, or None if a signal stopped the run."""
     with _locked_output_folder(config) if is_main_process() else contextlib.nullcontext():
         resume = find_resume_point(config)
         compute = choose_compute(config)

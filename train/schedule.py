@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -23,6 +24,8 @@ class DroppingSchedule:
     """Tokens at which the target is reached."""
     removals: int = 0
     """Number of equal steps, the first at the start and the last at the end. 0: continuous."""
+    sizes: tuple[float, ...] = ()
+    """Larger sizes to reach on the way, largest first. Each ends a step. The steps between two are equal."""
 
     def target_at(self, tokens: int) -> float:
         """Return the largest allowed size after `tokens`."""
@@ -31,9 +34,20 @@ class DroppingSchedule:
         if tokens < self.start_tokens:
             return self.source
         share = (tokens - self.start_tokens) / (self.end_tokens - self.start_tokens)
-        if self.removals:
-            share = (1 + math.floor(share * (self.removals - 1))) / self.removals
-        return self.source + share * (self.target - self.source)
+        if not self.removals:
+            return self.source + share * (self.target - self.source)
+        levels = self._levels()
+        return levels[math.floor(share * (len(levels) - 1))]
+
+    def _levels(self) -> list[float]:
+        """Return the sizes after each step."""
+        levels = []
+        for larger, smaller in itertools.pairwise((self.source, *self.sizes, self.target)):
+            share = (larger - smaller) / (self.source - self.target)
+            number = max(1, round(self.removals * share))
+            levels += [larger + index / number * (smaller - larger) for index in range(1, number)]
+            levels.append(smaller)
+        return levels
 
 
 def learning_rate(settings: OptimizerConfig, tokens: int) -> float:

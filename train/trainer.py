@@ -37,6 +37,7 @@ from .reporting.metrics import MetricsWriter, RunProgress, Throughput
 from .run_text import RunText
 from .schedule import DroppingSchedule
 from .score_keeper import ScoreKeeper
+from .sizes import has_branch, write_branch
 from .stop_signal import StopRequested, StopSignal
 from .training_step import TrainingStep
 from .vocabulary.tokenizer_pruning import renumber_settings
@@ -133,7 +134,8 @@ class Trainer:
         if settings.vocabulary_rows is not None:  # these are removed before the schedule starts
             source = replace(source, vocab_size=min(settings.vocabulary_rows, source.vocab_size))
         size = pruner.budget.measure.of(source)
-        return DroppingSchedule(size, pruner.budget.target, start, end, settings.removals)
+        sizes = tuple(amount for amount in pruner.plan.sizes.values() if amount < size)
+        return DroppingSchedule(size, pruner.budget.target, start, end, settings.removals, sizes)
 
     @property
     def model(self) -> Any:
@@ -299,8 +301,10 @@ class Trainer:
         removes_only_rows = pruner.is_vocabulary_due and pruner.settings.vocabulary_rows is not None
         target = pruner.size if removes_only_rows else self.schedule.target_at(progress.tokens)
         if not removes_only_rows:
+            target = max([target, *(amount for amount in pruner.plan.sizes.values() if amount < pruner.size)])
             if not pruner.is_above(target):
                 return {}
+            self._write_branches(target)
             self._check_score()
             if self.config.optimizer.teacher == "self" and self.trained.loss.teacher is None:
                 self._take_teacher()
@@ -317,6 +321,20 @@ class Trainer:
         if outcome.vocabulary is not None:
             self.metrics.write({"step": progress.step, "tokens": progress.tokens, **outcome.vocabulary})
         return outcome.record
+
+    def _write_branches(self, target: float) -> None:
+        """Write the branches of the sizes that the model has and would lose by a removal down to `target`."""
+        assert self.pruner is not None
+        for size, amount in self.pruner.plan.sizes.items():
+            if not self.pruner.size <= amount or amount <= target or has_branch(self.plan.folder, size):
+                continue
+            if self.saved_step != self.progress.step:
+                self.save()
+            if self.parallel.is_main:
+                checkpoint = training_state.checkpoint_path(self.plan.folder, self.progress.step)
+                write_branch(self.config, size, checkpoint, self.progress.tokens)
+            self.parallel.barrier()
+            self.display.say(f"size {size} is reached: it is finished after the smallest one")
 
     def _check_score(self) -> None:
         """Score the model, and write a checkpoint to return to. Raises ScoreTooLowError."""

@@ -33,18 +33,25 @@ FINISHED_FILE = "architecture.json"
 """File that is written last. A model without it was not measured yet."""
 SCORES_FILE = "scores.json"
 """File with the score of a job at every size of a run."""
+SIZES_FOLDER, SIZES_FILE = "sizes", "sizes.json"
+"""Folder with a run for each larger size of --sizes, and the file that compares them."""
+SLICES_FOLDER = "slices"
+"""Folder of models that were cut between two trained sizes of a run."""
 RUN_FILES = (
     SETTINGS_FILE,
     SCORES_FILE,
     "metrics.jsonl",
     FINISHED_FILE,
+    SIZES_FILE,
+    "sizes.md",
+    "sizes.png",
     "architecture.png",
     "training.png",
     "pruning.png",
 )
 TEACHER_FOLDER = "teacher"
 """Folder of the model that --teacher self distils from."""
-RUN_FOLDERS = ("checkpoints", "model", TEACHER_FOLDER, "tensorboard", "wandb")
+RUN_FOLDERS = ("checkpoints", "model", TEACHER_FOLDER, SIZES_FOLDER, SLICES_FOLDER, "tensorboard", "wandb")
 MODEL_FILES = (
     *("config.json", "generation_config.json", "training.json", "quality.json", "README.md", "architecture.png"),
     JOB_FILE,
@@ -128,10 +135,11 @@ def foreign_files(folder: Path) -> list[str]:
     """Return the files in a run's folder that no run wrote."""
     hidden = (LOCK_NAME, ASIDE, MOVING, DELETED)
     others = [entry.name for entry in folder.iterdir() if not _is_run_entry(entry) and entry.name not in hidden]
-    for entry in _entries(folder / "model"):
-        is_known = any(fnmatch.fnmatch(entry.name, pattern) for pattern in MODEL_FILES)
-        if entry.is_dir() or not (is_known or UNFINISHED.fullmatch(entry.name)):
-            others.append(f"model/{entry.name}")
+    for model in (folder / "model", *_entries(folder / SLICES_FOLDER)):
+        for entry in _entries(model):
+            is_known = any(fnmatch.fnmatch(entry.name, pattern) for pattern in MODEL_FILES)
+            if entry.is_dir() or not (is_known or UNFINISHED.fullmatch(entry.name)):
+                others.append(entry.relative_to(folder).as_posix())
     for entry in _entries(folder / "checkpoints"):
         name = entry.name.removeprefix(DAMAGED_PREFIX)
         if UNFINISHED.fullmatch(entry.name):
@@ -140,6 +148,9 @@ def foreign_files(folder: Path) -> list[str]:
             others.append(f"checkpoints/{entry.name}")
     if (folder / "model").is_dir() and not (folder / "model" / "training.json").is_file():
         others.append("model")  # somebody's: a run's has its figures beside the weights
+    for entry in _entries(folder / SIZES_FOLDER):
+        within = foreign_files(entry) if entry.is_dir() else [""] * (not UNFINISHED.fullmatch(entry.name))
+        others += [f"{SIZES_FOLDER}/{entry.name}/{name}".rstrip("/") for name in within]
     for logs in ("tensorboard", "wandb"):
         for entry in _entries(folder / logs):
             if not any(fnmatch.fnmatch(entry.name, pattern) for pattern in LOG_FILES):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import re
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from ...runtime.base import flags
 from ...runtime.base.errors import OptionError
+from ...runtime.base.quantities import parse_bytes, parse_count
 from ...runtime.latency.shape import Workload
 from ..model.file_types import BODY, TENSOR_BLOCKS
 from ..model.groups import BLOCKS, KINDS, PRUNE_TYPES
@@ -40,6 +42,31 @@ class LatencyTarget:
         return self.ms if self.ms is not None else (self.share or 1.0) * source_ms
 
 
+TARGET_FIELDS = ("sizes", "target_ratio", "target_params", "target_bytes", "target_latency", "target_architecture")
+"""Fields of PruneConfig that determine the final size. At most one has a value."""
+
+SIZE_EXAMPLE = "give shares (0.8), parameters (100M), bytes (60MB) or times (8ms or 0.6x)"
+
+
+def size_target(text: str) -> tuple[str, Any]:
+    """Return (target field of PruneConfig, its value) of a size: 0.8, 100M, 60MB, 8ms or 0.6x.
+
+    Raises ValueError for anything else.
+    """
+    text = text.strip()
+    try:
+        if re.fullmatch(r"(0?\.[0-9]+|1|1\.0*)", text):
+            return "target_ratio", float(text)
+        if text.endswith(("ms", "x")):
+            LatencyTarget.parse(text)
+            return "target_latency", text
+        if text[-1:] in "bB" and text[-2:-1].isalpha():
+            return "target_bytes", parse_bytes(text)
+        return "target_params", parse_count(text)
+    except ValueError as error:
+        raise ValueError(f"{text!r} is no size; {SIZE_EXAMPLE}") from error
+
+
 @dataclass(frozen=True)
 class PruneConfig:
     """Pruning."""
@@ -69,6 +96,9 @@ class PruneConfig:
     """Short for --workload depth=N."""
     target_architecture: str | None = None
     """JSON file of an architecture (such as a run's architecture.json) to prune towards, layer by layer."""
+    sizes: tuple[str, ...] = flags.comma_separated()
+    """Sizes of one run, comma-separated, in the unit of one target: 0.8,0.65,0.5 or 100MB,62MB,40MB. The run prunes to
+    the smallest. Each larger one is finished from the run's state before the removal that goes below it."""
     rank_by: Literal["target", "parameters"] = "target"
     """Cost in the ranking: the unit of the target, or always parameters (the baseline)."""
     ranking_profile: str | None = None
@@ -138,6 +168,7 @@ class PruneConfig:
         flags.require(self, "quantize", is_known, f"--target-bytes supports {', '.join(BODY)}")
         is_known = not self.output_type or self.output_type in TENSOR_BLOCKS
         flags.require(self, "output_type", is_known, f"--target-bytes supports {', '.join(TENSOR_BLOCKS)}")
+        self._check_sizes()
         self._check_latency()
         self._check_blocks()
         flags.require(self, "prune_end", self.prune_start <= self.prune_end <= 1, "must be in [--prune-start, 1]")
@@ -148,8 +179,36 @@ class PruneConfig:
         at_once = self.recover == "none" or self.compact_every == 1
         flags.require(self, "compact_every", at_once, "must be 1 with --recover, which refits the remaining weights")
 
+    def _check_sizes(self) -> None:
+        """Raise OptionError unless the sizes have one unit and fall."""
+        if not self.sizes:
+            return
+        try:
+            targets = [size_target(text) for text in self.sizes]
+        except ValueError as error:
+            raise OptionError(f"--sizes: {error}") from error
+        is_one_unit = len({name for name, _ in targets}) == 1
+        flags.require(self, "sizes", is_one_unit, f"have different units; {SIZE_EXAMPLE}", value=",".join(self.sizes))
+        amounts = [float(str(value).rstrip("msx")) for _, value in targets]
+        is_falling = all(larger > smaller for larger, smaller in itertools.pairwise(amounts))
+        flags.require(self, "sizes", is_falling, "must fall from left to right", value=",".join(self.sizes))
+        for text in self.sizes:
+            self.of_size(text)
+
+    def of_size(self, text: str) -> PruneConfig:
+        """Return these settings with one size as the target."""
+        name, value = size_target(text)
+        return replace(self, sizes=(), **{name: value})
+
+    @property
+    def of_smallest_size(self) -> PruneConfig:
+        """Return these settings with the smallest of their sizes as the target."""
+        return self.of_size(self.sizes[-1]) if self.sizes else self
+
     def _check_latency(self) -> None:
         """Raise OptionError unless the flags of --target-latency are complete and readable."""
+        if self.sizes:
+            return  # checked with each size as the target
         if self.target_latency is None:
             for name in ("device_profile", "workload", "at_depth", "ranking_profile"):
                 flags.require(self, name, getattr(self, name) is None, "applies only to --target-latency; set it")
@@ -207,8 +266,7 @@ class PruneConfig:
     @property
     def targets(self) -> list[str]:
         """Return the target fields with a value."""
-        named = ("target_ratio", "target_params", "target_bytes", "target_latency", "target_architecture")
-        return [name for name in named if getattr(self, name) is not None]
+        return [name for name in TARGET_FIELDS if getattr(self, name) not in (None, ())]
 
     @property
     def prunes(self) -> bool:

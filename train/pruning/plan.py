@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ...runtime.base.errors import UsageError
@@ -138,6 +138,8 @@ class PruningPlan:
     """Device and workload of --target-latency."""
     pieces: Pieces | None = None
     """Tokens of the source, if rows may be removed."""
+    sizes: Mapping[str, float] = field(default_factory=dict)
+    """Larger sizes of the run in the budget's measure, by their text in --sizes, largest first."""
 
     def tracker(self, architecture: Architecture, seed: int, mean_over_ranks: MeanOverRanks) -> RunningScores:
         """Return an empty tracker of the groups' saliency for a model of this shape."""
@@ -154,12 +156,14 @@ def make_pruning_plan(
     `vocabulary_bytes` is the bytes of the tokenizer in an exported file, `pieces` its tokens if rows may be removed.
     Raises UsageError if the target is out of reach.
     """
+    sizes, settings = settings.sizes[:-1], settings.of_smallest_size
     path = settings.target_architecture
     floor = read_architecture(Path(path)) if path is not None else None
     time = device_time(settings, settings.device_profile)
     budget = make_budget(settings, source, floor, vocabulary_bytes, time)
     if budget is None:
         return None
+    larger = {text: make_budget(settings.of_size(text), source, None, vocabulary_bytes, time) for text in sizes}
     _check_family(settings, source)
     uniform = settings.layout == "uniform"
     # an explicit shape is reached channel by channel, whatever its widths are multiples of
@@ -174,8 +178,10 @@ def make_pruning_plan(
         check_floor(source, floor)
     if uniform and not source.is_uniform:
         raise UsageError("--layout uniform needs a source whose layers are equal")
-    check_budget(budget, source, rules)
-    return PruningPlan(settings, source, rules, budget, time, pieces)
+    for each in (*larger.values(), budget):
+        check_budget(each, source, rules)
+    amounts = {text: each.target for text, each in larger.items()}
+    return PruningPlan(settings, source, rules, budget, time, pieces, amounts)
 
 
 def _price(settings: PruneConfig) -> Measure | None:

@@ -42,7 +42,7 @@ class Pruner:
         self.is_vocabulary_due = "vocabulary" in plan.rules.kinds
         """Whether vocabulary rows are still to be removed: once, before all other groups."""
         self.units_of_event: list[Unit] | None = None
-        """Units that an unfinished event has zeroed, or None between two events."""
+        """Units that an unfinished event has zeroed, with positions in the source, or None between two events."""
         self.next_saliency: dict[str, float] = {}
         """Score (see selection.Unit) of the next unit of each kind."""
         self.tracker = plan.tracker(self.architecture, seed, parallel.mean_tensors)

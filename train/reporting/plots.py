@@ -44,7 +44,7 @@ def _new_figure(rows: int, x_label: str) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 2.5 * rows), layout="constrained")
-    panels = figure.subplots(rows, 1, sharex=True)
+    panels = figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0]
     for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)
     panels[-1].set_xlabel(x_label)
@@ -82,6 +82,24 @@ def plot_training(records: list[dict[str, Any]], path: Path) -> None:
     for axes in rest:
         axes.plot(tokens, [record["ms"] for record in steps], color=KEPT_COLOR)
         axes.set_ylabel("predicted ms")
+    _save(figure, path)
+
+
+def plot_sizes(sizes: list[dict[str, Any]], path: Path) -> None:
+    """Plot the score of the job, or else the held-out loss, of each size of a run against its bytes or parameters."""
+    has_bytes = all(size["bytes"] is not None for size in sizes)
+    figure, (axes,) = _new_figure(1, "MB of the exported file" if has_bytes else "parameters (millions)")
+    places = [size["bytes" if has_bytes else "parameters"] / 1e6 for size in sizes]
+    if all(size["score"] is not None for size in sizes):
+        errors = [size["stderr"] for size in sizes]
+        axes.errorbar(places, [size["score"] for size in sizes], errors, fmt="o-", color=KEPT_COLOR, capsize=3)
+        axes.set_ylabel("score of the job")
+    else:
+        name = "bits_per_byte" if all(size["bits_per_byte"] is not None for size in sizes) else "perplexity"
+        axes.plot(places, [size[name] for size in sizes], "o-", color=KEPT_COLOR)
+        axes.set_ylabel(f"held-out {name.replace('_', ' ')}")
+    for place, size in zip(places, sizes, strict=True):
+        axes.annotate(size["size"], (place, axes.get_ylim()[0]), ha="center", va="bottom", fontsize=8)
     _save(figure, path)
 
 

@@ -1,0 +1,179 @@
+"""--sizes: finished models of several sizes from one run."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training import command, metrics, run, weights, without
+
+from efficientllm.export import cli as export_cli
+from efficientllm.runtime.base.command import run_command
+from efficientllm.train.model.architecture import Architecture
+from efficientllm.train.trainer import Trainer
+
+RUN = ["--removals", "4", "--prune-start", "0.2", "--prune-end", "0.6", "--lr-decay", "0.25"]
+SIZES = ("0.8", "0.7", "0.6")
+
+
+def sized(source: Path, corpus: Path, output: Path, *more: str) -> list[str]:
+    arguments = without(command(source, corpus, output), "--target-ratio")
+    return [*arguments, *RUN, "--sizes", ",".join(SIZES), *more]
+
+
+def folders(run_folder: Path) -> list[Path]:
+    return [run_folder / "sizes" / "0.8", run_folder / "sizes" / "0.7", run_folder]
+
+
+@pytest.fixture(scope="module")
+def family(source_folder: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("sizes") / "run"
+    assert run(sized(source_folder, corpus, output)) == 0
+    return output
+
+
+def steps(folder: Path) -> list[dict[str, Any]]:
+    return [record for record in metrics(folder) if "loss" in record]
+
+
+def test_every_size_is_a_finished_run(family: Path, source_folder: Path) -> None:
+    whole = Architecture.from_folder(source_folder).num_parameters
+    previous = whole
+    for size, folder in zip(SIZES, folders(family), strict=True):
+        found = Architecture.from_folder(folder / "model").num_parameters
+        assert previous * 0.75 < found <= float(size) * whole < previous
+        previous = found
+        assert not list(folder.glob("checkpoints/*"))
+        assert json.loads((folder / "architecture.json").read_text())["final"]
+        rates = [record["learning_rate"] for record in steps(folder)]
+        assert rates[-1] == pytest.approx(1e-4)  # the floor, a tenth of the peak
+        assert max(rates) == rates[-6] == 1e-3  # the last quarter of 20 steps decays
+    values = json.loads((family / "sizes.json").read_text())["sizes"]
+    assert [each["size"] for each in values] == list(SIZES)
+    assert [each["folder"] for each in values] == ["sizes/0.8", "sizes/0.7", "."]
+    assert all(each["bytes"] and each["perplexity"] for each in values)
+    assert values[0]["tokens"] < values[2]["tokens"]
+    assert "| 0.7 |" in (family / "sizes.md").read_text()
+    assert (family / "sizes.png").stat().st_size > 1000
+
+
+def test_the_smallest_size_is_that_of_a_run_of_its_own(
+    family: Path, source_folder: Path, corpus: Path, tmp_path: Path
+) -> None:
+    assert run([*command(source_folder, corpus, tmp_path / "own"), *RUN]) == 0
+    ours, theirs = ([{**each, "target": 0} for each in metrics(folder)] for folder in (tmp_path / "own", family))
+    assert ours == theirs  # but for the targets, of which the shares are rounded
+    own = weights(tmp_path / "own")
+    assert all(torch.equal(own[name], tensor) for name, tensor in weights(family).items())
+
+
+def test_a_larger_size_trains_as_the_run_did_until_its_branch(family: Path) -> None:
+    trunk, branch = steps(family), steps(family / "sizes" / "0.7")
+    number = len(branch) - 5
+    assert [each["loss"] for each in trunk[:number]] == [each["loss"] for each in branch[:number]]
+    assert trunk[number - 1].get("removed")
+    assert not branch[number - 1].get("removed")
+    assert trunk[number]["loss"] != branch[number]["loss"]
+
+
+@pytest.mark.parametrize("where", ["between", "in a branch"])
+def test_a_stopped_run_continues_bit_identically(
+    where: str, family: Path, source_folder: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Trainer._step
+    stopped: list[int] = []
+
+    def stopping(self: Trainer) -> dict[str, Any]:
+        record = step(self)
+        is_branch = self.plan.folder.parent.name == "sizes"
+        is_here = is_branch if where == "in a branch" else self.progress.step == 11
+        if not stopped and is_here:
+            stopped.append(self.progress.step)
+            self.stop_signal.name = "SIGTERM"
+        return record
+
+    monkeypatch.setattr(Trainer, "_step", stopping)
+    arguments = sized(source_folder, corpus, tmp_path / "run")
+    assert run(arguments) == 130
+    assert len(stopped) == 1
+    shutil.move(tmp_path / "run", tmp_path / "moved")
+    assert run(["--resume", "--output", str(tmp_path / "moved")]) == 0
+    for straight, resumed in zip(folders(family), folders(tmp_path / "moved"), strict=True):
+        assert metrics(straight) == metrics(resumed)
+        ours, theirs = load_file(resumed / "model/model.safetensors"), load_file(straight / "model/model.safetensors")
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert (tmp_path / "moved" / "sizes.json").read_text() == (family / "sizes.json").read_text()
+
+
+def test_a_finished_run_is_replaced_only_on_request(
+    family: Path, source_folder: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(family, tmp_path / "run")
+    arguments = sized(source_folder, corpus, tmp_path / "run")
+    assert run(arguments) == 2
+    assert run([*arguments, "--resume"]) == 2
+    assert "is finished" in capsys.readouterr().err
+    (tmp_path / "run" / "sizes" / "0.8" / "notes.txt").write_text("mine")
+    assert run([*arguments, "--overwrite"]) == 2
+    assert "sizes/0.8/notes.txt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", ["0.75", "0.65", "110k"])
+def test_a_slice_lies_between_two_trained_sizes(
+    size: str, family: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [str(family), "--target", "gguf", "--quantize", "f32", "--output", str(tmp_path / "out")]
+    assert run_command(export_cli.body, [*arguments, "--size", size]) == 0
+    assert "without training, held-out perplexity" in capsys.readouterr().out
+    shapes = [Architecture.from_folder(folder / "model") for folder in folders(family)]
+    found = Architecture.from_folder(family / "slices" / size)
+    whole = json.loads((family / "architecture.json").read_text())["source"]
+    limit = float(size) * Architecture.from_dict(whole).num_parameters if "." in size else 110_000
+    larger, smaller = [
+        (larger, smaller) for larger, smaller in itertools.pairwise(shapes) if larger.num_parameters > limit
+    ][-1]
+    assert smaller.num_parameters <= found.num_parameters <= limit < larger.num_parameters
+    for layer, (low, middle, high) in enumerate(zip(smaller.layers, found.layers, larger.layers, strict=True)):
+        for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+            assert getattr(low, name) <= getattr(middle, name) <= getattr(high, name), (layer, name)
+
+
+def test_a_trained_size_is_exported_as_it_is(family: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [str(family), "--target", "gguf", "--quantize", "f32", "--output"]
+    assert run_command(export_cli.body, [*arguments, str(tmp_path / "named"), "--size", "0.7"]) == 0
+    assert run_command(export_cli.body, [*arguments, str(tmp_path / "least"), "--size", "0.6"]) == 0
+    assert (tmp_path / "named" / "model.gguf").stat().st_size > (tmp_path / "least" / "model.gguf").stat().st_size
+    assert run_command(export_cli.body, [*arguments, str(tmp_path / "no"), "--size", "0.1"]) == 2
+    assert "--size 0.1: the smallest model of the run has" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--sizes", "0.8,0.9"], "--sizes 0.8,0.9: must fall from left to right"),
+        (["--sizes", "0.8,40MB"], "--sizes 0.8,40MB: have different units; give shares (0.8)"),
+        (["--sizes", "big"], "--sizes: 'big' is no size; give shares (0.8)"),
+        (["--target-ratio", "0.5"], "--sizes and --target-ratio are both given; choose one"),
+        (["--sizes", "8ms,6ms"], "--target-latency 8ms: needs --device-profile FILE"),
+        (["--lr-schedule", "cosine"], "use --lr-schedule wsd"),
+        (["--prune-end", "0.8"], "use --prune-end 0.75 or less"),
+        (["--sizes", "1000M,0.1M"], "is larger than the source's"),
+    ],
+)
+def test_bad_input_is_one_line(
+    more: list[str],
+    message: str,
+    source_folder: Path,
+    corpus: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run([*sized(source_folder, corpus, tmp_path / "run"), *more]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,216 @@
+"""Finished models of several sizes from one run (--sizes).
+
+The run prunes to the smallest size. Before a removal goes below a larger size, the run's state becomes a branch: the
+folder sizes/NAME of a run that may be resumed. Once the smallest model is finished, each branch trains to its end with
+the decay of the learning rate that the smallest one had. A branch is a run like any other, so a kill loses nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..runtime.base import flags
+from ..runtime.base.files import folder_written_atomically, write_json_atomically, write_text_atomically
+from ..runtime.base.quantities import format_bytes, format_count, markdown_table
+from .checkpoint.run_folder import (
+    SCORES_FILE,
+    SETTINGS_FILE,
+    SIZES_FILE,
+    SIZES_FOLDER,
+    TEACHER_FOLDER,
+    is_finished,
+    saved_settings,
+)
+from .config.quantisation import GGUF_TYPES
+from .config.sections import TrainConfig
+from .model.architecture import Architecture
+from .model.file_types import gguf_bytes, irregular_gguf, tokenizer_bytes
+from .pruning.plan import DEFAULT_TYPE
+from .reporting.plots import plot_sizes
+
+
+def branch_folder(folder: Path, size: str) -> Path:
+    """Return the folder of a larger size of the run in `folder`."""
+    return folder / SIZES_FOLDER / size
+
+
+def has_branch(folder: Path, size: str) -> bool:
+    """Tell whether the state of a larger size is written."""
+    return (branch_folder(folder, size) / SETTINGS_FILE).is_file()
+
+
+def saved_config(folder: Path) -> TrainConfig:
+    """Return the configuration of the run in a folder. Raises UsageError if there is none."""
+    return flags.merge(TrainConfig(), saved_settings(folder), str(folder / SETTINGS_FILE))
+
+
+def resumed_branch(folder: Path, size: str) -> TrainConfig:
+    """Return the configuration that finishes a larger size. `folder` may have moved since the branch was written."""
+    branch = branch_folder(folder, size)
+    config = saved_config(branch)
+    return replace(config, run=replace(config.run, output=str(branch), resume=True))
+
+
+def branch_config(config: TrainConfig, size: str, tokens: int) -> TrainConfig:
+    """Return the configuration of a larger size whose state was written after `tokens`.
+
+    The branch decays the learning rate at once, and for as many tokens as the run does at its end. Rounding to the
+    type of --qat starts as many tokens before the end as in the run.
+    """
+    optimizer, quantisation = config.optimizer, config.quantisation
+    decay = round(optimizer.lr_decay * optimizer.tokens)
+    total = tokens + decay
+    if quantisation.is_on:
+        rounded = (1 - quantisation.qat_start) * optimizer.tokens
+        quantisation = replace(quantisation, qat_start=max(0.0, 1 - rounded / total))
+    warmup = min(1.0, optimizer.lr_warmup * optimizer.tokens / total)
+    return replace(
+        config,
+        pruning=replace(config.pruning.of_size(size), removals=0),
+        optimizer=replace(optimizer, tokens=total, lr_decay=decay / total, lr_warmup=warmup),
+        quantisation=quantisation,
+        run=replace(
+            config.run,
+            output=str(branch_folder(Path(config.run.output), size)),
+            overwrite=False,
+            resume=False,
+        ),
+    )
+
+
+def write_branch(config: TrainConfig, size: str, checkpoint: Path, tokens: int) -> None:
+    """Write the branch of a larger size from the run's checkpoint after `tokens`. Unchanged files share their bytes."""
+    folder = Path(config.run.output)
+    with folder_written_atomically(branch_folder(folder, size)) as temporary:
+        _link(checkpoint, temporary / "checkpoints" / checkpoint.name)
+        if (folder / TEACHER_FOLDER).is_dir():
+            _link(folder / TEACHER_FOLDER, temporary / TEACHER_FOLDER)
+        for name in ("metrics.jsonl", SCORES_FILE):  # these grow
+            if (folder / name).is_file():
+                shutil.copyfile(folder / name, temporary / name)
+        text = branch_config(config, size, tokens).to_toml()
+        write_text_atomically(temporary / SETTINGS_FILE, text)
+
+
+def _link(source: Path, target: Path) -> None:
+    """Copy a folder by hard links, or by bytes on a file system without them."""
+
+    def link_or_copy(file: str, place: str) -> None:
+        try:
+            os.link(file, place)
+        except OSError:
+            shutil.copyfile(file, place)
+
+    shutil.copytree(source, target, copy_function=link_or_copy)
+
+
+@dataclass(frozen=True)
+class Member:
+    """The finished model of one size."""
+
+    size: str
+    """Its text in --sizes."""
+    folder: Path
+    """Folder of its run."""
+    architecture: Architecture
+    training: dict[str, Any]
+    """Contents of its training.json."""
+
+    @classmethod
+    def read(cls, size: str, folder: Path) -> Member:
+        """Read a finished run."""
+        model = folder / "model"
+        training = json.loads((model / "training.json").read_text(encoding="utf-8"))
+        return cls(size, folder, Architecture.from_folder(model), training)
+
+    @property
+    def score(self) -> dict[str, float] | None:
+        """Return the last score of the job and its standard error, or None without --task."""
+        path = self.folder / SCORES_FILE
+        return json.loads(path.read_text(encoding="utf-8"))["sizes"][-1] if path.is_file() else None
+
+    @property
+    def num_bytes(self) -> int | None:
+        """Return the bytes of the exported GGUF in the type of the run, or None if llama.cpp lacks the shape."""
+        from transformers import AutoTokenizer
+
+        if not irregular_gguf(self.architecture):
+            return None
+        config = saved_config(self.folder)
+        pruning, qat = config.pruning, config.quantisation
+        is_gguf = qat.qat in GGUF_TYPES
+        kind, head = (qat.qat, qat.head_type) if is_gguf else (pruning.quantize or DEFAULT_TYPE, pruning.output_type)
+        vocabulary = tokenizer_bytes(AutoTokenizer.from_pretrained(self.folder / "model"))
+        return gguf_bytes(self.architecture, kind, vocabulary, head, head)
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """Return the bits per byte of held-out text, or None unless rows may be removed."""
+        return self.training.get("bits_per_byte", {}).get("final")
+
+
+def members_of(folder: Path) -> list[Member]:
+    """Return the finished models of the run in a folder, largest first. A run without --sizes has one or none."""
+    sizes = saved_config(folder).pruning.sizes
+    folders = {size: branch_folder(folder, size) for size in sizes[:-1]} | {sizes[-1] if sizes else "": folder}
+    return [Member.read(size, each) for size, each in folders.items() if is_finished(each)]
+
+
+def unfinished_sizes(folder: Path) -> list[str]:
+    """Return the larger sizes of a run whose branch is written and not finished."""
+    sizes = saved_config(folder).pruning.sizes[:-1]
+    return [size for size in sizes if has_branch(folder, size) and not is_finished(branch_folder(folder, size))]
+
+
+def write_sizes(folder: Path) -> None:
+    """Write sizes.json, sizes.md and sizes.png: what each size of a finished run takes, and how well it does."""
+    rows = [_row(member, folder) for member in members_of(folder)]
+    plot_sizes(rows, folder / "sizes.png")
+    write_text_atomically(folder / "sizes.md", _table(rows))
+    write_json_atomically(folder / SIZES_FILE, {"sizes": rows})
+
+
+def _row(member: Member, folder: Path) -> dict[str, Any]:
+    training, score = member.training, member.score
+    return {
+        "size": member.size,
+        "folder": os.path.relpath(member.folder, folder),
+        "parameters": training["parameters"],
+        "bytes": member.num_bytes,
+        "ms": training.get("latency", {}).get("ms"),
+        "tokens": training["tokens"],
+        "perplexity": training["perplexity"].get("final"),
+        "bits_per_byte": member.bits_per_byte,
+        "score": score["score"] if score else None,
+        "stderr": score["stderr"] if score else None,
+    }
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> str:
+    """Return the comparison as Markdown. Perplexities of different vocabularies are not compared."""
+    columns: list[tuple[str, Any]] = [
+        ("size", lambda row: row["size"]),
+        ("folder", lambda row: f"`{row['folder']}`"),
+        ("parameters", lambda row: format_count(row["parameters"])),
+    ]
+    optional = {
+        "bytes": ("file", lambda row: format_bytes(row["bytes"])),
+        "ms": ("predicted ms", lambda row: f"{row['ms']:.2f}"),
+        "bits_per_byte": ("bits per byte", lambda row: f"{row['bits_per_byte']:.3f}"),
+        "perplexity": ("perplexity", lambda row: f"{row['perplexity']:.2f}"),
+        "score": ("score", lambda row: f"{row['score']:.3f} ± {row['stderr']:.3f}"),
+    }
+    has_bits = all(row["bits_per_byte"] is not None for row in rows)
+    columns += [
+        column
+        for name, column in optional.items()
+        if all(row[name] is not None for row in rows) and not (name == "perplexity" and has_bits)
+    ]
+    table = [[title for title, _ in columns], *([show(row) for _, show in columns] for row in rows)]
+    return f"# Sizes of one run\n\n{markdown_table(table)}\n\nThe picture is sizes.png. Every folder is a run.\n"

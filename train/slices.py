@@ -1,0 +1,179 @@
+"""Cut a size between two trained sizes of a run, without training.
+
+The slice starts from the next larger trained size and takes the groups that the run removed after it, in the order of
+the run, until the wanted size is met. A least-squares fit then restores the residual stream, as after a removal.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..runtime.base.errors import UsageError
+from ..runtime.base.files import folder_written_atomically, write_json_atomically
+from .checkpoint.run_folder import FINISHED_FILE, SLICES_FOLDER
+from .compute.distributed import Parallel
+from .compute.hardware import choose_hardware
+from .compute.loss import TrainingLoss, perplexity
+from .config.pruning import PruneConfig, size_target
+from .config.sections import TrainConfig
+from .data.documents import DataSpec
+from .data.self_chat import SELF_CHAT
+from .model.architecture import Architecture
+from .model.file_types import tokenizer_bytes
+from .model.groups import BLOCKS
+from .model.irregular import save_checkpoint
+from .model.source import load_source
+from .plan import with_self_chats
+from .pruning.plan import Budget, device_time, make_budget
+from .pruning.pruner import kept_from_json
+from .pruning.recovery import LeastSquares
+from .pruning.selection import Kept, Ranking, Removal, SelectionRules, Unit
+from .pruning.surgery import remove_groups
+from .reporting.metrics import read_metrics
+from .request import data_specs
+from .run_text import RunText
+from .sizes import Member, members_of, saved_config
+
+_log = logging.getLogger("efficientllm.export")
+
+
+def model_of_size(run: Path, size: str) -> Path:
+    """Return the folder of the model of a size of a run, and cut it first if the run did not train it.
+
+    `size` is as in --sizes, in any unit. Raises UsageError if the run has no model of at most that size.
+    """
+    members = members_of(run)
+    if not members:
+        raise UsageError(f"--size {size}: {run} holds no finished run of efficientllm-train; omit it")
+    exact = next((member for member in members if member.size == size), None)
+    if exact is not None:
+        return exact.folder / "model"
+    try:
+        size_target(size)
+    except ValueError as error:
+        raise UsageError(f"--size: {error}") from error
+    config, source = saved_config(run), Architecture.from_dict(_finished(run)["source"])
+    larger, smaller = None, None
+    for member in members:
+        budget = _budget(config.pruning, size, source, member)
+        if budget.is_met(member.architecture):
+            smaller = member
+            break
+        larger = member
+    if smaller is None:
+        least = _budget(config.pruning, size, source, members[-1])
+        shown = least.measure.describe(least.measure.of(members[-1].architecture))
+        raise UsageError(f"--size {size}: the smallest model of the run has {shown}; give at least that")
+    if larger is None:
+        _log.info(f"size {size}: the largest model of the run is smaller, and is used")
+        return smaller.folder / "model"
+    return _cut(run, size, larger, smaller, _budget(config.pruning, size, source, larger))
+
+
+def _finished(run: Path) -> dict[str, Any]:
+    return json.loads((run / FINISHED_FILE).read_text(encoding="utf-8"))
+
+
+def _budget(settings: PruneConfig, size: str, source: Architecture, member: Member) -> Budget:
+    """Return the budget of a size, in bytes those of a file with the tokenizer of `member`."""
+    from transformers import AutoTokenizer
+
+    settings = settings.of_smallest_size
+    cleared = dict.fromkeys(("target_ratio", "target_params", "target_bytes", "target_latency", "target_architecture"))
+    name, value = size_target(size)
+    if name == "target_latency" and settings.device_profile is None:
+        raise UsageError(f"--size {size}: the run has no device profile; give a share, parameters or bytes")
+    if name == "target_latency":
+        settings = replace(settings, **cleared | {name: value})
+    else:
+        no_device = {"device_profile": None, "workload": None, "at_depth": None, "ranking_profile": None}
+        settings = replace(settings, **cleared | no_device | {name: value})
+    vocabulary = tokenizer_bytes(AutoTokenizer.from_pretrained(member.folder / "model"))
+    reference = replace(source, vocab_size=member.architecture.vocab_size) if name == "target_bytes" else source
+    budget = make_budget(settings, reference, None, vocabulary, device_time(settings, settings.device_profile))
+    assert budget is not None
+    return budget
+
+
+def select_slice(
+    records: Iterable[dict[str, Any]], architecture: Architecture, survivors: Kept, budget: Budget
+) -> Removal:
+    """Return the removal from a trained size that meets `budget`, in the order of the run's log `records`.
+
+    `survivors` are the groups of the trained size as positions in the source, as in the log.
+    """
+    ranking = Ranking(architecture, {}, SelectionRules(()))
+    units = (unit for record in records for unit in record.get("removed", []))
+    for kind, layer, positions in units:
+        if budget.is_met(ranking.architecture):
+            break
+        if kind == "vocabulary":  # removed before every size
+            continue
+        row = layer or 0
+        if kind in BLOCKS:
+            if BLOCKS[kind].is_in(ranking.architecture, row):
+                ranking.take(Unit(kind, ((layer, (0,)),), 0.0, 0.0))
+            continue
+        places = torch.searchsorted(survivors[kind][row], torch.tensor(positions))
+        is_here = places < len(survivors[kind][row])
+        is_here &= survivors[kind][row][places.clamp(max=len(survivors[kind][row]) - 1)] == torch.tensor(positions)
+        if is_here.all():
+            ranking.take(Unit(kind, ((layer, tuple(places.tolist())),), 0.0, 0.0))
+    return Removal(architecture, ranking.architecture, ranking.kept, ())
+
+
+def _cut(run: Path, size: str, larger: Member, smaller: Member, budget: Budget) -> Path:
+    config = saved_config(larger.folder)
+    described = _finished(larger.folder)
+    survivors = kept_from_json(described["survivors"], Architecture.from_dict(described["source"]))
+    removal = select_slice(read_metrics(run), larger.architecture, survivors, budget)
+    former, tokenizer = load_source(str(larger.folder / "model"))
+    model = copy.deepcopy(former)
+    remove_groups(model, removal)
+    hardware = choose_hardware(config.run.device, config.run.dtype, config.run.threads)
+    alone = Parallel("ddp", hardware.device)
+    data = _data(config, hardware.dtype, alone)
+    text = RunText(data, tokenizer, config.source, config.run.seed, num_ranks=1)
+    windows = torch.from_numpy(text.extra_windows(config.pruning.recover_tokens))
+    inputs = torch.where(windows < 0, ~windows, windows)[:, :-1].to(alone.device)
+    for each in (model, former):
+        each.to(alone.device)
+    fit = LeastSquares(model, former, removal.kept["stem"][0], config.pruning.recover_damping, hardware.dtype)
+    fit.fit(inputs, alone)
+    value = perplexity(TrainingLoss(model, hardware.dtype), text.held_out, config.optimizer.batch_size, alone.device)
+    training = larger.training | {
+        "parameters": removal.after.num_parameters,
+        "perplexity": larger.training["perplexity"] | {"final": value},
+        "quality": None,
+        "slice_of": larger.size,
+    }
+    for name in ("quantisation", "latency", "bits_per_byte"):
+        training.pop(name, None)
+    folder = run / SLICES_FOLDER / size
+    with folder_written_atomically(folder) as temporary:
+        save_checkpoint(model, tokenizer, temporary)
+        write_json_atomically(temporary / "training.json", training)
+    _log.info(
+        f"size {size}: cut from {larger.size} without training, held-out perplexity {value:.2f}; trained neighbours: "
+        + ", ".join(f"{each.size} {each.training['perplexity']['final']:.2f}" for each in (larger, smaller))
+    )
+    if value > smaller.training["perplexity"]["final"]:
+        _log.warning(f"size {size} predicts worse than the smaller trained {smaller.size}; use that")
+    return folder
+
+
+def _data(config: TrainConfig, dtype: torch.dtype, parallel: Parallel) -> tuple[DataSpec, ...]:
+    """Return the corpora of a run, with its self-chats."""
+    specs = data_specs(config)
+    if all(spec.path != SELF_CHAT for spec in specs):
+        return specs
+    source, source_tokenizer = load_source(config.source.source, "", config.foreign)
+    return with_self_chats(config, source, source_tokenizer, dtype, parallel)
