@@ -16,6 +16,7 @@ from training import command, metrics, run, weights, without
 from efficientllm.export import cli as export_cli
 from efficientllm.runtime.base.command import run_command
 from efficientllm.train.model.architecture import Architecture
+from efficientllm.train.planning import fit
 from efficientllm.train.trainer import Trainer
 
 RUN = ["--removals", "4", "--prune-start", "0.2", "--prune-end", "0.6", "--lr-decay", "0.25"]
@@ -151,6 +152,17 @@ def test_a_trained_size_is_exported_as_it_is(family: Path, tmp_path: Path, capsy
     assert (tmp_path / "named" / "model.gguf").stat().st_size > (tmp_path / "least" / "model.gguf").stat().st_size
     assert run_command(export_cli.body, [*arguments, str(tmp_path / "no"), "--size", "0.1"]) == 2
     assert "--size 0.1: the smallest model of the run has" in capsys.readouterr().err
+
+
+def test_a_device_gets_the_largest_size_within_its_limits(family: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = json.loads((family / "sizes.json").read_text())["sizes"]
+    for limit, size in ((sizes[0]["bytes"], "0.8"), (sizes[0]["bytes"] - 1, "0.7"), (sizes[2]["bytes"], "0.6")):
+        assert run_command(fit.body, [str(family), "--max-bytes", str(limit)]) == 0
+        shown = capsys.readouterr().out
+        assert shown.startswith(f"size {size}: ")
+        assert f"efficientllm-export {family} --size {size} --target gguf" in shown
+    assert run_command(fit.body, [str(family), "--max-bytes", "1kB"]) == 2
+    assert "none of its sizes 0.8, 0.7, 0.6 is within the limits" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

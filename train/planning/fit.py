@@ -18,6 +18,7 @@ from ...runtime.base.extras import extra
 from ...runtime.base.quantities import format_bytes
 from ...runtime.latency.profile import DeviceProfile
 from ...runtime.latency.shape import Workload
+from ..checkpoint.run_folder import SIZES_FILE
 from ..config.pruning import PruneConfig
 from ..model.architecture import Architecture
 from ..model.file_types import gguf_bytes, tokenizer_bytes
@@ -191,7 +192,10 @@ def build_parser() -> flags.Parser:
         prog="efficientllm-fit",
         description="Propose the best file of a source for a budget of bytes, and of time, by measured files.",
     )
-    parser.add_argument("source", help="Hugging Face folder or hub id, .gguf file, or 'demo'")
+    parser.add_argument(
+        "source",
+        help="Hugging Face folder or hub id, .gguf file, 'demo', or a run with --sizes: its best size is named",
+    )
     return parser
 
 
@@ -199,10 +203,14 @@ def body(argv: Sequence[str]) -> int:
     arguments = build_parser().parse(argv)
     source = arguments.pop("source")
     config = flags.take(arguments, FitConfig)
+    if (Path(source) / SIZES_FILE).is_file():
+        return _fit_run(Path(source), config)
     if config.max_bytes is None:
         raise UsageError("--max-bytes is missing; give the largest file, such as 60MB")
     front = read_front(config.front)
     shape, vocabulary = _read(source)
+    if source != "demo" and not config.front:
+        print("measured on another model, SmolLM2-135M-Instruct: measure a --front of your own to be sure")
     found = propose(shape, vocabulary, front, config.max_bytes, _timer(shape, config), config.max_ms)
     if found is None:
         limit = format_bytes(config.max_bytes) + (f" and {config.max_ms:g} ms" if config.max_ms is not None else "")
@@ -216,6 +224,35 @@ def body(argv: Sequence[str]) -> int:
     print(f"KL from the source by {where}: {found.kl:.3f} nats per token\n")
     print("\n".join(commands(source, config, found.point)))
     return 0
+
+
+def _fit_run(run: Path, config: FitConfig) -> int:
+    """Print the best trained size of a run within the limits, and the command that exports it."""
+    with extra("train"):
+        from ..pruning.measures import DeviceTime
+        from ..sizes import members_of
+    if config.max_bytes is None and config.max_ms is None:
+        raise UsageError("--max-bytes or --max-ms is missing; give the largest file or the longest time")
+    time = None
+    if config.device_profile:
+        time = DeviceTime(DeviceProfile.load(Path(config.device_profile)), Workload.parse(config.workload)).measure
+    members = members_of(run)
+    sizes = {member.size: member.num_bytes for member in members}
+    for member in members:  # largest first
+        num_bytes, ms = sizes[member.size], time.of(member.architecture) if time is not None else None
+        if config.max_bytes is not None and (num_bytes is None or num_bytes > config.max_bytes):
+            continue
+        if config.max_ms is not None and (ms is None or ms > config.max_ms):
+            continue
+        shown = [format_bytes(num_bytes)] if num_bytes is not None else []
+        shown += [f"{ms:.2f} ms predicted"] if ms is not None else []
+        shown += [f"score {member.score['score']:.3f}"] if member.score is not None else []
+        shown += [f"perplexity {member.training['perplexity']['final']:.2f}"]
+        print(f"size {member.size}: {', '.join(shown)}\n")
+        words = ["efficientllm-export", str(run), "--size", member.size, "--target", "gguf", "--output", config.output]
+        print(shlex.join(words))
+        return 0
+    raise UsageError(f"{run}: none of its sizes {', '.join(sizes)} is within the limits; raise them")
 
 
 def _read(source: str) -> tuple[Architecture, int]:
