@@ -21,12 +21,12 @@ from ..runtime.base.quantities import format_bytes, format_count, markdown_table
 from .checkpoint.run_folder import (
     SCORES_FILE,
     SETTINGS_FILE,
-    SIZES_FILE,
     SIZES_FOLDER,
     TEACHER_FOLDER,
     is_finished,
     saved_settings,
 )
+from .config.pruning import SIZES_FILE
 from .config.quantisation import GGUF_TYPES
 from .config.sections import TrainConfig
 from .model.architecture import Architecture

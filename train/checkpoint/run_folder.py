@@ -20,6 +20,7 @@ from ...runtime.base.errors import UsageError
 from ...runtime.base.files import sha256_of, write_json_atomically
 from ...runtime.base.output import LOCK_NAME
 from ...runtime.engines.manifest import JOB_FILE, describe_files
+from ..config.pruning import SIZES_FILE
 
 CHECKPOINT_NAME = re.compile(r"step-(\d{8})")
 DAMAGED_PREFIX = "damaged-"
@@ -33,8 +34,8 @@ FINISHED_FILE = "architecture.json"
 """File that is written last. A model without it was not measured yet."""
 SCORES_FILE = "scores.json"
 """File with the score of a job at every size of a run."""
-SIZES_FOLDER, SIZES_FILE = "sizes", "sizes.json"
-"""Folder with a run for each larger size of --sizes, and the file that compares them."""
+SIZES_FOLDER = "sizes"
+"""Folder with a run for each larger size of --sizes."""
 SLICES_FOLDER = "slices"
 """Folder of models that were cut between two trained sizes of a run."""
 RUN_FILES = (

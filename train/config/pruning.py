@@ -45,6 +45,9 @@ class LatencyTarget:
 TARGET_FIELDS = ("sizes", "target_ratio", "target_params", "target_bytes", "target_latency", "target_architecture")
 """Fields of PruneConfig that determine the final size. At most one has a value."""
 
+SIZES_FILE = "sizes.json"
+"""File of a run with --sizes that compares the finished models."""
+
 SIZE_EXAMPLE = "give shares (0.8), parameters (100M), bytes (60MB) or times (8ms or 0.6x)"
 
 

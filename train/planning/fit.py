@@ -18,8 +18,7 @@ from ...runtime.base.extras import extra
 from ...runtime.base.quantities import format_bytes
 from ...runtime.latency.profile import DeviceProfile
 from ...runtime.latency.shape import Workload
-from ..checkpoint.run_folder import SIZES_FILE
-from ..config.pruning import PruneConfig
+from ..config.pruning import SIZES_FILE, PruneConfig
 from ..model.architecture import Architecture
 from ..model.file_types import gguf_bytes, tokenizer_bytes
 from ..reporting.model_card import command_line
@@ -228,31 +227,30 @@ def body(argv: Sequence[str]) -> int:
 
 def _fit_run(run: Path, config: FitConfig) -> int:
     """Print the best trained size of a run within the limits, and the command that exports it."""
-    with extra("train"):
-        from ..pruning.measures import DeviceTime
-        from ..sizes import members_of
     if config.max_bytes is None and config.max_ms is None:
         raise UsageError("--max-bytes or --max-ms is missing; give the largest file or the longest time")
     time = None
     if config.device_profile:
+        with extra("train"):
+            from ..pruning.measures import DeviceTime
         time = DeviceTime(DeviceProfile.load(Path(config.device_profile)), Workload.parse(config.workload)).measure
-    members = members_of(run)
-    sizes = {member.size: member.num_bytes for member in members}
-    for member in members:  # largest first
-        num_bytes, ms = sizes[member.size], time.of(member.architecture) if time is not None else None
-        if config.max_bytes is not None and (num_bytes is None or num_bytes > config.max_bytes):
+    rows = json.loads((run / SIZES_FILE).read_text(encoding="utf-8"))["sizes"]
+    for row in rows:  # largest first
+        ms = time.of(Architecture.from_folder(run / row["folder"] / "model")) if time is not None else None
+        if config.max_bytes is not None and (row["bytes"] is None or row["bytes"] > config.max_bytes):
             continue
         if config.max_ms is not None and (ms is None or ms > config.max_ms):
             continue
-        shown = [format_bytes(num_bytes)] if num_bytes is not None else []
+        shown = [format_bytes(row["bytes"])] if row["bytes"] is not None else []
         shown += [f"{ms:.2f} ms predicted"] if ms is not None else []
-        shown += [f"score {member.score['score']:.3f}"] if member.score is not None else []
-        shown += [f"perplexity {member.training['perplexity']['final']:.2f}"]
-        print(f"size {member.size}: {', '.join(shown)}\n")
-        words = ["efficientllm-export", str(run), "--size", member.size, "--target", "gguf", "--output", config.output]
+        shown += [f"score {row['score']:.3f}"] if row["score"] is not None else []
+        shown += [f"perplexity {row['perplexity']:.2f}"]
+        print(f"size {row['size']}: {', '.join(shown)}\n")
+        words = ["efficientllm-export", str(run), "--size", row["size"], "--target", "gguf", "--output", config.output]
         print(shlex.join(words))
         return 0
-    raise UsageError(f"{run}: none of its sizes {', '.join(sizes)} is within the limits; raise them")
+    sizes = ", ".join(row["size"] for row in rows)
+    raise UsageError(f"{run}: none of its sizes {sizes} is within the limits; raise them")
 
 
 def _read(source: str) -> tuple[Architecture, int]:

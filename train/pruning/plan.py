@@ -163,7 +163,8 @@ def make_pruning_plan(
     budget = make_budget(settings, source, floor, vocabulary_bytes, time)
     if budget is None:
         return None
-    larger = {text: make_budget(settings.of_size(text), source, None, vocabulary_bytes, time) for text in sizes}
+    budgets = {text: make_budget(settings.of_size(text), source, None, vocabulary_bytes, time) for text in sizes}
+    larger = {text: each for text, each in budgets.items() if each is not None}
     _check_family(settings, source)
     uniform = settings.layout == "uniform"
     # an explicit shape is reached channel by channel, whatever its widths are multiples of
