@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "train/compute": {"runtime/base", "runtime/engines"},
     "train/data": {"runtime", "runtime/base", "train/model"},
     "train/reporting": {"runtime/base", "runtime/engines", "train/config", "train/model", "train/data"},
-    "train/checkpoint": {"runtime/base", "runtime/engines", "train/compute", "train/reporting"},
+    "train/checkpoint": {"runtime/base", "runtime/engines", "train/config", "train/compute", "train/reporting"},
     "train/vocabulary": {"runtime/base", "runtime/engines", "train/compute", "train/data"},
     "train/pruning": {"runtime/base", "runtime/latency", "train/config", *TRAINED, "train/vocabulary"},
     "train/quantisation": {"train/config", "train/model", "train/compute"},
