@@ -36,7 +36,7 @@ UNQUANTISED = (0, 1)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_f32_logits_equal_torch(family: str, shape: str, save_tiny: Callable[..., Path], tmp_path: Path) -> None:
     checkpoint = save_tiny(tiny_architecture(family, SHAPES[shape]))
-    assert export(checkpoint, "gguf", tmp_path / "gguf", "--quantize", "f32") == 0
+    assert export(checkpoint, "gguf", tmp_path / "gguf", "--quantize", "f32", "--no-verify") == 0
     with torch.inference_mode():
         ours = load_for_inference(checkpoint)(torch.tensor([TOKENS])).logits[0].numpy()
     theirs = probe(tmp_path / "gguf" / "model.gguf", TOKENS).logits[0]
@@ -44,8 +44,7 @@ def test_f32_logits_equal_torch(family: str, shape: str, save_tiny: Callable[...
     assert (ours.argmax(-1) == theirs.argmax(-1)).all()
 
 
-@pytest.mark.parametrize("family", SIMILAR)
-@pytest.mark.parametrize("hidden_size", [64, 75], ids=["aligned", "odd hidden size"])
+@pytest.mark.parametrize(("family", "hidden_size"), [("llama", 64), ("mistral", 75), ("qwen2", 75), ("qwen3", 75)])
 def test_untied_heads_and_odd_hidden_sizes(
     family: str, hidden_size: int, save_tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -114,7 +113,7 @@ def test_a_window_that_llama_cpp_ignores_ends_the_context(save_tiny: Callable[..
     assert contexts == {"gguf": 24, "onnx": 512}
 
 
-@pytest.mark.parametrize("quantize", ["f16", "bf16", "q8_0", "q5_k_m", "q4_k_m", "q4_0", "iq4_nl"])
+@pytest.mark.parametrize("quantize", ["f16", "bf16", "q8_0", "q5_k_m", "iq4_nl"])
 def test_quantised_files_are_measured(quantize: str, save_tiny: Callable[..., Path], tmp_path: Path) -> None:
     checkpoint = save_tiny(tiny_architecture())
     assert export(checkpoint, "gguf", tmp_path / "gguf", "--quantize", quantize) == 0
@@ -172,16 +171,15 @@ def test_every_layout_has_at_least_two_blocks_in_a_row(
         assert min(rows.values()) >= 64, rows
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "olmo"])
 @pytest.mark.parametrize(
-    ("quantize", "flags", "max_kl"),
+    ("family", "quantize", "flags", "max_kl"),
     [
-        ("q8_0", [], 0.01),
-        ("q8_0", ["--pad", "none"], 0.01),
-        ("q4_1", [], 0.5),
-        ("q4_0", [], 0.5),
-        ("q4_k_m", [], 0.5),
-        ("q2_0", [], 5),
+        ("llama", "q8_0", [], 0.01),
+        ("olmo", "q8_0", ["--pad", "none"], 0.01),
+        ("qwen3", "q4_1", [], 0.5),
+        ("olmo", "q4_0", [], 0.5),
+        ("llama", "q4_k_m", [], 0.5),
+        ("qwen3", "q2_0", [], 5),
     ],
     ids=lambda each: "-".join(each) if isinstance(each, list) else None,
 )
@@ -238,8 +236,10 @@ def test_the_limit_of_kl_and_perplexity_is_the_users() -> None:
             verification.check_distance(agreement, 0.3, "gguf")
 
 
-@pytest.mark.parametrize("family", ["olmo", "gpt_neox", "gemma3_text", "qwen3"])
-@pytest.mark.parametrize("quantize", ["q4_0", "q4_k_m"])
+@pytest.mark.parametrize(
+    ("family", "quantize"),
+    [("olmo", "q4_k_m"), ("gpt_neox", "q4_0"), ("gemma3_text", "q4_k_m"), ("qwen3", "q4_0")],
+)
 def test_the_engine_computes_the_codes_of_the_file(
     family: str, quantize: str, save_tiny: Callable[..., Path], tmp_path: Path
 ) -> None:

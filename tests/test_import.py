@@ -320,10 +320,10 @@ def check_mutations(seeds: range, folder: Path, tmp_path: Path) -> None:
 
 def test_a_damaged_foreign_folder_is_one_line(made: Callable[..., Any], tmp_path: Path) -> None:
     folder, _ = made(llm_pruner)
-    check_mutations(range(60), folder, tmp_path)
+    check_mutations(range(30), folder, tmp_path)
 
 
 @pytest.mark.slow
-def test_two_hundred_damaged_foreign_folders_are_one_line_each(made: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_hundred_damaged_foreign_folders_are_one_line_each(made: Callable[..., Any], tmp_path: Path) -> None:
     folder, _ = made(flap)
-    check_mutations(range(1000, 1200), folder, tmp_path)
+    check_mutations(range(1000, 1100), folder, tmp_path)
