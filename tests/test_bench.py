@@ -42,6 +42,7 @@ def run_of(*values: float, name: str = "model", device: DeviceInfo = LAPTOP, siz
     return Run(device, BenchOptions(), [result])
 
 
+@pytest.mark.slow
 def test_measures_artefacts_and_bare_files(
     save_tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -151,6 +151,7 @@ def test_a_measurement_that_the_board_thinks_is_wanted_is_ended(reached: Board, 
     device.close()
 
 
+@pytest.mark.slow
 def test_why_pip_failed_is_what_pip_says(
     reached: Board, artefact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -212,6 +213,7 @@ def test_a_half_file_of_something_else_is_not_trusted(reached: Board, tmp_path: 
     assert (folder / "model.gguf").read_bytes() == file.read_bytes()
 
 
+@pytest.mark.slow
 def test_bad_boards_are_one_line(
     reached: Board, artefact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -180,6 +180,7 @@ def test_a_small_corpus_is_read_through_before_anything_comes_again(corpus: Path
 DATA = Path(__file__).parents[2] / "shared" / "data" / "text"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not DATA.is_dir(), reason="no shared/data beside the project")
 def test_the_first_thirty_thousand_tokens_of_real_corpora_are_stirred(tokenizer: Any) -> None:
     """The setting of the study: three corpora, documents of up to tens of thousands of tokens."""

@@ -209,6 +209,7 @@ def test_a_text_without_a_long_document_is_one_line(checkpoint: Path, tmp_path: 
         MeasureConfig(text=(str(path),), min_context=256, document_tokens=128)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("target", "quantize"), [("gguf", "f32"), ("onnx", "f32")])
 def test_an_fp32_artefact_scores_like_its_checkpoint(
     checkpoint: Path, tmp_path: Path, target: str, quantize: str
@@ -226,6 +227,7 @@ def test_an_fp32_artefact_scores_like_its_checkpoint(
     assert engine_value.tokens == torch_value.tokens == 600
 
 
+@pytest.mark.slow
 def test_models_that_differ_in_their_weights_alone_share_no_answers(checkpoint: Path, tmp_path: Path) -> None:
     """The graph of an ONNX folder is the same for all weights of one shape: they lie beside it."""
     folder = tmp_path / "onnx"

@@ -12,12 +12,20 @@ import pytest
 from efficientllm.export.gguf import exporter, writer
 
 SEED = 1
-CASES = [("gguf", index) for index in range(12)] + [("onnx", index) for index in range(48)]
+FAST, CASES = {"gguf": 4, "onnx": 12}, {"gguf": 12, "onnx": 48}
+"""Target -> its cases, and those that are not marked slow."""
 REFUSALS = ("cannot store; choose onnx", "no rotary embedding in every fourth layer")
 """Parts of the messages about models that llama.cpp's architectures cannot hold."""
 
 
-@pytest.mark.parametrize(("target", "index"), CASES)
+@pytest.mark.parametrize(
+    ("target", "index"),
+    [
+        pytest.param(target, index, marks=[pytest.mark.slow] if index >= FAST[target] else [])
+        for target, count in CASES.items()
+        for index in range(count)
+    ],
+)
 def test_a_generated_model_is_right_or_refused_with_its_cause(target: str, index: int, tmp_path: Path) -> None:
     logging.getLogger("efficientllm").setLevel(logging.ERROR)
     outcome = export_cases.run_case(target, export_cases.generate(target, SEED, index), tmp_path)
