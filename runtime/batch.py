@@ -48,6 +48,8 @@ class Batch:
         """Answers in progress, oldest first."""
         self._owners: dict[int, Hashable] = {}
         """{id of a generation: its owner}"""
+        self._shared: dict[tuple[int, int], int] = {}
+        """{ids of two answers: tokens of their shared prefix}, because comparing them takes long"""
 
     def __len__(self) -> int:
         """Return the number of answers that are not over."""
@@ -140,8 +142,21 @@ class Batch:
         return chosen if chosen is not None and num_active(chosen) < limit else None
 
     def _needed_slots(self, generations: Sequence[Generation]) -> int:
-        """Return the number of cache slots that answers take, as far as it is known."""
-        return sum(len(one.tokens) + min(one.max_tokens - len(one.answer), RESERVED_TOKENS) for one in generations)
+        """Return the number of cache slots that answers take, as far as it is known. Shared prefixes count once."""
+        total = 0
+        for index, one in enumerate(generations):
+            shared = max((self._shared_tokens(other, one) for other in generations[:index]), default=0)
+            total += len(one.tokens) - shared + min(one.max_tokens - len(one.answer), RESERVED_TOKENS)
+        return total
+
+    def _shared_tokens(self, earlier: Generation, later: Generation) -> int:
+        """Return the length of the prefix that `later` takes from `earlier`, 0 if each evaluates it."""
+        pair = id(earlier), id(later)
+        if pair not in self._shared:
+            limit = len(later.tokens) - 1
+            length = common_length(earlier.tokens, later.tokens, limit) if self._engine.cuts_sequences else 0
+            self._shared[pair] = length if length >= MIN_SHARED_PREFIX else 0
+        return self._shared[pair]
 
     def _shares_running_prefill(self, generation: Generation) -> bool:
         """Return True if a prompt in progress has a long common prefix, which is cheaper to copy afterwards."""
@@ -177,4 +192,5 @@ class Batch:
             if generation in answers:
                 answers.remove(generation)
         self._owners.pop(id(generation), None)
+        self._shared = {pair: length for pair, length in self._shared.items() if id(generation) not in pair}
         generation.lease.release()

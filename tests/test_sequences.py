@@ -119,6 +119,26 @@ def test_where_the_caches_are_full_the_youngest_waits(artefact: Path) -> None:
     engine.close()
 
 
+def test_a_shared_prefix_takes_room_once(engine: EngineScheduler, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four answers share 200 tokens in a cache of 512, where two prompts of their own would fit."""
+    assert engine.cache_slots == 512
+    assert engine._engine is not None
+    extend, passes = engine._engine.extend, []
+
+    def count(chunks: Sequence[Chunk]) -> object:
+        passes.append(len(chunks))
+        return extend(chunks)
+
+    monkeypatch.setattr(engine._engine, "extend", count)
+    prompts = [[*(5 + step % 290 for step in range(200)), 300 + index, 310] for index in range(4)]
+    options = AnswerOptions(24, logit_bias=dict.fromkeys(engine.end_ids, -np.inf))
+    generations = [Generation(engine, prompt, options) for prompt in prompts]
+    run(engine, generations)
+    assert max(passes) == 4
+    assert sum(one.stats.prefilled_tokens for one in generations) == 202 + 3 * 2
+    assert engine.used_slots == 0
+
+
 def test_a_cancelled_answer_leaves_the_others_alone(engine: EngineScheduler) -> None:
     alone = ["".join(generation) for generation in answers(engine, PROMPTS)]
     together = answers(engine, PROMPTS)

@@ -82,6 +82,8 @@ class EngineScheduler:
         self.bos_token, self.eos_token, self.control_texts = engine.bos_token, engine.eos_token, engine.control_texts
         self.load_ms, self.kv_cache_bytes, self.settings = engine.load_ms, engine.kv_cache_bytes, engine.settings
         self.num_sequences, self.cache_slots = engine.num_sequences, engine.cache_slots
+        self.cuts_sequences: bool = getattr(engine, "cuts_sequences", True)
+        """False if a prompt reuses all cached tokens of a sequence or none."""
         self._pass_times: PassTimes | None = getattr(engine, "pass_times", None)
         self._speculation = Speculation(self._pass_times) if getattr(engine, "checks_drafts", False) else None
         self._num_leases = 0
@@ -343,7 +345,7 @@ class EngineScheduler:
 
     @property
     def used_slots(self) -> int:
-        """Return the number of tokens in the caches of answers in progress."""
+        """Return the number of tokens in the caches of answers in progress. Shared prefixes count once."""
         return self._caches.held
 
     def close(self) -> None:

@@ -39,6 +39,11 @@ class SequenceCache:
     last_used: int = 0
     """Number of the last use. A smaller one is longer ago."""
 
+    @property
+    def own_tokens(self) -> int:
+        """Return the number of tokens that are no copies of another sequence's."""
+        return len(self.tokens) - min(self.shared, len(self.tokens))
+
 
 class CachePool:
     """The caches of all sequences of one engine. The caller must have the engine to itself."""
@@ -91,12 +96,12 @@ class CachePool:
     @property
     def used(self) -> int:
         """Return the number of cached tokens, with shared ones counted once."""
-        return sum(len(cache.tokens) - min(cache.shared, len(cache.tokens)) for cache in self._caches)
+        return sum(cache.own_tokens for cache in self._caches)
 
     @property
     def held(self) -> int:
-        """Return the number of cached tokens under a lease."""
-        return sum(len(cache.tokens) for cache in self._caches if cache.holder is not None)
+        """Return the number of cached tokens under a lease, with shared ones counted once."""
+        return sum(cache.own_tokens for cache in self._caches if cache.holder is not None)
 
     def hold_all(self, holder: object, tokens: Sequence[int], limit: int) -> SequenceCache:
         """Give all sequences to `holder`; return sequence 0 with at most `limit` cached tokens of `tokens`.
