@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
@@ -21,7 +20,7 @@ from .models.pool import ModelPool
 from .ollama import OllamaEndpoints
 from .options import AppOptions
 from .page.html_pages import reference_page
-from .schemas.api_error import APIError, unreadable_message, validation_message
+from .schemas.api_error import APIError
 
 
 def create_app(
@@ -94,14 +93,8 @@ def _add_error_handlers(app: FastAPI, metrics: Metrics) -> None:
     async def answer_api_error(request: Request, error: APIError) -> JSONResponse:
         return refuse(request, error)
 
-    @app.exception_handler(RequestValidationError)
-    async def answer_validation_error(request: Request, error: RequestValidationError) -> JSONResponse:
-        return refuse(request, APIError(400, validation_message(error.errors())))
-
     @app.exception_handler(HTTPException)
     async def answer_http_error(request: Request, error: HTTPException) -> JSONResponse:
-        if error.status_code == 400 and error.__cause__ is not None:  # FastAPI could not parse the body
-            return refuse(request, APIError(400, unreadable_message(error.__cause__)))
         metrics.count_request(error.status_code)
         body = APIError(error.status_code, str(error.detail)).body
         return JSONResponse(body, error.status_code, error.headers)

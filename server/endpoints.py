@@ -16,6 +16,7 @@ from ..runtime.engines.scheduler import EngineScheduler
 from ..runtime.generation import Overflow
 from ..runtime.prompt import text_prompt
 from ..runtime.sampling import SamplingDefaults
+from .access.body import BodyRoute
 from .access.guard import TRUSTED
 from .answers.builders import ChatBuilder, CompletionBuilder, TextBuilder
 from .answers.choices import Choice, make_choices, text_of
@@ -77,7 +78,7 @@ class Endpoints:
     def __init__(self, pool: ModelPool, metrics: Metrics, overflow: Overflow, sampling: SamplingDefaults) -> None:
         self._pool, self._metrics, self._sampling = pool, metrics, sampling
         self._overflow: Overflow = overflow
-        self.router = router = APIRouter()
+        self.router = router = APIRouter(route_class=BodyRoute)
         methods = ["GET", "HEAD"]
         router.api_route("/", methods=methods, response_class=HTMLResponse, include_in_schema=False)(self.page)
         router.get("/page/{name}", include_in_schema=False)(page_file)
@@ -198,7 +199,7 @@ class Endpoints:
         builder = make_builder(choices, clock)
         pieces = builder.pieces(worker.stream([choice.generation for choice in choices], deadline))
         if request.stream:
-            # the first piece is awaited here, so that an error before it is answered with its own status
+            # the first piece or ping is awaited, so that an error before it is answered with its own status
             first = await anext(pieces, None)
             return _EventStreamResponse(builder.events(first, pieces), pieces, builder.media_type)
         return await builder.whole(pieces)

@@ -15,7 +15,8 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import Field, ValidationError, model_validator
 
 from ..runtime.engines.artefact import Artefact
-from .answers.builders import ChatBuilder, CollectedChoice
+from .access.body import BodyRoute
+from .answers.builders import ChatBuilder, CollectedChoice, with_first
 from .answers.choices import Choice
 from .endpoints import Endpoints
 from .models.metrics import AnswerClock
@@ -50,7 +51,7 @@ class Options(RequestPart):
     min_p: Float | None = None
     seed: Int | None = None
     num_predict: Int = -1
-    stop: Annotated[list[Text], Field(max_length=MAX_STOPS)] | Text = Field(default=[])
+    stop: Annotated[list[Text], Field(max_length=MAX_STOPS, fail_fast=True)] | Text = Field(default=[])
     repeat_penalty: Float | None = None
     presence_penalty: Float = 0.0
     frequency_penalty: Float = 0.0
@@ -78,7 +79,7 @@ class Message(RequestPart):
     role: Literal["system", "user", "assistant", "tool"]
     content: Text = ""
     thinking: Text = ""
-    tool_calls: Annotated[list[Call], Field(max_length=MAX_TOOLS)] = Field(default=[])
+    tool_calls: Annotated[list[Call], Field(max_length=MAX_TOOLS, fail_fast=True)] = Field(default=[])
     tool_name: Text = ""
 
     def as_message(self) -> dict[str, Any]:
@@ -144,8 +145,8 @@ class OllamaRequest(RequestPart):
 class OllamaChat(OllamaRequest):
     """POST /api/chat."""
 
-    messages: Annotated[list[Message], Field(max_length=MAX_MESSAGES)] = Field(default=[])
-    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] = Field(default=[])
+    messages: Annotated[list[Message], Field(max_length=MAX_MESSAGES, fail_fast=True)] = Field(default=[])
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] = Field(default=[])
 
     @property
     def is_load(self) -> bool:
@@ -223,6 +224,7 @@ class OllamaBuilder(ChatBuilder):
     """Builds the answer to a request of Ollama's API, whole or as JSON lines."""
 
     media_type = "application/x-ndjson"
+    ping = ""  # clients parse every line, but the first ping sends the head
 
     def __init__(
         self, request: CompletionRequest, has_messages: bool, choices: Sequence[Choice], clock: AnswerClock
@@ -241,9 +243,9 @@ class OllamaBuilder(ChatBuilder):
     async def events(self, first: Piece | None, pieces: AsyncGenerator[Piece]) -> AsyncGenerator[str]:
         """Yield the JSON lines of `first` and of the rest of `pieces`. Calls are in the last one."""
         try:
-            for line in self._lines(first) if first is not None else ():
-                yield line
-            async for piece in pieces:
+            async for piece in with_first(first, pieces):
+                if piece.is_ping:
+                    yield self.ping
                 for line in self._lines(piece):
                     yield line
         except APIError as error:
@@ -309,7 +311,7 @@ class OllamaEndpoints:
 
     def __init__(self, endpoints: Endpoints, pool: ModelPool) -> None:
         self._endpoints, self._pool = endpoints, pool
-        self.router = router = APIRouter(prefix="/api", include_in_schema=False)
+        self.router = router = APIRouter(prefix="/api", include_in_schema=False, route_class=BodyRoute)
         router.get("/version")(self.version)
         router.get("/tags")(self.tags)
         router.post("/show")(self.show)
@@ -322,7 +324,7 @@ class OllamaEndpoints:
     def tags(self) -> dict[str, Any]:
         return {"models": [_card(name, artefact) for name, artefact in self._pool.artefacts.items()]}
 
-    async def show(self, request: ModelName) -> dict[str, Any]:
+    async def show(self, request: ModelName, http: Request) -> Response:
         name = self._name(request.model or request.name)
         if name not in self._pool.artefacts:
             raise APIError(404, f"model {name!r} does not exist", code="model_not_found")
@@ -331,7 +333,7 @@ class OllamaEndpoints:
             "general.architecture": details["family"],
             f"{details['family']}.context_length": self._pool.context_length(name),
         }
-        return {"details": details, "model_info": information, "capabilities": ["completion", "tools"]}
+        return JSONResponse({"details": details, "model_info": information, "capabilities": ["completion", "tools"]})
 
     async def chat(self, request: OllamaChat, http: Request) -> Response:
         return await self._answer(request, http)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,14 +14,18 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 import uvicorn
+from pydantic import BaseModel, ValidationError
 from serving import serve
 
 from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.engines.engine import EngineOptions
 from efficientllm.server import cli
+from efficientllm.server.access.body import read_body
 from efficientllm.server.access.connections import limited_protocol
 from efficientllm.server.models.pool import ModelPool
 from efficientllm.server.options import AppOptions
+from efficientllm.server.schemas.completions import ChatRequest, EmbeddingsRequest, TextRequest
+from efficientllm.server.schemas.responses_api import ResponsesRequest
 
 MOST = 8
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n"
@@ -121,3 +127,91 @@ def test_connections_are_kept_longer_than_clients_use_them(artefact: Path, monke
         port = probe.getsockname()[1]
     assert run_command(cli.body, [str(artefact), "--port", str(port), "--context", "64"]) == 0
     assert configs[0].timeout_keep_alive > 2 * (httpx.Limits().keepalive_expiry or 0)
+
+
+HEADERS = {"Content-Type": "application/json"}
+CHAT = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 3, "stream": True}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "message"),
+    [
+        (
+            "chat/completions",
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}] * 40_000}]},
+            "messages.0.content.0",
+        ),
+        ("completions", {"prompt": [""] * 190_000}, "prompt: "),
+        ("completions", {"prompt": [[""] * 190_000]}, "prompt.0.0: "),
+        ("embeddings", {"input": [[]] * 190_000}, "input.0: "),
+        ("responses", {"input": [{"type": "message", "role": "x", "content": ""}] * 15_000}, "input.0"),
+    ],
+)
+def test_a_large_wrong_body_stops_at_its_first_errors(
+    address: str, path: str, body: dict[str, object], message: str
+) -> None:
+    """pydantic would collect hundreds of thousands of errors, in seconds."""
+    read = {"chat/completions": ChatRequest, "completions": TextRequest, "embeddings": EmbeddingsRequest}
+    with pytest.raises(ValidationError) as caught:
+        read.get(path, ResponsesRequest).model_validate(body)
+    assert len(caught.value.errors()) < 10
+    answer = httpx.post(f"{address}/v1/{path}", content=json.dumps(body, separators=(",", ":")), headers=HEADERS)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"].startswith(message)
+
+
+def test_bodies_are_read_beside_the_event_loop(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = list[threading.Thread]()
+    parse = read_body
+
+    def record(model: type[BaseModel], body: bytes) -> BaseModel:
+        threads.append(threading.current_thread())
+        with httpx.Client() as client:  # the event loop answers meanwhile
+            assert client.get(f"{address}/health").status_code == 200
+        return parse(model, body)
+
+    monkeypatch.setattr("efficientllm.server.access.body.read_body", record)
+    assert httpx.post(f"{address}/v1/chat/completions", json=CHAT).status_code == 200
+    assert len(threads) == 1
+
+
+def test_a_refusal_can_be_read_after_the_whole_body_was_sent(address: str) -> None:
+    """A client that sends 8 MB and then reads. A server that closes at once resets the connection."""
+    head = HEAD.replace(b"Length: 100", b"Length: 8000000")
+    with connected(address, 1, head) as (connection,):
+        for _ in range(80):
+            connection.sendall(b" " * 100_000)
+            time.sleep(0.001)
+        answer = received(connection)
+    assert answer.startswith(b"HTTP/1.1 413")
+    assert b"the body may have at most 1000000 bytes" in answer
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses", "/api/chat"])
+def test_the_head_of_a_stream_is_sent_before_the_first_text(
+    artefact: Path, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    monkeypatch.setattr("efficientllm.server.models.worker.HEAD_SECONDS", 0.05)
+    monkeypatch.setattr("efficientllm.server.models.worker.PING_SECONDS", 0.05)
+    pool = ModelPool({"tiny": str(artefact)}, EngineOptions(threads=1, context=64))
+    body: dict[str, object] = {**CHAT, "model": "tiny", "input": "Hello", "max_output_tokens": 3}
+    used = {"/v1/responses": ("input", "max_output_tokens"), "/api/chat": ("messages",)}
+    names = ("model", "stream", *used.get(path, ("messages", "max_tokens")))
+    with serve(pool, AppOptions()) as address, httpx.Client() as client:
+        turn = pool.loaded["tiny"].engine._turn
+        turn.acquire()  # the engine computes for others
+        try:
+            sent = {name: body[name] for name in names}
+            with client.stream("POST", f"{address}{path}", json=sent, timeout=20) as answer:
+                assert answer.status_code == 200
+                lines, seen = answer.iter_lines(), list[str]()
+                while path != "/api/chat" and seen.count(": ping") < 3:
+                    seen.append(next(lines))
+                turn.release()
+                seen += lines
+        finally:
+            with contextlib.suppress(RuntimeError):
+                turn.release()
+    last = [line for line in seen if line][-1]
+    assert "[DONE]" in last or "response.incomplete" in last or '"done":true' in last
+    assert all(line == ": ping" or line.startswith(("data: ", "event: ", "{")) for line in seen if line)

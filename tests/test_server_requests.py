@@ -460,7 +460,7 @@ async def answer_ok(scope: Any, receive: Any, send: Any) -> None:
 def test_models_say_how_much_fits(address: str, artefact: Path) -> None:
     assert httpx.get(f"{address}/v1/models").json()["data"][0]["max_model_len"] == 2048
     pool = ModelPool(dict.fromkeys(("one", "two"), str(artefact)), EngineOptions(threads=1))
-    assert pool.context_length("one") == pool.context_length("two") == 512
+    assert pool.context_length("one") == pool.context_length("two") == 4096
     pool.close()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import re
 from collections.abc import Awaitable, Callable, Mapping
@@ -11,6 +12,7 @@ from typing import Any
 from starlette.responses import JSONResponse
 
 from ..schemas.api_error import APIError
+from .body import BODY
 
 Receive = Callable[[], Awaitable[dict[str, Any]]]
 
@@ -19,6 +21,9 @@ LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1", "[::1]")
 
 OPEN_PATHS = re.compile(r"/|/page/[^/]*|/health|/docs|/openapi\.json")
 """Paths that need no key. Without it their answers name no model."""
+
+DRAIN_SECONDS = 5.0
+"""Longest time to receive the rest of a body that was refused."""
 
 TRUSTED = "efficientllm.trusted"
 """Key of the ASGI scope for whether the request has the key or no key is set."""
@@ -58,12 +63,15 @@ class Guard:
         try:
             self._check_head(scope, headers)
             if scope["method"] == "POST":
-                body = await self._read(receive, int(headers.get(b"content-length", b"0") or 0))
-                receive = _replay(body, receive)
+                scope[BODY] = await self._read(receive, int(headers.get(b"content-length", b"0") or 0))
         except APIError as error:
             self.count_refusal(error.status)
             answer_headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else {"Connection": "close"}
-            await JSONResponse(error.body, error.status, answer_headers)(scope, receive, send)
+            response = JSONResponse(error.body, error.status, answer_headers)
+            if scope["method"] == "POST":
+                await _send_and_drain(response, receive, send)
+            else:
+                await response(scope, receive, send)
             return
         await self.app(scope, receive, send)
 
@@ -102,18 +110,19 @@ class Guard:
         return bytes(body)
 
 
-def _replay(body: bytes, receive: Receive) -> Receive:
-    """Return a `receive` that returns `body` first, and then waits for http.disconnect."""
-    is_read = False
+async def _send_and_drain(response: JSONResponse, receive: Receive, send: Any) -> None:
+    """Send a refusal, then receive the rest of the body.
 
-    async def replay() -> dict[str, Any]:
-        nonlocal is_read
-        if is_read:
-            return await receive()
-        is_read = True
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    return replay
+    A connection that is closed with unread data is reset, and the client may lose the answer. Many clients read it only
+    after they have sent the whole body.
+    """
+    await send({"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers})
+    await send({"type": "http.response.body", "body": response.body, "more_body": True})
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(DRAIN_SECONDS):
+            while (await receive()).get("more_body", False):
+                pass
+    await send({"type": "http.response.body"})
 
 
 def _host(headers: Mapping[bytes, bytes]) -> str:

@@ -66,10 +66,20 @@ def new_call(event: CallEvent) -> AnsweredCall:
     return AnsweredCall(id=f"call_{uuid.uuid4().hex[:24]}", function=AnsweredFunction(name=event.name, arguments=""))
 
 
+async def with_first(first: Piece | None, pieces: AsyncGenerator[Piece]) -> AsyncGenerator[Piece]:
+    """Yield `first`, unless it is None, and `pieces`."""
+    if first is not None:
+        yield first
+    async for piece in pieces:
+        yield piece
+
+
 class CompletionBuilder(abc.ABC):
     """Builds the answer to one request from the pieces of its choices."""
 
     media_type = "text/event-stream"
+    ping = ": ping\n\n"
+    """Text of a stream that clients ignore."""
     id_prefix: str
     chunk_object: str
     response_model: type[ResponseModel]
@@ -104,7 +114,7 @@ class CompletionBuilder(abc.ABC):
         has_begun = False
         try:
             async for piece in source:
-                has_begun = True
+                has_begun = has_begun or not piece.is_ping
                 self.token_bytes |= piece.token_bytes
                 if piece.text:
                     self.clock.record_piece(piece.tokens)
@@ -148,10 +158,9 @@ class CompletionBuilder(abc.ABC):
         try:
             for choice in self._openings():
                 yield self._event(choices=[choice])
-            if first is not None:
-                for choice in self._piece_choices(first):
-                    yield self._event(choices=[choice])
-            async for piece in pieces:
+            async for piece in with_first(first, pieces):
+                if piece.is_ping:
+                    yield self.ping
                 for choice in self._piece_choices(piece):
                     yield self._event(choices=[choice])
         except APIError as error:

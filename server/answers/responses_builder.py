@@ -13,7 +13,7 @@ from ..models.worker import Piece
 from ..schemas.api_error import APIError
 from ..schemas.response_models import ItemStatus, OutputCall, OutputMessage, OutputText, ResponseAnswer, ResponseUsage
 from ..schemas.responses_api import ResponsesRequest
-from .builders import ChatBuilder
+from .builders import ChatBuilder, with_first
 from .choices import Choice
 
 REPEATED = ResponsesRequest.model_fields.keys() & ResponseAnswer.model_fields.keys()
@@ -44,9 +44,9 @@ class ResponsesBuilder(ChatBuilder):
         for kind in ("response.created", "response.in_progress"):
             yield self._written({"type": kind, "response": self._response("in_progress").model_dump()})
         try:
-            for event in self._piece_events(first) if first is not None else ():
-                yield self._written(event)
-            async for piece in pieces:
+            async for piece in with_first(first, pieces):
+                if piece.is_ping:
+                    yield self.ping
                 for event in self._piece_events(piece):
                     yield self._written(event)
         except APIError as error:

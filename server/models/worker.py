@@ -83,6 +83,20 @@ class Piece:
     finish_reason: str | None = None
     """Set in the last piece of a choice, which has no text."""
 
+    @property
+    def is_ping(self) -> bool:
+        """Return True if the piece only tells that the answer is still being computed."""
+        return self is PING
+
+
+PING = Piece(0, "", (), {}, 0)
+
+HEAD_SECONDS = 1.0
+"""Time from a request to the first ping. Errors before it are answered with their own status."""
+
+PING_SECONDS = 10.0
+"""Time between pings. Proxies close connections that are silent for a minute."""
+
 
 Item = Piece | BaseException | None
 """A piece, an error, or None for the end of the answer."""
@@ -171,8 +185,8 @@ class EngineWorker:
     def stream(self, generations: Sequence[Generation], deadline: Deadline) -> AsyncGenerator[Piece]:
         """Start computing the generations of a request with a place, and return an iterator over their pieces.
 
-        Closing the iterator stops the computation within a token, even in a long prompt. The iterator raises APIError
-        408 at `deadline`.
+        Closing the iterator stops the computation within a token, even in a long prompt. The iterator yields pings
+        while there is no text, and raises APIError 408 at `deadline`.
         """
         request = _Request(generations)
         self._streamed.add(request)
@@ -187,13 +201,17 @@ class EngineWorker:
     async def _read(
         self, request: _Request, generations: Sequence[Generation], deadline: Deadline
     ) -> AsyncGenerator[Piece]:
+        clock, seconds = asyncio.get_running_loop().time, HEAD_SECONDS
         try:
             while True:
+                until = min(deadline.at, clock() + seconds)
                 try:
-                    async with asyncio.timeout_at(deadline.at):  # wait_for in Python 3.11 may lose a cancellation
+                    async with asyncio.timeout_at(until):  # wait_for in Python 3.11 may lose a cancellation
                         item = await request.pieces.get()
                 except TimeoutError as error:
-                    raise deadline.error() from error
+                    if until == deadline.at:
+                        raise deadline.error() from error
+                    item, seconds = PING, PING_SECONDS
                 if item is None:
                     return
                 if isinstance(item, APIError):

@@ -38,9 +38,7 @@ def shutdown_error() -> APIError:
 def validation_message(errors: Sequence[Mapping[str, Any]]) -> str:
     """Return the most specific of pydantic's `errors()` of one body as one line that names the field."""
     error = min(errors, key=_vagueness)
-    if error["type"] == "json_invalid":
-        return f"the body is not JSON: {error['ctx']['error']} at character {error['loc'][-1]}"
-    if error["loc"] == ("body",):
+    if not error["loc"]:
         return "the body is not a JSON object" if error["type"] != "value_error" else message_of(error)
     parts = [str(part) for part in error["loc"] if not NOT_FIELDS.fullmatch(str(part))]
     field = ".".join(parts[:MAX_FIELD_PARTS] + ["..."] * (len(parts) > MAX_FIELD_PARTS))

@@ -45,7 +45,7 @@ REASONING_VARIABLES = ("enable_thinking", "reasoning_effort")
 ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
 
 Token = Annotated[int, Field(ge=0, strict=True)]
-Tokens = Annotated[list[Token], Field(min_length=1, max_length=MAX_CHARACTERS)]
+Tokens = Annotated[list[Token], Field(min_length=1, max_length=MAX_CHARACTERS, fail_fast=True)]
 
 
 def _check_token_key(text: str) -> str:
@@ -134,7 +134,7 @@ class CompletionRequest(RequestBody, abc.ABC):
     logit_bias: Annotated[dict[TokenKey, Bias], Field(max_length=1024)] = Field({})
     n: Annotated[Int, Field(ge=1, le=8)] = 1
     seed: Annotated[Int | None, Field(ge=-(2**63), lt=2**63)] = None
-    stop: Text | Annotated[list[Text], Field(max_length=MAX_STOPS)] | None = None
+    stop: Text | Annotated[list[Text], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
     stream: Bool = False
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat = ResponseFormat()
@@ -176,11 +176,11 @@ class CompletionRequest(RequestBody, abc.ABC):
 class ChatRequest(CompletionRequest):
     """POST /v1/chat/completions. If the last message is the assistant's, the answer continues it."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     max_completion_tokens: Annotated[Int | None, Field(ge=1, le=1_000_000)] = None
     logprobs: Bool = False
     top_logprobs: Annotated[Int, Field(ge=0, le=20)] = 0
-    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] = Field([])
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] = Field([])
     tool_choice: ToolChoiceOption = "auto"
     parallel_tool_calls: Bool = True
     tool_arguments: Literal["any", "copy"] = "any"
@@ -249,9 +249,9 @@ class TextRequest(CompletionRequest):
 
     prompt: (
         Text
-        | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
         | Tokens
-        | Annotated[list[Tokens], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[Tokens], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
     )
     logprobs: Annotated[Int | None, Field(ge=0, le=20)] = None
     echo: Bool = False
@@ -292,14 +292,14 @@ class DetokenizeRequest(RequestBody):
     """POST /detokenize."""
 
     model: Text = ""
-    tokens: Annotated[list[Token], Field(max_length=MAX_CHARACTERS)]
+    tokens: Annotated[list[Token], Field(max_length=MAX_CHARACTERS, fail_fast=True)]
 
 
 class EmbeddingsRequest(RequestBody):
     """POST /v1/embeddings."""
 
     model: Text = ""
-    input: Text | Tokens | Annotated[list[Text | Tokens], Field(min_length=1, max_length=MAX_INPUTS)]
+    input: Text | Tokens | Annotated[list[Text | Tokens], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True)]
     encoding_format: Literal["float", "base64"] = "float"
     pooling: Literal["mean", "last"] = "mean"
     """The mean of the states of all tokens, or the state of the last one."""

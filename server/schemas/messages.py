@@ -11,6 +11,8 @@ from ...runtime.grammar import Grammar
 
 MAX_CHARACTERS = 200_000
 MAX_TOOLS = 128
+MAX_PARTS = 512
+"""Most parts of the content of a message."""
 
 
 def _check_text(text: str) -> str:
@@ -125,8 +127,8 @@ class ChatMessage(RequestPart):
     """Fields of an answer that clients send back with it."""
     role: Literal["system", "developer", "user", "assistant", "tool"]
     """For OpenAI's newer models, the role of system messages is developer."""
-    content: Text | list[TextPart] = ""
-    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS)] = []
+    content: Text | Annotated[list[TextPart], Field(max_length=MAX_PARTS, fail_fast=True)] = ""
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS, fail_fast=True)] = []
     tool_call_id: Text = ""
     reasoning_content: Text = ""
     """Reasoning of an earlier answer, which chat templates show or leave out."""

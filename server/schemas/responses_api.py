@@ -11,7 +11,7 @@ from pydantic import Discriminator, Field, JsonValue, Tag, ValidationError, mode
 
 from .api_error import message_of
 from .completions import MAX_MESSAGES, MIN_TOP_P, ChatRequest, ReasoningEffort, RequestBody
-from .messages import MAX_TOOLS, Bool, ChatMessage, Float, Function, Int, JsonSchema, Name, RequestPart, Text
+from .messages import MAX_PARTS, MAX_TOOLS, Bool, ChatMessage, Float, Function, Int, JsonSchema, Name, RequestPart, Text
 
 
 class ItemPart(RequestPart):
@@ -24,7 +24,7 @@ class MessageItem(RequestPart):
     without_effect = ("id", "status")
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[ItemPart]
+    content: Text | Annotated[list[ItemPart], Field(max_length=MAX_PARTS, fail_fast=True)]
 
     def as_message(self) -> dict[str, Any]:
         """Return the same as a chat message."""
@@ -108,12 +108,12 @@ class ResponsesRequest(RequestBody):
     """POST /v1/responses."""
 
     model: Text = ""
-    input: Text | Annotated[list[InputItem], Field(min_length=1, max_length=MAX_MESSAGES)]
+    input: Text | Annotated[list[InputItem], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     instructions: Text | None = None
     max_output_tokens: Annotated[Int | None, Field(ge=1, le=1_000_000)] = None
     temperature: Annotated[Float | None, Field(ge=0, le=2)] = None
     top_p: Annotated[Float | None, Field(ge=MIN_TOP_P, le=1)] = None
-    tools: Annotated[list[FlatTool], Field(max_length=MAX_TOOLS)] = Field([])
+    tools: Annotated[list[FlatTool], Field(max_length=MAX_TOOLS, fail_fast=True)] = Field([])
     tool_choice: Literal["none", "auto", "required"] | NamedFlatTool = "auto"
     parallel_tool_calls: Bool = True
     reasoning: Reasoning = Reasoning()
