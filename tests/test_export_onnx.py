@@ -30,7 +30,7 @@ def test_f32_prefill_and_decode_equal_torch(
     family: str, shape: str, save_tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
     checkpoint = save_tiny(tiny_architecture(family, SHAPES[shape]))
-    assert export(checkpoint, "onnx", tmp_path / "onnx", "--quantize", "f32") == 0
+    assert export(checkpoint, "onnx", tmp_path / "onnx", "--quantize", "f32", "--no-verify") == 0
     with torch.inference_mode():
         expected = load_for_inference(checkpoint)(torch.tensor([TOKENS])).logits[0].numpy()
     engine = load_engine(tmp_path / "onnx", EngineOptions(threads=1, context=64))
@@ -80,7 +80,7 @@ def test_a_batch_of_unequal_prompts_gives_each_ones_logits(
     family: str, save_tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
     checkpoint = save_tiny(tiny_architecture(family))
-    assert export(checkpoint, "onnx", tmp_path / "onnx", "--quantize", "f32") == 0
+    assert export(checkpoint, "onnx", tmp_path / "onnx", "--quantize", "f32", "--no-verify") == 0
     check_a_padded_batch(checkpoint, tmp_path / "onnx")
 
 
@@ -101,7 +101,7 @@ def test_heads_of_any_width_give_torchs_logits(
     family: str, head_dim: int, settings: dict[str, Any], save_tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
     checkpoint = save_tiny(tiny_architecture(family, head_dim=head_dim), **settings)
-    assert export(checkpoint, "onnx", tmp_path / "onnx", "--quantize", "f32") == 0
+    assert export(checkpoint, "onnx", tmp_path / "onnx", "--quantize", "f32", "--no-verify") == 0
     check_a_padded_batch(checkpoint, tmp_path / "onnx")
 
 
@@ -124,7 +124,7 @@ def test_a_quantised_batch_gives_the_logits_of_its_prompts_alone(
     assert np.abs(batch[0] - alone[0]).max() < 1e-4
 
 
-@pytest.mark.parametrize("family", SIMILAR)
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
 @pytest.mark.parametrize("quantize", ["f16", "int8", "mixed", "int4", "web"])
 def test_quantised_models_stay_close(
     family: str, quantize: str, save_tiny: Callable[..., Path], tmp_path: Path
