@@ -90,6 +90,7 @@ def test_stock_genai_takes_a_batch_of_unequal_prompts(exported: Callable[..., Pa
     assert np.abs(padded - alone).max() < 1e-4
 
 
+@pytest.mark.slow
 def test_folders_of_its_builder_run_in_both_engines(
     save_tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -405,6 +405,7 @@ def stop_while_measuring(name: str, monkeypatch: pytest.MonkeyPatch, number: int
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("measurement", "number", "more"),
     [
@@ -493,6 +494,7 @@ def with_bad_line(corpus: Path, folder: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_bad_line_late_in_the_text_loses_nothing_that_was_trained(
     source_folder: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: ERRORS
 ) -> None:

@@ -113,12 +113,9 @@ def test_settings_stand_in_their_old_and_their_new_home(
             torch.testing.assert_close(logits, model(TOKENS).logits, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("rope", [THETA, LLAMA3_ROPE], ids=["theta", "llama3"])
-def test_a_tokenizer_needs_no_code_of_ours(
-    rope: dict[str, Any], tmp_path: Path, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_a_tokenizer_needs_no_code_of_ours(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     """Nor a question about it, in a process that does not know efficientllm's classes."""
-    save_checkpoint(tiny_model(tiny_architecture(), rope_parameters=dict(rope)), tokenizer, tmp_path)
+    save_checkpoint(tiny_model(tiny_architecture(), rope_parameters=dict(LLAMA3_ROPE)), tokenizer, tmp_path)
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert "is_local" not in settings
