@@ -21,6 +21,7 @@ from training import command, metrics, run, unpruned, weights, without
 from efficientllm.train.compute.loss import TrainingLoss
 from efficientllm.train.model.architecture import Architecture
 from efficientllm.train.model.source import load_for_inference
+from efficientllm.train.trainer import Trainer
 
 
 def test_run_reaches_the_target_and_leaves_a_loadable_model(straight: Path, source_folder: Path) -> None:
@@ -58,6 +59,7 @@ def test_the_log_says_why_a_group_was_removed(straight: Path) -> None:
         assert record["parameters"] <= record["target"]
 
 
+@pytest.mark.slow
 def test_killed_run_resumes_bit_identically(straight: Path, source_folder: Path, corpus: Path, tmp_path: Path) -> None:
     """kill -9 after step 10 (mid-pruning: a checkpoint at 5, one at 10), then --resume."""
     output = tmp_path / "run"
@@ -91,6 +93,7 @@ run_command(cli.body)
 """
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_stops(straight: Path, source_folder: Path, corpus: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     arguments = command(source_folder, corpus, output, "--checkpoint-every", "0")
@@ -214,16 +217,23 @@ def test_a_target_is_reached_whatever_the_steps_between_removals(
 
 
 def test_a_corpus_that_changed_meanwhile_is_said(
-    source_folder: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    source_folder: Path,
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     text = Path(shutil.copy(corpus, tmp_path / "text.jsonl"))
-    arguments = command(source_folder, text, tmp_path / "run")
-    process = subprocess.Popen([sys.executable, "-c", SLOW_TRAINING, *arguments], env=os.environ)
-    while not (tmp_path / "run" / "checkpoints" / "step-00000005").is_dir():
-        assert process.poll() is None
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    step = Trainer._step
+
+    def stopped_after_five(self: Trainer) -> dict[str, Any]:
+        if self.progress.step == 5:
+            self.stop_signal.name = "SIGTERM"
+        return step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_step", stopped_after_five)
+        assert run(command(source_folder, text, tmp_path / "run")) == 130
     text.write_text(text.read_text(encoding="utf-8").replace("a", "b"), encoding="utf-8")
     assert run(["--resume", "--output", str(tmp_path / "run")]) == 0
     assert f"--data {text} has changed; the result is not that of" in capsys.readouterr().out
