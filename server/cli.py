@@ -84,7 +84,8 @@ def body(argv: Sequence[str]) -> int:
         if not app_options.key and not is_local:
             reason = f"other machines may reach --host {options.host} and use the server"
             print(f"warning: {reason}; set an --api-key to prevent it", file=sys.stderr)
-        pool = ModelPool(artefacts, engine_options, options.waiting, options.timeout, options.max_memory)
+        limits = (options.waiting, options.timeout, options.max_memory, options.prompt_cache)
+        pool = ModelPool(artefacts, engine_options, *limits)
         names = ", ".join(artefacts)
         print(f"{names} at http://{options.host}:{options.port}/v1 (chat: /, documentation: /docs)", flush=True)
         app = create_app(pool, app_options, is_local, sampling)

@@ -24,6 +24,9 @@ class ServeOptions:
     max_memory: int = flags.byte_count(0)
     """Memory limit of all loaded models, in bytes, such as 2GB; 0: none. Above it the least recently used model is
     unloaded."""
+    prompt_cache: int = flags.byte_count(0)
+    """gguf: disk space for the caches of prompts, such as 500MB; 0: none. They are written to the user's cache folder
+    when a model is unloaded or the server stops, and read when the model is loaded again."""
     waiting: int = flags.number(8, at_least=0)
     """Requests per model that may wait for a place. Further ones are refused with status 429."""
     timeout: float = flags.number(600.0, above=0)

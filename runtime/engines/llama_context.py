@@ -180,6 +180,24 @@ class LlamaContext:
         self._llama.llama_memory_seq_cp(self._memory, source, target, 0, length)
         self._lengths[target] = length
 
+    def sequence_state(self, sequence: int) -> bytes:
+        """Return the state of a sequence, see `StateKeeper`."""
+        size = self._llama.llama_state_seq_get_size(self._context, sequence)
+        buffer = (ctypes.c_ubyte * size)()
+        written = self._llama.llama_state_seq_get_data(self._context, buffer, size, sequence)
+        return memoryview(buffer)[:written].tobytes()
+
+    def restore_sequence(self, sequence: int, state: bytes, length: int) -> bool:
+        """Fill an empty sequence with a state, see `StateKeeper`."""
+        buffer = (ctypes.c_ubyte * len(state)).from_buffer_copy(state)
+        read = self._llama.llama_state_seq_set_data(self._context, buffer, len(state), sequence)
+        last = self._llama.llama_memory_seq_pos_max(self._memory, sequence)
+        if read != len(state) or last != length - 1:
+            self._llama.llama_memory_seq_rm(self._memory, sequence, -1, -1)
+            return False
+        self._lengths[sequence] = length
+        return True
+
     def close(self) -> None:
         """Free the context and its caches."""
         self._thread.close()

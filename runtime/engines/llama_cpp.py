@@ -71,7 +71,8 @@ class LlamaCppEngine:
         make = partial(LlamaContext, self._model, threads)
         # A build for other instruction sets needs its own measurement, although it is the same release.
         build = hashlib.sha256(engine_build("llama.cpp").encode()).hexdigest()[:8]
-        release = f"{engine_version('llama.cpp')}, build {build}, {threads} threads"
+        version = f"{engine_version('llama.cpp')}, build {build}"
+        release = f"{version}, {threads} threads"
         attention = choose_attention(path, release, options.kv_cache, self.num_sequences, make, options.tune)
         bytes_per_token = attention.bytes_per_token(*_cache_shape(path.parent, self._metadata))
         slots = self.context_length * min(self.num_sequences, SHARED_CONTEXTS)
@@ -81,6 +82,7 @@ class LlamaCppEngine:
         with huge_pages(options.huge_pages):
             self._context = make(attention, slots, self.num_sequences)
         self.load_ms += (time.perf_counter() - began) * 1e3
+        self.state_format = f"{version}, {attention}"
         self.cuts_sequences = self._context.cuts_sequences
         self.checks_drafts = options.lookup and self.cuts_sequences
         self.settings, self.cache_slots, self.max_batch = str(attention), self._context.slots, self._context.max_batch
@@ -138,6 +140,12 @@ class LlamaCppEngine:
 
     def copy(self, source: int, target: int, length: int) -> None:
         self._context.copy(source, target, length)
+
+    def sequence_state(self, sequence: int) -> bytes:
+        return self._context.sequence_state(sequence)
+
+    def restore_sequence(self, sequence: int, state: bytes, length: int) -> bool:
+        return self._context.restore_sequence(sequence, state, length)
 
     def interrupt(self) -> None:
         self._context.interrupt()

@@ -114,6 +114,22 @@ class Engine(Protocol):
         ...
 
 
+@runtime_checkable
+class StateKeeper(Protocol):
+    """An engine whose sequences can be written and read again."""
+
+    state_format: str
+    """Build and settings that the bytes depend on, beside the model."""
+
+    def sequence_state(self, sequence: int) -> bytes:
+        """Return the state of a sequence."""
+        ...
+
+    def restore_sequence(self, sequence: int, state: bytes, length: int) -> bool:
+        """Fill an empty sequence with a state of `length` tokens. Return False, and leave it empty, if that fails."""
+        ...
+
+
 Pooling = Literal["mean", "last"]
 
 

@@ -22,16 +22,19 @@ thread.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from ..base.errors import ContextOverflowError, UsageError
-from .protocol import CacheFullError, Chunk, Embedder, Engine, EvaluationInterrupted, Pooling
-from .scheduling_policy import CachePool, PassTimes, SequenceCache, common_length, plan_pass
+from .prompt_store import MIN_STORED_TOKENS, PromptStore
+from .protocol import CacheFullError, Chunk, Embedder, Engine, EvaluationInterrupted, Pooling, StateKeeper
+from .scheduling_policy import CachePool, PassTimes, SequenceCache, common_length, is_much_like, plan_pass
 from .speculation import PromptLookup, Speculation
 
 TOGETHER_SECONDS = 0.001
@@ -342,6 +345,39 @@ class EngineScheduler:
         """Return at most `longest` tokens that the next pass checks, [] if that gains nothing or they may not fit."""
         room = self.cache_slots - self._caches.held - self.num_sequences
         return lookup.draft(min(longest, room), self._num_leases)
+
+    def prompt_store(self, folder: Path, model_hash: str, max_bytes: int) -> PromptStore | None:
+        """Return the stored prompts of this model in `folder`, None if the engine has none. `model_hash`: its files."""
+        with self._open() as engine:
+            if not isinstance(engine, StateKeeper):
+                return None
+            return PromptStore(folder, f"{model_hash}, {engine.state_format}", max_bytes)
+
+    def save_prompts(self, store: PromptStore) -> None:
+        """Write the caches of all sequences to `store`, without those that are much like others."""
+        with self._open() as engine, self._turn:
+            assert isinstance(engine, StateKeeper)
+            for cache in reversed(self._caches.distinct(MIN_STORED_TOKENS)):
+                store.write(cache.tokens, engine.sequence_state(cache.sequence))
+
+    def restore_prompts(self, store: PromptStore) -> int:
+        """Fill empty caches from `store`, the newest first, and return the number of their tokens.
+
+        Prompts that are much like a newer one are left out, as in `save_prompts`.
+        """
+        restored: list[SequenceCache] = []
+        with self._open() as engine, self._turn:
+            assert isinstance(engine, StateKeeper)
+            empty = self._caches.empty()
+            for tokens, state in itertools.islice(store.read(), len(empty)):
+                cache, has_room = empty[len(restored)], self._caches.used + len(tokens) <= engine.cache_slots
+                is_known = is_much_like(tokens, restored)
+                if has_room and not is_known and engine.restore_sequence(cache.sequence, state, len(tokens)):
+                    cache.tokens = tokens
+                    restored.append(cache)
+            for cache in reversed(restored):
+                self._caches.touch(cache)
+        return sum(len(cache.tokens) for cache in restored)
 
     @property
     def used_slots(self) -> int:

@@ -93,6 +93,18 @@ class CachePool:
             self.truncate(min(idle, key=lambda cache: cache.last_used), 0)
         return bool(idle)
 
+    def distinct(self, min_tokens: int) -> list[SequenceCache]:
+        """Return caches of at least `min_tokens` tokens, the last used first, without those much like one before."""
+        chosen: list[SequenceCache] = []
+        for cache in sorted(self._caches, key=lambda cache: cache.last_used, reverse=True):
+            if len(cache.tokens) >= min_tokens and not is_much_like(cache.tokens, chosen):
+                chosen.append(cache)
+        return chosen
+
+    def empty(self) -> list[SequenceCache]:
+        """Return the idle caches without tokens."""
+        return [cache for cache in self._caches if cache.holder is None and not cache.tokens]
+
     @property
     def used(self) -> int:
         """Return the number of cached tokens, with shared ones counted once."""
@@ -130,6 +142,12 @@ class CachePool:
             self._engine.truncate(cache.sequence, length)
             del cache.tokens[length:]
         cache.shared = min(cache.shared, length)
+
+
+def is_much_like(tokens: Sequence[int], others: Sequence[SequenceCache]) -> bool:
+    """Return True if more than half of `tokens` are a prefix of one of `others`."""
+    length = len(tokens)
+    return any(common_length(other.tokens, tokens, length) > MIN_REUSED_SHARE * length for other in others)
 
 
 def common_length(cached: Sequence[int], tokens: Sequence[int], limit: int) -> int:

@@ -6,13 +6,15 @@ import asyncio
 import logging
 import threading
 from collections import Counter
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from ...runtime.base.errors import EfficientLLMError
 from ...runtime.base.progress import PROGRESS_LOGGER
 from ...runtime.base.quantities import format_bytes
+from ...runtime.base.user_cache import cache_folder
 from ...runtime.engines.artefact import Artefact
 from ...runtime.engines.engine import DEFAULT_CONTEXT, EngineOptions, load_engine
 from ...runtime.engines.scheduler import EngineScheduler
@@ -37,17 +39,19 @@ class ModelPool:
         waiting: int = 8,
         timeout: float = 600.0,
         max_memory: int = 0,
+        prompt_cache: int = 0,
     ) -> None:
         """Compare the files of `artefacts` {name: path} with their manifests and load the first model.
 
         Raise ArtefactError if one is damaged. `waiting`: requests per model in the queue. `timeout`: seconds of a
-        request.
+        request. `prompt_cache`: bytes on disk for the prompts of unloaded models.
         """
         self.artefacts = {name: Artefact.open(path) for name, path in artefacts.items()}
         for artefact in self.artefacts.values():
             artefact.verify()
         self.options = replace(options, parallel=options.parallel or DEFAULT_PARALLEL)
         self.waiting, self.timeout, self.max_memory = waiting, timeout, max_memory
+        self.prompt_cache = prompt_cache
         self._workers: dict[str, EngineWorker] = {}
         self._loading = asyncio.Lock()
         self._sizes = {name: artefact.file_bytes for name, artefact in self.artefacts.items()}
@@ -68,7 +72,19 @@ class ModelPool:
         logging.getLogger(PROGRESS_LOGGER).info("%s: %s", name, describe_capacity(engine))
         # Read before a request needs a grammar. Reading cannot be stopped and would keep the place of a lost client.
         threading.Thread(target=read_vocabulary, args=(engine,), daemon=True).start()
-        return EngineWorker(engine, self.waiting, on_idle=self._idle.set)
+        return EngineWorker(engine, self.waiting, self._idle.set, self._restore_prompts(name, engine))
+
+    def _restore_prompts(self, name: str, engine: EngineScheduler) -> Callable[[], None]:
+        """Read the stored prompts of a model, and return the function that writes them before it is unloaded."""
+        store = None
+        if self.prompt_cache:
+            folder = cache_folder() / "prompts"
+            store = engine.prompt_store(folder, self.artefacts[name].sha256, self.prompt_cache)
+        if store is None:
+            return lambda: None
+        if tokens := engine.restore_prompts(store):
+            logging.getLogger(PROGRESS_LOGGER).info("%s: %d tokens of earlier prompts restored", name, tokens)
+        return partial(engine.save_prompts, store)
 
     @property
     def loaded(self) -> dict[str, EngineWorker]:

@@ -118,8 +118,14 @@ class EngineWorker:
     All methods are called on one event loop.
     """
 
-    def __init__(self, engine: EngineScheduler, waiting: int, on_idle: Callable[[], None]) -> None:
-        """Start the thread. `on_idle` is called when the last place becomes free."""
+    def __init__(
+        self,
+        engine: EngineScheduler,
+        waiting: int,
+        on_idle: Callable[[], None],
+        before_close: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Start the thread. `on_idle` is called when the last place becomes free, `before_close` after all answers."""
         self.engine = engine
         self.capacity = waiting + engine.num_sequences
         self.embedding = asyncio.Lock()
@@ -127,7 +133,7 @@ class EngineWorker:
         self.in_flight = 0
         """Requests with a place, waiting or being computed."""
         self.last_used = time.monotonic()
-        self._on_idle = on_idle
+        self._on_idle, self._before_close = on_idle, before_close
         self._streamed = set[_Request]()
         """Requests that a caller reads from."""
         self._prepared = set[asyncio.Future[Any]]()
@@ -288,6 +294,7 @@ class EngineWorker:
             self._is_closing = True
             self._changed.notify()
         self._thread.join()
+        self._before_close()
         self.engine.close()
 
 
