@@ -17,6 +17,7 @@ from efficientllm.runtime.base.child import run_python
 from efficientllm.runtime.base.errors import ArtefactError
 from efficientllm.runtime.base.files import write_json_atomically
 from efficientllm.runtime.engines.engine import EngineOptions
+from efficientllm.runtime.engines.manifest import Manifest
 from efficientllm.train.checkpoint.run_folder import is_finished
 from efficientllm.train.evaluation.evaluate import MeasureConfig, check
 from efficientllm.train.evaluation.quality.contract import measure_quality
@@ -167,7 +168,8 @@ class FilesStudy:
 
     def _open(self, path: Path) -> EngineModel:
         # one cache for all: the fastest may be another one for every file
-        return EngineModel(path, EngineOptions(threads=self.config.threads, context=1024, kv_cache="f16"))
+        context = min(1024, Manifest.read(path).context_length)
+        return EngineModel(path, EngineOptions(threads=self.config.threads, context=context, kv_cache="f16"))
 
     def _measure(self, job: Job) -> dict[str, Any]:
         path, documents = self.artefact(job), {kind: texts()[kind][: self.config.documents] for kind in KINDS}
