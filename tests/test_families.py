@@ -72,6 +72,7 @@ def test_the_modeling_file_and_the_description_name_the_same_norms(family: str) 
     assert model.layer_norm_tensors in (None, parts.norm.tensors)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", NEW)
 def test_a_stock_model_is_pruned_distilled_stopped_and_resumed(
     family: str, save_tiny: Callable[..., Path], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -123,6 +124,7 @@ def test_a_uniform_model_without_some_stem_channels_is_stored_as_its_stock_class
             torch.testing.assert_close(each(torch.tensor([TOKENS])).logits, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_folders_load_without_efficientllm(irregular: Folder, tmp_path: Path) -> None:
     torch.save(torch.tensor([TOKENS]), tmp_path / "tokens.pt")
     lines = LOAD_ELSEWHERE.partition("assert AutoTokenizer")[0]
