@@ -16,12 +16,12 @@ from ..runtime.engines.scheduler import EngineScheduler
 from ..runtime.generation import Overflow
 from ..runtime.prompt import text_prompt
 from ..runtime.sampling import SamplingDefaults
-from .access.body import BodyRoute
 from .access.guard import TRUSTED
 from .answers.builders import ChatBuilder, CompletionBuilder, TextBuilder
 from .answers.choices import Choice, make_choices, text_of
 from .answers.embeddings import embed_texts
 from .answers.responses_builder import ResponsesBuilder
+from .body import BodyRoute
 from .models.metrics import AnswerClock, Metrics
 from .models.pool import ModelPool
 from .page.html_pages import page_file

@@ -15,9 +15,9 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import Field, ValidationError, model_validator
 
 from ..runtime.engines.artefact import Artefact
-from .access.body import BodyRoute
 from .answers.builders import ChatBuilder, CollectedChoice, with_first
 from .answers.choices import Choice
+from .body import BodyRoute
 from .endpoints import Endpoints
 from .models.metrics import AnswerClock
 from .models.pool import ModelPool

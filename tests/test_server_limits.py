@@ -20,8 +20,8 @@ from serving import serve
 from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.engines.engine import EngineOptions
 from efficientllm.server import cli
-from efficientllm.server.access.body import read_body
 from efficientllm.server.access.connections import limited_protocol
+from efficientllm.server.body import read_body
 from efficientllm.server.models.pool import ModelPool
 from efficientllm.server.options import AppOptions
 from efficientllm.server.schemas.completions import ChatRequest, EmbeddingsRequest, TextRequest
@@ -170,7 +170,7 @@ def test_bodies_are_read_beside_the_event_loop(address: str, monkeypatch: pytest
             assert client.get(f"{address}/health").status_code == 200
         return parse(model, body)
 
-    monkeypatch.setattr("efficientllm.server.access.body.read_body", record)
+    monkeypatch.setattr("efficientllm.server.body.read_body", record)
     assert httpx.post(f"{address}/v1/chat/completions", json=CHAT).status_code == 200
     assert len(threads) == 1
 

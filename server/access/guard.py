@@ -12,7 +12,6 @@ from typing import Any
 from starlette.responses import JSONResponse
 
 from ..schemas.api_error import APIError
-from .body import BODY
 
 Receive = Callable[[], Awaitable[dict[str, Any]]]
 
@@ -24,6 +23,9 @@ OPEN_PATHS = re.compile(r"/|/page/[^/]*|/health|/docs|/openapi\.json")
 
 DRAIN_SECONDS = 5.0
 """Longest time to receive the rest of a body that was refused."""
+
+BODY = "efficientllm.body"
+"""Key of the ASGI scope for the body of the request."""
 
 TRUSTED = "efficientllm.trusted"
 """Key of the ASGI scope for whether the request has the key or no key is set."""

@@ -10,11 +10,9 @@ from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
 
-from ..models.worker import run_in_thread
-from ..schemas.api_error import APIError, unreadable_message, validation_message
-
-BODY = "efficientllm.body"
-"""Key of the ASGI scope for the body, which the guard has read."""
+from .access.guard import BODY
+from .models.worker import run_in_thread
+from .schemas.api_error import APIError, unreadable_message, validation_message
 
 
 class BodyRoute(APIRoute):
