@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 
 from ..runtime.sampling import SamplingDefaults
 from .access.guard import LOCAL_HOSTS, Guard
+from .access.log import AccessLog
 from .endpoints import Endpoints
 from .models.metrics import Metrics
 from .models.pool import ModelPool
@@ -44,19 +45,20 @@ def create_app(
     app = FastAPI(
         title="efficientllm", lifespan=lifespan, docs_url=None, redoc_url=None
     )  # both load scripts from a CDN
-    is_named = (is_local or options.allow_host) and not options.key
+    is_named = (is_local or options.allow_host) and not options.keys
     names = frozenset((*LOCAL_HOSTS, *options.allow_host) if is_named else ())
     limits = {"max_body_bytes": options.max_body_bytes, "body_timeout": options.body_timeout}
-    app.add_middleware(Guard, api_key=options.key, hosts=names, count_refusal=metrics.count_request, **limits)
+    app.add_middleware(Guard, api_keys=options.keys, hosts=names, count_refusal=metrics.count_request, **limits)
     if options.cors_origin:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(options.cors_origin), allow_methods=["*"], allow_headers=["*"]
         )
+    app.add_middleware(AccessLog, prints=options.access_log)
     _add_error_handlers(app, metrics)
-    endpoints = Endpoints(pool, metrics, options.overflow, sampling or SamplingDefaults())
+    endpoints = Endpoints(pool, metrics, options, sampling or SamplingDefaults())
     app.include_router(endpoints.router)
     app.include_router(OllamaEndpoints(endpoints, pool).router)
-    _complete_document(app, () if options.key else pool.artefacts)  # the document needs no key
+    _complete_document(app, () if options.keys else pool.artefacts)  # the document needs no key
     app.get("/docs", include_in_schema=False)(lambda: reference_page(app.openapi()))
     return app
 

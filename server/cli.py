@@ -81,7 +81,7 @@ def body(argv: Sequence[str]) -> int:
             from .app import create_app
             from .models.pool import ModelPool
         is_local = options.host in LOCAL_HOSTS
-        if not app_options.key and not is_local:
+        if not app_options.keys and not is_local:
             reason = f"other machines may reach --host {options.host} and use the server"
             print(f"warning: {reason}; set an --api-key to prevent it", file=sys.stderr)
         limits = (options.waiting, options.timeout, options.max_memory, options.prompt_cache)

@@ -13,7 +13,6 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingRes
 from ..runtime.base.errors import EfficientLLMError
 from ..runtime.engines.memory import memory_bytes
 from ..runtime.engines.scheduler import EngineScheduler
-from ..runtime.generation import Overflow
 from ..runtime.prompt import text_prompt
 from ..runtime.sampling import SamplingDefaults
 from .access.guard import TRUSTED
@@ -24,6 +23,7 @@ from .answers.responses_builder import ResponsesBuilder
 from .body import BodyRoute
 from .models.metrics import AnswerClock, Metrics
 from .models.pool import ModelPool
+from .options import AppOptions
 from .page.html_pages import page_file
 from .schemas.api_error import APIError
 from .schemas.completions import (
@@ -75,9 +75,8 @@ ERRORS: Responses = {
 class Endpoints:
     """The routes of one server. POST endpoints send what `answers` builds, and FastAPI does not validate it again."""
 
-    def __init__(self, pool: ModelPool, metrics: Metrics, overflow: Overflow, sampling: SamplingDefaults) -> None:
-        self._pool, self._metrics, self._sampling = pool, metrics, sampling
-        self._overflow: Overflow = overflow
+    def __init__(self, pool: ModelPool, metrics: Metrics, options: AppOptions, sampling: SamplingDefaults) -> None:
+        self._pool, self._metrics, self._options, self._sampling = pool, metrics, options, sampling
         self.router = router = APIRouter(route_class=BodyRoute)
         methods = ["GET", "HEAD"]
         router.api_route("/", methods=methods, response_class=HTMLResponse, include_in_schema=False)(self.page)
@@ -193,8 +192,10 @@ class Endpoints:
         self._name_model(request)
         clock, deadline = AnswerClock(self._metrics, request.model), self._pool.deadline()
         worker = await self._pool.enter(request.model, deadline)
+        if isinstance(request, ChatRequest) and "tool_arguments" not in request.model_fields_set:
+            request.tool_arguments = self._options.tool_arguments
         # in a thread, because a long prompt or a large grammar takes long
-        prepare = partial(make_choices, worker.engine, request, self._overflow, self._sampling)
+        prepare = partial(make_choices, worker.engine, request, self._options.overflow, self._sampling)
         choices = await worker.prepare(prepare, deadline)
         builder = make_builder(choices, clock)
         pieces = builder.pieces(worker.stream([choice.generation for choice in choices], deadline))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from ..runtime.base import flags
 from ..runtime.base.errors import UsageError
@@ -49,7 +50,8 @@ class AppOptions:
     api_key: str = ""
     """Key that clients must send; empty: the key in --api-key-file, else in EFFICIENTLLM_API_KEY, if any."""
     api_key_file: str = ""
-    """File that holds the key. It is safer than --api-key, which the list of processes shows."""
+    """File that holds the key, or several, one on a line. It is safer than --api-key, which the list of processes
+    shows."""
     allow_host: tuple[str, ...] = ()
     """Host name of the server, repeatable. Without a key, a server that listens on a local address or has such names
     refuses requests with any other host name, except the local ones."""
@@ -59,6 +61,11 @@ class AppOptions:
     """Largest body of a request."""
     body_timeout: float = flags.number(30.0, above=0)
     """Longest time to receive a request, in seconds."""
+    access_log: bool = False
+    """Print a line for every request: time, client, path, status, bytes, seconds and the id in its header
+    X-Request-Id."""
+    tool_arguments: Literal["any", "copy"] = "any"
+    """Default of the field tool_arguments. copy: free texts in arguments of calls are words of the request."""
     overflow: Overflow = "error"
     """Action when a chat exceeds the context window: error, or slide (remove the oldest tokens)."""
 
@@ -66,11 +73,13 @@ class AppOptions:
         flags.check_fields(self)
 
     @property
-    def key(self) -> str:
-        """Return the key from the flag, the file or the environment. UsageError if the file is empty."""
+    def keys(self) -> tuple[str, ...]:
+        """Return the keys from the flag, the file or the environment. UsageError if the file is empty."""
         if self.api_key or not self.api_key_file:
-            return self.api_key or os.environ.get("EFFICIENTLLM_API_KEY", "")
-        key = Path(self.api_key_file).read_text(encoding="utf-8").strip()
-        if not key:
+            key = self.api_key or os.environ.get("EFFICIENTLLM_API_KEY", "")
+            return (key,) if key else ()
+        lines = Path(self.api_key_file).read_text(encoding="utf-8").splitlines()
+        keys = tuple(filter(None, map(str.strip, lines)))
+        if not keys:
             raise UsageError(f"--api-key-file {self.api_key_file}: is empty; write the key into it")
-        return key
+        return keys

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import socket
 import threading
 import time
@@ -435,21 +436,51 @@ def test_a_name_that_was_bound_to_this_machine_is_refused(artefact: Path) -> Non
 def test_the_key_may_come_from_a_file_or_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "key"
     file.write_text("secret\n")
-    assert AppOptions(api_key_file=str(file)).key == "secret"
-    assert AppOptions(api_key="flag", api_key_file=str(file)).key == "flag"
-    assert AppOptions().key == ""
+    assert AppOptions(api_key_file=str(file)).keys == ("secret",)
+    assert AppOptions(api_key="flag", api_key_file=str(file)).keys == ("flag",)
+    assert AppOptions().keys == ()
     monkeypatch.setenv("EFFICIENTLLM_API_KEY", "environment")
-    assert AppOptions().key == "environment"
+    assert AppOptions().keys == ("environment",)
     file.write_text("\n")
     with pytest.raises(UsageError, match=r"--api-key-file .*key: is empty"):
-        _ = AppOptions(api_key_file=str(file)).key
+        _ = AppOptions(api_key_file=str(file)).keys
+
+
+def test_each_of_several_keys_opens_the_server(artefact: Path, tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("kitchen-1\n\n  hall-2  \n")
+    pool = ModelPool({"tiny": str(artefact)}, EngineOptions(threads=1, context=64))
+    with serve(pool, AppOptions(api_key_file=str(file))) as address:
+        for key, status in (("kitchen-1", 200), ("hall-2", 200), ("kitchen-1\nhall-2", 401), ("hall", 401)):
+            headers = {"Authorization": b"Bearer " + key.replace("\n", " ").encode()}
+            assert httpx.get(f"{address}/v1/models", headers=headers).status_code == status, key
+
+
+def test_every_request_has_an_id_and_a_line(artefact: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pool = ModelPool({"tiny": str(artefact)}, EngineOptions(threads=1, context=64))
+    with serve(pool, AppOptions(access_log=True, api_key="secret")) as address:
+        chosen = httpx.get(f"{address}/health", headers={"X-Request-Id": "mine-1"})
+        foreign = httpx.get(f"{address}/v1/a%0Ab c", headers={"X-Request-Id": 'a" 200 forged'})
+        plain = httpx.get(f"{address}/health")
+    assert chosen.headers["x-request-id"] == "mine-1"
+    ids = [answer.headers["x-request-id"] for answer in (foreign, plain)]
+    assert len({*ids, "mine-1"}) == 3
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.rpartition(" ")[2] for line in lines] == ["mine-1", *ids]
+    shape = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ 127\.0\.0\.1 GET (\S+) (\d+) (\d+) bytes \d+\.\d{3} s \S+"
+    found = [re.fullmatch(shape, line) for line in lines]
+    assert [(one[1], one[2], int(one[3])) for one in found if one] == [
+        ("/health", "200", len(chosen.content)),
+        ("/v1/a\\nb%20c", "401", len(foreign.content)),
+        ("/health", "200", len(plain.content)),
+    ]
 
 
 @pytest.mark.parametrize(
     ("header", "status"), [("Bearer secret", 200), ("bearer secret", 200), ("secret", 401), ("Basic secret", 401)]
 )
 def test_the_scheme_of_the_key_is_bearer_in_any_case(header: str, status: int) -> None:
-    guard: Any = Guard(answer_ok, api_key="secret", max_body_bytes=10)
+    guard: Any = Guard(answer_ok, api_keys=["secret"], max_body_bytes=10)
     assert TestClient(guard).get("/v1/models", headers={"Authorization": header}).status_code == status
 
 

@@ -44,7 +44,8 @@ def client(
 ) -> Iterator[openai.OpenAI]:
     folder = tmp_path_factory.mktemp("calls")
     before, tokenizer.chat_template = tokenizer.chat_template, QWEN
-    save_checkpoint(tiny_model(tiny_architecture()), tokenizer, folder / "checkpoint")
+    model = tiny_model(tiny_architecture(), max_position_embeddings=1024)
+    save_checkpoint(model, tokenizer, folder / "checkpoint")
     tokenizer.chat_template = before
     arguments = [str(folder / "checkpoint"), "--target", "gguf", "--quantize", "f32", "--output", str(folder / "gguf")]
     assert run_command(export_cli.body, [*arguments, "--no-verify"]) == 0
@@ -104,6 +105,22 @@ def test_arguments_are_copied_from_the_request(client: openai.OpenAI, model: str
         assert json.loads(call.function.arguments)["city"].casefold() in "how is rome?"
         usage = answer.model_dump()["usage"]
         assert 0 < usage["completion_tokens_details"]["passes"] < 0.7 * usage["completion_tokens"]
+
+
+def test_a_flag_copies_arguments_of_all_requests(artefact: Path) -> None:
+    parameters = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+    tools: Any = [{"type": "function", "function": {"name": "weather", "parameters": parameters}}]
+    settings: Any = {"messages": QUESTION, "tools": tools, "tool_choice": "required", "temperature": 1.5, "seed": 1}
+    settings |= {"max_tokens": 300, "parallel_tool_calls": False}
+    pool = ModelPool({"plain": str(artefact)}, EngineOptions(threads=1, context=1024))
+    with serve(pool, AppOptions(tool_arguments="copy")) as address, httpx.Client(base_url=address) as client:
+
+        def arguments(**more: Any) -> str:
+            answer = client.post("/v1/chat/completions", json={**settings, **more}).json()
+            return answer["choices"][0]["message"]["tool_calls"][0]["function"]["arguments"]
+
+        assert json.loads(arguments())["city"].casefold() in "how is rome?"
+        assert arguments(tool_arguments="any") != arguments() == arguments(tool_arguments="copy")
 
 
 @both

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import hmac
 import re
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from typing import Any
 
 from starlette.responses import JSONResponse
@@ -41,18 +41,19 @@ class Guard:
     def __init__(
         self,
         app: Any,
-        api_key: str,
+        api_keys: Collection[str],
         max_body_bytes: int,
         hosts: frozenset[str] = frozenset(),
         body_timeout: float = 30.0,
         count_refusal: Callable[[int], None] = lambda status: None,
     ) -> None:
-        """Protect `app`. An empty `api_key` means no key, empty `hosts` any host name.
+        """Protect `app`. Without `api_keys` no key is needed. Empty `hosts` mean any host name.
 
         Host names protect against DNS rebinding: a foreign page whose name is bound to this machine's address could
         read answers, but its browser sends that name. `count_refusal` is called with the status of every refusal.
         """
-        self.app, self.api_key, self.max_body_bytes, self.hosts = app, api_key, max_body_bytes, hosts
+        self.app, self.max_body_bytes, self.hosts = app, max_body_bytes, hosts
+        self.api_keys = [key.encode() for key in api_keys]
         self.body_timeout = body_timeout
         self.count_refusal = count_refusal
 
@@ -79,8 +80,8 @@ class Guard:
 
     def _has_key(self, headers: Mapping[bytes, bytes]) -> bool:
         scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
-        is_key = hmac.compare_digest(given.strip(), self.api_key.encode()) and scheme.lower() == b"bearer"
-        return is_key or not self.api_key
+        given = given.strip() if scheme.lower() == b"bearer" else b""
+        return not self.api_keys or any(hmac.compare_digest(given, key) for key in self.api_keys)
 
     def _check_head(self, scope: Any, headers: Mapping[bytes, bytes]) -> None:
         """Raise APIError if the head of the request is refused."""
