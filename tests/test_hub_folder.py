@@ -8,9 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import Exported
 from huggingface_hub import ModelCard
 from made_up import LAPTOP, speed
+from shared_fixtures import Exported
 
 from efficientllm.devices import hub_folder
 from efficientllm.devices.hub_folder import ollama_files

@@ -16,9 +16,9 @@ import tree_sitter
 import tree_sitter_kotlin
 import tree_sitter_swift
 import tree_sitter_typescript
-from conftest import Exported
 from exporting import export
 from priced import tiny_profile
+from shared_fixtures import Exported
 
 from efficientllm.export.checkpoint import open_checkpoint
 from efficientllm.export.greedy import GreedyCheck

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Exported
 from exporting import SHAPES, export
+from shared_fixtures import Exported
 from tiny import SIMILAR, tiny_architecture
 from transformers import PreTrainedTokenizerFast
 

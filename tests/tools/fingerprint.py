@@ -33,19 +33,19 @@ RUNS = {
 
 
 def make_inputs(folder: Path) -> None:
-    """Write a tiny source, an irregular checkpoint and a corpus, with the fixtures of the tests."""
+    """Write a tiny source, an irregular checkpoint and a corpus."""
     program = f"""
 import sys; sys.path[:0] = [{str(TESTS)!r}]
 import json, pathlib
-import conftest
-from tiny import tiny_architecture, tiny_model
+from tiny import tiny_architecture, tiny_model, tiny_tokenizer
+from efficientllm.export.verification import sample_text
 from efficientllm.train.model.architecture import LayerShape
 from efficientllm.train.model.irregular import save_checkpoint
 folder = pathlib.Path({str(folder)!r})
-tokenizer = conftest.tokenizer.__wrapped__()
+tokenizer = tiny_tokenizer()
 save_checkpoint(tiny_model(tiny_architecture(layers=(LayerShape(4, 2, 128),) * 3)), tokenizer, folder / "source")
 save_checkpoint(tiny_model(tiny_architecture()), tokenizer, folder / "irregular")
-lines = [line for line in conftest.sample_text().splitlines() if line.strip()]
+lines = [line for line in sample_text().splitlines() if line.strip()]
 rows = [json.dumps({{"text": f"Document {{index}}. {{lines[index % len(lines)]}}"}}) + "\\n" for index in range(200)]
 (folder / "text.jsonl").write_text("".join(rows), encoding="utf-8")
 """
