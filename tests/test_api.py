@@ -76,6 +76,7 @@ def test_wrong_options_are_one_line(model: Model) -> None:
         model.stream("word " * 500)  # refused before the first piece is asked for
 
 
+@pytest.mark.slow
 def test_the_whole_chain_in_python(source_folder: Path, corpus: Path, tmp_path: Path) -> None:
     config = TrainConfig(
         source=SourceConfig(str(source_folder), data=(str(corpus),), sequence_length=32, eval_tokens=256),

@@ -80,7 +80,7 @@ def test_commands_are_understood(document: Path) -> None:
 
 
 PYTHON_BLOCKS = [
-    pytest.param(block, id=f"{document.name}-{index}", marks=[pytest.mark.slow] if "benchmark(" in block else [])
+    pytest.param(block, id=f"{document.name}-{index}")
     for document in DOCUMENTS
     for index, block in enumerate(blocks(document, "python"))
 ]
@@ -92,6 +92,7 @@ def address(artefact: Path) -> Iterator[str]:
         yield address
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", PYTHON_BLOCKS)
 def test_python_blocks_run(
     block: str, address: str, artefact: Path, source_folder: Path, corpus: Path, tmp_path: Path

@@ -201,6 +201,7 @@ def final(folder: Path) -> Architecture:
     return Architecture.from_dict(json.loads((folder / "architecture.json").read_text())["final"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("space", ["attention,ffn", "attention,ffn,stem,blocks", "blocks", "layers"])
 def test_a_run_reaches_its_milliseconds(
     space: str, device: Path, source_folder: Path, corpus: Path, tmp_path: Path
@@ -276,6 +277,7 @@ def test_where_another_device_gains_nothing_more_the_own_one_decides() -> None:
     assert own.of(removal.after) <= target
 
 
+@pytest.mark.slow
 def test_zeroed_blocks_give_the_same_run_as_removed_ones(
     device: Path, source_folder: Path, corpus: Path, tmp_path: Path
 ) -> None:
@@ -289,6 +291,7 @@ def test_zeroed_blocks_give_the_same_run_as_removed_ones(
         torch.testing.assert_close(weights(tmp_path / "third")[name], tensor, atol=1e-3, rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_for_a_device_resumes_bit_identically(
     device: Path, source_folder: Path, corpus: Path, tmp_path: Path
 ) -> None:

@@ -302,6 +302,7 @@ def test_a_checkpoint_that_was_changed_after_training_is_refused(
     assert "blk.0.ffn_up.weight is not on that grid" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ["same", "q8_0"])
 def test_q2_0_with_widths_of_no_whole_blocks(head: str, source_folder: Path, corpus: Path, tmp_path: Path) -> None:
     arguments = command(source_folder, corpus, tmp_path / "run", "--qat", "q2_0", "--qat-head", head)

@@ -113,6 +113,7 @@ def test_settings_stand_in_their_old_and_their_new_home(
             torch.testing.assert_close(logits, model(TOKENS).logits, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_tokenizer_needs_no_code_of_ours(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     """Nor a question about it, in a process that does not know efficientllm's classes."""
     save_checkpoint(tiny_model(tiny_architecture(), rope_parameters=dict(LLAMA3_ROPE)), tokenizer, tmp_path)
@@ -155,6 +156,7 @@ def in_steps(model: Any, sizes: list[int], tokens: torch.Tensor, padding: int = 
     return torch.cat(rows, 1)[:, padding:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", SIMILAR)
 def test_whole_chunked_padded_and_stepwise_evaluation_agree(family: str) -> None:
     """Wherever attention is absent: positions come from the cache's length, which must not be that of nothing."""

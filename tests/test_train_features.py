@@ -66,6 +66,7 @@ def test_zeroed_in_between_gives_the_same_run_as_physical_removal(
         torch.testing.assert_close(weights(tmp_path / "fourth")[name], tensor, atol=1e-3, rtol=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "removal",
     [["--weight-update", "obs"], ["--saliency", "wanda", "--prune", "attention,ffn", "--target-ratio", "0.8"]],
@@ -256,6 +257,7 @@ def test_the_budget_falls_linearly_or_in_equal_steps(removals: int, sizes: dict[
     assert {tokens: schedule.target_at(tokens) for tokens in sizes} == pytest.approx(sizes)
 
 
+@pytest.mark.slow
 def test_as_many_removals_as_asked_for(source_folder: Path, corpus: Path, tmp_path: Path) -> None:
     more = ["--prune-start", "0.2", "--prune-end", "0.8", "--removals", "3", "--prune", "ffn", "--target-ratio", "0.8"]
     assert run(command(source_folder, corpus, tmp_path / "run", *more, "--recover", "least-squares")) == 0
@@ -264,6 +266,7 @@ def test_as_many_removals_as_asked_for(source_folder: Path, corpus: Path, tmp_pa
     assert events == pytest.approx([0.2, 0.5, 0.8], abs=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("saliency", "is_of_gradients"), [("taylor1", True), ("token-fisher", True), ("wanda", False)])
 def test_groups_are_ranked_by_the_whole_cross_entropy(
     saliency: str, is_of_gradients: bool, source_folder: Path, corpus: Path, tmp_path: Path
