@@ -201,12 +201,12 @@ def open_checkpoint(name: str, foreign: ImportOptions = DEFAULTS) -> Iterator[Ch
     """Open a run folder, a Hugging Face folder, or any `--source` of efficientllm-train.
 
     Folders of other pruning tools, and sources that are no local folders, are loaded with torch into a temporary
-    folder. `foreign` applies to the former.
+    folder, and so is one with an adapter. `foreign` has the options of both.
     """
     path = check_source(name, name)
     if path.is_dir():
         check_folder(path)
-        if not is_foreign(path):
+        if not is_foreign(path) and not foreign.adapter:
             yield Checkpoint(path, name)
             return
     if path.is_file():  # at least its bytes, which is known before the seconds of loading
@@ -215,11 +215,11 @@ def open_checkpoint(name: str, foreign: ImportOptions = DEFAULTS) -> Iterator[Ch
         from ..train.model.irregular import save_checkpoint
         from ..train.model.source import load_foreign, load_source
     notes: tuple[str, ...] = ()
-    if path.is_dir():
+    if path.is_dir() and not foreign.adapter:
         imported, tokenizer = load_foreign(path, name, foreign)
         model, notes = imported.model, (imported.table[0], imported.comparison)
     else:
-        model, tokenizer = load_source(name, name)
+        model, tokenizer = load_source(name, name, foreign)
     with tempfile.TemporaryDirectory(prefix="efficientllm-") as folder:
         save_checkpoint(model, tokenizer, Path(folder))
         yield Checkpoint(Path(folder), name, notes)

@@ -27,13 +27,14 @@ def export(
     overwrite: bool = False,
     head_dim: int | None = None,
     trust_remote_code: bool = False,
+    adapter: str = "",
     **options: Any,
 ) -> Path:
     """Write `checkpoint` as an artefact of `target` into the folder `output` and return the folder.
 
     `checkpoint` is a run folder, a Hugging Face folder or hub id, a .gguf file, or "demo". `options` are the target's
     flags by name (`quantize="q8_0"`, `max_kl=0.3`). `head_dim` and `trust_remote_code` apply to checkpoints of other
-    pruning tools.
+    pruning tools, `adapter` is a LoRA adapter of the checkpoint.
 
     Raises UsageError for unusable arguments, ModelError for an unsupported or damaged checkpoint, and ArtefactError if
     the file does not verify. The folder is whole or absent. Reports to `logging.getLogger("efficientllm.export")`.
@@ -56,7 +57,7 @@ def export(
     remedy = "give another --output, or --overwrite to replace it"
     with (
         atomic_output(folder, overwrite, foreign_files, inputs, remedy) as temporary,
-        open_checkpoint(str(checkpoint), ImportOptions(head_dim, trust_remote_code)) as opened,
+        open_checkpoint(str(checkpoint), ImportOptions(head_dim, trust_remote_code, adapter)) as opened,
     ):
         exporter.write(opened, ExportRequest(chosen, folder, list(opened.notes)), temporary)
     log.info("artefact: %s", folder)

@@ -6,12 +6,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny import UNEQUAL, tiny_architecture
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
+from efficientllm.export.cli import export
+from efficientllm.runtime.base.errors import ModelError, UsageError
+from efficientllm.runtime.engines.engine import EngineOptions, load_engine
 from efficientllm.train.model.architecture import LayerShape
+from efficientllm.train.model.foreign_configs import ImportOptions
+from efficientllm.train.model.source import load_source
 
 TOKENS = torch.tensor([[5, 17, 230, 41]])
 SaveTiny = Callable[..., Path]
@@ -44,6 +50,47 @@ def test_peft_adapts_all_linear_layers(save_tiny: SaveTiny) -> None:
         expected = adapted(TOKENS).logits
         merged = adapted.merge_and_unload()(TOKENS).logits
     torch.testing.assert_close(merged, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.fixture
+def adapted(save_tiny: SaveTiny, tmp_path: Path) -> tuple[Path, Path, Any]:
+    """(a folder of a model, the folder of an adapter of it, its logits with the adapter)"""
+    peft = pytest.importorskip("peft", reason="peft is not installed (pip install peft)")
+    folder = save_tiny(tiny_architecture(layers=(LayerShape(4, 2, 128),) * 3))
+    settings = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False)
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(folder), settings).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    with torch.inference_mode():
+        return folder, tmp_path / "adapter", model(TOKENS).logits
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_is_merged_into_the_source(adapted: tuple[Path, Path, Any]) -> None:
+    folder, adapter, expected = adapted
+    model, _ = load_source(str(folder), "", ImportOptions(adapter=str(adapter)))
+    with torch.inference_mode():
+        torch.testing.assert_close(model(TOKENS).logits, expected, atol=1e-4, rtol=1e-4)
+        assert (AutoModelForCausalLM.from_pretrained(folder)(TOKENS).logits - expected).abs().max() > 0.01
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_is_exported_with_its_base(adapted: tuple[Path, Path, Any], tmp_path: Path) -> None:
+    folder, adapter, expected = adapted
+    export(folder, "gguf", tmp_path / "out", quantize="f32", adapter=str(adapter))
+    engine = load_engine(tmp_path / "out", EngineOptions(threads=1))
+    found = torch.from_numpy(np.concatenate(list(engine.evaluate(TOKENS[0].tolist(), 0))))
+    torch.testing.assert_close(found, expected[0], atol=0.1, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_that_does_not_fit_is_refused(adapted: tuple[Path, Path, Any], save_tiny: SaveTiny) -> None:
+    _, adapter, _ = adapted
+    other = save_tiny(tiny_architecture(hidden_size=32, layers=(LayerShape(4, 2, 64),) * 3))
+    with pytest.raises(ModelError, match=r"--adapter .*: cannot be loaded: "):
+        load_source(str(other), "", ImportOptions(adapter=str(adapter)))
+    (adapter / "adapter_config.json").unlink()
+    with pytest.raises(UsageError, match="no adapter_config"):
+        load_source(str(other), "", ImportOptions(adapter=str(adapter)))
 
 
 @pytest.mark.filterwarnings("ignore")

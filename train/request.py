@@ -28,6 +28,9 @@ def check_request(config: TrainConfig) -> None:
     if not config.run.output:
         raise UsageError("--output is missing; name a folder for the run")
     check_source(config.source.source, f"--source {config.source.source}")
+    adapter = config.foreign.adapter
+    if adapter and not (Path(adapter) / "adapter_config.json").is_file():
+        raise UsageError(f"--adapter {adapter}: no adapter_config.json there; give a folder that PEFT wrote")
     cache = config.run.teacher_cache
     if cache and not config.optimizer.distill:
         raise UsageError(f"--teacher-cache {cache}: there is no teacher without distillation; add --distill 1")
@@ -52,7 +55,7 @@ def check_request(config: TrainConfig) -> None:
     replaceable = config.run.overwrite or config.run.resume
     inputs = [config.source.source, *(spec.path for spec in data_specs(config))]
     pruning = config.pruning
-    inputs += filter(None, [pruning.target_architecture, pruning.device_profile, pruning.ranking_profile])
+    inputs += filter(None, [pruning.target_architecture, pruning.device_profile, pruning.ranking_profile, adapter])
     remedy = "give --overwrite to replace it or --resume to continue it"
     # a resumed run leaves alone what is not a run's
     foreign = foreign_files if config.run.overwrite else lambda folder: []

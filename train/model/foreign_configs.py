@@ -33,12 +33,14 @@ NOT_SETTINGS = (
 
 @dataclass(frozen=True)
 class ImportOptions:
-    """Checkpoints of other tools."""
+    """Checkpoints and adapters of other tools."""
 
     head_dim: int | None = flags.number(None, at_least=1)
     """Channels of an attention head, where config.json and the tensors of a foreign checkpoint do not say it."""
     trust_remote_code: bool = False
     """Run the code of a foreign checkpoint once, to compare its logits with those of the import."""
+    adapter: str = ""
+    """Folder of a LoRA adapter of the source, as PEFT writes it. It is merged into the weights."""
 
     def __post_init__(self) -> None:
         flags.check_fields(self)

@@ -13,6 +13,7 @@ import io
 import json
 import logging
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from ...runtime.base.errors import EfficientLLMError, ModelError
+from ...runtime.base.errors import EfficientLLMError, ModelError, UsageError
 from ...runtime.base.extras import extra
 from ...runtime.base.gguf_header import read_header
 from ...runtime.base.model_names import check_source, hub_answers, source_path
@@ -116,10 +117,13 @@ def load_source(
     """Load `source` (demo, a .gguf file, a folder or a hub id) as its irregular class in fp32, with its tokenizer.
 
     `called` is the name in messages, by default `--source NAME`. `foreign` applies to folders of other pruning tools
-    (see `is_foreign`). Raises UsageError if nothing is found and ModelError if the family is not supported.
+    (see `is_foreign`) and has the adapter to merge. Raises UsageError if nothing is found and ModelError if the family
+    is not supported.
     """
     called = called or f"--source {source}"
     path = check_source(source, called)
+    if foreign.adapter and path.is_dir() and is_foreign(path):
+        raise UsageError(f"--adapter {foreign.adapter}: {called} was pruned by another tool; merge the adapter there")
     if path.suffix == ".gguf":
         check_gguf_source(path, called)
     folder, options = _located(source, path)
@@ -146,7 +150,22 @@ def load_source(
         tie_what_is_stored_twice(model, path)
         if tokenizer.model_max_length > 1e9:
             tokenizer.model_max_length = model.config.max_position_embeddings
+    if foreign.adapter:
+        model = merge_adapter(model, foreign.adapter)
     return to_irregular(model), tokenizer
+
+
+def merge_adapter(model: Any, folder: str) -> Any:
+    """Return `model` with the weights of a PEFT adapter added. Raises UsageError or ModelError."""
+    called = f"--adapter {folder}"
+    if not (Path(folder) / "adapter_config.json").is_file():
+        raise UsageError(f"{called}: no adapter_config.json there; give a folder that PEFT's save_pretrained wrote")
+    with extra("adapters"):
+        from peft import PeftModel
+    with loading(called), warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # PEFT only warns about weights that do not fit
+        adapted = PeftModel.from_pretrained(model, folder)
+        return adapted.merge_and_unload()
 
 
 def check_gguf_source(path: Path, called: str) -> None:

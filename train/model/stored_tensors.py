@@ -31,7 +31,10 @@ REFUSED = {
         "SliceGPT's rotations between blocks, so each block has a residual stream in another basis",
         "train the unsliced model here (efficientllm-train --prune stem,ffn)",
     ),
-    r"lora_[AB]\b|lora_embedding|\.base_layer\.": ("LoRA adapters", "merge them with model.merge_and_unload()"),
+    r"lora_[AB]\b|lora_embedding|\.base_layer\.": (
+        "LoRA adapters",
+        "give their base as the source, and this folder as --adapter",
+    ),
     r"_[uv]_proj\.|\.[AB]Linear\.|\.(U|V|VT|w1|w2|lora_down|lora_up)(\.weight)?$": (
         "the low-rank factors of a matrix",
         "multiply them and save the product as the matrix",
