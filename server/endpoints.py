@@ -123,9 +123,10 @@ class Endpoints:
         return ModelCard(id=name, max_model_len=self._pool.context_length(name))
 
     async def embeddings(self, request: EmbeddingsRequest, http: Request) -> Response:
-        return await self._until_disconnect(http, self._embed(request))
+        return await self.until_disconnect(http, self.embed(request))
 
-    async def _embed(self, request: EmbeddingsRequest) -> Embeddings:
+    async def embed(self, request: EmbeddingsRequest) -> Embeddings:
+        """Return the embeddings of the texts of a request."""
         self._name_model(request)
         deadline = self._pool.deadline()
         worker = await self._pool.enter(request.model, deadline)
@@ -145,7 +146,7 @@ class Endpoints:
             bos = engine.tokenize(bos_text, special=True) if bos_text else []
             return Tokenized(tokens=bos + engine.tokenize(request.content, special=request.parse_special))
 
-        return await self._until_disconnect(http, self._with_engine(request.model, compute))
+        return await self.until_disconnect(http, self._with_engine(request.model, compute))
 
     async def detokenize(self, request: DetokenizeRequest, http: Request) -> Response:
         def compute(engine: EngineScheduler) -> Detokenized:
@@ -153,7 +154,7 @@ class Endpoints:
                 raise APIError(400, f"tokens: {max(request.tokens)} is outside the vocabulary of {engine.vocab_size}")
             return Detokenized(content=text_of(engine, request.tokens))
 
-        return await self._until_disconnect(http, self._with_engine(request.model, compute))
+        return await self.until_disconnect(http, self._with_engine(request.model, compute))
 
     async def _with_engine(self, model: str, compute: Callable[[EngineScheduler], ResponseModel]) -> ResponseModel:
         """Return the result of `compute` in a thread with the engine of `model`, "" for the first model."""
@@ -178,7 +179,7 @@ class Endpoints:
 
     async def answer(self, request: CompletionRequest, make_builder: MakeBuilder, http: Request) -> Response:
         """Return the answer to `request` in the form of a builder."""
-        return await self._until_disconnect(http, self._answer(request, make_builder))
+        return await self.until_disconnect(http, self._answer(request, make_builder))
 
     def _name_model(self, request: CompletionRequest | EmbeddingsRequest | ResponsesRequest) -> None:
         """Name the only model in a request without one. APIError 400 if the server has several."""
@@ -205,7 +206,7 @@ class Endpoints:
             return _EventStreamResponse(builder.events(first, pieces), pieces, builder.media_type)
         return await builder.whole(pieces)
 
-    async def _until_disconnect(self, http: Request, work: Coroutine[Any, Any, ResponseModel | Response]) -> Response:
+    async def until_disconnect(self, http: Request, work: Coroutine[Any, Any, ResponseModel | Response]) -> Response:
         """Return the response of `work`, and cancel `work` if the client disconnects before it ends."""
         answer = asyncio.ensure_future(work)
         disconnect = asyncio.ensure_future(_wait_for_disconnect(http))

@@ -1,18 +1,19 @@
-"""Ollama's API: chat, generate, tags, show and version, with streams of JSON lines and calls of functions."""
+"""Ollama's API: chat, generate, embed, tags, ps, show and version, with streams of JSON lines and calls."""
 
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from importlib.metadata import version
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from ..runtime.engines.artefact import Artefact
 from .answers.builders import ChatBuilder, CollectedChoice, with_first
@@ -23,9 +24,17 @@ from .models.metrics import AnswerClock
 from .models.pool import ModelPool
 from .models.worker import Piece
 from .schemas.api_error import APIError, validation_message
-from .schemas.completions import MAX_MESSAGES, MAX_STOPS, ChatRequest, CompletionRequest, TextRequest
+from .schemas.completions import (
+    MAX_INPUTS,
+    MAX_MESSAGES,
+    MAX_STOPS,
+    ChatRequest,
+    CompletionRequest,
+    EmbeddingsRequest,
+    TextRequest,
+)
 from .schemas.messages import MAX_TOOLS, Bool, Float, Int, Json, Name, RequestPart, Text, Tool
-from .schemas.response_models import ResponseModel
+from .schemas.response_models import Embeddings, ResponseModel
 
 DEFAULT_TAG = ":latest"
 """Tag that Ollama's clients add to the name of a model."""
@@ -34,6 +43,9 @@ MAX_TOKENS = 1_000_000
 """Tokens of an answer without `num_predict`. The context window ends it first, as in Ollama."""
 
 NANOSECONDS = 10**9
+
+LONGEST_SECONDS = 10**9
+"""Time that /api/ps shows for a model that is never unloaded."""
 
 UNLESS_NONE: Any = Field(exclude_if=lambda value: value is None)
 
@@ -96,11 +108,25 @@ class Message(RequestPart):
         return {**said, **named, **({"tool_calls": calls} if calls else {})}
 
 
+def _seconds(value: Any) -> Any:
+    """Return the seconds of a number or of a duration such as 1h30m."""
+    if isinstance(value, str) and (found := re.fullmatch(r"(-?)((\d+(\.\d+)?(ms|s|m|h)?)+)", value)):
+        parts = re.findall(r"(\d+(?:\.\d+)?)(ms|s|m|h)?", found[2])
+        seconds = sum(float(number) * {"ms": 0.001, "m": 60, "h": 3600}.get(unit, 1) for number, unit in parts)
+        return -seconds if found[1] else seconds
+    return value
+
+
+KeepAlive = Annotated[Float, BeforeValidator(_seconds), Field(ge=-1e9, le=1e9)]
+"""Seconds, or a duration such as 5m, in which a model stays loaded after the request. Negative: for ever."""
+
+
 class OllamaRequest(RequestPart):
     """The fields of both endpoints."""
 
-    without_effect = ("keep_alive", "context", "truncate", "shift")
+    without_effect = ("context", "truncate", "shift")
     model: Text
+    keep_alive: KeepAlive | None = None
     format: Literal["", "json"] | Json = ""
     """The text json, or a JSON schema."""
     options: Options = Options()
@@ -177,6 +203,24 @@ class OllamaPrompt(OllamaRequest):
         return self.chat([*system, {"role": "user", "content": self.prompt}])
 
 
+class OllamaEmbed(RequestPart):
+    """POST /api/embed."""
+
+    without_effect = ("truncate", "options")
+    model: Text
+    input: Text | Annotated[list[Text], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True)]
+    keep_alive: KeepAlive | None = None
+
+
+class OllamaEmbedPrompt(RequestPart):
+    """POST /api/embeddings, the older form."""
+
+    without_effect = ("options",)
+    model: Text
+    prompt: Text
+    keep_alive: KeepAlive | None = None
+
+
 class ModelName(RequestPart):
     """POST /api/show."""
 
@@ -218,6 +262,16 @@ class OllamaAnswer(ResponseModel):
     prompt_eval_duration: Annotated[int | None, UNLESS_NONE] = None
     eval_count: Annotated[int | None, UNLESS_NONE] = None
     eval_duration: Annotated[int | None, UNLESS_NONE] = None
+
+
+class OllamaEmbeddings(ResponseModel):
+    model: str
+    embeddings: list[list[float]]
+    prompt_eval_count: int
+
+
+class OllamaEmbedding(ResponseModel):
+    embedding: list[float]
 
 
 class OllamaBuilder(ChatBuilder):
@@ -315,6 +369,9 @@ class OllamaEndpoints:
         router.get("/version")(self.version)
         router.get("/tags")(self.tags)
         router.post("/show")(self.show)
+        router.get("/ps")(self.running)
+        router.post("/embed")(self.embed)
+        router.post("/embeddings")(self.embed_prompt)
         router.post("/chat")(self.chat)
         router.post("/generate")(self.generate)
 
@@ -335,6 +392,35 @@ class OllamaEndpoints:
         }
         return JSONResponse({"details": details, "model_info": information, "capabilities": ["completion", "tools"]})
 
+    async def running(self) -> dict[str, Any]:
+        models = []
+        for name, worker in self._pool.loaded.items():
+            card, left = _card(name, self._pool.artefacts[name]), self._pool.expires_in(name)
+            size = card["size"] + worker.engine.kv_cache_bytes
+            until = datetime.now(UTC) + timedelta(seconds=min(max(left, 0), LONGEST_SECONDS))
+            models.append({**card, "size": size, "size_vram": 0, "expires_at": until.isoformat()})
+        return {"models": models}
+
+    async def embed(self, request: OllamaEmbed, http: Request) -> Response:
+        async def answer() -> OllamaEmbeddings:
+            found = await self._embed(request.model, request.input, request.keep_alive)
+            vectors: Any = [each.embedding for each in found.data]
+            count = found.usage.prompt_tokens
+            return OllamaEmbeddings(model=request.model, embeddings=vectors, prompt_eval_count=count)
+
+        return await self._endpoints.until_disconnect(http, answer())
+
+    async def embed_prompt(self, request: OllamaEmbedPrompt, http: Request) -> Response:
+        async def answer() -> OllamaEmbedding:
+            found: Any = (await self._embed(request.model, request.prompt, request.keep_alive)).data[0].embedding
+            return OllamaEmbedding(embedding=found)
+
+        return await self._endpoints.until_disconnect(http, answer())
+
+    async def _embed(self, model: str, input: str | list[str], keep_alive: float | None) -> Embeddings:
+        named = self._kept(model, keep_alive)
+        return await self._endpoints.embed(EmbeddingsRequest.model_validate({"model": named, "input": input}))
+
     async def chat(self, request: OllamaChat, http: Request) -> Response:
         return await self._answer(request, http)
 
@@ -342,13 +428,23 @@ class OllamaEndpoints:
         return await self._answer(request, http)
 
     async def _answer(self, request: OllamaRequest, http: Request) -> Response:
-        named = request.model_copy(update={"model": self._name(request.model)})
+        named = request.model_copy(update={"model": self._kept(request.model, request.keep_alive)})
         if request.is_load:
-            (await self._pool.enter(named.model, self._pool.deadline())).leave()
-            return JSONResponse({"model": request.model, "done": True, "done_reason": "load"})
+            unloads = request.keep_alive == 0
+            is_unloaded = named.model in self._pool.artefacts and named.model not in self._pool.loaded
+            if not (unloads and is_unloaded):
+                (await self._pool.enter(named.model, self._pool.deadline())).leave()
+            return JSONResponse({"model": request.model, "done": True, "done_reason": "unload" if unloads else "load"})
         completion = named.as_request()
         make_builder = partial(OllamaBuilder, completion, isinstance(named, OllamaChat))
         return await self._endpoints.answer(completion, make_builder, http)
+
+    def _kept(self, name: str, keep_alive: float | None) -> str:
+        """Return the name of a model, which stays loaded for `keep_alive` seconds after its next request, if given."""
+        name = self._name(name)
+        if keep_alive is not None and name in self._pool.artefacts:
+            self._pool.keep(name, keep_alive)
+        return name
 
     def _name(self, name: str) -> str:
         """Return the name of a model without the tag that clients add."""

@@ -25,6 +25,8 @@ class ServeOptions:
     max_memory: int = flags.byte_count(0)
     """Memory limit of all loaded models, in bytes, such as 2GB; 0: none. Above it the least recently used model is
     unloaded."""
+    idle_unload: float = flags.number(0.0, at_least=0)
+    """Time without requests after which a model is unloaded, in seconds; 0: never."""
     prompt_cache: int = flags.byte_count(0)
     """gguf: disk space for the caches of prompts, such as 500MB; 0: none. They are written to the user's cache folder
     when a model is unloaded or the server stops, and read when the model is loaded again."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -119,6 +120,51 @@ def test_models_are_listed_and_shown(client: httpx.Client) -> None:
     assert ask(client, "generate") == [{"model": "tiny:latest", "done": True, "done_reason": "load"}]
 
 
+def test_embeddings_are_those_of_openai_s_api(client: httpx.Client) -> None:
+    expected = client.post("/v1/embeddings", json={"input": ["Hello", "there"]}).json()
+    (found,) = ask(client, "embed", input=["Hello", "there"], truncate=True)
+    assert found["embeddings"] == [each["embedding"] for each in expected["data"]]
+    assert found["prompt_eval_count"] == expected["usage"]["prompt_tokens"]
+    assert ask(client, "embed", input="Hello")[0]["embeddings"] == found["embeddings"][:1]
+    assert ask(client, "embeddings", prompt="Hello") == [{"embedding": found["embeddings"][0]}]
+
+
+def until_loaded(client: httpx.Client, names: list[str]) -> None:
+    deadline = time.monotonic() + 20
+    while [one["name"] for one in client.get("/api/ps").json()["models"]] != names:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_model_is_unloaded_after_keep_alive(artefact: Path) -> None:
+    pool = ModelPool({"tiny": str(artefact)}, EngineOptions(threads=1, context=256))
+    with serve(pool, AppOptions()) as address, httpx.Client(base_url=address, timeout=60) as client:
+        (running,) = client.get("/api/ps").json()["models"]
+        assert running["size"] > client.get("/api/tags").json()["models"][0]["size"]
+        assert running["expires_at"] > "2050"
+        ask(client, "generate", prompt="Hello", options=GREEDY, keep_alive="1h30m")
+        assert 5000 < pool.expires_in("tiny") <= 5400
+        ask(client, "generate", prompt="Hello", options=GREEDY, keep_alive="50ms")
+        until_loaded(client, [])
+        ask(client, "chat", messages=MESSAGES, options=GREEDY, keep_alive=-1)  # loads it again
+        until_loaded(client, ["tiny:latest"])
+        unloaded = [{"model": "tiny:latest", "done": True, "done_reason": "unload"}]
+        assert ask(client, "generate", keep_alive=0) == unloaded
+        until_loaded(client, [])
+        assert ask(client, "chat", messages=[], keep_alive="0") == unloaded
+        until_loaded(client, [])
+
+
+def test_a_flag_unloads_idle_models_and_requests_load_them_again(artefact: Path) -> None:
+    pool = ModelPool({"tiny": str(artefact)}, EngineOptions(threads=1, context=256), idle_seconds=0.05)
+    with serve(pool, AppOptions()) as address, httpx.Client(base_url=address, timeout=60) as client:
+        texts = set[str]()
+        for _ in range(3):
+            texts.add(ask(client, "generate", prompt="Hello", options=GREEDY)[0]["response"])
+            until_loaded(client, [])
+        assert len(texts) == 1
+
+
 @pytest.mark.parametrize(
     ("path", "body", "status", "message"),
     [
@@ -126,6 +172,8 @@ def test_models_are_listed_and_shown(client: httpx.Client) -> None:
         ("show", {"model": "other"}, 404, "model 'other' does not exist"),
         ("chat", {"messages": [{"role": "user", "content": "a", "images": ["x"]}]}, 400, "images is not served here"),
         ("chat", {"messages": MESSAGES, "options": {"temperature": 3}}, 400, "temperature: Input should be less than"),
+        ("chat", {"messages": MESSAGES, "keep_alive": "soon"}, 400, "keep_alive: Input should be a valid number"),
+        ("embed", {"input": ""}, 400, "input: needs at least one token"),
         ("generate", {"prompt": "a", "suffix": "b"}, 400, "suffix is not served here; remove it"),
         ("generate", {"prompt": "a " * 2000}, 400, "context window"),
     ],

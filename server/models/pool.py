@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import replace
@@ -40,11 +41,13 @@ class ModelPool:
         timeout: float = 600.0,
         max_memory: int = 0,
         prompt_cache: int = 0,
+        idle_seconds: float = 0.0,
     ) -> None:
         """Compare the files of `artefacts` {name: path} with their manifests and load the first model.
 
         Raise ArtefactError if one is damaged. `waiting`: requests per model in the queue. `timeout`: seconds of a
-        request. `prompt_cache`: bytes on disk for the prompts of unloaded models.
+        request. `prompt_cache`: bytes on disk for the prompts of unloaded models. `idle_seconds`: time after its last
+        request in which a model stays loaded, 0 for ever.
         """
         self.artefacts = {name: Artefact.open(path) for name, path in artefacts.items()}
         for artefact in self.artefacts.values():
@@ -52,6 +55,8 @@ class ModelPool:
         self.options = replace(options, parallel=options.parallel or DEFAULT_PARALLEL)
         self.waiting, self.timeout, self.max_memory = waiting, timeout, max_memory
         self.prompt_cache = prompt_cache
+        self._keep_seconds = dict.fromkeys(self.artefacts, idle_seconds or float("inf"))
+        """{name: time in which the model stays loaded without requests}"""
         self._workers: dict[str, EngineWorker] = {}
         self._loading = asyncio.Lock()
         self._sizes = {name: artefact.file_bytes for name, artefact in self.artefacts.items()}
@@ -63,6 +68,8 @@ class ModelPool:
         self._needs_room = False
         """True while a load waits until a model is idle. Then all requests take their turn, or it might never be."""
         self._is_stopping = False
+        self._unloads = set[asyncio.Task[None]]()
+        """Unloads in progress. asyncio itself keeps no reference to a task."""
         first = next(iter(self.artefacts))
         self._workers[first] = self._load(first)
 
@@ -72,7 +79,31 @@ class ModelPool:
         logging.getLogger(PROGRESS_LOGGER).info("%s: %s", name, describe_capacity(engine))
         # Read before a request needs a grammar. Reading cannot be stopped and would keep the place of a lost client.
         threading.Thread(target=read_vocabulary, args=(engine,), daemon=True).start()
-        return EngineWorker(engine, self.waiting, self._idle.set, self._restore_prompts(name, engine))
+        on_idle = partial(self._record_idle, name)
+        return EngineWorker(engine, self.waiting, on_idle, self._restore_prompts(name, engine))
+
+    def keep(self, name: str, seconds: float) -> None:
+        """Keep a model loaded for `seconds` after its last request, from now on. A negative number means for ever."""
+        self._keep_seconds[name] = seconds if seconds >= 0 else float("inf")
+
+    def expires_in(self, name: str) -> float:
+        """Return the seconds until a loaded model is unloaded if no request comes."""
+        return self._keep_seconds[name] - (time.monotonic() - self._workers[name].last_used)
+
+    def _record_idle(self, name: str) -> None:
+        """Wake loads that wait for an idle model, and unload this one if it stays idle."""
+        self._idle.set()
+        if (seconds := self._keep_seconds[name]) < float("inf"):
+            loop = asyncio.get_running_loop()
+            loop.call_later(seconds, lambda: self._unloads.add(loop.create_task(self._unload_expired(name))))
+
+    async def _unload_expired(self, name: str) -> None:
+        """Unload a model unless it was used meanwhile."""
+        async with self._loading:  # a request that comes now waits, and loads the model again
+            worker = self._workers.get(name)
+            if worker is not None and not worker.in_flight and self.expires_in(name) <= 0:
+                await _run_to_completion(asyncio.to_thread(self._workers.pop(name).close))
+        self._unloads = {task for task in self._unloads if not task.done()}
 
     def _restore_prompts(self, name: str, engine: EngineScheduler) -> Callable[[], None]:
         """Read the stored prompts of a model, and return the function that writes them before it is unloaded."""
