@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from .base import flags
 from .base.command import run_command
 from .base.errors import UsageError
-from .engines.artefact import ARTEFACT_HELP, Artefact
+from .engines.artefact import ARTEFACT_HELP, open_or_export
 from .engines.engine import EngineOptions, load_engine
 from .sampling import SamplingOptions
 from .terminal import ChatOptions, Conversation, Terminal
@@ -46,11 +46,11 @@ def build_parser() -> flags.Parser:
 
 def body(argv: Sequence[str]) -> int:
     arguments = build_parser().parse(argv)
-    artefact, prompt = Artefact.open(arguments.pop("artefact")), arguments.pop("prompt")
-    options, sampling = flags.take(arguments, ChatOptions), flags.take(arguments, ChatSampling)
-    engine_options = flags.take(arguments, EngineOptions)
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # as in arguments; the engine refuses text that is not UTF-8
+    artefact, prompt = open_or_export(arguments.pop("artefact")), arguments.pop("prompt")
+    options, sampling = flags.take(arguments, ChatOptions), flags.take(arguments, ChatSampling)
+    engine_options = flags.take(arguments, EngineOptions)
     if prompt is None and not sys.stdin.isatty():
         prompt = sys.stdin.read().strip()
         if not prompt:

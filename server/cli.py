@@ -13,7 +13,7 @@ from ..runtime.base import flags
 from ..runtime.base.command import run_command
 from ..runtime.base.errors import UsageError
 from ..runtime.base.extras import extra
-from ..runtime.engines.artefact import ARTEFACT_HELP, Artefact
+from ..runtime.engines.artefact import ARTEFACT_HELP, open_or_export
 from ..runtime.engines.engine import EngineOptions, find_engine
 from ..runtime.sampling import SamplingDefaults
 from .options import AppOptions, ServeOptions
@@ -72,8 +72,10 @@ def body(argv: Sequence[str]) -> int:
     options, app_options = flags.take(arguments, ServeOptions), flags.take(arguments, AppOptions)
     engine_options, sampling = flags.take(arguments, EngineOptions), flags.take(arguments, SamplingDefaults)
     artefacts = named_artefacts(artefact, options.model)
-    for path in artefacts.values():
-        find_engine(Artefact.open(path))
+    for name, path in artefacts.items():
+        opened = open_or_export(path)
+        find_engine(opened)
+        artefacts[name] = str(opened.path)
     with bind_socket(options.host, options.port) as listener:  # before packages and models are loaded
         with extra("server"):
             from .access.connections import KEEP_ALIVE_SECONDS, GracefulServer, limited_protocol

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import re
@@ -15,7 +16,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from tiny import tiny_architecture
 
+from efficientllm.runtime.base.errors import ArtefactError
+from efficientllm.runtime.engines.artefact import Artefact
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
 from efficientllm.runtime.sampling import SamplingOptions
 from efficientllm.runtime.terminal import ChatOptions, Conversation, Terminal
@@ -105,7 +109,7 @@ def test_bytes_that_are_no_utf_8_are_one_line(exported: Callable[..., Path], kin
     system = subprocess.run([*command, "--system", b"a\xffb", "Hi"], capture_output=True)
     for run in (piped, given, system):
         assert run.returncode == 2, run.stderr
-        (line,) = [line for line in run.stderr.splitlines() if not line.startswith(b"measuring which attention")]
+        (line,) = [line for line in run.stderr.splitlines() if not line.startswith(b"first load of ")]
         assert line.startswith(b"error: the text has an invalid character: a byte that is not UTF-8, ")
 
 
@@ -129,9 +133,10 @@ def test_an_interrupt_ends_the_answer_and_keeps_what_is_there(artefact: Path, mo
 class Screen:
     """A program in a pseudo-terminal."""
 
-    def __init__(self, command: list[str], environment: dict[str, str]) -> None:
+    def __init__(self, command: list[str], environment: dict[str, str], cwd: Path = Path()) -> None:
         self.pid, self.file = pty.fork()
         if self.pid == 0:
+            os.chdir(cwd)
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # which a shell ignores for what runs in the background
             os.execve(command[0], command, environment)
         self.text = ""
@@ -149,6 +154,24 @@ class Screen:
             else:
                 self.type(typing)
         self.text = self.text[found.end() :]
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_exported_where_the_user_agrees(save_tiny: Callable[..., Path], tmp_path: Path) -> None:
+    checkpoint = save_tiny(tiny_architecture()).rename(tmp_path / "small")
+    environment = {**os.environ, "TERM": "xterm", "EFFICIENTLLM_CACHE": str(tmp_path / "cache")}
+    command = [sys.executable, "-m", "efficientllm.runtime.command_line", "chat", str(checkpoint), "Hi"]
+    for answer, code in (("n", 2), ("y", 0)):
+        screen = Screen([*command, "--max-tokens", "2", "--no-tune"], environment, cwd=tmp_path)
+        screen.wait_for(r"is a checkpoint; export it to small-gguf first\? y/N ")
+        screen.type(f"{answer}\r")
+        with contextlib.suppress(OSError):  # the program ended
+            screen.wait_for("nothing prints this")
+        assert os.waitstatus_to_exitcode(os.waitpid(screen.pid, 0)[1]) == code, screen.text
+        os.close(screen.file)
+        assert (tmp_path / "small-gguf" / "manifest.json").exists() == (answer == "y")
+    with pytest.raises(ArtefactError, match=r"is a checkpoint; did you mean small-gguf\?"), contextlib.chdir(tmp_path):
+        Artefact.open(checkpoint)
 
 
 @pytest.mark.slow

@@ -6,6 +6,8 @@ import functools
 import hashlib
 import json
 import shlex
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,13 +80,42 @@ def _locate(path: Path) -> Path:
     if len(inside) > 1:
         raise ArtefactError(f"{path} has several models; name one: {', '.join(map(str, inside))}")
     if not inside and (source_path(str(path)) / "config.json").is_file():
-        raise ArtefactError(f"{path} is a checkpoint; {_export_hint(path)}")
+        raise _not_exported(path, "is a checkpoint")
     return inside[0] if inside else path
 
 
-def _export_hint(path: Path) -> str:
-    name = shlex.quote(str(path))
-    return f"export it first: efficientllm export {name} --target gguf --output {shlex.quote(path.name)}-gguf"
+class NotExportedError(ArtefactError):
+    """A checkpoint where an exported model is needed."""
+
+    def __init__(self, path: Path, problem: str) -> None:
+        self.problem, self.output = f"{path} {problem}", f"{path.name}-gguf"
+        self.arguments = ["export", str(path), "--target", "gguf", "--output", self.output]
+        super().__init__(f"{self.problem}; export it first: {shlex.join(['efficientllm', *self.arguments])}")
+
+
+def _not_exported(path: Path, problem: str) -> ArtefactError:
+    error = NotExportedError(path, problem)
+    found = Path(error.output, MANIFEST_NAME).is_file()
+    return ArtefactError(f"{error.problem}; did you mean {error.output}?") if found else error
+
+
+def open_or_export(path: str | Path) -> Artefact:
+    """Return the artefact at `path`. In a terminal, a checkpoint is exported to a GGUF if the user agrees.
+
+    The export runs as a child, because it needs torch. Raise NotExportedError if the user declines.
+    """
+    try:
+        return Artefact.open(path)
+    except NotExportedError as error:
+        if not (sys.stdin.isatty() and sys.stderr.isatty()):
+            raise
+        print(f"{error.problem}; export it to {error.output} first? y/N ", end="", file=sys.stderr, flush=True)
+        if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+            raise
+        done = subprocess.run([sys.executable, "-m", "efficientllm.runtime.command_line", *error.arguments])
+        if done.returncode:
+            sys.exit(done.returncode)
+        return Artefact.open(error.output)
 
 
 @dataclass(frozen=True)
@@ -113,7 +144,8 @@ class Artefact:
             return cls._open_folder(path) if has_manifest else cls._open_genai_folder(path)
         remedy = "give a folder written by efficientllm-export, or a .gguf or .pte file"
         if not path.exists():
-            remedy = _export_hint(path) if may_be_hub_id(str(path)) else remedy
+            if may_be_hub_id(str(path)):
+                raise _not_exported(path, "does not exist")
             raise ArtefactError(f"{path} does not exist; {remedy}")
         if path.suffix not in FILE_ENGINES:
             raise ArtefactError(f"{path} is not an artefact; {remedy}")
