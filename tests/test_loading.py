@@ -198,7 +198,7 @@ def test_a_damaged_tokenizer_is_one_error(source_folder: Path, tmp_path: Path, n
 
 
 def test_no_mutation_ends_the_caller_or_passes_the_manifest(artefact: Path) -> None:
-    """The thousands of docs/server.md, a few dozen of them."""
+    """Damage a few dozen places; research/log has thousands."""
     for arguments, allowed in (([], {"refused"}), (["--bare"], {"refused", "loaded"})):
         command = [sys.executable, str(MUTATIONS), str(artefact), "--count", "30", *arguments]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
