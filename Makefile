@@ -13,7 +13,7 @@ PYTEST := $(BIN)/python -m pytest -n auto --dist loadgroup $(PYTEST_OPTIONS)
 # Per cent of the lines that the tests which are not slow run.
 COVERAGE_FLOOR := 80
 
-.PHONY: install quickstart clients litert mlx readers android-runner board-wheel arm64-root test-arm64 stand-ins test test-fast coverage lint types measure imports clean FORCE
+.PHONY: install quickstart site clients litert mlx readers android-runner board-wheel arm64-root test-arm64 stand-ins test test-fast coverage lint types measure imports clean FORCE
 
 install: $(VENV)/.installed
 
@@ -95,6 +95,22 @@ quickstart: $(VENV)/.quickstart
 	$(BIN)/efficientllm-bench $(OUT)/source $(OUT)/home --prompt-tokens 22 --decode-tokens 25 --depths 0 --rounds 2 --json $(OUT)/bench.json
 	$(BIN)/python -m research.jobs.table $(OUT)/data --scores $(OUT)/*/results.json --bench $(OUT)/bench.json --output $(OUT)
 	$(BIN)/python -m research.jobs.ask $(OUT)/home $(OUT)/data/test.jsonl "$(REQUEST)"
+
+# The documents as pages, in build/site/html. mkdocs has an environment of its own. Broken links are errors.
+SITE := build/site
+
+$(SITE)/.installed: pyproject.toml
+	@$(PYTHON) -m venv $(SITE)/venv
+	@$(SITE)/venv/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
+	@$(SITE)/venv/bin/python -m pip install --quiet --group docs .
+	@npm pack --silent --pack-destination $(SITE) iframe-worker@1.0.4 && tar xzf $(SITE)/iframe-worker-1.0.4.tgz -C $(SITE)
+	@touch $@
+
+site: $(SITE)/.installed
+	@$(SITE)/venv/bin/python -m pip install --quiet --no-deps --force-reinstall .
+	$(SITE)/venv/bin/python tests/tools/site_pages.py $(SITE)/pages
+	@mkdir $(SITE)/pages/assets && cp $(SITE)/package/shim/index.js $(SITE)/pages/assets/iframe-worker.js
+	NO_MKDOCS_2_WARNING=1 $(SITE)/venv/bin/mkdocs build --strict --quiet
 
 # The program that efficientllm-bench --device adb pushes to a phone.
 android-runner: install

@@ -30,6 +30,7 @@ def build_parser() -> flags.Parser:
         BenchOptions,
         ProfileOptions,
         prog="efficientllm-bench",
+        examples=("bench small-gguf other-gguf --json laptop.json", "bench small-gguf --device ssh://pi@raspberrypi"),
         description="Measure artefacts on this machine, a board or a phone: bytes, load time, time to first token, "
         "prefill (pp) and decode (tg) speed as llama-bench names them, memory, temperature and energy.",
     )

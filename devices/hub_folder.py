@@ -340,6 +340,7 @@ def build_parser() -> flags.Parser:
     parser = flags.Parser(
         CardSettings,
         prog="efficientllm-hub",
+        examples=("hub hub/small small-gguf", "hub hub/small small-gguf small-onnx --bench laptop.json"),
         description="Write a folder for a repository of a model hub: files under the names that programs expect, and "
         "a card with the figures. Nothing is uploaded.",
     )

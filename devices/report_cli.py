@@ -19,6 +19,7 @@ TERMINAL_COLUMNS = ("artefact", "device", "decode t/s", "prefill t/s", "on disk"
 def build_parser() -> flags.Parser:
     parser = flags.Parser(
         prog="efficientllm-report",
+        examples=("report laptop.json phone.json", "report laptop.json phone.json --html results.html"),
         description="Put results of efficientllm-bench, from any number of devices, side by side.",
     )
     parser.add_argument("results", nargs="+", metavar="JSON", help="file written by efficientllm-bench --json")

@@ -89,6 +89,10 @@ def build_parser() -> ExportParser:
     parser = ExportParser(
         ImportOptions,
         prog="efficientllm-export",
+        examples=(
+            "export runs/small --target gguf --quantize q4_0 --output small-gguf",
+            "export runs/small --target onnx --quantize int8 --output small-onnx",
+        ),
         description="Write a checkpoint as a file that stock runtimes load, and verify it against torch.",
         epilog="%(prog)s --target TARGET --help lists the flags of one target.",
     )

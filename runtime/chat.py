@@ -37,6 +37,10 @@ def build_parser() -> flags.Parser:
         ChatSampling,
         EngineOptions,
         prog="efficientllm-chat",
+        examples=(
+            'chat demo "Write one sentence about the sea."',
+            "chat small-gguf --temperature 0.7 --max-tokens 100",
+        ),
         description="Chat with an exported model. With a prompt or a pipe it answers once, otherwise interactively.",
     )
     parser.add_argument("artefact", help=ARTEFACT_HELP)

@@ -135,8 +135,11 @@ SHELLS = {"bash": bash, "zsh": zsh, "fish": fish}
 def build_parser() -> flags.Parser:
     parser = flags.Parser(
         prog="efficientllm completion",
+        examples=(
+            "completion bash > ~/.local/share/bash-completion/completions/efficientllm",
+            "completion fish > ~/.config/fish/completions/efficientllm.fish",
+        ),
         description="Print a script that completes the commands and flags of efficientllm.",
-        epilog="bash: efficientllm completion bash > ~/.local/share/bash-completion/completions/efficientllm",
     )
     parser.add_argument("shell", choices=SHELLS, help="shell to print the script for")
     return parser

@@ -250,6 +250,7 @@ def lines_of(found: Mapping[str, Any]) -> list[str]:
 def build_parser() -> flags.Parser:
     parser = flags.Parser(
         prog="efficientllm doctor",
+        examples=("doctor", "doctor --json"),
         description="Show this machine, the installed packages, the engines that load, and the missing extras.",
     )
     parser.add_argument("--json", action="store_true", help="print the same as JSON")

@@ -26,6 +26,10 @@ def build_parser() -> flags.Parser:
         SamplingDefaults,
         EngineOptions,
         prog="efficientllm-serve",
+        examples=(
+            "serve small-gguf --port 8000",
+            "serve --model small=small-gguf --model big=big.gguf --max-memory 2GB",
+        ),
         description="Serve exported models to any OpenAI client, with a chat page at /.",
     )
     parser.add_argument("artefact", nargs="?", help=f"{ARTEFACT_HELP}; see also --model")

@@ -77,6 +77,7 @@ def build_parser() -> flags.Parser:
     parser = flags.Parser(
         WebServerOptions,
         prog="efficientllm-serve-web",
+        examples=("serve-web small-web", "serve-web small-web --port 8080"),
         description="Serve a folder of efficientllm-export --target web with the headers that isolate its page.",
     )
     parser.add_argument("folder", help="folder written by efficientllm-export --target web")

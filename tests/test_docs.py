@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import ast
 import gzip
+import importlib
 import re
 import shlex
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import prose
 import pytest
+import site_pages
 from serving import serve
 
 from efficientllm.devices.cli import build_parser as bench_parser
 from efficientllm.devices.hub_folder import build_parser as hub_parser
 from efficientllm.devices.report_cli import build_parser as report_parser
 from efficientllm.export.cli import build_parser as export_parser
-from efficientllm.export.targets import load_exporter
+from efficientllm.export.targets import known_targets, load_exporter
 from efficientllm.runtime.base.child import run_python
 from efficientllm.runtime.chat import build_parser as chat_parser
+from efficientllm.runtime.command_line import COMMANDS
 from efficientllm.runtime.engines.engine import EngineOptions
 from efficientllm.server.cli import build_parser as serve_parser
 from efficientllm.server.models.pool import ModelPool
@@ -123,6 +127,32 @@ def test_the_plug_in_of_the_architecture_page_is_the_one_that_is_tested() -> Non
 def test_the_page_of_commands_shows_each() -> None:
     shown = {words[0] for words in commands(ROOT / "docs" / "commands.md")}
     assert shown == set(PARSERS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_reference_has_each_flag_and_two_examples_that_parse(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", sys.argv)
+    page, parser = site_pages.command_page(name), site_pages.parser_of(name)
+    assert all(f"`{flag}" in page or f", {flag}" in page for flag in parser._option_string_actions)
+    assert len(parser.examples) == 2
+    for program, command, *arguments in map(shlex.split, parser.examples):
+        assert (program, command) == ("efficientllm", name)
+        assert site_pages.parser_of(name).parse(arguments[: arguments.index(">")] if ">" in arguments else arguments)
+
+
+def test_the_reference_has_the_names_for_programs_and_each_target() -> None:
+    page = site_pages.python_page()
+    for package in site_pages.PACKAGES:
+        for name in importlib.import_module(f"efficientllm.{package}").__all__:
+            assert name == "__version__" or f"### {name}\n" in page
+    assert all(f"## --target {target}\n" in site_pages.command_page("export") for target in known_targets())
+
+
+def test_the_site_has_every_document() -> None:
+    named = re.findall(r": ((?:docs|research)/[\w/.-]+)$", (ROOT / "mkdocs.yml").read_text("utf-8"), re.MULTILINE)
+    assert {f"docs/{page.name}" for page in DOCUMENTS[1:]} <= set(named)
+    for name in named:
+        assert (ROOT / name).is_file() or name.startswith("docs/reference/"), name
 
 
 def test_readme_is_short_and_starts_with_a_command() -> None:

@@ -26,6 +26,10 @@ def build_parser() -> flags.Parser:
     parser = flags.Parser(
         TrainConfig,
         prog="efficientllm-train",
+        examples=(
+            "train --preset job --data train.jsonl --output runs/job",
+            "train --preset recover --source demo --data notes/ --target-ratio 0.8 --output runs/small",
+        ),
         description="Prune a pretrained language model while it goes on pretraining (EfficientLLM, arXiv 2502.06663).",
         epilog="Settings are taken from the preset, then from --config, then from flags; --resume --output RUN takes "
         "what is left out from the run.",

@@ -36,14 +36,17 @@ T = TypeVar("T")
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that raises UsageError instead of printing its usage and exiting."""
 
-    def __init__(self, *sections: type, **options: Any) -> None:
+    def __init__(self, *sections: type, examples: Sequence[str] = (), **options: Any) -> None:
         """Add the flags of the dataclasses `sections`, `--debug` and `--version`.
+
+        The help ends with `examples`, which are arguments of `efficientllm`.
 
         `efficientllm VERB` puts its own name into sys.argv[0]; help and errors then show it instead of `prog`.
         """
         if sys.argv[0].startswith("efficientllm "):
             options["prog"] = sys.argv[0]
         super().__init__(formatter_class=_HelpFormatter, **options)
+        self.examples = tuple(f"efficientllm {example}" for example in examples)
         self.add_argument("--debug", action="store_true", help="show tracebacks")  # run_command removes it from argv
         self.add_argument("--version", action="version", version=f"efficientllm {version('efficientllm')}")
         for section in sections:
@@ -58,6 +61,11 @@ class Parser(argparse.ArgumentParser):
         values = vars(namespace)
         del values["debug"]
         return values
+
+    def format_help(self) -> str:
+        """Return the help with the examples at the end."""
+        examples = "".join(f"  {example}\n" for example in self.examples)
+        return super().format_help() + (f"\nexamples:\n{examples}" if examples else "")
 
     def error(self, message: str) -> NoReturn:
         """Raise UsageError with `message`."""

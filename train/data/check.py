@@ -191,6 +191,7 @@ def build_parser() -> flags.Parser:
     parser = flags.Parser(
         CheckConfig,
         prog="efficientllm-data",
+        examples=("data check train.jsonl --test test.jsonl", "data check notes/ --source runs/small"),
         description="Show how training reads files of examples: forms, lengths, repetitions, and five examples with "
         "the learned text marked. Exit code 2 if a record is refused.",
     )

@@ -188,6 +188,10 @@ def build_parser() -> flags.Parser:
     parser = flags.Parser(
         CorpusConfig,
         prog="efficientllm-corpus",
+        examples=(
+            "corpus corpus.jsonl.gz --data notes/",
+            "corpus corpus.jsonl.gz --data web.jsonl:0.7 --data books/:0.3 --max-bytes 100MB",
+        ),
         description="Write one file of documents, for --data of efficientllm-train, from folders, files and hub "
         "datasets. They are mixed by their weights, and each text is written once.",
     )

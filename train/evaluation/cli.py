@@ -167,6 +167,7 @@ def build_parser() -> flags.Parser:
     parser = flags.Parser(
         EvalConfig,
         prog="efficientllm-eval",
+        examples=("eval small-gguf --compare runs/small", "eval job --task test.jsonl --metric call"),
         description="Measure perplexity, zero-shot accuracy or a job of a model folder or an exported artefact.",
     )
     parser.add_argument(

@@ -68,6 +68,10 @@ def build_parser() -> flags.Parser:
     parser = flags.Parser(
         PlanConfig,
         prog="efficientllm-plan",
+        examples=(
+            "plan demo --device-profile phone.json --target 0.67x,0.5x",
+            "plan demo --run runs/short --run runs/longer --within 1.1",
+        ),
         description="Before training: what each kind of group costs on measured devices and what a target in "
         "milliseconds leaves (--device-profile), or how many tokens a quality takes (--run).",
     )

@@ -189,6 +189,7 @@ def build_parser() -> flags.Parser:
     parser = flags.Parser(
         FitConfig,
         prog="efficientllm-fit",
+        examples=("fit demo --max-bytes 62MB", "fit demo --max-bytes 80MB --max-ms 20 --device-profile phone.json"),
         description="Propose the best file of a source for a budget of bytes, and of time, by measured files.",
     )
     parser.add_argument(
