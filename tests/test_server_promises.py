@@ -502,6 +502,20 @@ def test_answers_that_outlast_the_grace_end_with_a_reason(artefact: Path) -> Non
         assert json.loads(last.removeprefix("data: "))["error"]["message"] == "the server stops"
 
 
+def test_a_service_of_systemd_says_when_it_is_ready_and_when_it_stops(
+    artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        manager.settimeout(60)
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+        with stopping_server(artefact) as (server, address):
+            assert manager.recv(64) == b"READY=1"
+            assert httpx.get(f"{address}/health").status_code == 200
+            server.send_signal(signal.SIGTERM)
+            assert manager.recv(64) == b"STOPPING=1"
+
+
 def test_a_server_that_stops_does_not_wait_for_a_grammar(artefact: Path) -> None:
     patterns = [{"type": "string", "pattern": f"^[a-z]{{1,{n}}}x[0-9]{{2,50}}$"} for n in range(50, 90)]
     schema = {"allOf": patterns}  # what all of them match takes half a minute to find

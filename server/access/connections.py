@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 import socket
 from collections.abc import Callable
 from typing import Any
@@ -94,6 +96,14 @@ def limited_protocol(max_connections: int, timeout: float) -> type[H11Protocol]:
     return LimitedProtocol
 
 
+def notify_systemd(state: str) -> None:
+    """Send READY=1 or STOPPING=1 to systemd, if it started the server as a service of Type=notify."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if address:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender, contextlib.suppress(OSError):
+            sender.sendto(state.encode(), address.replace("@", "\0", 1) if address.startswith("@") else address)
+
+
 class GracefulServer(uvicorn.Server):
     """uvicorn's server with a grace period for answers in progress. uvicorn itself cancels them in mid-response."""
 
@@ -103,7 +113,13 @@ class GracefulServer(uvicorn.Server):
         super().__init__(uvicorn.Config(app, timeout_graceful_shutdown=timeout, **settings))
         self._end_answers, self._grace_seconds = end_answers, grace_seconds
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            notify_systemd("READY=1")
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        notify_systemd("STOPPING=1")
         timer = asyncio.get_running_loop().call_later(self._grace_seconds, self._end_answers)
         try:
             await super().shutdown(sockets)
