@@ -10,13 +10,18 @@ from tiny import tiny_architecture, tiny_model
 
 from efficientllm.runtime.base.errors import UsageError
 from efficientllm.train.model.architecture import LayerShape
-from efficientllm.train.pruning.activation import (
+from efficientllm.train.pruning.activation import ActivationScores, GateScores
+from efficientllm.train.pruning.criteria import (
     ACTIVATION_CRITERIA,
-    ActivationScores,
-    GateScores,
+    CRITERIA,
+    OTHERS,
+    TOKEN_FISHER,
+    ActivationCriterion,
     Moments,
+    criterion_named,
+    is_energy,
+    register_criterion,
 )
-from efficientllm.train.pruning.criteria import CRITERIA, OTHERS, RANDOM, TOKEN_FISHER, criterion_named
 from efficientllm.train.pruning.plan import make_tracker
 from efficientllm.train.pruning.running_scores import RandomScores
 from efficientllm.train.pruning.saliency import FOLDS, SaliencyTracker
@@ -175,7 +180,9 @@ def test_average_decays_per_step() -> None:
 
 
 def test_unknown_criterion_lists_the_known_ones() -> None:
-    with pytest.raises(UsageError, match=f"--saliency best: unknown; known: {', '.join((*CRITERIA, *OTHERS))}"):
+    with pytest.raises(
+        UsageError, match=f"--saliency best: unknown; known: {', '.join((*CRITERIA, *ACTIVATION_CRITERIA, *OTHERS))}"
+    ):
         criterion_named("best")
 
 
@@ -283,8 +290,18 @@ def test_activation_criteria_do_not_rank_the_stem() -> None:
         ActivationScores("flap", ("ffn", "stem"), tiny_architecture(), 0.9, lambda tensors: None)
 
 
-def test_activation_criteria_are_listed() -> None:
-    assert set(OTHERS) == {TOKEN_FISHER, RANDOM, *ACTIVATION_CRITERIA}
+def test_a_criterion_of_activations_is_a_plug_in() -> None:
+    register_criterion("mean-square", ActivationCriterion(lambda x, _: x.squares / x.count, is_energy=True))
+    try:
+        assert is_energy("mean-square")
+        assert isinstance(make_tracker("mean-square", ("ffn",), tiny_architecture(), 0.0), ActivationScores)
+        model = tiny_model(tiny_architecture())
+        inputs: list[torch.Tensor] = []
+        model.model.layers[0].mlp.down_proj.register_forward_pre_hook(lambda m, a: inputs.append(a[0].flatten(0, 1)))
+        found = watched("mean-square", ("ffn",), model).scores["ffn"][0]
+        torch.testing.assert_close(found, torch.cat(inputs)[: TOKENS.numel()].square().mean(0).detach())
+    finally:
+        del ACTIVATION_CRITERIA["mean-square"]
 
 
 def test_gates_see_no_stem_whose_norms_stand_behind_the_blocks() -> None:

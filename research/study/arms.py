@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from efficientllm.train.config.sections import TrainConfig
+from efficientllm.train.pruning.criteria import uses_gradient
 
 ONE_SHOT_AT = 0.05
 """Share of the tokens at which one-shot pruning happens: until then its saliency is averaged, as long as the
@@ -127,3 +128,15 @@ ARMS: dict[str, Arm] = {
     "scratch": Arm("same shape from scratch", (_unpruned,), shape_of=TAYLOR1),
 }
 """In the order they run; every arm sees the same tokens in the same order."""
+
+ONE_SHOT = "one-shot-"
+
+
+def add_arm(name: str) -> bool:
+    """Tell whether there is an arm of this name. one-shot-CRITERION becomes one for every criterion of --saliency."""
+    criterion = name.removeprefix(ONE_SHOT)
+    if name not in ARMS and criterion != name:
+        uses_gradient(criterion)  # UsageError where it is unknown
+        changes = (_one_shot, _pruning(saliency=criterion), _distilled)
+        ARMS[name] = Arm(f"one-shot {criterion}, then the same loss", changes, is_repeated=True)
+    return name in ARMS

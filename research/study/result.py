@@ -14,7 +14,7 @@ from efficientllm.runtime.engines.contract_text import ALL_TEXTS
 from efficientllm.train.evaluation.evaluate import Evaluation
 from efficientllm.train.model.architecture import Architecture
 
-from .arms import ARMS
+from .arms import ARMS, add_arm
 from .overlap import Survivors
 
 
@@ -74,6 +74,7 @@ class StudyResult:
         shape = values.get("architecture")
         values["architecture"] = Architecture.from_dict(shape) if shape is not None else None
         values["evaluation"] = Evaluation.from_dict(values["evaluation"])
+        add_arm(values["arm"])
         return cls(**values)
 
 

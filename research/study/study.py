@@ -32,7 +32,7 @@ from efficientllm.train.request import data_specs
 from efficientllm.train.run import run_training
 from efficientllm.train.run_text import extra_windows
 
-from .arms import ARMS, Arm
+from .arms import ARMS, Arm, add_arm
 from .depth import best_contiguous
 from .result import StudyResult
 
@@ -61,7 +61,8 @@ class StudyConfig:
     workload: str = "depth=512"
     """What is timed there: prompt=256,answer=128 (tokens) a whole answer, depth=512 one token after 512."""
     arms: tuple[str, ...] = flags.comma_separated(*(name for name, arm in ARMS.items() if not arm.is_for_device))
-    """Arms to run, comma-separated; those that rank by milliseconds (latency, latency-blocks) need --device-profile."""
+    """Arms to run, comma-separated; those that rank by milliseconds (latency, latency-blocks) need --device-profile.
+    one-shot-CRITERION runs any criterion of --saliency, plug-ins included."""
     seeds: int = flags.number(1, at_least=1)
     """Seeds of the arms that are repeated; the others run with the first."""
     batch_size: int = 4
@@ -98,7 +99,7 @@ class StudyConfig:
     def __post_init__(self) -> None:
         flags.check_fields(self)
         for name in self.arms:
-            flags.require(self, "arms", name in ARMS, not_one_of(name, ARMS), value=name)
+            flags.require(self, "arms", add_arm(name), not_one_of(name, ARMS), value=name)
             needs = ARMS[name].is_for_device and not self.device_profile
             flags.require(self, "arms", not needs, "needs --device-profile", value=name)
         self._check_ranking_profiles()

@@ -12,6 +12,7 @@ from tiny import tiny_architecture
 
 from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.base.errors import UsageError
+from efficientllm.train.config.sections import TrainConfig
 from efficientllm.train.model.architecture import Architecture, LayerShape, training_flops
 from efficientllm.train.pruning.measures import PARAMETERS
 from research.study.arms import ARMS
@@ -166,6 +167,19 @@ def test_arms_for_a_device_end_at_the_same_time(arguments: list[str], source_fol
     assert "predicted ms" in text
     assert "Groups ranked for another device" in text
     assert text.count("| other |") == 2
+
+
+def test_every_criterion_is_an_arm() -> None:
+    name = "one-shot-random"
+    assert name not in ARMS
+    config = StudyConfig(arms=("taylor1", name), keep=("0.5",))
+    try:
+        assert [job.name for job in jobs(config)] == ["0.5/taylor1-s0", f"0.5/{name}-s0"]
+        assert ARMS[name].configure(TrainConfig()).pruning.saliency == "random"
+    finally:
+        del ARMS[name]
+    with pytest.raises(UsageError, match="--saliency nothing: unknown; known: taylor1"):
+        StudyConfig(arms=("one-shot-nothing",))
 
 
 def test_arms_for_a_device_need_one() -> None:

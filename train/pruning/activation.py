@@ -20,7 +20,6 @@ their roots.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,7 +30,7 @@ from ..compute.distributed import MeanOverRanks, full, single_rank
 from ..model.architecture import Architecture
 from ..model.groups import counts
 from ..model.tensors import is_stem_norm
-from .criteria import TOKEN_FISHER
+from .criteria import ACTIVATION_CRITERIA, TOKEN_FISHER, Moments
 from .running_scores import RunningScores
 
 READERS = ("self_attn.o_proj", "mlp.down_proj")
@@ -122,49 +121,8 @@ class ReaderScores(RunningScores):
         return scores
 
 
-@dataclass
-class Moments:
-    """Sums over tokens of one matrix's inputs, fp32 [C]."""
-
-    count: int
-    total: Tensor
-    absolute: Tensor
-    squares: Tensor
-
-    @classmethod
-    def of(cls, inputs: Tensor) -> Moments:
-        """Compute the sums of inputs [..., C]."""
-        x = inputs.detach().flatten(0, -2).float()
-        return cls(len(x), x.sum(0), x.abs().sum(0), x.square().sum(0))
-
-    def __add__(self, other: Moments) -> Moments:
-        return Moments(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
-
-
-def _flap(moments: Moments, weight: Tensor) -> Tensor:
-    variance = moments.squares / moments.count - (moments.total / moments.count).square()
-    scores = variance.clamp(min=0) * weight.square().sum(0)
-    return scores / scores.mean().clamp(min=torch.finfo(torch.float32).tiny)
-
-
-def _wanda(moments: Moments, weight: Tensor) -> Tensor:
-    return (moments.squares / moments.count).sqrt() * weight.abs().sum(0)
-
-
-def _minitron(moments: Moments, weight: Tensor) -> Tensor:
-    return moments.absolute / moments.count
-
-
-ACTIVATION_CRITERIA: dict[str, Callable[[Moments, Tensor], Tensor]] = {
-    "flap": _flap,
-    "wanda": _wanda,
-    "minitron": _minitron,
-}
-"""(moments of the inputs, weight [H, C]) -> scores of the channels, fp32 [C]."""
-
-
 class ActivationScores(ReaderScores):
-    """Scores by one of ACTIVATION_CRITERIA, from the forward passes of training."""
+    """Scores by an ActivationCriterion, from the forward passes of training."""
 
     def __init__(
         self,
@@ -186,7 +144,7 @@ class ActivationScores(ReaderScores):
     def pop_scores(self) -> dict[str, Tensor]:
         found = {}
         for name, moments in self._moments.items():
-            channels = self.criterion(moments, full(self.weights[name].detach()).float())
+            channels = self.criterion.score(moments, full(self.weights[name].detach()).float())
             found[name] = self.sum_channels(name, channels)
         self._moments = {}
         return found

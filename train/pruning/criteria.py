@@ -7,9 +7,10 @@ piece of a group. The sums become the piece's score, and the pieces' scores add 
 from __future__ import annotations
 
 import importlib.metadata
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, ClassVar, TypeAlias
 
 from ...runtime.base.errors import UsageError
 from ...runtime.base.quantities import unknown_name
@@ -39,6 +40,43 @@ class Criterion:
     False suits scores that are linear in the weights."""
 
 
+@dataclass
+class Moments:
+    """Sums over tokens of one matrix's inputs, fp32 [C]."""
+
+    count: int
+    total: Tensor
+    absolute: Tensor
+    squares: Tensor
+
+    @classmethod
+    def of(cls, inputs: Tensor) -> Moments:
+        """Compute the sums of inputs [..., C]."""
+        x = inputs.detach().flatten(0, -2).float()
+        return cls(len(x), x.sum(0), x.abs().sum(0), x.square().sum(0))
+
+    def __add__(self, other: Moments) -> Moments:
+        return Moments(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+
+
+@dataclass(frozen=True)
+class ActivationCriterion:
+    """One formula of scores from the inputs of o_proj and down_proj. It ranks heads and FFN channels, not the stem."""
+
+    score: Callable[[Moments, Tensor], Tensor]
+    """(sums over the tokens of a step, weight [H, C]) -> scores of the C input channels, fp32. A head's score is the
+    sum over its channels."""
+    is_energy: bool = False
+    """As in Criterion."""
+    uses_gradient: ClassVar[bool] = False
+
+
+def _flap(moments: Moments, weight: Tensor) -> Tensor:
+    variance = moments.squares / moments.count - (moments.total / moments.count).square()
+    scores = variance.clamp(min=0) * weight.square().sum(0)
+    return scores / scores.mean().clamp(min=sys.float_info.min)
+
+
 CRITERIA: dict[str, Criterion] = {
     # |sum g w|: first-order change of the loss (Molchanov et al. 2019, arXiv 1906.10771, eq. 8 before squaring).
     "taylor1": Criterion(lambda w, g: (g * w,), lambda first: first.abs()),
@@ -59,10 +97,20 @@ CRITERIA: dict[str, Criterion] = {
     "magnitude": Criterion(lambda w, g: (w.square(),), lambda squares: squares, uses_gradient=False, is_energy=True),
 }
 
+ACTIVATION_CRITERIA: dict[str, ActivationCriterion] = {
+    "flap": ActivationCriterion(_flap, is_energy=True),
+    "wanda": ActivationCriterion(lambda x, w: (x.squares / x.count).sqrt() * w.abs().sum(0)),
+    "minitron": ActivationCriterion(lambda x, w: x.absolute / x.count),
+}
+"""Sources of the formulas are in activation.py."""
 
-def register_criterion(name: str, criterion: Criterion) -> None:
+
+def register_criterion(name: str, criterion: Criterion | ActivationCriterion) -> None:
     """Register `criterion` as `--saliency name`."""
-    CRITERIA[name] = criterion
+    if isinstance(criterion, Criterion):
+        CRITERIA[name] = criterion
+    else:
+        ACTIVATION_CRITERIA[name] = criterion
 
 
 ENTRY_POINT_GROUP = "efficientllm.criteria"
@@ -71,11 +119,11 @@ ENTRY_POINT_GROUP = "efficientllm.criteria"
 
 TOKEN_FISHER = "token-fisher"
 RANDOM = "random"
-OTHERS = (TOKEN_FISHER, RANDOM, "flap", "wanda", "minitron")
-"""Values of `--saliency` that are not sums over weights (see activation.py and running_scores.py)."""
+OTHERS = (TOKEN_FISHER, RANDOM)
+"""Values of `--saliency` that are no criterion of the registry (see activation.py and running_scores.py)."""
 
 
-def criterion_named(name: str) -> Criterion:
+def criterion_named(name: str) -> Criterion | ActivationCriterion:
     """Return a criterion of the registry or of an installed plug-in. Raises UsageError with the known names."""
     plugins = importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)
     for plugin in plugins.select(name=name):
@@ -83,13 +131,13 @@ def criterion_named(name: str) -> Criterion:
             criterion = plugin.load()
         except (ImportError, AttributeError) as error:
             raise UsageError(f"--saliency {name}: its plug-in, {plugin.value}, cannot be loaded: {error}") from error
-        if not isinstance(criterion, Criterion):
-            raise UsageError(f"--saliency {name}: its plug-in, {plugin.value}, is not a Criterion")
+        if not isinstance(criterion, Criterion | ActivationCriterion):
+            raise UsageError(f"--saliency {name}: its plug-in, {plugin.value}, is no Criterion or ActivationCriterion")
         register_criterion(name, criterion)
-    if name not in CRITERIA:
-        known = dict.fromkeys([*CRITERIA, *OTHERS, *(plugin.name for plugin in plugins)])
-        raise unknown_name("--saliency", name, known)
-    return CRITERIA[name]
+    known = CRITERIA | ACTIVATION_CRITERIA
+    if name not in known:
+        raise unknown_name("--saliency", name, dict.fromkeys([*known, *OTHERS, *(plugin.name for plugin in plugins)]))
+    return known[name]
 
 
 def uses_gradient(name: str) -> bool:
@@ -99,4 +147,4 @@ def uses_gradient(name: str) -> bool:
 
 def is_energy(name: str) -> bool:
     """Tell whether the scores of `--saliency name` are squares of changes. Raises UsageError if it is unknown."""
-    return name in (TOKEN_FISHER, "flap") or (name not in OTHERS and criterion_named(name).is_energy)
+    return name == TOKEN_FISHER or (name not in OTHERS and criterion_named(name).is_energy)

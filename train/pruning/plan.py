@@ -16,8 +16,8 @@ from ..model.file_types import irregular_gguf
 from ..model.groups import KINDS
 from ..vocabulary.frequency import with_parts
 from ..vocabulary.pieces import Pieces
-from .activation import ACTIVATION_CRITERIA, ActivationScores, GateScores
-from .criteria import RANDOM, TOKEN_FISHER, criterion_named
+from .activation import ActivationScores, GateScores
+from .criteria import RANDOM, TOKEN_FISHER, ActivationCriterion, criterion_named
 from .measures import PARAMETERS, DeviceTime, Measure, bytes_of_file
 from .running_scores import RandomScores, RunningScores
 from .saliency import SaliencyTracker
@@ -121,9 +121,10 @@ def make_tracker(
         return RandomScores(kinds, architecture, decay, seed)
     if name == TOKEN_FISHER:
         return GateScores(kinds, architecture, decay, mean_over_ranks)
-    if name in ACTIVATION_CRITERIA:
+    criterion = criterion_named(name)
+    if isinstance(criterion, ActivationCriterion):
         return ActivationScores(name, kinds, architecture, decay, mean_over_ranks)
-    return SaliencyTracker(criterion_named(name), kinds, architecture, decay, mean_over_ranks)
+    return SaliencyTracker(criterion, kinds, architecture, decay, mean_over_ranks)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
-"""`--saliency fourth-power`: what a sum of squares says, with more weight on the few large weights of a group."""
+"""`--saliency fourth-power` prefers groups with few large weights, and `largest-mean` sees activations."""
 
 from __future__ import annotations
 
-from efficientllm.train.pruning.criteria import Criterion
+from efficientllm.train.pruning.criteria import ActivationCriterion, Criterion
 
 FOURTH_POWER = Criterion(lambda weight, gradient: (weight.square().square(),), lambda sums: sums, uses_gradient=False)
+LARGEST_MEAN = ActivationCriterion(lambda inputs, weight: (inputs.total / inputs.count).abs() * weight.abs().amax(0))
