@@ -6,6 +6,7 @@ It serves servers without support for irregular shapes.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,33 +38,47 @@ class HfUniformOptions(VerifyOptions):
 
 def export_hf_uniform(checkpoint: Checkpoint, request: ExportRequest[HfUniformOptions], folder: Path) -> None:
     """Write the padded model into `folder` and compare its logits with the checkpoint's (within 1e-4)."""
-    from safetensors.numpy import save_file
-
-    before = checkpoint.architecture
-    after = stock_architecture(checkpoint)
-    tensors = to_stock(_stored_gains(checkpoint, after), after, np.stack)
-    tensors = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
-    require_room(folder / MODEL_FILE, sum(tensor.nbytes for tensor in tensors.values()))
-    save_file(tensors, folder / MODEL_FILE, metadata={"format": "pt"})
-    write_config(uniform_config(checkpoint, after), folder)
-    files = [MODEL_FILE, "config.json", *copy_tokenizer(checkpoint, folder)]
-    mend_tokenizer_config(folder)
-    if (checkpoint.folder / "generation_config.json").is_file():
-        shutil.copy(checkpoint.folder / "generation_config.json", folder)
-        files.append("generation_config.json")
+    before, after = checkpoint.architecture, stock_architecture(checkpoint)
     layer = after.layers[0]
     request.say(
         f"padded to {layer.num_attention_heads} query heads, {layer.num_key_value_heads} key/value heads, "
         f"FFN {layer.intermediate_size}, hidden {after.hidden_size} in every layer: "
         f"{before.num_parameters:,} -> {after.num_parameters:,} parameters"
     )
-    verification = _verify(checkpoint, request, folder) if request.options.verify else {}
+    write_model(checkpoint, request, folder, after, uniform_config(checkpoint, after), torch_logits)
+
+
+def write_model(
+    checkpoint: Checkpoint,
+    request: ExportRequest[Any],
+    folder: Path,
+    after: Architecture,
+    config: dict[str, Any],
+    read_logits: Callable[[Path, list[int]], np.ndarray],
+) -> None:
+    """Write the checkpoint's function in shape `after` under the stock names, with `config` as config.json.
+
+    `read_logits(folder, tokens)` gives the logits of the written model, which are compared with the checkpoint's.
+    """
+    from safetensors.numpy import save_file
+
+    tensors = to_stock(_stored_gains(checkpoint, after), after, np.stack)
+    tensors = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+    require_room(folder / MODEL_FILE, sum(tensor.nbytes for tensor in tensors.values()))
+    save_file(tensors, folder / MODEL_FILE, metadata={"format": "pt"})
+    write_config(config, folder)
+    files = [MODEL_FILE, "config.json", *copy_tokenizer(checkpoint, folder)]
+    mend_tokenizer_config(folder)
+    if (checkpoint.folder / "generation_config.json").is_file():
+        shutil.copy(checkpoint.folder / "generation_config.json", folder)
+        files.append("generation_config.json")
+    verification = _verify(checkpoint, request, folder, read_logits) if request.options.verify else {}
     contents = Contents(
         engine="transformers",  # no engine of ours: chat, server and bench say so
-        files=files,
+        files=files + [path.name for path in folder.glob("*.py")],
         quantization="f32",
         weight_bytes=sum(array.nbytes for array in tensors.values()),
-        layout=f"transformers {after.parts.stock_class}",
+        layout=f"transformers {config['architectures'][0]}",
         verification=verification,
     )
     write_manifest(checkpoint, request, folder, contents)
@@ -102,13 +117,18 @@ def uniform_config(checkpoint: Checkpoint, after: Architecture) -> dict[str, Any
 
 
 def _verify(
-    checkpoint: Checkpoint, request: ExportRequest[HfUniformOptions], folder: Path
+    checkpoint: Checkpoint,
+    request: ExportRequest[Any],
+    folder: Path,
+    read_logits: Callable[[Path, list[int]], np.ndarray],
 ) -> dict[str, dict[str, object]]:
-    """Compare the padded model with the checkpoint, both in torch."""
+    """Compare the written model with the checkpoint, both in torch."""
     sample = torch_sample(checkpoint)
-    agreement = compare_logits(sample.logits, torch_logits(folder, sample.tokens), sample.tokens)
+    agreement = compare_logits(sample.logits, read_logits(folder, sample.tokens), sample.tokens)
     difference = agreement.max_logit_difference
     request.say(f"verified: logits differ by at most {difference:.1e} over {agreement.tokens} tokens")
     if not difference <= MAX_LOGIT_DIFFERENCE:  # NaN is no agreement
-        raise ArtefactError(f"hf-uniform: logits differ by {difference:.1e}, more than {MAX_LOGIT_DIFFERENCE:.0e}")
+        raise ArtefactError(
+            f"the written model: logits differ by {difference:.1e}, more than {MAX_LOGIT_DIFFERENCE:.0e}"
+        )
     return {"exact": agreement.to_dict()}

@@ -40,6 +40,7 @@ EXPORTERS = {
     "onnx": "efficientllm.export.onnx.exporter:EXPORTER",
     "executorch": "efficientllm.export.executorch.exporter:EXPORTER",
     "hf-uniform": "efficientllm.export.hf_uniform:EXPORTER",
+    "hf": "efficientllm.export.hf_blocks:EXPORTER",
     "web": "efficientllm.export.web.exporter:EXPORTER",
     "android": "efficientllm.export.phone.exporter:ANDROID",
     "ios": "efficientllm.export.phone.exporter:IOS",
