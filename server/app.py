@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 from ..runtime.sampling import SamplingDefaults
 from .access.guard import LOCAL_HOSTS, Guard
 from .access.log import AccessLog
+from .anthropic import AnthropicEndpoints, anthropic_error
 from .endpoints import Endpoints
 from .models.metrics import Metrics
 from .models.pool import ModelPool
@@ -58,6 +59,7 @@ def create_app(
     endpoints = Endpoints(pool, metrics, options, sampling or SamplingDefaults())
     app.include_router(endpoints.router)
     app.include_router(OllamaEndpoints(endpoints, pool).router)
+    app.include_router(AnthropicEndpoints(endpoints).router)
     _complete_document(app, () if options.keys else pool.artefacts)  # the document needs no key
     app.get("/docs", include_in_schema=False)(lambda: reference_page(app.openapi()))
     return app
@@ -81,14 +83,17 @@ def _complete_document(app: FastAPI, models: Iterable[str]) -> None:
 
 
 def _add_error_handlers(app: FastAPI, metrics: Metrics) -> None:
-    """Answer every error in the shape of OpenAI's or Ollama's API and count it."""
+    """Answer every error in the shape of OpenAI's, Ollama's or Anthropic's API and count it."""
 
     def refuse(request: Request, error: APIError) -> JSONResponse:
         route = request.scope.get("route")  # a label is the route's pattern, not the path that the client sent
         metrics.count_request(error.status, route.path if route else "other")
         headers = {"Retry-After": "1"} if error.status in (429, 503) else None
-        is_ollama = request.url.path.startswith("/api/")
-        body = {"error": error.body["error"]["message"]} if is_ollama else error.body
+        body = error.body
+        if request.url.path.startswith("/api/"):
+            body = {"error": error.body["error"]["message"]}
+        elif request.url.path.startswith("/v1/messages"):
+            body = anthropic_error(error)
         return JSONResponse(body, error.status, headers)
 
     @app.exception_handler(APIError)

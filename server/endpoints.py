@@ -146,7 +146,7 @@ class Endpoints:
             bos = engine.tokenize(bos_text, special=True) if bos_text else []
             return Tokenized(tokens=bos + engine.tokenize(request.content, special=request.parse_special))
 
-        return await self.until_disconnect(http, self._with_engine(request.model, compute))
+        return await self.until_disconnect(http, self.with_engine(request.model, compute))
 
     async def detokenize(self, request: DetokenizeRequest, http: Request) -> Response:
         def compute(engine: EngineScheduler) -> Detokenized:
@@ -154,9 +154,9 @@ class Endpoints:
                 raise APIError(400, f"tokens: {max(request.tokens)} is outside the vocabulary of {engine.vocab_size}")
             return Detokenized(content=text_of(engine, request.tokens))
 
-        return await self.until_disconnect(http, self._with_engine(request.model, compute))
+        return await self.until_disconnect(http, self.with_engine(request.model, compute))
 
-    async def _with_engine(self, model: str, compute: Callable[[EngineScheduler], ResponseModel]) -> ResponseModel:
+    async def with_engine(self, model: str, compute: Callable[[EngineScheduler], ResponseModel]) -> ResponseModel:
         """Return the result of `compute` in a thread with the engine of `model`, "" for the first model."""
         deadline = self._pool.deadline()
         worker = await self._pool.enter(model or next(iter(self._pool.artefacts)), deadline)
@@ -193,11 +193,8 @@ class Endpoints:
         self._name_model(request)
         clock, deadline = AnswerClock(self._metrics, request.model), self._pool.deadline()
         worker = await self._pool.enter(request.model, deadline)
-        if isinstance(request, ChatRequest) and "tool_arguments" not in request.model_fields_set:
-            request.tool_arguments = self._options.tool_arguments
         # in a thread, because a long prompt or a large grammar takes long
-        prepare = partial(make_choices, worker.engine, request, self._options.overflow, self._sampling)
-        choices = await worker.prepare(prepare, deadline)
+        choices = await worker.prepare(partial(self.choices, worker.engine, request), deadline)
         builder = make_builder(choices, clock)
         pieces = builder.pieces(worker.stream([choice.generation for choice in choices], deadline))
         if request.stream:
@@ -205,6 +202,12 @@ class Endpoints:
             first = await anext(pieces, None)
             return _EventStreamResponse(builder.events(first, pieces), pieces, builder.media_type)
         return await builder.whole(pieces)
+
+    def choices(self, engine: EngineScheduler, request: CompletionRequest) -> list[Choice]:
+        """Return the answers to a request, with this server's defaults. They are not computed yet."""
+        if isinstance(request, ChatRequest) and "tool_arguments" not in request.model_fields_set:
+            request.tool_arguments = self._options.tool_arguments
+        return make_choices(engine, request, self._options.overflow, self._sampling)
 
     async def until_disconnect(self, http: Request, work: Coroutine[Any, Any, ResponseModel | Response]) -> Response:
         """Return the response of `work`, and cancel `work` if the client disconnects before it ends."""
