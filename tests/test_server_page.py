@@ -21,6 +21,7 @@ expect: Any = pytest.importorskip("playwright.sync_api", reason="playwright is n
 pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed"),
     pytest.mark.slow,
+    pytest.mark.xdist_group("page"),
 ]
 
 

@@ -22,7 +22,7 @@ from research.study.overlap import jaccard_of_removed
 from research.study.study import Study, StudyConfig, jobs, target_parameters
 
 BY_PARAMETERS = StudyConfig().arms
-SOME = ("source", "taylor1", "recover", "distill", "random")
+SOME = ("source", "taylor1", "distill", "random")
 """Arms that are run at two shares with two seeds; the others at one, once."""
 
 pytestmark = pytest.mark.xdist_group("study")  # one run of it for all
