@@ -46,6 +46,7 @@ WHERE = {
 
 
 # Python 3.13 shows what torch's writer cannot flush when it is collected
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*NoCloseWriter:pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("kilobytes", WHERE)
 @pytest.mark.usefixtures("drawn_pictures")

@@ -56,6 +56,7 @@ def made(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Callable[..., tu
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tool", TOOLS)
 def test_gguf_and_onnx_of_a_tools_checkpoint_equal_its_model(
     tool: str, made: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -218,6 +218,7 @@ assert answers[0] == answers[1]
 """
 
 
+@pytest.mark.slow
 def test_torch_in_bfloat16_may_compute_between_two_passes(exported: Callable[..., Path]) -> None:
     """On a CPU with AMX the second pass would be an illegal instruction (runtime/engines/llama_context.py)."""
     artefact = exported("gguf", "--quantize", "q8_0")

@@ -197,6 +197,7 @@ def test_a_damaged_tokenizer_is_one_error(source_folder: Path, tmp_path: Path, n
         HfTokenizer(folder)
 
 
+@pytest.mark.slow
 def test_no_mutation_ends_the_caller_or_passes_the_manifest(artefact: Path) -> None:
     """Damage a few dozen places; research/log has thousands."""
     for arguments, allowed in (([], {"refused"}), (["--bare"], {"refused", "loaded"})):

@@ -150,6 +150,7 @@ def test_layers_without_heads_or_channels_are_passed_over() -> None:
     assert stream_error(source, model) < 0.9 * before
 
 
+@pytest.mark.slow
 def test_a_run_recovers_after_every_removal_and_resumes_bit_identically(
     source_folder: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -95,6 +95,7 @@ def test_a_run_returns_to_the_last_size_that_kept_the_score(
     assert not list((tmp_path / "run").glob("checkpoints/*"))
 
 
+@pytest.mark.slow
 def test_a_run_that_returned_is_resumed_bit_identically(
     source_folder: Path,
     corpus: Path,
