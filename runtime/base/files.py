@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import io
 import json
 import os
 import re
@@ -220,6 +221,27 @@ def _sync_tree(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+class HashingFile(io.BufferedWriter):
+    """A new file whose SHA-256 is computed as it is written, so that it is not read again. It cannot seek."""
+
+    def __init__(self, path: Path) -> None:
+        """Create or replace `path`."""
+        super().__init__(io.FileIO(path, "wb"))
+        self.path, self.digest, self.num_bytes = path, hashlib.sha256(), 0
+
+    def write(self, content: Any) -> int:
+        self.digest.update(content)
+        self.num_bytes += memoryview(content).nbytes
+        return super().write(content)
+
+    def seek(self, *position: int) -> int:
+        raise io.UnsupportedOperation("a hashed file is written from start to end")
+
+    def describe(self) -> dict[str, Any]:
+        """Return the size and the hash of the file, as in a manifest."""
+        return {"bytes": self.num_bytes, "sha256": self.digest.hexdigest()}
 
 
 def sha256_of(path: Path) -> str:

@@ -95,10 +95,15 @@ def checkpoint_folders(folder: Path) -> list[Path]:
     return sorted(e for e in folder.iterdir() if CHECKPOINT_NAME.fullmatch(e.name) and _is_checkpoint(e))
 
 
-def write_contents(checkpoint: Path) -> None:
-    """Write size and hash of every file of a checkpoint, so that damage is found before loading."""
+def write_contents(checkpoint: Path, known: dict[str, dict[str, Any]]) -> None:
+    """Write size and hash of every file of a checkpoint, so that damage is found before loading.
+
+    `known` are those of files that were hashed as they were written. All others are read.
+    """
     files = [file.relative_to(checkpoint).as_posix() for file in checkpoint.rglob("*") if file.is_file()]
-    write_json_atomically(checkpoint / CONTENTS_NAME, describe_files(checkpoint, sorted(files)))
+    others = describe_files(checkpoint, [name for name in files if name not in known])
+    contents = {name: (known | others)[name] for name in sorted(files)}
+    write_json_atomically(checkpoint / CONTENTS_NAME, contents)
 
 
 def damage(checkpoint: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
@@ -14,8 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import FileSystemWriter
 
-from ...runtime.base.files import folder_written_atomically
+from ...runtime.base.files import HashingFile, folder_written_atomically
 from ..compute.distributed import Parallel
 from ..reporting.metrics import RunProgress
 from .run_folder import checkpoint_folders, write_contents
@@ -51,19 +53,44 @@ def save_training_state(
     Every rank writes its own shards.
     """
     with folder_written_atomically(target, parallel.is_main, parallel.barrier) as temporary:
+        writer = HashingWriter(temporary / "state")
         with _no_process_group_warning():
             tensors = _weights_and_moments(model, optimizer)
-            dcp.save(tensors, checkpoint_id=temporary / "state", no_dist=parallel.world_size == 1)
+            options: dict[str, Any] = {"no_dist": parallel.world_size == 1, "process_group": parallel.patient_group}
+            dcp.save(tensors, checkpoint_id=temporary / "state", storage_writer=writer, **options)
+        known = parallel.gather(writer.contents())
         if parallel.is_main:
-            torch.save({"tensors": state.tensors, "rng": _rng_state()}, temporary / "tensors.pt")
+            with HashingFile(temporary / "tensors.pt") as file:
+                torch.save({"tensors": state.tensors, "rng": _rng_state()}, file)
+            known.append({"tensors.pt": file.describe()})
             (temporary / "config.json").write_text(model.config.to_json_string(use_diff=False), encoding="utf-8")
             values = {"progress": asdict(state.progress), **state.extra}
             (temporary / "trainer.json").write_text(json.dumps(values), encoding="utf-8")
-            write_contents(temporary)  # dcp.save returned, so every rank's shards are there
+            write_contents(temporary, {name: entry for each in known for name, entry in each.items()})
     if parallel.is_main:
         for stale in checkpoint_folders(target.parent)[:-keep]:
             if stale != kept:
                 shutil.rmtree(stale)
+
+
+class HashingWriter(FileSystemWriter):
+    """Writes this rank's shards into a folder and computes their hashes meanwhile."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.folder, self.files = folder, list[HashingFile]()
+        self.fs.create_stream = self._create_stream  # type: ignore[method-assign, assignment]
+
+    @contextlib.contextmanager
+    def _create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[HashingFile]:
+        with HashingFile(Path(path)) as file:
+            self.files.append(file)
+            yield file
+
+    def contents(self) -> dict[str, dict[str, Any]]:
+        """Return {name below the checkpoint: size and hash} of the files, less torch's metadata, which it renames."""
+        names = {f"{self.folder.name}/{file.path.name}": file.describe() for file in self.files}
+        return {name: entry for name, entry in names.items() if not name.endswith(".tmp")}
 
 
 def _weights_and_moments(model: Any, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
