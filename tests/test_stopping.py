@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import os
 import shutil
 import signal
@@ -191,3 +192,16 @@ def test_ranks_stop_together() -> None:
         ours.check()
     with ours.held():
         ours.check()
+
+
+def test_a_signal_that_torchrun_repeats_does_not_interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
+    for launched in (True, False):
+        if launched:
+            monkeypatch.setenv("WORLD_SIZE", "1")
+        else:
+            monkeypatch.delenv("WORLD_SIZE")
+        with StopSignal() as ours:
+            os.kill(os.getpid(), signal.SIGTERM)
+            with contextlib.nullcontext() if launched else pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGTERM)
+            assert ours.name == "SIGTERM"

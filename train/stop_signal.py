@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -14,7 +15,11 @@ class StopRequested(KeyboardInterrupt):
 
 
 class StopSignal:
-    """Record the first signal in the block for `check`. A second one interrupts at once."""
+    """Record the first signal in the block for `check`.
+
+    A second one interrupts at once, except under torchrun. A scheduler signals all processes, and torchrun passes its
+    signal on to the ranks.
+    """
 
     def __init__(self, any_rank: Callable[[bool], bool] | None = None) -> None:
         """Create the handler.
@@ -38,7 +43,7 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _remember(self, number: int, frame: object) -> None:
-        if self.name:
+        if self.name and "WORLD_SIZE" not in os.environ:
             raise KeyboardInterrupt
         self.name = signal.Signals(number).name
 
