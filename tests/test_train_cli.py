@@ -112,6 +112,27 @@ def test_sigterm_saves_and_stops(straight: Path, source_folder: Path, corpus: Pa
     assert all(torch.equal(weights(output)[name], tensor) for name, tensor in weights(straight).items())
 
 
+def test_one_command_starts_and_resumes_a_run_and_leaves_a_finished_one(
+    straight: Path, source_folder: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, arguments = Trainer._step, command(source_folder, corpus, tmp_path, "--resume-or-start")
+
+    def stopping(self: Trainer) -> dict[str, Any]:
+        if self.progress.step == 7:
+            self.stop_signal.name = "SIGTERM"
+        return step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_step", stopping)
+        assert run(arguments) == 130
+    assert [each.name for each in (tmp_path / "checkpoints").iterdir()] == ["step-00000005", "step-00000008"]
+    assert run(arguments) == 0
+    assert metrics(tmp_path) == metrics(straight)
+    written = (tmp_path / "model" / "model.safetensors").stat()
+    assert run(arguments) == 0
+    assert (tmp_path / "model" / "model.safetensors").stat() == written
+
+
 def test_non_finite_steps_are_skipped_then_end_the_run(
     source_folder: Path,
     corpus: Path,

@@ -17,7 +17,7 @@ from .checkpoint.run_folder import SETTINGS_FILE, saved_settings
 from .config.presets import PRESETS, preset
 from .config.pruning import TARGET_FIELDS
 from .config.sections import TrainConfig
-from .request import check_request
+from .request import check_request, with_resume
 
 _log = logging.getLogger("efficientllm.train")
 
@@ -47,7 +47,8 @@ def configuration(arguments: dict[str, Any]) -> TrainConfig:
     if name and any(arguments.get(field) is not None for field in TARGET_FIELDS):  # it replaces that of the preset
         config = replace(config, pruning=replace(config.pruning, **dict.fromkeys(TARGET_FIELDS[1:])))
     settings = Path(arguments.get("output", "")) / SETTINGS_FILE
-    if arguments.get("resume") and not name and not file and settings.is_file():  # a resumed run knows its own
+    is_resumed = arguments.get("resume") or arguments.get("resume_or_start")
+    if is_resumed and not name and not file and settings.is_file():  # a resumed run knows its own
         config = flags.merge(config, saved_settings(settings.parent), str(settings))
     if file:
         try:
@@ -63,7 +64,7 @@ def configuration(arguments: dict[str, Any]) -> TrainConfig:
 def body(argv: Sequence[str]) -> int:
     arguments = build_parser().parse(argv)
     print_only = arguments.pop("print_config")
-    config = configuration(arguments)
+    config = with_resume(configuration(arguments))
     if print_only:
         print(config.to_toml(), end="")
         return 0

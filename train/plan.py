@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from ..runtime.base import flags
 from ..runtime.base.errors import ModelError, UsageError
 from ..runtime.base.progress import ProgressDisplay
+from .checkpoint import state as training_state
 from .checkpoint.run_folder import (
     FINISHED_FILE,
     SETTINGS_FILE,
@@ -56,13 +57,14 @@ def with_self_chats(
     wanted = round(config.optimizer.tokens * sum(shares) / sum(spec.weight for spec in specs))
     tokens = min(MAX_TOKENS, max(wanted, MIN_SEQUENCES * config.source.sequence_length))
     with ProgressDisplay(silent=not parallel.is_main) as display:
-        path = None
-        for is_mine in (parallel.is_main, not parallel.is_main):  # the main process samples, the others read it
-            if is_mine:
-                report = partial(display.update, "sampling the source's chats")
-                load_model = partial(frozen_copy, source, dtype, parallel.device)
-                path = self_chat_file(source, load_model, tokenizer, tokens, config.run.seed, report)
-            parallel.barrier()
+
+        def sample() -> Path:
+            report = partial(display.update, "sampling the source's chats")
+            load_model = partial(frozen_copy, source, dtype, parallel.device)
+            return self_chat_file(source, load_model, tokenizer, tokens, config.run.seed, report)
+
+        parallel.together(sample, only_main=True)  # the others then read its file
+        path = parallel.together(sample)
     return tuple(replace(spec, path=str(path)) if spec.path == SELF_CHAT else spec for spec in specs)
 
 
@@ -171,6 +173,8 @@ def make_plan(config: TrainConfig, resume: ResumePoint | None, compute: Compute)
     if compute.parallel.world_size > 1 and config.pruning.sizes:
         raise UsageError("--sizes works on one process: its branches are finished one after the other; omit it")
     _check_removals(config, compute)
+    if resume is not None:
+        _check_ranks(resume, compute.parallel)
     source: Any
     shape = shape_of_folder(config.source.source)
     if shape is not None:  # before it is read, as it may not fit
@@ -214,6 +218,16 @@ def _check_removals(config: TrainConfig, compute: Compute) -> None:
         raise UsageError(
             f"--removals {settings.removals}: there are {int(steps)} steps between --prune-start and --prune-end; "
             "use fewer, or more --tokens"
+        )
+
+
+def _check_ranks(resume: ResumePoint, parallel: Parallel) -> None:
+    """Raise UsageError if a run is resumed on another number of ranks, which would change the batch of a step."""
+    _, saved = training_state.read_trainer_json(resume.checkpoint)
+    before, now = saved.get("ranks", parallel.world_size), parallel.world_size  # earlier releases did not store it
+    if before != now:
+        raise UsageError(
+            f"--resume: the run has {before} ranks, not {now}; start as many (torchrun --nnodes, --nproc-per-node)"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from ..runtime.base import flags
@@ -9,7 +10,7 @@ from ..runtime.base.errors import UsageError
 from ..runtime.base.model_names import check_source
 from ..runtime.base.output import check_output, check_place
 from ..runtime.latency.profile import DeviceProfile
-from .checkpoint.run_folder import foreign_files
+from .checkpoint.run_folder import SETTINGS_FILE, foreign_files
 from .config.pruning import PruneConfig
 from .config.sections import TrainConfig
 from .data.documents import DataSpec
@@ -21,6 +22,12 @@ def data_specs(config: TrainConfig) -> tuple[DataSpec, ...]:
     """Return the corpora of a run."""
     settings = config.source
     return tuple(DataSpec.parse(text, settings.skip_bad_lines, settings.text_field) for text in settings.data)
+
+
+def with_resume(config: TrainConfig) -> TrainConfig:
+    """Return the configuration with --resume if --resume-or-start finds a run in --output."""
+    has_run = config.run.resume_or_start and (Path(config.run.output) / SETTINGS_FILE).is_file()
+    return replace(config, run=replace(config.run, resume=True)) if has_run else config
 
 
 def check_request(config: TrainConfig) -> None:

@@ -50,7 +50,7 @@ from .pruning.pruner import kept_to_json
 from .reporting.metrics import read_metrics
 from .reporting.model_card import model_card
 from .reporting.plots import plot_architecture, plot_pruning, plot_training
-from .request import check_request, data_specs
+from .request import check_request, data_specs, with_resume
 from .run_text import RunText
 from .score_keeper import ScoreTooLowError, with_kept_size
 from .sizes import branch_folder, resumed_branch, unfinished_sizes, write_sizes
@@ -72,11 +72,9 @@ def run_training(config: TrainConfig) -> Path | None:
 
     Raises an EfficientLLMError for anything that the user can correct, before any work is lost.
     """
-    folder = Path(config.run.output)
-    if config.run.resume and is_finished(folder) and unfinished_sizes(folder):
-        model: Path | None = folder / "model"
-    else:
-        model = _train(config)
+    config, folder = with_resume(config), Path(config.run.output)
+    is_left = config.run.resume and is_finished(folder) and (config.run.resume_or_start or unfinished_sizes(folder))
+    model: Path | None = folder / "model" if is_left else _train(config)
     if model is None or not config.pruning.sizes:
         return model
     for size in unfinished_sizes(folder):
@@ -91,9 +89,10 @@ def run_training(config: TrainConfig) -> Path | None:
 def _train(config: TrainConfig) -> Path | None:
     """Train one model and return its folder, or None if a signal stopped the run."""
     with _locked_output_folder(config) if is_main_process() else contextlib.nullcontext():
-        resume = find_resume_point(config)
         compute = choose_compute(config)
         try:
+            # one rank reads the checkpoint to verify it
+            resume = compute.parallel.together(lambda: find_resume_point(config), only_main=True)
             torch.manual_seed(config.run.seed)
             plan, source = make_plan(config, resume, compute)
             while True:
@@ -171,7 +170,7 @@ def _prepare_folder(plan: RunPlan) -> None:
     else:
         for checkpoint in plan.resume.damaged:
             rename_damaged(checkpoint)
-    kept = replace(plan.config, run=replace(plan.config.run, overwrite=False, resume=False))
+    kept = replace(plan.config, run=replace(plan.config.run, overwrite=False, resume=False, resume_or_start=False))
     write_text_atomically(plan.folder / SETTINGS_FILE, kept.to_toml())
 
 

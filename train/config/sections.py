@@ -116,6 +116,9 @@ class RunConfig:
     """Start a new run. The run in --output is deleted when the new one writes its first checkpoint or its model."""
     resume: bool = False
     """Continue from the last complete checkpoint in --output."""
+    resume_or_start: bool = False
+    """--resume if --output holds a run, otherwise start one. A finished run stays as it is. For jobs that a scheduler
+    starts again with the same command."""
     checkpoint_every: int = flags.number(200, at_least=0)
     """Optimizer steps between checkpoints. 0: only after the last step and when a signal stops the run."""
     eval_every: int = flags.number(0, at_least=0)
@@ -157,7 +160,9 @@ class RunConfig:
         flags.check_fields(self)
         for target in self.for_:
             flags.require(self, "for_", target in TARGETS, f"choose from {', '.join(TARGETS)}", value=target)
-        flags.require(self, "resume", not (self.overwrite and self.resume), "cannot be combined with --overwrite")
+        for name in ("resume", "resume_or_start"):
+            is_alone = not (self.overwrite and getattr(self, name))
+            flags.require(self, name, is_alone, "cannot be combined with --overwrite")
         flags.require(
             self, "offload", not self.offload or self.data_parallel == "fsdp", "works with --data-parallel fsdp only"
         )
@@ -216,7 +221,7 @@ def _toml(value: object) -> str:
 RESUMABLE_CHANGES = frozenset(
     {
         *("output", "overwrite", "resume", "checkpoint_every", "keep", "device", "threads", "tensorboard", "wandb"),
-        *("skip_bad_lines", "eval_every", "save_dtype", "teacher_cache", "for_"),
+        *("skip_bad_lines", "eval_every", "save_dtype", "teacher_cache", "for_", "resume_or_start"),
     }
 )
 """Settings that a resumed run may change without changing its result."""
