@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from several_runs import MARK
+from several_runs import MARK, UNREADABLE
 from training import command, metrics, run, weights
 
 from efficientllm.train.model.architecture import Architecture
@@ -19,6 +20,9 @@ from efficientllm.train.model.architecture import Architecture
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("distributed")]
 
 MODES = ("ddp", "fsdp")
+RESUMED = {"ddp": 10, "fsdp": 10, "ddp --gradient-accumulation 2": 9}
+"""Mode and flags of a run that gets a signal in its tenth step -> step of its checkpoint."""
+HANG_SECONDS = 300
 ONE_AND_TWO = {
     "gradients": ("ddp", "taylor1", "attention,ffn,stem", ()),
     "curvature": ("ddp", "taylor2", "attention,ffn,stem", ()),
@@ -33,21 +37,25 @@ ONE_AND_TWO = {
 
 
 def torchrun(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run a module on two ranks. A run that hangs fails with the stacks of both."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
         "GLOO_SOCKET_IFNAME": "lo",
         "PYTHONPATH": os.pathsep.join(sys.path),
+        "PYTHONFAULTHANDLER": "1",
     }
-    return subprocess.run(
-        [*launcher, "-m", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
-        timeout=300,
-    )
+    command, pipe = [*launcher, "-m", *map(str, arguments)], subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment) as process:
+        try:
+            said, errors = process.communicate(timeout=HANG_SECONDS)
+        except subprocess.TimeoutExpired:
+            for rank in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+                os.kill(int(rank), signal.SIGABRT)  # its faulthandler prints the stacks
+            said, errors = process.communicate()
+            pytest.fail(f"the ranks hang:\n{said[-3000:]}\n{errors[-20_000:]}")
+    return subprocess.CompletedProcess(command, process.returncode, said, errors)
 
 
 def several(folder: Path, runs: dict[str, list[str]]) -> dict[str, tuple[str, dict[str, Any]]]:
@@ -77,7 +85,8 @@ def shared_flags(name: str) -> list[str]:
 
 
 def resumable_flags(mode: str) -> list[str]:
-    flags = ["--batch-size", "2", "--data-parallel", mode, "--weight-update", "obs", "--qat", "q4_0"]
+    size = "1" if "accumulation" in mode else "2"
+    flags = ["--batch-size", size, "--data-parallel", *mode.split(), "--weight-update", "obs", "--qat", "q4_0"]
     # right before the checkpoint, too: a forward pass that no backward one follows
     return [*flags, "--eval-every", "5"]
 
@@ -88,9 +97,12 @@ def ended(folder: Path, source_folder: Path, corpus: Path) -> dict[str, tuple[st
         name: command(source_folder, corpus, folder / name, *shared_flags(name), "--data-parallel", *mode.split())
         for name, (mode, *_) in ONE_AND_TWO.items()
     }
-    for mode in MODES:
+    for mode in RESUMED:
         for name in (f"straight {mode}", f"stopped {mode}"):
             runs[name] = command(source_folder, corpus, folder / name, *resumable_flags(mode))
+    more = ["--batch-size", "2", "--checkpoint-every", "0"]
+    runs["unreadable"] = command(source_folder, corpus, folder / "unreadable", *more)
+    for mode in MODES:
         # a stem channel is in every tensor, so each is replaced where one goes
         more = ["--prune", "stem", "--target-ratio", "0.8", "--tokens", "640", "--data-parallel", mode]
         runs[f"stem {mode}"] = command(source_folder, corpus, folder / f"stem {mode}", "--batch-size", "2", *more)
@@ -129,24 +141,42 @@ def test_what_every_rank_refuses_is_said_once(source_folder: Path, corpus: Path,
 
 
 def test_stopped_distributed_run_resumes_bit_identically(
-    ended: dict[str, tuple[str, dict[str, Any]]], folder: Path, source_folder: Path, corpus: Path
+    ended: dict[str, tuple[str, dict[str, Any]]],
+    folder: Path,
+    source_folder: Path,
+    corpus: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Steps 1 to 10 in one run and the rest in another, in other processes, against all in one."""
-    for mode in MODES:
+    """Steps 1 to 10 in one run and the rest in another, in other processes, against all in one.
+
+    A signal is answered after the microbatch.
+    """
+    for mode, step in RESUMED.items():
         assert ended[f"straight {mode}"][1]["code"] == 0
         assert ended[f"stopped {mode}"][1]["code"] == 130
         checkpoints = [path.name for path in (folder / f"stopped {mode}" / "checkpoints").iterdir()]
-        assert max(checkpoints) == "step-00000010"
+        assert max(checkpoints) == f"step-{step:08d}"
     runs = {
         mode: [*command(source_folder, corpus, folder / f"stopped {mode}", *resumable_flags(mode)), "--resume"]
-        for mode in MODES
+        for mode in RESUMED
     }
+    assert run(runs["ddp"]) == 2
+    assert "--resume: the run has 2 ranks, not 1; start as many" in capsys.readouterr().err
     for mode, (_, outcome) in several(folder, runs).items():
         assert outcome["code"] == 0
         stopped, straight = folder / f"stopped {mode}", folder / f"straight {mode}"
         assert metrics(stopped) == metrics(straight)
         ours, theirs = weights(stopped), weights(straight)
         assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+
+
+def test_text_that_one_rank_cannot_read_stops_all_ranks_with_a_checkpoint(
+    ended: dict[str, tuple[str, dict[str, Any]]], folder: Path
+) -> None:
+    error = f"error: rank 1: {UNREADABLE}; checkpoint step-00000009 is written: repair the text and --resume"
+    assert ended["unreadable"][1]["code"] == 2
+    assert error in (folder / "stderr.txt").read_text(encoding="utf-8").splitlines()
+    assert [path.name for path in (folder / "unreadable" / "checkpoints").iterdir()] == ["step-00000009"]
 
 
 @pytest.mark.parametrize("mode", MODES)

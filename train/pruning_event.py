@@ -129,7 +129,7 @@ class PruningEvent:
             rules = replace(pruner.rules, kinds=("vocabulary",), blocks=(), measure=PARAMETERS, price=None)
             selected = select_removal(shape, {"vocabulary": [torch.from_numpy(splits)]}, rules, 0)
             return self._remove_rows(selected), {"rows": selected.after.vocab_size}
-        windows = self.text.extra_windows(settings.block_tokens)
+        windows = self._extra_windows(settings.block_tokens)
         tokenizer, check = self.text.tokenizer, self.stop_signal.check
         probe = RowProbe(self.trained.loss, tokenizer, splits, windows, self.parallel, check)
         scores = self._ranking_scores()
@@ -154,14 +154,19 @@ class PruningEvent:
         if pruner.blocks is not None:
             pruner.blocks.shift_renewal(pruner.size)
         pruner.compact(self.trained)
-        switch_vocabulary(pruner, self.trained, self.text)
+        self.parallel.together(lambda: switch_vocabulary(pruner, self.trained, self.text))
         return removal
 
     def _expected_splits(self) -> np.ndarray:
         """Return the additional tokens per token of text without each row, fp64 [rows], by its frequency."""
         pieces, settings = self.pruner.plan.pieces, self.settings
         assert pieces is not None
-        counts = self.text.count_tokens(pieces.size, settings.vocabulary_tokens, self.stop_signal.check_alone)
+        check = self.stop_signal.check_alone
+
+        def count() -> np.ndarray:
+            return self.text.count_tokens(pieces.size, settings.vocabulary_tokens, check)
+
+        counts = self.parallel.together(count)
         return expected_splits(pieces, counts, settings.vocabulary_prior)
 
     def _prune_groups(self, target: float) -> Removal | None:
@@ -211,8 +216,12 @@ class PruningEvent:
         return self.pruner.blocks is not None and self.pruner.blocks.is_outdated(unit, taken)
 
     def _block_probe(self) -> BlockProbe:
-        windows = self.text.extra_windows(self.settings.block_tokens)
+        windows = self._extra_windows(self.settings.block_tokens)
         return BlockProbe(self.trained.loss, windows, self.batch_size, self.parallel, self.stop_signal.check)
+
+    def _extra_windows(self, num_tokens: int) -> np.ndarray:
+        """Return windows [n, S + 1] apart from training, for all ranks."""
+        return self.parallel.together(lambda: self.text.extra_windows(num_tokens))
 
     def _next_unit(self, removal: Removal, scores: Scores) -> Unit | None:
         """Return the next unit after `removal` by the same scores, and note the next score of every kind."""
@@ -239,7 +248,7 @@ class PruningEvent:
         model, dtype = self.trained.model, self.trained.loss.dtype
         stem = groups.kept["stem"][0]
         refit = LeastSquares(model, former, stem, self.settings.recover_damping, dtype, rows)
-        windows = self.text.extra_windows(self.settings.recover_tokens)
+        windows = self._extra_windows(self.settings.recover_tokens)
         tokens = torch.from_numpy(self.parallel.own_rows(windows)).to(self.parallel.device)
         inputs = torch.where(tokens < 0, ~tokens, tokens)[:, :-1]  # ~token is a token that is not predicted
         refit.fit(inputs, self.parallel, self.stop_signal.check)

@@ -242,11 +242,14 @@ class Trainer:
         return "start again with a lower --learning-rate"
 
     def _step_or_save(self) -> dict[str, Any]:
-        """Take a step. If text cannot be read, save the run first, unless it would replace an older run."""
+        """Take a step. If text cannot be read, save the run first, unless it would replace an older run.
+
+        All ranks raise the DataError of one, so they all save.
+        """
         try:
             return self._step()
         except DataError as error:
-            if has_stashed_run(self.plan.folder):
+            if self.parallel.any(self.parallel.is_main and has_stashed_run(self.plan.folder)):
                 raise
             name = (self.removal_checkpoint or self.save()).name
             raise DataError(f"{error}; checkpoint {name} is written: repair the text and --resume") from error
@@ -389,6 +392,7 @@ class Trainer:
             delete_replaced_run(self.plan.folder)
         is_own_teacher = self.config.optimizer.teacher == "self" and self.trained.loss.teacher is not None
         extra: dict[str, Any] = {"corpora": self.corpora, "has_own_teacher": is_own_teacher}
+        extra["ranks"] = self.parallel.world_size
         tensors: dict[str, Any] = {"stream": training_state.as_tensors(self.text.stream.state())}
         if self.unfinished is not None:
             extra["unfinished"] = asdict(self.unfinished)

@@ -54,7 +54,7 @@ class TrainingStep:
         """
         undo, progress = self._undo(), self.progress
         try:
-            microbatches = [self._next_windows() for _ in range(self.settings.gradient_accumulation)]
+            microbatches = self.parallel.together(self._next_microbatches)
             self.trained.loss.weights = self._loss_weights()
             with rounded_weights:
                 own_loss = self._accumulate_gradients(microbatches)
@@ -86,7 +86,7 @@ class TrainingStep:
         device = self.parallel.device
         position, cpu_state = self.stream.state(), torch.get_rng_state()
         gpu_state = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-        is_checked = self.settings.gradient_accumulation > 1 and self.parallel.world_size == 1
+        is_checked = self.settings.gradient_accumulation > 1
         grams = self.pruner.copy_grams() if self.pruner is not None and is_checked else None
 
         def undo() -> None:
@@ -100,10 +100,11 @@ class TrainingStep:
 
         return undo
 
-    def _next_windows(self) -> Tensor:
-        """Return this rank's windows [B, S + 1] of the next microbatch."""
-        windows = self.stream.next_windows(self.settings.batch_size * self.parallel.world_size)
-        return torch.from_numpy(self.parallel.own_rows(windows)).to(self.parallel.device)
+    def _next_microbatches(self) -> list[Tensor]:
+        """Return this rank's windows [B, S + 1] of every microbatch of a step."""
+        parallel, rows = self.parallel, self.settings.batch_size * self.parallel.world_size
+        windows = [self.stream.next_windows(rows) for _ in range(self.settings.gradient_accumulation)]
+        return [torch.from_numpy(parallel.own_rows(each)).to(parallel.device) for each in windows]
 
     def _loss_weights(self) -> LossWeights:
         """Return the configured weights, with at least the whole cross-entropy while gradients rank groups.
@@ -117,7 +118,7 @@ class TrainingStep:
 
     def _accumulate_gradients(self, microbatches: Sequence[Tensor]) -> float:
         """Compute the gradients of windows [B, S + 1] and return this rank's loss."""
-        trained, check = self.trained, self.stop_signal.check_alone
+        trained, check = self.trained, self.stop_signal.check
         model = trained.model
         return accumulate_gradients(trained.wrapped_loss, model, microbatches, self.pruner, self.parallel, check)
 
@@ -157,7 +158,7 @@ def accumulate_gradients(
     .grad is emptied after each one and DDP averages nothing. The sums are kept aside and averaged at the end. FSDP
     reduces gradients in its own backward pass, so a sample is a microbatch of all ranks there.
 
-    `check` is called between microbatches and may raise.
+    `check` is called between microbatches, equally often on every rank, and may raise on all of them.
     """
     steps = len(microbatches)
     needs_samples = pruner is not None and pruner.needs_microbatches

@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterable
-from typing import Any
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,7 +19,14 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from ...runtime.base.errors import DataError, EfficientLLMError
 from .loss import TrainingLoss
+
+T = TypeVar("T")
+
+LONGEST_WAIT = timedelta(days=1)
+"""Longest time that ranks wait for the main one, which hashes, samples, measures or writes alone. A rank that ends
+breaks its connections, and the others do not wait for it."""
 
 
 def without_sync(callee: nn.Module, condition: bool) -> contextlib.AbstractContextManager[None]:
@@ -47,6 +55,10 @@ class Parallel:
             torch.cuda.set_device(self.device)
         if started_by_torchrun and not dist.is_initialized():
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        self.patient_group: Any = None
+        """Process group of the host for objects, flags and barriers. Its calls never wait for a GPU."""
+        if self.world_size > 1:
+            self.patient_group = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
 
     @property
     def is_main(self) -> bool:
@@ -74,8 +86,8 @@ class Parallel:
         """Return the mean over ranks. Collective, as every method below except `close`."""
         if self.world_size == 1:
             return value
-        tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor)
+        tensor = torch.tensor(value, dtype=torch.float64)
+        dist.all_reduce(tensor, group=self.patient_group)
         return float(tensor) / self.world_size
 
     def mean_tensors(self, tensors: Iterable[Tensor]) -> None:
@@ -92,7 +104,36 @@ class Parallel:
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.world_size > 1:
-            dist.barrier()
+            dist.barrier(group=self.patient_group)
+
+    def gather(self, value: T) -> list[T]:
+        """Return the values of all ranks, in their order."""
+        values: list[Any] = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value, group=self.patient_group)
+        return values
+
+    def together(self, work: Callable[[], T], only_main: bool = False) -> T:
+        """Return the result of `work`, which makes no collective calls.
+
+        An error of one rank is raised on all of them, so none waits for a rank that failed. If `only_main`, the main
+        rank works and the others get a copy of its result.
+        """
+        if self.world_size == 1:
+            return work()
+        result: Any = None
+        error: Exception | None = None
+        try:
+            result = work() if self.is_main or not only_main else None
+        except (EfficientLLMError, OSError) as raised:
+            error = raised
+        if self.any(error is not None):
+            texts = self.gather(str(error) if error is not None else None)
+            rank, text = next((rank, text) for rank, text in enumerate(texts) if text is not None)
+            if isinstance(error, EfficientLLMError) and rank == self.rank:
+                raise error
+            raise DataError(f"rank {rank}: {text}" if rank else str(text)) from error
+        return self.gather(result)[0] if only_main else result
 
     @property
     def storage_device(self) -> torch.device:
