@@ -127,6 +127,8 @@ def test_two_processes_remove_the_same_groups_as_one(
     assert [each.get("removed") for each in metrics(folder / name)] == [
         each.get("removed") for each in metrics(tmp_path / "one")
     ]
+    measured = [metrics(run)[0]["perplexity_source"] for run in (folder / name, tmp_path / "one")]
+    assert measured[0] == pytest.approx(measured[1], rel=1e-5)
     ours, theirs = (Architecture.from_folder(run / "model") for run in (folder / name, tmp_path / "one"))
     assert ours == theirs
     found, expected = weights(folder / name), weights(tmp_path / "one")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -301,6 +303,33 @@ def test_a_logger_that_does_not_start_is_one_line(
     (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
     assert error.startswith("error: --wandb: wandb does not start: api_key not configured (no-tty). call wandb.login; ")
     del sys.modules["wandb"]
+
+
+def test_weights_and_biases_get_the_settings_and_a_resumed_run_keeps_its_id(
+    source_folder: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[dict[str, Any]] = []
+
+    class Run:
+        id = "abc"
+
+        def log(self, numbers: dict[str, float], step: int) -> None:
+            assert {"loss", "tokens_per_second", "data_seconds"} <= numbers.keys() or "loss" not in numbers
+            if step == 6:
+                raise KeyboardInterrupt
+
+        def finish(self) -> None: ...
+
+    library = types.ModuleType("wandb")
+    library.init = lambda **settings: started.append(settings) or Run()  # type: ignore[attr-defined]
+    library.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+    monkeypatch.setitem(sys.modules, "wandb", library)
+    arguments = command(source_folder, corpus, tmp_path / "run", "--wandb", "--tokens", "896")
+    assert run(arguments) == 130
+    monkeypatch.setattr(Run, "log", lambda *_, **__: None)
+    assert run([*arguments, "--resume"]) == 0
+    assert [(each["id"], each["resume"]) for each in started] == [(None, "allow"), ("abc", "allow")]
+    assert started[0]["config"]["optimizer"]["tokens"] == 896
 
 
 def test_output_in_use_is_kept(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from efficientllm.train.pruning.activation import GateScores
 from efficientllm.train.pruning.criteria import CRITERIA
 from efficientllm.train.pruning.running_scores import RunningScores
 from efficientllm.train.pruning.saliency import SaliencyTracker
-from efficientllm.train.training_step import accumulate_gradients
+from efficientllm.train.training_step import TrainingStep, accumulate_gradients
 
 CPU = torch.device("cpu")
 KINDS = ("kv_group", "ffn")
@@ -163,3 +164,13 @@ def test_two_ranks_with_unequal_tokens_are_one_process(mode: str, criterion: str
     assert loss == pytest.approx(expected_loss, rel=1e-6)
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-4)
+
+
+def test_the_use_of_a_gpu_is_logged(monkeypatch: pytest.MonkeyPatch) -> None:
+    step: Any = TrainingStep.__new__(TrainingStep)
+    step.tokens, step.parallel = 1000, SimpleNamespace(device=torch.device("cuda:0"), world_size=2)
+    step.trained = SimpleNamespace(loss=SimpleNamespace(teacher=None))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 7)
+    figures = {"tokens_per_second": 2000.0, "memory_bytes": 7, "mfu": round(6e9 * 2000 / (2 * 989e12), 4)}
+    assert step.speed(0.5, 10**9) == figures

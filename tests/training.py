@@ -22,6 +22,7 @@ SETTINGS = [
     "--no-quality",
 ]
 """20 steps that remove something in most."""
+TIMES = ("seconds", "data_seconds", "tokens_per_second")
 
 
 def command(source: Path, corpus: Path, output: Path, *more: str) -> list[str]:
@@ -46,7 +47,7 @@ def run(arguments: Sequence[str]) -> int:
 def metrics(folder: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without wall times."""
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in record.items() if key != "seconds"} for record in records]
+    return [{key: value for key, value in record.items() if key not in TIMES} for record in records]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -76,8 +76,8 @@ class Measuring:
         self.metrics.write({"step": self.progress.step, "tokens": self.progress.tokens, **record})
 
     def _held_out_perplexity(self) -> float:
-        device, check = self.trained.parallel.device, self.stop_signal.check
-        return perplexity(self.trained.wrapped_loss, self.text.held_out, self.batch_size, device, check)
+        parallel, check, held_out = self.trained.parallel, self.stop_signal.check, self.text.held_out
+        return perplexity(self.trained.wrapped_loss, held_out, self.batch_size, parallel.device, check, parallel)
 
     def _bits_per_byte(self, perplexity: float) -> float:
         """Return the bits per byte of the held-out text. Unlike perplexity, it is comparable between vocabularies."""

@@ -16,6 +16,7 @@ import torch
 
 from ..runtime.base.errors import DataError, TrainingDivergedError
 from ..runtime.base.files import folder_written_atomically
+from ..runtime.base.flags import flatten
 from ..runtime.base.progress import ProgressDisplay
 from ..runtime.base.quantities import format_bytes, format_count
 from .checkpoint import state as training_state
@@ -99,7 +100,9 @@ class Trainer:
         """Rounds the weights to the type that the run trains for."""
         if self.config.quantisation.is_on:
             self.rounding = RoundedWeights(self.config.quantisation, self.parallel.mean_tensors)
-        self.metrics = MetricsWriter(plan.folder, self.parallel.is_main, run.tensorboard, run.wandb)
+        self.metrics = MetricsWriter(plan.folder, self.parallel.is_main, run.tensorboard)
+        if run.wandb:
+            self.metrics.use_wandb(self.progress, flatten(self.config))
         self.display, self.throughput = ProgressDisplay(silent=not self.parallel.is_main), Throughput()
         self.stop_signal = signal = StopSignal(self.parallel.any if self.parallel.world_size > 1 else None)
         self.measuring = Measuring(
@@ -275,7 +278,8 @@ class Trainer:
         removal = self._prune() if step.is_usable else {}
         seconds = time.monotonic() - start
         self.progress.seconds += seconds
-        sizes: dict[str, Any] = {"parameters": self.architecture.num_parameters}
+        speed = self.training_step.speed(step.seconds, self.architecture.num_parameters)
+        sizes: dict[str, Any] = {"parameters": self.architecture.num_parameters, **speed}
         time_target = self.plan.pruning.time if self.plan.pruning is not None else None
         if time_target is not None:
             sizes["ms"] = round(time_target.measure.of(self.architecture), 4)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from ..runtime.base.errors import DataError
 from .compute.distributed import Parallel, without_sync
+from .compute.hardware import peak_flops
 from .compute.loss import LossWeights, count_predicted
 from .compute.optimizer import clip_factor, gradient_norm
 from .compute.trained_model import TrainedModel
@@ -54,7 +56,9 @@ class TrainingStep:
         """
         undo, progress = self._undo(), self.progress
         try:
+            start = time.monotonic()
             microbatches = self.parallel.together(self._next_microbatches)
+            data_seconds = time.monotonic() - start
             self.trained.loss.weights = self._loss_weights()
             with rounded_weights:
                 own_loss = self._accumulate_gradients(microbatches)
@@ -79,7 +83,23 @@ class TrainingStep:
         progress.step += 1
         progress.tokens += self.tokens
         record |= {"tokens": progress.tokens, "learning_rate": self.trained.optimizer.param_groups[0]["lr"]}
+        record["data_seconds"] = round(data_seconds, 4)
         return record, is_usable
+
+    def speed(self, seconds: float, num_parameters: int) -> dict[str, float]:
+        """Return log fields of a step of a model with these parameters: its speed, and the use of a GPU.
+
+        `mfu` counts 6 FLOP for a parameter and a token and 2 for a teacher's parameter, without attention. It is a
+        share of the bf16 peak. `memory_bytes` is the peak of the main rank since its start.
+        """
+        device, teacher = self.parallel.device, self.trained.loss.teacher
+        figures = {"tokens_per_second": round(self.tokens / max(seconds, 1e-9), 1)}
+        if device.type == "cuda":
+            figures["memory_bytes"] = torch.cuda.max_memory_allocated(device)
+        if peak := peak_flops(device):
+            flops = 6 * num_parameters + 2 * (teacher.num_parameters() if teacher is not None else 0)
+            figures["mfu"] = round(flops * figures["tokens_per_second"] / (peak * self.parallel.world_size), 4)
+        return figures
 
     def _undo(self) -> Callable[[], None]:
         """Return a function that undoes all effects of a step before its update."""

@@ -28,6 +28,24 @@ class Hardware:
         return f"{name}{threads}, matrix products in {str(self.dtype).removeprefix('torch.')} ({self.reason})"
 
 
+PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "4090": 165e12,
+}
+"""Dense bf16 FLOP/s of GPUs by a part of their name, from NVIDIA's data sheets."""
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Return the bf16 FLOP/s of a GPU, or None if it is unknown."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+
+
 def choose_hardware(device: str, dtype: str, threads: int) -> Hardware:
     """Resolve --device, --dtype and --threads. Raises UsageError for a missing device."""
     if device == "auto":

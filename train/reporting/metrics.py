@@ -42,6 +42,8 @@ class RunProgress:
     """Quality (see evaluation.quality) of source and final, as JSON values."""
     seconds: float = 0.0
     """Wall time spent training, over all resumed parts."""
+    wandb_id: str = ""
+    """Id of the run in Weights & Biases, so that a resumed run continues it."""
 
 
 class Throughput:
@@ -75,11 +77,16 @@ def check_loggers(tensorboard: bool, wandb: bool) -> None:
 class MetricsWriter:
     """Writes one record per step. Ranks other than the main one write nothing."""
 
-    def __init__(self, folder: Path, is_main: bool, tensorboard: bool = False, wandb: bool = False) -> None:
-        self.path, self.is_main = folder / FILE_NAME, is_main
-        self.uses_tensorboard, self.uses_wandb = tensorboard, wandb
+    def __init__(self, folder: Path, is_main: bool, tensorboard: bool = False) -> None:
+        self.path, self.is_main, self.uses_tensorboard = folder / FILE_NAME, is_main, tensorboard
+        self._progress: RunProgress | None = None
+        self._settings: dict[str, Any] = {}
         self._tensorboard: Any = None
         self._wandb: Any = None
+
+    def use_wandb(self, progress: RunProgress, settings: dict[str, Any]) -> None:
+        """Log to Weights & Biases, too: to the run of `progress`, which gets an id if it has none, with `settings`."""
+        self._progress, self._settings = progress, settings
 
     def write(self, record: dict[str, Any]) -> None:
         """Log one record. A DiskFullError leaves the file unchanged."""
@@ -106,12 +113,15 @@ class MetricsWriter:
             from torch.utils.tensorboard import SummaryWriter
 
             self._tensorboard = SummaryWriter(str(self.path.parent / "tensorboard"))
-        if self.uses_wandb and self._wandb is None:
+        if self._progress is not None and self._wandb is None:
             import wandb  # type: ignore[import-not-found]
 
             folder = self.path.parent
             try:
-                self._wandb = wandb.init(project="efficientllm", dir=str(folder), name=folder.name)
+                run_id = self._progress.wandb_id or None
+                options: dict[str, Any] = {"id": run_id, "resume": "allow", "config": self._settings}
+                self._wandb = wandb.init(project="efficientllm", dir=str(folder), name=folder.name, **options)
+                self._progress.wandb_id = str(self._wandb.id)
             except OSError:  # of the disk
                 raise
             except Exception as error:  # no login, no network, a full account: wandb raises various types
