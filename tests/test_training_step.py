@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import socket
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,12 +14,17 @@ import torch
 from tiny import tiny_architecture, tiny_model
 from torch import Tensor, multiprocessing
 
+from efficientllm.runtime.base.errors import DataError
+from efficientllm.train.checkpoint.run_folder import damage
+from efficientllm.train.checkpoint.state import TrainingState, save_training_state
 from efficientllm.train.compute.distributed import Parallel
-from efficientllm.train.compute.loss import LossWeights, TrainingLoss, frozen_copy
+from efficientllm.train.compute.loss import LossWeights, TrainingLoss, frozen_copy, perplexity
+from efficientllm.train.compute.optimizer import make_optimizer
 from efficientllm.train.pruning.activation import GateScores
 from efficientllm.train.pruning.criteria import CRITERIA
 from efficientllm.train.pruning.running_scores import RunningScores
 from efficientllm.train.pruning.saliency import SaliencyTracker
+from efficientllm.train.reporting.metrics import RunProgress
 from efficientllm.train.training_step import TrainingStep, accumulate_gradients
 
 CPU = torch.device("cpu")
@@ -136,13 +143,49 @@ def test_samples_of_taylor2_count_by_their_learned_tokens() -> None:
     torch.testing.assert_close(tracker.scores["ffn"][1], (first - 0.5 * second).abs(), atol=1e-9, rtol=1e-4)
 
 
-def _rank(rank: int, mode: str, criterion: str, port: int, folder: str) -> None:
-    import os
-
+def _join(rank: int, mode: str, port: int) -> Parallel:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "GLOO_SOCKET_IFNAME": "lo"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    parallel = Parallel(mode, CPU)
+    return Parallel(mode, CPU)
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def _agreeing_rank(rank: int, port: int, folder: Path) -> None:
+    parallel = _join(rank, "ddp", port)
+
+    def fail(failing: int, error: Exception) -> None:
+        if rank == failing:
+            raise error
+
+    for failing, error in ((0, DataError("bad line")), (1, DataError("bad line")), (1, OSError("I/O error"))):
+        with pytest.raises(DataError, match=f"^rank 1: {error}" if failing > rank else str(error)):
+            parallel.together(functools.partial(fail, failing, error))
+    assert parallel.together(lambda: rank + 7, only_main=True) == 7
+    assert parallel.together(lambda: rank) == rank
+    model = tiny_model(tiny_architecture())
+    loss, windows = TrainingLoss(model, torch.float32), unequal_windows().numpy()[:3]
+    shared = perplexity(parallel.wrap(loss), windows, 1, CPU, parallel=parallel)  # three batches for two ranks
+    assert shared == pytest.approx(perplexity(loss, windows, 1, CPU), rel=1e-6)
+    optimizer = make_optimizer(model, 1e-3, (0.9, 0.95), 0.01)
+    save_training_state(folder, model, optimizer, TrainingState(RunProgress(), {}, {}), 1, parallel)
+    assert damage(folder) == ""
+    parallel.close()
+
+
+@pytest.mark.slow
+def test_ranks_share_errors_measurements_and_checkpoints(tmp_path: Path) -> None:
+    arguments = (_free_port(), tmp_path / "checkpoints" / "step-00000001")
+    multiprocessing.spawn(_agreeing_rank, arguments, nprocs=2)
+
+
+def _rank(rank: int, mode: str, criterion: str, port: int, folder: str) -> None:
+    parallel = _join(rank, mode, port)
     mine = list(parallel.own_rows(unequal_windows()).split(1))
     tracker = SaliencyTracker(CRITERIA[criterion], KINDS, tiny_architecture(), 0.5, parallel.mean_tensors)
     found = gradients(mine, mode, 0.7, tracker)
@@ -155,9 +198,7 @@ def _rank(rank: int, mode: str, criterion: str, port: int, folder: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("mode", "criterion"), [("ddp", "taylor1"), ("ddp", "fisher"), ("fsdp", "taylor2")])
 def test_two_ranks_with_unequal_tokens_are_one_process(mode: str, criterion: str, tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = _free_port()
     multiprocessing.spawn(_rank, (mode, criterion, port, str(tmp_path)), nprocs=2)  # type: ignore[attr-defined]
     loss, found = torch.load(tmp_path / "found.pt")
     expected_loss, expected = gradients([unequal_windows()], distill=0.7)
