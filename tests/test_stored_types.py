@@ -37,6 +37,7 @@ def copy_in(dtype: torch.dtype, source: Path, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", TYPES, ids=name_of)
 def test_a_model_is_stored_in_its_sources_type_and_read_by_every_command(
     dtype: torch.dtype, source_folder: Path, corpus: Path, tmp_path: Path

@@ -41,6 +41,7 @@ def teachers_passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return passes
 
 
+@pytest.mark.slow
 def test_a_run_with_known_states_is_the_run_that_computes_them(
     source_folder: Path, corpus: Path, tmp_path: Path, teachers_passes: list[int]
 ) -> None:

@@ -105,6 +105,7 @@ def test_a_step_from_bf16_gradients_is_the_step_from_the_same_numbers_in_fp32(mo
     assert torch.equal(*results)
 
 
+@pytest.mark.slow
 def test_bf16_moments_train_as_fp32_ones_do_and_resume_bit_identically(
     source_folder: Path, corpus: Path, tmp_path: Path
 ) -> None:
