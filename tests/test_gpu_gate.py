@@ -1,0 +1,69 @@
+"""Training on a CUDA device that is not there: the same removals as on the CPU, few waits of the host, little time."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+
+pytestmark = pytest.mark.skipif(
+    torch.version.cuda is not None or shutil.which("g++") is None or sys.platform != "linux",
+    reason="the device that is not there needs Linux, g++ and a torch without CUDA",
+)
+
+
+def gate(*arguments: str | Path) -> Any:
+    """Return the JSON that a command of tests/tools/gpu_gate.py prints."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.tools.gpu_gate", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_every_kind_of_run_is_the_same_on_a_gpu(source_folder: Path, corpus: Path, tmp_path: Path) -> None:
+    """Every saliency, kind of group and QAT grid, with a stop, a checkpoint and a resume between two removals."""
+    found = gate("runs", source_folder, corpus, tmp_path)
+    assert len(found) >= 10
+    for name, devices in found.items():
+        cpu, cuda = devices["cpu"], devices["cuda"]
+        assert sum("removed" in record for record in cuda) >= 3, name
+        if name == "rounded":  # bf16 sums differ
+            assert cuda[-1]["tokens"] == cpu[-1]["tokens"]
+            continue
+        assert [record.get("removed") for record in cuda] == [record.get("removed") for record in cpu], name
+        losses = [[record["loss"] for record in records if "loss" in record] for records in (cpu, cuda)]
+        assert losses[1] == pytest.approx(losses[0], rel=1e-5), name
+
+
+def test_an_operation_on_tensors_of_two_devices_fails() -> None:
+    program = "from fake_cuda import *\nwith fake_cuda():\n    torch.zeros(0).lerp_(torch.ones(0, device='cuda'), 0.5)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT / "tests" / "tools", capture_output=True, text=True, check=False
+    )
+    assert "expected all tensors on the same device" in done.stderr
+
+
+def test_a_step_waits_seldom_and_is_bound_by_its_products(record_property: Any) -> None:
+    """Lower bounds of the time on one H100, by bytes and operations of every kernel (fake_cuda.py): no measurements."""
+    steps = {(each["shape"], each["saliency"], each["microbatches"]): each for each in gate("roofline")}
+    for name, step in steps.items():
+        print(name, json.dumps(step))
+        record_property(str(name), step)
+        assert step["syncs"] <= 2 * step["microbatches"] + 2, step["lines"]

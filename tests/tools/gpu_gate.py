@@ -1,0 +1,215 @@
+"""Run training on a CUDA device that is not there (`fake_cuda.py`), in a process of its own:
+
+    python -m tests.tools.gpu_gate runs SOURCE CORPUS FOLDER    # every path of a run, against the same run on the CPU
+    python -m tests.tools.gpu_gate roofline                     # waits, kernels and least time of a step of a 1B model
+
+`runs` stops and resumes every run after a few steps. Each prints one line of JSON.
+"""
+
+# ruff: noqa: E402  # fake_cuda comes before torch
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+from fake_cuda import Device, fake_cuda  # isort: skip
+
+import numpy as np
+import torch
+from training import command, metrics, run
+from transformers import AutoConfig
+
+from efficientllm.train import run as training_run
+from efficientllm.train import training_step
+from efficientllm.train.compute import loss as loss_module
+from efficientllm.train.compute.distributed import Parallel
+from efficientllm.train.compute.loss import TrainingLoss
+from efficientllm.train.compute.optimizer import AdamW, make_optimizer
+from efficientllm.train.compute.trained_model import TrainedModel
+from efficientllm.train.config.pruning import PruneConfig
+from efficientllm.train.config.sections import OptimizerConfig
+from efficientllm.train.model.architecture import Architecture, LayerShape
+from efficientllm.train.model.irregular import build
+from efficientllm.train.pruning.plan import make_pruning_plan
+from efficientllm.train.pruning.pruner import Pruner
+from efficientllm.train.reporting.metrics import RunProgress
+from efficientllm.train.stop_signal import StopSignal
+from efficientllm.train.trainer import Trainer
+from efficientllm.train.training_step import TrainingStep
+
+RUNS: dict[str, str] = {
+    "taylor1": "--prune attention,ffn,stem,blocks --block-tokens 128",
+    "taylor2": "--saliency taylor2 --prune attention,ffn,stem --gradient-accumulation 2 --batch-size 2",
+    "fisher": "--saliency fisher --prune layers,ffn --block-tokens 128 --gradient-accumulation 2 --batch-size 2",
+    "magnitude": "--saliency magnitude --qat q4_0",
+    "random": "--saliency random --compact-every 2",
+    "flap": "--saliency flap --prune attention,ffn --distill 1 --layout uniform",
+    "wanda": "--saliency wanda --prune attention,ffn --weight-update obs",
+    "minitron": "--saliency minitron --prune attention,ffn --qat int4-block32",
+    "token-fisher": "--saliency token-fisher --recover least-squares --recover-tokens 256 --distill 1 "
+    "--prune attention,ffn,vocabulary,blocks --block-tokens 128 --vocabulary-tokens 2000 --activation-checkpointing",
+    "rounded": "--saliency token-fisher --prune attention,ffn,vocabulary --vocabulary-rows 384 --distill 1 --qat 8da4w "
+    "--vocabulary-tokens 2000 --teacher self --recover least-squares --recover-tokens 256 --dtype bfloat16",
+}
+"""Arguments of each run. Together they have every saliency, kind of group and QAT grid. The last is not as on the CPU,
+because both devices round other sums to bf16."""
+SHARED = ("--tokens", "640", "--eval-tokens", "64", "--checkpoint-every", "0")
+SHARED += ("--prune-start", "0.2", "--prune-end", "0.8", "--removals", "3")
+"""Five steps, with removals after the first, the third and the fourth."""
+STOP_AT = 2
+"""Step after which a run on the GPU is stopped and resumed."""
+
+
+def runs(source: Path, corpus: Path, folder: Path) -> dict[str, Any]:
+    """Train every run of RUNS on both devices. Return {name: {device: its metrics}}."""
+    found: dict[str, Any] = {}
+    plots = (
+        mock.patch.object(training_run, f"plot_{name}", _draw_nothing)
+        for name in ("architecture", "training", "pruning")
+    )
+    with contextlib.ExitStack() as stack:
+        for each in plots:
+            stack.enter_context(each)
+        for name, more in RUNS.items():
+            found[name] = {}
+            arguments = command(source, corpus, folder, *SHARED, *more.split())
+            for device in ("cpu", "cuda"):
+                output = folder / f"{name}-{device}"
+                on_device = [*arguments, "--output", str(output), "--device", device]
+                if device == "cuda":
+                    with fake_cuda(), mock.patch.object(Trainer, "_step", _stopping(Trainer._step)):
+                        assert run(on_device) == 130, name
+                    on_device.append("--resume")
+                with fake_cuda() if device == "cuda" else contextlib.nullcontext():
+                    assert run(on_device) == 0, name
+                found[name][device] = metrics(output)
+    return found
+
+
+def _draw_nothing(*arguments: Any) -> None:
+    """Write an empty file instead of a plot, which is its last argument."""
+    Path(arguments[-1]).touch()
+
+
+def _stopping(real: Any) -> Any:
+    def step(trainer: Trainer) -> dict[str, Any]:
+        record = real(trainer)
+        if record["step"] == STOP_AT:
+            trainer.stop_signal.name = "SIGTERM"
+        return record
+
+    return step
+
+
+SHAPES = {
+    "1b": Architecture("llama", 2048, 64, 128_256, True, (LayerShape(32, 8, 8192),) * 16),
+    "1b-half": Architecture("llama", 2048, 64, 128_256, True, (LayerShape(12, 3, 2560),) * 16),
+}
+"""Llama-3.2-1B, and half of its layers' parameters."""
+
+
+STEPS = (
+    ("1b", "", 1.0, 4, 1),
+    ("1b-half", "token-fisher", 1.0, 4, 1),
+    ("1b-half", "taylor1", 0.0, 1, 8),
+)
+"""Shape, saliency, weight of distillation, sequences of a microbatch, microbatches."""
+
+
+class _Stream:
+    """Random windows of a large vocabulary."""
+
+    sequence_length = 2048
+
+    def __init__(self) -> None:
+        self._random = np.random.default_rng(0)
+
+    def next_windows(self, count: int) -> np.ndarray:
+        return self._random.integers(0, 128_256, (count, self.sequence_length + 1))
+
+    def state(self) -> list[Any]:
+        return []
+
+
+def step_of(shape: str, saliency: str, distill: float, batch_size: int, accumulation: int) -> dict[str, Any]:
+    """Return waits, kernels and least seconds of a training step of a shape on one H100."""
+    optimizer = OptimizerConfig(
+        tokens=10**9, batch_size=batch_size, gradient_accumulation=accumulation, distill=distill
+    )
+    architecture = SHAPES[shape]
+    with fake_cuda(has_values=False) as device:
+        parallel = Parallel("none", torch.device("cuda"))
+        loss = TrainingLoss(_model(architecture), torch.bfloat16)
+        if distill:
+            loss.set_teacher(_model(SHAPES["1b"]).to(torch.bfloat16).eval().requires_grad_(False))
+        trained = TrainedModel(
+            loss, parallel, lambda model: None,
+            partial(make_optimizer, learning_rate=1e-4, betas=(0.9, 0.95), weight_decay=0.01),
+        )  # fmt: skip
+        pruner = None
+        if saliency:
+            plan = make_pruning_plan(PruneConfig(target_ratio=0.5, saliency=saliency), architecture, 0, None)
+            pruner = Pruner(plan, trained.model, parallel, 0)
+        step = TrainingStep(trained, _Stream(), RunProgress(), optimizer, pruner, StopSignal(None))
+        with phases(device):
+            step.run(contextlib.nullcontext())  # the first step makes the optimizer's tensors
+            device.clear()
+            step.run(contextlib.nullcontext())
+        seconds = sum(device.seconds.values())
+        return {
+            "shape": shape, "saliency": saliency, "distill": distill, "microbatches": accumulation,
+            "syncs": sum(device.syncs.values()), "lines": dict(device.syncs.most_common()),
+            "kernels": device.kernels, "tokens_per_second": round(step.tokens / seconds),
+            "shares": {name: round(each / seconds, 3) for name, each in device.seconds.items()},
+        }  # fmt: skip
+
+
+def _model(architecture: Architecture) -> Any:
+    """Return a model without values on the GPU."""
+    config = AutoConfig.for_model(
+        "llama", vocab_size=architecture.vocab_size, hidden_size=architecture.hidden_size, head_dim=64,
+        num_hidden_layers=len(architecture.layers), max_position_embeddings=8192, tie_word_embeddings=True,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = build(config, architecture)
+    return model.to("cuda")
+
+
+@contextlib.contextmanager
+def phases(device: Device) -> Iterator[None]:
+    """Attribute the device's time to the loss and the optimizer in this block."""
+
+    def timed(owner: Any, name: str, phase: str) -> Any:
+        real = getattr(owner, name)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            with device.during(phase):
+                return real(*arguments, **options)
+
+        return mock.patch.object(owner, name, call)
+
+    with (
+        timed(loss_module, "cross_entropy", "loss"),
+        timed(loss_module._ChunkedLoss, "backward", "loss"),
+        timed(AdamW, "step", "optimizer"),
+        timed(training_step, "gradient_norm", "optimizer"),
+    ):
+        yield
+
+
+def main() -> None:
+    """Run the command of the arguments."""
+    what, *paths = sys.argv[1:]
+    print(json.dumps(runs(*map(Path, paths)) if what == "runs" else [step_of(*case) for case in STEPS]))
+
+
+if __name__ == "__main__":
+    main()
