@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..runtime.base.errors import DataError
 from .compute.distributed import Parallel, without_sync
 from .compute.hardware import peak_flops
-from .compute.loss import LossWeights, count_predicted
+from .compute.loss import LossWeights, count_predicted, to_device
 from .compute.optimizer import clip_factor, gradient_norm
 from .compute.trained_model import TrainedModel
 from .config.sections import OptimizerConfig
@@ -121,10 +121,11 @@ class TrainingStep:
         return undo
 
     def _next_microbatches(self) -> list[Tensor]:
-        """Return this rank's windows [B, S + 1] of every microbatch of a step."""
+        """Return this rank's windows [B, S + 1] of every microbatch of a step, in host memory."""
         parallel, rows = self.parallel, self.settings.batch_size * self.parallel.world_size
         windows = [self.stream.next_windows(rows) for _ in range(self.settings.gradient_accumulation)]
-        return [torch.from_numpy(parallel.own_rows(each)).to(parallel.device) for each in windows]
+        own = [torch.from_numpy(parallel.own_rows(each)) for each in windows]
+        return [each.pin_memory() for each in own] if parallel.device.type == "cuda" else own
 
     def _loss_weights(self) -> LossWeights:
         """Return the configured weights, with at least the whole cross-entropy while gradients rank groups.
@@ -171,8 +172,8 @@ def accumulate_gradients(
 ) -> float:
     """Leave the gradients of the mean loss over all learned tokens of the step in .grad of the parameters.
 
-    The mean covers all microbatches [B, S + 1] and ranks. Returns this rank's share of the step's cross-entropy; its
-    mean over ranks is the mean over all learned tokens.
+    The mean covers all microbatches [B, S + 1], in host memory, and ranks. Returns this rank's share of the step's
+    cross-entropy; its mean over ranks is the mean over all learned tokens.
 
     A saliency that is not linear in the gradient (taylor2, fisher) needs every microbatch of every rank alone. Then
     .grad is emptied after each one and DDP averages nothing. The sums are kept aside and averaged at the end. FSDP
@@ -184,13 +185,11 @@ def accumulate_gradients(
     needs_samples = pruner is not None and pruner.needs_microbatches
     per_microbatch = needs_samples and (steps > 1 or parallel.world_size > 1)
     tokens = [count_predicted(windows) for windows in microbatches]
-    over_ranks = torch.tensor(tokens, dtype=torch.float64, device=parallel.device)
-    parallel.mean_tensors([over_ranks])
-    means = over_ranks.tolist()
+    means = parallel.means(tokens)
     step_tokens = sum(means) or 1.0  # a mean over ranks
     tokens_of_samples = means if parallel.mode == "fsdp" else tokens
     accumulated: dict[Tensor, Tensor] = {}
-    total = 0.0
+    cross_entropies: list[Tensor] = []
     for place, (windows, count, sample_tokens) in enumerate(zip(microbatches, tokens, tokens_of_samples, strict=True)):
         if place:
             check()
@@ -201,9 +200,9 @@ def accumulate_gradients(
         weight = sample_tokens * steps / step_tokens
         is_last = place == steps - 1
         with without_sync(wrapped_loss, per_microbatch or not is_last):
-            loss, cross_entropy = wrapped_loss(windows)
+            loss, cross_entropy = wrapped_loss(*to_device(windows, parallel.device))
             (loss / divisor).backward()
-        total += float(cross_entropy) * count
+        cross_entropies.append(cross_entropy.detach())
         if pruner is not None:
             pruner.mask_gradients(model)
             if per_microbatch:
@@ -217,6 +216,8 @@ def accumulate_gradients(
             parallel.mean_tensors(accumulated.values())
     elif pruner is not None:
         pruner.observe_gradients(model)
+    each_loss = torch.stack(cross_entropies).tolist()  # once, because it waits for the GPU
+    total = sum(each * count for each, count in zip(each_loss, tokens, strict=True))
     return total / max(1, sum(tokens)) * (sum(tokens) / step_tokens)
 
 

@@ -90,6 +90,14 @@ class Parallel:
         dist.all_reduce(tensor, group=self.patient_group)
         return float(tensor) / self.world_size
 
+    def means(self, values: list[int]) -> list[float]:
+        """Return the means of several values over ranks."""
+        if self.world_size == 1:
+            return [float(value) for value in values]
+        tensor = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(tensor, group=self.patient_group)
+        return (tensor / self.world_size).tolist()
+
     def mean_tensors(self, tensors: Iterable[Tensor]) -> None:
         """Average tensors over ranks, in place."""
         if self.world_size > 1:

@@ -194,37 +194,49 @@ class TrainingLoss(nn.Module):
         loss.source_text, loss.teacher_cache = self.source_text, self.teacher_cache
         return loss
 
-    def forward(self, windows: Tensor, read: Callable[[Tensor, Tensor], Any] | None = None) -> Any:
+    def forward(
+        self,
+        windows: Tensor,
+        predicted: Tensor | None = None,
+        read: Callable[[Tensor, Tensor], Any] | None = None,
+    ) -> Any:
         """Return (loss to minimise, cross-entropy) of windows [B, S + 1]. Tokens given as ~token are not predicted.
 
-        In eval mode the teacher is not used, and the loss is its cross-entropy part. With `read`, return instead
-        read(last hidden states [N, H] of the predicted tokens, LM-head weight [V, H]), both in the type of products.
+        `predicted` are the positions in [B * S] of the others (see `to_device`). Finding them here makes the host wait
+        for a GPU. In eval mode the teacher is not used, and the loss is its cross-entropy part. With `read`, return
+        instead read(last hidden states [N, H] of the predicted tokens, LM-head weight [V, H]), both in the type of
+        products.
         """
-        is_predicted = (windows[:, 1:] >= 0).flatten()
+        if predicted is None:
+            predicted = predicted_positions(windows)
         tokens = torch.where(windows < 0, ~windows, windows)
-        inputs, targets = tokens[:, :-1], tokens[:, 1:].flatten()[is_predicted]
+        inputs, targets = tokens[:, :-1], tokens[:, 1:].flatten()[predicted]
         autocast = {"dtype": torch.bfloat16, "enabled": self.dtype == torch.bfloat16}
         # each weight is used once in a pass: a cache would only keep its copy, which backward may make anew
         with torch.autocast(windows.device.type, **autocast, cache_enabled=False):
             hidden = self.model.model(input_ids=inputs, use_cache=False).last_hidden_state
-        rows, weight, teacher = hidden.flatten(0, 1)[is_predicted], self.model.lm_head.weight, self._teacher[0]
+        rows, weight, teacher = (
+            hidden.flatten(0, 1).index_select(0, predicted),
+            self.model.lm_head.weight,
+            self._teacher[0],
+        )
         if read is not None:
             return read(rows.to(self.dtype), weight.to(self.dtype))
         reference = None
         if teacher is not None and self.training:
-            reference = self._reference(teacher, inputs, is_predicted)
+            reference = self._reference(teacher, inputs, predicted)
         return cross_entropy(rows, weight, targets, self.dtype, self.weights, reference)
 
     @torch.no_grad()
-    def _reference(self, teacher: Any, inputs: Tensor, is_predicted: Tensor) -> Reference:
-        """Return the teacher signal for the predicted tokens, bool [B * S], after `inputs` [B, S]."""
+    def _reference(self, teacher: Any, inputs: Tensor, predicted: Tensor) -> Reference:
+        """Return the teacher signal at the predicted positions, int64 [N], after `inputs` [B, S]."""
         text = self.source_text(inputs) if self.source_text is not None else None
         tokens = inputs if text is None else text.tokens
         hidden = self._teacher_states(teacher, tokens).flatten(0, 1)
         weight = teacher.lm_head.weight.to(self.dtype)
         if text is None:
-            return Reference(hidden[is_predicted], weight)
-        places = text.places[is_predicted]
+            return Reference(hidden.index_select(0, predicted), weight)
+        places = text.places[predicted]
         return Reference(hidden[places.clamp(min=0)], weight, text.first, places >= 0)
 
     def _teacher_states(self, teacher: Any, tokens: Tensor) -> Tensor:
@@ -243,6 +255,19 @@ def frozen_copy(source: Any, dtype: torch.dtype, device: torch.device) -> Any:
     """Return a frozen copy of the model in eval mode, stored in `dtype`."""
     teacher = copy.deepcopy(source).to(device=device, dtype=dtype).eval()
     return teacher.requires_grad_(False)
+
+
+def predicted_positions(windows: Tensor) -> Tensor:
+    """Return the positions in [B * S] of the predicted tokens of windows [B, S + 1], int64 [N]."""
+    return (windows[:, 1:] >= 0).flatten().nonzero().flatten()
+
+
+def to_device(windows: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return windows [B, S + 1] of host memory and their predicted positions on a device, without waiting for it."""
+    positions = predicted_positions(windows)
+    if device.type == "cuda":
+        positions = positions.pin_memory()
+    return windows.to(device, non_blocking=True), positions.to(device, non_blocking=True)
 
 
 def count_predicted(windows: Tensor) -> int:

@@ -102,7 +102,7 @@ class BlockProbe:
             # below the first absent block the stream is that of the whole model, which is computed once per batch
             first = min(layer for layer, _ in absence)
             with _without(decoder, absence), _from_layer(decoder, first, streams[first]):
-                found.append(self._loss(batch, whole.divergence))
+                found.append(self._loss(batch, read=whole.divergence))
         return torch.tensor(found, dtype=torch.float64)
 
     def _whole(self, batch: Tensor) -> tuple[list[Tensor], WholeModel]:
@@ -113,7 +113,7 @@ class BlockProbe:
             for layer in self._loss.model.model.layers
         ]
         try:
-            return streams, self._loss(batch, WholeModel.of)
+            return streams, self._loss(batch, read=WholeModel.of)
         finally:
             for handle in handles:
                 handle.remove()

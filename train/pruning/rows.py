@@ -117,7 +117,7 @@ class RowProbe:
                 nats += float(functional.cross_entropy(logits, some_targets, reduction="sum"))
             return nats
 
-        return self._loss(windows, read)
+        return self._loss(windows, read=read)
 
 
 def _num_tokens(texts: Sequence[Sequence[int]]) -> int:
