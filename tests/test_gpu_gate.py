@@ -67,3 +67,8 @@ def test_a_step_waits_seldom_and_is_bound_by_its_products(record_property: Any) 
         print(name, json.dumps(step))
         record_property(str(name), step)
         assert step["syncs"] <= 2 * step["microbatches"] + 2, step["lines"]
+        assert step["kernels"] <= 4000 * step["microbatches"], step
+    assert steps["1b-half", "taylor1", 8]["syncs"] <= 10
+    distilled = steps["1b-half", "token-fisher", 1]
+    assert distilled["shares"]["loss"] + distilled["shares"]["head"] <= 0.25
+    assert steps["1b", "", 1]["tokens_per_second"] >= 32_000

@@ -44,6 +44,28 @@ def test_chunked_loss_equals_torch(tokens: int, distill: float, monkeypatch: pyt
     torch.testing.assert_close(our_gradients, their_gradients)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("teacher", ["none", "same vocabulary", "other vocabulary"])
+def test_fused_loss_equals_the_one_of_single_kernels(teacher: str) -> None:
+    """GPUs compile it. Here the compiler makes code for the CPU."""
+    torch.manual_seed(0)
+    logits, targets = torch.randn(12, 90), torch.randint(0, 90, (12,))
+    theirs = None if teacher == "none" else torch.randn(12, 100 if teacher == "other vocabulary" else 90)
+    first = torch.randint(0, 90, (100,)) if teacher == "other vocabulary" else None
+    is_known = torch.arange(12) % 3 > 0 if first is not None else None
+    rest = (targets, theirs, first, is_known, (0.7, 1.0), torch.full((), 12))
+    ours, expected = logits.clone(), logits.clone()
+    found = loss._fused_losses_of_rows()(ours, *rest)
+    torch.testing.assert_close(found, loss._losses_of_rows(expected, *rest))
+    torch.testing.assert_close(ours, expected)
+    assert not torch.equal(ours, logits)
+
+
+def test_chunks_of_a_gpu_are_larger() -> None:
+    assert [loss.chunk_tokens(True, size) for size in (128_256, 49_152, 10**9)] == [2048, 5120, 512]
+    assert loss.chunk_tokens(False, 128_256) == loss.CHUNK_TOKENS
+
+
 def test_model_loss_equals_transformers() -> None:
     model = tiny_model(tiny_architecture())
     windows = torch.randint(0, 400, (3, 20))

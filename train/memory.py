@@ -13,7 +13,7 @@ import torch
 
 from ..runtime.base.errors import UsageError
 from ..runtime.base.quantities import format_bytes
-from .compute.loss import CHUNK_TOKENS
+from .compute.loss import chunk_tokens, fuses_on_gpu
 from .config.sections import TrainConfig
 from .model.architecture import Architecture, LayerShape
 
@@ -58,6 +58,7 @@ def estimate_memory(
     products: torch.dtype,
     shards: int = 1,
     keeps_products: bool = False,
+    is_on_gpu: bool = False,
 ) -> MemoryEstimate:
     """Estimate the memory of a model of this shape.
 
@@ -72,8 +73,10 @@ def estimate_memory(
     moments = 2 * size * (2 if settings.optimizer_dtype == "bfloat16" else 4)
     # the head's gradient, its bf16 copy, and a chunk of logits, of the source's too
     tokens = settings.batch_size * config.source.sequence_length
-    logits = min(tokens, CHUNK_TOKENS) * architecture.vocab_size * (2 if is_bf16 else 4)
-    head = embedding + logits * (2 if settings.distill else 1)
+    logits = min(tokens, chunk_tokens(is_on_gpu, architecture.vocab_size)) * architecture.vocab_size
+    of_logit = 2 if is_bf16 else 4
+    of_logit += 8 if is_on_gpu and not fuses_on_gpu else 0  # a log-probability and a temporary, in fp32
+    head = embedding + logits * of_logit * (2 if settings.distill else 1)
     head += embedding // 2 if is_bf16 else 0
     forward = head + _kept_for_backward(config, architecture, tokens, is_bf16)
     forward += gradients // shards if settings.gradient_accumulation > 1 else 0

@@ -236,11 +236,13 @@ class Device(TorchDispatchMode):
             each_index = [torch.empty(each.numel(), dtype=torch.int64, device="meta")
                           if each is not None and each.dtype == torch.bool else each for each in args[1]]  # fmt: skip
             args = (args[0], each_index, *args[2:])
+        if func is aten.addmm.dtype_out:  # only GPUs have it
+            return kwargs["out"].add_(args[1].float() @ args[2].float())
         return func(*args, **kwargs) if shape is None else shape(*args, **kwargs)
 
     def _count(self, func: Any, args: Any, kwargs: Any, found: Any) -> None:
         """Count an operation as one kernel and add its least duration."""
-        if func.is_view or func in UNCOUNTED:
+        if func.is_view or func in UNCOUNTED or self.phase == UNCOUNTED_PHASE:
             return
         self.kernels += 1
         read, written = _bytes((args, kwargs)), _bytes(found)
@@ -250,12 +252,22 @@ class Device(TorchDispatchMode):
             read = written
         elif func is aten.scatter_add_.default:
             read = written = 2 * args[3].numel() * args[3].element_size()
-        formula = flop_registry.get(func.overloadpacket)
-        flops = formula(*args, **kwargs, out_val=found) if formula is not None else 0
-        bound = max(flops / FLOPS_PER_SECOND, (read + written) / BYTES_PER_SECOND, KERNEL_SECONDS)
+        if func is aten.addmm.dtype_out:
+            flops = flop_registry[aten.mm](*args[1:3], out_val=found)
+            read -= _bytes(kwargs)  # it is args[0]
+        else:
+            formula = flop_registry.get(func.overloadpacket)
+            flops = formula(*args, **kwargs, out_val=found) if formula is not None else 0
+        self.add(read + written, flops)
+
+    def add(self, num_bytes: int, flops: int = 0) -> None:
+        """Add the least duration of a kernel that moves that many bytes."""
+        bound = max(flops / FLOPS_PER_SECOND, num_bytes / BYTES_PER_SECOND, KERNEL_SECONDS)
         is_head = self.phase == "loss" and flops > 0
         self.seconds["head" if is_head else self.phase] += bound
 
+
+UNCOUNTED_PHASE = "uncounted"
 
 UNCOUNTED = (aten.detach.default, aten.empty.memory_format, aten.empty_like.default, aten.empty_strided.default)
 UNCOUNTED += (aten._unsafe_view.default, aten.new_empty.default, aten.new_empty_strided.default, aten.alias.default)

@@ -14,36 +14,26 @@ import contextlib
 import json
 import sys
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-from fake_cuda import Device, fake_cuda  # isort: skip
+from fake_cuda import UNCOUNTED_PHASE, Device, fake_cuda  # isort: skip
 
-import numpy as np
 import torch
+from torch import Tensor
 from training import command, metrics, run
-from transformers import AutoConfig
 
 from efficientllm.train import run as training_run
 from efficientllm.train import training_step
 from efficientllm.train.compute import loss as loss_module
-from efficientllm.train.compute.distributed import Parallel
-from efficientllm.train.compute.loss import TrainingLoss
-from efficientllm.train.compute.optimizer import AdamW, make_optimizer
-from efficientllm.train.compute.trained_model import TrainedModel
+from efficientllm.train.compute.optimizer import AdamW
 from efficientllm.train.config.pruning import PruneConfig
-from efficientllm.train.config.sections import OptimizerConfig
+from efficientllm.train.config.sections import OptimizerConfig, SourceConfig, TrainConfig
 from efficientllm.train.model.architecture import Architecture, LayerShape
-from efficientllm.train.model.irregular import build
-from efficientllm.train.pruning.plan import make_pruning_plan
-from efficientllm.train.pruning.pruner import Pruner
-from efficientllm.train.reporting.metrics import RunProgress
-from efficientllm.train.stop_signal import StopSignal
 from efficientllm.train.trainer import Trainer
-from efficientllm.train.training_step import TrainingStep
+from research.gpu_hour import make_step, random_model
 
 RUNS: dict[str, str] = {
     "taylor1": "--prune attention,ffn,stem,blocks --block-tokens 128",
@@ -109,6 +99,7 @@ def _stopping(real: Any) -> Any:
     return step
 
 
+META = torch.device("meta")
 SHAPES = {
     "1b": Architecture("llama", 2048, 64, 128_256, True, (LayerShape(32, 8, 8192),) * 16),
     "1b-half": Architecture("llama", 2048, 64, 128_256, True, (LayerShape(12, 3, 2560),) * 16),
@@ -124,41 +115,19 @@ STEPS = (
 """Shape, saliency, weight of distillation, sequences of a microbatch, microbatches."""
 
 
-class _Stream:
-    """Random windows of a large vocabulary."""
-
-    sequence_length = 2048
-
-    def __init__(self) -> None:
-        self._random = np.random.default_rng(0)
-
-    def next_windows(self, count: int) -> np.ndarray:
-        return self._random.integers(0, 128_256, (count, self.sequence_length + 1))
-
-    def state(self) -> list[Any]:
-        return []
-
-
 def step_of(shape: str, saliency: str, distill: float, batch_size: int, accumulation: int) -> dict[str, Any]:
     """Return waits, kernels and least seconds of a training step of a shape on one H100."""
-    optimizer = OptimizerConfig(
-        tokens=10**9, batch_size=batch_size, gradient_accumulation=accumulation, distill=distill
-    )
     architecture = SHAPES[shape]
+    config = TrainConfig(
+        SourceConfig(sequence_length=2048),
+        PruneConfig(target_ratio=0.5, saliency=saliency) if saliency else PruneConfig(prune=("none",)),
+        OptimizerConfig(tokens=10**9, batch_size=batch_size, gradient_accumulation=accumulation, distill=distill),
+    )
     with fake_cuda(has_values=False) as device:
-        parallel = Parallel("none", torch.device("cuda"))
-        loss = TrainingLoss(_model(architecture), torch.bfloat16)
+        model, teacher = random_model(architecture, META), None
         if distill:
-            loss.set_teacher(_model(SHAPES["1b"]).to(torch.bfloat16).eval().requires_grad_(False))
-        trained = TrainedModel(
-            loss, parallel, lambda model: None,
-            partial(make_optimizer, learning_rate=1e-4, betas=(0.9, 0.95), weight_decay=0.01),
-        )  # fmt: skip
-        pruner = None
-        if saliency:
-            plan = make_pruning_plan(PruneConfig(target_ratio=0.5, saliency=saliency), architecture, 0, None)
-            pruner = Pruner(plan, trained.model, parallel, 0)
-        step = TrainingStep(trained, _Stream(), RunProgress(), optimizer, pruner, StopSignal(None))
+            teacher = random_model(SHAPES["1b"], META).to("cuda", torch.bfloat16).eval().requires_grad_(False)
+        step = make_step(config, model, architecture, teacher, torch.device("cuda"))
         with phases(device):
             step.run(contextlib.nullcontext())  # the first step makes the optimizer's tensors
             device.clear()
@@ -170,17 +139,6 @@ def step_of(shape: str, saliency: str, distill: float, batch_size: int, accumula
             "kernels": device.kernels, "tokens_per_second": round(step.tokens / seconds),
             "shares": {name: round(each / seconds, 3) for name, each in device.seconds.items()},
         }  # fmt: skip
-
-
-def _model(architecture: Architecture) -> Any:
-    """Return a model without values on the GPU."""
-    config = AutoConfig.for_model(
-        "llama", vocab_size=architecture.vocab_size, hidden_size=architecture.hidden_size, head_dim=64,
-        num_hidden_layers=len(architecture.layers), max_position_embeddings=8192, tie_word_embeddings=True,
-    )  # fmt: skip
-    with torch.device("meta"):
-        model = build(config, architecture)
-    return model.to("cuda")
 
 
 @contextlib.contextmanager
@@ -196,7 +154,17 @@ def phases(device: Device) -> Iterator[None]:
 
         return mock.patch.object(owner, name, call)
 
+    def fused(logits: Tensor, targets: Tensor, theirs: Tensor | None, *rest: Any) -> Any:
+        with device.during(UNCOUNTED_PHASE):
+            found = loss_module._losses_of_rows(logits, targets, theirs, *rest)
+        passes = 4 if theirs is None else 7  # the maximum, the sum and the difference of each read it, one writes
+        device.kernels += passes
+        device.add(passes * logits.numel() * logits.element_size())
+        return found
+
     with (
+        mock.patch.object(loss_module, "fuses_on_gpu", True),
+        mock.patch.object(loss_module, "_fused_losses_of_rows", return_value=fused),
         timed(loss_module, "cross_entropy", "loss"),
         timed(loss_module._ChunkedLoss, "backward", "loss"),
         timed(AdamW, "step", "optimizer"),

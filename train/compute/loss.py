@@ -6,9 +6,11 @@ Shapes: B sequences, S tokens, N = B*S, H hidden, V vocabulary.
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,7 +31,19 @@ ROWS_IN_CACHE = 4
 0.74 s instead of 1.33 s for whole chunks (1024 tokens, V 49152, bf16, 1 core)."""
 
 HEAD_ROWS = 8192
-"""Rows of the head's gradient per product, which avoids a second tensor of its size."""
+"""Rows of the head's gradient per product on a CPU, which avoids a second tensor of its size."""
+
+GPU_LOGIT_BYTES = 2**30
+"""Bytes of fp32 logits alive at once on a GPU. Every chunk reads and writes the head's whole gradient."""
+
+fuses_on_gpu = find_spec("triton") is not None
+"""Whether a GPU computes the loss of a chunk in few fused kernels (torch.compile) instead of some 15."""
+
+
+def chunk_tokens(is_on_gpu: bool, vocab_size: int) -> int:
+    """Return the rows of logits alive at once."""
+    fitting = GPU_LOGIT_BYTES // (4 * vocab_size) if is_on_gpu else 0
+    return max(CHUNK_TOKENS, fitting - fitting % CHUNK_TOKENS)
 
 
 @dataclass(frozen=True)
@@ -66,14 +80,55 @@ class Reference:
     is_known: Tensor | None = None
     """bool [N]: positions with a teacher signal, by default all."""
 
-    def in_our_tokens(self, theirs: Tensor, rows: slice, ours: Tensor) -> Tensor:
-        """Return fp32 [rows, V]: the source's probabilities [rows, Vt] converted to the model's tokens.
 
-        Positions without a teacher signal get the model's own, `ours` [rows, V].
-        """
-        assert self.first is not None
-        found = torch.zeros_like(ours).scatter_add_(1, self.first.expand(theirs.shape), theirs)
-        return found if self.is_known is None else torch.where(self.is_known[rows, None], found, ours)
+def _in_our_tokens(theirs: Tensor, first: Tensor, is_known: Tensor | None, ours: Tensor) -> Tensor:
+    """Return fp32 [rows, V]: the source's probabilities [rows, Vt] converted to the model's tokens.
+
+    Positions without a teacher signal (`is_known` [rows]) get the model's own, `ours` [rows, V].
+    """
+    found = torch.zeros_like(ours).scatter_add_(1, first.expand(theirs.shape), theirs)
+    return found if is_known is None else torch.where(is_known[:, None], found, ours)
+
+
+def _losses_of_rows(
+    logits: Tensor,
+    targets: Tensor,
+    theirs: Tensor | None,
+    first: Tensor | None,
+    is_known: Tensor | None,
+    weights: tuple[float, float],
+    count: int | Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Return the sums over rows of (log-probability of the targets, divergence from the teacher).
+
+    The logits [R, V] become d loss / d logits, unless `count`, the divisor of the mean, is None. `theirs` are the
+    teacher's logits [R, Vt]; `first` and `is_known` are of its Reference; `weights` are (distill, scale).
+    """
+    distill, scale = weights
+    log_p = torch.log_softmax(logits.float(), dim=-1)
+    likelihood, divergence, teacher = log_p.gather(1, targets[:, None]).sum(), None, None
+    if theirs is not None:
+        teacher_log_p = torch.log_softmax(theirs.float(), dim=-1)
+        teacher = teacher_log_p.exp()
+        if first is not None:
+            teacher = _in_our_tokens(teacher, first, is_known, log_p.exp())
+            teacher_log_p = teacher.clamp(min=torch.finfo(torch.float32).tiny).log()
+        divergence = (teacher * teacher_log_p.sub_(log_p)).sum()
+    if count is not None:
+        delta = log_p.exp_()  # the probabilities p; becomes d loss / d logits
+        if teacher is not None:
+            delta.mul_(scale + distill).sub_(teacher, alpha=distill)
+        elif scale != 1.0:
+            delta.mul_(scale)
+        delta.scatter_add_(1, targets[:, None], delta.new_full((len(delta), 1), -scale))
+        logits.copy_(delta.div_(count))
+    return likelihood, divergence
+
+
+@functools.cache
+def _fused_losses_of_rows() -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """Return `_losses_of_rows` as fused kernels."""
+    return torch.compile(_losses_of_rows)
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -100,37 +155,35 @@ class _ChunkedLoss(torch.autograd.Function):
         grad_h = torch.empty_like(h) if needs_grad else None
         # fp32: a bf16 sum over chunks would drop the small contributions of rare tokens
         grad_w = torch.zeros(w.shape, dtype=torch.float32, device=w.device) if needs_grad else None
-        rows_at_once = ROWS_IN_CACHE * torch.get_num_threads() if h.device.type == "cpu" else CHUNK_TOKENS
-        for start in range(0, h.shape[0], CHUNK_TOKENS):
-            rows = slice(start, start + CHUNK_TOKENS)
+        is_on_gpu = h.device.type == "cuda"
+        size = chunk_tokens(is_on_gpu, len(w))
+        rows_at_once = size if is_on_gpu else ROWS_IN_CACHE * torch.get_num_threads()
+        losses_of_rows = _fused_losses_of_rows() if is_on_gpu and fuses_on_gpu else _losses_of_rows
+        # a fused kernel reads the divisor, which would otherwise be part of its code
+        divisor = None if not needs_grad else torch.full((), count, device=h.device) if is_on_gpu else count
+        for start in range(0, h.shape[0], size):
+            rows = slice(start, start + size)
             logits = h[rows] @ w.T  # [chunk, V]; becomes d loss / d logits
             theirs = reference.hidden[rows] @ reference.weight.T if reference is not None else None
-            for first in range(0, len(logits), rows_at_once):
-                part = slice(first, min(first + rows_at_once, len(logits)))
+            first, is_known = (reference.first, reference.is_known) if reference is not None else (None, None)
+            for begin in range(0, len(logits), rows_at_once):
+                part = slice(begin, min(begin + rows_at_once, len(logits)))
                 these = slice(start + part.start, start + part.stop)  # the same rows of everything
-                predicted = targets[these, None]
-                log_p = torch.log_softmax(logits[part].float(), dim=-1)  # [part, V]
-                cross_entropy -= log_p.gather(1, predicted).sum()
-                teacher = None
-                if reference is not None and theirs is not None:
-                    teacher_log_p = torch.log_softmax(theirs[part].float(), dim=-1)
-                    teacher = teacher_log_p.exp()
-                    if reference.first is not None:
-                        teacher = reference.in_our_tokens(teacher, these, log_p.exp())
-                        teacher_log_p = teacher.clamp(min=torch.finfo(torch.float32).tiny).log()
-                    divergence += (teacher * teacher_log_p.sub_(log_p)).sum()
-                if needs_grad:
-                    delta = log_p.exp_()  # the probabilities p; becomes d loss / d logits
-                    if teacher is not None:
-                        delta.mul_(scale + distill).sub_(teacher, alpha=distill)
-                    elif scale != 1.0:
-                        delta.mul_(scale)
-                    delta.scatter_add_(1, predicted, delta.new_full((len(delta), 1), -scale))
-                    logits[part] = delta.div_(count)
+                likelihood, divergence_of_rows = losses_of_rows(
+                    logits[part],
+                    targets[these],
+                    None if theirs is None else theirs[part],
+                    first,
+                    None if is_known is None else is_known[these],
+                    (distill, scale),
+                    divisor,
+                )
+                cross_entropy -= likelihood
+                if divergence_of_rows is not None:
+                    divergence += divergence_of_rows
             if grad_h is not None and grad_w is not None:
                 grad_h[rows] = logits @ w
-                for share, product in zip(grad_w.split(HEAD_ROWS), logits.split(HEAD_ROWS, dim=1), strict=True):
-                    share += product.T @ h[rows]
+                _add_product(grad_w, logits, h[rows])
         if grad_h is not None and grad_w is not None:
             ctx.gradients = grad_h.to(hidden.dtype), grad_w.to(weight.dtype)
         cross_entropy, divergence = cross_entropy / count, divergence / count
@@ -142,6 +195,16 @@ class _ChunkedLoss(torch.autograd.Function):
         # taken out of ctx and scaled in place: grad_weight is up to a fifth of a model
         (grad_hidden, grad_weight), ctx.gradients = ctx.gradients, None
         return grad_hidden.mul_(grad_total), grad_weight.mul_(grad_total), None, None, None, None, None
+
+
+def _add_product(total: Tensor, deltas: Tensor, hidden: Tensor) -> None:
+    """Add deltas.T @ hidden, [n, V] and [n, H] in the type of products, to `total`, fp32 [V, H]."""
+    is_mixed = total.device.type == "cuda" and deltas.dtype != total.dtype
+    if is_mixed and "dtype_out" in torch.ops.aten.addmm.overloads():  # since torch 2.8
+        torch.addmm(total, deltas.T, hidden, out_dtype=total.dtype, out=total)  # sums are fp32 within the product
+        return
+    for share, product in zip(total.split(HEAD_ROWS), deltas.split(HEAD_ROWS, dim=1), strict=True):
+        share += product.T @ hidden
 
 
 def cross_entropy(
