@@ -348,6 +348,7 @@ def fake_cuda(has_values: bool = True) -> Iterator[Device]:
         "get_device_name": lambda *_: "a GPU that is not there",
         "mem_get_info": lambda *_: (80 << 30, 80 << 30),
         "synchronize": lambda *_: None,
+        "max_memory_allocated": lambda *_: 0,
         "get_rng_state": lambda *_: torch.zeros(16, dtype=torch.uint8),
         "set_rng_state": lambda *_: None,
         "get_rng_state_all": lambda: [],
