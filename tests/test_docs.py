@@ -6,6 +6,7 @@ import argparse
 import ast
 import gzip
 import importlib
+import json
 import re
 import shlex
 import sys
@@ -82,6 +83,17 @@ def test_commands_are_understood(document: Path) -> None:
             configuration(values)
         if name == "efficientllm-export":
             load_exporter(values["target"])
+
+
+def test_the_image_and_the_service_start_the_server() -> None:
+    unit = (ROOT / "deploy" / "efficientllm.service").read_text(encoding="utf-8")
+    image = (ROOT / "deploy" / "Dockerfile").read_text(encoding="utf-8")
+    (service,) = re.findall(r"^ExecStart=(.+)$", unit, re.MULTILINE)
+    entry, default = (json.loads(words) for words in re.findall(r"^(?:ENTRYPOINT|CMD) (.+)$", image, re.MULTILINE))
+    for program, *arguments in (shlex.split(service), [*entry, *default]):
+        assert Path(program).name == "efficientllm-serve"
+        assert serve_parser().parse(arguments)["artefact"]
+    assert re.search(r"^USER (?!root)", image, re.MULTILINE)
 
 
 PYTHON_BLOCKS = [
