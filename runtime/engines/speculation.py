@@ -23,11 +23,14 @@ MAX_DRAFT = 24
 MATCH_LIMITS = (1, 2, 4, 8, 16)
 """Numbers of right proposals in a row at which they are counted apart, because long repetitions go on more often."""
 
-PRIOR_SHARE = 0.6
-"""Share of right proposals that is assumed before any was counted."""
+PRIOR_SHARES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+"""Shares of right proposals that are assumed at first, by the same groups."""
+
+PRIOR_COUNT = 10
+"""Number of proposals that the assumed shares count as."""
 
 SHARE_RATE, TIME_RATE = 0.02, 0.1
-"""Weight of the last proposal and of the last pass in the running means."""
+"""Least weight of the last proposal, and weight of the last pass, in the running means."""
 
 MAX_SLOWDOWN = 3.0
 """Multiple of the mean time of a pass above which a time is cut, because other work on the machine disturbed it."""
@@ -38,8 +41,8 @@ GUESSED_COST = 0.1
 MIN_GAIN = 1.05
 """Least gain of expected tokens per second for which tokens are proposed."""
 
-RETRY_INTERVAL = 64
-"""One of so many refused proposals is checked even so, to measure the time again."""
+TRIED_SHARE = 0.02
+"""Share of the time of passes with a refused proposal that tries may lose. They measure the times again."""
 
 
 class PromptLookup:
@@ -85,16 +88,18 @@ class Speculation:
 
     def __init__(self, times: PassTimes | None) -> None:
         """Begin with the `times` that were measured at load, if there are any."""
-        self._shares = [PRIOR_SHARE] * (len(MATCH_LIMITS) + 1)
-        """Share of right proposals by the number of right ones before."""
+        self._shares, self._counts = list(PRIOR_SHARES), [PRIOR_COUNT] * len(PRIOR_SHARES)
+        """Share of right proposals by the number of right ones before, and how many were counted."""
         self._ms = dict(enumerate(times.milliseconds, start=1)) if times else {}
         """{tokens of a pass: mean milliseconds}"""
-        self._num_refused = 0
+        self._credit = 0.0
+        """Time that tries may lose, in passes without proposals."""
 
     def count(self, num_right: int, is_right: bool) -> None:
         """Count a proposal after `num_right` right ones."""
         group = sum(num_right >= limit for limit in MATCH_LIMITS)
-        self._shares[group] += SHARE_RATE * (is_right - self._shares[group])
+        self._counts[group] += 1
+        self._shares[group] += max(SHARE_RATE, 1 / self._counts[group]) * (is_right - self._shares[group])
 
     def record_pass(self, num_tokens: int, milliseconds: float) -> None:
         """Record the time of a pass without prompts."""
@@ -106,15 +111,22 @@ class Speculation:
 
         That is the number with the most expected tokens per second, 0 if none gains.
         """
-        if longest < 1 or num_answers < 1:
-            return 0
+        if longest < 1 or num_answers < 1 or min(self._ms, default=num_answers + 1) > num_answers:
+            return 0  # a pass without proposals is measured first
         expected = [0.0, *itertools.islice(self._expected_tokens(num_right), longest)]
-        speeds = (num_answers + np.array(expected)) / self._pass_ms(num_answers, longest)
+        times, tokens = self._pass_ms(num_answers, longest), num_answers + np.array(expected)
+        speeds = tokens / times
         best = int(speeds.argmax())
         if speeds[best] >= MIN_GAIN * speeds[0]:
             return best
-        self._num_refused += 1
-        return min(longest, MIN_MATCH) if self._num_refused % RETRY_INTERVAL == 0 else 0
+        tried = min(longest, max(MIN_MATCH, num_right))
+        loss = times[tried] / times[0] - tokens[tried] / num_answers
+        self._credit += TRIED_SHARE
+        # Larger passes may be faster in proportion, which only a try can tell.
+        if self._credit < loss and num_answers + tried < 2 * max(self._ms):
+            return 0
+        self._credit -= loss
+        return tried
 
     def _expected_tokens(self, num_right: int) -> Iterator[float]:
         """Yield the expected number of right tokens among 1, 2, ... proposed ones."""
@@ -127,10 +139,13 @@ class Speculation:
     def _pass_ms(self, num_tokens: int, longest: int) -> np.ndarray:
         """Return the times of passes of `num_tokens` to `num_tokens` + `longest` tokens, [longest + 1].
 
-        Between measured sizes they lie on a line. Above them they are in proportion to the tokens.
+        Between and beyond measured sizes they lie on lines. A wrong guess is measured when it is used.
         """
         numbers = np.arange(num_tokens, num_tokens + longest + 1)
-        sizes = sorted(self._ms) or [1]
-        more = np.maximum(numbers - sizes[-1], 0)
-        beyond = 1 + more * (GUESSED_COST if len(sizes) == 1 else 1 / sizes[-1])
-        return np.interp(numbers, sizes, [self._ms.get(size, 1.0) for size in sizes]) * beyond
+        sizes = sorted(self._ms)
+        times = [self._ms[size] for size in sizes]
+        if len(sizes) == 1:
+            slope = GUESSED_COST * times[0]
+        else:
+            slope = max(0.0, times[-1] - times[-2]) / (sizes[-1] - sizes[-2])
+        return np.interp(numbers, sizes, times) + slope * np.maximum(numbers - sizes[-1], 0)
