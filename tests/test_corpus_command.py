@@ -11,7 +11,10 @@ import pytest
 from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.base.output import locked_output
 from efficientllm.train.data import corpus as corpus_cli
+from efficientllm.train.data.chat import Encoder
 from efficientllm.train.data.documents import DataSpec, open_documents
+from efficientllm.train.data.tokens import open_tokens
+from efficientllm.train.model.source import load_tokenizer
 
 
 def corpus(*arguments: str | Path) -> int:
@@ -49,6 +52,21 @@ def test_a_folder_becomes_a_file_that_training_reads(
     row = next(line for line in capsys.readouterr().out.splitlines() if str(folder) in line)
     taken = sum(len(text.encode()) for text in texts)
     assert row == f"| {folder} (all of it) | 2 | {taken} B | 1 | 1 |"
+
+
+def test_tokens_are_stored_beside_the_corpus(
+    folder: Path, source_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "corpus.jsonl"
+    assert corpus(output, "--data", folder, "--tokenizer", source_folder) == 0
+    encoder = Encoder(load_tokenizer(str(source_folder)))
+    stored = open_tokens(DataSpec(str(output)), encoder, 0.0)
+    assert stored is not None
+    documents = list(open_documents(DataSpec(str(output))))
+    assert [stored[number].tolist() for number in stored.documents] == [
+        each.tolist() for each in encoder.encode(documents)
+    ]
+    assert "tokens: " in capsys.readouterr().err
 
 
 def test_the_same_documents_are_the_same_file_and_it_is_not_replaced_unasked(

@@ -24,7 +24,7 @@ from ...runtime.base.files import remove_stale_temporaries, written_atomically
 from ...runtime.base.output import locked_output
 from ...runtime.base.progress import ProgressDisplay
 from ...runtime.base.quantities import format_bytes, markdown_table
-from .chat import Chat, Document
+from .chat import Chat, Document, Encoder
 from .documents import DataSpec, check_documents, open_documents, text_of
 from .readers import KNOWN_FILES, reader_of
 from .records import BadLines
@@ -48,6 +48,8 @@ class CorpusConfig:
     """JSON field or table column that holds the text."""
     skip_bad_lines: int = flags.number(0, at_least=0)
     """Malformed lines of a corpus to skip. One more is an error."""
+    tokenizer: str = ""
+    """Model whose tokens of the text are stored in the folder OUTPUT.tokens. efficientllm-train then reads these."""
 
     def __post_init__(self) -> None:
         flags.check_fields(self)
@@ -210,6 +212,13 @@ def body(argv: Sequence[str]) -> int:
             display.update("corpus", done, wanted, f"{format_bytes(done)} of {format_bytes(wanted)} of text")
 
         inputs = write_corpus(output, config, overwrite, report)
+        if config.tokenizer:
+            from ..model.source import load_tokenizer
+            from .tokens import write_tokens
+
+            encoder = Encoder(load_tokenizer(config.tokenizer))
+            num_tokens = write_tokens(DataSpec(str(output)), encoder)
+            display.say(f"tokens: {num_tokens:,}")
     rows = [["from", "documents", "text", "too short", "repeated"]]
     for each in inputs:
         name = each.spec.path + (" (all of it)" if each.has_ended else "")

@@ -153,9 +153,14 @@ def _is_hub_dataset(name: str) -> bool:
 
 def is_held_out(document: Document, fraction: float) -> bool:
     """Return True if a document belongs to the held-out part. Its hash decides, so all runs agree."""
+    return split_hash(document) < fraction * 2**64
+
+
+def split_hash(document: Document) -> int:
+    """Return the 64-bit hash that decides whether a document is held out."""
     text = document.to_json() if isinstance(document, Chat) else document
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") < fraction * 2**64
+    return int.from_bytes(digest, "big")
 
 
 def corpus_fingerprint(path: str) -> str:

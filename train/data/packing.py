@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...runtime.base.errors import DataError
-from .chat import Chat, Document, Encoder
+from .chat import Chat, Encoder
 from .documents import DataSpec, is_held_out, open_documents
+from .tokens import StoredTokens, open_tokens
 
 if TYPE_CHECKING:  # the help of efficientllm-data needs no transformers
     from transformers import PreTrainedTokenizerBase
@@ -52,15 +53,21 @@ class CorpusPosition:
 
 
 class ShuffledDocuments:
-    """Endless shuffled documents of one corpus, without its held-out part."""
+    """Endless shuffled documents of one corpus, without its held-out part.
 
-    def __init__(self, spec: DataSpec, held_out_fraction: float, seed: int, index: int) -> None:
+    With stored tokens, documents are numbers and a seek reads nothing before its place.
+    """
+
+    def __init__(
+        self, spec: DataSpec, held_out_fraction: float, seed: int, index: int, stored: StoredTokens | None = None
+    ) -> None:
         self.spec = spec
         self.held_out_fraction = held_out_fraction
         self.seed = (seed, index)
+        self.stored = stored
         self.state = CorpusPosition()
-        self._blocks: Iterator[list[Document]] | None = None
-        self._current: list[Document] = []
+        self._blocks: Iterator[list[Any]] | None = None
+        self._current: list[Any] = []
 
     def block_size(self) -> int:
         """Return the number of documents in the current block, which is all of a small corpus."""
@@ -72,7 +79,17 @@ class ShuffledDocuments:
         """Continue from another position."""
         self.state, self._blocks = state, None
 
-    def next_documents(self, count: int) -> list[Document]:
+    def read_text(self) -> None:
+        """Read the text from the same position on, not the stored tokens."""
+        if self.stored is not None:
+            self.stored, self._blocks = None, None
+
+    def next_ids(self, count: int, encoder: Encoder) -> list[np.ndarray]:
+        """Return the tokens of up to `count` documents, all from one block."""
+        documents = self.next_documents(count)
+        return encoder.encode(documents) if self.stored is None else [self.stored[each] for each in documents]
+
+    def next_documents(self, count: int) -> list[Any]:
         """Return up to `count` documents, all from one block."""
         if self._blocks is None:
             self._open()
@@ -87,8 +104,13 @@ class ShuffledDocuments:
 
     def _open(self) -> None:
         """Open the corpus at the position of `state`."""
-        documents = (each for each in open_documents(self.spec) if not is_held_out(each, self.held_out_fraction))
-        documents = itertools.islice(documents, self.state.block * SHUFFLE_BLOCK, None)
+        start = self.state.block * SHUFFLE_BLOCK
+        documents: Iterator[Any]
+        if self.stored is not None:
+            documents = iter(self.stored.documents[start:])
+        else:
+            documents = (each for each in open_documents(self.spec) if not is_held_out(each, self.held_out_fraction))
+            documents = itertools.islice(documents, start, None)
         self._blocks = iter(lambda: list(itertools.islice(documents, SHUFFLE_BLOCK)), [])
         self._load_block()
 
@@ -160,7 +182,7 @@ class CorpusWindows:
 
     def _next_document(self) -> np.ndarray:
         if not self._queue:
-            self._queue = self.encoder.encode(self.documents.next_documents(TOKENIZE_BATCH))
+            self._queue = self.documents.next_ids(TOKENIZE_BATCH, self.encoder)
         return self._queue.pop(0)
 
     def _order(self, visit: int) -> np.ndarray:
@@ -173,6 +195,7 @@ class CorpusWindows:
     def switch_encoder(self, encoder: Encoder) -> None:
         """Continue with another encoder and empty lanes. The rest of the documents in lanes is dropped."""
         self.encoder = encoder
+        self.documents.read_text()
         # documents in the queue are the last ones taken, all from the current block, and are read again
         self.documents.state.offset -= len(self._queue)
         self._queue = []
@@ -200,8 +223,12 @@ class PackedStream:
         held_out_fraction: float,
         seed: int,
     ) -> None:
-        documents = [ShuffledDocuments(spec, held_out_fraction, seed, index) for index, spec in enumerate(specs)]
         self.encoder = Encoder(tokenizer)
+        stored = [open_tokens(spec, self.encoder, held_out_fraction) for spec in specs]
+        documents = [
+            ShuffledDocuments(spec, held_out_fraction, seed, index, tokens)
+            for index, (spec, tokens) in enumerate(zip(specs, stored, strict=True))
+        ]
         self.corpora = [CorpusWindows(each, self.encoder, sequence_length) for each in documents]
         self.sequence_length = sequence_length
         self.has_chats = False
