@@ -39,6 +39,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Long tests first where there are workers, so that none is left with one when the others are done."""
+    """Long tests first where there are workers, so that none is left with one when the others are done.
+
+    The scheduler reads the group of a test in its name, which pytest-xdist 3.8 writes where pytest 9.2 does not look.
+    """
     if "PYTEST_XDIST_WORKER" in os.environ:
         items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+        for item in items:
+            group = item.get_closest_marker("xdist_group")
+            if group and hasattr(item, "_id"):
+                item._id = type(item._id).parse(f"{item.nodeid}@{group.args[0]}")

@@ -55,6 +55,29 @@ def test_skips_are_said_and_fail_where_a_test_must_run(
     assert all(f"\n{node}\n" in done.stdout for node in missed.splitlines())
 
 
+GROUPED = """
+import os, pytest
+
+@pytest.mark.xdist_group("one")
+@pytest.mark.parametrize("value", range(8))
+def test_notes_its_worker(value):
+    with open("workers.txt", "a") as stream:
+        print(os.environ["PYTEST_XDIST_WORKER"], file=stream)
+"""
+
+
+def test_tests_of_a_group_run_in_one_worker(tmp_path: Path) -> None:
+    hook, ours = "pytest_collection_modifyitems", str(Path(__file__).with_name("conftest.py"))
+    (tmp_path / "conftest.py").write_text(f"import runpy\n{hook} = runpy.run_path({ours!r})[{hook!r}]\n")
+    (tmp_path / "test_grouped.py").write_text(GROUPED)
+    options = ["-p", "xdist", "-n", "2", "--dist", "loadgroup", "-p", "no:cacheprovider", "-q"]
+    environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    subprocess.run([sys.executable, "-m", "pytest", *options], cwd=tmp_path, env=environment, check=True)
+    workers = (tmp_path / "workers.txt").read_text().split()
+    assert len(workers) == 8
+    assert len(set(workers)) == 1
+
+
 def test_every_file_that_must_run_exists() -> None:
     root = Path(__file__).parent.parent
     entries = (root / "tests" / "must_run.txt").read_text(encoding="utf-8").splitlines()
