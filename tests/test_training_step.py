@@ -188,8 +188,9 @@ RANKED = [("ddp", "taylor1"), ("ddp", "fisher"), ("fsdp", "taylor2")]
 
 
 def _rank(rank: int, port: int, folder: str) -> None:
+    parallel = _join(rank, "ddp", port)
     for mode, criterion in RANKED:
-        parallel = _join(rank, mode, port)
+        parallel = Parallel(mode, CPU)
         mine = list(parallel.own_rows(unequal_windows()).split(1))
         tracker = SaliencyTracker(CRITERIA[criterion], KINDS, tiny_architecture(), 0.5, parallel.mean_tensors)
         found = gradients(mine, mode, 0.7, tracker)
