@@ -20,6 +20,7 @@ import torch
 from tiny import LLAMA3_ROPE, tiny_architecture
 from training import command, metrics, run, unpruned, weights, without
 
+from efficientllm.train import cli
 from efficientllm.train.compute.loss import TrainingLoss
 from efficientllm.train.model.architecture import Architecture
 from efficientllm.train.model.source import load_for_inference
@@ -303,6 +304,28 @@ def test_a_logger_that_does_not_start_is_one_line(
     (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
     assert error.startswith("error: --wandb: wandb does not start: api_key not configured (no-tty). call wandb.login; ")
     del sys.modules["wandb"]
+
+
+@pytest.mark.parametrize(("busy", "policy"), [(5, None), (60, "passive")])
+def test_threads_sleep_while_they_wait_beside_other_programs(
+    busy: int, policy: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the process's two cores, one is idle. Core 7 is of somebody else."""
+
+    def stat(ticks: int) -> str:
+        rows = ["cpu  9 9 9 9 9 9 9 9 9 9", f"cpu0 {ticks} 0 0 {100 - ticks} 0 0 0 0 0 0", "cpu1 0 0 0 100 0 0 0 0 0 0"]
+        return "\n".join([*rows, "cpu7 900 0 0 0 0 0 0 0 0 0", "intr 3"])
+
+    texts = iter([stat(0).replace("100", "0"), stat(busy)])
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(Path, "read_text", lambda self: next(texts))
+    with monkeypatch.context() as patch:
+        patch.delitem(sys.modules, "torch")
+        cli.choose_waiting()
+    assert os.environ.get("OMP_WAIT_POLICY") == policy
 
 
 def test_weights_and_biases_get_the_settings_and_a_resumed_run_keeps_its_id(
