@@ -135,10 +135,10 @@ for folder in sys.argv[2:]:
     with torch.inference_mode():
         torch.save(model(torch.load(sys.argv[1])).logits, f"{sys.argv[1]}.{model.config.model_type}")
 """
-    folders = [str(irregular(family)) for family in NEW]
+    folders = [str(irregular(family)) for family in FAMILIES]
     command = [sys.executable, "-c", lines, str(tmp_path / "tokens.pt"), *folders]
     subprocess.run(command, check=True, env={"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path), "PATH": ""})
-    for family, folder in zip(NEW, folders, strict=True):
+    for family, folder in zip(FAMILIES, folders, strict=True):
         here = AutoModelForCausalLM.from_pretrained(folder)
         with torch.inference_mode():
             assert torch.equal(
