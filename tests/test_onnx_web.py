@@ -27,6 +27,7 @@ pytestmark = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantize", ["f32", "web", "int8", "int4"])
 def test_web_gives_the_engines_tokens(quantize: str, save_tiny: Callable[..., Path], tmp_path: Path) -> None:
     folder = tmp_path / "onnx"

@@ -35,6 +35,7 @@ def command(site: Path | None, module: str, *arguments: str) -> ProcessResult:
     )
 
 
+@pytest.mark.slow
 def test_an_installed_criterion_target_and_engine_carry_a_model_all_the_way(
     site: Path, source_folder: Path, corpus: Path, tmp_path: Path
 ) -> None:

@@ -29,6 +29,7 @@ def final(folder: Path) -> Architecture:
     return Architecture.from_folder(folder / "model")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "tied"), [*((family, True) for family in SIMILAR), ("qwen2", False)])
 def test_every_family_trains_and_shrinks(
     family: str, tied: bool, save_tiny: Callable[..., Path], corpus: Path, tmp_path: Path
@@ -42,6 +43,7 @@ def test_every_family_trains_and_shrinks(
     assert run_command(export_cli.body, arguments) == 0  # verified against torch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("saliency", "space"),
     [(name, "attention,ffn,stem") for name in ("taylor2", "fisher", "magnitude", "random", "token-fisher")],
