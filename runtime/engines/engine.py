@@ -75,7 +75,8 @@ class EngineOptions:
     """gguf: size of the KV cache of all chats, such as 500MB. 0: two context windows, or one for a single chat."""
     lookup: bool = True
     """gguf: propose tokens that followed the last ones earlier in prompt or answer, and check several in one pass. The
-    answer is as without it, but for the rounding of kernels for several tokens. Where this is measured to be slower, nothing is proposed."""
+    answer is as without it, but for the rounding of kernels for several tokens. Where this is measured to be slower,
+    nothing is proposed."""
     warm_up: bool = False
     """Evaluate one token after loading, so that memory is allocated before the first answer."""
 
