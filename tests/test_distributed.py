@@ -23,6 +23,8 @@ MODES = ("ddp", "fsdp")
 RESUMED = {"ddp": 10, "fsdp": 10, "ddp --gradient-accumulation 2": 9}
 """Mode and flags of a run that gets a signal in its tenth step -> step of its checkpoint."""
 HANG_SECONDS = 300
+RECOVERED = ("--recover", "least-squares", "--recover-tokens", "256", "--removals", "2", "--distill", "1")
+RECOVERED += ("--vocabulary-tokens", "2000")
 ONE_AND_TWO = {
     "gradients": ("ddp", "taylor1", "attention,ffn,stem", ()),
     "curvature": ("ddp", "taylor2", "attention,ffn,stem", ()),
@@ -32,6 +34,10 @@ ONE_AND_TWO = {
     "sharded": ("fsdp", "taylor1", "attention,ffn,stem", ()),
     "sharded and rounded blocks": ("fsdp", "taylor1", "ffn,blocks", ("--qat", "q4_0")),
     "offloaded": ("fsdp --offload", "taylor1", "attention,ffn,stem,blocks", ()),
+    "recovered": ("ddp", "token-fisher", "attention,ffn,vocabulary", RECOVERED),
+    "sharded and recovered": ("fsdp", "token-fisher", "attention,ffn,vocabulary", RECOVERED),
+    "fewer rows": ("fsdp", "token-fisher", "attention,ffn,vocabulary", (*RECOVERED, "--vocabulary-rows", "384")),
+    "offloaded and recovered": ("fsdp --offload", "token-fisher", "attention,ffn,stem,blocks", RECOVERED),
 }
 """Name -> mode, criterion, removed groups and other flags of a run that one process and two make alike."""
 

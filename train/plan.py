@@ -160,12 +160,6 @@ def make_plan(config: TrainConfig, resume: ResumePoint | None, compute: Compute)
     """Return (the plan, the loaded source model). Raises UsageError or ModelError if it cannot be trained."""
     if compute.parallel.mode == "fsdp" and config.pruning.compact_every > 1:
         raise UsageError("--compact-every works with --data-parallel ddp only: fsdp compacts after every event")
-    if compute.parallel.mode == "fsdp" and config.pruning.recover != "none":
-        raise UsageError("--recover works with --data-parallel ddp only: it needs whole weights on every rank")
-    if compute.parallel.mode == "fsdp" and config.pruning.prunes_vocabulary:
-        raise UsageError(
-            "--prune vocabulary works with --data-parallel ddp only: it measures a whole model on every rank"
-        )
     if compute.parallel.mode == "fsdp" and config.optimizer.teacher == "self":
         raise UsageError("--teacher self works with --data-parallel ddp only: it copies a whole model on every rank")
     if compute.parallel.world_size > 1 and config.score.task:
@@ -280,7 +274,8 @@ def _announce_memory(config: TrainConfig, resume: ResumePoint | None, compute: C
     parallel = compute.parallel
     keeps_bf16 = compute.stores_gradients_as_computed(config.optimizer)
     shards = parallel.world_size if parallel.mode == "fsdp" else 1
-    estimate = estimate_memory(config, architecture, compute.hardware.dtype, shards, keeps_bf16)
+    hardware = compute.hardware
+    estimate = estimate_memory(config, architecture, hardware.dtype, shards, keeps_bf16, hardware.device.type == "cuda")
     memory = device_memory(parallel.storage_device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     warning = check_memory(estimate, memory, config) if memory is not None else ""
     if parallel.is_main:

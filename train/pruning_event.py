@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .compute.loss import frozen_copy
+from .compute.distributed import gathered
+from .compute.loss import TrainingLoss
 from .compute.trained_model import TrainedModel
 from .model.groups import BLOCKS
 from .pruning.blocks import BlockProbe
@@ -25,7 +26,7 @@ from .pruning.recovery import LeastSquares
 from .pruning.rows import RowProbe, choose_rows
 from .pruning.running_scores import Scores, scores_of_kept
 from .pruning.selection import Kept, Ranking, Removal, Unit, all_groups, compose, select_removal
-from .pruning.surgery import zero_groups
+from .pruning.surgery import frozen_loss, zero_groups
 from .run_text import RunText
 from .stop_signal import StopSignal
 from .vocabulary.frequency import expected_splits
@@ -104,7 +105,7 @@ class PruningEvent:
         pruner, trained = self.pruner, self.trained
         former = None
         if self.settings.recover != "none" and pruner.is_above(target):
-            former = frozen_copy(trained.model, trained.loss.dtype, self.parallel.device)
+            former = frozen_loss(trained)
         rows = vocabulary = None
         if pruner.is_vocabulary_due:
             rows, vocabulary = self._prune_vocabulary()
@@ -243,12 +244,13 @@ class PruningEvent:
             grams.update_weights(model, zeroed)
         zero_groups(model, zeroed, self.trained.optimizer)
 
-    def _recover(self, former: Any, groups: Removal, rows: Tensor | None) -> None:
-        """Refit the model to `former`, its copy from before the event. `rows` are the surviving rows of `former`."""
+    def _recover(self, former: TrainingLoss, groups: Removal, rows: Tensor | None) -> None:
+        """Refit the model to that of `former` from before the event. `rows` are the surviving rows of `former`."""
         model, dtype = self.trained.model, self.trained.loss.dtype
         stem = groups.kept["stem"][0]
-        refit = LeastSquares(model, former, stem, self.settings.recover_damping, dtype, rows)
+        refit = LeastSquares(model, former.model, stem, self.settings.recover_damping, dtype, rows)
         windows = self._extra_windows(self.settings.recover_tokens)
         tokens = torch.from_numpy(self.parallel.own_rows(windows)).to(self.parallel.device)
         inputs = torch.where(tokens < 0, ~tokens, tokens)[:, :-1]  # ~token is a token that is not predicted
-        refit.fit(inputs, self.parallel, self.stop_signal.check)
+        with gathered(self.trained.loss, former):
+            refit.fit(inputs, self.parallel, self.stop_signal.check)

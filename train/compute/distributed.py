@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -105,6 +105,14 @@ class Parallel:
                 dist.all_reduce(tensor)
                 tensor /= self.world_size
 
+    def of_all(self, tensor: Tensor) -> Tensor:
+        """Return [world_size * n, ...]: the tensors [n, ...] of all ranks."""
+        if self.world_size == 1:
+            return tensor
+        parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
+        dist.all_gather(parts, tensor)
+        return torch.cat(parts)
+
     def any(self, flag: bool) -> bool:
         """Tell whether the flag is set on any rank."""
         return self.mean(float(flag)) > 0
@@ -179,6 +187,22 @@ def scatter(parameter: Any, value: Tensor) -> None:
         local(parameter).copy_(local(sharded))
     else:
         parameter.copy_(value)
+
+
+@contextlib.contextmanager
+def gathered(*modules: nn.Module) -> Iterator[None]:
+    """Give these modules whole weights in this block, without those of the layers within (a collective call).
+
+    Changes of these weights are lost. Modules that FSDP does not shard have whole weights anyway.
+    """
+    sharded = [module for module in modules if isinstance(module, FSDPModule)]
+    try:
+        for module in sharded:
+            module.unshard()
+        yield
+    finally:
+        for module in sharded:
+            module.reshard()
 
 
 def reshard(module: nn.Module) -> None:

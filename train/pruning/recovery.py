@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..compute.distributed import Parallel, full, scatter
+from ..compute.distributed import Parallel, full, gathered, scatter
 from ..model.irregular import architecture_of
 from ..model.tensors import input_axis, same_input, split_name
 from .selection import Removal
@@ -50,14 +50,13 @@ class LeastSquares:
     ) -> None:
         """Prepare the fit.
 
-        `stem` are the surviving hidden channels as positions in `former`, `rows` the same of the vocabulary. Products
-        are in `dtype`, sums of products in fp32 and solutions in fp64.
+        Layers may be sharded by FSDP, but all other weights are whole (`gathered`). `stem` are the surviving hidden
+        channels as positions in `former`, `rows` the same of the vocabulary. Products are in `dtype`, sums of products
+        in fp32 and solutions in fp64.
         """
         self.model, self.former = model.model, former.model
         self.damping, self.dtype = damping, dtype
-        device = self.model.embed_tokens.weight.device
-        self.stem = stem.to(device)
-        self.rows = rows.to(device) if rows is not None else None
+        self.stem, self.rows = stem, rows
 
     @torch.no_grad()
     def fit(self, windows: Tensor, parallel: Parallel, check: Callable[[], None] = lambda: None) -> None:
@@ -65,23 +64,30 @@ class LeastSquares:
 
         `check` is called before every forward pass of a part and may raise.
         """
-        former_windows = windows if self.rows is None else self.rows[windows]
+        self.stem = self.stem.to(windows.device)
+        former_windows = windows if self.rows is None else self.rows.to(windows.device)[windows]
         stream = self.model.embed_tokens(windows).float()
         former_stream = self.former.embed_tokens(former_windows).float()
         for layer, former_layer in zip(self.model.layers, self.former.layers, strict=True):
-            for part in PARTS:
-                former_stream += self._forward(part, self.former, former_layer, former_stream, check)
-                block = getattr(layer, part.block)
-                matrix = getattr(block, part.matrix, None)
-                if matrix is None:  # the block was removed
-                    continue
-                setattr(block, part.matrix, nn.Identity())  # the part then returns the inputs of the matrix
-                try:
-                    inputs = self._forward(part, self.model, layer, stream, check)
-                finally:
-                    setattr(block, part.matrix, matrix)
-                self._fit_matrix(matrix, inputs, self._without_stem_channels(former_stream) - stream, parallel)
-                stream += self._outputs(matrix, inputs)
+            fitted: list[tuple[nn.Linear, Tensor]] = []
+            with gathered(layer, former_layer):
+                for part in PARTS:
+                    former_stream += self._forward(part, self.former, former_layer, former_stream, check)
+                    block = getattr(layer, part.block)
+                    matrix = getattr(block, part.matrix, None)
+                    if matrix is None:  # the block was removed
+                        continue
+                    setattr(block, part.matrix, nn.Identity())  # the part then returns the inputs of the matrix
+                    try:
+                        inputs = self._forward(part, self.model, layer, stream, check)
+                    finally:
+                        setattr(block, part.matrix, matrix)
+                    self._fit_matrix(matrix, inputs, self._without_stem_channels(former_stream) - stream, parallel)
+                    stream += self._outputs(matrix, inputs)
+                    if parallel.mode == "fsdp":
+                        fitted.append((matrix, matrix.weight.clone()))
+            for matrix, weight in fitted:
+                scatter(matrix.weight, weight)
 
     def _without_stem_channels(self, former_stream: Tensor) -> Tensor:
         """Return the surviving channels of the former model's stream."""
@@ -115,7 +121,7 @@ class LeastSquares:
         y = wanted.flatten(0, 1)[::stride]
         error = y - self._outputs(matrix, x)
         energy = y.square().mean(1)
-        weights = 1.0 / (energy + energy.median().clamp(min=1e-12))
+        weights = 1.0 / (energy + parallel.of_all(energy).median().clamp(min=1e-12))
         gram, cross = self._sums_of_products(x, error, weights, parallel)
         gram.diagonal().add_(self.damping * gram.diagonal().mean().clamp(min=1e-12))
         factor, has_failed = torch.linalg.cholesky_ex(gram)

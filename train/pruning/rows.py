@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
-from ..compute.distributed import Parallel
+from ..compute.distributed import Parallel, reshard
 from ..compute.loss import TrainingLoss
 from ..data.chat import end_of_text_id
 from ..vocabulary.retokenization import ByteTokenizer, Retokenizer
@@ -97,6 +97,7 @@ class RowProbe:
                     self._check()
                     total += self._nats_of_batch(texts[start : start + TEXTS_AT_ONCE], rows)
         finally:
+            reshard(self._loss)  # the optimizer updates shards
             self._loss.train(was_training)
         return total
 

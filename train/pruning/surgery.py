@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ..compute.distributed import full, scatter
-from ..compute.loss import TrainingLoss
+from ..compute.distributed import full, local, reshard, scatter
+from ..compute.loss import TrainingLoss, frozen_copy
 from ..compute.trained_model import TrainedModel
 from ..model.architecture import Architecture
 from ..model.groups import KIND_OF_AXIS, KINDS
@@ -179,10 +179,7 @@ def _update_modules(model: Any, removal: Removal) -> None:
         elif isinstance(module, nn.Embedding):
             module.num_embeddings, module.embedding_dim = module.weight.shape
     if removal.after.vocab_size != removal.before.vocab_size:
-        kept = removal.kept["vocabulary"][0].tolist()
-        renumber_settings(model.config, kept)
-        renumber_settings(model.generation_config, kept)
-        model.model.embed_tokens.padding_idx = model.config.pad_token_id
+        _renumber(model, removal)
     set_survivors(model, None)
     update_config(model.config, removal)
     scales = Scales.of(model.config.to_dict(), after)
@@ -191,6 +188,14 @@ def _update_modules(model: Any, removal: Removal) -> None:
         set_eps(norm, scales.stem_eps)
         if not after.parts.norm.has_gain:
             norm.scale = scales.stem_gain
+
+
+def _renumber(model: Any, removal: Removal) -> None:
+    """Renumber the control tokens in the model's settings after the removal of vocabulary rows."""
+    kept = removal.kept["vocabulary"][0].tolist()
+    renumber_settings(model.config, kept)
+    renumber_settings(model.generation_config, kept)
+    model.model.embed_tokens.padding_idx = model.config.pad_token_id
 
 
 def update_config(config: Any, removal: Removal) -> None:
@@ -236,12 +241,12 @@ def zero_gradients(model: Any, removal: Removal) -> None:
 def _fill_zero(tensor: Tensor, dim: int, index: Tensor) -> None:
     """Zero positions `index` along `dim`. Of a tensor that FSDP2 shards by rows, this rank's rows are zeroed."""
     if isinstance(tensor, DTensor):
-        local = tensor.to_local()
+        own = tensor.to_local()
         if dim == 0:
             rows_per_rank = -(-tensor.shape[0] // tensor.device_mesh.size())
             index = index - tensor.device_mesh.get_local_rank() * rows_per_rank
-            index = index[(index >= 0) & (index < local.shape[0])]
-        tensor = local
+            index = index[(index >= 0) & (index < own.shape[0])]
+        tensor = own
     tensor.index_fill_(dim, index.to(tensor.device), 0.0)
 
 
@@ -275,19 +280,45 @@ def _rebuild_sharded(trained: TrainedModel, removal: Removal) -> tuple[TrainingL
 
     Returns the new loss and the callable of a step. The optimizer's parameters and state are replaced in place.
     """
-    model, parallel = trained.model, trained.parallel
+    model = trained.model
     config = copy.deepcopy(model.config)
     update_config(config, removal)
-    with torch.device("meta"):
-        smaller: Any = build(config, removal.after)
-    new_loss = trained.loss.around(smaller)
-    wrapped = parallel.wrap(new_loss)
-    smaller.to_empty(device=parallel.storage_device)
-    smaller.tie_weights()
-    share_buffers(smaller, model)
+    smaller, new_loss, wrapped = _empty_shards(trained, config, removal.after, torch.float32)
     smaller.generation_config = model.generation_config
+    if removal.after.vocab_size != removal.before.vocab_size:
+        _renumber(smaller, removal)
     _move_shards(model, smaller, removal, trained.optimizer)
     return new_loss, wrapped
+
+
+def _empty_shards(
+    trained: TrainedModel, config: Any, architecture: Architecture, dtype: torch.dtype
+) -> tuple[Any, TrainingLoss, nn.Module]:
+    """Return (a sharded model of this shape without values, its loss, the callable of a step)."""
+    parallel = trained.parallel
+    with torch.device("meta"):
+        model: Any = build(config, architecture).to(dtype)
+    loss = trained.loss.around(model)
+    wrapped = parallel.wrap(loss)
+    model.to_empty(device=parallel.storage_device)
+    model.tie_weights()
+    share_buffers(model, trained.model)
+    return model, loss, wrapped
+
+
+@torch.no_grad()
+def frozen_loss(trained: TrainedModel) -> TrainingLoss:
+    """Return the loss of a frozen copy of the model in the type of products, sharded as the model is."""
+    loss, model = trained.loss, trained.model
+    if trained.parallel.mode != "fsdp":
+        return loss.around(frozen_copy(model, loss.dtype, trained.parallel.device))
+    reshard(loss)
+    config = copy.deepcopy(model.config)
+    former, former_loss, _ = _empty_shards(trained, config, architecture_of(config), loss.dtype)
+    for parameter, copied in zip(model.parameters(), former.parameters(), strict=True):
+        local(copied).copy_(local(parameter))
+    former.eval().requires_grad_(False)
+    return former_loss
 
 
 def _move_shards(model: Any, smaller: Any, removal: Removal, optimizer: torch.optim.Optimizer) -> None:
