@@ -16,8 +16,13 @@ from training import command, metrics, run, stopped_between_compactions, unprune
 from efficientllm.export import cli as export_cli
 from efficientllm.runtime.base.command import run_command
 from efficientllm.train.checkpoint import state as training_state
+from efficientllm.train.compute.distributed import Parallel
+from efficientllm.train.compute.hardware import Hardware
 from efficientllm.train.config.presets import PRESETS
+from efficientllm.train.config.pruning import PruneConfig
+from efficientllm.train.config.sections import RunConfig, TrainConfig
 from efficientllm.train.model.architecture import Architecture, LayerShape
+from efficientllm.train.plan import Compute, _check_removals
 from efficientllm.train.schedule import DroppingSchedule
 
 
@@ -266,6 +271,27 @@ def test_as_many_removals_as_asked_for(source_folder: Path, corpus: Path, tmp_pa
     steps = [record for record in metrics(tmp_path / "run") if "loss" in record]
     events = [record["tokens"] / steps[-1]["tokens"] for record in steps if "removed" in record]
     assert events == pytest.approx([0.2, 0.5, 0.8], abs=0.1)
+
+
+@pytest.mark.parametrize("name", ["gpu24-469m", "node8-1b"])
+def test_gpu_presets_use_the_recommended_recipe(name: str) -> None:
+    settings = PRESETS[name]()
+    assert 1 < settings.pruning.removals <= 8
+    assert (settings.pruning.saliency, settings.pruning.recover) == ("token-fisher", "least-squares")
+    assert settings.optimizer.distill == 1.0
+
+
+@pytest.mark.parametrize(
+    ("settings", "warns"),
+    [({}, True), ({"removals": 4}, False), ({"prune_every": 20}, False), ({"prune": ("none",)}, False)],
+)
+def test_many_removals_with_compile_are_warned_of(
+    settings: dict[str, Any], warns: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = TrainConfig(pruning=PruneConfig(target_ratio=0.5, **settings), run=RunConfig(compile=True))
+    cpu = torch.device("cpu")
+    _check_removals(config, Compute(Hardware(cpu, torch.float32, ""), Parallel("ddp", cpu)))
+    assert ("--compile: up to" in caplog.text) == warns
 
 
 @pytest.mark.slow

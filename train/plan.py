@@ -45,6 +45,9 @@ from .vocabulary.pieces import pieces_of
 
 _log = logging.getLogger("efficientllm.train")
 
+MANY_COMPILATIONS = 20
+"""Removals of a run with --compile above which it warns, as each may compile for minutes."""
+
 
 def with_self_chats(
     config: TrainConfig, source: Any, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, parallel: Parallel
@@ -204,7 +207,10 @@ def _template_knowing_functions(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _check_removals(config: TrainConfig, compute: Compute) -> None:
-    """Raise UsageError if there are fewer steps between the first and the last removal than --removals."""
+    """Raise UsageError for fewer steps between the first and the last removal than --removals.
+
+    Warn of many removals with --compile.
+    """
     settings, optimizer = config.pruning, config.optimizer
     step = config.source.sequence_length * optimizer.batch_size * optimizer.gradient_accumulation
     steps = (settings.prune_end - settings.prune_start) * optimizer.tokens / (step * compute.parallel.world_size)
@@ -213,6 +219,9 @@ def _check_removals(config: TrainConfig, compute: Compute) -> None:
             f"--removals {settings.removals}: there are {int(steps)} steps between --prune-start and --prune-end; "
             "use fewer, or more --tokens"
         )
+    removals = settings.removals or int(steps / settings.prune_every) + 1
+    if config.run.compile and settings.prunes and removals > MANY_COMPILATIONS and compute.parallel.is_main:
+        _log.warning(f"--compile: up to {removals} removals, and each compiles the model again; add --removals 4")
 
 
 def _check_ranks(resume: ResumePoint, parallel: Parallel) -> None:

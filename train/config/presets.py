@@ -83,16 +83,32 @@ def job() -> TrainConfig:
 def gpu24_469m() -> TrainConfig:
     """Return settings for SmolLM-1.7B to 469M on one GPU of 24 GB and 32 GB of host memory.
 
-    A step has half a million tokens. Weights, gradients and AdamW's moments take 16 bytes a parameter, 27 GB at the
-    start. They stay in host memory, and layers move to the GPU (start it with `torchrun --nproc-per-node 1 -m
-    efficientllm.train.cli`). Not run on such a GPU yet. The paper's 469M model saw 50B tokens.
+    The recipe is that of `recover`, with eight removals as so much is removed, and the whole vocabulary. A step has
+    half a million tokens. Weights, gradients and AdamW's moments take 16 bytes a parameter, 27 GB at the start. They
+    stay in host memory, and layers move to the GPU for every microbatch, so microbatches are large (start it with
+    `torchrun --nproc-per-node 1 -m efficientllm.train.cli`). Not run on such a GPU yet. The paper's 469M model saw 50B
+    tokens.
     """
     return TrainConfig(
         source=SourceConfig(
             source="HuggingFaceTB/SmolLM-1.7B", data=(SMOLLM_CORPUS,), sequence_length=2048, eval_tokens=262_144
         ),
-        pruning=PruneConfig(prune=("attention", "ffn", "stem"), target_params=469_000_000, prune_end=0.25),
-        optimizer=OptimizerConfig(tokens=5_000_000_000, batch_size=2, gradient_accumulation=128, learning_rate=3e-4),
+        pruning=PruneConfig(
+            prune=("attention", "ffn", "stem"),
+            target_params=469_000_000,
+            saliency="token-fisher",
+            prune_end=0.25,
+            removals=8,
+            recover="least-squares",
+        ),
+        optimizer=OptimizerConfig(
+            tokens=5_000_000_000,
+            batch_size=8,
+            gradient_accumulation=32,
+            learning_rate=3e-4,
+            lr_schedule="cosine",
+            distill=1.0,
+        ),
         run=RunConfig(
             data_parallel="fsdp", offload=True, activation_checkpointing=True, checkpoint_every=500, tensorboard=True
         ),
@@ -102,15 +118,30 @@ def gpu24_469m() -> TrainConfig:
 def node8_1b() -> TrainConfig:
     """Return settings for SmolLM-1.7B to 1.1B on one node of eight 80 GB GPUs, a million tokens a step.
 
-    It uses 50B tokens as in the paper. Start it with `torchrun --nproc-per-node 8 -m efficientllm.train.cli`. Not run
-    on such a node yet.
+    The recipe is that of `recover` with four removals. It keeps the vocabulary. Otherwise the teacher would read other
+    tokens, which the CPU makes. It uses 50B tokens as in the paper. Start it with `torchrun --nproc-per-node 8 -m
+    efficientllm.train.cli`. Not run on such a node yet.
     """
     return TrainConfig(
         source=SourceConfig(
             source="HuggingFaceTB/SmolLM-1.7B", data=(SMOLLM_CORPUS,), sequence_length=2048, eval_tokens=262_144
         ),
-        pruning=PruneConfig(prune=("attention", "ffn", "stem"), target_params=1_100_000_000, prune_end=0.2),
-        optimizer=OptimizerConfig(tokens=50_000_000_000, batch_size=8, gradient_accumulation=8, learning_rate=3e-4),
+        pruning=PruneConfig(
+            prune=("attention", "ffn"),
+            target_params=1_100_000_000,
+            saliency="token-fisher",
+            prune_end=0.2,
+            removals=4,
+            recover="least-squares",
+        ),
+        optimizer=OptimizerConfig(
+            tokens=50_000_000_000,
+            batch_size=8,
+            gradient_accumulation=8,
+            learning_rate=3e-4,
+            lr_schedule="cosine",
+            distill=1.0,
+        ),
         run=RunConfig(data_parallel="ddp", activation_checkpointing=True, checkpoint_every=1000, tensorboard=True),
     )
 
