@@ -116,7 +116,8 @@ class LeastSquares:
 
         The regression is on the error of the current outputs, so a matrix without error stays exactly as it is.
         """
-        stride = max(1, inputs[..., 0].numel() // (ROWS_PER_INPUT * inputs.shape[-1]))
+        num_tokens = parallel.world_size * inputs[..., 0].numel()
+        stride = max(1, num_tokens // (ROWS_PER_INPUT * inputs.shape[-1]))  # the tokens that one process would take
         x = inputs.flatten(0, 1)[::stride]
         y = wanted.flatten(0, 1)[::stride]
         error = y - self._outputs(matrix, x)
