@@ -45,6 +45,7 @@ def test_chunked_loss_equals_torch(tokens: int, distill: float, monkeypatch: pyt
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # of torch's own compiler
 @pytest.mark.parametrize("teacher", ["none", "same vocabulary", "other vocabulary"])
 def test_fused_loss_equals_the_one_of_single_kernels(teacher: str) -> None:
     """GPUs compile it. Here the compiler makes code for the CPU."""
