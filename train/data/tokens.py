@@ -13,6 +13,7 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -37,7 +38,8 @@ def token_folder(corpus: str | Path) -> Path:
 def _description(spec: DataSpec, encoder: Encoder) -> dict[str, str]:
     """Return everything that the tokens of a corpus depend on."""
     template = encoder.chat_format.template if encoder.chat_format is not None else ""
-    content = [encoder.tokenizer.backend_tokenizer.to_str(), template, str(encoder.separator), spec.text_field]
+    backend: Any = encoder.tokenizer.backend_tokenizer
+    content = [backend.to_str(), template, str(encoder.separator), spec.text_field]
     digest = hashlib.sha256("\0".join(content).encode("utf-8", "surrogatepass")).hexdigest()
     return {"corpus": corpus_fingerprint(spec.path), "tokenizer": digest}
 
