@@ -110,5 +110,6 @@ def _imported_logits(folder: Path, tokens: list[int]) -> np.ndarray:
     from ..train.model.importing import import_folder
 
     model = import_folder(folder, str(folder), DEFAULTS).model
+    model.set_attn_implementation("eager")  # as torch_logits
     with torch.inference_mode():
         return model(torch.tensor([tokens]), use_cache=False).logits[0].float().numpy()
