@@ -108,8 +108,9 @@ def make_step(config: TrainConfig, model: Any, shape: Architecture, teacher: Any
         partial(make_optimizer, learning_rate=1e-4, betas=(0.9, 0.95), weight_decay=0.01),
     )
     pruner = None
-    if config.pruning.prunes:
-        pruner = Pruner(make_pruning_plan(config.pruning, shape, 0, None), trained.model, parallel, 0)
+    plan = make_pruning_plan(config.pruning, shape, 0, None)
+    if plan is not None:
+        pruner = Pruner(plan, trained.model, parallel, 0)
     stream: Any = RandomStream(shape.vocab_size, config.source.sequence_length)
     return TrainingStep(trained, stream, RunProgress(), optimizer, pruner, StopSignal(None))
 
@@ -128,7 +129,7 @@ def time_case(
     loss_module.fuses_on_gpu = fuses
     teacher = random_model(shape, device).to(torch.bfloat16 if device.type == "cuda" else torch.float32)
     step = make_step(config, random_model(shape, device), shape, teacher.eval().requires_grad_(False), device)
-    seconds, is_cuda = [], device.type == "cuda"
+    seconds, record, is_cuda = [], {"loss": None}, device.type == "cuda"
     for _ in range(WARM_UP + TIMED):
         start = time.perf_counter()
         record, _ = step.run(contextlib.nullcontext())

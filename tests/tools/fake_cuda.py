@@ -67,9 +67,9 @@ KERNEL_SECONDS = 3e-6
 
 
 class CudaTensor(Tensor):
-    """A tensor on cuda:0. `inner` has its values on the CPU, or only its shape on the meta device."""
+    """A tensor on cuda:0. `values_held` has its values on the CPU, or only its shape on the meta device."""
 
-    inner: Tensor
+    values_held: Tensor
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> CudaTensor:
@@ -77,7 +77,7 @@ class CudaTensor(Tensor):
             cls, inner.shape, strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype,
             device=CUDA,
         )  # fmt: skip
-        made.inner = inner
+        made.values_held = inner
         return made
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -94,25 +94,25 @@ class CudaTensor(Tensor):
     @data.setter
     def data(self, value: CudaTensor) -> None:
         Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
-        self.inner = value.inner
+        self.values_held = value.values_held
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         if id(self) not in memo:
-            copied = CudaTensor(self.inner.clone()).requires_grad_(self.requires_grad)
+            copied = CudaTensor(self.values_held.clone()).requires_grad_(self.requires_grad)
             memo[id(self)] = torch.nn.Parameter(copied) if isinstance(self, torch.nn.Parameter) else copied
         return memo[id(self)]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.inner.__reduce_ex__(protocol)
+        return self.values_held.__reduce_ex__(protocol)
 
     def untyped_storage(self) -> Any:
-        return self.inner.untyped_storage()
+        return self.values_held.untyped_storage()
 
     def tolist(self) -> Any:
         return self.cpu().tolist()
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
-        return f"cuda:{self.inner!r}"
+        return f"cuda:{self.values_held!r}"
 
 
 class Device(TorchDispatchMode):
@@ -127,7 +127,7 @@ class Device(TorchDispatchMode):
         """Waits of the host, by operation and line of the product."""
         self.kernels = 0
         self.phase = "layers"
-        self.seconds: collections.Counter[str] = collections.Counter()
+        self.seconds: dict[str, float] = collections.defaultdict(float)
         """Lower bound of the device's time by phase."""
 
     def clear(self) -> None:
@@ -171,7 +171,7 @@ class Device(TorchDispatchMode):
             return func(*args, **kwargs)
         if "device" in kwargs:
             kwargs = kwargs | {"device": CPU if self.has_values else "meta"}
-        owners = {id(each.inner): each for each in on_device}
+        owners = {id(each.values_held): each for each in on_device}
         unwrap = functools.partial(_unwrap, has_values=self.has_values)
         inner_args, inner_kwargs = tree_map(unwrap, args), tree_map(unwrap, kwargs)
         found = self._compute(func, inner_args, inner_kwargs)
@@ -204,13 +204,13 @@ class Device(TorchDispatchMode):
         is_async = kwargs.get("non_blocking", False) and getattr(source, "is_on_pinned_pages", False)
         if is_from != is_to and source.device.type != "meta" and not is_async:
             self.syncs[f"copy to {'cuda' if is_to else 'cpu'}: {_caller()}"] += 1
-        inner = source.inner if is_from else source
+        inner = source.values_held if is_from else source
         if is_to and not self.has_values:
             inner = inner.to("meta")
         elif not is_to and inner.device.type == "meta" and kwargs.get("device") != torch.device("meta"):
             inner = torch.ones(inner.shape, dtype=inner.dtype)
         if func is aten.copy_.default:
-            (args[0].inner if is_to else args[0]).copy_(inner)
+            (args[0].values_held if is_to else args[0]).copy_(inner)
             found: Any = args[0]
         else:
             if is_from != is_to:
@@ -223,7 +223,7 @@ class Device(TorchDispatchMode):
                 copied = inner.clone()
             found = CudaTensor(copied) if is_to else copied
         if is_to:
-            self._count(func, (inner,), {}, getattr(found, "inner", found))
+            self._count(func, (inner,), {}, getattr(found, "values_held", found))
         return found
 
     def _compute(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -283,7 +283,7 @@ SHAPES_ONLY: dict[Any, Callable[..., Any]] = {
 
 def _unwrap(value: Any, has_values: bool) -> Any:
     if isinstance(value, CudaTensor):
-        return value.inner
+        return value.values_held
     if isinstance(value, Tensor) and not has_values and value.device.type == "cpu":
         return value.to("meta")
     return value
