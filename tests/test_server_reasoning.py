@@ -139,7 +139,7 @@ READ = {
     "\n<think></think>only text": ("", "only text", 0),
     "no <think>reasoning</think>": ("", "no <think>reasoning</think>", 0),
     "<thin": ("", "<thin", 0),
-    "<think>cut </thi": ("cut </thi", "", 0),
+    "<think>cut </think": ("cut </think", "", 0),
     "": ("", "", 0),
     f"<think>{CALL}</think>\n{CALL}": (CALL, "", 1),
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -47,9 +48,7 @@ def generations(engine: EngineScheduler, tokens: int = 60, **sampling: float) ->
 
 
 @pytest.mark.parametrize("sampling", [{"temperature": 0.0}, {"temperature": 0.7, "seed": 3, "frequency_penalty": 0.1}])
-def test_answers_are_those_without_proposals(
-    engine: EngineScheduler, artefact: Path, sampling: dict[str, float]
-) -> None:
+def test_answers_are_those_without_proposals(engine: EngineScheduler, artefact: Path, sampling: dict[str, Any]) -> None:
     """Alone and in a batch, with the same log-probabilities, in fewer passes."""
     plain = load(artefact, lookup=False)
     expected = generations(plain, **sampling)
