@@ -74,7 +74,8 @@ def several(folder: Path, runs: dict[str, list[str]]) -> dict[str, tuple[str, di
     for part in done.stdout.split(MARK)[1:]:
         name, _, said = part.strip().partition("\n")
         found[name] = said, json.loads(said.splitlines()[-1])
-    (folder / "stderr.txt").write_text(done.stderr, encoding="utf-8")
+    with (folder / "stderr.txt").open("a", encoding="utf-8") as file_of_errors:  # of all calls
+        file_of_errors.write(done.stderr)
     return found
 
 
