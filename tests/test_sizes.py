@@ -17,6 +17,8 @@ from efficientllm.export import cli as export_cli
 from efficientllm.runtime.base.command import run_command
 from efficientllm.train.model.architecture import Architecture
 from efficientllm.train.planning import fit
+from efficientllm.train.sizes import members_of
+from efficientllm.train.slices import model_of_size
 from efficientllm.train.trainer import Trainer
 
 RUN = ["--removals", "4", "--prune-start", "0.2", "--prune-end", "0.6", "--lr-decay", "0.25"]
@@ -143,6 +145,22 @@ def test_a_slice_lies_between_two_trained_sizes(
     for layer, (low, middle, high) in enumerate(zip(smaller.layers, found.layers, larger.layers, strict=True)):
         for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
             assert getattr(low, name) <= getattr(middle, name) <= getattr(high, name), (layer, name)
+
+
+@pytest.mark.parametrize("qat", ["none", "q4_0"])
+def test_bytes_are_those_of_the_type_of_the_run(qat: str, family: Path, tmp_path: Path) -> None:
+    run_folder = tmp_path / "run"
+    shutil.copytree(family, run_folder)
+    for folder in folders(run_folder):
+        text = (folder / "config.toml").read_text()
+        (folder / "config.toml").write_text(text.replace('qat = "none"', f'qat = "{qat}"'))
+    larger, middle, _ = members_of(run_folder)
+    assert larger.num_bytes
+    assert middle.num_bytes
+    assert model_of_size(run_folder, f"{larger.num_bytes / 1000:.3f}kB") == larger.folder / "model"
+    assert model_of_size(run_folder, f"{middle.num_bytes / 1000:.3f}kB") == middle.folder / "model"
+    cut = Architecture.from_folder(model_of_size(run_folder, f"{0.98 * larger.num_bytes / 1000:.3f}kB"))
+    assert cut.num_parameters < larger.architecture.num_parameters
 
 
 def test_a_trained_size_is_exported_as_it_is(family: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -213,4 +213,5 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
         if all(row[name] is not None for row in rows) and not (name == "perplexity" and has_bits)
     ]
     table = [[title for title, _ in columns], *([show(row) for _, show in columns] for row in rows)]
-    return f"# Sizes of one run\n\n{markdown_table(table, left=(0, 1))}\n\nThe picture is sizes.png. Every folder is a run.\n"
+    shown = markdown_table(table, left=(0, 1))
+    return f"# Sizes of one run\n\n{shown}\n\nThe picture is sizes.png. Every folder is a run.\n"

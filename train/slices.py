@@ -22,7 +22,7 @@ from .checkpoint.run_folder import FINISHED_FILE, SLICES_FOLDER
 from .compute.distributed import Parallel
 from .compute.hardware import choose_hardware
 from .compute.loss import TrainingLoss, perplexity
-from .config.pruning import PruneConfig, size_target
+from .config.pruning import size_target
 from .config.sections import TrainConfig
 from .data.documents import DataSpec
 from .data.self_chat import SELF_CHAT
@@ -31,7 +31,7 @@ from .model.file_types import tokenizer_bytes
 from .model.groups import BLOCKS
 from .model.irregular import save_checkpoint
 from .model.source import load_source
-from .plan import with_self_chats
+from .plan import pruning_settings, with_self_chats
 from .pruning.plan import Budget, device_time, make_budget
 from .pruning.pruner import kept_from_json
 from .pruning.recovery import LeastSquares
@@ -43,6 +43,9 @@ from .run_text import RunText
 from .sizes import Member, members_of, saved_config
 
 _log = logging.getLogger("efficientllm.export")
+
+TRAINED_SHARE = 0.99
+"""Share of the wanted size from which a trained size is used instead of a slice."""
 
 
 def model_of_size(run: Path, size: str) -> Path:
@@ -63,30 +66,32 @@ def model_of_size(run: Path, size: str) -> Path:
     config, source = saved_config(run), Architecture.from_dict(_finished(run)["source"])
     larger, smaller = None, None
     for member in members:
-        budget = _budget(config.pruning, size, source, member)
+        budget = _budget(config, size, source, member)
         if budget.is_met(member.architecture):
             smaller = member
+            if budget.measure.of(member.architecture) >= TRAINED_SHARE * budget.target:
+                return member.folder / "model"
             break
         larger = member
     if smaller is None:
-        least = _budget(config.pruning, size, source, members[-1])
+        least = _budget(config, size, source, members[-1])
         shown = least.measure.describe(least.measure.of(members[-1].architecture))
         raise UsageError(f"--size {size}: the smallest model of the run has {shown}; give at least that")
     if larger is None:
-        _log.info(f"size {size}: the largest model of the run is smaller, and is used")
+        _log.info(f"size {size}: the largest model of the run is not larger, and is used")
         return smaller.folder / "model"
-    return _cut(run, size, larger, smaller, _budget(config.pruning, size, source, larger))
+    return _cut(run, size, larger, smaller, _budget(config, size, source, larger))
 
 
 def _finished(run: Path) -> dict[str, Any]:
     return json.loads((run / FINISHED_FILE).read_text(encoding="utf-8"))
 
 
-def _budget(settings: PruneConfig, size: str, source: Architecture, member: Member) -> Budget:
+def _budget(config: TrainConfig, size: str, source: Architecture, member: Member) -> Budget:
     """Return the budget of a size, in bytes those of a file with the tokenizer of `member`."""
     from transformers import AutoTokenizer
 
-    settings = settings.of_smallest_size
+    settings = config.pruning.of_smallest_size
     cleared = dict.fromkeys(("target_ratio", "target_params", "target_bytes", "target_latency", "target_architecture"))
     name, value = size_target(size)
     if name == "target_latency" and settings.device_profile is None:
@@ -96,6 +101,8 @@ def _budget(settings: PruneConfig, size: str, source: Architecture, member: Memb
     else:
         no_device = {"device_profile": None, "workload": None, "at_depth": None, "ranking_profile": None}
         settings = replace(settings, **cleared | no_device | {name: value})
+    if name == "target_bytes":
+        settings = pruning_settings(replace(config, pruning=settings))
     vocabulary = tokenizer_bytes(AutoTokenizer.from_pretrained(member.folder / "model"))
     reference = replace(source, vocab_size=member.architecture.vocab_size) if name == "target_bytes" else source
     budget = make_budget(settings, reference, None, vocabulary, device_time(settings, settings.device_profile))
