@@ -23,6 +23,7 @@ from .compute.distributed import Parallel
 from .compute.hardware import choose_hardware
 from .compute.loss import TrainingLoss, perplexity
 from .config.pruning import size_target
+from .config.quantisation import QuantisationConfig
 from .config.sections import TrainConfig
 from .data.documents import DataSpec
 from .data.self_chat import SELF_CHAT
@@ -37,6 +38,7 @@ from .pruning.pruner import kept_from_json
 from .pruning.recovery import LeastSquares
 from .pruning.selection import Kept, Ranking, Removal, SelectionRules, Unit
 from .pruning.surgery import remove_groups
+from .quantisation.weights import RoundedWeights
 from .reporting.metrics import read_metrics
 from .request import data_specs
 from .run_text import RunText
@@ -155,6 +157,8 @@ def _cut(run: Path, size: str, larger: Member, smaller: Member, budget: Budget) 
         each.to(alone.device)
     fit = LeastSquares(model, former, removal.kept["stem"][0], config.pruning.recover_damping, hardware.dtype)
     fit.fit(inputs, alone)
+    if config.quantisation.is_on:
+        _round(model, inputs, config.quantisation)
     value = perplexity(TrainingLoss(model, hardware.dtype), text.held_out, config.optimizer.batch_size, alone.device)
     training = larger.training | {
         "parameters": removal.after.num_parameters,
@@ -162,7 +166,7 @@ def _cut(run: Path, size: str, larger: Member, smaller: Member, budget: Budget) 
         "quality": None,
         "slice_of": larger.size,
     }
-    for name in ("quantisation", "latency", "bits_per_byte"):
+    for name in ("latency", "bits_per_byte"):
         training.pop(name, None)
     folder = run / SLICES_FOLDER / size
     with folder_written_atomically(folder) as temporary:
@@ -175,6 +179,17 @@ def _cut(run: Path, size: str, larger: Member, smaller: Member, budget: Budget) 
     if value > smaller.training["perplexity"]["final"]:
         _log.warning(f"size {size} predicts worse than the smaller trained {smaller.size}; use that")
     return folder
+
+
+@torch.no_grad()
+def _round(model: Any, inputs: torch.Tensor, settings: QuantisationConfig) -> None:
+    """Round the weights to the type of the run. The inputs [n, S] weight the errors of columns, as in training."""
+    rounding = RoundedWeights(settings)
+    model.train()
+    with rounding.applied(model):
+        model(inputs)
+    model.eval()
+    rounding.make_permanent(model)
 
 
 def _data(config: TrainConfig, dtype: torch.dtype, parallel: Parallel) -> tuple[DataSpec, ...]:
