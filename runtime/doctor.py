@@ -36,6 +36,7 @@ USES = {
     "train, fit, plan": ("train",),
     "train --source demo": ("demo",),
     "train --data FILE.parquet or a hub dataset": ("datasets",),
+    "train, export --adapter": ("adapters",),
     "train --tensorboard": ("tensorboard",),
     "eval": ("train",),
     "eval --tasks": ("eval",),

@@ -67,7 +67,7 @@ def test_a_batch_is_one_pass(engine: EngineScheduler, monkeypatch: pytest.Monkey
     monkeypatch.setattr(engine._engine, "extend", count)
     run(engine, answers(engine, PROMPTS, tokens=8))
     assert len(passes) <= 9
-    assert passes.count(4) >= 7
+    assert passes.count(4) >= len(passes) - 2  # an answer may end early, where proposed tokens were right
 
 
 def test_every_chat_keeps_its_cache(engine: EngineScheduler) -> None:

@@ -237,7 +237,7 @@ def test_messages_and_code_are_copied_as_they_were_written(page: Any) -> None:
 
 
 def test_refusals_are_shown_and_the_question_is_kept(page: Any) -> None:
-    question = "word " * 600
+    question = "word " * 6000
     ask(page, question)
     page.wait_for_selector(".error")
     assert "context window" in page.locator(".error").text_content()
@@ -288,7 +288,7 @@ def test_everything_has_the_contrast_of_wcag_aa(browser: Any, address: str, sche
     page.goto(address)
     show(page, ("user", "Q"), ("assistant", MARKDOWN))
     expect(page.locator("#model option")).to_have_count(2)
-    ask(page, "word " * 600, max_tokens=4)
+    ask(page, "word " * 6000, max_tokens=4)
     page.wait_for_selector(".error")
     found = page.evaluate(CONTRASTS)
     assert {"BUTTON.main#send", "CODE.#", "A.#"} <= found.keys()

@@ -146,8 +146,8 @@ def test_non_finite_steps_are_skipped_then_end_the_run(
     forward = TrainingLoss.forward
     calls: list[int] = []
 
-    def broken(self: TrainingLoss, windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        total, entropy = forward(self, windows)
+    def broken(self: TrainingLoss, *windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        total, entropy = forward(self, *windows)
         calls.extend([1] * self.training)
         is_broken = self.training and (len(calls) == 3 or len(calls) > 7)
         return (total * float("nan"), entropy * float("nan")) if is_broken else (total, entropy)
@@ -190,7 +190,7 @@ BAD_INPUT = [
     (["--saliency", "best"], "--saliency best: unknown; known: taylor1"),
     (["--sequence-length", "9999"], "the source's context is 512 tokens"),
     (["--device", "tpu9"], "--device tpu9"),
-    (["--saliency", "Fischer"], "flap, wanda, minitron; did you mean fisher?"),
+    (["--saliency", "Fischer"], "flap, wanda, minitron, token-fisher, random; did you mean fisher?"),
     (["--lr-schedule", "cosin"], "'cosin' is not one of wsd, cosine, constant; did you mean cosine?"),
     (["--nonsense"], "unrecognized arguments: --nonsense"),
     (["--learnig-rate", "1e-4"], "unrecognized arguments: --learnig-rate 1e-4; did you mean --learning-rate?"),

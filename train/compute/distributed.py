@@ -20,7 +20,6 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ...runtime.base.errors import DataError, EfficientLLMError
-from .loss import TrainingLoss
 
 T = TypeVar("T")
 
@@ -69,8 +68,8 @@ class Parallel:
         size = len(windows) // self.world_size
         return windows[self.rank * size : (self.rank + 1) * size]
 
-    def wrap(self, loss: TrainingLoss) -> nn.Module:
-        """Return the callable of a training step: DDP around the loss, or FSDP2 on every decoder layer and the rest."""
+    def wrap(self, loss: Any) -> nn.Module:
+        """Return the callable of a step on a TrainingLoss: DDP around it, or FSDP2 on every decoder layer and the rest."""
         if self.mode == "ddp":
             return DistributedDataParallel(loss)
         if self.mode == "fsdp":
