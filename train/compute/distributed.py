@@ -69,7 +69,7 @@ class Parallel:
         return windows[self.rank * size : (self.rank + 1) * size]
 
     def wrap(self, loss: Any) -> nn.Module:
-        """Return the callable of a step on a TrainingLoss: DDP around it, or FSDP2 on every decoder layer and the rest."""
+        """Return the callable of a step: DDP around a TrainingLoss, or FSDP2 on every decoder layer and the rest."""
         if self.mode == "ddp":
             return DistributedDataParallel(loss)
         if self.mode == "fsdp":
