@@ -63,7 +63,7 @@ def test_tokens_are_stored_beside_the_corpus(
     stored = open_tokens(DataSpec(str(output)), encoder, 0.0)
     assert stored is not None
     documents = list(open_documents(DataSpec(str(output))))
-    assert [stored[number].tolist() for number in stored.documents] == [
+    assert [stored[int(number)].tolist() for number in stored.documents] == [
         each.tolist() for each in encoder.encode(documents)
     ]
     assert "tokens: " in capsys.readouterr().err

@@ -452,7 +452,7 @@ def test_each_of_several_keys_opens_the_server(artefact: Path, tmp_path: Path) -
     pool = ModelPool({"tiny": str(artefact)}, EngineOptions(threads=1, context=64))
     with serve(pool, AppOptions(api_key_file=str(file))) as address:
         for key, status in (("kitchen-1", 200), ("hall-2", 200), ("kitchen-1\nhall-2", 401), ("hall", 401)):
-            headers = {"Authorization": b"Bearer " + key.replace("\n", " ").encode()}
+            headers = {"Authorization": "Bearer " + key.replace("\n", " ")}
             assert httpx.get(f"{address}/v1/models", headers=headers).status_code == status, key
 
 
