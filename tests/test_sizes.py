@@ -170,6 +170,8 @@ def test_a_trained_size_is_exported_as_it_is(family: Path, tmp_path: Path, capsy
     assert (tmp_path / "named" / "model.gguf").stat().st_size > (tmp_path / "least" / "model.gguf").stat().st_size
     assert run_command(export_cli.body, [*arguments, str(tmp_path / "no"), "--size", "0.1"]) == 2
     assert "--size 0.1: the smallest model of the run has" in capsys.readouterr().err
+    assert run_command(export_cli.body, ["demo", "--target", "gguf", "--size", "0.5"]) == 2
+    assert "--size 0.5: demo holds no finished run" in capsys.readouterr().err
 
 
 def test_a_device_gets_the_largest_size_within_its_limits(family: Path, capsys: pytest.CaptureFixture[str]) -> None:

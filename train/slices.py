@@ -18,7 +18,7 @@ import torch
 
 from ..runtime.base.errors import UsageError
 from ..runtime.base.files import folder_written_atomically, write_json_atomically
-from .checkpoint.run_folder import FINISHED_FILE, SLICES_FOLDER
+from .checkpoint.run_folder import FINISHED_FILE, SETTINGS_FILE, SLICES_FOLDER
 from .compute.distributed import Parallel
 from .compute.hardware import choose_hardware
 from .compute.loss import TrainingLoss, perplexity
@@ -55,7 +55,7 @@ def model_of_size(run: Path, size: str) -> Path:
 
     `size` is as in --sizes, in any unit. Raises UsageError if the run has no model of at most that size.
     """
-    members = members_of(run)
+    members = members_of(run) if (run / SETTINGS_FILE).is_file() else []
     if not members:
         raise UsageError(f"--size {size}: {run} holds no finished run of efficientllm-train; omit it")
     exact = next((member for member in members if member.size == size), None)
