@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field
 
 from ..runtime.call_reader import ArgumentsEvent, CallEvent, Event, ReasoningEvent
 from ..runtime.engines.scheduler import EngineScheduler
@@ -20,8 +20,8 @@ from .body import BodyRoute
 from .endpoints import Endpoints
 from .models.metrics import AnswerClock
 from .models.worker import Piece
-from .schemas.api_error import APIError, validation_message
-from .schemas.completions import MAX_MESSAGES, MAX_STOPS, ChatRequest
+from .schemas.api_error import APIError
+from .schemas.completions import MAX_MESSAGES, MAX_STOPS, ChatRequest, TranslatedRequest
 from .schemas.messages import MAX_PARTS, MAX_TOOLS, Bool, Float, Int, Json, Name, RequestPart, Text
 from .schemas.response_models import ResponseModel
 
@@ -115,7 +115,7 @@ class Thinking(RequestPart):
     type: Literal["enabled", "disabled", "adaptive"]
 
 
-class MessagesRequest(RequestPart):
+class MessagesRequest(TranslatedRequest):
     """POST /v1/messages."""
 
     without_effect = ("metadata", "service_tier")
@@ -133,16 +133,7 @@ class MessagesRequest(RequestPart):
     thinking: Thinking | None = None
     """Sets enable_thinking of the chat template."""
 
-    @model_validator(mode="after")
-    def _check_chat(self) -> MessagesRequest:
-        try:
-            self.as_chat()
-        except ValidationError as error:
-            raise ValueError(validation_message(error.errors())) from error
-        return self
-
-    def as_chat(self) -> ChatRequest:
-        """Return the request of OpenAI's API with the same meaning."""
+    def translate(self) -> ChatRequest:
         system = [{"role": "system", "content": text}] if (text := _text_of(self.system)) else []
         choice = self.tool_choice
         named = {"type": "function", "function": {"name": choice.name}}
@@ -301,12 +292,12 @@ class AnthropicEndpoints:
         router.post("/count_tokens")(self.count_tokens)
 
     async def messages(self, request: MessagesRequest, http: Request) -> Response:
-        chat = request.as_chat()
+        chat = request.translation
         return await self._endpoints.answer(chat, partial(MessageBuilder, chat), http)
 
     async def count_tokens(self, request: MessagesRequest, http: Request) -> Response:
         def compute(engine: EngineScheduler) -> TokenCount:
-            (choice,) = self._endpoints.choices(engine, request.as_chat())
+            (choice,) = self._endpoints.choices(engine, request.translation)
             return TokenCount(input_tokens=choice.generation.stats.prompt_tokens)
 
         return await self._endpoints.until_disconnect(http, self._endpoints.with_engine(request.model, compute))

@@ -175,7 +175,7 @@ class Endpoints:
 
     async def responses(self, request: ResponsesRequest, http: Request) -> Response:
         self._name_model(request)
-        return await self.answer(request.as_chat(), partial(ResponsesBuilder, request), http)
+        return await self.answer(request.translation, partial(ResponsesBuilder, request), http)
 
     async def answer(self, request: CompletionRequest, make_builder: MakeBuilder, http: Request) -> Response:
         """Return the answer to `request` in the form of a builder."""

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field
 
 from ..runtime.engines.artefact import Artefact
 from .answers.builders import ChatBuilder, CollectedChoice, with_first
@@ -23,7 +23,7 @@ from .endpoints import Endpoints
 from .models.metrics import AnswerClock
 from .models.pool import ModelPool
 from .models.worker import Piece
-from .schemas.api_error import APIError, validation_message
+from .schemas.api_error import APIError
 from .schemas.completions import (
     MAX_INPUTS,
     MAX_MESSAGES,
@@ -32,6 +32,7 @@ from .schemas.completions import (
     CompletionRequest,
     EmbeddingsRequest,
     TextRequest,
+    TranslatedRequest,
 )
 from .schemas.messages import MAX_TOOLS, Bool, Float, Int, Json, Name, RequestPart, Text, Tool
 from .schemas.response_models import Embeddings, ResponseModel
@@ -121,7 +122,7 @@ KeepAlive = Annotated[Float, BeforeValidator(_seconds), Field(ge=-1e9, le=1e9)]
 """Seconds, or a duration such as 5m, in which a model stays loaded after the request. Negative: for ever."""
 
 
-class OllamaRequest(RequestPart):
+class OllamaRequest(TranslatedRequest):
     """The fields of both endpoints."""
 
     without_effect = ("context", "truncate", "shift")
@@ -134,21 +135,9 @@ class OllamaRequest(RequestPart):
     think: Bool | Literal["low", "medium", "high"] | None = None
     """Sets enable_thinking of the chat template, and its variable reasoning_effort if it is a text."""
 
-    @model_validator(mode="after")
-    def _check_request(self) -> OllamaRequest:
-        try:
-            self.as_request()
-        except ValidationError as error:
-            raise ValueError(validation_message(error.errors())) from error
-        return self
-
     @property
     def is_load(self) -> bool:
         """Return True for a request without content, which only loads the model."""
-        raise NotImplementedError
-
-    def as_request(self) -> CompletionRequest:
-        """Return the request of OpenAI's API with the same meaning."""
         raise NotImplementedError
 
     def chat(self, messages: Sequence[Mapping[str, Any]], **fields: Any) -> ChatRequest:
@@ -178,7 +167,7 @@ class OllamaChat(OllamaRequest):
     def is_load(self) -> bool:
         return not self.messages
 
-    def as_request(self) -> CompletionRequest:
+    def translate(self) -> CompletionRequest:
         messages = [message.as_message() for message in self.messages] or [{"role": "user", "content": ""}]
         return self.chat(messages, tools=[tool.model_dump() for tool in self.tools])
 
@@ -195,7 +184,7 @@ class OllamaPrompt(OllamaRequest):
     def is_load(self) -> bool:
         return not self.prompt
 
-    def as_request(self) -> CompletionRequest:
+    def translate(self) -> CompletionRequest:
         if self.raw:
             fields = {"model": self.model, "prompt": self.prompt, "stream": self.stream, **self.options.as_fields()}
             return TextRequest.model_validate(fields)
@@ -428,15 +417,16 @@ class OllamaEndpoints:
         return await self._answer(request, http)
 
     async def _answer(self, request: OllamaRequest, http: Request) -> Response:
-        named = request.model_copy(update={"model": self._kept(request.model, request.keep_alive)})
+        name = self._kept(request.model, request.keep_alive)
         if request.is_load:
             unloads = request.keep_alive == 0
-            is_unloaded = named.model in self._pool.artefacts and named.model not in self._pool.loaded
+            is_unloaded = name in self._pool.artefacts and name not in self._pool.loaded
             if not (unloads and is_unloaded):
-                (await self._pool.enter(named.model, self._pool.deadline())).leave()
+                (await self._pool.enter(name, self._pool.deadline())).leave()
             return JSONResponse({"model": request.model, "done": True, "done_reason": "unload" if unloads else "load"})
-        completion = named.as_request()
-        make_builder = partial(OllamaBuilder, completion, isinstance(named, OllamaChat))
+        completion = request.translation
+        completion.model = name
+        make_builder = partial(OllamaBuilder, completion, isinstance(request, OllamaChat))
         return await self._endpoints.answer(completion, make_builder, http)
 
     def _kept(self, name: str, keep_alive: float | None) -> str:

@@ -26,7 +26,7 @@ class ResponsesBuilder(ChatBuilder):
     id_prefix = "resp"
 
     def __init__(self, request: ResponsesRequest, choices: Sequence[Choice], clock: AnswerClock) -> None:
-        super().__init__(request.as_chat(), choices, clock)
+        super().__init__(request.translation, choices, clock)
         self._repeated: dict[str, Any] = request.model_dump(by_alias=True, include=set(REPEATED))
         self._output: list[OutputMessage | OutputCall] = []
         self._reason: str | None = None

@@ -7,10 +7,11 @@ import dataclasses
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, PrivateAttr, ValidationError, model_validator
 
 from ...runtime.prompt import ToolUse
 from ...runtime.sampling import SamplingOptions
+from .api_error import validation_message
 from .messages import (
     MAX_CHARACTERS,
     MAX_TOOLS,
@@ -171,6 +172,34 @@ class CompletionRequest(RequestBody, abc.ABC):
     @abc.abstractmethod
     def top_count(self) -> int | None:
         """Return the requested number of most likely tokens with log-probabilities, None for no log-probabilities."""
+
+
+class TranslatedRequest(RequestPart):
+    """A request of another API. Its translation is checked with it, and kept."""
+
+    _translation: CompletionRequest = PrivateAttr()
+
+    def translate(self) -> CompletionRequest:
+        """Return the request of OpenAI's API with the same meaning."""
+        raise NotImplementedError
+
+    @staticmethod
+    def refusal(error: ValidationError) -> str:
+        """Return the message for an `error` of the translation."""
+        return validation_message(error.errors())
+
+    @model_validator(mode="after")
+    def _keep_translation(self) -> TranslatedRequest:
+        try:
+            self._translation = self.translate()
+        except ValidationError as error:  # the text of `error` has several lines
+            raise ValueError(self.refusal(error)) from error
+        return self
+
+    @property
+    def translation(self) -> Any:
+        """Return the request of OpenAI's API with the same meaning, which was checked with this one."""
+        return self._translation
 
 
 class ChatRequest(CompletionRequest):

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, JsonValue, Tag, ValidationError, model_validator
 
 from .api_error import message_of
-from .completions import MAX_MESSAGES, MIN_TOP_P, ChatRequest, ReasoningEffort, RequestBody
+from .completions import MAX_MESSAGES, MIN_TOP_P, ChatRequest, ReasoningEffort, RequestBody, TranslatedRequest
 from .messages import MAX_PARTS, MAX_TOOLS, Bool, ChatMessage, Float, Function, Int, JsonSchema, Name, RequestPart, Text
 
 
@@ -104,7 +104,7 @@ InputItem = Annotated[
 ]
 
 
-class ResponsesRequest(RequestBody):
+class ResponsesRequest(RequestBody, TranslatedRequest):
     """POST /v1/responses."""
 
     model: Text = ""
@@ -123,20 +123,15 @@ class ResponsesRequest(RequestBody):
     include: list[JsonValue] = Field([], max_length=0)
     stream: Bool = False
 
-    @model_validator(mode="after")
-    def _check_chat(self) -> ResponsesRequest:
-        try:
-            self.as_chat()
-        except ValidationError as error:  # the text of `error` has several lines
-            first = error.errors()[0]
-            is_input = error.title == ChatMessage.__name__ or first["loc"][:1] == ("messages",)
-            place = "input: " if is_input else ""
-            place += "calls of one turn: " if first["loc"][-1:] == ("tool_calls",) else ""
-            raise ValueError(place + message_of(first)) from error
-        return self
+    @staticmethod
+    def refusal(error: ValidationError) -> str:
+        first = error.errors()[0]
+        is_input = error.title == ChatMessage.__name__ or first["loc"][:1] == ("messages",)
+        place = "input: " if is_input else ""
+        place += "calls of one turn: " if first["loc"][-1:] == ("tool_calls",) else ""
+        return place + message_of(first)
 
-    def as_chat(self) -> ChatRequest:
-        """Return the chat with the same meaning. ValueError if a chat with these values is refused."""
+    def translate(self) -> ChatRequest:
         items = [MessageItem(role="user", content=self.input)] if isinstance(self.input, str) else self.input
         instructions = [{"role": "system", "content": self.instructions}] if self.instructions else []
         choice: Any = self.tool_choice
