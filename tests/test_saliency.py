@@ -360,3 +360,8 @@ def test_random_scores_resume_from_a_checkpoint_that_was_loaded_to_a_gpu() -> No
         tracker.finish_step()
     for name, vectors in trackers[0].scores.items():
         assert all(map(torch.equal, vectors, trackers[1].scores[name]))
+
+
+def test_flap_of_inputs_that_are_never_active_is_zero() -> None:
+    scores = ACTIVATION_CRITERIA["flap"].score(Moments.of(torch.zeros(4, 8)), torch.ones(3, 8))
+    assert torch.equal(scores, torch.zeros(8))

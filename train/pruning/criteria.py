@@ -7,7 +7,6 @@ piece of a group. The sums become the piece's score, and the pieces' scores add 
 from __future__ import annotations
 
 import importlib.metadata
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, TypeAlias
@@ -67,14 +66,18 @@ class ActivationCriterion:
     """(sums over the tokens of a step, weight [H, C]) -> scores of the C input channels, fp32. A head's score is the
     sum over its channels."""
     is_energy: bool = False
-    """As in Criterion."""
+    """Whether scores are squares of changes, as in Criterion."""
     uses_gradient: ClassVar[bool] = False
+
+
+LEAST_FLOAT32 = 2.0**-126
+"""Least normal number of fp32. torch, which knows it, is not imported here."""
 
 
 def _flap(moments: Moments, weight: Tensor) -> Tensor:
     variance = moments.squares / moments.count - (moments.total / moments.count).square()
     scores = variance.clamp(min=0) * weight.square().sum(0)
-    return scores / scores.mean().clamp(min=sys.float_info.min)
+    return scores / scores.mean().clamp(min=LEAST_FLOAT32)
 
 
 CRITERIA: dict[str, Criterion] = {
