@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -83,16 +83,12 @@ class Parallel:
 
     def mean(self, value: float) -> float:
         """Return the mean over ranks. Collective, as every method below except `close`."""
-        if self.world_size == 1:
-            return value
-        tensor = torch.tensor(value, dtype=torch.float64)
-        dist.all_reduce(tensor, group=self.patient_group)
-        return float(tensor) / self.world_size
+        return self.means([value])[0]
 
-    def means(self, values: list[int]) -> list[float]:
+    def means(self, values: Sequence[float]) -> list[float]:
         """Return the means of several values over ranks."""
         if self.world_size == 1:
-            return [float(value) for value in values]
+            return list(values)
         tensor = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(tensor, group=self.patient_group)
         return (tensor / self.world_size).tolist()
