@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 from ...runtime.base.quantities import unknown_name
 from .pruning import PruneConfig
@@ -89,26 +91,14 @@ def gpu24_469m() -> TrainConfig:
     `torchrun --nproc-per-node 1 -m efficientllm.train.cli`). Not run on such a GPU yet. The paper's 469M model saw 50B
     tokens.
     """
-    return TrainConfig(
-        source=SourceConfig(
-            source="HuggingFaceTB/SmolLM-1.7B", data=(SMOLLM_CORPUS,), sequence_length=2048, eval_tokens=262_144
-        ),
-        pruning=PruneConfig(
-            prune=("attention", "ffn", "stem"),
-            target_params=469_000_000,
-            saliency="token-fisher",
-            prune_end=0.25,
-            removals=8,
-            recover="least-squares",
-        ),
-        optimizer=OptimizerConfig(
-            tokens=5_000_000_000,
-            batch_size=8,
-            gradient_accumulation=32,
-            learning_rate=3e-4,
-            lr_schedule="cosine",
-            distill=1.0,
-        ),
+    return _smollm_1_7b(
+        pruning={
+            "prune": ("attention", "ffn", "stem"),
+            "target_params": 469_000_000,
+            "prune_end": 0.25,
+            "removals": 8,
+        },
+        optimizer={"tokens": 5_000_000_000, "batch_size": 8, "gradient_accumulation": 32},
         run=RunConfig(
             data_parallel="fsdp", offload=True, activation_checkpointing=True, checkpoint_every=500, tensorboard=True
         ),
@@ -122,27 +112,23 @@ def node8_1b() -> TrainConfig:
     tokens, which the CPU makes. It uses 50B tokens as in the paper. Start it with `torchrun --nproc-per-node 8 -m
     efficientllm.train.cli`. Not run on such a node yet.
     """
+    return _smollm_1_7b(
+        pruning={"prune": ("attention", "ffn"), "target_params": 1_100_000_000, "prune_end": 0.2, "removals": 4},
+        optimizer={"tokens": 50_000_000_000, "batch_size": 8, "gradient_accumulation": 8},
+        run=RunConfig(data_parallel="ddp", activation_checkpointing=True, checkpoint_every=1000, tensorboard=True),
+    )
+
+
+def _smollm_1_7b(pruning: dict[str, Any], optimizer: dict[str, Any], run: RunConfig) -> TrainConfig:
+    """Return the recipe of `recover` for SmolLM-1.7B with these changes. Removals begin after 5 % of the tokens."""
+    recipe = recover()
     return TrainConfig(
         source=SourceConfig(
             source="HuggingFaceTB/SmolLM-1.7B", data=(SMOLLM_CORPUS,), sequence_length=2048, eval_tokens=262_144
         ),
-        pruning=PruneConfig(
-            prune=("attention", "ffn"),
-            target_params=1_100_000_000,
-            saliency="token-fisher",
-            prune_end=0.2,
-            removals=4,
-            recover="least-squares",
-        ),
-        optimizer=OptimizerConfig(
-            tokens=50_000_000_000,
-            batch_size=8,
-            gradient_accumulation=8,
-            learning_rate=3e-4,
-            lr_schedule="cosine",
-            distill=1.0,
-        ),
-        run=RunConfig(data_parallel="ddp", activation_checkpointing=True, checkpoint_every=1000, tensorboard=True),
+        pruning=replace(recipe.pruning, prune_start=0.05, **pruning),
+        optimizer=replace(recipe.optimizer, learning_rate=3e-4, **optimizer),
+        run=run,
     )
 
 
