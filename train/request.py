@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..runtime.base import flags
 from ..runtime.base.errors import UsageError
-from ..runtime.base.model_names import check_source
+from ..runtime.base.model_names import check_adapter, check_source
 from ..runtime.base.output import check_output, check_place
 from ..runtime.latency.profile import DeviceProfile
 from .checkpoint.run_folder import SETTINGS_FILE, foreign_files
@@ -36,8 +36,8 @@ def check_request(config: TrainConfig) -> None:
         raise UsageError("--output is missing; name a folder for the run")
     check_source(config.source.source, f"--source {config.source.source}")
     adapter = config.foreign.adapter
-    if adapter and not (Path(adapter) / "adapter_config.json").is_file():
-        raise UsageError(f"--adapter {adapter}: no adapter_config.json there; give a folder that PEFT wrote")
+    if adapter:
+        check_adapter(adapter)
     cache = config.run.teacher_cache
     if cache and not config.optimizer.distill:
         raise UsageError(f"--teacher-cache {cache}: there is no teacher without distillation; add --distill 1")

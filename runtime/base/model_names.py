@@ -57,6 +57,14 @@ def check_source(source: str, called: str) -> Path:
     return path
 
 
+def check_adapter(folder: str) -> str:
+    """Return the name of a LoRA adapter in messages. Raises UsageError if there is none in `folder`."""
+    called = f"--adapter {folder}"
+    if not (Path(folder) / "adapter_config.json").is_file():
+        raise UsageError(f"{called}: no adapter_config.json there; give a folder that PEFT's save_pretrained wrote")
+    return called
+
+
 HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*")
 """owner/name of letters, digits, and '.', '-', '_' inside."""
 

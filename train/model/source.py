@@ -26,7 +26,7 @@ from transformers.utils import logging as transformers_logging
 from ...runtime.base.errors import EfficientLLMError, ModelError, UsageError
 from ...runtime.base.extras import extra
 from ...runtime.base.gguf_header import read_header
-from ...runtime.base.model_names import check_source, hub_answers, source_path
+from ...runtime.base.model_names import check_adapter, check_source, hub_answers, source_path
 from .architecture import Architecture
 from .file_types import build_pre_tokenizer
 from .folder_files import check_folder, check_token_ids, locate_tensors, read_json, refuse_quantized
@@ -157,9 +157,7 @@ def load_source(
 
 def merge_adapter(model: Any, folder: str) -> Any:
     """Return `model` with the weights of a PEFT adapter added. Raises UsageError or ModelError."""
-    called = f"--adapter {folder}"
-    if not (Path(folder) / "adapter_config.json").is_file():
-        raise UsageError(f"{called}: no adapter_config.json there; give a folder that PEFT's save_pretrained wrote")
+    called = check_adapter(folder)
     with extra("adapters"):
         from peft import PeftModel
     with loading(called), warnings.catch_warnings():
