@@ -51,7 +51,7 @@ class ChatPrompt:
     texts: Sequence[str] = ()
     """Messages of user and tools, from which arguments are copied."""
     reasoning: Literal["none", "possible", "begun"] = "none"
-    """Whether the answer may begin with reasoning, or the prompt ends with its mark."""
+    """True if the answer may begin with reasoning, or the prompt ends with its mark."""
 
     def constraint(self, engine: EngineScheduler) -> GrammarConstraint | None:
         """Return the constraint that keeps calls valid, None without functions."""

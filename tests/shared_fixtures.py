@@ -183,7 +183,7 @@ def artefact(exported: Exported) -> Path:
 
 @pytest.fixture(scope="module")
 def engine(artefact: Path) -> Iterator[EngineScheduler]:
-    """That artefact, loaded."""
+    """Load that artefact."""
     engine = load_engine(artefact, EngineOptions(threads=1))
     yield engine
     engine.close()

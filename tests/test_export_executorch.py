@@ -151,7 +151,7 @@ def speak_ascii_only(checkpoint: Path) -> None:
 
 
 def test_stock_runner_generates_our_text(save_tiny: Callable[..., Path], tmp_path: Path) -> None:
-    """Of rounded weights; test_stock_runtimes.py has fp32."""
+    """Compare rounded weights; test_stock_runtimes.py compares fp32."""
     checkpoint = save_tiny(tiny_architecture(layers=UNEQUAL[:2], tied=False))
     speak_ascii_only(checkpoint)
     assert export(checkpoint, tmp_path / "pte", "--quantize", "8da4w") == 0

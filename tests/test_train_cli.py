@@ -310,7 +310,7 @@ def test_a_logger_that_does_not_start_is_one_line(
 def test_threads_sleep_while_they_wait_beside_other_programs(
     busy: int, policy: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of the process's two cores, one is idle. Core 7 is of somebody else."""
+    """Count only the two cores of the process, one of which is idle, and not core 7."""
 
     def stat(ticks: int) -> str:
         rows = ["cpu  9 9 9 9 9 9 9 9 9 9", f"cpu0 {ticks} 0 0 {100 - ticks} 0 0 0 0 0 0", "cpu1 0 0 0 100 0 0 0 0 0 0"]
