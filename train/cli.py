@@ -17,7 +17,7 @@ from ..runtime.base.errors import UsageError
 from ..runtime.base.extras import extra
 from .checkpoint.run_folder import SETTINGS_FILE, saved_settings
 from .config.presets import PRESETS, preset
-from .config.pruning import TARGET_FIELDS
+from .config.pruning import NO_TARGET
 from .config.sections import TrainConfig
 from .request import check_request, with_resume
 
@@ -50,8 +50,8 @@ def configuration(arguments: dict[str, Any]) -> TrainConfig:
     """Resolve preset, --config file and flags into one configuration."""
     name, file = arguments.pop("preset", None), arguments.pop("config", None)
     config = preset(name) if name else TrainConfig()
-    if name and any(arguments.get(field) is not None for field in TARGET_FIELDS):  # it replaces that of the preset
-        config = replace(config, pruning=replace(config.pruning, **dict.fromkeys(TARGET_FIELDS[1:])))
+    if name and any(arguments.get(field) is not None for field in NO_TARGET):  # it replaces that of the preset
+        config = replace(config, pruning=replace(config.pruning, **NO_TARGET))
     settings = Path(arguments.get("output", "")) / SETTINGS_FILE
     is_resumed = arguments.get("resume") or arguments.get("resume_or_start")
     if is_resumed and not name and not file and settings.is_file():  # a resumed run knows its own

@@ -22,7 +22,7 @@ from .model.groups import BLOCKS
 from .pruning.blocks import BlockProbe
 from .pruning.measures import PARAMETERS
 from .pruning.pruner import Pruner
-from .pruning.recovery import LeastSquares
+from .pruning.recovery import LeastSquares, fit_inputs
 from .pruning.rows import RowProbe, choose_rows
 from .pruning.running_scores import Scores, scores_of_kept
 from .pruning.selection import Kept, Ranking, Removal, Unit, all_groups, compose, select_removal
@@ -250,7 +250,6 @@ class PruningEvent:
         stem = groups.kept["stem"][0]
         refit = LeastSquares(model, former.model, stem, self.settings.recover_damping, dtype, rows)
         windows = self._extra_windows(self.settings.recover_tokens)
-        tokens = torch.from_numpy(self.parallel.own_rows(windows)).to(self.parallel.device)
-        inputs = torch.where(tokens < 0, ~tokens, tokens)[:, :-1]  # ~token is a token that is not predicted
+        inputs = fit_inputs(self.parallel.own_rows(windows)).to(self.parallel.device)
         with gathered(self.trained.loss, former):
             refit.fit(inputs, self.parallel, self.stop_signal.check)

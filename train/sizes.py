@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ from .config.pruning import SIZES_FILE
 from .config.quantisation import GGUF_TYPES
 from .config.sections import TrainConfig
 from .model.architecture import Architecture
-from .model.file_types import gguf_bytes, irregular_gguf, tokenizer_bytes
+from .model.file_types import irregular_gguf, tokenizer_bytes
+from .pruning.measures import Measure, bytes_of_file
 from .pruning.plan import DEFAULT_TYPE
 from .reporting.plots import plot_sizes
 
@@ -135,19 +137,22 @@ class Member:
         path = self.folder / SCORES_FILE
         return json.loads(path.read_text(encoding="utf-8"))["sizes"][-1] if path.is_file() else None
 
-    @property
-    def num_bytes(self) -> int | None:
-        """Return the bytes of the exported GGUF in the type of the run, or None if llama.cpp lacks the shape."""
+    @cached_property
+    def file_bytes(self) -> Measure:
+        """Return the measure of bytes of a GGUF in the type of the run, with the tokenizer of this model."""
         from transformers import AutoTokenizer
 
-        if not irregular_gguf(self.architecture):
-            return None
         config = saved_config(self.folder)
         pruning, qat = config.pruning, config.quantisation
         is_gguf = qat.qat in GGUF_TYPES
         kind, head = (qat.qat, qat.head_type) if is_gguf else (pruning.quantize or DEFAULT_TYPE, pruning.output_type)
         vocabulary = tokenizer_bytes(AutoTokenizer.from_pretrained(self.folder / "model"))
-        return gguf_bytes(self.architecture, kind, vocabulary, head, head)
+        return bytes_of_file(kind, vocabulary, head_type=head)
+
+    @property
+    def num_bytes(self) -> float | None:
+        """Return the bytes of the exported GGUF, or None if llama.cpp lacks the shape."""
+        return self.file_bytes.of(self.architecture) if irregular_gguf(self.architecture) else None
 
     @property
     def bits_per_byte(self) -> float | None:

@@ -10,7 +10,6 @@ import copy
 import json
 import logging
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +21,19 @@ from .checkpoint.run_folder import FINISHED_FILE, SETTINGS_FILE, SLICES_FOLDER
 from .compute.distributed import Parallel
 from .compute.hardware import choose_hardware
 from .compute.loss import TrainingLoss, perplexity
-from .config.pruning import size_target
+from .config.pruning import PruneConfig, size_target
 from .config.quantisation import QuantisationConfig
 from .config.sections import TrainConfig
 from .data.documents import DataSpec
 from .data.self_chat import SELF_CHAT
 from .model.architecture import Architecture
-from .model.file_types import tokenizer_bytes
 from .model.groups import BLOCKS
 from .model.irregular import save_checkpoint
 from .model.source import load_source
-from .plan import pruning_settings, with_self_chats
+from .plan import with_self_chats
 from .pruning.plan import Budget, device_time, make_budget
 from .pruning.pruner import kept_from_json
-from .pruning.recovery import LeastSquares
+from .pruning.recovery import LeastSquares, fit_inputs
 from .pruning.selection import Kept, Ranking, Removal, SelectionRules, Unit
 from .pruning.surgery import remove_groups
 from .quantisation.weights import RoundedWeights
@@ -65,49 +63,37 @@ def model_of_size(run: Path, size: str) -> Path:
         size_target(size)
     except ValueError as error:
         raise UsageError(f"--size: {error}") from error
-    config, source = saved_config(run), Architecture.from_dict(_finished(run)["source"])
-    larger, smaller = None, None
-    for member in members:
-        budget = _budget(config, size, source, member)
-        if budget.is_met(member.architecture):
-            smaller = member
-            if budget.measure.of(member.architecture) >= TRAINED_SHARE * budget.target:
-                return member.folder / "model"
-            break
-        larger = member
-    if smaller is None:
-        least = _budget(config, size, source, members[-1])
-        shown = least.measure.describe(least.measure.of(members[-1].architecture))
+    settings, source = saved_config(run).pruning, Architecture.from_dict(_finished(run)["source"])
+    budgets = [_budget(settings, size, source, member) for member in members]
+    met = [budget.is_met(member.architecture) for budget, member in zip(budgets, members, strict=True)]
+    if not any(met):
+        measure = budgets[-1].measure
+        shown = measure.describe(measure.of(members[-1].architecture))
         raise UsageError(f"--size {size}: the smallest model of the run has {shown}; give at least that")
-    if larger is None:
+    index = met.index(True)
+    smaller, budget = members[index], budgets[index]
+    if budget.measure.of(smaller.architecture) >= TRAINED_SHARE * budget.target:
+        return smaller.folder / "model"
+    if index == 0:
         _log.info(f"size {size}: the largest model of the run is not larger, and is used")
         return smaller.folder / "model"
-    return _cut(run, size, larger, smaller, _budget(config, size, source, larger))
+    return _cut(run, size, members[index - 1], smaller, budgets[index - 1])
 
 
 def _finished(run: Path) -> dict[str, Any]:
     return json.loads((run / FINISHED_FILE).read_text(encoding="utf-8"))
 
 
-def _budget(config: TrainConfig, size: str, source: Architecture, member: Member) -> Budget:
+def _budget(settings: PruneConfig, size: str, source: Architecture, member: Member) -> Budget:
     """Return the budget of a size, in bytes those of a file with the tokenizer of `member`."""
-    from transformers import AutoTokenizer
-
-    settings = config.pruning.of_smallest_size
-    cleared = dict.fromkeys(("target_ratio", "target_params", "target_bytes", "target_latency", "target_architecture"))
     name, value = size_target(size)
-    if name == "target_latency" and settings.device_profile is None:
-        raise UsageError(f"--size {size}: the run has no device profile; give a share, parameters or bytes")
-    if name == "target_latency":
-        settings = replace(settings, **cleared | {name: value})
-    else:
-        no_device = {"device_profile": None, "workload": None, "at_depth": None, "ranking_profile": None}
-        settings = replace(settings, **cleared | no_device | {name: value})
     if name == "target_bytes":
-        settings = pruning_settings(replace(config, pruning=settings))
-    vocabulary = tokenizer_bytes(AutoTokenizer.from_pretrained(member.folder / "model"))
-    reference = replace(source, vocab_size=member.architecture.vocab_size) if name == "target_bytes" else source
-    budget = make_budget(settings, reference, None, vocabulary, device_time(settings, settings.device_profile))
+        return Budget(value, member.file_bytes)
+    is_time = name == "target_latency"
+    if is_time and settings.device_profile is None:
+        raise UsageError(f"--size {size}: the run has no device profile; give a share, parameters or bytes")
+    wanted = (settings if is_time else PruneConfig()).of_size(size)
+    budget = make_budget(wanted, source, None, 0, device_time(wanted, wanted.device_profile))
     assert budget is not None
     return budget
 
@@ -151,8 +137,7 @@ def _cut(run: Path, size: str, larger: Member, smaller: Member, budget: Budget) 
     alone = Parallel("ddp", hardware.device)
     data = _data(config, hardware.dtype, alone)
     text = RunText(data, tokenizer, config.source, config.run.seed, num_ranks=1)
-    windows = torch.from_numpy(text.extra_windows(config.pruning.recover_tokens))
-    inputs = torch.where(windows < 0, ~windows, windows)[:, :-1].to(alone.device)
+    inputs = fit_inputs(text.extra_windows(config.pruning.recover_tokens)).to(alone.device)
     for each in (model, former):
         each.to(alone.device)
     fit = LeastSquares(model, former, removal.kept["stem"][0], config.pruning.recover_damping, hardware.dtype)

@@ -45,6 +45,9 @@ class LatencyTarget:
 TARGET_FIELDS = ("sizes", "target_ratio", "target_params", "target_bytes", "target_latency", "target_architecture")
 """Fields of PruneConfig that determine the final size. At most one has a value."""
 
+NO_TARGET: dict[str, Any] = dict.fromkeys(TARGET_FIELDS) | {"sizes": ()}
+"""Values of these fields without a target."""
+
 SIZES_FILE = "sizes.json"
 """File of a run with --sizes that compares the finished models."""
 
@@ -201,7 +204,7 @@ class PruneConfig:
     def of_size(self, text: str) -> PruneConfig:
         """Return these settings with one size as the target."""
         name, value = size_target(text)
-        return replace(self, sizes=(), **{name: value})
+        return replace(self, **NO_TARGET | {name: value})
 
     @property
     def of_smallest_size(self) -> PruneConfig:
@@ -269,7 +272,7 @@ class PruneConfig:
     @property
     def targets(self) -> list[str]:
         """Return the target fields with a value."""
-        return [name for name in TARGET_FIELDS if getattr(self, name) not in (None, ())]
+        return [name for name, none in NO_TARGET.items() if getattr(self, name) != none]
 
     @property
     def prunes(self) -> bool:

@@ -25,6 +25,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -40,6 +41,12 @@ ROWS_PER_INPUT = 16
 """Most tokens per input of a matrix in its regression (5 recover less, research/log)."""
 ROWS_PER_PRODUCT = 512
 """Tokens per product. A bf16 product is rounded to bf16, so the products of few tokens are added in fp32."""
+
+
+def fit_inputs(windows: np.ndarray) -> Tensor:
+    """Return the token ids [n, S] that a fit reads of windows [n, S + 1], where ~token is a token not predicted."""
+    tokens = torch.from_numpy(windows)
+    return torch.where(tokens < 0, ~tokens, tokens)[:, :-1]
 
 
 class LeastSquares:
