@@ -145,6 +145,11 @@ class Trainer:
         return self.trained.model
 
     @property
+    def checkpoint(self) -> Path:
+        """Return the folder of the checkpoint of the current step, written or not."""
+        return training_state.checkpoint_path(self.plan.folder, self.progress.step)
+
+    @property
     def architecture(self) -> Architecture:
         """Return the shape without removed groups."""
         return self.pruner.architecture if self.pruner is not None else architecture_of(self.model.config)
@@ -320,7 +325,7 @@ class Trainer:
             if self.saved_step != progress.step and self._is_sound():
                 self._save_if_there_is_room()
             if self.saved_step == progress.step:
-                self.removal_checkpoint = training_state.checkpoint_path(self.plan.folder, progress.step)
+                self.removal_checkpoint = self.checkpoint
         # without room for that checkpoint, a signal waits for the end of the event
         with self.stop_signal.held(event.needs_restart and self.removal_checkpoint is None):
             outcome = event.run(target)
@@ -338,8 +343,7 @@ class Trainer:
             if self.saved_step != self.progress.step:
                 self.save()
             if self.parallel.is_main:
-                checkpoint = training_state.checkpoint_path(self.plan.folder, self.progress.step)
-                write_branch(self.config, size, checkpoint, self.progress.tokens)
+                write_branch(self.config, size, self.checkpoint, self.progress.tokens)
             self.parallel.barrier()
             self.display.say(f"size {size} is reached: it is finished after the smallest one")
 
@@ -352,7 +356,7 @@ class Trainer:
             keeper.check(model, step, self.architecture.num_parameters, pruner.size)
         if self.saved_step != step:
             self.save()
-        self.kept_checkpoint = training_state.checkpoint_path(self.plan.folder, self.progress.step)
+        self.kept_checkpoint = self.checkpoint
 
     def _take_teacher(self) -> None:
         """Make the current model the teacher, and write it into the run's folder (a collective call)."""
@@ -406,7 +410,7 @@ class Trainer:
         if self.rounding is not None:
             tensors["shipped"] = self.rounding.inputs.state_dict()
         state = training_state.TrainingState(self.progress, extra, tensors)
-        folder, keep = training_state.checkpoint_path(self.plan.folder, self.progress.step), self.config.run.keep
+        folder, keep = self.checkpoint, self.config.run.keep
         optimizer = self.trained.optimizer
         kept = self.kept_checkpoint
         training_state.save_training_state(folder, self.model, optimizer, state, keep, self.parallel, kept)
