@@ -371,6 +371,17 @@ def test_output_in_use_is_kept(
     assert (output / "metrics.jsonl").read_text() == before
 
 
+def test_a_run_killed_before_its_settings_were_written_starts_again(
+    straight: Path, source_folder: Path, corpus: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    output.mkdir()
+    (output / ".config.toml.4711.tmp").write_text("[source]\n")
+    assert run(command(source_folder, corpus, output)) == 0
+    assert metrics(output) == metrics(straight)
+    assert not list(output.glob(".*"))
+
+
 def test_unsupported_family_names_the_supported_ones(
     corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

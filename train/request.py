@@ -10,7 +10,7 @@ from ..runtime.base.errors import UsageError
 from ..runtime.base.model_names import check_adapter, check_source
 from ..runtime.base.output import check_output, check_place
 from ..runtime.latency.profile import DeviceProfile
-from .checkpoint.run_folder import SETTINGS_FILE, foreign_files
+from .checkpoint.run_folder import SETTINGS_FILE, foreign_files, holds_only_killed_writes
 from .config.pruning import PruneConfig
 from .config.sections import TrainConfig
 from .data.documents import DataSpec
@@ -59,15 +59,16 @@ def check_request(config: TrainConfig) -> None:
         DeviceProfile.load(Path(config.pruning.device_profile)).check(engine=engine, quantization=quantization)
     uses_gradient(config.pruning.saliency)  # UsageError where it is unknown
     check_loggers(config.run.tensorboard, config.run.wandb)
-    replaceable = config.run.overwrite or config.run.resume
+    folder = Path(config.run.output)
+    replaceable = config.run.overwrite or config.run.resume or holds_only_killed_writes(folder)
     inputs = [config.source.source, *(spec.path for spec in data_specs(config))]
     pruning = config.pruning
     inputs += filter(None, [pruning.target_architecture, pruning.device_profile, pruning.ranking_profile, adapter])
     remedy = "give --overwrite to replace it or --resume to continue it"
     # a resumed run leaves alone what is not a run's
     foreign = foreign_files if config.run.overwrite else lambda folder: []
-    check_output(Path(config.run.output), replaceable, foreign, inputs, remedy)
-    check_place(Path(config.run.output), is_renamed=False)
+    check_output(folder, replaceable, foreign, inputs, remedy)
+    check_place(folder, is_renamed=False)
 
 
 def _check_sizes(config: TrainConfig) -> None:

@@ -193,6 +193,11 @@ def run_entries(folder: Path) -> list[Path]:
     return [entry for entry in _entries(folder) if _is_run_entry(entry)]
 
 
+def holds_only_killed_writes(folder: Path) -> bool:
+    """Tell whether a run was killed in this folder before it wrote its settings."""
+    return all(entry.name == LOCK_NAME or UNFINISHED.fullmatch(entry.name) for entry in _entries(folder))
+
+
 def is_finished(folder: Path) -> bool:
     """Tell whether the run in a folder wrote its model and measured it."""
     return (folder / "model").is_dir() and (folder / FINISHED_FILE).is_file()
