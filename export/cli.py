@@ -10,7 +10,7 @@ from typing import Any
 from ..runtime.base import flags
 from ..runtime.base.command import run_command
 from ..runtime.base.extras import extra, require_extra
-from ..runtime.base.model_names import check_source
+from ..runtime.base.model_names import check_adapter, check_source
 from ..runtime.base.output import atomic_output
 from ..train.model.foreign_configs import ImportOptions
 from .checkpoint import open_checkpoint
@@ -28,13 +28,14 @@ def export(
     head_dim: int | None = None,
     trust_remote_code: bool = False,
     adapter: str = "",
+    size: str = "",
     **options: Any,
 ) -> Path:
     """Write `checkpoint` as an artefact of `target` into the folder `output` and return the folder.
 
     `checkpoint` is a run folder, a Hugging Face folder or hub id, a .gguf file, or "demo". `options` are the target's
     flags by name (`quantize="q8_0"`, `max_kl=0.3`). `head_dim` and `trust_remote_code` apply to checkpoints of other
-    pruning tools, `adapter` is a LoRA adapter of the checkpoint.
+    pruning tools, `adapter` is a LoRA adapter of the checkpoint. `size` is a size of a run, such as "60MB".
 
     Raises UsageError for unusable arguments, ModelError for an unsupported or damaged checkpoint, and ArtefactError if
     the file does not verify. The folder is whole or absent. Reports to `logging.getLogger("efficientllm.export")`.
@@ -43,6 +44,8 @@ def export(
     """
     exporter, known = load_exporter(target), option_names(target)
     check_source(str(checkpoint), str(checkpoint))
+    if adapter:
+        check_adapter(adapter)
     for name in options:
         if name not in known:
             refuse_option(target, name)
@@ -55,11 +58,13 @@ def export(
     inputs = [checkpoint, *filter(None, [getattr(chosen, "calibrate", "")])]
 
     remedy = "give another --output, or --overwrite to replace it"
-    with (
-        atomic_output(folder, overwrite, foreign_files, inputs, remedy) as temporary,
-        open_checkpoint(str(checkpoint), ImportOptions(head_dim, trust_remote_code, adapter)) as opened,
-    ):
-        exporter.write(opened, ExportRequest(chosen, folder, list(opened.notes)), temporary)
+    with atomic_output(folder, overwrite, foreign_files, inputs, remedy) as temporary:
+        if size:
+            with extra("train"):
+                from ..train.slices import model_of_size
+            checkpoint = model_of_size(Path(checkpoint), size, getattr(chosen, "quantize", ""))
+        with open_checkpoint(str(checkpoint), ImportOptions(head_dim, trust_remote_code, adapter)) as opened:
+            exporter.write(opened, ExportRequest(chosen, folder, list(opened.notes)), temporary)
     log.info("artefact: %s", folder)
     return folder
 
@@ -103,7 +108,10 @@ def build_parser() -> ExportParser:
     parser.add_argument("--target", required=True, metavar=targets, help="format to write")
     parser.add_argument("--output", metavar="FOLDER", help="folder to write [CHECKPOINT-TARGET-QUANTIZE]")
     parser.add_argument(
-        "--size", metavar="SIZE", help="size of a run with --sizes: 0.65, 80M, 60MB or 8ms; cut where it is not trained"
+        "--size",
+        default="",
+        metavar="SIZE",
+        help="size of a run with --sizes: 0.65, 80M, 60MB or 8ms; cut where it is not trained",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the contents of --output")
     return parser
@@ -111,13 +119,9 @@ def build_parser() -> ExportParser:
 
 def body(argv: Sequence[str]) -> int:
     arguments = build_parser().parse(argv)
-    checkpoint, target, output, size = (arguments.pop(name) for name in ("checkpoint", "target", "output", "size"))
-    parts = [Path(checkpoint).name, size, target, arguments.get("quantize")]
+    checkpoint, target, output = (arguments.pop(name) for name in ("checkpoint", "target", "output"))
+    parts = [Path(checkpoint).name, arguments["size"], target, arguments.get("quantize")]
     output = "-".join(filter(None, parts)) if output is None else output
-    if size is not None:
-        with extra("train"):
-            from ..train.slices import model_of_size
-        checkpoint = str(model_of_size(Path(checkpoint), size))
     export(checkpoint, target, output, **arguments)
     return 0
 

@@ -88,6 +88,9 @@ def test_an_adapter_that_does_not_fit_is_refused(adapted: tuple[Path, Path, Any]
     other = save_tiny(tiny_architecture(hidden_size=32, layers=(LayerShape(4, 2, 64),) * 3))
     with pytest.raises(ModelError, match=r"--adapter .*: cannot be loaded: "):
         load_source(str(other), "", ImportOptions(adapter=str(adapter)))
+    (adapter / "adapter_config.json").write_text("{}")
+    with pytest.raises(UsageError, match="names no peft_type"):
+        export(other, "gguf", adapter, quantize="f32", adapter=str(adapter))
     (adapter / "adapter_config.json").unlink()
     with pytest.raises(UsageError, match="no adapter_config"):
         load_source(str(other), "", ImportOptions(adapter=str(adapter)))

@@ -171,7 +171,14 @@ def test_a_trained_size_is_exported_as_it_is(family: Path, tmp_path: Path, capsy
     assert run_command(export_cli.body, [*arguments, str(tmp_path / "no"), "--size", "0.1"]) == 2
     assert "--size 0.1: the smallest model of the run has" in capsys.readouterr().err
     assert run_command(export_cli.body, ["demo", "--target", "gguf", "--size", "0.5"]) == 2
-    assert "--size 0.5: demo holds no finished run" in capsys.readouterr().err
+    assert "--size 0.5: demo is no finished run" in capsys.readouterr().err
+    (tmp_path / "no" / "own").mkdir(parents=True)
+    assert run_command(export_cli.body, [*arguments, str(tmp_path / "no"), "--size", "0.65"]) == 2
+    assert "is not empty" in capsys.readouterr().err
+    assert not (family / "slices").exists()
+    typed = [str(family), "--target", "gguf", "--quantize", "q4_0", "--output", str(tmp_path / "typed")]
+    assert run_command(export_cli.body, [*typed, "--size", "40kB"]) == 2
+    assert "counts bytes in q8_0, and q4_0 takes others; use --quantize q8_0" in capsys.readouterr().err
 
 
 def test_a_device_gets_the_largest_size_within_its_limits(family: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -195,6 +202,7 @@ def test_a_device_gets_the_largest_size_within_its_limits(family: Path, capsys: 
         (["--sizes", "8ms,6ms"], "--target-latency 8ms: needs --device-profile FILE"),
         (["--lr-schedule", "cosine"], "use --lr-schedule wsd"),
         (["--prune-end", "0.8"], "use --prune-end 0.75 or less"),
+        (["--sizes", "50,40"], "'50' is no size; give shares"),
         (["--sizes", "1000M,0.1M"], "is larger than the source's"),
     ],
 )

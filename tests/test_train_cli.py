@@ -116,7 +116,12 @@ def test_sigterm_saves_and_stops(straight: Path, source_folder: Path, corpus: Pa
 
 
 def test_one_command_starts_and_resumes_a_run_and_leaves_a_finished_one(
-    straight: Path, source_folder: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    straight: Path,
+    source_folder: Path,
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     step, arguments = Trainer._step, command(source_folder, corpus, tmp_path, "--resume-or-start")
 
@@ -134,6 +139,11 @@ def test_one_command_starts_and_resumes_a_run_and_leaves_a_finished_one(
     written = (tmp_path / "model" / "model.safetensors").stat()
     assert run(arguments) == 0
     assert (tmp_path / "model" / "model.safetensors").stat() == written
+    capsys.readouterr()
+    assert run([*arguments, "--learning-rate", "2e-3"]) == 0
+    assert "--learning-rate has changed; the run is finished and stays as it is" in capsys.readouterr().out
+    assert run([*arguments, "--seed", "9"]) == 2
+    assert "--resume: --seed differ from the run" in capsys.readouterr().err
 
 
 def test_non_finite_steps_are_skipped_then_end_the_run(

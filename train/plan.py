@@ -119,14 +119,7 @@ def find_resume_point(config: TrainConfig) -> ResumePoint | None:
     """Return the checkpoint of --resume, or None for a new run, or one without a checkpoint yet."""
     if not config.run.resume:
         return None
-    folder = Path(config.run.output)
-    before = flags.merge(TrainConfig(), saved_settings(folder), str(folder / SETTINGS_FILE))
-    changed = changed_settings(before, config)
-    fixed = [name for name in changed if name not in STEERING_CHANGES]
-    if fixed:
-        raise UsageError(
-            f"--resume: {', '.join(fixed)} differ from the run in {folder}; omit them, or give the run's values"
-        )
+    folder, changed = Path(config.run.output), allowed_changes(config)
     if is_finished(folder):
         raise UsageError(f"--resume: the run in {folder} is finished; its model is {folder / 'model'}")
     checkpoint, damaged = newest_sound_checkpoint(folder / "checkpoints")
@@ -151,6 +144,19 @@ def find_resume_point(config: TrainConfig) -> ResumePoint | None:
         raise UsageError(f"--resume: {folder} has no checkpoint and holds {others[0]}; --overwrite starts a new run")
     _log.info("no checkpoint was written yet: the run starts again")
     return None
+
+
+def allowed_changes(config: TrainConfig) -> list[str]:
+    """Return the flags that differ from the run to resume. Raises UsageError if one of them may not."""
+    folder = Path(config.run.output)
+    before = flags.merge(TrainConfig(), saved_settings(folder), str(folder / SETTINGS_FILE))
+    changed = changed_settings(before, config)
+    fixed = [name for name in changed if name not in STEERING_CHANGES]
+    if fixed:
+        raise UsageError(
+            f"--resume: {', '.join(fixed)} differ from the run in {folder}; omit them, or give the run's values"
+        )
+    return changed
 
 
 def choose_compute(config: TrainConfig) -> Compute:
@@ -216,8 +222,8 @@ def _check_removals(config: TrainConfig, compute: Compute) -> None:
     steps = (settings.prune_end - settings.prune_start) * optimizer.tokens / (step * compute.parallel.world_size)
     if settings.prunes and settings.removals - 1 > steps:
         raise UsageError(
-            f"--removals {settings.removals}: there are {int(steps)} steps between --prune-start and --prune-end; "
-            "use fewer, or more --tokens"
+            f"--removals {settings.removals}: more than the steps between --prune-start and --prune-end "
+            f"({int(steps)}); use fewer, or more --tokens"
         )
     removals = settings.removals or int(steps / settings.prune_every) + 1
     if config.run.compile and settings.prunes and removals > MANY_COMPILATIONS and compute.parallel.is_main:

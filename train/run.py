@@ -45,7 +45,7 @@ from .data.self_chat import SELF_CHAT
 from .evaluation.quality.contract import Quality, contract
 from .model.irregular import architecture_of, build, save_checkpoint
 from .model.source import content_key, load_source
-from .plan import ResumePoint, RunPlan, choose_compute, find_resume_point, make_plan
+from .plan import ResumePoint, RunPlan, allowed_changes, choose_compute, find_resume_point, make_plan
 from .pruning.pruner import kept_to_json
 from .reporting.metrics import read_metrics
 from .reporting.model_card import model_card
@@ -74,6 +74,9 @@ def run_training(config: TrainConfig) -> Path | None:
     """
     config, folder = with_resume(config), Path(config.run.output)
     is_left = config.run.resume and is_finished(folder) and (config.run.resume_or_start or unfinished_sizes(folder))
+    if is_left:
+        for flag in allowed_changes(config):
+            _log.info(f"{flag} has changed; the run is finished and stays as it is")
     model: Path | None = folder / "model" if is_left else _train(config)
     if model is None or not config.pruning.sizes:
         return model

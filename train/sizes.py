@@ -138,14 +138,20 @@ class Member:
         return json.loads(path.read_text(encoding="utf-8"))["sizes"][-1] if path.is_file() else None
 
     @cached_property
+    def file_types(self) -> tuple[str, str]:
+        """Return the types of the weights and of the LM head in which the run counts the bytes of a GGUF."""
+        config = saved_config(self.folder)
+        pruning, qat = config.pruning, config.quantisation
+        if qat.qat in GGUF_TYPES:
+            return qat.qat, qat.head_type
+        return pruning.quantize or DEFAULT_TYPE, pruning.output_type
+
+    @cached_property
     def file_bytes(self) -> Measure:
         """Return the measure of bytes of a GGUF in the type of the run, with the tokenizer of this model."""
         from transformers import AutoTokenizer
 
-        config = saved_config(self.folder)
-        pruning, qat = config.pruning, config.quantisation
-        is_gguf = qat.qat in GGUF_TYPES
-        kind, head = (qat.qat, qat.head_type) if is_gguf else (pruning.quantize or DEFAULT_TYPE, pruning.output_type)
+        kind, head = self.file_types
         vocabulary = tokenizer_bytes(AutoTokenizer.from_pretrained(self.folder / "model"))
         return bytes_of_file(kind, vocabulary, head_type=head)
 

@@ -48,21 +48,26 @@ TRAINED_SHARE = 0.99
 """Share of the wanted size from which a trained size is used instead of a slice."""
 
 
-def model_of_size(run: Path, size: str) -> Path:
+def model_of_size(run: Path, size: str, quantize: str = "") -> Path:
     """Return the folder of the model of a size of a run, and cut it first if the run did not train it.
 
-    `size` is as in --sizes, in any unit. Raises UsageError if the run has no model of at most that size.
+    `size` is as in --sizes, in any unit. `quantize` is the type of the export, or empty for that of the run. Raises
+    UsageError if the run has no model of at most that size, or counts bytes in another type.
     """
     members = members_of(run) if (run / SETTINGS_FILE).is_file() else []
     if not members:
-        raise UsageError(f"--size {size}: {run} holds no finished run of efficientllm-train; omit it")
+        raise UsageError(
+            f"--size {size}: {run} is no finished run; give the --output of efficientllm-train, or omit it"
+        )
+    kind, _ = members[0].file_types
+    if quantize not in ("", kind) and size_unit(size) == "target_bytes":
+        raise UsageError(
+            f"--size {size}: the run counts bytes in {kind}, and {quantize} takes others; use --quantize {kind}, or "
+            "give the size as a share or in parameters"
+        )
     exact = next((member for member in members if member.size == size), None)
     if exact is not None:
         return exact.folder / "model"
-    try:
-        size_target(size)
-    except ValueError as error:
-        raise UsageError(f"--size: {error}") from error
     settings, source = saved_config(run).pruning, Architecture.from_dict(_finished(run)["source"])
     budgets = [_budget(settings, size, source, member) for member in members]
     met = [budget.is_met(member.architecture) for budget, member in zip(budgets, members, strict=True)]
@@ -75,9 +80,17 @@ def model_of_size(run: Path, size: str) -> Path:
     if budget.measure.of(smaller.architecture) >= TRAINED_SHARE * budget.target:
         return smaller.folder / "model"
     if index == 0:
-        _log.info(f"size {size}: the largest model of the run is not larger, and is used")
+        _log.info(f"size {size}: the largest model of the run is smaller, and is exported instead")
         return smaller.folder / "model"
     return _cut(run, size, members[index - 1], smaller, budgets[index - 1])
+
+
+def size_unit(size: str) -> str:
+    """Return the target field of PruneConfig that a size sets. Raises UsageError if it is no size."""
+    try:
+        return size_target(size)[0]
+    except ValueError as error:
+        raise UsageError(f"--size: {error}") from error
 
 
 def _finished(run: Path) -> dict[str, Any]:

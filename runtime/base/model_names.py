@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -60,8 +61,16 @@ def check_source(source: str, called: str) -> Path:
 def check_adapter(folder: str) -> str:
     """Return the name of a LoRA adapter in messages. Raises UsageError if there is none in `folder`."""
     called = f"--adapter {folder}"
-    if not (Path(folder) / "adapter_config.json").is_file():
-        raise UsageError(f"{called}: no adapter_config.json there; give a folder that PEFT's save_pretrained wrote")
+    remedy = "give a folder that PEFT's save_pretrained wrote"
+    path = Path(folder) / "adapter_config.json"
+    if not path.is_file():
+        raise UsageError(f"{called}: no adapter_config.json there; {remedy}")
+    try:
+        is_adapter = "peft_type" in json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, TypeError):
+        is_adapter = False
+    if not is_adapter:
+        raise UsageError(f"{called}: its adapter_config.json names no peft_type; {remedy}")
     return called
 
 

@@ -51,6 +51,9 @@ NO_TARGET: dict[str, Any] = dict.fromkeys(TARGET_FIELDS) | {"sizes": ()}
 SIZES_FILE = "sizes.json"
 """File of a run with --sizes that compares the finished models."""
 
+FEWEST_PARAMETERS = 10_000
+"""Smaller numbers without a unit are refused as sizes, because they are likely meant as megabytes."""
+
 SIZE_EXAMPLE = "give shares (0.8), parameters (100M), bytes (60MB) or times (8ms or 0.6x)"
 
 
@@ -68,6 +71,8 @@ def size_target(text: str) -> tuple[str, Any]:
             return "target_latency", text
         if text[-1:] in "bB" and text[-2:-1].isalpha():
             return "target_bytes", parse_bytes(text)
+        if text.isdigit() and int(text) < FEWEST_PARAMETERS:
+            raise ValueError(text)
         return "target_params", parse_count(text)
     except ValueError as error:
         raise ValueError(f"{text!r} is no size; {SIZE_EXAMPLE}") from error
