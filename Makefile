@@ -4,7 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT := build/quickstart
 REQUEST := add oat milk to the shopping list
-SCORED := --metric call --task-tokens 96
+EVAL := $(BIN)/efficientllm-eval --task $(OUT)/data/test.jsonl --metric call --task-tokens 96
+BENCH := $(BIN)/efficientllm-bench --prompt-tokens 22 --decode-tokens 25 --depths 0 --rounds 2
+TABLE = $(BIN)/python -m research.jobs.table $(OUT)/data --scores $(OUT)/scores/*/results.json --bench $(OUT)/bench*.json --output $(OUT)
 # More for pytest, as: make test PYTEST_OPTIONS="-k gguf"
 PYTEST_OPTIONS ?=
 # llama-cpp-python is compiled without what it does not load: 82 s on two cores instead of five to six minutes.
@@ -13,7 +15,7 @@ PYTEST := $(BIN)/python -m pytest -n auto --dist loadgroup $(PYTEST_OPTIONS)
 # Per cent of the lines that the tests which are not slow run.
 COVERAGE_FLOOR := 80
 
-.PHONY: install quickstart site clients litert mlx readers android-runner board-wheel arm64-root test-arm64 stand-ins test test-fast coverage lint types measure imports clean FORCE
+.PHONY: install quickstart quickstart-whole site clients litert mlx readers android-runner board-wheel arm64-root test-arm64 stand-ins test test-fast coverage lint types measure imports clean FORCE
 
 install: $(VENV)/.installed
 
@@ -89,12 +91,23 @@ quickstart: $(VENV)/.quickstart
 	$(BIN)/efficientllm-train --preset job --tokens 114688 --data $(OUT)/data/train.jsonl --output $(OUT)/run --overwrite
 	$(BIN)/efficientllm-export $(OUT)/run --target gguf --quantize q4_0 --output $(OUT)/home --overwrite
 	$(BIN)/efficientllm-export demo --target gguf --quantize q8_0 --output $(OUT)/source --overwrite
-	$(BIN)/efficientllm-eval $(OUT)/home --task $(OUT)/data/test.jsonl $(SCORED) --task-limit 200 --output $(OUT)/free
-	$(BIN)/efficientllm-eval $(OUT)/home --task $(OUT)/data/test.jsonl $(SCORED) --task-limit 200 --constrain copy --output $(OUT)/copied
-	$(BIN)/efficientllm-eval $(OUT)/source --task $(OUT)/data/test.jsonl $(SCORED) --task-limit 20 --output $(OUT)/described
-	$(BIN)/efficientllm-bench $(OUT)/source $(OUT)/home --prompt-tokens 22 --decode-tokens 25 --depths 0 --rounds 2 --json $(OUT)/bench.json
-	$(BIN)/python -m research.jobs.table $(OUT)/data --scores $(OUT)/*/results.json --bench $(OUT)/bench.json --output $(OUT)
+	$(EVAL) $(OUT)/home --task-limit 200 --output $(OUT)/scores/pruned-free
+	$(EVAL) $(OUT)/home --task-limit 200 --constrain copy --output $(OUT)/scores/pruned-copied
+	$(EVAL) $(OUT)/source --task-limit 20 --output $(OUT)/scores/source-described
+	$(BENCH) $(OUT)/source $(OUT)/home --json $(OUT)/bench.json
+	$(TABLE)
 	$(BIN)/python -m research.jobs.ask $(OUT)/home $(OUT)/data/test.jsonl "$(REQUEST)"
+
+# After make quickstart: the unpruned model, fine-tuned on the same tokens. Its rows join the table and the picture.
+quickstart-whole: $(VENV)/.quickstart
+	$(BIN)/efficientllm-train --functions learned --sequence-length 256 --learning-rate 4e-4 --tokens 114688 --prune none --no-quality --data $(OUT)/data/train.jsonl --output $(OUT)/whole --overwrite
+	for type in q8_0 q4_0; do \
+	  $(BIN)/efficientllm-export $(OUT)/whole --target gguf --quantize $$type --output $(OUT)/whole-$$type --overwrite && \
+	  $(EVAL) $(OUT)/whole-$$type --task-limit 200 --output $(OUT)/scores/whole-$$type-free && \
+	  $(EVAL) $(OUT)/whole-$$type --task-limit 200 --constrain copy --output $(OUT)/scores/whole-$$type-copied || exit; \
+	done
+	$(BENCH) $(OUT)/whole-q8_0 $(OUT)/whole-q4_0 --json $(OUT)/bench-whole.json
+	$(TABLE)
 
 # The documents as pages, in build/site/html. mkdocs has an environment of its own. Broken links are errors.
 SITE := build/site

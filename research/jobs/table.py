@@ -2,8 +2,8 @@
 
     python -m research.jobs.table DATA --scores RESULTS... --bench BENCH --output FOLDER
 
-DATA is a folder of `research.jobs.home`, RESULTS are files of `efficientllm-eval --task`, and BENCH is a file of
-`efficientllm-bench --json` of the same artefacts. A row is named after its artefact and the folder of its results.
+DATA is a folder of `research.jobs.home`, RESULTS are files of `efficientllm-eval --task`, and BENCH are files of
+`efficientllm-bench --json` of the same artefacts. A row is named after the folder of its results.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ from efficientllm.train.reporting.plots import KEPT_COLOR, SOURCE_COLOR
 
 from .baselines import classifier_answers, matcher_answers, request_of, score
 
-PROMPT_TOKENS, ANSWER_TOKENS = 22, 25
-"""Tokens of a call of the job: median prompt and answer of a model that is trained on its functions."""
+OTHER_COLOR = "0.35"
 
 
 @dataclass(frozen=True)
@@ -41,12 +40,8 @@ class Row:
 
     @property
     def ms(self) -> float | None:
-        """Return the milliseconds of a call: the prompt by its prefill speed and the answer by its decode speed."""
-        if self.speed is None:
-            return None
-        prefill = self.speed.speeds[f"pp{PROMPT_TOKENS}"].median
-        decode = self.speed.speeds[f"tg{ANSWER_TOKENS}"].median
-        return 1e3 * (PROMPT_TOKENS / prefill + ANSWER_TOKENS / decode)
+        """Return the mean milliseconds of an answer, prompt included."""
+        return self.result.ms_per_answer if self.speed is not None else None
 
     def cells(self) -> list[str]:
         """Return the cells of the table."""
@@ -58,20 +53,20 @@ class Row:
         return [self.name, str(len(self.result.answers)), exact, *others, *numbers, memory]
 
 
-HEADER = ["", "requests", "exact calls", "function", "F1 of arguments", "refusals", "MB", "ms a call", "peak MB"]
+HEADER = ["", "requests", "exact calls", "function", "F1 of arguments", "refusals", "MB", "ms an answer", "peak MB"]
 
 
-def rows_of_models(scores: Sequence[Path], bench: Path) -> list[Row]:
-    """Return a row for every model of every results file."""
-    speeds = {Path(each.artefact).resolve(): each for each in Run.read(bench).results}
+def rows_of_models(scores: Sequence[Path], benches: Sequence[Path]) -> list[Row]:
+    """Return a row for every model of every results file, best first."""
+    speeds = {Path(each.artefact).resolve(): each for bench in benches for each in Run.read(bench).results}
     rows = []
     for path in scores:
         for values in json.loads(path.read_text(encoding="utf-8"))["evaluations"]:
             evaluation = Evaluation.from_dict(values)
             if evaluation.job is not None:
-                name = f"{Path(evaluation.model).name}, {path.parent.name}"
+                name = path.parent.name.replace("-", ", ")
                 rows.append(Row(name, evaluation.job, speeds.get(Path(evaluation.model).resolve())))
-    return rows
+    return sorted(rows, key=lambda row: -row.result.mean("exact"))
 
 
 def rows_of_baselines(data: Path, limit: int) -> list[Row]:
@@ -86,7 +81,7 @@ def rows_of_baselines(data: Path, limit: int) -> list[Row]:
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Draw exact calls against bytes. Methods without a file are lines."""
+    """Draw exact calls against bytes, pruned files in another colour. Methods without a file are lines."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -97,10 +92,11 @@ def draw(rows: Sequence[Row], path: Path) -> None:
             axes.axhline(exact, color=SOURCE_COLOR, linewidth=1)
             axes.annotate(row.name, (0, exact), xytext=(4, 3), textcoords="offset points", size=8)
         else:
-            axes.errorbar(row.mb, exact, yerr=error, fmt="o", color=KEPT_COLOR, capsize=3)
+            color = KEPT_COLOR if row.name.startswith("pruned") else OTHER_COLOR
+            axes.errorbar(row.mb, exact, yerr=error, fmt="o", color=color, capsize=3)
             axes.annotate(row.name, (row.mb, exact), xytext=(6, 4), textcoords="offset points", size=8)
     axes.set_xlim(0, 1.35 * max((row.mb for row in rows if row.mb is not None), default=1))
-    axes.set_ylim(0, 1)
+    axes.set_ylim(0, 0.1 + max(row.result.mean("exact") + row.result.stderr("exact") for row in rows))
     axes.set_xlabel("MB of the file")
     axes.set_ylabel("exact calls of held-out requests")
     axes.spines[["top", "right"]].set_visible(False)
@@ -112,7 +108,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Write the table and the picture of the home-control job.")
     parser.add_argument("data", type=Path, help="folder of research.jobs.home")
     parser.add_argument("--scores", type=Path, nargs="+", required=True, help="files of efficientllm-eval --task")
-    parser.add_argument("--bench", type=Path, required=True, help="file of efficientllm-bench --json")
+    parser.add_argument("--bench", type=Path, nargs="+", required=True, help="files of efficientllm-bench --json")
     parser.add_argument("--output", type=Path, required=True, help="folder for job.md and job.png")
     parser.add_argument("--limit", type=int, default=100, help="requests for the methods without a file [100]")
     arguments = parser.parse_args()

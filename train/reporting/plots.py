@@ -90,16 +90,16 @@ def plot_sizes(sizes: list[dict[str, Any]], path: Path) -> None:
     has_bytes = all(size["bytes"] is not None for size in sizes)
     figure, (axes,) = _new_figure(1, "MB of the exported file" if has_bytes else "parameters (millions)")
     places = [size["bytes" if has_bytes else "parameters"] / 1e6 for size in sizes]
-    if all(size["score"] is not None for size in sizes):
-        errors = [size["stderr"] for size in sizes]
-        axes.errorbar(places, [size["score"] for size in sizes], errors, fmt="o-", color=KEPT_COLOR, capsize=3)
-        axes.set_ylabel("score of the job")
-    else:
-        name = "bits_per_byte" if all(size["bits_per_byte"] is not None for size in sizes) else "perplexity"
-        axes.plot(places, [size[name] for size in sizes], "o-", color=KEPT_COLOR)
-        axes.set_ylabel(f"held-out {name.replace('_', ' ')}")
-    for place, size in zip(places, sizes, strict=True):
-        axes.annotate(size["size"], (place, axes.get_ylim()[0]), ha="center", va="bottom", fontsize=8)
+    measured = ("score", "bits_per_byte", "perplexity")
+    name = next(name for name in measured if all(size[name] is not None for size in sizes))
+    values = [size[name] for size in sizes]
+    errors = [size["stderr"] for size in sizes] if name == "score" else None
+    axes.errorbar(places, values, errors, fmt="o", color=KEPT_COLOR, capsize=3)
+    axes.set_ylabel("score of the job" if name == "score" else f"held-out {name.replace('_', ' ')}")
+    axes.set_ylim(bottom=0 if name == "score" else None)
+    axes.margins(x=0.15, y=0.15)
+    for place, value, size in zip(places, values, sizes, strict=True):
+        axes.annotate(size["size"], (place, value), xytext=(6, 4), textcoords="offset points", fontsize=8)
     _save(figure, path)
 
 
