@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from efficientllm.train.config.sections import SourceConfig
 from efficientllm.train.data.chat import Chat, Encoder
 from efficientllm.train.data.check import CheckConfig, body, check_file, rendered, rows
 from efficientllm.train.data.documents import DataSpec
+from efficientllm.train.data.packing import PackedStream
 
 TOOL = {"type": "function", "function": {"name": "now"}}
 CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "now", "arguments": "{}"}}]}
@@ -66,6 +68,34 @@ def test_lengths_are_those_of_training_and_long_chats_are_counted(
     assert shown["whole tokens, median / 95 % / maximum"][0].endswith(f" / {len(encoded[2]):,}")
     middle, _, longest = shown["learned tokens, median / 95 % / maximum"][0].split(" / ")
     assert (int(middle), int(longest)) == (report.learned_tokens[1], report.learned_tokens[2])
+
+
+def test_prompts_of_learned_functions_do_not_describe_them(
+    tmp_path: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("efficientllm.train.model.source.load_tokenizer", lambda source: copy.deepcopy(tokenizer))
+    path = write(tmp_path / "a.jsonl", [FORMS["chat with functions"]])
+    shown = {}
+    for functions in ("described", "learned"):
+        assert run_command(body, ["check", str(path), "--functions", functions]) == 0
+        shown[functions] = capsys.readouterr().out
+    assert "You can call functions" in shown["described"]
+    assert "You can call functions" not in shown["learned"]
+
+
+def test_a_chat_that_windows_cut_is_named_once(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
+    chats = [Chat.of(("user", "Hi"), ("assistant", "so " * count)) for count in (1, 50, 60)]
+    path = write(tmp_path / "a.jsonl", [json.loads(chat.to_json()) for chat in chats])
+    for length, expected in ((512, 0), (16, 1)):
+        caplog.clear()
+        stream = PackedStream([DataSpec(str(path))], tokenizer, length, 0.05, seed=0)
+        stream.next_windows(8)
+        assert len([each for each in caplog.messages if "cut it; efficientllm-data check" in each]) == expected
 
 
 def test_requests_of_the_test_are_found_whatever_their_answer(

@@ -30,7 +30,7 @@ from .compute.loss import frozen_copy
 from .config.pruning import PruneConfig
 from .config.quantisation import GGUF_TYPES
 from .config.sections import STEERING_CHANGES, OptimizerConfig, TrainConfig, changed_settings
-from .data.chat import ChatFormat
+from .data.chat import learn_functions
 from .data.documents import DataSpec
 from .data.self_chat import MAX_TOKENS, MIN_SEQUENCES, SELF_CHAT, self_chat_file
 from .memory import check_memory, device_memory, estimate_memory
@@ -184,7 +184,7 @@ def make_plan(config: TrainConfig, resume: ResumePoint | None, compute: Compute)
         _announce_memory(config, resume, compute, shape)
     source, tokenizer = load_source(config.source.source, "", config.foreign)
     if config.source.functions == "learned":
-        tokenizer.chat_template = _template_knowing_functions(tokenizer)
+        learn_functions(tokenizer)
     length, longest = config.source.sequence_length, source.config.max_position_embeddings
     architecture = architecture_of(source.config)
     if shape is None:
@@ -203,13 +203,6 @@ def make_plan(config: TrainConfig, resume: ResumePoint | None, compute: Compute)
     )
     dtype = _save_dtype(config)
     return RunPlan(config, folder, resume, compute, architecture, tokenizer, data, pruning, dtype), source
-
-
-def _template_knowing_functions(tokenizer: PreTrainedTokenizerBase) -> str:
-    chat_format = ChatFormat.of_tokenizer(tokenizer)
-    if chat_format is None:
-        raise UsageError("--functions learned: the source has no chat template; use a chat model")
-    return chat_format.knowing_functions().template
 
 
 def _check_removals(config: TrainConfig, compute: Compute) -> None:

@@ -210,6 +210,17 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[l
     return [encoding.ids for encoding in encodings]
 
 
+def learn_functions(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Replace the tokenizer's chat template by that of a model that is trained on its functions.
+
+    Raises UsageError without a chat template.
+    """
+    chat_format = ChatFormat.of_tokenizer(tokenizer)
+    if chat_format is None:
+        raise UsageError("--functions learned: the source has no chat template; use a chat model")
+    tokenizer.chat_template = chat_format.knowing_functions().template
+
+
 class Encoder:
     """Converts documents to token ids."""
 

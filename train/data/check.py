@@ -12,7 +12,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from ...runtime.base.errors import DataError
 from ...runtime.base.extras import extra
 from ...runtime.base.progress import ProgressDisplay
 from ...runtime.base.quantities import display_name, markdown_table
-from .chat import Chat, Document, Encoder
+from .chat import Chat, Document, Encoder, learn_functions
 from .documents import DataSpec, open_documents
 from .packing import is_kept_whole
 from .records import BadLines, EmptyAnswerError
@@ -49,6 +49,8 @@ class CheckConfig:
 
     source: str = "demo"
     """Model whose tokenizer and chat template are used, as in efficientllm-train."""
+    functions: Literal["described", "learned"] = "described"
+    """learned: prompts do not describe the functions, as in efficientllm-train --preset job."""
     sequence_length: int = flags.count(512, at_least=8)
     """Tokens per training sequence."""
     test: tuple[str, ...] = ()
@@ -191,7 +193,10 @@ def build_parser() -> flags.Parser:
     parser = flags.Parser(
         CheckConfig,
         prog="efficientllm-data",
-        examples=("data check train.jsonl --test test.jsonl", "data check notes/ --source runs/small"),
+        examples=(
+            "data check train.jsonl --test test.jsonl --functions learned --sequence-length 256",
+            "data check notes/ --source runs/small",
+        ),
         description="Show how training reads files of examples: forms, lengths, repetitions, and five examples with "
         "the learned text marked. Exit code 2 if a record is refused.",
     )
@@ -207,7 +212,10 @@ def body(argv: Sequence[str]) -> int:
     config = flags.take(arguments, CheckConfig)
     with extra("train"):
         from ..model.source import load_tokenizer
-    encoder = Encoder(load_tokenizer(config.source))
+    tokenizer = load_tokenizer(config.source)
+    if config.functions == "learned":
+        learn_functions(tokenizer)
+    encoder = Encoder(tokenizer)
     reports: list[FileReport] = []
     with ProgressDisplay() as display:
         for name in (*names, *config.test):

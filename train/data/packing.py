@@ -14,6 +14,7 @@ window. Otherwise the first windows of a run would all be beginnings of document
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,8 @@ from .tokens import StoredTokens, open_tokens
 
 if TYPE_CHECKING:  # the help of efficientllm-data needs no transformers
     from transformers import PreTrainedTokenizerBase
+
+_log = logging.getLogger("efficientllm.train")
 
 LANES = 64
 """Documents of a corpus that are read side by side."""
@@ -132,7 +135,12 @@ def is_kept_whole(ids: np.ndarray, window: int) -> bool:
 
     A chat that is cut would teach the rest of its answer without its request. Longer chats cannot be kept whole.
     """
-    return len(ids) <= window and bool(ids.min() < 0)
+    return len(ids) <= window and is_chat(ids)
+
+
+def is_chat(ids: np.ndarray) -> bool:
+    """Return True for the ids of a document with tokens that are only read."""
+    return bool(ids.min() < 0)
 
 
 class CorpusWindows:
@@ -148,6 +156,7 @@ class CorpusWindows:
         self._buffers: list[np.ndarray] | None = None
         self._queue: list[np.ndarray] = []
         """Tokenised documents that are in no lane yet."""
+        self._has_warned = False
 
     @property
     def buffers(self) -> list[np.ndarray]:
@@ -183,7 +192,14 @@ class CorpusWindows:
     def _next_document(self) -> np.ndarray:
         if not self._queue:
             self._queue = self.documents.next_ids(TOKENIZE_BATCH, self.encoder)
-        return self._queue.pop(0)
+        document = self._queue.pop(0)
+        if len(document) > self.window and not self._has_warned and is_chat(document):
+            self._has_warned = True
+            _log.warning(
+                f"{self.documents.spec.path}: a chat has {len(document)} tokens, and windows of --sequence-length "
+                f"{self.window} cut it; efficientllm-data check counts such chats"
+            )
+        return document
 
     def _order(self, visit: int) -> np.ndarray:
         return self._random(ORDER, visit).permutation(len(self.buffers))
