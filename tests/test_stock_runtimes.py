@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import figures
+import onnx
 import pytest
 import torch
 from exporting import export
@@ -37,6 +38,7 @@ TARGETS = {
     "llama.cpp, another build": ("gguf", "--quantize", "f32"),
     "onnxruntime": ("onnx", "--quantize", "f32"),
     "onnxruntime-genai": ("onnx", "--quantize", "f32"),
+    "OpenVINO": ("onnx", "--quantize", "f32"),
     WEB: ("onnx", "--quantize", "f32"),
     "ExecuTorch": ("executorch", "--quantize", "f32", "--max-context", "256"),
     "transformers": ("checkpoint",),
@@ -111,6 +113,25 @@ def test_the_likeliest_tokens_are_those_of_torch(
     share = (found == expected).double().mean().item()
     record_property(figures.PROPERTY, f"{name}: {100 * share:.2f} % of {expected.numel()} positions as torch")
     assert share >= LEAST
+
+
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_openvino_reads_the_codes_as_onnxruntime_does(quantize: str, root: Path) -> None:
+    folder = root / f"onnx-{quantize}"
+    assert export(root / "checkpoint", "onnx", folder, "--quantize", quantize) == 0
+    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "accuracy_level":
+                attribute.i = 1  # activations stay fp32, as in OpenVINO without dynamic quantisation
+    onnx.save(model, folder / "model.onnx")
+    found = {}
+    for runtime in ("onnxruntime", "OpenVINO"):
+        command = [python_of(runtime), str(TOOL), runtime, str(folder), json.dumps(WINDOWS.tolist())]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        found[runtime] = torch.tensor(json.loads(done.stdout.splitlines()[-1])["next"])
+    assert (found["onnxruntime"] == found["OpenVINO"]).double().mean() >= LEAST
 
 
 def artefact_of(runtime: str, root: Path) -> Path:

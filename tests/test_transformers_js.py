@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from efficientllm.devices import hub_folder as hub_cli
 from efficientllm.runtime.base.command import run_command
+from efficientllm.runtime.engines.engine import EngineOptions, load_engine
 from efficientllm.train.evaluation.scoring import is_checkpoint
 from efficientllm.train.model.source import load_for_inference
 
@@ -65,6 +66,19 @@ def test_transformers_js_generates_the_tokens_of_torch(
     chosen = logits.gather(1, held[0, len(PROMPT) :, None]).squeeze(1)
     assert len(answer["tokens"]) == COUNT
     assert (chosen > logits.max(1).values - 1e-3).all()  # a near-tie may fall either way
+
+
+@needs_transformers_js
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_transformers_js_generates_the_tokens_of_our_engine(quantize: str, exported: Exported) -> None:
+    folder = exported("onnx", "--quantize", quantize)
+    engine, held = load_engine(folder, EngineOptions(threads=1, context=64)), list(PROMPT)
+    for token in answered(folder)["tokens"]:
+        logits = engine.prefill(held)
+        assert logits[token] > logits.max() - 0.05  # kernels differ, so a near-tie may fall either way
+        held.append(token)
+    engine.close()
+    assert len(held) == len(PROMPT) + COUNT
 
 
 @needs_transformers_js

@@ -74,20 +74,25 @@ class GraphBuilder(GraphValues):
         if bits >= 16:
             table = tied if tied is not None else self._weights(name)
             return self._node("Gather", [table, input_ids], axis=0)
-        matrix: QuantizedMatrix = tied if tied is not None else self._matrix(name, bits)
-        rows = matrix.blocks * BLOCK * bits // 8
-        data = self._node("Reshape", [matrix.data, self._ints(matrix.rows, rows)])
-        scales = self._node("Reshape", [matrix.scales, self._ints(matrix.rows, matrix.blocks)])
-        embedded = self._node(
-            "GatherBlockQuantized",
-            [data, input_ids, scales],
-            MICROSOFT,
-            bits=bits,
-            block_size=BLOCK,
-            gather_axis=0,
-            quantize_axis=1,
-        )
-        if matrix.blocks * BLOCK == matrix.columns:
+        return self._embed_blocks(tied if tied is not None else self._matrix(name, bits), input_ids)
+
+    def _embed_blocks(self, matrix: QuantizedMatrix, input_ids: ir.Value) -> ir.Value:
+        """Return rows of a matrix as embeddings, in standard operators. Runtimes lack GatherBlockQuantized."""
+        stored = self._node("Gather", [matrix.data, input_ids], axis=0)
+        codes = self._node("Cast", [stored], to=int(ir.DataType.FLOAT))
+        if matrix.bits == 4:  # the low half of a byte is the first of two codes; OpenVINO's BitShift rounds
+            low = self._node("BitwiseAnd", [stored, self._constant("half_byte", np.array(15, np.uint8))])
+            low = self._node("Cast", [low], to=int(ir.DataType.FLOAT))
+            sixteenth = self._constant("sixteenth", np.array(1 / 16, np.float32))
+            high = self._node("Mul", [self._node("Sub", [codes, low]), sixteenth])
+            halves = [self._node("Unsqueeze", [half, self._ints(-1)]) for half in (low, high)]
+            codes = self._node("Reshape", [self._node("Concat", halves, axis=-1), self._ints(0, 0, 0, BLOCK)])
+        zero = self._constant("zero_code", np.array(1 << (matrix.bits - 1), np.float32))
+        centred = self._node("Sub", [codes, zero])
+        scales = self._node("Unsqueeze", [self._node("Gather", [matrix.scales, input_ids], axis=0), self._ints(-1)])
+        width = matrix.blocks * BLOCK
+        embedded = self._node("Reshape", [self._node("Mul", [centred, scales]), self._ints(0, 0, width)])
+        if width == matrix.columns:
             return embedded
         return self._node("Slice", [embedded, self._ints(0), self._ints(matrix.columns), self._ints(2)])
 

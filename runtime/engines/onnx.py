@@ -213,10 +213,7 @@ def _open_session(onnxruntime: Any, path: Path, options: EngineOptions) -> Any:
     settings.intra_op_num_threads = options.threads or os.cpu_count() or 1
     settings.log_severity_level = 3
     try:
-        # Constant folding would copy a tied, quantised embedding, because it is read in two shapes.
         with huge_pages(options.huge_pages):
-            return onnxruntime.InferenceSession(
-                str(path), settings, ["CPUExecutionProvider"], disabled_optimizers=["ConstantFolding"]
-            )
+            return onnxruntime.InferenceSession(str(path), settings, ["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's exceptions have no common base
         raise ArtefactError(f"{path}: onnxruntime cannot load it: {str(error).splitlines()[0]}") from error

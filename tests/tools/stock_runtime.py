@@ -53,27 +53,50 @@ def llama_cpp_py_sync(artefact: Path) -> Callable[[Next], Next]:
     return read
 
 
-def onnxruntime(artefact: Path) -> Callable[[Next], Next]:
-    import onnxruntime as ort
-
-    session = ort.InferenceSession(artefact / "model.onnx", providers=["CPUExecutionProvider"])
-    pasts = {entry.name: entry.shape for entry in session.get_inputs() if entry.name.startswith("past_key_values.")}
+def read_onnx(
+    pasts: dict[str, tuple[int, int]], run: Callable[[list[str], dict[str, np.ndarray]], list[np.ndarray]]
+) -> Callable[[Next], Next]:
+    """Return a reader. `pasts` are {input of a cache: (heads, width)}, and `run` returns outputs by name."""
 
     def read(window: Next) -> Next:
         feeds: dict[str, Any] = {
-            name: np.zeros((1, heads, 0, width), np.float32) for name, (_, heads, _, width) in pasts.items()
+            name: np.zeros((1, heads, 0, width), np.float32) for name, (heads, width) in pasts.items()
         }
         found = []
         for position, token in enumerate(window):
             feeds["input_ids"] = np.array([[token]])
             feeds["attention_mask"] = np.ones((1, position + 1), np.int64)
             names = ["logits", *(name.replace("past_key_values", "present") for name in pasts)]
-            logits, *caches = (np.asarray(value) for value in session.run(names, feeds))
+            logits, *caches = run(names, feeds)
             feeds |= dict(zip(pasts, caches, strict=True))
             found.append(int(logits.argmax()))
         return found
 
     return read
+
+
+def onnxruntime(artefact: Path) -> Callable[[Next], Next]:
+    import onnxruntime as ort
+
+    session = ort.InferenceSession(artefact / "model.onnx", providers=["CPUExecutionProvider"])
+    inputs = {entry.name: entry.shape for entry in session.get_inputs()}
+    pasts = {name: (shape[1], shape[3]) for name, shape in inputs.items() if name.startswith("past_key_values.")}
+    return read_onnx(pasts, lambda names, feeds: [np.asarray(value) for value in session.run(names, feeds)])
+
+
+def openvino(artefact: Path) -> Callable[[Next], Next]:
+    import openvino as ov  # type: ignore[import-not-found]
+
+    exact = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
+    model: Any = ov.Core().compile_model(artefact / "model.onnx", "CPU", exact)
+    shapes = {one.any_name: one.partial_shape for one in model.inputs if one.any_name.startswith("past_key_values.")}
+    pasts = {name: (shape[1].get_length(), shape[3].get_length()) for name, shape in shapes.items()}
+
+    def run(names: list[str], feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+        found = model(feeds)
+        return [found[name] for name in names]
+
+    return read_onnx(pasts, run)
 
 
 def onnxruntime_genai(artefact: Path) -> Callable[[Next], Next]:
@@ -173,6 +196,7 @@ RUNTIMES: dict[str, tuple[str, Callable[[Path], Callable[[Next], Next]]]] = {
     "llama.cpp": ("llama-cpp-python", llama_cpp_python),
     "llama.cpp, another build": ("llama-cpp-py-sync", llama_cpp_py_sync),
     "onnxruntime": ("onnxruntime", onnxruntime),
+    "OpenVINO": ("openvino", openvino),
     "onnxruntime-genai": ("onnxruntime-genai", onnxruntime_genai),
     "ExecuTorch": ("executorch", executorch),
     "transformers": ("transformers", transformers),
