@@ -204,9 +204,10 @@ def open_checkpoint(name: str, foreign: ImportOptions = DEFAULTS) -> Iterator[Ch
     folder, and so is one with an adapter. `foreign` has the options of both.
     """
     path = check_source(name, name)
+    is_imported = is_foreign(path)
     if path.is_dir():
         check_folder(path)
-        if not is_foreign(path) and not foreign.adapter:
+        if not is_imported and not foreign.adapter:
             yield Checkpoint(path, name)
             return
     if path.is_file():  # at least its bytes, which is known before the seconds of loading
@@ -215,7 +216,7 @@ def open_checkpoint(name: str, foreign: ImportOptions = DEFAULTS) -> Iterator[Ch
         from ..train.model.irregular import save_checkpoint
         from ..train.model.source import load_foreign, load_source
     notes: tuple[str, ...] = ()
-    if path.is_dir() and not foreign.adapter:
+    if is_imported and not foreign.adapter:
         imported, tokenizer = load_foreign(path, name, foreign)
         model, notes = imported.model, (imported.table[0], imported.comparison)
     else:

@@ -19,10 +19,10 @@ from ..train.model.architecture import Architecture, LayerShape
 from ..train.model.attention import LayerAttention
 from ..train.model.families import Family, Place
 from ..train.model.rescaling import Scales
+from ..train.model.rotary import rope_tables
 from ..train.model.tensors import block_norms
 from .checkpoint import Checkpoint
 from .padding import padded_scales, padded_tensors
-from .rotary import rope_tables
 
 
 class RmsNorm(nn.Module):

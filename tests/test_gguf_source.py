@@ -9,10 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from exporting import export
-from tiny import UNEQUAL, tiny_architecture
+from tiny import tiny_architecture
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from efficientllm.export.gguf.probe import probe
@@ -21,8 +22,11 @@ from efficientllm.runtime.base.errors import ModelError
 from efficientllm.runtime.base.model_names import demo_source_path
 from efficientllm.train.model import source
 from efficientllm.train.model.architecture import LayerShape
+from efficientllm.train.model.families import FAMILIES
 from efficientllm.train.model.source import load_source
 
+FAMILIES_READ = [family for family in FAMILIES if family != "gemma3_text"]
+"""transformers reads a Gemma file only with Gemma's tokenizer."""
 SHARED_TEXT = Path(__file__).parent.parent.parent / "shared" / "data" / "text" / "heldout" / "openstax_ccby.jsonl.gz"
 
 
@@ -72,12 +76,36 @@ def test_the_demo_source_keeps_its_tokenizer() -> None:
         assert tokenizer(text, add_special_tokens=False)["input_ids"] == ids
 
 
-@pytest.mark.parametrize("layers", [UNEQUAL, (LayerShape(2, 2, 96),) * 2], ids=["deci", "olmo2"])
-def test_a_gguf_that_cannot_be_read_is_refused_before_it_is(
-    layers: tuple[LayerShape, ...], save_tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("quantize", ["f32", "q8_0"])
+@pytest.mark.parametrize("family", [*FAMILIES_READ, "llama3"])
+def test_every_architecture_that_the_exporter_writes_comes_back(
+    family: str, quantize: str, save_tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
-    family = "llama" if layers == UNEQUAL else "olmo2"
-    assert export(save_tiny(tiny_architecture(family, layers)), "gguf", tmp_path / "gguf", "--no-verify") == 0
+    """deci and openelm with the widths of each layer, the others zero-padded, with the same logits in fp32."""
+    rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    settings = {"rope_parameters": {**rope, "original_max_position_embeddings": 8192}} if family == "llama3" else {}
+    checkpoint = save_tiny(tiny_architecture(family.removesuffix("3") if settings else family), **settings)
+    assert export(checkpoint, "gguf", tmp_path / "gguf", "--quantize", quantize) == 0
+    model, tokenizer = load_source(str(tmp_path / "gguf" / "model.gguf"))
+    text = sample_text()
+    assert tokenizer(text)["input_ids"] == AutoTokenizer.from_pretrained(checkpoint)(text)["input_ids"]
+    if quantize == "f32":
+        reference = load_source(str(checkpoint))[0]
+        tokens = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12]])
+        with torch.inference_mode():
+            torch.testing.assert_close(
+                model.eval()(tokens).logits, reference.eval()(tokens).logits, atol=1e-4, rtol=1e-4
+            )
+
+
+def test_a_gguf_that_cannot_be_read_is_refused_before_it_is(
+    save_tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "model.gguf"
+    writer = gguf.GGUFWriter(path, "mamba")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
     monkeypatch.setattr(source, "_located", lambda *arguments: pytest.fail("the file was read"))
-    with pytest.raises(ModelError, match=r"GGUF files of architecture '(deci|olmo2)' cannot be read, only llama, "):
-        source.load_source(str(tmp_path / "gguf" / "model.gguf"))
+    with pytest.raises(ModelError, match=r"GGUF files of architecture 'mamba' cannot be read, only deci, gemma3, "):
+        source.load_source(str(path))

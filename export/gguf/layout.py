@@ -18,13 +18,12 @@ from dataclasses import dataclass, replace
 
 from ...train.model.architecture import Architecture, LayerShape
 from ...train.model.file_types import LEAST_ROW, irregular_gguf, padded_architecture
+from ...train.model.gguf_source import INTERLEAVED
 from ...train.model.rescaling import Scales
 from ...train.model.target_rules import GGUF_FREQUENCIES, GGUF_WINDOWS, check_gguf
 from ..checkpoint import Checkpoint
 from ..padding import padded_scales, padding_notes, stock_scales, uniform_architecture, widened
 
-INTERLEAVED = ("llama", "deci", "olmo", "smollm3")
-"""Architectures with NORM rope, which need interleaved rows of q and k."""
 FUSED_QKV = ("openelm", "gptneox")
 PER_LAYER_WIDTHS = ("deci", "openelm")
 SQUARE_ATTENTION = ("qwen2", "gptneox", "olmo", "olmo2")

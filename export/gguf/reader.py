@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from ...runtime.base.gguf_header import TensorInfo, read_header
+from ...train.model.rotary import unpermute_rope
 from ...train.model.tensors import split_name, tensor_names, tensor_shape
 from ..checkpoint import Checkpoint
-from ..rotary import unpermute_rope
 from ..verification import StoredWeights
 from .layout import GgufPlan
 from .q2_0 import TENSOR_TYPE as Q2_0

@@ -11,12 +11,12 @@ import numpy as np
 from ...runtime.base.extras import extra
 from ...runtime.base.files import require_room
 from ...train.model.architecture import Architecture
-from ...train.model.families import Place
+from ...train.model.gguf_source import NAMES, PLACES
+from ...train.model.rotary import frequency_factors, permute_rope
 from ...train.model.target_rules import GGUF_WINDOWS
 from ...train.model.tensors import split_name
 from ..checkpoint import Checkpoint
 from ..padding import padded_tensors
-from ..rotary import frequency_factors, permute_rope
 from .layout import PER_LAYER_WIDTHS, GgufPlan
 from .quantize import file_type
 from .tokenizer import GgufTokenizer, read_tokenizer
@@ -43,30 +43,6 @@ def add_metadata(writer: Any, checkpoint: Checkpoint) -> None:
 
 
 QKV = tuple(f"self_attn.{part}_proj.{kind}" for part in "qkv" for kind in ("weight", "bias"))
-
-PLACES: dict[Place, str] = {
-    "before_attention": "attn_norm",
-    "after_attention": "post_attention_norm",
-    "before_ffn": "ffn_norm",
-    "after_ffn": "post_ffw_norm",
-}
-"""llama.cpp's names of a layer's norms."""
-
-NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-"""llama.cpp's names of all other tensors, equal in all architectures."""
 
 
 def write_gguf(checkpoint: Checkpoint, plan: GgufPlan, path: Path) -> None:

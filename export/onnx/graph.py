@@ -18,8 +18,8 @@ import onnx_ir as ir
 from ...train.model.architecture import LayerShape
 from ...train.model.attention import LayerAttention
 from ...train.model.families import Place
+from ...train.model.rotary import widened_tables
 from ...train.model.tensors import FINAL_NORM
-from ..rotary import widened_tables
 from .graph_values import BLOCK, MICROSOFT, GraphValues
 from .quantize import IntegerMatrix, QuantizedMatrix
 

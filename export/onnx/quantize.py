@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from ...runtime.base.quantities import unknown_name
+from ...train.model.rotary import HeadPlaces, rotary_places
 from ..checkpoint import Checkpoint
 from ..group_quantization import quantize_groups
 from ..padding import round_up
-from ..rotary import HeadPlaces, rotary_places
 
 HEAD_MULTIPLE = 16
 """GroupQueryAttention rotates heads only in multiples of 16 channels (onnxruntime 1.32)."""

@@ -18,12 +18,12 @@ import torch
 
 from efficientllm.export.checkpoint import Checkpoint, open_checkpoint
 from efficientllm.export.manifest import copy_tokenizer, foreign_files
-from efficientllm.export.rotary import permute_rope
 from efficientllm.runtime.base import flags
 from efficientllm.runtime.base.child import run_python
 from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.base.errors import ArtefactError, UsageError
 from efficientllm.runtime.base.output import check_output
+from efficientllm.train.model.rotary import permute_rope
 
 META_NAMES = {
     "self_attn.q_proj": "attention.wq",

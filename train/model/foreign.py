@@ -20,6 +20,7 @@ from .architecture import Architecture, LayerShape
 from .families import FAMILIES, UNDESCRIBED, Family, family_of
 from .folder_files import read_json, refuse_quantized, whole_number
 from .foreign_configs import NOT_SETTINGS, WIDTHS, Widths, kept_queries, stated_widths, translated
+from .gguf_source import read_gguf
 from .stored_tensors import OPENELM, Stored, our_names, read_stored, unfused, zeros
 from .tensors import EMBEDDING, HEAD, block_norms, layer_tensors, split_name, tensor_names, tensor_shape
 
@@ -67,13 +68,11 @@ class ForeignModel:
 
 
 def read_foreign(folder: Path, called: str, given_head_dim: int | None = None) -> ForeignModel:
-    """Read the shape of a folder and find its tensors. Raises ModelError for what no family computes."""
-    original = read_json(folder / "config.json")
-    refuse_quantized(original, called)
+    """Read the shape of a folder or GGUF file and find its tensors. Raises ModelError for what no family computes."""
+    original, tensors = read_gguf(folder) if folder.suffix == ".gguf" else _read_folder(folder, called)
     config, stated = translated(original), stated_widths(original)
     kind = str(original["model_type"]).lower()
-    family = family_of({**config, "attention_bias": False})
-    tensors = our_names(read_stored(folder), OPENELM if kind == "openelm" else FAMILIES[family].stock_names)
+    family = _family(config)
     head_dim, source = _head_dim(config, tensors, FAMILIES[family], given_head_dim)
     tensors = {name: each for name, each in unfused(tensors, head_dim).items() if not name.endswith("inv_freq")}
     tensors = {name: each for name, each in tensors.items() if math.prod(each.shape) and not _is_off(name, stated)}
@@ -100,6 +99,19 @@ def read_foreign(folder: Path, called: str, given_head_dim: int | None = None) -
     )
     tensors = _checked(tensors, architecture, called)
     return ForeignModel(kind, _settings(config, architecture), architecture, tensors, source, added)
+
+
+def _family(config: Mapping[str, Any]) -> str:
+    """Return the family without regard to biases of projections, which the tensors show."""
+    return family_of({**config, "attention_bias": False})
+
+
+def _read_folder(folder: Path, called: str) -> tuple[dict[str, Any], Tensors]:
+    """Return (config.json, tensors under our names)."""
+    config = read_json(folder / "config.json")
+    refuse_quantized(config, called)
+    names = FAMILIES[_family(translated(config))].stock_names
+    return config, our_names(read_stored(folder), OPENELM if str(config["model_type"]).lower() == "openelm" else names)
 
 
 def _without(config: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:

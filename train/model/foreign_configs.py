@@ -15,6 +15,7 @@ from ...runtime.base.errors import ModelError
 from .architecture import Architecture, layer_overrides
 from .families import FAMILIES
 from .folder_files import PICKLE_FILE, pickles, positive_number, read_json, tensor_headers, weight_files, whole_number
+from .gguf_source import is_foreign_gguf
 from .tensors import layer_tensors, locate, split_name, tensor_names, tensor_shape
 
 FAMILY_OF = dict.fromkeys(("deci", "decilm", "nemotron-nas", "darwinlm"), "llama") | {
@@ -52,7 +53,14 @@ Widths = dict[str, int]
 
 
 def is_foreign(folder: Path) -> bool:
-    """Tell whether a folder's tensors are not those that its config.json describes to us."""
+    """Tell whether a source's tensors are not those that its config.json, or transformers' of a GGUF, describes to us.
+
+    Raises ModelError for a GGUF of an architecture that nothing here reads.
+    """
+    if folder.suffix == ".gguf" and folder.is_file():
+        return is_foreign_gguf(folder)
+    if not folder.is_dir():
+        return False
     config = read_json(folder / "config.json")
     kind = str(config.get("model_type", "")).lower()
     if kind.startswith("efficientllm_") or not (kind in FAMILY_OF or kind in FAMILIES):

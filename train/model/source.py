@@ -20,12 +20,18 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import logging as transformers_logging
 
 from ...runtime.base.errors import EfficientLLMError, ModelError, UsageError
 from ...runtime.base.extras import extra
-from ...runtime.base.gguf_header import read_header
 from ...runtime.base.model_names import check_adapter, check_source, hub_answers, source_path
 from .architecture import Architecture
 from .file_types import build_pre_tokenizer
@@ -70,9 +76,6 @@ def tie_what_is_stored_twice(model: Any, path: Path) -> None:
 
 
 _log = logging.getLogger("efficientllm.train")
-
-READABLE_GGUF = ("llama", "qwen2", "qwen3", "gemma3")
-"""llama.cpp architectures of supported families that transformers 5.24 reads."""
 
 GGUF_FILE_TYPES = {0: torch.float32, 1: torch.float16}
 """`general.file_type` of GGUF files (llama.cpp's LLAMA_FTYPE) with fp32 or fp16 matrices."""
@@ -122,15 +125,15 @@ def load_source(
     """
     called = called or f"--source {source}"
     path = check_source(source, called)
-    if foreign.adapter and path.is_dir() and is_foreign(path):
-        raise UsageError(f"--adapter {foreign.adapter}: {called} was pruned by another tool; merge the adapter there")
-    if path.suffix == ".gguf":
-        check_gguf_source(path, called)
+    if is_foreign(path):
+        if foreign.adapter:
+            raise UsageError(
+                f"--adapter {foreign.adapter}: {called} was pruned by another tool; merge the adapter there"
+            )
+        imported, tokenizer = load_foreign(path, called, foreign)
+        return imported.model, tokenizer
     folder, options = _located(source, path)
     if path.is_dir():
-        if is_foreign(path):
-            imported, tokenizer = load_foreign(path, called, foreign)
-            return imported.model, tokenizer
         locate_tensors(path)
     with loading(called):
         if path.suffix != ".gguf":  # look at the family before gigabytes of weights are read
@@ -166,25 +169,12 @@ def merge_adapter(model: Any, folder: str) -> Any:
         return adapted.merge_and_unload()
 
 
-def check_gguf_source(path: Path, called: str) -> None:
-    """Raise ModelError, before anything is read, for a GGUF of an architecture that `load_source` cannot read."""
-    with loading(called):
-        name = read_header(path).values.get("general.architecture")
-    if name not in READABLE_GGUF:
-        raise ModelError(
-            f"{called}: GGUF files of architecture {name!r} cannot be read, only {', '.join(READABLE_GGUF)}; give the "
-            "Hugging Face folder that the file was made from"
-        )
-
-
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer of `source` as `load_source` does, but no weights. Raises UsageError or ModelError."""
     called = f"--source {source}"
     path = check_source(source, called)
     folder, options = _located(source, path)
-    if path.is_dir() and is_foreign(path):
-        options = _foreign_options()
-    return _tokenizer(path, folder, options, called)
+    return _foreign_tokenizer(path, called) if is_foreign(path) else _tokenizer(path, folder, options, called)
 
 
 def _located(source: str, path: Path) -> tuple[str, dict[str, Any]]:
@@ -198,9 +188,14 @@ def _located(source: str, path: Path) -> tuple[str, dict[str, Any]]:
     return source, {} if hub_answers("model", source) else {"local_files_only": True}
 
 
-def _foreign_options() -> dict[str, Any]:
-    """Return transformers' options for the tokenizer of a foreign folder, whose own config it may refuse."""
-    return {"config": PreTrainedConfig()}
+def _foreign_tokenizer(path: Path, called: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a foreign folder or GGUF, whose model transformers may refuse."""
+    if path.suffix != ".gguf":
+        return _tokenizer(path, str(path), {"config": PreTrainedConfig()}, called)
+    with loading(called):
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(path.parent, gguf_file=path.name)
+    restore_pre_tokenizer(tokenizer, path)
+    return tokenizer
 
 
 def _tokenizer(path: Path, folder: str, options: dict[str, Any], called: str) -> PreTrainedTokenizerBase:
@@ -216,7 +211,7 @@ def load_foreign(path: Path, called: str, options: ImportOptions) -> tuple[Impor
     """Import the folder of another tool. Reports its shape and the comparison with its original."""
     with loading(called), quiet_loading():
         imported = import_folder(path, called, options)
-    tokenizer = _tokenizer(path, str(path), _foreign_options(), called)
+    tokenizer = _foreign_tokenizer(path, called)
     check_token_ids(tokenizer.get_vocab(), imported.model.config.vocab_size, called)
     for line in (*imported.table, imported.comparison):
         _log.info(line)
