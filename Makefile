@@ -11,7 +11,8 @@ TABLE = $(BIN)/python -m research.jobs.table $(OUT)/data --scores $(OUT)/scores/
 PYTEST_OPTIONS ?=
 # llama-cpp-python is compiled without what it does not load: 82 s on two cores instead of five to six minutes.
 COMPILED := CMAKE_ARGS="-DLLAVA_BUILD=OFF -DCMAKE_PROJECT_llama_cpp_INCLUDE=$(CURDIR)/devices/llama_cpp_only.cmake $$CMAKE_ARGS"
-PYTEST := $(BIN)/python -m pytest -n auto --dist loadgroup $(PYTEST_OPTIONS)
+# Without bytecode, both workers rewrite the assertions of every test file each time: seven seconds.
+PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n auto --dist loadgroup $(PYTEST_OPTIONS)
 # Per cent of the lines that the tests which are not slow run.
 COVERAGE_FLOOR := 80
 
