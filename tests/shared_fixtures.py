@@ -18,10 +18,12 @@ from unittest import mock
 import exporting
 import pytest
 import training
+from forked import run_python
 from shared import made_once
 from tiny import tiny_architecture, tiny_model, tiny_tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from efficientllm.export.gguf import probe, quantize
 from efficientllm.export.verification import sample_text
 from efficientllm.runtime.engines import engine as engine_module
 from efficientllm.runtime.engines import tuning
@@ -45,6 +47,13 @@ def plugins_read_once() -> Iterator[None]:
         mock.patch.object(importlib.metadata, "entry_points", read_once),
         mock.patch.object(engine_module, "entry_points", read_once),
     ):
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def forked_probes() -> Iterator[None]:
+    """Exports check and quantise a GGUF in a forked process; commands that tests start as programs start one anew."""
+    with mock.patch.object(probe, "run_python", run_python), mock.patch.object(quantize, "run_python", run_python):
         yield
 
 
