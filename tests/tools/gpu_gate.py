@@ -2,6 +2,7 @@
 
     python -m tests.tools.gpu_gate runs SOURCE CORPUS FOLDER    # every path of a run, against the same run on the CPU
     python -m tests.tools.gpu_gate roofline                     # waits, kernels and least time of a step of a 1B model
+    python -m tests.tools.gpu_gate all SOURCE CORPUS FOLDER     # both with few microbatches, and two devices' error
 
 `runs` stops and resumes every run after a few steps. Each prints one line of JSON.
 """
@@ -99,6 +100,16 @@ def _stopping(real: Any) -> Any:
     return step
 
 
+def error_of_two_devices() -> str:
+    """Return the error of an operation on tensors of two devices."""
+    with fake_cuda():
+        try:
+            torch.zeros(0).lerp_(torch.ones(0, device="cuda"), 0.5)
+        except RuntimeError as error:
+            return str(error)
+    return "none"
+
+
 META = torch.device("meta")
 SHAPES = {
     "1b": Architecture("llama", 2048, 64, 128_256, True, (LayerShape(32, 8, 8192),) * 16),
@@ -176,7 +187,12 @@ def phases(device: Device) -> Iterator[None]:
 def main() -> None:
     """Run the command of the arguments."""
     what, *paths = sys.argv[1:]
-    print(json.dumps(runs(*map(Path, paths)) if what == "runs" else [step_of(*case) for case in STEPS]))
+    if what == "all":
+        few = [(*case[:-1], min(case[-1], 3)) for case in STEPS]
+        parts = {"runs": runs(*map(Path, paths)), "roofline": [step_of(*case) for case in few]}
+        print(json.dumps({**parts, "mixed": error_of_two_devices()}))
+    else:
+        print(json.dumps(runs(*map(Path, paths)) if what == "runs" else [step_of(*case) for case in STEPS]))
 
 
 if __name__ == "__main__":
