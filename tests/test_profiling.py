@@ -16,10 +16,13 @@ from tiny import tiny_architecture
 
 from efficientllm.devices import cli, profiler
 from efficientllm.devices.profiler import error_of
+from efficientllm.devices.profiling import random_models
 from efficientllm.devices.profiling.random_models import write_checkpoint
 from efficientllm.devices.profiling.random_shapes import Design, Widths, irregular_shapes, neighbours
 from efficientllm.devices.profiling.regression import FEATURES, assemble, features
+from efficientllm.export import cli as export_cli
 from efficientllm.export.checkpoint import Checkpoint
+from efficientllm.runtime.base.child import ProcessResult
 from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.base.errors import UsageError, install_command
 from efficientllm.runtime.latency.profile import DeviceProfile
@@ -256,6 +259,17 @@ def test_a_profile_of_this_machine_prices_what_it_measured(
     monkeypatch.setattr(profiler, "Widths", lambda: SMALL)
     monkeypatch.setitem(profiler.DESIGNS, engine, few_stacks)
     monkeypatch.setattr(profiler, "NUM_FITTED_IRREGULAR", 3)
+    monkeypatch.setattr(random_models, "PARALLEL_EXPORTS", 1)
+    run_python, programs = random_models.run_python, []
+
+    def export_here(*arguments: str) -> ProcessResult:
+        """Export the first model as a program, as all are exported elsewhere, and the others without its imports."""
+        programs.append(arguments)
+        if len(programs) == 1:
+            return run_python(*arguments)
+        return ProcessResult(run_command(export_cli.body, arguments[2:]), "", "")
+
+    monkeypatch.setattr(random_models, "run_python", export_here)
     file = tmp_path / "profile.json"
     command = ["--profile", str(file), "--profile-engine", engine, "--rounds", "1", "--threads", "1"]
     assert run_command(cli.body, [*command, "--profile-held-out", "2", "--profile-name", "a stand-in"]) == 0
