@@ -156,8 +156,8 @@ def _free_port() -> int:
         return free.getsockname()[1]
 
 
-def _agreeing_rank(rank: int, port: int, folder: Path) -> None:
-    parallel = _join(rank, "ddp", port)
+def _agree(rank: int, parallel: Parallel, folder: Path) -> None:
+    """Errors, measurements and checkpoints of ranks are shared."""
 
     def fail(failing: int, error: Exception) -> None:
         if rank == failing:
@@ -175,34 +175,28 @@ def _agreeing_rank(rank: int, port: int, folder: Path) -> None:
     optimizer = make_optimizer(model, 1e-3, (0.9, 0.95), 0.01)
     save_training_state(folder, model, optimizer, TrainingState(RunProgress(), {}, {}), 1, parallel)
     assert damage(folder) == ""
-    parallel.close()
-
-
-@pytest.mark.slow
-def test_ranks_share_errors_measurements_and_checkpoints(tmp_path: Path) -> None:
-    arguments = (_free_port(), tmp_path / "checkpoints" / "step-00000001")
-    multiprocessing.spawn(_agreeing_rank, arguments, nprocs=2)
 
 
 RANKED = [("ddp", "taylor1"), ("ddp", "fisher"), ("fsdp", "taylor2")]
 
 
-def _rank(rank: int, port: int, folder: str) -> None:
+def _rank(rank: int, port: int, folder: Path) -> None:
     parallel = _join(rank, "ddp", port)
+    _agree(rank, parallel, folder / "checkpoints" / "step-00000001")
     for mode, criterion in RANKED:
         parallel = Parallel(mode, CPU)
         mine = list(parallel.own_rows(unequal_windows()).split(1))
         tracker = SaliencyTracker(CRITERIA[criterion], KINDS, tiny_architecture(), 0.5, parallel.mean_tensors)
         found = gradients(mine, mode, 0.7, tracker)
         if rank == 0:
-            torch.save(found, Path(folder) / f"{criterion}.pt")
+            torch.save(found, folder / f"{criterion}.pt")
     parallel.barrier()
     parallel.close()
 
 
 @pytest.mark.slow
-def test_two_ranks_with_unequal_tokens_are_one_process(tmp_path: Path) -> None:
-    multiprocessing.spawn(_rank, (_free_port(), str(tmp_path)), nprocs=2)  # type: ignore[attr-defined]
+def test_two_ranks_agree_and_with_unequal_tokens_are_one_process(tmp_path: Path) -> None:
+    multiprocessing.spawn(_rank, (_free_port(), tmp_path), nprocs=2)  # type: ignore[attr-defined]
     expected_loss, expected = gradients([unequal_windows()], distill=0.7)
     for _, criterion in RANKED:
         loss, found = torch.load(tmp_path / f"{criterion}.pt")
