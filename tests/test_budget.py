@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import tomllib
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from test_docs import PARSERS
 BUDGET = tomllib.loads((Path(__file__).parent / "budget.toml").read_text(encoding="utf-8"))
 
 
+@functools.cache
 def modules_of(package: str) -> list[Module]:
     """Return the modules of a package. Files that only mark a folder as a package do not count."""
     paths = [path for path in sorted((ROOT / package).rglob("*.py")) if path.name != "__init__.py"]

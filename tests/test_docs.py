@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import functools
 import gzip
 import importlib
 import json
@@ -210,9 +211,13 @@ def test_every_promise_has_tests_that_exist() -> None:
         named = re.findall(r"`(\w+)::(\w+)`", tests)
         assert named, promise
         for file, name in named:
-            tree = ast.parse((ROOT / "tests" / f"{file}.py").read_text(encoding="utf-8"))
-            functions = {each.name for each in tree.body if isinstance(each, ast.FunctionDef)}
-            assert name in functions, f"{file}::{name}"
+            assert name in functions_of(file), f"{file}::{name}"
+
+
+@functools.cache
+def functions_of(file: str) -> set[str]:
+    tree = ast.parse((ROOT / "tests" / f"{file}.py").read_text(encoding="utf-8"))
+    return {each.name for each in tree.body if isinstance(each, ast.FunctionDef)}
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
