@@ -20,6 +20,7 @@ from efficientllm.runtime.engines.engine import EngineOptions, load_engine
 from efficientllm.runtime.engines.manifest import Manifest
 from efficientllm.runtime.generation import AnswerOptions, Generation
 from efficientllm.runtime.prompt import chat_prompt
+from efficientllm.train.model.architecture import LayerShape
 from efficientllm.train.model.attention import LayerAttention
 from efficientllm.train.model.source import load_for_inference
 
@@ -112,6 +113,13 @@ def test_a_portable_batch_may_be_padded_on_either_side(save_tiny: Callable[..., 
     assert export(checkpoint, "onnx", tmp_path / "onnx", "--portable") == 0
     for pads_left in (False, True):
         check_a_padded_batch(checkpoint, tmp_path / "onnx", pads_left)
+
+
+@pytest.mark.slow
+def test_a_portable_graph_may_have_no_caches(save_tiny: Callable[..., Path], tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+    checkpoint = save_tiny(tiny_architecture(layers=(LayerShape(0, 0, 64),)))
+    assert export(checkpoint, "onnx", tmp_path / "onnx", "--portable") == 0
 
 
 @pytest.mark.parametrize("quantize", ["int8", "int4"])

@@ -42,7 +42,7 @@ def write_portable(checkpoint: Checkpoint, path: Path) -> None:
                 tuple(inputs.values()),
                 input_names=list(config.inputs),
                 output_names=list(config.outputs),
-                dynamic_shapes=(shapes[0], shapes[1], tuple(shapes[2:])),
+                dynamic_shapes=(*shapes[:2], *([tuple(shapes[2:])] if shapes[2:] else [])),  # of *past: one, or none
                 opset_version=OPSET,
                 dynamo=True,
                 verbose=False,
