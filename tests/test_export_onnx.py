@@ -45,7 +45,7 @@ def test_f32_prefill_and_decode_equal_torch(
 
 
 def run_batch(folder: Path, tokens: list[list[int]], mask: list[list[int]], past: dict[str, np.ndarray]) -> Any:
-    """Return (logits [B, V], the caches as the next call's past) of one call of a file's graph, without our engine."""
+    """Return (logits [B, V] or [B, S, V], the caches as the next call's past) of one call, without our engine."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
@@ -54,7 +54,8 @@ def run_batch(folder: Path, tokens: list[list[int]], mask: list[list[int]], past
         feeds[value.name] = past.get(value.name, np.zeros((len(tokens), value.shape[1], 0, value.shape[3]), np.float32))
     names = [value.name for value in session.get_outputs()]
     outputs: dict[str, Any] = dict(zip(names, session.run(names, feeds), strict=True))
-    logits = outputs.pop("logits")[:, 0]
+    logits = outputs.pop("logits")
+    logits = logits[:, 0] if logits.shape[1] == 1 else logits
     return logits, {name.replace("present", "past_key_values"): value for name, value in outputs.items()}
 
 
@@ -113,6 +114,24 @@ def test_a_portable_batch_may_be_padded_on_either_side(save_tiny: Callable[..., 
     assert export(checkpoint, "onnx", tmp_path / "onnx", "--portable") == 0
     for pads_left in (False, True):
         check_a_padded_batch(checkpoint, tmp_path / "onnx", pads_left)
+
+
+@pytest.mark.parametrize(
+    "flags", [["--quantize", "f32"], ["--quantize", "int8"], pytest.param(["--portable"], marks=pytest.mark.slow)]
+)
+def test_a_graph_returns_the_logits_of_all_tokens_if_asked(
+    flags: list[str], save_tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    checkpoint = save_tiny(tiny_architecture())
+    assert export(checkpoint, "onnx", tmp_path / "last", *flags) == 0
+    assert export(checkpoint, "onnx", tmp_path / "all", *flags, "--logits", "all") == 0
+    prompts, mask = [TOKENS[:12] + [0] * 8, TOKENS[:20]], [[1] * 12 + [0] * 8, [1] * 20]
+    logits, _ = run_batch(tmp_path / "all", prompts, mask, {})
+    assert logits.shape[:2] == (2, 20)
+    for end in (1, 7, 20):
+        expected, _ = run_batch(tmp_path / "last", [TOKENS[:end]], [[1] * end], {})
+        assert np.abs(logits[1, end - 1] - expected[0]).max() < 1e-4
+    assert np.abs(logits[0, 11] - logits[1, 11]).max() < 1e-4
 
 
 @pytest.mark.slow

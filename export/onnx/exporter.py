@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ...runtime.base import flags
 from ...runtime.base.errors import UsageError
@@ -39,6 +39,8 @@ class OnnxOptions(RoundingOptions):
     """
     portable: bool = False
     """Use standard operators (opset 23) instead of onnxruntime's fused ones; f32, slower in onnxruntime."""
+    logits: Literal["last", "all"] = "last"
+    """Tokens whose logits a call returns: the last valid one, or all, for scoring and speculative decoding."""
 
     def __post_init__(self) -> None:
         flags.check_fields(self)
@@ -93,14 +95,14 @@ def _write_model(checkpoint: Checkpoint, options: OnnxOptions, bits: Bits, folde
         from .graph import GraphBuilder
     if not options.portable:
         grams = input_grams(checkpoint, options.calibrate) if options.calibrate else None
-        model = GraphBuilder(checkpoint, bits, grams).build()
+        model = GraphBuilder(checkpoint, bits, grams, options.logits == "all").build()
         weights = (value.const_value for value in model.graph.initializers.values())
         require_room(folder / MODEL_FILE, sum(weight.nbytes for weight in weights if weight is not None))
         ir.save(model, folder / MODEL_FILE, external_data=DATA_FILE)
         return
     with extra("onnx-portable"):
         from .portable import write_portable
-    write_portable(checkpoint, folder / MODEL_FILE)
+    write_portable(checkpoint, folder / MODEL_FILE, options.logits == "all")
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

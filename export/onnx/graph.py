@@ -2,9 +2,9 @@
 
 Shapes: B batch, S new tokens, P past tokens, T = P + S, H hidden, Q query heads, G key/value heads, D head_dim (padded
 to 16), V vocabulary. Inputs: input_ids [B, S], attention_mask [B, T], past_key_values.i.key/value [B, G_i, P, D].
-Outputs: logits [B, 1, V] of the last valid token, present.i.key/value [B, G_i, T, D]. Layers without attention have no
-cache. Prompts of a batch may be padded on the right, with zeros in their mask. The fused attention does not support
-padding on the left. Imports no torch.
+Outputs: logits [B, 1, V] of the last valid token, or [B, S, V] of all, present.i.key/value [B, G_i, T, D]. Layers
+without attention have no cache. Prompts of a batch may be padded on the right, with zeros in their mask. The fused
+attention does not support padding on the left. Imports no torch.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class GraphBuilder(GraphValues):
         for index, layer in enumerate(self.architecture.layers):
             stem = self._layer(index, layer, stem)
         normed, _ = self._norm(FINAL_NORM, stem)
-        self._head(self._last_valid(normed, input_ids), head)
+        self._head(normed, input_ids, head)
         graph = ir.Graph(
             self.inputs,
             self.outputs,
@@ -242,7 +242,7 @@ class GraphBuilder(GraphValues):
         return self._node("Gelu", [x], approximate="tanh" if self.parts.activation == "gelu_pytorch_tanh" else "none")
 
     def _last_valid(self, x: ir.Value, input_ids: ir.Value) -> ir.Value:
-        """Return the rows of x [B, S, H] of the last valid tokens, [B, H].
+        """Return the rows of x [B * S, H] of the last valid tokens, [B, H].
 
         Rows are counted over the flat batch, because every execution provider has a plain Gather. The last valid token
         is new, so its row is S - 1 with a past. The attention supports padding in the first call only.
@@ -251,14 +251,20 @@ class GraphBuilder(GraphValues):
         position = self._node("Cast", [self.last_position], to=int(ir.DataType.INT64))
         row = self._node("Min", [position, self._node("Sub", [length, self._scalar(1)])])
         first = self._node("Range", [self._scalar(0), self._node("Size", [input_ids]), length])
-        flat = self._node("Reshape", [x, self._ints(-1, self.architecture.hidden_size)])
-        return self._node("Gather", [flat, self._node("Add", [first, row])], axis=0)
+        return self._node("Gather", [x, self._node("Add", [first, row])], axis=0)
 
-    def _head(self, x: ir.Value, head: Any) -> None:
-        """Add the product of x [B, H] with the head, the logits."""
+    def _head(self, x: ir.Value, input_ids: ir.Value, head: Any) -> None:
+        """Add the logits: the product of x [B, S, H] with the head."""
+        vocab_size = self.architecture.vocab_size
+        x = self._node("Reshape", [x, self._ints(-1, self.architecture.hidden_size)])
+        if self.has_all_logits:
+            shape = self._node("Concat", [self._node("Shape", [input_ids]), self._ints(vocab_size)], axis=0)
+        else:
+            x, shape = self._last_valid(x, input_ids), self._ints(-1, 1, vocab_size)
         # Gemm reads the embedding as it is; MatMul would want a transposed copy
         product = self._node("Gemm", [x, head], transB=1) if self.bits.head >= 16 else self._multiply(x, head)
-        logits = self._node("Unsqueeze", [product, self._ints(1)])
+        logits = self._node("Reshape", [product, shape])
         if self.element != ir.DataType.FLOAT:
             logits = self._node("Cast", [logits], to=int(ir.DataType.FLOAT))
-        self._output(logits, "logits", ["batch_size", 1, self.architecture.vocab_size], ir.DataType.FLOAT)
+        rows = "sequence" if self.has_all_logits else 1
+        self._output(logits, "logits", ["batch_size", rows, vocab_size], ir.DataType.FLOAT)

@@ -24,9 +24,9 @@ OPSET = 23
 """The first opset with Attention, RotaryEmbedding and RMSNormalization."""
 
 
-def write_portable(checkpoint: Checkpoint, path: Path) -> None:
+def write_portable(checkpoint: Checkpoint, path: Path, has_all_logits: bool) -> None:
     """Write `path` and its external data, `path` + "_data"."""
-    model = PortableDecoder(checkpoint)
+    model = PortableDecoder(checkpoint, has_all_logits)
     config = OnnxDecoderConfig(checkpoint.config)
     inputs = config.generate_dummy_inputs(framework="pt")
     dims = {title: torch.export.Dim(title, min=1) for title in ("batch_size", "sequence", "past")}

@@ -1,9 +1,9 @@
 """A decoder whose caches are inputs and outputs, traced into standard ONNX operators (opset 23).
 
-`forward(input_ids [B, S], attention_mask [B, T], *past) -> (logits fp32 [B, 1, V], *present)`. past [B, G_i, P, D] and
-present [B, G_i, T, D] are key and value of every layer with attention, T = P + S. Logits are those of the last valid
-new token. Prompts of a batch may be padded on either side, with zeros in their mask. See decoder_modules for the other
-letters.
+`forward(input_ids [B, S], attention_mask [B, T], *past) -> (logits fp32 [B, 1 or S, V], *present)`. past [B, G_i, P,
+D] and present [B, G_i, T, D] are key and value of every layer with attention, T = P + S. Logits are those of the last
+valid new token, or of all. Prompts of a batch may be padded on either side, with zeros in their mask. See
+decoder_modules for the other letters.
 """
 
 from __future__ import annotations
@@ -69,8 +69,9 @@ class PortableAttention(Attention):
 class PortableDecoder(Decoder):
     """Decoder with the interface of the module's docstring."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, has_all_logits: bool = False) -> None:
         super().__init__(checkpoint, checkpoint.architecture)
+        self.has_all_logits = has_all_logits
         tables = self.rotary_tables(checkpoint, checkpoint.context_length)
         self.rotary_keys = tuple(tables)
         for key, (cos, sin) in tables.items():
@@ -92,6 +93,8 @@ class PortableDecoder(Decoder):
         x = self.embed(input_ids)
         for layer in self.layers:
             x = layer(x, caches)
+        if self.has_all_logits:
+            return self.lm_head(self.norm(x)), *caches.present
         is_valid = attention_mask[:, total - length :]
         last = (is_valid * torch.arange(1, length + 1)).argmax(1)  # [B], among the new tokens
         last_x = x[torch.arange(x.shape[0]), last].unsqueeze(1)

@@ -97,4 +97,5 @@ def run_padded_batch(path: Path, tokens: list[int]) -> EngineRun:
         dtype = np.float16 if value.type == "tensor(float16)" else np.float32
         feeds[value.name] = np.zeros((2, value.shape[1], 0, value.shape[3]), dtype)
     logits: Any = session.run(["logits"], feeds)[0]
-    return EngineRun(BATCH_TITLE, [length - 1 for length in lengths], logits[:, 0])
+    ends = [length - 1 for length in lengths]
+    return EngineRun(BATCH_TITLE, ends, logits[[0, 1], ends if logits.shape[1] > 1 else 0])
