@@ -12,7 +12,7 @@ import pytest
 from efficientllm.export.gguf import exporter, writer
 
 SEED = 1
-FAST, CASES = {"gguf": 4, "onnx": 12}, {"gguf": 12, "onnx": 48}
+FAST, CASES = {"gguf": 4, "onnx": 12, "executorch": 0}, {"gguf": 12, "onnx": 48, "executorch": 2}
 """Target -> its cases, and those that are not marked slow."""
 REFUSALS = ("cannot store; choose onnx", "no rotary embedding in every fourth layer")
 """Parts of the messages about models that llama.cpp's architectures cannot hold."""
@@ -27,6 +27,8 @@ REFUSALS = ("cannot store; choose onnx", "no rotary embedding in every fourth la
     ],
 )
 def test_a_generated_model_is_right_or_refused_with_its_cause(target: str, index: int, tmp_path: Path) -> None:
+    if target == "executorch":
+        pytest.importorskip("executorch", reason="executorch is not installed")
     logging.getLogger("efficientllm").setLevel(logging.ERROR)
     outcome = export_cases.run_case(target, export_cases.generate(target, SEED, index), tmp_path)
     is_expected = outcome.kind == "refused" and target == "gguf" and any(text in outcome.detail for text in REFUSALS)
