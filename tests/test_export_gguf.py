@@ -312,6 +312,11 @@ def test_unknown_pre_tokenizer_is_refused(save_tiny: Callable[..., Path], tmp_pa
 BAD_INPUT = [
     (["--quantize", "q9"], "--quantize q9: unknown for gguf; known: f32, f16"),
     (["--output-type", "q9"], "--output-type q9: unknown tensor type"),
+    (
+        ["--output-type", "q6_k"],
+        "--output-type: the type stores rows in blocks of 256 weights, and the rows",
+    ),
+    (["--embedding-type", "q6_k"], "have 64; choose one with blocks of 32, such as q8_0"),
     (["--pad", "some"], "'some' is not one of auto, none"),
 ]
 
@@ -320,7 +325,7 @@ BAD_INPUT = [
 def test_bad_input(
     more: list[str], message: str, save_tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert export(save_tiny(tiny_architecture()), "gguf", tmp_path / "gguf", *more) == 2
+    assert export(save_tiny(tiny_architecture(tied=False)), "gguf", tmp_path / "gguf", *more) == 2
     assert message in capsys.readouterr().err
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ...runtime.base import flags
-from ...runtime.base.errors import ArtefactError
+from ...runtime.base.errors import ArtefactError, UsageError
 from ...runtime.base.extras import extra, require_extra
 from ...runtime.base.files import write_text_atomically
 from ...runtime.base.quantities import unknown_name
@@ -40,7 +40,7 @@ from .modelfile import MAX_CONTEXT, modelfile
 from .probe import RUNS, probe
 from .quantize import FILE_TYPES, describe_fallbacks, quantize_gguf, tensor_type
 from .reader import read_weights
-from .tensor_data import check_kept, check_rows, fill_q2_0, tensor_bytes
+from .tensor_data import block_of, check_kept, check_rows, fill_q2_0, tensor_bytes
 from .writer import gguf_name, write_gguf
 
 MODEL_FILE = "model.gguf"
@@ -94,6 +94,7 @@ def write_model(checkpoint: Checkpoint, request: ExportRequest[GgufOptions], fol
     if window := plan.window(checkpoint):
         checkpoint.context_limit = window
         request.say(f"llama.cpp's {plan.name} has no windows: the context ends at the model's window, {window} tokens")
+    _check_blocks(types, plan)
     target, exact = folder / MODEL_FILE, folder / (MODEL_FILE if name == "f32" else "exact.gguf")
     write_gguf(checkpoint, plan, exact)
     if exact != target:
@@ -150,6 +151,19 @@ def _choose_types(checkpoint: Checkpoint, request: ExportRequest[GgufOptions]) -
         tensor_type("--embedding-type", embedding),
         is_trained and output == embedding == head,
     )
+
+
+def _check_blocks(types: _Types, plan: GgufPlan) -> None:
+    """Raise UsageError for a requested type whose blocks do not divide the rows. llama.cpp has no other type then."""
+    shape = plan.architecture
+    output = None if shape.tie_word_embeddings else types.output
+    for flag, kind in (("--output-type", output), ("--embedding-type", types.embedding)):
+        weights = 1 if kind is None else block_of(kind)[0]
+        if shape.hidden_size % weights:
+            raise UsageError(
+                f"{flag}: the type stores rows in blocks of {weights} weights, and the rows of this model have "
+                f"{shape.hidden_size}; choose one with blocks of 32, such as q8_0"
+            )
 
 
 EXPORTER = Exporter(GgufOptions, export_gguf, check_gguf)

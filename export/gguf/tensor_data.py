@@ -24,11 +24,11 @@ def tensor_bytes(path: Path) -> int:
 
 
 def num_bytes(tensor: TensorInfo) -> int:
-    weights, size = _block_of(tensor.kind)
+    weights, size = block_of(tensor.kind)
     return tensor.num_elements // weights * size
 
 
-def _block_of(kind: int) -> tuple[int, int]:
+def block_of(kind: int) -> tuple[int, int]:
     """Return (weights, bytes) of a block. The gguf package (0.19) does not have Q2_0."""
     import gguf
 
@@ -83,7 +83,7 @@ def check_rows(path: Path) -> None:
     No run on another CPU would show it.
     """
     for tensor in read_header(path).tensors:
-        weights, _ = _block_of(tensor.kind)
+        weights, _ = block_of(tensor.kind)
         if weights > 1 and tensor.shape[-1] < LEAST_ROW:
             raise ArtefactError(
                 f"gguf: {tensor.name} has quantised rows of {tensor.shape[-1]} weights, which llama.cpp multiplies "
