@@ -35,6 +35,7 @@ import stock_logits
 from tiny import LLAMA3_ROPE, tiny_architecture, tiny_model, tiny_tokenizer
 
 from efficientllm.export.cli import export
+from efficientllm.export.verification import sample_text
 from efficientllm.runtime.base.errors import EfficientLLMError
 from efficientllm.train.model.architecture import FAMILIES, LayerShape
 from efficientllm.train.model.irregular import save_checkpoint
@@ -95,6 +96,8 @@ class Case:
     """Further options of the export."""
     chunks: tuple[int, ...]
     seed: int
+    is_calibrated: bool
+    """Whether text guides the rounding."""
 
 
 def generate(target: str, seed: int, index: int) -> Case:
@@ -109,19 +112,21 @@ def generate(target: str, seed: int, index: int) -> Case:
     # centring changes the weights in a GGUF of a family with LayerNorm, so that few bits are not exact
     is_centred = target == "gguf" and FAMILIES[family].norm.takes_mean and kind not in ("f32", "f16", "q8_0")
     ways = ["random", "magnitudes", *(["codes"] if kind in CODES[target] else [])]
+    weights, hidden_size = "random" if is_centred else dice.choice(ways), dice.choice(HIDDEN_SIZES)
     return Case(
         family,
         dice.choice(HEAD_DIMS),
         layers,
-        dice.choice(HIDDEN_SIZES),
+        hidden_size,
         dice.choice(VOCABULARIES),
         dice.random() < 0.5,
         _settings(dice, family),
-        "random" if is_centred else dice.choice(ways),
+        weights,
         kind,
-        _flags(dice, target, kind),
+        _flags(dice, target, kind, hidden_size),
         tuple(dice.choice((1, 2, 3, 7, 16, 31, 32, 33, 64)) for _ in range(3)),
         dice.randrange(2**31),
+        weights == "random" and BITS[target][kind] < 8 and dice.random() < 0.3,
     )
 
 
@@ -155,12 +160,12 @@ def _settings(dice: random.Random, family: str) -> dict[str, Any]:
     return settings
 
 
-def _flags(dice: random.Random, target: str, kind: str) -> dict[str, Any]:
+def _flags(dice: random.Random, target: str, kind: str, hidden_size: int) -> dict[str, Any]:
     """Return options of an export beside its type, most often none."""
     is_rounded = BITS[target][kind] < 16
     if target == "gguf" and is_rounded and dice.random() < 0.3:
         name = dice.choice(("output_type", "embedding_type"))
-        return {name: dice.choice(("q8_0", "q6_k", "q4_0", "f16"))}
+        return {name: dice.choice(("q8_0", "q4_0", "f16", *(["q6_k"] if hidden_size == 256 else [])))}
     if target == "onnx" and kind == "f32" and dice.random() < 0.1:
         return {"portable": True}
     if target == "litert":
@@ -272,8 +277,10 @@ class Outcome:
 def run_case(target: str, case: Case, folder: Path) -> Outcome:
     """Export a case and compare the file."""
     save_checkpoint(build(target, case), tiny_tokenizer(), folder / "checkpoint")
+    (folder / "text.txt").write_text(sample_text() * 4, encoding="utf-8")
+    flags = case.flags | ({"calibrate": str(folder / "text.txt")} if case.is_calibrated else {})
     try:
-        export(folder / "checkpoint", target, folder / "out", quantize=case.quantize, **case.flags)
+        export(folder / "checkpoint", target, folder / "out", quantize=case.quantize, **flags)
     except EfficientLLMError as error:
         return Outcome("refused", str(error))
     except Exception:
