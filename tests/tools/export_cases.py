@@ -74,7 +74,7 @@ LENGTH = 80
 """Tokens of a comparison, past the windows of the generated models."""
 CONTEXT = 256
 """--max-context of targets with caches of a fixed size."""
-FACTOR, FLOOR = 4.0, 5e-3
+FACTOR, FLOOR = 3.0, 5e-3
 """Allowed distance: FACTOR effects of rounding, and FLOOR standard deviations of the logits."""
 
 
@@ -111,8 +111,9 @@ def generate(target: str, seed: int, index: int) -> Case:
     kind = dice.choice(sorted(BITS[target]))
     # centring changes the weights in a GGUF of a family with LayerNorm, so that few bits are not exact
     is_centred = target == "gguf" and FAMILIES[family].norm.takes_mean and kind not in ("f32", "f16", "q8_0")
-    ways = ["random", "magnitudes", *(["codes"] if kind in CODES[target] else [])]
-    weights, hidden_size = "random" if is_centred else dice.choice(ways), dice.choice(HIDDEN_SIZES)
+    exact = ["magnitudes", *(["codes"] if kind in CODES[target] else [])]
+    weights = "random" if is_centred or dice.random() < 0.25 else dice.choice(exact)
+    hidden_size = dice.choice(HIDDEN_SIZES)
     return Case(
         family,
         dice.choice(HEAD_DIMS),
@@ -212,7 +213,7 @@ def build(target: str, case: Case) -> Any:
 def _magnitudes(dice: np.random.Generator, rows: int, columns: int) -> np.ndarray:
     """Return rows of zeros and one value, of either sign. The value over 7 is a power of two."""
     signs = dice.choice((-1.0, 1.0), (rows, 1))
-    sizes = 7 * 2.0 ** (dice.integers(-1, 2, (rows, 1)) - 3 - round(math.log2(columns) / 2))
+    sizes = 7 * 2.0 ** (dice.integers(-2, 1, (rows, 1)) - 3 - round(math.log2(columns) / 2))
     return (dice.random((rows, columns)) < 0.5) * signs * sizes
 
 
@@ -226,7 +227,7 @@ def _codes(
         codes[:, start] = low
         if end > start + 1:
             codes[:, dice.integers(start + 1, end)] = high
-    exponents = dice.integers(-1, 2, (rows, 1 if has_row_scales else -(-columns // BLOCK)))
+    exponents = dice.integers(-2, 1, (rows, 1 if has_row_scales else -(-columns // BLOCK)))
     scales = np.repeat(2.0**exponents, columns if has_row_scales else BLOCK, axis=1)[:, :columns]
     return codes * scales * 2.0 ** -round(math.log2((high - low) / 3.5 * math.sqrt(columns)))
 
@@ -245,7 +246,7 @@ def expected_logits(target: str, case: Case, folder: Path, tokens: list[int]) ->
         exact = model(torch.tensor([tokens])).logits[0].numpy()
         if case.weights == "random":
             for parameter in {id(each): each for each in model.parameters() if each.ndim == 2}.values():
-                parameter.copy_(_rounded(parameter, BITS[target][case.quantize]))
+                parameter.copy_(_rounded(parameter, BITS[target][case.quantize], case.flags.get("group_size", BLOCK)))
         for module in model.modules():
             if isinstance(module, torch.nn.Linear):
                 module.register_forward_pre_hook(disturb)
@@ -253,12 +254,14 @@ def expected_logits(target: str, case: Case, folder: Path, tokens: list[int]) ->
     return exact, FACTOR * _distance(exact, disturbed) + FLOOR * float(exact.std())
 
 
-def _rounded(weight: torch.Tensor, bits: int) -> torch.Tensor:
-    """Return a matrix with its rows rounded to a number of bits."""
+def _rounded(weight: torch.Tensor, bits: int, block: int) -> torch.Tensor:
+    """Return a matrix rounded to a number of bits, with a scale for each block of a row, or for a row of 8 bits."""
     if bits >= 16:
         return weight.bfloat16().float() if bits == 16 else weight
-    scale = weight.abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 1)
-    return (weight / scale).round() * scale
+    block = weight.shape[1] if bits == 8 else block
+    blocks = torch.nn.functional.pad(weight, (0, -weight.shape[1] % block)).unflatten(1, (-1, block))
+    scale = (blocks.abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 1)).clamp(min=1e-30)
+    return ((blocks / scale).round() * scale).flatten(1)[:, : weight.shape[1]]
 
 
 def _distance(first: np.ndarray, second: np.ndarray) -> float:
