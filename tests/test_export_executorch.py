@@ -7,6 +7,7 @@ import logging
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,9 +83,35 @@ def test_quantised_programs_stay_close(
     tied = family != "qwen2"
     checkpoint = save_tiny(tiny_architecture(family, SHAPES["odd FFN widths"][:1], hidden_size=76, tied=tied))
     assert export(checkpoint, tmp_path / "pte", "--quantize", quantize) == 0
-    agreement = Manifest.read(tmp_path / "pte").verification["quantized"]
+    verification = Manifest.read(tmp_path / "pte").verification
+    agreement = verification["quantized"]
+    assert verification["codes"]["weights"] == "codes of the program, by ExecuTorch's package"
     assert agreement["mean_kl"] < {"int8": 0.02, "8da4w": 0.5}[quantize]
     assert ("zero-padded (exact): hidden 76 -> 96" in capsys.readouterr().out) == (quantize == "8da4w")
+
+
+def test_a_program_with_another_code_is_refused(
+    save_tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A single bit that the backend changed: too little for the logits to tell."""
+    from executorch.exir._serialize._program import deserialize_pte_binary
+
+    from efficientllm.export.executorch import program
+
+    lower = program.lower
+
+    def with_another_code(*arguments: Any) -> program.LoweredProgram:
+        lowered = lower(*arguments)
+        named = deserialize_pte_binary(lowered.buffer).named_data
+        assert named is not None
+        changed = bytearray(lowered.buffer)
+        changed[lowered.buffer.index(max(named.buffers, key=len))] ^= 1
+        return replace(lowered, buffer=bytes(changed))
+
+    monkeypatch.setattr(program, "lower", with_another_code)
+    checkpoint = save_tiny(tiny_architecture(layers=ONE_LAYER))
+    assert export(checkpoint, tmp_path / "pte", "--quantize", "int8") == 2
+    assert "executorch: the program holds no matrix with the codes that were given for" in capsys.readouterr().err
 
 
 def test_other_formats(save_tiny: Callable[..., Path], corpus: Path, tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ from ..request import ExportRequest, log
 from ..verification import StoredWeights, Written, check_stepwise, run_chunks, step_through, torch_sample
 from .options import ExecutorchOptions
 from .quantize import ALIGNMENT, WeightFormat, given_weights, quantize_decoder, weight_format
+from .reader import read_weights
 from .recipes import Recipe, load_recipe
 from .static_decoder import StaticDecoder
 
@@ -242,6 +243,7 @@ def _verify(
         source = Reference(sample.logits, sample.logits)
         return {"exact": agreement.to_dict(), "codes": check_runs(source, runs, "the checkpoint's", "executorch")}
     weights = check_weights(padded_tensors(checkpoint, plan.architecture), stored, "executorch")
+    stored = read_weights(folder / MODEL_FILE, stored)
     own_weights = reference_logits(checkpoint, stored, sample.tokens)
     codes = check_runs(own_weights, runs, stored.origin, "executorch")
     request.say(f"verified {plan.quantize} program against torch on its own weights, {len(runs)} runs")

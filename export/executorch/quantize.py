@@ -69,15 +69,20 @@ class QuantizedEmbedding(nn.Module):
 
     def dequantized(self) -> Tensor:
         """Return the table, fp32 [V, H]."""
-        codes = torch.stack([self.codes >> 4, self.codes & 15], -1).flatten(1) - 8.0 if self.bits == 4 else self.codes
-        scales = self.scales.reshape(len(codes), -1, 1).float()
-        return (codes.unflatten(1, (scales.shape[1], -1)) * scales).flatten(1)
+        return dequantized_table(self.codes, self.scales, self.bits)
 
     def forward(self, tokens: Tensor) -> Tensor:
         operators = torch.ops.quantized_decomposed
         if self.bits == 4:
             return operators.embedding_4bit.dtype(self.codes, self.scales, None, -8, 7, tokens, dtype=self.scales.dtype)
         return operators.embedding_byte.dtype(self.codes, self.scales, None, -128, 127, tokens, dtype=self.scales.dtype)
+
+
+def dequantized_table(codes: Tensor, scales: Tensor, bits: int) -> Tensor:
+    """Return the table of a QuantizedEmbedding's buffers, fp32 [V, H]."""
+    numbers = torch.stack([codes >> 4, codes & 15], -1).flatten(1) - 8.0 if bits == 4 else codes
+    by_row = scales.reshape(len(codes), -1, 1).float()
+    return (numbers.unflatten(1, (by_row.shape[1], -1)) * by_row).flatten(1)
 
 
 def quantize_decoder(
@@ -144,8 +149,7 @@ def given_weights(model: Any, weights: WeightFormat) -> StoredWeights:
         tensors[name] = array[tuple(slice(count) for count in tensor_shape(architecture, name))]
         if is_integer or (weights.dtype == torch.float16 and array.ndim > 1):
             roundings[name] = "int8 per token" if is_integer else "f16 throughout"
-    origin = "codes as they were given to the backend, which ExecuTorch cannot read back"
-    return StoredWeights(architecture, model.scales, tensors, roundings, origin)
+    return StoredWeights(architecture, model.scales, tensors, roundings, "codes that were given to the backend")
 
 
 def _rounding_notes(unfit: list[str], smaller: list[str], options: ExecutorchOptions) -> list[str]:
