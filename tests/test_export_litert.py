@@ -23,6 +23,11 @@ LAYERS = (LayerShape(4, 2, 96), LayerShape(0, 0, 64), LayerShape(2, 1, 0))
 EXPORT = "from efficientllm.export.cli import main; main()"
 UNMASKED = "from efficientllm.export.litert import exporter; exporter.MASKED = 0.0; "
 """The program then sees slots of the caches that hold nothing yet."""
+OTHER_CODES = """
+from ai_edge_litert.interpreter import Interpreter
+get_tensor = Interpreter.get_tensor
+Interpreter.get_tensor = lambda self, *place: get_tensor(self, *place) + 1
+"""
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("litert")]
 
@@ -48,7 +53,17 @@ def test_litert_lm_runs_an_irregular_model(save_tiny: Callable[..., Path], tmp_p
     assert {path.name for path in output.iterdir()} == {"manifest.json", "model.litertlm"}
     assert (manifest["engine"], manifest["quantization"]) == ("litert-lm", "int8")
     assert manifest["verification"]["quantized"]["mean_kl"] < 0.05
+    assert manifest["verification"]["codes"]["weights"] == "codes of the program, by LiteRT"
     assert manifest["verification"]["litert_lm"]["same_characters"] > 0
+
+
+def test_a_program_with_other_codes_is_refused(save_tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """Every code is one higher than the nearest."""
+    checkpoint, output = save_tiny(tiny_architecture(layers=LAYERS[:1])), tmp_path / "litert"
+    done = export(OTHER_CODES + EXPORT, checkpoint, "--quantize", "int8", "--output", output)
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert "litert: the program holds no matrix that is" in done.stderr
+    assert not output.exists()
 
 
 def test_a_program_that_is_not_the_checkpoint_s_function_is_refused(

@@ -1,12 +1,13 @@
 """`--target litert`: a .litertlm that stock LiteRT-LM runs, verified.
 
-The .tflite inside is run token by token in LiteRT's interpreter and compared with torch. LiteRT-LM then runs the
-finished file and must write the same text. T tokens of the longest prefill signature, C slots of the caches, V
-vocabulary. Imports no torch until it runs.
+The .tflite inside runs in LiteRT's interpreter and is compared with torch on the checkpoint (f32) or on its own codes.
+LiteRT-LM then runs the finished file and must write the same text. T tokens of a prefill signature, C slots of the
+caches, V vocabulary. Imports no torch until it runs.
 """
 
 from __future__ import annotations
 
+import mmap
 import shlex
 import tempfile
 from collections.abc import Sequence
@@ -18,13 +19,14 @@ import numpy as np
 
 from ...runtime.base import flags
 from ...runtime.base.errors import ArtefactError
-from ...runtime.base.extras import require_extra
+from ...runtime.base.extras import extra, require_extra
 from ...train.model.target_rules import check_target
 from ..checkpoint import Checkpoint
 from ..manifest import Contents, write_manifest
+from ..padding import padded_tensors
 from ..request import ExportRequest, RoundingOptions, log
 from ..targets import Exporter
-from ..verification import Written, check_stepwise, step_through, torch_sample
+from ..verification import Written, check_stepwise, run_chunks, step_through, torch_sample
 
 MODEL_FILE = "model.litertlm"
 
@@ -41,9 +43,6 @@ class LitertOptions(RoundingOptions):
 
     quantize: str = flags.type_name("int8")
     """Weight type: int8 or f32."""
-    max_kl: float | None = 0.3
-    """Largest mean KL divergence (nats per token) of the file from the checkpoint, because LiteRT's codes are not read
-    back. The perplexity of the sample may grow by a factor of its exponential."""
     max_context: int = flags.count(2048, at_least=max(PREFILL_LENGTHS) + 1)
     """Slots of the key/value caches, at most the model's context."""
 
@@ -80,18 +79,33 @@ def export_litert(checkpoint: Checkpoint, request: ExportRequest[LitertOptions],
 def _verify(
     checkpoint: Checkpoint, request: ExportRequest[LitertOptions], tflite: Path, folder: Path
 ) -> dict[str, dict[str, object]]:
-    """Compare the program with torch, logit by logit, and LiteRT-LM's greedy text with the program's."""
+    """Compare the program with torch on its own weights, and LiteRT-LM's greedy text with the program's."""
+    with extra("train"):
+        from ..parity import Reference, check_runs, check_weights, reference_logits
+    from .reader import read_weights
 
     quantize = request.options.quantize
     sample = torch_sample(checkpoint, request.options.max_context)
-    written = Written("litert", "program", quantize)
-    run = step_through(TfliteDecoder(tflite), sample.tokens)
-    agreement = check_stepwise(run, sample, written, request)
-    characters = check_greedy_text(folder / MODEL_FILE, TfliteDecoder(tflite), checkpoint.tokenizer)
+    decoders = (TfliteDecoder(tflite, length) for length in PREFILL_LENGTHS)
+    runs = [run(decoder, sample.tokens) for run, decoder in zip((run_chunks, step_through), decoders, strict=True)]
+    agreement = check_stepwise(runs[1], sample, Written("litert", "program", quantize), request)
+    if quantize == "f32":
+        source = Reference(sample.logits, sample.logits)
+        codes = check_runs(source, runs, "the checkpoint's", "litert")
+        results: dict[str, dict[str, object]] = {"exact": agreement.to_dict(), "codes": codes}
+    else:
+        stored = read_weights(tflite, checkpoint)
+        weights = check_weights(padded_tensors(checkpoint, stored.architecture), stored, "litert")
+        codes = check_runs(reference_logits(checkpoint, stored, sample.tokens), runs, stored.origin, "litert")
+        request.say(f"verified {quantize} program against torch on its own weights, {len(runs)} runs")
+        results = {"weights": weights, "codes": codes, "quantized": agreement.to_dict()}
+    with (folder / MODEL_FILE).open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as bundle:
+        if bundle.find(tflite.read_bytes()) < 0:
+            raise ArtefactError(f"litert: {MODEL_FILE} does not hold the program that was verified")
+    last = TfliteDecoder(tflite, PREFILL_LENGTHS[-1])
+    characters = check_greedy_text(folder / MODEL_FILE, last, checkpoint.tokenizer)
     request.say(f"LiteRT-LM itself writes the same {characters} characters after a prompt as this program does")
-    key = "exact" if quantize == "f32" else "quantized"
-    codes: dict[str, object] = {"weights": "not read back: the file is compared with the checkpoint, see --max-kl"}
-    return {key: agreement.to_dict(), "codes": codes, "litert_lm": {"same_characters": characters}}
+    return {**results, "litert_lm": {"same_characters": characters}}
 
 
 def check_litert(options: LitertOptions) -> None:
@@ -106,14 +120,13 @@ MASKED = -1e9
 
 
 class TfliteDecoder:
-    """One sequence in a program with the signatures `prefill_T` and `decode`."""
+    """One sequence in a program with the signatures `prefill_T`, of which it calls one, and `decode`."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, prefill_length: int) -> None:
         from ai_edge_litert.interpreter import Interpreter  # type: ignore[import-not-found]
 
         self._interpreter: Any = Interpreter(str(path), num_threads=1)
-        lengths = [int(name.split("_")[1]) for name in self._interpreter.get_signature_list() if name != "decode"]
-        self.prefill_length = max(lengths)
+        self.prefill_length = prefill_length
         self._prefill = self._interpreter.get_signature_runner(f"prefill_{self.prefill_length}")
         self._decode = self._interpreter.get_signature_runner("decode")
         inputs = self._decode.get_input_details()
