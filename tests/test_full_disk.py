@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from disks import grow, small_disk
 from safetensors import SafetensorError
-from training import command, run, weights
+from training import command, expect_equal_weights, run
 
 from efficientllm.export import cli as export_cli
 from efficientllm.runtime.base import files as disk
@@ -71,8 +70,7 @@ def test_a_run_on_a_full_disk_ends_in_one_line_and_goes_on_when_there_is_room(
         assert [damage(checkpoint) for checkpoint in kept] == [""] * len(kept)
         grow(folder, 20_000)
         assert run([*arguments, "--resume"]) == 0
-        ours, theirs = weights(folder / "run"), weights(straight)
-    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+        expect_equal_weights(folder / "run", straight)
 
 
 @pytest.mark.parametrize(

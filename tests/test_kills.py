@@ -8,8 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from training import command, metrics, weights, without
+from training import command, expect_same_run, without
 
 KILLS = Path(__file__).with_name("tools") / "kills.py"
 
@@ -25,8 +24,4 @@ def test_thirty_kills_change_nothing(straight: Path, source_folder: Path, corpus
     assert outcome["kills"] == 30
     assert {"no checkpoint", "checkpoints"} <= outcome["found"].keys()
     for number in range(outcome["ends"]):
-        run = tmp_path / f"run-{number}"
-        assert metrics(run) == metrics(straight), number
-        ours, theirs = weights(run), weights(straight)
-        assert ours.keys() == theirs.keys()
-        assert all(torch.equal(ours[name], theirs[name]) for name in ours), number
+        expect_same_run(tmp_path / f"run-{number}", straight)

@@ -13,7 +13,7 @@ from exporting import export
 from priced import cheap_attention_profile, stepped_profile, tiny_profile, tiny_time
 from pruning import LAYERS, past, random_scores
 from tiny import tiny_architecture
-from training import command, metrics, run, weights, without
+from training import command, expect_same_run, metrics, run, run_until, weights, without
 
 from efficientllm.runtime.base.errors import OptionError, UsageError
 from efficientllm.runtime.engines.manifest import Manifest
@@ -300,29 +300,9 @@ def test_a_stopped_run_for_a_device_resumes_bit_identically(
         for name in ("straight", "stopped")
     ]
     assert run(arguments[0]) == 0
-    stop_after(arguments[1], 7)
+    run_until(7, arguments[1])
     assert run([*arguments[1], "--resume"]) == 0
-    assert metrics(tmp_path / "stopped") == metrics(tmp_path / "straight")
-    ours, theirs = weights(tmp_path / "stopped"), weights(tmp_path / "straight")
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-
-
-def stop_after(arguments: list[str], steps: int) -> None:
-    """Run until a step's end asks to stop, as a signal does."""
-    from efficientllm.train.trainer import Trainer
-
-    step = Trainer._step
-
-    def stopping(self: Trainer) -> dict[str, object]:
-        record = step(self)
-        if self.progress.step == steps:
-            self.stop_signal.name = "a test"
-        return record
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "_step", stopping)
-        assert run(arguments) == 130
+    expect_same_run(tmp_path / "stopped", tmp_path / "straight")
 
 
 def test_blocks_go_by_an_explicit_architecture(source_folder: Path, corpus: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import HfApi
-from training import command, metrics, run, weights, without
+from training import command, expect_equal_weights, expect_same_run, metrics, run, run_until, weights, without
 
 from efficientllm.export import cli as export_cli
 from efficientllm.runtime.base import flags
@@ -59,11 +59,6 @@ def one_line(capsys: ERRORS) -> str:
     error = capsys.readouterr().err.strip().splitlines()
     assert len(error) == 1, error
     return error[0]
-
-
-def same_weights(one: Path, other: Path) -> bool:
-    ours, theirs = weights(one), weights(other)
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 # -- what --overwrite may delete
@@ -304,8 +299,7 @@ def test_resume_falls_back_to_the_checkpoint_before(
     assert f"step-00000010 is damaged (state/{state.name} has " in output
     assert "resuming from step-00000005" in output
     assert seen[0] == ["damaged-step-00000010", "step-00000005"]
-    assert same_weights(copy, straight)
-    assert metrics(copy) == metrics(straight)
+    expect_same_run(copy, straight)
 
 
 def test_resume_without_any_sound_checkpoint_says_so(
@@ -338,20 +332,11 @@ def test_nothing_is_removed_in_a_skipped_step(
 
 
 def test_a_diverged_run_goes_on_with_a_lower_learning_rate(
-    source_folder: Path, corpus: Path, tmp_path: Path, capsys: ERRORS, monkeypatch: pytest.MonkeyPatch
+    source_folder: Path, corpus: Path, tmp_path: Path, capsys: ERRORS
 ) -> None:
     """Weights that give no finite loss are in no checkpoint, so --resume has a sound one to go on from."""
     arguments = command(source_folder, corpus, tmp_path / "run", "--checkpoint-every", "1")
-    step = trainer.Trainer._step
-
-    def stopping(self: trainer.Trainer) -> dict[str, Any]:
-        record = step(self)
-        if self.progress.step == 4 and not self.config.run.resume:
-            self.stop_signal.name = "SIGTERM"
-        return record
-
-    monkeypatch.setattr(trainer.Trainer, "_step", stopping)
-    assert run(arguments) == 130
+    run_until(4, arguments)
     arguments = without(arguments, "--learning-rate")
     capsys.readouterr()
     assert run([*arguments, "--resume", "--learning-rate", "1e18", "--max-grad-norm", "1e30"]) == 2
@@ -435,7 +420,7 @@ def test_a_stop_while_the_final_model_is_measured_keeps_it_and_only_the_measurin
     name = signal.Signals(number).name
     expected = f"stopped by {name} while the final model was measured; {folder / 'model'} is written"
     assert one_line_of(capsys) == f"{expected}; --resume repeats only the measuring"
-    assert same_weights(folder, tmp_path / "straight")
+    expect_equal_weights(folder, tmp_path / "straight")
     assert (folder / "checkpoints" / "step-00000020").is_dir()
     assert foreign_files(folder) == []
     with monkeypatch.context() as patch:
@@ -483,7 +468,7 @@ def test_a_disk_that_is_too_small_for_a_checkpoint_stops_no_run(
     assert run(command(source_folder, corpus, tmp_path / "run")) == 0
     assert "no checkpoint of step 5: it takes " in (said := capsys.readouterr().err)
     assert "the disk has 1.0 MB; the run continues" in said
-    assert same_weights(tmp_path / "run", straight)
+    expect_equal_weights(tmp_path / "run", straight)
 
 
 def with_bad_line(corpus: Path, folder: Path) -> Path:
@@ -516,7 +501,7 @@ def test_a_bad_line_late_in_the_text_loses_nothing_that_was_trained(
     assert run([*arguments, "--resume", "--skip-bad-lines", "1"]) == 0
     assert "skipped: --data" in capsys.readouterr().out
     assert run([*arguments, "--skip-bad-lines", "1", "--output", str(tmp_path / "whole")]) == 0
-    assert same_weights(tmp_path / "run", tmp_path / "whole")
+    expect_equal_weights(tmp_path / "run", tmp_path / "whole")
 
 
 def test_text_that_is_no_utf_8_is_one_line(source_folder: Path, tmp_path: Path, capsys: ERRORS) -> None:

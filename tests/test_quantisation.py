@@ -17,7 +17,7 @@ import torch
 from exporting import export
 from shared import made_once
 from tiny import tiny_architecture, tiny_model
-from training import command, metrics, run, weights, without
+from training import command, expect_same_run, run, run_until, weights, without
 
 from efficientllm.export.gguf import q2_0
 from efficientllm.export.group_quantization import quantize_groups, round_to_bfloat16
@@ -29,7 +29,6 @@ from efficientllm.train.model.families import FAMILIES
 from efficientllm.train.model.tensors import EMBEDDING, HEAD
 from efficientllm.train.quantisation.grids import GRIDS
 from efficientllm.train.quantisation.weights import InputSquares, RoundedWeights
-from efficientllm.train.trainer import Trainer
 
 WEIGHT = torch.randn(96, 192, generator=torch.Generator().manual_seed(0)) * 0.05
 WEIGHT[0, :32] = 0  # an empty block
@@ -248,25 +247,11 @@ def test_a_run_prunes_and_ends_on_the_grid(trained: Path) -> None:
             assert torch.equal(GRIDS["q4_0"].round(weight), weight), name
 
 
-def test_a_resumed_run_is_the_same_to_the_bit(
-    trained: Path, source_folder: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    step = Trainer._step
-
-    def stopping(self: Trainer) -> dict[str, Any]:
-        record = step(self)
-        if self.progress.step == 12:
-            self.stop_signal.name = "SIGTERM"
-        return record
-
+def test_a_resumed_run_is_the_same_to_the_bit(trained: Path, source_folder: Path, corpus: Path, tmp_path: Path) -> None:
     arguments = command(source_folder, corpus, tmp_path / "run", *QAT)
-    with monkeypatch.context() as patched:
-        patched.setattr(Trainer, "_step", stopping)
-        assert run(arguments) == 130
+    run_until(12, arguments)
     assert run([*arguments, "--resume"]) == 0
-    assert metrics(tmp_path / "run") == metrics(trained)
-    resumed = weights(tmp_path / "run")
-    assert all(torch.equal(resumed[name], weight) for name, weight in weights(trained).items())
+    expect_same_run(tmp_path / "run", trained)
 
 
 def test_the_file_is_the_trained_grid_to_the_bit(trained: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import tiny_architecture, tiny_model
-from training import command, metrics, run, weights
+from training import command, expect_same_run, metrics, run, run_until
 
 from efficientllm.train.compute.distributed import Parallel
 from efficientllm.train.model.architecture import LayerShape
@@ -154,8 +154,6 @@ def test_layers_without_heads_or_channels_are_passed_over() -> None:
 def test_a_run_recovers_after_every_removal_and_resumes_bit_identically(
     source_folder: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from efficientllm.train.trainer import Trainer
-
     fits = []
     fit = LeastSquares.fit
 
@@ -168,21 +166,9 @@ def test_a_run_recovers_after_every_removal_and_resumes_bit_identically(
     assert run(command(source_folder, corpus, tmp_path / "straight", *more)) == 0
     removals = sum("removed" in record for record in metrics(tmp_path / "straight"))
     assert len(fits) == removals > 2
-    step = Trainer._step
-
-    for stop_at in (4, 15):  # between removals, and after the last
-        arguments = command(source_folder, corpus, tmp_path / f"stopped-{stop_at}", *more)
-
-        def stopping(self: Trainer, stop_at: int = stop_at) -> dict[str, Any]:
-            record = step(self)
-            if self.progress.step == stop_at and not self.config.run.resume:
-                self.stop_signal.name = "SIGTERM"
-            return record
-
-        monkeypatch.setattr(Trainer, "_step", stopping)
-        assert run(arguments) == 130
+    for last in (4, 15):  # between removals, and after the last
+        arguments = command(source_folder, corpus, tmp_path / f"stopped-{last}", *more)
+        run_until(last, arguments)
         assert run([*arguments, "--resume"]) == 0
-        assert metrics(tmp_path / f"stopped-{stop_at}") == metrics(tmp_path / "straight")
-        for name, tensor in weights(tmp_path / "straight").items():
-            assert torch.equal(weights(tmp_path / f"stopped-{stop_at}")[name], tensor)
+        expect_same_run(tmp_path / f"stopped-{last}", tmp_path / "straight")
     assert len(fits) == 3 * removals

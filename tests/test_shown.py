@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from tiny import tiny_architecture
-from training import command, metrics, run, weights
+from training import command, expect_equal_weights, metrics, run
 
 from efficientllm.runtime.base.command import is_main_process, run_command
 from efficientllm.runtime.base.errors import ModelError
@@ -36,8 +35,7 @@ def test_the_held_out_loss_along_a_run_changes_nothing_else(
     along = [record for record in records if "held_out_loss" in record]
     assert [(record["step"], record["tokens"]) for record in along] == [(8, 1024), (16, 2048)]
     assert [record for record in records if record not in along] == metrics(straight)
-    ours, theirs = weights(tmp_path / "measured"), weights(straight)
-    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+    expect_equal_weights(tmp_path / "measured", straight)
     points = held_out_losses(records)
     assert len(points) == 5  # the source's, after pruning, the end's
     assert points == sorted(points)

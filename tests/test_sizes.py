@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file
-from training import command, metrics, run, weights, without
+from training import command, expect_equal_weights, expect_same_run, metrics, run, without
 
 from efficientllm.export import cli as export_cli
 from efficientllm.runtime.base.command import run_command
@@ -72,8 +70,7 @@ def test_the_smallest_size_is_that_of_a_run_of_its_own(
     assert run([*command(source_folder, corpus, tmp_path / "own"), *RUN]) == 0
     ours, theirs = ([{**each, "target": 0} for each in metrics(folder)] for folder in (tmp_path / "own", family))
     assert ours == theirs  # but for the targets, of which the shares are rounded
-    own = weights(tmp_path / "own")
-    assert all(torch.equal(own[name], tensor) for name, tensor in weights(family).items())
+    expect_equal_weights(tmp_path / "own", family)
 
 
 def test_a_larger_size_trains_as_the_run_did_until_its_branch(family: Path) -> None:
@@ -108,9 +105,7 @@ def test_a_stopped_run_continues_bit_identically(
     shutil.move(tmp_path / "run", tmp_path / "moved")
     assert run(["--resume", "--output", str(tmp_path / "moved")]) == 0
     for straight, resumed in zip(folders(family), folders(tmp_path / "moved"), strict=True):
-        assert metrics(straight) == metrics(resumed)
-        ours, theirs = load_file(resumed / "model/model.safetensors"), load_file(straight / "model/model.safetensors")
-        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+        expect_same_run(resumed, straight)
     assert (tmp_path / "moved" / "sizes.json").read_text() == (family / "sizes.json").read_text()
 
 

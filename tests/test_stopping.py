@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from training import command, metrics, run, weights, without
+from training import command, expect_same_run, run, without
 
 from efficientllm.train import trainer
 from efficientllm.train.stop_signal import StopSignal
@@ -108,13 +107,6 @@ def uninterrupted(name: str, whole: dict[str, Any], asked: Asked, source: Path, 
     return whole[name][0]
 
 
-def same(one: Path, other: Path) -> None:
-    assert metrics(one) == metrics(other)
-    ours, theirs = weights(one), weights(other)
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-
-
 @pytest.mark.slow
 @pytest.mark.xdist_group("stopping")  # one whole run of each kind for all
 @pytest.mark.parametrize(("name", "place", "time"), STOPS, ids=[f"{a}-{b}-{c}" for a, b, c in STOPS])
@@ -139,7 +131,7 @@ def test_a_run_that_is_stopped_anywhere_is_resumed_bit_identically(
     assert "stopped by SIGTERM" in capsys.readouterr().err.strip().splitlines()[-1]
     asked.stop_at = None
     assert run([*given, "--resume"]) == 0
-    same(tmp_path / "stopped", straight)
+    expect_same_run(tmp_path / "stopped", straight)
 
 
 def test_a_removal_that_cannot_be_saved_before_is_done_before_the_run_stops(
@@ -163,7 +155,7 @@ def test_a_removal_that_cannot_be_saved_before_is_done_before_the_run_stops(
     assert "checkpoint step-000000" in capsys.readouterr().err.strip().splitlines()[-1]
     asked.stop_at = None
     assert run([*given, "--resume"]) == 0
-    same(tmp_path / "stopped", straight)
+    expect_same_run(tmp_path / "stopped", straight)
 
 
 def test_a_second_signal_interrupts_at_once(

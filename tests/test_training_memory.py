@@ -14,7 +14,7 @@ import pytest
 import torch
 from pruning import some_removal
 from tiny import tiny_architecture, tiny_model
-from training import command, metrics, run, weights
+from training import command, expect_equal_weights, metrics, run, run_until
 
 from efficientllm.runtime.base.errors import UsageError
 from efficientllm.train import memory
@@ -117,21 +117,10 @@ def test_bf16_moments_train_as_fp32_ones_do_and_resume_bit_identically(
     assert losses["float32"][0] - losses["float32"][-1] > 0.1  # there is something to miss
     torch.testing.assert_close(losses["bfloat16"], losses["float32"], atol=0.02, rtol=0)
 
-    from efficientllm.train.trainer import Trainer
-
-    step = Trainer._step
-
-    def stopping(self: Trainer) -> dict[str, Any]:
-        self.stop_signal.name = "SIGTERM" if self.progress.step == 9 else ""
-        return step(self)
-
     arguments = command(source_folder, corpus, tmp_path / "resumed", "--optimizer-dtype", "bfloat16")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "_step", stopping)
-        assert run(arguments) == 130
+    run_until(10, arguments)
     assert run([*arguments, "--resume"]) == 0
-    for name, tensor in weights(tmp_path / "bfloat16").items():
-        assert torch.equal(weights(tmp_path / "resumed")[name], tensor)
+    expect_equal_weights(tmp_path / "resumed", tmp_path / "bfloat16")
 
 
 def test_a_decay_that_bf16_cannot_follow_is_refused(

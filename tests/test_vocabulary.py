@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from pruning import past, random_scores
 from tiny import tiny_architecture, tiny_model
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from training import command, metrics, run, weights, without
+from training import command, expect_same_run, metrics, run, run_until, without
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from efficientllm.export.gguf.probe import probe
@@ -414,26 +414,12 @@ def test_a_run_loses_rows_once_and_says_what_a_byte_costs(pruned: Path, source_f
 
 @pytest.mark.parametrize("step", [5, 15])
 def test_resumed_before_or_after_it_is_the_same_run(
-    step: int, pruned: Path, source_folder: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    step: int, pruned: Path, source_folder: Path, corpus: Path, tmp_path: Path
 ) -> None:
-    from efficientllm.train.trainer import Trainer
-
-    advance, stopped = Trainer._step, []
-
-    def stopping(self: Trainer) -> dict[str, Any]:
-        record = advance(self)
-        if self.progress.step == step and not stopped:
-            stopped.append(step)
-            self.stop_signal.name = "SIGTERM"
-        return record
-
-    monkeypatch.setattr(Trainer, "_step", stopping)
     arguments = rows_command(source_folder, corpus, tmp_path / "run", "--checkpoint-every", "0")
-    assert run(arguments) == 130
+    run_until(step, arguments)
     assert run([*arguments, "--resume"]) == 0
-    assert metrics(tmp_path / "run") == metrics(pruned)
-    for name, tensor in weights(pruned).items():
-        assert torch.equal(weights(tmp_path / "run")[name], tensor)
+    expect_same_run(tmp_path / "run", pruned)
     for name in ("tokenizer.json", "tokenizer_config.json", "config.json", "generation_config.json"):
         assert (tmp_path / "run" / "model" / name).read_text() == (pruned / "model" / name).read_text()
 

@@ -54,6 +54,33 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model" / "model.safetensors")
 
 
+def expect_equal_weights(one: Path, other: Path) -> None:
+    """The final models of two runs are the same, to the bit."""
+    ours, theirs = weights(one), weights(other)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def expect_same_run(one: Path, other: Path) -> None:
+    assert metrics(one) == metrics(other)
+    expect_equal_weights(one, other)
+
+
+def run_until(last: int, arguments: Sequence[str]) -> None:
+    """Run until a signal stops it after step `last`."""
+    step = Trainer._step
+
+    def stopping(self: Trainer) -> dict[str, Any]:
+        record = step(self)
+        if self.progress.step == last:
+            self.stop_signal.name = "SIGTERM"
+        return record
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_step", stopping)
+        assert run(arguments) == 130
+
+
 def stopped_between_compactions(
     source: Path, corpus: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, *more: str
 ) -> Path:
@@ -76,7 +103,5 @@ def stopped_between_compactions(
     assert run(arguments) == 130
     assert run([*arguments, "--resume"]) == 0
     assert stopped
-    assert metrics(folder / "resumed") == metrics(folder / "straight")
-    for name, tensor in weights(folder / "straight").items():
-        assert torch.equal(weights(folder / "resumed")[name], tensor)
+    expect_same_run(folder / "resumed", folder / "straight")
     return folder / "resumed"
