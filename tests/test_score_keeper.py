@@ -8,11 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from training import command, metrics, run, weights
+from training import command, expect_same_run, metrics, run, run_until
 
 from efficientllm.train import run as run_module
-from efficientllm.train import trainer
 from efficientllm.train.evaluation.torch_model import TorchModel
 from efficientllm.train.model.architecture import Architecture
 from efficientllm.train.model.foreign_configs import DEFAULTS, ImportOptions
@@ -97,50 +95,13 @@ def test_a_run_returns_to_the_last_size_that_kept_the_score(
 
 @pytest.mark.slow
 def test_a_run_that_returned_is_resumed_bit_identically(
-    source_folder: Path,
-    corpus: Path,
-    task: Path,
-    tmp_path: Path,
-    falling: list[int],
-    monkeypatch: pytest.MonkeyPatch,
+    source_folder: Path, corpus: Path, task: Path, tmp_path: Path, falling: list[int]
 ) -> None:
     assert run(scored(source_folder, corpus, tmp_path / "straight", task, "--keep-score", "0.9")) == 0
     falling.clear()
-    step = trainer.Trainer._step
-
-    def stopping(self: trainer.Trainer) -> dict[str, Any]:
-        record = step(self)
-        if self.progress.step == 15:
-            self.stop_signal.name = "SIGTERM"
-        return record
-
-    monkeypatch.setattr(trainer.Trainer, "_step", stopping)
     arguments = scored(source_folder, corpus, tmp_path / "stopped", task, "--keep-score", "0.9")
-    assert run(arguments) == 130
+    run_until(15, arguments)
     shutil.copytree(tmp_path / "stopped", tmp_path / "resumed")
-    monkeypatch.setattr(trainer.Trainer, "_step", step)
     arguments[arguments.index("--output") + 1] = str(tmp_path / "resumed")
     assert run([*arguments, "--resume"]) == 0
-    assert metrics(tmp_path / "resumed") == metrics(tmp_path / "straight")
-    ours, theirs = weights(tmp_path / "resumed"), weights(tmp_path / "straight")
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-
-
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        (["--keep-score", "0.9"], "--keep-score 0.9: needs examples; add --task"),
-        (["--task", "nothere.jsonl"], "--task nothere.jsonl: no such file"),
-    ],
-)
-def test_bad_input_is_one_line(
-    more: list[str],
-    message: str,
-    source_folder: Path,
-    corpus: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    assert run(command(source_folder, corpus, tmp_path / "run", *more)) == 2
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
+    expect_same_run(tmp_path / "resumed", tmp_path / "straight")

@@ -18,13 +18,12 @@ from typing import Any
 import pytest
 import torch
 from tiny import LLAMA3_ROPE, tiny_architecture
-from training import command, metrics, run, unpruned, weights, without
+from training import command, expect_same_run, metrics, run, run_until, unpruned, without
 
 from efficientllm.train import cli
 from efficientllm.train.compute.loss import TrainingLoss
 from efficientllm.train.model.architecture import Architecture
 from efficientllm.train.model.source import load_for_inference
-from efficientllm.train.trainer import Trainer
 
 
 def test_run_reaches_the_target_and_leaves_a_loadable_model(straight: Path, source_folder: Path) -> None:
@@ -76,11 +75,8 @@ def test_killed_run_resumes_bit_identically(straight: Path, source_folder: Path,
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert run(["--resume", "--output", str(output)]) == 0  # it knows its settings
-    assert metrics(output) == metrics(straight)
+    expect_same_run(output, straight)
     assert (output / "architecture.json").read_text() == (straight / "architecture.json").read_text()
-    ours, theirs = weights(output), weights(straight)
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 SLOW_TRAINING = """
@@ -96,44 +92,12 @@ run_command(cli.body)
 """
 
 
-@pytest.mark.slow
-def test_sigterm_saves_and_stops(straight: Path, source_folder: Path, corpus: Path, tmp_path: Path) -> None:
-    output = tmp_path / "run"
-    arguments = command(source_folder, corpus, output, "--checkpoint-every", "0")
-    process = subprocess.Popen(
-        [sys.executable, "-c", SLOW_TRAINING + "\nraise SystemExit(7)", *arguments], stderr=subprocess.PIPE, text=True
-    )
-    deadline = time.monotonic() + 120
-    while not (output / "metrics.jsonl").is_file() or len(metrics(output)) < 5:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate()
-    assert process.returncode == 7  # it returned, it was not killed
-    assert "stopped by SIGTERM" in errors
-    assert run([*arguments, "--resume"]) == 0
-    assert all(torch.equal(weights(output)[name], tensor) for name, tensor in weights(straight).items())
-
-
 def test_one_command_starts_and_resumes_a_run_and_leaves_a_finished_one(
-    straight: Path,
-    source_folder: Path,
-    corpus: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    straight: Path, source_folder: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    step, arguments = Trainer._step, command(source_folder, corpus, tmp_path, "--resume-or-start")
-
-    def stopping(self: Trainer) -> dict[str, Any]:
-        if self.progress.step == 7:
-            self.stop_signal.name = "SIGTERM"
-        return step(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_step", stopping)
-        assert run(arguments) == 130
-    assert [each.name for each in (tmp_path / "checkpoints").iterdir()] == ["step-00000005", "step-00000008"]
+    arguments = command(source_folder, corpus, tmp_path, "--resume-or-start")
+    run_until(8, arguments)
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["step-00000005", "step-00000008"]
     assert run(arguments) == 0
     assert metrics(tmp_path) == metrics(straight)
     written = (tmp_path / "model" / "model.safetensors").stat()
@@ -213,6 +177,15 @@ BAD_INPUT = [
     (["--teacher", "self"], "needs distillation; add --distill 1"),
     (["--teacher", "self", "--distill", "1", "--teacher-cache", "x"], "not --teacher self; omit it"),
     (["--teacher", "self", "--distill", "1", "--prune", "none"], "nothing is pruned; omit it"),
+    (["--target-params", "100k", "--target-ratio", "0.6"], "--target-ratio and --target-params are both given; choose"),
+    (["--quantize", "iq4_xs"], "--quantize iq4_xs: --target-bytes supports f32, f16"),
+    (["--distill", "-1"], "--distill -1.0: must be at least 0 and finite"),
+    (["--removals", "3", "--prune-start", "0.1", "--prune-end", "0.1"], "--removals 3: needs --prune-end after"),
+    (["--removals", "3", "--prune-every", "2"], "--removals 3: are evenly spread; omit --prune-every"),
+    (["--removals", "300"], "--removals 300: more than the steps between"),
+    (["--compact-every", "0"], "--compact-every 0: must be positive"),
+    (["--keep-score", "0.9"], "--keep-score 0.9: needs examples; add --task"),
+    (["--task", "nothere.jsonl"], "--task nothere.jsonl: no such file"),
     (["--config", "nothere.toml"], "--config nothere.toml: cannot be read: No such file or directory"),
 ]
 
@@ -251,23 +224,10 @@ def test_a_target_is_reached_whatever_the_steps_between_removals(
 
 
 def test_a_corpus_that_changed_meanwhile_is_said(
-    source_folder: Path,
-    corpus: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    source_folder: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = Path(shutil.copy(corpus, tmp_path / "text.jsonl"))
-    step = Trainer._step
-
-    def stopped_after_five(self: Trainer) -> dict[str, Any]:
-        if self.progress.step == 5:
-            self.stop_signal.name = "SIGTERM"
-        return step(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_step", stopped_after_five)
-        assert run(command(source_folder, text, tmp_path / "run")) == 130
+    run_until(6, command(source_folder, text, tmp_path / "run"))
     text.write_text(text.read_text(encoding="utf-8").replace("a", "b"), encoding="utf-8")
     assert run(["--resume", "--output", str(tmp_path / "run")]) == 0
     assert f"--data {text} has changed; the result is not that of" in capsys.readouterr().out
