@@ -20,7 +20,7 @@ from efficientllm.train.model.architecture import Architecture
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("distributed")]
 
 MODES = ("ddp", "fsdp")
-RESUMED = {"ddp": 10, "fsdp": 10, "ddp --gradient-accumulation 2": 9}
+RESUMED = {"ddp": 10, "ddp --prune-every 3": 10, "fsdp": 10, "ddp --gradient-accumulation 2": 9}
 """Mode and flags of a run that gets a signal in its tenth step -> step of its checkpoint."""
 HANG_SECONDS = 300
 RECOVERED = ("--recover", "least-squares", "--recover-tokens", "256", "--removals", "2", "--distill", "1")

@@ -173,7 +173,7 @@ def _agree(rank: int, parallel: Parallel, folder: Path) -> None:
     shared = perplexity(parallel.wrap(loss), windows, 1, CPU, parallel=parallel)  # three batches for two ranks
     assert shared == pytest.approx(perplexity(loss, windows, 1, CPU), rel=1e-6)
     optimizer = make_optimizer(model, 1e-3, (0.9, 0.95), 0.01)
-    save_training_state(folder, model, optimizer, TrainingState(RunProgress(), {}, {}), 1, parallel)
+    save_training_state(folder, model, optimizer, TrainingState(RunProgress(), {}, {}, {}), 1, parallel)
     assert damage(folder) == ""
 
 

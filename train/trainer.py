@@ -409,7 +409,8 @@ class Trainer:
             tensors["pruner"] = self.pruner.state_tensors()
         if self.rounding is not None:
             tensors["shipped"] = self.rounding.inputs.state_dict()
-        state = training_state.TrainingState(self.progress, extra, tensors)
+        own = self.pruner.own_tensors() if self.pruner is not None else {}
+        state = training_state.TrainingState(self.progress, extra, tensors, own)
         folder, keep = self.checkpoint, self.config.run.keep
         optimizer = self.trained.optimizer
         kept = self.kept_checkpoint
@@ -420,7 +421,7 @@ class Trainer:
     def _restore(self, folder: Path, saved: dict[str, Any]) -> None:
         """Continue from a checkpoint with the JSON values `saved`. The model must already have its shape."""
         self.saved_step = self.progress.step
-        tensors = training_state.load_training_state(folder, self.model, self.trained.optimizer, self.parallel)
+        tensors, own = training_state.load_training_state(folder, self.model, self.trained.optimizer, self.parallel)
         for path, identity in saved.get("corpora", {}).items():
             if self.corpora.get(path, identity) != identity:
                 _log.warning(f"--data {path} has changed; the result is not that of the uninterrupted run")
@@ -428,7 +429,7 @@ class Trainer:
             teacher, _ = load_source(str(self.plan.folder / TEACHER_FOLDER), "the teacher of the run")
             self.trained.loss.set_teacher(frozen_copy(teacher, self.trained.loss.dtype, self.parallel.device))
         if self.pruner is not None:
-            self.pruner.load_state(saved["pruner"], tensors["pruner"], self.model)
+            self.pruner.load_state(saved["pruner"], tensors["pruner"], own, self.model)
             survivors = self.pruner.survivors["vocabulary"][0]
             if len(survivors) < self.plan.architecture.vocab_size:
                 renumber_settings(self.model.generation_config, survivors.tolist())  # these are still the source's

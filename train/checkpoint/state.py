@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
+from torch import Tensor
 from torch.distributed.checkpoint import FileSystemWriter
 
 from ...runtime.base.files import HashingFile, folder_written_atomically
@@ -31,7 +32,9 @@ class TrainingState:
     extra: dict[str, Any]
     """JSON values, such as the surviving groups."""
     tensors: dict[str, Any]
-    """Nested tensors and numbers: data position, saliency, Gram matrices."""
+    """Nested tensors and numbers that all ranks share: data position, saliency."""
+    own: dict[str, Tensor]
+    """Tensors of this rank alone: Gram matrices."""
 
 
 def checkpoint_path(run_folder: Path, step: int) -> Path:
@@ -58,7 +61,10 @@ def save_training_state(
             tensors = _weights_and_moments(model, optimizer)
             options: dict[str, Any] = {"no_dist": parallel.world_size == 1, "process_group": parallel.patient_group}
             dcp.save(tensors, checkpoint_id=temporary / "state", storage_writer=writer, **options)
-        known = parallel.gather(writer.contents())
+        own = rank_file(temporary, parallel)
+        with HashingFile(own) as file:
+            torch.save(state.own, file)
+        known = parallel.gather(writer.contents() | {f"{own.parent.name}/{own.name}": file.describe()})
         if parallel.is_main:
             with HashingFile(temporary / "tensors.pt") as file:
                 torch.save({"tensors": state.tensors, "rng": _rng_state()}, file)
@@ -71,6 +77,11 @@ def save_training_state(
         for stale in checkpoint_folders(target.parent)[:-keep]:
             if stale != kept:
                 shutil.rmtree(stale)
+
+
+def rank_file(checkpoint: Path, parallel: Parallel) -> Path:
+    """Return the file of a checkpoint with the tensors of this rank."""
+    return checkpoint / "state" / f"rank-{parallel.rank}.pt"
 
 
 class HashingWriter(FileSystemWriter):
@@ -127,14 +138,18 @@ def _map_leaves(value: Any, convert: Callable[[Any], Any]) -> Any:
 
 def load_training_state(
     folder: Path, model: Any, optimizer: torch.optim.Optimizer, parallel: Parallel
-) -> dict[str, Any]:
-    """Fill model and optimizer (already of the checkpoint's shape), set the RNGs, and return the other tensors."""
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Fill model and optimizer (already of the checkpoint's shape) and set the RNGs.
+
+    Returns `TrainingState.tensors` and `own`.
+    """
     with _no_process_group_warning(), torch.no_grad():
         tensors = _weights_and_moments(model, optimizer)
         dcp.load(tensors, checkpoint_id=folder / "state", no_dist=parallel.world_size == 1)
     small = torch.load(folder / "tensors.pt", weights_only=True, map_location=parallel.device)
     _set_rng_state(small["rng"])
-    return small["tensors"]
+    own = torch.load(rank_file(folder, parallel), weights_only=True, map_location=parallel.device)
+    return small["tensors"], own
 
 
 @contextlib.contextmanager

@@ -170,14 +170,17 @@ class Pruner:
         }
 
     def state_tensors(self) -> dict[str, Any]:
-        """Return the `tensors` of `load_state`: scores and Gram matrices, the same on every rank."""
+        """Return the `tensors` of `load_state`: scores, the same on every rank."""
         return {
             "tracker": self.tracker.state_dict(),
             "blocks": self.blocks.state() if self.blocks is not None else {},
-            "grams": self.grams.grams if self.grams is not None else {},
         }
 
-    def load_state(self, values: dict[str, Any], tensors: dict[str, Any], model: Any) -> None:
+    def own_tensors(self) -> dict[str, Tensor]:
+        """Return the Gram matrices of this rank since they were averaged."""
+        return self.grams.grams if self.grams is not None else {}
+
+    def load_state(self, values: dict[str, Any], tensors: dict[str, Any], own: dict[str, Tensor], model: Any) -> None:
         """Continue from a checkpoint whose model is loaded already, in the shape of its tensors."""
         self.survivors = kept_from_json(values["survivors"], self.plan.source)
         self.is_vocabulary_due = values["wants_rows"]
@@ -194,7 +197,7 @@ class Pruner:
         if self.blocks is not None:
             self.blocks.load_state(tensors["blocks"])
         if self.grams is not None:
-            self.grams.grams = tensors["grams"]
+            self.grams.grams = own
             self.grams.attach(model)
             self._drop_grams_when_done()
 
