@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import export_cases
+import numpy as np
 import pytest
 
 from efficientllm.export.gguf import exporter, writer
+from efficientllm.export.onnx import exporter as onnx_exporter
+from efficientllm.export.onnx.graph_values import GraphValues
+from efficientllm.train.model.architecture import LayerShape
 
 SEED = 1
 FAST, CASES = {"gguf": 4, "onnx": 12, "executorch": 0}, {"gguf": 12, "onnx": 48, "executorch": 2}
@@ -46,3 +51,22 @@ def test_the_comparer_notices_a_wrong_file(tmp_path: Path, monkeypatch: pytest.M
     cases = (export_cases.generate("gguf", SEED, index) for index in range(100))
     case = next(each for each in cases if each.family == "llama" and each.layers[0].num_attention_heads)
     assert export_cases.run_case("gguf", case, tmp_path).kind == "wrong"
+
+
+@pytest.mark.parametrize("weights", ["codes", "random"])
+def test_the_comparer_notices_one_head_in_the_place_of_another(
+    weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The values of two heads, which the exporter's own reading of the file would change back."""
+    stored = GraphValues._tensor
+
+    def exchanged(self: Any, name: str) -> np.ndarray:
+        array = stored(self, name)
+        return np.roll(array, self.head_dim, axis=0) if name.endswith("v_proj.weight") else array
+
+    monkeypatch.setattr(onnx_exporter, "_verify", lambda *arguments: {})
+    monkeypatch.setattr(GraphValues, "_tensor", exchanged)
+    cases = (export_cases.generate("onnx", SEED, index) for index in range(1000))
+    layers = (LayerShape(4, 2, 96),)
+    case = next(each for each in cases if (each.family, each.quantize, each.weights) == ("llama", "int8", weights))
+    assert export_cases.run_case("onnx", replace(case, layers=layers), tmp_path).kind == "wrong"
