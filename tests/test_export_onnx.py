@@ -86,6 +86,7 @@ def test_a_batch_of_unequal_prompts_gives_each_ones_logits(
     check_a_padded_batch(checkpoint, tmp_path / "onnx")
 
 
+WINDOW_OF_8 = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}
 ODD_HEADS = [
     ("llama", 20, {}),
     ("qwen2", 8, {}),
@@ -108,9 +109,13 @@ def test_heads_of_any_width_give_torchs_logits(
 
 
 @pytest.mark.slow
-def test_a_portable_batch_may_be_padded_on_either_side(save_tiny: Callable[..., Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("family", "settings"), [("llama", {}), ("qwen3", WINDOW_OF_8)])
+def test_a_portable_batch_may_be_padded_on_either_side(
+    family: str, settings: dict[str, Any], save_tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Also with a window that ends within a prompt: padding is no distance."""
     pytest.importorskip("onnxscript", reason="onnxscript is not installed")
-    checkpoint = save_tiny(tiny_architecture())
+    checkpoint = save_tiny(tiny_architecture(family), **settings)
     assert export(checkpoint, "onnx", tmp_path / "onnx", "--portable") == 0
     for pads_left in (False, True):
         check_a_padded_batch(checkpoint, tmp_path / "onnx", pads_left)

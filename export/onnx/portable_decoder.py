@@ -31,7 +31,7 @@ class Caches:
     mask: Tensor
     """bool [B, 1, S, T]: the visible tokens of each new token."""
     distance: Tensor
-    """int64 [S, T]: distance of each token before each new one."""
+    """int64 [B, 1, S, T]: positions of each token before each new one. Padding has none of its own."""
     past: Iterator[Tensor]
     present: list[Tensor] = field(default_factory=list)
 
@@ -83,12 +83,13 @@ class PortableDecoder(Decoder):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
         length, total = input_ids.shape[1], attention_mask.shape[1]
-        positions = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, total - length :]
+        all_positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
+        positions = all_positions[:, total - length :]
         steps = torch.arange(total)
         is_before = steps[None, :] <= steps[total - length :, None]
         mask = is_before[None, None] & attention_mask.bool()[:, None, None, :]
         rotary = {key: (getattr(self, f"cos_{key}"), getattr(self, f"sin_{key}")) for key in self.rotary_keys}
-        distance = steps[total - length :, None] - steps[None, :]
+        distance = (positions[:, :, None] - all_positions[:, None, :]).unsqueeze(1)
         caches = Caches(rotary, positions, mask, distance, iter(past))
         x = self.embed(input_ids)
         for layer in self.layers:

@@ -15,7 +15,7 @@ from ..checkpoint import Checkpoint
 from ..verification import EngineRun, StoredWeights
 from .quantize import Bits, head_places, stored_head_dim
 
-BATCH_TITLE = "a batch of two prompts of unequal lengths, padded on the right"
+BATCH_TITLE = "a batch of two prompts of unequal lengths, padded on the right, and their next tokens"
 
 
 def read_weights(path: Path, checkpoint: Checkpoint, bits: Bits) -> StoredWeights:
@@ -83,19 +83,23 @@ def _narrow(array: np.ndarray, name: str, checkpoint: Checkpoint) -> np.ndarray:
 
 
 def run_padded_batch(path: Path, tokens: list[int]) -> EngineRun:
-    """Run two beginnings of the sample, the shorter one first and padded, in one call of the graph."""
+    """Run two beginnings of the sample, the shorter one first and padded, and then the next token of each."""
     import onnxruntime
 
-    lengths = [max(1, len(tokens) // 3), max(1, len(tokens) // 2)]
+    lengths = np.array([max(1, len(tokens) // 3), max(1, len(tokens) // 2)])
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    mask = np.arange(lengths[1])[None] < np.array(lengths)[:, None]
-    feeds: dict[str, Any] = {
-        "input_ids": np.where(mask, np.array(tokens[: lengths[1]])[None], 0),
-        "attention_mask": mask.astype(np.int64),
-    }
+    mask = np.arange(lengths[1])[None] < lengths[:, None]
+    feeds: dict[str, Any] = {"input_ids": np.where(mask, np.array(tokens[: lengths[1]])[None], 0)}
     for value in session.get_inputs()[2:]:
         dtype = np.float16 if value.type == "tensor(float16)" else np.float32
         feeds[value.name] = np.zeros((2, value.shape[1], 0, value.shape[3]), dtype)
-    logits: Any = session.run(["logits"], feeds)[0]
-    ends = [length - 1 for length in lengths]
-    return EngineRun(BATCH_TITLE, ends, logits[[0, 1], ends if logits.shape[1] > 1 else 0])
+    names, rows = [value.name for value in session.get_outputs()], []
+    for ends in (lengths - 1, np.zeros(2, np.int64)):
+        feeds["attention_mask"] = mask.astype(np.int64)
+        outputs: dict[str, Any] = dict(zip(names, session.run(names, feeds), strict=True))
+        logits = outputs.pop("logits")
+        rows.append(logits[[0, 1], ends if logits.shape[1] > 1 else 0])
+        feeds = {name.replace("present", "past_key_values"): cache for name, cache in outputs.items()}
+        feeds["input_ids"] = np.array(tokens)[lengths][:, None]
+        mask = np.pad(mask, ((0, 0), (0, 1)), constant_values=True)
+    return EngineRun(BATCH_TITLE, [*(lengths - 1).tolist(), *lengths.tolist()], np.concatenate(rows))
