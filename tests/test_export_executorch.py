@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 
 from efficientllm.runtime.base.errors import ArtefactError, ContextOverflowError, install_command
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
-from efficientllm.runtime.engines.executorch import quiet_executorch
+from efficientllm.runtime.engines.executorch import import_executorch, quiet_executorch
 from efficientllm.runtime.engines.manifest import Manifest
 from efficientllm.runtime.generation import AnswerOptions, Generation
 from efficientllm.runtime.prompt import chat_prompt
@@ -94,15 +94,15 @@ def test_a_program_with_another_code_is_refused(
     save_tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A single bit that the backend changed: too little for the logits to tell."""
-    from executorch.exir._serialize._program import deserialize_pte_binary
-
-    from efficientllm.export.executorch import program
+    import_executorch()
+    with quiet_executorch():
+        from efficientllm.export.executorch import program, reader
 
     lower = program.lower
 
     def with_another_code(*arguments: Any) -> program.LoweredProgram:
         lowered = lower(*arguments)
-        named = deserialize_pte_binary(lowered.buffer).named_data
+        named = reader.deserialize_pte_binary(lowered.buffer).named_data
         assert named is not None
         changed = bytearray(lowered.buffer)
         changed[lowered.buffer.index(max(named.buffers, key=len))] ^= 1
