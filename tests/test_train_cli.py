@@ -174,6 +174,8 @@ BAD_INPUT = [
     (["--quantize", "q4_0"], "--quantize q4_0: applies only to --target-bytes; set it"),
     (["--qat-start", "0.5"], "--qat-start 0.5: needs --qat; give a type"),
     (["--distill", "1", "--teacher-cache", __file__], "is not a folder; name one"),
+    (["--teacher", "demo"], "--teacher demo: needs distillation; add --distill 1"),
+    (["--teacher", "nowhere", "--distill", "1"], "--teacher nowhere: no such folder, and not a hub id"),
     (["--teacher", "self"], "needs distillation; add --distill 1"),
     (["--teacher", "self", "--distill", "1", "--teacher-cache", "x"], "not --teacher self; omit it"),
     (["--teacher", "self", "--distill", "1", "--prune", "none"], "nothing is pruned; omit it"),

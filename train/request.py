@@ -35,6 +35,9 @@ def check_request(config: TrainConfig) -> None:
     if not config.run.output:
         raise UsageError("--output is missing; name a folder for the run")
     check_source(config.source.source, f"--source {config.source.source}")
+    teacher = config.optimizer.teacher if config.optimizer.teacher not in ("source", "self") else ""
+    if teacher:
+        check_source(teacher, f"--teacher {teacher}")
     adapter = config.foreign.adapter
     if adapter:
         check_adapter(adapter)
@@ -63,7 +66,9 @@ def check_request(config: TrainConfig) -> None:
     replaceable = config.run.overwrite or config.run.resume or holds_only_killed_writes(folder)
     inputs = [config.source.source, *(spec.path for spec in data_specs(config))]
     pruning = config.pruning
-    inputs += filter(None, [pruning.target_architecture, pruning.device_profile, pruning.ranking_profile, adapter])
+    inputs += filter(
+        None, [pruning.target_architecture, pruning.device_profile, pruning.ranking_profile, adapter, teacher]
+    )
     remedy = "give --overwrite to replace it or --resume to continue it"
     # a resumed run leaves alone what is not a run's
     foreign = foreign_files if config.run.overwrite else lambda folder: []

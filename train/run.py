@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from ..runtime.base.command import is_main_process
-from ..runtime.base.errors import DiskFullError
+from ..runtime.base.errors import DiskFullError, UsageError
 from ..runtime.base.files import folder_written_atomically, write_json_atomically, write_text_atomically
 from ..runtime.base.output import locked_output
 from ..runtime.base.quantities import display_name, format_bytes, format_count
@@ -183,9 +183,10 @@ def _make_trainer(plan: RunPlan, source: Any) -> Trainer:
     text = RunText(plan.data, plan.tokenizer, plan.config.source, run.seed, parallel.world_size)
     if parallel.is_main and text.stream.encoder.chat_format is not None and not text.stream.has_chats:
         _log.warning(NO_CHATS)
-    distills = plan.config.optimizer.distill > 0 and plan.config.optimizer.teacher == "source"
-    teacher = frozen_copy(source, dtype, parallel.device) if distills else None
-    cache = _teacher_cache(plan, source) if distills and run.teacher_cache else None
+    distills = plan.config.optimizer.distill > 0 and plan.config.optimizer.teacher != "self"
+    original = _teacher(plan, source) if distills else None
+    teacher = frozen_copy(original, dtype, parallel.device) if distills else None
+    cache = _teacher_cache(plan, original) if distills and run.teacher_cache else None
     loss = TrainingLoss(_make_model(plan, source).to(parallel.device), dtype, teacher=teacher)
     loss.teacher_cache = cache
     trainer = Trainer(plan, loss, text)
@@ -193,8 +194,22 @@ def _make_trainer(plan: RunPlan, source: Any) -> Trainer:
     return trainer
 
 
+def _teacher(plan: RunPlan, source: Any) -> Any:
+    """Return the source, or the model that --teacher names. Raises UsageError if its tokens are others."""
+    name = plan.config.optimizer.teacher
+    if name == "source":
+        return source
+    model: Any
+    model, tokenizer = load_source(name, f"--teacher {name}")
+    if tokenizer.get_vocab() != plan.tokenizer.get_vocab() or model.config.vocab_size != source.config.vocab_size:
+        raise UsageError(
+            f"--teacher {name} has another vocabulary than the source; name a model with the same tokenizer"
+        )
+    return model
+
+
 def _teacher_cache(plan: RunPlan, source: Any) -> TeacherCache:
-    """Return the cache of this source's states in this precision, with room left for checkpoints."""
+    """Return the cache of this teacher's states in this precision, with room left for checkpoints."""
     dtype = plan.compute.hardware.dtype
     name = f"{content_key(source)}-{str(dtype).removeprefix('torch.')}"
     cache = TeacherCache(Path(plan.config.run.teacher_cache) / name, dtype, CHECKPOINTS * 12 * source.num_parameters())

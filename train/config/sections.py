@@ -84,10 +84,11 @@ class OptimizerConfig:
     max_grad_norm: float = flags.number(1.0, above=0)
     """Gradients are clipped to this global norm."""
     distill: float = flags.number(0.0, at_least=0, below=math.inf)
-    """Weight of the KL divergence from the unpruned source's predictions, added to the loss. 0: off."""
-    teacher: Literal["source", "self"] = "source"
-    """Teacher of --distill. self: this run's model before its first removal of heads, channels or blocks, fine-tuned so
-    far and kept in the folder `teacher` of the run."""
+    """Weight of the KL divergence from the teacher's predictions, added to the loss. 0: off."""
+    teacher: str = "source"
+    """Teacher of --distill: source (before pruning), self, or a model with the same tokenizer, named like a --source.
+    self: this run's model before its first removal of heads, channels or blocks, fine-tuned so far and kept in the
+    folder `teacher` of the run."""
     cross_entropy: float = flags.number(1.0, at_least=0, below=math.inf)
     """Weight of the next-token cross-entropy; 0 for distillation only. At least 1 counts while groups are ranked by
     gradients."""
@@ -101,8 +102,9 @@ class OptimizerConfig:
             )
         has_loss = self.cross_entropy > 0 or self.distill > 0
         flags.require(self, "cross_entropy", has_loss, "nothing is trained; raise it or --distill")
-        if self.teacher == "self":
+        if self.teacher != "source":
             flags.require(self, "teacher", self.distill > 0, "needs distillation; add --distill 1")
+        if self.teacher == "self":
             flags.require(self, "cross_entropy", self.cross_entropy > 0, "trains nothing before the teacher exists")
 
 
