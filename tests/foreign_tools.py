@@ -1,7 +1,8 @@
 """Tiny checkpoints in the formats of other pruning tools, each beside the model that the tool has in memory.
 
 Every maker repeats how the named commit of a tool changes and saves a model. It writes the folder and returns the
-logits that the changed model of the stock class computes.
+logits that the changed model of the stock class computes. The formats of LLM-Pruner, Adapt-Pruner, Torch-Pruning, FLAP,
+Wanda-SP, ShortGPT, mergekit, Puzzletron and SliceGPT were compared with files of the tools (research/foreign_tool.py).
 """
 
 from __future__ import annotations
@@ -138,7 +139,12 @@ def flap(folder: Path) -> torch.Tensor:
         keep_ffn(layer, 96 - 11 * index)
         for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
             linear.bias = nn.Parameter(0.2 * torch.randn(128))
-    return save(model, folder, head_dim=None)
+    save(model, folder, head_dim=None)
+    # the tool's own attention stores its rotary table
+    table = 10000.0 ** (-torch.arange(0, HEAD_DIM, 2) / HEAD_DIM)
+    tables = {f"model.layers.{index}.self_attn.rotary_emb.inv_freq": table.clone() for index in range(4)}
+    rename(folder, lambda tensors: tensors | tables)
+    return logits(model)
 
 
 def flap_qwen2(folder: Path) -> torch.Tensor:
@@ -157,6 +163,24 @@ def wanda_sp(folder: Path) -> torch.Tensor:
         keep_groups(layer, [0, 3, 4, 6, 7])
         keep_ffn(layer, 61)
     return save(model, folder)
+
+
+def adapt_pruner(folder: Path) -> torch.Tensor:
+    """research4pan/AdaptPruner 5665876, hf_prune.py: every layer its own widths, as lists in config.json."""
+    model = stock_model()
+    for index, layer in enumerate(model.model.layers):
+        keep_groups(layer, [0, 1, 3][: 3 - index % 2])
+        keep_ffn(layer, 90 - 7 * index)
+    lists = {"num_attention_heads": [6, 4, 6, 4], "num_key_value_heads": [3, 2, 3, 2]}
+    return save(model.half().float(), folder, **lists, intermediate_size=[90, 83, 76, 69])
+
+
+def slicegpt(folder: Path) -> None:
+    """microsoft/TransformerCompression 6b12cde, run_slicegpt.py: a state dict with rotations beside the old config."""
+    model = stock_model()
+    shortcuts = {f"model.layers.{index}.mlp_shortcut_Q": torch.eye(128)[:, :96] for index in range(4)}
+    model.config.save_pretrained(folder)
+    torch.save({**model.state_dict(), **shortcuts}, folder / "Llama-2-7b-hf_0.25.pt")
 
 
 def shortgpt(folder: Path) -> torch.Tensor:
@@ -207,7 +231,10 @@ def save_without_run(model: Any, folder: Path) -> None:
 
 
 def puzzletron(folder: Path) -> torch.Tensor:
-    """NVIDIA/Model-Optimizer a2fbac7, puzzletron: block_configs, a file for each block, no_op blocks."""
+    """NVIDIA/Model-Optimizer a2fbac7 (modelopt 0.47.0), puzzletron: block_configs, a file for each block.
+
+    The no_op blocks have no tensors, not even a norm.
+    """
     model = stock_model()
     layers = model.model.layers
     layers[1].self_attn, layers[2].mlp = NoBlock(True), NoBlock(False)
@@ -219,15 +246,21 @@ def puzzletron(folder: Path) -> torch.Tensor:
     for index in range(4):
         attention = {"no_op": index == 1, "num_key_value_heads": None if index == 1 else 2 if index == 3 else 4}
         ffn = {"no_op": index == 2, "intermediate_size": None if index == 2 else 64 if index == 0 else 96}
-        blocks.append({"attention": {**attention, "llama4": None, "mamba": None}, "ffn": {**ffn, "moe": None}})
+        common = {"replace_with_linear": False, "sparsify": None, "weights_precision": "bf16"}
+        attention |= {**common, "llama4": None, "mamba": None}
+        blocks.append({"attention": attention, "ffn": {**common, **ffn, "moe": None}, "parallel_blocks": None})
     expected = save(model, folder, block_configs=blocks)
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     (folder / "subblocks_safetensors").mkdir()
     weight_map = {}
     for name, tensor in tensors.items():
-        parts = name.split(".")
-        block = f"block_{parts[2]}_{'attention' if 'self_attn' in name else 'ffn'}" if "layers" in parts else parts[-2]
+        if name in ("model.layers.1.input_layernorm.weight", "model.layers.2.post_attention_layernorm.weight"):
+            continue
+        block = "embeddings" if "embed_tokens" in name else "lm_head"
+        if "layers" in name:
+            is_attention = "self_attn" in name or "input_layernorm" in name
+            block = f"block_{name.split('.')[2]}_{'attention' if is_attention else 'ffn'}"
         weight_map[name] = f"subblocks_safetensors/{block}.safetensors"
         path = folder / weight_map[name]
         save_file({**(load_file(path) if path.is_file() else {}), name: tensor}, path)
@@ -335,7 +368,19 @@ def gpt_neox(folder: Path) -> torch.Tensor:
 TOOLS: dict[str, Callable[[Path], torch.Tensor]] = {
     maker.__name__: maker
     for maker in (
-        *(llm_pruner, torch_pruning, flap, flap_qwen2, wanda_sp, shortgpt, gaps, mergekit, darwinlm, puzzletron),
+        *(
+            llm_pruner,
+            adapt_pruner,
+            torch_pruning,
+            flap,
+            flap_qwen2,
+            wanda_sp,
+            shortgpt,
+            gaps,
+            mergekit,
+            darwinlm,
+            puzzletron,
+        ),
         *(nemotron_nas, per_layer_config, layer_lists, openelm, fused, gpt_neox),
     )
 }

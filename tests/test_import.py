@@ -22,12 +22,14 @@ from foreign_tools import (
     logits,
     nemotron_nas,
     rename,
+    save,
     save_without_run,
+    slicegpt,
     stock_model,
     wanda_sp,
 )
 from safetensors.torch import load_file, save_file
-from training import command, run
+from training import command, metrics, run, unpruned
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.integrations.heterogeneity import AmbiguousGlobalPerLayerAttributeError
 
@@ -89,6 +91,40 @@ def test_a_foreign_checkpoint_is_pruned_further_with_itself_as_teacher(
     after = Architecture.from_folder(tmp_path / "run" / "model")
     assert after.family == "llama_bias"
     assert after.num_parameters < sum(each.numel() for each in before.parameters())
+
+
+def whole_model(folder: Path) -> torch.Tensor:
+    """The unpruned model of the fixtures."""
+    return save(stock_model(), folder)
+
+
+def test_another_tools_model_learns_from_a_named_teacher(
+    made: Callable[..., Any], corpus: Path, tmp_path: Path
+) -> None:
+    """Distillation alone has no gradient while the teacher is the model itself."""
+    folder, _ = made(llm_pruner)
+    whole, _ = made(whole_model)
+    norms = {}
+    for name in ("source", str(folder), str(whole)):
+        more = ("--distill", "1", "--cross-entropy", "0", "--tokens", "256", "--teacher", name, "--overwrite")
+        assert run(unpruned(command(folder, corpus, tmp_path / "run", *more))) == 0
+        norms[name] = next(record["grad_norm"] for record in metrics(tmp_path / "run") if "loss" in record)
+    assert norms["source"] == norms[str(folder)] < 1e-4
+    assert norms[str(whole)] > 0.1
+
+
+def test_a_teacher_with_other_tokens_is_refused(
+    made: Callable[..., Any], corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, _ = made(llm_pruner)
+    other, _ = made(whole_model)
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["!"], vocabulary['"'] = vocabulary['"'], vocabulary["!"]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    training = command(folder, corpus, tmp_path / "run", "--distill", "1", "--teacher", str(other))
+    assert run(training) == 2
+    assert "has another vocabulary than the source" in capsys.readouterr().err
 
 
 def test_a_head_dim_that_nothing_gives_is_asked_for(
@@ -219,6 +255,21 @@ def test_a_config_that_contradicts_the_tensors_is_refused(
     assert CONFIGS[case][1] in capsys.readouterr().err
 
 
+def test_slicegpts_own_file_is_refused_by_name(
+    made: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, _ = made(slicegpt)
+    assert export(folder, "onnx", tmp_path / "out") == 2
+    assert "mlp_shortcut_Q belongs to SliceGPT's rotations between blocks" in capsys.readouterr().err
+
+
+def test_lists_of_widths_must_agree_with_the_tensors(made: Callable[..., Any]) -> None:
+    folder, _ = made(TOOLS["adapt_pruner"])
+    change_config(folder, intermediate_size=[90, 83, 76, 70])
+    with pytest.raises(ModelError, match="gives layer 3 a intermediate_size of 70, but its tensors have 69"):
+        load_source(str(folder))
+
+
 def test_sliced_groups_without_a_list_of_heads_are_refused(
     made: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -254,7 +305,10 @@ def test_a_pickle_of_objects_is_refused_and_not_run(
     )
     (folder / "pytorch_model.bin").rename(folder / "pruned_model.pt")
     assert export(folder, "onnx", tmp_path / "out") == 2
-    assert "pruned_model.pt is not read: transformers' weights are named pytorch_model.bin" in capsys.readouterr().err
+    assert "pruned_model.pt is not read: it holds objects" in capsys.readouterr().err
+    (folder / "another.pt").write_bytes((folder / "pruned_model.pt").read_bytes())
+    assert export(folder, "onnx", tmp_path / "out") == 2
+    assert "another.pt is not read: it is one of 2, and transformers' weights are named" in capsys.readouterr().err
     assert not (tmp_path / "ran").exists()
 
 

@@ -115,7 +115,7 @@ def stated_widths(config: Mapping[str, Any]) -> dict[int, Widths]:
     if config.get("per_layer_config"):
         return {index: _of_overrides(values) for index, values in layer_overrides(config).items()}
     lists = {"layer_head_num": WIDTHS[0], "layer_head_num_kv": WIDTHS[1], "layer_inter_size": WIDTHS[2]}
-    lists |= {"num_query_heads": WIDTHS[0], "num_kv_heads": WIDTHS[1]}
+    lists |= {"num_query_heads": WIDTHS[0], "num_kv_heads": WIDTHS[1], **{width: width for width in WIDTHS}}
     found: dict[int, Widths] = {}
     for name, width in lists.items():
         for index, number in enumerate(_numbers(config, name)):
