@@ -20,7 +20,8 @@ from efficientllm.train.model.architecture import Architecture
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("distributed")]
 
 MODES = ("ddp", "fsdp")
-RESUMED = {"ddp": 10, "ddp --prune-every 3": 10, "fsdp": 10, "ddp --gradient-accumulation 2": 9}
+BETWEEN_REMOVALS = "ddp --prune-every 4 --prune-end 0.8"
+RESUMED = {BETWEEN_REMOVALS: 10, "fsdp": 10, "ddp --gradient-accumulation 2": 9}
 """Mode and flags of a run that gets a signal in its tenth step -> step of its checkpoint."""
 HANG_SECONDS = 300
 RECOVERED = ("--recover", "least-squares", "--recover-tokens", "256", "--removals", "2", "--distill", "1")
@@ -169,7 +170,7 @@ def test_stopped_distributed_run_resumes_bit_identically(
         mode: [*command(source_folder, corpus, folder / f"stopped {mode}", *resumable_flags(mode)), "--resume"]
         for mode in RESUMED
     }
-    assert run(runs["ddp"]) == 2
+    assert run(runs[BETWEEN_REMOVALS]) == 2
     assert "--resume: the run has 2 ranks, not 1; start as many" in capsys.readouterr().err
     for mode, (_, outcome) in several(folder, runs).items():
         assert outcome["code"] == 0
