@@ -44,7 +44,7 @@ def row(folder: Path, scratch: Path) -> str:
         if run_command(cli.body, [str(folder), "--target", target, *flags, "--output", str(output)]):
             cells.append("refused")
         elif target == "gguf":
-            found = np.asarray(probe(output / "model.gguf", longer[0].tolist(), []).logits)
+            found = probe(output / "model.gguf", longer[0].tolist(), []).logits[0]
             cells.append(f"{100 * float((found.argmax(1) == ours.argmax(1)).mean()):.1f} %")
         else:
             engine = load_engine(output, EngineOptions(threads=1, context=128))
