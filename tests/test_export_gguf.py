@@ -314,7 +314,7 @@ BAD_INPUT = [
     (["--output-type", "q9"], "--output-type q9: unknown tensor type"),
     (
         ["--output-type", "q6_k"],
-        "--output-type: the type stores rows in blocks of 256 weights, and the rows",
+        "--output-type q6_k stores rows in blocks of 256 weights, and the rows of this file",
     ),
     (["--embedding-type", "q6_k"], "have 64; choose one with blocks of 32, such as q8_0"),
     (["--pad", "some"], "'some' is not one of auto, none"),

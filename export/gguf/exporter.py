@@ -18,6 +18,7 @@ from ...runtime.base.quantities import unknown_name
 from ...runtime.chat_template import render_chat
 from ...runtime.engines.hf_tokenizer import read_settings, special_token
 from ...runtime.engines.manifest import OLLAMA_FILE
+from ...train.model.architecture import Architecture
 from ...train.model.file_types import row_multiple
 from ...train.model.tensors import EMBEDDING, HEAD
 from ..calibration import column_importance, save_for_gguf
@@ -94,7 +95,7 @@ def write_model(checkpoint: Checkpoint, request: ExportRequest[GgufOptions], fol
     if window := plan.window(checkpoint):
         checkpoint.context_limit = window
         request.say(f"llama.cpp's {plan.name} has no windows: the context ends at the model's window, {window} tokens")
-    _check_blocks(types, plan)
+    _check_blocks(options, plan.architecture)
     target, exact = folder / MODEL_FILE, folder / (MODEL_FILE if name == "f32" else "exact.gguf")
     write_gguf(checkpoint, plan, exact)
     if exact != target:
@@ -153,15 +154,15 @@ def _choose_types(checkpoint: Checkpoint, request: ExportRequest[GgufOptions]) -
     )
 
 
-def _check_blocks(types: _Types, plan: GgufPlan) -> None:
+def _check_blocks(options: GgufOptions, shape: Architecture) -> None:
     """Raise UsageError for a requested type whose blocks do not divide the rows. llama.cpp has no other type then."""
-    shape = plan.architecture
-    output = None if shape.tie_word_embeddings else types.output
-    for flag, kind in (("--output-type", output), ("--embedding-type", types.embedding)):
+    output = "" if shape.tie_word_embeddings else options.output_type
+    for flag, name in (("--output-type", output), ("--embedding-type", options.embedding_type)):
+        kind = tensor_type(flag, name)
         weights = 1 if kind is None else block_of(kind)[0]
         if shape.hidden_size % weights:
             raise UsageError(
-                f"{flag}: the type stores rows in blocks of {weights} weights, and the rows of this model have "
+                f"{flag} {name} stores rows in blocks of {weights} weights, and the rows of this file have "
                 f"{shape.hidden_size}; choose one with blocks of 32, such as q8_0"
             )
 
