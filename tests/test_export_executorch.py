@@ -105,7 +105,7 @@ def test_a_program_with_another_code_is_refused(
         named = reader.deserialize_pte_binary(lowered.buffer).named_data
         assert named is not None
         changed = bytearray(lowered.buffer)
-        changed[lowered.buffer.index(max(named.buffers, key=len))] ^= 1
+        changed[lowered.buffer.index(bytes(max(named.buffers, key=len)))] ^= 1
         return replace(lowered, buffer=bytes(changed))
 
     monkeypatch.setattr(program, "lower", with_another_code)

@@ -36,13 +36,21 @@ DTYPES = {
 """Element types of a program's constants."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Matrix:
     """A matrix of the program."""
 
     shape: tuple[int, int]
     values: Callable[[], Tensor]
     """Function that returns it, dequantised, fp32."""
+
+    def cropped(self, array: np.ndarray) -> np.ndarray:
+        """Return the values without the zeros behind the inputs of `array`."""
+        return self.values()[:, : array.shape[1]].numpy()
+
+    def holds(self, array: np.ndarray) -> bool:
+        rows, columns = self.shape
+        return rows == len(array) and columns >= array.shape[1] and np.array_equal(self.cropped(array), array)
 
 
 def read_weights(path: Path, given: StoredWeights) -> StoredWeights:
@@ -51,19 +59,19 @@ def read_weights(path: Path, given: StoredWeights) -> StoredWeights:
     Raises ArtefactError for a matrix of `given` that the program does not hold to the bit.
     """
     program = deserialize_pte_binary(path.read_bytes())
-    matrices = [*_delegated(program), *_embeddings(program.program)]
+    matrices = [*_embeddings(program.program), *_delegated(program)]
     tensors = dict(given.tensors)
     for name, array in given.tensors.items():
-        if array.ndim > 1:
-            fitting = (each for each in matrices if each.shape[0] == len(array) and each.shape[1] >= array.shape[1])
-            cropped = (each.values()[:, : array.shape[1]].numpy() for each in fitting)
-            found = next((values for values in cropped if np.array_equal(values, array)), None)
-            if found is None:
-                raise ArtefactError(
-                    f"executorch: the program holds no matrix with the codes that were given for {name}; nothing was "
-                    "written. Please report this model; --no-verify exports it anyway"
-                )
-            tensors[name] = found
+        if array.ndim < 2:
+            continue
+        found = next((each for each in matrices if each.holds(array)), None)
+        if found is None:
+            raise ArtefactError(
+                f"executorch: the program holds no matrix with the codes that were given for {name}; nothing was "
+                "written. Please report this model; --no-verify exports it anyway"
+            )
+        tensors[name] = found.cropped(array)
+        matrices.remove(found)  # a tied head has the codes of the embedding, and each is stored
     return replace(given, tensors=tensors, origin="codes of the program, by ExecuTorch's package")
 
 
@@ -127,7 +135,7 @@ def _embeddings(program: Any) -> Iterator[_Matrix]:
             continue
         table, scales = (_constant(program, plan.values[index].val) for index in instruction.args[:2])
         if "quantized" not in name:
-            yield _Matrix(tuple(table.shape), table.float)
+            yield _Matrix((len(table), table.shape[1]), table.float)
             continue
         bits = 4 if "4bit" in name else 8
         columns = table.shape[1] * 8 // bits

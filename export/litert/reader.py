@@ -1,7 +1,7 @@
 """Read the matrices of a .tflite back, dequantised, with LiteRT's interpreter. Imports no torch.
 
-A program has no names of ours. `read_weights` finds each matrix of the checkpoint by its contents: every weight of the
-file must be the checkpoint's, rounded to the nearest code.
+A program has no names of ours, so matrices are found by their contents. Every matrix of the file must be one of the
+checkpoint's, rounded to the nearest codes.
 """
 
 from __future__ import annotations
@@ -23,25 +23,28 @@ NEAREST = 0.501
 
 
 def read_weights(path: Path, checkpoint: Checkpoint) -> StoredWeights:
-    """Return the weights of the program at `path`. Raises ArtefactError for a matrix that it does not hold."""
+    """Return the weights of the program at `path`.
+
+    Raises ArtefactError for a matrix that is none of the checkpoint's, and for one that the program does not hold.
+    """
     architecture = replace(checkpoint.architecture, tie_word_embeddings=False)
-    stored = list(_matrices(path))
-    tensors, roundings = {}, {}
-    for name, array in padded_tensors(checkpoint, architecture):
-        tensors[name] = array
-        if array.ndim < 2:
-            continue
-        found = next((each for each in stored if _holds(*each, array)), None)
-        if found is None:
-            raise ArtefactError(
-                f"litert: the program holds no matrix that is {name} rounded to its nearest codes; nothing was "
-                "written. Please report this model; --no-verify exports it anyway"
-            )
-        codes, scales = found
-        tensors[name] = codes.astype(np.float32) * scales
-        if name != EMBEDDING:
-            roundings[name] = "int8 per token"
+    tensors = dict(padded_tensors(checkpoint, architecture))
+    source = {name: array for name, array in tensors.items() if array.ndim > 1}
+    for codes, scales in _matrices(path):
+        names = [name for name, array in source.items() if _holds(codes, scales, array)]
+        if not names:
+            raise _error(f"a matrix of {len(codes)} rows is none of the checkpoint's, rounded to the nearest codes")
+        tensors |= dict.fromkeys(names, codes.astype(np.float32) * scales)
+    missing = next((name for name, array in source.items() if tensors[name] is array), None)
+    if missing is not None:
+        raise _error(f"{missing} is missing")
+    roundings = dict.fromkeys(source.keys() - {EMBEDDING}, "int8 per token")
     return StoredWeights(architecture, checkpoint.scales, tensors, roundings, "codes of the program, by LiteRT")
+
+
+def _error(fault: str) -> ArtefactError:
+    advice = "nothing was written. Please report this model; --no-verify exports it anyway"
+    return ArtefactError(f"litert: in the written program {fault}; {advice}")
 
 
 def _matrices(path: Path) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -59,5 +62,8 @@ def _matrices(path: Path) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 def _holds(codes: np.ndarray, scales: np.ndarray, array: np.ndarray) -> bool:
-    """Tell whether codes are those of `array`."""
-    return codes.shape == array.shape and bool((np.abs(codes * scales - array) <= NEAREST * scales).all())
+    """Tell whether codes are those of `array`. The first row rules most others out."""
+    parts = (slice(1), slice(None))
+    return codes.shape == array.shape and all(
+        bool((np.abs(codes[part] * scales[part] - array[part]) <= NEAREST * scales[part]).all()) for part in parts
+    )

@@ -282,9 +282,11 @@ def run_case(target: str, case: Case, folder: Path) -> Outcome:
     """Export a case and compare the file."""
     save_checkpoint(build(target, case), tiny_tokenizer(), folder / "checkpoint")
     (folder / "text.txt").write_text(sample_text() * 4, encoding="utf-8")
-    flags = case.flags | ({"calibrate": str(folder / "text.txt")} if case.is_calibrated else {})
+    flags: dict[str, Any] = {**case.flags, "quantize": case.quantize}
+    if case.is_calibrated:
+        flags["calibrate"] = str(folder / "text.txt")
     try:
-        export(folder / "checkpoint", target, folder / "out", quantize=case.quantize, **flags)
+        export(folder / "checkpoint", target, folder / "out", **flags)
     except EfficientLLMError as error:
         return Outcome("refused", str(error))
     except Exception:
