@@ -30,8 +30,10 @@ FAMILIES_READ = [family for family in FAMILIES if family != "gemma3_text"]
 SHARED_TEXT = Path(__file__).parent.parent.parent / "shared" / "data" / "text" / "heldout" / "openstax_ccby.jsonl.gz"
 
 
-def test_our_own_plain_gguf_comes_back(save_tiny: Callable[..., Path], tmp_path: Path) -> None:
-    checkpoint = save_tiny(tiny_architecture(layers=(LayerShape(4, 2, 96),) * 2, head_dim=16))
+@pytest.mark.parametrize("family", ["llama", "llama_bias"])
+def test_our_own_plain_gguf_comes_back(family: str, save_tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """transformers alone reads the file of a Llama with biases as one without."""
+    checkpoint = save_tiny(tiny_architecture(family, layers=(LayerShape(4, 2, 96),) * 2, head_dim=16))
     assert export(checkpoint, "gguf", tmp_path / "gguf", "--quantize", "f32") == 0
     model, tokenizer = load_source(str(tmp_path / "gguf" / "model.gguf"))
     reference = AutoModelForCausalLM.from_pretrained(checkpoint)

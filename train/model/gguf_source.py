@@ -78,11 +78,8 @@ def is_foreign_gguf(path: Path) -> bool:
     arrays = any(header.values.get(f"{name}.{key}", 0) is None for key in WIDTH_KEYS.values())
     unusual = () if name == "qwen2" else ("attn_q.bias", "attn_k.bias", "attn_v.bias")
     endings = (*unusual, "attn_output.bias", "ffn_gate.bias", "ffn_up.bias", "ffn_down.bias")
-    return (
-        name not in READ_BY_TRANSFORMERS
-        or (name in FAMILY_OF_GGUF and arrays)
-        or any(tensor.name.endswith(endings) for tensor in header.tensors)
-    )
+    biases = any(tensor.name.endswith(endings) for tensor in header.tensors)
+    return name not in READ_BY_TRANSFORMERS or (name in FAMILY_OF_GGUF and (arrays or biases))
 
 
 def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
