@@ -8,7 +8,6 @@ import hashlib
 import http.client
 import http.server
 import json
-import os
 import re
 import shutil
 import threading
@@ -212,6 +211,19 @@ def check_model(page: Any) -> str:
     return verdict
 
 
+def screen(width: int, scheme: str) -> dict[str, Any]:
+    """Settings of a browser's context."""
+    return {"viewport": {"width": width, "height": 640}, "color_scheme": scheme}
+
+
+def expect_it_fits(page: Any, width: int, scheme: str) -> None:
+    """Nothing is wider than the screen, and the page has the colors that the system asks for."""
+    page.click("summary")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (background == "rgb(255, 255, 255)") == (scheme == "light")
+
+
 KEPT = """navigator.serviceWorker.ready.then(() => navigator.serviceWorker.controller || new Promise(
     (done) => navigator.serviceWorker.addEventListener("controllerchange", done, { once: true }))).then(() => true)"""
 """Until the service worker answers for the page. Playwright's own waiting evaluates strings, which the page forbids."""
@@ -238,11 +250,11 @@ def test_the_page_answers_as_native_llama_cpp_and_without_its_server(folder: Pat
 @needs_wllama
 @needs_chromium
 @pytest.mark.slow
-def test_answers_stream_stop_and_outlive_the_page(folder: Path, visit: Visit) -> None:
+def test_answers_stream_stop_and_outlive_the_page_which_fits_a_screen(folder: Path, visit: Visit) -> None:
     with served(folder) as address:
-        page = visit(address)
+        page = visit(address, **screen(1100, "light"))
         load_model(page)
-        page.evaluate("document.getElementById('panel').open = true")
+        expect_it_fits(page, 1100, "light")
         page.fill("#max_tokens", "12")
         page.fill("#seed", "7")
         page.fill("#question", "Hello")
@@ -307,25 +319,10 @@ def test_no_click_is_lost_while_the_page_still_asks_what_it_holds(folder: Path, 
 @needs_wllama
 @needs_chromium
 @pytest.mark.slow
-def test_a_server_without_the_headers_is_named_and_will_do(folder: Path, visit: Visit) -> None:
+def test_a_server_without_the_headers_is_named_and_will_do_on_a_phone(folder: Path, visit: Visit) -> None:
     with served(folder, isolated=False) as address:
-        page = visit(address)
+        page = visit(address, **screen(360, "dark"))
         expect(page.locator("#notes")).to_have_text("one thread: the server sends no COOP and COEP headers")
         load_model(page)
         assert check_model(page) == SAME
-
-
-@needs_wllama
-@needs_chromium
-@pytest.mark.slow
-@pytest.mark.parametrize(("width", "scheme"), [(360, "dark"), (1100, "light")])
-def test_it_fits_phones_and_both_color_schemes(folder: Path, visit: Visit, width: int, scheme: str) -> None:
-    with served(folder) as address:
-        page = visit(address, viewport={"width": width, "height": 640}, color_scheme=scheme)
-        load_model(page)
-        page.click("summary")
-        assert page.evaluate("document.documentElement.scrollWidth") <= width
-        background = page.evaluate("getComputedStyle(document.body).backgroundColor")
-        assert (background == "rgb(255, 255, 255)") == (scheme == "light")
-        if screenshots := os.environ.get("EFFICIENTLLM_SCREENSHOTS"):
-            page.screenshot(path=f"{screenshots}/web-{scheme}.png")
+        expect_it_fits(page, 360, "dark")
