@@ -15,7 +15,6 @@ import torch
 from exporting import TOKENS, export
 from pruning import some_removal
 from shared import made_once
-from test_models import LOAD_ELSEWHERE
 from tiny import SETTINGS, SIMILAR, tiny_architecture, tiny_model
 from training import command, run, stopped_between_compactions, without
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -124,19 +123,32 @@ def test_a_uniform_model_without_some_stem_channels_is_stored_as_its_stock_class
             torch.testing.assert_close(each(torch.tensor([TOKENS])).logits, expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.slow
-def test_folders_load_without_efficientllm(irregular: Folder, tmp_path: Path) -> None:
-    torch.save(torch.tensor([TOKENS]), tmp_path / "tokens.pt")
-    lines = LOAD_ELSEWHERE.partition("assert AutoTokenizer")[0]
-    lines += """
+LOAD_ELSEWHERE = """
+import sys
+
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "efficientllm":
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Block())
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+assert AutoTokenizer.from_pretrained(sys.argv[2], trust_remote_code=True).decode([5, 6])
 for folder in sys.argv[2:]:
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
     assert "efficientllm" not in sys.modules
     with torch.inference_mode():
         torch.save(model(torch.load(sys.argv[1])).logits, f"{sys.argv[1]}.{model.config.model_type}")
 """
+
+
+@pytest.mark.slow
+def test_folders_load_without_efficientllm(irregular: Folder, tmp_path: Path) -> None:
+    torch.save(torch.tensor([TOKENS]), tmp_path / "tokens.pt")
     folders = [str(irregular(family)) for family in FAMILIES]
-    command = [sys.executable, "-c", lines, str(tmp_path / "tokens.pt"), *folders]
+    command = [sys.executable, "-c", LOAD_ELSEWHERE, str(tmp_path / "tokens.pt"), *folders]
     subprocess.run(command, check=True, env={"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path), "PATH": ""})
     for family, folder in zip(FAMILIES, folders, strict=True):
         here = AutoModelForCausalLM.from_pretrained(folder)

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,25 +19,6 @@ from efficientllm.train.model.source import load_for_inference, load_source
 GAPS = (LayerShape(0, 0, 64), LayerShape(2, 1, 0), LayerShape(4, 2, 96))
 TOKENS = torch.randint(0, 400, (2, 11), generator=torch.Generator().manual_seed(1))
 
-LOAD_ELSEWHERE = """
-import sys
-
-class Block:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "efficientllm":
-            raise ModuleNotFoundError(name)
-
-sys.meta_path.insert(0, Block())
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-assert AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True).decode([5, 6])
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
-assert "efficientllm" not in sys.modules
-with torch.inference_mode():
-    torch.save(model(torch.load(sys.argv[2])).logits, sys.argv[3])
-"""
-
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("layers", [UNEQUAL, GAPS], ids=["unequal", "gaps"])
@@ -54,19 +34,6 @@ def test_caches_and_attention_implementations_agree(family: str, layers: tuple[L
         eager = model(TOKENS, output_attentions=True)
     assert any(weights is not None for weights in eager.attentions)  # eager really ran
     torch.testing.assert_close(sdpa, eager.logits, atol=1e-5, rtol=1e-4)
-
-
-@pytest.mark.slow
-def test_checkpoint_loads_without_efficientllm(tmp_path: Path, save_tiny: Callable[..., Path]) -> None:
-    """With its tokenizer; test_families.py loads the folders of all families."""
-    folder = save_tiny(tiny_architecture("llama", GAPS))
-    torch.save(TOKENS, tmp_path / "tokens.pt")
-    command = [sys.executable, "-c", LOAD_ELSEWHERE, str(folder), str(tmp_path / "tokens.pt"), str(tmp_path / "out.pt")]
-    subprocess.run(command, check=True, env={"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path), "PATH": ""})
-    here = AutoModelForCausalLM.from_pretrained(folder)
-    assert type(here).__module__ == "efficientllm.train.model.modeling_efficientllm"
-    with torch.inference_mode():
-        assert torch.equal(torch.load(tmp_path / "out.pt"), here(TOKENS).logits)
 
 
 def test_modeling_file_imports_only_torch_and_transformers() -> None:
