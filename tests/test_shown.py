@@ -62,6 +62,7 @@ def test_the_speed_is_that_of_the_last_minute() -> None:
     assert speed.tokens_per_second == 100.0
 
 
+@pytest.mark.slow
 def test_the_first_line_comes_before_anything_is_loaded(tmp_path: Path) -> None:
     """Also before torch; a second is what a person waits without a doubt, the interpreter's own start included."""
     source = tmp_path / "damaged.gguf"
