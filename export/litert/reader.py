@@ -6,6 +6,7 @@ checkpoint's, rounded to the nearest codes.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -47,18 +48,16 @@ def _error(fault: str) -> ArtefactError:
     return ArtefactError(f"litert: in the written program {fault}; {advice}")
 
 
-def _matrices(path: Path) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Return (codes int8 [N, K], scales fp32 [N, 1]) of the program's matrices."""
+def _matrices(path: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield (codes int8 [N, K], scales fp32 [N, 1]) of the program's matrices."""
     from ai_edge_litert.interpreter import Interpreter  # type: ignore[import-not-found]
 
     interpreter: Any = Interpreter(str(path), num_threads=1)
-    found = []
     for graph in range(interpreter.num_subgraphs()):  # decoding and prefills of each length, which need fewer matrices
         for entry in interpreter.get_tensor_details(graph):
             scales = entry["quantization_parameters"]["scales"]
             if len(entry["shape"]) == 2 and entry["dtype"] == np.int8 and len(scales) == entry["shape"][0]:
-                found.append((interpreter.get_tensor(entry["index"], graph), scales[:, None]))
-    return found
+                yield interpreter.get_tensor(entry["index"], graph), scales[:, None]
 
 
 def _holds(codes: np.ndarray, scales: np.ndarray, array: np.ndarray) -> bool:
