@@ -8,6 +8,7 @@ move into the neighbouring matrices. Imports no torch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -146,9 +147,10 @@ def missing_tensor(name: str, after: Architecture) -> np.ndarray:
     return np.ones(shape, np.float32) if name.endswith("norm.weight") else np.zeros(shape, np.float32)
 
 
-def uniform_architecture(architecture: Architecture) -> Architecture:
+def uniform_architecture(architecture: Architecture, multiple: int = 1) -> Architecture:
     """Return the smallest uniform shape that contains every layer and that stock readers accept.
 
+    Its hidden size is a multiple of `multiple`.
     Stock Llama needs hidden_size to be a multiple of the query heads, and a family without head_dim in its config needs
     it to be the heads times head_dim. If the stock class has no groups, every head has its own keys and values.
     """
@@ -160,13 +162,15 @@ def uniform_architecture(architecture: Architecture) -> Architecture:
     if not has_groups:
         groups = max(groups, -(-hidden // head_dim) if derives_head_dim else 1)
     best: Architecture | None = None
-    for num_groups in range(groups, 2 * groups + 1):
+    for num_groups in range(groups, max(2 * groups, groups + multiple) + 1):
         least = max(ratio, -(-hidden // (head_dim * num_groups))) if derives_head_dim else ratio
-        for per_group in range(least, 2 * least + 1) if has_groups else (1,):
+        for per_group in range(least, max(2 * least, least + multiple) + 1) if has_groups else (1,):
             heads = num_groups * per_group
+            if derives_head_dim and heads * head_dim % multiple:
+                continue
             candidate = widened(
                 architecture,
-                heads * head_dim if derives_head_dim else round_up(hidden, heads),
+                heads * head_dim if derives_head_dim else round_up(hidden, math.lcm(heads, multiple)),
                 (LayerShape(heads, num_groups, width),) * len(layers),
             )
             if best is None or candidate.num_parameters < best.num_parameters:

@@ -151,6 +151,17 @@ def test_padding_is_exact_and_said(
     assert "attn_q x3" in printed
 
 
+@pytest.mark.parametrize(("family", "head_dim"), [("olmo2", 48), ("smollm3", 16), ("olmo", 48)])
+def test_a_uniform_file_has_whole_blocks_in_its_rows(
+    family: str, head_dim: int, save_tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Three heads do not divide 64: rows of 66 weights would be f16 and not q8_0."""
+    layers = (LayerShape(3, 3, 64), LayerShape(3, 3, 96))
+    checkpoint = save_tiny(tiny_architecture(family, layers, head_dim=head_dim))
+    assert export(checkpoint, "gguf", tmp_path / "gguf", "--quantize", "q8_0", "--no-verify") == 0
+    assert "attn_q" not in capsys.readouterr().out.partition("became f16")[2]
+
+
 ONE_BLOCK = (LayerShape(0, 0, 96), LayerShape(1, 1, 96), LayerShape(4, 2, 0), LayerShape(2, 1, 32))
 """Layers with rows of one block of 32, or without rows: no attention first, a lone head, no FFN, 32 channels.
 

@@ -79,7 +79,9 @@ def _plan_layout(checkpoint: Checkpoint, row_multiple: int) -> GgufPlan:
         return _stock_plan(checkpoint, padded, notes)
     irregular = irregular_gguf(original)
     if not irregular:
-        uniform = _padded(uniform_architecture(padded), 1)
+        plain, whole = (uniform_architecture(padded, multiple) for multiple in (1, row_multiple))
+        # rows that are not whole blocks become f16, with 1.9 times the bytes of q8_0
+        uniform = _padded(whole if whole.num_parameters < 1.8 * plain.num_parameters else plain, 1)
         return _stock_plan(checkpoint, uniform, (*notes, _uniform_note(original, uniform)))
     shape = _fill_gaps(padded, attention_everywhere=irregular == "openelm")
     have = padded_scales(checkpoint, shape)

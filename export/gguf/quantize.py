@@ -109,8 +109,11 @@ def parse_fallbacks(log: str) -> list[Fallback]:
     ]
 
 
-def describe_fallbacks(fallbacks: list[Fallback]) -> list[str]:
-    """Return one sentence per (requested, actual) pair, with the tensors by kind."""
+def describe_fallbacks(fallbacks: list[Fallback], is_padded: bool) -> list[str]:
+    """Return one sentence per (requested, actual) pair, with the tensors by kind.
+
+    `is_padded` tells whether widths were padded to whole blocks.
+    """
     groups: dict[tuple[str, str, int], list[str]] = {}
     for each in fallbacks:
         groups.setdefault((each.wanted, each.got, each.multiple), []).append(each.tensor)
@@ -118,7 +121,7 @@ def describe_fallbacks(fallbacks: list[Fallback]) -> list[str]:
     for (wanted, got, multiple), tensors in groups.items():
         kinds = Counter(tensor.split(".")[-2] for tensor in tensors)
         names = ", ".join(f"{kind} x{count}" if count > 1 else kind for kind, count in kinds.items())
-        hint = " (--pad auto avoids that)" if multiple == 32 else ""
+        hint = " (--pad auto avoids that)" if multiple == 32 and not is_padded else ""
         reason = f"their rows are not multiples of {multiple}{hint}"
         sentences.append(f"{len(tensors)} tensors became {got}, not {wanted}: {reason}: {names}")
     return sentences
