@@ -111,8 +111,9 @@ def generate(target: str, seed: int, index: int) -> Case:
     kind = dice.choice(sorted(BITS[target]))
     # centring changes the weights in a GGUF of a family with LayerNorm, so that few bits are not exact
     is_centred = target == "gguf" and FAMILIES[family].norm.takes_mean and kind not in ("f32", "f16", "q8_0")
-    exact = ["magnitudes", *(["codes"] if kind in CODES[target] else [])]
-    weights = "random" if is_centred or dice.random() < 0.25 else dice.choice(exact)
+    # IQ4's table of values has no zero
+    exact = [*(["magnitudes"] if "iq4" not in kind else []), *(["codes"] if kind in CODES[target] else [])]
+    weights = "random" if is_centred or not exact or dice.random() < 0.25 else dice.choice(exact)
     hidden_size = dice.choice(HIDDEN_SIZES)
     return Case(
         family,
