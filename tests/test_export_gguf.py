@@ -340,6 +340,14 @@ def test_bad_input(
     assert message in capsys.readouterr().err
 
 
+def test_a_type_for_rows_without_whole_blocks_is_named(
+    save_tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = save_tiny(tiny_architecture(hidden_size=75))
+    assert export(checkpoint, "gguf", tmp_path / "gguf", "--pad", "none", "--embedding-type", "q8_0") == 2
+    assert "blocks of 32 weights, and the rows of this file have 75; choose f16" in capsys.readouterr().err
+
+
 def test_damaged_checkpoints(
     save_tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

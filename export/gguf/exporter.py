@@ -19,7 +19,7 @@ from ...runtime.chat_template import render_chat
 from ...runtime.engines.hf_tokenizer import read_settings, special_token
 from ...runtime.engines.manifest import OLLAMA_FILE
 from ...train.model.architecture import Architecture
-from ...train.model.file_types import row_multiple
+from ...train.model.file_types import BLOCK, row_multiple
 from ...train.model.tensors import EMBEDDING, HEAD
 from ..calibration import column_importance, save_for_gguf
 from ..checkpoint import Checkpoint, TrainedType, choose_type
@@ -162,9 +162,10 @@ def _check_blocks(options: GgufOptions, shape: Architecture) -> None:
         kind = tensor_type(flag, name)
         weights = 1 if kind is None else block_of(kind)[0]
         if shape.hidden_size % weights:
+            others = "f16" if shape.hidden_size % BLOCK else f"one with blocks of {BLOCK}, such as q8_0"
             raise UsageError(
                 f"{flag} {name} stores rows in blocks of {weights} weights, and the rows of this file have "
-                f"{shape.hidden_size}; choose one with blocks of 32, such as q8_0"
+                f"{shape.hidden_size}; choose {others}"
             )
 
 
