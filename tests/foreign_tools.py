@@ -172,7 +172,7 @@ def adapt_pruner(folder: Path) -> torch.Tensor:
         keep_groups(layer, [0, 1, 3][: 3 - index % 2])
         keep_ffn(layer, 90 - 7 * index)
     lists = {"num_attention_heads": [6, 4, 6, 4], "num_key_value_heads": [3, 2, 3, 2]}
-    return save(model.half().float(), folder, **lists, intermediate_size=[90, 83, 76, 69])
+    return save(model, folder, **lists, intermediate_size=[90, 83, 76, 69])
 
 
 def slicegpt(folder: Path) -> None:
