@@ -104,7 +104,7 @@ def main() -> None:
             sys.exit("saved")
 
     models.from_pretrained, models.save_pretrained = classmethod(load_exact), save_and_keep
-    torch.save = pickle_and_save
+    torch.save, torch.half = pickle_and_save, torch.float32
     os.makedirs(OUT, exist_ok=True)
     runpy.run_path(SCRIPT, run_name="__main__")
 

@@ -139,12 +139,16 @@ def flap(folder: Path) -> torch.Tensor:
         keep_ffn(layer, 96 - 11 * index)
         for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
             linear.bias = nn.Parameter(0.2 * torch.randn(128))
-    save(model, folder, head_dim=None)
-    # the tool's own attention stores its rotary table
+    return save_as_flap(model, folder, head_dim=None)
+
+
+def save_as_flap(model: Any, folder: Path, **settings: Any) -> torch.Tensor:
+    """Save a model of FLAP's own class, whose attention stores its rotary table."""
+    expected = save(model, folder, **settings)
     table = 10000.0 ** (-torch.arange(0, HEAD_DIM, 2) / HEAD_DIM)
     tables = {f"model.layers.{index}.self_attn.rotary_emb.inv_freq": table.clone() for index in range(4)}
     rename(folder, lambda tensors: tensors | tables)
-    return logits(model)
+    return expected
 
 
 def flap_qwen2(folder: Path) -> torch.Tensor:
@@ -157,12 +161,14 @@ def flap_qwen2(folder: Path) -> torch.Tensor:
 
 
 def wanda_sp(folder: Path) -> torch.Tensor:
-    """FLAP 3bb57db, --prune_method wanda_sp: one ratio for every layer, no biases, config.json stays."""
+    """FLAP 3bb57db, --prune_method wanda_sp: one ratio for every layer, biases of zeros, config.json stays."""
     model = stock_model(num_key_value_heads=8)
     for layer in model.model.layers:
         keep_groups(layer, [0, 3, 4, 6, 7])
         keep_ffn(layer, 61)
-    return save(model, folder)
+        for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            linear.bias = nn.Parameter(torch.zeros(128))
+    return save_as_flap(model, folder)
 
 
 def adapt_pruner(folder: Path) -> torch.Tensor:
