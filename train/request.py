@@ -13,7 +13,7 @@ from ..runtime.latency.profile import DeviceProfile
 from .checkpoint.run_folder import SETTINGS_FILE, foreign_files, holds_only_killed_writes
 from .config.pruning import PruneConfig
 from .config.sections import TrainConfig
-from .data.documents import DataSpec
+from .data.documents import DataSpec, require_readers
 from .pruning.criteria import uses_gradient
 from .reporting.metrics import check_loggers
 
@@ -38,6 +38,8 @@ def check_request(config: TrainConfig) -> None:
     teacher = config.optimizer.teacher if config.optimizer.teacher not in ("source", "self") else ""
     if teacher:
         check_source(teacher, f"--teacher {teacher}")
+    for spec in data_specs(config):
+        require_readers(spec)
     adapter = config.foreign.adapter
     if adapter:
         check_adapter(adapter)

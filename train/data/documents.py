@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from ...runtime.base.errors import DataError, UsageError
-from ...runtime.base.extras import extra
+from ...runtime.base.extras import extra, require_extra
 from ...runtime.base.model_names import distribution_file, hub_answers, may_be_hub_id
 from .chat import Chat, Document
 from .readers import KNOWN_FILES, read_documents, read_records, reader_of, without_added_nulls
@@ -85,6 +85,14 @@ def check_documents(spec: DataSpec) -> None:
         return
     for documents in _open_files(spec, BadLines(spec.skip_bad_lines, silent=True, flag=spec.flag)):
         next(documents, None)
+
+
+def require_readers(spec: DataSpec) -> None:
+    """Raise MissingExtraError if reading a corpus needs a package that is not installed. Import nothing."""
+    if _is_hub_dataset(spec.path):
+        require_extra("datasets", "datasets")
+    if any(file.suffix in (".parquet", ".zst") for file in local_files(spec.path)):
+        require_extra("datasets", "pyarrow")
 
 
 def local_files(name: str) -> list[Path]:
