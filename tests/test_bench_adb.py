@@ -105,6 +105,7 @@ def test_a_phone_runs_the_real_runner(
     assert not (daemon.root / "efficientllm").exists()
 
 
+@pytest.mark.slow
 def test_energy_is_measured_while_the_program_runs(
     connect: Callable[..., tuple[AdbDaemon, str]], artefact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -137,6 +138,7 @@ def test_a_damaged_push_leaves_nothing(
     assert not [path for path in (daemon.root / "efficientllm").rglob("*") if path.is_file()]
 
 
+@pytest.mark.slow
 def test_bad_phones_are_one_line(
     connect: Callable[..., tuple[AdbDaemon, str]],
     artefact: Path,

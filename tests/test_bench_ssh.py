@@ -101,6 +101,7 @@ def wait_until(holds: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_a_cut_connection_leaves_no_measurement_behind(
     reached: Board, artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,6 +176,7 @@ def test_an_emulated_board_says_so(reached: Board) -> None:
     device.close()
 
 
+@pytest.mark.slow
 def test_an_interrupted_copy_goes_on(reached: Board, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ssh, "RETRY_SECONDS", (0.2, 0.2))
     file = tmp_path / "model.gguf"
@@ -197,6 +199,7 @@ def test_an_interrupted_copy_goes_on(reached: Board, tmp_path: Path, monkeypatch
     assert copied.read_bytes() == file.read_bytes()
 
 
+@pytest.mark.slow
 def test_a_half_file_of_something_else_is_not_trusted(reached: Board, tmp_path: Path) -> None:
     file = tmp_path / "model.gguf"
     file.write_bytes(os.urandom(100_000))

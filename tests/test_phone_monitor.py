@@ -30,6 +30,7 @@ def run_monitored(folder: Path, path: Path, root: Path, shell: str) -> ProgramRe
     return parse_record(done.stdout.replace(f"{root}/", "/sys/"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shell", ["sh", "mksh"])
 def test_energy_and_clock_are_those_of_the_work(tmp_path: Path, shell: str) -> None:
     """8 W and 1.8 GHz in the longest decode (48 tokens at 27 per second), 12 W and 2.4 GHz before, 0.8 W at rest."""

@@ -59,6 +59,7 @@ def received(connection: socket.socket) -> bytes:
     return b"".join(parts)
 
 
+@pytest.mark.slow
 def test_a_body_that_does_not_come_is_given_up(address: str) -> None:
     with connected(address, 1, HEAD + b'{"model"') as (connection,):
         answer = received(connection)
@@ -71,6 +72,7 @@ def test_a_connection_that_says_nothing_is_closed(address: str) -> None:
         assert received(silent) == received(slow) == b""
 
 
+@pytest.mark.slow
 def test_connections_beyond_the_limit_are_told_so_and_the_rest_is_served(address: str) -> None:
     with connected(address, MOST, HEAD) as held:
         time.sleep(0.1)  # they are in the server's books
@@ -103,6 +105,7 @@ def test_clients_that_read_nothing_are_let_go(address: str) -> None:
             time.sleep(0.1)
 
 
+@pytest.mark.slow
 def test_a_slow_reader_gets_its_whole_answer(address: str) -> None:
     whole = httpx.get(f"{address}/openapi.json").content
     where = urlsplit(address)

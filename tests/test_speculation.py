@@ -69,6 +69,7 @@ def test_answers_are_those_without_proposals(engine: EngineScheduler, artefact: 
     plain.close()
 
 
+@pytest.mark.slow
 def test_sampled_answers_have_the_exact_distribution(engine: EngineScheduler) -> None:
     """All 32 answers of five tokens among two, of which most have accepted and refused proposals."""
     low, high = 5, 6
