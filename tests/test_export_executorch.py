@@ -102,8 +102,7 @@ def test_a_program_with_another_code_is_refused(
 
     def with_another_code(*arguments: Any) -> program.LoweredProgram:
         lowered = lower(*arguments)
-        named = reader.deserialize_pte_binary(lowered.buffer).named_data
-        assert named is not None
+        named: Any = reader.deserialize_pte_binary(lowered.buffer).named_data
         changed = bytearray(lowered.buffer)
         changed[lowered.buffer.index(bytes(max(named.buffers, key=len)))] ^= 1
         return replace(lowered, buffer=bytes(changed))
