@@ -150,9 +150,9 @@ def missing_tensor(name: str, after: Architecture) -> np.ndarray:
 def uniform_architecture(architecture: Architecture, multiple: int = 1) -> Architecture:
     """Return the smallest uniform shape that contains every layer and that stock readers accept.
 
-    Its hidden size is a multiple of `multiple`.
-    Stock Llama needs hidden_size to be a multiple of the query heads, and a family without head_dim in its config needs
-    it to be the heads times head_dim. If the stock class has no groups, every head has its own keys and values.
+    Its hidden size is a multiple of `multiple`. Stock Llama needs hidden_size to be a multiple of the query heads, and
+    a family without head_dim in its config needs it to be the heads times head_dim. If the stock class has no groups,
+    every head has its own keys and values.
     """
     layers, hidden, head_dim = architecture.layers, architecture.hidden_size, architecture.head_dim
     groups = max(max(layer.num_key_value_heads for layer in layers), 1)
@@ -166,13 +166,12 @@ def uniform_architecture(architecture: Architecture, multiple: int = 1) -> Archi
         least = max(ratio, -(-hidden // (head_dim * num_groups))) if derives_head_dim else ratio
         for per_group in range(least, max(2 * least, least + multiple) + 1) if has_groups else (1,):
             heads = num_groups * per_group
-            if derives_head_dim and heads * head_dim % multiple:
+            size = heads * head_dim if derives_head_dim else round_up(hidden, math.lcm(heads, multiple))
+            if size % multiple:
                 continue
-            candidate = widened(
-                architecture,
-                heads * head_dim if derives_head_dim else round_up(hidden, math.lcm(heads, multiple)),
-                (LayerShape(heads, num_groups, width),) * len(layers),
-            )
+            if best is not None and size >= best.hidden_size and heads >= best.layers[0].num_attention_heads:
+                continue  # no fewer groups either, so no fewer parameters
+            candidate = widened(architecture, size, (LayerShape(heads, num_groups, width),) * len(layers))
             if best is None or candidate.num_parameters < best.num_parameters:
                 best = candidate
     assert best is not None
