@@ -27,7 +27,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def gate(source_folder: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What tests/tools/gpu_gate.py finds, all of it in one process: to compile and import takes eight seconds."""
+    """Return the findings of tests/tools/gpu_gate.py, from one process that compiles and imports once."""
     folder = tmp_path_factory.mktemp("gate")
     command = [sys.executable, "-m", "tests.tools.gpu_gate", "all", source_folder, corpus, folder]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -97,7 +97,7 @@ class Case:
     chunks: tuple[int, ...]
     seed: int
     is_calibrated: bool
-    """Whether text guides the rounding."""
+    """True if text guides the rounding."""
 
 
 def generate(target: str, seed: int, index: int) -> Case:

@@ -66,7 +66,7 @@ class ActivationCriterion:
     """(sums over the tokens of a step, weight [H, C]) -> scores of the C input channels, fp32. A head's score is the
     sum over its channels."""
     is_energy: bool = False
-    """Whether scores are squares of changes, as in Criterion."""
+    """True if scores are squares of changes, as in Criterion."""
     uses_gradient: ClassVar[bool] = False
 
 
