@@ -96,9 +96,12 @@ def read_stored(folder: Path) -> dict[str, Stored]:
         for name in headers:
             refuse_method(name, folder)
         return {name: _stored(name, header) for name, header in headers.items() if not IGNORED.search(name)}
-    files = weight_files(folder, PICKLE_FILE) or pickles(folder)
-    if len(files) > 1 and not weight_files(folder, PICKLE_FILE):
-        raise _refused_pickle(files[0], f"it is one of {len(files)}, and transformers' weights are named {PICKLE_FILE}")
+    files = weight_files(folder, PICKLE_FILE)
+    if not files:
+        files = pickles(folder)
+        if len(files) > 1:
+            rule = f"it is one of {len(files)}, and transformers' weights are named {PICKLE_FILE}"
+            raise _refused_pickle(files[0], rule)
     found: dict[str, Stored] = {}
     for file in files:
         for name, tensor in _unpickled(file).items():
