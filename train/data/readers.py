@@ -182,6 +182,9 @@ TEXT_READERS: dict[str, Reader] = {
 TABLE_READERS: dict[str, Reader] = {".parquet": _read_parquet}
 """Readers of formats that have their own compression."""
 
+ARROW_FILES = (*TABLE_READERS, ".zst")
+"""Ends of the names of files that need pyarrow."""
+
 KNOWN_FILES = f"{', '.join(TEXT_READERS)} (each also .gz or .zst), {', '.join(TABLE_READERS)}"
 
 
