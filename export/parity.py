@@ -23,7 +23,7 @@ from ..train.model.irregular import irregular_config
 from ..train.model.modeling_efficientllm import CAUSAL_LM_CLASSES
 from ..train.model.tensors import EMBEDDING, HEAD
 from .checkpoint import Checkpoint
-from .verification import MAX_EXACT_DIFFERENCE, Activation, EngineRun, StoredWeights, replace_activation
+from .verification import MAX_EXACT_DIFFERENCE, REPORT, Activation, EngineRun, StoredWeights, replace_activation
 
 ROUNDING_FACTOR = 2.0
 """Allowed distance of the engine, in distances of the two references. Another order of sums moves a few inputs to the
@@ -161,8 +161,7 @@ def check_runs(reference: Reference, runs: list[EngineRun], origin: str, target:
             if not distance <= limits[name]:  # NaN is no distance
                 raise ArtefactError(
                     f"{target}: {run.title}, the engine's logits differ by {distance:.2e} ({name}) from torch's with "
-                    f"the file's own weights (limit {limits[name]:.2e}, by the rounding of inputs); nothing was "
-                    "written. Please report this model; --no-verify exports it anyway"
+                    f"the file's own weights (limit {limits[name]:.2e}, by the rounding of inputs); {REPORT}"
                 )
     return {"weights": origin, "limits": limits, "distances": found, "cpu": _describe_cpu()}
 
@@ -192,7 +191,6 @@ def check_weights(source: Iterable[tuple[str, np.ndarray]], stored: StoredWeight
     worst = max(errors, key=lambda name: errors[name])
     if not errors[worst] < 1:
         raise ArtefactError(
-            f"{target}: the stored {worst} is {errors[worst]:.0%} of its size away from the checkpoint's; nothing was "
-            "written. Please report this model; --no-verify exports it anyway"
+            f"{target}: the stored {worst} is {errors[worst]:.0%} of its size away from the checkpoint's; {REPORT}"
         )
     return {"matrix": worst, "relative_error": errors[worst]}

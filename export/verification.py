@@ -31,6 +31,9 @@ MAX_LOGIT_DIFFERENCE = 1e-4
 MAX_EXACT_DIFFERENCE = 1e-3
 """Largest |logit difference| of an fp32 file in another engine, whose sums run in another order."""
 
+REPORT = "nothing was written. Please report this model; --no-verify exports it anyway"
+"""End of the message for a file that is not what was exported."""
+
 SAMPLE_TOKENS = 256
 """Tokens of the sample of a model without windows."""
 BEYOND_WINDOW = 64
@@ -150,7 +153,7 @@ def check_exact(agreement: Agreement, reference: np.ndarray, target: str, most: 
     if not agreement.max_logit_difference <= limit:
         raise ArtefactError(
             f"{target}: the fp32 file's logits differ from torch's by {agreement.max_logit_difference:.2e} (limit "
-            f"{limit:.0e}); nothing was written. Please report this model; --no-verify exports it anyway"
+            f"{limit:.0e}); {REPORT}"
         )
 
 

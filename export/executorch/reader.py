@@ -26,7 +26,7 @@ from executorch.exir.scalar_type import ScalarType
 from torch import Tensor
 
 from ...runtime.base.errors import ArtefactError
-from ..verification import StoredWeights
+from ..verification import REPORT, StoredWeights
 from .quantize import dequantized_table
 
 DTYPES = {
@@ -67,8 +67,7 @@ def read_weights(path: Path, given: StoredWeights) -> StoredWeights:
         found = next((each for each in matrices if each.holds(array)), None)
         if found is None:
             raise ArtefactError(
-                f"executorch: the program holds no matrix with the codes that were given for {name}; nothing was "
-                "written. Please report this model; --no-verify exports it anyway"
+                f"executorch: the program holds no matrix with the codes that were given for {name}; {REPORT}"
             )
         tensors[name] = found.cropped(array)
         matrices.remove(found)  # a tied head has the codes of the embedding, and each is stored

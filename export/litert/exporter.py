@@ -26,7 +26,7 @@ from ..manifest import Contents, write_manifest
 from ..padding import padded_tensors
 from ..request import ExportRequest, RoundingOptions, log
 from ..targets import Exporter
-from ..verification import Written, check_stepwise, run_chunks, step_through, torch_sample
+from ..verification import REPORT, Written, check_stepwise, run_chunks, step_through, torch_sample
 
 MODEL_FILE = "model.litertlm"
 
@@ -202,8 +202,7 @@ def check_greedy_text(model: Path, decoder: TfliteDecoder, tokenizer: Any) -> in
             spoken = _texts(decoder, tokenizer, [*begin, *tokenizer.encode(prompt, add_special_tokens=False).ids], ends)
             if text not in spoken:
                 raise ArtefactError(
-                    f"litert: LiteRT-LM continues with {text!r}, the program in its file with {min(spoken)!r}; nothing "
-                    "was written. Please report this model; --no-verify exports it anyway"
+                    f"litert: LiteRT-LM continues with {text!r}, the program in its file with {min(spoken)!r}; {REPORT}"
                 )
             if text:
                 break

@@ -17,7 +17,7 @@ from ...runtime.base.errors import ArtefactError
 from ...train.model.tensors import EMBEDDING
 from ..checkpoint import Checkpoint
 from ..padding import padded_tensors
-from ..verification import StoredWeights
+from ..verification import REPORT, StoredWeights
 
 NEAREST = 0.501
 """Largest distance of a weight from its code, in scales: a half, and the rounding of a division."""
@@ -44,8 +44,7 @@ def read_weights(path: Path, checkpoint: Checkpoint) -> StoredWeights:
 
 
 def _error(fault: str) -> ArtefactError:
-    advice = "nothing was written. Please report this model; --no-verify exports it anyway"
-    return ArtefactError(f"litert: in the written program {fault}; {advice}")
+    return ArtefactError(f"litert: in the written program {fault}; {REPORT}")
 
 
 def _matrices(path: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
