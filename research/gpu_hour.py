@@ -43,10 +43,13 @@ from efficientllm.train.reporting.metrics import RunProgress, read_metrics
 from efficientllm.train.stop_signal import StopSignal
 from efficientllm.train.training_step import TrainingStep
 
-SMOLLM = Architecture("llama", 2048, 64, 49_152, True, (LayerShape(32, 32, 8192),) * 24)
-"""SmolLM-1.7B, the source of both presets."""
+LLAMA_1B = Architecture("llama", 2048, 64, 128_256, True, (LayerShape(32, 8, 8192),) * 16)
+SHAPES = {
+    "gpu24-1b": LLAMA_1B,
+    "node8-8b": Architecture("llama", 4096, 128, 128_256, False, (LayerShape(32, 8, 14_336),) * 4),
+}
+"""Preset -> Llama-3.2-1B, and Llama-3.1-8B with an eighth of its layers, about as much as one of eight ranks stores."""
 TINY = Architecture("llama", 64, 16, 512, True, (LayerShape(4, 2, 96),) * 2)
-PRESETS = ("gpu24-469m", "node8-1b")
 BUDGET_SECONDS = 25 * 60
 """Cases that would start later are left out."""
 CASE_SECONDS = 240
@@ -119,11 +122,11 @@ def time_case(
     name: str, compiles: bool, fuses: bool, is_tiny: bool, device: torch.device, trace: Path
 ) -> dict[str, Any]:
     """Time steps of a preset and write a trace of one. Two microbatches make a step, as more take only longer."""
-    config, shape = preset(name), TINY if is_tiny else SMOLLM
+    config, shape = preset(name), TINY if is_tiny else SHAPES[name]
     if is_tiny:
         source = replace(config.source, sequence_length=32)
-        pruning = replace(config.pruning, target_params=None, target_ratio=0.7)
-        config = replace(config, source=source, pruning=pruning, run=replace(config.run, offload=False))
+        pruning = replace(config.pruning, target_ratio=0.7)
+        config = replace(config, source=source, pruning=pruning)
     optimizer = replace(config.optimizer, gradient_accumulation=2)
     config = replace(config, optimizer=optimizer, run=replace(config.run, compile=compiles))
     loss_module.fuses_on_gpu = fuses
@@ -249,7 +252,7 @@ def main() -> None:
     }
     # the presets' own settings first, and compiled ones last because they take longest
     switches = ((False, True), (True, False)) if not options.tiny else ((False,), (True,))
-    for compiles, fuses, name in itertools.product(*switches, PRESETS):
+    for compiles, fuses, name in itertools.product(*switches, SHAPES):
         left = BUDGET_SECONDS - (time.monotonic() - start)
         case = [name, str(compiles), str(fuses)]
         rest = ["--device", options.device, "--source", options.source, *(["--tiny"] if options.tiny else [])]

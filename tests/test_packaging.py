@@ -36,6 +36,8 @@ MAY_IMPORT = {
     "train/pruning": {"runtime/base", "runtime/latency", "train/config", *TRAINED, "train/vocabulary"},
     "train/quantisation": {"train/config", "train/model", "train/compute"},
     "train/planning": {
+        "train",
+        "train/compute",
         "runtime/base",
         "runtime/latency",
         "train/config",

@@ -83,7 +83,7 @@ def test_what_is_no_run_and_what_is_far_away(
     assert run_command(cli.body, ["tiny", "--run", str(tmp_path)]) == 2
     assert "is not a finished run" in capsys.readouterr().err
     assert run_command(cli.body, ["tiny"]) == 2
-    assert "--device-profile, or finished runs with --run" in capsys.readouterr().err
+    assert "--device-profile, finished runs with --run" in capsys.readouterr().err
     arguments = ["tiny", "--within", "1.0001"]
     assert run_command(cli.body, arguments + [part for run in runs for part in ("--run", run)]) == 0
     assert "more than 1000 times the longest run away" in capsys.readouterr().out

@@ -259,7 +259,7 @@ def test_as_many_removals_as_asked_for(source_folder: Path, corpus: Path, tmp_pa
     assert events == pytest.approx([0.2, 0.5, 0.8], abs=0.1)
 
 
-@pytest.mark.parametrize("name", ["gpu24-469m", "node8-1b"])
+@pytest.mark.parametrize("name", ["gpu24-1b", "node8-8b"])
 def test_gpu_presets_use_the_recommended_recipe(name: str) -> None:
     settings = PRESETS[name]()
     assert 1 < settings.pruning.removals <= 8

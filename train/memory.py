@@ -59,11 +59,13 @@ def estimate_memory(
     shards: int = 1,
     keeps_products: bool = False,
     is_on_gpu: bool = False,
+    fuses: bool = fuses_on_gpu,
 ) -> MemoryEstimate:
     """Estimate the memory of a model of this shape.
 
     `products` is the type of matrix products, `shards` the ranks that share weights, gradients and moments.
-    `keeps_products` stores the layers' gradients in that type.
+    `keeps_products` stores the layers' gradients in that type. `fuses` says whether a GPU computes the loss in fused
+    kernels.
     """
     size, settings = architecture.num_parameters, config.optimizer
     is_bf16 = products == torch.bfloat16
@@ -75,19 +77,30 @@ def estimate_memory(
     tokens = settings.batch_size * config.source.sequence_length
     logits = min(tokens, chunk_tokens(is_on_gpu, architecture.vocab_size)) * architecture.vocab_size
     of_logit = 2 if is_bf16 else 4
-    of_logit += 8 if is_on_gpu and not fuses_on_gpu else 0  # a log-probability and a temporary, in fp32
+    of_logit += 8 if is_on_gpu and not fuses else 0  # a log-probability and a temporary, in fp32
     head = embedding + logits * of_logit * (2 if settings.distill else 1)
     head += embedding // 2 if is_bf16 else 0
     forward = head + _kept_for_backward(config, architecture, tokens, is_bf16)
     forward += gradients // shards if settings.gradient_accumulation > 1 else 0
     needs_second = architecture.tie_word_embeddings or "stem" in config.pruning.prune
     backward = gradients // shards + (embedding if needs_second else 0)  # the embedding's before it is added, or scored
+    if shards > 1:
+        forward += gathered_bytes(architecture)
+        backward += gathered_bytes(architecture) + 4 * architecture.embedding_parameters
     rest = PROCESS_BYTES + max(forward, backward) - gradients // shards
     rest += size * (2 if is_bf16 else 4) if settings.distill or config.pruning.recover != "none" else 0
     rest += 4 * size if config.quantisation.is_on else 0  # the rounded weights beside the others
     rest += _gram_bytes(config, architecture) if config.pruning.weight_update == "obs" else 0
     kept = 4 * size // shards, gradients // shards, moments // shards
     return MemoryEstimate(*kept, round(rest + FRAGMENTS * (sum(kept) + rest)))
+
+
+def gathered_bytes(architecture: Architecture) -> int:
+    """Return the bytes of whole weights under FSDP: embedding and head, two layers, and the gradient of one."""
+    layers = [
+        architecture.attention_parameters(each) + architecture.ffn_parameters(each) for each in architecture.layers
+    ]
+    return 4 * (architecture.embedding_parameters + 3 * max(layers))
 
 
 def _kept_for_backward(config: TrainConfig, architecture: Architecture, tokens: int, is_bf16: bool) -> int:

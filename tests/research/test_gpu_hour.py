@@ -46,7 +46,7 @@ def test_the_first_hour_on_a_gpu_runs_on_the_cpu(
     assert check["removals_equal"]
     assert check["resumed_identically"]
     assert check["largest_loss_difference"] == 0
-    assert [case["preset"] for case in report["cases"]] == ["gpu24-469m", "node8-1b"]
+    assert [case["preset"] for case in report["cases"]] == ["gpu24-1b", "node8-8b"]
     for case in report["cases"]:
         assert case["tokens_per_second"] > 0, case
         assert (folder / f"trace-{case['preset']}-False-True.json").is_file()

@@ -34,7 +34,7 @@ from efficientllm.train.config.pruning import PruneConfig
 from efficientllm.train.config.sections import OptimizerConfig, SourceConfig, TrainConfig
 from efficientllm.train.model.architecture import Architecture, LayerShape
 from efficientllm.train.trainer import Trainer
-from research.gpu_hour import make_step, random_model
+from research.gpu_hour import LLAMA_1B, make_step, random_model
 
 RUNS: dict[str, str] = {
     "taylor1": "--prune attention,ffn,stem,blocks --block-tokens 128",
@@ -112,7 +112,7 @@ def error_of_two_devices() -> str:
 
 META = torch.device("meta")
 SHAPES = {
-    "1b": Architecture("llama", 2048, 64, 128_256, True, (LayerShape(32, 8, 8192),) * 16),
+    "1b": LLAMA_1B,
     "1b-half": Architecture("llama", 2048, 64, 128_256, True, (LayerShape(12, 3, 2560),) * 16),
 }
 """Llama-3.2-1B, and half of its layers' parameters."""

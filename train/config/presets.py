@@ -82,52 +82,49 @@ def job() -> TrainConfig:
     )
 
 
-def gpu24_469m() -> TrainConfig:
-    """Return settings for SmolLM-1.7B to 469M on one GPU of 24 GB and 32 GB of host memory.
+SCALE_PRUNING: dict[str, Any] = {
+    "prune": ("attention", "ffn"),
+    "prune_start": 0.05,
+    "prune_end": 0.2,
+    "removals": 4,
+}
+"""Removals of long runs on GPUs. The vocabulary stays, because the teacher would read other tokens, which the CPU
+makes."""
 
-    The recipe is that of `recover`, with eight removals as so much is removed, and the whole vocabulary. A step has
-    half a million tokens. Weights, gradients and AdamW's moments take 16 bytes a parameter, 27 GB at the start. They
-    stay in host memory, and layers move to the GPU for every microbatch, so microbatches are large (start it with
-    `torchrun --nproc-per-node 1 -m efficientllm.train.cli`). Not run on such a GPU yet. The paper's 469M model saw 50B
-    tokens.
+
+def gpu24_1b() -> TrainConfig:
+    """Return settings for Llama-3.2-1B to a half on one GPU of 24 GB, half a million tokens a step.
+
+    Weights, gradients and bf16 moments take 12 bytes a parameter and the teacher 2. Not run on such a GPU yet.
     """
-    return _smollm_1_7b(
-        pruning={
-            "prune": ("attention", "ffn", "stem"),
-            "target_params": 469_000_000,
-            "prune_end": 0.25,
-            "removals": 8,
-        },
-        optimizer={"tokens": 5_000_000_000, "batch_size": 8, "gradient_accumulation": 32},
-        run=RunConfig(
-            data_parallel="fsdp", offload=True, activation_checkpointing=True, checkpoint_every=500, tensorboard=True
-        ),
+    return _llama(
+        "meta-llama/Llama-3.2-1B",
+        OptimizerConfig(tokens=1_000_000_000, batch_size=2, gradient_accumulation=128, optimizer_dtype="bfloat16"),
+        RunConfig(activation_checkpointing=True, checkpoint_every=100, tensorboard=True),
     )
 
 
-def node8_1b() -> TrainConfig:
-    """Return settings for SmolLM-1.7B to 1.1B on one node of eight 80 GB GPUs, a million tokens a step.
+def node8_8b() -> TrainConfig:
+    """Return settings for Llama-3.1-8B to a half on one node of eight 80 GB GPUs, half a million tokens a step.
 
-    The recipe is that of `recover` with four removals. It keeps the vocabulary. Otherwise the teacher would read other
-    tokens, which the CPU makes. It uses 50B tokens as in the paper. Start it with `torchrun --nproc-per-node 8 -m
-    efficientllm.train.cli`. Not run on such a node yet.
+    FSDP shards weights, gradients and moments. Start it with `torchrun --nproc-per-node 8 -m efficientllm.train.cli`.
+    Not run on such a node yet.
     """
-    return _smollm_1_7b(
-        pruning={"prune": ("attention", "ffn"), "target_params": 1_100_000_000, "prune_end": 0.2, "removals": 4},
-        optimizer={"tokens": 50_000_000_000, "batch_size": 8, "gradient_accumulation": 8},
-        run=RunConfig(data_parallel="ddp", activation_checkpointing=True, checkpoint_every=1000, tensorboard=True),
+    return _llama(
+        "meta-llama/Llama-3.1-8B",
+        OptimizerConfig(tokens=10_000_000_000, gradient_accumulation=8),
+        RunConfig(data_parallel="fsdp", activation_checkpointing=True, checkpoint_every=500, tensorboard=True),
     )
 
 
-def _smollm_1_7b(pruning: dict[str, Any], optimizer: dict[str, Any], run: RunConfig) -> TrainConfig:
-    """Return the recipe of `recover` for SmolLM-1.7B with these changes. Removals begin after 5 % of the tokens."""
+def _llama(source: str, optimizer: OptimizerConfig, run: RunConfig) -> TrainConfig:
+    """Return the recipe of `recover` for a long run of this source."""
     recipe = recover()
+    kept = {name: getattr(recipe.optimizer, name) for name in ("learning_rate", "lr_schedule", "distill")}
     return TrainConfig(
-        source=SourceConfig(
-            source="HuggingFaceTB/SmolLM-1.7B", data=(SMOLLM_CORPUS,), sequence_length=2048, eval_tokens=262_144
-        ),
-        pruning=replace(recipe.pruning, prune_start=0.05, **pruning),
-        optimizer=replace(recipe.optimizer, learning_rate=3e-4, **optimizer),
+        source=SourceConfig(source=source, data=(SMOLLM_CORPUS,), sequence_length=2048, eval_tokens=262_144),
+        pruning=replace(recipe.pruning, target_ratio=0.5, **SCALE_PRUNING),
+        optimizer=replace(optimizer, **kept),
         run=run,
     )
 
@@ -136,8 +133,8 @@ PRESETS: dict[str, Callable[[], TrainConfig]] = {
     "cpu-quickstart": cpu_quickstart,
     "recover": recover,
     "job": job,
-    "gpu24-469m": gpu24_469m,
-    "node8-1b": node8_1b,
+    "gpu24-1b": gpu24_1b,
+    "node8-8b": node8_8b,
 }
 
 

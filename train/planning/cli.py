@@ -1,4 +1,4 @@
-"""`efficientllm-plan`: predict the gain of pruning on measured devices, and the tokens it needs, before training."""
+"""`efficientllm-plan`: predict the gain of pruning on measured devices, its tokens, and its cost on GPUs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from ...runtime.base import flags
 from ...runtime.base.command import run_command
@@ -45,6 +45,14 @@ class PlanConfig:
     """Perplexity to reach, as a multiple of the source's; with --run."""
     tflops: float = flags.number(0.0, at_least=0)
     """Peak of a GPU in TFLOP/s, to predict its hours; with --run."""
+    gpu: Literal["none", "h100", "a100", "4090", "l4"] = "none"
+    """GPU to plan a run for: h100 and a100 (80 GB), 4090 and l4 (24 GB)."""
+    gpus: int = flags.number(1, at_least=1)
+    """Number of these GPUs: up to 8, or a multiple of 8."""
+    tokens: int = flags.count(1_000_000_000, at_least=1_000_000)
+    """Training tokens of the run on GPUs."""
+    target_ratio: float = flags.number(0.5, above=0, at_most=1)
+    """Share of the source's parameters that the run on GPUs keeps."""
     picture: str = ""
     """PNG file to write: milliseconds by part before and after; with --run, the law."""
 
@@ -55,6 +63,7 @@ class PlanConfig:
                 LatencyTarget.parse(text)
             except ValueError as error:
                 flags.require(self, "target", False, str(error), value=text)
+        flags.require(self, "gpus", self.gpus <= 8 or self.gpus % 8 == 0, "give at most 8, or a multiple of 8")
         rule = "vocabulary rows are ranked by text, which a plan does not have; remove it"
         flags.require(self, "prune", not self.space.prunes_vocabulary, rule, value=",".join(self.prune))
 
@@ -70,10 +79,11 @@ def build_parser() -> flags.Parser:
         prog="efficientllm-plan",
         examples=(
             "plan demo --device-profile phone.json --target 0.67x,0.5x",
-            "plan demo --run runs/short --run runs/longer --within 1.1",
+            "plan meta-llama/Llama-3.1-8B --gpu h100 --gpus 8 --tokens 10B",
         ),
         description="Before training: what each kind of group costs on measured devices and what a target in "
-        "milliseconds leaves (--device-profile), or how many tokens a quality takes (--run).",
+        "milliseconds leaves (--device-profile), how many tokens a quality takes (--run), or the settings, memory, "
+        "hours and command of a run on GPUs (--gpu).",
     )
     parser.add_argument("source", help="Hugging Face or run folder, hub id, .gguf file, or 'demo'")
     return parser
@@ -107,14 +117,18 @@ def body(argv: Sequence[str]) -> int:
     arguments = build_parser().parse(argv)
     name = arguments.pop("source")
     config = flags.take(arguments, PlanConfig)
-    if not config.device_profile and not config.run:
-        raise UsageError("name a profile of a device with --device-profile, or finished runs with --run")
-    if config.device_profile and config.run:
-        raise UsageError("--run and --device-profile are two plans; ask for one at a time")
+    plans = {"--device-profile": config.device_profile, "--run": config.run, "--gpu": config.gpu != "none"}
+    asked = [flag for flag, value in plans.items() if value]
+    if not asked:
+        raise UsageError("name a profile of a device with --device-profile, finished runs with --run, or a --gpu")
+    if len(asked) > 1:
+        raise UsageError(f"{' and '.join(asked)} are different plans; ask for one at a time")
     if config.picture:
         check_file("--picture", Path(config.picture), config.device_profile)
     if config.run:
         return _plan_tokens(name, config)
+    if config.gpu != "none":
+        return _plan_gpus(name, config)
     workload = Workload.parse(config.workload)
     profiles = [DeviceProfile.load(Path(path)) for path in config.device_profile]
     with extra("train"):
@@ -134,6 +148,16 @@ def _plan_tokens(name: str, config: PlanConfig) -> int:
     if config.picture:
         draw_law(law, config.within, Path(config.picture))
         print(f"\npicture: {config.picture}")
+    return 0
+
+
+def _plan_gpus(name: str, config: PlanConfig) -> int:
+    """Print the plan of a run on GPUs."""
+    shape = source_shape(name)
+    from .gpus import plan_gpus, report
+
+    plan = plan_gpus(name, shape, config.gpu, config.gpus, config.tokens, config.target_ratio)
+    print(report(name, shape, config.gpu, config.gpus, plan))
     return 0
 
 
