@@ -167,7 +167,7 @@ class Generation:
         self.max_tokens = options.max_tokens if options.overflow == "slide" else min(options.max_tokens, room)
         self.sampler = Sampler(options.sampling.with_defaults(engine.sampling_defaults), prompt, options.logit_bias)
         self.text = TextStream(options.stop, options.stop_until)
-        self._lookup = engine.prompt_lookup(prompt)
+        self._proposer = engine.proposer(prompt)
         self.stats = GenerationStats(prompt_tokens=len(prompt), finish_reason="length")
 
     def __iter__(self) -> Iterator[str]:
@@ -246,10 +246,10 @@ class Generation:
     def _propose(self) -> None:
         """Let the next pass check proposed tokens if that is expected to be faster."""
         self.lease.draft = []
-        if self._lookup is not None and not self.is_over:
+        if self._proposer is not None and not self.is_over:
             room = self.engine.context_length - len(self.tokens)
             left = self.max_tokens - self.stats.completion_tokens - 1
-            self.lease.draft = self.engine.draft(self._lookup, min(room, left))
+            self.lease.draft = self.engine.draft(self._proposer, min(room, left))
 
     def _append_forced(self) -> str:
         """Append the tokens that the constraint forces, and return the text to show."""
@@ -268,8 +268,8 @@ class Generation:
         self.tokens.append(token)
         self.answer.append(token)
         self.sampler.push(token)
-        if self._lookup is not None:
-            self._lookup.push(token)
+        if self._proposer is not None:
+            self._proposer.push(token)
         if self.constraint is not None:
             self.constraint.push(token)
         self.stats.completion_tokens += 1

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, version
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ..base import flags
 from ..base.errors import ArtefactError, EfficientLLMError, UsageError
 from .artefact import Artefact
+from .draft_model import DraftModel
 from .memory import trim_heap
 from .probe import probe_artefact
 from .protocol import Engine
@@ -77,6 +78,9 @@ class EngineOptions:
     """gguf: propose tokens that followed the last ones earlier in prompt or answer, and check several in one pass. The
     answer is as without it, but for the rounding of kernels for several tokens. Where this is measured to be slower,
     nothing is proposed."""
+    draft: str = ""
+    """gguf: a smaller model with the same vocabulary or a part of it, such as a smaller size of the same run, which
+    proposes tokens. Answers and their times are as with --lookup."""
     warm_up: bool = False
     """Evaluate one token after loading, so that memory is allocated before the first answer."""
 
@@ -153,27 +157,62 @@ def load_engine(
     Raise ArtefactError for a missing, damaged or foreign artefact, MissingExtraError for a missing engine package.
     """
     artefact = model if isinstance(model, Artefact) else Artefact.open(model)
-    engine_class: Callable[[Path, EngineOptions], Engine] = find_engine(artefact).load()
     options = options or EngineOptions()
     if options.kv_cache != "auto" and artefact.engine != "llama.cpp":
         raise UsageError(
             f"--kv-cache {options.kv_cache}: the export of {artefact.path.name} fixed its cache type; use auto"
         )
-    artefact.verify()
+    if options.draft and artefact.engine != "llama.cpp":
+        raise UsageError(f"--draft {options.draft}: {artefact.engine} checks no proposals; remove it, or export a gguf")
     manifest = artefact.known_manifest
-    if probe and manifest is None:
-        probe_artefact(artefact, engine_version(artefact.engine), asdict(options) | {"tune": False})
+    loaded = _load(artefact, options, probe)
+    if options.draft:
+        try:
+            _add_draft(loaded, artefact, options, probe)
+        except BaseException:
+            loaded.close()
+            raise
+    engine = EngineScheduler(loaded, manifest.sampling if manifest else {})
+    if options.warm_up:
+        engine.prefill([0])
+    trim_heap()
+    return engine
+
+
+def _load(artefact: Artefact, options: EngineOptions, probe: bool) -> Any:
+    """Return the loaded engine of `artefact`, see `load_engine`."""
+    engine_class: Callable[[Path, EngineOptions], Engine] = find_engine(artefact).load()
+    artefact.verify()
+    if probe and artefact.known_manifest is None:
+        probe_artefact(artefact, engine_version(artefact.engine), asdict(options) | {"tune": False, "draft": ""})
     try:
-        engine = EngineScheduler(engine_class(artefact.model_file, options), manifest.sampling if manifest else {})
+        return engine_class(artefact.model_file, options)
     except (EfficientLLMError, OSError):
         raise
     except Exception as error:  # libraries raise anything for a file that they do not expect
         reason = " ".join(f"{type(error).__name__} {error}".split())
         raise ArtefactError(f"{artefact.path}: {artefact.engine} cannot load it: {reason}") from error
-    if options.warm_up:
-        engine.prefill([0])
-    trim_heap()
-    return engine
+
+
+def _add_draft(engine: Any, artefact: Artefact, options: EngineOptions, probe: bool) -> None:
+    """Load the draft model of `engine`. Raise UsageError if it cannot propose tokens of `artefact`."""
+    draft, flag = Artefact.open(options.draft), f"--draft {options.draft}"
+    if draft.engine != artefact.engine:
+        raise UsageError(f"{flag}: is for {draft.engine}; give a GGUF file")
+    plain = replace(options, draft="", lookup=False, cache_memory=0, tune=False, context=engine.context_length)
+    try:
+        proposing = _load(draft, plain, probe)
+    except UsageError:  # it was trained on fewer tokens, and proposes nothing beyond them
+        proposing = _load(draft, replace(plain, context=0), probe)
+    is_cut = engine.cuts_sequences and proposing.cuts_sequences
+    model = DraftModel(proposing, engine, engine.speculation) if is_cut else None
+    if model is not None and model.tokens.is_sound:
+        engine.add_draft(model, draft.file_bytes + proposing.kv_cache_bytes)
+        return
+    proposing.close()
+    if model is None:
+        raise UsageError(f"{flag} for {artefact.path}: a recurrent model cannot be used with a draft; remove it")
+    raise UsageError(f"{flag}: its vocabulary is not that of {artefact.path}; use a model with the same tokenizer")
 
 
 def find_engine(artefact: Artefact) -> EntryPoint:

@@ -23,6 +23,7 @@ from .manifest import Manifest
 from .memory import huge_pages, trim_heap
 from .protocol import Chunk, Pooling
 from .scheduling_policy import PassTimes
+from .speculation import Draft, Speculation
 from .tuning import choose_attention, measure_pass_times
 
 LOGITS_PASS_TOKENS = 64
@@ -44,6 +45,10 @@ class LlamaCppEngine:
 
     pass_times: PassTimes | None = None
     """Measured times of passes, with several sequences."""
+    speculation: Speculation | None = None
+    """None if no tokens are proposed."""
+    draft_bytes = 0
+    """Size of the draft model in memory."""
 
     def __init__(self, path: Path, options: EngineOptions) -> None:
         with extra("gguf", "llama-cpp-python"):
@@ -84,11 +89,12 @@ class LlamaCppEngine:
         self.load_ms += (time.perf_counter() - began) * 1e3
         self.state_format = f"{version}, {attention}"
         self.cuts_sequences = self._context.cuts_sequences
-        self.checks_drafts = options.lookup and self.cuts_sequences
         self.settings, self.cache_slots, self.max_batch = str(attention), self._context.slots, self._context.max_batch
         if self.num_sequences > 1 and options.tune:
             times = measure_pass_times(path, f"{release}, {attention}", self._context, self.num_sequences)
             self.pass_times, self.settings = times, f"{attention}; {times}"
+        if self.cuts_sequences and (options.lookup or options.draft):
+            self.speculation = Speculation(self.pass_times, options.lookup)
         self.kv_cache_bytes = round(self.cache_slots * bytes_per_token)
 
     def _read_vocabulary(self) -> None:
@@ -162,7 +168,14 @@ class LlamaCppEngine:
     def embed(self, tokens: Sequence[int], pooling: Pooling) -> np.ndarray:
         return embed(self._model, self._threads, tokens, pooling)
 
+    def add_draft(self, draft: Draft, num_bytes: int) -> None:
+        """Let `draft`, which takes `num_bytes` in memory, propose tokens. It is closed with the engine."""
+        assert self.speculation is not None
+        self.speculation.draft, self.draft_bytes = draft, num_bytes
+
     def close(self) -> None:
+        if self.speculation is not None and self.speculation.draft is not None:
+            self.speculation.draft.close()
         self._context.close()
         self._llama.llama_model_free(self._model)
         trim_heap()

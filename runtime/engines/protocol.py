@@ -37,7 +37,7 @@ class Engine(Protocol):
 
     An engine with a `pass_times: PassTimes` attribute decodes as many sequences in a pass as are fastest, others all.
     The sequences of an engine with a false `cuts_sequences` attribute, a recurrent model, are emptied or kept whole.
-    Only an engine with a true `checks_drafts` attribute gets chunks with drafted tokens.
+    Only an engine with a `speculation: Speculation` attribute gets chunks with drafted tokens.
     """
 
     context_length: int

@@ -35,7 +35,7 @@ from ..base.errors import ContextOverflowError, UsageError
 from .prompt_store import MIN_STORED_TOKENS, PromptStore
 from .protocol import CacheFullError, Chunk, Embedder, Engine, EvaluationInterrupted, Pooling, StateKeeper
 from .scheduling_policy import CachePool, PassTimes, SequenceCache, common_length, is_much_like, plan_pass
-from .speculation import PromptLookup, Speculation
+from .speculation import Proposer, Speculation
 
 TOGETHER_SECONDS = 0.001
 """Longest time that a pass waits for the threads of the pass before."""
@@ -63,8 +63,8 @@ class EngineScheduler:
         self._engine: Engine | None = engine
         self.sampling_defaults = dict(sampling_defaults or {})
         self._calls = threading.Condition()
-        """Guards `_engine` and `_num_calls`, the number of calls in progress."""
-        self._num_calls = 0
+        """Guards `_engine` and `_num_calls`, the calls in progress. `_num_leases`: leases of the last pass."""
+        self._num_calls = self._num_leases = 0
         self._turn = threading.RLock()
         """Held while tokens are evaluated. Reentrant, because garbage collection may release a lease meanwhile."""
         self._caches = CachePool(engine)
@@ -88,9 +88,8 @@ class EngineScheduler:
         self.cuts_sequences: bool = getattr(engine, "cuts_sequences", True)
         """False if a prompt reuses all cached tokens of a sequence or none."""
         self._pass_times: PassTimes | None = getattr(engine, "pass_times", None)
-        self._speculation = Speculation(self._pass_times) if getattr(engine, "checks_drafts", False) else None
-        self._num_leases = 0
-        """Leases of the last pass."""
+        self._speculation: Speculation | None = getattr(engine, "speculation", None)
+        self.draft_bytes: int = getattr(engine, "draft_bytes", 0)
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[Engine]:
@@ -142,9 +141,9 @@ class EngineScheduler:
                 raise UsageError("this engine has no embeddings; export the model with --target gguf")
             return engine.embed(tokens, pooling)
 
-    def prompt_lookup(self, prompt: Sequence[int]) -> PromptLookup | None:
-        """Return the look-up for an answer to `prompt`, None if the engine checks no proposals."""
-        return None if self._speculation is None else PromptLookup(self._speculation, prompt)
+    def proposer(self, prompt: Sequence[int]) -> Proposer | None:
+        """Return the proposals for an answer to `prompt`, None if the engine checks none."""
+        return None if self._speculation is None else self._speculation.proposer(prompt)
 
     def lease(self) -> Lease:
         """Return a new lease without tokens."""
@@ -341,10 +340,11 @@ class EngineScheduler:
                 self._engine.interrupt()
             return True
 
-    def draft(self, lookup: PromptLookup, longest: int) -> list[int]:
+    def draft(self, proposer: Proposer, longest: int) -> list[int]:
         """Return at most `longest` tokens that the next pass checks, [] if that gains nothing or they may not fit."""
         room = self.cache_slots - self._caches.held - self.num_sequences
-        return lookup.draft(min(longest, room), self._num_leases)
+        with self._open():  # which also keeps a draft model open
+            return proposer.draft(min(longest, room), self._num_leases)
 
     def prompt_store(self, folder: Path, model_hash: str, max_bytes: int) -> PromptStore | None:
         """Return the stored prompts of this model in `folder`, None if the engine has none. `model_hash`: its files."""

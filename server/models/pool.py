@@ -59,8 +59,9 @@ class ModelPool:
         """{name: time in which the model stays loaded without requests}"""
         self._workers: dict[str, EngineWorker] = {}
         self._loading = asyncio.Lock()
-        self._sizes = {name: artefact.file_bytes for name, artefact in self.artefacts.items()}
-        """{name: bytes in memory}, of the file and, once the model was loaded, also of its caches."""
+        draft_bytes = Artefact.open(options.draft).file_bytes if options.draft else 0
+        self._sizes = {name: artefact.file_bytes + draft_bytes for name, artefact in self.artefacts.items()}
+        """{name: bytes in memory}, of the files and, once the model was loaded, also of its caches."""
         self._arriving = Counter[str]()
         """{name: requests that do not have a worker yet}"""
         self._idle = asyncio.Event()
@@ -75,7 +76,7 @@ class ModelPool:
 
     def _load(self, name: str) -> EngineWorker:
         engine = load_engine(self.artefacts[name], self.options)
-        self._sizes[name] = self.artefacts[name].file_bytes + engine.kv_cache_bytes
+        self._sizes[name] = self.artefacts[name].file_bytes + engine.kv_cache_bytes + engine.draft_bytes
         logging.getLogger(PROGRESS_LOGGER).info("%s: %s", name, describe_capacity(engine))
         # Read before a request needs a grammar. Reading cannot be stopped and would keep the place of a lost client.
         threading.Thread(target=read_vocabulary, args=(engine,), daemon=True).start()
