@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from .spaced_texts import SpaceRemover
 from .text_stream import partial_length
 from .tool_format import ToolFormat
 
@@ -109,7 +110,7 @@ class CallReader:
         self.num_calls = 0
         self._state: Literal["text", "name", "arguments", "after"] = "text"
         self._unread = ""
-        self._object = _ObjectEnd()
+        self._object, self._spaces = _ObjectEnd(), SpaceRemover()
 
     def push(self, text: str) -> list[Event]:
         """Add a piece and return the events that are certain now. Text that may begin a call is held back."""
@@ -148,12 +149,13 @@ class CallReader:
         events.append(CallEvent(self.num_calls, self._take(end)))
         self._take(len(self.format.middle))
         self.num_calls += 1
-        self._state, self._object = "arguments", _ObjectEnd()
+        self._state, self._object, self._spaces = "arguments", _ObjectEnd(), SpaceRemover()
         return True
 
     def _arguments(self, events: list[Event]) -> bool:
         length = self._object.push(self._unread)
-        if text := self._take(length):
+        text = self._take(length)
+        if text := self._spaces.push(text) if self.format.has_spaced_texts else text:
             events.append(ArgumentsEvent(self.num_calls - 1, text))
         if self._object.is_over:
             self._state = "after"

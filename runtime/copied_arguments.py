@@ -30,15 +30,19 @@ class CopiedArguments:
     A text is free if its schema has no keywords but its type and annotations. All other values follow their schema.
     """
 
-    def __init__(self, texts: Sequence[str]) -> None:
-        """Prepare to copy from `texts`, whose words are accepted as they are and in lower case."""
+    def __init__(self, texts: Sequence[str], *, are_spaced: bool = False) -> None:
+        """Prepare to copy from `texts`, whose words are accepted as they are and in lower case.
+
+        With `are_spaced`, a free text begins with a space (see spaced_texts).
+        """
+        self._opening = json.dumps('" ' if are_spaced else '"')
         text = re.sub(r"[^\S\n]+", " ", "\n".join(texts)[-MAX_TEXT_CHARACTERS:])
         # The chunk "\n" separates lines, because a RUN has none.
         chunks = [word if word == "\n" else _escaped(word) for word in WORD.findall(f"{text}\n{text.lower()}")]
         self.rules = [
             f"WORDS: %regex {json.dumps({'substring_chunks': chunks})}",
             r"RUN: WORDS & /([^ \n](.*[^ \n])?)?/",
-            r'COPIED: "\"" RUN "\""',
+            rf'COPIED: {self._opening} RUN "\""',
         ]
         """The rules so far, to which `add` appends those of a function."""
 
@@ -78,7 +82,7 @@ class CopiedArguments:
         if given := [value for value in listed if isinstance(value, str)]:
             text = f"LISTED_{len(self.rules)}"
             choices = " | ".join(["RUN", *(json.dumps(_escaped(value)) for value in given)])
-            self.rules.append(f'{text}: "\\"" ({choices}) "\\""')
+            self.rules.append(f'{text}: {self._opening} ({choices}) "\\""')
         others = [each for each in types if each != "string"]
         return f"({text} | {embedded_schema({'type': others}, format)})" if others else text
 

@@ -59,7 +59,7 @@ class ChatPrompt:
         if use is None:
             return None
         tools = [tool for tool in use.tools if use.only in ("", tool["function"]["name"])]
-        copied = CopiedArguments(self.texts) if use.copies else None
+        copied = CopiedArguments(self.texts, are_spaced=self.format.has_spaced_texts) if use.copies else None
         must_call = use.must_call or bool(use.only)
         grammar = self.format.grammar(
             tools, self.control, must_call=must_call, otherwise=use.otherwise, copied=copied, strict=use.strict

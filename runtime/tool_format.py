@@ -14,6 +14,7 @@ from .chat_template import Message, render_chat
 from .copied_arguments import CopiedArguments
 from .engines.scheduler import EngineScheduler
 from .grammar import CALL_JSON, LENIENT_CALL_JSON, Grammar, embedded_schema, schema_part
+from .spaced_texts import SpaceRemover, schema_with_spaces, with_spaces
 
 MAX_CALLS = 16
 """Largest number of calls in one answer, because a small model may repeat calls without end."""
@@ -40,6 +41,8 @@ class ToolFormat:
     """True if the chat template describes functions, writes earlier calls and has the role tool."""
     is_learned: bool = False
     """True if the model was trained on its functions and needs no description of them in the prompt."""
+    has_spaced_texts: bool = False
+    """True if texts in arguments begin with a space, which is no part of them."""
 
     def readable_by(self, engine: EngineScheduler) -> tuple[tuple[int, ...], ToolFormat] | None:
         """Return the control tokens at the start of calls, and the format without control tokens.
@@ -99,12 +102,13 @@ class ToolFormat:
             for each, format in zip(functions, formats, strict=True)
         ]
         parts += [schema_part(otherwise, "json_schema")] if otherwise is not None else []
-        if copied:
+        if copied or self.has_spaced_texts:
             for part in parts:
                 part.checked()
         for index, function in enumerate(functions):
             opening = json.dumps(function["name"] + self.middle)
             parameters = parameters_of(function)
+            parameters = schema_with_spaces(parameters) if self.has_spaced_texts else parameters
             format = formats[index]
             arguments = (
                 copied.add(f"call_{index}", parameters, format) if copied else embedded_schema(parameters, format)
@@ -115,11 +119,16 @@ class ToolFormat:
 
     def write(self, calls: Sequence[Mapping[str, Any]]) -> str:
         """Return earlier `calls` as text in this format."""
-        parts = [
-            f"{call['function']['name']}{self.middle}{json.dumps(call['function']['arguments'], ensure_ascii=False)}"
-            for call in calls
-        ]
+        parts: list[str] = []
+        for call in calls:
+            name, arguments = call["function"]["name"], call["function"]["arguments"]
+            arguments = with_spaces(arguments) if self.has_spaced_texts else arguments
+            parts.append(f"{name}{self.middle}{json.dumps(arguments, ensure_ascii=False)}")
         return self.begin + self.between.join(parts) + self.end
+
+    def plain(self, answer: str) -> str:
+        """Return an answer in this format without the spaces before its texts."""
+        return SpaceRemover().push(answer) if self.has_spaced_texts else answer
 
 
 GENERIC = ToolFormat(
@@ -132,11 +141,15 @@ GENERIC = ToolFormat(
 """The format that most open models were trained on."""
 
 
-LEARNED = ToolFormat('{"name": "', '", "arguments": ', '}\n{"name": "', "}", is_from_template=False, is_learned=True)
+UNSPACED = ToolFormat('{"name": "', '", "arguments": ', '}\n{"name": "', "}", is_from_template=False, is_learned=True)
+LEARNED = replace(UNSPACED, has_spaced_texts=True)
 """The short format of a model that was trained on its functions: one JSON object a line."""
 
-LEARNED_MARK = "{#- efficientllm: the model was trained on its functions -#}"
+LEARNED_MARK = "{#- efficientllm: the model was trained on its functions, with spaced texts -#}"
 """Start of the chat template of such a model."""
+
+UNSPACED_MARK = "{#- efficientllm: the model was trained on its functions -#}"
+"""The same for models that were trained before texts had spaces."""
 
 
 def parameters_of(function: Mapping[str, Any]) -> dict[str, Any]:
@@ -165,8 +178,9 @@ def _is_plain(engine: EngineScheduler, text: str) -> bool:
 @lru_cache(maxsize=16)
 def tool_format(template: str | None, bos_token: str, eos_token: str) -> ToolFormat:
     """Return the format of a chat template, found by rendering example calls, or GENERIC if it writes none."""
-    if template and template.startswith(LEARNED_MARK):
-        return LEARNED
+    for mark, format in ((LEARNED_MARK, LEARNED), (UNSPACED_MARK, UNSPACED)):
+        if template and template.startswith(mark):
+            return format
     try:
         found = _TemplateProbe(template, bos_token, eos_token).format()
     except EfficientLLMError:  # the template refuses messages with calls

@@ -16,7 +16,8 @@ from efficientllm.runtime.chat_template import Message
 from efficientllm.runtime.engines.scheduler import EngineScheduler
 from efficientllm.runtime.grammar import GrammarConstraint
 from efficientllm.runtime.prompt import PromptOptions, ToolUse, chat_prompt, tool_prompt
-from efficientllm.runtime.tool_format import GENERIC, ToolFormat, tool_format
+from efficientllm.runtime.spaced_texts import SpaceRemover
+from efficientllm.runtime.tool_format import GENERIC, LEARNED, UNSPACED, UNSPACED_MARK, ToolFormat, tool_format
 
 PLAIN = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -235,10 +236,14 @@ def test_keywords_that_cannot_be_enforced_are_ignored_unless_the_function_is_str
 
 
 @pytest.mark.parametrize("wrong", [{"properties": [1]}, {"properties": {"a": 1}}, {"required": [{}]}, {"required": 1}])
-def test_a_malformed_schema_is_refused_when_arguments_are_copied(engine: EngineScheduler, wrong: Any) -> None:
-    use = ToolUse([{"type": "function", "function": {"name": "odd", "parameters": wrong}}], copies=True)
+@pytest.mark.parametrize("format", [GENERIC, LEARNED])
+def test_a_malformed_schema_is_refused_before_it_is_rewritten(
+    engine: EngineScheduler, format: ToolFormat, wrong: Any
+) -> None:
+    use = ToolUse([{"type": "function", "function": {"name": "odd", "parameters": wrong}}], copies=format == GENERIC)
+    prompt = replace(tool_prompt(engine, [QUESTION], PromptOptions(use)), format=format)
     with pytest.raises(UsageError, match=r"^tool 'odd': parameters: "):
-        tool_prompt(engine, [QUESTION], PromptOptions(use)).constraint(engine)
+        prompt.constraint(engine)
 
 
 @pytest.mark.parametrize("size", [1, 3, 1000])
@@ -255,6 +260,61 @@ def test_an_answer_is_read_the_same_however_it_is_cut(size: int) -> None:
     parts = [event for event in events if isinstance(event, ArgumentsEvent)]
     arguments = ["".join(part.text for part in parts if part.index == index) for index in (0, 1)]
     assert arguments == [tricky, "{}"]
+
+
+LAMP: dict[str, Any] = {"name": 'a "big" {lamp', " key": ["red", "", " two"], "level": 3, "more": {"on": True}}
+
+
+@pytest.mark.parametrize("size", [1, 2, 1000])
+def test_texts_in_arguments_of_a_learned_format_begin_with_a_space(size: int) -> None:
+    """A copied word then has the tokens that it has in the request."""
+    text = LEARNED.write([{"function": {"name": "set", "arguments": LAMP}}])
+    assert '{"name": " a \\"big\\" {lamp", " key": [" red", " ", "  two"], "level": 3' in text
+    reader, events = CallReader(LEARNED), []
+    for start in range(0, len(text), size):
+        events += reader.push(text[start : start + size])
+    assert json.loads("".join(each.text for each in events if isinstance(each, ArgumentsEvent))) == LAMP
+    assert json.loads(LEARNED.plain(text)) == {"name": "set", "arguments": LAMP}
+    assert UNSPACED.plain(text) == text
+
+
+def test_only_texts_in_objects_lose_a_space() -> None:
+    text = 'He said " no" and [" no"]: {"a": "b", "c": " d"} " e"'
+    assert SpaceRemover().push(text) == 'He said " no" and [" no"]: {"a": "b", "c": "d"} " e"'
+
+
+def test_a_model_from_before_the_spaces_keeps_its_format() -> None:
+    assert tool_format(UNSPACED_MARK + PLAIN, "", "") == UNSPACED
+    assert UNSPACED.write([{"function": {"name": "set", "arguments": {"name": "lamp"}}}]).endswith('"lamp"}}')
+
+
+@pytest.mark.parametrize("copies", [False, True])
+def test_a_grammar_of_a_learned_format_writes_the_spaces(engine: EngineScheduler, copies: bool) -> None:
+    properties = {
+        "mode": {"enum": ["on", "off", 1]},
+        "short": {"type": "string", "maxLength": 4},
+        "code": {"type": "string", "pattern": "^[0-9]+$"},
+        "rooms": {"type": "array", "items": {"anyOf": [{"const": "hall"}, {"$ref": "#/$defs/room"}]}},
+    }
+    parameters = {"type": "object", "properties": properties, "$defs": {"room": {"enum": ["loft"]}}}
+    tools = [{"type": "function", "function": {"name": "set", "parameters": parameters}}]
+    prompt = tool_prompt(engine, [QUESTION], PromptOptions(ToolUse(tools, must_call=True, copies=copies)))
+    constraint = replace(prompt, format=LEARNED).constraint(engine)
+    assert constraint is not None
+
+    def accepts(arguments: str) -> bool:
+        state = constraint.copy()
+        try:
+            for token in engine.tokenize(f'{{"name": "set", "arguments": {arguments}}}', special=False):
+                state.push(token)
+        except UnanswerableError:
+            return False
+        return state.is_accepting
+
+    assert accepts('{"mode": " on", "short": " four", "code": "12", "rooms": [" hall", " loft"]}')
+    assert accepts('{"mode": 1}')
+    for wrong in ('"mode": "on"', '"short": "four"', '"short": " fifth"', '"code": " 12"', '"rooms": ["loft"]'):
+        assert not accepts(f"{{{wrong}}}"), wrong
 
 
 def test_text_that_only_begins_like_a_call_is_text() -> None:

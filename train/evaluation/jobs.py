@@ -23,6 +23,7 @@ import numpy as np
 
 from ...runtime.base.errors import DataError, UsageError
 from ...runtime.base.extras import extra
+from ...runtime.tool_format import tool_format
 from ..data.chat import Chat, ChatFormat
 from ..data.records import BadLines, ReadContext, document_of
 from .scoring import Advance, EngineModel, EvaluatedModel
@@ -335,15 +336,17 @@ def run_job(
     else:
         prompts = [model.encode_markup(chat_format.chat_prompt(each.prompt)) for each in examples]
         answered = model.answer(prompts, max_tokens)
-    answers: list[str] = []
+    written: list[str] = []
     for text in answered:
-        answers.append(text)
-        advance(len(answers), len(examples))
+        written.append(text)
+        advance(len(written), len(examples))
     elapsed_ms = 1e3 * (time.perf_counter() - began)
+    tokens = sum(len(model.tokenize(text)) for text in written)
+    format = tool_format(model.chat_template, model.bos_token, model.eos_token)
+    answers = [format.plain(text) for text in written]
     found = [score(answer, example) for answer, example in zip(answers, examples, strict=True)]
     names = dict.fromkeys(name for each in found for name in each)
     values = {name: [each.get(name, math.nan) for each in found] for name in names}
-    tokens = sum(len(model.tokenize(answer)) for answer in answers)
     whole = {"macro F1": macro_f1([each.expected for each in examples], answers)} if metric == "label" else {}
     return JobResult(metric, values, answers, tokens / len(answers), elapsed_ms / len(answers), whole)
 
