@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from several_runs import MARK, UNREADABLE
+from tiny import tiny_architecture, tiny_model, tiny_tokenizer
 from training import command, expect_same_run, metrics, run, weights
 
-from efficientllm.train.model.architecture import Architecture
+from efficientllm.train.model.architecture import Architecture, LayerShape
+from efficientllm.train.model.irregular import save_checkpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("distributed")]
 
@@ -141,6 +144,36 @@ def test_two_processes_remove_the_same_groups_as_one(
     found, expected = weights(folder / name), weights(tmp_path / "one")
     for tensor in expected:  # sums run in another order, and Adam amplifies rounding where gradients vanish
         assert (found[tensor] - expected[tensor]).abs().mean() < 1e-4, tensor
+
+
+HEAVY = tiny_architecture(layers=(LayerShape(8, 8, 4096),) * 8, hidden_size=512, head_dim=64, tied=False)
+"""59M parameters, of which a layer has an eighth."""
+
+
+@pytest.fixture(scope="module")
+def heavy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of two sources in bf16: `small` and `large`, the shape HEAVY."""
+    folder = tmp_path_factory.mktemp("heavy")
+    for name, shape in (("small", tiny_architecture()), ("large", HEAVY)):
+        save_checkpoint(tiny_model(shape).to(torch.bfloat16), tiny_tokenizer(), folder / name)
+    return folder
+
+
+@pytest.mark.parametrize("distills", ["0", "1"])
+def test_a_rank_that_loads_holds_its_shard_and_one_layer(distills: str, heavy: Path) -> None:
+    """Of the model in fp32, and of a teacher in bf16. One process holds all of them."""
+    script, environment = ("rank_memory", str(heavy), distills), {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    one = subprocess.run([sys.executable, "-m", *script], capture_output=True, text=True, env=environment, check=False)
+    added = []
+    for done in (torchrun(*script), one):
+        assert done.returncode == 0, done.stderr[-3000:]
+        added.append(json.loads(done.stdout.splitlines()[-1])["added"])
+    ranks, (alone,) = added
+    size = HEAVY.num_parameters * (4 + 2 * int(distills))
+    layer = 4 * (HEAVY.num_parameters - HEAVY.embedding_parameters) / len(HEAVY.layers)
+    slack = 20_000_000
+    assert alone > size - slack
+    assert max(ranks) < size / 2 + layer + slack
 
 
 def test_what_every_rank_refuses_is_said_once(source_folder: Path, corpus: Path, tmp_path: Path) -> None:

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from exporting import export
 from safetensors.torch import load_file, save_file
-from tiny import tiny_architecture, tiny_model
+from tiny import UNEQUAL, tiny_architecture, tiny_model
 from training import command, run, weights
 
 from efficientllm.runtime.base.command import run_command
+from efficientllm.train.compute.distributed import Parallel
 from efficientllm.train.evaluation import cli as eval_cli
-from efficientllm.train.model.source import shape_of_folder, stored_dtype
+from efficientllm.train.model.architecture import LayerShape
+from efficientllm.train.model.source import load_source, shape_model, shape_of_folder, stored_dtype, weights_folder
 from efficientllm.train.run import stored_weights
+from efficientllm.train.shards import is_without_memory, read_shards
 
+CPU = torch.device("cpu")
+SET_WHEN_SAVED = {"architectures": None, "auto_map": None}
 TYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -55,6 +62,24 @@ def test_a_model_is_stored_in_its_sources_type_and_read_by_every_command(
     again = command(output / "model", corpus, tmp_path / "again", "--tokens", "256", "--checkpoint-every", "0")
     assert run(again) == 0
     assert {tensor.dtype for tensor in weights(tmp_path / "again").values()} == {dtype}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gemma3_text"])
+@pytest.mark.parametrize("layers", [UNEQUAL, (LayerShape(2, 2, 64),) * 3], ids=["irregular", "stock"])
+def test_a_model_that_is_read_by_rows_is_the_loaded_one(
+    family: str, layers: tuple[LayerShape, ...], save_tiny: Callable[..., Path]
+) -> None:
+    folder = save_tiny(tiny_architecture(family, layers))
+    loaded: Any = load_source(str(folder))[0]
+    assert weights_folder(str(folder)) == folder
+    model = shape_model(folder, "the model")
+    assert is_without_memory(model)
+    read_shards(model, folder, CPU, Parallel("ddp", CPU))
+    ours, theirs = ({**each.config.to_dict(), **SET_WHEN_SAVED} for each in (model, loaded))
+    assert ours == theirs
+    assert model.generation_config.to_dict() == loaded.generation_config.to_dict()
+    tokens = torch.arange(24)[None]
+    assert torch.equal(model.eval()(tokens).logits, loaded.eval()(tokens).logits)
 
 
 def test_another_type_is_the_same_weights_rounded(source_folder: Path, corpus: Path, tmp_path: Path) -> None:

@@ -300,7 +300,7 @@ def test_what_cannot_fit_is_refused_before_it_is_read(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("efficientllm.train.plan.device_memory", lambda *_: memory.Memory(1_000_000, 500_000))
-    monkeypatch.setattr("efficientllm.train.plan.load_source", lambda *_: pytest.fail("the source was read"))
+    monkeypatch.setattr("efficientllm.train.plan.load_for_ranks", lambda *_: pytest.fail("the source was read"))
     assert run(command(source_folder, corpus, tmp_path / "run")) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert f"--source {source_folder}: training takes about 5" in error

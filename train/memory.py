@@ -88,7 +88,8 @@ def estimate_memory(
         forward += gathered_bytes(architecture)
         backward += gathered_bytes(architecture) + 4 * architecture.embedding_parameters
     rest = PROCESS_BYTES + max(forward, backward) - gradients // shards
-    rest += size * (2 if is_bf16 else 4) if settings.distill or config.pruning.recover != "none" else 0
+    if settings.distill or config.pruning.recover != "none":
+        rest += (2 if is_bf16 else 4) * (size // shards + (architecture.embedding_parameters if shards > 1 else 0))
     rest += 4 * size if config.quantisation.is_on else 0  # the rounded weights beside the others
     rest += _gram_bytes(config, architecture) if config.pruning.weight_update == "obs" else 0
     kept = 4 * size // shards, gradients // shards, moments // shards

@@ -37,10 +37,11 @@ from .memory import check_memory, device_memory, estimate_memory
 from .model.architecture import Architecture
 from .model.file_types import tokenizer_bytes
 from .model.irregular import architecture_of
-from .model.source import load_source, shape_of_folder, stored_dtype
+from .model.source import shape_of_folder, stored_dtype
 from .model.target_rules import check_target
 from .pruning.plan import PruningPlan, make_pruning_plan
 from .request import data_specs
+from .shards import load_for_ranks
 from .vocabulary.pieces import pieces_of
 
 _log = logging.getLogger("efficientllm.train")
@@ -113,6 +114,8 @@ class RunPlan:
     """None for a run without pruning."""
     save_dtype: torch.dtype
     """Type of the final model's weights."""
+    weights: Path | None
+    """Folder of a source on the meta device, whose rows the ranks read after sharding. None: the source is whole."""
 
 
 def find_resume_point(config: TrainConfig) -> ResumePoint | None:
@@ -178,11 +181,10 @@ def make_plan(config: TrainConfig, resume: ResumePoint | None, compute: Compute)
     _check_removals(config, compute)
     if resume is not None:
         _check_ranks(resume, compute.parallel)
-    source: Any
     shape = shape_of_folder(config.source.source)
     if shape is not None:  # before it is read, as it may not fit
         _announce_memory(config, resume, compute, shape)
-    source, tokenizer = load_source(config.source.source, "", config.foreign)
+    source, tokenizer, weights = load_for_ranks(config, compute.parallel, config.source.source)
     if config.source.functions == "learned":
         learn_functions(tokenizer)
     length, longest = config.source.sequence_length, source.config.max_position_embeddings
@@ -202,7 +204,7 @@ def make_plan(config: TrainConfig, resume: ResumePoint | None, compute: Compute)
         Path(config.run.output),
     )
     dtype = _save_dtype(config)
-    return RunPlan(config, folder, resume, compute, architecture, tokenizer, data, pruning, dtype), source
+    return RunPlan(config, folder, resume, compute, architecture, tokenizer, data, pruning, dtype, weights), source
 
 
 def _check_removals(config: TrainConfig, compute: Compute) -> None:

@@ -53,6 +53,7 @@ from .reporting.plots import plot_architecture, plot_pruning, plot_training
 from .request import check_request, data_specs, with_resume
 from .run_text import RunText
 from .score_keeper import ScoreTooLowError, with_kept_size
+from .shards import is_without_memory, load_for_ranks, read_shards, sharded_teacher
 from .sizes import branch_folder, resumed_branch, unfinished_sizes, write_sizes
 from .trainer import Trainer
 
@@ -184,28 +185,41 @@ def _make_trainer(plan: RunPlan, source: Any) -> Trainer:
     if parallel.is_main and text.stream.encoder.chat_format is not None and not text.stream.has_chats:
         _log.warning(NO_CHATS)
     distills = plan.config.optimizer.distill > 0 and plan.config.optimizer.teacher != "self"
-    original = _teacher(plan, source) if distills else None
-    teacher = frozen_copy(original, dtype, parallel.device) if distills else None
-    cache = _teacher_cache(plan, original) if distills and run.teacher_cache else None
-    loss = TrainingLoss(_make_model(plan, source).to(parallel.device), dtype, teacher=teacher)
+    teacher = cache = None
+    if distills:
+        original, folder = _teacher(plan, source)
+        if parallel.mode == "fsdp":
+            teacher = sharded_teacher(original, folder, dtype, parallel)
+        else:
+            teacher = frozen_copy(original, dtype, parallel.device)
+        cache = _teacher_cache(plan, original) if run.teacher_cache else None
+    model, read_weights = _make_model(plan, source), None
+    if is_without_memory(model):
+        folder = plan.weights if plan.resume is None else None
+        read_weights = partial(read_shards, folder=folder, device=parallel.storage_device, parallel=parallel)
+    else:
+        model.to(parallel.device)
+    loss = TrainingLoss(model, dtype, teacher=teacher)
     loss.teacher_cache = cache
-    trainer = Trainer(plan, loss, text)
+    trainer = Trainer(plan, loss, text, read_weights)
     trim_heap()  # gradients do not fit into the gaps that loading left
     return trainer
 
 
-def _teacher(plan: RunPlan, source: Any) -> Any:
-    """Return the source, or the model that --teacher names. Raises UsageError if its tokens are others."""
+def _teacher(plan: RunPlan, source: Any) -> tuple[Any, Path | None]:
+    """Return (the source or the model that --teacher names, its folder if it is on the meta device).
+
+    Raises UsageError if its tokens are others.
+    """
     name = plan.config.optimizer.teacher
     if name == "source":
-        return source
-    model: Any
-    model, tokenizer = load_source(name, f"--teacher {name}")
+        return source, plan.weights
+    model, tokenizer, folder = load_for_ranks(plan.config, plan.compute.parallel, name, f"--teacher {name}")
     if tokenizer.get_vocab() != plan.tokenizer.get_vocab() or model.config.vocab_size != source.config.vocab_size:
         raise UsageError(
             f"--teacher {name} has another vocabulary than the source; name a model with the same tokenizer"
         )
-    return model
+    return model, folder
 
 
 def _teacher_cache(plan: RunPlan, source: Any) -> TeacherCache:
@@ -226,7 +240,9 @@ def _make_model(plan: RunPlan, source: Any) -> Any:
         source.to("meta")  # frees its weights, although others still refer to it
     if plan.resume is not None:
         saved = AutoConfig.from_pretrained(plan.resume.checkpoint)
-        model = build(saved, architecture_of(saved))
+        is_sharded = plan.compute.parallel.mode == "fsdp"
+        with torch.device("meta") if is_sharded else contextlib.nullcontext():
+            model = build(saved, architecture_of(saved))
     elif plan.config.source.init == "random":
         model = build(source.config, plan.architecture)
     model.generation_config = source.generation_config
@@ -236,7 +252,7 @@ def _make_model(plan: RunPlan, source: Any) -> Any:
 def write_model(trainer: Trainer) -> None:
     """Write the model folder before the model is measured (a collective call)."""
     source, folder = trainer.plan.architecture, trainer.plan.folder
-    state = stored_weights(trainer.model, trainer.plan.save_dtype)
+    state = stored_weights(trainer.model, trainer.plan.save_dtype, trainer.parallel.is_main)
     if trainer.parallel.is_main:
         delete_replaced_run(folder)
         plot_architecture(source, trainer.architecture, folder / "architecture.png")
@@ -273,17 +289,23 @@ def _describe(trainer: Trainer, model: Path) -> None:
     write_text_atomically(model / "README.md", card)
 
 
-def stored_weights(model: Any, dtype: torch.dtype) -> dict[str, Tensor]:
+def stored_weights(model: Any, dtype: torch.dtype, keeps: bool = True) -> dict[str, Tensor]:
     """Return {name: whole tensor} of the final model, with a tied head once (a collective call).
 
-    The type is `dtype`, or fp32 if a number exceeds it (fp16 ends at 65504).
+    The type is `dtype`, or fp32 if a number exceeds it (fp16 ends at 65504). A rank that `keeps` nothing returns {}.
     """
-    weights = {name: full(parameter.detach()).to(dtype) for name, parameter in model.named_parameters()}
-    beyond = next((name for name, weight in weights.items() if not torch.isfinite(weight).all()), None)
+    weights: dict[str, Tensor] = {}
+    beyond = None
+    for name, parameter in model.named_parameters():
+        weight = full(parameter.detach()).to(dtype)
+        if beyond is None and not torch.isfinite(weight).all():
+            beyond = name
+        if keeps:
+            weights[name] = weight
     if beyond is None or dtype == torch.float32:
         return weights
     _log.warning(f"{beyond} has numbers beyond {str(dtype).removeprefix('torch.')}: the model is stored in float32")
-    return stored_weights(model, torch.float32)
+    return stored_weights(model, torch.float32, keeps)
 
 
 def training_summary(trainer: Trainer) -> dict[str, Any]:

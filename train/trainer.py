@@ -64,8 +64,13 @@ class UnfinishedStep:
 class Trainer:
     """One run. The caller has loaded (or rebuilt) the model; `train` does the rest."""
 
-    def __init__(self, plan: RunPlan, loss: TrainingLoss, text: RunText) -> None:
-        """Prepare the run of `plan`, and restore its checkpoint if there is one."""
+    def __init__(
+        self, plan: RunPlan, loss: TrainingLoss, text: RunText, read_weights: Callable[[Any], None] | None = None
+    ) -> None:
+        """Prepare the run of `plan`, and restore its checkpoint if there is one.
+
+        `read_weights` fills a model on the meta device after it is sharded.
+        """
         self.plan, self.config, self.parallel, self.text = plan, plan.config, plan.compute.parallel, text
         self.corpora = {spec.path: corpus_fingerprint(spec.path) for spec in plan.data}
         """Path and fingerprint of each corpus."""
@@ -90,6 +95,7 @@ class Trainer:
                 weight_decay=optimizer.weight_decay,
                 moments=getattr(torch, optimizer.optimizer_dtype),
             ),
+            read_weights,
         )
         self.pruner: Pruner | None = None
         self.schedule: DroppingSchedule | None = None

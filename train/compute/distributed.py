@@ -184,6 +184,18 @@ def scatter(parameter: Any, value: Tensor) -> None:
         parameter.copy_(value)
 
 
+def first_row(tensor: DTensor) -> int:
+    """Return the number of rows before this rank's part of a tensor that FSDP2 shards by rows."""
+    return tensor.device_mesh.get_local_rank() * -(-tensor.shape[0] // tensor.device_mesh.size())
+
+
+def fill(parameter: Tensor, value: Tensor) -> None:
+    """Fill a parameter, or this rank's shard of it, from the whole tensor, of which only these rows are read."""
+    own = local(parameter.detach())
+    start = first_row(parameter) if isinstance(parameter, DTensor) else 0
+    own.copy_(value[start : start + len(own)])
+
+
 @contextlib.contextmanager
 def gathered(*modules: nn.Module) -> Iterator[None]:
     """Give these modules whole weights in this block, without those of the layers within (a collective call).

@@ -34,12 +34,18 @@ class TrainedModel:
         parallel: Parallel,
         configure_model: Callable[[Any], None],
         make_optimizer: Callable[[Any], AdamW],
+        read_weights: Callable[[Any], None] | None = None,
     ) -> None:
-        """Wrap `loss` for the ranks and create the optimizer. A compacted model is configured again."""
+        """Wrap `loss` for the ranks and create the optimizer. A compacted model is configured again.
+
+        `read_weights` fills a model that is wrapped without memory.
+        """
         self.loss, self.parallel, self.configure_model = loss.train(), parallel, configure_model
         configure_model(self.model)
         self.wrapped_loss = parallel.wrap(loss)
         """Callable of a step: the loss itself, or DDP around it."""
+        if read_weights is not None:
+            read_weights(self.model)
         self.optimizer = make_optimizer(self.model)  # after the wrapping, which may shard the parameters
         self.heap = HeapWatch()
 

@@ -19,7 +19,7 @@ from . import modeling_efficientllm as modeling
 from .folder_files import read_json
 from .foreign import MAY_GAIN_BIASES, ForeignModel, read_foreign
 from .foreign_configs import ImportOptions
-from .irregular import config_of
+from .irregular import config_of, make_buffers
 from .tensors import EMBEDDING, HEAD, block_norms, to_stock
 
 MOST_DIFFERENCE = 1e-3
@@ -55,15 +55,6 @@ def import_folder(folder: Path, called: str, options: ImportOptions) -> Imported
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return Imported(model.eval(), found.table(), _comparison(folder, found, model, state, options))
-
-
-def make_buffers(model: Any) -> None:
-    """Compute the unstored buffers of a model that was built without memory."""
-    base = model.base_model
-    base.rotary_emb = type(base.rotary_emb)(model.config)
-    embedding = base.get_input_embeddings()
-    if hasattr(embedding, "scalar_embed_scale"):
-        embedding.embed_scale = torch.tensor(embedding.scalar_embed_scale)
 
 
 def _comparison(

@@ -156,6 +156,15 @@ def share_buffers(model: Any, source: Any) -> None:
         setattr(model.model.embed_tokens, name, buffer)
 
 
+def make_buffers(model: Any) -> None:
+    """Compute the unstored buffers of a model that was built without memory."""
+    base = model.base_model
+    base.rotary_emb = type(base.rotary_emb)(model.config)
+    embedding = base.get_input_embeddings()
+    if hasattr(embedding, "scalar_embed_scale"):
+        embedding.embed_scale = torch.tensor(embedding.scalar_embed_scale)
+
+
 def plain_config(config: Any, architecture: Architecture) -> Any | None:
     """Return the stock family's config of a uniform architecture.
 

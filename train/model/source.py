@@ -24,6 +24,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -38,7 +39,7 @@ from .file_types import build_pre_tokenizer
 from .folder_files import check_folder, check_token_ids, locate_tensors, read_json, refuse_quantized
 from .foreign_configs import DEFAULTS, ImportOptions, is_foreign
 from .importing import Imported, import_folder
-from .irregular import architecture_of, to_irregular
+from .irregular import architecture_of, build, to_irregular
 
 SAME_TABLE = 0.3
 """Relative difference of embedding and head below which they are one table, rounded twice. Rounding to 4 bits gives
@@ -156,6 +157,32 @@ def load_source(
     if foreign.adapter:
         model = merge_adapter(model, foreign.adapter)
     return to_irregular(model), tokenizer
+
+
+def weights_folder(source: str, called: str = "") -> Path | None:
+    """Return the folder of a source's .safetensors files, downloaded if needed. None for every other kind of source."""
+    path = check_source(source, called or f"--source {source}")
+    if path.suffix == ".gguf" or is_foreign(path):
+        return None
+    if path.is_dir():
+        check_folder(path)
+    else:
+        _, options = _located(source, path)
+        path = Path(snapshot_download(source, allow_patterns=[*WEIGHT_FILES, "*.json"], **options))
+    return path if locate_tensors(path) else None
+
+
+def shape_model(folder: Path, called: str) -> Any:
+    """Return the model of a `weights_folder` as its irregular class on the meta device, without values."""
+    with loading(called):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        refuse_quantized(config.to_dict(), called)
+        config.dtype = torch.float32
+        with torch.device("meta"):
+            model: Any = build(config, architecture_of(config))
+        if (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model
 
 
 def merge_adapter(model: Any, folder: str) -> Any:

@@ -16,8 +16,10 @@ from typing import Any
 import torch
 
 from ...runtime.base.errors import ModelError
+from .architecture import Architecture
 from .families import StockNames
 from .folder_files import PICKLE_FILE, TensorHeader, pickles, tensor_headers, weight_files
+from .tensors import locate, tensor_names
 
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 """Parts of names from DataParallel, torch.compile, FSDP and gradient checkpointing."""
@@ -111,6 +113,17 @@ def read_stored(folder: Path) -> dict[str, Stored]:
                     raise ModelError(f"{file}: tensor {name} is stored as {tensor.dtype}; give the model in bfloat16")
                 found[name] = Stored(tuple(tensor.shape), lambda tensor=tensor: tensor)
     return found
+
+
+def parameters_of(folder: Path, architecture: Architecture) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (our name, tensor) of each parameter of a folder of .safetensors, mapped into memory and not copied."""
+    from safetensors import safe_open
+
+    headers = tensor_headers(folder)
+    for name in tensor_names(architecture):
+        place = locate(architecture, name, headers)
+        with safe_open(headers[place.name].file, framework="pt") as stream:
+            yield name, place.take(stream.get_tensor(place.name), architecture.head_dim)
 
 
 def refuse_method(name: str, folder: Path) -> None:

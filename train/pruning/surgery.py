@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ..compute.distributed import full, local, reshard, scatter
+from ..compute.distributed import first_row, full, local, reshard, scatter
 from ..compute.loss import TrainingLoss, frozen_copy
 from ..compute.trained_model import TrainedModel
 from ..model.architecture import Architecture
@@ -243,8 +243,7 @@ def _fill_zero(tensor: Tensor, dim: int, index: Tensor) -> None:
     if isinstance(tensor, DTensor):
         own = tensor.to_local()
         if dim == 0:
-            rows_per_rank = -(-tensor.shape[0] // tensor.device_mesh.size())
-            index = index - tensor.device_mesh.get_local_rank() * rows_per_rank
+            index = index - first_row(tensor)
             index = index[(index >= 0) & (index < own.shape[0])]
         tensor = own
     tensor.index_fill_(dim, index.to(tensor.device), 0.0)
