@@ -76,6 +76,13 @@ def _in_common(some: Results, others: Results, source: Architecture) -> str:
     return f"{jaccard_of_removed(first, second, source):.2f}" if first is not None and second is not None else ""
 
 
+def _between_seeds(results: Results, source: Architecture) -> str:
+    """Return the Jaccard index of the groups that two seeds of an arm removed, over all pairs."""
+    survivors = [result.survivors for result in results if result.survivors is not None]
+    pairs = [jaccard_of_removed(one, other, source) for one, other in itertools.combinations(survivors, 2)]
+    return _over_seeds(pairs, 2) if pairs else ""
+
+
 def _untouched(results: Results) -> StudyResult | None:
     """Return the untouched source, if it was measured."""
     return next((result for result in results if not ARMS[result.arm].trains), None)
@@ -91,7 +98,7 @@ def table(results: Results, keep: float, source: Architecture) -> str:
     header = ["arm", "seeds", "parameters", *(["predicted ms"] if is_timed else [])]
     header += [*(["nats above the source"] if untouched else []), *[f"{text} ppl" for text in texts]]
     header += ["end of turn", "questions"] if chats else []
-    header += [*tasks, "train s", "TFLOP", "removed as ours"]
+    header += [*tasks, "train s", "TFLOP", "removed as ours", "seeds alike"]
     rows = [header]
     for arm, description in ARMS.items():
         found = of_arm(results, arm, keep)
@@ -113,6 +120,7 @@ def table(results: Results, keep: float, source: Architecture) -> str:
                 f"{statistics.fmean(result.seconds for result in found):.0f}",
                 f"{found[0].flops / 1e12:.1f}",
                 _overlap(results, arm, reference, keep, source),
+                _between_seeds(found, source),
             ]
         )
     return markdown_table(rows)
@@ -171,17 +179,6 @@ def _significance(ours: Sequence[float], rivals: Sequence[float]) -> str:
     return f"The difference is {difference:+.3f} ± {error:.3f} nats over seeds."
 
 
-def seeds_paragraph(results: Results, keep: float, source: Architecture) -> str:
-    """Return lines with the Jaccard index of the groups that two seeds of an arm removed."""
-    lines = []
-    for arm in ARMS:
-        found = [result.survivors for result in of_arm(results, arm, keep) if result.survivors is not None]
-        pairs = [jaccard_of_removed(one, other, source) for one, other in itertools.combinations(found, 2)]
-        if pairs:
-            lines.append(f"- {ARMS[arm].title}: {_over_seeds(pairs, 2)} over {len(pairs)} pairs of seeds")
-    return "\n".join(lines)
-
-
 def markdown(study: Study, results: Results, folder_name: str) -> str:
     """Return the whole page."""
     config = study.config
@@ -209,7 +206,7 @@ def markdown(study: Study, results: Results, folder_name: str) -> str:
         *_device_line(study),
         "- *Nats above the source* is the mean over those kinds of text. TFLOP counts 6 per parameter and token, and 2 "
         "more per parameter of the source for a teacher. *Removed as ours* is the Jaccard index of the removed FFN "
-        "channels and heads with our best arm, seed 0.",
+        "channels and heads with our best arm, seed 0. *Seeds alike* is the same index of pairs of seeds.",
         "",
     ]
     for keep in map(float, config.keep):
@@ -224,11 +221,7 @@ def markdown(study: Study, results: Results, folder_name: str) -> str:
         if transfer := transfer_table(results, keep, study.source):
             parts += ["Groups ranked for another device, with the same time on this one:", "", transfer, ""]
         parts += [f"![Perplexity of every arm]({folder_name}/perplexity-{keep:g}.png)", ""]
-        parts += [f"Shape after *{ARMS[reference].title}*:", ""]
-        parts += [f"![Shape after pruning]({folder_name}/architecture-{keep:g}.png)", ""]
-        agreement = seeds_paragraph(results, keep, study.source)
-        if agreement:
-            parts += ["Jaccard index of the groups that two seeds removed:", "", agreement, ""]
+        parts += ["Shape of our best arm:", "", f"![Shape after pruning]({folder_name}/architecture-{keep:g}.png)", ""]
     return "\n".join(parts)
 
 

@@ -96,7 +96,8 @@ def test_page_names_commit_tokens_seeds_and_shows_its_figures(page: Path) -> Non
         "Commit ",
         "-20% of the non-embedding",
         "-40% of the non-embedding",
-        "pairs of",
+        "| seeds alike |",
+        "pairs of seeds",
     ):
         assert part in text
     assert str(page.parent) not in text
