@@ -49,7 +49,7 @@ def build_parser() -> flags.Parser:
         "--profile",
         metavar="FILE",
         help="measure the latency profile of the device, in milliseconds of each part of a decoder, and write it as "
-        "JSON (needs the bench extra)",
+        "JSON (needs the extras bench and export)",
     )
     return parser
 
