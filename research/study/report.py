@@ -45,8 +45,10 @@ def best_of_ours(results: Results, keep: float) -> str | None:
 
 
 def _over_seeds(values: Sequence[float], digits: int) -> str:
-    mean = f"{statistics.fmean(values):.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+    """Return the mean, and the range if there are several: "2.29 (2.23-2.34)", "-0.10 (-0.20 to 0.00)"."""
+    mean, low, high = (f"{of(values):.{digits}f}" for of in (statistics.fmean, min, max))
+    between = " to " if low.startswith("-") else "-"
+    return mean if len(values) == 1 else f"{mean} ({low}{between}{high})"
 
 
 def _task_cell(evaluations: Sequence[Evaluation], name: str) -> str:
