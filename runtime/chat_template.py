@@ -149,9 +149,13 @@ class MessageEscape:
         is_tag = len(text) > 1 and text not in self._controls.texts
         return text if is_tag or text[0] not in self._placeholders else self._placeholders[text[0]] + text[1:]
 
+    def restore(self, rendered: str) -> str:
+        """Return a rendered template with the original characters."""
+        return rendered.translate(self._originals)
+
     def encode(self, rendered: str) -> list[int]:
         """Return the token ids of a rendered template: its control tokens, and the text between them."""
-        text = rendered.translate(self._originals)
+        text = self.restore(rendered)
         if self._controls.positions(text) == self._controls.positions(rendered):  # no message has control tokens
             return self._tokenize(text, special=True)
         tokens: list[int] = []

@@ -194,6 +194,21 @@ def _matcher() -> type[LLMatcher]:
     return LLMatcher
 
 
+def lark_of(text: str) -> str:
+    """Return a grammar in llama.cpp's GBNF as one in Lark's syntax, which itself is returned as it is.
+
+    Raises UsageError if the grammar is malformed.
+    """
+    if "::=" not in text:
+        return text
+    with extra("grammar"):
+        from llguidance.gbnf_to_lark import GbnfToLarkError, gbnf_to_lark
+    try:
+        return gbnf_to_lark(text[: MAX_CHARACTERS + 1])
+    except (GbnfToLarkError, ValueError, RecursionError) as error:
+        raise UsageError(f"grammar: {_in_one_line(str(error))}") from error
+
+
 def schema_part(schema: Mapping[str, Any], name: str, format: Any = JSON) -> Grammar:
     """Return the grammar of a JSON schema alone, unchecked. Errors call it `name`."""
     content = {**schema, "x-guidance": format}

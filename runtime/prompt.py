@@ -52,6 +52,8 @@ class ChatPrompt:
     """Messages of user and tools, from which arguments are copied."""
     reasoning: Literal["none", "possible", "begun"] = "none"
     """True if the answer may begin with reasoning, or the prompt ends with its mark."""
+    text: str = ""
+    """The rendered template. Text in messages that looks like a control token cannot be told from one here."""
 
     def constraint(self, engine: EngineScheduler) -> GrammarConstraint | None:
         """Return the constraint that keeps calls valid, None without functions."""
@@ -123,7 +125,8 @@ def tool_prompt(
     tokens = escape.encode(text)
     if engine.adds_bos and not text.startswith(engine.bos_token):
         tokens = engine.tokenize(engine.bos_token, special=True) + tokens
-    return ChatPrompt(tokens, use, format, control, texts, _reasoning(engine, messages[-1], text))
+    reasoning = _reasoning(engine, messages[-1], text)
+    return ChatPrompt(tokens, use, format, control, texts, reasoning, escape.restore(text))
 
 
 def _reasoning(engine: EngineScheduler, last: Message, text: str) -> Literal["none", "possible", "begun"]:
@@ -136,12 +139,16 @@ def _reasoning(engine: EngineScheduler, last: Message, text: str) -> Literal["no
     return "begun" if text.rstrip().endswith(BEGIN_REASONING) else "possible"
 
 
-def text_prompt(engine: EngineScheduler, text: str) -> list[int]:
-    """Return the token ids of a text to continue, [] if it is empty. Control tokens in it are plain text."""
-    tokens = engine.tokenize(text, special=False)
+def text_prompt(engine: EngineScheduler, text: str, special: bool = False) -> list[int]:
+    """Return the token ids of a text to continue, [] if it is empty. Control tokens in it are plain text.
+
+    With `special` they are control tokens, and BOS is not added to a text that begins with it.
+    """
+    tokens = engine.tokenize(text, special)
+    has_bos = special and bool(engine.bos_token) and text.startswith(engine.bos_token)
     # a model that usually has no BOS token still needs one token of input
-    begins = engine.tokenize(engine.bos_token, special=True) if engine.adds_bos or not tokens else []
-    return begins + tokens
+    begins = (engine.adds_bos and not has_bos) or not tokens
+    return (engine.tokenize(engine.bos_token, special=True) if begins else []) + tokens
 
 
 def in_plain_roles(

@@ -14,6 +14,8 @@ class TextStream:
         self.stop = tuple(text for text in stop if text)
         self.stopped = False
         """True after a stop string. Its text and everything after it are dropped."""
+        self.found = ""
+        """The stop string, "" if there was none."""
         self._until = (until,) if until and self.stop else ()
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._unshown = ""
@@ -37,11 +39,11 @@ class TextStream:
         end = self._unshown.find(self._until[0]) if self._until else -1
         length = end if end >= 0 else len(self._unshown) - partial_length(self._unshown, self._until)
         searched = self._unshown[:length]
-        found = [(start + len(stop), start) for stop in self.stop if (start := searched.find(stop)) >= 0]
+        found = [(start + len(stop), start, stop) for stop in self.stop if (start := searched.find(stop)) >= 0]
         if found:  # the string that is complete first, as if every character came alone
-            self.stopped = True
-            text, self._unshown = searched[: min(found)[1]], ""
-            return text
+            _, start, self.found = min(found)
+            self.stopped, self._unshown = True, ""
+            return searched[:start]
         if end >= 0:
             self.stop, self._until, searched = (), (), self._unshown
         split = len(searched) - partial_length(searched, self.stop)

@@ -17,6 +17,7 @@ from .access.guard import LOCAL_HOSTS, Guard
 from .access.log import AccessLog
 from .anthropic import AnthropicEndpoints, anthropic_error
 from .endpoints import Endpoints
+from .llama_server import LlamaServerEndpoints
 from .models.metrics import Metrics
 from .models.pool import ModelPool
 from .ollama import OllamaEndpoints
@@ -60,6 +61,7 @@ def create_app(
     app.include_router(endpoints.router)
     app.include_router(OllamaEndpoints(endpoints, pool).router)
     app.include_router(AnthropicEndpoints(endpoints).router)
+    app.include_router(LlamaServerEndpoints(endpoints, pool).router)
     _complete_document(app, () if options.keys else pool.artefacts)  # the document needs no key
     app.get("/docs", include_in_schema=False)(lambda: reference_page(app.openapi()))
     return app

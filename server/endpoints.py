@@ -17,7 +17,7 @@ from ..runtime.prompt import text_prompt
 from ..runtime.sampling import SamplingDefaults
 from .access.guard import TRUSTED
 from .answers.builders import ChatBuilder, CompletionBuilder, TextBuilder
-from .answers.choices import Choice, make_choices, text_of
+from .answers.choices import Choice, make_choices, pieces_of, text_of
 from .answers.embeddings import embed_texts
 from .answers.responses_builder import ResponsesBuilder
 from .body import BodyRoute
@@ -76,7 +76,7 @@ class Endpoints:
     """The routes of one server. POST endpoints send what `answers` builds, and FastAPI does not validate it again."""
 
     def __init__(self, pool: ModelPool, metrics: Metrics, options: AppOptions, sampling: SamplingDefaults) -> None:
-        self._pool, self._metrics, self._options, self._sampling = pool, metrics, options, sampling
+        self._pool, self._metrics, self._options, self.sampling = pool, metrics, options, sampling
         self.router = router = APIRouter(route_class=BodyRoute)
         methods = ["GET", "HEAD"]
         router.api_route("/", methods=methods, response_class=HTMLResponse, include_in_schema=False)(self.page)
@@ -141,10 +141,12 @@ class Endpoints:
     async def tokenize(self, request: TokenizeRequest, http: Request) -> Response:
         def compute(engine: EngineScheduler) -> Tokenized:
             if request.add_special and not request.parse_special:
-                return Tokenized(tokens=text_prompt(engine, request.content) if request.content else [])
-            bos_text = engine.bos_token if request.add_special and engine.adds_bos else ""
-            bos = engine.tokenize(bos_text, special=True) if bos_text else []
-            return Tokenized(tokens=bos + engine.tokenize(request.content, special=request.parse_special))
+                tokens = text_prompt(engine, request.content) if request.content else []
+            else:
+                bos_text = engine.bos_token if request.add_special and engine.adds_bos else ""
+                bos = engine.tokenize(bos_text, special=True) if bos_text else []
+                tokens = bos + engine.tokenize(request.content, special=request.parse_special)
+            return Tokenized(tokens=pieces_of(engine, tokens) if request.with_pieces else tokens)
 
         return await self.until_disconnect(http, self.with_engine(request.model, compute))
 
@@ -207,7 +209,7 @@ class Endpoints:
         """Return the answers to a request, with this server's defaults. They are not computed yet."""
         if isinstance(request, ChatRequest) and "tool_arguments" not in request.model_fields_set:
             request.tool_arguments = self._options.tool_arguments
-        return make_choices(engine, request, self._options.overflow, self._sampling)
+        return make_choices(engine, request, self._options.overflow, self.sampling)
 
     async def until_disconnect(self, http: Request, work: Coroutine[Any, Any, ResponseModel | Response]) -> Response:
         """Return the response of `work`, and cancel `work` if the client disconnects before it ends."""

@@ -28,6 +28,7 @@ from .schemas.completions import (
     MAX_INPUTS,
     MAX_MESSAGES,
     MAX_STOPS,
+    MAX_TOKENS,
     ChatRequest,
     CompletionRequest,
     EmbeddingsRequest,
@@ -39,9 +40,6 @@ from .schemas.response_models import Embeddings, ResponseModel
 
 DEFAULT_TAG = ":latest"
 """Tag that Ollama's clients add to the name of a model."""
-
-MAX_TOKENS = 1_000_000
-"""Tokens of an answer without `num_predict`. The context window ends it first, as in Ollama."""
 
 NANOSECONDS = 10**9
 

@@ -15,6 +15,7 @@ from ...runtime.prompt import ChatPrompt, PromptOptions, text_prompt, tool_promp
 from ...runtime.sampling import SamplingDefaults
 from ..schemas.api_error import APIError
 from ..schemas.completions import REASONING_VARIABLES, ChatRequest, CompletionRequest, TextRequest
+from ..schemas.response_models import TokenPiece
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class Choice:
     """Separates reasoning and calls from text. None if the answer can have neither."""
     echo: str = ""
     """Prompt that the answer begins with."""
+    prompt: str = ""
+    """Text of the prompt, if it is one."""
 
 
 def make_choices(
@@ -54,12 +57,17 @@ def make_choices(
         raise APIError(400, str(error)) from error
 
 
-def _chat_choices(engine: EngineScheduler, request: ChatRequest, each: Iterable[AnswerOptions]) -> Iterable[Choice]:
+def prompt_of(engine: EngineScheduler, request: ChatRequest) -> ChatPrompt:
+    """Return the prompt of a chat. APIError 400 if it asks for reasoning that the chat template does not know."""
     shown = PromptOptions(request.tool_use, request.template_variables)
     known = engine.chat_template or ""
     if request.reasoning_effort not in (None, "none") and not any(name in known for name in REASONING_VARIABLES):
         raise APIError(400, "reasoning_effort: the chat template of this model knows no reasoning; remove it")
-    prompt: ChatPrompt = tool_prompt(engine, [message.as_template_value() for message in request.messages], shown)
+    return tool_prompt(engine, [message.as_template_value() for message in request.messages], shown)
+
+
+def _chat_choices(engine: EngineScheduler, request: ChatRequest, each: Iterable[AnswerOptions]) -> Iterable[Choice]:
+    prompt = prompt_of(engine, request)
     constraint = prompt.constraint(engine) if request.tool_use else _constraint_of(engine, request)
     stop_until = prompt.format.begin if request.tool_use else ""  # a stop text must not cut a call
     reader = partial(prompt.reader, is_free=request.tool_use is not None or constraint is None)
@@ -71,14 +79,15 @@ def _chat_choices(engine: EngineScheduler, request: ChatRequest, each: Iterable[
 def _text_choices(engine: EngineScheduler, request: TextRequest, each: Iterable[AnswerOptions]) -> Iterable[Choice]:
     constraint = _constraint_of(engine, request)
     for prompt in request.prompts:
-        tokens = text_prompt(engine, prompt) if isinstance(prompt, str) else prompt
+        tokens = text_prompt(engine, prompt, request.has_control_tokens) if isinstance(prompt, str) else prompt
         if not tokens:
             raise APIError(400, "prompt: must not be empty")
         if max(tokens) >= engine.vocab_size:
             raise APIError(400, f"prompt: token {max(tokens)} is outside the vocabulary of {engine.vocab_size}")
         echo = (prompt if isinstance(prompt, str) else text_of(engine, tokens)) if request.echo else ""
         for options in each:
-            yield Choice(Generation(engine, tokens, options, _copy_of(constraint)), echo=echo)
+            generation = Generation(engine, tokens, options, _copy_of(constraint))
+            yield Choice(generation, echo=echo, prompt=prompt if isinstance(prompt, str) else "")
 
 
 def _constraint_of(engine: EngineScheduler, request: CompletionRequest) -> GrammarConstraint | None:
@@ -94,3 +103,16 @@ def _copy_of(constraint: GrammarConstraint | None) -> GrammarConstraint | None:
 def text_of(engine: EngineScheduler, tokens: Iterable[int]) -> str:
     """Return the text of `tokens` without control tokens."""
     return b"".join(map(engine.token_bytes, tokens)).decode("utf-8", errors="replace")
+
+
+def pieces_of(engine: EngineScheduler, tokens: Iterable[int]) -> list[TokenPiece]:
+    """Return each of `tokens` with its text, or its bytes if they are a part of a character."""
+    control = {engine.tokenize(text, special=True)[-1]: text.encode() for text in engine.control_texts}
+    pieces = []
+    for token in tokens:
+        found = engine.token_bytes(token) or control.get(token, b"")
+        try:
+            pieces.append(TokenPiece(id=token, piece=found.decode()))
+        except UnicodeDecodeError:
+            pieces.append(TokenPiece(id=token, piece=list(found)))
+    return pieces

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, PrivateAttr, ValidationError, model_validator
 
@@ -36,6 +36,8 @@ MAX_INPUTS = 2048
 DEFAULT_CHAT_TOKENS = 512
 DEFAULT_TEXT_TOKENS = 16
 MIN_TOP_P = 1e-30
+MAX_TOKENS = 1_000_000
+"""Most tokens of an answer. Where other APIs have no limit, the context window ends it first."""
 
 TEMPLATE_VARIABLES = ("messages", "tools", "bos_token", "eos_token")
 """Variables of a chat template that a client may not set."""
@@ -60,6 +62,13 @@ def _texts_of(value: Any) -> list[str | list[int]]:
     return [value] if isinstance(value, str) or isinstance(value[0], int) else value
 
 
+Prompt = (
+    Text
+    | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
+    | Tokens
+    | Annotated[list[Tokens], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
+)
+"""One or several texts, or the tokens of one or several."""
 TokenKey = Annotated[str, AfterValidator(_check_token_key)]
 """A token id as a key of a JSON object."""
 Bias = Annotated[Float, Field(ge=-100, le=100)]
@@ -81,7 +90,6 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "reasoning_effort": ("none",),
     "top_logprobs": (0,),
     "stream_options": ({}, {"include_obfuscation": False}),
-    "with_pieces": (False,),
 }
 """OpenAI's fields that are not served, each with the values that request nothing."""
 
@@ -90,6 +98,19 @@ WITHOUT_EFFECT = (
     "prediction",
 )
 """OpenAI's fields that name the user or a priority. The answer is the same without them."""
+
+SAMPLERS_OFF: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("mirostat", "dry_multiplier", "xtc_probability", "dynatemp_range"), (0,)),
+    **dict.fromkeys(("typical_p", "typ_p", "tfs_z"), (1,)),
+    "top_n_sigma": (-1,),
+}
+"""llama.cpp's and Ollama's fields of samplers that are not served, each with the values that turn them off."""
+
+SAMPLER_PARAMETERS = (
+    *("mirostat_tau", "mirostat_eta", "dry_base", "dry_allowed_length", "dry_penalty_last_n", "dry_sequence_breakers"),
+    *("xtc_threshold", "dynatemp_exponent"),
+)
+"""Fields without effect while those samplers are off."""
 
 ALTERNATIVES = {
     "functions": "use tools",
@@ -124,7 +145,7 @@ class CompletionRequest(RequestBody, abc.ABC):
 
     model: Text = ""
     """May be left out if the server has one model."""
-    max_tokens: Annotated[Int | None, Field(ge=1, le=1_000_000)] = None
+    max_tokens: Annotated[Int | None, Field(ge=1, le=MAX_TOKENS)] = None
     temperature: Annotated[Float | None, Field(ge=0, le=2)] = None
     top_p: Annotated[Float | None, Field(ge=MIN_TOP_P, le=1)] = None
     top_k: Annotated[Int | None, Field(ge=0, le=1_000_000)] = None
@@ -206,7 +227,7 @@ class ChatRequest(CompletionRequest):
     """POST /v1/chat/completions. If the last message is the assistant's, the answer continues it."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
-    max_completion_tokens: Annotated[Int | None, Field(ge=1, le=1_000_000)] = None
+    max_completion_tokens: Annotated[Int | None, Field(ge=1, le=MAX_TOKENS)] = None
     logprobs: Bool = False
     top_logprobs: Annotated[Int, Field(ge=0, le=20)] = 0
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] = Field([])
@@ -276,12 +297,9 @@ class ChatRequest(CompletionRequest):
 class TextRequest(CompletionRequest):
     """POST /v1/completions."""
 
-    prompt: (
-        Text
-        | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
-        | Tokens
-        | Annotated[list[Tokens], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
-    )
+    has_control_tokens: ClassVar[bool] = False
+    """True if text such as <|im_end|> in a prompt is a control token."""
+    prompt: Prompt
     logprobs: Annotated[Int | None, Field(ge=0, le=20)] = None
     echo: Bool = False
     """Whether the answer begins with the prompt."""
@@ -315,6 +333,8 @@ class TokenizeRequest(RequestBody):
     """Whether to begin with the model's BOS token, if it adds one."""
     parse_special: Bool = True
     """Whether text such as <|im_end|> becomes its control token."""
+    with_pieces: Bool = False
+    """Whether the answer has the text of each token, as bytes if that is a part of a character."""
 
 
 class DetokenizeRequest(RequestBody):

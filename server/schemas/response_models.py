@@ -235,10 +235,15 @@ class Embeddings(ResponseModel):
     usage: EmbeddingsUsage
 
 
+class TokenPiece(ResponseModel):
+    id: int
+    piece: str | list[int]
+
+
 class Tokenized(ResponseModel):
     """Answer of POST /tokenize."""
 
-    tokens: list[int]
+    tokens: list[int] | list[TokenPiece]
 
 
 class Detokenized(ResponseModel):
