@@ -29,6 +29,8 @@ from .schemas.completions import (
     MAX_MESSAGES,
     MAX_STOPS,
     MAX_TOKENS,
+    SAMPLER_PARAMETERS,
+    SAMPLERS_OFF,
     ChatRequest,
     CompletionRequest,
     EmbeddingsRequest,
@@ -54,7 +56,7 @@ class Options(RequestPart):
 
     without_effect = (
         *("num_ctx", "num_keep", "num_batch", "num_gpu", "main_gpu", "num_thread", "use_mmap", "use_mlock", "numa"),
-        *("low_vram", "vocab_only", "f16_kv", "repeat_last_n", "penalize_newline"),
+        *("low_vram", "vocab_only", "f16_kv", "repeat_last_n", "penalize_newline", *SAMPLER_PARAMETERS),
     )
     temperature: Float | None = None
     top_k: Int | None = None
@@ -66,6 +68,10 @@ class Options(RequestPart):
     repeat_penalty: Float | None = None
     presence_penalty: Float = 0.0
     frequency_penalty: Float = 0.0
+
+    @classmethod
+    def is_neutral(cls, name: str, value: Any) -> bool:
+        return super().is_neutral(name, value) or value in SAMPLERS_OFF.get(name, ())
 
     def as_fields(self) -> dict[str, Any]:
         """Return the same as fields of a CompletionRequest."""
