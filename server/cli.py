@@ -91,7 +91,7 @@ def body(argv: Sequence[str]) -> int:
             reason = f"other machines may reach --host {options.host} and use the server"
             print(f"warning: {reason}; set an --api-key to prevent it", file=sys.stderr)
         limits = (options.waiting, options.timeout, options.max_memory, options.prompt_cache, options.idle_unload)
-        pool = ModelPool(artefacts, engine_options, *limits)
+        pool = ModelPool(artefacts, engine_options, *limits, options.pin)
         names = ", ".join(artefacts)
         print(f"{names} at http://{options.host}:{options.port}/v1 (chat: /, documentation: /docs)", flush=True)
         app = create_app(pool, app_options, is_local, sampling)

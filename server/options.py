@@ -30,6 +30,9 @@ class ServeOptions:
     prompt_cache: int = flags.byte_count(0)
     """gguf: disk space for the caches of prompts, such as 500MB; 0: none. They are written to the user's cache folder
     when a model is unloaded or the server stops, and read when the model is loaded again."""
+    pin: tuple[str, ...] = ()
+    """File of a system prompt, or .json with messages or with messages and tools, repeatable. It is evaluated when a
+    model is loaded and stays in its cache."""
     waiting: int = flags.number(8, at_least=0)
     """Requests per model that may wait for a place. Further ones are refused with status 429."""
     timeout: float = flags.number(600.0, above=0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import logging
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,8 @@ from ..base.errors import EfficientLLMError
 from ..base.files import written_atomically
 from ..base.progress import PROGRESS_LOGGER
 from ..base.quantities import format_bytes
+from .protocol import StateKeeper
+from .scheduling_policy import CachePool, SequenceCache, is_much_like
 
 MIN_STORED_TOKENS = 64
 """Least length of a prompt that is stored. A shorter one is evaluated as fast as it is read."""
@@ -33,6 +36,28 @@ class PromptStore:
     def __init__(self, folder: Path, key: str, max_bytes: int) -> None:
         """Use the files of `key`. All files in `folder` together have at most `max_bytes`."""
         self._folder, self._key, self._max_bytes = folder, key, max_bytes
+
+    def save(self, engine: StateKeeper, caches: CachePool) -> None:
+        """Write the caches of all sequences of `engine`, without those that are much like others."""
+        for cache in reversed(caches.distinct(MIN_STORED_TOKENS)):
+            self.write(cache.tokens, engine.sequence_state(cache.sequence))
+
+    def restore(self, engine: StateKeeper, caches: CachePool) -> int:
+        """Fill empty caches of `engine`, the newest prompt first, and return the number of their tokens.
+
+        Prompts that are much like a newer one are left out, as in `save`.
+        """
+        restored: list[SequenceCache] = []
+        empty = caches.empty()
+        for tokens, state in itertools.islice(self.read(), len(empty)):
+            cache, is_known = empty[len(restored)], is_much_like(tokens, restored)
+            has_room = caches.has_room(len(tokens))
+            if has_room and not is_known and engine.restore_sequence(cache.sequence, state, len(tokens)):
+                cache.tokens = tokens
+                restored.append(cache)
+        for cache in reversed(restored):
+            caches.touch(cache)
+        return sum(len(cache.tokens) for cache in restored)
 
     def write(self, tokens: Sequence[int], state: bytes) -> None:
         """Store a prompt and remove the files that were used least recently, until all fit. Report a failure."""

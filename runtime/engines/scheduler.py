@@ -22,7 +22,6 @@ thread.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,9 +31,9 @@ from pathlib import Path
 import numpy as np
 
 from ..base.errors import ContextOverflowError, UsageError
-from .prompt_store import MIN_STORED_TOKENS, PromptStore
+from .prompt_store import PromptStore
 from .protocol import CacheFullError, Chunk, Embedder, Engine, EvaluationInterrupted, Pooling, StateKeeper
-from .scheduling_policy import CachePool, PassTimes, SequenceCache, common_length, is_much_like, plan_pass
+from .scheduling_policy import CachePool, PassTimes, SequenceCache, common_length, plan_pass
 from .speculation import Proposer, Speculation
 
 TOGETHER_SECONDS = 0.001
@@ -357,27 +356,28 @@ class EngineScheduler:
         """Write the caches of all sequences to `store`, without those that are much like others."""
         with self._open() as engine, self._turn:
             assert isinstance(engine, StateKeeper)
-            for cache in reversed(self._caches.distinct(MIN_STORED_TOKENS)):
-                store.write(cache.tokens, engine.sequence_state(cache.sequence))
+            store.save(engine, self._caches)
 
     def restore_prompts(self, store: PromptStore) -> int:
-        """Fill empty caches from `store`, the newest first, and return the number of their tokens.
-
-        Prompts that are much like a newer one are left out, as in `save_prompts`.
-        """
-        restored: list[SequenceCache] = []
+        """Fill empty caches from `store`, and return the number of their tokens."""
         with self._open() as engine, self._turn:
             assert isinstance(engine, StateKeeper)
-            empty = self._caches.empty()
-            for tokens, state in itertools.islice(store.read(), len(empty)):
-                cache, has_room = empty[len(restored)], self._caches.used + len(tokens) <= engine.cache_slots
-                is_known = is_much_like(tokens, restored)
-                if has_room and not is_known and engine.restore_sequence(cache.sequence, state, len(tokens)):
-                    cache.tokens = tokens
-                    restored.append(cache)
-            for cache in reversed(restored):
-                self._caches.touch(cache)
-        return sum(len(cache.tokens) for cache in restored)
+            return store.restore(engine, self._caches)
+
+    def pin(self, tokens: Sequence[int]) -> None:
+        """Evaluate `tokens` and never evict them. They take a sequence and its slots from the answers.
+
+        Raise UsageError without a second sequence, ContextOverflowError if the tokens do not fit.
+        """
+        if self.num_sequences < 2:
+            raise UsageError("--pin: a pinned prompt needs a sequence of its own; set --parallel to 2 or more")
+        lease = self.lease()
+        lease.begin(tokens)
+        lease.evaluate()
+        assert lease.cache is not None
+        lease.cache.is_pinned = True
+        lease.release()
+        self.num_sequences, self.cache_slots = self.num_sequences - 1, self.cache_slots - len(tokens)
 
     @property
     def used_slots(self) -> int:

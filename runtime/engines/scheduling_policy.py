@@ -38,6 +38,8 @@ class SequenceCache:
     """Tokens at the beginning that are copies of another sequence's and take no slots of their own."""
     last_used: int = 0
     """Number of the last use. A smaller one is longer ago."""
+    is_pinned: bool = False
+    """True if the tokens stay for good. Prompts that begin with them copy them."""
 
     @property
     def own_tokens(self) -> int:
@@ -66,8 +68,9 @@ class CachePool:
         length = common[best.sequence]
         chosen = best
         # Taking over a long cache for a short prefix would evict the rest of it. Then the prefix is copied instead.
-        if best.holder is not None or length < MIN_REUSED_SHARE * len(best.tokens):
-            chosen = min(self._caches, key=lambda cache: (cache.holder is not None, cache.last_used))
+        if best.holder is not None or best.is_pinned or length < MIN_REUSED_SHARE * len(best.tokens):
+            others = (cache for cache in self._caches if not cache.is_pinned)
+            chosen = min(others, key=lambda cache: (cache.holder is not None, cache.last_used))
         self.truncate(chosen, length if chosen is best else 0)
         if chosen is not best and length:
             # llama.cpp shares the slots of a copy. Other engines have a cache of fixed size per sequence.
@@ -81,14 +84,18 @@ class CachePool:
         """Record a use of `cache`."""
         cache.last_used = next(self._clock)
 
+    def has_room(self, num_tokens: int) -> bool:
+        """Return True if `num_tokens` more fit."""
+        return self.used + num_tokens <= self._engine.cache_slots
+
     def make_room(self, num_tokens: int) -> None:
         """Evict idle caches until `num_tokens` more fit or no cache is idle."""
-        while self.used + num_tokens > self._engine.cache_slots and self.evict_idle():
+        while not self.has_room(num_tokens) and self.evict_idle():
             pass
 
     def evict_idle(self) -> bool:
-        """Evict the least recently used idle cache. Return False if there is none."""
-        idle = [cache for cache in self._caches if cache.holder is None and cache.tokens]
+        """Evict the least recently used idle cache. Return False if there is none but pinned ones."""
+        idle = [cache for cache in self._caches if cache.holder is None and cache.tokens and not cache.is_pinned]
         if idle:
             self.truncate(min(idle, key=lambda cache: cache.last_used), 0)
         return bool(idle)

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from ...runtime.base.errors import EfficientLLMError
+from pydantic import ValidationError
+
+from ...runtime.base.errors import EfficientLLMError, UsageError
 from ...runtime.base.progress import PROGRESS_LOGGER
 from ...runtime.base.quantities import format_bytes
 from ...runtime.base.user_cache import cache_folder
 from ...runtime.engines.artefact import Artefact
 from ...runtime.engines.engine import DEFAULT_CONTEXT, EngineOptions, load_engine
 from ...runtime.engines.scheduler import EngineScheduler
+from ...runtime.engines.scheduling_policy import common_length
 from ...runtime.grammar import read_vocabulary
-from ..schemas.api_error import APIError, shutdown_error
+from ...runtime.prompt import PromptOptions, tool_prompt
+from ..schemas.api_error import APIError, shutdown_error, validation_message
+from ..schemas.completions import ChatRequest
 from .worker import Deadline, EngineWorker
 
 DEFAULT_PARALLEL = 16
@@ -42,19 +49,20 @@ class ModelPool:
         max_memory: int = 0,
         prompt_cache: int = 0,
         idle_seconds: float = 0.0,
+        pins: Sequence[str] = (),
     ) -> None:
         """Compare the files of `artefacts` {name: path} with their manifests and load the first model.
 
         Raise ArtefactError if one is damaged. `waiting`: requests per model in the queue. `timeout`: seconds of a
         request. `prompt_cache`: bytes on disk for the prompts of unloaded models. `idle_seconds`: time after its last
-        request in which a model stays loaded, 0 for ever.
+        request in which a model stays loaded, 0 for ever. `pins`: files of prompts that stay evaluated, see `read_pin`.
         """
         self.artefacts = {name: Artefact.open(path) for name, path in artefacts.items()}
         for artefact in self.artefacts.values():
             artefact.verify()
         self.options = replace(options, parallel=options.parallel or DEFAULT_PARALLEL)
         self.waiting, self.timeout, self.max_memory = waiting, timeout, max_memory
-        self.prompt_cache = prompt_cache
+        self.prompt_cache, self._pins = prompt_cache, list(map(read_pin, pins))
         self._keep_seconds = dict.fromkeys(self.artefacts, idle_seconds or float("inf"))
         """{name: time in which the model stays loaded without requests}"""
         self._workers: dict[str, EngineWorker] = {}
@@ -80,8 +88,15 @@ class ModelPool:
         logging.getLogger(PROGRESS_LOGGER).info("%s: %s", name, describe_capacity(engine))
         # Read before a request needs a grammar. Reading cannot be stopped and would keep the place of a lost client.
         threading.Thread(target=read_vocabulary, args=(engine,), daemon=True).start()
-        on_idle = partial(self._record_idle, name)
-        return EngineWorker(engine, self.waiting, on_idle, self._restore_prompts(name, engine))
+        save_prompts = self._restore_prompts(name, engine)
+        try:
+            for pin in self._pins:
+                engine.pin(tokens := pinned_tokens(engine, pin))
+                logging.getLogger(PROGRESS_LOGGER).info("%s: %d tokens pinned", name, len(tokens))
+        except BaseException:
+            engine.close()
+            raise
+        return EngineWorker(engine, self.waiting, partial(self._record_idle, name), save_prompts)
 
     def keep(self, name: str, seconds: float) -> None:
         """Keep a model loaded for `seconds` after its last request, from now on. A negative number means for ever."""
@@ -229,6 +244,31 @@ class ModelPool:
         """Unload all models after the answers in progress."""
         for worker in self._workers.values():
             worker.close()
+
+
+def read_pin(path: str) -> ChatRequest:
+    """Return the chat in a file: JSON with messages or with the fields of a request, else the text of a system message.
+
+    Raise UsageError if it cannot be read.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        content = json.loads(text) if path.endswith(".json") else [{"role": "system", "content": text}]
+        return ChatRequest.model_validate(content if isinstance(content, dict) else {"messages": content})
+    except ValidationError as error:
+        raise UsageError(f"--pin {path}: {validation_message(error.errors())}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"--pin {path}: cannot be read: {error}; give a text or a .json file with messages") from error
+
+
+def pinned_tokens(engine: EngineScheduler, pin: ChatRequest) -> list[int]:
+    """Return the tokens that every prompt begins with that continues the chat `pin` with a question."""
+    options = PromptOptions(pin.tool_use, pin.template_variables)
+    messages = [message.as_template_value() for message in pin.messages]
+    one, other = (
+        tool_prompt(engine, [*messages, {"role": "user", "content": text}], options).tokens for text in ("a", "?")
+    )
+    return one[: common_length(one, other, len(one))]
 
 
 def describe_capacity(engine: EngineScheduler) -> str:
