@@ -58,7 +58,7 @@ def test_a_completion_is_that_of_openai_s_api(client: httpx.Client) -> None:
     assert (last["stop"], last["content"], last["tokens_predicted"]) == (True, "", 12)
 
 
-@pytest.mark.parametrize("prompts", [["Hello", "Good morning"], [[5, 6, 7], [8, 9]]])
+@pytest.mark.parametrize("prompts", [["Hello", "Good morning"], [[5, 6, 7], [8, 9]], ["Hello", [5, 6, 7]]])
 def test_several_prompts_have_several_answers(client: httpx.Client, prompts: list[Any]) -> None:
     answers = complete(client, prompt=prompts)
     assert [each["index"] for each in answers] == [0, 1]

@@ -62,13 +62,8 @@ def _texts_of(value: Any) -> list[str | list[int]]:
     return [value] if isinstance(value, str) or isinstance(value[0], int) else value
 
 
-Prompt = (
-    Text
-    | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
-    | Tokens
-    | Annotated[list[Tokens], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
-)
-"""One or several texts, or the tokens of one or several."""
+Prompt = Text | Tokens | Annotated[list[Text | Tokens], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
+"""A text, its tokens, or several of either."""
 TokenKey = Annotated[str, AfterValidator(_check_token_key)]
 """A token id as a key of a JSON object."""
 Bias = Annotated[Float, Field(ge=-100, le=100)]
