@@ -85,7 +85,6 @@ class ModelPool:
     def _load(self, name: str) -> EngineWorker:
         engine = load_engine(self.artefacts[name], self.options)
         self._sizes[name] = self.artefacts[name].file_bytes + engine.kv_cache_bytes + engine.draft_bytes
-        logging.getLogger(PROGRESS_LOGGER).info("%s: %s", name, describe_capacity(engine))
         # Read before a request needs a grammar. Reading cannot be stopped and would keep the place of a lost client.
         threading.Thread(target=read_vocabulary, args=(engine,), daemon=True).start()
         save_prompts = self._restore_prompts(name, engine)
@@ -96,6 +95,7 @@ class ModelPool:
         except BaseException:
             engine.close()
             raise
+        logging.getLogger(PROGRESS_LOGGER).info("%s: %s", name, describe_capacity(engine))
         return EngineWorker(engine, self.waiting, partial(self._record_idle, name), save_prompts)
 
     def keep(self, name: str, seconds: float) -> None:
