@@ -217,6 +217,7 @@ def test_look_up_comes_before_the_draft(artefact: Path, draft_of: Draft, monkeyp
     engine.close()
 
 
+@pytest.mark.slow
 def test_a_draft_that_cannot_propose_is_refused_in_one_line(
     artefact: Path, draft_of: Draft, exported: Callable[..., Path], tmp_path: Path
 ) -> None:
