@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from disks import grow, small_disk
 from several_runs import MARK, UNREADABLE
 from tiny import tiny_architecture, tiny_model, tiny_tokenizer
 from training import command, expect_same_run, metrics, run, weights
@@ -25,6 +27,9 @@ MODES = ("ddp", "fsdp")
 BETWEEN_REMOVALS = "ddp --prune-every 4 --prune-end 0.8"
 RESUMED = {BETWEEN_REMOVALS: 10, "fsdp": 10, "ddp --gradient-accumulation 2": 9}
 """Mode and flags of a run that gets a signal in its tenth step -> step of its checkpoint."""
+HARMS = ("damaged", "changed")
+HARMED = {"ddp": BETWEEN_REMOVALS, "fsdp": "fsdp"}
+"""Mode -> mode and flags of runs whose newest checkpoint or corpus is harmed before they are resumed."""
 HANG_SECONDS = 300
 RECOVERED = ("--recover", "least-squares", "--recover-tokens", "256", "--removals", "2", "--distill", "1")
 RECOVERED += ("--vocabulary-tokens", "2000")
@@ -110,9 +115,13 @@ def ended(folder: Path, source_folder: Path, corpus: Path) -> dict[str, tuple[st
     for mode in RESUMED:
         for name in (f"straight {mode}", f"stopped {mode}"):
             runs[name] = command(source_folder, corpus, folder / name, *resumable_flags(mode))
-    more = ["--batch-size", "2", "--checkpoint-every", "0"]
-    runs["unreadable"] = command(source_folder, corpus, folder / "unreadable", *more)
     for mode in MODES:
+        output, flags = folder / f"unreadable {mode}", ["--batch-size", "2", "--checkpoint-every", "0"]
+        runs[f"unreadable {mode}"] = command(source_folder, corpus, output, *flags, "--data-parallel", mode)
+        for name in HARMS:
+            text, output = folder / f"{name} {mode}.jsonl", folder / f"{name} {mode}"
+            shutil.copy(corpus, text)
+            runs[f"stopped {name} {mode}"] = command(source_folder, text, output, *resumable_flags(HARMED[mode]))
         # a stem channel is in every tensor, so each is replaced where one goes
         more = ["--prune", "stem", "--target-ratio", "0.8", "--tokens", "640", "--data-parallel", mode]
         runs[f"stem {mode}"] = command(source_folder, corpus, folder / f"stem {mode}", "--batch-size", "2", *more)
@@ -209,13 +218,54 @@ def test_stopped_distributed_run_resumes_bit_identically(
         expect_same_run(folder / f"stopped {mode}", folder / f"straight {mode}")
 
 
+@pytest.mark.parametrize("mode", MODES)
 def test_text_that_one_rank_cannot_read_stops_all_ranks_with_a_checkpoint(
-    ended: dict[str, tuple[str, dict[str, Any]]], folder: Path
+    mode: str, ended: dict[str, tuple[str, dict[str, Any]]], folder: Path
 ) -> None:
     error = f"error: rank 1: {UNREADABLE}; checkpoint step-00000009 is written: repair the text and --resume"
-    assert ended["unreadable"][1]["code"] == 2
-    assert error in (folder / "stderr.txt").read_text(encoding="utf-8").splitlines()
-    assert [path.name for path in (folder / "unreadable" / "checkpoints").iterdir()] == ["step-00000009"]
+    assert ended[f"unreadable {mode}"][1]["code"] == 2
+    lines = (folder / "stderr.txt").read_text(encoding="utf-8").splitlines()
+    assert sum(line.endswith(error) and not line.startswith("rank 1: ") for line in lines) == len(MODES)
+    assert [path.name for path in (folder / f"unreadable {mode}" / "checkpoints").iterdir()] == ["step-00000009"]
+
+
+def test_ranks_resume_beside_a_damaged_checkpoint_and_a_changed_corpus(
+    ended: dict[str, tuple[str, dict[str, Any]]], folder: Path, source_folder: Path
+) -> None:
+    """The older checkpoint gives the same run. A changed corpus gives another one, and says so."""
+    runs, lines = {}, {}
+    for mode in MODES:
+        for name in HARMS:
+            text, output = folder / f"{name} {mode}.jsonl", folder / f"{name} {mode}"
+            flags = resumable_flags(HARMED[mode])
+            runs[f"{name} {mode}"] = [*command(source_folder, text, output, *flags), "--resume"]
+        (folder / f"damaged {mode}" / "checkpoints" / "step-00000010" / "state" / "rank-1.pt").write_bytes(b"")
+        with (folder / f"changed {mode}.jsonl").open("a", encoding="utf-8") as stream:
+            stream.write('{"text": "Another document."}\n')
+        lines[f"damaged {mode}"] = "step-00000010 is damaged (state/rank-1.pt has 0 bytes, not "
+        lines[f"changed {mode}"] = f"--data {folder / f'changed {mode}.jsonl'} has changed; the result is not that of"
+    for name, (said, outcome) in several(folder, runs).items():
+        assert outcome["code"] == 0
+        assert sum(lines[name] in line for line in said.splitlines()) == 1, said
+    for mode in MODES:
+        expect_same_run(folder / f"damaged {mode}", folder / f"straight {HARMED[mode]}")
+
+
+@pytest.mark.parametrize(("mode", "kilobytes"), [("ddp", 8), ("fsdp", 1200)])
+def test_a_full_disk_ends_all_ranks_in_one_line_and_the_run_goes_on_when_there_is_room(
+    mode: str, kilobytes: int, source_folder: Path, corpus: Path, tmp_path: Path
+) -> None:
+    """The main rank alone writes metrics, and all ranks a checkpoint."""
+    more = ["--batch-size", "2", "--tokens", "1280", "--data-parallel", mode]
+    with small_disk(tmp_path / "disk", kilobytes) as disk:
+        arguments = command(source_folder, corpus, disk / "run", *more)
+        done = torchrun("full_disk_ranks", *arguments)
+        errors = {line.removeprefix("rank 1: ") for line in done.stderr.splitlines() if "error: " in line}
+        assert len(errors) == 1, done.stderr[-3000:]  # a slow launcher lets the other rank repeat it
+        assert "the disk is full (" in errors.pop()
+        assert done.stderr.count("Traceback") == 1, done.stderr[-9000:]  # the launcher's
+        grow(disk, 20_000)
+        assert torchrun("efficientllm.train.cli", *arguments, "--resume").returncode == 0
 
 
 @pytest.mark.parametrize("mode", MODES)

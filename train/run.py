@@ -94,7 +94,7 @@ def _train(config: TrainConfig) -> Path | None:
     """Train one model and return its folder, or None if a signal stopped the run."""
     with _locked_output_folder(config) if is_main_process() else contextlib.nullcontext():
         compute = choose_compute(config)
-        try:
+        with compute.parallel.joined():
             # one rank reads the checkpoint to verify it
             resume = compute.parallel.together(lambda: find_resume_point(config), only_main=True)
             torch.manual_seed(config.run.seed)
@@ -109,8 +109,6 @@ def _train(config: TrainConfig) -> Path | None:
                     plan = replace(plan, resume=ResumePoint(error.checkpoint, {}, ()))
                     del trainer
                     source, _ = load_source(config.source.source, "", config.foreign)
-        finally:
-            compute.parallel.close()
 
 
 @contextlib.contextmanager

@@ -35,6 +35,10 @@ def without_sync(callee: nn.Module, condition: bool) -> contextlib.AbstractConte
     return contextlib.nullcontext()
 
 
+FAILURE = "efficientllm/failure"
+"""Key of the error of the first rank that failed, in the store of the process group."""
+
+
 class Parallel:
     """Rank of this process among the others, or a single rank without torchrun."""
 
@@ -150,6 +154,34 @@ class Parallel:
     def storage_device(self) -> torch.device:
         """Return the device of parameters between uses."""
         return torch.device("cpu") if self.offload else self.device
+
+    @contextlib.contextmanager
+    def joined(self) -> Iterator[None]:
+        """Leave the process group after the block.
+
+        The store of the group carries an error of one rank that users can correct to the others. Otherwise they would
+        report a broken connection.
+        """
+        try:
+            yield
+        except BaseException as error:
+            if self.world_size > 1:
+                self._share_failure(error)
+            raise
+        finally:
+            self.close()
+
+    def _share_failure(self, error: BaseException) -> None:
+        """Store an error that users can correct. Raises the stored one of another rank if `error` follows from it."""
+        text = ""
+        with contextlib.suppress(RuntimeError):  # the rank that held the store has ended
+            store = dist.distributed_c10d._get_default_store()
+            if isinstance(error, EfficientLLMError | OSError):
+                store.set(FAILURE, f"rank {self.rank}: {error}" if self.rank else str(error))
+            elif not isinstance(error, KeyboardInterrupt | SystemExit) and store.check([FAILURE]):
+                text = store.get(FAILURE).decode()
+        if text:
+            raise EfficientLLMError(text) from error
 
     def close(self) -> None:
         """Leave the process group, if there is one."""
