@@ -27,8 +27,8 @@ from .verification import MAX_LOGIT_DIFFERENCE, compare_logits, torch_logits, to
 
 MODEL_FILE = "model.safetensors"
 
-OWN_SETTINGS = ("per_layer_config", "auto_map", "qk_norm_eps", "norm_scale", "embedding_scale")
-"""Settings of config.json that only our modeling file reads."""
+OWN_SETTINGS = ("per_layer_config", "auto_map", "model_file", "qk_norm_eps", "norm_scale", "embedding_scale")
+"""Settings of config.json for our modeling files."""
 
 
 @dataclass(frozen=True)

@@ -36,12 +36,21 @@ def test_caches_and_attention_implementations_agree(family: str, layers: tuple[L
     torch.testing.assert_close(sdpa, eager.logits, atol=1e-5, rtol=1e-4)
 
 
-def test_modeling_file_imports_only_torch_and_transformers() -> None:
-    from efficientllm.train.model import modeling_efficientllm
-
-    text = Path(modeling_efficientllm.__file__).read_text()
-    imports = [line.split()[1].split(".")[0] for line in text.splitlines() if line.startswith(("import ", "from "))]
-    assert set(imports) == {"torch", "transformers", "typing"}
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("modeling_efficientllm.py", {"torch", "transformers", "typing"}),
+        ("modeling_mlx.py", {"mlx", "mlx_lm", "dataclasses", "typing"}),
+    ],
+)
+def test_modeling_files_import_only_their_libraries(
+    name: str, expected: set[str], save_tiny: Callable[..., Path]
+) -> None:
+    text = (save_tiny(tiny_architecture()) / name).read_text()
+    imports = [
+        line.split()[1].split(".")[0] for line in text.splitlines() if line.split()[:1] in (["import"], ["from"])
+    ]
+    assert set(imports) == expected
 
 
 def test_a_transformers_without_layer_widths_is_told_so_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,7 +68,8 @@ def test_uniform_model_is_saved_as_plain_llama(save_tiny: Callable[..., Path]) -
     config = json.loads((folder / "config.json").read_text())
     assert config["model_type"] == "llama"
     assert config["architectures"] == ["LlamaForCausalLM"]
-    assert not (folder / "modeling_efficientllm.py").exists()
+    assert "model_file" not in config
+    assert not list(folder.glob("*.py"))
     assert type(AutoModelForCausalLM.from_pretrained(folder)) is LlamaForCausalLM
 
 

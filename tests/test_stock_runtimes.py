@@ -42,7 +42,7 @@ TARGETS = {
     WEB: ("onnx", "--quantize", "f32"),
     "ExecuTorch": ("executorch", "--quantize", "f32", "--max-context", "256"),
     "transformers": ("checkpoint",),
-    "mlx-lm": ("hf-uniform",),
+    "mlx-lm": ("checkpoint",),
     "LiteRT": ("litert", "--quantize", "f32"),
 }
 """Runtime -> the target it reads, and its flags: fp32 throughout."""

@@ -156,7 +156,7 @@ def mlx_lm(artefact: Path) -> Callable[[Next], Next]:
     from mlx_lm.utils import load_model  # type: ignore[import-not-found]
 
     mx.set_default_device(mx.cpu)
-    model: Any = load_model(artefact)[0]
+    model: Any = load_model(artefact, trust_remote_code=True)[0]
 
     def read(window: Next) -> Next:
         cache = make_prompt_cache(model)

@@ -74,6 +74,11 @@ def packed(architecture: Architecture) -> Packed:
 
 modeling.register()
 
+MLX_FILE = Path(modeling.__file__).with_name("modeling_mlx.py")
+"""Modeling file for mlx-lm."""
+FOLDER_SETTINGS = ("per_layer_config", "auto_map", "model_file")
+"""Settings of config.json that only irregular folders have."""
+
 
 def architecture_of(config: Any) -> Architecture:
     return Architecture.from_hf_config(config.to_dict())
@@ -115,7 +120,7 @@ def irregular_config(config: Any, architecture: Architecture) -> Any:
 def config_of(settings: Mapping[str, Any], architecture: Architecture, attention: str | None = None) -> Any:
     """Return the efficientllm config of `architecture` with other `settings` and an implementation of attention."""
     values = dict(settings)
-    for name in ("model_type", "architectures", "per_layer_config", "auto_map", "quantization_config"):
+    for name in ("model_type", "architectures", *FOLDER_SETTINGS, "quantization_config"):
         values.pop(name, None)
     values["head_dim"] = architecture.head_dim
     values["num_attention_heads"] = values["num_key_value_heads"] = 1  # the widest layers' need not fit each other
@@ -179,7 +184,7 @@ def plain_config(config: Any, architecture: Architecture) -> Any | None:
     scales = Scales.of(values, architecture)
     if untied(architecture, scales) != architecture:
         return None
-    for name in ("model_type", "architectures", "per_layer_config", "auto_map", *scales.settings(architecture)):
+    for name in ("model_type", "architectures", *FOLDER_SETTINGS, *scales.settings(architecture)):
         values.pop(name, None)
     if parts.norm.stock_eps is None:
         values[parts.norm.eps_setting] = scales.stem_eps
@@ -214,7 +219,7 @@ def packed_config(config: Any, closed: Packed) -> Any:
 def save_checkpoint(
     model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, state: dict[str, torch.Tensor] | None = None
 ) -> None:
-    """Write a Hugging Face folder: plain if stock transformers can load it, with its own modeling file otherwise.
+    """Write a Hugging Face folder: plain if stock transformers can load it, with its own modeling files otherwise.
 
     `state` replaces the model's own state dict (whole tensors of a sharded model). Layers without blocks are merged
     (see `packed`).
@@ -235,7 +240,9 @@ def save_checkpoint(
             "AutoModel": f"{module}.{causal_lm.base_class.__name__}",
             "AutoModelForCausalLM": f"{module}.{causal_lm.__name__}",
         }
+        config.model_file = MLX_FILE.name
         shutil.copy(modeling.__file__, folder / f"{module}.py")
+        shutil.copy(MLX_FILE, folder)
     else:
         state = stock_state(state, irregular, architecture)
         config.architectures = [architecture.parts.stock_class]

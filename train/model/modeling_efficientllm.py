@@ -7,8 +7,11 @@ transformers' `per_layer_config` schema. Weights keep the names of the base fami
 
 from typing import Any
 
-import torch
-from torch import nn
+try:
+    import torch
+    from torch import nn
+except ImportError as error:  # AutoTokenizer, as mlx-lm calls it, ignores this file after OSError (transformers 5.24)
+    raise OSError("models of unequal layers need torch; run: pip install torch") from error
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, __version__
 
 try:
@@ -18,7 +21,6 @@ except ImportError as error:
         f"layers of unequal width need transformers 5.14 or newer, and this is {__version__}; "
         "run: pip install 'transformers>=5.14' (or use the output of efficientllm-export --target hf-uniform)"
     ) from error
-from torch.nn import functional
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -180,7 +182,7 @@ class StemLayerNorm(nn.Module):
         x, width = hidden_states.float(), hidden_states.shape[-1]
         weight, bias = (None if tensor is None else tensor.float() for tensor in (self.weight, self.bias))
         if self.survivors is None:
-            x = functional.layer_norm(x, (width,), weight, bias, self.eps)
+            x = nn.functional.layer_norm(x, (width,), weight, bias, self.eps)
         else:
             kept = x.index_select(-1, self.survivors)
             kept = kept - kept.mean(-1, keepdim=True)
