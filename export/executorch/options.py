@@ -8,7 +8,7 @@ from ...runtime.base import flags
 from ...runtime.base.errors import UsageError
 from ...runtime.base.quantities import unknown_name
 from ..request import PaddingOptions
-from .recipes import load_recipe
+from .recipes import find_recipe
 
 GROUP_SIZES = (32, 64, 128)
 TYPES = ("f32", "f16", "8da4w", "int8")
@@ -40,7 +40,7 @@ class ExecutorchOptions(PaddingOptions):
         flags.check_fields(self)
         sizes = ", ".join(map(str, GROUP_SIZES))
         flags.require(self, "group_size", self.group_size in GROUP_SIZES, f"XNNPACK takes {sizes}")
-        formats, name = load_recipe(self.recipe).formats, self.weight_type
+        formats, name = find_recipe(self.recipe).formats, self.weight_type
         if name not in TYPES:
             raise unknown_name("--quantize", name, TYPES, of=" for executorch")
         for flag, value in (("--output-type", self.output_type), ("--embedding-type", self.embedding_type)):
@@ -54,4 +54,4 @@ class ExecutorchOptions(PaddingOptions):
     @property
     def weight_type(self) -> str:
         """Return the weight type, by default the recipe's."""
-        return self.quantize or load_recipe(self.recipe).formats[0]
+        return self.quantize or find_recipe(self.recipe).formats[0]

@@ -34,7 +34,7 @@ from ..verification import StoredWeights, Written, check_stepwise, run_chunks, s
 from .options import ExecutorchOptions
 from .quantize import ALIGNMENT, WeightFormat, given_weights, quantize_decoder, weight_format
 from .reader import read_weights
-from .recipes import Recipe, load_recipe
+from .recipes import Recipe, find_recipe
 from .static_decoder import StaticDecoder
 
 Stage = Callable[[str], contextlib.AbstractContextManager[None]]
@@ -147,7 +147,7 @@ def write_program(checkpoint: Checkpoint, request: ExportRequest[ExecutorchOptio
 
 def _plan(checkpoint: Checkpoint, options: ExecutorchOptions) -> ProgramPlan:
     """Return the plan. Raises UsageError if a package of the recipe is missing."""
-    recipe = load_recipe(options.recipe)
+    recipe = find_recipe(options.recipe)
     weights = weight_format(options)
     original = checkpoint.architecture
     needs_padding = "int4" in (weights.linear, weights.head, weights.embedding) and options.pad == "auto"
