@@ -1,27 +1,118 @@
-"""`--target onnx --portable`: standard ONNX operators only, traced by torch.onnx.
+"""`--target onnx --portable`: a decoder in standard ONNX operators only (opset 23), traced by torch.onnx.
 
 It runs wherever opset 23 does, without onnxruntime's fused operators. It is slower there, and fp32 only. It shares no
 code with graph.py, so that each checks the other.
+
+`forward(input_ids [B, S], attention_mask [B, T], *past) -> (logits fp32 [B, 1 or S, V], *present)`. past [B, G_i, P,
+D] and present [B, G_i, T, D] are key and value of every layer with attention, T = P + S. Logits are those of the last
+valid new token, or of all. Prompts of a batch may be padded on either side, with zeros in their mask. See
+decoder_modules for the other letters.
 """
 
 from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 import torch
+from torch import Tensor
 
 from ...runtime.base.files import require_room
+from ...train.model.architecture import LayerShape
+from ...train.model.attention import LayerAttention
 from ..checkpoint import Checkpoint
+from ..decoder_modules import Attention, Decoder
 from ..exporter_config import OnnxDecoderConfig
-from .portable_decoder import PortableDecoder
 
 OPSET = 23
 """The first opset with Attention, RotaryEmbedding and RMSNormalization."""
+
+
+@dataclass
+class Caches:
+    """Values that the layers of one call share."""
+
+    rotary: Mapping[str, tuple[Tensor, Tensor]]
+    """{rotary_key: cos and sin [C, rotary_dim / 2]}"""
+    positions: Tensor
+    """int64 [B, S]"""
+    mask: Tensor
+    """bool [B, 1, S, T]: the visible tokens of each new token."""
+    distance: Tensor
+    """int64 [B, 1, S, T]: positions of each token before each new one. Padding has none of its own."""
+    past: Iterator[Tensor]
+    present: list[Tensor] = field(default_factory=list)
+
+
+class PortableAttention(Attention):
+    """Attention with ONNX's own RotaryEmbedding and Attention."""
+
+    def forward(self, x: Tensor, context: Caches) -> Tensor:
+        query, key, value = (part.transpose(1, 2) for part in self.project(x))
+        settings, mask = self.settings, context.mask
+        if settings.rope is not None:
+            cos, sin = context.rotary[settings.rotary_key]
+            rotary_dim = settings.rotary_dim if settings.rotary_dim < self.head_dim else 0
+            query, key = (
+                torch.onnx.ops.rotary_embedding(part, cos, sin, context.positions, rotary_embedding_dim=rotary_dim)
+                for part in (query, key)
+            )
+        if settings.window:
+            mask = mask & (context.distance < settings.window)
+        attended, present_key, present_value, _ = torch.onnx.ops.attention(
+            query,
+            key,
+            value,
+            mask,
+            next(context.past),
+            next(context.past),
+            q_num_heads=self.heads,
+            kv_num_heads=self.groups,
+            scale=settings.scale,
+        )
+        context.present += [present_key, present_value]
+        return self.o_proj(attended.transpose(1, 2).reshape(*x.shape[:2], self.heads * self.head_dim))
+
+
+class PortableDecoder(Decoder):
+    """Decoder with the interface of the module's docstring."""
+
+    def __init__(self, checkpoint: Checkpoint, has_all_logits: bool) -> None:
+        super().__init__(checkpoint, checkpoint.architecture)
+        self.has_all_logits = has_all_logits
+        tables = self.rotary_tables(checkpoint, checkpoint.context_length)
+        self.rotary_keys = tuple(tables)
+        for key, (cos, sin) in tables.items():
+            self.register_buffer(f"cos_{key}", cos, persistent=False)
+            self.register_buffer(f"sin_{key}", sin, persistent=False)
+
+    def attention(self, layer: LayerShape, settings: LayerAttention) -> PortableAttention:
+        return PortableAttention(self.architecture, layer, settings, self.scales)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
+        length, total = input_ids.shape[1], attention_mask.shape[1]
+        all_positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
+        positions = all_positions[:, total - length :]
+        steps = torch.arange(total)
+        is_before = steps[None, :] <= steps[total - length :, None]
+        mask = is_before[None, None] & attention_mask.bool()[:, None, None, :]
+        rotary = {key: (getattr(self, f"cos_{key}"), getattr(self, f"sin_{key}")) for key in self.rotary_keys}
+        distance = (positions[:, :, None] - all_positions[:, None, :]).unsqueeze(1)
+        caches = Caches(rotary, positions, mask, distance, iter(past))
+        x = self.embed(input_ids)
+        for layer in self.layers:
+            x = layer(x, caches)
+        if self.has_all_logits:
+            return self.lm_head(self.norm(x)), *caches.present
+        is_valid = attention_mask[:, total - length :]
+        last = (is_valid * torch.arange(1, length + 1)).argmax(1)  # [B], among the new tokens
+        last_x = x[torch.arange(x.shape[0]), last].unsqueeze(1)
+        return self.lm_head(self.norm(last_x)), *caches.present
 
 
 def write_portable(checkpoint: Checkpoint, path: Path, has_all_logits: bool) -> None:
