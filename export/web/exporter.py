@@ -8,14 +8,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ...runtime.base.files import write_json_atomically
+from ...runtime.base.files import sha256_of, write_json_atomically
 from ..checkpoint import Checkpoint
 from ..gguf.exporter import GgufOptions, check_gguf, write_model
 from ..greedy import greedy_check
 from ..manifest import generation_defaults, write_manifest
 from ..request import ExportRequest, log
 from ..targets import Exporter
-from .parts import PART_BYTES, Part, split_file
 from .wllama import COMPAT, VERSION, WLLAMA, copy_wllama
 
 PAGE_FILES = ("index.html", "app.css", "app.js", "parts.js", "icon.svg", "sw.js")
@@ -35,8 +34,19 @@ class WebOptions(GgufOptions):
     """Folder with wllama's two npm tarballs, for machines without npm or network; default: `npm pack`, once."""
 
 
+PART_BYTES = 8 << 20
+"""Largest loss of an interrupted download. Hosts of static files accept 25 to 100 MB."""
 CHECKED_TOKENS = 64
 """Greedy tokens that the page compares."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One piece of the file."""
+
+    file: str
+    bytes: int
+    sha256: str
 
 
 def export_web(checkpoint: Checkpoint, request: ExportRequest[WebOptions], folder: Path) -> None:
@@ -45,7 +55,7 @@ def export_web(checkpoint: Checkpoint, request: ExportRequest[WebOptions], folde
     contents = write_model(checkpoint, request, folder)
     model = folder / contents.files[0]
     check = greedy_check(model, count=CHECKED_TOKENS)
-    parts = split_file(model, folder, PART_BYTES)
+    parts = _split_file(model, folder)
     model.unlink()
     name = Path(checkpoint.name).name
     settings = {
@@ -68,6 +78,20 @@ def export_web(checkpoint: Checkpoint, request: ExportRequest[WebOptions], folde
 
 
 EXPORTER = Exporter(WebOptions, export_web, check_gguf)
+
+
+def _split_file(path: Path, folder: Path) -> list[Part]:
+    """Split `path` into FOLDER/model-000.part and so on, which concatenate to the file.
+
+    A browser can then continue an interrupted download.
+    """
+    parts = []
+    with path.open("rb") as stream:
+        while content := stream.read(PART_BYTES):
+            name = f"model-{len(parts):03d}.part"
+            (folder / name).write_bytes(content)
+            parts.append(Part(name, len(content), sha256_of(folder / name)))
+    return parts
 
 
 def web_manifest(name: str) -> dict[str, Any]:
