@@ -40,8 +40,7 @@ from .layout import GgufPlan, plan_layout
 from .modelfile import MAX_CONTEXT, modelfile
 from .probe import RUNS, probe
 from .quantize import FILE_TYPES, describe_fallbacks, quantize_gguf, tensor_type
-from .reader import read_weights
-from .tensor_data import block_of, check_kept, check_rows, fill_q2_0, tensor_bytes
+from .tensor_data import block_of, check_kept, check_rows, fill_q2_0, read_weights, tensor_bytes
 from .writer import gguf_name, write_gguf
 
 MODEL_FILE = "model.gguf"
