@@ -140,8 +140,7 @@ def body(argv: Sequence[str]) -> int:
 
 def _plan_tokens(name: str, config: PlanConfig) -> int:
     """Print the law of tokens, and draw it if requested."""
-    from .token_law import fit, read_point
-    from .token_report import draw_law, law_lines
+    from .token_law import draw_law, fit, law_lines, read_point
 
     law = fit([read_point(folder) for folder in config.run])
     print("\n".join([f"{name}, by {len(law.points)} finished runs", "", *law_lines(law, config.within, config.tflops)]))
@@ -166,23 +165,20 @@ def _plan(
 ) -> None:
     """Print the plan, and draw it if requested."""
     from ..pruning.selection import SelectionRules
-    from . import report
-    from . import targets as prices
-    from .report import draw
-    from .targets import meaning
+    from . import targets
 
     print(f"{name}: {format_count(source.num_parameters)} parameters, {len(source.layers)} layers\n")
     for time in times:
-        print("\n".join(report.device_lines(source, time)))
-    print(f"\n{report.price_table(source, prices.candidates(source), times)}\n")
+        print("\n".join(targets.device_lines(source, time)))
+    print(f"\n{targets.price_table(source, targets.candidates(source), times)}\n")
     space = config.space
     rules = SelectionRules(space.kinds, space.width_multiple, blocks=space.blocks)
     found = [
-        (text, time, meaning(source, time, LatencyTarget.parse(text), rules))
+        (text, time, targets.meaning(source, time, LatencyTarget.parse(text), rules))
         for time in times
         for text in config.target
     ]
-    print(report.target_table(source, found))
+    print(targets.target_table(source, found))
     if not config.picture:
         return
     rows = []
@@ -193,7 +189,7 @@ def _plan(
         rows.append(
             (f"{label}{config.after}", time, after) if after else (f"{label}{config.target[-1]}", time, last.largest)
         )
-    draw(rows, Path(config.picture))
+    targets.draw(rows, Path(config.picture))
     print(f"\npicture: {config.picture}")
 
 

@@ -1,4 +1,4 @@
-"""Fit a power law of quality against tokens through finished runs of one pruning.
+"""Fit, describe and draw a power law of quality against tokens through finished runs of one pruning.
 
 gap(T) = A * T^-b. `gap` is the loss on unseen text in nats per token beyond the source (the logarithm of the quality
 contract's ratio over all kinds of text), and T the tokens of the run. A fit uses whole runs, because along one run the
@@ -18,13 +18,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...runtime.base.errors import UsageError
+from ...runtime.base.quantities import format_count, format_duration, markdown_table
 from ..model.architecture import Architecture, training_flops
 from ..reporting.metrics import read_metrics
+from ..reporting.plots import save_figure
 
 SAME_SHARE = 0.02
 """Tolerance of the share of the source's parameters between runs of one law."""
 GPU_UTILISATION = 0.4
 """Share of its peak that a GPU reaches in training; 0.3 to 0.5 is common for dense models."""
+MEASURED, WANTED = "#2f6db3", "#e08a3c"
+FURTHEST = 1000
+"""Largest multiple of the longest run with a prediction."""
 
 
 @dataclass(frozen=True)
@@ -111,3 +116,64 @@ def fit(points: Sequence[RunPoint]) -> TokenLaw:
     tokens = [math.log(point.tokens) for point in points]
     slope, intercept = statistics.linear_regression(tokens, [math.log(point.gap) for point in points])
     return TokenLaw(intercept, -slope, tuple(points))
+
+
+def law_lines(law: TokenLaw, within: float, tflops: float) -> list[str]:
+    """Return lines on the runs, the law, and the tokens for a perplexity of `within` times the source's."""
+    last = law.points[-1]
+    rows = [["run", "tokens", "parameters", "perplexity / source", "by the law"]]
+    for point in law.points:
+        measured = f"x{math.exp(point.gap):.3f} ± {math.exp(point.gap) * point.gap_error:.3f}"
+        expected = f"x{math.exp(law.gap(point.tokens)):.3f}"
+        size = f"{format_count(point.parameters)} ({point.share:.0%})"
+        rows.append([point.folder, format_count(point.tokens), size, measured, expected])
+    formula = f"gap = {math.exp(law.log_scale):.3g} * tokens ^ -{law.exponent:.3f} nats per token"
+    return [markdown_table(rows), "", formula, _answer(law, within, tflops, last.seconds_per_token)]
+
+
+def _answer(law: TokenLaw, within: float, tflops: float, seconds_per_token: float) -> str:
+    last = law.points[-1]
+    tokens = law.tokens(math.log(within))
+    if tokens > FURTHEST * last.tokens:
+        reached = f"x{math.exp(law.gap(FURTHEST * last.tokens)):.3f}"
+        return (
+            f"x{within:g} is more than {FURTHEST} times the longest run away, where this law says nothing "
+            f"({format_count(FURTHEST * last.tokens)} tokens would give {reached})"
+        )
+    answer = f"x{within:g}: about {format_count(round(tokens))} tokens, {format_duration(tokens * seconds_per_token)} "
+    answer += "on the machine of the longest run"
+    if tflops:
+        seconds = tokens * last.flops_per_token / (tflops * 1e12 * GPU_UTILISATION)
+        answer += f", {format_duration(seconds)} on a GPU of {tflops:g} TFLOP/s at {GPU_UTILISATION:.0%} of its peak"
+    if tokens > last.tokens:
+        answer += f"; {tokens / last.tokens:.0f} times the longest run: an extrapolation"
+    return answer
+
+
+def draw_law(law: TokenLaw, within: float, path: Path) -> None:
+    """Draw gap against tokens on logarithmic axes: the runs with their errors, the law, and the target."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    first, last = law.points[0].tokens, law.points[-1].tokens
+    wanted = math.log(within)
+    end = min(max(last, law.tokens(wanted)) * 1.5, FURTHEST * last)
+    axes.plot([first, last], [law.gap(first), law.gap(last)], color=MEASURED, linewidth=1, label="law")
+    axes.plot([last, end], [law.gap(last), law.gap(end)], "--", color=MEASURED, linewidth=1, label="extrapolated")
+    axes.errorbar(
+        [point.tokens for point in law.points],
+        [point.gap for point in law.points],
+        yerr=[point.gap_error for point in law.points],
+        fmt="o",
+        color=MEASURED,
+        label="runs",
+    )
+    axes.axhline(wanted, color=WANTED, linewidth=1, label=f"{within:g} times the source's perplexity")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("tokens of the run")
+    axes.set_ylabel("gap to the source, nats per token\non six kinds of untrained text")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    save_figure(figure, path)

@@ -36,7 +36,7 @@ def plot_architecture(source: Architecture, final: Architecture, path: Path) -> 
         f"{source.num_parameters / 1e6:.1f}M to {final.num_parameters / 1e6:.1f}M parameters ({ratio:.0%}), "
         f"hidden size {source.hidden_size} to {final.hidden_size}{rows}"
     )
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _new_figure(rows: int, x_label: str) -> tuple[Any, Any]:
@@ -55,7 +55,8 @@ def _add_legend(axes: Any) -> None:
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
 
 
-def _save(figure: Any, path: Path) -> None:
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a figure of matplotlib as PNG."""
     picture = io.BytesIO()
     figure.savefig(picture, dpi=110)
     write_bytes_atomically(path, picture.getvalue())
@@ -82,7 +83,7 @@ def plot_training(records: list[dict[str, Any]], path: Path) -> None:
     for axes in rest:
         axes.plot(tokens, [record["ms"] for record in steps], color=KEPT_COLOR)
         axes.set_ylabel("predicted ms")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_sizes(sizes: list[dict[str, Any]], path: Path) -> None:
@@ -100,7 +101,7 @@ def plot_sizes(sizes: list[dict[str, Any]], path: Path) -> None:
     axes.margins(x=0.15, y=0.15)
     for place, value, size in zip(places, values, sizes, strict=True):
         axes.annotate(size["size"], (place, value), xytext=(6, 4), textcoords="offset points", fontsize=8)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def smoothed(losses: list[float]) -> list[float]:
@@ -150,7 +151,7 @@ def plot_pruning(records: list[dict[str, Any]], source: Architecture, path: Path
     for axes in (ratio, saliency):
         if axes.get_legend_handles_labels()[0]:
             _add_legend(axes)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _removed_shares(steps: list[dict[str, Any]], name: str, total: int) -> list[float]:
