@@ -168,8 +168,8 @@ def export_hf(checkpoint: Checkpoint, request: ExportRequest[HfOptions], folder:
         "architectures": ["DeciLMForCausalLM"],
         "model_type": "nemotron-nas",
         "auto_map": {"AutoConfig": f"{CONFIGURATION.stem}.NemotronNasConfig"},
-        "num_key_value_heads": max(layer.num_key_value_heads for layer in after.layers),
-        "intermediate_size": max(layer.intermediate_size for layer in after.layers),
+        "num_key_value_heads": after.widest.num_key_value_heads,
+        "intermediate_size": after.widest.intermediate_size,
         "block_configs": [_block(layer, after.hidden_size) for layer in after.layers],
     }
     write_model(checkpoint, request, folder, after, config, _imported_logits)
@@ -183,9 +183,8 @@ def block_architecture(architecture: Architecture) -> Architecture:
 
     A first layer without attention gets one, because vLLM begins the residual stream there.
     """
-    groups = max(1, *(layer.num_key_value_heads for layer in architecture.layers))
     ratio = max(1, *(layer.queries_per_group for layer in architecture.layers))
-    least = max(1, *(layer.num_attention_heads for layer in architecture.layers))
+    least, groups = architecture.widest.num_attention_heads, architecture.widest.num_key_value_heads
     shapes = (_with_heads(architecture, heads) for heads in range(least, groups * ratio + 1))
     return min((shape for shape in shapes if shape), key=lambda shape: shape.num_parameters)
 

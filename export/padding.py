@@ -155,9 +155,8 @@ def uniform_architecture(architecture: Architecture, multiple: int = 1) -> Archi
     every head has its own keys and values.
     """
     layers, hidden, head_dim = architecture.layers, architecture.hidden_size, architecture.head_dim
-    groups = max(max(layer.num_key_value_heads for layer in layers), 1)
+    groups, width = architecture.widest.num_key_value_heads, architecture.widest.intermediate_size
     ratio = max(max(layer.queries_per_group for layer in layers), 1)
-    width = max(max(layer.intermediate_size for layer in layers), 1)
     derives_head_dim, has_groups = architecture.parts.derives_head_dim, architecture.parts.has_groups
     if not has_groups:
         groups = max(groups, -(-hidden // head_dim) if derives_head_dim else 1)

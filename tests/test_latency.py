@@ -165,4 +165,4 @@ def test_other_workloads_are_refused_in_one_line(text: str) -> None:
 @pytest.mark.parametrize("widths", [(1, 0, 1), (0, 1, 1), (3, 2, 1), (-1, 1, 1), (1, 1, -1)])
 def test_layers_that_cannot_be_are_refused(widths: tuple[int, int, int]) -> None:
     with pytest.raises(UsageError):
-        LayerShape(*widths)
+        DecoderShape(64, 64, 64, (LayerShape(*widths),))

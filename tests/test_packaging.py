@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "runtime/engines": {"runtime/base"},
     "runtime/latency": {"runtime/base"},
     "runtime": {"runtime/base", "runtime/engines"},
-    "train/model": {"runtime/base"},
+    "train/model": {"runtime/base", "runtime/latency"},
     "train/config": {"runtime/base", "runtime/latency", "train/model"},
     "train/compute": {"runtime/base", "runtime/engines"},
     "train/data": {"runtime", "runtime/base", "train/model"},

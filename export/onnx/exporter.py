@@ -116,8 +116,6 @@ def genai_config(checkpoint: Checkpoint, is_portable: bool) -> dict[str, Any]:
     """
     architecture = checkpoint.architecture
     ends = checkpoint.end_of_generation_ids
-    heads = max(layer.num_attention_heads for layer in architecture.layers)
-    groups = max(layer.num_key_value_heads for layer in architecture.layers)
     decoder = {
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
         "filename": MODEL_FILE,
@@ -134,9 +132,9 @@ def genai_config(checkpoint: Checkpoint, is_portable: bool) -> dict[str, Any]:
             "present_key_names": "present.%d.key",
             "present_value_names": "present.%d.value",
         },
-        "num_attention_heads": heads,
+        "num_attention_heads": architecture.widest.num_attention_heads,
         "num_hidden_layers": len(architecture.layers),
-        "num_key_value_heads": groups,
+        "num_key_value_heads": architecture.widest.num_key_value_heads,
     }
     bos = checkpoint.bos_id
     return {
@@ -176,8 +174,8 @@ def browser_config(checkpoint: Checkpoint, is_portable: bool) -> dict[str, Any]:
         "hidden_size": architecture.hidden_size,
         "head_dim": architecture.head_dim if is_portable else stored_head_dim(checkpoint),
         "num_hidden_layers": len(architecture.layers),
-        "num_attention_heads": max(layer.num_attention_heads for layer in architecture.layers),
-        "num_key_value_heads": max(layer.num_key_value_heads for layer in architecture.layers),
+        "num_attention_heads": architecture.widest.num_attention_heads,
+        "num_key_value_heads": architecture.widest.num_key_value_heads,
         "max_position_embeddings": checkpoint.context_length,
         "bos_token_id": checkpoint.bos_id,
         "eos_token_id": checkpoint.end_of_generation_ids,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from ..base.errors import UsageError
@@ -11,21 +11,18 @@ from ..base.errors import UsageError
 
 @dataclass(frozen=True)
 class LayerShape:
-    """Widths of one decoder layer; 0 for an absent part."""
+    """Widths of one decoder layer, in training, in files and on devices."""
 
     num_attention_heads: int
-    """Query heads."""
+    """Query heads; 0 if the layer has no attention."""
     num_key_value_heads: int
     """Key/value heads; a divisor of num_attention_heads."""
     intermediate_size: int
-    """FFN channels."""
+    """FFN channels; 0 if the layer has no FFN."""
 
-    def __post_init__(self) -> None:
-        heads, groups = self.num_attention_heads, self.num_key_value_heads
-        if min(heads, groups, self.intermediate_size) < 0 or (heads == 0) != (groups == 0):
-            raise UsageError(f"a layer of {heads} query heads over {groups} key/value groups has no predicted time")
-        if groups and heads % groups:
-            raise UsageError(f"{heads} query heads are not multiples of {groups} key/value groups")
+    @property
+    def queries_per_group(self) -> int:
+        return self.num_attention_heads // self.num_key_value_heads if self.num_key_value_heads else 0
 
     @property
     def is_absent(self) -> bool:
@@ -39,6 +36,10 @@ class LayerShape:
     def ffn_weights(self, hidden_size: int) -> int:
         """Count the weights of the FFN's three matrices."""
         return 3 * hidden_size * self.intermediate_size
+
+
+WIDTHS = tuple(field.name for field in fields(LayerShape))
+"""Names of a layer's widths, as in config.json."""
 
 
 @dataclass(frozen=True)
@@ -57,12 +58,17 @@ class DecoderShape:
         for name in ("hidden_size", "head_dim", "vocab_size"):
             if getattr(self, name) < 1:
                 raise UsageError(f"a decoder with {name} {getattr(self, name)} has no predicted time")
+        for layer in self.layers:
+            heads, groups = layer.num_attention_heads, layer.num_key_value_heads
+            if min(heads, groups, layer.intermediate_size) < 0 or (heads == 0) != (groups == 0):
+                raise UsageError(f"a layer of {heads} query heads over {groups} key/value groups has no predicted time")
+            if groups and heads % groups:
+                raise UsageError(f"{heads} query heads are not multiples of {groups} key/value groups")
 
     @classmethod
     def from_dict(cls, architecture: Mapping[str, Any]) -> DecoderShape:
         """Read an architecture's JSON values (Architecture.to_dict), as stored in manifests."""
-        names = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
-        layers = zip(*(architecture[name] for name in names), strict=True)
+        layers = zip(*(architecture[name] for name in WIDTHS), strict=True)
         return cls(
             architecture["hidden_size"],
             architecture["head_dim"],

@@ -11,24 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from ...runtime.base.errors import ModelError
+from ...runtime.latency.shape import WIDTHS, LayerShape
 from .families import FAMILIES, Family, family_of
 from .folder_files import read_json, whole_number
-
-
-@dataclass(frozen=True)
-class LayerShape:
-    """Widths of one decoder layer."""
-
-    num_attention_heads: int
-    """Query heads; 0 if the layer has no attention."""
-    num_key_value_heads: int
-    """Key/value heads; divides num_attention_heads."""
-    intermediate_size: int
-    """FFN channels; 0 if the layer has no FFN."""
-
-    @property
-    def queries_per_group(self) -> int:
-        return self.num_attention_heads // self.num_key_value_heads if self.num_key_value_heads else 0
 
 
 @dataclass(frozen=True)
@@ -76,6 +61,11 @@ class Architecture:
     def model_type(self) -> str:
         """Return the Hugging Face model type of the family's stock class."""
         return self.parts.model_type or self.family
+
+    @property
+    def widest(self) -> LayerShape:
+        """Return the largest of each width over all layers, at least 1, for settings that have one value."""
+        return LayerShape(*(max(1, *(getattr(layer, width) for layer in self.layers)) for width in WIDTHS))
 
     @property
     def is_uniform(self) -> bool:
@@ -128,9 +118,7 @@ class Architecture:
             "head_dim": self.head_dim,
             "vocab_size": self.vocab_size,
             "tie_word_embeddings": self.tie_word_embeddings,
-            "num_attention_heads": [layer.num_attention_heads for layer in self.layers],
-            "num_key_value_heads": [layer.num_key_value_heads for layer in self.layers],
-            "intermediate_size": [layer.intermediate_size for layer in self.layers],
+            **{width: [getattr(layer, width) for layer in self.layers] for width in WIDTHS},
             "num_parameters": self.num_parameters,
         }
 
@@ -138,15 +126,7 @@ class Architecture:
     def from_dict(cls, value: Mapping[str, Any]) -> Architecture:
         """Read the values of `to_dict`. Raises ModelError for a missing or malformed field."""
         try:
-            layers = tuple(
-                LayerShape(heads, groups, width)
-                for heads, groups, width in zip(
-                    value["num_attention_heads"],
-                    value["num_key_value_heads"],
-                    value["intermediate_size"],
-                    strict=True,
-                )
-            )
+            layers = tuple(LayerShape(*widths) for widths in zip(*(value[width] for width in WIDTHS), strict=True))
             names = ("family", "hidden_size", "head_dim", "vocab_size", "tie_word_embeddings")
             return cls(layers=layers, **{name: value[name] for name in names})
         except (KeyError, TypeError, ValueError) as error:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from ...runtime.base.errors import ModelError
 from .architecture import Architecture, LayerShape
 from .families import FAMILIES, UNDESCRIBED, Family, family_of
 from .folder_files import read_json, refuse_quantized, whole_number
-from .foreign_configs import NOT_SETTINGS, WIDTHS, Widths, kept_queries, stated_widths, translated
+from .foreign_configs import NOT_SETTINGS, Widths, kept_queries, stated_widths, translated
 from .gguf_source import read_gguf
 from .stored_tensors import OPENELM, Stored, our_names, read_stored, unfused, zeros
 from .tensors import EMBEDDING, HEAD, block_norms, layer_tensors, split_name, tensor_names, tensor_shape
@@ -301,8 +301,8 @@ def _settings(config: Mapping[str, Any], architecture: Architecture) -> dict[str
             f"config.json has {before} layers of unequal attention and the file {count}: nothing says which were "
             "removed; set num_hidden_layers and layer_types (no_rope_layers) to those of the remaining ones"
         )
-    widest = {name: max(1, *(getattr(layer, name) for layer in architecture.layers)) for name in WIDTHS}
-    return {**values, **widest, "num_hidden_layers": count}  # the global widths of the file may contradict each other
+    # the global widths of the file may contradict each other
+    return {**values, **asdict(architecture.widest), "num_hidden_layers": count}
 
 
 def _checked(tensors: Tensors, architecture: Architecture, called: str) -> Tensors:

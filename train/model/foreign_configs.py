@@ -12,6 +12,7 @@ from typing import Any
 
 from ...runtime.base import flags
 from ...runtime.base.errors import ModelError
+from ...runtime.latency.shape import WIDTHS
 from .architecture import Architecture, layer_overrides
 from .families import FAMILIES
 from .folder_files import PICKLE_FILE, pickles, positive_number, read_json, tensor_headers, weight_files, whole_number
@@ -24,7 +25,6 @@ FAMILY_OF = dict.fromkeys(("deci", "decilm", "nemotron-nas", "darwinlm"), "llama
 }
 """Model types of other tools -> the family with the same mathematics."""
 
-WIDTHS = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
 NOT_SETTINGS = (
     *("model_type", "architectures", "auto_map", "transformers_version", "_name_or_path", "torch_dtype", "dtype"),
     *("quantization_config", "per_layer_config", "block_configs", "pruned_heads"),

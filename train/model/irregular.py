@@ -12,7 +12,7 @@ import copy
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,32 +84,15 @@ def architecture_of(config: Any) -> Architecture:
     return Architecture.from_hf_config(config.to_dict())
 
 
-def _per_layer_overrides(architecture: Architecture) -> dict[int, dict[str, int]]:
-    return {
-        index: {
-            "num_attention_heads": layer.num_attention_heads,
-            "num_key_value_heads": layer.num_key_value_heads,
-            "intermediate_size": layer.intermediate_size,
-        }
-        for index, layer in enumerate(architecture.layers)
-    }
-
-
 def apply_architecture(config: Any, architecture: Architecture) -> None:
     """Set an irregular config's widths in place. The global values become those of the widest layer."""
     config.per_layer_config = None
-    widest = LayerShape(
-        max(max(layer.num_attention_heads for layer in architecture.layers), 1),
-        max(max(layer.num_key_value_heads for layer in architecture.layers), 1),
-        max(max(layer.intermediate_size for layer in architecture.layers), 1),
-    )
     config.hidden_size, config.vocab_size = architecture.hidden_size, architecture.vocab_size
     config.head_dim = architecture.head_dim
-    config.num_attention_heads = widest.num_attention_heads
-    config.num_key_value_heads = widest.num_key_value_heads
-    config.intermediate_size = widest.intermediate_size
-    if not all(layer == widest for layer in architecture.layers):
-        config.per_layer_config = _per_layer_overrides(architecture)
+    for width, value in asdict(architecture.widest).items():
+        setattr(config, width, value)
+    if any(layer != architecture.widest for layer in architecture.layers):
+        config.per_layer_config = {index: asdict(layer) for index, layer in enumerate(architecture.layers)}
 
 
 def irregular_config(config: Any, architecture: Architecture) -> Any:

@@ -13,7 +13,6 @@ from functools import lru_cache
 from ...runtime.base.quantities import format_bytes, format_count
 from ...runtime.latency.profile import DeviceProfile
 from ...runtime.latency.shape import DecoderShape, Workload
-from ...runtime.latency.shape import LayerShape as DecoderLayer
 from ..model.architecture import Architecture, LayerShape
 from ..model.file_types import depends_on_place, gguf_bytes
 from ..model.irregular import packed
@@ -83,11 +82,7 @@ def bytes_of_file(quantize: str, vocabulary_bytes: int, num_rows: int | None = N
 def decoder_shape(architecture: Architecture) -> DecoderShape:
     """Return the shape as exported, with absent blocks merged."""
     closed = packed(architecture).architecture
-    layers = tuple(
-        DecoderLayer(layer.num_attention_heads, layer.num_key_value_heads, layer.intermediate_size)
-        for layer in closed.layers
-    )
-    return DecoderShape(closed.hidden_size, closed.head_dim, closed.vocab_size, layers)
+    return DecoderShape(closed.hidden_size, closed.head_dim, closed.vocab_size, closed.layers)
 
 
 @dataclass(frozen=True)
