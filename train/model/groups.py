@@ -22,49 +22,37 @@ class GroupKind:
     """Value of --prune that selects it; kinds of one flag live in the same tensors."""
     axis: str
     """Axis of model/tensors.py whose positions are its survivors."""
+    width: str
+    """Width of a layer, or of the whole model, that is the number of its groups."""
     scored_axes: tuple[str, ...]
     """Axes whose sums of element-wise saliency make its score; empty if it is measured (see rows.py)."""
-    count: Callable[[Architecture, int], int]
-    """(shape, layer) -> number of groups."""
-    shrink: Callable[[Architecture, int, int], Architecture]
-    """(shape, layer, n) -> the shape after the removal of n groups."""
-    step: Callable[[Architecture, int, int], int]
-    """(shape, layer, width multiple) -> number of groups removed at once; the count stays a multiple."""
-    least: Callable[[Architecture, int, Architecture], int]
-    """(shape, layer, floor) -> number of groups that must stay to keep the floor."""
     title: str
     color: str
+    step: Callable[[Architecture, int, int], int] = lambda shape, layer, multiple: multiple
+    """(shape, layer, width multiple) -> number of groups removed at once; the count stays a multiple."""
     is_whole_model: bool = False
     is_head: bool = False
     """Whether a group is head_dim channels of its axis instead of one."""
 
+    def count(self, shape: Architecture, layer: int) -> int:
+        """Return the number of groups."""
+        return getattr(shape if self.is_whole_model else shape.layers[layer], self.width)
 
-def _key_value_groups(shape: Architecture, layer: int) -> int:
-    return shape.layers[layer].num_key_value_heads
+    def shrink(self, shape: Architecture, layer: int, count: int) -> Architecture:
+        """Return the shape after the removal of `count` groups."""
+        widths = {self.width: self.count(shape, layer) - count}
+        if self.is_whole_model:
+            return replace(shape, **widths)
+        if self.axis == "kv":  # a key/value head takes its query heads along
+            widths["num_attention_heads"] = widths[self.width] * shape.layers[layer].queries_per_group
+        return shape.with_layer(layer, **widths)
 
-
-def _query_heads(shape: Architecture, layer: int) -> int:
-    return shape.layers[layer].num_attention_heads
-
-
-def _ffn_channels(shape: Architecture, layer: int) -> int:
-    return shape.layers[layer].intermediate_size
-
-
-def _stem_channels(shape: Architecture, layer: int) -> int:
-    return shape.hidden_size
-
-
-def _rows(shape: Architecture, layer: int) -> int:
-    return shape.vocab_size
-
-
-def _without_key_value_groups(shape: Architecture, layer: int, count: int) -> Architecture:
-    """Return the shape without key/value groups and their query heads."""
-    old = shape.layers[layer]
-    groups = old.num_key_value_heads - count
-    heads = groups * old.queries_per_group
-    return shape.with_layer(layer, num_key_value_heads=groups, num_attention_heads=heads)
+    def least(self, shape: Architecture, layer: int, floor: Architecture) -> int:
+        """Return the number of groups that must stay to keep the widths of `floor`."""
+        if self.axis != "query":
+            return self.count(floor, layer)
+        # a floor without attention still leaves one per group: the groups themselves are removed then
+        return shape.layers[layer].num_key_value_heads * max(1, floor.layers[layer].queries_per_group)
 
 
 KINDS: dict[str, GroupKind] = {
@@ -72,40 +60,30 @@ KINDS: dict[str, GroupKind] = {
     "kv_group": GroupKind(
         flag="attention",
         axis="kv",
+        width="num_key_value_heads",
         scored_axes=("kv", "query"),
-        count=_key_value_groups,
-        shrink=_without_key_value_groups,
-        step=lambda shape, layer, multiple: 1,
-        least=lambda shape, layer, floor: _key_value_groups(floor, layer),
         title="key/value groups",
         color="#e08a3c",
+        step=lambda shape, layer, multiple: 1,
         is_head=True,
     ),
     # one query head; all key/value groups of a layer lose one at once, since attention kernels want equal groups
     "query_head": GroupKind(
         flag="attention",
         axis="query",
+        width="num_attention_heads",
         scored_axes=("query",),
-        count=_query_heads,
-        shrink=lambda shape, layer, n: shape.with_layer(layer, num_attention_heads=_query_heads(shape, layer) - n),
-        step=lambda shape, layer, multiple: _key_value_groups(shape, layer),
-        # a floor without attention still leaves one per group: the groups themselves go then
-        least=lambda shape, layer, floor: (
-            _key_value_groups(shape, layer) * max(1, floor.layers[layer].queries_per_group)
-        ),
         title="query heads",
         color="#b5495b",
+        step=lambda shape, layer, multiple: shape.layers[layer].num_key_value_heads,
         is_head=True,
     ),
     # one intermediate channel
     "ffn": GroupKind(
         flag="ffn",
         axis="ffn",
+        width="intermediate_size",
         scored_axes=("ffn",),
-        count=_ffn_channels,
-        shrink=lambda shape, layer, n: shape.with_layer(layer, intermediate_size=_ffn_channels(shape, layer) - n),
-        step=lambda shape, layer, multiple: multiple,
-        least=lambda shape, layer, floor: _ffn_channels(floor, layer),
         title="FFN channels",
         color="#2f6db3",
     ),
@@ -113,11 +91,8 @@ KINDS: dict[str, GroupKind] = {
     "stem": GroupKind(
         flag="stem",
         axis="hidden",
+        width="hidden_size",
         scored_axes=("hidden",),
-        count=_stem_channels,
-        shrink=lambda shape, layer, n: replace(shape, hidden_size=shape.hidden_size - n),
-        step=lambda shape, layer, multiple: multiple,
-        least=lambda shape, layer, floor: floor.hidden_size,
         title="stem channels",
         color="#4f9d69",
         is_whole_model=True,
@@ -127,11 +102,8 @@ KINDS: dict[str, GroupKind] = {
     "vocabulary": GroupKind(
         flag="vocabulary",
         axis="vocab",
+        width="vocab_size",
         scored_axes=(),
-        count=_rows,
-        shrink=lambda shape, layer, n: replace(shape, vocab_size=shape.vocab_size - n),
-        step=lambda shape, layer, multiple: multiple,
-        least=lambda shape, layer, floor: floor.vocab_size,
         title="vocabulary rows",
         color="#8a6fb0",
         is_whole_model=True,
