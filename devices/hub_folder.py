@@ -23,7 +23,7 @@ from typing import Any
 from ..runtime.base import flags
 from ..runtime.base.command import run_command
 from ..runtime.base.errors import ArtefactError, OptionError, UsageError
-from ..runtime.base.files import sha256_of
+from ..runtime.base.files import fill_template, sha256_of
 from ..runtime.base.output import atomic_output, unknown_files
 from ..runtime.base.quantities import format_bytes, format_count, markdown_table
 from ..runtime.engines.artefact import Artefact
@@ -249,46 +249,25 @@ def _hash_of(file: Path) -> str:
 def model_card(entries: Sequence[HubEntry], runs: Sequence[Run], settings: CardSettings) -> str:
     """Return the repository's README: front matter, files with figures, quality, commands and licence."""
     shape, training = entries[0].manifest.architecture, entries[0].manifest.training
-    libraries = list(dict.fromkeys(_library(entry.manifest) for entry in entries))
-    is_pruned = training.get("source_parameters", 0) > training.get("parameters", 0)
-    lines = ["---"]
-    if settings.license:
-        lines.append(f"license: {_yaml(settings.license)}")
-    if settings.base_model:
-        lines.append(f"base_model: {_yaml(settings.base_model)}")
-        lines.append(f"base_model_relation: {'finetune' if training else 'quantized'}")
-    lines += [
-        f"language: {_yaml(settings.language)}",
-        f"library_name: {libraries[0]}",
-        "pipeline_tag: text-generation",
-        f"tags: [{', '.join(['efficientllm', *(['pruned'] if is_pruned else []), *libraries])}]",
-        "inference: false",
-        "---",
-        "",
-    ]
-    size = f": {format_count(shape['num_parameters'])} parameters" if "num_parameters" in shape else ""
-    lines += [f"# {settings.name}{size}", ""]
-    if training.get("source_parameters"):
-        lines += [
-            f"Pruned while training from {settings.base_model or training.get('source', '')}: "
-            f"{training['source_parameters']:,} parameters became {training['parameters']:,} over "
-            f"{training['tokens']:,} tokens.",
-            "",
-        ]
-    lines += ["## Files", "", markdown_table(_file_rows(entries, runs), left=(0, 1, 2)), ""]
-    for run in runs:
-        lines += [f"- {line}" for line in (device_line(run.device, run.options.threads), *origin_lines(run))]
-    lines += ["- speeds: median (first-third quartile)"] if runs else []
-    lines += ["- KL: mean divergence from the checkpoint in torch, nats per token, at export", ""]
-    if training.get("quality"):
-        note = "Of the checkpoint, on texts, chats and questions that no run trains on; ± is one standard error."
-        lines += ["## Quality", "", markdown_table(contract_rows(training["quality"])), "", note, ""]
     jobs = [[entry.target, *row] for entry in entries for row in job_rows(entry.manifest.jobs)[1:]]
-    if jobs:
-        lines += ["## Jobs", "", markdown_table([["file", *job_rows(())[0]], *jobs], left=(0, 1, 2)), "", JOBS_NOTE, ""]
-    lines += ["## Running it", "", "```bash", *[_command(entry) for entry in entries], "```", ""]
-    licence = f"{settings.license}, the source's." if settings.license else "The source's licence applies."
-    return "\n".join([*lines, f"## Licence\n\n{licence}", ""])
+    return fill_template(
+        "efficientllm.devices",
+        "hub_card.md.jinja",
+        settings=settings,
+        size=f": {format_count(shape['num_parameters'])} parameters" if "num_parameters" in shape else "",
+        libraries=list(dict.fromkeys(_library(entry.manifest) for entry in entries)),
+        is_pruned=training.get("source_parameters", 0) > training.get("parameters", 0),
+        relation="finetune" if training else "quantized",
+        training={"source": "", "source_parameters": 0, "quality": None, **training},
+        files=_file_rows(entries, runs),
+        devices=[line for run in runs for line in (device_line(run.device, run.options.threads), *origin_lines(run))],
+        jobs=[["file", *job_rows(())[0]], *jobs] if jobs else [],
+        jobs_note=JOBS_NOTE,
+        commands=[_command(entry) for entry in entries],
+        yaml=_yaml,
+        markdown_table=markdown_table,
+        contract_rows=contract_rows,
+    )
 
 
 def _yaml(word: str) -> str:

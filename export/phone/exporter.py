@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from ...runtime.base import flags
-from ...runtime.base.files import write_json_atomically, write_text_atomically
+from ...runtime.base.files import fill_template, write_json_atomically, write_text_atomically
 from ...runtime.base.quantities import format_bytes, format_count, markdown_table, not_one_of
 from ...runtime.engines.manifest import cache_bytes
 from ...runtime.latency.profile import DeviceProfile
@@ -163,30 +163,19 @@ def expected_speed(profile: DeviceProfile, architecture: Architecture) -> Expect
 
 def card(kit: Kit, folder: Path, speed: ExpectedSpeed | None) -> str:
     """Return the text of README.md for the models in `folder`."""
-    size = format_count(kit.checkpoint.architecture.num_parameters)
-    parts = [
-        f"# {kit.name} for {SYSTEMS[kit.platform]}",
-        f"{size} parameters, conversations of up to {kit.context} tokens.",
-        _models(kit, folder),
-        "The memory is the file and the key/value caches of a full conversation; the runtime's own comes on top "
-        "(tens of MB).",
-        _speed(speed),
-        "## In an app",
-        markdown_table([["file", "what it is"], *([file, USES[file]] for file in kit.snippets)], left=(0, 1)),
-        "`generation.json` has the context and how answers are sampled; `chat_template.jinja`, where the model has "
-        "one, how a conversation is written. The code was written against the declarations of the releases it names; "
-        "our tests parse it and run `llama_chat.cpp`. No phone ran it.",
-        "## Check it on the phone",
-        "`check.json` holds, for each runtime, a prompt and the first greedy tokens of the exporting machine. "
-        "`check()` in the Kotlin, the Swift and llama-rn.ts asks the phone the same and returns null (nil) where the "
-        f"answers agree. The nearest two candidates are {_margins(kit)} apart; another processor's kernels round "
-        "otherwise, by a tenth or so, so where that is little an answer may part late. One that parts within the first "
-        "words is of another model.",
-        "## Licence and quality",
-        "The licence is the source model's. What pruning and training left of its quality is in `manifest.json` under "
-        "`training`; how the files compare with the checkpoint, under `verification`.",
-    ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    return fill_template(
+        str(__package__),
+        "card.md.jinja",
+        kit=kit,
+        system=SYSTEMS[kit.platform],
+        size=format_count(kit.checkpoint.architecture.num_parameters),
+        models=_models(kit, folder),
+        speed=speed,
+        prompt=PROMPT,
+        depth=DEPTH,
+        code=markdown_table([["file", "what it is"], *([file, USES[file]] for file in kit.snippets)], left=(0, 1)),
+        margins=" and ".join(f"{check.margin:.2f} nats ({engine})" for engine, check in kit.checks.items()),
+    )
 
 
 def _models(kit: Kit, folder: Path) -> str:
@@ -198,26 +187,6 @@ def _models(kit: Kit, folder: Path) -> str:
         caches = cache_bytes(kit.context, heads, architecture.head_dim, CACHE_ELEMENT_BYTES[each.engine])
         rows.append([each.files[0], each.engine, each.quantization, format_bytes(size), format_bytes(size + caches)])
     return markdown_table(rows, left=(0, 1, 2))
-
-
-def _margins(kit: Kit) -> str:
-    return " and ".join(f"{check.margin:.2f} nats ({engine})" for engine, check in kit.checks.items())
-
-
-def _speed(speed: ExpectedSpeed | None) -> str:
-    if speed is None:
-        return (
-            "The expected speed is unknown. Measure the phone once with `efficientllm-bench --profile FILE "
-            "--device adb` and export with `--device-profile FILE`."
-        )
-    text = (
-        f"Expected on {speed.device} ({speed.engine}, {speed.quantization}), by its latency profile: "
-        f"{speed.prefill_tokens_per_second:.0f} tokens/s of a {PROMPT}-token prompt, "
-        f"{speed.decode_tokens_per_second:.1f} of an answer after {DEPTH}."
-    )
-    return text + (
-        " The profile is of an EMULATED device: no figure of it holds on a real one." if speed.is_emulated else ""
-    )
 
 
 FORMATS = ("gguf", "pte")

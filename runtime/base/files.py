@@ -17,6 +17,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from importlib import resources
 from pathlib import Path
 from typing import IO, Any
 
@@ -248,3 +249,12 @@ def sha256_of(path: Path) -> str:
     """Return the hexadecimal SHA-256 of a file, in about 1.5 s per GB."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def fill_template(package: str, name: str, **values: Any) -> str:
+    """Return the text of a Jinja template of a package with these values. Raises an error for a missing value."""
+    from jinja2 import Environment, StrictUndefined
+
+    text = resources.files(package).joinpath(name).read_text(encoding="utf-8")
+    templates = Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined)
+    return templates.from_string(text).render(values)

@@ -8,13 +8,11 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
-
 from ...runtime.base import flags
+from ...runtime.base.files import fill_template
 from ...runtime.base.model_names import hub_answers, may_be_hub_id
 from ...runtime.base.quantities import display_name, format_count, markdown_table
 from ...runtime.engines.contract_text import contract_rows, jobs_section
@@ -124,9 +122,9 @@ def model_card(config: TrainConfig, summary: dict[str, Any], source: Architectur
         sizes = (index, layer.num_attention_heads, layer.num_key_value_heads, layer.intermediate_size)
         widths.append([str(size) for size in sizes])
     is_random = config.source.init == "random"
-    text = resources.files(str(__package__)).joinpath(TEMPLATE).read_text(encoding="utf-8")
-    templates = Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined)
-    return templates.from_string(text).render(
+    return fill_template(
+        str(__package__),
+        TEMPLATE,
         license=card.license,
         base_model=card.base_model,
         datasets=[corpus.partition("@")[0] for corpus in from_hub],
