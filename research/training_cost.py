@@ -23,7 +23,7 @@ from efficientllm.runtime.base.quantities import Figure, format_count, markdown_
 from efficientllm.train.compute.hardware import choose_hardware
 from efficientllm.train.compute.loss import TrainingLoss
 from efficientllm.train.compute.optimizer import clip_factor, gradient_norm, make_optimizer, store_gradients_as_computed
-from efficientllm.train.config.quantisation import TARGETS, QuantisationConfig
+from efficientllm.train.config.sections import QAT_TARGETS, QuantisationConfig
 from efficientllm.train.data.documents import DataSpec
 from efficientllm.train.data.packing import PackedStream
 from efficientllm.train.model.irregular import architecture_of
@@ -37,7 +37,7 @@ from efficientllm.train.pruning.surgery import remove_groups
 from efficientllm.train.quantisation.weights import RoundedWeights
 from efficientllm.train.reporting.metrics import read_metrics
 
-TRAINED_TYPES = tuple(TARGETS)
+TRAINED_TYPES = tuple(QAT_TARGETS)
 """Of --qat."""
 
 WITHOUT_STEM = tuple(name for name in FOLDS if name != "stem")

@@ -23,7 +23,7 @@ from efficientllm.export.gguf import q2_0
 from efficientllm.export.group_quantization import quantize_groups, round_to_bfloat16
 from efficientllm.runtime.base.gguf_header import read_header
 from efficientllm.runtime.engines.manifest import Manifest
-from efficientllm.train.config.quantisation import QuantisationConfig
+from efficientllm.train.config.sections import QuantisationConfig
 from efficientllm.train.model.architecture import LayerShape
 from efficientllm.train.model.families import FAMILIES
 from efficientllm.train.model.tensors import EMBEDDING, HEAD

@@ -28,8 +28,7 @@ from .compute.distributed import Parallel
 from .compute.hardware import Hardware, choose_hardware
 from .compute.loss import frozen_copy
 from .config.pruning import PruneConfig
-from .config.quantisation import GGUF_TYPES
-from .config.sections import STEERING_CHANGES, OptimizerConfig, TrainConfig, changed_settings
+from .config.sections import GGUF_TYPES, STEERING_CHANGES, OptimizerConfig, TrainConfig, changed_settings
 from .data.chat import learn_functions
 from .data.documents import DataSpec
 from .data.self_chat import MAX_TOKENS, MIN_SEQUENCES, SELF_CHAT, self_chat_file

@@ -28,8 +28,7 @@ from .checkpoint.run_folder import (
     saved_settings,
 )
 from .config.pruning import SIZES_FILE
-from .config.quantisation import GGUF_TYPES
-from .config.sections import TrainConfig
+from .config.sections import GGUF_TYPES, TrainConfig
 from .model.architecture import Architecture
 from .model.file_types import irregular_gguf, tokenizer_bytes
 from .pruning.measures import Measure, bytes_of_file

@@ -22,8 +22,7 @@ from .compute.distributed import Parallel
 from .compute.hardware import choose_hardware
 from .compute.loss import TrainingLoss, perplexity
 from .config.pruning import PruneConfig, size_target
-from .config.quantisation import QuantisationConfig
-from .config.sections import TrainConfig
+from .config.sections import QuantisationConfig, TrainConfig
 from .data.documents import DataSpec
 from .data.self_chat import SELF_CHAT
 from .model.architecture import Architecture

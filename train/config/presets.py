@@ -8,8 +8,7 @@ from typing import Any
 
 from ...runtime.base.quantities import unknown_name
 from .pruning import PruneConfig
-from .quantisation import QuantisationConfig
-from .sections import OptimizerConfig, RunConfig, SourceConfig, TrainConfig
+from .sections import OptimizerConfig, QuantisationConfig, RunConfig, SourceConfig, TrainConfig
 
 SMOLLM_CORPUS = "HuggingFaceTB/smollm-corpus@fineweb-edu-dedup"
 

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from ...runtime.base.quantities import parse_bytes
 from ..config.pruning import PruneConfig
-from ..config.quantisation import GGUF_TYPES, QuantisationConfig
-from ..config.sections import OptimizerConfig, RunConfig, SourceConfig, TrainConfig
+from ..config.sections import GGUF_TYPES, OptimizerConfig, QuantisationConfig, RunConfig, SourceConfig, TrainConfig
 from ..model.file_types import BODY, TENSOR_BLOCKS
 
 TRAININGS = ("train", "qat")

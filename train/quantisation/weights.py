@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..compute.distributed import MeanOverRanks, local, single_rank
-from ..config.quantisation import GGUF_TYPES, QuantisationConfig
+from ..config.sections import GGUF_TYPES, QuantisationConfig
 from ..model.file_types import file_types
 from ..model.irregular import architecture_of
 from ..model.tensors import EMBEDDING, FINAL_NORM, HEAD, same_input, tensor_names
