@@ -32,7 +32,7 @@ from efficientllm.train.config.pruning import PruneConfig
 from efficientllm.train.config.sections import RunConfig, TrainConfig
 from efficientllm.train.model.architecture import Architecture, LayerShape
 from efficientllm.train.plan import Compute, _check_removals
-from efficientllm.train.schedule import DroppingSchedule
+from efficientllm.train.pruning.plan import DroppingSchedule
 
 
 def perplexities(folder: Path) -> dict[str, float]:

@@ -7,7 +7,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,12 +31,12 @@ from .model.architecture import Architecture
 from .model.irregular import architecture_of, save_checkpoint
 from .model.source import load_source
 from .plan import RunPlan
+from .pruning.plan import DroppingSchedule
 from .pruning.pruner import Pruner
 from .pruning_event import PruningEvent, switch_vocabulary
 from .quantisation.weights import RoundedWeights
 from .reporting.metrics import MetricsWriter, RunProgress, Throughput
 from .run_text import RunText
-from .schedule import DroppingSchedule
 from .score_keeper import ScoreKeeper
 from .sizes import has_branch, write_branch
 from .stop_signal import StopRequested, StopSignal
@@ -101,7 +101,7 @@ class Trainer:
         self.schedule: DroppingSchedule | None = None
         if plan.pruning is not None:
             self.pruner = Pruner(plan.pruning, self.trained.model, self.parallel, run.seed)
-            self.schedule = self._make_schedule(self.pruner)
+            self.schedule = plan.pruning.schedule(optimizer.tokens)
         self.rounding: RoundedWeights | None = None
         """Rounds the weights to the type that the run trains for."""
         if self.config.quantisation.is_on:
@@ -135,16 +135,6 @@ class Trainer:
             self.score_keeper = ScoreKeeper(self.config.score, plan.folder, plan.resume is not None, self.display)
         if plan.resume is not None:
             self._restore(plan.resume.checkpoint, saved)
-
-    def _make_schedule(self, pruner: Pruner) -> DroppingSchedule:
-        settings, tokens = pruner.settings, self.config.optimizer.tokens
-        start, end = round(settings.prune_start * tokens), round(settings.prune_end * tokens)
-        source = pruner.plan.source
-        if settings.vocabulary_rows is not None:  # these are removed before the schedule starts
-            source = replace(source, vocab_size=min(settings.vocabulary_rows, source.vocab_size))
-        size = pruner.budget.measure.of(source)
-        sizes = tuple(amount for amount in pruner.plan.sizes.values() if amount < size)
-        return DroppingSchedule(size, pruner.budget.target, start, end, settings.removals, sizes)
 
     @property
     def model(self) -> Any:

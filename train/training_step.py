@@ -22,7 +22,6 @@ from .config.sections import OptimizerConfig
 from .data.packing import PackedStream
 from .pruning.pruner import Pruner
 from .reporting.metrics import RunProgress
-from .schedule import learning_rate
 from .stop_signal import StopRequested, StopSignal
 
 _log = logging.getLogger("efficientllm.train")
@@ -160,6 +159,25 @@ class TrainingStep:
                 "longer --sequence-length or larger --batch-size makes them rarer"
             )
         self._has_warned = True
+
+
+def learning_rate(settings: OptimizerConfig, tokens: int) -> float:
+    """Return the learning rate of the step that ends after `tokens`. The first is not zero, the last is the floor.
+
+    It rises linearly over the warm-up. 'wsd' (warmup-stable-decay) then stays at the peak and falls linearly to the
+    floor in the last part of the run. 'cosine' follows half a cosine to the floor. 'constant' stays.
+    """
+    total, peak, floor, shape = settings.tokens, settings.learning_rate, settings.lr_floor, settings.lr_schedule
+    warmup = round(settings.lr_warmup * total)
+    if tokens < warmup:
+        return peak * (tokens / warmup)
+    start = round((1 - settings.lr_decay) * total) if shape == "wsd" else warmup
+    if shape == "constant" or tokens <= start or total <= start:
+        return peak
+    progress = min(1.0, (tokens - start) / (total - start))
+    if shape == "cosine":
+        return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
+    return peak * (1.0 - (1.0 - floor) * progress)
 
 
 def accumulate_gradients(

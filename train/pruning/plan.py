@@ -1,10 +1,12 @@
-"""Resolve the pruning of a run: its groups, rules, budget and the tracker of `--saliency`."""
+"""Resolve the pruning of a run: its groups, rules, budget, schedule and the tracker of `--saliency`."""
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ...runtime.base.errors import UsageError
@@ -128,6 +130,47 @@ def make_tracker(
 
 
 @dataclass(frozen=True)
+class DroppingSchedule:
+    """Continuous parameter dropping (EfficientLLM, figure 2c), or dropping in equal steps.
+
+    The budget's measure (parameters, bytes of the exported file or milliseconds) falls linearly in tokens.
+    """
+
+    source: float
+    target: float
+    start_tokens: int
+    """Tokens before the first removal, so that saliency is an average."""
+    end_tokens: int
+    """Tokens at which the target is reached."""
+    removals: int = 0
+    """Number of equal steps, the first at the start and the last at the end. 0: continuous."""
+    sizes: tuple[float, ...] = ()
+    """Larger sizes to reach on the way, largest first. Each ends a step. The steps between two are equal."""
+
+    def target_at(self, tokens: int) -> float:
+        """Return the largest allowed size after `tokens`."""
+        if tokens >= self.end_tokens:
+            return self.target
+        if tokens < self.start_tokens:
+            return self.source
+        share = (tokens - self.start_tokens) / (self.end_tokens - self.start_tokens)
+        if not self.removals:
+            return self.source + share * (self.target - self.source)
+        levels = self._levels()
+        return levels[math.floor(share * (len(levels) - 1))]
+
+    def _levels(self) -> list[float]:
+        """Return the sizes after each step."""
+        levels = []
+        for larger, smaller in itertools.pairwise((self.source, *self.sizes, self.target)):
+            share = (larger - smaller) / (self.source - self.target)
+            number = max(1, round(self.removals * share))
+            levels += [larger + index / number * (smaller - larger) for index in range(1, number)]
+            levels.append(smaller)
+        return levels
+
+
+@dataclass(frozen=True)
 class PruningPlan:
     """The settings with everything that follows from them and the source."""
 
@@ -147,6 +190,16 @@ class PruningPlan:
         settings = self.settings
         kinds = tuple(name for name in self.rules.kinds if KINDS[name].scored_axes)
         return make_tracker(settings.saliency, kinds, architecture, settings.saliency_decay, seed, mean_over_ranks)
+
+    def schedule(self, tokens: int) -> DroppingSchedule:
+        """Return the fall of the budget's measure in a run of `tokens`."""
+        settings, source = self.settings, self.source
+        start, end = round(settings.prune_start * tokens), round(settings.prune_end * tokens)
+        if settings.vocabulary_rows is not None:  # these are removed before the schedule starts
+            source = replace(source, vocab_size=min(settings.vocabulary_rows, source.vocab_size))
+        size = self.budget.measure.of(source)
+        sizes = tuple(amount for amount in self.sizes.values() if amount < size)
+        return DroppingSchedule(size, self.budget.target, start, end, settings.removals, sizes)
 
 
 def make_pruning_plan(
