@@ -30,12 +30,11 @@ def evaluated(trained: TrainedModel, text: RunText, check: Callable[[], None]) -
     """Yield the model of a run for evaluations. `check` is called before every forward pass and may raise."""
     model, is_bfloat16 = trained.model, trained.loss.dtype == torch.bfloat16
     was_training = model.training
-    hook = model.register_forward_pre_hook(lambda *_: check())
     try:
-        with torch.compiler.set_stance("force_eager"):  # otherwise every length would be compiled
+        # otherwise every length would be compiled
+        with torch.compiler.set_stance("force_eager"), model.register_forward_pre_hook(lambda *_: check()):
             yield TorchModel(model, text.tokenizer, trained.parallel.device, is_bfloat16, EVALUATION_BATCH_TOKENS)
     finally:
-        hook.remove()
         model.train(was_training)
 
 

@@ -55,6 +55,19 @@ EXACT_LOGITS = 8
 """Likeliest tokens whose logits are not rounded to bf16."""
 
 
+@contextlib.contextmanager
+def evaluating(loss: TrainingLoss) -> Iterator[None]:
+    """Evaluate the model of `loss` in this block, without compiling it for shapes that training does not have."""
+    was_training = loss.training
+    loss.eval()
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        reshard(loss)  # the optimizer updates shards
+        loss.train(was_training)
+
+
 class BlockProbe:
     """Measure prices of a model's blocks on fixed windows."""
 
@@ -77,16 +90,10 @@ class BlockProbe:
     @torch.no_grad()
     def losses(self, absences: Sequence[Absence]) -> list[float]:
         """Return the nats per token that each absence costs (a collective call)."""
-        was_training = self._loss.training
-        self._loss.eval()
         total = torch.zeros(len(absences), dtype=torch.float64)
-        try:
-            with torch.compiler.set_stance("force_eager"):  # otherwise every remaining shape would be compiled
-                for batch in self._batches:
-                    total += self._of_batch(batch, absences)
-        finally:
-            reshard(self._loss)  # the optimizer updates shards
-            self._loss.train(was_training)
+        with evaluating(self._loss):
+            for batch in self._batches:
+                total += self._of_batch(batch, absences)
         num_predicted = sum(count_predicted(batch) for batch in self._batches)
         mean = (total / max(1, num_predicted)).to(self._parallel.device)
         self._parallel.mean_tensors([mean])
@@ -108,15 +115,11 @@ class BlockProbe:
     def _whole(self, batch: Tensor) -> tuple[list[Tensor], WholeModel]:
         """Return (inputs [n, S, H] of every layer, predictions of the whole model)."""
         streams: list[Tensor] = []
-        handles = [
-            layer.register_forward_pre_hook(lambda module, arguments: streams.append(arguments[0]))
-            for layer in self._loss.model.model.layers
-        ]
-        try:
+        with contextlib.ExitStack() as hooks:
+            for layer in self._loss.model.model.layers:
+                hook = layer.register_forward_pre_hook(lambda module, arguments: streams.append(arguments[0]))
+                hooks.enter_context(hook)
             return streams, self._loss(batch, read=WholeModel.of)
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 @dataclass(frozen=True)

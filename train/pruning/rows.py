@@ -22,12 +22,12 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
-from ..compute.distributed import Parallel, reshard
+from ..compute.distributed import Parallel
 from ..compute.loss import TrainingLoss
 from ..data.chat import end_of_text_id
 from ..vocabulary.retokenization import ByteTokenizer, Retokenizer
 from ..vocabulary.tokenizer_pruning import prune_tokenizer
-from .blocks import LOGIT_ROWS
+from .blocks import LOGIT_ROWS, evaluating
 from .surgery import removed_positions
 
 TEXTS_AT_ONCE = 4
@@ -88,17 +88,11 @@ class RowProbe:
     @torch.no_grad()
     def _nats(self, texts: Sequence[Sequence[int]], rows: Tensor) -> float:
         """Return the nats of all tokens of some texts, as positions in `rows`, over these rows of the LM head."""
-        was_training = self._loss.training
-        self._loss.eval()
         total = 0.0
-        try:
-            with torch.compiler.set_stance("force_eager"):  # otherwise every length would be compiled
-                for start in range(0, len(texts), TEXTS_AT_ONCE):
-                    self._check()
-                    total += self._nats_of_batch(texts[start : start + TEXTS_AT_ONCE], rows)
-        finally:
-            reshard(self._loss)  # the optimizer updates shards
-            self._loss.train(was_training)
+        with evaluating(self._loss):
+            for start in range(0, len(texts), TEXTS_AT_ONCE):
+                self._check()
+                total += self._nats_of_batch(texts[start : start + TEXTS_AT_ONCE], rows)
         return total
 
     def _nats_of_batch(self, texts: Sequence[Sequence[int]], rows: Tensor) -> float:

@@ -50,17 +50,18 @@ class InputSquares:
     @contextlib.contextmanager
     def observing(self, model: Any) -> Iterator[None]:
         """Average the inputs of the matrices of `model` during training in this block. A failed block adds nothing."""
-        modules = _observed_modules(model)
-        handles = [module.register_forward_pre_hook(self._input_hook(name)) for name, module in modules]
         norm = model.get_submodule(FINAL_NORM)
-        handles.append(norm.register_forward_hook(lambda module, _, output: self._observe(FINAL_NORM, module, output)))
-        try:
-            yield
-            self._average()
-        finally:
-            self._sums, self._counts = {}, {}
-            for handle in handles:
-                handle.remove()
+        with contextlib.ExitStack() as hooks:
+            for name, module in _observed_modules(model):
+                hooks.enter_context(module.register_forward_pre_hook(self._input_hook(name)))
+            hooks.enter_context(
+                norm.register_forward_hook(lambda module, _, output: self._observe(FINAL_NORM, module, output))
+            )
+            try:
+                yield
+                self._average()
+            finally:
+                self._sums, self._counts = {}, {}
 
     def _input_hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         return lambda module, inputs: self._observe(name, module, inputs[0])
@@ -194,18 +195,16 @@ class RoundedWeights:
     @contextlib.contextmanager
     def _rounded_activations(self, model: Any) -> Iterator[None]:
         """Round the inputs of products to int8 for 8da4w. Do nothing for other types."""
-        handles = []
-        if self.settings.qat == "8da4w":
+        if self.settings.qat != "8da4w":
+            yield
+            return
+        with contextlib.ExitStack() as hooks:
             for name, module in model.named_modules():
                 if isinstance(module, nn.Linear) and name != "lm_head":
-                    handles.append(module.register_forward_pre_hook(lambda _, inputs: (round_to_int8(inputs[0]),)))
+                    hooks.enter_context(module.register_forward_pre_hook(lambda _, inputs: (round_to_int8(inputs[0]),)))
             # the loss reads the head's weight itself, so its input is rounded where it comes from
-            handles.append(model.model.norm.register_forward_hook(lambda _, __, output: round_to_int8(output)))
-        try:
+            hooks.enter_context(model.model.norm.register_forward_hook(lambda _, __, output: round_to_int8(output)))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 @torch.no_grad()
