@@ -224,20 +224,6 @@ def mean_context(test: str) -> float | None:
     return int(match[2] or 0) + (int(match[1]) - 1) / 2 if match else None
 
 
-def labels(results: Sequence[Result]) -> list[str]:
-    """Return a unique name per result: the shortest distinct end of its path, with its engine version if needed."""
-    paths = {result.artefact for result in results}
-    names = [_shortest_end(result.artefact, paths) for result in results]
-    for name in {name for name in names if names.count(name) > 1}:
-        indices = [index for index, other in enumerate(names) if other == name]
-        versions = [results[index].engine_version for index in indices]
-        is_distinct = len(set(versions)) == len(versions)
-        suffixes = versions if is_distinct else map(str, range(1, len(indices) + 1))
-        for index, suffix in zip(indices, suffixes, strict=True):
-            names[index] = f"{name} ({suffix})"
-    return names
-
-
 def _shortest_end(path: str, paths: Collection[str]) -> str:
     parts = Path(path).parts
     others = [Path(other).parts for other in paths if other != path]
@@ -324,8 +310,17 @@ class Run:
 
     @property
     def labels(self) -> list[str]:
-        """Return a unique name for each result."""
-        return labels(self.results)
+        """Return a unique name per result: the shortest distinct end of its path, with its engine version if needed."""
+        paths = {result.artefact for result in self.results}
+        names = [_shortest_end(result.artefact, paths) for result in self.results]
+        for name in {name for name in names if names.count(name) > 1}:
+            indices = [index for index, other in enumerate(names) if other == name]
+            versions = [self.results[index].engine_version for index in indices]
+            is_distinct = len(set(versions)) == len(versions)
+            suffixes = versions if is_distinct else map(str, range(1, len(indices) + 1))
+            for index, suffix in zip(indices, suffixes, strict=True):
+                names[index] = f"{name} ({suffix})"
+        return names
 
     @property
     def labelled(self) -> list[tuple[str, Result]]:
