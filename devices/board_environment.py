@@ -21,7 +21,6 @@ from typing import Protocol
 
 from ..runtime.base.child import ProcessResult, run
 from ..runtime.base.errors import DeviceError, UsageError
-from ..runtime.base.files import sha256_of
 
 SOURCE_ROOT = Path(__file__).resolve().parents[1]
 """Root of the source tree in an editable install, which may be a tree of links to it."""
@@ -35,15 +34,6 @@ COMPILED_PACKAGES = {"gguf": "llama_cpp_python"}
 """Maps an extra to its package without a wheel for 64-bit ARM on PyPI, which a board would have to compile."""
 DEFAULT_WHEELS = SOURCE_ROOT / "build/board-wheel"
 """Output folder of `make board-wheel`."""
-
-
-@dataclass(frozen=True)
-class RuntimeWheel:
-    """The wheel of efficientllm that a board installs."""
-
-    key: str
-    """Changes with the contents of the wheel."""
-    path: Path
 
 
 @dataclass(frozen=True)
@@ -79,18 +69,17 @@ class Board(Protocol):
         ...
 
 
-def runtime_wheel(wheel: str, scratch: Path, log: Callable[[str], None]) -> RuntimeWheel:
+def runtime_wheel(wheel: str, scratch: Path, log: Callable[[str], None]) -> Path:
     """Return the wheel that the user named, or make one in `scratch` from the source tree or the installed package."""
     if wheel:
         path = Path(wheel)
         if not path.is_file() or path.suffix != ".whl":
             raise UsageError(f"--wheel {wheel} is not a wheel file; give a .whl file of efficientllm")
-    elif (SOURCE_ROOT / "pyproject.toml").is_file():
+        return path
+    if (SOURCE_ROOT / "pyproject.toml").is_file():
         log("building the wheel of this source tree")
-        path = build_wheel(SOURCE_ROOT, scratch)
-    else:
-        path = pack_installed(importlib.metadata.distribution("efficientllm"), scratch)
-    return RuntimeWheel(sha256_of(path)[:12], path)
+        return build_wheel(SOURCE_ROOT, scratch)
+    return pack_installed(importlib.metadata.distribution("efficientllm"), scratch)
 
 
 def build_wheel(source: Path, output: Path) -> Path:
@@ -151,7 +140,7 @@ def engine_wheel(extra: str, facts: Mapping[str, str], folder: str) -> EngineWhe
 
 
 def make_environment(
-    board: Board, extra: str, wheel: RuntimeWheel, compiled: EngineWheel | None, python: str, folder: str
+    board: Board, extra: str, wheel: Path, compiled: EngineWheel | None, python: str, folder: str
 ) -> None:
     """Create the environment `folder` with this release and `extra`. Raises DeviceError with pip's own reason."""
     if compiled is not None and (missing := set(compiled.required_features) - set(board.facts["features"].split())):
@@ -161,8 +150,8 @@ def make_environment(
         )
     board.require(f"rm -rf {folder} && {shlex.quote(python)} -m venv {folder}")
     remote = PurePosixPath(folder)
-    board.copy(wheel.path, remote / wheel.path.name)
-    packages = [f'"$HOME/{remote / wheel.path.name}[{extra}]"']
+    board.copy(wheel, remote / wheel.name)
+    packages = [f'"$HOME/{remote / wheel.name}[{extra}]"']
     if compiled is not None:
         board.copy(compiled.path, remote / compiled.path.name)
         packages.append(f'"$HOME/{remote / compiled.path.name}"')

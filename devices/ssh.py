@@ -22,7 +22,7 @@ from ..runtime.base.errors import DeviceError, UsageError
 from ..runtime.base.files import sha256_of
 from ..runtime.engines.artefact import Artefact
 from . import measure
-from .board_environment import ENVIRONMENT_BYTES, EXTRAS, RuntimeWheel, engine_wheel, make_environment, runtime_wheel
+from .board_environment import ENVIRONMENT_BYTES, EXTRAS, engine_wheel, make_environment, runtime_wheel
 from .device import DeviceOptions
 from .emulation import EXECUTABLE_LINK, detect_layer
 from .local import parse_measurement, request_context
@@ -259,13 +259,14 @@ class SshDevice:
         found = re.match(r"\\?([0-9a-f]{64})", answer.output)
         return found[1] if found else ""
 
-    def _environment(self, engine: str, wheel: RuntimeWheel) -> str:
+    def _environment(self, engine: str, wheel: Path) -> str:
         """Return the folder of the environment with this release and `engine`, and create it if needed."""
         if engine not in EXTRAS:
             raise DeviceError(f"engine {engine!r} belongs to a plug-in; boards run {', '.join(EXTRAS)}")
         extra = EXTRAS[engine]
         compiled = engine_wheel(extra, self.facts, self._options.engine_wheels)
-        key = f"{wheel.key}-{sha256_of(compiled.path)[:8]}" if compiled is not None else wheel.key
+        key = sha256_of(wheel)[:12]  # changes with the contents, so that another release gets an environment of its own
+        key += f"-{sha256_of(compiled.path)[:8]}" if compiled is not None else ""
         folder = f"{FOLDER}/env-{extra}-{key}"
         if self.run(f"test -f {folder}/complete").code != 0:
             self._log(f"installing efficientllm[{extra}] on {self._host}; this may take minutes")

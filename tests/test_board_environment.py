@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 import pytest
 
 from efficientllm.devices import board_environment
-from efficientllm.devices.board_environment import RuntimeWheel, engine_wheel, make_environment
+from efficientllm.devices.board_environment import engine_wheel, make_environment
 from efficientllm.runtime.base.child import ProcessResult
 from efficientllm.runtime.base.errors import DeviceError, UsageError
 
@@ -68,7 +68,7 @@ def test_a_named_folder_without_a_wheel_is_one_line(tmp_path: Path, monkeypatch:
 def test_a_processor_that_lacks_what_the_wheel_needs_is_named(features: str, installs: bool, wheels: Path) -> None:
     board = RecordingBoard(features)
     sent = engine_wheel("gguf", board.facts, str(wheels))
-    arguments = ("gguf", RuntimeWheel("key", wheels / "ours.whl"), sent, "python3", "folder")
+    arguments = ("gguf", wheels / "ours.whl", sent, "python3", "folder")
     if installs:
         make_environment(board, *arguments)
         assert board.copied == ["ours.whl", "llama_cpp_python-0.3.36-py3-none-linux_aarch64.whl"]

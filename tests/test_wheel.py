@@ -61,5 +61,5 @@ def test_a_board_is_sent_what_is_installed_here_where_there_is_no_source_tree(
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     first, again = (board_environment.runtime_wheel("", tmp_path / name, print) for name in ("a", "b"))
-    assert first.path.name == "small-1.0-py3-none-any.whl"
-    assert first.key == again.key  # the board's environment is found again
+    assert first.name == "small-1.0-py3-none-any.whl"
+    assert first.read_bytes() == again.read_bytes()  # the board's environment is found again
