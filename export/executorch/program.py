@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,8 +37,6 @@ from .reader import read_weights
 from .recipes import Recipe, find_recipe
 from .static_decoder import StaticDecoder
 
-Stage = Callable[[str], contextlib.AbstractContextManager[None]]
-
 
 @dataclass(frozen=True)
 class LoweredProgram:
@@ -58,27 +56,23 @@ def lower(
     config: ExecutorchDecoderConfig,
     partitioners: list[Any],
     constants: dict[str, Any],
-    stage: Stage,
 ) -> LoweredProgram:
-    """Export `model` with the dynamic axes of `config` (or one token), lower it and serialise it.
-
-    `stage(title)` is a context manager around each step.
-    """
+    """Export `model` with the dynamic axes of `config` (or one token), lower it and serialise it."""
     with torch.no_grad():
-        with stage("tracing"):
+        with _stage("tracing"):
             length = 1 if model.static_length else 3
             inputs = config.generate_dummy_inputs(framework="pt", batch_size=1, sequence_length=length)
             exported = torch.export.export(
                 model, (), kwargs=inputs, dynamic_shapes=_dynamic_shapes(model, config), strict=False
             )
-        with stage("partitioning and lowering"):
+        with _stage("partitioning and lowering"):
             edge = to_edge_transform_and_lower(
                 exported,
                 partitioner=partitioners,
                 compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
                 constant_methods=constants,
             )
-        with stage("serialising"):
+        with _stage("serialising"):
             program = edge.to_executorch(
                 ExecutorchBackendConfig(
                     extract_delegate_segments=True,
@@ -181,7 +175,7 @@ def _build(
         stored = given_weights(model, plan.weights)
     constants, config = _constant_methods(checkpoint, plan), ExecutorchDecoderConfig(checkpoint.config)
     try:
-        lowered = lower(model, config, plan.partitioners, constants, _stage)
+        lowered = lower(model, config, plan.partitioners, constants)
     except Exception as error:  # a backend's compiler raises what it likes
         if plan.recipe.runs_here:
             raise

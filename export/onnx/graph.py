@@ -20,8 +20,8 @@ from ...train.model.attention import LayerAttention
 from ...train.model.families import Place
 from ...train.model.rotary import widened_tables
 from ...train.model.tensors import FINAL_NORM
-from .graph_values import BLOCK, MICROSOFT, GraphValues
-from .quantize import IntegerMatrix, QuantizedMatrix
+from .graph_values import MICROSOFT, GraphValues
+from .quantize import BLOCK, IntegerMatrix, QuantizedMatrix
 
 OPSET = {"": 21, "com.microsoft": 1}
 

@@ -13,6 +13,8 @@ from ..checkpoint import Checkpoint
 from ..group_quantization import quantize_groups
 from ..padding import round_up
 
+BLOCK = 32
+"""Inputs that share a scale."""
 HEAD_MULTIPLE = 16
 """GroupQueryAttention rotates heads only in multiples of 16 channels (onnxruntime 1.32)."""
 
@@ -66,17 +68,16 @@ class QuantizedMatrix:
     """A matrix [rows, columns] in the graph."""
 
     data: Any
-    """uint8 [rows, blocks, block * bits / 8]"""
+    """uint8 [rows, blocks, BLOCK * bits / 8]"""
     scales: Any
     """fp32 [rows, blocks]"""
     rows: int
     columns: int
     bits: int
-    block: int
 
     @property
     def blocks(self) -> int:
-        return -(-self.columns // self.block)
+        return -(-self.columns // BLOCK)
 
 
 @dataclass(frozen=True)
@@ -95,21 +96,19 @@ def quantize_rows(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return codes, scales[:, 0]
 
 
-def quantize_matrix(
-    weight: np.ndarray, bits: int, block: int, gram: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return (uint8 [rows, blocks, block * bits / 8], fp32 scales [rows, blocks]) of fp32 [rows, columns].
+def quantize_matrix(weight: np.ndarray, bits: int, gram: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Return (uint8 [rows, blocks, BLOCK * bits / 8], fp32 scales [rows, blocks]) of fp32 [rows, columns].
 
     Columns are padded to whole blocks with zeros. `gram` is that of `quantize_groups`.
     """
     rows, columns = weight.shape
-    blocks = -(-columns // block)
-    extra = blocks * block - columns
+    blocks = -(-columns // BLOCK)
+    extra = blocks * BLOCK - columns
     if extra:
         weight = np.pad(weight, ((0, 0), (0, extra)))
         gram = None if gram is None else np.pad(gram, (0, extra))
-    codes, scales = quantize_groups(weight, bits, block, gram, signed=True)
+    codes, scales = quantize_groups(weight, bits, BLOCK, gram, signed=True)
     data = (codes.astype(np.int16) + 2 ** (bits - 1)).astype(np.uint8)  # the zero point that the kernels imply
     if bits == 4:  # two to a byte, the even column in the lower half
         data = data[:, ::2] | (data[:, 1::2] << 4)
-    return data.reshape(rows, blocks, block * bits // 8), scales
+    return data.reshape(rows, blocks, BLOCK * bits // 8), scales
