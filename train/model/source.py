@@ -46,11 +46,16 @@ SAME_TABLE = 0.3
 about 0.1, separate training above 1."""
 
 
-def restore_pre_tokenizer(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
-    """Give a tokenizer from a GGUF file the pre-tokenizer that the file names. Unknown names change nothing."""
+def _read_gguf(path: Path) -> Any:
+    """Return gguf's reader of a file. Raises MissingExtraError without that package."""
     with extra("train"):
         from gguf import GGUFReader
-    field = GGUFReader(path).fields.get("tokenizer.ggml.pre")
+    return GGUFReader(path)
+
+
+def restore_pre_tokenizer(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    """Give a tokenizer from a GGUF file the pre-tokenizer that the file names. Unknown names change nothing."""
+    field = _read_gguf(path).fields.get("tokenizer.ggml.pre")
     pre_tokenizer = build_pre_tokenizer(field.contents()) if field is not None else None
     if pre_tokenizer is not None:
         backend: Any = tokenizer.backend_tokenizer
@@ -67,9 +72,7 @@ def tie_what_is_stored_twice(model: Any, path: Path) -> None:
         difference = sum(float((h - e).square().sum()) for h, e in parts)
         if difference > SAME_TABLE**2 * float(embedding.norm()) ** 2:
             return
-    with extra("train"):
-        from gguf import GGUFReader
-    sizes = {tensor.name: int(tensor.n_bytes) for tensor in GGUFReader(path).tensors}
+    sizes = {tensor.name: int(tensor.n_bytes) for tensor in _read_gguf(path).tensors}
     if sizes["output.weight"] > sizes["token_embd.weight"]:
         embedding.data = head.data
     model.config.tie_word_embeddings = True
@@ -99,9 +102,7 @@ def stored_dtype(source: str) -> torch.dtype:
     """
     path = source_path(source)
     if path.suffix == ".gguf":
-        with extra("train"):
-            from gguf import GGUFReader
-        field = GGUFReader(path).fields.get("general.file_type")
+        field = _read_gguf(path).fields.get("general.file_type")
         return GGUF_FILE_TYPES.get(int(field.contents()), torch.bfloat16) if field is not None else torch.bfloat16
     if path.is_dir():
         values = read_json(path / "config.json")
