@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Literal
@@ -228,16 +229,6 @@ class PhoneOptions(GgufOptions):
         flags.require(self, "formats", bool(self.formats), f"must name one of {', '.join(FORMATS)}")
 
 
-def export_android(checkpoint: Checkpoint, request: ExportRequest[PhoneOptions], folder: Path) -> None:
-    """Write a kit for Android apps. A failure leaves nothing behind."""
-    _export("android", checkpoint, request, folder)
-
-
-def export_ios(checkpoint: Checkpoint, request: ExportRequest[PhoneOptions], folder: Path) -> None:
-    """Write a kit for iOS apps. A failure leaves nothing behind."""
-    _export("ios", checkpoint, request, folder)
-
-
 def check_phone(options: PhoneOptions) -> None:
     """Raise UsageError for a damaged profile, and MissingExtraError without the packages of a format."""
     if "gguf" in options.formats:
@@ -248,11 +239,8 @@ def check_phone(options: PhoneOptions) -> None:
         DeviceProfile.load(Path(options.device_profile))
 
 
-ANDROID = Exporter(PhoneOptions, export_android, check_phone)
-IOS = Exporter(PhoneOptions, export_ios, check_phone)
-
-
-def _export(platform: Platform, checkpoint: Checkpoint, request: ExportRequest[PhoneOptions], folder: Path) -> None:
+def export_kit(platform: Platform, checkpoint: Checkpoint, request: ExportRequest[PhoneOptions], folder: Path) -> None:
+    """Write a kit for apps of a platform. A failure leaves nothing behind."""
     options = request.options
     profile = DeviceProfile.load(Path(options.device_profile)) if options.device_profile else None
     speed = expected_speed(profile, checkpoint.architecture) if profile is not None else None
@@ -272,6 +260,10 @@ def _export(platform: Platform, checkpoint: Checkpoint, request: ExportRequest[P
     first = models[0]
     write_manifest(checkpoint, request, folder, replace(first, files=written, layout=f"{platform} kit, {first.layout}"))
     log.info("read %s first", request.output / CARD_FILE)
+
+
+ANDROID = Exporter(PhoneOptions, partial(export_kit, "android"), check_phone)
+IOS = Exporter(PhoneOptions, partial(export_kit, "ios"), check_phone)
 
 
 def _check_profile(profile: DeviceProfile, models: Sequence[Contents]) -> None:
