@@ -18,7 +18,7 @@ from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_
 from executorch.exir.passes import MemoryPlanningPass
 from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
 
-from ...runtime.base.errors import UsageError
+from ...runtime.base.errors import UsageError, first_line
 from ...runtime.engines.engine import EngineOptions
 from ...runtime.engines.executorch import ExecuTorchEngine
 from ...runtime.engines.scheduler import EngineScheduler
@@ -179,9 +179,8 @@ def _build(
     except Exception as error:  # a backend's compiler raises what it likes
         if plan.recipe.runs_here:
             raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UsageError(
-            f"--recipe {plan.recipe.name} cannot lower this model: {reason} (--debug shows more)"
+            f"--recipe {plan.recipe.name} cannot lower this model: {first_line(error)} (--debug shows more)"
         ) from error
     request.say(f"{plan.recipe.name}: {lowered.describe()}")
     return lowered.buffer, stored

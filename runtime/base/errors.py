@@ -27,6 +27,11 @@ class EfficientLLMError(Exception):
     """
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of a library's error, or its type if it has no text."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 class UsageError(EfficientLLMError):
     """A flag, path or value that cannot be used as given."""
 

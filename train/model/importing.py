@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from ...runtime.base.errors import ModelError
+from ...runtime.base.errors import ModelError, first_line
 from . import modeling_efficientllm as modeling
 from .folder_files import read_json
 from .foreign import MAY_GAIN_BIASES, ForeignModel, read_foreign
@@ -76,9 +76,7 @@ def _comparison(
         with torch.inference_mode():
             ours, theirs = (each(tokens, use_cache=False).logits for each in (model, original.eval()))
     except Exception as error:  # transformers and remote code raise what they like
-        return (
-            f"{NOT_COMPARED}, which does not run here: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
-        )
+        return f"{NOT_COMPARED}, which does not run here: {first_line(error)}"
     difference = float((ours - theirs).abs().max())
     if not difference <= MOST_DIFFERENCE * max(1.0, float(theirs.abs().max()) / 32):
         raise ModelError(

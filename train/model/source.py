@@ -31,7 +31,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from ...runtime.base.errors import EfficientLLMError, ModelError, UsageError
+from ...runtime.base.errors import EfficientLLMError, ModelError, UsageError, first_line
 from ...runtime.base.extras import extra
 from ...runtime.base.model_names import check_adapter, check_source, hub_answers, source_path
 from .architecture import Architecture
@@ -266,17 +266,13 @@ def loading(called: str) -> Iterator[None]:
     except (EfficientLLMError, MemoryError):
         raise
     except Exception as error:  # transformers, tokenizers and safetensors raise what they like
-        raise ModelError(f"{called}: cannot be loaded: {_first_line(error)}") from error
+        raise ModelError(f"{called}: cannot be loaded: {first_line(error)}") from error
 
 
 def _gguf_options(file_name: str) -> dict[str, Any]:
     from transformers import GgufConfig  # absent before 5.x
 
     return {"gguf_file": file_name, "quantization_config": GgufConfig(dequantize=True)}
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def load_for_inference(folder: Path) -> Any:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ...runtime.base.errors import ModelError
+from ...runtime.base.errors import ModelError, first_line
 from .architecture import Architecture
 from .families import StockNames
 from .folder_files import PICKLE_FILE, TensorHeader, pickles, tensor_headers, weight_files
@@ -155,7 +155,7 @@ def _unpickled(file: Path) -> Mapping[str, torch.Tensor]:
     except pickle.UnpicklingError as error:
         raise _refused_pickle(file, "it holds objects, and reading them would run code") from error
     except Exception as error:  # torch raises what it likes for a damaged file
-        raise ModelError(f"{file} is damaged: {str(error).splitlines()[0]}; copy or download it again") from error
+        raise ModelError(f"{file} is damaged: {first_line(error)}; copy or download it again") from error
     for name in ("state_dict", "model_state_dict", "model"):
         value = value[name] if isinstance(value, Mapping) and isinstance(value.get(name), Mapping) else value
     if not isinstance(value, Mapping) or not all(
