@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -192,3 +192,14 @@ class Decoder(nn.Module, abc.ABC):
                 cos, sin = rope_tables(settings.rope, settings.rotary_dim, length)
                 found[settings.rotary_key] = torch.from_numpy(cos), torch.from_numpy(sin)
         return found
+
+    def store_rotary(self, tables: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Store (cos, sin) of every rotary_key as buffers, which a traced program holds as constants."""
+        self.rotary_keys = tuple(tables)
+        for key, (cos, sin) in tables.items():
+            self.register_buffer(f"cos_{key}", cos, persistent=False)
+            self.register_buffer(f"sin_{key}", sin, persistent=False)
+
+    def stored_rotary(self, part: Callable[[Tensor], Tensor] = lambda table: table) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return `part` of the stored tables, {rotary_key: (cos, sin)}."""
+        return {key: (part(getattr(self, f"cos_{key}")), part(getattr(self, f"sin_{key}"))) for key in self.rotary_keys}

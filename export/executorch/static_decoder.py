@@ -7,7 +7,7 @@ letters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,29 +123,25 @@ class StaticDecoder(Decoder):
         for module in self.modules():
             if isinstance(module, StaticAttention):
                 module.cache = cache_class(context, module.groups, module.head_dim, dtype)
-        tables = self.rotary_tables(checkpoint, context)
-        self.rotary_keys = tuple(tables)
-        for key, (cos, sin) in tables.items():
-            self.register_buffer(f"cos_{key}", torch.cat([cos, cos], -1).unsqueeze(1).to(dtype), persistent=False)
-            self.register_buffer(f"sin_{key}", torch.cat([-sin, sin], -1).unsqueeze(1).to(dtype), persistent=False)
+        halves = {
+            key: (torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1))
+            for key, (cos, sin) in self.rotary_tables(checkpoint, context).items()
+        }
+        self.store_rotary({key: (cos[:, None].to(dtype), sin[:, None].to(dtype)) for key, (cos, sin) in halves.items()})
 
     def attention(self, layer: LayerShape, settings: LayerAttention) -> StaticAttention:
         return StaticAttention(self.architecture, layer, settings, self.scales)
 
-    def _rotary(self, part: Callable[[Tensor], Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return `part` of every table."""
-        return {key: (part(getattr(self, f"cos_{key}")), part(getattr(self, f"sin_{key}"))) for key in self.rotary_keys}
-
     def forward(self, tokens: Tensor, input_pos: Tensor) -> Tensor:
         length = tokens.shape[1]
         if self.static_length:
-            position = Position(self._rotary(lambda table: table.index_select(0, input_pos)), 0, input_pos)
+            position = Position(self.stored_rotary(lambda table: table.index_select(0, input_pos)), 0, input_pos)
         else:
             start: Any = input_pos[0].item()  # a SymInt while the program is traced
             torch._check_is_size(start)
             torch._check(start < self.context)
             torch._check(start + length <= self.context)
-            position = Position(self._rotary(lambda table: table.narrow(0, start, length)), start, input_pos)
+            position = Position(self.stored_rotary(lambda table: table.narrow(0, start, length)), start, input_pos)
         x = self.embed(tokens)
         for layer in self.layers:
             x = layer(x, position)

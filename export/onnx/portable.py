@@ -85,11 +85,7 @@ class PortableDecoder(Decoder):
     def __init__(self, checkpoint: Checkpoint, has_all_logits: bool) -> None:
         super().__init__(checkpoint, checkpoint.architecture)
         self.has_all_logits = has_all_logits
-        tables = self.rotary_tables(checkpoint, checkpoint.context_length)
-        self.rotary_keys = tuple(tables)
-        for key, (cos, sin) in tables.items():
-            self.register_buffer(f"cos_{key}", cos, persistent=False)
-            self.register_buffer(f"sin_{key}", sin, persistent=False)
+        self.store_rotary(self.rotary_tables(checkpoint, checkpoint.context_length))
 
     def attention(self, layer: LayerShape, settings: LayerAttention) -> PortableAttention:
         return PortableAttention(self.architecture, layer, settings, self.scales)
@@ -101,9 +97,8 @@ class PortableDecoder(Decoder):
         steps = torch.arange(total)
         is_before = steps[None, :] <= steps[total - length :, None]
         mask = is_before[None, None] & attention_mask.bool()[:, None, None, :]
-        rotary = {key: (getattr(self, f"cos_{key}"), getattr(self, f"sin_{key}")) for key in self.rotary_keys}
         distance = (positions[:, :, None] - all_positions[:, None, :]).unsqueeze(1)
-        caches = Caches(rotary, positions, mask, distance, iter(past))
+        caches = Caches(self.stored_rotary(), positions, mask, distance, iter(past))
         x = self.embed(input_ids)
         for layer in self.layers:
             x = layer(x, caches)
