@@ -14,14 +14,11 @@ from dataclasses import replace
 
 import numpy as np
 
+from ..runtime.base.quantities import round_up
 from ..train.model.architecture import Architecture, LayerShape
 from ..train.model.rescaling import WRITERS, Scales, is_gain, scale_factor, untied, width_factor
 from ..train.model.tensors import EMBEDDING, HEAD, axes_of, axis_size, tensor_names, tensor_shape
 from .checkpoint import Checkpoint
-
-
-def round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
 
 
 def pad_rows(architecture: Architecture, multiple: int) -> Architecture:

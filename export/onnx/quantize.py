@@ -7,11 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from ...runtime.base.quantities import unknown_name
+from ...runtime.base.quantities import round_up, unknown_name
 from ...train.model.rotary import HeadPlaces, rotary_places
 from ..checkpoint import Checkpoint
 from ..group_quantization import quantize_groups
-from ..padding import round_up
 
 BLOCK = 32
 """Inputs that share a scale."""

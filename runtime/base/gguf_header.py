@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .quantities import round_up
+
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 """Value type -> struct format, little-endian."""
 STRING, ARRAY = 8, 9
@@ -93,6 +95,6 @@ def read_header(path: Path) -> GgufHeader:
             sizes = [reader.scalar("Q") for _ in range(reader.scalar("I"))]
             found.append((name, tuple(reversed(sizes)), reader.scalar("I"), reader.scalar("Q")))
         alignment = values.get("general.alignment", 32)
-        start = -(-reader.at // alignment) * alignment
+        start = round_up(reader.at, alignment)
         tensors = tuple(TensorInfo(name, shape, kind, start + offset) for name, shape, kind, offset in found)
         return GgufHeader(values, tensors)

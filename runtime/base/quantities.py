@@ -40,6 +40,11 @@ def parse_bytes(text: str) -> int:
     return _parse(text, {"": 1, **_BYTE_UNITS}, "60MB, 1.5GB or 64MiB")
 
 
+def round_up(value: int, multiple: int) -> int:
+    """Return the least multiple that is not below `value`."""
+    return -(-value // multiple) * multiple
+
+
 def format_count(count: float) -> str:
     """Return '134.5M' for 134515008."""
     return _format(count, {"T": 1e12, "B": 1e9, "M": 1e6, "k": 1e3}, "")

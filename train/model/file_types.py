@@ -18,6 +18,7 @@ from typing import Any
 from tokenizers import Regex, pre_tokenizers
 
 from ...runtime.base.errors import ModelError
+from ...runtime.base.quantities import round_up
 from .architecture import Architecture, LayerShape
 from .tensors import tensor_names, tensor_shape
 
@@ -120,7 +121,7 @@ def padded_architecture(architecture: Architecture, multiple: int) -> Architectu
 
 
 def _padded_row(width: int, multiple: int) -> int:
-    rounded = -(-width // multiple) * multiple
+    rounded = round_up(width, multiple)
     return LEAST_ROW if rounded == BLOCK else rounded
 
 
@@ -181,7 +182,7 @@ def _with_more_bits(architecture: Architecture, name: str, file_type: str, place
     if file_type in ("q4_k_m", "q5_k_m"):
         return "q6_k" if place.wants_more_bits else None
     if name.endswith("v_proj.weight"):
-        ratio = max(layer.queries_per_group for layer in architecture.layers[:1])
+        ratio = architecture.layers[0].queries_per_group  # llama.cpp reads the first layer's for all of them
         if file_type == "iq4_nl":
             return "q5_k" if ratio >= 4 else None
         early = {"q3_k_m": (2, "q5_k"), "q4_k_s": (4, "q5_k")}.get(file_type)
@@ -213,17 +214,13 @@ def gguf_bytes(
     total = vocabulary
     for name, kind in file_types(architecture, quantize, output_type, embedding_type).items():
         weights, size = TENSOR_BLOCKS[kind]
-        total += _aligned(math.prod(tensor_shape(padded, name)) // weights * size)
+        total += round_up(math.prod(tensor_shape(padded, name)) // weights * size, TENSOR_ALIGNMENT)
     return total
 
 
 def has_known_size(quantize: str) -> bool:
     """Tell whether `gguf_bytes` supports a type."""
     return quantize in BODY
-
-
-def _aligned(size: int) -> int:
-    return -(-size // TENSOR_ALIGNMENT) * TENSOR_ALIGNMENT
 
 
 def tokenizer_bytes(tokenizer: Any) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 
 from ...runtime.base import flags
 from ...runtime.base.errors import ModelError
+from ...runtime.base.quantities import round_up
 from ...runtime.latency.shape import WIDTHS
 from .architecture import Architecture, layer_overrides
 from .families import FAMILIES
@@ -175,7 +176,7 @@ def _of_block(config: Mapping[str, Any], block: Mapping[str, Any]) -> Widths:
         found[WIDTHS[2]] = whole_number(ffn, "intermediate_size")
     elif ffn.get("ffn_mult"):
         width = int(2 * positive_number(ffn, "ffn_mult") * whole_number(config, "hidden_size") / 3)
-        found[WIDTHS[2]] = -(-width // 256) * 256
+        found[WIDTHS[2]] = round_up(width, 256)
     return found
 
 

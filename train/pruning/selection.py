@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ...runtime.base.errors import UsageError
+from ...runtime.base.quantities import round_up
 from ..model.architecture import Architecture
 from ..model.groups import BLOCKS, KINDS, counts
 from .measures import PARAMETERS, Measure
@@ -106,7 +107,7 @@ def smallest_architecture(architecture: Architecture, rules: SelectionRules) -> 
         kind = KINDS[name]
         for layer, count in enumerate(counts(name, architecture)):
             step = kind.step(architecture, layer, rules.width_multiple)
-            least = step if name != "vocabulary" else -(-max(step, rules.fixed_rows) // step) * step
+            least = step if name != "vocabulary" else round_up(max(step, rules.fixed_rows), step)
             architecture = kind.shrink(architecture, layer, max(0, count - least))
     for name in rules.blocks:
         for layer in range(len(architecture.layers)):
