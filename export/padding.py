@@ -158,6 +158,7 @@ def uniform_architecture(architecture: Architecture, multiple: int = 1) -> Archi
     if not has_groups:
         groups = max(groups, -(-hidden // head_dim) if derives_head_dim else 1)
     best: Architecture | None = None
+    # among `multiple` successive numbers of heads, one makes the hidden size a multiple
     for num_groups in range(groups, max(2 * groups, groups + multiple) + 1):
         least = max(ratio, -(-hidden // (head_dim * num_groups))) if derives_head_dim else ratio
         for per_group in range(least, max(2 * least, least + multiple) + 1) if has_groups else (1,):

@@ -306,9 +306,11 @@ class Trainer:
             return {}
         if progress.step % pruner.settings.prune_every and progress.tokens < self.schedule.end_tokens:
             return {}
+        # a given number of rows is removed before the schedule, which starts at the size without them
         removes_only_rows = pruner.is_vocabulary_due and pruner.settings.vocabulary_rows is not None
         target = pruner.size if removes_only_rows else self.schedule.target_at(progress.tokens)
         if not removes_only_rows:
+            # a removal stops at every size on the way, whose model becomes a branch
             target = max([target, *(amount for amount in pruner.plan.sizes.values() if amount < pruner.size)])
             if not pruner.is_above(target):
                 return {}

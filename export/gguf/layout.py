@@ -88,6 +88,7 @@ def _plan_layout(checkpoint: Checkpoint, row_multiple: int) -> GgufPlan:
     if original.parts.norm.takes_mean:
         shape = replace(shape, family="llama")
         notes = (*notes, "LayerNorm written as RMS norm of a centred residual stream (the same function)")
+    # a file has one eps, also for the norms of q and k
     return GgufPlan(irregular, shape, replace(have, qk_eps=have.stem_eps), notes)
 
 

@@ -94,6 +94,7 @@ def _read_prompts(rendered: Rendered) -> Turns | None:
     system, user, reply, second = ASKED
     begin, tail = _around(rendered([user], True), user)
     between_users = _around(_around(rendered([user, second], True), user)[1], second)[0]
+    # after a user's turn comes its end in both, and then another turn in one and the prompt of a reply in the other
     after_user = _common_beginning(between_users, tail)
     before_user = between_users.removeprefix(after_user)
     to_reply, rest = _around(_around(rendered([user, reply, second], True), user)[1], reply)

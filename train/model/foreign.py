@@ -259,9 +259,12 @@ def _with_equal_groups(
                 f"layer {index} has {heads} query heads over {groups} key/value heads, and nothing says which head "
                 'reads which; list the removed heads in config.json as "pruned_heads": {"' + str(index) + '": [...]}'
             )
+        # `kept` numbers the heads before the removal, when each group had `per_group` of them
         members = [[at for at, head in enumerate(kept) if head // per_group == group] for group in range(groups)]
         size, used = max(map(len, members)), [group for group in range(groups) if members[group]]
-        queries = [at for group in used for at in [*members[group], *[heads] * (size - len(members[group]))]]
+        # the place `heads` after the last head is a head of zeros
+        filled = [members[group] + [heads] * (size - len(members[group])) for group in used]
+        queries = [at for group in filled for at in group]
         prefix = f"model.layers.{index}.self_attn."
         for name in [name for name in found if name.startswith(prefix) and "_norm" not in name]:
             positions = used if name.startswith((f"{prefix}k_", f"{prefix}v_")) else queries

@@ -91,7 +91,7 @@ class LeastSquares:
                         setattr(block, part.matrix, matrix)
                     self._fit_matrix(matrix, inputs, self._without_stem_channels(former_stream) - stream, parallel)
                     stream += self._outputs(matrix, inputs)
-                    if parallel.mode == "fsdp":
+                    if parallel.mode == "fsdp":  # `gathered` drops what changed in whole weights
                         fitted.append((matrix, matrix.weight.clone()))
             for matrix, weight in fitted:
                 scatter(matrix.weight, weight)

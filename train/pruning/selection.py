@@ -292,7 +292,7 @@ class Ranking:
         first = count % step or step  # of a width that is no multiple: what is above the next one
         before = first + (length - 2) * step if length > 1 else 0
         size = min(first + (length - 1) * step, count - kind.least(shape, layer, self.floor))
-        if size <= before:
+        if size <= before:  # the floor leaves no more than the run before this one took
             return None
         kept = self.kept[name][layer]
         if name == "query_head":  # as many of every key/value group, [G * R] -> [G, n], so that groups stay equal

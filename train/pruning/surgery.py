@@ -163,6 +163,7 @@ Slots = dict[Tensor, tuple[list[Tensor], int]]
 
 def _slots(optimizer: torch.optim.Optimizer | None) -> Slots:
     """Return the place of every parameter in the optimizer."""
+    # by identity: `list.index` would compare the elements of tensors
     groups = [group["params"] for group in optimizer.param_groups] if optimizer is not None else []
     return {parameter: (group, index) for group in groups for index, parameter in enumerate(group)}
 
@@ -300,7 +301,7 @@ def _empty_shards(
     loss = trained.loss.around(model)
     wrapped = parallel.wrap(loss)
     model.to_empty(device=parallel.storage_device)
-    model.tie_weights()
+    model.tie_weights()  # `to_empty` gives a tied head memory of its own
     share_buffers(model, trained.model)
     return model, loss, wrapped
 
