@@ -19,7 +19,7 @@ from ..runtime.latency.shape import DecoderShape
 from .bench import bench
 from .device import Device
 from .profiling.random_models import DEFAULT_TYPES, make_artefacts
-from .profiling.random_shapes import Design, Widths, irregular_shapes
+from .profiling.random_shapes import SMOLLM2_135M, Design, irregular_shapes, source_shape
 from .profiling.regression import assemble, nnls_solver
 from .results import BenchOptions, Result, Run
 
@@ -72,14 +72,14 @@ def profile(
     Raises MissingExtraError for a missing package, and DeviceError for a failed measurement.
     """
     nnls_solver()  # raises before the measurement, which takes minutes
-    widths = Widths.of_model(settings.profile_like) if settings.profile_like else Widths()
-    design = DESIGNS[settings.profile_engine](widths)
+    source = source_shape(settings.profile_like) if settings.profile_like else SMOLLM2_135M
+    design = DESIGNS[settings.profile_engine](source)
     fitted = [
         *design.stacks(),
-        *irregular_shapes(widths, NUM_FITTED_IRREGULAR, FITTED_SEED),
+        *irregular_shapes(source, NUM_FITTED_IRREGULAR, FITTED_SEED),
         *design.neighbours,
     ]
-    held_out = irregular_shapes(widths, settings.profile_held_out)
+    held_out = irregular_shapes(source, settings.profile_held_out)
     is_llama_cpp = settings.profile_engine == "llama.cpp"
     bench_options = dataclasses.replace(
         options,

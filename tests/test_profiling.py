@@ -18,7 +18,13 @@ from efficientllm.devices import cli, profiler
 from efficientllm.devices.profiler import error_of
 from efficientllm.devices.profiling import random_models
 from efficientllm.devices.profiling.random_models import write_checkpoint
-from efficientllm.devices.profiling.random_shapes import Design, Widths, irregular_shapes, neighbours
+from efficientllm.devices.profiling.random_shapes import (
+    SMOLLM2_135M,
+    Design,
+    irregular_shapes,
+    neighbours,
+    source_shape,
+)
 from efficientllm.devices.profiling.regression import FEATURES, assemble, features
 from efficientllm.export import cli as export_cli
 from efficientllm.export.checkpoint import Checkpoint
@@ -29,18 +35,15 @@ from efficientllm.runtime.latency.profile import DeviceProfile
 from efficientllm.runtime.latency.shape import DecoderShape, LayerShape, Workload
 from efficientllm.runtime.latency.table import is_odd, missed
 
-SMALL = Widths(
-    hidden_size=64, num_attention_heads=4, num_key_value_heads=2, intermediate_size=128, head_dim=32, vocab_size=1024,
-    num_layers=3,
-)  # fmt: skip
+SMALL = DecoderShape(64, 32, 1024, (LayerShape(4, 2, 128),) * 3)
 UNEQUAL = DecoderShape(
     64, 32, 600, (LayerShape(4, 2, 96), LayerShape(0, 0, 64), LayerShape(1, 1, 0), LayerShape(0, 0, 0))
 )
 
 
 @pytest.mark.parametrize("build", [Design.full, Design.thin])
-def test_stacks_are_taken_apart_into_what_they_are_made_of(build: Callable[[Widths], Design]) -> None:
-    design = build(Widths(hidden_size=576, num_layers=12))
+def test_stacks_are_taken_apart_into_what_they_are_made_of(build: Callable[[DecoderShape], Design]) -> None:
+    design = build(replace(SMOLLM2_135M, layers=SMOLLM2_135M.layers[:12]))
     depths, prompts = (0, 512), (1, 32)
     measured = {
         stack: np.array([*(true_ms(stack, depth) for depth in depths), *(true_ms(stack, 0) * n for n in prompts)])
@@ -48,7 +51,7 @@ def test_stacks_are_taken_apart_into_what_they_are_made_of(build: Callable[[Widt
     }
     table = assemble(design, depths, prompts, measured)
     profile = DeviceProfile(MEASURED_ON, table)
-    for shape in irregular_shapes(design.widths, 20, seed=1):
+    for shape in irregular_shapes(design.source, 20, seed=1):
         for depth in (0, 300, 512):
             assert profile.decode_ms(shape, depth) == pytest.approx(true_ms(shape, depth))
         assert profile.prefill_ms(shape, 32) == pytest.approx(32 * true_ms(shape, 0))
@@ -75,22 +78,22 @@ def test_a_profile_without_scipy_names_its_extra_before_it_measures(
 
 def test_noise_of_single_models_hardly_reaches_the_table() -> None:
     """Every model is off by a few per cent, and some by half."""
-    design, random = Design.full(Widths()), np.random.default_rng(3)
+    design, random = Design.full(SMOLLM2_135M), np.random.default_rng(3)
 
     def measured(shape: DecoderShape) -> np.ndarray:
         disturbed = 1.5 if random.random() < 0.08 else 1.0
         return np.array([true_ms(shape, 0) * disturbed * (1 + 0.02 * random.standard_normal())] * 2)
 
-    models = [*design.stacks(), *irregular_shapes(design.widths, 10, seed=1_000)]
+    models = [*design.stacks(), *irregular_shapes(design.source, 10, seed=1_000)]
     profile = DeviceProfile(MEASURED_ON, assemble(design, (0,), (1,), {shape: measured(shape) for shape in models}))
-    unseen = irregular_shapes(design.widths, 20)
+    unseen = irregular_shapes(design.source, 20)
     predicted = [profile.decode_ms(shape, 0) for shape in unseen]
     assert error_of(0, [true_ms(shape, 0) for shape in unseen], predicted).worst < 0.05
 
 
 def test_a_step_of_a_kernel_is_in_the_table() -> None:
     """FFNs of one width take longer than a line through the others says."""
-    design = Design.full(Widths())
+    design = Design.full(SMOLLM2_135M)
     stacks = {stack: np.array([true_ms(stack, 0)] * 2) for stack in design.stacks()}
     width = design.ffn_widths[3]
     stepped = design.stack(576, design.ffn(width))
@@ -103,7 +106,7 @@ def test_a_step_of_a_kernel_is_in_the_table() -> None:
 
 
 def test_what_a_layer_without_ffn_still_costs_is_in_the_table() -> None:
-    design = Design.full(Widths(hidden_size=576))
+    design = Design.full(SMOLLM2_135M)
 
     def ms(shape: DecoderShape) -> float:
         return true_ms(shape, 0) + 0.007 * sum(not layer.intermediate_size for layer in shape.present_layers)
@@ -115,32 +118,32 @@ def test_what_a_layer_without_ffn_still_costs_is_in_the_table() -> None:
 
 def test_weights_beyond_the_cache_cost_more(tmp_path: Path) -> None:
     """Small models find all of their weights in a cache of 15 million, large ones none."""
-    design = Design.full(Widths())
+    design = Design.full(SMOLLM2_135M)
 
     def ms(shape: DecoderShape) -> np.ndarray:
         beyond = 4e-8 * shape.num_weights * missed(shape.num_weights, 15e6)
         return np.array([true_ms(shape, 0) + beyond, 32 * true_ms(shape, 0)])
 
-    models = [*design.stacks(), *irregular_shapes(design.widths, 10, seed=1_000), *neighbours(design.widths)]
+    models = [*design.stacks(), *irregular_shapes(design.source, 10, seed=1_000), *neighbours(design.source)]
     table = assemble(design, (0,), (32,), {shape: ms(shape) for shape in models})
     assert table.surcharge is not None
     assert table.surcharge.capacity[0] == pytest.approx(15e6, rel=0.3)
     assert table.surcharge.spill_ms == pytest.approx([0.04, 0], rel=0.2, abs=1e-6)  # a prompt reads them once for all
     DeviceProfile(MEASURED_ON, table).save(tmp_path / "profile.json")
     profile = DeviceProfile.load(tmp_path / "profile.json")
-    for shape in irregular_shapes(design.widths, 20):
+    for shape in irregular_shapes(design.source, 20):
         assert profile.decode_ms(shape, 0) == pytest.approx(ms(shape)[0], rel=0.04)
         assert profile.prefill_ms(shape, 32) == pytest.approx(ms(shape)[1], rel=1e-3)
     values = json.loads((tmp_path / "profile.json").read_text())
     del values["table"]["surcharge"]  # an earlier release's
     (tmp_path / "old.json").write_text(json.dumps(values))
-    source = neighbours(design.widths)[0]
+    source = neighbours(design.source)[0]
     assert DeviceProfile.load(tmp_path / "old.json").decode_ms(source, 0) < 0.95 * profile.decode_ms(source, 0)
 
 
 def test_rows_beside_a_kernel_s_stride_cost_more() -> None:
     """Kernels that take 64 weights at a time finish the last 32 of odd rows singly; no grid of widths says so."""
-    design = Design.full(Widths())
+    design = Design.full(SMOLLM2_135M)
 
     def ms(shape: DecoderShape) -> np.ndarray:
         rows = shape.vocab_size * is_odd(shape.hidden_size)
@@ -149,11 +152,11 @@ def test_rows_beside_a_kernel_s_stride_cost_more() -> None:
             rows += reading * is_odd(shape.hidden_size) + shape.hidden_size * is_odd(layer.intermediate_size)
         return np.array([true_ms(shape, 0) + 8e-6 * rows] * 2)
 
-    models = [*design.stacks(), *irregular_shapes(design.widths, 10, seed=1_000), *neighbours(design.widths)]
+    models = [*design.stacks(), *irregular_shapes(design.source, 10, seed=1_000), *neighbours(design.source)]
     profile = DeviceProfile(MEASURED_ON, assemble(design, (0,), (1,), {shape: ms(shape) for shape in models}))
-    for shape in irregular_shapes(design.widths, 20):
+    for shape in irregular_shapes(design.source, 20):
         assert profile.decode_ms(shape, 0) == pytest.approx(ms(shape)[0], rel=1e-3)
-    even, odd = (replace(neighbours(design.widths)[0], hidden_size=hidden) for hidden in (512, 544))
+    even, odd = (replace(neighbours(design.source)[0], hidden_size=hidden) for hidden in (512, 544))
     assert profile.decode_ms(odd, 0) - profile.decode_ms(even, 0) > 2 * (true_ms(odd, 0) - true_ms(even, 0))
 
 
@@ -178,12 +181,12 @@ def test_a_damaged_surcharge_is_refused(surcharge: dict[str, list[float]], tmp_p
 
 
 def test_neighbours_of_the_source_lack_much_of_one_part() -> None:
-    source, *others = neighbours(Widths())
+    source, *others = neighbours(SMOLLM2_135M)
     assert source == DecoderShape(576, 64, 49152, (LayerShape(9, 3, 1536),) * 30)
     assert len(set(others)) == 6
-    assert not set(others) & set(irregular_shapes(Widths(), 20))
+    assert not set(others) & set(irregular_shapes(SMOLLM2_135M, 20))
     assert all(shape.num_weights < 0.95 * source.num_weights for shape in others)
-    assert neighbours(Widths(num_layers=1, num_key_value_heads=1, num_attention_heads=1))[0].layers
+    assert neighbours(replace(SMOLLM2_135M, layers=(LayerShape(1, 1, 1536),)))[0].layers
 
 
 def test_a_table_that_predicts_badly_says_so() -> None:
@@ -195,9 +198,9 @@ def test_a_table_that_predicts_badly_says_so() -> None:
 
 
 def test_held_out_models_are_irregular_and_within_the_source() -> None:
-    shapes = irregular_shapes(Widths(), 20)
-    assert shapes == irregular_shapes(Widths(), 20)
-    assert not set(shapes) & set(Design.full(Widths()).stacks())
+    shapes = irregular_shapes(SMOLLM2_135M, 20)
+    assert shapes == irregular_shapes(SMOLLM2_135M, 20)
+    assert not set(shapes) & set(Design.full(SMOLLM2_135M).stacks())
     layers = [layer for shape in shapes for layer in shape.layers]
     assert {layer.num_key_value_heads for layer in layers} == {0, 1, 2, 3}
     assert {layer.intermediate_size % 256 for layer in layers} == set(range(0, 256, 32))
@@ -220,8 +223,7 @@ def test_random_checkpoints_are_models_of_their_shape(tmp_path: Path) -> None:
 
 
 def test_widths_of_a_source_are_read_from_its_folder(source_folder: Path, tmp_path: Path) -> None:
-    widths = Widths.of_model(str(source_folder))
-    assert widths == Widths(64, 4, 2, 128, 32, 400, 3)
+    assert source_shape(str(source_folder)) == DecoderShape(64, 32, 400, (LayerShape(4, 2, 128),) * 3)
     options = ["--profile", str(tmp_path / "p.json"), "--profile-like", str(tmp_path)]
     assert run_command(cli.body, options) == 2
 
@@ -253,10 +255,10 @@ def test_a_bench_shows_what_a_profile_predicts(
 def test_a_profile_of_this_machine_prices_what_it_measured(
     engine: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def few_stacks(widths: Widths) -> Design:
-        return replace(Design.thin(widths), neighbours=neighbours(widths) if engine == "llama.cpp" else ())
+    def few_stacks(source: DecoderShape) -> Design:
+        return replace(Design.thin(source), neighbours=neighbours(source) if engine == "llama.cpp" else ())
 
-    monkeypatch.setattr(profiler, "Widths", lambda: SMALL)
+    monkeypatch.setattr(profiler, "SMOLLM2_135M", SMALL)
     monkeypatch.setitem(profiler.DESIGNS, engine, few_stacks)
     monkeypatch.setattr(profiler, "NUM_FITTED_IRREGULAR", 3)
     monkeypatch.setattr(random_models, "PARALLEL_EXPORTS", 1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,58 +25,35 @@ ABSENT_SHARE = 0.1
 """Share of irregular layers without attention, and of those without FFN."""
 
 
-@dataclass(frozen=True)
-class Widths:
-    """Widths of a source model, which are the largest widths of its pruned shapes."""
+SMOLLM2_135M = DecoderShape(576, 64, 49152, (LayerShape(9, 3, 1536),) * 30)
+"""Source of a profile for no model in particular."""
 
-    hidden_size: int = 576
-    num_attention_heads: int = 9
-    num_key_value_heads: int = 3
-    intermediate_size: int = 1536
-    head_dim: int = 64
-    vocab_size: int = 49152
-    num_layers: int = 30
 
-    @property
-    def queries_per_group(self) -> int:
-        return self.num_attention_heads // self.num_key_value_heads
+def source_shape(folder: str) -> DecoderShape:
+    """Return equal layers of the largest widths in FOLDER/config.json or FOLDER/model/config.json.
 
-    @property
-    def source_layer(self) -> LayerShape:
-        return LayerShape(self.num_attention_heads, self.num_key_value_heads, self.intermediate_size)
-
-    def decoder(self, layers: tuple[LayerShape, ...], hidden_size: int = 0) -> DecoderShape:
-        """Return a model with the source's head, and with its hidden size if `hidden_size` is 0."""
-        return DecoderShape(hidden_size or self.hidden_size, self.head_dim, self.vocab_size, layers)
-
-    @classmethod
-    def of_model(cls, folder: str) -> Widths:
-        """Read the largest widths from FOLDER/config.json or FOLDER/model/config.json. Raises UsageError without."""
-        paths = (Path(folder) / "config.json", Path(folder) / "model" / "config.json")
-        path = next((path for path in paths if path.is_file()), None)
-        if path is None:
-            raise UsageError(f"--profile-like {folder} contains no config.json; give a run or a Hugging Face folder")
-        try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-            heads, hidden = config["num_attention_heads"], config["hidden_size"]
-            return cls(
-                hidden_size=hidden,
-                num_attention_heads=heads,
-                num_key_value_heads=config.get("num_key_value_heads") or heads,
-                intermediate_size=config["intermediate_size"],
-                head_dim=config.get("head_dim") or hidden // heads,
-                vocab_size=config["vocab_size"],
-                num_layers=config["num_hidden_layers"],
-            )
-        except (ValueError, KeyError, TypeError) as error:
-            raise UsageError(f"--profile-like {folder}: config.json cannot be read: {error!r}") from error
+    Raises UsageError without such a file.
+    """
+    paths = (Path(folder) / "config.json", Path(folder) / "model" / "config.json")
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
+        raise UsageError(f"--profile-like {folder} contains no config.json; give a run or a Hugging Face folder")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        heads, hidden = config["num_attention_heads"], config["hidden_size"]
+        layer = LayerShape(heads, config.get("num_key_value_heads") or heads, config["intermediate_size"])
+        head_dim = config.get("head_dim") or hidden // heads
+        return DecoderShape(hidden, head_dim, config["vocab_size"], (layer,) * config["num_hidden_layers"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"--profile-like {folder}: config.json cannot be read: {error!r}") from error
 
 
 @dataclass(frozen=True)
 class Design:
     """The nodes of a latency table, and the stacks that measure them."""
 
-    widths: Widths
+    source: DecoderShape
+    """Source model of equal layers, which have the largest widths of its pruned shapes."""
     hidden_sizes: tuple[int, ...]
     """Hidden sizes, ascending. The last one is the source's."""
     groups: tuple[int, ...]
@@ -93,49 +70,54 @@ class Design:
     neighbours: tuple[DecoderShape, ...] = ()
     """Models of full depth around the source, to which the table is also fitted."""
 
+    @property
+    def source_layer(self) -> LayerShape:
+        return self.source.layers[0]
+
     @classmethod
-    def full(cls, widths: Widths) -> Design:
+    def full(cls, source: DecoderShape) -> Design:
         """Return a design for formats that are exported in a second."""
-        hidden, ffn = widths.hidden_size, widths.intermediate_size
+        layer = source.layers[0]
         return cls(
-            widths,
-            _rounded(hidden, 1 / 2, 3 / 4, 1),
-            _spread(widths.num_key_value_heads),
-            _spread(widths.queries_per_group),
-            _rounded(ffn, 1 / 12, 1 / 6, 1 / 3, 1 / 2, 3 / 4, 1),
-            neighbours=neighbours(widths),
+            source,
+            _rounded(source.hidden_size, 1 / 2, 3 / 4, 1),
+            _spread(layer.num_key_value_heads),
+            _spread(layer.queries_per_group),
+            _rounded(layer.intermediate_size, 1 / 12, 1 / 6, 1 / 3, 1 / 2, 3 / 4, 1),
+            neighbours=neighbours(source),
         )
 
     @classmethod
-    def thin(cls, widths: Widths) -> Design:
+    def thin(cls, source: DecoderShape) -> Design:
         """Return a design with fewer nodes and layers, for formats that need 15 seconds per layer.
 
         The full LM head replaces most of the base layers.
         """
+        layer = source.layers[0]
         return cls(
-            widths,
-            _rounded(widths.hidden_size, 1 / 2, 1),
-            tuple(sorted({1, widths.num_key_value_heads})),
-            tuple(sorted({1, widths.queries_per_group})),
-            _rounded(widths.intermediate_size, 1 / 12, 1 / 3, 1),
+            source,
+            _rounded(source.hidden_size, 1 / 2, 1),
+            tuple(sorted({1, layer.num_key_value_heads})),
+            tuple(sorted({1, layer.queries_per_group})),
+            _rounded(layer.intermediate_size, 1 / 12, 1 / 3, 1),
             num_base_layers=1,
             num_top_layers=2,
-            num_rows=widths.vocab_size,
+            num_rows=source.vocab_size,
         )
 
     def stack(self, hidden_size: int, layer: LayerShape | None, vocab_size: int = 0) -> DecoderShape:
         """Return the base layers with copies of `layer` on top. A `vocab_size` of 0 means `num_rows`."""
-        base = (self.widths.source_layer,) * self.num_base_layers
+        base = (self.source_layer,) * self.num_base_layers
         top = () if layer is None else (layer,) * self.num_top_layers
-        return DecoderShape(hidden_size, self.widths.head_dim, vocab_size or self.num_rows, base + top)
+        return DecoderShape(hidden_size, self.source.head_dim, vocab_size or self.num_rows, base + top)
 
     def attention(self, groups: int, ratio: int) -> LayerShape:
         """Return a layer of the source with another attention."""
-        return LayerShape(groups * ratio, groups, self.widths.intermediate_size)
+        return LayerShape(groups * ratio, groups, self.source_layer.intermediate_size)
 
     def ffn(self, width: int) -> LayerShape:
         """Return a layer of the source with another FFN."""
-        return LayerShape(self.widths.num_attention_heads, self.widths.num_key_value_heads, width)
+        return replace(self.source_layer, intermediate_size=width)
 
     def stacks(self) -> list[DecoderShape]:
         """Return all stacks without duplicates."""
@@ -143,17 +125,17 @@ class Design:
 
     def _stacks(self) -> Iterator[DecoderShape]:
         layers = (
-            self.widths.source_layer,
-            LayerShape(0, 0, self.widths.intermediate_size),
+            self.source_layer,
+            LayerShape(0, 0, self.source_layer.intermediate_size),
             self.attention(self.groups[0], self.ratios[0]),
             self.ffn(self.ffn_widths[0]),
         )
         for hidden in self.hidden_sizes:
             yield self.stack(hidden, None, FEW_ROWS)
-            yield self.stack(hidden, None, self.widths.vocab_size)
+            yield self.stack(hidden, None, self.source.vocab_size)
             for layer in layers:
                 yield self.stack(hidden, layer)
-        hidden = self.widths.hidden_size
+        hidden = self.source.hidden_size
         for groups in self.groups:
             for ratio in self.ratios:
                 yield self.stack(hidden, self.attention(groups, ratio))
@@ -172,45 +154,46 @@ def _spread(largest: int) -> tuple[int, ...]:
     return tuple(sorted({1, (largest + 1) // 2, largest}))
 
 
-def neighbours(widths: Widths) -> tuple[DecoderShape, ...]:
+def neighbours(source: DecoderShape) -> tuple[DecoderShape, ...]:
     """Return the source, and models of it with one part cut far. Predictions are needed in between."""
-    layer, count = widths.source_layer, widths.num_layers
-    heads, groups, ffn = layer.num_attention_heads, layer.num_key_value_heads, layer.intermediate_size
+    layer, count, ffn = source.layers[0], len(source.layers), source.layers[0].intermediate_size
     half_ffn = max(MULTIPLE, ffn // 2 // MULTIPLE * MULTIPLE)
-    narrow = max(MULTIPLE, widths.hidden_size * 2 // 3 // MULTIPLE * MULTIPLE)
-    everywhere = [layer, LayerShape(widths.queries_per_group, 1, ffn), LayerShape(heads, groups, half_ffn)]
+    narrow = max(MULTIPLE, source.hidden_size * 2 // 3 // MULTIPLE * MULTIPLE)
+    everywhere = [LayerShape(layer.queries_per_group, 1, ffn), replace(layer, intermediate_size=half_ffn)]
     # In every other layer only, because a model has at least one attention and one FFN.
-    every_other = [LayerShape(0, 0, ffn), LayerShape(heads, groups, 0)]
+    every_other = [LayerShape(0, 0, ffn), replace(layer, intermediate_size=0)]
     shapes = [
-        *(widths.decoder((changed,) * count) for changed in everywhere),
-        *(widths.decoder(((layer, changed) * count)[:count]) for changed in every_other),
-        widths.decoder((layer,) * max(1, count // 2)),
-        widths.decoder((layer,) * count, narrow),
+        source,
+        *(replace(source, layers=(changed,) * count) for changed in everywhere),
+        *(replace(source, layers=((layer, changed) * count)[:count]) for changed in every_other),
+        replace(source, layers=(layer,) * max(1, count // 2)),
+        replace(source, hidden_size=narrow),
     ]
     return tuple(dict.fromkeys(shapes))
 
 
-def irregular_shapes(widths: Widths, count: int, seed: int = 0) -> list[DecoderShape]:
-    """Return random pruned shapes of a source of `widths`, with different widths in each layer."""
+def irregular_shapes(source: DecoderShape, count: int, seed: int = 0) -> list[DecoderShape]:
+    """Return random pruned shapes of a source, with different widths in each layer."""
     random = np.random.default_rng(seed)
-    return [_irregular_shape(widths, random) for _ in range(count)]
+    return [_irregular_shape(source, random) for _ in range(count)]
 
 
-def _irregular_shape(widths: Widths, random: np.random.Generator) -> DecoderShape:
-    hidden = _random_multiple(random, widths.hidden_size // 2, widths.hidden_size)
-    vocab = _random_multiple(random, widths.vocab_size // 8, widths.vocab_size)
-    count = int(random.integers(max(2, widths.num_layers // 3), widths.num_layers + 1))
-    return DecoderShape(hidden, widths.head_dim, vocab, tuple(_irregular_layer(widths, random) for _ in range(count)))
+def _irregular_shape(source: DecoderShape, random: np.random.Generator) -> DecoderShape:
+    hidden = _random_multiple(random, source.hidden_size // 2, source.hidden_size)
+    vocab = _random_multiple(random, source.vocab_size // 8, source.vocab_size)
+    count = int(random.integers(max(2, len(source.layers) // 3), len(source.layers) + 1))
+    layers = tuple(_irregular_layer(source.layers[0], random) for _ in range(count))
+    return DecoderShape(hidden, source.head_dim, vocab, layers)
 
 
 def _random_multiple(random: np.random.Generator, least: int, most: int) -> int:
     return MULTIPLE * int(random.integers(max(1, least // MULTIPLE), most // MULTIPLE + 1))
 
 
-def _irregular_layer(widths: Widths, random: np.random.Generator) -> LayerShape:
-    groups = int(random.integers(1, widths.num_key_value_heads + 1))
-    ratio = int(random.integers(1, widths.queries_per_group + 1))
-    width = _random_multiple(random, MULTIPLE, widths.intermediate_size)
+def _irregular_layer(source: LayerShape, random: np.random.Generator) -> LayerShape:
+    groups = int(random.integers(1, source.num_key_value_heads + 1))
+    ratio = int(random.integers(1, source.queries_per_group + 1))
+    width = _random_multiple(random, MULTIPLE, source.intermediate_size)
     draw = random.random()
     if draw < ABSENT_SHARE:
         return LayerShape(0, 0, width)

@@ -81,7 +81,7 @@ def assemble(
     layer_residuals = dict(zip(shapes, residuals, strict=True))
     nodes_by_axis = {
         "hidden_size": design.hidden_sizes,
-        "vocab_size": (1, design.widths.vocab_size),
+        "vocab_size": (1, design.source.vocab_size),
         "num_key_value_heads": design.groups,
         "queries_per_group": design.ratios,
         "intermediate_size": design.ffn_widths,
@@ -90,12 +90,12 @@ def assemble(
     for part, names in PARTS.items():
         axes = tuple(nodes_by_axis[name] for name in names)
         ms = [
-            _part_features(part, design.widths.head_dim, *node) @ rates
+            _part_features(part, design.source.head_dim, *node) @ rates
             + _node_residual(design, part, node, layer_residuals)
             for node in itertools.product(*axes)
         ]
         parts[part] = Grid(axes, np.array(ms).reshape(*map(len, axes), measured.shape[1]))
-    return LatencyTable(design.widths.head_dim, depths, prompts, parts, surcharge)
+    return LatencyTable(design.source.head_dim, depths, prompts, parts, surcharge)
 
 
 def _significant_residuals(measured: np.ndarray, fitted: np.ndarray) -> np.ndarray:
@@ -120,7 +120,7 @@ def _node_residual(
     layer = design.attention(widths[0], widths[1]) if part == "attention" else design.ffn(widths[0])
     residual = layer_residuals.get(design.stack(hidden, layer), 0.0)
     # Both parts share the residual of the source's own layer.
-    return residual / 2 if layer == design.widths.source_layer else residual
+    return residual / 2 if layer == design.source_layer else residual
 
 
 def _part_features(part: str, head_dim: int, hidden: float, *widths: float) -> np.ndarray:
