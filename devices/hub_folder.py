@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import re
 import shutil
 import sys
@@ -23,7 +22,7 @@ from typing import Any
 from ..runtime.base import flags
 from ..runtime.base.command import run_command
 from ..runtime.base.errors import ArtefactError, OptionError, UsageError
-from ..runtime.base.files import fill_template, sha256_of
+from ..runtime.base.files import fill_template, link_or_copy, sha256_of
 from ..runtime.base.output import atomic_output, unknown_files
 from ..runtime.base.quantities import format_bytes, format_count, markdown_table
 from ..runtime.engines.artefact import Artefact
@@ -168,14 +167,11 @@ def _add_files(entry: HubEntry, folder: Path) -> None:
 
 
 def _link(source: Path, target: Path) -> None:
-    """Create a hard link, and a copy for a small file or without support of the file system."""
+    """Create a hard link to a large file, and a copy of a small one."""
     if source.stat().st_size >= MIN_LINK_BYTES:
-        try:
-            os.link(source, target)
-            return
-        except OSError:
-            pass
-    shutil.copyfile(source, target)
+        link_or_copy(source, target)
+    else:
+        shutil.copyfile(source, target)
 
 
 def _add_ollama_files(entry: HubEntry, folder: Path) -> None:

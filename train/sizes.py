@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime.base import flags
-from ..runtime.base.files import folder_written_atomically, write_json_atomically, write_text_atomically
+from ..runtime.base.files import folder_written_atomically, link_or_copy, write_json_atomically, write_text_atomically
 from ..runtime.base.quantities import format_bytes, format_count, markdown_table
 from .checkpoint.run_folder import (
     SCORES_FILE,
@@ -89,26 +89,14 @@ def write_branch(config: TrainConfig, size: str, checkpoint: Path, tokens: int) 
     """Write the branch of a larger size from the run's checkpoint after `tokens`. Unchanged files share their bytes."""
     folder = Path(config.run.output)
     with folder_written_atomically(branch_folder(folder, size)) as temporary:
-        _link(checkpoint, temporary / "checkpoints" / checkpoint.name)
+        shutil.copytree(checkpoint, temporary / "checkpoints" / checkpoint.name, copy_function=link_or_copy)
         if (folder / TEACHER_FOLDER).is_dir():
-            _link(folder / TEACHER_FOLDER, temporary / TEACHER_FOLDER)
+            shutil.copytree(folder / TEACHER_FOLDER, temporary / TEACHER_FOLDER, copy_function=link_or_copy)
         for name in ("metrics.jsonl", SCORES_FILE):  # these grow
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, temporary / name)
         text = branch_config(config, size, tokens).to_toml()
         write_text_atomically(temporary / SETTINGS_FILE, text)
-
-
-def _link(source: Path, target: Path) -> None:
-    """Copy a folder by hard links, or by bytes on a file system without them."""
-
-    def link_or_copy(file: str, place: str) -> None:
-        try:
-            os.link(file, place)
-        except OSError:
-            shutil.copyfile(file, place)
-
-    shutil.copytree(source, target, copy_function=link_or_copy)
 
 
 @dataclass(frozen=True)

@@ -224,6 +224,14 @@ def _sync_tree(folder: Path) -> None:
             os.close(descriptor)
 
 
+def link_or_copy(source: str | Path, target: str | Path) -> None:
+    """Create a hard link to a file, or a copy on a file system without links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
 class HashingFile(io.BufferedWriter):
     """A new file whose SHA-256 is computed as it is written, so that it is not read again. It cannot seek."""
 
