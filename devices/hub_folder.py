@@ -145,7 +145,8 @@ def _hub_entries(artefacts: Sequence[Path], name: str) -> list[HubEntry]:
         else:
             target = f"{library}-{manifest.quantization}"
         kind = (manifest.engine, manifest.quantization)
-        if target in targets or kind in [(entry.manifest.engine, entry.manifest.quantization) for entry in entries]:
+        kinds = [(entry.manifest.engine, entry.manifest.quantization) for entry in entries]
+        if target in targets or kind in kinds:
             raise UsageError(f"{path}: a second {' in '.join(kind)}; give one artefact of each runtime and type")
         entries.append(HubEntry(artefact.path, manifest, target))
     return entries
@@ -246,6 +247,7 @@ def model_card(entries: Sequence[HubEntry], runs: Sequence[Run], settings: CardS
     """Return the repository's README: front matter, files with figures, quality, commands and licence."""
     shape, training = entries[0].manifest.architecture, entries[0].manifest.training
     jobs = [[entry.target, *row] for entry in entries for row in job_rows(entry.manifest.jobs)[1:]]
+    devices = [[device_line(run.device, run.options.threads), *origin_lines(run)] for run in runs]
     return fill_template(
         "efficientllm.devices",
         "hub_card.md.jinja",
@@ -256,7 +258,7 @@ def model_card(entries: Sequence[HubEntry], runs: Sequence[Run], settings: CardS
         relation="finetune" if training else "quantized",
         training={"source": "", "source_parameters": 0, "quality": None, **training},
         files=_file_rows(entries, runs),
-        devices=[line for run in runs for line in (device_line(run.device, run.options.threads), *origin_lines(run))],
+        devices=[line for lines in devices for line in lines],
         jobs=[["file", *job_rows(())[0]], *jobs] if jobs else [],
         jobs_note=JOBS_NOTE,
         commands=[_command(entry) for entry in entries],
@@ -294,7 +296,8 @@ def _file_rows(entries: Sequence[HubEntry], runs: Sequence[Run]) -> list[list[st
 def _result_of(entry: HubEntry, runs: Sequence[Run]) -> Result | None:
     """Return the first result of the same files, in any folder."""
     files = entry.manifest.files
-    return next((result for run in runs for result in run.results if result.manifest.get("files") == files), None)
+    results = (result for run in runs for result in run.results)
+    return next((result for result in results if result.manifest.get("files") == files), None)
 
 
 def _command(entry: HubEntry) -> str:

@@ -213,7 +213,8 @@ def _check_removals(config: TrainConfig, compute: Compute) -> None:
     """
     settings, optimizer = config.pruning, config.optimizer
     step = config.source.sequence_length * optimizer.batch_size * optimizer.gradient_accumulation
-    steps = (settings.prune_end - settings.prune_start) * optimizer.tokens / (step * compute.parallel.world_size)
+    tokens_of_pruning = (settings.prune_end - settings.prune_start) * optimizer.tokens
+    steps = tokens_of_pruning / (step * compute.parallel.world_size)
     if settings.prunes and settings.removals - 1 > steps:
         raise UsageError(
             f"--removals {settings.removals}: more than the steps between --prune-start and --prune-end "

@@ -156,7 +156,8 @@ class Member:
 def members_of(folder: Path) -> list[Member]:
     """Return the finished models of the run in a folder, largest first. A run without --sizes has one or none."""
     sizes = saved_config(folder).pruning.sizes
-    folders = {size: branch_folder(folder, size) for size in sizes[:-1]} | {sizes[-1] if sizes else "": folder}
+    folders = {size: branch_folder(folder, size) for size in sizes[:-1]}
+    folders[sizes[-1] if sizes else ""] = folder
     return [Member.read(size, each) for size, each in folders.items() if is_finished(each)]
 
 
@@ -210,6 +211,7 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
         for name, column in optional.items()
         if all(row[name] is not None for row in rows) and not (name == "perplexity" and has_bits)
     ]
-    table = [[title for title, _ in columns], *([show(row) for _, show in columns] for row in rows)]
+    table = [[title for title, _ in columns]]
+    table += [[show(row) for _, show in columns] for row in rows]
     shown = markdown_table(table, left=(0, 1))
     return f"# Sizes of one run\n\n{shown}\n\nThe picture is sizes.png. Every folder is a run.\n"

@@ -129,10 +129,9 @@ def select_slice(
             if BLOCKS[kind].is_in(ranking.architecture, row):
                 ranking.take(Unit(kind, ((layer, (0,)),), 0.0, 0.0))
             continue
-        places = torch.searchsorted(survivors[kind][row], torch.tensor(positions))
-        is_here = places < len(survivors[kind][row])
-        is_here &= survivors[kind][row][places.clamp(max=len(survivors[kind][row]) - 1)] == torch.tensor(positions)
-        if is_here.all():
+        kept, wanted = survivors[kind][row], torch.tensor(positions)
+        if torch.isin(wanted, kept).all():
+            places = torch.searchsorted(kept, wanted)
             ranking.take(Unit(kind, ((layer, tuple(places.tolist())),), 0.0, 0.0))
     return Removal(architecture, ranking.architecture, ranking.kept, ())
 

@@ -311,7 +311,8 @@ class Trainer:
         target = pruner.size if removes_only_rows else self.schedule.target_at(progress.tokens)
         if not removes_only_rows:
             # a removal stops at every size on the way, whose model becomes a branch
-            target = max([target, *(amount for amount in pruner.plan.sizes.values() if amount < pruner.size)])
+            smaller_sizes = [amount for amount in pruner.plan.sizes.values() if amount < pruner.size]
+            target = max([target, *smaller_sizes])
             if not pruner.is_above(target):
                 return {}
             self._write_branches(target)

@@ -123,11 +123,11 @@ class StaticDecoder(Decoder):
         for module in self.modules():
             if isinstance(module, StaticAttention):
                 module.cache = cache_class(context, module.groups, module.head_dim, dtype)
-        halves = {
-            key: (torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1))
-            for key, (cos, sin) in self.rotary_tables(checkpoint, context).items()
-        }
-        self.store_rotary({key: (cos[:, None].to(dtype), sin[:, None].to(dtype)) for key, (cos, sin) in halves.items()})
+        tables = {}
+        for key, (cos, sin) in self.rotary_tables(checkpoint, context).items():
+            whole_cos, whole_sin = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+            tables[key] = whole_cos[:, None].to(dtype), whole_sin[:, None].to(dtype)
+        self.store_rotary(tables)
 
     def attention(self, layer: LayerShape, settings: LayerAttention) -> StaticAttention:
         return StaticAttention(self.architecture, layer, settings, self.scales)

@@ -234,7 +234,8 @@ def _verify(
     if target == exact:
         return results
     stored = read_weights(target, checkpoint, plan)
-    is_centred = checkpoint.architecture.parts.norm.takes_mean and not plan.architecture.parts.norm.takes_mean
+    norm, stored_norm = checkpoint.architecture.parts.norm, plan.architecture.parts.norm
+    is_centred = norm.takes_mean and not stored_norm.takes_mean
     source = padded_tensors(checkpoint, plan.architecture, plan.scales, is_centred)
     results["weights"] = check_weights(source, stored, "gguf")
     found = probe(target, tokens, runs=RUNS)
@@ -275,7 +276,8 @@ def _check_token_ids(checkpoint: Checkpoint, texts: list[str], token_ids: list[l
     for text, ids in zip(texts, token_ids, strict=True):
         expected = checkpoint.tokenizer.encode(text, add_special_tokens=False).ids
         if ids != expected:
-            position = next((i for i, (a, b) in enumerate(zip(ids, expected, strict=False)) if a != b), len(expected))
+            pairs = enumerate(zip(ids, expected, strict=False))
+            position = next((index for index, (token, wanted) in pairs if token != wanted), len(expected))
             raise ArtefactError(
                 f"gguf: llama.cpp tokenises the sample differently from tokenizer.json (token {position} of "
                 f"{text[:40]!r}); this tokenizer has no equivalent in llama.cpp"

@@ -8,6 +8,7 @@ model's own template. It is then compared with that template on other conversati
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -128,8 +129,8 @@ def _read_conversations(rendered: Rendered) -> Turns | None:
 
 
 def _common_beginning(first: str, second: str) -> str:
-    length = next((place for place, (one, other) in enumerate(zip(first, second, strict=False)) if one != other), None)
-    return first[:length] if length is not None else min(first, second, key=len)
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False))
+    return first[: len(list(same))]
 
 
 def _around(text: str, message: Message) -> tuple[str, str]:

@@ -157,10 +157,12 @@ def _matrices(path: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 def _holds(codes: np.ndarray, scales: np.ndarray, array: np.ndarray) -> bool:
     """Tell whether codes are those of `array`. The first row rules most others out."""
-    parts = (slice(1), slice(None))
-    return codes.shape == array.shape and all(
-        bool((np.abs(codes[part] * scales[part] - array[part]) <= NEAREST * scales[part]).all()) for part in parts
-    )
+
+    def agree(part: slice) -> bool:
+        errors = np.abs(codes[part] * scales[part] - array[part])
+        return bool((errors <= NEAREST * scales[part]).all())
+
+    return codes.shape == array.shape and agree(slice(1)) and agree(slice(None))
 
 
 MASKED = -1e9

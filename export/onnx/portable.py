@@ -144,7 +144,8 @@ def write_portable(checkpoint: Checkpoint, path: Path, has_all_logits: bool) -> 
 
 def _drop_metadata(model: ir.Model) -> None:
     """Remove the stack traces that torch notes at every node, because they name folders of this machine."""
-    for item in (model, model.graph, *model.graph, *(value for node in model.graph for value in node.outputs)):
+    values = [value for node in model.graph for value in node.outputs]
+    for item in (model, model.graph, *model.graph, *values):
         item.metadata_props.clear()
 
 

@@ -75,7 +75,8 @@ class Architecture:
         """Count the parameters of a layer's attention: projections, biases and norms. Zero without heads."""
         if layer.num_attention_heads == 0:
             return 0
-        q, kv, parts = layer.num_attention_heads * self.head_dim, layer.num_key_value_heads * self.head_dim, self.parts
+        parts = self.parts
+        q, kv = layer.num_attention_heads * self.head_dim, layer.num_key_value_heads * self.head_dim
         biases = (q + 2 * kv) * parts.qkv_bias + self.hidden_size * parts.output_bias
         norms = {"": 0, "head": 2 * self.head_dim, "width": q + kv}[parts.qk_norm]
         return self.hidden_size * (2 * q + 2 * kv) + biases + norms + self._norm_parameters("attention")

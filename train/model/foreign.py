@@ -75,7 +75,8 @@ def read_foreign(folder: Path, called: str, given_head_dim: int | None = None) -
     family = _family(config)
     head_dim, source = _head_dim(config, tensors, FAMILIES[family], given_head_dim)
     tensors = {name: each for name, each in unfused(tensors, head_dim).items() if not name.endswith("inv_freq")}
-    tensors = {name: each for name, each in tensors.items() if math.prod(each.shape) and not _is_off(name, stated)}
+    tensors = {name: each for name, each in tensors.items() if not _is_off(name, stated)}
+    tensors = {name: each for name, each in tensors.items() if math.prod(each.shape)}
     foreign_biases = [name for name in tensors if _is_foreign_bias(name, family)]
     if foreign_biases:
         if family not in MAY_GAIN_BIASES:

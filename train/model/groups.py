@@ -143,11 +143,8 @@ BLOCKS: dict[str, BlockKind] = {
 }
 """Blocks by their name in scores and logs."""
 
-PRUNE_TYPES = tuple(
-    dict.fromkeys(
-        [*(kind.flag for kind in KINDS.values()), *(flag for block in BLOCKS.values() for flag in block.flags)]
-    )
-)
+_BLOCK_FLAGS = (flag for block in BLOCKS.values() for flag in block.flags)
+PRUNE_TYPES = tuple(dict.fromkeys([*(kind.flag for kind in KINDS.values()), *_BLOCK_FLAGS]))
 """Values of --prune."""
 
 KIND_OF_AXIS = {kind.axis: name for name, kind in KINDS.items()}

@@ -286,5 +286,5 @@ def compensation(gram: Tensor, kept: Tensor, damping: float) -> Tensor:
     scale = h_qq.diagonal().mean()
     if scale <= 0:  # the inputs were never active: there is nothing to absorb
         return torch.zeros(len(removed), len(kept), dtype=torch.float64, device=gram.device)
-    h_qq = h_qq + damping * scale * torch.eye(len(kept), dtype=torch.float64, device=gram.device)
+    h_qq.diagonal().add_(damping * scale)
     return torch.linalg.solve(h_qq, hessian[kept][:, removed]).T

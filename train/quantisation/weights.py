@@ -119,7 +119,8 @@ class _RoundToInt8(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> Tensor:
         x = values.float()
-        low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
+        low = x.amin(-1, keepdim=True).clamp(max=0)
+        high = x.amax(-1, keepdim=True).clamp(min=0)
         scale = ((high - low) / (HIGHEST - LOWEST)).clamp(min=SMALLEST)
         zero = (LOWEST - (low / scale).round()).clamp(LOWEST, HIGHEST)
         codes = ((x / scale).round() + zero).clamp(LOWEST, HIGHEST)

@@ -109,7 +109,8 @@ def smoothed(losses: list[float]) -> list[float]:
     reach = max(1, len(losses) // 100)
     means = []
     for index in range(len(losses)):
-        near = [loss for loss in losses[max(0, index - reach) : index + reach + 1] if math.isfinite(loss)]
+        around = losses[max(0, index - reach) : index + reach + 1]
+        near = [loss for loss in around if math.isfinite(loss)]
         means.append(sum(near) / len(near) if near else math.nan)
     return means
 
@@ -134,7 +135,8 @@ def plot_pruning(records: list[dict[str, Any]], source: Architecture, path: Path
     tokens = [record["tokens"] for record in steps]
     figure, (ratio, saliency) = _new_figure(2, "tokens")
     totals = {name: sum(counts(name, source)) for name in KINDS}
-    totals |= {name: sum(block.is_in(source, at) for at in range(len(source.layers))) for name, block in BLOCKS.items()}
+    layers = range(len(source.layers))
+    totals |= {name: sum(block.is_in(source, layer) for layer in layers) for name, block in BLOCKS.items()}
     for name, kind in {**KINDS, **BLOCKS}.items():
         style = {"color": kind.color, "label": kind.title}
         shares = _removed_shares(steps, name, totals[name])
@@ -156,5 +158,7 @@ def plot_pruning(records: list[dict[str, Any]], source: Architecture, path: Path
 
 def _removed_shares(steps: list[dict[str, Any]], name: str, total: int) -> list[float]:
     """Return the share of the groups of a kind that has been removed after each step."""
-    removed = [sum(len(positions) for kind, _, positions in step.get("removed", []) if kind == name) for step in steps]
+    removed = []
+    for step in steps:
+        removed.append(sum(len(positions) for kind, _, positions in step.get("removed", []) if kind == name))
     return [count / total if total else 0.0 for count in itertools.accumulate(removed)]
