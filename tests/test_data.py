@@ -4,6 +4,7 @@ import gzip
 import itertools
 import json
 import re
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from efficientllm.train.data import packing
 from efficientllm.train.data.chat import tokenize
 from efficientllm.train.data.documents import DataSpec, is_held_out, open_documents, open_texts, text_of
 from efficientllm.train.data.packing import LANES, PackedStream, held_out_windows
+from efficientllm.train.data.prefetch import PrefetchedStream
 from efficientllm.train.data.tokens import open_tokens, write_tokens
 
 TEXTS = [f"text number {index}, with a few words" for index in range(30)]
@@ -83,6 +85,9 @@ def test_weights_are_parsed() -> None:
         DataSpec.parse("a.txt:0")
 
 
+STREAMS = (PackedStream, PrefetchedStream, PrefetchedStream)
+
+
 def stream(corpus: Path, tokenizer: Any, seed: int = 0, specs: list[DataSpec] | None = None) -> PackedStream:
     return PackedStream(specs or [DataSpec(str(corpus))], tokenizer, 16, 0.2, seed)
 
@@ -121,6 +126,49 @@ def test_resumes_exactly(taken: int, corpus: Path, tokenizer: Any, monkeypatch: 
     resumed = stream(corpus, tokenizer)
     resumed.load_state(state)
     assert np.array_equal(resumed.next_windows(60), whole.next_windows(60))
+
+
+@pytest.mark.parametrize("taken", [1, 37, 400])
+def test_windows_that_are_read_ahead_are_those_of_the_stream(
+    taken: int, corpus: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also for other numbers of windows, where a run resumes, and with another tokenizer."""
+    monkeypatch.setattr(packing, "SHUFFLE_BLOCK", 50)
+    plain, ahead, resumed = (kind([DataSpec(str(corpus))], tokenizer, 16, 0.2, 0) for kind in STREAMS)
+    for count in (3, taken, taken):
+        assert np.array_equal(ahead.next_windows(count), plain.next_windows(count))
+    resumed.next_windows(2)
+    resumed.load_state(as_arrays(as_tensors(ahead.state())))
+    following = plain.next_windows(9)
+    assert np.array_equal(resumed.next_windows(9), following)
+    assert np.array_equal(ahead.next_windows(9), following)
+    for each in (plain, ahead):
+        each.switch_tokenizer(tokenizer)
+    assert np.array_equal(ahead.next_windows(60), plain.next_windows(60))
+
+
+def test_an_error_of_text_that_is_read_ahead_comes_with_its_windows(
+    corpus: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, ahead, _ = (kind([DataSpec(str(corpus))], tokenizer, 16, 0.2, 0) for kind in STREAMS)
+    next_corpus, threads = PackedStream._next_corpus, list[int]()
+
+    def refuse_the_sixth(self: PackedStream) -> Any:
+        threads.append(threading.get_ident())
+        if len(threads) == 6:
+            raise DataError("line 7 cannot be read")
+        return next_corpus(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PackedStream, "_next_corpus", refuse_the_sixth)
+        ahead.next_windows(3)
+        position = ahead.state()
+        with pytest.raises(DataError, match="line 7"):
+            ahead.next_windows(3)
+    assert len(set(threads)) == 2
+    ahead.load_state(position)
+    plain.next_windows(3)
+    assert np.array_equal(ahead.next_windows(3), plain.next_windows(3))
 
 
 @pytest.mark.parametrize("taken", [1, 37, 400])

@@ -179,7 +179,8 @@ def _prepare_folder(plan: RunPlan) -> None:
 def _make_trainer(plan: RunPlan, source: Any) -> Trainer:
     """Return the trainer of a loaded source, restored from the plan's checkpoint if there is one."""
     parallel, run, dtype = plan.compute.parallel, plan.config.run, plan.compute.hardware.dtype
-    text = RunText(plan.data, plan.tokenizer, plan.config.source, run.seed, parallel.world_size)
+    is_on_gpu = parallel.device.type == "cuda"
+    text = RunText(plan.data, plan.tokenizer, plan.config.source, run.seed, parallel.world_size, is_on_gpu)
     if parallel.is_main and text.stream.encoder.chat_format is not None and not text.stream.has_chats:
         _log.warning(NO_CHATS)
     distills = plan.config.optimizer.distill > 0 and plan.config.optimizer.teacher != "self"

@@ -11,6 +11,7 @@ from .config.sections import SourceConfig
 from .data.chat import Encoder
 from .data.documents import DataSpec
 from .data.packing import PackedStream, held_out_windows
+from .data.prefetch import PrefetchedStream
 from .vocabulary.frequency import count_tokens
 from .vocabulary.tokenizer_pruning import prune_tokenizer
 
@@ -45,14 +46,19 @@ class RunText:
         settings: SourceConfig,
         seed: int,
         num_ranks: int,
+        prefetches: bool = False,
     ) -> None:
-        """Open the corpora with the source's tokenizer. Raises DataError for too little text."""
+        """Open the corpora with the source's tokenizer. Raises DataError for too little text.
+
+        `prefetches` reads the windows of the next step in a thread, for a device that computes meanwhile.
+        """
         self.data, self.settings, self.seed, self.num_ranks = data, settings, seed, num_ranks
         self.source_tokenizer = self.tokenizer = tokenizer
         """Tokenizers of source and model. The model's lacks removed tokens."""
         self.held_out = self._held_out_windows()
         """Windows [n, S + 1]."""
-        self.stream = PackedStream(data, tokenizer, settings.sequence_length, settings.held_out_fraction, seed)
+        kind = PrefetchedStream if prefetches else PackedStream
+        self.stream = kind(data, tokenizer, settings.sequence_length, settings.held_out_fraction, seed)
         self.stream.check()
         self._extra_windows: dict[int, np.ndarray] = {}
 

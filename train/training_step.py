@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -122,7 +123,8 @@ class TrainingStep:
     def _next_microbatches(self) -> list[Tensor]:
         """Return this rank's windows [B, S + 1] of every microbatch of a step, in host memory."""
         parallel, rows = self.parallel, self.settings.batch_size * self.parallel.world_size
-        windows = [self.stream.next_windows(rows) for _ in range(self.settings.gradient_accumulation)]
+        steps = self.settings.gradient_accumulation
+        windows = np.split(self.stream.next_windows(steps * rows), steps)
         own = [torch.from_numpy(parallel.own_rows(each)) for each in windows]
         return [each.pin_memory() for each in own] if parallel.device.type == "cuda" else own
 
