@@ -30,7 +30,7 @@ RESUMED = {BETWEEN_REMOVALS: 10, "fsdp": 10, "ddp --gradient-accumulation 2": 9}
 HARMS = ("damaged", "changed")
 HARMED = {"ddp": BETWEEN_REMOVALS, "fsdp": "fsdp"}
 """Mode -> mode and flags of runs whose newest checkpoint or corpus is harmed before they are resumed."""
-HANG_SECONDS = 300
+HANG_SECONDS = 900
 RECOVERED = ("--recover", "least-squares", "--recover-tokens", "256", "--removals", "2", "--distill", "1")
 RECOVERED += ("--vocabulary-tokens", "2000")
 ONE_AND_TWO = {
