@@ -23,7 +23,7 @@ from efficientllm.train.run import stored_weights
 from efficientllm.train.shards import is_without_memory, read_shards
 
 CPU = torch.device("cpu")
-SET_WHEN_SAVED = {"architectures": None, "auto_map": None}
+SET_WHEN_SAVED = {"architectures": None, "auto_map": None, "model_file": None}
 TYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
