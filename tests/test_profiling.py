@@ -282,8 +282,7 @@ def test_a_profile_of_this_machine_prices_what_it_measured(
     assert profile.measured_on.device == "a stand-in"
     assert profile.measured_on.clock == "cpu"
     assert [error.depth for error in profile.errors] == [0, 512]
-    whole = DecoderShape(64, 32, 1024, (SMALL.source_layer,) * 3)
-    assert profile.decode_ms(whole, 512) > profile.decode_ms(whole, 0) > 0
+    assert profile.decode_ms(SMALL, 512) > profile.decode_ms(SMALL, 0) > 0
     stacks = json.loads((tmp_path / "profile.bench.json").read_text())["results"]
     models = {*few_stacks(SMALL).stacks(), *irregular_shapes(SMALL, 2), *few_stacks(SMALL).neighbours}
     assert len(stacks) > len(models)  # and those that the table was made to agree with
