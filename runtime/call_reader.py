@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from .spaced_texts import SpaceRemover
+from .spaced_texts import ObjectScanner
 from .text_stream import partial_length
 from .tool_format import ToolFormat
 
@@ -110,7 +110,7 @@ class CallReader:
         self.num_calls = 0
         self._state: Literal["text", "name", "arguments", "after"] = "text"
         self._unread = ""
-        self._object, self._spaces = _ObjectEnd(), SpaceRemover()
+        self._object = ObjectScanner()
 
     def push(self, text: str) -> list[Event]:
         """Add a piece and return the events that are certain now. Text that may begin a call is held back."""
@@ -149,13 +149,13 @@ class CallReader:
         events.append(CallEvent(self.num_calls, self._take(end)))
         self._take(len(self.format.middle))
         self.num_calls += 1
-        self._state, self._object, self._spaces = "arguments", _ObjectEnd(), SpaceRemover()
+        self._state, self._object = "arguments", ObjectScanner()
         return True
 
     def _arguments(self, events: list[Event]) -> bool:
-        length = self._object.push(self._unread)
+        length, spaceless = self._object.push_object(self._unread)
         text = self._take(length)
-        if text := self._spaces.push(text) if self.format.has_spaced_texts else text:
+        if text := spaceless if self.format.has_spaced_texts else text:
             events.append(ArgumentsEvent(self.num_calls - 1, text))
         if self._object.is_over:
             self._state = "after"
@@ -175,32 +175,3 @@ class CallReader:
         if not is_undecided:  # text that belongs to no call
             self._state = "text"
         return not is_undecided
-
-
-class _ObjectEnd:
-    """Finds the end of a JSON object."""
-
-    def __init__(self) -> None:
-        self.is_over = False
-        self._depth, self._in_string, self._is_escaped = 0, False, False
-
-    def push(self, text: str) -> int:
-        """Return the number of characters of `text` that belong to the object."""
-        for index, character in enumerate(text):
-            if self._in_string:
-                if self._is_escaped:
-                    self._is_escaped = False
-                elif character == "\\":
-                    self._is_escaped = True
-                elif character == '"':
-                    self._in_string = False
-            elif character == '"':
-                self._in_string = True
-            elif character in "{[":
-                self._depth += 1
-            elif character in "}]":
-                self._depth -= 1
-                if not self._depth:
-                    self.is_over = True
-                    return index + 1
-        return len(text)

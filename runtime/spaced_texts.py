@@ -48,13 +48,15 @@ def schema_with_spaces(schema: Any) -> Any:
     return spaced
 
 
-class SpaceRemover:
-    """Removes the space at the start of each text in JSON objects, which are read piece by piece.
+class ObjectScanner:
+    """Reads JSON objects piece by piece: finds the end of one, and removes the space at the start of each text.
 
     Text outside an object stays as it is, and so does a key.
     """
 
     def __init__(self) -> None:
+        self.is_over = False
+        """True after the end of the object that `push_object` reads."""
         self._open: list[str] = []
         """Opening brackets of the objects and lists around the next character."""
         self._is_key = False
@@ -64,6 +66,17 @@ class SpaceRemover:
     def push(self, text: str) -> str:
         """Return a piece without these spaces."""
         return "".join(character for character in text if self._is_shown(character))
+
+    def push_object(self, text: str) -> tuple[int, str]:
+        """Return the number of characters of `text` that belong to the first object, and these without the spaces."""
+        shown: list[str] = []
+        for length, character in enumerate(text, 1):
+            was_open = bool(self._open)
+            shown += [character] if self._is_shown(character) else []
+            if was_open and not self._open:
+                self.is_over = True
+                return length, "".join(shown)
+        return len(text), "".join(shown)
 
     def _is_shown(self, character: str) -> bool:
         is_first, self._is_first = self._is_first, False

@@ -14,7 +14,7 @@ from .chat_template import Message, render_chat
 from .copied_arguments import CopiedArguments
 from .engines.scheduler import EngineScheduler
 from .grammar import CALL_JSON, LENIENT_CALL_JSON, Grammar, embedded_schema, schema_part
-from .spaced_texts import SpaceRemover, schema_with_spaces, with_spaces
+from .spaced_texts import ObjectScanner, schema_with_spaces, with_spaces
 
 MAX_CALLS = 16
 """Largest number of calls in one answer, because a small model may repeat calls without end."""
@@ -128,7 +128,7 @@ class ToolFormat:
 
     def plain(self, answer: str) -> str:
         """Return an answer in this format without the spaces before its texts."""
-        return SpaceRemover().push(answer) if self.has_spaced_texts else answer
+        return ObjectScanner().push(answer) if self.has_spaced_texts else answer
 
 
 GENERIC = ToolFormat(

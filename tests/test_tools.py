@@ -16,7 +16,7 @@ from efficientllm.runtime.chat_template import Message
 from efficientllm.runtime.engines.scheduler import EngineScheduler
 from efficientllm.runtime.grammar import GrammarConstraint
 from efficientllm.runtime.prompt import PromptOptions, ToolUse, chat_prompt, tool_prompt
-from efficientllm.runtime.spaced_texts import SpaceRemover
+from efficientllm.runtime.spaced_texts import ObjectScanner
 from efficientllm.runtime.tool_format import GENERIC, LEARNED, UNSPACED, UNSPACED_MARK, ToolFormat, tool_format
 
 PLAIN = (
@@ -280,7 +280,7 @@ def test_texts_in_arguments_of_a_learned_format_begin_with_a_space(size: int) ->
 
 def test_only_texts_in_objects_lose_a_space() -> None:
     text = 'He said " no" and [" no"]: {"a": "b", "c": " d"} " e"'
-    assert SpaceRemover().push(text) == 'He said " no" and [" no"]: {"a": "b", "c": "d"} " e"'
+    assert ObjectScanner().push(text) == 'He said " no" and [" no"]: {"a": "b", "c": "d"} " e"'
 
 
 def test_a_model_from_before_the_spaces_keeps_its_format() -> None:
