@@ -25,7 +25,7 @@ def status(name: str) -> int:
 
 
 def load(source: str, distills: bool, parallel: Parallel) -> TrainingLoss:
-    """As `run._make_trainer` does it."""
+    """Load a model, and with `distills` its teacher, as `run._make_trainer` does."""
     config = TrainConfig(source=SourceConfig(source=source), optimizer=OptimizerConfig(distill=float(distills)))
     model, _, folder = load_for_ranks(config, parallel, source)
     teacher = None

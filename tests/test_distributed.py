@@ -170,7 +170,7 @@ def heavy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("distills", ["0", "1"])
 def test_a_rank_that_loads_holds_its_shard_and_one_layer(distills: str, heavy: Path) -> None:
-    """Of the model in fp32, and of a teacher in bf16. One process holds all of them."""
+    """Bound the memory by the model in fp32 and a teacher in bf16. One process holds all of them."""
     script, environment = ("rank_memory", str(heavy), distills), {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     one = subprocess.run([sys.executable, "-m", *script], capture_output=True, text=True, env=environment, check=False)
     added = []

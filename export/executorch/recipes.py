@@ -20,11 +20,11 @@ class Recipe:
     formats: tuple[str, ...]
     """Supported `--quantize` values; the first is the default."""
     custom_ops: bool = True
-    """Whether the program may have ExecuTorch's own LLM operators."""
+    """True if the program may have ExecuTorch's own LLM operators."""
     static_length: bool = False
-    """Whether the backend needs fixed shapes: one token per call, also for the prompt."""
+    """True if the backend needs fixed shapes: one token per call, also for the prompt."""
     runs_here: bool = True
-    """Whether the Python runtime can execute the program, so that it can be verified."""
+    """True if the Python runtime can execute the program, so that it can be verified."""
 
 
 def _xnnpack() -> list[Any]:

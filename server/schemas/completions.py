@@ -329,7 +329,7 @@ class TokenizeRequest(RequestBody):
     parse_special: Bool = True
     """Whether text such as <|im_end|> becomes its control token."""
     with_pieces: Bool = False
-    """Whether the answer has the text of each token, as bytes if that is a part of a character."""
+    """True to return the text of each token as well, as bytes if it is a part of a character."""
 
 
 class DetokenizeRequest(RequestBody):

@@ -71,7 +71,7 @@ def start(arguments: Sequence[str], log: Path, ranks: int) -> list[int]:
 
 
 def ended(children: list[int], seconds: float) -> bool:
-    """Whether all ended by themselves, and well, within so many seconds; SystemExit where one failed."""
+    """Return True if all ended by themselves within so many seconds. Raises SystemExit if one failed."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         for child in list(children):
@@ -87,7 +87,7 @@ def ended(children: list[int], seconds: float) -> bool:
 
 
 def kill(children: list[int], only: int | None) -> None:
-    """Kill all ranks, or one; the others must then end by themselves. SystemExit where they hang."""
+    """Kill all ranks, or one, after which the others must end by themselves. Raises SystemExit if they hang."""
     for child in children if only is None else [children[only]]:
         os.kill(child, signal.SIGKILL)
     deadline = time.monotonic() + HANG_SECONDS
@@ -122,7 +122,7 @@ def _marked(function: Any, marker: Path) -> Any:
 
 
 def reached(children: list[int], marker: Path, skipped: int) -> bool:
-    """Whether a run is in the phase of `marker` for another time than the first `skipped`; False if it ended before."""
+    """Wait until a run is in the phase of `marker` for more than `skipped` times. Return False if it ended before."""
     while True:
         while not marker.exists():
             if ended(children, 0.001):
