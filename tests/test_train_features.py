@@ -26,13 +26,32 @@ from efficientllm.export import cli as export_cli
 from efficientllm.runtime.base.command import run_command
 from efficientllm.train.checkpoint import state as training_state
 from efficientllm.train.compute.distributed import Parallel
-from efficientllm.train.compute.hardware import Hardware
+from efficientllm.train.compute.hardware import Hardware, choose_hardware
 from efficientllm.train.config.presets import PRESETS
 from efficientllm.train.config.pruning import PruneConfig
 from efficientllm.train.config.sections import RunConfig, TrainConfig
 from efficientllm.train.model.architecture import Architecture, LayerShape
 from efficientllm.train.plan import Compute, _check_removals
 from efficientllm.train.pruning.plan import DroppingSchedule
+
+
+@pytest.mark.parametrize(
+    ("name", "has_amx", "has_bf16", "dtype"),
+    [
+        ("Intel Xeon", True, True, torch.bfloat16),
+        ("Intel Xeon", False, True, torch.float32),
+        ("AMD EPYC 9B45", False, True, torch.bfloat16),
+        ("AMD EPYC 7B13", False, False, torch.float32),
+    ],
+)
+def test_products_are_in_bf16_where_that_is_faster(
+    name: str, has_amx: bool, has_bf16: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_bf16)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": name})
+    assert choose_hardware("cpu", "auto", 0).dtype == dtype
+    assert choose_hardware("cpu", "bfloat16", 0).dtype == torch.bfloat16
 
 
 def perplexities(folder: Path) -> dict[str, float]:
