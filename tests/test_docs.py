@@ -42,6 +42,7 @@ from efficientllm.train.planning.fit import build_parser as fit_parser
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PROMISES = ROOT / "tests" / "PROMISES.md"
 PLUGIN = ROOT / "tests" / "plugin"
 PARSERS = {
     "efficientllm-train": train_parser,
@@ -165,7 +166,7 @@ def test_the_reference_has_the_names_for_programs_and_each_target() -> None:
 
 
 def test_the_site_has_every_document() -> None:
-    named = re.findall(r": ((?:docs|research)/[\w/.-]+)$", (ROOT / "mkdocs.yml").read_text("utf-8"), re.MULTILINE)
+    named = re.findall(r": ((?:docs|research|tests)/[\w/.-]+)$", (ROOT / "mkdocs.yml").read_text("utf-8"), re.MULTILINE)
     assert {f"docs/{page.name}" for page in DOCUMENTS[1:]} <= set(named)
     for name in named:
         assert (ROOT / name).is_file() or name.startswith("docs/reference/"), name
@@ -181,7 +182,7 @@ def test_readme_is_short_and_starts_with_a_command() -> None:
     assert [table.count("\n") - 2 <= 6 for table in tables] == [True]
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", [*DOCUMENTS, PROMISES], ids=lambda path: path.name)
 def test_links_lead_somewhere(document: Path) -> None:
     for target, _, anchor in re.findall(r"\]\(([^)#]*)(#([^)]+))?\)", document.read_text(encoding="utf-8")):
         if target.startswith("http"):
@@ -205,7 +206,7 @@ def test_files_of_ours_that_are_named_exist(document: Path) -> None:
 
 
 def test_every_promise_has_tests_that_exist() -> None:
-    text = (ROOT / "docs" / "promises.md").read_text(encoding="utf-8")
+    text = PROMISES.read_text(encoding="utf-8")
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if re.match(r"\| (?!promise|---)", line)]
     assert len(rows) > 30
     for promise, tests in rows:

@@ -1,6 +1,6 @@
 """Write the pages of the documentation site into a folder, for mkdocs.
 
-`python tests/tools/site_pages.py FOLDER` copies README, docs/ and research/ with their places, so that links hold.
+`python tests/tools/site_pages.py FOLDER` copies README, docs/, research/ and others with their places, so that links hold.
 It adds docs/reference/: a page for each command from its parser, and one for Python from the docstrings.
 """
 
@@ -20,7 +20,16 @@ from efficientllm.runtime.base import flags
 from efficientllm.runtime.command_line import COMMANDS, GROUPS
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "LICENSE", "docs", "research")
+PAGES = (
+    "README.md",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "SECURITY.md",
+    "LICENSE",
+    "tests/PROMISES.md",
+    "docs",
+    "research",
+)
 PACKAGES = ("train", "export", "runtime", "devices")
 """Packages with names for programs."""
 
@@ -130,7 +139,7 @@ def write_pages(folder: Path) -> None:
         if source.is_dir():
             shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
         else:
-            folder.mkdir(parents=True, exist_ok=True)
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(source, folder / name)
     reference = folder / "docs" / "reference"
     reference.mkdir()
