@@ -1,6 +1,6 @@
 """Write the pages of the documentation site into a folder, for mkdocs.
 
-`python tests/tools/site_pages.py FOLDER` copies README, docs/, research/ and others with their places, so that links hold.
+`python tests/tools/site_pages.py FOLDER` copies README, docs/, research/ and others to the same places.
 It adds docs/reference/: a page for each command from its parser, and one for Python from the docstrings.
 """
 
@@ -26,9 +26,9 @@ PAGES = (
     "CONTRIBUTING.md",
     "SECURITY.md",
     "LICENSE",
-    "tests/PROMISES.md",
     "docs",
     "research",
+    "tests/PROMISES.md",
 )
 PACKAGES = ("train", "export", "runtime", "devices")
 """Packages with names for programs."""
