@@ -1,4 +1,4 @@
-"""docs/scale.md: its files are valid, its commands are understood, and two agents of torchrun run as one job."""
+"""docs/scale.md and deploy/: files are valid, commands are understood, and two agents of torchrun run as one job."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ from training import command
 from efficientllm.train.cli import build_parser, configuration
 
 PAGE = ROOT / "docs" / "scale.md"
+DEPLOY = ROOT / "deploy"
 
 
 def scripts() -> Iterator[str]:
-    """The shell scripts of the page: the Slurm file, and `run` of the SkyPilot file."""
-    yield from blocks(PAGE, "bash")
+    """The Slurm file, and `run` of the SkyPilot file."""
+    yield (DEPLOY / "slurm.sh").read_text(encoding="utf-8")
     yield from (each["run"] for each in files() if "run" in each)
 
 
 def files() -> list[dict]:
-    return [yaml.safe_load(each) for each in blocks(PAGE, "yaml")]
+    return [yaml.safe_load((DEPLOY / name).read_text(encoding="utf-8")) for name in ("skypilot.yaml", "kubeflow.yaml")]
 
 
 def launches() -> Iterator[list[str]]:
-    """Every command of torchrun on the page, as words."""
+    """Every command of torchrun in the files and on the page, as words."""
     for script in [*scripts(), *blocks(PAGE, "text")]:
         for line in script.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)

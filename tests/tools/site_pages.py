@@ -27,6 +27,7 @@ PAGES = (
     "SECURITY.md",
     "LICENSE",
     "docs",
+    "deploy",
     "research",
     "tests/PROMISES.md",
 )
