@@ -39,6 +39,7 @@ MAY_IMPORT = {
         "train",
         "train/compute",
         "runtime/base",
+        "runtime/engines",
         "runtime/latency",
         "train/config",
         "train/model",

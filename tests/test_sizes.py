@@ -9,12 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from made_up import LAPTOP
 from training import command, expect_equal_weights, expect_same_run, metrics, run, without
 
+from efficientllm.devices.results import BenchOptions, Measurement, Run, summarize
 from efficientllm.export import cli as export_cli
 from efficientllm.runtime.base.command import run_command
+from efficientllm.runtime.latency.shape import Workload
 from efficientllm.train.model.architecture import Architecture
 from efficientllm.train.planning import fit
+from efficientllm.train.planning.serving_memory import serving_memory
 from efficientllm.train.sizes import members_of
 from efficientllm.train.slices import model_of_size
 from efficientllm.train.trainer import Trainer
@@ -30,6 +34,17 @@ def sized(source: Path, corpus: Path, output: Path, *more: str) -> list[str]:
 
 def folders(run_folder: Path) -> list[Path]:
     return [run_folder / "sizes" / "0.8", run_folder / "sizes" / "0.7", run_folder]
+
+
+@pytest.fixture(scope="module")
+def files(family: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The GGUF of each size."""
+    folder = tmp_path_factory.mktemp("files")
+    paths = [folder / size for size in SIZES]
+    for size, path in zip(SIZES, paths, strict=True):
+        arguments = ["--size", size, "--target", "gguf", "--no-verify", "--output", str(path)]
+        assert run_command(export_cli.body, [str(family), *arguments]) == 0
+    return paths
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +200,53 @@ def test_a_device_gets_the_largest_size_within_its_limits(family: Path, capsys: 
         assert f"efficientllm-export {family} --size {size} --target gguf" in shown
     assert run_command(fit.body, [str(family), "--max-bytes", "1kB"]) == 2
     assert "none of its sizes 0.8, 0.7, 0.6 is within the limits" in capsys.readouterr().err
+
+
+def write_bench(files: list[Path], peaks: list[int], path: Path) -> None:
+    """Write a file of efficientllm-bench with these peaks of memory."""
+    results = []
+    for file, peak in zip(files, peaks, strict=True):
+        manifest = json.loads((file / "manifest.json").read_text())
+        measured = Measurement({"tg4": [1.0]}, peak_rss_bytes=peak, kv_cache_bytes=peak // 4)
+        size = (file / "model.gguf").stat().st_size
+        results.append(summarize(str(file), "0" * 64, "llama.cpp", size, manifest, [measured]))
+    Run(LAPTOP, BenchOptions(), results).write(path)
+
+
+def test_memory_is_the_measured_one_or_an_estimate(
+    family: Path, files: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bench = tmp_path / "bench.json"
+    write_bench(files[1:], [40_000_000, 20_000_000], bench)
+    arguments = [str(family), "--bench", str(bench), "--max-memory"]
+    expected = {
+        "1GB": ("0.8", "of memory (estimated, not measured, with a cache of "),
+        "50MB": ("0.7", "40.0 MB of memory (measured, with a cache of 10.0 MB)"),
+        "30MB": ("0.6", "20.0 MB of memory (measured, with a cache of 5.0 MB)"),
+    }
+    for limit, (size, described) in expected.items():
+        assert run_command(fit.body, [*arguments, limit]) == 0
+        first = capsys.readouterr().out.splitlines()[0]
+        assert first.startswith(f"size {size}: ")
+        assert described in first
+    assert run_command(fit.body, [*arguments, "10MB"]) == 2
+    assert run_command(fit.body, [str(family), "--max-memory", "50MB"]) == 2  # the estimates are larger
+    assert run_command(fit.body, [str(family), "--max-memory", "1GB", "--bench", str(family / "sizes.json")]) == 2
+    assert "not a file of efficientllm-bench --json" in capsys.readouterr().err
+    assert run_command(fit.body, ["demo", "--max-bytes", "1GB", "--max-memory", "1GB"]) == 2
+    assert "--max-memory: demo is no finished run with --sizes" in capsys.readouterr().err
+
+
+def test_a_longer_workload_needs_more_memory(family: Path) -> None:
+    shape = Architecture.from_folder(family / "model")
+    short, long = (serving_memory(shape, 1e6, Workload.at_depth(depth), []) for depth in (99, 1099))
+    heads = sum(layer.num_key_value_heads for layer in shape.layers)
+    assert long.num_bytes - short.num_bytes == 1000 * heads * shape.head_dim * 2 * 2
+
+
+def test_the_front_of_another_model_is_said_to_be_one(source_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(fit.body, [str(source_folder), "--max-bytes", "1MB"]) == 0
+    assert capsys.readouterr().out.startswith("measured on another model, SmolLM2-135M-Instruct: ")
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from ..model.architecture import Architecture
 from ..model.file_types import gguf_bytes, tokenizer_bytes
 from ..reporting.model_card import command_line
 from .points import Point, Recipe
+from .serving_memory import read_bench, serving_memory
 
 FRONT = "front.jsonl"
 """Measured files of SmolLM2-135M-Instruct, as the study writes them; shipped with the package."""
@@ -39,6 +40,11 @@ class FitConfig:
     """Largest file, such as 60MB."""
     max_ms: float | None = flags.number(None, above=0)
     """Longest time of --workload on the device of --device-profile, in milliseconds."""
+    max_memory: int | None = flags.byte_count(None)
+    """Largest peak memory of a process that serves the file, such as 120MB (for a run with --sizes)."""
+    bench: str = ""
+    """File of efficientllm-bench --json with measured memory. Without it, or for sizes that it lacks, memory is
+    estimated with a cache for the tokens of --workload."""
     device_profile: str = ""
     """Latency profile of the device of --max-ms, written by efficientllm-bench --profile."""
     workload: str = "depth=512"
@@ -56,6 +62,8 @@ class FitConfig:
         flags.check_fields(self)
         is_pair = (self.max_ms is None) == (not self.device_profile)
         flags.require(self, "max_ms", is_pair, "--max-ms and --device-profile FILE go together")
+        is_used = not self.bench or self.max_memory is not None
+        flags.require(self, "bench", is_used, "applies only to --max-memory; set it")
         _ = Workload.parse(self.workload)
 
 
@@ -205,6 +213,8 @@ def body(argv: Sequence[str]) -> int:
     config = flags.take(arguments, FitConfig)
     if (Path(source) / SIZES_FILE).is_file():
         return _fit_run(Path(source), config)
+    if config.max_memory is not None:
+        raise UsageError(f"--max-memory: {source} is no finished run with --sizes; give --max-bytes")
     if config.max_bytes is None:
         raise UsageError("--max-bytes is missing; give the largest file, such as 60MB")
     front = read_front(config.front)
@@ -228,22 +238,31 @@ def body(argv: Sequence[str]) -> int:
 
 def _fit_run(run: Path, config: FitConfig) -> int:
     """Print the best trained size of a run within the limits, and the command that exports it."""
-    if config.max_bytes is None and config.max_ms is None:
-        raise UsageError("--max-bytes or --max-ms is missing; give the largest file or the longest time")
-    time = None
+    if config.max_bytes is None and config.max_ms is None and config.max_memory is None:
+        raise UsageError("--max-bytes, --max-ms or --max-memory is missing; give the largest file, time or memory")
+    time, workload = None, Workload.parse(config.workload)
     if config.device_profile:
         with extra("train"):
             from ..pruning.measures import DeviceTime
-        time = DeviceTime(DeviceProfile.load(Path(config.device_profile)), Workload.parse(config.workload)).measure
+        time = DeviceTime(DeviceProfile.load(Path(config.device_profile)), workload).measure
+    results = read_bench(config.bench) if config.bench else []
     rows = json.loads((run / SIZES_FILE).read_text(encoding="utf-8"))["sizes"]
     for row in rows:  # largest first
-        ms = time.of(Architecture.from_folder(run / row["folder"] / "model")) if time is not None else None
-        if config.max_bytes is not None and (row["bytes"] is None or row["bytes"] > config.max_bytes):
+        shape, size = Architecture.from_folder(run / row["folder"] / "model"), row["bytes"]
+        ms = time.of(shape) if time is not None else None
+        memory = serving_memory(shape, size, workload, results) if config.max_memory and size is not None else None
+        if not all(
+            limit is None or (value is not None and value <= limit)
+            for value, limit in (
+                (size, config.max_bytes),
+                (ms, config.max_ms),
+                (memory.num_bytes if memory else None, config.max_memory),
+            )
+        ):
             continue
-        if config.max_ms is not None and (ms is None or ms > config.max_ms):
-            continue
-        shown = [format_bytes(row["bytes"])] if row["bytes"] is not None else []
+        shown = [format_bytes(size)] if size is not None else []
         shown += [f"{ms:.2f} ms predicted"] if ms is not None else []
+        shown += [memory.describe()] if memory is not None else []
         shown += [f"score {row['score']:.3f}"] if row["score"] is not None else []
         shown += [f"perplexity {row['perplexity']:.2f}"]
         print(f"size {row['size']}: {', '.join(shown)}\n")
