@@ -82,6 +82,8 @@ class HubEntry:
     manifest: Manifest
     target: str
     """Its file (GGUF) or folder in the repository."""
+    size: str = ""
+    """Its parameters, as in 81.4M, if the repository has several sizes of a runtime and type."""
 
     @property
     def is_file(self) -> bool:
@@ -130,26 +132,41 @@ def _with_name(settings: CardSettings, output: Path) -> CardSettings:
 
 
 def _hub_entries(artefacts: Sequence[Path], name: str) -> list[HubEntry]:
+    opened = [_verified(path) for path in artefacts]
+    kinds = {(manifest.engine, manifest.quantization) for _, manifest in opened}
+    shapes = {(manifest.engine, manifest.quantization, _size(manifest)) for _, manifest in opened}
     entries: list[HubEntry] = []
-    for path in artefacts:
-        artefact = Artefact.open(path)
-        artefact.verify()
-        manifest = artefact.manifest
-        if manifest is None:
-            raise UsageError(f"{path} has no {MANIFEST_NAME}; give a folder written by efficientllm-export")
+    for path, manifest in opened:
         library, targets = _library(manifest), [entry.target for entry in entries]
+        size = _size(manifest) if len(shapes) > len(kinds) else ""
         if manifest.engine == "llama.cpp":
-            target = f"{name}-{manifest.quantization.upper()}.gguf"
+            target = "-".join(filter(None, (name, size, manifest.quantization.upper()))) + ".gguf"
         elif library == "onnx" and ONNX_FOLDER not in targets:
             target = ONNX_FOLDER
         else:
-            target = f"{library}-{manifest.quantization}"
+            target = "-".join(filter(None, (library, size, manifest.quantization)))
         kind = (manifest.engine, manifest.quantization)
-        kinds = [(entry.manifest.engine, entry.manifest.quantization) for entry in entries]
-        if target in targets or kind in kinds:
-            raise UsageError(f"{path}: a second {' in '.join(kind)}; give one artefact of each runtime and type")
-        entries.append(HubEntry(artefact.path, manifest, target))
+        others = [(entry.manifest.engine, entry.manifest.quantization, entry.size) for entry in entries]
+        if target in targets or (*kind, size) in others:
+            each = "each runtime, type and number of parameters" if size else "each runtime and type"
+            raise UsageError(f"{path}: a second {' in '.join(kind)}; give one artefact of {each}")
+        entries.append(HubEntry(path, manifest, target, size))
     return entries
+
+
+def _verified(path: Path) -> tuple[Path, Manifest]:
+    """Return an artefact's folder and manifest. Raises an error if it is damaged or has no manifest."""
+    artefact = Artefact.open(path)
+    artefact.verify()
+    if artefact.manifest is None:
+        raise UsageError(f"{path} has no {MANIFEST_NAME}; give a folder written by efficientllm-export")
+    return artefact.path, artefact.manifest
+
+
+def _size(manifest: Manifest) -> str:
+    """Return the parameters of a model in words, or "" if its manifest lacks them."""
+    count = manifest.architecture.get("num_parameters", 0)
+    return format_count(count) if count else ""
 
 
 def _add_files(entry: HubEntry, folder: Path) -> None:
@@ -245,18 +262,23 @@ def _hash_of(file: Path) -> str:
 
 def model_card(entries: Sequence[HubEntry], runs: Sequence[Run], settings: CardSettings) -> str:
     """Return the repository's README: front matter, files with figures, quality, commands and licence."""
-    shape, training = entries[0].manifest.architecture, entries[0].manifest.training
+    training, sizes = entries[0].manifest.training, {entry.size: entry for entry in entries}
+    counts = list(sizes) if len(sizes) > 1 else [_size(entries[0].manifest)]
+    qualities = {size: entry.manifest.training.get("quality") for size, entry in sizes.items()}
     jobs = [[entry.target, *row] for entry in entries for row in job_rows(entry.manifest.jobs)[1:]]
     devices = [[device_line(run.device, run.options.threads), *origin_lines(run)] for run in runs]
     return fill_template(
         "efficientllm.devices",
         "hub_card.md.jinja",
         settings=settings,
-        size=f": {format_count(shape['num_parameters'])} parameters" if "num_parameters" in shape else "",
+        size=f": {_listed(counts)} parameters" if counts[0] else "",
         libraries=list(dict.fromkeys(_library(entry.manifest) for entry in entries)),
         is_pruned=training.get("source_parameters", 0) > training.get("parameters", 0),
         relation="finetune" if training else "quantized",
-        training={"source": "", "source_parameters": 0, "quality": None, **training},
+        training={"source": "", "source_parameters": 0, **training},
+        became=_listed(counts) if len(counts) > 1 else f"{training.get('parameters', 0):,}",
+        tokens=max(entry.manifest.training.get("tokens", 0) for entry in entries),
+        qualities={size: quality for size, quality in qualities.items() if quality},
         files=_file_rows(entries, runs),
         devices=[line for lines in devices for line in lines],
         jobs=[["file", *job_rows(())[0]], *jobs] if jobs else [],
@@ -266,6 +288,11 @@ def model_card(entries: Sequence[HubEntry], runs: Sequence[Run], settings: CardS
         markdown_table=markdown_table,
         contract_rows=contract_rows,
     )
+
+
+def _listed(words: Sequence[str]) -> str:
+    """Return "a, b and c"."""
+    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
 
 
 def _yaml(word: str) -> str:
@@ -279,18 +306,36 @@ def _file_rows(entries: Sequence[HubEntry], runs: Sequence[Run]) -> list[list[st
     results = [_result_of(entry, runs) for entry in entries]
     tests = list(dict.fromkeys(test for result in results if result for test in result.speeds))
     has_memory = any(results)
-    header = ["file", "runtime", "type", "bytes", "KL", *(f"{test} t/s" for test in tests)]
+    has_sizes = any(entry.size for entry in entries)
+    held_out, header = _held_out(entries) if has_sizes else {}, ["file", "runtime", "type", "bytes", "KL"]
+    header[3:3] = ["parameters", *held_out] if has_sizes else []
+    header += [f"{test} t/s" for test in tests]
     rows = [[*header, "peak memory"] if has_memory else header]
     for entry, result in zip(entries, results, strict=True):
         manifest = entry.manifest
         compared = manifest.verification.get("quantized") or manifest.verification.get("exact") or {}
         kl = f"{compared['mean_kl']:.4f}" if "mean_kl" in compared else "not verified"
         row = [entry.target, manifest.engine, manifest.quantization, format_bytes(entry.num_bytes), kl]
+        row[3:3] = [entry.size, *(f"{values[len(rows) - 1]:.3f}" for values in held_out.values())] if has_sizes else []
         figures = [result.speeds.get(test) if result else None for test in tests]
         row += [figure.describe(figure.digits) if figure else "" for figure in figures]
         row += [format_bytes(result.peak_rss_bytes) if result else ""] if has_memory else []
         rows.append(row)
     return rows
+
+
+def _held_out(entries: Sequence[HubEntry]) -> dict[str, list[float]]:
+    """Return {title: figures of all entries} of the held-out text, or {} if they cannot be compared.
+
+    Perplexities of different vocabularies cannot. Bits per byte can.
+    """
+    trainings = [entry.manifest.training for entry in entries]
+    bits = [training.get("bits_per_byte", {}).get("final") for training in trainings]
+    perplexities = [training.get("perplexity", {}).get("final") for training in trainings]
+    if all(bits):
+        return {"held-out bits per byte": bits}
+    has_one_vocabulary = len({entry.manifest.architecture.get("vocab_size") for entry in entries}) == 1
+    return {"held-out perplexity": perplexities} if has_one_vocabulary and all(perplexities) else {}
 
 
 def _result_of(entry: HubEntry, runs: Sequence[Run]) -> Result | None:
