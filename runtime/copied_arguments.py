@@ -1,13 +1,16 @@
-"""Write the grammar of a call's arguments whose free texts are runs of words of the request."""
+"""Write the grammar of a call's arguments whose free texts are words of the request, or listed and in the request."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from .grammar import embedded_schema
+
+ToolArguments = Literal["any", "copy", "examples"]
+"""Free texts in arguments of calls: any; words of the request; or those examples of their schemas that occur in it."""
 
 MAX_TEXT_CHARACTERS = 1 << 14
 """Largest length of the text to copy from. The end of a longer one is used."""
@@ -27,16 +30,21 @@ OBJECT_KEYWORDS = ANNOTATIONS | {"type", "properties", "required", "additionalPr
 class CopiedArguments:
     """Lark rules for arguments. A free text is a run of words of the request, or an example or default of its schema.
 
+    With `only_examples`, a text whose schema has examples is one of those that occur in the request, as it is listed.
+    If none occurs, an argument is left out, or copied if it is required.
+
     A text is free if its schema has no keywords but its type and annotations. All other values follow their schema.
     """
 
-    def __init__(self, texts: Sequence[str], *, are_spaced: bool = False) -> None:
+    def __init__(self, texts: Sequence[str], *, are_spaced: bool = False, only_examples: bool = False) -> None:
         """Prepare to copy from `texts`, whose words are accepted as they are and in lower case.
 
         With `are_spaced`, a free text begins with a space (see spaced_texts).
         """
+        self._only_examples = only_examples
         self._opening = json.dumps('" ' if are_spaced else '"')
         text = re.sub(r"[^\S\n]+", " ", "\n".join(texts)[-MAX_TEXT_CHARACTERS:])
+        self._words = _between_separators(text)
         # The chunk "\n" separates lines, because a RUN has none.
         chunks = [word if word == "\n" else _escaped(word) for word in WORD.findall(f"{text}\n{text.lower()}")]
         self.rules = [
@@ -55,6 +63,9 @@ class CopiedArguments:
         if not set(parameters) <= OBJECT_KEYWORDS or not properties or not set(required) <= set(properties):
             return embedded_schema(parameters, format)
         definitions = {key: parameters[key] for key in DEFINITIONS if key in parameters}
+        properties = {key: each for key, each in properties.items() if key in required or self._can_be_filled(each)}
+        if not properties:
+            return '"{}"'
         starts: list[str] = []
         for index, (key, schema) in enumerate(properties.items()):
             pair, rest = f"{name}_pair_{index}", f"{name}_rest_{index + 1}"
@@ -77,14 +88,41 @@ class CopiedArguments:
         types = types if isinstance(types, list) else [types]
         if keywords != {"type"} or "string" not in types:
             return embedded_schema({**definitions, **schema}, format)
-        text, examples = "COPIED", schema.get("examples")
-        listed = [*(examples if isinstance(examples, list) else ()), schema.get("default")]
-        if given := [value for value in listed if isinstance(value, str)]:
+        text, listed = "COPIED", _listed(schema)
+        found = self._found(schema) if self._only_examples else []
+        if listed or found:
             text = f"LISTED_{len(self.rules)}"
-            choices = " | ".join(["RUN", *(json.dumps(_escaped(value)) for value in given)])
+            choices = " | ".join(map(_quoted_text, found) if found else ["RUN", *map(_quoted_text, listed)])
             self.rules.append(f'{text}: {self._opening} ({choices}) "\\""')
         others = [each for each in types if each != "string"]
         return f"({text} | {embedded_schema({'type': others}, format)})" if others else text
+
+    def _can_be_filled(self, schema: Any) -> bool:
+        """Tell whether the request has a value of a text that must be one of its examples."""
+        is_text = isinstance(schema, dict) and set(schema) - ANNOTATIONS == {"type"} and schema["type"] == "string"
+        return not (self._only_examples and is_text and _listed(schema)) or bool(self._found(schema))
+
+    def _found(self, schema: Mapping[str, Any]) -> list[str]:
+        """Return the examples of a text that occur in the request as whole words, in any case."""
+        return [each for each in _listed(schema) if each.strip() and _between_separators(each) in self._words]
+
+
+def _listed(schema: Mapping[str, Any]) -> list[str]:
+    """Return the texts among the examples and the default of a schema."""
+    examples = schema.get("examples")
+    listed = [*(examples if isinstance(examples, list) else ()), schema.get("default")]
+    return [value for value in listed if isinstance(value, str)]
+
+
+def _between_separators(text: str) -> str:
+    """Return the words of a text in lower case, each between separators that no word contains."""
+    words = (word for word in WORD.findall(text.casefold()) if not word.isspace())
+    return "\0" + "\0".join(words) + "\0"
+
+
+def _quoted_text(text: str) -> str:
+    """Return the Lark literal of a text within a JSON string."""
+    return json.dumps(_escaped(text))
 
 
 def _escaped(text: str) -> str:

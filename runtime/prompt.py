@@ -10,7 +10,7 @@ from typing import Any, Literal
 from .base.errors import UsageError
 from .call_reader import BEGIN_REASONING, END_REASONING, CallReader, ReasoningReader
 from .chat_template import Message, MessageEscape, render_chat
-from .copied_arguments import CopiedArguments
+from .copied_arguments import CopiedArguments, ToolArguments
 from .engines.scheduler import EngineScheduler
 from .grammar import GrammarConstraint
 from .tool_format import GENERIC, INSTRUCTIONS, ToolFormat, tool_format
@@ -32,8 +32,8 @@ class ToolUse:
     """True if an answer may have several calls."""
     otherwise: Mapping[str, Any] | None = None
     """JSON schema of an answer without calls. None: any text."""
-    copies: bool = False
-    """True if free texts in arguments must be runs of words of the messages of user and tools."""
+    arguments: ToolArguments = "any"
+    """Free texts in arguments: any, words of the messages of user and tools, or examples that occur in them."""
     strict: Collection[str] | None = None
     """Names of functions whose keywords must all be enforced. Those of others are ignored if they cannot be. None:
     all."""
@@ -61,7 +61,10 @@ class ChatPrompt:
         if use is None:
             return None
         tools = [tool for tool in use.tools if use.only in ("", tool["function"]["name"])]
-        copied = CopiedArguments(self.texts, are_spaced=self.format.has_spaced_texts) if use.copies else None
+        copied = None
+        if use.arguments != "any":
+            only_examples, is_spaced = use.arguments == "examples", self.format.has_spaced_texts
+            copied = CopiedArguments(self.texts, are_spaced=is_spaced, only_examples=only_examples)
         must_call = use.must_call or bool(use.only)
         grammar = self.format.grammar(
             tools, self.control, must_call=must_call, otherwise=use.otherwise, copied=copied, strict=use.strict

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from ..runtime.base import flags
 from ..runtime.base.errors import UsageError
+from ..runtime.copied_arguments import ToolArguments
 from ..runtime.generation import Overflow
 
 
@@ -69,8 +69,9 @@ class AppOptions:
     access_log: bool = False
     """Print a line for every request: time, client, path, status, bytes, seconds and the id in its header
     X-Request-Id."""
-    tool_arguments: Literal["any", "copy"] = "any"
-    """Default of the field tool_arguments. copy: free texts in arguments of calls are words of the request."""
+    tool_arguments: ToolArguments = "any"
+    """Default of the field tool_arguments. copy: free texts in arguments of calls are words of the request; examples:
+    those with examples in their schema are examples that occur in the request."""
     overflow: Overflow = "error"
     """Action when a chat exceeds the context window: error, or slide (remove the oldest tokens)."""
 

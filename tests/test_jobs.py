@@ -312,7 +312,7 @@ def test_copied_texts_of_a_model_that_knows_its_functions(artefact: Path) -> Non
     model = EngineModel(artefact, EngineOptions(threads=1))
     model.engine.chat_template = LEARNED_MARK + str(model.chat_template)
     chat = [{"role": "user", "content": "Light the Loft lamp"}]
-    prompt = tool_prompt(model.engine, chat, PromptOptions(ToolUse([tool], must_call=True, copies=True)))
+    prompt = tool_prompt(model.engine, chat, PromptOptions(ToolUse([tool], must_call=True, arguments="copy")))
     assert prompt.tokens == chat_prompt(model.engine, chat)  # it does not describe the function
     limits = AnswerOptions(max_tokens=200)
     call = json.loads("".join(Generation(model.engine, prompt.tokens, limits, prompt.constraint(model.engine))))

@@ -13,6 +13,7 @@ import pytest
 from efficientllm.runtime.base.errors import UnanswerableError, UsageError
 from efficientllm.runtime.call_reader import ArgumentsEvent, CallEvent, CallReader, TextEvent
 from efficientllm.runtime.chat_template import Message
+from efficientllm.runtime.copied_arguments import ToolArguments
 from efficientllm.runtime.engines.scheduler import EngineScheduler
 from efficientllm.runtime.grammar import GrammarConstraint
 from efficientllm.runtime.prompt import PromptOptions, ToolUse, chat_prompt, tool_prompt
@@ -92,7 +93,10 @@ QUESTION = {"role": "user", "content": "How is Rome?"}
 
 
 def accepts(engine: EngineScheduler, use: ToolUse, text: str, messages: Sequence[Message] = (QUESTION,)) -> bool:
-    constraint = tool_prompt(engine, messages, PromptOptions(use)).constraint(engine)
+    return is_accepted(tool_prompt(engine, messages, PromptOptions(use)).constraint(engine), engine, text)
+
+
+def is_accepted(constraint: GrammarConstraint | None, engine: EngineScheduler, text: str) -> bool:
     assert constraint is not None
     for token in engine.tokenize(text, special=False):
         logits = np.zeros(engine.vocab_size, np.float32)
@@ -205,7 +209,7 @@ REQUEST = 'Tell Ann\tto call "Größe & Co" at\nnoon'
 def test_arguments_are_copied_from_the_request(
     engine: EngineScheduler, arguments: dict[str, Any], expected: bool
 ) -> None:
-    use = ToolUse([{"type": "function", "function": REMIND}], must_call=True, copies=True)
+    use = ToolUse([{"type": "function", "function": REMIND}], must_call=True, arguments="copy")
     contents = (("system", "secret"), ("user", REQUEST), ("assistant", "secret"), ("tool", "number 7"))
     messages = [{"role": role, "content": content} for role, content in contents]
     text = call("remind", json.dumps(arguments, ensure_ascii=False))
@@ -213,22 +217,64 @@ def test_arguments_are_copied_from_the_request(
 
 
 def test_arguments_without_free_texts_follow_their_schema(engine: EngineScheduler) -> None:
-    assert accepts(engine, ToolUse(TOOLS, must_call=True, copies=True), ROME)
-    assert accepts(engine, ToolUse(TOOLS, copies=True), call("now", "{}"))
+    assert accepts(engine, ToolUse(TOOLS, must_call=True, arguments="copy"), ROME)
+    assert accepts(engine, ToolUse(TOOLS, arguments="copy"), call("now", "{}"))
     nested = {"type": "object", "properties": {"a": {"type": "string"}}, "propertyNames": {"maxLength": 3}}
-    use = ToolUse([{"type": "function", "function": {"name": "nested", "parameters": nested}}], copies=True)
+    use = ToolUse([{"type": "function", "function": {"name": "nested", "parameters": nested}}], arguments="copy")
     with pytest.raises(UsageError, match=r"^tool 'nested': parameters: `propertyNames` cannot be enforced"):
         tool_prompt(engine, [QUESTION], PromptOptions(use)).constraint(engine)
 
 
-@pytest.mark.parametrize("copies", [False, True])
+@pytest.mark.parametrize("format", [GENERIC, LEARNED])
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"name": "Lava Lamp"}, True),
+        ({"name": "lava lamp"}, False),
+        ({"name": "Lamp"}, False),
+        ({"name": "灯"}, True),
+        ({"floor": "first"}, False),
+        ({"name": "Lava Lamp", "level": 3}, True),
+        ({"name": "Lava Lamp", "scene": "turn on"}, True),
+        ({"name": "Lava Lamp", "scene": "party"}, False),
+    ],
+)
+def test_arguments_are_examples_that_occur_in_the_request(
+    engine: EngineScheduler, format: ToolFormat, arguments: dict[str, Any], expected: bool
+) -> None:
+    properties = {
+        "name": {"type": "string", "examples": ["Lava Lamp", "Lamp Shade", "lav", "灯"]},
+        "floor": {"type": "string", "examples": ["first", "second"]},
+        "level": {"type": "integer"},
+        "scene": {"type": "string"},
+    }
+    parameters = {"type": "object", "properties": properties}
+    tools = [{"type": "function", "function": {"name": "set", "parameters": parameters}}]
+    use = ToolUse(tools, must_call=True, arguments="examples")
+    messages = [{"role": "user", "content": "turn on the LAVA  lamp 和灯光"}]
+    prompt = replace(tool_prompt(engine, messages, PromptOptions(use)), format=format)
+    text = format.write([{"function": {"name": "set", "arguments": arguments}}])
+    assert is_accepted(prompt.constraint(engine), engine, text) == expected
+
+
+def test_a_required_argument_without_an_example_in_the_request_is_copied(engine: EngineScheduler) -> None:
+    name = {"type": "string", "examples": ["lava lamp"]}
+    only = {"type": "object", "properties": {"name": name}}
+    for required in (["name"], []):
+        tools = [{"type": "function", "function": {"name": "set", "parameters": {**only, "required": required}}}]
+        use = ToolUse(tools, must_call=True, arguments="examples")
+        assert accepts(engine, use, call("set", '{"name": "rome"}')) == bool(required)
+        assert accepts(engine, use, call("set", "{}")) == (not required)
+
+
+@pytest.mark.parametrize("kind", ["any", "copy"])
 def test_keywords_that_cannot_be_enforced_are_ignored_unless_the_function_is_strict(
-    engine: EngineScheduler, copies: bool
+    engine: EngineScheduler, kind: ToolArguments
 ) -> None:
     tags = {"type": "array", "items": {"type": "integer"}, "uniqueItems": True}
     parameters = {"type": "object", "properties": {"tags": tags}, "additionalProperties": False}
     tools = [{"type": "function", "function": {"name": "tag", "parameters": parameters}}]
-    use = ToolUse(tools, must_call=True, copies=copies, strict=())
+    use = ToolUse(tools, must_call=True, arguments=kind, strict=())
     assert accepts(engine, use, call("tag", '{"tags": [1, 1]}'))
     assert not accepts(engine, use, call("tag", '{"tags": ["a"]}'))
     with pytest.raises(UsageError, match=r"^tool 'tag': parameters: `uniqueItems` cannot be enforced"):
@@ -240,7 +286,8 @@ def test_keywords_that_cannot_be_enforced_are_ignored_unless_the_function_is_str
 def test_a_malformed_schema_is_refused_before_it_is_rewritten(
     engine: EngineScheduler, format: ToolFormat, wrong: Any
 ) -> None:
-    use = ToolUse([{"type": "function", "function": {"name": "odd", "parameters": wrong}}], copies=format == GENERIC)
+    kind: ToolArguments = "copy" if format == GENERIC else "any"
+    use = ToolUse([{"type": "function", "function": {"name": "odd", "parameters": wrong}}], arguments=kind)
     prompt = replace(tool_prompt(engine, [QUESTION], PromptOptions(use)), format=format)
     with pytest.raises(UsageError, match=r"^tool 'odd': parameters: "):
         prompt.constraint(engine)
@@ -288,8 +335,8 @@ def test_a_model_from_before_the_spaces_keeps_its_format() -> None:
     assert UNSPACED.write([{"function": {"name": "set", "arguments": {"name": "lamp"}}}]).endswith('"lamp"}}')
 
 
-@pytest.mark.parametrize("copies", [False, True])
-def test_a_grammar_of_a_learned_format_writes_the_spaces(engine: EngineScheduler, copies: bool) -> None:
+@pytest.mark.parametrize("kind", ["any", "copy"])
+def test_a_grammar_of_a_learned_format_writes_the_spaces(engine: EngineScheduler, kind: ToolArguments) -> None:
     properties = {
         "mode": {"enum": ["on", "off", 1]},
         "short": {"type": "string", "maxLength": 4},
@@ -298,7 +345,7 @@ def test_a_grammar_of_a_learned_format_writes_the_spaces(engine: EngineScheduler
     }
     parameters = {"type": "object", "properties": properties, "$defs": {"room": {"enum": ["loft"]}}}
     tools = [{"type": "function", "function": {"name": "set", "parameters": parameters}}]
-    prompt = tool_prompt(engine, [QUESTION], PromptOptions(ToolUse(tools, must_call=True, copies=copies)))
+    prompt = tool_prompt(engine, [QUESTION], PromptOptions(ToolUse(tools, must_call=True, arguments=kind)))
     constraint = replace(prompt, format=LEARNED).constraint(engine)
     assert constraint is not None
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, PrivateAttr, ValidationError, model_validator
 
+from ...runtime.copied_arguments import ToolArguments
 from ...runtime.prompt import ToolUse
 from ...runtime.sampling import SamplingOptions
 from .api_error import validation_message
@@ -228,8 +229,9 @@ class ChatRequest(CompletionRequest):
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] = Field([])
     tool_choice: ToolChoiceOption = "auto"
     parallel_tool_calls: Bool = True
-    tool_arguments: Literal["any", "copy"] = "any"
-    """With copy, free texts in arguments are runs of words of the messages, or examples of their schemas."""
+    tool_arguments: ToolArguments = "any"
+    """copy: free texts in arguments are runs of words of the messages, or examples of their schemas. examples: those
+    with examples are examples that occur in the messages."""
     reasoning_effort: ReasoningEffort | None = None
     """Sets enable_thinking of the chat template, false for none, and its variable reasoning_effort."""
     chat_template_kwargs: Json = Field({})
@@ -271,8 +273,8 @@ class ChatRequest(CompletionRequest):
         tools = [tool.as_template_value() for tool in self.tools]
         otherwise = self.response_format.answer_schema()
         strict = {tool.function.name for tool in self.tools if tool.function.strict}
-        copies = self.tool_arguments == "copy"
-        return ToolUse(tools, self.tool_choice == "required", only, self.parallel_tool_calls, otherwise, copies, strict)
+        must_call, arguments = self.tool_choice == "required", self.tool_arguments
+        return ToolUse(tools, must_call, only, self.parallel_tool_calls, otherwise, arguments, strict)
 
     @property
     def stops(self) -> list[str]:

@@ -35,8 +35,9 @@ BOOTSTRAP_SAMPLES = 1000
 WORST = 20
 """Missed examples on the page of misses."""
 
-Constrain = Literal["none", "schema", "copy"]
-"""Grammar of calls: none, the functions and their schemas, or in addition texts that are copied from the request."""
+Constrain = Literal["none", "schema", "copy", "examples"]
+"""Grammar of calls: none, the functions and their schemas, or in addition texts that are copied from the request, or
+those examples of their schemas that occur in it."""
 
 Values = dict[str, float]
 """{name: value in [0, 1]}; NaN if the value does not apply to the example."""
@@ -332,7 +333,7 @@ def run_job(
     began = time.perf_counter()
     if constrain != "none" and isinstance(model, EngineModel):
         chats = [each.prompt for each in examples]
-        answered = model.answer_with_tools(chats, constrain == "copy", max_tokens)
+        answered = model.answer_with_tools(chats, "any" if constrain == "schema" else constrain, max_tokens)
     else:
         prompts = [model.encode_markup(chat_format.chat_prompt(each.prompt)) for each in examples]
         answered = model.answer(prompts, max_tokens)

@@ -15,6 +15,7 @@ import numpy as np
 
 from ...runtime.base.errors import ModelError
 from ...runtime.base.files import sha256_of
+from ...runtime.copied_arguments import ToolArguments
 from ...runtime.engines.artefact import GENAI_CONFIG, Artefact
 from ...runtime.engines.engine import EngineOptions, load_engine
 from ...runtime.generation import AnswerOptions, Generation
@@ -104,13 +105,13 @@ class EngineModel:
         for prompt in prompts:
             yield "".join(Generation(self.engine, prompt, AnswerOptions(max_tokens=max_tokens)))
 
-    def answer_with_tools(self, chats: Sequence[Chat], copies: bool, max_tokens: int) -> Iterator[str]:
+    def answer_with_tools(self, chats: Sequence[Chat], arguments: ToolArguments, max_tokens: int) -> Iterator[str]:
         """Yield the greedy answer to each chat, whose calls a grammar limits to its functions.
 
-        With `copies`, free texts in arguments are words of the request.
+        `arguments` limits free texts in arguments.
         """
         for chat in chats:
-            options = PromptOptions(ToolUse(chat.tools, copies=copies)) if chat.tools else None
+            options = PromptOptions(ToolUse(chat.tools, arguments=arguments)) if chat.tools else None
             prompt = tool_prompt(self.engine, chat.messages, options)
             limits = AnswerOptions(max_tokens=max_tokens)
             yield "".join(Generation(self.engine, prompt.tokens, limits, prompt.constraint(self.engine)))
