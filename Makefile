@@ -6,7 +6,10 @@ OUT := build/quickstart
 REQUEST := add oat milk to the shopping list
 # Test requests that each trained model answers.
 EXAMPLES := 200
-EVAL := $(BIN)/efficientllm-eval --task $(OUT)/data/test.jsonl --metric call --task-tokens 96
+EVAL := $(BIN)/efficientllm-eval --metric call --task-tokens 96
+FREE := --task $(OUT)/data/test.jsonl
+# The names of the home's devices, rooms and floors are known.
+NAMED := --task $(OUT)/data/test_named.jsonl --constrain examples
 BENCH := $(BIN)/efficientllm-bench --prompt-tokens 22 --decode-tokens 25 --depths 0 --rounds 2
 TABLE = $(BIN)/python -m research.jobs.table $(OUT)/data --scores $(OUT)/scores/*/results.json --bench $(OUT)/bench*.json --output $(OUT)
 # More for pytest, as: make test PYTEST_OPTIONS="-k gguf"
@@ -94,20 +97,20 @@ quickstart: $(VENV)/.quickstart
 	$(BIN)/efficientllm-train --preset job --tokens 114688 --data $(OUT)/data/train.jsonl --output $(OUT)/run --overwrite
 	$(BIN)/efficientllm-export $(OUT)/run --target gguf --quantize q4_0 --output $(OUT)/home --overwrite
 	$(BIN)/efficientllm-export demo --target gguf --quantize q8_0 --output $(OUT)/source --overwrite
-	$(EVAL) $(OUT)/home --task-limit $(EXAMPLES) --output $(OUT)/scores/pruned-free
-	$(EVAL) $(OUT)/home --task-limit $(EXAMPLES) --constrain copy --output $(OUT)/scores/pruned-copied
-	$(EVAL) $(OUT)/source --task-limit 20 --output $(OUT)/scores/source-described
+	$(EVAL) $(OUT)/home $(FREE) --task-limit $(EXAMPLES) --output $(OUT)/scores/pruned-free
+	$(EVAL) $(OUT)/home $(NAMED) --task-limit $(EXAMPLES) --output $(OUT)/scores/pruned-named
+	$(EVAL) $(OUT)/source $(FREE) --task-limit 20 --output $(OUT)/scores/source-described
 	$(BENCH) $(OUT)/source $(OUT)/home --json $(OUT)/bench.json
 	$(TABLE)
-	$(BIN)/python -m research.jobs.ask $(OUT)/home $(OUT)/data/test.jsonl "$(REQUEST)"
+	$(BIN)/python -m research.jobs.ask $(OUT)/home $(OUT)/data/test_named.jsonl "$(REQUEST)"
 
 # After make quickstart: the unpruned model, fine-tuned on the same tokens. Its rows join the table and the picture.
 quickstart-whole: $(VENV)/.quickstart
 	$(BIN)/efficientllm-train --functions learned --sequence-length 256 --learning-rate 4e-4 --tokens 114688 --prune none --no-quality --data $(OUT)/data/train.jsonl --output $(OUT)/whole --overwrite
 	for type in q8_0 q4_0; do \
 	  $(BIN)/efficientllm-export $(OUT)/whole --target gguf --quantize $$type --output $(OUT)/whole-$$type --overwrite && \
-	  $(EVAL) $(OUT)/whole-$$type --task-limit $(EXAMPLES) --output $(OUT)/scores/whole-$$type-free && \
-	  $(EVAL) $(OUT)/whole-$$type --task-limit $(EXAMPLES) --constrain copy --output $(OUT)/scores/whole-$$type-copied || exit; \
+	  $(EVAL) $(OUT)/whole-$$type $(FREE) --task-limit $(EXAMPLES) --output $(OUT)/scores/whole-$$type-free && \
+	  $(EVAL) $(OUT)/whole-$$type $(NAMED) --task-limit $(EXAMPLES) --output $(OUT)/scores/whole-$$type-named || exit; \
 	done
 	$(BENCH) $(OUT)/whole-q8_0 $(OUT)/whole-q4_0 --json $(OUT)/bench-whole.json
 	$(TABLE)

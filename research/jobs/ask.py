@@ -2,7 +2,8 @@
 
     python -m research.jobs.ask ARTEFACT TEST "turn on the lamp in the loft"
 
-TEST is test.jsonl of the job, whose functions are sent. Free texts in arguments are copied from the request.
+TEST is test_named.jsonl of the job, whose functions are sent. Free texts in arguments are copied from the request, and
+names are those of the home.
 """
 
 from __future__ import annotations
@@ -51,13 +52,13 @@ def main() -> None:
     """Print the request and its call, with the time of a second, warm request."""
     parser = argparse.ArgumentParser(description="Ask a served model for a call.")
     parser.add_argument("artefact", type=Path)
-    parser.add_argument("test", type=Path, help="test.jsonl of the job")
+    parser.add_argument("test", type=Path, help="test_named.jsonl of the job")
     parser.add_argument("request")
     arguments = parser.parse_args()
     with arguments.test.open(encoding="utf-8") as rows:
         tools = json.loads(next(rows))["tools"]
     messages = [{"role": "user", "content": arguments.request}]
-    body = {"messages": messages, "tools": tools, "tool_arguments": "copy", "temperature": 0, "max_tokens": 96}
+    body = {"messages": messages, "tools": tools, "tool_arguments": "examples", "temperature": 0, "max_tokens": 96}
     port = free_port()
     command = [sys.executable, "-m", "efficientllm.server.cli", str(arguments.artefact), "--port", str(port)]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -3,7 +3,9 @@
     python -m research.jobs.home FOLDER --train 16000 --test 1000
 
 writes train.jsonl and test.jsonl: OpenAI fine-tuning chats whose answers are `tool_calls`. The chats of the test have
-all functions in `tools`. Those of training have none, for --functions learned. Everything follows from the seed.
+all functions in `tools`. Those of training have none, for --functions learned. test_named.jsonl has the chats of the
+test with the names of the home's devices, rooms and floors as `examples` in `tools`, for --constrain examples.
+Everything follows from the seed.
 
 A fifth of the templates of every intent is kept for the test, and rooms, devices and items of the test are others than
 in training, so that the test measures unseen phrasing and unseen names. Training names are many and mostly made up: a
@@ -659,43 +661,71 @@ def make_job(train: int, test: int, seed: int = 0, words: Sequence[str] = ()) ->
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def make_tools(language: Language) -> dict[str, dict[str, Any]]:
-    """Describe every intent as a tool of OpenAI's API, from the slots of its templates."""
-    slots: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
+def make_tools(language: Language, *, with_names: bool = False) -> dict[str, dict[str, Any]]:
+    """Describe every intent as a tool of OpenAI's API, from the slots of its templates.
+
+    With `with_names`, slots that only hold names of the test's home have these names as examples.
+    """
+    slots: dict[str, dict[str, Slot]] = defaultdict(dict)
     for template in language.templates:
         found = slots[template.intent]
         for name, value in template.fixed:
-            _merge(found.setdefault(name, {"type": "string", "enum": []}), [value])
+            found.setdefault(name, Slot()).values.append(value)
         for list_name, slot in language.lists_of(parse_sentence(template.text).expression):
-            content = language.lists.get(list_name, {})
-            if "values" in content:
-                values = [each["out"] if isinstance(each, dict) else each for each in content["values"]]
-                kind = "string" if isinstance(values[0], str) else "integer"
-                _merge(found.setdefault(slot, {"type": kind, "enum": []}), values)
-            elif "range" in content:
-                found[slot] = {"type": "number" if content["range"].get("fractions") else "integer"}
-            else:
-                found[slot] = {"type": "string"}
+            found.setdefault(slot, Slot()).add(list_name, language.lists.get(list_name, {}), template.domains)
     return {
         intent: {
             "type": "function",
             "function": {
                 "name": intent,
                 "description": _description(intent),
-                "parameters": {"type": "object", "properties": slots[intent]},
+                "parameters": {
+                    "type": "object",
+                    "properties": {name: slot.schema(with_names) for name, slot in slots[intent].items()},
+                },
             },
         }
         for intent in dict.fromkeys(template.intent for template in language.templates)
     }
 
 
-def _merge(schema: dict[str, Any], values: Iterable[Any]) -> None:
-    """Add values to an enumeration. An open slot stays open, and a slot of two types becomes open."""
-    if "enum" in schema:
-        schema["enum"] = list(dict.fromkeys([*schema["enum"], *values]))
-        if len({type(value) for value in schema["enum"]}) > 1:
-            schema.pop("enum")
-            schema["type"] = ["string", "number"]
+@dataclass
+class Slot:
+    """What the templates of an intent write into one of its slots."""
+
+    values: list[Any] = field(default_factory=list)
+    """Values that are listed."""
+    numbers: set[str] = field(default_factory=set)
+    """Types of the numbers, "integer" or "number"."""
+    names: list[str] = field(default_factory=list)
+    """Names of the test's home."""
+    is_open: bool = False
+    """True if it holds other texts."""
+
+    def add(self, list_name: str, content: Mapping[str, Any], domains: Sequence[str]) -> None:
+        """Add the values of a list that a template draws from."""
+        if "values" in content:
+            self.values += [each["out"] if isinstance(each, dict) else each for each in content["values"]]
+        elif "range" in content:
+            self.numbers.add("number" if content["range"].get("fractions") else "integer")
+        elif list_name in ("name", "area", "floor"):
+            self.names += NewNames.all_of(list_name, domains)
+        else:
+            self.is_open = True
+
+    def schema(self, with_names: bool) -> dict[str, Any]:
+        """Return the JSON schema of its values."""
+        if self.is_open or self.names:
+            examples = {"examples": [*dict.fromkeys(self.names)]} if with_names and not self.is_open else {}
+            return {"type": "string", **examples}
+        listed = [*dict.fromkeys(self.values)]
+        texts = [value for value in listed if isinstance(value, str)]
+        if self.numbers:
+            number = {"type": max(self.numbers)}  # a number may also be an integer
+            return {"anyOf": [number, {"type": "string", "enum": texts}]} if texts else number
+        if texts and len(texts) < len(listed):
+            return {"type": ["string", "number"]}
+        return {"type": "string" if texts else "integer", "enum": listed}
 
 
 def _description(intent: str) -> str:
@@ -720,17 +750,19 @@ def as_chat(request: Request, tools: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_job(folder: Path, train: int, test: int, seed: int) -> None:
-    """Write train.jsonl and test.jsonl. Rows of the test also name their template."""
+    """Write train.jsonl, test.jsonl and test_named.jsonl. Rows of the tests also name their template."""
     folder.mkdir(parents=True, exist_ok=True)
-    tools = make_tools(Language.load())
+    language = Language.load()
+    tools = make_tools(language)
     training, held_out = make_job(train, test, seed)
     _write_lines(folder / "train.jsonl", [as_chat(request, tools) for request in training])
-    about = [
-        {"tools": [*tools.values()], "template": each.template, "is_new_template": each.is_new_template}
-        for each in held_out
-    ]
-    rows = zip(held_out, about, strict=True)
-    _write_lines(folder / "test.jsonl", [{**as_chat(request, tools), **more} for request, more in rows])
+    for name, shown in (("test", tools), ("test_named", make_tools(language, with_names=True))):
+        about = [
+            {"tools": [*shown.values()], "template": each.template, "is_new_template": each.is_new_template}
+            for each in held_out
+        ]
+        rows = zip(held_out, about, strict=True)
+        _write_lines(folder / f"{name}.jsonl", [{**as_chat(request, tools), **more} for request, more in rows])
 
 
 def _write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
