@@ -17,9 +17,9 @@ from ...runtime.engines.manifest import cache_bytes
 from ...runtime.latency.shape import Workload
 from ..model.architecture import Architecture
 
-PROCESS_BYTES = 100_000_000
+PROCESS_BYTES = 95_000_000
 """Python with the libraries of the engine, and the engine's buffers for passes of up to 512 tokens."""
-TOKEN_BYTES = 180
+TOKEN_BYTES = 280
 """Tables and buffers of the engine for each token of the vocabulary."""
 SAME_FILE = 0.03
 """Largest relative difference of bytes between a planned file and an exported one of the same type."""
