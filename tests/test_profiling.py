@@ -57,6 +57,11 @@ def test_stacks_are_taken_apart_into_what_they_are_made_of(build: Callable[[Deco
         assert profile.prefill_ms(shape, 32) == pytest.approx(32 * true_ms(shape, 0))
 
 
+def test_shapes_of_a_source_of_one_layer_have_one_layer() -> None:
+    one = DecoderShape(128, 32, 512, (LayerShape(4, 2, 256),))
+    assert {len(shape.layers) for shape in irregular_shapes(one, 20)} == {1}
+
+
 def test_a_feature_of_another_name_is_refused() -> None:
     row = features(attention=1, heads=3)
     assert dict(zip(FEATURES, row, strict=True)) == dict.fromkeys(FEATURES, 0.0) | {"attention": 1.0, "heads": 3.0}

@@ -181,7 +181,8 @@ def irregular_shapes(source: DecoderShape, count: int, seed: int = 0) -> list[De
 def _irregular_shape(source: DecoderShape, random: np.random.Generator) -> DecoderShape:
     hidden = _random_multiple(random, source.hidden_size // 2, source.hidden_size)
     vocab = _random_multiple(random, source.vocab_size // 8, source.vocab_size)
-    count = int(random.integers(max(2, len(source.layers) // 3), len(source.layers) + 1))
+    most = len(source.layers)
+    count = int(random.integers(min(most, max(2, most // 3)), most + 1))
     layers = tuple(_irregular_layer(source.layers[0], random) for _ in range(count))
     return DecoderShape(hidden, source.head_dim, vocab, layers)
 
