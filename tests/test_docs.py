@@ -91,11 +91,29 @@ def test_the_image_and_the_service_start_the_server() -> None:
     unit = (ROOT / "deploy" / "efficientllm.service").read_text(encoding="utf-8")
     image = (ROOT / "deploy" / "Dockerfile").read_text(encoding="utf-8")
     (service,) = re.findall(r"^ExecStart=(.+)$", unit, re.MULTILINE)
-    entry, default = (json.loads(words) for words in re.findall(r"^(?:ENTRYPOINT|CMD) (.+)$", image, re.MULTILINE))
+    entry, default = entry_and_default(image)
     for program, *arguments in (shlex.split(service), [*entry, *default]):
         assert Path(program).name == "efficientllm-serve"
         assert serve_parser().parse(arguments)["artefact"]
-    assert re.search(r"^USER (?!root)", image, re.MULTILINE)
+
+
+def test_the_image_of_training_starts_a_run() -> None:
+    image = (ROOT / "deploy" / "Dockerfile.train").read_text(encoding="utf-8")
+    entry, default = entry_and_default(image)
+    assert entry == ["efficientllm"]
+    assert default[0] in COMMANDS
+    (command,) = re.findall(r"docker run .* efficientllm-train (train .+)$", image, re.MULTILINE)
+    values = train_parser().parse(shlex.split(command)[1:])
+    values.pop("print_config")
+    assert configuration(values).run.output
+
+
+def entry_and_default(image: str) -> tuple[list[str], list[str]]:
+    """Return the program of a Dockerfile that does not end as root, and its default arguments."""
+    (user,) = re.findall(r"^USER (.+)$", image, re.MULTILINE)
+    assert user not in {"root", "0"}
+    entry, default = re.findall(r"^(?:ENTRYPOINT|CMD) (.+)$", image, re.MULTILINE)
+    return json.loads(entry), json.loads(default)
 
 
 PYTHON_BLOCKS = [
