@@ -106,6 +106,7 @@ class PruningEvent:
         former = None
         if self.settings.recover != "none" and pruner.is_above(target):
             former = frozen_loss(trained)
+        # rows first: block prices and the refit then read text in the tokens that the model will have
         rows = vocabulary = None
         if pruner.is_vocabulary_due:
             rows, vocabulary = self._prune_vocabulary()
@@ -127,6 +128,7 @@ class PruningEvent:
         pruner, settings, shape = self.pruner, self.settings, self.pruner.architecture
         splits = self._expected_splits()
         if settings.vocabulary_rows is not None:
+            # the target of 0 is out of reach: the selection ends at `fixed_rows`, which is at least this number
             rules = replace(pruner.rules, kinds=("vocabulary",), blocks=(), measure=PARAMETERS, price=None)
             selected = select_removal(shape, {"vocabulary": [torch.from_numpy(splits)]}, rules, 0)
             return self._remove_rows(selected), {"rows": selected.after.vocab_size}
@@ -154,6 +156,7 @@ class PruningEvent:
         removal = pruner.add(Removal(shape, after, all_groups(shape) | {"vocabulary": rows}, units))
         if pruner.blocks is not None:
             pruner.blocks.shift_renewal(pruner.size)
+        # at once, whatever --compact-every says: from now on text has the new numbers of the tokens
         pruner.compact(self.trained)
         self.parallel.together(lambda: switch_vocabulary(pruner, self.trained, self.text))
         return removal

@@ -86,6 +86,7 @@ class ReaderScores(RunningScores):
     def _is_stem_norm(self, module: str) -> bool:
         return is_stem_norm(f"{module}.weight", self.architecture)
 
+    # Evaluations and measurements of block prices run the same modules in eval mode, and must not count as training.
     def _input_hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         return lambda module, arguments: self.observe(name, arguments[0]) if module.training else None
 

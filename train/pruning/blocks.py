@@ -149,6 +149,7 @@ class WholeModel:
     def divergence(self, states: Tensor, head: Tensor) -> float:
         """Return KL(whole model ‖ model with these states) over all tokens, in nats."""
         log_sums = _log_sums(states, head, self.likely)
+        # the states are subtracted before the product: the products of both are large and nearly equal
         expected = ((states.float() - self.states) * self.mean_rows).sum(-1)
         return float((log_sums - self.log_sums - expected).double().sum())
 
@@ -272,6 +273,7 @@ class BlockScores:
             for layer, loss in enumerate(self._losses[name]):
                 amplitude = float(self._amplitudes(scores[whole][layer]).sum()) if whole in scores else 0.0
                 self._factors[half][layer] = loss / amplitude if amplitude > 0 else 0.0
+        # without the whole layers, whose sums are no measurement: `is_outdated` asks for one before a removal
         self._current, self._renewed_at = set(keys), size
 
     def shift_renewal(self, size: float) -> None:
@@ -302,10 +304,12 @@ class BlockScores:
         """Return the scores of groups as expected loss, together with those of the blocks."""
         all_factors = torch.cat(list(self._factors.values()))
         known = all_factors[all_factors > 0]
-        typical = float(known.median()) if len(known) else 1.0  # the scale does not matter if only the stem is scored
+        # a stem channel lies in all blocks at once and has no price of its own; the scale does not matter if only the
+        # stem is scored
+        typical = float(known.median()) if len(known) else 1.0
         found: Scores = {}
         for name, vectors in scores.items():
-            factors = torch.full((len(vectors),), typical, dtype=torch.float64)  # of groups in all blocks at once
+            factors = torch.full((len(vectors),), typical, dtype=torch.float64)
             for half, (_, kinds) in HALVES.items():
                 if name in kinds:
                     factors = self._factors[half]

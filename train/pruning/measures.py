@@ -64,6 +64,8 @@ def bytes_of_file(quantize: str, vocabulary_bytes: int, num_rows: int | None = N
     def of_tensors(shape: Architecture) -> int:
         return gguf_bytes(shape, quantize, 0, head_type, head_type)
 
+    # A candidate changes one layer, so the sum is taken over single layers: their shapes repeat and are cached, and
+    # without the rows they are the same for every vocabulary. The types of some files depend on a layer's place.
     def of_layers(architecture: Architecture) -> int:
         if depends_on_place(quantize):
             return of_tensors(architecture)

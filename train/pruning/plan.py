@@ -157,6 +157,7 @@ class DroppingSchedule:
         if not self.removals:
             return self.source + share * (self.target - self.source)
         levels = self._levels()
+        # share 0 gives the first level and only share 1 the last: the first removal is at the start, not a step later
         return levels[math.floor(share * (len(levels) - 1))]
 
     def _levels(self) -> list[float]:
@@ -166,7 +167,7 @@ class DroppingSchedule:
             share = (larger - smaller) / (self.source - self.target)
             number = max(1, round(self.removals * share))
             levels += [larger + index / number * (smaller - larger) for index in range(1, number)]
-            levels.append(smaller)
+            levels.append(smaller)  # exactly the size that was asked for, which the formula could miss by rounding
         return levels
 
 
@@ -223,6 +224,7 @@ def make_pruning_plan(
     uniform = settings.layout == "uniform"
     # an explicit shape is reached channel by channel, whatever its widths are multiples of
     multiple = settings.width_multiple if floor is None else 1
+    # a token that must stay is written with its parts, so these must stay as well
     fixed_rows = len(with_parts(pieces, pieces.fixed)) if pieces is not None else 0
     fixed_rows = max(fixed_rows, settings.vocabulary_rows or 0)
     measures = budget.measure, _price(settings)

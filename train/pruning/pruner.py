@@ -125,7 +125,7 @@ class Pruner:
     def add(self, removal: Removal) -> Removal:
         """Record a removal, and return it together with earlier ones that are still in the tensors."""
         kept, before = removal.kept, removal.before
-        if self.zeroed is not None:
+        if self.zeroed is not None:  # the tensors still have the shape from before the earlier removals
             kept, before = compose(self.zeroed.kept, kept), self.zeroed.before
         self.survivors = compose(self.survivors, removal.kept)
         self.architecture = removal.after
@@ -142,7 +142,7 @@ class Pruner:
         self.tracker.keep(removal.after, removal.kept)
         if self.is_done:
             self.tracker.detach()
-        else:
+        else:  # under FSDP the compacted model is a new one without hooks
             self.tracker.attach(trained.model)
         if self.grams is not None:
             self.grams.keep(removal)

@@ -72,6 +72,7 @@ class LeastSquares:
         `check` is called before every forward pass of a part and may raise.
         """
         self.stem = self.stem.to(windows.device)
+        # the windows count tokens of the pruned vocabulary, and the former model still has the whole one
         former_windows = windows if self.rows is None else self.rows.to(windows.device)[windows]
         stream = self.model.embed_tokens(windows).float()
         former_stream = self.former.embed_tokens(former_windows).float()
@@ -249,11 +250,12 @@ class InputGrams:
             kept = kept.to(gram.device)
             removed = removed_positions(kept, len(gram)).to(gram.device)
             absorption = compensation(gram, kept, self.damping)
+            # q, k and v read the same input, so one Gram matrix and one solution serve all of them
             layer, suffix = split_name(name)
             for reader in self.readers[suffix]:
                 parameter = model.get_parameter(f"model.layers.{layer}.{reader}.weight")
                 weight = full(parameter.detach()).clone()
-                absorbed = weight[:, removed].to(absorption.dtype) @ absorption
+                absorbed = weight[:, removed].to(absorption.dtype) @ absorption  # W_P H_PQ (H_QQ + lambda I)^-1
                 weight[:, kept] += absorbed.to(weight.dtype)
                 scatter(parameter.data, weight)
 
@@ -287,4 +289,5 @@ def compensation(gram: Tensor, kept: Tensor, damping: float) -> Tensor:
     if scale <= 0:  # the inputs were never active: there is nothing to absorb
         return torch.zeros(len(removed), len(kept), dtype=torch.float64, device=gram.device)
     h_qq.diagonal().add_(damping * scale)
+    # H is symmetric, so (H_QQ^-1 H_QP)^T = H_PQ H_QQ^-1: one solution instead of an inverse
     return torch.linalg.solve(h_qq, hessian[kept][:, removed]).T

@@ -71,6 +71,7 @@ class RowProbe:
         texts = [retokenizer.retokenize(text) for text in self._texts]
         further_nats = self._nats(texts, self._all_rows[torch.tensor(kept)]) - self._nats_before
         price = self._mean(further_nats, _num_tokens(texts) - _num_tokens(self._texts))
+        # a short sample may have none of the removed tokens, or be cheaper by chance; the first estimate then stays
         if math.isfinite(price) and price > 0:
             self.price = price
 
@@ -105,6 +106,7 @@ class RowProbe:
             window[1 : 1 + len(target)] = rows[target]
 
         def read(states: Tensor, head: Tensor) -> float:
+            # the head of the remaining rows only: their softmax, as after the removal
             nats, kept_head = 0.0, head[rows]
             pairs = zip(states.split(LOGIT_ROWS), torch.cat(targets).split(LOGIT_ROWS), strict=True)
             for some_states, some_targets in pairs:

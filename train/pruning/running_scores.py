@@ -62,7 +62,7 @@ class RunningScores:
         outweighs a later one.
         """
         self.num_observations += 1
-        if not self.scores:
+        if not self.scores:  # the share of the first step is 1
             self.scores = observed
             return
         share = (1.0 - self.decay) / (1.0 - self.decay**self.num_observations)
@@ -102,5 +102,6 @@ class RandomScores(RunningScores):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
+        # checkpoints load to the device of training, and this generator draws on the CPU
         self.scores = {name: [vector.cpu() for vector in vectors] for name, vectors in self.scores.items()}
         self.generator.set_state(state["generator"].cpu())

@@ -83,9 +83,11 @@ class SaliencyTracker(RunningScores):
             if not wanted or (gradient is None and self.criterion.uses_gradient):
                 continue
             weight = parameter.detach().float()
+            # a criterion without gradients gets the weight in their place, which it does not read
             terms = self.criterion.elementwise(weight, weight if gradient is None else gradient.float())
             for dim in wanted:
                 if axes == ("vocab", "hidden"):
+                    # not one signed sum over the vocabulary, in which unrelated rows would cancel (see Fold)
                     _add_blocks(sums, name, terms, 3 * self.architecture.hidden_size)
                     continue
                 owner = layer if axes[dim] != "hidden" else _stem_piece(layer, name, self.architecture)

@@ -109,6 +109,7 @@ def smallest_architecture(architecture: Architecture, rules: SelectionRules) -> 
             step = kind.step(architecture, layer, rules.width_multiple)
             least = step if name != "vocabulary" else round_up(max(step, rules.fixed_rows), step)
             architecture = kind.shrink(architecture, layer, max(0, count - least))
+    # `can_remove_block` is asked again after each removal, so one block of every kind stays
     for name in rules.blocks:
         for layer in range(len(architecture.layers)):
             if can_remove_block(name, architecture, layer):
@@ -188,8 +189,10 @@ class Ranking:
         self.rules = rules
         self.floor = smallest_architecture(architecture, replace(rules, blocks=()))
         """Smallest shape for steps. Blocks are removed as a whole."""
+        # on the CPU, where the positions in `kept` are: a selection is thousands of operations on a few numbers
         self._scores = {kind: [vector.double().cpu() for vector in vectors] for kind, vectors in scores.items()}
-        # equal ones stay in order, so that every rank and every resumed run agrees
+        # sorted once: scores do not change within a ranking. Equal ones stay in order, so that every rank and every
+        # resumed run agrees.
         self._order = {
             kind: [vector.argsort(stable=True) for vector in vectors] for kind, vectors in self._scores.items()
         }
@@ -229,6 +232,7 @@ class Ranking:
 
     def _candidate(self, name: str, layer: int | None) -> Unit | None:
         key = (name, layer)
+        # None is cached as well: a candidate at its floor is not tried again until `take` drops it
         if key not in self._cache:
             if name in BLOCKS:
                 assert layer is not None
@@ -342,7 +346,7 @@ class Ranking:
         for layer, positions in unit.parts:
             row = layer or 0
             removed = torch.tensor(positions)
-            if unit.kind == "kv_group":
+            if unit.kind == "kv_group":  # before the groups, by whose places the heads are found
                 self._take_query_heads(row, removed)
             kept[row] = _without_values(kept[row], removed)
             self.architecture = kind.shrink(self.architecture, row, len(positions))
@@ -375,7 +379,8 @@ def select_removal(
     units: list[Unit] = []
     while rules.measure.of(ranking.architecture) > target:
         unit = ranking.peek()
-        if unit is None and ranking.rules.price is not None:  # no unit frees any of the ranking measure
+        # a unit may free bytes of the budget and no millisecond of the ranking, so the target may still be in reach
+        if unit is None and ranking.rules.price is not None:
             ranking.rank_by_measure()
             unit = ranking.peek()
         if unit is None or stop_before(unit, units):

@@ -105,6 +105,7 @@ def _parents(model: Any, name: str) -> list[tuple[nn.Module, str]]:
 @torch.no_grad()
 def remove_groups(model: Any, removal: Removal, optimizer: torch.optim.Optimizer | None = None) -> None:
     """Physically remove groups, in place: parameters, optimizer state, norms and config. Gradients are dropped."""
+    # whole blocks first: their tensors would otherwise be sliced to a width of 0
     _remove_blocks(model, removal.after, optimizer)
     slots = _slots(optimizer)
     for name in [name for name, _ in model.named_parameters()]:
@@ -129,6 +130,7 @@ def _shrink_in_place(
         setattr(module, attribute, new)
     if optimizer is None or old not in slots:
         return
+    # torch keys the state by the parameter object; an entry that stays under `old` keeps its memory alive
     parameters, index = slots.pop(old)
     parameters[index] = new
     if old in optimizer.state:
@@ -147,6 +149,7 @@ def _remove_blocks(model: Any, after: Architecture, optimizer: torch.optim.Optim
         if not shape.intermediate_size and not isinstance(layer.mlp, NoFeedForward):
             layer.mlp = NoFeedForward()
             removed_norms += block_norms(after.parts, "ffn")
+        # transformers' layer still calls its norms, so they stay as modules without a gain
         for name in removed_norms:
             setattr(layer, name, nn.Identity())
     if optimizer is None or not gone:
@@ -171,6 +174,7 @@ def _slots(optimizer: torch.optim.Optimizer | None) -> Slots:
 def _update_modules(model: Any, removal: Removal) -> None:
     """Update module attributes and the config to the new tensor shapes."""
     after = removal.after
+    # transformers' attention repeats keys and values by this attribute and does not read the config again
     for layer, shape in zip(model.model.layers, after.layers, strict=True):
         if shape.num_attention_heads:
             layer.self_attn.num_key_value_groups = shape.queries_per_group
@@ -181,7 +185,7 @@ def _update_modules(model: Any, removal: Removal) -> None:
             module.num_embeddings, module.embedding_dim = module.weight.shape
     if removal.after.vocab_size != removal.before.vocab_size:
         _renumber(model, removal)
-    set_survivors(model, None)
+    set_survivors(model, None)  # the zeroed channels are gone, so the mean is over all channels again
     update_config(model.config, removal)
     scales = Scales.of(model.config.to_dict(), after)
     for name in stem_norms(after):
@@ -196,6 +200,7 @@ def _renumber(model: Any, removal: Removal) -> None:
     kept = removal.kept["vocabulary"][0].tolist()
     renumber_settings(model.config, kept)
     renumber_settings(model.generation_config, kept)
+    # torch gives the row of padding_idx no gradient; the old index would freeze another token
     model.model.embed_tokens.padding_idx = model.config.pad_token_id
 
 
@@ -222,6 +227,7 @@ def zero_groups(model: Any, removal: Removal, optimizer: torch.optim.Optimizer |
     set_survivors(model, kept_channels(removal.kept, removal.before, None, "hidden"))
     for name, parameter in model.named_parameters():
         tensors = [parameter.data]
+        # a moment that is not 0 would move a zeroed weight in the next step, also with a gradient of 0
         if optimizer is not None:
             state = optimizer.state.get(parameter, {})
             tensors += [value for value in state.values() if _is_per_weight(value)]
@@ -296,6 +302,7 @@ def _empty_shards(
 ) -> tuple[Any, TrainingLoss, nn.Module]:
     """Return (a sharded model of this shape without values, its loss, the callable of a step)."""
     parallel = trained.parallel
+    # sharded before it has memory: no rank ever holds the whole model
     with torch.device("meta"):
         model: Any = build(config, architecture).to(dtype)
     loss = trained.loss.around(model)
@@ -312,7 +319,7 @@ def frozen_loss(trained: TrainedModel) -> TrainingLoss:
     loss, model = trained.loss, trained.model
     if trained.parallel.mode != "fsdp":
         return loss.around(frozen_copy(model, loss.dtype, trained.parallel.device))
-    reshard(loss)
+    reshard(loss)  # the last forward pass may have left whole weights, and the copy below is shard by shard
     config = copy.deepcopy(model.config)
     former, former_loss, _ = _empty_shards(trained, config, architecture_of(config), loss.dtype)
     for parameter, copied in zip(model.parameters(), former.parameters(), strict=True):
@@ -325,6 +332,7 @@ def _move_shards(model: Any, smaller: Any, removal: Removal, optimizer: torch.op
     """Fill the shards of `smaller` with the surviving parts of `model`, and give its parameters to the optimizer."""
     replaced: dict[Tensor, Any] = {}
     new_parameters = dict(smaller.named_parameters())
+    # `full` and `distribute_tensor` are collective: every rank visits the same parameters in the same order
     for name, old in model.named_parameters():
         state = optimizer.state.pop(old, None)
         new: Any = new_parameters.get(name)
