@@ -74,6 +74,7 @@ def run_training(config: TrainConfig) -> Path | None:
     Raises an EfficientLLMError for anything that the user can correct, before any work is lost.
     """
     config, folder = with_resume(config), Path(config.run.output)
+    # a finished run stays as it is for --resume-or-start, and where only branches of --sizes are missing
     is_left = config.run.resume and is_finished(folder) and (config.run.resume_or_start or unfinished_sizes(folder))
     if is_left:
         for flag in allowed_changes(config):
@@ -296,6 +297,7 @@ def stored_weights(model: Any, dtype: torch.dtype, keeps: bool = True) -> dict[s
     weights: dict[str, Tensor] = {}
     beyond = None
     for name, parameter in model.named_parameters():
+        # collective, so a rank that keeps nothing takes part as well
         weight = full(parameter.detach()).to(dtype)
         if beyond is None and not torch.isfinite(weight).all():
             beyond = name

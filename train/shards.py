@@ -51,8 +51,9 @@ def read_shards(model: Any, folder: Path | None, device: torch.device, parallel:
     Without a folder the values are undefined, for a checkpoint to fill.
     """
     model.to_empty(device=device)
-    model.tie_weights()
+    model.tie_weights()  # `to_empty` gives a tied head memory of its own
     make_buffers(model)
+    # buffers are no shards: they stay on the device of the products also when parameters are kept in host memory
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(parallel.device))

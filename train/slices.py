@@ -130,6 +130,7 @@ def select_slice(
                 ranking.take(Unit(kind, ((layer, (0,)),), 0.0, 0.0))
             continue
         kept, wanted = survivors[kind][row], torch.tensor(positions)
+        # other units of the log were removed before the trained size, which this slice starts from
         if torch.isin(wanted, kept).all():
             places = torch.searchsorted(kept, wanted)
             ranking.take(Unit(kind, ((layer, tuple(places.tolist())),), 0.0, 0.0))
@@ -142,7 +143,7 @@ def _cut(run: Path, size: str, larger: Member, smaller: Member, budget: Budget) 
     survivors = kept_from_json(described["survivors"], Architecture.from_dict(described["source"]))
     removal = select_slice(read_metrics(run), larger.architecture, survivors, budget)
     former, tokenizer = load_source(str(larger.folder / "model"))
-    model = copy.deepcopy(former)
+    model = copy.deepcopy(former)  # the fit compares with the model before the removal
     remove_groups(model, removal)
     hardware = choose_hardware(config.run.device, config.run.dtype, config.run.threads)
     alone = Parallel("ddp", hardware.device)

@@ -225,7 +225,7 @@ class Trainer:
         """Write the last checkpoint and the model, then measure it. Returns False if a signal stopped that."""
         if self.saved_step != self.progress.step:
             self._save_if_there_is_room()
-        if self.rounding is not None:
+        if self.rounding is not None:  # after the checkpoint, whose weights must stay unrounded for --resume
             reshard(self.trained.loss)
             self.rounding.make_permanent(self.model)
         write_model()
@@ -269,6 +269,7 @@ class Trainer:
             )
         seconds = time.monotonic() - start
         self.progress.seconds += seconds
+        # kept until its removal is done: a checkpoint of an interrupted removal continues from here
         self.unfinished = UnfinishedStep(record, is_usable, seconds)
         return self._finish_step(self.unfinished)
 

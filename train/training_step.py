@@ -73,6 +73,7 @@ class TrainingStep:
             record["skipped"] = True
             progress.skipped_in_a_row += 1
         elif not self.parallel.any(any(map(count_predicted, microbatches))):
+            # its gradient is 0, but AdamW would still move the weights by their moments and the decay
             self._skip_untargeted_step(record)
         else:
             is_usable = True
@@ -106,6 +107,7 @@ class TrainingStep:
         device = self.parallel.device
         position, cpu_state = self.stream.state(), torch.get_rng_state()
         gpu_state = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        # only a step of several microbatches can be interrupted after a forward pass has changed the Gram matrices
         is_checked = self.settings.gradient_accumulation > 1
         grams = self.pruner.copy_grams() if self.pruner is not None and is_checked else None
 
@@ -145,7 +147,7 @@ class TrainingStep:
         return accumulate_gradients(trained.wrapped_loss, model, microbatches, self.pruner, self.parallel, check)
 
     def _update_weights(self, grad_norm: Tensor) -> None:
-        if self.pruner is not None:
+        if self.pruner is not None:  # only now: a step that is skipped must leave no saliency
             self.pruner.finish_step()
         for group in self.trained.optimizer.param_groups:
             group["lr"] = learning_rate(self.settings, self.progress.tokens + self.tokens)

@@ -222,6 +222,7 @@ def stash_run(folder: Path) -> None:
     entries = run_entries(folder)
     if not entries:
         return
+    # ASIDE appears at once and whole. MOVING alone tells the next command that a process was killed within this loop.
     moving = folder / MOVING
     moving.mkdir()
     for entry in entries:
@@ -257,6 +258,6 @@ def recover(folder: Path, resumes: bool) -> None:
 
 def delete_replaced_run(folder: Path) -> None:
     """Delete the old run, before the new one writes its first checkpoint or its model."""
-    if has_stashed_run(folder):
+    if has_stashed_run(folder):  # renamed first: a half-deleted run must not be restored
         (folder / ASIDE).rename(folder / DELETED)
     shutil.rmtree(folder / DELETED, ignore_errors=True)

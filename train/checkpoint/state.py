@@ -106,7 +106,8 @@ class HashingWriter(FileSystemWriter):
 
 def _weights_and_moments(model: Any, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
     """Return the tensors of model and optimizer by parameter. A tied head and embedding are one."""
-    model.state_dict()  # under FSDP it puts shards back where an evaluation left whole tensors, which have no moments
+    # under FSDP it puts shards back where an evaluation left whole tensors, which have no moments
+    model.state_dict()
     parameters = dict(model.named_parameters())
     weights = {name: parameter.detach() for name, parameter in parameters.items()}
     return {"model": weights, "optimizer": {name: optimizer.state[each] for name, each in parameters.items()}}

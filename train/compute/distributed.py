@@ -138,6 +138,7 @@ class Parallel:
             return work()
         result: Any = None
         error: Exception | None = None
+        # Only errors that users can correct are exchanged. Any other ends its rank, and torchrun then ends the rest.
         try:
             result = work() if self.is_main or not only_main else None
         except (EfficientLLMError, OSError) as raised:

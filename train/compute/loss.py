@@ -298,6 +298,7 @@ class TrainingLoss(nn.Module):
         if text is None:
             return Reference(hidden.index_select(0, predicted), weight)
         places = text.places[predicted]
+        # where the texts have no common end, the first state stands in: `is_known` says that it is not used
         return Reference(hidden[places.clamp(min=0)], weight, text.first, places >= 0)
 
     def _teacher_states(self, teacher: Any, tokens: Tensor) -> Tensor:

@@ -43,9 +43,10 @@ class AdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             updated = [_local_tensors(each, self.state[each]) for each in group["params"] if each.grad is not None]
             plain = [each for each in updated if each.is_of_one_type]
+            # torch's kernel reads the number of the step and does not count it
             if updated:
                 torch._foreach_add_([each.step for each in updated], 1)
-            if plain:
+            if plain:  # one call for all tensors; only those of one type can share it
                 if gradient_scale is not None:
                     torch._foreach_mul_([each.tensors[1] for each in plain], gradient_scale)
                 _fused(group, plain)

@@ -163,7 +163,7 @@ class ChatFormat:
                 rendered = answered
         except UsageError as error:
             raise DataError(f"a chat of {len(chat.messages)} turns: {error}") from error
-        if chat.is_cut and spans:
+        if chat.is_cut and spans:  # without the end of the turn, which the model did not write
             answer, content = spans[-1].text, chat.messages[-1]["content"].strip()
             spans[-1] = Span(answer[: answer.rfind(content) + len(content)], True)
         return spans
@@ -235,6 +235,7 @@ class Encoder:
         A text ends with the end-of-text token and a chat with the end of a turn. Raises DataError for a chat that the
         source's template cannot render.
         """
+        # all texts in one call, which tokenizers encodes in parallel
         texts = iter(tokenize(self.tokenizer, [each for each in documents if isinstance(each, str)]))
         return [
             self._encode_chat(each) if isinstance(each, Chat) else np.asarray([*next(texts), self.separator], np.int32)

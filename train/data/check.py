@@ -184,6 +184,7 @@ def rendered(ids: np.ndarray, tokenizer: PreTrainedTokenizerBase, marks: tuple[s
     for run in np.split(ids, np.flatnonzero(np.diff(ids >= 0)) + 1):
         is_learned = bool(run[0] >= 0)
         text = str(tokenizer.decode((run if is_learned else ~run).tolist()))
+        # somebody's text must not control the terminal
         text = "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
         parts.append(f"{marks[0]}{text}{marks[1]}" if is_learned else text)
     return "".join(parts)

@@ -94,6 +94,7 @@ def write_corpus(
             with _gzipped(file) if output.name.endswith(".gz") else contextlib.nullcontext(file) as stream:
                 for document in _interleave(inputs, config, report):
                     stream.write((_record(document) + "\n").encode())
+            # inside the block, whose failure keeps a file that --overwrite would replace
             if not any(each.num_taken for each in inputs):
                 short = sum(each.num_short for each in inputs)
                 limit = f"all {short} have fewer than {config.min_characters} characters"

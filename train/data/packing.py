@@ -112,6 +112,7 @@ class ShuffledDocuments:
         if self.stored is not None:
             documents = iter(self.stored.documents[start:])
         else:
+            # held-out documents are left out before the count, so that blocks are the same for stored tokens
             documents = (each for each in open_documents(self.spec) if not is_held_out(each, self.held_out_fraction))
             documents = itertools.islice(documents, start, None)
         self._blocks = iter(lambda: list(itertools.islice(documents, SHUFFLE_BLOCK)), [])

@@ -39,6 +39,7 @@ class PrefetchedStream(PackedStream):
             self._rewind()
         ahead, self._ahead = self._ahead, None
         windows = ahead.result() if ahead is not None else super().next_windows(count)
+        # noted before the thread moves it: a checkpoint needs the position after the windows that were returned
         self._position, self._count = super().state(), count
         self._ahead = self._worker.submit(super().next_windows, count)
         return windows

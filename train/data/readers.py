@@ -134,6 +134,7 @@ def _read_txt(stream: IO[bytes], context: ReadContext) -> Iterator[str]:
                 raise context.error(f"line {number} contains zero bytes; it is {hint}")
             lines.append(line)
             size += len(line)
+            # at a blank line, so that no paragraph is cut
             if size >= TEXT_DOCUMENT_CHARACTERS and not line.strip():
                 yield "".join(lines)
                 lines, size = [], 0

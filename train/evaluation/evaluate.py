@@ -180,6 +180,7 @@ def evaluate(
 ) -> Evaluation:
     """Measure the model at `path`. A call with the `cache_folder` of an interrupted one continues it."""
     check(measures)
+    # A cached score is that of the same weights in the same precision.
     digest = fingerprint(path)
     precision = compute.dtype if is_checkpoint(path) else "engine"
 

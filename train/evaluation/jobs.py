@@ -346,6 +346,7 @@ def run_job(
     format = tool_format(model.chat_template, model.bos_token, model.eos_token)
     answers = [format.plain(text) for text in written]
     found = [score(answer, example) for answer, example in zip(answers, examples, strict=True)]
+    # in the order of the first example, whose first value is the score
     names = dict.fromkeys(name for each in found for name in each)
     values = {name: [each.get(name, math.nan) for each in found] for name in names}
     whole = {"macro F1": macro_f1([each.expected for each in examples], answers)} if metric == "label" else {}

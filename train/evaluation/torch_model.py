@@ -75,7 +75,7 @@ class TorchModel:
         rows: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for index, request in enumerate(requests):
             rows[request.tokens[:-1]].append(index)
-        ordered = sorted(rows, key=len, reverse=True)
+        ordered = sorted(rows, key=len, reverse=True)  # so that little of a batch is padding
         while ordered:
             size = max(1, self.batch_tokens // len(ordered[0]))
             batch, ordered = ordered[:size], ordered[size:]

@@ -175,6 +175,7 @@ def _of_block(config: Mapping[str, Any], block: Mapping[str, Any]) -> Widths:
     elif ffn.get("intermediate_size"):
         found[WIDTHS[2]] = whole_number(ffn, "intermediate_size")
     elif ffn.get("ffn_mult"):
+        # as DeciLM's own code computes it
         width = int(2 * positive_number(ffn, "ffn_mult") * whole_number(config, "hidden_size") / 3)
         found[WIDTHS[2]] = round_up(width, 256)
     return found

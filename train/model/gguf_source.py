@@ -152,6 +152,7 @@ def _settings(arch: str, values: Mapping[str, Any], parts: Family) -> dict[str, 
 
 def _llama3(config: Mapping[str, Any], factors: np.ndarray) -> dict[str, Any]:
     """Return the rope settings that give these divisors of the frequencies, [head_dim / 2]."""
+    # the longest wavelengths are divided by the whole factor, and no other by more
     rope = {**config["rope_parameters"], **LLAMA3, "rope_type": "llama3", "factor": float(factors.max())}
     computed = frequency_factors(rope, config["head_dim"])
     if computed is None or computed.shape != factors.shape or not np.allclose(computed, factors, rtol=1e-3):
@@ -181,7 +182,7 @@ def _stored(tensor: Any, arch: str, head_dim: int) -> Stored:
 
     from .stored_tensors import Stored
 
-    shape = tuple(int(size) for size in reversed(tensor.shape))
+    shape = tuple(int(size) for size in reversed(tensor.shape))  # ggml has the contiguous dimension first
     is_rotated = arch in INTERLEAVED and tensor.name.split(".")[-2] in ("attn_q", "attn_k")
 
     def read() -> torch.Tensor:

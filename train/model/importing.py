@@ -94,6 +94,7 @@ def stock_model(found: ForeignModel, state: dict[str, torch.Tensor]) -> Any:
     config = AutoConfig.for_model(found.model_type, **{**found.settings, **sizes})
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config)
+    # the modules have the widths of the config, but a product takes those of the weight that it is given
     model.get_output_embeddings().weight = nn.Parameter(state[HEAD], requires_grad=False)
     for name, tensor in to_stock(
         {name: each for name, each in state.items() if name != HEAD}, architecture, torch.stack

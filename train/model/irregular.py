@@ -233,7 +233,7 @@ def save_checkpoint(
     require_room(folder / "model.safetensors", sum(tensor.numel() * tensor.element_size() for tensor in state.values()))
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     values = json.loads(config.to_json_string(use_diff=False))
-    values.pop("_name_or_path", None)
+    values.pop("_name_or_path", None)  # a path of the machine that trained the model
     write_config(values, folder)
     generation: GenerationConfig | None = getattr(model, "generation_config", None)
     if generation is not None:

@@ -51,6 +51,7 @@ def widened_tables(rope: dict[str, Any], rotary_dim: int, head_dim: int, length:
     """
     cos, sin = rope_tables(rope, rotary_dim, length)
     missing = ((0, 0), (0, (head_dim - rotary_dim) // 2))
+    # the angle 0: these channels stay as they are
     return np.pad(cos, missing, constant_values=1.0), np.pad(sin, missing)
 
 

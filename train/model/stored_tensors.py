@@ -229,6 +229,7 @@ def _qkv(
 
             yield part, tensor.changed((rows // 3, *rest), take)
         return
+    # q has as many rows as o_proj has inputs, and k and v share the rest: this holds for grouped queries, too
     output = tensors.get(f"{block}.o_proj.weight")
     if output is None or (rows - output.shape[1]) % 2 or rows < output.shape[1]:
         raise ModelError(f"{block}.{kind} has {rows} rows, which o_proj does not divide into q, k and v")

@@ -47,7 +47,7 @@ class Grid:
         rows, columns = weight.shape
         block = self.block or columns
         width = -(-columns // block) * block
-        if width != columns:
+        if width != columns:  # as the exporters pad: the zeros of the last block take part in its scale
             weight = functional.pad(weight, (0, width - columns))
         weights = None
         if importance is not None:
@@ -86,6 +86,7 @@ def _as_fp16(scales: Tensor) -> Tensor:
 def round_q4_0(blocks: Tensor, out: Tensor) -> None:
     """Round to codes -8 to 7, the largest weight at -8, scale in fp16 (ggml-quants.c, quantize_row_q4_0_ref)."""
     scales = _largest(blocks) / -8
+    # codes come from the fp32 scale and values from the stored fp16 one, as llama.cpp computes both
     torch.mul(blocks, _inverse(scales), out=out)
     out.add_(8.5).trunc_().clamp_(0, 15).sub_(8)
     out.mul_(_as_fp16(scales))

@@ -103,7 +103,7 @@ def _observed_modules(model: Any) -> Iterator[tuple[str, nn.Module]]:
 
 def _observed_for(parameter: str) -> Sequence[str]:
     """Return the observed modules for a matrix. The first observed one counts."""
-    if parameter == HEAD:
+    if parameter == HEAD:  # the loss multiplies with its weight and does not call the module
         return (FINAL_NORM,)
     name = parameter.removesuffix(".weight")
     layer, _, matrix = name.rpartition(".self_attn.")
@@ -170,6 +170,7 @@ class RoundedWeights:
         observing = self.inputs.observing(model) if uses_inputs else contextlib.nullcontext()
         unrounded: dict[nn.Parameter, Tensor] = {}
         try:
+            # a rank rounds its own rows: a block lies within a row, and FSDP shards by rows
             for name, parameter in model.named_parameters():
                 if name in grids:
                     rounded = self._round(model, grids[name], name, local(parameter.data))
@@ -190,6 +191,7 @@ class RoundedWeights:
                 own.copy_(self._round(model, grids[name], name, own))
 
     def _round(self, model: Any, grid: Grid, name: str, weight: Tensor) -> Tensor:
+        # only as the head does a tied matrix multiply an input
         multiplies = HEAD if name == EMBEDDING and model.config.tie_word_embeddings else name
         return grid.round(weight, self.inputs.of(multiplies, weight.shape[1]))
 

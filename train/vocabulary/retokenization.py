@@ -106,6 +106,7 @@ class Retokenizer:
         for left in range(min(EDGE_TOKENS, len(values))):
             if values[left][:1] and 0x80 <= values[left][0] < 0xC0:  # within a character
                 continue
+            # at most 3 tokens belong to a character of 4 bytes whose end is missing
             for right in range(min(4, len(values) - left)):
                 inner = self.target.encode(b"".join(values[left : len(values) - right]))
                 if inner is not None:
@@ -132,6 +133,7 @@ class TokenAligner:
         self._first = torch.zeros(num_rows, dtype=torch.int64)
         self._first[torch.as_tensor(list(kept))] = torch.arange(len(kept))
         for index in self._source.bytes.keys() - set(kept):
+            # The bare model, because the token's text has passed the normalizer and pre-tokenizer already.
             tokens = self._model.backend.model.tokenize(source.convert_ids_to_tokens(index))
             self._first[index] = tokens[0].id if tokens else self._model.spell(self._source.bytes[index])[0]
 

@@ -81,6 +81,7 @@ def _prune_data(data: dict[str, Any], new_ids: Mapping[int, int]) -> dict[str, A
     else:
         vocab = {text: new_ids[index] for text, index in model["vocab"].items() if index in new_ids}
         model["vocab"] = vocab
+        # tokenizers refuses a merge whose parts or result are not in the vocabulary
         pairs = merges_of(model)
         model["merges"] = [(a, b) for a, b in pairs if a in vocab and b in vocab and a + b in vocab]
     for token in data.get("added_tokens", []):

@@ -177,8 +177,10 @@ def contract(quality: Quality, reference: Quality, reference_name: str) -> dict[
     bits = {"bits_per_byte": quality.bits_per_byte, "reference": reference.bits_per_byte}
     quality = quality.in_tokens_of(reference)
     kinds = {kind: _paired(quality.texts[kind], reference.texts[kind]) for kind in quality.texts}
+    # the relative error of a ratio is the error of its difference in nats
     errors = [each["ratio_stderr"] / each["ratio"] for each in kinds.values()]
     nats, reference_nats = quality.nats, reference.nats
+    # of the mean of independent kinds
     error = math.sqrt(sum(each * each for each in errors)) / len(errors)
     found: dict[str, Any] = {
         "reference": reference_name,
