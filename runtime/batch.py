@@ -172,6 +172,7 @@ class Batch:
         if len(self._active) == 1:
             error = ContextOverflowError("the caches of this model are full; load it with a larger --cache-memory")
             return self._fail(self._active, error)
+        # always the youngest, so that the oldest gets to its end
         youngest = self._active.pop()
         youngest.lease.release()
         self._waiting.appendleft(youngest)
@@ -191,6 +192,7 @@ class Batch:
         for answers in (self._active, self._waiting):
             if generation in answers:
                 answers.remove(generation)
+        # Python may give the id of a freed answer to a new one, so nothing may stay under it.
         self._owners.pop(id(generation), None)
         self._shared = {pair: length for pair, length in self._shared.items() if id(generation) not in pair}
         generation.lease.release()

@@ -146,6 +146,7 @@ class MessageEscape:
 
     def _replace(self, found: re.Match[str]) -> str:
         text = found[0]
+        # a tag that is no control token stays readable for the template
         is_tag = len(text) > 1 and text not in self._controls.texts
         return text if is_tag or text[0] not in self._placeholders else self._placeholders[text[0]] + text[1:]
 
@@ -158,6 +159,7 @@ class MessageEscape:
         text = self.restore(rendered)
         if self._controls.positions(text) == self._controls.positions(rendered):  # no message has control tokens
             return self._tokenize(text, special=True)
+        # Pieces without placeholders are joined and tokenized in one call: a cut may change the tokens beside it.
         tokens: list[int] = []
         pending = ""
         for piece in self._controls.split(rendered):

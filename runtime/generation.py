@@ -248,7 +248,7 @@ class Generation:
         self.lease.draft = []
         if self._proposer is not None and not self.is_over:
             room = self.engine.context_length - len(self.tokens)
-            left = self.max_tokens - self.stats.completion_tokens - 1
+            left = self.max_tokens - self.stats.completion_tokens - 1  # the pass itself gives one token more
             self.lease.draft = self.engine.draft(self._proposer, min(room, left))
 
     def _append_forced(self) -> str:
@@ -293,6 +293,7 @@ class Generation:
 
     def _choose(self, logits: np.ndarray) -> int | None:
         """Return the next token, None if the constraint forbids all."""
+        # log-probabilities are those of the model, and mask, biases and penalties change the logits in place
         changes = self.constraint is not None or self.sampler.changes_logits
         found = logits.copy() if self.top_logprobs is not None and changes else logits
         if self.constraint is not None:
@@ -318,6 +319,7 @@ class Generation:
 
     def _slide(self) -> None:
         """Drop the oldest half of the window except its first tokens."""
+        # half of it at once: the positions of all later tokens change, so they are evaluated again
         room = self.engine.context_length // 2
         sink = min(SINK_TOKENS, room // 2)
         self.tokens = self.tokens[:sink] + self.tokens[len(self.tokens) - (room - sink) :]

@@ -164,6 +164,7 @@ def _in_one_line(message: str) -> str:
 
 def _too_large_multiples(source: str) -> str:
     """Return the `multipleOf` of a grammar if their least common multiple exceeds MAX_MULTIPLE, else ""."""
+    # the source is JSON, in which a key may be written with escapes and still be the same key
     plain = re.sub(r"\\u00([0-7][0-9a-fA-F])", lambda found: chr(int(found[1], 16)), source)
     numbers: list[str] = list(
         dict.fromkeys(re.findall(r'"multipleOf"\s*:\s*(-?[0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)', plain))
@@ -260,6 +261,7 @@ class GrammarConstraint:
         """Set forbidden tokens to -inf in the fp32 `logits` [V], in place."""
         self._matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
         self._require(not self._matcher.is_error())  # no token is allowed, or the state grew too large
+        # `count` leaves out the added end token of a model without one, and the rest of the last 32 bits
         allowed = np.unpackbits(self._bits.view(np.uint8), count=self._size, bitorder="little").view(bool)
         logits[~allowed] = -np.inf
 
@@ -287,6 +289,7 @@ class _Vocabulary:
     bos_token_id = None
 
     def __init__(self, engine: EngineScheduler, control_tokens: frozenset[int]) -> None:
+        # weak: llguidance keeps this object, and _TOKENIZERS must not keep its own key alive
         self._engine = weakref.ref(engine)
         ends = sorted(engine.end_ids)
         self.eos_token_id = ends[0] if ends else engine.vocab_size
@@ -326,7 +329,7 @@ def _compiled(engine: EngineScheduler, control_tokens: frozenset[int], grammar: 
     tokenizer, key = _tokenizer_of(engine, control_tokens), (grammar.source, control_tokens)
     with _LOCK:
         known = _COMPILED.setdefault(engine, OrderedDict())
-        if key in known:
+        if key in known:  # a copy, because a matcher changes with the tokens of its answer
             known.move_to_end(key)
             return known[key].deep_copy()
     matcher = grammar.parse_on_large_stack(lambda: _matcher()(tokenizer, grammar.source, log_level=0))

@@ -70,6 +70,7 @@ class Sampler:
         """Start an answer to `prompt`. `logit_bias` {token: number} is added to logits first. -inf forbids a token."""
         options = options.with_defaults({})
         self.options = options
+        # numpy refuses negative seeds, which OpenAI's API allows
         self.random = np.random.default_rng(None if options.seed is None else options.seed % 2**63)
         self._biased = np.array(sorted(logit_bias or {}), dtype=np.intp)
         self._bias = np.array([value for _, value in sorted((logit_bias or {}).items())], dtype=np.float32)
@@ -131,6 +132,7 @@ class Sampler:
             if not min_p and top_p == 1.0:
                 return self._draw_of_all(every)
             total = every.sum(dtype=np.float64)
+            # the weight of the most likely token is 1, so min_p is a limit of weights
             kept = np.flatnonzero(every >= min_p) if min_p else _nucleus(every, top_p * total)
             kept = kept[np.argsort(-every[kept], kind="stable")]
             weights = every[kept].astype(np.float64)

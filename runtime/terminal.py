@@ -253,7 +253,7 @@ class Terminal:
             editor.set_history_length(HISTORY_LENGTH)
             with contextlib.suppress(OSError):  # the cache folder cannot be written
                 file.parent.mkdir(parents=True, exist_ok=True)
-                file.touch(mode=0o600)
+                file.touch(mode=0o600)  # first: readline would create it readable for everybody
                 editor.write_history_file(file)
 
 

@@ -81,6 +81,7 @@ def _terminating() -> Iterator[None]:
         print("terminated", file=sys.stderr, flush=True)
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # not an exit code: whoever started the process sees that the signal ended it
     signal.raise_signal(signal.SIGTERM)
 
 
@@ -100,10 +101,10 @@ def run_command(body: Callable[[Sequence[str]], int], argv: Sequence[str] | None
             return body(arguments)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 130
+        return 130  # 128 + SIGINT, as a shell shows it
     except BrokenPipeError:
-        sys.stderr.close()
-        return 141
+        sys.stderr.close()  # Python would report there that it cannot flush stdout
+        return 141  # 128 + SIGPIPE
     except (EfficientLLMError, OSError) as error:
         if debug:
             raise

@@ -67,7 +67,7 @@ def writing(path: Path) -> Iterator[None]:
     """Raise DiskFullError for `path` if the block fails because the disk is full."""
     try:
         yield
-    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):  # no failed write, whatever room the disk has
         raise
     except DiskFullError as error:  # of a temporary file below `path`
         raise DiskFullError(path, error.reason) from error
@@ -136,6 +136,7 @@ def written_atomically(path: Path) -> Iterator[IO[bytes]]:
     Raises DiskFullError or OSError.
     """
     place = path.resolve()
+    # beside the target: a rename replaces a file at once only within one file system
     temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
     try:
         with writing(path):
@@ -190,7 +191,7 @@ def folder_written_atomically(
     try:
         with writing(path):
             yield temporary
-            barrier()
+            barrier()  # the files of all processes are complete
             if is_main:
                 _sync_tree(temporary)
                 _put_in_place(temporary, place, replaced)
@@ -203,6 +204,7 @@ def folder_written_atomically(
 
 def _put_in_place(new: Path, path: Path, replaced: Path) -> None:
     """Rename `new` to `path` and remove the old folder. Nothing is deleted before both renames have succeeded."""
+    # a rename replaces no folder that has files
     if path.exists():
         shutil.rmtree(replaced, ignore_errors=True)
         path.rename(replaced)
@@ -216,6 +218,7 @@ def _put_in_place(new: Path, path: Path, replaced: Path) -> None:
 
 
 def _sync_tree(folder: Path) -> None:
+    # folders as well: after a power failure a file whose folder was not synced may have no name
     for entry in [folder, *folder.rglob("*")]:
         descriptor = os.open(entry, os.O_RDONLY)
         try:

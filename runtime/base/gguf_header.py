@@ -94,6 +94,7 @@ def read_header(path: Path) -> GgufHeader:
             name = reader.text()
             sizes = [reader.scalar("Q") for _ in range(reader.scalar("I"))]
             found.append((name, tuple(reversed(sizes)), reader.scalar("I"), reader.scalar("Q")))
+        # offsets count from the first aligned byte after the header, not from the start of the file
         alignment = values.get("general.alignment", 32)
         start = round_up(reader.at, alignment)
         tensors = tuple(TensorInfo(name, shape, kind, start + offset) for name, shape, kind, offset in found)

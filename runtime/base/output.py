@@ -167,6 +167,7 @@ def locked_output(path: Path, flag: str = "--output") -> Iterator[None]:
     try:
         yield
     finally:
+        # removed while it is locked: a process that opened the file before sees that it is gone, see `_acquire`
         lock_path.unlink(missing_ok=True)
         lock.close()
 
@@ -191,7 +192,7 @@ def _acquire(lock_path: Path, shown: str) -> IO[str]:
 
 
 def _try_lock(lock: IO[str]) -> bool:
-    if fcntl is None:
+    if fcntl is None:  # on Windows two commands may write one folder
         return True
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

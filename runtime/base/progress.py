@@ -75,6 +75,7 @@ class ProgressDisplay:
             self._bars.update(task.bar, completed=done, total=total, description=text or f"{name} {done}/{total}")
         elif now - self._last_line >= LINE_SECONDS or done >= total:
             self._last_line = now
+            # from the first update on: a resumed task begins in the middle
             speed = (done - task.first_done) / (now - task.began) if now > task.began else 0.0
             remaining = f"  ETA {format_duration(max(0, total - done) / speed)}" if speed else ""
             self.say(f"{text or f'{name}: {done}/{total}'}{remaining}")

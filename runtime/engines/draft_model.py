@@ -128,6 +128,7 @@ class DraftModel:
     def _cache_of(self, answer: DraftedAnswer, tokens: Sequence[int]) -> SequenceCache:
         """Return the cache with the longest prefix of `tokens` but the last: the answer's own, if it has one."""
         cache, known = answer.cache, answer.num_known
+        # another number of the last use: another answer took the cache since, which nobody holds between two drafts
         if cache is None or cache.last_used != answer.last_used or len(cache.tokens) < known:
             return self._caches.assign(answer, tokens)
         right = common_length(cache.tokens[known:], tokens[known:], max(0, len(tokens) - 1 - known))
@@ -149,6 +150,7 @@ class DraftModel:
         while True:
             token = int(logits.argmax())
             proposal = self.tokens.to_target[token]
+            # the sum is 1 / p of the likeliest token
             is_likely = np.exp(logits - logits[token]).sum() * MIN_PROBABILITY <= 1
             if proposal < 0 or proposal in self._end_ids or not is_likely:
                 break

@@ -61,9 +61,10 @@ class HfTokenizer:
             return b""
         if not self._is_sentencepiece:
             alphabet = byte_alphabet()
+            # added tokens are stored as plain text, which may have characters outside the alphabet
             known = all(character in alphabet for character in text)
             return bytes(alphabet[character] for character in text) if known else text.encode("utf-8")
-        if len(text) == 6 and text.startswith("<0x"):
+        if len(text) == 6 and text.startswith("<0x"):  # a byte that no other token writes, such as <0x0A>
             return bytes([int(text[3:5], 16)])
         return text.replace("▁", " ").encode("utf-8")
 

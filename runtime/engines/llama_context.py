@@ -90,6 +90,7 @@ class LlamaContext:
         self._llama = llama
         parameters = llama.llama_context_default_params()
         slots = -(-slots // SLOT_MULTIPLE) * SLOT_MULTIPLE
+        # not unified, each sequence would have a fixed share of the slots, and a copy of a prefix would take new ones
         parameters.n_ctx, parameters.n_seq_max, parameters.kv_unified = slots, num_sequences, True
         self.max_batch = min(MAX_PASS_TOKENS, slots)
         """Largest number of tokens of one pass. More would end the process."""
@@ -159,6 +160,7 @@ class LlamaContext:
         self._batch.n_tokens = num_rows
         status = self._thread.run(self._llama.llama_decode, self._context, self._batch)
         if status:
+            # llama.cpp keeps the tokens that it evaluated before an abort, and `extend` must change all or nothing
             for chunk in chunks:
                 self.truncate(chunk.sequence, self._lengths[chunk.sequence])
             raise {1: CacheFullError, 2: EvaluationInterrupted}.get(status, RuntimeError)(f"llama_decode: {status}")
@@ -167,6 +169,7 @@ class LlamaContext:
         return wanted_rows
 
     def _logits(self, row: int) -> np.ndarray:
+        # a copy: the next pass writes into the same memory
         pointer = self._llama.llama_get_logits_ith(self._context, row)
         return np.ctypeslib.as_array(pointer, shape=(self.vocab_size,)).astype(np.float32, copy=True)
 
@@ -192,6 +195,7 @@ class LlamaContext:
         buffer = (ctypes.c_ubyte * len(state)).from_buffer_copy(state)
         read = self._llama.llama_state_seq_set_data(self._context, buffer, len(state), sequence)
         last = self._llama.llama_memory_seq_pos_max(self._memory, sequence)
+        # a state that is read in part would answer a prompt from positions that have no values
         if read != len(state) or last != length - 1:
             self._llama.llama_memory_seq_rm(self._memory, sequence, -1, -1)
             return False

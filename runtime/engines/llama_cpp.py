@@ -81,6 +81,7 @@ class LlamaCppEngine:
         attention = choose_attention(path, release, options.kv_cache, self.num_sequences, make, options.tune)
         bytes_per_token = attention.bytes_per_token(*_cache_shape(path.parent, self._metadata))
         slots = self.context_length * min(self.num_sequences, SHARED_CONTEXTS)
+        # never less than a whole window: a single chat must be able to use the context that was asked for
         if options.cache_memory and bytes_per_token:
             slots = max(self.context_length, int(options.cache_memory / bytes_per_token))
         began = time.perf_counter()  # the measurement is not part of load_ms, because it runs only once
@@ -93,6 +94,7 @@ class LlamaCppEngine:
         if self.num_sequences > 1 and options.tune:
             times = measure_pass_times(path, f"{release}, {attention}", self._context, self.num_sequences)
             self.pass_times, self.settings = times, f"{attention}; {times}"
+        # wrong proposals must be removed from the cache again, which the state of a recurrent model does not allow
         if self.cuts_sequences and (options.lookup or options.draft):
             self.speculation = Speculation(self.pass_times, options.lookup)
         self.kv_cache_bytes = round(self.cache_slots * bytes_per_token)

@@ -105,6 +105,7 @@ class Manifest:
         if self.model_file not in self.files:
             raise ValueError(f"model_file {self.model_file!r} is not listed in files")
         for name, entry in self.files.items():
+            # somebody's manifest must not let a later copy or deletion reach other files
             if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
                 raise ValueError(f"{name!r} is outside the folder")
             if type(entry["bytes"]) is not int or not re.fullmatch("[0-9a-f]{64}", entry["sha256"]):

@@ -39,6 +39,7 @@ class PromptStore:
 
     def save(self, engine: StateKeeper, caches: CachePool) -> None:
         """Write the caches of all sequences of `engine`, without those that are much like others."""
+        # the last used one is written last: the times of the files are their order in `read`
         for cache in reversed(caches.distinct(MIN_STORED_TOKENS)):
             self.write(cache.tokens, engine.sequence_state(cache.sequence))
 
@@ -65,6 +66,7 @@ class PromptStore:
         digest = hashlib.sha256(content).hexdigest()
         header = json.dumps({"key": self._key, "tokens": len(tokens), "sha256": digest}).encode() + b"\n"
         size = len(header) + len(content)
+        # by model and tokens, so that a prompt that is stored again replaces its file
         name = hashlib.sha256(self._key.encode() + content[: 4 * len(tokens)]).hexdigest()[:32] + SUFFIX
         if size > self._max_bytes:
             _report(f"a prompt of {len(tokens):,} tokens is not stored: it takes {format_bytes(size)}")

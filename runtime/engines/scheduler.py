@@ -211,6 +211,7 @@ class EngineScheduler:
             if is_leader:
                 self._serve(self._choose_together(request))
         finally:
+            # also after Ctrl-C in this thread: the others would otherwise wait for a leader that is gone
             with self._served:
                 self._requests = [one for one in self._requests if one is not request]
                 self._is_serving = self._is_serving and not is_leader
@@ -234,6 +235,7 @@ class EngineScheduler:
         try:
             rows = self.step([request.lease for request in requests])
         except Exception as error:  # of one lease, or of all together
+            # A failed pass changes no sequence, so each may be tried again by itself and keep its own error.
             for request in requests:
                 if len(requests) > 1:
                     self._serve([request])
@@ -267,6 +269,7 @@ class EngineScheduler:
             except EvaluationInterrupted:
                 return [None] * len(leases)
             self._num_leases = len(planned)
+            # A pass with prompt tokens says nothing about the cost of a proposed one.
             if self._speculation is not None and is_decoding:
                 self._speculation.record_pass(sum(counts), 1e3 * (time.perf_counter() - began))
             logits: dict[int, np.ndarray] = {}
@@ -341,6 +344,7 @@ class EngineScheduler:
 
     def draft(self, proposer: Proposer, longest: int) -> list[int]:
         """Return at most `longest` tokens that the next pass checks, [] if that gains nothing or they may not fit."""
+        # Proposals must not fill the slots that the next tokens of all answers need.
         room = self.cache_slots - self._caches.held - self.num_sequences
         with self._open():  # which also keeps a draft model open
             return proposer.draft(min(longest, room), self._num_leases)
@@ -485,6 +489,7 @@ class Lease:
         with self._scheduler._open(), self._scheduler._turn:
             if self.cache is None:
                 return
+            # Another answer may have used the sequence and released it: then nobody holds it, but its tokens differ.
             if self.cache.holder is not None or self.cache.tokens != self.tokens:
                 raise UsageError(SEQUENCE_LOST)
             self.cache.holder = self

@@ -64,6 +64,7 @@ class CachePool:
         """
         limit = len(tokens) - 1
         common = [self._common_length(cache, tokens, limit) for cache in self._caches]
+        # of equal prefixes an idle one, which need not be copied
         best = max(self._caches, key=lambda cache: (common[cache.sequence], cache.holder is None))
         length = common[best.sequence]
         chosen = best
@@ -141,6 +142,7 @@ class CachePool:
     def _common_length(self, cache: SequenceCache, tokens: Sequence[int], limit: int) -> int:
         """Return the length of the prefix of `tokens` that `cache` can serve."""
         length = common_length(cache.tokens, tokens, limit)
+        # the state of a recurrent model has all of its tokens in it, so it serves them all or none
         return length if self._cuts or length == len(cache.tokens) else 0
 
     def truncate(self, cache: SequenceCache, length: int) -> None:

@@ -158,6 +158,7 @@ class Speculation:
         if speeds[best] >= MIN_GAIN * speeds[0]:
             return best
         tried = min(longest, max(MIN_MATCH, num_right))
+        # in passes without proposals: the time of the try, less the passes that its expected tokens save
         loss = (times[tried] + prompt_ms) / times[0] - tokens[tried] / num_answers
         self._credit += TRIED_SHARE
         # Larger passes may be faster in proportion, which only a try can tell.

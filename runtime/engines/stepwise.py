@@ -69,7 +69,7 @@ class StepwiseEngine(abc.ABC):
     def copy(self, source: int, target: int, length: int) -> None:
         self._switch_to(target)
         self._copy(source, length)
-        self._tokens[:] = self._sequences[source][:length]
+        self._tokens[:] = self._sequences[source][:length]  # in place: `_sequences` holds the same list
 
     def interrupt(self) -> None:
         """Start no further call of the program until `resume`. A subclass may also stop the call in progress."""

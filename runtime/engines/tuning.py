@@ -141,6 +141,7 @@ def _attention_seconds(context: LlamaContext, num_sequences: int) -> list[float]
     for sequence in range(num_sequences):
         context.truncate(sequence, 0)
     begun = _pass_seconds(context, [0], 64)
+    # on a slow machine a shallower cache, so that filling it takes about MAX_SECONDS
     depth = min(DEEP_TOKENS, max(128, int(64 * MAX_SECONDS / begun)))
     empty = fastest([0])
     if rest := depth - 64 - ATTENTION_REPETITIONS:

@@ -124,6 +124,7 @@ class DeviceProfile:
         surcharge, weights = self.table.surcharge, self.table.weights(workload)
         if surcharge is None:
             return lambda num_weights, odd_rows: 0.0
+        # of the whole model's size: how much of a part is cached depends on all the others
         per_weight = float(np.dot(weights, surcharge.per_weight(shape.num_weights)))
         per_row = 1e-3 * float(np.dot(weights, surcharge.odd_ms))
         return lambda num_weights, odd_rows: per_weight * num_weights + per_row * odd_rows

@@ -235,5 +235,5 @@ def _weights(depths: tuple[int, ...], prompts: tuple[int, ...], workload: Worklo
     if workload.prompt_tokens:
         prompt = parabola_weights(prompts, workload.prompt_tokens)  # attention's part grows with the square
     weights = np.concatenate([decode, prompt])
-    weights.flags.writeable = False
+    weights.flags.writeable = False  # all callers share the cached array
     return weights
