@@ -120,7 +120,7 @@ def _round_compensated(weight: np.ndarray, scales: np.ndarray, bits: int, gram: 
     codes = np.empty_like(work)
     for begin in range(0, columns, BLOCK):
         end = min(begin + BLOCK, columns)
-        block = work[:, begin:end]
+        block = work[:, begin:end]  # a view: what follows changes `work`
         errors = np.empty_like(block)
         for column in range(begin, end):
             local, scale = column - begin, scales[:, column]

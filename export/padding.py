@@ -153,6 +153,7 @@ def uniform_architecture(architecture: Architecture, multiple: int = 1) -> Archi
     """
     layers, hidden, head_dim = architecture.layers, architecture.hidden_size, architecture.head_dim
     groups, width = architecture.widest.num_key_value_heads, architecture.widest.intermediate_size
+    # padded heads keep their group, so the most groups and the most heads of a group count, not the most heads
     ratio = max(max(layer.queries_per_group for layer in layers), 1)
     derives_head_dim, has_groups = architecture.parts.derives_head_dim, architecture.parts.has_groups
     if not has_groups:

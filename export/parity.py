@@ -189,7 +189,7 @@ def check_weights(source: Iterable[tuple[str, np.ndarray]], stored: StoredWeight
         if array.ndim > 1
     }
     worst = max(errors, key=lambda name: errors[name])
-    if not errors[worst] < 1:
+    if not errors[worst] < 1:  # NaN is no error below 1
         raise ArtefactError(
             f"{target}: the stored {worst} is {errors[worst]:.0%} of its size away from the checkpoint's; {REPORT}"
         )

@@ -150,7 +150,7 @@ def check_exact(agreement: Agreement, reference: np.ndarray, target: str, most: 
     The limit grows with the logits' size, because fp32 rounding is relative.
     """
     limit = most * max(1.0, float(np.abs(reference).max()) / 32)
-    if not agreement.max_logit_difference <= limit:
+    if not agreement.max_logit_difference <= limit:  # NaN is not within it
         raise ArtefactError(
             f"{target}: the fp32 file's logits differ from torch's by {agreement.max_logit_difference:.2e} (limit "
             f"{limit:.0e}); {REPORT}"

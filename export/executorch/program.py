@@ -60,6 +60,7 @@ def lower(
     """Export `model` with the dynamic axes of `config` (or one token), lower it and serialise it."""
     with torch.no_grad():
         with _stage("tracing"):
+            # torch.export makes an axis of length 1 a constant
             length = 1 if model.static_length else 3
             inputs = config.generate_dummy_inputs(framework="pt", batch_size=1, sequence_length=length)
             exported = torch.export.export(

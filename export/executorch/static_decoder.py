@@ -138,6 +138,7 @@ class StaticDecoder(Decoder):
             position = Position(self.stored_rotary(lambda table: table.index_select(0, input_pos)), 0, input_pos)
         else:
             start: Any = input_pos[0].item()  # a SymInt while the program is traced
+            # torch.export needs these bounds to accept the cut below, whose start is a number of the input
             torch._check_is_size(start)
             torch._check(start < self.context)
             torch._check(start + length <= self.context)

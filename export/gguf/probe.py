@@ -83,6 +83,7 @@ def _main(request_path: str) -> None:
     request = json.loads(Path(request_path).read_text(encoding="utf-8"))
     tokens, output = request["tokens"], Path(request["output"])
     runs = [Run(tuple(each["chunks"]), each["extra_buffers"]) for each in request["runs"]]
+    # Extra buffers are a setting of the loaded model, so neighbouring runs with the same setting share one.
     for extra_buffers, group in itertools.groupby(enumerate(runs), lambda item: item[1].extra_buffers):
         parameters = llama_cpp.llama_model_default_params()
         parameters.use_extra_bufts = extra_buffers

@@ -56,7 +56,7 @@ def _encode_blocks(blocks: np.ndarray, importance: np.ndarray | None) -> np.ndar
     candidates = [share * unit for shares, unit in ((OF_LARGEST, largest), (OF_RMS, rms)) for share in shares]
     best_scale, best_error = np.zeros_like(largest), np.full_like(largest, np.inf)
     for candidate in candidates:
-        for sign in (1, -1):
+        for sign in (1, -1):  # only one side of zero has a code of two scales
             scale = (sign * candidate).astype(np.float16).astype(np.float32)
             error = _codes(blocks, scale) * scale - blocks
             error = (error * error if importance is None else error * error * importance).sum(1, keepdims=True)

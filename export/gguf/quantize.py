@@ -159,6 +159,7 @@ def _importance_matrix(path: Path) -> tuple[Any, list[Any]]:
             arrays.append(array)
     entry_type = llama_cpp.llama_cpp.llama_model_imatrix_data
     matrix = (entry_type * (len(entries) + 1))(*entries)  # the last entry stays zero: the end
+    # llama.cpp gets addresses only, so Python must not free the arrays before the quantiser has run
     return ctypes.cast(matrix, ctypes.POINTER(entry_type)), [matrix, arrays]
 
 

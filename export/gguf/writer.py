@@ -74,7 +74,7 @@ def _tensors(checkpoint: Checkpoint, plan: GgufPlan) -> Iterator[tuple[str, np.n
     for name, array in padded_tensors(checkpoint, architecture, plan.scales, is_centred):
         if plan.permutes_rope:
             array = _permuted(name, array, architecture)
-        if name.endswith("q_norm.weight"):
+        if name.endswith("q_norm.weight"):  # the scores' scale, which the file cannot store, moves into this gain
             array = array * query_gain(checkpoint, plan)
         if plan.fuses_qkv and name.endswith(QKV):
             # tensors come in file order: q, k and v of one layer after each other, as llama.cpp splits the rows

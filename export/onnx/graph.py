@@ -94,6 +94,7 @@ class GraphBuilder(GraphValues):
         embedded = self._node("Reshape", [self._node("Mul", [centred, scales]), self._ints(0, 0, width)])
         if width == matrix.columns:
             return embedded
+        # the last block is filled up with zeros
         return self._node("Slice", [embedded, self._ints(0), self._ints(matrix.columns), self._ints(2)])
 
     def _embed_columns(self, matrix: IntegerMatrix, input_ids: ir.Value) -> ir.Value:
@@ -111,6 +112,7 @@ class GraphBuilder(GraphValues):
             read, before = self._read(prefix, "before_attention", stem)
             stem = Stem(before.total, self._written(prefix, "after_attention", self._attention(index, layer, read)))
         if layer.intermediate_size:
+            # with parallel blocks the FFN reads the stem from before the attention
             read, after = self._read(prefix, "before_ffn", before if parallel and before is not None else stem)
             total = self._sum(stem) if parallel else after.total
             stem = Stem(total, self._written(prefix, "after_ffn", self._feed_forward(prefix, read)))

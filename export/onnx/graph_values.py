@@ -80,7 +80,7 @@ class GraphValues:
             return array
         module = suffix.split(".")[1]
         places = head_places(self.checkpoint, layer, module[0])
-        if module == "o_proj":
+        if module == "o_proj":  # its inputs are heads, and its bias has none
             return places.widen(array.T).T if array.ndim > 1 else array
         return places.widen(array) / np.float32(self.head_growth**0.5 if module.endswith("norm") else 1)
 

@@ -73,7 +73,7 @@ def _narrow(array: np.ndarray, name: str, checkpoint: Checkpoint) -> np.ndarray:
         module = suffix.split(".")[1]
         places = head_places(checkpoint, layer, module[0])
         if module == "o_proj":
-            whole = array.shape[-1] // places.width * places.width
+            whole = array.shape[-1] // places.width * places.width  # without the columns behind the last head
             array = places.narrow(array[:, :whole].T).T if array.ndim > 1 else array
         elif module.endswith("norm"):
             array = places.narrow(array) * np.float32((places.width / architecture.head_dim) ** 0.5)

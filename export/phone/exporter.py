@@ -243,6 +243,7 @@ def export_kit(platform: Platform, checkpoint: Checkpoint, request: ExportReques
     """Write a kit for apps of a platform. A failure leaves nothing behind."""
     options = request.options
     profile = DeviceProfile.load(Path(options.device_profile)) if options.device_profile else None
+    # before the models are written, so that a profile of another head size fails at once
     speed = expected_speed(profile, checkpoint.architecture) if profile is not None else None
     models = _write_models(checkpoint, request, folder)
     if profile is not None:

@@ -252,6 +252,7 @@ def assemble(text: str, is_64: bool) -> bytes:
 
 def _table_offset(body: bytes) -> int:
     """Return the address of ggml's fp16 table from the function to be replaced."""
+    # f32.load (2a) of aligned values (02), before its offset: how the function reads the table
     marker, found = bytes.fromhex("2a02"), set()
     at = body.find(marker)
     while at >= 0:
