@@ -103,7 +103,7 @@ class Endpoints:
         return page_file("index.html")
 
     async def health(self, http: Request) -> Health:
-        workers = self._pool.loaded.items() if http.scope.get(TRUSTED) else ()
+        workers = self._pool.loaded.items() if http.scope.get(TRUSTED) else ()  # without the key no model is named
         loaded = {name: LoadedModel(kv_cache_bytes=worker.engine.kv_cache_bytes) for name, worker in workers}
         memory: dict[str, Any] = memory_bytes()
         return Health(in_flight=self._pool.in_flight, loaded=loaded, **memory)
@@ -223,6 +223,7 @@ class Endpoints:
             self._metrics.count_request(response.status_code, http.scope["route"].path)
             return response
         finally:
+            # awaited after the cancellation, so that the work has freed its place when this request ends
             for task in (answer, disconnect):
                 task.cancel()
             await asyncio.wait({answer, disconnect})

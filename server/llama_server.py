@@ -194,6 +194,7 @@ class LlamaBuilder(TextBuilder):
             yield f"data: {json.dumps(error.body)}\n\n"
 
     def _answer(self, index: int, text: str) -> LlamaAnswer:
+        # the engine always chooses a token, which an answer of at most 0 tokens does not show
         generation, is_empty = self.choices[index].generation, not self._asked.limit
         stats = generation.stats
         count = 0 if is_empty else stats.completion_tokens

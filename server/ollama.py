@@ -425,6 +425,7 @@ class OllamaEndpoints:
         if request.is_load:
             unloads = request.keep_alive == 0
             is_unloaded = name in self._pool.artefacts and name not in self._pool.loaded
+            # also to unload: the time that `_kept` has set starts when a request leaves
             if not (unloads and is_unloaded):
                 (await self._pool.enter(name, self._pool.deadline())).leave()
             return JSONResponse({"model": request.model, "done": True, "done_reason": "unload" if unloads else "load"})

@@ -175,6 +175,7 @@ class ModelPool:
             async with asyncio.timeout_at(deadline.at) as waiting:
                 async with self._loading:  # in the order of arrival, so that no model excludes another one for ever
                     self._refuse_if_stopping()
+                    # again if the caches did not fit after the load, see `_load_into_room`
                     while name not in self._workers:
                         await self._make_room(name)
                         waiting.reschedule(None)  # the deadline does not end a load that has started

@@ -170,6 +170,7 @@ class EngineWorker:
         if self._is_aborted:
             self.leave()
             raise shutdown_error()
+        # shielded: a cancelled caller must not cancel `working`, whose end tells when the thread is done
         working = run_in_thread(compute)
         awaited = asyncio.shield(working)
         self._prepared.add(awaited)
@@ -244,6 +245,7 @@ class EngineWorker:
                 for generation in generations:
                     owners[id(generation)] = request
                     batch.add(generation, request)
+            # the lock is free during a pass, so that requests can arrive while the engine computes
             done = batch.abandon(UsageError(MODEL_CLOSED)) if self._is_closing else []
             self._deliver(owners, done + batch.step())
 

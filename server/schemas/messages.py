@@ -70,6 +70,7 @@ class RequestPart(BaseModel):
     def _read(cls, values: Any) -> Any:
         if type(values) is not dict:
             return values
+        # refused, not ignored: a client would take an answer without its option for one with it
         known = {field.alias or name for name, field in cls.model_fields.items()} | {*cls.without_effect}
         for name, value in values.items():
             if name not in known and not cls.is_neutral(name, value):
