@@ -111,6 +111,7 @@ def _artefact_changes(label: str, old: Result, new: Result) -> list[Change]:
 
 
 def _figure_change(artefact: str, name: str, old: Figure, new: Figure, higher_is_better: bool) -> Change:
+    # Quartiles of few rounds may be apart by chance, and those of many rounds for a change that nobody notices.
     is_apart = new.low > old.high or new.high < old.low
     beyond_noise = is_apart and abs(new.median / old.median - 1) > SPEED_CHANGE
     return Change(artefact, name, old.median, new.median, beyond_noise, (new.median > old.median) == higher_is_better)

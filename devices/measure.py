@@ -140,7 +140,7 @@ class EngineTests:
 
     def _decode(self, length: int, measure_energy: bool = False) -> list[Elapsed]:
         """Decode `length` tokens and return the time from the start to the end of each."""
-        tokens = self._random_tokens(length)
+        tokens = self._random_tokens(length)  # drawn before the clock starts
         if not measure_energy:
             return self._timed_decode(tokens)
         with energy_meter(LocalShell(), time.perf_counter) as energy:
@@ -181,6 +181,7 @@ def measure_engine(engine: Decoder, options: BenchOptions, version: str, baselin
     clock_before = clock_mhz(shell, options.threads)
     for _ in range(options.repetitions):
         tests.repeat()
+    # at once, because an idle processor lowers its clock
     clock_after, celsius_after = clock_mhz(shell, options.threads), temperature_celsius(shell)
     memory, huge_pages = memory_bytes(), huge_page_bytes()
     engine.close()

@@ -170,6 +170,7 @@ class SshDevice:
             module=measure.__name__,
             pid_file=shlex.quote(f"{FOLDER}/measuring-{platform.node()}"),
         )
+        # nothing is written into the pipe: the script on the board waits for its end, which comes if this process ends
         idle, held = os.pipe()
         try:
             answer = self.run(line, stdin=idle, tries=1 + len(RETRY_SECONDS))
