@@ -78,7 +78,10 @@ def _in_source(unit: Unit, survivors: Kept) -> Unit:
     if unit.kind in BLOCKS:
         return unit
     vectors = survivors[unit.kind]
-    parts = ((layer, tuple(vectors[layer or 0][list(positions)].tolist())) for layer, positions in unit.parts)
+    parts = []
+    for layer, positions in unit.parts:
+        in_source = vectors[layer or 0][list(positions)].tolist()
+        parts.append((layer, tuple(in_source)))
     return replace(unit, parts=tuple(parts))
 
 
@@ -116,8 +119,12 @@ class PruningEvent:
         if groups is not None and is_compacting:
             pruner.compact(trained)
         if groups is not None and former is not None:
-            self._recover(former, groups, rows.kept["vocabulary"][0] if rows is not None else None)
-        units = [unit for removal in (rows, groups) if removal is not None for unit in removal.units]
+            surviving_rows = rows.kept["vocabulary"][0] if rows is not None else None
+            self._recover(former, groups, surviving_rows)
+        units: list[Unit] = []
+        for removal in (rows, groups):
+            if removal is not None:
+                units += removal.units
         return PruningOutcome(units, target, pruner.next_saliency, vocabulary)
 
     def _prune_vocabulary(self) -> tuple[Removal | None, dict[str, float] | None]:
@@ -139,11 +146,17 @@ class PruningEvent:
 
         # rows compete with all other groups for the whole budget, but only the rows of this selection are removed
         def select(row_scores: Tensor) -> Removal:
-            return select_removal(shape, scores | {"vocabulary": [row_scores]}, pruner.rules, pruner.budget.target)
+            all_scores = scores | {"vocabulary": [row_scores]}
+            return select_removal(shape, all_scores, pruner.rules, pruner.budget.target)
 
-        selected = select(choose_rows(probe, lambda row_scores: select(row_scores).kept["vocabulary"][0].tolist()))
+        def select_rows(row_scores: Tensor) -> list[int]:
+            return select(row_scores).kept["vocabulary"][0].tolist()
+
+        selected = select(choose_rows(probe, select_rows))
         removal = self._remove_rows(selected)
-        return removal, probe.describe(selected.kept["vocabulary"][0]) if removal is not None else None
+        if removal is None:
+            return None, None
+        return removal, probe.describe(selected.kept["vocabulary"][0])
 
     def _remove_rows(self, selected: Removal) -> Removal | None:
         """Remove the vocabulary rows of a selection, and no other group of it. Returns None if it has none."""

@@ -97,8 +97,11 @@ class ReaderScores(RunningScores):
     def finish_step(self) -> None:
         found = self.pop_scores()
         self.mean_over_ranks(found.values())
-        layers = {kind: range(len(counts(kind, self.architecture))) for kind in self.kinds}
-        self._average({kind: [self._scores(kind, layer, found) for layer in layers[kind]] for kind in self.kinds})
+        observed = {}
+        for kind in self.kinds:
+            layers = range(len(counts(kind, self.architecture)))
+            observed[kind] = [self._scores(kind, layer, found) for layer in layers]
+        self._average(observed)
 
     def sum_channels(self, name: str, channels: Tensor) -> Tensor:
         """Sum the channels [..., heads * D] of each head to [..., heads]. FFN and stem channels are unchanged."""
@@ -114,9 +117,11 @@ class ReaderScores(RunningScores):
         if kind == "stem":
             parts = [scores.sqrt() for name, scores in found.items() if self._is_stem_norm(name)]
             return torch.stack(parts).sum(0).square()
-        scores = found.get(f"model.layers.{layer}.{READERS[kind == 'ffn']}")
-        if scores is None:
-            return torch.zeros(0, device=next((each.device for each in found.values()), None))
+        reader = "mlp.down_proj" if kind == "ffn" else "self_attn.o_proj"
+        scores = found.get(f"model.layers.{layer}.{reader}")
+        if scores is None:  # the block was removed; its empty scores are averaged beside those of other layers
+            device = next((each.device for each in found.values()), None)
+            return torch.zeros(0, device=device)
         if kind == "kv_group":
             return scores.view(self.architecture.layers[layer].num_key_value_heads, -1).sum(1)
         return scores
@@ -181,7 +186,9 @@ class GateScores(ReaderScores):
             # changes of the loss when a channel is closed at a token, [..., C]
             changes = self.sum_channels(name, gradient.float() * values.float())
             squares = changes.flatten(0, -2).square().sum(0)
-            self._squares[name] = self._squares[name] + squares if name in self._squares else squares
+            if name in self._squares:
+                squares = squares + self._squares[name]
+            self._squares[name] = squares
 
         return add_squares
 

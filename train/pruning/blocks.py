@@ -143,15 +143,17 @@ class WholeModel:
             logits = (rows @ head.T).float()
             likely.append(logits.topk(min(EXACT_LOGITS, len(head)), dim=-1).indices)
             mean_rows.append(logits.softmax(dim=-1).to(head.dtype) @ head)
-        log_sums = _log_sums(states, head, torch.cat(likely))
-        return cls(states.float(), torch.cat(likely), log_sums, torch.cat(mean_rows).float())
+        likely_tokens = torch.cat(likely)
+        log_sums = _log_sums(states, head, likely_tokens)
+        return cls(states.float(), likely_tokens, log_sums, torch.cat(mean_rows).float())
 
     def divergence(self, states: Tensor, head: Tensor) -> float:
         """Return KL(whole model ‖ model with these states) over all tokens, in nats."""
         log_sums = _log_sums(states, head, self.likely)
         # the states are subtracted before the product: the products of both are large and nearly equal
         expected = ((states.float() - self.states) * self.mean_rows).sum(-1)
-        return float((log_sums - self.log_sums - expected).double().sum())
+        divergences = log_sums - self.log_sums - expected
+        return float(divergences.double().sum())
 
 
 def _log_sums(states: Tensor, head: Tensor, likely: Tensor) -> Tensor:
@@ -159,13 +161,18 @@ def _log_sums(states: Tensor, head: Tensor, likely: Tensor) -> Tensor:
 
     A product in bf16 is rounded to bf16. A large logit is then off by up to 0.06, more than a block may cost.
     """
-    rows_at_once = ROWS_IN_CACHE * torch.get_num_threads() if states.device.type == "cpu" else CHUNK_TOKENS
+    # a large product is fast, but its sums should be taken over as many rows as stay in the processor's cache
+    rows_at_once = CHUNK_TOKENS
+    if states.device.type == "cpu":
+        rows_at_once = ROWS_IN_CACHE * torch.get_num_threads()
     found = []
     for rows, tokens in zip(states.split(CHUNK_TOKENS), likely.split(CHUNK_TOKENS), strict=True):
         exact = torch.einsum("nh,nkh->nk", rows.float(), head[tokens].float())
-        parts = (each.split(rows_at_once) for each in (rows @ head.T, tokens, exact))
+        rounded = rows @ head.T
+        parts = (each.split(rows_at_once) for each in (rounded, tokens, exact))
         for logits, some_tokens, values in zip(*parts, strict=True):
-            found.append(logits.float().scatter_(1, some_tokens, values).logsumexp(dim=-1))
+            corrected = logits.float().scatter_(1, some_tokens, values)
+            found.append(corrected.logsumexp(dim=-1))
     return torch.cat(found)
 
 
@@ -175,7 +182,10 @@ def _without(decoder: Any, absence: Absence) -> Iterator[None]:
     taken: list[tuple[Any, str, nn.Module]] = []
     for index, half in absence:
         layer = decoder.layers[index]
-        name, stand_in = ("self_attn", NoAttention(index)) if half == "attention" else ("mlp", NoFeedForward())
+        if half == "attention":
+            name, stand_in = "self_attn", NoAttention(index)
+        else:
+            name, stand_in = "mlp", NoFeedForward()
         taken.append((layer, name, getattr(layer, name)))
         setattr(layer, name, stand_in)
     try:
@@ -271,7 +281,9 @@ class BlockScores:
         for name, half in HALF_OF_BLOCK.items():
             whole, _ = HALVES[half]
             for layer, loss in enumerate(self._losses[name]):
-                amplitude = float(self._amplitudes(scores[whole][layer]).sum()) if whole in scores else 0.0
+                amplitude = 0.0
+                if whole in scores:
+                    amplitude = float(self._amplitudes(scores[whole][layer]).sum())
                 self._factors[half][layer] = loss / amplitude if amplitude > 0 else 0.0
         # without the whole layers, whose sums are no measurement: `is_outdated` asks for one before a removal
         self._current, self._renewed_at = set(keys), size
@@ -290,7 +302,8 @@ class BlockScores:
         """Tell whether a unit is a block that must be measured again before its removal, with `taken` removed."""
         if unit.kind not in BLOCKS:
             return False
-        return (unit.kind, unit.layer) not in self._current or any(other.kind in BLOCKS for other in taken)
+        takes_block = any(other.kind in BLOCKS for other in taken)
+        return takes_block or (unit.kind, unit.layer) not in self._current
 
     def invalidate(self, units: Sequence[Unit] | None = None) -> None:
         """Require a new measurement of every block.
@@ -338,4 +351,5 @@ class BlockScores:
         self._losses = {name: vector.cpu() for name, vector in state["losses"].items()}
         self._factors = {half: vector.cpu() for half, vector in state["factors"].items()}
         self._renewed_at = state["renewed_at"]
-        self._current = {(name, layer) for name, layer in state.get("confirmed", [])}
+        confirmed = state.get("confirmed", [])  # absent in checkpoints of earlier releases
+        self._current = {(name, layer) for name, layer in confirmed}

@@ -70,9 +70,11 @@ def bytes_of_file(quantize: str, vocabulary_bytes: int, num_rows: int | None = N
         if depends_on_place(quantize):
             return of_tensors(architecture)
         narrow = replace(architecture, vocab_size=1)
-        none = of_tensors(replace(narrow, layers=NO_LAYERS))
-        layers = sum(of_tensors(replace(narrow, layers=(layer,))) - none for layer in architecture.layers)
-        return of_tensors(replace(architecture, layers=NO_LAYERS)) + layers
+        without_layers = of_tensors(replace(narrow, layers=NO_LAYERS))
+        total = of_tensors(replace(architecture, layers=NO_LAYERS))
+        for layer in architecture.layers:
+            total += of_tensors(replace(narrow, layers=(layer,))) - without_layers
+        return total
 
     def size(architecture: Architecture) -> int:
         share = 1.0 if num_rows is None else architecture.vocab_size / num_rows

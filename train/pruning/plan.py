@@ -71,7 +71,8 @@ def make_budget(
         return Budget(floor.num_parameters, PARAMETERS)
     if settings.target_latency is not None and time is not None:
         measure = time.measure
-        return Budget(LatencyTarget.parse(settings.target_latency).of(measure.of(source)), measure)
+        target = LatencyTarget.parse(settings.target_latency)
+        return Budget(target.of(measure.of(source)), measure)
     if settings.target_bytes is not None:
         kind = settings.quantize or DEFAULT_TYPE
         measure = bytes_of_file(kind, vocabulary_bytes, source.vocab_size, settings.output_type)
@@ -195,7 +196,8 @@ class PruningPlan:
     def schedule(self, tokens: int) -> DroppingSchedule:
         """Return the fall of the budget's measure in a run of `tokens`."""
         settings, source = self.settings, self.source
-        start, end = round(settings.prune_start * tokens), round(settings.prune_end * tokens)
+        start = round(settings.prune_start * tokens)
+        end = round(settings.prune_end * tokens)
         if settings.vocabulary_rows is not None:  # these are removed before the schedule starts
             source = replace(source, vocab_size=min(settings.vocabulary_rows, source.vocab_size))
         size = self.budget.measure.of(source)

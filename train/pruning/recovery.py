@@ -90,7 +90,9 @@ class LeastSquares:
                         inputs = self._forward(part, self.model, layer, stream, check)
                     finally:
                         setattr(block, part.matrix, matrix)
-                    self._fit_matrix(matrix, inputs, self._without_stem_channels(former_stream) - stream, parallel)
+                    wanted = self._without_stem_channels(former_stream) - stream
+                    self._fit_matrix(matrix, inputs, wanted, parallel)
+                    # by the new weights, so that the next part sees the error that this fit leaves
                     stream += self._outputs(matrix, inputs)
                     if parallel.mode == "fsdp":  # `gathered` drops what changed in whole weights
                         fitted.append((matrix, matrix.weight.clone()))
@@ -130,9 +132,12 @@ class LeastSquares:
         y = wanted.flatten(0, 1)[::stride]
         error = y - self._outputs(matrix, x)
         energy = y.square().mean(1)
-        weights = 1.0 / (energy + parallel.of_all(energy).median().clamp(min=1e-12))
+        # over all ranks, as one process would take it: the number of ranks must not change the fit
+        typical_energy = parallel.of_all(energy).median().clamp(min=1e-12)
+        weights = 1.0 / (energy + typical_energy)
         gram, cross = self._sums_of_products(x, error, weights, parallel)
-        gram.diagonal().add_(self.damping * gram.diagonal().mean().clamp(min=1e-12))
+        damping = self.damping * gram.diagonal().mean().clamp(min=1e-12)
+        gram.diagonal().add_(damping)
         factor, has_failed = torch.linalg.cholesky_ex(gram)
         # `solve` takes three times as long, and also a matrix that rounding leaves not quite positive
         change = torch.linalg.solve(gram, cross) if has_failed else torch.cholesky_solve(cross, factor)
@@ -228,7 +233,8 @@ class InputGrams:
             if not module.training or (self.max_width and x.shape[1] > self.max_width):
                 return
             if self.rows:
-                x = x[:: max(1, len(x) // self.rows)]
+                stride = max(1, len(x) // self.rows)
+                x = x[::stride]
             with torch.autocast(x.device.type, enabled=False):
                 x = x.float()  # bf16 sums would cancel
                 gram = x.T @ x / len(x)

@@ -92,10 +92,11 @@ class RandomScores(RunningScores):
         self.generator = torch.Generator().manual_seed(seed)
 
     def finish_step(self) -> None:
-        def draw(length: int) -> Tensor:
-            return torch.rand(length, generator=self.generator)
-
-        self._average({name: [draw(length) for length in counts(name, self.architecture)] for name in self.kinds})
+        observed = {}
+        for name in self.kinds:
+            lengths = counts(name, self.architecture)
+            observed[name] = [torch.rand(length, generator=self.generator) for length in lengths]
+        self._average(observed)
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"generator": self.generator.get_state()}

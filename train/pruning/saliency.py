@@ -91,7 +91,9 @@ class SaliencyTracker(RunningScores):
                     _add_blocks(sums, name, terms, 3 * self.architecture.hidden_size)
                     continue
                 owner = layer if axes[dim] != "hidden" else _stem_piece(layer, name, self.architecture)
-                _add(sums, (owner, axes[dim]), [full(term.sum(1 - dim) if term.dim() == 2 else term) for term in terms])
+                # summed before it is gathered: a rank then receives a vector instead of a matrix
+                along_axis = [term.sum(1 - dim) if term.dim() == 2 else term for term in terms]
+                _add(sums, (owner, axes[dim]), [full(term) for term in along_axis])
         self._samples.append((sums, sample_weight))
 
     @torch.no_grad()
@@ -100,16 +102,11 @@ class SaliencyTracker(RunningScores):
         # its samples (fisher) combines each one first, all others combine the mean once.
         if self.criterion.combine_each_sample:
             each = [self._group_scores(sums) for sums, _ in self._samples]
-            observed = {
-                name: [self._mean(vectors) for vectors in zip(*(scores[name] for scores in each), strict=True)]
-                for name in self.kinds
-            }
+            observed = {name: self._means([scores[name] for scores in each]) for name in self.kinds}
             self.mean_over_ranks(vector for vectors in observed.values() for vector in vectors)
         else:
-            mean = {
-                key: [self._mean(terms) for terms in zip(*(sums[key] for sums, _ in self._samples), strict=True)]
-                for key in self._samples[0][0]
-            }
+            samples = [sums for sums, _ in self._samples]
+            mean = {key: self._means([sums[key] for sums in samples]) for key in samples[0]}
             if self.criterion.per_microbatch:  # otherwise the gradients are averaged over ranks already
                 self.mean_over_ranks(term for terms in mean.values() for term in terms)
             observed = self._group_scores(mean)
@@ -119,10 +116,13 @@ class SaliencyTracker(RunningScores):
     def discard_step(self) -> None:
         self._samples = []
 
-    def _mean(self, values: Sequence[Tensor]) -> Tensor:
-        """Return the weighted mean over the step's samples."""
-        weighted = [value * weight for value, (_, weight) in zip(values, self._samples, strict=True)]
-        return torch.stack(weighted).mean(0)
+    def _means(self, samples: Sequence[list[Tensor]]) -> list[Tensor]:
+        """Return the weighted mean over the step's samples of each tensor in their lists."""
+        means = []
+        for values in zip(*samples, strict=True):
+            weighted = [value * weight for value, (_, weight) in zip(values, self._samples, strict=True)]
+            means.append(torch.stack(weighted).mean(0))
+        return means
 
     def _group_scores(self, sums: Sums) -> Scores:
         """Fold axis sums into one score per group of each kind, [0] for a layer without such groups."""
@@ -156,7 +156,8 @@ def _fold_key_value_groups(criterion: Criterion, sums: Sums, architecture: Archi
 def _fold_query_heads(criterion: Criterion, sums: Sums, architecture: Architecture, layer: int) -> Tensor:
     """Return [G * R]: a piece is one of the head's D channels."""
     heads, head_dim = architecture.layers[layer].num_attention_heads, architecture.head_dim
-    return criterion.combine(*(term.view(heads, -1, head_dim).sum(1) for term in sums[layer, "query"])).sum(1)
+    channels = [term.view(heads, -1, head_dim).sum(1) for term in sums[layer, "query"]]
+    return criterion.combine(*channels).sum(1)
 
 
 def _fold_ffn_channels(criterion: Criterion, sums: Sums, architecture: Architecture, layer: int) -> Tensor:
@@ -166,7 +167,8 @@ def _fold_ffn_channels(criterion: Criterion, sums: Sums, architecture: Architect
 
 def _fold_stem_channels(criterion: Criterion, sums: Sums, architecture: Architecture, layer: int) -> Tensor:
     """Return [H]: the pieces are those of `_stem_piece` and `_add_blocks`."""
-    return torch.stack([criterion.combine(*terms) for (_, axis), terms in sums.items() if axis == "hidden"]).sum(0)
+    pieces = [terms for (_, axis), terms in sums.items() if axis == "hidden"]
+    return torch.stack([criterion.combine(*terms) for terms in pieces]).sum(0)
 
 
 FOLDS: dict[str, Fold] = {

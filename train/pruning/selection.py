@@ -107,7 +107,9 @@ def smallest_architecture(architecture: Architecture, rules: SelectionRules) -> 
         kind = KINDS[name]
         for layer, count in enumerate(counts(name, architecture)):
             step = kind.step(architecture, layer, rules.width_multiple)
-            least = step if name != "vocabulary" else round_up(max(step, rules.fixed_rows), step)
+            least = step
+            if name == "vocabulary":
+                least = round_up(max(step, rules.fixed_rows), step)
             architecture = kind.shrink(architecture, layer, max(0, count - least))
     # `can_remove_block` is asked again after each removal, so one block of every kind stays
     for name in rules.blocks:
@@ -126,8 +128,9 @@ def fastest_small_architecture(architecture: Architecture, rules: SelectionRules
     if rules.floor is not None:
         return least
     found = [least]
-    for name in (name for name in ("ffn", "stem") if name in rules.kinds):
-        found += [_one_step_wider(shape, name, architecture, rules.width_multiple) for shape in found]
+    for name in ("ffn", "stem"):
+        if name in rules.kinds:
+            found += [_one_step_wider(shape, name, architecture, rules.width_multiple) for shape in found]
     return min(found, key=rules.measure.of)
 
 
@@ -135,13 +138,13 @@ def _one_step_wider(shape: Architecture, name: str, source: Architecture, step: 
     """Return the shape one step wider, within the source's width."""
     if name == "stem":
         return replace(shape, hidden_size=min(shape.hidden_size + step, source.hidden_size))
-    layers = tuple(
-        replace(layer, intermediate_size=min(layer.intermediate_size + step, whole.intermediate_size))
-        if layer.intermediate_size
-        else layer
-        for layer, whole in zip(shape.layers, source.layers, strict=True)
-    )
-    return replace(shape, layers=layers)
+    layers = []
+    for layer, whole in zip(shape.layers, source.layers, strict=True):
+        if layer.intermediate_size:  # a removed FFN stays removed
+            wider = min(layer.intermediate_size + step, whole.intermediate_size)
+            layer = replace(layer, intermediate_size=wider)
+        layers.append(layer)
+    return replace(shape, layers=tuple(layers))
 
 
 def can_remove_block(name: str, architecture: Architecture, layer: int) -> bool:
@@ -150,7 +153,11 @@ def can_remove_block(name: str, architecture: Architecture, layer: int) -> bool:
     if not kind.is_in(architecture, layer):
         return False
     others = [index for index in range(len(architecture.layers)) if index != layer]
-    return all(any(KINDS[taken].count(architecture, index) for index in others) for taken in kind.takes)
+
+    def is_elsewhere(taken: str) -> bool:
+        return any(KINDS[taken].count(architecture, index) for index in others)
+
+    return all(is_elsewhere(taken) for taken in kind.takes)
 
 
 def check_floor(architecture: Architecture, floor: Architecture) -> None:
@@ -295,18 +302,26 @@ class Ranking:
         step = kind.step(shape, layer, self.rules.width_multiple)
         first = count % step or step  # of a width that is no multiple: what is above the next one
         before = first + (length - 2) * step if length > 1 else 0
-        size = min(first + (length - 1) * step, count - kind.least(shape, layer, self.floor))
+        above_floor = count - kind.least(shape, layer, self.floor)
+        size = min(first + (length - 1) * step, above_floor)
         if size <= before:  # the floor leaves no more than the run before this one took
             return None
-        kept = self.kept[name][layer]
-        if name == "query_head":  # as many of every key/value group, [G * R] -> [G, n], so that groups stay equal
-            per_group = self._scores[name][layer][kept].view(step, -1)
-            lowest = per_group.argsort(dim=1, stable=True)[:, : size // step]
-            first_of_group = torch.arange(step)[:, None] * per_group.shape[1]
-            return kept[(lowest + first_of_group).flatten().sort().values]
+        if name == "query_head":
+            return self._lowest_query_heads(layer, num_groups=step, per_group=size // step)
         order = self._order[name][layer]
-        num_removed = len(order) - len(kept)  # always the lowest
+        # the removed ones are always the lowest: only query heads can be removed for another reason, with their group,
+        # and a removed block has no group left
+        num_removed = len(order) - len(self.kept[name][layer])
         return order[num_removed : num_removed + size].sort().values
+
+    def _lowest_query_heads(self, layer: int, num_groups: int, per_group: int) -> Tensor:
+        """Return the `per_group` lowest surviving query heads of every key/value group, so that groups stay equal."""
+        kept = self.kept["query_head"][layer]
+        scores = self._scores["query_head"][layer][kept].view(num_groups, -1)  # [G, R]
+        lowest = scores.argsort(dim=1, stable=True)[:, :per_group]
+        first_of_group = torch.arange(num_groups)[:, None] * scores.shape[1]
+        indices = (lowest + first_of_group).flatten()
+        return kept[indices.sort().values]
 
     def take(self, unit: Unit) -> None:
         """Remove a unit that `peek` returned, and drop the cached candidates that it may have changed."""
@@ -337,7 +352,8 @@ class Ranking:
 
     def _take_block(self, name: str, layer: int) -> None:
         for taken in BLOCKS[name].takes:
-            for kind in ("kv_group", "query_head") if taken == "kv_group" else (taken,):
+            kinds = ("kv_group", "query_head") if taken == "kv_group" else (taken,)
+            for kind in kinds:
                 self.kept[kind][layer] = self.kept[kind][layer][:0]
         self.architecture = BLOCKS[name].without(self.architecture, layer)
 
@@ -360,7 +376,8 @@ class Ranking:
 
 def _without_values(values: Tensor, removed: Tensor) -> Tensor:
     """Return sorted values without the removed ones. numpy avoids torch's thread overhead here."""
-    return torch.from_numpy(np.delete(values.numpy(), np.searchsorted(values.numpy(), removed.numpy())))
+    indices = np.searchsorted(values.numpy(), removed.numpy())
+    return torch.from_numpy(np.delete(values.numpy(), indices))
 
 
 def select_removal(

@@ -41,7 +41,9 @@ def kept_channels(kept: Kept, architecture: Architecture, layer: int | None, axi
     if axis not in KIND_OF_AXIS:
         return None
     name = KIND_OF_AXIS[axis]
-    kind, row = KINDS[name], layer if layer is not None and not KINDS[name].is_whole_model else 0
+    kind = KINDS[name]
+    # a tensor of a layer has axes of the whole model, too: the hidden axis of q_proj belongs to the stem
+    row = 0 if layer is None or kind.is_whole_model else layer
     survivors = kept[name][row]
     if len(survivors) == kind.count(architecture, row):
         return None
@@ -108,7 +110,9 @@ def remove_groups(model: Any, removal: Removal, optimizer: torch.optim.Optimizer
     # whole blocks first: their tensors would otherwise be sliced to a width of 0
     _remove_blocks(model, removal.after, optimizer)
     slots = _slots(optimizer)
-    for name in [name for name, _ in model.named_parameters()]:
+    # a list: the loop replaces the parameters that the iterator would read
+    names = [name for name, _ in model.named_parameters()]
+    for name in names:
         _shrink_in_place(model, name, removal, optimizer, slots)
     _update_modules(model, removal)
 
@@ -183,7 +187,7 @@ def _update_modules(model: Any, removal: Removal) -> None:
             module.out_features, module.in_features = module.weight.shape
         elif isinstance(module, nn.Embedding):
             module.num_embeddings, module.embedding_dim = module.weight.shape
-    if removal.after.vocab_size != removal.before.vocab_size:
+    if after.vocab_size != removal.before.vocab_size:
         _renumber(model, removal)
     set_survivors(model, None)  # the zeroed channels are gone, so the mean is over all channels again
     update_config(model.config, removal)
@@ -251,7 +255,8 @@ def _fill_zero(tensor: Tensor, dim: int, index: Tensor) -> None:
         own = tensor.to_local()
         if dim == 0:
             index = index - first_row(tensor)
-            index = index[(index >= 0) & (index < own.shape[0])]
+            is_own_row = (index >= 0) & (index < own.shape[0])
+            index = index[is_own_row]
         tensor = own
     tensor.index_fill_(dim, index.to(tensor.device), 0.0)
 
@@ -339,13 +344,20 @@ def _move_shards(model: Any, smaller: Any, removal: Removal, optimizer: torch.op
         if new is None:  # of a removed block
             continue
         replaced[old] = new
-        scatter(new, _shrunk_parameter(name, full(old.detach()), removal))
+        whole = full(old.detach())
+        scatter(new, _shrunk_parameter(name, whole, removal))
         if state is not None:
-            whole = {key: full(value) for key, value in state.items()}
-            shrunk = _shrunk_state(name, whole, removal)
-            optimizer.state[new] = {
-                key: distribute_tensor(value, new.device_mesh, new.placements) if value.dim() else value
-                for key, value in shrunk.items()
-            }
+            optimizer.state[new] = _move_state(name, state, new, removal)
     for group in optimizer.param_groups:
         group["params"] = [replaced[parameter] for parameter in group["params"] if parameter in replaced]
+
+
+def _move_state(name: str, state: dict[str, Tensor], new: Any, removal: Removal) -> dict[str, Tensor]:
+    """Return the surviving optimizer state of a parameter, sharded as its smaller successor `new`."""
+    whole = {key: full(value) for key, value in state.items()}
+    moved = {}
+    for key, value in _shrunk_state(name, whole, removal).items():
+        if _is_per_weight(value):
+            value = distribute_tensor(value, new.device_mesh, new.placements)
+        moved[key] = value
+    return moved
