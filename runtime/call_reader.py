@@ -77,9 +77,12 @@ class ReasoningReader:
                 self._state, self._is_blank = "text", False
         if self._state == "reasoning":
             reasoning, mark, after = self._unread.partition(END_REASONING)
-            shown = reasoning[: len(reasoning) - (0 if mark else partial_length(reasoning, (END_REASONING,)))].rstrip()
+            held_back = 0 if mark else partial_length(reasoning, (END_REASONING,))
+            # space at the end is held back as well: it is dropped if the reasoning ends there
+            shown = reasoning[: len(reasoning) - held_back].rstrip()
             self._unread = after if mark else self._unread[len(shown) :]
-            events += [ReasoningEvent(visible)] if (visible := self._without_space(shown)) else []
+            if visible := self._without_space(shown):
+                events.append(ReasoningEvent(visible))
             if mark:
                 self._state, self._is_blank = "text", True
         if self._state == "text" and (visible := self._without_space(self._unread)):
@@ -95,10 +98,12 @@ class ReasoningReader:
 
     def finish(self) -> list[Event]:
         """Return the text that was held back, at the end of the answer."""
-        kept = self._unread.rstrip() if self._state == "reasoning" else self._unread
         if self._state == "reasoning":
+            kept = self._unread.rstrip()
             return [ReasoningEvent(kept)] if kept else []
-        shown: list[Event] = [TextEvent(kept)] if kept and self._state == "start" else []
+        shown: list[Event] = []
+        if self._unread and self._state == "start":  # a beginning of <think> that did not go on
+            shown.append(TextEvent(self._unread))
         return shown + (self._rest.finish() if self._rest is not None else [])
 
 
@@ -168,7 +173,9 @@ class CallReader:
             self._state = "name"
             return True
         is_undecided = any(marker.startswith(self._unread) for marker in (between, end))
-        if end and self._unread.startswith(end) and not (between and between.startswith(self._unread)):
+        # BETWEEN may begin with END, as in Hermes: then END alone may still become BETWEEN
+        may_be_between = between and between.startswith(self._unread)
+        if end and self._unread.startswith(end) and not may_be_between:
             self._take(len(end))
             self._state = "text"
             return bool(self._unread)

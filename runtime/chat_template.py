@@ -148,7 +148,9 @@ class MessageEscape:
         text = found[0]
         # a tag that is no control token stays readable for the template
         is_tag = len(text) > 1 and text not in self._controls.texts
-        return text if is_tag or text[0] not in self._placeholders else self._placeholders[text[0]] + text[1:]
+        if is_tag or text[0] not in self._placeholders:
+            return text
+        return self._placeholders[text[0]] + text[1:]
 
     def restore(self, rendered: str) -> str:
         """Return a rendered template with the original characters."""

@@ -60,17 +60,21 @@ class CopiedArguments:
         llguidance must have accepted `parameters`, a JSON schema. JSON has its `format`.
         """
         properties, required = parameters.get("properties"), parameters.get("required", [])
-        if not set(parameters) <= OBJECT_KEYWORDS or not properties or not set(required) <= set(properties):
+        has_other_keywords = not set(parameters) <= OBJECT_KEYWORDS
+        if has_other_keywords or not properties or not set(required) <= set(properties):
             return embedded_schema(parameters, format)
         definitions = {key: parameters[key] for key in DEFINITIONS if key in parameters}
         properties = {key: each for key, each in properties.items() if key in required or self._can_be_filled(each)}
         if not properties:
             return '"{}"'
         starts: list[str] = []
+        is_first_possible = True
         for index, (key, schema) in enumerate(properties.items()):
             pair, rest = f"{name}_pair_{index}", f"{name}_rest_{index + 1}"
-            if not any(earlier in required for earlier in list(properties)[:index]):
+            # the first pair has no comma before it, so every pair that may be the first is a start of its own
+            if is_first_possible:
                 starts.append(f"{pair} {rest}")
+            is_first_possible = is_first_possible and key not in required
             mark = "" if key in required else "?"
             self.rules.append(f'{pair}: {_quoted(key)} ": " {self._value(schema, definitions, format)}')
             self.rules.append(f'{name}_rest_{index}: (", " {pair}){mark} {rest}')
@@ -83,7 +87,8 @@ class CopiedArguments:
             return f"%json {json.dumps(schema)}"
         keywords = set(schema) - ANNOTATIONS
         if keywords == {"anyOf"}:
-            return f"({' | '.join(self._value(each, definitions, format) for each in schema['anyOf'])})"
+            choices = [self._value(each, definitions, format) for each in schema["anyOf"]]
+            return f"({' | '.join(choices)})"
         types = schema.get("type")
         types = types if isinstance(types, list) else [types]
         if keywords != {"type"} or "string" not in types:
@@ -91,9 +96,12 @@ class CopiedArguments:
         text, listed = "COPIED", _listed(schema)
         found = self._found(schema) if self._only_examples else []
         if listed or found:
-            text = f"LISTED_{len(self.rules)}"
-            choices = " | ".join(map(_quoted_text, found) if found else ["RUN", *map(_quoted_text, listed)])
-            self.rules.append(f'{text}: {self._opening} ({choices}) "\\""')
+            text = f"LISTED_{len(self.rules)}"  # the number of rules so far makes the name unique
+            texts = found or listed
+            choices = [_quoted_text(each) for each in texts]
+            if not found:
+                choices.insert(0, "RUN")
+            self.rules.append(f'{text}: {self._opening} ({" | ".join(choices)}) "\\""')
         others = [each for each in types if each != "string"]
         return f"({text} | {embedded_schema({'type': others}, format)})" if others else text
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -225,7 +224,11 @@ class Generation:
             self.stats.cached_tokens = self.lease.cached_tokens
             self.stats.prefilled_tokens = len(self.tokens) - len(self.answer) - self.stats.cached_tokens
         piece, num_right = self._accept_row(rows[0]), 0
-        while not self.is_over and 0 < (number := len(self.lease.tokens) - begin) <= len(draft):
+        while not self.is_over:
+            # one further token, or several that a grammar forces; none if the window slid
+            number = len(self.lease.tokens) - begin
+            if not 0 < number <= len(draft):
+                break
             if self.lease.tokens[begin + num_right :] != draft[num_right:number]:
                 break
             num_right = number
@@ -255,8 +258,12 @@ class Generation:
         """Append the tokens that the constraint forces, and return the text to show."""
         if self.is_over or self.constraint is None or not self._may_force:
             return ""
-        tokens = iter(self.constraint.forced_tokens())
-        return "".join(self._append(token) for token in itertools.takewhile(lambda _: not self.is_over, tokens))
+        text = ""
+        for token in self.constraint.forced_tokens():
+            if self.is_over:
+                break
+            text += self._append(token)
+        return text
 
     def finish(self) -> str:
         """Return the text that was held back, at the end of the answer."""
@@ -322,7 +329,8 @@ class Generation:
         # half of it at once: the positions of all later tokens change, so they are evaluated again
         room = self.engine.context_length // 2
         sink = min(SINK_TOKENS, room // 2)
-        self.tokens = self.tokens[:sink] + self.tokens[len(self.tokens) - (room - sink) :]
+        last = room - sink
+        self.tokens = self.tokens[:sink] + self.tokens[len(self.tokens) - last :]
 
     def pop_logprobs(self) -> list[TokenLogprob]:
         """Return and clear the records of the tokens since the last call."""

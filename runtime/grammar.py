@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import itertools
 import json
 import math
 import re
@@ -166,10 +165,12 @@ def _too_large_multiples(source: str) -> str:
     """Return the `multipleOf` of a grammar if their least common multiple exceeds MAX_MULTIPLE, else ""."""
     # the source is JSON, in which a key may be written with escapes and still be the same key
     plain = re.sub(r"\\u00([0-7][0-9a-fA-F])", lambda found: chr(int(found[1], 16)), source)
-    numbers: list[str] = list(
-        dict.fromkeys(re.findall(r'"multipleOf"\s*:\s*(-?[0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)', plain))
-    )
-    multiple = math.lcm(*(int("".join(map(str, Decimal(number).normalize().as_tuple().digits))) for number in numbers))
+    found = re.findall(r'"multipleOf"\s*:\s*(-?[0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)', plain)
+    numbers: list[str] = list(dict.fromkeys(found))
+    multiple = 1
+    for number in numbers:
+        digits = Decimal(number).normalize().as_tuple().digits
+        multiple = math.lcm(multiple, int("".join(map(str, digits))))
     return " and ".join(numbers) if multiple > MAX_MULTIPLE else ""
 
 
@@ -236,8 +237,10 @@ class GrammarConstraint:
         self._matcher = _compiled(engine, frozenset(control_tokens), grammar)
         if self._matcher.is_error():
             until = time.monotonic() + MAX_NAMING_SECONDS
-            for part in itertools.takewhile(lambda _: time.monotonic() < until, grammar.parts):
-                GrammarConstraint(engine, part, control_tokens)
+            for part in grammar.parts:
+                if time.monotonic() >= until:
+                    break
+                GrammarConstraint(engine, part, control_tokens)  # raises if this part is refused by itself
         self._require(not self._matcher.is_error())
         self._bits = np.zeros((tokenizer.vocab_size + 31) // 32, dtype=np.int32)
 

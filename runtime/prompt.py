@@ -113,16 +113,16 @@ def tool_prompt(
     use, format, control = options.tool_use, GENERIC, ()
     shown: Sequence[Mapping[str, Any]] = use.tools if use else ()
     texts = [message.get("content") or "" for message in messages if message["role"] in ("user", "tool")]
-    if use or any(message["role"] == "tool" or message.get("tool_calls") for message in messages):
+    has_calls = any(message["role"] == "tool" or message.get("tool_calls") for message in messages)
+    if use or has_calls:
         found = tool_format(engine.chat_template, engine.bos_token, engine.eos_token).readable_by(engine)
         control, format = found or ((), GENERIC)
         if not format.is_from_template:
             messages, shown = in_plain_roles(messages, shown, format), ()
         # a model that was not trained to call functions may repeat a call without end
-        is_single = use is not None and (
-            use.only or not use.parallel or (use.must_call and not format.is_from_template)
-        )
-        format = replace(format, between="") if is_single else format
+        is_untrained = use is not None and use.must_call and not format.is_from_template
+        if use is not None and (use.only or not use.parallel or is_untrained):
+            format = replace(format, between="")
     escape = MessageEscape(engine, messages, shown, options.variables)
     text = _render(engine, escape, messages, tools=shown, variables=options.variables)
     tokens = escape.encode(text)
@@ -138,7 +138,8 @@ def _reasoning(engine: EngineScheduler, last: Message, text: str) -> Literal["no
         return "none"
     if last["role"] == "assistant":  # the answer continues it
         content = last.get("content") or ""
-        return "begun" if content.rfind(BEGIN_REASONING) > content.rfind(END_REASONING) else "none"
+        is_open = content.rfind(BEGIN_REASONING) > content.rfind(END_REASONING)
+        return "begun" if is_open else "none"
     return "begun" if text.rstrip().endswith(BEGIN_REASONING) else "possible"
 
 

@@ -72,8 +72,9 @@ class Sampler:
         self.options = options
         # numpy refuses negative seeds, which OpenAI's API allows
         self.random = np.random.default_rng(None if options.seed is None else options.seed % 2**63)
-        self._biased = np.array(sorted(logit_bias or {}), dtype=np.intp)
-        self._bias = np.array([value for _, value in sorted((logit_bias or {}).items())], dtype=np.float32)
+        biases = sorted((logit_bias or {}).items())
+        self._biased = np.array([token for token, _ in biases], dtype=np.intp)
+        self._bias = np.array([value for _, value in biases], dtype=np.float32)
         self._counts = Counter[int]()
         """Tokens of the answer."""
         self._seen = _GrowingSet(prompt if options.repetition_penalty != 1.0 else ())
@@ -138,14 +139,17 @@ class Sampler:
             weights = every[kept].astype(np.float64)
         sums = np.cumsum(weights)
         # a token is kept while the mass before it is below top_p, so the most likely one always is
-        sums = sums[(sums - weights < top_p * total) & (weights >= min_p)]
-        return int(kept[np.searchsorted(sums, self.random.random() * sums[-1], side="right")])
+        is_kept = (sums - weights < top_p * total) & (weights >= min_p)
+        sums = sums[is_kept]
+        drawn = np.searchsorted(sums, self.random.random() * sums[-1], side="right")
+        return int(kept[drawn])
 
     def _draw_of_all(self, weights: np.ndarray) -> int:
         """Draw a block by its weight, then a token in it. A cumulative sum over all V would cost more than the rest."""
         starts = np.arange(0, len(weights), BLOCK)
         sums = np.cumsum(np.add.reduceat(weights, starts), dtype=np.float64)
-        start = BLOCK * int(np.searchsorted(sums, self.random.random() * sums[-1], side="right"))
+        block = int(np.searchsorted(sums, self.random.random() * sums[-1], side="right"))
+        start = BLOCK * block
         inside = np.cumsum(weights[start : start + BLOCK], dtype=np.float64)
         return start + int(np.searchsorted(inside, self.random.random() * inside[-1], side="right"))
 

@@ -35,7 +35,9 @@ def schema_with_spaces(schema: Any) -> Any:
     if not isinstance(schema, Mapping):
         return schema
     spaced = dict(schema)
-    if lengths := _LENGTHS & schema.keys() if not {"pattern", "format"} & schema.keys() else ():
+    lengths = _LENGTHS & schema.keys()
+    if lengths and not {"pattern", "format"} & schema.keys():
+        # the space counts as a character, so it must be there whenever the limits are raised by one
         spaced |= {"pattern": "^ ", **{key: schema[key] + 1 for key in lengths}}
     for key in {"enum", "const"} & schema.keys():
         spaced[key] = with_spaces(schema[key])
@@ -72,7 +74,8 @@ class ObjectScanner:
         shown: list[str] = []
         for length, character in enumerate(text, 1):
             was_open = bool(self._open)
-            shown += [character] if self._is_shown(character) else []
+            if self._is_shown(character):
+                shown.append(character)
             if was_open and not self._open:
                 self.is_over = True
                 return length, "".join(shown)

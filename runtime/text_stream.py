@@ -39,7 +39,8 @@ class TextStream:
         end = self._unshown.find(self._until[0]) if self._until else -1
         length = end if end >= 0 else len(self._unshown) - partial_length(self._unshown, self._until)
         searched = self._unshown[:length]
-        found = [(start + len(stop), start, stop) for stop in self.stop if (start := searched.find(stop)) >= 0]
+        starts = [(searched.find(stop), stop) for stop in self.stop]
+        found = [(start + len(stop), start, stop) for start, stop in starts if start >= 0]
         if found:  # the string that is complete first, as if every character came alone
             _, start, self.found = min(found)
             self.stopped, self._unshown = True, ""

@@ -76,25 +76,8 @@ class ToolFormat:
         Keywords that cannot be enforced are ignored, except in the functions named in `strict` (None: all). Raises
         UsageError with the name of the tool if its schema cannot be enforced.
         """
-        calls = "{0,%d}" % (MAX_CALLS - 1)  # noqa: UP031  braces
-        rules = [f"(BETWEEN call){calls}" if self.between else "", "END" if self.end else ""]
         functions = [tool["function"] for tool in tools]
-        alternatives = " | ".join(f"call_{index}" for index in range(len(functions)))
-        first = "".join(f"<[{token}]> " for token in control) + json.dumps(self.begin)
-        has_text = not must_call and otherwise is None
-        # lazy: the text ends at the start of the first call
-        head = f"head: {first}" if not has_text else f"head: TEXT {first}" if control else f"head[lazy]: TEXT {first}"
-        lines = [
-            "%llguidance {}",
-            "start: calls" if must_call else "start: TEXT | calls" if has_text else "start: object | calls",
-            f"calls: head call {' '.join(filter(None, rules))}",
-            head,
-            f"call: {alternatives}",
-            *([r"TEXT: /(.|\n)*/"] if has_text else []),
-            *([f"object: {embedded_schema(otherwise)}"] if otherwise is not None else []),
-            *([f"BETWEEN: {json.dumps(self.between)}"] if self.between else []),
-            *([f"END: {json.dumps(self.end)}"] if self.end else []),
-        ]
+        lines = self._frame(len(functions), control, must_call, otherwise)
         is_strict = [strict is None or function["name"] in strict for function in functions]
         formats = [CALL_JSON if each else LENIENT_CALL_JSON for each in is_strict]
         parts = [
@@ -105,17 +88,53 @@ class ToolFormat:
         if copied or self.has_spaced_texts:
             for part in parts:
                 part.checked()
-        for index, function in enumerate(functions):
+        for index, (function, format) in enumerate(zip(functions, formats, strict=True)):
             opening = json.dumps(function["name"] + self.middle)
             parameters = parameters_of(function)
-            parameters = schema_with_spaces(parameters) if self.has_spaced_texts else parameters
-            format = formats[index]
-            arguments = (
-                copied.add(f"call_{index}", parameters, format) if copied else embedded_schema(parameters, format)
-            )
+            if self.has_spaced_texts:
+                parameters = schema_with_spaces(parameters)
+            if copied:
+                arguments = copied.add(f"call_{index}", parameters, format)
+            else:
+                arguments = embedded_schema(parameters, format)
             lines.append(f"call_{index}: {opening} {arguments}")
         lines += copied.rules if copied else []
         return Grammar("\n".join(lines) + "\n", "tools", tuple(parts)).checked()
+
+    def _frame(
+        self, num_functions: int, control: Sequence[int], must_call: bool, otherwise: Mapping[str, Any] | None
+    ) -> list[str]:
+        """Return the rules around the calls, see `grammar`. Those of each call_INDEX are missing."""
+        has_text = not must_call and otherwise is None
+        first = "".join(f"<[{token}]> " for token in control) + json.dumps(self.begin)
+        if not has_text:
+            head = f"head: {first}"
+        elif control:  # no text has a control token, so the call's begin is found without a lazy rule
+            head = f"head: TEXT {first}"
+        else:  # lazy: the text ends at the start of the first call
+            head = f"head[lazy]: TEXT {first}"
+        if must_call:
+            start = "start: calls"
+        elif has_text:
+            start = "start: TEXT | calls"
+        else:
+            start = "start: object | calls"
+        calls = "calls: head call"
+        if self.between:
+            calls += " (BETWEEN call){0,%d}" % (MAX_CALLS - 1)  # noqa: UP031  braces
+        if self.end:
+            calls += " END"
+        alternatives = " | ".join(f"call_{index}" for index in range(num_functions))
+        lines = ["%llguidance {}", start, calls, head, f"call: {alternatives}"]
+        if has_text:
+            lines.append(r"TEXT: /(.|\n)*/")
+        if otherwise is not None:
+            lines.append(f"object: {embedded_schema(otherwise)}")
+        if self.between:
+            lines.append(f"BETWEEN: {json.dumps(self.between)}")
+        if self.end:
+            lines.append(f"END: {json.dumps(self.end)}")
+        return lines
 
     def write(self, calls: Sequence[Mapping[str, Any]]) -> str:
         """Return earlier `calls` as text in this format."""
@@ -236,8 +255,9 @@ class _TemplateProbe:
         calls = [_call(name) for name in names]
         text = self._render({"role": "assistant", "content": "", "tool_calls": calls})
         plain = self._render({"role": "assistant", "content": _TEXT})
-        start = plain.rfind(_TEXT)
-        return text[start:].removesuffix(plain[start + len(_TEXT) :]) if text.startswith(plain[:start]) else ""
+        start = plain.rfind(_TEXT)  # the question has the same text before it
+        before, after = plain[:start], plain[start + len(_TEXT) :]
+        return text[start:].removesuffix(after) if text.startswith(before) else ""
 
     def _between(self, begin: str, middle: str, arguments: str, end: str) -> str:
         """Return the text between two calls, "" if the template writes only one."""
@@ -247,4 +267,6 @@ class _TemplateProbe:
             return ""
         head = begin + _NAMES[0] + middle + arguments
         tail = _NAMES[1] + middle + arguments + end
-        return two[len(head) : len(two) - len(tail)] if two.startswith(head) and two.endswith(tail) else ""
+        if not (two.startswith(head) and two.endswith(tail)):
+            return ""
+        return two[len(head) : len(two) - len(tail)]

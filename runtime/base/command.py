@@ -63,10 +63,9 @@ class _Terminated(KeyboardInterrupt):
 @contextlib.contextmanager
 def _terminating() -> Iterator[None]:
     """Raise _Terminated on SIGTERM inside the block, then end the process by the same signal."""
-    is_ours = (
-        threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    )
-    if not is_ours:
+    # Python sets handlers in the main thread only, and a program that calls us may have its own
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield
         return
 

@@ -100,9 +100,11 @@ def _errno_of(error: BaseException | None) -> int:
 
 def _size_limit(error: BaseException) -> int:
     """Return EFBIG if numpy reached a limit of file sizes, else 0. Its error has no errno."""
+    if resource is None:
+        return 0
     has_no_errno = isinstance(error, OSError) and error.errno is None
-    is_limited = resource is not None and resource.getrlimit(resource.RLIMIT_FSIZE)[0] != resource.RLIM_INFINITY
-    return errno.EFBIG if has_no_errno and is_limited else 0
+    limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    return errno.EFBIG if has_no_errno and limit != resource.RLIM_INFINITY else 0
 
 
 def _test_write(path: Path) -> int:
@@ -183,7 +185,8 @@ def folder_written_atomically(
     it, and `barrier` waits for all. Raises DiskFullError if the disk is full.
     """
     place = path.resolve()
-    temporary, replaced = (place.with_name(f".{place.name}.efficientllm-{what}") for what in ("new", "old"))
+    temporary = place.with_name(f".{place.name}.efficientllm-new")
+    replaced = place.with_name(f".{place.name}.efficientllm-old")
     if is_main:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)

@@ -138,7 +138,10 @@ def require(options: object, name: str, holds: bool, rule: str, value: object = 
     """
     if not holds:
         shown = getattr(options, name) if value is None else value
-        shown = ",".join(map(str, shown)) if isinstance(shown, tuple) else "" if isinstance(shown, bool) else shown
+        if isinstance(shown, tuple):
+            shown = ",".join(map(str, shown))
+        elif isinstance(shown, bool):  # a switch is typed without a value
+            shown = ""
         raise OptionError(f"{flag_name(name)} {shown}".rstrip() + f": {rule}")
 
 
@@ -150,14 +153,16 @@ def check_fields(options: object) -> None:
     hints = typing.get_type_hints(type(options))
     for field in dataclasses.fields(options):  # type: ignore[arg-type]
         value, annotation = getattr(options, field.name), _unwrap_optional(hints[field.name])
-        if value is None and annotation is not hints[field.name]:
+        is_optional = annotation is not hints[field.name]
+        if value is None and is_optional:
             continue
         kind, choices = typing.get_origin(annotation) or annotation, typing.get_args(annotation)
         if kind is typing.Literal:
             require(options, field.name, value in choices, not_one_of(value, choices))
         elif kind in (tuple, bool, int, float, str):
             accepted = {float: (int, float), tuple: (tuple, list)}.get(kind, kind)
-            holds = isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
+            is_stray_bool = isinstance(value, bool) and kind is not bool  # True is an int in Python
+            holds = isinstance(value, accepted) and not is_stray_bool
             require(options, field.name, holds, f"must be of type {kind.__name__}", value=repr(value))
         if bounds := field.metadata.get("bounds"):
             numbers: Sequence[float] = value if isinstance(value, tuple | list) else (value,)  # type: ignore[assignment]
@@ -319,7 +324,8 @@ def _merge(config: Any, remaining: dict[str, Any]) -> Any:
     changes: dict[str, Any] = {}
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
-        if (old_name := field.metadata.get("old_name")) in remaining:
+        old_name = field.metadata.get("old_name")
+        if old_name in remaining:  # the present name wins if both are given
             remaining.setdefault(field.name, remaining.pop(old_name))
         annotation = _unwrap_optional(hints[field.name])
         if dataclasses.is_dataclass(annotation):

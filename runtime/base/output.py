@@ -53,7 +53,8 @@ def check_output(
         source = Path(name)
         if source.exists() and (target == source.resolve() or target in source.resolve().parents):
             raise UsageError(f"{flag} {path} is or holds {name}, which is read; name another folder")
-    if not path.is_dir() or not any(entry.name != LOCK_NAME for entry in path.iterdir()):
+    is_empty = not path.is_dir() or all(entry.name == LOCK_NAME for entry in path.iterdir())
+    if is_empty:
         return
     if not overwrite:
         raise UsageError(f"{flag} {path} is not empty; {remedy}")

@@ -46,7 +46,8 @@ def check_value(value: object, kind: Any, where: str, variables: Mapping[Any, An
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         _require(is_number and math.isfinite(typing.cast(float, value)), where)
     else:
-        _require(isinstance(value, kind) and (kind is bool or not isinstance(value, bool)), where)
+        is_stray_bool = isinstance(value, bool) and kind is not bool  # True is an int in Python
+        _require(isinstance(value, kind) and not is_stray_bool, where)
 
 
 def _require(holds: bool, where: str) -> None:

@@ -16,7 +16,11 @@ def cache_folder() -> Path:
     """Return the folder for files that save time and may be deleted at any moment. It may not exist yet."""
     if named := os.environ.get(FOLDER_VARIABLE):
         return Path(named)
-    home = {"darwin": "~/Library/Caches", "win32": os.environ.get("LOCALAPPDATA", "~")}.get(sys.platform, "~/.cache")
+    home = "~/.cache"
+    if sys.platform == "darwin":
+        home = "~/Library/Caches"
+    elif sys.platform == "win32":
+        home = os.environ.get("LOCALAPPDATA", "~")
     return Path(os.environ.get("XDG_CACHE_HOME") or home).expanduser() / "efficientllm"
 
 

@@ -72,7 +72,11 @@ def _texts(engine: Engine) -> list[bytes]:
 def _translation(texts: Sequence[bytes], others: Sequence[bytes]) -> list[int]:
     """Return for every text its number in `others`, the same number if possible, -1 if there is none."""
     numbers = {text: token for token, text in enumerate(others) if text}
-    return [token if others[token : token + 1] == [text] else numbers.get(text, -1) for token, text in enumerate(texts)]
+    found = []
+    for token, text in enumerate(texts):
+        has_same_number = token < len(others) and others[token] == text
+        found.append(token if has_same_number else numbers.get(text, -1))
+    return found
 
 
 class DraftModel:
@@ -110,8 +114,11 @@ class DraftModel:
                 return []
             cache = self._cache_of(answer, tokens)
             pending = len(tokens) - len(cache.tokens)
-            prompt_ms = pending * self._prompt_ms / max(1.0, self._num_prompt) if pending > MAX_STEP_TOKENS else 0.0
-            token_ms = self._step_ms / max(1.0, self._num_steps) + prompt_ms / min(longest, EXPECTED_TOKENS)
+            prompt_ms = 0.0
+            if pending > MAX_STEP_TOKENS:
+                prompt_ms = pending * self._prompt_ms / max(1.0, self._num_prompt)
+            step_ms = self._step_ms / max(1.0, self._num_steps)
+            token_ms = step_ms + prompt_ms / min(longest, EXPECTED_TOKENS)
             count = self._speculation.draft_length(
                 answer.num_right, num_answers, min(longest, MAX_DRAFT), token_ms, prompt_ms
             )

@@ -184,7 +184,9 @@ def _load(artefact: Artefact, options: EngineOptions, probe: bool) -> Any:
     engine_class: Callable[[Path, EngineOptions], Engine] = find_engine(artefact).load()
     artefact.verify()
     if probe and artefact.known_manifest is None:
-        probe_artefact(artefact, engine_version(artefact.engine), asdict(options) | {"tune": False, "draft": ""})
+        # the child only tells whether the file loads; it must not measure for half a minute or load a second model
+        child_options = asdict(options) | {"tune": False, "draft": ""}
+        probe_artefact(artefact, engine_version(artefact.engine), child_options)
     try:
         return engine_class(artefact.model_file, options)
     except (EfficientLLMError, OSError):

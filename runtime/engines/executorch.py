@@ -81,9 +81,11 @@ def captured_native_log(own_line: str) -> Iterator[Callable[[], str]]:
     with tempfile.TemporaryFile() as log:
         os.dup2(log.fileno(), 2)
 
+        pattern = re.compile(own_line.encode())
+
         def lines(own: bool) -> bytes:
             log.seek(0)
-            return b"".join(line for line in log if bool(re.match(own_line.encode(), line)) is own)
+            return b"".join(line for line in log if bool(pattern.match(line)) is own)
 
         try:
             yield lambda: lines(own=True).decode("utf-8", errors="replace")

@@ -58,6 +58,9 @@ _ENABLED, _DISABLED = 1, 0
 _GGML_TYPES: dict[CacheType, int] = {"f32": 0, "f16": 1, "q8_0": 8}
 """enum ggml_type"""
 
+_DECODE_ERRORS: dict[int, type[Exception]] = {1: CacheFullError, 2: EvaluationInterrupted}
+"""Results of llama_decode, see llama.h: no slots for the tokens, and aborted by the callback."""
+
 ELEMENT_BYTES: dict[CacheType, float] = {"f32": 4, "f16": 2, "q8_0": 34 / 32}
 
 
@@ -133,13 +136,16 @@ class LlamaContext:
     def extend(self, chunks: Sequence[Chunk]) -> list[np.ndarray]:
         """Append tokens to sequences, see `Engine.extend`."""
         rows = iter(self._decode(chunks))
-        return [
-            np.stack([self._logits(next(rows)) for _ in range(1 + chunk.num_drafted)])
-            if chunk.num_drafted
-            else self._logits(next(rows))
-            for chunk in chunks
-            if chunk.wants_logits
-        ]
+        found = []
+        for chunk in chunks:
+            if not chunk.wants_logits:
+                continue
+            logits = self._logits(next(rows))
+            if chunk.num_drafted:
+                others = [self._logits(next(rows)) for _ in range(chunk.num_drafted)]
+                logits = np.stack([logits, *others])
+            found.append(logits)
+        return found
 
     def all_logits(self, sequence: int, tokens: Sequence[int]) -> np.ndarray:
         """Append at most `max_batch` tokens and return the logits after each, fp32 [n, V]."""
@@ -151,9 +157,10 @@ class LlamaContext:
         num_rows, wanted_rows = 0, []
         for chunk in chunks:
             begin = self._lengths[chunk.sequence]
-            for index, token in enumerate(chunk.tokens, start=1):
-                wants_logits = wants_all or (chunk.wants_logits and index >= len(chunk.tokens) - chunk.num_drafted)
-                _fill_row(self._batch, num_rows, token, begin + index - 1, chunk.sequence, wants_logits)
+            first_wanted = len(chunk.tokens) - 1 - chunk.num_drafted
+            for index, token in enumerate(chunk.tokens):
+                wants_logits = wants_all or (chunk.wants_logits and index >= first_wanted)
+                _fill_row(self._batch, num_rows, token, begin + index, chunk.sequence, wants_logits)
                 if wants_logits:
                     wanted_rows.append(num_rows)
                 num_rows += 1
@@ -163,7 +170,7 @@ class LlamaContext:
             # llama.cpp keeps the tokens that it evaluated before an abort, and `extend` must change all or nothing
             for chunk in chunks:
                 self.truncate(chunk.sequence, self._lengths[chunk.sequence])
-            raise {1: CacheFullError, 2: EvaluationInterrupted}.get(status, RuntimeError)(f"llama_decode: {status}")
+            raise _DECODE_ERRORS.get(status, RuntimeError)(f"llama_decode: {status}")
         for chunk in chunks:
             self._lengths[chunk.sequence] += len(chunk.tokens)
         return wanted_rows
@@ -225,7 +232,8 @@ def embed(model: Any, threads: int, tokens: Sequence[int], pooling: Pooling) -> 
     context = llama.llama_init_from_model(model, parameters)
     if not context:
         raise ArtefactError(f"llama.cpp makes no context of {len(tokens)} tokens; shorten the text")
-    batch, thread = llama.llama_batch_init(EMBEDDING_PASS_TOKENS, 0, 1), TorchFreeThread()
+    batch = llama.llama_batch_init(EMBEDDING_PASS_TOKENS, 0, 1)
+    thread = TorchFreeThread()
     hidden_size = llama.llama_model_n_embd(model)
     total = np.zeros(hidden_size, dtype=np.float64)
     try:
@@ -237,13 +245,16 @@ def embed(model: Any, threads: int, tokens: Sequence[int], pooling: Pooling) -> 
             if status := thread.run(llama.llama_decode, context, batch):
                 raise ArtefactError(f"llama.cpp cannot evaluate the text (status {status}); shorten it")
             pointers = [llama.llama_get_embeddings_ith(context, row) for row in range(len(part))]
-            states = np.stack([np.ctypeslib.as_array(one, shape=(hidden_size,)) for one in pointers]).astype(np.float64)
+            rows = [np.ctypeslib.as_array(pointer, shape=(hidden_size,)) for pointer in pointers]
+            states = np.stack(rows).astype(np.float64)
             total = states[-1] if pooling == "last" else total + states.sum(axis=0)
     finally:
         thread.close()
         llama.llama_batch_free(batch)
         llama.llama_free(context)
-    return (total / max(float(np.linalg.norm(total)), 1e-12)).astype(np.float32)
+    # the length of the mean does not matter: only the direction is returned
+    length = max(float(np.linalg.norm(total)), 1e-12)
+    return (total / length).astype(np.float32)
 
 
 def _fill_row(batch: Any, row: int, token: int, position: int, sequence: int, wants_logits: bool) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import hashlib
-import itertools
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -79,7 +78,8 @@ class LlamaCppEngine:
         version = f"{engine_version('llama.cpp')}, build {build}"
         release = f"{version}, {threads} threads"
         attention = choose_attention(path, release, options.kv_cache, self.num_sequences, make, options.tune)
-        bytes_per_token = attention.bytes_per_token(*_cache_shape(path.parent, self._metadata))
+        heads, head_dim = _cache_shape(path.parent, self._metadata)
+        bytes_per_token = attention.bytes_per_token(heads, head_dim)
         slots = self.context_length * min(self.num_sequences, SHARED_CONTEXTS)
         # never less than a whole window: a single chat must be able to use the context that was asked for
         if options.cache_memory and bytes_per_token:
@@ -90,7 +90,8 @@ class LlamaCppEngine:
         self.load_ms += (time.perf_counter() - began) * 1e3
         self.state_format = f"{version}, {attention}"
         self.cuts_sequences = self._context.cuts_sequences
-        self.settings, self.cache_slots, self.max_batch = str(attention), self._context.slots, self._context.max_batch
+        self.settings = str(attention)
+        self.cache_slots, self.max_batch = self._context.slots, self._context.max_batch
         if self.num_sequences > 1 and options.tune:
             times = measure_pass_times(path, f"{release}, {attention}", self._context, self.num_sequences)
             self.pass_times, self.settings = times, f"{attention}; {times}"
@@ -110,8 +111,8 @@ class LlamaCppEngine:
         self.adds_bos = bool(llama.llama_vocab_get_add_bos(vocab))
         control = llama.LLAMA_TOKEN_ATTR_CONTROL | llama.LLAMA_TOKEN_ATTR_UNKNOWN
         tokens = range(self.vocab_size)
-        is_control = (llama.llama_vocab_get_attr(vocab, token) & control for token in tokens)
-        self.control_texts = frozenset(filter(None, map(self._text_of, itertools.compress(tokens, is_control))))
+        control_tokens = [token for token in tokens if llama.llama_vocab_get_attr(vocab, token) & control]
+        self.control_texts = frozenset(map(self._text_of, control_tokens)) - {""}
 
     def _metadata(self, key: str) -> str:
         """Return a value of the file's header as text, "" if it is absent or a list."""
@@ -163,7 +164,8 @@ class LlamaCppEngine:
 
     def evaluate(self, tokens: Sequence[int], first: int, held: int) -> Iterator[np.ndarray]:
         for begin in range(held, first, self.max_batch):
-            self._context.extend([Chunk(0, tokens[begin : min(begin + self.max_batch, first)], wants_logits=False)])
+            end = min(begin + self.max_batch, first)
+            self._context.extend([Chunk(0, tokens[begin:end], wants_logits=False)])
         for begin in range(first, len(tokens), LOGITS_PASS_TOKENS):
             yield self._context.all_logits(0, tokens[begin : begin + LOGITS_PASS_TOKENS])
 
@@ -211,7 +213,8 @@ def _cache_shape(folder: Path, metadata: Callable[[str], str]) -> tuple[Sequence
         groups = int(metadata(f"{name}.attention.head_count_kv") or heads)
         if not heads:  # a recurrent model, whose state does not grow with the tokens
             return [], 0
-        width = int(metadata(f"{name}.attention.key_length") or int(metadata(f"{name}.embedding_length")) // heads)
+        key_length = metadata(f"{name}.attention.key_length")
+        width = int(key_length) if key_length else int(metadata(f"{name}.embedding_length")) // heads
     except ValueError:
         return [], 0
     return [groups] * layers, width

@@ -136,18 +136,21 @@ class OnnxEngine(StepwiseEngine):
         self._session = _open_session(onnxruntime, path, options)
         self._run_options = onnxruntime.RunOptions()
         config = GenaiConfig.read(path.parent)
-        inputs = cache_inputs(self._session.get_inputs(), config.decoder)
-        others = {item.name for item in self._session.get_inputs()} - {cache.name for cache in inputs}
+        graph_inputs = self._session.get_inputs()
+        inputs = cache_inputs(graph_inputs, config.decoder)
+        others = {item.name for item in graph_inputs} - {cache.name for cache in inputs}
         logits = next((item for item in self._session.get_outputs() if item.name == "logits"), None)
         if others != {"input_ids", "attention_mask"} or logits is None:
             raise ArtefactError(f"{path} is not a decoder of efficientllm-export --target onnx; export it with that")
         self.context_length = context_length(options.context, config.context_length)
         self.num_sequences = options.sequences
         self._bindings = [self._session.io_binding() for _ in range(options.sequences)]
-        self._caches: list[Any] = [
-            SharedCache(inputs, binding, self.context_length) if config.shares_cache else GrowingCache(inputs, binding)
-            for binding in self._bindings
-        ]
+        self._caches: list[Any] = []
+        for binding in self._bindings:
+            if config.shares_cache:
+                self._caches.append(SharedCache(inputs, binding, self.context_length))
+            else:
+                self._caches.append(GrowingCache(inputs, binding))
         super().__init__(path.parent)
         # Our graphs return the last token's logits, [1, 1, V]; other exporters' those of all tokens, [1, S, V].
         _, rows, self.vocab_size = logits.shape

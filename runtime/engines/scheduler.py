@@ -321,7 +321,8 @@ class EngineScheduler:
     def _remove_wrong_draft(self, lease: Lease, cache: SequenceCache) -> None:
         """Remove the proposed tokens of the last pass that the answer does not have."""
         begin, lease.draft_start = lease.draft_start, 0
-        right = common_length(cache.tokens[begin:], lease.tokens[begin:], len(lease.tokens) - begin)
+        answer = lease.tokens[begin:]
+        right = common_length(cache.tokens[begin:], answer, len(answer))
         self._caches.truncate(cache, begin + right)
 
     def _check_length(self, tokens: Sequence[int]) -> None:
@@ -453,10 +454,12 @@ class Lease:
         """Return the first `count` pending and proposed tokens as part of a pass."""
         assert self.cache is not None
         begin = len(self.cache.tokens)
-        self.draft = self.draft[: max(0, count - self.num_pending)]
+        room_for_draft = max(0, count - self.num_pending)
+        self.draft = self.draft[:room_for_draft]
         self.draft_start = len(self.tokens) if self.draft else 0
         tokens = self.tokens[begin : begin + count] + self.draft
-        return Chunk(self.cache.sequence, tokens, begin + count >= len(self.tokens), len(self.draft))
+        reaches_end = begin + count >= len(self.tokens)
+        return Chunk(self.cache.sequence, tokens, reaches_end, len(self.draft))
 
     def evaluate(self) -> np.ndarray:
         """Evaluate all pending tokens and return the last one's logits, fp32 [V]. See `EngineScheduler.step`."""

@@ -69,7 +69,8 @@ class CachePool:
         length = common[best.sequence]
         chosen = best
         # Taking over a long cache for a short prefix would evict the rest of it. Then the prefix is copied instead.
-        if best.holder is not None or best.is_pinned or length < MIN_REUSED_SHARE * len(best.tokens):
+        keeps_little = length < MIN_REUSED_SHARE * len(best.tokens)
+        if best.holder is not None or best.is_pinned or keeps_little:
             others = (cache for cache in self._caches if not cache.is_pinned)
             chosen = min(others, key=lambda cache: (cache.holder is not None, cache.last_used))
         self.truncate(chosen, length if chosen is best else 0)
@@ -242,8 +243,10 @@ def plan_pass(pending: Sequence[int], last_used: Sequence[int], max_tokens: int,
     decodes = [index for index, number in enumerate(pending) if number == 1]
     prompts = [index for index, count in enumerate(counts) if count]
     if decodes:
-        served = times.num_decodes(len(decodes), sum(counts) - len(decodes))
-        for index in sorted(decodes, key=last_used.__getitem__)[served:]:
+        num_prompt_tokens = sum(counts) - len(decodes)
+        served = times.num_decodes(len(decodes), num_prompt_tokens)
+        longest_waiting_first = sorted(decodes, key=last_used.__getitem__)
+        for index in longest_waiting_first[served:]:
             counts[index] = 0
     elif len(prompts) == 1 and counts[prompts[0]] <= times.largest:
         # A short question on a long chat is faster in passes of a good size as well.

@@ -46,7 +46,8 @@ class StepwiseEngine(abc.ABC):
         return self.tokenizer.token_bytes(token)
 
     def extend(self, chunks: Sequence[Chunk]) -> list[np.ndarray]:
-        lengths, rows = [len(self._sequences[chunk.sequence]) for chunk in chunks], []
+        lengths = [len(self._sequences[chunk.sequence]) for chunk in chunks]
+        rows = []
         try:
             for chunk in chunks:
                 self._stop_if_interrupted()

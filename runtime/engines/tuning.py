@@ -197,9 +197,18 @@ def _all_pass_ms(context: LlamaContext, num_sequences: int) -> list[float]:
 
 
 def _sizes_to_measure(num_sequences: int) -> Sequence[int]:
-    """Return 1 to `num_sequences`: first the largest and 1, then multiples of the highest powers of two."""
+    """Return 1 to `num_sequences`: first the largest and 1, then multiples of the highest powers of two.
+
+    Kernels for several rows are fast at multiples of four or eight. If the time runs out, these are measured and the
+    sizes between them interpolated.
+    """
     ends = (1, num_sequences)
-    return sorted(range(1, num_sequences + 1), key=lambda size: (size not in ends, -(size & -size), size))
+
+    def order(size: int) -> tuple[bool, int, int]:
+        highest_power = size & -size
+        return size not in ends, -highest_power, size
+
+    return sorted(range(1, num_sequences + 1), key=order)
 
 
 def _pass_ms(context: LlamaContext, num_sequences: int, depth: int) -> float:

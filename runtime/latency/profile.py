@@ -103,21 +103,18 @@ class DeviceProfile:
         """Return the milliseconds of a workload by part. An empty layer costs nothing."""
         self._check_head_dim(shape)
         hidden = shape.hidden_size
-        more = self._surcharge(shape, workload)
-        return Breakdown(
-            attention_ms=tuple(
-                self.attention_ms(layer, hidden, workload)
-                + more(layer.attention_weights(hidden, shape.head_dim), attention_odd_rows(layer, shape))
-                for layer in shape.layers
-            ),
-            ffn_ms=tuple(
-                self.ffn_ms(layer, hidden, workload) + more(layer.ffn_weights(hidden), ffn_odd_rows(layer, shape))
-                for layer in shape.layers
-            ),
-            head_ms=self._price("head", hidden, (shape.vocab_size,), workload)
-            + more(shape.head_weights, head_odd_rows(shape)),
-            token_ms=self._price("token", hidden, (), workload),
-        )
+        surcharge = self._surcharge(shape, workload)
+        attention_ms, ffn_ms = [], []
+        for layer in shape.layers:
+            attention_weights = layer.attention_weights(hidden, shape.head_dim)
+            more = surcharge(attention_weights, attention_odd_rows(layer, shape))
+            attention_ms.append(self.attention_ms(layer, hidden, workload) + more)
+            more = surcharge(layer.ffn_weights(hidden), ffn_odd_rows(layer, shape))
+            ffn_ms.append(self.ffn_ms(layer, hidden, workload) + more)
+        head_ms = self._price("head", hidden, (shape.vocab_size,), workload)
+        head_ms += surcharge(shape.head_weights, head_odd_rows(shape))
+        token_ms = self._price("token", hidden, (), workload)
+        return Breakdown(tuple(attention_ms), tuple(ffn_ms), head_ms, token_ms)
 
     def _surcharge(self, shape: DecoderShape, workload: Workload) -> Callable[[int, int], float]:
         """Return a function of (weights, odd rows) that gives the surcharge of a part in milliseconds."""
@@ -172,7 +169,8 @@ class DeviceProfile:
         key = (part, hidden_size, *widths, workload)
         found = self._prices.get(key)
         if found is None:
-            found = float(np.dot(self.table.weights(workload), self.table.figures(part, hidden_size, *widths)))
+            figures = self.table.figures(part, hidden_size, *widths)
+            found = float(np.dot(self.table.weights(workload), figures))
             self._prices[key] = found
         return found
 
@@ -199,7 +197,8 @@ class DeviceProfile:
             raise UsageError(f"{path} does not exist; measure one with efficientllm-bench --profile {path}") from error
         except (OSError, ValueError, RecursionError) as error:
             raise UsageError(f"{path} cannot be read as JSON: {error}") from error
-        if not isinstance(values, dict) or values.get("kind") != KIND or values.get("schema_version") != SCHEMA_VERSION:
+        head = (values.get("kind"), values.get("schema_version")) if isinstance(values, dict) else None
+        if head != (KIND, SCHEMA_VERSION):
             raise UsageError(f"{path} is not a device profile of schema {SCHEMA_VERSION}; measure it again")
         try:
             return cls(

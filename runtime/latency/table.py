@@ -83,13 +83,15 @@ def head_odd_rows(shape: DecoderShape) -> int:
 def attention_odd_rows(layer: LayerShape, shape: DecoderShape) -> int:
     """Count the rows of an attention's matrices with an odd number of blocks."""
     hidden, heads, groups = shape.hidden_size, layer.num_attention_heads, layer.num_key_value_heads
-    reading = shape.head_dim * (heads + 2 * groups) * is_odd(hidden)
-    return reading + hidden * is_odd(heads * shape.head_dim)
+    rows_of_qkv = shape.head_dim * (heads + 2 * groups)
+    return rows_of_qkv * is_odd(hidden) + hidden * is_odd(heads * shape.head_dim)
 
 
 def ffn_odd_rows(layer: LayerShape, shape: DecoderShape) -> int:
     """Count the rows of an FFN's matrices with an odd number of blocks."""
-    return 2 * layer.intermediate_size * is_odd(shape.hidden_size) + shape.hidden_size * is_odd(layer.intermediate_size)
+    rows_of_gate_and_up = 2 * layer.intermediate_size
+    rows_of_down = shape.hidden_size
+    return rows_of_gate_and_up * is_odd(shape.hidden_size) + rows_of_down * is_odd(layer.intermediate_size)
 
 
 def odd_rows(shape: DecoderShape) -> int:
@@ -116,7 +118,9 @@ def parabola_weights(nodes: Sequence[float], value: float) -> np.ndarray:
     The three are the two around the value and the next below, or the first or last three. With fewer nodes it is a line
     or a constant.
     """
-    last = int(np.clip(np.searchsorted(nodes, value, side="left"), min(2, len(nodes) - 1), len(nodes) - 1))
+    at_most = len(nodes) - 1
+    above = np.searchsorted(nodes, value, side="left")
+    last = int(np.clip(above, min(2, at_most), at_most))
     used = range(max(0, last - 2), last + 1)
     weights = np.zeros(len(nodes))
     for one in used:
@@ -135,7 +139,8 @@ class Grid:
 
     def __post_init__(self) -> None:
         sizes = tuple(len(axis) for axis in self.axes)
-        if self.values.shape[:-1] != sizes or any(list(axis) != sorted(set(axis)) or not axis for axis in self.axes):
+        are_ascending = all(axis and list(axis) == sorted(set(axis)) for axis in self.axes)
+        if self.values.shape[:-1] != sizes or not are_ascending:
             raise ValueError(f"a grid of axes {sizes} holds values of shape {self.values.shape}")
         if not np.isfinite(self.values).all():
             raise ValueError("a grid has a value that is not a number")
@@ -201,11 +206,10 @@ class LatencyTable:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values, with milliseconds rounded to a tenth of a microsecond."""
-        parts = {
-            part: {name: list(nodes) for name, nodes in zip(PARTS[part], grid.axes, strict=True)}
-            | {"ms": np.round(grid.values, 7).tolist()}
-            for part, grid in self.parts.items()
-        }
+        parts = {}
+        for part, grid in self.parts.items():
+            axes = {name: list(nodes) for name, nodes in zip(PARTS[part], grid.axes, strict=True)}
+            parts[part] = axes | {"ms": np.round(grid.values, 7).tolist()}
         sizes = {"head_dim": self.head_dim, "depths": list(self.depths), "prompts": list(self.prompts)}
         return sizes | {"parts": parts, "surcharge": None if self.surcharge is None else self.surcharge.to_json()}
 
@@ -215,7 +219,8 @@ class LatencyTable:
         parts = {}
         for part, axes in PARTS.items():
             entry = values["parts"][part]
-            parts[part] = Grid(tuple(tuple(entry[name]) for name in axes), np.array(entry["ms"]))
+            nodes = tuple(tuple(entry[name]) for name in axes)
+            parts[part] = Grid(nodes, np.array(entry["ms"]))
         surcharge = values.get("surcharge")
         return cls(
             values["head_dim"],
