@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import uuid
 from collections.abc import AsyncGenerator, Iterator, Sequence
@@ -67,22 +68,23 @@ class Turn(RequestPart):
         """Return the same as messages of OpenAI's API, results of calls first."""
         if isinstance(self.content, str):
             return [{"role": self.role, "content": self.content}]
-        results = [
-            {"role": "tool", "tool_call_id": block.tool_use_id, "content": _text_of(block.content)}
-            for block in self.content
-            if isinstance(block, ResultBlock)
-        ]
-        calls = [
-            {"id": block.id, "function": {"name": block.name, "arguments": json.dumps(block.input)}}
-            for block in self.content
-            if isinstance(block, CallBlock)
-        ]
+        results, calls, thoughts = [], [], []
+        for block in self.content:
+            if isinstance(block, ResultBlock):
+                text = _text_of(block.content)
+                results.append({"role": "tool", "tool_call_id": block.tool_use_id, "content": text})
+            elif isinstance(block, CallBlock):
+                function = {"name": block.name, "arguments": json.dumps(block.input)}
+                calls.append({"id": block.id, "function": function})
+            elif isinstance(block, ThinkingBlock):
+                thoughts.append(block.thinking)
         message: dict[str, Any] = {"role": self.role, "content": _text_of(self.content)}
-        if thoughts := [block.thinking for block in self.content if isinstance(block, ThinkingBlock)]:
+        if thoughts:
             message["reasoning_content"] = "".join(thoughts)
         if calls:
             message["tool_calls"] = calls
-        return results if results and not message["content"] and not calls else [*results, message]
+        has_only_results = results and not message["content"] and not calls
+        return results if has_only_results else [*results, message]
 
 
 def _text_of(content: str | Sequence[Block]) -> str:
@@ -139,7 +141,7 @@ class MessagesRequest(TranslatedRequest):
         named = {"type": "function", "function": {"name": choice.name}}
         values: dict[str, Any] = {
             **self.model_dump(include={"model", "max_tokens", "stream", "temperature", "top_p", "top_k"}),
-            "messages": [*system, *(message for turn in self.messages for message in turn.as_messages())],
+            "messages": list(itertools.chain(system, *(turn.as_messages() for turn in self.messages))),
             "stop": self.stop_sequences,
             "tools": [tool.as_tool() for tool in self.tools],
             "tool_choice": {"any": "required", "tool": named}.get(choice.type, choice.type),
@@ -232,7 +234,10 @@ class MessageBuilder(ChatBuilder):
             if not self._blocks or self._blocks[-1]["type"] != kind:
                 if not event.text.strip():  # white space between calls
                     return
-                yield from self._open({"type": kind, kind: "", **({"signature": ""} if kind == "thinking" else {})})
+                block = {"type": kind, kind: ""}
+                if kind == "thinking":
+                    block["signature"] = ""
+                yield from self._open(block)
             self._blocks[-1][kind] += event.text
             yield self._delta_event(f"{kind}_delta", **{kind: event.text})
 

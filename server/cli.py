@@ -38,8 +38,13 @@ def build_parser() -> flags.Parser:
 
 def named_artefacts(artefact: str | None, models: Sequence[str]) -> dict[str, str]:
     """Return {name: path} of all models, `artefact` first. UsageError if there is none or a name is used twice."""
-    pairs = [(Path(artefact).resolve().name.removesuffix(".gguf").removesuffix(".pte"), artefact)] if artefact else []
-    pairs += [(name, path) for name, _, path in (text.partition("=") for text in models)]
+    pairs = []
+    if artefact:
+        name = Path(artefact).resolve().name.removesuffix(".gguf").removesuffix(".pte")
+        pairs.append((name, artefact))
+    for text in models:
+        name, _, path = text.partition("=")
+        pairs.append((name, path))
     if not pairs:
         raise UsageError("give an artefact, or --model NAME=PATH")
     if len(dict(pairs)) < len(pairs):

@@ -88,16 +88,17 @@ class Endpoints:
         router.get("/v1/models/{name:path}", responses=ERRORS)(self.model)
         # OpenAPI 3.1 has no schema for single events
         events = {"description": "the answer, whole or as events", "content": {"text/event-stream": {}}}
-        for path, endpoint, model, details in (
-            ("/v1/chat/completions", self.chat_completions, ChatCompletion, events),
-            ("/v1/completions", self.completions, TextCompletion, events),
-            ("/v1/responses", self.responses, ResponseAnswer, events),
-            ("/v1/embeddings", self.embeddings, Embeddings, {}),
-            ("/tokenize", self.tokenize, Tokenized, {}),
-            ("/detokenize", self.detokenize, Detokenized, {}),
-        ):
+
+        def post(path: str, endpoint: Any, model: type[ResponseModel], **details: Any) -> None:
             responses: Responses = {200: {"model": model, **details}, **ERRORS}
             router.post(path, responses=responses)(endpoint)
+
+        post("/v1/chat/completions", self.chat_completions, ChatCompletion, **events)
+        post("/v1/completions", self.completions, TextCompletion, **events)
+        post("/v1/responses", self.responses, ResponseAnswer, **events)
+        post("/v1/embeddings", self.embeddings, Embeddings)
+        post("/tokenize", self.tokenize, Tokenized)
+        post("/detokenize", self.detokenize, Detokenized)
 
     async def page(self) -> Response:
         return page_file("index.html")
@@ -143,9 +144,9 @@ class Endpoints:
             if request.add_special and not request.parse_special:
                 tokens = text_prompt(engine, request.content) if request.content else []
             else:
-                bos_text = engine.bos_token if request.add_special and engine.adds_bos else ""
-                bos = engine.tokenize(bos_text, special=True) if bos_text else []
-                tokens = bos + engine.tokenize(request.content, special=request.parse_special)
+                tokens = engine.tokenize(request.content, special=request.parse_special)
+                if request.add_special and engine.adds_bos and engine.bos_token:
+                    tokens = engine.tokenize(engine.bos_token, special=True) + tokens
             return Tokenized(tokens=pieces_of(engine, tokens) if request.with_pieces else tokens)
 
         return await self.until_disconnect(http, self.with_engine(request.model, compute))

@@ -104,7 +104,11 @@ class LlamaCompletion(TranslatedRequest):
         return self.n_predict if self.max_tokens is None else self.max_tokens
 
     def translate(self) -> PlainRequest:
-        biases = self.logit_bias.items() if isinstance(self.logit_bias, dict) else self.logit_bias
+        biases = {}
+        pairs = self.logit_bias.items() if isinstance(self.logit_bias, dict) else self.logit_bias
+        for token, bias in pairs:
+            # -100 forbids a token in OpenAI's API, false in this one, which has no limits of numbers
+            biases[str(token)] = -100 if bias is False else max(-100, min(100, bias))
         values = self.model_dump(include={"model", "prompt", "top_p", "min_p", "stop", "stream"})
         values |= self.model_dump(include={"presence_penalty", "frequency_penalty"})
         values |= {
@@ -113,7 +117,7 @@ class LlamaCompletion(TranslatedRequest):
             "top_k": None if self.top_k is None else max(0, self.top_k),
             "repetition_penalty": self.repeat_penalty,
             "seed": None if self.seed in RANDOM_SEEDS else self.seed,
-            "logit_bias": {str(token): -100 if bias is False else max(-100, min(100, bias)) for token, bias in biases},
+            "logit_bias": biases,
         }
         if self.grammar and self.json_schema is not None:
             raise ValueError("grammar: cannot be combined with json_schema; remove one")
@@ -198,7 +202,11 @@ class LlamaBuilder(TextBuilder):
         generation, is_empty = self.choices[index].generation, not self._asked.limit
         stats = generation.stats
         count = 0 if is_empty else stats.completion_tokens
-        reason = "limit" if stats.finish_reason == "length" or is_empty else "eos"
+        if generation.text.stopped:
+            stop_type = "word"
+        else:
+            stop_type = "limit" if stats.finish_reason == "length" or is_empty else "eos"
+        settings = _settings(generation.sampler.options, generation) | {"grammar": self._asked.grammar}
         prompt_ms, predicted_ms = stats.time_to_first_token_ms, 1e3 * stats.decode_seconds
         timings = Timings(
             cache_n=stats.cached_tokens,
@@ -219,12 +227,12 @@ class LlamaBuilder(TextBuilder):
             tokens=generation.answer if self._asked.return_tokens and not is_empty else [],
             model=self.base["model"],
             prompt=self.choices[index].prompt,
-            generation_settings=_settings(generation.sampler.options, generation) | {"grammar": self._asked.grammar},
+            generation_settings=settings,
             tokens_predicted=count,
             tokens_evaluated=stats.prompt_tokens,
             tokens_cached=stats.cached_tokens,
             truncated=stats.prompt_tokens + count > generation.engine.context_length,
-            stop_type="word" if generation.text.stopped else reason,
+            stop_type=stop_type,
             stopping_word=generation.text.found,
             timings=timings,
         )

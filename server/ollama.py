@@ -48,6 +48,9 @@ NANOSECONDS = 10**9
 LONGEST_SECONDS = 10**9
 """Time that /api/ps shows for a model that is never unloaded."""
 
+SECONDS_OF_UNIT = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+"""Units of durations in Go, such as those of keep_alive."""
+
 UNLESS_NONE: Any = Field(exclude_if=lambda value: value is None)
 
 
@@ -101,25 +104,30 @@ class Message(RequestPart):
 
     def as_message(self) -> dict[str, Any]:
         """Return the same as a message of OpenAI's API."""
-        calls = [
-            {
-                "id": f"call_{index}",
-                "function": {"name": call.function.name, "arguments": json.dumps(call.function.arguments)},
-            }
-            for index, call in enumerate(self.tool_calls)
-        ]
-        named = {"name": self.tool_name} if self.tool_name else {}
-        said = {"role": self.role, "content": self.content, "reasoning_content": self.thinking}
-        return {**said, **named, **({"tool_calls": calls} if calls else {})}
+        calls = []
+        for index, call in enumerate(self.tool_calls):
+            arguments = json.dumps(call.function.arguments)
+            function = {"name": call.function.name, "arguments": arguments}
+            calls.append({"id": f"call_{index}", "function": function})
+        message: dict[str, Any] = {"role": self.role, "content": self.content, "reasoning_content": self.thinking}
+        if self.tool_name:
+            message["name"] = self.tool_name
+        if calls:
+            message["tool_calls"] = calls
+        return message
 
 
 def _seconds(value: Any) -> Any:
     """Return the seconds of a number or of a duration such as 1h30m."""
-    if isinstance(value, str) and (found := re.fullmatch(r"(-?)((\d+(\.\d+)?(ms|s|m|h)?)+)", value)):
-        parts = re.findall(r"(\d+(?:\.\d+)?)(ms|s|m|h)?", found[2])
-        seconds = sum(float(number) * {"ms": 0.001, "m": 60, "h": 3600}.get(unit, 1) for number, unit in parts)
-        return -seconds if found[1] else seconds
-    return value
+    if not isinstance(value, str):
+        return value
+    found = re.fullmatch(r"(-?)((\d+(\.\d+)?(ms|s|m|h)?)+)", value)
+    if found is None:
+        return value  # which the type of the field refuses
+    seconds = 0.0
+    for number, unit in re.findall(r"(\d+(?:\.\d+)?)(ms|s|m|h)?", found[2]):
+        seconds += float(number) * SECONDS_OF_UNIT[unit or "s"]
+    return -seconds if found[1] else seconds
 
 
 KeepAlive = Annotated[Float, BeforeValidator(_seconds), Field(ge=-1e9, le=1e9)]
@@ -314,9 +322,9 @@ class OllamaBuilder(ChatBuilder):
             yield self._answer(text, reasoning, done=False).model_dump_json() + "\n"
 
     def _answer(self, text: str, reasoning: str, calls: list[OllamaCall] | None = None, **fields: Any) -> OllamaAnswer:
-        message = OllamaMessage(content=text, thinking=reasoning or None, tool_calls=calls)
         said: dict[str, Any] = {"response": text, "thinking": reasoning or None}
-        said = {"message": message} if self._has_messages else said
+        if self._has_messages:
+            said = {"message": OllamaMessage(content=text, thinking=reasoning or None, tool_calls=calls)}
         now = datetime.now(UTC).isoformat().replace("+00:00", "Z")
         return OllamaAnswer(model=self.base["model"], created_at=now, **said, **fields)
 
@@ -326,9 +334,10 @@ class OllamaBuilder(ChatBuilder):
         calls = [call.function for call in self._collected.calls]
         if self._collected.finish_reason == "length" and calls and not _is_json(calls[-1].arguments):
             calls.pop()  # the limit cut it
-        parsed = [
-            OllamaCall(function=OllamaFunction(name=call.name, arguments=json.loads(call.arguments))) for call in calls
-        ]
+        parsed = []
+        for call in calls:  # Ollama's arguments are an object, not text
+            function = OllamaFunction(name=call.name, arguments=json.loads(call.arguments))
+            parsed.append(OllamaCall(function=function))
         first_seconds = stats.time_to_first_token_ms / 1e3
         return self._answer(
             text,
@@ -388,9 +397,11 @@ class OllamaEndpoints:
     async def running(self) -> dict[str, Any]:
         models = []
         for name, worker in self._pool.loaded.items():
-            card, left = _card(name, self._pool.artefacts[name]), self._pool.expires_in(name)
+            card = _card(name, self._pool.artefacts[name])
             size = card["size"] + worker.engine.kv_cache_bytes
-            until = datetime.now(UTC) + timedelta(seconds=min(max(left, 0), LONGEST_SECONDS))
+            left = self._pool.expires_in(name)
+            seconds = min(max(left, 0), LONGEST_SECONDS)  # a date has no infinity
+            until = datetime.now(UTC) + timedelta(seconds=seconds)
             models.append({**card, "size": size, "size_vram": 0, "expires_at": until.isoformat()})
         return {"models": models}
 
@@ -405,8 +416,9 @@ class OllamaEndpoints:
 
     async def embed_prompt(self, request: OllamaEmbedPrompt, http: Request) -> Response:
         async def answer() -> OllamaEmbedding:
-            found: Any = (await self._embed(request.model, request.prompt, request.keep_alive)).data[0].embedding
-            return OllamaEmbedding(embedding=found)
+            found = await self._embed(request.model, request.prompt, request.keep_alive)
+            vector: Any = found.data[0].embedding
+            return OllamaEmbedding(embedding=vector)
 
         return await self._endpoints.until_disconnect(http, answer())
 
@@ -427,7 +439,8 @@ class OllamaEndpoints:
             is_unloaded = name in self._pool.artefacts and name not in self._pool.loaded
             # also to unload: the time that `_kept` has set starts when a request leaves
             if not (unloads and is_unloaded):
-                (await self._pool.enter(name, self._pool.deadline())).leave()
+                worker = await self._pool.enter(name, self._pool.deadline())
+                worker.leave()
             return JSONResponse({"model": request.model, "done": True, "done_reason": "unload" if unloads else "load"})
         completion = request.translation
         completion.model = name

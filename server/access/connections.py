@@ -99,9 +99,11 @@ def limited_protocol(max_connections: int, timeout: float) -> type[H11Protocol]:
 def notify_systemd(state: str) -> None:
     """Send READY=1 or STOPPING=1 to systemd, if it started the server as a service of Type=notify."""
     address = os.environ.get("NOTIFY_SOCKET", "")
+    if address.startswith("@"):  # an abstract socket, whose name begins with NUL (sd_notify(3))
+        address = address.replace("@", "\0", 1)
     if address:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender, contextlib.suppress(OSError):
-            sender.sendto(state.encode(), address.replace("@", "\0", 1) if address.startswith("@") else address)
+            sender.sendto(state.encode(), address)
 
 
 class GracefulServer(uvicorn.Server):

@@ -43,7 +43,8 @@ class AccessLog:
             await self.app(scope, receive, record)
         finally:
             if self.prints:
-                host = (scope.get("client") or ("-",))[0]
+                host, *_ = scope.get("client") or ("-",)
+                # a path is the client's text: escaped, it can neither begin a line nor add a column
                 path = scope["path"][:MAX_PATH_CHARACTERS].encode("unicode_escape").decode().replace(" ", "%20")
                 now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
                 seconds = time.perf_counter() - began

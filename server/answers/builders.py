@@ -7,7 +7,6 @@ with response models inside, because an event is built for every token.
 from __future__ import annotations
 
 import abc
-import itertools
 import json
 import time
 import uuid
@@ -216,7 +215,9 @@ class ChatBuilder(CompletionBuilder):
 
     def _choice(self, collected: CollectedChoice, common: dict[str, Any]) -> ChatChoice:
         calls = collected.calls
-        content = collected.text.strip() or None if calls else collected.text
+        content: str | None = collected.text
+        if calls:  # the white space around calls is no text
+            content = collected.text.strip() or None
         message = AssistantMessage(reasoning_content=collected.reasoning, content=content, tool_calls=calls)
         return ChatChoice(message=message, **common)
 
@@ -273,12 +274,12 @@ class TextBuilder(CompletionBuilder):
     def _logprobs(self, choice: int, records: Sequence[TokenLogprob]) -> TextLogprobs | None:
         if self.request.top_count is None:
             return None
-        texts = [self._text_of(record.token) for record in records]
-        offsets = list(itertools.accumulate(map(len, texts), initial=self._num_characters[choice]))
-        self._num_characters[choice] = offsets.pop()
-        return TextLogprobs(
-            tokens=texts,
-            token_logprobs=[record.logprob for record in records],
-            top_logprobs=[{self._text_of(token): logprob for token, logprob in record.top} for record in records],
-            text_offset=offsets,
-        )
+        texts, offsets, tops = [], [], []
+        for record in records:
+            text = self._text_of(record.token)
+            texts.append(text)
+            offsets.append(self._num_characters[choice])
+            self._num_characters[choice] += len(text)
+            tops.append({self._text_of(token): logprob for token, logprob in record.top})
+        logprobs: list[Any] = [record.logprob for record in records]
+        return TextLogprobs(tokens=texts, token_logprobs=logprobs, top_logprobs=tops, text_offset=offsets)

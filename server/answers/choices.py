@@ -79,15 +79,18 @@ def _chat_choices(engine: EngineScheduler, request: ChatRequest, each: Iterable[
 def _text_choices(engine: EngineScheduler, request: TextRequest, each: Iterable[AnswerOptions]) -> Iterable[Choice]:
     constraint = _constraint_of(engine, request)
     for prompt in request.prompts:
-        tokens = text_prompt(engine, prompt, request.has_control_tokens) if isinstance(prompt, str) else prompt
+        is_text = isinstance(prompt, str)
+        tokens = text_prompt(engine, prompt, request.has_control_tokens) if is_text else prompt
         if not tokens:
             raise APIError(400, "prompt: must not be empty")
         if max(tokens) >= engine.vocab_size:
             raise APIError(400, f"prompt: token {max(tokens)} is outside the vocabulary of {engine.vocab_size}")
-        echo = (prompt if isinstance(prompt, str) else text_of(engine, tokens)) if request.echo else ""
+        echo = ""
+        if request.echo:
+            echo = prompt if is_text else text_of(engine, tokens)
         for options in each:
             generation = Generation(engine, tokens, options, _copy_of(constraint))
-            yield Choice(generation, echo=echo, prompt=prompt if isinstance(prompt, str) else "")
+            yield Choice(generation, echo=echo, prompt=prompt if is_text else "")
 
 
 def _constraint_of(engine: EngineScheduler, request: CompletionRequest) -> GrammarConstraint | None:

@@ -111,7 +111,11 @@ class ModelPool:
         self._idle.set()
         if (seconds := self._keep_seconds[name]) < float("inf"):
             loop = asyncio.get_running_loop()
-            loop.call_later(seconds, lambda: self._unloads.add(loop.create_task(self._unload_expired(name))))
+
+            def unload() -> None:
+                self._unloads.add(loop.create_task(self._unload_expired(name)))
+
+            loop.call_later(seconds, unload)
 
     async def _unload_expired(self, name: str) -> None:
         """Unload a model unless it was used meanwhile."""
@@ -148,7 +152,8 @@ class ModelPool:
         if name in self._workers:
             return self._workers[name].engine.context_length
         trained = self.artefacts[name].context_length
-        return self.options.context or (min(DEFAULT_CONTEXT, trained) if trained else None)
+        default = min(DEFAULT_CONTEXT, trained) if trained else None
+        return self.options.context or default
 
     def deadline(self) -> Deadline:
         """Return the deadline of a request that arrives now."""
@@ -266,9 +271,12 @@ def pinned_tokens(engine: EngineScheduler, pin: ChatRequest) -> list[int]:
     """Return the tokens that every prompt begins with that continues the chat `pin` with a question."""
     options = PromptOptions(pin.tool_use, pin.template_variables)
     messages = [message.as_template_value() for message in pin.messages]
-    one, other = (
-        tool_prompt(engine, [*messages, {"role": "user", "content": text}], options).tokens for text in ("a", "?")
-    )
+
+    def prompt_with(question: str) -> list[int]:
+        return tool_prompt(engine, [*messages, {"role": "user", "content": question}], options).tokens
+
+    # what two questions share is the chat and what the template writes before a question
+    one, other = prompt_with("a"), prompt_with("?")
     return one[: common_length(one, other, len(one))]
 
 

@@ -62,8 +62,12 @@ def run_in_thread(compute: Callable[[], T]) -> asyncio.Future[T]:
             settle(future.set_result, result)
 
     def settle(set_outcome: Callable[[Any], None], outcome: Any) -> None:
+        def settle_in_loop() -> None:
+            if not future.done():  # a cancelled future raises if it is set
+                set_outcome(outcome)
+
         with contextlib.suppress(RuntimeError):  # the loop is closed, so nothing waits for the future
-            loop.call_soon_threadsafe(lambda: None if future.done() else set_outcome(outcome))
+            loop.call_soon_threadsafe(settle_in_loop)
 
     threading.Thread(target=work, daemon=True).start()
     return future
@@ -311,6 +315,9 @@ def _api_error(error: BaseException) -> APIError:
 
 def _piece(choice: int, text: str, generation: Generation, finish_reason: str | None = None) -> Piece:
     records = tuple(generation.pop_logprobs())
-    tokens = {token for record in records for token in (record.token, *(other for other, _ in record.top))}
+    tokens = set()
+    for record in records:
+        tokens.add(record.token)
+        tokens.update(other for other, _ in record.top)
     token_bytes = {token: generation.engine.token_bytes(token) for token in tokens}
     return Piece(choice, text, records, token_bytes, generation.stats.completion_tokens, finish_reason)
