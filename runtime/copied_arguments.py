@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Literal
 
 from .grammar import embedded_schema
@@ -36,12 +37,20 @@ class CopiedArguments:
     A text is free if its schema has no keywords but its type and annotations. All other values follow their schema.
     """
 
-    def __init__(self, texts: Sequence[str], *, are_spaced: bool = False, only_examples: bool = False) -> None:
+    def __init__(
+        self,
+        texts: Sequence[str],
+        *,
+        are_spaced: bool = False,
+        only_examples: bool = False,
+        examples: Mapping[str, Sequence[str]] = MappingProxyType({}),
+    ) -> None:
         """Prepare to copy from `texts`, whose words are accepted as they are and in lower case.
 
-        With `are_spaced`, a free text begins with a space (see spaced_texts).
+        With `are_spaced`, a free text begins with a space (see spaced_texts). `examples` are more examples of texts, by
+        the name of the argument.
         """
-        self._only_examples = only_examples
+        self._only_examples, self._examples = only_examples, examples
         self._opening = json.dumps('" ' if are_spaced else '"')
         text = re.sub(r"[^\S\n]+", " ", "\n".join(texts)[-MAX_TEXT_CHARACTERS:])
         self._words = _between_separators(text)
@@ -64,6 +73,7 @@ class CopiedArguments:
         if has_other_keywords or not properties or not set(required) <= set(properties):
             return embedded_schema(parameters, format)
         definitions = {key: parameters[key] for key in DEFINITIONS if key in parameters}
+        properties = {key: self._with_examples(key, schema) for key, schema in properties.items()}
         properties = {key: each for key, each in properties.items() if key in required or self._can_be_filled(each)}
         if not properties:
             return '"{}"'
@@ -104,6 +114,12 @@ class CopiedArguments:
             self.rules.append(f'{text}: {self._opening} ({" | ".join(choices)}) "\\""')
         others = [each for each in types if each != "string"]
         return f"({text} | {embedded_schema({'type': others}, format)})" if others else text
+
+    def _with_examples(self, key: str, schema: Any) -> Any:
+        """Return the schema of an argument with the further examples of its name, if it is a free text."""
+        if key not in self._examples or not isinstance(schema, dict) or schema.get("type") != "string":
+            return schema
+        return {**schema, "examples": [*_listed(schema), *self._examples[key]]}
 
     def _can_be_filled(self, schema: Any) -> bool:
         """Tell whether the request has a value of a text that must be one of its examples."""

@@ -37,6 +37,8 @@ class ToolUse:
     strict: Collection[str] | None = None
     """Names of functions whose keywords must all be enforced. Those of others are ignored if they cannot be. None:
     all."""
+    examples: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """More examples of texts in arguments, by the name of the argument."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,9 @@ class ChatPrompt:
         copied = None
         if use.arguments != "any":
             only_examples, is_spaced = use.arguments == "examples", self.format.has_spaced_texts
-            copied = CopiedArguments(self.texts, are_spaced=is_spaced, only_examples=only_examples)
+            copied = CopiedArguments(
+                self.texts, are_spaced=is_spaced, only_examples=only_examples, examples=use.examples
+            )
         must_call = use.must_call or bool(use.only)
         grammar = self.format.grammar(
             tools, self.control, must_call=must_call, otherwise=use.otherwise, copied=copied, strict=use.strict

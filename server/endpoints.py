@@ -77,6 +77,7 @@ class Endpoints:
 
     def __init__(self, pool: ModelPool, metrics: Metrics, options: AppOptions, sampling: SamplingDefaults) -> None:
         self._pool, self._metrics, self._options, self.sampling = pool, metrics, options, sampling
+        self._examples = options.argument_examples
         self.router = router = APIRouter(route_class=BodyRoute)
         methods = ["GET", "HEAD"]
         router.api_route("/", methods=methods, response_class=HTMLResponse, include_in_schema=False)(self.page)
@@ -208,8 +209,10 @@ class Endpoints:
 
     def choices(self, engine: EngineScheduler, request: CompletionRequest) -> list[Choice]:
         """Return the answers to a request, with this server's defaults. They are not computed yet."""
-        if isinstance(request, ChatRequest) and "tool_arguments" not in request.model_fields_set:
-            request.tool_arguments = self._options.tool_arguments
+        if isinstance(request, ChatRequest):
+            request.set_examples(self._examples)
+            if "tool_arguments" not in request.model_fields_set:
+                request.tool_arguments = self._options.tool_arguments
         return make_choices(engine, request, self._options.overflow, self.sampling)
 
     async def until_disconnect(self, http: Request, work: Coroutine[Any, Any, ResponseModel | Response]) -> Response:

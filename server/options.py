@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,11 +73,30 @@ class AppOptions:
     tool_arguments: ToolArguments = "any"
     """Default of the field tool_arguments. copy: free texts in arguments of calls are words of the request; examples:
     those with examples in their schema are examples that occur in the request."""
+    examples: str = ""
+    """JSON file with texts of arguments by name, such as {"area": ["kitchen", "loft"]}: more examples for the schemas
+    of all requests. Needs --tool-arguments copy or examples."""
     overflow: Overflow = "error"
     """Action when a chat exceeds the context window: error, or slide (remove the oldest tokens)."""
 
     def __post_init__(self) -> None:
         flags.check_fields(self)
+        is_used = not self.examples or self.tool_arguments != "any"
+        flags.require(self, "examples", is_used, "needs --tool-arguments copy or examples")
+
+    @property
+    def argument_examples(self) -> dict[str, list[str]]:
+        """Return the texts of --examples by the name of the argument. UsageError for a file of another form."""
+        if not self.examples:
+            return {}
+        try:
+            values = json.loads(Path(self.examples).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UsageError(f"--examples {self.examples}: {error}") from error
+        lists = values.values() if isinstance(values, dict) else [None]
+        if not all(isinstance(each, list) and all(isinstance(text, str) for text in each) for each in lists):
+            raise UsageError(f'--examples {self.examples}: is not like {{"area": ["kitchen", "loft"]}}')
+        return values
 
     @property
     def keys(self) -> tuple[str, ...]:

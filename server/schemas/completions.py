@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import re
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, PrivateAttr, ValidationError, model_validator
@@ -237,6 +238,12 @@ class ChatRequest(CompletionRequest):
     chat_template_kwargs: Json = Field({})
     """Further variables of the chat template, such as enable_thinking."""
 
+    _examples: Mapping[str, Sequence[str]] = PrivateAttr({})
+
+    def set_examples(self, examples: Mapping[str, Sequence[str]]) -> None:
+        """Add examples to the texts in arguments, by the name of the argument."""
+        self._examples = examples
+
     @model_validator(mode="after")
     def _check_together(self) -> ChatRequest:
         names = [tool.function.name for tool in self.tools]
@@ -274,7 +281,7 @@ class ChatRequest(CompletionRequest):
         otherwise = self.response_format.answer_schema()
         strict = {tool.function.name for tool in self.tools if tool.function.strict}
         must_call, arguments = self.tool_choice == "required", self.tool_arguments
-        return ToolUse(tools, must_call, only, self.parallel_tool_calls, otherwise, arguments, strict)
+        return ToolUse(tools, must_call, only, self.parallel_tool_calls, otherwise, arguments, strict, self._examples)
 
     @property
     def stops(self) -> list[str]:
