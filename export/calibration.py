@@ -56,8 +56,10 @@ def _collect(checkpoint: Checkpoint, text_path: str, statistic: Callable[[Any], 
     count = len(ids) // window
     with torch.inference_mode():
         for index in range(count):
-            model(torch.tensor([ids[index * window : (index + 1) * window]]), use_cache=False)
-    means = {name: (total / (count * window)).float().numpy() for name, total in sums.items()}
+            window_ids = ids[index * window : (index + 1) * window]
+            model(torch.tensor([window_ids]), use_cache=False)
+    num_tokens = count * window
+    means = {name: (total / num_tokens).float().numpy() for name, total in sums.items()}
     return _spread(means, readers, checkpoint)
 
 

@@ -65,18 +65,21 @@ class Attention(nn.Module):
 
     def __init__(self, architecture: Architecture, layer: LayerShape, settings: LayerAttention, scales: Scales) -> None:
         super().__init__()
-        hidden, head_dim, parts = architecture.hidden_size, architecture.head_dim, architecture.parts
-        self.heads, self.groups, self.head_dim = layer.num_attention_heads, layer.num_key_value_heads, head_dim
+        hidden, parts = architecture.hidden_size, architecture.parts
+        self.heads, self.groups = layer.num_attention_heads, layer.num_key_value_heads
+        self.head_dim = architecture.head_dim
         self.settings = settings
-        self.q_proj = nn.Linear(hidden, self.heads * head_dim, bias=parts.qkv_bias)
-        self.k_proj = nn.Linear(hidden, self.groups * head_dim, bias=parts.qkv_bias)
-        self.v_proj = nn.Linear(hidden, self.groups * head_dim, bias=parts.qkv_bias)
-        self.o_proj = nn.Linear(self.heads * head_dim, hidden, bias=parts.output_bias)
+        query_width, key_width = self.heads * self.head_dim, self.groups * self.head_dim
+        self.q_proj = nn.Linear(hidden, query_width, bias=parts.qkv_bias)
+        self.k_proj = nn.Linear(hidden, key_width, bias=parts.qkv_bias)
+        self.v_proj = nn.Linear(hidden, key_width, bias=parts.qkv_bias)
+        self.o_proj = nn.Linear(query_width, hidden, bias=parts.output_bias)
         self.norms_heads = parts.qk_norm == "head"
-        widths = [head_dim] * 2 if self.norms_heads else [self.heads * head_dim, self.groups * head_dim]
-        self.q_norm, self.k_norm = (
-            RmsNorm(width, scales.qk_eps) if parts.qk_norm else nn.Identity() for width in widths
-        )
+        if parts.qk_norm:
+            self.q_norm = RmsNorm(self.head_dim if self.norms_heads else query_width, scales.qk_eps)
+            self.k_norm = RmsNorm(self.head_dim if self.norms_heads else key_width, scales.qk_eps)
+        else:
+            self.q_norm, self.k_norm = nn.Identity(), nn.Identity()
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries [B, S, Q, D], keys and values [B, S, G, D], before the rotary embedding."""
@@ -130,7 +133,9 @@ class Layer(nn.Module):
         self.self_attn = attention
         self.mlp = FeedForward(architecture.hidden_size, width, self.parts) if width else None
         for half, block in (("attention", self.self_attn), ("ffn", self.mlp)):
-            for name in block_norms(self.parts, half) if block is not None else ():
+            if block is None:  # the checkpoint has no norms of an absent block
+                continue
+            for name in block_norms(self.parts, half):
                 setattr(self, name, stem_norm(architecture, scales))
 
     def forward(self, x: Tensor, context: Any) -> Tensor:
@@ -202,4 +207,8 @@ class Decoder(nn.Module, abc.ABC):
 
     def stored_rotary(self, part: Callable[[Tensor], Tensor] = lambda table: table) -> dict[str, tuple[Tensor, Tensor]]:
         """Return `part` of the stored tables, {rotary_key: (cos, sin)}."""
-        return {key: (part(getattr(self, f"cos_{key}")), part(getattr(self, f"sin_{key}"))) for key in self.rotary_keys}
+        found = {}
+        for key in self.rotary_keys:
+            cos, sin = getattr(self, f"cos_{key}"), getattr(self, f"sin_{key}")
+            found[key] = part(cos), part(sin)
+        return found

@@ -58,17 +58,21 @@ def search_scales(
     `importance` [..., group], broadcast, weights the squares. `rounding` is applied to every candidate, so that the
     file format can store the result. `signed` allows negative scales.
     """
+    lowest_code, highest_code = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     if signed:
         largest = np.abs(groups).argmax(-1)[..., None]
-        full, shares = np.take_along_axis(groups, largest, -1) / -(2 ** (bits - 1)), SIGNED_SHARES
+        full, shares = np.take_along_axis(groups, largest, -1) / lowest_code, SIGNED_SHARES
     else:
-        full, shares = np.abs(groups).max(-1, keepdims=True) / (2 ** (bits - 1) - 1), list(SHARES)
+        full, shares = np.abs(groups).max(-1, keepdims=True) / highest_code, list(SHARES)
     full = np.where(np.abs(full) < SMALLEST, np.float32(SMALLEST), full)
     best_scale, best_error = rounding(full), np.full_like(full, np.inf)
     for share in shares if bits <= SEARCHED_BITS else []:
         scale = rounding(full * np.float32(share))
-        error = _round(groups, scale, bits) * scale - groups
-        error = (error * error if importance is None else error * error * importance).sum(-1, keepdims=True)
+        difference = _round(groups, scale, bits) * scale - groups
+        squares = difference * difference
+        if importance is not None:
+            squares = squares * importance
+        error = squares.sum(-1, keepdims=True)
         better = error < best_error
         best_error = np.where(better, error, best_error)
         best_scale = np.where(better, scale, best_scale)
@@ -90,12 +94,14 @@ def quantize_groups(
     """
     rows, columns = weight.shape
     groups = weight.reshape(rows, columns // group, group)
-    importance = None if gram is None else np.maximum(np.diag(gram), 1e-12).reshape(columns // group, group)
-    scales = search_scales(groups, bits, importance, rounding, signed)
     if gram is None:
+        scales = search_scales(groups, bits, None, rounding, signed)
         codes = _round(groups, scales, bits).reshape(rows, columns)
     else:
-        codes = _round_compensated(weight, np.repeat(scales[..., 0], group, axis=1), bits, gram)
+        importance = np.maximum(np.diag(gram), 1e-12).reshape(columns // group, group)
+        scales = search_scales(groups, bits, importance, rounding, signed)
+        scale_of_each = np.repeat(scales[..., 0], group, axis=1)
+        codes = _round_compensated(weight, scale_of_each, bits, gram)
     return codes.astype(np.int8), scales[..., 0]
 
 
@@ -114,8 +120,10 @@ def _round_compensated(weight: np.ndarray, scales: np.ndarray, bits: int, gram: 
     order = np.argsort(-diagonal)
     hessian = (1 - SHRINKAGE) * gram[order][:, order].astype(np.float64)
     # the damping also covers inputs that are never active
-    hessian[np.diag_indices(columns)] = diagonal[order] + DAMPING * max(float(diagonal.mean()), 1e-12)
-    upper = np.linalg.cholesky(np.linalg.inv(hessian)).T.astype(np.float32)  # inverse = upper^T upper
+    damping = DAMPING * max(float(diagonal.mean()), 1e-12)
+    hessian[np.diag_indices(columns)] = diagonal[order] + damping
+    # inverse = upper^T upper; row i of `upper` spreads the error of input i over the inputs after it
+    upper = np.linalg.cholesky(np.linalg.inv(hessian)).T.astype(np.float32)
     work, scales = weight[:, order], scales[:, order]
     codes = np.empty_like(work)
     for begin in range(0, columns, BLOCK):
@@ -125,7 +133,8 @@ def _round_compensated(weight: np.ndarray, scales: np.ndarray, bits: int, gram: 
         for column in range(begin, end):
             local, scale = column - begin, scales[:, column]
             codes[:, column] = _round(block[:, local], scale, bits)
-            error = (block[:, local] - codes[:, column] * scale) / upper[column, column]
+            rounding_error = block[:, local] - codes[:, column] * scale
+            error = rounding_error / upper[column, column]
             block[:, local + 1 :] -= np.outer(error, upper[column, column + 1 : end])
             errors[:, local] = error
         work[:, end:] -= errors @ upper[begin:end, end:]

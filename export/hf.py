@@ -93,8 +93,11 @@ UNIFORM = Exporter(HfUniformOptions, export_hf_uniform)
 def _stored_gains(checkpoint: Checkpoint, after: Architecture) -> dict[str, np.ndarray]:
     """Return the tensors in shape `after`, with the family's offset subtracted from gains."""
     offset = after.parts.norm.gain_offset
-    tensors = padded_tensors(checkpoint, after, stock_scales(checkpoint, after))
-    return {name: array - offset if offset and name.endswith("norm.weight") else array for name, array in tensors}
+    stored = {}
+    for name, array in padded_tensors(checkpoint, after, stock_scales(checkpoint, after)):
+        is_offset_gain = offset and name.endswith("norm.weight")
+        stored[name] = array - offset if is_offset_gain else array
+    return stored
 
 
 def uniform_config(checkpoint: Checkpoint, after: Architecture) -> dict[str, Any]:

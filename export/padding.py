@@ -44,11 +44,13 @@ def padding_notes(before: Architecture, after: Architecture) -> tuple[str, ...]:
     pairs, layers = list(zip(before.layers, after.layers, strict=True)), len(before.layers)
     widths = sum(a.intermediate_size != b.intermediate_size for a, b in pairs)
     heads = sum(a.num_attention_heads != b.num_attention_heads for a, b in pairs)
-    changes = [
-        *([f"hidden {before.hidden_size} -> {after.hidden_size}"] if before.hidden_size != after.hidden_size else []),
-        *([f"FFN width of {widths} of {layers} layers"] if widths else []),
-        *([f"heads of {heads} of {layers} layers"] if heads else []),
-    ]
+    changes = []
+    if before.hidden_size != after.hidden_size:
+        changes.append(f"hidden {before.hidden_size} -> {after.hidden_size}")
+    if widths:
+        changes.append(f"FFN width of {widths} of {layers} layers")
+    if heads:
+        changes.append(f"heads of {heads} of {layers} layers")
     return (
         f"zero-padded (exact): {', '.join(changes)}, {before.num_parameters:,} -> {after.num_parameters:,} parameters",
     )
@@ -58,7 +60,8 @@ def pad_tensor(name: str, array: np.ndarray, before: Architecture, after: Archit
     """Return `array` of the shape `before`, with zeros added for `after`."""
     layer, axes = axes_of(name, before)
     for dim, axis in enumerate(axes):
-        if axis_size(before, layer, axis) != axis_size(after, layer, axis) or axis == "query":
+        # as many query heads may belong to other groups, so they move although their number stays
+        if axis == "query" or axis_size(before, layer, axis) != axis_size(after, layer, axis):
             array = _pad_axis(array, dim, axis, layer, before, after)
     return array
 
@@ -99,7 +102,8 @@ def padded_tensors(
     for name in tensor_names(after):
         source = EMBEDDING if name == HEAD and before.tie_word_embeddings else name
         if source not in existing:
-            yield name, missing_tensor(name, after) * np.float32(have.stem_gain if is_gain(name, after) else 1.0)
+            gain = have.stem_gain if is_gain(name, after) else 1.0
+            yield name, missing_tensor(name, after) * np.float32(gain)
             continue
         array = checkpoint.tensor(source)
         if is_centred and name.endswith(WRITERS):
@@ -129,13 +133,11 @@ def _pad_axis(
     # query heads of one key/value group stay together: [G, R, D] grows to [G', R', D]
     moved = np.moveaxis(array, dim, 0)
     grouped = moved.reshape(old.num_key_value_heads, old.queries_per_group, before.head_dim, *moved.shape[1:])
-    widths = [
-        (0, new.num_key_value_heads - old.num_key_value_heads),
-        (0, new.queries_per_group - old.queries_per_group),
-        *[(0, 0)] * (grouped.ndim - 2),
-    ]
-    padded = np.pad(grouped, widths)
-    return np.moveaxis(padded.reshape(-1, *moved.shape[1:]), 0, dim)
+    widths = [(0, 0)] * grouped.ndim
+    widths[0] = (0, new.num_key_value_heads - old.num_key_value_heads)
+    widths[1] = (0, new.queries_per_group - old.queries_per_group)
+    padded = np.pad(grouped, widths).reshape(-1, *moved.shape[1:])
+    return np.moveaxis(padded, 0, dim)
 
 
 def missing_tensor(name: str, after: Architecture) -> np.ndarray:
@@ -161,8 +163,11 @@ def uniform_architecture(architecture: Architecture, multiple: int = 1) -> Archi
     best: Architecture | None = None
     # among `multiple` successive numbers of heads, one makes the hidden size a multiple
     for num_groups in range(groups, max(2 * groups, groups + multiple) + 1):
-        least = max(ratio, -(-hidden // (head_dim * num_groups))) if derives_head_dim else ratio
-        for per_group in range(least, max(2 * least, least + multiple) + 1) if has_groups else (1,):
+        least = ratio
+        if derives_head_dim:
+            least = max(ratio, -(-hidden // (head_dim * num_groups)))
+        numbers = range(least, max(2 * least, least + multiple) + 1) if has_groups else (1,)
+        for per_group in numbers:
             heads = num_groups * per_group
             size = heads * head_dim if derives_head_dim else round_up(hidden, math.lcm(heads, multiple))
             if size % multiple:

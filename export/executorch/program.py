@@ -92,10 +92,11 @@ def _dynamic_shapes(model: StaticDecoder, config: ExecutorchDecoderConfig) -> An
     if model.static_length:
         return None
     bounds = {"min": 1, "max": model.context - 1}
-    return {
-        name: {axis: torch.export.Dim(title, **bounds) for axis, title in axes.items()} or None
-        for name, axes in config.inputs.items()
-    }
+    shapes = {}
+    for name, axes in config.inputs.items():
+        dims = {axis: torch.export.Dim(title, **bounds) for axis, title in axes.items()}
+        shapes[name] = dims or None
+    return shapes
 
 
 MODEL_FILE = "model.pte"

@@ -87,7 +87,9 @@ def _delegated(file: Any) -> Iterator[_Matrix]:
         keys = [entry["named_key"] for entry in graph["constant_data"]]
         for node in graph["xnodes"]:
             if node["xnode_union_type"] == "XNNFullyConnected":
-                yield _product(values[node["xnode_union"]["filter_id"]], lambda index, keys=keys: blobs[keys[index]])
+                weight = values[node["xnode_union"]["filter_id"]]
+                # `keys` is bound now: the matrix is read later, when the loop is at another delegate
+                yield _product(weight, lambda index, keys=keys: blobs[keys[index]])
 
 
 def _xnnpack_graph(data: bytes) -> dict[str, Any]:
@@ -109,16 +111,20 @@ def _base(value: dict[str, Any]) -> dict[str, Any]:
 def _product(value: dict[str, Any], constant: Callable[[int], bytes]) -> _Matrix:
     """Return the matrix of a fully connected node. `constant` returns a constant by its index."""
     base = _base(value)
-    kind, shape, index = base["datatype"].rpartition("_")[2], tuple(base["dims"]), base["constant_buffer_idx"]
+    kind, shape = base["datatype"].rpartition("_")[2], tuple(base["dims"])
 
     def values() -> Tensor:
+        data = constant(base["constant_buffer_idx"])
         if kind in ("fp32", "fp16"):
-            return _tensor(constant(index), torch.float16 if kind == "fp16" else torch.float32).reshape(shape).float()
+            dtype = torch.float16 if kind == "fp16" else torch.float32
+            return _tensor(data, dtype).reshape(shape).float()
         scales = constant(value["xvalue_union"]["quant_params"]["scale_buffer_idx"])
         if kind == "qcint8":
-            return _tensor(constant(index), torch.int8).reshape(shape) * _tensor(scales, torch.float32)[:, None]
-        codes = _tensor(constant(index), torch.uint8)
-        codes = torch.stack([codes & 15, codes >> 4], -1).reshape(shape).float() - 8
+            codes = _tensor(data, torch.int8).reshape(shape)
+            return codes * _tensor(scales, torch.float32)[:, None]
+        packed = _tensor(data, torch.uint8)
+        halves = torch.stack([packed & 15, packed >> 4], -1)
+        codes = halves.reshape(shape).float() - 8
         groups = _tensor(scales, torch.bfloat16).float().reshape(shape[0], -1, 1)
         return (codes.unflatten(1, (groups.shape[1], -1)) * groups).flatten(1)
 
@@ -129,7 +135,9 @@ def _embeddings(program: Any) -> Iterator[_Matrix]:
     """Yield the tables of the program's embedding operators."""
     plan = program.execution_plan[0]
     for instruction in (each.instr_args for chain in plan.chains for each in chain.instructions):
-        name = plan.operators[instruction.op_index].name if isinstance(instruction, schema.KernelCall) else ""
+        if not isinstance(instruction, schema.KernelCall):
+            continue
+        name = plan.operators[instruction.op_index].name
         if "embedding" not in name:
             continue
         table, scales = (_constant(program, plan.values[index].val) for index in instruction.args[:2])

@@ -59,8 +59,11 @@ class FusedCache(nn.Module):
 
     def is_hidden(self, length: int, position: Position, window: int) -> Tensor:
         """Return bool [S, C]: the slots hidden from each new token."""
-        distance = torch.arange(length)[:, None] + position.input_pos - torch.arange(self.keys.shape[1])
-        return (distance < 0) | (distance >= window) if window else distance < 0
+        new_positions = torch.arange(length)[:, None] + position.input_pos
+        distance = new_positions - torch.arange(self.keys.shape[1])
+        # also the slots after the last token: they may hold tokens from before a truncation
+        is_later = distance < 0
+        return is_later | (distance >= window) if window else is_later
 
 
 class PlainCache(FusedCache):
@@ -72,7 +75,8 @@ class PlainCache(FusedCache):
         self.keys.index_copy_(1, positions, key)
         self.values.index_copy_(1, positions, value)
         ratio = query.shape[2] // key.shape[2]
-        keys, values = (cache.repeat_interleave(ratio, dim=2).transpose(1, 2) for cache in (self.keys, self.values))
+        keys = self.keys.repeat_interleave(ratio, dim=2).transpose(1, 2)
+        values = self.values.repeat_interleave(ratio, dim=2).transpose(1, 2)
         hidden = self.is_hidden(query.shape[1], position, settings.window)
         scores = query.transpose(1, 2) @ keys.transpose(2, 3) * settings.scale
         scores = scores.masked_fill(hidden, float("-inf"))
@@ -86,7 +90,8 @@ class StaticAttention(Attention):
 
     def forward(self, x: Tensor, context: Position) -> Tensor:
         query, key, value = self.project(x)
-        attended = self.cache((self._rotate(query, context), self._rotate(key, context), value), context, self.settings)
+        rotated = self._rotate(query, context), self._rotate(key, context), value
+        attended = self.cache(rotated, context, self.settings)
         return self.o_proj(attended.reshape(1, x.shape[1], self.heads * self.head_dim))
 
     def _rotate(self, x: Tensor, position: Position) -> Tensor:
@@ -94,9 +99,11 @@ class StaticAttention(Attention):
             return x
         cos, sin = position.rotary[self.settings.rotary_key]
         width, half = self.settings.rotary_dim, self.settings.rotary_dim // 2
-        rotated = x if width == self.head_dim else x[..., :width]
-        rotated = rotated * cos + torch.cat([rotated[..., half:], rotated[..., :half]], -1) * sin
-        return rotated if width == self.head_dim else torch.cat([rotated, x[..., width:]], -1)
+        is_whole = width == self.head_dim
+        pairs = x if is_whole else x[..., :width]
+        # the first half of the stored sine is negative, so the halves are swapped without a sign
+        rotated = pairs * cos + torch.cat([pairs[..., half:], pairs[..., :half]], -1) * sin
+        return rotated if is_whole else torch.cat([rotated, x[..., width:]], -1)
 
 
 class StaticDecoder(Decoder):
@@ -125,7 +132,8 @@ class StaticDecoder(Decoder):
                 module.cache = cache_class(context, module.groups, module.head_dim, dtype)
         tables = {}
         for key, (cos, sin) in self.rotary_tables(checkpoint, context).items():
-            whole_cos, whole_sin = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+            whole_cos = torch.cat([cos, cos], -1)
+            whole_sin = torch.cat([-sin, sin], -1)
             tables[key] = whole_cos[:, None].to(dtype), whole_sin[:, None].to(dtype)
         self.store_rotary(tables)
 
@@ -135,14 +143,16 @@ class StaticDecoder(Decoder):
     def forward(self, tokens: Tensor, input_pos: Tensor) -> Tensor:
         length = tokens.shape[1]
         if self.static_length:
-            position = Position(self.stored_rotary(lambda table: table.index_select(0, input_pos)), 0, input_pos)
+            rotary = self.stored_rotary(lambda table: table.index_select(0, input_pos))
+            position = Position(rotary, 0, input_pos)
         else:
             start: Any = input_pos[0].item()  # a SymInt while the program is traced
             # torch.export needs these bounds to accept the cut below, whose start is a number of the input
             torch._check_is_size(start)
             torch._check(start < self.context)
             torch._check(start + length <= self.context)
-            position = Position(self.stored_rotary(lambda table: table.narrow(0, start, length)), start, input_pos)
+            rotary = self.stored_rotary(lambda table: table.narrow(0, start, length))
+            position = Position(rotary, start, input_pos)
         x = self.embed(tokens)
         for layer in self.layers:
             x = layer(x, position)

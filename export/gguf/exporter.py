@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,10 @@ from ..request import ExportRequest, PaddingOptions, log
 from ..targets import Exporter
 from ..verification import (
     MAX_EXACT_DIFFERENCE,
+    Activation,
+    Agreement,
     EngineRun,
+    Sample,
     check_distance,
     check_exact,
     compare_logits,
@@ -38,7 +42,7 @@ from ..verification import (
 )
 from .layout import GgufPlan, plan_layout
 from .modelfile import MAX_CONTEXT, modelfile
-from .probe import RUNS, probe
+from .probe import RUNS, Run, probe
 from .quantize import FILE_TYPES, describe_fallbacks, quantize_gguf, tensor_type
 from .tensor_data import block_of, check_kept, check_rows, fill_q2_0, read_weights, tensor_bytes
 from .writer import gguf_name, write_gguf
@@ -104,7 +108,8 @@ def write_model(checkpoint: Checkpoint, request: ExportRequest[GgufOptions], fol
         calibrates = options.calibrate and not types.are_trained
         importance = _importance(checkpoint, request, plan, folder) if calibrates else None
         fallbacks = quantize_gguf(exact, target, name, types.output, types.embedding, importance)
-        fill_q2_0(exact, target, dict(np.load(importance)) if importance is not None else {})
+        weights_of_columns = dict(np.load(importance)) if importance is not None else {}
+        fill_q2_0(exact, target, weights_of_columns)
         if importance is not None:
             importance.unlink()
         for sentence in describe_fallbacks(fallbacks, options.pad == "auto"):
@@ -145,7 +150,8 @@ def _choose_types(checkpoint: Checkpoint, request: ExportRequest[GgufOptions]) -
     name = choose_type(checkpoint, request, "gguf", options.quantize, DEFAULT)
     is_trained = trained is not None and (trained.target, trained.kind) == ("gguf", name)
     head = trained.head if trained is not None and is_trained else ""
-    output, embedding = options.output_type or head, options.embedding_type or head
+    output = options.output_type or head
+    embedding = options.embedding_type or head
     return _Types(
         name,
         tensor_type("--output-type", output),
@@ -202,56 +208,81 @@ def _verify(
     checkpoint: Checkpoint, request: ExportRequest[GgufOptions], plan: GgufPlan, exact: Path, target: Path, name: str
 ) -> dict[str, dict[str, object]]:
     """Compare the F32 file with torch, its tokens with tokenizer.json, and the file with its own weights in torch."""
-    with extra("train"):
-        from ..parity import check_runs, check_weights, reference_logits
+    # a quantised file is run in all ways itself, so its F32 file needs one run
+    agreement, sample = _verify_exact(checkpoint, request, exact, RUNS if target == exact else RUNS[:1])
+    results = {"exact": agreement.to_dict()}
+    if target != exact:
+        results |= _verify_quantized(checkpoint, request, plan, target, name, sample)
+    return results
+
+
+def _verify_exact(
+    checkpoint: Checkpoint, request: ExportRequest[GgufOptions], file: Path, runs: Sequence[Run]
+) -> tuple[Agreement, Sample]:
+    """Return the agreement of the F32 file with torch, and the logits of the file's first run."""
     texts = [sample_text(), *sample_text().splitlines(), *_rendered_chat(checkpoint)]
-    uses_table = checkpoint.architecture.parts.activation.startswith("gelu")
-    activation = table_gelu if uses_table else None
-    sample = torch_sample(checkpoint, activation=activation)
-    tokens, reference, most = sample.tokens, sample.logits, MAX_EXACT_DIFFERENCE
-    own_logits = torch_sample(checkpoint).logits if uses_table else reference
-    if uses_table:
-        most = max(MAX_TABLE_DIFFERENCE, float(np.abs(own_logits - reference).max()))
-    first = probe(exact, tokens, texts, RUNS if target == exact else RUNS[:1])
-    _check_token_ids(checkpoint, texts, first.token_ids)
-    agreements = [compare_logits(reference, logits, tokens) for logits in first.logits]
+    activation = _activation(checkpoint)
+    reference = torch_sample(checkpoint, activation=activation)
+    tokens = reference.tokens
+    own_logits, most = reference.logits, MAX_EXACT_DIFFERENCE
+    if activation is not None:
+        own_logits = torch_sample(checkpoint).logits
+        effect_of_table = float(np.abs(own_logits - reference.logits).max())
+        most = max(MAX_TABLE_DIFFERENCE, effect_of_table)
+    found = probe(file, tokens, texts, runs)
+    _check_token_ids(checkpoint, texts, found.token_ids)
+    agreements = [compare_logits(reference.logits, logits, tokens) for logits in found.logits]
     for agreement in agreements:
-        check_exact(agreement, reference, "gguf", most)
+        check_exact(agreement, reference.logits, "gguf", most)
     agreement = max(agreements, key=lambda each: each.max_logit_difference)
     request.say(
         f"verified f32 file against torch: max |logit difference| {agreement.max_logit_difference:.1e}, "
         f"same argmax {agreement.argmax_agreement:.1%}, {agreement.tokens} tokens"
     )
-    results: dict[str, dict[str, object]] = {"exact": agreement.to_dict()}
-    if uses_table:
-        own = compare_logits(own_logits, first.logits[0], tokens)
-        results["exact"] = own.to_dict()
+    if activation is not None:
+        agreement = compare_logits(own_logits, found.logits[0], tokens)
         request.say(
             f"llama.cpp's GELU is a table of fp16 numbers (the reference above is torch with that table): from the "
             f"model's own {checkpoint.architecture.parts.activation}, max |logit difference| "
-            f"{own.max_logit_difference:.1e}, mean KL {own.mean_kl:.1e}"
+            f"{agreement.max_logit_difference:.1e}, mean KL {agreement.mean_kl:.1e}"
         )
-    if target == exact:
-        return results
-    stored = read_weights(target, checkpoint, plan)
+    return agreement, Sample(tokens, found.logits[0])
+
+
+def _verify_quantized(
+    checkpoint: Checkpoint,
+    request: ExportRequest[GgufOptions],
+    plan: GgufPlan,
+    file: Path,
+    name: str,
+    exact: Sample,
+) -> dict[str, dict[str, object]]:
+    """Compare a quantised file with torch on its own weights, and with the logits `exact` of the F32 file."""
+    with extra("train"):
+        from ..parity import check_runs, check_weights, reference_logits
+    stored = read_weights(file, checkpoint, plan)
     norm, stored_norm = checkpoint.architecture.parts.norm, plan.architecture.parts.norm
     is_centred = norm.takes_mean and not stored_norm.takes_mean
     source = padded_tensors(checkpoint, plan.architecture, plan.scales, is_centred)
-    results["weights"] = check_weights(source, stored, "gguf")
-    found = probe(target, tokens, runs=RUNS)
-    positions = list(range(len(tokens)))
+    weights = check_weights(source, stored, "gguf")
+    found = probe(file, exact.tokens, runs=RUNS)
+    positions = list(range(len(exact.tokens)))
     runs = [EngineRun(run.title, positions, logits) for run, logits in zip(RUNS, found.logits, strict=True)]
-    own_weights = reference_logits(checkpoint, stored, tokens, activation)
-    results["codes"] = check_runs(own_weights, runs, stored.origin, "gguf")
-    quantized = compare_logits(first.logits[0], found.logits[0], tokens)
+    own_weights = reference_logits(checkpoint, stored, exact.tokens, _activation(checkpoint))
+    codes = check_runs(own_weights, runs, stored.origin, "gguf")
+    quantized = compare_logits(exact.logits, found.logits[0], exact.tokens)
     check_distance(quantized, request.options.max_kl, "gguf")
     request.say(
         f"verified {name} file against torch on the file's own weights, {len(runs)} runs; from f32: mean KL "
         f"{quantized.mean_kl:.4f}, same argmax {quantized.argmax_agreement:.1%}, perplexity "
         f"x{quantized.perplexity_ratio:.3f}"
     )
-    results["quantized"] = quantized.to_dict()
-    return results
+    return {"weights": weights, "codes": codes, "quantized": quantized.to_dict()}
+
+
+def _activation(checkpoint: Checkpoint) -> Activation | None:
+    """Return ggml's activation if it differs from the model's by more than rounding, else None."""
+    return table_gelu if checkpoint.architecture.parts.activation.startswith("gelu") else None
 
 
 def table_gelu(x: Any) -> Any:
@@ -259,7 +290,9 @@ def table_gelu(x: Any) -> Any:
     import torch
 
     rounded = torch.nn.functional.gelu(x.half().float(), approximate="tanh").half().float()
-    return torch.where(x <= -10, torch.zeros_like(x), torch.where(x >= 10, x, rounded))
+    # the table ends at 10: beyond it ggml returns x itself, and 0 on the negative side
+    large = torch.where(x >= 10, x, rounded)
+    return torch.where(x <= -10, torch.zeros_like(x), large)
 
 
 def _rendered_chat(checkpoint: Checkpoint) -> list[str]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from ...train.model.architecture import Architecture, LayerShape
+from ...train.model.architecture import Architecture
 from ...train.model.file_types import LEAST_ROW, irregular_gguf, padded_architecture
 from ...train.model.gguf_source import INTERLEAVED
 from ...train.model.rescaling import Scales
@@ -131,7 +131,9 @@ def _fill_gaps(architecture: Architecture, attention_everywhere: bool) -> Archit
     """Give zero channels (heads) to layers whose missing FFN (attention) the file format cannot express."""
     layers, heads = [], -(-LEAST_ROW // architecture.head_dim)
     for index, layer in enumerate(architecture.layers):
-        width = layer.intermediate_size or LEAST_ROW
+        layer = replace(layer, intermediate_size=layer.intermediate_size or LEAST_ROW)
         needs_heads = not layer.num_attention_heads and (attention_everywhere or index == 0)
-        layers.append(LayerShape(heads, heads, width) if needs_heads else replace(layer, intermediate_size=width))
+        if needs_heads:
+            layer = replace(layer, num_attention_heads=heads, num_key_value_heads=heads)
+        layers.append(layer)
     return replace(architecture, layers=tuple(layers))

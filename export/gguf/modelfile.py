@@ -94,15 +94,17 @@ def _read_prompts(rendered: Rendered) -> Turns | None:
     """
     system, user, reply, second = ASKED
     begin, tail = _around(rendered([user], True), user)
-    between_users = _around(_around(rendered([user, second], True), user)[1], second)[0]
+    between_users = _between(rendered([user, second], True), user, second)
     # after a user's turn comes its end in both, and then another turn in one and the prompt of a reply in the other
     after_user = _common_beginning(between_users, tail)
     before_user = between_users.removeprefix(after_user)
-    to_reply, rest = _around(_around(rendered([user, reply, second], True), user)[1], reply)
-    to_user = _around(rest, second)[0]
-    before_system, rest = _around(rendered([system, user], True), system)
-    after_system = _around(rest, user)[0]
-    if not (to_reply.startswith(after_user) and all(x.endswith(before_user) for x in (begin, to_user, after_system))):
+    conversation = rendered([user, reply, second], True)
+    to_reply, to_user = _between(conversation, user, reply), _between(conversation, reply, second)
+    with_system = rendered([system, user], True)
+    before_system, _ = _around(with_system, system)
+    after_system = _between(with_system, system, user)
+    are_alike = all(text.endswith(before_user) for text in (begin, to_user, after_system))
+    if not (to_reply.startswith(after_user) and are_alike):
         return None
     before = (before_system, before_user, to_reply.removeprefix(after_user))
     after = (after_system.removesuffix(before_user), after_user, to_user.removesuffix(before_user))
@@ -116,11 +118,13 @@ def _read_conversations(rendered: Rendered) -> Turns | None:
     asked, prompt = rendered([user], False), rendered([user], True)
     begin, after_user = _around(asked, user)
     told = rendered([user, reply, second], False)
-    before_reply = _around(told, reply)[0].removeprefix(begin + user["content"] + after_user)
-    after_reply = _around(rendered([user, reply], False), reply)[1]
-    before_user = _around(_around(told, reply)[1], second)[0].removeprefix(after_reply)
-    before_system, rest = _around(rendered([system, user], False), system)
-    after_system = _around(rest, user)[0].removesuffix(before_user)
+    first_turn = begin + user["content"] + after_user
+    before_reply = _around(told, reply)[0].removeprefix(first_turn)
+    _, after_reply = _around(rendered([user, reply], False), reply)
+    before_user = _between(told, reply, second).removeprefix(after_reply)
+    with_system = rendered([system, user], False)
+    before_system, _ = _around(with_system, system)
+    after_system = _between(with_system, system, user).removesuffix(before_user)
     if not (prompt.startswith(asked) and begin.endswith(before_user)):
         return None
     before = dict(zip(ROLES, (before_system, before_user, before_reply), strict=True))
@@ -136,6 +140,12 @@ def _common_beginning(first: str, second: str) -> str:
 def _around(text: str, message: Message) -> tuple[str, str]:
     before, _, after = text.partition(message["content"])
     return before, after
+
+
+def _between(text: str, first: Message, second: Message) -> str:
+    _, after_first = _around(text, first)
+    between, _ = _around(after_first, second)
+    return between
 
 
 def _conversation(*turns: str) -> list[Message]:

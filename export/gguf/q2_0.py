@@ -47,23 +47,31 @@ def decode(data: np.ndarray) -> np.ndarray:
     blocks = data.reshape(-1, BLOCK_BYTES)
     scales = blocks[:, :2].copy().view(np.float16).astype(np.float32)
     codes = (blocks[:, 2:, None] >> np.arange(0, 8, 2, dtype=np.uint8)) & 3
-    return ((codes.reshape(-1, BLOCK).astype(np.float32) - 1) * scales).reshape(len(data), -1)
+    multiples = codes.reshape(-1, BLOCK).astype(np.float32) - 1
+    return (multiples * scales).reshape(len(data), -1)
 
 
 def _encode_blocks(blocks: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
     largest = np.take_along_axis(blocks, np.abs(blocks).argmax(1)[:, None], 1)
-    rms = np.copysign(np.sqrt((blocks * blocks).mean(1, keepdims=True)), largest)
-    candidates = [share * unit for shares, unit in ((OF_LARGEST, largest), (OF_RMS, rms)) for share in shares]
+    rms = np.sqrt((blocks * blocks).mean(1, keepdims=True))
+    rms = np.copysign(rms, largest)
+    candidates = [share * largest for share in OF_LARGEST] + [share * rms for share in OF_RMS]
     best_scale, best_error = np.zeros_like(largest), np.full_like(largest, np.inf)
     for candidate in candidates:
         for sign in (1, -1):  # only one side of zero has a code of two scales
             scale = (sign * candidate).astype(np.float16).astype(np.float32)
-            error = _codes(blocks, scale) * scale - blocks
-            error = (error * error if importance is None else error * error * importance).sum(1, keepdims=True)
+            difference = _codes(blocks, scale) * scale - blocks
+            squares = difference * difference
+            if importance is not None:
+                squares = squares * importance
+            error = squares.sum(1, keepdims=True)
             is_better = error < best_error
-            best_error, best_scale = np.where(is_better, error, best_error), np.where(is_better, scale, best_scale)
-    codes = (_codes(blocks, best_scale) + 1).astype(np.uint8).reshape(len(blocks), -1, 4)
-    packed = codes[..., 0] | codes[..., 1] << 2 | codes[..., 2] << 4 | codes[..., 3] << 6
+            best_error = np.where(is_better, error, best_error)
+            best_scale = np.where(is_better, scale, best_scale)
+    codes = (_codes(blocks, best_scale) + 1).astype(np.uint8)
+    by_byte = codes.reshape(len(blocks), -1, 4)
+    shifted = by_byte << np.arange(0, 8, 2, dtype=np.uint8)
+    packed = np.bitwise_or.reduce(shifted, axis=-1)
     return np.concatenate([best_scale.astype(np.float16).view(np.uint8), packed], axis=1)
 
 

@@ -117,7 +117,8 @@ def read_weights(path: Path, checkpoint: Checkpoint, plan: GgufPlan) -> StoredWe
         array = values(path, tensor)
         if plan.fuses_qkv and name.endswith(QKV):
             array = _part_of_fused(array, name, plan)
-        tensors[name] = array = _restored(array.reshape(tensor_shape(plan.architecture, name)), name, checkpoint, plan)
+        array = array.reshape(tensor_shape(plan.architecture, name))
+        tensors[name] = array = _restored(array, name, checkpoint, plan)
         kind = _rounding(tensor)
         if kind and array.ndim > 1:
             roundings[name] = kind
@@ -131,7 +132,9 @@ def _rounding(tensor: TensorInfo) -> str:
     name = "Q2_0" if tensor.kind == q2_0.TENSOR_TYPE else gguf.GGMLQuantizationType(tensor.kind).name
     if name in ("F32", "F16", "BF16"):
         return ROUNDINGS.get(name, "")
-    return ROUNDINGS["K" if name.endswith("_K") or (name.startswith("IQ") and name != "IQ4_NL") else ""]
+    # IQ types have super-blocks of 256 as K-quants, except IQ4_NL with its blocks of 32
+    has_super_blocks = name.endswith("_K") or (name.startswith("IQ") and name != "IQ4_NL")
+    return ROUNDINGS["K" if has_super_blocks else ""]
 
 
 def _part_of_fused(array: np.ndarray, name: str, plan: GgufPlan) -> np.ndarray:

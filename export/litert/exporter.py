@@ -85,9 +85,11 @@ def _verify(
         from ..parity import Reference, check_runs, check_weights, reference_logits
     quantize = request.options.quantize
     sample = torch_sample(checkpoint, request.options.max_context)
-    decoders = (TfliteDecoder(tflite, length) for length in PREFILL_LENGTHS)
-    runs = [run(decoder, sample.tokens) for run, decoder in zip((run_chunks, step_through), decoders, strict=True)]
-    agreement = check_stepwise(runs[1], sample, Written("litert", "program", quantize), request)
+    short, long = PREFILL_LENGTHS  # every signature of the file runs in one of them
+    in_chunks = run_chunks(TfliteDecoder(tflite, short), sample.tokens)
+    stepwise = step_through(TfliteDecoder(tflite, long), sample.tokens)
+    runs = [in_chunks, stepwise]
+    agreement = check_stepwise(stepwise, sample, Written("litert", "program", quantize), request)
     if quantize == "f32":
         source = Reference(sample.logits, sample.logits)
         codes = check_runs(source, runs, "the checkpoint's", "litert")
@@ -109,7 +111,10 @@ def _verify(
 
 def check_litert(options: LitertOptions) -> None:
     """Raise MissingExtraError without Google's exporter, or without the runtime that verifies its file."""
-    require_extra("litert", "litert_torch", *(("ai_edge_litert", "litert_lm") if options.verify else ()))
+    modules = ["litert_torch"]
+    if options.verify:
+        modules += ["ai_edge_litert", "litert_lm"]
+    require_extra("litert", *modules)
 
 
 EXPORTER = Exporter(LitertOptions, export_litert, check_litert)
@@ -248,7 +253,8 @@ def check_greedy_text(model: Path, decoder: TfliteDecoder, tokenizer: Any) -> in
             ) as session:
                 session.run_prefill([prompt])
                 text = "".join(part for answer in session.run_decode_async() for part in answer.texts)
-            spoken = _texts(decoder, tokenizer, [*begin, *tokenizer.encode(prompt, add_special_tokens=False).ids], ends)
+            tokens = [*begin, *tokenizer.encode(prompt, add_special_tokens=False).ids]
+            spoken = _texts(decoder, tokenizer, tokens, ends)
             if text not in spoken:
                 raise ArtefactError(
                     f"litert: LiteRT-LM continues with {text!r}, the program in its file with {min(spoken)!r}; {REPORT}"

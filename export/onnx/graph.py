@@ -63,46 +63,59 @@ class GraphBuilder(GraphValues):
     def _lengths(self, mask: ir.Value) -> tuple[ir.Value, ir.Value]:
         """Return (index of the last valid token per sequence [B], total length), both int32."""
         valid = self._node("ReduceSum", [mask, self._ints(1)], keepdims=0)
-        last = self._node("Cast", [self._node("Sub", [valid, self._ints(1)])], to=int(ir.DataType.INT32))
-        total = self._node("Gather", [self._node("Shape", [mask]), self._scalar(1)])
-        return last, self._node("Cast", [total], to=int(ir.DataType.INT32))
+        last = self._node("Sub", [valid, self._ints(1)])
+        last = self._cast(last, ir.DataType.INT32)
+        shape = self._node("Shape", [mask])
+        total = self._node("Gather", [shape, self._scalar(1)])
+        return last, self._cast(total, ir.DataType.INT32)
 
     def _embed(self, input_ids: ir.Value, tied: Any) -> ir.Value:
-        name, bits = "model.embed_tokens.weight", self.bits.head
+        # a tied matrix is stored once, in the layout of the head's product
+        matrix = tied if tied is not None else self._matrix("model.embed_tokens.weight", self.bits.head)
         if self.bits.dynamic:
-            return self._embed_columns(tied if tied is not None else self._matrix(name, bits), input_ids)
-        if bits >= 16:
-            table = tied if tied is not None else self._weights(name)
-            return self._node("Gather", [table, input_ids], axis=0)
-        return self._embed_blocks(tied if tied is not None else self._matrix(name, bits), input_ids)
+            return self._embed_columns(matrix, input_ids)
+        if self.bits.head >= 16:
+            return self._node("Gather", [matrix, input_ids], axis=0)
+        return self._embed_blocks(matrix, input_ids)
 
     def _embed_blocks(self, matrix: QuantizedMatrix, input_ids: ir.Value) -> ir.Value:
         """Return rows of a matrix as embeddings, in standard operators. Runtimes lack GatherBlockQuantized."""
         stored = self._node("Gather", [matrix.data, input_ids], axis=0)
-        codes = self._node("Cast", [stored], to=int(ir.DataType.FLOAT))
-        if matrix.bits == 4:  # the low half of a byte is the first of two codes; OpenVINO's BitShift rounds
-            low = self._node("BitwiseAnd", [stored, self._constant("half_byte", np.array(15, np.uint8))])
-            low = self._node("Cast", [low], to=int(ir.DataType.FLOAT))
-            sixteenth = self._constant("sixteenth", np.array(1 / 16, np.float32))
-            high = self._node("Mul", [self._node("Sub", [codes, low]), sixteenth])
-            halves = [self._node("Unsqueeze", [half, self._ints(-1)]) for half in (low, high)]
-            codes = self._node("Reshape", [self._node("Concat", halves, axis=-1), self._ints(0, 0, 0, BLOCK)])
+        codes = self._cast(stored, ir.DataType.FLOAT)
+        if matrix.bits == 4:
+            codes = self._unpacked(stored, codes)
         zero = self._constant("zero_code", np.array(1 << (matrix.bits - 1), np.float32))
         centred = self._node("Sub", [codes, zero])
-        scales = self._node("Unsqueeze", [self._node("Gather", [matrix.scales, input_ids], axis=0), self._ints(-1)])
+        scales = self._node("Gather", [matrix.scales, input_ids], axis=0)
+        scales = self._node("Unsqueeze", [scales, self._ints(-1)])
+        values = self._node("Mul", [centred, scales])
         width = matrix.blocks * BLOCK
-        embedded = self._node("Reshape", [self._node("Mul", [centred, scales]), self._ints(0, 0, width)])
+        embedded = self._node("Reshape", [values, self._ints(0, 0, width)])
         if width == matrix.columns:
             return embedded
         # the last block is filled up with zeros
         return self._node("Slice", [embedded, self._ints(0), self._ints(matrix.columns), self._ints(2)])
 
+    def _unpacked(self, stored: ir.Value, numbers: ir.Value) -> ir.Value:
+        """Return the codes of bytes with two each, whose low half is the first. `numbers` are the bytes as fp32."""
+        half_byte = self._constant("half_byte", np.array(15, np.uint8))
+        low = self._node("BitwiseAnd", [stored, half_byte])
+        low = self._cast(low, ir.DataType.FLOAT)
+        # the high half by arithmetic, because OpenVINO's BitShift rounds
+        sixteenth = self._constant("sixteenth", np.array(1 / 16, np.float32))
+        high = self._node("Sub", [numbers, low])
+        high = self._node("Mul", [high, sixteenth])
+        halves = [self._node("Unsqueeze", [half, self._ints(-1)]) for half in (low, high)]
+        pairs = self._node("Concat", halves, axis=-1)
+        return self._node("Reshape", [pairs, self._ints(0, 0, 0, BLOCK)])
+
     def _embed_columns(self, matrix: IntegerMatrix, input_ids: ir.Value) -> ir.Value:
         """Return columns of the head's matrix as embeddings, in standard operators."""
         columns = self._node("Gather", [matrix.codes, input_ids], axis=1)
         codes = self._node("Transpose", [columns], perm=[1, 2, 0])
-        scale = self._node("Unsqueeze", [self._node("Gather", [matrix.scales, input_ids], axis=0), self._ints(2)])
-        return self._node("Mul", [self._node("Cast", [codes], to=int(ir.DataType.FLOAT)), scale])
+        scale = self._node("Gather", [matrix.scales, input_ids], axis=0)
+        scale = self._node("Unsqueeze", [scale, self._ints(2)])
+        return self._node("Mul", [self._cast(codes, ir.DataType.FLOAT), scale])
 
     def _layer(self, index: int, layer: LayerShape, stem: Stem) -> Stem:
         """Return the stem after a layer."""
@@ -110,12 +123,14 @@ class GraphBuilder(GraphValues):
         before = None
         if layer.num_attention_heads:
             read, before = self._read(prefix, "before_attention", stem)
-            stem = Stem(before.total, self._written(prefix, "after_attention", self._attention(index, layer, read)))
+            attended = self._attention(index, layer, read)
+            stem = Stem(before.total, self._written(prefix, "after_attention", attended))
         if layer.intermediate_size:
             # with parallel blocks the FFN reads the stem from before the attention
             read, after = self._read(prefix, "before_ffn", before if parallel and before is not None else stem)
             total = self._sum(stem) if parallel else after.total
-            stem = Stem(total, self._written(prefix, "after_ffn", self._feed_forward(prefix, read)))
+            fed_forward = self._feed_forward(prefix, read)
+            stem = Stem(total, self._written(prefix, "after_ffn", fed_forward))
         return stem
 
     def _sum(self, stem: Stem) -> ir.Value:
@@ -161,7 +176,10 @@ class GraphBuilder(GraphValues):
         return self._node("LayerNormalization", [x, gain, *bias], axis=-1, epsilon=self.scales.stem_eps)
 
     def _scaled(self, x: ir.Value, factor: float) -> ir.Value:
-        return x if factor == 1.0 else self._node("Mul", [x, self._constant("scale", np.asarray(factor, self.dtype))])
+        if factor == 1.0:
+            return x
+        scale = self._constant("scale", np.asarray(factor, self.dtype))
+        return self._node("Mul", [x, scale])
 
     def _attention(self, index: int, layer: LayerShape, x: ir.Value) -> ir.Value:
         prefix = f"model.layers.{index}.self_attn"
@@ -241,7 +259,8 @@ class GraphBuilder(GraphValues):
     def _activation(self, x: ir.Value) -> ir.Value:
         if self.parts.activation == "silu":
             return self._node("QuickGelu", [x], MICROSOFT, alpha=1.0)  # x sigmoid(x)
-        return self._node("Gelu", [x], approximate="tanh" if self.parts.activation == "gelu_pytorch_tanh" else "none")
+        formula = "tanh" if self.parts.activation == "gelu_pytorch_tanh" else "none"
+        return self._node("Gelu", [x], approximate=formula)
 
     def _last_valid(self, x: ir.Value, input_ids: ir.Value) -> ir.Value:
         """Return the rows of x [B * S, H] of the last valid tokens, [B, H].
@@ -249,24 +268,30 @@ class GraphBuilder(GraphValues):
         Rows are counted over the flat batch, because every execution provider has a plain Gather. The last valid token
         is new, so its row is S - 1 with a past. The attention supports padding in the first call only.
         """
-        length = self._node("Gather", [self._node("Shape", [input_ids]), self._scalar(1)])
-        position = self._node("Cast", [self.last_position], to=int(ir.DataType.INT64))
-        row = self._node("Min", [position, self._node("Sub", [length, self._scalar(1)])])
-        first = self._node("Range", [self._scalar(0), self._node("Size", [input_ids]), length])
-        return self._node("Gather", [x, self._node("Add", [first, row])], axis=0)
+        shape = self._node("Shape", [input_ids])
+        length = self._node("Gather", [shape, self._scalar(1)])
+        position = self._cast(self.last_position, ir.DataType.INT64)
+        last_new = self._node("Sub", [length, self._scalar(1)])
+        row = self._node("Min", [position, last_new])
+        start = self._scalar(0)
+        end = self._node("Size", [input_ids])
+        first = self._node("Range", [start, end, length])
+        rows = self._node("Add", [first, row])
+        return self._node("Gather", [x, rows], axis=0)
 
     def _head(self, x: ir.Value, input_ids: ir.Value, head: Any) -> None:
         """Add the logits: the product of x [B, S, H] with the head."""
         vocab_size = self.architecture.vocab_size
         x = self._node("Reshape", [x, self._ints(-1, self.architecture.hidden_size)])
         if self.has_all_logits:
-            shape = self._node("Concat", [self._node("Shape", [input_ids]), self._ints(vocab_size)], axis=0)
+            ids_shape = self._node("Shape", [input_ids])
+            shape = self._node("Concat", [ids_shape, self._ints(vocab_size)], axis=0)
         else:
             x, shape = self._last_valid(x, input_ids), self._ints(-1, 1, vocab_size)
         # Gemm reads the embedding as it is; MatMul would want a transposed copy
         product = self._node("Gemm", [x, head], transB=1) if self.bits.head >= 16 else self._multiply(x, head)
         logits = self._node("Reshape", [product, shape])
         if self.element != ir.DataType.FLOAT:
-            logits = self._node("Cast", [logits], to=int(ir.DataType.FLOAT))
+            logits = self._cast(logits, ir.DataType.FLOAT)
         rows = "sequence" if self.has_all_logits else 1
         self._output(logits, "logits", ["batch_size", rows, vocab_size], ir.DataType.FLOAT)

@@ -82,7 +82,8 @@ class GraphValues:
         places = head_places(self.checkpoint, layer, module[0])
         if module == "o_proj":  # its inputs are heads, and its bias has none
             return places.widen(array.T).T if array.ndim > 1 else array
-        return places.widen(array) / np.float32(self.head_growth**0.5 if module.endswith("norm") else 1)
+        growth = self.head_growth**0.5 if module.endswith("norm") else 1
+        return places.widen(array) / np.float32(growth)
 
     def _gram(self, name: str) -> np.ndarray | None:
         """Return the second moments of a matrix's inputs with the heads of the graph, or None."""
@@ -90,7 +91,8 @@ class GraphValues:
         if gram is None or layer is None or not suffix.endswith("o_proj.weight"):
             return gram
         places = head_places(self.checkpoint, layer, "o")
-        return places.widen(places.widen(gram).T)
+        widened_rows = places.widen(gram)
+        return places.widen(widened_rows.T)  # symmetric, so transposed once is the same
 
     def _weights(self, name: str) -> ir.Value:
         return self._constant(name, self._tensor(name).astype(self.dtype))
@@ -127,6 +129,9 @@ class GraphValues:
         self.nodes.append(node)
         return node.outputs[0] if count == 1 else node.outputs
 
+    def _cast(self, value: ir.Value, dtype: ir.DataType) -> Any:
+        return self._node("Cast", [value], to=int(dtype))
+
     def _matrix(self, name: str | list[str], bits: int) -> Any:
         """Return the matrix [rows, columns] as stored, or its quantised form. A list is stacked by rows."""
         names = [name] if isinstance(name, str) else name
@@ -136,12 +141,18 @@ class GraphValues:
             codes, scales = quantize_rows(self._tensor(names[0]))
             stored = [self._constant(f"{names[0]}.q8", codes.T), self._constant(f"{names[0]}.scales", scales)]
             return IntegerMatrix(*stored)
-        arrays = [self._tensor(part) for part in names]
-        grams = [self._gram(part) if bits == 4 else None for part in names]
-        parts = [quantize_matrix(array, bits, gram) for array, gram in zip(arrays, grams, strict=True)]
-        data, scales = (np.concatenate(stacked) for stacked in zip(*parts, strict=True))
-        stored = [self._constant(f"{names[0]}.q{bits}", data), self._constant(f"{names[0]}.scales", scales)]
-        return QuantizedMatrix(*stored, rows=len(data), columns=arrays[0].shape[1], bits=bits)
+        all_codes, all_scales, columns = [], [], 0
+        for part in names:
+            array = self._tensor(part)
+            gram = self._gram(part) if bits == 4 else None
+            codes, scales = quantize_matrix(array, bits, gram)
+            all_codes.append(codes)
+            all_scales.append(scales)
+            columns = array.shape[1]
+        data = np.concatenate(all_codes)
+        stored_codes = self._constant(f"{names[0]}.q{bits}", data)
+        stored_scales = self._constant(f"{names[0]}.scales", np.concatenate(all_scales))
+        return QuantizedMatrix(stored_codes, stored_scales, rows=len(data), columns=columns, bits=bits)
 
     def _project(self, name: str, x: ir.Value, bits: int) -> ir.Value:
         """Return x W^T (+ b) of a linear layer."""
@@ -173,4 +184,4 @@ class GraphValues:
         quantized, scale, zero = self._node("DynamicQuantizeLinear", [x], count=3)
         product = self._node("MatMulInteger", [quantized, matrix.codes, zero])
         factor = self._node("Mul", [scale, matrix.scales])
-        return self._node("Mul", [self._node("Cast", [product], to=int(ir.DataType.FLOAT)), factor])
+        return self._node("Mul", [self._cast(product, ir.DataType.FLOAT), factor])

@@ -92,10 +92,12 @@ class PortableDecoder(Decoder):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
         length, total = input_ids.shape[1], attention_mask.shape[1]
+        past_length = total - length
+        # padding on the left would have the position -1, which the rotary tables lack
         all_positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
-        positions = all_positions[:, total - length :]
+        positions = all_positions[:, past_length:]
         steps = torch.arange(total)
-        is_before = steps[None, :] <= steps[total - length :, None]
+        is_before = steps[None, :] <= steps[past_length:, None]
         mask = is_before[None, None] & attention_mask.bool()[:, None, None, :]
         distance = (positions[:, :, None] - all_positions[:, None, :]).unsqueeze(1)
         caches = Caches(self.stored_rotary(), positions, mask, distance, iter(past))
@@ -104,8 +106,9 @@ class PortableDecoder(Decoder):
             x = layer(x, caches)
         if self.has_all_logits:
             return self.lm_head(self.norm(x)), *caches.present
-        is_valid = attention_mask[:, total - length :]
-        last = (is_valid * torch.arange(1, length + 1)).argmax(1)  # [B], among the new tokens
+        # the largest number among valid tokens is the last one's, on whichever side the padding is
+        numbered = attention_mask[:, past_length:] * torch.arange(1, length + 1)
+        last = numbered.argmax(1)  # [B], among the new tokens
         last_x = x[torch.arange(x.shape[0]), last].unsqueeze(1)
         return self.lm_head(self.norm(last_x)), *caches.present
 

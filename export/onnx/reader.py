@@ -22,10 +22,8 @@ def read_weights(path: Path, checkpoint: Checkpoint, bits: Bits) -> StoredWeight
     """Return the weights of the graph at `path`, which was built with `bits`."""
     import onnx_ir as ir
 
-    constants = {
-        name: value.const_value for name, value in ir.load(path).graph.initializers.items() if value.const_value
-    }
-    arrays = {name: tensor.numpy() for name, tensor in constants.items()}
+    initializers = ir.load(path).graph.initializers
+    arrays = {name: value.const_value.numpy() for name, value in initializers.items() if value.const_value}
     tensors, roundings, architecture = {}, {}, checkpoint.architecture
     for name in tensor_names(architecture):
         tensors[name] = _narrow(_stored(name, arrays, checkpoint), name, checkpoint)
@@ -46,14 +44,17 @@ def _stored(name: str, arrays: dict[str, np.ndarray], checkpoint: Checkpoint) ->
             return _dequantized(arrays[f"{name}.q{bits}"], arrays[f"{name}.scales"], bits)
     # q, k and v are one matrix, under the name of q
     layer, suffix = split_name(name)
-    part, prefix, kind = suffix.split(".")[1][0], f"model.layers.{layer}.self_attn", suffix.rpartition(".")[2]
+    prefix, kind = f"model.layers.{layer}.self_attn", suffix.rpartition(".")[2]
     first = f"{prefix}.q_proj"
     whole = arrays[f"{first}.kv.bias"] if kind == "bias" else _stored(f"{first}.weight", arrays, checkpoint)
     growth = stored_head_dim(checkpoint) / checkpoint.architecture.head_dim
-    shapes = [tensor_shape(checkpoint.architecture, f"{prefix}.{each}_proj.{kind}")[0] for each in "qkv"]
-    rows = [round(growth * count) for count in shapes]
-    index = "qkv".index(part)
-    return whole[sum(rows[:index]) :][: rows[index]].astype(np.float32)
+    rows = []
+    for part in "qkv":
+        count, *_ = tensor_shape(checkpoint.architecture, f"{prefix}.{part}_proj.{kind}")
+        rows.append(round(growth * count))
+    index = "qkv".index(suffix.removeprefix("self_attn.")[0])
+    start = sum(rows[:index])
+    return whole[start : start + rows[index]].astype(np.float32)
 
 
 def _dequantized(codes: np.ndarray, scales: np.ndarray, bits: int) -> np.ndarray:
@@ -86,20 +87,24 @@ def run_padded_batch(path: Path, tokens: list[int]) -> EngineRun:
     """Run two beginnings of the sample, the shorter one first and padded, and then the next token of each."""
     import onnxruntime
 
+    sample = np.array(tokens)
     lengths = np.array([max(1, len(tokens) // 3), max(1, len(tokens) // 2)])
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    mask = np.arange(lengths[1])[None] < lengths[:, None]
-    feeds: dict[str, Any] = {"input_ids": np.where(mask, np.array(tokens[: lengths[1]])[None], 0)}
-    for value in session.get_inputs()[2:]:
+    is_valid = np.arange(lengths[1])[None] < lengths[:, None]
+    feeds: dict[str, Any] = {"input_ids": np.where(is_valid, sample[None, : lengths[1]], 0)}
+    for value in session.get_inputs()[2:]:  # the caches, which follow ids and mask
         dtype = np.float16 if value.type == "tensor(float16)" else np.float32
-        feeds[value.name] = np.zeros((2, value.shape[1], 0, value.shape[3]), dtype)
+        _, heads, _, head_dim = value.shape
+        feeds[value.name] = np.zeros((2, heads, 0, head_dim), dtype)
     names, rows = [value.name for value in session.get_outputs()], []
-    for ends in (lengths - 1, np.zeros(2, np.int64)):
-        feeds["attention_mask"] = mask.astype(np.int64)
+    for ends in (lengths - 1, np.zeros(2, np.int64)):  # positions of the last valid tokens: a prompt, then one token
+        feeds["attention_mask"] = is_valid.astype(np.int64)
         outputs: dict[str, Any] = dict(zip(names, session.run(names, feeds), strict=True))
         logits = outputs.pop("logits")
-        rows.append(logits[[0, 1], ends if logits.shape[1] > 1 else 0])
+        has_all_logits = logits.shape[1] > 1
+        rows.append(logits[[0, 1], ends if has_all_logits else 0])
         feeds = {name.replace("present", "past_key_values"): cache for name, cache in outputs.items()}
-        feeds["input_ids"] = np.array(tokens)[lengths][:, None]
-        mask = np.pad(mask, ((0, 0), (0, 1)), constant_values=True)
-    return EngineRun(BATCH_TITLE, [*(lengths - 1).tolist(), *lengths.tolist()], np.concatenate(rows))
+        feeds["input_ids"] = sample[lengths][:, None]
+        is_valid = np.pad(is_valid, ((0, 0), (0, 1)), constant_values=True)
+    positions = [*(lengths - 1).tolist(), *lengths.tolist()]
+    return EngineRun(BATCH_TITLE, positions, np.concatenate(rows))

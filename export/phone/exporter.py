@@ -76,6 +76,9 @@ def write_snippets(kit: Kit, folder: Path) -> None:
     checkpoint, defaults = kit.checkpoint, generation_defaults(kit.checkpoint)
     ends = checkpoint.end_of_generation_ids
     end = (checkpoint.tokenizer.id_to_token(ends[0]) or "") if ends else ""
+    options = {}
+    for option, value in defaults.items():
+        options[option.upper()] = f"{value:g}" if value % 1 else f"{value:.1f}"
     marks = {
         "NAME": kit.name,
         "FOLDER": re.sub(r"[^A-Za-z0-9._-]", "-", kit.name) or "model",
@@ -85,7 +88,7 @@ def write_snippets(kit: Kit, folder: Path) -> None:
         "LLAMA_CPP": LLAMA_CPP,
         "LLAMA_RN": LLAMA_RN,
         "REACT_NATIVE_EXECUTORCH": REACT_NATIVE_EXECUTORCH,
-        **{option.upper(): f"{value:g}" if value % 1 else f"{value:.1f}" for option, value in defaults.items()},
+        **options,
     }
     source = resources.files(__name__.rpartition(".")[0]).joinpath("code")
     for file in kit.snippets:
@@ -184,9 +187,10 @@ def _models(kit: Kit, folder: Path) -> str:
     heads = sum(layer.num_key_value_heads for layer in architecture.layers)
     rows = [["file", "runtime", "weights", "on disk", "memory"]]
     for each in kit.models:
-        size = (folder / each.files[0]).stat().st_size
+        file = each.files[0]
+        size = (folder / file).stat().st_size
         caches = cache_bytes(kit.context, heads, architecture.head_dim, CACHE_ELEMENT_BYTES[each.engine])
-        rows.append([each.files[0], each.engine, each.quantization, format_bytes(size), format_bytes(size + caches)])
+        rows.append([file, each.engine, each.quantization, format_bytes(size), format_bytes(size + caches)])
     return markdown_table(rows, left=(0, 1, 2))
 
 
@@ -253,13 +257,16 @@ def export_kit(platform: Platform, checkpoint: Checkpoint, request: ExportReques
     write_json_atomically(folder / CHECK_FILE, {engine: asdict(check) for engine, check in checks.items()})
     write_json_atomically(folder / DEFAULTS_FILE, {"context": context, **generation_defaults(checkpoint)})
     snippets = [name for key in (*options.formats, "") for name in SNIPPETS[platform][key]]
-    pushed = [*dict.fromkeys([*(name for each in models for name in each.files), CHECK_FILE])]
+    model_files = [name for each in models for name in each.files]
+    pushed = list(dict.fromkeys([*model_files, CHECK_FILE]))  # two formats may have the same tokenizer's files
     kit = Kit(platform, checkpoint, models, checks, context, snippets, pushed, _executorch_version(options.formats))
     write_snippets(kit, folder)
     write_text_atomically(folder / CARD_FILE, card(kit, folder, speed))
-    written = [*pushed, DEFAULTS_FILE, CARD_FILE, *snippets]
+    # a manifest describes one engine: the first format's
     first = models[0]
-    write_manifest(checkpoint, request, folder, replace(first, files=written, layout=f"{platform} kit, {first.layout}"))
+    written = [*pushed, DEFAULTS_FILE, CARD_FILE, *snippets]
+    contents = replace(first, files=written, layout=f"{platform} kit, {first.layout}")
+    write_manifest(checkpoint, request, folder, contents)
     log.info("read %s first", request.output / CARD_FILE)
 
 
