@@ -127,6 +127,19 @@ def test_the_fastest_attention_is_measured_once(
     assert sum(announced in message for message in caplog.messages) == 2
 
 
+def test_attention_is_timed_later_if_the_machine_is_busy(
+    unseen: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    measured: list[int] = []
+    monkeypatch.setattr(tuning, "_attention_seconds", lambda *arguments: measured.append(1) or [1.0])
+    for load, expected in ((99.0, 0), (0.0, ROUNDS * len(CANDIDATES["auto"]))):
+        monkeypatch.setattr(tuning, "is_busy", lambda load=load: load > tuning.BUSY_LOAD)
+        with contextlib.closing(load_engine(unseen, EngineOptions(threads=1, context=64))) as engine:
+            assert expected or engine.settings.startswith(str(PLAIN))
+        assert len(measured) == expected
+    assert sum("the attention kernels of model.gguf are timed at a later load" in each for each in caplog.messages) == 1
+
+
 def test_the_attention_of_a_new_model_is_timed(
     artefact: Path,
     first_attention: Callable[[LlamaContext, int], list[float]],

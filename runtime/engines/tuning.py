@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -43,6 +44,9 @@ CANDIDATES: dict[CacheChoice, tuple[AttentionSettings, ...]] = {
 
 MAX_SECONDS = 4.0
 """Time limit. An attention test fills the cache in about this time; pass sizes start no measurement after it."""
+
+BUSY_LOAD = 2.0
+"""Processes a core that want to run, above which attention is not timed. At 6, it took over ten minutes."""
 
 DEEP_TOKENS = 512
 """Cached tokens of the deep attention tests."""
@@ -74,23 +78,40 @@ def choose_attention(
 ) -> AttentionSettings:
     """Return the fastest settings for the model file at `path`, as measured now or earlier on this machine.
 
-    Without `may_measure` the choice is plain attention over an f16 cache, unless `wanted` is another type. `release`
-    has the version, build and threads that the result depends on. `make_context(settings, slots, num_sequences)` makes
-    a context of the model.
+    Without `may_measure`, and on a busy machine without an earlier result, the choice is plain attention over an f16
+    cache, unless `wanted` is another type. `release` has the version, build and threads that the result depends on.
+    `make_context(settings, slots, num_sequences)` makes a context of the model.
     """
     num_sequences = min(num_sequences, MAX_CHATS)
     candidates = CANDIDATES[wanted]
+    unmeasured = PLAIN if PLAIN in candidates else candidates[0]
     if len(candidates) == 1 or not may_measure:
-        return PLAIN if PLAIN in candidates else candidates[0]
+        return unmeasured
 
     def measure() -> str:
+        if is_busy():
+            raise _BusyError
         _announce(path, "attention kernels")
         return str(fastest_attention(candidates, num_sequences, make_context))
 
     names = {str(candidate): candidate for candidate in candidates}
     beside = f" beside {num_sequences - 1} others" if num_sequences > 1 else ""
     key = f"attention of {', '.join(names)}{beside} on {platform.node()} ({release})"
-    return names[cached(key, [path], measure, names.__contains__)]
+    try:
+        return names[cached(key, [path], measure, names.__contains__)]
+    except _BusyError:
+        text = "this machine is busy: the attention kernels of %s are timed at a later load, and it starts with %s"
+        logging.getLogger(PROGRESS_LOGGER).warning(text, path.name, unmeasured)
+        return unmeasured
+
+
+class _BusyError(Exception):
+    """A measurement on a busy machine would take minutes."""
+
+
+def is_busy() -> bool:
+    """Tell whether more than BUSY_LOAD processes a core wanted to run in the last minute (Unix only)."""
+    return hasattr(os, "getloadavg") and os.getloadavg()[0] > BUSY_LOAD * (os.cpu_count() or 1)
 
 
 def _announce(path: Path, subject: str) -> None:
