@@ -120,9 +120,8 @@ class AdbDevice:
                 f"{self._info.machine}; see `make android-runner`"
             )
         disk = re.findall(r"^\S+\s+\d+\s+\d+\s+(\d+)", self._run("df -k /data/local/tmp").output, re.MULTILINE)
-        require_room(
-            artefacts, options, 1024 * int(disk[-1]) if disk else 0, self._memory("MemAvailable"), self._serial
-        )
+        free_disk = 1024 * int(disk[-1]) if disk else 0
+        require_room(artefacts, options, free_disk, self._memory("MemAvailable"), self._serial)
         self._runner_path = f"{FOLDER}/{runner.name}"
         self._push(path, self._runner_path)
         self._require(f"chmod 755 {self._runner_path}")

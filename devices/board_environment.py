@@ -106,11 +106,14 @@ def pack_installed(distribution: importlib.metadata.Distribution, output: Path) 
     wheel = output / f"{name}-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         for file in sorted(distribution.files or [], key=str):
-            if file.parts[0] != ".." and "__pycache__" not in file.parts and file.as_posix() not in added:
-                content = Path(str(distribution.locate_file(file))).read_bytes()
-                archive.writestr(_archive_entry(file.as_posix()), content)
-                digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()
-                records.append(f"{file.as_posix()},sha256={digest},{len(content)}\n")
+            is_command = file.parts[0] == ".."  # installed outside of the folder of packages
+            if is_command or "__pycache__" in file.parts or file.as_posix() in added:
+                continue
+            content = Path(str(distribution.locate_file(file))).read_bytes()
+            archive.writestr(_archive_entry(file.as_posix()), content)
+            # as the format of wheels prescribes: URL-safe, without padding
+            digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()
+            records.append(f"{file.as_posix()},sha256={digest},{len(content)}\n")
         record = f"{name}.dist-info/RECORD"
         archive.writestr(_archive_entry(record), "".join([*records, f"{record},,\n"]))
     return wheel

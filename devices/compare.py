@@ -40,7 +40,9 @@ class Change:
 
     @property
     def verdict(self) -> str:
-        return ("faster or smaller" if self.better else "SLOWER OR LARGER") if self.beyond_noise else "within noise"
+        if not self.beyond_noise:
+            return "within noise"
+        return "faster or smaller" if self.better else "SLOWER OR LARGER"
 
 
 def pairs(old: Run, new: Run) -> list[tuple[int, int]]:
@@ -79,25 +81,21 @@ def changes(old: Run, new: Run) -> list[Change]:
     if not matched:
         before, after = (", ".join(run.labels) for run in (old, new))
         raise UsageError(f"the runs have no artefact in common: {before}; {after}")
-    new_labels = new.labels
-    return [
-        change
-        for old_index, new_index in matched
-        for change in _artefact_changes(new_labels[new_index], old.results[old_index], new.results[new_index])
-    ]
+    labels = new.labels
+    found: list[Change] = []
+    for old_index, new_index in matched:
+        found += _artefact_changes(labels[new_index], old.results[old_index], new.results[new_index])
+    return found
 
 
 def _artefact_changes(label: str, old: Result, new: Result) -> list[Change]:
-    found = [
-        _figure_change(label, f"{test} t/s", old.speeds[test], figure, higher_is_better=True)
-        for test, figure in new.speeds.items()
-        if test in old.speeds
-    ]
-    found += [
-        _figure_change(label, f"{test} CPU ms/token", old.cpu_ms_per_token[test], figure, higher_is_better=False)
-        for test, figure in new.cpu_ms_per_token.items()
-        if test in old.cpu_ms_per_token
-    ]
+    found: list[Change] = []
+    for test, figure in new.speeds.items():
+        if before := old.speeds.get(test):
+            found.append(_figure_change(label, f"{test} t/s", before, figure, higher_is_better=True))
+    for test, figure in new.cpu_ms_per_token.items():
+        if before := old.cpu_ms_per_token.get(test):
+            found.append(_figure_change(label, f"{test} CPU ms/token", before, figure, higher_is_better=False))
     for name in ("load_ms", "time_to_first_token_ms", "joules_per_token"):
         before, after = getattr(old, name), getattr(new, name)
         if before and after:
@@ -114,7 +112,8 @@ def _figure_change(artefact: str, name: str, old: Figure, new: Figure, higher_is
     # Quartiles of few rounds may be apart by chance, and those of many rounds for a change that nobody notices.
     is_apart = new.low > old.high or new.high < old.low
     beyond_noise = is_apart and abs(new.median / old.median - 1) > SPEED_CHANGE
-    return Change(artefact, name, old.median, new.median, beyond_noise, (new.median > old.median) == higher_is_better)
+    is_better = (new.median > old.median) == higher_is_better
+    return Change(artefact, name, old.median, new.median, beyond_noise, is_better)
 
 
 def other_differences(old: Run, new: Run) -> list[str]:
@@ -171,7 +170,8 @@ def prediction_rows(run: Run, profile: DeviceProfile) -> list[list[str]]:
         _check_profile(profile, result, name)
         shape = DecoderShape.from_dict(result.manifest["architecture"])
         for test in result.speeds:
-            measured, predicted = result.quiet_ms(test, clock), _predicted_ms(profile, shape, test)
+            measured = result.quiet_ms(test, clock)
+            predicted = _predicted_ms(profile, shape, test)
             table.append([name, test, f"{predicted:.3f}", f"{measured:.3f}", f"{measured / predicted:.3f}"])
     return table
 

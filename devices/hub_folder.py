@@ -132,26 +132,36 @@ def _with_name(settings: CardSettings, output: Path) -> CardSettings:
 
 
 def _hub_entries(artefacts: Sequence[Path], name: str) -> list[HubEntry]:
+    """Return the entries of verified artefacts. The number of parameters is in their names only where it differs."""
     opened = [_verified(path) for path in artefacts]
-    kinds = {(manifest.engine, manifest.quantization) for _, manifest in opened}
-    shapes = {(manifest.engine, manifest.quantization, _size(manifest)) for _, manifest in opened}
+    kinds = {_kind(manifest) for _, manifest in opened}
+    shapes = {(_kind(manifest), _size(manifest)) for _, manifest in opened}
+    has_sizes = len(shapes) > len(kinds)
     entries: list[HubEntry] = []
     for path, manifest in opened:
-        library, targets = _library(manifest), [entry.target for entry in entries]
-        size = _size(manifest) if len(shapes) > len(kinds) else ""
-        if manifest.engine == "llama.cpp":
-            target = "-".join(filter(None, (name, size, manifest.quantization.upper()))) + ".gguf"
-        elif library == "onnx" and ONNX_FOLDER not in targets:
-            target = ONNX_FOLDER
-        else:
-            target = "-".join(filter(None, (library, size, manifest.quantization)))
-        kind = (manifest.engine, manifest.quantization)
-        others = [(entry.manifest.engine, entry.manifest.quantization, entry.size) for entry in entries]
-        if target in targets or (*kind, size) in others:
+        size = _size(manifest) if has_sizes else ""
+        targets = [entry.target for entry in entries]
+        target = _target(manifest, name, size, targets)
+        others = [(_kind(entry.manifest), entry.size) for entry in entries]
+        if target in targets or (_kind(manifest), size) in others:
             each = "each runtime, type and number of parameters" if size else "each runtime and type"
-            raise UsageError(f"{path}: a second {' in '.join(kind)}; give one artefact of {each}")
+            raise UsageError(f"{path}: a second {' in '.join(_kind(manifest))}; give one artefact of {each}")
         entries.append(HubEntry(path, manifest, target, size))
     return entries
+
+
+def _kind(manifest: Manifest) -> tuple[str, str]:
+    return manifest.engine, manifest.quantization
+
+
+def _target(manifest: Manifest, name: str, size: str, targets: Sequence[str]) -> str:
+    """Return the file or folder of an artefact in the repository. `targets`: those of the artefacts before it."""
+    if manifest.engine == "llama.cpp":
+        return "-".join(filter(None, (name, size, manifest.quantization.upper()))) + ".gguf"
+    library = _library(manifest)
+    if library == "onnx" and ONNX_FOLDER not in targets:
+        return ONNX_FOLDER
+    return "-".join(filter(None, (library, size, manifest.quantization)))
 
 
 def _verified(path: Path) -> tuple[Path, Manifest]:
@@ -222,8 +232,12 @@ def ollama_files(modelfile: str) -> dict[str, str]:
             parameters[parameter] = _parameter_value(text)
         elif command["name"].lower() == "template":
             template = text
-    files = {"template": template} if template is not None else {}
-    return files | ({"params": json.dumps(parameters, ensure_ascii=False, indent=2) + "\n"} if parameters else {})
+    files = {}
+    if template is not None:
+        files["template"] = template
+    if parameters:
+        files["params"] = json.dumps(parameters, ensure_ascii=False, indent=2) + "\n"
+    return files
 
 
 def _parameter_value(text: str) -> bool | int | float | str:
@@ -247,10 +261,14 @@ def _foreign_files(folder: Path) -> list[str]:
 def _recorded_hashes(folder: Path) -> dict[str, str]:
     try:
         last_line = (folder / CARD).read_text(encoding="utf-8").rstrip().rpartition("\n")[2]
-        hashes = json.loads(last_line.removeprefix(MARK).removesuffix(MARK_END)) if last_line.startswith(MARK) else {}
+        if not last_line.startswith(MARK):
+            return {}
+        hashes = json.loads(last_line.removeprefix(MARK).removesuffix(MARK_END))
     except (OSError, ValueError):
         return {}
-    return {str(name): str(digest) for name, digest in hashes.items()} if isinstance(hashes, dict) else {}
+    if not isinstance(hashes, dict):
+        return {}
+    return {str(name): str(digest) for name, digest in hashes.items()}
 
 
 def _hash_of(file: Path) -> str:
@@ -262,11 +280,21 @@ def _hash_of(file: Path) -> str:
 
 def model_card(entries: Sequence[HubEntry], runs: Sequence[Run], settings: CardSettings) -> str:
     """Return the repository's README: front matter, files with figures, quality, commands and licence."""
-    training, sizes = entries[0].manifest.training, {entry.size: entry for entry in entries}
-    counts = list(sizes) if len(sizes) > 1 else [_size(entries[0].manifest)]
+    first = entries[0].manifest
+    training = first.training
+    sizes = {entry.size: entry for entry in entries}
+    counts = list(sizes) if len(sizes) > 1 else [_size(first)]
+    became = _listed(counts) if len(counts) > 1 else f"{training.get('parameters', 0):,}"
     qualities = {size: entry.manifest.training.get("quality") for size, entry in sizes.items()}
-    jobs = [[entry.target, *row] for entry in entries for row in job_rows(entry.manifest.jobs)[1:]]
-    devices = [[device_line(run.device, run.options.threads), *origin_lines(run)] for run in runs]
+    jobs: list[list[str]] = []
+    for entry in entries:
+        header, *rows = job_rows(entry.manifest.jobs)
+        if rows and not jobs:
+            jobs.append(["file", *header])
+        jobs += [[entry.target, *row] for row in rows]
+    devices: list[str] = []
+    for run in runs:
+        devices += [device_line(run.device, run.options.threads), *origin_lines(run)]
     return fill_template(
         "efficientllm.devices",
         "hub_card.md.jinja",
@@ -276,12 +304,12 @@ def model_card(entries: Sequence[HubEntry], runs: Sequence[Run], settings: CardS
         is_pruned=training.get("source_parameters", 0) > training.get("parameters", 0),
         relation="finetune" if training else "quantized",
         training={"source": "", "source_parameters": 0, **training},
-        became=_listed(counts) if len(counts) > 1 else f"{training.get('parameters', 0):,}",
+        became=became,
         tokens=max(entry.manifest.training.get("tokens", 0) for entry in entries),
         qualities={size: quality for size, quality in qualities.items() if quality},
         files=_file_rows(entries, runs),
-        devices=[line for lines in devices for line in lines],
-        jobs=[["file", *job_rows(())[0]], *jobs] if jobs else [],
+        devices=devices,
+        jobs=jobs,
         jobs_note=JOBS_NOTE,
         commands=[_command(entry) for entry in entries],
         yaml=_yaml,
@@ -292,7 +320,8 @@ def model_card(entries: Sequence[HubEntry], runs: Sequence[Run], settings: CardS
 
 def _listed(words: Sequence[str]) -> str:
     """Return "a, b and c"."""
-    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
+    *before, last = words
+    return " and ".join(filter(None, (", ".join(before), last)))
 
 
 def _yaml(word: str) -> str:
@@ -307,21 +336,32 @@ def _file_rows(entries: Sequence[HubEntry], runs: Sequence[Run]) -> list[list[st
     tests = list(dict.fromkeys(test for result in results if result for test in result.speeds))
     has_memory = any(results)
     has_sizes = any(entry.size for entry in entries)
-    held_out, header = _held_out(entries) if has_sizes else {}, ["file", "runtime", "type", "bytes", "KL"]
-    header[3:3] = ["parameters", *held_out] if has_sizes else []
-    header += [f"{test} t/s" for test in tests]
-    rows = [[*header, "peak memory"] if has_memory else header]
-    for entry, result in zip(entries, results, strict=True):
-        manifest = entry.manifest
-        compared = manifest.verification.get("quantized") or manifest.verification.get("exact") or {}
-        kl = f"{compared['mean_kl']:.4f}" if "mean_kl" in compared else "not verified"
-        row = [entry.target, manifest.engine, manifest.quantization, format_bytes(entry.num_bytes), kl]
-        row[3:3] = [entry.size, *(f"{values[len(rows) - 1]:.3f}" for values in held_out.values())] if has_sizes else []
-        figures = [result.speeds.get(test) if result else None for test in tests]
-        row += [figure.describe(figure.digits) if figure else "" for figure in figures]
-        row += [format_bytes(result.peak_rss_bytes) if result else ""] if has_memory else []
+    held_out = _held_out(entries) if has_sizes else {}
+    header = ["file", "runtime", "type"]
+    if has_sizes:
+        header += ["parameters", *held_out]
+    header += ["bytes", "KL", *(f"{test} t/s" for test in tests)]
+    if has_memory:
+        header.append("peak memory")
+    rows = [header]
+    for index, (entry, result) in enumerate(zip(entries, results, strict=True)):
+        row = [entry.target, *_kind(entry.manifest)]
+        if has_sizes:
+            row += [entry.size, *(f"{values[index]:.3f}" for values in held_out.values())]
+        row += [format_bytes(entry.num_bytes), _mean_kl(entry.manifest)]
+        for test in tests:
+            figure = result.speeds.get(test) if result else None
+            row.append(figure.describe(figure.digits) if figure else "")
+        if has_memory:
+            row.append(format_bytes(result.peak_rss_bytes) if result else "")
         rows.append(row)
     return rows
+
+
+def _mean_kl(manifest: Manifest) -> str:
+    verification = manifest.verification
+    compared = verification.get("quantized") or verification.get("exact") or {}
+    return f"{compared['mean_kl']:.4f}" if "mean_kl" in compared else "not verified"
 
 
 def _held_out(entries: Sequence[HubEntry]) -> dict[str, list[float]]:

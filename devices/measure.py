@@ -123,8 +123,10 @@ class EngineTests:
 
     def _record_decode(self, test: str, ends: list[Elapsed]) -> None:
         self._record(test, len(ends), ends[-1])
-        for name, seconds in ((test, [end.wall for end in ends]), (f"{test} CPU", [end.cpu for end in ends])):
-            quartile = np.quantile(np.diff(seconds, prepend=0.0), 0.25)
+        clocks = {test: [end.wall for end in ends], f"{test} CPU": [end.cpu for end in ends]}
+        for name, seconds in clocks.items():
+            of_each_token = np.diff(seconds, prepend=0.0)
+            quartile = np.quantile(of_each_token, 0.25)
             self.quiet_ms_per_token.setdefault(name, []).append(1000 * float(quartile))
 
     def _random_tokens(self, count: int) -> list[int]:

@@ -96,7 +96,8 @@ class ProgramRecord:
 
     def last(self, seconds: float) -> list[SensorSample]:
         """Return the samples of the last `seconds`. The final one is excluded, because the program may have ended."""
-        return [sample for sample in self.samples[:-1] if sample.seconds >= self.samples[-1].seconds - seconds]
+        begin = self.samples[-1].seconds - seconds if self.samples else 0.0
+        return [sample for sample in self.samples[:-1] if sample.seconds >= begin]
 
 
 def monitor_script(folder: str, command: Sequence[str]) -> str:
@@ -115,11 +116,12 @@ def monitor_script(folder: str, command: Sequence[str]) -> str:
 
 def parse_record(text: str) -> ProgramRecord:
     """Parse the output of `monitor_script`."""
-    head, samples, output, errors = (*text.replace("\r\n", "\n").split(f"{MARK}\n"), "", "", "")[:4]
+    sections = text.replace("\r\n", "\n").split(f"{MARK}\n")  # older phones' adb ends lines as terminals do
+    # a script that was stopped, or lost its connection, prints only the first sections
+    head, samples, output, errors = (*sections, "", "", "")[:4]
     facts = {name: int(value) for name, value in FACTS.findall(head)}
-    return ProgramRecord(
-        facts.get("code"), 1024 * facts.get("peak_kb", 0), output, errors, tuple(_parse_samples(samples))
-    )
+    peak_bytes = 1024 * facts.get("peak_kb", 0)
+    return ProgramRecord(facts.get("code"), peak_bytes, output, errors, tuple(_parse_samples(samples)))
 
 
 def _parse_samples(text: str) -> list[SensorSample]:
@@ -136,7 +138,8 @@ def _parse_samples(text: str) -> list[SensorSample]:
 def mean_watts(samples: Sequence[SensorSample]) -> float | None:
     """Return the mean power, and None for fewer than MIN_SAMPLES or if any sample has no power."""
     watts = [value for sample in samples if (value := battery_watts(sample)) is not None]
-    return statistics.fmean(watts) if MIN_SAMPLES <= len(watts) == len(samples) else None
+    is_complete = len(watts) == len(samples)
+    return statistics.fmean(watts) if is_complete and len(watts) >= MIN_SAMPLES else None
 
 
 def clocks_mhz(samples: Sequence[SensorSample], cores: int) -> tuple[float, float] | None:
@@ -199,19 +202,23 @@ def summarize_calls(
         for test, values in call.output.speeds.items():
             speeds.setdefault(test, []).extend(values)
     threads = next((call.output.threads for call in calls if call.output.threads), options.threads)
+    version = next((call.output.version for call in calls if call.output.version), "")
     longest = [call for call in calls if call.output.last == calls[0].output.last]
-    joules = [value for call in longest for value in call.joules_per_token()]
+    joules: list[float] = []
+    for call in longest:
+        joules += call.joules_per_token()
     if longest and not joules and (reason := longest[0].missing_energy_reason()):
         skipped = skipped | {"J/token": reason}
     clocks = [pair for call in calls if (pair := call.clocks_mhz(threads))]
     samples = [sample for call in calls for sample in call.record.samples]
     celsius = [battery_celsius(sample) or temperature_celsius(sample) for sample in samples]
     first_prompt = options.prompt_tokens[0]
+    prompt_speeds = speeds.get(f"pp{first_prompt}", [])
     return Measurement(
         speeds=speeds,
-        engine_version=next((call.output.version for call in calls if call.output.version), ""),
+        engine_version=version,
         threads=threads,
-        time_to_first_token_ms=[1000 * first_prompt / speed for speed in speeds.get(f"pp{first_prompt}", [])],
+        time_to_first_token_ms=[1000 * first_prompt / speed for speed in prompt_speeds],
         peak_rss_bytes=max((call.record.peak_rss_bytes for call in calls), default=0),
         kv_cache_bytes=kv_cache_bytes,
         temperature_celsius=pair_of(celsius[0], celsius[-1]) if celsius else None,

@@ -154,15 +154,16 @@ def _milliseconds(result: Result, clock: str) -> np.ndarray:
 def _with_errors(profile: DeviceProfile, measured_ms: dict[DecoderShape, np.ndarray]) -> DeviceProfile:
     """Return the profile with its errors on held-out models."""
     predicted_ms = {shape: [profile.decode_ms(shape, depth) for depth in MEAN_DEPTHS] for shape in measured_ms}
-    errors = tuple(
-        error_of(depth, [ms[index] for ms in measured_ms.values()], [ms[index] for ms in predicted_ms.values()])
-        for index, depth in enumerate((0, DEPTH))
-    )
-    models = tuple(
-        asdict(shape) | {"measured_ms": ms[: len(MEAN_DEPTHS)].tolist(), "predicted_ms": predicted_ms[shape]}
-        for shape, ms in measured_ms.items()
-    )
-    return dataclasses.replace(profile, errors=errors, held_out=models)
+    errors = []
+    for index, depth in enumerate((0, DEPTH)):
+        measured = [ms[index] for ms in measured_ms.values()]
+        predicted = [ms[index] for ms in predicted_ms.values()]
+        errors.append(error_of(depth, measured, predicted))
+    models = []
+    for shape, ms in measured_ms.items():
+        decodes = ms[: len(MEAN_DEPTHS)].tolist()
+        models.append(asdict(shape) | {"measured_ms": decodes, "predicted_ms": predicted_ms[shape]})
+    return dataclasses.replace(profile, errors=tuple(errors), held_out=tuple(models))
 
 
 def error_of(depth: int, measured_ms: Sequence[float], predicted_ms: Sequence[float]) -> HeldOutError:
@@ -170,7 +171,8 @@ def error_of(depth: int, measured_ms: Sequence[float], predicted_ms: Sequence[fl
     measured, predicted = np.array(measured_ms), np.array(predicted_ms)
     relative = np.abs(predicted / measured - 1)
     variance = float(((measured - measured.mean()) ** 2).sum())
-    r2 = 1 - float(((measured - predicted) ** 2).sum()) / variance if variance else 0.0
+    unexplained = float(((measured - predicted) ** 2).sum())
+    r2 = 1 - unexplained / variance if variance else 0.0
     return HeldOutError(depth, len(measured), float(np.median(relative)), float(relative.max()), r2)
 
 

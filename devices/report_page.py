@@ -6,7 +6,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -89,18 +89,16 @@ def _number_at(values: Any, *keys: str) -> float | None:
 
 def entries(runs: Sequence[NamedRun]) -> list[Entry]:
     """Return all results of the runs. Equal labels on one device are distinguished by the number of the run."""
-    found = [
-        (number, Entry(label, result, run, json_path))
-        for number, (run, json_path) in enumerate(runs, 1)
-        for label, result in run.labelled
-    ]
+    found: list[tuple[int, Entry]] = []
+    for number, (run, json_path) in enumerate(runs, 1):
+        for label, result in run.labelled:
+            found.append((number, Entry(label, result, run, json_path)))
     counts = Counter((entry.label, entry.device) for _, entry in found)
-    return [
-        Entry(f"{entry.label} (run {number})", entry.result, entry.run, entry.json_path)
-        if counts[entry.label, entry.device] > 1
-        else entry
-        for number, entry in found
-    ]
+    distinct: list[Entry] = []
+    for number, entry in found:
+        is_ambiguous = counts[entry.label, entry.device] > 1
+        distinct.append(replace(entry, label=f"{entry.label} (run {number})") if is_ambiguous else entry)
+    return distinct
 
 
 @dataclass(frozen=True)
@@ -265,11 +263,14 @@ def plot(found: Sequence[Entry]) -> Plot | None:
     devices = list(dict.fromkeys(entry.device for entry, _ in shown))
     largest = max(entry.result.file_bytes for entry, _ in shown)
 
+    x_room = WIDTH - 2 * MARGIN - LARGEST_RADIUS  # so that no circle at 0 covers the axis
+    y_room = HEIGHT - 2 * MARGIN
+
     def x(value: float) -> float:
-        return round(MARGIN + LARGEST_RADIUS + value / x_steps[-1] * (WIDTH - 2 * MARGIN - LARGEST_RADIUS), 1)
+        return round(MARGIN + LARGEST_RADIUS + value / x_steps[-1] * x_room, 1)
 
     def y(value: float) -> float:
-        return round(HEIGHT - MARGIN - value / y_steps[-1] * (HEIGHT - 2 * MARGIN), 1)
+        return round(HEIGHT - MARGIN - value / y_steps[-1] * y_room, 1)
 
     points = []
     for entry, lost in shown:
@@ -290,13 +291,16 @@ def write_page(path: Path, runs: Sequence[NamedRun]) -> None:
 
     found = entries(runs)
     table = [cells(entry) for entry in found]
-    columns = [name for name in table[0] if any(row[name].order is not None for row in table)] if table else []
+    columns: list[str] = []
+    if table:
+        columns = [name for name in table[0] if any(row[name].order is not None for row in table)]
+    rows = []
+    for entry, row in zip(found, table, strict=True):
+        rows.append((link(entry.json_path), [row[name] for name in columns]))
     values = {
         "headline": headline(found),
         "columns": [(name, name in TEXT_COLUMNS) for name in columns],
-        "rows": [
-            (link(entry.json_path), [row[name] for name in columns]) for entry, row in zip(found, table, strict=True)
-        ],
+        "rows": rows,
         "plot": plot(found),
         "width": WIDTH,
         "height": HEIGHT,
@@ -309,4 +313,5 @@ def write_page(path: Path, runs: Sequence[NamedRun]) -> None:
 
 def _narrow(table: list[list[str]]) -> list[tuple[str, ...]]:
     """Return the table, transposed if that makes it narrower."""
-    return list(zip(*table, strict=True)) if len(table) < len(table[0]) else [tuple(row) for row in table]
+    is_wide = len(table) < len(table[0])
+    return list(zip(*table, strict=True)) if is_wide else [tuple(row) for row in table]

@@ -273,7 +273,9 @@ def summarize(
 
 
 def _pool(samples: Sequence[list[float] | None]) -> Figure | None:
-    values = [value for sample in samples for value in sample or ()]
+    values: list[float] = []
+    for sample in samples:
+        values += sample or []
     return Figure.of(values) if values else None
 
 

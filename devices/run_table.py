@@ -15,7 +15,7 @@ def device_line(device: DeviceInfo, threads: int) -> str:
     """Return one line that describes the device. It names an emulator first."""
     memory = format_bytes(device.ram_bytes) if device.ram_bytes else ""
     parts = (device.board, device.cpu, f"{device.cores} cores", memory, device.system, device.machine)
-    threads_text = "all threads" if threads == 0 else "1 thread" if threads == 1 else f"{threads} threads"
+    threads_text = {0: "all threads", 1: "1 thread"}.get(threads, f"{threads} threads")
     text = f"{device.name}: {', '.join(part for part in parts if part)}; {threads_text}"
     if device.emulated:
         return f"EMULATED ({device.virtual or 'unknown'}), no figure here is the device's. {text}"
@@ -45,9 +45,10 @@ def rows(run: Run) -> list[list[str]]:
     results = run.results
     tests = tests_of(run)
     first_prefill, first_decode = f"pp{run.options.prompt_tokens[0]}", f"tg{min(run.options.decode_tokens)}"
-    timed = [
-        test for test in (first_prefill, first_decode) if any(test in result.cpu_ms_per_token for result in results)
-    ]
+    timed = []
+    for test in (first_prefill, first_decode):
+        if any(test in result.cpu_ms_per_token for result in results):
+            timed.append(test)
     has_energy = any(result.joules_per_token for result in results)
     has_bandwidth = any(result.memory_bytes_per_second for result in results)
     header = ["artefact, EMULATED" if run.device.emulated else "artefact", "parameters", "quant", "on disk"]

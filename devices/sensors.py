@@ -144,8 +144,9 @@ def energy_meter(shell: Shell, seconds: Callable[[], float]) -> Iterator[Energy]
     if before:
         yield energy
         after = rapl_joules(shell)
-        # The modulo handles a counter that wrapped.
-        energy.joules = sum((end - start) % size for (start, size), (end, _) in zip(before, after, strict=True))
+        energy.joules = 0.0
+        for (start, size), (end, _) in zip(before, after, strict=True):
+            energy.joules += (end - start) % size  # the modulo handles a counter that wrapped
         return
     if power_watts(shell) is None:
         yield energy

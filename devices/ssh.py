@@ -196,7 +196,9 @@ class SshDevice:
         """
         command = [*self._ssh, self._host, "--", f"sh -c {shlex.quote(line)}"]
         answer = run_program(command, stdin=stdin)
-        tries = tries or (1 + len(RETRY_SECONDS) if stdin == subprocess.DEVNULL and self._facts else 1)
+        if not tries:
+            can_help = stdin == subprocess.DEVNULL and self._facts
+            tries = 1 + len(RETRY_SECONDS) if can_help else 1
         for attempt, seconds in enumerate(RETRY_SECONDS[: tries - 1], 2):
             if answer.code != CONNECTION_LOST:
                 break

@@ -156,7 +156,8 @@ def _spread(largest: int) -> tuple[int, ...]:
 
 def neighbours(source: DecoderShape) -> tuple[DecoderShape, ...]:
     """Return the source, and models of it with one part cut far. Predictions are needed in between."""
-    layer, count, ffn = source.layers[0], len(source.layers), source.layers[0].intermediate_size
+    layer, count = source.layers[0], len(source.layers)
+    ffn = layer.intermediate_size
     half_ffn = max(MULTIPLE, ffn // 2 // MULTIPLE * MULTIPLE)
     narrow = max(MULTIPLE, source.hidden_size * 2 // 3 // MULTIPLE * MULTIPLE)
     everywhere = [LayerShape(layer.queries_per_group, 1, ffn), replace(layer, intermediate_size=half_ffn)]

@@ -89,11 +89,10 @@ def assemble(
     parts = {}
     for part, names in PARTS.items():
         axes = tuple(nodes_by_axis[name] for name in names)
-        ms = [
-            _part_features(part, design.source.head_dim, *node) @ rates
-            + _node_residual(design, part, node, layer_residuals)
-            for node in itertools.product(*axes)
-        ]
+        ms = []
+        for node in itertools.product(*axes):
+            fitted_ms = _part_features(part, design.source.head_dim, *node) @ rates
+            ms.append(fitted_ms + _node_residual(design, part, node, layer_residuals))
         parts[part] = Grid(axes, np.array(ms).reshape(*map(len, axes), measured.shape[1]))
     return LatencyTable(design.source.head_dim, depths, prompts, parts, surcharge)
 
@@ -143,7 +142,9 @@ def _part_features(part: str, head_dim: int, hidden: float, *widths: float) -> n
 
 def _model_features(shape: DecoderShape) -> np.ndarray:
     """Return the sum of the features of all parts of a model."""
-    rows = [_part_features(part, shape.head_dim, shape.hidden_size, *widths) for part, *widths in _model_parts(shape)]
+    rows = []
+    for part, *widths in _model_parts(shape):
+        rows.append(_part_features(part, shape.head_dim, shape.hidden_size, *widths))
     return np.sum(rows, axis=0)
 
 
@@ -162,11 +163,13 @@ def _fit_conditions(shapes: Sequence[DecoderShape], measured: np.ndarray) -> tup
     """Return the rates [FEATURES, conditions] and the surcharge, with the best cache size of each condition."""
     num_weights = np.array([shape.num_weights for shape in shapes], float)
     columns = np.array([[*_model_features(shape), 1e-3 * odd_rows(shape)] for shape in shapes])
-    capacities = np.geomspace(num_weights.min(), num_weights.max() / 2, NUM_CAPACITIES)
-    fits = [_fit_condition(columns, num_weights, capacities, ms) for ms in measured.T]
-    rates = np.array([rates for rates, _ in fits]).T
-    odd_ms, spill_ms = rates[len(FEATURES) :]
-    return rates[: len(FEATURES)], Surcharge(np.array([capacity for _, capacity in fits]), spill_ms, odd_ms)
+    tried = np.geomspace(num_weights.min(), num_weights.max() / 2, NUM_CAPACITIES)
+    fits = [_fit_condition(columns, num_weights, tried, ms) for ms in measured.T]
+    all_rates = np.array([rates for rates, _ in fits]).T
+    capacities = np.array([capacity for _, capacity in fits])
+    rates = all_rates[: len(FEATURES)]
+    odd_ms, spill_ms = all_rates[len(FEATURES) :]
+    return rates, Surcharge(capacities, spill_ms, odd_ms)
 
 
 def _fit_condition(
@@ -187,7 +190,8 @@ def _fit_condition(
 
 def _loss(predicted: np.ndarray, measured: np.ndarray) -> float:
     """Return the sum of squared relative errors, each limited to OUTLIER."""
-    return float((np.minimum(np.abs(predicted / measured - 1), OUTLIER) ** 2).sum())
+    errors = np.abs(predicted / measured - 1)
+    return float((np.minimum(errors, OUTLIER) ** 2).sum())
 
 
 def _fit(columns: np.ndarray, measured: np.ndarray) -> np.ndarray:
@@ -201,5 +205,7 @@ def _fit(columns: np.ndarray, measured: np.ndarray) -> np.ndarray:
     for _ in range(PASSES):
         rates, _ = solve(columns * weights[:, None], measured * weights, maxiter=MAX_ITERATIONS)
         errors = np.abs(columns @ rates / measured - 1)
-        weights = np.sqrt(np.minimum(1, OUTLIER / np.maximum(errors, 1e-9))) / measured
+        # the root, because the solver squares the weighted errors: beyond OUTLIER they then count as in Huber's loss
+        trust = np.minimum(1, OUTLIER / np.maximum(errors, 1e-9))
+        weights = np.sqrt(trust) / measured
     return rates
