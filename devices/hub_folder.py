@@ -390,6 +390,8 @@ def _command(entry: HubEntry) -> str:
         return f"llama-server -m {entry.target}    # or efficientllm-chat, Ollama, LM Studio, Jan"
     if entry.manifest.engine == "litert-lm":  # not an engine of efficientllm-chat
         return f"litert-lm run {entry.target}/{entry.manifest.model_file}"
+    if entry.manifest.engine == "openvino-genai":
+        return f"# OpenVINO GenAI: openvino_genai.LLMPipeline('{entry.target}', 'CPU')"
     if entry.manifest.engine == "wllama":
         return f"efficientllm-serve-web {entry.target}    # or any web server"
     if entry.manifest.engine == "transformers":

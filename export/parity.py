@@ -23,7 +23,18 @@ from ..train.model.irregular import irregular_config
 from ..train.model.modeling_efficientllm import CAUSAL_LM_CLASSES
 from ..train.model.tensors import EMBEDDING, HEAD
 from .checkpoint import Checkpoint
-from .verification import MAX_EXACT_DIFFERENCE, REPORT, Activation, EngineRun, StoredWeights, replace_activation
+from .request import ExportRequest, RoundingOptions
+from .verification import (
+    MAX_EXACT_DIFFERENCE,
+    REPORT,
+    Activation,
+    EngineRun,
+    Sample,
+    StoredWeights,
+    Written,
+    check_stepwise,
+    replace_activation,
+)
 
 ROUNDING_FACTOR = 2.0
 """Allowed distance of the engine, in distances of the two references. Another order of sums moves a few inputs to the
@@ -144,6 +155,31 @@ def _build(checkpoint: Checkpoint, stored: StoredWeights) -> Any:
     if architecture.parts.scales_embedding:
         model.model.embed_tokens.embed_scale = torch.tensor(stored.scales.embedding)
     return model.eval()
+
+
+def check_written(
+    checkpoint: Checkpoint,
+    request: ExportRequest[RoundingOptions],
+    written: Written,
+    sample: Sample,
+    runs: list[EngineRun],
+    stored: StoredWeights | None,
+) -> dict[str, dict[str, object]]:
+    """Compare runs of a file with torch, on the file's own weights, or on the checkpoint's without `stored` (f32).
+
+    Returns the results for the manifest. The first run is stepwise. Raises ArtefactError beyond a limit.
+    """
+    agreement, target = check_stepwise(runs[0], sample, written, request), written.target
+    if stored is None:
+        source = Reference(sample.logits, sample.logits)
+        return {"exact": agreement.to_dict(), "codes": check_runs(source, runs, "the checkpoint's", target)}
+    weights = check_weights(((each, checkpoint.tensor(each)) for each in stored.tensors), stored, target)
+    codes = check_runs(reference_logits(checkpoint, stored, sample.tokens), runs, stored.origin, target)
+    name, kind = written.quantize, written.kind
+    request.say(f"verified {name} {kind} against torch on the file's own weights, {len(runs)} runs")
+    if agreement.mean_kl > 0.2:
+        request.say(f"warning: {name} has a mean KL of {agreement.mean_kl:.2f}; int8 is the safe choice")
+    return {"weights": weights, "codes": codes, "quantized": agreement.to_dict()}
 
 
 def check_runs(reference: Reference, runs: list[EngineRun], origin: str, target: str) -> dict[str, object]:

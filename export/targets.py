@@ -45,6 +45,7 @@ EXPORTERS = {
     "android": "efficientllm.export.phone.exporter:ANDROID",
     "ios": "efficientllm.export.phone.exporter:IOS",
     "litert": "efficientllm.export.litert.exporter:EXPORTER",
+    "openvino": "efficientllm.export.openvino.exporter:EXPORTER",
 }
 
 

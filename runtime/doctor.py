@@ -47,6 +47,7 @@ USES = {
     "export --target executorch": ("export", "executorch"),
     "export --target hf-uniform": ("export",),
     "export --target litert": ("litert",),
+    "export --target openvino": ("openvino",),
     "chat, serve, bench of a .gguf": ("gguf",),
     "chat, serve, bench of an ONNX folder": ("onnx",),
     "chat, serve, bench of a .pte": ("executorch",),

@@ -62,8 +62,9 @@ def copy(whole: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def no_package_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """LiteRT's packages are in an environment of their own, and their lack would be named first."""
-    monkeypatch.setattr("efficientllm.export.litert.exporter.require_extra", lambda *_: None)
+    """The packages of two targets are not in every environment, and their lack would be named first."""
+    for target in ("litert", "openvino"):
+        monkeypatch.setattr(f"efficientllm.export.{target}.exporter.require_extra", lambda *_: None)
 
 
 def one_line(capsys: pytest.CaptureFixture[str]) -> str:

@@ -43,7 +43,7 @@ FOREIGN = [
     (
         "hf-uniform",
         ["--max-kl", "1"],
-        "--max-kl: --target hf-uniform does not read it, gguf, onnx, executorch, web, android, ios, litert do",
+        "--max-kl: --target hf-uniform does not read it, gguf, onnx, executorch, web, android, ios, litert, openvino ",
     ),
     ("gguf", ["--speed", "1"], "--speed: --target gguf does not read it, no target does (see efficientllm-export "),
 ]
@@ -139,7 +139,7 @@ def test_plug_ins_bring_their_flags(
     assert (tmp_path / "shape" / "shape.txt").read_text().startswith("00 LayerShape(")
     assert exporting.export(checkpoint, "shape", tmp_path / "other", "--quantize", "f32") == 2
     assert (
-        "--quantize: --target shape does not read it, gguf, onnx, executorch, web, android, ios, litert do"
+        "--quantize: --target shape does not read it, gguf, onnx, executorch, web, android, ios, litert, openvino do"
         in capsys.readouterr().err
     )
     assert exporting.export(checkpoint, "onnx", tmp_path / "other", "--digits", "2") == 2
@@ -257,6 +257,7 @@ REFUSED = {
     "export MODEL --target web": "llama-cpp-python is not installed; run: " + install_command("gguf"),
     "export MODEL --target ios --formats pte": "executorch is not installed; run: pip install ",
     "export MODEL --target onnx": "onnxruntime is not installed; run: " + install_command("onnx"),
+    "export MODEL --target openvino --quantize f16": "--quantize f16: unknown for openvino; known: f32, ",
     "export MODEL --target litert": "litert_torch is not installed; run: " + install_command("litert"),
     "export MODEL --target hf-uniform": "torch is not installed; run: " + install_command("export"),
     "train --source MODEL --data x": "--output is missing; name a folder for the run",

@@ -56,6 +56,7 @@ MAY_IMPORT = {
     "export/onnx": RUNTIME | SOURCES | {"export"},
     "export/executorch": RUNTIME | SOURCES | {"export"},
     "export/litert": RUNTIME | SOURCES | {"export"},
+    "export/openvino": RUNTIME | SOURCES | {"export", "export/onnx"},
     "export/web": RUNTIME | SOURCES | {"export", "export/gguf"},
     "export/phone": RUNTIME | SOURCES | {"export", "export/gguf", "export/executorch"},
     "server/schemas": {"runtime"},

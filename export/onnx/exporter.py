@@ -20,7 +20,7 @@ from ..checkpoint import Checkpoint, choose_type
 from ..manifest import Contents, copy_tokenizer, write_manifest
 from ..request import ExportRequest, RoundingOptions
 from ..targets import Exporter
-from ..verification import Written, check_stepwise, run_chunks, step_through, torch_sample
+from ..verification import Written, run_chunks, step_through, torch_sample
 from .quantize import Bits, preset, stored_head_dim
 
 MODEL_FILE = "model.onnx"
@@ -65,10 +65,10 @@ def export_onnx(checkpoint: Checkpoint, request: ExportRequest[OnnxOptions], fol
     asked = options.quantize or ("f32" if options.portable else "")
     name = choose_type(checkpoint, request, "onnx", asked, DEFAULT)
     bits = preset(name)
-    _write_model(checkpoint, options, bits, folder)
-    _write_json(folder / "genai_config.json", genai_config(checkpoint, options.portable))
-    _write_json(folder / "generation_config.json", generation_config(checkpoint))
-    _write_json(folder / "config.json", browser_config(checkpoint, options.portable))
+    write_model(checkpoint, options, bits, folder)
+    write_json(folder / "genai_config.json", genai_config(checkpoint, options.portable))
+    write_json(folder / "generation_config.json", generation_config(checkpoint))
+    write_json(folder / "config.json", browser_config(checkpoint, options.portable))
     weight_bytes = (folder / DATA_FILE).stat().st_size
     tokenizer_files = copy_tokenizer(checkpoint, folder)  # which our engine reads, too
     verification = _verify(checkpoint, request, folder, name, bits) if options.verify else {}
@@ -86,7 +86,7 @@ def export_onnx(checkpoint: Checkpoint, request: ExportRequest[OnnxOptions], fol
 EXPORTER = Exporter(OnnxOptions, export_onnx, check_onnx)
 
 
-def _write_model(checkpoint: Checkpoint, options: OnnxOptions, bits: Bits, folder: Path) -> None:
+def write_model(checkpoint: Checkpoint, options: OnnxOptions, bits: Bits, folder: Path) -> None:
     """Write the graph and its external data by one of the two routes."""
     with extra("onnx"):
         import onnx_ir as ir
@@ -105,7 +105,7 @@ def _write_model(checkpoint: Checkpoint, options: OnnxOptions, bits: Bits, folde
     write_portable(checkpoint, folder / MODEL_FILE, options.logits == "all")
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
+def write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
@@ -188,7 +188,7 @@ def _verify(
 ) -> dict[str, dict[str, object]]:
     """Compare our engine and a padded batch with torch, on the source's weights (f32) or on the file's own."""
     with extra("train"):
-        from ..parity import Reference, check_runs, check_weights, reference_logits
+        from ..parity import check_written
     from .reader import read_weights, run_padded_batch
 
     sample, path = torch_sample(checkpoint), folder / MODEL_FILE
@@ -199,14 +199,5 @@ def _verify(
         return EngineScheduler(OnnxEngine(path, EngineOptions(context=context)))
 
     runs = [step_through(load(), tokens), run_chunks(load(), tokens), run_padded_batch(path, tokens)]
-    agreement = check_stepwise(runs[0], sample, Written("onnx", "file", name), request)
-    if name == "f32":
-        source = Reference(sample.logits, sample.logits)
-        return {"exact": agreement.to_dict(), "codes": check_runs(source, runs, "the checkpoint's", "onnx")}
-    stored = read_weights(path, checkpoint, bits)
-    weights = check_weights(((each, checkpoint.tensor(each)) for each in stored.tensors), stored, "onnx")
-    codes = check_runs(reference_logits(checkpoint, stored, tokens), runs, stored.origin, "onnx")
-    request.say(f"verified {name} file against torch on the file's own weights, {len(runs)} runs")
-    if agreement.mean_kl > 0.2:
-        request.say(f"warning: {name} has a mean KL of {agreement.mean_kl:.2f}; int8 is the safe choice")
-    return {"weights": weights, "codes": codes, "quantized": agreement.to_dict()}
+    stored = None if name == "f32" else read_weights(path, checkpoint, bits)
+    return check_written(checkpoint, request, Written("onnx", "file", name), sample, runs, stored)

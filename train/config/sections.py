@@ -148,8 +148,8 @@ class RunConfig:
     """With --distill: folder of cached teacher states for runs that read the same text (SmolLM2-135M: 1.2 kB a token, a
     fifth of a step saved)."""
     for_: tuple[str, ...] = flags.comma_separated()
-    """Export targets, comma-separated, that must be able to hold the final model: gguf, web, onnx, executorch, litert,
-    hf-uniform. A model that one of them cannot hold is refused before it is trained."""
+    """Export targets, comma-separated, that must be able to hold the final model: gguf, web, onnx, executorch,
+    openvino, litert, hf-uniform. A model that one of them cannot hold is refused before it is trained."""
     tensorboard: bool = False
     """Write TensorBoard events beside metrics.jsonl."""
     wandb: bool = False

@@ -1,0 +1,1 @@
+"""`--target openvino`: folders for OpenVINO GenAI."""

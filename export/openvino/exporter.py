@@ -1,0 +1,232 @@
+"""`--target openvino`: a folder that stock OpenVINO GenAI runs, verified.
+
+The matrices have the codes of `--target onnx`. The written model is compared with torch on them. OpenVINO GenAI must
+then tokenize as the checkpoint does, and generate the model's greedy tokens.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...runtime.base import flags
+from ...runtime.base.errors import ArtefactError
+from ...runtime.base.extras import extra, require_extra
+from ...runtime.base.quantities import unknown_name
+from ...train.model.target_rules import check_target
+from ..checkpoint import Checkpoint, choose_type
+from ..manifest import Contents, write_manifest
+from ..onnx.exporter import DEFAULT, MODEL_FILE, OnnxOptions, generation_config, write_json, write_model
+from ..onnx.quantize import PRESETS
+from ..request import ExportRequest, RoundingOptions, log
+from ..targets import Exporter
+from ..verification import (
+    MAX_EXACT_DIFFERENCE,
+    REPORT,
+    EngineRun,
+    StoredWeights,
+    Written,
+    run_chunks,
+    sample_text,
+    step_through,
+    torch_sample,
+)
+
+NAMES = ("openvino_model", "openvino_tokenizer", "openvino_detokenizer")
+"""Each is a graph, .xml, and its arrays, .bin."""
+FILES = [f"{name}{suffix}" for name in NAMES for suffix in (".xml", ".bin")]
+SETTINGS = "generation_config.json"
+TYPES = ("f32", "int8", "mixed", "int4")
+
+EXACT = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0", "KV_CACHE_PRECISION": "f32"}
+"""OpenVINO's settings for fp32 throughout. By default it rounds activations and caches to 8 bits."""
+
+
+@dataclass(frozen=True)
+class OpenvinoOptions(RoundingOptions):
+    """--target openvino."""
+
+    quantize: str = flags.type_name()
+    """Weight type: f32, int8, mixed, int4; default: the type trained for onnx (--qat), else int8."""
+
+    def __post_init__(self) -> None:
+        flags.check_fields(self)
+        _check_type(self.quantize or DEFAULT)
+
+
+def _check_type(name: str) -> None:
+    if name not in TYPES:
+        raise unknown_name("--quantize", name, TYPES, of=" for openvino")
+
+
+def check_openvino(options: OpenvinoOptions) -> None:
+    """Raise MissingExtraError without the writer of the graph or without OpenVINO GenAI."""
+    require_extra("openvino", "onnx", "onnx_ir", "onnxruntime", "openvino", "openvino_tokenizers", "openvino_genai")
+
+
+def export_openvino(checkpoint: Checkpoint, request: ExportRequest[OpenvinoOptions], folder: Path) -> None:
+    """Write the model with states, the tokenizer as two models, the settings and the manifest."""
+    with extra("openvino"):
+        import openvino
+
+        from ..onnx.reader import read_weights
+        from .conversion import stateful_decoder
+    options = request.options
+    check_target("openvino", checkpoint.config, checkpoint.architecture)
+    name = choose_type(checkpoint, request, "onnx", options.quantize, DEFAULT)
+    _check_type(name)
+    with tempfile.TemporaryDirectory(dir=folder) as work:
+        graph = Path(work) / MODEL_FILE
+        write_model(checkpoint, OnnxOptions(calibrate=options.calibrate, logits="all"), PRESETS[name], graph.parent)
+        openvino.save_model(stateful_decoder(graph), folder / FILES[0], compress_to_fp16=False)
+        # OpenVINO is compared with fp32 activations
+        stored = None if name == "f32" else replace(read_weights(graph, checkpoint, PRESETS[name]), roundings={})
+    _write_tokenizer(checkpoint, folder)
+    write_json(folder / SETTINGS, generation_config(checkpoint))
+    contents = Contents(
+        engine="openvino-genai",  # no engine of ours: chat, server and bench say so
+        files=[*FILES, SETTINGS],
+        quantization=name,
+        weight_bytes=(folder / FILES[1]).stat().st_size,
+        layout="OpenVINO",
+        verification=_verify(checkpoint, request, folder, name, stored) if options.verify else {},
+    )
+    write_manifest(checkpoint, request, folder, contents)
+    log.info("run it with: openvino_genai.LLMPipeline(%r, 'CPU').generate(PROMPT)", str(request.output))
+
+
+EXPORTER = Exporter(OpenvinoOptions, export_openvino, check_openvino)
+
+
+def _write_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
+    """Write the checkpoint's tokenizer and chat template as two models of OpenVINO."""
+    import openvino
+    import openvino_tokenizers  # type: ignore[import-not-found]
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(checkpoint.folder)
+    models = openvino_tokenizers.convert_tokenizer(tokenizer, with_detokenizer=True)
+    for name, model in zip(NAMES[1:], models, strict=True):
+        openvino.save_model(model, folder / f"{name}.xml", compress_to_fp16=False)
+
+
+def _verify(
+    checkpoint: Checkpoint,
+    request: ExportRequest[OpenvinoOptions],
+    folder: Path,
+    name: str,
+    stored: StoredWeights | None,
+) -> dict[str, dict[str, object]]:
+    """Compare three runs of the model with torch, and OpenVINO GenAI with this model."""
+    with extra("train"):
+        from ..parity import check_written
+    sample = torch_sample(checkpoint)
+    decoders = (OpenvinoDecoder(folder / FILES[0]) for _ in range(3))
+    ways = (step_through, run_chunks, run_padded_batch)
+    runs = [run(decoder, sample.tokens) for run, decoder in zip(ways, decoders, strict=True)]
+    results = check_written(checkpoint, request, Written("openvino", "model", name), sample, runs, stored)
+    check_tokenizer(folder, checkpoint)
+    count = check_greedy_tokens(folder, sample.tokens[:PROMPT_TOKENS])
+    request.say(f"OpenVINO GenAI itself tokenizes as the checkpoint, and its {count} greedy tokens are this model's")
+    return {**results, "openvino_genai": {"same_tokens": count}}
+
+
+class OpenvinoDecoder:
+    """One sequence, or one batch, in a written model, in fp32 throughout."""
+
+    def __init__(self, path: Path) -> None:
+        import openvino
+
+        self._request: Any = openvino.Core().compile_model(path, "CPU", EXACT).create_infer_request()
+        self._names = [value.get_any_name() for value in self._request.model_inputs]
+        self._tokens: list[int] = []
+
+    def prefill(self, tokens: Sequence[int]) -> np.ndarray:
+        """Continue with `tokens` if they begin with the known ones, else start. Return the last logits, fp32 [V]."""
+        if list(tokens[: len(self._tokens)]) != self._tokens:
+            self._request.reset_state()
+            self._tokens = []
+        return self._append(list(tokens[len(self._tokens) :]))
+
+    def decode(self, token: int) -> np.ndarray:
+        """Append one token and return its logits, fp32 [V]."""
+        return self._append([token])
+
+    def _append(self, tokens: list[int]) -> np.ndarray:
+        self._tokens += tokens
+        return self.evaluate(np.array([tokens]), np.ones((1, len(self._tokens)), np.int64))[0]
+
+    def evaluate(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        """Return the last logits [B, V] after ids [B, S], with the attention mask [B, T]."""
+        feeds = {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "position_ids": np.maximum(mask.cumsum(1) - 1, 0)[:, -ids.shape[1] :],
+            "beam_idx": np.arange(len(ids), dtype=np.int32),
+        }
+        return self._request.infer({name: feeds[name] for name in self._names})["logits"][:, -1].copy()
+
+    def close(self) -> None:
+        """Free the model."""
+        self._request = None
+
+
+def run_padded_batch(decoder: OpenvinoDecoder, tokens: list[int]) -> EngineRun:
+    """Run two beginnings of the sample, the shorter one padded on the left, and then the next token of each."""
+    lengths = np.array([max(1, len(tokens) // 3), max(1, len(tokens) // 2)])
+    ids = np.stack([np.pad(tokens[:length], (lengths[1] - length, 0)) for length in lengths])
+    mask = (np.arange(lengths[1]) >= lengths[1] - lengths[:, None]).astype(np.int64)
+    rows = [decoder.evaluate(ids, mask)]
+    rows.append(decoder.evaluate(np.array(tokens)[lengths][:, None], np.pad(mask, ((0, 0), (0, 1)), constant_values=1)))
+    decoder.close()
+    title = "a batch of two prompts of unequal lengths, padded on the left, and their next tokens"
+    return EngineRun(title, [*(lengths - 1).tolist(), *lengths.tolist()], np.concatenate(rows))
+
+
+PROMPT_TOKENS = 32
+ANSWER_TOKENS = 24
+
+
+def check_tokenizer(folder: Path, checkpoint: Checkpoint) -> None:
+    """Raise ArtefactError if OpenVINO GenAI tokenizes the sample text differently."""
+    import openvino_genai  # type: ignore[import-not-found]
+
+    text = sample_text()
+    tokenizer = openvino_genai.Tokenizer(str(folder))
+    found = tokenizer.encode(text, add_special_tokens=False).input_ids.data[0].tolist()
+    expected = checkpoint.tokenizer.encode(text, add_special_tokens=False).ids
+    if found != expected:
+        pairs = zip(found, expected, strict=False)
+        place = next((place for place, (one, other) in enumerate(pairs) if one != other), "the end")
+        raise ArtefactError(
+            f"openvino: its tokenizer gives other tokens than the checkpoint's from token {place} of a text; {REPORT}"
+        )
+
+
+def check_greedy_tokens(folder: Path, prompt: list[int]) -> int:
+    """Return the number of greedy tokens of OpenVINO GenAI after a prompt.
+
+    Raises ArtefactError if one is not the likeliest, up to rounding, in the written model.
+    """
+    import openvino
+    import openvino_genai  # type: ignore[import-not-found]
+
+    pipeline = openvino_genai.LLMPipeline(str(folder), "CPU", **EXACT)
+    config = openvino_genai.GenerationConfig(max_new_tokens=ANSWER_TOKENS, ignore_eos=True, do_sample=False)
+    answer = pipeline.generate(openvino.Tensor(np.array([prompt])), config).tokens[0]
+    decoder = OpenvinoDecoder(folder / FILES[0])
+    logits = decoder.prefill(prompt)
+    for token in answer:
+        rounding = MAX_EXACT_DIFFERENCE * max(1.0, float(np.abs(logits).max()) / 32)
+        if logits[token] < logits.max() - rounding:
+            likeliest = logits.argmax()
+            raise ArtefactError(
+                f"openvino: OpenVINO GenAI continues with token {token}, its model with {likeliest}; {REPORT}"
+            )
+        logits = decoder.decode(token)
+    return len(answer)
