@@ -81,15 +81,20 @@ def estimate_memory(
     head = embedding + logits * of_logit * (2 if settings.distill else 1)
     head += embedding // 2 if is_bf16 else 0
     forward = head + _kept_for_backward(config, architecture, tokens, is_bf16)
-    forward += gradients // shards if settings.gradient_accumulation > 1 else 0
-    needs_second = architecture.tie_word_embeddings or "stem" in config.pruning.prune
-    backward = gradients // shards + (embedding if needs_second else 0)  # the embedding's before it is added, or scored
+    if settings.gradient_accumulation > 1:  # those of the earlier microbatches
+        forward += gradients // shards
+    backward = gradients // shards
+    if architecture.tie_word_embeddings or "stem" in config.pruning.prune:
+        backward += embedding  # the embedding's gradient, before it is added to the head's, or scored
     if shards > 1:
         forward += gathered_bytes(architecture)
         backward += gathered_bytes(architecture) + 4 * architecture.embedding_parameters
     rest = PROCESS_BYTES + max(forward, backward) - gradients // shards
-    if settings.distill or config.pruning.recover != "none":
-        rest += (2 if is_bf16 else 4) * (size // shards + (architecture.embedding_parameters if shards > 1 else 0))
+    if settings.distill or config.pruning.recover != "none":  # a frozen model in the type of products
+        frozen = size // shards
+        if shards > 1:
+            frozen += architecture.embedding_parameters
+        rest += (2 if is_bf16 else 4) * frozen
     rest += 4 * size if config.quantisation.is_on else 0  # the rounded weights beside the others
     rest += _gram_bytes(config, architecture) if config.pruning.weight_update == "obs" else 0
     kept = 4 * size // shards, gradients // shards, moments // shards

@@ -198,11 +198,8 @@ def make_plan(config: TrainConfig, resume: ResumePoint | None, compute: Compute)
     pruning = make_pruning_plan(pruning_settings(config), architecture, vocabulary_bytes, pieces)
     if length > longest:
         raise UsageError(f"--sequence-length {length}: the source's context is {longest} tokens")
-    data, folder = (
-        with_self_chats(config, source, tokenizer, compute.hardware.dtype, compute.parallel),
-        Path(config.run.output),
-    )
-    dtype = _save_dtype(config)
+    data = with_self_chats(config, source, tokenizer, compute.hardware.dtype, compute.parallel)
+    folder, dtype = Path(config.run.output), _save_dtype(config)
     return RunPlan(config, folder, resume, compute, architecture, tokenizer, data, pruning, dtype, weights), source
 
 

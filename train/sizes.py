@@ -205,12 +205,11 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
         "perplexity": ("perplexity", lambda row: f"{row['perplexity']:.2f}"),
         "score": ("score", lambda row: f"{row['score']:.3f} ± {row['stderr']:.3f}"),
     }
-    has_bits = all(row["bits_per_byte"] is not None for row in rows)
-    columns += [
-        column
-        for name, column in optional.items()
-        if all(row[name] is not None for row in rows) and not (name == "perplexity" and has_bits)
-    ]
+    if all(row["bits_per_byte"] is not None for row in rows):
+        del optional["perplexity"]
+    for name, column in optional.items():
+        if all(row[name] is not None for row in rows):
+            columns.append(column)
     table = [[title for title, _ in columns]]
     table += [[show(row) for _, show in columns] for row in rows]
     shown = markdown_table(table, left=(0, 1))

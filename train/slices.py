@@ -138,9 +138,11 @@ def select_slice(
 
 
 def _cut(run: Path, size: str, larger: Member, smaller: Member, budget: Budget) -> Path:
+    """Write the model of `budget`, cut from `larger`, and return its folder. `smaller`: the next trained size."""
     config = saved_config(larger.folder)
     described = _finished(larger.folder)
-    survivors = kept_from_json(described["survivors"], Architecture.from_dict(described["source"]))
+    source_shape = Architecture.from_dict(described["source"])
+    survivors = kept_from_json(described["survivors"], source_shape)
     removal = select_slice(read_metrics(run), larger.architecture, survivors, budget)
     former, tokenizer = load_source(str(larger.folder / "model"))
     model = copy.deepcopy(former)  # the fit compares with the model before the removal
@@ -156,7 +158,8 @@ def _cut(run: Path, size: str, larger: Member, smaller: Member, budget: Budget) 
     fit.fit(inputs, alone)
     if config.quantisation.is_on:
         _round(model, inputs, config.quantisation)
-    value = perplexity(TrainingLoss(model, hardware.dtype), text.held_out, config.optimizer.batch_size, alone.device)
+    loss = TrainingLoss(model, hardware.dtype)
+    value = perplexity(loss, text.held_out, config.optimizer.batch_size, alone.device)
     training = larger.training | {
         "parameters": removal.after.num_parameters,
         "perplexity": larger.training["perplexity"] | {"final": value},
@@ -169,11 +172,12 @@ def _cut(run: Path, size: str, larger: Member, smaller: Member, budget: Budget) 
     with folder_written_atomically(folder) as temporary:
         save_checkpoint(model, tokenizer, temporary)
         write_json_atomically(temporary / "training.json", training)
+    of_larger, of_smaller = (each.training["perplexity"]["final"] for each in (larger, smaller))
     _log.info(
         f"size {size}: cut from {larger.size} without training, held-out perplexity {value:.2f}; trained neighbours: "
-        + ", ".join(f"{each.size} {each.training['perplexity']['final']:.2f}" for each in (larger, smaller))
+        f"{larger.size} {of_larger:.2f}, {smaller.size} {of_smaller:.2f}"
     )
-    if value > smaller.training["perplexity"]["final"]:
+    if value > of_smaller:
         _log.warning(f"size {size} predicts worse than the smaller trained {smaller.size}; use that")
     return folder
 

@@ -338,7 +338,9 @@ class Trainer:
         """Write the branches of the sizes that the model has and would lose by a removal down to `target`."""
         assert self.pruner is not None
         for size, amount in self.pruner.plan.sizes.items():
-            if not self.pruner.size <= amount or amount <= target or has_branch(self.plan.folder, size):
+            is_reached = self.pruner.size <= amount
+            would_be_lost = target < amount
+            if not (is_reached and would_be_lost) or has_branch(self.plan.folder, size):
                 continue
             if self.saved_step != self.progress.step:
                 self.save()
@@ -398,18 +400,22 @@ class Trainer:
         """Write a checkpoint of the run and return its folder. A run that --overwrite replaces is deleted first."""
         if self.parallel.is_main:
             delete_replaced_run(self.plan.folder)
-        is_own_teacher = self.config.optimizer.teacher == "self" and self.trained.loss.teacher is not None
-        extra: dict[str, Any] = {"corpora": self.corpora, "has_own_teacher": is_own_teacher}
-        extra["ranks"] = self.parallel.world_size
+        has_own_teacher = self.config.optimizer.teacher == "self" and self.trained.loss.teacher is not None
+        extra: dict[str, Any] = {
+            "corpora": self.corpora,
+            "has_own_teacher": has_own_teacher,
+            "ranks": self.parallel.world_size,
+        }
         tensors: dict[str, Any] = {"stream": training_state.as_tensors(self.text.stream.state())}
+        own: dict[str, Any] = {}
         if self.unfinished is not None:
             extra["unfinished"] = asdict(self.unfinished)
         if self.pruner is not None:
             extra["pruner"] = self.pruner.state_json()
             tensors["pruner"] = self.pruner.state_tensors()
+            own = self.pruner.own_tensors()
         if self.rounding is not None:
             tensors["shipped"] = self.rounding.inputs.state_dict()
-        own = self.pruner.own_tensors() if self.pruner is not None else {}
         state = training_state.TrainingState(self.progress, extra, tensors, own)
         folder, keep = self.checkpoint, self.config.run.keep
         optimizer = self.trained.optimizer

@@ -98,8 +98,11 @@ class TrainingStep:
         if device.type == "cuda":
             figures["memory_bytes"] = torch.cuda.max_memory_allocated(device)
         if peak := peak_flops(device):
-            flops = 6 * num_parameters + 2 * (teacher.num_parameters() if teacher is not None else 0)
-            figures["mfu"] = round(flops * figures["tokens_per_second"] / (peak * self.parallel.world_size), 4)
+            flops = 6 * num_parameters
+            if teacher is not None:
+                flops += 2 * teacher.num_parameters()
+            share = flops * figures["tokens_per_second"] / (peak * self.parallel.world_size)
+            figures["mfu"] = round(share, 4)
         return figures
 
     def _undo(self) -> Callable[[], None]:
@@ -212,7 +215,8 @@ def accumulate_gradients(
     tokens_of_samples = means if parallel.mode == "fsdp" else tokens
     accumulated: dict[Tensor, Tensor] = {}
     cross_entropies: list[Tensor] = []
-    for place, (windows, count, sample_tokens) in enumerate(zip(microbatches, tokens, tokens_of_samples, strict=True)):
+    samples = zip(microbatches, tokens, tokens_of_samples, strict=True)
+    for place, (windows, count, sample_tokens) in enumerate(samples):
         if place:
             check()
         # The mean loss of the microbatch becomes its part of the step's mean loss, or of its sample's. A sample's
@@ -247,6 +251,11 @@ def _move_gradients(parameters: Iterable[Tensor], accumulated: dict[Tensor, Tens
     """Add `weight` times .grad of every parameter to `accumulated` and empty it."""
     for parameter in parameters:
         gradient, parameter.grad = parameter.grad, None
-        if gradient is not None:
-            gradient = gradient.mul_(weight) if weight != 1.0 else gradient
-            accumulated[parameter] = gradient if parameter not in accumulated else accumulated[parameter].add_(gradient)
+        if gradient is None:
+            continue
+        if weight != 1.0:
+            gradient.mul_(weight)
+        if parameter in accumulated:
+            accumulated[parameter].add_(gradient)
+        else:
+            accumulated[parameter] = gradient

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,8 +144,8 @@ def foreign_files(folder: Path) -> list[str]:
     others = [entry.name for entry in folder.iterdir() if not _is_run_entry(entry) and entry.name not in hidden]
     for model in (folder / "model", *_entries(folder / SLICES_FOLDER)):
         for entry in _entries(model):
-            is_known = any(fnmatch.fnmatch(entry.name, pattern) for pattern in MODEL_FILES)
-            if entry.is_dir() or not (is_known or UNFINISHED.fullmatch(entry.name)):
+            is_known = _matches(entry, MODEL_FILES) or UNFINISHED.fullmatch(entry.name)
+            if entry.is_dir() or not is_known:
                 others.append(entry.relative_to(folder).as_posix())
     for entry in _entries(folder / "checkpoints"):
         name = entry.name.removeprefix(DAMAGED_PREFIX)
@@ -155,13 +156,17 @@ def foreign_files(folder: Path) -> list[str]:
     if (folder / "model").is_dir() and not (folder / "model" / "training.json").is_file():
         others.append("model")  # somebody's: a run's has its figures beside the weights
     for entry in _entries(folder / SIZES_FOLDER):
-        within = foreign_files(entry) if entry.is_dir() else [""] * (not UNFINISHED.fullmatch(entry.name))
-        others += [f"{SIZES_FOLDER}/{entry.name}/{name}".rstrip("/") for name in within]
+        if entry.is_dir():
+            others += [f"{SIZES_FOLDER}/{entry.name}/{name}" for name in foreign_files(entry)]
+        elif not UNFINISHED.fullmatch(entry.name):
+            others.append(f"{SIZES_FOLDER}/{entry.name}")
     for logs in ("tensorboard", "wandb"):
-        for entry in _entries(folder / logs):
-            if not any(fnmatch.fnmatch(entry.name, pattern) for pattern in LOG_FILES):
-                others.append(f"{logs}/{entry.name}")
+        others += [f"{logs}/{entry.name}" for entry in _entries(folder / logs) if not _matches(entry, LOG_FILES)]
     return sorted(others)
+
+
+def _matches(entry: Path, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatch(entry.name, pattern) for pattern in patterns)
 
 
 def _is_checkpoint(folder: Path) -> bool:

@@ -116,8 +116,10 @@ def _weights_and_moments(model: Any, optimizer: torch.optim.Optimizer) -> dict[s
 def state_bytes(model: Any, optimizer: torch.optim.Optimizer) -> int:
     """Estimate the bytes of a checkpoint on disk over all ranks: weights and moments."""
     state = _weights_and_moments(model, optimizer)
-    moments = (tensor for each in state["optimizer"].values() for tensor in each.values())
-    size = sum(tensor.numel() * tensor.element_size() for tensor in (*state["model"].values(), *moments))
+    tensors = list(state["model"].values())
+    for moments in state["optimizer"].values():
+        tensors += moments.values()
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     return round(1.1 * size) + 2_000_000  # scores, Gram matrices, the stream's position, headers
 
 

@@ -219,7 +219,9 @@ def scatter(parameter: Any, value: Tensor) -> None:
 
 def first_row(tensor: DTensor) -> int:
     """Return the number of rows before this rank's part of a tensor that FSDP2 shards by rows."""
-    return tensor.device_mesh.get_local_rank() * -(-tensor.shape[0] // tensor.device_mesh.size())
+    # FSDP2 gives each rank ceil(rows / ranks) rows, and the last ones what remains
+    rows_of_rank = -(-tensor.shape[0] // tensor.device_mesh.size())
+    return tensor.device_mesh.get_local_rank() * rows_of_rank
 
 
 def fill(parameter: Tensor, value: Tensor) -> None:

@@ -157,13 +157,18 @@ class _ChunkedLoss(torch.autograd.Function):
         size = chunk_tokens(is_on_gpu, len(w))
         rows_at_once = size if is_on_gpu else ROWS_IN_CACHE * torch.get_num_threads()
         losses_of_rows = _fused_losses_of_rows() if is_on_gpu and fuses_on_gpu else _losses_of_rows
-        # a fused kernel reads the divisor, which would otherwise be part of its code
-        divisor = None if not needs_grad else torch.full((), count, device=h.device) if is_on_gpu else count
+        divisor: int | Tensor | None = count if needs_grad else None
+        if divisor is not None and is_on_gpu:
+            # a fused kernel reads the divisor, which would otherwise be part of its code
+            divisor = torch.full((), count, device=h.device)
+        theirs = first = is_known = None
+        if reference is not None:
+            first, is_known = reference.first, reference.is_known
         for start in range(0, h.shape[0], size):
             rows = slice(start, start + size)
             logits = h[rows] @ w.T  # [chunk, V]; becomes d loss / d logits
-            theirs = reference.hidden[rows] @ reference.weight.T if reference is not None else None
-            first, is_known = (reference.first, reference.is_known) if reference is not None else (None, None)
+            if reference is not None:
+                theirs = reference.hidden[rows] @ reference.weight.T
             for begin in range(0, len(logits), rows_at_once):
                 part = slice(begin, min(begin + rows_at_once, len(logits)))
                 these = slice(start + part.start, start + part.stop)  # the same rows of everything
@@ -276,11 +281,8 @@ class TrainingLoss(nn.Module):
         # each weight is used once in a pass: a cache would only keep its copy, which backward may make anew
         with torch.autocast(windows.device.type, **autocast, cache_enabled=False):
             hidden = self.model.model(input_ids=inputs, use_cache=False).last_hidden_state
-        rows, weight, teacher = (
-            hidden.flatten(0, 1).index_select(0, predicted),
-            self.model.lm_head.weight,
-            self._teacher[0],
-        )
+        rows = hidden.flatten(0, 1).index_select(0, predicted)
+        weight, teacher = self.model.lm_head.weight, self.teacher
         if read is not None:
             return read(rows.to(self.dtype), weight.to(self.dtype))
         reference = None

@@ -41,7 +41,8 @@ class AdamW(torch.optim.Optimizer):
     def step(self, closure: None = None, gradient_scale: Tensor | None = None) -> None:  # type: ignore[override]
         """Update every parameter with a gradient, scaled by `gradient_scale` (which changes fp32 .grad)."""
         for group in self.param_groups:
-            updated = [_local_tensors(each, self.state[each]) for each in group["params"] if each.grad is not None]
+            with_gradient = [each for each in group["params"] if each.grad is not None]
+            updated = [_local_tensors(each, self.state[each]) for each in with_gradient]
             plain = [each for each in updated if each.is_of_one_type]
             # torch's kernel reads the number of the step and does not count it
             if updated:
@@ -95,8 +96,11 @@ def _update_in_pieces(group: dict[str, Any], whole: _LocalTensors, gradient_scal
     """Update one parameter with a gradient or moments in bf16, piece by piece."""
     row = whole.tensors[0][:1].numel()
     rows = max(1, PIECE // max(1, row))
-    for parameter, gradient, first, second in zip(*(tensor.split(rows) for tensor in whole.tensors), strict=True):
-        scaled = gradient.float() if gradient_scale is None else gradient.float() * gradient_scale
+    pieces = zip(*(tensor.split(rows) for tensor in whole.tensors), strict=True)
+    for parameter, gradient, first, second in pieces:
+        scaled = gradient.float()
+        if gradient_scale is not None:
+            scaled = scaled * gradient_scale
         moments = first.float(), second.float()
         _fused(group, [_LocalTensors((parameter, scaled, *moments), whole.step)])
         first.copy_(moments[0])

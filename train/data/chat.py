@@ -165,7 +165,8 @@ class ChatFormat:
             raise DataError(f"a chat of {len(chat.messages)} turns: {error}") from error
         if chat.is_cut and spans:  # without the end of the turn, which the model did not write
             answer, content = spans[-1].text, chat.messages[-1]["content"].strip()
-            spans[-1] = Span(answer[: answer.rfind(content) + len(content)], True)
+            end = answer.rfind(content) + len(content)
+            spans[-1] = Span(answer[:end], True)
         return spans
 
     def chat_prompt(self, chat: Chat) -> str:
@@ -237,10 +238,13 @@ class Encoder:
         """
         # all texts in one call, which tokenizers encodes in parallel
         texts = iter(tokenize(self.tokenizer, [each for each in documents if isinstance(each, str)]))
-        return [
-            self._encode_chat(each) if isinstance(each, Chat) else np.asarray([*next(texts), self.separator], np.int32)
-            for each in documents
-        ]
+        found = []
+        for document in documents:
+            if isinstance(document, Chat):
+                found.append(self._encode_chat(document))
+            else:
+                found.append(np.asarray([*next(texts), self.separator], np.int32))
+        return found
 
     def _encode_chat(self, chat: Chat) -> np.ndarray:
         if self.chat_format is None:
@@ -251,5 +255,9 @@ class Encoder:
             raise DataError(f"--data {chat.place}: {error}" if chat.place else str(error)) from error
         if not spans:
             raise DataError("a chat has no answer to learn: no message of the role assistant")
-        ids = [np.asarray(each, np.int32) for each in tokenize(self.tokenizer, [span.text for span in spans])]
-        return np.concatenate([each if span.is_answer else ~each for each, span in zip(ids, spans, strict=True)])
+        ids_of_spans = tokenize(self.tokenizer, [span.text for span in spans])
+        parts = []
+        for ids, span in zip(ids_of_spans, spans, strict=True):
+            part = np.asarray(ids, np.int32)
+            parts.append(part if span.is_answer else ~part)
+        return np.concatenate(parts)

@@ -10,7 +10,7 @@ import heapq
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -96,6 +96,11 @@ class FileReport:
     def num_empty(self) -> int:
         return sum(isinstance(error, EmptyAnswerError) for error in self.refusals.errors)
 
+    @property
+    def whole_tokens(self) -> list[int]:
+        pairs = zip(self.prompt_tokens, self.learned_tokens, strict=True)
+        return [prompt + learned for prompt, learned in pairs]
+
 
 def request_of(document: Document) -> str:
     """Return a chat's messages before its last answer as JSON, and the whole of a text."""
@@ -158,23 +163,25 @@ def _lengths(tokens: Sequence[int]) -> str:
 def rows(files: Sequence[FileReport], tests: Sequence[FileReport], sequence_length: int) -> list[list[str]]:
     """Return a table with a column for each file, those of `tests` last."""
     everything = [*files, *tests]
-    names = dict.fromkeys(form for each in everything for form in each.forms)
     table = [["", *(display_name(each.name) for each in everything)]]
-    table += [[f"records, {name}", *(f"{each.forms[name]:,}" for each in everything)] for name in names]
-    table.append(["refused", *(f"{len(each.refusals.errors):,}" for each in everything)])
-    table.append(["refused for an empty answer", *(f"{each.num_empty:,}" for each in everything)])
-    table.append(["repeated in the file", *(f"{each.num_repeated:,}" for each in everything)])
+
+    def add(title: str, cell: Callable[[FileReport], str]) -> None:
+        table.append([title, *map(cell, everything)])
+
+    for name in dict.fromkeys(form for each in everything for form in each.forms):
+        add(f"records, {name}", lambda each, name=name: f"{each.forms[name]:,}")
+    add("refused", lambda each: f"{len(each.refusals.errors):,}")
+    add("refused for an empty answer", lambda each: f"{each.num_empty:,}")
+    add("repeated in the file", lambda each: f"{each.num_repeated:,}")
     if tests:
         held_out = {request for each in tests for request in each.requests}
         shared = [sum(each.requests[request] for request in held_out) for each in files]
         table.append(["requests that are also in --test", *(f"{count:,}" for count in shared), *("" for _ in tests)])
     title = "tokens, median / 95 % / maximum"
-    whole = [list(map(sum, zip(each.prompt_tokens, each.learned_tokens, strict=True))) for each in everything]
-    table.append([f"whole {title}", *map(_lengths, whole)])
-    table.append([f"prompt {title}", *(_lengths(each.prompt_tokens) for each in everything)])
-    table.append([f"learned {title}", *(_lengths(each.learned_tokens) for each in everything)])
-    cut = f"chats over {sequence_length} tokens, which windows cut"
-    table.append([cut, *(f"{each.num_cut:,}" for each in everything)])
+    add(f"whole {title}", lambda each: _lengths(each.whole_tokens))
+    add(f"prompt {title}", lambda each: _lengths(each.prompt_tokens))
+    add(f"learned {title}", lambda each: _lengths(each.learned_tokens))
+    add(f"chats over {sequence_length} tokens, which windows cut", lambda each: f"{each.num_cut:,}")
     return table
 
 

@@ -97,8 +97,10 @@ def write_corpus(
             # inside the block, whose failure keeps a file that --overwrite would replace
             if not any(each.num_taken for each in inputs):
                 short = sum(each.num_short for each in inputs)
-                limit = f"all {short} have fewer than {config.min_characters} characters"
-                raise UsageError(f"no document was taken: {limit if short else 'there are none'}")
+                reason = "there are none"
+                if short:
+                    reason = f"all {short} have fewer than {config.min_characters} characters"
+                raise UsageError(f"no document was taken: {reason}")
     return inputs
 
 
@@ -166,15 +168,18 @@ def _interleave(
     """
     digests: set[bytes] = set()
     total = 0
-    while total < config.max_bytes and (open_inputs := [each for each in inputs if not each.has_ended]):
+    open_inputs = list(inputs)
+    while total < config.max_bytes and open_inputs:
         source = min(open_inputs, key=lambda each: each.num_bytes / each.spec.weight)
         document = next(source.documents, None)
-        text = text_of(document) if document is not None else ""
-        content = text.encode()
-        digest = hashlib.blake2b(content, digest_size=16).digest()
         if document is None:
             source.has_ended = True
-        elif len(text) < config.min_characters:
+            open_inputs = [each for each in open_inputs if each is not source]
+            continue
+        text = text_of(document)
+        content = text.encode()
+        digest = hashlib.blake2b(content, digest_size=16).digest()
+        if len(text) < config.min_characters:
             source.num_short += 1
         elif digest in digests:
             source.num_repeated += 1

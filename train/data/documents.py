@@ -144,10 +144,13 @@ def _hub(context: ReadContext) -> Iterator[Document]:
     path, _, config = context.name.partition("@")
     try:
         stream = datasets.load_dataset(path, config or None, split="train", streaming=True)
-        rows = (cast(dict[str, Any], without_added_nulls(row)) for row in stream)
-        # a null text is an empty document, which open_documents drops
-        filled = ({**row, context.field: ""} if row.get(context.field, "") is None else row for row in rows)
-        yield from read_records(filled, context, "row")
+
+        def filled(row: dict[str, Any]) -> dict[str, Any]:
+            # a null text is an empty document, which open_documents drops
+            return {**row, context.field: ""} if row.get(context.field, "") is None else row
+
+        rows = (filled(cast(dict[str, Any], without_added_nulls(row))) for row in stream)
+        yield from read_records(rows, context, "row")
     except (OSError, ValueError, DatasetsError) as error:
         raise context.error(f"not a local path, and not readable as a hub dataset: {error}") from error
 

@@ -178,11 +178,14 @@ class CorpusWindows:
         while size <= self.window:
             document = self._next_document()
             room = self.window + 1 - size
-            if size and room < len(document) and is_kept_whole(document, self.window):
+            would_be_cut = size and room < len(document)
+            if would_be_cut and is_kept_whole(document, self.window):
                 self._queue.insert(0, document)
                 document = np.full(room, ~np.int32(self.encoder.separator), np.int32)
-            if not visit and not size and len(document) > self.window:
-                document = np.roll(document, self._random(START, lane).integers(len(document)))
+            is_first_of_lane = not visit and not size
+            if is_first_of_lane and len(document) > self.window:
+                start = self._random(START, lane).integers(len(document))
+                document = np.roll(document, start)
             parts.append(document)
             size += len(document)
         tokens = np.concatenate(parts)

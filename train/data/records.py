@@ -47,9 +47,9 @@ class BadLines:
         """Count and log a record that is skipped. Raises DataError if it is one more than allowed."""
         self.count += 1
         if self.count > self.allowed:
-            hint = (
-                "" if self.allowed or self._flag != "--data" else "; --skip-bad-lines N leaves out up to N such lines"
-            )
+            hint = ""
+            if not self.allowed and self._flag == "--data":
+                hint = "; --skip-bad-lines N leaves out up to N such lines"
             raise DataError(f"{error}{hint}") from error
         if not self._silent:
             _log.warning(f"skipped: {error}")
@@ -162,9 +162,10 @@ def _message(context: ReadContext, message: Any, place: str) -> Message:
     if calls:
         if role != "assistant":
             raise context.error(f'{place} has "tool_calls", which only an assistant\'s message can have')
-        calls = [_call(context, call, f"a call in {place}") for call in calls] if isinstance(calls, list) else None
-        if calls is None:
+        if not isinstance(calls, list):
             raise context.error(f'the "tool_calls" of {place} must be a list')
+        calls = [_call(context, call, f"a call in {place}") for call in calls]
+        # OpenAI writes null as the content beside calls
         content = content if isinstance(content, str) and content != "missing" else ""
         return {"role": role, "content": content, "tool_calls": calls, **own}
     if content is None:

@@ -90,9 +90,11 @@ def sample_chats(
             if is_whole and question and question not in known:
                 styles[question] = style
         known.update(styles)
-        questions = [question + (SHORT_ANSWER_REQUEST if batch % 2 else "") for question in styles]
+        request = SHORT_ANSWER_REQUEST if batch % 2 else ""
+        questions = [question + request for question in styles]
         prompts = [before + question + after for question in questions]
-        answers = sampler.sample(prompts, ANSWER_TOKENS, [style.answer for style in styles.values()], [seed, batch, 1])
+        warmths = [style.answer for style in styles.values()]
+        answers = sampler.sample(prompts, ANSWER_TOKENS, warmths, [seed, batch, 1])
         num_chats = 0
         for question, (text, is_whole) in zip(questions, answers, strict=True):
             if answer := text.strip():

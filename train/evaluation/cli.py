@@ -82,7 +82,8 @@ def _quality_rows(evaluations: Sequence[Evaluation]) -> list[list[str]]:
     columns = [contract(each, reference, _name(evaluations[0])) for each in qualities]
     table: list[list[str]] = []
     bits = [each.bits_per_byte for each in qualities]
-    shows_bits = (len(bits) == 1 and math.isfinite(bits[0])) or any("bits_per_byte" in column for column in columns)
+    is_single = len(bits) == 1 and math.isfinite(bits[0])
+    shows_bits = is_single or any("bits_per_byte" in column for column in columns)
     for kind in columns[0]["texts"]:
         size = f"{len(reference.texts[kind])} documents" if kind in reference.texts else ""
         cells = [_with_ratio(column["texts"][kind]) for column in columns]
@@ -203,8 +204,10 @@ def body(argv: Sequence[str]) -> int:
         if not path.exists():
             remedy = f"; download it first: hf download {model} --local-dir {path.name}" if may_be_hub_id(model) else ""
             raise UsageError(f"{model}: no such folder or file, and not demo, the built-in model{remedy}")
-    written = list(paths.values())[len(paths) > 1 :] if store else []
-    for path in written:
+    # with --compare the first model is the source, whose folder gets no score
+    first_written = 1 if len(paths) > 1 else 0
+    written = list(paths.values())[first_written:] if store else []
+    for path in written:  # before the hours of an evaluation
         check_target(path)
     output.mkdir(parents=True, exist_ok=True)
     evaluations: list[Evaluation] = []
@@ -216,15 +219,14 @@ def body(argv: Sequence[str]) -> int:
                 display.update(f"{prefix}{name}", done, total)
 
             evaluations.append(evaluate(path, config.measures, config.compute, output, report))
-            write_json_atomically(
-                output / "results.json", {"schema_version": 1, "evaluations": [e.to_dict() for e in evaluations]}
-            )
+            results = {"schema_version": 1, "evaluations": [each.to_dict() for each in evaluations]}
+            write_json_atomically(output / "results.json", results)  # after each model: a later one may fail
     write_text_atomically(output / "results.md", markdown(evaluations))
     for number, each in enumerate(evaluations, 1):
         if each.job is not None:
             page = misses_page(_name(each), config.measures.examples, each.job)
             write_text_atomically(output / f"misses-{number}-{_name(each)}.md", page)
-    for path, each in zip(written, evaluations[len(evaluations) > 1 :], strict=store):
+    for path, each in zip(written, evaluations[first_written:], strict=store):
         source = evaluations[0] if each is not evaluations[0] else None
         write_score(path, job_score(each, source, config.measures, config.compute))
     _print_table(evaluations)

@@ -84,7 +84,9 @@ class MeasureConfig:
 
     @property
     def task_names(self) -> tuple[str, ...]:
-        return () if self.tasks == ("none",) else tuple(TASKS) if self.tasks == ("all",) else self.tasks
+        if self.tasks == ("none",):
+            return ()
+        return tuple(TASKS) if self.tasks == ("all",) else self.tasks
 
 
 @dataclass(frozen=True)
@@ -240,4 +242,6 @@ def _texts(model: EvaluatedModel, config: MeasureConfig) -> dict[str, list[list[
 
 def _name_and_path(text: str) -> tuple[str, str]:
     name, separator, path = text.partition("=")
-    return (name, path) if separator else (Path(text).name.split(".")[0], text)
+    if separator:
+        return name, path
+    return Path(text).name.split(".")[0], text

@@ -57,7 +57,8 @@ class Example:
         """Return the expected answer as text. Calls are JSON."""
         message = self.chat.messages[-1]
         calls = [json.dumps(call["function"], ensure_ascii=False) for call in message.get("tool_calls", ())]
-        return "\n".join([*([message["content"]] if message["content"] else []), *calls])
+        texts = [message["content"]] if message["content"] else []
+        return "\n".join([*texts, *calls])
 
     @property
     def references(self) -> list[str]:
@@ -185,7 +186,8 @@ def label(answer: str, example: Example) -> Values:
 
 
 def _label(answer: str) -> str:
-    return _normalised((answer.strip().splitlines() or [""])[0]).casefold()
+    lines = answer.strip().splitlines()
+    return _normalised(lines[0] if lines else "").casefold()
 
 
 def macro_f1(expected: Sequence[str], answers: Sequence[str]) -> float:
@@ -224,8 +226,14 @@ def rouge(answer: str, example: Example) -> Values:
 
 Metric = Callable[[str, Example], Values]
 METRICS: dict[str, Metric] = {
-    **{"exact": exact, "contains": contains, "json": json_value, "call": call, "label": label, "sql": sql},
-    **{"chrf": chrf, "rouge": rouge},
+    "exact": exact,
+    "contains": contains,
+    "json": json_value,
+    "call": call,
+    "label": label,
+    "sql": sql,
+    "chrf": chrf,
+    "rouge": rouge,
 }
 """Values of `--metric`, besides python:MODULE:FUNCTION."""
 
@@ -281,7 +289,10 @@ class JobResult:
 
     def mean(self, name: str) -> float:
         """Return the mean over the examples to which the value applies."""
-        return float(np.nanmean(self.values[name])) if not np.all(np.isnan(self.values[name])) else math.nan
+        values = self.values[name]
+        if np.all(np.isnan(values)):  # nanmean would warn
+            return math.nan
+        return float(np.nanmean(values))
 
     def stderr(self, name: str) -> float:
         """Return the bootstrap standard error of the mean."""
@@ -349,24 +360,31 @@ def run_job(
     # in the order of the first example, whose first value is the score
     names = dict.fromkeys(name for each in found for name in each)
     values = {name: [each.get(name, math.nan) for each in found] for name in names}
-    whole = {"macro F1": macro_f1([each.expected for each in examples], answers)} if metric == "label" else {}
+    whole: dict[str, float] = {}
+    if metric == "label":
+        whole["macro F1"] = macro_f1([each.expected for each in examples], answers)
     return JobResult(metric, values, answers, tokens / len(answers), elapsed_ms / len(answers), whole)
 
 
 def misses_page(name: str, examples: Sequence[Example], result: JobResult) -> str:
     """Return a Markdown page of the worst missed examples: request, expected answer and given answer."""
     scores = result.values[result.score_name]
-    order = sorted(range(len(examples)), key=lambda index: (scores[index], index))
-    missed = [index for index in order if scores[index] < 1][:WORST]
+    missed = [index for index, score in enumerate(scores) if score < 1]
+    worst = sorted(missed, key=lambda index: scores[index])[:WORST]
     lines = [
         f"# Misses of {name}",
         "",
         f"{result.score_name} {result.mean(result.score_name):.3f} on {len(examples)} examples.",
     ]
-    for index in missed:
-        request = examples[index].chat.messages[-2]["content"] if len(examples[index].chat.messages) > 1 else ""
-        fields = {"request": request, "expected": examples[index].expected, "answered": result.answers[index]}
+    for index in worst:
+        before = examples[index].chat.messages[:-1]
+        fields = {
+            "request": before[-1]["content"] if before else "",
+            "expected": examples[index].expected,
+            "answered": result.answers[index],
+        }
         lines += ["", f"## Example {index + 1}: {scores[index]:.2f}"]
         for title, text in fields.items():
-            lines += ["", f"{title}:", "", *(f"    {line}" for line in (text or "(nothing)").splitlines())]
+            indented = [f"    {line}" for line in (text or "(nothing)").splitlines()]
+            lines += ["", f"{title}:", "", *indented]
     return "\n".join(lines) + "\n"

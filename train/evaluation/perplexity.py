@@ -107,9 +107,11 @@ def measure_perplexity(
     # variance of a ratio estimator: deviation of each unit's loss from its share of the mean
     units = owners if len(documents) > 1 else list(range(len(requests)))
     deviations = np.bincount(units, np.asarray(losses) - mean * np.asarray(counts))
-    size = len(deviations)
-    spread = math.sqrt(float(deviations @ deviations) * size / (size - 1)) / count if size > 1 else math.nan
-    value = math.exp(mean) if mean < 700 else math.inf
+    size, spread = len(deviations), math.nan
+    if size > 1:
+        variance = float(deviations @ deviations) * size / (size - 1)
+        spread = math.sqrt(variance) / count
+    value = math.exp(mean) if mean < 700 else math.inf  # exp of more overflows
     num_bytes = sum(model.num_bytes(tokens[min_context:]) for tokens in documents)
     bits = mean * count / math.log(2) / max(1, num_bytes)
     return Perplexity(value, bits, count, window, len(documents), value * spread, min_context)

@@ -129,8 +129,9 @@ class EngineModel:
         log_probs, greedy, done = np.empty(len(targets)), np.empty(len(targets), dtype=bool), 0
         for logits in self.engine.evaluate(request.tokens[:-1], request.first - 1):
             rows = slice(done, done + len(logits))
-            log_probs[rows] = log_softmax(logits)[np.arange(len(logits)), targets[rows]]
-            greedy[rows] = logits.argmax(axis=-1) == targets[rows]
+            some_targets = targets[rows]
+            log_probs[rows] = log_softmax(logits)[np.arange(len(logits)), some_targets]
+            greedy[rows] = logits.argmax(axis=-1) == some_targets
             done += len(logits)
         return Score(log_probs, greedy)
 

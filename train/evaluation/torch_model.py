@@ -79,12 +79,14 @@ class TorchModel:
         while ordered:
             size = max(1, self.batch_tokens // len(ordered[0]))
             batch, ordered = ordered[:size], ordered[size:]
-            first = min(requests[index].first for inputs in batch for index in rows[inputs]) - 1
+            first_scored = [requests[index].first for inputs in batch for index in rows[inputs]]
+            first = min(first_scored) - 1  # the logits of a position score the next token
             logits = self._logits(batch, first)
             for row, inputs in enumerate(batch):
                 for index in rows[inputs]:
                     request = requests[index]
-                    yield index, _score(logits[row, request.first - 1 - first : len(inputs) - first], request)
+                    begin, end = request.first - 1 - first, len(inputs) - first
+                    yield index, _score(logits[row, begin:end], request)
 
     def answer(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> Iterator[str]:
         for start in range(0, len(prompts), ANSWER_BATCH):

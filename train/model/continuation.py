@@ -36,10 +36,13 @@ def continuations(
     Rows that end early may be filled with the padding token. `warmths` gives the sampling settings of each row if rows
     differ.
     """
-    width, pad = max(map(len, prompts)), settings.pad_token_id
-    padded = [[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts]
-    seen = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    tokens, mask = torch.tensor(padded, device=device), torch.tensor(seen, device=device)
+    # padded on the left, so that the last tokens of all prompts stand in one column, after which generation goes on
+    width, padded, is_read = max(map(len, prompts)), [], []
+    for prompt in prompts:
+        missing = width - len(prompt)
+        padded.append([settings.pad_token_id] * missing + list(prompt))
+        is_read.append([0] * missing + [1] * len(prompt))
+    tokens, mask = torch.tensor(padded, device=device), torch.tensor(is_read, device=device)
     ends = torch.tensor(settings.eos_token_id, device=device).flatten()
     found: list[list[int]] = [[] for _ in prompts]
     rows, cache = list(range(len(prompts))), None
@@ -60,12 +63,14 @@ def continuations(
             new = said.sequences[:, tokens.shape[1] :]
             for row, more in zip(rows, new.tolist(), strict=True):
                 found[row] += more
-            goes_on = (~torch.isin(new, ends).any(1)).nonzero()[:, 0]
-            if not len(goes_on):
+            has_ended = torch.isin(new, ends).any(1)
+            unfinished = (~has_ended).nonzero()[:, 0]
+            if not len(unfinished):
                 break
-            rows, cache = [rows[index] for index in goes_on.tolist()], said.cache
-            tokens, mask = said.sequences[goes_on], torch.cat([mask, torch.ones_like(new)], 1)[goes_on]
-            cache.batch_select_indices(goes_on)
+            rows, cache = [rows[index] for index in unfinished.tolist()], said.cache
+            longer_mask = torch.cat([mask, torch.ones_like(new)], 1)
+            tokens, mask = said.sequences[unfinished], longer_mask[unfinished]
+            cache.batch_select_indices(unfinished)
     return found
 
 

@@ -132,7 +132,9 @@ def _padded_layer(architecture: Architecture, layer: LayerShape, multiple: int) 
     """
     heads, groups = layer.num_attention_heads, layer.num_key_value_heads
     if heads * architecture.head_dim == BLOCK:
-        heads, groups = 2 * heads, groups if architecture.parts.has_groups else 2 * groups
+        heads *= 2
+        if not architecture.parts.has_groups:
+            groups *= 2
     return LayerShape(heads, groups, _padded_row(layer.intermediate_size, multiple))
 
 
@@ -246,16 +248,25 @@ def irregular_gguf(architecture: Architecture) -> str:
     A LayerNorm without bias can be written as an RMS norm (rescaling.py).
     """
     parts = architecture.parts
-    is_foreign = (
-        (parts.is_parallel, parts.has_partial_rotary, parts.has_rotary_layers, parts.has_window_rope),
-        (parts.norm.has_bias, parts.scales_embedding, bool(parts.scale_setting)),
-        (not parts.is_gated, parts.activation != "silu", parts.qk_norm == "width", set(parts.norms) != PER_LAYER_NORMS),
+    has_other_mathematics = (
+        parts.is_parallel,
+        parts.has_partial_rotary,
+        parts.has_rotary_layers,
+        parts.has_window_rope,
+        parts.norm.has_bias,
+        parts.scales_embedding,
+        bool(parts.scale_setting),
+        not parts.is_gated,
+        parts.activation != "silu",
+        parts.qk_norm == "width",
+        set(parts.norms) != PER_LAYER_NORMS,
     )
-    if any(map(any, is_foreign)):
+    if any(has_other_mathematics):
         return ""
     if not parts.qk_norm:
         return "deci"
-    return "" if parts.qkv_bias or parts.norm.takes_mean or not architecture.tie_word_embeddings else "openelm"
+    fits_openelm = architecture.tie_word_embeddings and not (parts.qkv_bias or parts.norm.takes_mean)
+    return "openelm" if fits_openelm else ""
 
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"

@@ -74,9 +74,7 @@ def read_foreign(folder: Path, called: str, given_head_dim: int | None = None) -
     kind = str(original["model_type"]).lower()
     family = _family(config)
     head_dim, source = _head_dim(config, tensors, FAMILIES[family], given_head_dim)
-    tensors = {name: each for name, each in unfused(tensors, head_dim).items() if not name.endswith("inv_freq")}
-    tensors = {name: each for name, each in tensors.items() if not _is_off(name, stated)}
-    tensors = {name: each for name, each in tensors.items() if math.prod(each.shape)}
+    tensors = _present(unfused(tensors, head_dim), stated)
     foreign_biases = [name for name in tensors if _is_foreign_bias(name, family)]
     if foreign_biases:
         if family not in MAY_GAIN_BIASES:
@@ -102,6 +100,17 @@ def read_foreign(folder: Path, called: str, given_head_dim: int | None = None) -
     return ForeignModel(kind, _settings(config, architecture), architecture, tensors, source, added)
 
 
+def _present(tensors: Tensors, stated: Mapping[int, Widths]) -> Tensors:
+    """Return the tensors of present blocks. Tools mark an absent block in config.json, or save it with a width of 0."""
+    found = {}
+    for name, tensor in tensors.items():
+        is_table = name.endswith("inv_freq")  # of the rotary embedding, which config.json describes
+        is_empty = not math.prod(tensor.shape)
+        if not (is_table or is_empty or _is_off(name, stated)):
+            found[name] = tensor
+    return found
+
+
 def _family(config: Mapping[str, Any]) -> str:
     """Return the family without regard to biases of projections, which the tensors show."""
     return family_of({**config, "attention_bias": False})
@@ -112,7 +121,9 @@ def _read_folder(folder: Path, called: str) -> tuple[dict[str, Any], Tensors]:
     config = read_json(folder / "config.json")
     refuse_quantized(config, called)
     names = FAMILIES[_family(translated(config))].stock_names
-    return config, our_names(read_stored(folder), OPENELM if str(config["model_type"]).lower() == "openelm" else names)
+    if str(config["model_type"]).lower() == "openelm":
+        names = OPENELM
+    return config, our_names(read_stored(folder), names)
 
 
 def _without(config: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
@@ -196,11 +207,13 @@ def _with_biases(tensors: Tensors, head_dim: int) -> Tensors:
         block = stem.rpartition(".")[2]
         if not name.endswith("_proj.bias") or block not in BLOCKS or output != BLOCKS[block][-1]:
             continue
-        if f"{stem}.{output}.weight" not in tensors and tensors[name].read().any():
+        if f"{stem}.{output}.weight" in tensors:
+            continue
+        if tensors[name].read().any():
             width = head_dim if block == "self_attn" else 1
             found |= {f"{stem}.{each}.weight": zeros(width, hidden) for each in BLOCKS[block][:-1]}
             found[f"{stem}.{output}.weight"] = zeros(hidden, width)
-        elif f"{stem}.{output}.weight" not in tensors:
+        else:
             del found[name]
     projections = tuple(f"{block}.{each}.weight" for block, names in BLOCKS.items() for each in names)
     for name in [name for name in found if name.endswith(projections)]:
@@ -261,11 +274,16 @@ def _with_equal_groups(
                 'reads which; list the removed heads in config.json as "pruned_heads": {"' + str(index) + '": [...]}'
             )
         # `kept` numbers the heads before the removal, when each group had `per_group` of them
-        members = [[at for at, head in enumerate(kept) if head // per_group == group] for group in range(groups)]
-        size, used = max(map(len, members)), [group for group in range(groups) if members[group]]
+        members: list[list[int]] = [[] for _ in range(groups)]
+        for at, head in enumerate(kept):
+            if head // per_group < groups:
+                members[head // per_group].append(at)
+        size = max(map(len, members))
+        used = [group for group in range(groups) if members[group]]
         # the place `heads` after the last head is a head of zeros
-        filled = [members[group] + [heads] * (size - len(members[group])) for group in used]
-        queries = [at for group in filled for at in group]
+        queries: list[int] = []
+        for group in used:
+            queries += members[group] + [heads] * (size - len(members[group]))
         prefix = f"model.layers.{index}.self_attn."
         for name in [name for name in found if name.startswith(prefix) and "_norm" not in name]:
             positions = used if name.startswith((f"{prefix}k_", f"{prefix}v_")) else queries

@@ -78,7 +78,9 @@ def is_foreign(folder: Path) -> bool:
         if place.name not in headers:
             return True
         rows, *rest = headers[place.name].shape or (0,)
-        if (rows if place.part is None else rows / 3, *rest) != tensor_shape(architecture, name):
+        if place.part is not None:  # one of three parts of a tensor, which are equal in the families that have them
+            rows /= 3
+        if (rows, *rest) != tensor_shape(architecture, name):
             return True
     layer_names = layer_tensors(architecture.family)
     return any(name.endswith("_proj.bias") and split_name(name)[1] not in layer_names for name in headers)
@@ -115,8 +117,9 @@ def stated_widths(config: Mapping[str, Any]) -> dict[int, Widths]:
         return dict(enumerate(_of_block(config, block) for block in _objects(config, "block_configs")))
     if config.get("per_layer_config"):
         return {index: _of_overrides(values) for index, values in layer_overrides(config).items()}
-    lists = {"layer_head_num": WIDTHS[0], "layer_head_num_kv": WIDTHS[1], "layer_inter_size": WIDTHS[2]}
-    lists |= {"num_query_heads": WIDTHS[0], "num_kv_heads": WIDTHS[1], **{width: width for width in WIDTHS}}
+    heads, groups, ffn = WIDTHS
+    lists = {"layer_head_num": heads, "layer_head_num_kv": groups, "layer_inter_size": ffn}
+    lists |= {"num_query_heads": heads, "num_kv_heads": groups, heads: heads, groups: groups, ffn: ffn}
     found: dict[int, Widths] = {}
     for name, width in lists.items():
         for index, number in enumerate(_numbers(config, name)):

@@ -22,8 +22,15 @@ if TYPE_CHECKING:
     from .stored_tensors import Stored
 
 FAMILY_OF_GGUF = {
-    **{"llama": "llama", "deci": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "openelm": "qwen3"},
-    **{"gptneox": "gpt_neox", "olmo": "olmo", "olmo2": "olmo2", "smollm3": "smollm3"},
+    "llama": "llama",
+    "deci": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "openelm": "qwen3",
+    "gptneox": "gpt_neox",
+    "olmo": "olmo",
+    "olmo2": "olmo2",
+    "smollm3": "smollm3",
 }
 """llama.cpp architecture -> the family with the same mathematics, where this module reads it."""
 READ_BY_TRANSFORMERS = ("llama", "qwen2", "qwen3", "gemma3")
@@ -69,17 +76,21 @@ def is_foreign_gguf(path: Path) -> bool:
     except READ_ERRORS as error:
         raise ModelError(f"{path} is damaged: {error}; copy or download it again") from error
     name = header.values.get("general.architecture")
-    if name not in {*FAMILY_OF_GGUF, *READ_BY_TRANSFORMERS}:
-        readable = ", ".join(sorted({*FAMILY_OF_GGUF, *READ_BY_TRANSFORMERS}))
+    readable = {*FAMILY_OF_GGUF, *READ_BY_TRANSFORMERS}
+    if name not in readable:
         raise ModelError(
-            f"{path}: GGUF files of architecture {name!r} cannot be read, only {readable}; give the Hugging Face "
-            "folder that the file was made from"
+            f"{path}: GGUF files of architecture {name!r} cannot be read, only {', '.join(sorted(readable))}; give "
+            "the Hugging Face folder that the file was made from"
         )
-    arrays = any(header.values.get(f"{name}.{key}", 0) is None for key in WIDTH_KEYS.values())
-    unusual = () if name == "qwen2" else ("attn_q.bias", "attn_k.bias", "attn_v.bias")
-    endings = (*unusual, "attn_output.bias", "ffn_gate.bias", "ffn_up.bias", "ffn_down.bias")
-    biases = any(tensor.name.endswith(endings) for tensor in header.tensors)
-    return name not in READ_BY_TRANSFORMERS or (name in FAMILY_OF_GGUF and (arrays or biases))
+    if name not in READ_BY_TRANSFORMERS:
+        return True
+    # the header reader gives None for an array, here one width per layer
+    has_widths_of_layers = any(header.values.get(f"{name}.{key}", 0) is None for key in WIDTH_KEYS.values())
+    unusual = ["attn_output.bias", "ffn_gate.bias", "ffn_up.bias", "ffn_down.bias"]
+    if name != "qwen2":
+        unusual += ["attn_q.bias", "attn_k.bias", "attn_v.bias"]
+    has_biases = any(tensor.name.endswith(tuple(unusual)) for tensor in header.tensors)
+    return name in FAMILY_OF_GGUF and (has_widths_of_layers or has_biases)
 
 
 def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
@@ -87,9 +98,10 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
     with extra("train"):
         from gguf import GGUFReader
     reader = GGUFReader(path)
-    values = {
-        name: field.contents() for name, field in reader.fields.items() if not name.startswith("tokenizer.ggml.t")
-    }
+    values = {}
+    for name, field in reader.fields.items():
+        if not name.startswith("tokenizer.ggml.t"):  # the tokens and their types: slow to convert, and not needed here
+            values[name] = field.contents()
     arch = values["general.architecture"]
     parts = FAMILIES[FAMILY_OF_GGUF[arch]]
     tensors = {tensor.name: tensor for tensor in reader.tensors}
@@ -98,7 +110,9 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
     if factors is not None:
         config["rope_parameters"] = _llama3(config, np.array(factors.data, np.float64))
     names = _our_modules(parts)
-    found = {_our_name(name, names): _stored(tensor, arch, config["head_dim"]) for name, tensor in tensors.items()}
+    found = {}
+    for name, tensor in tensors.items():
+        found[_our_name(name, names)] = _stored(tensor, arch, config["head_dim"])
     return config, found
 
 
@@ -116,26 +130,31 @@ def _settings(arch: str, values: Mapping[str, Any], parts: Family) -> dict[str, 
         return int(max(found, default=0) if isinstance(found, list) else found)
 
     heads, layers = widest(WIDTH_KEYS["num_attention_heads"]), value("block_count")
-    head_dim = value("attention.key_length", 0) or (0 if parts.has_partial_rotary else value("rope.dimension_count", 0))
+    head_dim = value("attention.key_length", 0)
+    if not head_dim and not parts.has_partial_rotary:  # then rotary channels are not all channels of a head
+        head_dim = value("rope.dimension_count", 0)
+    head_dim = int(head_dim or value("embedding_length") // heads)
     scaling = value("rope.scaling.type", "none")
     if scaling not in ("none", "linear"):
         raise ModelError(f"rope scaling {scaling!r} of the file is not supported; only linear and llama3 are")
     rope = {"rope_type": "default", "rope_theta": value("rope.freq_base", 10000.0)}
     if scaling == "linear":
         rope |= {"rope_type": "linear", "factor": value("rope.scaling.factor")}
-    head_dim = int(head_dim or value("embedding_length") // heads)
     if parts.has_partial_rotary:
         rope["partial_rotary_factor"] = value("rope.dimension_count", head_dim) / head_dim
-    eps = value("attention.layer_norm_epsilon" if parts.norm.takes_mean else "attention.layer_norm_rms_epsilon", 1e-5)
+    eps_key = "layer_norm_epsilon" if parts.norm.takes_mean else "layer_norm_rms_epsilon"
+    # without a number of key/value heads, each query head has its own
+    defaults = {"num_key_value_heads": heads}
+    widths = {name: widest(key, defaults.get(name)) for name, key in WIDTH_KEYS.items()}
     config = {
         "model_type": FAMILY_OF_GGUF[arch],
         "hidden_size": value("embedding_length"),
         "num_hidden_layers": layers,
-        **{name: widest(key, heads if name == "num_key_value_heads" else None) for name, key in WIDTH_KEYS.items()},
+        **widths,
         "head_dim": head_dim,
         "max_position_embeddings": value("context_length"),
         "rope_parameters": rope,
-        parts.norm.eps_setting: eps,
+        parts.norm.eps_setting: value(f"attention.{eps_key}", 1e-5),
         parts.activation_setting: parts.activation,
         "bos_token_id": values.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": values.get("tokenizer.ggml.eos_token_id"),
@@ -187,6 +206,8 @@ def _stored(tensor: Any, arch: str, head_dim: int) -> Stored:
 
     def read() -> torch.Tensor:
         array = gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(shape)
-        return torch.from_numpy(unpermute_rope(array, shape[0] // head_dim) if is_rotated else array.copy())
+        if is_rotated:
+            return torch.from_numpy(unpermute_rope(array, shape[0] // head_dim))
+        return torch.from_numpy(array.copy())  # an fp32 tensor is a read-only view of the file
 
     return Stored(shape, read)

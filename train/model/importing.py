@@ -96,19 +96,21 @@ def stock_model(found: ForeignModel, state: dict[str, torch.Tensor]) -> Any:
         model: Any = AutoModelForCausalLM.from_config(config)
     # the modules have the widths of the config, but a product takes those of the weight that it is given
     model.get_output_embeddings().weight = nn.Parameter(state[HEAD], requires_grad=False)
-    for name, tensor in to_stock(
-        {name: each for name, each in state.items() if name != HEAD}, architecture, torch.stack
-    ).items():
+    without_head = {name: each for name, each in state.items() if name != HEAD}
+    for name, tensor in to_stock(without_head, architecture, torch.stack).items():
         module, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(module), attribute, nn.Parameter(tensor, requires_grad=False))
     for index, (shape, layer) in enumerate(zip(architecture.layers, model.base_model.layers, strict=True)):
         attention = "attention" if hasattr(layer, "attention") else "self_attn"
         getattr(layer, attention).num_key_value_groups = shape.queries_per_group
-        absent = [] if shape.num_attention_heads else [(attention, modeling.NoAttention(index))]
-        absent += [] if shape.intermediate_size else [("mlp", modeling.NoFeedForward())]
-        for name, module in absent:
-            setattr(layer, name, module)
-            for norm in block_norms(parts, "ffn" if name == "mlp" else "attention"):
-                setattr(layer, norm, nn.Identity())
+        absent_norms: list[str] = []
+        if not shape.num_attention_heads:
+            setattr(layer, attention, modeling.NoAttention(index))
+            absent_norms += block_norms(parts, "attention")
+        if not shape.intermediate_size:
+            layer.mlp = modeling.NoFeedForward()
+            absent_norms += block_norms(parts, "ffn")
+        for norm in absent_norms:
+            setattr(layer, norm, nn.Identity())
     make_buffers(model)
     return model

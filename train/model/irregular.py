@@ -26,7 +26,7 @@ from . import modeling_efficientllm as modeling
 from .architecture import Architecture, LayerShape
 from .folder_files import mend_tokenizer_config, write_config
 from .rescaling import Scales, rescaled, scale_factor, untied
-from .tensors import EMBEDDING, HEAD, from_stock, is_of_attention, tensor_names, to_stock
+from .tensors import EMBEDDING, HEAD, from_stock, is_of_attention, split_name, tensor_names, to_stock
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,13 @@ class Packed:
         """Return {tensor of the packed model: the same tensor in the source}."""
         found, parts = {}, self.architecture.parts
         for name in tensor_names(self.architecture):
-            head, _, rest = name.removeprefix("model.layers.").partition(".")
-            found[name] = name
-            if name.startswith("model.layers."):
-                attention, ffn = self.origins[int(head)]
-                found[name] = f"model.layers.{attention if is_of_attention(rest, parts) else ffn}.{rest}"
+            layer, rest = split_name(name)
+            if layer is None:
+                found[name] = name
+                continue
+            attention, ffn = self.origins[layer]
+            origin = attention if is_of_attention(rest, parts) else ffn
+            found[name] = f"model.layers.{origin}.{rest}"
         return found
 
 
@@ -230,7 +232,8 @@ def save_checkpoint(
         state = stock_state(state, irregular, architecture)
         config.architectures = [architecture.parts.stock_class]
     config.dtype = next(iter(state.values())).dtype
-    require_room(folder / "model.safetensors", sum(tensor.numel() * tensor.element_size() for tensor in state.values()))
+    num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+    require_room(folder / "model.safetensors", num_bytes)
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     values = json.loads(config.to_json_string(use_diff=False))
     values.pop("_name_or_path", None)  # a path of the machine that trained the model

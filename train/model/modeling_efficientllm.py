@@ -180,13 +180,15 @@ class StemLayerNorm(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         x, width = hidden_states.float(), hidden_states.shape[-1]
-        weight, bias = (None if tensor is None else tensor.float() for tensor in (self.weight, self.bias))
+        weight = None if self.weight is None else self.weight.float()
+        bias = None if self.bias is None else self.bias.float()
         if self.survivors is None:
             x = nn.functional.layer_norm(x, (width,), weight, bias, self.eps)
         else:
             kept = x.index_select(-1, self.survivors)
             kept = kept - kept.mean(-1, keepdim=True)
-            kept = kept * torch.rsqrt(kept.square().sum(-1, keepdim=True) / width + self.eps)
+            variance = kept.square().sum(-1, keepdim=True) / width
+            kept = kept * torch.rsqrt(variance + self.eps)
             x = torch.zeros_like(x).index_copy(-1, self.survivors, kept)
             x = x if weight is None else x * weight
             x = x if bias is None else x + bias
@@ -202,11 +204,12 @@ class GPTNeoXAttention(nn.Module):
         self.head_dim, self.scaling = config.head_dim, config.head_dim**-0.5
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.is_causal = True
-        width, groups = (count * self.head_dim for count in (config.num_attention_heads, config.num_key_value_heads))
-        self.q_proj = nn.Linear(config.hidden_size, width)
-        self.k_proj = nn.Linear(config.hidden_size, groups)
-        self.v_proj = nn.Linear(config.hidden_size, groups)
-        self.o_proj = nn.Linear(width, config.hidden_size)
+        query_width = config.num_attention_heads * self.head_dim
+        key_width = config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_width)
+        self.k_proj = nn.Linear(config.hidden_size, key_width)
+        self.v_proj = nn.Linear(config.hidden_size, key_width)
+        self.o_proj = nn.Linear(query_width, config.hidden_size)
 
     def forward(
         self,
@@ -218,9 +221,9 @@ class GPTNeoXAttention(nn.Module):
     ) -> tuple[torch.Tensor, Any]:
         cache = cache if cache is not None else kwargs.pop("past_key_values", None)  # its name before transformers 5.24
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query, key, value = (
-            project(hidden_states).view(shape).transpose(1, 2) for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        query = self.q_proj(hidden_states).view(shape).transpose(1, 2)
+        key = self.k_proj(hidden_states).view(shape).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
         query, key = modeling_gpt_neox.apply_rotary_pos_emb(query, key, *position_embeddings)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)

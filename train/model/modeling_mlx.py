@@ -121,15 +121,18 @@ class Attention(nn.Module):
             remedy = "use efficientllm-export --target hf-uniform"
             raise ValueError(f"rope_type {rope['rope_type']!r} is not supported; {remedy}")
         self.heads, self.groups = config["num_attention_heads"], config["num_key_value_heads"]
-        self.scale, self.qk_norm = config.get("query_pre_attn_scalar", dim) ** -0.5, family.qk_norm
-        self.q_proj = nn.Linear(stem, self.heads * dim, family.qkv_bias)
-        self.k_proj = nn.Linear(stem, self.groups * dim, family.qkv_bias)
-        self.v_proj = nn.Linear(stem, self.groups * dim, family.qkv_bias)
-        self.o_proj = nn.Linear(self.heads * dim, stem, family.has_biases)
+        query_width, key_width = self.heads * dim, self.groups * dim
+        self.scale = config.get("query_pre_attn_scalar", dim) ** -0.5
+        self.q_proj = nn.Linear(stem, query_width, family.qkv_bias)
+        self.k_proj = nn.Linear(stem, key_width, family.qkv_bias)
+        self.v_proj = nn.Linear(stem, key_width, family.qkv_bias)
+        self.o_proj = nn.Linear(query_width, stem, family.has_biases)
+        self.qk_norm = family.qk_norm
         if self.qk_norm:
             eps = config.get("qk_norm_eps") or config[family.eps]
-            widths = (dim, dim) if self.qk_norm == "head" else (self.heads * dim, self.groups * dim)
-            self.q_norm, self.k_norm = (family.norm(width, eps) for width in widths)
+            norms_heads = self.qk_norm == "head"
+            self.q_norm = family.norm(dim if norms_heads else query_width, eps)
+            self.k_norm = family.norm(dim if norms_heads else key_width, eps)
         rotated = int(dim * rope.get("partial_rotary_factor", 1.0))
         has_rope = (config.get("no_rope_layers") or {index: 1})[index]
         self.rope = rope_utils.initialize_rope(rotated, rope["rope_theta"], False, rope) if has_rope else None
@@ -138,10 +141,11 @@ class Attention(nn.Module):
         queries, keys, values = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if self.qk_norm == "width":
             queries, keys = self.q_norm(queries), self.k_norm(keys)
-        queries, keys, values = (
-            each.reshape(*x.shape[:2], heads, -1).transpose(0, 2, 1, 3)  # [B, heads, S, D]
-            for each, heads in ((queries, self.heads), (keys, self.groups), (values, self.groups))
-        )
+
+        def split(each: Any, heads: int) -> Any:
+            return each.reshape(*x.shape[:2], heads, -1).transpose(0, 2, 1, 3)  # [B, heads, S, D]
+
+        queries, keys, values = split(queries, self.heads), split(keys, self.groups), split(values, self.groups)
         if self.qk_norm == "head":
             queries, keys = self.q_norm(queries), self.k_norm(keys)
         if self.rope is not None:
@@ -150,7 +154,8 @@ class Attention(nn.Module):
         if past is not None:
             keys, values = past.update_and_fetch(keys, values)
         attended = base.scaled_dot_product_attention(queries, keys, values, cache=past, scale=self.scale, mask=mask)
-        return self.o_proj(attended.transpose(0, 2, 1, 3).reshape(*x.shape[:2], -1))
+        joined = attended.transpose(0, 2, 1, 3).reshape(*x.shape[:2], -1)
+        return self.o_proj(joined)
 
 
 class FeedForward(nn.Module):
@@ -213,9 +218,11 @@ class Decoder(nn.Module):
         x = self.embed_tokens(inputs) * self.embedding_scale
         remaining, masks = iter(pasts or ()), {}
         for layer in self.layers:
-            past = next(remaining, None) if "self_attn" in layer else None
-            if "self_attn" in layer and layer.window not in masks:
-                masks[layer.window] = base.create_attention_mask(x, past, window_size=layer.window)
+            past = None
+            if "self_attn" in layer:  # a layer without attention has no cache, see make_cache
+                past = next(remaining, None)
+                if layer.window not in masks:  # layers with the same window share a mask
+                    masks[layer.window] = base.create_attention_mask(x, past, window_size=layer.window)
             x = layer(x, masks.get(layer.window), past)
         return self.norm(x)
 

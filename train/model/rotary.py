@@ -24,11 +24,9 @@ def frequency_factors(rope: dict[str, Any], head_dim: int) -> np.ndarray | None:
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     wavelengths = 2 * np.pi / _frequencies(rope, head_dim)
     smooth = (original / wavelengths - low) / (high - low)
-    scaled = np.where(
-        wavelengths < original / high,
-        1.0,
-        np.where(wavelengths > original / low, factor, 1.0 / ((1 - smooth) / factor + smooth)),
-    )
+    between = 1.0 / ((1 - smooth) / factor + smooth)
+    scaled = np.where(wavelengths > original / low, factor, between)
+    scaled = np.where(wavelengths < original / high, 1.0, scaled)
     return scaled.astype(np.float32)
 
 
@@ -72,7 +70,8 @@ class HeadPlaces:
 
     def narrow(self, array: np.ndarray) -> np.ndarray:
         """Return rows [heads * width, ...] as rows [heads * D, ...], the inverse of `widen`."""
-        return array.reshape(-1, self.width, *array.shape[1:])[:, self.places].reshape(-1, *array.shape[1:])
+        heads = array.reshape(-1, self.width, *array.shape[1:])
+        return heads[:, self.places].reshape(-1, *array.shape[1:])
 
 
 def rotary_places(head_dim: int, rotary_dim: int, width: int) -> HeadPlaces:

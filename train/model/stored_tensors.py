@@ -157,10 +157,12 @@ def _unpickled(file: Path) -> Mapping[str, torch.Tensor]:
     except Exception as error:  # torch raises what it likes for a damaged file
         raise ModelError(f"{file} is damaged: {first_line(error)}; copy or download it again") from error
     for name in ("state_dict", "model_state_dict", "model"):
-        value = value[name] if isinstance(value, Mapping) and isinstance(value.get(name), Mapping) else value
-    if not isinstance(value, Mapping) or not all(
+        if isinstance(value, Mapping) and isinstance(value.get(name), Mapping):
+            value = value[name]
+    is_of_tensors = isinstance(value, Mapping) and all(
         isinstance(key, str) and isinstance(each, torch.Tensor) for key, each in value.items()
-    ):
+    )
+    if not is_of_tensors:
         raise _refused_pickle(file, "it holds other things than tensors")
     return value
 
@@ -189,9 +191,11 @@ def _renamed(name: str, names: StockNames | None) -> str:
         return name
     module, _, part = name.rpartition(".")
     layer = re.match(rf"{re.escape(names.layers)}\.(\d+)\.", name)
-    prefix, rest = (f"model.layers.{layer.group(1)}.", module[layer.end() :]) if layer else ("", module)
+    prefix = ""
+    if layer:
+        prefix, module = f"model.layers.{layer.group(1)}.", module[layer.end() :]
     back = {stock: ours for ours, stock in names.renamed.items()} | {names.fused: "self_attn.query_key_value"}
-    return f"{prefix}{back.get(rest, rest)}.{part}"
+    return f"{prefix}{back.get(module, module)}.{part}"
 
 
 FUSED = re.compile(r"(.+)\.(qkv_proj|W_pack|query_key_value|gate_up_proj)\.(weight|bias)")

@@ -117,8 +117,9 @@ def stem_norms(architecture: Architecture) -> list[str]:
     found = []
     for index, layer in enumerate(architecture.layers):
         halves = {"attention": layer.num_attention_heads, "ffn": layer.intermediate_size}
-        names = (name for half, width in halves.items() if width for name in block_norms(architecture.parts, half))
-        found += [f"model.layers.{index}.{name}" for name in names]
+        for half, width in halves.items():
+            if width:
+                found += [f"model.layers.{index}.{name}" for name in block_norms(architecture.parts, half)]
     return [*found, FINAL_NORM]
 
 
@@ -150,10 +151,9 @@ def tensor_names(architecture: Architecture) -> list[str]:
     names = [EMBEDDING]
     for index, shape in enumerate(architecture.layers):
         for suffix in layer_tensors(architecture.family):
-            is_there = (
-                shape.num_attention_heads if is_of_attention(suffix, architecture.parts) else shape.intermediate_size
-            )
-            if is_there:
+            in_attention = is_of_attention(suffix, architecture.parts)
+            width = shape.num_attention_heads if in_attention else shape.intermediate_size
+            if width:  # an absent block has no norms either
                 names.append(f"model.layers.{index}.{suffix}")
     return names + [name for name in outside[1:] if name != HEAD or not architecture.tie_word_embeddings]
 

@@ -251,14 +251,9 @@ def _fit_run(run: Path, config: FitConfig) -> int:
         shape, size = Architecture.from_folder(run / row["folder"] / "model"), row["bytes"]
         ms = time.of(shape) if time is not None else None
         memory = serving_memory(shape, size, workload, results) if config.max_memory and size is not None else None
-        if not all(
-            limit is None or (value is not None and value <= limit)
-            for value, limit in (
-                (size, config.max_bytes),
-                (ms, config.max_ms),
-                (memory.num_bytes if memory else None, config.max_memory),
-            )
-        ):
+        memory_bytes = memory.num_bytes if memory else None
+        is_small = _is_within(size, config.max_bytes) and _is_within(memory_bytes, config.max_memory)
+        if not (is_small and _is_within(ms, config.max_ms)):
             continue
         shown = [format_bytes(size)] if size is not None else []
         shown += [f"{ms:.2f} ms predicted"] if ms is not None else []
@@ -271,6 +266,11 @@ def _fit_run(run: Path, config: FitConfig) -> int:
         return 0
     sizes = ", ".join(row["size"] for row in rows)
     raise UsageError(f"{run}: none of its sizes {sizes} is within the limits; raise them")
+
+
+def _is_within(value: float | None, limit: float | None) -> bool:
+    """Return True if there is no limit, or a known value that keeps it."""
+    return limit is None or (value is not None and value <= limit)
 
 
 def _read(source: str) -> tuple[Architecture, int]:

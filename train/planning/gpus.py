@@ -150,13 +150,18 @@ def _seconds(config: TrainConfig, shape: Architecture, card: Card, gpus: int) ->
     settings, pruning = config.optimizer, config.pruning
     removed_after = (pruning.prune_start + pruning.prune_end) / 2  # the mean over removals
     share = removed_after + (1 - removed_after) * (pruning.target_ratio or 1.0)  # of the parameters, over the tokens
-    size, whole = shape.num_parameters * share, matmul_parameters(shape, shape.num_parameters)
+    size = shape.num_parameters * share
+    whole = matmul_parameters(shape, shape.num_parameters)
     microbatches = settings.gradient_accumulation
     tokens = settings.batch_size * SEQUENCE_LENGTH  # of a microbatch
     queries = sum(layer.num_attention_heads for layer in shape.layers) * shape.head_dim
     scores = 2 * SEQUENCE_LENGTH * queries  # of a token, half of the pairs: Q K^T and its product with V
     recomputed = config.run.activation_checkpointing
-    products = (3 + recomputed) * (2 * whole * share + scores * share) + 2 * whole + scores
+    # The backward pass costs two forward passes, recomputation one more. The teacher has the source's size, and only
+    # runs forward.
+    of_teacher = 2 * whole + scores
+    of_model = (3 + recomputed) * (2 * whole * share + scores * share)
+    products = of_model + of_teacher
     head = shape.vocab_size * shape.hidden_size
     chunks = -(-tokens // chunk_tokens(True, shape.vocab_size))
     logits = 7 * 2 * tokens * shape.vocab_size  # bf16: passes of the fused loss over the model's and the teacher's
@@ -164,7 +169,10 @@ def _seconds(config: TrainConfig, shape: Architecture, card: Card, gpus: int) ->
     weights = ((1 + recomputed) * 6 + 12) * size
     moments = 16 if settings.optimizer_dtype == "float32" else 8
     shards = _shards(config, gpus)
-    sent = (3 * 4 * microbatches if shards > 1 else 2 * 4) * size * (gpus - 1) / gpus
+    # FSDP gathers the weights for both passes of each microbatch and scatters the gradients. DDP reduces the gradients
+    # once per step, which sends them twice. All of them are fp32.
+    sent_per_weight = 3 * 4 * microbatches if shards > 1 else 2 * 4
+    sent = sent_per_weight * size * (gpus - 1) / gpus
     return {
         "products": microbatches * tokens * products / card.flops,
         "loss": microbatches * (logits + 8 * head * chunks) / card.bandwidth,

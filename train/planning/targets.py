@@ -51,12 +51,14 @@ def group_sizes(source: Architecture, rules: SelectionRules) -> Scores:
     """Return the parameters of every group as its score."""
     scores: Scores = {}
     for name in rules.kinds:
-        step = KINDS[name].step
-        scores[name] = []
+        kind, scores[name] = KINDS[name], []
         for layer, count in enumerate(counts(name, source)):
-            size = step(source, layer, 1) if count else 0  # the least that a shape can lose
-            freed = source.num_parameters - KINDS[name].shrink(source, layer, size).num_parameters if size else 0
-            scores[name].append(torch.full((count,), freed / max(1, size), dtype=torch.float64))
+            parameters = 0.0
+            if count:
+                size = kind.step(source, layer, 1)  # the least that a shape can lose
+                freed = source.num_parameters - kind.shrink(source, layer, size).num_parameters
+                parameters = freed / max(1, size)
+            scores[name].append(torch.full((count,), parameters, dtype=torch.float64))
     for name in rules.blocks:
         scores[name] = [torch.tensor([_block_size(source, name, layer)]) for layer in range(len(source.layers))]
     return scores

@@ -119,7 +119,8 @@ def _best_scales(blocks: Tensor, codes: Tensor, weights: Tensor) -> tuple[Tensor
 
     The scale is w x c / w c^2, both summed over a block. The reduction is relative to zeros.
     """
-    weighed = (codes.view(-1, *weights.shape) * weights).view(codes.shape)
+    by_row = codes.view(-1, *weights.shape)  # [out, N / out, G]: the weights of columns are the same in every row
+    weighed = (by_row * weights).view(codes.shape)
     squares = (weighed * codes).sum(1, keepdim=True)
     products = weighed.mul_(blocks).sum(1, keepdim=True)
     scales = torch.where(squares == 0, 0.0, products / squares)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -68,7 +67,8 @@ def plot_training(records: list[dict[str, Any]], path: Path) -> None:
     The loss has three series: every step, the running mean, and held-out text.
     """
     steps = [record for record in records if "loss" in record]
-    tokens, losses = [record["tokens"] for record in steps], [record["loss"] for record in steps]
+    tokens = [record["tokens"] for record in steps]
+    losses = [record["loss"] for record in steps]
     is_timed = bool(steps) and "ms" in steps[0]
     figure, (loss, parameters, *rest) = _new_figure(3 if is_timed else 2, "tokens")
     loss.plot(tokens, losses, color=SOURCE_COLOR, linewidth=1, label="each step")
@@ -88,15 +88,22 @@ def plot_training(records: list[dict[str, Any]], path: Path) -> None:
 
 def plot_sizes(sizes: list[dict[str, Any]], path: Path) -> None:
     """Plot the score of the job, or else the held-out loss, of each size of a run against its bytes or parameters."""
-    has_bytes = all(size["bytes"] is not None for size in sizes)
-    figure, (axes,) = _new_figure(1, "MB of the exported file" if has_bytes else "parameters (millions)")
-    places = [size["bytes" if has_bytes else "parameters"] / 1e6 for size in sizes]
+    if all(size["bytes"] is not None for size in sizes):
+        place_name, place_label = "bytes", "MB of the exported file"
+    else:
+        place_name, place_label = "parameters", "parameters (millions)"
+    # one measure for all points: a size without a score cannot be compared with one that has it
     measured = ("score", "bits_per_byte", "perplexity")
     name = next(name for name in measured if all(size[name] is not None for size in sizes))
+    places = [size[place_name] / 1e6 for size in sizes]
     values = [size[name] for size in sizes]
-    errors = [size["stderr"] for size in sizes] if name == "score" else None
+    figure, (axes,) = _new_figure(1, place_label)
+    if name == "score":
+        errors, label = [size["stderr"] for size in sizes], "score of the job"
+    else:
+        errors, label = None, f"held-out {name.replace('_', ' ')}"
     axes.errorbar(places, values, errors, fmt="o", color=KEPT_COLOR, capsize=3)
-    axes.set_ylabel("score of the job" if name == "score" else f"held-out {name.replace('_', ' ')}")
+    axes.set_ylabel(label)
     axes.set_ylim(bottom=0 if name == "score" else None)
     axes.margins(x=0.15, y=0.15)
     for place, value, size in zip(places, values, sizes, strict=True):
@@ -145,7 +152,8 @@ def plot_pruning(records: list[dict[str, Any]], source: Architecture, path: Path
         points = [(record["tokens"], record.get("next_saliency", {}).get(name)) for record in steps]
         points = [(at, value) for at, value in points if value]
         if points:
-            saliency.plot(*zip(*points, strict=True), **style)
+            at_tokens, values = zip(*points, strict=True)
+            saliency.plot(at_tokens, values, **style)
     ratio.set_ylabel("share removed by unit")
     unit = "ms" if any("ms" in record for record in steps) else "parameter or byte"
     saliency.set_ylabel(f"score per {unit}\nof the next unit")
@@ -158,7 +166,10 @@ def plot_pruning(records: list[dict[str, Any]], source: Architecture, path: Path
 
 def _removed_shares(steps: list[dict[str, Any]], name: str, total: int) -> list[float]:
     """Return the share of the groups of a kind that has been removed after each step."""
-    removed = []
+    shares, count = [], 0
     for step in steps:
-        removed.append(sum(len(positions) for kind, _, positions in step.get("removed", []) if kind == name))
-    return [count / total if total else 0.0 for count in itertools.accumulate(removed)]
+        for kind, _, positions in step.get("removed", []):
+            if kind == name:
+                count += len(positions)
+        shares.append(count / total if total else 0.0)
+    return shares

@@ -70,7 +70,9 @@ def expected_splits(pieces: Pieces, counts: np.ndarray, prior_weight: float) -> 
     a token.
     """
     use = (1.0 - prior_weight) * counts / max(1.0, counts.sum()) + prior_weight * pieces.prior
-    for index in sorted(pieces.parts, key=lambda each: -len(pieces.texts[each])):  # a token is longer than its parts
+    # a token is longer than its parts, so its own use is complete before they get it
+    longest_first = sorted(pieces.parts, key=lambda each: -len(pieces.texts[each]))
+    for index in longest_first:
         for part in pieces.parts[index]:
             use[part] += use[index]
     splits = use.copy()

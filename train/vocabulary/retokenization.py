@@ -108,10 +108,10 @@ class Retokenizer:
                 continue
             # at most 3 tokens belong to a character of 4 bytes whose end is missing
             for right in range(min(4, len(values) - left)):
-                inner = self.target.encode(b"".join(values[left : len(values) - right]))
+                end = len(values) - right
+                inner = self.target.encode(b"".join(values[left:end]))
                 if inner is not None:
-                    before, after = values[:left], values[len(values) - right :]
-                    return [*self._spell(before), *inner, *self._spell(after)]
+                    return [*self._spell(values[:left]), *inner, *self._spell(values[end:])]
         return self._spell(values)
 
     def _spell(self, values: Sequence[bytes]) -> list[int]:

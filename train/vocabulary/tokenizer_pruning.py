@@ -48,8 +48,9 @@ def named_token_ids(settings: Any) -> set[int]:
     found: set[int] = set()
     for name, value in vars(settings).items():
         if name.endswith("_token_id"):
-            found |= {each for each in (value if isinstance(value, list) else [value]) if isinstance(each, int)}
-    return {each for each in found if each >= 0}
+            listed = value if isinstance(value, list) else [value]
+            found |= {each for each in listed if isinstance(each, int) and each >= 0}  # None and -1 name no token
+    return found
 
 
 def merges_of(model: Mapping[str, Any]) -> list[tuple[str, str]]:

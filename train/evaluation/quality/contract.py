@@ -70,11 +70,12 @@ class Quality:
         """Return the mean over the kinds of text, equally weighted, or NaN for files of earlier releases."""
         if not self.bytes_per_token:
             return math.nan
-        bits = {
-            kind: [value / size / math.log(2) for value, size in zip(nats, self.bytes_per_token[kind], strict=True)]
-            for kind, nats in self.texts.items()
-        }
-        return statistics.fmean(statistics.fmean(values) for values in bits.values())
+        means = []
+        for kind, nats in self.texts.items():
+            sizes = self.bytes_per_token[kind]
+            bits = [value / size / math.log(2) for value, size in zip(nats, sizes, strict=True)]
+            means.append(statistics.fmean(bits))
+        return statistics.fmean(means)
 
     @property
     def nats(self) -> float:
@@ -105,7 +106,10 @@ def measure_quality(model: EvaluatedModel, report: Report = lambda name, done, t
     for answer in model.answer(prompts, ANSWER_TOKENS):
         answers.append(answer)
         report("questions", len(answers), len(prompts))
-    sizes = [model.num_bytes(each.tokens[each.first :]) / (len(each.tokens) - each.first) for each in requests]
+    sizes = []
+    for each in requests:
+        scored = each.tokens[each.first :]
+        sizes.append(model.num_bytes(scored) / len(scored))
     bytes_per_token = _by_kind(kinds, sizes)
     chat_losses = losses[num_texts:]
     if chat_losses:  # the end of the turn has no bytes, and is no part of the answer
@@ -200,11 +204,12 @@ def contract(quality: Quality, reference: Quality, reference_name: str) -> dict[
         }
     if quality.answers and reference.answers:
         right, expected = quality.right, reference.right
+        num_kept = sum(is_right and was_right for is_right, was_right in zip(right, expected, strict=True))
         found["questions"] = {
             "asked": len(right),
             "reference": sum(expected),
             "right": sum(right),
-            "kept": sum(is_right and was_right for is_right, was_right in zip(right, expected, strict=True)),
+            "kept": num_kept,
         }
     return found
 
