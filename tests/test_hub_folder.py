@@ -76,16 +76,28 @@ def test_the_folder_is_a_repository_whose_files_run(artefact: Path, onnx: Path, 
     assert Artefact.open(output).model_file == output / "Small-1M-F32.gguf"
 
 
-def test_a_file_for_litert_lm_is_run_by_litert_lm(artefact: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "litert"
+@pytest.mark.parametrize(
+    ("engine", "file", "command"),
+    [
+        ("litert-lm", "model.litertlm", "litert-lm run litert-lm-f32/model.litertlm"),
+        (
+            "openvino-genai",
+            "openvino_model.xml",
+            "# OpenVINO GenAI: openvino_genai.LLMPipeline('openvino-genai-f32', 'CPU')",
+        ),
+    ],
+)
+def test_a_file_for_another_runtime_is_run_by_it(
+    engine: str, file: str, command: str, artefact: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "other"
     folder.mkdir()
-    (folder / "model.litertlm").write_bytes(b"a model")
-    files = describe_files(folder, ["model.litertlm"])
-    manifest = replace(Manifest.read(artefact), engine="litert-lm", model_file="model.litertlm", files=files)
-    manifest.write(folder)
+    (folder / file).write_bytes(b"a model")
+    files = describe_files(folder, [file])
+    replace(Manifest.read(artefact), engine=engine, model_file=file, files=files).write(folder)
     assert hub(tmp_path / "small", folder) == 0
     card = (tmp_path / "small" / "README.md").read_text(encoding="utf-8")
-    assert "\nlitert-lm run litert-lm-f32/model.litertlm\n" in card
+    assert f"\n{command}\n" in card
 
 
 def test_only_what_the_command_wrote_is_replaced(
