@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from efficientllm.train.compute.loss import frozen_copy
 from efficientllm.train.evaluation.evaluate import ComputeConfig, MeasureConfig, evaluate
 from efficientllm.train.model import modeling_efficientllm as modeling
 from efficientllm.train.model.architecture import FAMILIES, Architecture, LayerShape
-from efficientllm.train.model.irregular import architecture_of, save_checkpoint
+from efficientllm.train.model.irregular import architecture_of, build, save_checkpoint
 from efficientllm.train.model.source import load_for_inference, load_source
 from efficientllm.train.model.tensors import block_norms
 from efficientllm.train.pruning.surgery import remove_groups
@@ -216,6 +217,22 @@ def test_hf_uniform_equals_torch(family: str, tied: bool, save_tiny: Callable[..
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "uniform")
     assert type(stock).__name__ == FAMILIES[family].stock_class
     assert np.abs(torch_logits(tmp_path / "uniform", TOKENS) - torch_logits(checkpoint, TOKENS)).max() < 1e-4
+
+
+@pytest.mark.parametrize("rope", ["yarn", "dynamic"])
+def test_ropes_that_read_the_number_of_heads_work_in_unequal_layers(rope: str, tmp_path: Path) -> None:
+    parameters = {"rope_type": rope, "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 64}
+    stock = AutoConfig.for_model(
+        "llama", vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        head_dim=16, num_key_value_heads=2, max_position_embeddings=256, rope_parameters=parameters,
+    )  # fmt: skip
+    shape = replace(architecture_of(stock), layers=(LayerShape(4, 2, 96), LayerShape(2, 1, 64)))
+    model: Any = build(stock, shape).eval()
+    positions = torch.arange(300)[None]
+    expected = AutoModelForCausalLM.from_config(stock).model.rotary_emb(torch.zeros(1, 300, 64), positions)
+    torch.testing.assert_close(model.model.rotary_emb(torch.zeros(1, 300, 64), positions), expected)
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(load_for_inference(tmp_path)(positions % 128).logits, model(positions % 128).logits)
 
 
 @pytest.mark.parametrize(

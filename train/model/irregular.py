@@ -149,7 +149,7 @@ def share_buffers(model: Any, source: Any) -> None:
 def make_buffers(model: Any) -> None:
     """Compute the unstored buffers of a model that was built without memory."""
     base = model.base_model
-    base.rotary_emb = type(base.rotary_emb)(model.config)
+    base.rotary_emb = type(base.rotary_emb)(modeling.stem_config(model.config))
     embedding = base.get_input_embeddings()
     if hasattr(embedding, "scalar_embed_scale"):
         embedding.embed_scale = torch.tensor(embedding.scalar_embed_scale)

@@ -5,6 +5,9 @@ trust_remote_code=True)` works without efficientllm. It imports only torch and t
 transformers' `per_layer_config` schema. Weights keep the names of the base family.
 """
 
+import contextlib
+import copy
+from collections.abc import Iterator
 from typing import Any
 
 try:
@@ -76,6 +79,30 @@ def set_eps(norm: nn.Module, eps: float) -> None:
     setattr(norm, "eps" if hasattr(norm, "eps") else "variance_epsilon", eps)
 
 
+def stem_config(config: Any) -> Any:
+    """Return a copy of a config without the widths of layers.
+
+    transformers' rope functions (yarn, dynamic) read the number of heads even if head_dim is set, and a config with
+    unequal layers refuses that.
+    """
+    stem = copy.copy(config)
+    stem.__dict__.pop("_heterogeneity_spec", None)
+    return stem
+
+
+@contextlib.contextmanager
+def without_layers(config: Any) -> Iterator[None]:
+    """Hide the layers and their widths in this block, in which transformers' own classes build everything else."""
+    num_hidden_layers, widths = config.num_hidden_layers, config.__dict__.pop("_heterogeneity_spec", None)
+    config.num_hidden_layers = 0
+    try:
+        yield
+    finally:
+        config.num_hidden_layers = num_hidden_layers
+        if widths is not None:
+            config.__dict__["_heterogeneity_spec"] = widths
+
+
 class IrregularConfigMixin(_Base):
     """Check each layer's widths instead of the uniform rules (hidden_size need not be a multiple of the heads)."""
 
@@ -99,11 +126,10 @@ class IrregularModelMixin(_Base):
     """Parameters of the stem's norms if they are LayerNorms."""
 
     def __init__(self, config: Any):
-        num_hidden_layers = config.num_hidden_layers
-        per_layer = list(config.per_layer_config or [config] * num_hidden_layers)
-        config.num_hidden_layers = 0  # the base class then builds everything but the layers
-        super().__init__(config)
-        config.num_hidden_layers = num_hidden_layers
+        per_layer = list(config.per_layer_config or [config] * config.num_hidden_layers)
+        with without_layers(config):
+            super().__init__(config)
+        self.rotary_emb.config = stem_config(config)
         self.layers = nn.ModuleList(self.build_layer(layer, index) for index, layer in enumerate(per_layer))
         self.replace_norms(self, ("norm",), config)
         if getattr(config, "embedding_scale", None) is not None:
@@ -146,13 +172,8 @@ class IrregularCausalLMMixin(_Base):
     base_class: Any
 
     def __init__(self, config: Any):
-        num_hidden_layers = config.num_hidden_layers
-        config.num_hidden_layers = 0  # the base class's own decoder is replaced at once
-        per_layer = config.__dict__.pop("_heterogeneity_spec", None)
-        super().__init__(config)
-        config.num_hidden_layers = num_hidden_layers
-        if per_layer is not None:
-            config.__dict__["_heterogeneity_spec"] = per_layer
+        with without_layers(config):  # the base class's own decoder is replaced at once
+            super().__init__(config)
         self.model = self.base_class(config)
         self.post_init()
 
