@@ -160,6 +160,8 @@ class Batch:
 
     def _shares_running_prefill(self, generation: Generation) -> bool:
         """Return True if a prompt in progress has a long common prefix, which is cheaper to copy afterwards."""
+        if not self._engine.cuts_sequences:  # a state of the whole prompt cannot be cut to its prefix
+            return False
         limit = len(generation.tokens) - 1
         return any(
             common_length(other.tokens, generation.tokens, limit) >= min(MIN_SHARED_PREFIX, limit)

@@ -6,7 +6,9 @@ import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import llama_cpp
 import numpy as np
 import pytest
 from exporting import EXACT, export
@@ -159,6 +161,20 @@ def test_the_attention_of_a_new_model_is_timed(
     engine.close()
     assert [len(times) for times in found] == [6] * ROUNDS * len(CANDIDATES["auto"])
     assert min(map(min, found)) > 0
+
+
+def test_tokens_of_any_length_have_their_text(artefact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = load_engine(artefact, EngineOptions(threads=1, context=64))
+    expected = [engine.token_bytes(token) for token in range(engine.vocab_size)]
+    read = llama_cpp.llama_token_to_piece
+
+    def long_piece(vocab: Any, token: int, piece: Any, capacity: int, *more: Any) -> int:
+        """Say that every piece needs 1000 bytes."""
+        return read(vocab, token, piece, capacity, *more) if capacity >= 1000 else -1000
+
+    monkeypatch.setattr(llama_cpp, "llama_token_to_piece", long_piece)
+    assert [engine.token_bytes(token) for token in range(engine.vocab_size)] == expected
+    engine.close()
 
 
 def test_heads_without_whole_blocks_get_no_quantized_cache(save_tiny: Callable[..., Path], tmp_path: Path) -> None:

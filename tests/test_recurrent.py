@@ -124,3 +124,14 @@ def test_a_cancelled_answer_leaves_the_others_right(engine: EngineScheduler, fre
         next(iter(generation))
         generation.cancel()
     np.testing.assert_allclose(engine.prefill(PROMPTS[1]), fresh[1], atol=1e-5)
+
+
+def test_no_prompt_waits_for_another_s_prefix(mamba: Path) -> None:
+    """A state cannot be cut to a shared prefix, so nothing could be copied afterwards."""
+    engine = load_engine(mamba, EngineOptions(threads=1, context=256, parallel=4))
+    batch = Batch(engine)
+    for _ in range(2):
+        batch.add(Generation(engine, FIRST, AnswerOptions(12)))
+    batch.step()
+    assert not batch._waiting
+    engine.close()

@@ -137,9 +137,13 @@ class LlamaCppEngine:
         return self._piece(token, special=False)
 
     def _piece(self, token: int, special: bool) -> bytes:
-        piece = ctypes.create_string_buffer(256)  # not shared, because servers call this from several threads
-        size = self._llama.llama_token_to_piece(self._vocab, token, piece, len(piece), 0, special)
-        return piece.raw[: max(size, 0)]
+        capacity = 256
+        while True:
+            piece = ctypes.create_string_buffer(capacity)  # not shared, because servers call this from several threads
+            size = self._llama.llama_token_to_piece(self._vocab, token, piece, capacity, 0, special)
+            if size >= 0:
+                return piece.raw[:size]
+            capacity = -size
 
     def extend(self, chunks: Sequence[Chunk]) -> list[np.ndarray]:
         return self._context.extend(chunks)
