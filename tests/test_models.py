@@ -39,7 +39,7 @@ def test_caches_and_attention_implementations_agree(family: str, layers: tuple[L
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("modeling_efficientllm.py", {"torch", "transformers", "typing"}),
+        ("modeling_efficientllm.py", {"torch", "transformers", "collections", "contextlib", "copy", "typing"}),
         ("modeling_mlx.py", {"mlx", "mlx_lm", "dataclasses", "typing"}),
     ],
 )
