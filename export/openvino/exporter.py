@@ -110,7 +110,7 @@ def _write_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = PreTrainedTokenizerFast.from_pretrained(checkpoint.folder)
-    models = openvino_tokenizers.convert_tokenizer(tokenizer, with_detokenizer=True)
+    models: Any = openvino_tokenizers.convert_tokenizer(tokenizer, with_detokenizer=True)
     for name, model in zip(NAMES[1:], models, strict=True):
         openvino.save_model(model, folder / f"{name}.xml", compress_to_fp16=False)
 
@@ -194,7 +194,7 @@ ANSWER_TOKENS = 24
 
 def check_tokenizer(folder: Path, checkpoint: Checkpoint) -> None:
     """Raise ArtefactError if OpenVINO GenAI tokenizes the sample text differently."""
-    import openvino_genai  # type: ignore[import-not-found]
+    import openvino_genai
 
     text = sample_text()
     tokenizer = openvino_genai.Tokenizer(str(folder))
@@ -216,7 +216,8 @@ def check_greedy_tokens(folder: Path, prompt: list[int]) -> int:
     import openvino
     import openvino_genai  # type: ignore[import-not-found]
 
-    pipeline = openvino_genai.LLMPipeline(str(folder), "CPU", **EXACT)
+    properties: dict[str, Any] = {**EXACT}
+    pipeline = openvino_genai.LLMPipeline(str(folder), "CPU", **properties)
     config = openvino_genai.GenerationConfig(max_new_tokens=ANSWER_TOKENS, ignore_eos=True, do_sample=False)
     answer = pipeline.generate(openvino.Tensor(np.array([prompt])), config).tokens[0]
     decoder = OpenvinoDecoder(folder / FILES[0])
