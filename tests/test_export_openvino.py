@@ -8,13 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from exporting import EVERY_KIND, SHAPES, TOKENS, export
+from exporting import EVERY_KIND, SHAPES, TOKENS, export, greedy_answer
 from tiny import UNEQUAL, tiny_architecture, tiny_tokenizer
 
 from efficientllm.export.openvino import exporter
 from efficientllm.runtime.engines.manifest import Manifest
-from efficientllm.train.model.source import load_for_inference
 
 openvino = pytest.importorskip("openvino", reason="openvino is not installed")
 openvino_genai = pytest.importorskip("openvino_genai", reason="openvino-genai is not installed")
@@ -36,14 +34,7 @@ def test_openvino_genai_generates_the_tokens_of_torch(
     """Paged attention is chosen only if layers have heads of one ratio and no windows."""
     checkpoint = save_tiny(tiny_architecture(family, shape), eos_token_id=399)
     assert export(checkpoint, "openvino", tmp_path / "openvino", "--quantize", "f32") == 0
-    expected = load_for_inference(checkpoint).generate(
-        torch.tensor([TOKENS]),
-        attention_mask=torch.ones(1, len(TOKENS), dtype=torch.long),
-        max_new_tokens=16,
-        min_new_tokens=16,
-        do_sample=False,
-        pad_token_id=0,
-    )
+    expected = greedy_answer(checkpoint, 16)
     pipeline = openvino_genai.LLMPipeline(str(tmp_path / "openvino"), "CPU", **exporter.EXACT)
     config = openvino_genai.GenerationConfig(max_new_tokens=16, ignore_eos=True, do_sample=False)
     found = pipeline.generate(openvino.Tensor(np.array([TOKENS])), config).tokens[0]

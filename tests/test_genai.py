@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from exporting import EXACT, SHAPES, TOKENS, export
+from exporting import EXACT, SHAPES, TOKENS, export, greedy_answer
 from tiny import tiny_architecture
 
 from efficientllm.runtime.base.command import run_command
@@ -49,14 +49,7 @@ def test_stock_genai_generates_the_same_tokens(
 ) -> None:
     checkpoint = save_tiny(tiny_architecture(family, SHAPES[shape]), eos_token_id=399)
     assert export(checkpoint, "onnx", tmp_path / "onnx", "--quantize", "f32") == 0
-    expected = load_for_inference(checkpoint).generate(
-        torch.tensor([TOKENS]),
-        attention_mask=torch.ones(1, len(TOKENS), dtype=torch.long),
-        max_new_tokens=16,
-        min_new_tokens=16,
-        do_sample=False,
-        pad_token_id=0,
-    )
+    expected = greedy_answer(checkpoint, 16)
     command = [sys.executable, "-c", GENAI, str(tmp_path / "onnx"), json.dumps(TOKENS)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -9,11 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
-from exporting import SHAPES, TOKENS, export
+from exporting import SHAPES, TOKENS, export, greedy_answer
 from tiny import tiny_architecture
-
-from efficientllm.train.model.source import load_for_inference
 
 pytest.importorskip("llama_cpp_py_sync", reason="llama-cpp-py-sync is not installed")
 
@@ -42,15 +39,7 @@ def test_another_build_generates_the_same_tokens(
 ) -> None:
     checkpoint = save_tiny(tiny_architecture(family, SHAPES[shape]))
     assert export(checkpoint, "gguf", tmp_path / "gguf", "--quantize", "f32") == 0
-    model = load_for_inference(checkpoint)
-    expected = model.generate(
-        torch.tensor([TOKENS]),
-        attention_mask=torch.ones(1, len(TOKENS), dtype=torch.long),
-        max_new_tokens=16,
-        min_new_tokens=16,
-        do_sample=False,
-        suppress_tokens=None,
-    )[0, len(TOKENS) :].tolist()
+    expected = greedy_answer(checkpoint, 16)[0, len(TOKENS) :].tolist()
     command = [sys.executable, "-c", GENERATE, str(tmp_path / "gguf" / "model.gguf"), json.dumps(TOKENS)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
