@@ -53,7 +53,7 @@ class CopiedArguments:
         self._only_examples, self._examples = only_examples, examples
         self._opening = json.dumps('" ' if are_spaced else '"')
         text = re.sub(r"[^\S\n]+", " ", "\n".join(texts)[-MAX_TEXT_CHARACTERS:])
-        self._words = _between_separators(text)
+        self._words = _between_separators(text) if only_examples else ""
         # The chunk "\n" separates lines, because a RUN has none.
         chunks = [word if word == "\n" else _escaped(word) for word in WORD.findall(f"{text}\n{text.lower()}")]
         self.rules = [
@@ -104,8 +104,8 @@ class CopiedArguments:
         if keywords != {"type"} or "string" not in types:
             return embedded_schema({**definitions, **schema}, format)
         text, listed = "COPIED", _listed(schema)
-        found = self._found(schema) if self._only_examples else []
-        if listed or found:
+        if listed:
+            found = self._found(schema) if self._only_examples else []
             text = f"LISTED_{len(self.rules)}"  # the number of rules so far makes the name unique
             texts = found or listed
             choices = [_quoted_text(each) for each in texts]
