@@ -713,7 +713,7 @@ def make_tools(language: Language, *, with_names: bool = False) -> dict[str, dic
 
 @dataclass
 class Slot:
-    """What the templates of an intent write into one of its slots."""
+    """Collect the values that the templates of an intent write into one of its slots."""
 
     values: list[Any] = field(default_factory=list)
     """Values that are listed."""
