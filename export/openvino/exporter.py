@@ -36,6 +36,7 @@ from ..verification import (
     step_through,
     torch_sample,
 )
+from .signal_stack import kept_signal_stack
 
 NAMES = ("openvino_model", "openvino_tokenizer", "openvino_detokenizer")
 """Each is a graph, .xml, and its arrays, .bin."""
@@ -115,6 +116,7 @@ def _write_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
         openvino.save_model(model, folder / f"{name}.xml", compress_to_fp16=False)
 
 
+@kept_signal_stack()
 def _verify(
     checkpoint: Checkpoint,
     request: ExportRequest[OpenvinoOptions],
