@@ -6,8 +6,11 @@ then tokenize as the checkpoint does, and generate the model's greedy tokens.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +39,6 @@ from ..verification import (
     step_through,
     torch_sample,
 )
-from .signal_stack import kept_signal_stack
 
 NAMES = ("openvino_model", "openvino_tokenizer", "openvino_detokenizer")
 """Each is a graph, .xml, and its arrays, .bin."""
@@ -114,6 +116,24 @@ def _write_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
     models: Any = openvino_tokenizers.convert_tokenizer(tokenizer, with_detokenizer=True)
     for name, model in zip(NAMES[1:], models, strict=True):
         openvino.save_model(model, folder / f"{name}.xml", compress_to_fp16=False)
+
+
+@contextlib.contextmanager
+def kept_signal_stack() -> Iterator[None]:
+    """Restore the signal stack of the calling thread after the block, on Linux.
+
+    OpenVINO 2026.4's CPU plug-in gives the thread a signal stack of its own. If two plug-ins are unloaded in the order
+    in which they were loaded, the thread keeps a stack that is freed, and its next signal ends the process.
+    """
+    if sys.platform != "linux":
+        yield
+        return
+    libc, stack = ctypes.CDLL(None), ctypes.create_string_buffer(64)  # longer than C's stack_t
+    libc.sigaltstack(None, stack)
+    try:
+        yield
+    finally:
+        libc.sigaltstack(stack, None)
 
 
 @kept_signal_stack()
