@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from efficientllm.runtime import copied_arguments
 from efficientllm.runtime.base.errors import UnanswerableError, UsageError
 from efficientllm.runtime.call_reader import ArgumentsEvent, CallEvent, CallReader, TextEvent
 from efficientllm.runtime.chat_template import Message
 from efficientllm.runtime.copied_arguments import ToolArguments
 from efficientllm.runtime.engines.scheduler import EngineScheduler
-from efficientllm.runtime.grammar import GrammarConstraint
+from efficientllm.runtime.grammar import CALL_JSON, GrammarConstraint
 from efficientllm.runtime.prompt import PromptOptions, ToolUse, chat_prompt, tool_prompt
 from efficientllm.runtime.spaced_texts import ObjectScanner
 from efficientllm.runtime.tool_format import GENERIC, LEARNED, UNSPACED, UNSPACED_MARK, ToolFormat, tool_format
@@ -264,7 +265,97 @@ def test_a_required_argument_without_an_example_in_the_request_is_copied(engine:
         tools = [{"type": "function", "function": {"name": "set", "parameters": {**only, "required": required}}}]
         use = ToolUse(tools, must_call=True, arguments="examples")
         assert accepts(engine, use, call("set", '{"name": "rome"}')) == bool(required)
+        assert not accepts(engine, use, call("set", '{"name": "lava lamp"}'))
         assert accepts(engine, use, call("set", "{}")) == (not required)
+
+
+LOFT: dict[str, Any] = {"type": "string", "examples": ["loft"]}
+NULL = {"type": "null"}
+
+
+@pytest.mark.parametrize(
+    ("schema", "accepted", "refused"),
+    [
+        ({**LOFT, "type": ["string", "null"]}, [None], ["Rome", "loft"]),
+        ({**LOFT, "type": ["string"]}, [], ["Rome", "loft"]),
+        ({"anyOf": [LOFT, NULL]}, [None], ["Rome", "loft"]),
+        ({"anyOf": [{"type": "string"}, NULL], "examples": ["loft"], "default": None}, [None], ["Rome", "loft"]),
+        ({"anyOf": [{"type": "string"}, NULL], "examples": ["rome"]}, [None, "rome"], ["Rome"]),
+        ({"anyOf": [{"type": "string"}, NULL], "title": "The file has examples."}, [None, "ROME"], ["Rome", "Oslo"]),
+        ({"type": "string", "default": "loft"}, ["Rome", "loft"], ["Oslo"]),
+        ({"type": "string", "examples": ["", " ", 3]}, ["Rome"], [" "]),
+    ],
+)
+def test_examples_limit_a_text_beside_other_types(
+    engine: EngineScheduler, schema: dict[str, Any], accepted: list[Any], refused: list[Any]
+) -> None:
+    tools = [{"type": "function", "function": {"name": "set", "parameters": {"properties": {"a": schema}}}}]
+    examples = {"a": ["ROME"]} if "title" in schema else {}
+    use = ToolUse(tools, must_call=True, arguments="examples", examples=examples)
+    for value in accepted + refused:
+        text = call("set", json.dumps({"a": value}))
+        assert accepts(engine, use, text) == (value in accepted), value
+    assert accepts(engine, use, call("set", "{}"))
+
+
+@pytest.mark.parametrize(
+    ("example", "content", "expected"),
+    [
+        ("Café", "the cafe\u0301", True),
+        ("cafe", "the cafe\u0301", False),
+        ("İstanbul", "to istanbul", True),
+        ("Isparta", "to \u0131sparta", True),
+        ("Straße", "STRASSE", True),
+        ("リビング", "ﾘﾋﾞﾝｸﾞ", True),
+        ("कमर", "कमरा", False),
+        ("कमरा", "कमरा", True),
+        ('a\\"\x7f\n', 'a\\"\x7f\n', True),
+    ],
+)
+def test_examples_are_found_in_any_form_of_their_letters(
+    engine: EngineScheduler, example: str, content: str, expected: bool
+) -> None:
+    parameters = {"properties": {"a": {"type": "string", "examples": [example]}}}
+    tools = [{"type": "function", "function": {"name": "set", "parameters": parameters}}]
+    use = ToolUse(tools, must_call=True, arguments="examples")
+    text = call("set", json.dumps({"a": example}, ensure_ascii=False))
+    assert accepts(engine, use, text, [{"role": "user", "content": content}]) == expected
+
+
+def test_an_example_occurs_in_one_message(engine: EngineScheduler) -> None:
+    parameters = {"properties": {"a": {"type": "string", "examples": ["lava lamp", "lamp"]}}}
+    tools = [{"type": "function", "function": {"name": "set", "parameters": parameters}}]
+    use = ToolUse(tools, must_call=True, arguments="examples")
+    contents = (("user", "a lava"), ("assistant", "What?"), ("user", "lamp"), ("tool", "long " * 20_000))
+    messages = [{"role": role, "content": content} for role, content in contents]
+    for example, expected in (("lava lamp", False), ("lamp", True)):
+        assert accepts(engine, use, call("set", json.dumps({"a": example})), messages) == expected
+
+
+@pytest.mark.parametrize("character", ["灯", "a ", "\x01"])
+def test_the_end_of_a_long_request_is_copied(engine: EngineScheduler, character: str) -> None:
+    """Its words, as the grammar writes them, are limited, and not only the length of its text."""
+    parameters = {"properties": {"a": {"type": "string"}}, "required": ["a"]}
+    tools = [{"type": "function", "function": {"name": "set", "parameters": parameters}}]
+    use = ToolUse(tools, must_call=True, arguments="copy")
+    messages = [{"role": "user", "content": f"Oslo {character * 40_000} Rome"}]
+    for city, expected in (("Rome", True), ("Oslo", False)):
+        assert accepts(engine, use, call("set", json.dumps({"a": city})), messages) == expected
+
+
+def test_functions_share_their_examples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same names in many functions take the space and the time of one."""
+    names = [f"lamp {index}" for index in range(2000)]
+    parameters = {"properties": {"name": {"type": "string", "examples": names}}, "required": ["name"]}
+    read = list[str]()
+    between = copied_arguments._between_separators
+    monkeypatch.setattr(copied_arguments, "_between_separators", lambda text: read.append(text) or between(text))
+    for only_examples in (False, True):
+        copied = copied_arguments.CopiedArguments(["lamp 7 and 8"], only_examples=only_examples)
+        for index in range(40):
+            copied.add(f"call_{index}", parameters, CALL_JSON)
+        assert len([rule for rule in copied.rules if "lamp 7" in rule and rule.startswith("LISTED")]) == 1
+    assert len(read) == 1 + len(names)
 
 
 @pytest.mark.parametrize("kind", ["any", "copy"])
