@@ -91,7 +91,8 @@ class AppOptions:
             return {}
         try:
             values = json.loads(Path(self.examples).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            json.dumps(values, ensure_ascii=False).encode()  # refuses half of a surrogate pair, which JSON may escape
+        except (OSError, ValueError, RecursionError) as error:
             raise UsageError(f"--examples {self.examples}: {error}") from error
         lists = values.values() if isinstance(values, dict) else [None]
         if not all(isinstance(each, list) and all(isinstance(text, str) for text in each) for each in lists):

@@ -143,7 +143,14 @@ def test_a_file_has_the_examples_of_all_requests(artefact: Path, tmp_path: Path)
 
 @pytest.mark.parametrize(
     ("content", "reason"),
-    [("[1]", "is not like"), ('{"area": "attic"}', "is not like"), ("{", "Expecting"), (None, "No such file")],
+    [
+        ("[1]", "is not like"),
+        ('{"area": "attic"}', "is not like"),
+        ("{", "Expecting"),
+        ("[" * 100_000, "recursion"),
+        (r'{"area": ["\ud800"]}', "surrogates not allowed"),
+        (None, "No such file"),
+    ],
 )
 def test_a_file_of_examples_of_another_form_is_refused(content: str | None, reason: str, tmp_path: Path) -> None:
     file = tmp_path / "home.json"
