@@ -167,7 +167,7 @@ def verdict(results: Results, keep: float) -> str:
     is_first = means[best] <= means[rival]
     relation = "our best arm has the lowest perplexity" if is_first else "**a baseline has the lowest perplexity**"
     return (
-        f"On {text}, {relation}. Ours has {math.exp(means[best]):.2f} ({ARMS[best].title}). The best baseline has "
+        f"On {text}, {relation}. Ours has {math.exp(means[best]):.2f}. The best baseline has "
         f"{math.exp(means[rival]):.2f} ({ARMS[rival].title}). {_significance(nats[best], nats[rival])}"
     )
 
@@ -223,7 +223,7 @@ def markdown(study: Study, results: Results, folder_name: str) -> str:
         if transfer := transfer_table(results, keep, study.source):
             parts += ["Groups ranked for another device, with the same time on this one:", "", transfer, ""]
         parts += [f"![Perplexity of every arm]({folder_name}/perplexity-{keep:g}.png)", ""]
-        parts += ["Shape of our best arm:", "", f"![Shape after pruning]({folder_name}/architecture-{keep:g}.png)", ""]
+        parts += [f"![Shape of our best arm]({folder_name}/architecture-{keep:g}.png)", ""]
     return "\n".join(parts)
 
 
