@@ -55,8 +55,8 @@ class MeasureConfig:
     task_tokens: int = flags.count(256, at_least=1)
     """Longest answer to an example of --task, in tokens."""
     constrain: Constrain = "none"
-    """With --task: limit calls by a grammar to the `tools` of each example (schema), and free texts in arguments to words
-    of the request (copy), or texts with `examples` to those in the request (examples). For exported files."""
+    """With --task: limit calls by a grammar to the `tools` of each example (schema), and free texts in arguments to
+    words of the request (copy), or texts with `examples` to those in it (examples). For exported files."""
     window: int = flags.number(512, at_least=2)
     """Context of a perplexity in tokens. Each token is predicted from the start of its window."""
     min_context: int = flags.number(1, at_least=1)
