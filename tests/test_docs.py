@@ -34,6 +34,7 @@ from efficientllm.server.options import AppOptions
 from efficientllm.server.web import build_parser as web_parser
 from efficientllm.train.cli import build_parser as train_parser
 from efficientllm.train.cli import configuration
+from efficientllm.train.config.presets import PRESETS
 from efficientllm.train.data.check import build_parser as data_parser
 from efficientllm.train.data.corpus import build_parser as corpus_parser
 from efficientllm.train.evaluation.cli import build_parser as eval_parser
@@ -238,6 +239,12 @@ def test_every_promise_has_tests_that_exist() -> None:
 def functions_of(file: str) -> set[str]:
     tree = ast.parse((ROOT / "tests" / f"{file}.py").read_text(encoding="utf-8"))
     return {each.name for each in tree.body if isinstance(each, ast.FunctionDef)}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_presets_that_are_named_exist(document: Path) -> None:
+    named = re.findall(r"(?:--preset |`)((?:gpu|node|cpu)\w*-\w+)\b", document.read_text(encoding="utf-8"))
+    assert set(named) <= set(PRESETS)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
