@@ -352,3 +352,12 @@ def test_an_impossible_time_is_refused(
     arguments = latency_command(source_folder, corpus, tmp_path / "run", device, "--qat", "q8_0")
     assert run(arguments) == 2
     assert "the device profile was measured with quantization q4_0, not q8_0" in capsys.readouterr().err
+
+
+def test_a_missing_profile_is_refused_before_the_model_is_loaded(
+    source_folder: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(latency_command(source_folder, corpus, tmp_path / "run", tmp_path / "none.json")) == 2
+    said = capsys.readouterr().err
+    assert "none.json does not exist" in said
+    assert "loading" not in said

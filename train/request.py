@@ -59,6 +59,8 @@ def check_request(config: TrainConfig) -> None:
     if config.pruning.sizes:
         _check_sizes(config)
     _check_target(config.pruning.of_smallest_size)
+    for profile in filter(None, (config.pruning.device_profile, config.pruning.ranking_profile)):
+        DeviceProfile.load(Path(profile))
     if config.pruning.device_profile and config.quantisation.is_on:
         engine, quantization = config.quantisation.export_format
         DeviceProfile.load(Path(config.pruning.device_profile)).check(engine=engine, quantization=quantization)
