@@ -131,7 +131,7 @@ def test_chats_stay_chats(tmp_path: Path) -> None:
         (("out.jsonl", "--data", "bad.jsonl"), "line 2 is not a JSON object"),
         (
             ("out.jsonl", "--data", "in.jsonl", "--min-characters", "999"),
-            "no document was taken: all 1 have fewer than 999",
+            "no document was taken: all 1 have fewer than 999 characters; lower --min-characters",
         ),
         (("out.jsonl", "--data", "nothing.jsonl"), "no document was taken: there are none"),
         (("out.jsonl", "--data", ""), "--data '' has no path"),

@@ -99,7 +99,7 @@ def write_corpus(
                 short = sum(each.num_short for each in inputs)
                 reason = "there are none"
                 if short:
-                    reason = f"all {short} have fewer than {config.min_characters} characters"
+                    reason = f"all {short} have fewer than {config.min_characters} characters; lower --min-characters"
                 raise UsageError(f"no document was taken: {reason}")
     return inputs
 
