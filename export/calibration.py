@@ -68,7 +68,7 @@ def _calibration_tokens(checkpoint: Checkpoint, text_path: str, window: int) -> 
     with extra("train"):
         from ..train.data.documents import DataSpec, open_texts
     ids: list[int] = []
-    for text in open_texts(DataSpec.parse(text_path)):
+    for text in open_texts(DataSpec(text_path, flag="--calibrate")):
         ids += checkpoint.tokenizer.encode(text, add_special_tokens=False).ids
         if len(ids) >= CALIBRATION_TOKENS:
             break

@@ -303,6 +303,14 @@ def test_what_cannot_work_is_refused_before_a_library_is_imported(
         assert error.count("\n") == 1
 
 
+def test_a_missing_calibration_text_is_named_with_its_flag(
+    save_tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ("--quantize", "int4", "--calibrate", "no.txt")
+    assert exporting.export(save_tiny(tiny_architecture()), "onnx", tmp_path / "out", *flags) == 2
+    assert "error: --calibrate no.txt: no such file or folder" in capsys.readouterr().err
+
+
 def test_types_are_read_in_either_case() -> None:
     arguments = ["x", "--target", "gguf", "--quantize", "Q4_K_M", "--pad", "None"]
     values = cli.build_parser().parse(arguments)
