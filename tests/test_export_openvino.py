@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from disks import small_disk
 from exporting import EVERY_KIND, SHAPES, TOKENS, export, greedy_answer
 from tiny import UNEQUAL, tiny_architecture, tiny_tokenizer
 
@@ -105,3 +106,15 @@ def test_a_wrong_graph_or_tokenizer_is_refused(
     assert export(checkpoint, "openvino", tmp_path / "openvino") == 2
     assert "its tokenizer gives other tokens than the checkpoint's from token" in capsys.readouterr().err
     assert not (tmp_path / "openvino").exists()
+
+
+@pytest.mark.parametrize("kilobytes", [500, 900, 1300])
+def test_a_full_disk_is_one_line(
+    kilobytes: int, save_tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The ONNX graph does not fit, or the model beside it, which OpenVINO removes before it fails."""
+    checkpoint = save_tiny(tiny_architecture())
+    with small_disk(tmp_path / "disk", kilobytes) as folder:
+        assert export(checkpoint, "openvino", folder / "out", "--quantize", "f32", "--no-verify") == 2
+        assert "out cannot be written: the disk is full (" in capsys.readouterr().err
+        assert not any(folder.iterdir())

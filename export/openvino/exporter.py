@@ -20,6 +20,7 @@ import numpy as np
 from ...runtime.base import flags
 from ...runtime.base.errors import ArtefactError
 from ...runtime.base.extras import extra, require_extra
+from ...runtime.base.files import require_room, writing
 from ...runtime.base.quantities import unknown_name
 from ...train.model.target_rules import check_target
 from ..checkpoint import Checkpoint, choose_type
@@ -75,8 +76,6 @@ def check_openvino(options: OpenvinoOptions) -> None:
 def export_openvino(checkpoint: Checkpoint, request: ExportRequest[OpenvinoOptions], folder: Path) -> None:
     """Write the model with states, the tokenizer as two models, the settings and the manifest."""
     with extra("openvino"):
-        import openvino
-
         from ..onnx.reader import read_weights
         from .conversion import stateful_decoder
     options = request.options
@@ -85,8 +84,9 @@ def export_openvino(checkpoint: Checkpoint, request: ExportRequest[OpenvinoOptio
     _check_type(name)
     with tempfile.TemporaryDirectory(dir=folder) as work:
         graph = Path(work) / MODEL_FILE
-        write_model(checkpoint, OnnxOptions(calibrate=options.calibrate, logits="all"), PRESETS[name], graph.parent)
-        openvino.save_model(stateful_decoder(graph), folder / FILES[0], compress_to_fp16=False)
+        with writing(folder):  # a full disk is recognised before the graph is removed from it
+            write_model(checkpoint, OnnxOptions(calibrate=options.calibrate, logits="all"), PRESETS[name], graph.parent)
+        _save(stateful_decoder(graph), folder / FILES[0])
         # OpenVINO is compared with fp32 activations
         stored = None if name == "f32" else replace(read_weights(graph, checkpoint, PRESETS[name]), roundings={})
     _write_tokenizer(checkpoint, folder)
@@ -108,14 +108,23 @@ EXPORTER = Exporter(OpenvinoOptions, export_openvino, check_openvino)
 
 def _write_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
     """Write the checkpoint's tokenizer and chat template as two models of OpenVINO."""
-    import openvino
     import openvino_tokenizers  # type: ignore[import-not-found]
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = PreTrainedTokenizerFast.from_pretrained(checkpoint.folder)
     models: Any = openvino_tokenizers.convert_tokenizer(tokenizer, with_detokenizer=True)
     for name, model in zip(NAMES[1:], models, strict=True):
-        openvino.save_model(model, folder / f"{name}.xml", compress_to_fp16=False)
+        _save(model, folder / f"{name}.xml")
+
+
+def _save(model: Any, path: Path) -> None:
+    """Write a model of OpenVINO, which removes what it has written if the disk is full and does not name the cause."""
+    import openvino
+
+    nodes = model.get_ordered_ops()
+    arrays = sum(node.get_byte_size() for node in nodes if node.get_type_name() == "Constant")
+    require_room(path.parent, arrays + 1024 * len(nodes))  # a graph takes about 470 bytes an operation
+    openvino.save_model(model, path, compress_to_fp16=False)
 
 
 @contextlib.contextmanager
