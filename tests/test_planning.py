@@ -89,7 +89,7 @@ def test_the_picture_shows_a_finished_shape(profiles: list[Path], source_folder:
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ([], "--device-profile, finished runs with --run, or a --gpu"),
+        ([], "name a profile of a device with --device-profile, or a --gpu"),
         (["--target", "8"], "--target 8: give a share"),
         (["--workload", "words=3"], "cannot read 'words=3'"),
         (["--target", "0.001x"], "too small: one group per layer already takes"),

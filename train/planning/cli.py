@@ -1,4 +1,4 @@
-"""`efficientllm-plan`: predict the gain of pruning on measured devices, its tokens, and its cost on GPUs."""
+"""`efficientllm-plan`: predict the gain of pruning on measured devices, and its cost on GPUs."""
 
 from __future__ import annotations
 
@@ -39,12 +39,6 @@ class PlanConfig:
     """Multiple of FFN and hidden widths, in channels."""
     after: str = ""
     """Run folder or JSON file of an architecture to draw instead of the last target."""
-    run: tuple[str, ...] = ()
-    """Finished run of efficientllm-train; repeatable. Runs of one pruning with several lengths give a law of tokens."""
-    within: float = flags.number(1.1, above=1)
-    """Perplexity to reach, as a multiple of the source's; with --run."""
-    tflops: float = flags.number(0.0, at_least=0)
-    """Peak of a GPU in TFLOP/s, to predict its hours; with --run."""
     gpu: Literal["none", "h100", "a100", "4090", "l4"] = "none"
     """GPU to plan a run for: h100 and a100 (80 GB), 4090 and l4 (24 GB)."""
     gpus: int = flags.number(1, at_least=1)
@@ -54,7 +48,7 @@ class PlanConfig:
     target_ratio: float = flags.number(0.5, above=0, at_most=1)
     """Share of the source's parameters that the run on GPUs keeps."""
     picture: str = ""
-    """PNG file to write: milliseconds by part before and after; with --run, the law."""
+    """PNG file to write: milliseconds by part before and after."""
 
     def __post_init__(self) -> None:
         flags.check_fields(self)
@@ -82,8 +76,7 @@ def build_parser() -> flags.Parser:
             "plan meta-llama/Llama-3.1-8B --gpu h100 --gpus 8 --tokens 10B",
         ),
         description="Before training: what each kind of group costs on measured devices and what a target in "
-        "milliseconds leaves (--device-profile), how many tokens a quality takes (--run), or the settings, memory, "
-        "hours and command of a run on GPUs (--gpu).",
+        "milliseconds leaves (--device-profile), or the settings, memory, hours and command of a run on GPUs (--gpu).",
     )
     parser.add_argument("source", help="Hugging Face or run folder, hub id, .gguf file, or 'demo'")
     return parser
@@ -117,16 +110,12 @@ def body(argv: Sequence[str]) -> int:
     arguments = build_parser().parse(argv)
     name = arguments.pop("source")
     config = flags.take(arguments, PlanConfig)
-    plans = {"--device-profile": config.device_profile, "--run": config.run, "--gpu": config.gpu != "none"}
-    asked = [flag for flag, value in plans.items() if value]
-    if not asked:
-        raise UsageError("name a profile of a device with --device-profile, finished runs with --run, or a --gpu")
-    if len(asked) > 1:
-        raise UsageError(f"{' and '.join(asked)} are different plans; ask for one at a time")
+    if not config.device_profile and config.gpu == "none":
+        raise UsageError("name a profile of a device with --device-profile, or a --gpu")
+    if config.device_profile and config.gpu != "none":
+        raise UsageError("--device-profile and --gpu are different plans; ask for one at a time")
     if config.picture:
         check_file("--picture", Path(config.picture), config.device_profile)
-    if config.run:
-        return _plan_tokens(name, config)
     if config.gpu != "none":
         return _plan_gpus(name, config)
     workload = Workload.parse(config.workload)
@@ -135,18 +124,6 @@ def body(argv: Sequence[str]) -> int:
         from ..pruning.measures import DeviceTime
     after = shape_after(config.after) if config.after else None
     _plan(name, source_shape(name), [DeviceTime(profile, workload) for profile in profiles], config, after)
-    return 0
-
-
-def _plan_tokens(name: str, config: PlanConfig) -> int:
-    """Print the law of tokens, and draw it if requested."""
-    from .token_law import draw_law, fit, law_lines, read_point
-
-    law = fit([read_point(folder) for folder in config.run])
-    print("\n".join([f"{name}, by {len(law.points)} finished runs", "", *law_lines(law, config.within, config.tflops)]))
-    if config.picture:
-        draw_law(law, config.within, Path(config.picture))
-        print(f"\npicture: {config.picture}")
     return 0
 
 

@@ -22,7 +22,6 @@ from ..config.sections import TrainConfig
 from ..memory import MemoryEstimate, estimate_memory
 from ..model.architecture import Architecture, matmul_parameters
 from ..reporting.model_card import command_line
-from .token_law import GPU_UTILISATION
 
 
 @dataclass(frozen=True)
@@ -48,6 +47,8 @@ CARDS = {
 """`--gpu` value -> NVIDIA's data sheet of the H100 SXM, A100 SXM 80 GB, GeForce RTX 4090 and L4."""
 
 GPUS_OF_A_NODE = 8
+GPU_UTILISATION = 0.4
+"""Share of its peak that a GPU reaches in training; 0.3 to 0.5 is common for dense models."""
 SEQUENCE_LENGTH = 2048
 STEP_TOKENS, FEWEST_STEPS = 2**19, 1000
 """Tokens of a step, unless the run would have fewer steps."""

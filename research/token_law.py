@@ -1,10 +1,11 @@
-"""Fit, describe and draw a power law of quality against tokens through finished runs of one pruning.
+"""Fit, describe and draw a power law of quality against tokens: `python -m research.token_law RUN RUN ...`.
+
+The runs are of one pruning and differ only in length.
 
 gap(T) = A * T^-b. `gap` is the loss on unseen text in nats per token beyond the source (the logarithm of the quality
 contract's ratio over all kinds of text), and T the tokens of the run. A fit uses whole runs, because along one run the
 learning rate hides a part of the progress. Kaplan et al. (2020, arXiv 2001.08361) found such laws for training from
-scratch. For pruned models it is our observation (research/log), and an extrapolation beyond the longest run. Imports no
-torch.
+scratch. For pruned models it is our observation (research/log), and an extrapolation beyond the longest run.
 """
 
 from __future__ import annotations
@@ -12,24 +13,41 @@ from __future__ import annotations
 import json
 import math
 import statistics
+import sys
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...runtime.base.errors import UsageError
-from ...runtime.base.quantities import format_count, format_duration, markdown_table
-from ..model.architecture import Architecture, training_flops
-from ..reporting.metrics import read_metrics
-from ..reporting.plots import save_figure
+from efficientllm.runtime.base import flags
+from efficientllm.runtime.base.command import run_command
+from efficientllm.runtime.base.errors import UsageError
+from efficientllm.runtime.base.quantities import format_count, format_duration, markdown_table
+from efficientllm.train.model.architecture import Architecture, training_flops
+from efficientllm.train.planning.gpus import GPU_UTILISATION
+from efficientllm.train.reporting.metrics import read_metrics
+from efficientllm.train.reporting.plots import save_figure
 
 SAME_SHARE = 0.02
 """Tolerance of the share of the source's parameters between runs of one law."""
-GPU_UTILISATION = 0.4
-"""Share of its peak that a GPU reaches in training; 0.3 to 0.5 is common for dense models."""
 MEASURED, WANTED = "#2f6db3", "#e08a3c"
 FURTHEST = 1000
 """Largest multiple of the longest run with a prediction."""
+
+
+@dataclass(frozen=True)
+class LawOptions:
+    """Law."""
+
+    within: float = flags.number(1.1, above=1)
+    """Perplexity to reach, as a multiple of the source's."""
+    tflops: float = flags.number(0.0, at_least=0)
+    """Peak of a GPU in TFLOP/s, to predict its hours."""
+    picture: str = ""
+    """PNG file to write with the law."""
+
+    def __post_init__(self) -> None:
+        flags.check_fields(self)
 
 
 @dataclass(frozen=True)
@@ -81,9 +99,9 @@ def read_point(folder: str) -> RunPoint:
         shape = json.loads((path / "architecture.json").read_text(encoding="utf-8"))
         config = tomllib.loads((path / "config.toml").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UsageError(f"--run {folder} is not a finished run of efficientllm-train") from error
+        raise UsageError(f"{folder} is not a finished run of efficientllm-train") from error
     if not summary.get("quality"):
-        raise UsageError(f"--run {folder} has no quality beside its source's: it was trained with --no-quality")
+        raise UsageError(f"{folder} has no quality beside its source's: it was trained with --no-quality")
     every, tokens = summary["quality"]["texts"]["all texts"], summary["tokens"]
     source = Architecture.from_dict(shape["source"])
     flops = training_flops(read_metrics(path), source.num_parameters, source, config["optimizer"]["distill"] > 0)
@@ -106,13 +124,13 @@ def fit(points: Sequence[RunPoint]) -> TokenLaw:
     for point in points:
         if abs(point.share - first.share) > SAME_SHARE or point.source_parameters != first.source_parameters:
             raise UsageError(
-                f"--run {point.folder} keeps {point.share:.0%} of {point.source_parameters} parameters, "
+                f"{point.folder} keeps {point.share:.0%} of {point.source_parameters} parameters, "
                 f"{first.folder} {first.share:.0%} of {first.source_parameters}: a law is of one pruning of one source"
             )
         if point.gap <= 0:
-            raise UsageError(f"--run {point.folder} is no worse than its source: no law is needed")
+            raise UsageError(f"{point.folder} is no worse than its source: no law is needed")
     if len({point.tokens for point in points}) < 2:
-        raise UsageError(f"--run {first.folder}: name runs of at least two lengths; one says nothing about more tokens")
+        raise UsageError(f"{first.folder}: name runs of at least two lengths; one says nothing about more tokens")
     tokens = [math.log(point.tokens) for point in points]
     slope, intercept = statistics.linear_regression(tokens, [math.log(point.gap) for point in points])
     return TokenLaw(intercept, -slope, tuple(points))
@@ -177,3 +195,20 @@ def draw_law(law: TokenLaw, within: float, path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     save_figure(figure, path)
+
+
+def body(argv: Sequence[str]) -> int:
+    """Print the law, and draw it if requested."""
+    parser = flags.Parser(LawOptions, prog="python -m research.token_law", description=__doc__)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="finished run of efficientllm-train")
+    arguments = parser.parse(argv)
+    law, options = fit([read_point(folder) for folder in arguments.pop("runs")]), flags.take(arguments, LawOptions)
+    print("\n".join(law_lines(law, options.within, options.tflops)))
+    if options.picture:
+        draw_law(law, options.within, Path(options.picture))
+        print(f"\npicture: {options.picture}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(body))

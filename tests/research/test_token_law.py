@@ -12,8 +12,8 @@ from tiny import tiny_architecture
 from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.base.errors import UsageError
 from efficientllm.runtime.base.quantities import format_duration
-from efficientllm.train.planning import cli
-from efficientllm.train.planning.token_law import fit, read_point
+
+from research.token_law import body, fit, read_point
 
 SCALE, EXPONENT = 3.0, 0.25
 SOURCE = tiny_architecture()
@@ -53,8 +53,8 @@ def test_a_law_is_found_again(runs: list[str]) -> None:
 
 def test_the_plan_says_tokens_and_hours(runs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     picture = tmp_path / "law.png"
-    arguments = ["tiny", "--within", "1.08", "--tflops", "10", "--picture", str(picture)]
-    assert run_command(cli.body, arguments + [part for run in runs for part in ("--run", run)]) == 0
+    arguments = ["--within", "1.08", "--tflops", "10", "--picture", str(picture)]
+    assert run_command(body, [*runs, *arguments]) == 0
     shown = capsys.readouterr().out
     tokens = (SCALE / math.log(1.08)) ** (1 / EXPONENT)
     assert f"x1.08: about {tokens / 1e6:.1f}M tokens, " in shown
@@ -80,10 +80,8 @@ def test_points_that_make_no_law(tmp_path: Path, change: dict[str, float], said:
 def test_what_is_no_run_and_what_is_far_away(
     runs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run_command(cli.body, ["tiny", "--run", str(tmp_path)]) == 2
+    assert run_command(body, [str(tmp_path)]) == 2
     assert "is not a finished run" in capsys.readouterr().err
-    assert run_command(cli.body, ["tiny"]) == 2
-    assert "--device-profile, finished runs with --run" in capsys.readouterr().err
-    arguments = ["tiny", "--within", "1.0001"]
-    assert run_command(cli.body, arguments + [part for run in runs for part in ("--run", run)]) == 0
+    arguments = ["--within", "1.0001"]
+    assert run_command(body, [*runs, *arguments]) == 0
     assert "more than 1000 times the longest run away" in capsys.readouterr().out
