@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 from dataclasses import replace
@@ -43,9 +42,9 @@ def profiles(tmp_path: Path) -> list[Path]:
 
 
 def test_the_plan_says_what_goes_with_what(
-    profiles: list[Path], source_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    profiles: list[Path], source_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = [str(source_folder), "--target", "0.9x,0.8x", "--picture", str(tmp_path / "plan.png")]
+    arguments = [str(source_folder), "--target", "0.9x,0.8x"]
     for path in profiles:
         arguments += ["--device-profile", str(path)]
     assert run_command(cli.body, arguments) == 0
@@ -56,7 +55,6 @@ def test_the_plan_says_what_goes_with_what(
     saved = time.measure.of(source) - time.measure.of(source.with_layer(1, intermediate_size=0))
     assert re.search(rf"\| the FFN of a layer \| 24\.6k \| {saved:.3f} \|", shown)
     assert shown.count("| 0.8x |") == 2
-    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_candidate_is_worth_the_mean_over_the_layers_that_have_it() -> None:
@@ -78,14 +76,6 @@ def test_what_saves_most_per_parameter_leaves_most_parameters() -> None:
     assert all(KINDS["ffn"].count(found.largest, layer) == 512 for layer in range(3))  # heads are the better bargain
 
 
-def test_the_picture_shows_a_finished_shape(profiles: list[Path], source_folder: Path, tmp_path: Path) -> None:
-    shape = tmp_path / "shape.json"
-    shape.write_text(json.dumps({"final": SOURCE.to_dict()}))
-    arguments = [str(source_folder), "--device-profile", str(profiles[0]), "--after", str(shape)]
-    assert run_command(cli.body, [*arguments, "--picture", str(tmp_path / "plan.png")]) == 0
-    assert (tmp_path / "plan.png").is_file()
-
-
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -93,7 +83,6 @@ def test_the_picture_shows_a_finished_shape(profiles: list[Path], source_folder:
         (["--target", "8"], "--target 8: give a share"),
         (["--workload", "words=3"], "cannot read 'words=3'"),
         (["--target", "0.001x"], "too small: one group per layer already takes"),
-        (["--after", "nowhere.json"], "--after nowhere.json: No such file"),
         (["--gpu", "h100"], "--device-profile and --gpu are different plans"),
         (["--gpu", "h100", "--gpus", "12"], "--gpus 12: give at most 8, or a multiple of 8"),
     ],

@@ -12,7 +12,6 @@ from tiny import tiny_architecture
 from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.base.errors import UsageError
 from efficientllm.runtime.base.quantities import format_duration
-
 from research.token_law import body, fit, read_point
 
 SCALE, EXPONENT = 3.0, 0.25

@@ -12,7 +12,6 @@ from ...runtime.base import flags
 from ...runtime.base.command import run_command
 from ...runtime.base.errors import UsageError
 from ...runtime.base.extras import extra
-from ...runtime.base.output import check_file
 from ...runtime.base.quantities import format_count
 from ...runtime.latency.profile import DeviceProfile
 from ...runtime.latency.shape import Workload
@@ -37,8 +36,6 @@ class PlanConfig:
     """Pruning space, comma-separated, as in efficientllm-train."""
     width_multiple: int = 32
     """Multiple of FFN and hidden widths, in channels."""
-    after: str = ""
-    """Run folder or JSON file of an architecture to draw instead of the last target."""
     gpu: Literal["none", "h100", "a100", "4090", "l4"] = "none"
     """GPU to plan a run for: h100 and a100 (80 GB), 4090 and l4 (24 GB)."""
     gpus: int = flags.number(1, at_least=1)
@@ -47,8 +44,6 @@ class PlanConfig:
     """Training tokens of the run on GPUs."""
     target_ratio: float = flags.number(0.5, above=0, at_most=1)
     """Share of the source's parameters that the run on GPUs keeps."""
-    picture: str = ""
-    """PNG file to write: milliseconds by part before and after."""
 
     def __post_init__(self) -> None:
         flags.check_fields(self)
@@ -98,14 +93,6 @@ def source_shape(source: str) -> Architecture:
         return architecture_of(AutoConfig.from_pretrained(source))
 
 
-def shape_after(text: str) -> Architecture:
-    """Return the final shape of a run folder or of an architecture file."""
-    from ..pruning.plan import read_architecture
-
-    path = Path(text)
-    return read_architecture(path / "architecture.json" if path.is_dir() else path, "--after")
-
-
 def body(argv: Sequence[str]) -> int:
     arguments = build_parser().parse(argv)
     name = arguments.pop("source")
@@ -114,16 +101,13 @@ def body(argv: Sequence[str]) -> int:
         raise UsageError("name a profile of a device with --device-profile, or a --gpu")
     if config.device_profile and config.gpu != "none":
         raise UsageError("--device-profile and --gpu are different plans; ask for one at a time")
-    if config.picture:
-        check_file("--picture", Path(config.picture), config.device_profile)
     if config.gpu != "none":
         return _plan_gpus(name, config)
     workload = Workload.parse(config.workload)
     profiles = [DeviceProfile.load(Path(path)) for path in config.device_profile]
     with extra("train"):
         from ..pruning.measures import DeviceTime
-    after = shape_after(config.after) if config.after else None
-    _plan(name, source_shape(name), [DeviceTime(profile, workload) for profile in profiles], config, after)
+    _plan(name, source_shape(name), [DeviceTime(profile, workload) for profile in profiles], config)
     return 0
 
 
@@ -137,10 +121,8 @@ def _plan_gpus(name: str, config: PlanConfig) -> int:
     return 0
 
 
-def _plan(
-    name: str, source: Architecture, times: Sequence[DeviceTime], config: PlanConfig, after: Architecture | None
-) -> None:
-    """Print the plan, and draw it if requested."""
+def _plan(name: str, source: Architecture, times: Sequence[DeviceTime], config: PlanConfig) -> None:
+    """Print the plan."""
     from ..pruning.selection import SelectionRules
     from . import targets
 
@@ -156,18 +138,6 @@ def _plan(
         for text in config.target
     ]
     print(targets.target_table(source, found))
-    if not config.picture:
-        return
-    rows = []
-    for time in times:
-        label = f"{time.profile.measured_on.device}: " if len(times) > 1 else ""
-        rows.append((f"{label}source", time, source))
-        last = next(each for text, of, each in reversed(found) if of is time)
-        rows.append(
-            (f"{label}{config.after}", time, after) if after else (f"{label}{config.target[-1]}", time, last.largest)
-        )
-    targets.draw(rows, Path(config.picture))
-    print(f"\npicture: {config.picture}")
 
 
 def main() -> None:

@@ -1,11 +1,10 @@
-"""Evaluate targets in milliseconds and the cost of each kind of group on a device, as text and as a picture."""
+"""Evaluate targets in milliseconds and the cost of each kind of group on a device, as text."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
@@ -18,7 +17,6 @@ from ..model.groups import BLOCKS, KINDS, counts
 from ..pruning.measures import DeviceTime, decoder_shape
 from ..pruning.running_scores import Scores
 from ..pruning.selection import SelectionRules, select_removal, smallest_architecture
-from ..reporting.plots import save_figure
 
 
 @dataclass(frozen=True)
@@ -186,27 +184,3 @@ def _size(architecture: Architecture | None, source: Architecture, time: DeviceT
     size = weight_bytes(architecture, time)
     stored = f", {format_bytes(size)}" if size is not None else ""
     return f"{format_count(architecture.num_parameters)} ({share:.0%}{stored})"
-
-
-COLORS = ("#e08a3c", "#2f6db3", "#4f9d69", "#d5dae3")
-
-
-def draw(rows: Sequence[tuple[str, DeviceTime, Architecture]], path: Path) -> None:
-    """Draw one stacked bar per row of (label, device, shape), the first on top."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 0.5 * len(rows) + 1.3), layout="constrained")
-    axes = figure.subplots()
-    for place, (_, time, shape) in enumerate(rows):
-        left = 0.0
-        for name, ms, color in zip(PARTS, parts_ms(shape, time), COLORS, strict=True):
-            axes.barh(place, ms, left=left, color=color, height=0.7, label=name if place == 0 else None)
-            left += ms
-        axes.annotate(f"{left:.2f}", (left, place), xytext=(4, 0), textcoords="offset points", va="center", size=8)
-    axes.set_yticks(range(len(rows)), [title for title, _, _ in rows])
-    axes.invert_yaxis()
-    axes.set_xlim(right=axes.get_xlim()[1] * 1.08)
-    axes.set_xlabel(f"predicted ms ({rows[0][1].workload})")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
-    save_figure(figure, path)

@@ -44,14 +44,14 @@ class Budget:
         return self.measure.of(architecture) <= self.target
 
 
-def read_architecture(path: Path, flag: str = "--target-architecture") -> Architecture:
+def read_architecture(path: Path) -> Architecture:
     """Read an architecture file: Architecture.to_dict as JSON, or the `final` of a run's architecture.json."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UsageError(f"{flag} {path}: {error.strerror or error}") from error
+        raise UsageError(f"--target-architecture {path}: {error.strerror or error}") from error
     except ValueError as error:
-        raise UsageError(f"{flag} {path}: not valid JSON: {error}") from error
+        raise UsageError(f"--target-architecture {path}: not valid JSON: {error}") from error
     return Architecture.from_dict(value.get("final", value))
 
 
