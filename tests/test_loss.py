@@ -96,3 +96,19 @@ def test_perplexity_is_the_exponential_of_the_mean_loss() -> None:
     measured = perplexity(TrainingLoss(model, torch.float32).eval(), windows.numpy(), 2, torch.device("cpu"))
     assert measured == pytest.approx(expected, rel=1e-5)
     assert not model.training
+
+
+def test_no_teacher_is_asked_where_nothing_is_learned() -> None:
+    model = tiny_model(tiny_architecture())
+    teacher = frozen_copy(tiny_model(tiny_architecture(), seed=5), torch.float32, torch.device("cpu"))
+    passes: list[int] = []
+    teacher.model.register_forward_pre_hook(lambda module, arguments: passes.append(1))
+    loss = TrainingLoss(model, torch.float32, LossWeights(1.0, 1.0), teacher)
+    windows = torch.randint(0, 400, (3, 20))
+    with torch.no_grad():
+        trained = loss.train()(windows)
+        measured = loss.eval()(windows)
+    assert len(passes) == 1
+    torch.testing.assert_close(measured[0], measured[1])
+    torch.testing.assert_close(measured[1], trained[1])
+    assert trained[0] > trained[1]

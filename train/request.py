@@ -43,15 +43,8 @@ def check_request(config: TrainConfig) -> None:
     adapter = config.foreign.adapter
     if adapter:
         check_adapter(adapter)
-    cache = config.run.teacher_cache
-    if cache and not config.optimizer.distill:
-        raise UsageError(f"--teacher-cache {cache}: there is no teacher without distillation; add --distill 1")
-    if cache and config.optimizer.teacher == "self":
-        raise UsageError(f"--teacher-cache {cache}: serves runs with the same teacher, not --teacher self; omit it")
     if config.optimizer.teacher == "self" and not config.pruning.prunes:
         raise UsageError("--teacher self: the teacher is the model before pruning, and nothing is pruned; omit it")
-    if cache and Path(cache).exists() and not Path(cache).is_dir():
-        raise UsageError(f"--teacher-cache {cache} is not a folder; name one")
     if config.score.task and not Path(config.score.task).is_file():
         raise UsageError(f"--task {config.score.task}: no such file; give a .jsonl file of chats")
     if config.score.task and not config.pruning.prunes:

@@ -20,7 +20,7 @@ from ..runtime.base.command import is_main_process
 from ..runtime.base.errors import DiskFullError, UsageError
 from ..runtime.base.files import folder_written_atomically, write_json_atomically, write_text_atomically
 from ..runtime.base.output import locked_output
-from ..runtime.base.quantities import display_name, format_bytes, format_count
+from ..runtime.base.quantities import display_name, format_count
 from ..runtime.engines.memory import trim_heap
 from .checkpoint.run_folder import (
     DAMAGED_PREFIX,
@@ -38,13 +38,12 @@ from .checkpoint.run_folder import (
 )
 from .compute.distributed import full
 from .compute.loss import TrainingLoss, frozen_copy
-from .compute.teacher_cache import TeacherCache
 from .config.sections import TrainConfig
 from .data.documents import check_documents
 from .data.self_chat import SELF_CHAT
 from .evaluation.quality.contract import Quality, contract
 from .model.irregular import architecture_of, build, save_checkpoint
-from .model.source import content_key, load_source
+from .model.source import load_source
 from .plan import ResumePoint, RunPlan, allowed_changes, choose_compute, find_resume_point, make_plan
 from .pruning.pruner import kept_to_json
 from .reporting.metrics import read_metrics
@@ -58,9 +57,6 @@ from .sizes import branch_folder, resumed_branch, unfinished_sizes, write_sizes
 from .trainer import Trainer
 
 _log = logging.getLogger("efficientllm.train")
-
-CHECKPOINTS = 3
-"""Checkpoints of 12 bytes a parameter that fit beside the teacher's states. Two exist while one is written."""
 
 NO_CHATS = (
     "the source is a chat model and the text has no chats: the model may forget to end its turns; "
@@ -185,23 +181,20 @@ def _make_trainer(plan: RunPlan, source: Any) -> Trainer:
     if parallel.is_main and text.stream.encoder.chat_format is not None and not text.stream.has_chats:
         _log.warning(NO_CHATS)
     distills = plan.config.optimizer.distill > 0 and plan.config.optimizer.teacher != "self"
-    teacher = cache = None
+    teacher = None
     if distills:
         original, folder = _teacher(plan, source)
         if parallel.mode == "fsdp":
             teacher = sharded_teacher(original, folder, dtype, parallel)
         else:
             teacher = frozen_copy(original, dtype, parallel.device)
-        cache = _teacher_cache(plan, original) if run.teacher_cache else None
     model, read_weights = _make_model(plan, source), None
     if is_without_memory(model):
         folder = plan.weights if plan.resume is None else None
         read_weights = partial(read_shards, folder=folder, device=parallel.storage_device, parallel=parallel)
     else:
         model.to(parallel.device)
-    loss = TrainingLoss(model, dtype, teacher=teacher)
-    loss.teacher_cache = cache
-    trainer = Trainer(plan, loss, text, read_weights)
+    trainer = Trainer(plan, TrainingLoss(model, dtype, teacher=teacher), text, read_weights)
     trim_heap()  # gradients do not fit into the gaps that loading left
     return trainer
 
@@ -220,17 +213,6 @@ def _teacher(plan: RunPlan, source: Any) -> tuple[Any, Path | None]:
             f"--teacher {name} has another vocabulary than the source; name a model with the same tokenizer"
         )
     return model, folder
-
-
-def _teacher_cache(plan: RunPlan, source: Any) -> TeacherCache:
-    """Return the cache of this teacher's states in this precision, with room left for checkpoints."""
-    dtype = plan.compute.hardware.dtype
-    name = f"{content_key(source)}-{str(dtype).removeprefix('torch.')}"
-    cache = TeacherCache(Path(plan.config.run.teacher_cache) / name, dtype, CHECKPOINTS * 12 * source.num_parameters())
-    if plan.compute.parallel.is_main:
-        size = format_bytes(plan.config.optimizer.tokens * plan.architecture.hidden_size * dtype.itemsize)
-        _log.info(f"the teacher's states are cached in {cache.folder}: {size} for text that is not cached yet")
-    return cache
 
 
 def _make_model(plan: RunPlan, source: Any) -> Any:

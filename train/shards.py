@@ -2,7 +2,7 @@
 
 The model is built on the meta device and sharded. Each rank then reads its rows of every tensor from the .safetensors
 files, which are mapped into memory. One of N ranks holds 4 P / N bytes of P parameters, and one stored tensor.
-GGUF files, folders of other tools, adapters, self-chats, a teacher cache and random weights need the whole model.
+GGUF files, folders of other tools, adapters, self-chats and random weights need the whole model.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def load_for_ranks(
 
     With a folder, the model is on the meta device and `read_shards` fills it. Without one, it is whole.
     """
-    needs_whole = config.source.init == "random" or config.run.teacher_cache or config.foreign.adapter
+    needs_whole = config.source.init == "random" or config.foreign.adapter
     needs_whole = needs_whole or any(spec.path == SELF_CHAT for spec in data_specs(config))
     folder = weights_folder(name, called) if parallel.mode == "fsdp" and not needs_whole else None
     if folder is None:

@@ -36,9 +36,6 @@ from .arms import ARMS, Arm, add_arm
 from .depth import best_contiguous
 from .result import StudyResult
 
-LARGEST_TEACHER_CACHE = 4_000_000_000
-"""Bytes of what the source makes of the text that a study keeps for its arms."""
-
 
 @dataclass(frozen=True)
 class StudyConfig:
@@ -277,16 +274,7 @@ class Study:
         config = arm.configure(common)
         if job.ranked_for is not None:
             config = replace(config, pruning=replace(config.pruning, ranking_profile=job.ranked_for))
-        if config.optimizer.distill and self._keeps_teacher:
-            config = replace(config, run=replace(config.run, teacher_cache=str(self.folder / "teacher")))
         return self._without_best_layers(config) if arm.drops_layers else config
-
-    @property
-    def _keeps_teacher(self) -> bool:
-        """Whether the disk is to hold what the source makes of the text, which all arms read."""
-        itemsize = choose_hardware(self.config.device, "auto", self.config.threads).dtype.itemsize
-        tokens = self.config.seeds * self.config.tokens
-        return tokens * itemsize * self.source.hidden_size <= LARGEST_TEACHER_CACHE
 
     def common_pruning(self, keep: float) -> PruneConfig:
         """Return the target of every arm, ranked by parameters unless the arm says otherwise."""

@@ -51,6 +51,8 @@ RUN_FILES = (
     "training.png",
     "pruning.png",
 )
+REMOVED_SETTINGS = ("teacher_cache",)
+"""Settings of earlier commits, whose runs are the same without them."""
 TEACHER_FOLDER = "teacher"
 """Folder of the model that --teacher self distils from."""
 RUN_FOLDERS = ("checkpoints", "model", TEACHER_FOLDER, SIZES_FOLDER, SLICES_FOLDER, "tensorboard", "wandb")
@@ -84,9 +86,10 @@ def saved_settings(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UsageError(f"--resume: {folder} holds no run (no {SETTINGS_FILE})")
     try:
-        return flags.read_toml(path.read_text(encoding="utf-8"))
+        values = flags.read_toml(path.read_text(encoding="utf-8"))
     except ValueError as error:  # neither UTF-8 nor TOML
         raise UsageError(f"--resume: {path} is damaged: {error}") from error
+    return {name: value for name, value in values.items() if name not in REMOVED_SETTINGS}
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:

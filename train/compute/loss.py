@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from .distributed import Parallel
-from .teacher_cache import TeacherCache
 
 CHUNK_TOKENS = 512
 """Rows of logits alive at once. torch 2.13's own chunked `linear_cross_entropy` took 6.3 s instead of 0.55 s (1024
@@ -243,8 +242,6 @@ class TrainingLoss(nn.Module):
         self._teacher = (teacher,)
         self.source_text: Callable[[Tensor], SourceText] | None = None
         """Function from the model's tokens [B, S] to the teacher's, if their vocabularies differ."""
-        self.teacher_cache: TeacherCache | None = None
-        """Cache of the teacher's states."""
 
     @property
     def teacher(self) -> Any | None:
@@ -257,7 +254,7 @@ class TrainingLoss(nn.Module):
     def around(self, model: Any) -> TrainingLoss:
         """Return the same loss of another model."""
         loss = TrainingLoss(model, self.dtype, self.weights, self._teacher[0])
-        loss.source_text, loss.teacher_cache = self.source_text, self.teacher_cache
+        loss.source_text = self.source_text
         return loss
 
     def forward(
@@ -295,24 +292,13 @@ class TrainingLoss(nn.Module):
         """Return the teacher signal at the predicted positions, int64 [N], after `inputs` [B, S]."""
         text = self.source_text(inputs) if self.source_text is not None else None
         tokens = inputs if text is None else text.tokens
-        hidden = self._teacher_states(teacher, tokens).flatten(0, 1)
+        hidden = teacher.model(input_ids=tokens, use_cache=False).last_hidden_state.to(self.dtype).flatten(0, 1)
         weight = teacher.lm_head.weight.to(self.dtype)
         if text is None:
             return Reference(hidden.index_select(0, predicted), weight)
         places = text.places[predicted]
         # where the texts have no common end, the first state stands in: `is_known` says that it is not used
         return Reference(hidden[places.clamp(min=0)], weight, text.first, places >= 0)
-
-    def _teacher_states(self, teacher: Any, tokens: Tensor) -> Tensor:
-        """Return the last hidden states [B, S, H] of the teacher in `dtype`, cached or computed."""
-        cache = self.teacher_cache
-        known = cache.find(tokens, teacher.config.hidden_size) if cache is not None else None
-        if known is not None:
-            return known
-        states = teacher.model(input_ids=tokens, use_cache=False).last_hidden_state.to(self.dtype)
-        if cache is not None:
-            cache.keep(tokens, states)
-        return states
 
 
 def frozen_copy(source: Any, dtype: torch.dtype, device: torch.device) -> Any:

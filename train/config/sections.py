@@ -144,9 +144,6 @@ class RunConfig:
     """Recompute each layer in the backward pass instead of keeping its activations."""
     quality: bool = True
     """Measure source and final model on texts, chats and questions that no run trains on (see efficientllm-eval)."""
-    teacher_cache: str = ""
-    """With --distill: folder of cached teacher states for runs that read the same text (SmolLM2-135M: 1.2 kB a token, a
-    fifth of a step saved)."""
     for_: tuple[str, ...] = flags.comma_separated()
     """Export targets, comma-separated, that must be able to hold the final model: gguf, web, onnx, executorch,
     openvino, litert, hf-uniform. A model that one of them cannot hold is refused before it is trained."""
@@ -267,7 +264,7 @@ def _toml(value: object) -> str:
 RESUMABLE_CHANGES = frozenset(
     {
         *("output", "overwrite", "resume", "checkpoint_every", "keep", "device", "threads", "tensorboard", "wandb"),
-        *("skip_bad_lines", "eval_every", "save_dtype", "teacher_cache", "for_", "resume_or_start"),
+        *("skip_bad_lines", "eval_every", "save_dtype", "for_", "resume_or_start"),
     }
 )
 """Settings that a resumed run may change without changing its result."""
