@@ -25,7 +25,6 @@ from ...runtime.engines.scheduler import EngineScheduler
 from ...train.model.architecture import Architecture
 from ..calibration import input_grams
 from ..checkpoint import Checkpoint
-from ..exporter_config import ExecutorchDecoderConfig
 from ..manifest import Contents, copy_tokenizer
 from ..padding import pad_rows, padded_tensors, padding_notes
 from ..parity import Reference, check_runs, check_weights, reference_logits
@@ -51,21 +50,18 @@ class LoweredProgram:
         return f"{self.delegates} delegated parts; outside them {', '.join(self.operators) or 'nothing'}"
 
 
-def lower(
-    model: StaticDecoder,
-    config: ExecutorchDecoderConfig,
-    partitioners: list[Any],
-    constants: dict[str, Any],
-) -> LoweredProgram:
-    """Export `model` with the dynamic axes of `config` (or one token), lower it and serialise it."""
+def lower(model: StaticDecoder, partitioners: list[Any], constants: dict[str, Any]) -> LoweredProgram:
+    """Export `model` for a dynamic number of tokens (or one token), lower it and serialise it."""
     with torch.no_grad():
         with _stage("tracing"):
             # torch.export makes an axis of length 1 a constant
             length = 1 if model.static_length else 3
-            inputs = config.generate_dummy_inputs(framework="pt", batch_size=1, sequence_length=length)
-            exported = torch.export.export(
-                model, (), kwargs=inputs, dynamic_shapes=_dynamic_shapes(model, config), strict=False
-            )
+            tokens = torch.zeros(1, length, dtype=torch.int64)
+            inputs = {"tokens": tokens, "input_pos": torch.zeros(1, dtype=torch.int64)}
+            dynamic = None
+            if not model.static_length:
+                dynamic = {"tokens": {1: torch.export.Dim("tokens", min=1, max=model.context - 1)}, "input_pos": None}
+            exported = torch.export.export(model, (), kwargs=inputs, dynamic_shapes=dynamic, strict=False)
         with _stage("partitioning and lowering"):
             edge = to_edge_transform_and_lower(
                 exported,
@@ -86,17 +82,6 @@ def lower(
     plan = program.executorch_program.execution_plan[0]
     operators = sorted({f"{op.name}.{op.overload}" if op.overload else op.name for op in plan.operators})
     return LoweredProgram(buffer, len(plan.delegates), tuple(operators))
-
-
-def _dynamic_shapes(model: StaticDecoder, config: ExecutorchDecoderConfig) -> Any:
-    if model.static_length:
-        return None
-    bounds = {"min": 1, "max": model.context - 1}
-    shapes = {}
-    for name, axes in config.inputs.items():
-        dims = {axis: torch.export.Dim(title, **bounds) for axis, title in axes.items()}
-        shapes[name] = dims or None
-    return shapes
 
 
 MODEL_FILE = "model.pte"
@@ -175,9 +160,8 @@ def _build(
         for note in quantize_decoder(model, plan.weights, request.options, grams):
             request.say(note)
         stored = given_weights(model, plan.weights)
-    constants, config = _constant_methods(checkpoint, plan), ExecutorchDecoderConfig(checkpoint.config)
     try:
-        lowered = lower(model, config, plan.partitioners, constants)
+        lowered = lower(model, plan.partitioners, _constant_methods(checkpoint, plan))
     except Exception as error:  # a backend's compiler raises what it likes
         if plan.recipe.runs_here:
             raise
