@@ -14,14 +14,12 @@ from ..runtime.base.errors import UsageError
 from ..runtime.base.output import check_file
 from ..runtime.engines.artefact import ARTEFACT_HELP
 from ..runtime.latency.profile import DeviceProfile
-from . import compare, run_table
+from . import run_table
 from .bench import benchmark, journal_path, log_progress
 from .device import DeviceOptions, open_device
+from .prediction import prediction_rows
 from .profiler import ProfileOptions, profile, summary
-from .report_page import write_page
-from .results import BenchOptions, Run
-
-PAGE_START = b"<!doctype html>"
+from .results import BenchOptions
 
 
 def build_parser() -> flags.Parser:
@@ -37,11 +35,7 @@ def build_parser() -> flags.Parser:
     parser.add_argument("artefacts", nargs="*", metavar="ARTEFACT", help=ARTEFACT_HELP)
     output = parser.add_argument_group("output")
     output.add_argument("--json", metavar="FILE", help="write all figures as JSON; an interrupted run resumes from it")
-    output.add_argument("--html", metavar="FILE", help="write a self-contained page, as efficientllm-report")
     output.add_argument("--markdown", action="store_true", help="print the table as Markdown")
-    output.add_argument(
-        "--compare", nargs=2, metavar=("OLD", "NEW"), help="compare two JSON files and flag changes beyond noise"
-    )
     output.add_argument(
         "--predict", metavar="PROFILE", help="also print the predictions of a device profile, written by --profile"
     )
@@ -57,17 +51,13 @@ def build_parser() -> flags.Parser:
 def body(argv: Sequence[str]) -> int:
     arguments = build_parser().parse(argv)
     paths, as_markdown = arguments.pop("artefacts"), arguments.pop("markdown")
-    compared, predict_path = arguments.pop("compare"), arguments.pop("predict")
-    inputs = [*paths, *(compared or ()), *([predict_path] if predict_path else [])]
+    predict_path = arguments.pop("predict")
+    inputs = [*paths, *([predict_path] if predict_path else [])]
     outputs = {name: _output_path(arguments, name, inputs) for name in OWN_FILE_CHECKS}
     _check_distinct(outputs)
-    json_path, html_path, profile_path = outputs["json"], outputs["html"], outputs["profile"]
+    json_path, profile_path = outputs["json"], outputs["profile"]
     device_options, options = flags.take(arguments, DeviceOptions), flags.take(arguments, BenchOptions)
     profile_options = flags.take(arguments, ProfileOptions)
-    if compared:
-        if paths or profile_path:
-            raise UsageError("--compare reads two result files; give no artefact and no --profile with it")
-        return _compare([Path(name) for name in compared], html_path, as_markdown)
     if not paths and not profile_path:
         raise UsageError("give at least one artefact (see efficientllm-bench --help)")
     # Loaded before the measurement, so that a damaged profile is reported at once.
@@ -78,10 +68,8 @@ def body(argv: Sequence[str]) -> int:
             print(run_table.markdown(run), end="")
         else:
             run_table.print_table(run)
-        if html_path:
-            write_page(html_path, [(run, json_path)])
         if prediction is not None:
-            run_table.print_rows(compare.prediction_rows(run, prediction), left=(0, 1))
+            run_table.print_rows(prediction_rows(run, prediction), left=(0, 1))
     if profile_path:
         with contextlib.closing(open_device(device_options, log_progress)) as device:
             print(summary(profile(device, options, profile_options, profile_path, log_progress)))
@@ -120,31 +108,11 @@ def _is_json_with(*keys: str) -> Callable[[Path], bool]:
     return check
 
 
-def _is_page(path: Path) -> bool:
-    with path.open("rb") as stream:
-        return stream.read(len(PAGE_START)).lower() == PAGE_START
-
-
 OWN_FILE_CHECKS: dict[str, Callable[[Path], bool]] = {
     "json": _is_json_with("schema_version", "device", "results"),
-    "html": _is_page,
     "profile": _is_json_with("measured_on", "table"),
 }
 """Maps an output flag to the check that an existing file was written for it."""
-
-
-def _compare(paths: Sequence[Path], html_path: Path | None, as_markdown: bool) -> int:
-    old, new = (Run.read(path) for path in paths)
-    changes = compare.changes(old, new)
-    if as_markdown:
-        print(compare.markdown(changes), end="")
-    else:
-        compare.print_table(changes)
-    for line in compare.other_differences(old, new):
-        print(f"note: {line}")
-    if html_path:
-        write_page(html_path, list(zip((old, new), paths, strict=True)))
-    return 0
 
 
 def main() -> None:

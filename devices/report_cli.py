@@ -23,7 +23,7 @@ def build_parser() -> flags.Parser:
         description="Put results of efficientllm-bench, from any number of devices, side by side.",
     )
     parser.add_argument("results", nargs="+", metavar="JSON", help="file written by efficientllm-bench --json")
-    parser.add_argument("--html", metavar="FILE", help="write a self-contained page: headline, sortable table, plot")
+    parser.add_argument("--html", metavar="FILE", help="write a self-contained page: headline and sortable table")
     return parser
 
 

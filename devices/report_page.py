@@ -1,4 +1,4 @@
-"""The results page: a headline, a sortable table of all artefacts and devices, and speed against quality."""
+"""The results page: a headline, a sortable table of all artefacts and devices, and each run."""
 
 from __future__ import annotations
 
@@ -200,89 +200,6 @@ def _quality_sentence(entry: Entry) -> str:
     return f" The cost: {' and '.join(losses)}." if losses else ""
 
 
-@dataclass(frozen=True)
-class Point:
-    """A circle of the plot, in its coordinates (WIDTH x HEIGHT)."""
-
-    x: float
-    y: float
-    radius: float
-    title: str
-    series: int
-    """Index of the device."""
-
-
-@dataclass(frozen=True)
-class Tick:
-    """A tick of an axis."""
-
-    at: float
-    text: str
-
-
-@dataclass(frozen=True)
-class Plot:
-    """Decode speed over nats lost. The area of a circle is the size of the file."""
-
-    points: list[Point]
-    x_ticks: list[Tick]
-    y_ticks: list[Tick]
-    devices: list[str]
-    left_out: list[str]
-    """Artefacts without a decode speed or nats lost."""
-
-
-WIDTH, HEIGHT, MARGIN = 640, 360, 48
-LARGEST_RADIUS = 18.0
-TICKS = 5
-"""Approximate number of ticks of an axis."""
-
-
-def _round_steps(high: float) -> list[float]:
-    """Return 0 and round numbers up to at least `high`."""
-    raw = (high or 1.0) / TICKS
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= raw)
-    return [step * index for index in range(math.ceil((high or 1.0) / step) + 1)]
-
-
-def plot(found: Sequence[Entry]) -> Plot | None:
-    """Return the plot, and None if no artefact has both a decode speed and nats lost."""
-    shown: list[tuple[Entry, float]] = []
-    left_out: list[str] = []
-    for entry in found:
-        lost = entry.nats_lost
-        if entry.speed("tg") and lost is not None:
-            shown.append((entry, lost))
-        else:
-            left_out.append(entry.label)
-    if not shown:
-        return None
-    x_steps = _round_steps(max(lost for _, lost in shown))
-    y_steps = _round_steps(max(entry.decode_median for entry, _ in shown))
-    devices = list(dict.fromkeys(entry.device for entry, _ in shown))
-    largest = max(entry.result.file_bytes for entry, _ in shown)
-
-    x_room = WIDTH - 2 * MARGIN - LARGEST_RADIUS  # so that no circle at 0 covers the axis
-    y_room = HEIGHT - 2 * MARGIN
-
-    def x(value: float) -> float:
-        return round(MARGIN + LARGEST_RADIUS + value / x_steps[-1] * x_room, 1)
-
-    def y(value: float) -> float:
-        return round(HEIGHT - MARGIN - value / y_steps[-1] * y_room, 1)
-
-    points = []
-    for entry, lost in shown:
-        size, speed = entry.result.file_bytes, entry.decode_median
-        radius = round(LARGEST_RADIUS * math.sqrt(size / largest), 1)
-        title = f"{entry.label}, {entry.device}: {speed:.1f} tokens/s, {lost:.3f} nats lost, {format_bytes(size)}"
-        points.append(Point(x(lost), y(speed), radius, title, devices.index(entry.device)))
-    x_ticks = [Tick(x(value), f"{value:g}") for value in x_steps]
-    y_ticks = [Tick(y(value), f"{value:g}") for value in y_steps]
-    return Plot(points, x_ticks, y_ticks, devices, left_out)
-
-
 def write_page(path: Path, runs: Sequence[NamedRun]) -> None:
     """Write one self-contained HTML file, without external scripts, fonts or images."""
 
@@ -301,10 +218,6 @@ def write_page(path: Path, runs: Sequence[NamedRun]) -> None:
         "headline": headline(found),
         "columns": [(name, name in TEXT_COLUMNS) for name in columns],
         "rows": rows,
-        "plot": plot(found),
-        "width": WIDTH,
-        "height": HEIGHT,
-        "margin": MARGIN,
         "runs": [(link(json_path), _narrow(run_table.rows(run)), run_table.notes(run)) for run, json_path in runs],
     }
     template = resources.files("efficientllm.devices").joinpath("report_page.html").read_text(encoding="utf-8")

@@ -14,7 +14,7 @@ import pytest
 from made_up import LAPTOP, FakeDevice, speed
 from tiny import tiny_architecture
 
-from efficientllm.devices import board_environment, cli, compare
+from efficientllm.devices import board_environment, cli, run_table
 from efficientllm.devices.bench import GGUF_FILE_TYPES, GGUF_TENSOR_TYPES, bench, cool_down, describe_gguf
 from efficientllm.devices.measure import READ_PASSES, EngineTests
 from efficientllm.devices.profiling.random_models import make_artefacts
@@ -56,8 +56,8 @@ def test_measures_artefacts_and_bare_files(
     (checkpoint / "training.json").write_text(json.dumps(training))
     arguments = [str(checkpoint), "--target", "gguf", "--quantize", "q8_0", "--output", str(output)]
     assert run_command(export_cli.body, arguments) == 0
-    bare, saved, page = output / "model.gguf", tmp_path / "bench.json", tmp_path / "bench.html"
-    assert run_command(cli.body, [str(output), str(bare), *QUICK, "--json", str(saved), "--html", str(page)]) == 0
+    bare, saved = output / "model.gguf", tmp_path / "bench.json"
+    assert run_command(cli.body, [str(output), str(bare), *QUICK, "--json", str(saved)]) == 0
     printed = capsys.readouterr()
     assert "held-out perplexity (64 tokens): source 10.00, after pruning 20.00, final 12.50" in printed.out
     rounds = [line for line in printed.err.splitlines() if line.startswith("round")]
@@ -93,11 +93,6 @@ def test_measures_artefacts_and_bare_files(
     assert results[0]["sha256"] != results[1]["sha256"]
     assert results[1]["manifest"] == {}
     assert Run.read(saved).results[0].speeds["tg8"].n == 4
-    text = page.read_text()
-    for name in (*NAMES, "local: ", "processes differ by pp16 "):
-        assert name in text
-    assert set(re.findall(r'href="([^"]+)"', text)) == {"bench.json"}
-    assert not re.search(r"""(src|href)\s*=\s*["']https?:|@import|url\(["']?http""", text)  # self-contained
     assert run_command(cli.body, [str(output), *QUICK, "--markdown"]) == 0
     assert capsys.readouterr().out.startswith(
         "| artefact | parameters | quant | on disk | pp16 t/s | pp24 t/s | tg4 t/s"
@@ -119,7 +114,7 @@ def test_the_source_tree_is_found_through_links() -> None:
 
 
 def test_names_in_brackets_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
-    compare.print_table(compare.changes(run_of(10, name="model[b]"), run_of(20, name="model[b]")))
+    run_table.print_table(run_of(10, name="model[b]"))
     assert "model[b]" in capsys.readouterr().out
 
 
@@ -183,39 +178,6 @@ def test_an_interrupted_run_goes_on(artefact: Path, tmp_path: Path) -> None:
     assert "before" not in "".join(said[3:])
 
 
-def test_compare_flags_changes_beyond_noise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (same,) = (c for c in compare.changes(run_of(10), run_of(10.5)) if c.figure == "tg4 t/s")
-    assert same.verdict == "within noise"
-    (slower,) = (c for c in compare.changes(run_of(10), run_of(5)) if c.figure == "tg4 t/s")
-    assert (slower.verdict, slower.better) == ("SLOWER OR LARGER", False)
-    (smaller,) = (c for c in compare.changes(run_of(10), run_of(10, size=50)) if c.figure == "file_bytes")
-    assert smaller.verdict == "faster or smaller"
-    before, after = (summarize("m", "", "", 1, {}, [speed(1, cpu_ms_per_token={"tg4": [ms]})]) for ms in (8.0, 4.0))
-    runs = (Run(LAPTOP, BenchOptions(), [result]) for result in (before, after))
-    (lighter,) = (c for c in compare.changes(*runs) if c.figure == "tg4 CPU ms/token")
-    assert lighter.verdict == "faster or smaller"
-    old, new = tmp_path / "old.json", tmp_path / "new.json"
-    run_of(10).write(old)
-    run_of(20, device=dataclasses.replace(LAPTOP, cpu="another CPU")).write(new)
-    page = tmp_path / "both.html"
-    assert run_command(cli.body, ["--compare", str(old), str(new), "--html", str(page)]) == 0
-    printed = capsys.readouterr().out
-    assert re.search(r"model\s+tg4 t/s\s+11\s+21\s+\+90.9 %\s+faster or smaller", printed)
-    assert "note: device cpu differs: a CPU and another CPU" in printed
-    assert ">another CPU</td>" in page.read_text()
-    assert set(re.findall(r'href="([^"]+)"', page.read_text())) == {"old.json", "new.json"}
-    run_of(20).write(new)
-    assert run_command(cli.body, ["--compare", str(old), str(new), "--html", str(page)]) == 0
-    assert "model (run 2) decodes 21 tokens a second on a CPU" in page.read_text()
-    capsys.readouterr()
-    run_of(1, name="other").write(new)
-    assert run_command(cli.body, ["--compare", str(old), str(new)]) == 2
-    assert "the runs have no artefact in common: model; other" in capsys.readouterr().err
-    new.write_text('{"schema_version": 1}')
-    assert run_command(cli.body, ["--compare", str(old), str(new)]) == 2
-    assert "is not a result of efficientllm-bench of schema 3; measure again" in capsys.readouterr().err
-
-
 def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def fails(*command: str) -> str:
         assert run_command(cli.body, list(command)) == 2
@@ -229,8 +191,7 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "'x' is not a comma-separated list of whole numbers" in fails(str(bad), "--prompt-tokens", "x")
     assert "--prompt-tokens 8,0: must be positive" in fails(str(bad), "--prompt-tokens", "8,0")
     assert "give at least one artefact" in fails()
-    assert "its folder does not exist" in fails(str(bad), "--html", str(tmp_path / "no/where.html"))
-    assert "--compare reads two result files" in fails(str(bad), "--compare", "a", "b")
+    assert "its folder does not exist" in fails(str(bad), "--json", str(tmp_path / "no/where.json"))
 
 
 def test_what_is_written_takes_the_place_of_nothing_else(
@@ -242,9 +203,8 @@ def test_what_is_written_takes_the_place_of_nothing_else(
     (tmp_path / "run.json.partial").mkdir()
     for flags, message in (
         (["--json", artefact / "manifest.json"], "which is read; name another file"),
-        (["--json", tmp_path / "same", "--html", tmp_path / "same"], "is also --json; name two files"),
+        (["--json", tmp_path / "same", "--profile", tmp_path / "same"], "is also --json; name two files"),
         (["--json", tmp_path / "mine.json"], "was not written by this command; name another file"),
-        (["--html", tmp_path / "mine.json"], "was not written by this command; name another file"),
         (["--profile", tmp_path / "mine.json"], "was not written by this command; name another file"),
         (["--json", tmp_path / "folder"], "is a folder; name a file"),
         (["--json", tmp_path / "run.json"], "run.json.partial is a folder; name another file"),

@@ -5,19 +5,16 @@ from __future__ import annotations
 import dataclasses
 import html
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from made_up import LAPTOP, FakeDevice, speed
 
-from efficientllm.devices import cli, compare, run_table
+from efficientllm.devices import run_table
 from efficientllm.devices.bench import Journal, bench
-from efficientllm.devices.compare import pairs
 from efficientllm.devices.report_page import write_page
 from efficientllm.devices.results import BenchOptions, DeviceInfo, Result, Run, summarize
-from efficientllm.runtime.base.command import run_command
-from efficientllm.runtime.base.errors import DeviceError, UsageError
+from efficientllm.runtime.base.errors import DeviceError
 from efficientllm.runtime.engines.artefact import Artefact
 
 OPTIONS = BenchOptions(rounds=3)
@@ -31,54 +28,6 @@ def result(
 
 def run_of(*results: Result, device: DeviceInfo = LAPTOP) -> Run:
     return Run(device, OPTIONS, list(results))
-
-
-def matched(old: Sequence[Result], new: Sequence[Result]) -> list[tuple[int, int]]:
-    return pairs(run_of(*old), run_of(*new))
-
-
-def test_a_run_compared_with_itself_has_not_changed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Every export writes a file of the same name."""
-    saved = tmp_path / "run.json"
-    run_of(result("a/model.gguf", "aa", 150), result("b/model.gguf", "bb", 130)).write(saved)
-    assert run_command(cli.body, ["--compare", str(saved), str(saved)]) == 0
-    printed = capsys.readouterr().out
-    assert printed.count("+0.0 %") == printed.count("within noise") == 6
-    assert "SLOWER" not in printed
-    assert "a/model.gguf" in printed
-    assert "b/model.gguf" in printed
-    assert "note" not in printed
-
-
-def test_artefacts_are_matched_by_what_they_hold_then_by_where_they_lie() -> None:
-    a, b = result("a/model.gguf", "aa"), result("b/model.gguf", "bb")
-    assert matched([a, b], [b, a]) == [(1, 0), (0, 1)]
-    moved, rebuilt = result("elsewhere.gguf", "aa"), result("a/model.gguf", "cc")
-    assert matched([a, b], [moved]) == [(0, 0)]
-    assert matched([a, b], [rebuilt]) == [(0, 0)]
-    assert matched([a, b], [rebuilt, moved]) == [(0, 1)]  # a was moved, and another file took its place
-    assert matched([result("x/gguf", "11"), b], [result("y/gguf", "22")]) == [(0, 0)]  # the only one of that name
-    assert matched([a, b], [result("c/model.gguf", "dd")]) == []  # which one it replaces, nobody can say
-    with pytest.raises(UsageError, match=r"no artefact in common: a/model.gguf, b/model.gguf; model.gguf$"):
-        compare.changes(run_of(a, b), run_of(result("c/model.gguf", "dd")))
-    assert matched([result("m", ""), result("n", "")], [result("n", "")]) == [(1, 0)]  # no hash is no identity
-    versions = [result("m", "aa", version="engine 1"), result("m", "aa", version="engine 2")]
-    assert matched(versions, versions[::-1]) == [(1, 0), (0, 1)]
-
-
-def test_compare_says_what_else_differs() -> None:
-    old = run_of(result("a/model.gguf", "aa"), result("gone.gguf", "bb"))
-    phone = dataclasses.replace(LAPTOP, virtual="qemu-user", emulated=True)
-    new = run_of(result("a/model.gguf", "cc", version="engine 2"), result("come.gguf", "dd"), device=phone)
-    assert compare.other_differences(old, new) == [
-        "device virtual differs:  and qemu-user",
-        "model.gguf: engine differs: engine 1 and engine 2",
-        "model.gguf: the files differ: a/model.gguf (SHA-256 aa...) and a/model.gguf (SHA-256 cc...)",
-        "gone.gguf: in the old run only",
-        "the new run is EMULATED, no figure of it is the device's",
-        "come.gguf: in the new run only",
-    ]
-    assert "the old run is EMULATED, no figure of it is the device's" in compare.other_differences(new, new)
 
 
 def test_every_artefact_has_a_label_of_its_own() -> None:

@@ -75,7 +75,6 @@ def test_the_page_is_whole_in_itself_and_links_to_the_json(folder: Path) -> None
     assert all((folder / link).is_file() for link in links)
     assert ">first token ms</button>" not in page  # no run has a value
     assert not re.findall(r"(?:src|href)=\"(?:https?:)?//", page)
-    assert "Not drawn, without a decode speed or nats lost: foreign.gguf." in page
 
 
 def test_energy_quality_and_date_have_their_columns(folder: Path) -> None:
@@ -101,19 +100,6 @@ def test_no_emulator_makes_the_headline(folder: Path) -> None:
     found = report_page.entries([(Run(emulated, BenchOptions(), [quick]), None)])
     assert report_page.headline(found) == "No decode speed of a real device."
     assert found[0].device == "EMULATED Raspberry Pi 5"
-
-
-def test_circles_lie_where_the_axes_say(folder: Path) -> None:
-    page_of(folder)
-    drawn = report_page.plot(report_page.entries([(Run.read(folder / "json" / "laptop.json"), None)]))
-    assert drawn is not None
-    slow, fast = drawn.points
-    assert fast.y < slow.y  # up is faster
-    assert fast.x > slow.x  # right is further from the source
-    assert (fast.radius / slow.radius) ** 2 == pytest.approx(123 / 145, rel=0.02)
-    bottom, top = drawn.y_ticks[0], drawn.y_ticks[-1]
-    scale = (bottom.at - top.at) / (float(top.text) - float(bottom.text))
-    assert bottom.at - fast.y == pytest.approx(165 * scale, abs=0.2)
 
 
 def test_what_is_no_result_is_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
