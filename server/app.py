@@ -22,7 +22,6 @@ from .models.metrics import Metrics
 from .models.pool import ModelPool
 from .ollama import OllamaEndpoints
 from .options import AppOptions
-from .page.html_pages import reference_page
 from .schemas.api_error import APIError
 
 
@@ -63,7 +62,6 @@ def create_app(
     app.include_router(AnthropicEndpoints(endpoints).router)
     app.include_router(LlamaServerEndpoints(endpoints, pool).router)
     _complete_document(app, () if options.keys else pool.artefacts)  # the document needs no key
-    app.get("/docs", include_in_schema=False)(lambda: reference_page(app.openapi()))
     return app
 
 

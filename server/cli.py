@@ -98,7 +98,7 @@ def body(argv: Sequence[str]) -> int:
         limits = (options.waiting, options.timeout, options.max_memory, options.prompt_cache, options.idle_unload)
         pool = ModelPool(artefacts, engine_options, *limits, options.pin)
         names = ", ".join(artefacts)
-        print(f"{names} at http://{options.host}:{options.port}/v1 (chat: /, documentation: /docs)", flush=True)
+        print(f"{names} at http://{options.host}:{options.port}/v1 (chat: /, API: /openapi.json)", flush=True)
         app = create_app(pool, app_options, is_local, sampling)
         protocol = limited_protocol(options.max_connections, app_options.body_timeout)
         settings = {"http": protocol, "log_level": "warning", "timeout_keep_alive": KEEP_ALIVE_SECONDS}

@@ -24,7 +24,7 @@ from .body import BodyRoute
 from .models.metrics import AnswerClock, Metrics
 from .models.pool import ModelPool
 from .options import AppOptions
-from .page.html_pages import page_file
+from .page.chat_page import page_file
 from .schemas.api_error import APIError
 from .schemas.completions import (
     ChatRequest,

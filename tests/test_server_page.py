@@ -252,12 +252,6 @@ def test_the_second_model_can_be_picked(page: Any) -> None:
     assert loaded == ["tiny", "twin"]
 
 
-def test_the_reference_needs_nothing_from_elsewhere(page: Any) -> None:
-    page.goto(page.url + "docs")
-    expect(page.locator("h2 >> text=POST /v1/chat/completions")).to_be_visible()
-    assert page.locator("text=parallel_tool_calls").count() >= 1
-
-
 CONTRASTS = """() => {
   const channel = (value) => (value /= 255) <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4;
   const parse = (color) => color.match(/[\\d.]+/g).map(Number);

@@ -18,7 +18,7 @@ Receive = Callable[[], Awaitable[dict[str, Any]]]
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1", "[::1]")
 """Host names of this machine, as flags and browsers write them."""
 
-OPEN_PATHS = re.compile(r"/|/page/[^/]*|/health|/docs|/openapi\.json")
+OPEN_PATHS = re.compile(r"/|/page/[^/]*|/health|/openapi\.json")
 """Paths that need no key. Without it their answers name no model."""
 
 DRAIN_SECONDS = 5.0

@@ -1,1 +1,1 @@
-"""Pages for browsers: the chat page and the reference of the API."""
+"""The chat page."""
