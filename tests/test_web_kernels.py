@@ -13,6 +13,7 @@ import pytest
 from efficientllm.export.web import kernels
 from efficientllm.export.web import kernels as wasm
 from efficientllm.runtime.base.errors import ArtefactError
+from research import web_kernels
 
 RESULT, X, Y, TABLE = 800, 1000, 5000, 1 << 17
 """Addresses in the memory of the test."""
@@ -73,7 +74,7 @@ def test_dot_products_are_those_of_the_blocks(
         (TABLE, np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32).tobytes()),
     ):
         memory[at : at + len(content)] = content
-    body = kernels.LOCALS + kernels.assemble(kernels.KERNELS[f"ggml_vec_dot_{name}_q8_0"](TABLE), is_64=False)
+    body = wasm.leb(TABLE).join(kernels.kernel_bodies(is_64=False)[f"ggml_vec_dot_{name}_q8_0"])
     (tmp_path / "m.wasm").write_bytes(module_of(body))
     (tmp_path / "memory").write_bytes(memory)
     arguments = json.dumps([str(tmp_path / "m.wasm"), str(tmp_path / "memory"), 32 * blocks, RESULT, X, Y])
@@ -81,6 +82,11 @@ def test_dot_products_are_those_of_the_blocks(
     assert done.returncode == 0, done.stderr
     products = scales[0].astype(np.float64) * scales[1] * (x * y).sum(1)
     assert float(done.stdout) == pytest.approx(products.sum(), rel=1e-5, abs=1e-6)
+
+
+def test_the_shipped_bodies_are_those_of_the_source() -> None:
+    shipped = Path(kernels.__file__).with_name("kernels.txt").read_text(encoding="ascii")
+    assert shipped.splitlines() == web_kernels.kernel_lines()
 
 
 def test_a_module_is_the_same_when_nothing_is_put_in() -> None:

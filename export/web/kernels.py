@@ -1,17 +1,15 @@
 """SIMD dot products for wllama's build of llama.cpp, which has only the portable ones.
 
 Emscripten calls its processor x86, so ggml's CMake file compiles arch/x86 and skips arch/wasm. q8_0 and q4_0 then use
-generic loops (90 % of the time, measured with perf). This module has the two functions in fixed-width SIMD, which every
-browser with wllama supports. Blocks have 32 weights: q8_0 2 bytes of fp16 scale and 32 int8; q4_0 the scale and 16
-bytes, low nibbles first. Parameters: 0 n, 1 s (result), 3 x, 5 y.
-
-The assembler covers the part of the WebAssembly binary format that replaces a function's body. Sections, LEB128 numbers
-and opcodes follow https://webassembly.github.io/spec/core/binary/.
+generic loops (90 % of the time, measured with perf). kernels.txt has the two functions in fixed-width SIMD, which every
+browser with wllama supports. research/web_kernels.py has their source and assembles them. This module replaces the
+bodies of functions in the WebAssembly binary format (https://webassembly.github.io/spec/core/binary/).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib import resources
 
 from ...runtime.base.errors import ArtefactError
 
@@ -26,15 +24,6 @@ def leb(value: int) -> bytes:
         out.append(value & 0x7F | 0x80)
         value >>= 7
     return bytes((*out, value))
-
-
-def signed_leb(value: int) -> bytes:
-    """Encode a signed LEB128 number, as in constants."""
-    out = bytearray()
-    while not -64 <= value < 64:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    return bytes((*out, value & 0x7F))
 
 
 class Reader:
@@ -139,125 +128,29 @@ def with_bodies(sections: list[Section], bodies: list[bytes]) -> list[Section]:
     return [Section(CODE, code) if each.id == CODE else each for each in sections]
 
 
-SIMPLE = {
-    "loop": "03 40",
-    "if": "04 40",
-    "end": "0b",
-    "i32.ge_s": "4e",
-    "i32.sub": "6b",
-    "f32.add": "92",
-    "f32.mul": "94",
-    "f32x4.splat": "fd 13",
-    "v128.and": "fd 4e",
-    "i8x16.shr_u": "fd 6d",
-    "i8x16.sub": "fd 71",
-    "i8x16.splat": "fd 0f",
-    "i16x8.extend_low_i8x16_s": "fd 87 01",
-    "i16x8.extend_high_i8x16_s": "fd 88 01",
-    "i32x4.add": "fd ae 01",
-    "i32x4.dot_i16x8_s": "fd ba 01",
-    "f32x4.add": "fd e4 01",
-    "f32x4.mul": "fd e6 01",
-    "f32x4.convert_i32x4_s": "fd fa 01",
-}
-"""Instructions without operands."""
-
-WITH_NUMBER = {"local.get": "20", "local.set": "21", "local.tee": "22", "br_if": "0d", "f32x4.extract_lane": "fd 1f"}
-MEMORY = {"f32.load": ("2a", 2), "f32.store": ("38", 2), "v128.load": ("fd 00", 0), "v128.load8x8_s": ("fd 01", 0)}
-"""Instruction -> opcode and alignment (log2) of the access; the operand is the offset."""
-
-POINTER = {
-    "ptr.add": ("6a", "7c"),
-    "ptr.shl": ("74", "86"),
-    "ptr.const": ("41", "42"),
-    "ptr.load16_u": ("2f 01 00", "33 01 00"),
-}
-"""Instructions on addresses, of 32 and of 64 bits."""
-
-X, Y, SUM, LOW, HIGH = 3, 5, 8, 9, 10
-"""Local variables: two parameters, three vectors."""
-
-LOCALS = bytes((1, 3, 0x7B))
-"""One group of three v128."""
+TABLE_LOAD = bytes.fromhex("2a02")
+"""f32.load of aligned values, before its offset: how a function reads ggml's fp16 table."""
 
 
-def _scale(of: int, table: int) -> str:
-    """Return code that converts the fp16 scale of a block to f32 through ggml's table of 65,536 values."""
-    return f"local.get {of}; ptr.load16_u; ptr.const 2; ptr.shl; f32.load {table}"
-
-
-def _dot_q8_0(table: int) -> str:
-    products = [
-        f"local.get {X}; v128.load8x8_s {at}; local.get {Y}; v128.load8x8_s {at}; i32x4.dot_i16x8_s"
-        for at in (2, 10, 18, 26)
-    ]
-    return _loop(_sum_of(products), 34, table)
-
-
-def _dot_q4_0(table: int) -> str:
-    eight = "i32.const 8; i8x16.splat; i8x16.sub"
-    unpack = (
-        f"local.get {X}; v128.load 2; local.tee {HIGH}; i32.const 15; i8x16.splat; v128.and; {eight}; local.set {LOW}; "
-        f"local.get {HIGH}; i32.const 4; i8x16.shr_u; {eight}; local.set {HIGH}; "
+def kernel_bodies(is_64: bool) -> dict[str, list[bytes]]:
+    """Return {function: parts of its body, between which the offset of ggml's fp16 table belongs}."""
+    lines = (
+        resources.files(__name__.rpartition(".")[0]).joinpath("kernels.txt").read_text(encoding="ascii").splitlines()
     )
-    quarters = ((LOW, "low", 2), (LOW, "high", 10), (HIGH, "low", 18), (HIGH, "high", 26))
-    products = [
-        f"local.get {half}; i16x8.extend_{part}_i8x16_s; local.get {Y}; v128.load8x8_s {at}; i32x4.dot_i16x8_s"
-        for half, part, at in quarters
-    ]
-    return _loop(unpack + _sum_of(products), 18, table)
-
-
-def _sum_of(products: list[str]) -> str:
-    first, *others = products
-    return "; ".join([first, *(f"{product}; i32x4.add" for product in others)])
-
-
-def _loop(integers: str, x_bytes: int, table: int) -> str:
-    """Return the loop over blocks: SUM += float(integers) * scale of x * scale of y, and the store of the lane sum."""
-    first, *others = [f"local.get {SUM}; f32x4.extract_lane {lane}" for lane in range(4)]
-    lanes = "; ".join([first, *(f"{lane}; f32.add" for lane in others)])
-    return (
-        "local.get 0; i32.const 32; i32.ge_s; if; loop; "
-        f"{integers}; f32x4.convert_i32x4_s; {_scale(X, table)}; {_scale(Y, table)}; f32.mul; f32x4.splat; f32x4.mul; "
-        f"local.get {SUM}; f32x4.add; local.set {SUM}; "
-        f"local.get {X}; ptr.const {x_bytes}; ptr.add; local.set {X}; "
-        f"local.get {Y}; ptr.const 34; ptr.add; local.set {Y}; "
-        "local.get 0; i32.const 32; i32.sub; local.tee 0; i32.const 32; i32.ge_s; br_if 0; end; end; "
-        f"local.get 1; {lanes}; f32.store 0; end"
-    )
-
-
-KERNELS = {"ggml_vec_dot_q8_0_q8_0": _dot_q8_0, "ggml_vec_dot_q4_0_q8_0": _dot_q4_0}
-
-
-def assemble(text: str, is_64: bool) -> bytes:
-    """Assemble instructions, separated by semicolons. `is_64` selects 64-bit addresses."""
-    code = bytearray()
-    for line in filter(None, (part.strip() for part in text.split(";"))):
-        name, _, operand = line.partition(" ")
-        if name in SIMPLE:
-            code += bytes.fromhex(SIMPLE[name])
-        elif name in WITH_NUMBER:
-            code += bytes.fromhex(WITH_NUMBER[name]) + leb(int(operand))
-        elif name in MEMORY:
-            opcode, alignment = MEMORY[name]
-            code += bytes.fromhex(opcode) + leb(alignment) + leb(int(operand))
-        elif name == "i32.const":
-            code += b"\x41" + signed_leb(int(operand))
-        else:
-            code += bytes.fromhex(POINTER[name][is_64]) + (signed_leb(int(operand)) if operand else b"")
-    return bytes(code)
+    found = {}
+    for name, bits, *parts in map(str.split, lines):
+        if bits == ("64" if is_64 else "32"):
+            found[name] = [bytes.fromhex(part) for part in parts]
+    return found
 
 
 def _table_offset(body: bytes) -> int:
     """Return the address of ggml's fp16 table from the function to be replaced."""
-    # f32.load (2a) of aligned values (02), before its offset: how the function reads the table
-    marker, found = bytes.fromhex("2a02"), set()
-    at = body.find(marker)
+    found = set()
+    at = body.find(TABLE_LOAD)
     while at >= 0:
-        found.add(Reader(body, at + len(marker)).number())
-        at = body.find(marker, at + 1)
+        found.add(Reader(body, at + len(TABLE_LOAD)).number())
+        at = body.find(TABLE_LOAD, at + 1)
     addresses = {offset for offset in found if offset > 1 << 16}
     if len(addresses) != 1:
         raise ArtefactError(f"wllama: its fp16 table is not where it was expected ({sorted(found)})")
@@ -268,7 +161,7 @@ def with_simd_kernels(module: bytes, is_64: bool) -> bytes:
     """Return wllama's module with the two dot products in SIMD. Raises ArtefactError for an unexpected build."""
     sections = read_sections(module)
     bodies, first = function_bodies(sections), imported_functions(sections)
-    for name, kernel in KERNELS.items():
+    for name, parts in kernel_bodies(is_64).items():
         index = function_index(sections, name) - first
-        bodies[index] = LOCALS + assemble(kernel(_table_offset(bodies[index])), is_64)
+        bodies[index] = leb(_table_offset(bodies[index])).join(parts)
     return write_sections(with_bodies(sections, bodies))
