@@ -214,25 +214,12 @@ def test_engine_keeps_to_its_context(exported: Callable[..., Path], artefact: Pa
         load_engine(program, EngineOptions(context=256))
 
 
-@pytest.mark.parametrize("recipe", ["vulkan", "coreml"])
-def test_other_backends_take_irregular_models_whole(
-    recipe: str, save_tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    if recipe == "coreml":
-        pytest.importorskip("coremltools", reason="coremltools is not installed")
-    checkpoint = save_tiny(tiny_architecture(layers=UNEQUAL[:2]))
-    assert export(checkpoint, tmp_path / "pte", "--recipe", recipe, "--quantize", "f32") == 0
-    out = capsys.readouterr().out
-    assert f"{recipe}: 1 delegated parts" in out
-    assert f"not verified: programs of recipe {recipe} run only on its devices" in out
-
-
 def test_bad_input(save_tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     odd_head = tiny_architecture(layers=(LayerShape(3, 1, 96),), head_dim=16)
     checkpoint = save_tiny(odd_head)
     for flags, message in {
         ("--quantize", "q8_0"): "--quantize q8_0: unknown for executorch; known: f32, f16, 8da4w, int8",
-        ("--recipe", "tpu"): "--recipe tpu: unknown; known: xnnpack, portable, vulkan, coreml, openvino",
+        ("--recipe", "tpu"): "--recipe tpu: unknown; known: xnnpack, portable",
         ("--recipe", "portable", "--quantize", "8da4w"): "--recipe portable takes --quantize f32, not 8da4w",
         ("--recipe", "qnn"): "--recipe qnn: unknown",
         ("--group-size", "48"): "--group-size 48: XNNPACK takes 32, 64, 128",

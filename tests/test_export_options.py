@@ -33,7 +33,7 @@ from efficientllm.runtime.base.flags import field_docs, merge
 from efficientllm.runtime.engines.manifest import Manifest
 
 FOREIGN = [
-    ("onnx", ["--recipe", "vulkan"], "--recipe: --target onnx does not read it, executorch does (see "),
+    ("onnx", ["--recipe", "portable"], "--recipe: --target onnx does not read it, executorch does (see "),
     (
         "onnx",
         ["--output-type=int8"],

@@ -20,7 +20,7 @@ class ExecutorchOptions(PaddingOptions):
     """--target executorch."""
 
     quantize: str = flags.type_name()
-    """Weight type: f32, f16, 8da4w, int8; default: the recipe's, 8da4w for xnnpack and vulkan, f32 for the others."""
+    """Weight type: f32, f16, 8da4w, int8; default: the recipe's, 8da4w for xnnpack, f32 for portable."""
     output_type: str = flags.type_name()
     """Type of the LM head: int8, int4."""
     embedding_type: str = flags.type_name()
@@ -28,7 +28,7 @@ class ExecutorchOptions(PaddingOptions):
     group_size: int = 32
     """Weights per scale of 8da4w: 32, 64 or 128."""
     recipe: str = flags.type_name("xnnpack")
-    """Backend, one of xnnpack, portable, vulkan, coreml, openvino."""
+    """Backend, xnnpack or portable."""
     custom_ops: bool = True
     """Use ExecuTorch's LLM operators; turn off for runtimes without them (decoding is several times slower)."""
     max_context: int = flags.count(2048, at_least=2)

@@ -18,7 +18,6 @@ from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_
 from executorch.exir.passes import MemoryPlanningPass
 from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
 
-from ...runtime.base.errors import UsageError, first_line
 from ...runtime.engines.engine import EngineOptions
 from ...runtime.engines.executorch import ExecuTorchEngine
 from ...runtime.engines.scheduler import EngineScheduler
@@ -51,16 +50,13 @@ class LoweredProgram:
 
 
 def lower(model: StaticDecoder, partitioners: list[Any], constants: dict[str, Any]) -> LoweredProgram:
-    """Export `model` for a dynamic number of tokens (or one token), lower it and serialise it."""
+    """Export `model` for a dynamic number of tokens, lower it and serialise it."""
     with torch.no_grad():
         with _stage("tracing"):
             # torch.export makes an axis of length 1 a constant
-            length = 1 if model.static_length else 3
-            tokens = torch.zeros(1, length, dtype=torch.int64)
+            tokens = torch.zeros(1, 3, dtype=torch.int64)
             inputs = {"tokens": tokens, "input_pos": torch.zeros(1, dtype=torch.int64)}
-            dynamic = None
-            if not model.static_length:
-                dynamic = {"tokens": {1: torch.export.Dim("tokens", min=1, max=model.context - 1)}, "input_pos": None}
+            dynamic = {"tokens": {1: torch.export.Dim("tokens", min=1, max=model.context - 1)}, "input_pos": None}
             exported = torch.export.export(model, (), kwargs=inputs, dynamic_shapes=dynamic, strict=False)
         with _stage("partitioning and lowering"):
             edge = to_edge_transform_and_lower(
@@ -109,13 +105,10 @@ def write_program(checkpoint: Checkpoint, request: ExportRequest[ExecutorchOptio
     plan = _plan(checkpoint, request.options)
     for note in padding_notes(checkpoint.architecture, plan.architecture):
         request.say(note)
-    verifies = request.options.verify and plan.recipe.runs_here
     program, stored = _build(checkpoint, request, plan)
     (folder / MODEL_FILE).write_bytes(program)
     files = [MODEL_FILE, *copy_tokenizer(checkpoint, folder)]  # our engine reads the tokenizer's, too
-    verification = _verify(checkpoint, request, folder, plan, stored) if verifies else {}
-    if request.options.verify and not verifies:
-        request.say(f"not verified: programs of recipe {plan.recipe.name} run only on its devices")
+    verification = _verify(checkpoint, request, folder, plan, stored) if request.options.verify else {}
     return Contents(
         engine="executorch",
         files=files,
@@ -127,7 +120,7 @@ def write_program(checkpoint: Checkpoint, request: ExportRequest[ExecutorchOptio
 
 
 def _plan(checkpoint: Checkpoint, options: ExecutorchOptions) -> ProgramPlan:
-    """Return the plan. Raises UsageError if a package of the recipe is missing."""
+    """Return the plan."""
     recipe = find_recipe(options.recipe)
     weights = weight_format(options)
     original = checkpoint.architecture
@@ -138,7 +131,7 @@ def _plan(checkpoint: Checkpoint, options: ExecutorchOptions) -> ProgramPlan:
         quantize=options.weight_type,
         weights=weights,
         context=min(options.max_context, checkpoint.context_length),
-        custom_ops=options.custom_ops and recipe.custom_ops,
+        custom_ops=options.custom_ops,
         architecture=pad_rows(original, ALIGNMENT) if needs_padding else original,
     )
 
@@ -153,21 +146,13 @@ def _build(
             plan.architecture,
             plan.context,
             custom_ops=plan.custom_ops,
-            static_length=plan.recipe.static_length,
             dtype=plan.weights.dtype,
         )
         grams = _grams(checkpoint, request.options.calibrate) if plan.weights.linear == "int4" else None
         for note in quantize_decoder(model, plan.weights, request.options, grams):
             request.say(note)
         stored = given_weights(model, plan.weights)
-    try:
-        lowered = lower(model, plan.partitioners, _constant_methods(checkpoint, plan))
-    except Exception as error:  # a backend's compiler raises what it likes
-        if plan.recipe.runs_here:
-            raise
-        raise UsageError(
-            f"--recipe {plan.recipe.name} cannot lower this model: {first_line(error)} (--debug shows more)"
-        ) from error
+    lowered = lower(model, plan.partitioners, _constant_methods(checkpoint, plan))
     request.say(f"{plan.recipe.name}: {lowered.describe()}")
     return lowered.buffer, stored
 
@@ -184,7 +169,7 @@ def _constant_methods(checkpoint: Checkpoint, plan: ProgramPlan) -> dict[str, An
     """Return the constant methods that ExecuTorch's TextLLMRunner reads."""
     bos = checkpoint.bos_id
     return {
-        "get_max_seq_len": 1 if plan.recipe.static_length else plan.context,
+        "get_max_seq_len": plan.context,
         "get_max_context_len": plan.context,
         "get_vocab_size": checkpoint.architecture.vocab_size,
         "get_n_layers": len(checkpoint.architecture.layers),
@@ -192,7 +177,7 @@ def _constant_methods(checkpoint: Checkpoint, plan: ProgramPlan) -> dict[str, An
         "get_eos_ids": checkpoint.end_of_generation_ids or [0],
         "use_kv_cache": True,
         "use_sdpa_with_kv_cache": plan.custom_ops,
-        "enable_dynamic_shape": not plan.recipe.static_length,
+        "enable_dynamic_shape": True,
     }
 
 

@@ -116,16 +116,14 @@ class StaticDecoder(Decoder):
         context: int,
         *,
         custom_ops: bool = True,
-        static_length: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         """Build the decoder with C = `context` slots in every cache.
 
-        `custom_ops` needs ExecuTorch's operators. `static_length` exports one token per call, for delegates without
-        dynamic shapes.
+        `custom_ops` needs ExecuTorch's operators.
         """
         super().__init__(checkpoint, architecture, dtype)
-        self.context, self.static_length = context, static_length
+        self.context = context
         cache_class = FusedCache if custom_ops else PlainCache
         for module in self.modules():
             if isinstance(module, StaticAttention):
@@ -142,17 +140,13 @@ class StaticDecoder(Decoder):
 
     def forward(self, tokens: Tensor, input_pos: Tensor) -> Tensor:
         length = tokens.shape[1]
-        if self.static_length:
-            rotary = self.stored_rotary(lambda table: table.index_select(0, input_pos))
-            position = Position(rotary, 0, input_pos)
-        else:
-            start: Any = input_pos[0].item()  # a SymInt while the program is traced
-            # torch.export needs these bounds to accept the cut below, whose start is a number of the input
-            torch._check_is_size(start)
-            torch._check(start < self.context)
-            torch._check(start + length <= self.context)
-            rotary = self.stored_rotary(lambda table: table.narrow(0, start, length))
-            position = Position(rotary, start, input_pos)
+        start: Any = input_pos[0].item()  # a SymInt while the program is traced
+        # torch.export needs these bounds to accept the cut below, whose start is a number of the input
+        torch._check_is_size(start)
+        torch._check(start < self.context)
+        torch._check(start + length <= self.context)
+        rotary = self.stored_rotary(lambda table: table.narrow(0, start, length))
+        position = Position(rotary, start, input_pos)
         x = self.embed(tokens)
         for layer in self.layers:
             x = layer(x, position)
