@@ -26,7 +26,7 @@ from efficientllm.train.pruning.measures import bytes_of_file
 from efficientllm.train.pruning.selection import SelectionRules, select_removal
 
 NUMBERS = {0: "f32", 1: "f16", 2: "q4_0", 3: "q4_1", 6: "q5_0", 7: "q5_1", 8: "q8_0", 10: "q2_k", 11: "q3_k"} | {
-    **{12: "q4_k", 13: "q5_k", 14: "q6_k", 20: "iq4_nl", 30: "bf16", 42: "q2_0"}
+    **{12: "q4_k", 13: "q5_k", 14: "q6_k", 20: "iq4_nl", 30: "bf16"}
 }
 LAYERS = (*(LayerShape(4, 2, 256),) * 8, LayerShape(2, 2, 96), LayerShape(4, 1, 512))
 """Rows of 256, where K types hold, and of 128 and 96, where they do not."""
@@ -47,14 +47,14 @@ def wide(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenize
 
 
 @pytest.mark.parametrize(
-    ("name", "head"), [*((name, "") for name in sorted(BODY) if name not in PLAIN), ("q4_0", "q4_0"), ("q2_0", "q4_0")]
+    ("name", "head"), [*((name, "") for name in sorted(BODY) if name not in PLAIN), ("q4_0", "q4_0")]
 )
 def test_types_and_bytes_are_those_of_the_file(name: str, head: str, wide: Checkpoint, tmp_path: Path) -> None:
     check_types_and_bytes(name, head, wide, tmp_path)
 
 
 @pytest.mark.parametrize("head_dim", [32, 24])
-@pytest.mark.parametrize("name", ["f16", "q8_0", "q4_0", "q4_k_m", "q2_0"])
+@pytest.mark.parametrize("name", ["f16", "q8_0", "q4_0", "q4_k_m"])
 def test_types_and_bytes_of_short_rows_are_those_of_the_file(
     name: str, head_dim: int, save_tiny: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -19,7 +19,6 @@ from shared import made_once
 from tiny import tiny_architecture, tiny_model
 from training import command, expect_same_run, run, run_until, weights, without
 
-from efficientllm.export.gguf import q2_0
 from efficientllm.export.group_quantization import quantize_groups, round_to_bfloat16
 from efficientllm.runtime.base.gguf_header import read_header
 from efficientllm.runtime.engines.manifest import Manifest
@@ -40,7 +39,7 @@ def of_llama_cpp(weight: torch.Tensor, kind: str) -> torch.Tensor:
     """What llama.cpp's own code makes of a matrix: quantised and read back."""
     (library,) = (Path(llama_cpp.__file__).parent / "lib").glob("libggml-base.so")
     base = ctypes.CDLL(str(library))
-    number, block, size = {"q4_0": (2, 32, 18), "q8_0": (8, 32, 34), "q2_0": (42, 64, 18)}[kind]
+    number, block, size = {"q4_0": (2, 32, 18), "q8_0": (8, 32, 34)}[kind]
     array = np.ascontiguousarray(weight.numpy())
     data = np.empty(array.size // block * size, np.uint8)
     floats = ctypes.POINTER(ctypes.c_float)
@@ -67,26 +66,6 @@ def test_a_grid_is_that_of_llama_cpp_to_the_bit(kind: str) -> None:
     again = gguf.quants.dequantize(by_gguf, gguf.GGMLQuantizationType[kind.upper()])
     assert np.abs(rounded.numpy() - again).max() < 1e-4  # its own rounding of ties
     assert torch.equal(of_llama_cpp(rounded, kind), rounded)  # the exporter's quantiser keeps it
-
-
-def test_q2_0_is_written_as_llama_cpp_reads_it_and_found_again() -> None:
-    rounded = GRIDS["q2_0"].round(WEIGHT)
-    data = q2_0.encode(rounded.numpy())
-    assert np.array_equal(q2_0.decode(data), rounded.numpy())
-    assert torch.equal(read_by_llama_cpp(data, "q2_0", WEIGHT.shape), rounded)
-
-
-def test_q2_0_scales_lose_a_quarter_of_what_the_largest_weight_as_scale_loses() -> None:
-    ours, theirs = torch.from_numpy(q2_0.decode(q2_0.encode(WEIGHT.numpy()))), of_llama_cpp(WEIGHT, "q2_0")
-    error = [(WEIGHT - each).square().sum() for each in (ours, GRIDS["q2_0"].round(WEIGHT), theirs)]
-    assert error[0] < error[1] < 0.3 * error[2]
-
-
-def test_importance_moves_q2_0s_error_to_where_it_matters_less() -> None:
-    importance = np.ones(192, np.float32)
-    importance[::4] = 100
-    plain, weighed = (q2_0.decode(q2_0.encode(WEIGHT.numpy(), each)) - WEIGHT.numpy() for each in (None, importance))
-    assert np.square(weighed[:, ::4]).sum() < np.square(plain[:, ::4]).sum()
 
 
 @pytest.mark.parametrize(
@@ -285,26 +264,6 @@ def test_a_checkpoint_that_was_changed_after_training_is_refused(
     save_file(tensors, changed / "model.safetensors", metadata={"format": "pt"})
     assert export(changed, "gguf", tmp_path / "out") == 2
     assert "blk.0.ffn_up.weight is not on that grid" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("head", ["same", "q8_0"])
-def test_q2_0_with_widths_of_no_whole_blocks(head: str, source_folder: Path, corpus: Path, tmp_path: Path) -> None:
-    arguments = command(source_folder, corpus, tmp_path / "run", "--qat", "q2_0", "--qat-head", head)
-    assert run([*without(arguments, "--tokens"), "--tokens", "1280"]) == 0
-    assert export(tmp_path / "run", "gguf", tmp_path / "out") == 0
-    manifest = Manifest.read(tmp_path / "out")
-    assert any("to the bit" in note for note in manifest.notes)
-    assert manifest.verification["quantized"]["mean_kl"] < 1e-2
-    kinds = {tensor.name: tensor.kind for tensor in read_header(tmp_path / "out" / "model.gguf").tensors}
-    assert kinds["token_embd.weight"] == (q2_0.TENSOR_TYPE if head == "same" else 8)
-
-
-def test_q2_0_of_any_checkpoint_is_better_than_llama_cpps_own(exported: Any, tmp_path: Path) -> None:
-    folder = exported("gguf", "--quantize", "q2_0", "--output-type", "q8_0")
-    verification = Manifest.read(folder).verification
-    assert verification["quantized"]["mean_kl"] < 4
-    assert Manifest.read(folder).bits_per_weight > 2.25
 
 
 def test_errors_are_one_line(source_folder: Path, corpus: Path, tmp_path: Path, capsys: Any) -> None:

@@ -44,7 +44,7 @@ from .layout import GgufPlan, plan_layout
 from .modelfile import MAX_CONTEXT, modelfile
 from .probe import RUNS, Run, probe
 from .quantize import FILE_TYPES, describe_fallbacks, quantize_gguf, tensor_type
-from .tensor_data import block_of, check_kept, check_rows, fill_q2_0, read_weights, tensor_bytes
+from .tensor_data import block_of, check_kept, check_rows, read_weights, tensor_bytes
 from .writer import gguf_name, write_gguf
 
 MODEL_FILE = "model.gguf"
@@ -60,7 +60,7 @@ class GgufOptions(PaddingOptions):
 
     quantize: str = flags.type_name()
     """Weight type: f32, f16, bf16, q8_0, q6_k, q5_k_m, q5_k_s, q5_1, q5_0, q4_k_m, q4_k_s, q4_1, q4_0, iq4_nl, iq4_xs,
-    q3_k_m, q2_k, q2_0; default: the trained type (--qat), else q8_0."""
+    q3_k_m, q2_k; default: the trained type (--qat), else q8_0."""
     output_type: str = flags.type_name()
     """Type of the LM head, a value of --quantize."""
     embedding_type: str = flags.type_name()
@@ -108,8 +108,6 @@ def write_model(checkpoint: Checkpoint, request: ExportRequest[GgufOptions], fol
         calibrates = options.calibrate and not types.are_trained
         importance = _importance(checkpoint, request, plan, folder) if calibrates else None
         fallbacks = quantize_gguf(exact, target, name, types.output, types.embedding, importance)
-        weights_of_columns = dict(np.load(importance)) if importance is not None else {}
-        fill_q2_0(exact, target, weights_of_columns)
         if importance is not None:
             importance.unlink()
         for sentence in describe_fallbacks(fallbacks, options.pad == "auto"):

@@ -15,19 +15,12 @@ from ...runtime.base.child import run_python
 from ...runtime.base.errors import ArtefactError
 from ...runtime.base.extras import extra
 from ...runtime.base.quantities import unknown_name
-from . import q2_0
 
 FILE_TYPES = (
     *("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_1", "q5_0", "q4_k_m", "q4_k_s", "q4_1", "q4_0"),
-    *("iq4_nl", "iq4_xs", "q3_k_m", "q2_k", "q2_0"),
+    *("iq4_nl", "iq4_xs", "q3_k_m", "q2_k"),
 )
 """`--quantize` values of `--target gguf`."""
-
-NEWER_FILE_TYPES = {"q2_0": 41}
-"""llama_ftype of types that the gguf package (0.19) does not have and llama-cpp-python 0.3.36 has."""
-
-NEWER_TENSOR_TYPES = {"q2_0": q2_0.TENSOR_TYPE}
-"""The same for ggml_type."""
 
 
 def file_type(name: str) -> int:
@@ -36,8 +29,6 @@ def file_type(name: str) -> int:
         import gguf
     if name not in FILE_TYPES:
         raise unknown_name("--quantize", name, FILE_TYPES, of=" for gguf")
-    if name in NEWER_FILE_TYPES:
-        return NEWER_FILE_TYPES[name]
     return int(gguf.LlamaFileType["ALL_F32" if name == "f32" else f"MOSTLY_{name.upper()}"])
 
 
@@ -47,12 +38,10 @@ def tensor_type(flag: str, name: str) -> int | None:
 
     if not name:
         return None
-    if name.lower() in NEWER_TENSOR_TYPES:
-        return NEWER_TENSOR_TYPES[name.lower()]
     try:
         return int(gguf.GGMLQuantizationType[name.upper()])
     except KeyError as error:
-        known = [*(item.name.lower() for item in gguf.GGMLQuantizationType), *NEWER_TENSOR_TYPES]
+        known = [item.name.lower() for item in gguf.GGMLQuantizationType]
         raise unknown_name(flag, name, known, of=" tensor type") from error
 
 

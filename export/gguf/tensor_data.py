@@ -1,11 +1,11 @@
-"""Read the tensors of a written GGUF as numbers, check them, and write blocks that llama.cpp's quantiser cannot make.
+"""Read the tensors of a written GGUF as numbers, and check them.
 
 Imports no torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,6 @@ from ...train.model.rotary import unpermute_rope
 from ...train.model.tensors import split_name, tensor_names, tensor_shape
 from ..checkpoint import Checkpoint
 from ..verification import StoredWeights
-from . import q2_0
 from .layout import GgufPlan
 from .writer import QKV, gguf_name, query_gain
 
@@ -36,11 +35,9 @@ def num_bytes(tensor: TensorInfo) -> int:
 
 
 def block_of(kind: int) -> tuple[int, int]:
-    """Return (weights, bytes) of a block. The gguf package (0.19) does not have Q2_0."""
+    """Return (weights, bytes) of a block."""
     import gguf
 
-    if kind == q2_0.TENSOR_TYPE:
-        return q2_0.BLOCK, q2_0.BLOCK_BYTES
     return gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
 
 
@@ -59,20 +56,7 @@ def values(path: Path, tensor: TensorInfo) -> np.ndarray:
     import gguf
 
     data = _raw(path, tensor)
-    if tensor.kind == q2_0.TENSOR_TYPE:
-        return q2_0.decode(data)
     return gguf.quants.dequantize(data, gguf.GGMLQuantizationType(tensor.kind)).reshape(_rows(tensor), -1)
-
-
-def fill_q2_0(exact: Path, target: Path, importance: Mapping[str, np.ndarray]) -> None:
-    """Rewrite the Q2_0 tensors of `target` from the fp32 ones in `exact`, with the scales of q2_0.encode."""
-    originals = {tensor.name: tensor for tensor in read_header(exact).tensors}
-    with target.open("r+b") as stream:
-        for tensor in read_header(target).tensors:
-            if tensor.kind == q2_0.TENSOR_TYPE:
-                weight = values(exact, originals[tensor.name])
-                stream.seek(tensor.offset)
-                stream.write(q2_0.encode(weight, importance.get(tensor.name)).tobytes())
 
 
 def changed_tensors(exact: Path, target: Path) -> Iterator[tuple[str, float]]:
@@ -129,7 +113,7 @@ def _rounding(tensor: TensorInfo) -> str:
     """Return how the inputs of a tensor's products are rounded, a value of ROUNDINGS or an empty string."""
     import gguf
 
-    name = "Q2_0" if tensor.kind == q2_0.TENSOR_TYPE else gguf.GGMLQuantizationType(tensor.kind).name
+    name = gguf.GGMLQuantizationType(tensor.kind).name
     if name in ("F32", "F16", "BF16"):
         return ROUNDINGS.get(name, "")
     # IQ types have super-blocks of 256 as K-quants, except IQ4_NL with its blocks of 32

@@ -33,8 +33,7 @@ KINDS = ("article", "story")
 
 POINTS = (
     *("q8_0", "q5_0", "q4_0", "q4_0+imatrix", "q4_0/q4_0", "q4_0/q4_0+imatrix", "q4_0/q4_0+train", "q4_0/q4_0+qat"),
-    *("q2_0/q8_0", "q2_0/q8_0+imatrix", "q2_0/q8_0+qat", "q2_0/q4_0+qat", "q4_0/q4_0@70MB+qat"),
-    *("q4_0/q4_0@62MB", "q4_0/q4_0@62MB+imatrix", "q4_0/q4_0@62MB+qat", "q4_0/q4_0@48MB+qat"),
+    *("q4_0/q4_0@70MB+qat", "q4_0/q4_0@62MB", "q4_0/q4_0@62MB+imatrix", "q4_0/q4_0@62MB+qat", "q4_0/q4_0@48MB+qat"),
 )
 
 EXPORT, BENCH = (f"from efficientllm.{room}.cli import main; main()" for room in ("export", "devices"))

@@ -22,7 +22,7 @@ from efficientllm.train.planning.points import Point
 from research.study import __main__ as study
 from research.study.files_report import is_on_front
 
-POINTS = ("q4_0", "q2_0/q8_0+imatrix", "q4_0/q4_0@62MB", "q4_0/q4_0@62.5MB+qat", "q4_0+train", "q2_0/q8_0+qat")
+POINTS = ("q4_0", "q2_k/q8_0+imatrix", "q4_0/q4_0@62MB", "q4_0/q4_0@62.5MB+qat", "q4_0+train", "q4_0/q8_0+qat")
 
 
 @pytest.mark.parametrize("text", POINTS)
@@ -34,14 +34,14 @@ def test_a_point_is_what_its_commands_make() -> None:
     point = Point.parse("q4_0/q4_0@62MB+qat")
     assert (point.pruning.target_bytes, point.quantisation.qat) == (62_000_000, "q4_0")
     assert point.export_flags == []  # the checkpoint knows
-    assert Point.parse("q2_0/q8_0+imatrix").export_flags[-2:] == ["--calibrate", "demo"]
+    assert Point.parse("q2_k/q8_0+imatrix").export_flags[-2:] == ["--calibrate", "demo"]
     assert Point.parse("q4_0/q4_0@62MB").pruning.output_type == "q4_0"
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("q4_1+qat", "+qat trains for q8_0, q4_0, q2_0"),
+        ("q4_1+qat", "+qat trains for q8_0, q4_0 with"),
         ("q9_9", "q9_9 is not one of f32"),
         ("q4_0/q9", "q9 is not one of"),
         ("q4_0+prune", "+prune is not one of"),
@@ -81,7 +81,7 @@ def test_a_study_trains_exports_measures_and_reports(source_folder: Path, corpus
     assert changed == {path: path.stat().st_mtime_ns for path in (tmp_path / "study").rglob("*.json")}
 
 
-SHAPE = tiny_architecture(layers=(LayerShape(4, 2, 256),) * 3, hidden_size=128)
+SHAPE = tiny_architecture(layers=(LayerShape(4, 2, 256),) * 3, hidden_size=256)
 
 
 def front_of(*files: tuple[str, float, float]) -> list[Measured]:
@@ -98,7 +98,7 @@ FRONT = front_of(
     ("q8_0", 1.0, 0.01),
     ("q4_0/q4_0+qat", 1.0, 0.2),
     ("q4_0/q4_0@62MB+qat", 0.8, 0.4),
-    ("q2_0/q2_0+qat", 1.0, 0.7),
+    ("q2_k/q2_k", 1.0, 0.7),
     ("q5_0@50MB", 0.5, 0.0),  # a family whose whole file was not measured: nothing to compare with
 )
 
@@ -116,7 +116,7 @@ def test_the_proposal_is_the_closest_file_within_the_bytes() -> None:
     pruned = found(0.9 * whole("q4_0"))
     assert pruned.point.target_bytes == int(0.9 * whole("q4_0"))
     assert pruned.kl == pytest.approx(0.3, abs=0.01)  # between two measured ones
-    assert str(found(0.7 * whole("q4_0")).point) == "q2_0/q2_0+qat"
+    assert str(found(0.7 * whole("q4_0")).point) == "q2_k/q2_k"
     assert found(0.3 * whole("q4_0")) is None  # nobody measured so small a file
 
 
@@ -126,7 +126,7 @@ def test_the_proposal_keeps_to_the_milliseconds() -> None:
 
     assert found(1.0).point.target_bytes is None
     assert 0.88 < found(0.9).file_bytes / whole("q4_0") <= 0.9
-    assert str(found(0.7).point) == "q2_0/q2_0+qat"
+    assert str(found(0.7).point) == "q2_k/q2_k"
 
 
 def test_beyond_what_was_measured_nothing_is_claimed() -> None:

@@ -44,7 +44,7 @@ from efficientllm.train.model.source import load_for_inference
 BITS = {
     "gguf": {
         **{"f32": 32, "f16": 16, "bf16": 16, "q8_0": 8, "q6_k": 6, "q5_k_m": 5, "q5_k_s": 5, "q5_1": 5, "q5_0": 5},
-        **{"q4_k_m": 4, "q4_k_s": 4, "q4_1": 4, "q4_0": 4, "iq4_nl": 4, "iq4_xs": 4, "q3_k_m": 3, "q2_k": 2, "q2_0": 2},
+        **{"q4_k_m": 4, "q4_k_s": 4, "q4_1": 4, "q4_0": 4, "iq4_nl": 4, "iq4_xs": 4, "q3_k_m": 3, "q2_k": 2},
     },
     "onnx": {"f32": 32, "f16": 16, "int8": 8, "mixed": 4, "int4": 4, "web": 8},
     "executorch": {"f32": 32, "f16": 16, "int8": 8, "8da4w": 4},
@@ -56,7 +56,7 @@ BYTE = (-127, 127)
 CODES = {
     "gguf": {
         **{"f32": BYTE, "f16": BYTE, "bf16": BYTE, "q8_0": BYTE, "q5_1": (-10, 21), "q5_0": (-16, 15)},
-        **{"q4_1": (-5, 10), "q4_0": (-8, 7), "q2_0": (-1, 2)},
+        **{"q4_1": (-5, 10), "q4_0": (-8, 7)},
     },
     "onnx": {"f32": BYTE, "f16": BYTE, "int8": BYTE, "mixed": BYTE, "int4": (-8, 7), "web": BYTE},
     "executorch": {"f32": BYTE, "f16": BYTE, "int8": BYTE, "8da4w": (-7, 7)},
@@ -64,7 +64,7 @@ CODES = {
     "openvino": {"f32": BYTE, "int8": BYTE, "mixed": BYTE, "int4": (-8, 7)},
 }
 """Target -> type -> lowest and highest code, if a row of such codes is stored exactly."""
-ROW_SCALES = ("q2_0", "web", "int8 executorch", "8da4w executorch", "int8 litert")
+ROW_SCALES = ("web", "int8 executorch", "8da4w executorch", "int8 litert")
 """Types, or types of a target, whose blocks are longer than BLOCK."""
 BLOCK = 32
 HEAD_DIMS = (8, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128)

@@ -166,7 +166,7 @@ class RunConfig:
         )
 
 
-GGUF_TYPES = ("q8_0", "q4_0", "q2_0")
+GGUF_TYPES = ("q8_0", "q4_0")
 """Values of --qat for llama.cpp's files."""
 QAT_TARGETS = dict.fromkeys(GGUF_TYPES, "gguf") | {"int4-block32": "onnx", "8da4w": "executorch"}
 """--qat -> export target of the files."""
@@ -176,8 +176,8 @@ QAT_TARGETS = dict.fromkeys(GGUF_TYPES, "gguf") | {"int4-block32": "onnx", "8da4
 class QuantisationConfig:
     """Quantisation-aware training."""
 
-    qat: Literal["none", "q8_0", "q4_0", "q2_0", "int4-block32", "8da4w"] = "none"
-    """Train on the grid of a file type: q8_0, q4_0, q2_0 of GGUF, int4-block32 of ONNX (--quantize int4), 8da4w of
+    qat: Literal["none", "q8_0", "q4_0", "int4-block32", "8da4w"] = "none"
+    """Train on the grid of a file type: q8_0 and q4_0 of GGUF, int4-block32 of ONNX (--quantize int4), 8da4w of
     ExecuTorch. Forward and backward use the rounded weights, the unrounded ones are updated, and the final model has
     the grid's values, which the export keeps to the bit."""
     qat_start: float = flags.number(0.0, at_least=0, below=1)

@@ -32,7 +32,6 @@ TENSOR_BLOCKS = {
     "q4_1": (32, 20),
     "q4_0": (32, 18),
     "iq4_nl": (32, 18),
-    "q2_0": (64, 18),
     "q6_k": (256, 210),
     "q5_k": (256, 176),
     "q4_k": (256, 144),
@@ -41,10 +40,10 @@ TENSOR_BLOCKS = {
 }
 """Tensor type -> (weights, bytes) of a block."""
 
-FALLBACKS = {"q2_0": "q4_0", "q2_k": "q4_0", "q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
+FALLBACKS = {"q2_k": "q4_0", "q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
 """Type of a tensor whose rows are not whole blocks; f16 if its fallback does not fit either."""
 
-BODY = {name: name for name in ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl", "q2_0")} | {
+BODY = {name: name for name in ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")} | {
     "q6_k": "q6_k",
     "q5_k_m": "q5_k",
     "q5_k_s": "q5_k",
@@ -170,7 +169,7 @@ def _wanted(
     if name == "lm_head.weight" or (architecture.tie_word_embeddings and "embed_tokens" in name):
         return asked[0] or (HEAD if bits_of(body) < 8 else body)
     if "embed_tokens" in name:
-        return asked[1] or ("q4_k" if file_type == "q2_0" else body)
+        return asked[1] or body
     return _with_more_bits(architecture, name, file_type, places) or body
 
 

@@ -1,7 +1,7 @@
 """Round weights onto the grids of shipped types, to the bit as the exporters write and the runtimes read them.
 
 A row [in] is split into blocks of G weights with one scale d each. A weight becomes d times a small whole number.
-Blocks are rows of a matrix [N, G] here. For every grid except q2_0, rounding twice equals rounding once.
+Blocks are rows of a matrix [N, G] here. Rounding twice equals rounding once.
 """
 
 from __future__ import annotations
@@ -21,10 +21,6 @@ FINER = 0.9
 """Second candidate scale, as a share of the scale with the largest weight at -8. KL of SmolLM2-135M, rounded alone:
 0.412 with llama.cpp's scales, 0.289 with the best ones for the same codes, 0.266 with these codes as well, 0.247 with
 five."""
-
-Q2_0_SCALE = 1.05
-"""Scale in root mean squares of a block. Squared error on SmolLM2-135M: 0.142 of the squared weights; 0.134 for the
-best of 48 scales, 0.529 for llama.cpp's quantiser, which uses the largest weight (research/log)."""
 
 
 @dataclass(frozen=True)
@@ -135,19 +131,6 @@ def round_q8_0(blocks: Tensor, out: Tensor) -> None:
     out.mul_(_as_fp16(scales))
 
 
-def round_q2_0(blocks: Tensor, out: Tensor) -> None:
-    """Round to codes -1 to 2, scale in fp16 with the sign of the largest weight, so that it can be at 2.
-
-    llama.cpp's quantiser uses the largest weight as the scale and never gives 2. export/gguf/q2_0.py recovers scale and
-    codes: the scale is the largest magnitude of a rounded block, or half of it.
-    """
-    largest = _largest(blocks)
-    scales = Q2_0_SCALE * blocks.square().mean(1, keepdim=True).sqrt()
-    scales = _as_fp16(torch.copysign(scales, largest))
-    torch.mul(blocks, _inverse(scales), out=out)
-    out.round_().clamp_(-1, 2).mul_(scales)
-
-
 def _magnitude(blocks: Tensor) -> Tensor:
     """Return [N, 1]: the largest magnitude."""
     return torch.maximum(blocks.amax(1, keepdim=True), -blocks.amin(1, keepdim=True))
@@ -177,7 +160,6 @@ def round_int8(blocks: Tensor, out: Tensor) -> None:
 GRIDS = {
     "q8_0": Grid(32, round_q8_0),
     "q4_0": Grid(32, round_q4_0, round_q4_0_weighted),
-    "q2_0": Grid(64, round_q2_0),
     "int4": Grid(32, round_int4),
     "int4-bf16": Grid(32, round_int4_bfloat16),
     "int8": Grid(0, round_int8),
