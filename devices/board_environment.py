@@ -26,9 +26,9 @@ SOURCE_ROOT = Path(__file__).resolve().parents[1]
 """Root of the source tree in an editable install, which may be a tree of links to it."""
 REPRODUCIBLE_DATE = "946684800"
 """SOURCE_DATE_EPOCH of built wheels, so that equal sources give equal hashes."""
-EXTRAS = {"llama.cpp": "gguf", "onnxruntime": "onnx", "onnxruntime-genai": "genai", "executorch": "executorch"}
+EXTRAS = {"llama.cpp": "gguf", "onnxruntime": "onnx", "executorch": "executorch"}
 """Maps an engine to the extra that installs it."""
-ENVIRONMENT_BYTES = {"gguf": 600_000_000, "onnx": 600_000_000, "genai": 700_000_000, "executorch": 2_500_000_000}
+ENVIRONMENT_BYTES = {"gguf": 600_000_000, "onnx": 600_000_000, "executorch": 2_500_000_000}
 """Upper limit of the disk space of an environment by extra. ExecuTorch's includes torch."""
 COMPILED_PACKAGES = {"gguf": "llama_cpp_python"}
 """Maps an extra to its package without a wheel for 64-bit ARM on PyPI, which a board would have to compile."""

@@ -27,7 +27,6 @@ ENGINES = {
     "llama.cpp": ("llama-cpp-python", "llama_cpp"),
     "onnxruntime": ("onnxruntime", "onnxruntime"),
     "executorch": ("executorch", "executorch.extension.pybindings.portable_lib"),
-    "onnxruntime-genai": ("onnxruntime-genai", "onnxruntime_genai"),
     "litert": ("litert-lm-api", "litert_lm"),
 }
 """Engine -> its distribution and the module that loads its library."""
@@ -50,7 +49,6 @@ USES = {
     "chat, serve, bench of a .gguf": ("gguf",),
     "chat, serve, bench of an ONNX folder": ("onnx",),
     "chat, serve, bench of a .pte": ("executorch",),
-    "chat, serve, bench of a genai folder": ("genai",),
     "serve": ("server",),
     "bench, report": ("bench",),
 }

@@ -23,7 +23,6 @@ ENTRY_POINT_GROUP = "efficientllm.engines"
 ENGINES = {
     "llama.cpp": "efficientllm.runtime.engines.llama_cpp:LlamaCppEngine",
     "onnxruntime": "efficientllm.runtime.engines.onnx:OnnxEngine",
-    "onnxruntime-genai": "efficientllm.runtime.engines.genai:GenaiEngine",
     "executorch": "efficientllm.runtime.engines.executorch:ExecuTorchEngine",
 }
 """Engine name -> "module:class". Plug-ins add theirs by entry points."""
@@ -97,7 +96,6 @@ class EngineOptions:
 PACKAGES = {
     "llama.cpp": "llama-cpp-python",
     "onnxruntime": "onnxruntime",
-    "onnxruntime-genai": "onnxruntime-genai",
     "executorch": "executorch",
 }
 """Engine name -> its distribution."""
@@ -141,7 +139,7 @@ BUILDS = {"llama.cpp": _llama_cpp_build, "onnxruntime": _onnxruntime_build, "exe
 
 
 def engine_build(name: str) -> str:
-    """Return the commit and instruction sets of an installed engine, "" for onnxruntime-genai and plug-ins."""
+    """Return the commit and instruction sets of an installed engine, "" for plug-ins."""
     return BUILDS[name]() if name in BUILDS else ""
 
 
