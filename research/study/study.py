@@ -21,7 +21,7 @@ from efficientllm.train.compute.loss import TrainingLoss
 from efficientllm.train.config.pruning import PruneConfig
 from efficientllm.train.config.sections import OptimizerConfig, RunConfig, SourceConfig, TrainConfig
 from efficientllm.train.evaluation.evaluate import ComputeConfig, Evaluation, MeasureConfig, check, evaluate
-from efficientllm.train.model.architecture import Architecture, training_flops
+from efficientllm.train.model.architecture import Architecture
 from efficientllm.train.model.irregular import save_checkpoint
 from efficientllm.train.model.source import load_source
 from efficientllm.train.pruning.blocks import BlockProbe
@@ -32,6 +32,7 @@ from efficientllm.train.request import data_specs
 from efficientllm.train.run import run_training
 from efficientllm.train.run_text import extra_windows
 
+from ..token_law import training_flops
 from .arms import ARMS, Arm, add_arm
 from .depth import best_contiguous
 from .result import StudyResult

@@ -13,13 +13,14 @@ from tiny import tiny_architecture
 from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.base.errors import UsageError
 from efficientllm.train.config.sections import TrainConfig
-from efficientllm.train.model.architecture import Architecture, LayerShape, training_flops
+from efficientllm.train.model.architecture import Architecture, LayerShape
 from efficientllm.train.pruning.measures import PARAMETERS
 from research.study.arms import ARMS
 from research.study.cli import body
 from research.study.depth import best_contiguous, without_layers
 from research.study.overlap import jaccard_of_removed
 from research.study.study import Study, StudyConfig, jobs, target_parameters
+from research.token_law import training_flops
 
 BY_PARAMETERS = StudyConfig().arms
 SOME = ("source", "taylor1", "distill", "random")

@@ -187,21 +187,3 @@ def matmul_parameters(architecture: Architecture, num_parameters: int) -> int:
     """Count the parameters that multiply activations. An untied embedding table does not count."""
     table = 0 if architecture.tie_word_embeddings else architecture.vocab_size * architecture.hidden_size
     return num_parameters - table
-
-
-def training_flops(
-    records: list[dict[str, Any]], initial_parameters: int, source: Architecture, with_teacher: bool
-) -> float:
-    """Return the FLOPs of the steps in a run's metrics. The run started with `initial_parameters`.
-
-    Forward and backward take 6 N per token (Kaplan et al., 2020), and a teacher 2 N more. Attention scores are
-    excluded. At 256 tokens they are less than 3 % of a 135M model.
-    """
-    total, before, parameters = 0.0, 0, initial_parameters
-    teacher = 2 * matmul_parameters(source, source.num_parameters) if with_teacher else 0
-    for record in records:
-        if "loss" in record:
-            tokens, before = record["tokens"] - before, record["tokens"]
-            total += tokens * (6 * matmul_parameters(source, parameters) + teacher)
-            parameters = record["parameters"]  # after the step's removal
-    return total
