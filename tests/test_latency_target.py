@@ -20,6 +20,7 @@ from efficientllm.runtime.engines.manifest import Manifest
 from efficientllm.runtime.latency.profile import DeviceProfile
 from efficientllm.runtime.latency.shape import Workload
 from efficientllm.runtime.latency.table import Surcharge
+from efficientllm.train.cli import build_parser, configuration
 from efficientllm.train.config.pruning import LatencyTarget, PruneConfig
 from efficientllm.train.model.architecture import Architecture, LayerShape
 from efficientllm.train.model.file_types import gguf_bytes
@@ -28,6 +29,7 @@ from efficientllm.train.pruning.blocks import BlockScores
 from efficientllm.train.pruning.measures import PARAMETERS, Measure, bytes_of_file, decoder_shape
 from efficientllm.train.pruning.plan import Budget, check_budget
 from efficientllm.train.pruning.selection import Ranking, SelectionRules, select_removal, smallest_architecture
+from efficientllm.train.request import check_request
 
 SPACE = ("--prune", "attention,ffn,blocks")
 ARCHITECTURE = tiny_architecture(layers=LAYERS)
@@ -355,9 +357,10 @@ def test_an_impossible_time_is_refused(
 
 
 def test_a_missing_profile_is_refused_before_the_model_is_loaded(
-    source_folder: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    source_folder: Path, corpus: Path, tmp_path: Path
 ) -> None:
-    assert run(latency_command(source_folder, corpus, tmp_path / "run", tmp_path / "none.json")) == 2
-    said = capsys.readouterr().err
-    assert "none.json does not exist" in said
-    assert "loading" not in said
+    arguments = latency_command(source_folder, corpus, tmp_path / "run", tmp_path / "none.json")
+    values = build_parser().parse(arguments)
+    values.pop("print_config")
+    with pytest.raises(UsageError, match=r"none\.json does not exist"):
+        check_request(configuration(values))
