@@ -42,6 +42,7 @@ USES = {
     "export --target gguf, web": ("export", "gguf"),
     "export --target android, ios": ("export", "gguf", "executorch"),
     "export --target onnx": ("export", "onnx"),
+    "export --target onnx --portable": ("onnx-portable",),
     "export --target executorch": ("export", "executorch"),
     "export --target hf-uniform": ("export",),
     "export --target litert": ("litert",),

@@ -66,7 +66,7 @@ def help_of(*arguments: str, capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def test_help_shows_the_flags_of_the_named_target(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "--logits" in help_of("--target", "onnx", capsys=capsys)
+    assert "--portable" in help_of("--target", "onnx", capsys=capsys)
     assert "--recipe" not in help_of("--target", "onnx", capsys=capsys)
     assert "--group-size" in help_of("--target=executorch", capsys=capsys)
     uniform = help_of("--target", "hf-uniform", capsys=capsys)
@@ -251,6 +251,7 @@ REFUSED = {
     "export MODEL --target onnx --quantize q4": "--quantize q4: unknown for onnx; known: f32, ",
     "export MODEL --target executorch --quantize q4": "--quantize q4: unknown for executorch; known: f32, ",
     "export MODEL --target executorch --recipe portable --quantize int8": "--recipe portable takes --quantize f32",
+    "export MODEL --target onnx --portable --quantize INT8": "--portable takes --quantize f32, not int8",
     "export no-such-folder --target gguf": "no-such-folder: no such folder, and not a hub id",
     "export MODEL --target gguf": "llama-cpp-python is not installed; run: " + install_command("gguf"),
     "export MODEL --target web": "llama-cpp-python is not installed; run: " + install_command("gguf"),

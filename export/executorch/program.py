@@ -24,6 +24,7 @@ from ...runtime.engines.scheduler import EngineScheduler
 from ...train.model.architecture import Architecture
 from ..calibration import input_grams
 from ..checkpoint import Checkpoint
+from ..exporter_config import ExecutorchDecoderConfig
 from ..manifest import Contents, copy_tokenizer
 from ..padding import pad_rows, padded_tensors, padding_notes
 from ..parity import Reference, check_runs, check_weights, reference_logits
@@ -49,15 +50,20 @@ class LoweredProgram:
         return f"{self.delegates} delegated parts; outside them {', '.join(self.operators) or 'nothing'}"
 
 
-def lower(model: StaticDecoder, partitioners: list[Any], constants: dict[str, Any]) -> LoweredProgram:
-    """Export `model` for a dynamic number of tokens, lower it and serialise it."""
+def lower(
+    model: StaticDecoder,
+    config: ExecutorchDecoderConfig,
+    partitioners: list[Any],
+    constants: dict[str, Any],
+) -> LoweredProgram:
+    """Export `model` with the dynamic axes of `config`, lower it and serialise it."""
     with torch.no_grad():
         with _stage("tracing"):
             # torch.export makes an axis of length 1 a constant
-            tokens = torch.zeros(1, 3, dtype=torch.int64)
-            inputs = {"tokens": tokens, "input_pos": torch.zeros(1, dtype=torch.int64)}
-            dynamic = {"tokens": {1: torch.export.Dim("tokens", min=1, max=model.context - 1)}, "input_pos": None}
-            exported = torch.export.export(model, (), kwargs=inputs, dynamic_shapes=dynamic, strict=False)
+            inputs = config.generate_dummy_inputs(framework="pt", batch_size=1, sequence_length=3)
+            exported = torch.export.export(
+                model, (), kwargs=inputs, dynamic_shapes=_dynamic_shapes(model, config), strict=False
+            )
         with _stage("partitioning and lowering"):
             edge = to_edge_transform_and_lower(
                 exported,
@@ -78,6 +84,15 @@ def lower(model: StaticDecoder, partitioners: list[Any], constants: dict[str, An
     plan = program.executorch_program.execution_plan[0]
     operators = sorted({f"{op.name}.{op.overload}" if op.overload else op.name for op in plan.operators})
     return LoweredProgram(buffer, len(plan.delegates), tuple(operators))
+
+
+def _dynamic_shapes(model: StaticDecoder, config: ExecutorchDecoderConfig) -> Any:
+    bounds = {"min": 1, "max": model.context - 1}
+    shapes = {}
+    for name, axes in config.inputs.items():
+        dims = {axis: torch.export.Dim(title, **bounds) for axis, title in axes.items()}
+        shapes[name] = dims or None
+    return shapes
 
 
 MODEL_FILE = "model.pte"
@@ -152,7 +167,8 @@ def _build(
         for note in quantize_decoder(model, plan.weights, request.options, grams):
             request.say(note)
         stored = given_weights(model, plan.weights)
-    lowered = lower(model, plan.partitioners, _constant_methods(checkpoint, plan))
+    config = ExecutorchDecoderConfig(checkpoint.config)
+    lowered = lower(model, config, plan.partitioners, _constant_methods(checkpoint, plan))
     request.say(f"{plan.recipe.name}: {lowered.describe()}")
     return lowered.buffer, stored
 

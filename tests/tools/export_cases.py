@@ -170,6 +170,8 @@ def _flags(dice: random.Random, target: str, kind: str, hidden_size: int) -> dic
     if target == "gguf" and is_rounded and dice.random() < 0.3:
         name = dice.choice(("output_type", "embedding_type"))
         return {name: dice.choice(("q8_0", "q4_0", "f16", *(["q6_k"] if hidden_size == 256 else [])))}
+    if target == "onnx" and kind == "f32" and dice.random() < 0.1:
+        return {"portable": True}
     if target == "litert":
         return {"max_context": CONTEXT}
     if target != "executorch":
