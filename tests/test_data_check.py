@@ -65,6 +65,7 @@ def test_lengths_are_those_of_training_and_long_chats_are_counted(
     assert report.num_cut == sum(len(ids) > 60 for ids in encoded) == 1
     shown = cells(rows([report], [], 60))
     assert shown["chats over 60 tokens, which windows cut"] == ["1"]
+    assert shown["tokens of one pass"][0] == f"{sum(map(len, encoded)):,}"
     assert shown["whole tokens, median / 95 % / maximum"][0].endswith(f" / {len(encoded[2]):,}")
     middle, _, longest = shown["learned tokens, median / 95 % / maximum"][0].split(" / ")
     assert (int(middle), int(longest)) == (report.learned_tokens[1], report.learned_tokens[2])

@@ -177,6 +177,7 @@ def rows(files: Sequence[FileReport], tests: Sequence[FileReport], sequence_leng
         held_out = {request for each in tests for request in each.requests}
         shared = [sum(each.requests[request] for request in held_out) for each in files]
         table.append(["requests that are also in --test", *(f"{count:,}" for count in shared), *("" for _ in tests)])
+    add("tokens of one pass", lambda each: f"{sum(each.whole_tokens):,}")
     title = "tokens, median / 95 % / maximum"
     add(f"whole {title}", lambda each: _lengths(each.whole_tokens))
     add(f"prompt {title}", lambda each: _lengths(each.prompt_tokens))
