@@ -95,7 +95,7 @@ def test_a_kit_with_a_gguf(kit: Path) -> None:
     text = (kit / "README.md").read_text()
     assert "| model.gguf | llama.cpp | f32 |" in text
     assert "The expected speed is unknown" in text
-    assert re.search(r"candidates are \d\.\d\d nats \(llama\.cpp\) apart", text)
+    assert re.search(r"are at least \d\.\d\d nats \(llama\.cpp\) apart", text)
 
 
 def test_the_push_script_copies_what_the_code_reads(kit: Path, tmp_path: Path) -> None:
