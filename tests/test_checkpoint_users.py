@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from efficientllm.runtime.base.errors import ModelError, UsageError
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
 from efficientllm.train.model.architecture import LayerShape
 from efficientllm.train.model.foreign_configs import ImportOptions
-from efficientllm.train.model.source import load_source
+from efficientllm.train.model.source import load_for_inference, load_source
 
 TOKENS = torch.tensor([[5, 17, 230, 41]])
 SaveTiny = Callable[..., Path]
@@ -34,6 +35,17 @@ def test_a_tool_that_asks_for_one_width_is_refused_or_gets_the_widest(save_tiny:
     model: Any = AutoModelForCausalLM.from_pretrained(folder, config=config)
     with torch.inference_mode():
         assert torch.equal(model(TOKENS).logits, AutoModelForCausalLM.from_pretrained(folder)(TOKENS).logits)
+
+
+def test_threads_load_one_model_after_the_other(save_tiny: SaveTiny) -> None:
+    """transformers' loading ties no head while another thread loads."""
+    folder = save_tiny(tiny_architecture(tied=True))
+    with torch.inference_mode():
+        expected = load_for_inference(folder)(TOKENS).logits
+    with ThreadPoolExecutor(2) as pool:
+        for model in pool.map(load_for_inference, [folder] * 4):
+            with torch.inference_mode():
+                assert torch.equal(model(TOKENS).logits, expected)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -13,6 +13,7 @@ import io
 import json
 import logging
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -246,16 +247,21 @@ def load_foreign(path: Path, called: str, options: ImportOptions) -> tuple[Impor
     return imported, tokenizer
 
 
+_LOADING = threading.RLock()
+"""Held by the thread that loads a model. transformers' loading changes the process, and ties no head meanwhile."""
+
+
 @contextlib.contextmanager
 def quiet_loading() -> Iterator[None]:
-    """Silence transformers' progress bars and notes on stderr. Errors are raised."""
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
+    """Load one model at a time, without transformers' progress bars and notes on stderr. Errors are raised."""
+    with _LOADING:
+        verbosity = transformers_logging.get_verbosity()
+        transformers_logging.set_verbosity_error()
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):
+                yield
+        finally:
+            transformers_logging.set_verbosity(verbosity)
 
 
 @contextlib.contextmanager
