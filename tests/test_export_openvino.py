@@ -12,6 +12,7 @@ import pytest
 from disks import small_disk
 from exporting import EVERY_KIND, SHAPES, TOKENS, export, greedy_answer
 from tiny import UNEQUAL, tiny_architecture, tiny_tokenizer
+from tokenizers import pre_tokenizers
 
 from efficientllm.export.openvino import exporter
 from efficientllm.runtime.engines.manifest import Manifest
@@ -105,6 +106,9 @@ def test_a_wrong_graph_or_tokenizer_is_refused(
     monkeypatch.setattr("transformers.PreTrainedTokenizerFast.from_pretrained", lambda folder: other)
     assert export(checkpoint, "openvino", tmp_path / "openvino") == 2
     assert "its tokenizer gives other tokens than the checkpoint's from token" in capsys.readouterr().err
+    other.backend_tokenizer.pre_tokenizer = pre_tokenizers.UnicodeScripts()
+    assert export(checkpoint, "openvino", tmp_path / "openvino") == 2
+    assert "error: openvino: cannot hold the tokenizer: Pre-tokenizer type 'Unicode" in capsys.readouterr().err
     assert not (tmp_path / "openvino").exists()
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ...runtime.base import flags
-from ...runtime.base.errors import ArtefactError
+from ...runtime.base.errors import ArtefactError, ModelError, first_line
 from ...runtime.base.extras import extra, require_extra
 from ...runtime.base.files import require_room, writing
 from ...runtime.base.quantities import unknown_name
@@ -112,7 +112,10 @@ def _write_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = PreTrainedTokenizerFast.from_pretrained(checkpoint.folder)
-    models: Any = openvino_tokenizers.convert_tokenizer(tokenizer, with_detokenizer=True)
+    try:
+        models: Any = openvino_tokenizers.convert_tokenizer(tokenizer, with_detokenizer=True)
+    except Exception as error:  # it raises what it likes for a tokenizer that it does not know
+        raise ModelError(f"openvino: cannot hold the tokenizer: {first_line(error)}; choose gguf or onnx") from error
     for name, model in zip(NAMES[1:], models, strict=True):
         _save(model, folder / f"{name}.xml")
 
