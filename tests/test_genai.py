@@ -17,6 +17,7 @@ from tiny import tiny_architecture
 from efficientllm.runtime.base.command import run_command
 from efficientllm.runtime.engines.artefact import Artefact
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
+from efficientllm.runtime.engines.scheduler import EngineScheduler
 from efficientllm.train.model.architecture import LayerShape
 from efficientllm.train.model.source import load_for_inference
 from research.peers import genai_builder
@@ -92,11 +93,10 @@ def test_folders_of_its_builder_run_in_both_engines(
     with torch.inference_mode():
         expected = load_for_inference(checkpoint)(torch.tensor([TOKENS])).logits[0].numpy()
     options = EngineOptions(threads=1, context=64)
-    for opens in (
-        lambda: genai_builder.GenaiEngine(folder / "model.onnx", options),
-        lambda: load_engine(folder, options),
-    ):
-        engine = opens()
+    engines = [EngineScheduler(genai_builder.GenaiEngine(folder / "model.onnx", options))]
+    (folder / "manifest.json").unlink()
+    engines.append(load_engine(folder, options))
+    for engine in engines:
         rows = [engine.prefill(TOKENS[:16]), *(engine.decode(token) for token in TOKENS[16:])]
         assert np.abs(np.stack(rows) - expected[15:]).max() < 1e-3
         engine.close()
