@@ -135,7 +135,7 @@ def write_program(checkpoint: Checkpoint, request: ExportRequest[ExecutorchOptio
 
 
 def _plan(checkpoint: Checkpoint, options: ExecutorchOptions) -> ProgramPlan:
-    """Return the plan."""
+    """Return the recipe, weight format, context and padded shape of the program."""
     recipe = find_recipe(options.recipe)
     weights = weight_format(options)
     original = checkpoint.architecture
