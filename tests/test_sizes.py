@@ -264,6 +264,15 @@ def test_the_front_of_another_model_is_said_to_be_one(source_folder: Path, capsy
     assert capsys.readouterr().out.startswith("measured on another model, SmolLM2-135M-Instruct: ")
 
 
+def test_the_measured_model_has_no_such_line(
+    source_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "HuggingFaceTB/SmolLM2-135M-Instruct" in fit.MEASURED_SOURCES
+    monkeypatch.setattr(fit, "MEASURED_SOURCES", (str(source_folder),))
+    assert run_command(fit.body, [str(source_folder), "--max-bytes", "1MB"]) == 0
+    assert "another model" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
