@@ -62,13 +62,11 @@ def _as_call(name: str, entities: Sequence[Any]) -> str:
 def classifier_answers(training: Path, requests: Sequence[str]) -> list[str]:
     """Return the function that a linear classifier over words and pairs of words chooses, without arguments."""
     from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
+    from sklearn.svm import LinearSVC
 
     texts, names = zip(*_labelled(training), strict=True)
-    model = make_pipeline(
-        TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True), LogisticRegression(C=20, max_iter=300)
-    )
+    model = make_pipeline(TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True), LinearSVC())
     model.fit(texts, names)
     found = model.predict(list(requests))
     return ["" if name == NOTHING else json.dumps({"name": name, "arguments": {}}) for name in found]
