@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal
 
-from .grammar import embedded_schema
+from .base.errors import UsageError
+from .grammar import embedded_schema, schema_part
 
 ToolArguments = Literal["any", "copy", "examples"]
 """Free texts in arguments of calls: any; words of the request; or those examples of their schemas that occur in it."""
@@ -104,15 +105,15 @@ class CopiedArguments:
         return f'"{{" ({" | ".join(starts)}){"" if required else "?"} "}}"'
 
     def _value(self, schema: Any, definitions: Mapping[str, Any], format: Any) -> str:
-        """Return the expression of one argument, "" if the request has no value for it."""
+        """Return the expression of one argument, "" if the request or the schema has no value for it."""
         if isinstance(schema, bool):
-            return f"%json {json.dumps(schema)}"
+            return "%json true" if schema else ""
         if _keywords(schema) == {"anyOf"}:
             annotations = {key: schema[key] for key in ("examples", "default") if key in schema}
             schemas = [_with_annotations(each, annotations) for each in schema["anyOf"]]
             return _one_of([self._value(each, definitions, format) for each in schemas])
         if not _is_free_text(schema):
-            return embedded_schema({**definitions, **schema}, format)
+            return _json({**definitions, **schema}, format)
         others = [each for each in _types(schema) if each != "string"]
         return _one_of([self._text(schema), embedded_schema({"type": others}, format) if others else ""])
 
@@ -139,6 +140,18 @@ class CopiedArguments:
             words = _between_separators(example)
             self._occurs[example] = any(words in text for text in self._texts)
         return self._occurs[example]
+
+
+def _json(schema: Mapping[str, Any], format: Any) -> str:
+    """Return the expression of a value of a schema, "" if no value follows it.
+
+    llguidance leaves an argument out of an object if its schema has no value, but refuses such a schema by itself.
+    """
+    try:
+        schema_part(schema, "", format).checked()
+    except UsageError:
+        return ""
+    return embedded_schema(schema, format)
 
 
 def _keywords(schema: Any) -> set[str]:

@@ -269,6 +269,22 @@ def test_a_required_argument_without_an_example_in_the_request_is_copied(engine:
         assert accepts(engine, use, call("set", "{}")) == (not required)
 
 
+@pytest.mark.parametrize(
+    "schema", [False, {"type": "integer", "minimum": 5, "maximum": 3}, {"enum": []}, {"anyOf": [False]}]
+)
+def test_an_argument_whose_schema_no_value_follows_is_left_out(engine: EngineScheduler, schema: Any) -> None:
+    parameters = {"type": "object", "properties": {"city": {"type": "string"}, "none": schema}}
+    tools = [{"type": "function", "function": {"name": "set", "parameters": parameters}}]
+    for arguments in ("any", "copy"):
+        use = ToolUse(tools, must_call=True, arguments=arguments)
+        assert accepts(engine, use, call("set", '{"city": "Rome"}'))
+        assert not accepts(engine, use, call("set", '{"city": "Rome", "none": 1}'))
+    required = {"name": "set", "parameters": {**parameters, "required": ["none"]}}
+    use = ToolUse([{"type": "function", "function": required}], must_call=True, arguments="copy")
+    with pytest.raises(UsageError, match=r"^tool 'set': parameters: Unsatisfiable schema"):
+        tool_prompt(engine, [QUESTION], PromptOptions(use)).constraint(engine)
+
+
 LOFT: dict[str, Any] = {"type": "string", "examples": ["loft"]}
 NULL = {"type": "null"}
 
