@@ -311,6 +311,19 @@ def test_a_missing_calibration_text_is_named_with_its_flag(
     assert "error: --calibrate no.txt: no such file or folder" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("target", ["onnx", "openvino", "gguf", "executorch"])
+def test_a_context_of_one_token_is_refused(
+    target: str, save_tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if target in ("openvino", "executorch"):
+        pytest.importorskip({"openvino": "openvino_genai"}.get(target, target))
+    for family, settings in (("mistral", {"sliding_window": 1}), ("llama", {"max_position_embeddings": 1})):
+        checkpoint = save_tiny(tiny_architecture(family), **settings)
+        assert exporting.export(checkpoint, target, tmp_path / "out") == 2
+        assert f"error: config.json: {next(iter(settings))} is 1, a context of one token" in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+
+
 def test_types_are_read_in_either_case() -> None:
     arguments = ["x", "--target", "gguf", "--quantize", "Q4_K_M", "--pad", "None"]
     values = cli.build_parser().parse(arguments)

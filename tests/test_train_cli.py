@@ -239,6 +239,7 @@ UNHELD = [
     ("qwen3", {"rope_parameters": LLAMA3_ROPE}, ("--for", "onnx,gguf"), "gguf: layer 0 has a llama3 rope"),
     ("gpt_neox", {}, ("--for", "gguf"), "gguf: llama.cpp holds irregular layers of gpt_neox only zero-padded"),
     ("mistral", {}, ("--for", "litert"), "litert: litert-torch cannot trace Mistral's mask"),
+    ("mistral", {"sliding_window": 1}, ("--for", "onnx"), "config.json: sliding_window is 1, a context of one token"),
 ]
 
 

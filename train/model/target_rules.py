@@ -7,7 +7,7 @@ from typing import Any
 
 from ...runtime.base.errors import ModelError
 from .architecture import Architecture
-from .attention import SCALING, LayerAttention, layer_attention
+from .attention import SCALING, LayerAttention, context_length, layer_attention
 from .file_types import irregular_gguf
 
 ROPES = ("default", *SCALING)
@@ -34,6 +34,7 @@ def check_target(target: str, config: Mapping[str, Any], architecture: Architect
     `is_irregular` tells whether layers get widths of their own.
     """
     attention, family = layer_attention(config, architecture), architecture.family
+    context_length(config, architecture)  # refuses one of one token
     if target in TRACED_TARGETS:
         _check_rope_types(target, attention)
     elif target in GGUF_TARGETS:
