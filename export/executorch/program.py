@@ -220,7 +220,7 @@ def _verify(
     runs = [step_through(load(), sample.tokens), run_chunks(load(), sample.tokens)]
     agreement = check_stepwise(runs[0], sample, Written("executorch", "program", plan.quantize), request)
     if plan.quantize == "f32":
-        source = Reference(sample.logits, sample.logits)
+        source = Reference(sample.logits, sample.logits, own_error=sample.own_error)
         return {"exact": agreement.to_dict(), "codes": check_runs(source, runs, "the checkpoint's", "executorch")}
     weights = check_weights(padded_tensors(checkpoint, plan.architecture), stored, "executorch")
     stored = read_weights(folder / MODEL_FILE, stored)

@@ -91,7 +91,7 @@ def _verify(
     runs = [in_chunks, stepwise]
     agreement = check_stepwise(stepwise, sample, Written("litert", "program", quantize), request)
     if quantize == "f32":
-        source = Reference(sample.logits, sample.logits)
+        source = Reference(sample.logits, sample.logits, own_error=sample.own_error)
         codes = check_runs(source, runs, "the checkpoint's", "litert")
         results: dict[str, dict[str, object]] = {"exact": agreement.to_dict(), "codes": codes}
     else:
