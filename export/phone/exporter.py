@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import re
@@ -10,11 +11,12 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib import resources
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ...runtime.base import flags
 from ...runtime.base.files import fill_template, write_json_atomically, write_text_atomically
 from ...runtime.base.quantities import format_bytes, format_count, markdown_table, not_one_of
+from ...runtime.engines.engine import EngineOptions, load_engine
 from ...runtime.engines.manifest import cache_bytes
 from ...runtime.latency.profile import DeviceProfile
 from ...runtime.latency.shape import DecoderShape
@@ -23,10 +25,11 @@ from ..checkpoint import Checkpoint
 from ..executorch.exporter import check_executorch, write_program
 from ..executorch.options import ExecutorchOptions
 from ..gguf.exporter import GgufOptions, check_gguf, write_model
-from ..greedy import GreedyCheck, greedy_check
+from ..greedy import CONTEXT, GreedyCheck, greedy_check
 from ..manifest import Contents, generation_defaults, write_manifest
 from ..request import ExportRequest, log
 from ..targets import Exporter
+from .conversation import Tools, chat_calls, chat_turns, read_functions
 
 Platform = Literal["android", "ios"]
 
@@ -62,13 +65,8 @@ REACT_NATIVE_EXECUTORCH = "0.10.2"
 LLAMA_CPP = "0c1e57098"
 """Commit of llama.cpp in llama-cpp-python 0.3.36, whose header the code was written against."""
 
-CONVERSATIONS = {
-    "Chat.kt": "executorch",
-    "Chat.swift": "executorch",
-    "LlamaChat.kt": "llama.cpp",
-    "LlamaChat.swift": "llama.cpp",
-}
-"""Code that renders conversations itself -> the engine that reads it."""
+CONVERSATIONS = ("Chat.kt", "Chat.swift")
+"""Code for ExecuTorch that renders the prompt of one question itself."""
 
 
 def write_snippets(kit: Kit, folder: Path) -> None:
@@ -95,12 +93,13 @@ def write_snippets(kit: Kit, folder: Path) -> None:
         quote = _kotlin if file.endswith(".kt") else _quoted
         literals = {"END": quote(end)}
         if file in CONVERSATIONS:
-            check = kit.checks[CONVERSATIONS[file]]
+            check = kit.checks["executorch"]
             before, _, after = check.prompt.partition(check.question)
             literals |= {"BEFORE": quote(before), "AFTER": quote(after)}
-        text = source.joinpath(file).read_text(encoding="utf-8")
+        text = source.joinpath(Path(file).name).read_text(encoding="utf-8")
         for mark, value in {**marks, **literals}.items():
             text = text.replace(f"@{mark}@", value)
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
         write_text_atomically(folder / file, text)
         if file.endswith(".sh"):
             (folder / file).chmod(0o755)
@@ -120,14 +119,17 @@ PROMPT, DEPTH = 128, 512
 """Prompt tokens, and tokens before the decoded one, for the expected speed."""
 
 USES = {
-    "Chat.kt": "Kotlin on ExecuTorch; needs `build.gradle.kts`' line in the app's",
-    "build.gradle.kts": "the dependency",
+    "build.gradle.kts": "the Android app as a Gradle project, with `settings.gradle.kts` and `gradle.properties`",
+    "src/main/kotlin/efficientllm/kit/MainActivity.kt": "its screen",
+    "src/main/kotlin/efficientllm/kit/Conversation.kt": "conversations as Flows, for your own app, too",
+    "src/main/cpp/llama_chat.cpp": "their calls of llama.cpp; `CMakeLists.txt` builds both",
+    "Kit.xcodeproj/project.pbxproj": "the iOS app as an Xcode project; put llama.cpp's `llama.xcframework` beside it",
+    "App/ChatApp.swift": "its screen",
+    "App/Conversation.swift": "conversations as AsyncSequences, for your own app, too",
+    "App/llama_chat.cpp": "their calls of llama.cpp; `llama_chat.h` is the bridging header",
+    "Chat.kt": "Kotlin on ExecuTorch; its head has the dependency",
     "Chat.swift": "Swift on ExecuTorch; its head names the package and its products",
     "react-native-executorch.ts": "React Native on ExecuTorch",
-    "LlamaChat.kt": "Kotlin on llama.cpp; needs the next two in the app's `src/main/cpp`",
-    "llama_chat.cpp": "its calls of llama.cpp",
-    "CMakeLists.txt": "builds them for the app; its head has the line of `build.gradle.kts`",
-    "LlamaChat.swift": "Swift on llama.cpp's XCFramework",
     "llama-rn.ts": "React Native on llama.cpp",
     "push.sh": "copies the model to a phone by adb, where debug builds may read it",
 }
@@ -177,7 +179,9 @@ def card(kit: Kit, folder: Path, speed: ExpectedSpeed | None) -> str:
         speed=speed,
         prompt=PROMPT,
         depth=DEPTH,
-        code=markdown_table([["file", "what it is"], *([file, USES[file]] for file in kit.snippets)], left=(0, 1)),
+        code=markdown_table(
+            [["file", "what it is"], *([file, USES[file]] for file in kit.snippets if file in USES)], left=(0, 1)
+        ),
         margins=" and ".join(f"{check.margin:.2f} nats ({engine})" for engine, check in kit.checks.items()),
     )
 
@@ -198,12 +202,24 @@ FORMATS = ("gguf", "pte")
 
 SNIPPETS: dict[Platform, dict[str, tuple[str, ...]]] = {
     "android": {
-        "gguf": ("LlamaChat.kt", "llama_chat.cpp", "CMakeLists.txt", "llama-rn.ts"),
-        "pte": ("Chat.kt", "build.gradle.kts", "react-native-executorch.ts"),
+        "gguf": (
+            *("build.gradle.kts", "settings.gradle.kts", "gradle.properties", "src/main/AndroidManifest.xml"),
+            *(f"src/main/kotlin/efficientllm/kit/{name}" for name in ("MainActivity.kt", "Conversation.kt")),
+            *(
+                f"src/main/cpp/{name}"
+                for name in ("CMakeLists.txt", "llama_chat_jni.cpp", "llama_chat.cpp", "llama_chat.h")
+            ),
+            "llama-rn.ts",
+        ),
+        "pte": ("Chat.kt", "react-native-executorch.ts"),
         "": ("push.sh",),
     },
     "ios": {
-        "gguf": ("LlamaChat.swift", "llama-rn.ts"),
+        "gguf": (
+            "Kit.xcodeproj/project.pbxproj",
+            *(f"App/{name}" for name in ("ChatApp.swift", "Conversation.swift", "llama_chat.cpp", "llama_chat.h")),
+            "llama-rn.ts",
+        ),
         "pte": ("Chat.swift", "react-native-executorch.ts"),
         "": (),
     },
@@ -223,6 +239,8 @@ class PhoneOptions(GgufOptions):
     """Formats of the model, comma-separated: gguf (llama.cpp), pte (ExecuTorch, 8da4w)."""
     max_context: int = flags.count(2048, at_least=2)
     """Tokens of a conversation, at most the model's context."""
+    functions: str = ""
+    """JSON file with a list of functions in OpenAI's form, which the app's `call` may call."""
     device_profile: str = ""
     """Latency profile of the phone, written by efficientllm-bench --profile; the card then predicts the speed."""
 
@@ -239,6 +257,8 @@ def check_phone(options: PhoneOptions) -> None:
         check_gguf(options)
     if "pte" in options.formats:
         check_executorch(ExecutorchOptions())
+    if options.functions:
+        read_functions(Path(options.functions))
     if options.device_profile:
         DeviceProfile.load(Path(options.device_profile))
 
@@ -255,23 +275,38 @@ def export_kit(platform: Platform, checkpoint: Checkpoint, request: ExportReques
     context = min(options.max_context, checkpoint.context_length)
     checks = {each.engine: greedy_check(folder / each.files[0], context) for each in models}
     write_json_atomically(folder / CHECK_FILE, {engine: asdict(check) for engine, check in checks.items()})
-    write_json_atomically(folder / DEFAULTS_FILE, {"context": context, **generation_defaults(checkpoint)})
+    tools = read_functions(Path(options.functions)) if options.functions else ()
+    spoken = _conversation(folder / models[0].files[0], tools) if "gguf" in options.formats else {}
+    write_json_atomically(folder / DEFAULTS_FILE, {"context": context, **generation_defaults(checkpoint), **spoken})
     snippets = [name for key in (*options.formats, "") for name in SNIPPETS[platform][key]]
     model_files = [name for each in models for name in each.files]
-    pushed = list(dict.fromkeys([*model_files, CHECK_FILE]))  # two formats may have the same tokenizer's files
+    pushed = list(
+        dict.fromkeys([*model_files, DEFAULTS_FILE, CHECK_FILE])
+    )  # two formats may have the same tokenizer's files
     kit = Kit(platform, checkpoint, models, checks, context, snippets, pushed, _executorch_version(options.formats))
     write_snippets(kit, folder)
     write_text_atomically(folder / CARD_FILE, card(kit, folder, speed))
     # a manifest describes one engine: the first format's
     first = models[0]
-    written = [*pushed, DEFAULTS_FILE, CARD_FILE, *snippets]
-    contents = replace(first, files=written, layout=f"{platform} kit, {first.layout}")
+    contents = replace(
+        first,
+        files=[*pushed, CARD_FILE],
+        layout=f"{platform} kit, {first.layout}",
+        editable=tuple(snippets),
+    )
     write_manifest(checkpoint, request, folder, contents)
     log.info("read %s first", request.output / CARD_FILE)
 
 
 ANDROID = Exporter(PhoneOptions, partial(export_kit, "android"), check_phone)
 IOS = Exporter(PhoneOptions, partial(export_kit, "ios"), check_phone)
+
+
+def _conversation(model: Path, tools: Tools) -> dict[str, Any]:
+    """Return what the model's chat template writes around messages, and the format of calls."""
+    with contextlib.closing(load_engine(model, EngineOptions(threads=1, context=CONTEXT, tune=False))) as engine:
+        calls = {"calls": asdict(chat_calls(engine, tools))} if tools else {}
+        return {"turns": asdict(chat_turns(engine, tools)), **calls}
 
 
 def _check_profile(profile: DeviceProfile, models: Sequence[Contents]) -> None:

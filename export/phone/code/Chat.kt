@@ -1,4 +1,5 @@
-// One chat with @NAME@ on ExecuTorch @EXECUTORCH@ (org.pytorch:executorch-android).
+// One chat with @NAME@ on ExecuTorch. In the app's build.gradle.kts:
+// dependencies { implementation("org.pytorch:executorch-android:@EXECUTORCH@") }
 // Call it from a background thread: generate() returns when the answer is complete.
 package efficientllm.kit
 
