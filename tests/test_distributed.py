@@ -26,6 +26,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("distributed")]
 MODES = ("ddp", "fsdp")
 BETWEEN_REMOVALS = "ddp --prune-every 4 --prune-end 0.8"
 RESUMED = {BETWEEN_REMOVALS: 10, "fsdp": 10, "ddp --gradient-accumulation 2": 9}
+RESUMED["fsdp --reduce-once --gradient-accumulation 2"] = 9
 """Mode and flags of a run that gets a signal in its tenth step -> step of its checkpoint."""
 HARMS = ("damaged", "changed")
 HARMED = {"ddp": BETWEEN_REMOVALS, "fsdp": "fsdp"}
@@ -42,12 +43,21 @@ ONE_AND_TWO = {
     "sharded": ("fsdp", "taylor1", "attention,ffn,stem", ()),
     "sharded and rounded blocks": ("fsdp", "taylor1", "ffn,blocks", ("--qat", "q4_0")),
     "offloaded": ("fsdp --offload", "taylor1", "attention,ffn,stem,blocks", ()),
+    "reduced once": (
+        "fsdp --reduce-once --batch-size 1 --gradient-accumulation 2",
+        "taylor1",
+        "attention,ffn,stem",
+        RECOVERED,
+    ),
     "recovered": ("ddp", "token-fisher", "attention,ffn,vocabulary", RECOVERED),
     "sharded and recovered": ("fsdp", "token-fisher", "attention,ffn,vocabulary", RECOVERED),
     "fewer rows": ("fsdp", "token-fisher", "attention,ffn,vocabulary", (*RECOVERED, "--vocabulary-rows", "384")),
     "offloaded and recovered": ("fsdp --offload", "token-fisher", "attention,ffn,stem,blocks", RECOVERED),
 }
 """Name -> mode, criterion, removed groups and other flags of a run that one process and two make alike."""
+IN_BF16 = ("--tokens", "1280", "--batch-size", "2", "--dtype", "bfloat16", "--save-dtype", "float32", *RECOVERED)
+IN_BF16 += ("--prune", "ffn", "--prune-end", "1", "--checkpoint-every", "0")
+"""Flags of a run whose last removal and refit follow the last step."""
 
 
 def torchrun(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -112,6 +122,7 @@ def ended(folder: Path, source_folder: Path, corpus: Path) -> dict[str, tuple[st
         name: command(source_folder, corpus, folder / name, *shared_flags(name), "--data-parallel", *mode.split())
         for name, (mode, *_) in ONE_AND_TWO.items()
     }
+    runs["bf16"] = command(source_folder, corpus, folder / "bf16", *IN_BF16, "--data-parallel", "fsdp")
     for mode in RESUMED:
         for name in (f"straight {mode}", f"stopped {mode}"):
             runs[name] = command(source_folder, corpus, folder / name, *resumable_flags(mode))
@@ -153,6 +164,20 @@ def test_two_processes_remove_the_same_groups_as_one(
     found, expected = weights(folder / name), weights(tmp_path / "one")
     for tensor in expected:  # sums run in another order, and Adam amplifies rounding where gradients vanish
         assert (found[tensor] - expected[tensor]).abs().mean() < 1e-4, tensor
+
+
+def test_sharded_layers_in_bf16_lose_no_bits_of_their_weights(
+    ended: dict[str, tuple[str, dict[str, Any]]], folder: Path, source_folder: Path, corpus: Path, tmp_path: Path
+) -> None:
+    """Ranks send bf16 weights. Only gains of norms differ by that, so losses are near those of one process."""
+    assert ended["bf16"][1]["code"] == 0
+    one = command(source_folder, corpus, tmp_path / "one", *IN_BF16, "--gradient-accumulation", "2")
+    assert run(one) == 0
+    losses = [[each["loss"] for each in metrics(run) if "loss" in each] for run in (folder / "bf16", tmp_path / "one")]
+    assert losses[0] == pytest.approx(losses[1], rel=5e-3)
+    for name, weight in weights(folder / "bf16").items():
+        if "proj" in name:
+            assert (weight != weight.to(torch.bfloat16)).float().mean() > 0.5, name
 
 
 HEAVY = tiny_architecture(layers=(LayerShape(8, 8, 4096),) * 8, hidden_size=512, head_dim=64, tied=False)

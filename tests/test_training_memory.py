@@ -287,6 +287,13 @@ def test_the_estimate_of_a_run_names_its_parts() -> None:
     assert memory.estimate_memory(long, architecture, torch.float32).rest > 3 * plain.rest
     both = replace(long, run=lean.run)
     assert memory.estimate_memory(both, architecture, torch.float32).rest < plain.rest * 2
+    steps = replace(config, optimizer=OptimizerConfig(gradient_accumulation=2), run=RunConfig(data_parallel="fsdp"))
+    once = replace(steps, run=replace(steps.run, reduce_once=True))
+    peaks = [memory.estimate_memory(each, architecture, torch.float32, shards=4).peak for each in (steps, once)]
+    assert peaks[1] - peaks[0] == pytest.approx(3 * size * 1.09, rel=0.01)  # whole gradients instead of a quarter
+    of_layers = memory._kept_for_backward(config, architecture, 1, True)
+    of_layers -= memory._kept_for_backward(config, architecture, 1, True, is_sharded=True)
+    assert of_layers == pytest.approx(2 * (size - architecture.embedding_parameters), rel=0.01)  # bf16 copies
     text = plain.describe()
     assert text.startswith("about ")
     assert all(part in text for part in ("weights", "gradients", "moments", "the rest"))

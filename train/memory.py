@@ -80,15 +80,17 @@ def estimate_memory(
     of_logit += 8 if is_on_gpu and not fuses else 0  # a log-probability and a temporary, in fp32
     head = embedding + logits * of_logit * (2 if settings.distill else 1)
     head += embedding // 2 if is_bf16 else 0
-    forward = head + _kept_for_backward(config, architecture, tokens, is_bf16)
-    if settings.gradient_accumulation > 1:  # those of the earlier microbatches
-        forward += gradients // shards
+    forward = head + _kept_for_backward(config, architecture, tokens, is_bf16, shards > 1)
     backward = gradients // shards
+    if settings.gradient_accumulation > 1:  # those of the earlier microbatches
+        backward = gradients if config.run.reduce_once else backward
+        forward += backward
     if architecture.tie_word_embeddings or "stem" in config.pruning.prune:
         backward += embedding  # the embedding's gradient, before it is added to the head's, or scored
     if shards > 1:
-        forward += gathered_bytes(architecture)
-        backward += gathered_bytes(architecture) + 4 * architecture.embedding_parameters
+        gathered = gathered_bytes(architecture, is_bf16)
+        forward += gathered
+        backward += gathered + 4 * architecture.embedding_parameters
     rest = PROCESS_BYTES + max(forward, backward) - gradients // shards
     if settings.distill or config.pruning.recover != "none":  # a frozen model in the type of products
         frozen = size // shards
@@ -101,21 +103,30 @@ def estimate_memory(
     return MemoryEstimate(*kept, round(rest + FRAGMENTS * (sum(kept) + rest)))
 
 
-def gathered_bytes(architecture: Architecture) -> int:
-    """Return the bytes of whole weights under FSDP: embedding and head, two layers, and the gradient of one."""
+def gathered_bytes(architecture: Architecture, is_bf16: bool) -> int:
+    """Return the bytes of whole weights under FSDP: embedding and head, two layers, and the gradient of one twice.
+
+    Layers and their gradients are in the type of products. The gradient's copy, which ranks add up, is fp32.
+    """
     layers = [
         architecture.attention_parameters(each) + architecture.ffn_parameters(each) for each in architecture.layers
     ]
-    return 4 * (architecture.embedding_parameters + 3 * max(layers))
+    of_layer = 3 * (2 if is_bf16 else 4) + 4
+    return 4 * architecture.embedding_parameters + of_layer * max(layers)
 
 
-def _kept_for_backward(config: TrainConfig, architecture: Architecture, tokens: int, is_bf16: bool) -> int:
-    """Return the bytes of activations of `tokens` and bf16 copies of the layers' weights."""
+def _kept_for_backward(
+    config: TrainConfig, architecture: Architecture, tokens: int, is_bf16: bool, is_sharded: bool = False
+) -> int:
+    """Return the bytes of activations of `tokens` and bf16 copies of the layers' weights.
+
+    FSDP gathers the weights in bf16 again for the backward pass, so no copies stay.
+    """
     activations = [tokens * activation_bytes(architecture, layer, is_bf16) for layer in architecture.layers]
     parameters = [
         architecture.attention_parameters(each) + architecture.ffn_parameters(each) for each in architecture.layers
     ]
-    copies = [2 * count if is_bf16 else 0 for count in parameters]
+    copies = [2 * count if is_bf16 and not is_sharded else 0 for count in parameters]
     if config.run.activation_checkpointing:  # the input of every layer, and all of one
         return 4 * tokens * architecture.hidden_size * len(copies) + max(activations) + max(copies)
     return sum(activations) + sum(copies)

@@ -163,8 +163,9 @@ def allowed_changes(config: TrainConfig) -> list[str]:
 
 def choose_compute(config: TrainConfig) -> Compute:
     """Return hardware and process group. `compute.parallel.close()` leaves the group."""
-    hardware = choose_hardware(config.run.device, config.run.dtype, config.run.threads)
-    return Compute(hardware, Parallel(config.run.data_parallel, hardware.device, config.run.offload))
+    run = config.run
+    hardware = choose_hardware(run.device, run.dtype, run.threads)
+    return Compute(hardware, Parallel(run.data_parallel, hardware.device, run.offload, run.reduce_once))
 
 
 def make_plan(config: TrainConfig, resume: ResumePoint | None, compute: Compute) -> tuple[RunPlan, Any]:

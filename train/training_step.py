@@ -202,7 +202,7 @@ def accumulate_gradients(
 
     A saliency that is not linear in the gradient (taylor2, fisher) needs every microbatch of every rank alone. Then
     .grad is emptied after each one and DDP averages nothing. The sums are kept aside and averaged at the end. FSDP
-    reduces gradients in its own backward pass, so a sample is a microbatch of all ranks there.
+    averages gradients in its own backward pass, so a sample is a microbatch of all ranks there.
 
     `check` is called between microbatches, equally often on every rank, and may raise on all of them.
     """
@@ -225,7 +225,11 @@ def accumulate_gradients(
         divisor = whole / count if count else math.inf
         weight = sample_tokens * steps / step_tokens
         is_last = place == steps - 1
-        with without_sync(wrapped_loss, per_microbatch or not is_last):
+        if parallel.mode == "fsdp":
+            stays_local = parallel.reduces_once and not per_microbatch and not is_last
+        else:
+            stays_local = per_microbatch or not is_last
+        with without_sync(wrapped_loss, stays_local):
             loss, cross_entropy = wrapped_loss(*to_device(windows, parallel.device))
             (loss / divisor).backward()
         cross_entropies.append(cross_entropy.detach())

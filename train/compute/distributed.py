@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -29,8 +29,13 @@ breaks its connections, and the others do not wait for it."""
 
 
 def without_sync(callee: nn.Module, condition: bool) -> contextlib.AbstractContextManager[None]:
-    """Return a context in which DDP does not average gradients, if `condition` holds."""
-    if condition and isinstance(callee, DistributedDataParallel):
+    """Return a context in which ranks do not average gradients, if `condition` holds.
+
+    FSDP then keeps whole gradients on every rank. The next backward pass that averages adds them to its own.
+    """
+    if isinstance(callee, FSDPModule):
+        callee.set_requires_gradient_sync(not condition)
+    elif condition and isinstance(callee, DistributedDataParallel):
         return callee.no_sync()
     return contextlib.nullcontext()
 
@@ -42,16 +47,17 @@ FAILURE = "efficientllm/failure"
 class Parallel:
     """Rank of this process among the others, or a single rank without torchrun."""
 
-    def __init__(self, mode: str, device: torch.device, offload: bool = False) -> None:
+    def __init__(self, mode: str, device: torch.device, offload: bool = False, reduces_once: bool = False) -> None:
         """Join the process group of torchrun's environment (gloo on CPUs, nccl on GPUs).
 
-        `offload` keeps FSDP's shards, gradients and optimizer state in host memory.
+        `offload` keeps FSDP's shards, gradients and optimizer state in host memory. `reduces_once` lets FSDP average
+        the gradients of a step once, as DDP does.
         """
         started_by_torchrun = "WORLD_SIZE" in os.environ
         self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
         self.rank = int(os.environ.get("RANK", "0"))
         self.mode = mode if started_by_torchrun else "none"
-        self.offload = offload
+        self.offload, self.reduces_once = offload, reduces_once
         self.device = device
         if device.type == "cuda" and device.index is None:
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -73,15 +79,21 @@ class Parallel:
         return windows[self.rank * size : (self.rank + 1) * size]
 
     def wrap(self, loss: Any) -> nn.Module:
-        """Return the callable of a step: DDP around a TrainingLoss, or FSDP2 on every decoder layer and the rest."""
+        """Return the callable of a step: DDP around a TrainingLoss, or FSDP2 on every decoder layer and the rest.
+
+        FSDP2 sends the weights of layers in the type of products, to which autocast would round those of matrices
+        anyway. Gains of norms are rounded as well. Gradients are averaged in fp32.
+        """
         if self.mode == "ddp":
             return DistributedDataParallel(loss)
         if self.mode == "fsdp":
             options: dict[str, Any] = {}
             if self.offload:
                 options["offload_policy"] = CPUOffloadPolicy(pin_memory=self.device.type == "cuda")
+            # without casts of inputs the residual stream stays fp32
+            policy = MixedPrecisionPolicy(param_dtype=loss.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
             for layer in loss.model.model.layers:
-                fully_shard(layer, **options)
+                fully_shard(layer, mp_policy=policy, **options)
             fully_shard(loss, **options)
         return loss
 

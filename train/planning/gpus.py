@@ -166,13 +166,14 @@ def _seconds(config: TrainConfig, shape: Architecture, card: Card, gpus: int) ->
     head = shape.vocab_size * shape.hidden_size
     chunks = -(-tokens // chunk_tokens(True, shape.vocab_size))
     logits = 7 * 2 * tokens * shape.vocab_size  # bf16: passes of the fused loss over the model's and the teacher's
-    # bf16 copies of fp32 weights, and gradients that are added in fp32
-    weights = ((1 + recomputed) * 6 + 12) * size
     moments = 16 if settings.optimizer_dtype == "float32" else 8
     shards = _shards(config, gpus)
-    # FSDP gathers the weights for both passes of each microbatch and scatters the gradients. DDP reduces the gradients
-    # once per step, which sends them twice. All of them are fp32.
-    sent_per_weight = 3 * 4 * microbatches if shards > 1 else 2 * 4
+    # bf16 copies of fp32 weights, or of bf16 weights that FSDP has gathered twice, and gradients that are added in fp32
+    copied = 2 * 4 if shards > 1 else (1 + recomputed) * 6
+    weights = (copied + 12) * size
+    # FSDP gathers bf16 weights for both passes of each microbatch, and scatters fp32 gradients. DDP reduces fp32
+    # gradients once per step, which sends them twice.
+    sent_per_weight = (2 * 2 + 4) * microbatches if shards > 1 else 2 * 4
     sent = sent_per_weight * size * (gpus - 1) / gpus
     return {
         "products": microbatches * tokens * products / card.flops,

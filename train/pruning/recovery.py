@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ..compute.distributed import Parallel, full, gathered, scatter
 from ..model.irregular import architecture_of
@@ -77,27 +78,26 @@ class LeastSquares:
         stream = self.model.embed_tokens(windows).float()
         former_stream = self.former.embed_tokens(former_windows).float()
         for layer, former_layer in zip(self.model.layers, self.former.layers, strict=True):
-            fitted: list[tuple[nn.Linear, Tensor]] = []
+            matrices = [getattr(getattr(layer, part.block), part.matrix, None) for part in PARTS]
+            fitted = [matrix and _whole(matrix, stream.device) for matrix in matrices]
             with gathered(layer, former_layer):
-                for part in PARTS:
+                for part, matrix, whole in zip(PARTS, matrices, fitted, strict=True):
                     former_stream += self._forward(part, self.former, former_layer, former_stream, check)
-                    block = getattr(layer, part.block)
-                    matrix = getattr(block, part.matrix, None)
-                    if matrix is None:  # the block was removed
+                    if matrix is None or whole is None:  # the block was removed
                         continue
+                    block = getattr(layer, part.block)
                     setattr(block, part.matrix, nn.Identity())  # the part then returns the inputs of the matrix
                     try:
                         inputs = self._forward(part, self.model, layer, stream, check)
                     finally:
                         setattr(block, part.matrix, matrix)
                     wanted = self._without_stem_channels(former_stream) - stream
-                    self._fit_matrix(matrix, inputs, wanted, parallel)
+                    self._fit_matrix(whole, inputs, wanted, parallel)
                     # by the new weights, so that the next part sees the error that this fit leaves
-                    stream += self._outputs(matrix, inputs)
-                    if parallel.mode == "fsdp":  # `gathered` drops what changed in whole weights
-                        fitted.append((matrix, matrix.weight.clone()))
-            for matrix, weight in fitted:
-                scatter(matrix.weight, weight)
+                    stream += self._outputs(whole, inputs)
+            for matrix, whole in zip(matrices, fitted, strict=True):
+                if matrix is not whole:
+                    scatter(matrix.weight, whole.weight)
 
     def _without_stem_channels(self, former_stream: Tensor) -> Tensor:
         """Return the surviving channels of the former model's stream."""
@@ -158,6 +158,19 @@ class LeastSquares:
         parallel.mean_tensors([sums])
         gram, cross = sums.double().split([num_inputs, error.shape[1]], dim=1)
         return gram, cross
+
+
+def _whole(matrix: nn.Linear, device: torch.device) -> nn.Linear:
+    """Return the matrix itself, or a copy with whole fp32 weights if FSDP shards it (a collective call).
+
+    A forward pass gathers weights in the type of products, to which a fit must not round them.
+    """
+    if not isinstance(matrix.weight, DTensor):
+        return matrix
+    whole = nn.Linear(matrix.in_features, matrix.out_features, matrix.bias is not None, device="meta")
+    for name, parameter in matrix.named_parameters():
+        setattr(whole, name, nn.Parameter(full(parameter.detach()).to(device), requires_grad=False))
+    return whole
 
 
 def _attention(layer: Any, model: Any, stream: Tensor) -> Tensor:
