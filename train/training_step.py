@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import math
 import time
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from ..runtime.base.errors import DataError
 from .compute.distributed import Parallel, without_sync
 from .compute.hardware import peak_flops
-from .compute.loss import LossWeights, count_predicted, to_device
+from .compute.loss import LossWeights, SourceText, count_predicted, source_texts, to_device
 from .compute.optimizer import clip_factor, gradient_norm
 from .compute.trained_model import TrainedModel
 from .config.sections import OptimizerConfig
@@ -145,9 +146,12 @@ class TrainingStep:
 
     def _accumulate_gradients(self, microbatches: Sequence[Tensor]) -> float:
         """Compute the gradients of windows [B, S + 1] and return this rank's loss."""
-        trained, check = self.trained, self.stop_signal.check
-        model = trained.model
-        return accumulate_gradients(trained.wrapped_loss, model, microbatches, self.pruner, self.parallel, check)
+        trained, parallel, check = self.trained, self.parallel, self.stop_signal.check
+        texts = source_texts(trained.loss, microbatches, parallel.device)
+        with contextlib.closing(texts):
+            return accumulate_gradients(
+                trained.wrapped_loss, trained.model, microbatches, self.pruner, parallel, check, texts
+            )
 
     def _update_weights(self, grad_norm: Tensor) -> None:
         if self.pruner is not None:  # only now: a step that is skipped must leave no saliency
@@ -194,6 +198,7 @@ def accumulate_gradients(
     pruner: Pruner | None,
     parallel: Parallel,
     check: Callable[[], None] = lambda: None,
+    texts: Iterable[SourceText | None] = itertools.repeat(None),
 ) -> float:
     """Leave the gradients of the mean loss over all learned tokens of the step in .grad of the parameters.
 
@@ -204,7 +209,8 @@ def accumulate_gradients(
     .grad is emptied after each one and DDP averages nothing. The sums are kept aside and averaged at the end. FSDP
     averages gradients in its own backward pass, so a sample is a microbatch of all ranks there.
 
-    `check` is called between microbatches, equally often on every rank, and may raise on all of them.
+    `check` is called between microbatches, equally often on every rank, and may raise on all of them. `texts` are the
+    microbatches in the teacher's tokens (see `source_texts`).
     """
     steps = len(microbatches)
     needs_samples = pruner is not None and pruner.needs_microbatches
@@ -215,8 +221,8 @@ def accumulate_gradients(
     tokens_of_samples = means if parallel.mode == "fsdp" else tokens
     accumulated: dict[Tensor, Tensor] = {}
     cross_entropies: list[Tensor] = []
-    samples = zip(microbatches, tokens, tokens_of_samples, strict=True)
-    for place, (windows, count, sample_tokens) in enumerate(samples):
+    samples = zip(range(steps), microbatches, tokens, tokens_of_samples, texts, strict=False)
+    for place, windows, count, sample_tokens, text in samples:
         if place:
             check()
         # The mean loss of the microbatch becomes its part of the step's mean loss, or of its sample's. A sample's
@@ -230,7 +236,7 @@ def accumulate_gradients(
         else:
             stays_local = per_microbatch or not is_last
         with without_sync(wrapped_loss, stays_local):
-            loss, cross_entropy = wrapped_loss(*to_device(windows, parallel.device))
+            loss, cross_entropy = wrapped_loss(*to_device(windows, parallel.device), text=text)
             (loss / divisor).backward()
         cross_entropies.append(cross_entropy.detach())
         if pruner is not None:

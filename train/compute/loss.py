@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -262,13 +264,14 @@ class TrainingLoss(nn.Module):
         windows: Tensor,
         predicted: Tensor | None = None,
         read: Callable[[Tensor, Tensor], Any] | None = None,
+        text: SourceText | None = None,
     ) -> Any:
         """Return (loss to minimise, cross-entropy) of windows [B, S + 1]. Tokens given as ~token are not predicted.
 
         `predicted` are the positions in [B * S] of the others (see `to_device`). Finding them here makes the host wait
-        for a GPU. In eval mode the teacher is not used, and the loss is its cross-entropy part. With `read`, return
-        instead read(last hidden states [N, H] of the predicted tokens, LM-head weight [V, H]), both in the type of
-        products.
+        for a GPU, and so does the conversion to the teacher's tokens, unless `text` has them. In eval mode the teacher
+        is not used, and the loss is its cross-entropy part. With `read`, return instead read(last hidden states [N, H]
+        of the predicted tokens, LM-head weight [V, H]), both in the type of products.
         """
         if predicted is None:
             predicted = predicted_positions(windows)
@@ -284,13 +287,14 @@ class TrainingLoss(nn.Module):
             return read(rows.to(self.dtype), weight.to(self.dtype))
         reference = None
         if teacher is not None and self.training:
-            reference = self._reference(teacher, inputs, predicted)
+            if text is None and self.source_text is not None:
+                text = self.source_text(inputs)
+            reference = self._reference(teacher, inputs, predicted, text)
         return cross_entropy(rows, weight, targets, self.dtype, self.weights, reference)
 
     @torch.no_grad()
-    def _reference(self, teacher: Any, inputs: Tensor, predicted: Tensor) -> Reference:
-        """Return the teacher signal at the predicted positions, int64 [N], after `inputs` [B, S]."""
-        text = self.source_text(inputs) if self.source_text is not None else None
+    def _reference(self, teacher: Any, inputs: Tensor, predicted: Tensor, text: SourceText | None) -> Reference:
+        """Return the teacher signal at the predicted positions, int64 [N], after `inputs` [B, S] or their `text`."""
         tokens = inputs if text is None else text.tokens
         hidden = teacher.model(input_ids=tokens, use_cache=False).last_hidden_state.to(self.dtype).flatten(0, 1)
         weight = teacher.lm_head.weight.to(self.dtype)
@@ -315,9 +319,33 @@ def predicted_positions(windows: Tensor) -> Tensor:
 def to_device(windows: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return windows [B, S + 1] of host memory and their predicted positions on a device, without waiting for it."""
     positions = predicted_positions(windows)
-    if device.type == "cuda":
-        positions = positions.pin_memory()
-    return windows.to(device, non_blocking=True), positions.to(device, non_blocking=True)
+    return windows.to(device, non_blocking=True), _sent(positions, device)
+
+
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor of host memory on a device, without waiting for it."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def source_texts(
+    loss: TrainingLoss, microbatches: Sequence[Tensor], device: torch.device
+) -> Iterator[SourceText | None]:
+    """Yield the teacher's tokens of windows [B, S + 1] in host memory, or None for each if it reads the model's.
+
+    On a GPU a thread converts the tokens of later microbatches while the device computes.
+    """
+    convert = loss.source_text
+    if convert is None or loss.teacher is None:
+        yield from itertools.repeat(None, len(microbatches))
+        return
+    inputs = [torch.where(windows < 0, ~windows, windows)[:, :-1] for windows in microbatches]
+    if device.type != "cuda":
+        yield from map(convert, inputs)
+        return
+    with ThreadPoolExecutor(1, "teacher") as worker:
+        for text in worker.map(convert, inputs):
+            tensors = (text.tokens, text.places, text.first)
+            yield SourceText(*(_sent(tensor, device) for tensor in tensors))
 
 
 def count_predicted(windows: Tensor) -> int:
