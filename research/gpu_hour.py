@@ -95,7 +95,7 @@ def random_model(shape: Architecture, device: torch.device) -> Any:
 
 def make_step(config: TrainConfig, model: Any, shape: Architecture, teacher: Any, device: torch.device) -> TrainingStep:
     """Return the steps of a run with these settings, from `model` of this shape, on random text."""
-    parallel = Parallel(config.run.data_parallel, device, config.run.offload)
+    parallel = Parallel(config.run.data_parallel, device, config.run.offload, config.run.reduce_once)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     loss = TrainingLoss(model.to(parallel.device), dtype, teacher=teacher)
     optimizer, run = config.optimizer, config.run
@@ -108,7 +108,13 @@ def make_step(config: TrainConfig, model: Any, shape: Architecture, teacher: Any
             compiles=run.compile,
             stores_gradients_as_computed=False,
         ),
-        partial(make_optimizer, learning_rate=1e-4, betas=(0.9, 0.95), weight_decay=0.01),
+        partial(
+            make_optimizer,
+            learning_rate=1e-4,
+            betas=(0.9, 0.95),
+            weight_decay=0.01,
+            moments=getattr(torch, optimizer.optimizer_dtype),
+        ),
     )
     pruner = None
     plan = make_pruning_plan(config.pruning, shape, 0, None)
