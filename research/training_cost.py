@@ -2,12 +2,17 @@
 
 Variants of one step take turns on the same model, so that drift of the machine hits all alike; medians and quartiles
 are reported, and each variant's ratio to the plain step. Removal and weight update are timed as single events.
+
+`--processes` lets processes take turns instead: this package's step, the same with waiting threads that sleep, and a
+plain loop of transformers, on a quiet machine and beside a program that keeps one core busy.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -61,6 +66,10 @@ class BenchmarkOptions:
     """Variants to time beside the plain one, comma-separated, as the table calls them; or all."""
     run: str = ""
     """Report the speed through this finished run instead."""
+    processes: bool = False
+    """Compare processes instead, with and without a busy core."""
+    child: str = ""
+    """Be one of these processes, which takes a step for every line of its input: ours or transformers."""
 
 
 class StepBenchmark:
@@ -90,6 +99,8 @@ class StepBenchmark:
     def step(self, tracker: RunningScores | None = None, rounded: RoundedWeights | None = None) -> float:
         """Seconds of one step."""
         windows = torch.from_numpy(self.stream.next_windows(self.batch_size)).to(self.device)
+        if tracker is not None:
+            tracker.attach(self.model)
         self._wait()
         began = time.perf_counter()
         with rounded.applied(self.model) if rounded is not None else contextlib.nullcontext():
@@ -100,7 +111,10 @@ class StepBenchmark:
         self.optimizer.step(gradient_scale=clip_factor(gradient_norm(self.model.parameters()), 1.0))
         self.optimizer.zero_grad(set_to_none=True)
         self._wait()
-        return time.perf_counter() - began
+        seconds = time.perf_counter() - began
+        if tracker is not None:
+            tracker.detach()
+        return seconds
 
     def step_with_grams(self, axes: set[str]) -> float:
         """Seconds of one step in which input Gram matrices are collected."""
@@ -125,6 +139,7 @@ def compare_steps(bench: StepBenchmark, rounds: int, wanted: Sequence[str]) -> N
         "taylor1, with stem": lambda: bench.step(trackers["taylor1, with stem"]),
         "taylor2": lambda: bench.step(trackers["taylor2"]),
         "fisher": lambda: bench.step(trackers["fisher"]),
+        "token-fisher": lambda: bench.step(trackers["token-fisher"]),
         **{f"qat {each}": lambda each=each: bench.step(rounded=rounded[each]) for each in TRAINED_TYPES},
         "obs Gram matrices": lambda: bench.step_with_grams({"query", "ffn"}),
     }
@@ -133,6 +148,7 @@ def compare_steps(bench: StepBenchmark, rounds: int, wanted: Sequence[str]) -> N
         "taylor1, with stem": bench.tracker("taylor1", tuple(FOLDS)),
         "taylor2": bench.tracker("taylor2", WITHOUT_STEM),
         "fisher": bench.tracker("fisher", WITHOUT_STEM),
+        "token-fisher": bench.tracker("token-fisher", WITHOUT_STEM),
     }
     rounded = {each: RoundedWeights(QuantisationConfig(qat=each)) for each in TRAINED_TYPES}  # type: ignore[arg-type]
     if wanted != ("all",):
@@ -204,11 +220,102 @@ def speed_through_run(folder: Path) -> None:
     print(markdown_table(rows))
 
 
+def plain_steps(options: BenchmarkOptions) -> Callable[[], float]:
+    """Return a step of a plain loop of transformers on the same text, which returns its seconds."""
+    hardware = choose_hardware("cpu", "auto", 0)
+    model, tokenizer = load_source(options.source)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+    stream = PackedStream([DataSpec.parse(options.data)], tokenizer, options.sequence_length, 0.05, seed=0)
+    model.train()
+
+    def step() -> float:
+        tokens = torch.from_numpy(stream.next_windows(options.batch_size))[:, :-1]
+        began = time.perf_counter()
+        with torch.autocast("cpu", torch.bfloat16, enabled=hardware.dtype == torch.bfloat16):
+            loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return time.perf_counter() - began
+
+    return step
+
+
+def serve_steps(options: BenchmarkOptions) -> None:
+    """Take a step for every line of the input, and print its seconds."""
+    step = StepBenchmark(options).step if options.child == "ours" else plain_steps(options)
+    for _ in sys.stdin:
+        print(step(), flush=True)
+
+
+class StepProcess:
+    """A process of `serve_steps`."""
+
+    def __init__(self, child: str, options: BenchmarkOptions, **environment: str) -> None:
+        size = ["--batch-size", str(options.batch_size), "--sequence-length", str(options.sequence_length)]
+        command = [sys.executable, "-m", "research.training_cost", "--child", child, *size]
+        command += ["--source", options.source, "--data", options.data]
+        pipe, settings = subprocess.PIPE, {**os.environ, **environment}
+        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=settings)
+
+    def step(self) -> float:
+        """Return the seconds of one step."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        while True:
+            line = self._process.stdout.readline()
+            with contextlib.suppress(ValueError):  # it describes itself first
+                return float(line)
+            assert line, "a process ended"
+
+    def close(self) -> None:
+        self._process.communicate()
+
+
+def compare_processes(options: BenchmarkOptions) -> None:
+    """Print steps/s of processes that take turns, on a quiet machine and beside a program that keeps a core busy."""
+    processes = {
+        "ours": StepProcess("ours", options),
+        "ours, waiting threads sleep": StepProcess("ours", options, OMP_WAIT_POLICY="passive"),
+        "transformers": StepProcess("transformers", options),
+    }
+    rows = [["machine", "process", f"median (quartiles) of {options.rounds}", "rate against ours on a quiet machine"]]
+    quiet = 0.0
+    for machine in ("quiet", "one busy core"):
+        busy = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if machine != "quiet" else None
+        try:
+            seconds: dict[str, list[float]] = {name: [] for name in processes}
+            for turn in range(options.rounds + 1):
+                for name, process in processes.items():
+                    elapsed = process.step()
+                    if turn:  # the first round warms up
+                        seconds[name].append(elapsed)
+        finally:
+            if busy is not None:
+                busy.kill()
+        quiet = quiet or statistics.median(seconds["ours"])
+        for name, values in seconds.items():
+            rate = quiet / statistics.median(values)
+            rows.append([machine, name, Figure.of(values).describe(3, "s"), f"{rate:.3f}"])
+    for process in processes.values():
+        process.close()
+    print(f"\n{markdown_table(rows, left=(0, 1))}")
+
+
 def body(argv: Sequence[str]) -> int:
     parser = flags.Parser(BenchmarkOptions, prog="python -m research.training_cost", description=__doc__)
     options = flags.take(parser.parse(argv), BenchmarkOptions)
     if options.run:
         speed_through_run(Path(options.run))
+        return 0
+    if options.child:
+        serve_steps(options)
+        return 0
+    if options.processes:
+        compare_processes(options)
         return 0
     bench = StepBenchmark(options)
     compare_steps(bench, options.rounds, options.steps)
