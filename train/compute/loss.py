@@ -9,7 +9,7 @@ import copy
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -329,7 +329,7 @@ def _sent(tensor: Tensor, device: torch.device) -> Tensor:
 
 def source_texts(
     loss: TrainingLoss, microbatches: Sequence[Tensor], device: torch.device
-) -> Iterator[SourceText | None]:
+) -> Generator[SourceText | None, None, None]:
     """Yield the teacher's tokens of windows [B, S + 1] in host memory, or None for each if it reads the model's.
 
     On a GPU a thread converts the tokens of later microbatches while the device computes.

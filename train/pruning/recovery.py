@@ -79,11 +79,11 @@ class LeastSquares:
         former_stream = self.former.embed_tokens(former_windows).float()
         for layer, former_layer in zip(self.model.layers, self.former.layers, strict=True):
             matrices = [getattr(getattr(layer, part.block), part.matrix, None) for part in PARTS]
-            fitted = [matrix and _whole(matrix, stream.device) for matrix in matrices]
+            fitted = {matrix: _whole(matrix, stream.device) for matrix in matrices if matrix is not None}
             with gathered(layer, former_layer):
-                for part, matrix, whole in zip(PARTS, matrices, fitted, strict=True):
+                for part, matrix in zip(PARTS, matrices, strict=True):
                     former_stream += self._forward(part, self.former, former_layer, former_stream, check)
-                    if matrix is None or whole is None:  # the block was removed
+                    if matrix is None:  # the block was removed
                         continue
                     block = getattr(layer, part.block)
                     setattr(block, part.matrix, nn.Identity())  # the part then returns the inputs of the matrix
@@ -92,11 +92,11 @@ class LeastSquares:
                     finally:
                         setattr(block, part.matrix, matrix)
                     wanted = self._without_stem_channels(former_stream) - stream
-                    self._fit_matrix(whole, inputs, wanted, parallel)
+                    self._fit_matrix(fitted[matrix], inputs, wanted, parallel)
                     # by the new weights, so that the next part sees the error that this fit leaves
-                    stream += self._outputs(whole, inputs)
-            for matrix, whole in zip(matrices, fitted, strict=True):
-                if matrix is not whole:
+                    stream += self._outputs(fitted[matrix], inputs)
+            for matrix, whole in fitted.items():
+                if whole is not matrix:
                     scatter(matrix.weight, whole.weight)
 
     def _without_stem_channels(self, former_stream: Tensor) -> Tensor:
