@@ -96,13 +96,16 @@ def body(argv: Sequence[str]) -> int:
             reason = f"other machines may reach --host {options.host} and use the server"
             print(f"warning: {reason}; set an --api-key to prevent it", file=sys.stderr)
         limits = (options.waiting, options.timeout, options.max_memory, options.prompt_cache, options.idle_unload)
-        pool = ModelPool(artefacts, engine_options, *limits, options.pin)
+        pool = ModelPool(artefacts, engine_options, *limits, options.pin, loads_first=False)
         names = ", ".join(artefacts)
         print(f"{names} at http://{options.host}:{options.port}/v1 (chat: /, API: /openapi.json)", flush=True)
         app = create_app(pool, app_options, is_local, sampling)
         protocol = limited_protocol(options.max_connections, app_options.body_timeout)
         settings = {"http": protocol, "log_level": "warning", "timeout_keep_alive": KEEP_ALIVE_SECONDS}
-        GracefulServer(app, pool.abort, options.grace, **settings).run(sockets=[listener])
+        server = GracefulServer(app, pool.load_first, pool.abort, options.grace, **settings)
+        server.run(sockets=[listener])
+        if server.load_error is not None:
+            raise server.load_error
     return 0
 
 

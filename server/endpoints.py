@@ -82,7 +82,8 @@ class Endpoints:
         methods = ["GET", "HEAD"]
         router.api_route("/", methods=methods, response_class=HTMLResponse, include_in_schema=False)(self.page)
         router.get("/page/{name}", include_in_schema=False)(page_file)
-        router.get("/health")(self.health)
+        loading = {"description": "the first model is being loaded", "model": Health}
+        router.get("/health", responses={503: loading})(self.health)
         router.head("/health", include_in_schema=False)(self.health)
         router.get("/metrics", response_class=Response)(self.prometheus)
         router.get("/v1/models")(self.models)
@@ -104,11 +105,14 @@ class Endpoints:
     async def page(self) -> Response:
         return page_file("index.html")
 
-    async def health(self, http: Request) -> Health:
+    async def health(self, http: Request, response: Response) -> Health:
+        if not self._pool.is_ready:
+            response.status_code = 503
         workers = self._pool.loaded.items() if http.scope.get(TRUSTED) else ()  # without the key no model is named
         loaded = {name: LoadedModel(kv_cache_bytes=worker.engine.kv_cache_bytes) for name, worker in workers}
         memory: dict[str, Any] = memory_bytes()
-        return Health(in_flight=self._pool.in_flight, loaded=loaded, **memory)
+        status = "ok" if self._pool.is_ready else "loading"
+        return Health(status=status, in_flight=self._pool.in_flight, loaded=loaded, **memory)
 
     async def prometheus(self) -> Response:
         return Response(self._metrics.render(), media_type="text/plain; version=0.0.4")

@@ -6,6 +6,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import json
+import shutil
 import signal
 import socket
 import subprocess
@@ -26,8 +27,9 @@ from efficientllm.runtime.engines.engine import EngineOptions
 from efficientllm.runtime.generation import token_logprob
 from efficientllm.runtime.grammar import Grammar, GrammarConstraint
 from efficientllm.runtime.sampling import SamplingDefaults, SamplingOptions, log_softmax
-from efficientllm.server.access.connections import limited_protocol
+from efficientllm.server.access.connections import GracefulServer, limited_protocol
 from efficientllm.server.app import create_app
+from efficientllm.server.cli import bind_socket
 from efficientllm.server.models.pool import ModelPool
 from efficientllm.server.models.worker import EngineWorker
 from efficientllm.server.options import AppOptions
@@ -467,13 +469,17 @@ def test_a_second_head_that_does_not_come_is_given_up_as_the_first(artefact: Pat
             assert connection.recv(4096) == b""
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 @contextlib.contextmanager
 def stopping_server(artefact: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """A server of its own that gives answers one second; its process and address."""
     command = [sys.executable, "-m", "efficientllm.server.cli", str(artefact), "--threads", "1", "--grace", "1"]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command += ["--port", str(port), "--overflow", "slide", "--context", "256"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
@@ -528,3 +534,75 @@ def test_a_server_that_stops_does_not_wait_for_a_grammar(artefact: Path) -> None
         server.send_signal(signal.SIGTERM)
         assert answer.result().status_code == 503
         assert answer.result().json()["error"]["message"] == "the server stops"
+
+
+@contextlib.contextmanager
+def loading_server(pool: ModelPool) -> Iterator[tuple[GracefulServer, str]]:
+    """A server in a thread that listens, though its model may not be loaded yet; and its address."""
+    with bind_socket("127.0.0.1", 0) as listener:
+        address = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        server = GracefulServer(create_app(pool), pool.load_first, pool.abort, 1, log_level="error")
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        deadline = time.monotonic() + 20
+        while not server.started and time.monotonic() < deadline:
+            time.sleep(0.01)
+        try:
+            yield server, address
+        finally:
+            server.should_exit = True
+            thread.join(timeout=20)
+        assert not thread.is_alive()
+
+
+def delayed_pool(artefact: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[ModelPool, threading.Event]:
+    """A pool that loads its model after the event."""
+    load, may_load = ModelPool._load, threading.Event()
+
+    def wait(pool: ModelPool, name: str) -> EngineWorker:
+        assert may_load.wait(20)
+        return load(pool, name)
+
+    monkeypatch.setattr(ModelPool, "_load", wait)
+    options = EngineOptions(threads=1, context=64, parallel=1)
+    return ModelPool({"tiny": str(artefact)}, options, loads_first=False), may_load
+
+
+def test_a_server_listens_before_its_model_is_loaded(artefact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool, may_load = delayed_pool(artefact, monkeypatch)
+    with loading_server(pool) as (_, address), concurrent.futures.ThreadPoolExecutor() as threads:
+        health = httpx.get(f"{address}/health")
+        assert (health.status_code, health.json()["status"]) == (503, "loading")
+        assert httpx.get(f"{address}/v1/models").json()["data"][0]["id"] == "tiny"
+        answer = threads.submit(post, address, messages=MESSAGES, max_tokens=2)
+        while not httpx.get(f"{address}/health").json()["in_flight"]:
+            assert not answer.done()
+        may_load.set()
+        assert answer.result().status_code == 200
+        health = httpx.get(f"{address}/health")
+        assert (health.status_code, health.json()["status"]) == (200, "ok")
+
+
+def test_a_server_that_stops_does_not_wait_for_its_first_load(artefact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool, may_load = delayed_pool(artefact, monkeypatch)
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        with loading_server(pool) as (server, address):
+            answer = threads.submit(post, address, messages=MESSAGES)
+            while not httpx.get(f"{address}/health").json()["in_flight"]:
+                assert not answer.done()
+            server.should_exit = True
+            assert answer.result().status_code == 503
+        may_load.set()
+
+
+def test_a_server_ends_if_its_first_model_cannot_be_loaded(artefact: Path, tmp_path: Path) -> None:
+    damaged = shutil.copytree(artefact, tmp_path / "damaged")
+    with next(damaged.glob("*.gguf")).open("r+b") as stream:
+        stream.seek(-4, 2)
+        stream.write(b"!!!!")
+    command = [sys.executable, "-m", "efficientllm.server.cli", str(damaged), "--port", str(free_port())]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert "damaged" in done.stderr
+    assert done.stderr.count("\n") == 1

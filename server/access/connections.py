@@ -1,4 +1,4 @@
-"""uvicorn with limits: how many connections, how long one may wait for a request, and how long answers may end."""
+"""uvicorn with limits on connections, on the wait for a request, and on answers at its end."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import uvicorn
@@ -107,21 +107,49 @@ def notify_systemd(state: str) -> None:
 
 
 class GracefulServer(uvicorn.Server):
-    """uvicorn's server with a grace period for answers in progress. uvicorn itself cancels them in mid-response."""
+    """uvicorn's server, which listens before it loads and has a grace period for answers in progress.
 
-    def __init__(self, app: Any, end_answers: Callable[[], None], grace_seconds: int, **settings: Any) -> None:
-        """Serve `app`, and call `end_answers` `grace_seconds` after the signal to stop. `settings` are uvicorn's."""
+    uvicorn itself cancels them in mid-response.
+    """
+
+    def __init__(
+        self,
+        app: Any,
+        load: Callable[[], Coroutine[Any, Any, None]],
+        end_answers: Callable[[], None],
+        grace_seconds: int,
+        **settings: Any,
+    ) -> None:
+        """Serve `app`, and call `end_answers` `grace_seconds` after the signal to stop. `settings` are uvicorn's.
+
+        `load` is awaited once the server listens. If it fails, the server stops.
+        """
         timeout = grace_seconds + CLOSE_SECONDS
         super().__init__(uvicorn.Config(app, timeout_graceful_shutdown=timeout, **settings))
-        self._end_answers, self._grace_seconds = end_answers, grace_seconds
+        self._load, self._end_answers, self._grace_seconds = load, end_answers, grace_seconds
+        self._loading: asyncio.Task[None] | None = None
+        self.load_error: BaseException | None = None
+        """Error of `load`, after the server has stopped because of it."""
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
+            self._loading = asyncio.create_task(self._load())
+            self._loading.add_done_callback(self._end_loading)
+
+    def _end_loading(self, loading: asyncio.Task[None]) -> None:
+        if loading.cancelled():
+            return
+        self.load_error = loading.exception()
+        if self.load_error is None:
             notify_systemd("READY=1")
+        else:
+            self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         notify_systemd("STOPPING=1")
+        if self._loading is not None:
+            self._loading.cancel()
         timer = asyncio.get_running_loop().call_later(self._grace_seconds, self._end_answers)
         try:
             await super().shutdown(sockets)

@@ -28,7 +28,7 @@ from ...runtime.grammar import read_vocabulary
 from ...runtime.prompt import PromptOptions, tool_prompt
 from ..schemas.api_error import APIError, shutdown_error, validation_message
 from ..schemas.completions import ChatRequest
-from .worker import Deadline, EngineWorker
+from .worker import Deadline, EngineWorker, run_in_thread
 
 DEFAULT_PARALLEL = 16
 """Answers of one model that are computed together, unless --parallel is given."""
@@ -50,16 +50,16 @@ class ModelPool:
         prompt_cache: int = 0,
         idle_seconds: float = 0.0,
         pins: Sequence[str] = (),
+        loads_first: bool = True,
     ) -> None:
         """Compare the files of `artefacts` {name: path} with their manifests and load the first model.
 
-        Raise ArtefactError if one is damaged. `waiting`: requests per model in the queue. `timeout`: seconds of a
-        request. `prompt_cache`: bytes on disk for the prompts of unloaded models. `idle_seconds`: time after its last
-        request in which a model stays loaded, 0 for ever. `pins`: files of prompts that stay evaluated, see `read_pin`.
+        Raise ArtefactError if one is damaged. Without `loads_first`, `load_first` does both. `waiting`: requests per
+        model in the queue. `timeout`: seconds of a request. `prompt_cache`: bytes on disk for the prompts of unloaded
+        models. `idle_seconds`: time after its last request in which a model stays loaded, 0 for ever. `pins`: files of
+        prompts that stay evaluated, see `read_pin`.
         """
         self.artefacts = {name: Artefact.open(path) for name, path in artefacts.items()}
-        for artefact in self.artefacts.values():
-            artefact.verify()
         self.options = replace(options, parallel=options.parallel or DEFAULT_PARALLEL)
         self.waiting, self.timeout, self.max_memory = waiting, timeout, max_memory
         self.prompt_cache, self._pins = prompt_cache, list(map(read_pin, pins))
@@ -79,8 +79,31 @@ class ModelPool:
         self._is_stopping = False
         self._unloads = set[asyncio.Task[None]]()
         """Unloads in progress. asyncio itself keeps no reference to a task."""
+        self.is_ready = loads_first
+        """False until `load_first` has ended."""
+        if loads_first:
+            self._workers.update(self._verify_and_load())
+
+    def _verify_and_load(self) -> dict[str, EngineWorker]:
+        """Compare all files with their manifests, and return the worker of the first model by its name."""
+        for artefact in self.artefacts.values():
+            artefact.verify()
         first = next(iter(self.artefacts))
-        self._workers[first] = self._load(first)
+        return {first: self._load(first)}
+
+    async def load_first(self) -> None:
+        """Compare all files with their manifests and load the first model, while requests wait.
+
+        Raise ArtefactError if a file is damaged. The requests that wait are refused then, and if the call is cancelled.
+        """
+        async with self._loading:
+            try:
+                # a daemon thread, so that a server that stops does not wait for it
+                self._workers.update(await run_in_thread(self._verify_and_load))
+            except BaseException:
+                self.abort()
+                raise
+        self.is_ready = True
 
     def _load(self, name: str) -> EngineWorker:
         engine = load_engine(self.artefacts[name], self.options)

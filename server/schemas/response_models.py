@@ -259,7 +259,7 @@ class LoadedModel(ResponseModel):
 class Health(ResponseModel):
     """Bytes are of the whole server. Outside Linux only the peak is known. Without the key no model is named."""
 
-    status: Literal["ok"] = "ok"
+    status: Literal["ok", "loading"] = "ok"
     in_flight: int
     loaded: dict[str, LoadedModel]
     peak_rss_bytes: int
