@@ -469,6 +469,40 @@ def test_a_second_head_that_does_not_come_is_given_up_as_the_first(artefact: Pat
             assert connection.recv(4096) == b""
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_closes_its_side_gets_its_answer(artefact: Path, stream: bool) -> None:
+    pool = ModelPool({"tiny": str(artefact)}, EngineOptions(threads=1, context=256))
+    with serve(pool, AppOptions(), http=limited_protocol(4, timeout=20)) as address:
+        host, port = address.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=60) as connection:
+            content = json.dumps({"messages": MESSAGES, "max_tokens": 150, "temperature": 0, "stream": stream}).encode()
+            head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            connection.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
+            connection.shutdown(socket.SHUT_WR)
+            data = b""
+            while more := connection.recv(4096):  # the server closes it after the answer
+                data += more
+    assert b"HTTP/1.1 200 OK" in data
+    assert data.startswith(b"HTTP/1.1 100 Continue")
+    assert b'"finish_reason"' in data
+
+
+def test_a_client_that_closes_both_sides_is_soon_known_to_be_gone(artefact: Path) -> None:
+    pool = ModelPool({"tiny": str(artefact)}, EngineOptions(threads=1, context=4096))
+    with serve(pool, AppOptions(overflow="slide"), http=limited_protocol(4, timeout=20)) as address:
+        host, port = address.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=60) as connection:
+            content = json.dumps({"messages": MESSAGES, **LONG}).encode()
+            head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            connection.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
+            while not pool.in_flight:
+                time.sleep(0.001)
+        deadline = time.monotonic() + 5
+        while pool.in_flight:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

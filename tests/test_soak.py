@@ -12,6 +12,7 @@ import pytest
 import soak
 from serving import serve
 
+from efficientllm.runtime.engines.artefact import Artefact
 from efficientllm.runtime.engines.engine import EngineOptions, load_engine
 from efficientllm.runtime.generation import AnswerOptions, Generation
 from efficientllm.server.models.pool import ModelPool
@@ -81,3 +82,17 @@ def test_a_crowd_gets_its_own_answers(artefact: Path, tokens: dict[str, int]) ->
     assert found.statuses.keys() == {200}
     assert found.statuses[200] >= 96
     assert found.lost == found.crossed == 0
+
+
+def test_a_hostile_crowd_gets_its_own_answers_until_the_server_stops(artefact: Path, tokens: dict[str, int]) -> None:
+    clients = [(token, text) for text, token in tokens.items()][:12]
+    names = {"model": str(artefact), "other": str(artefact)}
+    size = int(1.5 * Artefact.open(artefact).file_bytes)
+    options = soak.SoakOptions(clients=12, max_memory=size)
+    with soak.server_of(names, options, context=256) as (address, stop):
+        asked = soak.crowd(address, list(names), clients, requests=48, seconds=0, kinds=soak.KINDS, stop=stop)
+        found = asyncio.run(asked)
+    assert found.statuses.keys() == {200}
+    assert found.cancelled
+    assert found.lost == found.crossed == 0
+    assert found.at_stop.keys() <= {"200", "503", "connection closed"}

@@ -23,12 +23,22 @@ CLOSE_SECONDS = 5
 """Time for clients to read why their answers end, before uvicorn closes their connections."""
 
 
+PROBE = b"HTTP/1.1 100 Continue\r\n\r\n"
+"""Interim answer, which clients skip. The system of a client that has closed its connection refuses it."""
+
+FIRST_PROBE_SECONDS, LONGEST_PROBE_SECONDS = 0.002, 1.0
+"""Time between the first two probes, and limit of the later ones, of which each waits twice as long."""
+
+
 def limited_protocol(max_connections: int, timeout: float) -> type[H11Protocol]:
     """Return uvicorn's protocol with limits.
 
     It closes connections beyond `max_connections` at once, and those without a whole request head after `timeout`
     seconds. It aborts those whose client reads nothing for as long. uvicorn itself waits forever, and a server without
     free file descriptors cannot answer anybody.
+
+    A client that closes only its own side after a request gets its answer. The end of its data looks the same if it has
+    gone, so the server sends `PROBE` until the answer starts.
     """
 
     class LimitedProtocol(H11Protocol):
@@ -59,6 +69,23 @@ def limited_protocol(max_connections: int, timeout: float) -> type[H11Protocol]:
         def resume_writing(self) -> None:
             super().resume_writing()
             self._stop_write_timer()
+
+        def eof_received(self) -> bool:  # type: ignore[override]
+            """Return True to keep the connection for the answer."""
+            cycle = self.cycle
+            if not self._has_request() or cycle.more_body or cycle.response_started:
+                return False
+            if cycle.scope["http_version"] != "1.1":  # an older client knows no interim answers
+                return False
+            cycle.keep_alive = False
+            self._probe(FIRST_PROBE_SECONDS)
+            return True
+
+        def _probe(self, seconds: float) -> None:
+            """Send an interim answer, and the next after `seconds`. They end the connection if the client has gone."""
+            if self._has_request() and not self.cycle.response_started and not self.transport.is_closing():
+                self.transport.write(PROBE)
+                self.loop.call_later(seconds, self._probe, min(2 * seconds, LONGEST_PROBE_SECONDS))
 
         def _await_reader(self, unread: float = float("inf")) -> None:
             """Abort the connection if no byte of the `unread` ones was read, else look again later.

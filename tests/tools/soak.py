@@ -1,22 +1,32 @@
 """A server that is used hard: `python tests/tools/soak.py ARTEFACT`, with figures of what was lost, crossed and leaked.
 
-Clients go away in every phase of an answer, timed until its place is free; then a crowd asks. Every client of the crowd
-biases its answer to one token, so an answer that reached somebody else would show.
+Clients go away in every phase of an answer, timed until its place is free. Then a crowd asks a server in a process of
+its own. Every client of the crowd biases its answer to one token, so an answer that reached somebody else would show.
+With --hostile, half of the crowd cancels, reads slowly or closes its side of the connection. SIGTERM ends the server
+amid the answers.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
+import json
 import random
+import socket
+import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import httpx
-from serving import serve
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from serving import serve  # isort: skip
 
 from efficientllm.runtime.base import flags
 from efficientllm.runtime.base.command import run_command
@@ -51,6 +61,8 @@ class SoakOptions:
     """CPU threads."""
     max_memory: int = flags.byte_count(0)
     """Room for the models, as efficientllm-serve's: where it is not enough for all, they take turns."""
+    hostile: bool = False
+    """Let half of the crowd cancel, read slowly, or close its side of the connection."""
 
     def __post_init__(self) -> None:
         flags.check_fields(self)
@@ -106,52 +118,165 @@ async def _asked(client: httpx.AsyncClient, pool: ModelPool, body: dict[str, Any
     return asked
 
 
-@dataclass(frozen=True)
+@dataclass
 class Crowd:
     """What became of a crowd's requests."""
 
-    statuses: Counter[int]
-    lost: int
+    statuses: Counter[int] = field(default_factory=Counter[int])
+    lost: int = 0
     """Requests whose connection broke."""
-    crossed: int
+    crossed: int = 0
     """Answers that hold another client's token."""
-    rss_bytes: list[int]
+    cancelled: int = 0
+    """Requests whose client went."""
+    at_stop: Counter[str] = field(default_factory=Counter[str])
+    """What became of requests that were sent before the server was told to stop and answered after it."""
+    rss_bytes: list[int] = field(default_factory=list[int])
     """Resident memory of the server along the way."""
-    seconds: float
+    seconds: float = 0.0
+
+
+KINDS = ("plain", "cancels", "plain", "reads slowly", "plain", "half-closed")
+"""How the clients of a hostile crowd read, in turn."""
+
+SLOW_BYTES, SLOW_SECONDS = 16, 0.01
+"""Bytes that a slow reader takes at once, and its pause after them."""
+
+
+async def ask_raw(address: str, body: dict[str, Any], kind: str) -> tuple[int, str] | None:
+    """Return status and text of an answer that is read in the manner of `kind`, None if it was cancelled."""
+    host, port = address.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port), limit=64)
+    try:
+        content = json.dumps(body | {"stream": kind != "half-closed"}).encode()
+        head = (
+            f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\nContent-Type: application/json\r\n"
+        )
+        writer.write(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
+        if kind == "half-closed":
+            writer.write_eof()
+        if kind == "cancels":
+            await asyncio.sleep(random.uniform(0, 0.3))
+            return None
+        data = b""
+        while more := await reader.read(SLOW_BYTES if kind == "reads slowly" else 65536):
+            data += more
+            if kind == "reads slowly":
+                await asyncio.sleep(SLOW_SECONDS)
+    finally:
+        writer.transport.abort()
+    *_, last = data.split(b"HTTP/1.1 ")  # after interim answers
+    if not last.strip():
+        raise httpx.ReadError("no answer")
+    status, rest = int(last[:3]), last.partition(b"\r\n\r\n")[2]
+    lines = rest.decode().splitlines()
+    events = [json.loads(line.removeprefix("data: ")) for line in lines if "{" in line] if status == 200 else []
+    if any("error" in event for event in events):
+        return 503, ""
+    return status, "".join(choice["text"] for event in events for choice in event["choices"])
 
 
 async def crowd(
-    address: str, models: Sequence[str], tokens: Sequence[tuple[int, str]], requests: int, seconds: float
+    address: str,
+    models: Sequence[str],
+    tokens: Sequence[tuple[int, str]],
+    requests: int,
+    seconds: float,
+    kinds: Sequence[str] = ("plain",),
+    stop: Callable[[], None] | None = None,
 ) -> Crowd:
-    """One client for each of `tokens` (id, text); they ask any of `models` until it was often and long enough."""
-    statuses, lost, crossed, memory, began = Counter[int](), 0, 0, list[int](), time.perf_counter()
+    """One client for each of `tokens` (id, text); they ask any of `models` until it was often and long enough.
 
-    async def ask(client: httpx.AsyncClient, token: int, text: str) -> None:
-        nonlocal lost, crossed
-        while sum(statuses.values()) < requests or time.perf_counter() - began < seconds:
+    Then `stop` is called amid their answers, if it is given.
+    """
+    found, began, is_stopped = Crowd(), time.perf_counter(), False
+
+    def is_enough() -> bool:
+        return sum(found.statuses.values()) >= requests and time.perf_counter() - began >= seconds
+
+    async def ask(client: httpx.AsyncClient, number: int, token: int, text: str) -> None:
+        kind = kinds[number % len(kinds)]
+        while not (is_stopped if stop else is_enough()):
             count = random.randint(1, 8)
             body = {"model": random.choice(models), "prompt": [token] * random.randint(1, 40), "max_tokens": count}
             body |= {"logit_bias": {str(token): 100}, "temperature": 0}
             try:
-                answer = await client.post("completions", json=body)
-            except httpx.TransportError:
-                lost += 1
+                if kind == "plain":
+                    whole = await client.post("completions", json=body)
+                    answer = whole.status_code, whole.json()["choices"][0]["text"] if whole.status_code == 200 else ""
+                else:
+                    answer = await ask_raw(address, body, kind)
+            except (httpx.TransportError, OSError):
+                if is_stopped:
+                    found.at_stop["connection closed"] += 1
+                else:
+                    found.lost += 1
                 continue
-            statuses[answer.status_code] += 1
-            crossed += answer.status_code == 200 and answer.json()["choices"][0]["text"] != text * count
+            if answer is None:
+                found.cancelled += 1
+                continue
+            status, answered = answer
+            if is_stopped:
+                found.at_stop[str(status)] += 1
+            else:
+                found.statuses[status] += 1
+            found.crossed += status == 200 and answered != text * count
 
     async def watch(client: httpx.AsyncClient) -> None:
         while True:
-            memory.append((await client.get(f"{address}/health")).json()["rss_bytes"])
+            found.rss_bytes.append((await client.get(f"{address}/health")).json()["rss_bytes"])
             await asyncio.sleep(max(0.2, seconds / 20))
+
+    async def stop_amid() -> None:
+        nonlocal is_stopped
+        while not is_enough():
+            await asyncio.sleep(0.1)
+        watching.cancel()
+        await asyncio.wait({watching})
+        is_stopped = True
+        if stop:
+            stop()
 
     limits = httpx.Limits(max_connections=len(tokens) + 1)
     async with httpx.AsyncClient(base_url=f"{address}/v1/", timeout=600, limits=limits) as client:
         watching = asyncio.ensure_future(watch(client))
-        await asyncio.gather(*[ask(client, token, text) for token, text in tokens])
-        watching.cancel()
-        await asyncio.wait({watching})
-    return Crowd(statuses, lost, crossed, memory, time.perf_counter() - began)
+        asking = [ask(client, number, token, text) for number, (token, text) in enumerate(tokens)]
+        await asyncio.gather(stop_amid(), *asking)
+    found.seconds = time.perf_counter() - began
+    return found
+
+
+@contextlib.contextmanager
+def server_of(
+    names: dict[str, str], options: SoakOptions, context: int = 1024
+) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Serve artefacts by name in a child; yield the address and a function that sends it SIGTERM."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    models = itertools.chain.from_iterable(("--model", f"{name}={artefact}") for name, artefact in names.items())
+    command = [
+        *(sys.executable, "-m", "efficientllm.server.cli", *models, "--port", str(port)),
+        *("--threads", str(options.threads), "--context", str(context), "--parallel", "4"),
+        *("--waiting", str(options.clients), "--max-memory", str(options.max_memory)),
+    ]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as child:
+        address = f"http://127.0.0.1:{port}"
+        try:
+            while not is_healthy(address):
+                assert child.poll() is None
+                time.sleep(0.1)
+            yield address, child.terminate
+        finally:
+            child.terminate()
+
+
+def is_healthy(address: str) -> bool:
+    """Return whether the server answers and has loaded its first model."""
+    try:
+        return httpx.get(f"{address}/health").status_code == 200
+    except httpx.TransportError:
+        return False
 
 
 def distinct_tokens(engine: EngineScheduler) -> dict[str, int]:
@@ -180,14 +305,19 @@ def body(argv: Sequence[str]) -> int:
     tokens = distinct_tokens(engine)
     engine.close()
     names = {"model" if index == 0 else f"model-{index}": artefact for index, artefact in enumerate(artefacts)}
-    pool = ModelPool(names, engine_options, waiting=options.clients, max_memory=options.max_memory)
-    with serve(pool, AppOptions()) as address:
-        if options.cancellations:
+    if options.cancellations:
+        pool = ModelPool(names, engine_options, waiting=options.clients, max_memory=options.max_memory)
+        with serve(pool, AppOptions()) as address:
             asyncio.run(print_cancellations(address, pool, tokens, options.cancellations))
-        clients = [(token, text) for text, token in tokens.items()][: options.clients]
-        found = asyncio.run(crowd(address, list(names), clients, options.requests, 60 * options.minutes))
+    clients = [(token, text) for text, token in tokens.items()][: options.clients]
+    kinds = KINDS if options.hostile else KINDS[:1]
+    with server_of(names, options) as (address, stop):
+        asked = crowd(address, list(names), clients, options.requests, 60 * options.minutes, kinds, stop)
+        found = asyncio.run(asked)
     answered = ", ".join(f"{count} x {status}" for status, count in sorted(found.statuses.items()))
     print(f"{options.clients} clients, {found.seconds:.0f} s: {answered}; {found.lost} lost, {found.crossed} crossed")
+    at_stop = ", ".join(f"{count} x {outcome}" for outcome, count in sorted(found.at_stop.items()))
+    print(f"cancelled: {found.cancelled}; amid SIGTERM: {at_stop}")
     shown = ", ".join(f"{value / 1e6:.1f}" for value in found.rss_bytes[:: max(1, len(found.rss_bytes) // 10)])
     print(f"resident memory along the way, MB: {shown}")
     return 0
