@@ -124,8 +124,8 @@ def test_the_fastest_attention_is_measured_once(
         engine = load_engine(unseen, EngineOptions(threads=1, context=64, kv_cache=kv_cache))
         assert engine.settings == str(expected)
         engine.close()
-    assert len(measured) == ROUNDS * (3 + 2)
-    announced = "first load of model.gguf here: timing its attention kernels, usually 5 to 30 s"
+    assert len(measured) == 3 + 1 + 2 + 1  # only the fastest has a second round, because the others are far from it
+    announced = "first load of model.gguf here: timing its attention kernels, usually 2 to 10 s"
     assert sum(announced in message for message in caplog.messages) == 2
 
 
@@ -159,7 +159,8 @@ def test_the_attention_of_a_new_model_is_timed(
     engine = load_engine(artefact, EngineOptions(threads=1, context=64, parallel=3))
     assert engine.settings.partition(";")[0] in map(str, CANDIDATES["auto"])
     engine.close()
-    assert [len(times) for times in found] == [6] * ROUNDS * len(CANDIDATES["auto"])
+    assert {len(times) for times in found} == {6}
+    assert len(CANDIDATES["auto"]) < len(found) <= ROUNDS * len(CANDIDATES["auto"])
     assert min(map(min, found)) > 0
 
 

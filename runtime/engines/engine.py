@@ -68,7 +68,7 @@ class EngineOptions:
     kv_cache: CacheChoice = "auto"
     """gguf: type of keys and values in the KV cache. auto: the fastest type and attention kernel, see --tune."""
     tune: bool = True
-    """gguf: time attention kernels and passes when a model is first loaded on a machine, in 5 to 30 seconds. The result
+    """gguf: time attention kernels and passes when a model is first loaded on a machine, in 2 to 10 seconds. The result
     is stored. --no-tune takes plain attention over an f16 cache, and so does a busy machine until a later load."""
     parallel: int = flags.number(0, at_least=0, at_most=64)
     """Number of chats with a KV cache, which a server answers together. 0: one, or the server's default."""

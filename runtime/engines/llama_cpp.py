@@ -94,7 +94,8 @@ class LlamaCppEngine:
         self.cache_slots, self.max_batch = self._context.slots, self._context.max_batch
         if self.num_sequences > 1 and options.tune:
             times = measure_pass_times(path, f"{release}, {attention}", self._context, self.num_sequences)
-            self.pass_times, self.settings = times, f"{attention}; {times}"
+            if times is not None:
+                self.pass_times, self.settings = times, f"{attention}; {times}"
         # wrong proposals must be removed from the cache again, which the state of a recurrent model does not allow
         if self.cuts_sequences and (options.lookup or options.draft):
             self.speculation = Speculation(self.pass_times, options.lookup)

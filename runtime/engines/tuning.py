@@ -42,12 +42,14 @@ CANDIDATES: dict[CacheChoice, tuple[AttentionSettings, ...]] = {
 }
 """Requested cache type -> settings to measure. Plain attention cannot read quantised values."""
 
-MAX_SECONDS = 4.0
-"""Time limit. An attention test fills the cache in about this time; pass sizes start no measurement after it."""
+PASS_SECONDS = 2.0
+"""Time after which no further pass size is measured."""
 
 BUSY_LOAD = 2.0
-"""Processes a core that want to run, above which attention is not timed. At 6, it took over ten minutes."""
+"""Processes a core that want to run, above which nothing is timed. At 6, attention took over ten minutes."""
 
+EVALUATED_TOKENS = 64
+"""Tokens of a test that are evaluated. The deeper cache consists of copies of them."""
 DEEP_TOKENS = 512
 """Cached tokens of the deep attention tests."""
 FAR_TOKENS = 1536
@@ -58,9 +60,12 @@ SUFFIX_TOKENS = 24
 """Tokens of a short prompt on a long cache, such as the next turn of a chat."""
 OTHER_CHAT_TOKENS = 16
 """Cached tokens of every other chat."""
-ATTENTION_REPETITIONS = 6
+ATTENTION_REPETITIONS = 4
 """Passes per attention test. The fastest counts, because other processes may use the machine."""
 ROUNDS = 2
+"""Attention tests of each candidate, of which the fastest counts."""
+CLOSE_CANDIDATE = 1.25
+"""Multiple of the best candidate's mean above which a candidate has no second round."""
 
 PASS_DEPTH = 256
 """Cached tokens of each chat in the passes. The chats share this prefix."""
@@ -116,7 +121,7 @@ def is_busy() -> bool:
 
 def _announce(path: Path, subject: str) -> None:
     """Report a measurement, also in a program that configures no logging."""
-    text = "first load of %s here: timing its %s, usually 5 to 30 s; the result is stored (--no-tune skips it)"
+    text = "first load of %s here: timing its %s, usually 2 to 10 s; the result is stored (--no-tune skips it)"
     logging.getLogger(PROGRESS_LOGGER).warning(text, path.name, subject)
 
 
@@ -132,18 +137,31 @@ def fastest_attention(
         slots = DEEP_TOKENS + SUFFIX_TOKENS + 4 * ATTENTION_REPETITIONS + other_slots
         for candidate in candidates:
             with contextlib.suppress(ArtefactError):  # heads without whole Q8_0 blocks
-                contexts[candidate] = make_context(candidate, slots, num_sequences)
+                # a second sequence in any case, see `_deepen`
+                contexts[candidate] = make_context(candidate, slots, max(2, num_sequences))
                 stack.callback(contexts[candidate].close)
         if not contexts:
             names = ", ".join(map(str, candidates))
             raise ArtefactError(
                 f"llama.cpp makes no context of this model with any of: {names}; use another --kv-cache"
             )
+        times: dict[AttentionSettings, np.ndarray] = {}  # [tests]
         # The candidates take turns, so that other load on the machine affects all of them alike.
-        rounds = [[_attention_seconds(context, num_sequences) for context in contexts.values()] for _ in range(ROUNDS)]
-    times = np.min(rounds, axis=0)  # [candidates, tests]
-    relative = times / times.min(axis=0)
-    return list(contexts)[int(relative.mean(axis=1).argmin())]
+        for _ in range(ROUNDS):
+            for candidate in _close_candidates(times) or contexts:
+                seconds = np.array(_attention_seconds(contexts[candidate], num_sequences))
+                times[candidate] = np.minimum(seconds, times.get(candidate, seconds))
+    return _close_candidates(times)[0]
+
+
+def _close_candidates(times: dict[AttentionSettings, np.ndarray]) -> list[AttentionSettings]:
+    """Return the candidates whose mean is near the least one, best first; a single one if no other is near."""
+    if not times:
+        return []
+    least = np.min(list(times.values()), axis=0)
+    means = {candidate: float((seconds / least).mean()) for candidate, seconds in times.items()}
+    best = min(means.values())
+    return sorted((each for each in means if means[each] <= CLOSE_CANDIDATE * best), key=means.__getitem__)
 
 
 def _attention_seconds(context: LlamaContext, num_sequences: int) -> list[float]:
@@ -157,34 +175,53 @@ def _attention_seconds(context: LlamaContext, num_sequences: int) -> list[float]
         return min(_pass_seconds(context, sequences) for _ in range(ATTENTION_REPETITIONS))
 
     def far(seconds: float) -> float:
-        return max(seconds, empty + (seconds - empty) * FAR_TOKENS / depth)
+        return max(seconds, empty + (seconds - empty) * FAR_TOKENS / DEEP_TOKENS)
 
     for sequence in range(num_sequences):
         context.truncate(sequence, 0)
-    begun = _pass_seconds(context, [0], 64)
-    # on a slow machine a shallower cache, so that filling it takes about MAX_SECONDS
-    depth = min(DEEP_TOKENS, max(128, int(64 * MAX_SECONDS / begun)))
+    _pass_seconds(context, [0], EVALUATED_TOKENS)
     empty = fastest([0])
-    if rest := depth - 64 - ATTENTION_REPETITIONS:
-        _pass_seconds(context, [0], rest)
+    context.truncate(0, EVALUATED_TOKENS)
+    _deepen(context, EVALUATED_TOKENS, DEEP_TOKENS)
     deep = fastest([0])
     suffix = _pass_seconds(context, [0], SUFFIX_TOKENS)
     seconds = [empty, deep, far(deep), suffix]
     if num_sequences > 1:
-        _pass_seconds(context, range(1, num_sequences), OTHER_CHAT_TOKENS)
+        _pass_seconds(context, [1], OTHER_CHAT_TOKENS)
+        state = context.sequence_state(1)
+        for sequence in range(2, num_sequences):
+            context.restore_sequence(sequence, state, OTHER_CHAT_TOKENS)
         seconds.append(fastest(range(num_sequences)))
         # The kernel also reads the slots of other chats, so their past costs time.
         seconds.append(far(fastest([1])))
     return seconds
 
 
-def measure_pass_times(path: Path, release: str, context: LlamaContext, num_sequences: int) -> PassTimes:
+def _deepen(context: LlamaContext, length: int, depth: int) -> None:
+    """Give sequence 0, which has `length` tokens, `depth` tokens to attend to. Sequence 1 is empty before and after.
+
+    The new ones are copies of the others at the same positions, because their evaluation would take seconds.
+    """
+    if not context.cuts_sequences:  # its passes take the same time at any depth
+        return
+    state = context.sequence_state(0)
+    for _ in range(depth // length - 1):
+        if not context.restore_sequence(1, state, length):
+            return
+        context.copy(1, 0, length)
+        context.truncate(1, 0)
+
+
+def measure_pass_times(path: Path, release: str, context: LlamaContext, num_sequences: int) -> PassTimes | None:
     """Return the pass times of the model file at `path`, as measured now or earlier on this machine.
 
-    `release`: version, build, threads and attention that the result depends on. `context` is empty afterwards.
+    They are None on a busy machine without an earlier result. `release`: version, build, threads and attention that the
+    result depends on. `context` is empty afterwards.
     """
 
     def measure() -> str:
+        if is_busy():
+            raise _BusyError
         _announce(path, "passes over several answers")
         return PassTimes(tuple(_all_pass_ms(context, num_sequences))).to_text()
 
@@ -192,9 +229,10 @@ def measure_pass_times(path: Path, release: str, context: LlamaContext, num_sequ
         return PassTimes.parse(text, num_sequences) is not None
 
     key = f"milliseconds of passes for {num_sequences} on {platform.node()} ({release})"
-    times = PassTimes.parse(cached(key, [path], measure, is_valid), num_sequences)
-    assert times is not None
-    return times
+    try:
+        return PassTimes.parse(cached(key, [path], measure, is_valid), num_sequences)
+    except _BusyError:
+        return None
 
 
 def _all_pass_ms(context: LlamaContext, num_sequences: int) -> list[float]:
@@ -203,14 +241,16 @@ def _all_pass_ms(context: LlamaContext, num_sequences: int) -> list[float]:
     Sizes that were not measured in time are interpolated linearly.
     """
     depth = min(PASS_DEPTH, context.slots // 2)
-    context.extend([Chunk(0, [0] * depth, wants_logits=False)])
+    length = min(EVALUATED_TOKENS, depth)
+    context.extend([Chunk(0, [0] * length, wants_logits=False)])
+    _deepen(context, length, depth)
     for sequence in range(1, num_sequences):
-        context.copy(0, sequence, depth)
+        context.copy(0, sequence, length)
     began, measured = time.perf_counter(), {}
     for size in _sizes_to_measure(num_sequences):
-        if measured and time.perf_counter() - began > MAX_SECONDS:
+        if measured and time.perf_counter() - began > PASS_SECONDS:
             break
-        measured[size] = min(_pass_ms(context, size, depth) for _ in range(PASS_REPETITIONS))
+        measured[size] = min(_pass_ms(context, size, length) for _ in range(PASS_REPETITIONS))
     for sequence in range(num_sequences):
         context.truncate(sequence, 0)
     sizes = sorted(measured)
