@@ -108,12 +108,24 @@ class Grammar:
 
     def checked(self) -> Grammar:
         """Return this grammar. Raises UsageError if it is malformed or too long."""
-        if len(self.source) > MAX_CHARACTERS:
-            raise UsageError(f"{self.name}: has {len(self.source):,} characters; the limit is {MAX_CHARACTERS:,}")
+        self.bounded()
         if message := _message_about(self):
             for part in self.parts:
                 part.checked()
             raise self.refusal(message)
+        return self
+
+    def bounded(self) -> Grammar:
+        """Return this grammar, which may be malformed. Raises UsageError if it is too long or takes too long.
+
+        Parsing it is left to `GrammarConstraint`, because a large one takes as long to check as to compile.
+        """
+        if len(self.source) > MAX_CHARACTERS:
+            raise UsageError(f"{self.name}: has {len(self.source):,} characters; the limit is {MAX_CHARACTERS:,}")
+        if numbers := _too_large_multiples(self.source):
+            for part in self.parts:
+                part.bounded()
+            raise self.refusal(f"`multipleOf` {numbers} takes too long to enforce; remove it")
         return self
 
     def parse_on_large_stack(self, parse: Callable[[], T]) -> T:
@@ -144,12 +156,9 @@ class Grammar:
 
 @lru_cache(maxsize=CHECKED_GRAMMARS)
 def _message_about(grammar: Grammar) -> str:
-    """Return the reason why a grammar is refused, "" if it is not."""
+    """Return the reason why llguidance refuses a grammar, "" if it does not."""
     is_wrong, messages = grammar.parse_on_large_stack(lambda: _matcher().validate_grammar_with_warnings(grammar.source))
-    if is_wrong:
-        return messages[0]
-    numbers = _too_large_multiples(grammar.source)
-    return f"`multipleOf` {numbers} takes too long to enforce; remove it" if numbers else ""
+    return messages[0] if is_wrong else ""
 
 
 def _in_one_line(message: str) -> str:
@@ -236,6 +245,7 @@ class GrammarConstraint:
         tokenizer = _tokenizer_of(engine, frozenset(control_tokens))
         self._matcher = _compiled(engine, frozenset(control_tokens), grammar)
         if self._matcher.is_error():
+            grammar.checked()
             until = time.monotonic() + MAX_NAMING_SECONDS
             for part in grammar.parts:
                 if time.monotonic() >= until:

@@ -73,8 +73,8 @@ class ToolFormat:
 
         Without `must_call`, the answer may also be text, or text that ends with calls. With a schema `otherwise`, it is
         JSON of that schema, or calls. Calls begin with the tokens `control`. With `copied`, it writes the arguments.
-        Keywords that cannot be enforced are ignored, except in the functions named in `strict` (None: all). Raises
-        UsageError with the name of the tool if its schema cannot be enforced.
+        Keywords that cannot be enforced are ignored, except in the functions named in `strict` (None: all). Its
+        `GrammarConstraint` raises UsageError with the name of the tool if its schema cannot be enforced.
         """
         functions = [tool["function"] for tool in tools]
         lines = self._frame(len(functions), control, must_call, otherwise)
@@ -99,7 +99,7 @@ class ToolFormat:
                 arguments = embedded_schema(parameters, format)
             lines.append(f"call_{index}: {opening} {arguments}")
         lines += copied.rules if copied else []
-        return Grammar("\n".join(lines) + "\n", "tools", tuple(parts)).checked()
+        return Grammar("\n".join(lines) + "\n", "tools", tuple(parts)).bounded()
 
     def _frame(
         self, num_functions: int, control: Sequence[int], must_call: bool, otherwise: Mapping[str, Any] | None

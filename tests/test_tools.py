@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from efficientllm.runtime.call_reader import ArgumentsEvent, CallEvent, CallRead
 from efficientllm.runtime.chat_template import Message
 from efficientllm.runtime.copied_arguments import ToolArguments
 from efficientllm.runtime.engines.scheduler import EngineScheduler
-from efficientllm.runtime.grammar import CALL_JSON, GrammarConstraint
+from efficientllm.runtime.grammar import CALL_JSON, Grammar, GrammarConstraint
 from efficientllm.runtime.prompt import PromptOptions, ToolUse, chat_prompt, tool_prompt
 from efficientllm.runtime.spaced_texts import ObjectScanner
 from efficientllm.runtime.tool_format import GENERIC, LEARNED, UNSPACED, UNSPACED_MARK, ToolFormat, tool_format
@@ -138,6 +138,22 @@ def test_calls_are_valid_where_there_are_any(engine: EngineScheduler, text: str,
 def test_an_answer_is_a_call_or_what_the_schema_says(engine: EngineScheduler) -> None:
     use = ToolUse(TOOLS, otherwise={"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]})
     assert [accepts(engine, use, text) for text in (ROME, '{"a": 1}', '{"b": 1}', "text")] == [True, True, False, False]
+
+
+def test_a_grammar_of_calls_is_parsed_once(engine: EngineScheduler, monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed: list[Grammar] = []
+    parse = Grammar.parse_on_large_stack
+
+    def count(grammar: Grammar, work: Callable[[], Any]) -> Any:
+        parsed.append(grammar)
+        return parse(grammar, work)
+
+    monkeypatch.setattr(Grammar, "parse_on_large_stack", count)
+    use = ToolUse(TOOLS, arguments="copy")
+    for question in ("Once", "Twice"):  # the text of the request is in the grammar
+        parsed.clear()
+        tool_prompt(engine, [{"role": "user", "content": question}], PromptOptions(use)).constraint(engine)
+    assert [grammar.name for grammar in parsed] == ["tools"]  # the parameters were checked before
 
 
 def test_the_search_for_the_tool_that_is_refused_ends(engine: EngineScheduler, monkeypatch: pytest.MonkeyPatch) -> None:
