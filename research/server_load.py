@@ -1,18 +1,22 @@
 """Measure endpoints under load: `python -m research.server_load http://127.0.0.1:8000/v1 http://127.0.0.1:8081/v1`.
 
-Clients send the same short questions to every endpoint and read greedy, streamed answers. Each client sends its next
-question after an answer. The endpoints are measured in turn, so that drift of the machine affects all of them. Any
-server with OpenAI's API can be measured.
+Clients send the same questions to every endpoint and read greedy, streamed answers. Each client sends its next question
+after an answer. Short questions share nearly all of their text. With --words, every prompt begins with a text of its
+own. The endpoints are measured in turn, so that drift of the machine affects all of them. Any server with OpenAI's API
+can be measured.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
+import itertools
 import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from efficientllm.runtime.base import flags
@@ -24,6 +28,12 @@ if TYPE_CHECKING:
     import httpx
 
 QUESTION = "Tell a story about lighthouse keeper number {number}."
+TEXTS = Path(__file__).parents[1] / "train/evaluation/quality/texts.jsonl"
+
+FILL_WORDS = 700
+"""Words of the prompts that fill the caches, about 1,000 tokens."""
+WORDS_APART = 29
+"""Distance of the beginnings of two texts of prompts."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +46,12 @@ class LoadOptions:
     """Answers per client and round."""
     rounds: int = flags.number(3, at_least=1)
     """Rounds. Each measures every endpoint once."""
+    words: tuple[int, ...] = flags.whole_numbers(0, at_least=0)
+    """Words of the own text of every prompt; 0: a short question, which differs only in its number."""
+    first: int = 0
+    """Number of the first question. Questions that a server knows from an earlier measurement are in its cache."""
+    fill: int = flags.number(0, at_least=0)
+    """Prompts of about 1,000 tokens that every endpoint evaluates before each of its measurements."""
     tokens: int = flags.number(24, at_least=1)
     """Most tokens of an answer."""
     model: str = "model"
@@ -45,7 +61,8 @@ class LoadOptions:
 
     def __post_init__(self) -> None:
         flags.check_fields(self)
-        flags.require(self, "clients", bool(self.clients), "give at least one number")
+        for name in ("clients", "words"):
+            flags.require(self, name, bool(getattr(self, name)), "give at least one number")
 
 
 @dataclass(frozen=True)
@@ -55,6 +72,7 @@ class AnswerTimes:
     first_token_s: float
     """From the request to the first text, 0 if there was none."""
     tokens: int
+    prompt_tokens: int
     whole_s: float
 
 
@@ -72,17 +90,33 @@ class RoundResult:
         return sum(answer.tokens for answer in self.answers) / self.seconds
 
 
-async def time_answer(client: httpx.AsyncClient, options: LoadOptions, number: int) -> AnswerTimes:
-    """Read one streamed answer and return its times."""
+@functools.cache
+def all_words() -> list[str]:
+    """Return the words of the quality texts of this repository."""
+    return " ".join(json.loads(line)["text"] for line in TEXTS.read_text(encoding="utf-8").splitlines()).split()
+
+
+def question(number: int, words: int) -> str:
+    """Return question `number`, which begins with `words` words that no other question begins with."""
+    if not words:
+        return QUESTION.format(number=number)
+    every = all_words()
+    begin = number * WORDS_APART % len(every)
+    text = " ".join(every[(begin + index) % len(every)] for index in range(words))
+    return f"{text}\n\nContinue."
+
+
+async def time_answer(client: httpx.AsyncClient, options: LoadOptions, text: str) -> AnswerTimes:
+    """Read one streamed answer to the question `text` and return its times."""
     body: dict[str, Any] = {
         "model": options.model,
-        "messages": [{"role": "user", "content": QUESTION.format(number=number)}],
+        "messages": [{"role": "user", "content": text}],
         "max_tokens": options.tokens,
         "temperature": 0,
         "stream": True,
         "stream_options": {"include_usage": True},
     }
-    began, first, tokens = time.perf_counter(), 0.0, 0
+    began, first, usage = time.perf_counter(), 0.0, dict[str, int]()
     async with client.stream("POST", "chat/completions", json=body) as answer:
         answer.raise_for_status()
         async for line in answer.aiter_lines():
@@ -91,8 +125,9 @@ async def time_answer(client: httpx.AsyncClient, options: LoadOptions, number: i
             event = json.loads(line[6:])
             if not first and has_text(event):
                 first = time.perf_counter() - began
-            tokens = (event.get("usage") or {}).get("completion_tokens", tokens)
-    return AnswerTimes(first, tokens, time.perf_counter() - began)
+            usage = event.get("usage") or usage
+    tokens, prompt_tokens = usage.get("completion_tokens", 0), usage.get("prompt_tokens", 0)
+    return AnswerTimes(first, tokens, prompt_tokens, time.perf_counter() - began)
 
 
 def has_text(event: Mapping[str, Any]) -> bool:
@@ -100,7 +135,7 @@ def has_text(event: Mapping[str, Any]) -> bool:
     return any(choice["delta"].get("content") for choice in event["choices"])
 
 
-async def load(address: str, options: LoadOptions, clients: int, first_number: int) -> RoundResult:
+async def load(address: str, options: LoadOptions, clients: int, words: int, first_number: int) -> RoundResult:
     """Send `options.requests` different questions from each of `clients` concurrent clients."""
     with extra("bench"):
         import httpx
@@ -111,11 +146,16 @@ async def load(address: str, options: LoadOptions, clients: int, first_number: i
     async def send_all(client: httpx.AsyncClient, index: int) -> None:
         for turn in range(options.requests):
             try:
-                answers.append(await time_answer(client, options, first_number + index * options.requests + turn))
+                text = question(first_number + index * options.requests + turn, words)
+                answers.append(await time_answer(client, options, text))
             except (httpx.HTTPError, ValueError):
                 continue
 
     async with httpx.AsyncClient(base_url=address, timeout=600, headers=headers, limits=limits) as client:
+        if options.fill:
+            one_token = replace(options, tokens=1)
+            numbers = range(-first_number - options.fill, -first_number)  # other texts in every round
+            await asyncio.gather(*[time_answer(client, one_token, question(each, FILL_WORDS)) for each in numbers])
         began = time.perf_counter()
         await asyncio.gather(*[send_all(client, index) for index in range(clients)])
         seconds = time.perf_counter() - began
@@ -124,25 +164,27 @@ async def load(address: str, options: LoadOptions, clients: int, first_number: i
 
 def compare(addresses: Sequence[str], options: LoadOptions) -> list[list[str]]:
     """Return a header and a row for each number of clients and endpoint."""
-    results: dict[tuple[int, str], list[RoundResult]] = {}
-    number = 0
+    results: dict[tuple[int, int, str], list[RoundResult]] = {}
+    number = options.first
     for _ in range(options.rounds):
-        for clients in options.clients:
+        for words, clients in itertools.product(options.words, options.clients):
             for address in addresses:
-                result = asyncio.run(load(address, options, clients, number))
-                results.setdefault((clients, address), []).append(result)
+                result = asyncio.run(load(address, options, clients, words, number))
+                results.setdefault((words, clients, address), []).append(result)
             number += clients * options.requests  # the same questions to all endpoints, new ones in every round
-    header = ["clients", "endpoint", "tokens/s, all", "first token p50, s", "p95, s", "answers", "lost"]
-    return [header, *(_row(clients, address, rounds) for (clients, address), rounds in sorted(results.items()))]
+    header = ["prompt", "clients", "endpoint", "tokens/s, all", "first token p50, s", "p95, s", "answers", "lost"]
+    return [header, *(_row(clients, address, rounds) for (_, clients, address), rounds in sorted(results.items()))]
 
 
 def _row(clients: int, address: str, rounds: Sequence[RoundResult]) -> list[str]:
+    prompts = [answer.prompt_tokens for one in rounds for answer in one.answers]
     speed = Figure.of([one.tokens_per_second for one in rounds])
     firsts = sorted(answer.first_token_s for one in rounds for answer in one.answers if answer.first_token_s) or [0.0]
     shown = (f"{firsts[int(share * (len(firsts) - 1))]:.3f}" for share in (0.5, 0.95))
     lost = sum(one.lost for one in rounds)
     speeds = f"{speed.median:.1f} ({speed.low:.1f}-{speed.high:.1f})"
-    return [str(clients), address, speeds, *shown, str(sum(len(one.answers) for one in rounds)), str(lost)]
+    prompt = f"{sum(prompts) / max(1, len(prompts)):.0f} tokens"
+    return [prompt, str(clients), address, speeds, *shown, str(sum(len(one.answers) for one in rounds)), str(lost)]
 
 
 def body(argv: Sequence[str]) -> int:
