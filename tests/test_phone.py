@@ -253,11 +253,12 @@ def test_native_conversations_are_safe_and_control_tokens_the_template_s(kit: Pa
     environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}  # llama.cpp keeps its backends
     run = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert run.returncode == 0, run.stderr[-2000:]
-    tokens, limited, malformed, closed = run.stdout.splitlines()
+    tokens, limited, kept, malformed, closed = run.stdout.splitlines()
     with contextlib.closing(load_engine(kit, EngineOptions(threads=1))) as engine:
         expected = chat_prompt(engine, [{"role": role, "content": content} for role, content in messages])
     assert [int(token) for token in tokens.split()] == expected
     assert limited in ("1 yes", "1 no")
+    assert int(kept) == len(expected)
     assert malformed == "llama.cpp cannot read the grammar"
     assert closed == "-2 the conversation is closed"
 
@@ -389,6 +390,22 @@ def test_a_grammar_of_calls_writes_them_as_the_model_does(
     assert (calls.has_spaced_texts, bool(calls.between)) == (bool(mark), bool(mark))
     arguments = '{"room": "%shall", "level": 2}' % (" " if mark else "")
     written = [f"{name}{calls.middle}{arguments}" for name in ("lamp", "fan")][: 2 if mark else 1]
+    text = {
+        "name": "say",
+        "parameters": {"properties": {"text": {"type": "string", "maxLength": 9}}, "required": ["text"]},
+    }
+    free = chat_calls(engine, [{"type": "function", "function": text}])
+    for written_text, end, is_valid in (
+        ("a b", "}", True),
+        ("a\\n b", "}", True),
+        ("a\n b", "}", False),
+        ("a", " }", False),
+    ):
+        answer = (
+            f'{free.begin}say{free.middle}{{"text": "{written_text}"}}{end}{"" if mark else chr(10) + "</tool_call>"}'
+        )
+        constraint = GrammarConstraint(engine, Grammar.lark(lark_of(free.grammar)))
+        assert is_accepted(constraint, engine, answer) == is_valid, answer
     prompt = tool_prompt(engine, [{"role": "user", "content": "On"}], PromptOptions(ToolUse(FUNCTIONS)))
     whole = calls.begin + calls.between.join(written) + prompt.format.end
     assert is_accepted(prompt.constraint(engine), engine, whole)

@@ -129,9 +129,11 @@ def chat_calls(engine: EngineScheduler, tools: Tools) -> Calls:
     for index, tool in enumerate(tools):
         function = tool["function"]
         schema = parameters_of(function)
-        schema = schema_with_spaces(schema) if format.has_spaced_texts else schema
+        if format.has_spaced_texts:
+            schema = json.loads(json.dumps(schema_with_spaces(schema)), object_hook=_without_space_pattern)
         try:
             rule = converter.visit(converter.resolve_refs(schema, f"function-{index}"), f"function-{index}")
+            converter._rules[rule] = converter._rules[rule].removesuffix(" space")  # the format goes on at once
         except Exception as error:  # it asserts, and raises what it likes
             name = function["name"]
             raise UsageError(
@@ -143,8 +145,14 @@ def chat_calls(engine: EngineScheduler, tools: Tools) -> Calls:
     more = f"({_literal(between)} call){{0,{MAX_CALLS - 1}}} " if between else ""
     begin = "".join(f"<[{token}]> " for token in prompt.control) + _literal(format.begin)
     root = f"root ::= {begin} call {more}{_literal(format.end)}\ncall ::= {' | '.join(calls)}\n"
-    grammar = root + converter.format_grammar()
+    # JSON has no control characters in texts, which the converter allows
+    grammar = root + converter.format_grammar().replace(r'char ::= [^"\\]', r'char ::= [^"\\\x7F\x00-\x1F]')
     return Calls(format.begin, format.middle, between, format.has_spaced_texts, grammar)
+
+
+def _without_space_pattern(schema: dict[str, Any]) -> dict[str, Any]:
+    """Return a schema without the pattern of spaced texts, which the converter cannot read."""
+    return {key: value for key, value in schema.items() if (key, value) != ("pattern", "^ ")}
 
 
 def _literal(text: str) -> str:

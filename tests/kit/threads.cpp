@@ -16,6 +16,11 @@ int main(int count, char ** arguments) {
     char piece[LLAMA_CHAT_PIECE_BYTES];
     std::printf("\n%d ", llama_chat_begin(chat, pieces.data(), size, grammar) > 0);
     for (int length; (length = llama_chat_next(chat, piece)) >= 0;) std::printf("%.*s", length, piece);
+    llama_chat_begin(chat, pieces.data(), size, greedy);
+    pieces.push_back({"of a later turn", 1});
+    find(chat)->keep_shared(find(chat)->tokens_of(pieces.data(), size + 1));
+    std::printf("\n%zu", find(chat)->evaluated.size());  // not to be evaluated again
+    pieces.pop_back();
     const llama_chat_sampling malformed = {"root ::= (", 0, 1, 1};
     llama_chat_begin(chat, pieces.data(), size, malformed);
     std::printf("\n%s\n", llama_chat_error());

@@ -2,6 +2,7 @@
 // strings cannot hold.
 #include <jni.h>
 
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -22,9 +23,10 @@ std::string text_of(JNIEnv * env, jbyteArray bytes) {
 
 extern "C" {
 
-// Loads the backend of llama.cpp for this processor from the app's folder of libraries.
+// Loads the backend of llama.cpp for this processor from the app's folder of libraries, once: ggml would list it again.
 JNIEXPORT void JNICALL Java_efficientllm_kit_Native_loadBackends(JNIEnv * env, jobject, jbyteArray folder) {
-    ggml_backend_load_all_from_path(text_of(env, folder).c_str());
+    static std::once_flag loaded;
+    std::call_once(loaded, [&] { ggml_backend_load_all_from_path(text_of(env, folder).c_str()); });
 }
 
 JNIEXPORT jlong JNICALL
