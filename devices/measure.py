@@ -166,7 +166,8 @@ def measure(request: Request) -> Measurement:
     baseline_rss_bytes = memory_bytes().get("rss_bytes", 0)
     artefact = Artefact.open(request.artefact)
     context = request.context or options.context
-    settings = EngineOptions(options.threads, context, huge_pages=options.huge_pages, kv_cache=options.kv_cache)
+    threads = options.threads or os.cpu_count() or 1  # 0 would follow the load of the machine
+    settings = EngineOptions(threads, context, huge_pages=options.huge_pages, kv_cache=options.kv_cache)
     engine = load_engine(artefact, settings, probe=False)
     measurement = measure_engine(engine, options, engine_version(artefact.engine), baseline_rss_bytes)
     # Last, because the buffer raises the peak of memory.

@@ -14,6 +14,8 @@ import pytest
 from exporting import EXACT, export
 from tiny import tiny_architecture
 
+from efficientllm.runtime.base import cpu_load
+from efficientllm.runtime.base.cpu_load import FreeCores
 from efficientllm.runtime.base.errors import ArtefactError, UsageError
 from efficientllm.runtime.base.files import sha256_of
 from efficientllm.runtime.engines import artefact as artefacts
@@ -22,6 +24,7 @@ from efficientllm.runtime.engines.artefact import GENAI_CONFIG, Artefact, GenaiC
 from efficientllm.runtime.engines.engine import CacheChoice, EngineOptions, load_engine
 from efficientllm.runtime.engines.executorch import captured_native_log
 from efficientllm.runtime.engines.llama_context import AttentionSettings, LlamaContext
+from efficientllm.runtime.engines.llama_cpp import LlamaCppEngine
 from efficientllm.runtime.engines.manifest import Manifest
 from efficientllm.runtime.engines.onnx import OnnxEngine
 from efficientllm.runtime.engines.protocol import Chunk, EvaluationInterrupted
@@ -228,3 +231,64 @@ def test_a_context_beyond_training_is_refused(target: str, exported: Callable[..
     with pytest.raises(UsageError, match=r"^--context 4097: the model was trained on 4096 tokens; use at most 4096$"):
         load_engine(path, EngineOptions(threads=1, context=4097))
     load_engine(path, EngineOptions(threads=1, context=4096)).close()
+
+
+def _stat(busy: int, other_core: int = 0) -> str:
+    """Return /proc/stat of two cores that were busy for so many of 100 ticks each, and of a third that is not ours."""
+    lines = [f"cpu{core} {ticks} 0 0 {100 - ticks} 0 0 0 0 0 0" for core, ticks in enumerate((busy, other_core))]
+    return "\n".join(["cpu  9 9 9 9 9 9 9 9 9 9", *lines, "cpu7 900 0 0 0 0 0 0 0 0 0", "intr 3"])
+
+
+@pytest.mark.parametrize(
+    ("busy", "own_seconds", "threads"),
+    [
+        ((0, 0), 0.0, 2),
+        ((100, 100), 2.0, 2),  # by this process
+        ((100, 100), 1.0, 1),
+        ((100, 100), 0.2, 1),
+        ((70, 70), 1.1, 2),
+        ((70, 30), 0.0, 1),
+    ],
+)
+def test_other_programs_keep_their_cores(
+    busy: tuple[int, int], own_seconds: float, threads: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    clock = [100.0, 7.0]  # the time and the CPU time of this process
+    monkeypatch.setattr(cpu_load, "STAT", tmp_path / "stat")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(cpu_load.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(cpu_load.time, "process_time", lambda: clock[1])
+    assert FreeCores.where_known(2) is None
+    (tmp_path / "stat").write_text(_stat(0).replace("100", "0"))
+    free = FreeCores.where_known(2)
+    assert free is not None
+    (tmp_path / "stat").write_text(_stat(*busy))
+    clock[:] = [100.1, 7 + own_seconds / 10]
+    assert free.update() == 2  # too early to say
+    clock[:] = [101.0, 7 + own_seconds]
+    assert free.update() == free.update() == threads
+    (tmp_path / "stat").write_text(_stat(0).replace("100", "0"))
+    clock[0] += 60
+    assert free.update() == threads  # nothing is known of the last seconds of a long pause
+
+
+def test_a_pass_uses_the_threads_that_have_cores(artefact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    counts = iter([3, 1, 2])
+
+    def update(self: FreeCores) -> int:
+        self.count = next(counts)
+        return self.count
+
+    monkeypatch.setattr(FreeCores, "update", update)
+    found, used = [], []
+    with contextlib.closing(LlamaCppEngine(artefact / "model.gguf", EngineOptions(context=256, tune=False))) as engine:
+        for _ in range(3):
+            found += engine.extend([Chunk(0, [1, 2, 3, 4], True)])
+            engine.truncate(0, 0)
+            used.append(llama_cpp.llama_n_threads(engine._context._context))
+    assert used == [3, 1, 2]
+    assert all(np.array_equal(found[0], logits) for logits in found)
+    fixed = EngineOptions(threads=2, context=256, tune=False)
+    with contextlib.closing(LlamaCppEngine(artefact / "model.gguf", fixed)) as engine:
+        assert engine._context.free_cores is None

@@ -6,13 +6,14 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..runtime.base import flags
 from ..runtime.base.command import is_main_process, run_command
+from ..runtime.base.cpu_load import INTERVAL, STAT, busy_cores
 from ..runtime.base.errors import UsageError
 from ..runtime.base.extras import extra
 from .checkpoint.run_folder import SETTINGS_FILE, saved_settings
@@ -25,7 +26,6 @@ _log = logging.getLogger("efficientllm.train")
 
 BUSY_SHARE = 0.25
 """Share of busy cores above which waiting threads sleep. One of two cores was measured."""
-SAMPLE_SECONDS = 0.2
 
 
 def build_parser() -> flags.Parser:
@@ -67,17 +67,6 @@ def configuration(arguments: dict[str, Any]) -> TrainConfig:
     return flags.merge(config, arguments, "flags")
 
 
-def busy_share(before: str, after: str, cores: Container[int]) -> float:
-    """Return the share of `cores` that was busy between two contents of /proc/stat."""
-    idle = total = 0
-    for one, other in zip(before.splitlines(), after.splitlines(), strict=False):
-        name, *ticks = one.split()
-        if name.startswith("cpu") and name[3:].isdigit() and int(name[3:]) in cores:
-            spent = [int(new) - int(old) for old, new in zip(ticks, other.split()[1:], strict=True)]
-            idle, total = idle + spent[3] + spent[4], total + sum(spent[:8])
-    return 1 - idle / total if total else 0.0
-
-
 def choose_waiting() -> None:
     """Let OpenMP's threads sleep while they wait, if other programs use this machine. Call it before torch is imported.
 
@@ -86,11 +75,10 @@ def choose_waiting() -> None:
     """
     if "torch" in sys.modules or {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
         return
-    stat = Path("/proc/stat")  # Linux only
-    if stat.is_file():
-        before = stat.read_text()
-        time.sleep(SAMPLE_SECONDS)
-        if busy_share(before, stat.read_text(), os.sched_getaffinity(0)) >= BUSY_SHARE:
+    if STAT.is_file():
+        before, cores = STAT.read_text(), os.sched_getaffinity(0)
+        time.sleep(INTERVAL)
+        if busy_cores(before, STAT.read_text(), cores) >= BUSY_SHARE * len(cores):
             os.environ["OMP_WAIT_POLICY"] = "passive"
             _log.info("other programs use this machine: waiting threads sleep (OMP_WAIT_POLICY=active changes that)")
 

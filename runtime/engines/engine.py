@@ -57,7 +57,7 @@ class EngineOptions:
     """Loading."""
 
     threads: int = flags.number(0, at_least=0)
-    """CPU threads; 0: all cores."""
+    """CPU threads; 0: all cores. llama.cpp on Linux then leaves out those that other programs use."""
     context: int = flags.number(0, at_least=0)
     """Context window in tokens, at most the model's own; 0: the model's own, at most 4096."""
     memory_map: bool = False

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ..base.cpu_load import FreeCores
 from ..base.errors import ArtefactError
 from .protocol import CacheFullError, Chunk, EvaluationInterrupted, Pooling
 
@@ -91,6 +92,10 @@ class LlamaContext:
 
         llama: Any = llama_cpp
         self._llama = llama
+        self.threads = threads
+        """Threads of a pass."""
+        self.free_cores: FreeCores | None = None
+        """If set, it decides on `threads` before each pass."""
         parameters = llama.llama_context_default_params()
         slots = -(-slots // SLOT_MULTIPLE) * SLOT_MULTIPLE
         # not unified, each sequence would have a fixed share of the slots, and a copy of a prefix would take new ones
@@ -165,6 +170,9 @@ class LlamaContext:
                     wanted_rows.append(num_rows)
                 num_rows += 1
         self._batch.n_tokens = num_rows
+        if self.free_cores is not None and self.free_cores.update() != self.threads:
+            self.threads = self.free_cores.count
+            self._llama.llama_set_n_threads(self._context, self.threads, self.threads)
         status = self._thread.run(self._llama.llama_decode, self._context, self._batch)
         if status:
             # llama.cpp keeps the tokens that it evaluated before an abort, and `extend` must change all or nothing

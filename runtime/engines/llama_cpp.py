@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from ..base.cpu_load import FreeCores
 from ..base.errors import ArtefactError
 from ..base.extras import extra
 from .engine import EngineOptions, context_length, engine_build, engine_version
@@ -69,7 +70,7 @@ class LlamaCppEngine:
 
     def _make_context(self, path: Path, options: EngineOptions) -> None:
         """Choose the attention and create the caches."""
-        threads = self._threads = options.threads or os.cpu_count() or 1
+        threads = options.threads or os.cpu_count() or 1
         self.context_length = context_length(options.context, self._llama.llama_model_n_ctx_train(self._model))
         self.num_sequences = options.sequences
         make = partial(LlamaContext, self._model, threads)
@@ -99,6 +100,8 @@ class LlamaCppEngine:
         # wrong proposals must be removed from the cache again, which the state of a recurrent model does not allow
         if self.cuts_sequences and (options.lookup or options.draft):
             self.speculation = Speculation(self.pass_times, options.lookup)
+        if not options.threads:  # after the measurements, which need all threads
+            self._context.free_cores = FreeCores.where_known(threads)
         self.kv_cache_bytes = round(self.cache_slots * bytes_per_token)
 
     def _read_vocabulary(self) -> None:
@@ -175,7 +178,7 @@ class LlamaCppEngine:
             yield self._context.all_logits(0, tokens[begin : begin + LOGITS_PASS_TOKENS])
 
     def embed(self, tokens: Sequence[int], pooling: Pooling) -> np.ndarray:
-        return embed(self._model, self._threads, tokens, pooling)
+        return embed(self._model, self._context.threads, tokens, pooling)
 
     def add_draft(self, draft: Draft, num_bytes: int) -> None:
         """Let `draft`, which takes `num_bytes` in memory, propose tokens. It is closed with the engine."""

@@ -1,0 +1,64 @@
+"""Measure the cores that other programs use, from Linux's /proc/stat."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Container
+from pathlib import Path
+
+STAT = Path("/proc/stat")
+
+INTERVAL = 0.2
+"""Least seconds of a measurement. The kernel counts in hundredths of a second."""
+
+STALE_SECONDS = 5.0
+"""Age above which the last sample is replaced and not used."""
+
+
+def busy_cores(before: str, after: str, cores: Container[int]) -> float:
+    """Return how many of `cores` were busy on average between two contents of /proc/stat."""
+    busy = 0.0
+    for one, other in zip(before.splitlines(), after.splitlines(), strict=False):
+        name, *ticks = one.split()
+        if name.startswith("cpu") and name[3:].isdigit() and int(name[3:]) in cores:
+            spent = [int(new) - int(old) for old, new in zip(ticks, other.split()[1:], strict=True)]
+            total = sum(spent[:8])  # the last two are parts of the first two
+            busy += 1 - (spent[3] + spent[4]) / total if total else 0.0
+    return busy
+
+
+class FreeCores:
+    """The number of threads for which other programs leave cores.
+
+    Threads of llama.cpp wait for each other after every operation, and they spin. If one of them has no core, all of
+    them wait for the scheduler.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = self.count = most
+        """Threads that have a core each, 1 to `most`."""
+        self._cores = os.sched_getaffinity(0)
+        self._sample()
+
+    @classmethod
+    def where_known(cls, most: int) -> FreeCores | None:
+        """Return the free cores on Linux, None on other systems."""
+        return cls(most) if STAT.is_file() else None
+
+    def update(self) -> int:
+        """Return the count, measured again if INTERVAL has passed."""
+        seconds = time.monotonic() - self._time
+        if seconds < INTERVAL:
+            return self.count
+        before, own = self._stat, self._own_seconds
+        self._sample()
+        if seconds < STALE_SECONDS:
+            others = busy_cores(before, self._stat, self._cores) - (self._own_seconds - own) / seconds
+            free = math.floor(len(self._cores) - others + 0.5)
+            self.count = max(1, min(self._most, free))
+        return self.count
+
+    def _sample(self) -> None:
+        self._time, self._own_seconds, self._stat = time.monotonic(), time.process_time(), STAT.read_text()
