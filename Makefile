@@ -96,11 +96,10 @@ quickstart: $(VENV)/.quickstart
 	$(BIN)/python -m research.jobs.home $(OUT)/data --train 30000 --test 1000
 	$(BIN)/efficientllm-train --preset job --tokens 114688 --data $(OUT)/data/train.jsonl --output $(OUT)/run --overwrite
 	$(BIN)/efficientllm-export $(OUT)/run --target gguf --quantize q4_0 --output $(OUT)/home --overwrite
-	$(BIN)/efficientllm-export demo --target gguf --quantize q8_0 --output $(OUT)/source --overwrite
 	$(EVAL) $(OUT)/home $(FREE) --task-limit $(EXAMPLES) --output $(OUT)/scores/pruned-free
 	$(EVAL) $(OUT)/home $(NAMED) --task-limit $(EXAMPLES) --output $(OUT)/scores/pruned-named
-	$(EVAL) $(OUT)/source $(FREE) --task-limit 20 --output $(OUT)/scores/source-described
-	$(BENCH) $(OUT)/source $(OUT)/home --json $(OUT)/bench.json
+	$(EVAL) demo $(FREE) --task-limit 20 --output $(OUT)/scores/source-described
+	$(BENCH) demo $(OUT)/home --json $(OUT)/bench.json
 	$(TABLE)
 	$(BIN)/python -m research.jobs.ask $(OUT)/home $(OUT)/data/test_named.jsonl "$(REQUEST)"
 
