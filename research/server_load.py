@@ -93,7 +93,8 @@ class RoundResult:
 @functools.cache
 def all_words() -> list[str]:
     """Return the words of the quality texts of this repository."""
-    return " ".join(json.loads(line)["text"] for line in TEXTS.read_text(encoding="utf-8").splitlines()).split()
+    texts: list[str] = [json.loads(line)["text"] for line in TEXTS.read_text(encoding="utf-8").splitlines()]
+    return [word for text in texts for word in text.split()]
 
 
 def question(number: int, words: int) -> str:
