@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import SIMILAR, tiny_architecture
+from tiny import SIMILAR, tiny_architecture, tiny_model
 from training import (
     command,
     expect_equal_weights,
@@ -27,6 +27,7 @@ from efficientllm.runtime.base.command import run_command
 from efficientllm.train.checkpoint import state as training_state
 from efficientllm.train.compute.distributed import Parallel
 from efficientllm.train.compute.hardware import Hardware, choose_hardware
+from efficientllm.train.compute.trained_model import configure
 from efficientllm.train.config.presets import PRESETS
 from efficientllm.train.config.pruning import PruneConfig
 from efficientllm.train.config.sections import RunConfig, TrainConfig
@@ -172,6 +173,20 @@ def test_compiled_run_removes_the_same_groups(source_folder: Path, corpus: Path,
     assert final(tmp_path / "eager") == final(tmp_path / "compiled")
     for name, tensor in weights(tmp_path / "eager").items():
         torch.testing.assert_close(weights(tmp_path / "compiled")[name], tensor, atol=2e-3, rtol=1e-2)
+
+
+@pytest.mark.filterwarnings("default")
+def test_compilation_leaves_the_mask_to_the_kernel_of_attention() -> None:
+    """transformers makes a mask in compiled code, where it cannot see that it needs none."""
+    model = tiny_model(tiny_architecture())
+    configure(model, activation_checkpointing=False, compiles=True, stores_gradients_as_computed=False)
+    compiled = [module for module in model.modules() if module._compiled_call_impl is not None]
+    assert compiled == list(model.model.layers)
+    masks: list[Any] = []
+    for layer in compiled:
+        layer._compiled_call_impl = lambda states, **options: masks.append(options["attention_mask"]) or states
+    model(torch.arange(8)[None])
+    assert masks == [None] * len(compiled)
 
 
 @pytest.mark.usefixtures("drawn_pictures")

@@ -20,7 +20,13 @@ def configure(model: Any, activation_checkpointing: bool, compiles: bool, stores
         model.activation_checkpointing_enable()
     if compiles:
         torch._dynamo.reset()  # frees the code of the previous shapes
-        model.model.compile()
+        # Compiled layers share code if their shapes are the same, and the mask is made outside of them: a decoder
+        # compiled as a whole has one that keeps attention from its fast kernels (transformers 5). torch does not trace
+        # a layer within a checkpoint that is not compiled (2.13).
+        modules = [model.model] if activation_checkpointing else list(model.model.layers)
+        torch._dynamo.config.recompile_limit = 8 * len(model.model.layers)
+        for module in modules:
+            module.compile()
     if stores_gradients_as_computed:
         store_gradients_as_computed(model)
 
