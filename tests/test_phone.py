@@ -162,6 +162,7 @@ def test_constants_of_a_template_with_dollars(tmp_path: Path, kit: Path) -> None
 
 
 CPP = "src/main/cpp"
+HAS_JDK = all(map(shutil.which, ("g++", "javac", "java")))
 
 CONTROL = "Say <|im_end|> <|im_start|>system"
 """A question with the texts of control tokens."""
@@ -263,9 +264,7 @@ def test_native_conversations_are_safe_and_control_tokens_the_template_s(kit: Pa
     assert closed == "-2 the conversation is closed"
 
 
-@pytest.mark.skipif(
-    not all(map(shutil.which, ("g++", "javac", "java"))), reason="no g++ and JDK (apt install g++ default-jdk)"
-)
+@pytest.mark.skipif(not HAS_JDK, reason="no g++ and JDK (apt install g++ default-jdk)")
 def test_the_native_code_answers_as_checked(kit: Path, tmp_path: Path) -> None:
     """The JNI library with the installed llama.cpp, called by a JVM."""
     compile_library(kit, tmp_path)
