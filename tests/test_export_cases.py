@@ -42,6 +42,12 @@ def test_a_generated_model_is_right_or_refused_with_its_cause(target: str, index
     assert outcome.kind == "right" or is_expected, f"{export_cases.command(target, SEED, index)}: {outcome}"
 
 
+def test_the_comparer_knows_that_centred_embeddings_are_rounded(tmp_path: Path) -> None:
+    """An OLMo with q8_0 matrices and an embedding in q4_0."""
+    outcome = export_cases.run_case("gguf", export_cases.generate("gguf", 2, 375), tmp_path)
+    assert outcome.kind == "right", outcome
+
+
 @pytest.mark.parametrize("index", [185, 196])
 def test_the_limit_of_an_exact_file_follows_torch_s_own_error(index: int, tmp_path: Path) -> None:
     """Sharp attention: torch's angles in fp32 alone move its logits by 0.001 and 0.005."""

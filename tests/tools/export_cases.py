@@ -112,12 +112,13 @@ def generate(target: str, seed: int, index: int) -> Case:
         layers = (LayerShape(*dice.choice(HEADS[1:]), dice.choice(WIDTHS[1:])),) * count
     kind = dice.choice(sorted(BITS[target]))
     # centring changes the weights in a GGUF of a family with LayerNorm, so that few bits are not exact
-    is_centred = target == "gguf" and FAMILIES[family].norm.takes_mean and kind not in ("f32", "f16", "q8_0")
+    can_be_centred = target == "gguf" and FAMILIES[family].norm.takes_mean
+    is_centred = can_be_centred and kind not in ("f32", "f16", "q8_0")
     # IQ4's table of values has no zero
     exact = [*(["magnitudes"] if "iq4" not in kind else []), *(["codes"] if kind in CODES[target] else [])]
     weights = "random" if is_centred or not exact or dice.random() < 0.25 else dice.choice(exact)
     hidden_size = dice.choice(HIDDEN_SIZES)
-    return Case(
+    case = Case(
         family,
         dice.choice(HEAD_DIMS),
         layers,
@@ -132,6 +133,13 @@ def generate(target: str, seed: int, index: int) -> Case:
         dice.randrange(2**31),
         weights == "random" and BITS[target][kind] < 8 and dice.random() < 0.3,
     )
+    return replace(case, weights="random") if can_be_centred and fewest_bits(target, case) < 8 else case
+
+
+def fewest_bits(target: str, case: Case) -> int:
+    """Return the bits of the smallest type of a case, that of its head or embedding included."""
+    types = {case.quantize, *(case.flags.get(name, case.quantize) for name in ("output_type", "embedding_type"))}
+    return min(BITS[target].get(each, 4) for each in types)
 
 
 def _settings(dice: random.Random, family: str) -> dict[str, Any]:
@@ -249,7 +257,7 @@ def expected_logits(target: str, case: Case, folder: Path, tokens: list[int]) ->
         exact = model(torch.tensor([tokens])).logits[0].numpy()
         if case.weights == "random":
             for parameter in {id(each): each for each in model.parameters() if each.ndim == 2}.values():
-                parameter.copy_(_rounded(parameter, BITS[target][case.quantize], case.flags.get("group_size", BLOCK)))
+                parameter.copy_(_rounded(parameter, fewest_bits(target, case), case.flags.get("group_size", BLOCK)))
         for module in model.modules():
             if isinstance(module, torch.nn.Linear):
                 module.register_forward_pre_hook(disturb)
