@@ -42,6 +42,12 @@ def test_a_generated_model_is_right_or_refused_with_its_cause(target: str, index
     assert outcome.kind == "right" or is_expected, f"{export_cases.command(target, SEED, index)}: {outcome}"
 
 
+def test_a_smollm3_without_attention_is_refused_with_its_cause(tmp_path: Path) -> None:
+    outcome = export_cases.run_case("gguf", export_cases.generate("gguf", 2, 195), tmp_path)
+    assert outcome.kind == "refused"
+    assert "gguf: no layer has attention" in outcome.detail
+
+
 def test_the_comparer_knows_that_centred_embeddings_are_rounded(tmp_path: Path) -> None:
     """An OLMo with q8_0 matrices and an embedding in q4_0."""
     outcome = export_cases.run_case("gguf", export_cases.generate("gguf", 2, 375), tmp_path)

@@ -55,6 +55,8 @@ def check_gguf(name: str, attention: Sequence[LayerAttention], architecture: Arc
     if len(architecture.layers) > MAX_GGUF_LAYERS:
         raise ModelError(f"gguf holds at most {MAX_GGUF_LAYERS} layers; the model has {len(architecture.layers)}")
     _check_rope_types("gguf", attention)
+    if name == "smollm3" and not any(layer.num_attention_heads for layer in architecture.layers):
+        raise ModelError("gguf: no layer has attention, which llama.cpp's smollm3 needs; choose onnx or executorch")
     for index, (settings, layer) in enumerate(zip(attention, architecture.layers, strict=True)):
         kind = settings.rope["rope_type"] if settings.rope else "default"
         is_readable = kind in ("default", "linear") or name in GGUF_FREQUENCIES
